@@ -1,0 +1,46 @@
+"""Every exception halfbyte raises on purpose.
+
+    HalfbyteError                  catch this to catch all of ours
+    ├── UserError                  wrong use or bad input: the command line exits with 2
+    │   ├── ConfigError            an option or a configuration file is wrong
+    │   ├── DataError              a data file is missing, empty or unusable
+    │   ├── CheckpointError        a model, adapter or run directory is missing, damaged or of another kind
+    │   └── OutputError            the output cannot be written: no permission, no space, already in use
+    ├── WeightError                a weight cannot be quantised (NaN, infinity), names the tensor; also a UserError
+    └── NonFiniteLossError         training left the numbers: the loss or a gradient is NaN or infinite
+
+A message says what was expected, what came, and what to do. Anything that is not a
+``HalfbyteError`` is a bug of ours and is shown with its traceback (exit code 1).
+"""
+
+
+class HalfbyteError(Exception):
+    """The root of every exception halfbyte raises on purpose."""
+
+
+class UserError(HalfbyteError):
+    """Wrong use or bad input; the command line prints the message and exits with 2."""
+
+
+class ConfigError(UserError):
+    """An option, or a configuration file, is wrong."""
+
+
+class DataError(UserError):
+    """A data file is missing, empty, or holds nothing that can be trained on."""
+
+
+class CheckpointError(UserError):
+    """A model, an adapter or a run directory is missing, damaged, or of another kind."""
+
+
+class OutputError(UserError):
+    """The output cannot be written."""
+
+
+class WeightError(UserError):
+    """A weight cannot be quantised, because it holds NaN or infinity."""
+
+
+class NonFiniteLossError(HalfbyteError):
+    """The loss or a gradient became NaN or infinite."""
