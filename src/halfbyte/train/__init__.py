@@ -1,0 +1,1 @@
+"""Training: the configuration, the layer engine, the step, the loop, and evaluation."""

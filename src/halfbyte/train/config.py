@@ -1,0 +1,417 @@
+"""The configuration of a run: one flat, frozen model, the only home of names, defaults and help.
+
+The same names serve the YAML file, the command line (``--learning-rate`` or
+``--learning_rate``) and Python. A value goes through three stages:
+
+1. *spelling*: a name that axolotl, LLaMA-Factory or TRL use for the same thing is translated
+   and a note says so; a name nobody knows is a problem, and the nearest name is suggested;
+2. *layers*: what the command line gives lies on top of what the file gives;
+3. *checking*: pydantic checks every value and the rules between them.
+
+All problems of all stages are reported together, in one ``ConfigError``. Nothing here imports
+torch, so a mistake in the configuration is answered at once.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from halfbyte.errors import ConfigError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_bytes(value: Any) -> Any:
+    """Read a size such as ``16GB`` (10^9), ``16GiB`` (2^30) or a plain number of bytes.
+
+    Anything but a string is handed on for pydantic to judge.
+
+    Raises:
+        ValueError: the string is no size.
+    """
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"([\d.]+(?:e\d+)?)\s*([kmgt]?i?)b?", value.strip().lower())
+    scale = (_UNITS | _BINARY_UNITS).get(match[2]) if match else None
+    if match is None or scale is None or match[1].count(".") > 1:
+        raise ValueError("expected a size such as 16GB or 12.5GiB")
+    return int(float(match[1]) * scale)
+
+
+class Options(BaseModel):
+    """What every set of options has in common: frozen, no unknown names, no NaN or infinity."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # YAML reads `yes` and `on` as true, and pydantic would take true for the number 1.
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and field.annotation is not bool:
+            raise ValueError("expected a value, not true or false")
+        return value
+
+
+class ModelOptions(Options):
+    """Which base model, and how it is held in memory."""
+
+    model: str = Field(
+        min_length=1,
+        description="base model: a directory of safetensors, a .gguf file, or a hub id",
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    quant: Literal["nf4", "fp4", "none"] = Field(
+        "nf4", description="4-bit type of the frozen weights; none keeps 16 or 32 bits (plain LoRA)"
+    )
+    double_quant: bool = Field(True, description="quantise the scales once more")
+    block_size: int = Field(64, description="weights that share a scale: a power of 2, 32 to 4096")
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="type in which matrices are multiplied; auto asks the hardware"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
+
+    @field_validator("block_size")
+    @classmethod
+    def _block_size_is_known(cls, value: int) -> int:
+        if not 32 <= value <= 4096 or value & (value - 1):
+            raise ValueError("expected a power of 2 from 32 to 4096")
+        return value
+
+
+class TrainConfig(ModelOptions):
+    """Everything that decides what a training run does."""
+
+    data: str = Field(
+        min_length=1,
+        description="training data: a .jsonl or .json file, a directory of them, or a hub id",
+    )
+    output: Path = Field(description="directory for the adapter, checkpoints and journal")
+
+    lora_r: PositiveInt = Field(16, description="rank of the adapters")
+    lora_alpha: float = Field(16.0, gt=0, description="adapters are scaled by alpha / r")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
+    use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
+    target_modules: str | tuple[str, ...] = Field(
+        "all-linear",
+        description="linears that get an adapter: all-linear, names, or regular expressions",
+    )
+
+    max_length: int = Field(1024, ge=2, description="tokens of an example; longer ones are cut")
+    train_on: Literal["assistant", "all"] = Field(
+        "assistant", description="tokens that count for the loss: the assistant's, or all"
+    )
+
+    batch_size: PositiveInt = Field(1, description="examples that go through the model together")
+    gradient_accumulation_steps: PositiveInt = Field(8, description="batches in an optimizer step")
+    epochs: float = Field(1.0, gt=0, description="passes over the data")
+    max_steps: PositiveInt | None = Field(
+        None, description="optimizer steps to make, whatever epochs says"
+    )
+    learning_rate: float = Field(2e-4, gt=0, description="highest learning rate of the schedule")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="how the learning rate falls after the warm-up"
+    )
+    warmup_ratio: float = Field(0.03, ge=0, le=1, description="part of the steps that warms up")
+    warmup_steps: int | None = Field(
+        None, ge=0, description="steps that warm up, whatever warmup_ratio says"
+    )
+    optim: Literal["adamw"] = Field("adamw", description="optimizer")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of AdamW")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of AdamW's first moment")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of AdamW's second moment")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    max_grad_norm: float = Field(1.0, ge=0, description="clip the gradient's norm here; 0 does not")
+
+    activations: Literal["auto", "save", "recompute"] = Field(
+        "auto", description="keep activations for backward, or compute them again"
+    )
+    memory_budget: Annotated[PositiveInt | None, BeforeValidator(parse_bytes)] = Field(
+        None, description="memory that auto may use, such as 16GB (10^9) or 16GiB (2^30)"
+    )
+
+    eval_data: str | None = Field(None, min_length=1, description="data to evaluate on")
+    eval_steps: PositiveInt | None = Field(
+        None, description="evaluate every N steps (default: only at the end)"
+    )
+    save_steps: PositiveInt | None = Field(
+        None, description="save a checkpoint every N steps (default: only at the end)"
+    )
+    save_total_limit: PositiveInt = Field(2, description="checkpoints to keep")
+    resume: bool = Field(False, description="go on from the newest checkpoint in output")
+    logging_steps: PositiveInt = Field(1, description="report every N steps")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the adapters and the data's order")
+
+    @model_validator(mode="after")
+    def _rules_between_fields(self) -> Self:
+        if self.eval_steps is not None and self.eval_data is None:
+            raise ValueError("`eval_steps` needs `eval_data`: the data to evaluate on")
+        return self
+
+
+# --- names that people already type -------------------------------------------------------------
+
+
+class Alias(NamedTuple):
+    """Another project's name for one of our fields, and how its value reads here."""
+
+    field: str
+    convert: Callable[[Any], Any] = lambda value: value
+
+
+def _choice(**meanings: str) -> Callable[[Any], Any]:
+    """Translate the values that mean something else here; hand on the others."""
+    return lambda value: meanings.get(str(value).lower(), value)
+
+
+def _only_dataset(value: Any) -> Any:
+    match value:
+        case [{"path": str(path)}] | [str(path)]:
+            return path
+    return value
+
+
+def _comma_list(value: Any) -> Any:
+    if value == "all":
+        return "all-linear"
+    return value.split(",") if isinstance(value, str) and "," in value else value
+
+
+_FOUR_BITS = _choice(true="nf4", false="none")
+
+ALIASES: dict[str, Alias] = {
+    "base_model": Alias("model"),
+    "model_name_or_path": Alias("model"),
+    "dataset": Alias("data"),
+    "dataset_name": Alias("data"),
+    "datasets": Alias("data", _only_dataset),
+    "output_dir": Alias("output"),
+    "adapter": Alias("quant", _choice(qlora="nf4", lora="none")),
+    "load_in_4bit": Alias("quant", _FOUR_BITS),
+    "quantization_bit": Alias("quant", _choice(**{"4": "nf4"})),
+    "bnb_4bit_quant_type": Alias("quant"),
+    "bnb_4bit_use_double_quant": Alias("double_quant"),
+    "bnb_4bit_compute_dtype": Alias("compute_dtype"),
+    "bf16": Alias("compute_dtype", _choice(true="bfloat16", false="float32")),
+    "r": Alias("lora_r"),
+    "lora_rank": Alias("lora_r"),
+    "lora_target": Alias("target_modules", _comma_list),
+    "lora_target_modules": Alias("target_modules", _comma_list),
+    "lora_target_linear": Alias("target_modules", _choice(true="all-linear")),
+    "cutoff_len": Alias("max_length"),
+    "sequence_len": Alias("max_length"),
+    "max_seq_length": Alias("max_length"),
+    "assistant_only_loss": Alias("train_on", _choice(true="assistant", false="all")),
+    "train_on_inputs": Alias("train_on", _choice(true="all", false="assistant")),
+    "micro_batch_size": Alias("batch_size"),
+    "per_device_train_batch_size": Alias("batch_size"),
+    "num_epochs": Alias("epochs"),
+    "num_train_epochs": Alias("epochs"),
+    "lr_scheduler": Alias("lr_scheduler_type"),
+    "optimizer": Alias(
+        "optim", _choice(adamw_torch="adamw", adamw_torch_fused="adamw", adamw_hf="adamw")
+    ),
+    "gradient_checkpointing": Alias("activations", _choice(true="recompute", false="save")),
+    "eval_dataset": Alias("eval_data"),
+    "resume_from_checkpoint": Alias("resume"),
+}
+
+
+class Spelling(NamedTuple):
+    """Options under our own names, what to tell the user, and what is wrong."""
+
+    values: dict[str, Any]
+    notes: list[str]
+    problems: list[str]
+
+
+def unknown_option(name: str, known: Mapping[str, Any] | list[str]) -> str:
+    """The message for a name nobody knows, with the nearest known name where there is one."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
+    return f"unknown option `{name}`" + (f"; did you mean `{near[0]}`?" if near else "")
+
+
+def spell(given: Mapping[str, Any]) -> Spelling:
+    """Translate known foreign names into ours; collect the names nobody knows."""
+    values: dict[str, Any] = {}
+    spelt_as: dict[str, str] = {}
+    notes, problems = [], []
+    for name, value in given.items():
+        if name in TrainConfig.model_fields:
+            field, read = name, value
+        elif name in ALIASES:
+            field, read = ALIASES[name].field, ALIASES[name].convert(value)
+            notes.append(f"`{name}: {value}` read as `{field}: {read}`")
+        else:
+            problems.append(unknown_option(name, [*TrainConfig.model_fields, *ALIASES]))
+            continue
+        if field in values and values[field] != read:
+            problems.append(
+                f"`{field}` is given twice, as `{spelt_as[field]}` ({values[field]}) and as "
+                f"`{name}` ({read}); keep one"
+            )
+        values[field], spelt_as[field] = read, name
+    return Spelling(values, notes, problems)
+
+
+# --- checking -----------------------------------------------------------------------------------
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+_EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "path": "a path",
+    "tuple": "a list",
+}
+
+
+def _in_words(error: Mapping[str, Any], options: type[Options]) -> str:
+    """One pydantic error as a sentence: which option, what was expected, what came."""
+    kind, context = error["type"], error.get("ctx", {})
+    if not error["loc"]:  # a rule between options: its message names them
+        return str(context["error"])
+    name = str(error["loc"][0])
+    if kind == "missing":
+        return f"`{name}` is missing: {options.model_fields[name].description}"
+    if kind == "extra_forbidden":
+        return unknown_option(name, options.model_fields)
+    bounds = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
+    bound = next((f"{words} {context[key]}" for key, words in bounds.items() if key in context), "")
+    if bound:
+        expected = f"expected {bound}"
+    elif kind == "literal_error":
+        expected = f"expected {context['expected']}"
+    elif kind == "value_error":
+        expected = str(context["error"])
+    elif kind == "finite_number":
+        expected = "expected a finite number"
+    elif kind == "string_too_short":
+        expected = "expected some text"
+    else:
+        thing = _EXPECTED.get(kind.split("_")[0])
+        expected = f"expected {thing}" if thing else error["msg"]
+    return f"`{name}`: {expected}, got {error['input']!r}"
+
+
+def check(
+    options: type[OptionsT], values: Mapping[str, Any], *, problems: list[str] | None = None
+) -> OptionsT:
+    """Build ``options`` from plain values, strings allowed for any type.
+
+    Args:
+        options: The class to build.
+        values: Values by field name.
+        problems: What is known to be wrong already; reported with what is found here.
+
+    Raises:
+        ConfigError: All problems, in one message.
+    """
+    found = list(problems or [])
+    result = None
+    try:
+        result = options(**values)
+    except ValidationError as error:
+        # A union reports once for each of its members: one sentence for each option is enough.
+        sentences = {
+            str(one["loc"][0]) if one["loc"] else one["msg"]: _in_words(one, options)
+            for one in reversed(error.errors(include_url=False))
+        }
+        found += reversed(sentences.values())
+    if result is None or found:
+        raise ConfigError("\n".join(found))
+    return result
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe subset, where a key that is there twice is an error instead of a loss."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := {key for key in keys if keys.count(key) > 1}:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"`{min(twice)}` is there twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file, dashes in its keys read as underscores.
+
+    Raises:
+        ConfigError: No such file, not text, not YAML, or not a mapping of names to values.
+    """
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+        raise ConfigError(f"cannot read the configuration file {path}: {reason}") from error
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or "not valid YAML"
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: {problem}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{path}: expected lines such as `learning_rate: 2e-4`, got a {type(content).__name__}"
+        )
+    return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def load_config(
+    yaml_path: str | Path | None, overrides: Mapping[str, Any]
+) -> tuple[TrainConfig, list[str]]:
+    """Read a YAML file, lay ``overrides`` on top, and check the result.
+
+    Args:
+        yaml_path: A configuration file, or None.
+        overrides: Options by name, ours or a known alias; values may be strings.
+
+    Returns:
+        The configuration, and what the user should be told about it.
+
+    Raises:
+        ConfigError: All problems, in one message.
+    """
+    in_file = spell(read_yaml(yaml_path) if yaml_path is not None else {})
+    on_top = spell({name.replace("-", "_"): value for name, value in overrides.items()})
+    config = check(
+        TrainConfig,
+        {**in_file.values, **on_top.values},
+        problems=in_file.problems + on_top.problems,
+    )
+    notes = in_file.notes + on_top.notes
+    for winner, loser in (("max_steps", "epochs"), ("warmup_steps", "warmup_ratio")):
+        if getattr(config, winner) is not None and loser in config.model_fields_set:
+            notes.append(f"`{winner}` is given, so `{loser}` is not used")
+    return config, notes
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The whole configuration, defaults included, as a file that ``load_config`` reads."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
