@@ -1,0 +1,320 @@
+"""The 4-bit format: what a quantised weight is, and the plain PyTorch that makes and reads it.
+
+A weight is flattened in row-major order and cut into blocks, without regard to its rows. Two
+4-bit codes share a byte, the earlier in the high nibble. Each block has a float32 scale; with
+double quantisation the scales are 8-bit codes themselves, in blocks of `SCALE_BLOCK`, after the
+mean of all (the *offset*) is taken away.
+
+`quantize` and `dequantize` choose between two implementations that agree bit for bit: the C++
+kernels of cpu.py and the plain PyTorch here, which is the specification. Both give the bytes of
+bitsandbytes' CPU code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from math import ceil, prod
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from halfbyte import blockwise
+from halfbyte.errors import ConfigError, WeightError
+
+QuantType = Literal["nf4", "fp4"]
+Implementation = Literal["auto", "cpu", "torch"]
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+SCALE_BLOCK = 256
+FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Elements the plain versions work on at a time: bounds their temporaries to a few tens of MB.
+_CHUNK = 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A weight in 4 bits: its tensors, and what is needed to read them.
+
+    Attributes:
+        codes: uint8 ``[ceil(numel / 2)]``; element 2i in the high nibble, 2i + 1 in the low one.
+        scales: float32 ``[blocks]``, or None with double quantisation.
+        scale_codes: uint8 ``[blocks]``, codes of ``scale - scale_offset``; None without double
+            quantisation, as are the next two.
+        scale_scales: float32 ``[ceil(blocks / 256)]``.
+        scale_offset: float32, 0-dimensional: the mean of all scales.
+        shape: Shape of the weight.
+        dtype: Type of the weight that was quantised, and of `dequantize`'s result by default.
+        quant_type: ``"nf4"`` or ``"fp4"``.
+        block_size: Elements that share one scale; the last block may be short.
+    """
+
+    codes: Tensor
+    scales: Tensor | None
+    scale_codes: Tensor | None
+    scale_scales: Tensor | None
+    scale_offset: Tensor | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    quant_type: QuantType
+    block_size: int
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the scales are quantised too."""
+        return self.scales is None
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the weight."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits stored for each element, scales included; 0 for an empty weight."""
+        return 8 * self.nbytes / self.numel if self.numel else 0.0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the tensors there are, by field name."""
+        named = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value for name, value in named if isinstance(value, Tensor)}
+
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """Returns this weight with its tensors on `device`; no type ever changes."""
+        moved: dict[str, Any] = {name: t.to(device) for name, t in self.tensors().items()}
+        return replace(self, **moved)
+
+    def block_scales(self) -> Tensor:
+        """Returns the scale of every block, decoded: float32 ``[blocks]``.
+
+        Coded scales are multiplied by their block's scale, rounded, and the offset is added, and
+        rounded again. One fused operation would change the last bit of every sixth scale.
+        """
+        if self.scales is not None:
+            return self.scales
+        assert self.scale_codes is not None
+        assert self.scale_scales is not None
+        assert self.scale_offset is not None
+        decoded = blockwise.decode_dynamic(self.scale_codes, self.scale_scales, SCALE_BLOCK)
+        return decoded + self.scale_offset
+
+
+def levels_of(quant_type: QuantType) -> Tensor:
+    """Returns the level of each code, float32 ``[16]`` on the CPU."""
+    return blockwise.NF4_LEVELS if quant_type == "nf4" else blockwise.FP4_LEVELS
+
+
+@cache
+def code_order(quant_type: QuantType) -> Tensor:
+    """Returns the codes in ascending order of their levels, int64 ``[16]`` on the CPU.
+
+    FP4's two zeros stay in the order of their codes: 0 and values just below it get code 0,
+    values just above it code 8.
+    """
+    return levels_of(quant_type).argsort(stable=True)
+
+
+@torch.no_grad()
+def quantize(
+    weight: Tensor,
+    *,
+    quant_type: QuantType = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    name: str | None = None,
+    impl: Implementation = "auto",
+) -> QuantizedWeight:
+    """Quantises a weight to 4 bits.
+
+    Needs a few tens of MB beside the result, and a copy of the weight if that is not contiguous.
+
+    Args:
+        weight: float32, bfloat16 or float16, any shape, finite.
+        quant_type: Table of levels, ``"nf4"`` or ``"fp4"``.
+        block_size: Elements that share one scale: a power of two from 32 to 4096.
+        double_quant: Whether to quantise the scales too (4.127 bits a weight instead of 4.5).
+        name: What error messages call the weight.
+        impl: ``"torch"`` for plain PyTorch, ``"cpu"`` for the C++ kernels, ``"auto"`` for those
+            where they can be had. All give the same bytes.
+
+    Returns:
+        The quantised weight, on the device of `weight`.
+
+    Raises:
+        ConfigError: Unknown `quant_type`, `block_size` or `impl`.
+        WeightError: NaN or infinity in `weight`, or another type of numbers.
+    """
+    check_format(quant_type, block_size)
+    called = f"weight {name!r}" if name else "the weight"
+    if weight.dtype not in FLOAT_TYPES:
+        raise WeightError(
+            f"{called} is {weight.dtype}, and only float32, bfloat16 and float16 can be"
+            " quantised: cast it first, or leave it as it is."
+        )
+    flat = weight.detach().reshape(-1)
+    codes, scales = _encode(flat, quant_type, block_size)
+    if not scales.isfinite().all():
+        bad = int((~flat.isfinite()).sum())
+        raise WeightError(
+            f"{called} ({tuple(weight.shape)}, {weight.dtype}) holds {bad} value(s) that are NaN"
+            " or infinite, so it cannot be quantised: the checkpoint is damaged or its training"
+            " diverged. Use another one."
+        )
+    whole = QuantizedWeight(
+        codes, scales, None, None, None, tuple(weight.shape), weight.dtype, quant_type, block_size
+    )
+    if not double_quant:
+        return whole
+    offset = scales.mean() if len(scales) else scales.new_zeros(())
+    scale_codes, scale_scales = blockwise.encode_dynamic(scales - offset, SCALE_BLOCK)
+    return replace(
+        whole,
+        scales=None,
+        scale_codes=scale_codes,
+        scale_scales=scale_scales,
+        scale_offset=offset,
+    )
+
+
+@torch.no_grad()
+def dequantize(
+    q: QuantizedWeight,
+    dtype: torch.dtype | None = None,
+    *,
+    out: Tensor | None = None,
+    impl: Implementation = "auto",
+) -> Tensor:
+    """Decodes a quantised weight: level times scale in float32, rounded once to the result's type.
+
+    Args:
+        q: The weight.
+        dtype: Type of the result: float32, bfloat16, float16 or float64; `q.dtype` by default.
+        out: Where to write, instead of a new tensor: contiguous, of as many elements as `q`, in
+            any shape, on its device.
+        impl: As for `quantize`.
+
+    Returns:
+        `out`, or a new tensor of `q.shape`.
+
+    Raises:
+        ValueError: `dtype` or `out` is unfit.
+        ConfigError: Unknown `impl`.
+    """
+    if out is None:
+        out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.codes.device)
+    elif dtype not in (None, out.dtype):
+        raise ValueError(f"dtype is {dtype} and out is {out.dtype}: give one, or make them equal")
+    if out.dtype not in (*FLOAT_TYPES, torch.float64):
+        raise ValueError(f"can decode to float32, bfloat16, float16 or float64, not {out.dtype}")
+    if out.numel() != q.numel or not out.is_contiguous() or out.device != q.codes.device:
+        raise ValueError(
+            f"out must be contiguous, with {q.numel} elements, on {q.codes.device}; it has shape"
+            f" {tuple(out.shape)}, strides {out.stride()} and is on {out.device}"
+        )
+    _decode(q, out.view(-1))
+    return out
+
+
+def empty_like_quantized(
+    shape: tuple[int, ...] | torch.Size,
+    dtype: torch.dtype,
+    *,
+    quant_type: QuantType,
+    block_size: int,
+    double_quant: bool,
+    device: torch.device | str = "meta",
+) -> QuantizedWeight:
+    """Returns a quantised weight with uninitialised tensors of the right sizes.
+
+    Args:
+        shape: Shape of the weight.
+        dtype: Type the weight would have had.
+        quant_type: As for `quantize`.
+        block_size: As for `quantize`.
+        double_quant: As for `quantize`.
+        device: Where the tensors are; ``"meta"`` for no memory at all.
+
+    Raises:
+        ConfigError: Unknown `quant_type` or `block_size`.
+    """
+    check_format(quant_type, block_size)
+    numel = prod(shape)
+    blocks = ceil(numel / block_size)
+
+    def empty(dtype: torch.dtype, *sizes: int) -> Tensor:
+        return torch.empty(sizes, dtype=dtype, device=device)
+
+    return QuantizedWeight(
+        codes=empty(torch.uint8, ceil(numel / 2)),
+        scales=None if double_quant else empty(torch.float32, blocks),
+        scale_codes=empty(torch.uint8, blocks) if double_quant else None,
+        scale_scales=empty(torch.float32, ceil(blocks / SCALE_BLOCK)) if double_quant else None,
+        scale_offset=empty(torch.float32) if double_quant else None,
+        shape=tuple(shape),
+        dtype=dtype,
+        quant_type=quant_type,
+        block_size=block_size,
+    )
+
+
+def check_format(quant_type: str, block_size: int) -> None:
+    """Raises ConfigError unless the two are of the format."""
+    if quant_type not in get_args(QuantType):
+        raise ConfigError(f'quant_type must be "nf4" or "fp4", not {quant_type!r}')
+    if block_size not in BLOCK_SIZES:
+        raise ConfigError(
+            f"block_size must be a power of two from 32 to 4096, not {block_size!r}; 64 is usual"
+        )
+
+
+def _chunks(numel: int, block_size: int) -> Iterator[tuple[slice, slice]]:
+    """Yields pieces of whole blocks as (elements, blocks); a short last block is its own piece."""
+    whole = numel - numel % block_size
+    for start in range(0, whole, _CHUNK):
+        stop = min(start + _CHUNK, whole)
+        yield slice(start, stop), slice(start // block_size, stop // block_size)
+    if whole < numel:
+        yield slice(whole, numel), slice(whole // block_size, whole // block_size + 1)
+
+
+def _encode(flat: Tensor, quant_type: QuantType, block_size: int) -> tuple[Tensor, Tensor]:
+    """Codes (packed, as QuantizedWeight's) and scales of flat values."""
+    numel = flat.numel()
+    codes = torch.empty(ceil(numel / 2), dtype=torch.uint8, device=flat.device)
+    scales = torch.empty(ceil(numel / block_size), dtype=torch.float32, device=flat.device)
+    order = code_order(quant_type).to(flat.device, torch.uint8)
+    bounds = blockwise.midpoints(levels_of(quant_type).to(flat.device)[order.int()])
+    zero = order[torch.bucketize(bounds.new_zeros(1), bounds)]
+    for elements, blocks in _chunks(numel, block_size):
+        values = flat[elements].float().view(blocks.stop - blocks.start, -1)
+        short = values.shape[1] < block_size
+        maxima = blockwise.block_maxima(values)
+        # bitsandbytes stores the raised scale of a short block, and the true one of others.
+        scales[blocks] = maxima.clamp(min=blockwise.SMALLEST_SCALE) if short else maxima
+        ranks = blockwise.nearest(values, maxima, bounds, divide=short)
+        nibbles = order[ranks.view(-1)]
+        if len(nibbles) % 2:
+            nibbles = torch.cat([nibbles, zero])
+        codes[elements.start // 2 : ceil(elements.stop / 2)] = nibbles[::2] << 4 | nibbles[1::2]
+    return codes, scales
+
+
+def _decode(q: QuantizedWeight, out: Tensor) -> None:
+    """Decodes into `out`, flat."""
+    # Indexing a table of both values of a byte is the fastest way through plain PyTorch.
+    levels = levels_of(q.quant_type)
+    pairs = torch.cartesian_prod(levels, levels).to(out.device)
+    scales = q.block_scales()
+    for elements, blocks in _chunks(q.numel, q.block_size):
+        packed = q.codes[elements.start // 2 : ceil(elements.stop / 2)].int()
+        values = pairs.index_select(0, packed).view(-1)[: elements.stop - elements.start]
+        rows = values.view(blocks.stop - blocks.start, -1)
+        out[elements] = rows.mul_(scales[blocks, None]).view(-1)
