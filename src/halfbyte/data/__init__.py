@@ -1,0 +1,178 @@
+"""Data: from files in five row formats to the micro-batches of an optimizer step.
+
+    sources    rows with line numbers, from a file, a directory or the hub
+    formats    rows to conversations
+    templates  conversations to token ids, and which of them are learned
+    packing    examples to micro-batches
+    verdicts   what became of each row
+
+Nothing is dropped silently: a row that cannot be used is counted under its reason with its line,
+and a source without a single usable row is an error that shows the reasons.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from halfbyte.data.formats import Conversation, Message, detect_format, to_conversation
+from halfbyte.data.packing import IGNORED, MicroBatch, StepPlan, collate, steps
+from halfbyte.data.sources import read_source
+from halfbyte.data.templates import Encoder, Example, TrainOn, end_of_turn, prompt_ids
+from halfbyte.data.verdicts import DatasetReport, RowRejected, describe_rejected
+from halfbyte.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "IGNORED",
+    "Conversation",
+    "Dataset",
+    "DatasetReport",
+    "Encoder",
+    "Example",
+    "Message",
+    "MicroBatch",
+    "StepPlan",
+    "collate",
+    "conversations",
+    "end_of_turn",
+    "load_dataset",
+    "prompt_ids",
+    "steps",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """What can be trained on, and the verdict on what could not.
+
+    ``examples`` and ``rows`` go together, one of each for each usable row.
+    """
+
+    examples: list[Example]
+    report: DatasetReport
+    rows: list[Conversation]
+
+
+def load_dataset(
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    train_on: TrainOn = "assistant",
+    progress: Callable[[int, int], None] | None = None,
+) -> Dataset:
+    """Reads, checks and encodes a data set.
+
+    Args:
+        source: A file, a directory or a hub id; see `halfbyte.data.sources`.
+        tokenizer: Whose chat template is used.
+        max_length: Longer rows are cut to so many tokens, and counted.
+        train_on: The assistant's tokens, or all.
+        progress: Called with the rows done and their number.
+
+    Raises:
+        DataError: There is no data, or not one usable row.
+    """
+    read = _read(source)
+    encoder = Encoder(tokenizer, train_on)
+    examples: list[Example] = []
+    rows: list[Conversation] = []
+    cut: list[str] = []
+    longest = 0
+    for done, row in enumerate(read.conversations, 1):
+        try:
+            whole = encoder.encode(row)
+            if not whole.labels_mask[:max_length].any():
+                within = f" within max_length {max_length}" if whole.labels_mask.any() else ""
+                raise RowRejected(f"nothing supervised{within}")
+        except RowRejected as rejection:
+            read.rejected[str(rejection)].append(row.line)
+        else:
+            longest = max(longest, len(whole.tokens))
+            if len(whole.tokens) > max_length:
+                cut.append(row.line)
+            examples.append(_cut(whole, max_length))
+            rows.append(row)
+        if progress is not None:
+            progress(done, len(read.conversations))
+    if not examples:
+        raise DataError(_nothing_usable(read))
+    report = DatasetReport(
+        source=str(source),
+        format=read.format,
+        rows=read.rows,
+        usable=len(examples),
+        rejected=dict(read.rejected),
+        max_length=max_length,
+        truncated_lines=tuple(cut),
+        tokens=sum(len(example.tokens) for example in examples),
+        supervised_tokens=sum(int(example.labels_mask.sum()) for example in examples),
+        longest=longest,
+        notes=read.notes + encoder.notes(),
+    )
+    return Dataset(examples, report, rows)
+
+
+def conversations(source: str | Path) -> list[Conversation]:
+    """The usable rows as messages: what a model is asked, and what it should reply.
+
+    Raises:
+        DataError: There is no data, not one usable row, or plain text, which asks nothing.
+    """
+    read = _read(source)
+    if read.format == "text":
+        raise DataError(f"{source} holds plain text: expected conversations, with replies.")
+    return read.conversations
+
+
+@dataclass(frozen=True)
+class _Read:
+    source: str
+    format: str
+    rows: int
+    conversations: list[Conversation]
+    rejected: defaultdict[str, list[str]]
+    notes: tuple[str, ...]
+
+
+def _read(source: str | Path) -> _Read:
+    rows, notes = read_source(source)
+    rejected: defaultdict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        if row.problem is not None:
+            rejected[row.problem].append(row.line)
+    sound = [row for row in rows if row.problem is None]
+    found: list[Conversation] = []
+    name = "nothing"
+    if sound:
+        try:
+            name = detect_format(row.value for row in sound)
+        except DataError as error:
+            raise DataError(f"{source}: {error}") from error
+    for row in sound:
+        try:
+            found.append(to_conversation(row.value, row.line, name))
+        except RowRejected as rejection:
+            rejected[str(rejection)].append(row.line)
+    read = _Read(str(source), name, len(rows), found, rejected, notes)
+    if not found:
+        raise DataError(_nothing_usable(read))
+    return read
+
+
+def _nothing_usable(read: _Read) -> str:
+    reasons = "".join(f"\n  {line}" for line in describe_rejected(read.rejected))
+    return (
+        f"{read.source}: none of the {read.rows:,} rows (read as {read.format}) is usable.{reasons}"
+    )
+
+
+def _cut(example: Example, length: int) -> Example:
+    prompt = min(example.prompt_length, length)
+    return Example(example.tokens[:length], example.labels_mask[:length], prompt)

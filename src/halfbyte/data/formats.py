@@ -1,0 +1,208 @@
+"""The five ways a row may be written, all turned into messages.
+
+    messages            {"messages": [{"role": …, "content": …}, …]}
+    conversations       {"conversations": [{"from": "human" | "gpt" | …, "value": …}, …]}
+    prompt/completion   {"prompt": text or messages, "completion": text or messages}
+    instruction/output  {"instruction": text, "input": text, "output": text}
+    text                {"text": text}
+
+``conversations`` is ShareGPT's, ``instruction/output`` is Alpaca's, whose ``input`` may be absent. The format of a source is the one that most of its rows have the keys of, the upper one if equal;
+a row without these keys is left out and counted. In the first two, either pair of names is
+understood. ``instruction`` and ``input`` make one user turn, with a blank line between them. A
+``system`` key beside the conversation is its system message, and ``tools`` go to the chat template.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from halfbyte.data.verdicts import RowRejected
+from halfbyte.errors import DataError
+
+Message = dict[str, Any]
+"""``role``, ``content``, and whatever else the chat template may read, such as tool calls."""
+
+_ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
+_ROLES |= {"human": "user", "gpt": "assistant", "function": "tool", "observation": "tool"}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A row, whatever it was written as.
+
+    Attributes:
+        line: Where it stands in its source.
+        messages: The conversation; empty for a row of plain text.
+        given: How many messages at the start are only ever read, never learned: those of
+            ``prompt``, which may hold assistant turns.
+        tools: Descriptions of tools for the chat template.
+        text: The text of a row of plain text, which is learned whole.
+    """
+
+    line: str
+    messages: list[Message]
+    given: int = 0
+    tools: list[Any] | None = None
+    text: str | None = None
+
+    @property
+    def prompt(self) -> list[Message]:
+        """The messages before the last reply: what a model is asked."""
+        return self.messages[: self._last_reply]
+
+    @property
+    def expected(self) -> str:
+        """The last reply: what it should answer."""
+        return str(self.messages[self._last_reply].get("content") or "")
+
+    @property
+    def _last_reply(self) -> int:
+        roles = [message["role"] for message in self.messages]
+        return len(roles) - 1 - roles[::-1].index("assistant")
+
+
+def detect_format(values: Iterable[object]) -> str:
+    """The name of the format that most of the rows have the keys of.
+
+    Raises:
+        DataError: No row has the keys of any.
+    """
+    votes: Counter[str] = Counter()
+    seen: Mapping[Any, Any] = {}
+    for value in values:
+        if isinstance(value, Mapping):
+            seen = seen or value
+            votes.update([name for name in _FORMATS if _has_keys(value, name)][:1])
+    if not votes:
+        keys = ", ".join(repr(key) for key in list(seen)[:12]) or "none"
+        known = "; ".join(" and ".join(keys) for keys, _ in _FORMATS.values())
+        raise DataError(
+            f"no row is in a known format. The first has the keys: {keys}. "
+            f"Expected one of: {known}."
+        )
+    return max(_FORMATS, key=lambda name: votes[name])
+
+
+def to_conversation(value: object, line: str, name: str) -> Conversation:
+    """Reads a row in the format ``name``.
+
+    Raises:
+        RowRejected: It is not in that format, or holds nothing to learn.
+    """
+    if not isinstance(value, Mapping):
+        raise RowRejected("not a JSON object")
+    if not _has_keys(value, name):
+        missing = [key for key in _FORMATS[name][0] if value.get(key) is None]
+        raise RowRejected(f"no {' and no '.join(repr(key) for key in missing)}")
+    return _FORMATS[name][1](value, line)
+
+
+def _has_keys(value: Mapping[Any, Any], name: str) -> bool:
+    return all(value.get(key) is not None for key in _FORMATS[name][0])
+
+
+def _from_messages(row: Mapping[str, Any], line: str) -> Conversation:
+    return _conversation(row, line, _messages(row["messages"], "messages"))
+
+
+def _from_conversations(row: Mapping[str, Any], line: str) -> Conversation:
+    return _conversation(row, line, _messages(row["conversations"], "conversations"))
+
+
+def _from_completion(row: Mapping[str, Any], line: str) -> Conversation:
+    prompt = _turns(row["prompt"], "prompt", "user")
+    completion = _turns(row["completion"], "completion", "assistant")
+    return _conversation(row, line, prompt + completion, given=len(prompt))
+
+
+def _from_instruction(row: Mapping[str, Any], line: str) -> Conversation:
+    parts = [row["instruction"], row.get("input") or ""]
+    question = "\n\n".join(part for part in (_text(part) for part in parts) if part.strip())
+    user: Message = {"role": "user", "content": question}
+    reply: Message = {"role": "assistant", "content": _text(row["output"])}
+    return _conversation(row, line, [user, reply])
+
+
+def _from_text(row: Mapping[str, Any], line: str) -> Conversation:
+    text = _text(row["text"])
+    if not text.strip():
+        raise RowRejected("empty text")
+    return Conversation(line, [], text=text)
+
+
+_Parser = Callable[[Mapping[str, Any], str], Conversation]
+_FORMATS: dict[str, tuple[tuple[str, ...], _Parser]] = {
+    "messages": (("messages",), _from_messages),
+    "conversations": (("conversations",), _from_conversations),
+    "prompt/completion": (("prompt", "completion"), _from_completion),
+    "instruction/output": (("instruction", "output"), _from_instruction),
+    "text": (("text",), _from_text),
+}
+
+
+def _conversation(
+    row: Mapping[str, Any], line: str, messages: list[Message], given: int = 0
+) -> Conversation:
+    system = row.get("system")
+    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": _text(system)}, *messages]
+        given += bool(given)
+    for message in messages:
+        content_needed = message["role"] in ("user", "assistant") and not message.get("tool_calls")
+        if content_needed and not message["content"].strip():
+            raise RowRejected(f"empty content in a message of the {message['role']}")
+    if all(message["role"] != "assistant" for message in messages[given:]):
+        raise RowRejected("no assistant turn")
+    tools = row.get("tools")
+    return Conversation(line, messages, given, tools if isinstance(tools, list) else None)
+
+
+def _turns(value: object, key: str, role: str) -> list[Message]:
+    if isinstance(value, str):
+        return [{"role": role, "content": _text(value)}]
+    return _messages(value, key)
+
+
+def _messages(value: object, key: str) -> list[Message]:
+    if not isinstance(value, list):
+        raise RowRejected(f"{key!r} is not a list of messages")
+    if not value:
+        raise RowRejected(f"{key!r} is empty")
+    return [_message(item) for item in value]
+
+
+def _message(item: object) -> Message:
+    if not isinstance(item, Mapping):
+        raise RowRejected("a message is not a JSON object")
+    written = item.get("role", item.get("from"))
+    if not isinstance(written, str):
+        raise RowRejected("a message without a role")
+    role = _ROLES.get(written)
+    if role is None:
+        raise RowRejected(f"unknown role {written[:40]!r}, not one of {', '.join(_ROLES)}")
+    content = item.get("content", item.get("value"))
+    if content is None and item.get("tool_calls"):
+        content = ""
+    rest = {key: value for key, value in item.items() if key not in _MESSAGE_KEYS}
+    return {"role": role, "content": _text(content), **rest}
+
+
+_MESSAGE_KEYS = ("role", "from", "content", "value")
+
+
+def _text(value: object) -> str:
+    """A string, or a list of parts that are all text, which are joined."""
+    if isinstance(value, list) and value:
+        parts = [part.get("text") if isinstance(part, Mapping) else None for part in value]
+        if all(isinstance(part, str) for part in parts):
+            value = "".join(str(part) for part in parts)
+    if value is None:
+        raise RowRejected("a message without content")
+    if not isinstance(value, str):
+        raise RowRejected("content that is not text")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise RowRejected("text with half a surrogate pair, which is not valid Unicode")
+    return value

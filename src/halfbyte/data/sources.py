@@ -1,0 +1,179 @@
+"""Reads rows, each with its line, from a file, a directory or the hub.
+
+A bad line is a row with a problem, to be counted with the others; only a source that holds no rows
+at all, or cannot be read, is an error. A file is JSONL (one object a line) or one JSON array of
+objects, whatever its suffix says: it is what its first character says. A file of lines is streamed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from halfbyte.errors import DataError
+
+SUFFIXES = (".jsonl", ".json", ".ndjson")
+"""Names of the files that are looked for in a directory."""
+
+_OTHER_KINDS = (".parquet", ".csv", ".tsv", ".txt", ".xlsx", ".arrow", ".gz", ".zst", ".zip")
+_BOM = b"\xef\xbb\xbf"
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+class Row(NamedTuple):
+    """One row: where it stands, and what it holds or why it could not be read."""
+
+    line: str
+    value: object
+    problem: str | None = None
+
+
+class Source(NamedTuple):
+    """The rows of a source, and what should be said about how they were found."""
+
+    rows: list[Row]
+    notes: tuple[str, ...]
+
+
+def read_source(source: str | Path) -> Source:
+    """Reads every row of ``source``.
+
+    Args:
+        source: A ``.jsonl`` or ``.json`` file; a directory, of which ``train.jsonl`` (or
+            ``train.json``) is read, or else every such file in the order of their names; or the
+            id of a data set on the hub, ``owner/name``.
+
+    Raises:
+        DataError: Nothing is there, it is of another kind, or it holds no rows.
+    """
+    path, notes = Path(source), tuple[str, ...]()
+    if path.is_dir():
+        files, notes = _files_of(path)
+        rows = [
+            row._replace(line=f"{file.name}:{row.line}") if len(files) > 1 else row
+            for file in files
+            for row in _read_file(file)
+        ]
+    elif path.exists():
+        rows = list(_read_file(path))
+    elif _is_hub_id(source):
+        rows = list(_read_hub(str(source)))
+    else:
+        raise DataError(_missing(path))
+    if not rows:
+        raise DataError(f"{source} is empty: expected rows, one JSON object a line.")
+    return Source(rows, notes)
+
+
+def _files_of(directory: Path) -> tuple[list[Path], tuple[str, ...]]:
+    every = sorted(file for file in directory.iterdir() if file.suffix.lower() in SUFFIXES)
+    if not every:
+        raise DataError(
+            f"{directory} holds no data: expected train.jsonl, or other files named "
+            f"{', '.join('*' + suffix for suffix in SUFFIXES)}."
+        )
+    train = [file for file in every if file.stem.lower() == "train"]
+    if not train:
+        return every, (f"read {', '.join(file.name for file in every)}",) if every[1:] else ()
+    left = [file.name for file in every if file not in train]
+    note = f"read {', '.join(file.name for file in train)} only, not {', '.join(left)}"
+    return train, (note,) if left else ()
+
+
+def _read_file(path: Path) -> Iterator[Row]:
+    if path.suffix.lower() in _OTHER_KINDS:
+        raise DataError(
+            f"{path} is a {path.suffix} file: expected JSONL, one JSON object a line. "
+            "Convert it first; pandas' DataFrame.to_json(path, orient='records', lines=True) does."
+        )
+    try:
+        with path.open("rb") as file:
+            start = file.read(4096)
+            if start.startswith(_UTF16):
+                raise DataError(f"{path} is in UTF-16: expected UTF-8. Save it as UTF-8.")
+            file.seek(len(_BOM) if start.startswith(_BOM) else 0)
+            if start.removeprefix(_BOM).lstrip()[:1] == b"[":
+                yield from _read_array(file.read())
+                return
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _parse(str(number), line)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _parse(number: str, line: bytes) -> Row:
+    try:
+        return Row(number, json.loads(line.decode("utf-8")))
+    except UnicodeDecodeError:
+        return Row(number, None, "not UTF-8")
+    except (ValueError, RecursionError):
+        return Row(number, None, "malformed JSON")
+
+
+def _read_array(raw: bytes) -> Iterator[Row]:
+    """Walks the elements of an array one by one, so that each has its line."""
+    decoder, space = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        yield Row(str(raw.count(b"\n", 0, error.start) + 1), None, "not UTF-8")
+        return
+    line, counted_to = 1, 0
+
+    def skip(position: int) -> int:
+        found = space.match(text, position)
+        return found.end() if found else position
+
+    position = skip(skip(0) + 1)
+    while text[position : position + 1] != "]":
+        line, counted_to = line + text.count("\n", counted_to, position), position
+        try:
+            value, position = decoder.raw_decode(text, position)
+            position = skip(position)
+            if text[position : position + 1] not in (",", "]"):
+                raise ValueError("neither a comma nor the end of the array")
+        except (ValueError, RecursionError):
+            yield Row(str(line), None, "malformed JSON, and the array is not read beyond it")
+            return
+        yield Row(str(line), value)
+        if text[position] == ",":
+            position = skip(position + 1)
+
+
+def _is_hub_id(source: str | Path) -> bool:
+    """Whether it can be no path that was mistyped: ``owner/name``, and no directory ``owner``."""
+    named = isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)
+    path = Path(source)
+    known = path.suffix.lower() in (*SUFFIXES, *_OTHER_KINDS)
+    return bool(named) and not known and not path.parent.exists()
+
+
+def _read_hub(name: str) -> Iterator[Row]:
+    if importlib.util.find_spec("datasets") is None:
+        raise DataError(
+            f"{name} is neither a file nor a directory here. If it is a data set on the hub, "
+            "the optional package 'datasets' reads it: pip install datasets."
+        )
+    datasets = importlib.import_module("datasets")
+    try:
+        rows = datasets.load_dataset(name, split="train")
+    except (OSError, ValueError) as error:
+        raise DataError(f"The data set {name} could not be read from the hub: {error}") from error
+    for number, value in enumerate(rows, 1):
+        yield Row(str(number), value)
+
+
+def _missing(path: Path) -> str:
+    message = f"There is no data file or directory {path}."
+    if path.parent.is_dir():
+        names = [entry.name for entry in path.parent.iterdir()]
+        if near := difflib.get_close_matches(path.name, names, n=1):
+            return f"{message} Did you mean {path.parent / near[0]}?"
+    return f"{message} (A data set on the hub is written owner/name.)"

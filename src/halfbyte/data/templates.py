@@ -1,0 +1,303 @@
+"""Conversations to token ids, and which of the tokens are learned.
+
+The ids are those of transformers' ``apply_chat_template``: the template is rendered by transformers
+and its text tokenised without adding special tokens, so that BOS is there exactly if the template
+wrote it. What is learned of an assistant turn is **what a model must write, given the prompt that
+inference would render**: all that follows the rendered prompt, up to and including the token that
+closes the turn. The line break many templates put after that token is not learned.
+
+Finding these tokens:
+
+1. A template that marks the assistant's text with ``{% generation %}`` is taken at its word; if its
+   mark stops just before the closing token, that token is added.
+2. Otherwise, for each assistant turn, the messages before it are rendered as a prompt, and again
+   with the turn. Where the full text begins with these two renderings, the turn is what lies
+   between their ends. Where it does not, because the template rewrites earlier turns (dropping
+   their thinking, say), the turn is the message's own words, if they are where they must be. A
+   turn that cannot be located surely is not learned, and that is said.
+
+Characters become tokens by the tokenizer's offsets. A token that merges the end of the prompt with
+the start of the reply counts as reply, and that is said too.
+
+A tokenizer without a chat template gets plain text: each message on a line of its own, each reply
+closed by EOS; BOS first if the tokenizer puts it. A row of plain text is learned whole, with EOS.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from jinja2 import TemplateError
+from numpy.typing import NDArray
+
+from halfbyte.data.formats import Conversation, Message
+from halfbyte.data.verdicts import RowRejected, counted
+from halfbyte.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TrainOn = Literal["assistant", "all"]
+Tools = list[Any] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A row as the model sees it.
+
+    Attributes:
+        tokens: int32 [n], the token ids.
+        labels_mask: bool [n], true where the token is learned. Never true for the first token,
+            which nothing predicts.
+        prompt_length: Tokens before the first learned one.
+    """
+
+    tokens: NDArray[np.int32]
+    labels_mask: NDArray[np.bool_]
+    prompt_length: int
+
+
+class Encoder:
+    """Encodes for one tokenizer, and remembers what should be said about it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "assistant") -> None:
+        self._tokenizer = tokenizer
+        self._train_on = train_on
+        self._said: defaultdict[str, list[str]] = defaultdict(list)
+
+    def prompt(self, messages: list[Message], tools: Tools = None) -> list[int]:
+        """The token ids from which a model should answer ``messages``.
+
+        Raises:
+            DataError: The chat template refuses the messages.
+        """
+        try:
+            return self._ids(self._render(messages, tools, prompt=True))
+        except RowRejected as error:
+            raise DataError(f"The messages cannot be made a prompt: {error}.") from error
+
+    def encode(self, row: Conversation) -> Example:
+        """Encodes a row, however long it is.
+
+        Raises:
+            RowRejected: The chat template refuses it, or nothing of it can be learned.
+        """
+        if row.text is not None:
+            tokens = np.array(self._text_ids(row.text), dtype=np.int32)
+            mask = np.ones(len(tokens), dtype=np.bool_)
+        else:
+            tokens, mask = self._conversation(row)
+        mask[:1] = False
+        return Example(tokens, mask, int(mask.argmax()) if mask.any() else len(mask))
+
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of how the rows were encoded."""
+        told = [
+            f"{note}: {counted(lines)}" if lines else note for note, lines in self._said.items()
+        ]
+        if self._tokenizer.chat_template is None:
+            told.insert(0, "the tokenizer has no chat template: plain text, a line a message")
+        return tuple(told)
+
+    # Rendering
+
+    def _render(self, messages: list[Message], tools: Tools, *, prompt: bool) -> str:
+        if self._tokenizer.chat_template is None:
+            return "".join(self._plain(message) for message in messages)
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=prompt
+            )
+        # A template is a program of the model's author: besides refusing messages on purpose it
+        # fails in Python's own ways on a message that lacks what it counts on.
+        except (TemplateError, TypeError, ValueError) as error:
+            raise RowRejected(f"the chat template refuses it ({error})") from error
+        return text
+
+    def _plain(self, message: Message) -> str:
+        end = self._tokenizer.eos_token if message["role"] == "assistant" else None
+        return str(message["content"]) + (end or "\n")
+
+    # Tokens
+
+    @cached_property
+    def _leading(self) -> list[int]:
+        """What the tokenizer itself puts before a text: BOS, or nothing."""
+        whole = self._tokenizer("a").input_ids
+        bare = self._tokenizer("a", add_special_tokens=False).input_ids
+        starts = range(len(whole) - len(bare) + 1)
+        return next((whole[:i] for i in starts if whole[i : i + len(bare)] == bare), [])
+
+    @cached_property
+    def control_tokens(self) -> NDArray[np.int32]:
+        """Tokens that stand apart from text, among them every one that closes a turn."""
+        added = self._tokenizer.added_tokens_decoder
+        ids = {index for index, token in added.items() if token.content.strip()}
+        return np.array(sorted(ids | set(self._tokenizer.all_special_ids)), dtype=np.int32)
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return ids if self._tokenizer.chat_template is not None else [*self._leading, *ids]
+
+    def _text_ids(self, text: str) -> list[int]:
+        ids = list(self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        if ids[: len(self._leading)] != self._leading:
+            ids = [*self._leading, *ids]
+        end = self._tokenizer.eos_token_id
+        if end is None:
+            self._said["the tokenizer has no EOS: a model will not learn where a text ends"] = []
+        elif ids[-1:] != [end]:
+            ids.append(end)
+        return ids
+
+    def _conversation(self, row: Conversation) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        text = self._render(row.messages, row.tools, prompt=False)
+        if self._train_on == "all":
+            ids = np.array(self._ids(text), dtype=np.int32)
+            return ids, np.ones(len(ids), dtype=np.bool_)
+        if not self._tokenizer.is_fast:
+            raise DataError(
+                f"{type(self._tokenizer).__name__} does not tell which characters a token stands "
+                "for, so the assistant's tokens cannot be found: use a fast tokenizer "
+                "(tokenizer.json), or train on all tokens (train_on: all)."
+            )
+        encoding = self._tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        ids = np.array(encoding.input_ids, dtype=np.int32)
+        offsets = np.array(encoding.offset_mapping, dtype=np.int64).reshape(len(ids), 2)
+        mask = self._marked(row, ids)
+        if mask is None:
+            mask = np.zeros(len(ids), dtype=np.bool_)
+            for start, end in self._spans(row, text):
+                mask |= self._turn(ids, offsets, start, end, row)
+        if not mask.any():
+            raise RowRejected("no assistant turn could be located in what the template renders")
+        if self._tokenizer.chat_template is None:
+            ids = np.concatenate([np.array(self._leading, dtype=np.int32), ids])
+            mask = np.concatenate([np.zeros(len(self._leading), dtype=np.bool_), mask])
+        else:
+            self._check_bos(ids)
+        return ids, mask
+
+    def _check_bos(self, ids: NDArray[np.int32]) -> None:
+        bos = self._leading[:1]
+        if bos and ids[:1].tolist() != bos:
+            note = "the chat template writes no BOS though the tokenizer would; none is added"
+            self._said[note] = []
+        elif bos and ids[:2].tolist() == bos * 2:
+            self._said["the chat template itself writes BOS twice; left as it is"] = []
+
+    # Finding the assistant's turns
+
+    def _marked(self, row: Conversation, ids: NDArray[np.int32]) -> NDArray[np.bool_] | None:
+        """The mask of a template with ``{% generation %}``; None where it has or gives none."""
+        if self._tokenizer.chat_template is None or row.given:
+            return None
+        template = self._tokenizer.get_chat_template(None, row.tools)
+        if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
+            return None
+        encoding = self._tokenizer.apply_chat_template(
+            row.messages,
+            tools=row.tools,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"verbose": False},
+        )
+        mask = np.array(encoding["assistant_masks"], dtype=np.bool_)
+        control = np.isin(ids, self.control_tokens)
+        after = np.flatnonzero(mask[:-1] & ~mask[1:]) + 1
+        mask[after[control[after] & ~control[after - 1]]] = True
+        return mask if mask.any() else None
+
+    def _spans(self, row: Conversation, text: str) -> list[tuple[int, int]]:
+        """Where in ``text`` the assistant's turns lie, so far as that is sure."""
+        spans = []
+        for index, message in enumerate(row.messages):
+            if index < row.given or message["role"] != "assistant":
+                continue
+            span = self._span(row, index, text)
+            if span is None:
+                note = "assistant turns that the chat template rewrites, not learned"
+                self._say(note, row)
+            else:
+                spans.append(span)
+        return spans
+
+    def _span(self, row: Conversation, index: int, text: str) -> tuple[int, int] | None:
+        try:
+            before = self._render(row.messages[:index], row.tools, prompt=True)
+            until = self._render(row.messages[: index + 1], row.tools, prompt=False)
+        except RowRejected:
+            return None
+        start = len(before)
+        if not text.startswith(before):
+            return None
+        if text.startswith(until) and until.startswith(before):
+            return start, len(until)
+        words = str(row.messages[index]["content"]).strip()
+        shared = next((i for i, pair in enumerate(zip(text, until)) if len(set(pair)) > 1), 0)
+        at = text.rfind(words, start, max(shared, start))
+        if at < 0 and text[start:].lstrip().startswith(words):
+            at = text.index(words, start)
+        return (start, at + len(words)) if words and at >= 0 else None
+
+    def _turn(
+        self,
+        ids: NDArray[np.int32],
+        offsets: NDArray[np.int64],
+        start: int,
+        end: int,
+        row: Conversation,
+    ) -> NDArray[np.bool_]:
+        """The mask of one turn: its tokens, up to and including the one that closes it."""
+        mask = (offsets[:, 0] < end) & (offsets[:, 1] > start)
+        within = np.flatnonzero(mask)
+        if not within.size:
+            return mask
+        first, last = int(within[0]), int(within[-1])
+        if offsets[first, 0] < start:
+            self._say("a token merges the prompt's end with the reply's start", row)
+        closing = within[np.isin(ids[within], self.control_tokens)]
+        if closing.size and closing[-1] > first:
+            mask[closing[-1] + 1 :] = False
+        elif last + 1 < len(ids) and ids[last + 1] in self.control_tokens:
+            mask[last + 1] = True
+        else:
+            self._say("no token closes the reply: a model will not learn to stop", row)
+        return mask
+
+    def _say(self, note: str, row: Conversation) -> None:
+        if row.line not in self._said[note]:
+            self._said[note].append(row.line)
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Tools = None
+) -> list[int]:
+    """The token ids from which a model should answer: what training put before the reply.
+
+    Raises:
+        DataError: The chat template refuses the messages.
+    """
+    return Encoder(tokenizer).prompt(messages, tools)
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that closes a reply, at which generation must stop; None if nothing does.
+
+    It is not always the tokenizer's EOS: many a chat template closes turns with another token.
+    """
+    probe: list[Message] = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hello"},
+    ]
+    encoder = Encoder(tokenizer)
+    example = encoder.encode(Conversation("1", probe))
+    last = int(example.tokens[np.flatnonzero(example.labels_mask)[-1]])
+    return last if last in encoder.control_tokens else None
