@@ -6,10 +6,11 @@
     instruction/output  {"instruction": text, "input": text, "output": text}
     text                {"text": text}
 
-``conversations`` is ShareGPT's, ``instruction/output`` is Alpaca's, whose ``input`` may be absent. The format of a source is the one that most of its rows have the keys of, the upper one if equal;
+``conversations`` is ShareGPT's, ``instruction/output`` is Alpaca's, whose ``input`` may be absent.
+The format of a source is the one that most of its rows have the keys of, the upper one if equal;
 a row without these keys is left out and counted. In the first two, either pair of names is
 understood. ``instruction`` and ``input`` make one user turn, with a blank line between them. A
-``system`` key beside the conversation is its system message, and ``tools`` go to the chat template.
+``system`` key beside the conversation is its system message; ``tools`` go to the chat template.
 """
 
 from __future__ import annotations

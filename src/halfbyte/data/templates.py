@@ -230,19 +230,24 @@ class Encoder:
         return spans
 
     def _span(self, row: Conversation, index: int, text: str) -> tuple[int, int] | None:
+        earlier, words = row.messages[:index], str(row.messages[index]["content"]).strip()
         try:
-            before = self._render(row.messages[:index], row.tools, prompt=True)
+            before = self._render(earlier, row.tools, prompt=True)
             until = self._render(row.messages[: index + 1], row.tools, prompt=False)
+            if text.startswith(before):
+                start = len(before)
+            else:
+                bare = self._render(earlier, row.tools, prompt=False)
+                at = text.find(words, len(bare))
+                if not text.startswith(bare) or not words or at < 0:
+                    return None
+                self._say("the prompt that inference renders ends otherwise than in training", row)
+                start = min(_shared(before, text), at)
         except RowRejected:
             return None
-        start = len(before)
-        if not text.startswith(before):
-            return None
-        if text.startswith(until) and until.startswith(before):
+        if text.startswith(until) and len(until) > start:
             return start, len(until)
-        words = str(row.messages[index]["content"]).strip()
-        shared = next((i for i, pair in enumerate(zip(text, until)) if len(set(pair)) > 1), 0)
-        at = text.rfind(words, start, max(shared, start))
+        at = text.rfind(words, start, max(_shared(until, text), start))
         if at < 0 and text[start:].lstrip().startswith(words):
             at = text.index(words, start)
         return (start, at + len(words)) if words and at >= 0 else None
@@ -275,6 +280,12 @@ class Encoder:
     def _say(self, note: str, row: Conversation) -> None:
         if row.line not in self._said[note]:
             self._said[note].append(row.line)
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def prompt_ids(
