@@ -1,0 +1,105 @@
+"""The record of a run: ``journal.jsonl``, one JSON object a line, appended as things happen.
+
+Every line has ``event`` (``begin``, ``step``, ``evaluation``, ``note``, ``saved``, ``finish``)
+and ``time`` (UTC, ISO 8601). Lines go straight to the operating system, so a killed run loses
+nothing that was reported; only a full disk or a power cut can tear a line, and then only the
+last. Readers leave a torn line out. A resumed run cuts it off, together with everything that
+lies after the checkpoint it goes on from, so that each step is there once.
+
+JSON has no NaN and no infinity. Such a value is written as null, and what it was stands in
+``non_finite`` of the same line: ``{"loss": null, "non_finite": {"loss": "nan"}}``.
+"""
+
+import json
+import math
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+from halfbyte.errors import OutputError
+
+
+class Journal:
+    """An append-only JSONL file."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Open ``path`` for appending; its directory is made, and a torn last line cut off.
+
+        Raises:
+            OutputError: The file cannot be written.
+        """
+        self.path = Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            os.ftruncate(self._file, self.path.read_bytes().rfind(b"\n") + 1)
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def write(self, event: str, record: dict[str, Any]) -> None:
+        """Append one line.
+
+        Args:
+            event: What happened.
+            record: What is known about it. What JSON has no form for is written as text.
+
+        Raises:
+            OutputError: The line cannot be written.
+        """
+        strange = {
+            key: str(value)
+            for key, value in record.items()
+            if isinstance(value, float) and not math.isfinite(value)
+        }
+        line: dict[str, Any] = {"event": event, "time": datetime.now(UTC).isoformat()}
+        line |= record | dict.fromkeys(strange)
+        if strange:
+            line["non_finite"] = strange
+        left = (json.dumps(line, ensure_ascii=False, allow_nan=False, default=str) + "\n").encode()
+        try:
+            while left:  # a disk that is nearly full takes a part first, and then says so
+                left = left[os.write(self._file, left) :]
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def truncate_after(self, step: int) -> None:
+        """Cut the file before the first line about a later step; 0 empties it."""
+        end = 0
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            if step == 0 or (_parse(line) or {}).get("step", 0) > step:
+                break
+            end += len(line)
+        os.ftruncate(self._file, end)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _cannot_write(self, error: OSError) -> OutputError:
+        return OutputError(f"cannot write the journal {self.path}: {error.strerror}")
+
+
+def read_journal(path: str | Path) -> list[dict[str, Any]]:
+    """The whole lines of a journal, as objects.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    lines = Path(path).read_bytes().splitlines(keepends=True)
+    return [record for record in map(_parse, lines) if record is not None]
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The object on a line; None when the line is torn."""
+    try:
+        record = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None

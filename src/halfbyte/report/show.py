@@ -1,0 +1,76 @@
+"""Results, as a person reads them: on standard output, in colour where that is a terminal."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+_WIDEST = 100
+
+
+def _console() -> Console:
+    # Made anew each time: standard output may have been redirected since.
+    console = Console(highlight=False)
+    if console.width > _WIDEST:
+        console.width = _WIDEST
+    return console
+
+
+def heading(text: str) -> None:
+    """A line that starts a part."""
+    console = _console()
+    console.print()
+    console.print(Rule(Text(text, style="bold"), align="left", style="dim"))
+
+
+def paragraph(text: str) -> None:
+    """Prose, broken at the terminal's width."""
+    _console().print(Text(text))
+
+
+def command(text: str) -> None:
+    """Something to type, on one line however long it is, so that it can be copied."""
+    _console().print(Text(f"  {text}", style="cyan"), soft_wrap=True)
+
+
+def answer(prompt: str, texts: Mapping[str, str]) -> None:
+    """A prompt, and below it what was said to it.
+
+    Args:
+        prompt: What was asked.
+        texts: Who or when, and the answer.
+    """
+    console = _console()
+    console.print()
+    console.print(Text.assemble(("› ", "cyan"), (prompt, "bold")))
+    widest = max(map(len, texts), default=0)
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", width=widest)
+    grid.add_column(overflow="fold")
+    for name, text in texts.items():
+        grid.add_row(name, Text(text.strip() or "(nothing)"))
+    console.print(Padding(grid, (0, 0, 0, 2), expand=False))
+
+
+def table(rows: Mapping[str, Any]) -> None:
+    """Names and values, in two columns."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in rows.items():
+        grid.add_row(name, Text(str(value)))
+    _console().print(Padding(grid, (0, 0, 0, 2), expand=False))
+
+
+def columns(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table with a head, numbers to the right."""
+    shown = Table(box=None, padding=(0, 2), header_style="dim")
+    for number, head in enumerate(heads):
+        shown.add_column(head, justify="right" if number else "left")
+    for row in rows:
+        shown.add_row(*row)
+    _console().print(shown)
