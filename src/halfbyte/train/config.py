@@ -14,9 +14,9 @@ torch, so a mistake in the configuration is answered at once.
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -60,6 +60,8 @@ class Options(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
     )
+    sections: ClassVar[dict[str, str]] = {}
+    """For ``--help``: headings, each under the name of the field it stands before."""
 
     @field_validator("*", mode="before")
     @classmethod
@@ -67,7 +69,7 @@ class Options(BaseModel):
         # YAML reads `yes` and `on` as true, and pydantic would take true for the number 1.
         field = cls.model_fields[info.field_name or ""]
         if isinstance(value, bool) and field.annotation is not bool:
-            raise ValueError("expected a value, not true or false")
+            raise ValueError("expected a value")
         return value
 
 
@@ -100,11 +102,25 @@ class ModelOptions(Options):
 class TrainConfig(ModelOptions):
     """Everything that decides what a training run does."""
 
+    sections = {
+        "model": "the base model",
+        "data": "the data",
+        "lora_r": "the adapters",
+        "batch_size": "steps",
+        "learning_rate": "the optimizer",
+        "activations": "memory",
+        "output": "the run",
+    }
+
     data: str = Field(
         min_length=1,
         description="training data: a .jsonl or .json file, a directory of them, or a hub id",
     )
-    output: Path = Field(description="directory for the adapter, checkpoints and journal")
+    max_length: int = Field(1024, ge=2, description="tokens of an example; longer ones are cut")
+    train_on: Literal["assistant", "all"] = Field(
+        "assistant", description="tokens that count for the loss: the assistant's, or all"
+    )
+    eval_data: str | None = Field(None, min_length=1, description="data to evaluate on")
 
     lora_r: PositiveInt = Field(16, description="rank of the adapters")
     lora_alpha: float = Field(16.0, gt=0, description="adapters are scaled by alpha / r")
@@ -112,12 +128,8 @@ class TrainConfig(ModelOptions):
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
     target_modules: str | tuple[str, ...] = Field(
         "all-linear",
-        description="linears that get an adapter: all-linear, names, or regular expressions",
-    )
-
-    max_length: int = Field(1024, ge=2, description="tokens of an example; longer ones are cut")
-    train_on: Literal["assistant", "all"] = Field(
-        "assistant", description="tokens that count for the loss: the assistant's, or all"
+        description="linears that get an adapter: all-linear, names (q_proj,v_proj), or a regular "
+        "expression",
     )
 
     batch_size: PositiveInt = Field(1, description="examples that go through the model together")
@@ -126,6 +138,7 @@ class TrainConfig(ModelOptions):
     max_steps: PositiveInt | None = Field(
         None, description="optimizer steps to make, whatever epochs says"
     )
+
     learning_rate: float = Field(2e-4, gt=0, description="highest learning rate of the schedule")
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="how the learning rate falls after the warm-up"
@@ -148,7 +161,7 @@ class TrainConfig(ModelOptions):
         None, description="memory that auto may use, such as 16GB (10^9) or 16GiB (2^30)"
     )
 
-    eval_data: str | None = Field(None, min_length=1, description="data to evaluate on")
+    output: Path = Field(description="directory for the adapter, checkpoints and journal")
     eval_steps: PositiveInt | None = Field(
         None, description="evaluate every N steps (default: only at the end)"
     )
@@ -159,6 +172,13 @@ class TrainConfig(ModelOptions):
     resume: bool = Field(False, description="go on from the newest checkpoint in output")
     logging_steps: PositiveInt = Field(1, description="report every N steps")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the adapters and the data's order")
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _names_between_commas(cls, value: Any) -> Any:
+        if isinstance(value, str) and re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", value.strip()):
+            return [name.strip() for name in value.split(",")]
+        return value
 
     @model_validator(mode="after")
     def _rules_between_fields(self) -> Self:
@@ -171,67 +191,62 @@ class TrainConfig(ModelOptions):
 
 
 class Alias(NamedTuple):
-    """Another project's name for one of our fields, and how its value reads here."""
+    """Another project's name for one of our fields, and how its values read here."""
 
     field: str
-    convert: Callable[[Any], Any] = lambda value: value
+    meanings: Mapping[str, str] = {}
+    """Values, in lower case, that say something else here; the others are handed on."""
+
+    def read(self, value: Any) -> Any:
+        """The value as the field takes it."""
+        match value:
+            case [{"path": str(path)}]:  # axolotl's list of data sets, with one in it
+                return path
+        return self.meanings.get(str(value).lower(), value)
+
+    @property
+    def is_flag(self) -> bool:
+        """Whether the bare name, without a value, makes sense on the command line."""
+        return "true" in self.meanings
 
 
-def _choice(**meanings: str) -> Callable[[Any], Any]:
-    """Translate the values that mean something else here; hand on the others."""
-    return lambda value: meanings.get(str(value).lower(), value)
-
-
-def _only_dataset(value: Any) -> Any:
-    match value:
-        case [{"path": str(path)}] | [str(path)]:
-            return path
-    return value
-
-
-def _comma_list(value: Any) -> Any:
-    if value == "all":
-        return "all-linear"
-    return value.split(",") if isinstance(value, str) and "," in value else value
-
-
-_FOUR_BITS = _choice(true="nf4", false="none")
+_ALL = {"all": "all-linear"}
+_ADAMW = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw"}
 
 ALIASES: dict[str, Alias] = {
     "base_model": Alias("model"),
     "model_name_or_path": Alias("model"),
     "dataset": Alias("data"),
     "dataset_name": Alias("data"),
-    "datasets": Alias("data", _only_dataset),
+    "datasets": Alias("data"),
     "output_dir": Alias("output"),
-    "adapter": Alias("quant", _choice(qlora="nf4", lora="none")),
-    "load_in_4bit": Alias("quant", _FOUR_BITS),
-    "quantization_bit": Alias("quant", _choice(**{"4": "nf4"})),
+    "adapter": Alias("quant", {"qlora": "nf4", "lora": "none"}),
+    "load_in_4bit": Alias("quant", {"true": "nf4", "false": "none"}),
+    "quantization_bit": Alias("quant", {"4": "nf4"}),
     "bnb_4bit_quant_type": Alias("quant"),
-    "bnb_4bit_use_double_quant": Alias("double_quant"),
+    "bnb_4bit_use_double_quant": Alias("double_quant", {"true": "true", "false": "false"}),
     "bnb_4bit_compute_dtype": Alias("compute_dtype"),
-    "bf16": Alias("compute_dtype", _choice(true="bfloat16", false="float32")),
+    "bf16": Alias("compute_dtype", {"true": "bfloat16", "false": "float32"}),
     "r": Alias("lora_r"),
     "lora_rank": Alias("lora_r"),
-    "lora_target": Alias("target_modules", _comma_list),
-    "lora_target_modules": Alias("target_modules", _comma_list),
-    "lora_target_linear": Alias("target_modules", _choice(true="all-linear")),
+    "lora_target": Alias("target_modules", _ALL),
+    "lora_target_modules": Alias("target_modules", _ALL),
+    "lora_target_linear": Alias("target_modules", {"true": "all-linear"}),
     "cutoff_len": Alias("max_length"),
     "sequence_len": Alias("max_length"),
     "max_seq_length": Alias("max_length"),
-    "assistant_only_loss": Alias("train_on", _choice(true="assistant", false="all")),
-    "train_on_inputs": Alias("train_on", _choice(true="all", false="assistant")),
+    "assistant_only_loss": Alias("train_on", {"true": "assistant", "false": "all"}),
+    "train_on_inputs": Alias("train_on", {"true": "all", "false": "assistant"}),
     "micro_batch_size": Alias("batch_size"),
     "per_device_train_batch_size": Alias("batch_size"),
     "num_epochs": Alias("epochs"),
     "num_train_epochs": Alias("epochs"),
     "lr_scheduler": Alias("lr_scheduler_type"),
-    "optimizer": Alias(
-        "optim", _choice(adamw_torch="adamw", adamw_torch_fused="adamw", adamw_hf="adamw")
-    ),
-    "gradient_checkpointing": Alias("activations", _choice(true="recompute", false="save")),
+    "optimizer": Alias("optim", _ADAMW),
+    "optim": Alias("optim", _ADAMW),
+    "gradient_checkpointing": Alias("activations", {"true": "recompute", "false": "save"}),
     "eval_dataset": Alias("eval_data"),
-    "resume_from_checkpoint": Alias("resume"),
+    "resume_from_checkpoint": Alias("resume", {"true": "true", "false": "false"}),
 }
 
 
@@ -243,31 +258,44 @@ class Spelling(NamedTuple):
     problems: list[str]
 
 
-def unknown_option(name: str, known: Mapping[str, Any] | list[str]) -> str:
-    """The message for a name nobody knows, with the nearest known name where there is one."""
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean `learning_rate`?``, or nothing where no known name is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
-    return f"unknown option `{name}`" + (f"; did you mean `{near[0]}`?" if near else "")
+    return f"; did you mean `{near[0]}`?" if near else ""
 
 
-def spell(given: Mapping[str, Any]) -> Spelling:
+def aliases_of(options: type[Options]) -> dict[str, Alias]:
+    """The foreign names that mean something among these options."""
+    fields = options.model_fields
+    return {
+        name: alias
+        for name, alias in ALIASES.items()
+        if alias.field in fields and (name not in fields or name == alias.field)
+    }
+
+
+def spell(given: Mapping[str, Any], options: type[Options]) -> Spelling:
     """Translate known foreign names into ours; collect the names nobody knows."""
+    aliases = aliases_of(options)
     values: dict[str, Any] = {}
     spelt_as: dict[str, str] = {}
     notes, problems = [], []
     for name, value in given.items():
-        if name in TrainConfig.model_fields:
+        if name in aliases:
+            field, read = aliases[name].field, aliases[name].read(value)
+        elif name in options.model_fields:
             field, read = name, value
-        elif name in ALIASES:
-            field, read = ALIASES[name].field, ALIASES[name].convert(value)
-            notes.append(f"`{name}: {value}` read as `{field}: {read}`")
         else:
-            problems.append(unknown_option(name, [*TrainConfig.model_fields, *ALIASES]))
+            known = [*options.model_fields, *aliases]
+            problems.append(f"unknown option `{name}`{nearest(name, known)}")
             continue
         if field in values and values[field] != read:
             problems.append(
                 f"`{field}` is given twice, as `{spelt_as[field]}` ({values[field]}) and as "
                 f"`{name}` ({read}); keep one"
             )
+        if (field, read) != (name, value):
+            notes.append(f"`{name}: {value}` read as `{field}: {read}`")
         values[field], spelt_as[field] = read, name
     return Spelling(values, notes, problems)
 
@@ -295,7 +323,7 @@ def _in_words(error: Mapping[str, Any], options: type[Options]) -> str:
     if kind == "missing":
         return f"`{name}` is missing: {options.model_fields[name].description}"
     if kind == "extra_forbidden":
-        return unknown_option(name, options.model_fields)
+        return f"unknown option `{name}`{nearest(name, options.model_fields)}"
     bounds = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
     bound = next((f"{words} {context[key]}" for key, words in bounds.items() if key in context), "")
     if bound:
@@ -315,7 +343,7 @@ def _in_words(error: Mapping[str, Any], options: type[Options]) -> str:
 
 
 def check(
-    options: type[OptionsT], values: Mapping[str, Any], *, problems: list[str] | None = None
+    options: type[OptionsT], values: Mapping[str, Any], *, problems: Iterable[str] = ()
 ) -> OptionsT:
     """Build ``options`` from plain values, strings allowed for any type.
 
@@ -327,7 +355,7 @@ def check(
     Raises:
         ConfigError: All problems, in one message.
     """
-    found = list(problems or [])
+    found = list(problems)
     result = None
     try:
         result = options(**values)
@@ -339,7 +367,8 @@ def check(
         }
         found += reversed(sentences.values())
     if result is None or found:
-        raise ConfigError("\n".join(found))
+        several = f"{len(found)} things are wrong\n  " if len(found) > 1 else ""
+        raise ConfigError(several + "\n  ".join(found))
     return result
 
 
@@ -384,13 +413,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def load_config(
-    yaml_path: str | Path | None, overrides: Mapping[str, Any]
+    yaml_path: str | Path | None,
+    overrides: Mapping[str, Any],
+    *,
+    problems: Iterable[str] = (),
 ) -> tuple[TrainConfig, list[str]]:
     """Read a YAML file, lay ``overrides`` on top, and check the result.
 
     Args:
         yaml_path: A configuration file, or None.
         overrides: Options by name, ours or a known alias; values may be strings.
+        problems: What is known to be wrong already; reported with what is found here.
 
     Returns:
         The configuration, and what the user should be told about it.
@@ -398,12 +431,12 @@ def load_config(
     Raises:
         ConfigError: All problems, in one message.
     """
-    in_file = spell(read_yaml(yaml_path) if yaml_path is not None else {})
-    on_top = spell({name.replace("-", "_"): value for name, value in overrides.items()})
+    in_file = spell(read_yaml(yaml_path) if yaml_path is not None else {}, TrainConfig)
+    on_top = spell(overrides, TrainConfig)
     config = check(
         TrainConfig,
         {**in_file.values, **on_top.values},
-        problems=in_file.problems + on_top.problems,
+        problems=[*problems, *in_file.problems, *on_top.problems],
     )
     notes = in_file.notes + on_top.notes
     for winner, loser in (("max_steps", "epochs"), ("warmup_steps", "warmup_ratio")):

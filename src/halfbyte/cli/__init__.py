@@ -1,0 +1,97 @@
+"""``halfbyte VERB …``: finds the verb, runs it, and says what went wrong in one message.
+
+Each verb is a module of this package, imported only when it is called, so that ``--help`` and
+mistakes are answered without torch. Exit codes: 0 done; 2 wrong use or bad input, with a
+message; 1 anything else, with a traceback where it is a bug of ours; 130 interrupted.
+"""
+
+import importlib
+import os
+import sys
+import traceback
+
+from halfbyte import __version__
+from halfbyte.errors import ConfigError, HalfbyteError, UserError
+
+VERBS = {
+    "train": "fine-tune a model on your data",
+    "eval": "loss, perplexity and exact-match accuracy on a data file",
+    "generate": "answer one prompt",
+    "chat": "talk to a model",
+    "quantize": "write a 4-bit checkpoint that transformers, PEFT and vLLM load",
+    "merge": "write a model with an adapter merged into it",
+    "demo": "see a small model learn a task in minutes, on a CPU",
+    "doctor": "what this machine can do, and whether the kernels compute rightly",
+}
+
+_CLOSED_PIPE = 141  # 128 + SIGPIPE, what a shell shows for a program that dies of it
+
+
+def overview() -> str:
+    """What ``halfbyte --help`` prints."""
+    return "\n".join(
+        [
+            "usage: halfbyte VERB [options]",
+            "",
+            "Fine-tune large language models in half a byte per weight.",
+            "",
+            *(f"  {verb:<10}{summary}" for verb, summary in VERBS.items()),
+            "",
+            "halfbyte VERB --help lists a verb's options; halfbyte --version tells the version.",
+        ]
+    )
+
+
+def _run(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview())
+    elif argv[0] in ("-V", "--version"):
+        print(f"halfbyte {__version__}")
+    elif argv[0] in VERBS:
+        importlib.import_module(f"halfbyte.cli.{argv[0]}").main(argv[1:])
+    else:
+        from halfbyte.train.config import nearest
+
+        raise ConfigError(
+            f"unknown verb `{argv[0]}`{nearest(argv[0], VERBS) or ';'} expected one of "
+            + ", ".join(VERBS)
+        )
+    sys.stdout.flush()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line.
+
+    Args:
+        argv: The words after ``halfbyte``; those of this process if None.
+
+    Returns:
+        The exit code.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    name = f"halfbyte {argv[0]}" if argv and argv[0] in VERBS else "halfbyte"
+    try:
+        _run(argv)
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except HalfbyteError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has left, as `head` does. Python would complain once more when
+        # it flushes at exit, hence the other end for standard output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _CLOSED_PIPE
+    except Exception:  # the one place that may: it tells bugs from mistakes, and hides nothing
+        traceback.print_exc()
+        print(
+            f"{name}: this is a bug in halfbyte; please report it with the lines above and what "
+            "`halfbyte doctor` prints",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
