@@ -7,9 +7,16 @@ an option is known to have been given or not. A parser that converts as it goes,
 the first mistake in a voice of its own, cannot do that; hence these few lines instead of one.
 """
 
+import json
+import math
+import os
+import shlex
 import shutil
+import sys
 import textwrap
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -195,3 +202,29 @@ def _effect(field: FieldInfo) -> str:
 def _leave_with(text: str) -> NoReturn:
     print(text)
     raise SystemExit(0)
+
+
+@contextmanager
+def results(*, as_json: bool) -> Iterator[dict[str, Any]]:
+    """Where a verb puts its results, printed as one JSON object at the end if ``as_json``.
+
+    All else that is printed meanwhile, by us or by a library, then goes to standard error.
+    """
+    result: dict[str, Any] = {}
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        yield result
+    if as_json:
+        plain = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in result.items()
+        }
+        print(json.dumps(plain, ensure_ascii=False, allow_nan=False, default=str))
+
+
+def invocation(*words: str) -> str:
+    """A command to type, in the form in which this program can be called from this shell."""
+    program = "halfbyte"
+    if shutil.which(program) is None:
+        beside = Path(sys.executable).with_name(program)
+        program = os.path.relpath(beside) if beside.exists() else "python -m halfbyte"
+    return f"{program} {shlex.join(words)}"

@@ -102,7 +102,7 @@ class ModelOptions(Options):
 class TrainConfig(ModelOptions):
     """Everything that decides what a training run does."""
 
-    sections = {
+    sections: ClassVar[dict[str, str]] = {
         "model": "the base model",
         "data": "the data",
         "lora_r": "the adapters",

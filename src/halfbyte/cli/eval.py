@@ -1,0 +1,71 @@
+"""``halfbyte eval``: how well a model, with or without an adapter, does on a data file."""
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, PositiveInt
+
+from halfbyte.cli.opening import ReadModelOptions, open_model
+from halfbyte.cli.options import Verb, results
+
+_MISSES_SHOWN = 3
+
+
+class EvalOptions(ReadModelOptions):
+    """What to evaluate on, and how."""
+
+    data: str = Field(min_length=1, description="a .jsonl or .json file, a directory, or a hub id")
+    max_length: int = Field(1024, ge=2, description="tokens of an example; longer ones are cut")
+    train_on: Literal["assistant", "all"] = Field(
+        "assistant", description="tokens whose loss is counted: the assistant's, or all"
+    )
+    batch_size: PositiveInt = Field(8, description="examples that go through the model together")
+    exact_match: bool = Field(True, description="generate answers and compare them")
+    max_new_tokens: PositiveInt = Field(256, description="longest answer, in tokens")
+
+    sections: ClassVar[dict[str, str]] = {"model": "the model", "data": "the evaluation"}
+
+
+VERB = Verb(
+    "eval",
+    EvalOptions,
+    about="Loss, perplexity and exact-match accuracy on a data file.",
+    example="halfbyte eval --model model.gguf --adapter out --data test.jsonl",
+)
+
+
+def main(argv: list[str]) -> None:
+    """Run the verb."""
+    options, notes, as_json = VERB.read(argv)
+
+    from halfbyte.report import open_report, show
+    from halfbyte.train.evaluate import evaluate
+
+    with results(as_json=as_json) as answer:
+        with open_report() as report:
+            for note in notes:
+                report.note(note)
+            model, tokenizer = open_model(options, report)
+            with report.task(f"evaluating on {options.data}", None) as progress:
+                result = evaluate(
+                    model,
+                    tokenizer,
+                    options.data,
+                    max_length=options.max_length,
+                    batch_size=options.batch_size,
+                    exact_match=options.exact_match,
+                    max_new_tokens=options.max_new_tokens,
+                    progress=progress,
+                )
+        rows: dict[str, Any] = {
+            "loss": f"{result.loss:.4f}",
+            "perplexity": f"{result.perplexity:.3f}",
+            "supervised tokens": f"{result.supervised_tokens:,}",
+        }
+        if result.exact_match is not None:
+            rows["exact match"] = f"{100 * result.exact_match:.1f} % of {result.cases:,} cases"
+        show.table(rows)
+        misses = [one for one in result.samples if one["got"].strip() != one["expected"].strip()]
+        for miss in misses[:_MISSES_SHOWN]:
+            show.answer(miss["prompt"], {"expected": miss["expected"], "got": miss["got"]})
+        answer |= dataclasses.asdict(result)

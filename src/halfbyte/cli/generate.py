@@ -1,0 +1,76 @@
+"""``halfbyte generate``: answer one prompt."""
+
+import sys
+from typing import ClassVar
+
+from pydantic import Field, PositiveInt
+
+from halfbyte.cli.opening import ReadModelOptions, open_model
+from halfbyte.cli.options import Verb, results
+from halfbyte.errors import ConfigError
+
+
+class SamplingOptions(ReadModelOptions):
+    """How answers are made."""
+
+    system: str | None = Field(None, description="system message before the conversation")
+    max_new_tokens: PositiveInt = Field(256, description="longest answer, in tokens")
+    temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token each time")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the sampling")
+
+    sections: ClassVar[dict[str, str]] = {"model": "the model", "system": "the answer"}
+
+
+class GenerateOptions(SamplingOptions):
+    """One prompt."""
+
+    prompt: str | None = Field(None, description="what to answer; standard input if not given")
+
+
+VERB = Verb(
+    "generate",
+    GenerateOptions,
+    about="Answer one prompt, streamed to standard output.",
+    example='halfbyte generate --model model.gguf --adapter out --prompt "Hello"',
+)
+
+
+def main(argv: list[str]) -> None:
+    """Run the verb."""
+    options, notes, as_json = VERB.read(argv)
+    prompt = options.prompt
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise ConfigError("`prompt` is missing: give --prompt TEXT, or pipe the text in")
+        prompt = sys.stdin.read().strip()
+    if not prompt:
+        raise ConfigError("`prompt`: expected some text, got none")
+
+    from halfbyte.model.generate import generate
+    from halfbyte.report import open_report
+
+    messages = [{"role": "user", "content": prompt}]
+    if options.system is not None:
+        messages.insert(0, {"role": "system", "content": options.system})
+    with results(as_json=as_json) as result:
+        with open_report() as report:
+            for note in notes:
+                report.note(note)
+            model, tokenizer = open_model(options, report)
+        [answer] = generate(
+            model,
+            tokenizer,
+            [messages],
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            seed=options.seed,
+            on_text=write,
+        )
+        print()
+        result |= {"prompt": prompt, "answer": answer}
+
+
+def write(text: str) -> None:
+    """A piece of an answer, as it comes."""
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,62 @@
+"""The options of a verb that reads a model, with or without an adapter, and how it is opened."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from halfbyte.train.config import ModelOptions
+
+if TYPE_CHECKING:
+    from halfbyte.report import RunReport
+
+RECIPE_FIELDS = ("quant", "double_quant", "block_size")
+
+
+class ReadModelOptions(ModelOptions):
+    """A base model, and an adapter trained on it."""
+
+    adapter: str | None = Field(
+        None, min_length=1, description="directory of an adapter; none asks the base model"
+    )
+
+    sections: ClassVar[dict[str, str]] = {"model": "the model"}
+
+
+def as_trained(options: ModelOptions, adapter: str | Path | None) -> dict[str, Any]:
+    """How the base is to be quantised: as asked for, or else as the adapter was trained on it.
+
+    Returns:
+        ``quant``, ``double_quant`` and ``block_size``.
+
+    Raises:
+        CheckpointError: The adapter is missing or damaged.
+    """
+    recipe = {name: getattr(options, name) for name in RECIPE_FIELDS}
+    if adapter is not None:
+        from halfbyte.checkpoint.peft import load_adapter
+
+        recorded = load_adapter(adapter).info.get("recipe", {})
+        for name in set(RECIPE_FIELDS) - options.model_fields_set:
+            recipe[name] = recorded.get(name, recipe[name])
+    return recipe
+
+
+def open_model(options: ReadModelOptions, report: "RunReport") -> tuple[Any, Any]:
+    """The model with its adapter, and its tokenizer.
+
+    Raises:
+        UserError: One of them is missing or damaged, or the adapter belongs to another base.
+    """
+    from halfbyte.train.loading import open_model
+
+    model, tokenizer, _ = open_model(
+        options.model,
+        adapter=options.adapter,
+        **as_trained(options, options.adapter),
+        compute_dtype=options.compute_dtype,
+        device=options.device,
+        revision=options.revision,
+        report=report,
+    )
+    return model, tokenizer

@@ -1,0 +1,35 @@
+"""``halfbyte train [CONFIG.yaml]``: fine-tune a model on your data."""
+
+import dataclasses
+
+from halfbyte.cli.options import Verb, invocation, results
+from halfbyte.train.config import TrainConfig, load_config
+
+VERB = Verb(
+    "train",
+    TrainConfig,
+    about="Fine-tune a model on your data. Options may stand in a YAML file, under the same names "
+    "and under those that axolotl, LLaMA-Factory and TRL use; the command line wins.",
+    example="halfbyte train --model model.gguf --data train.jsonl --output out",
+    positional=("config",),
+)
+
+
+def main(argv: list[str]) -> None:
+    """Run the verb."""
+    words = VERB.words(argv)
+    file = words.positional.get("config") or words.given.pop("config", None)
+    config, notes = load_config(file, words.given, problems=words.problems)
+
+    from halfbyte.report import open_report, show
+    from halfbyte.train.loop import train
+
+    with results(as_json=words.json) as result:
+        with open_report(config.output) as report:
+            for note in notes:
+                report.note(note)
+            trained = train(config, report)
+        show.paragraph(f"The adapter is in {trained.adapter_dir}. To try it:")
+        adapter = str(trained.adapter_dir)
+        show.command(invocation("chat", "--model", config.model, "--adapter", adapter))
+        result |= dataclasses.asdict(trained)
