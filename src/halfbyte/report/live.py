@@ -62,7 +62,7 @@ def sparkline(values: list[float], width: int) -> str:
     edges = [len(finite) * bar // bars for bar in range(bars + 1)]
     means = [fmean(finite[a:b]) for a, b in pairwise(edges)]
     low, span = min(means), max(means) - min(means)
-    return "".join("▁▂▃▄▅▆▇█"[round(7 * (mean - low) / span) if span else 0] for mean in means)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * ((mean - low) / span)) if span else 0] for mean in means)
 
 
 def _figures(record: dict[str, Any]) -> list[str]:

@@ -314,6 +314,10 @@ _EXPECTED = {
 }
 
 
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _in_words(error: Mapping[str, Any], options: type[Options]) -> str:
     """One pydantic error as a sentence: which option, what was expected, what came."""
     kind, context = error["type"], error.get("ctx", {})
@@ -325,7 +329,9 @@ def _in_words(error: Mapping[str, Any], options: type[Options]) -> str:
     if kind == "extra_forbidden":
         return f"unknown option `{name}`{nearest(name, options.model_fields)}"
     bounds = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
-    bound = next((f"{words} {context[key]}" for key, words in bounds.items() if key in context), "")
+    bound = next(
+        (f"{words} {_number(context[key])}" for key, words in bounds.items() if key in context), ""
+    )
     if bound:
         expected = f"expected {bound}"
     elif kind == "literal_error":
