@@ -13,10 +13,10 @@ bitsandbytes' CPU code.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from math import ceil, prod
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,12 +24,17 @@ from torch import Tensor
 from halfbyte import blockwise
 from halfbyte.errors import ConfigError, WeightError
 
+if TYPE_CHECKING:
+    from halfbyte.nf4.cpu import Kernels
+
 QuantType = Literal["nf4", "fp4"]
 Implementation = Literal["auto", "cpu", "torch"]
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SCALE_BLOCK = 256
-FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of cpu.cpp's enum
+
+_TENSORS = ("codes", "scales", "scale_codes", "scale_scales", "scale_offset")
 
 # Elements the plain versions work on at a time: bounds their temporaries to a few tens of MB.
 _CHUNK = 2**20
@@ -38,6 +43,9 @@ _CHUNK = 2**20
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
     """A weight in 4 bits: its tensors, and what is needed to read them.
+
+    Tensors that do not fit together are refused (WeightError), so those who read one need not
+    look again.
 
     Attributes:
         codes: uint8 ``[ceil(numel / 2)]``; element 2i in the high nibble, 2i + 1 in the low one.
@@ -62,6 +70,19 @@ class QuantizedWeight:
     quant_type: QuantType
     block_size: int
 
+    def __post_init__(self) -> None:
+        check_format(self.quant_type, self.block_size)
+        expected = _layout(self.numel, self.block_size, self.double_quant)
+        came = {name: (t.dtype, tuple(t.shape)) for name, t in self.tensors().items()}
+        if came != expected:
+            raise WeightError(
+                f"a {self.quant_type} weight of shape {self.shape} in blocks of {self.block_size}"
+                f" is made of {expected}, and not of {came}: the checkpoint is damaged or of"
+                " another format."
+            )
+        if len({tensor.device for tensor in self.tensors().values()}) > 1:
+            raise WeightError("the tensors of a quantised weight must be on one device")
+
     @property
     def double_quant(self) -> bool:
         """Whether the scales are quantised too."""
@@ -84,8 +105,8 @@ class QuantizedWeight:
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the tensors there are, by field name."""
-        named = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return {name: value for name, value in named if isinstance(value, Tensor)}
+        named = ((name, getattr(self, name)) for name in _TENSORS)
+        return {name: tensor for name, tensor in named if tensor is not None}
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """Returns this weight with its tensors on `device`; no type ever changes."""
@@ -159,8 +180,9 @@ def quantize(
             f"{called} is {weight.dtype}, and only float32, bfloat16 and float16 can be"
             " quantised: cast it first, or leave it as it is."
         )
-    flat = weight.detach().reshape(-1)
-    codes, scales = _encode(flat, quant_type, block_size)
+    kernels = _kernels(impl, weight.device)
+    flat = weight.detach().reshape(-1).contiguous()
+    codes, scales = (kernels.encode if kernels else _encode)(flat, quant_type, block_size)
     if not scales.isfinite().all():
         bad = int((~flat.isfinite()).sum())
         raise WeightError(
@@ -168,15 +190,17 @@ def quantize(
             " or infinite, so it cannot be quantised: the checkpoint is damaged or its training"
             " diverged. Use another one."
         )
-    whole = QuantizedWeight(
+    single = QuantizedWeight(
         codes, scales, None, None, None, tuple(weight.shape), weight.dtype, quant_type, block_size
     )
     if not double_quant:
-        return whole
+        return single
+    # torch adds up in an order that depends on its number of threads, and so, in the last bit,
+    # may the offset. It is the order bitsandbytes takes.
     offset = scales.mean() if len(scales) else scales.new_zeros(())
     scale_codes, scale_scales = blockwise.encode_dynamic(scales - offset, SCALE_BLOCK)
     return replace(
-        whole,
+        single,
         scales=None,
         scale_codes=scale_codes,
         scale_scales=scale_scales,
@@ -208,18 +232,24 @@ def dequantize(
         ValueError: `dtype` or `out` is unfit.
         ConfigError: Unknown `impl`.
     """
+    kernels = _kernels(impl, q.codes.device)
+    if dtype is None:
+        dtype = q.dtype if out is None else out.dtype
+    if dtype not in (*FLOAT_TYPES, torch.float64):
+        raise ValueError(f"can decode to float32, bfloat16, float16 or float64, not {dtype}")
     if out is None:
-        out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.codes.device)
-    elif dtype not in (None, out.dtype):
+        empty = kernels.empty if kernels else partial(torch.empty, device=q.codes.device)
+        out = empty(q.shape, dtype=dtype)
+    elif out.dtype != dtype:
         raise ValueError(f"dtype is {dtype} and out is {out.dtype}: give one, or make them equal")
-    if out.dtype not in (*FLOAT_TYPES, torch.float64):
-        raise ValueError(f"can decode to float32, bfloat16, float16 or float64, not {out.dtype}")
-    if out.numel() != q.numel or not out.is_contiguous() or out.device != q.codes.device:
+    elif out.numel() != q.numel or not out.is_contiguous() or out.device != q.codes.device:
         raise ValueError(
             f"out must be contiguous, with {q.numel} elements, on {q.codes.device}; it has shape"
             f" {tuple(out.shape)}, strides {out.stride()} and is on {out.device}"
         )
-    _decode(q, out.view(-1))
+    if dtype == torch.float64:
+        return out.copy_(dequantize(q, torch.float32, impl=impl).view(out.shape))
+    (kernels.decode if kernels else _decode)(q, out)
     return out
 
 
@@ -246,22 +276,11 @@ def empty_like_quantized(
         ConfigError: Unknown `quant_type` or `block_size`.
     """
     check_format(quant_type, block_size)
-    numel = prod(shape)
-    blocks = ceil(numel / block_size)
-
-    def empty(dtype: torch.dtype, *sizes: int) -> Tensor:
-        return torch.empty(sizes, dtype=dtype, device=device)
-
+    tensors: dict[str, Any] = dict.fromkeys(_TENSORS)
+    for name, (kind, sizes) in _layout(prod(shape), block_size, double_quant).items():
+        tensors[name] = torch.empty(sizes, dtype=kind, device=device)
     return QuantizedWeight(
-        codes=empty(torch.uint8, ceil(numel / 2)),
-        scales=None if double_quant else empty(torch.float32, blocks),
-        scale_codes=empty(torch.uint8, blocks) if double_quant else None,
-        scale_scales=empty(torch.float32, ceil(blocks / SCALE_BLOCK)) if double_quant else None,
-        scale_offset=empty(torch.float32) if double_quant else None,
-        shape=tuple(shape),
-        dtype=dtype,
-        quant_type=quant_type,
-        block_size=block_size,
+        **tensors, shape=tuple(shape), dtype=dtype, quant_type=quant_type, block_size=block_size
     )
 
 
@@ -273,6 +292,36 @@ def check_format(quant_type: str, block_size: int) -> None:
         raise ConfigError(
             f"block_size must be a power of two from 32 to 4096, not {block_size!r}; 64 is usual"
         )
+
+
+def _layout(
+    numel: int, block_size: int, double_quant: bool
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Type and shape of each tensor of a quantised weight, in the order of its fields."""
+    blocks = ceil(numel / block_size)
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    layout = {"codes": (torch.uint8, (ceil(numel / 2),))}
+    if double_quant:
+        layout["scale_codes"] = torch.uint8, (blocks,)
+        layout["scale_scales"] = torch.float32, (ceil(blocks / SCALE_BLOCK),)
+        layout["scale_offset"] = torch.float32, ()
+    else:
+        layout["scales"] = torch.float32, (blocks,)
+    return layout
+
+
+def _kernels(impl: Implementation, device: torch.device) -> Kernels | None:
+    """The kernels to use, or None for plain PyTorch."""
+    from halfbyte.nf4 import cpu  # needs this module; and most who import it never need that
+
+    if impl not in get_args(Implementation):
+        raise ConfigError(f'impl must be "auto", "cpu" or "torch", not {impl!r}')
+    found = cpu.kernels() if impl != "torch" and device.type == "cpu" else None
+    if impl == "cpu" and found is None:
+        raise ConfigError(
+            f'impl "cpu" cannot be had for a tensor on {device} ({cpu.describe()}): use "auto"'
+        )
+    return found
 
 
 def _chunks(numel: int, block_size: int) -> Iterator[tuple[slice, slice]]:
@@ -308,7 +357,8 @@ def _encode(flat: Tensor, quant_type: QuantType, block_size: int) -> tuple[Tenso
 
 
 def _decode(q: QuantizedWeight, out: Tensor) -> None:
-    """Decodes into `out`, flat."""
+    """Decodes into `out`, contiguous."""
+    out = out.view(-1)
     # Indexing a table of both values of a byte is the fastest way through plain PyTorch.
     levels = levels_of(q.quant_type)
     pairs = torch.cartesian_prod(levels, levels).to(out.device)

@@ -1,0 +1,262 @@
+"""The C++ kernels of cpu.cpp: built at first use, kept for next time, chosen by CPU.
+
+The build is one compiler call of a second or two. Its result lies in the user's cache directory
+under a hash of everything it depends on, so a new version or another compiler builds anew and
+nothing is ever stale; it is written beside its place and renamed, so processes that build at the
+same time do no harm. Where there is no compiler, `kernels` says so once and plain PyTorch does
+the work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from math import ceil
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from halfbyte import blockwise
+from halfbyte.errors import HalfbyteError
+from halfbyte.nf4.format import FLOAT_TYPES, QuantizedWeight, QuantType, code_order, levels_of
+
+Variant = Literal["scalar", "avx2", "avx512"]  # in the order of cpu.cpp's enum
+
+_SOURCE = Path(__file__).with_name("cpu.cpp")
+# No -march=native: functions of cpu.cpp name their instruction sets themselves. No contraction:
+# a multiplication and an addition fused into one would round once where the format rounds twice.
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=off")
+
+# Elements that are worth another thread: some 50 microseconds of work on a current core, against
+# 5 to wake a thread that spins and 50 for one that sleeps.
+_DECODE_SHARE = 2**19
+_ENCODE_SHARE = 2**16
+
+# From this size malloc maps fresh pages for every allocation.
+_LARGE_RESULT = 2**25
+
+_log = logging.getLogger("halfbyte")
+
+
+class _Unavailable(HalfbyteError):
+    """Why there are no kernels; never leaves this module."""
+
+
+class Kernels:
+    """The compiled functions, as methods on tensors.
+
+    Attributes:
+        variants: The variants this CPU can run, the fastest last.
+        threading: What runs the threads, for people to read.
+    """
+
+    def __init__(self, library: Path) -> None:
+        loaded = ctypes.CDLL(str(library))
+        pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        self._decode = loaded.halfbyte_dequantize
+        self._decode.argtypes = [*[pointer] * 7, size, size, pointer, *[number] * 3, pointer]
+        self._decode.restype = None
+        self._encode = loaded.halfbyte_quantize
+        self._encode.argtypes = [
+            pointer,
+            number,
+            size,
+            size,
+            *[pointer] * 4,
+            *[number] * 2,
+            pointer,
+        ]
+        self._encode.restype = None
+        self._use_large_pages = loaded.halfbyte_use_large_pages
+        self._use_large_pages.argtypes = [pointer, size]
+        self._use_large_pages.restype = None
+        self.variants: tuple[Variant, ...] = get_args(Variant)[: loaded.halfbyte_best_variant() + 1]
+        # Looked up through torch's own extension module, a symbol comes from the very OpenMP
+        # runtime torch uses, whatever its file is called and whatever others are loaded.
+        fork = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
+        self._fork = ctypes.cast(fork, pointer) if fork else None
+        self.threading = "torch's OpenMP threads" if fork else "threads of their own"
+
+    def decode(
+        self,
+        q: QuantizedWeight,
+        out: Tensor,
+        *,
+        variant: Variant | None = None,
+        threads: int | None = None,
+    ) -> None:
+        """Decodes `q` into `out`: on the CPU, contiguous, float32, bfloat16 or float16.
+
+        Args:
+            q: The weight, on the CPU.
+            out: Where to write, ``q.numel`` elements.
+            variant: One of `variants`; the fastest by default.
+            threads: Threads to use, at most; as many as torch by default.
+        """
+        tensors = [
+            tensor if tensor is None else tensor.contiguous()
+            for tensor in (q.codes, q.scales, q.scale_codes, q.scale_scales, q.scale_offset)
+        ]
+        self._decode(
+            *(_address(tensor) for tensor in tensors),
+            _address(blockwise.DYNAMIC_SIGNED),
+            _address(levels_of(q.quant_type)),
+            q.numel,
+            q.block_size,
+            _address(out),
+            FLOAT_TYPES.index(out.dtype),
+            self._number(variant),
+            _threads(threads, q.numel // _DECODE_SHARE),
+            self._fork,
+        )
+
+    def encode(
+        self,
+        flat: Tensor,
+        quant_type: QuantType,
+        block_size: int,
+        *,
+        variant: Variant | None = None,
+        threads: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the codes and scales of flat, contiguous values on the CPU.
+
+        A block with NaN or infinity in it gets a scale that is NaN or infinite.
+
+        Args:
+            flat: float32, bfloat16 or float16.
+            quant_type: As for `halfbyte.nf4.quantize`.
+            block_size: As for `halfbyte.nf4.quantize`.
+            variant: One of `variants`; the fastest by default.
+            threads: Threads to use, at most; as many as torch by default.
+        """
+        numel = flat.numel()
+        codes = torch.empty(ceil(numel / 2), dtype=torch.uint8)
+        scales = torch.empty(ceil(numel / block_size), dtype=torch.float32)
+        order = code_order(quant_type)
+        bounds = blockwise.midpoints(levels_of(quant_type)[order])
+        packed_order = (order[:, None] * 16 + order).to(torch.uint8)
+        self._encode(
+            _address(flat),
+            FLOAT_TYPES.index(flat.dtype),
+            numel,
+            block_size,
+            _address(bounds),
+            _address(packed_order),
+            _address(codes),
+            _address(scales),
+            self._number(variant),
+            _threads(threads, numel // _ENCODE_SHARE),
+            self._fork,
+        )
+        return codes, scales
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Returns an uninitialised tensor; a large one is quick to write for the first time."""
+        tensor = torch.empty(shape, dtype=dtype)
+        if tensor.nbytes >= _LARGE_RESULT:
+            self._use_large_pages(_address(tensor), tensor.nbytes)
+        return tensor
+
+    def _number(self, variant: Variant | None) -> int:
+        if variant is None:
+            return len(self.variants) - 1
+        if variant not in self.variants:
+            raise ValueError(f"this CPU runs {', '.join(self.variants)}, not {variant!r}")
+        return self.variants.index(variant)
+
+
+def kernels() -> Kernels | None:
+    """Returns the kernels, built if need be, or None, having announced why, once."""
+    found = _find()
+    return found if isinstance(found, Kernels) else None
+
+
+def describe() -> str:
+    """Says in a line which implementation runs on the CPU, and why."""
+    found = _find()
+    if isinstance(found, Kernels):
+        return f"C++ kernels ({found.variants[-1]}, {found.threading})"
+    return f"plain PyTorch, because {found}"
+
+
+@cache
+def _find() -> Kernels | str:
+    """The kernels, or why there are none; announces that."""
+    try:
+        return Kernels(_library())
+    except (_Unavailable, OSError, RuntimeError) as error:  # the last: no home directory
+        reason = str(error)
+    _log.warning(
+        "4-bit weights are handled by plain PyTorch, tens of times slower than the C++ kernels,"
+        " because %s",
+        reason,
+    )
+    return reason
+
+
+def _library() -> Path:
+    """Returns the shared library, after building it unless that was done before."""
+    compiler = _compiler()
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=False)
+    # The CPU's architecture and not its model: one build is right for all of an architecture.
+    parts = (*compiler, version.stdout, *_FLAGS, platform.machine(), _SOURCE.read_bytes())
+    digest = hashlib.sha256(repr(parts).encode())
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    library = directory / "halfbyte" / f"nf4-cpu-{digest.hexdigest()[:20]}.so"
+    if not library.exists():
+        library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _build(compiler, library)
+    return library
+
+
+def _compiler() -> list[str]:
+    """Returns the command that compiles C++: $CXX if set, else the first of the usual names."""
+    named = os.environ.get("CXX")
+    if named:
+        command = shlex.split(named)
+        if shutil.which(command[0]):
+            return command
+        raise _Unavailable(f"the compiler that $CXX names, {named!r}, is not there: correct it")
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return [name]
+    raise _Unavailable(
+        "there is no C++ compiler (c++, g++ or clang++): install one, or name one in $CXX"
+    )
+
+
+def _build(compiler: list[str], library: Path) -> None:
+    """Compiles cpu.cpp to `library`, which appears whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as directory:
+        built = Path(directory, library.name)
+        result = subprocess.run(
+            [*compiler, *_FLAGS, "-o", str(built), str(_SOURCE)],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        if result.returncode != 0:
+            lines = result.stderr.splitlines()
+            first = next((line for line in lines if "error" in line), *lines[-1:])
+            raise _Unavailable(f"{shlex.join(compiler)} could not build them: {first}")
+        built.replace(library)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _threads(asked: int | None, worth: int) -> int:
+    return max(1, min(asked or torch.get_num_threads(), worth))
