@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from halfbyte.train.config import ModelOptions
+from halfbyte.train.config import BaseOptions, ModelOptions
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
@@ -23,7 +23,7 @@ class ReadModelOptions(ModelOptions):
     sections: ClassVar[dict[str, str]] = {"model": "the model"}
 
 
-def as_trained(options: ModelOptions, adapter: str | Path | None) -> dict[str, Any]:
+def as_trained(options: BaseOptions, adapter: str | Path | None) -> dict[str, Any]:
     """How the base is to be quantised: as asked for, or else as the adapter was trained on it.
 
     Returns:

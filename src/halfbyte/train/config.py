@@ -73,8 +73,8 @@ class Options(BaseModel):
         return value
 
 
-class ModelOptions(Options):
-    """Which base model, and how it is held in memory."""
+class BaseOptions(Options):
+    """Which base model, and how its weights are held."""
 
     model: str = Field(
         min_length=1,
@@ -86,10 +86,6 @@ class ModelOptions(Options):
     )
     double_quant: bool = Field(True, description="quantise the scales once more")
     block_size: int = Field(64, description="weights that share a scale: a power of 2, 32 to 4096")
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="type in which matrices are multiplied; auto asks the hardware"
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
 
     @field_validator("block_size")
     @classmethod
@@ -97,6 +93,15 @@ class ModelOptions(Options):
         if not 32 <= value <= 4096 or value & (value - 1):
             raise ValueError("expected a power of 2 from 32 to 4096")
         return value
+
+
+class ModelOptions(BaseOptions):
+    """A base model that computes."""
+
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="type in which matrices are multiplied; auto asks the hardware"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
 
 
 class TrainConfig(ModelOptions):
