@@ -131,11 +131,12 @@ def test_our_own_warnings_become_notes(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_long_task_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     stream = io.StringIO()
     with PlainScreen(stream).task("evaluating", 4) as progress:
-        for done, now in ((1, 20.0), (2, 21.0), (3, 50.0)):
+        for done, seconds in ((1, 20.0), (2, 21.0), (3, 50.0)):
+            now[0] = seconds
             progress(done, 4)
     assert stream.getvalue() == "evaluating: 25 %\nevaluating: 75 %\nevaluating: 50.0 s\n"
 

@@ -1,0 +1,213 @@
+"""The program as a whole: start-up, exit codes, streams."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from halfbyte import cli
+from halfbyte.errors import DataError, NonFiniteLossError, WeightError
+
+SOURCE = Path(cli.__file__).parents[2]
+HEAVY = ("torch", "transformers", "numpy", "rich", "safetensors", "gguf")
+
+
+def halfbyte(*words: str, **more: Any) -> subprocess.CompletedProcess[str]:
+    """Run the program in a fresh interpreter."""
+    return subprocess.run(
+        [sys.executable, "-m", "halfbyte", *words],
+        env=os.environ | {"PYTHONPATH": str(SOURCE)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        **more,
+    )
+
+
+def modules_after(words: list[str]) -> set[str]:
+    """Everything that a command line imports."""
+    program = (
+        "import sys\n"
+        "from halfbyte.cli import main\n"
+        "try:\n"
+        f"    main({words!r})\n"
+        "except SystemExit:\n"
+        "    pass\n"
+        "print('\\n'.join(sys.modules), file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": str(SOURCE)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(done.stderr.splitlines())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["--version"],
+        ["train", "--help"],
+        ["train", "--lerning-rate", "1"],
+        ["train", "/nowhere.yaml"],
+        ["trian"],
+        *([verb, "--help"] for verb in cli.VERBS if verb != "train"),
+        *([verb, "--nonsense"] for verb in cli.VERBS if verb != "train"),
+    ],
+)
+def test_help_and_mistakes_import_nothing_heavy(words: list[str]) -> None:
+    assert not modules_after(words) & set(HEAVY)
+
+
+def test_help_is_quick() -> None:
+    def seconds() -> float:
+        began = time.perf_counter()
+        halfbyte("train", "--help")
+        return time.perf_counter() - began
+
+    assert min(seconds() for _ in range(3)) < 0.5
+
+
+def test_the_package_itself_imports_nothing() -> None:
+    program = (
+        "import sys, halfbyte; assert halfbyte.__version__; dir(halfbyte)\n"
+        f"assert not set(sys.modules) & {{*{HEAVY!r}, 'pydantic', 'yaml'}}\n"
+        "halfbyte.TrainConfig\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(SOURCE)}, check=True
+    )
+
+
+def test_the_public_names_are_few_and_known() -> None:
+    import halfbyte as package
+
+    assert len(package.__all__) <= 15
+    assert set(package._HOMES) | {"__version__", "nf4"} == set(package.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'finetune'"):
+        _ = package.finetune
+
+
+def test_overview_and_version() -> None:
+    for words in ([], ["--help"], ["-h"], ["help"]):
+        done = halfbyte(*words)
+        assert done.returncode == 0
+        assert done.stdout.startswith("usage: halfbyte VERB [options]")
+        assert all(f"\n  {verb} " in done.stdout for verb in cli.VERBS)
+    assert halfbyte("--version").stdout.strip() == f"halfbyte {cli.__version__}"
+
+
+def test_a_mistake_is_one_message_on_standard_error_and_code_2(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: m\ndata: d\noutput: o\nlerning_rate: 1e-4\n")
+    for words in (
+        ["train", str(tmp_path / "run.yaml")],
+        ["train", "--model", "m", "--data", "d", "--output", "o", "--lerning-rate", "1e-4"],
+    ):
+        done = halfbyte(*words, cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert done.stderr == (
+            "halfbyte train: unknown option `lerning_rate`; did you mean `learning_rate`?\n"
+        )
+    assert not (tmp_path / "o").exists()
+
+
+def test_an_unknown_verb() -> None:
+    done = halfbyte("trian")
+    assert done.returncode == 2
+    assert done.stderr.startswith("halfbyte: unknown verb `trian`; did you mean `train`?")
+
+
+@pytest.fixture
+def verb(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A verb ``doctor`` that does what its ``main`` is set to."""
+    module = ModuleType("halfbyte.cli.doctor")
+    monkeypatch.setitem(sys.modules, "halfbyte.cli.doctor", module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (DataError("train.jsonl is empty"), 2, "halfbyte doctor: train.jsonl is empty\n"),
+        (WeightError("w holds NaN"), 2, "halfbyte doctor: w holds NaN\n"),
+        (NonFiniteLossError("the loss is nan"), 1, "halfbyte doctor: the loss is nan\n"),
+        (KeyboardInterrupt(), 130, "\nhalfbyte doctor: interrupted\n"),
+    ],
+)
+def test_exit_codes(
+    verb: ModuleType,
+    error: BaseException,
+    code: int,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(argv: list[str]) -> None:
+        raise error
+
+    verb.main = fail  # type: ignore[attr-defined]
+    assert cli.main(["doctor"]) == code
+    assert capsys.readouterr() == ("", said)
+
+
+def test_a_bug_shows_its_traceback(verb: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(argv: list[str]) -> None:
+        raise IndexError(argv[0])
+
+    verb.main = fail  # type: ignore[attr-defined]
+    assert cli.main(["doctor", "word"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback")
+    assert "IndexError: word" in err
+    assert "this is a bug in halfbyte" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["--version"]])
+def test_a_reader_that_has_left_is_no_error(words: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "halfbyte", *words],
+        env=os.environ | {"PYTHONPATH": str(SOURCE)},
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(writing)
+    assert done.stderr == b""
+    assert done.returncode == 141
+
+
+def test_ctrl_c_ends_with_130(tmp_path: Path) -> None:
+    program = (
+        "import sys, time, types\n"
+        "from halfbyte.cli import main\n"
+        "def wait(argv):\n"
+        "    print('waiting', flush=True)\n"
+        "    time.sleep(60)\n"
+        "sys.modules['halfbyte.cli.doctor'] = types.SimpleNamespace(main=wait)\n"
+        "raise SystemExit(main(['doctor']))\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": str(SOURCE)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "waiting\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == "\nhalfbyte doctor: interrupted\n"
+    assert process.returncode == 130
