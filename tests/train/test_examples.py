@@ -24,8 +24,8 @@ def test_it_loads_under_our_own_names(path: Path) -> None:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_its_command_is_one_that_works(path: Path) -> None:
     comment = path.read_text(encoding="utf-8").partition("\n\n")[0]
-    [command] = [line for line in comment.splitlines() if "halfbyte train" in line]
-    words = VERB.words(command.strip("# ").split()[2:])
+    [command] = [line for line in comment.splitlines() if line.startswith("#     halfbyte train ")]
+    words = VERB.words(command.split()[3:])
     assert words.problems == []
     file = ROOT / words.positional["config"]
     assert file == path
