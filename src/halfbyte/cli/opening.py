@@ -17,7 +17,10 @@ class ReadModelOptions(ModelOptions):
     """A base model, and an adapter trained on it."""
 
     adapter: str | None = Field(
-        None, min_length=1, description="directory of an adapter; none asks the base model"
+        None,
+        min_length=1,
+        description="directory of an adapter; the base is then quantised as in its training, "
+        "unless said otherwise",
     )
 
     sections: ClassVar[dict[str, str]] = {"model": "the model"}

@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
             for note in notes:
                 report.note(note)
             trained = train(config, report)
-        show.paragraph(f"The adapter is in {trained.adapter_dir}. To try it:")
+        show.paragraph("The adapter is written. To try it:")
         adapter = str(trained.adapter_dir)
         show.command(invocation("chat", "--model", config.model, "--adapter", adapter))
         result |= dataclasses.asdict(trained)

@@ -1,0 +1,53 @@
+"""``halfbyte quantize M OUT``: a 4-bit checkpoint that transformers, PEFT and vLLM load."""
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from halfbyte.cli.options import Verb, results
+from halfbyte.train.config import BaseOptions
+
+
+class QuantizeOptions(BaseOptions):
+    """What to quantise, how, and where to."""
+
+    quant: Literal["nf4", "fp4"] = Field("nf4", description="4-bit type of the weights")
+    out: Path = Field(description="directory to write")
+    overwrite: bool = Field(False, description="replace the directory if it is there")
+
+    sections: ClassVar[dict[str, str]] = {"model": "what, how, and where to"}
+
+
+VERB = Verb(
+    "quantize",
+    QuantizeOptions,
+    about="Write a model in 4 bits, in the format of bitsandbytes: transformers, PEFT and vLLM "
+    "load it. One tensor is held at a time.",
+    example="halfbyte quantize model.gguf model-nf4",
+    positional=("model", "out"),
+)
+
+
+def main(argv: list[str]) -> None:
+    """Run the verb."""
+    options, notes, as_json = VERB.read(argv)
+
+    from halfbyte.checkpoint.base_model import open_base
+    from halfbyte.checkpoint.bitsandbytes import write_quantized
+    from halfbyte.model.build import BaseRecipe
+    from halfbyte.report import open_report, show
+    from halfbyte.report.live import size
+
+    recipe = BaseRecipe(options.quant, options.double_quant, options.block_size)
+    with results(as_json=as_json) as result, open_report() as report:
+        for note in notes:
+            report.note(note)
+        source = open_base(options.model, revision=options.revision)
+        with report.task(f"quantising {options.model}", None) as progress:
+            out = write_quantized(
+                source, options.out, recipe, replace=options.overwrite, progress=progress
+            )
+        written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+        show.paragraph(f"{out}: {size(written)}, from {size(source.total_bytes)}.")
+        result |= {"directory": str(out), "bytes": written, "source_bytes": source.total_bytes}

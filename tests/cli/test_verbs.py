@@ -1,0 +1,423 @@
+"""What each verb hands on, and what it prints; models and training are stand-ins here."""
+
+import builtins
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from halfbyte import cli
+from halfbyte.checkpoint.peft import save_adapter
+from halfbyte.lora import LoRAConfig
+from halfbyte.report.journal import read_journal
+
+SAMPLES = [
+    {"prompt": "1 + 1?", "expected": "2", "got": "2"},
+    {"prompt": "1 + 2?", "expected": "3", "got": "fish"},
+]
+
+
+@dataclass(frozen=True)
+class Trained:
+    adapter_dir: Path
+    steps: int = 7
+    final_loss: float = 0.25
+    peak_memory_bytes: int = 10**9
+    seconds: float = 61.0
+    tokens_per_second: float = 612.0
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    loss: float = 0.5
+    perplexity: float = 1.6487
+    supervised_tokens: int = 1234
+    exact_match: float | None = 0.5
+    cases: int = 2
+    samples: list[dict[str, str]] = field(default_factory=lambda: SAMPLES)
+
+
+class Seam:
+    """Stands where the engine is: records every call, answers what a test wants."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.answer: Callable[[list[dict[str, str]]], str] = lambda messages: "Hello there"
+
+    def train(self, config: Any, report: Any) -> Trained:
+        self.calls.append(("train", {"config": config}))
+        report.begin(total_steps=1, start_step=0, facts={"base": "tiny"})
+        report.step({"step": 1, "loss": 0.25})
+        return Trained(config.output)
+
+    def open_model(self, model: str, **options: Any) -> tuple[Any, str, None]:
+        self.calls.append(("open", {"model": model} | options))
+        return SimpleNamespace(config="config"), "tokenizer", None
+
+    def evaluate(self, model: Any, tokenizer: str, data: Any, **options: Any) -> Evaluated:
+        self.calls.append(("evaluate", {"data": data} | options))
+        options["progress"](1, 2)
+        if not options["exact_match"]:
+            return Evaluated(exact_match=None, samples=[])
+        return Evaluated()
+
+    def generate(
+        self, model: Any, tokenizer: str, prompts: list[Any], *, on_text: Any = None, **how: Any
+    ) -> list[str]:
+        self.calls.append(("generate", {"prompts": [list(prompt) for prompt in prompts]} | how))
+        text = self.answer(prompts[0])
+        for word in text.split(" "):
+            on_text(word + " ")
+        return [text]
+
+    def named(self, name: str) -> list[dict[str, Any]]:
+        return [options for called, options in self.calls if called == name]
+
+
+@pytest.fixture
+def seam(monkeypatch: pytest.MonkeyPatch) -> Seam:
+    stand_in = Seam()
+    for path, names in (
+        ("halfbyte.train.loop", ("train",)),
+        ("halfbyte.train.loading", ("open_model",)),
+        ("halfbyte.train.evaluate", ("evaluate",)),
+        ("halfbyte.model.generate", ("generate",)),
+    ):
+        module = ModuleType(path)
+        for name in names:
+            setattr(module, name, getattr(stand_in, name))
+        monkeypatch.setitem(sys.modules, path, module)
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setenv("COLUMNS", "80")
+    return stand_in
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> str:
+    """An adapter that was trained on an FP4 base with blocks of 128."""
+    state = {
+        "model.q_proj.lora_A.weight": torch.zeros(2, 4),
+        "model.q_proj.lora_B.weight": torch.zeros(4, 2),
+    }
+    save_adapter(
+        tmp_path / "adapter",
+        state,
+        LoRAConfig(r=2),
+        base_name="m",
+        base_fingerprint="f",
+        recipe={"quant": "fp4", "double_quant": False, "block_size": 128},
+    )
+    return str(tmp_path / "adapter")
+
+
+def run(line: str) -> int:
+    return cli.main(line.split())
+
+
+def lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.splitlines()]
+
+
+# --- train --------------------------------------------------------------------------------------
+
+
+def test_train_lays_options_over_the_file_and_says_what_it_read(
+    seam: Seam, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("base_model: m\ndata: d\nlora_r: 8\nseed: 5\n")
+    output = tmp_path / "out"
+    assert cli.main(["train", str(file), "--output", str(output), "--lora_r", "4"]) == 0
+    [call] = seam.named("train")
+    assert (call["config"].model, call["config"].lora_r, call["config"].seed) == ("m", 4, 5)
+    out, err = capsys.readouterr()
+    assert lines(err)[:2] == ["`base_model: m` read as `model: m`", "base: tiny"]
+    assert lines(out) == [
+        "The adapter is written. To try it:",
+        f"  halfbyte chat --model m --adapter {output}",
+    ]
+    events = [record["event"] for record in read_journal(output / "journal.jsonl")]
+    assert events == ["note", "begin", "step"]
+
+
+def test_train_with_json_prints_one_object(
+    seam: Seam, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(f"train --model m --data d --output {tmp_path}/out --json") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {
+        "adapter_dir": f"{tmp_path}/out",
+        "steps": 7,
+        "final_loss": 0.25,
+        "peak_memory_bytes": 10**9,
+        "seconds": 61.0,
+        "tokens_per_second": 612.0,
+    }
+    assert "To try it" in err
+
+
+# --- eval ---------------------------------------------------------------------------------------
+
+
+def test_eval_prints_figures_and_what_was_missed(
+    seam: Seam, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("eval --model m --data d.jsonl --max-length 64") == 0
+    [call] = seam.named("evaluate")
+    assert (call["data"], call["max_length"], call["exact_match"]) == ("d.jsonl", 64, True)
+    assert lines(capsys.readouterr().out) == [
+        "  loss               0.5000",
+        "  perplexity         1.649",
+        "  supervised tokens  1,234",
+        "  exact match        50.0 % of 2 cases",
+        "",
+        "› 1 + 2?",
+        "  expected  3",
+        "  got       fish",
+    ]
+
+
+def test_eval_without_exact_match_and_as_json(
+    seam: Seam, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("eval --model m --data d --no-exact-match --json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["exact_match"] is None
+    assert result["supervised_tokens"] == 1234
+
+
+# --- how the base is opened ---------------------------------------------------------------------
+
+
+def test_without_an_adapter_the_base_is_opened_as_asked(seam: Seam) -> None:
+    assert run("eval --model m --data d --quant none --revision v2 --device cpu") == 0
+    [call] = seam.named("open")
+    assert call.pop("report") is not None
+    assert call == {
+        "model": "m",
+        "adapter": None,
+        "quant": "none",
+        "double_quant": True,
+        "block_size": 64,
+        "compute_dtype": "auto",
+        "device": "cpu",
+        "revision": "v2",
+    }
+
+
+def test_with_an_adapter_the_base_is_opened_as_it_was_trained(seam: Seam, adapter: str) -> None:
+    assert cli.main(["eval", "--model", "m", "--data", "d", "--adapter", adapter]) == 0
+    [call] = seam.named("open")
+    assert (call["quant"], call["double_quant"], call["block_size"]) == ("fp4", False, 128)
+
+
+def test_what_is_asked_for_wins_over_the_adapter(seam: Seam, adapter: str) -> None:
+    words = ["eval", "--model", "m", "--data", "d", "--adapter", adapter, "--quant", "nf4"]
+    assert cli.main(words) == 0
+    [call] = seam.named("open")
+    assert (call["quant"], call["double_quant"], call["block_size"]) == ("nf4", False, 128)
+
+
+def test_an_adapter_that_is_not_there(seam: Seam, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("eval --model m --data d --adapter /nowhere") == 2
+    assert "/nowhere" in capsys.readouterr().err
+    assert seam.calls == []
+
+
+# --- generate -----------------------------------------------------------------------------------
+
+
+def test_generate_streams_its_answer(seam: Seam, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", "--model", "m", "--system", "Be brief.", "--prompt", "Hi, you"]
+    assert cli.main([*words, "--temperature", "0.5", "--seed", "3"]) == 0
+    [call] = seam.named("generate")
+    assert call == {
+        "prompts": [
+            [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "Hi, you"},
+            ]
+        ],
+        "max_new_tokens": 256,
+        "temperature": 0.5,
+        "seed": 3,
+    }
+    assert capsys.readouterr().out == "Hello there \n"
+
+
+def test_generate_reads_a_prompt_from_a_pipe_and_prints_json(
+    seam: Seam, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is\nthis?\n"))
+    assert cli.main(["generate", "--model", "m", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"prompt": "What is\nthis?", "answer": "Hello there"}
+    assert "Hello there" in err
+
+
+@pytest.mark.parametrize(
+    ("typed", "terminal", "message"),
+    [
+        ([], True, "`prompt` is missing: give --prompt TEXT, or pipe the text in"),
+        ([], False, "`prompt`: expected some text, got none"),
+        (["--prompt", ""], True, "`prompt`: expected some text, got none"),
+    ],
+)
+def test_generate_without_a_prompt(
+    typed: list[str],
+    terminal: bool,
+    message: str,
+    seam: Seam,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stream = io.StringIO("  \n")
+    monkeypatch.setattr(stream, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stdin", stream)
+    assert cli.main(["generate", "--model", "m", *typed]) == 2
+    assert capsys.readouterr().err == f"halfbyte generate: {message}\n"
+    assert seam.calls == []
+
+
+# --- chat ---------------------------------------------------------------------------------------
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, *said: str | type[BaseException]) -> None:
+    """Let these be typed at the prompt, exceptions raised, and then the input end."""
+    pending: Iterator[str | type[BaseException]] = iter(said)
+
+    def read(prompt: str) -> str:
+        one = next(pending, EOFError)
+        if isinstance(one, str):
+            return one
+        raise one
+
+    monkeypatch.setattr(builtins, "input", read)
+
+
+def test_chat_remembers_and_forgets(seam: Seam, monkeypatch: pytest.MonkeyPatch) -> None:
+    typed(monkeypatch, "one", "", "two", "/reset", "three", "/exit", "never")
+    seam.answer = lambda messages: f"to {messages[-1]['content']}"
+    assert cli.main(["chat", "--model", "m", "--system", "S"]) == 0
+    system = {"role": "system", "content": "S"}
+
+    def told(*contents: str) -> list[dict[str, str]]:
+        roles = ("user", "assistant")
+        return [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
+
+    assert [call["prompts"][0] for call in seam.named("generate")] == [
+        [system, *told("one")],
+        [system, *told("one", "to one", "two")],
+        [system, *told("three")],
+    ]
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(
+    seam: Seam, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed(monkeypatch, "tell me", KeyboardInterrupt, "/what", "go on")
+
+    def interrupted(
+        model: Any, tokenizer: str, prompts: list[Any], *, on_text: Any, **how: Any
+    ) -> list[str]:
+        seam.calls.append(("generate", {"prompts": [list(prompts[0])]}))
+        on_text("Once upon ")
+        raise KeyboardInterrupt
+
+    sys.modules["halfbyte.model.generate"].generate = interrupted  # type: ignore[attr-defined]
+    assert cli.main(["chat", "--model", "m"]) == 0
+    assert seam.named("generate")[1]["prompts"][0] == [
+        {"role": "user", "content": "tell me"},
+        {"role": "assistant", "content": "Once upon"},
+        {"role": "user", "content": "go on"},
+    ]
+    out = capsys.readouterr().out
+    assert out.count("Once upon  …\n") == 2
+    assert out.count("/reset forgets the conversation, /exit leaves\n") == 2
+
+
+# --- demo ---------------------------------------------------------------------------------------
+
+
+def test_the_demo_tells_its_story(
+    seam: Seam, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "demo"
+    earlier = output / "adapter" / "adapter_model.safetensors"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("of an earlier demo")
+    assert cli.main(["demo", "--model", "m.gguf", "--output", str(output), "--seed", "2"]) == 0
+    assert [name for name, _ in seam.calls] == ["open", "evaluate", "train", "open", "evaluate"]
+    before, after = seam.named("open")
+    assert (before["adapter"], after["adapter"]) == (None, str(output / "adapter"))
+    [config] = [call["config"] for call in seam.named("train")]
+    assert (config.data, config.seed) == (str(output / "orders.train.jsonl"), 2)
+    assert not earlier.exists()
+    text = capsys.readouterr().out
+    for expected in (
+        "512 examples",
+        "› 1 + 2?",
+        "✗  fish",
+        "exactly right    50.0 %    50.0 %",
+        "Trained in 1:01 at 612 tokens/s",
+        f"halfbyte chat --model m.gguf --adapter {output}/adapter",
+    ):
+        assert expected in text
+    assert max(map(len, text.splitlines()[:-4])) <= 80
+
+
+def test_the_demo_as_json(seam: Seam, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", "--model", "m", "--output", str(tmp_path), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["exact_match_before"], result["exact_match_after"]) == (0.5, 0.5)
+    assert result["peak_memory_bytes"] > 10**7
+
+
+def test_a_demo_that_cannot_be_written(
+    seam: Seam, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert cli.main(["demo", "--model", "m", "--output", str(tmp_path / "file" / "x")]) == 2
+    assert "file, not a directory" in capsys.readouterr().err
+    assert seam.calls == []
+
+
+# --- doctor -------------------------------------------------------------------------------------
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for expected in ("torch", "processor", "identical, to the bit", "no CUDA device"):
+        assert expected in out
+
+
+def test_doctor_finds_a_kernel_that_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from halfbyte.nf4 import cpu, dequantize
+
+    kernels = cpu.kernels()
+    if kernels is None:
+        pytest.skip(cpu.describe())
+
+    def off_by_one_bit(q: Any, out: torch.Tensor, *, variant: str, **_: Any) -> None:
+        out.copy_(dequantize(q, out.dtype, impl="torch").view(out.shape))
+        if variant == "scalar":
+            out.view(-1)[-1] *= 1.001
+
+    monkeypatch.setattr(kernels, "decode", off_by_one_bit)
+    monkeypatch.setattr("halfbyte.cli.doctor._fastest", lambda work: 1.0)
+    assert cli.main(["doctor", "--json"]) == 1
+    out, err = capsys.readouterr()
+    wrong = json.loads(out)["self_test"]["wrong"]
+    assert "dequantise nf4 float32 (scalar)" in wrong
+    assert all("(scalar)" in name for name in wrong)
+    assert "the kernels compute wrongly on this machine" in err
