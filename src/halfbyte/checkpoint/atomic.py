@@ -1,0 +1,175 @@
+"""Files and directories that are there whole or not at all.
+
+What is written goes to a hidden sibling (``.NAME.partial-PID``), is flushed to the disk, and then
+takes its name in one step. A process that is killed at any moment leaves the old content or the
+new, and at worst a hidden sibling, which the next writer of that name removes. An error on the way
+(no space, no permission) removes the sibling at once and becomes an ``OutputError``.
+"""
+
+import contextlib
+import errno
+import glob
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from halfbyte.errors import OutputError
+
+_REASONS = {
+    errno.ENOSPC: "no space left on the device; free some, or choose another directory",
+    errno.EDQUOT: "the disk quota is used up; free some space, or choose another directory",
+    errno.EFBIG: "the file would be larger than this file system or its limits allow",
+    errno.EACCES: "permission denied; choose a directory you may write to",
+    errno.EPERM: "permission denied; choose a directory you may write to",
+    errno.EROFS: "the file system is read-only; choose another directory",
+    errno.ENOTDIR: "a part of this path is a file, not a directory; choose another directory",
+    errno.EEXIST: "a part of this path is a file, not a directory; choose another directory",
+}
+
+
+@contextlib.contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn an ``OSError`` raised inside into an ``OutputError`` that says what to do.
+
+    Raises:
+        OutputError: If the block raised ``OSError`` while it wrote ``path``.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
+        raise OutputError(f"cannot write {path}: {reason}") from error
+
+
+def require_writable(directory: str | Path, bytes_needed: int = 0) -> Path:
+    """Make sure, before any work is done, that ``directory`` can take what will be written.
+
+    It is created if it does not exist.
+
+    Args:
+        directory: Where files will be written.
+        bytes_needed: How many bytes they will take.
+
+    Returns:
+        The directory.
+
+    Raises:
+        OutputError: If it cannot be created or written, or has not that much free space.
+    """
+    directory = Path(directory)
+    with output_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            probe.write(b"\0")
+        free = shutil.disk_usage(directory).free
+    if free < bytes_needed:
+        raise OutputError(
+            f"cannot write {directory}: {bytes_needed / 1e9:.2f} GB are needed and "
+            f"{free / 1e9:.2f} GB are free; free some space, or choose another directory"
+        )
+    return directory
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that takes the name ``path``, replacing what is there, when the block ends.
+
+    Raises:
+        OutputError: If it cannot be written; ``path`` is then what it was before.
+    """
+    path = Path(os.path.abspath(path))
+    with output_errors(path):
+        partial = _fresh_sibling(path)
+        try:
+            with open(partial, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        _flush_directory(path.parent)
+
+
+@contextlib.contextmanager
+def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Make a directory that takes the name ``path`` when the block ends; the block fills it.
+
+    Args:
+        path: Its name; parents are created.
+        replace: Whether a directory of that name may be there; it goes when the new one is whole.
+
+    Raises:
+        OutputError: If ``path`` exists, is not an empty directory and must not be replaced, or
+            cannot be written; then nothing is left behind.
+    """
+    path = Path(os.path.abspath(path))
+    with output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+        if taken and not replace:
+            raise OutputError(
+                f"cannot write {path}: it exists already; remove it, or choose another directory"
+            )
+        partial = _fresh_sibling(path)
+        try:
+            partial.mkdir()
+            yield partial
+            for directory, _, files in os.walk(partial):
+                for name in files:
+                    _flush(Path(directory, name))
+                _flush_directory(Path(directory))
+            if taken:
+                os.replace(path, partial.with_name(partial.name + "-old"))
+            os.replace(partial, path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        _flush_directory(path.parent)
+        remove_partial(path.parent, glob.escape(path.name))
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory so that it is never seen half removed under its name.
+
+    Raises:
+        OutputError: If it cannot be removed.
+    """
+    with output_errors(path):
+        doomed = _fresh_sibling(path)
+        os.replace(path, doomed)
+        shutil.rmtree(doomed)
+
+
+def remove_partial(parent: Path, pattern: str) -> None:
+    """Remove what killed processes left in ``parent`` for names that match the glob ``pattern``."""
+    for path in parent.glob(f".{pattern}.partial-*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _fresh_sibling(path: Path) -> Path:
+    remove_partial(path.parent, glob.escape(path.name))
+    return path.with_name(f".{path.name}.partial-{os.getpid()}")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_directory(path: Path) -> None:
+    try:
+        _flush(path)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # no such notion on this file system
+            raise
