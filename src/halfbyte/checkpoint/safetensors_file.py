@@ -1,0 +1,305 @@
+"""Safetensors files, read one tensor at a time and written in a stream.
+
+A file is ``N (u64, little-endian) | N bytes of JSON | tensor bytes``; the JSON maps each name to
+its dtype, shape and place among the tensor bytes, and every byte belongs to exactly one tensor.
+
+The ``safetensors`` package maps the file into memory. We do not, for two reasons. Pages of a
+mapped file count as resident memory of the process: loading a model would show twice its size.
+And a file that shrinks under a mapping kills the process, where a short read is an error that can
+be told. So ``SafetensorsFile`` reads the header, checks every claim it makes against the size of
+the file before anything is allocated, and then reads plainly into the tensor's own memory.
+
+``write_model`` streams the other way: sizes are planned first, so each tensor has its place before
+the first one is computed, and none is held longer than it takes to write it.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint.reading import read_into
+from halfbyte.errors import CheckpointError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+INDEX_NAME = "model.safetensors.index.json"
+SHARD_BYTES = 2_000_000_000
+
+_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors package
+_MAX_EXTENT = 2**50  # a shape whose dimensions (zeros as ones) multiply to more is no weight
+
+
+class Entry(NamedTuple):
+    """One tensor of a file: what it is, and which bytes of the file it takes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+class SafetensorsFile:
+    """A safetensors file whose header has been read and checked.
+
+    Attributes:
+        path: The file.
+        entries: Its tensors by name, in the order of their bytes.
+        metadata: The free-form strings of the header.
+
+    Raises:
+        CheckpointError: If the file cannot be read, or a claim of its header does not hold.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                self.size = os.fstat(file.fileno()).st_size
+                self.header = self._read_header(file)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+        self.metadata, self.entries = self._parse(self.header)
+
+    @property
+    def data_start(self) -> int:
+        """Where the tensor bytes begin."""
+        return 8 + len(self.header)
+
+    def _damaged(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path} is not a whole safetensors file: {what}; download or copy it again"
+        )
+
+    def _read_header(self, file: BinaryIO) -> bytes:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(self.size - 8, _MAX_HEADER):
+            raise self._damaged(
+                f"its header should take {length} bytes, the file has {self.size}"
+                if len(prefix) == 8
+                else f"it has {self.size} bytes"
+            )
+        header = file.read(length)
+        if len(header) < length:
+            raise self._damaged(f"its header ends after {len(header)} of {length} bytes")
+        return header
+
+    def _parse(self, header: bytes) -> tuple[dict[str, str], dict[str, Entry]]:
+        try:
+            fields = json.loads(header.decode(), object_pairs_hook=_without_repeats)
+        except (ValueError, RecursionError) as error:
+            raise self._damaged(f"its header is not JSON ({error})") from None
+        if not isinstance(fields, dict):
+            raise self._damaged("its header is not a JSON object")
+        metadata = fields.pop("__metadata__", {})
+        if not isinstance(metadata, dict):
+            raise self._damaged("its __metadata__ is not a JSON object")
+        data_start = self.data_start
+        entries = [self._entry(name, field, data_start) for name, field in fields.items()]
+        entries.sort(key=lambda entry: (entry.start, entry.nbytes))
+        end = data_start
+        for entry in entries:
+            if entry.start != end:
+                raise self._damaged(
+                    f"{entry.name} should start at byte {end}, its header says {entry.start}"
+                )
+            end += entry.nbytes
+        if end != self.size:
+            raise self._damaged(f"its tensors end at byte {end}, the file at {self.size}")
+        return metadata, {entry.name: entry for entry in entries}
+
+    def _entry(self, name: str, field: Any, data_start: int) -> Entry:
+        match field:
+            case {"dtype": str(kind), "shape": list(shape), "data_offsets": [begin, end]}:
+                numbers = [*shape, begin, end]
+            case _:
+                raise self._damaged(f"the header's entry of {name!r} lacks dtype, shape or offsets")
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise self._damaged(f"the header's entry of {name!r} holds what is not a size")
+        if kind not in DTYPES:
+            raise CheckpointError(
+                f"{self.path} holds {name} as {kind}; supported are {', '.join(DTYPES)}. "
+                "Use a copy of the model in 16 or 32 bits"
+            )
+        dtype = DTYPES[kind]
+        if len(shape) > 8 or math.prod(max(n, 1) for n in shape) > _MAX_EXTENT:
+            raise self._damaged(f"{name} has the shape {shape[:8]}, which no weight has")
+        nbytes = math.prod(shape) * dtype.itemsize
+        if end - begin != nbytes or data_start + end > self.size:
+            raise self._damaged(
+                f"{name} is {kind} of shape {shape}, so {nbytes} bytes, and its offsets are "
+                f"{begin} to {end} in a file of {self.size} bytes"
+            )
+        return Entry(name, dtype, tuple(shape), data_start + begin, nbytes)
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor, in memory of its own.
+
+        Raises:
+            CheckpointError: If the file ends early (it was cut while we looked).
+        """
+        entry = self.entries[name]
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        read_into(self.path, entry.start, memory(tensor))
+        return tensor
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return fields
+
+
+def memory(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous CPU tensor, shared, as a flat writable view."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+class Planned(NamedTuple):
+    """A tensor to come. If ``flexible``, it is 1-D and may turn out shorter than ``shape``."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    flexible: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """The most bytes it takes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_safetensors(
+    file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write ``tensors`` as a safetensors file.
+
+    Raises:
+        OSError: If the file cannot take them.
+    """
+    plan = [Planned(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    writer = _Writer(file, plan, metadata)
+    for name, tensor in tensors.items():
+        writer.write(name, tensor)
+    writer.close()
+
+
+def write_model(
+    directory: Path,
+    plan: Sequence[Planned],
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a model's tensors as transformers names its files: one, or shards and an index.
+
+    Args:
+        directory: Where to; it must exist.
+        plan: What will come, in the order in which it will come.
+        tensors: Name and tensor, each as planned; one is held at a time.
+        shard_bytes: The most tensor bytes in a file (a single larger tensor gets its own).
+
+    Raises:
+        OSError: If the directory cannot take them.
+        ValueError: If a tensor is not the one planned.
+    """
+    shards: list[list[Planned]] = [[]]
+    for planned in plan:
+        if shards[-1] and sum(p.nbytes for p in shards[-1]) + planned.nbytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(planned)
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    stream = iter(tensors)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for shard, file_name in zip(shards, names, strict=True):
+        with open(directory / file_name, "wb") as file:
+            writer = _Writer(file, shard, {"format": "pt"})
+            for _ in shard:
+                writer.write(*next(stream))
+            total += writer.close()
+        weight_map.update({planned.name: file_name for planned in shard})
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+class _Writer:
+    """One file being written: every tensor has its place from the start, the header comes last.
+
+    Readers view tensor bytes where they lie, so a float32 must start at a multiple of 4. Nothing
+    may be left empty between tensors, hence the order: wider dtypes first, flexible tensors last.
+    The header's room is that of the longest header the plan allows; what is left over are spaces.
+    """
+
+    def __init__(
+        self, file: BinaryIO, plan: Sequence[Planned], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        self._file, self._metadata = file, metadata
+        self._plan = {planned.name: planned for planned in plan}
+        self._written: dict[str, dict[str, Any]] = {}
+        self._starts: dict[str, int] = {}
+        self._end = 0  # of the tensors that have a place; flexible ones are appended here
+        bound = 0
+        for planned in sorted(plan, key=lambda p: (p.flexible, -p.dtype.itemsize)):
+            self._written[planned.name] = _field(planned.dtype, planned.shape, bound)
+            bound += planned.nbytes
+            if not planned.flexible:
+                self._starts[planned.name], self._end = self._end, bound
+        self._room = -(-len(self._header()) // 8) * 8
+
+    def _header(self) -> bytes:
+        fields = {"__metadata__": dict(self._metadata)} if self._metadata else {}
+        return json.dumps({**fields, **self._written}, separators=(",", ":")).encode()
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        planned = self._plan.pop(name, None)
+        length = tensor.numel() if planned is not None and planned.flexible else None
+        shape = tuple(tensor.shape)
+        if (
+            planned is None
+            or tensor.dtype != planned.dtype
+            or (shape != planned.shape and (length is None or length > planned.shape[0]))
+        ):
+            raise ValueError(f"{name} {tensor.dtype} {shape} came, planned was {planned}")
+        start = self._starts.get(name, self._end)
+        self._written[name] = _field(tensor.dtype, shape, start)
+        self._end = max(self._end, start + tensor.nbytes)
+        self._file.seek(8 + self._room + start)
+        self._file.write(memory(tensor.cpu().contiguous()))
+
+    def close(self) -> int:
+        """Write the header and return how many tensor bytes there are."""
+        if self._plan:
+            raise ValueError(f"planned, but never came: {', '.join(self._plan)}")
+        self._file.seek(0)
+        self._file.write(self._room.to_bytes(8, "little"))
+        self._file.write(self._header().ljust(self._room))
+        return self._end
+
+
+def _field(dtype: torch.dtype, shape: tuple[int, ...], start: int) -> dict[str, Any]:
+    end = start + math.prod(shape) * dtype.itemsize
+    return {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
