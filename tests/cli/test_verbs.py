@@ -353,6 +353,7 @@ def test_the_demo_tells_its_story(
     earlier = output / "adapter" / "adapter_model.safetensors"
     earlier.parent.mkdir(parents=True)
     earlier.write_text("of an earlier demo")
+    (output / "orders.train.jsonl").write_text("")
     assert cli.main(["demo", "--model", "m.gguf", "--output", str(output), "--seed", "2"]) == 0
     assert [name for name, _ in seam.calls] == ["open", "evaluate", "train", "open", "evaluate"]
     before, after = seam.named("open")
@@ -371,6 +372,14 @@ def test_the_demo_tells_its_story(
     ):
         assert expected in text
     assert max(map(len, text.splitlines()[:-4])) <= 80
+
+
+def test_the_demo_removes_nothing_that_it_did_not_write(seam: Seam, tmp_path: Path) -> None:
+    mine = tmp_path / "adapter" / "adapter_model.safetensors"
+    mine.parent.mkdir()
+    mine.write_text("weeks of work")
+    cli.main(["demo", "--model", "m", "--output", str(tmp_path)])
+    assert mine.read_text() == "weeks of work"
 
 
 def test_the_demo_as_json(seam: Seam, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

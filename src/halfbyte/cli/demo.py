@@ -6,6 +6,7 @@ loads its own, so that the peak of the whole process is what training takes.
 
 import gc
 import shutil
+import textwrap
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -34,6 +35,7 @@ RECIPE: dict[str, Any] = {
 _LONGEST_ANSWER = 64
 _BATCH = 32
 _SHOWN = 3
+_SHOWN_CHARACTERS = 220
 
 
 class DemoOptions(Options):
@@ -80,8 +82,9 @@ def main(argv: list[str]) -> None:
     from halfbyte.train.memory import peak_memory
 
     require_writable(options.output)
+    if (options.output / "orders.train.jsonl").exists():  # an earlier demo's, and so its adapter
+        shutil.rmtree(adapter, ignore_errors=True)
     task = write_task(options.output, seed=options.seed)
-    shutil.rmtree(adapter, ignore_errors=True)  # of an earlier demo: nobody else writes there
     began = time.monotonic()
     with results(as_json=as_json) as result, open_report(adapter) as report:
         for note in notes:
@@ -97,6 +100,10 @@ def main(argv: list[str]) -> None:
         show.heading("Before training")
         _show_answers(before.samples)
         show.heading("Training")
+        show.paragraph(
+            "The model's weights are frozen in 4 bits. What learns is a pair of small matrices "
+            "beside each of its linear layers: QLoRA."
+        )
         trained = train(config, report)
         after = _examine(options.model, adapter, task.test, report)
         peak = peak_memory("cpu")
@@ -143,10 +150,10 @@ def _examine(model: str, adapter: Path | None, data: Path, report: "RunReport") 
     from halfbyte.train.evaluate import evaluate
     from halfbyte.train.loading import open_model
 
-    opened, tokenizer, _ = open_model(
-        model, adapter=str(adapter) if adapter else None, report=report
-    )
-    with report.task("asking for held-out orders", None) as progress:
+    # Without the report: training, which loads the same base, says all there is to say about it.
+    with report.task("loading the model", None):
+        opened, tokenizer, _ = open_model(model, adapter=str(adapter) if adapter else None)
+    with report.task("putting the held-out orders", None) as progress:
         result = evaluate(
             opened,
             tokenizer,
@@ -167,7 +174,9 @@ def _show_answers(samples: list[dict[str, str]]) -> None:
 
     for sample in samples[:_SHOWN]:
         right = sample["got"].strip() == sample["expected"].strip()
-        show.answer(sample["prompt"], {"✓" if right else "✗": sample["got"]})
+        # An answer that went wrong may be as long as it was allowed to be.
+        got = textwrap.shorten(sample["got"], _SHOWN_CHARACTERS, placeholder=" …")
+        show.answer(sample["prompt"], {"✓" if right else "✗": got})
 
 
 def _lines(path: Path) -> int:

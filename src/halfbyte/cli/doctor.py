@@ -73,7 +73,7 @@ def _machine() -> dict[str, str]:
 
     device, dtype, reason = choose_device_and_dtype("auto", "auto")
     found = cpu.kernels()
-    instructions = [*(found.variants[1:] if found else ())]
+    instructions: list[str] = [*found.variants[1:]] if found else []
     instructions += [name for name, present in cpu_matrix_units().items() if present]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     has_gpu = torch.cuda.is_available()
@@ -118,7 +118,9 @@ def _self_test() -> dict[str, Any]:
                 torch.equal(ours[part], tensor) for part, tensor in plain.tensors().items()
             )
             expected = dequantize(plain, dtype, impl="torch")
-            for variant in kernels.variants if kernels else ():
+            if kernels is None:
+                continue
+            for variant in kernels.variants:
                 out = torch.full_like(expected, float("nan"))
                 kernels.decode(plain, out, variant=variant)
                 identical[f"dequantise {name} ({variant})"] = torch.equal(out, expected)

@@ -52,6 +52,7 @@ def main(argv: list[str]) -> None:
                     tokenizer,
                     options.data,
                     max_length=options.max_length,
+                    train_on=options.train_on,
                     batch_size=options.batch_size,
                     exact_match=options.exact_match,
                     max_new_tokens=options.max_new_tokens,

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from halfbyte.cli.opening import as_trained
+from halfbyte.cli.opening import as_trained, require_free
 from halfbyte.cli.options import Verb, results
 from halfbyte.train.config import BaseOptions
 
@@ -49,6 +49,7 @@ VERB = Verb(
 def main(argv: list[str]) -> None:
     """Run the verb."""
     options, notes, as_json = VERB.read(argv)
+    require_free(options.out, overwrite=options.overwrite)
 
     import torch
 
@@ -70,7 +71,7 @@ def main(argv: list[str]) -> None:
             revision=options.revision,
             report=report,
         )
-        with report.task(f"writing {options.out}", None):
+        with report.task(f"writing {options.out}", None) as progress:
             out = write_merged(
                 model,
                 tokenizer,
@@ -78,15 +79,14 @@ def main(argv: list[str]) -> None:
                 options.out,
                 getattr(torch, options.dtype),
                 replace=options.overwrite,
+                progress=progress,
             )
         written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-        base = (
-            "its 16-bit weights"
-            if recipe["quant"] == "none"
-            else (f"its {recipe['quant']} weights, decoded, just as in training")
-        )
+        packed = recipe["quant"] != "none"
+        base = f"decoded {recipe['quant']} weights" if packed else "weights"
         show.paragraph(
-            f"{out}: {size(written)} in {options.dtype}, the adapter added to {base}. Quantising "
-            "the result again would round small updates away."
+            f"{out}: {size(written)} in {options.dtype}. The adapter was added to the {base} that "
+            "it was trained on, so this model computes what was trained; packed in 4 bits again, "
+            "it would lose small updates to rounding."
         )
         result |= {"directory": str(out), "bytes": written, "base": recipe, "dtype": options.dtype}

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from halfbyte.errors import OutputError
 from halfbyte.train.config import BaseOptions, ModelOptions
 
 if TYPE_CHECKING:
@@ -43,6 +44,24 @@ def as_trained(options: BaseOptions, adapter: str | Path | None) -> dict[str, An
         for name in set(RECIPE_FIELDS) - options.model_fields_set:
             recipe[name] = recorded.get(name, recipe[name])
     return recipe
+
+
+def require_free(directory: Path, *, overwrite: bool) -> None:
+    """Make sure that a model may be written to ``directory``, before any work is done.
+
+    Raises:
+        OutputError: Something is there that is not to be replaced, or is no model.
+    """
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    if not overwrite:
+        raise OutputError(
+            f"{directory} is there already: give --overwrite to replace it, or another directory"
+        )
+    if not (directory / "config.json").exists():
+        raise OutputError(
+            f"{directory} holds no model, so --overwrite does not remove it: give another directory"
+        )
 
 
 def open_model(options: ReadModelOptions, report: "RunReport") -> tuple[Any, Any]:

@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from halfbyte.cli.opening import require_free
 from halfbyte.cli.options import Verb, results
 from halfbyte.train.config import BaseOptions
 
@@ -32,6 +33,7 @@ VERB = Verb(
 def main(argv: list[str]) -> None:
     """Run the verb."""
     options, notes, as_json = VERB.read(argv)
+    require_free(options.out, overwrite=options.overwrite)
 
     from halfbyte.checkpoint.base_model import open_base
     from halfbyte.checkpoint.bitsandbytes import write_quantized

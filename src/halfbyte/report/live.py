@@ -23,6 +23,7 @@ from rich.console import Console, Group, RenderableType
 from rich.constrain import Constrain
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Table
 from rich.text import Text
 
 _WIDEST = 100
@@ -78,6 +79,13 @@ def _figures(record: dict[str, Any]) -> list[str]:
         "peak_memory_bytes": lambda count: f"memory {size(count)}",
     }
     return [words(record[key]) for key, words in say.items() if record.get(key) is not None]
+
+
+def _fact(name: str, value: Any) -> tuple[str, str]:
+    """A fact as the journal has it, and as a person reads it."""
+    if name.endswith("_bytes"):
+        return name.removesuffix("_bytes").replace("_", " "), size(value)
+    return name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value)
 
 
 class Pace:
@@ -198,7 +206,7 @@ class PlainScreen(Screen):
         """One line for each fact."""
         self._pace = Pace(total_steps, start_step)
         for name, value in facts.items():
-            self._line(f"{name}: {value}")
+            self._line(": ".join(_fact(name, value)))
         if start_step:
             self._line(f"going on after step {start_step}")
 
@@ -268,9 +276,11 @@ class LiveScreen(Screen):
 
     def begin(self, *, total_steps: int, start_step: int, facts: dict[str, Any]) -> None:
         """The facts, and the bar below them."""
-        widest = max(map(len, facts), default=0)
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim", no_wrap=True)
         for name, value in facts.items():
-            self._print(Text.assemble((f"{name:<{widest}}  ", "dim"), str(value)))
+            grid.add_row(*_fact(name, value))
+        self._print(grid)
         self._pace = Pace(total_steps, start_step)
         self._training.add_task("", total=total_steps, completed=start_step, left="")
         self._show()
@@ -328,8 +338,8 @@ class LiveScreen(Screen):
             overflow="ellipsis",
         )
 
-    def _print(self, text: Text) -> None:
-        self._console.print(text, soft_wrap=True)
+    def _print(self, line: RenderableType) -> None:
+        self._console.print(Constrain(line, _WIDEST))
 
     def _show(self) -> None:
         if self._live is None:

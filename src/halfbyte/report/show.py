@@ -45,14 +45,17 @@ def answer(prompt: str, texts: Mapping[str, str]) -> None:
         texts: Who or when, and the answer.
     """
     console = _console()
+    question = Table.grid(padding=(0, 1))
+    question.add_row(Text("›", style="cyan"), Text(prompt, style="bold"))
     console.print()
-    console.print(Text.assemble(("› ", "cyan"), (prompt, "bold")))
+    console.print(question)
     widest = max(map(len, texts), default=0)
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", width=widest)
     grid.add_column(overflow="fold")
     for name, text in texts.items():
-        grid.add_row(name, Text(text.strip() or "(nothing)"))
+        mark = Text(name, style={"✓": "green", "✗": "red"}.get(name, ""))
+        grid.add_row(mark, Text(text.strip() or "(nothing)"))
     console.print(Padding(grid, (0, 0, 0, 2), expand=False))
 
 
