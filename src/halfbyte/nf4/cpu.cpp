@@ -117,8 +117,18 @@ void run_pieces(int64_t count, int threads, Fork fork, const Body& body) {
     }
 }
 
-// Elements of a piece: large enough to hide taking one, small enough to share a small layer.
-constexpr int64_t kPiece = 16384;
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class Body>
+void over_blocks(int64_t numel, int64_t block_size, int threads, Fork fork, const Body& body) {
+    // Eight pieces a thread even out their speeds. Many small ones would have threads meet on the
+    // same fresh 2 MB page, which each then clears: 8 ms instead of 5 for a result of 64 MB.
+    const int64_t blocks = ceil_div(numel, block_size);
+    const int64_t step = std::max<int64_t>(1, blocks / (8 * threads));
+    run_pieces(ceil_div(blocks, step), threads, fork, [&](int64_t piece) {
+        body(piece * step, std::min(blocks, (piece + 1) * step));
+    });
+}
 
 // ---------------------------------------------------------------------------------- dequantise
 
@@ -363,17 +373,6 @@ void encode(const Source& s, int64_t first, int64_t last, int variant) {
     if (variant == kAvx2) return encode_avx2<In>(s, first, last);
 #endif
     encode_scalar<In>(s, first, last);
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-template <class Body>
-void over_blocks(int64_t numel, int64_t block_size, int threads, Fork fork, const Body& body) {
-    const int64_t blocks = ceil_div(numel, block_size);
-    const int64_t step = std::max<int64_t>(1, kPiece / block_size);
-    run_pieces(ceil_div(blocks, step), threads, fork, [&](int64_t piece) {
-        body(piece * step, std::min(blocks, (piece + 1) * step));
-    });
 }
 
 }  // namespace

@@ -198,8 +198,8 @@ def _find() -> Kernels | str:
     except (_Unavailable, OSError, RuntimeError) as error:  # the last: no home directory
         reason = str(error)
     _log.warning(
-        "4-bit weights are handled by plain PyTorch, tens of times slower than the C++ kernels,"
-        " because %s",
+        "4-bit weights are decoded by plain PyTorch, about ten times slower than by the C++"
+        " kernels, because %s",
         reason,
     )
     return reason

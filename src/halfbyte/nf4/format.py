@@ -117,7 +117,7 @@ class QuantizedWeight:
         """Returns the scale of every block, decoded: float32 ``[blocks]``.
 
         Coded scales are multiplied by their block's scale, rounded, and the offset is added, and
-        rounded again. One fused operation would change the last bit of every sixth scale.
+        rounded again. One fused operation would change the last bit of many a scale.
         """
         if self.scales is not None:
             return self.scales
