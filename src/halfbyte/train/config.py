@@ -171,7 +171,7 @@ class TrainConfig(ModelOptions):
         None, description="evaluate every N steps (default: only at the end)"
     )
     save_steps: PositiveInt | None = Field(
-        None, description="save a checkpoint every N steps (default: only at the end)"
+        None, description="save a checkpoint every N steps (default: ten times a run)"
     )
     save_total_limit: PositiveInt = Field(2, description="checkpoints to keep")
     resume: bool = Field(False, description="go on from the newest checkpoint in output")

@@ -1,0 +1,236 @@
+"""Low-rank adapters: which layers get one, what it holds, and how it goes in and out by name.
+
+LoRA (Hu et al. 2021) leaves a weight W alone and trains W + s·B·A with A [r, in], B [out, r].
+A starts as Kaiming-uniform noise and B as zero, so an attached adapter changes nothing at first.
+The scaling is s = alpha / r, or alpha / √r with rank-stabilised LoRA (Kalajdzievski 2023). It is
+applied in one place: the product in ``nf4/linear.py``.
+
+A and B are float32 whatever the dtype of the product: a bfloat16 adapter stops learning when
+learning rate x update falls under half a unit in its last place (at |w| = 0.01 that is 3e-5).
+
+Dropout acts on the adapter's input only. Its masks are a function of (seed, step, micro-batch,
+layer), not of a generator's state, so that a layer that is recomputed in backward, a micro-batch
+that is run in another order, and a run that is resumed all see the same masks.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.errors import CheckpointError, ConfigError
+from halfbyte.nf4.linear import FrozenLinear, LowRank
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """What to attach, and how.
+
+    Attributes:
+        r: Rank of the update.
+        alpha: Numerator of the scaling (``lora_alpha``).
+        dropout: Probability with which an element of the adapter's input is zeroed in training.
+        use_rslora: Scale by alpha / √r instead of alpha / r.
+        target_modules: ``"all-linear"`` (every frozen linear, so not the output head), names as
+            PEFT takes them (a module matches when its path is the name or ends with ``.name``), or
+            one regular expression that must match the whole path.
+    """
+
+    r: int = 16
+    alpha: float = 16.0
+    dropout: float = 0.0
+    use_rslora: bool = False
+    target_modules: str | tuple[str, ...] = ALL_LINEAR
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ConfigError(f"lora_r must be at least 1, got {self.r}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"lora_dropout must be in [0, 1), got {self.dropout}")
+
+    @property
+    def scaling(self) -> float:
+        """The factor s of the update s·B·A."""
+        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+class DropoutClock:
+    """Where training is, as the dropout masks see it; one for all adapters of a model."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.step, self.micro_batch = seed, 0, 0
+        self.running = False
+
+    def mask(self, like: Tensor, p: float, layer: int) -> Tensor:
+        """Return a mask of the shape and dtype of ``like``: 0 with probability p, else 1/(1-p)."""
+        place = f"{self.seed}/{self.step}/{self.micro_batch}/{layer}".encode()
+        seed = int.from_bytes(blake2b(place, digest_size=8).digest(), "little") >> 1
+        generator = torch.Generator(like.device).manual_seed(seed)
+        mask = torch.empty_like(like).bernoulli_(1.0 - p, generator=generator)
+        return mask.div_(1.0 - p)
+
+
+class LoRA(nn.Module):
+    """One adapter: ``lora_A`` [r, in] and ``lora_B`` [out, r], float32, and how to apply them."""
+
+    def __init__(
+        self, linear: FrozenLinear, config: LoRAConfig, *, index: int, clock: DropoutClock
+    ) -> None:
+        super().__init__()
+        device = linear.device
+        self.config, self.index, self.clock = config, index, clock
+        self.lora_A = nn.Parameter(torch.empty(config.r, linear.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, config.r, device=device))
+
+    def reset(self, seed: int) -> None:
+        """Draw ``lora_A`` anew (Kaiming uniform, a = √5, as PEFT does) and set ``lora_B`` to 0."""
+        bound = 1.0 / math.sqrt(self.lora_A.shape[1])
+        # Drawn on the CPU, so that a seed means the same adapter on every device.
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator)
+        with torch.no_grad():
+            self.lora_A.copy_(drawn)
+            self.lora_B.zero_()
+
+    def update(self, x: Tensor) -> LowRank:
+        """Return the update for the input ``x``; see ``nf4.linear.Adapter``."""
+        keep = None
+        if self.clock.running and self.config.dropout > 0.0:
+            keep = self.clock.mask(x, self.config.dropout, self.index)
+        return LowRank(self.lora_A, self.lora_B, self.config.scaling, keep)
+
+
+def frozen_linears(model: nn.Module) -> dict[str, FrozenLinear]:
+    """Return every ``FrozenLinear`` of ``model`` by its path, in the model's order."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, FrozenLinear)}
+
+
+def attach(model: nn.Module, config: LoRAConfig, *, seed: int) -> list[str]:
+    """Put a fresh adapter on every module that ``config.target_modules`` names.
+
+    Args:
+        model: A model of ``model.build`` whose weights are in place.
+        config: Rank, scaling, dropout, targets.
+        seed: Fixes the initial A of each adapter, and the dropout masks.
+
+    Returns:
+        The paths of the adapted modules, in the model's order.
+
+    Raises:
+        ConfigError: If a name or the expression matches no module; the message lists what there is.
+    """
+    linears = frozen_linears(model)
+    names = _targets(list(linears), config.target_modules)
+    clock = DropoutClock(seed)
+    for index, name in enumerate(names):
+        adapter = LoRA(linears[name], config, index=index, clock=clock)
+        digest = blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+        adapter.reset(int.from_bytes(digest, "little") >> 1)
+        linears[name].adapter = adapter
+    return names
+
+
+def _targets(paths: list[str], wanted: str | tuple[str, ...]) -> list[str]:
+    if wanted == ALL_LINEAR:
+        return paths
+    kinds = ", ".join(sorted({path.rsplit(".", 1)[-1] for path in paths}))
+    if isinstance(wanted, str):
+        try:
+            pattern = re.compile(wanted)
+        except re.error as error:
+            raise ConfigError(
+                f"target_modules {wanted!r} is not a regular expression: {error}"
+            ) from None
+        chosen = [path for path in paths if pattern.fullmatch(path) or _ends_with(path, wanted)]
+        if not chosen:
+            raise ConfigError(
+                f"target_modules {wanted!r} matches no linear layer of this model; an expression "
+                f"must match a whole path such as {paths[0]!r}, and the names are: {kinds}"
+            )
+        return chosen
+    unknown = [name for name in wanted if not any(_ends_with(path, name) for path in paths)]
+    if unknown or not wanted:
+        raise ConfigError(
+            "target_modules names what this model does not have: "
+            f"{', '.join(unknown) or '(nothing)'}; it has: {kinds}"
+        )
+    return [path for path in paths if any(_ends_with(path, name) for name in wanted)]
+
+
+def _ends_with(path: str, name: str) -> bool:
+    return path == name or path.endswith("." + name)
+
+
+def detach(model: nn.Module) -> None:
+    """Take every adapter off; the base model is what it was."""
+    for linear in frozen_linears(model).values():
+        linear.adapter = None
+
+
+def adapters(model: nn.Module) -> dict[str, LoRA]:
+    """Return the attached adapters by the path of the module they sit on."""
+    return {
+        name: linear.adapter
+        for name, linear in frozen_linears(model).items()
+        if isinstance(linear.adapter, LoRA)
+    }
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what is trained, as ``<module path>.lora_A.weight`` and ``….lora_B.weight``."""
+    found: dict[str, nn.Parameter] = {}
+    for name, adapter in adapters(model).items():
+        found[f"{name}.lora_A.weight"] = adapter.lora_A
+        found[f"{name}.lora_B.weight"] = adapter.lora_B
+    return found
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the trained tensors by name, detached but not copied: float32 [r, in], [out, r]."""
+    return {name: parameter.detach() for name, parameter in adapter_parameters(model).items()}
+
+
+def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copy ``state`` into the attached adapters.
+
+    Raises:
+        CheckpointError: If a tensor is missing, unexpected or of another shape: all are listed,
+            and nothing has been copied.
+    """
+    own = adapter_parameters(model)
+    faults = [f"missing: {name}" for name in own if name not in state]
+    faults += [f"unexpected: {name}" for name in state if name not in own]
+    faults += [
+        f"{name}: expected shape {list(own[name].shape)}, got {list(state[name].shape)}"
+        for name in own
+        if name in state and own[name].shape != state[name].shape
+    ]
+    if faults:
+        shown = faults[:8] + ([f"… and {len(faults) - 8} more"] if len(faults) > 8 else [])
+        raise CheckpointError("the adapter does not fit this model:\n  " + "\n  ".join(shown))
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(state[name])
+
+
+def dropout_clock(model: nn.Module) -> DropoutClock | None:
+    """Return the clock the adapters of ``model`` share, or None if there are none."""
+    return next((adapter.clock for adapter in adapters(model).values()), None)
+
+
+@torch.no_grad()
+def delta(linear: FrozenLinear) -> Tensor:
+    """Return what the adapter adds to the weight: s·B·A, float32 [out, in].
+
+    Raises:
+        ValueError: If the layer has no adapter.
+    """
+    if not isinstance(linear.adapter, LoRA):
+        raise ValueError("this layer has no adapter; attach one, or skip it")
+    adapter = linear.adapter
+    return adapter.config.scaling * (adapter.lora_B.float() @ adapter.lora_A.float())

@@ -1,0 +1,1 @@
+"""The model: built from transformers' architectures, its linears frozen and packed."""

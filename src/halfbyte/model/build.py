@@ -1,0 +1,250 @@
+"""A transformers decoder with frozen, packed linears, built without ever holding it in 16 bits.
+
+    build    the architecture on the meta device (no memory), every ``nn.Linear`` but the output
+             head replaced by a ``FrozenLinear``
+    place    one tensor of the checkpoint, quantised or cast the moment it comes
+    finish   ties, computed buffers, and the audit: what was left in 16 or 32 bits, and its bytes
+
+``place`` never needs another tensor, so whoever reads the checkpoint can hold one at a time.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from halfbyte.errors import CheckpointError, WeightError
+from halfbyte.lora import frozen_linears
+from halfbyte.model import attention
+from halfbyte.nf4.format import QuantizedWeight, quantize
+from halfbyte.nf4.linear import FrozenLinear
+
+__all__ = ["Audit", "BaseRecipe", "build", "finish", "frozen_linears", "place", "place_quantized"]
+
+AUDIT_THRESHOLD = 1_000_000  # bytes; what is smaller (norms, biases) is only summed
+
+
+@dataclass(frozen=True)
+class BaseRecipe:
+    """How a base model is held.
+
+    Attributes:
+        quant: ``nf4``, ``fp4``, or ``none`` for a plain 16/32-bit base.
+        double_quant: Whether the scales are quantised once more.
+        block_size: Weights that share a scale.
+        compute_dtype: dtype of activations, products and whatever is not packed.
+        device: Where it is held.
+    """
+
+    quant: Literal["nf4", "fp4", "none"] = "nf4"
+    double_quant: bool = True
+    block_size: int = 64
+    compute_dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What the base model is made of, in bytes.
+
+    Attributes:
+        quantized_parameters: Weights that are packed.
+        quantized_bytes: Their bytes, scales included.
+        kept: (name, dtype, bytes) of every tensor over 1 MB that is held in 16 or 32 bits.
+        total_bytes: Everything, tied tensors counted once.
+    """
+
+    quantized_parameters: int
+    quantized_bytes: int
+    kept: tuple[tuple[str, str, int], ...]
+    total_bytes: int
+
+    def lines(self) -> list[str]:
+        """Return what a person is told."""
+        told = []
+        if self.quantized_parameters:
+            bits = 8 * self.quantized_bytes / self.quantized_parameters
+            told.append(
+                f"{self.quantized_parameters / 1e6:.1f} M weights in 4 bits: "
+                f"{self.quantized_bytes / 1e6:.1f} MB ({bits:.3f} bits a weight, scales included)"
+            )
+        told += [f"kept in {dtype}: {name}, {size / 1e6:.1f} MB" for name, dtype, size in self.kept]
+        told.append(f"base model in memory: {self.total_bytes / 1e6:.1f} MB")
+        return told
+
+
+def build(config: PretrainedConfig, recipe: BaseRecipe) -> PreTrainedModel:
+    """Return the architecture of ``config`` on the meta device, its linears replaced.
+
+    Raises:
+        CheckpointError: If transformers has no causal language model for this configuration.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=recipe.compute_dtype, attn_implementation=attention.register()
+            )
+    except ValueError as error:
+        raise CheckpointError(f"not a causal language model transformers knows: {error}") from error
+    head = model.get_output_embeddings()
+    for name, linear in list(model.named_modules()):
+        if type(linear) is not nn.Linear or linear is head:
+            continue
+        parent, _, leaf = name.rpartition(".")
+        frozen = FrozenLinear.like(
+            linear,
+            quant=None if recipe.quant == "none" else recipe.quant,
+            block_size=recipe.block_size,
+            double_quant=recipe.double_quant,
+            dtype=recipe.compute_dtype,
+        )
+        setattr(model.get_submodule(parent), leaf, frozen)
+    model.requires_grad_(False).eval()
+    model.halfbyte_recipe = recipe
+    return model
+
+
+def _owner(model: PreTrainedModel, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    try:
+        return model.get_submodule(path), leaf
+    except AttributeError:
+        raise CheckpointError(
+            f"the checkpoint holds {name}, which {type(model).__name__} does not have; "
+            "is its config.json of another model?"
+        ) from None
+
+
+def _check_shape(name: str, expected: tuple[int, ...], came: tuple[int, ...]) -> None:
+    if expected != came:
+        raise CheckpointError(
+            f"{name}: the configuration asks for shape {list(expected)}, "
+            f"the checkpoint has {list(came)}"
+        )
+
+
+def place(model: PreTrainedModel, name: str, tensor: Tensor) -> None:
+    """Put one tensor of the checkpoint where it belongs: packed if a linear's weight, else cast.
+
+    Args:
+        model: What ``build`` returned.
+        name: The parameter's name in transformers.
+        tensor: Its value, in any floating dtype, on any device.
+
+    Raises:
+        CheckpointError: If the model has no such parameter, or its shape is another.
+        WeightError: If a value is NaN or infinite.
+    """
+    recipe: BaseRecipe = model.halfbyte_recipe
+    owner, leaf = _owner(model, name)
+    if isinstance(owner, FrozenLinear) and leaf == "weight":
+        _check_shape(name, (owner.out_features, owner.in_features), tuple(tensor.shape))
+        if recipe.quant != "none":
+            packed = quantize(
+                tensor.to(recipe.device),
+                quant_type=recipe.quant,
+                block_size=recipe.block_size,
+                double_quant=recipe.double_quant,
+                name=name,
+            )
+            owner.set_quantized(packed)
+            return
+    parameter, buffer = owner._parameters.get(leaf), owner._buffers.get(leaf)
+    slot = parameter if parameter is not None else buffer
+    if slot is None:
+        raise CheckpointError(
+            f"the checkpoint holds {name}, which {type(model).__name__} does not have; "
+            "is its config.json of another model?"
+        )
+    _check_shape(name, tuple(slot.shape), tuple(tensor.shape))
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise WeightError(f"{name} holds NaN or infinity; the checkpoint is damaged")
+    # copy=True: a reader may reuse the memory it handed us.
+    held = tensor.to(device=recipe.device, dtype=slot.dtype, copy=True)
+    if parameter is not None:
+        owner._parameters[leaf] = nn.Parameter(held, requires_grad=False)
+    else:
+        owner._buffers[leaf] = held
+
+
+def place_quantized(model: PreTrainedModel, name: str, quantized: QuantizedWeight) -> None:
+    """Put a weight that is packed already where it belongs, bytes as they are.
+
+    Raises:
+        CheckpointError: If ``name`` is not the weight of a frozen linear, or its shape is another.
+    """
+    owner, leaf = _owner(model, name)
+    if not isinstance(owner, FrozenLinear) or leaf != "weight":
+        raise CheckpointError(f"{name} is packed in 4 bits, but is no linear layer's weight")
+    _check_shape(name, (owner.out_features, owner.in_features), tuple(quantized.shape))
+    owner.set_quantized(quantized.to(model.halfbyte_recipe.device))
+
+
+def finish(model: PreTrainedModel) -> Audit:
+    """Tie what is tied, compute what is computed, and account for every byte.
+
+    Raises:
+        CheckpointError: If a parameter never came; all of them are named.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = model.config.get_text_config().tie_word_embeddings
+    if tied and head is not None and head.weight.is_meta:
+        head.weight = embedding.weight
+    _compute_buffers(model, model.halfbyte_recipe.device)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    missing = sorted(name for name, tensor in tensors.items() if tensor.is_meta)
+    if missing:
+        shown = ", ".join(missing[:6]) + (" …" if len(missing) > 6 else "")
+        raise CheckpointError(
+            f"the checkpoint lacks {len(missing)} of the model's tensors: {shown}"
+        )
+    model.requires_grad_(False).eval()
+    return audit(model)
+
+
+def audit(model: nn.Module) -> Audit:
+    """Return what ``model`` is made of; adapters are not counted."""
+    packed = [q for m in frozen_linears(model).values() if (q := m.quantized) is not None]
+    quantized_bytes = sum(q.nbytes for q in packed)
+    kept = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
+    plain_bytes = sum(p.nbytes for _, p in kept)
+    large = [
+        (name, str(p.dtype).removeprefix("torch."), p.nbytes)
+        for name, p in kept
+        if p.nbytes > AUDIT_THRESHOLD
+    ]
+    large.sort(key=lambda row: -row[2])
+    return Audit(
+        quantized_parameters=sum(q.numel for q in packed),
+        quantized_bytes=quantized_bytes,
+        kept=tuple(large),
+        total_bytes=quantized_bytes + plain_bytes,
+    )
+
+
+def _compute_buffers(model: PreTrainedModel, device: str) -> None:
+    """Fill the buffers no checkpoint holds (rotary frequencies), as transformers computes them.
+
+    They start as NaN, so that one that transformers' own initialisation does not know is found.
+    """
+    for path, module in model.named_modules():
+        empty = [n for n, b in module.named_buffers(recurse=False) if b.is_meta]
+        empty = [n for n in empty if not isinstance(module, FrozenLinear)]
+        if not empty:
+            continue
+        for name in empty:
+            held = module._buffers[name]
+            assert held is not None
+            fresh = torch.empty_like(held, device=device)
+            module._buffers[name] = fresh.fill_(torch.nan) if fresh.is_floating_point() else fresh
+        model._init_weights(module)
+        for name in empty:
+            filled = module._buffers[name]
+            assert filled is not None
+            if not filled.is_floating_point() or bool(torch.isnan(filled).any()):
+                raise CheckpointError(
+                    f"the buffer {path}.{name} is in no checkpoint and transformers does not say "
+                    f"how to compute it: {type(model).__name__} is not supported"
+                )

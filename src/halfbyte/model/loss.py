@@ -1,0 +1,70 @@
+"""Cross-entropy over a frozen output head, without the logits of the whole sequence.
+
+For hidden states h [S, H] of the supervised positions only, a head W [V, H] and targets [S], the
+loss is a sum (not a mean): whoever calls divides by the supervised tokens of the whole optimizer
+step, so that 1x8, 2x4 and 8x1 sequences give the same gradient.
+
+    z = h Wᵀ;  loss = Σ logsumexp(z) − z[target];  dL/dz = softmax(z) − onehot;  dL/dh = dL/dz W
+
+The head is frozen, so there is no dW, and dL/dh of a chunk of rows can be had right away: the
+gradient is computed in forward, in place of the logits, and the logits of at most ``CHUNK_BYTES``
+exist at any time. Softmax and sum are float32 whatever the dtype of the products.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.matmul import product
+
+# 32 MB of float32 logits: 170 rows of a 49k vocabulary, 65 rows of a 128k one. On a GPU the
+# product wants more rows to be efficient: 256 MB there.
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+
+
+def _chunk_rows(vocabulary: int, device: torch.device) -> int:
+    return max(16, CHUNK_BYTES.get(device.type, 32 << 20) // (4 * vocabulary))
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        need_grad = ctx.needs_input_grad[0]
+        grad = torch.empty_like(hidden) if need_grad else None
+        rows = _chunk_rows(head.shape[0], hidden.device)
+        for start in range(0, hidden.shape[0], rows):
+            chunk, wanted = hidden[start : start + rows], targets[start : start + rows, None]
+            logits = product(chunk, head).float()
+            if softcap:
+                logits.div_(softcap).tanh_().mul_(softcap)
+            normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
+            total += (normaliser - logits.gather(1, wanted)).sum()
+            if grad is not None:
+                slope = 1.0 - (logits / softcap).square_() if softcap else None
+                logits.sub_(normaliser).exp_()
+                logits.scatter_add_(1, wanted, logits.new_full((1, 1), -1.0).expand_as(wanted))
+                if slope is not None:
+                    logits.mul_(slope)
+                grad[start : start + rows] = product(logits.to(head.dtype), head.t())
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        return grad * grad_outputs[0].to(grad.dtype), None, None, None
+
+
+def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, *, softcap: float = 0.0) -> Tensor:
+    """Return the sum of the token losses, a float32 scalar.
+
+    Args:
+        hidden: [S, H], the final hidden states of the supervised positions.
+        head: [V, H], the output head's weight, frozen; dtype of ``hidden``.
+        targets: int64 [S], what each position should predict.
+        softcap: Gemma's cap c on the logits, z ← c·tanh(z / c); 0 for none.
+    """
+    result: Tensor = _HeadLoss.apply(hidden, head, targets, softcap)  # type: ignore[no-untyped-call]
+    return result

@@ -1,0 +1,137 @@
+"""How well a model does on held-out data: loss, perplexity, and whole answers that are right.
+
+The loss is the mean over supervised tokens, computed by the engine that trains, so nothing ever
+holds the logits of a batch. An answer is right if it equals the expected reply, surrounding white
+space aside.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from halfbyte.data import Example, MicroBatch, collate, load_dataset
+from halfbyte.data.templates import TrainOn
+from halfbyte.model.generate import generate
+from halfbyte.train.engine import Batch, LayerEngine, PlainEngine, choose_engine
+
+# Micro-batches whose hidden states are alive at once: each layer is decoded once for all of them.
+_TOGETHER = 8
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What was measured.
+
+    Attributes:
+        loss: Mean token loss over the supervised tokens.
+        perplexity: exp(loss).
+        supervised_tokens: How many there were.
+        exact_match: Share of cases answered exactly, or None if no answers were asked for.
+        cases: Cases that were answered.
+        samples: For each case ``prompt``, ``expected`` and ``got``.
+    """
+
+    loss: float
+    perplexity: float
+    supervised_tokens: int
+    exact_match: float | None
+    cases: int
+    samples: list[dict[str, str]]
+
+
+def to_device(batch: MicroBatch, device: str | torch.device) -> Batch:
+    """Return a micro-batch as tensors on ``device``."""
+    ids, labels = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.labels)
+    return Batch(ids.to(device), labels.to(device))
+
+
+def evaluate_loss(
+    engine: LayerEngine | PlainEngine,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    device: str | torch.device,
+    progress: Progress | None = None,
+) -> tuple[float, int]:
+    """Return the mean token loss over ``examples``, and the supervised tokens it is a mean of."""
+    ordered = sorted(examples, key=lambda example: len(example.tokens), reverse=True)
+    starts = range(0, len(ordered), batch_size)
+    batches = [collate(ordered[start : start + batch_size]) for start in starts]
+    total, done = 0.0, 0
+    for start in range(0, len(batches), _TOGETHER):
+        together = batches[start : start + _TOGETHER]
+        total += float(engine.loss([to_device(batch, device) for batch in together]))
+        done += sum(len(batch.lengths) for batch in together)
+        if progress is not None:
+            progress(done, len(ordered))
+    tokens = sum(batch.supervised_tokens for batch in batches)
+    return total / tokens, tokens
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: str | Path,
+    *,
+    max_length: int = 1024,
+    train_on: TrainOn = "assistant",
+    batch_size: int = 8,
+    exact_match: bool = True,
+    max_new_tokens: int = 256,
+    progress: Progress | None = None,
+) -> EvalResult:
+    """Evaluate a model on a data file.
+
+    Args:
+        model: A model of ``model.build``, with or without adapters.
+        tokenizer: Its tokenizer.
+        data: A file, a directory or a hub id, in any of the row formats.
+        max_length: Longer rows are cut to so many tokens for the loss.
+        train_on: Whose tokens count for the loss.
+        batch_size: Examples that go through the model together.
+        exact_match: Whether to have each prompt answered, and compare.
+        max_new_tokens: Longest answer, in tokens.
+        progress: Called with (done, total), in examples; an answered example counts again.
+
+    Raises:
+        DataError: If there is nothing usable in ``data``.
+    """
+    device = model.get_input_embeddings().weight.device
+    dataset = load_dataset(data, tokenizer, max_length=max_length, train_on=train_on)
+    cases = [row for row in dataset.rows if exact_match and row.text is None]
+    total = len(dataset.examples) + len(cases)
+
+    def advance(before: int) -> Progress | None:
+        return None if progress is None else lambda done, _: progress(before + done, total)
+
+    engine, _ = choose_engine(model, str(device))
+    loss, tokens = evaluate_loss(
+        engine, dataset.examples, batch_size=batch_size, device=device, progress=advance(0)
+    )
+    answers = generate(
+        model,
+        tokenizer,
+        [row.prompt for row in cases],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=advance(len(dataset.examples)),
+    )
+    samples = [
+        {"prompt": str(row.prompt[-1]["content"]), "expected": row.expected, "got": answer}
+        for row, answer in zip(cases, answers, strict=True)
+    ]
+    right = sum(sample["got"].strip() == sample["expected"].strip() for sample in samples)
+    return EvalResult(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),  # exp overflows a float above 709
+        supervised_tokens=tokens,
+        exact_match=right / len(samples) if samples else None,
+        cases=len(samples),
+        samples=samples,
+    )

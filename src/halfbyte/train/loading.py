@@ -1,0 +1,77 @@
+"""A base model opened for use: device and dtype chosen, loaded, adapter put on, all of it told."""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from halfbyte.checkpoint.base_model import BaseSource, LoadedBase, load_base, open_base
+from halfbyte.checkpoint.peft import load_adapter
+from halfbyte.lora import attach, load_adapter_state
+from halfbyte.model.build import BaseRecipe
+from halfbyte.model.precision import choose_device_and_dtype
+
+if TYPE_CHECKING:
+    from halfbyte.report import RunReport
+
+
+def load_told(source: BaseSource, recipe: BaseRecipe, report: "RunReport | None") -> LoadedBase:
+    """Load ``source``, showing progress and saying what was packed and what was not."""
+    if report is None:
+        return load_base(source, recipe)
+    with report.task(f"loading {source.name}") as progress:
+        base = load_base(source, recipe, progress=progress)
+    for line in base.audit.lines():
+        report.note(line)
+    return base
+
+
+def open_model(
+    model: str,
+    *,
+    adapter: str | None = None,
+    quant: Literal["nf4", "fp4", "none"] = "nf4",
+    double_quant: bool = True,
+    block_size: int = 64,
+    compute_dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    report: "RunReport | None" = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, LoadedBase]:
+    """Open a base model, with an adapter if one is named, ready to answer or to be evaluated.
+
+    Args:
+        model: A directory of safetensors, a GGUF file, or a hub id.
+        adapter: Directory of an adapter that was trained on this base.
+        quant: How to hold the linears: ``nf4``, ``fp4`` or ``none``.
+        double_quant: Whether to quantise the scales.
+        block_size: Weights that share a scale.
+        compute_dtype: ``auto``, ``float32`` or ``bfloat16``.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        revision: Branch, tag or commit of a hub model.
+        report: Who is told, and shows progress.
+
+    Raises:
+        UserError: If the model or the adapter is missing, damaged, or they do not belong together.
+    """
+    place, dtype, why = choose_device_and_dtype(device, compute_dtype)
+    source = open_base(model, revision=revision)
+    # An adapter of another base is found before gigabytes are read.
+    loaded = None if adapter is None else load_adapter(adapter, base_fingerprint=source.fingerprint)
+    recipe = BaseRecipe(quant, double_quant, block_size, dtype, place)
+    if report is not None:
+        report.note(f"on {place}, products in {str(dtype).removeprefix('torch.')}: {why}")
+    base = load_told(source, recipe, report)
+    if loaded is not None:
+        attach(base.model, loaded.config, seed=0)
+        load_adapter_state(base.model, loaded.state)
+    return base.model, base.tokenizer, base
+
+
+def recipe_facts(recipe: BaseRecipe) -> dict[str, Any]:
+    """Return ``recipe`` as JSON values, for the adapter's card."""
+    return {
+        "quant": recipe.quant,
+        "double_quant": recipe.double_quant,
+        "block_size": recipe.block_size,
+        "compute_dtype": str(recipe.compute_dtype).removeprefix("torch."),
+    }

@@ -1,0 +1,346 @@
+"""The story of a run: read, check, load, train, save. Everything it decides it tells.
+
+What can fail for the user's sake fails before the model is loaded, and nothing is written into
+the output directory until the data and the model are known to be good.
+
+A checkpoint holds the adapter, the optimizer's moments and the step; the order of the data, the
+learning rate and the dropout masks are functions of the step and the seed. So a run that is
+resumed is, on a CPU, the run that was not interrupted, byte for byte.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from halfbyte.checkpoint.atomic import new_file, require_writable
+from halfbyte.checkpoint.base_model import BaseSource, open_base
+from halfbyte.checkpoint.peft import CONFIG_NAME, save_adapter, write_card
+from halfbyte.checkpoint.run_state import RunState, latest_run, load_run, save_run
+from halfbyte.data import Dataset, Example, MicroBatch, load_dataset, steps
+from halfbyte.errors import CheckpointError, ConfigError, OutputError
+from halfbyte.lora import LoRAConfig, adapter_parameters, adapter_state, attach, load_adapter_state
+from halfbyte.matmul import float32_library
+from halfbyte.model.build import BaseRecipe
+from halfbyte.model.precision import choose_device_and_dtype
+from halfbyte.train.config import TrainConfig, to_yaml
+from halfbyte.train.engine import choose_engine
+from halfbyte.train.evaluate import evaluate_loss, to_device
+from halfbyte.train.loading import load_told, recipe_facts
+from halfbyte.train.memory import keep_freed_memory, peak_memory, plan_activations
+from halfbyte.train.step import Schedule, Stepper
+
+if TYPE_CHECKING:
+    from halfbyte.report import RunReport
+
+# What may differ between a run and its continuation, because no result depends on it.
+_FREE_TO_CHANGE = {
+    "output",
+    "resume",
+    "save_steps",
+    "save_total_limit",
+    "logging_steps",
+    "eval_data",
+    "eval_steps",
+    "activations",
+    "memory_budget",
+    "model",  # the base's fingerprint is compared instead
+    "data",  # the tokens' digest is compared instead
+    "revision",
+}
+
+SAVES_PER_RUN = 10  # if save_steps is not given
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to.
+
+    Attributes:
+        adapter_dir: Where the adapter is.
+        steps: Optimizer steps of the run, those before a resume included.
+        final_loss: Loss of the last step; NaN if this call made none.
+        peak_memory_bytes: Peak of the process (on a GPU: of the device's allocations).
+        seconds: Time spent in steps, by this call.
+        tokens_per_second: Tokens, padding not counted, over that time.
+    """
+
+    adapter_dir: Path
+    steps: int
+    final_loss: float
+    peak_memory_bytes: int
+    seconds: float
+    tokens_per_second: float
+
+
+class _Steps:
+    """The micro-batches of any step of the run, from its number alone."""
+
+    def __init__(self, examples: Sequence[Example], config: TrainConfig, pad_id: int) -> None:
+        self._examples, self._config, self._pad_id = examples, config, pad_id
+        self.per_epoch = len(self._epoch(0))
+        asked = math.ceil(config.epochs * self.per_epoch)
+        self.total = config.max_steps if config.max_steps is not None else max(1, asked)
+        self._held: tuple[int, Any] = (-1, None)
+
+    def _epoch(self, epoch: int) -> Any:
+        return steps(
+            self._examples,
+            batch_size=self._config.batch_size,
+            gradient_accumulation_steps=self._config.gradient_accumulation_steps,
+            seed=self._config.seed,
+            epoch=epoch,
+            pad_id=self._pad_id,
+        )
+
+    def __getitem__(self, step: int) -> list[MicroBatch]:
+        epoch, index = divmod(step, self.per_epoch)
+        if self._held[0] != epoch:
+            self._held = (epoch, self._epoch(epoch))
+        batches: list[MicroBatch] = self._held[1][index]
+        return batches
+
+    def shapes(self) -> list[list[tuple[int, int]]]:
+        """Return the (B, T) of every micro-batch of the first epoch, step by step."""
+        count = min(self.per_epoch, self.total)
+        return [[(len(b.input_ids), b.input_ids.shape[1]) for b in self[i]] for i in range(count)]
+
+
+def train(config: TrainConfig, report: "RunReport") -> TrainResult:
+    """Fine-tune, from a configuration to an adapter on disk.
+
+    Args:
+        config: What to do.
+        report: Who is told.
+
+    Raises:
+        UserError: For whatever the user can mend; nothing half-written is left behind.
+        NonFiniteLossError: If training diverges; the last checkpoint is kept.
+    """
+    device, dtype, why = choose_device_and_dtype(config.device, config.compute_dtype)
+    output = require_writable(config.output)
+    resumed = _resume_from(config, output, report)
+
+    source = open_base(config.model, revision=config.revision)
+    tokenizer = source.tokenizer()
+    dataset = _read(config.data, tokenizer, config, report)
+    held_out = _read(config.eval_data, tokenizer, config, report) if config.eval_data else None
+    plan = _Steps(dataset.examples, config, tokenizer.pad_token_id or 0)
+    identity = _identity(config, source, dataset)
+    if resumed is not None:
+        _check_same_run(resumed, identity)
+
+    report.note(f"on {device}, products in {str(dtype).removeprefix('torch.')}: {why}")
+    if device == "cpu":
+        library, reason = float32_library()
+        report.note(f"float32 products by {library}: {reason}")
+        keep_freed_memory()
+    recipe = BaseRecipe(config.quant, config.double_quant, config.block_size, dtype, device)
+    base = load_told(source, recipe, report)
+    recipe = base.model.halfbyte_recipe
+    lora = LoRAConfig(
+        r=config.lora_r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        target_modules=config.target_modules,
+    )
+    adapted = attach(base.model, lora, seed=config.seed)
+    parameters = adapter_parameters(base.model)
+    trained = sum(parameter.numel() for parameter in parameters.values())
+    report.note(f"{trained / 1e6:.2f} M parameters trained, on {len(adapted)} linear layers")
+    engine, told = choose_engine(base.model, device)
+    report.note(told)
+    stepper = Stepper(engine, parameters, config, Schedule.of(config, plan.total))
+    start = 0
+    if resumed is not None:
+        load_adapter_state(base.model, resumed.adapter)
+        stepper.load_optimizer_state(resumed.optimizer)
+        start = resumed.step
+    memory = plan_activations(
+        engine, plan.shapes(), config.activations, config.memory_budget, device
+    )
+    report.note(memory.line())
+
+    card = {"base_name": config.model, "base_fingerprint": base.fingerprint}
+    with new_file(output / "config.yaml") as file:
+        file.write(to_yaml(config).encode())
+    report.begin(
+        total_steps=plan.total,
+        start_step=start,
+        facts={
+            "model": config.model,
+            "data": config.data,
+            "quant": recipe.quant,
+            "device": device,
+            "compute_dtype": str(dtype).removeprefix("torch."),
+            "base_bytes": base.audit.total_bytes,
+            "trained_parameters": trained,
+            "examples": len(dataset.examples),
+            "supervised_tokens": dataset.report.supervised_tokens,
+        },
+    )
+
+    def save(step: int) -> None:
+        path = save_run(
+            output,
+            step,
+            adapter=adapter_state(base.model),
+            optimizer=stepper.optimizer_state(),
+            progress=identity,
+            keep=config.save_total_limit,
+            card=lambda directory: write_card(
+                directory, parameters, lora, recipe=recipe_facts(recipe), **card
+            ),
+        )
+        report.saved(path)
+
+    def measure(step: int) -> None:
+        if held_out is None:
+            return
+        loss, tokens = evaluate_loss(
+            engine, held_out.examples, batch_size=max(4, config.batch_size), device=device
+        )
+        report.evaluation(
+            {
+                "step": step,
+                "loss": loss,
+                "perplexity": math.exp(min(loss, 700.0)),
+                "supervised_tokens": tokens,
+            }
+        )
+
+    save_every = config.save_steps or max(1, math.ceil(plan.total / SAVES_PER_RUN))
+    loss, seconds, tokens_done = math.nan, 0.0, 0
+    for step in range(start, plan.total):
+        began = time.perf_counter()
+        batches = plan[step]
+        on_device = [to_device(batch, device) for batch in batches]
+        result = stepper.run(step, on_device, saved_layers=memory.saved_layers)
+        took = time.perf_counter() - began
+        done = step + 1
+        tokens = sum(batch.tokens for batch in batches)
+        loss, seconds, tokens_done = result.loss, seconds + took, tokens_done + tokens
+        if done % config.logging_steps == 0 or done == plan.total:
+            report.step(
+                {
+                    "step": done,
+                    "loss": result.loss,
+                    "grad_norm": result.grad_norm,
+                    "learning_rate": result.learning_rate,
+                    "epoch": done / plan.per_epoch,
+                    "tokens": tokens,
+                    "supervised_tokens": sum(batch.supervised_tokens for batch in batches),
+                    "tokens_per_second": tokens / took,
+                    "peak_memory_bytes": peak_memory(device),
+                    "seconds": took,
+                }
+            )
+        if config.eval_steps and done % config.eval_steps == 0 and done < plan.total:
+            measure(done)
+        if done % save_every == 0 or done == plan.total:
+            save(done)
+    measure(plan.total)
+    save_adapter(
+        output,
+        adapter_state(base.model),
+        lora,
+        recipe=recipe_facts(recipe),
+        tokenizer=tokenizer,
+        **card,
+    )
+    report.saved(output)
+    outcome = TrainResult(
+        adapter_dir=output,
+        steps=plan.total,
+        final_loss=loss,
+        peak_memory_bytes=peak_memory(device),
+        seconds=seconds,
+        tokens_per_second=tokens_done / seconds if seconds else 0.0,
+    )
+    report.finish(
+        {
+            "steps": outcome.steps,
+            "seconds": outcome.seconds,
+            "final_loss": None if math.isnan(loss) else loss,
+            "tokens_per_second": outcome.tokens_per_second,
+            "peak_memory_bytes": outcome.peak_memory_bytes,
+        }
+    )
+    return outcome
+
+
+def _resume_from(config: TrainConfig, output: Path, report: "RunReport") -> RunState | None:
+    newest = latest_run(output)
+    if config.resume:
+        if newest is None:
+            report.note(f"no checkpoint in {output}: starting from the beginning")
+            return None
+        report.note(f"going on from {newest}")
+        return load_run(newest)
+    if newest is not None or (output / CONFIG_NAME).exists():
+        raise OutputError(
+            f"{output} holds a run already. Give --resume to go on with it, another --output, "
+            "or remove it"
+        )
+    return None
+
+
+def _read(
+    data: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, report: "RunReport"
+) -> Dataset:
+    with report.task(f"reading {data}") as progress:
+        dataset = load_dataset(
+            data,
+            tokenizer,
+            max_length=config.max_length,
+            train_on=config.train_on,
+            progress=progress,
+        )
+    for line in dataset.report.lines():
+        report.note(line)
+    return dataset
+
+
+def _identity(config: TrainConfig, source: BaseSource, dataset: Dataset) -> dict[str, Any]:
+    """Return what makes two runs the same run: options, base and tokens."""
+    digest = hashlib.sha256()
+    for example in dataset.examples:
+        digest.update(np.asarray(example.tokens).tobytes())
+        digest.update(np.asarray(example.labels_mask).tobytes())
+        digest.update(b"|")
+    options = config.model_dump(mode="json", exclude=_FREE_TO_CHANGE)
+    return {"base": source.fingerprint, "data": digest.hexdigest(), "options": options}
+
+
+def _check_same_run(resumed: RunState, identity: dict[str, Any]) -> None:
+    """Refuse to go on with another base, other data or other options.
+
+    Raises:
+        CheckpointError: The base or the data has changed.
+        ConfigError: An option has changed on which the result depends; all are named.
+    """
+    for what in ("base", "data"):
+        if resumed.progress.get(what) != identity[what]:
+            raise CheckpointError(
+                f"the {what} is not what the interrupted run was training "
+                f"{'on' if what == 'base' else 'with'}; give the same, or start anew in another "
+                "--output"
+            )
+    before, now = resumed.progress.get("options", {}), identity["options"]
+    changed = [
+        f"{name} was {before.get(name)!r}, is {value!r}"
+        for name, value in now.items()
+        if before.get(name) != value
+    ]
+    if changed:
+        raise ConfigError(
+            "a resumed run must keep the options it began with, or it is another run:\n  "
+            + "\n  ".join(changed)
+        )

@@ -1,0 +1,143 @@
+"""Memory on a plan: how much there is, and how many layers may keep their activations.
+
+Keeping what a layer's backward needs costs memory; running the layer again costs time (a third of
+the matrix products of a step). The choice is made layer by layer, from measured bytes: one layer
+is run once on the largest micro-batch and what autograd keeps is counted.
+"""
+
+import ctypes
+import ctypes.util
+import os
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from halfbyte.errors import ConfigError
+from halfbyte.train.engine import Batch, LayerEngine, PlainEngine
+
+# Without a budget, this part of the memory that is free when training starts may be used.
+FREE_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class ActivationPlan:
+    """How many layers keep their activations.
+
+    Attributes:
+        saved_layers: Layers, counted from the last, that keep what backward needs.
+        layers: All layers.
+        saved_bytes: What one layer keeps over a whole step when it saves.
+        budget: Bytes the process (on a GPU: the device) may use.
+        predicted_bytes: Estimated peak under this plan.
+    """
+
+    saved_layers: int
+    layers: int
+    saved_bytes: int
+    budget: int
+    predicted_bytes: int
+
+    def line(self) -> str:
+        """Return what a person is told."""
+        again = self.layers - self.saved_layers
+        how = f"{self.saved_layers} of {self.layers} layers keep their activations"
+        if again:
+            how += f", {again} are run again in backward"
+        return (
+            f"{how} ({self.saved_bytes / 1e6:.0f} MB a layer); "
+            f"about {self.predicted_bytes / 1e9:.2f} GB of {self.budget / 1e9:.2f} GB"
+        )
+
+
+def used_memory(device: str) -> int:
+    """Return the bytes in use now: resident memory of the process, or allocated on the GPU."""
+    if device == "cuda":
+        return int(torch.cuda.memory_allocated())
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory(device: str) -> int:
+    """Return the highest number of bytes that were in use at once."""
+    if device == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_memory(device: str) -> int:
+    """Return the bytes that could still be taken."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def plan_activations(
+    engine: LayerEngine | PlainEngine,
+    shapes: Sequence[Sequence[tuple[int, int]]],
+    activations: str,
+    memory_budget: int | None,
+    device: str,
+) -> ActivationPlan:
+    """Choose how many layers keep their activations.
+
+    Args:
+        engine: What will run the steps, gradients and optimizer state not yet touched.
+        shapes: For each optimizer step of the run, the (B, T) of its micro-batches.
+        activations: ``save``, ``recompute``, or ``auto`` for what fits.
+        memory_budget: Bytes in all, or None for most of what is free.
+        device: ``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: If the budget is too small even when every layer is run again; says the least
+            that would do.
+    """
+    used = used_memory(device)
+    budget = memory_budget or int(used + FREE_SHARE * free_memory(device))
+    if isinstance(engine, PlainEngine):
+        return ActivationPlan(0, 0, 0, budget, used)
+    layers = len(engine.layers)
+    largest = max((shape for step in shapes for shape in step), key=lambda s: s[0] * s[1])
+    tokens_per_step = max(sum(b * t for b, t in step) for step in shapes)
+    tokens = largest[0] * largest[1]
+    ids = torch.zeros(largest, dtype=torch.int64, device=device)
+    saved, kept = engine.saved_bytes(Batch(ids, torch.full_like(ids, -100)))
+    # Adapters' moments (the gradients are there already), every layer's input, one layer of the
+    # largest micro-batch alive in backward beside its gradients, and one chunk of logits.
+    moments = 2 * sum(p.nbytes for p in engine.model.parameters() if p.requires_grad)
+    step_saved, step_kept = (size * tokens_per_step // tokens for size in (saved, kept))
+    floor = used + moments + layers * step_kept + 2 * saved + (64 << 20)
+    extra = max(1, step_saved - step_kept)
+    fitting = max(0, min(layers, (budget - floor) // extra))
+    if activations == "auto" and floor > budget and memory_budget is not None:
+        raise ConfigError(
+            f"memory_budget {budget / 1e9:.2f} GB is too small: with every layer run again in "
+            f"backward this run needs about {floor / 1e9:.2f} GB. Raise it, or lower batch_size, "
+            "gradient_accumulation_steps or max_length"
+        )
+    chosen = {"save": layers, "recompute": 0}.get(activations, fitting)
+    return ActivationPlan(chosen, layers, step_saved, budget, floor + chosen * extra)
+
+
+def keep_freed_memory() -> bool:
+    """Tell the C allocator to keep what is freed, instead of giving it back to the system.
+
+    A training step frees and takes the same activations again and again. glibc returns blocks over
+    128 kB to the system at once, and every page of the next one is faulted in anew.
+
+    Returns:
+        Whether the allocator understood (glibc does).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        return False
+    trim_threshold, mmap_threshold = -1, -3
+    return bool(mallopt(mmap_threshold, 1 << 30) and mallopt(trim_threshold, 1 << 30))
