@@ -79,7 +79,7 @@ INLINE void narrow(float value, Float16& to) {
     // Adding a half leaves a subnormal's bits, rounded, at the end of the sum.
     const uint32_t subnormal = bits_of(float_of(rest) + 0.5f) - bits_of(0.5f);
     uint32_t rounded = rest < (113u << 23) ? subnormal : normal;
-    rounded = rest >= 0x477ff000 ? 0x7c00 : rounded;
+    rounded = rest >= (143u << 23) ? 0x7c00 : rounded;
     rounded = rest > 0x7f800000 ? 0x7e00 : rounded;
     to.bits = uint16_t(bits >> 16 & 0x8000) | uint16_t(rounded);
 }
@@ -289,7 +289,8 @@ AVX512 void decode_avx512(const Encoded& w, int64_t first, int64_t last, Out16* 
 #endif  // __x86_64__
 
 template <class Out>
-void decode(const Encoded& w, int64_t first, int64_t last, Out* out, int variant) {
+void decode(const Encoded& w, int64_t first, int64_t last, Out* out,
+            [[maybe_unused]] int variant) {
 #if defined(__x86_64__)
     // The vector variants decode whole blocks; a short last one is left over.
     const int64_t whole = std::min(last, w.numel / w.block_size);
@@ -367,7 +368,7 @@ AVX512 void encode_avx512(const Source& s, int64_t first, int64_t last) {
 #endif
 
 template <class In>
-void encode(const Source& s, int64_t first, int64_t last, int variant) {
+void encode(const Source& s, int64_t first, int64_t last, [[maybe_unused]] int variant) {
 #if defined(__x86_64__)
     if (variant == kAvx512) return encode_avx512<In>(s, first, last);
     if (variant == kAvx2) return encode_avx2<In>(s, first, last);
