@@ -133,11 +133,21 @@ def test_bytes_equal_those_of_bitsandbytes_for_any_values(quant_type, values, do
     codes, state = bnb.quantize_4bit(
         w, blocksize=32, compress_statistics=double, quant_type=quant_type
     )
-    if double and not torch.isfinite(state.offset):
-        return  # the sum of the scales overflows, which no weight of a model does
     for impl in IMPLS:
+        if double and not torch.isfinite(state.offset):
+            with pytest.raises(WeightError, match="too large for double quantisation"):
+                quantize(w, quant_type=quant_type, block_size=32, impl=impl)
+            continue
         q = quantize(w, quant_type=quant_type, block_size=32, double_quant=double, impl=impl)
         assert_equal_codes(q, codes, state)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_scales_whose_sum_overflows_need_single_quantisation(impl):
+    w = torch.full((128,), 3e38)
+    with pytest.raises(WeightError, match=r"'up' is too large.*3e\+38.*double quantisation off"):
+        quantize(w, name="up", impl=impl)
+    assert torch.equal(dequantize(quantize(w, double_quant=False, impl=impl)), w)
 
 
 def test_bytes_of_a_large_weight_equal_those_of_bitsandbytes():

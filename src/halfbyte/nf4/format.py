@@ -171,7 +171,8 @@ def quantize(
 
     Raises:
         ConfigError: Unknown `quant_type`, `block_size` or `impl`.
-        WeightError: NaN or infinity in `weight`, or another type of numbers.
+        WeightError: NaN or infinity in `weight`, another type of numbers, or scales so large that
+            their mean cannot be computed.
     """
     check_format(quant_type, block_size)
     called = f"weight {name!r}" if name else "the weight"
@@ -198,6 +199,11 @@ def quantize(
     # torch adds up in an order that depends on its number of threads, and so, in the last bit,
     # may the offset. It is the order bitsandbytes takes.
     offset = scales.mean() if len(scales) else scales.new_zeros(())
+    if not offset.isfinite():
+        raise WeightError(
+            f"{called} is too large for double quantisation: its scales, up to"
+            f" {scales.max():.3g}, add up to more than float32 holds. Turn double quantisation off."
+        )
     scale_codes, scale_scales = blockwise.encode_dynamic(scales - offset, SCALE_BLOCK)
     return replace(
         single,
@@ -312,7 +318,7 @@ def _layout(
 
 def _kernels(impl: Implementation, device: torch.device) -> Kernels | None:
     """The kernels to use, or None for plain PyTorch."""
-    from halfbyte.nf4 import cpu  # needs this module; and most who import it never need that
+    from halfbyte.nf4 import cpu  # it imports this module
 
     if impl not in get_args(Implementation):
         raise ConfigError(f'impl must be "auto", "cpu" or "torch", not {impl!r}')
