@@ -125,7 +125,7 @@ def _interface(
     plain = attention_mask is None and causal and not dropout
     plain = plain and not any(value is not None for key, value in kwargs.items() if key in _UNUSUAL)
     shaped = query.shape[2] == key.shape[2] > 1 and query.shape[-1] == value.shape[-1]
-    if plain and shaped and query.device.type == "cpu" and torch.is_grad_enabled():
+    if plain and shaped and query.device.type == "cpu":
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         return causal_attention(query, key, value, scale=scale).transpose(1, 2).contiguous(), None
     result: tuple[Tensor, None] = sdpa_attention_forward(

@@ -111,6 +111,9 @@ class LayerEngine:
         softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self.softcap = float(softcap or 0)
         self.linears = [list(frozen_linears(layer).values()) for layer in self.layers]
+        # Nothing before the lowest adapter wants a gradient: backward ends there.
+        adapted = [i for i, ls in enumerate(self.linears) if any(m.adapter for m in ls)]
+        self.first_trained = min(adapted, default=len(self.layers))
         self.scratch = WeightScratch()
         self.clock = dropout_clock(model)
         self.tuple_output = False
@@ -165,19 +168,19 @@ class LayerEngine:
             The loss: float32 scalar on the device, summed over tokens and divided.
         """
         kept: list[list[_Kept]] = []
-        first_saved = len(self.layers) - saved_layers
+        first_saved = max(len(self.layers) - saved_layers, self.first_trained)
         hidden, calls = self._enter(batches)
         for index in range(len(self.layers)):
             row: list[_Kept] = []
             with self._opened(index):
                 for i, call in enumerate(calls):
-                    # The embedding is frozen: nothing before layer 0 wants a gradient.
-                    x = hidden[i].detach().requires_grad_(index > 0)
+                    x = hidden[i].detach().requires_grad_(index > self.first_trained)
                     with torch.set_grad_enabled(index >= first_saved):
                         y = self._run(index, i, x, call)
                     row.append(_Kept(x, y if index >= first_saved else None))
                     hidden[i] = y.detach()
-            kept.append(row)
+            if index >= self.first_trained:
+                kept.append(row)
 
         total = torch.zeros((), dtype=torch.float32, device=hidden[0].device)
         grads: list[Tensor] = []
@@ -190,7 +193,7 @@ class LayerEngine:
             total += loss.detach()
         hidden.clear()
 
-        for index in reversed(range(len(self.layers))):
+        for index in reversed(range(self.first_trained, len(self.layers))):
             row = kept.pop()
             with self._opened(index):
                 for i, call in enumerate(calls):
@@ -201,7 +204,7 @@ class LayerEngine:
                             output = self._run(index, i, held.x, call)
                     torch.autograd.backward(output, grads[i])
                     del output
-                    if index > 0:
+                    if index > self.first_trained:
                         assert held.x.grad is not None
                         grads[i] = held.x.grad
                     row[i] = _Kept(held.x.detach(), None)
@@ -310,7 +313,9 @@ class PlainEngine:
         self.model = model
         self.clock = dropout_clock(model)
         if model.supports_gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # Renamed in transformers 5.23; the older name warns there.
+            newer = getattr(model, "activation_checkpointing_enable", None)
+            (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
             for module in model.modules():
                 # Checkpointing asks the layer whether it trains; what is inside it (dropout of the
                 # base model) stays in eval mode.

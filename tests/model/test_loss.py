@@ -1,0 +1,67 @@
+"""The chunked loss against cross-entropy over all logits at once."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from halfbyte.model import loss
+from halfbyte.model.loss import head_loss
+
+
+def case(rows=37, hidden=12, vocabulary=50, dtype=torch.float32):
+    torch.manual_seed(rows)
+    h = torch.randn(rows, hidden).to(dtype).requires_grad_()
+    head = torch.randn(vocabulary, hidden).to(dtype)
+    return h, head, torch.randint(0, vocabulary, (rows,))
+
+
+def whole(h, head, targets, softcap=0.0):
+    logits = (h @ head.T).float()
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, targets, reduction="sum")
+
+
+@pytest.mark.parametrize("rows_at_once", [16, 17, 1000])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_value_and_gradient(monkeypatch, rows_at_once, softcap):
+    monkeypatch.setattr(loss, "_chunk_rows", lambda *_: rows_at_once)
+    h, head, targets = case()
+    got, wanted = head_loss(h, head, targets, softcap=softcap), whole(h, head, targets, softcap)
+    torch.testing.assert_close(got, wanted)
+    (one,) = torch.autograd.grad(got / 7, h)
+    (other,) = torch.autograd.grad(wanted / 7, h)
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_is_no_worse_than_the_whole_in_bfloat16():
+    h, head, targets = case(dtype=torch.bfloat16)
+    exact = h.detach().double().requires_grad_()
+    truth = F.cross_entropy(exact @ head.double().T, targets, reduction="sum")
+    (true,) = torch.autograd.grad(truth, exact)
+    got = head_loss(h, head, targets)
+    low = whole(h, head, targets)
+    assert abs(got - truth) <= abs(low - truth) + 1e-5 * truth
+    (one,), (other,) = torch.autograd.grad(got, h), torch.autograd.grad(low, h)
+    allowed = (other.double() - true).abs().max() + 2**-8 * true.abs().max()
+    assert (one.double() - true).abs().max() <= allowed
+
+
+def test_nothing_supervised():
+    h, head, targets = case(rows=0)
+    got = head_loss(h, head, targets)
+    assert got == 0
+    got.backward()
+    assert h.grad.shape == (0, 12)
+
+
+def test_no_gradient_is_computed_that_nobody_wants():
+    h, head, targets = case()
+    with torch.no_grad():
+        assert head_loss(h, head, targets).grad_fn is None
+
+
+def test_huge_logits_stay_finite():
+    h, head, targets = case()
+    got = head_loss(h * 1e4, head, targets)
+    assert torch.isfinite(got)

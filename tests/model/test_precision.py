@@ -1,0 +1,41 @@
+"""The choice of device and dtype, and its reasons."""
+
+import pytest
+import torch
+
+from halfbyte.errors import ConfigError
+from halfbyte.model import precision
+from halfbyte.model.precision import choose_device_and_dtype
+
+
+@pytest.mark.parametrize(
+    ("units", "dtype", "reason"),
+    [
+        ({"AMX": False, "AVX512-BF16": True}, torch.bfloat16, "AVX512-BF16"),
+        ({"AMX": True, "AVX512-BF16": True}, torch.bfloat16, "AMX"),
+        ({"AMX": False, "AVX512-BF16": False}, torch.float32, "neither"),
+    ],
+)
+def test_a_cpu_multiplies_in_what_it_is_good_at(monkeypatch, units, dtype, reason):
+    monkeypatch.setattr(precision, "cpu_matrix_units", lambda: units)
+    device, chosen, why = choose_device_and_dtype("cpu", "auto")
+    assert (device, chosen) == ("cpu", dtype)
+    assert reason in why
+
+
+def test_what_is_asked_for_is_taken():
+    assert choose_device_and_dtype("cpu", "float32")[1] == torch.float32
+    assert choose_device_and_dtype("cpu", "bfloat16")[1] == torch.bfloat16
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_that_is_not_there():
+    with pytest.raises(ConfigError, match="use --device cpu"):
+        choose_device_and_dtype("cuda", "auto")
+    assert choose_device_and_dtype("auto", "auto")[0] == "cpu"
+
+
+@pytest.mark.parametrize("wrong", [("tpu", "auto"), ("cpu", "float16")])
+def test_unknown_names(wrong):
+    with pytest.raises(ConfigError, match="must be auto"):
+        choose_device_and_dtype(*wrong)

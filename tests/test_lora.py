@@ -1,0 +1,184 @@
+"""Adapters: where they go, what they start as, and how they go in and out by name."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from halfbyte.errors import CheckpointError, ConfigError
+from halfbyte.lora import (
+    LoRAConfig,
+    adapter_parameters,
+    adapter_state,
+    adapters,
+    attach,
+    delta,
+    detach,
+    dropout_clock,
+    load_adapter_state,
+)
+from halfbyte.nf4 import quantize
+from halfbyte.nf4.linear import FrozenLinear
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.v_proj = linear(8, 8), linear(8, 4)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Attention() for _ in range(2))
+        self.proj = linear(8, 8)
+
+
+def linear(inp, out):
+    torch.manual_seed(inp + out)
+    packed = quantize(torch.randn(out, inp), block_size=32)
+    return FrozenLinear(inp, out, quantized=packed, device="cpu")
+
+
+ALL = [
+    "layers.0.q_proj",
+    "layers.0.v_proj",
+    "layers.1.q_proj",
+    "layers.1.v_proj",
+    "proj",
+]
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("all-linear", ALL),
+        (("q_proj",), ["layers.0.q_proj", "layers.1.q_proj"]),
+        (("proj",), ["proj"]),
+        (("1.v_proj", "proj"), ["layers.1.v_proj", "proj"]),
+        ("q_proj", ["layers.0.q_proj", "layers.1.q_proj"]),
+        (r"layers\.0\..*", ["layers.0.q_proj", "layers.0.v_proj"]),
+        (r".*\.(q|v)_proj", ALL[:4]),
+    ],
+)
+def test_targets(targets, expected):
+    model = Model()
+    assert attach(model, LoRAConfig(target_modules=targets), seed=0) == expected
+    assert list(adapters(model)) == expected
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "k_proj"), "k_proj", r"layers\.7\..*", ()])
+def test_targets_that_are_not_there(targets):
+    with pytest.raises(ConfigError, match=r"proj, q_proj, v_proj"):
+        attach(Model(), LoRAConfig(target_modules=targets), seed=0)
+
+
+def test_a_broken_expression():
+    with pytest.raises(ConfigError, match="not a regular expression"):
+        attach(Model(), LoRAConfig(target_modules="(q_proj"), seed=0)
+
+
+@pytest.mark.parametrize("wrong", [{"r": 0}, {"dropout": 1.0}, {"dropout": -0.1}])
+def test_wrong_numbers(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        LoRAConfig(**wrong)
+
+
+def test_scaling():
+    assert LoRAConfig(r=16, alpha=32).scaling == 2
+    assert LoRAConfig(r=16, alpha=32, use_rslora=True).scaling == 8
+
+
+def test_a_fresh_adapter_changes_nothing_and_is_fixed_by_the_seed():
+    one, two, other = Model(), Model(), Model()
+    x = torch.randn(3, 8)
+    before = one.proj(x)
+    for model, seed in ((one, 5), (two, 5), (other, 6)):
+        attach(model, LoRAConfig(r=4), seed=seed)
+    assert torch.equal(one.proj(x), before)
+    states = [adapter_state(model) for model in (one, two, other)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    a = "proj.lora_A.weight"
+    assert not torch.equal(states[0][a], states[2][a])
+    assert not torch.equal(states[0][a], states[0]["layers.0.q_proj.lora_A.weight"])
+    bound = 1 / math.sqrt(8)  # Kaiming uniform with a = sqrt(5): what PEFT starts from
+    assert states[0][a].abs().max() <= bound
+    assert states[0][a].std() > 0.4 * bound
+
+
+def test_names_shapes_and_dtype():
+    model = Model()
+    attach(model, LoRAConfig(r=4, target_modules=("v_proj",)), seed=0)
+    state = adapter_state(model)
+    assert {name: tuple(t.shape) for name, t in state.items()} == {
+        "layers.0.v_proj.lora_A.weight": (4, 8),
+        "layers.0.v_proj.lora_B.weight": (4, 4),
+        "layers.1.v_proj.lora_A.weight": (4, 8),
+        "layers.1.v_proj.lora_B.weight": (4, 4),
+    }
+    assert {t.dtype for t in state.values()} == {torch.float32}
+    assert [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(adapter_parameters(model)) == 4
+
+
+def test_state_round_trip():
+    one, other = Model(), Model()
+    for model in (one, other):
+        attach(model, LoRAConfig(r=4), seed=0)
+    with torch.no_grad():
+        for parameter in adapter_parameters(one).values():
+            parameter.normal_()
+    load_adapter_state(other, adapter_state(one))
+    x = torch.randn(3, 8)
+    assert torch.equal(one.proj(x), other.proj(x))
+
+
+def test_a_state_that_does_not_fit_is_refused_whole():
+    model = Model()
+    attach(model, LoRAConfig(r=4), seed=0)
+    before = {name: t.clone() for name, t in adapter_state(model).items()}
+    state = {name: t + 1 for name, t in before.items()}
+    del state["proj.lora_A.weight"]
+    state["nowhere.lora_A.weight"] = torch.zeros(4, 8)
+    state["layers.0.q_proj.lora_B.weight"] = torch.zeros(8, 5)
+    with pytest.raises(CheckpointError) as error:
+        load_adapter_state(model, state)
+    assert "missing: proj.lora_A.weight" in str(error.value)
+    assert "unexpected: nowhere.lora_A.weight" in str(error.value)
+    assert "expected shape [8, 4], got [8, 5]" in str(error.value)
+    assert all(torch.equal(t, before[name]) for name, t in adapter_state(model).items())
+
+
+def test_delta_is_what_the_adapter_adds():
+    model = Model()
+    attach(model, LoRAConfig(r=4, alpha=2, use_rslora=True), seed=0)
+    with torch.no_grad():
+        model.proj.adapter.lora_B.normal_()
+    x = torch.randn(3, 8)
+    adapted = model.proj(x)
+    added = x @ delta(model.proj).T
+    detach(model)
+    torch.testing.assert_close(adapted - model.proj(x), added, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="no adapter"):
+        delta(model.proj)
+
+
+def test_dropout_only_in_training_and_fixed_by_its_place():
+    model = Model()
+    attach(model, LoRAConfig(r=4, dropout=0.25), seed=3)
+    clock = dropout_clock(model)
+    x = torch.ones(1000, 8)
+    adapter = model.proj.adapter
+    assert adapter.update(x).keep is None
+    clock.running = True
+    mask = adapter.update(x).keep
+    assert mask.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    # 8000 draws: three standard deviations of their mean are 0.0145.
+    assert (mask == 0).float().mean() == pytest.approx(0.25, abs=0.0145)
+    assert torch.equal(mask, adapter.update(x).keep)
+    masks = [mask, model.layers[0].q_proj.adapter.update(x).keep]
+    for place in ("step", "micro_batch"):
+        setattr(clock, place, 1)
+        masks.append(adapter.update(x).keep)
+    assert all(not torch.equal(a, b) for i, a in enumerate(masks) for b in masks[:i])

@@ -1,0 +1,228 @@
+"""The layer engine against plain autograd over transformers' own layers, family by family."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from halfbyte.lora import LoRAConfig, adapter_parameters, attach, dropout_clock
+from halfbyte.model.build import BaseRecipe, build, finish, place
+from halfbyte.train.engine import Batch, EngineError, LayerEngine, PlainEngine, choose_engine
+
+SIZES = {
+    "vocab_size": 120,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES = {
+    "llama": LlamaConfig(**SIZES),
+    "qwen2": Qwen2Config(**SIZES, use_sliding_window=False),
+    "qwen3": Qwen3Config(**SIZES, head_dim=8),
+    "mistral": MistralConfig(**SIZES, sliding_window=8),
+    "phi3": Phi3Config(**SIZES),
+    "gemma3": Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=8),
+}
+
+
+def model_of(config, *, quant="nf4", dtype=torch.float32, r=4, dropout=0.0):
+    torch.manual_seed(0)
+    source = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = build(config, BaseRecipe(quant=quant, compute_dtype=dtype))
+    tied = config.tie_word_embeddings
+    for name, tensor in source.state_dict().items():
+        if not (tied and name == "lm_head.weight"):
+            # Larger than a fresh model's, so that every path matters to the loss.
+            place(model, name, tensor * 4 if tensor.dim() == 2 else tensor)
+    finish(model)
+    attach(model, LoRAConfig(r=r, alpha=8, dropout=dropout), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapter_parameters(model).items():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8)
+    return model
+
+
+def batches_of(shapes, vocabulary=120):
+    generator = torch.Generator().manual_seed(2)
+    made = []
+    for rows, length in shapes:
+        ids = torch.randint(3, vocabulary, (rows, length), generator=generator)
+        labels = torch.randint(3, vocabulary, (rows, length), generator=generator)
+        ignored = torch.rand((rows, length), generator=generator) < 0.4
+        made.append(Batch(ids, labels.masked_fill(ignored, -100)))
+    return made
+
+
+def gradients(model):
+    found = {name: p.grad.clone() for name, p in adapter_parameters(model).items()}
+    for parameter in adapter_parameters(model).values():
+        parameter.grad = None
+    return found
+
+
+def plain_step(model, batches, normaliser):
+    total = torch.zeros(())
+    for batch in batches:
+        logits = model(input_ids=batch.input_ids, use_cache=False).logits.float()
+        loss = F.cross_entropy(
+            logits.flatten(0, 1), batch.labels.flatten(), reduction="sum", ignore_index=-100
+        )
+        (loss / normaliser).backward()
+        total += loss.detach() / normaliser
+    return total
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("quant", ["nf4", "none"])
+def test_losses_and_gradients_are_plain_autograds(family, quant):
+    model = model_of(FAMILIES[family], quant=quant)
+    engine, told = choose_engine(model, "cpu")
+    assert isinstance(engine, LayerEngine), told
+    batches = batches_of([(2, 17), (1, 9)])
+    wanted = plain_step(model, batches, 20.0)
+    true = gradients(model)
+    got = engine.step(batches, 20.0, saved_layers=3)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients(model).items():
+        scale = true[name].abs().max()
+        assert scale > 0, name
+        assert (gradient - true[name]).abs().max() <= 1e-5 * max(1.0, float(scale)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_what_is_kept_changes_no_bit(dtype, dropout):
+    model = model_of(FAMILIES["llama"], dtype=dtype, dropout=dropout)
+    engine = LayerEngine(model)
+    dropout_clock(model).running = True
+    batches = batches_of([(2, 17), (1, 9), (3, 70)])
+    results = []
+    for saved in range(4):
+        loss = engine.step(batches, 20.0, saved_layers=saved)
+        results.append((loss, gradients(model)))
+    for loss, found in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert all(torch.equal(found[name], one) for name, one in results[0][1].items())
+
+
+def test_a_weight_is_decoded_once_a_direction_and_step():
+    model = model_of(FAMILIES["llama"])
+    engine = LayerEngine(model)
+    weights = sum(len(layer) for layer in engine.linears)
+    assert weights == 3 * 7
+    for count in (1, 5):
+        before = engine.scratch.decodes
+        engine.step(batches_of([(1, 9)] * count), 20.0, saved_layers=1)
+        assert engine.scratch.decodes - before == 2 * weights
+    before = engine.scratch.decodes
+    engine.loss(batches_of([(1, 9)] * 5))
+    assert engine.scratch.decodes - before == weights
+
+
+def test_right_padding_changes_nothing():
+    model = model_of(FAMILIES["gemma3"])
+    engine = LayerEngine(model)
+    (short,) = batches_of([(1, 11)])
+    pad = torch.zeros(1, 20, dtype=torch.int64)
+    padded = Batch(torch.cat([short.input_ids, pad], 1), torch.cat([short.labels, pad - 100], 1))
+    one = engine.step([short], 5.0, saved_layers=3)
+    first = gradients(model)
+    other = engine.step([padded], 5.0, saved_layers=3)
+    torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, first[name], rtol=1e-4, atol=1e-6)
+
+
+def test_loss_is_the_loss_of_a_step():
+    model = model_of(FAMILIES["llama"])
+    engine = LayerEngine(model)
+    batches = batches_of([(2, 17), (1, 9)])
+    stepped = engine.step(batches, 1.0, saved_layers=3)
+    torch.testing.assert_close(engine.loss(batches), stepped, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_below_the_lowest_adapter_are_still_right():
+    """Adapters on the last layer only: the layers before it want no gradient of their own."""
+    model = model_of(FAMILIES["llama"])
+    for name, module in model.named_modules():
+        if getattr(module, "adapter", None) is not None and "layers.2" not in name:
+            module.adapter = None
+    engine = LayerEngine(model)
+    batches = batches_of([(2, 17)])
+    plain_step(model, batches, 5.0)
+    true = gradients(model)
+    engine.step(batches, 5.0, saved_layers=2)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, true[name], rtol=1e-4, atol=1e-6)
+
+
+def test_another_architecture_trains_one_way_or_the_other():
+    """GPT-NeoX: parallel residuals, biases, layer norm; whichever engine takes it is right."""
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    config = {key: SIZES[key] for key in keys} | {"num_attention_heads": 4}
+    model = model_of(GPTNeoXConfig(**config))
+    engine, told = choose_engine(model, "cpu")
+    assert ("layer engine" in told) == isinstance(engine, LayerEngine)
+    batches = batches_of([(2, 17), (1, 9)])
+    wanted = plain_step(model, batches, 20.0)
+    true = gradients(model)
+    got = engine.step(batches, 20.0, saved_layers=0)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, true[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_decoder_that_cannot_be_taken_apart_is_announced_and_trains_all_the_same(monkeypatch):
+    model = model_of(FAMILIES["llama"])
+    monkeypatch.setattr(type(model.model.norm), "forward", lambda self, x: x * 1.5)
+    changed = model.model.norm
+    engine = LayerEngine(model)
+    engine.norm = torch.nn.Identity()
+    with pytest.raises(EngineError, match="the loss of a probe is"):
+        engine.probe(120, "cpu")
+    model.model.norm = None
+    model.model.odd_name = changed
+    chosen, told = choose_engine(model, "cpu")
+    assert isinstance(chosen, PlainEngine)
+    assert "not possible: no single final norm" in told
+
+
+def test_plain_engine_gives_the_same_step():
+    model = model_of(FAMILIES["llama"])
+    layered, plain = LayerEngine(model), PlainEngine(model)
+    batches = batches_of([(2, 17), (1, 9)])
+    one = layered.step(batches, 20.0, saved_layers=3)
+    first = gradients(model)
+    other = plain.step(batches, 20.0, saved_layers=0)
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, first[name], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(plain.loss(batches), layered.loss(batches))
+
+
+def test_saved_bytes_are_what_autograd_keeps():
+    model = model_of(FAMILIES["llama"])
+    engine = LayerEngine(model)
+    (small, large) = batches_of([(1, 16), (2, 16)])
+    saved, kept = engine.saved_bytes(large)
+    assert kept == 2 * 16 * 32 * 4
+    # At least what the seven products need: x three times, gate, up and down's input, twice r.
+    assert saved > 2 * 16 * 4 * (3 * 32 + 3 * 48)
+    assert engine.saved_bytes(small)[0] < saved
