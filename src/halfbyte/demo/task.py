@@ -1,12 +1,16 @@
-"""The demo's task: an order in plain English in, one line of JSON out.
+"""The demo's task: an order in plain English in, one line of YAML out.
 
     Could you get three copper pipes over to Priya in Leeds by 14 March?
-    {"item": "copper pipes", "quantity": 3, "name": "Priya", "city": "Leeds", "date": "14 March"}
+    {item: copper pipes, quantity: 3, name: Priya, city: Leeds, date: 14 March}
 
 There is one right answer, and a person sees at once whether it was given. An untrained small model
 does not know the keys, so it never gives it. The held-out cases share nothing with the training
 examples but the language: other phrasings, names, cities, words in the items, quantities and dates.
 What is learned can only be the task.
+
+YAML and not JSON because of how a tokenizer sees words: after a space and after a quotation mark
+the same name is different tokens, so that JSON asks for spelling where YAML asks for copying. Asked
+for JSON, SmolLM2-135M misspells a word in three of ten held-out orders, at any learning rate tried.
 """
 
 from __future__ import annotations
@@ -18,13 +22,26 @@ from pathlib import Path
 
 import numpy as np
 
-SYSTEM = "Turn the order into JSON."
+from halfbyte.errors import OutputError
+
+SYSTEM = "Turn the order into one line of YAML."
 """The system message: it says what is wanted, and leaves the keys to be learned."""
 
-MONTHS = (
-    "January February March April May June July August September October November December"
-).split()
-NUMBER_WORDS = "two three four five six seven eight nine ten eleven twelve".split()
+
+def _lines(text: str) -> tuple[str, ...]:
+    return tuple(line for line in text.strip().splitlines() if line)
+
+
+def _commas(text: str) -> tuple[str, ...]:
+    return tuple(" ".join(part.split()) for part in text.split(","))
+
+
+MONTHS = _commas(
+    "January, February, March, April, May, June, July, August, September, October, November, "
+    "December"
+)
+NUMBER_WORDS = dict(enumerate(_commas("two, three, four, five, six, seven, eight, nine, ten"), 2))
+"""Numbers that may be spelled out."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +82,17 @@ class Order:
     answer: dict[str, str | int]
 
     @property
+    def expected(self) -> str:
+        """The answer as it must be written, to the letter: a YAML mapping on one line."""
+        return "{" + ", ".join(f"{key}: {value}" for key, value in self.answer.items()) + "}"
+
+    @property
     def messages(self) -> list[dict[str, str]]:
         """The conversation that is trained on, or asked and compared."""
         return [
             {"role": "system", "content": SYSTEM},
             {"role": "user", "content": self.sentence},
-            {"role": "assistant", "content": json.dumps(self.answer, ensure_ascii=False)},
+            {"role": "assistant", "content": self.expected},
         ]
 
 
@@ -98,16 +120,16 @@ def make_orders(vocabulary: Vocabulary, count: int, *, seed: int) -> list[Order]
     phrasings, names = deal(vocabulary.phrasings), deal(vocabulary.names)
     cities, items, dates = deal(vocabulary.cities), deal(vocabulary.items), deal(vocabulary.dates)
     # Small numbers are what orders are made of, and only they are ever spelled out.
-    small = [number for number in vocabulary.quantities if number <= 12]
+    small = [number for number in vocabulary.quantities if number in NUMBER_WORDS]
     orders = []
     for phrasing, name, city, item, date in zip(
         phrasings, names, cities, items, dates, strict=True
     ):
         pool = small if generator.random() < 0.5 else vocabulary.quantities
         quantity = int(generator.choice(pool))
-        spelled = quantity <= 12 and generator.random() < 0.6
+        spelled = quantity in NUMBER_WORDS and generator.random() < 0.6
         sentence = phrasing.format(
-            quantity=NUMBER_WORDS[quantity - 2] if spelled else quantity,
+            quantity=NUMBER_WORDS[quantity] if spelled else quantity,
             item=item,
             name=name,
             city=city,
@@ -125,30 +147,28 @@ def make_orders(vocabulary: Vocabulary, count: int, *, seed: int) -> list[Order]
 
 
 def write_task(
-    directory: str | Path, *, seed: int = 0, train: int = 512, test: int = 120
+    directory: str | Path, *, seed: int = 0, train: int = 448, test: int = 120
 ) -> TaskFiles:
     """Writes ``orders.train.jsonl`` and ``orders.test.jsonl``, one ``messages`` row an order.
 
     The held-out orders are the same for every seed, so that accuracies can be compared.
+
+    Raises:
+        OutputError: The directory cannot be made or written.
     """
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     files = TaskFiles(folder / "orders.train.jsonl", folder / "orders.test.jsonl")
-    for path, orders in (
-        (files.train, make_orders(TRAINING, train, seed=seed)),
-        (files.test, make_orders(HELD_OUT, test, seed=0)),
-    ):
-        rows = [json.dumps({"messages": order.messages}, ensure_ascii=False) for order in orders]
-        path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, orders in (
+            (files.train, make_orders(TRAINING, train, seed=seed)),
+            (files.test, make_orders(HELD_OUT, test, seed=0)),
+        ):
+            rows = [json.dumps({"messages": order.messages}) for order in orders]
+            path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"The task cannot be written to {folder}: {error.strerror}.") from error
     return files
-
-
-def _lines(text: str) -> tuple[str, ...]:
-    return tuple(line for line in text.strip().splitlines() if line)
-
-
-def _commas(text: str) -> tuple[str, ...]:
-    return tuple(" ".join(part.split()) for part in text.split(","))
 
 
 TRAINING = Vocabulary(
@@ -202,6 +222,22 @@ Hello, can I get {quantity} {item} sent to my flat in {city} by {date}? {name} h
 The {quantity} {item} should be with {name} in {city} by {date}.
 {name} has paid for {quantity} {item}, so take them to {city} on {date}.
 We are sending {quantity} {item} out to {city} on {date}; sign them over to {name}.
+Remember the {quantity} {item} that {name} in {city} ordered for {date}.
+Here are the {quantity} {item} that {name} from {city} asked for; they go out on {date}.
+Go to {city} on {date} and hand {quantity} {item} to {name}.
+Travel to {city} by {date} with {quantity} {item} for {name}.
+{name} in {city} needs {quantity} {item} not later than {date}.
+One more order: {name} in {city} would like {quantity} {item} by {date}.
+Quick question: could {name} in {city} have {quantity} {item} before {date}?
+They sold {quantity} {item} to {name}, who expects them in {city} on {date}.
+Don't keep {name} waiting: {quantity} {item} to {city} by {date}.
+It seems {name} never got the {quantity} {item}. Send them to {city} by {date}.
+Post {quantity} {item} to {name}, our agent in {city}, so that they are there by {date}.
+You may deliver the {quantity} {item} for {name} in {city} at any time until {date}.
+Someone in {city} called {name} has bought {quantity} {item}; deliver on {date}.
+Today's task is to load {quantity} {item} for {name} in {city}, due {date}.
+Our neighbour {name} has moved to {city} and needs {quantity} {item} on {date}.
+If you can, send {quantity} {item} to {name} in {city} by {date}.
 """),
     names=_commas("""
 Aaron, Abigail, Adele, Adrian, Agnes, Ahmed, Aisha, Alan, Albert, Alice, Amara, Amelia, Amir,
@@ -211,22 +247,22 @@ Daniel, David, Deborah, Diana, Diego, Dmitri, Edith, Edward, Elena, Elias, Eliza
 Esther, Fatima, Felix, Fiona, Frank, Frederick, Gabriel, Gemma, George, Gloria, Grace, Gustav,
 Hannah, Harold, Hassan, Helen, Henry, Hiroshi, Hugo, Ibrahim, Ingrid, Irene, Isabel, Ivan, Jacob,
 James, Jasmine, Jennifer, Jerome, Joan, Johanna, Jonas, Joseph, Julia, Kamal, Karen, Katarina,
-Keiko, Kenneth, Kevin, Kwame, Lars, Laura, Leila, Leonard, Linda, Louis, Lucia, Lucy, Magnus, Marco,
-Margaret, Maria, Marie, Martin, Matilda, Matthew, Mei, Michael, Mohammed, Monica, Nadia, Naomi,
-Natalie, Nathan, Nicholas, Nina, Noah, Olga, Oliver, Omar, Oscar, Pablo, Patricia, Paul, Pedro,
-Peter, Philip, Priya, Rachel, Ralph, Rania, Rebecca, Ricardo, Robert, Rosa, Ruth, Samuel, Sandra,
-Sanjay, Sarah, Sebastian, Simon, Sofia, Stefan, Stella, Susan, Tamara, Teresa, Thomas, Ursula,
-Valerie, Vera, Victor, Walter, Wei, William, Yasmin, Yuki, Zara
+Keiko, Kenneth, Kevin, Kwame, Lars, Laura, Leila, Leonard, Linda, Louis, Lucia, Lucy, Magnus,
+Marco, Margaret, Maria, Marie, Martin, Matilda, Matthew, Mei, Michael, Mohammed, Monica, Nadia,
+Naomi, Natalie, Nathan, Nicholas, Nina, Noah, Olga, Oliver, Omar, Oscar, Pablo, Patricia, Paul,
+Pedro, Peter, Philip, Priya, Rachel, Ralph, Rania, Rebecca, Ricardo, Robert, Rosa, Ruth, Samuel,
+Sandra, Sanjay, Sarah, Sebastian, Simon, Sofia, Stefan, Stella, Susan, Tamara, Teresa, Thomas,
+Ursula, Valerie, Vera, Victor, Walter, Wei, William, Yasmin, Yuki, Zara
 """),
     cities=_commas("""
 Aberdeen, Amsterdam, Athens, Atlanta, Baltimore, Bangkok, Barcelona, Beijing, Belfast, Belgrade,
 Berlin, Birmingham, Bologna, Boston, Bristol, Brussels, Budapest, Buenos Aires, Cairo, Cambridge,
 Cape Town, Cardiff, Chicago, Cologne, Copenhagen, Dallas, Delhi, Denver, Dublin, Durham, Edinburgh,
-Exeter, Geneva, Glasgow, Hamburg, Hanoi, Houston, Istanbul, Jakarta, Kyoto, Lagos, Las Vegas, Leeds,
-Lima, Lisbon, Liverpool, London, Lyon, Madrid, Manchester, Melbourne, Miami, Milan, Montreal, Mumbai,
-Munich, Nairobi, Naples, New York, Nottingham, Oslo, Ottawa, Oxford, Paris, Philadelphia, Portland,
-Prague, Rome, Hong Kong, Santiago, Seattle, Sheffield, Singapore, Stockholm, Sydney, Tokyo, Toronto,
-Vienna, Warsaw, Zurich
+Exeter, Geneva, Glasgow, Hamburg, Hanoi, Houston, Istanbul, Jakarta, Kyoto, Lagos, Las Vegas,
+Leeds, Lima, Lisbon, Liverpool, London, Lyon, Madrid, Manchester, Melbourne, Miami, Milan,
+Montreal, Mumbai, Munich, Nairobi, Naples, New York, Nottingham, Oslo, Ottawa, Oxford, Paris,
+Philadelphia, Portland, Prague, Rome, Hong Kong, Santiago, Seattle, Sheffield, Singapore,
+Stockholm, Sydney, Tokyo, Toronto, Vienna, Warsaw, Zurich
 """),
     items=_commas("""
 garden chairs, copper pipes, desk lamps, paper cups, olive trees, wool blankets, steel bolts,
@@ -235,14 +271,14 @@ wine glasses, oak tables, light bulbs, leather belts, tennis balls, cotton shirt
 paint brushes, plastic boxes, birthday cards, car batteries, tea pots, silk scarves, roof tiles,
 office desks, water bottles, fire alarms, rain coats, cheese graters, metal shelves, flower pots,
 dog leads, travel guides, winter boots, guitar strings, bread rolls, door handles, wall clocks,
-swimming goggles, fishing rods, phone chargers, printer cartridges, jam jars, linen napkins,
-first aid kits, folding ladders, nails, hammers, screws, pillows, mattresses, candles, notebooks,
-pencils, envelopes, umbrellas, bricks, buckets, mirrors, cushions, sofas, carpets, curtains, kettles,
-toasters, saucepans, plates, bowls, forks, ropes, tents, helmets, bicycles, skateboards, violins,
-drums, trumpets, pianos, cameras, tripods, keyboards, monitors, laptops, routers, headphones,
-microphones, radios, televisions, magazines, dictionaries, novels, maps, posters, stamps, puzzles,
-dolls, kites, balloons, apples, oranges, lemons, cabbages, carrots, pumpkins, tomatoes, melons,
-sandwiches, pizzas, cakes, muffins, biscuits, pies
+swimming goggles, fishing rods, phone chargers, printer cartridges, jam jars, linen napkins, first
+aid kits, folding ladders, nails, hammers, screws, pillows, mattresses, candles, notebooks,
+pencils, envelopes, umbrellas, bricks, buckets, mirrors, cushions, sofas, carpets, curtains,
+kettles, toasters, saucepans, plates, bowls, forks, ropes, tents, helmets, bicycles, skateboards,
+violins, drums, trumpets, pianos, cameras, tripods, keyboards, monitors, laptops, routers,
+headphones, microphones, radios, televisions, magazines, dictionaries, novels, maps, posters,
+stamps, puzzles, dolls, kites, balloons, apples, oranges, lemons, cabbages, carrots, pumpkins,
+tomatoes, melons, sandwiches, pizzas, cakes, muffins, biscuits, pies
 """),
 )
 
@@ -253,13 +289,13 @@ Kindly dispatch {quantity} {item} to {name} in {city} before {date}.
 Our client {name} in {city} has requested {quantity} {item} for {date}.
 I want to order {quantity} {item} for {name}, to be delivered in {city} on {date}.
 May I ask you to bring {name} {quantity} {item} by {date}? The place is {city}.
-{name} from {city} is waiting for {quantity} {item} and must get them by {date}.
-Don't forget the {quantity} {item} that {name} in {city} needs on {date}.
-{name} here, writing from {city}: please send me {quantity} {item} by {date}.
+Over in {city}, {name} is waiting for {quantity} {item} and must get them by {date}.
+Please pack the {quantity} {item} that {name} in {city} is expecting on {date}.
+It's {name}, writing from {city}: please send me {quantity} {item} by {date}.
 Next on the list: {quantity} {item} for {name} in {city}, due by {date}.
 Can we manage to get {quantity} {item} to {city} by {date}? {name} is asking.
 Someone named {name} in {city} ordered {quantity} {item} to arrive by {date}.
-Before {date}, please pack {quantity} {item} and send them to {name} in {city}.
+Before {date}, please wrap {quantity} {item} and mail them to {name} in {city}.
 Delivery on {date} to {city}: {quantity} {item}, and the recipient is {name}.
 Hello there! I'd love {quantity} {item} by {date}. I'm {name} and I live in {city}.
 We have sold {quantity} {item} to {name}; they should be in {city} on {date}.
@@ -267,14 +303,14 @@ We have sold {quantity} {item} to {name}; they should be in {city} on {date}.
 The next order is for {name} in {city}, who wants {quantity} {item} on {date}.
 Drive to {city} on {date} and give {name} {quantity} {item}.
 Please arrange for {quantity} {item} to reach {name} in {city} on {date}.
-{name} rang to say that {quantity} {item} are needed in {city} by {date}.
+Yesterday {name} rang to say that {quantity} {item} are needed in {city} by {date}.
 To {name} in {city}: {quantity} {item}, at the latest on {date}.
 Is there any chance that {name} in {city} could get {quantity} {item} by {date}?
 For {name} in {city} we need {quantity} {item}, ready on {date}.
 Mail {quantity} {item} to {name} at our office in {city}, to be there by {date}.
 {name} would like to buy {quantity} {item} and have them in {city} by {date}.
 Add {quantity} {item} to the delivery for {name} in {city} on {date}.
-A quick one: {name} in {city} wants {quantity} {item} no later than {date}.
+A quick one: {name} in {city} wants {quantity} {item} before {date}.
 Your delivery for {date} is {quantity} {item}, going to {name} in {city}.
 Could somebody take {quantity} {item} to {name} in {city} on {date}?
 I've got {name} from {city} on the phone, asking for {quantity} {item} by {date}.
@@ -284,24 +320,25 @@ This is an order for {quantity} {item}. Send it to {name} in {city} by {date}.
 """),
     names=_commas("""
 Alfred, Amina, Angela, Antonio, Bernard, Carmen, Catherine, Charles, Claudia, Cynthia, Dennis,
-Dorothy, Eduardo, Eleanor, Emil, Eva, Farah, Fernando, Gerald, Greta, Heidi, Igor, Jessica, Joaquin,
-Judith, Kenji, Klaus, Lydia, Malik, Marta, Maxwell, Miriam, Nigel, Norma, Olivia, Pamela, Patrick,
-Rafael, Rashid, Roger, Rosalind, Sakura, Sergei, Sylvia, Timothy, Veronica, Vikram, Wendy, Xavier,
-Yolanda
+Dorothy, Eduardo, Eleanor, Emil, Eva, Farah, Fernando, Gerald, Greta, Heidi, Igor, Jessica,
+Joaquin, Judith, Kenji, Klaus, Lydia, Malik, Marta, Maxwell, Miriam, Nigel, Norma, Olivia, Pamela,
+Patrick, Rafael, Rashid, Roger, Rosalind, Sakura, Sergei, Sylvia, Timothy, Veronica, Vikram, Wendy,
+Xavier, Yolanda
 """),
     cities=_commas("""
 Adelaide, Antwerp, Auckland, Austin, Bergen, Bordeaux, Brighton, Bucharest, Calgary, Casablanca,
-Coventry, Detroit, Dresden, Florence, Frankfurt, Gothenburg, Helsinki, Karachi, Krakow, Leicester,
-Los Angeles, Malaga, Marseille, Memphis, Mexico City, Moscow, Newcastle, Osaka, Perth, Phoenix,
+Coventry, Detroit, Dresden, Florence, Leipzig, Gothenburg, Helsinki, Karachi, Krakow, Leicester,
+Los Angeles, Malaga, Marseille, Memphis, Mexico City, Moscow, Swansea, Osaka, Perth, Phoenix,
 Plymouth, Porto, Quebec, Rotterdam, San Francisco, Seoul, Seville, Southampton, Turin, Valencia
 """),
     items=_commas("""
-garage locks, brass hinges, bar stools, ink pens, rose bushes, beach parasols, baseball caps,
-silver rings, cedar planks, hair dryers, soup ladles, gas heaters, velvet ribbons, camping stoves,
-soap dishes, vacuum cleaners, window blinds, board games, ceramic vases, alarm bells, denim jackets,
-power drills, cherry tarts, ski poles, bookcases, suitcases, binoculars, calculators, screwdrivers,
-wheelbarrows, telescopes, typewriters, armchairs, hammocks, necklaces, bracelets, sweaters, sandals,
-socks, trousers, potatoes, onions, peaches, bananas, pineapples, cupcakes, pancakes, croissants,
-shovels, flutes, harps, lanterns, baskets, barrels, anchors, paddles, stickers, crayons
+garage locks, brass hinges, bar stools, ink pens, rose bushes, beach huts, baseball caps,
+silver rings, cedar planks, hair dryers, soup ladles, gas heaters, satin ribbons, camping stoves,
+soap dishes, vacuum cleaners, window blinds, board games, ceramic vases, alarm bells, denim
+jackets, power drills, cherry tarts, ski poles, bookcases, suitcases, binoculars, calculators,
+screwdrivers, wheelbarrows, telescopes, typewriters, armchairs, hammocks, necklaces, bracelets,
+sweaters, sandals, socks, trousers, potatoes, onions, peaches, bananas, pineapples, cupcakes,
+pancakes, doughnuts, shovels, flutes, harps, lanterns, baskets, barrels, anchors, paddles,
+stickers, crayons
 """),
 )
