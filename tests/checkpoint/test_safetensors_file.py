@@ -223,7 +223,7 @@ def test_a_missing_file_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shard_bytes", [1, 100, 10_000])
 def test_a_model_in_shards_is_the_model(tmp_path: Path, shard_bytes: int) -> None:
-    held = {f"w{i}": torch.randn(i, 7) for i in range(1, 6)}
+    held = {f"w{i}": random_tensor(torch.float32, [i, 7], i) for i in range(1, 6)}
     held["state"] = torch.arange(5, dtype=torch.uint8)
     plan = [Planned(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in held.items()]
     plan[-1] = Planned("state", torch.uint8, (90,), flexible=True)
@@ -254,7 +254,7 @@ def test_a_flexible_tensor_keeps_headers_and_numbers_in_place(tmp_path: Path) ->
     ]
     held = {
         "short": torch.arange(3, dtype=torch.uint8),
-        "numbers": torch.randn(3),
+        "numbers": torch.tensor([1.0, 2.0, 3.0]),
         "long": torch.full((1000,), 7, dtype=torch.uint8),
     }
     write_model(tmp_path, plan, held.items())

@@ -241,6 +241,8 @@ def write_model(
                 writer.write(*next(stream))
             total += writer.close()
         weight_map.update({planned.name: file_name for planned in shard})
+    for name, _ in stream:  # there should be none; and a generator wants to be told of the end
+        raise ValueError(f"{name} came, nothing more was planned")
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
