@@ -1,0 +1,286 @@
+"""Adapters on disk, as PEFT writes and reads them.
+
+An adapter is a directory: ``adapter_config.json`` (what to attach to what), ``adapter_model
+.safetensors`` (``base_model.model.<module path>.lora_A.weight`` [r, in] and ``.lora_B.weight``
+[out, r]) and, from us, ``halfbyte.json``: which base it was trained on, bit for bit, and how that
+base was held. PEFT ignores the third file; without it (PEFT's own adapters) nothing is known of
+the base but its name.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint.atomic import new_file, output_errors, require_writable
+from halfbyte.checkpoint.reading import read_json
+from halfbyte.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
+from halfbyte.errors import CheckpointError
+from halfbyte.lora import ALL_LINEAR, LoRAConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+CARD_NAME = "halfbyte.json"
+
+PREFIX = "base_model.model."
+_TENSOR = re.compile(r"(?P<module>.+)\.lora_[AB]\.weight")
+
+# What PEFT can express and a plain pair of matrices with one scale cannot: (key, harmless values).
+_BEYOND_US: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False, None),
+    "lora_bias": (False, None),
+    "bias": ("none", None),
+    "fan_in_fan_out": (False, None),
+    "modules_to_save": (None, []),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "use_qalora": (False, None),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None,),
+    # PiSSA, OLoRA, CorDA and LoftQ change the base weights too, which the adapter does not hold.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}
+
+
+class LoadedAdapter(NamedTuple):
+    """An adapter that was read from disk.
+
+    Attributes:
+        config: What to attach; its targets are the paths of the modules that have tensors.
+        state: ``<module path>.lora_A.weight`` and ``.lora_B.weight``, float32.
+        base_name: The base model as the one who trained it named it; "" if unknown.
+        info: What ``halfbyte.json`` says; empty for an adapter that halfbyte did not write.
+    """
+
+    config: LoRAConfig
+    state: dict[str, Tensor]
+    base_name: str
+    info: dict[str, Any]
+
+
+def save_adapter(
+    directory: str | Path,
+    state: Mapping[str, Tensor],
+    config: LoRAConfig,
+    *,
+    base_name: str,
+    base_fingerprint: str,
+    recipe: Mapping[str, Any],
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+) -> Path:
+    """Write an adapter that PEFT and halfbyte load. Each file is replaced in one step.
+
+    Args:
+        directory: Where to; created if need be, other files in it are left alone.
+        state: What ``lora.adapter_state`` returns.
+        config: What it was attached with.
+        base_name: The base model, as given by the user.
+        base_fingerprint: ``BaseSource.fingerprint`` of it.
+        recipe: How the base was held in training (JSON values), for whoever loads the adapter.
+        tokenizer: Saved beside it if given, with its chat template.
+
+    Returns:
+        The directory.
+
+    Raises:
+        OutputError: If the directory cannot be written.
+    """
+    directory = require_writable(directory, sum(tensor.nbytes for tensor in state.values()))
+    with new_file(directory / WEIGHTS_NAME) as file:
+        write_safetensors(file, {PREFIX + name: tensor for name, tensor in state.items()})
+    write_card(
+        directory,
+        state,
+        config,
+        base_name=base_name,
+        base_fingerprint=base_fingerprint,
+        recipe=recipe,
+    )
+    if tokenizer is not None:
+        with output_errors(directory):
+            tokenizer.save_pretrained(directory)
+    return directory
+
+
+def write_card(
+    directory: Path,
+    names: Iterable[str],
+    config: LoRAConfig,
+    *,
+    base_name: str,
+    base_fingerprint: str,
+    recipe: Mapping[str, Any],
+) -> None:
+    """Write what describes an adapter, its tensors' names being ``names``; see ``save_adapter``.
+
+    Raises:
+        OutputError: If the directory cannot be written.
+    """
+    modules = sorted({_module_of(name) for name in names})
+    card = {
+        "format": 1,
+        "base": {"name": base_name, "fingerprint": base_fingerprint},
+        "recipe": dict(recipe),
+    }
+    peft_config = _peft_config(config, modules, base_name)
+    for name, fields in ((CARD_NAME, card), (CONFIG_NAME, peft_config)):
+        with new_file(directory / name) as file:
+            file.write(json.dumps(fields, indent=2).encode() + b"\n")
+
+
+def _module_of(name: str) -> str:
+    match = _TENSOR.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name} is not the name of an adapter's tensor")
+    return match["module"]
+
+
+def _peft_config(config: LoRAConfig, modules: list[str], base_name: str) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": config.r,
+        "lora_alpha": int(config.alpha) if float(config.alpha).is_integer() else config.alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.use_rslora,
+        "target_modules": _peft_targets(config.target_modules, modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_dora": False,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "revision": None,
+    }
+
+
+def _peft_targets(targets: str | tuple[str, ...], modules: list[str]) -> str | list[str]:
+    """Return the targets in PEFT's terms, which must mean exactly ``modules``.
+
+    PEFT's own ``all-linear`` is a question asked of the model it loads, and it may answer
+    differently than ours did, so the names are written out. A name matches the end of a path in
+    PEFT only if it stands in a list, a lone string is always an expression.
+    """
+    if targets == ALL_LINEAR:
+        return sorted({module.rpartition(".")[2] for module in modules})
+    if not isinstance(targets, str):
+        return list(targets)
+    if all(re.fullmatch(targets, module) for module in modules):
+        return targets
+    return modules
+
+
+def load_adapter(directory: str | Path, *, base_fingerprint: str | None = None) -> LoadedAdapter:
+    """Read an adapter that halfbyte or PEFT wrote.
+
+    Args:
+        directory: The adapter's directory.
+        base_fingerprint: The fingerprint of the base it is to be used with; None to not compare.
+
+    Raises:
+        CheckpointError: If a file is missing or damaged, if the adapter is more than plain LoRA,
+            or if it was trained on another base.
+    """
+    directory = Path(directory)
+    fields = read_json(directory / CONFIG_NAME, "an adapter's directory holds one")
+    _check_plain(directory, fields)
+    info: dict[str, Any] = {}
+    if (directory / CARD_NAME).exists():
+        info = read_json(directory / CARD_NAME, "halfbyte writes one")
+    base = info.get("base")
+    base = base if isinstance(base, dict) else {}
+    trained_on = base.get("fingerprint")
+    base_name = str(base.get("name") or fields.get("base_model_name_or_path") or "")
+    if base_fingerprint is not None and trained_on not in (None, base_fingerprint):
+        raise CheckpointError(
+            f"the adapter {directory} was trained on another base model: on {base_name!r} "
+            f"(fingerprint {str(trained_on)[:12]}), this one is {base_fingerprint[:12]}. "
+            "Give the model it was trained on, in the same file format"
+        )
+    if not (directory / WEIGHTS_NAME).exists():
+        raise CheckpointError(
+            f"{directory} has no {WEIGHTS_NAME}; an adapter in PyTorch's pickle format (.bin) is "
+            "not read, save it with PEFT's safe_serialization=True"
+        )
+    config, state = _read_state(SafetensorsFile(directory / WEIGHTS_NAME), fields)
+    return LoadedAdapter(config, state, base_name, info)
+
+
+def _check_plain(directory: Path, fields: dict[str, Any]) -> None:
+    kind = fields.get("peft_type")
+    if kind != "LORA":
+        raise CheckpointError(
+            f"{directory} is a PEFT adapter of type {kind!r}; only LORA is supported"
+        )
+    beyond = [
+        f"{key}={fields[key]!r}"
+        for key, harmless in _BEYOND_US.items()
+        if key in fields and fields[key] not in harmless
+    ]
+    if beyond:
+        raise CheckpointError(
+            f"the adapter {directory} is more than plain LoRA: {', '.join(beyond)}; "
+            "merge it into its base with PEFT, and use the merged model"
+        )
+
+
+def _read_state(
+    file: SafetensorsFile, fields: dict[str, Any]
+) -> tuple[LoRAConfig, dict[str, Tensor]]:
+    foreign = [
+        name
+        for name in file.entries
+        if not name.startswith(PREFIX) or not _TENSOR.fullmatch(name.removeprefix(PREFIX))
+    ]
+    if foreign or not file.entries:
+        raise CheckpointError(
+            f"{file.path} should hold {PREFIX}….lora_A.weight and ….lora_B.weight, it holds "
+            f"{', '.join(foreign[:4]) or 'nothing'}"
+        )
+    rank, alpha, dropout = fields.get("r"), fields.get("lora_alpha"), fields.get("lora_dropout", 0)
+    if (
+        type(rank) is not int
+        or rank < 1
+        or not isinstance(alpha, int | float)
+        or not isinstance(dropout, int | float)
+        or not 0 <= dropout < 1
+    ):
+        raise CheckpointError(
+            f"{file.path.parent / CONFIG_NAME}: r={rank!r}, lora_alpha={alpha!r}, "
+            f"lora_dropout={dropout!r} are not the numbers of an adapter"
+        )
+    modules = list(dict.fromkeys(_module_of(name.removeprefix(PREFIX)) for name in file.entries))
+    state: dict[str, Tensor] = {}
+    for module in modules:
+        for half, axis in (("lora_A", 0), ("lora_B", 1)):
+            name = f"{module}.{half}.weight"
+            entry = file.entries.get(PREFIX + name)
+            if entry is None or len(entry.shape) != 2 or entry.shape[axis] != rank:
+                came = "is missing" if entry is None else f"has the shape {list(entry.shape)}"
+                raise CheckpointError(
+                    f"{file.path}: {name} {came}; expected is rank {rank} in dimension {axis}"
+                )
+            state[name] = file.read(entry.name).to(torch.float32)
+    config = LoRAConfig(
+        r=rank,
+        alpha=float(alpha),
+        dropout=float(dropout),
+        use_rslora=bool(fields.get("use_rslora")),
+        target_modules=tuple(modules),
+    )
+    return config, state
