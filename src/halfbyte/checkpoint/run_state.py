@@ -1,0 +1,182 @@
+"""Where a run was: written so that a kill at any moment loses at most the steps since.
+
+``checkpoint-<step>/`` holds ``adapter_model.safetensors`` (PEFT's names, so with its card it is an
+adapter like any other), ``optimizer.safetensors`` and ``run_state.json``, which carries the
+progress and the size and SHA-256 of the other files. The directory is written under a hidden name,
+flushed, and renamed; older ones are removed only after that. So the newest directory that agrees
+with its own ``run_state.json`` is always a whole checkpoint.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from halfbyte.checkpoint.atomic import (
+    new_directory,
+    remove_directory,
+    remove_partial,
+    require_writable,
+)
+from halfbyte.checkpoint.peft import PREFIX, WEIGHTS_NAME
+from halfbyte.checkpoint.reading import read_json
+from halfbyte.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
+from halfbyte.errors import CheckpointError
+
+__all__ = ["RunState", "latest_run", "load_run", "require_writable", "save_run"]
+
+OPTIMIZER_NAME = "optimizer.safetensors"
+STATE_NAME = "run_state.json"
+
+_DIRECTORY = re.compile(r"checkpoint-(\d+)")
+
+logger = logging.getLogger("halfbyte")
+
+
+class RunState(NamedTuple):
+    """What a run needs to go on.
+
+    Attributes:
+        adapter: The adapter's tensors, bit for bit as they were given.
+        optimizer: The optimizer's tensors, likewise.
+        progress: Whatever else the run wanted to remember (JSON values).
+        step: Optimizer steps done.
+    """
+
+    adapter: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    progress: dict[str, Any]
+    step: int
+
+
+def save_run(
+    output_dir: str | Path,
+    step: int,
+    *,
+    adapter: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    progress: Mapping[str, Any],
+    keep: int = 2,
+    card: Callable[[Path], object] | None = None,
+) -> Path:
+    """Write ``checkpoint-<step>/``, then remove all but the newest ``keep``.
+
+    Args:
+        output_dir: The run's directory.
+        step: Optimizer steps done.
+        adapter: ``lora.adapter_state``.
+        optimizer: The optimizer's tensors by name.
+        progress: JSON values.
+        keep: How many checkpoints stay, this one included; at least 1.
+        card: Called with the directory before it gets its name, to add files that describe the
+            adapter.
+
+    Returns:
+        The checkpoint's directory.
+
+    Raises:
+        OutputError: If it cannot be written; the checkpoints that were there still are.
+    """
+    output_dir = Path(output_dir)
+    remove_partial(output_dir, "checkpoint-*")
+    path = output_dir / f"checkpoint-{step}"
+    with new_directory(path, replace=True) as directory:
+        files = {
+            WEIGHTS_NAME: {PREFIX + name: tensor for name, tensor in adapter.items()},
+            OPTIMIZER_NAME: optimizer,
+        }
+        for name, tensors in files.items():
+            with open(directory / name, "wb") as file:
+                write_safetensors(file, tensors)
+        if card is not None:
+            card(directory)
+        state = {
+            "format": 1,
+            "step": step,
+            "progress": dict(progress),
+            "files": {name: _digest(directory / name) for name in files},
+        }
+        (directory / STATE_NAME).write_text(json.dumps(state, indent=2) + "\n")
+    past = [known for known in _checkpoints(output_dir) if _step_of(known) <= step]
+    for old in past[max(keep, 1) :]:
+        remove_directory(old)
+    return path
+
+
+def latest_run(output_dir: str | Path) -> Path | None:
+    """Return the newest whole checkpoint of a run, or None if it has none.
+
+    Damaged ones are passed over, with a warning that says what is wrong with each.
+    """
+    for path in _checkpoints(Path(output_dir)):
+        try:
+            _read_state(path)
+        except CheckpointError as error:
+            logger.warning("passing over a damaged checkpoint: %s", error)
+        else:
+            return path
+    return None
+
+
+def load_run(path: str | Path) -> RunState:
+    """Read a checkpoint that ``save_run`` wrote.
+
+    Raises:
+        CheckpointError: If it is missing or damaged; the message names the file.
+    """
+    path = Path(path)
+    state = _read_state(path)
+    adapter = _read_tensors(path / WEIGHTS_NAME)
+    return RunState(
+        adapter={name.removeprefix(PREFIX): tensor for name, tensor in adapter.items()},
+        optimizer=_read_tensors(path / OPTIMIZER_NAME),
+        progress=state["progress"],
+        step=state["step"],
+    )
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    """Return the directories named as checkpoints are, newest first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if _DIRECTORY.fullmatch(path.name)]
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """Return ``run_state.json``, after comparing the other files with it."""
+    state = read_json(path / STATE_NAME, "a checkpoint of a run holds one")
+    match state:
+        case {"format": 1, "step": int(), "progress": dict(), "files": dict(files)}:
+            pass
+        case _:
+            raise CheckpointError(f"{path / STATE_NAME} is not a run's state of format 1")
+    for name in (WEIGHTS_NAME, OPTIMIZER_NAME):
+        try:
+            found = _digest(path / name)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path / name}: {error.strerror}") from error
+        if files.get(name) != found:
+            raise CheckpointError(
+                f"{path / name} is not the file that was saved ({found['bytes']} bytes, "
+                f"{STATE_NAME} says {files.get(name)})"
+            )
+    return state
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    file = SafetensorsFile(path)
+    return {name: file.read(name) for name in file.entries}
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
