@@ -1,0 +1,173 @@
+"""What a base model is made of, independent of the files it comes in.
+
+A source is opened by reading headers only, and is settled then: its files hold every parameter of
+the model once, under transformers' names, and nothing else. What does not fit is an error before
+the first weight is read.
+"""
+
+import contextlib
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from halfbyte.checkpoint.reading import read_into
+from halfbyte.errors import CheckpointError
+from halfbyte.model.build import BaseRecipe
+from halfbyte.nf4 import QuantizedWeight
+
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+
+
+class Parameter(NamedTuple):
+    """One parameter that a source will yield.
+
+    Attributes:
+        name: Its name in transformers.
+        shape: Its shape.
+        dtype: The dtype it will come in; of a packed weight, the one it was packed from.
+        nbytes: What it takes in the files.
+        packed: Whether it will come as a ``QuantizedWeight``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    nbytes: int
+    packed: bool
+
+
+class BaseSource(ABC):
+    """What a base model is made of, independent of the file format.
+
+    Attributes:
+        name: What the user called it.
+        config: Its configuration, without any ``quantization_config``.
+        skeleton: The model of transformers on the meta device: names and shapes, no memory.
+        parameters: What ``tensors`` will yield, in that order.
+        dtype: What a 16-bit copy of its matrices is held in.
+    """
+
+    name: str
+    config: PretrainedConfig
+    skeleton: PreTrainedModel
+    parameters: tuple[Parameter, ...]
+    dtype: torch.dtype
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors in the files."""
+        return sum(parameter.nbytes for parameter in self.parameters)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over sizes, headers and 64 samples of 4 KiB of each file.
+
+        Cheap, the same for a copy, and another for any other training run, which changes all
+        weights; a few bytes changed by hand it may not see.
+        """
+        digest = hashlib.sha256()
+        for path, size, data_start in self._files():
+            digest.update(size.to_bytes(8, "little"))
+            length = min(_SAMPLE_BYTES, size - data_start)
+            last = size - data_start - length
+            starts = [data_start + last * i // (_SAMPLES - 1) for i in range(_SAMPLES)]
+            for start, count in [(0, data_start), *((start, length) for start in starts)]:
+                buffer = bytearray(count)
+                read_into(path, start, memoryview(buffer))
+                digest.update(buffer)
+        return digest.hexdigest()
+
+    @abstractmethod
+    def _files(self) -> Iterable[tuple[Path, int, int]]:
+        """Yield (path, size, end of the header) of each file of weights."""
+
+    @abstractmethod
+    def tensors(self) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+        """Yield (name, value) as in ``parameters``, one at a time.
+
+        Nothing is kept: what the caller drops is freed. (``zip`` and ``enumerate`` do not drop
+        their last item before they ask for the next.)
+
+        Raises:
+            CheckpointError: If a file ends early, or a packed weight is damaged.
+        """
+
+    @abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer.
+
+        Raises:
+            CheckpointError: If there is none, or it cannot be read.
+        """
+
+    def generation_config(self) -> GenerationConfig | None:
+        """Return the defaults for generation that came with the model, if any."""
+        return None
+
+    def fitted(self, recipe: BaseRecipe) -> BaseRecipe:
+        """Return ``recipe`` as this model can follow it."""
+        return recipe
+
+
+# What transformers raises for files it cannot make sense of: it reads them without checking.
+_FOREIGN = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+
+
+@contextlib.contextmanager
+def foreign_reader(trouble: str) -> Iterator[None]:
+    """Run a library's reader of the user's files: what it raises is trouble with the files.
+
+    Raises:
+        CheckpointError: ``trouble``, and what the library said.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # The tokenizers library raises Exception itself, and nothing narrower.
+        if not isinstance(error, _FOREIGN) and type(error) is not Exception:
+            raise
+        raise CheckpointError(f"{trouble}: {error}") from error
+
+
+def skeleton_of(config: PretrainedConfig, name: str, tensors: int) -> PreTrainedModel:
+    """Return the model of ``config`` on the meta device.
+
+    Args:
+        config: Its configuration.
+        name: What error messages call it.
+        tensors: How many tensors there are: a model of more layers is not even begun.
+
+    Raises:
+        CheckpointError: If transformers has no causal language model for it.
+    """
+    with foreign_reader(f"{name} is not a causal language model that transformers can build"):
+        layers = config.get_text_config().num_hidden_layers
+        if layers > tensors:
+            raise CheckpointError(f"{name} should have {layers} layers, and has {tensors} tensors")
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
