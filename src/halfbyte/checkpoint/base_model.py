@@ -1,0 +1,148 @@
+"""A base model from whatever a user names: a directory, a GGUF file, or a model of the hub.
+
+``open_base`` reads headers and settles that the files are the model. ``load_base`` hands one
+tensor after another to ``model.build``, which packs it the moment it comes, so beside the model
+there is never more than the tensor in flight.
+"""
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import snapshot_download
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from halfbyte.checkpoint.directory import DirectorySource
+from halfbyte.checkpoint.gguf import GGUFSource
+from halfbyte.checkpoint.source import BaseSource
+from halfbyte.errors import CheckpointError
+from halfbyte.model.build import (
+    Audit,
+    BaseRecipe,
+    build,
+    finish,
+    frozen_linears,
+    place,
+    place_quantized,
+)
+from halfbyte.nf4 import QuantizedWeight, dequantize
+
+__all__ = ["BaseSource", "LoadedBase", "load_base", "open_base"]
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+logger = logging.getLogger("halfbyte")
+
+
+class LoadedBase(NamedTuple):
+    """A base model in memory.
+
+    Attributes:
+        model: Its weights packed as the recipe says.
+        tokenizer: Its tokenizer.
+        audit: What the model is made of, in bytes.
+        fingerprint: ``BaseSource.fingerprint`` of its files.
+        name: What the user called it.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    audit: Audit
+    fingerprint: str
+    name: str
+
+
+def open_base(source: str | Path, *, revision: str | None = None) -> BaseSource:
+    """Open a base model; only headers are read (and files fetched, if it is on the hub).
+
+    Args:
+        source: A directory with ``config.json`` and safetensors files (plain, or packed in 4 bits
+            by bitsandbytes), a GGUF file or a directory with one, or the id of a model on the
+            Hugging Face hub.
+        revision: Branch, tag or commit, for a model of the hub.
+
+    Raises:
+        CheckpointError: If there is no such model, a file is damaged, or the files are not the
+            model their configuration describes.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix == ".safetensors":
+            raise CheckpointError(f"{path} is a file of weights; give its directory, {path.parent}")
+        return GGUFSource(path, str(source))
+    if not path.is_dir():
+        path = _download(str(source), revision)
+    if (path / "config.json").exists() or not (files := sorted(path.glob("*.gguf"))):
+        return DirectorySource(path, str(source))
+    if len(files) > 1:
+        raise CheckpointError(f"{path} has {len(files)} GGUF files; give one, such as {files[0]}")
+    return GGUFSource(files[0], str(source))
+
+
+def _download(name: str, revision: str | None) -> Path:
+    if not _HUB_ID.fullmatch(name) or name.endswith(".gguf"):
+        raise CheckpointError(f"{name} does not exist: there is no such directory or GGUF file")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{name} is no directory or file here, and cannot be had from the Hugging Face hub: "
+            f"{error}"
+        ) from error
+
+
+def load_base(
+    source: str | Path | BaseSource,
+    recipe: BaseRecipe,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> LoadedBase:
+    """Load a base model, packing each tensor as it is read.
+
+    Beside the finished model, memory holds one tensor of the files (GGUF blocks decoded to
+    float32) and what packing it takes.
+
+    Args:
+        source: What ``open_base`` takes, or has returned.
+        recipe: How to hold it. Files that are packed already stay as they are, which is told.
+        progress: Called with (bytes read, bytes in all) after each tensor.
+
+    Raises:
+        CheckpointError: See ``open_base``; also if there is no tokenizer.
+        WeightError: If a weight holds NaN or infinity.
+    """
+    if not isinstance(source, BaseSource):
+        source = open_base(source)
+    tokenizer = source.tokenizer()
+    recipe = source.fitted(recipe)
+    model = build(source.config, recipe)
+    linears = {f"{path}.weight" for path in frozen_linears(model)}
+    packed = {parameter.name for parameter in source.parameters if parameter.packed}
+    late = sorted(linears - packed) if packed and recipe.quant != "none" else []
+    if late:
+        logger.warning(
+            "%s holds %d of its linear layers in 16 or 32 bits; they are packed now: %s",
+            source.name,
+            len(late),
+            ", ".join(late[:4]),
+        )
+    sizes = {parameter.name: parameter.nbytes for parameter in source.parameters}
+    done, total = 0, source.total_bytes
+    for name, value in source.tensors():
+        if not isinstance(value, QuantizedWeight):
+            place(model, name, value)
+        elif name in linears and recipe.quant != "none":
+            place_quantized(model, name, value)
+        else:
+            place(model, name, dequantize(value))
+        del value  # before the next one is read
+        done += sizes[name]
+        if progress is not None:
+            progress(done, total)
+    defaults = source.generation_config()
+    if defaults is not None:
+        model.generation_config = defaults
+    return LoadedBase(model, tokenizer, finish(model), source.fingerprint, source.name)

@@ -1,0 +1,155 @@
+"""A 4-bit weight as the tensors bitsandbytes makes of it in a checkpoint, both ways.
+
+A linear's ``X.weight`` becomes five or six tensors: the codes under its own name, and what is
+needed to read them under names that begin with it (README.md beside this file has the table).
+Bytes are kept as they are in both directions.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.blockwise import DYNAMIC_SIGNED, FP4_LEVELS, NF4_LEVELS
+from halfbyte.checkpoint.safetensors_file import Planned
+from halfbyte.errors import CheckpointError
+from halfbyte.nf4 import BLOCK_SIZES, SCALE_BLOCK, QuantizedWeight, empty_like_quantized
+
+STATE = ".quant_state.bitsandbytes__"
+_STATE_ROOM = 512  # bytes; the JSON of two dimensions with the longest numbers takes 230
+_LEVELS = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS}
+_SUFFIXES = {
+    "codes": "",
+    "scales": ".absmax",
+    "scale_codes": ".absmax",
+    "scale_scales": ".nested_absmax",
+}
+
+
+def packed_weights(names: Mapping[str, object]) -> dict[str, list[str]]:
+    """Return, for each packed weight among ``names``, all keys that belong to it, its own first."""
+    packed = {
+        name.partition(STATE)[0]: [name.partition(STATE)[0]] for name in names if STATE in name
+    }
+    for name in names:
+        # The longest suffix, the state's, has two dots; no other key does.
+        owner = name.partition(STATE)[0] if STATE in name else name.rpartition(".")[0]
+        if owner in packed and name != owner:
+            packed[owner].append(name)
+    return packed
+
+
+def decode_keys(name: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+    """Return the weight that a checkpoint holds under ``name``.
+
+    Args:
+        name: ``X.weight``.
+        tensors: Its tensors, by their full keys.
+
+    Raises:
+        CheckpointError: If a tensor is missing, of the wrong size, or a table is another.
+    """
+
+    def wrong(what: str) -> CheckpointError:
+        return CheckpointError(f"{name} is not a 4-bit weight as bitsandbytes writes it: {what}")
+
+    states = [tensor for key, tensor in tensors.items() if STATE in key]
+    if len(states) != 1 or states[0].numel() > 2 * _STATE_ROOM:
+        raise wrong(f"it has {len(states)} quant_state tensors; expected is a short one")
+    try:
+        state = json.loads(bytes(states[0].tolist()))
+        expected = _expected(state)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise wrong(f"its quant_state cannot be read ({error!r})") from error
+
+    def taken(suffix: str, like: Tensor) -> Tensor:
+        tensor = tensors.get(name + suffix)
+        if tensor is None:
+            raise wrong(f"{name + suffix} is missing")
+        flat = tensor.reshape(-1)
+        if not suffix:  # bnb_4bit_quant_storage may be another dtype; the bytes are the same
+            flat = flat.view(torch.uint8)
+        if flat.dtype != like.dtype or flat.numel() != like.numel():
+            raise wrong(
+                f"{name + suffix} is {flat.dtype} {list(flat.shape)}, expected is {like.dtype} "
+                f"{list(like.shape)}"
+            )
+        return flat
+
+    tables = {".quant_map": _LEVELS[expected.quant_type]}
+    if expected.double_quant:
+        tables[".nested_quant_map"] = DYNAMIC_SIGNED
+    for suffix, table in tables.items():
+        # bitsandbytes has built its tables in ways that differ in the last bit.
+        if not torch.allclose(taken(suffix, table), table, rtol=0, atol=1e-7):
+            raise wrong(f"{name + suffix} holds other levels than those of the format")
+    parts: dict[str, Any] = {}
+    for field, like in expected.tensors().items():
+        if field == "scale_offset":
+            parts[field] = torch.tensor(float(state["nested_offset"]), dtype=torch.float32)
+        else:
+            parts[field] = taken(_SUFFIXES[field], like)
+    return replace(expected, **parts)
+
+
+def _expected(state: dict[str, Any]) -> QuantizedWeight:
+    """Return the weight a quant_state describes, on the meta device."""
+    shape, dtype = tuple(state["shape"]), getattr(torch, state["dtype"])
+    nested = "nested_offset" in state
+    if not all(type(size) is int and 0 <= size < 2**40 for size in shape):
+        raise ValueError(f"shape {shape}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype {dtype}")
+    if state["quant_type"] not in _LEVELS or state["blocksize"] not in BLOCK_SIZES:
+        raise ValueError(f"quant_type {state['quant_type']}, blocksize {state['blocksize']}")
+    if nested and state["nested_blocksize"] != SCALE_BLOCK:
+        raise ValueError(f"nested_blocksize {state['nested_blocksize']}")
+    return empty_like_quantized(
+        shape,
+        dtype,
+        quant_type=state["quant_type"],
+        block_size=state["blocksize"],
+        double_quant=nested,
+    )
+
+
+def encode_keys(name: str, q: QuantizedWeight) -> dict[str, Tensor]:
+    """Return the tensors a checkpoint holds for ``q`` under ``name``, in bitsandbytes' order."""
+    state: dict[str, Any] = {
+        "quant_type": q.quant_type,
+        "blocksize": q.block_size,
+        "dtype": str(q.dtype).removeprefix("torch."),
+        "shape": list(q.shape),
+    }
+    if q.scale_offset is not None:
+        state["nested_blocksize"] = SCALE_BLOCK
+        state["nested_dtype"] = "float32"
+        state["nested_offset"] = q.scale_offset.item()
+    encoded = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+    return {**_tensor_keys(name, q), name + STATE + q.quant_type: encoded}
+
+
+def plan_keys(name: str, q: QuantizedWeight) -> list[Planned]:
+    """Return what ``encode_keys`` will make of a weight like ``q``, whose tensors may be empty."""
+    plan = [Planned(k, t.dtype, tuple(t.shape)) for k, t in _tensor_keys(name, q).items()]
+    state = Planned(name + STATE + q.quant_type, torch.uint8, (_STATE_ROOM,), flexible=True)
+    return [*plan, state]
+
+
+def _tensor_keys(name: str, q: QuantizedWeight) -> dict[str, Tensor]:
+    """Return all tensors but the state, whose JSON has the offset of the scales as a number."""
+    keys = {name: q.codes.reshape(-1, 1)}
+    if q.scales is not None:
+        return {**keys, f"{name}.absmax": q.scales, f"{name}.quant_map": _LEVELS[q.quant_type]}
+    assert q.scale_codes is not None
+    assert q.scale_scales is not None
+    return {
+        **keys,
+        f"{name}.absmax": q.scale_codes,
+        f"{name}.quant_map": _LEVELS[q.quant_type],
+        f"{name}.nested_absmax": q.scale_scales,
+        f"{name}.nested_quant_map": DYNAMIC_SIGNED,
+    }

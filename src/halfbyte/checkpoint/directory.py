@@ -1,0 +1,306 @@
+"""A model in a directory, as ``save_pretrained`` writes it: plain, or packed by bitsandbytes.
+
+Transformers' own tables say what to do with names of older or other layouts. Those that would
+have to be fused with others (experts in one tensor) are refused by name.
+"""
+
+import copy
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from halfbyte.checkpoint.bitsandbytes_keys import decode_keys, packed_weights
+from halfbyte.checkpoint.reading import read_into, read_json
+from halfbyte.checkpoint.safetensors_file import INDEX_NAME, Entry, SafetensorsFile
+from halfbyte.checkpoint.source import BaseSource, Parameter, foreign_reader, skeleton_of
+from halfbyte.errors import CheckpointError
+from halfbyte.model.build import BaseRecipe
+from halfbyte.nf4 import QuantizedWeight
+
+# Buffers of older transformers, which it computes by now: in files, but no part of the model.
+_OBSOLETE = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+
+logger = logging.getLogger("halfbyte")
+
+
+class DirectorySource(BaseSource):
+    """A directory of ``config.json``, safetensors files and a tokenizer.
+
+    Raises:
+        CheckpointError: If a file is missing or damaged, or the files are not the model.
+    """
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self.name, self._directory = name, directory
+        self.config = _read_config(directory)
+        self._shards, self._homes = _open_shards(directory)
+        self.skeleton = skeleton_of(self.config, name, len(self._homes))
+        self._shapes = {key: tuple(t.shape) for key, t in self.skeleton.state_dict().items()}
+        self._packed = packed_weights(self._homes)
+        members = {key for owner, keys in self._packed.items() for key in keys if key != owner}
+        self._stored = self._settle([key for key in self._homes if key not in members])
+        self.parameters = tuple(self._parameter(name) for name in self._stored)
+        sizes: Counter[torch.dtype] = Counter()
+        for parameter in self.parameters:
+            if len(parameter.shape) > 1 and parameter.dtype.is_floating_point:
+                sizes[parameter.dtype] += parameter.nbytes
+        self.dtype = sizes.most_common(1)[0][0] if sizes else torch.bfloat16
+
+    def _entry(self, key: str) -> Entry:
+        return self._homes[key].entries[key]
+
+    def _parameter(self, name: str) -> Parameter:
+        key, shape = self._stored[name], self._shapes[name]
+        entry, packed = self._entry(key), key in self._packed
+        if not packed and entry.shape != shape:
+            raise CheckpointError(
+                f"{self._homes[key].path}: {key} has shape {list(entry.shape)}, the configuration "
+                f"asks for {list(shape)}; is config.json of another model?"
+            )
+        nbytes = sum(self._entry(member).nbytes for member in self._packed.get(key, [key]))
+        return Parameter(name, shape, entry.dtype, nbytes, packed)
+
+    def _settle(self, keys: list[str]) -> dict[str, str]:
+        """Return, for each parameter of the model, the key the files have it under.
+
+        Raises:
+            CheckpointError: If a parameter is missing or there twice, or a key is none.
+        """
+        model = self.skeleton
+        expected = model.state_dict()
+        settled: dict[str, str] = {}
+        faults: list[str] = []
+        obsolete = [*_OBSOLETE, *(model._keys_to_ignore_on_load_unexpected or ())]
+        transforms = []
+        if not all(key in expected for key in keys):
+            transforms = get_model_conversion_mapping(model)
+        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        for key in keys:
+            name, converter = key, None
+            if key not in expected:
+                name, converter = rename_source_key(
+                    key, renamings, converters, model.base_model_prefix, expected
+                )
+            if converter is not None:
+                faults.append(f"{key}: transformers fuses this with others, which is not supported")
+            elif name in settled:
+                faults.append(f"{key}: the same parameter as {settled[name]}")
+            elif name in expected:
+                settled[name] = key
+            elif not any(re.search(pattern, key) for pattern in obsolete):
+                faults.append(f"{key}: unknown to {type(model).__name__}")
+        tied = self._settle_ties(settled)
+        optional = model._keys_to_ignore_on_load_missing or ()
+        faults += [
+            f"{name}: missing"
+            for name in expected
+            if name not in settled
+            and name not in tied
+            and not any(re.search(pattern, name) for pattern in optional)
+        ]
+        if faults:
+            more = f"\n  … and {len(faults) - 8} more" if len(faults) > 8 else ""
+            raise CheckpointError(
+                f"the weights in {self._directory} are not those of its config.json "
+                f"({type(model).__name__}):\n  " + "\n  ".join(faults[:8]) + more
+            )
+        return settled
+
+    def _settle_ties(self, settled: dict[str, str]) -> set[str]:
+        """Drop from ``settled`` what is tied to another parameter; return all tied names."""
+        tied: dict[str, str] = self.skeleton.all_tied_weights_keys
+        for target, source in tied.items():
+            if target in settled and source not in settled:
+                settled[source] = settled.pop(target)
+            elif target in settled and self._equal(settled[target], settled[source]):
+                del settled[target]
+            elif target in settled:
+                logger.warning(
+                    "%s: config.json ties %s to %s, but the files hold two different tensors; "
+                    "both are loaded",
+                    self.name,
+                    target,
+                    source,
+                )
+        return set(tied)
+
+    def _equal(self, one: str, other: str) -> bool:
+        a, b = self._entry(one), self._entry(other)
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        for start in range(0, a.nbytes, 2**20):
+            count = min(2**20, a.nbytes - start)
+            pieces = [bytearray(count), bytearray(count)]
+            for key, entry, piece in ((one, a, pieces[0]), (other, b, pieces[1])):
+                read_into(self._homes[key].path, entry.start + start, memoryview(piece))
+            if pieces[0] != pieces[1]:
+                return False
+        return True
+
+    def _files(self) -> Iterable[tuple[Path, int, int]]:
+        return [(shard.path, shard.size, shard.data_start) for shard in self._shards]
+
+    def _read(self, key: str) -> Tensor | QuantizedWeight:
+        if key in self._packed:
+            members = {member: self._homes[member].read(member) for member in self._packed[key]}
+            return decode_keys(key, members)
+        return self._homes[key].read(key)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:  # noqa: D102
+        for name, key in self._stored.items():
+            yield name, self._read(key)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:  # noqa: D102
+        with foreign_reader(f"{self._directory} has no tokenizer that transformers can read"):
+            return AutoTokenizer.from_pretrained(self._directory, trust_remote_code=False)
+
+    def generation_config(self) -> GenerationConfig | None:  # noqa: D102
+        if not (self._directory / "generation_config.json").exists():
+            return None
+        with foreign_reader(f"{self._directory}: generation_config.json cannot be read"):
+            return GenerationConfig.from_pretrained(self._directory)
+
+    def fitted(self, recipe: BaseRecipe) -> BaseRecipe:
+        """Return ``recipe``, with the packing of the files if they are packed; a change is told."""
+        if not self._packed:
+            return recipe
+        first = self._read(next(iter(self._packed)))
+        assert isinstance(first, QuantizedWeight)
+        if recipe.quant == "none":
+            logger.warning(
+                "%s is packed in 4 bits (%s); it is decoded", self.name, first.quant_type
+            )
+            return recipe
+        files = replace(
+            recipe,
+            quant=first.quant_type,
+            block_size=first.block_size,
+            double_quant=first.double_quant,
+        )
+        if files != recipe:
+            logger.warning(
+                "%s is packed already, and is taken as it is: %s, blocks of %d, double "
+                "quantisation %s",
+                self.name,
+                first.quant_type,
+                first.block_size,
+                "on" if first.double_quant else "off",
+            )
+        return files
+
+
+def _read_config(directory: Path) -> PretrainedConfig:
+    """Return the configuration, its ``quantization_config`` checked and taken off."""
+    if not (directory / "config.json").exists():
+        if (directory / "adapter_config.json").exists():
+            raise CheckpointError(
+                f"{directory} is an adapter, not a model; give it as the adapter, and the model "
+                "it was trained on as the model"
+            )
+        raise CheckpointError(f"{directory} is no model: it has no config.json")
+    with foreign_reader(f"{directory}: transformers cannot read config.json"):
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    packing = getattr(config, "quantization_config", None)
+    if packing is not None:
+        if not isinstance(packing, dict) or not packing.get("load_in_4bit"):
+            method = packing.get("quant_method") if isinstance(packing, dict) else packing
+            raise CheckpointError(
+                f"{directory} is quantised by {method!r}; of quantised models only bitsandbytes' "
+                "4-bit ones are supported. Use the model it was made from"
+            )
+        del config.quantization_config
+    return config
+
+
+def write_description(
+    directory: Path,
+    config: PretrainedConfig,
+    *,
+    model_class: str,
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase,
+    generation_config: GenerationConfig | None,
+    packing: dict[str, Any] | None = None,
+) -> None:
+    """Write everything of a model's directory but the weights.
+
+    Args:
+        directory: It must exist.
+        config: Its configuration; not changed.
+        model_class: Name of its class in transformers.
+        dtype: What its weights are held in (when packed: what they decode to).
+        tokenizer: Its tokenizer.
+        generation_config: Its defaults for generation.
+        packing: ``quantization_config``, if its weights are packed.
+
+    Raises:
+        OSError: If the directory cannot take it.
+    """
+    described = copy.deepcopy(config)
+    described.architectures = [model_class]
+    described.dtype = dtype
+    if packing is not None:
+        described.quantization_config = packing
+    described.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    if generation_config is not None:
+        generation_config.to_json_file(directory / "generation_config.json")
+
+
+def _open_shards(directory: Path) -> tuple[list[SafetensorsFile], dict[str, SafetensorsFile]]:
+    """Return the files of weights, and in which of them each key is."""
+    weight_map: dict[str, str] = {}
+    if (directory / INDEX_NAME).exists():
+        index = read_json(directory / INDEX_NAME, "it names the shards").get("weight_map")
+        if not isinstance(index, dict) or not all(
+            isinstance(name, str) and Path(name).name == name for name in index.values()
+        ):
+            raise CheckpointError(f"{directory / INDEX_NAME} has no weight_map of file names")
+        weight_map = index
+        paths = [directory / name for name in sorted(set(weight_map.values()))]
+    elif (directory / "model.safetensors").exists():
+        paths = [directory / "model.safetensors"]
+    else:
+        paths = sorted(directory.glob("*.safetensors"))
+    if not paths:
+        pickles = sorted(path.name for path in directory.glob("*.bin"))
+        raise CheckpointError(
+            f"{directory} has no safetensors files"
+            + (
+                f", only pickles ({', '.join(pickles[:3])}), which can run code and are not read; "
+                "convert them with transformers: save_pretrained(…)"
+                if pickles
+                else ""
+            )
+        )
+    shards = [SafetensorsFile(path) for path in paths]
+    homes: dict[str, SafetensorsFile] = {}
+    for shard in shards:
+        for key in shard.entries:
+            if key in homes:
+                raise CheckpointError(f"{key} is in {homes[key].path} and in {shard.path}")
+            homes[key] = shard
+    for key, name in weight_map.items():
+        if key not in homes or homes[key].path.name != name:
+            raise CheckpointError(
+                f"{directory / name} lacks {key}, which {INDEX_NAME} says it has; "
+                "download or copy the directory again"
+            )
+    return shards, homes

@@ -1,0 +1,270 @@
+"""GGUF files as base models: what transformers makes of one, one tensor at a time.
+
+What the keys mean for a configuration and a tokenizer, what the tensors are called in transformers
+and how llama.cpp has rearranged them, is all kept in transformers
+(``modeling_gguf_pytorch_utils``), and used as it is there. Only the order of work is ours: it
+would decode the whole file into memory, after three readings of the header of 3 s each. So it is
+shown a copy of the header without its long arrays when asked for the configuration, the tokenizer
+comes from its fast reader, and tensors go through its rearrangements one by one.
+"""
+
+import logging
+import math
+import re
+import struct
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.modeling_gguf_pytorch_utils import (
+    GGUF_SUPPORTED_ARCHITECTURES,
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+)
+
+from halfbyte.checkpoint.gguf_file import (
+    ARRAY,
+    TORCH_DTYPES,
+    U32,
+    GGUFFile,
+    Stored,
+    decode,
+    held_as,
+)
+from halfbyte.checkpoint.reading import read_into
+from halfbyte.checkpoint.source import BaseSource, Parameter, foreign_reader, skeleton_of
+from halfbyte.errors import CheckpointError
+from halfbyte.nf4 import QuantizedWeight
+
+# Rotary frequencies scaled one by one (Llama 3.1): transformers' reading of GGUF leaves them out.
+_ROPE_TABLE = re.compile(r"rope_(freqs|factors_long|factors_short)\.weight")
+
+logger = logging.getLogger("halfbyte")
+
+
+def read_config(file: GGUFFile) -> PretrainedConfig:
+    """Return the configuration, as transformers makes it from the keys.
+
+    Raises:
+        CheckpointError: If transformers does not know the architecture, or a key is missing.
+    """
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise CheckpointError(f"{file.path} is no language model: it has no token_embd.weight")
+    rows = embedding.shape[0]
+    trouble = (
+        f"{file.path}: transformers cannot make a configuration of architecture "
+        f"{file.architecture!r} from its keys"
+    )
+    with tempfile.TemporaryDirectory() as directory, foreign_reader(trouble):
+        Path(directory, "keys.gguf").write_bytes(_without_arrays(file, rows))
+        config = AutoConfig.from_pretrained(directory, gguf_file="keys.gguf", vocab_size=rows)
+    known = GGUF_SUPPORTED_ARCHITECTURES
+    if not {file.architecture, config.model_type.removesuffix("_text")} & set(known):
+        raise CheckpointError(
+            f"{file.path}: GGUF files of architecture {file.architecture!r} are not supported; "
+            f"supported are {', '.join(known)}. Use the model's safetensors files"
+        )
+    config.name_or_path = str(file.path)
+    return config
+
+
+def _without_arrays(file: GGUFFile, vocabulary: int) -> bytes:
+    """Return a GGUF file of the same keys, without the vocabulary's arrays, of empty tensors."""
+    replaced = {f"{file.architecture}.vocab_size", "general.alignment"}
+    kept = [
+        key
+        for name, key in file.keys.items()
+        if name not in replaced and not (key.kind == ARRAY and name.startswith("tokenizer."))
+    ]
+    parts = [struct.pack("<4sIQQ", b"GGUF", 3, len(file.tensors), len(kept) + 1)]
+    for key in kept:
+        raw = bytearray(key.end - key.start)
+        read_into(file.path, key.start, memoryview(raw))
+        parts.append(bytes(raw))
+    parts.append(_text(f"{file.architecture}.vocab_size") + struct.pack("<II", U32, vocabulary))
+    for name in file.tensors:
+        parts.append(_text(name) + struct.pack("<IQIQ", 1, 0, GGMLQuantizationType.F32, 0))
+    return b"".join(parts) + bytes(64)  # at least the padding before the data, of which none is
+
+
+def _text(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def read_tokenizer(file: GGUFFile) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, as transformers makes it from the keys.
+
+    Raises:
+        CheckpointError: If the file has none, or one transformers cannot read.
+    """
+    if "tokenizer.ggml.tokens" not in file.keys:
+        raise CheckpointError(f"{file.path} holds no tokenizer")
+    with foreign_reader(f"{file.path}: transformers cannot read its tokenizer"):
+        return PreTrainedTokenizerFast.from_pretrained(file.path.parent, gguf_file=file.path.name)
+
+
+class Arrangement:
+    """Which tensors of a GGUF file make up which parameter of a model of transformers, and how.
+
+    Attributes:
+        parts: By the parameter's name, the tensors it is made of; in the order of the file.
+
+    Args:
+        file: The file.
+        skeleton: A model of its configuration; it may be on the meta device.
+
+    Raises:
+        CheckpointError: If there are tensors for which the model has no place, or of a type that
+            the gguf package does not decode.
+    """
+
+    def __init__(self, file: GGUFFile, skeleton: PreTrainedModel) -> None:
+        self._file = file
+        processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)
+        self._processor = processor(config=skeleton.config.to_dict())
+        base = skeleton.base_model_prefix
+        inner = _Names(skeleton.config, getattr(skeleton, base).state_dict(), [])
+        outer = _Names(skeleton.config, skeleton.state_dict(), [(base, inner)])
+        try:
+            self._names: dict[str, str] = get_gguf_hf_weights_map(
+                outer, self._processor, model_type=file.architecture
+            )
+        except NotImplementedError as error:
+            raise CheckpointError(f"{file.path}: {error}") from error
+        self.parts: dict[str, list[Stored]] = {}
+        homeless = []
+        for name, tensor in file.tensors.items():
+            target = self._names.get(name) or self._names.get(name.removesuffix(".weight"))
+            if target is not None:
+                self.parts.setdefault(target, []).append(tensor)
+            elif _ROPE_TABLE.fullmatch(name):
+                logger.warning(
+                    "%s scales its rotary frequencies (%s), which is not applied: long texts will "
+                    "come out worse than with the model's safetensors files",
+                    file.path,
+                    name,
+                )
+            else:
+                homeless.append(name)
+        if homeless:
+            raise CheckpointError(
+                f"{file.path} holds tensors {type(skeleton).__name__} has no place for: "
+                f"{', '.join(homeless[:6])} ({len(homeless)} in all)"
+            )
+        for kind in {tensor.kind for tensor in file.tensors.values()}:
+            try:
+                decode(np.zeros(GGML_QUANT_SIZES[kind][1], np.uint8), kind)
+            except NotImplementedError:
+                raise CheckpointError(
+                    f"{file.path} holds tensors of type {kind.name}, which the gguf package does "
+                    "not decode; use a file of another type, such as Q4_K_M or Q8_0"
+                ) from None
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (parameter's name, value), one at a time, in the order of ``parts``.
+
+        Block types come as float32. Of the 16-bit types, matrices keep their type.
+
+        Raises:
+            CheckpointError: If the file ends early.
+        """
+        for target, tensors in self.parts.items():
+            # Experts' matrices are put together by the processor itself, in `finished`.
+            finished: dict[str, Tensor] = {}
+            for tensor in tensors:
+                result = self._processor.process(
+                    weights=self._file.read(tensor),
+                    name=tensor.name,
+                    tensor_key_mapping=self._names,
+                    parsed_parameters={"tensors": finished},
+                )
+                if result.name is not None:
+                    finished[target] = torch.from_numpy(np.ascontiguousarray(result.weights))
+                del result
+            for name in list(finished):
+                value = finished.pop(name)
+                yield name, value.view(torch.bfloat16) if value.dtype == torch.uint16 else value
+                del value
+
+
+class _Names(NamedTuple):
+    """As much of a model as transformers needs to map its names.
+
+    Given the model, it asks for the names of every module in it down to the last norm, and builds
+    its tables anew each time: 7 s for 30 layers. All it finds is in the first two levels.
+    """
+
+    config: PretrainedConfig
+    names: dict[str, Tensor]
+    children: list[tuple[str, "_Names"]]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.names
+
+    def named_children(self) -> list[tuple[str, "_Names"]]:
+        return self.children
+
+
+class GGUFSource(BaseSource):
+    """A GGUF file as the source of a base model.
+
+    Raises:
+        CheckpointError: If the file is damaged, is of an architecture or a block type that
+            transformers or the gguf package cannot read, or is not the whole model.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.name, self._file = name, GGUFFile(path)
+        self.config = read_config(self._file)
+        self.skeleton = skeleton_of(self.config, name, len(self._file.tensors))
+        self._arrangement = Arrangement(self._file, self.skeleton)
+        tied = self.skeleton.all_tied_weights_keys
+        expected = self.skeleton.state_dict()
+        parts = self._arrangement.parts
+        faults = [f"{key} is missing" for key in expected if key not in {*parts, *tied}]
+        faults += [
+            f"{key} has {sum(math.prod(t.shape) for t in tensors)} elements, not {count}"
+            for key, tensors in parts.items()
+            if (count := expected[key].numel()) != sum(math.prod(t.shape) for t in tensors)
+        ]
+        if faults:
+            raise CheckpointError(
+                f"{path} is not the {type(self.skeleton).__name__} of its keys: "
+                f"{'; '.join(faults[:4])} ({len(faults)} in all)"
+            )
+        self.parameters = tuple(
+            Parameter(
+                key,
+                tuple(expected[key].shape),
+                TORCH_DTYPES[held_as(tensors[0])],
+                sum(tensor.nbytes for tensor in tensors),
+                packed=False,
+            )
+            for key, tensors in parts.items()
+        )
+        kinds = {held_as(t) for t in self._file.tensors.values() if len(t.shape) > 1}
+        self.dtype = torch.float16 if kinds == {np.float16} else torch.bfloat16
+
+    def _files(self) -> Iterable[tuple[Path, int, int]]:
+        return [(self._file.path, self._file.size, self._file.data_start)]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:  # noqa: D102
+        return self._arrangement.tensors()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:  # noqa: D102
+        return read_tokenizer(self._file)

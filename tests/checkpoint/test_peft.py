@@ -1,0 +1,225 @@
+"""Adapters: PEFT loads ours and we load PEFT's, with the same logits; what does not fit is told."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from halfbyte.checkpoint.base_model import LoadedBase, load_base
+from halfbyte.checkpoint.peft import load_adapter, save_adapter
+from halfbyte.errors import CheckpointError, OutputError
+from halfbyte.lora import LoRAConfig, adapter_state, attach, load_adapter_state
+from halfbyte.model.build import BaseRecipe
+from tests.tiny import write_tiny_model
+
+# PEFT 0.21 asks transformers 5.23 by a name it is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+
+PROMPT = torch.arange(3, 23)[None]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def base_of(model_dir: Path) -> LoadedBase:
+    return load_base(model_dir, BaseRecipe(quant="none"))
+
+
+def filled(model: Any, config: LoRAConfig) -> dict[str, Tensor]:
+    """Attach an adapter to ``model`` that changes something, and return its state."""
+    attach(model, config, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    state = {
+        name: 0.1 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in adapter_state(model).items()
+    }
+    load_adapter_state(model, state)
+    return state
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(PROMPT).logits  # type: ignore[no-any-return]
+
+
+CONFIGS = {
+    "all linear": LoRAConfig(r=4, alpha=8),
+    "some": LoRAConfig(r=2, alpha=3.5, target_modules=("q_proj", "mlp.down_proj")),
+    "one path": LoRAConfig(r=2, target_modules=("model.layers.1.self_attn.v_proj",)),
+    "expression": LoRAConfig(r=3, target_modules=r"model\.layers\.1\..*(q|k)_proj"),
+    "lone name": LoRAConfig(r=3, target_modules="up_proj"),
+    "rank-stabilised": LoRAConfig(r=4, alpha=2, use_rslora=True, dropout=0.25),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_peft_loads_ours_with_the_same_logits(tmp_path: Path, model_dir: Path, case: str) -> None:
+    config = CONFIGS[case]
+    base = base_of(model_dir)
+    before = logits(base.model)
+    state = filled(base.model, config)
+    save_adapter(
+        tmp_path,
+        state,
+        config,
+        base_name=str(model_dir),
+        base_fingerprint=base.fingerprint,
+        recipe={"quant": "none"},
+        tokenizer=base.tokenizer,
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(model_dir)
+    wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path)
+    adapted = [n for n, m in wrapped.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    assert len(adapted) == len(state) // 2
+    assert logits(wrapped).sub(logits(base.model)).abs().max() < 1e-5
+    assert logits(base.model).sub(before).abs().max() > 1e-2
+    stored = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    assert stored.keys() == peft.get_peft_model_state_dict(wrapped).keys()
+    assert (tmp_path / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_what_was_saved_comes_back(tmp_path: Path, model_dir: Path, case: str) -> None:
+    config = CONFIGS[case]
+    base = base_of(model_dir)
+    state = filled(base.model, config)
+    after = logits(base.model)
+    recipe = {"quant": "nf4", "double_quant": True, "block_size": 64}
+    save_adapter(
+        tmp_path, state, config, base_name="m", base_fingerprint=base.fingerprint, recipe=recipe
+    )
+    loaded = load_adapter(tmp_path, base_fingerprint=base.fingerprint)
+    assert loaded.base_name == "m"
+    assert loaded.info["recipe"] == recipe
+    assert loaded.config.scaling == config.scaling
+    assert (loaded.config.r, loaded.config.dropout) == (config.r, config.dropout)
+    fresh = base_of(model_dir)
+    attach(fresh.model, loaded.config, seed=5)
+    load_adapter_state(fresh.model, loaded.state)
+    assert logits(fresh.model).equal(after)
+
+
+@pytest.mark.parametrize("rank_stabilised", [False, True])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "o_proj"]])
+def test_we_load_peft_s_with_the_same_logits(
+    tmp_path: Path, model_dir: Path, targets: str | list[str], rank_stabilised: bool
+) -> None:
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=16,
+        target_modules=targets,
+        use_rslora=rank_stabilised,
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(0)
+    wrapped = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), config).eval()
+    wrapped.save_pretrained(tmp_path)
+    base = base_of(model_dir)
+    loaded = load_adapter(tmp_path, base_fingerprint=base.fingerprint)
+    assert loaded.base_name == str(model_dir)
+    assert loaded.info == {}
+    attach(base.model, loaded.config, seed=0)
+    load_adapter_state(base.model, loaded.state)
+    assert logits(base.model).sub(logits(wrapped)).abs().max() < 1e-5
+
+
+STATE = {
+    "model.layers.0.q_proj.lora_A.weight": torch.ones(2, 8),
+    "model.layers.0.q_proj.lora_B.weight": torch.ones(6, 2),
+}
+
+
+@pytest.fixture
+def adapter_dir(tmp_path: Path) -> Path:
+    return save_adapter(
+        tmp_path / "adapter",
+        STATE,
+        LoRAConfig(r=2),
+        base_name="base",
+        base_fingerprint="0123456789abcdef",
+        recipe={},
+    )
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def rewrite(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    path = directory / "adapter_model.safetensors"
+    state = safetensors.torch.load_file(path)
+    change(state)
+    safetensors.torch.save_file(state, path)
+
+
+NAME = "base_model.model.model.layers.0.q_proj.lora_A.weight"
+CONFIG = "adapter_config.json"
+
+damages: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda d: (d / CONFIG).unlink(), f"{CONFIG} does not exist"),
+    "config cut": (lambda d: os.truncate(d / CONFIG, 20), "is not JSON"),
+    "config a list": (lambda d: (d / CONFIG).write_text("[]"), "should hold a JSON object"),
+    "other kind": (lambda d: edit(d / CONFIG, peft_type="IA3"), "type 'IA3'; only LORA"),
+    "dora": (lambda d: edit(d / CONFIG, use_dora=True), "more than plain LoRA: use_dora=True"),
+    "pissa": (lambda d: edit(d / CONFIG, init_lora_weights="pissa"), "init_lora_weights='pissa'"),
+    "saved": (lambda d: edit(d / CONFIG, modules_to_save=["lm_head"]), "modules_to_save="),
+    "ranks": (lambda d: edit(d / CONFIG, rank_pattern={"q_proj": 4}), "rank_pattern="),
+    "bias": (lambda d: edit(d / CONFIG, bias="all"), "bias='all'"),
+    "rank": (lambda d: edit(d / CONFIG, r=3), "expected is rank 3 in dimension 0"),
+    "rank text": (lambda d: edit(d / CONFIG, r="2"), "are not the numbers of an adapter"),
+    "dropout": (lambda d: edit(d / CONFIG, lora_dropout=1), "are not the numbers of an adapter"),
+    "no weights": (lambda d: (d / "adapter_model.safetensors").unlink(), "pickle format"),
+    "weights cut": (lambda d: os.truncate(d / "adapter_model.safetensors", 90), "not a whole"),
+    "half": (lambda d: rewrite(d, lambda s: s.pop(NAME)), "lora_A.weight is missing"),
+    "flat": (lambda d: rewrite(d, lambda s: s.update({NAME: torch.ones(2)})), "has the shape"),
+    "foreign": (lambda d: rewrite(d, lambda s: s.update(x=torch.ones(2))), "it holds x"),
+    "empty": (lambda d: rewrite(d, dict.clear), "it holds nothing"),
+    "card": (lambda d: os.truncate(d / "halfbyte.json", 5), "halfbyte.json is not JSON"),
+}
+
+
+@pytest.mark.parametrize("damage", damages)
+def test_what_is_no_plain_whole_adapter_is_told(adapter_dir: Path, damage: str) -> None:
+    change, told = damages[damage]
+    assert load_adapter(adapter_dir).state.keys() == STATE.keys()
+    change(adapter_dir)
+    with pytest.raises(CheckpointError, match=told):
+        load_adapter(adapter_dir)
+
+
+def test_an_adapter_of_another_base_is_refused(adapter_dir: Path) -> None:
+    load_adapter(adapter_dir, base_fingerprint="0123456789abcdef")
+    told = r"trained on another base model: on 'base' \(fingerprint 0123456789ab\).*Give the model"
+    with pytest.raises(CheckpointError, match=told):
+        load_adapter(adapter_dir, base_fingerprint="f" * 64)
+
+
+def test_an_adapter_for_other_modules_does_not_fit(model_dir: Path, adapter_dir: Path) -> None:
+    model = base_of(model_dir).model
+    attach(model, LoRAConfig(r=2), seed=0)
+    with pytest.raises(CheckpointError, match="does not fit this model"):
+        load_adapter_state(model, load_adapter(adapter_dir).state)
+
+
+def test_an_unwritable_directory_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match="is a file, not a directory"):
+        save_adapter(
+            tmp_path / "file" / "x",
+            STATE,
+            LoRAConfig(r=2),
+            base_name="",
+            base_fingerprint="",
+            recipe={},
+        )
