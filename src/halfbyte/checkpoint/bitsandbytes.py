@@ -1,0 +1,142 @@
+"""A base model written as a bitsandbytes 4-bit checkpoint, which transformers, PEFT and vLLM load.
+
+The weights are read, packed and written one at a time. The bytes are those ``load_base`` holds in
+memory for the same recipe.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.checkpoint.atomic import new_directory, require_writable
+from halfbyte.checkpoint.base_model import BaseSource, open_base
+from halfbyte.checkpoint.bitsandbytes_keys import encode_keys, plan_keys
+from halfbyte.checkpoint.directory import write_description
+from halfbyte.checkpoint.safetensors_file import SHARD_BYTES, Planned, write_model
+from halfbyte.errors import CheckpointError, ConfigError
+from halfbyte.model.build import BaseRecipe, build, frozen_linears
+from halfbyte.nf4 import empty_like_quantized, quantize
+
+
+def write_quantized(
+    source: str | Path | BaseSource,
+    out_dir: str | Path,
+    recipe: BaseRecipe,
+    *,
+    dtype: torch.dtype | None = None,
+    replace: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write ``source`` packed as ``recipe`` says, in the layout of bitsandbytes.
+
+    Args:
+        source: What ``open_base`` takes, or has returned.
+        out_dir: Where to.
+        recipe: How to pack; its compute dtype and device play no part.
+        dtype: What is not packed is held in, and what is packed decodes to; by default what the
+            source holds its matrices in (bfloat16 for a GGUF file of blocks).
+        replace: Whether ``out_dir`` may be there already; it goes when the new one is whole.
+        progress: Called with (bytes read, bytes in all) after each tensor.
+        shard_bytes: The most tensor bytes in a file.
+
+    Returns:
+        ``out_dir``.
+
+    Raises:
+        CheckpointError: See ``open_base``; also if the source is packed already.
+        OutputError: If ``out_dir`` is there and is not to be replaced, cannot be written, or there
+            is no space.
+    """
+    if recipe.quant == "none":
+        raise ConfigError("quantize needs quant nf4 or fp4, got none")
+    if not isinstance(source, BaseSource):
+        source = open_base(source)
+    if any(parameter.packed for parameter in source.parameters):
+        raise CheckpointError(f"{source.name} is packed in 4 bits already; copy it instead")
+    out_dir, dtype = Path(out_dir), dtype or source.dtype
+    tokenizer = source.tokenizer()
+    linears = {f"{path}.weight" for path in frozen_linears(build(source.config, recipe))}
+    plan: list[Planned] = []
+    for parameter in source.parameters:
+        if parameter.name in linears:
+            empty = empty_like_quantized(
+                parameter.shape,
+                dtype,
+                quant_type=recipe.quant,
+                block_size=recipe.block_size,
+                double_quant=recipe.double_quant,
+            )
+            plan += plan_keys(parameter.name, empty)
+        else:
+            held = dtype if parameter.dtype.is_floating_point else parameter.dtype
+            plan.append(Planned(parameter.name, held, parameter.shape))
+    require_writable(out_dir.absolute().parent, sum(planned.nbytes for planned in plan))
+    with new_directory(out_dir, replace=replace) as directory:
+        packed = _packed(source, recipe, linears, dtype, progress)
+        write_model(directory, plan, packed, shard_bytes=shard_bytes)
+        write_description(
+            directory,
+            source.config,
+            model_class=type(source.skeleton).__name__,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            generation_config=source.generation_config(),
+            packing=_quantization_config(source, recipe, linears, dtype),
+        )
+    return out_dir
+
+
+def _packed(
+    source: BaseSource,
+    recipe: BaseRecipe,
+    linears: set[str],
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[tuple[str, Tensor]]:
+    sizes = {parameter.name: parameter.nbytes for parameter in source.parameters}
+    done = 0
+    for name, value in source.tensors():
+        assert isinstance(value, Tensor)
+        assert recipe.quant != "none"
+        if name in linears:
+            q = quantize(
+                value,
+                quant_type=recipe.quant,
+                block_size=recipe.block_size,
+                double_quant=recipe.double_quant,
+                name=name,
+            )
+            del value
+            yield from encode_keys(name, dataclasses.replace(q, dtype=dtype)).items()
+        else:
+            # Norms too: transformers multiplies by what it finds, and cannot mix dtypes.
+            yield name, value.to(dtype) if value.is_floating_point() else value
+            del value
+        done += sizes[name]
+        if progress is not None:
+            progress(done, source.total_bytes)
+
+
+def _quantization_config(
+    source: BaseSource, recipe: BaseRecipe, linears: set[str], dtype: torch.dtype
+) -> dict[str, Any]:
+    skipped = [
+        name
+        for name, module in source.skeleton.named_modules()
+        if isinstance(module, nn.Linear) and f"{name}.weight" not in linears
+    ]
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": recipe.quant,
+        "bnb_4bit_use_double_quant": recipe.double_quant,
+        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": skipped,
+    }
