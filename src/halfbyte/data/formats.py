@@ -11,6 +11,7 @@ The format of a source is the one that most of its rows have the keys of, the up
 a row without these keys is left out and counted. In the first two, either pair of names is
 understood. ``instruction`` and ``input`` make one user turn, with a blank line between them. A
 ``system`` key beside the conversation is its system message; ``tools`` go to the chat template.
+An assistant message with ``"weight": 0``, as OpenAI writes it, is read and not learned.
 """
 
 from __future__ import annotations
@@ -48,6 +49,13 @@ class Conversation:
     given: int = 0
     tools: list[Any] | None = None
     text: str | None = None
+
+    def learns(self, index: int) -> bool:
+        """Whether the message is a reply to be learned."""
+        message = self.messages[index]
+        return (
+            index >= self.given and message["role"] == "assistant" and message.get("weight", 1) != 0
+        )
 
     @property
     def prompt(self) -> list[Message]:
@@ -155,10 +163,13 @@ def _conversation(
         content_needed = message["role"] in ("user", "assistant") and not message.get("tool_calls")
         if content_needed and not message["content"].strip():
             raise RowRejected(f"empty content in a message of the {message['role']}")
-    if all(message["role"] != "assistant" for message in messages[given:]):
-        raise RowRejected("no assistant turn")
     tools = row.get("tools")
-    return Conversation(line, messages, given, tools if isinstance(tools, list) else None)
+    if tools is not None and not isinstance(tools, list):
+        raise RowRejected("'tools' is not a list")
+    conversation = Conversation(line, messages, given, tools)
+    if not any(conversation.learns(index) for index in range(len(messages))):
+        raise RowRejected("no assistant turn to learn")
+    return conversation
 
 
 def _turns(value: object, key: str, role: str) -> list[Message]:
@@ -187,11 +198,9 @@ def _message(item: object) -> Message:
     content = item.get("content", item.get("value"))
     if content is None and item.get("tool_calls"):
         content = ""
-    rest = {key: value for key, value in item.items() if key not in _MESSAGE_KEYS}
+    known = ("role", "from", "content", "value")
+    rest = {key: value for key, value in item.items() if key not in known}
     return {"role": role, "content": _text(content), **rest}
-
-
-_MESSAGE_KEYS = ("role", "from", "content", "value")
 
 
 def _text(value: object) -> str:
@@ -204,6 +213,4 @@ def _text(value: object) -> str:
         raise RowRejected("a message without content")
     if not isinstance(value, str):
         raise RowRejected("content that is not text")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise RowRejected("text with half a surrogate pair, which is not valid Unicode")
     return value

@@ -2,7 +2,7 @@
 
 A bad line is a row with a problem, to be counted with the others; only a source that holds no rows
 at all, or cannot be read, is an error. A file is JSONL (one object a line) or one JSON array of
-objects, whatever its suffix says: it is what its first character says. A file of lines is streamed.
+objects; its first character tells which, not its suffix.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ SUFFIXES = (".jsonl", ".json", ".ndjson")
 
 _OTHER_KINDS = (".parquet", ".csv", ".tsv", ".txt", ".xlsx", ".arrow", ".gz", ".zst", ".zip")
 _BOM = b"\xef\xbb\xbf"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -52,20 +54,24 @@ def read_source(source: str | Path) -> Source:
     Raises:
         DataError: Nothing is there, it is of another kind, or it holds no rows.
     """
-    path, notes = Path(source), tuple[str, ...]()
-    if path.is_dir():
-        files, notes = _files_of(path)
-        rows = [
-            row._replace(line=f"{file.name}:{row.line}") if len(files) > 1 else row
-            for file in files
-            for row in _read_file(file)
-        ]
-    elif path.exists():
-        rows = list(_read_file(path))
-    elif _is_hub_id(source):
-        rows = list(_read_hub(str(source)))
-    else:
-        raise DataError(_missing(path))
+    path = Path(source)
+    notes: tuple[str, ...] = ()
+    try:
+        if path.is_dir():
+            files, notes = _files_of(path)
+            rows = [
+                row._replace(line=f"{file.name}:{row.line}") if len(files) > 1 else row
+                for file in files
+                for row in _read_file(file)
+            ]
+        elif path.exists():
+            rows = list(_read_file(path))
+        elif _is_hub_id(source):
+            rows = list(_read_hub(str(source)))
+        else:
+            raise DataError(_missing(path))
+    except OSError as error:
+        raise DataError(f"{source} cannot be read: {error.strerror or error}.") from error
     if not rows:
         raise DataError(f"{source} is empty: expected rows, one JSON object a line.")
     return Source(rows, notes)
@@ -92,29 +98,35 @@ def _read_file(path: Path) -> Iterator[Row]:
             f"{path} is a {path.suffix} file: expected JSONL, one JSON object a line. "
             "Convert it first; pandas' DataFrame.to_json(path, orient='records', lines=True) does."
         )
-    try:
-        with path.open("rb") as file:
-            start = file.read(4096)
-            if start.startswith(_UTF16):
-                raise DataError(f"{path} is in UTF-16: expected UTF-8. Save it as UTF-8.")
-            file.seek(len(_BOM) if start.startswith(_BOM) else 0)
-            if start.removeprefix(_BOM).lstrip()[:1] == b"[":
-                yield from _read_array(file.read())
-                return
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _parse(str(number), line)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    raw = path.read_bytes()
+    if raw.startswith(_UTF16):
+        raise DataError(f"{path} is in UTF-16: expected UTF-8. Save it as UTF-8.")
+    raw = raw.removeprefix(_BOM)
+    if raw.lstrip().startswith(b"["):
+        yield from _read_array(raw)
+        return
+    if path.suffix.lower() == ".json" and (row := _parse("1", raw)).problem is None:
+        yield row
+        return
+    for number, line in enumerate(io.BytesIO(raw), 1):
+        if line.strip():
+            yield _parse(str(number), line)
 
 
 def _parse(number: str, line: bytes) -> Row:
     try:
-        return Row(number, json.loads(line.decode("utf-8")))
+        return _checked(number, json.loads(line.decode("utf-8")))
     except UnicodeDecodeError:
         return Row(number, None, "not UTF-8")
     except (ValueError, RecursionError):
         return Row(number, None, "malformed JSON")
+
+
+def _checked(number: str, value: object) -> Row:
+    """JSON can spell half a surrogate pair, which is no character and cannot be tokenised."""
+    if _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+        return Row(number, None, "text that is not valid Unicode (half a surrogate pair)")
+    return Row(number, value)
 
 
 def _read_array(raw: bytes) -> Iterator[Row]:
@@ -139,10 +151,11 @@ def _read_array(raw: bytes) -> Iterator[Row]:
             position = skip(position)
             if text[position : position + 1] not in (",", "]"):
                 raise ValueError("neither a comma nor the end of the array")
+            row = _checked(str(line), value)
         except (ValueError, RecursionError):
             yield Row(str(line), None, "malformed JSON, and the array is not read beyond it")
             return
-        yield Row(str(line), value)
+        yield row
         if text[position] == ",":
             position = skip(position + 1)
 

@@ -67,6 +67,7 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "assistant") -> None:
         self._tokenizer = tokenizer
+        self._plain = tokenizer.chat_template is None
         self._train_on = train_on
         self._said: defaultdict[str, list[str]] = defaultdict(list)
 
@@ -100,15 +101,15 @@ class Encoder:
         told = [
             f"{note}: {counted(lines)}" if lines else note for note, lines in self._said.items()
         ]
-        if self._tokenizer.chat_template is None:
+        if self._plain:
             told.insert(0, "the tokenizer has no chat template: plain text, a line a message")
         return tuple(told)
 
     # Rendering
 
     def _render(self, messages: list[Message], tools: Tools, *, prompt: bool) -> str:
-        if self._tokenizer.chat_template is None:
-            return "".join(self._plain(message) for message in messages)
+        if self._plain:
+            return "".join(self._line(message) for message in messages)
         try:
             text: str = self._tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=False, add_generation_prompt=prompt
@@ -119,7 +120,7 @@ class Encoder:
             raise RowRejected(f"the chat template refuses it ({error})") from error
         return text
 
-    def _plain(self, message: Message) -> str:
+    def _line(self, message: Message) -> str:
         end = self._tokenizer.eos_token if message["role"] == "assistant" else None
         return str(message["content"]) + (end or "\n")
 
@@ -142,7 +143,7 @@ class Encoder:
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        return ids if self._tokenizer.chat_template is not None else [*self._leading, *ids]
+        return [*self._leading, *ids] if self._plain else ids
 
     def _text_ids(self, text: str) -> list[int]:
         ids = list(self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
@@ -159,6 +160,7 @@ class Encoder:
         text = self._render(row.messages, row.tools, prompt=False)
         if self._train_on == "all":
             ids = np.array(self._ids(text), dtype=np.int32)
+            self._check_bos(ids)
             return ids, np.ones(len(ids), dtype=np.bool_)
         if not self._tokenizer.is_fast:
             raise DataError(
@@ -178,11 +180,10 @@ class Encoder:
                 mask |= self._turn(ids, offsets, start, end, row)
         if not mask.any():
             raise RowRejected("no assistant turn could be located in what the template renders")
-        if self._tokenizer.chat_template is None:
+        if self._plain:
             ids = np.concatenate([np.array(self._leading, dtype=np.int32), ids])
             mask = np.concatenate([np.zeros(len(self._leading), dtype=np.bool_), mask])
-        else:
-            self._check_bos(ids)
+        self._check_bos(ids)
         return ids, mask
 
     def _check_bos(self, ids: NDArray[np.int32]) -> None:
@@ -197,7 +198,8 @@ class Encoder:
 
     def _marked(self, row: Conversation, ids: NDArray[np.int32]) -> NDArray[np.bool_] | None:
         """The mask of a template with ``{% generation %}``; None where it has or gives none."""
-        if self._tokenizer.chat_template is None or row.given:
+        replies = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
+        if self._plain or not all(row.learns(index) for index in replies):
             return None
         template = self._tokenizer.get_chat_template(None, row.tools)
         if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
@@ -218,13 +220,10 @@ class Encoder:
     def _spans(self, row: Conversation, text: str) -> list[tuple[int, int]]:
         """Where in ``text`` the assistant's turns lie, so far as that is sure."""
         spans = []
-        for index, message in enumerate(row.messages):
-            if index < row.given or message["role"] != "assistant":
-                continue
+        for index in filter(row.learns, range(len(row.messages))):
             span = self._span(row, index, text)
             if span is None:
-                note = "assistant turns that the chat template rewrites, not learned"
-                self._say(note, row)
+                self._say("a reply that the chat template rewrites is not learned", row)
             else:
                 spans.append(span)
         return spans
@@ -303,12 +302,18 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that closes a reply, at which generation must stop; None if nothing does.
 
     It is not always the tokenizer's EOS: many a chat template closes turns with another token.
+
+    Raises:
+        DataError: The tokenizer is not a fast one.
     """
     probe: list[Message] = [
         {"role": "user", "content": "Hello"},
         {"role": "assistant", "content": "Hello"},
     ]
     encoder = Encoder(tokenizer)
-    example = encoder.encode(Conversation("1", probe))
+    try:
+        example = encoder.encode(Conversation("1", probe))
+    except RowRejected:
+        return None
     last = int(example.tokens[np.flatnonzero(example.labels_mask)[-1]])
     return last if last in encoder.control_tokens else None
