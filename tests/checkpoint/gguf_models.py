@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -73,6 +73,58 @@ def write_gguf(
         writer.add_tensor(parameter, packed, raw_dtype=stored)
     for parameter, numbers in (extra or {}).items():
         writer.add_tensor(parameter, numbers)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_family(path: Path, architecture: str, model: PreTrainedModel) -> Path:
+    """Write any model under llama.cpp's names for ``architecture``, matrices as F16.
+
+    Nothing is rearranged: the file holds other numbers than ``model``, but of the right shapes.
+    """
+    config = model.config
+    kind = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.hidden_size // config.num_attention_heads)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_layer_norm_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_sliding_window(64)
+    writer.add_vocab_size(config.vocab_size)
+    _add_tokenizer(writer, tiny_tokenizer())
+    if experts := getattr(config, "num_experts", None):
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    for name, value in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        numbers = value.numpy()
+        stored = {name: numbers}
+        if name.endswith("experts.gate_up_proj"):
+            half = numbers.shape[1] // 2
+            layer = f"blk.{name.split('.')[2]}"
+            stored = {
+                f"{layer}.ffn_gate_exps.weight": numbers[:, :half],
+                f"{layer}.ffn_up_exps.weight": numbers[:, half:],
+            }
+        elif name.endswith("experts.down_proj"):
+            stored = {f"blk.{name.split('.')[2]}.ffn_down_exps.weight": numbers}
+        else:
+            theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            stored = {theirs or name: numbers}
+        for key, part in stored.items():
+            part = np.ascontiguousarray(part)
+            writer.add_tensor(key, part if part.ndim == 1 else part.astype(np.float16))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

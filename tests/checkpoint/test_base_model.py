@@ -22,6 +22,7 @@ from halfbyte.checkpoint.base_model import load_base, open_base
 from halfbyte.errors import CheckpointError, WeightError
 from halfbyte.model.build import BaseRecipe, frozen_linears
 from halfbyte.nf4 import quantize
+from tests.checkpoint.families import tiny_model
 from tests.checkpoint.gguf_models import write_gguf
 from tests.tiny import tiny_llama, tiny_tokenizer, write_tiny_model
 
@@ -86,6 +87,23 @@ def test_a_plain_directory_is_the_model(model_dir: Path) -> None:
     assert source.total_bytes == sum(tensor.nbytes for tensor in held.values())
     assert source.dtype == torch.float32
     assert_loads_as_transformers_does(model_dir)
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "smollm3", "granite", "olmo2", "gpt2"],
+)
+def test_families_load_as_they_were_saved(tmp_path: Path, family: str) -> None:
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    ours = load_base(tmp_path, PLAIN).model
+    held = {**dict(ours.named_parameters()), **dict(ours.named_buffers())}
+    expected = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert held.keys() == expected.keys()
+    for name, value in expected.items():
+        assert held[name].equal(value), name
+    assert logits(ours).sub(logits(model)).abs().max() < 1e-5
 
 
 def test_shards_are_the_model(sharded_dir: Path) -> None:

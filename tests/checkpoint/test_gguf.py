@@ -22,7 +22,8 @@ from halfbyte.checkpoint.base_model import load_base, open_base
 from halfbyte.checkpoint.gguf_file import GGUFFile, held_as
 from halfbyte.errors import CheckpointError, HalfbyteError
 from halfbyte.model.build import BaseRecipe
-from tests.checkpoint.gguf_models import write_gguf
+from tests.checkpoint.families import tiny_model
+from tests.checkpoint.gguf_models import write_family, write_gguf
 
 PROMPT = torch.arange(3, 43)[None]
 
@@ -56,6 +57,35 @@ def test_a_file_is_the_model_transformers_makes_of_it(tmp_path: Path, kind: Kind
     ours = load_base(path, BaseRecipe(quant="none")).model
     assert logits(ours).sub(logits(theirs)).abs().max() < 1e-5
     assert ours.config.tie_word_embeddings == theirs.config.tie_word_embeddings
+
+
+# Family in transformers, llama.cpp's name, and sizes transformers does not find in the file.
+FAMILIES: list[tuple[str, str, dict[str, Any]]] = [
+    ("qwen2", "qwen2", {}),
+    ("qwen3", "qwen3", {"head_dim": 128}),
+    ("gemma2", "gemma2", {"head_dim": 16}),
+    ("gemma3_text", "gemma3", {"head_dim": 16}),
+    ("phi3", "phi3", {}),
+    ("stablelm", "stablelm", {}),
+    ("starcoder2", "starcoder2", {}),
+    ("qwen3_moe", "qwen3moe", {"head_dim": 16, "num_experts": 3, "moe_intermediate_size": 768}),
+]
+
+
+@pytest.mark.parametrize(("family", "architecture", "sizes"), FAMILIES, ids=lambda case: str(case))
+def test_families_are_rearranged_as_transformers_does(
+    tmp_path: Path, family: str, architecture: str, sizes: dict[str, Any]
+) -> None:
+    path = write_family(tmp_path / "m.gguf", architecture, tiny_model(family, **sizes))
+    source = open_base(path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf")
+    expected = theirs.state_dict()
+    streamed = tensors(path)
+    assert streamed.keys() == expected.keys() - theirs.all_tied_weights_keys.keys()
+    for parameter in source.parameters:
+        value = streamed[parameter.name]
+        assert (value.dtype, tuple(value.shape)) == (parameter.dtype, parameter.shape)
+        assert value.float().equal(expected[parameter.name]), parameter.name
 
 
 @pytest.mark.parametrize(
