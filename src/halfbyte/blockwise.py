@@ -17,6 +17,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+# Everything here names its device: models are built, and modules imported, under
+# torch.device("meta"), where a tensor that names none holds no numbers.
+
 # The quantiles of a normal distribution that nf4/README.md derives, as float32, by code.
 NF4_LEVELS = torch.tensor(
     [
@@ -36,14 +39,17 @@ NF4_LEVELS = torch.tensor(
         0.5626170039176941,
         0.7229568362236023,
         1.0,
-    ]
+    ],
+    device="cpu",
 )
 
 # A sign bit (8), then eight magnitudes in twelfths. Codes do not ascend with their levels, and
 # zero has two codes, both +0.
 FP4_LEVELS = (
     torch.tensor(
-        [0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3], dtype=torch.float32
+        [0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3],
+        dtype=torch.float32,
+        device="cpu",
     )
     / 12
 )
@@ -67,10 +73,10 @@ def dynamic_levels(*, signed: bool) -> Tensor:
     """
     decades = []
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (i + (not signed)) + 1)
+        edges = torch.linspace(0.1, 1, 2 ** (i + (not signed)) + 1, device="cpu")
         middles = (edges[:-1] + edges[1:]) / 2 * 10 ** (i - 6)
         decades += [middles, -middles] if signed else [middles]
-    return torch.cat([*decades, torch.tensor([0.0, 1.0])]).sort().values
+    return torch.cat([*decades, torch.tensor([0.0, 1.0], device="cpu")]).sort().values
 
 
 DYNAMIC_SIGNED = dynamic_levels(signed=True)
@@ -113,7 +119,7 @@ def nearest(blocks: Tensor, scales: Tensor, bounds: Tensor, *, divide: bool = Fa
 @cache
 def _dynamic_grid(device: torch.device) -> Tensor:
     """uint8 [65536]: the code of each of 65536 equidistant points of [-1, 1]."""
-    points = 2 * torch.arange(65536, dtype=torch.float32) / 65535 - 1
+    points = 2 * torch.arange(65536, dtype=torch.float32, device="cpu") / 65535 - 1
     return torch.bucketize(points, midpoints(DYNAMIC_SIGNED)).to(torch.uint8).to(device)
 
 

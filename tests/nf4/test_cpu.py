@@ -122,9 +122,14 @@ def test_results_do_not_depend_on_the_number_of_threads(own_threads, monkeypatch
         assert torch.equal(out, one)
 
 
-def test_a_large_result_is_an_ordinary_tensor():
-    q = quantize(values(2**23 + 1, torch.float32))
-    assert torch.equal(dequantize(q), dequantize(q, impl="torch"))
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+def test_a_large_result_is_an_ordinary_tensor(dtype):
+    q = quantize(values(2**24 + 1, dtype))
+    result = dequantize(q)
+    assert torch.equal(result, dequantize(q, impl="torch"))
+    assert result.is_contiguous()
+    assert not result._is_view()
+    result.mul_(torch.ones(1, dtype=dtype, requires_grad=True))  # as any tensor may be
 
 
 def test_a_variant_this_cpu_lacks_is_refused():

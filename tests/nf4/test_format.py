@@ -3,6 +3,8 @@
 import itertools
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -238,6 +240,26 @@ def test_views_and_parameters_are_read_as_they_look(impl):
         assert torch.equal(quantize(view, impl=impl).codes, quantize(view.clone()).codes)
     parameter = torch.nn.Parameter(base)
     assert not dequantize(quantize(parameter, impl=impl), impl=impl).requires_grad
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_another_default_device_does_not_matter(impl, double):
+    w = weight((65, 33), torch.float32)
+    with torch.device("meta"):
+        q = quantize(w, double_quant=double, impl=impl)
+        decoded = dequantize(q, impl=impl)
+    assert torch.equal(decoded, dequantize(quantize(w, double_quant=double)))
+
+
+def test_the_tables_hold_numbers_even_if_imported_under_another_default_device():
+    program = """
+import torch
+with torch.device("meta"):
+    from halfbyte.nf4 import dequantize, quantize
+    assert not dequantize(quantize(torch.ones(64, device="cpu"))).is_meta
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

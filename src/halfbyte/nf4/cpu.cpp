@@ -392,8 +392,7 @@ int halfbyte_best_variant() {
     return kScalar;
 }
 
-// Asks for 2 MB pages under memory about to be written for the first time. A fresh 64 MB costs
-// 25 ms in page faults of 4 KB, more than all of decoding into it, and 4 ms so.
+// Asks for 2 MB pages under memory about to be written for the first time (see cpu.py).
 void halfbyte_use_large_pages(void* memory, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
     const uintptr_t page = 1 << 21, start = (uintptr_t(memory) + page - 1) / page * page;

@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import tempfile
 from functools import cache
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -42,8 +42,10 @@ _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=of
 _DECODE_SHARE = 2**19
 _ENCODE_SHARE = 2**16
 
-# From this size malloc maps fresh pages for every allocation.
+# From this size malloc maps fresh pages for every allocation. To fault them in by 4 KB takes
+# 10 ms for 64 MB, several times what decoding does; by 2 MB, about as long as that.
 _LARGE_RESULT = 2**25
+_LARGE_PAGE = 2**21
 
 _log = logging.getLogger("halfbyte")
 
@@ -141,8 +143,8 @@ class Kernels:
             threads: Threads to use, at most; as many as torch by default.
         """
         numel = flat.numel()
-        codes = torch.empty(ceil(numel / 2), dtype=torch.uint8)
-        scales = torch.empty(ceil(numel / block_size), dtype=torch.float32)
+        codes = torch.empty(ceil(numel / 2), dtype=torch.uint8, device="cpu")
+        scales = torch.empty(ceil(numel / block_size), dtype=torch.float32, device="cpu")
         order = code_order(quant_type)
         bounds = blockwise.midpoints(levels_of(quant_type)[order])
         packed_order = (order[:, None] * 16 + order).to(torch.uint8)
@@ -163,10 +165,18 @@ class Kernels:
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Returns an uninitialised tensor; a large one is quick to write for the first time."""
-        tensor = torch.empty(shape, dtype=dtype)
-        if tensor.nbytes >= _LARGE_RESULT:
-            self._use_large_pages(_address(tensor), tensor.nbytes)
-        return tensor
+        size = prod(shape) * dtype.itemsize
+        if size < _LARGE_RESULT:
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        # Starts on a large page, or the first and last 2 MB would come in small ones.
+        storage = torch.empty(size + _LARGE_PAGE, dtype=torch.uint8, device="cpu")
+        start = -storage.data_ptr() % _LARGE_PAGE
+        self._use_large_pages(storage.data_ptr() + start, storage.nbytes - start)
+        # Not a slice: a view made without gradients refuses to be written to with them.
+        flat = torch.empty(0, dtype=dtype, device="cpu")
+        offset = start // dtype.itemsize
+        flat.set_(storage.untyped_storage(), offset, (prod(shape),), (1,))
+        return flat.resize_(shape)
 
     def _number(self, variant: Variant | None) -> int:
         if variant is None:
