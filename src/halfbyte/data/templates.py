@@ -223,7 +223,7 @@ class Encoder:
         for index in filter(row.learns, range(len(row.messages))):
             span = self._span(row, index, text)
             if span is None:
-                self._say("a reply that the chat template rewrites is not learned", row)
+                self._say("a reply that cannot be located in the rendered text is not learned", row)
             else:
                 spans.append(span)
         return spans

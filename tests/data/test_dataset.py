@@ -1,0 +1,117 @@
+"""A data set loaded whole: what is used, what is left out and why, and what a person is told."""
+
+import json
+
+import pytest
+
+from halfbyte.data import conversations, load_dataset
+from halfbyte.data.verdicts import describe_rejected
+from halfbyte.errors import DataError
+from tests.tiny import tiny_tokenizer
+
+GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]}
+LONG = {
+    "messages": [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yes, " * 40},
+    ]
+}
+FAR = {
+    "messages": [
+        {"role": "user", "content": "Hi, " * 40},
+        {"role": "assistant", "content": "Yes."},
+    ]
+}
+
+
+def write(path, *rows):
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def test_every_row_is_an_example_or_counted_under_its_reason(tmp_path):
+    bad = {"messages": [{"role": "user", "content": "Hi"}]}
+    file = write(tmp_path / "a.jsonl", GOOD, "{", bad, "", GOOD, {"text": "x"}, bad, LONG, FAR)
+    done = []
+    data = load_dataset(
+        file, tiny_tokenizer(), max_length=40, progress=lambda *count: done.append(count)
+    )
+    report = data.report
+    assert report.rejected == {
+        "malformed JSON": ["2"],
+        "no assistant turn to learn": ["3", "7"],
+        "no 'messages'": ["6"],
+        "nothing supervised within max_length 40": ["9"],
+    }
+    assert (report.format, report.rows, report.usable) == ("messages", 8, 3)
+    assert [row.line for row in data.rows] == ["1", "5", "8"]
+    assert (report.truncated, report.truncated_lines) == (1, ("8",))
+    assert max(len(example.tokens) for example in data.examples) == 40 < report.longest
+    assert report.tokens == sum(len(example.tokens) for example in data.examples)
+    assert report.supervised_tokens == sum(e.labels_mask.sum() for e in data.examples)
+    assert done == [(count, 4) for count in range(1, 5)]
+
+
+def test_a_person_is_told_in_lines(tmp_path):
+    file = write(tmp_path / "a.jsonl", GOOD, LONG, *["{"] * 7, {"messages": []})
+    lines = load_dataset(file, tiny_tokenizer(None), max_length=30).report.lines()
+    assert lines == [
+        f"{file}: 2 of 10 rows usable, read as messages",
+        "left out, malformed JSON: 7 rows (lines 3, 4, 5, 6, 7, …)",
+        "left out, 'messages' is empty: 1 row (line 10)",
+        "cut to max_length 30: 1 row (line 2); the longest has 164 tokens",
+        "37 tokens, 31 supervised (84%)",
+        "the tokenizer has no chat template: plain text, a line a message",
+    ]
+
+
+def test_many_reasons_are_cut_short():
+    told = describe_rejected({f"reason {at}": ["1"] * (at + 1) for at in range(8)})
+    assert told[0] == "left out, reason 7: 8 rows (lines 1, 1, 1, 1, 1, …)"
+    assert told[-1] == "left out for 3 other reasons: 6 rows"
+    assert len(told) == 6
+
+
+def test_a_row_that_fits_exactly_is_not_cut(tmp_path):
+    file = write(tmp_path / "a.jsonl", GOOD)
+    (whole,) = load_dataset(file, tiny_tokenizer(), max_length=512).examples
+    report = load_dataset(file, tiny_tokenizer(), max_length=len(whole.tokens)).report
+    assert (report.truncated, report.longest) == (0, len(whole.tokens))
+
+
+def test_a_cut_row_keeps_its_prompt_length_within_it(tmp_path):
+    file = write(tmp_path / "a.jsonl", {"text": "Once upon a time."})
+    (example,) = load_dataset(file, tiny_tokenizer(), max_length=5).examples
+    assert (len(example.tokens), len(example.labels_mask), example.prompt_length) == (5, 5, 1)
+
+
+def test_all_tokens_are_supervised_on_request(tmp_path):
+    file = write(tmp_path / "a.jsonl", GOOD, GOOD)
+    report = load_dataset(file, tiny_tokenizer(), max_length=512, train_on="all").report
+    assert report.supervised_tokens == report.tokens - 2
+
+
+def test_nothing_usable_is_an_error_that_shows_the_reasons(tmp_path):
+    file = write(tmp_path / "a.jsonl", {"messages": []}, "{", "{")
+    with pytest.raises(DataError) as caught:
+        load_dataset(file, tiny_tokenizer(), max_length=64)
+    assert str(caught.value).splitlines() == [
+        f"{file}: none of the 3 rows (read as messages) is usable.",
+        "  left out, malformed JSON: 2 rows (lines 2, 3)",
+        "  left out, 'messages' is empty: 1 row (line 1)",
+    ]
+    with pytest.raises(DataError, match="nothing supervised within max_length 8"):
+        load_dataset(write(file, GOOD), tiny_tokenizer(), max_length=8)
+    with pytest.raises(DataError, match="malformed JSON"):
+        load_dataset(write(file, "{", "{"), tiny_tokenizer(), max_length=8)
+    with pytest.raises(DataError, match=r"a\.jsonl: no row is in a known format.*'question'"):
+        conversations(write(file, {"question": "Why?"}))
+
+
+def test_conversations_need_no_tokenizer(tmp_path):
+    file = write(tmp_path / "a.jsonl", GOOD, "{", {"messages": []})
+    (row,) = conversations(file)
+    assert (row.prompt, row.expected) == (GOOD["messages"][:1], "Yes.")
+    with pytest.raises(DataError, match="plain text"):
+        conversations(write(file, {"text": "Once."}))

@@ -1,0 +1,289 @@
+"""The ids are transformers' own; what is learned is what inference would have the model write."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from halfbyte.data.formats import Conversation
+from halfbyte.data.templates import Encoder, end_of_turn, prompt_ids
+from halfbyte.data.verdicts import RowRejected
+from halfbyte.errors import DataError
+from tests.tiny import CHATML, GENERATION, LLAMA2, tiny_tokenizer
+
+END = "<|im_end|>"
+
+
+def turn(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+def talk(*contents, **more):
+    """User and assistant in turn."""
+    roles = ("user", "assistant")
+    return Conversation(
+        "1", [turn(roles[at % 2], content) for at, content in enumerate(contents)], **more
+    )
+
+
+def learned(tokenizer, row, train_on="assistant"):
+    """What is learned, a text for each unbroken run of tokens, and what is said about it."""
+    encoder = Encoder(tokenizer, train_on)
+    example = encoder.encode(row)
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], example.labels_mask, [0]])))
+    runs = [example.tokens[start:end] for start, end in edges.reshape(-1, 2)]
+    return [tokenizer.decode(run) for run in runs], encoder.notes()
+
+
+def template(reply, *, before="<|im_start|>assistant\n", prompt="<|im_start|>assistant\n"):
+    """A ChatML-like template in which an assistant turn is ``before`` and ``reply``."""
+    return (
+        "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+        f"{before}{reply}"
+        "{% else %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+        "{{ message['content'] + '<|im_end|>\n' }}"
+        "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}" + prompt + "{% endif %}"
+    )
+
+
+CHATS = {"chatml": CHATML, "llama2": LLAMA2, "generation": GENERATION}
+TOKENIZERS = {name: tiny_tokenizer(text, adds_bos=True) for name, text in CHATS.items()}
+WORDS = st.text(
+    st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=12
+) | st.sampled_from(["<|im_end|>", "\n\nYes", " ", "[/INST]", "<|im_start|>user\n", "é\u0301"])
+
+
+@pytest.mark.parametrize("name", CHATS)
+@given(contents=st.lists(WORDS, min_size=2, max_size=6).filter(lambda words: len(words) % 2 == 0))
+def test_ids_are_transformers_own_and_begin_with_the_prompt_of_inference(name, contents):
+    tokenizer, row = TOKENIZERS[name], talk(*contents)
+    encoder = Encoder(tokenizer)
+    example = encoder.encode(row)
+    whole = tokenizer.apply_chat_template(row.messages)["input_ids"]
+    assert example.tokens.tolist() == whole
+
+    # A reply's tokens are those that follow the prompt, except where a token merges the two.
+    asked = tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True)["input_ids"]
+    assert prompt_ids(tokenizer, row.prompt) == asked
+    last = np.flatnonzero(example.labels_mask)[-1]
+    assert whole[last] == tokenizer.eos_token_id
+    if not any("merges" in note for note in encoder.notes()):
+        assert whole[: len(asked)] == asked
+        assert example.labels_mask[len(asked) : last + 1].all()
+        assert not example.labels_mask[len(asked) - 1]
+    assert not example.labels_mask[last + 1 :].any()
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_every_reply_is_learned_with_the_token_that_closes_it(name):
+    replies, notes = learned(TOKENIZERS[name], talk("Hi", "Yes.", "So?", "No é 日本."))
+    lead = " " if name == "llama2" else ""
+    assert replies == [f"{lead}Yes.{END}", f"{lead}No é 日本.{END}"]
+    assert notes == ()
+
+
+def test_the_first_learned_token_tells_the_prompts_length():
+    tokenizer, row = TOKENIZERS["chatml"], talk("Hi", "Yes.")
+    example = Encoder(tokenizer).encode(row)
+    assert example.prompt_length == len(prompt_ids(tokenizer, row.prompt))
+    assert example.labels_mask[example.prompt_length]
+
+
+def test_a_mark_that_leaves_the_closing_token_out_is_extended_by_it():
+    text = template(
+        "{% generation %}{{ message['content'] }}{% endgeneration %}{{ '<|im_end|>\n' }}"
+    )
+    replies, _ = learned(tiny_tokenizer(text), talk("Hi", "Yes.", "So?", "No."))
+    assert replies == [f"Yes.{END}", f"No.{END}"]
+
+
+@pytest.mark.parametrize("name", ["chatml", "generation"])
+def test_given_and_unweighted_replies_are_not_learned(name):
+    replies, _ = learned(TOKENIZERS[name], talk("Hi", "Yes.", "So?", "No.", given=3))
+    assert replies == [f"No.{END}"]
+    row = talk("Hi", "Yes.", "So?", "No.")
+    row.messages[3]["weight"] = 0
+    assert learned(TOKENIZERS[name], row)[0] == [f"Yes.{END}"]
+
+
+def test_all_tokens_are_learned_on_request_but_the_first():
+    example = Encoder(TOKENIZERS["chatml"], "all").encode(talk("Hi", "Yes."))
+    assert example.labels_mask.tolist() == [False] + [True] * (len(example.tokens) - 1)
+
+
+def test_thinking_that_is_dropped_from_earlier_turns_leaves_their_words_learned():
+    text = template(
+        "{% if loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+        "{{ message['content'] + '<|im_end|>\n' }}"
+    )
+    replies, notes = learned(tiny_tokenizer(text), talk("Hi", "Yes.", "So?", "No."))
+    assert replies == [f"Yes.{END}", f"<think>\n\n</think>\n\nNo.{END}"]
+    assert notes == ()
+
+
+def test_a_reply_that_is_rewritten_is_not_learned_and_that_is_said():
+    text = template(
+        "{{ (message['content'] if loop.last else message['content'].split('</think>')[-1])"
+        " + '<|im_end|>\n' }}"
+    )
+    row = talk("Hi", "<think>hm</think>Yes.", "So?", "<think>hm</think>No.")
+    replies, notes = learned(tiny_tokenizer(text), row)
+    assert replies == [f"<think>hm</think>No.{END}"]
+    assert notes == (
+        "a reply that cannot be located in the rendered text is not learned: 1 row (line 1)",
+    )
+
+
+def test_a_reply_that_closes_otherwise_at_the_end_is_learned_with_its_own_close():
+    text = template(
+        "{{ 'final:' + message['content'] }}"
+        "{% if loop.last %}<|endoftext|>{% else %}<|im_end|>{% endif %}",
+        before="<|im_start|>assistant",
+        prompt="<|im_start|>assistant",
+    )
+    replies, _ = learned(tiny_tokenizer(text), talk("Hi", "final", "So?", "No."))
+    assert replies == [f"final:final{END}", "final:No.<|endoftext|>"]
+
+
+def test_a_prompt_that_opens_thinking_which_training_lacks_is_said():
+    text = template(
+        "{{ message['content'] + '<|im_end|>\n' }}", prompt="<|im_start|>assistant\n<think>\n"
+    )
+    replies, notes = learned(tiny_tokenizer(text), talk("Hi", "Yes.", "So?", "<No."))
+    assert replies == [f"Yes.{END}", f"<No.{END}"]
+    assert notes == (
+        "the prompt that inference renders ends otherwise than in training: 1 row (line 1)",
+    )
+
+
+def test_a_header_that_inference_leaves_to_the_model_is_learned():
+    text = template("{{ message['content'] + '<|im_end|>\n' }}", prompt="")
+    replies, _ = learned(tiny_tokenizer(text), talk("Hi", "Yes."))
+    assert replies == [f"<|im_start|>assistant\nYes.{END}"]
+
+
+def test_a_reply_that_nothing_closes_is_learned_whole_and_that_is_said():
+    text = template("{{ message['content'] + '\n' }}")
+    replies, notes = learned(tiny_tokenizer(text), talk("Hi", "Yes."))
+    assert replies == ["Yes.\n"]
+    assert notes == ("no token closes the reply: a model will not learn to stop: 1 row (line 1)",)
+
+
+def test_a_conversation_that_begins_with_a_reply_is_learned_from_the_second():
+    row = Conversation("4", [turn("assistant", "Hello!"), *talk("Hi", "Yes.").messages])
+    replies, notes = learned(TOKENIZERS["chatml"], row)
+    assert replies == [f"Yes.{END}"]
+    assert notes == (
+        "a reply that cannot be located in the rendered text is not learned: 1 row (line 4)",
+    )
+
+
+def test_rows_of_which_no_reply_can_be_located_or_that_are_refused_are_rejected():
+    with pytest.raises(RowRejected, match="no assistant turn could be located"):
+        learned(TOKENIZERS["chatml"], Conversation("1", [turn("assistant", "Hello!")]))
+    system = [turn("system", "Be brief."), *talk("Hi", "Yes.").messages]
+    with pytest.raises(RowRejected, match=r"refuses it \(roles must be user and assistant"):
+        learned(TOKENIZERS["llama2"], Conversation("1", system))
+    with pytest.raises(DataError, match=r"cannot be made a prompt.*roles must be"):
+        prompt_ids(TOKENIZERS["llama2"], system)
+
+
+def test_tools_reach_the_template():
+    text = "{{ tools[0]['function']['name'] if tools else 'none' }}" + CHATML
+    tokenizer = tiny_tokenizer(text)
+    row = talk("Hi", "Yes.", tools=[{"type": "function", "function": {"name": "weather"}}])
+    assert tokenizer.decode(Encoder(tokenizer).encode(row).tokens).startswith("weather")
+
+
+def test_a_token_that_merges_prompt_and_reply_is_learned_and_said():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: at for at, token in enumerate([END, *alphabet, "ĊĊ"])}
+    model = Tokenizer(models.BPE(vocabulary, [("Ċ", "Ċ")]))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token=END)
+    tokenizer.chat_template = CHATML
+    replies, notes = learned(tokenizer, talk("Hi", "\n Yes."))
+    assert replies == [f"\n\n Yes.{END}"]
+    assert notes == ("a token merges the prompt's end with the reply's start: 1 row (line 1)",)
+
+
+# BOS and EOS
+
+
+def test_bos_is_there_once_if_the_template_writes_it():
+    tokenizer = tiny_tokenizer(LLAMA2, adds_bos=True, adds_eos=True)
+    tokens = Encoder(tokenizer).encode(talk("Hi", "Yes.")).tokens.tolist()
+    assert tokens[0] == tokenizer.bos_token_id
+    assert tokens.count(tokenizer.bos_token_id) == 1
+    assert tokens.count(tokenizer.eos_token_id) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        ("{{ bos_token }}" + LLAMA2, "the chat template itself writes BOS twice"),
+        (LLAMA2.replace("{{ bos_token }}", ""), "the chat template writes no BOS"),
+    ],
+)
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+def test_bos_twice_or_not_at_all_is_left_as_transformers_does_and_said(text, note, train_on):
+    tokenizer = tiny_tokenizer(text, adds_bos=True)
+    encoder = Encoder(tokenizer, train_on)
+    row = talk("Hi", "Yes.")
+    whole = tokenizer.apply_chat_template(row.messages)["input_ids"]
+    assert encoder.encode(row).tokens.tolist() == whole
+    assert [note in said for said in encoder.notes()] == [True]
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_without_a_template_a_message_is_a_line_and_a_reply_ends_with_eos(adds_bos):
+    tokenizer = tiny_tokenizer(None, adds_bos=adds_bos, adds_eos=True)
+    row = talk("Hi", "Yes.", "So?", "No.")
+    bos = tokenizer.bos_token * adds_bos
+    tokens = Encoder(tokenizer).encode(row).tokens
+    assert tokenizer.decode(tokens) == f"{bos}Hi\nYes.{END}So?\nNo.{END}"
+    replies, notes = learned(tokenizer, row)
+    assert replies == [f"Yes.{END}", f"No.{END}"]
+    assert notes == ("the tokenizer has no chat template: plain text, a line a message",)
+    prompt = prompt_ids(tokenizer, row.prompt)
+    assert tokens[: len(prompt)].tolist() == prompt
+    everything = Encoder(tokenizer, "all").encode(row)
+    assert everything.tokens.tolist() == tokens.tolist()
+
+
+@pytest.mark.parametrize("adds_eos", [False, True])
+@pytest.mark.parametrize("text", ["Once.", f"Once.{END}", f"<|im_start|>Once.{END}"])
+def test_plain_text_is_learned_whole_with_one_bos_and_one_eos(text, adds_eos):
+    tokenizer = tiny_tokenizer(CHATML, adds_bos=True, adds_eos=adds_eos)
+    example = Encoder(tokenizer).encode(Conversation("1", [], text=text))
+    assert tokenizer.decode(example.tokens) == f"<|im_start|>Once.{END}"
+    assert example.labels_mask.tolist() == [False] + [True] * (len(example.tokens) - 1)
+
+
+def test_a_tokenizer_without_eos_is_said():
+    tokenizer = tiny_tokenizer(CHATML)
+    tokenizer.eos_token = None
+    encoder = Encoder(tokenizer)
+    assert tokenizer.decode(encoder.encode(Conversation("1", [], text="Once.")).tokens) == "Once."
+    assert "no EOS" in encoder.notes()[0]
+
+
+def test_a_tokenizer_without_offsets_is_refused_unless_all_is_learned(monkeypatch):
+    tokenizer = tiny_tokenizer(CHATML)
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    with pytest.raises(DataError, match="fast tokenizer"):
+        Encoder(tokenizer).encode(talk("Hi", "Yes."))
+    assert Encoder(tokenizer, "all").encode(talk("Hi", "Yes.")).labels_mask.any()
+
+
+def test_the_token_at_which_generation_stops():
+    assert end_of_turn(tiny_tokenizer(CHATML)) == tiny_tokenizer().eos_token_id
+    other = tiny_tokenizer(CHATML)
+    other.eos_token = "<|endoftext|>"
+    assert other.decode([end_of_turn(other)]) == END
+    assert end_of_turn(tiny_tokenizer(template("{{ message['content'] + '\n' }}"))) is None
+    assert end_of_turn(tiny_tokenizer("{{ raise_exception('no') }}")) is None
