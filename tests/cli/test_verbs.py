@@ -138,7 +138,7 @@ def test_train_lays_options_over_the_file_and_says_what_it_read(
     [call] = seam.named("train")
     assert (call["config"].model, call["config"].lora_r, call["config"].seed) == ("m", 4, 5)
     out, err = capsys.readouterr()
-    assert lines(err)[:2] == ["`base_model: m` read as `model: m`", "base: tiny"]
+    assert lines(err)[:2] == ["`base_model: m` read as `model: m`", "training: steps 1 to 1"]
     assert lines(out) == [
         "The adapter is written. To try it:",
         f"  halfbyte chat --model m --adapter {output}",
@@ -363,7 +363,7 @@ def test_the_demo_tells_its_story(
     assert not earlier.exists()
     text = capsys.readouterr().out
     for expected in (
-        "512 examples",
+        "one line of YAML comes out",
         "› 1 + 2?",
         "✗  fish",
         "exactly right    50.0 %    50.0 %",

@@ -71,10 +71,10 @@ def test_a_pipe_gets_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert out == ""
     lines = err.splitlines()
     assert re.fullmatch(r"loading the model: 0\.\d s", lines[0])
-    assert lines[1:4] == ["`r: 4` read as `lora_r: 4`", "model: m", "adapters: 7 linears"]
+    assert lines[1:3] == ["`r: 4` read as `lora_r: 4`", "training: steps 1 to 10"]
     assert re.fullmatch(
         r"step  3/10  loss 0\.3333  rate 1\.00e-04  1,612 tokens/s  memory 1\.12 GB  0 s left",
-        lines[6],
+        lines[5],
     )
     assert lines[-3:] == [
         "step 10, evaluation: loss 0.1000, perplexity 1.10, exact match 97.5 %",
@@ -170,10 +170,11 @@ def test_the_display_fits_the_terminal(width: int) -> None:
     assert " left" in bar
     assert numbers.startswith("loss 0.")
     assert "rate 1.00e-04" in numbers
+    assert "10,240 tokens/s" in numbers  # 1024 tokens in 0.1 s, whatever the last step made
     assert all(len(line) <= min(width, 100) for line in (bar, numbers))
     if width >= 80:  # narrower ones lose the sparkline first, and then the memory
         assert "█" in numbers
-        assert numbers.rstrip().endswith("1,612 tokens/s   memory 1.12 GB")
+        assert numbers.rstrip().endswith("10,240 tokens/s   memory 1.12 GB")
 
 
 def test_the_display_shows_bars_of_tasks_while_they_last() -> None:
@@ -193,7 +194,6 @@ def test_a_terminal_keeps_what_was_announced() -> None:
     text = shown(console)
     for line in (
         "`r: 4` read as `lora_r: 4`",
-        "model     m",
         "step 10, evaluation: loss 0.1000, perplexity 1.10, exact match 97.5 %",
         "saved out/checkpoint-10",
         "10 steps in 1:10, loss 0.1000  █▄▃▂▂▂▁▁▁▁",

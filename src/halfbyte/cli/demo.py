@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
             report.note(note)
         show.heading("The task")
         show.paragraph(
-            "An order in plain English goes in, one line of JSON comes out. The model gets "
+            "An order in plain English goes in, one line of YAML comes out. The model gets "
             f"{_lines(task.train)} examples to learn from and is then put {_lines(task.test)} "
             "others, with names, cities, items, dates, quantities and phrasings that occur in "
             "none of the examples."

@@ -47,6 +47,11 @@ class RunReport:
 
         Only now, so that a run that fails before its first step leaves no file behind.
 
+        Args:
+            total_steps: The step after which training ends.
+            start_step: Steps made before, by the run that this one goes on with.
+            facts: What the journal should know of the run; people have been told by ``note``.
+
         Raises:
             OutputError: The journal cannot be written.
         """

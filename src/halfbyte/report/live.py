@@ -23,7 +23,6 @@ from rich.console import Console, Group, RenderableType
 from rich.constrain import Constrain
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-from rich.table import Table
 from rich.text import Text
 
 _WIDEST = 100
@@ -81,13 +80,6 @@ def _figures(record: dict[str, Any]) -> list[str]:
     return [words(record[key]) for key, words in say.items() if record.get(key) is not None]
 
 
-def _fact(name: str, value: Any) -> tuple[str, str]:
-    """A fact as the journal has it, and as a person reads it."""
-    if name.endswith("_bytes"):
-        return name.removesuffix("_bytes").replace("_", " "), size(value)
-    return name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value)
-
-
 class Pace:
     """Where a run stands: smoothed loss and time left."""
 
@@ -101,7 +93,8 @@ class Pace:
         """At most ``_HISTORY`` means of as many steps each, however long the run is."""
         self._share: list[float] = []
         self._steps_a_share = 1
-        self._updates = 0
+        self._updates = self._tokens = 0
+        self._seconds = 0.0
         self._smoothed = 0.0
         self._began = self._last = time.monotonic()
 
@@ -109,6 +102,8 @@ class Pace:
         """Take in a step."""
         self.step = record["step"]
         self.record = record
+        self._tokens += record.get("tokens", 0)
+        self._seconds += record.get("seconds", 0.0)
         self._updates += 1
         self._smoothed = _SMOOTHING * self._smoothed + (1 - _SMOOTHING) * record["loss"]
         self._last = time.monotonic()
@@ -124,6 +119,11 @@ class Pace:
     def loss(self) -> float:
         """The exponential mean of the losses, without the pull to zero of its start."""
         return self._smoothed / (1 - _SMOOTHING**self._updates)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Over all steps of this session; None where the records do not tell."""
+        return self._tokens / self._seconds if self._seconds else None
 
     @property
     def seconds_left(self) -> float | None:
@@ -203,12 +203,9 @@ class PlainScreen(Screen):
         self._line(f"{description}: {duration(time.monotonic() - began)}")
 
     def begin(self, *, total_steps: int, start_step: int, facts: dict[str, Any]) -> None:
-        """One line for each fact."""
+        """One line."""
         self._pace = Pace(total_steps, start_step)
-        for name, value in facts.items():
-            self._line(": ".join(_fact(name, value)))
-        if start_step:
-            self._line(f"going on after step {start_step}")
+        self._line(f"training: steps {start_step + 1} to {total_steps}")
 
     def step(self, record: dict[str, Any]) -> None:
         """One line with the loss of this step, not smoothed."""
@@ -275,12 +272,7 @@ class LiveScreen(Screen):
         self._print(Text(f"{description}: {duration(time.monotonic() - began)}", style="dim"))
 
     def begin(self, *, total_steps: int, start_step: int, facts: dict[str, Any]) -> None:
-        """The facts, and the bar below them."""
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="dim", no_wrap=True)
-        for name, value in facts.items():
-            grid.add_row(*_fact(name, value))
-        self._print(grid)
+        """The bar appears."""
         self._pace = Pace(total_steps, start_step)
         self._training.add_task("", total=total_steps, completed=start_step, left="")
         self._show()
@@ -327,7 +319,8 @@ class LiveScreen(Screen):
     def _numbers(self, pace: Pace) -> Text:
         if not pace.record:
             return Text("the first step takes longest", style="dim")
-        _, *others = _figures(pace.record)
+        speed = pace.tokens_per_second or pace.record.get("tokens_per_second")
+        _, *others = _figures(pace.record | {"tokens_per_second": speed})
         rest = "".join(f"   {figure}" for figure in others)
         room = min(self._console.width, _WIDEST) - len(rest) - len("loss 0.0000 ")
         return Text.assemble(
