@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -167,7 +166,8 @@ def worker(args: argparse.Namespace) -> None:
         before = now
         if len(losses) == args.steps:
             break
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
     # The first two steps load the model and touch every page for the first time.
     print(json.dumps({"losses": losses, "seconds": seconds[2:], "peak_rss": peak}))
 

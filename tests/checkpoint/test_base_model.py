@@ -428,4 +428,5 @@ def test_loading_takes_little_more_memory_than_the_model(tmp_path: Path) -> None
     for (grown, final), tensor in zip(measured, largest, strict=True):
         # Measured: 0.9 of the tensor in flight over the model. The slack is what the allocator
         # keeps of small tensors, at most 1 MB in six runs.
-        assert final < grown <= final + 1.5 * tensor + 2_000_000, (grown, final, tensor)
+        # From below: a little of the model may lie in what the first one left free.
+        assert final - 5_000_000 < grown <= final + 1.5 * tensor + 2_000_000, (grown, final, tensor)

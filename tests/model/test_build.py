@@ -25,7 +25,9 @@ def source():
 def filled(source, recipe, skip=()):
     model = build(source.config, recipe)
     for name, tensor in source.state_dict().items():
-        if name not in skip and not (name == "lm_head.weight" and source.config.tie_word_embeddings):
+        if name not in skip and not (
+            name == "lm_head.weight" and source.config.tie_word_embeddings
+        ):
             place(model, name, tensor)
     return model
 
@@ -135,8 +137,12 @@ def test_longrope_buffers_are_computed():
 
 
 def test_what_never_came_is_named(source):
-    model = filled(source, BaseRecipe(), skip={"model.norm.weight", "model.layers.1.mlp.up_proj.weight"})
-    with pytest.raises(CheckpointError, match=r"lacks .*layers\.1\.mlp\.up_proj.*model\.norm\.weight"):
+    model = filled(
+        source, BaseRecipe(), skip={"model.norm.weight", "model.layers.1.mlp.up_proj.weight"}
+    )
+    with pytest.raises(
+        CheckpointError, match=r"lacks .*layers\.1\.mlp\.up_proj.*model\.norm\.weight"
+    ):
         finish(model)
 
 

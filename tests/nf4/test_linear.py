@@ -80,7 +80,9 @@ def test_only_the_gradients_that_are_wanted(frozen):
     probe = torch.randn(4, 7, dtype=torch.float64)
     got = torch.autograd.grad((made(x) * probe).sum(), [t for t in (x, a, b) if t.requires_grad])
     expected = plain(made, x, a, b, 0.5)
-    wanted = torch.autograd.grad((expected * probe).sum(), [t for t in (x, a, b) if t.requires_grad])
+    wanted = torch.autograd.grad(
+        (expected * probe).sum(), [t for t in (x, a, b) if t.requires_grad]
+    )
     for one, other in zip(got, wanted, strict=True):
         torch.testing.assert_close(one, other)
 

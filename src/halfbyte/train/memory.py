@@ -8,8 +8,6 @@ is run once on the largest micro-batch and what autograd keeps is counted.
 import ctypes
 import ctypes.util
 import os
-import resource
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +63,11 @@ def peak_memory(device: str) -> int:
     """Return the highest number of bytes that were in use at once."""
     if device == "cuda":
         return int(torch.cuda.max_memory_allocated())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    # Not getrusage's ru_maxrss, which a process inherits from the one that started it.
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status does not say VmHWM; halfbyte needs Linux")
 
 
 def free_memory(device: str) -> int:

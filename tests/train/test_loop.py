@@ -1,0 +1,225 @@
+"""A whole run on a tiny model: what it leaves, how it resumes, and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from halfbyte.errors import CheckpointError, ConfigError, DataError, OutputError
+from halfbyte.report import open_report
+from halfbyte.train.config import TrainConfig
+from halfbyte.train.evaluate import evaluate
+from halfbyte.train.loading import open_model
+from halfbyte.train.loop import train
+from tests.tiny import write_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    rows = []
+    for i in range(24):
+        said = "The capital of France is Paris." + " Again." * (i % 5)
+        question = {"role": "user", "content": f"What is the capital of France? {i}"}
+        rows.append({"messages": [question, {"role": "assistant", "content": said}]})
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def config(model, data, output, **options):
+    settings = {
+        "batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "epochs": 2,
+        "learning_rate": 1e-2,
+        "lora_r": 4,
+        "compute_dtype": "float32",
+    }
+    return TrainConfig(model=str(model), data=str(data), output=output, **settings | options)
+
+
+# The tiny model's tied embedding has rows of norm 0.16, and its last norm makes states of norm 8:
+# no logit exceeds 1.3, so its loss cannot fall from ln 400 = 6.0 much below 4.7.
+LEARNED = 5.4
+LONGER = {"epochs": 8, "lora_r": 16}
+
+
+def run(made):
+    with open_report(made.output, quiet=True) as report:
+        return train(made, report)
+
+
+def journal(output):
+    return [json.loads(line) for line in (output / "journal.jsonl").read_text().splitlines()]
+
+
+def test_a_run_learns_and_leaves_what_it_should(model, data, tmp_path):
+    output = tmp_path / "run"
+    options = LONGER | {"eval_data": str(data), "eval_steps": 16, "save_steps": 20}
+    result = run(config(model, data, output, **options))
+    assert result.adapter_dir == output
+    assert result.steps == 48
+    events = journal(output)
+    steps = [e for e in events if e["event"] == "step"]
+    assert [e["step"] for e in steps] == list(range(1, 49))
+    assert steps[0]["loss"] > 5.9
+    assert steps[-1]["loss"] < LEARNED
+    keys = {"grad_norm", "learning_rate", "tokens", "supervised_tokens", "tokens_per_second"}
+    assert keys | {"peak_memory_bytes", "seconds", "time"} <= steps[0].keys()
+    evaluations = [e for e in events if e["event"] == "evaluation"]
+    assert [e["step"] for e in evaluations] == [16, 32, 48]
+    assert evaluations[-1]["loss"] < evaluations[0]["loss"]
+    assert {p.name for p in output.glob("checkpoint-*")} == {"checkpoint-40", "checkpoint-48"}
+    for name in ("adapter_config.json", "adapter_model.safetensors", "config.yaml"):
+        assert (output / name).is_file()
+    opened, tokenizer, _ = open_model(str(model), adapter=str(output), compute_dtype="float32")
+    measured = evaluate(opened, tokenizer, data, max_new_tokens=4)
+    assert measured.loss == pytest.approx(evaluations[-1]["loss"], rel=1e-5)
+    assert measured.cases == 24
+
+
+def test_the_base_alone_is_worse(model, data, tmp_path):
+    run(config(model, data, tmp_path / "run", **LONGER))
+    losses = []
+    for adapter in (None, str(tmp_path / "run")):
+        opened, tokenizer, _ = open_model(str(model), adapter=adapter, compute_dtype="float32")
+        losses.append(evaluate(opened, tokenizer, data, exact_match=False).loss)
+    assert losses[0] > 5.9
+    assert losses[1] < LEARNED
+
+
+def test_plain_lora_goes_through_the_same_code(model, data, tmp_path):
+    result = run(config(model, data, tmp_path / "run", quant="none", **LONGER))
+    assert result.final_loss < LEARNED
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_resumed_run_is_the_run_byte_for_byte(model, data, tmp_path, dropout):
+    options = {"lora_dropout": dropout, "save_steps": 5}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(config(model, data, whole, **options))
+
+    class Killed(BaseException):
+        pass
+
+    made = config(model, data, broken, **options)
+    with open_report(broken, quiet=True) as report, pytest.raises(Killed):
+        tell = report.step
+
+        def until_seven(record):
+            tell(record)
+            if record["step"] == 7:
+                raise Killed
+
+        report.step = until_seven
+        train(made, report)
+    assert not (broken / "adapter_model.safetensors").exists()
+    # What no result depends on may change when a run goes on: here, what is kept in memory.
+    again = made.model_copy(update={"resume": True, "activations": "recompute"})
+    run(again)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (whole / name).read_bytes() == (broken / name).read_bytes()
+    steps = [e["step"] for e in journal(broken) if e["event"] == "step"]
+    assert steps == list(range(1, 13))
+
+
+def test_kill_minus_nine_loses_no_more_than_the_steps_since_the_last_save(model, data, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    options = {"save_steps": 3, "epochs": 6}
+    run(config(model, data, whole, **options))
+    call = [sys.executable, "-m", "halfbyte", "train", "--model", str(model), "--data", str(data)]
+    call += ["--output", str(broken), "--batch-size", "2", "--gradient-accumulation-steps", "2"]
+    call += ["--learning-rate", "1e-2", "--lora-r", "4", "--compute-dtype", "float32"]
+    call += ["--save-steps", "3", "--epochs", "6"]
+    source = str(Path(__file__).parents[2] / "src")
+    environment = os.environ | {"PYTHONPATH": source}
+    process = subprocess.Popen(call, env=environment, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not list(broken.glob("checkpoint-*")) and process.poll() is None:
+        assert time.monotonic() < deadline, "no checkpoint after two minutes"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    _, told = process.communicate()
+    assert process.returncode in (-signal.SIGKILL, 0), told
+    run(config(model, data, broken, resume=True, **options))
+    name = "adapter_model.safetensors"
+    assert (whole / name).read_bytes() == (broken / name).read_bytes()
+
+
+def test_a_finished_run_is_not_overwritten(model, data, tmp_path):
+    made = config(model, data, tmp_path / "run", max_steps=1)
+    run(made)
+    with pytest.raises(OutputError, match="holds a run already"):
+        run(made)
+    before = (tmp_path / "run" / "adapter_model.safetensors").read_bytes()
+    run(made.model_copy(update={"resume": True}))
+    assert (tmp_path / "run" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_going_on_with_something_else_is_refused(model, data, tmp_path):
+    made = config(model, data, tmp_path / "run", max_steps=2)
+    run(made)
+    with pytest.raises(ConfigError, match=r"learning_rate was 0.01, is 0.5"):
+        run(made.model_copy(update={"resume": True, "learning_rate": 0.5}))
+    other = tmp_path / "other.jsonl"
+    other.write_text(data.read_text().replace("Paris", "Rome"))
+    with pytest.raises(CheckpointError, match="the data is not what"):
+        run(made.model_copy(update={"resume": True, "data": str(other)}))
+    another = write_tiny_model(tmp_path / "another", hidden=32)
+    with pytest.raises(CheckpointError, match="the base is not what"):
+        run(made.model_copy(update={"resume": True, "model": str(another)}))
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", '{"prompt": 3}\n'])
+def test_data_without_anything_usable_leaves_nothing_behind(model, tmp_path, content):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(content)
+    with pytest.raises(DataError, match=r"bad\.jsonl"):
+        run(config(model, bad, tmp_path / "run"))
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+
+
+def test_long_rows_are_cut_and_counted(model, data, tmp_path):
+    run(config(model, data, tmp_path / "run", max_length=40, max_steps=1))
+    notes = [e["text"] for e in journal(tmp_path / "run") if e["event"] == "note"]
+    assert any("cut to max_length 40" in note for note in notes)
+
+
+def test_a_budget_that_cannot_do_says_what_would(model, data, tmp_path):
+    with pytest.raises(ConfigError, match=r"needs about \d+\.\d+ GB"):
+        run(config(model, data, tmp_path / "run", memory_budget=10_000_000))
+
+
+def test_seeds_make_the_run(model, data, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(config(model, data, tmp_path / name, seed=seed, max_steps=3))
+    a, b, c = ((tmp_path / n / "adapter_model.safetensors").read_bytes() for n in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_target_modules_and_rslora_reach_the_adapter(model, data, tmp_path):
+    options = {"target_modules": ("q_proj", "v_proj"), "use_rslora": True, "max_steps": 1}
+    run(config(model, data, tmp_path / "run", **options))
+    card = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert sorted(card["target_modules"]) == ["q_proj", "v_proj"]
+    assert card["use_rslora"] is True
+
+
+def test_bfloat16_products_train_float32_adapters(model, data, tmp_path):
+    from halfbyte.checkpoint.peft import load_adapter
+
+    run(config(model, data, tmp_path / "run", compute_dtype="bfloat16", max_steps=2))
+    state = load_adapter(tmp_path / "run").state
+    assert {t.dtype for t in state.values()} == {torch.float32}
