@@ -1,13 +1,13 @@
 """Every exception halfbyte raises on purpose.
 
-    HalfbyteError                  catch this to catch all of ours
-    ├── UserError                  wrong use or bad input: the command line exits with 2
-    │   ├── ConfigError            an option or a configuration file is wrong
-    │   ├── DataError              a data file is missing, empty or unusable
-    │   ├── CheckpointError        a model, adapter or run directory is missing, damaged or of another kind
-    │   └── OutputError            the output cannot be written: no permission, no space, already in use
-    ├── WeightError                a weight cannot be quantised (NaN, infinity), names the tensor; also a UserError
-    └── NonFiniteLossError         training left the numbers: the loss or a gradient is NaN or infinite
+    HalfbyteError              catch this to catch all of ours
+    ├── UserError              wrong use or bad input: the command line exits with 2
+    │   ├── ConfigError        an option or a configuration file is wrong
+    │   ├── DataError          a data file is missing, empty or unusable
+    │   ├── CheckpointError    a model, an adapter or a run is missing, damaged, of another kind
+    │   ├── WeightError        a weight cannot be quantised (NaN, infinity); names the tensor
+    │   └── OutputError        the output cannot be written: no permission, no space, in use
+    └── NonFiniteLossError     training diverged: the loss or a gradient is NaN or infinite
 
 A message says what was expected, what came, and what to do. Anything that is not a
 ``HalfbyteError`` is a bug of ours and is shown with its traceback (exit code 1).

@@ -60,6 +60,10 @@ def run(made):
         return train(made, report)
 
 
+class Interrupted(BaseException):
+    """What a test raises in the middle of a run."""
+
+
 def journal(output):
     return [json.loads(line) for line in (output / "journal.jsonl").read_text().splitlines()]
 
@@ -110,20 +114,18 @@ def test_a_resumed_run_is_the_run_byte_for_byte(model, data, tmp_path, dropout):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(config(model, data, whole, **options))
 
-    class Killed(BaseException):
-        pass
-
     made = config(model, data, broken, **options)
-    with open_report(broken, quiet=True) as report, pytest.raises(Killed):
+    with open_report(broken, quiet=True) as report:
         tell = report.step
 
         def until_seven(record):
             tell(record)
             if record["step"] == 7:
-                raise Killed
+                raise Interrupted
 
         report.step = until_seven
-        train(made, report)
+        with pytest.raises(Interrupted):
+            train(made, report)
     assert not (broken / "adapter_model.safetensors").exists()
     # What no result depends on may change when a run goes on: here, what is kept in memory.
     again = made.model_copy(update={"resume": True, "activations": "recompute"})

@@ -48,7 +48,7 @@ def split(whole, size):
 
 
 def test_one_by_eight_is_two_by_four_is_eight_by_one():
-    """Rows differ in their number of supervised tokens, so a mean of means would be another loss."""
+    """Rows differ in their supervised tokens, so a mean of means would be another loss."""
     (whole,) = batches_of([(8, 21)])
     whole.labels[3, 2:] = -100
     results = {}
