@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 
 RECIPE: dict[str, Any] = {
     "lora_r": 16,
-    "learning_rate": 1e-3,
+    "learning_rate": 8e-4,
     "lr_scheduler_type": "cosine",
     "warmup_ratio": 0.05,
     "batch_size": 8,
     "gradient_accumulation_steps": 1,
-    "epochs": 2,
+    "epochs": 1,
     "max_length": 256,
+    "memory_budget": 1_450_000_000,
 }
 """The training of the demo; everything else is as ``halfbyte train`` has it."""
 

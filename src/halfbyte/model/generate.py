@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from halfbyte.data.templates import prompt_ids
+from halfbyte.data.templates import end_of_turn, prompt_ids
 
 
 class _Callback(TextStreamer):  # type: ignore[misc]
@@ -27,9 +27,10 @@ class _Callback(TextStreamer):  # type: ignore[misc]
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that end an answer: the tokenizer's EOS and those of the configuration."""
+    """Return the ids that end an answer: what the template closes a turn with, and every EOS."""
     ids: set[int] = set()
     for value in (
+        end_of_turn(tokenizer),
         tokenizer.eos_token_id,
         model.generation_config.eos_token_id if model.generation_config is not None else None,
         model.config.get_text_config().eos_token_id,
