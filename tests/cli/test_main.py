@@ -15,6 +15,14 @@ from halfbyte import cli
 from halfbyte.errors import DataError, NonFiniteLossError, WeightError
 
 SOURCE = Path(cli.__file__).parents[2]
+
+
+def with_source() -> dict[str, str]:
+    """The environment of a fresh interpreter that finds halfbyte, and whatever this one finds."""
+    path = [str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+
+
 HEAVY = ("torch", "transformers", "numpy", "rich", "safetensors", "gguf")
 
 
@@ -22,7 +30,7 @@ def halfbyte(*words: str, **more: Any) -> subprocess.CompletedProcess[str]:
     """Run the program in a fresh interpreter."""
     return subprocess.run(
         [sys.executable, "-m", "halfbyte", *words],
-        env=os.environ | {"PYTHONPATH": str(SOURCE)},
+        env=with_source(),
         capture_output=True,
         text=True,
         timeout=60,
@@ -43,7 +51,7 @@ def modules_after(words: list[str]) -> set[str]:
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONPATH": str(SOURCE)},
+        env=with_source(),
         capture_output=True,
         text=True,
         check=True,
@@ -84,9 +92,7 @@ def test_the_package_itself_imports_nothing() -> None:
         "halfbyte.TrainConfig\n"
         "assert 'torch' not in sys.modules\n"
     )
-    subprocess.run(
-        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(SOURCE)}, check=True
-    )
+    subprocess.run([sys.executable, "-c", program], env=with_source(), check=True)
 
 
 def test_the_public_names_are_few_and_known() -> None:
@@ -178,7 +184,7 @@ def test_a_reader_that_has_left_is_no_error(words: list[str]) -> None:
     os.close(reading)
     done = subprocess.run(
         [sys.executable, "-m", "halfbyte", *words],
-        env=os.environ | {"PYTHONPATH": str(SOURCE)},
+        env=with_source(),
         stdout=writing,
         stderr=subprocess.PIPE,
         check=False,
@@ -200,7 +206,7 @@ def test_ctrl_c_ends_with_130(tmp_path: Path) -> None:
     )
     with subprocess.Popen(
         [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONPATH": str(SOURCE)},
+        env=with_source(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -45,6 +45,7 @@ def config(model, data, output, **options):
         "learning_rate": 1e-2,
         "lora_r": 4,
         "compute_dtype": "float32",
+        "device": "cpu",
     }
     return TrainConfig(model=str(model), data=str(data), output=output, **settings | options)
 
@@ -87,7 +88,9 @@ def test_a_run_learns_and_leaves_what_it_should(model, data, tmp_path):
     assert {p.name for p in output.glob("checkpoint-*")} == {"checkpoint-40", "checkpoint-48"}
     for name in ("adapter_config.json", "adapter_model.safetensors", "config.yaml"):
         assert (output / name).is_file()
-    opened, tokenizer, _ = open_model(str(model), adapter=str(output), compute_dtype="float32")
+    opened, tokenizer, _ = open_model(
+        str(model), adapter=str(output), compute_dtype="float32", device="cpu"
+    )
     measured = evaluate(opened, tokenizer, data, max_new_tokens=4)
     assert measured.loss == pytest.approx(evaluations[-1]["loss"], rel=1e-5)
     assert measured.cases == 24
@@ -97,7 +100,9 @@ def test_the_base_alone_is_worse(model, data, tmp_path):
     run(config(model, data, tmp_path / "run", **LONGER))
     losses = []
     for adapter in (None, str(tmp_path / "run")):
-        opened, tokenizer, _ = open_model(str(model), adapter=adapter, compute_dtype="float32")
+        opened, tokenizer, _ = open_model(
+            str(model), adapter=adapter, compute_dtype="float32", device="cpu"
+        )
         losses.append(evaluate(opened, tokenizer, data, exact_match=False).loss)
     assert losses[0] > 5.9
     assert losses[1] < LEARNED
@@ -143,9 +148,10 @@ def test_kill_minus_nine_loses_no_more_than_the_steps_since_the_last_save(model,
     call = [sys.executable, "-m", "halfbyte", "train", "--model", str(model), "--data", str(data)]
     call += ["--output", str(broken), "--batch-size", "2", "--gradient-accumulation-steps", "2"]
     call += ["--learning-rate", "1e-2", "--lora-r", "4", "--compute-dtype", "float32"]
-    call += ["--save-steps", "3", "--epochs", "6"]
+    call += ["--save-steps", "3", "--epochs", "6", "--device", "cpu"]
     source = str(Path(__file__).parents[2] / "src")
-    environment = os.environ | {"PYTHONPATH": source}
+    path = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
     process = subprocess.Popen(call, env=environment, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not list(broken.glob("checkpoint-*")) and process.poll() is None:
@@ -189,7 +195,7 @@ def test_data_without_anything_usable_leaves_nothing_behind(model, tmp_path, con
     bad.write_text(content)
     with pytest.raises(DataError, match=r"bad\.jsonl"):
         run(config(model, bad, tmp_path / "run"))
-    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()
 
 
 def test_long_rows_are_cut_and_counted(model, data, tmp_path):

@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
     )
 
     from halfbyte.checkpoint.atomic import require_writable
-    from halfbyte.demo.task import write_task
+    from halfbyte.demo.task import SYSTEM, write_task
     from halfbyte.report import open_report, show
     from halfbyte.report.live import duration, size
     from halfbyte.train.loop import train
@@ -124,7 +124,8 @@ def main(argv: list[str]) -> None:
         )
         show.heading("Now you")
         show.paragraph("Talk to it (without --adapter you talk to the model as it was):")
-        show.command(invocation("chat", "--model", options.model, "--adapter", str(adapter)))
+        chat = ("chat", "--model", options.model, "--adapter", str(adapter), "--system", SYSTEM)
+        show.command(invocation(*chat))
         show.paragraph(
             "Teach it something of your own, a JSON object with `messages` on each line:"
         )

@@ -123,8 +123,18 @@ def train(config: TrainConfig, report: "RunReport") -> TrainResult:
         UserError: For whatever the user can mend; nothing half-written is left behind.
         NonFiniteLossError: If training diverges; the last checkpoint is kept.
     """
-    device, dtype, why = choose_device_and_dtype(config.device, config.compute_dtype)
+    existed = config.output.exists()
     output = require_writable(config.output)
+    try:
+        return _train(config, output, report)
+    except BaseException:
+        if not existed and not any(output.iterdir()):
+            output.rmdir()
+        raise
+
+
+def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResult:
+    device, dtype, why = choose_device_and_dtype(config.device, config.compute_dtype)
     resumed = _resume_from(config, output, report)
 
     source = open_base(config.model, revision=config.revision)
