@@ -46,6 +46,8 @@ class ActivationPlan:
 
     def line(self) -> str:
         """Return what a person is told."""
+        if not self.layers:
+            return "what is kept for backward is up to transformers' checkpointing"
         again = self.layers - self.saved_layers
         how = f"{self.saved_layers} of {self.layers} layers keep their activations"
         if again:

@@ -1,0 +1,87 @@
+"""The memory plan: more memory never keeps less, and too little is an error that says enough."""
+
+import re
+
+import pytest
+import torch
+
+from halfbyte.errors import ConfigError
+from halfbyte.train import memory
+from halfbyte.train.engine import LayerEngine, PlainEngine
+from halfbyte.train.memory import keep_freed_memory, peak_memory, plan_activations, used_memory
+from tests.train.test_engine import FAMILIES, model_of
+
+SHAPES = [[(8, 200), (8, 150)], [(4, 100)]]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return LayerEngine(model_of(FAMILIES["llama"]))
+
+
+@pytest.fixture(autouse=True)
+def _still(monkeypatch):
+    """Memory in use does not move while a test looks."""
+    monkeypatch.setattr(memory, "used_memory", lambda device: 1_000_000)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 10_000_000_000)
+
+
+def least(engine):
+    with pytest.raises(ConfigError, match="is too small") as error:
+        plan_activations(engine, SHAPES, "auto", 2_000_000, "cpu")
+    said = re.search(r"needs about ([\d.]+) GB", str(error.value))
+    return float(said[1]) * 1e9
+
+
+def test_without_a_budget_everything_that_fits_is_kept(engine):
+    plan = plan_activations(engine, SHAPES, "auto", None, "cpu")
+    assert plan.saved_layers == plan.layers == 3
+    assert plan.predicted_bytes <= plan.budget == 8_001_000_000
+
+
+def test_what_is_kept_grows_with_the_budget_and_stays_in_it(engine):
+    floor = least(engine) + 5_000_000  # the message rounds to 10 MB
+    kept = []
+    for extra in range(0, 40_000_000, 2_000_000):
+        plan = plan_activations(engine, SHAPES, "auto", int(floor + extra), "cpu")
+        assert plan.predicted_bytes <= plan.budget
+        kept.append(plan.saved_layers)
+    assert kept == sorted(kept)
+    assert kept[-1] == 3
+    assert len(set(kept)) > 1
+
+
+def test_the_largest_step_decides(engine):
+    whole = plan_activations(engine, SHAPES, "save", None, "cpu")
+    small = plan_activations(engine, SHAPES[1:], "save", None, "cpu")
+    assert whole.saved_bytes == pytest.approx(7 * small.saved_bytes, rel=0.05)
+
+
+@pytest.mark.parametrize(("activations", "layers"), [("save", 3), ("recompute", 0)])
+def test_what_is_asked_for_is_done(engine, activations, layers):
+    plan = plan_activations(engine, SHAPES, activations, 2_000_000, "cpu")
+    assert plan.saved_layers == layers
+
+
+def test_plain_autograd_has_no_plan():
+    plan = plan_activations(PlainEngine(model_of(FAMILIES["llama"])), SHAPES, "auto", None, "cpu")
+    assert "transformers" in plan.line()
+
+
+def test_the_line_says_how_many_are_run_again(engine):
+    assert "run again" not in plan_activations(engine, SHAPES, "save", None, "cpu").line()
+    line = plan_activations(engine, SHAPES, "recompute", None, "cpu").line()
+    assert "0 of 3 layers keep their activations, 3 are run again" in line
+
+
+def test_memory_in_use_is_seen(monkeypatch):
+    monkeypatch.undo()
+    before = used_memory("cpu")
+    held = torch.ones(25_000_000)
+    assert used_memory("cpu") - before > 90_000_000
+    assert peak_memory("cpu") >= used_memory("cpu") - 1_000_000
+    assert held.sum() == 25_000_000
+
+
+def test_the_allocator_is_told():
+    assert keep_freed_memory()
