@@ -33,7 +33,7 @@ CONTESTANTS = {
     "peft-bitsandbytes-bf16": dict(peer=True, quant=True, dtype="bfloat16"),
     "peft-lora-fp32": dict(peer=True, quant=False, dtype="float32"),
     "halfbyte-nf4-fp32": dict(peer=False, quant=True, dtype="float32"),
-    "halfbyte-nf4-fp32-2.2GB": dict(peer=False, quant=True, dtype="float32", budget=2_200_000_000),
+    "halfbyte-nf4-fp32-2.8GB": dict(peer=False, quant=True, dtype="float32", budget=2_800_000_000),
     "halfbyte-nf4-bf16": dict(peer=False, quant=True, dtype="bfloat16"),
     "halfbyte-lora-fp32": dict(peer=False, quant=False, dtype="float32"),
     "halfbyte-lora-bf16": dict(peer=False, quant=False, dtype="bfloat16"),

@@ -122,7 +122,9 @@ def test_configuration_and_tokenizer_are_those_of_transformers(tmp_path: Path) -
     assert tokenizer.apply_chat_template(chat, tokenize=False) == expected.apply_chat_template(
         chat, tokenize=False
     )
-    assert tokenizer.special_tokens_map == expected.special_tokens_map
+    # Not as in transformers, whose 5.17 takes BOS for EOS here: as the file says.
+    named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
+    assert named == ("<|im_start|>", "<|im_end|>", "<|im_end|>", "<|endoftext|>")
 
 
 def write_tensor(path: Path, raw: "np.ndarray[Any, Any]", kind: Kind) -> None:

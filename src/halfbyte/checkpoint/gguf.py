@@ -106,8 +106,19 @@ def _text(text: str) -> bytes:
     return struct.pack("<Q", len(raw)) + raw
 
 
+_SPECIAL_TOKENS = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "pad_token": "padding",
+}
+
+
 def read_tokenizer(file: GGUFFile) -> PreTrainedTokenizerBase:
     """Return the tokenizer, as transformers makes it from the keys.
+
+    Special tokens are those the file names by number: transformers 5.17 takes others for some files
+    (BOS for EOS in SmolLM2's), and a model that is taught the wrong end never stops.
 
     Raises:
         CheckpointError: If the file has none, or one transformers cannot read.
@@ -115,7 +126,14 @@ def read_tokenizer(file: GGUFFile) -> PreTrainedTokenizerBase:
     if "tokenizer.ggml.tokens" not in file.keys:
         raise CheckpointError(f"{file.path} holds no tokenizer")
     with foreign_reader(f"{file.path}: transformers cannot read its tokenizer"):
-        return PreTrainedTokenizerFast.from_pretrained(file.path.parent, gguf_file=file.path.name)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(
+            file.path.parent, gguf_file=file.path.name
+        )
+    for role, key in _SPECIAL_TOKENS.items():
+        named = file.keys.get(f"tokenizer.ggml.{key}_token_id")
+        if named is not None and 0 <= named.value < len(tokenizer):
+            setattr(tokenizer, role, tokenizer.convert_ids_to_tokens(named.value))
+    return tokenizer
 
 
 class Arrangement:
