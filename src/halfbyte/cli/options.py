@@ -200,7 +200,7 @@ def _effect(field: FieldInfo) -> str:
 
 
 def _leave_with(text: str) -> NoReturn:
-    print(text)
+    print(text, flush=True)  # here, where a closed pipe is still answered for
     raise SystemExit(0)
 
 
