@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from halfbyte.checkpoint.atomic import new_file, require_writable
@@ -148,8 +149,9 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
 
     report.note(f"on {device}, products in {str(dtype).removeprefix('torch.')}: {why}")
     if device == "cpu":
-        library, reason = float32_library()
-        report.note(f"float32 products by {library}: {reason}")
+        if dtype == torch.float32:
+            library, reason = float32_library()
+            report.note(f"float32 products by {library}: {reason}")
         keep_freed_memory()
     recipe = BaseRecipe(config.quant, config.double_quant, config.block_size, dtype, device)
     base = load_told(source, recipe, report)
