@@ -82,6 +82,21 @@ def test_progress_counts_prompts(model, tokenizer):
     assert seen == [(3, 4), (4, 4)]
 
 
+def test_tools_reach_the_template(model):
+    """What training put before a reply, evaluation must put there too."""
+    template = "{% if tools %}tools {{ tools | length }}\n{% endif %}"
+    tokenizer = tiny_tokenizer(template + tiny_tokenizer().chat_template)
+    known = [{"type": "function", "function": {"name": "send", "parameters": {}}}]
+    seen = []
+    watch = model.get_input_embeddings().register_forward_hook(
+        lambda _module, args, _output: seen.append(tokenizer.decode(args[0][0]))
+    )
+    for tools in (None, [None], [known]):
+        generate(model, tokenizer, PROMPTS[:1], tools=tools, max_new_tokens=1)
+    watch.remove()
+    assert [text.startswith("tools 1\n") for text in seen] == [False, False, True]
+
+
 def test_nothing_asked(model, tokenizer):
     assert generate(model, tokenizer, []) == []
 

@@ -48,6 +48,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[dict[str, Any]]],
     *,
+    tools: Sequence[list[Any] | None] | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     seed: int = 0,
@@ -61,6 +62,7 @@ def generate(
         model: A model of ``model.build``, with or without adapters.
         tokenizer: Its tokenizer.
         prompts: Conversations that wait for the assistant, each a list of messages.
+        tools: For each prompt the tools its template is told of, or None; None if there are none.
         max_new_tokens: Longest answer, in tokens.
         temperature: 0 takes the likeliest token; above, tokens are sampled.
         seed: Fixes the sampling.
@@ -77,7 +79,11 @@ def generate(
     if on_text is not None and len(prompts) != 1:
         raise ValueError(f"on_text streams one prompt, got {len(prompts)}")
     device = model.get_input_embeddings().weight.device
-    encoded = [prompt_ids(tokenizer, list(prompt)) for prompt in prompts]
+    told = tools if tools is not None else [None] * len(prompts)
+    encoded = [
+        prompt_ids(tokenizer, list(prompt), known)
+        for prompt, known in zip(prompts, told, strict=True)
+    ]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     ends = end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]

@@ -24,7 +24,7 @@ the padding's own positions are not supervised.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -288,9 +288,8 @@ class LayerEngine:
         for layer in self.layers:
             layer.forward = stub
         try:
-            self.decoder(input_ids=input_ids, use_cache=False)
-        except _Stop:
-            pass
+            with suppress(_Stop):
+                self.decoder(input_ids=input_ids, use_cache=False)
         finally:
             for layer in self.layers:
                 del layer.forward

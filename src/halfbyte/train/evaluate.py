@@ -118,6 +118,7 @@ def evaluate(
         model,
         tokenizer,
         [row.prompt for row in cases],
+        tools=[row.tools for row in cases],
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         progress=advance(len(dataset.examples)),
