@@ -103,7 +103,8 @@ def load_base(
     """Load a base model, packing each tensor as it is read.
 
     Beside the finished model, memory holds one tensor of the files (GGUF blocks decoded to
-    float32) and what packing it takes.
+    float32) and what packing it takes. On a GPU that is the GPU's memory; the host's holds the ring
+    of ``staging`` for files of plain tensors, and one tensor of others.
 
     Args:
         source: What ``open_base`` takes, or has returned.
@@ -131,7 +132,7 @@ def load_base(
         )
     sizes = {parameter.name: parameter.nbytes for parameter in source.parameters}
     done, total = 0, source.total_bytes
-    for name, value in source.tensors():
+    for name, value in source.tensors(recipe.device):
         if not isinstance(value, QuantizedWeight):
             place(model, name, value)
         elif name in linears and recipe.quant != "none":

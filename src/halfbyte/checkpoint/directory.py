@@ -4,6 +4,7 @@ Transformers' own tables say what to do with names of older or other layouts. Th
 have to be fused with others (experts in one tensor) are refused by name.
 """
 
+import contextlib
 import copy
 import logging
 import re
@@ -29,6 +30,7 @@ from halfbyte.checkpoint.bitsandbytes_keys import decode_keys, packed_weights
 from halfbyte.checkpoint.reading import read_into, read_json
 from halfbyte.checkpoint.safetensors_file import INDEX_NAME, Entry, SafetensorsFile
 from halfbyte.checkpoint.source import BaseSource, Parameter, foreign_reader, skeleton_of
+from halfbyte.checkpoint.staging import Request, read_to_device
 from halfbyte.errors import CheckpointError
 from halfbyte.model.build import BaseRecipe
 from halfbyte.nf4 import QuantizedWeight
@@ -163,9 +165,22 @@ class DirectorySource(BaseSource):
             return decode_keys(key, members)
         return self._homes[key].read(key)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:  # noqa: D102
-        for name, key in self._stored.items():
-            yield name, self._read(key)
+    def _request(self, key: str) -> Request:
+        entry = self._entry(key)
+        return Request(self._homes[key].path, entry.start, entry.nbytes, entry.dtype, entry.shape)
+
+    def tensors(  # noqa: D102
+        self, device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+        device = torch.device(device)
+        staged: list[str] = []
+        if device.type != "cpu":
+            # A packed weight is a quarter of the bytes, and its JSON and tables are wanted here.
+            staged = [key for key in self._stored.values() if key not in self._packed]
+        ahead = set(staged)
+        with contextlib.closing(read_to_device(list(map(self._request, staged)), device)) as stream:
+            for name, key in self._stored.items():
+                yield name, next(stream) if key in ahead else self._read(key)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:  # noqa: D102
         with foreign_reader(f"{self._directory} has no tokenizer that transformers can read"):

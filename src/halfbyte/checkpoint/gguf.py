@@ -281,7 +281,10 @@ class GGUFSource(BaseSource):
     def _files(self) -> Iterable[tuple[Path, int, int]]:
         return [(self._file.path, self._file.size, self._file.data_start)]
 
-    def tensors(self) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:  # noqa: D102
+    def tensors(  # noqa: D102
+        self, device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+        # Blocks are decoded on the CPU, whatever the device.
         return self._arrangement.tensors()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:  # noqa: D102

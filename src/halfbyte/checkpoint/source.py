@@ -96,11 +96,17 @@ class BaseSource(ABC):
         """Yield (path, size, end of the header) of each file of weights."""
 
     @abstractmethod
-    def tensors(self) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+    def tensors(
+        self, device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
         """Yield (name, value) as in ``parameters``, one at a time.
 
         Nothing is kept: what the caller drops is freed. (``zip`` and ``enumerate`` do not drop
         their last item before they ask for the next.)
+
+        Args:
+            device: Where the caller will hold them. What the source reads there faster than it
+                could be moved comes on this device, the rest on the CPU.
 
         Raises:
             CheckpointError: If a file ends early, or a packed weight is damaged.

@@ -1,0 +1,157 @@
+"""Tensors of files on a device, at the speed of the bus: read ahead by threads, copied in pieces.
+
+One thread copies a file out of the page cache at a few GB/s, and a copy from ordinary memory goes
+through a small buffer of the driver, with everybody waiting. So files are read in pieces, by
+several threads, into a *ring* of page-locked buffers, from which a device copies by itself:
+
+    reader threads     wait until the buffer's last copy is done | read the next piece into it
+    whoever asks       take the oldest piece | start its copy | hand its buffer back to the readers
+
+The readers are a ring ahead also while the caller works on a tensor, and nobody waits for a copy
+but the reader that wants its buffer. Host memory is the ring (which torch keeps page-locked for its
+next use) and device memory the tensor that is being filled: a tensor is allocated when it is asked
+for, and nothing here refers to it once it is handed over.
+
+A buffer goes back to the readers when its copy has been started, with the next piece in order. So a
+reader waits for the device alone, never for the caller or another reader: no standstill can come.
+
+On a CPU all of this works, with ordinary buffers, and is no gain over reading into a tensor's own
+memory, which is what ``SafetensorsFile.read`` does.
+"""
+
+import os
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint.reading import read_into
+from halfbyte.checkpoint.safetensors_file import memory
+
+PIECE_BYTES = 2**24
+RING = 16  # buffers; 256 MiB in all
+_MAX_READERS = 8
+
+
+class Request(NamedTuple):
+    """One tensor to read: which bytes of a file it takes, and what they are."""
+
+    path: Path
+    start: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class _Piece(NamedTuple):
+    """Some bytes of a file, no more than a buffer holds."""
+
+    path: Path
+    start: int
+    nbytes: int
+
+
+def read_to_device(
+    requests: Sequence[Request],
+    device: torch.device,
+    *,
+    piece_bytes: int = PIECE_BYTES,
+    ring: int = RING,
+) -> Generator[Tensor, None, None]:
+    """Yield the tensor of each request on ``device``, in order.
+
+    Copies are queued on the stream that is current when a tensor is asked for: what the caller
+    queues there next comes after them, and need not wait. Nothing is kept: what the caller drops
+    is freed. Threads are started with the first tensor, and are gone when the generator ends, is
+    closed, or raises.
+
+    Args:
+        requests: What to read; a tensor of no bytes is fine.
+        device: Where to.
+        piece_bytes: The most that is read and copied at a time.
+        ring: How many pieces are in host memory at most.
+
+    Raises:
+        CheckpointError: If a file cannot be read or ends early; the tensors before are whole.
+    """
+    largest = max((request.nbytes for request in requests), default=0)
+    stage = _Stage(requests, device, max(1, min(piece_bytes, largest)))
+    try:
+        stage.start(ring)
+        for request in requests:
+            yield stage.tensor(request)
+    finally:
+        stage.close()
+
+
+class _Stage:
+    """The ring and its readers."""
+
+    def __init__(self, requests: Sequence[Request], device: torch.device, piece_bytes: int) -> None:
+        self._device, self._piece_bytes = device, piece_bytes
+        # Only CUDA is promised to copy from page-locked memory in the order of a stream.
+        self._locked = device.type == "cuda"
+        self._readers = ThreadPoolExecutor(
+            min(_MAX_READERS, len(os.sched_getaffinity(0))), thread_name_prefix="halfbyte-reader"
+        )
+        self._pieces = self._cut(requests)
+        self._ahead: deque[Future[Tensor]] = deque()  # the oldest piece first
+
+    def start(self, ring: int) -> None:
+        """Begin to read, into ``ring`` buffers at most."""
+        for _ in range(ring):
+            self._read_ahead(None, None)
+
+    def _cut(self, requests: Sequence[Request]) -> Iterator[_Piece]:
+        for request in requests:
+            for done in range(0, request.nbytes, self._piece_bytes):
+                count = min(self._piece_bytes, request.nbytes - done)
+                yield _Piece(request.path, request.start + done, count)
+
+    def _read_ahead(self, buffer: Tensor | None, copied: torch.cuda.Event | None) -> None:
+        """Have the next piece, if there is one, read into ``buffer`` once that is ``copied``."""
+        piece = next(self._pieces, None)
+        if piece is not None:
+            self._ahead.append(self._readers.submit(self._fill, piece, buffer, copied))
+
+    def _fill(
+        self, piece: _Piece, buffer: Tensor | None, copied: torch.cuda.Event | None
+    ) -> Tensor:
+        """Return ``buffer``, or a new one, with a piece in it; runs in a reader.
+
+        The three that take time (waiting, locking pages, reading) let go of Python's lock.
+        """
+        if copied is not None:
+            copied.synchronize()
+        if buffer is None:
+            buffer = _new_buffer(self._piece_bytes, self._locked)
+        read_into(piece.path, piece.start, memory(buffer)[: piece.nbytes])
+        return buffer
+
+    def tensor(self, request: Request) -> Tensor:
+        """Return the tensor of the next request, its copy queued."""
+        tensor = torch.empty(request.shape, dtype=request.dtype, device=self._device)
+        flat = tensor.view(-1).view(torch.uint8)
+        for start in range(0, request.nbytes, self._piece_bytes):
+            buffer = self._ahead.popleft().result()
+            part = flat[start : start + self._piece_bytes]
+            part.copy_(buffer[: len(part)], non_blocking=self._locked)
+            copied = None
+            if self._locked:
+                # Not blocking means spinning, and eight readers may be waiting.
+                copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+                copied.record(torch.cuda.current_stream(self._device))
+            self._read_ahead(buffer, copied)
+        return tensor
+
+    def close(self) -> None:
+        """Stop the readers; what they have not begun is never read."""
+        self._readers.shutdown(cancel_futures=True)
+
+
+def _new_buffer(size: int, locked: bool) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=locked)
