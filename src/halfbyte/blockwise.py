@@ -83,6 +83,25 @@ DYNAMIC_SIGNED = dynamic_levels(signed=True)
 DYNAMIC_UNSIGNED = dynamic_levels(signed=False)
 
 
+# bitsandbytes' CUDA code looks an FP4 level up by its magnitude, and its bounds are decimals that
+# differ from the midpoints in their last digits.
+_FP4_CUDA_BOUNDS = torch.tensor(
+    [0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333], device="cpu"
+)
+
+
+def cuda_bounds(quant_type: str) -> tuple[Tensor, Tensor]:
+    """Returns between which values bitsandbytes' CUDA code changes from one code to the next.
+
+    Returns:
+        Bounds, float32 ``[n]`` ascending, and codes, int64 ``[n + 1]``, on the CPU. For FP4 both
+        are of magnitudes; a value below zero has 8 added to its code.
+    """
+    if quant_type == "nf4":
+        return midpoints(NF4_LEVELS), torch.arange(16, device="cpu")
+    return _FP4_CUDA_BOUNDS, FP4_LEVELS[:8].argsort()
+
+
 def midpoints(levels: Tensor) -> Tensor:
     """Returns the float32 midpoints between neighbours of an ascending table, ``[len - 1]``.
 
@@ -123,16 +142,37 @@ def _dynamic_grid(device: torch.device) -> Tensor:
     return torch.bucketize(points, midpoints(DYNAMIC_SIGNED)).to(torch.uint8).to(device)
 
 
-def encode_dynamic(values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def _search(values: Tensor, levels: Tensor) -> Tensor:
+    """The nearest of 256 ascending levels, int64, by the binary search of bitsandbytes' CUDA code.
+
+    A value halfway between two levels keeps the one at which the search ended.
+    """
+    pivot = torch.full(values.shape, 127, device=values.device)
+    lower, upper = torch.zeros_like(pivot), torch.full_like(pivot, 255)
+    for step in (64, 32, 16, 8, 4, 2, 1):
+        above = values > levels[pivot]
+        lower, upper = torch.where(above, pivot, lower), torch.where(above, upper, pivot)
+        pivot = torch.where(above, pivot + step, pivot - step)
+    above = values > levels[pivot]
+    neighbour = torch.where(above, upper, lower)
+    middle = (levels[neighbour] + levels[pivot]) * 0.5
+    moves = torch.where(above, values > middle, values < middle)
+    return torch.where(moves, neighbour, pivot)
+
+
+def encode_dynamic(
+    values: Tensor, block_size: int, *, cuda: bool = False
+) -> tuple[Tensor, Tensor]:
     """Quantises values to 8 bits over `DYNAMIC_SIGNED`.
 
-    A value is first rounded to one of 65536 equidistant points of [-1, 1], as bitsandbytes' CPU
-    code does. The table is finer than that near zero, so zero itself gets code 131 (5e-6 of the
-    scale), not 127. A block of zeros gets code 0 and scale 0.
+    bitsandbytes' CPU code first rounds a value to one of 65536 equidistant points of [-1, 1]. The
+    table is finer than that near zero, so zero itself gets code 131 (5e-6 of the scale), not 127.
+    Its CUDA code searches the table. A block of zeros gets code 0 and scale 0 from both.
 
     Args:
         values: float32 ``[n]``, finite.
         block_size: Values that share one scale; the last block may be short.
+        cuda: Whether to give the codes of bitsandbytes' CUDA code.
 
     Returns:
         Codes, uint8 ``[n]``, and scales, float32 ``[ceil(n / block_size)]``.
@@ -140,6 +180,10 @@ def encode_dynamic(values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     count = values.numel()
     padded = torch.nn.functional.pad(values, (0, -count % block_size)).view(-1, block_size)
     scales = block_maxima(padded)
+    if cuda:
+        codes = _search(padded * (1 / scales)[:, None], DYNAMIC_SIGNED.to(values.device))
+        codes = codes.masked_fill((scales == 0)[:, None], 0)
+        return codes.to(torch.uint8).view(-1)[:count], scales
     scaled = (padded * (1 / scales)[:, None]).clamp(-1, 1)
     # A scale below 1/float32's maximum has an infinite reciprocal, and 0 * inf is NaN: point 0.
     points = ((scaled + 1) * 0.5 * 65535 + 0.5).nan_to_num(0).to(torch.int32)

@@ -19,9 +19,12 @@ from halfbyte.errors import CheckpointError, WeightError
 from halfbyte.lora import frozen_linears
 from halfbyte.model import attention
 from halfbyte.nf4.format import QuantizedWeight, quantize
-from halfbyte.nf4.linear import FrozenLinear
+from halfbyte.nf4.linear import FrozenLinear, SharedInput
 
 __all__ = ["Audit", "BaseRecipe", "build", "finish", "frozen_linears", "place", "place_quantized"]
+
+# Linears that transformers' decoders call with the same input, one after the other.
+_SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 AUDIT_THRESHOLD = 1_000_000  # bytes; what is smaller (norms, biases) is only summed
 
@@ -104,6 +107,12 @@ def build(config: PretrainedConfig, recipe: BaseRecipe) -> PreTrainedModel:
             dtype=recipe.compute_dtype,
         )
         setattr(model.get_submodule(parent), leaf, frozen)
+    for module in model.modules():
+        for names in _SHARED_INPUTS:
+            linears = [child for name, child in module.named_children() if name in names]
+            frozen_ones = [linear for linear in linears if isinstance(linear, FrozenLinear)]
+            if len({linear.in_features for linear in frozen_ones}) == 1:
+                SharedInput(frozen_ones)
     model.requires_grad_(False).eval()
     model.halfbyte_recipe = recipe
     return model

@@ -11,6 +11,7 @@ from halfbyte.nf4.format import (
     QuantizedWeight,
     QuantType,
     dequantize,
+    dequantize_all,
     empty_like_quantized,
     quantize,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "QuantType",
     "QuantizedWeight",
     "dequantize",
+    "dequantize_all",
     "empty_like_quantized",
     "quantize",
 ]

@@ -5,18 +5,25 @@ A weight is flattened in row-major order and cut into blocks, without regard to 
 double quantisation the scales are 8-bit codes themselves, in blocks of `SCALE_BLOCK`, after the
 mean of all (the *offset*) is taken away.
 
-`quantize` and `dequantize` choose between two implementations that agree bit for bit: the C++
-kernels of cpu.py and the plain PyTorch here, which is the specification. Both give the bytes of
-bitsandbytes' CPU code.
+`quantize` and `dequantize` choose between implementations that agree bit for bit: the C++ kernels
+of cpu.py, the Triton kernels of gpu.py, and the plain PyTorch here, which is the specification.
+
+Decoding is the same everywhere. Encoding gives the bytes of bitsandbytes on the same kind of
+device, and its CPU and CUDA code differ: in the rounding of scale codes, in FP4's bounds, and in a
+short last block. One thing is ours on both: a block of zeros gets the code of zero, where
+bitsandbytes' CUDA code gives it that of -1, which with double quantisation decodes to a few
+millionths instead of to 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from math import ceil, prod
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -24,15 +31,14 @@ from torch import Tensor
 from halfbyte import blockwise
 from halfbyte.errors import ConfigError, WeightError
 
-if TYPE_CHECKING:
-    from halfbyte.nf4.cpu import Kernels
-
 QuantType = Literal["nf4", "fp4"]
-Implementation = Literal["auto", "cpu", "torch"]
+Implementation = Literal["auto", "cpu", "gpu", "torch"]
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SCALE_BLOCK = 256
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of cpu.cpp's enum
+
+logger = logging.getLogger("halfbyte")
 
 _TENSORS = ("codes", "scales", "scale_codes", "scale_scales", "scale_offset")
 
@@ -163,8 +169,9 @@ def quantize(
         block_size: Elements that share one scale: a power of two from 32 to 4096.
         double_quant: Whether to quantise the scales too (4.127 bits a weight instead of 4.5).
         name: What error messages call the weight.
-        impl: ``"torch"`` for plain PyTorch, ``"cpu"`` for the C++ kernels, ``"auto"`` for those
-            where they can be had. All give the same bytes.
+        impl: ``"torch"`` for plain PyTorch, ``"cpu"`` for the C++ kernels, ``"gpu"`` for Triton's,
+            ``"auto"`` for the kernels of the device where they can be had. On one device all give
+            the same bytes.
 
     Returns:
         The quantised weight, on the device of `weight`.
@@ -181,36 +188,44 @@ def quantize(
             f"{called} is {weight.dtype}, and only float32, bfloat16 and float16 can be"
             " quantised: cast it first, or leave it as it is."
         )
-    kernels = _kernels(impl, weight.device)
+    backend = _backend(impl, weight.device)
     flat = weight.detach().reshape(-1).contiguous()
-    codes, scales = (kernels.encode if kernels else _encode)(flat, quant_type, block_size)
-    if not scales.isfinite().all():
-        bad = int((~flat.isfinite()).sum())
-        raise WeightError(
-            f"{called} ({tuple(weight.shape)}, {weight.dtype}) holds {bad} value(s) that are NaN"
-            " or infinite, so it cannot be quantised: the checkpoint is damaged or its training"
-            " diverged. Use another one."
-        )
+    codes, scales = backend.encode(flat, quant_type, block_size)
     single = QuantizedWeight(
         codes, scales, None, None, None, tuple(weight.shape), weight.dtype, quant_type, block_size
     )
     if not double_quant:
+        _check_finite(weight, scales, scales, called)
         return single
     # torch adds up in an order that depends on its number of threads, and so, in the last bit,
     # may the offset. It is the order bitsandbytes takes.
     offset = scales.mean() if len(scales) else scales.new_zeros(())
-    if not offset.isfinite():
-        raise WeightError(
-            f"{called} is too large for double quantisation: its scales, up to"
-            f" {scales.max():.3g}, add up to more than float32 holds. Turn double quantisation off."
-        )
-    scale_codes, scale_scales = blockwise.encode_dynamic(scales - offset, SCALE_BLOCK)
+    scale_codes, scale_scales = backend.encode_scales(scales, offset)
+    # Asked last: on a GPU the answer is waited for, and there is nothing left to launch.
+    _check_finite(weight, scales, offset, called)
     return replace(
         single,
         scales=None,
         scale_codes=scale_codes,
         scale_scales=scale_scales,
         scale_offset=offset,
+    )
+
+
+def _check_finite(weight: Tensor, scales: Tensor, witness: Tensor, called: str) -> None:
+    """Raises WeightError unless `witness`, the scales or their mean, is finite."""
+    if bool(witness.isfinite().all()):
+        return
+    if not scales.isfinite().all():
+        bad = int((~weight.isfinite()).sum())
+        raise WeightError(
+            f"{called} ({tuple(weight.shape)}, {weight.dtype}) holds {bad} value(s) that are NaN"
+            " or infinite, so it cannot be quantised: the checkpoint is damaged or its training"
+            " diverged. Use another one."
+        )
+    raise WeightError(
+        f"{called} is too large for double quantisation: its scales, up to"
+        f" {scales.max():.3g}, add up to more than float32 holds. Turn double quantisation off."
     )
 
 
@@ -227,8 +242,9 @@ def dequantize(
     Args:
         q: The weight.
         dtype: Type of the result: float32, bfloat16, float16 or float64; `q.dtype` by default.
-        out: Where to write, instead of a new tensor: contiguous, of as many elements as `q`, in
-            any shape, on its device.
+        out: Where to write, instead of a new tensor, on the device of `q`: contiguous and of as
+            many elements, in any shape; or of the shape of a matrix `q`, with a stride of 1 along
+            one dimension, so rows with gaps between them or a transposed view.
         impl: As for `quantize`.
 
     Returns:
@@ -238,25 +254,58 @@ def dequantize(
         ValueError: `dtype` or `out` is unfit.
         ConfigError: Unknown `impl`.
     """
-    kernels = _kernels(impl, q.codes.device)
     if dtype is None:
         dtype = q.dtype if out is None else out.dtype
+    if out is not None and out.dtype != dtype:
+        raise ValueError(f"dtype is {dtype} and out is {out.dtype}: give one, or make them equal")
+    return dequantize_all([q], dtype, outs=None if out is None else [out], impl=impl)[0]
+
+
+@torch.no_grad()
+def dequantize_all(
+    weights: Sequence[QuantizedWeight],
+    dtype: torch.dtype,
+    *,
+    outs: Sequence[Tensor] | None = None,
+    impl: Implementation = "auto",
+) -> list[Tensor]:
+    """Decodes several weights of one device to one type: on a GPU in one launch.
+
+    Args:
+        weights: The weights, at least one.
+        dtype: As for `dequantize`.
+        outs: As ``out`` of `dequantize`, for each.
+        impl: As for `quantize`.
+
+    Raises:
+        ValueError: `dtype` or one of `outs` is unfit.
+        ConfigError: Unknown `impl`.
+    """
+    backend = _backend(impl, weights[0].codes.device)
     if dtype not in (*FLOAT_TYPES, torch.float64):
         raise ValueError(f"can decode to float32, bfloat16, float16 or float64, not {dtype}")
-    if out is None:
-        empty = kernels.empty if kernels else partial(torch.empty, device=q.codes.device)
-        out = empty(q.shape, dtype=dtype)
-    elif out.dtype != dtype:
-        raise ValueError(f"dtype is {dtype} and out is {out.dtype}: give one, or make them equal")
-    elif out.numel() != q.numel or not out.is_contiguous() or out.device != q.codes.device:
-        raise ValueError(
-            f"out must be contiguous, with {q.numel} elements, on {q.codes.device}; it has shape"
-            f" {tuple(out.shape)}, strides {out.stride()} and is on {out.device}"
-        )
+    if outs is None:
+        outs = [backend.empty(q.shape, dtype=dtype) for q in weights]
+    for q, out in zip(weights, outs, strict=True):
+        _check_out(q, dtype, out)
     if dtype == torch.float64:
-        return out.copy_(dequantize(q, torch.float32, impl=impl).view(out.shape))
-    (kernels.decode if kernels else _decode)(q, out)
-    return out
+        return [
+            out.copy_(dequantize(q, torch.float32, impl=impl).view(out.shape))
+            for q, out in zip(weights, outs, strict=True)
+        ]
+    backend.decode_all(weights, outs)
+    return list(outs)
+
+
+def _check_out(q: QuantizedWeight, dtype: torch.dtype, out: Tensor) -> None:
+    whole = out.is_contiguous() and out.numel() == q.numel
+    matrix = out.dim() == 2 and out.shape == q.shape and 1 in out.stride()
+    if out.dtype != dtype or out.device != q.codes.device or not (whole or matrix):
+        raise ValueError(
+            f"out must be {dtype} on {q.codes.device}, and either contiguous with {q.numel}"
+            f" elements or of shape {q.shape} with one stride of 1; it is {out.dtype} on"
+            f" {out.device}, of shape {tuple(out.shape)} and strides {out.stride()}"
+        )
 
 
 def empty_like_quantized(
@@ -316,18 +365,57 @@ def _layout(
     return layout
 
 
-def _kernels(impl: Implementation, device: torch.device) -> Kernels | None:
-    """The kernels to use, or None for plain PyTorch."""
+class _Backend(NamedTuple):
+    """The four things that `quantize` and `dequantize` leave to an implementation."""
+
+    encode: Callable[[Tensor, QuantType, int], tuple[Tensor, Tensor]]
+    encode_scales: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    decode_all: Callable[[Sequence[QuantizedWeight], Sequence[Tensor]], None]
+    empty: Callable[..., Tensor]
+
+
+def _backend(impl: Implementation, device: torch.device) -> _Backend:
+    """The implementation to use on a device."""
     from halfbyte.nf4 import cpu  # it imports this module
 
     if impl not in get_args(Implementation):
-        raise ConfigError(f'impl must be "auto", "cpu" or "torch", not {impl!r}')
-    found = cpu.kernels() if impl != "torch" and device.type == "cpu" else None
-    if impl == "cpu" and found is None:
-        raise ConfigError(
-            f'impl "cpu" cannot be had for a tensor on {device} ({cpu.describe()}): use "auto"'
-        )
-    return found
+        raise ConfigError(f'impl must be "auto", "cpu", "gpu" or "torch", not {impl!r}')
+    empty = partial(torch.empty, device=device)
+    if device.type == "cpu" and impl in ("auto", "cpu") and (found := cpu.kernels()):
+        return _Backend(found.encode, _encode_scales, _each(found.decode), found.empty)
+    if device.type == "cuda" and impl in ("auto", "gpu") and (gpu := gpu_kernels()):
+        return _Backend(gpu.encode, gpu.encode_scales, gpu.decode_all, empty)
+    if impl in ("cpu", "gpu"):
+        why = cpu.describe() if impl == "cpu" else "Triton on a CUDA device"
+        raise ConfigError(f'impl "{impl}" cannot be had for a tensor on {device} ({why}): use "auto"')
+    encode = partial(_encode, cuda=device.type == "cuda")
+    return _Backend(encode, _encode_scales, _each(_decode), empty)
+
+
+def _each(
+    decode: Callable[[QuantizedWeight, Tensor], None],
+) -> Callable[[Sequence[QuantizedWeight], Sequence[Tensor]], None]:
+    """Makes of a `decode` of one weight, to contiguous memory, one of several to any."""
+
+    def decode_all(weights: Sequence[QuantizedWeight], outs: Sequence[Tensor]) -> None:
+        for q, out in zip(weights, outs, strict=True):
+            whole = out if out.is_contiguous() else out.new_empty(q.shape)
+            decode(q, whole)
+            if whole is not out:
+                out.copy_(whole)
+
+    return decode_all
+
+
+@cache
+def gpu_kernels() -> ModuleType | None:
+    """Returns gpu.py, or None, having announced why, where there is no Triton."""
+    try:
+        from halfbyte.nf4 import gpu  # it imports this module, and triton
+    except ImportError as error:
+        logger.warning("no Triton (%s): weights on the GPU are decoded by plain PyTorch", error)
+        return None
+    return gpu
 
 
 def _chunks(numel: int, block_size: int) -> Iterator[tuple[slice, slice]]:
@@ -340,26 +428,43 @@ def _chunks(numel: int, block_size: int) -> Iterator[tuple[slice, slice]]:
         yield slice(whole, numel), slice(whole // block_size, whole // block_size + 1)
 
 
-def _encode(flat: Tensor, quant_type: QuantType, block_size: int) -> tuple[Tensor, Tensor]:
-    """Codes (packed, as QuantizedWeight's) and scales of flat values."""
+def _encode(
+    flat: Tensor, quant_type: QuantType, block_size: int, *, cuda: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Codes (packed, as QuantizedWeight's) and scales of flat values.
+
+    Those of bitsandbytes' CPU code, or with `cuda` those of its CUDA code.
+    """
     numel = flat.numel()
     codes = torch.empty(ceil(numel / 2), dtype=torch.uint8, device=flat.device)
     scales = torch.empty(ceil(numel / block_size), dtype=torch.float32, device=flat.device)
-    order = code_order(quant_type).to(flat.device, torch.uint8)
-    bounds = blockwise.midpoints(levels_of(quant_type).to(flat.device)[order.int()])
+    order = code_order(quant_type)
+    bounds = blockwise.midpoints(levels_of(quant_type)[order])
+    by_magnitude = cuda and quant_type == "fp4"
+    if cuda:
+        bounds, order = blockwise.cuda_bounds(quant_type)
+    order, bounds = order.to(flat.device, torch.uint8), bounds.to(flat.device)
     zero = order[torch.bucketize(bounds.new_zeros(1), bounds)]
     for elements, blocks in _chunks(numel, block_size):
         values = flat[elements].float().view(blocks.stop - blocks.start, -1)
-        short = values.shape[1] < block_size
+        short = values.shape[1] < block_size and not cuda
         maxima = blockwise.block_maxima(values)
         # bitsandbytes stores the raised scale of a short block, and the true one of others.
         scales[blocks] = maxima.clamp(min=blockwise.SMALLEST_SCALE) if short else maxima
-        ranks = blockwise.nearest(values, maxima, bounds, divide=short)
+        levels = values.abs() if by_magnitude else values
+        ranks = blockwise.nearest(levels, maxima, bounds, divide=short)
         nibbles = order[ranks.view(-1)]
+        if by_magnitude:
+            nibbles = nibbles | (values.view(-1) < 0).to(torch.uint8) << 3
         if len(nibbles) % 2:
             nibbles = torch.cat([nibbles, zero])
         codes[elements.start // 2 : ceil(elements.stop / 2)] = nibbles[::2] << 4 | nibbles[1::2]
     return codes, scales
+
+
+def _encode_scales(scales: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of ``scales - offset``, and the scales of these."""
+    return blockwise.encode_dynamic(scales - offset, SCALE_BLOCK, cuda=scales.is_cuda)
 
 
 def _decode(q: QuantizedWeight, out: Tensor) -> None:

@@ -9,11 +9,16 @@ For a frozen weight W [out, in], an optional bias b and an optional trained low-
 
 One ``autograd.Function`` does all of it, because three things follow that a chain of plain
 operations cannot have. W is decoded from 4 bits in forward and again in backward, and is not kept
-in between. x is kept once for the base and the adapter together. The adapter's products are added
-into the base's output and into dx in place (``addmm``), not in tensors of their own.
+in between. x is kept once for the base and the adapter together. And linears that are called with
+the same x (q, k, v; gate, up) are one product: x is read once, and dx is not written for each and
+added up. ``SharedInput`` is such a set; a linear alone is a set of one.
 
 Whether this is QLoRA or LoRA is a property of the weight: ``FrozenLinear`` holds either packed
 4-bit tensors or a plain 16/32-bit weight, and ``dense`` gives W in the dtype of the product.
+
+There are three ways to the same numbers. A few rows without gradients (generation) are multiplied
+with the packed weight on a GPU that can. Many rows on a Hopper GPU go through gpu_products.py, which
+adds base and adapter in one accumulator. All else is decoding and torch's products.
 
 Who decodes, and how often, is up to the caller. Called alone, a layer decodes W for each product.
 Inside ``WeightScratch.opened`` the weights of a whole decoder layer are decoded once, into buffers
@@ -28,7 +33,14 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.matmul import product
-from halfbyte.nf4.format import QuantizedWeight, QuantType, dequantize, empty_like_quantized
+from halfbyte.nf4.format import (
+    QuantizedWeight,
+    QuantType,
+    dequantize,
+    dequantize_all,
+    empty_like_quantized,
+    gpu_kernels,
+)
 
 # The tensors of a QuantizedWeight, which a FrozenLinear holds as buffers under the same names.
 _PACKED = ("codes", "scales", "scale_codes", "scale_scales", "scale_offset")
@@ -59,59 +71,282 @@ class _Layout(NamedTuple):
     block_size: int
 
 
-class _FrozenProduct(torch.autograd.Function):
-    """The products at the top of this file; ``source.dense`` is asked for W in each direction."""
+class _SharedProduct(torch.autograd.Function):
+    """The products at the top of this file, for linears that share x; returns y of each."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        a: Tensor | None,
-        b: Tensor | None,
-        scaling: float,
-        keep: Tensor | None,
-        source: "FrozenLinear",
-    ) -> Tensor:
+        shared: "SharedInput",
+        members: tuple["FrozenLinear", ...],
+        updates: tuple[LowRank | None, ...],
+        *_factors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1])
-        weight = source.dense(x.dtype)
-        y = product(rows, weight)
-        if source.bias is not None:
-            y.add_(source.bias.to(x.dtype))
-        x_a = None
-        if a is not None and b is not None:
-            dropped = rows if keep is None else rows * keep.reshape(rows.shape)
-            x_a = product(dropped, a.to(x.dtype))
-            y.addmm_(x_a, b.to(x.dtype).t(), alpha=scaling)
-        ctx.source, ctx.scaling = source, scaling
-        ctx.save_for_backward(rows if a is not None else None, x_a, a, b, keep)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        trained = any(update is not None for update in updates)
+        fused = shared.fused(rows, members, updates)
+        p: list[Tensor | None]
+        if fused is not None:
+            shadow = shared.shadow(members, updates, x.dtype)
+            p = [torch.mm(rows, shadow.a.t())]
+            outputs = [member.out_features for member in members]
+            weights = shared.weights(members, x.dtype)
+            ys = list(fused.forward(rows, weights, p[0], shadow, outputs).split(outputs, 1))
+        else:
+            ys, p = _plain_forward(rows, shared, members, updates, not any(ctx.needs_input_grad))
+        for y, member in zip(ys, members, strict=True):
+            if member.bias is not None:
+                y.add_(member.bias.to(x.dtype))
+        ctx.shared, ctx.members, ctx.fused, ctx.pairs = shared, members, fused, len(p)
+        ctx.scalings = [update and update.scaling for update in updates]
+        ctx.set_materialize_grads(False)
+        factors = [tensor for u in updates for tensor in (u and u.a, u and u.b, u and u.keep)]
+        ctx.save_for_backward(rows if trained else None, *p, *factors)
+        return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = grad_outputs
-        rows, x_a, a, b, keep = ctx.saved_tensors
-        d_rows = dy.reshape(-1, dy.shape[-1])
-        needs_x, needs_a, needs_b = ctx.needs_input_grad[:3]
-        dx = d_a = d_b = None
-        if needs_x:
-            dx = product(d_rows, ctx.source.dense(dy.dtype).t())
-        if a is not None:
-            if keep is not None:
-                keep = keep.reshape(rows.shape)
-            if needs_x or needs_a:
-                dy_b = product(d_rows, b.to(dy.dtype).t())
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        rows, *saved = ctx.saved_tensors
+        p, factors = saved[: ctx.pairs], saved[ctx.pairs :]
+        updates = [
+            None if scaling is None else LowRank(a, b, scaling, keep)
+            for scaling, a, b, keep in zip(
+                ctx.scalings, factors[0::3], factors[1::3], factors[2::3], strict=True
+            )
+        ]
+        given = next((dy for dy in grad_outputs if dy is not None), None)
+        if given is None:
+            return (None,) * len(ctx.needs_input_grad)
+        dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in grad_outputs]
+        backward = _plain_backward if ctx.fused is None else _fused_backward
+        dx, gradients = backward(ctx, rows, p, updates, dys)
+        if dx is not None:
+            dx = dx.reshape(*given.shape[:-1], dx.shape[-1])
+        return dx, None, None, None, *gradients
+
+
+def _plain_forward(
+    rows: Tensor,
+    shared: "SharedInput",
+    members: Sequence["FrozenLinear"],
+    updates: Sequence[LowRank | None],
+    no_gradients: bool,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Return y and x̃ Aᵀ of each linear, the base's product first and the update added to it."""
+    ys = _packed_products(rows, members) if no_gradients else None
+    if ys is None:
+        ys = [product(rows, weight) for weight in shared.weights(members, rows.dtype)]
+    p: list[Tensor | None] = []
+    for y, update in zip(ys, updates, strict=True):
+        p.append(None)
+        if update is not None:
+            dropped = rows if update.keep is None else rows * update.keep.reshape(rows.shape)
+            p[-1] = product(dropped, update.a.to(rows.dtype))
+            y.addmm_(p[-1], update.b.to(rows.dtype).t(), alpha=update.scaling)
+    return ys, p
+
+
+def _packed_products(rows: Tensor, members: Sequence["FrozenLinear"]) -> list[Tensor] | None:
+    """Return x Wᵀ of each linear without decoding W, or None where that is not the faster way."""
+    gpu = gpu_kernels() if rows.is_cuda else None
+    if gpu is None or any(member.opened(rows.dtype) is not None for member in members):
+        return None
+    packed = [member.quantized for member in members]
+    if not all(q is not None and gpu.can_multiply(rows, q) for q in packed):
+        return None
+    return [gpu.small_product(rows, q) for q in packed]
+
+
+def _plain_backward(
+    ctx: Any,
+    rows: Tensor,
+    p: Sequence[Tensor | None],
+    updates: Sequence[LowRank | None],
+    dys: Sequence[Tensor | None],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Return dx, and dA and dB of each linear."""
+    needs = ctx.needs_input_grad
+    dx: Tensor | None = None
+    gradients: list[Tensor | None] = []
+    given = next(dy for dy in dys if dy is not None)
+    weights = ctx.shared.weights(ctx.members, given.dtype) if needs[0] else dys
+    for i, (dy, update, weight) in enumerate(zip(dys, updates, weights, strict=True)):
+        needs_a, needs_b = needs[4 + 2 * i : 6 + 2 * i]
+        d_a = d_b = None
+        if dy is not None and needs[0]:
+            if dx is None:
+                dx = product(dy, weight.t())
+            elif dx.is_cuda:
+                dx.addmm_(dy, weight)
+            else:
+                dx.add_(product(dy, weight.t()))
+        if dy is not None and update is not None:
+            a, b, scaling, keep = update
+            keep = None if keep is None else keep.reshape(rows.shape)
+            if needs[0] or needs_a:
+                dy_b = product(dy, b.to(dy.dtype).t())
                 if needs_a:
                     dropped = rows if keep is None else rows * keep
-                    d_a = product(dy_b.t(), dropped.t()).to(a.dtype).mul_(ctx.scaling)
+                    d_a = product(dy_b.t(), dropped.t()).to(a.dtype).mul_(scaling)
                 if dx is not None and keep is None:
-                    dx.addmm_(dy_b, a.to(dy.dtype), alpha=ctx.scaling)
+                    dx.addmm_(dy_b, a.to(dy.dtype), alpha=scaling)
                 elif dx is not None:
-                    dx.addcmul_(torch.mm(dy_b, a.to(dy.dtype)), keep, value=ctx.scaling)
+                    dx.addcmul_(torch.mm(dy_b, a.to(dy.dtype)), keep, value=scaling)
             if needs_b:
-                d_b = torch.mm(d_rows.t(), x_a).to(b.dtype).mul_(ctx.scaling)
-        if dx is not None:
-            dx = dx.reshape(*dy.shape[:-1], dx.shape[-1])
-        return dx, d_a, d_b, None, None, None
+                d_b = torch.mm(dy.t(), p[i]).to(b.dtype).mul_(scaling)
+        gradients += [d_a, d_b]
+    return dx, gradients
+
+
+def _fused_backward(
+    ctx: Any,
+    rows: Tensor,
+    p: Sequence[Tensor],
+    updates: Sequence[LowRank | None],
+    dys: Sequence[Tensor | None],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """As `_plain_backward`, with base and adapter in one accumulator."""
+    shared, members, fused = ctx.shared, ctx.members, ctx.fused
+    shadow = shared.shadow(members, updates, rows.dtype)
+    rank, start = shadow.rank, 0
+    g = rows.new_empty(rows.shape[0], rank * len(members))
+    whole, d_bs = [], []
+    for i, (dy, member) in enumerate(zip(dys, members, strict=True)):
+        if dy is None:  # this output was not used
+            dy = rows.new_zeros(rows.shape[0], member.out_features)
+        dy = dy if dy.stride(1) == 1 and dy.stride(0) % 8 == 0 else dy.contiguous()
+        whole.append(dy)
+        mine = slice(i * rank, (i + 1) * rank)
+        b = shadow.b[start : start + member.out_features]
+        scaling = ctx.scalings[i] or 0.0
+        d_bs.append(fused.adapter_pass(dy, p[0][:, mine], b, scaling, g[:, mine]))
+        start += member.out_features
+    gradients: list[Tensor | None] = []
+    d_a = torch.mm(g.t(), rows)
+    for i, update in enumerate(updates):
+        if update is None:
+            gradients += [None, None]
+            continue
+        r = update.a.shape[0]
+        gradients.append(d_a[i * rank : i * rank + r].to(update.a.dtype))
+        gradients.append(d_bs[i][:, :r].to(update.b.dtype))
+    dx = None
+    if ctx.needs_input_grad[0]:
+        dx = fused.backward(whole, shared.weights(members, rows.dtype), g, shadow)
+    return dx, gradients
+
+
+class _Waiting(NamedTuple):
+    """Outputs that have been computed and not yet been asked for, and what they were made from."""
+
+    x: Tensor
+    version: int
+    gradients: bool
+    outputs: dict["FrozenLinear", Tensor]
+
+
+class SharedInput:
+    """Linears that are called with the same x, one after the other: then they are one product.
+
+    Called with x, the first computes the output of all, and the others find theirs ready. That
+    they are called so is looked at each time, never taken for granted. A set whose first x was
+    not the x of all is dissolved: its linears work alone from then on.
+
+    Args:
+        members: The linears, in the order of their calls.
+    """
+
+    def __init__(self, members: Sequence["FrozenLinear"]) -> None:
+        self.members = tuple(members)
+        self._waiting: _Waiting | None = None
+        self._proven = False
+        self._shadow: tuple[Any, Any] | None = None
+        for member in members:
+            member.shared = self
+
+    def output(self, linear: "FrozenLinear", x: Tensor) -> Tensor:
+        """Return y [..., out] of one member for x [..., in]."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None and linear in waiting.outputs and waiting.x is x:
+            if (waiting.version, waiting.gradients) == (x._version, torch.is_grad_enabled()):
+                y = waiting.outputs.pop(linear)
+                self._waiting = waiting if waiting.outputs else None
+                self._proven = self._proven or not waiting.outputs
+                return y
+        if len(self.members) > 1 and waiting is not None and not self._proven:
+            for member in self.members:
+                SharedInput([member])
+            return linear.shared.output(linear, x)
+        ys = dict(zip(self.members, self._products(x), strict=True))
+        y = ys.pop(linear)
+        if ys:
+            self._waiting = _Waiting(x, x._version, torch.is_grad_enabled(), ys)
+        return y
+
+    def _products(self, x: Tensor) -> tuple[Tensor, ...]:
+        updates = tuple(
+            None if member.adapter is None else member.adapter.update(x)  # type: ignore[operator]
+            for member in self.members
+        )
+        factors = [tensor for u in updates for tensor in ((u.a, u.b) if u else (None, None))]
+        return _SharedProduct.apply(x, self, self.members, updates, *factors)  # type: ignore[no-any-return, no-untyped-call]
+
+    def weights(self, members: Sequence["FrozenLinear"], dtype: torch.dtype) -> list[Tensor]:
+        """Return W [out, in] of each, in ``dtype``: the opened ones, or decoded anew, together."""
+        opened = [member.opened(dtype) for member in members]
+        if all(weight is not None for weight in opened):
+            return opened  # type: ignore[return-value]
+        return _decode_together(members, dtype)
+
+    def fused(
+        self,
+        rows: Tensor,
+        members: Sequence["FrozenLinear"],
+        updates: Sequence[LowRank | None],
+    ) -> Any:
+        """Return the module that multiplies base and adapter in one accumulator, or None."""
+        given = [update for update in updates if update is not None]
+        if not rows.is_cuda or not given or any(update.keep is not None for update in given):
+            return None
+        if gpu_kernels() is None:
+            return None
+        from halfbyte.nf4 import gpu_products  # it imports triton
+
+        fits = gpu_products.fits(rows, [member.out_features for member in members])
+        return gpu_products if fits else None
+
+    def shadow(
+        self,
+        members: Sequence["FrozenLinear"],
+        updates: Sequence[LowRank | None],
+        dtype: torch.dtype,
+    ) -> Any:
+        """Return the adapters as `gpu_products.Shadow`, made anew only when one has changed."""
+        from halfbyte.nf4 import gpu_products
+
+        factors = [tensor for u in updates if u is not None for tensor in (u.a, u.b)]
+        key = (dtype, [(id(t), t.data_ptr(), t._version) for t in factors])
+        if self._shadow is None or self._shadow[0] != key:
+            self._shadow = key, gpu_products.shadow_of(
+                updates, [(m.out_features, m.in_features) for m in members], dtype
+            )
+        return self._shadow[1]
+
+
+def _decode_together(linears: Sequence["FrozenLinear"], dtype: torch.dtype) -> list[Tensor]:
+    """Return W [out, in] of each in ``dtype``, the packed ones decoded in one launch, each to
+    below the last.
+    """
+    packed = {linear: q for linear in linears if (q := linear.quantized) is not None}
+    if len(packed) < 2 or not linears[0].device.type == "cuda":
+        return [linear.decode(dtype) for linear in linears]
+    sizes = [q.numel for q in packed.values()]
+    pieces = torch.empty(sum(sizes), dtype=dtype, device=linears[0].device).split(sizes)
+    outs = [piece.view(q.shape) for piece, q in zip(pieces, packed.values(), strict=True)]
+    dequantize_all(list(packed.values()), dtype, outs=outs)
+    decoded = dict(zip(packed, outs, strict=True))
+    return [decoded[m] if m in decoded else m.decode(dtype) for m in linears]
 
 
 class FrozenLinear(nn.Module):
@@ -120,7 +355,7 @@ class FrozenLinear(nn.Module):
     A 4-bit weight is held as plain buffers (``codes``, ``scales`` …; no tensor or parameter
     subclass, no second copy of the state) and seen through ``quantized``. A plain one is held as
     the parameter ``weight``, without gradient. ``adapter`` is a slot: None, or what ``lora.attach``
-    put there.
+    put there. ``shared`` is the set of linears it is multiplied together with.
 
     Args:
         in_features: Size of the last dimension of the input.
@@ -150,6 +385,7 @@ class FrozenLinear(nn.Module):
         self.adapter: nn.Module | None = None
         self._dense: Tensor | None = None
         self._layout: _Layout | None = None
+        self.shared = SharedInput([self])
 
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(
@@ -224,11 +460,15 @@ class FrozenLinear(nn.Module):
             quantized.shape, quantized.dtype, quantized.quant_type, quantized.block_size
         )
 
+    def opened(self, dtype: torch.dtype) -> Tensor | None:
+        """Return W [out, in] if a `WeightScratch` holds it decoded to ``dtype``."""
+        held = self._dense
+        return held if held is not None and held.dtype == dtype else None
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Return W [out, in] in ``dtype``: the opened copy if there is one, else decoded anew."""
-        if self._dense is not None and self._dense.dtype == dtype:
-            return self._dense
-        return self.decode(dtype)
+        held = self.opened(dtype)
+        return self.decode(dtype) if held is None else held
 
     def decode(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """Return W [out, in] in ``dtype``, written into ``out`` if the weight is packed."""
@@ -240,10 +480,7 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y [..., out] for x [..., in], in the dtype of x."""
-        if self.adapter is None:
-            return _FrozenProduct.apply(x, None, None, 0.0, None, self)  # type: ignore[no-any-return, no-untyped-call]
-        a, b, scaling, keep = self.adapter.update(x)  # type: ignore[operator]
-        return _FrozenProduct.apply(x, a, b, scaling, keep, self)  # type: ignore[no-any-return, no-untyped-call]
+        return self.shared.output(self, x)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FrozenLinear":
         # `module.to(bfloat16)` and `.half()` cast every floating tensor they find, and scales in
@@ -270,8 +507,8 @@ class FrozenLinear(nn.Module):
 class WeightScratch:
     """Buffers into which one decoder layer after another is decoded.
 
-    Slot i serves the i-th linear of every layer, since the layers of a decoder have equal shapes;
-    a larger weight makes the slot grow. So the decoded weights alive at any time are those of one
+    Buffer i serves the i-th `SharedInput` of every layer, since the layers of a decoder have equal
+    shapes; a larger weight makes it grow. So the decoded weights alive at any time are those of one
     layer, and on a CPU the pages are touched once per run instead of once per product (a fresh
     64 MB buffer costs about 12 ms of page faults, the decoding into it about 4).
 
@@ -280,22 +517,32 @@ class WeightScratch:
     """
 
     def __init__(self) -> None:
-        self._slots: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+        self._buffers: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
         self.decodes = 0
 
     @contextmanager
     def opened(self, linears: Sequence[FrozenLinear], dtype: torch.dtype) -> Iterator[None]:
         """Decode ``linears`` once; inside, their ``dense(dtype)`` costs nothing."""
+        sets: dict[SharedInput, list[FrozenLinear]] = {}
+        for linear in linears:
+            sets.setdefault(linear.shared, []).append(linear)
+        packed, outs = [], []
         try:
-            for slot, linear in enumerate(linears):
-                quantized = linear.quantized
-                if quantized is None:
-                    # A plain weight in the dtype of the product is used where it lies.
-                    linear._dense = linear.decode(dtype)
-                    continue
-                buffer = self._buffer(slot, quantized.numel, dtype, quantized.codes.device)
-                linear._dense = linear.decode(dtype, out=buffer)
-                self.decodes += 1
+            for slot, members in enumerate(sets.values()):
+                held = {m: q for m in members if (q := m.quantized) is not None}
+                sizes = [q.numel for q in held.values()]
+                pieces = self._buffer(slot, sum(sizes), dtype, members[0].device).split(sizes)
+                for (linear, q), piece in zip(held.items(), pieces, strict=True):
+                    linear._dense = piece.view(q.shape)
+                    packed.append(q)
+                    outs.append(linear._dense)
+                for linear in members:
+                    if linear not in held:
+                        # A plain weight in the dtype of the product is used where it lies.
+                        linear._dense = linear.decode(dtype)
+            if packed:
+                dequantize_all(packed, dtype, outs=outs)
+                self.decodes += len(packed)
             yield
         finally:
             for linear in linears:
@@ -303,8 +550,8 @@ class WeightScratch:
 
     def _buffer(self, slot: int, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         key = (slot, dtype, device)
-        held = self._slots.get(key)
+        held = self._buffers.get(key)
         if held is None or held.numel() < numel:
-            self._slots.pop(key, None)
-            held = self._slots[key] = torch.empty(numel, dtype=dtype, device=device)
+            self._buffers.pop(key, None)
+            held = self._buffers[key] = torch.empty(numel, dtype=dtype, device=device)
         return held[:numel]

@@ -1,0 +1,113 @@
+"""Compiles every Triton kernel for one GPU architecture, without a GPU; run by test_gpu_compiles.
+
+    python -m tests.nf4.compiling 90
+
+Prints one line a kernel: its name, and the shared memory it needs in bytes.
+"""
+
+import sys
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from halfbyte.nf4 import gpu, gpu_products
+
+POINTERS = {"scale_codes": "*u8", "codes": "*i32", "cell_codes": "*i32"}
+INTEGERS = {
+    *("rows", "columns", "stride", "words", "outputs", "row_words", "x_stride", "inputs"),
+    *("numel", "nbytes", "blocks", "groups", "second", "third", "dy_stride", "p_stride"),
+    *("outputs0", "outputs1", "outputs2", "g_count", "b_count", "g_numel", "b_numel"),
+    *("g_programs", "g_stride"),
+}
+
+
+def tensor(dtype: str, *block: int) -> str:
+    return f"tensordesc<{dtype}[{','.join(map(str, block))}]>"
+
+
+def tiles(dtype: str, part: int) -> dict[str, str]:
+    """The descriptors of gpu_products' products, with the tiles it uses."""
+    left, right, result = tensor(dtype, 128, 64), tensor(dtype, 64, 256), tensor(dtype, 128, 256)
+    return {
+        **{"x": left, "dy0": left, "dy1": left, "dy2": left, "y": result, "dx": result},
+        **{"weight": tensor(dtype, 256, 64), "p": tensor(dtype, 128, part)},
+        **{"weight0": right, "weight1": right, "weight2": right, "g": tensor(dtype, 128, part)},
+        **{"a": tensor(dtype, part, 256), "b": tensor(dtype, 256, part)},
+    }
+
+
+def kernels(capability: int):
+    """Yields (kernel, types that differ from the usual, constants, options)."""
+    plain = {"enable_fp_fusion": False}
+    for double, dtype in ((True, tl.bfloat16), (False, tl.float16), (True, tl.float32)):
+        flat = {"count": 3, "block_words": 8, "double": double, "dtype": dtype}
+        flat |= {"lanes": 256, "unroll": 2}
+        yield gpu._decode_flat, {"weights": "*i64"}, flat, {"num_warps": 8, **plain}
+    for transposed in (True, False):
+        tile = {"block_size": 64, "double": True, "transposed": transposed}
+        tile |= {"tile_rows": 64, "tile_columns": 64}
+        yield gpu._decode_tile, {"out": "*bf16", "codes": "*u8"}, tile, plain
+    for signed, block_size in ((True, 64), (False, 4096)):
+        blocks = {"block_size": block_size, "rows": max(1, 1024 // block_size), "signed": signed}
+        types = {"weight": "*bf16", "codes": "*u8"}
+        yield gpu._encode_blocks, types, blocks, {"num_warps": max(1, block_size // 1024)}
+    yield gpu._encode_scales, {}, {"block_size": 256, "rows": 4}, {}
+    one = {"block_words": 8, "double": True, "rows": 4, "step": 64}
+    product = {"num_stages": 1, **plain}
+    yield gpu._product_one, {"y": "*bf16", "x": "*bf16"}, one, {"num_warps": 2, **product}
+    for rows in (16, 64):
+        few = {"block_words": 8, "double": True, "tile_outputs": 64, "tile_rows": rows}
+        few |= {"step": 32 if rows <= 32 else 16, "split": 2}
+        yield gpu._product_tile, {"x": "*bf16"}, few, product
+    if capability == 90:
+        tile = {"programs": 132, "tile_m": 128, "tile_n": 256, "tile_k": 64}
+        options = {"num_warps": 8, "num_stages": 3}
+        for rank in (16, 64, 128):
+            flat, part = gpu_products._flat(1, rank)
+            step = {"rank": rank, "part": part, "flat": flat, **tile}
+            yield gpu_products._forward, tiles("bf16", part), step, options
+        for members, rank in ((1, 16), (1, 64), (1, 128), (3, 16), (2, 64)):
+            flat, part = gpu_products._flat(members, rank * members)
+            step = {"members": members, "ranks": rank * members, "part": part, "flat": flat, **tile}
+            yield gpu_products._backward, tiles("bf16", part), step, options
+        sums = {"rank": 16, "span": 1024, "tile_m": 64, "tile_n": 256}
+        types = {"dy": "*bf16", "p": "*bf16", "b": "*bf16"}
+        yield gpu_products._adapter_pass, types, sums, {"num_warps": 8, "num_stages": 3}
+        types = {"g": "*bf16", "scaling": "fp32"}
+        yield gpu_products._sum_parts, types, {"rank": 16, "lanes": 512}, {}
+
+
+def main() -> None:
+    capability = int(sys.argv[1])
+    for kernel, types, constants, options in kernels(capability):
+        names = kernel.arg_names
+        kinds = {
+            name: "constexpr"
+            if name in constants
+            else types.get(name)
+            or POINTERS.get(name)
+            or ("i32" if name in INTEGERS else "*fp32")
+            for name in names
+        }
+        free = set(getattr(kernel, "do_not_specialize", []) or [])
+        aligned = {
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if (kinds[name][0] == "*" or kinds[name] == "i32") and name not in free
+        }
+        source = ASTSource(
+            kernel,
+            kinds,
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+            attrs=aligned,
+        )
+        compiled = triton.compile(
+            source, target=GPUTarget("cuda", capability, 32), options=options
+        )
+        print(kernel.__name__, compiled.metadata.shared, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""The products of base and adapter in Triton's interpreter, against float64."""
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("Triton compiles here, so tests/gpu/ tests these", allow_module_level=True)
+
+from halfbyte.nf4 import gpu_products as products
+from halfbyte.nf4.linear import LowRank
+
+
+def drawn(*shape, seed, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * scale).half()
+
+
+def layer(outputs, inputs, ranks, adjacent=True):
+    whole = drawn(sum(outputs), inputs, seed=1, scale=0.1)
+    weights = list(whole.split(outputs))
+    if not adjacent:
+        weights = [weight.clone() for weight in weights]
+    updates = [
+        None
+        if rank is None
+        else LowRank(
+            drawn(rank, inputs, seed=2 + i, scale=0.1).float(),
+            drawn(out, rank, seed=9 + i, scale=0.1).float(),
+            2.0,
+        )
+        for i, (rank, out) in enumerate(zip(ranks, outputs, strict=True))
+    ]
+    shadow = products.shadow_of(updates, [(out, inputs) for out in outputs], torch.float16)
+    return weights, updates, shadow
+
+
+def close(got, exact, factor=1.0):
+    """Within the rounding of a float16 result, and of its float16 intermediates."""
+    return (got.double() - exact).norm() <= factor * 2**-10 * exact.norm()
+
+
+CASES = [
+    # outputs, inputs, ranks, rows
+    ([256], 64, [16], 128),
+    ([264], 72, [8], 131),
+    ([256, 256, 256], 64, [16, 16, 16], 65),
+    ([256, 64, 64], 128, [4, 16, None], 130),
+    ([72, 24], 40, [3, 20], 7),
+    ([512], 192, [100], 200),
+]
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "ranks", "rows"), CASES)
+@pytest.mark.parametrize("adjacent", [True, False])
+def test_forward_and_backward_are_those_of_float64(outputs, inputs, ranks, rows, adjacent):
+    weights, updates, shadow = layer(outputs, inputs, ranks, adjacent)
+    x = drawn(rows, inputs, seed=20)
+    p = torch.mm(x, shadow.a.t())
+    y = products.forward(x, weights, p, shadow, outputs)
+    dys = [drawn(rows, out, seed=30 + i) for i, out in enumerate(outputs)]
+    g = x.new_full((rows, shadow.a.shape[0]), torch.nan)
+    d_bs, start = [], 0
+    for i, (dy, out) in enumerate(zip(dys, outputs, strict=True)):
+        mine = slice(i * shadow.rank, (i + 1) * shadow.rank)
+        b = shadow.b[start : start + out]
+        d_bs.append(products.adapter_pass(dy, p[:, mine], b, 2.0, g[:, mine]))
+        start += out
+    dx = products.backward(dys, weights, g, shadow)
+    exact_dx = torch.zeros(rows, inputs, dtype=torch.float64)
+    for i, (update, weight) in enumerate(zip(updates, weights, strict=True)):
+        exact = x.double() @ weight.double().t()
+        dy = dys[i].double()
+        exact_dx += dy @ weight.double()
+        if update is not None:
+            a, b = update.a.double(), update.b.double()
+            exact += 2.0 * x.double() @ a.t() @ b.t()
+            exact_dx += 2.0 * dy @ b @ a
+            d_b = 2.0 * dy.t() @ (x.double() @ a.t())
+            assert close(d_bs[i][:, : b.shape[1]], d_b, 2.0)
+            first = i * shadow.rank
+            assert close(g[:, first : first + b.shape[1]], 2.0 * dy @ b, 2.0)
+        assert close(y.split(outputs, 1)[i], exact)
+    assert close(dx, exact_dx)
+
+
+def test_gradients_may_be_columns_of_something_wider():
+    weights, _, shadow = layer([64], 64, [16])
+    wide = drawn(40, 96, seed=3)
+    dy = wide[:, 16:80]
+    p = drawn(40, 16, seed=4)
+    results = []
+    for given in (dy, dy.contiguous()):
+        g = p.new_empty(40, 16)
+        d_b = products.adapter_pass(given, p, shadow.b, 1.0, g)
+        results.append((d_b, g, products.backward([given], weights, g, shadow)))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_sums_over_many_spans_and_tiles_are_complete():
+    dy, p = drawn(2050, 520, seed=5), drawn(2050, 16, seed=6)
+    b, g = drawn(520, 16, seed=7), p.new_full((2050, 16), torch.nan)
+    d_b = products.adapter_pass(dy, p, b, 0.5, g)
+    assert close(d_b, 0.5 * dy.double().t() @ p.double())
+    assert close(g, dy.double() @ b.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_shadow_holds_each_adapter_scaled_and_padded(dtype):
+    _, updates, _ = layer([24, 8], 40, [3, 20])
+    shadow = products.shadow_of([updates[0], None, updates[1]], [(24, 40), (16, 40), (8, 40)], dtype)
+    assert shadow.rank == 32
+    assert torch.equal(shadow.a[:3], updates[0].a.to(dtype))
+    assert torch.equal(shadow.a[64:84], updates[1].a.to(dtype))
+    assert torch.equal(shadow.b[:24, :3], (2.0 * updates[0].b).to(dtype))
+    assert torch.equal(shadow.b[40:, :20], (2.0 * updates[1].b).to(dtype))
+    assert int((shadow.a != 0).sum()) == 23 * 40
+    assert int((shadow.b != 0).sum()) <= 24 * 3 + 8 * 20
+
+
+def test_what_does_not_fit_is_done_plainly():
+    assert not products.fits(torch.zeros(4096, 64, dtype=torch.float16), [64])
