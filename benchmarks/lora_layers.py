@@ -12,6 +12,7 @@ from measuring import from_bitsandbytes, settle_unsloth
 from torch import Tensor, nn
 
 from halfbyte.lora import LoRAConfig, adapters, attach
+from halfbyte.model.build import share_inputs
 from halfbyte.nf4 import dequantize, quantize
 from halfbyte.nf4.linear import FrozenLinear
 
@@ -65,6 +66,7 @@ def our_layer(weights: Tensors, *, quant: bool) -> nn.Module:
         if not quant:
             linear.weight = nn.Parameter(weight, requires_grad=False)
         setattr(layer, name, linear)
+    share_inputs(layer)
     attach(layer, LoRAConfig(r=RANK, alpha=ALPHA), seed=0)
     return layer
 

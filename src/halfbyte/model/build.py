@@ -21,7 +21,7 @@ from halfbyte.model import attention
 from halfbyte.nf4.format import QuantizedWeight, quantize
 from halfbyte.nf4.linear import FrozenLinear, SharedInput
 
-__all__ = ["Audit", "BaseRecipe", "build", "finish", "frozen_linears", "place", "place_quantized"]
+__all__ = ["Audit", "BaseRecipe", "build", "finish", "frozen_linears", "place", "place_quantized", "share_inputs"]
 
 # Linears that transformers' decoders call with the same input, one after the other.
 _SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -107,15 +107,20 @@ def build(config: PretrainedConfig, recipe: BaseRecipe) -> PreTrainedModel:
             dtype=recipe.compute_dtype,
         )
         setattr(model.get_submodule(parent), leaf, frozen)
-    for module in model.modules():
-        for names in _SHARED_INPUTS:
-            linears = [child for name, child in module.named_children() if name in names]
-            frozen_ones = [linear for linear in linears if isinstance(linear, FrozenLinear)]
-            if len({linear.in_features for linear in frozen_ones}) == 1:
-                SharedInput(frozen_ones)
+    share_inputs(model)
     model.requires_grad_(False).eval()
     model.halfbyte_recipe = recipe
     return model
+
+
+def share_inputs(model: nn.Module) -> None:
+    """Make one product of the linears that are known to be called with the same input."""
+    for module in model.modules():
+        for names in _SHARED_INPUTS:
+            linears = [getattr(module, name, None) for name in names]
+            frozen = [linear for linear in linears if isinstance(linear, FrozenLinear)]
+            if len({linear.in_features for linear in frozen}) == 1:
+                SharedInput(frozen)
 
 
 def _contiguous(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
