@@ -5,6 +5,7 @@ import torch
 
 bnb = pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes")
 
+from halfbyte.errors import WeightError
 from halfbyte.nf4 import dequantize, dequantize_all, quantize
 from halfbyte.nf4.format import QuantizedWeight
 
@@ -100,9 +101,14 @@ def test_encoding_is_that_of_plain_pytorch(quant_type, dtype):
     got = quantize(w, quant_type=quant_type, impl="gpu").tensors()
     plain = quantize(w, quant_type=quant_type, impl="torch").tensors()
     for name, tensor in got.items():
-        # The kernel's reciprocal is approximate: a code beside a bound may be the neighbour's.
+        # The kernel's reciprocal is approximate, as is bitsandbytes': where x / scale is a bound
+        # but for the last bit, the code may be the neighbour's. FP4's bounds are short fractions,
+        # which quotients of two 16-bit numbers hit.
         differing = int((tensor != plain[name]).sum())
-        assert differing <= (2 if dtype == torch.float32 or name == "scale_codes" else 0), name
+        ties = quant_type == "fp4" or dtype == torch.float32 or name == "scale_codes"
+        assert differing <= (1e-4 * tensor.numel() if ties else 0), name
+    found, wanted = (dequantize(quantize(w, quant_type=quant_type, impl=i)) for i in ("gpu", "torch"))
+    assert (found.float() - wanted.float()).abs().max() <= 0.4 * w.float().abs().max()
 
 
 def test_a_block_of_zeros_stays_zero():
@@ -115,7 +121,7 @@ def test_a_block_of_zeros_stays_zero():
 def test_weights_that_are_not_finite_are_refused(bad):
     w = weight((64, 64))
     w[3, 5] = bad
-    with pytest.raises(ValueError, match="1 value"):
+    with pytest.raises(WeightError, match="1 value"):
         quantize(w, name="here")
 
 

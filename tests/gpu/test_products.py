@@ -65,12 +65,15 @@ def exact(module, rows):
             dx += s * dy @ b @ a
             found[f"l{i}.lora_A.weight"] = s * (dy @ b).t() @ x
             found[f"l{i}.lora_B.weight"] = s * dy.t() @ (x @ a.t())
-        found[f"y{i}"] = y
-    return {**found, "dx": dx}
+        found[f"y{i}"] = y.detach()
+    return {**{name: t.detach() for name, t in found.items()}, "dx": dx.detach()}
 
 
 def errors(got, true):
-    return {name: float((got[name].double() - t).norm() / t.norm()) for name, t in true.items()}
+    return {
+        name: float((got[name].double() - t.detach()).norm() / t.detach().norm())
+        for name, t in true.items()
+    }
 
 
 CASES = [

@@ -167,7 +167,8 @@ def _encode_blocks(
     magnitude = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
     largest = magnitude.to(tl.float32, bitcast=True)
     tl.store(scales + first + row, largest, mask=first + row < blocks)
-    inverse = 1.0 / tl.maximum(largest, 1e-38)
+    # The smallest float32 of full precision.
+    inverse = 1.0 / tl.maximum(largest, 1.1754943508222875e-38)
     x = x * inverse[:, None]
     level = x if signed else tl.abs(x)
     # 1.5 * 2**23 is added, so the nearest integer to 16 x stands in the lowest bits.

@@ -301,8 +301,10 @@ def forward(
     rows, inputs = x.shape
     y = x.new_empty(rows, sum(outputs))
     starts = [sum(outputs[:i]) for i in range(len(outputs))]
+    storage = weights[0].untyped_storage().data_ptr()
     adjacent = all(
-        weight.data_ptr() == weights[0].data_ptr() + start * weight.stride(0) * weight.itemsize
+        weight.untyped_storage().data_ptr() == storage
+        and weight.data_ptr() == weights[0].data_ptr() + start * weight.stride(0) * weight.itemsize
         for weight, start in zip(weights, starts, strict=True)
     )
     whole = adjacent and all(size % 256 == 0 for size in outputs[:-1])

@@ -81,6 +81,7 @@ class _SharedProduct(torch.autograd.Function):
         shared: "SharedInput",
         members: tuple["FrozenLinear", ...],
         updates: tuple[LowRank | None, ...],
+        gradients: bool,
         *_factors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1])
@@ -94,7 +95,7 @@ class _SharedProduct(torch.autograd.Function):
             weights = shared.weights(members, x.dtype)
             ys = list(fused.forward(rows, weights, p[0], shadow, outputs).split(outputs, 1))
         else:
-            ys, p = _plain_forward(rows, shared, members, updates, not any(ctx.needs_input_grad))
+            ys, p = _plain_forward(rows, shared, members, updates, gradients)
         for y, member in zip(ys, members, strict=True):
             if member.bias is not None:
                 y.add_(member.bias.to(x.dtype))
@@ -123,7 +124,7 @@ class _SharedProduct(torch.autograd.Function):
         dx, gradients = backward(ctx, rows, p, updates, dys)
         if dx is not None:
             dx = dx.reshape(*given.shape[:-1], dx.shape[-1])
-        return dx, None, None, None, *gradients
+        return dx, None, None, None, None, *gradients
 
 
 def _plain_forward(
@@ -131,10 +132,10 @@ def _plain_forward(
     shared: "SharedInput",
     members: Sequence["FrozenLinear"],
     updates: Sequence[LowRank | None],
-    no_gradients: bool,
+    gradients: bool,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Return y and x̃ Aᵀ of each linear, the base's product first and the update added to it."""
-    ys = _packed_products(rows, members) if no_gradients else None
+    ys = None if gradients else _packed_products(rows, members)
     if ys is None:
         ys = [product(rows, weight) for weight in shared.weights(members, rows.dtype)]
     p: list[Tensor | None] = []
@@ -172,7 +173,7 @@ def _plain_backward(
     given = next(dy for dy in dys if dy is not None)
     weights = ctx.shared.weights(ctx.members, given.dtype) if needs[0] else dys
     for i, (dy, update, weight) in enumerate(zip(dys, updates, weights, strict=True)):
-        needs_a, needs_b = needs[4 + 2 * i : 6 + 2 * i]
+        needs_a, needs_b = needs[5 + 2 * i : 7 + 2 * i]
         d_a = d_b = None
         if dy is not None and needs[0]:
             if dx is None:
@@ -290,7 +291,8 @@ class SharedInput:
             for member in self.members
         )
         factors = [tensor for u in updates for tensor in ((u.a, u.b) if u else (None, None))]
-        return _SharedProduct.apply(x, self, self.members, updates, *factors)  # type: ignore[no-any-return, no-untyped-call]
+        gradients = torch.is_grad_enabled()  # inside forward it always says no
+        return _SharedProduct.apply(x, self, self.members, updates, gradients, *factors)  # type: ignore[no-any-return, no-untyped-call]
 
     def weights(self, members: Sequence["FrozenLinear"], dtype: torch.dtype) -> list[Tensor]:
         """Return W [out, in] of each, in ``dtype``: the opened ones, or decoded anew, together."""
