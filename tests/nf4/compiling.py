@@ -8,7 +8,6 @@ Prints one line a kernel: its name, and the shared memory it needs in bytes.
 import sys
 
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -16,7 +15,7 @@ from halfbyte.nf4 import gpu, gpu_products
 
 POINTERS = {"scale_codes": "*u8", "codes": "*i32", "cell_codes": "*i32"}
 INTEGERS = {
-    *("rows", "columns", "stride", "words", "outputs", "row_words", "x_stride", "inputs"),
+    *("rows", "columns", "stride", "words", "outputs", "row_words", "row_quads", "x_stride", "inputs"),
     *("numel", "nbytes", "blocks", "groups", "second", "third", "dy_stride", "p_stride"),
     *("outputs0", "outputs1", "outputs2", "g_count", "b_count", "g_numel", "b_numel"),
     *("g_programs", "g_stride"),
@@ -41,10 +40,9 @@ def tiles(dtype: str, part: int) -> dict[str, str]:
 def kernels(capability: int):
     """Yields (kernel, types that differ from the usual, constants, options)."""
     plain = {"enable_fp_fusion": False}
-    for double, dtype in ((True, tl.bfloat16), (False, tl.float16), (True, tl.float32)):
-        flat = {"count": 3, "block_words": 8, "double": double, "dtype": dtype}
-        flat |= {"lanes": 256, "unroll": 2}
-        yield gpu._decode_flat, {"weights": "*i64"}, flat, {"num_warps": 8, **plain}
+    for double, dtype in ((True, "*bf16"), (False, "*fp16"), (True, "*fp32")):
+        flat = {"count": 3, "block_words": 8, "double": double, "lanes": 256, "unroll": 2}
+        yield gpu._decode_flat, {"weights": "*i64", "out": dtype}, flat, {"num_warps": 8, **plain}
     for transposed in (True, False):
         tile = {"block_size": 64, "double": True, "transposed": transposed}
         tile |= {"tile_rows": 64, "tile_columns": 64}
@@ -54,12 +52,14 @@ def kernels(capability: int):
         types = {"weight": "*bf16", "codes": "*u8"}
         yield gpu._encode_blocks, types, blocks, {"num_warps": max(1, block_size // 1024)}
     yield gpu._encode_scales, {}, {"block_size": 256, "rows": 4}, {}
-    one = {"block_words": 8, "double": True, "rows": 4, "step": 64}
     product = {"num_stages": 1, **plain}
-    yield gpu._product_one, {"y": "*bf16", "x": "*bf16"}, one, {"num_warps": 2, **product}
+    for rounded, dtype in ((True, "*bf16"), (False, "*fp16")):
+        one = {"block_quads": 2, "double": True, "rows": 4, "lanes": 128, "rounded": rounded}
+        yield gpu._product_one, {"y": dtype, "x": dtype, "planes": "*i32"}, one, product
+    yield gpu._sum_products, {"y": "*bf16"}, {"split": 4, "lanes": 512}, {}
     for rows in (16, 64):
         few = {"block_words": 8, "double": True, "tile_outputs": 64, "tile_rows": rows}
-        few |= {"step": 32 if rows <= 32 else 16, "split": 2}
+        few |= {"step": 32 if rows <= 32 else 16, "split": 4}
         yield gpu._product_tile, {"x": "*bf16"}, few, product
     if capability == 90:
         tile = {"programs": 132, "tile_m": 128, "tile_n": 256, "tile_k": 64}

@@ -40,12 +40,6 @@ from halfbyte.nf4.format import SCALE_BLOCK, QuantizedWeight, QuantType, levels_
 # Rows up to which `small_product` beats decoding and cuBLAS (H100, every Llama shape).
 SMALL_ROWS = 64
 
-_TRITON_TYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
-
 # Weights in one launch of `_decode_flat`; the kernel finds its own by looking at every start.
 _WEIGHTS_A_LAUNCH = 16
 _LANES, _UNROLL = 256, 2
@@ -63,17 +57,18 @@ def _scale_of(block, inside, scales, scale_codes, offset, dynamic, double: tl.co
 
 @triton.jit
 def _decode_flat(
+    out,
     weights,
     levels,
     dynamic,
     count: tl.constexpr,
     block_words: tl.constexpr,
     double: tl.constexpr,
-    dtype: tl.constexpr,
     lanes: tl.constexpr,
     unroll: tl.constexpr,
 ):
-    # A row of the table: first program, words, codes, scales, scale codes, offset, out.
+    # A row of the table: first program, words, codes, scales, scale codes, offset, and where the
+    # result goes, in words after `out`.
     program = tl.program_id(0)
     mine = 0
     for i in tl.static_range(1, count):
@@ -87,9 +82,8 @@ def _decode_flat(
     offset = 0.0
     if double:
         offset = tl.load(tl.load(row + 5).to(tl.pointer_type(tl.float32)))
-    out = tl.multiple_of(tl.load(row + 6).to(tl.pointer_type(dtype)), 16)
     # Elements may be more than 2**31, words are not: an eighth of them.
-    out += first.to(tl.int64) * 8
+    out += (tl.load(row + 6) + first) * 8
     element = tl.arange(0, 8)
     shift = (element >> 1) * 8 + (1 - (element & 1)) * 4
     for i in tl.static_range(unroll):
@@ -101,7 +95,7 @@ def _decode_flat(
         scale = _scale_of(block, inside, scales, scale_codes, offset, dynamic, double)
         code = (packed[:, None] >> shift[None, :]) & 15
         value = tl.load(levels + code) * scale[:, None]
-        tl.store(out + lane[:, None] * 8 + element[None, :], value.to(dtype), mask=inside[:, None])
+        tl.store(out + lane[:, None] * 8 + element[None, :], value.to(out.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit
@@ -222,21 +216,97 @@ def _encode_scales(
     tl.store(scale_codes + where, code.to(tl.uint8), mask=inside)
 
 
+# Eight codes of a word to eight levels, without a table in memory: a lookup there takes the load
+# unit four cycles a warp, and there are 45 million in an 11008x4096 weight. PRMT picks bytes of
+# registers by the low three bits of a nibble; the fourth chooses between two picks. One pass gives
+# the low bytes of bfloat16 levels, one the high ones, and they are put together as float32.
+# Operands: 0 to 7 the levels, 8 the word, 9 to 12 and 13 to 16 the low and high bytes by code.
+def _unpacking() -> str:
+    lines = [
+        ".reg .b32 low, four, high, five, a, b, p0, p1, q0, q1;",
+        "and.b32 low, $8, 0x77777777;",
+        "shr.u32 high, low, 16;",
+        "shr.u32 four, $8, 1;",
+        "lop3.b32 four, four, 0x44444444, 0x32103210, 0xEA;",  # (four & 0x44444444) | 0x32103210
+        "shr.u32 five, four, 16;",
+    ]
+    for name, first in (("p", 9), ("q", 13)):
+        for half, (index, choice) in enumerate((("low", "four"), ("high", "five"))):
+            lines += [
+                f"prmt.b32 a, ${first}, ${first + 1}, {index};",
+                f"prmt.b32 b, ${first + 2}, ${first + 3}, {index};",
+                f"prmt.b32 {name}{half}, a, b, {choice};",
+            ]
+    for half in (0, 1):
+        for pair, order in enumerate(("0x5140", "0x7362")):
+            even = 4 * half + 2 * pair  # of a byte, the high nibble comes first
+            lines += [
+                f"prmt.b32 a, p{half}, q{half}, {order};",
+                f"and.b32 ${even}, a, 0xffff0000;",
+                f"shl.b32 ${even + 1}, a, 16;",
+            ]
+    return "{" + "\n".join(lines) + "}"
+
+
+_UNPACKING = tl.constexpr(_unpacking())
+_EIGHT_INTEGERS = tl.constexpr((tl.int32,) * 8)
+_UNPACKING_OPERANDS = tl.constexpr(",".join(["=r"] * 8 + ["r"] * 9))
+
+
 @triton.jit
-def _split8(x, step: tl.constexpr):
-    even, odd = tl.split(tl.reshape(x, (step, 4, 2)))
-    x04, x26 = tl.split(tl.trans(tl.reshape(even, (step, 2, 2)), 0, 2, 1))
-    x15, x37 = tl.split(tl.trans(tl.reshape(odd, (step, 2, 2)), 0, 2, 1))
-    x0, x2 = tl.split(x04)
-    x4, x6 = tl.split(x26)
-    x1, x3 = tl.split(x15)
-    x5, x7 = tl.split(x37)
-    return x0, x1, x2, x3, x4, x5, x6, x7
+def _float(bits):
+    return bits.to(tl.float32, bitcast=True)
 
 
-# The alignment of rows of codes is kept from the compiler: it would give a lane four words of a
-# row, and move x between lanes to match.
-@triton.jit(do_not_specialize=["row_words"])
+@triton.jit
+def _multiply_word(sums, word, x, planes, levels, rounded: tl.constexpr):
+    # sums [rows, lanes] and the products of eight weights a lane with eight tensors [lanes].
+    if rounded:
+        p = planes
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            _UNPACKING,
+            _UNPACKING_OPERANDS,
+            [word, p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]],
+            dtype=_EIGHT_INTEGERS,
+            is_pure=True,
+            pack=1,
+        )
+        values = (
+            _float(a),
+            _float(b),
+            _float(c),
+            _float(d),
+            _float(e),
+            _float(f),
+            _float(g),
+            _float(h),
+        )
+        for j in tl.static_range(8):
+            sums = tl.fma(values[j], tl.broadcast_to(x[j][None, :], sums.shape), sums)
+    else:
+        for j in tl.static_range(8):
+            code = (word >> ((j // 2) * 8 + (1 - j % 2) * 4)) & 15
+            part = tl.broadcast_to(x[j][None, :], sums.shape)
+            sums = tl.fma(tl.load(levels + code), part, sums)
+    return sums
+
+
+@triton.jit
+def _halves(x):
+    # The even and the odd columns.
+    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+
+
+@triton.jit
+def _quarters(x):
+    # Four columns.
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], 2, 2)))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@triton.jit
 def _product_one(
     y,
     x,
@@ -246,35 +316,66 @@ def _product_one(
     offset,
     levels,
     dynamic,
+    planes,
     outputs,
-    row_words,
-    block_words: tl.constexpr,
+    row_quads,
+    block_quads: tl.constexpr,
     double: tl.constexpr,
     rows: tl.constexpr,
-    step: tl.constexpr,
+    lanes: tl.constexpr,
+    rounded: tl.constexpr,
 ):
+    # A lane has 32 neighbouring weights of each row: one load of codes, one scale, and 32 elements
+    # of x that it keeps for all rows.
     row = tl.program_id(0) * rows + tl.arange(0, rows)
     held = tl.minimum(row, outputs - 1)
     first = 0.0
     if double:
         first = tl.load(offset)
-    total = tl.zeros((rows, step), tl.float32)
-    for start in range(0, row_words, step):
-        word = start + tl.arange(0, step)
-        inside = (word < row_words)[None, :]
-        index = held[:, None] * row_words + word[None, :]
-        packed = tl.load(codes + index, mask=inside, other=0)
-        scale = _scale_of(
-            index // block_words, inside, scales, scale_codes, first, dynamic, double
+    bytes_ = (0, 0, 0, 0, 0, 0, 0, 0)
+    if rounded:  # from memory, or every word would have the constants moved to registers again
+        bytes_ = (
+            tl.load(planes),
+            tl.load(planes + 1),
+            tl.load(planes + 2),
+            tl.load(planes + 3),
+            tl.load(planes + 4),
+            tl.load(planes + 5),
+            tl.load(planes + 6),
+            tl.load(planes + 7),
         )
-        element = word[:, None] * 8 + tl.arange(0, 8)[None, :]
-        values = tl.load(x + element, mask=(word < row_words)[:, None], other=0.0)
-        parts = _split8(values, step)
-        sums = tl.zeros((rows, step), tl.float32)
-        for j in tl.static_range(8):
-            code = (packed >> ((j // 2) * 8 + (1 - j % 2) * 4)) & 15
-            part = tl.broadcast_to(parts[j].to(tl.float32)[None, :], (rows, step))
-            sums = tl.fma(tl.load(levels + code), part, sums)
+    total = tl.zeros((rows, lanes), tl.float32)
+    for start in range(0, row_quads, lanes):
+        quad = start + tl.arange(0, lanes)
+        there = quad < row_quads
+        index = held[:, None] * row_quads + quad[None, :]
+        four = tl.load(
+            codes + index[:, :, None] * 4 + tl.arange(0, 4)[None, None, :],
+            mask=there[None, :, None],
+            other=0,
+        )
+        even, odd = tl.split(tl.reshape(four, (rows, lanes, 2, 2)))
+        word0, word2 = tl.split(even)
+        word1, word3 = tl.split(odd)
+        scale = _scale_of(
+            index // block_quads, there[None, :], scales, scale_codes, first, dynamic, double
+        )
+        element = quad[:, None] * 32 + tl.arange(0, 32)[None, :]
+        xs = tl.load(x + element, mask=there[:, None], other=0.0).to(tl.float32)
+        even, odd = _halves(xs)
+        x04, x26 = _halves(even)
+        x15, x37 = _halves(odd)
+        x0, x4 = _halves(x04)
+        x1, x5 = _halves(x15)
+        x2, x6 = _halves(x26)
+        x3, x7 = _halves(x37)
+        x0, x1, x2, x3 = _quarters(x0), _quarters(x1), _quarters(x2), _quarters(x3)
+        x4, x5, x6, x7 = _quarters(x4), _quarters(x5), _quarters(x6), _quarters(x7)
+        words = (word0, word1, word2, word3)
+        sums = tl.zeros((rows, lanes), tl.float32)
+        for i in tl.static_range(4):
+            eight = (x0[i], x1[i], x2[i], x3[i], x4[i], x5[i], x6[i], x7[i])
+            sums = _multiply_word(sums, words[i], eight, bytes_, levels, rounded)
         total = tl.fma(sums, scale, total)
     tl.store(y + row, tl.sum(total, axis=1).to(y.dtype.element_ty), mask=row < outputs)
 
@@ -339,6 +440,15 @@ def _product_tile(
     tl.store(target, total.to(y.dtype.element_ty), mask=has)
 
 
+@triton.jit
+def _sum_products(y, parts, numel, split: tl.constexpr, lanes: tl.constexpr):
+    at = tl.program_id(0) * lanes + tl.arange(0, lanes)
+    total = tl.zeros((lanes,), tl.float32)
+    for i in tl.static_range(split):
+        total += tl.load(parts + i * numel + at, mask=at < numel, other=0.0)
+    tl.store(y + at, total.to(y.dtype.element_ty), mask=at < numel)
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Returns the context in which to launch a kernel over `tensor`: Triton looks at the current
     device, not at the tensors.
@@ -354,6 +464,13 @@ def _levels(quant_type: QuantType, device: torch.device) -> Tensor:
 @cache
 def _dynamic(device: torch.device) -> Tensor:
     return blockwise.DYNAMIC_SIGNED.to(device)
+
+
+@cache
+def _planes(quant_type: QuantType, device: torch.device) -> Tensor:
+    """The low bytes of the 16 levels in bfloat16, four to an int32, and the high bytes."""
+    pairs = levels_of(quant_type).bfloat16().view(torch.uint8).view(16, 2)
+    return pairs.t().contiguous().view(-1).view(torch.int32).to(device)
 
 
 @cache
@@ -445,32 +562,40 @@ def decode_all(weights: Sequence[QuantizedWeight], outs: Sequence[Tensor]) -> No
             continue
         aligned = q.numel % 8 == 0 and q.codes.data_ptr() % 16 == 0 and out.data_ptr() % 16 == 0
         (flat if aligned and out.is_contiguous() else others).append((q, out))
-    kinds = groupby(flat, lambda pair: (pair[0].quant_type, pair[0].block_size,
-                                        pair[0].double_quant, pair[1].dtype))
-    for (quant_type, block_size, double, dtype), group in kinds:
+    for _, group in groupby(flat, _launch):
         pairs = list(group)
         for start in range(0, len(pairs), _WEIGHTS_A_LAUNCH):
-            some = pairs[start : start + _WEIGHTS_A_LAUNCH]
-            device = some[0][1].device
-            table, programs = _launch_table(
-                tuple((q.numel // 8, *_pointers(q), out.data_ptr()) for q, out in some), device
-            )
-            with on_device(some[0][1]):
-                _decode_flat[(programs,)](
-                    table,
-                    _levels(quant_type, device),
-                    _dynamic(device),
-                    count=len(some),
-                    block_words=block_size // 8,
-                    double=double,
-                    dtype=_TRITON_TYPES[dtype],
-                    lanes=_LANES,
-                    unroll=_UNROLL,
-                    num_warps=8,
-                    enable_fp_fusion=False,
-                )
+            _decode_flat_ones(pairs[start : start + _WEIGHTS_A_LAUNCH])
     for q, out in others:
         _decode_other(q, out)
+
+
+def _launch(pair: tuple[QuantizedWeight, Tensor]) -> tuple[Any, ...]:
+    """What weights of one launch have in common."""
+    q, out = pair
+    return q.quant_type, q.block_size, q.double_quant, out.dtype, out.untyped_storage().data_ptr()
+
+
+def _decode_flat_ones(pairs: Sequence[tuple[QuantizedWeight, Tensor]]) -> None:
+    (q, out), device = pairs[0], pairs[0][1].device
+    # Places after the first result, so that the table of a layer is the same wherever it goes.
+    places = [(o.data_ptr() - out.data_ptr()) // (8 * o.itemsize) for _, o in pairs]
+    rows = ((q.numel // 8, *_pointers(q), p) for (q, _), p in zip(pairs, places, strict=True))
+    table, programs = _launch_table(tuple(rows), device)
+    with on_device(out):
+        _decode_flat[(programs,)](
+            out,
+            table,
+            _levels(q.quant_type, device),
+            _dynamic(device),
+            count=len(pairs),
+            block_words=q.block_size // 8,
+            double=q.double_quant,
+            lanes=_LANES,
+            unroll=_UNROLL,
+            num_warps=8,
+            enable_fp_fusion=False,
+        )
 
 
 def _pointers(q: QuantizedWeight) -> tuple[int, int, int, int]:
@@ -485,8 +610,8 @@ def _pointers(q: QuantizedWeight) -> tuple[int, int, int, int]:
 def _launch_table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, int]:
     """The table of `_decode_flat`, and how many programs it takes.
 
-    It says nothing that its key does not, so one that is kept is never wrong; and building it
-    waits for the device.
+    It says nothing that its key does not, so one that is kept is never wrong. Building it waits for
+    the device, and cannot be part of a CUDA graph; a layer's is built when it is first decoded.
     """
     table, programs = [], 0
     for words, *pointers in rows:
@@ -542,8 +667,9 @@ def can_multiply(x: Tensor, q: QuantizedWeight) -> bool:
 def small_product(x: Tensor, q: QuantizedWeight) -> Tensor:
     """Returns x·Wᵀ without writing W out: for the few rows of generation.
 
-    A single row is multiplied by the levels and then by the scale, all in float32; more rows by
-    the weight rounded to the type of x, as `dequantize` rounds it.
+    A single row is multiplied by the levels (with bfloat16: rounded to that) and the sum of each
+    32 by their scale, in float32; more rows by the weight rounded to the type of x, as `dequantize`
+    rounds it.
 
     Args:
         x: [rows, in], bfloat16 or float16, at most `SMALL_ROWS` rows.
@@ -563,6 +689,7 @@ def small_product(x: Tensor, q: QuantizedWeight) -> Tensor:
         )
     rows, outputs = x.shape[0], q.shape[0]
     x = x if x.stride(1) == 1 else x.contiguous()
+    y = x.new_empty(rows, outputs)
     held = (
         q.codes.view(torch.int32),
         q.scales if q.scales is not None else q.scale_scales,
@@ -572,34 +699,45 @@ def small_product(x: Tensor, q: QuantizedWeight) -> Tensor:
         _dynamic(x.device),
     )
     kind: dict[str, Any] = {
-        "block_words": q.block_size // 8,
         "double": q.double_quant,
         "num_stages": 1,
+        "num_warps": 4,
         "enable_fp_fusion": False,
     }
-    words = q.shape[1] // 8
     with on_device(x):
         if rows == 1:
-            y = x.new_empty(1, outputs)
             _product_one[(triton.cdiv(outputs, 4),)](
-                y, x, *held, outputs, words, rows=4, step=64, num_warps=2, **kind
+                y,
+                x,
+                *held,
+                _planes(q.quant_type, x.device),
+                outputs,
+                q.shape[1] // 32,
+                block_quads=q.block_size // 32,
+                rows=4,
+                lanes=128,
+                rounded=x.dtype == torch.bfloat16 and x.is_cuda,
+                **kind,
             )
             return y
-        split = 2
-        y = torch.empty(split, rows, outputs, dtype=torch.float32, device=x.device)
+        # Parts of the sum over a row go to programs of their own, or there are too few.
+        split = 4
+        parts = torch.empty(split, rows, outputs, dtype=torch.float32, device=x.device)
         _product_tile[(triton.cdiv(outputs, 64), split)](
-            y,
+            parts,
             x,
             *held,
             rows,
             outputs,
-            words,
+            q.shape[1] // 8,
             x.stride(0),
+            block_words=q.block_size // 8,
             tile_outputs=64,
             tile_rows=max(16, triton.next_power_of_2(rows)),
             step=32 if rows <= 32 else 16,
             split=split,
-            num_warps=4,
             **kind,
         )
-    return torch.add(y[0], y[1]).to(x.dtype)
+        numel = rows * outputs
+        _sum_products[(triton.cdiv(numel, 512),)](y, parts, numel, split=split, lanes=512)
+    return y

@@ -38,8 +38,8 @@ from halfbyte.nf4.gpu import on_device
 FEWEST_ROWS = 2048
 
 _TILE_M, _TILE_K = 128, 64
-# Rows of dy that one program of `_adapter_pass` sums over, and its tile.
-_SPAN, _PASS_ROWS, _PASS_COLUMNS = 1024, 64, 256
+# The tile of `_adapter_pass`, and the most rows of dy that one program sums over.
+_PASS_ROWS, _PASS_COLUMNS, _LONGEST_SPAN = 64, 256, 1024
 # A higher rank takes more registers than there are, and its products are no longer all bytes.
 _PASS_RANK = 64
 
@@ -406,7 +406,10 @@ def adapter_pass(dy: Tensor, p: Tensor, b: Tensor, scaling: float, g: Tensor) ->
     if rank > _PASS_RANK:
         torch.mm(dy, b, out=g)
         return torch.mm(dy.t(), p).float().mul_(scaling)
-    tiles, spans = triton.cdiv(outputs, _PASS_COLUMNS), triton.cdiv(rows, _SPAN)
+    tiles, span = triton.cdiv(outputs, _PASS_COLUMNS), _LONGEST_SPAN
+    while span > 2 * _PASS_ROWS and tiles * triton.cdiv(rows, span) < _programs(dy.device) * 7 // 8:
+        span //= 2  # fewer programs than multiprocessors read with a part of the card
+    spans = triton.cdiv(rows, span)
     g_parts = torch.empty(tiles, rows, rank, dtype=torch.float32, device=dy.device)
     b_parts = torch.empty(spans, outputs, rank, dtype=torch.float32, device=dy.device)
     d_b = torch.empty(outputs, rank, dtype=torch.float32, device=dy.device)
@@ -424,7 +427,7 @@ def adapter_pass(dy: Tensor, p: Tensor, b: Tensor, scaling: float, g: Tensor) ->
             dy.stride(0),
             p.stride(0),
             rank=rank,
-            span=_SPAN,
+            span=span,
             tile_m=_PASS_ROWS,
             tile_n=_PASS_COLUMNS,
             num_warps=8,
