@@ -160,9 +160,7 @@ def _search(values: Tensor, levels: Tensor) -> Tensor:
     return torch.where(moves, neighbour, pivot)
 
 
-def encode_dynamic(
-    values: Tensor, block_size: int, *, cuda: bool = False
-) -> tuple[Tensor, Tensor]:
+def encode_dynamic(values: Tensor, block_size: int, *, cuda: bool = False) -> tuple[Tensor, Tensor]:
     """Quantises values to 8 bits over `DYNAMIC_SIGNED`.
 
     bitsandbytes' CPU code first rounds a value to one of 65536 equidistant points of [-1, 1]. The

@@ -25,9 +25,7 @@ def weight(shape, dtype=torch.bfloat16, seed=0):
 def as_bitsandbytes(q: QuantizedWeight):
     """The same packed tensors as bitsandbytes' (codes, state)."""
     code = bnb.get_4bit_type(q.quant_type, device="cuda")
-    state = bnb.QuantState(
-        q.scales, q.shape, code, q.block_size, q.quant_type, q.dtype
-    )
+    state = bnb.QuantState(q.scales, q.shape, code, q.block_size, q.quant_type, q.dtype)
     if q.double_quant:
         nested = bnb.QuantState(
             q.scale_scales,
@@ -36,7 +34,14 @@ def as_bitsandbytes(q: QuantizedWeight):
             dtype=torch.float32,
         )
         state = bnb.QuantState(
-            q.scale_codes, q.shape, code, q.block_size, q.quant_type, q.dtype, q.scale_offset, nested
+            q.scale_codes,
+            q.shape,
+            code,
+            q.block_size,
+            q.quant_type,
+            q.dtype,
+            q.scale_offset,
+            nested,
         )
     return q.codes.view(-1, 1), state
 
@@ -107,7 +112,9 @@ def test_encoding_is_that_of_plain_pytorch(quant_type, dtype):
         differing = int((tensor != plain[name]).sum())
         ties = quant_type == "fp4" or dtype == torch.float32 or name == "scale_codes"
         assert differing <= (1e-4 * tensor.numel() if ties else 0), name
-    found, wanted = (dequantize(quantize(w, quant_type=quant_type, impl=i)) for i in ("gpu", "torch"))
+    found, wanted = (
+        dequantize(quantize(w, quant_type=quant_type, impl=i)) for i in ("gpu", "torch")
+    )
     assert (found.float() - wanted.float()).abs().max() <= 0.4 * w.float().abs().max()
 
 

@@ -89,16 +89,16 @@ CASES = [
 @pytest.mark.parametrize(("outputs", "inputs", "rank"), CASES)
 @pytest.mark.parametrize("rows", [2048, 2500])
 @pytest.mark.parametrize("quant", [True, False])
-def test_fused_products_are_as_exact_as_the_plain_ones(outputs, inputs, rank, rows, quant, monkeypatch):
+def test_fused_products_are_as_exact_as_the_plain_ones(
+    outputs, inputs, rank, rows, quant, monkeypatch
+):
     from halfbyte.nf4 import gpu_products
 
     module = layer(outputs, inputs, rank, quant)
     true = exact(module, rows)
     calls = []
     original = gpu_products.forward
-    monkeypatch.setattr(
-        gpu_products, "forward", lambda *args: calls.append(1) or original(*args)
-    )
+    monkeypatch.setattr(gpu_products, "forward", lambda *args: calls.append(1) or original(*args))
     fused = run(module, rows)
     hopper = torch.cuda.get_device_capability()[0] == 9
     assert bool(calls) == hopper
@@ -151,9 +151,7 @@ def test_a_few_rows_without_gradients_take_the_packed_weight(monkeypatch):
     module = layer((512, 256), 256, 16)
     calls = []
     original = gpu.small_product
-    monkeypatch.setattr(
-        gpu, "small_product", lambda *args: calls.append(1) or original(*args)
-    )
+    monkeypatch.setattr(gpu, "small_product", lambda *args: calls.append(1) or original(*args))
     x = torch.randn(3, 256, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         y = module.l0(x)

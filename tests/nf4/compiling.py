@@ -15,7 +15,17 @@ from halfbyte.nf4 import gpu, gpu_products
 
 POINTERS = {"scale_codes": "*u8", "codes": "*i32", "cell_codes": "*i32"}
 INTEGERS = {
-    *("rows", "columns", "stride", "words", "outputs", "row_words", "row_quads", "x_stride", "inputs"),
+    *(
+        "rows",
+        "columns",
+        "stride",
+        "words",
+        "outputs",
+        "row_words",
+        "row_quads",
+        "x_stride",
+        "inputs",
+    ),
     *("numel", "nbytes", "blocks", "groups", "second", "third", "dy_stride", "p_stride"),
     *("outputs0", "outputs1", "outputs2", "g_count", "b_count", "g_numel", "b_numel"),
     *("g_programs", "g_stride"),
@@ -54,8 +64,8 @@ def kernels(capability: int):
     yield gpu._encode_scales, {}, {"block_size": 256, "rows": 4}, {}
     product = {"num_stages": 1, **plain}
     for rounded, dtype in ((True, "*bf16"), (False, "*fp16")):
-        one = {"block_quads": 2, "double": True, "rows": 4, "lanes": 128, "rounded": rounded}
-        yield gpu._product_one, {"y": dtype, "x": dtype, "planes": "*i32"}, one, product
+        one = {"block_quads": 2, "double": True, "lanes": 128, "rounded": rounded}
+        yield gpu._product_one, {"y": dtype, "x": "*i32", "planes": "*i32"}, one, product
     yield gpu._sum_products, {"y": "*bf16"}, {"split": 4, "lanes": 512}, {}
     for rows in (16, 64):
         few = {"block_words": 8, "double": True, "tile_outputs": 64, "tile_rows": rows}
@@ -86,9 +96,7 @@ def main() -> None:
         kinds = {
             name: "constexpr"
             if name in constants
-            else types.get(name)
-            or POINTERS.get(name)
-            or ("i32" if name in INTEGERS else "*fp32")
+            else types.get(name) or POINTERS.get(name) or ("i32" if name in INTEGERS else "*fp32")
             for name in names
         }
         free = set(getattr(kernel, "do_not_specialize", []) or [])
@@ -103,9 +111,7 @@ def main() -> None:
             constexprs={(names.index(name),): value for name, value in constants.items()},
             attrs=aligned,
         )
-        compiled = triton.compile(
-            source, target=GPUTarget("cuda", capability, 32), options=options
-        )
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         print(kernel.__name__, compiled.metadata.shared, flush=True)
 
 

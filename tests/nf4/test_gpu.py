@@ -34,9 +34,7 @@ def weight(shape, dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_decoding_is_that_of_plain_pytorch_to_the_bit(shape, double, quant_type, dtype):
     block_size = 64 if shape[0] % 2 else 32
-    q = quantize(
-        weight(shape), quant_type=quant_type, double_quant=double, block_size=block_size
-    )
+    q = quantize(weight(shape), quant_type=quant_type, double_quant=double, block_size=block_size)
     expected = dequantize(q, dtype, impl="torch")
     out = torch.full(shape, torch.nan, dtype=dtype)
     gpu.decode_all([q], [out])

@@ -110,7 +110,9 @@ def test_sums_over_many_spans_and_tiles_are_complete():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_shadow_holds_each_adapter_scaled_and_padded(dtype):
     _, updates, _ = layer([24, 8], 40, [3, 20])
-    shadow = products.shadow_of([updates[0], None, updates[1]], [(24, 40), (16, 40), (8, 40)], dtype)
+    shadow = products.shadow_of(
+        [updates[0], None, updates[1]], [(24, 40), (16, 40), (8, 40)], dtype
+    )
     assert shadow.rank == 32
     assert torch.equal(shadow.a[:3], updates[0].a.to(dtype))
     assert torch.equal(shadow.a[64:84], updates[1].a.to(dtype))

@@ -21,7 +21,16 @@ from halfbyte.model import attention
 from halfbyte.nf4.format import QuantizedWeight, quantize
 from halfbyte.nf4.linear import FrozenLinear, SharedInput
 
-__all__ = ["Audit", "BaseRecipe", "build", "finish", "frozen_linears", "place", "place_quantized", "share_inputs"]
+__all__ = [
+    "Audit",
+    "BaseRecipe",
+    "build",
+    "finish",
+    "frozen_linears",
+    "place",
+    "place_quantized",
+    "share_inputs",
+]
 
 # Linears that transformers' decoders call with the same input, one after the other.
 _SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))

@@ -387,7 +387,9 @@ def _backend(impl: Implementation, device: torch.device) -> _Backend:
         return _Backend(gpu.encode, gpu.encode_scales, gpu.decode_all, empty)
     if impl in ("cpu", "gpu"):
         why = cpu.describe() if impl == "cpu" else "Triton on a CUDA device"
-        raise ConfigError(f'impl "{impl}" cannot be had for a tensor on {device} ({why}): use "auto"')
+        raise ConfigError(
+            f'impl "{impl}" cannot be had for a tensor on {device} ({why}): use "auto"'
+        )
     encode = partial(_encode, cuda=device.type == "cuda")
     return _Backend(encode, _encode_scales, _each(_decode), empty)
 

@@ -95,7 +95,11 @@ def _decode_flat(
         scale = _scale_of(block, inside, scales, scale_codes, offset, dynamic, double)
         code = (packed[:, None] >> shift[None, :]) & 15
         value = tl.load(levels + code) * scale[:, None]
-        tl.store(out + lane[:, None] * 8 + element[None, :], value.to(out.dtype.element_ty), mask=inside[:, None])
+        tl.store(
+            out + lane[:, None] * 8 + element[None, :],
+            value.to(out.dtype.element_ty),
+            mask=inside[:, None],
+        )
 
 
 @triton.jit
@@ -259,8 +263,8 @@ def _float(bits):
 
 
 @triton.jit
-def _multiply_word(sums, word, x, planes, levels, rounded: tl.constexpr):
-    # sums [rows, lanes] and the products of eight weights a lane with eight tensors [lanes].
+def _multiply_word(total, word, x, planes, levels, rounded: tl.constexpr):
+    # Adds the products of eight weights a lane with eight elements of x.
     if rounded:
         p = planes
         a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
@@ -271,24 +275,49 @@ def _multiply_word(sums, word, x, planes, levels, rounded: tl.constexpr):
             is_pure=True,
             pack=1,
         )
-        values = (
-            _float(a),
-            _float(b),
-            _float(c),
-            _float(d),
-            _float(e),
-            _float(f),
-            _float(g),
-            _float(h),
-        )
-        for j in tl.static_range(8):
-            sums = tl.fma(values[j], tl.broadcast_to(x[j][None, :], sums.shape), sums)
+        total = tl.fma(_float(a), x[0], total)
+        total = tl.fma(_float(b), x[1], total)
+        total = tl.fma(_float(c), x[2], total)
+        total = tl.fma(_float(d), x[3], total)
+        total = tl.fma(_float(e), x[4], total)
+        total = tl.fma(_float(f), x[5], total)
+        total = tl.fma(_float(g), x[6], total)
+        total = tl.fma(_float(h), x[7], total)
     else:
         for j in tl.static_range(8):
             code = (word >> ((j // 2) * 8 + (1 - j % 2) * 4)) & 15
-            part = tl.broadcast_to(x[j][None, :], sums.shape)
-            sums = tl.fma(tl.load(levels + code), part, sums)
-    return sums
+            total = tl.fma(tl.load(levels + code), x[j], total)
+    return total
+
+
+@triton.jit
+def _multiply_row(
+    total,
+    row,
+    quad,
+    there,
+    x,
+    codes,
+    scales,
+    scale_codes,
+    offset,
+    levels,
+    dynamic,
+    planes,
+    row_quads,
+    block_quads: tl.constexpr,
+    double: tl.constexpr,
+    rounded: tl.constexpr,
+):
+    index = row * row_quads + quad
+    at = index[:, None] * 4 + tl.arange(0, 4)[None, :]
+    words = _quarters(tl.load(codes + at, mask=there[:, None], other=0))
+    block = index // block_quads
+    scale = _scale_of(block, there, scales, scale_codes, offset, dynamic, double)
+    sums = tl.zeros_like(total)
+    for i in tl.static_range(4):
+        sums = _multiply_word(sums, words[i], x[i], planes, levels, rounded)
+    return tl.fma(sums, scale, total)
 
 
 @triton.jit
@@ -307,6 +336,23 @@ def _quarters(x):
 
 
 @triton.jit
+def _pair(bits, dtype: tl.constexpr):
+    # Two 16-bit numbers of a word, the earlier in its low half.
+    low = bits.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    high = (bits >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return low, high
+
+
+@triton.jit
+def _eight(a, b, c, d, dtype: tl.constexpr):
+    x0, x1 = _pair(a, dtype)
+    x2, x3 = _pair(b, dtype)
+    x4, x5 = _pair(c, dtype)
+    x6, x7 = _pair(d, dtype)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
 def _product_one(
     y,
     x,
@@ -321,20 +367,23 @@ def _product_one(
     row_quads,
     block_quads: tl.constexpr,
     double: tl.constexpr,
-    rows: tl.constexpr,
     lanes: tl.constexpr,
     rounded: tl.constexpr,
 ):
-    # A lane has 32 neighbouring weights of each row: one load of codes, one scale, and 32 elements
-    # of x that it keeps for all rows.
-    row = tl.program_id(0) * rows + tl.arange(0, rows)
-    held = tl.minimum(row, outputs - 1)
+    # A program has four rows. A lane has 32 neighbouring weights of each: one load of codes, one
+    # scale, and 32 elements of x that it keeps for all four. Rows are variables of their own, not
+    # a dimension: the compiler would spread that over warps, and x with it.
+    row = tl.program_id(0) * 4
+    row0 = tl.minimum(row, outputs - 1)
+    row1 = tl.minimum(row + 1, outputs - 1)
+    row2 = tl.minimum(row + 2, outputs - 1)
+    row3 = tl.minimum(row + 3, outputs - 1)
     first = 0.0
     if double:
         first = tl.load(offset)
-    bytes_ = (0, 0, 0, 0, 0, 0, 0, 0)
+    p = (0, 0, 0, 0, 0, 0, 0, 0)
     if rounded:  # from memory, or every word would have the constants moved to registers again
-        bytes_ = (
+        p = (
             tl.load(planes),
             tl.load(planes + 1),
             tl.load(planes + 2),
@@ -344,40 +393,42 @@ def _product_one(
             tl.load(planes + 6),
             tl.load(planes + 7),
         )
-    total = tl.zeros((rows, lanes), tl.float32)
+    total0 = tl.zeros((lanes,), tl.float32)
+    total1 = tl.zeros((lanes,), tl.float32)
+    total2 = tl.zeros((lanes,), tl.float32)
+    total3 = tl.zeros((lanes,), tl.float32)
+    dtype: tl.constexpr = y.dtype.element_ty
     for start in range(0, row_quads, lanes):
         quad = start + tl.arange(0, lanes)
         there = quad < row_quads
-        index = held[:, None] * row_quads + quad[None, :]
-        four = tl.load(
-            codes + index[:, :, None] * 4 + tl.arange(0, 4)[None, None, :],
-            mask=there[None, :, None],
-            other=0,
-        )
-        even, odd = tl.split(tl.reshape(four, (rows, lanes, 2, 2)))
-        word0, word2 = tl.split(even)
-        word1, word3 = tl.split(odd)
-        scale = _scale_of(
-            index // block_quads, there[None, :], scales, scale_codes, first, dynamic, double
-        )
-        element = quad[:, None] * 32 + tl.arange(0, 32)[None, :]
-        xs = tl.load(x + element, mask=there[:, None], other=0.0).to(tl.float32)
-        even, odd = _halves(xs)
+        at = quad[:, None] * 16 + tl.arange(0, 16)[None, :]
+        even, odd = _halves(tl.load(x + at, mask=there[:, None], other=0))
         x04, x26 = _halves(even)
         x15, x37 = _halves(odd)
-        x0, x4 = _halves(x04)
-        x1, x5 = _halves(x15)
-        x2, x6 = _halves(x26)
-        x3, x7 = _halves(x37)
-        x0, x1, x2, x3 = _quarters(x0), _quarters(x1), _quarters(x2), _quarters(x3)
-        x4, x5, x6, x7 = _quarters(x4), _quarters(x5), _quarters(x6), _quarters(x7)
-        words = (word0, word1, word2, word3)
-        sums = tl.zeros((rows, lanes), tl.float32)
-        for i in tl.static_range(4):
-            eight = (x0[i], x1[i], x2[i], x3[i], x4[i], x5[i], x6[i], x7[i])
-            sums = _multiply_word(sums, words[i], eight, bytes_, levels, rounded)
-        total = tl.fma(sums, scale, total)
-    tl.store(y + row, tl.sum(total, axis=1).to(y.dtype.element_ty), mask=row < outputs)
+        a, b, c, d = _quarters(x04), _quarters(x15), _quarters(x26), _quarters(x37)
+        word0 = _eight(a[0], b[0], c[0], d[0], dtype)
+        word1 = _eight(a[1], b[1], c[1], d[1], dtype)
+        word2 = _eight(a[2], b[2], c[2], d[2], dtype)
+        word3 = _eight(a[3], b[3], c[3], d[3], dtype)
+        e = (word0, word1, word2, word3)
+        q, t, n, bq = quad, there, row_quads, block_quads
+        s, sc, lv, dy = scales, scale_codes, levels, dynamic
+        total0 = _multiply_row(
+            total0, row0, q, t, e, codes, s, sc, first, lv, dy, p, n, bq, double, rounded
+        )
+        total1 = _multiply_row(
+            total1, row1, q, t, e, codes, s, sc, first, lv, dy, p, n, bq, double, rounded
+        )
+        total2 = _multiply_row(
+            total2, row2, q, t, e, codes, s, sc, first, lv, dy, p, n, bq, double, rounded
+        )
+        total3 = _multiply_row(
+            total3, row3, q, t, e, codes, s, sc, first, lv, dy, p, n, bq, double, rounded
+        )
+    tl.store(y + row, tl.sum(total0).to(dtype), mask=row < outputs)
+    tl.store(y + row + 1, tl.sum(total1).to(dtype), mask=row + 1 < outputs)
+    tl.store(y + row + 2, tl.sum(total2).to(dtype), mask=row + 2 < outputs)
+    tl.store(y + row + 3, tl.sum(total3).to(dtype), mask=row + 3 < outputs)
 
 
 @triton.jit
@@ -430,9 +481,7 @@ def _product_tile(
         inside = (word < row_words)[None, :]
         index = held[:, None] * row_words + word[None, :]
         packed = tl.load(codes + index, mask=inside, other=0)
-        scale = _scale_of(
-            index // block_words, inside, scales, scale_codes, first, dynamic, double
-        )
+        scale = _scale_of(index // block_words, inside, scales, scale_codes, first, dynamic, double)
         weight = tl.reshape(weight, (tile_outputs, step * 8)).to(x.dtype.element_ty)
         total = tl.dot(weight, values, total)
     target = y + (part * rows + row[None, :]) * outputs + output[:, None]
@@ -708,13 +757,12 @@ def small_product(x: Tensor, q: QuantizedWeight) -> Tensor:
         if rows == 1:
             _product_one[(triton.cdiv(outputs, 4),)](
                 y,
-                x,
+                x.view(torch.int32),
                 *held,
                 _planes(q.quant_type, x.device),
                 outputs,
                 q.shape[1] // 32,
                 block_quads=q.block_size // 32,
-                rows=4,
                 lanes=128,
                 rounded=x.dtype == torch.bfloat16 and x.is_cuda,
                 **kind,

@@ -176,7 +176,9 @@ def _adapter_pass(
         row = start + tl.arange(0, tile_m)
         there = row < rows
         at = row.to(tl.int64)[:, None]
-        d = tl.load(dy + at * dy_stride + column[None, :], mask=there[:, None] & has[None, :], other=0.0)
+        d = tl.load(
+            dy + at * dy_stride + column[None, :], mask=there[:, None] & has[None, :], other=0.0
+        )
         p_tile = tl.load(p + at * p_stride + r[None, :], mask=there[:, None], other=0.0)
         total = tl.dot(tl.trans(d), p_tile, total)
         target = g_parts + (tl.program_id(0).to(tl.int64) * rows + row[:, None]) * rank + r[None, :]
@@ -343,9 +345,7 @@ def forward(
     return y
 
 
-def backward(
-    dys: Sequence[Tensor], weights: Sequence[Tensor], g: Tensor, shadow: Shadow
-) -> Tensor:
+def backward(dys: Sequence[Tensor], weights: Sequence[Tensor], g: Tensor, shadow: Shadow) -> Tensor:
     """Returns dx = Σ dyᵢ Wᵢ + g A, [rows, in].
 
     Args:

@@ -224,7 +224,7 @@ def _fused_backward(
         d_bs.append(fused.adapter_pass(dy, p[0][:, mine], b, scaling, g[:, mine]))
         start += member.out_features
     gradients: list[Tensor | None] = []
-    d_a = torch.mm(g.t(), rows)
+    d_a = torch.mm(g.t(), rows, out_dtype=torch.float32)
     for i, update in enumerate(updates):
         if update is None:
             gradients += [None, None]
@@ -330,8 +330,11 @@ class SharedInput:
         factors = [tensor for u in updates if u is not None for tensor in (u.a, u.b)]
         key = (dtype, [(id(t), t.data_ptr(), t._version) for t in factors])
         if self._shadow is None or self._shadow[0] != key:
-            self._shadow = key, gpu_products.shadow_of(
-                updates, [(m.out_features, m.in_features) for m in members], dtype
+            self._shadow = (
+                key,
+                gpu_products.shadow_of(
+                    updates, [(m.out_features, m.in_features) for m in members], dtype
+                ),
             )
         return self._shadow[1]
 
