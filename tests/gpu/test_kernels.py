@@ -1,9 +1,8 @@
 """The Triton kernels on a GPU, against plain PyTorch, float64 and bitsandbytes' CUDA code."""
 
+import bitsandbytes.functional as bnb
 import pytest
 import torch
-
-bnb = pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes")
 
 from halfbyte.errors import WeightError
 from halfbyte.nf4 import dequantize, dequantize_all, quantize

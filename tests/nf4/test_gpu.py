@@ -10,15 +10,19 @@ import os
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("Triton compiles here, so tests/gpu/ tests these", allow_module_level=True)
-
 from halfbyte import blockwise
-from halfbyte.nf4 import dequantize, gpu, quantize
+from halfbyte.nf4 import dequantize, quantize
 from halfbyte.nf4 import format as plain
 
-# NumPy says so when the interpreter divides by zero or multiplies NaN.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+gpu = pytest.importorskip("halfbyte.nf4.gpu", reason="needs Triton", exc_type=ImportError)
+pytestmark = [
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1",
+        reason="Triton compiles here, so tests/gpu/ tests these",
+    ),
+    # NumPy says so when the interpreter divides by zero or multiplies NaN.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
 
 SHAPES = [(1, 1), (1, 8), (3, 5), (7, 64), (16, 96), (5, 77), (33, 128), (2, 4097)]
 

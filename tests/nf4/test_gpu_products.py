@@ -5,11 +5,15 @@ import os
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("Triton compiles here, so tests/gpu/ tests these", allow_module_level=True)
-
-from halfbyte.nf4 import gpu_products as products
 from halfbyte.nf4.linear import LowRank
+
+products = pytest.importorskip(
+    "halfbyte.nf4.gpu_products", reason="needs Triton", exc_type=ImportError
+)
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1",
+    reason="Triton compiles here, so tests/gpu/ tests these",
+)
 
 
 def drawn(*shape, seed, scale=1.0):

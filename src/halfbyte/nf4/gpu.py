@@ -499,9 +499,7 @@ def _sum_products(y, parts, numel, split: tl.constexpr, lanes: tl.constexpr):
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Returns the context in which to launch a kernel over `tensor`: Triton looks at the current
-    device, not at the tensors.
-    """
+    """Returns the context to launch a kernel in: Triton looks at the current device only."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
@@ -605,7 +603,8 @@ def decode_all(weights: Sequence[QuantizedWeight], outs: Sequence[Tensor]) -> No
         outs: For each, where it goes: float32, bfloat16 or float16, either contiguous and of as
             many elements, or ``[rows, columns]`` of a weight that is, with one stride of 1.
     """
-    flat, others = [], []
+    flat: list[tuple[QuantizedWeight, Tensor]] = []
+    others: list[tuple[QuantizedWeight, Tensor]] = []
     for q, out in zip(weights, outs, strict=True):
         if not q.numel:
             continue

@@ -17,8 +17,8 @@ Whether this is QLoRA or LoRA is a property of the weight: ``FrozenLinear`` hold
 4-bit tensors or a plain 16/32-bit weight, and ``dense`` gives W in the dtype of the product.
 
 There are three ways to the same numbers. A few rows without gradients (generation) are multiplied
-with the packed weight on a GPU that can. Many rows on a Hopper GPU go through gpu_products.py, which
-adds base and adapter in one accumulator. All else is decoding and torch's products.
+with the packed weight on a GPU that can. Many rows on a Hopper GPU go through gpu_products.py,
+which adds base and adapter in one accumulator. All else is decoding and torch's products.
 
 Who decodes, and how often, is up to the caller. Called alone, a layer decodes W for each product.
 Inside ``WeightScratch.opened`` the weights of a whole decoder layer are decoded once, into buffers
@@ -140,11 +140,12 @@ def _plain_forward(
         ys = [product(rows, weight) for weight in shared.weights(members, rows.dtype)]
     p: list[Tensor | None] = []
     for y, update in zip(ys, updates, strict=True):
-        p.append(None)
+        x_a = None
         if update is not None:
             dropped = rows if update.keep is None else rows * update.keep.reshape(rows.shape)
-            p[-1] = product(dropped, update.a.to(rows.dtype))
-            y.addmm_(p[-1], update.b.to(rows.dtype).t(), alpha=update.scaling)
+            x_a = product(dropped, update.a.to(rows.dtype))
+            y.addmm_(x_a, update.b.to(rows.dtype).t(), alpha=update.scaling)
+        p.append(x_a)
     return ys, p
 
 
@@ -192,10 +193,11 @@ def _plain_backward(
                     d_a = product(dy_b.t(), dropped.t()).to(a.dtype).mul_(scaling)
                 if dx is not None and keep is None:
                     dx.addmm_(dy_b, a.to(dy.dtype), alpha=scaling)
-                elif dx is not None:
+                elif dx is not None and keep is not None:
                     dx.addcmul_(torch.mm(dy_b, a.to(dy.dtype)), keep, value=scaling)
-            if needs_b:
-                d_b = torch.mm(dy.t(), p[i]).to(b.dtype).mul_(scaling)
+            x_a = p[i]
+            if needs_b and x_a is not None:
+                d_b = torch.mm(dy.t(), x_a).to(b.dtype).mul_(scaling)
         gradients += [d_a, d_b]
     return dx, gradients
 
@@ -246,6 +248,11 @@ class _Waiting(NamedTuple):
     gradients: bool
     outputs: dict["FrozenLinear", Tensor]
 
+    def fits(self, linear: "FrozenLinear", x: Tensor) -> bool:
+        """Return whether they hold what ``linear`` would compute of x now."""
+        made = (self.version, self.gradients) == (x._version, torch.is_grad_enabled())
+        return self.x is x and made and linear in self.outputs
+
 
 class SharedInput:
     """Linears that are called with the same x, one after the other: then they are one product.
@@ -269,13 +276,14 @@ class SharedInput:
     def output(self, linear: "FrozenLinear", x: Tensor) -> Tensor:
         """Return y [..., out] of one member for x [..., in]."""
         waiting, self._waiting = self._waiting, None
-        if waiting is not None and linear in waiting.outputs and waiting.x is x:
-            if (waiting.version, waiting.gradients) == (x._version, torch.is_grad_enabled()):
-                y = waiting.outputs.pop(linear)
-                self._waiting = waiting if waiting.outputs else None
-                self._proven = self._proven or not waiting.outputs
-                return y
-        if len(self.members) > 1 and waiting is not None and not self._proven:
+        if waiting is not None and waiting.fits(linear, x):
+            y = waiting.outputs.pop(linear)
+            if waiting.outputs:
+                self._waiting = waiting
+            else:
+                self._proven = True
+            return y
+        if waiting is not None and not self._proven:
             for member in self.members:
                 SharedInput([member])
             return linear.shared.output(linear, x)
@@ -340,14 +348,14 @@ class SharedInput:
 
 
 def _decode_together(linears: Sequence["FrozenLinear"], dtype: torch.dtype) -> list[Tensor]:
-    """Return W [out, in] of each in ``dtype``, the packed ones decoded in one launch, each to
-    below the last.
-    """
+    """Return W [out, in] of each in ``dtype``, the packed ones decoded together."""
     packed = {linear: q for linear in linears if (q := linear.quantized) is not None}
-    if len(packed) < 2 or not linears[0].device.type == "cuda":
+    if len(packed) < 2 or linears[0].device.type != "cuda":
         return [linear.decode(dtype) for linear in linears]
     sizes = [q.numel for q in packed.values()]
-    pieces = torch.empty(sum(sizes), dtype=dtype, device=linears[0].device).split(sizes)
+    # Each below the last, so that their product with one x can be one.
+    whole = torch.empty(sum(sizes), dtype=dtype, device=linears[0].device)
+    pieces = torch.split(whole, sizes)
     outs = [piece.view(q.shape) for piece, q in zip(pieces, packed.values(), strict=True)]
     dequantize_all(list(packed.values()), dtype, outs=outs)
     decoded = dict(zip(packed, outs, strict=True))
@@ -536,7 +544,8 @@ class WeightScratch:
             for slot, members in enumerate(sets.values()):
                 held = {m: q for m in members if (q := m.quantized) is not None}
                 sizes = [q.numel for q in held.values()]
-                pieces = self._buffer(slot, sum(sizes), dtype, members[0].device).split(sizes)
+                whole = self._buffer(slot, sum(sizes), dtype, members[0].device)
+                pieces = torch.split(whole, sizes)
                 for (linear, q), piece in zip(held.items(), pieces, strict=True):
                     linear._dense = piece.view(q.shape)
                     packed.append(q)

@@ -1,0 +1,147 @@
+"""Linears that share their input: one product when they do, and no harm when they do not."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from halfbyte.nf4.linear import FrozenLinear, SharedInput
+from tests.nf4.test_linear import Update, layer
+
+SIZES = (7, 3, 3)
+
+
+def adapted(keep=None, *, missing=()):
+    """Three linears over 10 features, each with an adapter of its own but those `missing`."""
+    torch.manual_seed(3)
+    linears = [layer(out) for out in SIZES]
+    for i, (linear, out) in enumerate(zip(linears, SIZES, strict=True)):
+        a = torch.randn(2 + i, 10, dtype=torch.float64, requires_grad=True)
+        b = torch.randn(out, 2 + i, dtype=torch.float64, requires_grad=True)
+        if i not in missing:
+            linear.adapter = Update(a, b, 0.5, keep)
+    return linears
+
+
+def run(linears, x, weights=(1.0, 2.0, 3.0)):
+    ys = [linear(x) for linear in linears]
+    loss = sum(w * (y * y).sum() for w, y in zip(weights, ys, strict=True) if w)
+    wanted = [x] + [t for m in linears if m.adapter for t in (m.adapter.a, m.adapter.b)]
+    return ys, torch.autograd.grad(loss, wanted, allow_unused=True)
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """How many products were made, each of however many linears."""
+    made = []
+    original = SharedInput._products
+
+    def counted(self, x):
+        made.append(len(self.members))
+        return original(self, x)
+
+    monkeypatch.setattr(SharedInput, "_products", counted)
+    return made
+
+
+@pytest.mark.parametrize("missing", [(), (1,), (0, 1, 2)])
+@pytest.mark.parametrize("dropped", [True, False])
+def test_together_they_give_what_they_give_alone(missing, dropped, products):
+    x = torch.randn(2, 5, 10, dtype=torch.float64, requires_grad=True)
+    keep = (torch.rand(2, 5, 10) > 0.3).double() / 0.7 if dropped else None
+    alone, alone_gradients = run(adapted(keep, missing=missing), x)
+    assert products == [1, 1, 1]
+    together = adapted(keep, missing=missing)
+    SharedInput(together)
+    products.clear()
+    ys, gradients = run(together, x)
+    assert products == [3]
+    for got, wanted in zip(ys, alone, strict=True):
+        assert torch.equal(got, wanted)
+    for got, wanted in zip(gradients, alone_gradients, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_gradients_in_float64():
+    linears = adapted()
+    SharedInput(linears)
+    x = torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
+    factors = [t for m in linears for t in (m.adapter.a, m.adapter.b)]
+    assert torch.autograd.gradcheck(lambda x, *_: tuple(m(x) for m in linears), (x, *factors))
+
+
+def test_an_output_that_is_not_used_has_no_part_in_the_gradients():
+    x = torch.randn(5, 10, dtype=torch.float64, requires_grad=True)
+    _, wanted = run(adapted(), x, weights=(1.0, 0.0, 3.0))
+    linears = adapted()
+    SharedInput(linears)
+    _, got = run(linears, x, weights=(1.0, 0.0, 3.0))
+    for one, other in zip(got, wanted, strict=True):
+        if other is None:
+            assert one is None
+        else:
+            torch.testing.assert_close(one, other)
+
+
+def test_another_input_is_another_product(products):
+    linears = adapted()
+    SharedInput(linears)
+    x = torch.randn(5, 10, dtype=torch.float64)
+    first = [linear(x) for linear in linears]
+    again = [linear(x.clone()) for linear in linears]  # equal, but not the same
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert products == [3, 3, 3, 3]
+
+
+def test_an_input_that_was_changed_in_place_is_not_the_same(products):
+    linears = adapted()
+    SharedInput(linears)
+    x = torch.randn(5, 10, dtype=torch.float64)
+    [linear(x) for linear in linears]
+    linears[0](x)
+    x.add_(1.0)
+    expected = adapted()[1](x)
+    assert torch.equal(linears[1](x), expected)
+
+
+def test_outputs_without_gradients_are_not_given_where_gradients_are_wanted():
+    linears = adapted()
+    SharedInput(linears)
+    x = torch.randn(5, 10, dtype=torch.float64, requires_grad=True)
+    [linear(x) for linear in linears]
+    with torch.no_grad():
+        linears[0](x)
+    assert linears[1](x).requires_grad
+
+
+def test_a_set_whose_first_inputs_differ_is_dissolved(products):
+    linears = adapted()
+    SharedInput(linears)
+    inputs = [torch.randn(5, 10, dtype=torch.float64) for _ in linears]
+    ys = [linear(x) for linear, x in zip(linears, inputs, strict=True)]
+    expected = [linear(x) for linear, x in zip(adapted(), inputs, strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(ys, expected, strict=True))
+    products.clear()
+    [linear(x) for linear, x in zip(linears, inputs, strict=True)]
+    assert products == [1, 1, 1]
+
+
+def test_nothing_is_held_once_all_have_their_output():
+    linears = adapted()
+    SharedInput(linears)
+    x = torch.randn(5, 10, dtype=torch.float64)
+    ys = [linear(x) for linear in linears]
+    gone = [weakref.ref(x), weakref.ref(ys[1])]
+    del x, ys
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+
+
+def test_a_linear_belongs_to_one_set():
+    one, other = layer(7), layer(3)
+    shared = SharedInput([one, other])
+    assert isinstance(one, FrozenLinear)
+    assert one.shared is other.shared is shared
+    assert SharedInput([one]) is one.shared
+    assert other.shared is shared
