@@ -1,9 +1,13 @@
 """Adapters: where they go, what they start as, and how they go in and out by name."""
 
 import math
+import re
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from halfbyte.errors import CheckpointError, ConfigError
@@ -12,6 +16,7 @@ from halfbyte.lora import (
     adapter_parameters,
     adapter_state,
     adapters,
+    at_end,
     attach,
     delta,
     detach,
@@ -20,6 +25,14 @@ from halfbyte.lora import (
 )
 from halfbyte.nf4 import quantize
 from halfbyte.nf4.linear import FrozenLinear
+
+
+def compiles(pattern):
+    try:
+        re.compile(f"({pattern})")
+    except re.error:
+        return False
+    return True
 
 
 class Attention(nn.Module):
@@ -88,6 +101,40 @@ def test_wrong_numbers(wrong):
 def test_scaling():
     assert LoRAConfig(r=16, alpha=32).scaling == 2
     assert LoRAConfig(r=16, alpha=32, use_rslora=True).scaling == 8
+
+
+@given(
+    st.text("ab.(|)*^$", max_size=6).filter(compiles),
+    st.lists(st.sampled_from(["a", "b", "ab", "aab"]), min_size=1, max_size=3),
+)
+def test_patterns_match_as_peft_s_do(pattern, parts):
+    path = ".".join(parts)
+    theirs = get_pattern_key([pattern], path) == pattern
+    # PEFT returns the path itself where nothing matches, so a pattern equal to it says nothing.
+    assert at_end(pattern, path) == theirs or pattern == path
+
+
+def test_patterns_give_layers_their_own_rank_and_scaling():
+    config = LoRAConfig(
+        r=4,
+        alpha=8,
+        rank_pattern={"layers.0.q_proj": 2, "q_proj": 3},
+        alpha_pattern={r".*v_proj": 2},
+    )
+    model = Model()
+    attach(model, config, seed=0)
+    made = {name: (a.lora_A.shape[0], a.config.scaling) for name, a in adapters(model).items()}
+    assert made == dict(zip(ALL, [(2, 4), (4, 0.5), (3, 8 / 3), (4, 0.5), (4, 2)], strict=True))
+
+
+@pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_matches_nothing(option):
+    with pytest.raises(ConfigError, match=f"{option} 'k_proj' matches no layer.*layers.0.q_proj"):
+        attach(Model(), LoRAConfig(**{option: {"k_proj": 2}}), seed=0)
+    with pytest.raises(ConfigError, match="no regular expression"):
+        LoRAConfig(**{option: {"(q": 2}})
+    with pytest.raises(ConfigError, match="must be positive"):
+        LoRAConfig(**{option: {"q": -1}})
 
 
 def test_a_fresh_adapter_changes_nothing_and_is_fixed_by_the_seed():

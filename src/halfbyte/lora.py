@@ -3,7 +3,8 @@
 LoRA (Hu et al. 2021) leaves a weight W alone and trains W + s·B·A with A [r, in], B [out, r].
 A starts as Kaiming-uniform noise and B as zero, so an attached adapter changes nothing at first.
 The scaling is s = alpha / r, or alpha / √r with rank-stabilised LoRA (Kalajdzievski 2023). It is
-applied in one place: the product in ``nf4/linear.py``.
+applied in one place: the product in ``nf4/linear.py``. Patterns give
+some layers another r or alpha.
 
 A and B are float32 whatever the dtype of the product: a bfloat16 adapter stops learning when
 learning rate x update falls under half a unit in its last place (at |w| = 0.01 that is 3e-5).
@@ -15,7 +16,8 @@ that is run in another order, and a run that is resumed all see the same masks.
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
 import torch
@@ -39,6 +41,10 @@ class LoRAConfig:
         target_modules: ``"all-linear"`` (every frozen linear, so not the output head), names as
             PEFT takes them (a module matches when its path is the name or ends with ``.name``), or
             one regular expression that must match the whole path.
+        rank_pattern: Another ``r`` for the modules a key matches. A key is a regular expression
+            that must match the whole path, or its end after a dot; the first that matches counts
+            (PEFT's rule).
+        alpha_pattern: Another ``alpha``, likewise.
     """
 
     r: int = 16
@@ -46,17 +52,42 @@ class LoRAConfig:
     dropout: float = 0.0
     use_rslora: bool = False
     target_modules: str | tuple[str, ...] = ALL_LINEAR
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.r < 1:
             raise ConfigError(f"lora_r must be at least 1, got {self.r}")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"lora_dropout must be in [0, 1), got {self.dropout}")
+        for name in ("rank_pattern", "alpha_pattern"):
+            for key, value in getattr(self, name).items():
+                try:
+                    at_end(key, "")
+                except re.error as error:
+                    raise ConfigError(f"{name} {key!r} is no regular expression: {error}") from None
+                if value < (1 if name == "rank_pattern" else 0):
+                    raise ConfigError(f"{name} {key!r} must be positive, got {value}")
 
     @property
     def scaling(self) -> float:
         """The factor s of the update s·B·A."""
         return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def at(self, path: str) -> "LoRAConfig":
+        """Return what holds for the module at ``path``: the patterns applied, and gone."""
+        return replace(
+            self,
+            r=next((v for k, v in self.rank_pattern.items() if at_end(k, path)), self.r),
+            alpha=next((v for k, v in self.alpha_pattern.items() if at_end(k, path)), self.alpha),
+            rank_pattern={},
+            alpha_pattern={},
+        )
+
+
+def at_end(pattern: str, path: str) -> bool:
+    """Whether the expression matches ``path``, or what follows one of its dots, to the end."""
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 
 class DropoutClock:
@@ -76,7 +107,14 @@ class DropoutClock:
 
 
 class LoRA(nn.Module):
-    """One adapter: ``lora_A`` [r, in] and ``lora_B`` [out, r], float32, and how to apply them."""
+    """One adapter: ``lora_A`` [r, in] and ``lora_B`` [out, r], float32, and how to apply them.
+
+    Args:
+        linear: What it is for; its device is the adapter's.
+        config: What holds for this module, see ``LoRAConfig.at``.
+        index: The place among the adapters of the model, for the dropout masks.
+        clock: The model's.
+    """
 
     def __init__(
         self, linear: FrozenLinear, config: LoRAConfig, *, index: int, clock: DropoutClock
@@ -122,13 +160,20 @@ def attach(model: nn.Module, config: LoRAConfig, *, seed: int) -> list[str]:
         The paths of the adapted modules, in the model's order.
 
     Raises:
-        ConfigError: If a name or the expression matches no module; the message lists what there is.
+        ConfigError: If a name or an expression matches no module; the message lists what there is.
     """
     linears = frozen_linears(model)
     names = _targets(list(linears), config.target_modules)
+    for option in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, option):
+            if not any(at_end(key, name) for name in names):
+                raise ConfigError(
+                    f"{option} {key!r} matches no layer that gets an adapter; it must match a "
+                    f"path such as {names[0]!r}, or its end"
+                )
     clock = DropoutClock(seed)
     for index, name in enumerate(names):
-        adapter = LoRA(linears[name], config, index=index, clock=clock)
+        adapter = LoRA(linears[name], config.at(name), index=index, clock=clock)
         digest = blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
         adapter.reset(int.from_bytes(digest, "little") >> 1)
         linears[name].adapter = adapter

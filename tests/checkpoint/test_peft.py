@@ -58,6 +58,12 @@ CONFIGS = {
     "one path": LoRAConfig(r=2, target_modules=("model.layers.1.self_attn.v_proj",)),
     "expression": LoRAConfig(r=3, target_modules=r"model\.layers\.1\..*(q|k)_proj"),
     "lone name": LoRAConfig(r=3, target_modules="up_proj"),
+    "patterns": LoRAConfig(
+        r=4,
+        alpha=8,
+        rank_pattern={"layers.0.self_attn.q_proj": 2, "(gate|up)_proj": 6, "v_proj": 1},
+        alpha_pattern={r"model\.layers\.1\..*": 3, "q_proj": 0.5},
+    ),
     "rank-stabilised": LoRAConfig(r=4, alpha=2, use_rslora=True, dropout=0.25),
 }
 
@@ -102,6 +108,7 @@ def test_what_was_saved_comes_back(tmp_path: Path, model_dir: Path, case: str) -
     assert loaded.base_name == "m"
     assert loaded.info["recipe"] == recipe
     assert loaded.config.scaling == config.scaling
+    assert loaded.config.rank_pattern == config.rank_pattern
     assert (loaded.config.r, loaded.config.dropout) == (config.r, config.dropout)
     fresh = base_of(model_dir)
     attach(fresh.model, loaded.config, seed=5)
@@ -109,18 +116,23 @@ def test_what_was_saved_comes_back(tmp_path: Path, model_dir: Path, case: str) -
     assert logits(fresh.model).equal(after)
 
 
-@pytest.mark.parametrize("rank_stabilised", [False, True])
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "o_proj"]])
-def test_we_load_peft_s_with_the_same_logits(
-    tmp_path: Path, model_dir: Path, targets: str | list[str], rank_stabilised: bool
-) -> None:
+THEIRS: dict[str, dict[str, Any]] = {
+    "all linear": {"target_modules": "all-linear"},
+    "some": {"target_modules": ["q_proj", "o_proj"]},
+    "rank-stabilised": {"target_modules": "all-linear", "use_rslora": True},
+    "patterns": {
+        "target_modules": "all-linear",
+        "rank_pattern": {"0.self_attn.q_proj": 2, ".*mlp.*": 6, "nowhere": 3},
+        "alpha_pattern": {"layers.1.self_attn.(q|k)_proj": 3, "^model.*down_proj": 7},
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*nowhere:RuntimeWarning")
+@pytest.mark.parametrize("case", THEIRS)
+def test_we_load_peft_s_with_the_same_logits(tmp_path: Path, model_dir: Path, case: str) -> None:
     config = peft.LoraConfig(
-        r=4,
-        lora_alpha=16,
-        target_modules=targets,
-        use_rslora=rank_stabilised,
-        init_lora_weights=False,
-        task_type="CAUSAL_LM",
+        r=4, lora_alpha=16, init_lora_weights=False, task_type="CAUSAL_LM", **THEIRS[case]
     )
     torch.manual_seed(0)
     wrapped = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), config).eval()
@@ -174,7 +186,9 @@ damages: dict[str, tuple[Callable[[Path], object], str]] = {
     "dora": (lambda d: edit(d / CONFIG, use_dora=True), "more than plain LoRA: use_dora=True"),
     "pissa": (lambda d: edit(d / CONFIG, init_lora_weights="pissa"), "init_lora_weights='pissa'"),
     "saved": (lambda d: edit(d / CONFIG, modules_to_save=["lm_head"]), "modules_to_save="),
-    "ranks": (lambda d: edit(d / CONFIG, rank_pattern={"q_proj": 4}), "rank_pattern="),
+    "ranks": (lambda d: edit(d / CONFIG, rank_pattern={"q_proj": 4}), "expected is rank 4"),
+    "pattern": (lambda d: edit(d / CONFIG, rank_pattern={"(q": 4}), r"\(q"),
+    "rank of a pattern": (lambda d: edit(d / CONFIG, rank_pattern={"q": 0}), "rank_pattern="),
     "bias": (lambda d: edit(d / CONFIG, bias="all"), "bias='all'"),
     "rank": (lambda d: edit(d / CONFIG, r=3), "expected is rank 3 in dimension 0"),
     "rank text": (lambda d: edit(d / CONFIG, r="2"), "are not the numbers of an adapter"),

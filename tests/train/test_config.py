@@ -60,6 +60,13 @@ def test_it_is_frozen() -> None:
         ("target_modules: q_proj, v_proj", "target_modules", ("q_proj", "v_proj")),
         ("target_modules: '.*\\.(q|v)_proj{1,2}'", "target_modules", r".*\.(q|v)_proj{1,2}"),
         ("lora-r: 8", "lora_r", 8),
+        (
+            "rank_pattern: {q_proj: 8, '.*up{1,2}': 4}",
+            "rank_pattern",
+            {"q_proj": 8, ".*up{1,2}": 4},
+        ),
+        ("rank_pattern: 'q_proj=8, v_proj=4'", "rank_pattern", {"q_proj": 8, "v_proj": 4}),
+        ("alpha_pattern: a=b=0.5", "alpha_pattern", {"a=b": 0.5}),
         ("max_steps: null", "max_steps", None),
     ],
 )

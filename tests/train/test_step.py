@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from peft.optimizers import create_loraplus_optimizer
+from torch import nn
 from transformers import get_scheduler
 
 from halfbyte.errors import NonFiniteLossError
@@ -99,6 +101,28 @@ def test_trajectory_is_torchs_adamw(max_grad_norm, weight_decay):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-5)
 
 
+def test_loraplus_steps_as_peft_s_optimizer_does():
+    """From equal gradients; Adam's first steps are as long as the learning rate."""
+    model = model_of(FAMILIES["llama"])
+    wrapped = nn.ModuleDict({"model": nn.Module()})
+    for name, parameter in adapter_parameters(model).items():
+        copy = nn.Parameter(parameter.detach().clone())
+        wrapped["model"].register_parameter(name.replace(".", "_") + "_weight_default", copy)
+    theirs = create_loraplus_optimizer(wrapped, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=8.0)
+    made = stepper(model, learning_rate=1e-2, loraplus_lr_ratio=8.0, max_grad_norm=0.0)
+    for step in range(2):
+        made.optimizer.zero_grad = lambda set_to_none: None  # to see the gradients afterwards
+        made.run(step, batches_of([(2, 13)]), saved_layers=3)
+        for one, other in zip(
+            adapter_parameters(model).values(), wrapped.parameters(), strict=True
+        ):
+            other.grad = one.grad.clone()
+            one.grad.zero_()
+        theirs.step()
+    for one, other in zip(adapter_parameters(model).values(), wrapped.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_a_loss_that_is_no_number_changes_nothing():
     model = model_of(FAMILIES["llama"])
     made = stepper(model)
@@ -109,18 +133,19 @@ def test_a_loss_that_is_no_number_changes_nothing():
     assert all(torch.equal(p, before[name]) for name, p in adapter_parameters(model).items())
 
 
-def test_state_round_trip_continues_bit_for_bit():
+@pytest.mark.parametrize("ratio", [1.0, 4.0])
+def test_state_round_trip_continues_bit_for_bit(ratio):
     batches = batches_of([(2, 13)])
     straight = model_of(FAMILIES["llama"])
-    one = stepper(straight)
+    one = stepper(straight, loraplus_lr_ratio=ratio)
     for step in range(4):
         one.run(step, batches, saved_layers=3)
     first = model_of(FAMILIES["llama"])
-    before = stepper(first)
+    before = stepper(first, loraplus_lr_ratio=ratio)
     for step in range(2):
         before.run(step, batches, saved_layers=3)
     second = model_of(FAMILIES["llama"])
-    after = stepper(second)
+    after = stepper(second, loraplus_lr_ratio=ratio)
     for name, parameter in adapter_parameters(second).items():
         parameter.data.copy_(adapter_parameters(first)[name])
     after.load_optimizer_state(before.optimizer_state())

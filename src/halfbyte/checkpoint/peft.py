@@ -10,17 +10,19 @@ the base but its name.
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
+from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
 from halfbyte.checkpoint.atomic import new_file, output_errors, require_writable
 from halfbyte.checkpoint.reading import read_json
 from halfbyte.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
-from halfbyte.errors import CheckpointError
-from halfbyte.lora import ALL_LINEAR, LoRAConfig
+from halfbyte.errors import CheckpointError, ConfigError
+from halfbyte.lora import ALL_LINEAR, LoRAConfig, at_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,8 +41,6 @@ _BEYOND_US: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "fan_in_fan_out": (False, None),
     "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
     "layer_replication": (None, []),
     "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
@@ -151,7 +151,7 @@ def _peft_config(config: LoRAConfig, modules: list[str], base_name: str) -> dict
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "r": config.r,
-        "lora_alpha": int(config.alpha) if float(config.alpha).is_integer() else config.alpha,
+        "lora_alpha": _number(config.alpha),
         "lora_dropout": config.dropout,
         "use_rslora": config.use_rslora,
         "target_modules": _peft_targets(config.target_modules, modules),
@@ -160,13 +160,17 @@ def _peft_config(config: LoRAConfig, modules: list[str], base_name: str) -> dict
         "init_lora_weights": True,
         "inference_mode": True,
         "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": {key: _number(alpha) for key, alpha in config.alpha_pattern.items()},
         "use_dora": False,
         "layers_to_transform": None,
         "layers_pattern": None,
         "revision": None,
     }
+
+
+def _number(value: float) -> float:
+    return int(value) if float(value).is_integer() else value
 
 
 def _peft_targets(targets: str | tuple[str, ...], modules: list[str]) -> str | list[str]:
@@ -252,21 +256,11 @@ def _read_state(
             f"{file.path} should hold {PREFIX}….lora_A.weight and ….lora_B.weight, it holds "
             f"{', '.join(foreign[:4]) or 'nothing'}"
         )
-    rank, alpha, dropout = fields.get("r"), fields.get("lora_alpha"), fields.get("lora_dropout", 0)
-    if (
-        type(rank) is not int
-        or rank < 1
-        or not isinstance(alpha, int | float)
-        or not isinstance(dropout, int | float)
-        or not 0 <= dropout < 1
-    ):
-        raise CheckpointError(
-            f"{file.path.parent / CONFIG_NAME}: r={rank!r}, lora_alpha={alpha!r}, "
-            f"lora_dropout={dropout!r} are not the numbers of an adapter"
-        )
     modules = list(dict.fromkeys(_module_of(name.removeprefix(PREFIX)) for name in file.entries))
+    config = _config_of(file.path.parent / CONFIG_NAME, fields, modules)
     state: dict[str, Tensor] = {}
     for module in modules:
+        rank = config.at(module).r
         for half, axis in (("lora_A", 0), ("lora_B", 1)):
             name = f"{module}.{half}.weight"
             entry = file.entries.get(PREFIX + name)
@@ -276,11 +270,56 @@ def _read_state(
                     f"{file.path}: {name} {came}; expected is rank {rank} in dimension {axis}"
                 )
             state[name] = file.read(entry.name).to(torch.float32)
-    config = LoRAConfig(
-        r=rank,
-        alpha=float(alpha),
-        dropout=float(dropout),
-        use_rslora=bool(fields.get("use_rslora")),
-        target_modules=tuple(modules),
-    )
     return config, state
+
+
+_Rank = Annotated[int, Field(strict=True, ge=1)]
+_Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+
+class _Numbers(BaseModel):
+    """The fields of ``adapter_config.json`` that are arithmetic."""
+
+    r: _Rank
+    lora_alpha: _Number
+    lora_dropout: Annotated[_Number, Field(ge=0, lt=1)] = 0.0
+    use_rslora: bool = False
+    rank_pattern: dict[str, _Rank] | None = None
+    alpha_pattern: dict[str, _Number] | None = None
+
+
+def _config_of(path: Path, fields: dict[str, Any], modules: list[str]) -> LoRAConfig:
+    """Return the configuration of an adapter of ``modules``, patterns for others left out.
+
+    Raises:
+        CheckpointError: If a number is none, or a pattern no regular expression.
+    """
+    try:
+        numbers = _Numbers.model_validate(fields)
+        config = LoRAConfig(
+            r=numbers.r,
+            alpha=numbers.lora_alpha,
+            dropout=numbers.lora_dropout,
+            use_rslora=numbers.use_rslora,
+            target_modules=tuple(modules),
+            rank_pattern=numbers.rank_pattern or {},
+            alpha_pattern=numbers.alpha_pattern or {},
+        )
+    except ValidationError as error:
+        names = dict.fromkeys(str(e["loc"][0]) for e in error.errors())
+        wrong = [f"{name}={fields.get(name)!r}" for name in names]
+        raise CheckpointError(
+            f"{path}: {', '.join(wrong)} are not the numbers of an adapter"
+        ) from None
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    used = {
+        key
+        for key in (*config.rank_pattern, *config.alpha_pattern)
+        if any(at_end(key, module) for module in modules)
+    }
+    return replace(
+        config,
+        rank_pattern={k: v for k, v in config.rank_pattern.items() if k in used},
+        alpha_pattern={k: v for k, v in config.alpha_pattern.items() if k in used},
+    )

@@ -54,6 +54,23 @@ def parse_bytes(value: Any) -> Any:
     return int(float(match[1]) * scale)
 
 
+def parse_pairs(value: Any) -> Any:
+    """Read ``name=value,name=value``; anything but a string is handed on for pydantic to judge.
+
+    Raises:
+        ValueError: the string is no list of pairs.
+    """
+    if not isinstance(value, str):
+        return value
+    pairs = [pair.rpartition("=") for pair in value.split(",") if pair.strip()]
+    if not all(name.strip() and number.strip() for name, _, number in pairs):
+        raise ValueError("expected NAME=VALUE,NAME=VALUE")
+    return {name.strip(): number.strip() for name, _, number in pairs}
+
+
+Positive = Annotated[float, Field(gt=0)]
+
+
 class Options(BaseModel):
     """What every set of options has in common: frozen, no unknown names, no NaN or infinity."""
 
@@ -136,6 +153,12 @@ class TrainConfig(ModelOptions):
         description="linears that get an adapter: all-linear, names (q_proj,v_proj), or a regular "
         "expression",
     )
+    rank_pattern: Annotated[dict[str, PositiveInt], BeforeValidator(parse_pairs)] = Field(
+        {}, description="another lora_r for some layers, such as v_proj=32,layers.0.mlp.up_proj=4"
+    )
+    alpha_pattern: Annotated[dict[str, Positive], BeforeValidator(parse_pairs)] = Field(
+        {}, description="another lora_alpha, likewise; the names may be regular expressions"
+    )
 
     batch_size: PositiveInt = Field(1, description="examples that go through the model together")
     gradient_accumulation_steps: PositiveInt = Field(8, description="batches in an optimizer step")
@@ -145,6 +168,9 @@ class TrainConfig(ModelOptions):
     )
 
     learning_rate: float = Field(2e-4, gt=0, description="highest learning rate of the schedule")
+    loraplus_lr_ratio: float = Field(
+        1.0, gt=0, description="LoRA+: learning rate of B over that of A"
+    )
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="how the learning rate falls after the warm-up"
     )

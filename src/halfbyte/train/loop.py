@@ -162,6 +162,8 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
         dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
         target_modules=config.target_modules,
+        rank_pattern=config.rank_pattern,
+        alpha_pattern=config.alpha_pattern,
     )
     adapted = attach(base.model, lora, seed=config.seed)
     parameters = adapter_parameters(base.model)

@@ -5,7 +5,8 @@ step, so how its examples are split into micro-batches (1x8, 2x4, 8x1) changes n
 
     g ← Σ over micro-batches of d(Σ token losses / N)      N: supervised tokens of the step
     g ← g · min(1, max_grad_norm / ‖g‖)                     norm over all adapters together
-    AdamW (Loshchilov and Hutter 2019), learning rate from the schedule
+    AdamW (Loshchilov and Hutter 2019), learning rate from the schedule; for B and magnitudes
+    times ``loraplus_lr_ratio`` (LoRA+, Hayou et al. 2024)
 """
 
 import math
@@ -58,7 +59,7 @@ class Schedule:
 
 
 class StepResult(NamedTuple):
-    """What one step measured: mean token loss, gradient norm before clipping, learning rate."""
+    """What a step measured: mean token loss, gradient norm before clipping, learning rate of A."""
 
     loss: float
     grad_norm: float
@@ -88,8 +89,12 @@ class Stepper:
         # resumed run adds as every other step does.
         for parameter in self.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.parameters.items():
+            ratio = 1.0 if name.endswith("lora_A.weight") else config.loraplus_lr_ratio
+            groups.setdefault(ratio, []).append(parameter)
         self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()),
+            [{"params": members, "ratio": ratio} for ratio, members in groups.items()],
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
@@ -122,7 +127,7 @@ class Stepper:
                 "was updated. Try a lower learning_rate, or compute_dtype float32"
             )
         for group in self.optimizer.param_groups:
-            group["lr"] = result.learning_rate
+            group["lr"] = result.learning_rate * group["ratio"]
         self.optimizer.step()
         # Kept, not freed: the next step adds into the same memory.
         self.optimizer.zero_grad(set_to_none=False)
