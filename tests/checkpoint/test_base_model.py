@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM
 
 from halfbyte.checkpoint import base_model
 from halfbyte.checkpoint.base_model import load_base, open_base
+from halfbyte.checkpoint.bitsandbytes import write_quantized
 from halfbyte.errors import CheckpointError, WeightError
 from halfbyte.model.build import BaseRecipe, frozen_linears
-from halfbyte.nf4 import quantize
+from halfbyte.nf4 import QuantizedWeight, quantize
 from tests.checkpoint.families import tiny_model
 from tests.checkpoint.gguf_models import write_gguf
 from tests.tiny import tiny_llama, tiny_tokenizer, write_tiny_model
@@ -302,6 +303,24 @@ def test_experts_that_would_be_fused_are_named(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="transformers fuses this with others"):
         open_base(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["directory", "packed", "gguf"])
+def test_one_tensor_can_be_had_out_of_order(tmp_path: Path, model_dir: Path, kind: str) -> None:
+    path = model_dir
+    if kind == "packed":
+        path = write_quantized(model_dir, tmp_path / "packed", BaseRecipe())
+    if kind == "gguf":
+        path = write_gguf(tmp_path / "m.gguf")
+    source = open_base(path)
+    for name, value in reversed(list(source.tensors())):
+        alone = source.tensor(name)
+        if isinstance(value, QuantizedWeight):
+            assert isinstance(alone, QuantizedWeight)
+            value, alone = value.codes, alone.codes
+        assert isinstance(alone, Tensor)
+        assert alone.dtype == value.dtype
+        assert alone.equal(value)
 
 
 def test_weights_that_are_no_numbers_are_named(model_dir: Path) -> None:

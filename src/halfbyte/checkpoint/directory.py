@@ -182,6 +182,9 @@ class DirectorySource(BaseSource):
             for name, key in self._stored.items():
                 yield name, next(stream) if key in ahead else self._read(key)
 
+    def tensor(self, name: str) -> Tensor | QuantizedWeight:  # noqa: D102
+        return self._read(self._stored[name])
+
     def tokenizer(self) -> PreTrainedTokenizerBase:  # noqa: D102
         with foreign_reader(f"{self._directory} has no tokenizer that transformers can read"):
             return AutoTokenizer.from_pretrained(self._directory, trust_remote_code=False)

@@ -193,15 +193,19 @@ class Arrangement:
                     "not decode; use a file of another type, such as Q4_K_M or Q8_0"
                 ) from None
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, targets: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yield (parameter's name, value), one at a time, in the order of ``parts``.
 
         Block types come as float32. Of the 16-bit types, matrices keep their type.
 
+        Args:
+            targets: Only these parameters, in this order.
+
         Raises:
             CheckpointError: If the file ends early.
         """
-        for target, tensors in self.parts.items():
+        for target in self.parts if targets is None else targets:
+            tensors = self.parts[target]
             # Experts' matrices are put together by the processor itself, in `finished`.
             finished: dict[str, Tensor] = {}
             for tensor in tensors:
@@ -286,6 +290,9 @@ class GGUFSource(BaseSource):
     ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
         # Blocks are decoded on the CPU, whatever the device.
         return self._arrangement.tensors()
+
+    def tensor(self, name: str) -> Tensor | QuantizedWeight:  # noqa: D102
+        return dict(self._arrangement.tensors([name]))[name]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:  # noqa: D102
         return read_tokenizer(self._file)

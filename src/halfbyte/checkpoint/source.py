@@ -113,6 +113,14 @@ class BaseSource(ABC):
         """
 
     @abstractmethod
+    def tensor(self, name: str) -> Tensor | QuantizedWeight:
+        """Return one value of ``tensors``, on the CPU, out of order.
+
+        Raises:
+            CheckpointError: If a file ends early, or a packed weight is damaged.
+        """
+
+    @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer.
 
