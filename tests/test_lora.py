@@ -211,6 +211,92 @@ def test_delta_is_what_the_adapter_adds():
         delta(model.proj)
 
 
+def dora_model(bias, quant, dtype=torch.float64):
+    torch.manual_seed(0)
+    weight = torch.randn(8, 10)
+    packed = quantize(weight, block_size=32) if quant else None
+    made = FrozenLinear(10, 8, bias=bias, quantized=packed, dtype=dtype, device="cpu")
+    if packed is None:
+        made.weight.data.copy_(weight)
+    if bias:
+        made.bias.data.normal_()
+    model = nn.ModuleDict({"proj": made})
+    attach(model, LoRAConfig(r=3, alpha=5, use_dora=True), seed=0)
+    return model.to(dtype), made
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("quant", [True, False])
+def test_dora_in_values_and_gradients_is_peft_s_formula(bias, quant):
+    _, made = dora_model(bias, quant)
+    x = torch.randn(2, 3, 10, dtype=torch.float64, requires_grad=True)
+    base = x @ made.dense(x.dtype).T + (made.bias if bias else 0)
+    torch.testing.assert_close(made(x), base, rtol=1e-6, atol=1e-6)  # at first it changes nothing
+    adapter = made.adapter
+    with torch.no_grad():
+        adapter.lora_B.normal_()
+        adapter.lora_magnitude_vector.mul_(torch.rand(8) + 0.5)
+    trained = (x, adapter.lora_A, adapter.lora_B, adapter.lora_magnitude_vector)
+    _, a, b, m = trained
+    weight = made.dense(x.dtype)
+    norm = torch.linalg.norm(weight + 5 / 3 * b @ a, dim=1).detach()
+    plain = (m / norm) * (x @ weight.T + 5 / 3 * x @ a.T @ b.T) + (made.bias if bias else 0)
+    torch.testing.assert_close(made(x), plain)
+    probe = torch.randn(2, 3, 8, dtype=torch.float64)
+    for got, wanted in zip(
+        torch.autograd.grad((made(x) * probe).sum(), trained),
+        torch.autograd.grad((plain * probe).sum(), trained),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, wanted)
+    merged = x @ (weight + delta(made)).T + (made.bias if bias else 0)
+    torch.testing.assert_close(made(x), merged, rtol=1e-5, atol=1e-5)  # delta is float32
+
+    def by_length(x, m):
+        return torch.func.functional_call(made, {"adapter.lora_magnitude_vector": m}, (x,))
+
+    assert torch.autograd.gradcheck(by_length, (x, m))
+
+
+def test_dora_sees_every_change_of_what_its_norms_depend_on():
+    model, made = dora_model(bias=False, quant=True)
+    x = torch.randn(4, 10, dtype=torch.float64)
+
+    def check():
+        adapter = made.adapter
+        weight = made.dense(x.dtype) + 5 / 3 * adapter.lora_B @ adapter.lora_A
+        lengths = adapter.lora_magnitude_vector / torch.linalg.norm(weight, dim=1)
+        torch.testing.assert_close(made(x), x @ weight.T * lengths)
+
+    check()
+    load_adapter_state(model, {k: torch.rand_like(t) for k, t in adapter_state(model).items()})
+    check()
+    optimizer = torch.optim.AdamW(adapter_parameters(model).values(), lr=0.1)
+    made(x).square().sum().backward()
+    optimizer.step()
+    check()
+    made.set_quantized(quantize(torch.randn(8, 10), block_size=32))
+    check()
+
+
+def test_dora_keeps_a_length_that_bfloat16_cannot_tell_from_one():
+    _, made = dora_model(bias=False, quant=True, dtype=torch.bfloat16)
+    made.adapter.float()
+    x = torch.full((1, 10), 1 / 64, dtype=torch.bfloat16)
+    before = made(x).float()
+    with torch.no_grad():
+        made.adapter.lora_magnitude_vector.mul_(1.003)
+    grown = (made(x).float() - before).abs() > 0
+    assert grown.any()
+
+
+def test_dora_leaves_a_row_of_zeros_alone():
+    made = FrozenLinear(4, 2, device="cpu")
+    made.weight.data.copy_(torch.tensor([[0.0, 0, 0, 0], [1, 2, 3, 4]]))
+    attach(nn.ModuleDict({"proj": made}), LoRAConfig(r=1, use_dora=True), seed=0)
+    assert made(torch.ones(1, 4)).tolist() == [[0, 10]]
+
+
 def test_dropout_only_in_training_and_fixed_by_its_place():
     model = Model()
     attach(model, LoRAConfig(r=4, dropout=0.25), seed=3)

@@ -6,6 +6,11 @@ The scaling is s = alpha / r, or alpha / √r with rank-stabilised LoRA (Kalajdz
 applied in one place: the product in ``nf4/linear.py``. Patterns give
 some layers another r or alpha.
 
+DoRA (Liu et al. 2024) trains the length of each row of the weight apart from its direction: the
+layer's weight is m ∘ (W + s·B·A) / ‖W + s·B·A‖, with norms of rows, m [out] trained and ‖W‖ at
+first. The norm counts as a constant in backward, as the paper proposes and PEFT does. All of it is
+a factor on each output of the ordinary product, c = m / ‖W + s·B·A‖.
+
 A and B are float32 whatever the dtype of the product: a bfloat16 adapter stops learning when
 learning rate x update falls under half a unit in its last place (at |w| = 0.01 that is 3e-5).
 
@@ -19,11 +24,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from halfbyte.errors import CheckpointError, ConfigError
+from halfbyte.matmul import product
 from halfbyte.nf4.linear import FrozenLinear, LowRank
 
 ALL_LINEAR = "all-linear"
@@ -45,6 +52,7 @@ class LoRAConfig:
             that must match the whole path, or its end after a dot; the first that matches counts
             (PEFT's rule).
         alpha_pattern: Another ``alpha``, likewise.
+        use_dora: Train the lengths of the weight's rows too.
     """
 
     r: int = 16
@@ -54,6 +62,7 @@ class LoRAConfig:
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_dora: bool = False
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -109,8 +118,10 @@ class DropoutClock:
 class LoRA(nn.Module):
     """One adapter: ``lora_A`` [r, in] and ``lora_B`` [out, r], float32, and how to apply them.
 
+    With DoRA there is ``lora_magnitude_vector`` [out], float32, too; else it is None.
+
     Args:
-        linear: What it is for; its device is the adapter's.
+        linear: What it is for, its weight in place; its device is the adapter's.
         config: What holds for this module, see ``LoRAConfig.at``.
         index: The place among the adapters of the model, for the dropout masks.
         clock: The model's.
@@ -124,6 +135,12 @@ class LoRA(nn.Module):
         self.config, self.index, self.clock = config, index, clock
         self.lora_A = nn.Parameter(torch.empty(config.r, linear.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, config.r, device=device))
+        self.lora_magnitude_vector: nn.Parameter | None = None
+        if config.use_dora:
+            norms = torch.linalg.vector_norm(linear.dense(torch.float32), dim=1)
+            self.lora_magnitude_vector = nn.Parameter(norms)
+        self._linear = (linear,)  # in a tuple, or it would be a child of its own child
+        self._norms: tuple[Any, Tensor] | None = None
 
     def reset(self, seed: int) -> None:
         """Draw ``lora_A`` anew (Kaiming uniform, a = √5, as PEFT does) and set ``lora_B`` to 0."""
@@ -141,6 +158,44 @@ class LoRA(nn.Module):
         if self.clock.running and self.config.dropout > 0.0:
             keep = self.clock.mask(x, self.config.dropout, self.index)
         return LowRank(self.lora_A, self.lora_B, self.config.scaling, keep)
+
+    def rescale(self, y: Tensor) -> Tensor:
+        """Return the layer's output for y = x(W + s·B·A)ᵀ + b: with DoRA c·(y - b) + b.
+
+        As y + (c - 1)·(y - b), because bfloat16 has no number between 1 and 1.0078.
+        """
+        if self.lora_magnitude_vector is None:
+            return y
+        bias = self._linear[0].bias
+        excess = (self.lora_magnitude_vector / self._row_norms(y.dtype) - 1.0).to(y.dtype)
+        return torch.addcmul(y, y if bias is None else y - bias.to(y.dtype), excess)
+
+    @torch.no_grad()
+    def _row_norms(self, dtype: torch.dtype) -> Tensor:
+        """Return ‖W + s·B·A‖ of each row [out], W in ``dtype``, float32 or wider.
+
+        The square is multiplied out, so that no second matrix of the size of W is made. What it
+        depends on changes once in an optimizer step, so it is computed once for all micro-batches,
+        and for generation once at all.
+        """
+        linear, s = self._linear[0], self.config.scaling
+        held = (
+            self.lora_A,
+            self.lora_B,
+            *linear.parameters(recurse=False),
+            *linear.buffers(recurse=False),
+        )
+        key = (dtype, [(t.device, t.data_ptr(), t._version) for t in held])
+        if self._norms is None or self._norms[0] != key:
+            weight, wide = linear.dense(dtype), torch.promote_types(dtype, torch.float32)
+            square = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square_()
+            a, b = self.lora_A.to(wide), self.lora_B.to(wide)
+            across = product(weight, a.to(dtype)).to(wide)
+            square += (b * (2.0 * s * across + s * s * (b @ (a @ a.t())))).sum(1)
+            # A row of zeros stays one, instead of becoming 0/0.
+            smallest = torch.finfo(wide).tiny
+            self._norms = key, square.clamp_(min=smallest).sqrt_()
+        return self._norms[1]
 
 
 def frozen_linears(model: nn.Module) -> dict[str, FrozenLinear]:
@@ -227,16 +282,22 @@ def adapters(model: nn.Module) -> dict[str, LoRA]:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return what is trained, as ``<module path>.lora_A.weight`` and ``….lora_B.weight``."""
+    """Return what is trained, by name.
+
+    The names are ``<module path>.lora_A.weight``, ``….lora_B.weight`` and, with DoRA,
+    ``….lora_magnitude_vector``.
+    """
     found: dict[str, nn.Parameter] = {}
     for name, adapter in adapters(model).items():
         found[f"{name}.lora_A.weight"] = adapter.lora_A
         found[f"{name}.lora_B.weight"] = adapter.lora_B
+        if adapter.lora_magnitude_vector is not None:
+            found[f"{name}.lora_magnitude_vector"] = adapter.lora_magnitude_vector
     return found
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the trained tensors by name, detached but not copied: float32 [r, in], [out, r]."""
+    """Return the trained tensors by name, detached but not copied; float32."""
     return {name: parameter.detach() for name, parameter in adapter_parameters(model).items()}
 
 
@@ -270,7 +331,9 @@ def dropout_clock(model: nn.Module) -> DropoutClock | None:
 
 @torch.no_grad()
 def delta(linear: FrozenLinear) -> Tensor:
-    """Return what the adapter adds to the weight: s·B·A, float32 [out, in].
+    """Return what the adapter adds to the weight: s·B·A, or with DoRA c·(W + s·B·A) - W.
+
+    Float32 [out, in].
 
     Raises:
         ValueError: If the layer has no adapter.
@@ -278,4 +341,9 @@ def delta(linear: FrozenLinear) -> Tensor:
     if not isinstance(linear.adapter, LoRA):
         raise ValueError("this layer has no adapter; attach one, or skip it")
     adapter = linear.adapter
-    return adapter.config.scaling * (adapter.lora_B.float() @ adapter.lora_A.float())
+    added = adapter.config.scaling * (adapter.lora_B.float() @ adapter.lora_A.float())
+    if adapter.lora_magnitude_vector is None:
+        return added
+    weight = linear.dense(torch.float32)
+    factor = adapter.lora_magnitude_vector / adapter._row_norms(torch.float32)
+    return (weight + added).mul_(factor[:, None]).sub_(weight)

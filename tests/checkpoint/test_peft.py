@@ -64,6 +64,7 @@ CONFIGS = {
         rank_pattern={"layers.0.self_attn.q_proj": 2, "(gate|up)_proj": 6, "v_proj": 1},
         alpha_pattern={r"model\.layers\.1\..*": 3, "q_proj": 0.5},
     ),
+    "dora": LoRAConfig(r=4, alpha=8, use_dora=True, rank_pattern={"q_proj": 2}),
     "rank-stabilised": LoRAConfig(r=4, alpha=2, use_rslora=True, dropout=0.25),
 }
 
@@ -86,7 +87,7 @@ def test_peft_loads_ours_with_the_same_logits(tmp_path: Path, model_dir: Path, c
     theirs = AutoModelForCausalLM.from_pretrained(model_dir)
     wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path)
     adapted = [n for n, m in wrapped.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
-    assert len(adapted) == len(state) // 2
+    assert len(adapted) == len([name for name in state if "lora_A" in name])
     assert logits(wrapped).sub(logits(base.model)).abs().max() < 1e-5
     assert logits(base.model).sub(before).abs().max() > 1e-2
     stored = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
@@ -120,6 +121,7 @@ THEIRS: dict[str, dict[str, Any]] = {
     "all linear": {"target_modules": "all-linear"},
     "some": {"target_modules": ["q_proj", "o_proj"]},
     "rank-stabilised": {"target_modules": "all-linear", "use_rslora": True},
+    "dora": {"target_modules": "all-linear", "use_dora": True, "use_rslora": True},
     "patterns": {
         "target_modules": "all-linear",
         "rank_pattern": {"0.self_attn.q_proj": 2, ".*mlp.*": 6, "nowhere": 3},
@@ -176,6 +178,7 @@ def rewrite(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> N
 
 
 NAME = "base_model.model.model.layers.0.q_proj.lora_A.weight"
+LENGTHS = "base_model.model.model.layers.0.q_proj.lora_magnitude_vector"
 CONFIG = "adapter_config.json"
 
 damages: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -183,14 +186,16 @@ damages: dict[str, tuple[Callable[[Path], object], str]] = {
     "config cut": (lambda d: os.truncate(d / CONFIG, 20), "is not JSON"),
     "config a list": (lambda d: (d / CONFIG).write_text("[]"), "should hold a JSON object"),
     "other kind": (lambda d: edit(d / CONFIG, peft_type="IA3"), "type 'IA3'; only LORA"),
-    "dora": (lambda d: edit(d / CONFIG, use_dora=True), "more than plain LoRA: use_dora=True"),
+    "dora": (lambda d: edit(d / CONFIG, use_dora=True), "lora_magnitude_vector is missing"),
+    "no dora": (lambda d: rewrite(d, lambda s: s.update({LENGTHS: torch.ones(6)})), "use_dora"),
+    "lora bias": (lambda d: edit(d / CONFIG, lora_bias=True), "more than plain LoRA: lora_bias=T"),
     "pissa": (lambda d: edit(d / CONFIG, init_lora_weights="pissa"), "init_lora_weights='pissa'"),
     "saved": (lambda d: edit(d / CONFIG, modules_to_save=["lm_head"]), "modules_to_save="),
-    "ranks": (lambda d: edit(d / CONFIG, rank_pattern={"q_proj": 4}), "expected is rank 4"),
+    "ranks": (lambda d: edit(d / CONFIG, rank_pattern={"q_proj": 4}), "expected is .rank 4, any"),
     "pattern": (lambda d: edit(d / CONFIG, rank_pattern={"(q": 4}), r"\(q"),
     "rank of a pattern": (lambda d: edit(d / CONFIG, rank_pattern={"q": 0}), "rank_pattern="),
     "bias": (lambda d: edit(d / CONFIG, bias="all"), "bias='all'"),
-    "rank": (lambda d: edit(d / CONFIG, r=3), "expected is rank 3 in dimension 0"),
+    "rank": (lambda d: edit(d / CONFIG, r=3), r"expected is \[rank 3, any\]"),
     "rank text": (lambda d: edit(d / CONFIG, r="2"), "are not the numbers of an adapter"),
     "dropout": (lambda d: edit(d / CONFIG, lora_dropout=1), "are not the numbers of an adapter"),
     "no weights": (lambda d: (d / "adapter_model.safetensors").unlink(), "pickle format"),

@@ -40,7 +40,7 @@ FAMILIES = {
 }
 
 
-def model_of(config, *, quant="nf4", dtype=torch.float32, r=4, dropout=0.0):
+def model_of(config, *, quant="nf4", dtype=torch.float32, r=4, dropout=0.0, use_dora=False):
     torch.manual_seed(0)
     source = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model = build(config, BaseRecipe(quant=quant, compute_dtype=dtype))
@@ -50,7 +50,7 @@ def model_of(config, *, quant="nf4", dtype=torch.float32, r=4, dropout=0.0):
             # Larger than a fresh model's, so that every path matters to the loss.
             place(model, name, tensor * 4 if tensor.dim() == 2 else tensor)
     finish(model)
-    attach(model, LoRAConfig(r=r, alpha=8, dropout=dropout), seed=0)
+    attach(model, LoRAConfig(r=r, alpha=8, dropout=dropout, use_dora=use_dora), seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in adapter_parameters(model).items():

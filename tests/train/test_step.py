@@ -1,6 +1,7 @@
 """One optimizer step: schedules, normalisation, clipping, and the state that resumes."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from halfbyte.errors import NonFiniteLossError
-from halfbyte.lora import adapter_parameters
+from halfbyte.lora import adapter_parameters, frozen_linears
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.engine import Batch, LayerEngine
 from halfbyte.train.step import Schedule, Stepper
@@ -121,6 +122,48 @@ def test_loraplus_steps_as_peft_s_optimizer_does():
         theirs.step()
     for one, other in zip(adapter_parameters(model).values(), wrapped.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_is_counted_as_a_change_of_what_it_changed():
+    """Torch's fused AdamW does not, and caches of what depends on A and B would go stale."""
+    model = model_of(FAMILIES["llama"])
+    made = stepper(model)
+    before = {name: p._version for name, p in adapter_parameters(model).items()}
+    made.run(0, batches_of([(1, 9)]), saved_layers=3)
+    assert all(p._version > before[name] for name, p in adapter_parameters(model).items())
+
+
+@pytest.mark.parametrize("quant", ["nf4", "none"])
+def test_dora_trains_as_plain_autograd_over_its_formula(quant):
+    """The engine, three steps; the plain model decodes each weight and writes W' out."""
+    options = {"learning_rate": 1e-2, "max_grad_norm": 0.0}
+    ours, theirs = (model_of(FAMILIES["qwen2"], quant=quant, use_dora=True) for _ in range(2))
+    made = stepper(ours, **options)
+    reference = list(adapter_parameters(theirs).values())
+    for linear in frozen_linears(theirs).values():
+        linear.forward = partial(dora, linear)
+    optimizer = torch.optim.AdamW(reference, lr=1e-2, weight_decay=0.0, foreach=False)
+    for step in range(3):
+        batches = batches_of([(2, 13), (2, 9)])
+        made.run(step, batches, saved_layers=step)
+        total = sum(int((b.labels != -100).sum()) for b in batches)
+        for batch in batches:
+            logits = theirs(input_ids=batch.input_ids).logits
+            torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), batch.labels.flatten(), reduction="sum"
+            ).div(total).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for one, other in zip(adapter_parameters(ours).values(), reference, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-5)
+
+
+def dora(linear, x):
+    """A layer with DoRA, as the paper writes it (its section 4.3)."""
+    adapter = linear.adapter
+    weight = linear.dense(x.dtype) + adapter.config.scaling * adapter.lora_B @ adapter.lora_A
+    lengths = adapter.lora_magnitude_vector / torch.linalg.norm(weight, dim=1).detach()
+    return nn.functional.linear(x, lengths[:, None] * weight, linear.bias)
 
 
 def test_a_loss_that_is_no_number_changes_nothing():

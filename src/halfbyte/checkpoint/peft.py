@@ -32,11 +32,10 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "halfbyte.json"
 
 PREFIX = "base_model.model."
-_TENSOR = re.compile(r"(?P<module>.+)\.lora_[AB]\.weight")
+_TENSOR = re.compile(r"(?P<module>.+)\.lora_([AB]\.weight|magnitude_vector)")
 
 # What PEFT can express and a plain pair of matrices with one scale cannot: (key, harmless values).
 _BEYOND_US: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
     "lora_bias": (False, None),
     "bias": ("none", None),
     "fan_in_fan_out": (False, None),
@@ -162,7 +161,7 @@ def _peft_config(config: LoRAConfig, modules: list[str], base_name: str) -> dict
         "modules_to_save": None,
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": {key: _number(alpha) for key, alpha in config.alpha_pattern.items()},
-        "use_dora": False,
+        "use_dora": config.use_dora,
         "layers_to_transform": None,
         "layers_pattern": None,
         "revision": None,
@@ -261,15 +260,31 @@ def _read_state(
     state: dict[str, Tensor] = {}
     for module in modules:
         rank = config.at(module).r
-        for half, axis in (("lora_A", 0), ("lora_B", 1)):
-            name = f"{module}.{half}.weight"
+        expected: dict[str, tuple[int | None, ...]] = {
+            f"{module}.lora_A.weight": (rank, None),
+            f"{module}.lora_B.weight": (None, rank),
+        }
+        if config.use_dora:
+            expected[f"{module}.lora_magnitude_vector"] = (None,)
+        for name, shape in expected.items():
             entry = file.entries.get(PREFIX + name)
-            if entry is None or len(entry.shape) != 2 or entry.shape[axis] != rank:
+            if (
+                entry is None
+                or len(entry.shape) != len(shape)
+                or any(
+                    want not in (None, got) for want, got in zip(shape, entry.shape, strict=True)
+                )
+            ):
                 came = "is missing" if entry is None else f"has the shape {list(entry.shape)}"
+                want = [f"rank {rank}" if size else "any" for size in shape]
                 raise CheckpointError(
-                    f"{file.path}: {name} {came}; expected is rank {rank} in dimension {axis}"
+                    f"{file.path}: {name} {came}; expected is [{', '.join(want)}]"
                 )
             state[name] = file.read(entry.name).to(torch.float32)
+    if surplus := [name for name in file.entries if name.removeprefix(PREFIX) not in state]:
+        raise CheckpointError(
+            f"{file.path} holds {surplus[0]}, but its {CONFIG_NAME} does not say use_dora"
+        )
     return config, state
 
 
@@ -284,6 +299,7 @@ class _Numbers(BaseModel):
     lora_alpha: _Number
     lora_dropout: Annotated[_Number, Field(ge=0, lt=1)] = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
     rank_pattern: dict[str, _Rank] | None = None
     alpha_pattern: dict[str, _Number] | None = None
 
@@ -301,6 +317,7 @@ def _config_of(path: Path, fields: dict[str, Any], modules: list[str]) -> LoRACo
             alpha=numbers.lora_alpha,
             dropout=numbers.lora_dropout,
             use_rslora=numbers.use_rslora,
+            use_dora=numbers.use_dora,
             target_modules=tuple(modules),
             rank_pattern=numbers.rank_pattern or {},
             alpha_pattern=numbers.alpha_pattern or {},

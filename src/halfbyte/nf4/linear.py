@@ -493,7 +493,10 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y [..., out] for x [..., in], in the dtype of x."""
-        return self.shared.output(self, x)
+        y = self.shared.output(self, x)
+        # An adapter may go on from the product, whichever way that was computed (DoRA does).
+        rescale = getattr(self.adapter, "rescale", None)
+        return y if rescale is None else rescale(y)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FrozenLinear":
         # `module.to(bfloat16)` and `.half()` cast every floating tensor they find, and scales in

@@ -148,6 +148,7 @@ class TrainConfig(ModelOptions):
     lora_alpha: float = Field(16.0, gt=0, description="adapters are scaled by alpha / r")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
+    use_dora: bool = Field(False, description="train the lengths of the weights' rows too (DoRA)")
     target_modules: str | tuple[str, ...] = Field(
         "all-linear",
         description="linears that get an adapter: all-linear, names (q_proj,v_proj), or a regular "

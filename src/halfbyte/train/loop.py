@@ -164,6 +164,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
         target_modules=config.target_modules,
         rank_pattern=config.rank_pattern,
         alpha_pattern=config.alpha_pattern,
+        use_dora=config.use_dora,
     )
     adapted = attach(base.model, lora, seed=config.seed)
     parameters = adapter_parameters(base.model)

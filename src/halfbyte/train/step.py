@@ -129,6 +129,9 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["lr"] = result.learning_rate * group["ratio"]
         self.optimizer.step()
+        # torch's fused AdamW writes without counting it, and what is derived from A and B (DoRA's
+        # norms, their copies on a GPU) is derived anew when the count has changed.
+        torch.autograd.graph.increment_version(parameters)
         # Kept, not freed: the next step adds into the same memory.
         self.optimizer.zero_grad(set_to_none=False)
         return result
