@@ -1,6 +1,6 @@
-"""Compiles every Triton kernel for one GPU architecture, without a GPU; run by test_gpu_compiles.
+"""Compiles every Triton kernel for one GPU architecture, without a GPU; run by test_compiling.
 
-    python -m tests.nf4.compiling 90
+    python -m tests.compiling 90
 
 Prints one line a kernel: its name, and the shared memory it needs in bytes.
 """
@@ -11,6 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from halfbyte.model import gpu as between
 from halfbyte.nf4 import gpu, gpu_products
 
 POINTERS = {"scale_codes": "*u8", "codes": "*i32", "cell_codes": "*i32"}
@@ -28,7 +29,8 @@ INTEGERS = {
     ),
     *("numel", "nbytes", "blocks", "groups", "second", "third", "dy_stride", "p_stride"),
     *("outputs0", "outputs1", "outputs2", "g_count", "b_count", "g_numel", "b_numel"),
-    *("g_programs", "g_stride"),
+    *("g_programs", "g_stride", "inner", "outer_stride", "inner_stride", "size", "tokens"),
+    *("heads", "half", "batch_stride", "token_stride", "table_stride", "gate_stride", "up_stride"),
 }
 
 
@@ -71,6 +73,14 @@ def kernels(capability: int):
         few = {"block_words": 8, "double": True, "tile_outputs": 64, "tile_rows": rows}
         few |= {"step": 32 if rows <= 32 else 16, "split": 4}
         yield gpu._product_tile, {"x": "*bf16"}, few, product
+    sixteen = dict.fromkeys(("x", "y", "h", "dx", "dy", "dh", "h_out", "residual"), "*bf16")
+    sixteen |= dict.fromkeys(("weight", "cos", "sin", "gate", "up", "d_both"), "*bf16")
+    norm = {"add": True, "lanes": 4096}
+    yield between._norm, {**sixteen, "eps": "fp32"}, norm, {"num_warps": 8}
+    yield between._norm_backward, sixteen, norm, {"num_warps": 8}
+    yield between._rotate, sixteen, {"backward": True, "head_lanes": 32, "lanes": 64}, {}
+    yield between._gate, sixteen, {"lanes": 2048}, {"num_warps": 8}
+    yield between._gate_backward, sixteen, {"lanes": 2048}, {"num_warps": 8}
     if capability == 90:
         tile = {"programs": 132, "tile_m": 128, "tile_n": 256, "tile_k": 64}
         options = {"num_warps": 8, "num_stages": 3}

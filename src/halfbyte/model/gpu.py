@@ -1,0 +1,298 @@
+"""The operations of elementwise.py in Triton: one launch and one pass over memory each.
+
+A program of the norms has a row, of the rotary turn a token's heads, of the gated activation a
+piece of a row. All read in the dtype of the tensors, compute in float32 and round once, but where
+transformers rounds in between (`plain_rms_norm`). Rows may be apart: q, k, v and gate, up are
+columns of one product.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from halfbyte.nf4.gpu import on_device
+
+
+@triton.jit
+def _norm(
+    y,
+    rstds,
+    h_out,
+    x,
+    residual,
+    weight,
+    inner,
+    outer_stride,
+    inner_stride,
+    size,
+    eps,
+    add: tl.constexpr,
+    lanes: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, lanes)
+    inside = at < size
+    start = row // inner * outer_stride + row % inner * inner_stride
+    h = tl.load(x + start + at, mask=inside, other=0.0).to(tl.float32)
+    if add:
+        h += tl.load(residual + row * size + at, mask=inside, other=0.0).to(tl.float32)
+        rounded = h.to(y.dtype.element_ty)
+        tl.store(h_out + row * size + at, rounded, mask=inside)
+        h = rounded.to(tl.float32)
+    rstd = 1.0 / tl.sqrt(tl.sum(h * h, axis=0) / size + eps)
+    tl.store(rstds + row, rstd)
+    normal = (h * rstd).to(y.dtype.element_ty).to(tl.float32)
+    w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row * size + at, (normal * w).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _norm_backward(
+    dx,
+    dy,
+    dh,
+    h,
+    weight,
+    rstds,
+    inner,
+    outer_stride,
+    inner_stride,
+    size,
+    add: tl.constexpr,
+    lanes: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, lanes)
+    inside = at < size
+    start = row // inner * outer_stride + row % inner * inner_stride
+    rstd = tl.load(rstds + row)
+    x_hat = tl.load(h + start + at, mask=inside, other=0.0).to(tl.float32) * rstd
+    w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(dy + row * size + at, mask=inside, other=0.0).to(tl.float32) * w
+    result = rstd * (g - x_hat * (tl.sum(g * x_hat, axis=0) / size))
+    if add:
+        result += tl.load(dh + row * size + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx + row * size + at, result.to(dx.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rotate(
+    y,
+    x,
+    cos,
+    sin,
+    tokens,
+    heads,
+    half,
+    batch_stride,
+    token_stride,
+    table_stride,
+    backward: tl.constexpr,
+    head_lanes: tl.constexpr,
+    lanes: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    batch = tl.program_id(1).to(tl.int64)
+    at = tl.arange(0, lanes)
+    table = batch * table_stride + token * half * 2 + at
+    c = tl.load(cos + table, mask=at < half, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(sin + table, mask=at < half, other=0.0).to(tl.float32)[None, :]
+    if backward:
+        s = -s
+    source = x + batch * batch_stride + token * token_stride
+    target = y + (batch * tokens + token) * heads * half * 2
+    for first in range(0, heads, head_lanes):
+        head = first + tl.arange(0, head_lanes)
+        where = head[:, None] * (2 * half) + at[None, :]
+        inside = (head[:, None] < heads) & (at[None, :] < half)
+        one = tl.load(source + where, mask=inside, other=0.0).to(tl.float32)
+        two = tl.load(source + where + half, mask=inside, other=0.0).to(tl.float32)
+        tl.store(target + where, (one * c - two * s).to(y.dtype.element_ty), mask=inside)
+        tl.store(target + where + half, (two * c + one * s).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gate(y, gate, up, size, gate_stride, up_stride, lanes: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * lanes + tl.arange(0, lanes)
+    inside = at < size
+    g = tl.load(gate + row * gate_stride + at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_stride + at, mask=inside, other=0.0).to(tl.float32)
+    result = g * tl.sigmoid(g) * u
+    tl.store(y + row * size + at, result.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gate_backward(d_both, dy, gate, up, size, gate_stride, up_stride, lanes: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * lanes + tl.arange(0, lanes)
+    inside = at < size
+    d = tl.load(dy + row * size + at, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gate + row * gate_stride + at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_stride + at, mask=inside, other=0.0).to(tl.float32)
+    s = tl.sigmoid(g)
+    target = d_both + row * 2 * size + at
+    kind: tl.constexpr = d_both.dtype.element_ty
+    tl.store(target, (d * u * s * (1.0 + g * (1.0 - s))).to(kind), mask=inside)
+    tl.store(target + size, (d * g * s).to(kind), mask=inside)
+
+
+def _rows(x: Tensor) -> tuple[Tensor, int, int, int, int]:
+    """X with contiguous rows, how many they are, and where: inner count, outer and inner stride."""
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    size = x.shape[-1]
+    rows = x.numel() // size
+    if x.is_contiguous():
+        return x, rows, rows, 0, size
+    # [B, T, heads, n] of which a token's heads lie together.
+    heads = x.shape[-2]
+    even = x.dim() == 4 and x.stride(0) == x.shape[1] * x.stride(1)
+    if even and x.stride(2) == size:
+        return x, rows, heads, x.stride(1), size
+    return x.contiguous(), rows, rows, 0, size
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As `elementwise.plain_rms_norm`."""
+    y, rstd, _ = _norm_rows(x, None, weight, eps)
+    return y, rstd
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, the reciprocal root mean squares, and x + residual."""
+    return _norm_rows(x, residual.contiguous(), weight, eps)
+
+
+def _norm_rows(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = x.shape
+    x, rows, inner, outer_stride, inner_stride = _rows(x)
+    size = shape[-1]
+    y = torch.empty(shape, dtype=x.dtype, device=x.device)
+    rstd = torch.empty(shape[:-1], dtype=torch.float32, device=x.device)
+    h = y if residual is None else torch.empty_like(y)
+    lanes = triton.next_power_of_2(size)
+    if rows:
+        with on_device(x):
+            _norm[(rows,)](
+                y,
+                rstd,
+                h,
+                x,
+                y if residual is None else residual,
+                weight,
+                inner,
+                outer_stride,
+                inner_stride,
+                size,
+                eps,
+                add=residual is not None,
+                lanes=lanes,
+                num_warps=min(16, max(1, lanes // 512)),
+            )
+    return y, rstd, h
+
+
+def rms_norm_backward(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor
+) -> Tensor:
+    """As `elementwise.plain_rms_norm_backward`, plus ``dh``, in the dtype of h."""
+    shape = h.shape
+    h, rows, inner, outer_stride, inner_stride = _rows(h)
+    dx = torch.empty(shape, dtype=h.dtype, device=h.device)
+    lanes = triton.next_power_of_2(shape[-1])
+    dy = dy.contiguous()
+    if rows:
+        with on_device(h):
+            _norm_backward[(rows,)](
+                dx,
+                dy,
+                dy if dh is None else dh.contiguous(),
+                h,
+                weight,
+                rstd,
+                inner,
+                outer_stride,
+                inner_stride,
+                shape[-1],
+                add=dh is not None,
+                lanes=lanes,
+                num_warps=min(16, max(1, lanes // 512)),
+            )
+    return dx
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False) -> Tensor:
+    """As `elementwise.plain_rotary`, in the dtype of x; ``backward`` turns the other way."""
+    batch, tokens, heads, size = x.shape
+    if x.stride(3) != 1 or x.stride(2) != size:
+        x = x.contiguous()
+    y = torch.empty((batch, tokens, heads, size), dtype=x.dtype, device=x.device)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    lanes = triton.next_power_of_2(size // 2)
+    if y.numel():
+        with on_device(x):
+            _rotate[(tokens, batch)](
+                y,
+                x,
+                cos,
+                sin,
+                tokens,
+                heads,
+                size // 2,
+                x.stride(0),
+                x.stride(1),
+                0 if cos.shape[0] == 1 else cos.stride(0),
+                backward=backward,
+                head_lanes=max(1, min(triton.next_power_of_2(heads), 2048 // lanes)),
+                lanes=lanes,
+                num_warps=4,
+            )
+    return y
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[rows, n] with contiguous rows."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """As `elementwise.swiglu`."""
+    g, u = _flat(gate), _flat(up)
+    y = torch.empty(g.shape, dtype=g.dtype, device=g.device)
+    if y.numel():
+        with on_device(g):
+            _gate[(g.shape[0], triton.cdiv(g.shape[1], 2048))](
+                y, g, u, g.shape[1], g.stride(0), u.stride(0), lanes=2048, num_warps=8
+            )
+    return y.view(gate.shape)
+
+
+def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """As `elementwise.plain_swiglu_backward`: the halves of one [..., 2n] in the dtype of gate."""
+    g, u = _flat(gate), _flat(up)
+    size = g.shape[1]
+    both = torch.empty(g.shape[0], 2 * size, dtype=g.dtype, device=g.device)
+    if both.numel():
+        with on_device(g):
+            _gate_backward[(g.shape[0], triton.cdiv(size, 2048))](
+                both,
+                dy.contiguous(),
+                g,
+                u,
+                size,
+                g.stride(0),
+                u.stride(0),
+                lanes=2048,
+                num_warps=8,
+            )
+    d_gate, d_up = torch.split(both.view(*gate.shape[:-1], 2 * size), size, -1)
+    return d_gate, d_up
