@@ -217,7 +217,8 @@ def attach(model: nn.Module, config: LoRAConfig, *, seed: int) -> list[str]:
     Raises:
         ConfigError: If a name or an expression matches no module; the message lists what there is.
     """
-    linears = frozen_linears(model)
+    # A packed head or embedding is a subclass, and takes none.
+    linears = {n: m for n, m in frozen_linears(model).items() if type(m) is FrozenLinear}
     names = _targets(list(linears), config.target_modules)
     for option in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, option):

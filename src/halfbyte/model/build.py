@@ -1,24 +1,25 @@
 """A transformers decoder with frozen, packed linears, built without ever holding it in 16 bits.
 
     build    the architecture on the meta device (no memory), every ``nn.Linear`` but the output
-             head replaced by a ``FrozenLinear``
+             head replaced by a ``FrozenLinear``; head and embedding too, if the recipe says so
     place    one tensor of the checkpoint, quantised or cast the moment it comes
     finish   ties, computed buffers, and the audit: what was left in 16 or 32 bits, and its bytes
 
 ``place`` never needs another tensor, so whoever reads the checkpoint can hold one at a time.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from halfbyte.errors import CheckpointError, WeightError
+from halfbyte.errors import CheckpointError, ConfigError, WeightError
 from halfbyte.lora import frozen_linears
 from halfbyte.model import attention
-from halfbyte.nf4.format import QuantizedWeight, quantize
+from halfbyte.model.vocabulary import FrozenEmbedding, FrozenHead
+from halfbyte.nf4.format import QuantizedWeight, empty_like_quantized, quantize
 from halfbyte.nf4.linear import FrozenLinear, SharedInput
 
 __all__ = [
@@ -48,6 +49,8 @@ class BaseRecipe:
         block_size: Weights that share a scale.
         compute_dtype: dtype of activations, products and whatever is not packed.
         device: Where it is held.
+        quantize_head: Whether the output head is packed too (where linears are at all).
+        quantize_embeddings: Whether the embedding is. Where the two are tied, one asks for both.
     """
 
     quant: Literal["nf4", "fp4", "none"] = "nf4"
@@ -55,6 +58,8 @@ class BaseRecipe:
     block_size: int = 64
     compute_dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    quantize_head: bool = False
+    quantize_embeddings: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ def build(config: PretrainedConfig, recipe: BaseRecipe) -> PreTrainedModel:
 
     Raises:
         CheckpointError: If transformers has no causal language model for this configuration.
+        ConfigError: If its head or embedding is to be packed, and does more than others do.
     """
     try:
         with torch.device("meta"):
@@ -101,14 +107,20 @@ def build(config: PretrainedConfig, recipe: BaseRecipe) -> PreTrainedModel:
     # Where transformers would not choose sdpa (ALiBi, capped scores), ours is not right either.
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(attention.register())
+    if recipe.quant == "none":
+        recipe = replace(recipe, quantize_head=False, quantize_embeddings=False)
+    elif model.config.get_text_config().tie_word_embeddings:
+        both = recipe.quantize_head or recipe.quantize_embeddings
+        recipe = replace(recipe, quantize_head=both, quantize_embeddings=both)
     head = model.get_output_embeddings()
-    if head is not None:
+    if head is not None and not recipe.quantize_head:
         head.register_forward_pre_hook(_contiguous)
     for name, linear in list(model.named_modules()):
-        if type(linear) is not nn.Linear or linear is head:
+        is_head = linear is head
+        if type(linear) is not nn.Linear or (is_head and not recipe.quantize_head):
             continue
         parent, _, leaf = name.rpartition(".")
-        frozen = FrozenLinear.like(
+        frozen = (FrozenHead if is_head else FrozenLinear).like(
             linear,
             quant=None if recipe.quant == "none" else recipe.quant,
             block_size=recipe.block_size,
@@ -116,10 +128,34 @@ def build(config: PretrainedConfig, recipe: BaseRecipe) -> PreTrainedModel:
             dtype=recipe.compute_dtype,
         )
         setattr(model.get_submodule(parent), leaf, frozen)
+    if recipe.quantize_head and not isinstance(model.get_output_embeddings(), FrozenHead):
+        raise ConfigError(f"quantize_head: {type(model).__name__} has no plain linear head to pack")
+    if recipe.quantize_embeddings:
+        model.set_input_embeddings(_packed_embedding(model, recipe))
     share_inputs(model)
     model.requires_grad_(False).eval()
     model.halfbyte_recipe = recipe
     return model
+
+
+def _packed_embedding(model: PreTrainedModel, recipe: BaseRecipe) -> FrozenEmbedding:
+    embedding = model.get_input_embeddings()
+    # Subclasses do more than look rows up (Gemma 3's scales them), and that must not get lost.
+    if type(embedding) is not nn.Embedding or embedding.embedding_dim % 2:
+        raise ConfigError(
+            f"quantize_embeddings: the embedding of {type(model).__name__}, {embedding}, cannot be "
+            "packed; leave quantize_embeddings out"
+            + (" and quantize_head, which is tied to it" if recipe.quantize_head else "")
+        )
+    assert recipe.quant != "none"
+    quantized = empty_like_quantized(
+        embedding.weight.shape,
+        recipe.compute_dtype,
+        quant_type=recipe.quant,
+        block_size=recipe.block_size,
+        double_quant=recipe.double_quant,
+    )
+    return FrozenEmbedding(quantized, recipe.compute_dtype)
 
 
 def share_inputs(model: nn.Module) -> None:
@@ -227,7 +263,9 @@ def finish(model: PreTrainedModel) -> Audit:
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = model.config.get_text_config().tie_word_embeddings
-    if tied and head is not None and head.weight.is_meta:
+    if tied and isinstance(head, FrozenHead) and head.device.type == "meta":
+        head.set_quantized(embedding.quantized)
+    elif tied and isinstance(head, nn.Linear) and head.weight.is_meta:
         head.weight = embedding.weight
     _compute_buffers(model, model.halfbyte_recipe.device)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -243,7 +281,8 @@ def finish(model: PreTrainedModel) -> Audit:
 
 def audit(model: nn.Module) -> Audit:
     """Return what ``model`` is made of; adapters are not counted."""
-    packed = [q for m in frozen_linears(model).values() if (q := m.quantized) is not None]
+    held = [q for m in frozen_linears(model).values() if (q := m.quantized) is not None]
+    packed = {id(q.codes): q for q in held}.values()  # a tied head holds the embedding's tensors
     quantized_bytes = sum(q.nbytes for q in packed)
     kept = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
     plain_bytes = sum(p.nbytes for _, p in kept)

@@ -78,7 +78,7 @@ def generate(
     """
     if on_text is not None and len(prompts) != 1:
         raise ValueError(f"on_text streams one prompt, got {len(prompts)}")
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     told = tools if tools is not None else [None] * len(prompts)
     encoded = [
         prompt_ids(tokenizer, list(prompt), known)

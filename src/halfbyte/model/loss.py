@@ -9,6 +9,9 @@ step, so that 1x8, 2x4 and 8x1 sequences give the same gradient.
 The head is frozen, so there is no dW, and dL/dh of a chunk of rows can be had right away: the
 gradient is computed in forward, in place of the logits, and the logits of at most ``CHUNK_BYTES``
 exist at any time. Softmax and sum are float32 whatever the dtype of the products.
+
+A packed head is decoded in pieces of ``CHUNK_BYTES`` too, once for the logits of a chunk of rows
+and once for their gradient.
 """
 
 from typing import Any
@@ -17,26 +20,58 @@ import torch
 from torch import Tensor
 
 from halfbyte.matmul import product
+from halfbyte.model.vocabulary import pieces
+from halfbyte.nf4 import QuantizedWeight
 
 # 32 MB of float32 logits: 170 rows of a 49k vocabulary, 65 rows of a 128k one. On a GPU the
 # product wants more rows to be efficient: 256 MB there.
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 
 
+def _chunk_bytes(device: torch.device) -> int:
+    return CHUNK_BYTES.get(device.type, 32 << 20)
+
+
 def _chunk_rows(vocabulary: int, device: torch.device) -> int:
-    return max(16, CHUNK_BYTES.get(device.type, 32 << 20) // (4 * vocabulary))
+    return max(16, _chunk_bytes(device) // (4 * vocabulary))
+
+
+def _logits(hidden: Tensor, head: Tensor | QuantizedWeight) -> Tensor:
+    """Return h Wᵀ, float32 [S, V]."""
+    if isinstance(head, Tensor):
+        return product(hidden, head).float()
+    logits = hidden.new_empty(len(hidden), head.shape[0], dtype=torch.float32)
+    for start, piece in pieces(head, hidden.dtype, _chunk_bytes(hidden.device)):
+        logits[:, start : start + len(piece)] = product(hidden, piece)
+    return logits
+
+
+def _gradient(slopes: Tensor, head: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """Return dL/dh [S, H] for dL/dz float32 [S, V]."""
+    if isinstance(head, Tensor):
+        return product(slopes.to(dtype), head.t())
+    total = slopes.new_zeros(len(slopes), head.shape[1])
+    for start, piece in pieces(head, dtype, _chunk_bytes(slopes.device)):
+        total += product(slopes[:, start : start + len(piece)].to(dtype), piece.t())
+    return total
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor | QuantizedWeight,
+        targets: Tensor,
+        softcap: float,
+    ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         need_grad = ctx.needs_input_grad[0]
         grad = torch.empty_like(hidden) if need_grad else None
         rows = _chunk_rows(head.shape[0], hidden.device)
         for start in range(0, hidden.shape[0], rows):
             chunk, wanted = hidden[start : start + rows], targets[start : start + rows, None]
-            logits = product(chunk, head).float()
+            logits = _logits(chunk, head)
             if softcap:
                 logits.div_(softcap).tanh_().mul_(softcap)
             normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
@@ -47,7 +82,7 @@ class _HeadLoss(torch.autograd.Function):
                 logits.scatter_add_(1, wanted, logits.new_full((1, 1), -1.0).expand_as(wanted))
                 if slope is not None:
                     logits.mul_(slope)
-                grad[start : start + rows] = product(logits.to(head.dtype), head.t())
+                grad[start : start + rows] = _gradient(logits, head, hidden.dtype)
         ctx.save_for_backward(grad)
         return total
 
@@ -57,12 +92,14 @@ class _HeadLoss(torch.autograd.Function):
         return grad * grad_outputs[0].to(grad.dtype), None, None, None
 
 
-def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, *, softcap: float = 0.0) -> Tensor:
+def head_loss(
+    hidden: Tensor, head: Tensor | QuantizedWeight, targets: Tensor, *, softcap: float = 0.0
+) -> Tensor:
     """Return the sum of the token losses, a float32 scalar.
 
     Args:
         hidden: [S, H], the final hidden states of the supervised positions.
-        head: [V, H], the output head's weight, frozen; dtype of ``hidden``.
+        head: [V, H], the output head's weight, frozen; dtype of ``hidden``, or packed.
         targets: int64 [S], what each position should predict.
         softcap: Gemma's cap c on the logits, z ← c·tanh(z / c); 0 for none.
     """

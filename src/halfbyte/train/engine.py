@@ -35,6 +35,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from halfbyte.lora import DropoutClock, dropout_clock, frozen_linears
 from halfbyte.model.loss import head_loss
+from halfbyte.model.vocabulary import FrozenHead
+from halfbyte.nf4 import QuantizedWeight
 from halfbyte.nf4.linear import WeightScratch
 
 _FINAL_NORMS = ("norm", "final_layernorm", "ln_f", "final_layer_norm", "final_norm")
@@ -84,7 +86,7 @@ class LayerEngine:
     name = "layer engine"
     layers: list[nn.Module]
     norm: nn.Module
-    head: nn.Linear
+    head: nn.Linear | FrozenHead
     clock: DropoutClock | None
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -101,7 +103,7 @@ class LayerEngine:
             )
         if (
             len(norms) != 1
-            or not isinstance(head, nn.Linear)
+            or not isinstance(head, nn.Linear | FrozenHead)
             or getattr(head, "bias", None) is not None
         ):
             raise EngineError("no single final norm, or an output head with a bias")
@@ -121,7 +123,17 @@ class LayerEngine:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of activations and products."""
-        return self.head.weight.dtype
+        dtype: torch.dtype = self.model.halfbyte_recipe.compute_dtype
+        return dtype
+
+    @property
+    def head_weight(self) -> Tensor | QuantizedWeight:
+        """The output head's weight [V, H], as it is held."""
+        packed = self.head.quantized if isinstance(self.head, FrozenHead) else None
+        if packed is not None:
+            return packed
+        assert self.head.weight is not None
+        return self.head.weight
 
     @torch.no_grad()
     def probe(self, vocabulary: int, device: str) -> None:
@@ -250,7 +262,7 @@ class LayerEngine:
     def _tail(self, hidden: Tensor, batch: Batch) -> Tensor:
         supervised = batch.labels != -100
         rows = self.norm(hidden[supervised])
-        return head_loss(rows, self.head.weight, batch.labels[supervised], softcap=self.softcap)
+        return head_loss(rows, self.head_weight, batch.labels[supervised], softcap=self.softcap)
 
     @contextmanager
     def _opened(self, index: int) -> Iterator[None]:

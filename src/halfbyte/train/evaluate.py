@@ -102,7 +102,7 @@ def evaluate(
     Raises:
         DataError: If there is nothing usable in ``data``.
     """
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     dataset = load_dataset(data, tokenizer, max_length=max_length, train_on=train_on)
     cases = [row for row in dataset.rows if exact_match and row.text is None]
     total = len(dataset.examples) + len(cases)

@@ -122,7 +122,7 @@ def plan_activations(
     moments = 2 * sum(p.nbytes for p in engine.model.parameters() if p.requires_grad)
     share = HOLES[device] * tokens_per_step / tokens
     step_saved, step_kept = int(saved * share), int(kept * share)
-    head = engine.head.weight.nbytes
+    head = engine.head_weight.nbytes
     # Beside them: the head as its product wants it laid out, and a few copies of a logits chunk.
     workspace = 2 * head + 4 * CHUNK_BYTES[device]
     floor = used + moments + layers * step_kept + 2 * saved + workspace
