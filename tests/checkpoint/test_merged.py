@@ -1,54 +1,62 @@
-"""A merged model computes, in transformers, what base and adapter compute here."""
+"""A merged model computes, in transformers, what was merged: exactly, or packed again."""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from bitsandbytes import functional as bnb
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from halfbyte.checkpoint.base_model import LoadedBase, load_base
-from halfbyte.checkpoint.merged import write_merged
-from halfbyte.errors import OutputError
-from halfbyte.lora import LoRAConfig, adapter_state, attach, load_adapter_state
+from halfbyte.checkpoint.base_model import BaseSource, load_base, open_base
+from halfbyte.checkpoint.bitsandbytes import write_quantized
+from halfbyte.checkpoint.merged import Into, Merged, ways, write_merged
+from halfbyte.errors import CheckpointError, OutputError
+from halfbyte.lora import LoRAConfig, adapter_state, attach, delta, load_adapter_state
 from halfbyte.model.build import BaseRecipe, frozen_linears
+from halfbyte.nf4 import QuantizedWeight
+from tests.checkpoint.gguf_models import write_gguf
 from tests.tiny import write_tiny_model
 
 PROMPT = torch.arange(3, 43)[None]
+PATH = "model.layers.1.mlp.down_proj"
+
+
+class Adapted(NamedTuple):
+    source: BaseSource
+    model: PreTrainedModel
 
 
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
-        return model(PROMPT).logits  # type: ignore[no-any-return]
+        return model(PROMPT).logits.float()  # type: ignore[no-any-return]
 
 
-def adapted(tmp_path: Path, *, quant: Any = "nf4", tied: bool = True) -> LoadedBase:
-    directory = write_tiny_model(tmp_path / "base", tied=tied)
-    loaded = load_base(directory, BaseRecipe(quant=quant))
-    attach(loaded.model, LoRAConfig(r=4, target_modules=("q_proj", "down_proj")), seed=0)
+def adapted(path: Path, *, quant: Any = "nf4") -> Adapted:
+    source = open_base(path)
+    model = load_base(source, BaseRecipe(quant=quant)).model
+    attach(model, LoRAConfig(r=4, target_modules=("q_proj", "down_proj")), seed=0)
     generator = torch.Generator().manual_seed(1)
     state = {
         name: 0.1 * torch.randn(tensor.shape, generator=generator)
-        for name, tensor in adapter_state(loaded.model).items()
+        for name, tensor in adapter_state(model).items()
     }
-    load_adapter_state(loaded.model, state)
-    return loaded
+    load_adapter_state(model, state)
+    return Adapted(source, model)
 
 
 @pytest.mark.parametrize("quant", ["nf4", "fp4", "none"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_merged_model_computes_what_was_trained(tmp_path: Path, quant: str, tied: bool) -> None:
-    loaded = adapted(tmp_path, quant=quant, tied=tied)
-    expected = logits(loaded.model)
+    directory = write_tiny_model(tmp_path / "base", tied=tied)
+    source, model = adapted(directory, quant=quant)
+    expected = logits(model)
     seen: list[tuple[int, int]] = []
     out = write_merged(
-        loaded.model,
-        loaded.tokenizer,
-        loaded.model.config,
+        Merged(source, model, dtype=torch.float32),
         tmp_path / "out",
-        torch.float32,
         progress=lambda done, total: seen.append((done, total)),
         shard_bytes=100_000,
     )
@@ -59,48 +67,135 @@ def test_the_merged_model_computes_what_was_trained(tmp_path: Path, quant: str, 
     assert logits(merged).sub(expected).abs().max() < 1e-5
     assert seen[-1][0] == seen[-1][1] == sum(t.nbytes for t in merged.parameters())
     # The model in memory is what it was, and its adapter did make a difference.
-    assert logits(loaded.model).equal(expected)
-    untrained = load_base(tmp_path / "base", BaseRecipe(quant=quant)).model  # type: ignore[arg-type]
+    assert logits(model).equal(expected)
+    untrained = load_base(directory, BaseRecipe(quant=quant)).model  # type: ignore[arg-type]
     assert logits(untrained).sub(expected).abs().max() > 1e-2
 
 
 def test_the_sum_is_rounded_once(tmp_path: Path) -> None:
-    loaded = adapted(tmp_path)
-    out = write_merged(loaded.model, loaded.tokenizer, loaded.model.config, tmp_path / "out")
+    source, model = adapted(write_tiny_model(tmp_path / "base"))
+    out = write_merged(Merged(source, model), tmp_path / "out")
     merged = AutoModelForCausalLM.from_pretrained(out)
     assert merged.dtype == torch.bfloat16
-    path = "model.layers.1.mlp.down_proj"
-    linear = frozen_linears(loaded.model)[path]
+    linear = frozen_linears(model)[PATH]
     adapter: Any = linear.adapter
     exact = linear.decode(torch.float32).double() + adapter.config.scaling * (
         adapter.lora_B.detach().double() @ adapter.lora_A.detach().double()
     )
-    weight = merged.get_submodule(path).weight.detach()
+    weight = merged.get_submodule(PATH).weight.detach()
     # Half a unit in the last place, and float32's own rounding of the sum.
     assert (weight.double() - exact).abs().le(exact.abs() * (2**-8 + 2**-20) + 1e-9).all()
 
 
-def test_it_is_a_directory_like_any_other(tmp_path: Path) -> None:
-    loaded = adapted(tmp_path)
-    out = write_merged(loaded.model, loaded.tokenizer, loaded.model.config, tmp_path / "out")
+@pytest.mark.parametrize("kind", ["directory", "gguf"])
+def test_the_original_weights_are_those_of_the_files(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "m.gguf"
+    path = write_gguf(path) if kind == "gguf" else write_tiny_model(tmp_path / "base")
+    source, model = adapted(path)
+    assert ways(source, model) == ["decoded", "original", "nf4"]
+    out = write_merged(Merged(source, model, "original", torch.float32), tmp_path / "out")
+    merged = AutoModelForCausalLM.from_pretrained(out)
+    for name, linear in frozen_linears(model).items():
+        expected = source.tensor(f"{name}.weight")
+        assert isinstance(expected, Tensor)
+        if linear.adapter is not None:
+            expected = expected + delta(linear)
+        assert merged.get_submodule(name).weight.equal(expected)
+    assert not merged.get_submodule(PATH).weight.equal(
+        frozen_linears(model)[PATH].decode(torch.float32) + delta(frozen_linears(model)[PATH])
+    )
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_packed_again_it_is_a_checkpoint_of_bitsandbytes(
+    tmp_path: Path, double_quant: bool
+) -> None:
+    directory = write_tiny_model(tmp_path / "base")
+    source = open_base(directory)
+    model = load_base(source, BaseRecipe(double_quant=double_quant, block_size=32)).model
+    attach(model, LoRAConfig(r=4), seed=0)
+    merged = Merged(source, model, "nf4", torch.float32)
+    out = write_merged(merged, tmp_path / "out", shard_bytes=30_000)
+    assert len(list(out.glob("*.safetensors"))) > 1
+    written = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    assert written == pytest.approx(
+        merged.written_bytes, rel=0.2
+    )  # headers weigh, in so small a model
+    theirs = AutoModelForCausalLM.from_pretrained(out)
+    assert theirs.is_loaded_in_4bit
+    again = open_base(out)
+    for name, linear in frozen_linears(model).items():
+        q = again.tensor(f"{name}.weight")
+        assert isinstance(q, QuantizedWeight)
+        assert (q.quant_type, q.block_size, q.double_quant) == ("nf4", 32, double_quant)
+        module = theirs.get_submodule(name)
+        codes, state = bnb.quantize_4bit(
+            linear.decode(torch.float32) + delta(linear),
+            blocksize=32,
+            compress_statistics=double_quant,
+            quant_type="nf4",
+        )
+        assert module.weight.data.equal(codes)
+        expected = bnb.dequantize_4bit(codes, state)
+        assert bnb.dequantize_4bit(module.weight.data, module.weight.quant_state).equal(expected)
+
+
+@pytest.mark.parametrize("into", ["decoded", "original", "nf4"])
+def test_what_is_measured_is_what_is_written(tmp_path: Path, into: Into) -> None:
+    source, model = adapted(write_tiny_model(tmp_path / "base", tied=False))
+    merged = Merged(source, model, into)
+    written = open_base(write_merged(merged, tmp_path / "out"))
+    assert {p.name for p in written.parameters} == {p.name for p in merged.parameters}
+    for name, value in merged.tensors():
+        again = written.tensor(name)
+        if isinstance(value, QuantizedWeight):
+            assert isinstance(again, QuantizedWeight)
+            assert again.dtype == value.dtype == torch.bfloat16
+            for part, tensor in value.tensors().items():
+                assert again.tensors()[part].equal(tensor), part
+        else:
+            assert isinstance(again, Tensor)
+            assert again.dtype == value.dtype
+            assert again.equal(value)
+
+
+def test_a_packed_base_has_no_original_weights(tmp_path: Path) -> None:
+    directory = write_tiny_model(tmp_path / "base")
+    source, model = adapted(write_quantized(directory, tmp_path / "packed", BaseRecipe()))
+    assert ways(source, model) == ["decoded", "nf4"]
+    with pytest.raises(CheckpointError, match=r"packed in 4 bits.*Merge into decoded"):
+        Merged(source, model, "original")
+
+
+def test_a_plain_base_is_its_own_original(tmp_path: Path) -> None:
+    source, model = adapted(write_tiny_model(tmp_path / "base"), quant="none")
+    assert ways(source, model) == ["decoded", "nf4"]
+    decoded, original = Merged(source, model), Merged(source, model, "original")
+    for (name, one), (_, other) in zip(decoded.tensors(), original.tensors(), strict=True):
+        assert one.equal(other), name  # type: ignore[union-attr, arg-type]
+
+
+@pytest.mark.parametrize("into", ["decoded", "nf4"])
+def test_it_is_a_directory_like_any_other(tmp_path: Path, into: Into) -> None:
+    source, model = adapted(write_tiny_model(tmp_path / "base"))
+    out = write_merged(Merged(source, model, into), tmp_path / "out")
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["dtype"] == "bfloat16"
-    assert "quantization_config" not in config
+    assert ("quantization_config" in config) == (into == "nf4")
     tokenizer = AutoTokenizer.from_pretrained(out)
-    assert tokenizer.chat_template == loaded.tokenizer.chat_template
+    assert tokenizer.chat_template == source.tokenizer().chat_template
     assert (out / "generation_config.json").exists()
     assert load_base(out, BaseRecipe()).model.config.tie_word_embeddings
 
 
 def test_what_is_there_is_replaced_only_if_asked(tmp_path: Path) -> None:
-    loaded = adapted(tmp_path)
+    merged = Merged(*adapted(write_tiny_model(tmp_path / "base")))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
-    arguments = (loaded.model, loaded.tokenizer, loaded.model.config, tmp_path / "out")
     with pytest.raises(OutputError, match="it exists already"):
-        write_merged(*arguments)
+        write_merged(merged, tmp_path / "out")
     assert (tmp_path / "out" / "precious").exists()
-    write_merged(*arguments, replace=True)
+    write_merged(merged, tmp_path / "out", replace=True)
     assert not (tmp_path / "out" / "precious").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]

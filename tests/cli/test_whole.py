@@ -128,6 +128,55 @@ def test_merged_the_model_computes_what_was_trained(
     trained = ask("eval", "--model", ground.model, "--adapter", ground.out, *words)
     plain = ask("eval", "--model", tmp_path / "merged", "--quant", "none", *words)
     assert plain["loss"] == pytest.approx(trained["loss"], abs=1e-5)
+    # Of the ways, the one that came out nearest was taken.
+    assert merged["into"] == "decoded"
+    assert merged["positions"] > 500
+    distances = merged["distances"]
+    assert list(distances) == ["decoded", "original", "nf4", "no adapter"]
+    assert set(distances["nf4"]) == {"kl", "largest_gap", "top1_agreement"}
+    assert distances["decoded"]["kl"] < 1e-6 < distances["original"]["kl"]
+    assert merged["sizes"]["nf4"] < merged["sizes"]["decoded"] / 2
+
+
+def test_a_merge_into_nf4_is_what_was_measured(
+    ground: Ground, ask: Callable[..., Any], tmp_path: Path
+) -> None:
+    words = ["--into", "nf4", "--data", ground.data, "--verify", "--min-agreement", "0"]
+    merged = ask("merge", ground.model, ground.out, tmp_path / "merged", *words)
+    assert merged["into"] == "nf4"
+    measured = {name: merged["distances"]["nf4"][name] for name in merged["verified"]}
+    assert merged["verified"] == measured
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+
+
+def test_a_merge_that_is_not_what_was_trained_fails_when_verified(
+    ground: Ground, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["merge", str(ground.model), str(ground.out), str(tmp_path / "merged"), "--no-measure"]
+    words += ["--into", "nf4", "--verify", "--min-agreement", "1", "--json"]
+    assert cli.main(words) == 1
+    out, err = capsys.readouterr()
+    answer = json.loads(out)
+    assert answer["verified"]["top1_agreement"] < 1
+    assert answer["distances"] == {}
+    assert "is not what was trained" in err
+    assert "(--min-agreement)" in err
+    assert (tmp_path / "merged" / "config.json").exists()
+
+
+def test_merges_that_cannot_be(
+    ground: Ground, ask: Callable[..., Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    ask("quantize", ground.model, tmp_path / "packed")
+    adapter = shutil.copytree(ground.out, tmp_path / "adapter")
+    (adapter / "halfbyte.json").unlink()
+    words = ["merge", str(tmp_path / "packed"), str(adapter), str(tmp_path / "merged")]
+    message = refused([*words, "--into", "original"], capsys)
+    assert "its original weights are not there" in message
+    assert "`into` best needs `measure`" in refused([*words, "--no-measure"], capsys)
+    assert "none.jsonl" in refused([*words, "--data", str(tmp_path / "none.jsonl")], capsys)
+    assert not (tmp_path / "merged").exists()
 
 
 def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -1,10 +1,12 @@
 """A base model written as a bitsandbytes 4-bit checkpoint, which transformers, PEFT and vLLM load.
 
 The weights are read, packed and written one at a time. The bytes are those ``load_base`` holds in
-memory for the same recipe.
+memory for the same recipe. A packed output head transformers loads like any other linear, unless
+it is tied to the embedding; a packed embedding is an extension of ours, and only halfbyte loads it.
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.model.build import BaseRecipe, build, frozen_linears
 from halfbyte.nf4 import empty_like_quantized, quantize
 
+logger = logging.getLogger("halfbyte")
+
 
 def write_quantized(
     source: str | Path | BaseSource,
@@ -28,6 +32,7 @@ def write_quantized(
     recipe: BaseRecipe,
     *,
     dtype: torch.dtype | None = None,
+    exact: bool = False,
     replace: bool = False,
     progress: Callable[[int, int], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -37,9 +42,11 @@ def write_quantized(
     Args:
         source: What ``open_base`` takes, or has returned.
         out_dir: Where to.
-        recipe: How to pack; its compute dtype and device play no part.
+        recipe: How to pack, and on which device; its compute dtype plays no part.
         dtype: What is not packed is held in, and what is packed decodes to; by default what the
             source holds its matrices in (bfloat16 for a GGUF file of blocks).
+        exact: Whether what is not packed keeps each its own dtype instead, and what is packed the
+            memory of it. What transformers makes of such a mixture is not tested.
         replace: Whether ``out_dir`` may be there already; it goes when the new one is whole.
         progress: Called with (bytes read, bytes in all) after each tensor.
         shard_bytes: The most tensor bytes in a file.
@@ -51,6 +58,7 @@ def write_quantized(
         CheckpointError: See ``open_base``; also if the source is packed already.
         OutputError: If ``out_dir`` is there and is not to be replaced, cannot be written, or there
             is no space.
+        WeightError: If a weight holds NaN or infinity.
     """
     if recipe.quant == "none":
         raise ConfigError("quantize needs quant nf4 or fp4, got none")
@@ -60,24 +68,29 @@ def write_quantized(
         raise CheckpointError(f"{source.name} is packed in 4 bits already; copy it instead")
     out_dir, dtype = Path(out_dir), dtype or source.dtype
     tokenizer = source.tokenizer()
-    linears = {f"{path}.weight" for path in frozen_linears(build(source.config, recipe))}
+    model = build(source.config, recipe)
+    linears = {f"{path}.weight" for path in frozen_linears(model)}
+    if model.halfbyte_recipe.quantize_embeddings and not exact:
+        logger.warning(
+            "the embedding is packed too: halfbyte loads what is written, transformers does not"
+        )
+    held = {p.name: _held(p.dtype, None if exact else dtype) for p in source.parameters}
     plan: list[Planned] = []
     for parameter in source.parameters:
         if parameter.name in linears:
             empty = empty_like_quantized(
                 parameter.shape,
-                dtype,
+                held[parameter.name],
                 quant_type=recipe.quant,
                 block_size=recipe.block_size,
                 double_quant=recipe.double_quant,
             )
             plan += plan_keys(parameter.name, empty)
         else:
-            held = dtype if parameter.dtype.is_floating_point else parameter.dtype
-            plan.append(Planned(parameter.name, held, parameter.shape))
+            plan.append(Planned(parameter.name, held[parameter.name], parameter.shape))
     require_writable(out_dir.absolute().parent, sum(planned.nbytes for planned in plan))
     with new_directory(out_dir, replace=replace) as directory:
-        packed = _packed(source, recipe, linears, dtype, progress)
+        packed = _packed(source, recipe, linears, held, progress)
         write_model(directory, plan, packed, shard_bytes=shard_bytes)
         write_description(
             directory,
@@ -86,45 +99,51 @@ def write_quantized(
             dtype=dtype,
             tokenizer=tokenizer,
             generation_config=source.generation_config(),
-            packing=_quantization_config(source, recipe, linears, dtype),
+            packing=quantization_config(source, recipe, linears, dtype),
         )
     return out_dir
+
+
+def _held(own: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
+    return asked if asked is not None and own.is_floating_point else own
 
 
 def _packed(
     source: BaseSource,
     recipe: BaseRecipe,
     linears: set[str],
-    dtype: torch.dtype,
+    held: dict[str, torch.dtype],
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[str, Tensor]]:
     sizes = {parameter.name: parameter.nbytes for parameter in source.parameters}
     done = 0
-    for name, value in source.tensors():
+    for name, value in source.tensors(recipe.device):
         assert isinstance(value, Tensor)
         assert recipe.quant != "none"
         if name in linears:
             q = quantize(
-                value,
+                value.to(recipe.device),
                 quant_type=recipe.quant,
                 block_size=recipe.block_size,
                 double_quant=recipe.double_quant,
                 name=name,
             )
             del value
-            yield from encode_keys(name, dataclasses.replace(q, dtype=dtype)).items()
+            q = dataclasses.replace(q.to("cpu"), dtype=held[name])
+            yield from encode_keys(name, q).items()
         else:
             # Norms too: transformers multiplies by what it finds, and cannot mix dtypes.
-            yield name, value.to(dtype) if value.is_floating_point() else value
+            yield name, value.to("cpu", held[name])
             del value
         done += sizes[name]
         if progress is not None:
             progress(done, source.total_bytes)
 
 
-def _quantization_config(
+def quantization_config(
     source: BaseSource, recipe: BaseRecipe, linears: set[str], dtype: torch.dtype
 ) -> dict[str, Any]:
+    """Return what ``config.json`` says of a model whose ``linears`` (names) are packed."""
     skipped = [
         name
         for name, module in source.skeleton.named_modules()

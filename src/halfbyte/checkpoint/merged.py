@@ -1,47 +1,182 @@
-"""A trained adapter merged into its base: a plain 16-bit model, for any program that loads one.
+"""A trained adapter merged into its base: a model of its own, for any program that loads one.
 
-What is written is D + s·B·A, with D the *decoded* 4-bit base: exactly the function that was trained
-and evaluated. Adding the update to the original 16-bit weights instead would bring back the
-quantisation error the adapter has learned to live with; quantising the sum again would round small
-updates away. The sum is made in float32 and rounded once, one linear layer at a time.
+W is a weight of the model's files, D what its 4-bit form decodes to, Δ = s·B·A what was trained
+beside D. There are three things to write, and each loses something else:
+
+    decoded     D + Δ, in 16 bits      what was trained, rounded once
+    original    W + Δ, in 16 bits      adds W − D, which training never saw
+    nf4         D + Δ, packed again    small updates are rounded away; a quarter of the size
+
+``Merged`` is any of them as a source of tensors, made from the model in memory when they are asked
+for, in the form in which they will be read: so a merge can be measured before it is written
+(``train.merging``). Sums are made in float32, one linear layer at a time.
 """
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.checkpoint.atomic import new_directory, require_writable
+from halfbyte.checkpoint.bitsandbytes import quantization_config
+from halfbyte.checkpoint.bitsandbytes_keys import encode_keys, plan_keys
 from halfbyte.checkpoint.directory import write_description
 from halfbyte.checkpoint.safetensors_file import SHARD_BYTES, Planned, write_model
-from halfbyte.checkpoint.source import skeleton_of
+from halfbyte.checkpoint.source import BaseSource
+from halfbyte.errors import CheckpointError
 from halfbyte.lora import delta
-from halfbyte.model.build import frozen_linears
+from halfbyte.model.build import BaseRecipe, frozen_linears
+from halfbyte.nf4 import QuantizedWeight, empty_like_quantized, quantize
+from halfbyte.nf4.linear import FrozenLinear
+
+Into = Literal["decoded", "original", "nf4"]
+
+
+def ways(base: BaseSource, model: PreTrainedModel) -> list[Into]:
+    """Return the ways of merging that differ for this model."""
+    packed = any(parameter.packed for parameter in base.parameters)
+    if packed or model.halfbyte_recipe.quant == "none":
+        return ["decoded", "nf4"]
+    return ["decoded", "original", "nf4"]
+
+
+class Merged(BaseSource):
+    """A base model with its adapters merged in: what ``write_merged`` writes.
+
+    Args:
+        base: The files the model was loaded from.
+        model: A model of ``load_base``, with or without adapters; nothing is copied from it.
+        into: What the adapters are added to.
+        dtype: What is not packed is held in, and what is packed decodes to.
+
+    Raises:
+        CheckpointError: If the original weights are asked for, and the files hold packed ones.
+    """
+
+    def __init__(
+        self,
+        base: BaseSource,
+        model: PreTrainedModel,
+        into: Into = "decoded",
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self.into, self.dtype, self._base, self._model = into, dtype, base, model
+        self.name, self.config, self.skeleton = base.name, base.config, base.skeleton
+        self._linears = {f"{path}.weight": m for path, m in frozen_linears(model).items()}
+        held: BaseRecipe = model.halfbyte_recipe
+        self._recipe = dataclasses.replace(held, quant="nf4")
+        # Other programs have no packed embedding, nor all of them a packed head.
+        packed = {n for n, m in self._linears.items() if type(m) is FrozenLinear}
+        self._packed = packed if into == "nf4" else set()
+        if into == "original" and any(parameter.packed for parameter in base.parameters):
+            raise CheckpointError(
+                f"{base.name} is packed in 4 bits: its original weights are not there. Merge into "
+                "decoded, or give the model it was made from"
+            )
+        self.parameters = tuple(
+            parameter._replace(
+                dtype=dtype if parameter.dtype.is_floating_point else parameter.dtype,
+                packed=parameter.name in self._packed,
+            )
+            for parameter in base.parameters
+        )
+
+    def plan(self) -> list[Planned]:
+        """Return what will be written, in its order."""
+        plan: list[Planned] = []
+        for parameter in self.parameters:
+            if parameter.packed:
+                empty = empty_like_quantized(
+                    parameter.shape,
+                    self.dtype,
+                    quant_type="nf4",
+                    block_size=self._recipe.block_size,
+                    double_quant=self._recipe.double_quant,
+                )
+                plan += plan_keys(parameter.name, empty)
+            else:
+                plan.append(Planned(parameter.name, parameter.dtype, parameter.shape))
+        return plan
+
+    @property
+    def written_bytes(self) -> int:
+        """The most bytes that the tensors will take."""
+        return sum(planned.nbytes for planned in self.plan())
+
+    def packing(self) -> dict[str, object] | None:
+        """Return the ``quantization_config`` of what is written, if it is packed."""
+        if self.into != "nf4":
+            return None
+        return quantization_config(self, self._recipe, self._packed, self.dtype)
+
+    @torch.no_grad()
+    def tensor(self, name: str) -> Tensor | QuantizedWeight:
+        """Return one value, made now: floating in ``dtype``, or packed; on the model's device.
+
+        Raises:
+            CheckpointError: If a file of the base ends early.
+            WeightError: If a merged weight holds NaN or infinity, and should be packed.
+        """
+        linear = self._linears.get(name)
+        if linear is None:
+            path, _, leaf = name.rpartition(".")
+            value: Tensor = getattr(self._model.get_submodule(path), leaf)
+            return value.to(self.dtype) if value.is_floating_point() else value
+        if self.into == "original":
+            original = self._base.tensor(name)
+            assert isinstance(original, Tensor)
+            weight = original.to(linear.device, torch.float32)
+        else:
+            weight = linear.decode(torch.float32)
+        if linear.adapter is not None:
+            weight = weight + delta(linear)
+        if name not in self._packed:
+            return weight.to(self.dtype)
+        packed = quantize(
+            weight,
+            quant_type="nf4",
+            block_size=self._recipe.block_size,
+            double_quant=self._recipe.double_quant,
+            name=name,
+        )
+        return dataclasses.replace(packed, dtype=self.dtype)
+
+    def tensors(  # noqa: D102
+        self, device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+        for parameter in self.parameters:
+            yield parameter.name, self.tensor(parameter.name)
+
+    def _files(self) -> Iterable[tuple[Path, int, int]]:
+        return self._base._files()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:  # noqa: D102
+        return self._base.tokenizer()
+
+    def generation_config(self) -> GenerationConfig | None:  # noqa: D102
+        defaults: GenerationConfig | None = self._model.generation_config
+        return defaults
 
 
 def write_merged(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: PretrainedConfig,
+    merged: Merged,
     out_dir: str | Path,
-    dtype: torch.dtype = torch.bfloat16,
     *,
     replace: bool = False,
     progress: Callable[[int, int], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write ``model`` with its adapters merged in; the model in memory is left as it is.
+    """Write a merged model; the one in memory is left as it is.
 
     Beside the model, memory holds one layer's weight in float32, twice.
 
     Args:
-        model: A model of ``load_base``, with or without adapters.
-        tokenizer: Its tokenizer.
-        config: Its configuration.
+        merged: What to write.
         out_dir: Where to.
-        dtype: What the floating tensors are written in.
         replace: Whether ``out_dir`` may be there already; it goes when the new one is whole.
         progress: Called with (bytes written, bytes in all) after each tensor.
         shard_bytes: The most tensor bytes in a file.
@@ -50,54 +185,36 @@ def write_merged(
         ``out_dir``.
 
     Raises:
+        CheckpointError: If a file of the base ends early.
         OutputError: If ``out_dir`` is there and is not to be replaced, cannot be written, or there
             is no space.
     """
-    out_dir = Path(out_dir)
-    skeleton = skeleton_of(config, config.name_or_path, len(model.state_dict()))
-    tied: dict[str, str] = skeleton.all_tied_weights_keys
-    # A head the files held apart although config.json ties it is no tie: it is written.
-    same = {name for name, of in tied.items() if _held(model, name) is _held(model, of)}
-    plan = [
-        Planned(name, dtype if empty.is_floating_point() else empty.dtype, tuple(empty.shape))
-        for name, empty in skeleton.state_dict().items()
-        if name not in same
-    ]
-    require_writable(out_dir.absolute().parent, sum(planned.nbytes for planned in plan))
+    out_dir, plan = Path(out_dir), merged.plan()
+    require_writable(out_dir.absolute().parent, merged.written_bytes)
     with new_directory(out_dir, replace=replace) as directory:
-        write_model(directory, plan, _merged(model, plan, progress), shard_bytes=shard_bytes)
+        write_model(directory, plan, _keys(merged, plan, progress), shard_bytes=shard_bytes)
         write_description(
             directory,
-            config,
-            model_class=type(skeleton).__name__,
-            dtype=dtype,
-            tokenizer=tokenizer,
-            generation_config=model.generation_config,
+            merged.config,
+            model_class=type(merged.skeleton).__name__,
+            dtype=merged.dtype,
+            tokenizer=merged.tokenizer(),
+            generation_config=merged.generation_config(),
+            packing=merged.packing(),
         )
     return out_dir
 
 
-def _held(model: PreTrainedModel, name: str) -> Tensor:
-    path, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(path), leaf)  # type: ignore[no-any-return]
-
-
-def _merged(
-    model: PreTrainedModel, plan: list[Planned], progress: Callable[[int, int], None] | None
+def _keys(
+    merged: Merged, plan: list[Planned], progress: Callable[[int, int], None] | None
 ) -> Iterator[tuple[str, Tensor]]:
-    linears = frozen_linears(model)
-    done, total = 0, sum(planned.nbytes for planned in plan)
-    for planned in plan:
-        path, _, leaf = planned.name.rpartition(".")
-        linear = linears.get(path)
-        if linear is None or leaf != "weight":
-            yield planned.name, _held(model, planned.name).to(planned.dtype)
-        else:
-            weight = linear.dense(torch.float32)
-            if linear.adapter is not None:
-                weight = weight + delta(linear)
-            yield planned.name, weight.to(planned.dtype)
-            del weight
-        done += planned.nbytes
+    sizes = {planned.name: planned.nbytes for planned in plan}
+    done, total = 0, sum(sizes.values())
+    for name, value in merged.tensors():
+        keys = encode_keys(name, value) if isinstance(value, QuantizedWeight) else {name: value}
+        del value
+        yield from keys.items()
+        done += sum(sizes[key] for key in keys)
+        del keys
         if progress is not None:
             progress(done, total)

@@ -1,19 +1,24 @@
-"""``halfbyte merge M ADAPTER OUT``: a plain model with the adapter in its weights.
+"""``halfbyte merge M ADAPTER OUT``: base and adapter as one model, in the way that loses least.
 
-Which base an adapter may be merged into is disputed between trainers. It was trained beside the
-*decoded* 4-bit weights, so those are what it is added to here: what comes out computes what was
-trained. (Added to the original 16-bit weights it would also add the quantisation error, which
-training never saw; quantised to 4 bits once more, small updates would be rounded away.)
+Into which base an adapter may be merged is disputed between trainers. So it is measured: each way
+answers held-out text beside the live adapter, before anything is written.
 """
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from halfbyte.cli.opening import as_trained, require_free
 from halfbyte.cli.options import Verb, results
+from halfbyte.errors import HalfbyteError
 from halfbyte.train.config import BaseOptions
+
+if TYPE_CHECKING:
+    from halfbyte.report import RunReport
+    from halfbyte.train.merging import Distance, Reference
 
 
 class MergeOptions(BaseOptions):
@@ -25,38 +30,75 @@ class MergeOptions(BaseOptions):
         "unless said otherwise",
     )
     out: Path = Field(description="directory to write")
+    into: Literal["best", "decoded", "original", "nf4"] = Field(
+        "best",
+        description="what the adapter is added to: the decoded 4-bit base it was trained on, the "
+        "original weights of the files, or the decoded base with the sum packed in NF4 again "
+        "(bitsandbytes); best takes the one whose answers are nearest to the adapter's",
+    )
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         "bfloat16", description="type of the merged weights"
     )
     overwrite: bool = Field(False, description="replace the directory if it is there")
+    measure: bool = Field(True, description="compare the ways on held-out text")
+    verify: bool = Field(
+        False, description="read what was written, compare it too, and exit with 1 if it fails"
+    )
+    min_agreement: float = Field(
+        0.95, ge=0, le=1, description="least top-1 agreement with the adapter that verify accepts"
+    )
+    data: str | None = Field(
+        None,
+        min_length=1,
+        description="held-out text: a .jsonl or .json file, a directory, or a hub id; without it, "
+        "32 questions and answers that come with halfbyte",
+    )
+    max_length: int = Field(1024, ge=2, description="tokens of an example; longer ones are cut")
+    train_on: Literal["assistant", "all"] = Field(
+        "assistant", description="tokens that are compared: the assistant's, or all"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
 
     sections: ClassVar[dict[str, str]] = {
         "model": "the base, as the adapter saw it",
         "adapter": "the merge",
+        "measure": "the comparison",
     }
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> Self:
+        if self.into == "best" and not self.measure:
+            raise ValueError("`into` best needs `measure`: say which way, or leave it on")
+        return self
 
 
 VERB = Verb(
     "merge",
     MergeOptions,
-    about="Write a plain transformers model with an adapter merged into it. The adapter is added "
-    "to the decoded 4-bit weights that it was trained on, so the result computes what was trained.",
+    about="Write a model with an adapter merged into it. Each way of merging is first compared "
+    "with the live adapter on held-out text.",
     example="halfbyte merge model.gguf out merged",
     positional=("model", "adapter", "out"),
 )
 
 
 def main(argv: list[str]) -> None:
-    """Run the verb."""
+    """Run the verb.
+
+    Raises:
+        HalfbyteError: What was written does not agree with the adapter, and was to be verified.
+    """
     options, notes, as_json = VERB.read(argv)
     require_free(options.out, overwrite=options.overwrite)
 
     import torch
 
-    from halfbyte.checkpoint.merged import write_merged
+    from halfbyte.checkpoint.base_model import open_base
+    from halfbyte.checkpoint.merged import Merged, ways, write_merged
     from halfbyte.report import open_report, show
     from halfbyte.report.live import size
     from halfbyte.train.loading import open_model
+    from halfbyte.train.merging import distance
 
     with results(as_json=as_json) as result, open_report() as report:
         for note in notes:
@@ -67,26 +109,111 @@ def main(argv: list[str]) -> None:
             adapter=options.adapter,
             **recipe,
             compute_dtype="float32",
-            device="cpu",
+            device=options.device,
             revision=options.revision,
             report=report,
         )
+        source = open_base(options.model, revision=options.revision)
+        names = ways(source, model)
+        into = names[0] if options.into == "best" else options.into
+        candidates = {
+            way: Merged(source, model, way, getattr(torch, options.dtype))
+            for way in dict.fromkeys([*names, into])
+        }
+        sizes = {way: merged.written_bytes for way, merged in candidates.items()}
+        live, measured = None, {}
+        if options.measure or options.verify:
+            live = _held_out(options, model, tokenizer, report)
+        if options.measure and live is not None:
+            with report.task("comparing", None) as progress:
+                for done, (way, merged) in enumerate([*candidates.items(), ("no adapter", None)]):
+                    measured[way] = distance(model, merged, live)
+                    progress(done + 1, len(candidates) + 1)
+            _show_distances(measured, sizes)
+            if options.into == "best":
+                into = min(names, key=lambda way: measured[way].kl)
         with report.task(f"writing {options.out}", None) as progress:
             out = write_merged(
-                model,
-                tokenizer,
-                model.config,
-                options.out,
-                getattr(torch, options.dtype),
-                replace=options.overwrite,
-                progress=progress,
+                candidates[into], options.out, replace=options.overwrite, progress=progress
             )
         written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
         packed = recipe["quant"] != "none"
         base = f"decoded {recipe['quant']} weights" if packed else "weights"
-        show.paragraph(
-            f"{out}: {size(written)} in {options.dtype}. The adapter was added to the {base} that "
-            "it was trained on, so this model computes what was trained; packed in 4 bits again, "
-            "it would lose small updates to rounding."
+        show.paragraph(f"{out}: {size(written)}. {_LOSSES[into].format(base=base)}")
+        result |= {
+            "directory": str(out),
+            "bytes": written,
+            "base": recipe,
+            "dtype": options.dtype,
+            "into": into,
+            "positions": None if live is None else live.positions,
+            "distances": {way: dataclasses.asdict(found) for way, found in measured.items()},
+            "sizes": sizes,
+        }
+        verified = None
+        if options.verify and live is not None:
+            with report.task(f"reading {out}", None):
+                verified = distance(model, open_base(out), live)
+            show.paragraph(
+                f"Read back, it agrees with the adapter in {100 * verified.top1_agreement:.2f} % "
+                f"of {live.positions:,} positions (KL {verified.kl:.2g})."
+            )
+            result["verified"] = dataclasses.asdict(verified)
+    if verified is not None and verified.top1_agreement < options.min_agreement:
+        raise HalfbyteError(
+            f"{out} was written, and is not what was trained: its likeliest token is the adapter's "
+            f"in {100 * verified.top1_agreement:.2f} % of the positions, expected were at least "
+            f"{100 * options.min_agreement:g} % (--min-agreement). "
+            "--into decoded --dtype float32 loses least"
         )
-        result |= {"directory": str(out), "bytes": written, "base": recipe, "dtype": options.dtype}
+
+
+_LOSSES = {
+    "decoded": "The adapter was added to the {base} that it was trained on, so this model computes "
+    "what was trained.",
+    "original": "The adapter was added to the original weights, which it was not trained on.",
+    "nf4": "The adapter was added to the {base} that it was trained on, and the sum packed in 4 "
+    "bits again: small updates are lost to rounding.",
+}
+
+
+def _held_out(
+    options: MergeOptions, model: Any, tokenizer: Any, report: "RunReport"
+) -> "Reference":
+    from halfbyte.data import load_dataset
+    from halfbyte.train.merging import HELD_OUT, reference
+
+    text = load_dataset(
+        options.data or HELD_OUT,
+        tokenizer,
+        max_length=options.max_length,
+        train_on=options.train_on,
+    )
+    for line in text.report.lines():
+        report.note(line)
+    live = reference(model, text.examples)
+    if live.left_out:
+        report.note(
+            f"compared on {live.positions:,} positions; {live.left_out:,} examples are left out, "
+            "there is no room for their logits"
+        )
+    return live
+
+
+def _show_distances(measured: dict[str, "Distance"], sizes: Mapping[Any, int]) -> None:
+    from halfbyte.report import show
+    from halfbyte.report.live import size
+
+    show.columns(
+        ("into", "KL from live", "largest gap", "same top-1", "size"),
+        [
+            (
+                way,
+                f"{found.kl:.2e}",
+                f"{found.largest_gap:.3g}",
+                f"{100 * found.top1_agreement:.2f} %",
+                size(sizes[way]) if way in sizes else "",
+            )
+            for way, found in measured.items()
+        ],
+    )
