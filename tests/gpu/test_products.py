@@ -6,7 +6,7 @@ from torch import nn
 
 from halfbyte.lora import LoRAConfig, adapter_parameters, attach
 from halfbyte.nf4 import quantize
-from halfbyte.nf4.linear import FrozenLinear, SharedInput
+from halfbyte.nf4.linear import FrozenLinear, SharedInput, WeightScratch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -128,12 +128,18 @@ def test_results_do_not_depend_on_what_ran_before():
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_an_adapter_that_has_learnt_is_seen():
+@pytest.mark.parametrize("opened", [True, False])
+def test_an_adapter_that_has_learnt_is_seen(opened):
+    """Also when it was written to without counting, as torch's fused AdamW does."""
     module = layer((512,), 256, 16)
+    scratch = WeightScratch()
     before = run(module, 2048)["y0"]
-    with torch.no_grad():
-        module.l0.adapter.lora_B.mul_(2.0)
-    after = run(module, 2048)["y0"]
+    optimizer = torch.optim.AdamW(adapter_parameters(module).values(), lr=0.1, fused=True)
+    for parameter in adapter_parameters(module).values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    with scratch.opened([module.l0] if opened else [], torch.bfloat16):
+        after = run(module, 2048)["y0"]
     assert not torch.equal(before, after)
     assert errors({"y0": after}, {"y0": exact(module, 2048)["y0"]})["y0"] < 4e-3
 
@@ -161,3 +167,20 @@ def test_a_few_rows_without_gradients_take_the_packed_weight(monkeypatch):
     a, b = module.l0.adapter.lora_A.double(), module.l0.adapter.lora_B.double()
     true = x.double() @ w.t() + 2.0 * x.double() @ a.t() @ b.t()
     assert (y.double() - true).norm() <= 6e-3 * true.norm()
+
+
+def test_a_shadow_is_rounded_once_from_the_scaled_adapter():
+    from halfbyte.nf4 import gpu_products
+
+    module = layer((512, 256, 128), 200, 24)
+    updates = [linear.adapter.update(None) for linear in module.children()]
+    shadow = gpu_products.shadow_of(
+        [updates[0], None, updates[2]], [(512, 200), (256, 200), (128, 200)], torch.bfloat16
+    )
+    assert shadow.rank == 32
+    assert torch.equal(shadow.a[:24], updates[0].a.bfloat16())
+    assert torch.equal(shadow.a[64:88], updates[2].a.bfloat16())
+    assert torch.equal(shadow.b[:512, :24], (2.0 * updates[0].b).bfloat16())
+    assert torch.equal(shadow.b[768:, :24], (2.0 * updates[2].b).bfloat16())
+    assert int((shadow.a != 0).sum()) == 48 * 200
+    assert int((shadow.b != 0).sum()) == 24 * (512 + 128)

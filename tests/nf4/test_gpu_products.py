@@ -111,8 +111,8 @@ def test_sums_over_many_spans_and_tiles_are_complete():
     assert close(g, dy.double() @ b.double())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_shadow_holds_each_adapter_scaled_and_padded(dtype):
+def test_a_shadow_holds_each_adapter_scaled_and_padded():
+    dtype = torch.float16
     _, updates, _ = layer([24, 8], 40, [3, 20])
     shadow = products.shadow_of(
         [updates[0], None, updates[1]], [(24, 40), (16, 40), (8, 40)], dtype

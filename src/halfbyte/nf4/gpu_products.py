@@ -222,6 +222,47 @@ def _sum_parts(
         tl.store(d_b + at, total * scaling, mask=inside)
 
 
+@triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])
+def _copy_a(out, a0, a1, a2, rank0, rank1, rank2, inputs, rank: tl.constexpr, lanes: tl.constexpr):
+    at = tl.program_id(1) * lanes + tl.arange(0, lanes)
+    row = tl.program_id(0) + tl.zeros_like(at)
+    member, r = row // rank, row % rank
+    there = at < inputs
+    x = tl.load(a0 + r * inputs + at, mask=there & (member == 0) & (r < rank0), other=0.0)
+    x += tl.load(a1 + r * inputs + at, mask=there & (member == 1) & (r < rank1), other=0.0)
+    x += tl.load(a2 + r * inputs + at, mask=there & (member == 2) & (r < rank2), other=0.0)
+    tl.store(out + row * inputs + at, x.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=["rank0", "rank1", "rank2", "scaling0", "scaling1", "scaling2"])
+def _copy_b(
+    out,
+    b0,
+    b1,
+    b2,
+    rank0,
+    rank1,
+    rank2,
+    scaling0,
+    scaling1,
+    scaling2,
+    second,
+    third,
+    outputs,
+    rank: tl.constexpr,
+    tile: tl.constexpr,
+):
+    row = (tl.program_id(0) * tile + tl.arange(0, tile))[:, None]
+    r = tl.arange(0, rank)[None, :]
+    one, two = row < second, (row >= second) & (row < third)
+    three = (row >= third) & (row < outputs)
+    # Scaled before it is rounded: one rounding, and s is nowhere else in dx and dA.
+    x = tl.load(b0 + row * rank0 + r, mask=one & (r < rank0), other=0.0) * scaling0
+    x += tl.load(b1 + (row - second) * rank1 + r, mask=two & (r < rank1), other=0.0) * scaling1
+    x += tl.load(b2 + (row - third) * rank2 + r, mask=three & (r < rank2), other=0.0) * scaling2
+    tl.store(out + row * rank + r, x.to(out.dtype.element_ty), mask=row < outputs)
+
+
 @cache
 def _device_fits(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
@@ -270,18 +311,31 @@ def shadow_of(
     """
     given = [update for update in updates if update is not None]
     rank = max(16, triton.next_power_of_2(max(update[0].shape[0] for update in given)))
+    inputs, outputs = shapes[0][1], [out for out, _ in shapes]
     device = given[0][0].device
-    a = torch.zeros(len(updates) * rank, shapes[0][1], dtype=dtype, device=device)
-    b = torch.zeros(sum(out for out, _ in shapes), rank, dtype=dtype, device=device)
-    start = 0
-    with torch.no_grad():
-        for i, (update, (outputs, _)) in enumerate(zip(updates, shapes, strict=True)):
-            if update is not None:
-                own_a, own_b, scaling, _ = update
-                a[i * rank : i * rank + len(own_a)] = own_a
-                # Scaled before it is rounded: one rounding, and s is nowhere else in dx and dA.
-                b[start : start + outputs, : own_b.shape[1]] = own_b * scaling
-            start += outputs
+    a = torch.empty(len(updates) * rank, inputs, dtype=dtype, device=device)
+    b = torch.empty(sum(outputs), rank, dtype=dtype, device=device)
+    # A linear without an adapter, and one that is not there, has rank 0 and reads nothing.
+    none = (given[0][0], given[0][1], 0.0, None)
+    three = [update or none for update in updates] + [none] * (3 - len(updates))
+    ranks = [0 if u is None else u[0].shape[0] for u in updates] + [0] * (3 - len(updates))
+    factors = [tensor.detach().contiguous() for u in three for tensor in u[:2]]
+    second, third = (outputs[0], sum(outputs[:2]))
+    with on_device(a):
+        _copy_a[(a.shape[0], triton.cdiv(inputs, 1024))](
+            a, *factors[0::2], *ranks, inputs, rank=rank, lanes=1024
+        )
+        _copy_b[(triton.cdiv(b.shape[0], 64),)](
+            b,
+            *factors[1::2],
+            *ranks,
+            *(u[2] for u in three),
+            second,
+            third,
+            b.shape[0],
+            rank=rank,
+            tile=64,
+        )
     return Shadow(a, b, rank)
 
 

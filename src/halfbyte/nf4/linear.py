@@ -89,7 +89,8 @@ class _SharedProduct(torch.autograd.Function):
         fused = shared.fused(rows, members, updates)
         p: list[Tensor | None]
         if fused is not None:
-            shadow = shared.shadow(members, updates, x.dtype)
+            # Kept for backward: what the products there must be made with is what was used here.
+            ctx.shadow = shadow = shared.shadow(members, updates, x.dtype)
             p = [torch.mm(rows, shadow.a.t())]
             outputs = [member.out_features for member in members]
             weights = shared.weights(members, x.dtype)
@@ -211,7 +212,7 @@ def _fused_backward(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """As `_plain_backward`, with base and adapter in one accumulator."""
     shared, members, fused = ctx.shared, ctx.members, ctx.fused
-    shadow = shared.shadow(members, updates, rows.dtype)
+    shadow = ctx.shadow
     rank, start = shadow.rank, 0
     g = rows.new_empty(rows.shape[0], rank * len(members))
     whole, d_bs = [], []
@@ -269,7 +270,7 @@ class SharedInput:
         self.members = tuple(members)
         self._waiting: _Waiting | None = None
         self._proven = False
-        self._shadow: tuple[Any, Any] | None = None
+        self._shadow: Any = None
         for member in members:
             member.shared = self
 
@@ -332,19 +333,26 @@ class SharedInput:
         updates: Sequence[LowRank | None],
         dtype: torch.dtype,
     ) -> Any:
-        """Return the adapters as `gpu_products.Shadow`, made anew only when one has changed."""
+        """Return the adapters as `gpu_products.Shadow`.
+
+        While a `WeightScratch` holds the linears open it is made once, for all micro-batches. It
+        is never kept longer: an optimizer may write to adapters without their telling (torch's
+        fused AdamW counts no version), and products with old ones would be wrong in silence.
+        """
         from halfbyte.nf4 import gpu_products
 
-        factors = [tensor for u in updates if u is not None for tensor in (u.a, u.b)]
-        key = (dtype, [(id(t), t.data_ptr(), t._version) for t in factors])
-        if self._shadow is None or self._shadow[0] != key:
-            self._shadow = (
-                key,
-                gpu_products.shadow_of(
-                    updates, [(m.out_features, m.in_features) for m in members], dtype
-                ),
-            )
-        return self._shadow[1]
+        opened = all(member.opened(dtype) is not None for member in members)
+        if not opened or self._shadow is None:
+            shapes = [(member.out_features, member.in_features) for member in members]
+            self._shadow = gpu_products.shadow_of(updates, shapes, dtype)
+        shadow = self._shadow
+        if not opened:
+            self._shadow = None
+        return shadow
+
+    def close(self) -> None:
+        """Forget what was made while the linears were open."""
+        self._shadow = None
 
 
 def _decode_together(linears: Sequence["FrozenLinear"], dtype: torch.dtype) -> list[Tensor]:
@@ -564,6 +572,8 @@ class WeightScratch:
         finally:
             for linear in linears:
                 linear._dense = None
+            for shared in sets:
+                shared.close()
 
     def _buffer(self, slot: int, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         key = (slot, dtype, device)
