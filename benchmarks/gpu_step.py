@@ -1,0 +1,252 @@
+"""Training steps of a 7B or 8B shape on one GPU: time and memory, against PEFT, in one run.
+
+    python benchmarks/gpu_step.py --configs 1x512 1x2048 4x2048 16*1x512
+
+A config is batch x length, or micro-batches*batch x length for one optimizer step. Random weights,
+NF4 with double quantisation (or 16-bit, for LoRA), r = 16 on all linears, no dropout, bfloat16,
+every position supervised, every layer run again in backward (``--save``: none is), AdamW. Each
+contestant runs in a process of its own and builds its model on the card without a checkpoint. A
+figure is the median of the steps after the first three; memory is torch's peak of the timed steps.
+*floor* is the bare matrix products of a step: forward, forward again and dx of every linear.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import Row, require_cuda, write
+
+SHAPES = {
+    "llama2-7b": dict(hidden_size=4096, intermediate_size=11008, vocab_size=32000),
+    "llama3-8b": dict(hidden_size=4096, intermediate_size=14336, vocab_size=128256),
+}
+SHAPES["llama2-7b"] |= dict(num_attention_heads=32, num_key_value_heads=32)
+SHAPES["llama3-8b"] |= dict(num_attention_heads=32, num_key_value_heads=8)
+CONTESTANTS = ("halfbyte-nf4", "halfbyte-nf4-fused", "halfbyte-bf16-fused", "peft-bitsandbytes")
+RANK = 16
+
+
+def config_of(shape: str, layers: int) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        **SHAPES[shape],
+        num_hidden_layers=layers,
+        max_position_embeddings=8192,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def random_tensor(shape: tuple[int, ...]) -> torch.Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16, device="cuda")
+    return torch.randn(shape, dtype=torch.bfloat16, device="cuda").mul_(0.02)
+
+
+def ours(config: Any, quant: str, *, fuse: bool, saved: bool) -> Callable[[list[Any], float], Any]:
+    from halfbyte.lora import LoRAConfig, adapter_parameters, attach
+    from halfbyte.model.build import BaseRecipe, build, finish, place
+    from halfbyte.train.engine import Batch, LayerEngine
+
+    recipe = BaseRecipe(quant=quant, compute_dtype=torch.bfloat16, device="cuda")
+    model = build(config, recipe)
+    with torch.device("meta"):
+        from transformers import AutoModelForCausalLM
+
+        names = AutoModelForCausalLM.from_config(config).state_dict()
+    for name, tensor in names.items():
+        place(model, name, random_tensor(tuple(tensor.shape)))
+    finish(model)
+    attach(model, LoRAConfig(r=RANK, alpha=RANK), seed=0)
+    engine = LayerEngine(model, fuse=fuse)
+    parameters = list(adapter_parameters(model).values())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+    def step(batches: list[torch.Tensor], supervised: float) -> Any:
+        micro = [Batch(ids, ids) for ids in batches]
+        layers = len(engine.layers) if saved else 0
+        loss = engine.step(micro, supervised, saved_layers=layers)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    return step
+
+
+def peft(config: Any, *, saved: bool) -> Callable[[list[Any], float], Any]:
+    import bitsandbytes as bnb
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.set_attn_implementation("sdpa")
+    for path, module in list(model.named_modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            value = random_tensor(tuple(parameter.shape))
+            setattr(module, name, torch.nn.Parameter(value, requires_grad=False))
+        if isinstance(module, torch.nn.Linear) and path != "lm_head":
+            four = bnb.nn.Linear4bit(
+                module.in_features,
+                module.out_features,
+                bias=False,
+                compute_dtype=torch.bfloat16,
+                quant_type="nf4",
+                device="meta",
+            )
+            four.weight = bnb.nn.Params4bit(
+                module.weight.data.cpu(), requires_grad=False, quant_type="nf4", module=four
+            ).to("cuda")
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, four)
+            module.weight = None
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config, device="cuda")
+    model.is_loaded_in_4bit = True
+    model = prepare_model_for_kbit_training(
+        model,
+        use_gradient_checkpointing=not saved,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    )
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    lora = LoraConfig(
+        r=RANK, lora_alpha=RANK, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(model, lora).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+
+    def step(batches: list[torch.Tensor], supervised: float) -> Any:
+        for ids in batches:
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                loss = model(input_ids=ids, labels=ids).loss / len(batches)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def floor_ms(config: Any, tokens: int) -> float:
+    """Milliseconds of the bare products of a step, looped for a second."""
+    h, f = config.hidden_size, config.intermediate_size
+    kv = h // config.num_attention_heads * config.num_key_value_heads
+    shapes = [(h, h), (kv, h), (kv, h), (h, h), (f, h), (f, h), (h, f)]
+    plan = []
+    for n, k in shapes:
+        x, w, dy = (random_tensor(size) for size in ((tokens, k), (n, k), (tokens, n)))
+        plan += [(x, w.t(), dy)] * 2 + [(dy, w, x)]
+
+    def layer() -> None:
+        for left, right, out in plan:
+            torch.mm(left, right, out=torch.empty_like(out))
+
+    for _ in range(20):
+        layer()
+    torch.cuda.synchronize()
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < 1.0:
+        for _ in range(10):
+            layer()
+        torch.cuda.synchronize()
+        count += 10
+    return (time.perf_counter() - start) / count * 1e3 * config.num_hidden_layers
+
+
+def parsed(text: str) -> tuple[int, int, int]:
+    """Micro-batches, batch and length of ``16*1x512``."""
+    micro, _, rest = text.rpartition("*")
+    batch, length = rest.split("x")
+    return int(micro or 1), int(batch), int(length)
+
+
+def work(args: argparse.Namespace) -> None:
+    """One contestant, in this process."""
+    config = config_of(args.shape, args.layers)
+    rows: dict[str, Row] = {}
+    if args.worker == "floor":
+        for text in args.configs:
+            micro, batch, length = parsed(text)
+            rows[text] = {"ms": round(floor_ms(config, micro * batch * length), 1)}
+        args.output.write_text(json.dumps(rows))
+        return
+    if args.worker == "peft-bitsandbytes":
+        step = peft(config, saved=args.save)
+    else:
+        quant = "nf4" if "nf4" in args.worker else "none"
+        fuse = args.worker.endswith("fused")
+        step = ours(config, quant, fuse=fuse, saved=args.save)
+    torch.cuda.empty_cache()
+    resident = torch.cuda.memory_allocated()
+    for text in args.configs:
+        micro, batch, length = parsed(text)
+        torch.cuda.empty_cache()
+        times = []
+        for i in range(args.steps):
+            ids = torch.randint(3, config.vocab_size, (micro, batch, length), device="cuda")
+            if i == 3:
+                torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            loss = step(list(ids), float(ids.numel()))
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        seconds = statistics.median(times[3:])
+        rows[text] = {
+            "ms": round(seconds * 1e3, 1),
+            "tokens_per_s": round(micro * batch * length / seconds),
+            "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+            "reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2),
+            "resident_gb": round(resident / 1e9, 2),
+            "loss": round(float(loss), 4),
+        }
+    args.output.write_text(json.dumps(rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=list(SHAPES), default="llama2-7b")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--configs", nargs="+", default=["1x512", "1x2048", "4x2048"])
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--save", action="store_true", help="keep activations in every layer")
+    parser.add_argument("--output", type=Path, help="file; a dated one in benchmarks/results")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    require_cuda()
+    if args.worker:
+        work(args)
+        return
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        result = Path(name) / "result.json"
+        for contestant in ("floor", *args.only):
+            result.unlink(missing_ok=True)
+            call = [sys.executable, __file__, "--worker", contestant, "--output", str(result)]
+            call += ["--shape", args.shape, "--layers", str(args.layers), "--configs"]
+            call += [*args.configs, "--steps", str(args.steps)] + ["--save"] * args.save
+            done = subprocess.run(call, env=os.environ, capture_output=True, text=True)
+            if done.returncode:
+                found[contestant] = {"failed": done.stderr.strip().splitlines()[-1:]}
+                print("\n".join(done.stderr.strip().splitlines()[-6:]), file=sys.stderr)
+            else:
+                found[contestant] = json.loads(result.read_text())
+            print(f"{contestant:22s}", json.dumps(found[contestant]), flush=True)
+    write("gpu_step", args.output, shape=args.shape, layers=args.layers, rows=found)
+
+
+if __name__ == "__main__":
+    main()
