@@ -14,6 +14,7 @@ from typing import NamedTuple
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from halfbyte.checkpoint.cache import cached
 from halfbyte.checkpoint.directory import DirectorySource
 from halfbyte.checkpoint.gguf import GGUFSource
 from halfbyte.checkpoint.source import BaseSource
@@ -99,6 +100,7 @@ def load_base(
     recipe: BaseRecipe,
     *,
     progress: Callable[[int, int], None] | None = None,
+    cache: bool = False,
 ) -> LoadedBase:
     """Load a base model, packing each tensor as it is read.
 
@@ -110,6 +112,7 @@ def load_base(
         source: What ``open_base`` takes, or has returned.
         recipe: How to hold it. Files that are packed already stay as they are, which is told.
         progress: Called with (bytes read, bytes in all) after each tensor.
+        cache: Whether to load from a packed copy in the user's cache, made now if there is none.
 
     Raises:
         CheckpointError: See ``open_base``; also if there is no tokenizer.
@@ -119,10 +122,12 @@ def load_base(
         source = open_base(source)
     tokenizer = source.tokenizer()
     recipe = source.fitted(recipe)
+    files = cached(source, recipe, progress) if cache else source
     model = build(source.config, recipe)
     linears = {f"{path}.weight" for path in frozen_linears(model)}
-    packed = {parameter.name for parameter in source.parameters if parameter.packed}
-    late = sorted(linears - packed) if packed and recipe.quant != "none" else []
+    plain = {parameter.name for parameter in files.parameters if not parameter.packed}
+    some = len(plain) < len(files.parameters)
+    late = sorted(linears & plain) if some and recipe.quant != "none" else []
     if late:
         logger.warning(
             "%s holds %d of its linear layers in 16 or 32 bits; they are packed now: %s",
@@ -130,9 +135,9 @@ def load_base(
             len(late),
             ", ".join(late[:4]),
         )
-    sizes = {parameter.name: parameter.nbytes for parameter in source.parameters}
-    done, total = 0, source.total_bytes
-    for name, value in source.tensors(recipe.device):
+    sizes = {parameter.name: parameter.nbytes for parameter in files.parameters}
+    done, total = 0, files.total_bytes
+    for name, value in files.tensors(recipe.device):
         if not isinstance(value, QuantizedWeight):
             place(model, name, value)
         elif name in linears and recipe.quant != "none":

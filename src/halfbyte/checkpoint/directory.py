@@ -200,6 +200,15 @@ class DirectorySource(BaseSource):
         if not self._packed:
             return recipe
         first = self._read(next(iter(self._packed)))
+        owners = [
+            self.skeleton.get_submodule(parameter.name.removesuffix(".weight"))
+            for parameter in self.parameters
+            if parameter.packed
+        ]
+        embedding, head = (
+            self.skeleton.get_input_embeddings(),
+            self.skeleton.get_output_embeddings(),
+        )
         assert isinstance(first, QuantizedWeight)
         if recipe.quant == "none":
             logger.warning(
@@ -221,7 +230,11 @@ class DirectorySource(BaseSource):
                 first.block_size,
                 "on" if first.double_quant else "off",
             )
-        return files
+        return replace(
+            files,
+            quantize_head=recipe.quantize_head or any(o is head for o in owners),
+            quantize_embeddings=recipe.quantize_embeddings or any(o is embedding for o in owners),
+        )
 
 
 def _read_config(directory: Path) -> PretrainedConfig:

@@ -11,7 +11,7 @@ from halfbyte.train.config import BaseOptions, ModelOptions
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
 
-RECIPE_FIELDS = ("quant", "double_quant", "block_size")
+RECIPE_FIELDS = ("quant", "double_quant", "block_size", "quantize_head", "quantize_embeddings")
 
 
 class ReadModelOptions(ModelOptions):
@@ -31,7 +31,7 @@ def as_trained(options: BaseOptions, adapter: str | Path | None) -> dict[str, An
     """How the base is to be quantised: as asked for, or else as the adapter was trained on it.
 
     Returns:
-        ``quant``, ``double_quant`` and ``block_size``.
+        The fields of ``BaseRecipe`` that say how weights are packed.
 
     Raises:
         CheckpointError: The adapter is missing or damaged.
@@ -79,6 +79,7 @@ def open_model(options: ReadModelOptions, report: "RunReport") -> tuple[Any, Any
         compute_dtype=options.compute_dtype,
         device=options.device,
         revision=options.revision,
+        cache_quantized=options.cache_quantized,
         report=report,
     )
     return model, tokenizer

@@ -41,7 +41,13 @@ def main(argv: list[str]) -> None:
     from halfbyte.report import open_report, show
     from halfbyte.report.live import size
 
-    recipe = BaseRecipe(options.quant, options.double_quant, options.block_size)
+    recipe = BaseRecipe(
+        options.quant,
+        options.double_quant,
+        options.block_size,
+        quantize_head=options.quantize_head,
+        quantize_embeddings=options.quantize_embeddings,
+    )
     with results(as_json=as_json) as result, open_report() as report:
         for note in notes:
             report.note(note)

@@ -103,6 +103,12 @@ class BaseOptions(Options):
     )
     double_quant: bool = Field(True, description="quantise the scales once more")
     block_size: int = Field(64, description="weights that share a scale: a power of 2, 32 to 4096")
+    quantize_head: bool = Field(
+        False, description="pack the output head too; if tied to the embedding, both"
+    )
+    quantize_embeddings: bool = Field(
+        False, description="pack the embedding too; transformers cannot load it so"
+    )
 
     @field_validator("block_size")
     @classmethod
@@ -110,6 +116,12 @@ class BaseOptions(Options):
         if not 32 <= value <= 4096 or value & (value - 1):
             raise ValueError("expected a power of 2 from 32 to 4096")
         return value
+
+    @model_validator(mode="after")
+    def _packing_needs_a_type(self) -> Self:
+        if self.quant == "none" and (self.quantize_head or self.quantize_embeddings):
+            raise ValueError("`quantize_head` and `quantize_embeddings` need `quant` nf4 or fp4")
+        return self
 
 
 class ModelOptions(BaseOptions):
@@ -119,6 +131,9 @@ class ModelOptions(BaseOptions):
         "auto", description="type in which matrices are multiplied; auto asks the hardware"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
+    cache_quantized: bool = Field(
+        False, description="keep the packed base in ~/.cache, and start from that the next time"
+    )
 
 
 class TrainConfig(ModelOptions):

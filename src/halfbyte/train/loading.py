@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from halfbyte.report import RunReport
 
 
-def load_told(source: BaseSource, recipe: BaseRecipe, report: "RunReport | None") -> LoadedBase:
+def load_told(
+    source: BaseSource, recipe: BaseRecipe, report: "RunReport | None", *, cache: bool = False
+) -> LoadedBase:
     """Load ``source``, showing progress and saying what was packed and what was not."""
     if report is None:
-        return load_base(source, recipe)
+        return load_base(source, recipe, cache=cache)
     with report.task(f"loading {source.name}") as progress:
-        base = load_base(source, recipe, progress=progress)
+        base = load_base(source, recipe, progress=progress, cache=cache)
     for line in base.audit.lines():
         report.note(line)
     return base
@@ -32,9 +34,12 @@ def open_model(
     quant: Literal["nf4", "fp4", "none"] = "nf4",
     double_quant: bool = True,
     block_size: int = 64,
+    quantize_head: bool = False,
+    quantize_embeddings: bool = False,
     compute_dtype: str = "auto",
     device: str = "auto",
     revision: str | None = None,
+    cache_quantized: bool = False,
     report: "RunReport | None" = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, LoadedBase]:
     """Open a base model, with an adapter if one is named, ready to answer or to be evaluated.
@@ -45,9 +50,12 @@ def open_model(
         quant: How to hold the linears: ``nf4``, ``fp4`` or ``none``.
         double_quant: Whether to quantise the scales.
         block_size: Weights that share a scale.
+        quantize_head: Whether to pack the output head too.
+        quantize_embeddings: Whether to pack the embedding too.
         compute_dtype: ``auto``, ``float32`` or ``bfloat16``.
         device: ``auto``, ``cpu`` or ``cuda``.
         revision: Branch, tag or commit of a hub model.
+        cache_quantized: Whether to load from a packed copy in the user's cache, made at need.
         report: Who is told, and shows progress.
 
     Raises:
@@ -57,10 +65,12 @@ def open_model(
     source = open_base(model, revision=revision)
     # An adapter of another base is found before gigabytes are read.
     loaded = None if adapter is None else load_adapter(adapter, base_fingerprint=source.fingerprint)
-    recipe = BaseRecipe(quant, double_quant, block_size, dtype, place)
+    recipe = BaseRecipe(
+        quant, double_quant, block_size, dtype, place, quantize_head, quantize_embeddings
+    )
     if report is not None:
         report.note(f"on {place}, products in {str(dtype).removeprefix('torch.')}: {why}")
-    base = load_told(source, recipe, report)
+    base = load_told(source, recipe, report, cache=cache_quantized)
     if loaded is not None:
         attach(base.model, loaded.config, seed=0)
         load_adapter_state(base.model, loaded.state)

@@ -54,6 +54,7 @@ _FREE_TO_CHANGE = {
     "model",  # the base's fingerprint is compared instead
     "data",  # the tokens' digest is compared instead
     "revision",
+    "cache_quantized",
 }
 
 SAVES_PER_RUN = 10  # if save_steps is not given
@@ -153,8 +154,16 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
             library, reason = float32_library()
             report.note(f"float32 products by {library}: {reason}")
         keep_freed_memory()
-    recipe = BaseRecipe(config.quant, config.double_quant, config.block_size, dtype, device)
-    base = load_told(source, recipe, report)
+    recipe = BaseRecipe(
+        config.quant,
+        config.double_quant,
+        config.block_size,
+        dtype,
+        device,
+        config.quantize_head,
+        config.quantize_embeddings,
+    )
+    base = load_told(source, recipe, report, cache=config.cache_quantized)
     recipe = base.model.halfbyte_recipe
     lora = LoRAConfig(
         r=config.lora_r,

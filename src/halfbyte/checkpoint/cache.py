@@ -1,0 +1,96 @@
+"""Packed copies of base models in the user's cache, so that a second start packs nothing.
+
+A copy is a directory as ``write_quantized`` makes it, but for what is not packed, which keeps its
+own dtype: the model loaded from it is, bit for bit, the one loaded from the files. Its name is a
+digest of the files' fingerprint and of all that decides the bytes, the kind of device among it,
+since the codes made on a GPU are not those made on a CPU. A card beside the weights has their
+fingerprint: a copy that does not have it (cut short, changed) is made anew.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfbyte.checkpoint.atomic import new_file
+from halfbyte.checkpoint.directory import DirectorySource
+from halfbyte.checkpoint.reading import read_json
+from halfbyte.checkpoint.source import BaseSource
+from halfbyte.errors import CheckpointError, OutputError
+from halfbyte.model.build import BaseRecipe
+
+_FORMAT = 1  # counts what changes the bytes of a copy
+_CARD = "halfbyte_cache.json"
+
+logger = logging.getLogger("halfbyte")
+
+
+def cached(
+    source: BaseSource, recipe: BaseRecipe, progress: Callable[[int, int], None] | None = None
+) -> BaseSource:
+    """Return the packed copy of ``source``, made now unless there is one.
+
+    Args:
+        source: Any base model.
+        recipe: How it will be held.
+        progress: Called with (bytes read, bytes in all) while a copy is made.
+
+    Returns:
+        A source of packed weights; ``source`` itself if there is nothing to pack in it, or the
+        copy cannot be written, which is told.
+
+    Raises:
+        CheckpointError: If the files of ``source`` are damaged.
+        WeightError: If a weight holds NaN or infinity.
+    """
+    from halfbyte.checkpoint.bitsandbytes import write_quantized  # it imports who imports this
+
+    if recipe.quant == "none" or any(parameter.packed for parameter in source.parameters):
+        return source
+    made_from = {
+        "format": _FORMAT,
+        "source": source.fingerprint,
+        "quant": recipe.quant,
+        "double_quant": recipe.double_quant,
+        "block_size": recipe.block_size,
+        "quantize_head": recipe.quantize_head,
+        "quantize_embeddings": recipe.quantize_embeddings,
+        "device": torch.device(recipe.device).type,
+    }
+    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    directory = cache_directory() / digest[:32]
+    if directory.exists():
+        try:
+            return _open(directory, made_from, source.name)
+        except CheckpointError as error:
+            logger.warning("the packed copy of %s is damaged and made anew: %s", source.name, error)
+    try:
+        write_quantized(source, directory, recipe, exact=True, replace=True, progress=progress)
+        copy = DirectorySource(directory, source.name)
+        with new_file(directory / _CARD) as file:
+            file.write(json.dumps(made_from | {"copy": copy.fingerprint}, indent=2).encode())
+    except OutputError as error:
+        logger.warning("no packed copy of %s is kept: %s", source.name, error)
+        return source
+    size = copy.total_bytes / 1e9
+    logger.warning("the packed copy of %s (%.2f GB) is kept in %s", source.name, size, directory)
+    return copy
+
+
+def cache_directory() -> Path:
+    """Return where packed copies lie: under ``$XDG_CACHE_HOME``, or else ``~/.cache``."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    return home / "halfbyte" / "models"
+
+
+def _open(directory: Path, made_from: dict[str, Any], name: str) -> BaseSource:
+    card = read_json(directory / _CARD, "it says what the copy was made from")
+    copy = DirectorySource(directory, name)
+    if card != made_from | {"copy": copy.fingerprint}:
+        raise CheckpointError(f"{directory} does not hold what was written there")
+    return copy

@@ -1,0 +1,173 @@
+"""Packed copies in the cache: the same model, read without the original's weights."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from halfbyte.checkpoint import cache
+from halfbyte.checkpoint.base_model import LoadedBase, load_base
+from halfbyte.checkpoint.directory import DirectorySource
+from halfbyte.checkpoint.safetensors_file import SafetensorsFile
+from halfbyte.model.build import BaseRecipe
+from tests.checkpoint.gguf_models import write_gguf
+from tests.tiny import write_tiny_model
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def copies(home: Path) -> list[Path]:
+    return sorted((home / "halfbyte" / "models").iterdir())
+
+
+def assert_same(one: LoadedBase, other: LoadedBase) -> None:
+    theirs = other.model.state_dict()
+    assert one.model.state_dict().keys() == theirs.keys()
+    for name, tensor in one.model.state_dict().items():
+        assert tensor.dtype == theirs[name].dtype, name
+        assert tensor.equal(theirs[name]), name
+    assert (one.name, one.fingerprint, one.audit) == (other.name, other.fingerprint, other.audit)
+
+
+@pytest.mark.parametrize("packed_head", [False, True])
+@pytest.mark.parametrize("kind", ["safetensors", "gguf"])
+def test_a_model_from_the_cache_is_the_model(
+    tmp_path: Path, home: Path, model_dir: Path, kind: str, *, packed_head: bool
+) -> None:
+    source = model_dir if kind == "safetensors" else write_gguf(tmp_path / "m.gguf")
+    recipe = BaseRecipe(quantize_head=packed_head, block_size=128)
+    plain = load_base(source, recipe)
+    assert_same(load_base(source, recipe, cache=True), plain)
+    assert len(copies(home)) == 1
+    assert_same(load_base(source, recipe, cache=True), plain)
+
+
+def test_the_second_start_reads_the_copy_only(
+    home: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_base(model_dir, BaseRecipe(), cache=True)
+    read: list[tuple[Path, str]] = []
+    whole = SafetensorsFile.read
+
+    def noted(self: SafetensorsFile, name: str) -> torch.Tensor:
+        read.append((self.path, name))
+        return whole(self, name)
+
+    monkeypatch.setattr(SafetensorsFile, "read", noted)
+    load_base(model_dir, BaseRecipe(), cache=True)
+    [copy] = copies(home)
+    assert {path.parent for path, _ in read} == {copy}
+    size = SafetensorsFile(copy / "model.safetensors").entries
+    weights = {name: size[name].dtype for _, name in read if name.endswith("_proj.weight")}
+    assert len(weights) == 14
+    assert set(weights.values()) == {torch.uint8}
+
+
+def test_another_recipe_or_another_base_has_another_copy(home: Path, tmp_path: Path) -> None:
+    one = write_tiny_model(tmp_path / "one")
+    recipes: list[dict[str, Any]] = [
+        {},
+        {"quant": "fp4"},
+        {"block_size": 32},
+        {"double_quant": False},
+        {"quantize_head": True},
+    ]
+    for count, changes in enumerate(recipes, 1):
+        load_base(one, BaseRecipe(**changes), cache=True)
+        assert len(copies(home)) == count
+    # What decides no byte of the copy: a copy for all.
+    load_base(one, BaseRecipe(compute_dtype=torch.bfloat16), cache=True)
+    assert len(copies(home)) == count
+    load_base(write_tiny_model(tmp_path / "two", layers=1), BaseRecipe(), cache=True)
+    assert len(copies(home)) == count + 1
+
+
+def test_nothing_to_pack_is_not_copied(home: Path, model_dir: Path) -> None:
+    load_base(model_dir, BaseRecipe(quant="none"), cache=True)
+    assert not home.exists()
+    load_base(model_dir, BaseRecipe(), cache=True)
+    [copy] = copies(home)
+    load_base(copy, BaseRecipe(), cache=True)
+    assert copies(home) == [copy]
+
+
+def cut(copy: Path) -> None:
+    with open(copy / "model.safetensors", "r+b") as file:
+        file.truncate(20_000)
+
+
+def flip(copy: Path) -> None:
+    raw = bytearray((copy / "model.safetensors").read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (copy / "model.safetensors").write_bytes(raw)
+
+
+def other_card(copy: Path) -> None:
+    card = json.loads((copy / "halfbyte_cache.json").read_text())
+    (copy / "halfbyte_cache.json").write_text(json.dumps(card | {"format": 0}))
+
+
+DAMAGE = {
+    "cut": (cut, "in a file of"),
+    "changed": (flip, "does not hold what was written"),
+    "card of another": (other_card, "does not hold what was written"),
+    "never finished": (lambda copy: (copy / "halfbyte_cache.json").unlink(), "does not exist"),
+    "no configuration": (lambda copy: (copy / "config.json").unlink(), "no config.json"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_copy_is_told_and_made_anew(
+    home: Path, model_dir: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    plain = load_base(model_dir, BaseRecipe(), cache=True)
+    [copy] = copies(home)
+    change, told = DAMAGE[damage]
+    change(copy)
+    with caplog.at_level(logging.WARNING, logger="halfbyte"):
+        assert_same(load_base(model_dir, BaseRecipe(), cache=True), plain)
+    assert "is damaged and made anew" in caplog.text
+    assert told in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="halfbyte"):
+        load_base(model_dir, BaseRecipe(), cache=True)
+    assert caplog.text == ""
+    assert [path.name for path in copy.parent.iterdir()] == [copy.name]
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(
+    home: Path, model_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    home.write_text("a file")
+    with caplog.at_level(logging.WARNING, logger="halfbyte"):
+        base = load_base(model_dir, BaseRecipe(), cache=True)
+    assert "no packed copy of" in caplog.text
+    assert base.audit.quantized_parameters > 0
+
+
+def test_codes_of_another_kind_of_device_are_another_copy(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Path] = []
+
+    def stop(_source: Any, directory: Path, *_args: Any, **_kwargs: Any) -> None:
+        made.append(directory)
+        raise cache.OutputError("stopped")
+
+    monkeypatch.setattr("halfbyte.checkpoint.bitsandbytes.write_quantized", stop)
+    source = DirectorySource(model_dir, "m")
+    for device in ("cpu", "cuda", "cuda:1"):
+        assert cache.cached(source, BaseRecipe(device=device)) is source
+    assert made[0] != made[1] == made[2]
