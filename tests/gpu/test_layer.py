@@ -24,7 +24,9 @@ def results(function, inputs, dtype):
     out = function(*leaves)
     outs = out if isinstance(out, tuple) else (out,)
     given = [drawn(*o.shape, dtype=torch.bfloat16, seed=9 + i) for i, o in enumerate(outs)]
-    grads = torch.autograd.grad(outs, leaves, [g.to(o.dtype) for g, o in zip(given, outs)])
+    grads = torch.autograd.grad(
+        outs, leaves, [g.to(o.dtype) for g, o in zip(given, outs, strict=True)]
+    )
     return [t.detach() for t in (*outs, *grads)]
 
 
