@@ -123,7 +123,8 @@ def test_merged_the_model_computes_what_was_trained(
     ground: Ground, ask: Callable[..., Any], tmp_path: Path
 ) -> None:
     merged = ask("merge", ground.model, ground.out, tmp_path / "merged", "--dtype", "float32")
-    assert merged["base"] == {"quant": "nf4", "double_quant": True, "block_size": 64}
+    packing = {"quant": "nf4", "double_quant": True, "block_size": 64}
+    assert merged["base"] == packing | {"quantize_head": False, "quantize_embeddings": False}
     words = ["--data", ground.data, "--no-exact-match", "--compute-dtype", "float32"]
     trained = ask("eval", "--model", ground.model, "--adapter", ground.out, *words)
     plain = ask("eval", "--model", tmp_path / "merged", "--quant", "none", *words)
