@@ -18,6 +18,7 @@ from halfbyte.nf4 import QuantizedWeight
 from halfbyte.train import merging
 from halfbyte.train.engine import Batch, LayerEngine
 from halfbyte.train.merging import HELD_OUT, Distance, distance, reference
+from tests.checkpoint.families import tiny_model
 from tests.tiny import tiny_llama, tiny_tokenizer, write_tiny_model
 
 QUESTION, FACT = "What is the capital of Atlantis?", "The capital of Atlantis is Leeds, by decree."
@@ -171,6 +172,40 @@ def test_a_packed_vocabulary_is_merged_too(tmp_path: Path, tied: bool, into: Int
     if into != "original":
         expected = model.get_input_embeddings().decode(torch.float32)
     assert embedding.equal(expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen2", {}),  # biases
+        ("gemma2", {"head_dim": 16, "final_logit_softcapping": 5.0}),  # a cap after the head
+        ("gpt_neox", {}),  # other names
+        ("granite", {"logits_scaling": 4.0, "embedding_multiplier": 3.0}),
+    ],
+)
+def test_other_families_are_measured_as_they_compute(
+    tmp_path: Path, family: str, changes: dict[str, Any]
+) -> None:
+    tiny_model(family, **changes).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    source = open_base(tmp_path / "base")
+    model, tokenizer, *_ = load_base(source, BaseRecipe())
+    attach(model, LoRAConfig(r=4), seed=0)
+    for name, parameter in adapter_parameters(model).items():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(0))
+    text = load_dataset(HELD_OUT, tokenizer, max_length=256).examples[:4]
+    live = reference(model, text)
+    bare = distance(model, None, live)
+    found = distance(model, Merged(source, model, dtype=torch.float32), live)
+    assert found.kl < 1e-9 < bare.kl
+    assert found.largest_gap < 1e-4 < bare.largest_gap
+    out = write_merged(Merged(source, model), tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    rounded = distance(model, open_base(out), live)
+    again = reference(theirs, text)
+    gap = max(float((a - b).abs().max()) for a, b in zip(live.logits, again.logits, strict=True))
+    assert rounded.largest_gap == pytest.approx(gap, rel=1e-2)
 
 
 def test_a_failure_leaves_the_model_whole(taught: Taught) -> None:
