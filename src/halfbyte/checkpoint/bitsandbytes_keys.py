@@ -8,6 +8,7 @@ Bytes are kept as they are in both directions.
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -17,9 +18,19 @@ from halfbyte.blockwise import DYNAMIC_SIGNED, FP4_LEVELS, NF4_LEVELS
 from halfbyte.checkpoint.safetensors_file import Planned
 from halfbyte.errors import CheckpointError
 from halfbyte.nf4 import BLOCK_SIZES, SCALE_BLOCK, QuantizedWeight, empty_like_quantized
+from halfbyte.nf4.format import FLOAT_TYPES
 
 STATE = ".quant_state.bitsandbytes__"
 _STATE_ROOM = 512  # bytes; the JSON of two dimensions with the longest numbers takes 230
+# What comes of reading numbers, names and lists where others are.
+_NOT_A_STATE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 _LEVELS = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS}
 _SUFFIXES = {
     "codes": "",
@@ -60,9 +71,8 @@ def decode_keys(name: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
     if len(states) != 1 or states[0].numel() > 2 * _STATE_ROOM:
         raise wrong(f"it has {len(states)} quant_state tensors; expected is a short one")
     try:
-        state = json.loads(bytes(states[0].tolist()))
-        expected = _expected(state)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        expected, offset = _expected(json.loads(bytes(states[0].tolist())))
+    except _NOT_A_STATE as error:
         raise wrong(f"its quant_state cannot be read ({error!r})") from error
 
     def taken(suffix: str, like: Tensor) -> Tensor:
@@ -89,31 +99,37 @@ def decode_keys(name: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
     parts: dict[str, Any] = {}
     for field, like in expected.tensors().items():
         if field == "scale_offset":
-            parts[field] = torch.tensor(float(state["nested_offset"]), dtype=torch.float32)
+            parts[field] = torch.tensor(offset, dtype=torch.float32)
         else:
             parts[field] = taken(_SUFFIXES[field], like)
     return replace(expected, **parts)
 
 
-def _expected(state: dict[str, Any]) -> QuantizedWeight:
-    """Return the weight a quant_state describes, on the meta device."""
+def _expected(state: dict[str, Any]) -> tuple[QuantizedWeight, float]:
+    """Return the weight a quant_state describes, on the meta device, and its offset."""
     shape, dtype = tuple(state["shape"]), getattr(torch, state["dtype"])
     nested = "nested_offset" in state
-    if not all(type(size) is int and 0 <= size < 2**40 for size in shape):
+    if not all(type(size) is int and size >= 0 for size in shape) or prod(shape) >= 2**48:
         raise ValueError(f"shape {shape}")
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    if dtype not in FLOAT_TYPES:
         raise ValueError(f"dtype {dtype}")
+    if type(state["blocksize"]) is not int:
+        raise ValueError(f"blocksize {state['blocksize']}")
     if state["quant_type"] not in _LEVELS or state["blocksize"] not in BLOCK_SIZES:
         raise ValueError(f"quant_type {state['quant_type']}, blocksize {state['blocksize']}")
     if nested and state["nested_blocksize"] != SCALE_BLOCK:
         raise ValueError(f"nested_blocksize {state['nested_blocksize']}")
-    return empty_like_quantized(
+    offset = float(state["nested_offset"]) if nested else 0.0
+    if not abs(offset) <= torch.finfo(torch.float32).max:  # NaN is not, either
+        raise ValueError(f"nested_offset {offset}")
+    like = empty_like_quantized(
         shape,
         dtype,
         quant_type=state["quant_type"],
         block_size=state["blocksize"],
         double_quant=nested,
     )
+    return like, offset
 
 
 def encode_keys(name: str, q: QuantizedWeight) -> dict[str, Tensor]:
