@@ -189,6 +189,17 @@ def test_it_is_a_directory_like_any_other(tmp_path: Path, into: Into) -> None:
     assert load_base(out, BaseRecipe()).model.config.tie_word_embeddings
 
 
+@pytest.mark.parametrize("trained", ["lm_head", "model.embed_tokens"])
+def test_a_tie_that_an_adapter_has_broken_stays_broken(tmp_path: Path, trained: str) -> None:
+    source, model = adapted(write_tiny_model(tmp_path / "base", tied=True))
+    module = model.get_submodule(trained)
+    module.weight = torch.nn.Parameter(module.weight + 0.1, requires_grad=False)
+    expected = logits(model)
+    out = write_merged(Merged(source, model, dtype=torch.float32), tmp_path / "out")
+    assert logits(AutoModelForCausalLM.from_pretrained(out)).sub(expected).abs().max() < 1e-5
+    assert source.config.tie_word_embeddings
+
+
 def test_what_is_there_is_replaced_only_if_asked(tmp_path: Path) -> None:
     merged = Merged(*adapted(write_tiny_model(tmp_path / "base")))
     (tmp_path / "out").mkdir()

@@ -12,6 +12,7 @@ for, in the form in which they will be read: so a merge can be measured before i
 (``train.merging``). Sums are made in float32, one linear layer at a time.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ from halfbyte.checkpoint.bitsandbytes import quantization_config
 from halfbyte.checkpoint.bitsandbytes_keys import encode_keys, plan_keys
 from halfbyte.checkpoint.directory import write_description
 from halfbyte.checkpoint.safetensors_file import SHARD_BYTES, Planned, write_model
-from halfbyte.checkpoint.source import BaseSource
+from halfbyte.checkpoint.source import BaseSource, Parameter
 from halfbyte.errors import CheckpointError
 from halfbyte.lora import delta
 from halfbyte.model.build import BaseRecipe, frozen_linears
@@ -82,8 +83,27 @@ class Merged(BaseSource):
                 dtype=dtype if parameter.dtype.is_floating_point else parameter.dtype,
                 packed=parameter.name in self._packed,
             )
-            for parameter in base.parameters
+            for parameter in (*base.parameters, *self._untied())
         )
+        if len(self.parameters) > len(base.parameters):
+            self.config = copy.deepcopy(base.config)
+            self.config.tie_word_embeddings = False
+            self.config.get_text_config().tie_word_embeddings = False
+
+    def _untied(self) -> Iterator[Parameter]:
+        """Yield what is tied in the files, and no more where an adapter has replaced one of two."""
+        names = {parameter.name for parameter in self._base.parameters}
+        tied: dict[str, str] = self.skeleton.all_tied_weights_keys
+        for name, of in tied.items():
+            held = self._held(name)
+            if name not in names and held is not None and held is not self._held(of):
+                yield Parameter(name, tuple(held.shape), held.dtype, held.nbytes, packed=False)
+
+    def _held(self, name: str) -> Tensor | None:
+        """Return a tensor of the model; None for the weight of a packed linear."""
+        path, _, leaf = name.rpartition(".")
+        held: Tensor | None = getattr(self._model.get_submodule(path), leaf)
+        return held
 
     def plan(self) -> list[Planned]:
         """Return what will be written, in its order."""
@@ -123,8 +143,8 @@ class Merged(BaseSource):
         """
         linear = self._linears.get(name)
         if linear is None:
-            path, _, leaf = name.rpartition(".")
-            value: Tensor = getattr(self._model.get_submodule(path), leaf)
+            value = self._held(name)
+            assert value is not None
             return value.to(self.dtype) if value.is_floating_point() else value
         if self.into == "original":
             original = self._base.tensor(name)
