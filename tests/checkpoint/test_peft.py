@@ -16,7 +16,15 @@ from transformers import AutoModelForCausalLM
 from halfbyte.checkpoint.base_model import LoadedBase, load_base
 from halfbyte.checkpoint.peft import load_adapter, save_adapter
 from halfbyte.errors import CheckpointError, OutputError
-from halfbyte.lora import LoRAConfig, adapter_state, attach, load_adapter_state
+from halfbyte.lora import (
+    LoRAConfig,
+    adapter_state,
+    adapters,
+    attach,
+    detach,
+    frozen_linears,
+    load_adapter_state,
+)
 from halfbyte.model.build import BaseRecipe
 from tests.tiny import write_tiny_model
 
@@ -52,6 +60,15 @@ def logits(model: Any) -> Tensor:
         return model(PROMPT).logits  # type: ignore[no-any-return]
 
 
+def decoded(base: LoadedBase, model_dir: Path) -> Any:
+    """Return transformers' model with the weights that ``base`` computes with."""
+    plain = AutoModelForCausalLM.from_pretrained(model_dir)
+    with torch.no_grad():
+        for path, linear in frozen_linears(base.model).items():
+            plain.get_submodule(path).weight.copy_(linear.dense(torch.float32))
+    return plain
+
+
 CONFIGS = {
     "all linear": LoRAConfig(r=4, alpha=8),
     "some": LoRAConfig(r=2, alpha=3.5, target_modules=("q_proj", "mlp.down_proj")),
@@ -79,8 +96,7 @@ def test_peft_loads_ours_with_the_same_logits(tmp_path: Path, model_dir: Path, c
         tmp_path,
         state,
         config,
-        base_name=str(model_dir),
-        base_fingerprint=base.fingerprint,
+        base={"name": str(model_dir), "fingerprint": base.fingerprint},
         recipe={"quant": "none"},
         tokenizer=base.tokenizer,
     )
@@ -103,17 +119,17 @@ def test_what_was_saved_comes_back(tmp_path: Path, model_dir: Path, case: str) -
     after = logits(base.model)
     recipe = {"quant": "nf4", "double_quant": True, "block_size": 64}
     save_adapter(
-        tmp_path, state, config, base_name="m", base_fingerprint=base.fingerprint, recipe=recipe
+        tmp_path, state, config, base={"name": "m", "fingerprint": base.fingerprint}, recipe=recipe
     )
-    loaded = load_adapter(tmp_path, base_fingerprint=base.fingerprint)
+    loaded = load_adapter(tmp_path)
     assert loaded.base_name == "m"
+    assert loaded.saved == {}
     assert loaded.info["recipe"] == recipe
     assert loaded.config.scaling == config.scaling
     assert loaded.config.rank_pattern == config.rank_pattern
     assert (loaded.config.r, loaded.config.dropout) == (config.r, config.dropout)
     fresh = base_of(model_dir)
-    attach(fresh.model, loaded.config, seed=5)
-    load_adapter_state(fresh.model, loaded.state)
+    loaded.put_on(fresh.model)
     assert logits(fresh.model).equal(after)
 
 
@@ -140,11 +156,10 @@ def test_we_load_peft_s_with_the_same_logits(tmp_path: Path, model_dir: Path, ca
     wrapped = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), config).eval()
     wrapped.save_pretrained(tmp_path)
     base = base_of(model_dir)
-    loaded = load_adapter(tmp_path, base_fingerprint=base.fingerprint)
+    loaded = load_adapter(tmp_path)
     assert loaded.base_name == str(model_dir)
     assert loaded.info == {}
-    attach(base.model, loaded.config, seed=0)
-    load_adapter_state(base.model, loaded.state)
+    loaded.put_on(base.model)
     assert logits(base.model).sub(logits(wrapped)).abs().max() < 1e-5
 
 
@@ -160,8 +175,7 @@ def adapter_dir(tmp_path: Path) -> Path:
         tmp_path / "adapter",
         STATE,
         LoRAConfig(r=2),
-        base_name="base",
-        base_fingerprint="0123456789abcdef",
+        base={"name": "base", "fingerprint": "0123456789abcdef"},
         recipe={},
     )
 
@@ -188,9 +202,10 @@ damages: dict[str, tuple[Callable[[Path], object], str]] = {
     "other kind": (lambda d: edit(d / CONFIG, peft_type="IA3"), "type 'IA3'; only LORA"),
     "dora": (lambda d: edit(d / CONFIG, use_dora=True), "lora_magnitude_vector is missing"),
     "no dora": (lambda d: rewrite(d, lambda s: s.update({LENGTHS: torch.ones(6)})), "use_dora"),
-    "lora bias": (lambda d: edit(d / CONFIG, lora_bias=True), "more than plain LoRA: lora_bias=T"),
+    "lora bias": (lambda d: edit(d / CONFIG, lora_bias=True), "more than LoRA: lora_bias=T"),
     "pissa": (lambda d: edit(d / CONFIG, init_lora_weights="pissa"), "init_lora_weights='pissa'"),
-    "saved": (lambda d: edit(d / CONFIG, modules_to_save=["lm_head"]), "modules_to_save="),
+    "saved": (lambda d: edit(d / CONFIG, modules_to_save=["lm_head"]), "holds no lm_head"),
+    "saved one": (lambda d: edit(d / CONFIG, modules_to_save="lm_head"), "should be a list"),
     "ranks": (lambda d: edit(d / CONFIG, rank_pattern={"q_proj": 4}), "expected is .rank 4, any"),
     "pattern": (lambda d: edit(d / CONFIG, rank_pattern={"(q": 4}), r"\(q"),
     "rank of a pattern": (lambda d: edit(d / CONFIG, rank_pattern={"q": 0}), "rank_pattern="),
@@ -204,6 +219,7 @@ damages: dict[str, tuple[Callable[[Path], object], str]] = {
     "flat": (lambda d: rewrite(d, lambda s: s.update({NAME: torch.ones(2)})), "has the shape"),
     "foreign": (lambda d: rewrite(d, lambda s: s.update(x=torch.ones(2))), "it holds x"),
     "empty": (lambda d: rewrite(d, dict.clear), "it holds nothing"),
+    "card of lists": (lambda d: edit(d / "halfbyte.json", base=[]), "should be objects"),
     "card": (lambda d: os.truncate(d / "halfbyte.json", 5), "halfbyte.json is not JSON"),
 }
 
@@ -217,18 +233,100 @@ def test_what_is_no_plain_whole_adapter_is_told(adapter_dir: Path, damage: str) 
         load_adapter(adapter_dir)
 
 
-def test_an_adapter_of_another_base_is_refused(adapter_dir: Path) -> None:
-    load_adapter(adapter_dir, base_fingerprint="0123456789abcdef")
-    told = r"trained on another base model: on 'base' \(fingerprint 0123456789ab\).*Give the model"
-    with pytest.raises(CheckpointError, match=told):
-        load_adapter(adapter_dir, base_fingerprint="f" * 64)
-
-
-def test_an_adapter_for_other_modules_does_not_fit(model_dir: Path, adapter_dir: Path) -> None:
+def test_an_adapter_none_of_whose_tensors_match_is_never_loaded(
+    model_dir: Path, adapter_dir: Path
+) -> None:
     model = base_of(model_dir).model
-    attach(model, LoRAConfig(r=2), seed=0)
-    with pytest.raises(CheckpointError, match="does not fit this model"):
-        load_adapter_state(model, load_adapter(adapter_dir).state)
+    with pytest.raises(CheckpointError, match=r"of its 1 layers none can be found.*0.q_proj and"):
+        load_adapter(adapter_dir).put_on(model)
+    assert adapters(model) == {}
+
+
+Q, V = (f"model.layers.0.self_attn.{name}.lora_" for name in ("q_proj", "v_proj"))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("model.layers.9.self_attn.q_proj.lora_", "of its 2 layers 1 can be found.*layers.9"),
+        (V, r"v_proj.lora_B.weight: expected shape \[\d+, 2\], got \[3, 2\]"),
+    ],
+)
+def test_an_adapter_some_of_whose_tensors_do_not_match_is_not_loaded(
+    tmp_path: Path, model_dir: Path, name: str, told: str
+) -> None:
+    model = base_of(model_dir).model
+    filled(model, LoRAConfig(r=2, target_modules=("q_proj",)))
+    state = {k: t for k, t in adapter_state(model).items() if k.startswith(Q)}
+    state |= {f"{name}A.weight": state[f"{Q}A.weight"], f"{name}B.weight": torch.ones(3, 2)}
+    detach(model)
+    save_adapter(tmp_path, state, LoRAConfig(r=2), base={"name": ""}, recipe={})
+    with pytest.raises(CheckpointError, match=told):
+        load_adapter(tmp_path).put_on(model)
+    assert adapters(model) == {}
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+@pytest.mark.parametrize(
+    "saved", [["lm_head"], ["embed_tokens", "norm"], ["embed_tokens", "lm_head"]]
+)
+def test_modules_that_peft_trained_whole_take_the_place_of_ours(
+    tmp_path: Path, model_dir: Path, saved: list[str], quant: Any
+) -> None:
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj"], modules_to_save=saved, init_lora_weights=False
+    )
+    base = load_base(model_dir, BaseRecipe(quant=quant))
+    torch.manual_seed(0)
+    wrapped = peft.get_peft_model(decoded(base, model_dir), config).eval()
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    loaded = load_adapter(tmp_path / "adapter")
+    assert {name.split(".")[-2] for name in loaded.saved} >= set(saved)
+    loaded.put_on(base.model)
+    assert logits(base.model).sub(logits(wrapped)).abs().max() < 1e-5
+
+
+def test_a_module_trained_whole_that_does_not_fit(model_dir: Path, adapter_dir: Path) -> None:
+    base = base_of(model_dir)
+    config = LoRAConfig(r=2, target_modules=("q_proj",))
+    save_adapter(adapter_dir, filled(base.model, config), config, base={"name": ""}, recipe={})
+    for name, told in (
+        ("lm_head", "another vocabulary"),
+        ("head", "does not have"),
+        ("model.layers.0.mlp.up_proj", "supported for embeddings, norms"),
+    ):
+        key = f"base_model.model.{name}.weight"
+        edit(adapter_dir / CONFIG, modules_to_save=[name])
+        rewrite(adapter_dir, lambda s, key=key: s.update({key: torch.ones(3, 3)}))
+        detach(base.model)
+        with pytest.raises(CheckpointError, match=told):
+            load_adapter(adapter_dir).put_on(base.model)
+        assert adapters(base.model) == {}
+        rewrite(adapter_dir, lambda s, key=key: s.pop(key))
+
+
+def test_dora_on_a_base_in_4_bits_is_peft_s_on_the_decoded_base(
+    tmp_path: Path, model_dir: Path
+) -> None:
+    """Not on bitsandbytes' layers: on a CPU, those repack a weight that PEFT then misreads."""
+    base = load_base(model_dir, BaseRecipe())
+    config = peft.LoraConfig(
+        r=4, target_modules="all-linear", use_dora=True, init_lora_weights=False
+    )
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(decoded(base, model_dir), config).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1 + 0.2 * torch.rand_like(parameter))
+    theirs.save_pretrained(tmp_path)
+    load_adapter(tmp_path).put_on(base.model)
+    assert logits(base.model).sub(logits(theirs)).abs().max() < 1e-5
 
 
 def test_an_unwritable_directory_is_told(tmp_path: Path) -> None:
@@ -238,7 +336,6 @@ def test_an_unwritable_directory_is_told(tmp_path: Path) -> None:
             tmp_path / "file" / "x",
             STATE,
             LoRAConfig(r=2),
-            base_name="",
-            base_fingerprint="",
+            base={"name": "", "fingerprint": ""},
             recipe={},
         )

@@ -110,8 +110,7 @@ def adapter(tmp_path: Path) -> str:
         tmp_path / "adapter",
         state,
         LoRAConfig(r=2),
-        base_name="m",
-        base_fingerprint="f",
+        base={"name": "m", "fingerprint": "f"},
         recipe={"quant": "fp4", "double_quant": False, "block_size": 128},
     )
     return str(tmp_path / "adapter")
@@ -212,6 +211,7 @@ def test_without_an_adapter_the_base_is_opened_as_asked(seam: Seam) -> None:
         "compute_dtype": "auto",
         "device": "cpu",
         "revision": "v2",
+        "allow_mismatch": False,
     }
 
 

@@ -10,8 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from halfbyte.checkpoint.bitsandbytes import write_quantized
+from halfbyte.checkpoint.peft import load_adapter
 from halfbyte.errors import CheckpointError, ConfigError, DataError, OutputError
+from halfbyte.lora import adapters
+from halfbyte.model.build import BaseRecipe
 from halfbyte.report import open_report
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.evaluate import evaluate
@@ -106,6 +111,29 @@ def test_the_base_alone_is_worse(model, data, tmp_path):
         losses.append(evaluate(opened, tokenizer, data, exact_match=False).loss)
     assert losses[0] > 5.9
     assert losses[1] < LEARNED
+
+
+def test_an_adapter_goes_on_the_base_it_was_trained_on(model, data, tmp_path, caplog):
+    options = {"max_steps": 1, "use_dora": True, "rank_pattern": {"q_proj": 2}}
+    run(config(model, data, tmp_path / "run", **options))
+    adapter = str(tmp_path / "run")
+    shape = load_adapter(adapter).state["model.layers.0.self_attn.q_proj.lora_A.weight"].shape
+    assert shape[0] == 2
+    copy = str(write_quantized(model, tmp_path / "copy", BaseRecipe()))
+    for same in (str(model), copy):
+        opened, _, _ = open_model(same, adapter=adapter, device="cpu")
+        assert adapters(opened)
+    with pytest.raises(CheckpointError, match=r"quant was 'nf4', now it is 'fp4'.*allow-mismatch"):
+        open_model(str(model), adapter=adapter, quant="fp4", device="cpu")
+    other = str(write_tiny_model(tmp_path / "other"))
+    weights = load_file(f"{other}/model.safetensors")
+    save_file({k: t.roll(1, 0) for k, t in weights.items()}, f"{other}/model.safetensors")
+    with pytest.raises(CheckpointError, match="this is not it: the weights are others"):
+        open_model(other, adapter=adapter, device="cpu")
+    assert caplog.messages == []
+    opened, _, _ = open_model(other, adapter=adapter, device="cpu", allow_mismatch=True)
+    assert adapters(opened)
+    assert "the weights are others; used all the same" in caplog.text
 
 
 def test_plain_lora_goes_through_the_same_code(model, data, tmp_path):
@@ -226,8 +254,6 @@ def test_target_modules_and_rslora_reach_the_adapter(model, data, tmp_path):
 
 
 def test_bfloat16_products_train_float32_adapters(model, data, tmp_path):
-    from halfbyte.checkpoint.peft import load_adapter
-
     run(config(model, data, tmp_path / "run", compute_dtype="bfloat16", max_steps=2))
     state = load_adapter(tmp_path / "run").state
     assert {t.dtype for t in state.values()} == {torch.float32}

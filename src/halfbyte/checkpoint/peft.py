@@ -2,9 +2,12 @@
 
 An adapter is a directory: ``adapter_config.json`` (what to attach to what), ``adapter_model
 .safetensors`` (``base_model.model.<module path>.lora_A.weight`` [r, in] and ``.lora_B.weight``
-[out, r]) and, from us, ``halfbyte.json``: which base it was trained on, bit for bit, and how that
-base was held. PEFT ignores the third file; without it (PEFT's own adapters) nothing is known of
-the base but its name.
+[out, r], with DoRA ``.lora_magnitude_vector`` [out]) and, from us, ``halfbyte.json``: which base it
+was trained on, bit for bit, and how that base was held. PEFT ignores the third file; without it
+(PEFT's own adapters) nothing is known of the base but its name.
+
+PEFT trains some modules whole, next to the matrices (``modules_to_save``). Their tensors lie in the
+same file under the names they have in the model, and take the place of the model's.
 """
 
 import json
@@ -16,13 +19,22 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, Field, ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from halfbyte.checkpoint.atomic import new_file, output_errors, require_writable
 from halfbyte.checkpoint.reading import read_json
 from halfbyte.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
 from halfbyte.errors import CheckpointError, ConfigError
-from halfbyte.lora import ALL_LINEAR, LoRAConfig, at_end
+from halfbyte.lora import (
+    ALL_LINEAR,
+    LoRAConfig,
+    at_end,
+    attach,
+    detach,
+    frozen_linears,
+    load_adapter_state,
+)
+from halfbyte.nf4.linear import FrozenLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +51,6 @@ _BEYOND_US: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False, None),
     "bias": ("none", None),
     "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
     "layer_replication": (None, []),
     "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
@@ -56,15 +67,64 @@ class LoadedAdapter(NamedTuple):
 
     Attributes:
         config: What to attach; its targets are the paths of the modules that have tensors.
-        state: ``<module path>.lora_A.weight`` and ``.lora_B.weight``, float32.
+        state: ``<module path>.lora_A.weight``, ``.lora_B.weight`` and, with DoRA,
+            ``.lora_magnitude_vector``, float32.
+        saved: Tensors that take the place of the base's, by their names there.
         base_name: The base model as the one who trained it named it; "" if unknown.
         info: What ``halfbyte.json`` says; empty for an adapter that halfbyte did not write.
     """
 
     config: LoRAConfig
     state: dict[str, Tensor]
+    saved: dict[str, Tensor]
     base_name: str
     info: dict[str, Any]
+
+    def put_on(self, model: nn.Module) -> None:
+        """Attach the adapter to ``model``, a model of ``load_base``.
+
+        Raises:
+            CheckpointError: If any of its tensors has no place there; nothing is attached then.
+        """
+        ours = frozen_linears(model)
+        wanted = tuple(self.config.target_modules)
+        if missing := [path for path in wanted if path not in ours]:
+            count = "none" if len(missing) == len(wanted) else len(wanted) - len(missing)
+            raise CheckpointError(
+                f"the adapter does not fit this model: of its {len(wanted)} layers {count} can be "
+                f"found. It is for {missing[0]} and the like, the model has {next(iter(ours))}"
+            )
+        places = {name: _place_of(model, name, tensor) for name, tensor in self.saved.items()}
+        attach(model, self.config, seed=0)
+        try:
+            load_adapter_state(model, self.state)
+        except CheckpointError:
+            detach(model)
+            raise
+        for name, (owner, held) in places.items():
+            # A parameter of its own: one that was tied to it stays what it was, as in PEFT.
+            fresh = self.saved[name].to(held.device, held.dtype)
+            setattr(owner, name.rpartition(".")[2], nn.Parameter(fresh, requires_grad=False))
+
+
+def _place_of(model: nn.Module, name: str, tensor: Tensor) -> tuple[nn.Module, nn.Parameter]:
+    path, _, leaf = name.rpartition(".")
+    try:
+        owner = model.get_submodule(path)
+    except AttributeError:
+        raise CheckpointError(f"the adapter holds {name}, which this model does not have") from None
+    held = owner._parameters.get(leaf)
+    if held is None or isinstance(owner, FrozenLinear):
+        raise CheckpointError(
+            f"the adapter holds {name} whole; that is supported for embeddings, norms and the "
+            "output head where they are not packed. Merge it with PEFT, and use the merged model"
+        )
+    if held.shape != tensor.shape:
+        raise CheckpointError(
+            f"the adapter holds {name} of shape {list(tensor.shape)}, the model of "
+            f"{list(held.shape)}: it was trained with another vocabulary or model"
+        )
+    return owner, held
 
 
 def save_adapter(
@@ -72,8 +132,7 @@ def save_adapter(
     state: Mapping[str, Tensor],
     config: LoRAConfig,
     *,
-    base_name: str,
-    base_fingerprint: str,
+    base: Mapping[str, Any],
     recipe: Mapping[str, Any],
     tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> Path:
@@ -83,8 +142,7 @@ def save_adapter(
         directory: Where to; created if need be, other files in it are left alone.
         state: What ``lora.adapter_state`` returns.
         config: What it was attached with.
-        base_name: The base model, as given by the user.
-        base_fingerprint: ``BaseSource.fingerprint`` of it.
+        base: What ``identity_of`` says of the base; at least its ``name``.
         recipe: How the base was held in training (JSON values), for whoever loads the adapter.
         tokenizer: Saved beside it if given, with its chat template.
 
@@ -97,14 +155,7 @@ def save_adapter(
     directory = require_writable(directory, sum(tensor.nbytes for tensor in state.values()))
     with new_file(directory / WEIGHTS_NAME) as file:
         write_safetensors(file, {PREFIX + name: tensor for name, tensor in state.items()})
-    write_card(
-        directory,
-        state,
-        config,
-        base_name=base_name,
-        base_fingerprint=base_fingerprint,
-        recipe=recipe,
-    )
+    write_card(directory, state, config, base=base, recipe=recipe)
     if tokenizer is not None:
         with output_errors(directory):
             tokenizer.save_pretrained(directory)
@@ -116,8 +167,7 @@ def write_card(
     names: Iterable[str],
     config: LoRAConfig,
     *,
-    base_name: str,
-    base_fingerprint: str,
+    base: Mapping[str, Any],
     recipe: Mapping[str, Any],
 ) -> None:
     """Write what describes an adapter, its tensors' names being ``names``; see ``save_adapter``.
@@ -126,12 +176,8 @@ def write_card(
         OutputError: If the directory cannot be written.
     """
     modules = sorted({_module_of(name) for name in names})
-    card = {
-        "format": 1,
-        "base": {"name": base_name, "fingerprint": base_fingerprint},
-        "recipe": dict(recipe),
-    }
-    peft_config = _peft_config(config, modules, base_name)
+    card = {"format": 1, "base": dict(base), "recipe": dict(recipe)}
+    peft_config = _peft_config(config, modules, base["name"])
     for name, fields in ((CARD_NAME, card), (CONFIG_NAME, peft_config)):
         with new_file(directory / name) as file:
             file.write(json.dumps(fields, indent=2).encode() + b"\n")
@@ -188,16 +234,12 @@ def _peft_targets(targets: str | tuple[str, ...], modules: list[str]) -> str | l
     return modules
 
 
-def load_adapter(directory: str | Path, *, base_fingerprint: str | None = None) -> LoadedAdapter:
-    """Read an adapter that halfbyte or PEFT wrote.
-
-    Args:
-        directory: The adapter's directory.
-        base_fingerprint: The fingerprint of the base it is to be used with; None to not compare.
+def load_adapter(directory: str | Path) -> LoadedAdapter:
+    """Read an adapter that halfbyte or PEFT wrote; what it fits is for ``identity`` to say.
 
     Raises:
-        CheckpointError: If a file is missing or damaged, if the adapter is more than plain LoRA,
-            or if it was trained on another base.
+        CheckpointError: If a file is missing or damaged, or if the adapter is more than LoRA or
+            DoRA beside modules that were trained whole.
     """
     directory = Path(directory)
     fields = read_json(directory / CONFIG_NAME, "an adapter's directory holds one")
@@ -205,23 +247,17 @@ def load_adapter(directory: str | Path, *, base_fingerprint: str | None = None) 
     info: dict[str, Any] = {}
     if (directory / CARD_NAME).exists():
         info = read_json(directory / CARD_NAME, "halfbyte writes one")
-    base = info.get("base")
-    base = base if isinstance(base, dict) else {}
-    trained_on = base.get("fingerprint")
+        if not all(isinstance(info.get(name, {}), dict) for name in ("base", "recipe")):
+            raise CheckpointError(f"{directory / CARD_NAME}: base and recipe should be objects")
+    base = info.get("base", {})
     base_name = str(base.get("name") or fields.get("base_model_name_or_path") or "")
-    if base_fingerprint is not None and trained_on not in (None, base_fingerprint):
-        raise CheckpointError(
-            f"the adapter {directory} was trained on another base model: on {base_name!r} "
-            f"(fingerprint {str(trained_on)[:12]}), this one is {base_fingerprint[:12]}. "
-            "Give the model it was trained on, in the same file format"
-        )
     if not (directory / WEIGHTS_NAME).exists():
         raise CheckpointError(
             f"{directory} has no {WEIGHTS_NAME}; an adapter in PyTorch's pickle format (.bin) is "
             "not read, save it with PEFT's safe_serialization=True"
         )
-    config, state = _read_state(SafetensorsFile(directory / WEIGHTS_NAME), fields)
-    return LoadedAdapter(config, state, base_name, info)
+    config, state, saved = _read_state(SafetensorsFile(directory / WEIGHTS_NAME), fields)
+    return LoadedAdapter(config, state, saved, base_name, info)
 
 
 def _check_plain(directory: Path, fields: dict[str, Any]) -> None:
@@ -237,25 +273,33 @@ def _check_plain(directory: Path, fields: dict[str, Any]) -> None:
     ]
     if beyond:
         raise CheckpointError(
-            f"the adapter {directory} is more than plain LoRA: {', '.join(beyond)}; "
+            f"the adapter {directory} is more than LoRA: {', '.join(beyond)}; "
             "merge it into its base with PEFT, and use the merged model"
         )
 
 
 def _read_state(
     file: SafetensorsFile, fields: dict[str, Any]
-) -> tuple[LoRAConfig, dict[str, Tensor]]:
-    foreign = [
-        name
-        for name in file.entries
-        if not name.startswith(PREFIX) or not _TENSOR.fullmatch(name.removeprefix(PREFIX))
-    ]
-    if foreign or not file.entries:
+) -> tuple[LoRAConfig, dict[str, Tensor], dict[str, Tensor]]:
+    whole = fields.get("modules_to_save") or []
+    if not isinstance(whole, list) or not all(isinstance(name, str) for name in whole):
+        raise CheckpointError(f"{file.path.parent / CONFIG_NAME}: modules_to_save should be a list")
+    names = [name.removeprefix(PREFIX) for name in file.entries if name.startswith(PREFIX)]
+    pairs = [name for name in names if _TENSOR.fullmatch(name)]
+    others = [name for name in names if name not in pairs]
+    # PEFT's rule: a module is saved when its path ends so.
+    saved = [name for name in others if name.rpartition(".")[0].endswith(tuple(whole))]
+    known = {PREFIX + name for name in (*pairs, *saved)}
+    foreign = [name for name in file.entries if name not in known]
+    unheld = [part for part in whole if not any(n.rpartition(".")[0].endswith(part) for n in saved)]
+    if unheld:
+        raise CheckpointError(f"{file.path} holds no {unheld[0]}, which modules_to_save names")
+    if foreign or not pairs:
         raise CheckpointError(
             f"{file.path} should hold {PREFIX}….lora_A.weight and ….lora_B.weight, it holds "
             f"{', '.join(foreign[:4]) or 'nothing'}"
         )
-    modules = list(dict.fromkeys(_module_of(name.removeprefix(PREFIX)) for name in file.entries))
+    modules = list(dict.fromkeys(_module_of(name) for name in pairs))
     config = _config_of(file.path.parent / CONFIG_NAME, fields, modules)
     state: dict[str, Tensor] = {}
     for module in modules:
@@ -281,11 +325,11 @@ def _read_state(
                     f"{file.path}: {name} {came}; expected is [{', '.join(want)}]"
                 )
             state[name] = file.read(entry.name).to(torch.float32)
-    if surplus := [name for name in file.entries if name.removeprefix(PREFIX) not in state]:
+    if surplus := [name for name in pairs if name not in state]:
         raise CheckpointError(
             f"{file.path} holds {surplus[0]}, but its {CONFIG_NAME} does not say use_dora"
         )
-    return config, state
+    return config, state, {name: file.read(PREFIX + name) for name in saved}
 
 
 _Rank = Annotated[int, Field(strict=True, ge=1)]

@@ -23,6 +23,9 @@ class ReadModelOptions(ModelOptions):
         description="directory of an adapter; the base is then quantised as in its training, "
         "unless said otherwise",
     )
+    allow_mismatch: bool = Field(
+        False, description="use an adapter on another base, tokenizer or template than its own"
+    )
 
     sections: ClassVar[dict[str, str]] = {"model": "the model"}
 
@@ -80,6 +83,7 @@ def open_model(options: ReadModelOptions, report: "RunReport") -> tuple[Any, Any
         device=options.device,
         revision=options.revision,
         cache_quantized=options.cache_quantized,
+        allow_mismatch=options.allow_mismatch,
         report=report,
     )
     return model, tokenizer

@@ -1,17 +1,22 @@
 """A base model opened for use: device and dtype chosen, loaded, adapter put on, all of it told."""
 
+import dataclasses
+import logging
 from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.checkpoint.base_model import BaseSource, LoadedBase, load_base, open_base
-from halfbyte.checkpoint.peft import load_adapter
-from halfbyte.lora import attach, load_adapter_state
+from halfbyte.checkpoint.identity import differences
+from halfbyte.checkpoint.peft import LoadedAdapter, load_adapter
+from halfbyte.errors import CheckpointError
 from halfbyte.model.build import BaseRecipe
 from halfbyte.model.precision import choose_device_and_dtype
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
+
+logger = logging.getLogger("halfbyte")
 
 
 def load_told(
@@ -40,6 +45,7 @@ def open_model(
     device: str = "auto",
     revision: str | None = None,
     cache_quantized: bool = False,
+    allow_mismatch: bool = False,
     report: "RunReport | None" = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, LoadedBase]:
     """Open a base model, with an adapter if one is named, ready to answer or to be evaluated.
@@ -56,6 +62,8 @@ def open_model(
         device: ``auto``, ``cpu`` or ``cuda``.
         revision: Branch, tag or commit of a hub model.
         cache_quantized: Whether to load from a packed copy in the user's cache, made at need.
+        allow_mismatch: Whether to use the adapter, with a warning, on a base, a tokenizer or a
+            template that is not the one it was trained with.
         report: Who is told, and shows progress.
 
     Raises:
@@ -63,8 +71,8 @@ def open_model(
     """
     place, dtype, why = choose_device_and_dtype(device, compute_dtype)
     source = open_base(model, revision=revision)
-    # An adapter of another base is found before gigabytes are read.
-    loaded = None if adapter is None else load_adapter(adapter, base_fingerprint=source.fingerprint)
+    # A damaged adapter is found before gigabytes are read.
+    loaded = None if adapter is None else load_adapter(adapter)
     recipe = BaseRecipe(
         quant, double_quant, block_size, dtype, place, quantize_head, quantize_embeddings
     )
@@ -72,16 +80,28 @@ def open_model(
         report.note(f"on {place}, products in {str(dtype).removeprefix('torch.')}: {why}")
     base = load_told(source, recipe, report, cache=cache_quantized)
     if loaded is not None:
-        attach(base.model, loaded.config, seed=0)
-        load_adapter_state(base.model, loaded.state)
+        _compare(loaded, base, allow_mismatch=allow_mismatch)
+        loaded.put_on(base.model)
     return base.model, base.tokenizer, base
+
+
+def _compare(adapter: LoadedAdapter, base: LoadedBase, *, allow_mismatch: bool) -> None:
+    found = differences(adapter.info, base)
+    if not found:
+        return
+    told = (
+        f"the adapter was trained on {adapter.base_name!r}, and this is not it: {'; '.join(found)}"
+    )
+    if not allow_mismatch:
+        raise CheckpointError(
+            f"{told}. Give the model it was trained on, held as it was then, or allow the mismatch "
+            "(--allow-mismatch)"
+        )
+    logger.warning("%s; used all the same, as allowed", told)
 
 
 def recipe_facts(recipe: BaseRecipe) -> dict[str, Any]:
     """Return ``recipe`` as JSON values, for the adapter's card."""
-    return {
-        "quant": recipe.quant,
-        "double_quant": recipe.double_quant,
-        "block_size": recipe.block_size,
-        "compute_dtype": str(recipe.compute_dtype).removeprefix("torch."),
-    }
+    facts = dataclasses.asdict(recipe)
+    del facts["device"]  # where, not how
+    return facts | {"compute_dtype": str(recipe.compute_dtype).removeprefix("torch.")}

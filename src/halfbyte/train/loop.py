@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from halfbyte.checkpoint.atomic import new_file, require_writable
 from halfbyte.checkpoint.base_model import BaseSource, open_base
+from halfbyte.checkpoint.identity import identity_of
 from halfbyte.checkpoint.peft import CONFIG_NAME, save_adapter, write_card
 from halfbyte.checkpoint.run_state import RunState, latest_run, load_run, save_run
 from halfbyte.data import Dataset, Example, MicroBatch, load_dataset, steps
@@ -192,7 +193,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
     )
     report.note(memory.line())
 
-    card = {"base_name": config.model, "base_fingerprint": base.fingerprint}
+    card: dict[str, Any] = {"base": identity_of(base), "recipe": recipe_facts(recipe)}
     with new_file(output / "config.yaml") as file:
         file.write(to_yaml(config).encode())
     report.begin(
@@ -219,9 +220,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
             optimizer=stepper.optimizer_state(),
             progress=identity,
             keep=config.save_total_limit,
-            card=lambda directory: write_card(
-                directory, parameters, lora, recipe=recipe_facts(recipe), **card
-            ),
+            card=lambda directory: write_card(directory, parameters, lora, **card),
         )
         report.saved(path)
 
@@ -271,14 +270,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
         if done % save_every == 0 or done == plan.total:
             save(done)
     measure(plan.total)
-    save_adapter(
-        output,
-        adapter_state(base.model),
-        lora,
-        recipe=recipe_facts(recipe),
-        tokenizer=tokenizer,
-        **card,
-    )
+    save_adapter(output, adapter_state(base.model), lora, tokenizer=tokenizer, **card)
     report.saved(output)
     outcome = TrainResult(
         adapter_dir=output,

@@ -1,0 +1,95 @@
+"""What an adapter was trained on, recorded so that it is not used on anything else unnoticed.
+
+An adapter is an answer to one base: its weights as they were decoded, its tokenizer, its chat
+template. The card beside it (``halfbyte.json``) names all three by digest, and the recipe of the
+packing. The base may come in other files, say as a copy that is packed already: the files'
+fingerprint then differs, and the packed weights decide.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from halfbyte.checkpoint.base_model import LoadedBase
+from halfbyte.model.build import frozen_linears
+
+_SAMPLES = 4096
+
+
+def identity_of(base: LoadedBase) -> dict[str, Any]:
+    """Return what ``halfbyte.json`` says of a base; JSON values."""
+    return {
+        "name": base.name,
+        "fingerprint": base.fingerprint,
+        "weights": weights_digest(base.model),
+        "tokenizer": tokenizer_digest(base.tokenizer),
+        "chat_template": _digest(base.tokenizer.chat_template),
+    }
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """Return the SHA-256 of samples of each frozen linear: as packed, or in bfloat16 if plain.
+
+    Of each tensor some 4096 elements at even distances, and its size: a fraction of a second for
+    billions of weights, and another for any other training run. What a few weights changed by hand
+    make of it is chance.
+    """
+    digest = hashlib.sha256()
+    for path, linear in frozen_linears(model).items():
+        held = linear.quantized
+        if held is None:
+            assert linear.weight is not None
+            tensors = {"weight": linear.weight}
+        else:
+            tensors = held.tensors()
+        for name, tensor in tensors.items():
+            digest.update(f"{path}.{name} {tuple(tensor.shape)};".encode())
+            flat = tensor.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // _SAMPLES)]
+            if held is None:
+                sample = sample.to(torch.bfloat16)
+            digest.update(sample.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the SHA-256 of the vocabulary, added tokens included, and of the merges."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    merges = json.loads(backend.to_str())["model"].get("merges") if backend is not None else None
+    return _digest([sorted(tokenizer.get_vocab().items()), merges])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def differences(card: Mapping[str, Any], base: LoadedBase) -> list[str]:
+    """Return in what ``base`` is not what ``card`` records; what it does not record is let pass.
+
+    Args:
+        card: The content of ``halfbyte.json``; empty for an adapter of PEFT.
+        base: A base model as loaded for use with the adapter.
+    """
+    recipe, now = card.get("recipe") or {}, base.model.halfbyte_recipe
+    found = [
+        f"{name} was {recipe[name]!r}, now it is {getattr(now, name)!r}"
+        for name in ("quant", "double_quant", "block_size", "quantize_head", "quantize_embeddings")
+        if hasattr(now, name) and recipe.get(name, getattr(now, name)) != getattr(now, name)
+        # Of a plain base, there is no more to say than that it is plain.
+        if name == "quant" or now.quant != "none"
+    ]
+    recorded = card.get("base") or {}
+    same_files = recorded.get("fingerprint", base.fingerprint) == base.fingerprint
+    # The same files, packed by the same recipe, may differ in the last bit of a scale from one
+    # device to another: that is no other base.
+    if not same_files and (found or recorded.get("weights") != weights_digest(base.model)):
+        found.append("the weights are others")
+    if recorded.get("tokenizer", tokens := tokenizer_digest(base.tokenizer)) != tokens:
+        found.append("the tokenizer is another")
+    if recorded.get("chat_template", template := _digest(base.tokenizer.chat_template)) != template:
+        found.append("the chat template is another")
+    return found
