@@ -252,9 +252,9 @@ def test_an_adapter_for_another_base(
     other = write_tiny_model(tmp_path / "other", hidden=128)
     words = ["--adapter", str(ground.out), "--data", str(ground.data)]
     message = refused(["eval", "--model", str(other), *words], capsys)
-    assert "another base model" in message
+    assert "this is not it: the weights are others" in message
     message = refused(["merge", str(other), str(ground.out), str(tmp_path / "merged")], capsys)
-    assert "another base model" in message
+    assert "this is not it: the weights are others" in message
     assert not (tmp_path / "merged").exists()
 
 

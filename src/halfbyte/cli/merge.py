@@ -58,6 +58,9 @@ class MergeOptions(BaseOptions):
         "assistant", description="tokens that are compared: the assistant's, or all"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
+    allow_mismatch: bool = Field(
+        False, description="use an adapter on another base, tokenizer or template than its own"
+    )
 
     sections: ClassVar[dict[str, str]] = {
         "model": "the base, as the adapter saw it",
@@ -111,6 +114,7 @@ def main(argv: list[str]) -> None:
             compute_dtype="float32",
             device=options.device,
             revision=options.revision,
+            allow_mismatch=options.allow_mismatch,
             report=report,
         )
         source = open_base(options.model, revision=options.revision)
