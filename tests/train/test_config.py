@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halfbyte.errors import ConfigError
-from halfbyte.train.config import ALIASES, TrainConfig, load_config, parse_bytes, to_yaml
+from halfbyte.train.config import TrainConfig, load_config, parse_bytes, to_yaml
+from halfbyte.train.spelling import ALIASES
 
 REQUIRED = {"model": "m", "data": "d", "output": "o"}
 
@@ -76,6 +77,20 @@ def test_values_are_read_from_yaml(
     config, notes = load_config(written(tmp_path, given_text), REQUIRED)
     assert getattr(config, field) == value
     assert notes == []
+
+
+@pytest.mark.parametrize("name", ["modules_to_save", "additional_target"])
+def test_what_others_have_and_we_do_not_is_refused_with_the_reason(name: str) -> None:
+    told = complaint(**REQUIRED, **{name: "lm_head"})
+    assert (
+        told == f"`{name}` is not supported: only matrices are trained; adapters of PEFT with "
+        "modules trained whole can be used"
+    )
+
+
+@pytest.mark.parametrize("given", ["q_proj", "q_proj=", "q_proj=0", "=3", "q_proj=x"])
+def test_what_is_no_rank_pattern(given: str) -> None:
+    assert "`rank_pattern`: expected" in complaint(**REQUIRED, rank_pattern=given)
 
 
 def test_overrides_lie_on_top_of_the_file(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def _run(argv: list[str]) -> None:
     elif argv[0] in VERBS:
         importlib.import_module(f"halfbyte.cli.{argv[0]}").main(argv[1:])
     else:
-        from halfbyte.train.config import nearest
+        from halfbyte.train.spelling import nearest
 
         raise ConfigError(
             f"unknown verb `{argv[0]}`{nearest(argv[0], VERBS) or ';'} expected one of "

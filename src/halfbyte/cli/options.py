@@ -34,7 +34,8 @@ from typing import (
 
 from pydantic.fields import FieldInfo
 
-from halfbyte.train.config import OptionsT, aliases_of, check, spell
+from halfbyte.train.config import OptionsT, check
+from halfbyte.train.spelling import aliases_of, spell
 
 _TRUTH_WORDS = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 

@@ -1,0 +1,132 @@
+"""Names that people already type: what other projects call our options, and how they read here.
+
+A known foreign name is translated and a note says so; one that is known and not to be had is
+refused with the reason; a name nobody knows is a problem, and the nearest name is suggested.
+Nothing here imports torch.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
+
+
+class Alias(NamedTuple):
+    """Another project's name for one of our fields, and how its values read here."""
+
+    field: str
+    meanings: Mapping[str, str] = {}
+    """Values, in lower case, that say something else here; the others are handed on."""
+
+    def read(self, value: Any) -> Any:
+        """The value as the field takes it."""
+        match value:
+            case [{"path": str(path)}]:  # axolotl's list of data sets, with one in it
+                return path
+        return self.meanings.get(str(value).lower(), value)
+
+    @property
+    def is_flag(self) -> bool:
+        """Whether the bare name, without a value, makes sense on the command line."""
+        return "true" in self.meanings
+
+
+_ALL = {"all": "all-linear"}
+_ADAMW = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw"}
+
+ALIASES: dict[str, Alias] = {
+    "base_model": Alias("model"),
+    "model_name_or_path": Alias("model"),
+    "dataset": Alias("data"),
+    "dataset_name": Alias("data"),
+    "datasets": Alias("data"),
+    "output_dir": Alias("output"),
+    "adapter": Alias("quant", {"qlora": "nf4", "lora": "none"}),
+    "load_in_4bit": Alias("quant", {"true": "nf4", "false": "none"}),
+    "quantization_bit": Alias("quant", {"4": "nf4"}),
+    "bnb_4bit_quant_type": Alias("quant"),
+    "bnb_4bit_use_double_quant": Alias("double_quant", {"true": "true", "false": "false"}),
+    "bnb_4bit_compute_dtype": Alias("compute_dtype"),
+    "bf16": Alias("compute_dtype", {"true": "bfloat16", "false": "float32"}),
+    "r": Alias("lora_r"),
+    "lora_rank": Alias("lora_r"),
+    "peft_use_dora": Alias("use_dora"),
+    "peft_use_rslora": Alias("use_rslora"),
+    "lora_target": Alias("target_modules", _ALL),
+    "lora_target_modules": Alias("target_modules", _ALL),
+    "lora_target_linear": Alias("target_modules", {"true": "all-linear"}),
+    "cutoff_len": Alias("max_length"),
+    "sequence_len": Alias("max_length"),
+    "max_seq_length": Alias("max_length"),
+    "assistant_only_loss": Alias("train_on", {"true": "assistant", "false": "all"}),
+    "train_on_inputs": Alias("train_on", {"true": "all", "false": "assistant"}),
+    "micro_batch_size": Alias("batch_size"),
+    "per_device_train_batch_size": Alias("batch_size"),
+    "num_epochs": Alias("epochs"),
+    "num_train_epochs": Alias("epochs"),
+    "lr_scheduler": Alias("lr_scheduler_type"),
+    "optimizer": Alias("optim", _ADAMW),
+    "optim": Alias("optim", _ADAMW),
+    "gradient_checkpointing": Alias("activations", {"true": "recompute", "false": "save"}),
+    "eval_dataset": Alias("eval_data"),
+    "resume_from_checkpoint": Alias("resume", {"true": "true", "false": "false"}),
+}
+
+
+_WHOLE = "only matrices are trained; adapters of PEFT with modules trained whole can be used"
+REFUSED = dict.fromkeys(("modules_to_save", "lora_modules_to_save", "additional_target"), _WHOLE)
+"""Options of others that are known and not to be had, and why."""
+
+
+class Spelling(NamedTuple):
+    """Options under our own names, what to tell the user, and what is wrong."""
+
+    values: dict[str, Any]
+    notes: list[str]
+    problems: list[str]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean `learning_rate`?``, or nothing where no known name is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
+    return f"; did you mean `{near[0]}`?" if near else ""
+
+
+def aliases_of(options: type[BaseModel]) -> dict[str, Alias]:
+    """The foreign names that mean something among these options."""
+    fields = options.model_fields
+    return {
+        name: alias
+        for name, alias in ALIASES.items()
+        if alias.field in fields and (name not in fields or name == alias.field)
+    }
+
+
+def spell(given: Mapping[str, Any], options: type[BaseModel]) -> Spelling:
+    """Translate known foreign names into ours; collect the names nobody knows."""
+    aliases = aliases_of(options)
+    values: dict[str, Any] = {}
+    spelt_as: dict[str, str] = {}
+    notes, problems = [], []
+    for name, value in given.items():
+        if name in aliases:
+            field, read = aliases[name].field, aliases[name].read(value)
+        elif name in options.model_fields:
+            field, read = name, value
+        elif name in REFUSED:
+            problems.append(f"`{name}` is not supported: {REFUSED[name]}")
+            continue
+        else:
+            known = [*options.model_fields, *aliases]
+            problems.append(f"unknown option `{name}`{nearest(name, known)}")
+            continue
+        if field in values and values[field] != read:
+            problems.append(
+                f"`{field}` is given twice, as `{spelt_as[field]}` ({values[field]}) and as "
+                f"`{name}` ({read}); keep one"
+            )
+        if (field, read) != (name, value):
+            notes.append(f"`{name}: {value}` read as `{field}: {read}`")
+        values[field], spelt_as[field] = read, name
+    return Spelling(values, notes, problems)
