@@ -183,17 +183,20 @@ def test_a_packed_vocabulary_is_merged_too(tmp_path: Path, tied: bool, into: Int
         ("granite", {"logits_scaling": 4.0, "embedding_multiplier": 3.0}),
     ],
 )
+@pytest.mark.parametrize("use_dora", [False, True])
 def test_other_families_are_measured_as_they_compute(
-    tmp_path: Path, family: str, changes: dict[str, Any]
+    tmp_path: Path, family: str, changes: dict[str, Any], use_dora: bool
 ) -> None:
     tiny_model(family, **changes).save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     source = open_base(tmp_path / "base")
     model, tokenizer, *_ = load_base(source, BaseRecipe())
-    attach(model, LoRAConfig(r=4), seed=0)
+    attach(model, LoRAConfig(r=4, use_dora=use_dora), seed=0)
     for name, parameter in adapter_parameters(model).items():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(0))
+        elif "magnitude" in name:
+            parameter.data.mul_(1.2)
     text = load_dataset(HELD_OUT, tokenizer, max_length=256).examples[:4]
     live = reference(model, text)
     bare = distance(model, None, live)
