@@ -4,7 +4,7 @@
     peft           save_adapter, load_adapter
     run_state      save_run, latest_run, load_run: checkpoints that survive kill -9
     bitsandbytes   write_quantized: a 4-bit checkpoint for everyone
-    merged         write_merged: a plain model with the adapter in it
+    merged         Merged, write_merged: base and adapter as one model
     atomic         files and directories that are there whole or not at all
 
 README.md beside this file has the byte tables. Import what you need from the module that has it:

@@ -101,7 +101,7 @@ def main(argv: list[str]) -> None:
     from halfbyte.report import open_report, show
     from halfbyte.report.live import size
     from halfbyte.train.loading import open_model
-    from halfbyte.train.merging import distance
+    from halfbyte.train.merging import distance, distances
 
     with results(as_json=as_json) as result, open_report() as report:
         for note in notes:
@@ -125,14 +125,13 @@ def main(argv: list[str]) -> None:
             for way in dict.fromkeys([*names, into])
         }
         sizes = {way: merged.written_bytes for way, merged in candidates.items()}
-        live, measured = None, {}
+        live: Reference | None = None
+        measured: dict[str, Distance] = {}
         if options.measure or options.verify:
             live = _held_out(options, model, tokenizer, report)
         if options.measure and live is not None:
             with report.task("comparing", None) as progress:
-                for done, (way, merged) in enumerate([*candidates.items(), ("no adapter", None)]):
-                    measured[way] = distance(model, merged, live)
-                    progress(done + 1, len(candidates) + 1)
+                measured = distances(model, candidates, live, progress)
             _show_distances(measured, sizes)
             if options.into == "best":
                 into = min(names, key=lambda way: measured[way].kl)

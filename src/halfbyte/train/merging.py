@@ -9,12 +9,12 @@ A file that was written is a candidate too: read back, one tensor at a time, it 
 adapter no less.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +118,21 @@ def distance(model: PreTrainedModel, candidate: BaseSource | None, live: Referen
                 p, q = p.double().log_softmax(1), q.double().log_softmax(1)
                 kl += float((p.exp() * (p - q)).sum())
     return Distance(kl / live.positions, gap, same / live.positions)
+
+
+def distances(
+    model: PreTrainedModel,
+    candidates: Mapping[Any, BaseSource],
+    live: Reference,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Distance]:
+    """Return ``distance`` of each candidate by its name, and of the bare base as "no adapter"."""
+    found: dict[str, Distance] = {}
+    for name, candidate in [*candidates.items(), ("no adapter", None)]:
+        found[name] = distance(model, candidate, live)
+        if progress is not None:
+            progress(len(found), len(candidates) + 1)
+    return found
 
 
 @torch.no_grad()
