@@ -140,7 +140,9 @@ class BaseSource(ABC):
 # What transformers raises for files it cannot make sense of: it reads them without checking.
 _FOREIGN = (
     ArithmeticError,
+    AssertionError,
     AttributeError,
+    ImportError,
     LookupError,
     OSError,
     RuntimeError,
