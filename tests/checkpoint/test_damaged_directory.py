@@ -140,5 +140,5 @@ def test_pickles_are_named_and_not_read(packed: Path) -> None:
             open_base(copy)
         # Under the name of a safetensors file it is no better.
         (copy / "pytorch_model.bin").rename(copy / "model.safetensors")
-        with pytest.raises(CheckpointError, match="model.safetensors"):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors"):
             open_base(copy)
