@@ -3,6 +3,8 @@
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import peft
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -339,3 +343,66 @@ def test_an_unwritable_directory_is_told(tmp_path: Path) -> None:
             base={"name": "", "fingerprint": ""},
             recipe={},
         )
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=3,
+)
+FIELDS = [
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "peft_type"),
+    *("alpha_pattern", "modules_to_save", "bias", "base_model_name_or_path", "target_modules"),
+]
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(FIELDS) | st.sampled_from(["base", "recipe"]), ANYTHING)
+def test_any_field_may_hold_anything(adapter_dir: Path, field: str, value: Any) -> None:
+    path = adapter_dir / (CONFIG if field in FIELDS else "halfbyte.json")
+    before = path.read_text()
+    edit(path, **{field: value})
+    with suppress(CheckpointError):
+        assert load_adapter(adapter_dir).state.keys() == STATE.keys()
+    path.write_text(before)
+
+
+PATTERNS = st.dictionaries(st.sampled_from(["a", "b.c", ".*c", "(a|b)"]), st.integers(1, 4))
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.integers(1, 4),
+    st.floats(0.25, 64, width=32),
+    PATTERNS,
+    PATTERNS,
+    st.booleans(),
+    st.sets(st.sampled_from(["a", "x.b.c", "y.b.c", "x.a"]), min_size=1),
+)
+def test_what_is_written_is_what_is_read(
+    tmp_path: Path,
+    r: int,
+    alpha: float,
+    ranks: dict[str, int],
+    alphas: dict[str, int],
+    use_dora: bool,
+    paths: set[str],
+) -> None:
+    config = LoRAConfig(
+        r=r, alpha=alpha, rank_pattern=ranks, alpha_pattern=alphas, use_dora=use_dora
+    )
+    state = {}
+    for path in paths:
+        state[f"{path}.lora_A.weight"] = torch.randn(config.at(path).r, 3)
+        state[f"{path}.lora_B.weight"] = torch.randn(5, config.at(path).r)
+        if use_dora:
+            state[f"{path}.lora_magnitude_vector"] = torch.randn(5)
+    save_adapter(tmp_path, state, config, base={"name": "m"}, recipe={"quant": "nf4"})
+    loaded = load_adapter(tmp_path)
+    assert loaded.state.keys() == state.keys()
+    assert all(tensor.equal(state[name]) for name, tensor in loaded.state.items())
+    assert all(
+        loaded.config.at(path)
+        == replace(config.at(path), target_modules=loaded.config.target_modules)
+        for path in paths
+    )
