@@ -87,7 +87,8 @@ def test_another_recipe_or_another_base_has_another_copy(home: Path, tmp_path: P
     for count, changes in enumerate(recipes, 1):
         load_base(one, BaseRecipe(**changes), cache=True)
         assert len(copies(home)) == count
-    # What decides no byte of the copy: a copy for all.
+    # What decides no byte of the copy: a copy for all. (Head and embedding are tied here.)
+    load_base(one, BaseRecipe(quantize_head=True, quantize_embeddings=True), cache=True)
     load_base(one, BaseRecipe(compute_dtype=torch.bfloat16), cache=True)
     assert len(copies(home)) == count
     load_base(write_tiny_model(tmp_path / "two", layers=1), BaseRecipe(), cache=True)

@@ -122,8 +122,8 @@ def load_base(
         source = open_base(source)
     tokenizer = source.tokenizer()
     recipe = source.fitted(recipe)
-    files = cached(source, recipe, progress) if cache else source
     model = build(source.config, recipe)
+    files = cached(source, model.halfbyte_recipe, progress) if cache else source
     linears = {f"{path}.weight" for path in frozen_linears(model)}
     plain = {parameter.name for parameter in files.parameters if not parameter.packed}
     some = len(plain) < len(files.parameters)
