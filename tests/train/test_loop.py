@@ -113,7 +113,7 @@ def test_the_base_alone_is_worse(model, data, tmp_path):
     assert losses[1] < LEARNED
 
 
-def test_an_adapter_goes_on_the_base_it_was_trained_on(model, data, tmp_path, caplog):
+def test_an_adapter_goes_on_the_base_it_was_trained_on(model, data, tmp_path, caplog, monkeypatch):
     options = {"max_steps": 1, "use_dora": True, "rank_pattern": {"q_proj": 2}}
     run(config(model, data, tmp_path / "run", **options))
     adapter = str(tmp_path / "run")
@@ -123,6 +123,11 @@ def test_an_adapter_goes_on_the_base_it_was_trained_on(model, data, tmp_path, ca
     for same in (str(model), copy):
         opened, _, _ = open_model(same, adapter=adapter, device="cpu")
         assert adapters(opened)
+    small = str(write_tiny_model(tmp_path / "small", layers=1))
+    with monkeypatch.context() as patch:
+        patch.setattr("halfbyte.train.loading.load_told", None)  # no weight has been read
+        with pytest.raises(CheckpointError, match="of its 14 layers 7 can be found"):
+            open_model(small, adapter=adapter, device="cpu")
     with pytest.raises(CheckpointError, match=r"quant was 'nf4', now it is 'fp4'.*allow-mismatch"):
         open_model(str(model), adapter=adapter, quant="fp4", device="cpu")
     other = str(write_tiny_model(tmp_path / "other"))

@@ -12,7 +12,7 @@ same file under the names they have in the model, and take the place of the mode
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -80,20 +80,28 @@ class LoadedAdapter(NamedTuple):
     base_name: str
     info: dict[str, Any]
 
+    def require_layers(self, linears: Collection[str]) -> None:
+        """Compare the adapter's layers with the paths of a model's linear layers.
+
+        Raises:
+            CheckpointError: If one of the adapter's is not among them.
+        """
+        wanted = tuple(self.config.target_modules)
+        if missing := [path for path in wanted if path not in linears]:
+            count = "none" if len(missing) == len(wanted) else len(wanted) - len(missing)
+            raise CheckpointError(
+                f"the adapter does not fit this model: of its {len(wanted)} layers {count} can be "
+                f"found. It is for {missing[0]} and the like, the model has "
+                f"{next(iter(linears), 'none')}"
+            )
+
     def put_on(self, model: nn.Module) -> None:
         """Attach the adapter to ``model``, a model of ``load_base``.
 
         Raises:
             CheckpointError: If any of its tensors has no place there; nothing is attached then.
         """
-        ours = frozen_linears(model)
-        wanted = tuple(self.config.target_modules)
-        if missing := [path for path in wanted if path not in ours]:
-            count = "none" if len(missing) == len(wanted) else len(wanted) - len(missing)
-            raise CheckpointError(
-                f"the adapter does not fit this model: of its {len(wanted)} layers {count} can be "
-                f"found. It is for {missing[0]} and the like, the model has {next(iter(ours))}"
-            )
+        self.require_layers(frozen_linears(model))
         places = {name: _place_of(model, name, tensor) for name, tensor in self.saved.items()}
         attach(model, self.config, seed=0)
         try:

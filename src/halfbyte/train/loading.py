@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from typing import TYPE_CHECKING, Any, Literal
 
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.checkpoint.base_model import BaseSource, LoadedBase, load_base, open_base
@@ -71,8 +72,11 @@ def open_model(
     """
     place, dtype, why = choose_device_and_dtype(device, compute_dtype)
     source = open_base(model, revision=revision)
-    # A damaged adapter is found before gigabytes are read.
     loaded = None if adapter is None else load_adapter(adapter)
+    if loaded is not None:
+        # Now, before gigabytes are read.
+        modules = source.skeleton.named_modules()
+        loaded.require_layers([path for path, m in modules if isinstance(m, nn.Linear)])
     recipe = BaseRecipe(
         quant, double_quant, block_size, dtype, place, quantize_head, quantize_embeddings
     )
