@@ -345,6 +345,14 @@ def test_an_unwritable_directory_is_told(tmp_path: Path) -> None:
         )
 
 
+def test_a_field_that_is_null_is_as_if_it_were_not_there(adapter_dir: Path) -> None:
+    names = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
+    edit(adapter_dir / CONFIG, **dict.fromkeys(names))
+    assert load_adapter(adapter_dir).config == LoRAConfig(
+        r=2, target_modules=("model.layers.0.q_proj",)
+    )
+
+
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner),

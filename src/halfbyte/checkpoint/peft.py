@@ -350,8 +350,8 @@ class _Numbers(BaseModel):
     r: _Rank
     lora_alpha: _Number
     lora_dropout: Annotated[_Number, Field(ge=0, lt=1)] = 0.0
-    use_rslora: bool = False
-    use_dora: bool = False
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
     rank_pattern: dict[str, _Rank] | None = None
     alpha_pattern: dict[str, _Number] | None = None
 
@@ -368,8 +368,8 @@ def _config_of(path: Path, fields: dict[str, Any], modules: list[str]) -> LoRACo
             r=numbers.r,
             alpha=numbers.lora_alpha,
             dropout=numbers.lora_dropout,
-            use_rslora=numbers.use_rslora,
-            use_dora=numbers.use_dora,
+            use_rslora=bool(numbers.use_rslora),
+            use_dora=bool(numbers.use_dora),
             target_modules=tuple(modules),
             rank_pattern=numbers.rank_pattern or {},
             alpha_pattern=numbers.alpha_pattern or {},
