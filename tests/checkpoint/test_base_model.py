@@ -194,6 +194,10 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: rewrite(d, lambda h: h.update({UP[:-6] + "bias": torch.ones(128)})),
         "up_proj.bias: unknown to LlamaForCausalLM",
     ),
+    "whole numbers": (
+        lambda d: rewrite(d, lambda h: h.update({UP: torch.ones(128, 64, dtype=torch.int8)})),
+        "up_proj.weight is torch.int8, expected are floating numbers",
+    ),
     "shape": (
         lambda d: rewrite(d, lambda h: h.update({UP: torch.ones(64, 128)})),
         r"up_proj.weight has shape \[64, 128\], the configuration asks for \[128, 64\]",

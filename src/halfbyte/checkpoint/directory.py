@@ -53,7 +53,7 @@ class DirectorySource(BaseSource):
         self.config = _read_config(directory)
         self._shards, self._homes = _open_shards(directory)
         self.skeleton = skeleton_of(self.config, name, len(self._homes))
-        self._shapes = {key: tuple(t.shape) for key, t in self.skeleton.state_dict().items()}
+        self._expected = self.skeleton.state_dict()
         self._packed = packed_weights(self._homes)
         members = {key for owner, keys in self._packed.items() for key in keys if key != owner}
         self._stored = self._settle([key for key in self._homes if key not in members])
@@ -68,12 +68,19 @@ class DirectorySource(BaseSource):
         return self._homes[key].entries[key]
 
     def _parameter(self, name: str) -> Parameter:
-        key, shape = self._stored[name], self._shapes[name]
+        key, expected = self._stored[name], self._expected[name]
+        shape = tuple(expected.shape)
         entry, packed = self._entry(key), key in self._packed
         if not packed and entry.shape != shape:
             raise CheckpointError(
                 f"{self._homes[key].path}: {key} has shape {list(entry.shape)}, the configuration "
                 f"asks for {list(shape)}; is config.json of another model?"
+            )
+        if not packed and entry.dtype.is_floating_point != expected.is_floating_point():
+            raise CheckpointError(
+                f"{self._homes[key].path}: {key} is {entry.dtype}, expected are "
+                f"{'floating' if expected.is_floating_point() else 'whole'} numbers; is it "
+                "quantised in a way that config.json does not tell of?"
             )
         nbytes = sum(self._entry(member).nbytes for member in self._packed.get(key, [key]))
         return Parameter(name, shape, entry.dtype, nbytes, packed)
