@@ -385,7 +385,7 @@ def test_a_packed_model_can_be_held_decoded(
         assert linear.dense(torch.float32).equal(frozen_linears(packed)[path].decode(torch.float32))
 
 
-def test_linears_a_packed_model_left_alone_are_packed_and_named(
+def test_linears_a_packed_model_left_alone_stay_so_and_are_named(
     tmp_path: Path, model_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = write_quantized(model_dir, tmp_path / "out", BaseRecipe())
@@ -394,14 +394,18 @@ def test_linears_a_packed_model_left_alone_are_packed_and_named(
         del held[key]
     held[NAME] = weight(128, 64, torch.float32)
     safetensors.torch.save_file(held, out / "model.safetensors", {"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["llm_int8_skip_modules"].append(NAME.removesuffix(".weight"))
+    (out / "config.json").write_text(json.dumps(config))
     with caplog.at_level(logging.WARNING, logger="halfbyte"):
         model = load_base(out, BaseRecipe()).model
-    assert (
-        f"holds 1 of its linear layers in 16 or 32 bits; they are packed now: {NAME}" in caplog.text
-    )
-    linear = frozen_linears(model)[NAME.removesuffix(".weight")]
-    assert linear.quantized is not None
-    assert linear.quantized.codes.equal(quantize(held[NAME]).codes)
+    path = NAME.removesuffix(".weight")
+    assert f"1 of its linear layers, which stay in 16 or 32 bits: {path}" in caplog.text
+    linears = frozen_linears(model)
+    assert [name for name, linear in linears.items() if linear.quantized is None] == [path]
+    assert linears[path].dense(torch.float32).equal(held[NAME])
+    theirs = AutoModelForCausalLM.from_pretrained(out)
+    torch.testing.assert_close(theirs(PROMPT).logits, logits(model), rtol=1e-4, atol=1e-5)
 
 
 def test_what_cannot_be_packed_is_told(tmp_path: Path, model_dir: Path) -> None:

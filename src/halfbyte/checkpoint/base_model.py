@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import snapshot_download
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.checkpoint.cache import cached
@@ -122,19 +123,9 @@ def load_base(
         source = open_base(source)
     tokenizer = source.tokenizer()
     recipe = source.fitted(recipe)
-    model = build(source.config, recipe)
+    model = build(source.config, recipe, plain=_left_plain(source, recipe))
     files = cached(source, model.halfbyte_recipe, progress) if cache else source
     linears = {f"{path}.weight" for path in frozen_linears(model)}
-    plain = {parameter.name for parameter in files.parameters if not parameter.packed}
-    some = len(plain) < len(files.parameters)
-    late = sorted(linears & plain) if some and recipe.quant != "none" else []
-    if late:
-        logger.warning(
-            "%s holds %d of its linear layers in 16 or 32 bits; they are packed now: %s",
-            source.name,
-            len(late),
-            ", ".join(late[:4]),
-        )
     sizes = {parameter.name: parameter.nbytes for parameter in files.parameters}
     done, total = 0, files.total_bytes
     for name, value in files.tensors(recipe.device):
@@ -152,3 +143,24 @@ def load_base(
     if defaults is not None:
         model.generation_config = defaults
     return LoadedBase(model, tokenizer, finish(model), source.fingerprint, source.name)
+
+
+def _left_plain(source: BaseSource, recipe: BaseRecipe) -> list[str]:
+    """Return the paths of the linears that a packed model holds in 16 or 32 bits: they stay so."""
+    packed = any(parameter.packed for parameter in source.parameters)
+    if not packed or recipe.quant == "none":
+        return []
+    linears = {
+        f"{path}.weight": path
+        for path, module in source.skeleton.named_modules()
+        if isinstance(module, nn.Linear) and module is not source.skeleton.get_output_embeddings()
+    }
+    plain = [linears[p.name] for p in source.parameters if p.name in linears and not p.packed]
+    if plain:
+        logger.warning(
+            "%s is packed, but for %d of its linear layers, which stay in 16 or 32 bits: %s",
+            source.name,
+            len(plain),
+            ", ".join(plain[:4]),
+        )
+    return plain

@@ -8,6 +8,7 @@
 ``place`` never needs another tensor, so whoever reads the checkpoint can hold one at a time.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -92,8 +93,15 @@ class Audit:
         return told
 
 
-def build(config: PretrainedConfig, recipe: BaseRecipe) -> PreTrainedModel:
+def build(
+    config: PretrainedConfig, recipe: BaseRecipe, *, plain: Collection[str] = ()
+) -> PreTrainedModel:
     """Return the architecture of ``config`` on the meta device, its linears replaced.
+
+    Args:
+        config: Of a causal language model.
+        recipe: How it will be held.
+        plain: Paths of linears that are not packed, whatever the recipe says of linears.
 
     Raises:
         CheckpointError: If transformers has no causal language model for this configuration.
@@ -122,7 +130,7 @@ def build(config: PretrainedConfig, recipe: BaseRecipe) -> PreTrainedModel:
         parent, _, leaf = name.rpartition(".")
         frozen = (FrozenHead if is_head else FrozenLinear).like(
             linear,
-            quant=None if recipe.quant == "none" else recipe.quant,
+            quant=None if recipe.quant == "none" or name in plain else recipe.quant,
             block_size=recipe.block_size,
             double_quant=recipe.double_quant,
             dtype=recipe.compute_dtype,
@@ -212,7 +220,8 @@ def place(model: PreTrainedModel, name: str, tensor: Tensor) -> None:
     owner, leaf = _owner(model, name)
     if isinstance(owner, FrozenLinear) and leaf == "weight":
         _check_shape(name, (owner.out_features, owner.in_features), tuple(tensor.shape))
-        if recipe.quant != "none":
+        if owner.quantized is not None:
+            assert recipe.quant != "none"
             packed = quantize(
                 tensor.to(recipe.device),
                 quant_type=recipe.quant,
