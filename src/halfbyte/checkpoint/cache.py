@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from halfbyte.checkpoint.atomic import new_file
+from halfbyte.checkpoint.atomic import new_directory
 from halfbyte.checkpoint.directory import DirectorySource
 from halfbyte.checkpoint.reading import read_json
 from halfbyte.checkpoint.source import BaseSource
@@ -45,7 +45,6 @@ def cached(
         copy cannot be written, which is told.
 
     Raises:
-        CheckpointError: If the files of ``source`` are damaged.
         WeightError: If a weight holds NaN or infinity.
     """
     from halfbyte.checkpoint.bitsandbytes import write_quantized  # it imports who imports this
@@ -70,11 +69,13 @@ def cached(
         except CheckpointError as error:
             logger.warning("the packed copy of %s is damaged and made anew: %s", source.name, error)
     try:
-        write_quantized(source, directory, recipe, exact=True, replace=True, progress=progress)
+        with new_directory(directory, replace=True) as fresh:
+            write_quantized(source, fresh, recipe, exact=True, progress=progress)
+            card = made_from | {"copy": DirectorySource(fresh, source.name).fingerprint}
+            (fresh / _CARD).write_text(json.dumps(card, indent=2))
         copy = DirectorySource(directory, source.name)
-        with new_file(directory / _CARD) as file:
-            file.write(json.dumps(made_from | {"copy": copy.fingerprint}, indent=2).encode())
-    except OutputError as error:
+    except (OutputError, CheckpointError) as error:
+        # Two that begin at once take each other's unfinished directory for a dead one's.
         logger.warning("no packed copy of %s is kept: %s", source.name, error)
         return source
     size = copy.total_bytes / 1e9
