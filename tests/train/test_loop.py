@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -262,3 +263,29 @@ def test_bfloat16_products_train_float32_adapters(model, data, tmp_path):
     run(config(model, data, tmp_path / "run", compute_dtype="bfloat16", max_steps=2))
     state = load_adapter(tmp_path / "run").state
     assert {t.dtype for t in state.values()} == {torch.float32}
+
+
+def test_a_packed_vocabulary_and_a_packed_copy_resume_too(tmp_path, model, data, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    packed = {"quantize_head": True, "cache_quantized": True}
+    whole = run(config(model, data, tmp_path / "whole", max_steps=4, **packed))
+    assert len(list((tmp_path / "cache/halfbyte/models").iterdir())) == 1
+    output = tmp_path / "parts"
+    run(config(model, data, output, max_steps=4, save_steps=2, **packed))
+    # From the copy in the cache or from the files: it is the same base.
+    shutil.rmtree(output / "checkpoint-4")
+    changes = packed | {"cache_quantized": False}
+    run(config(model, data, output, max_steps=4, save_steps=2, resume=True, **changes))
+    one, other = (load_file(d / "adapter_model.safetensors") for d in (whole.adapter_dir, output))
+    assert all(one[name].equal(other[name]) for name in one | other)
+    recorded = load_adapter(output).info["recipe"]
+    assert recorded["quantize_head"]
+    assert recorded["quantize_embeddings"]  # tied to it
+    with pytest.raises(CheckpointError, match="quantize_head was True"):
+        open_model(str(model), adapter=str(output), device="cpu")
+    opened, _, _ = open_model(
+        str(model), adapter=str(output), device="cpu", quantize_head=True, cache_quantized=True
+    )
+    assert opened.halfbyte_recipe.quantize_embeddings
+    with pytest.raises(ConfigError, match="quantize_head was True"):
+        run(config(model, data, output, max_steps=4, save_steps=2, resume=True))
