@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from halfbyte.checkpoint.base_model import load_base, open_base
 from halfbyte.checkpoint.bitsandbytes import write_quantized
 from halfbyte.errors import CheckpointError, UserError
 from halfbyte.model.build import BaseRecipe
-from tests.tiny import write_tiny_model
+from tests.tiny import tiny_tokenizer, write_tiny_model
 
 quick = settings(
     max_examples=60,
@@ -129,6 +130,18 @@ def test_the_index_may_name_anything(packed: Path, changes: list[tuple[int, Any]
             index["weight_map"][keys[at % len(keys)]] = value
         path.write_text(json.dumps(index))
         load(copy)
+
+
+def test_a_buffer_that_only_the_configuration_knows_of_has_limits(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("gptj", vocab_size=400, n_embd=64, n_layer=1, n_head=4)
+    config.rotary_dim = 8
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    load_base(tmp_path, BaseRecipe())
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"n_positions": 2**40}))
+    with pytest.raises(CheckpointError, match=r"asks for a buffer .*embed_positions of 35184 GB"):
+        load_base(tmp_path, BaseRecipe())
 
 
 def test_pickles_are_named_and_not_read(packed: Path) -> None:

@@ -37,6 +37,9 @@ __all__ = [
 # Linears that transformers' decoders call with the same input, one after the other.
 _SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
+# Bytes. Sizes of computed buffers are nowhere but in the configuration; real ones take megabytes.
+_LARGEST_BUFFER = 2**30
+
 AUDIT_THRESHOLD = 1_000_000  # bytes; what is smaller (norms, biases) is only summed
 
 
@@ -268,7 +271,8 @@ def finish(model: PreTrainedModel) -> Audit:
     """Tie what is tied, compute what is computed, and account for every byte.
 
     Raises:
-        CheckpointError: If a parameter never came; all of them are named.
+        CheckpointError: If a parameter never came (all of them are named), or a buffer cannot be
+            computed.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = model.config.get_text_config().tie_word_embeddings
@@ -324,6 +328,11 @@ def _compute_buffers(model: PreTrainedModel, device: str) -> None:
         for name in empty:
             held = module._buffers[name]
             assert held is not None
+            if held.nbytes > _LARGEST_BUFFER:
+                raise CheckpointError(
+                    f"its config.json asks for a buffer {path}.{name} of {held.nbytes / 1e9:.0f} "
+                    "GB, and cannot be right"
+                )
             fresh = torch.empty_like(held, device=device)
             module._buffers[name] = fresh.fill_(torch.nan) if fresh.is_floating_point() else fresh
         model._init_weights(module)
