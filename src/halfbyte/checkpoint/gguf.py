@@ -245,6 +245,10 @@ class _Names(NamedTuple):
 class GGUFSource(BaseSource):
     """A GGUF file as the source of a base model.
 
+    Attributes:
+        path: The file.
+        scales_frequencies: Whether it has a table of scaled rotary frequencies, which is not used.
+
     Raises:
         CheckpointError: If the file is damaged, is of an architecture or a block type that
             transformers or the gguf package cannot read, or is not the whole model.
@@ -253,6 +257,8 @@ class GGUFSource(BaseSource):
     def __init__(self, path: Path, name: str) -> None:
         self.name, self._file = name, GGUFFile(path)
         self.config = read_config(self._file)
+        self.path = path
+        self.scales_frequencies = any(map(_ROPE_TABLE.fullmatch, self._file.tensors))
         self.skeleton = skeleton_of(self.config, name, len(self._file.tensors))
         self._arrangement = Arrangement(self._file, self.skeleton)
         tied = self.skeleton.all_tied_weights_keys

@@ -1,0 +1,178 @@
+"""A tokenizer as the keys of a GGUF file, which llama.cpp splits text by as transformers does.
+
+llama.cpp does not read a tokenizer's rules: it knows the rules of each family by name
+(``tokenizer.ggml.pre``). So a name is written only where the tokenizer's own rules, taken from its
+``tokenizer.json``, are those the name stands for; any other tokenizer is refused.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFReader, GGUFWriter, Keys, TokenType
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from halfbyte.errors import CheckpointError
+
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLITS = {_WORDS % "": "qwen2", _WORDS % "{1,3}": "llama-bpe"}
+_UNSPLIT = "an exported GGUF file would split text in another way than this tokenizer"
+
+
+def add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Add a tokenizer's keys to a file that is being written.
+
+    Args:
+        writer: The file.
+        tokenizer: A fast tokenizer: byte-level BPE of a known family, or SentencePiece's BPE.
+        rows: Rows of the embedding; those beyond the tokens become unused tokens.
+
+    Raises:
+        CheckpointError: If llama.cpp has no name for the tokenizer's rules, or it has more tokens
+            than there are rows.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise CheckpointError(
+            f"{type(tokenizer).__name__} has no tokenizer.json; a GGUF file is made from that"
+        )
+    rules: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = rules["model"]
+    if model["type"] != "BPE":
+        raise CheckpointError(
+            f"tokenizers of type {model['type']} cannot be exported; BPE can: {_UNSPLIT}"
+        )
+    ids: dict[str, int] = tokenizer.get_vocab()
+    if max(ids.values()) >= rows:
+        raise CheckpointError(
+            f"the tokenizer has tokens up to number {max(ids.values())}, the embedding {rows} rows"
+        )
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    tokens = [f"[PAD{number}]" for number in range(rows)]
+    types = [TokenType.UNUSED] * rows
+    for token, number in ids.items():
+        tokens[number], types[number] = token, TokenType.NORMAL
+    if model.get("byte_fallback"):
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        scores = _scores(model["merges"], ids, rows)
+        for number, token in enumerate(tokens):
+            if len(token) == 6 and token.startswith("<0x"):
+                types[number] = TokenType.BYTE
+        writer.add_token_scores(scores)
+        writer.add_add_space_prefix(_adds_space(rules))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre_tokenizer(rules))
+        writer.add_token_merges(merges)
+    for added in rules["added_tokens"]:
+        types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+    if model.get("unk_token") in ids:
+        types[ids[model["unk_token"]]] = TokenType.UNKNOWN
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    for key, number in (
+        (Keys.Tokenizer.BOS_ID, tokenizer.bos_token_id),
+        (Keys.Tokenizer.EOS_ID, tokenizer.eos_token_id),
+        (Keys.Tokenizer.UNK_ID, tokenizer.unk_token_id),
+        (Keys.Tokenizer.PAD_ID, tokenizer.pad_token_id),
+    ):
+        if number is not None:
+            writer.add_uint32(key, number)
+    sample = tokenizer("a")["input_ids"]
+    writer.add_add_bos_token(len(sample) > 1 and sample[0] == tokenizer.bos_token_id)
+    writer.add_add_eos_token(len(sample) > 1 and sample[-1] == tokenizer.eos_token_id)
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def copy_vocabulary(writer: GGUFWriter, path: Path) -> None:
+    """Add the tokenizer's keys of the file ``path``, as they stand there.
+
+    What transformers makes of them has lost how text is cut.
+
+    Raises:
+        CheckpointError: If there are none.
+    """
+    found = False
+    for name, key in GGUFReader(path).fields.items():
+        if name.startswith("tokenizer."):
+            kind, *of = key.types
+            writer.add_key_value(name, key.contents(), kind, of[0] if of else None)
+            found = True
+    if not found:
+        raise CheckpointError(f"{path} holds no tokenizer")
+
+
+def pre_tokenizer(rules: dict[str, Any]) -> str:
+    """Return llama.cpp's name for how a byte-level BPE tokenizer cuts text before merging.
+
+    Args:
+        rules: The content of ``tokenizer.json``.
+
+    Raises:
+        CheckpointError: If it has none.
+    """
+    # NFC, which Qwen's tokenizers apply, llama.cpp leaves out for every family.
+    normalizer = (rules.get("normalizer") or {}).get("type", "NFC")
+    pre = rules.get("pre_tokenizer") or {}
+    steps = pre.get("pretokenizers", [pre])
+    *cuts, last = steps
+    if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
+        # GPT-2's own cut is a part of its ByteLevel.
+        own = bool(last.get("use_regex", True))
+        whole = bool(rules["model"].get("ignore_merges"))
+        name = None
+        if not cuts and own and not whole:
+            name = "gpt-2"
+        elif len(cuts) == 1 and cuts[0].get("type") == "Digits" and own and not whole:
+            name = "smollm" if cuts[0].get("individual_digits") else None
+        elif len(cuts) == 1 and cuts[0].get("type") == "Split" and not own:
+            cut = cuts[0]
+            if cut.get("behavior") == "Isolated" and not cut.get("invert"):
+                name = _SPLITS.get(cut["pattern"].get("Regex", ""))
+        if name is not None and whole == (name == "llama-bpe") and normalizer == "NFC":
+            return name
+    raise CheckpointError(
+        "the tokenizer's rules are none of those that halfbyte knows llama.cpp's name for "
+        f"(gpt-2, smollm, qwen2, llama-bpe, SentencePiece's BPE): {_UNSPLIT}"
+    )
+
+
+def _scores(merges: list[Any], ids: dict[str, int], rows: int) -> list[float]:
+    """Return SentencePiece's scores: of two pairs, the one whose result scores higher goes first.
+
+    Raises:
+        CheckpointError: If no scores give the order of the merges.
+    """
+    scores = [0.0] * rows
+    last, rank = "", 0
+    seen = set()
+    for merge in merges:
+        result = "".join(merge.split(" ") if isinstance(merge, str) else merge)
+        if result != last:
+            if result in seen:
+                raise CheckpointError(f"the order of its merges follows no scores: {_UNSPLIT}")
+            seen.add(result)
+            last, rank = result, rank + 1
+        scores[ids[result]] = -float(rank)
+    return scores
+
+
+def _adds_space(rules: dict[str, Any]) -> bool:
+    """Return whether a space is put before a text; of SentencePiece's rules nothing else differs.
+
+    Raises:
+        CheckpointError: If the rules are others.
+    """
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    normalizer, pre = rules.get("normalizer") or {}, rules.get("pre_tokenizer")
+    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    if pre is None and steps in ([{"type": "Prepend", "prepend": "▁"}, replace], [replace]):
+        return len(steps) == 2
+    metaspace = {"type": "Metaspace", "replacement": "▁", "split": False}
+    if not steps and pre and metaspace.items() <= pre.items():
+        return bool(pre.get("prepend_scheme") != "never")
+    raise CheckpointError(f"the tokenizer's spaces are not treated as SentencePiece's: {_UNSPLIT}")

@@ -1,0 +1,98 @@
+"""Ollama's Modelfile: which file, which template, where to stop.
+
+Ollama's templates are Go's, a model's are Jinja's, and none can be made of the other. Two families
+are written as Go templates, and used only where the model's own template, rendered, gives the same
+text for the same conversations; else TEMPLATE is left out, and the Modelfile says so.
+"""
+
+import re
+from collections.abc import Iterable
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+_FAMILIES = {
+    "ChatML": ("<|im_start|>{role}\n{content}<|im_end|>\n", "<|im_start|>assistant\n"),
+    "Llama 3": (
+        "<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>",
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+}
+_ASKED = [{"role": "user", "content": "one"}]
+_TALK = [*_ASKED, {"role": "assistant", "content": "two"}, {"role": "user", "content": "three"}]
+_SYSTEM = [{"role": "system", "content": "zero"}]
+
+
+def go_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None] | None:
+    """Return the chat template in Go, and the system message it gives where there is none.
+
+    None if the model has no template, or one of another family.
+    """
+    try:
+        rendered = [_render(tokenizer, talk) for talk in (_SYSTEM + _TALK, _ASKED, _TALK)]
+    except (TemplateError, ValueError):
+        return None
+    for turn, opening in _FAMILIES.values():
+
+        def expected(talk: list[dict[str, str]], turn: str = turn, opening: str = opening) -> str:
+            return "".join(turn.format(**message) for message in talk) + opening
+
+        before, after = re.escape(turn.format(role="system", content="\0")).split("\0")
+        found = re.match(f"{before}(.*?){after}", rendered[1], re.DOTALL)
+        default = [{"role": "system", "content": found[1]}] if found else []
+        talks = (_SYSTEM + _TALK, default + _ASKED, default + _TALK)
+        if rendered == [expected(talk) for talk in talks]:
+            body = turn.format(role="{{ .Role }}", content="{{ .Content }}")
+            template = "{{ range .Messages }}" + body + "{{ end }}" + opening
+            return template, found[1] if found else None
+    return None
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, talk: list[dict[str, str]]) -> str:
+    text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    assert isinstance(text, str)
+    # Ollama puts BOS before a text itself.
+    return text.removeprefix(str(tokenizer.bos_token)) if _adds_bos(tokenizer) else text
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    ids = tokenizer("a")["input_ids"]
+    return len(ids) > 1 and ids[0] == tokenizer.bos_token_id
+
+
+def modelfile(
+    base: str,
+    tokenizer: PreTrainedTokenizerBase,
+    stops: Iterable[int] = (),
+    *,
+    adapter: str | None = None,
+) -> str:
+    """Return the text of a Modelfile.
+
+    Args:
+        base: What stands after FROM.
+        tokenizer: The model's.
+        stops: Tokens that end an answer, beside the tokenizer's own end.
+        adapter: What stands after ADAPTER.
+    """
+    lines = [f"FROM {base}"]
+    if adapter is not None:
+        lines.append(f"ADAPTER {adapter}")
+    found = go_template(tokenizer)
+    if found is None or '"""' in (found[1] or ""):
+        lines.append(
+            "# No TEMPLATE: the model's chat template is none of those that halfbyte knows in Go\n"
+            f"# ({', '.join(_FAMILIES)}). Ollama takes the one in the GGUF file if it knows it."
+        )
+    else:
+        template, system = found
+        lines.append(f'TEMPLATE """{template}"""')
+        if system is not None:
+            lines.append(f'SYSTEM """{system}"""')
+    ends = dict.fromkeys([tokenizer.eos_token_id, *stops])
+    lines += [
+        f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(end)}"'
+        for end in ends
+        if end is not None
+    ]
+    return "\n".join(lines) + "\n"
