@@ -20,6 +20,7 @@ VERBS = {
     "chat": "talk to a model",
     "quantize": "write a 4-bit checkpoint that transformers, PEFT and vLLM load",
     "merge": "write a model with an adapter merged into it",
+    "export": "write a GGUF file for llama.cpp and Ollama",
     "demo": "see a small model learn a task in minutes, on a CPU",
     "doctor": "what this machine can do, and whether the kernels compute rightly",
 }

@@ -49,8 +49,10 @@ def as_trained(options: BaseOptions, adapter: str | Path | None) -> dict[str, An
     return recipe
 
 
-def require_free(directory: Path, *, overwrite: bool) -> None:
+def require_free(directory: Path, *, overwrite: bool, sign: str = "config.json") -> None:
     """Make sure that a model may be written to ``directory``, before any work is done.
+
+    A directory is replaced only if it holds a file that matches ``sign``.
 
     Raises:
         OutputError: Something is there that is not to be replaced, or is no model.
@@ -61,7 +63,7 @@ def require_free(directory: Path, *, overwrite: bool) -> None:
         raise OutputError(
             f"{directory} is there already: give --overwrite to replace it, or another directory"
         )
-    if not (directory / "config.json").exists():
+    if not any(directory.glob(sign)):
         raise OutputError(
             f"{directory} holds no model, so --overwrite does not remove it: give another directory"
         )

@@ -1,0 +1,218 @@
+"""``halfbyte export M [ADAPTER] OUT``: a GGUF file for llama.cpp and Ollama, with a Modelfile.
+
+With an adapter, it is added to the decoded weights that it was trained on, as in ``merge``, and the
+sum is rounded once. What was written is read back and compared before anyone relies on it.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from halfbyte.cli.opening import RECIPE_FIELDS, as_trained, require_free
+from halfbyte.cli.options import Verb, results
+from halfbyte.errors import HalfbyteError
+from halfbyte.train.config import BaseOptions
+
+if TYPE_CHECKING:
+    from halfbyte.checkpoint.source import BaseSource
+    from halfbyte.report import RunReport
+
+
+class ExportOptions(BaseOptions):
+    """What to export, in which form, and where to."""
+
+    adapter: str | None = Field(
+        None,
+        min_length=1,
+        description="directory of an adapter; the base is then quantised as in its training, "
+        "unless said otherwise. Without one, the weights are taken as the files hold them",
+    )
+    out: Path = Field(description="directory to write: model.gguf or adapter.gguf, and Modelfile")
+    format: Literal["gguf", "gguf-lora"] = Field(
+        "gguf", description="the model with the adapter merged into it, or the adapter alone"
+    )
+    type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] = Field(
+        "f16", description="type of the matrices; in q4_0, embedding and head are in q8_0"
+    )
+    overwrite: bool = Field(False, description="replace the directory if it holds an export")
+    verify: bool = Field(
+        True, description="read what was written, compare it, and exit with 1 if it is wrong"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
+    allow_mismatch: bool = Field(
+        False, description="use an adapter on another base, tokenizer or template than its own"
+    )
+
+    sections: ClassVar[dict[str, str]] = {"model": "the base", "adapter": "the export"}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _adapter_may_be_left_out(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "adapter" in values and "out" not in values:
+            values = dict(values)
+            values["out"] = values.pop("adapter")
+        return values
+
+    @model_validator(mode="after")
+    def _an_adapter_alone(self) -> Self:
+        if self.format == "gguf-lora":
+            if self.adapter is None:
+                raise ValueError("`format` gguf-lora needs an adapter: MODEL ADAPTER OUT")
+            if self.type in ("q8_0", "q4_0"):
+                raise ValueError("`type` of a gguf-lora must be f32, f16 or bf16")
+        return self
+
+
+VERB = Verb(
+    "export",
+    ExportOptions,
+    about="Write a GGUF file for llama.cpp and Ollama: a model, with an adapter merged into it, "
+    "or the adapter alone. The adapter may be left out.",
+    example="halfbyte export model out exported --type q8_0",
+    positional=("model", "adapter", "out"),
+)
+
+
+def main(argv: list[str]) -> None:
+    """Run the verb.
+
+    Raises:
+        HalfbyteError: What was written is not what it was made of, and was to be verified.
+    """
+    options, notes, as_json = VERB.read(argv)
+    require_free(options.out, overwrite=options.overwrite, sign="*.gguf")
+
+    from halfbyte.checkpoint.base_model import open_base
+    from halfbyte.checkpoint.gguf_export import require_expressible
+    from halfbyte.report import open_report
+
+    with results(as_json=as_json) as result, open_report() as report:
+        for note in notes:
+            report.note(note)
+        base = open_base(options.model, revision=options.revision)
+        require_expressible(base)
+        if options.format == "gguf-lora":
+            found = _export_adapter(options, base)
+        else:
+            found = _export_model(options, base, report)
+        result |= {"directory": str(options.out), "type": options.type} | found
+    share = result.get("verified", {}).get("worst_share", 0.0)
+    if not share <= 1:
+        raise HalfbyteError(
+            f"{options.out} was written, and is wrong: a number in it is {share:.3g} times as far "
+            f"off as rounding to {options.type} may put it. This is a bug in halfbyte"
+        )
+
+
+def _export_adapter(options: ExportOptions, base: "BaseSource") -> dict[str, Any]:
+    from torch import nn
+
+    from halfbyte.checkpoint.atomic import new_directory
+    from halfbyte.checkpoint.gguf_export import verify_gguf_lora, write_gguf_lora
+    from halfbyte.checkpoint.modelfile import modelfile
+    from halfbyte.checkpoint.peft import load_adapter
+    from halfbyte.report import show
+
+    assert options.adapter is not None
+    adapter = load_adapter(options.adapter)
+    modules = base.skeleton.named_modules()
+    adapter.require_layers([path for path, m in modules if isinstance(m, nn.Linear)])
+    where = Path(options.model)
+    origin = str(where.resolve()) if where.exists() else options.model
+    with new_directory(options.out, replace=options.overwrite) as directory:
+        write_gguf_lora(base, adapter, directory / "adapter.gguf", options.type)
+        text = modelfile(origin, base.tokenizer(), adapter="./adapter.gguf")
+        (directory / "Modelfile").write_text(text, encoding="utf-8")
+    path = options.out / "adapter.gguf"
+    show.paragraph(
+        f"{path}: the adapter alone, for llama.cpp's --lora. It was trained beside the decoded "
+        "4-bit base; on another quantisation of the base it computes a little else."
+    )
+    found: dict[str, Any] = {"file": str(path), "bytes": path.stat().st_size}
+    if options.verify:
+        found["verified"] = _told(verify_gguf_lora(base, adapter, path))
+    return found
+
+
+def _export_model(
+    options: ExportOptions, base: "BaseSource", report: "RunReport"
+) -> dict[str, Any]:
+    import torch
+
+    from halfbyte.checkpoint.atomic import new_directory
+    from halfbyte.checkpoint.base_model import open_base
+    from halfbyte.checkpoint.gguf_export import verify_gguf, write_gguf
+    from halfbyte.checkpoint.merged import Merged
+    from halfbyte.checkpoint.modelfile import modelfile
+    from halfbyte.report import show
+    from halfbyte.report.live import size
+    from halfbyte.train.loading import open_model
+
+    source, model = base, None
+    recipe: dict[str, Any] = {"quant": "none"}
+    if options.adapter is not None or set(RECIPE_FIELDS) & options.model_fields_set:
+        recipe = as_trained(options, options.adapter)
+        model, _, _ = open_model(
+            options.model,
+            adapter=options.adapter,
+            **recipe,
+            compute_dtype="float32",
+            device=options.device,
+            revision=options.revision,
+            allow_mismatch=options.allow_mismatch,
+            report=report,
+        )
+        source = Merged(base, model, "decoded", torch.float32)
+    tokenizer = base.tokenizer()
+    defaults = source.generation_config()
+    stops = defaults.eos_token_id if defaults is not None else None
+    ends = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    path = options.out / "model.gguf"
+    with new_directory(options.out, replace=options.overwrite) as directory:
+        with report.task(f"writing {path}", None) as progress:
+            write_gguf(
+                source,
+                directory / path.name,
+                options.type,
+                base=base,
+                progress=progress,
+            )
+        text = modelfile(f"./{path.name}", tokenizer, ends)
+        (directory / "Modelfile").write_text(text, encoding="utf-8")
+    show.paragraph(f"{path}: {size(path.stat().st_size)}, and a Modelfile for Ollama.")
+    found: dict[str, Any] = {"file": str(path), "bytes": path.stat().st_size, "base": recipe}
+    if options.verify:
+        with report.task(f"reading {path}", None):
+            written = open_base(str(path))
+            found["verified"] = _told(verify_gguf(source, written, path))
+            if model is not None:
+                found["distance"] = _distance(model, tokenizer, written)
+    return found
+
+
+def _told(verified: Any) -> dict[str, Any]:
+    from halfbyte.report import show
+
+    show.paragraph(
+        f"Read back: {verified.tensors} tensors, largest error {verified.largest_error:.2g}, at "
+        f"most {100 * verified.worst_share:.0f} % of what rounding may do."
+    )
+    return dict(verified._asdict())
+
+
+def _distance(model: Any, tokenizer: Any, written: "BaseSource") -> dict[str, Any]:
+    """How far the written file's answers are from the live model's, on a few prompts."""
+    from halfbyte.data import load_dataset
+    from halfbyte.report import show
+    from halfbyte.train.merging import HELD_OUT, distance, reference
+
+    text = load_dataset(HELD_OUT, tokenizer, max_length=256, train_on="all")
+    live = reference(model, text.examples[:4])
+    found = distance(model, written, live)
+    show.paragraph(
+        f"Its likeliest token is the live model's in {100 * found.top1_agreement:.2f} % of "
+        f"{live.positions:,} positions (KL {found.kl:.2g}, largest gap {found.largest_gap:.3g})."
+    )
+    return dataclasses.asdict(found) | {"positions": live.positions}
