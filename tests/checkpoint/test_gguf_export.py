@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -141,8 +141,12 @@ def test_rows_that_no_block_fits_are_float16(tmp_path: Path) -> None:
     arrays(np.float32, (3, 64), elements=st.floats(-1000, 1000, width=32)),
     st.sampled_from([Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.F32]),
 )
+@example(np.full((3, 64), 1e-42, np.float32), Kind.Q8_0)
+@example(np.full((3, 64), 1e-42, np.float32), Kind.Q4_0)
+@example(np.full((3, 64), 1e-42, np.float32), Kind.BF16)
 def test_no_rounding_is_larger_than_allowed(values: Any, kind: Kind) -> None:
-    back = gguf.dequantize(gguf.quants.quantize(values, kind), kind)
+    with np.errstate(all="ignore"):
+        back = gguf.dequantize(gguf.quants.quantize(values, kind), kind)
     value = torch.from_numpy(values)
     assert ((torch.from_numpy(np.array(back)) - value).abs() <= rounding(value, kind)).all()
 
@@ -267,6 +271,15 @@ def test_numbers_beyond_the_type_are_refused(tmp_path: Path) -> None:
         model.save_pretrained(directory)
         with pytest.raises(WeightError, match=f"blk.1.ffn_up.weight.*{told}"):
             export(directory) if told == "NaN" else export(directory, "f16")
+
+
+def test_a_row_of_the_smallest_numbers_becomes_zeros(tmp_path: Path) -> None:
+    directory = write_tiny_model(tmp_path / "m")
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    model.model.layers[1].mlp.up_proj.weight.data[0] = 1e-42
+    model.save_pretrained(directory)
+    path = export(directory, "q4_0")
+    assert verify_gguf(open_base(directory), open_base(path), path).worst_share <= 1
 
 
 def test_a_damaged_file_does_not_pass(tmp_path: Path) -> None:

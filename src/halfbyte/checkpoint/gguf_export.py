@@ -128,18 +128,34 @@ class Layout:
         writer.add_vocab_size(rows)
 
 
-def require_expressible(base: BaseSource) -> None:
-    """Make sure, before any work is done, that a model's configuration can be exported.
+def require_expressible(base: BaseSource, *, vocabulary: bool) -> None:
+    """Make sure, before any work is done, that a model can be exported.
+
+    Args:
+        base: Its files.
+        vocabulary: Whether its tokenizer is to be exported too.
 
     Raises:
-        CheckpointError: If it cannot.
+        CheckpointError: If its configuration or tokenizer cannot.
     """
-    Layout(base.config)
+    layout = Layout(base.config)
     if isinstance(base, GGUFSource) and base.scales_frequencies:
         raise CheckpointError(
             f"{base.name} scales its rotary frequencies by a table that transformers does not read "
             "from GGUF files; export from the model's safetensors files"
         )
+    if vocabulary:
+        _add_vocabulary(GGUFWriter(None, layout.architecture), base, layout)
+
+
+def _add_vocabulary(writer: GGUFWriter, base: BaseSource, layout: Layout) -> int:
+    """Add the tokenizer of ``base``; return the rows of the embedding."""
+    rows = next(p.shape[0] for p in base.parameters if layout.name(p.name) == _VOCABULARY[0])
+    if isinstance(base, GGUFSource):
+        copy_vocabulary(writer, base.path)
+    else:
+        add_vocabulary(writer, base.tokenizer(), rows)
+    return rows
 
 
 def _unsaid(what: str) -> CheckpointError:
@@ -208,7 +224,6 @@ def write_gguf(
     """
     layout = Layout(source.config)
     shapes = {parameter.name: parameter.shape for parameter in source.parameters}
-    rows = next(s[0] for name, s in shapes.items() if layout.name(name) == "token_embd.weight")
     plan = []
     for parameter, shape in shapes.items():
         name = layout.name(parameter)
@@ -226,11 +241,7 @@ def write_gguf(
     writer.add_name(Path(source.name).name)
     writer.add_file_type(_FILE_TYPES[file_type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    layout.add_keys(writer, rows)
-    if isinstance(base, GGUFSource):
-        copy_vocabulary(writer, base.path)
-    else:
-        add_vocabulary(writer, base.tokenizer(), rows)
+    layout.add_keys(writer, _add_vocabulary(writer, base, layout))
     _write(writer, plan, progress)
 
 
@@ -327,7 +338,9 @@ def _encoded(planned: _Planned) -> np.ndarray[Any, Any]:
     numbers = np.ascontiguousarray(value.numpy())
     if planned.kind == GGMLQuantizationType.F16 and np.abs(numbers).max(initial=0) >= 65520:
         raise WeightError(f"{planned.name} has numbers float16 cannot hold; use --type bf16")
-    encoded: np.ndarray[Any, Any] = gguf.quants.quantize(numbers, planned.kind)
+    # A block of numbers so small that its step is 0 is divided by it, and becomes zeros.
+    with np.errstate(all="ignore"):
+        encoded: np.ndarray[Any, Any] = gguf.quants.quantize(numbers, planned.kind)
     return encoded.view(np.uint8)
 
 

@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
         for note in notes:
             report.note(note)
         base = open_base(options.model, revision=options.revision)
-        require_expressible(base)
+        require_expressible(base, vocabulary=options.format == "gguf")
         if options.format == "gguf-lora":
             found = _export_adapter(options, base)
         else:

@@ -1,0 +1,161 @@
+"""``halfbyte export`` with nothing stood in: what it answers, writes, refuses and notices."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from halfbyte import cli
+from halfbyte.checkpoint.base_model import load_base
+from halfbyte.checkpoint.peft import load_adapter, save_adapter
+from halfbyte.lora import LoRAConfig, adapter_state, attach
+from halfbyte.model.build import BaseRecipe
+from tests.tiny import write_tiny_model
+
+PROMPT = torch.arange(3, 43)[None]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def adapter(model: Path) -> Path:
+    base = load_base(model, BaseRecipe()).model
+    config = LoRAConfig(r=4, target_modules=("q_proj", "up_proj"))
+    attach(base, config, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    state = {
+        name: 0.1 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in adapter_state(base).items()
+    }
+    out = model.parent / "adapter"
+    return save_adapter(out, state, config, base={"name": str(model)}, recipe={"quant": "nf4"})
+
+
+@pytest.fixture
+def answer(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, Any, str]]:
+    """Run ``export`` with ``--json``: the exit code, the answer if any, what was said."""
+
+    def run(*words: object) -> tuple[int, Any, str]:
+        capsys.readouterr()
+        code = cli.main(["export", *map(str, words), "--json"])
+        out, err = capsys.readouterr()
+        return code, json.loads(out) if out.startswith("{") else None, err
+
+    return run
+
+
+def test_a_merged_model(model: Path, adapter: Path, tmp_path: Path, answer: Any) -> None:
+    out = tmp_path / "out"
+    code, told, err = answer(model, adapter, out, "--type", "f32", "--device", "cpu")
+    assert code == 0, err
+    assert sorted(file.name for file in out.iterdir()) == ["Modelfile", "model.gguf"]
+    assert told["verified"]["worst_share"] == 0
+    assert told["bytes"] == (out / "model.gguf").stat().st_size
+    assert told["distance"]["top1_agreement"] == 1
+    assert told["distance"]["largest_gap"] < 1e-4
+    assert told["distance"]["positions"] > 100
+    live = load_base(model, BaseRecipe()).model
+    load_adapter(adapter).put_on(live)
+    read = AutoModelForCausalLM.from_pretrained(out, gguf_file="model.gguf")
+    with torch.no_grad():
+        assert (read(PROMPT).logits - live(PROMPT).logits).abs().max() < 1e-4
+    greedy = {"max_new_tokens": 12, "do_sample": False}
+    assert read.generate(PROMPT, **greedy).equal(live.generate(PROMPT, **greedy))
+
+
+@pytest.mark.parametrize("file_type", ["q8_0", "q4_0"])
+def test_without_an_adapter_the_files_are_taken_as_they_are(
+    model: Path, tmp_path: Path, file_type: str, answer: Any
+) -> None:
+    code, told, err = answer(model, tmp_path / "out", "--type", file_type)
+    assert code == 0, err
+    assert told["base"] == {"quant": "none"}
+    assert 0.3 < told["verified"]["worst_share"] <= 1
+    tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
+    weight = AutoModelForCausalLM.from_pretrained(model).model.layers[0].mlp.up_proj.weight
+    kind = gguf.GGMLQuantizationType[file_type.upper()]
+    stored = gguf.quants.quantize(weight.detach().numpy(), kind)
+    assert tensors["blk.0.ffn_up.weight"].data.tobytes() == stored.tobytes()
+
+
+def test_an_adapter_alone(model: Path, adapter: Path, tmp_path: Path, answer: Any) -> None:
+    out = tmp_path / "out"
+    code, told, err = answer(model, adapter, out, "--format", "gguf-lora")
+    assert code == 0, err
+    assert told["verified"]["tensors"] == 8
+    assert told["verified"]["worst_share"] <= 1
+    lines = (out / "Modelfile").read_text().splitlines()
+    assert lines[:2] == [f"FROM {model.resolve()}", "ADAPTER ./adapter.gguf"]
+    names = {tensor.name for tensor in gguf.GGUFReader(out / "adapter.gguf").tensors}
+    assert "blk.1.ffn_up.weight.lora_b" in names
+
+
+def test_a_wrong_file_ends_with_1(
+    model: Path, tmp_path: Path, answer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = gguf.quants.quantize
+
+    def wrong(values: Any, kind: Any) -> Any:
+        return right(values * (1.05 if values.ndim == 2 else 1.0), kind)
+
+    monkeypatch.setattr(gguf.quants, "quantize", wrong)
+    code, told, err = answer(model, tmp_path / "out", "--type", "q8_0")
+    assert code == 1
+    assert told["verified"]["worst_share"] > 1
+    assert "and is wrong" in err
+    assert answer(model, tmp_path / "other", "--type", "q8_0", "--no-verify")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--format", "gguf-lora"], "needs an adapter"),
+        (["--type", "q5_0"], "q5_0"),
+    ],
+)
+def test_mistakes(model: Path, tmp_path: Path, words: list[str], told: str, answer: Any) -> None:
+    code, _, err = answer(model, tmp_path / "out", *words)
+    assert code == 2
+    assert told in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_block_type_does_not_fit_an_adapter(
+    model: Path, adapter: Path, tmp_path: Path, answer: Any
+) -> None:
+    words = (model, adapter, tmp_path / "out", "--format", "gguf-lora", "--type", "q8_0")
+    code, _, err = answer(*words)
+    assert code == 2
+    assert "must be f32, f16 or bf16" in err
+
+
+def test_only_an_export_is_replaced(model: Path, tmp_path: Path, answer: Any) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    for words in ([], ["--overwrite"]):
+        assert answer(model, out, *words)[0] == 2
+    assert (out / "notes.txt").read_text() == "mine"
+    (out / "notes.txt").rename(out / "old.gguf")
+    assert answer(model, out, "--overwrite")[0] == 0
+    assert not (out / "old.gguf").exists()
+
+
+def test_a_model_that_cannot_be_exported_leaves_nothing(
+    model: Path, tmp_path: Path, answer: Any
+) -> None:
+    other = write_tiny_model(tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    code, _, err = answer(other, tmp_path / "out")
+    assert code == 2
+    assert "cannot express the activation 'gelu'" in err
+    assert not (tmp_path / "out").exists()
