@@ -238,7 +238,7 @@ def write_gguf(
         plan.append(_Planned("rope_freqs.weight", GGMLQuantizationType.F32, shape, factors.detach))
     writer = GGUFWriter(path, layout.architecture)
     writer.add_type("model")
-    writer.add_name(Path(source.name).name)
+    writer.add_name(Path(source.name).name.removesuffix(".gguf"))
     writer.add_file_type(_FILE_TYPES[file_type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     layout.add_keys(writer, _add_vocabulary(writer, base, layout))
@@ -291,7 +291,7 @@ def write_gguf_lora(
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha or 1.0)
-    writer.add_name(Path(source.name).name)
+    writer.add_name(Path(source.name).name.removesuffix(".gguf"))
     writer.add_file_type(_FILE_TYPES[file_type])
     _write(writer, plan, None)
 

@@ -188,7 +188,7 @@ def _export_model(
             written = open_base(str(path))
             found["verified"] = _told(verify_gguf(source, written, path))
             if model is not None:
-                found["distance"] = _distance(model, tokenizer, written)
+                found["distance"] = _distance(model, tokenizer, written, options.type)
     return found
 
 
@@ -202,7 +202,10 @@ def _told(verified: Any) -> dict[str, Any]:
     return dict(verified._asdict())
 
 
-def _distance(model: Any, tokenizer: Any, written: "BaseSource") -> dict[str, Any]:
+_FAR = 0.9  # share of equal likeliest tokens below which the user is told what is better
+
+
+def _distance(model: Any, tokenizer: Any, written: "BaseSource", file_type: str) -> dict[str, Any]:
     """How far the written file's answers are from the live model's, on a few prompts."""
     from halfbyte.data import load_dataset
     from halfbyte.report import show
@@ -215,4 +218,9 @@ def _distance(model: Any, tokenizer: Any, written: "BaseSource") -> dict[str, An
         f"Its likeliest token is the live model's in {100 * found.top1_agreement:.2f} % of "
         f"{live.positions:,} positions (KL {found.kl:.2g}, largest gap {found.largest_gap:.3g})."
     )
+    if found.top1_agreement < _FAR and file_type == "q4_0":
+        show.paragraph(
+            "That is far off: weights that were decoded from 4 bits have been rounded to 4 bits "
+            "again. --type q8_0 or f16 stays near."
+        )
     return dataclasses.asdict(found) | {"positions": live.positions}
