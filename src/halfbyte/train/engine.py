@@ -34,6 +34,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from halfbyte.lora import DropoutClock, dropout_clock, frozen_linears
+from halfbyte.model.layer import fused
 from halfbyte.model.loss import head_loss
 from halfbyte.model.vocabulary import FrozenHead
 from halfbyte.nf4 import QuantizedWeight
@@ -75,9 +76,11 @@ class LayerEngine:
 
     Args:
         model: A model of ``model.build``, adapters attached.
+        fuse: Whether to run layers that `model.layer` knows with its fused operations.
 
     Attributes:
         scratch: Where decoded weights live, and the count of how many were decoded.
+        fused: How many layers are run so.
 
     Raises:
         EngineError: If the decoder's layers, final norm or head are not where they should be.
@@ -89,7 +92,7 @@ class LayerEngine:
     head: nn.Linear | FrozenHead
     clock: DropoutClock | None
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, fuse: bool = False) -> None:
         self.model = model
         self.decoder: Any = model.get_decoder()
         count = model.config.get_text_config().num_hidden_layers
@@ -108,6 +111,9 @@ class LayerEngine:
         ):
             raise EngineError("no single final norm, or an output head with a bias")
         self.layers = list(lists[0])
+        fast = [fused(layer) if fuse else None for layer in self.layers]
+        self.fused = sum(run is not None for run in fast)
+        self._runs = [run or layer for run, layer in zip(fast, self.layers, strict=True)]
         self.norm = getattr(self.decoder, norms[0])
         self.head = head
         softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
@@ -255,7 +261,7 @@ class LayerEngine:
     def _run(self, index: int, micro_batch: int, x: Tensor, call: list[dict[str, Any]]) -> Tensor:
         if self.clock is not None:
             self.clock.micro_batch = micro_batch
-        output = self.layers[index](x, **call[index])
+        output = self._runs[index](x, **call[index])
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
