@@ -169,6 +169,70 @@ def test_names_shapes_and_dtype():
     assert len(adapter_parameters(model)) == 4
 
 
+class Whole(Model):
+    """With an embedding that its head is tied to, and norms."""
+
+    def __init__(self, dtype=torch.bfloat16):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(6, 8, dtype=dtype)
+        self.head = nn.Linear(8, 6, bias=False, dtype=dtype)
+        self.head.weight = self.embed.weight
+        self.norm, self.last_norm = nn.LayerNorm(8, dtype=dtype), nn.LayerNorm(8, dtype=dtype)
+        self.requires_grad_(False)
+
+
+def whole_names(model):
+    return [name for name in adapter_parameters(model) if ".lora_" not in name]
+
+
+def test_modules_to_save_are_those_whose_path_ends_so():
+    model = Whole()
+    attach(model, LoRAConfig(r=2, modules_to_save=("embed", "norm")), seed=0)
+    norms = [f"{name}.{leaf}" for name in ("norm", "last_norm") for leaf in ("weight", "bias")]
+    assert whole_names(model) == ["embed.weight", *norms]
+    attach(model, LoRAConfig(r=2, modules_to_save=("last_norm",)), seed=0)
+    assert whole_names(model) == norms[2:]
+
+
+def test_a_module_trained_whole_computes_in_its_own_dtype_and_leaves_the_base_alone():
+    model, ids = Whole(), torch.arange(6)
+    base = model.embed.weight
+    before = base.clone()
+    attach(model, LoRAConfig(r=2, modules_to_save=("embed",)), seed=0)
+    trained = adapter_parameters(model)["embed.weight"]
+    assert trained.dtype == torch.float32
+    assert trained.requires_grad
+    assert model.embed(ids).equal(before)
+    state = adapter_state(model)
+    load_adapter_state(model, state | {"embed.weight": trained.detach() + 1.0})
+    assert model.embed(ids).equal((before.float() + 1.0).bfloat16())
+    model.embed(ids).sum().backward()
+    assert trained.grad.equal(torch.ones(6, 8))
+    # What was tied to it is the base's still.
+    assert model.head.weight is base
+    assert base.equal(before)
+    detach(model)
+    assert model.embed.weight is base
+    assert type(model.embed) is nn.Embedding
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (("embed", "heads"), "does not have: heads; it has: embed, head, last_norm, norm"),
+        (("q_proj",), r"layers.0.q_proj cannot be trained whole.*give it an adapter"),
+        (("layers.0",), "layers.0 cannot be .* made of other modules"),
+    ],
+)
+def test_what_cannot_be_trained_whole(names, told):
+    model = Whole()
+    with pytest.raises(ConfigError, match=told):
+        attach(model, LoRAConfig(r=2, modules_to_save=names), seed=0)
+    assert adapter_parameters(model) == {}
+
+
 def test_state_round_trip():
     one, other = Model(), Model()
     for model in (one, other):

@@ -14,6 +14,10 @@ a factor on each output of the ordinary product, c = m / ‖W + s·B·A‖.
 A and B are float32 whatever the dtype of the product: a bfloat16 adapter stops learning when
 learning rate x update falls under half a unit in its last place (at |w| = 0.01 that is 3e-5).
 
+Beside the pairs, modules that are no frozen linears (embedding, head, norms) can be trained whole:
+PEFT's ``modules_to_save``. A float32 copy takes the place of the base's parameter and is cast at
+use. The base's own is kept for ``detach``, and whatever was tied to it stays tied to it.
+
 Dropout acts on the adapter's input only. Its masks are a function of (seed, step, micro-batch,
 layer), not of a generator's state, so that a layer that is recomputed in backward, a micro-batch
 that is run in another order, and a run that is resumed all see the same masks.
@@ -28,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.matmul import product
@@ -53,6 +58,7 @@ class LoRAConfig:
             (PEFT's rule).
         alpha_pattern: Another ``alpha``, likewise.
         use_dora: Train the lengths of the weight's rows too.
+        modules_to_save: Modules to train whole: all whose path ends so (PEFT's rule).
     """
 
     r: int = 16
@@ -63,6 +69,7 @@ class LoRAConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -198,6 +205,66 @@ class LoRA(nn.Module):
         return self._norms[1]
 
 
+class _Cast(nn.Module):
+    """What stands between a parameter that is trained whole and its module: a cast."""
+
+    def __init__(self, base: nn.Parameter) -> None:
+        super().__init__()
+        self.base = (base,)  # in a tuple, or it would be a parameter of the model still
+
+    def forward(self, trained: Tensor) -> Tensor:
+        return trained.to(self.base[0].dtype)
+
+
+def trained_whole(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what is trained in place of the module's own parameters, by their names; float32."""
+    lists: Any = getattr(module, "parametrizations", {})
+    return {leaf: one.original for leaf, one in lists.items() if isinstance(one[0], _Cast)}
+
+
+def _train_whole(module: nn.Module) -> None:
+    for leaf, base in list(module.named_parameters(recurse=False)):
+        copy = base.detach().to(torch.float32, copy=True)
+        setattr(module, leaf, nn.Parameter(copy))
+        # "unsafe" is torch's word for a dtype that changes.
+        parametrize.register_parametrization(module, leaf, _Cast(base), unsafe=True)
+
+
+def _restore(model: nn.Module) -> None:
+    for module in list(model.modules()):
+        for leaf in trained_whole(module):
+            (cast,) = module.parametrizations[leaf]  # type: ignore[index]
+            parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
+            setattr(module, leaf, cast.base[0])
+
+
+def _modules_to_save(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
+    modules = dict(model.named_modules())
+    able = {
+        path
+        for path, module in modules.items()
+        if not isinstance(module, FrozenLinear | LoRA)
+        and any(True for _ in module.parameters(recurse=False))
+        and not any(True for _ in module.children())
+    }
+    chosen = {path: module for path, module in modules.items() if path.endswith(names)}
+    for path, module in chosen.items():
+        if path not in able:
+            why = "it is made of other modules, or has no parameters"
+            if type(module) is FrozenLinear:
+                why = "its weight is frozen; give it an adapter (target_modules)"
+            elif isinstance(module, FrozenLinear):
+                why = "it is packed in 4 bits; leave out quantize_head and quantize_embeddings"
+            raise ConfigError(f"modules_to_save: {path} cannot be trained whole, {why}")
+    if unknown := [name for name in names if not any(path.endswith(name) for path in chosen)]:
+        kinds = ", ".join(sorted({path.rpartition(".")[2] for path in able}))
+        raise ConfigError(
+            f"modules_to_save names what this model does not have: {', '.join(unknown)}; it has: "
+            f"{kinds}"
+        )
+    return list(chosen.values())
+
+
 def frozen_linears(model: nn.Module) -> dict[str, FrozenLinear]:
     """Return every ``FrozenLinear`` of ``model`` by its path, in the model's order."""
     return {n: m for n, m in model.named_modules() if isinstance(m, FrozenLinear)}
@@ -216,7 +283,10 @@ def attach(model: nn.Module, config: LoRAConfig, *, seed: int) -> list[str]:
 
     Raises:
         ConfigError: If a name or an expression matches no module; the message lists what there is.
+            If a module cannot be trained whole.
     """
+    _restore(model)
+    whole = _modules_to_save(model, config.modules_to_save)
     # A packed head or embedding is a subclass, and takes none.
     linears = {n: m for n, m in frozen_linears(model).items() if type(m) is FrozenLinear}
     names = _targets(list(linears), config.target_modules)
@@ -233,6 +303,8 @@ def attach(model: nn.Module, config: LoRAConfig, *, seed: int) -> list[str]:
         digest = blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
         adapter.reset(int.from_bytes(digest, "little") >> 1)
         linears[name].adapter = adapter
+    for module in whole:
+        _train_whole(module)
     return names
 
 
@@ -271,6 +343,7 @@ def detach(model: nn.Module) -> None:
     """Take every adapter off; the base model is what it was."""
     for linear in frozen_linears(model).values():
         linear.adapter = None
+    _restore(model)
 
 
 def adapters(model: nn.Module) -> dict[str, LoRA]:
@@ -286,7 +359,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return what is trained, by name.
 
     The names are ``<module path>.lora_A.weight``, ``….lora_B.weight`` and, with DoRA,
-    ``….lora_magnitude_vector``.
+    ``….lora_magnitude_vector``; of modules that are trained whole, those of their parameters.
     """
     found: dict[str, nn.Parameter] = {}
     for name, adapter in adapters(model).items():
@@ -294,6 +367,8 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         found[f"{name}.lora_B.weight"] = adapter.lora_B
         if adapter.lora_magnitude_vector is not None:
             found[f"{name}.lora_magnitude_vector"] = adapter.lora_magnitude_vector
+    for path, module in model.named_modules():
+        found |= {f"{path}.{leaf}": one for leaf, one in trained_whole(module).items()}
     return found
 
 

@@ -295,6 +295,30 @@ def test_modules_that_peft_trained_whole_take_the_place_of_ours(
     assert logits(base.model).sub(logits(wrapped)).abs().max() < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
+@pytest.mark.parametrize("saved", [("lm_head",), ("embed_tokens", "norm"), ("tokens", "lm_head")])
+@pytest.mark.parametrize("tied", [True, False])
+def test_peft_loads_modules_that_we_trained_whole(
+    tmp_path: Path, saved: tuple[str, ...], tied: bool
+) -> None:
+    model_dir = write_tiny_model(tmp_path / "model", tied=tied)
+    base = base_of(model_dir)
+    config = LoRAConfig(r=4, target_modules=("q_proj",), modules_to_save=saved)
+    state = filled(base.model, config)
+    ours = logits(base.model)
+    save_adapter(tmp_path / "adapter", state, config, base={"name": str(model_dir)}, recipe={})
+    theirs = AutoModelForCausalLM.from_pretrained(model_dir)
+    wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
+    assert logits(wrapped).sub(ours).abs().max() < 1e-5
+    stored = safetensors.torch.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert stored.keys() == peft.get_peft_model_state_dict(wrapped).keys()
+    loaded = load_adapter(tmp_path / "adapter")
+    assert loaded.saved.keys() == {name for name in state if ".lora_" not in name}
+    detach(base.model)
+    loaded.put_on(base.model)
+    assert logits(base.model).equal(ours)
+
+
 def test_a_module_trained_whole_that_does_not_fit(model_dir: Path, adapter_dir: Path) -> None:
     base = base_of(model_dir)
     config = LoRAConfig(r=2, target_modules=("q_proj",))

@@ -55,10 +55,29 @@ def test_nothing_supervised():
     assert h.grad.shape == (0, 12)
 
 
-def test_no_gradient_is_computed_that_nobody_wants():
+def test_no_gradient_is_computed_that_nobody_wants(monkeypatch):
     h, head, targets = case()
+    monkeypatch.setattr(loss, "_gradient", None)
     with torch.no_grad():
         assert head_loss(h, head, targets).grad_fn is None
+
+
+@pytest.mark.parametrize("rows_at_once", [16, 1000])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_a_trained_head(monkeypatch, rows_at_once, softcap, dtype):
+    """Float32 also where the products are not, and right where the hidden states want none."""
+    monkeypatch.setattr(loss, "_chunk_rows", lambda *_: rows_at_once)
+    h, head, targets = case(dtype=dtype)
+    trained = head.float().requires_grad_()
+    wanted = whole(h.detach().float(), trained, targets, softcap)
+    (true,) = torch.autograd.grad(wanted / 7, trained)
+    for hidden in (h, h.detach()):
+        got = head_loss(hidden, head, targets, softcap=softcap, trained=trained)
+        (one,) = torch.autograd.grad(got / 7, trained)
+        assert one.dtype == torch.float32
+        allowed = 1e-5 if dtype == torch.float32 else 2e-2
+        assert (one - true).abs().max() <= allowed * true.abs().max()
 
 
 def test_huge_logits_stay_finite():

@@ -79,13 +79,13 @@ def test_values_are_read_from_yaml(
     assert notes == []
 
 
-@pytest.mark.parametrize("name", ["modules_to_save", "additional_target"])
-def test_what_others_have_and_we_do_not_is_refused_with_the_reason(name: str) -> None:
-    told = complaint(**REQUIRED, **{name: "lm_head"})
-    assert (
-        told == f"`{name}` is not supported: only matrices are trained; adapters of PEFT with "
-        "modules trained whole can be used"
-    )
+@pytest.mark.parametrize("name", ["modules_to_save", "additional_target", "lora_modules_to_save"])
+@pytest.mark.parametrize("given", ["lm_head, embed_tokens", ["lm_head", "embed_tokens"]])
+def test_modules_to_save_under_all_their_names(name: str, given: object) -> None:
+    config, _ = load_config(None, REQUIRED | {name: given})
+    assert config.modules_to_save == ("lm_head", "embed_tokens")
+    config, _ = load_config(None, REQUIRED | {name: "lm_head"})
+    assert config.modules_to_save == ("lm_head",)
 
 
 @pytest.mark.parametrize("given", ["q_proj", "q_proj=", "q_proj=0", "=3", "q_proj=x"])

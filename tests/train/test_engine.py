@@ -14,7 +14,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from halfbyte.lora import LoRAConfig, adapter_parameters, attach, dropout_clock
+from halfbyte.lora import LoRAConfig, adapter_parameters, attach, delta, dropout_clock
 from halfbyte.model.build import BaseRecipe, build, finish, place
 from halfbyte.train.engine import Batch, EngineError, LayerEngine, PlainEngine, choose_engine
 
@@ -40,17 +40,30 @@ FAMILIES = {
 }
 
 
-def model_of(config, *, quant="nf4", dtype=torch.float32, r=4, dropout=0.0, use_dora=False):
+def model_of(
+    config,
+    *,
+    quant="nf4",
+    dtype=torch.float32,
+    r=4,
+    dropout=0.0,
+    use_dora=False,
+    modules_to_save=(),
+    **recipe,
+):
     torch.manual_seed(0)
     source = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model = build(config, BaseRecipe(quant=quant, compute_dtype=dtype))
+    model = build(config, BaseRecipe(quant=quant, compute_dtype=dtype, **recipe))
     tied = config.tie_word_embeddings
     for name, tensor in source.state_dict().items():
         if not (tied and name == "lm_head.weight"):
             # Larger than a fresh model's, so that every path matters to the loss.
             place(model, name, tensor * 4 if tensor.dim() == 2 else tensor)
     finish(model)
-    attach(model, LoRAConfig(r=r, alpha=8, dropout=dropout, use_dora=use_dora), seed=0)
+    lora = LoRAConfig(
+        r=r, alpha=8, dropout=dropout, use_dora=use_dora, modules_to_save=modules_to_save
+    )
+    attach(model, lora, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in adapter_parameters(model).items():
@@ -106,10 +119,53 @@ def test_losses_and_gradients_are_plain_autograds(family, quant):
         assert (gradient - true[name]).abs().max() <= 1e-5 * max(1.0, float(scale)), name
 
 
+WHOLE = [("embed_tokens",), ("lm_head",), ("norm",), ("embed_tokens", "lm_head", "norm")]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
+@pytest.mark.parametrize("names", WHOLE)
+@pytest.mark.parametrize("tied", [True, False])
+def test_modules_trained_whole_get_the_gradients_of_plain_autograd(family, names, tied):
+    """Over transformers' own model: its parameters trained, the adapters' update in its weights."""
+    settings = FAMILIES[family].to_dict() | {"tie_word_embeddings": tied}
+    config = type(FAMILIES[family]).from_dict(settings)
+    model = model_of(config, modules_to_save=names)
+    engine, told = choose_engine(model, "cpu")
+    assert isinstance(engine, LayerEngine), told
+    batches = batches_of([(2, 17), (1, 9)])
+    theirs = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    theirs.lm_head.weight = torch.nn.Parameter(theirs.lm_head.weight.detach().clone())
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            owner, _, leaf = name.rpartition(".")
+            module = model.get_submodule(owner)
+            held = getattr(module, leaf)
+            parameter.copy_(held if held is not None else module.dense(torch.float32))
+            if getattr(module, "adapter", None) is not None:
+                parameter.add_(delta(module))
+    wanted = plain_step(theirs, batches, 20.0)
+    true = {name: p.grad for name, p in theirs.named_parameters()}
+    got = engine.step(batches, 20.0, saved_layers=1)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    whole = {name: g for name, g in gradients(model).items() if ".lora_" not in name}
+    assert whole.keys() == {n for n in true if n.removesuffix(".weight").endswith(names)}
+    for name, gradient in whole.items():
+        scale = float(true[name].abs().max())
+        assert scale > 0, name
+        assert (gradient - true[name]).abs().max() <= 1e-5 * max(1.0, scale), name
+    plain = PlainEngine(model).step(batches, 20.0, saved_layers=0)
+    torch.testing.assert_close(plain, wanted, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients(model).items():
+        if name in whole:
+            scale = max(1.0, float(true[name].abs().max()))
+            assert (gradient - true[name]).abs().max() <= 1e-5 * scale, name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_what_is_kept_changes_no_bit(dtype, dropout):
-    model = model_of(FAMILIES["llama"], dtype=dtype, dropout=dropout)
+    names = WHOLE[-1] if dropout else ()
+    model = model_of(FAMILIES["llama"], dtype=dtype, dropout=dropout, modules_to_save=names)
     engine = LayerEngine(model)
     dropout_clock(model).running = True
     batches = batches_of([(2, 17), (1, 9), (3, 70)])
@@ -202,6 +258,20 @@ def test_a_decoder_that_cannot_be_taken_apart_is_announced_and_trains_all_the_sa
     chosen, told = choose_engine(model, "cpu")
     assert isinstance(chosen, PlainEngine)
     assert "not possible: no single final norm" in told
+
+
+def test_an_embedding_that_layers_see_by_other_ways_too_trains_under_plain_autograd(monkeypatch):
+    model = model_of(FAMILIES["llama"], modules_to_save=("embed_tokens",))
+    assert isinstance(choose_engine(model, "cpu")[0], LayerEngine)
+    turn = model.model.rotary_emb.forward
+
+    def turned(x, **kwargs):
+        return tuple(part + 0 * x.mean() for part in turn(x, **kwargs))
+
+    monkeypatch.setattr(model.model.rotary_emb, "forward", turned)
+    engine, told = choose_engine(model, "cpu")
+    assert isinstance(engine, PlainEngine)
+    assert "goes into them by other ways" in told
 
 
 def test_plain_engine_gives_the_same_step():

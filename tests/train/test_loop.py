@@ -147,9 +147,13 @@ def test_plain_lora_goes_through_the_same_code(model, data, tmp_path):
     assert result.final_loss < LEARNED
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_resumed_run_is_the_run_byte_for_byte(model, data, tmp_path, dropout):
-    options = {"lora_dropout": dropout, "save_steps": 5}
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"lora_dropout": 0.1}, {"modules_to_save": ("embed_tokens", "lm_head", "norm")}],
+    ids=["plain", "dropout", "whole"],
+)
+def test_a_resumed_run_is_the_run_byte_for_byte(model, data, tmp_path, options):
+    options = options | {"save_steps": 5}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(config(model, data, whole, **options))
 
@@ -257,6 +261,37 @@ def test_target_modules_and_rslora_reach_the_adapter(model, data, tmp_path):
     card = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
     assert sorted(card["target_modules"]) == ["q_proj", "v_proj"]
     assert card["use_rslora"] is True
+
+
+@pytest.mark.parametrize("quant", ["nf4", "none"])
+def test_modules_trained_whole_learn_and_come_back(model, data, tmp_path, quant):
+    output = tmp_path / "run"
+    options = {"quant": quant, "modules_to_save": ("embed_tokens", "lm_head"), "epochs": 4}
+    result = run(config(model, data, output, **options))
+    assert result.final_loss < LEARNED - 2  # a tied embedding of this model cannot
+    stored = load_file(output / "adapter_model.safetensors")
+    head, embedding = (
+        stored[f"base_model.model.{name}.weight"] for name in ("lm_head", "model.embed_tokens")
+    )
+    assert head.dtype == torch.float32
+    assert not head.equal(embedding)
+    newest = max(output.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+    assert load_adapter(newest).saved.keys() == {"lm_head.weight", "model.embed_tokens.weight"}
+    opened, tokenizer, _ = open_model(
+        str(model), adapter=str(output), device="cpu", quant=quant, compute_dtype="float32"
+    )
+    assert opened.lm_head.weight.equal(head)
+    loss = evaluate(opened, tokenizer, str(data)).loss
+    assert abs(loss - result.final_loss) < 0.3
+
+
+def test_a_packed_head_is_not_trained_whole(model, data, tmp_path):
+    made = config(
+        model, data, tmp_path / "run", modules_to_save=("lm_head",), quantize_embeddings=True
+    )
+    with pytest.raises(ConfigError, match=r"lm_head cannot be trained whole.*leave out quantize"):
+        run(made)
+    assert not (tmp_path / "run").exists()
 
 
 def test_bfloat16_products_train_float32_adapters(model, data, tmp_path):

@@ -63,6 +63,16 @@ def test_what_is_asked_for_is_done(engine, activations, layers):
     assert plan.saved_layers == layers
 
 
+def test_modules_trained_whole_are_counted(engine):
+    """Their moments, and a gradient that is not yet added."""
+    whole = LayerEngine(model_of(FAMILIES["llama"], modules_to_save=("lm_head",)))
+    one, other = (
+        plan_activations(e, SHAPES, "recompute", None, "cpu").predicted_bytes
+        for e in (engine, whole)
+    )
+    assert other - one == 4 * 120 * 32 * 4
+
+
 def test_plain_autograd_has_no_plan():
     plan = plan_activations(PlainEngine(model_of(FAMILIES["llama"])), SHAPES, "auto", None, "cpu")
     assert "transformers" in plan.line()

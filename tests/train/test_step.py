@@ -124,6 +124,18 @@ def test_loraplus_steps_as_peft_s_optimizer_does():
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_modules_trained_whole_step_at_the_plain_rate():
+    made = stepper(model_of(FAMILIES["llama"], modules_to_save=("lm_head",)), loraplus_lr_ratio=8.0)
+    ratios = {
+        name: group["ratio"]
+        for name, parameter in made.parameters.items()
+        for group in made.optimizer.param_groups
+        if any(parameter is one for one in group["params"])
+    }
+    assert ratios.pop("lm_head.weight") == 1.0
+    assert {name[-8]: ratio for name, ratio in ratios.items()} == {"A": 1.0, "B": 8.0}
+
+
 def test_a_step_is_counted_as_a_change_of_what_it_changed():
     """Torch's fused AdamW does not, and caches of what depends on A and B would go stale."""
     model = model_of(FAMILIES["llama"])

@@ -7,12 +7,12 @@ was trained on, bit for bit, and how that base was held. PEFT ignores the third 
 (PEFT's own adapters) nothing is known of the base but its name.
 
 PEFT trains some modules whole, next to the matrices (``modules_to_save``). Their tensors lie in the
-same file under the names they have in the model, and take the place of the model's.
+same file under the names they have in the model, and take the place of the model's. So do ours.
 """
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -183,12 +183,19 @@ def write_card(
     Raises:
         OutputError: If the directory cannot be written.
     """
-    modules = sorted({_module_of(name) for name in names})
+    whole = config.modules_to_save
+    pairs = [name for name in names if _TENSOR.fullmatch(name) or not _is_of(name, whole)]
+    modules = sorted({_module_of(name) for name in pairs})
     card = {"format": 1, "base": dict(base), "recipe": dict(recipe)}
     peft_config = _peft_config(config, modules, base["name"])
     for name, fields in ((CARD_NAME, card), (CONFIG_NAME, peft_config)):
         with new_file(directory / name) as file:
             file.write(json.dumps(fields, indent=2).encode() + b"\n")
+
+
+def _is_of(name: str, whole: Sequence[str]) -> bool:
+    """Whether the parameter is one of the modules to save: PEFT's rule, a path ends so."""
+    return name.rpartition(".")[0].endswith(tuple(whole))
 
 
 def _module_of(name: str) -> str:
@@ -212,7 +219,7 @@ def _peft_config(config: LoRAConfig, modules: list[str], base_name: str) -> dict
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
-        "modules_to_save": None,
+        "modules_to_save": list(config.modules_to_save) or None,
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": {key: _number(alpha) for key, alpha in config.alpha_pattern.items()},
         "use_dora": config.use_dora,
@@ -294,12 +301,10 @@ def _read_state(
         raise CheckpointError(f"{file.path.parent / CONFIG_NAME}: modules_to_save should be a list")
     names = [name.removeprefix(PREFIX) for name in file.entries if name.startswith(PREFIX)]
     pairs = [name for name in names if _TENSOR.fullmatch(name)]
-    others = [name for name in names if name not in pairs]
-    # PEFT's rule: a module is saved when its path ends so.
-    saved = [name for name in others if name.rpartition(".")[0].endswith(tuple(whole))]
+    saved = [name for name in names if name not in pairs and _is_of(name, whole)]
     known = {PREFIX + name for name in (*pairs, *saved)}
     foreign = [name for name in file.entries if name not in known]
-    unheld = [part for part in whole if not any(n.rpartition(".")[0].endswith(part) for n in saved)]
+    unheld = [part for part in whole if not any(_is_of(name, [part]) for name in saved)]
     if unheld:
         raise CheckpointError(f"{file.path} holds no {unheld[0]}, which modules_to_save names")
     if foreign or not pairs:

@@ -194,7 +194,7 @@ def _effect(field: FieldInfo) -> str:
         return f"{text} (required)"
     if _is_flag(field):
         return f"do not {text}" if field.default else text
-    if field.default is None:
+    if field.default in (None, (), {}):
         return text
     shown = f"{field.default:g}" if isinstance(field.default, float) else field.default
     return f"{text} [{shown}]"

@@ -1,4 +1,4 @@
-"""Cross-entropy over a frozen output head, without the logits of the whole sequence.
+"""Cross-entropy over an output head, without the logits of the whole sequence.
 
 For hidden states h [S, H] of the supervised positions only, a head W [V, H] and targets [S], the
 loss is a sum (not a mean): whoever calls divides by the supervised tokens of the whole optimizer
@@ -6,9 +6,9 @@ step, so that 1x8, 2x4 and 8x1 sequences give the same gradient.
 
     z = h Wᵀ;  loss = Σ logsumexp(z) − z[target];  dL/dz = softmax(z) − onehot;  dL/dh = dL/dz W
 
-The head is frozen, so there is no dW, and dL/dh of a chunk of rows can be had right away: the
-gradient is computed in forward, in place of the logits, and the logits of at most ``CHUNK_BYTES``
-exist at any time. Softmax and sum are float32 whatever the dtype of the products.
+The gradient is computed in forward, a chunk of rows at a time, in place of the logits: the logits
+of at most ``CHUNK_BYTES`` exist at any time. Softmax and sum are float32 whatever the dtype of the
+products. Where the head is trained, dL/dW = dL/dzᵀ h is added up over the chunks in float32.
 
 A packed head is decoded in pieces of ``CHUNK_BYTES`` too, once for the logits of a chunk of rows
 and once for their gradient.
@@ -64,10 +64,12 @@ class _HeadLoss(torch.autograd.Function):
         head: Tensor | QuantizedWeight,
         targets: Tensor,
         softcap: float,
+        trained: Tensor | None,
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        need_grad = ctx.needs_input_grad[0]
+        need_grad, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
         grad = torch.empty_like(hidden) if need_grad else None
+        weight_grad = torch.zeros_like(trained) if trained is not None and need_weight else None
         rows = _chunk_rows(head.shape[0], hidden.device)
         for start in range(0, hidden.shape[0], rows):
             chunk, wanted = hidden[start : start + rows], targets[start : start + rows, None]
@@ -76,32 +78,46 @@ class _HeadLoss(torch.autograd.Function):
                 logits.div_(softcap).tanh_().mul_(softcap)
             normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
             total += (normaliser - logits.gather(1, wanted)).sum()
-            if grad is not None:
+            if need_grad or need_weight:
                 slope = 1.0 - (logits / softcap).square_() if softcap else None
                 logits.sub_(normaliser).exp_()
                 logits.scatter_add_(1, wanted, logits.new_full((1, 1), -1.0).expand_as(wanted))
                 if slope is not None:
                     logits.mul_(slope)
-                grad[start : start + rows] = _gradient(logits, head, hidden.dtype)
-        ctx.save_for_backward(grad)
+                if grad is not None:
+                    grad[start : start + rows] = _gradient(logits, head, hidden.dtype)
+                if weight_grad is not None:
+                    weight_grad += product(logits.to(hidden.dtype).t(), chunk.t())
+        ctx.save_for_backward(grad, weight_grad)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
-        return grad * grad_outputs[0].to(grad.dtype), None, None, None
+        by_hidden, by_weight = (
+            None if grad is None else grad * grad_outputs[0].to(grad.dtype)
+            for grad in ctx.saved_tensors
+        )
+        return by_hidden, None, None, None, by_weight
 
 
 def head_loss(
-    hidden: Tensor, head: Tensor | QuantizedWeight, targets: Tensor, *, softcap: float = 0.0
+    hidden: Tensor,
+    head: Tensor | QuantizedWeight,
+    targets: Tensor,
+    *,
+    softcap: float = 0.0,
+    trained: Tensor | None = None,
 ) -> Tensor:
     """Return the sum of the token losses, a float32 scalar.
 
     Args:
         hidden: [S, H], the final hidden states of the supervised positions.
-        head: [V, H], the output head's weight, frozen; dtype of ``hidden``, or packed.
+        head: [V, H], the output head's weight; dtype of ``hidden``, or packed. It gets no gradient.
         targets: int64 [S], what each position should predict.
         softcap: Gemma's cap c on the logits, z ← c·tanh(z / c); 0 for none.
+        trained: float32 [V, H], what ``head`` is cast from where the head is trained: it gets one.
     """
-    result: Tensor = _HeadLoss.apply(hidden, head, targets, softcap)  # type: ignore[no-untyped-call]
+    if not torch.is_grad_enabled():  # a Function is not told
+        hidden, trained = hidden.detach(), None
+    result: Tensor = _HeadLoss.apply(hidden, head, targets, softcap, trained)  # type: ignore[no-untyped-call]
     return result

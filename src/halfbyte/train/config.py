@@ -68,6 +68,13 @@ def parse_pairs(value: Any) -> Any:
     return {name.strip(): number.strip() for name, _, number in pairs}
 
 
+def parse_names(value: Any) -> Any:
+    """Read ``name,name``; anything but a string is handed on for pydantic to judge."""
+    if not isinstance(value, str):
+        return value
+    return [name.strip() for name in value.split(",") if name.strip()]
+
+
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -176,6 +183,10 @@ class TrainConfig(ModelOptions):
         {}, description="another lora_alpha, likewise; the names may be regular expressions"
     )
 
+    modules_to_save: Annotated[tuple[str, ...], BeforeValidator(parse_names)] = Field(
+        (), description="modules trained whole, such as embed_tokens,lm_head,norm"
+    )
+
     batch_size: PositiveInt = Field(1, description="examples that go through the model together")
     gradient_accumulation_steps: PositiveInt = Field(8, description="batches in an optimizer step")
     epochs: float = Field(1.0, gt=0, description="passes over the data")
@@ -224,7 +235,7 @@ class TrainConfig(ModelOptions):
     @classmethod
     def _names_between_commas(cls, value: Any) -> Any:
         if isinstance(value, str) and re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", value.strip()):
-            return [name.strip() for name in value.split(",")]
+            return parse_names(value)
         return value
 
     @model_validator(mode="after")

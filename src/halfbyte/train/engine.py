@@ -9,6 +9,9 @@ any goes through layer l + 1 (layer-major accumulation):
     backward   for l, last first: decode once; for each micro-batch: rebuild what is missing, run
                the layer's own small autograd graph, hand the gradient to the layer before
 
+A module that is trained whole gets its gradient where it stands: norms within their layer's graph,
+the head from the loss, the embedding from a graph around the decoder's entry.
+
 So a weight is decoded once per direction per optimizer step, not once per micro-batch, and how
 much is kept is chosen layer by layer to fit a memory budget. The arithmetic is the same under
 every such choice, and so are the results, bit for bit.
@@ -33,7 +36,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from halfbyte.lora import DropoutClock, dropout_clock, frozen_linears
+from halfbyte.lora import DropoutClock, dropout_clock, frozen_linears, trained_whole
 from halfbyte.model.layer import fused
 from halfbyte.model.loss import head_loss
 from halfbyte.model.vocabulary import FrozenHead
@@ -119,9 +122,13 @@ class LayerEngine:
         softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self.softcap = float(softcap or 0)
         self.linears = [list(frozen_linears(layer).values()) for layer in self.layers]
-        # Nothing before the lowest adapter wants a gradient: backward ends there.
-        adapted = [i for i, ls in enumerate(self.linears) if any(m.adapter for m in ls)]
-        self.first_trained = min(adapted, default=len(self.layers))
+        # Nothing before the lowest trained layer wants a gradient: backward ends there.
+        trains = [any(p.requires_grad for p in layer.parameters()) for layer in self.layers]
+        behind = {*lists[0].parameters(), *self.norm.parameters()}
+        self.entry_trained = any(
+            p.requires_grad for p in self.decoder.parameters() if p not in behind
+        )
+        self.first_trained = [self.entry_trained or trains[0], *trains[1:], True].index(True)
         self.scratch = WeightScratch()
         self.clock = dropout_clock(model)
         self.tuple_output = False
@@ -139,7 +146,7 @@ class LayerEngine:
         if packed is not None:
             return packed
         assert self.head.weight is not None
-        return self.head.weight
+        return self.head.weight.detach()
 
     @torch.no_grad()
     def probe(self, vocabulary: int, device: str) -> None:
@@ -188,11 +195,13 @@ class LayerEngine:
         kept: list[list[_Kept]] = []
         first_saved = max(len(self.layers) - saved_layers, self.first_trained)
         hidden, calls = self._enter(batches)
+        entries = list(hidden) if self.entry_trained else []
         for index in range(len(self.layers)):
             row: list[_Kept] = []
+            wanted = self.entry_trained or index > self.first_trained
             with self._opened(index):
                 for i, call in enumerate(calls):
-                    x = hidden[i].detach().requires_grad_(index > self.first_trained)
+                    x = hidden[i].detach().requires_grad_(wanted)
                     with torch.set_grad_enabled(index >= first_saved):
                         y = self._run(index, i, x, call)
                     row.append(_Kept(x, y if index >= first_saved else None))
@@ -222,10 +231,12 @@ class LayerEngine:
                             output = self._run(index, i, held.x, call)
                     torch.autograd.backward(output, grads[i])
                     del output
-                    if index > self.first_trained:
+                    if held.x.requires_grad:
                         assert held.x.grad is not None
                         grads[i] = held.x.grad
                     row[i] = _Kept(held.x.detach(), None)
+        for i, entry in enumerate(entries):
+            torch.autograd.backward(entry, grads[i])
         return total
 
     @torch.no_grad()
@@ -268,7 +279,13 @@ class LayerEngine:
     def _tail(self, hidden: Tensor, batch: Batch) -> Tensor:
         supervised = batch.labels != -100
         rows = self.norm(hidden[supervised])
-        return head_loss(rows, self.head_weight, batch.labels[supervised], softcap=self.softcap)
+        return head_loss(
+            rows,
+            self.head_weight,
+            batch.labels[supervised],
+            softcap=self.softcap,
+            trained=trained_whole(self.head).get("weight"),
+        )
 
     @contextmanager
     def _opened(self, index: int) -> Iterator[None]:
@@ -289,7 +306,6 @@ class LayerEngine:
             calls.append(by_shape.setdefault(tuple(batch.input_ids.shape), call))
         return hidden, calls
 
-    @torch.no_grad()
     def _record(self, input_ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         arguments: list[dict[str, Any]] = []
         entry: list[Tensor] = []
@@ -306,13 +322,17 @@ class LayerEngine:
         for layer in self.layers:
             layer.forward = stub
         try:
-            with suppress(_Stop):
+            with suppress(_Stop), torch.set_grad_enabled(self.entry_trained):
                 self.decoder(input_ids=input_ids, use_cache=False)
         finally:
             for layer in self.layers:
                 del layer.forward
         if len(arguments) != len(self.layers):
             raise EngineError(f"its decoder called {len(arguments)} of {len(self.layers)} layers")
+        given = [value for call in arguments for value in call.values()]
+        given += [part for value in given if isinstance(value, tuple) for part in value]
+        if any(isinstance(value, Tensor) and value.requires_grad for value in given):
+            raise EngineError("what is trained before its layers goes into them by other ways, too")
         return entry[0], arguments
 
 

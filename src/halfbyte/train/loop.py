@@ -175,11 +175,16 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
         rank_pattern=config.rank_pattern,
         alpha_pattern=config.alpha_pattern,
         use_dora=config.use_dora,
+        modules_to_save=config.modules_to_save,
     )
     adapted = attach(base.model, lora, seed=config.seed)
     parameters = adapter_parameters(base.model)
     trained = sum(parameter.numel() for parameter in parameters.values())
-    report.note(f"{trained / 1e6:.2f} M parameters trained, on {len(adapted)} linear layers")
+    whole = [name for name in parameters if ".lora_" not in name]
+    report.note(
+        f"{trained / 1e6:.2f} M parameters trained, on {len(adapted)} linear layers"
+        + (f" and as a whole {', '.join(whole[:4])}{' …' * (len(whole) > 4)}" if whole else "")
+    )
     engine, told = choose_engine(base.model, device)
     report.note(told)
     stepper = Stepper(engine, parameters, config, Schedule.of(config, plan.total))

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from halfbyte.errors import ConfigError
+from halfbyte.lora import trained_whole
 from halfbyte.model.loss import CHUNK_BYTES
 from halfbyte.train.engine import Batch, LayerEngine, PlainEngine
 
@@ -125,6 +126,9 @@ def plan_activations(
     head = engine.head_weight.nbytes
     # Beside them: the head as its product wants it laid out, and a few copies of a logits chunk.
     workspace = 2 * head + 4 * CHUNK_BYTES[device]
+    # A gradient is new before it is added: the largest of those trained whole, in two copies.
+    whole = [p.nbytes for m in engine.model.modules() for p in trained_whole(m).values()]
+    workspace += 2 * max(whole, default=0)
     floor = used + moments + layers * step_kept + 2 * saved + workspace
     extra = max(1, step_saved - step_kept)
     fitting = max(0, min(layers, (budget - floor) // extra))

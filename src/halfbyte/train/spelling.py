@@ -1,7 +1,7 @@
 """Names that people already type: what other projects call our options, and how they read here.
 
-A known foreign name is translated and a note says so; one that is known and not to be had is
-refused with the reason; a name nobody knows is a problem, and the nearest name is suggested.
+A known foreign name is translated and a note says so; a name nobody knows is a problem, and the
+nearest name is suggested.
 Nothing here imports torch.
 """
 
@@ -56,6 +56,8 @@ ALIASES: dict[str, Alias] = {
     "lora_target": Alias("target_modules", _ALL),
     "lora_target_modules": Alias("target_modules", _ALL),
     "lora_target_linear": Alias("target_modules", {"true": "all-linear"}),
+    "lora_modules_to_save": Alias("modules_to_save"),
+    "additional_target": Alias("modules_to_save"),
     "cutoff_len": Alias("max_length"),
     "sequence_len": Alias("max_length"),
     "max_seq_length": Alias("max_length"),
@@ -72,11 +74,6 @@ ALIASES: dict[str, Alias] = {
     "eval_dataset": Alias("eval_data"),
     "resume_from_checkpoint": Alias("resume", {"true": "true", "false": "false"}),
 }
-
-
-_WHOLE = "only matrices are trained; adapters of PEFT with modules trained whole can be used"
-REFUSED = dict.fromkeys(("modules_to_save", "lora_modules_to_save", "additional_target"), _WHOLE)
-"""Options of others that are known and not to be had, and why."""
 
 
 class Spelling(NamedTuple):
@@ -114,9 +111,6 @@ def spell(given: Mapping[str, Any], options: type[BaseModel]) -> Spelling:
             field, read = aliases[name].field, aliases[name].read(value)
         elif name in options.model_fields:
             field, read = name, value
-        elif name in REFUSED:
-            problems.append(f"`{name}` is not supported: {REFUSED[name]}")
-            continue
         else:
             known = [*options.model_fields, *aliases]
             problems.append(f"unknown option `{name}`{nearest(name, known)}")

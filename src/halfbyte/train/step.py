@@ -91,7 +91,8 @@ class Stepper:
             parameter.grad = torch.zeros_like(parameter)
         groups: dict[float, list[nn.Parameter]] = {}
         for name, parameter in self.parameters.items():
-            ratio = 1.0 if name.endswith("lora_A.weight") else config.loraplus_lr_ratio
+            of_b = name.endswith(("lora_B.weight", "lora_magnitude_vector"))
+            ratio = config.loraplus_lr_ratio if of_b else 1.0
             groups.setdefault(ratio, []).append(parameter)
         self.optimizer = torch.optim.AdamW(
             [{"params": members, "ratio": ratio} for ratio, members in groups.items()],
