@@ -6,6 +6,7 @@ from transformers import LlamaConfig, Phi3Config
 
 from halfbyte.errors import CheckpointError, WeightError
 from halfbyte.model.build import (
+    Audit,
     BaseRecipe,
     build,
     finish,
@@ -190,3 +191,16 @@ def test_a_configuration_that_is_no_language_model():
 
     with pytest.raises(CheckpointError, match="not a causal language model"):
         build(ViTConfig(), BaseRecipe())
+
+
+def test_of_a_plain_model_the_largest_are_named_and_the_rest_counted():
+    kept = tuple((f"layer{i}", "bfloat16", 2_000_000 - i) for i in range(20))
+    audit = Audit(0, 0, kept, 40_000_000)
+    assert audit.lines() == [
+        "kept in bfloat16: layer0, 2.0 MB",
+        "kept in bfloat16: layer1, 2.0 MB",
+        "kept in bfloat16: layer2, 2.0 MB",
+        "kept in bfloat16: layer3, 2.0 MB",
+        "and 16 more, 32.0 MB",
+        "base model in memory: 40.0 MB",
+    ]
