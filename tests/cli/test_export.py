@@ -159,3 +159,22 @@ def test_a_model_that_cannot_be_exported_leaves_nothing(
     assert code == 2
     assert "cannot express the activation 'gelu'" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_answers_otherwise_ends_with_1(
+    model: Path, adapter: Path, tmp_path: Path, answer: Any
+) -> None:
+    """Rounded as it may be, but further from the adapter than was asked for."""
+    out, words = tmp_path / "out", ("--type", "q4_0", "--device", "cpu")
+    code, told, _ = answer(model, adapter, out, *words)
+    assert code == 0
+    agreement = told["distance"]["top1_agreement"]
+    assert 0 < agreement < 1
+    code, told, err = answer(
+        model, adapter, out, *words, "--overwrite", "--min-agreement", agreement + 1e-6
+    )
+    assert code == 1
+    assert f"{100 * agreement:.2f} % of the positions" in err
+    assert told["distance"]["top1_agreement"] == agreement
+    code, _, _ = answer(model, adapter, out, *words, "--overwrite", "--min-agreement", agreement)
+    assert code == 0
