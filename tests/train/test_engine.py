@@ -260,6 +260,13 @@ def test_a_decoder_that_cannot_be_taken_apart_is_announced_and_trains_all_the_sa
     assert "not possible: no single final norm" in told
 
 
+@pytest.mark.parametrize(
+    ("names", "count"), [(("norm",), 0), (("1.input_layernorm",), 2), (WHOLE[0], 3)]
+)
+def test_layers_whose_norms_are_trained_are_not_fused(names, count):
+    assert LayerEngine(model_of(FAMILIES["llama"], modules_to_save=names), fuse=True).fused == count
+
+
 def test_an_embedding_that_layers_see_by_other_ways_too_trains_under_plain_autograd(monkeypatch):
     model = model_of(FAMILIES["llama"], modules_to_save=("embed_tokens",))
     assert isinstance(choose_engine(model, "cpu")[0], LayerEngine)

@@ -180,10 +180,10 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
     adapted = attach(base.model, lora, seed=config.seed)
     parameters = adapter_parameters(base.model)
     trained = sum(parameter.numel() for parameter in parameters.values())
-    whole = [name for name in parameters if ".lora_" not in name]
+    whole = dict.fromkeys(name.split(".")[-2] for name in parameters if ".lora_" not in name)
     report.note(
         f"{trained / 1e6:.2f} M parameters trained, on {len(adapted)} linear layers"
-        + (f" and as a whole {', '.join(whole[:4])}{' …' * (len(whole) > 4)}" if whole else "")
+        + (f"; trained whole: {', '.join(whole)}" if whole else "")
     )
     engine, told = choose_engine(base.model, device)
     report.note(told)
