@@ -264,8 +264,8 @@ def write_gguf_lora(
             has no matrix of its own.
         WeightError: If a value is NaN or infinite, or is in the file's type.
     """
-    if adapter.saved:
-        raise _unsaid(f"an adapter that trained whole modules ({', '.join(adapter.saved)})")
+    if kinds := dict.fromkeys(name.split(".")[-2] for name in adapter.saved):
+        raise _unsaid(f"an adapter with modules trained whole ({', '.join(kinds)})")
     if adapter.config.use_dora:
         raise _unsaid("a DoRA adapter")
     layout = Layout(source.config)
