@@ -128,7 +128,7 @@ def multiplying(shape: tuple[int, int], m: int, copy: float) -> dict[str, Row]:
     y = torch.empty(m, n, dtype=BFLOAT16, device="cuda")
 
     def fused(i: int) -> Tensor:
-        from halfbyte.nf4.gpu import small_product
+        from halfbyte.nf4.gpu_rows import small_product
 
         return small_product(x, ours[i % len(ours)])
 

@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from halfbyte.model import gpu as between
-from halfbyte.nf4 import gpu, gpu_products
+from halfbyte.nf4 import gpu, gpu_products, gpu_rows
 
 POINTERS = {"scale_codes": "*u8", "codes": "*i32", "cell_codes": "*i32"}
 INTEGERS = {
@@ -67,12 +67,12 @@ def kernels(capability: int):
     product = {"num_stages": 1, **plain}
     for rounded, dtype in ((True, "*bf16"), (False, "*fp16")):
         one = {"block_quads": 2, "double": True, "lanes": 128, "rounded": rounded}
-        yield gpu._product_one, {"y": dtype, "x": "*i32", "planes": "*i32"}, one, product
-    yield gpu._sum_products, {"y": "*bf16"}, {"split": 4, "lanes": 512}, {}
+        yield gpu_rows._product_one, {"y": dtype, "x": "*i32", "planes": "*i32"}, one, product
+    yield gpu_rows._sum_products, {"y": "*bf16"}, {"split": 4, "lanes": 512}, {}
     for rows in (16, 64):
         few = {"block_words": 8, "double": True, "tile_outputs": 64, "tile_rows": rows}
         few |= {"step": 32 if rows <= 32 else 16, "split": 4}
-        yield gpu._product_tile, {"x": "*bf16"}, few, product
+        yield gpu_rows._product_tile, {"x": "*bf16"}, few, product
     sixteen = dict.fromkeys(("x", "y", "h", "dx", "dy", "dh", "h_out", "residual"), "*bf16")
     sixteen |= dict.fromkeys(("weight", "cos", "sin", "gate", "up", "d_both"), "*bf16")
     norm = {"add": True, "lanes": 4096}

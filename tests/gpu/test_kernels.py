@@ -136,13 +136,13 @@ def test_weights_that_are_not_finite_are_refused(bad):
 @pytest.mark.parametrize("dtype", TYPES[:2])
 @pytest.mark.parametrize("double", [True, False])
 def test_small_products(rows, shape, dtype, double):
-    from halfbyte.nf4 import gpu
+    from halfbyte.nf4 import gpu_rows
 
     q = quantize(weight(shape, dtype), double_quant=double)
     x = weight((rows, shape[1]), dtype, seed=1) * 50
     exact = x.double() @ dequantize(q, torch.float32).double().t()
     usual = (x @ dequantize(q, dtype).t()).double()
-    got = gpu.small_product(x, q).double()
+    got = gpu_rows.small_product(x, q).double()
     assert got.shape == exact.shape
     assert (got - exact).norm() <= 1.1 * (usual - exact).norm()
 

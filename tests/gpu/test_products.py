@@ -152,12 +152,12 @@ def test_a_linear_of_a_set_may_have_no_adapter():
 
 
 def test_a_few_rows_without_gradients_take_the_packed_weight(monkeypatch):
-    from halfbyte.nf4 import gpu
+    from halfbyte.nf4 import gpu_rows
 
     module = layer((512, 256), 256, 16)
     calls = []
-    original = gpu.small_product
-    monkeypatch.setattr(gpu, "small_product", lambda *args: calls.append(1) or original(*args))
+    original = gpu_rows.small_product
+    monkeypatch.setattr(gpu_rows, "small_product", lambda *args: calls.append(1) or original(*args))
     x = torch.randn(3, 256, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         y = module.l0(x)

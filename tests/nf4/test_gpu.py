@@ -132,24 +132,3 @@ def test_every_level_of_the_dynamic_table_and_every_middle_is_encoded():
     codes, _ = gpu.encode_scales(values, zero)
     assert torch.equal(codes, blockwise.encode_dynamic(values, 256, cuda=True)[0])
     assert torch.equal(codes[:255], torch.arange(255, dtype=torch.uint8))
-
-
-@pytest.mark.parametrize("rows", [1, 2, 17])
-@pytest.mark.parametrize("shape", [(64, 64), (5, 32), (130, 544)])
-@pytest.mark.parametrize("double", [True, False])
-def test_small_products_are_those_of_the_decoded_weight(rows, shape, double):
-    q = quantize(weight(shape), double_quant=double)
-    x = weight((rows, shape[1]), torch.float16, seed=1)
-    exact = x.double() @ dequantize(q, torch.float64).t()
-    got = gpu.small_product(x, q).double()
-    usual = (x.float() @ dequantize(q, torch.float16).float().t()).half().double()
-    assert got.shape == exact.shape
-    assert (got - exact).norm() <= 1.2 * (usual - exact).norm() + 1e-6 * exact.norm()
-
-
-def test_a_product_that_is_too_large_is_refused():
-    q = quantize(weight((8, 64)))
-    with pytest.raises(ValueError, match="at most 64 rows"):
-        gpu.small_product(torch.zeros(65, 64, dtype=torch.float16), q)
-    with pytest.raises(ValueError, match="multiple of 32"):
-        gpu.small_product(torch.zeros(1, 48, dtype=torch.float16), quantize(weight((8, 48))))

@@ -152,13 +152,16 @@ def _plain_forward(
 
 def _packed_products(rows: Tensor, members: Sequence["FrozenLinear"]) -> list[Tensor] | None:
     """Return x Wᵀ of each linear without decoding W, or None where that is not the faster way."""
-    gpu = gpu_kernels() if rows.is_cuda else None
-    if gpu is None or any(member.opened(rows.dtype) is not None for member in members):
+    if not rows.is_cuda or gpu_kernels() is None:
         return None
+    if any(member.opened(rows.dtype) is not None for member in members):
+        return None
+    from halfbyte.nf4 import gpu_rows  # it imports triton
+
     packed = [member.quantized for member in members]
-    if not all(q is not None and gpu.can_multiply(rows, q) for q in packed):
+    if not all(q is not None and gpu_rows.can_multiply(rows, q) for q in packed):
         return None
-    return [gpu.small_product(rows, q) for q in packed]
+    return [gpu_rows.small_product(rows, q) for q in packed if q is not None]
 
 
 def _plain_backward(
