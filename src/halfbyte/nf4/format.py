@@ -5,8 +5,10 @@ A weight is flattened in row-major order and cut into blocks, without regard to 
 double quantisation the scales are 8-bit codes themselves, in blocks of `SCALE_BLOCK`, after the
 mean of all (the *offset*) is taken away.
 
-`quantize` and `dequantize` choose between implementations that agree bit for bit: the C++ kernels
-of cpu.py, the Triton kernels of gpu.py, and the plain PyTorch here, which is the specification.
+`quantize` and `dequantize` choose between implementations: the C++ kernels of cpu.py, the Triton
+kernels of gpu.py, and the plain PyTorch here, which is the specification. They agree bit for bit,
+but for encoding on a GPU: reciprocals are approximate there, as they are in bitsandbytes, so where
+a quotient is a bound but for its last bit, the code may be the neighbour's.
 
 Decoding is the same everywhere. Encoding gives the bytes of bitsandbytes on the same kind of
 device, and its CPU and CUDA code differ: in the rounding of scale codes, in FP4's bounds, and in a
@@ -170,8 +172,8 @@ def quantize(
         double_quant: Whether to quantise the scales too (4.127 bits a weight instead of 4.5).
         name: What error messages call the weight.
         impl: ``"torch"`` for plain PyTorch, ``"cpu"`` for the C++ kernels, ``"gpu"`` for Triton's,
-            ``"auto"`` for the kernels of the device where they can be had. On one device all give
-            the same bytes.
+            ``"auto"`` for the kernels of the device where they can be had. See the top of this file
+            for where their bytes may differ.
 
     Returns:
         The quantised weight, on the device of `weight`.

@@ -268,12 +268,18 @@ def _device_fits(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
+def copyable(x: Tensor) -> bool:
+    """Returns whether the copy engine can read x [rows, n], of 16-bit numbers, where it lies."""
+    return x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+
+
 def fits(x: Tensor, outputs: Sequence[int]) -> bool:
     """Returns whether `forward` and `backward` can do products of ``x`` [rows, in]."""
     return (
         x.is_cuda
         and x.shape[0] >= FEWEST_ROWS
         and x.dtype in (torch.bfloat16, torch.float16)
+        and copyable(x)
         and len(outputs) <= 3
         and all(size % 8 == 0 for size in (x.shape[1], *outputs))
         and _device_fits(x.device)

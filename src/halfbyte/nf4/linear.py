@@ -222,7 +222,7 @@ def _fused_backward(
     for i, (dy, member) in enumerate(zip(dys, members, strict=True)):
         if dy is None:  # this output was not used
             dy = rows.new_zeros(rows.shape[0], member.out_features)
-        dy = dy if dy.stride(1) == 1 and dy.stride(0) % 8 == 0 else dy.contiguous()
+        dy = dy if fused.copyable(dy) else dy.clone(memory_format=torch.contiguous_format)
         whole.append(dy)
         mine = slice(i * rank, (i + 1) * rank)
         b = shadow.b[start : start + member.out_features]
