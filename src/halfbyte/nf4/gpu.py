@@ -12,8 +12,9 @@ write 2. So the kernels are shaped by how memory wants to be asked.
                than one bound.
 
 Decoding is bit for bit the plain PyTorch of format.py, encoding that with ``cuda=True`` but for
-an approximate reciprocal: the bytes of bitsandbytes' CUDA code. Scales are multiplied, rounded, and added to: one fused operation
-would change the last bit of many, so the compiler may not fuse (``enable_fp_fusion=False``).
+an approximate reciprocal: the bytes of bitsandbytes' CUDA code. Scales are multiplied, rounded,
+and added to: one fused operation would change the last bit of many, so the compiler may not fuse
+(``enable_fp_fusion=False``).
 
 What was measured is in benchmarks/results, what did not help in LAB.md.
 """
