@@ -1,0 +1,351 @@
+"""The ledger: every byte a run will hold, by name. Arithmetic on shapes; no torch, no weights.
+
+A packed weight of n elements in blocks of b is
+
+    codes          ⌈n / 2⌉
+    scales         4·⌈n / b⌉            without double quantisation; with it:
+    scale codes    ⌈n / b⌉              one byte each
+    nested scales  4·⌈⌈n / b⌉ / 256⌉    one float32 for 256 of them
+    offset         4
+
+What is packed is what ``model.build`` packs, and what that builds has these bytes, to the byte.
+Adapters, gradients and moments are float32, whatever the base is held in.
+
+    peak of training = base + adapters + gradients + optimizer + one decoded layer
+                       + what all layers keep + max(the loss, a layer's backward)
+    peak of loading  = what is placed, and the tensor in flight beside what it becomes
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+from halfbyte.plan.activations import (
+    Dial,
+    LayerActivations,
+    backward_bytes,
+    host_bytes,
+    kept_bytes,
+)
+from halfbyte.plan.shape import ModelShape, Weight
+
+OptimizerMode = Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
+
+SCALE_BLOCK = 256
+STATE_BLOCK = 256  # elements of 8-bit optimizer state that share a scale
+SMALLEST_8BIT = 4096  # tensors of fewer elements keep 32-bit state
+# Bytes of float32 logits there are at a time: model/loss.py.
+LOGITS = {"cpu": 32 << 20, "cuda": 256 << 20}
+# What is in no tensor. On a GPU, of torch's pool: unused parts of its blocks.
+OVERHEAD = {"cpu": 0.55e9, "cuda": 0.0}
+
+
+class Line(NamedTuple):
+    """One entry: where it belongs, what it is, its bytes."""
+
+    group: str
+    name: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Holding:
+    """How the base is held: ``model.build.BaseRecipe``, with the bytes of the compute dtype."""
+
+    quant: str = "nf4"
+    double_quant: bool = True
+    block_size: int = 64
+    itemsize: int = 2
+    quantize_head: bool = False
+    quantize_embeddings: bool = False
+
+    @classmethod
+    def of(cls, recipe: Any) -> "Holding":
+        """Return the holding of a ``BaseRecipe``."""
+        return cls(
+            recipe.quant,
+            recipe.double_quant,
+            recipe.block_size,
+            recipe.compute_dtype.itemsize,
+            recipe.quantize_head,
+            recipe.quantize_embeddings,
+        )
+
+    def packs(self, weight: Weight, *, tied: bool) -> bool:
+        """Return whether ``weight`` is held in 4 bits."""
+        if self.quant == "none" or not weight.packs:
+            return False
+        vocabulary = self.quantize_head or self.quantize_embeddings
+        return {
+            "linear": True,
+            "head": vocabulary if tied else self.quantize_head,
+            "embedding": vocabulary if tied else self.quantize_embeddings,
+            "other": False,
+        }[weight.role]
+
+
+class Packed(NamedTuple):
+    """The bytes of one packed weight, or of several."""
+
+    codes: int = 0
+    scales: int = 0
+    scale_codes: int = 0
+    nested_scales: int = 0
+    offsets: int = 0
+
+    @classmethod
+    def of(cls, numel: int, block_size: int, *, double_quant: bool) -> "Packed":
+        """Return the bytes of a weight of ``numel`` elements."""
+        blocks = -(-numel // block_size)
+        if not double_quant:
+            return cls(codes=-(-numel // 2), scales=4 * blocks)
+        return cls(-(-numel // 2), 0, blocks, 4 * -(-blocks // SCALE_BLOCK), 4)
+
+    def plus(self, other: "Packed") -> "Packed":
+        """Return the bytes of both."""
+        return Packed(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is to be run, as far as memory and time depend on it.
+
+    Attributes:
+        holding: How the base is held.
+        rank: Of the adapters.
+        targets: Ends of the names of the linears that get one; empty for all.
+        batch: Examples of a micro-batch.
+        length: Tokens of an example.
+        micro_batches: Micro-batches of an optimizer step.
+        optimizer: Which AdamW.
+        fused: Whether layers are run by ``model.layer``, where it knows them.
+        device: ``cuda`` or ``cpu``.
+        dial: What is kept for backward.
+    """
+
+    holding: Holding = field(default_factory=Holding)
+    rank: int = 16
+    targets: tuple[str, ...] = ()
+    batch: int = 1
+    length: int = 1024
+    micro_batches: int = 1
+    optimizer: OptimizerMode = "adamw"
+    fused: bool = True
+    device: str = "cuda"
+    dial: Dial = field(default_factory=Dial)
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.batch * self.length
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an optimizer step."""
+        return self.micro_tokens * self.micro_batches
+
+    def adapted(self, shape: ModelShape) -> list[Weight]:
+        """Return the linears that get an adapter."""
+        return [
+            weight
+            for weight in shape.linears()
+            if not self.targets
+            or any(weight.name.endswith(f".{target}.weight") for target in self.targets)
+        ]
+
+    def layer(self, shape: ModelShape) -> LayerActivations:
+        """Return what one layer keeps."""
+        ranks = self.rank * len(self.adapted(shape)) // max(1, shape.layers)
+        fused = self.fused and shape.fusable
+        on_gpu = self.device == "cuda"
+        return LayerActivations(shape, self.holding.itemsize, ranks, fused, on_gpu)
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What a run holds.
+
+    Attributes:
+        lines: What is resident all through training, by name.
+        scratch: The decoded weights of one layer.
+        kept: What all layers keep on the card for backward.
+        backward: What a layer's backward has beside it.
+        loss: What the loss has beside it.
+        overhead: What is in no tensor.
+        load_peak: The highest number of bytes while the base is read.
+        waiting: What waits on the host for backward.
+    """
+
+    lines: tuple[Line, ...]
+    scratch: int
+    kept: int
+    backward: int
+    loss: int
+    overhead: int
+    load_peak: int
+    waiting: int
+
+    def total(self, group: str) -> int:
+        """Return the bytes of a group of lines."""
+        return sum(line.nbytes for line in self.lines if line.group == group)
+
+    @property
+    def base(self) -> int:
+        """The frozen model."""
+        return self.total("base")
+
+    @property
+    def on_host(self) -> int:
+        """What is in page-locked host memory."""
+        return self.total("host") + self.waiting
+
+    @property
+    def resident(self) -> int:
+        """What is there from the first step on, between steps."""
+        return self.base + self.total("trained") + self.overhead
+
+    @property
+    def peak(self) -> int:
+        """The most there is at once: in training, or while loading."""
+        step = self.scratch + self.kept + max(self.backward, self.loss)
+        return max(self.resident + step, self.load_peak + self.overhead)
+
+    def all_lines(self) -> list[Line]:
+        """Return the resident lines, and those of a step."""
+        step = {
+            "one layer's weights, decoded": self.scratch,
+            "kept for backward": self.kept,
+            "a layer's backward": self.backward,
+            "the loss (not at the same time)": self.loss,
+        }
+        return [*self.lines, *(Line("step", name, nbytes) for name, nbytes in step.items())]
+
+
+def held(weight: Weight, shape: ModelShape, holding: Holding) -> Packed | int:
+    """Return the bytes of a base weight: packed, or as it is."""
+    if holding.packs(weight, tied=shape.tied):
+        return Packed.of(weight.numel, holding.block_size, double_quant=holding.double_quant)
+    return weight.numel * holding.itemsize
+
+
+def _base(shape: ModelShape, holding: Holding) -> list[Line]:
+    packed, small = Packed(), 0
+    plain: list[Line] = []
+    dtype = {2: "bf16", 4: "float32"}[holding.itemsize]
+    linears = 0
+    for weight in shape.weights:
+        bytes_ = held(weight, shape, holding)
+        if isinstance(bytes_, Packed):
+            packed = packed.plus(bytes_)
+        elif len(weight.shape) < 2:
+            small += bytes_
+        elif weight.role == "linear" and holding.quant == "none":
+            linears += bytes_
+        else:
+            plain.append(Line("base", f"{weight.name}, {dtype}", bytes_))
+    lines = [
+        Line("base", name.replace("_", " "), nbytes)
+        for name, nbytes in packed._asdict().items()
+        if nbytes
+    ]
+    if linears:
+        lines.append(Line("base", f"linear layers, {dtype}", linears))
+    if small:
+        plain.append(Line("base", f"norms and biases, {dtype}", small))
+    return [*lines, *plain]
+
+
+def _state(numels: list[int], optimizer: OptimizerMode) -> int:
+    """Return the bytes of AdamW's two moments of tensors of ``numels`` elements."""
+    if not optimizer.endswith("8bit"):
+        return sum(8 * n for n in numels)
+    small = sum(8 * n for n in numels if n < SMALLEST_8BIT)
+    return small + sum(2 * (n + 4 * -(-n // STATE_BLOCK)) for n in numels if n >= SMALLEST_8BIT)
+
+
+def _trained(shape: ModelShape, run: Run) -> list[Line]:
+    numels = [run.rank * side for weight in run.adapted(shape) for side in weight.shape]
+    count = sum(numels)
+    name = f"AdamW's moments, {'8' if run.optimizer.endswith('8bit') else '32'} bits"
+    # What pages is on the host whenever memory is short, which is when it counts.
+    pages = run.optimizer.startswith("paged") and run.device == "cuda"
+    return [
+        Line("trained", f"adapters, {count / 1e6:.1f} M in float32", 4 * count),
+        Line("trained", "their gradients, float32", 4 * count),
+        Line("host" if pages else "trained", name, _state(numels, run.optimizer)),
+    ]
+
+
+def _scratch(shape: ModelShape, run: Run) -> int:
+    if run.holding.quant == "none":
+        return 0
+    sizes: dict[int | None, int] = {}
+    for weight in shape.linears():
+        if weight.layer is not None and weight.packs:
+            sizes[weight.layer] = sizes.get(weight.layer, 0) + weight.numel * run.holding.itemsize
+    return max(sizes.values(), default=0)
+
+
+def _loss(shape: ModelShape, run: Run) -> int:
+    """Return what the loss of one micro-batch takes, each position supervised."""
+    e, tokens = run.holding.itemsize, run.micro_tokens
+    rows = min(tokens, max(16, LOGITS[run.device] // (4 * shape.vocabulary)))
+    # A chunk of float32 logits and, at its highest, a copy of it: what logsumexp sums.
+    chunk = 2 * 4 * rows * shape.vocabulary
+    # Supervised rows of the stream, their norm, and the gradient, beside the stream itself.
+    return chunk + 4 * tokens * e * shape.hidden
+
+
+def _load_peak(shape: ModelShape, holding: Holding) -> int:
+    placed = peak = 0
+    for weight in shape.weights:
+        bytes_ = held(weight, shape, holding)
+        becomes = sum(bytes_) if isinstance(bytes_, Packed) else bytes_
+        # A tensor that is kept in the dtype it comes in is the one that came.
+        came = weight.numel * 2 if weight.stored is None else weight.stored
+        flight = max(came, becomes) if isinstance(bytes_, int) else came + becomes
+        peak = max(peak, placed + flight)
+        placed += becomes
+    return peak
+
+
+def ledger(shape: ModelShape, run: Run) -> Ledger:
+    """Return what ``run`` of a model of this shape will hold."""
+    layer = run.layer(shape)
+    return Ledger(
+        lines=(*_base(shape, run.holding), *_trained(shape, run)),
+        scratch=_scratch(shape, run),
+        kept=kept_bytes(layer, run.dial, run.tokens),
+        backward=backward_bytes(layer, run.dial, run.tokens, run.micro_tokens),
+        loss=_loss(shape, run),
+        overhead=int(OVERHEAD[run.device]),
+        load_peak=_load_peak(shape, run.holding),
+        waiting=host_bytes(layer, run.dial, run.tokens),
+    )
+
+
+def fitted(shape: ModelShape, run: Run, budget: float, *, offload: bool = False) -> Run | None:
+    """Return ``run`` with the dial that keeps most within ``budget`` bytes; None if none fits.
+
+    Args:
+        shape: The model.
+        run: Its own dial is not looked at.
+        budget: Bytes.
+        offload: Whether inputs of layers that are run again wait on the host.
+    """
+
+    def turned(saved: int) -> Run:
+        return replace(run, dial=Dial(saved, shape.layers - saved if offload else 0))
+
+    best = largest(lambda saved: ledger(shape, turned(saved)).peak <= budget, 0, shape.layers)
+    return None if best is None else turned(best)
+
+
+def largest(fits: Callable[[int], bool], low: int, high: int) -> int | None:
+    """Return the largest number that fits, or None; what is smaller than one that does must too."""
+    if not fits(low):
+        return None
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
