@@ -72,7 +72,7 @@ def test_a_model_of_files_has_these_bytes_once_it_is_loaded(
     files = {p.name: (p.nbytes, p.packed) for p in source.parameters}
     shape = shape_of(source.skeleton, "tiny", files=files)
     assert base_bytes(shape, recipe) == load_base(source, recipe).audit.total_bytes
-    assert sum(weight.stored or 0 for weight in shape.weights) == source.total_bytes
+    assert sum(weight.comes or 0 for weight in shape.weights) == source.total_bytes
 
 
 def test_a_packed_model_has_these_bytes_and_what_it_holds_plain_stays_plain(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from halfbyte import __version__
 from halfbyte.errors import ConfigError, HalfbyteError, UserError
 
 VERBS = {
+    "plan": "bytes and seconds of a run, before anything is downloaded; LoRA or QLoRA",
     "train": "fine-tune a model on your data",
     "eval": "loss, perplexity and exact-match accuracy on a data file",
     "generate": "answer one prompt",

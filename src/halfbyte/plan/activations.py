@@ -116,7 +116,7 @@ class Dial:
         if self.saved == layers:
             return "all kept"
         if self.offloaded:
-            return "inputs to host" + (f", {self.saved} kept" if self.saved else "")
+            return f"{self.saved} kept + host" if self.saved else "on the host"
         return f"{self.saved} of {layers} kept" if self.saved else "all run again"
 
 

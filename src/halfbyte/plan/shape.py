@@ -49,7 +49,7 @@ class Weight(NamedTuple):
         role: A linear layer's matrix, the output head's, the embedding's, or anything else.
         layer: The decoder layer it belongs to, or None.
         packs: Whether it is packed where weights of its role are.
-        stored: The bytes it takes in the files, or None if there are none.
+        comes: The bytes it takes as it comes out of the files, or None if there are none.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Weight(NamedTuple):
     role: Role
     layer: int | None
     packs: bool = True
-    stored: int | None = None
+    comes: int | None = None
 
     @property
     def numel(self) -> int:
@@ -168,8 +168,8 @@ def shape_of(
     Args:
         model: A causal language model; not changed.
         name: What to call it.
-        files: Of each parameter in the files, in their order, the bytes it takes there and whether
-            it is packed in 4 bits.
+        files: Of each parameter in the files, in their order, the bytes it takes as it comes out of
+            them and whether it is packed in 4 bits.
 
     Raises:
         ConfigError: If it does not say how wide it is.
@@ -194,12 +194,12 @@ def shape_of(
     packed = any(is_packed for _, is_packed in (files or {}).values())
     weights = []
     for path, shape in shapes.items():
-        stored, is_packed = (files or {}).get(path, (None, False))
+        comes, is_packed = (files or {}).get(path, (None, False))
         numbers = [part for part in path.split(".") if part.isdecimal()]
         role = roles.get(path, "other")
         packs = role != "linear" or is_packed or not packed
         weights.append(
-            Weight(path, shape, role, int(numbers[0]) if numbers else None, packs, stored)
+            Weight(path, shape, role, int(numbers[0]) if numbers else None, packs, comes)
         )
     out = {path.rsplit(".", 2)[-2]: shape[0] for path, shape in shapes.items() if len(shape) == 2}
     try:

@@ -73,7 +73,8 @@ def columns(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table with a head, numbers to the right."""
     shown = Table(box=None, padding=(0, 2), header_style="dim")
     for number, head in enumerate(heads):
-        shown.add_column(head, justify="right" if number else "left")
+        # Names stay on one line, and where it is narrow, values break.
+        shown.add_column(head, justify="right" if number else "left", no_wrap=not number)
     for row in rows:
         shown.add_row(*row)
     _console().print(shown)

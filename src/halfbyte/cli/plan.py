@@ -1,0 +1,258 @@
+"""``halfbyte plan``: bytes and seconds of a run before anything is downloaded; LoRA or QLoRA."""
+
+import math
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+
+from halfbyte.cli.options import Verb, results
+from halfbyte.train.config import Options, parse_bytes, parse_names
+
+if TYPE_CHECKING:
+    from halfbyte.plan.advice import Way
+    from halfbyte.plan.ledger import Holding
+    from halfbyte.plan.shape import ModelShape
+    from halfbyte.plan.speed import Card
+
+
+class PlanOptions(Options):
+    """What would be trained, and where."""
+
+    model: str | None = Field(
+        None,
+        min_length=1,
+        description="base model: a directory (config.json alone will do), a .gguf file, or a hub "
+        "id, of which only config.json and the headers are fetched",
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    shape: str | None = Field(
+        None,
+        min_length=1,
+        description="instead of a model: llama2-7b, llama3-8b, qwen3-8b …, or fields of a "
+        "config.json (model_type=llama,hidden_size=2048,…)",
+    )
+    quant: Literal["nf4", "fp4"] = Field("nf4", description="4-bit type of QLoRA's base")
+    double_quant: bool = Field(True, description="quantise the scales once more")
+    block_size: int = Field(64, ge=32, le=4096, description="weights that share a scale")
+
+    card: str | None = Field(
+        None,
+        description="t4, 3090, 4090, l4, a10, a100-40, a100-80, h100, h200, b200, or this-machine, "
+        "which is measured (default)",
+    )
+    gpu_memory: Annotated[PositiveInt | None, BeforeValidator(parse_bytes)] = Field(
+        None, description="memory there is, such as 24GB (default: the card's)"
+    )
+
+    lora_r: PositiveInt = Field(16, description="rank of the adapters")
+    target_modules: Annotated[tuple[str, ...], BeforeValidator(parse_names)] = Field(
+        (), description="names of the linears that get an adapter (default: all)"
+    )
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = Field(
+        "adamw", description="optimizer"
+    )
+    batch_size: PositiveInt = Field(1, description="examples that go through the model together")
+    gradient_accumulation_steps: PositiveInt = Field(8, description="batches in an optimizer step")
+    max_length: int = Field(1024, ge=2, description="tokens of an example")
+
+    sections: ClassVar[dict[str, str]] = {
+        "model": "the base model",
+        "card": "the machine",
+        "lora_r": "the run",
+    }
+
+    @model_validator(mode="after")
+    def _one_model(self) -> Self:
+        if (self.model is None) == (self.shape is None):
+            raise ValueError("give either `model` or `shape`")
+        return self
+
+
+VERB = Verb(
+    "plan",
+    PlanOptions,
+    about="What a run will take, in bytes and seconds, before anything is downloaded: 16-bit LoRA "
+    "and QLoRA side by side, which fit, what is the longest sequence, the largest batch and the "
+    "largest model that do, and which to take.",
+    example="halfbyte plan --model meta-llama/Llama-2-7b-hf --gpu-memory 24GB",
+    positional=("model",),
+)
+
+
+def main(argv: list[str]) -> None:
+    """Run the verb."""
+    options, notes, as_json = VERB.read(argv)
+
+    from halfbyte.plan.advice import advice, ways
+    from halfbyte.plan.ledger import Holding, Run
+    from halfbyte.report import open_report
+
+    with results(as_json=as_json) as result, open_report() as report:
+        for note in notes:
+            report.note(note)
+        card = _card(options)
+        if options.card is None and not card.measured:
+            report.note(f"seconds are those of {card.name}; --card names another")
+        holding = Holding(
+            options.quant, options.double_quant, options.block_size, itemsize=card.itemsize
+        )
+        shape, holding = _shape(options, holding)
+        memory = float(options.gpu_memory or card.memory)
+        run = Run(
+            holding,
+            options.lora_r,
+            options.target_modules,
+            options.batch_size,
+            options.max_length,
+            options.gradient_accumulation_steps,
+            options.optim,
+            fused=card.device == "cuda",
+            device=card.device,
+        )
+        found = ways(shape, run, card, memory)
+        told = advice(found, memory)
+        _show(shape, found, card, memory, told)
+        result |= {
+            "model": shape.name,
+            "parameters": shape.parameters,
+            "card": card._asdict(),
+            "memory_bytes": int(memory),
+            "tokens_per_step": run.tokens,
+            "ways": [_as_json(way) for way in found],
+            "advice": told,
+        }
+
+
+def _card(options: PlanOptions) -> "Card":
+    import torch
+
+    from halfbyte.plan.speed import CARDS, HERE, card_named
+
+    if options.card is not None:
+        return card_named(options.card)
+    if options.gpu_memory is None or torch.cuda.is_available():
+        return card_named(HERE)
+    wanted = float(options.gpu_memory)
+    return min(CARDS.values(), key=lambda card: abs(card.memory - wanted))
+
+
+def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Holding"]:
+    """Return the model's shape, and how it is held: what is packed already stays as it is."""
+    import torch
+    from transformers import AutoConfig
+
+    from halfbyte.checkpoint.base_model import open_base
+    from halfbyte.checkpoint.hub_headers import fetch_headers
+    from halfbyte.checkpoint.source import foreign_reader
+    from halfbyte.model.build import BaseRecipe
+    from halfbyte.plan.ledger import Holding
+    from halfbyte.plan.shape import config_of, shape_of, shape_of_config
+
+    if options.shape is not None:
+        return shape_of_config(config_of(options.shape), options.shape), holding
+    assert options.model is not None
+    path = Path(options.model).expanduser()
+    with tempfile.TemporaryDirectory() as directory:
+        if not path.exists():
+            path = Path(directory)
+            fetch_headers(options.model, path, revision=options.revision)
+        elif path.is_dir() and not any(path.glob("*.safetensors")) and not any(path.glob("*.gguf")):
+            with foreign_reader(f"{path}: transformers cannot read config.json"):
+                config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            return shape_of_config(config, options.model), holding
+        source = open_base(path)
+        files = {
+            p.name: (p.nbytes if p.packed else math.prod(p.shape) * p.dtype.itemsize, p.packed)
+            for p in source.parameters
+        }
+        shape = shape_of(source.skeleton, options.model, files=files)
+        dtype = torch.bfloat16 if holding.itemsize == 2 else torch.float32
+        recipe = BaseRecipe(options.quant, options.double_quant, options.block_size, dtype)
+        return shape, Holding.of(source.fitted(recipe))
+
+
+def _gb(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.2f}"
+
+
+def _time(seconds: float) -> str:
+    from halfbyte.report.live import duration
+
+    return duration(seconds) if seconds >= 1 else f"{1000 * seconds:.0f} ms"
+
+
+def _count(number: float) -> str:
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
+
+
+def _show(shape: "ModelShape", found: list["Way"], card: "Card", memory: float, told: str) -> None:
+    from halfbyte.report import show
+
+    run = found[0].run
+    show.heading(f"{shape.name}: {_count(shape.parameters)} parameters")
+    shown = found[1]
+    show.paragraph(f"{shown.name}, in bytes:")
+    show.columns(
+        ["", "bytes", "GB"],
+        [(line.name, f"{line.nbytes:,}", _gb(line.nbytes)) for line in shown.ledger.all_lines()],
+    )
+    show.heading(
+        f"{run.micro_batches} x {run.batch} x {run.length:,} tokens a step on {card.name}, "
+        f"{memory / 1e9:.1f} GB"
+    )
+    rows: dict[str, list[str]] = {
+        "fits": ["yes" if way.fits else "no" for way in found],
+        "base, GB": [_gb(way.ledger.base) for way in found],
+        "trained, GB": [_gb(way.ledger.total("trained")) for way in found],
+        "load peak, GB": [_gb(way.ledger.load_peak) for way in found],
+        "least, GB": [_gb(way.least) for way in found],
+        "peak, GB": [_gb(way.ledger.peak) for way in found],
+        "host, GB": [_gb(way.ledger.on_host) for way in found],
+        "activations": [way.run.dial.line(shape.layers) for way in found],
+        "a step": [_time(way.seconds.total) for way in found],
+        "tokens/s": [f"{way.run.tokens / way.seconds.total:,.0f}" for way in found],
+        "longest sequence": [f"{way.longest:,}" if way.longest else "–" for way in found],
+        "largest batch": [f"{way.most:,}" if way.most else "–" for way in found],
+        "largest model": [_count(way.parameters) for way in found],
+    }
+    if not any(way.ledger.on_host for way in found):
+        del rows["host, GB"]
+    show.columns(["", *(way.name for way in found)], [(name, *row) for name, row in rows.items()])
+    show.paragraph(
+        "Trained: adapters, gradients and moments. Least: with every layer run again in backward. "
+        "Longest and largest are for one micro-batch and every layer run again; the largest model "
+        "is one of this model's proportions. Speeds "
+        + ("were measured here." if card.measured else "follow from the maker's figures.")
+    )
+    if any(way.seconds.launching == way.seconds.total for way in found):
+        show.paragraph("Where a step is short, it is Python's launching that takes the time.")
+    if shape.positions and any((way.longest or 0) > shape.positions for way in found):
+        show.paragraph(f"The model itself was made for sequences of up to {shape.positions:,}.")
+    show.heading("Advice")
+    show.paragraph(told)
+
+
+def _as_json(way: "Way") -> dict[str, Any]:
+    entries = way.ledger
+    return {
+        "name": way.name,
+        "fits": way.fits,
+        "holding": way.run.holding.__dict__,
+        "saved_layers": way.run.dial.saved,
+        "offloaded_layers": way.run.dial.offloaded,
+        "ledger": [line._asdict() for line in entries.all_lines()],
+        "base_bytes": entries.base,
+        "resident_bytes": entries.resident,
+        "load_peak_bytes": entries.load_peak,
+        "least_peak_bytes": way.least,
+        "peak_bytes": entries.peak,
+        "host_bytes": entries.on_host,
+        "seconds_per_step": way.seconds.total,
+        "seconds": way.seconds._asdict(),
+        "tokens_per_second": way.run.tokens / way.seconds.total,
+        "longest_sequence": way.longest,
+        "largest_batch": way.most,
+        "largest_model_parameters": int(way.parameters),
+    }

@@ -1,0 +1,175 @@
+"""LoRA or QLoRA, and how: the ways to train a model on a card, what each costs, and which to take.
+
+Every way is given the dial that keeps most activations within the card's memory; where even running
+every layer again does not fit, it does not fit. The advice prefers what changes the model least: a
+16-bit base, then 4 bits, then what is slower (offloading), then what costs quality (a packed head).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from halfbyte.plan.activations import Dial
+from halfbyte.plan.ledger import Holding, Ledger, Run, fitted, largest, ledger, nbytes_of
+from halfbyte.plan.shape import ModelShape
+from halfbyte.plan.speed import Card, Seconds, step_seconds
+
+# Of a card's memory, what is not there for tensors: the CUDA context, and what torch's allocator
+# reserves beyond what it hands out (0.2 GB after loading a 7B: 2026-11-24_gpu_load.json).
+CONTEXT = 0.6e9
+RESERVED_SHARE = 0.02
+
+# Steps that differ by less take the same time: predictions are no better.
+_SAME_TIME = 0.03
+_LONGEST = 2**22  # tokens
+_MOST = 2**16  # examples
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train.
+
+    Attributes:
+        name: Its name.
+        run: The run, its dial turned to what fits; every layer run again if nothing does.
+        fits: Whether it fits.
+        ledger: What it holds.
+        least: The peak of training with every layer run again.
+        seconds: Where its step's time goes.
+        longest: Tokens of the longest single sequence that fits; None if not even one does.
+        most: The largest micro-batch of the length asked for that fits.
+        parameters: How large a model of this family's proportions may be, with every layer run
+            again and the batch asked for.
+    """
+
+    name: str
+    run: Run
+    fits: bool
+    ledger: Ledger
+    least: int
+    seconds: Seconds
+    longest: int | None
+    most: int | None
+    parameters: float
+
+
+def usable(memory: float, device: str) -> float:
+    """Return the bytes of ``memory`` that tensors may take."""
+    return memory * (1 - RESERVED_SHARE) - CONTEXT if device == "cuda" else memory
+
+
+def ways(shape: ModelShape, run: Run, card: Card, memory: float) -> list[Way]:
+    """Return the ways to train, side by side.
+
+    Args:
+        shape: The model.
+        run: The batch, the adapters and the optimizer; how 4-bit weights would be held.
+        card: Where.
+        memory: Its bytes.
+    """
+    budget = usable(memory, card.device)
+    qlora = run.holding
+    plain = Holding("none", itemsize=qlora.itemsize)
+    given = [(f"{8 * qlora.itemsize}-bit LoRA", plain, False), ("QLoRA", qlora, False)]
+    if card.device == "cuda":
+        given.append(("QLoRA + offload", qlora, True))
+    if shape.vocabulary_packs:
+        packed = replace(
+            qlora, quantize_head=True, quantize_embeddings=shape.tied or qlora.quantize_embeddings
+        )
+        given.append(("QLoRA + 4-bit head", packed, False))
+    return [
+        _way(name, shape, replace(run, holding=holding), card, budget, offload)
+        for name, holding, offload in given
+    ]
+
+
+def _way(name: str, shape: ModelShape, run: Run, card: Card, budget: float, offload: bool) -> Way:
+    least = replace(run, dial=Dial(0, shape.layers if offload else 0))
+    best = fitted(shape, run, budget, offload=offload)
+    chosen = best or least
+
+    def fits(batch: int, length: int) -> bool:
+        one = replace(least, batch=batch, length=length, micro_batches=1)
+        return ledger(shape, one).peak <= budget
+
+    return Way(
+        name=name,
+        run=chosen,
+        fits=best is not None,
+        ledger=ledger(shape, chosen),
+        least=ledger(shape, least).peak,
+        seconds=step_seconds(shape, chosen, card),
+        longest=largest(lambda length: fits(1, length), 1, _LONGEST),
+        most=largest(lambda batch: fits(batch, run.length), 1, _MOST),
+        parameters=_largest_model(shape, least, budget),
+    )
+
+
+def _largest_model(shape: ModelShape, run: Run, budget: float) -> float:
+    """Return the parameters of the largest model of these proportions that fits.
+
+    Its widths and its depth grow alike, by s. So linear layers grow by s³, what is per layer and
+    width (adapters, inputs, one layer's weights) by s², and rows of the vocabulary by s.
+    """
+    entries = ledger(shape, run)
+    vocabulary = [weight for weight in shape.weights if weight.role in ("head", "embedding")]
+    numel = shape.parameters - sum(weight.numel for weight in vocabulary)
+    rows = sum(nbytes_of(weight, shape, run.holding) for weight in vocabulary)
+    squares = entries.total("trained") + entries.scratch + entries.kept
+    beside = rows + max(entries.backward, entries.loss)
+
+    def fits(percent: int) -> bool:
+        s = percent / 100
+        cubes = entries.base - rows
+        return cubes * s**3 + squares * s**2 + beside * s + entries.overhead <= budget
+
+    s = (largest(fits, 1, 10_000) or 0) / 100
+    return numel * s**3 + (shape.parameters - numel) * s
+
+
+def advice(found: Sequence[Way], memory: float) -> str:
+    """Return which way to take, and why, in a sentence or two."""
+    named = {way.name: way for way in found}
+    plain, qlora = found[0], named["QLoRA"]
+    if plain.fits and qlora.fits:
+        ratio = plain.seconds.total / qlora.seconds.total - 1
+        peaks = f"{plain.ledger.peak / 1e9:.1f} of {memory / 1e9:.3g} GB"
+        if ratio <= _SAME_TIME:
+            slower = -ratio / (1 + ratio)
+            why = (
+                f"QLoRA would take {100 * slower:.0f} % longer"
+                if slower > _SAME_TIME
+                else "QLoRA would be no faster"
+            )
+            return (
+                f"Take {plain.name} (--quant none): it fits, with {peaks}, its base is exact, and "
+                f"{why}. QLoRA would do with {qlora.ledger.peak / 1e9:.1f} GB."
+            )
+        return (
+            f"Take QLoRA (--quant {qlora.run.holding.quant}): {plain.name} fits too, with {peaks}, "
+            f"but has to run more layers again in backward, and its step takes {100 * ratio:.0f} % "
+            "longer."
+        )
+    need = f"{plain.name} would need {plain.ledger.peak / 1e9:.1f} GB of {memory / 1e9:.3g}"
+    if qlora.fits:
+        return (
+            f"Take QLoRA (--quant {qlora.run.holding.quant}): {need}; QLoRA needs "
+            f"{qlora.ledger.peak / 1e9:.1f} GB."
+        )
+    for way in found[2:]:
+        if way.fits:
+            return (
+                f"Take {way.name}: {need}, QLoRA alone {qlora.ledger.peak / 1e9:.1f} GB; this one "
+                f"needs {way.ledger.peak / 1e9:.1f} GB."
+            )
+    best = min(found, key=lambda way: way.ledger.peak)
+    instead = (
+        f"A sequence of {best.longest:,} tokens would fit; lower batch_size, "
+        "gradient_accumulation_steps or max_length."
+        if best.longest
+        else "Take a smaller model or a larger card."
+    )
+    return (
+        f"Nothing fits: {need}, and the smallest way, {best.name}, "
+        f"{best.ledger.peak / 1e9:.1f} GB. {instead}"
+    )

@@ -1,0 +1,238 @@
+"""Seconds of an optimizer step: a roofline, with the shares of it that were measured.
+
+A step is matrix products, which take the time of their operations, and everything else, which
+takes the time of its bytes. With P weights in linear layers, N tokens a step, and a the part of the
+layers that is run again in backward:
+
+    products     2·P·N·(2 + a)           forward, the input's gradient, and forward again;
+                                         a frozen weight has no gradient of its own
+    head         2·V·H·N·2
+    attention    2·T·Q·N a layer         forward, causal; backward takes 2.5 times that
+    decoding     2·(packed + decoded)    bytes: once a direction and step for all micro-batches
+    elementwise  (6 + 2·a)·kept          bytes: what is kept is written and read in forward, and in
+                                         backward read beside its gradients; adapters read and write
+                                         as much as is kept of them
+    optimizer    12 + 2·moments          bytes a trained parameter
+
+Layers on the host are fetched while others compute; only what takes longer than that counts. On a
+GPU the kernels have to be launched, too: where Python is slower than the card, it is the host's
+time that counts.
+
+Shares. On an H100 the bare products of a Llama-2-7B layer reach 688 of 989 TFLOP/s at 8192 tokens,
+at the card's power limit (benchmarks/results/2026-11-24_gpu_linear.json), and a copy moves 3.02 of
+3.35 TB/s. Other cards are taken to reach the same shares, which was not measured.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from halfbyte.errors import ConfigError
+from halfbyte.plan.ledger import Packed, Run, held
+from halfbyte.plan.shape import ModelShape
+
+PRODUCT_SHARE = 688 / 989
+COPY_SHARE = 3.02 / 3.35
+# Attention's products are small, and softmax is between them.
+ATTENTION_SHARE = 0.5
+# A processor's step against its own products of 1024x1024x1024: cpu_step.json, "halfbyte-nf4-bf16".
+CPU_SHARE = 0.8
+
+# Seconds in which Python launches a layer's forward, rerun and backward for one micro-batch:
+# 3441 ms for 16 micro-batches and 32 layers, on the host of an H100, without CUDA graphs.
+LAUNCH_SECONDS = 3.441 / 16 / 32
+
+
+class Card(NamedTuple):
+    """A device.
+
+    Attributes:
+        name: Its name.
+        memory: Bytes a process finds.
+        flops: Operations a second that its products reach in the dtype it trains in.
+        bandwidth: Bytes a second that a copy reads and writes.
+        link: Bytes a second to and from the host.
+        itemsize: Bytes of that dtype: 4 where there are no bfloat16 units.
+        device: ``cuda`` or ``cpu``.
+        measured: Whether these were measured, here and now.
+    """
+
+    name: str
+    memory: float
+    flops: float
+    bandwidth: float
+    link: float
+    itemsize: int = 2
+    device: str = "cuda"
+    measured: bool = False
+
+
+def _of_table(
+    name: str,
+    gigabytes: float,
+    teraflops: float,
+    gigabytes_s: float,
+    link: float,
+    itemsize: int = 2,
+) -> Card:
+    return Card(
+        name,
+        gigabytes * 1e9,
+        teraflops * 1e12 * PRODUCT_SHARE,
+        gigabytes_s * 1e9 * COPY_SHARE,
+        link * 1e9,
+        itemsize,
+    )
+
+
+# The makers' figures: memory as a program finds it, dense bfloat16 products with float32 sums,
+# memory bandwidth, and what of PCIe is left for page-locked copies. The T4 has no bfloat16 units,
+# so halfbyte trains there in float32.
+CARDS = {
+    "t4": _of_table("T4", 15.6, 8.1, 320, 12, 4),
+    "3090": _of_table("RTX 3090", 25.3, 71, 936, 25),
+    "4090": _of_table("RTX 4090", 25.3, 165, 1008, 25),
+    "l4": _of_table("L4", 23.6, 121, 300, 25),
+    "a10": _of_table("A10", 23.6, 125, 600, 25),
+    "a100-40": _of_table("A100 40 GB", 42.4, 312, 1555, 25),
+    "a100-80": _of_table("A100 80 GB", 85.0, 312, 2039, 25),
+    "h100": _of_table("H100 80 GB", 85.0, 989, 3350, 55),
+    "h200": _of_table("H200", 150.0, 989, 4800, 55),
+    "b200": _of_table("B200", 191.0, 2250, 8000, 55),
+}
+HERE = "this-machine"
+
+
+def card_named(name: str) -> Card:
+    """Return a card of the table, or this machine as it is measured now.
+
+    Raises:
+        ConfigError: If there is no such card in the table.
+    """
+    key = name.lower().replace(" ", "-").removeprefix("rtx-").removesuffix("-sxm")
+    if key == HERE:
+        return measure_machine()
+    found = CARDS.get(key) or CARDS.get(key.removesuffix("-80")) or CARDS.get(f"{key}-80")
+    if found is None:
+        raise ConfigError(f"--card: expected one of {', '.join(CARDS)}, {HERE}, got {name!r}")
+    return found
+
+
+class Seconds(NamedTuple):
+    """Where a step's time goes, in seconds.
+
+    Attributes:
+        products: Of the linear layers.
+        head: Products of the output head.
+        attention: Its two products, forward and backward.
+        decoding: From 4 bits.
+        elementwise: Everything between the products, adapters included.
+        optimizer: The update.
+        waiting: For what comes from the host.
+        launching: The host's time for launching all of it; it runs beside the rest.
+    """
+
+    products: float
+    head: float
+    attention: float
+    decoding: float
+    elementwise: float
+    optimizer: float
+    waiting: float
+    launching: float
+
+    @property
+    def total(self) -> float:
+        """A step."""
+        return max(sum(self[:-1]), self.launching)
+
+
+def step_seconds(
+    shape: ModelShape, run: Run, card: Card, *, launch: float = LAUNCH_SECONDS
+) -> Seconds:
+    """Return where the time of one optimizer step goes.
+
+    Args:
+        shape: The model.
+        run: The step; its dial says how many layers are run again.
+        card: Where.
+        launch: Seconds of the host for a layer and micro-batch; 0 with CUDA graphs.
+    """
+    tokens, layer, e = run.tokens, run.layer(shape), run.holding.itemsize
+    again = 1 - run.dial.saved / max(1, shape.layers)
+    linears = shape.linears()
+    numel = sum(weight.numel for weight in linears)
+    packed = [held(weight, shape, run.holding) for weight in linears]
+    decoded = [
+        sum(size) + weight.numel * e
+        for weight, size in zip(linears, packed, strict=True)
+        if isinstance(size, Packed)
+    ]
+    kept = sum(layer.kept().values())
+    adapters = e * sum(sum(weight.shape) for weight in run.adapted(shape)) / max(1, shape.layers)
+    forward = 2 * run.length * shape.query * tokens * shape.layers
+    trained = sum(run.rank * sum(weight.shape) for weight in run.adapted(shape))
+    state = 2 if run.optimizer.endswith("8bit") else 8
+    parts = Seconds(
+        products=2 * numel * tokens * (2 + again) / card.flops,
+        head=4 * shape.vocabulary * shape.hidden * tokens / card.flops,
+        attention=forward * (1 + 2.5 + again) / (card.flops * ATTENTION_SHARE),
+        decoding=2 * sum(decoded) / card.bandwidth,
+        elementwise=shape.layers
+        * tokens
+        * ((6 + 2 * again) * kept + (2 + again) * adapters)
+        / card.bandwidth,
+        optimizer=trained * (12 + 2 * state) / card.bandwidth,
+        waiting=0.0,
+        launching=launch * shape.layers * run.micro_batches if card.device == "cuda" else 0.0,
+    )
+    # Out in forward and back in backward, beside the products of either.
+    moved = 2 * tokens * run.dial.offloaded * layer.input / card.link
+    return parts._replace(waiting=max(0.0, moved - parts.total))
+
+
+def measure_machine() -> Card:
+    """Return this machine: products and a copy timed for a second or so."""
+    import os
+
+    import torch
+
+    from halfbyte.model.precision import choose_device_and_dtype
+
+    device, dtype, _ = choose_device_and_dtype("auto", "auto")
+    on_gpu = device == "cuda"
+    size, count = (8192, 2**28) if on_gpu else (1024, 2**24)
+    from halfbyte.matmul import product
+
+    one = torch.randn(size, size).to(device, dtype)
+    flops = 2 * size**3 / _fastest(lambda: product(one, one), on_gpu)
+    here = torch.zeros(count, dtype=torch.float32, device=device)
+    there = torch.empty_like(here)
+    bandwidth = 2 * here.nbytes / _fastest(lambda: there.copy_(here), on_gpu)
+    link = bandwidth
+    if on_gpu:
+        host = torch.empty(count // 4, dtype=torch.float32, pin_memory=True)
+        link = host.nbytes / _fastest(lambda: host.copy_(here[: count // 4]), on_gpu)
+    memory = (
+        float(torch.cuda.mem_get_info()[0])
+        if on_gpu
+        else float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    )
+    name = torch.cuda.get_device_name() if on_gpu else "this machine's processor"
+    share = 1.0 if on_gpu else CPU_SHARE
+    return Card(name, memory, flops * share, bandwidth, link, dtype.itemsize, device, True)
+
+
+def _fastest(work: Callable[[], object], on_gpu: bool) -> float:
+    """Return the seconds of the fastest of ten, the first two not counted."""
+    import time
+
+    import torch
+
+    times = []
+    for _ in range(12):
+        began = time.perf_counter()
+        work()
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return min(times[2:])

@@ -1,0 +1,84 @@
+"""``halfbyte plan`` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from halfbyte import cli
+from halfbyte.checkpoint.base_model import load_base
+from halfbyte.model.build import BaseRecipe
+from halfbyte.plan import speed
+from tests.tiny import write_tiny_model
+
+MACHINE = speed.Card("a machine", 8e9, 1e11, 1e10, 1e10, 4, "cpu", True)
+
+
+@pytest.fixture(autouse=True)
+def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "measure_machine", lambda: MACHINE)
+
+
+def planned(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert cli.main(["plan", *words, "--json"]) == 0
+    answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return answer
+
+
+def test_a_directory_is_planned_to_the_byte(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_tiny_model(tmp_path / "model", tied=False)
+    answer = planned(capsys, str(model))
+    ways = {way["name"]: way for way in answer["ways"]}
+    assert list(ways) == ["32-bit LoRA", "QLoRA", "QLoRA + 4-bit head"]
+    for name, recipe in {
+        "32-bit LoRA": BaseRecipe("none"),
+        "QLoRA": BaseRecipe(),
+        "QLoRA + 4-bit head": BaseRecipe(quantize_head=True),
+    }.items():
+        assert ways[name]["base_bytes"] == load_base(model, recipe).audit.total_bytes
+        lines = [line for line in ways[name]["ledger"] if line["group"] == "base"]
+        assert sum(line["nbytes"] for line in lines) == ways[name]["base_bytes"]
+    assert answer["advice"].startswith("Take 32-bit LoRA")
+
+
+def test_config_json_alone_will_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2).save_pretrained(
+        tmp_path
+    )
+    by_config = planned(capsys, "--model", str(tmp_path))
+    fields = "hidden_size=64,intermediate_size=128,num_hidden_layers=2"
+    by_shape = planned(capsys, "--shape", fields)
+    assert by_config["ways"] == by_shape["ways"]
+
+
+def test_a_person_reads_a_table_and_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--shape", "llama2-7b", "--gpu-memory", "16GB"]) == 0
+    told = capsys.readouterr()
+    assert "seconds are those of T4; --card names another" in " ".join(told.err.split())
+    assert "3,238,002,688" in told.out
+    assert "longest sequence" in told.out
+    assert "Take QLoRA (--quant nf4)" in told.out
+    assert max(len(line) for line in told.out.splitlines()) <= 80
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "give either `model` or `shape`"),
+        (["here", "--shape", "llama2-7b"], "give either `model` or `shape`"),
+        (["--shape", "llama2-7b", "--card", "abacus"], "--card: expected one of"),
+        (["--shape", "llama2-7b", "--gpu-memory", "much"], "expected a size such as 16GB"),
+        (["--shape", "llama0"], "is not known"),
+    ],
+)
+def test_what_cannot_be_planned_is_told(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", *words]) == 2
+    assert says in capsys.readouterr().err

@@ -1,0 +1,164 @@
+"""The roofline, against what was measured; and the advice, where it is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from halfbyte.errors import ConfigError
+from halfbyte.plan.activations import Dial
+from halfbyte.plan.advice import Way, advice, usable, ways
+from halfbyte.plan.ledger import Holding, Run, ledger
+from halfbyte.plan.shape import ModelShape, config_of, shape_of_config
+from halfbyte.plan.speed import CARDS, Card, card_named, measure_machine, step_seconds
+
+
+@pytest.fixture(scope="module")
+def llama() -> ModelShape:
+    return shape_of_config(config_of("llama2-7b"), "llama2-7b")
+
+
+@pytest.fixture(scope="module")
+def smol() -> ModelShape:
+    return shape_of_config(config_of("smollm2-135m"), "smollm2-135m")
+
+
+@pytest.mark.parametrize(
+    ("quant", "batch", "length", "milliseconds"),
+    [
+        ("nf4", 1, 512, 58.5),
+        ("nf4", 1, 2048, 179),
+        ("nf4", 4, 2048, 671),
+        ("none", 1, 512, 48.0),
+        ("none", 1, 2048, 173),
+        ("none", 4, 2048, 684),
+    ],
+)
+def test_steps_of_a_7b_take_what_a_sketch_of_the_engine_took_on_an_h100(
+    llama: ModelShape, quant: str, batch: int, length: int, milliseconds: float
+) -> None:
+    """In one CUDA graph, fused layers, every layer run again."""
+    run = Run(Holding(quant), batch=batch, length=length)
+    predicted = step_seconds(llama, run, CARDS["h100"], launch=0).total
+    assert predicted * 1000 == pytest.approx(milliseconds, rel=0.2)
+    assert step_seconds(llama, run, CARDS["h100"]).total >= 32 * 0.006
+
+
+@pytest.mark.parametrize(
+    ("quant", "itemsize", "gigabytes"),
+    [("nf4", 2, 1.775), ("nf4", 4, 2.619), ("none", 2, 1.92), ("none", 4, 2.958)],
+)
+def test_peaks_on_a_cpu_are_those_of_four_runs(
+    smol: ModelShape, quant: str, itemsize: int, gigabytes: float
+) -> None:
+    """benchmarks/results/2026-11-24_cpu_step.json: SmolLM2-135M, 4x256 tokens, all kept."""
+    holding = Holding(quant, itemsize=itemsize)
+    run = Run(holding, batch=4, length=256, fused=False, device="cpu", dial=Dial(30))
+    assert ledger(smol, run).peak / 1e9 == pytest.approx(gigabytes, rel=0.07)
+
+
+def test_time_follows_what_is_done(llama: ModelShape) -> None:
+    def seconds(run: Run) -> Any:
+        return step_seconds(llama, run, CARDS["h100"], launch=0)
+
+    one = Run(length=2048)
+    again, kept = seconds(one), seconds(replace(one, dial=Dial(32)))
+    assert again.products == pytest.approx(1.5 * kept.products)
+    four = seconds(replace(one, micro_batches=4))
+    assert four.decoding == again.decoding  # once for all micro-batches
+    assert four.products == pytest.approx(4 * again.products)
+    away = replace(one, dial=Dial(0, 32))
+    assert seconds(away).waiting == 0
+    slow = CARDS["h100"]._replace(link=1e9)
+    assert step_seconds(llama, away, slow, launch=0).total == pytest.approx(
+        2 * 2048 * 32 * 8192 / 1e9
+    )
+
+
+def test_cards_by_name() -> None:
+    assert card_named("A100").name == "A100 80 GB"
+    assert card_named("RTX 4090").name == "RTX 4090"
+    with pytest.raises(ConfigError, match="expected one of t4, 3090"):
+        card_named("voodoo2")
+
+
+def test_this_machine_is_measured() -> None:
+    card = measure_machine()
+    assert card.measured
+    assert 1e9 < card.flops < 1e16
+    assert 1e8 < card.bandwidth < 1e14
+    assert card.memory > 1e8
+
+
+def found(shape: ModelShape, card: Card, **changes: Any) -> list[Way]:
+    return ways(shape, replace(Run(length=2048), **changes), card, card.memory)
+
+
+def test_ways_of_a_7b_on_cards_of_all_sizes(llama: ModelShape) -> None:
+    fits = {
+        name: [way.fits for way in found(llama, card, length=512)]
+        for name, card in CARDS.items()
+        if name in ("4090", "h100")
+    }
+    assert fits == {"4090": [True] * 4, "h100": [True] * 4}
+    small = CARDS["4090"]._replace(memory=8e9)
+    names = {way.name: way for way in found(llama, small)}
+    assert not names["16-bit LoRA"].fits
+    assert names["QLoRA"].fits
+    told = advice(list(names.values()), small.memory)
+    assert told.startswith("Take QLoRA (--quant nf4): 16-bit LoRA would need 15.")
+
+
+def test_lora_is_advised_where_it_fits_and_is_as_fast(llama: ModelShape) -> None:
+    card = CARDS["h200"]
+    told = advice(found(llama, card), card.memory)
+    assert told.startswith("Take 16-bit LoRA (--quant none): it fits")
+
+
+def test_qlora_is_advised_where_it_leaves_room_to_be_faster(llama: ModelShape) -> None:
+    card = CARDS["4090"]
+    told = advice(found(llama, card, micro_batches=4), card.memory)
+    assert "16-bit LoRA fits too" in told
+    assert "run more layers again" in told
+
+
+def test_offloading_is_advised_where_nothing_else_fits(llama: ModelShape) -> None:
+    card = CARDS["4090"]._replace(memory=7.5e9)
+    told = advice(found(llama, card, micro_batches=4), card.memory)
+    assert told.startswith("Take QLoRA + offload: 16-bit LoRA would need")
+
+
+def test_nothing_fits_is_said_with_what_would(llama: ModelShape) -> None:
+    tiny = CARDS["t4"]._replace(memory=3e9)
+    assert "Take a smaller model or a larger card" in advice(found(llama, tiny), 3e9)
+    short = CARDS["4090"]._replace(memory=6.5e9)
+    told = advice(found(llama, short, length=100_000), 6.5e9)
+    assert "Nothing fits" in told
+    assert "tokens would fit" in told
+
+
+def test_longest_largest_and_biggest_are_the_last_that_fit(llama: ModelShape) -> None:
+    card = CARDS["4090"]
+    budget = usable(card.memory, "cuda")
+    for way in found(llama, card):
+        dial = Dial(0, 32 if "offload" in way.name else 0)
+        run = replace(way.run, dial=dial, batch=1, micro_batches=1)
+        assert way.longest is not None
+        assert way.most is not None
+        assert ledger(llama, replace(run, length=way.longest)).peak <= budget
+        assert ledger(llama, replace(run, length=way.longest + 1)).peak > budget
+        assert ledger(llama, replace(run, batch=way.most)).peak <= budget
+        assert ledger(llama, replace(run, batch=way.most + 1)).peak > budget
+
+
+def test_the_largest_model_is_near_one_that_fits() -> None:
+    """Llama-2-13B and -70B stand about where the 7B's proportions, scaled, say."""
+    shape = shape_of_config(config_of("llama2-7b"), "7b")
+    larger = shape_of_config(config_of("llama2-13b"), "13b")
+    run = Run(length=1024)
+    need = ledger(larger, run).peak
+    card = CARDS["4090"]._replace(memory=(need + 0.6e9) / 0.98)
+    way = next(way for way in ways(shape, run, card, card.memory) if way.name == "QLoRA")
+    assert way.parameters == pytest.approx(larger.parameters, rel=0.05)
