@@ -399,37 +399,3 @@ def test_a_demo_that_cannot_be_written(
     assert cli.main(["demo", "--model", "m", "--output", str(tmp_path / "file" / "x")]) == 2
     assert "file, not a directory" in capsys.readouterr().err
     assert seam.calls == []
-
-
-# --- doctor -------------------------------------------------------------------------------------
-
-
-def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["doctor"]) == 0
-    out = capsys.readouterr().out
-    for expected in ("torch", "processor", "identical, to the bit", "paging"):
-        assert expected in out
-
-
-def test_doctor_finds_a_kernel_that_is_wrong(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from halfbyte.nf4 import cpu, dequantize
-
-    kernels = cpu.kernels()
-    if kernels is None:
-        pytest.skip(cpu.describe())
-
-    def off_by_one_bit(q: Any, out: torch.Tensor, *, variant: str, **_: Any) -> None:
-        out.copy_(dequantize(q, out.dtype, impl="torch").view(out.shape))
-        if variant == "scalar":
-            out.view(-1)[-1] *= 1.001
-
-    monkeypatch.setattr(kernels, "decode", off_by_one_bit)
-    monkeypatch.setattr("halfbyte.cli.doctor._fastest", lambda work: 1.0)
-    assert cli.main(["doctor", "--json"]) == 1
-    out, err = capsys.readouterr()
-    wrong = json.loads(out)["self_test"]["wrong"]
-    assert "dequantise nf4 float32 (scalar)" in wrong
-    assert all("(scalar)" in name for name in wrong)
-    assert "the kernels compute wrongly on this machine" in err

@@ -1,20 +1,21 @@
-"""``halfbyte doctor``: what this machine can do, and whether the kernels compute rightly here."""
+"""``halfbyte doctor``: what there is, what will be used, and whether it computes rightly."""
 
+import ctypes
 import importlib.metadata
 import os
 import platform
-import time
-from collections.abc import Callable
-from typing import Any, get_args
+import shutil
+from typing import Any
 
 from halfbyte import __version__
 from halfbyte.cli.options import Verb, results
 from halfbyte.errors import HalfbyteError
 from halfbyte.train.config import Options
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "numpy", "pydantic")
-_ODD = 1021 * 769  # the last block is not full, the last byte is half used
-_LARGE = 2**24
+_PACKAGES = ("torch", "transformers", "tokenizers", "gguf", "numpy", "pydantic")
+_WHERE_THERE = ("triton", "datasets", "tensorboard", "wandb", "trackio", "peft", "bitsandbytes")
+
+_CONCURRENT_MANAGED_ACCESS = 89  # CUdevice_attribute
 
 
 class DoctorOptions(Options):
@@ -24,8 +25,9 @@ class DoctorOptions(Options):
 VERB = Verb(
     "doctor",
     DoctorOptions,
-    about="What this machine can do: versions, processor, which kernels run and why; and, in a few "
-    "seconds, whether they compute what plain PyTorch computes.",
+    about="What this machine has: versions, processor, GPU; what halfbyte will use of it, and why; "
+    "and, in a few seconds, whether the parts of a training run compute what they should here. "
+    "Ends with 1 if one does not.",
     example="halfbyte doctor",
 )
 
@@ -34,57 +36,76 @@ def main(argv: list[str]) -> None:
     """Run the verb.
 
     Raises:
-        HalfbyteError: The kernels do not compute what they should on this machine.
+        HalfbyteError: Something does not compute what it should on this machine.
     """
     as_json = VERB.read(argv).json
 
+    from halfbyte.model.precision import choose_device_and_dtype
     from halfbyte.report import show
+    from halfbyte.train.self_test import checks
 
     with results(as_json=as_json) as result:
-        result["versions"] = {"halfbyte": __version__, "python": platform.python_version()}
-        result["versions"] |= {name: importlib.metadata.version(name) for name in _PACKAGES}
-        show.heading("Versions")
+        result["versions"] = _versions()
+        show.heading("Installed")
         show.table(result["versions"])
+        device, dtype, reason = choose_device_and_dtype("auto", "auto")
         result["machine"] = _machine()
         show.heading("Machine")
-        show.table({key.replace("_", " "): value for key, value in result["machine"].items()})
-        result["self_test"] = tested = _self_test()
-        show.heading("Kernels against plain PyTorch")
-        right, speed = tested["cases"] - len(tested["wrong"]), "{:.1f} GB/s".format
-        show.table(
-            {
-                "identical, to the bit": f"{right} of {tested['cases']} cases",
-                "decoding to float32": f"{speed(tested['decoded_bytes_per_second'] / 1e9)} written",
-                "copying float32": f"{speed(tested['copied_bytes_per_second'] / 1e9)} written",
-            }
-        )
-    if tested["wrong"]:
+        show.table(result["machine"])
+        result["used"] = _used(device, f"{str(dtype).removeprefix('torch.')}: {reason}")
+        show.heading("What will be used, and why")
+        show.table(result["used"])
+        show.heading("Self-test")
+        result["self_test"] = done = []
+        for check in checks(device, dtype):
+            show.verdict(check.passed, f"{check.name}: {check.told} ({check.seconds:.1f} s)")
+            done.append(check._asdict())
+        wrong = [check["name"] for check in done if not check["passed"]]
+        result["passed"] = not wrong
+        if not wrong:
+            show.paragraph(f"All {len(done)} are right.")
+    if wrong:
         raise HalfbyteError(
-            f"the kernels compute wrongly on this machine: {', '.join(tested['wrong'])}. Name "
-            "another C++ compiler in $CXX, and please report this with the lines above"
+            f"this machine does not compute rightly: {'; '.join(wrong)}. Where it is the decoding, "
+            "try another C++ compiler ($CXX); else another version of torch. Please report this "
+            "with the lines above"
         )
+
+
+def _versions() -> dict[str, str]:
+    found = {"halfbyte": __version__, "python": platform.python_version()}
+    found |= {name: importlib.metadata.version(name) for name in _PACKAGES}
+    for name in _WHERE_THERE:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def _machine() -> dict[str, str]:
     import torch
 
-    from halfbyte.model.precision import choose_device_and_dtype, cpu_matrix_units
-    from halfbyte.nf4 import cpu
+    from halfbyte.model.precision import cpu_matrix_units
 
-    device, dtype, reason = choose_device_and_dtype("auto", "auto")
-    found = cpu.kernels()
-    instructions: list[str] = [*found.variants[1:]] if found else []
-    instructions += [name for name, present in cpu_matrix_units().items() if present]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    has_gpu = torch.cuda.is_available()
-    return {
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    units = [name for name, present in cpu_matrix_units().items() if present]
+    vector = torch.backends.cpu.get_cpu_capability()
+    found = {
         "processor": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} in use",
-        "instructions": ", ".join(instructions) or "none beyond the architecture's own",
-        "memory": f"{memory / 1e9:.1f} GB",
-        "gpu": torch.cuda.get_device_name() if has_gpu else "no CUDA device",
-        "computes_on": f"{device} in {str(dtype).removeprefix('torch.')}: {reason}",
-        "kernels": cpu.describe(),
-        "paging": "not in this version" if has_gpu else "no CUDA device: nothing to page",
+        "instructions": ", ".join([vector, *units]),
+        "memory": f"{memory / 1e9:.1f} GB, {free / 1e9:.1f} free",
+    }
+    if not torch.cuda.is_available():
+        return found | {"gpu": "no CUDA device"}
+    properties = torch.cuda.get_device_properties(0)
+    unused, total = torch.cuda.mem_get_info()
+    return found | {
+        "gpu": f"{properties.name}, sm_{properties.major}{properties.minor}, "
+        f"{properties.multi_processor_count} multiprocessors, CUDA {torch.version.cuda}"
+        + (f"; the first of {torch.cuda.device_count()}" if torch.cuda.device_count() > 1 else ""),
+        "gpu memory": f"{total / 1e9:.1f} GB, {unused / 1e9:.1f} free",
     }
 
 
@@ -97,52 +118,67 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _self_test() -> dict[str, Any]:
-    """Quantise and dequantise with the kernels and without, compare every bit, and time it."""
+def _used(device: str, products: str) -> dict[str, str]:
+    from halfbyte.matmul import float32_library
+    from halfbyte.nf4 import cpu
+
+    library, reason = float32_library()
+    found = {
+        "products": f"on {device} in {products}",
+        "4-bit weights, CPU": cpu.describe(),
+        "C++ compiler": _compiler(),
+        "float32, CPU": f"products by {library}: {reason}",
+    }
+    if device == "cuda":
+        found["4-bit weights, GPU"] = _gpu_kernels()
+        found["attention"] = _gpu_attention()
+    else:
+        found["attention"] = "halfbyte's own on a CPU, in blocks of queries; masked: torch's"
+    return found | {"paging": paging(device)}
+
+
+def _compiler() -> str:
+    named = os.environ.get("CXX")
+    found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    return f"{named}, from $CXX" if named else found or "none: c++, g++ and clang++ are not there"
+
+
+def _gpu_kernels() -> str:
+    from halfbyte.nf4.format import gpu_kernels
+
+    if gpu_kernels() is None:
+        return "plain PyTorch, because Triton cannot be imported"
+    return f"Triton {importlib.metadata.version('triton')}, compiled when first used"
+
+
+def _gpu_attention() -> str:
     import torch
 
-    from halfbyte.nf4 import QuantType, cpu, dequantize, quantize
-    from halfbyte.nf4.format import FLOAT_TYPES
-
-    began = time.monotonic()
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(_ODD, generator=generator)
-    kernels = cpu.kernels()
-    identical: dict[str, bool] = {}
-    for quant_type in get_args(QuantType):
-        for dtype in FLOAT_TYPES:
-            weight, name = values.to(dtype), f"{quant_type} {str(dtype).removeprefix('torch.')}"
-            plain = quantize(weight, quant_type=quant_type, impl="torch")
-            ours = quantize(weight, quant_type=quant_type).tensors()
-            identical[f"quantise {name}"] = all(
-                torch.equal(ours[part], tensor) for part, tensor in plain.tensors().items()
-            )
-            expected = dequantize(plain, dtype, impl="torch")
-            if kernels is None:
-                continue
-            for variant in kernels.variants:
-                out = torch.full_like(expected, float("nan"))
-                kernels.decode(plain, out, variant=variant)
-                identical[f"dequantise {name} ({variant})"] = torch.equal(out, expected)
-
-    large = torch.randn(_LARGE, generator=generator)
-    packed, out = quantize(large), torch.empty_like(large)
-    decode = _fastest(lambda: dequantize(packed, out=out))
-    copy = _fastest(lambda: out.copy_(large))
-    return {
-        "cases": len(identical),
-        "wrong": [name for name, right in identical.items() if not right],
-        "decoded_bytes_per_second": large.nbytes / decode,
-        "copied_bytes_per_second": large.nbytes / copy,
-        "seconds": time.monotonic() - began,
+    cuda: Any = torch.backends.cuda  # its questions have no types
+    kinds = {
+        "flash": cuda.flash_sdp_enabled(),
+        "cuDNN": cuda.cudnn_sdp_enabled(),
+        "memory-efficient": cuda.mem_efficient_sdp_enabled(),
     }
+    on = [name for name, enabled in kinds.items() if enabled]
+    return f"torch's: {', '.join(on)}, the first that takes the shapes" if on else "torch's, plain"
 
 
-def _fastest(work: Callable[[], object]) -> float:
-    """Seconds of the fastest of a few tries."""
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return min(times)
+def paging(device: str) -> str:
+    """Return whether optimizer state can page, in which way, and why not where it cannot."""
+    if device != "cuda":
+        return "no CUDA device: there is nothing to page from"
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        answer, number = ctypes.c_int(), ctypes.c_int()
+        failed = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(number), 0)
+        failed = failed or driver.cuDeviceGetAttribute(
+            ctypes.byref(answer), _CONCURRENT_MANAGED_ACCESS, number
+        )
+    except (OSError, AttributeError) as error:
+        return f"through page-locked memory only: the driver cannot be asked ({error})"
+    if failed:
+        return f"through page-locked memory only: the driver answers with error {failed}"
+    if not answer.value:
+        return "through page-locked memory only: concurrentManagedAccess is 0 (Windows, WSL, vGPU)"
+    return "managed memory (concurrentManagedAccess is 1), or page-locked memory"

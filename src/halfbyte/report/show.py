@@ -59,6 +59,14 @@ def answer(prompt: str, texts: Mapping[str, str]) -> None:
     console.print(Padding(grid, (0, 0, 0, 2), expand=False))
 
 
+def verdict(passed: bool, text: str) -> None:
+    """One thing that was tried, and whether it is right."""
+    grid = Table.grid(padding=(0, 1))
+    mark = Text("✓", style="green") if passed else Text("✗", style="red")
+    grid.add_row(mark, Text(text))
+    _console().print(Padding(grid, (0, 0, 0, 2), expand=False))
+
+
 def table(rows: Mapping[str, Any]) -> None:
     """Names and values, in two columns."""
     grid = Table.grid(padding=(0, 2))

@@ -1,0 +1,165 @@
+"""``halfbyte doctor``: it tells what there is, and sees what is wrong."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from halfbyte import cli
+from halfbyte.cli import doctor
+from halfbyte.model import attention
+from halfbyte.nf4 import cpu, dequantize
+from halfbyte.nf4.linear import FrozenLinear
+from halfbyte.train import self_test
+from halfbyte.train.engine import LayerEngine
+
+
+def checked(capsys: pytest.CaptureFixture[str], code: int) -> dict[str, Any]:
+    assert cli.main(["doctor", "--json"]) == code
+    answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return answer
+
+
+def failed(answer: dict[str, Any]) -> list[str]:
+    return [check["name"] for check in answer["self_test"] if not check["passed"]]
+
+
+def test_a_person_reads_what_there_is_and_that_it_is_right(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for expected in ("torch", "processor", "C++ compiler", "paging", "nothing to page", "✓"):
+        assert expected in out
+    assert "✗" not in out
+    assert "All 9 are right." in out
+
+
+def test_a_program_reads_the_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = checked(capsys, 0)
+    assert answer["passed"]
+    assert set(answer) == {"versions", "machine", "used", "self_test", "passed"}
+    facts = {check["name"]: check["facts"] for check in answer["self_test"]}
+    assert facts["packing and decoding, to the bit"]["cases"] >= 6
+    learnt = facts["a tiny model learns"]
+    assert learnt["last_loss"] < learnt["first_loss"] / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_part_is_right_in_either_dtype(dtype: torch.dtype) -> None:
+    assert all(check.passed for check in self_test.checks("cpu", dtype))
+
+
+def test_a_decoder_that_is_wrong_is_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kernels = cpu.kernels()
+    if kernels is None:
+        pytest.skip(cpu.describe())
+
+    def off_by_one_bit(q: Any, out: torch.Tensor, variant: str = "", **_: Any) -> None:
+        out.copy_(dequantize(q, out.dtype, impl="torch").view(out.shape))
+        if variant == "scalar":
+            out.view(-1)[-1] *= 1.001
+
+    monkeypatch.setattr(kernels, "decode", off_by_one_bit)
+    assert cli.main(["doctor", "--json"]) == 1
+    out, err = capsys.readouterr()
+    answer = json.loads(out)
+    assert failed(answer) == ["packing and decoding, to the bit"]
+    wrong = answer["self_test"][0]["facts"]["wrong"]
+    assert "dequantise nf4 float32 (scalar)" in wrong
+    assert all("(scalar)" in name for name in wrong)
+    assert "this machine does not compute rightly: packing and decoding" in err
+
+
+def test_a_linear_layer_that_is_wrong_is_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = FrozenLinear.decode
+
+    def wrong(self: FrozenLinear, *args: Any, **named: Any) -> torch.Tensor:
+        weight = right(self, *args, **named)
+        return weight.index_fill(0, torch.tensor([3]), 0.0)
+
+    monkeypatch.setattr(FrozenLinear, "decode", wrong)
+    assert "a 4-bit linear layer with adapter" in failed(checked(capsys, 1))
+
+
+def test_attention_that_is_wrong_is_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = attention._weights
+    monkeypatch.setattr(
+        attention, "_weights", lambda q, k, a, b, scale: right(q, k, a, b, 1.1 * scale)
+    )
+    assert "attention" in failed(checked(capsys, 1))
+
+
+def test_an_engine_that_forgets_a_micro_batch_is_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = LayerEngine.step
+    monkeypatch.setattr(
+        LayerEngine,
+        "step",
+        lambda self, batches, *args, **kw: right(self, batches[:1], *args, **kw),
+    )
+    assert "layer engine against plain autograd" in failed(checked(capsys, 1))
+
+
+def test_training_that_differs_from_itself_is_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right, calls = self_test._train, iter(range(9))
+
+    def drifting(here: Any) -> Any:
+        trained = right(here)
+        trained.adapters[0].view(-1)[0] += 1e-6 * next(calls)
+        return trained
+
+    monkeypatch.setattr(self_test, "_train", drifting)
+    assert failed(checked(capsys, 1)) == ["and learns the same again"]
+
+
+class _Driver:
+    """A CUDA driver that answers with one attribute."""
+
+    def __init__(self, managed: int, error: int = 0) -> None:
+        self.managed, self.error = managed, error
+
+    def cuInit(self, flags: int) -> int:
+        return self.error
+
+    def cuDeviceGet(self, device: Any, number: int) -> int:
+        return 0
+
+    def cuDeviceGetAttribute(self, answer: Any, which: int, device: Any) -> int:
+        assert which == 89
+        answer._obj.value = self.managed
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("driver", "told"),
+    [
+        (_Driver(1), "managed memory (concurrentManagedAccess is 1)"),
+        (_Driver(0), "concurrentManagedAccess is 0"),
+        (_Driver(1, error=100), "the driver answers with error 100"),
+        (OSError("libcuda.so.1: not found"), "the driver cannot be asked (libcuda.so.1"),
+    ],
+)
+def test_whether_state_can_page_is_asked_of_the_driver(
+    driver: Any, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(name: str) -> Any:
+        if isinstance(driver, OSError):
+            raise driver
+        return driver
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    assert told in doctor.paging("cuda")
