@@ -8,11 +8,13 @@ Prints one line a kernel: its name, and the shared memory it needs in bytes.
 import sys
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from halfbyte.model import gpu as between
 from halfbyte.nf4 import gpu, gpu_products, gpu_rows
+from halfbyte.optim import gpu as optimizer
 
 POINTERS = {"scale_codes": "*u8", "codes": "*i32", "cell_codes": "*i32"}
 INTEGERS = {
@@ -81,6 +83,13 @@ def kernels(capability: int):
     yield between._rotate, sixteen, {"backward": True, "head_lanes": 32, "lanes": 64}, {}
     yield between._gate, sixteen, {"lanes": 2048}, {"num_warps": 8}
     yield between._gate_backward, sixteen, {"lanes": 2048}, {"num_warps": 8}
+    doubles = {"constants": "*fp64", "count": "i32"}
+    yield optimizer._prepare, doubles, {"lanes": 256}, plain
+    for dtype, master in ((tl.float32, False), (tl.bfloat16, False), (tl.bfloat16, True)):
+        kind = {"dtype": dtype, "master": master}
+        types = {"rows": "*i64", "owners": "*i32"}
+        types |= {"signed_cells": "*u8", "unsigned_cells": "*u8"}
+        yield optimizer._update, types, kind, plain
     if capability == 90:
         tile = {"programs": 132, "tile_m": 128, "tile_n": 256, "tile_k": 64}
         options = {"num_warps": 8, "num_stages": 3}

@@ -205,7 +205,9 @@ class TrainConfig(ModelOptions):
     warmup_steps: int | None = Field(
         None, ge=0, description="steps that warm up, whatever warmup_ratio says"
     )
-    optim: Literal["adamw"] = Field("adamw", description="optimizer")
+    optim: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw", description="optimizer; adamw_8bit keeps its moments in 8 bits"
+    )
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of AdamW")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of AdamW's first moment")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of AdamW's second moment")

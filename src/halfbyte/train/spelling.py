@@ -33,7 +33,10 @@ class Alias(NamedTuple):
 
 
 _ALL = {"all": "all-linear"}
-_ADAMW = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw"}
+_ADAMW = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_32bit"), "adamw"),
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_torch_8bit", "adamw8bit"), "adamw_8bit"),
+}
 
 ALIASES: dict[str, Alias] = {
     "base_model": Alias("model"),

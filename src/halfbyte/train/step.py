@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.errors import NonFiniteLossError
+from halfbyte.optim import AdamW
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.engine import Batch, LayerEngine, PlainEngine
 
@@ -89,18 +90,21 @@ class Stepper:
         # resumed run adds as every other step does.
         for parameter in self.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
-        groups: dict[float, list[nn.Parameter]] = {}
-        for name, parameter in self.parameters.items():
+        groups: dict[float, list[str]] = {}
+        for name in self.parameters:
             of_b = name.endswith(("lora_B.weight", "lora_magnitude_vector"))
-            ratio = config.loraplus_lr_ratio if of_b else 1.0
-            groups.setdefault(ratio, []).append(parameter)
-        self.optimizer = torch.optim.AdamW(
-            [{"params": members, "ratio": ratio} for ratio, members in groups.items()],
+            groups.setdefault(config.loraplus_lr_ratio if of_b else 1.0, []).append(name)
+        self._names = [name for members in groups.values() for name in members]
+        self.optimizer = AdamW(
+            [
+                {"params": [self.parameters[name] for name in members], "ratio": ratio}
+                for ratio, members in groups.items()
+            ],
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
-            fused=True,  # one pass over each parameter instead of ten; on CPU as on GPU
+            state_bits=8 if config.optim.endswith("8bit") else 32,
         )
 
     def run(self, step: int, batches: Sequence[Batch], *, saved_layers: int) -> StepResult:
@@ -118,42 +122,46 @@ class Stepper:
         finally:
             if self.engine.clock is not None:
                 self.engine.clock.running = False
-        parameters = list(self.parameters.values())
-        limit = self.max_grad_norm or math.inf
-        norm = nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
-        result = StepResult(float(loss), float(norm), self.schedule.at(step))
+        # Norm, clipping and update are queued behind backward, and only then does the host look: an
+        # update whose scale is not finite changes nothing.
+        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads, foreach=True)
+        scale = torch.ones_like(norm)
+        if self.max_grad_norm:
+            scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        rate = self.schedule.at(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["ratio"]
+        self.optimizer.step(grad_scale=scale + 0.0 * (loss + norm))
+        seen = torch.stack([loss, norm]).tolist()
+        result = StepResult(seen[0], seen[1], rate)
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise NonFiniteLossError(
                 f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}. Nothing "
                 "was updated. Try a lower learning_rate, or compute_dtype float32"
             )
-        for group in self.optimizer.param_groups:
-            group["lr"] = result.learning_rate * group["ratio"]
-        self.optimizer.step()
-        # torch's fused AdamW writes without counting it, and what is derived from A and B (DoRA's
-        # norms, their copies on a GPU) is derived anew when the count has changed.
-        torch.autograd.graph.increment_version(parameters)
         # Kept, not freed: the next step adds into the same memory.
         self.optimizer.zero_grad(set_to_none=False)
         return result
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Return AdamW's moments and step count as flat tensors by ``<parameter>.<field>``."""
+        """Return AdamW's moments and step counts by ``<parameter>.<field>``, on the CPU."""
         return {
-            f"{name}.{field}": value
-            for name, parameter in self.parameters.items()
-            for field, value in self.optimizer.state.get(parameter, {}).items()
+            f"{self._names[number]}.{field}": value
+            for number, fields in self.optimizer.state_dict()["state"].items()
+            for field, value in fields.items()
         }
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore what ``optimizer_state`` returned, bit for bit.
 
         Raises:
-            KeyError: If a parameter's moments are not in ``state``.
+            CheckpointError: If a parameter's moments are not in ``state``, or are of another width.
         """
-        for name, parameter in self.parameters.items():
-            self.optimizer.state[parameter] = {
-                "step": state[f"{name}.step"].clone(),
-                "exp_avg": state[f"{name}.exp_avg"].to(parameter.device, copy=True),
-                "exp_avg_sq": state[f"{name}.exp_avg_sq"].to(parameter.device, copy=True),
-            }
+        parts = {name: number for number, name in enumerate(self._names)}
+        found: dict[int, dict[str, Tensor]] = {number: {} for number in parts.values()}
+        for key, value in state.items():
+            name, _, field = key.rpartition(".")
+            found[parts[name]][field] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": found, "param_groups": groups})
