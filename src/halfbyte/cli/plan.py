@@ -1,7 +1,7 @@
 """``halfbyte plan``: bytes and seconds of a run before anything is downloaded; LoRA or QLoRA."""
 
-import math
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -148,7 +148,8 @@ def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Hol
     from halfbyte.checkpoint.source import foreign_reader
     from halfbyte.model.build import BaseRecipe
     from halfbyte.plan.ledger import Holding
-    from halfbyte.plan.shape import config_of, shape_of, shape_of_config
+    from halfbyte.plan.shape import config_of, shape_of_config
+    from halfbyte.train.predicting import shape_of_source
 
     if options.shape is not None:
         return shape_of_config(config_of(options.shape), options.shape), holding
@@ -163,11 +164,7 @@ def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Hol
                 config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             return shape_of_config(config, options.model), holding
         source = open_base(path)
-        files = {
-            p.name: (p.nbytes if p.packed else math.prod(p.shape) * p.dtype.itemsize, p.packed)
-            for p in source.parameters
-        }
-        shape = shape_of(source.skeleton, options.model, files=files)
+        shape = replace(shape_of_source(source), name=options.model)
         dtype = torch.bfloat16 if holding.itemsize == 2 else torch.float32
         recipe = BaseRecipe(options.quant, options.double_quant, options.block_size, dtype)
         return shape, Holding.of(source.fitted(recipe))

@@ -138,14 +138,14 @@ def host_bytes(layer: LayerActivations, dial: Dial, tokens: int) -> int:
     return tokens * dial.offloaded * layer.input
 
 
-def backward_bytes(layer: LayerActivations, dial: Dial, tokens: int, micro_tokens: int) -> int:
+def backward_bytes(layer: LayerActivations, dial: Dial, tokens: int, part_tokens: int) -> int:
     """Return what the last layer's backward has beside what is kept.
 
     Args:
         layer: One layer.
         dial: What is kept.
         tokens: Of the whole step; each has a gradient that goes down the layers.
-        micro_tokens: Of the largest micro-batch.
+        part_tokens: Of what passes through a layer together.
     """
     alive = layer.gradients if dial.saved else layer.backward
-    return tokens * layer.input + micro_tokens * (alive + layer.input)
+    return tokens * layer.input + part_tokens * (alive + layer.input)

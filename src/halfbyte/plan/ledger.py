@@ -29,6 +29,9 @@ from halfbyte.plan.activations import (
 )
 from halfbyte.plan.shape import ModelShape, Weight
 
+# Documents of fused layers share parts of so many tokens (train/parts.py).
+PART_TOKENS = 8192
+
 OptimizerMode = Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
 
 SCALE_BLOCK = 256
@@ -122,9 +125,12 @@ class Run:
         length: Tokens of an example.
         micro_batches: Micro-batches of an optimizer step.
         optimizer: Which AdamW.
-        fused: Whether layers are run by ``model.layer``, where it knows them.
+        fused: Whether layers are run by ``model.layer``; `ledger` asks whether it knows them.
         device: ``cuda`` or ``cpu``.
         dial: What is kept for backward.
+        trained: Elements of every trained tensor, where they are known; else all adapters have one
+            rank, and nothing else is trained.
+        step_tokens: Tokens of an optimizer step, where micro-batches differ.
     """
 
     holding: Holding = field(default_factory=Holding)
@@ -137,16 +143,21 @@ class Run:
     fused: bool = True
     device: str = "cuda"
     dial: Dial = field(default_factory=Dial)
+    trained: tuple[int, ...] | None = None
+    step_tokens: int | None = None
 
     @property
-    def micro_tokens(self) -> int:
-        """Tokens of a micro-batch."""
-        return self.batch * self.length
+    def part_tokens(self) -> int:
+        """Tokens that pass through a layer together: a micro-batch, or documents of several."""
+        micro = self.batch * self.length
+        if not (self.fused and self.device == "cuda"):
+            return micro
+        return min(self.tokens, max(1, PART_TOKENS // max(1, self.length)) * self.length)
 
     @property
     def tokens(self) -> int:
         """Tokens of an optimizer step."""
-        return self.micro_tokens * self.micro_batches
+        return self.step_tokens or self.batch * self.length * self.micro_batches
 
     def adapted(self, shape: ModelShape) -> list[Weight]:
         """Return the linears that get an adapter."""
@@ -274,7 +285,8 @@ def _state(numels: list[int], optimizer: OptimizerMode) -> int:
 
 
 def _trained(shape: ModelShape, run: Run) -> list[Line]:
-    numels = [run.rank * side for weight in run.adapted(shape) for side in weight.shape]
+    adapters = (run.rank * side for weight in run.adapted(shape) for side in weight.shape)
+    numels = list(adapters if run.trained is None else run.trained)
     count = sum(numels)
     name = f"AdamW's moments, {'8' if run.optimizer.endswith('8bit') else '32'} bits"
     # What pages is on the host whenever memory is short, which is when it counts.
@@ -297,8 +309,8 @@ def _scratch(shape: ModelShape, run: Run) -> int:
 
 
 def _loss(shape: ModelShape, run: Run) -> int:
-    """Return what the loss of one micro-batch takes, each position supervised."""
-    e, tokens = run.holding.itemsize, run.micro_tokens
+    """Return what the loss of one part takes, each position supervised."""
+    e, tokens = run.holding.itemsize, run.part_tokens
     rows = min(tokens, max(16, LOGITS[run.device] // (4 * shape.vocabulary)))
     # A chunk of float32 logits and, at its highest, a copy of it: what logsumexp sums.
     chunk = 2 * 4 * rows * shape.vocabulary
@@ -320,12 +332,13 @@ def _load_peak(shape: ModelShape, holding: Holding) -> int:
 
 def ledger(shape: ModelShape, run: Run) -> Ledger:
     """Return what ``run`` of a model of this shape will hold."""
+    run = replace(run, fused=run.fused and shape.fusable)
     layer = run.layer(shape)
     return Ledger(
         lines=(*_base(shape, run.holding), *_trained(shape, run)),
         scratch=_scratch(shape, run),
         kept=int(HOLES[run.device] * kept_bytes(layer, run.dial, run.tokens)),
-        backward=backward_bytes(layer, run.dial, run.tokens, run.micro_tokens),
+        backward=backward_bytes(layer, run.dial, run.tokens, run.part_tokens),
         loss=_loss(shape, run),
         overhead=int(OVERHEAD[run.device]),
         load_peak=_load_peak(shape, run.holding),

@@ -15,8 +15,8 @@ layers that is run again in backward:
     optimizer    12 + 2·moments          bytes a trained parameter
 
 Layers on the host are fetched while others compute; only what takes longer than that counts. On a
-GPU the kernels have to be launched, too: where Python is slower than the card, it is the host's
-time that counts.
+GPU the kernels have to be launched, too. Fused layers are launched as CUDA graphs; where Python
+launches each kernel, and is slower than the card, it is the host's time that counts.
 
 Shares. On an H100 the bare products of a Llama-2-7B layer reach 688 of 989 TFLOP/s at 8192 tokens,
 at the card's power limit (benchmarks/results/2026-11-24_gpu_linear.json), and a copy moves 3.02 of
@@ -147,7 +147,7 @@ class Seconds(NamedTuple):
 
 
 def step_seconds(
-    shape: ModelShape, run: Run, card: Card, *, launch: float = LAUNCH_SECONDS
+    shape: ModelShape, run: Run, card: Card, *, launch: float | None = None
 ) -> Seconds:
     """Return where the time of one optimizer step goes.
 
@@ -155,8 +155,11 @@ def step_seconds(
         shape: The model.
         run: The step; its dial says how many layers are run again.
         card: Where.
-        launch: Seconds of the host for a layer and micro-batch; 0 with CUDA graphs.
+        launch: Seconds of the host for a layer and micro-batch; 0 with CUDA graphs, which is
+            assumed where layers are fused.
     """
+    if launch is None:
+        launch = 0.0 if run.fused and shape.fusable else LAUNCH_SECONDS
     tokens, layer, e = run.tokens, run.layer(shape), run.holding.itemsize
     again = 1 - run.dial.saved / max(1, shape.layers)
     linears = shape.linears()
