@@ -76,9 +76,10 @@ def test_a_pipe_gets_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[s
         r"step  3/10  loss 0\.3333  rate 1\.00e-04  1,612 tokens/s  memory 1\.12 GB  0 s left",
         lines[5],
     )
-    assert lines[-3:] == [
+    assert lines[-4:] == [
         "step 10, evaluation: loss 0.1000, perplexity 1.10, exact match 97.5 %",
         "saved out/checkpoint-10",
+        f"saved {tmp_path / 'report.html'}",
         "10 steps in 1:10, loss 0.1000",
     ]
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", err)

@@ -52,6 +52,7 @@ def config(model, data, output, **options):
         "lora_r": 4,
         "compute_dtype": "float32",
         "device": "cpu",
+        "samples": 0,
     }
     return TrainConfig(model=str(model), data=str(data), output=output, **settings | options)
 

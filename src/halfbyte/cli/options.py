@@ -67,6 +67,8 @@ class Verb(Generic[OptionsT]):
     example: str
     positional: tuple[str, ...] = ()
     """Fields whose values stand without a name; ``config`` is the only one that is no field."""
+    many: str = ""
+    """The last of them, if it takes any number of words."""
     has_json: bool = True
 
     def words(self, argv: list[str]) -> Words:
@@ -83,7 +85,9 @@ class Verb(Generic[OptionsT]):
             name, equals, value = word.removeprefix("--").partition("=")
             name = name.replace("-", "_")
             if not word.startswith("--"):
-                if free:
+                if free and free[0] == self.many:
+                    found.given.setdefault(self.many, []).append(word)
+                elif free:
                     found.positional[free.popleft()] = word
                 else:
                     found.problems.append(f"`{word}` is one word too many")
@@ -123,6 +127,7 @@ class Verb(Generic[OptionsT]):
             f"[{name.upper()}.yaml]" if name not in fields else name.upper()
             for name in self.positional
         ]
+        usage += ["…"] * bool(self.many)
         usage += [
             f"--{name} {_kind(field)}"
             for name, field in fields.items()

@@ -4,17 +4,24 @@ Whatever is reported goes to two places. The *journal* is the record (``report.j
 *screen* (``report.live``) is standard error: a live display where that is a terminal, plain
 lines where it is a file or a pipe. Standard output is left to results (``report.show``), so
 that ``halfbyte … --json > result.json`` holds one JSON object and nothing else.
+
+When training ends, however it ends, the journal becomes a page beside it (``report.page``).
+Numbers also go to *trackers*, where a run asks for them (``report.trackers``).
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
+
+from halfbyte.errors import OutputError
 
 if TYPE_CHECKING:
     from halfbyte.report.journal import Journal
     from halfbyte.report.live import Screen
+    from halfbyte.report.trackers import Tracker
 
 __all__ = ["RunReport", "open_report"]
 
@@ -27,14 +34,25 @@ class RunReport:
         self._screen = screen
         self._output_dir = output_dir
         self._journal: Journal | None = None
+        self._trackers: list[Tracker] = []
         self._before_begin: list[tuple[str, dict[str, Any]]] = []
         self._log_handler = _NotesFromLogging(self)
         logging.getLogger("halfbyte").addHandler(self._log_handler)
 
     def note(self, text: str) -> None:
         """Announce something in one line."""
-        self._record("note", {"text": text})
+        self.record("note", {"text": text})
         self._screen.note(text)
+
+    def track(self, names: Sequence[str]) -> None:
+        """Send what follows to these trackers, too; called before anything is loaded.
+
+        Raises:
+            ConfigError: A tracker's library is not installed.
+        """
+        from halfbyte.report.trackers import open_trackers
+
+        self._trackers = open_trackers(names, self._output_dir or Path())
 
     def task(
         self, description: str, total: int | None = None
@@ -63,7 +81,10 @@ class RunReport:
             for event, record in self._before_begin:
                 self._journal.write(event, record)
         self._before_begin.clear()
-        self._record("begin", {"total_steps": total_steps, "start_step": start_step, **facts})
+        self.record("begin", {"total_steps": total_steps, "start_step": start_step, **facts})
+        for tracker in self._trackers:
+            name = self._output_dir.name if self._output_dir else "halfbyte"
+            tracker.begin(name, start_step, facts)
         self._screen.begin(total_steps=total_steps, start_step=start_step, facts=facts)
 
     def step(self, record: dict[str, Any]) -> None:
@@ -74,43 +95,81 @@ class RunReport:
                 ``tokens``, ``supervised_tokens``, ``tokens_per_second``, ``peak_memory_bytes``
                 and ``seconds``.
         """
-        self._record("step", record)
+        self._track("step", record)
         self._screen.step(record)
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """The model was evaluated: ``step``, ``loss``, ``perplexity``, ``exact_match``."""
-        self._record("evaluation", record)
+        self._track("evaluation", record)
         self._screen.evaluation(record)
 
     def saved(self, path: str | Path) -> None:
         """A checkpoint or an adapter is on disk."""
-        self._record("saved", {"path": str(path)})
+        self.record("saved", {"path": str(path)})
         self._screen.saved(path)
 
     def finish(self, record: dict[str, Any]) -> None:
         """Training is over: ``steps``, ``seconds``, ``final_loss``, ``peak_memory_bytes``."""
-        self._record("finish", record)
+        self.record("finish", record)
+        self._write_page()
         self._screen.finish(record)
 
+    def record(self, event: str, record: dict[str, Any]) -> None:
+        """Something that only the journal is told."""
+        if self._journal is not None:
+            self._journal.write(event, record)
+        else:
+            self._before_begin.append((event, record))
+
     def close(self) -> None:
-        """Leave the screen in order, and close the journal."""
+        """Leave the screen in order, and close the journal and the trackers."""
         logging.getLogger("halfbyte").removeHandler(self._log_handler)
         self._screen.close()
         if self._journal is not None:
             self._journal.close()
             self._journal = None
+        for tracker in self._trackers:
+            tracker.close()
+        self._trackers = []
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is not None and self._journal is not None:
+                reason = "interrupted" if kind is KeyboardInterrupt else f"{kind.__name__}: {error}"
+                self.record("stopped", {"reason": reason})
+                self._write_page()
+        finally:
+            self.close()
 
-    def _record(self, event: str, record: dict[str, Any]) -> None:
-        if self._journal is not None:
-            self._journal.write(event, record)
+    def _track(self, event: str, record: dict[str, Any]) -> None:
+        self.record(event, record)
+        if self._trackers:
+            from halfbyte.report.trackers import tracked
+
+            values = tracked(event, record)
+            for tracker in self._trackers:
+                tracker.log(record["step"], values)
+
+    def _write_page(self) -> None:
+        if self._journal is None:
+            return
+        from halfbyte.report.page import write_page
+
+        directory = self._journal.path.parent
+        try:
+            path = write_page([directory], directory / "report.html")
+        except OutputError as error:  # the adapter is safe; it must not look as if it were not
+            self._screen.note(str(error))
         else:
-            self._before_begin.append((event, record))
+            self._screen.saved(path)
 
 
 class _NotesFromLogging(logging.Handler):

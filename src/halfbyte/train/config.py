@@ -75,6 +75,12 @@ def parse_names(value: Any) -> Any:
     return [name.strip() for name in value.split(",") if name.strip()]
 
 
+def parse_trackers(value: Any) -> Any:
+    """Read ``name,name`` as ``parse_names`` does; ``none``, as transformers has it, is no name."""
+    names = parse_names(value)
+    return [name for name in names if name != "none"] if isinstance(names, list) else names
+
+
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -236,6 +242,12 @@ class TrainConfig(ModelOptions):
     @field_validator("target_modules", mode="before")
     @classmethod
     def _names_between_commas(cls, value: Any) -> Any:
+    samples: int = Field(
+        3, ge=0, description="prompts answered before and after training, for report.html"
+    )
+    report_to: Annotated[
+        tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(parse_trackers)
+    ] = Field((), description="trackers to send numbers to: tensorboard, wandb, trackio")
         if isinstance(value, str) and re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", value.strip()):
             return parse_names(value)
         return value

@@ -31,6 +31,7 @@ from halfbyte.lora import LoRAConfig, adapter_parameters, adapter_state, attach,
 from halfbyte.matmul import float32_library
 from halfbyte.model.build import BaseRecipe
 from halfbyte.model.precision import choose_device_and_dtype
+from halfbyte.train import facts
 from halfbyte.train.config import TrainConfig, to_yaml
 from halfbyte.train.engine import choose_engine
 from halfbyte.train.evaluate import evaluate_loss, to_device
@@ -52,6 +53,8 @@ _FREE_TO_CHANGE = {
     "eval_steps",
     "activations",
     "memory_budget",
+    "samples",
+    "report_to",
     "model",  # the base's fingerprint is compared instead
     "data",  # the tokens' digest is compared instead
     "revision",
@@ -139,6 +142,7 @@ def train(config: TrainConfig, report: "RunReport") -> TrainResult:
 def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResult:
     device, dtype, why = choose_device_and_dtype(config.device, config.compute_dtype)
     resumed = _resume_from(config, output, report)
+    report.track(config.report_to)
 
     source = open_base(config.model, revision=config.revision)
     tokenizer = source.tokenizer()
@@ -165,7 +169,9 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
         config.quantize_embeddings,
     )
     base = load_told(source, recipe, report, cache=config.cache_quantized)
+    began = time.perf_counter()
     recipe = base.model.halfbyte_recipe
+    report.record("loaded", {"seconds": time.perf_counter() - began} | facts.memory_now(device))
     lora = LoRAConfig(
         r=config.lora_r,
         alpha=config.lora_alpha,
@@ -214,9 +220,22 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
             "trained_parameters": trained,
             "examples": len(dataset.examples),
             "supervised_tokens": dataset.report.supervised_tokens,
-        },
+            "engine": told,
+            "versions": facts.versions(),
+            "machine": facts.machine(device),
+            "data_verdict": facts.verdict(dataset),
+            "held_out_verdict": facts.verdict(held_out) if held_out else None,
+            "memory": facts.memory_plan(base.audit.total_bytes, parameters, memory, device),
+        }
+        | facts.options(config),
     )
 
+    samples = facts.Samples(held_out or dataset, config.samples)
+
+    def sample(step: int) -> None:
+        if samples:
+            with report.task(f"answering a few prompts, step {step}"):
+                report.record("samples", samples.answer(base.model, base.tokenizer, step))
     def save(step: int) -> None:
         path = save_run(
             output,
@@ -233,6 +252,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
         if held_out is None:
             return
         loss, tokens = evaluate_loss(
+        began = time.perf_counter()
             engine, held_out.examples, batch_size=max(4, config.batch_size), device=device
         )
         report.evaluation(
@@ -242,15 +262,19 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
                 "perplexity": math.exp(min(loss, 700.0)),
                 "supervised_tokens": tokens,
             }
+                "seconds": time.perf_counter() - began,
         )
 
     save_every = config.save_steps or max(1, math.ceil(plan.total / SAVES_PER_RUN))
     loss, seconds, tokens_done = math.nan, 0.0, 0
     for step in range(start, plan.total):
+    if start == 0:
+        sample(0)
         began = time.perf_counter()
         batches = plan[step]
         on_device = [to_device(batch, device) for batch in batches]
         result = stepper.run(step, on_device, saved_layers=memory.saved_layers)
+        waited = time.perf_counter() - began
         took = time.perf_counter() - began
         done = step + 1
         tokens = sum(batch.tokens for batch in batches)
@@ -269,6 +293,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
                     "peak_memory_bytes": peak_memory(device),
                     "seconds": took,
                 }
+                    "data_seconds": waited,
             )
         if config.eval_steps and done % config.eval_steps == 0 and done < plan.total:
             measure(done)
@@ -278,6 +303,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
     save_adapter(output, adapter_state(base.model), lora, tokenizer=tokenizer, **card)
     report.saved(output)
     outcome = TrainResult(
+    sample(plan.total)
         adapter_dir=output,
         steps=plan.total,
         final_loss=loss,
@@ -293,6 +319,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
             "tokens_per_second": outcome.tokens_per_second,
             "peak_memory_bytes": outcome.peak_memory_bytes,
         }
+        | facts.memory_now(device)
     )
     return outcome
 

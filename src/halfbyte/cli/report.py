@@ -1,0 +1,49 @@
+"""``halfbyte report RUN [RUN …]``: the page about a run, or about several side by side."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field
+
+from halfbyte.cli.options import Verb, results
+from halfbyte.train.config import Options
+
+_PAGE = "report.html"
+
+
+class ReportOptions(Options):
+    """Where the page goes."""
+
+    runs: tuple[Path, ...] = Field(min_length=1, description="directories of runs, or journals")
+    output: Path | None = Field(
+        None, description="file to write (default: report.html in the run's directory, or here)"
+    )
+
+    sections: ClassVar[dict[str, str]] = {"runs": "the page"}
+
+
+VERB = Verb(
+    "report",
+    ReportOptions,
+    about="Write one self-contained HTML page from the journal of a run: losses, speed, memory, "
+    "time, answers before and after, data and options. With several runs, they share each chart. "
+    "A run that is still going, or was killed, has a page too.",
+    example="halfbyte report out",
+    positional=("runs",),
+    many="runs",
+)
+
+
+def main(argv: list[str]) -> None:
+    """Run the verb."""
+    options, _, as_json = VERB.read(argv)
+    runs = options.runs
+    beside = runs[0] if runs[0].is_dir() else runs[0].parent
+    output = options.output or (beside / _PAGE if len(runs) == 1 else Path(_PAGE))
+
+    from halfbyte.report import show
+    from halfbyte.report.page import write_page
+
+    with results(as_json=as_json) as result:
+        result["page"] = str(write_page(runs, output))
+        show.paragraph(str(output))

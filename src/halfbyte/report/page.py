@@ -1,0 +1,326 @@
+"""One page about one run, or about several side by side: a file that needs nothing but itself.
+
+Style and script are inside, nothing is fetched, and a policy in the page forbids it to fetch
+anything or to run a script other than ours (by its hash), whatever a journal says. All text goes
+through ``html.escape``.
+"""
+
+import base64
+import hashlib
+import os
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from halfbyte.checkpoint.atomic import new_file
+from halfbyte.report.charts import (
+    Bar,
+    Series,
+    bar_chart,
+    line_chart,
+    memory,
+    plain,
+    smoothed,
+    table,
+)
+from halfbyte.report.live import duration
+from halfbyte.report.runs import Run, mapping, number, numbers, read_run, started, texts
+
+_KINDS = {"nf4": "QLoRA, NF4", "fp4": "QLoRA, FP4", "none": "LoRA, 16 or 32 bits"}
+
+
+def document(title: str, body: str) -> str:
+    """A whole page.
+
+    Args:
+        title: Plain text.
+        body: HTML.
+    """
+    here = files("halfbyte.report")
+    style, script = ((here / name).read_text("utf-8") for name in ("page.css", "page.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+        f"<main>\n{body}\n</main>\n<script>{script}</script>\n</body>\n</html>\n"
+    )
+
+
+def write_page(directories: Sequence[str | Path], output: Path) -> Path:
+    """Write the page about the runs in ``directories`` to ``output``, and return that.
+
+    Raises:
+        ConfigError: A directory holds no journal.
+        OutputError: The page cannot be written.
+    """
+    with new_file(output) as file:
+        # A journal may hold half a surrogate pair, which JSON can say and UTF-8 cannot.
+        file.write(page([read_run(one) for one in directories]).encode(errors="replace"))
+    return output
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The page about ``runs``."""
+    if len(runs) == 1:
+        return document(f"{runs[0].name} · halfbyte", _head(runs[0]) + _single(runs[0]))
+    _name_apart(runs)
+    parts = [
+        f'<header><h1>{len(runs)} runs</h1><p class="soft">{_names(runs)}</p></header>',
+        _overview(runs),
+        section("Curves", curves(runs)),
+        section("Memory", _memory(runs)),
+        section("Time", _time(runs)),
+        section("Where their options differ", _differences(runs)),
+        *(
+            f"<details><summary><strong>{escape(run.name)}</strong></summary>"
+            f"{_answers(run)}{_data(run)}{_again(run)}{_notes(run)}</details>"
+            for run in runs
+        ),
+    ]
+    return document(f"{len(runs)} runs · halfbyte", "\n".join(parts))
+
+
+def section(title: str, body: str) -> str:
+    """A part of the page; nothing where there is nothing in it."""
+    return f"<section><h2>{escape(title)}</h2>{body}</section>" if body else ""
+
+
+def key_figures(figures: Iterable[tuple[str, str | None]]) -> str:
+    """Names and values that are to be seen first; those without a value are left out."""
+    cells = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
+        for name, value in figures
+        if value
+    )
+    return f'<dl class="key">{cells}</dl>'
+
+
+def curves(runs: Sequence[Run]) -> str:
+    """Loss, learning rate, speed and gradient norm, of one run or of several in one chart."""
+    alone = len(runs) == 1
+    loss: list[Series] = []
+    for color, run in enumerate(runs):
+        points, name = run.curves["loss"], "training" if alone else run.name
+        if alone:
+            loss.append(Series("each step", points, color, "faint"))
+        loss.append(Series(name, smoothed(points), color))
+        held_out = Series("held-out" if alone else f"{name}, held-out", run.held_out, color, "dots")
+        loss.append(Series(held_out.name, held_out.points, 1, "dots") if alone else held_out)
+
+    def of(curve: str) -> list[Series]:
+        return [
+            Series(curve.replace("_", " ") if alone else run.name, run.curves[curve], color)
+            for color, run in enumerate(runs)
+        ]
+
+    charts = [
+        line_chart("Loss", "nats a token, smoothed", loss),
+        line_chart("Speed", "tokens a second", of("tokens_per_second"), from_zero=True),
+        line_chart("Learning rate", "of the update", of("learning_rate"), from_zero=True),
+        line_chart("Gradient norm", "before clipping", of("grad_norm"), from_zero=True),
+    ]
+    return f'<div class="charts">{"".join(charts)}</div>' if any(charts) else ""
+
+
+def _single(run: Run) -> str:
+    return "\n".join(
+        [
+            section("Curves", curves([run])),
+            section("Memory", _memory([run])),
+            section("Time", _time([run])),
+            _answers(run),
+            _data(run),
+            _again(run),
+            _notes(run),
+        ]
+    )
+
+
+def _said(value: float | None, say: Callable[[float], str]) -> str | None:
+    return None if value is None else say(value)
+
+
+def _figures(run: Run) -> list[tuple[str, str | None]]:
+    total = number(run.begin.get("total_steps"))
+    spent = sum(run.seconds.values())
+    return [
+        ("training loss", _said(run.last("loss"), "{:.4f}".format)),
+        ("held-out loss", _said(run.last("held_out"), "{:.4f}".format)),
+        ("tokens a second", _said(run.tokens_per_second, "{:,.0f}".format)),
+        ("peak memory", _said(run.peak_bytes, memory)),
+        ("steps", f"{run.steps:,}" + (f" of {total:,.0f}" if total else "")),
+        ("time", duration(spent) if spent else None),
+    ]
+
+
+def _head(run: Run) -> str:
+    facts = run.begin
+    kind = _KINDS.get(str(facts.get("quant")), "")
+    said = [facts.get("model"), kind, facts.get("machine") or facts.get("device"), started(run)]
+    state = "" if run.finished else f'<p class="warning" role="status">{escape(run.state)}</p>'
+    return (
+        f'<header><h1>{escape(run.name)}</h1><p class="soft">'
+        + " · ".join(escape(str(one)) for one in said if one)
+        + f"</p>{state}{key_figures(_figures(run))}</header>"
+    )
+
+
+def _overview(runs: Sequence[Run]) -> str:
+    heads = ["run", *(name for name, _ in _figures(runs[0])), "state"]
+    rows = [[run.name, *(value or "–" for _, value in _figures(run)), run.state] for run in runs]
+    return section("At a glance", table(heads, rows, "one run a row"))
+
+
+def _memory(runs: Sequence[Run]) -> str:
+    bars, told = [], []
+    for run in runs:
+        before = "" if len(runs) == 1 else f"{run.name}, "
+        plan = mapping(run.begin.get("memory"))
+        if parts := {k: v for k, v in numbers(plan.get("parts")).items() if v > 0}:
+            bars.append(Bar(f"{before}expected", list(parts.items())))
+        loaded = number(run.loaded.get("peak_memory_bytes"))
+        if loaded is not None and loaded > 0:
+            bars.append(Bar(f"{before}peak of loading", [("measured", loaded)]))
+        if run.peak_bytes is not None and run.peak_bytes > 0:
+            bars.append(Bar(f"{before}peak of training", [("measured", run.peak_bytes)]))
+            if parts:
+                off = run.peak_bytes / sum(parts.values()) - 1
+                told.append(
+                    f"{before}{memory(sum(parts.values()))} expected, {memory(run.peak_bytes)} "
+                    f"measured: {abs(off):.1%} {'more' if off > 0 else 'less'}."
+                )
+    return _sentences(told) + bar_chart(
+        "Expected and measured", "in decimal units", bars, say=memory
+    )
+
+
+def _time(runs: Sequence[Run]) -> str:
+    bars = [
+        Bar("whole run" if len(runs) == 1 else run.name, list(run.seconds.items()))
+        for run in runs
+        if run.seconds
+    ]
+    told = []
+    if len(runs) == 1 and (spent := sum(runs[0].seconds.values())):
+        shares = sorted(runs[0].seconds.items(), key=lambda item: -item[1])
+        told = [", ".join(f"{name} {taken / spent:.0%}" for name, taken in shares) + "."]
+    return _sentences(told) + bar_chart("Time by activity", "", bars, say=duration)
+
+
+def _sentences(told: Sequence[str]) -> str:
+    return "".join(f"<p>{escape(one)}</p>" for one in told)
+
+
+def _answers(run: Run) -> str:
+    found = []
+    for sample in run.samples:
+        answers = sample["answers"]
+        expected = sample["expected"]
+        shown = "".join(
+            f"<dt>{'before' if step == 0 else f'after {step:,}'}</dt>"
+            f"<dd{_mark(got, expected)}>{_text(got)}</dd>"
+            for step, got in answers.items()
+        )
+        shown += f"<dt>expected</dt><dd>{_text(expected)}</dd>"
+        found.append(
+            f'<div class="sample"><blockquote>{_text(sample["prompt"])}</blockquote>'
+            f"<dl>{shown}</dl></div>"
+        )
+    if not found:
+        return ""
+    told = '<p class="soft">Greedy answers of at most 48 tokens, before training and after.</p>'
+    return section("Answers", told + "".join(found))
+
+
+def _mark(got: str, expected: str) -> str:
+    return ' class="right"' if got.strip() == expected.strip() else ""
+
+
+def _text(text: str) -> str:
+    return escape(text.strip()) or '<span class="nothing">nothing</span>'
+
+
+def _data(run: Run) -> str:
+    body = ""
+    for name, field in (("Training", "data_verdict"), ("Held out", "held_out_verdict")):
+        lines = texts(mapping(run.begin.get(field)).get("lines"))
+        if lines:
+            items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+            body += f'<h3>{name}</h3><ul class="notes">{items}</ul>'
+    return section("Data", body)
+
+
+def _again(run: Run) -> str:
+    config = mapping(run.begin.get("config"))
+    versions = mapping(run.begin.get("versions"))
+    body = ""
+    if config:
+        file = shlex.quote(os.path.join(run.path, "config.yaml"))
+        body += (
+            f"<pre>halfbyte train {escape(file)} --output again</pre>"
+            '<p class="soft">On the same kind of processor, with the same versions, every loss is '
+            "the same. Options that were given are bold.</p>"
+        )
+        given = set(texts(run.begin.get("given")))
+        body += "<details><summary>All options</summary>" + _facts(config, given) + "</details>"
+    if versions:
+        body += "<details><summary>Versions</summary>" + _facts(versions, set()) + "</details>"
+    return section("How to do it again", body)
+
+
+def _facts(values: dict[str, Any], given: set[str]) -> str:
+    rows = "".join(
+        f'<tr{" class=given" if name in given else ""}><th scope="row">{escape(str(name))}</th>'
+        f"<td>{escape(_value(value))}</td></tr>"
+        for name, value in values.items()
+    )
+    return f'<div class="wide"><table class="facts"><tbody>{rows}</tbody></table></div>'
+
+
+def _value(value: Any) -> str:
+    if value is None or value in ([], {}):
+        return "–"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if (as_number := number(value)) is not None:
+        return plain(as_number) if isinstance(value, float) else str(value)
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _differences(runs: Sequence[Run]) -> str:
+    configs = [mapping(run.begin.get("config")) for run in runs]
+    names = list(dict.fromkeys(name for config in configs for name in config))
+    rows = [
+        [name, *(_value(config.get(name)) for config in configs)]
+        for name in names
+        if name != "output" and len({repr(config.get(name)) for config in configs}) > 1
+    ]
+    if not rows:
+        return "<p>They were run with the same options.</p>" if names else ""
+    return table(["option", *(run.name for run in runs)], rows, "options that are not the same")
+
+
+def _notes(run: Run) -> str:
+    items = "".join(f"<li>{escape(note)}</li>" for note in run.notes)
+    listed = f'<details><summary>{len(run.notes)} lines</summary><ul class="notes">{items}</ul>'
+    return section("What was said", f"{listed}</details>" if items else "")
+
+
+def _name_apart(runs: Sequence[Run]) -> None:
+    """Name runs by as much of their paths as tells them apart."""
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        paths = [os.path.abspath(run.path) for run in runs]
+        shared = os.path.commonpath(paths)
+        for run, path in zip(runs, paths, strict=True):
+            run.name = os.path.relpath(path, shared)
+
+
+def _names(runs: Sequence[Run]) -> str:
+    return ", ".join(escape(run.name) for run in runs)

@@ -1,0 +1,198 @@
+"""A run as its journal tells it, for whoever draws or compares runs.
+
+A journal may come from anywhere, so nothing in it is believed: what should be a number is one, or
+is None; what should be a text is made one; a field that is missing, or of another kind, is left
+out. Text stays raw here and is escaped where it is written into a page.
+"""
+
+import math
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from halfbyte.errors import ConfigError
+from halfbyte.report.journal import read_journal
+
+Point = tuple[float, float]
+
+_STEP_PARTS = {"data": "preparing batches", "update": "optimizer"}
+_REST_OF_STEP = "forward and backward"
+
+_MOST_STEPS = 1e12
+
+# Fields of a step's line that become curves.
+_CURVES = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_bytes")
+
+
+def number(value: Any) -> float | None:
+    """``value`` if it is a finite number of a size that can be drawn; else None."""
+    plain = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+    return float(value) if plain and math.isfinite(value) else None
+
+
+def numbers(value: Any) -> dict[str, float]:
+    """The numbers among the values of a mapping; nothing of anything else."""
+    found = {str(key): number(one) for key, one in mapping(value).items()}
+    return {key: one for key, one in found.items() if one is not None}
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """``value`` if it is a mapping; else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def texts(value: Any) -> list[str]:
+    """The items of a list as texts; nothing of anything else."""
+    return [str(one) for one in value] if isinstance(value, list) else []
+
+
+@dataclass
+class Run:
+    """What a journal says.
+
+    Attributes:
+        name: What the run is called on a page.
+        path: Its directory.
+        begin: The facts of the last ``begin`` line.
+        loaded: The last ``loaded`` line.
+        finish: The ``finish`` line, or nothing while there is none.
+        state: ``finished``, or in words why not.
+        curves: For each field of a step's line, (step, value).
+        held_out: (step, loss) of every evaluation.
+        seconds: Where the time of the whole run went, by activity.
+        tokens_per_second: Over all steps but the first two, which build what later ones reuse.
+        samples: For each prompt ``prompt``, ``expected``, and ``answers`` by step.
+        notes: Everything that was announced.
+    """
+
+    name: str
+    path: Path
+    begin: dict[str, Any] = field(default_factory=dict)
+    loaded: dict[str, Any] = field(default_factory=dict)
+    finish: dict[str, Any] = field(default_factory=dict)
+    state: str = ""
+    curves: dict[str, list[Point]] = field(default_factory=lambda: {name: [] for name in _CURVES})
+    held_out: list[Point] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    tokens_per_second: float | None = None
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it came to its end."""
+        return bool(self.finish)
+
+    @property
+    def steps(self) -> int:
+        """The last step that was reported."""
+        return int(max((step for curve in self.curves.values() for step, _ in curve), default=0))
+
+    def last(self, curve: str) -> float | None:
+        """The last value of a curve."""
+        points = self.held_out if curve == "held_out" else self.curves[curve]
+        return points[-1][1] if points else None
+
+    @property
+    def peak_bytes(self) -> float | None:
+        """The most memory that was in use."""
+        measured = number(self.finish.get("peak_memory_bytes"))
+        curve = [value for _, value in self.curves["peak_memory_bytes"]]
+        return measured if measured is not None else max(curve, default=None)
+
+
+def read_run(directory: str | Path) -> Run:
+    """Read the journal in a run's directory.
+
+    Args:
+        directory: A run's directory, or a journal itself.
+
+    Raises:
+        ConfigError: There is no journal.
+    """
+    path = Path(directory)
+    file = path / "journal.jsonl" if path.is_dir() else path
+    try:
+        lines = read_journal(file)
+    except OSError as error:
+        raise ConfigError(
+            f"{directory} holds no journal of a run: expected {file} ({error.strerror})"
+        ) from error
+    run = Run(name=file.resolve().parent.name, path=file.parent)
+    speeds: list[tuple[float, float]] = []
+    answers: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        _take(run, line, speeds, answers)
+    run.samples = list(answers.values())
+    for activity in (*_STEP_PARTS.values(), _REST_OF_STEP):
+        if activity in run.seconds:  # of the steps that were reported, which may be one in many
+            run.seconds[activity] *= max(1.0, run.steps / len(speeds))
+    if len(speeds) > 4:
+        del speeds[:2]
+    seconds = sum(taken for _, taken in speeds)
+    run.tokens_per_second = sum(tokens for tokens, _ in speeds) / seconds if seconds > 0 else None
+    if run.finished:
+        run.state = "finished"
+    elif not run.state:
+        heard = str(lines[-1].get("time", ""))[:19].replace("T", " ") if lines else ""
+        run.state = f"not finished: still going, or killed; last heard of {heard} UTC"
+    return run
+
+
+def _take(
+    run: Run, line: dict[str, Any], speeds: list[tuple[float, float]], answers: dict[str, Any]
+) -> None:
+    event, step = line.get("event"), number(line.get("step"))
+    if step is not None and not 0 <= step < _MOST_STEPS:
+        return
+    if event == "begin":
+        run.begin, run.finish, run.state = line, {}, ""
+    elif event == "loaded":
+        run.loaded = line
+        _spend(run, "loading the model", line.get("seconds"))
+    elif event == "finish":
+        run.finish = line
+    elif event == "stopped":
+        run.state = f"stopped: {line.get('reason')}"
+    elif event == "note":
+        run.notes.append(str(line.get("text")))
+    elif event == "step" and step is not None:
+        for name, curve in run.curves.items():
+            if (value := number(line.get(name))) is not None:
+                curve.append((step, value))
+        taken, tokens = number(line.get("seconds")), number(line.get("tokens"))
+        if taken and tokens:
+            speeds.append((tokens, taken))
+        rest = taken or 0.0
+        for name, activity in _STEP_PARTS.items():
+            part = min(rest, number(line.get(f"{name}_seconds")) or 0.0)
+            _spend(run, activity, part)
+            rest -= part
+        _spend(run, _REST_OF_STEP, rest)
+    elif event == "evaluation" and step is not None:
+        if (loss := number(line.get("loss"))) is not None:
+            run.held_out.append((step, loss))
+        _spend(run, "held-out evaluation", line.get("seconds"))
+    elif event == "samples" and step is not None:
+        _spend(run, "sample answers", line.get("seconds"))
+        found = line.get("samples")
+        for sample in map(mapping, found if isinstance(found, list) else []):
+            prompt = str(sample.get("prompt"))
+            one = answers.setdefault(
+                prompt, {"prompt": prompt, "expected": str(sample.get("expected")), "answers": {}}
+            )
+            one["answers"][int(step)] = str(sample.get("got"))
+
+
+def _spend(run: Run, activity: str, seconds: Any) -> None:
+    if (taken := number(seconds)) is not None and taken > 0:
+        run.seconds[activity] = run.seconds.get(activity, 0.0) + taken
+
+
+def started(run: Run) -> str:
+    """When the run began, as ``2026-11-24 12:30 UTC``; nothing if the journal does not say."""
+    try:
+        return datetime.fromisoformat(str(run.begin.get("time"))).strftime("%Y-%m-%d %H:%M UTC")
+    except ValueError:
+        return ""

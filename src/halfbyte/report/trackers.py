@@ -1,0 +1,131 @@
+"""Experiment trackers: TensorBoard, Weights & Biases and trackio, behind three methods.
+
+The journal is the record of a run; a tracker is one more place that its numbers go to, under the
+names that transformers' Trainer made usual (``train/loss``, ``eval/loss``). Each library is an
+extra and imported only when a run asks for it, before anything is loaded.
+"""
+
+import importlib
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from halfbyte.errors import ConfigError
+
+Values = Mapping[str, float]
+
+
+class Tracker(Protocol):
+    """Whoever follows a run's numbers."""
+
+    def begin(self, name: str, start_step: int, facts: Mapping[str, Any]) -> None:
+        """Training begins after ``start_step``; ``facts`` are plain values that describe it."""
+
+    def log(self, step: int, values: Values) -> None:
+        """Take in numbers by name, after ``step``."""
+
+    def close(self) -> None:
+        """No more will come; called whatever happened, also when nothing began."""
+
+
+class TensorBoard:
+    """Event files in ``tensorboard/`` of the run's directory."""
+
+    def __init__(self, module: ModuleType, directory: Path) -> None:
+        """``module`` is ``torch.utils.tensorboard``."""
+        self._module, self._directory = module, directory
+        self._writer: Any = None
+
+    def begin(self, name: str, start_step: int, facts: Mapping[str, Any]) -> None:
+        """Write the facts as a text; what a resumed run makes anew is hidden by TensorBoard."""
+        self._writer = self._module.SummaryWriter(
+            str(self._directory / "tensorboard"), purge_step=start_step + 1
+        )
+        text = "\n".join(f"    {key}: {value}" for key, value in facts.items())
+        self._writer.add_text("run", f"{name}\n\n{text}", start_step)
+
+    def log(self, step: int, values: Values) -> None:
+        """Write one point of each curve."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close the file."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+class WandbLike:
+    """A run of wandb, or of trackio, which has wandb's interface.
+
+    Project, entity and server are taken from the library's own settings (``WANDB_PROJECT`` …).
+    """
+
+    def __init__(self, module: ModuleType, directory: Path) -> None:
+        """``module`` is ``wandb`` or ``trackio``."""
+        self._module, self._directory = module, directory
+        self._begun = False
+
+    def begin(self, name: str, start_step: int, facts: Mapping[str, Any]) -> None:
+        """Start a run of that name."""
+        library = self._module.__name__
+        project = os.environ.get(f"{library.upper()}_PROJECT", "halfbyte")
+        where = {"dir": str(self._directory)} if library == "wandb" else {}
+        self._module.init(project=project, name=name, config=dict(facts), **where)
+        self._begun = True
+
+    def log(self, step: int, values: Values) -> None:
+        """Send the numbers of a step."""
+        self._module.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Finish the run."""
+        if self._begun:
+            self._module.finish()
+
+
+TRACKERS: dict[str, tuple[str, str, Callable[[ModuleType, Path], Tracker]]] = {
+    "tensorboard": ("torch.utils.tensorboard", "tensorboard", TensorBoard),
+    "wandb": ("wandb", "wandb", WandbLike),
+    "trackio": ("trackio", "trackio", WandbLike),
+}
+"""By the name people type: the module, the package to install, and what is made of it."""
+
+
+def open_trackers(names: Sequence[str], directory: Path) -> list[Tracker]:
+    """Import what is asked for.
+
+    Args:
+        names: Keys of ``TRACKERS``.
+        directory: The run's; a tracker that writes files does so below it.
+
+    Raises:
+        ConfigError: A library is not installed; says how to install all that are missing.
+    """
+    found: list[Tracker] = []
+    missing: list[str] = []
+    for name in dict.fromkeys(names):
+        module, package, make = TRACKERS[name]
+        try:
+            found.append(make(importlib.import_module(module), directory))
+        except ImportError:
+            missing.append(package)
+    if missing:
+        raise ConfigError(
+            f"report_to: {', '.join(missing)} cannot be imported. Install it with "
+            f"`pip install {' '.join(missing)}`, or leave it out"
+        )
+    return found
+
+
+def tracked(event: str, record: Mapping[str, Any]) -> Values:
+    """The finite numbers of a ``step`` or an ``evaluation``, under the names trackers show."""
+    group = "train" if event == "step" else "eval"
+    return {
+        f"{group}/{name}": float(value)
+        for name, value in record.items()
+        if isinstance(value, int | float) and math.isfinite(value) and name != "step"
+    }
