@@ -237,17 +237,17 @@ class TrainConfig(ModelOptions):
     save_total_limit: PositiveInt = Field(2, description="checkpoints to keep")
     resume: bool = Field(False, description="go on from the newest checkpoint in output")
     logging_steps: PositiveInt = Field(1, description="report every N steps")
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of the adapters and the data's order")
-
-    @field_validator("target_modules", mode="before")
-    @classmethod
-    def _names_between_commas(cls, value: Any) -> Any:
     samples: int = Field(
         3, ge=0, description="prompts answered before and after training, for report.html"
     )
     report_to: Annotated[
         tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(parse_trackers)
     ] = Field((), description="trackers to send numbers to: tensorboard, wandb, trackio")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the adapters and the data's order")
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _names_between_commas(cls, value: Any) -> Any:
         if isinstance(value, str) and re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", value.strip()):
             return parse_names(value)
         return value

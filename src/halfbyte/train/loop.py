@@ -168,10 +168,10 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
         config.quantize_head,
         config.quantize_embeddings,
     )
-    base = load_told(source, recipe, report, cache=config.cache_quantized)
     began = time.perf_counter()
-    recipe = base.model.halfbyte_recipe
+    base = load_told(source, recipe, report, cache=config.cache_quantized)
     report.record("loaded", {"seconds": time.perf_counter() - began} | facts.memory_now(device))
+    recipe = base.model.halfbyte_recipe
     lora = LoRAConfig(
         r=config.lora_r,
         alpha=config.lora_alpha,
@@ -229,13 +229,13 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
         }
         | facts.options(config),
     )
-
     samples = facts.Samples(held_out or dataset, config.samples)
 
     def sample(step: int) -> None:
         if samples:
             with report.task(f"answering a few prompts, step {step}"):
                 report.record("samples", samples.answer(base.model, base.tokenizer, step))
+
     def save(step: int) -> None:
         path = save_run(
             output,
@@ -251,8 +251,8 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
     def measure(step: int) -> None:
         if held_out is None:
             return
-        loss, tokens = evaluate_loss(
         began = time.perf_counter()
+        loss, tokens = evaluate_loss(
             engine, held_out.examples, batch_size=max(4, config.batch_size), device=device
         )
         report.evaluation(
@@ -261,20 +261,20 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
                 "loss": loss,
                 "perplexity": math.exp(min(loss, 700.0)),
                 "supervised_tokens": tokens,
-            }
                 "seconds": time.perf_counter() - began,
+            }
         )
 
     save_every = config.save_steps or max(1, math.ceil(plan.total / SAVES_PER_RUN))
     loss, seconds, tokens_done = math.nan, 0.0, 0
-    for step in range(start, plan.total):
     if start == 0:
         sample(0)
+    for step in range(start, plan.total):
         began = time.perf_counter()
         batches = plan[step]
         on_device = [to_device(batch, device) for batch in batches]
-        result = stepper.run(step, on_device, saved_layers=memory.saved_layers)
         waited = time.perf_counter() - began
+        result = stepper.run(step, on_device, saved_layers=memory.saved_layers)
         took = time.perf_counter() - began
         done = step + 1
         tokens = sum(batch.tokens for batch in batches)
@@ -292,8 +292,8 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
                     "tokens_per_second": tokens / took,
                     "peak_memory_bytes": peak_memory(device),
                     "seconds": took,
-                }
                     "data_seconds": waited,
+                }
             )
         if config.eval_steps and done % config.eval_steps == 0 and done < plan.total:
             measure(done)
@@ -302,8 +302,8 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
     measure(plan.total)
     save_adapter(output, adapter_state(base.model), lora, tokenizer=tokenizer, **card)
     report.saved(output)
-    outcome = TrainResult(
     sample(plan.total)
+    outcome = TrainResult(
         adapter_dir=output,
         steps=plan.total,
         final_loss=loss,
@@ -317,7 +317,6 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
             "seconds": outcome.seconds,
             "final_loss": None if math.isnan(loss) else loss,
             "tokens_per_second": outcome.tokens_per_second,
-            "peak_memory_bytes": outcome.peak_memory_bytes,
         }
         | facts.memory_now(device)
     )
