@@ -4,10 +4,12 @@
 
 A config is batch x length, or micro-batches*batch x length for one optimizer step. Random weights,
 NF4 with double quantisation (or 16-bit, for LoRA), r = 16 on all linears, no dropout, bfloat16,
-every position supervised, every layer run again in backward (``--save``: none is), AdamW. Each
-contestant runs in a process of its own and builds its model on the card without a checkpoint. A
-figure is the median of the steps after the first three; memory is torch's peak of the timed steps.
-*floor* is the bare matrix products of a step: forward, forward again and dx of every linear.
+every position supervised, AdamW. ``--keep recompute`` runs every layer again in backward,
+``offload`` does so with the layers' inputs in host memory, ``save`` runs none again. Each has a
+process of its own and builds its model on the card without a checkpoint. A figure is the median of
+the steps after the first ten (peers: three); memory is torch's peak over all steps, the first and
+the capture of graphs included. *floor* is the bare matrix products of a step: forward, forward
+again and dx of every linear.
 """
 
 import argparse
@@ -31,7 +33,7 @@ SHAPES = {
 }
 SHAPES["llama2-7b"] |= dict(num_attention_heads=32, num_key_value_heads=32)
 SHAPES["llama3-8b"] |= dict(num_attention_heads=32, num_key_value_heads=8)
-CONTESTANTS = ("halfbyte-nf4", "halfbyte-nf4-fused", "halfbyte-bf16-fused", "peft-bitsandbytes")
+CONTESTANTS = ("halfbyte-nf4", "halfbyte-bf16", "peft-bitsandbytes")
 RANK = 16
 
 
@@ -54,9 +56,12 @@ def random_tensor(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.bfloat16, device="cuda").mul_(0.02)
 
 
-def ours(config: Any, quant: str, *, fuse: bool, saved: bool) -> Callable[[list[Any], float], Any]:
+def ours(config: Any, quant: str, args: argparse.Namespace) -> Callable[[], Callable[..., Any]]:
+    """Build the model once; each call returns a step of a new engine."""
     from halfbyte.lora import LoRAConfig, adapter_parameters, attach
     from halfbyte.model.build import BaseRecipe, build, finish, place
+    from halfbyte.model.vocabulary import embedding_to_host
+    from halfbyte.optim import AdamW
     from halfbyte.train.engine import Batch, LayerEngine
 
     recipe = BaseRecipe(quant=quant, compute_dtype=torch.bfloat16, device="cuda")
@@ -69,22 +74,35 @@ def ours(config: Any, quant: str, *, fuse: bool, saved: bool) -> Callable[[list[
         place(model, name, random_tensor(tuple(tensor.shape)))
     finish(model)
     attach(model, LoRAConfig(r=RANK, alpha=RANK), seed=0)
-    engine = LayerEngine(model, fuse=fuse)
+    embedding_to_host(model)
     parameters = list(adapter_parameters(model).values())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    optimizer = AdamW(parameters, lr=1e-4, state_bits=args.state_bits)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
 
-    def step(batches: list[torch.Tensor], supervised: float) -> Any:
-        micro = [Batch(ids, ids) for ids in batches]
-        layers = len(engine.layers) if saved else 0
-        loss = engine.step(micro, supervised, saved_layers=layers)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss
+    def fresh() -> Callable[..., Any]:
+        engine = LayerEngine(model, fuse=True, graphs=not args.no_graphs)
+        count = len(engine.layers)
+        saved = count if args.keep == "save" else args.saved_layers
+        offloaded = max(0, count - saved - 2) if args.keep == "offload" else 0
 
-    return step
+        def step(batches: list[torch.Tensor], supervised: float) -> Any:
+            micro = [Batch(ids, ids) for ids in batches]
+            loss = engine.step(micro, supervised, saved_layers=saved, offloaded_layers=offloaded)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
+            optimizer.step(grad_scale=(1.0 / (norm + 1e-6)).clamp(max=1.0))
+            optimizer.zero_grad(set_to_none=False)
+            for note in engine.notes:
+                print(note, file=sys.stderr)
+            engine.notes.clear()
+            return loss
+
+        return step
+
+    return fresh
 
 
-def peft(config: Any, *, saved: bool) -> Callable[[list[Any], float], Any]:
+def peft(config: Any, *, saved: bool) -> Callable[[], Callable[..., Any]]:
     import bitsandbytes as bnb
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM
@@ -128,7 +146,8 @@ def peft(config: Any, *, saved: bool) -> Callable[[list[Any], float], Any]:
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
     def step(batches: list[torch.Tensor], supervised: float) -> Any:
-        for ids in batches:
+        for host in batches:
+            ids = host.cuda()
             with torch.autocast("cuda", dtype=torch.bfloat16):
                 loss = model(input_ids=ids, labels=ids).loss / len(batches)
             loss.backward()
@@ -136,7 +155,7 @@ def peft(config: Any, *, saved: bool) -> Callable[[list[Any], float], Any]:
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    return step
+    return lambda: step
 
 
 def floor_ms(config: Any, tokens: int) -> float:
@@ -182,36 +201,38 @@ def work(args: argparse.Namespace) -> None:
             rows[text] = {"ms": round(floor_ms(config, micro * batch * length), 1)}
         args.output.write_text(json.dumps(rows))
         return
-    if args.worker == "peft-bitsandbytes":
-        step = peft(config, saved=args.save)
+    theirs = args.worker == "peft-bitsandbytes"
+    if theirs:
+        make = peft(config, saved=args.keep == "save")
     else:
-        quant = "nf4" if "nf4" in args.worker else "none"
-        fuse = args.worker.endswith("fused")
-        step = ours(config, quant, fuse=fuse, saved=args.save)
+        make = ours(config, "nf4" if "nf4" in args.worker else "none", args)
     torch.cuda.empty_cache()
     resident = torch.cuda.memory_allocated()
     for text in args.configs:
         micro, batch, length = parsed(text)
+        step, times = make(), []
         torch.cuda.empty_cache()
-        times = []
-        for i in range(args.steps):
-            ids = torch.randint(3, config.vocab_size, (micro, batch, length), device="cuda")
-            if i == 3:
-                torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats()
+        warm, count = (3, 8) if theirs else (10, 10 + args.steps)
+        generator = torch.Generator().manual_seed(0)
+        for i in range(count):
+            ids = torch.randint(3, config.vocab_size, (micro, batch, length), generator=generator)
             torch.cuda.synchronize()
             start = time.perf_counter()
-            loss = step(list(ids), float(ids.numel()))
+            loss = float(step(list(ids), float(ids.numel())))
             torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        seconds = statistics.median(times[3:])
+            if i >= warm:
+                times.append(time.perf_counter() - start)
+        seconds = statistics.median(times)
         rows[text] = {
             "ms": round(seconds * 1e3, 1),
             "tokens_per_s": round(micro * batch * length / seconds),
             "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
             "reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2),
             "resident_gb": round(resident / 1e9, 2),
-            "loss": round(float(loss), 4),
+            "loss": round(loss, 4),
         }
+        print(args.worker, text, rows[text], file=sys.stderr, flush=True)
     args.output.write_text(json.dumps(rows))
 
 
@@ -221,9 +242,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--configs", nargs="+", default=["1x512", "1x2048", "4x2048"])
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--save", action="store_true", help="keep activations in every layer")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of ours")
+    parser.add_argument("--keep", choices=["recompute", "offload", "save"], default="recompute")
+    parser.add_argument("--saved-layers", type=int, default=0, help="of these, with any --keep")
+    parser.add_argument("--state-bits", type=int, choices=[8, 32], default=8)
+    parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--output", type=Path, help="file; a dated one in benchmarks/results")
+    parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     require_cuda()
@@ -237,15 +262,20 @@ def main() -> None:
             result.unlink(missing_ok=True)
             call = [sys.executable, __file__, "--worker", contestant, "--output", str(result)]
             call += ["--shape", args.shape, "--layers", str(args.layers), "--configs"]
-            call += [*args.configs, "--steps", str(args.steps)] + ["--save"] * args.save
-            done = subprocess.run(call, env=os.environ, capture_output=True, text=True)
+            call += [*args.configs, "--steps", str(args.steps), "--keep", args.keep]
+            call += ["--saved-layers", str(args.saved_layers), "--state-bits", str(args.state_bits)]
+            call += ["--no-graphs"] * args.no_graphs
+            done = subprocess.run(call, env=os.environ, stderr=subprocess.PIPE, text=True)
+            if args.verbose or done.returncode:
+                print("\n".join(done.stderr.strip().splitlines()[-12:]), file=sys.stderr)
             if done.returncode:
                 found[contestant] = {"failed": done.stderr.strip().splitlines()[-1:]}
-                print("\n".join(done.stderr.strip().splitlines()[-6:]), file=sys.stderr)
             else:
                 found[contestant] = json.loads(result.read_text())
             print(f"{contestant:22s}", json.dumps(found[contestant]), flush=True)
-    write("gpu_step", args.output, shape=args.shape, layers=args.layers, rows=found)
+    options = {"shape": args.shape, "layers": args.layers, "keep": args.keep}
+    options |= {"state_bits": args.state_bits, "saved_layers": args.saved_layers}
+    write("gpu_step", args.output, **options, rows=found)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from halfbyte.model import gpu as between
-from halfbyte.nf4 import gpu, gpu_products, gpu_rows
+from halfbyte.nf4 import gpu, gpu_adapters, gpu_products, gpu_rows
 from halfbyte.optim import gpu as optimizer
 
 POINTERS = {"scale_codes": "*u8", "codes": "*i32", "cell_codes": "*i32"}
@@ -80,6 +80,10 @@ def kernels(capability: int):
     norm = {"add": True, "lanes": 4096}
     yield between._norm, {**sixteen, "eps": "fp32"}, norm, {"num_warps": 8}
     yield between._norm_backward, sixteen, norm, {"num_warps": 8}
+    loss = {"capped": True, "slopes": True, "lanes": 4096}
+    kinds = {"logits": "*bf16", "targets": "*i64", "softcap": "fp32"}
+    yield between._loss_and_slopes, kinds, loss, {"num_warps": 8}
+    yield between._look_up, {"out": "*bf16", "table": "*bf16", "ids": "*i64"}, {"lanes": 1024}, {}
     yield between._rotate, sixteen, {"backward": True, "head_lanes": 32, "lanes": 64}, {}
     yield between._gate, sixteen, {"lanes": 2048}, {"num_warps": 8}
     yield between._gate_backward, sixteen, {"lanes": 2048}, {"num_warps": 8}
@@ -103,13 +107,13 @@ def kernels(capability: int):
             yield gpu_products._backward, tiles("bf16", part), step, options
         types = {"out": "*bf16", "rank0": "i32", "rank1": "i32", "rank2": "i32"}
         types |= {"scaling0": "fp32", "scaling1": "fp32", "scaling2": "fp32"}
-        yield gpu_products._copy_a, types, {"rank": 16, "lanes": 1024}, {}
-        yield gpu_products._copy_b, types, {"rank": 16, "tile": 64}, {}
+        yield gpu_adapters._copy_a, types, {"rank": 16, "lanes": 1024}, {}
+        yield gpu_adapters._copy_b, types, {"rank": 16, "tile": 64}, {}
         sums = {"rank": 16, "span": 1024, "tile_m": 64, "tile_n": 256}
         types = {"dy": "*bf16", "p": "*bf16", "b": "*bf16"}
-        yield gpu_products._adapter_pass, types, sums, {"num_warps": 8, "num_stages": 3}
+        yield gpu_adapters._adapter_pass, types, sums, {"num_warps": 8, "num_stages": 3}
         types = {"g": "*bf16", "scaling": "fp32"}
-        yield gpu_products._sum_parts, types, {"rank": 16, "lanes": 512}, {}
+        yield gpu_adapters._sum_parts, types, {"rank": 16, "lanes": 512}, {}
 
 
 def main() -> None:

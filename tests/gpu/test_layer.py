@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from halfbyte.model import elementwise
-from halfbyte.model.elementwise import add_rms_norm, rms_norm, rotary, swiglu
+from halfbyte.model.elementwise import add_rms_norm, rms_norm, rms_norm_beside, rotary, swiglu
 from halfbyte.train.engine import LayerEngine
 from tests.train.test_engine import FAMILIES, batches_of, gradients, model_of
 
@@ -54,7 +54,11 @@ def test_norms(shape, monkeypatch):
     def added(x, r):
         return add_rms_norm(x, r, weight.to(x.dtype), 1e-5)
 
+    def beside(x):
+        return rms_norm_beside(x, weight.to(x.dtype), 1e-5)
+
     check(alone, [x], monkeypatch)
+    check(beside, [x], monkeypatch)
     check(added, [x, r], monkeypatch)
 
 

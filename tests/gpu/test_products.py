@@ -87,7 +87,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("outputs", "inputs", "rank"), CASES)
-@pytest.mark.parametrize("rows", [2048, 2500])
+@pytest.mark.parametrize("rows", [7, 512, 2048, 2500])
 @pytest.mark.parametrize("quant", [True, False])
 def test_fused_products_are_as_exact_as_the_plain_ones(
     outputs, inputs, rank, rows, quant, monkeypatch
@@ -100,8 +100,7 @@ def test_fused_products_are_as_exact_as_the_plain_ones(
     original = gpu_products.forward
     monkeypatch.setattr(gpu_products, "forward", lambda *args: calls.append(1) or original(*args))
     fused = run(module, rows)
-    hopper = torch.cuda.get_device_capability()[0] == 9
-    assert bool(calls) == hopper
+    assert calls
     monkeypatch.setattr(gpu_products, "fits", lambda *_: False)
     plain = errors(run(module, rows), true)
     for name, error in errors(fused, true).items():
@@ -170,11 +169,11 @@ def test_a_few_rows_without_gradients_take_the_packed_weight(monkeypatch):
 
 
 def test_a_shadow_is_rounded_once_from_the_scaled_adapter():
-    from halfbyte.nf4 import gpu_products
+    from halfbyte.nf4 import gpu_adapters
 
     module = layer((512, 256, 128), 200, 24)
     updates = [linear.adapter.update(None) for linear in module.children()]
-    shadow = gpu_products.shadow_of(
+    shadow = gpu_adapters.shadow_of(
         [updates[0], None, updates[2]], [(512, 200), (256, 200), (128, 200)], torch.bfloat16
     )
     assert shadow.rank == 32

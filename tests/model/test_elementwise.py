@@ -133,3 +133,20 @@ def test_the_backward_of_the_norm_is_that_of_its_formula():
     (wanted,) = torch.autograd.grad(y, x, dy)
     got = elementwise.plain_rms_norm_backward(dy, x.detach(), weight, rstd.detach())
     torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_what_comes_beside_the_norm_is_added(implementation):
+    x = torch.randn(3, 5, 24, dtype=torch.float32)
+    weight = torch.rand(24) + 0.5
+    results = []
+    for function in (
+        elementwise.rms_norm_beside,
+        lambda x, weight, eps: (elementwise.rms_norm(x, weight, eps), x),
+    ):
+        leaf = x.clone().requires_grad_()
+        y, beside = function(leaf, weight, 1e-5)
+        assert torch.equal(beside, x)
+        (y.square().sum() + (3 * beside).sum()).backward()
+        results.append((y.detach(), leaf.grad))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from halfbyte.lora import adapter_parameters
+from halfbyte.model.documents import Documents
 from halfbyte.model.layer import fused
 from halfbyte.train.engine import LayerEngine
 from tests.train.test_engine import FAMILIES, batches_of, gradients, model_of
@@ -49,12 +50,30 @@ def test_another_activation_is_not_fused():
     assert fused(model.model.layers[0]) is None
 
 
-def test_a_cache_is_refused():
-    model = model_of(FAMILIES["llama"])
+def test_an_output_nobody_reads_has_the_same_gradients():
+    model = model_of(FAMILIES["qwen3"])
     run = fused(model.model.layers[0])
-    x = torch.zeros(1, 3, 32)
-    positions = model.model.rotary_emb(x, torch.arange(3)[None])
-    with pytest.raises(ValueError, match="no use for a cache"):
-        run(x, position_embeddings=positions, past_key_values=object())
-    assert run(x, position_embeddings=positions).shape == x.shape
-    assert adapter_parameters(model)
+    x = torch.randn(2, 9, 32, requires_grad=True)
+    cos, sin = model.model.rotary_emb(x, torch.arange(9)[None])
+    dy, wanted = torch.randn(2, 9, 32), [x, *adapter_parameters(model.model.layers[0]).values()]
+    true = torch.autograd.grad(run(x, cos, sin), wanted, dy)
+    stand_in = run(x, cos, sin, read=False)
+    assert stand_in.shape == x.shape
+    assert not stand_in.any()
+    for got, exact in zip(torch.autograd.grad(stand_in, wanted, dy), true, strict=True):
+        assert torch.equal(got, exact)
+
+
+@pytest.mark.parametrize("family", KNOWN)
+def test_documents_in_a_row_are_what_they_are_alone(family):
+    model = model_of(FAMILIES[family])
+    run = fused(model.model.layers[1])
+    lengths = (5, 1, 0, 8)
+    documents = Documents(torch.tensor([0, 5, 6, 6, 14], dtype=torch.int32), 8)
+    x = torch.randn(1, 14, 32)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    together = run(x, *model.model.rotary_emb(x, positions), documents)
+    for part, own in zip(x.split(lengths, 1), together.split(lengths, 1), strict=True):
+        if part.shape[1]:
+            alone = run(part, *model.model.rotary_emb(x, torch.arange(part.shape[1])[None]))
+            torch.testing.assert_close(own, alone)

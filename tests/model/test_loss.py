@@ -1,5 +1,7 @@
 """The chunked loss against cross-entropy over all logits at once."""
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -84,3 +86,22 @@ def test_huge_logits_stay_finite():
     h, head, targets = case()
     got = head_loss(h * 1e4, head, targets)
     assert torch.isfinite(got)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton compiles here")
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("size", [40, 4096, 5000])
+def test_the_kernel_is_the_plain_loss(softcap, size):
+    gpu = pytest.importorskip("halfbyte.model.gpu", reason="needs Triton", exc_type=ImportError)
+    generator = torch.Generator().manual_seed(5)
+    logits = (torch.randn(7, size, generator=generator) * 4).requires_grad_()
+    targets = torch.tensor([0, 1, 2, size - 1, size // 2, 3, 4])
+    capped = softcap * torch.tanh(logits / softcap) if softcap else logits
+    true = F.cross_entropy(capped, targets, reduction="none")
+    (slope,) = torch.autograd.grad(true.sum(), logits)
+    held = logits.detach().clone()
+    losses = gpu.loss_and_slopes(held, targets, softcap, slopes=False)
+    assert torch.equal(held, logits)
+    assert torch.equal(gpu.loss_and_slopes(held, targets, softcap, slopes=True), losses)
+    torch.testing.assert_close(losses, true.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(held, slope, rtol=1e-4, atol=1e-6)

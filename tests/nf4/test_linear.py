@@ -206,3 +206,23 @@ def test_all_ways_of_opening_agree():
         else:
             results.append(made(x))
     assert all(torch.equal(results[0], one) for one in results)
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+@pytest.mark.parametrize("dropped", [True, False])
+def test_an_output_nobody_reads_is_not_made_and_has_the_same_gradients(
+    adapted, dropped, monkeypatch
+):
+    made = layer()
+    a, b = torch.randn(2, 10).double().requires_grad_(), torch.randn(7, 2).double().requires_grad_()
+    keep = (torch.rand(3, 10) > 0.3).double() / 0.7 if dropped else None
+    made.adapter = Update(a, b, 0.37, keep) if adapted else None
+    x = torch.randn(3, 10, dtype=torch.float64, requires_grad=True)
+    dy, wanted = torch.randn(3, 7, dtype=torch.float64), [x, a, b] if adapted else [x]
+    true = torch.autograd.grad(made(x), wanted, dy)
+    monkeypatch.setattr("halfbyte.nf4.linear._plain_forward", None)
+    y = made.unread(x)
+    assert y.shape == (3, 7)
+    monkeypatch.undo()
+    for got, exact in zip(torch.autograd.grad(y, wanted, dy), true, strict=True):
+        assert torch.equal(got, exact)

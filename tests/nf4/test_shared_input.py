@@ -37,9 +37,9 @@ def products(monkeypatch):
     made = []
     original = SharedInput._products
 
-    def counted(self, x):
+    def counted(self, x, **read):
         made.append(len(self.members))
-        return original(self, x)
+        return original(self, x, **read)
 
     monkeypatch.setattr(SharedInput, "_products", counted)
     return made

@@ -261,10 +261,49 @@ def test_a_decoder_that_cannot_be_taken_apart_is_announced_and_trains_all_the_sa
 
 
 @pytest.mark.parametrize(
-    ("names", "count"), [(("norm",), 0), (("1.input_layernorm",), 2), (WHOLE[0], 3)]
+    ("names", "count"), [(("norm",), 0), (("1.input_layernorm",), 0), (WHOLE[0], 3)]
 )
 def test_layers_whose_norms_are_trained_are_not_fused(names, count):
     assert LayerEngine(model_of(FAMILIES["llama"], modules_to_save=names), fuse=True).fused == count
+
+
+@pytest.mark.parametrize("lengths", [[[64, 64], [64]], [[17, 9, 3], [30], [1, 2]]])
+def test_documents_in_shared_parts_give_the_same_step(lengths, monkeypatch):
+    monkeypatch.setattr("halfbyte.train.engine.can_pack", lambda *_: True)
+    monkeypatch.setattr("halfbyte.train.parts.PART_TOKENS", 150)
+    model = model_of(FAMILIES["qwen3"])
+    batches = [
+        Batch(*batch[:2], lengths=rows)
+        for rows, batch in zip(
+            lengths, batches_of([(len(r), max(r)) for r in lengths]), strict=True
+        )
+    ]
+    for batch in batches:
+        for row, length in enumerate(batch.lengths):
+            batch.labels[row, length:] = -100
+    plain = LayerEngine(model)
+    wanted = plain.step(batches, 20.0, saved_layers=1)
+    true = gradients(model)
+    engine = LayerEngine(model, fuse=True)
+    parts, _ = engine._enter(batches)
+    assert len(parts) == (2 if lengths[0][0] == 64 else 1)
+    got = engine.step(batches, 20.0, saved_layers=1)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(engine.loss(batches), 20 * wanted, rtol=1e-5, atol=1e-4)
+    for name, gradient in gradients(model).items():
+        assert (gradient - true[name]).norm() <= 1e-5 * true[name].norm(), name
+
+
+def test_a_step_longer_than_the_window_is_run_by_transformers_layers(monkeypatch):
+    model = model_of(FAMILIES["mistral"])  # its window is 8
+    monkeypatch.setattr("halfbyte.train.engine.can_pack", lambda *_: True)
+    engine = LayerEngine(model, fuse=True)
+    assert engine.fused == 3
+    for length, given in ((8, 3), (9, 0)):
+        batch = Batch(*batches_of([(2, length)])[0][:2])
+        monkeypatch.setattr("halfbyte.train.parts._ROUND", length)
+        (passage,) = engine._enter([batch])[1]
+        assert len(passage.given) == (2 if given else 0)
 
 
 def test_an_embedding_that_layers_see_by_other_ways_too_trains_under_plain_autograd(monkeypatch):

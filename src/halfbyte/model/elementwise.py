@@ -6,6 +6,7 @@ backward, in float32 inside:
 
     add_rms_norm    h = x + r, y = norm(h) · w        dh = dnorm(dy) + what came for h
     rms_norm        y = norm(x) · w                   (Zhang and Sennrich 2019)
+    rms_norm_beside the same, and x: what comes for x is added in the same pass
     rotary          pairs of q and k turned by their position (Su et al. 2021)
     swiglu          silu(g) · u                       (Shazeer 2020), dg and du in one tensor
 
@@ -76,6 +77,30 @@ class _RMSNorm(torch.autograd.Function):
         return plain_rms_norm_backward(grads[0], x, weight, rstd).to(x.dtype), None, None
 
 
+class _RMSNormBeside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        kernels = _kernels(x)
+        y, rstd = (kernels.rms_norm if kernels else plain_rms_norm)(x, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return y, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _norm_and_sum_backward(*grads, *ctx.saved_tensors), None, None
+
+
+def _norm_and_sum_backward(
+    dy: Tensor, dh: Tensor, h: Tensor, weight: Tensor, rstd: Tensor
+) -> Tensor:
+    """Return what comes for h through its norm and beside it."""
+    kernels = _kernels(h)
+    if kernels:
+        result: Tensor = kernels.rms_norm_backward(dy, dh, h, weight, rstd)
+        return result
+    return (plain_rms_norm_backward(dy, h, weight, rstd) + dh.float()).to(h.dtype)
+
+
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -92,13 +117,7 @@ class _AddRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        h, weight, rstd = ctx.saved_tensors
-        kernels = _kernels(h)
-        if kernels:
-            dh = kernels.rms_norm_backward(grads[0], grads[1], h, weight, rstd)
-        else:
-            dh = plain_rms_norm_backward(grads[0], h, weight, rstd) + grads[1].float()
-            dh = dh.to(h.dtype)
+        dh = _norm_and_sum_backward(*grads, *ctx.saved_tensors)
         return dh, dh, None, None
 
 
@@ -117,6 +136,16 @@ class _Rotary(torch.autograd.Function):
         if kernels:
             return kernels.rotary(dy, cos, sin, backward=True), None, None
         return plain_rotary(dy, cos, -sin).to(dy.dtype), None, None
+
+
+class _UnreadSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        return x.new_zeros(1).expand(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], grads[0]
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -152,6 +181,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def rms_norm_beside(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return `rms_norm` of x, and x for whoever goes on with it beside the norm."""
+    return _RMSNormBeside.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
+
+
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return ``rms_norm(x + residual)`` and the sum, both [..., n]; see `rms_norm`."""
     return _AddRMSNorm.apply(x, residual, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
@@ -175,3 +209,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) · up, [..., n] of two such; rounded once."""
     return _SwiGLU.apply(gate, up)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def unread_sum(x: Tensor, y: Tensor) -> Tensor:
+    """Return a stand-in for x + y of which nobody reads the values; its backward is the sum's."""
+    return _UnreadSum.apply(x, y)  # type: ignore[no-any-return, no-untyped-call]

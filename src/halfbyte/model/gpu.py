@@ -1,7 +1,7 @@
 """The operations of elementwise.py in Triton: one launch and one pass over memory each.
 
-A program of the norms has a row, of the rotary turn a token's heads, of the gated activation a
-piece of a row. All read in the dtype of the tensors, compute in float32 and round once, but where
+A program of the norms and of the loss has a row, of the rotary turn a token's heads, of the gated
+activation a piece of a row. All read in the dtype of the tensors, compute in float32 and round once, but where
 transformers rounds in between (`plain_rms_norm`). Rows may be apart: q, k, v and gate, up are
 columns of one product.
 """
@@ -138,6 +138,64 @@ def _gate_backward(d_both, dy, gate, up, size, gate_stride, up_stride, lanes: tl
     kind: tl.constexpr = d_both.dtype.element_ty
     tl.store(target, (d * u * s * (1.0 + g * (1.0 - s))).to(kind), mask=inside)
     tl.store(target + size, (d * g * s).to(kind), mask=inside)
+
+
+@triton.jit
+def _loss_and_slopes(
+    logits,
+    targets,
+    losses,
+    size,
+    softcap,
+    capped: tl.constexpr,
+    slopes: tl.constexpr,
+    lanes: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * size
+    target = tl.load(targets + row)
+    at = tl.arange(0, lanes)
+    # Low enough that its exponential is nothing, and finite: lanes beyond the row count for nothing.
+    lowest = -1e30
+    largest = tl.full((lanes,), lowest, tl.float32)
+    total = tl.zeros((lanes,), tl.float32)
+    for start in range(0, size, lanes):
+        inside = start + at < size
+        z = tl.load(logits + start + at, mask=inside, other=0.0).to(tl.float32)
+        if capped:
+            z = softcap * (2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0)
+        z = tl.where(inside, z, lowest)
+        larger = tl.maximum(largest, z)
+        total = total * tl.exp(largest - larger) + tl.exp(z - larger)
+        largest = larger
+    most = tl.max(largest, axis=0)
+    total = tl.sum(total * tl.exp(largest - most), axis=0)
+    normaliser = most + tl.log(total)
+    mine = tl.load(logits + target).to(tl.float32)
+    if capped:
+        mine = softcap * (2.0 * tl.sigmoid(2.0 * mine / softcap) - 1.0)
+    tl.store(losses + row, normaliser - mine)
+    if slopes:
+        tl.debug_barrier()  # all have read the target's logit, which is written over now
+        for start in range(0, size, lanes):
+            inside = start + at < size
+            z = tl.load(logits + start + at, mask=inside, other=0.0).to(tl.float32)
+            inner = 1.0
+            if capped:
+                z = 2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0
+                inner = 1.0 - z * z
+                z = softcap * z
+            slope = tl.exp(z - normaliser) - tl.where(start + at == target, 1.0, 0.0)
+            slope = (slope * inner).to(logits.dtype.element_ty)
+            tl.store(logits + start + at, slope, mask=inside)
+
+
+@triton.jit
+def _look_up(out, table, ids, size, lanes: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * lanes + tl.arange(0, lanes)
+    source = table + tl.load(ids + row) * size
+    tl.store(out + row * size + at, tl.load(source + at, mask=at < size), mask=at < size)
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int, int, int, int]:
@@ -296,3 +354,43 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
             )
     d_gate, d_up = torch.split(both.view(*gate.shape[:-1], 2 * size), size, -1)
     return d_gate, d_up
+
+
+def loss_and_slopes(logits: Tensor, targets: Tensor, softcap: float, *, slopes: bool) -> Tensor:
+    """Cross-entropy of rows, and its gradient in place of the logits.
+
+    Args:
+        logits: [S, V], contiguous; with ``slopes`` it is written over with dL/dz.
+        targets: int64 [S], each a column.
+        softcap: Gemma's cap on the logits; 0 for none.
+        slopes: Whether the gradient is wanted.
+
+    Returns:
+        The losses, float32 [S].
+    """
+    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    if losses.numel():
+        with on_device(logits):
+            _loss_and_slopes[(len(logits),)](
+                logits,
+                targets,
+                losses,
+                logits.shape[1],
+                softcap,
+                capped=softcap != 0,
+                slopes=slopes,
+                lanes=4096,
+                num_warps=8,
+            )
+    return losses
+
+
+def look_up(table: Tensor, ids: Tensor) -> Tensor:
+    """Returns rows ``ids`` int64 [...] of ``table`` [V, H], which may be pinned host memory."""
+    out = torch.empty(*ids.shape, table.shape[1], dtype=table.dtype, device=ids.device)
+    if out.numel():
+        with on_device(out):
+            _look_up[(ids.numel(), triton.cdiv(table.shape[1], 1024))](
+                out, table, ids.contiguous(), table.shape[1], lanes=1024
+            )
+    return out

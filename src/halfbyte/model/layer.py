@@ -9,14 +9,20 @@ so adapters, checkpoints and generation see the layer they know.
 computes, but for rounding (it rounds less often).
 """
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from halfbyte.model.elementwise import add_rms_norm, rms_norm, rotary, swiglu
+from halfbyte.model.documents import Documents, attend
+from halfbyte.model.elementwise import (
+    add_rms_norm,
+    rms_norm,
+    rms_norm_beside,
+    rotary,
+    swiglu,
+    unread_sum,
+)
+from halfbyte.nf4.linear import FrozenLinear
 
 # The names of transformers' classes, which this file was read beside. Others, derived or not, may
 # do more than these.
@@ -28,12 +34,73 @@ FAMILIES = {
 }
 
 
-def fused(layer: nn.Module) -> Callable[..., Tensor] | None:
-    """Return what runs ``layer`` fused, or None if it is not one that is known.
+class FusedLayer:
+    """Runs a decoder layer; see `fused`.
 
-    What is returned takes what the layer takes by name (``position_embeddings``,
-    ``attention_mask``; a cache is not for training) and returns its output [B, T, hidden].
+    Attributes:
+        window: How far back attention sees at most, or None for all the way.
+        head_dim: Width of a head.
     """
+
+    def __init__(self, layer: nn.Module) -> None:
+        parts: Any = layer
+        self._first, self._second = parts.input_layernorm, parts.post_attention_layernorm
+        self._attention, self._mlp = parts.self_attn, parts.mlp
+        self.head_dim: int = self._attention.head_dim
+        config = self._attention.config
+        self.window: int | None = getattr(
+            self._attention, "sliding_window", getattr(config, "sliding_window", None)
+        )
+
+    def __call__(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        documents: Documents | None = None,
+        *,
+        read: bool = True,
+    ) -> Tensor:
+        """Return the layer's output [B, T, hidden].
+
+        Args:
+            x: [B, T, hidden].
+            cos: [1 or B, T, head_dim], of the positions.
+            sin: Likewise.
+            documents: See `attend`. Nobody's longer than ``window``.
+            read: Whether anybody reads the values of the output. If not, it is a stand-in with
+                the backward of the real one, and saves the last product of the layer.
+        """
+        y, residual = rms_norm_beside(x, self._first.weight, self._first.variance_epsilon)
+        heads = self._heads(y, cos, sin, documents)
+        y, h = add_rms_norm(
+            self._attention.o_proj(heads),
+            residual,
+            self._second.weight,
+            self._second.variance_epsilon,
+        )
+        inner = swiglu(self._mlp.gate_proj(y), self._mlp.up_proj(y))
+        if not read:
+            return unread_sum(h, self._mlp.down_proj.unread(inner))
+        result: Tensor = h + self._mlp.down_proj(inner)
+        return result
+
+    def _heads(self, y: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None) -> Tensor:
+        """Return what goes into the output projection, [B, T, heads · n]."""
+        attention = self._attention
+        q, k, v = (
+            project(y).unflatten(-1, (-1, self.head_dim))
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        if hasattr(attention, "q_norm"):
+            q = rms_norm(q, attention.q_norm.weight, attention.q_norm.variance_epsilon)
+            k = rms_norm(k, attention.k_norm.weight, attention.k_norm.variance_epsilon)
+        q, k = rotary(q, cos, sin), rotary(k, cos, sin)
+        return attend(q, k, v, documents, attention.scaling)
+
+
+def fused(layer: nn.Module) -> FusedLayer | None:
+    """Return what runs ``layer`` fused, or None if it is not one that is known."""
     norm = FAMILIES.get(type(layer).__name__)
     if norm is None or not type(layer).__module__.startswith("transformers.models."):
         return None
@@ -41,57 +108,7 @@ def fused(layer: nn.Module) -> Callable[..., Tensor] | None:
     norms = [parts.input_layernorm, parts.post_attention_layernorm]
     norms += [m for n in ("q_norm", "k_norm") if (m := getattr(parts.self_attn, n, None))]
     known = all(type(n).__name__ == norm and not n.weight.requires_grad for n in norms)
-    if not known or parts.self_attn.config.hidden_act != "silu":
+    linear = isinstance(parts.mlp.down_proj, FrozenLinear)
+    if not known or not linear or parts.self_attn.config.hidden_act != "silu":
         return None
-
-    def run(
-        hidden_states: Tensor,
-        *,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        **others: Any,
-    ) -> Tensor:
-        first, second, attention, mlp = norms[0], norms[1], parts.self_attn, parts.mlp
-        y = rms_norm(hidden_states, first.weight, first.variance_epsilon)
-        heads = _attend(attention, y, position_embeddings, attention_mask, others)
-        y, h = add_rms_norm(
-            attention.o_proj(heads), hidden_states, second.weight, second.variance_epsilon
-        )
-        result: Tensor = h + mlp.down_proj(swiglu(mlp.gate_proj(y), mlp.up_proj(y)))
-        return result
-
-    return run
-
-
-def _attend(
-    attention: Any,
-    y: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
-    mask: Tensor | None,
-    others: dict[str, Any],
-) -> Tensor:
-    """Return what goes into the output projection, [B, T, heads · n]."""
-    if others.pop("past_key_values", None) is not None:
-        raise ValueError("a fused layer has no use for a cache: call the layer itself")
-    config = attention.config
-    shape = (*y.shape[:-1], -1, attention.head_dim)
-    q, k = attention.q_proj(y).view(shape), attention.k_proj(y).view(shape)
-    v = attention.v_proj(y).view(shape)
-    if hasattr(attention, "q_norm"):
-        q = rms_norm(q, attention.q_norm.weight, attention.q_norm.variance_epsilon)
-        k = rms_norm(k, attention.k_norm.weight, attention.k_norm.variance_epsilon)
-    cos, sin = position_embeddings
-    q, k = rotary(q, cos, sin), rotary(k, cos, sin)
-    window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
-    out, _ = ALL_ATTENTION_FUNCTIONS[config._attn_implementation](
-        attention,
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        mask,
-        dropout=0.0,
-        scaling=attention.scaling,
-        sliding_window=window,
-        **others,
-    )
-    return torch.flatten(out, 2)
+    return FusedLayer(layer)

@@ -8,7 +8,8 @@ step, so that 1x8, 2x4 and 8x1 sequences give the same gradient.
 
 The gradient is computed in forward, a chunk of rows at a time, in place of the logits: the logits
 of at most ``CHUNK_BYTES`` exist at any time. Softmax and sum are float32 whatever the dtype of the
-products. Where the head is trained, dL/dW = dL/dzᵀ h is added up over the chunks in float32.
+products; on a GPU one kernel does all between the two products, in the dtype of theirs (model/gpu.py).
+ Where the head is trained, dL/dW = dL/dzᵀ h is added up over the chunks in float32.
 
 A packed head is decoded in pieces of ``CHUNK_BYTES`` too, once for the logits of a chunk of rows
 and once for their gradient.
@@ -22,18 +23,20 @@ from torch import Tensor
 from halfbyte.matmul import product
 from halfbyte.model.vocabulary import pieces
 from halfbyte.nf4 import QuantizedWeight
+from halfbyte.nf4.format import gpu_kernels
 
 # 32 MB of float32 logits: 170 rows of a 49k vocabulary, 65 rows of a 128k one. On a GPU the
-# product wants more rows to be efficient: 256 MB there.
-CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+# product wants more rows to be efficient: 128 MB of logits there, 2000 rows of a 32k vocabulary in
+# bfloat16, 500 of a 128k one.
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 128 << 20}
 
 
 def _chunk_bytes(device: torch.device) -> int:
     return CHUNK_BYTES.get(device.type, 32 << 20)
 
 
-def _chunk_rows(vocabulary: int, device: torch.device) -> int:
-    return max(16, _chunk_bytes(device) // (4 * vocabulary))
+def _chunk_rows(vocabulary: int, device: torch.device, itemsize: int = 4) -> int:
+    return max(16, _chunk_bytes(device) // (itemsize * vocabulary))
 
 
 def _logits(hidden: Tensor, head: Tensor | QuantizedWeight) -> Tensor:
@@ -56,6 +59,62 @@ def _gradient(slopes: Tensor, head: Tensor | QuantizedWeight, dtype: torch.dtype
     return total
 
 
+def _kernels(hidden: Tensor, head: Tensor | QuantizedWeight) -> Any:
+    """The Triton kernels, or None where the plain version runs."""
+    plain = not hidden.is_cuda or hidden.dtype == torch.float32 or not isinstance(head, Tensor)
+    if plain or gpu_kernels() is None:
+        return None
+    from halfbyte.model import gpu  # it imports triton
+
+    return gpu
+
+
+def _fused_chunk(
+    hidden: Tensor,
+    head: Tensor | QuantizedWeight,
+    targets: Tensor,
+    softcap: float,
+    grad: Tensor | None,
+    _weight_grad: Tensor | None,
+) -> Tensor:
+    """As `_chunk`, in one kernel between the products."""
+    from halfbyte.model.gpu import loss_and_slopes  # it imports triton
+
+    assert isinstance(head, Tensor)
+    logits = torch.mm(hidden, head.t())
+    losses = loss_and_slopes(logits, targets, softcap, slopes=grad is not None)
+    if grad is not None:
+        torch.mm(logits, head, out=grad)
+    return losses.sum()
+
+
+def _chunk(
+    hidden: Tensor,
+    head: Tensor | QuantizedWeight,
+    targets: Tensor,
+    softcap: float,
+    grad: Tensor | None,
+    weight_grad: Tensor | None,
+) -> Tensor:
+    """Return the loss of some rows; their gradient goes to ``grad`` and adds to ``weight_grad``."""
+    logits, wanted = _logits(hidden, head), targets[:, None]
+    if softcap:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
+    loss = (normaliser - logits.gather(1, wanted)).sum()
+    if grad is not None or weight_grad is not None:
+        slope = 1.0 - (logits / softcap).square_() if softcap else None
+        logits.sub_(normaliser).exp_()
+        logits.scatter_add_(1, wanted, logits.new_full((1, 1), -1.0).expand_as(wanted))
+        if slope is not None:
+            logits.mul_(slope)
+        if grad is not None:
+            grad.copy_(_gradient(logits, head, hidden.dtype))
+        if weight_grad is not None:
+            weight_grad += product(logits.to(hidden.dtype).t(), hidden.t())
+    return loss
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -70,24 +129,20 @@ class _HeadLoss(torch.autograd.Function):
         need_grad, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
         grad = torch.empty_like(hidden) if need_grad else None
         weight_grad = torch.zeros_like(trained) if trained is not None and need_weight else None
-        rows = _chunk_rows(head.shape[0], hidden.device)
+        fused = _kernels(hidden, head) if weight_grad is None else None
+        step = _fused_chunk if fused is not None else _chunk
+        size = hidden.element_size() if fused is not None else 4
+        rows = _chunk_rows(head.shape[0], hidden.device, size)
         for start in range(0, hidden.shape[0], rows):
-            chunk, wanted = hidden[start : start + rows], targets[start : start + rows, None]
-            logits = _logits(chunk, head)
-            if softcap:
-                logits.div_(softcap).tanh_().mul_(softcap)
-            normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
-            total += (normaliser - logits.gather(1, wanted)).sum()
-            if need_grad or need_weight:
-                slope = 1.0 - (logits / softcap).square_() if softcap else None
-                logits.sub_(normaliser).exp_()
-                logits.scatter_add_(1, wanted, logits.new_full((1, 1), -1.0).expand_as(wanted))
-                if slope is not None:
-                    logits.mul_(slope)
-                if grad is not None:
-                    grad[start : start + rows] = _gradient(logits, head, hidden.dtype)
-                if weight_grad is not None:
-                    weight_grad += product(logits.to(hidden.dtype).t(), chunk.t())
+            part = slice(start, start + rows)
+            total += step(
+                hidden[part],
+                head,
+                targets[part],
+                softcap,
+                None if grad is None else grad[part],
+                weight_grad,
+            )
         ctx.save_for_backward(grad, weight_grad)
         return total
 

@@ -4,6 +4,9 @@ Both are `FrozenLinear`s in all but their use: the same packed weight [V, H], th
 what reads, writes, counts and merges packed linears does the same for them. They take no adapter.
 An embedding decodes the rows that are looked up. A head is decoded a few rows of the vocabulary at
 a time for the loss (`pieces`), so the decoded whole never exists in training.
+
+An embedding that is not packed need not be on the GPU at all (`HostEmbedding`): a token looks up
+one row of it, 8 kB for a 7B model, and the rest of its 0.3 to 1 GB only lies there.
 """
 
 from collections.abc import Iterator
@@ -11,11 +14,13 @@ from dataclasses import replace
 from math import ceil, gcd
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
 
 from halfbyte.blockwise import DYNAMIC_SIGNED
 from halfbyte.nf4 import SCALE_BLOCK, QuantizedWeight, dequantize
-from halfbyte.nf4.format import levels_of
+from halfbyte.nf4.format import gpu_kernels, levels_of
 from halfbyte.nf4.linear import FrozenLinear
 
 _CHUNK = 2**20  # elements of looked-up rows that are decoded at a time
@@ -46,6 +51,47 @@ class FrozenEmbedding(FrozenLinear):
         """
         assert self.quantized is not None
         return decode_rows(self.quantized, ids, self.dtype)
+
+
+class HostEmbedding(nn.Module):
+    """A frozen embedding whose weight stays in page-locked host memory, where the GPU reads rows.
+
+    The weight is no parameter and no buffer, so that nothing moves it to the GPU.
+
+    Args:
+        weight: [V, H], any dtype, on any device; it is copied.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = torch.empty(weight.shape, dtype=weight.dtype, device="cpu", pin_memory=True)
+        self.weight.copy_(weight.detach())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return rows [..., H] for token ids int64 [...], on the device of the ids."""
+        if not ids.is_cuda:
+            return functional.embedding(ids, self.weight)
+        from halfbyte.model.gpu import look_up  # it imports triton
+
+        return look_up(self.weight, ids)
+
+
+def embedding_to_host(model: PreTrainedModel) -> int:
+    """Move the embedding of a model on a GPU to the host, if all else can stay as it is.
+
+    It cannot where it is trained, packed, tied to the head, or does more than look rows up, and
+    where there are no kernels to read it with.
+
+    Returns:
+        The bytes that are no longer on the GPU.
+    """
+    embedding = model.get_input_embeddings()
+    plain = type(embedding) is nn.Embedding and embedding.weight.is_cuda
+    tied = getattr(model.get_output_embeddings(), "weight", None) is embedding.weight
+    if not plain or tied or embedding.weight.requires_grad or gpu_kernels() is None:
+        return 0
+    model.set_input_embeddings(HostEmbedding(embedding.weight))
+    return int(embedding.weight.nbytes)
 
 
 @torch.no_grad()

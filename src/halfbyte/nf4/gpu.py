@@ -223,6 +223,20 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 @cache
+def multiprocessors(device: torch.device) -> int:
+    """Returns how many programs of a kernel with much to do run at a time; 3 in the interpreter."""
+    if device.type != "cuda":
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Returns whether a kernel tuned to Hopper's copy engine and registers may run there."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+
+
+@cache
 def levels_on(quant_type: QuantType, device: torch.device) -> Tensor:
     """Returns `levels_of`, kept on a device."""
     return levels_of(quant_type).to(device)

@@ -17,8 +17,11 @@ Whether this is QLoRA or LoRA is a property of the weight: ``FrozenLinear`` hold
 4-bit tensors or a plain 16/32-bit weight, and ``dense`` gives W in the dtype of the product.
 
 There are three ways to the same numbers. A few rows without gradients (generation) are multiplied
-with the packed weight on a GPU that can. Many rows on a Hopper GPU go through gpu_products.py,
-which adds base and adapter in one accumulator. All else is decoding and torch's products.
+with the packed weight on a GPU that can. Training on a GPU goes through gpu_products.py, which
+takes linears and adapters of one input together. All else is decoding and torch's products.
+
+Backward wants nothing of a product but what went into it. So the last product of a layer that is
+run again for its backward alone need not be made (`FrozenLinear.unread`).
 
 Who decodes, and how often, is up to the caller. Called alone, a layer decodes W for each product.
 Inside ``WeightScratch.opened`` the weights of a whole decoder layer are decoded once, into buffers
@@ -44,6 +47,9 @@ from halfbyte.nf4.format import (
 
 # The tensors of a QuantizedWeight, which a FrozenLinear holds as buffers under the same names.
 _PACKED = ("codes", "scales", "scale_codes", "scale_scales", "scale_offset")
+
+# Linears of one input that gpu_adapters.py can take together.
+_MOST_TOGETHER = 3
 
 
 class LowRank(NamedTuple):
@@ -82,6 +88,7 @@ class _SharedProduct(torch.autograd.Function):
         members: tuple["FrozenLinear", ...],
         updates: tuple[LowRank | None, ...],
         gradients: bool,
+        read: bool,
         *_factors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1])
@@ -93,12 +100,17 @@ class _SharedProduct(torch.autograd.Function):
             ctx.shadow = shadow = shared.shadow(members, updates, x.dtype)
             p = [torch.mm(rows, shadow.a.t())]
             outputs = [member.out_features for member in members]
-            weights = shared.weights(members, x.dtype)
-            ys = list(fused.forward(rows, weights, p[0], shadow, outputs).split(outputs, 1))
-        else:
+            if read:
+                weights = shared.weights(members, x.dtype)
+                ys = list(fused.forward(rows, weights, p[0], shadow, outputs).split(outputs, 1))
+        elif read:
             ys, p = _plain_forward(rows, shared, members, updates, gradients)
+        else:
+            p = [_into_a(rows, update) for update in updates]
+        if not read:
+            ys = [x.new_zeros(1, 1).expand(len(rows), m.out_features) for m in members]
         for y, member in zip(ys, members, strict=True):
-            if member.bias is not None:
+            if read and member.bias is not None:
                 y.add_(member.bias.to(x.dtype))
         ctx.shared, ctx.members, ctx.fused, ctx.pairs = shared, members, fused, len(p)
         ctx.scalings = [update and update.scaling for update in updates]
@@ -125,7 +137,15 @@ class _SharedProduct(torch.autograd.Function):
         dx, gradients = backward(ctx, rows, p, updates, dys)
         if dx is not None:
             dx = dx.reshape(*given.shape[:-1], dx.shape[-1])
-        return dx, None, None, None, None, *gradients
+        return dx, None, None, None, None, None, *gradients
+
+
+def _into_a(rows: Tensor, update: LowRank | None) -> Tensor | None:
+    """Return x̃ Aᵀ [rows, r]."""
+    if update is None:
+        return None
+    dropped = rows if update.keep is None else rows * update.keep.reshape(rows.shape)
+    return product(dropped, update.a.to(rows.dtype))
 
 
 def _plain_forward(
@@ -141,10 +161,9 @@ def _plain_forward(
         ys = [product(rows, weight) for weight in shared.weights(members, rows.dtype)]
     p: list[Tensor | None] = []
     for y, update in zip(ys, updates, strict=True):
-        x_a = None
+        x_a = _into_a(rows, update)
         if update is not None:
-            dropped = rows if update.keep is None else rows * update.keep.reshape(rows.shape)
-            x_a = product(dropped, update.a.to(rows.dtype))
+            assert x_a is not None
             y.addmm_(x_a, update.b.to(rows.dtype).t(), alpha=update.scaling)
         p.append(x_a)
     return ys, p
@@ -178,7 +197,7 @@ def _plain_backward(
     given = next(dy for dy in dys if dy is not None)
     weights = ctx.shared.weights(ctx.members, given.dtype) if needs[0] else dys
     for i, (dy, update, weight) in enumerate(zip(dys, updates, weights, strict=True)):
-        needs_a, needs_b = needs[5 + 2 * i : 7 + 2 * i]
+        needs_a, needs_b = needs[6 + 2 * i : 8 + 2 * i]
         d_a = d_b = None
         if dy is not None and needs[0]:
             if dx is None:
@@ -213,7 +232,9 @@ def _fused_backward(
     updates: Sequence[LowRank | None],
     dys: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """As `_plain_backward`, with base and adapter in one accumulator."""
+    """As `_plain_backward`, by gpu_products.py."""
+    from halfbyte.nf4.gpu_adapters import adapter_pass  # it imports triton
+
     shared, members, fused = ctx.shared, ctx.members, ctx.fused
     shadow = ctx.shadow
     rank, start = shadow.rank, 0
@@ -222,12 +243,12 @@ def _fused_backward(
     for i, (dy, member) in enumerate(zip(dys, members, strict=True)):
         if dy is None:  # this output was not used
             dy = rows.new_zeros(rows.shape[0], member.out_features)
-        dy = dy if fused.copyable(dy) else dy.clone(memory_format=torch.contiguous_format)
+        dy = dy if dy.stride(1) == 1 else dy.contiguous()
         whole.append(dy)
         mine = slice(i * rank, (i + 1) * rank)
         b = shadow.b[start : start + member.out_features]
         scaling = ctx.scalings[i] or 0.0
-        d_bs.append(fused.adapter_pass(dy, p[0][:, mine], b, scaling, g[:, mine]))
+        d_bs.append(adapter_pass(dy, p[0][:, mine], b, scaling, g[:, mine]))
         start += member.out_features
     gradients: list[Tensor | None] = []
     d_a = torch.mm(g.t(), rows, out_dtype=torch.float32)
@@ -277,8 +298,10 @@ class SharedInput:
         for member in members:
             member.shared = self
 
-    def output(self, linear: "FrozenLinear", x: Tensor) -> Tensor:
-        """Return y [..., out] of one member for x [..., in]."""
+    def output(self, linear: "FrozenLinear", x: Tensor, *, read: bool = True) -> Tensor:
+        """Return y [..., out] of one member for x [..., in]; see `FrozenLinear.unread`."""
+        if not read and len(self.members) == 1:
+            return self._products(x, read=False)[0]
         waiting, self._waiting = self._waiting, None
         if waiting is not None and waiting.fits(linear, x):
             y = waiting.outputs.pop(linear)
@@ -297,14 +320,14 @@ class SharedInput:
             self._waiting = _Waiting(x, x._version, torch.is_grad_enabled(), ys)
         return y
 
-    def _products(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _products(self, x: Tensor, *, read: bool = True) -> tuple[Tensor, ...]:
         updates = tuple(
             None if member.adapter is None else member.adapter.update(x)  # type: ignore[operator]
             for member in self.members
         )
         factors = [tensor for u in updates for tensor in ((u.a, u.b) if u else (None, None))]
         gradients = torch.is_grad_enabled()  # inside forward it always says no
-        return _SharedProduct.apply(x, self, self.members, updates, gradients, *factors)  # type: ignore[no-any-return, no-untyped-call]
+        return _SharedProduct.apply(x, self, self.members, updates, gradients, read, *factors)  # type: ignore[no-any-return, no-untyped-call]
 
     def weights(self, members: Sequence["FrozenLinear"], dtype: torch.dtype) -> list[Tensor]:
         """Return W [out, in] of each, in ``dtype``: the opened ones, or decoded anew, together."""
@@ -319,16 +342,16 @@ class SharedInput:
         members: Sequence["FrozenLinear"],
         updates: Sequence[LowRank | None],
     ) -> Any:
-        """Return the module that multiplies base and adapter in one accumulator, or None."""
+        """Return gpu_products, if it can make these products, else None."""
         given = [update for update in updates if update is not None]
         if not rows.is_cuda or not given or any(update.keep is not None for update in given):
             return None
-        if gpu_kernels() is None:
+        wide = rows.dtype not in (torch.bfloat16, torch.float16)
+        if wide or len(members) > _MOST_TOGETHER or gpu_kernels() is None:
             return None
         from halfbyte.nf4 import gpu_products  # it imports triton
 
-        fits = gpu_products.fits(rows, [member.out_features for member in members])
-        return gpu_products if fits else None
+        return gpu_products
 
     def shadow(
         self,
@@ -336,18 +359,18 @@ class SharedInput:
         updates: Sequence[LowRank | None],
         dtype: torch.dtype,
     ) -> Any:
-        """Return the adapters as `gpu_products.Shadow`.
+        """Return the adapters as `gpu_adapters.Shadow`.
 
         While a `WeightScratch` holds the linears open it is made once, for all micro-batches. It
         is never kept longer: an optimizer may write to adapters without their telling (torch's
         fused AdamW counts no version), and products with old ones would be wrong in silence.
         """
-        from halfbyte.nf4 import gpu_products
+        from halfbyte.nf4.gpu_adapters import shadow_of  # it imports triton
 
         opened = all(member.opened(dtype) is not None for member in members)
         if not opened or self._shadow is None:
             shapes = [(member.out_features, member.in_features) for member in members]
-            self._shadow = gpu_products.shadow_of(updates, shapes, dtype)
+            self._shadow = shadow_of(updates, shapes, dtype)
         shadow = self._shadow
         if not opened:
             self._shadow = None
@@ -508,6 +531,15 @@ class FrozenLinear(nn.Module):
         # An adapter may go on from the product, whichever way that was computed (DoRA does).
         rescale = getattr(self.adapter, "rescale", None)
         return y if rescale is None else rescale(y)
+
+    def unread(self, x: Tensor) -> Tensor:
+        """Return a stand-in for y [..., out] of which nobody reads the values.
+
+        Its backward is that of y. Where y is needed for that, or comes with others, it is y.
+        """
+        if getattr(self.adapter, "rescale", None) is not None:
+            return self(x)  # type: ignore[no-any-return]
+        return self.shared.output(self, x, read=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FrozenLinear":
         # `module.to(bfloat16)` and `.half()` cast every floating tensor they find, and scales in

@@ -24,38 +24,35 @@ loss with the model's own on a few tokens. A model it does not reproduce trains 
 
 Right padding needs no mask: with causal attention a position never sees what comes after it, and
 the padding's own positions are not supervised.
+
+On a GPU, layers that are known (model/layer.py) are run fused; then documents share parts
+(train/parts.py) and the passes become CUDA graphs (train/passes.py).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from halfbyte.lora import DropoutClock, dropout_clock, frozen_linears, trained_whole
-from halfbyte.model.layer import fused
+from halfbyte.lora import DropoutClock, adapters, dropout_clock, frozen_linears, trained_whole
+from halfbyte.model.documents import Documents, can_pack
+from halfbyte.model.elementwise import rms_norm
+from halfbyte.model.layer import FAMILIES, fused
 from halfbyte.model.loss import head_loss
 from halfbyte.model.vocabulary import FrozenHead
 from halfbyte.nf4 import QuantizedWeight
+from halfbyte.nf4.format import gpu_kernels
 from halfbyte.nf4.linear import WeightScratch
+from halfbyte.train.parts import Batch, Part, parts_of
+from halfbyte.train.passes import CapturedPasses, Keeping, Passage, Passes
+
+__all__ = ["Batch", "EngineError", "LayerEngine", "PlainEngine", "choose_engine"]
 
 _FINAL_NORMS = ("norm", "final_layernorm", "ln_f", "final_layer_norm", "final_norm")
-
-
-class Batch(NamedTuple):
-    """One micro-batch on the device.
-
-    Attributes:
-        input_ids: int64 [B, T], right padded.
-        labels: int64 [B, T], already shifted; -100 where nothing is supervised.
-    """
-
-    input_ids: Tensor
-    labels: Tensor
 
 
 class EngineError(Exception):
@@ -66,24 +63,18 @@ class _Stop(Exception):
     """Raised by the last stub: what lies behind the layers is not wanted."""
 
 
-@dataclass
-class _Kept:
-    """What forward left for one layer and one micro-batch: its input, and its output if saved."""
-
-    x: Tensor
-    y: Tensor | None
-
-
 class LayerEngine:
     """Runs optimizer steps over a decoder, layer by layer.
 
     Args:
         model: A model of ``model.build``, adapters attached.
-        fuse: Whether to run layers that `model.layer` knows with its fused operations.
+        fuse: Whether to run layers with the fused operations of model/layer.py, if it knows all.
+        graphs: Whether passes may be captured as CUDA graphs.
 
     Attributes:
         scratch: Where decoded weights live, and the count of how many were decoded.
-        fused: How many layers are run so.
+        fused: How many layers are run fused: all or none.
+        notes: What a person should be told; whoever tells it empties the list.
 
     Raises:
         EngineError: If the decoder's layers, final norm or head are not where they should be.
@@ -95,7 +86,7 @@ class LayerEngine:
     head: nn.Linear | FrozenHead
     clock: DropoutClock | None
 
-    def __init__(self, model: PreTrainedModel, *, fuse: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, *, fuse: bool = False, graphs: bool = False) -> None:
         self.model = model
         self.decoder: Any = model.get_decoder()
         count = model.config.get_text_config().num_hidden_layers
@@ -114,9 +105,9 @@ class LayerEngine:
         ):
             raise EngineError("no single final norm, or an output head with a bias")
         self.layers = list(lists[0])
-        fast = [fused(layer) if fuse else None for layer in self.layers]
-        self.fused = sum(run is not None for run in fast)
-        self._runs = [run or layer for run, layer in zip(fast, self.layers, strict=True)]
+        fast = [run for layer in self.layers if fuse and (run := fused(layer)) is not None]
+        self._fused = fast if len(fast) == count else []
+        self.fused = len(self._fused)
         self.norm = getattr(self.decoder, norms[0])
         self.head = head
         softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
@@ -131,7 +122,43 @@ class LayerEngine:
         self.first_trained = [self.entry_trained or trains[0], *trains[1:], True].index(True)
         self.scratch = WeightScratch()
         self.clock = dropout_clock(model)
+        self._drops = any(adapter.config.dropout for adapter in adapters(model).values())
         self.tuple_output = False
+        self.notes: list[str] = []
+        self.passes = Passes(count, self.first_trained, self.entry_trained, self._opened)
+        self._turns: dict[int, tuple[Tensor, Tensor]] = {}
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self._graphs = CapturedPasses(self.passes, trained) if graphs else None
+        self.why_no_graphs = "" if graphs else "not asked for"
+        if graphs and (why := self._host_decides()):
+            self._graphs, self.why_no_graphs = None, why
+
+    def _host_decides(self) -> str:
+        """Return why passes cannot be captured: what the host does anew for each step."""
+        if not self._fused:
+            return "its layers are not fused"
+        if self._drops:
+            return "dropout masks are drawn by the host"
+        if self.entry_trained:
+            return "the embedding is trained"
+        if any(hasattr(m.adapter, "rescale") for layer in self.linears for m in layer):
+            return "DoRA's norms are looked after by the host"
+        return ""
+
+    def line(self) -> str:
+        """Return what a person is told about how steps are run."""
+        told = f"layer engine over {len(self.layers)} layers"
+        if self.fused:
+            told += ", fused"
+            told += ", documents packed" if self._packs() else ""
+            told += ", CUDA graphs" if self._graphs else f", no CUDA graphs: {self.why_no_graphs}"
+        return told
+
+    def _packs(self) -> bool:
+        """Return whether the examples of a step may be laid out anew."""
+        if not self._fused or self._drops:
+            return False
+        return can_pack(self.dtype, self.model.device, self._fused[0].head_dim)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -180,7 +207,14 @@ class LayerEngine:
                 f"run layer by layer, the loss of a probe is {got:.6f}, not {wanted:.6f}"
             )
 
-    def step(self, batches: Sequence[Batch], normaliser: float, *, saved_layers: int) -> Tensor:
+    def step(
+        self,
+        batches: Sequence[Batch],
+        normaliser: float,
+        *,
+        saved_layers: int,
+        offloaded_layers: int = 0,
+    ) -> Tensor:
         """Add the gradients of one optimizer step to the adapters' ``.grad``.
 
         Args:
@@ -188,71 +222,60 @@ class LayerEngine:
             normaliser: What the summed loss is divided by: the supervised tokens of the step.
             saved_layers: How many layers, counted from the last, keep what their backward needs;
                 the others keep their input and are run again.
+            offloaded_layers: How many of these, counted from the first, keep it in host memory;
+                on a GPU.
 
         Returns:
             The loss: float32 scalar on the device, summed over tokens and divided.
         """
-        kept: list[list[_Kept]] = []
-        first_saved = max(len(self.layers) - saved_layers, self.first_trained)
-        hidden, calls = self._enter(batches)
-        entries = list(hidden) if self.entry_trained else []
-        for index in range(len(self.layers)):
-            row: list[_Kept] = []
-            wanted = self.entry_trained or index > self.first_trained
-            with self._opened(index):
-                for i, call in enumerate(calls):
-                    x = hidden[i].detach().requires_grad_(wanted)
-                    with torch.set_grad_enabled(index >= first_saved):
-                        y = self._run(index, i, x, call)
-                    row.append(_Kept(x, y if index >= first_saved else None))
-                    hidden[i] = y.detach()
-            if index >= self.first_trained:
-                kept.append(row)
-
+        keeping = Keeping(saved_layers, offloaded_layers)
+        parts, passages = self._enter(batches)
+        key = (keeping, *(part.shape for part in parts))
+        graphs = self._graphs if self._captures(key, passages) else None
+        if graphs is not None:
+            try:
+                hidden = graphs.down(key, passages, keeping)
+            except RuntimeError as error:
+                self.notes.append(f"no CUDA graphs from here on: {error}".splitlines()[0])
+                self._graphs = graphs = None
+                self.why_no_graphs = "capturing one failed"
+        if graphs is None:
+            hidden = self.passes.down(passages, keeping)
         total = torch.zeros((), dtype=torch.float32, device=hidden[0].device)
         grads: list[Tensor] = []
-        for i, batch in enumerate(batches):
-            x = hidden[i].requires_grad_()
-            loss = self._tail(x, batch) / normaliser
-            loss.backward()  # type: ignore[no-untyped-call]
-            assert x.grad is not None
-            grads.append(x.grad)
-            total += loss.detach()
-        hidden.clear()
-
-        for index in reversed(range(self.first_trained, len(self.layers))):
-            row = kept.pop()
-            with self._opened(index):
-                for i, call in enumerate(calls):
-                    held = row[i]
-                    output = held.y
-                    if output is None:
-                        with torch.enable_grad():
-                            output = self._run(index, i, held.x, call)
-                    torch.autograd.backward(output, grads[i])
-                    del output
-                    if held.x.requires_grad:
-                        assert held.x.grad is not None
-                        grads[i] = held.x.grad
-                    row[i] = _Kept(held.x.detach(), None)
-        for i, entry in enumerate(entries):
-            torch.autograd.backward(entry, grads[i])
+        for part, x in zip(parts, hidden, strict=True):
+            loss, grad = self._tail(x, part, normaliser)
+            total += loss
+            grads.append(grad)
+        if graphs is not None:
+            graphs.up(key, grads)
+            return total
+        del hidden
+        entries = [passage.x for passage in passages] if self.entry_trained else []
+        self.passes.up(passages, grads)
+        for entry, grad in zip(entries, grads, strict=False):
+            torch.autograd.backward(entry, grad)
         return total
 
     @torch.no_grad()
     def loss(self, batches: Sequence[Batch]) -> Tensor:
         """Return the summed token loss of ``batches``, float32 scalar; no gradients."""
-        hidden, calls = self._enter(batches)
+        parts, passages = self._enter(batches)
+        hidden = [passage.x for passage in passages]
         for index in range(len(self.layers)):
             with self._opened(index):
-                for i, call in enumerate(calls):
-                    hidden[i] = self._run(index, i, hidden[i], call)
-        losses = [self._tail(h, batch) for h, batch in zip(hidden, batches, strict=True)]
+                for i, passage in enumerate(passages):
+                    hidden[i] = passage.run(index, hidden[i], passage.given, read=True)
+        losses = [self._loss(h, part) for h, part in zip(hidden, parts, strict=True)]
         return torch.stack(losses).sum()
+
+    def _captures(self, key: Hashable, passages: Sequence[Passage]) -> bool:
+        captured = self._graphs is not None and all(passage.given for passage in passages)
+        return captured and self._graphs is not None and self._graphs.wanted(key)
 
     def saved_bytes(self, batch: Batch) -> tuple[int, int]:
         """Measure what one layer keeps for ``batch``: (bytes when saved, bytes when recomputed)."""
-        hidden, calls = self._enter([batch])
+        _, (passage,) = self._enter([batch])
         seen: dict[int, int] = {}
         weights = {p.untyped_storage().data_ptr() for p in self.layers[-1].parameters()}
 
@@ -265,24 +288,37 @@ class LayerEngine:
         index = len(self.layers) - 1
         hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
         with self._opened(index), torch.enable_grad(), hooks:
-            x = hidden[0].detach().requires_grad_()
-            y = self._run(index, 0, x, calls[0])
+            x = passage.x.detach().requires_grad_()
+            y = passage.run(index, x, passage.given, read=True)
         return sum(seen.values()), y.nbytes
 
-    def _run(self, index: int, micro_batch: int, x: Tensor, call: list[dict[str, Any]]) -> Tensor:
-        if self.clock is not None:
-            self.clock.micro_batch = micro_batch
-        output = self._runs[index](x, **call[index])
-        result: Tensor = output[0] if isinstance(output, tuple) else output
-        return result
+    def _tail(self, hidden: Tensor, part: Part, normaliser: float) -> tuple[Tensor, Tensor]:
+        """Return the loss of a part, divided, and its gradient by the last layer's output."""
+        rows = hidden.flatten(0, 1).index_select(0, part.rows).requires_grad_()
+        loss = self._head_loss(rows, part.targets) / normaliser
+        loss.backward()  # type: ignore[no-untyped-call]
+        grad = torch.zeros_like(hidden)
+        if rows.grad is not None:
+            grad.flatten(0, 1).index_copy_(0, part.rows, rows.grad)
+        return loss.detach(), grad
 
-    def _tail(self, hidden: Tensor, batch: Batch) -> Tensor:
-        supervised = batch.labels != -100
-        rows = self.norm(hidden[supervised])
+    def _loss(self, hidden: Tensor, part: Part) -> Tensor:
+        return self._head_loss(hidden.flatten(0, 1).index_select(0, part.rows), part.targets)
+
+    def _head_loss(self, rows: Tensor, targets: Tensor) -> Tensor:
+        norm: Any = self.norm
+        if (
+            self._fused
+            and type(norm).__name__ in FAMILIES.values()
+            and not norm.weight.requires_grad
+        ):
+            rows = rms_norm(rows, norm.weight, norm.variance_epsilon)
+        else:
+            rows = norm(rows)
         return head_loss(
             rows,
             self.head_weight,
-            batch.labels[supervised],
+            targets,
             softcap=self.softcap,
             trained=trained_whole(self.head).get("weight"),
         )
@@ -292,19 +328,54 @@ class LayerEngine:
         with self.scratch.opened(self.linears[index], self.dtype):
             yield
 
-    def _enter(self, batches: Sequence[Batch]) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
-        """Return each micro-batch's input to layer 0 and the arguments of every layer.
-
-        The arguments depend on the shape of the micro-batch alone, so equal shapes share them.
-        """
-        hidden: list[Tensor] = []
-        calls: list[list[dict[str, Any]]] = []
+    def _enter(self, batches: Sequence[Batch]) -> tuple[list[Part], list[Passage]]:
+        """Return the parts of a step, and each as it enters layer 0."""
+        device = self.model.device
+        parts = parts_of(batches, device, pack=self._packs())
+        longest = max(part.longest for part in parts)
+        if self._fused and all(longest <= (layer.window or longest) for layer in self._fused):
+            return parts, [self._fused_passage(i, part) for i, part in enumerate(parts)]
+        if any(part.documents is not None for part in parts):
+            parts = parts_of(batches, device, pack=False)
+        # The arguments depend on the shape of the micro-batch alone, so equal shapes share them.
         by_shape: dict[tuple[int, ...], list[dict[str, Any]]] = {}
-        for batch in batches:
-            x, call = self._record(batch.input_ids)
-            hidden.append(x)
-            calls.append(by_shape.setdefault(tuple(batch.input_ids.shape), call))
-        return hidden, calls
+        passages = []
+        for i, part in enumerate(parts):
+            x, recorded = self._record(part.ids)
+            calls = by_shape.setdefault(tuple(part.ids.shape), recorded)
+            passages.append(Passage(x, (), self._recorded_run(i, calls)))
+        return parts, passages
+
+    def _recorded_run(self, micro_batch: int, calls: list[dict[str, Any]]) -> Any:
+        def run(layer: int, x: Tensor, _given: tuple[Tensor, ...], *, read: bool) -> Tensor:
+            if self.clock is not None:
+                self.clock.micro_batch = micro_batch
+            output = self.layers[layer](x, **calls[layer])
+            result: Tensor = output[0] if isinstance(output, tuple) else output
+            return result
+
+        return run
+
+    def _fused_passage(self, micro_batch: int, part: Part) -> Passage:
+        with torch.set_grad_enabled(self.entry_trained):
+            x = self.decoder.get_input_embeddings()(part.ids)
+        # Rows from position 0 on are turned as all such rows are.
+        turn = self._turns.get(part.longest) if part.documents is None else None
+        if turn is None:
+            with torch.no_grad():
+                turn = self.decoder.rotary_emb(x, part.positions)
+            if part.documents is None:
+                self._turns[part.longest] = turn
+        given = turn if part.documents is None else (*turn, part.documents.starts)
+
+        def run(layer: int, x: Tensor, given: tuple[Tensor, ...], *, read: bool) -> Tensor:
+            if self.clock is not None:
+                self.clock.micro_batch = micro_batch
+            cos, sin, *starts = given
+            documents = Documents(starts[0], part.longest) if starts else None
+            return self._fused[layer](x, cos, sin, documents, read=read)
+
+        return Passage(x, given, run)
 
     def _record(self, input_ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         arguments: list[dict[str, Any]] = []
@@ -344,10 +415,11 @@ class PlainEngine:
     """
 
     name = "plain autograd"
+    notes: list[str]
     clock: DropoutClock | None
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+        self.model, self.notes = model, []
         self.clock = dropout_clock(model)
         if model.supports_gradient_checkpointing:
             # Renamed in transformers 5.23; the older name warns there.
@@ -359,9 +431,16 @@ class PlainEngine:
                 if isinstance(module, GradientCheckpointingLayer):
                     module.training = True
 
-    def step(self, batches: Sequence[Batch], normaliser: float, *, saved_layers: int) -> Tensor:
+    def step(
+        self,
+        batches: Sequence[Batch],
+        normaliser: float,
+        *,
+        saved_layers: int,
+        offloaded_layers: int = 0,
+    ) -> Tensor:
         """Add the gradients of one optimizer step; see ``LayerEngine.step``."""
-        total = torch.zeros((), dtype=torch.float32, device=batches[0].input_ids.device)
+        total = torch.zeros((), dtype=torch.float32, device=self.model.device)
         for i, batch in enumerate(batches):
             if self.clock is not None:
                 self.clock.micro_batch = i
@@ -377,18 +456,28 @@ class PlainEngine:
         return torch.stack([self._loss(batch) for batch in batches]).sum()
 
     def _loss(self, batch: Batch) -> Tensor:
-        logits = self.model(input_ids=batch.input_ids, use_cache=False).logits
-        supervised = batch.labels != -100
+        ids, labels = (tensor.to(self.model.device) for tensor in batch[:2])
+        logits = self.model(input_ids=ids, use_cache=False).logits
+        supervised = labels != -100
         return nn.functional.cross_entropy(
-            logits[supervised].float(), batch.labels[supervised], reduction="sum"
+            logits[supervised].float(), labels[supervised], reduction="sum"
         )
 
 
-def choose_engine(model: PreTrainedModel, device: str) -> tuple[LayerEngine | PlainEngine, str]:
-    """Return the engine for ``model`` and one line that says which, and why."""
+def choose_engine(
+    model: PreTrainedModel, device: str, *, graphs: bool = True
+) -> tuple[LayerEngine | PlainEngine, str]:
+    """Return the engine for ``model`` and one line that says which, and why.
+
+    Args:
+        model: A model of ``model.build``, adapters attached.
+        device: ``cpu`` or ``cuda``. On a GPU with kernels, layers are fused.
+        graphs: Whether passes may be CUDA graphs there.
+    """
+    on_gpu = device.startswith("cuda") and gpu_kernels() is not None
     try:
-        engine = LayerEngine(model)
+        engine = LayerEngine(model, fuse=on_gpu, graphs=graphs and on_gpu)
         engine.probe(model.config.get_text_config().vocab_size, device)
     except EngineError as error:
         return PlainEngine(model), f"plain autograd, layer by layer is not possible: {error}"
-    return engine, f"layer engine over {len(engine.layers)} layers"
+    return engine, engine.line()

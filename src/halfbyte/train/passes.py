@@ -1,0 +1,237 @@
+"""The two passes of an optimizer step over the layers, as they are and as CUDA graphs.
+
+    down    layer by layer, all parts: what backward needs is kept
+    up      last layer first: rebuild what is missing, run the layer's own small autograd graph,
+            hand the gradient to the layer before
+
+Between them is the loss, whose shapes differ from step to step. The passes themselves have few
+shapes (train/parts.py). Launched from Python, a pass of a 7B model is some thousand launches and
+the card waits for the host below a few thousand tokens; so the second time a shape comes, its
+passes are captured, and from then on each is one launch. What is captured is what was run: there
+is no other code for it.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.train.shelf import Shelf
+
+# Graphs of so many shapes are held; each takes some ten megabytes.
+_MOST_GRAPHS = 16
+
+
+class Keeping(NamedTuple):
+    """What is kept of each layer between the passes.
+
+    Attributes:
+        saved_layers: So many layers, counted from the last, keep what their backward needs; the
+            others keep their input, and are run again.
+        offloaded_layers: So many, counted from the first, keep it in host memory.
+    """
+
+    saved_layers: int
+    offloaded_layers: int = 0
+
+
+class Run(Protocol):
+    """Calls a layer on a part."""
+
+    def __call__(self, layer: int, x: Tensor, given: tuple[Tensor, ...], *, read: bool) -> Tensor:
+        """Return the layer's output [B, T, hidden]; ``read``: whether anybody reads its values."""
+
+
+class Passage(NamedTuple):
+    """A part on its way.
+
+    Attributes:
+        x: What goes into layer 0, [B, T, hidden].
+        given: Tensors that layers are called with besides.
+        run: Calls a layer.
+    """
+
+    x: Tensor
+    given: tuple[Tensor, ...]
+    run: Run
+
+
+@dataclass
+class _Kept:
+    """What a layer left for one part: its input, unless it is on the shelf; its output if saved."""
+
+    x: Tensor | None
+    y: Tensor | None
+
+
+class Passes:
+    """Runs both passes.
+
+    Args:
+        layers: How many there are.
+        first_trained: The first that trains anything, or lies above what does.
+        entry_trained: Whether what goes into layer 0 wants a gradient.
+        opened: Makes a layer's weights ready; a context.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        first_trained: int,
+        entry_trained: bool,
+        opened: Callable[[int], AbstractContextManager[None]],
+    ) -> None:
+        self.layers, self.first_trained, self.entry_trained = layers, first_trained, entry_trained
+        self._opened = opened
+        self._kept: list[list[_Kept]] = []
+        self._shelf: Shelf | None = None
+
+    def down(self, passages: Sequence[Passage], keeping: Keeping) -> list[Tensor]:
+        """Return the last layer's output for each part, detached."""
+        hidden = [passage.x for passage in passages]
+        first_saved = max(self.layers - keeping.saved_layers, self.first_trained)
+        self._kept = []
+        for index in range(self.layers):
+            row: list[_Kept] = []
+            wanted = self.entry_trained or index > self.first_trained
+            saved = index >= first_saved
+            with self._opened(index):
+                for i, passage in enumerate(passages):
+                    x = hidden[i].detach().requires_grad_(wanted)
+                    with torch.set_grad_enabled(saved):
+                        y = passage.run(index, x, passage.given, read=True)
+                    row.append(_Kept(x, y if saved else None))
+                    hidden[i] = y.detach()
+            if index < self.first_trained:
+                continue
+            if index < min(keeping.offloaded_layers, first_saved):
+                self._shelf = self._shelf or Shelf()
+                self._shelf.put(index, [kept.x.detach() for kept in row if kept.x is not None])
+                row = [_Kept(None, None) for _ in row]
+            self._kept.append(row)
+        if self._shelf is not None:
+            self._shelf.close()
+        return hidden
+
+    def up(self, passages: Sequence[Passage], grads: list[Tensor]) -> None:
+        """Turn gradients of `down`'s outputs into those of its inputs, in place of them.
+
+        The layers' own go to ``.grad`` of what is trained.
+        """
+        self._fetch(self.layers - 1)
+        for index in reversed(range(self.first_trained, self.layers)):
+            row = self._kept.pop()
+            away = row[0].x is None
+            if away and self._shelf is not None:
+                wanted = self.entry_trained or index > self.first_trained
+                back = [x.requires_grad_(wanted) for x in self._shelf.take(index)]
+                row = [_Kept(x, None) for x in back]
+            self._fetch(index - 1)
+            with self._opened(index):
+                for i, passage in enumerate(passages):
+                    held = row[i]
+                    output, x = held.y, held.x
+                    assert x is not None
+                    if output is None:
+                        with torch.enable_grad():
+                            output = passage.run(index, x, passage.given, read=False)
+                    torch.autograd.backward(output, grads[i])
+                    del output
+                    if x.requires_grad:
+                        assert x.grad is not None
+                        grads[i] = x.grad
+                    row[i] = _Kept(None, None)
+
+    def _fetch(self, index: int) -> None:
+        if self._shelf is not None and index >= self.first_trained:
+            self._shelf.fetch(index)
+
+
+class _Captured(NamedTuple):
+    """Both passes of one shape, and the tensors through which they are given and give."""
+
+    fresh: tuple[Passage, ...]
+    held: tuple[Passage, ...]
+    hidden: list[Tensor]
+    by_hidden: list[Tensor]
+    by_parameter: list[Tensor]
+    down: torch.cuda.CUDAGraph
+    up: torch.cuda.CUDAGraph
+
+
+class CapturedPasses:
+    """Runs the passes of shapes that have come before as CUDA graphs.
+
+    All graphs share one pool of memory: one step's graphs have ended when the next step's begin.
+
+    Args:
+        passes: What is captured. Nothing in it may depend on what the host knows at the time.
+        parameters: What is trained. Gradients are added to the very tensors that ``.grad`` are
+            when a shape is captured; if they have been replaced since, it is captured anew.
+    """
+
+    def __init__(self, passes: Passes, parameters: Sequence[nn.Parameter]) -> None:
+        self._passes, self._parameters = passes, list(parameters)
+        self._seen: set[Hashable] = set()
+        self._captured: dict[Hashable, _Captured] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def wanted(self, key: Hashable) -> bool:
+        """Return whether passes of this shape should be graphs: they have been run once."""
+        if key not in self._seen:
+            self._seen.add(key)
+            return False
+        held = self._captured.get(key)
+        if held is not None:
+            pairs = zip(self._parameters, held.by_parameter, strict=True)
+            if all(parameter.grad is grad for parameter, grad in pairs):
+                return True
+            del self._captured[key]
+        return len(self._captured) < _MOST_GRAPHS
+
+    def down(self, key: Hashable, passages: Sequence[Passage], keeping: Keeping) -> list[Tensor]:
+        """As `Passes.down`; what it returns is written over by the next step of this shape.
+
+        Raises:
+            RuntimeError: If the passes cannot be captured; nothing has been done then.
+        """
+        captured = self._captured.get(key)
+        if captured is None:
+            captured = self._captured[key] = self._capture(passages, keeping)
+        for held, old, new in zip(captured.held, captured.fresh, passages, strict=True):
+            held.x.copy_(new.x)
+            for place, before, value in zip(held.given, old.given, new.given, strict=True):
+                if value is not before:
+                    place.copy_(value)
+        captured.down.replay()
+        return captured.hidden
+
+    def up(self, key: Hashable, grads: Sequence[Tensor]) -> None:
+        """As `Passes.up`, after `down` of the same shape."""
+        captured = self._captured[key]
+        for place, grad in zip(captured.by_hidden, grads, strict=True):
+            place.copy_(grad)
+        captured.up.replay()
+
+    def _capture(self, passages: Sequence[Passage], keeping: Keeping) -> _Captured:
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        # What plain steps left in the allocator's cache is of no use to a graph's own pool.
+        torch.cuda.empty_cache()
+        held = tuple(
+            Passage(p.x.detach().clone(), tuple(t.clone() for t in p.given), p.run)
+            for p in passages
+        )
+        down, up = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(down, pool=self._pool, capture_error_mode="thread_local"):
+            hidden = self._passes.down(held, keeping)
+        by_hidden = [torch.empty_like(h) for h in hidden]
+        with torch.cuda.graph(up, pool=self._pool, capture_error_mode="thread_local"):
+            self._passes.up(held, list(by_hidden))
+        by_parameter = [p.grad for p in self._parameters if p.grad is not None]
+        fresh = tuple(passages)
+        return _Captured(fresh, held, hidden, by_hidden, by_parameter, down, up)
