@@ -258,6 +258,8 @@ CASES = {
     "blocks of 32": (BaseRecipe(block_size=32), torch.float16),
     "blocks of 128": (BaseRecipe(block_size=128), torch.bfloat16),
     "blocks of 256": (BaseRecipe(block_size=256, quant="fp4"), torch.bfloat16),
+    "search": (BaseRecipe(quant_search=True), torch.bfloat16),
+    "search, plain scales": (BaseRecipe(quant_search=True, double_quant=False), torch.float32),
     "head": (BaseRecipe(quantize_head=True), torch.bfloat16),
     "head, fp4": (BaseRecipe("fp4", double_quant=False, quantize_head=True), torch.float32),
 }

@@ -8,11 +8,12 @@ there is never more than the tensor in flight.
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import snapshot_download
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.checkpoint.cache import cached
@@ -29,9 +30,10 @@ from halfbyte.model.build import (
     place,
     place_quantized,
 )
+from halfbyte.model.calibration import input_moments
 from halfbyte.nf4 import QuantizedWeight, dequantize
 
-__all__ = ["BaseSource", "LoadedBase", "load_base", "open_base"]
+__all__ = ["BaseSource", "LoadedBase", "importances", "load_base", "open_base"]
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -126,11 +128,12 @@ def load_base(
     model = build(source.config, recipe, plain=_left_plain(source, recipe))
     files = cached(source, model.halfbyte_recipe, progress) if cache else source
     linears = {f"{path}.weight" for path in frozen_linears(model)}
+    importance = importances(files, model.halfbyte_recipe)
     sizes = {parameter.name: parameter.nbytes for parameter in files.parameters}
     done, total = 0, files.total_bytes
     for name, value in files.tensors(recipe.device):
         if not isinstance(value, QuantizedWeight):
-            place(model, name, value)
+            place(model, name, value, importance.get(name))
         elif name in linears and recipe.quant != "none":
             place_quantized(model, name, value)
         else:
@@ -143,6 +146,23 @@ def load_base(
     if defaults is not None:
         model.generation_config = defaults
     return LoadedBase(model, tokenizer, finish(model), source.fingerprint, source.name)
+
+
+def importances(source: BaseSource, recipe: BaseRecipe) -> dict[str, Tensor]:
+    """Return what errors count in the columns of each linear, by its weight's name.
+
+    The model is loaded once, packed without a search, to read the calibration text, and dropped.
+    Empty if ``recipe`` asks for no search, or the files are packed already.
+
+    Raises:
+        CheckpointError: See ``open_base``.
+        WeightError: If a weight holds NaN or infinity.
+    """
+    if not recipe.quant_search or any(parameter.packed for parameter in source.parameters):
+        return {}
+    plain = replace(recipe, quant_search=False, quantize_head=False, quantize_embeddings=False)
+    base = load_base(source, plain)
+    return input_moments(base.model, base.tokenizer)
 
 
 def _left_plain(source: BaseSource, recipe: BaseRecipe) -> list[str]:

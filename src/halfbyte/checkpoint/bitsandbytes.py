@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.checkpoint.atomic import new_directory, require_writable
-from halfbyte.checkpoint.base_model import BaseSource, open_base
+from halfbyte.checkpoint.base_model import BaseSource, importances, open_base
 from halfbyte.checkpoint.bitsandbytes_keys import encode_keys, plan_keys
 from halfbyte.checkpoint.directory import write_description
 from halfbyte.checkpoint.safetensors_file import SHARD_BYTES, Planned, write_model
 from halfbyte.errors import CheckpointError, ConfigError
-from halfbyte.model.build import BaseRecipe, build, frozen_linears
-from halfbyte.nf4 import empty_like_quantized, quantize
+from halfbyte.model.build import BaseRecipe, build, frozen_linears, pack
+from halfbyte.nf4 import empty_like_quantized
 
 logger = logging.getLogger("halfbyte")
 
@@ -115,19 +115,13 @@ def _packed(
     held: dict[str, torch.dtype],
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[str, Tensor]]:
+    importance = importances(source, recipe)
     sizes = {parameter.name: parameter.nbytes for parameter in source.parameters}
     done = 0
     for name, value in source.tensors(recipe.device):
         assert isinstance(value, Tensor)
-        assert recipe.quant != "none"
         if name in linears:
-            q = quantize(
-                value.to(recipe.device),
-                quant_type=recipe.quant,
-                block_size=recipe.block_size,
-                double_quant=recipe.double_quant,
-                name=name,
-            )
+            q = pack(value, recipe, name, importance.get(name))
             del value
             q = dataclasses.replace(q.to("cpu"), dtype=held[name])
             yield from encode_keys(name, q).items()

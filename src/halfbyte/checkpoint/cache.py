@@ -59,6 +59,7 @@ def cached(
         "block_size": recipe.block_size,
         "quantize_head": recipe.quantize_head,
         "quantize_embeddings": recipe.quantize_embeddings,
+        "quant_search": recipe.quant_search,
         "device": torch.device(recipe.device).type,
     }
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()

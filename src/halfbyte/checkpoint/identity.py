@@ -17,6 +17,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from halfbyte.checkpoint.base_model import LoadedBase
 from halfbyte.model.build import frozen_linears
 
+PACKING = (
+    "quant",
+    "double_quant",
+    "block_size",
+    "quantize_head",
+    "quantize_embeddings",
+    "quant_search",
+)
+"""The fields of ``BaseRecipe`` that say how weights are packed."""
+
 _SAMPLES = 4096
 
 
@@ -75,9 +85,11 @@ def differences(card: Mapping[str, Any], base: LoadedBase) -> list[str]:
         base: A base model as loaded for use with the adapter.
     """
     recipe, now = card.get("recipe") or {}, base.model.halfbyte_recipe
+    if recipe:  # cards from before there was a search do not say so
+        recipe = {"quant_search": False, **recipe}
     found = [
         f"{name} was {recipe[name]!r}, now it is {getattr(now, name)!r}"
-        for name in ("quant", "double_quant", "block_size", "quantize_head", "quantize_embeddings")
+        for name in PACKING
         if hasattr(now, name) and recipe.get(name, getattr(now, name)) != getattr(now, name)
         # Of a plain base, there is no more to say than that it is plain.
         if name == "quant" or now.quant != "none"

@@ -11,7 +11,14 @@ from halfbyte.train.config import BaseOptions, ModelOptions
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
 
-RECIPE_FIELDS = ("quant", "double_quant", "block_size", "quantize_head", "quantize_embeddings")
+RECIPE_FIELDS = (
+    "quant",
+    "double_quant",
+    "block_size",
+    "quantize_head",
+    "quantize_embeddings",
+    "quant_search",
+)
 
 
 class ReadModelOptions(ModelOptions):

@@ -47,6 +47,7 @@ def main(argv: list[str]) -> None:
         options.block_size,
         quantize_head=options.quantize_head,
         quantize_embeddings=options.quantize_embeddings,
+        quant_search=options.quant_search,
     )
     with results(as_json=as_json) as result, open_report() as report:
         for note in notes:

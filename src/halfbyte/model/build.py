@@ -10,6 +10,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -22,6 +23,7 @@ from halfbyte.model import attention
 from halfbyte.model.vocabulary import FrozenEmbedding, FrozenHead
 from halfbyte.nf4.format import QuantizedWeight, empty_like_quantized, quantize
 from halfbyte.nf4.linear import FrozenLinear, SharedInput
+from halfbyte.nf4.search import search
 
 __all__ = [
     "Audit",
@@ -29,6 +31,7 @@ __all__ = [
     "build",
     "finish",
     "frozen_linears",
+    "pack",
     "place",
     "place_quantized",
     "share_inputs",
@@ -57,6 +60,8 @@ class BaseRecipe:
         device: Where it is held.
         quantize_head: Whether the output head is packed too (where linears are at all).
         quantize_embeddings: Whether the embedding is. Where the two are tied, one asks for both.
+        quant_search: Whether scales are searched for the least error (`nf4.search`) instead of
+            being those of bitsandbytes.
     """
 
     quant: Literal["nf4", "fp4", "none"] = "nf4"
@@ -66,6 +71,7 @@ class BaseRecipe:
     device: str = "cpu"
     quantize_head: bool = False
     quantize_embeddings: bool = False
+    quant_search: bool = False
 
 
 @dataclass(frozen=True)
@@ -214,13 +220,41 @@ def _check_shape(name: str, expected: tuple[int, ...], came: tuple[int, ...]) ->
         )
 
 
-def place(model: PreTrainedModel, name: str, tensor: Tensor) -> None:
+def pack(
+    weight: Tensor, recipe: BaseRecipe, name: str, importance: Tensor | None = None
+) -> QuantizedWeight:
+    """Return a weight packed as ``recipe`` says, on its device.
+
+    Args:
+        weight: In any floating dtype.
+        recipe: How; its ``quant`` is not ``none``.
+        name: What error messages call the weight.
+        importance: For a search, what an error counts in each column (`nf4.search`).
+
+    Raises:
+        WeightError: If a value is NaN or infinite.
+    """
+    assert recipe.quant != "none"
+    how = partial(search, importance=importance) if recipe.quant_search else quantize
+    return how(
+        weight.to(recipe.device),
+        quant_type=recipe.quant,
+        block_size=recipe.block_size,
+        double_quant=recipe.double_quant,
+        name=name,
+    )
+
+
+def place(
+    model: PreTrainedModel, name: str, tensor: Tensor, importance: Tensor | None = None
+) -> None:
     """Put one tensor of the checkpoint where it belongs: packed if a linear's weight, else cast.
 
     Args:
         model: What ``build`` returned.
         name: The parameter's name in transformers.
         tensor: Its value, in any floating dtype, on any device; it may be kept as it is.
+        importance: As for ``pack``.
 
     Raises:
         CheckpointError: If the model has no such parameter, or its shape is another.
@@ -231,15 +265,7 @@ def place(model: PreTrainedModel, name: str, tensor: Tensor) -> None:
     if isinstance(owner, FrozenLinear) and leaf == "weight":
         _check_shape(name, (owner.out_features, owner.in_features), tuple(tensor.shape))
         if owner.quantized is not None:
-            assert recipe.quant != "none"
-            packed = quantize(
-                tensor.to(recipe.device),
-                quant_type=recipe.quant,
-                block_size=recipe.block_size,
-                double_quant=recipe.double_quant,
-                name=name,
-            )
-            owner.set_quantized(packed)
+            owner.set_quantized(pack(tensor, recipe, name, importance))
             return
     parameter, buffer = owner._parameters.get(leaf), owner._buffers.get(leaf)
     slot = parameter if parameter is not None else buffer

@@ -122,6 +122,9 @@ class BaseOptions(Options):
     quantize_embeddings: bool = Field(
         False, description="pack the embedding too; transformers cannot load it so"
     )
+    quant_search: bool = Field(
+        False, description="search for scales that lose less, in the same format; reads it twice"
+    )
 
     @field_validator("block_size")
     @classmethod
@@ -134,6 +137,8 @@ class BaseOptions(Options):
     def _packing_needs_a_type(self) -> Self:
         if self.quant == "none" and (self.quantize_head or self.quantize_embeddings):
             raise ValueError("`quantize_head` and `quantize_embeddings` need `quant` nf4 or fp4")
+        if self.quant == "none" and self.quant_search:
+            raise ValueError("`quant_search` needs `quant` nf4 or fp4")
         return self
 
 

@@ -42,6 +42,7 @@ def open_model(
     block_size: int = 64,
     quantize_head: bool = False,
     quantize_embeddings: bool = False,
+    quant_search: bool = False,
     compute_dtype: str = "auto",
     device: str = "auto",
     revision: str | None = None,
@@ -59,6 +60,7 @@ def open_model(
         block_size: Weights that share a scale.
         quantize_head: Whether to pack the output head too.
         quantize_embeddings: Whether to pack the embedding too.
+        quant_search: Whether to search for the scales of least error.
         compute_dtype: ``auto``, ``float32`` or ``bfloat16``.
         device: ``auto``, ``cpu`` or ``cuda``.
         revision: Branch, tag or commit of a hub model.
@@ -78,7 +80,14 @@ def open_model(
         modules = source.skeleton.named_modules()
         loaded.require_layers([path for path, m in modules if isinstance(m, nn.Linear)])
     recipe = BaseRecipe(
-        quant, double_quant, block_size, dtype, place, quantize_head, quantize_embeddings
+        quant,
+        double_quant,
+        block_size,
+        dtype,
+        place,
+        quantize_head,
+        quantize_embeddings,
+        quant_search,
     )
     if report is not None:
         report.note(f"on {place}, products in {str(dtype).removeprefix('torch.')}: {why}")

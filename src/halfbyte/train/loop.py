@@ -167,6 +167,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
         device,
         config.quantize_head,
         config.quantize_embeddings,
+        config.quant_search,
     )
     began = time.perf_counter()
     base = load_told(source, recipe, report, cache=config.cache_quantized)

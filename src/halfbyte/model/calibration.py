@@ -1,0 +1,63 @@
+"""How large each linear's inputs are, on a little text: what an error in a weight costs.
+
+The output of a linear is off by Σⱼ error[j] · input[j]. If errors are independent, the square of
+that is on average Σⱼ error[j]² · mean(input[j]²). A few inputs of a trained model are a hundred
+times larger than others, whatever the text is about, so a page of mixed prose is enough.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from halfbyte.lora import frozen_linears
+
+TEXT = Path(__file__).with_name("calibration.txt")
+
+_LENGTH = 512  # tokens that go through the model together
+
+
+def _text(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The text in tokens; by paragraphs, as tokenizers warn of what is longer than the model."""
+    paragraphs = TEXT.read_text(encoding="utf-8").split("\n\n")
+    pieces = tokenizer([f"{text}\n\n" for text in paragraphs], add_special_tokens=False)
+    return torch.tensor([token for piece in pieces["input_ids"] for token in piece])
+
+
+@torch.no_grad()
+def input_moments(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+    """Return the mean square of each input of every frozen linear, by its weight's name.
+
+    Args:
+        model: A model of ``model.build``.
+        tokenizer: Its tokenizer.
+
+    Returns:
+        float32 ``[in_features]`` each, on the model's device. A linear that the text did not reach
+        (an expert that was never chosen) is left out.
+    """
+    sums: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def note(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
+            if len(x):
+                sums[name] = sums.get(name, x.new_zeros(())) + x.square().sum(0)
+                rows[name] = rows.get(name, 0) + len(x)
+
+        return note
+
+    hooks = [
+        linear.register_forward_pre_hook(watch(f"{path}.weight"))
+        for path, linear in frozen_linears(model).items()
+    ]
+    try:
+        for part in _text(tokenizer).split(_LENGTH):
+            model.get_decoder()(input_ids=part[None].to(model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: total / rows[name] for name, total in sums.items()}
