@@ -16,8 +16,9 @@ from halfbyte.errors import ConfigError
 from halfbyte.lora import LoRAConfig, adapter_parameters, attach
 from halfbyte.model.build import BaseRecipe, build, finish, place
 from halfbyte.nf4 import empty_like_quantized
+from halfbyte.optim.layout import pieces_of
 from halfbyte.plan.ledger import Holding, Packed, Run, ledger
-from halfbyte.plan.shape import KNOWN, ModelShape, Weight, config_of, shape_of, shape_of_config
+from halfbyte.plan.shape import KNOWN, ModelShape, config_of, shape_of, shape_of_config
 from tests.checkpoint.families import tiny_model
 from tests.tiny import tiny_tokenizer, write_tiny_model
 
@@ -116,25 +117,24 @@ def test_adapters_are_those_that_are_attached(targets: tuple[str, ...]) -> None:
     numel = sum(p.numel() for p in adapter_parameters(model).values())
     entries = ledger(shape_of(reference, "tiny"), Run(rank=5, targets=targets))
     trained = [line.nbytes for line in entries.lines if line.group == "trained"]
-    assert trained == [4 * numel, 4 * numel, 8 * numel]
+    assert trained[:2] == [4 * numel, 4 * numel]
+    assert 8 * numel <= trained[2] <= 8 * numel + 2 * 256 * 28
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "resident", "on_host"),
-    [
-        ("adamw", 8 * (4096 * 4 + 100), 0),
-        ("adamw_8bit", 2 * (4096 * 4 + 4 * 64) + 8 * 100, 0),
-        ("paged_adamw_32bit", 0, 8 * (4096 * 4 + 100)),
-        ("paged_adamw_8bit", 0, 2 * (4096 * 4 + 4 * 64) + 8 * 100),
-    ],
+@given(
+    numels=st.lists(st.integers(1, 10_000) | st.integers(4_190_000, 4_200_000), max_size=5),
+    bits=st.sampled_from([8, 32]),
 )
-def test_optimizer_state_by_mode(optimizer: Any, resident: int, on_host: int) -> None:
-    weight = Weight("model.layers.0.mlp.up_proj.weight", (100, 4096 * 4), "linear", 0)
-    shape = ModelShape("one", (weight,), False, 1, 1, 1, 1, 1, 1, 100)
-    entries = ledger(shape, Run(rank=1, optimizer=optimizer))
-    numel = 4096 * 4 + 100
-    assert entries.total("trained") == 8 * numel + resident
-    assert entries.on_host == on_host
+def test_optimizer_state_is_what_adamw_lays_out(numels: list[int], bits: int) -> None:
+    parameters = [torch.empty(n, device="meta") for n in numels]
+    laid_out = sum(piece.nbytes for piece in pieces_of(parameters, bits=bits, master=False))
+    shape = ModelShape("none", (), False, 1, 1, 1, 1, 1, 1, 100)
+    for paged in ("", "paged_"):
+        wide = "paged_adamw_32bit" if paged else "adamw"
+        optimizer: Any = f"{paged}adamw_8bit" if bits == 8 else wide
+        entries = ledger(shape, Run(trained=tuple(numels), optimizer=optimizer))
+        assert entries.on_host == (laid_out if paged else 0)
+        assert entries.total("trained") == 8 * sum(numels) + (0 if paged else laid_out)
 
 
 def test_figures_of_llama2_7b_are_those_an_h100_measured() -> None:

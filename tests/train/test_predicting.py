@@ -34,7 +34,7 @@ def prediction(tmp_path: Path) -> Prediction:
     )
     assert predicted.ledger.base == base.audit.total_bytes
     numel = sum(parameter.numel() for parameter in parameters.values())
-    assert predicted.ledger.total("trained") == 16 * numel
+    assert 0 <= predicted.ledger.total("trained") - 16 * numel < 2 * 256 * len(parameters)
     return predicted
 
 

@@ -223,6 +223,12 @@ def _show(shape: "ModelShape", found: list["Way"], card: "Card", memory: float, 
         "is one of this model's proportions. Speeds "
         + ("were measured here." if card.measured else "follow from the maker's figures.")
     )
+    if any(way.ledger.on_host or "offload" in way.name for way in found):
+        per_sequence = run.length * shape.layers * run.layer(shape).input
+        show.paragraph(
+            f"Offloading takes up to {per_sequence / 1e9:.2f} GB of the host's memory for each "
+            f"sequence of {run.length:,} tokens."
+        )
     if any(way.seconds.launching == way.seconds.total for way in found):
         show.paragraph("Where a step is short, it is Python's launching that takes the time.")
     if shape.positions and any((way.longest or 0) > shape.positions for way in found):

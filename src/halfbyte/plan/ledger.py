@@ -37,6 +37,8 @@ OptimizerMode = Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw
 SCALE_BLOCK = 256
 STATE_BLOCK = 256  # elements of 8-bit optimizer state that share a scale
 SMALLEST_8BIT = 4096  # tensors of fewer elements keep 32-bit state
+PIECE = 1 << 22  # elements of a parameter whose state lies together
+_ALIGNMENT = 256  # of each tensor of the state
 # Bytes of float32 logits there are at a time: model/loss.py.
 LOGITS = {"cpu": 32 << 20, "cuda": 256 << 20}
 # On a CPU the whole process counts: Python, torch and transformers.
@@ -277,11 +279,19 @@ def _base(shape: ModelShape, holding: Holding) -> list[Line]:
 
 
 def _state(numels: list[int], optimizer: OptimizerMode) -> int:
-    """Return the bytes of AdamW's two moments of tensors of ``numels`` elements."""
-    if not optimizer.endswith("8bit"):
-        return sum(8 * n for n in numels)
-    small = sum(8 * n for n in numels if n < SMALLEST_8BIT)
-    return small + sum(2 * (n + 4 * -(-n // STATE_BLOCK)) for n in numels if n >= SMALLEST_8BIT)
+    """Return the bytes of AdamW's state of tensors of ``numels`` elements: optim/layout.py."""
+
+    def of_piece(count: int, *, coded: bool) -> int:
+        moment = -(-count * (1 if coded else 4) // _ALIGNMENT)
+        scales = -(-4 * -(-count // STATE_BLOCK) // _ALIGNMENT) if coded else 0
+        return 2 * _ALIGNMENT * (moment + scales)
+
+    total = 0
+    for numel in numels:
+        coded = optimizer.endswith("8bit") and numel >= SMALLEST_8BIT
+        whole, rest = divmod(numel, PIECE)
+        total += whole * of_piece(PIECE, coded=coded) + of_piece(rest, coded=coded)
+    return total
 
 
 def _trained(shape: ModelShape, run: Run) -> list[Line]:

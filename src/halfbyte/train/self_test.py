@@ -26,6 +26,7 @@ from halfbyte.model.elementwise import rms_norm, rotary, swiglu
 from halfbyte.nf4 import QuantizedWeight, QuantType, cpu, dequantize, quantize
 from halfbyte.nf4.format import FLOAT_TYPES, gpu_kernels
 from halfbyte.nf4.linear import FrozenLinear
+from halfbyte.optim import AdamW
 from halfbyte.train.config import TrainConfig, check
 from halfbyte.train.engine import Batch, choose_engine
 from halfbyte.train.step import Schedule, Stepper
@@ -35,6 +36,8 @@ _LARGE = 2**24
 _STEPS = 30
 _MUST_FALL_TO = 0.5  # of the first loss
 _VOCABULARY = 256
+# Ten steps move parameters by a twentieth of their size; 8 bits of state, a few percent of that.
+_CODED_STATE = 2e-3
 
 
 class Check(NamedTuple):
@@ -264,23 +267,29 @@ def _attention(here: _Place) -> Verdict:
 
 def _optimizer(here: _Place) -> Verdict:
     rate, betas, epsilon, decay = 1e-2, (0.9, 0.999), 1e-8, 0.1
-    start = here.random(3, 1000, seed=9).float()
-    parameter = nn.Parameter(start.clone())
-    adamw = torch.optim.AdamW(
-        [parameter], lr=rate, betas=betas, eps=epsilon, weight_decay=decay, fused=True
-    )
+    start = here.random(3, 2000, seed=9).float()
+    wide, coded = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    optimizers = [
+        AdamW([wide], rate, betas, epsilon, decay),
+        AdamW([coded], rate, betas, epsilon, decay, state_bits=8),
+    ]
     truth = start.double()
     mean, square = torch.zeros_like(truth), torch.zeros_like(truth)
     for step in range(1, 11):
-        gradient = here.random(3, 1000, seed=9 + step).float()
-        parameter.grad = gradient
-        adamw.step()
+        gradient = here.random(3, 2000, seed=9 + step).float()
+        wide.grad, coded.grad = gradient, gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
         mean = betas[0] * mean + (1 - betas[0]) * gradient.double()
         square = betas[1] * square + (1 - betas[1]) * gradient.double() ** 2
         root = (square / (1 - betas[1] ** step)) ** 0.5 + epsilon
         truth = truth - rate * (decay * truth + mean / (1 - betas[0] ** step) / root)
-    error = _error(parameter.detach(), truth)
-    return Verdict(error < 1e-6, f"error from float64 after 10: {error:.1e}", {"error": error})
+    errors = {"wide": _error(wide.detach(), truth), "coded": _error(coded.detach(), truth)}
+    return Verdict(
+        errors["wide"] < 1e-6 and errors["coded"] < _CODED_STATE,
+        f"error from float64 after 10: {errors['wide']:.1e}, of 8-bit state {errors['coded']:.1e}",
+        {"errors": errors, "allowed": {"wide": 1e-6, "coded": _CODED_STATE}},
+    )
 
 
 # --- training -----------------------------------------------------------------------------------
