@@ -1,0 +1,345 @@
+"""What four bits cost in quality: fine-tuned on two tasks, and bare on ordinary prose.
+
+    python benchmarks/quality.py --model MODEL --work /tmp/quality --write-docs
+
+Six bases are made of one model: 16 bits (that is LoRA), NF4 with and without double quantisation,
+FP4, plain 4-bit integers, and NF4 by search. Each is trained on each task with each seed, by the
+same recipe. A seed fixes the examples, their order and the adapter's start, so the bases are
+compared in pairs. Finished runs are kept in ``--work``: called again, it goes on.
+
+Plain integers are no format of halfbyte: their base is rounded to them and held in 16 bits, which
+is the same arithmetic.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import measuring
+import quality_table
+import timetable
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint.atomic import new_directory
+from halfbyte.checkpoint.base_model import BaseSource, load_base, open_base
+from halfbyte.checkpoint.bitsandbytes import write_quantized
+from halfbyte.checkpoint.directory import write_description
+from halfbyte.checkpoint.safetensors_file import Planned, write_model
+from halfbyte.demo import task as orders
+from halfbyte.model.build import BaseRecipe, build, frozen_linears
+from halfbyte.report import open_report
+from halfbyte.train.config import TrainConfig
+from halfbyte.train.evaluate import evaluate
+from halfbyte.train.loading import open_model
+from halfbyte.train.loop import train
+
+PACKED: dict[str, dict[str, Any]] = {
+    "nf4": {"quant": "nf4"},
+    "nf4-single": {"quant": "nf4", "double_quant": False},
+    "nf4-search": {"quant": "nf4", "quant_search": True},
+    "fp4": {"quant": "fp4"},
+}
+ARMS = ("lora", *PACKED, "int4")
+
+# The demo's recipe; the second task is harder, and takes more of the same.
+RECIPE: dict[str, Any] = {
+    "lora_r": 16,
+    "learning_rate": 8e-4,
+    "warmup_ratio": 0.05,
+    "batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "max_length": 512,
+    "activations": "save",
+}
+_QUIETLY: dict[str, Any] = {"samples": 0, "save_steps": 10**6}
+EXAMPLES = {"orders": 448, "timetable": 1024}
+PROSE = Path(__file__).with_name("texts") / "alice.txt"
+PROSE_CHARACTERS = 1800  # of a row of prose: under 512 tokens
+
+Row = dict[str, Any]
+
+
+# --- the bases ------------------------------------------------------------------------------------
+
+
+def make_bases(model: str, arms: tuple[str, ...], work: Path, device: str) -> None:
+    """Writes a directory for each arm that has none; the packed ones are made of the 16-bit one."""
+    plain = work / "base-lora"
+    if not plain.exists():
+        write_plain(open_base(model), plain, lambda name, weight: weight)
+    source = open_base(plain)
+    linears = {f"{path}.weight" for path in frozen_linears(build(source.config, BaseRecipe()))}
+    for arm in arms:
+        directory, began = work / f"base-{arm}", time.monotonic()
+        if directory.exists():
+            continue
+        if arm == "int4":
+            write_plain(source, directory, lambda name, w: int4(w) if name in linears else w)
+        else:
+            write_quantized(source, directory, BaseRecipe(device=device, **PACKED[arm]))
+        print(f"{directory.name} made in {time.monotonic() - began:.1f} s", flush=True)
+
+
+def write_plain(
+    source: BaseSource, directory: Path, change: Callable[[str, Tensor], Tensor]
+) -> None:
+    """Writes ``source`` in bfloat16, each tensor changed on the way."""
+    plan = [Planned(p.name, torch.bfloat16, p.shape) for p in source.parameters]
+
+    def changed() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in source.tensors():
+            assert isinstance(tensor, Tensor)
+            yield name, change(name, tensor).to(torch.bfloat16)
+
+    with new_directory(directory) as fresh:
+        write_model(fresh, plan, changed())
+        write_description(
+            fresh,
+            source.config,
+            model_class=type(source.skeleton).__name__,
+            dtype=torch.bfloat16,
+            tokenizer=source.tokenizer(),
+            generation_config=source.generation_config(),
+        )
+
+
+def int4(weight: Tensor) -> Tensor:
+    """Rounds to −7 … 7 sevenths of the largest magnitude of each block of 64."""
+    blocks = weight.float().view(-1, 64)
+    scales = blocks.abs().amax(1, keepdim=True).clamp(min=1e-30) / 7
+    return (blocks / scales).round().mul(scales).view(weight.shape)
+
+
+# --- what is measured -----------------------------------------------------------------------------
+
+
+def bare(arm: str, work: Path, device: str) -> Row:
+    """Error of the weights and perplexity of the base as it is."""
+    plain, held = (
+        load_base(work / f"base-{name}", BaseRecipe(quant="none" if name in _PLAIN else "nf4"))
+        for name in ("lora", arm)
+    )
+    error = total = 0.0
+    packed = frozen_linears(held.model)
+    for path, linear in frozen_linears(plain.model).items():
+        weight = linear.decode(torch.float32)
+        error += float((packed[path].decode(torch.float32) - weight).double().square().sum())
+        total += float(weight.double().square().sum())
+    bytes_held = held.audit.quantized_bytes if held.audit.quantized_parameters else None
+    bits = 8 * bytes_held / held.audit.quantized_parameters if bytes_held else None
+    del plain, held, packed
+    model, tokenizer, _ = open_model(str(work / f"base-{arm}"), device=device, **_quant(arm))
+    read = evaluate(
+        model,
+        tokenizer,
+        _prose(work),
+        max_length=512,
+        train_on="all",
+        batch_size=4,
+        exact_match=False,
+    )
+    return {
+        "weight_error": math.sqrt(error / total),
+        "bits_per_weight": bits,
+        "prose_loss": read.loss,
+        "prose_perplexity": read.perplexity,
+        "prose_tokens": read.supervised_tokens,
+    }
+
+
+_PLAIN = ("lora", "int4")
+
+
+def _quant(arm: str) -> dict[str, Any]:
+    # A packed directory stays as it is; the option only says that it is not to be decoded.
+    return {"quant": "none" if arm in _PLAIN else PACKED[arm]["quant"]}
+
+
+def _prose(work: Path) -> Path:
+    """The prose as rows of whole paragraphs."""
+    rows = [""]
+    for paragraph in PROSE.read_text(encoding="utf-8").strip().split("\n\n"):
+        if rows[-1] and len(rows[-1]) + len(paragraph) > PROSE_CHARACTERS:
+            rows.append("")
+        rows[-1] = f"{rows[-1]}\n\n{paragraph}".strip()
+    path = work / f"prose-{os.getpid()}.jsonl"
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def tuned(arm: str, task: str, seed: int, work: Path, device: str, cases: int, share: float) -> Row:
+    """Trains one adapter, and puts it the held-out cases."""
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        directory = Path(folder)
+        count = max(8, round(EXAMPLES[task] * share))
+        if task == "orders":
+            files = orders.write_task(directory, seed=seed, train=count, test=cases)
+            data, test = files.train, files.test
+        else:
+            data, test = timetable.write_task(directory, seed=seed, train=count, test=cases)
+        config = TrainConfig(
+            model=str(work / f"base-{arm}"),
+            data=str(data),
+            output=directory / "run",
+            seed=seed,
+            device=device,
+            **RECIPE,
+            **_QUIETLY,
+            **_quant(arm),
+        )
+        with open_report(config.output, quiet=True) as report:
+            done = train(config, report)
+        model, tokenizer, _ = open_model(
+            config.model, adapter=str(done.adapter_dir), device=device, **_quant(arm)
+        )
+        result = evaluate(
+            model,
+            tokenizer,
+            test,
+            max_length=RECIPE["max_length"],
+            batch_size=64 if device == "cuda" else 32,
+            max_new_tokens=64,
+        )
+    return {
+        "loss": result.loss,
+        "exact_match": result.exact_match,
+        "cases": result.cases,
+        "steps": done.steps,
+        "training_seconds": done.seconds,
+        "peak_memory_bytes": done.peak_memory_bytes,
+        "samples": result.samples[:2],
+    }
+
+
+# --- the grid -------------------------------------------------------------------------------------
+
+
+def _begin(threads: int) -> None:
+    torch.set_num_threads(threads)
+
+
+def measure(
+    executor: Executor,
+    jobs: dict[str, tuple[Callable[..., Row], tuple[Any, ...]]],
+    directory: Path,
+    until: float,
+) -> None:
+    """Runs the jobs that left no file yet, and writes one for each; stops waiting at ``until``."""
+    open_jobs = {name: job for name, job in jobs.items() if not (directory / name).exists()}
+    futures = {
+        executor.submit(run, *arguments): name for name, (run, arguments) in open_jobs.items()
+    }
+    began, done = time.monotonic(), 0
+    try:
+        for future in as_completed(futures, timeout=max(1.0, until - time.monotonic())):
+            name, row = futures[future], future.result()
+            scratch = directory / f".{name}"
+            scratch.write_text(json.dumps(row))
+            scratch.rename(directory / name)
+            done += 1
+            short = {key: round(row[key], 4) for key in ("loss", "exact_match") if key in row}
+            short |= {key: round(row[key], 4) for key in row if key.startswith(("prose", "weight"))}
+            took = time.monotonic() - began
+            print(f"{done}/{len(futures)} after {took:.0f} s: {name} {short}", flush=True)
+    except TimeoutError:
+        for future in futures:
+            future.cancel()
+        print(f"out of time: {len(futures) - done} of {len(futures)} left; call again to go on")
+
+
+def collect(directory: Path) -> tuple[list[Row], list[Row]]:
+    """The rows of all files there are: those of bare bases, and those of runs."""
+    bases, runs = [], []
+    for path in sorted(directory.glob("*.json")):
+        row = json.loads(path.read_text())
+        row.pop("samples", None)
+        kind, *names = path.stem.split("_")
+        if kind == "bare":
+            bases.append({"base": names[0], **row})
+        else:
+            runs.append({"base": names[0], "task": names[1], "seed": int(names[2]), **row})
+    return bases, runs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="a chat model: a directory, a GGUF file or a hub id")
+    parser.add_argument("--work", type=Path, default=Path(".quality"), help="bases and runs")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--cases", type=int, default=120, help="held-out cases of a task")
+    parser.add_argument("--share", type=float, default=1.0, help="of the examples, for a trial")
+    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--tasks", default="orders,timetable")
+    parser.add_argument("--workers", type=int, default=1, help="runs beside each other")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of each")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which it stops")
+    parser.add_argument("--output", type=Path, help="where the record goes")
+    parser.add_argument("--note", default="", help="what should be known about the model")
+    parser.add_argument("--write-docs", action="store_true", help="write docs/quality.md, too")
+    parser.add_argument("--from", type=Path, dest="record", help="only write docs, of this record")
+    options = parser.parse_args()
+    if options.record is not None:
+        quality_table.write_docs(json.loads(options.record.read_text()), options.record.name)
+        return
+    if options.model is None:
+        parser.error("--model is missing")
+    until = time.monotonic() + options.budget
+    work: Path = options.work.absolute()
+    results = work / f"results-{options.device}-{options.cases}-{options.share:g}"
+    results.mkdir(parents=True, exist_ok=True)
+    arms = tuple(options.arms.split(","))
+    if unknown := set(arms) - set(ARMS):
+        parser.error(f"no such arms: {', '.join(unknown)}; there are {', '.join(ARMS)}")
+    make_bases(options.model, arms, work, options.device)
+    common = (work, options.device, options.cases, options.share)
+    # Seed by seed, so that what a budget cuts off leaves whole seeds.
+    jobs: dict[str, tuple[Callable[..., Row], tuple[Any, ...]]] = {
+        f"run_{arm}_{task}_{seed}.json": (tuned, (arm, task, seed, *common))
+        for seed in range(options.seeds)
+        for task in options.tasks.split(",")
+        for arm in arms
+    }
+    bases = {f"bare_{arm}.json": (bare, (arm, work, options.device)) for arm in arms}
+    threads = options.threads or max(1, (os.cpu_count() or 1) // options.workers)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # before the workers are started
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, context, _begin, (threads,)) as executor:
+        measure(executor, bases | jobs, results, until)
+    rows, runs = collect(results)
+    content = {
+        "command": _command(options),
+        "model": Path(options.model).name,
+        "note": options.note,
+        "recipe": RECIPE,
+        "examples": {task: round(n * options.share) for task, n in EXAMPLES.items()},
+        "bases": rows,
+        "runs": runs,
+    }
+    output = options.output or Path(f"benchmarks/results/{date.today()}_quality.json")
+    measuring.write("quality", output, **content)
+    record = json.loads(output.read_text())
+    print(quality_table.tables(record))
+    if options.write_docs:
+        quality_table.write_docs(record, output.name)
+
+
+def _command(options: argparse.Namespace) -> str:
+    """How the run was called, less what is of one machine only."""
+    words = f"python benchmarks/quality.py --model {Path(options.model).name}"
+    words += f" --device {options.device} --seeds {options.seeds} --cases {options.cases}"
+    return words if options.share == 1 else f"{words} --share {options.share:g}"
+
+
+if __name__ == "__main__":
+    main()
