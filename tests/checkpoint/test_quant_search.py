@@ -54,6 +54,11 @@ def test_what_is_written_is_what_is_held(directory: Path, tmp_path: Path) -> Non
     assert_same(load_base(out, BaseRecipe()), load_base(directory, SEARCHED))
 
 
+def test_the_bytes_do_not_depend_on_what_is_computed_in(directory: Path) -> None:
+    low = load_base(directory, replace(SEARCHED, compute_dtype=torch.bfloat16))
+    assert_same(low, load_base(directory, SEARCHED))
+
+
 def test_files_that_are_packed_stay_as_they_are(directory: Path, tmp_path: Path) -> None:
     out = write_quantized(directory, tmp_path / "out", BaseRecipe())
     assert importances(open_base(out), SEARCHED) == {}

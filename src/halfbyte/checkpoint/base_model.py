@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -160,7 +161,14 @@ def importances(source: BaseSource, recipe: BaseRecipe) -> dict[str, Tensor]:
     """
     if not recipe.quant_search or any(parameter.packed for parameter in source.parameters):
         return {}
-    plain = replace(recipe, quant_search=False, quantize_head=False, quantize_embeddings=False)
+    # In float32, so that whatever a run computes in, the bytes are the same.
+    plain = replace(
+        recipe,
+        quant_search=False,
+        quantize_head=False,
+        quantize_embeddings=False,
+        compute_dtype=torch.float32,
+    )
     base = load_base(source, plain)
     return input_moments(base.model, base.tokenizer)
 
