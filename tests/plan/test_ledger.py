@@ -40,6 +40,9 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("phi3", {}),
     ("gpt_neox", {}),
     ("gemma2", {"head_dim": 16}),
+    ("mamba", {}),
+    ("gpt2", {}),
+    ("mixtral", {"num_local_experts": 2}),
 ]
 
 

@@ -170,9 +170,6 @@ def shape_of(
         name: What to call it.
         files: Of each parameter in the files, in their order, the bytes it takes as it comes out of
             them and whether it is packed in 4 bits.
-
-    Raises:
-        ConfigError: If it does not say how wide it is.
     """
     from torch import nn
 
@@ -202,33 +199,30 @@ def shape_of(
             Weight(path, shape, role, int(numbers[0]) if numbers else None, packs, comes)
         )
     out = {path.rsplit(".", 2)[-2]: shape[0] for path, shape in shapes.items() if len(shape) == 2}
-    try:
-        heads = int(config.num_attention_heads)
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        groups = getattr(config, "num_key_value_heads", None) or heads
-        intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-        kinds = {type(module).__name__ for module in model.modules()}
-        return ModelShape(
-            name=name,
-            weights=tuple(weights),
-            tied=bool(config.tie_word_embeddings),
-            layers=int(config.num_hidden_layers),
-            hidden=int(config.hidden_size),
-            query=out.get("q_proj", heads * width),
-            key_value=out.get("k_proj", groups * width),
-            intermediate=out.get("gate_proj", int(intermediate)),
-            heads=heads,
-            vocabulary=int(config.vocab_size),
-            positions=getattr(config, "max_position_embeddings", None),
-            head_norms=any(".q_norm." in path for path in shapes),
-            fusable=bool(kinds & set(FAMILIES)),
-            vocabulary_packs=type(head) is nn.Linear
-            and (not config.tie_word_embeddings or type(embedding) is nn.Embedding),
-        )
-    except (AttributeError, TypeError) as error:
-        raise ConfigError(
-            f"{name}: its configuration does not say how wide it is: {error}"
-        ) from None
+    kinds = {type(module).__name__ for module in model.modules()}
+    # What does not say how wide it is has no attention, or one of its own: an estimate then.
+    hidden = int(getattr(config, "hidden_size", None) or embedding.weight.shape[1])
+    heads = int(getattr(config, "num_attention_heads", None) or 1)
+    width = getattr(config, "head_dim", None) or hidden // heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
+    return ModelShape(
+        name=name,
+        weights=tuple(weights),
+        tied=bool(config.tie_word_embeddings),
+        layers=int(config.num_hidden_layers),
+        hidden=hidden,
+        query=out.get("q_proj", heads * int(width)),
+        key_value=out.get("k_proj", int(groups) * int(width)),
+        intermediate=out.get("gate_proj", int(intermediate)),
+        heads=heads,
+        vocabulary=int(config.vocab_size),
+        positions=getattr(config, "max_position_embeddings", None),
+        head_norms=any(".q_norm." in path for path in shapes),
+        fusable=bool(kinds & set(FAMILIES)),
+        vocabulary_packs=type(head) is nn.Linear
+        and (not config.tie_word_embeddings or type(embedding) is nn.Embedding),
+    )
 
 
 def shape_of_config(config: Any, name: str) -> ModelShape:

@@ -31,12 +31,14 @@ from halfbyte.lora import LoRAConfig, adapter_parameters, adapter_state, attach,
 from halfbyte.matmul import float32_library
 from halfbyte.model.build import BaseRecipe
 from halfbyte.model.precision import choose_device_and_dtype
+from halfbyte.plan.activations import Dial
 from halfbyte.train import facts
 from halfbyte.train.config import TrainConfig, to_yaml
-from halfbyte.train.engine import choose_engine
+from halfbyte.train.engine import LayerEngine, choose_engine
 from halfbyte.train.evaluate import evaluate_loss, to_device
 from halfbyte.train.loading import load_told, recipe_facts
 from halfbyte.train.memory import keep_freed_memory, peak_memory, plan_activations
+from halfbyte.train.predicting import FIRST_LOOK, Prediction
 from halfbyte.train.step import Schedule, Stepper
 
 if TYPE_CHECKING:
@@ -204,6 +206,15 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
         engine, plan.shapes(), config.activations, config.memory_budget, device
     )
     report.note(memory.line())
+    prediction = Prediction(
+        source,
+        recipe,
+        parameters,
+        rank=config.lora_r,
+        optimizer=config.optim,
+        fused=isinstance(engine, LayerEngine) and engine.fused > 0,
+        dial=Dial(memory.saved_layers),
+    )
 
     card: dict[str, Any] = {"base": identity_of(base), "recipe": recipe_facts(recipe)}
     with new_file(output / "config.yaml") as file:
@@ -280,6 +291,9 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
         done = step + 1
         tokens = sum(batch.tokens for batch in batches)
         loss, seconds, tokens_done = result.loss, seconds + took, tokens_done + tokens
+        prediction.see(batch.input_ids.shape for batch in batches)
+        if done == start + FIRST_LOOK < plan.total:
+            prediction.tell(report, peak_memory(device), done)
         if done % config.logging_steps == 0 or done == plan.total:
             report.step(
                 {
@@ -304,6 +318,8 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
     save_adapter(output, adapter_state(base.model), lora, tokenizer=tokenizer, **card)
     report.saved(output)
     sample(plan.total)
+    if start < plan.total:
+        prediction.tell(report, peak_memory(device), plan.total)
     outcome = TrainResult(
         adapter_dir=output,
         steps=plan.total,

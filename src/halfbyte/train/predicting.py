@@ -5,10 +5,10 @@ made so far, and what the plan does with activations: nothing of it is measured.
 more than ``TOLERANCE``, that is said.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -17,6 +17,9 @@ from halfbyte.model.build import BaseRecipe
 from halfbyte.plan.activations import Dial
 from halfbyte.plan.ledger import Holding, Ledger, OptimizerMode, Run, ledger
 from halfbyte.plan.shape import ModelShape, shape_of
+
+if TYPE_CHECKING:
+    from halfbyte.report import RunReport
 
 TOLERANCE = 0.05
 FIRST_LOOK = 5  # steps: by then, everything that stays has been allocated
@@ -68,7 +71,7 @@ class Prediction:
             step_tokens=0,
         )
 
-    def see(self, shapes: Iterable[tuple[int, int]]) -> None:
+    def see(self, shapes: Iterable[Sequence[int]]) -> None:
         """Take note of a step: the (B, T) of its micro-batches."""
         tokens = [batch * length for batch, length in shapes]
         self._run = replace(
@@ -82,10 +85,11 @@ class Prediction:
         """The ledger of the largest step seen."""
         return ledger(self._shape, self._run)
 
-    def against(self, measured: int, step: int) -> tuple[dict[str, Any], str]:
-        """Return the record for the journal, and the line for people.
+    def tell(self, report: "RunReport", measured: int, step: int) -> None:
+        """Hold the prediction against what was measured, and tell the journal and people.
 
         Args:
+            report: Who is told.
             measured: Peak of the memory in use, in bytes.
             step: The steps made so far.
         """
@@ -96,12 +100,8 @@ class Prediction:
             f"{entries.peak / 1e9:.2f} GB predicted ({100 * off:+.1f} %)"
         )
         if abs(off) > TOLERANCE:
-            line += f", which is off by more than {100 * TOLERANCE:.0f} %"
-        return {
-            "step": step,
-            "measured_bytes": measured,
-            "predicted_bytes": entries.peak,
-            "off": off,
-            "within": abs(off) <= TOLERANCE,
-            "ledger": [line._asdict() for line in entries.all_lines()],
-        }, line
+            line += f": off by more than {100 * TOLERANCE:.0f} %"
+        report.note(line)
+        record = {"step": step, "measured_bytes": measured, "predicted_bytes": entries.peak}
+        lines = [entry._asdict() for entry in entries.all_lines()]
+        report.record("memory", record | {"off": off, "ledger": lines})
