@@ -65,14 +65,16 @@ def test_files_that_are_packed_stay_as_they_are(directory: Path, tmp_path: Path)
     assert_same(load_base(out, SEARCHED), load_base(directory, BaseRecipe()))
 
 
-def test_a_packed_head_has_no_moments_and_is_searched_all_the_same(directory: Path) -> None:
-    recipe = replace(SEARCHED, quantize_head=True)
-    base, plain = (
-        load_base(directory, recipe),
-        load_base(directory, replace(recipe, quant_search=False)),
-    )
-    name = "lm_head.codes"
-    assert not torch.equal(packed(base)[name], packed(plain)[name])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_packed_head_is_searched_with_its_own_inputs(tmp_path: Path, *, tied: bool) -> None:
+    source = open_base(write_tiny_model(tmp_path / "model", tied=tied))
+    plain = load_base(source, BaseRecipe())
+    name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    weight = source.tensor(name)
+    assert isinstance(weight, torch.Tensor)
+    wanted = search(weight, importance=input_moments(plain.model, plain.tokenizer)[name])
+    found = packed(load_base(source, replace(SEARCHED, quantize_head=True)))
+    assert torch.equal(found["lm_head.codes"], wanted.codes)
 
 
 def test_the_cache_keeps_the_two_apart(

@@ -19,13 +19,15 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("model"))
 
 
-def test_moments_are_those_of_the_inputs(directory: Path) -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_moments_are_those_of_the_inputs(tmp_path: Path, *, tied: bool) -> None:
+    directory = write_tiny_model(tmp_path / "model", tied=tied)
     base = load_base(directory, BaseRecipe(quant="none"))
     found = input_moments(base.model, base.tokenizer)
     theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     inputs: dict[str, list[torch.Tensor]] = {}
     for path, module in theirs.named_modules():
-        if isinstance(module, nn.Linear) and path != "lm_head":
+        if isinstance(module, nn.Linear):
             seen = inputs.setdefault(f"{path}.weight", [])
             module.register_forward_pre_hook(
                 lambda _, x, seen=seen: seen.append(x[0].flatten(0, 1))
@@ -36,6 +38,8 @@ def test_moments_are_those_of_the_inputs(directory: Path) -> None:
     with torch.no_grad():
         for part in torch.tensor(ids).split(512):
             theirs(input_ids=part[None])
+    if tied:
+        inputs["model.embed_tokens.weight"] = inputs["lm_head.weight"]
     assert found.keys() == inputs.keys()
     for name, parts in inputs.items():
         torch.testing.assert_close(

@@ -28,35 +28,42 @@ def _text(tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
 @torch.no_grad()
 def input_moments(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
-    """Return the mean square of each input of every frozen linear, by its weight's name.
+    """Return the mean square of each input of every frozen linear and of the head, by weight.
 
     Args:
-        model: A model of ``model.build``.
+        model: A model of ``model.build``, its head not packed.
         tokenizer: Its tokenizer.
 
     Returns:
-        float32 ``[in_features]`` each, on the model's device. A linear that the text did not reach
-        (an expert that was never chosen) is left out.
+        float32 ``[in_features]`` each, by the weight's name, on the model's device; for a tied head
+        by the embedding's, too. A linear that the text did not reach (an expert that was never
+        chosen) is left out.
     """
     sums: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
 
+    def note(name: str, x: Tensor) -> None:
+        x = x.reshape(-1, x.shape[-1]).float()
+        if len(x):
+            sums[name] = sums.get(name, x.new_zeros(())) + x.square().sum(0)
+            rows[name] = rows.get(name, 0) + len(x)
+
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def note(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
-            if len(x):
-                sums[name] = sums.get(name, x.new_zeros(())) + x.square().sum(0)
-                rows[name] = rows.get(name, 0) + len(x)
+        return lambda _module, inputs: note(name, inputs[0])
 
-        return note
-
+    head = model.get_output_embeddings()
+    named = model.named_parameters(remove_duplicate=False)
+    of_head = [name for name, parameter in named if head is not None and parameter is head.weight]
     hooks = [
         linear.register_forward_pre_hook(watch(f"{path}.weight"))
         for path, linear in frozen_linears(model).items()
     ]
     try:
         for part in _text(tokenizer).split(_LENGTH):
-            model.get_decoder()(input_ids=part[None].to(model.device), use_cache=False)
+            ids = part[None].to(model.device)
+            hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+            for name in of_head:
+                note(name, hidden)
     finally:
         for hook in hooks:
             hook.remove()
