@@ -42,7 +42,7 @@ def test_steps_of_a_7b_take_what_a_sketch_of_the_engine_took_on_an_h100(
     """In one CUDA graph, fused layers, every layer run again."""
     run = Run(Holding(quant), batch=batch, length=length)
     predicted = step_seconds(llama, run, CARDS["h100"]).total
-    assert predicted * 1000 == pytest.approx(milliseconds, rel=0.2)
+    assert predicted * 1000 == pytest.approx(milliseconds, rel=0.08)
     by_hand = replace(run, fused=False)
     assert step_seconds(llama, by_hand, CARDS["h100"]).total >= 32 * 0.006
 
@@ -66,7 +66,7 @@ def test_time_follows_what_is_done(llama: ModelShape) -> None:
 
     one = Run(length=2048)
     again, kept = seconds(one), seconds(replace(one, dial=Dial(32)))
-    assert again.products == pytest.approx(1.5 * kept.products)
+    assert again.products == pytest.approx((3 - 11008 * 4096 / 202_375_168) / 2 * kept.products)
     four = seconds(replace(one, micro_batches=4))
     assert four.decoding == again.decoding  # once for all micro-batches
     assert four.products == pytest.approx(4 * again.products)

@@ -19,7 +19,9 @@ Layers that are run as transformers has them keep more: norms keep the float32 c
 as they were before, too.
 
 In backward the layer's own activations are there in any case (kept, or made again), and at the
-peak, in the middle of the MLP, the gradients of gate and up and of the two streams beside them.
+peak, in the middle of the MLP, the gradients of gate and up beside them. The gradient that goes
+down the layers is as wide as the stream; CUDA graphs are handed it in a tensor of their own, and
+hand the last layer's output over in another.
 """
 
 from dataclasses import dataclass
@@ -91,7 +93,7 @@ class LayerActivations:
         """What backward holds beside the layer's activations when it holds most."""
         s = self.shape
         wide = 2 if self.fused else 3
-        return self.itemsize * (wide * s.intermediate + 2 * s.hidden)
+        return self.itemsize * (wide * s.intermediate + s.hidden)
 
     @property
     def backward(self) -> int:
@@ -147,5 +149,6 @@ def backward_bytes(layer: LayerActivations, dial: Dial, tokens: int, part_tokens
         tokens: Of the whole step; each has a gradient that goes down the layers.
         part_tokens: Of what passes through a layer together.
     """
+    streams = 3 if layer.fused and layer.on_gpu else 1
     alive = layer.gradients if dial.saved else layer.backward
-    return tokens * layer.input + part_tokens * (alive + layer.input)
+    return tokens * streams * layer.input + part_tokens * alive

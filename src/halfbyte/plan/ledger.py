@@ -39,8 +39,8 @@ STATE_BLOCK = 256  # elements of 8-bit optimizer state that share a scale
 SMALLEST_8BIT = 4096  # tensors of fewer elements keep 32-bit state
 PIECE = 1 << 22  # elements of a parameter whose state lies together
 _ALIGNMENT = 256  # of each tensor of the state
-# Bytes of float32 logits there are at a time: model/loss.py.
-LOGITS = {"cpu": 32 << 20, "cuda": 256 << 20}
+# Bytes of logits, and of a packed head decoded, there are at a time: model/loss.py.
+LOGITS = {"cpu": 32 << 20, "cuda": 128 << 20}
 # On a CPU the whole process counts: Python, torch and transformers.
 OVERHEAD = {"cpu": 0.55e9, "cuda": 0.0}
 # What a byte of kept activations takes: temporaries leave holes in glibc's heap. With micro-batches
@@ -321,11 +321,17 @@ def _scratch(shape: ModelShape, run: Run) -> int:
 def _loss(shape: ModelShape, run: Run) -> int:
     """Return what the loss of one part takes, each position supervised."""
     e, tokens = run.holding.itemsize, run.part_tokens
-    rows = min(tokens, max(16, LOGITS[run.device] // (4 * shape.vocabulary)))
-    # A chunk of float32 logits and, at its highest, a copy of it: what logsumexp sums.
-    chunk = 2 * 4 * rows * shape.vocabulary
-    # Supervised rows of the stream, their norm, and the gradient, beside the stream itself.
-    return chunk + 4 * tokens * e * shape.hidden
+    head = next((w for w in shape.weights if w.role == "head"), None)
+    packed = head is not None and run.holding.packs(head, tied=shape.tied)
+    packed = packed or (shape.tied and run.holding.quantize_head)
+    # One kernel takes logits in the dtype of the product, and writes their gradient in their place.
+    # Else they are float32, and at the highest there is a copy: what logsumexp sums.
+    in_place = run.device == "cuda" and e == 2 and not packed
+    size, copies = (e, 1) if in_place else (4, 2)
+    rows = min(tokens, max(16, LOGITS[run.device] // (size * shape.vocabulary)))
+    chunk = copies * size * rows * shape.vocabulary + (LOGITS[run.device] if packed else 0)
+    # The last output, its supervised rows, their norm, and two gradients.
+    return chunk + 5 * tokens * e * shape.hidden
 
 
 def _load_peak(shape: ModelShape, holding: Holding) -> int:

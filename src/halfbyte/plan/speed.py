@@ -4,8 +4,9 @@ A step is matrix products, which take the time of their operations, and everythi
 takes the time of its bytes. With P weights in linear layers, N tokens a step, and a the part of the
 layers that is run again in backward:
 
-    products     2·P·N·(2 + a)           forward, the input's gradient, and forward again;
-                                         a frozen weight has no gradient of its own
+    products     2·N·(2·P + a·R)         forward, the input's gradient, and forward again; of fused
+                                         layers without the last product (R weights instead of P),
+                                         whose result nobody reads
     head         2·V·H·N·2
     attention    2·T·Q·N a layer         forward, causal; backward takes 2.5 times that
     decoding     2·(packed + decoded)    bytes: once a direction and step for all micro-batches
@@ -40,6 +41,11 @@ CPU_SHARE = 0.8
 # Seconds in which Python launches a layer's forward, rerun and backward for one micro-batch:
 # 3441 ms for 16 micro-batches and 32 layers, on the host of an H100, without CUDA graphs.
 LAUNCH_SECONDS = 3.441 / 16 / 32
+
+
+# A kernel takes 3 µs on a GPU however little it does, and a layer's forward, rerun and backward are
+# about 80 besides the products.
+_SMALL_KERNELS = 80 * 3e-6
 
 
 class Card(NamedTuple):
@@ -164,6 +170,8 @@ def step_seconds(
     again = 1 - run.dial.saved / max(1, shape.layers)
     linears = shape.linears()
     numel = sum(weight.numel for weight in linears)
+    last = sum(weight.numel for weight in linears if weight.name.endswith(".down_proj.weight"))
+    rerun = numel - last if run.fused and shape.fusable else numel
     packed = [held(weight, shape, run.holding) for weight in linears]
     decoded = [
         sum(size) + weight.numel * e
@@ -172,25 +180,24 @@ def step_seconds(
     ]
     kept = sum(layer.kept().values())
     adapters = e * sum(sum(weight.shape) for weight in run.adapted(shape)) / max(1, shape.layers)
+    moved = (6 + 2 * again) * kept + (2 + again) * adapters
     forward = 2 * run.length * shape.query * tokens * shape.layers
     trained = sum(run.rank * sum(weight.shape) for weight in run.adapted(shape))
     state = 2 if run.optimizer.endswith("8bit") else 8
-    parts = Seconds(
-        products=2 * numel * tokens * (2 + again) / card.flops,
+    parts = tokens / max(1, run.part_tokens) if card.device == "cuda" else 0.0
+    found = Seconds(
+        products=2 * tokens * (2 * numel + again * rerun) / card.flops,
         head=4 * shape.vocabulary * shape.hidden * tokens / card.flops,
         attention=forward * (1 + 2.5 + again) / (card.flops * ATTENTION_SHARE),
         decoding=2 * sum(decoded) / card.bandwidth,
-        elementwise=shape.layers
-        * tokens
-        * ((6 + 2 * again) * kept + (2 + again) * adapters)
-        / card.bandwidth,
+        elementwise=shape.layers * (tokens * moved / card.bandwidth + parts * _SMALL_KERNELS),
         optimizer=trained * (12 + 2 * state) / card.bandwidth,
         waiting=0.0,
         launching=launch * shape.layers * run.micro_batches if card.device == "cuda" else 0.0,
     )
     # Out in forward and back in backward, beside the products of either.
-    moved = 2 * tokens * run.dial.offloaded * layer.input / card.link
-    return parts._replace(waiting=max(0.0, moved - parts.total))
+    away = 2 * tokens * run.dial.offloaded * layer.input / card.link
+    return found._replace(waiting=max(0.0, away - found.total))
 
 
 def measure_machine() -> Card:
