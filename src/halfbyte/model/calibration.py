@@ -59,7 +59,7 @@ def input_moments(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         for path, linear in frozen_linears(model).items()
     ]
     try:
-        for part in _text(tokenizer).split(_LENGTH):
+        for part in torch.split(_text(tokenizer), _LENGTH):
             ids = part[None].to(model.device)
             hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
             for name in of_head:

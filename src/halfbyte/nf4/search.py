@@ -114,7 +114,7 @@ def search(
     nibbles = torch.cat(
         [
             table.codes[table.nearest(x, s)].view(-1)
-            for (x, _), s in zip(pieces, scales.split(pieces.blocks), strict=True)
+            for (x, _), s in zip(pieces, torch.split(scales, pieces.blocks), strict=True)
         ]
     )[: 2 * len(plain.codes)]
     return replace(plain, codes=nibbles[::2] << 4 | nibbles[1::2])
@@ -186,7 +186,7 @@ def _best_coded(table: _Table, pieces: _Pieces, coded: QuantizedWeight) -> tuple
         torch.cat(
             [
                 table.error(x, w, s)
-                for (x, w), s in zip(pieces, scales.split(pieces.blocks), strict=True)
+                for (x, w), s in zip(pieces, torch.split(scales, pieces.blocks), strict=True)
             ]
         )
         for scales in decoded
