@@ -188,3 +188,11 @@ def test_a_shape_in_fields_and_a_name_that_is_changed() -> None:
 def test_a_shape_that_is_none_is_refused(text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         config_of(text)
+
+
+def test_an_embedding_may_wait_on_the_host() -> None:
+    for tied in (False, True):
+        shape = shape_of(tiny_model("llama", tie_word_embeddings=tied), "tiny")
+        here, away = (ledger(shape, Run(embedding_on_host=on_host)) for on_host in (False, True))
+        moved = 0 if tied else 400 * 64 * 2
+        assert here.base - away.base == away.on_host == moved

@@ -130,6 +130,7 @@ class Run:
         fused: Whether layers are run by ``model.layer``; `ledger` asks whether it knows them.
         device: ``cuda`` or ``cpu``.
         dial: What is kept for backward.
+        embedding_on_host: Whether an embedding that is neither packed nor the head's is kept there.
         trained: Elements of every trained tensor, where they are known; else all adapters have one
             rank, and nothing else is trained.
         step_tokens: Tokens of an optimizer step, where micro-batches differ.
@@ -145,6 +146,7 @@ class Run:
     fused: bool = True
     device: str = "cuda"
     dial: Dial = field(default_factory=Dial)
+    embedding_on_host: bool = False
     trained: tuple[int, ...] | None = None
     step_tokens: int | None = None
 
@@ -251,7 +253,8 @@ def nbytes_of(weight: Weight, shape: ModelShape, holding: Holding) -> int:
     return sum(size) if isinstance(size, Packed) else size
 
 
-def _base(shape: ModelShape, holding: Holding) -> list[Line]:
+def _base(shape: ModelShape, run: Run) -> list[Line]:
+    holding = run.holding
     packed, small = Packed(), 0
     plain: list[Line] = []
     dtype = {2: "bf16", 4: "float32"}[holding.itemsize]
@@ -265,7 +268,9 @@ def _base(shape: ModelShape, holding: Holding) -> list[Line]:
         elif weight.role == "linear" and holding.quant == "none":
             linears += bytes_
         else:
-            plain.append(Line("base", f"{weight.name}, {dtype}", bytes_))
+            away = run.embedding_on_host and weight.role == "embedding" and not shape.tied
+            group = "host" if away and run.device == "cuda" else "base"
+            plain.append(Line(group, f"{weight.name}, {dtype}", bytes_))
     lines = [
         Line("base", name.replace("_", " "), nbytes)
         for name, nbytes in packed._asdict().items()
@@ -351,7 +356,7 @@ def ledger(shape: ModelShape, run: Run) -> Ledger:
     run = replace(run, fused=run.fused and shape.fusable)
     layer = run.layer(shape)
     return Ledger(
-        lines=(*_base(shape, run.holding), *_trained(shape, run)),
+        lines=(*_base(shape, run), *_trained(shape, run)),
         scratch=_scratch(shape, run),
         kept=int(HOLES[run.device] * kept_bytes(layer, run.dial, run.tokens)),
         backward=backward_bytes(layer, run.dial, run.tokens, run.part_tokens),

@@ -1,0 +1,66 @@
+"""The plan's predictions beside what ``gpu_step.py`` measured; needs no GPU.
+
+    python benchmarks/gpu_plan.py benchmarks/results/*_gpu_step*.json
+
+For each step of ours in these files: the peak that `plan.ledger` says, the time that `plan.speed`
+says for the card, and by how many percent they are off.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from halfbyte.plan.activations import Dial
+from halfbyte.plan.ledger import Holding, Run, ledger
+from halfbyte.plan.shape import config_of, shape_of_config
+from halfbyte.plan.speed import CARDS, step_seconds
+
+RANK = 16
+
+
+def run_of(options: dict[str, Any], quant: str, config: str) -> Run:
+    """The run that a row of gpu_step.py was made by."""
+    micro, _, rest = config.rpartition("*")
+    batch, length = rest.split("x")
+    layers, keep = options["layers"], options["keep"]
+    saved = layers if keep == "save" else options.get("saved_layers", 0)
+    offloaded = max(0, layers - saved - 2) if keep == "offload" else 0
+    return Run(
+        Holding(quant),
+        RANK,
+        batch=int(batch),
+        length=int(length),
+        micro_batches=int(micro or 1),
+        optimizer="adamw_8bit" if options.get("state_bits", 32) == 8 else "adamw",
+        dial=Dial(saved, offloaded),
+        embedding_on_host=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", nargs="+", type=Path)
+    args = parser.parse_args()
+    print(f"{'':44s} {'peak GB':>8s} {'plan':>7s} {'off':>7s} {'ms':>8s} {'plan':>7s} {'off':>7s}")
+    for path in args.results:
+        found = json.loads(path.read_text())
+        card = next(c for key, c in CARDS.items() if key in found["device"].lower())
+        name = f"{found['shape']},num_hidden_layers={found['layers']}"
+        shape = shape_of_config(config_of(name), name)
+        for contestant, rows in found["rows"].items():
+            for config, row in rows.items():
+                if not contestant.startswith("halfbyte") or "peak_gb" not in row:
+                    continue
+                run = run_of(found, "nf4" if "nf4" in contestant else "none", config)
+                peak = ledger(shape, run).peak / 1e9
+                ms = step_seconds(shape, run, card).total * 1e3
+                print(
+                    f"{found['shape']} {contestant} {config} {found['keep']:<9s}".ljust(44),
+                    f"{row['peak_gb']:8.2f} {peak:7.2f} {100 * (peak / row['peak_gb'] - 1):+6.1f}%"
+                    f" {row['ms']:8.1f} {ms:7.1f} {100 * (ms / row['ms'] - 1):+6.1f}%",
+                )
+
+
+if __name__ == "__main__":
+    main()
