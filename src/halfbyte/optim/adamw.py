@@ -11,7 +11,7 @@ be queued behind its backward before anyone has looked at the loss, and captured
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from types import ModuleType
 from typing import Any, Literal
@@ -22,7 +22,8 @@ from torch import Tensor
 from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.optim import rule
 from halfbyte.optim.layout import Group, Piece, pieces_of
-from halfbyte.optim.paging import Resident
+from halfbyte.optim.managed import Managed, why_not
+from halfbyte.optim.paging import Paging, Store, Streamed
 
 logger = logging.getLogger("halfbyte")
 
@@ -51,12 +52,15 @@ class AdamW(torch.optim.Optimizer):
         eps: Added to the root of the second moment.
         weight_decay: Decoupled decay.
         state_bits: Width of the moments. With 8, parameters of fewer than 4096 elements keep 32.
+        paging: Where the state lives: ``off``, ``explicit``, ``auto`` or ``managed``, as paging.py
+            has them. Results are the same. On a CPU it is ``off``: there is nothing to page from.
         bfloat16: How a bfloat16 parameter keeps small updates: a float32 ``master`` copy in the
             state, or ``stochastic`` rounding.
         impl: ``gpu`` for Triton, ``torch`` for plain PyTorch; ``auto`` for Triton on a GPU.
 
     Raises:
-        ConfigError: If an argument, or a parameter's type, device or layout, is not as above.
+        ConfigError: If an argument, or a parameter's type, device or layout, is not as above, or
+            the device cannot page so.
     """
 
     def __init__(
@@ -68,18 +72,20 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 0.01,
         *,
         state_bits: Literal[32, 8] = 32,
+        paging: Literal["off", "explicit", "auto", "managed"] = "off",
         bfloat16: Literal["master", "stochastic"] = "master",
         impl: Literal["auto", "gpu", "torch"] = "auto",
     ) -> None:
         for name, value, known in (
             ("state_bits", state_bits, (32, 8)),
+            ("paging", paging, ("off", "explicit", "auto", "managed")),
             ("bfloat16", bfloat16, ("master", "stochastic")),
             ("impl", impl, ("auto", "gpu", "torch")),
         ):
             if value not in known:
                 raise ConfigError(f"{name} must be one of {known}, not {value!r}")
         self._bits, self._master = state_bits, bfloat16 == "master"
-        self._store: Resident | None = None
+        self._store: Store | None = None
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         self._parameters = [p for group in self.param_groups for p in group["params"]]
         devices = {parameter.device for parameter in self._parameters}
@@ -88,6 +94,9 @@ class AdamW(torch.optim.Optimizer):
                 f"all parameters must be on one device, not on {sorted(map(str, devices))}"
             )
         (self._device,) = devices
+        self.paging = paging if self._device.type == "cuda" else "off"
+        if self.paging == "managed" and (reason := why_not(self._device)) is not None:
+            raise ConfigError(f'paging "managed" is impossible: {reason}. Use paging "explicit"')
         wants_gpu = impl == "gpu" or (impl == "auto" and self._device.type == "cuda")
         self._gpu = _gpu_kernels() if wants_gpu else None
         self._steps = self._vector(torch.float32)
@@ -95,8 +104,9 @@ class AdamW(torch.optim.Optimizer):
         self._one = torch.ones((), device=self._device)
         self._seen: dict[str, Any] = {}
         self._launches: dict[tuple[Any, ...], list[Any]] = {}
-        self._begun: tuple[Tensor, Any] | None = None
-        self._done: set[int] = set()
+        self._begun: tuple[Any, Tensor] | None = None
+        self._left: list[Group] = []
+        self._ready: set[int] = set()
 
     def _vector(self, dtype: torch.dtype) -> Tensor:
         return torch.zeros(len(self._parameters), dtype=dtype, device=self._device)
@@ -143,17 +153,102 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        scalars, scale = self._begin(grad_scale)
-        store = self._state_store()
-        updated = [self._parameters[i] for i in self._seen["active"]]
-        store.visit(lambda group, memory, base: self._update(group, memory, base, scalars, scale))
-        # A kernel writes without counting it, and what is derived from a parameter is derived anew
-        # when the count has changed.
-        torch.autograd.graph.increment_version(updated)
+        self._begin(grad_scale)
+        self._ready.update(self._seen["active"])
+        self._visit_ready()
+        self._begun = None
+        self._ready.clear()
         return result
 
-    def _begin(self, grad_scale: Tensor | None) -> tuple[Any, Tensor]:
+    @torch.no_grad()
+    def step_parameters(
+        self, parameters: Iterable[Tensor], *, grad_scale: Tensor | None = None
+    ) -> None:
+        """Update some parameters before the others, since their gradients are final.
+
+        So the update of a layer and its paging can run beside the backward of the layer before it.
+        `step` ends the step. All parameters must have a gradient (of zeros, at first). State on the
+        host is updated in groups of 16 MiB, each when all of it is ready; state on the device is
+        updated by `step`.
+
+        With clipping by the global norm this cannot be used, since no gradient may be used before
+        the last one is known; only `prefetch` can run early then.
+
+        Args:
+            parameters: Those that are ready.
+            grad_scale: As for `step`; the first call of a step decides.
+        """
+        if self._begun is None:
+            self._begin(grad_scale)
+        numbers = {id(parameter): i for i, parameter in enumerate(self._parameters)}
+        self._ready.update(numbers[id(parameter)] for parameter in parameters)
+        self._visit_ready()
+
+    def _visit_ready(self) -> None:
+        """Update the groups all of whose parameters are ready, and have not been updated."""
+        assert self._begun is not None
+        scalars, scale = self._begun
+        waiting = set(self._seen["active"]) - self._ready
+        due: list[Group] = []
+        left: list[Group] = []
+        for group in self._left:
+            ready = waiting.isdisjoint(piece.index for piece in group.pieces)
+            (due if ready else left).append(group)
+        self._left = left
+        self._state_store().visit(
+            due, lambda group, memory, base: self._update(group, memory, base, scalars, scale)
+        )
+        # A kernel writes without counting it, and what is derived from a parameter is derived anew
+        # when the count has changed.
+        done = {piece.index for group in due for piece in group.pieces}
+        torch.autograd.graph.increment_version([self._parameters[i] for i in done])
+
+    # --- paging ---------------------------------------------------------------------------------
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all state, wherever it is."""
+        return sum(piece.nbytes for piece in self.pieces)
+
+    def describe(self) -> str:
+        """Return one line for a person."""
+        where = {
+            "off": "on the GPU",
+            "explicit": "in the host's memory, streamed through the GPU at each update",
+            "auto": "on the GPU; on the host while a step is short of memory",
+            "managed": "in managed memory, on the host while a step is short of memory",
+        }[self.paging]
+        if self._device.type != "cuda":
+            where = f"in the host's memory: there is nothing to page from on {self._device}"
+        return f"AdamW, state of {self._bits} bits: {self.state_bytes / 1e6:.0f} MB, {where}"
+
+    def page_out(self) -> None:
+        """Move the state to the host, ahead of a step that is short of memory.
+
+        `step` brings it back before the update. Without effect where paging is ``off``, and in
+        ``explicit``, where it is there already.
+        """
+        if self.paging in ("auto", "managed"):
+            if self._store is None and self.paging == "auto":
+                self._store = self._made(away=True)
+            self._state_store().page_out()
+            self._launches.clear()
+
+    def prefetch(self) -> None:
+        """Begin to bring in the state that is updated first; before backward, say."""
+        if self._store is not None:
+            self._store.prefetch()
+
+    def report(self) -> Paging | None:
+        """Return what paging did since the last call; None where it is ``off``."""
+        return None if self._store is None or self.paging == "off" else self._store.report()
+
+    # --- parts of a step ------------------------------------------------------------------------
+
+    def _begin(self, grad_scale: Tensor | None) -> None:
         """Count the step, and compute what the update depends on besides tensors."""
+        if self._begun is not None:
+            return
         scale = self._one if grad_scale is None else grad_scale
         constants = []
         place = 0
@@ -180,14 +275,17 @@ class AdamW(torch.optim.Optimizer):
             self._active[list(active)] = 1.0
             self._seen["active"] = active
             self._launches.clear()
+        store = self._state_store()
+        if self.paging in ("auto", "managed"):
+            store.page_in()
+        scalars = None
         if self._gpu is not None:
             scalars = self._gpu.prepare(self._steps, self._active, self._lr, self._constants, scale)
-            return scalars, scale
-        if not math.isfinite(float(scale)):
-            return None, scale
-        self._steps += self._active
-        rows = rule.scalars_of(self._steps, self._lr, self._constants[:, :4]).tolist()
-        return [rule.Scalars(*row) for row in rows], scale
+        elif math.isfinite(float(scale)):
+            self._steps += self._active
+            rows = rule.scalars_of(self._steps, self._lr, self._constants[:, :4]).tolist()
+            scalars = [rule.Scalars(*row) for row in rows]
+        self._begun, self._left = (scalars, scale), list(store.units())
 
     def _update(self, group: Group, memory: Tensor, base: int, scalars: Any, scale: Tensor) -> None:
         """Update the pieces of a group, whose state is ``memory`` from byte ``base`` on."""
@@ -228,15 +326,23 @@ class AdamW(torch.optim.Optimizer):
         """How the state is laid out."""
         return pieces_of(self._parameters, bits=self._bits, master=self._master)
 
-    def _state_store(self) -> Resident:
+    def _made(self, *, away: bool) -> Store:
+        """Make the state, as it is before the first step."""
+        pieces = self.pieces
+        if self.paging == "managed":
+            store: Store = Managed(pieces, self._device)
+        else:
+            store = Streamed(pieces, self._device, away=away)
+        for piece, views in _state_of(store):
+            if "master" in views:
+                flat = self._parameters[piece.index].detach().view(-1)
+                views["master"].copy_(flat[piece.start : piece.start + piece.count])
+        return store
+
+    def _state_store(self) -> Store:
         """Return where the state is, making it the first time."""
         if self._store is None:
-            self._store = Resident(self.pieces, self._device)
-            for piece in self._store.pieces:
-                views = piece.views(self._store.memory)
-                if "master" in views:
-                    flat = self._parameters[piece.index].detach().view(-1)
-                    views["master"].copy_(flat[piece.start : piece.start + piece.count])
+            self._store = self._made(away=self.paging == "explicit")
         return self._store
 
     def state_dict(self) -> dict[str, Any]:
@@ -255,9 +361,9 @@ class AdamW(torch.optim.Optimizer):
         state: dict[int, dict[str, Tensor]] = {}
         if self._store is not None:
             parts: dict[int, dict[str, list[Tensor]]] = {}
-            for piece in self._store.pieces:
+            for piece, views in sorted(_state_of(self._store), key=lambda one: one[0].offset):
                 mine = parts.setdefault(piece.index, {})
-                for name, view in piece.views(self._store.memory).items():
+                for name, view in views.items():
                     mine.setdefault(name, []).append(view.to("cpu", copy=True))
             steps = self._steps.cpu()
             for index, fields in parts.items():
@@ -284,9 +390,9 @@ class AdamW(torch.optim.Optimizer):
         if not state_dict["state"]:
             return
         store = self._state_store()
-        for piece in store.pieces:
+        for piece, views in _state_of(store):
             given = state_dict["state"][piece.index]
-            for name, view in piece.views(store.memory).items():
+            for name, view in views.items():
                 value = given.get(name)
                 total = self._parameters[piece.index].numel()
                 count = -(-total // rule.BLOCK) if name.endswith("_scales") else total
@@ -301,3 +407,10 @@ class AdamW(torch.optim.Optimizer):
         self._steps.copy_(
             torch.stack([state_dict["state"][i]["step"] for i in range(len(self._parameters))])
         )
+
+
+def _state_of(store: Store) -> Iterator[tuple[Piece, dict[str, Tensor]]]:
+    """Return every piece with its state, to be read or written by the host."""
+    for group, memory, base in store.parts():
+        for piece in group.pieces:
+            yield piece, piece.views(memory, base)

@@ -15,7 +15,7 @@ from torch import Tensor
 from halfbyte.optim.rule import BLOCK, SMALLEST_8BIT
 
 PIECE_ELEMENTS = 1 << 22
-GROUP_BYTES = 32 << 20
+GROUP_BYTES = 16 << 20  # a power of two: torch rounds page-locked memory up to one
 _ALIGNMENT = 256
 
 STATE_BYTES = {torch.float32: 4, torch.uint8: 1}
@@ -112,12 +112,12 @@ def pieces_of(parameters: Sequence[Tensor], *, bits: int, master: bool) -> list[
     return pieces
 
 
-def groups_of(pieces: Sequence[Piece], nbytes: int = GROUP_BYTES) -> list[Group]:
-    """Cut pieces into groups of at most ``nbytes`` (one piece at least)."""
+def groups_of(pieces: Sequence[Piece]) -> list[Group]:
+    """Cut pieces into groups of at most 16 MiB (one piece at least)."""
     groups: list[list[Piece]] = []
     size = 0
     for piece in pieces:
-        if not groups or size + piece.nbytes > nbytes:
+        if not groups or size + piece.nbytes > GROUP_BYTES:
             groups.append([])
             size = 0
         groups[-1].append(piece)

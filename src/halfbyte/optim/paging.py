@@ -1,24 +1,275 @@
-"""Where the state lives."""
+"""Where the state lives: on the device, or in page-locked memory of the host and streamed through.
 
-from collections.abc import Callable, Sequence
+Streaming is by groups of 16 MiB, through two buffers on the device: while one group is updated and
+goes back, the next one comes in, so that both directions of the bus are busy. What the update waits
+for is measured with events on the device.
+
+    off       all of it on the device, always
+    explicit  all of it on the host, always
+    auto      on the device; to the host ahead of a step that is known to be tight, and back before
+              the update of that step, when activations are gone
+    managed   the same with memory that the driver can move, too (managed.py)
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from halfbyte.optim.layout import Group, Piece
+from halfbyte.optim.layout import Group, Piece, groups_of
 
 Update = Callable[[Group, Tensor, int], None]
+"""Updates the pieces of a group whose state is in memory that begins at byte `int` of the run."""
 
 
-class Resident:
-    """All state in memory of the device."""
+class Paging(NamedTuple):
+    """What paging did since it was last asked.
 
-    def __init__(self, pieces: Sequence[Piece], device: torch.device) -> None:
+    Attributes:
+        optimizer_device_bytes: State, and buffers for it, on the device.
+        optimizer_host_bytes: State on the host.
+        paged_bytes: Bytes moved, both directions together.
+        paging_ms: Milliseconds for which the device waited for them.
+    """
+
+    optimizer_device_bytes: int
+    optimizer_host_bytes: int
+    paged_bytes: int
+    paging_ms: float
+
+
+class Store(Protocol):
+    """State in one place."""
+
+    def units(self) -> Sequence[Group]:
+        """Return the groups that are updated one by one."""
+        ...
+
+    def visit(self, groups: Sequence[Group], update: Update) -> None:
+        """Call ``update`` for groups among `units`, in their order."""
+        ...
+
+    def parts(self) -> Iterator[tuple[Group, Tensor, int]]:
+        """Return all state for the host to read or write: group, its memory, where that begins."""
+        ...
+
+    def prefetch(self) -> None:
+        """Begin to bring in what is updated first."""
+        ...
+
+    def page_out(self) -> None:
+        """Leave the device, where that is possible."""
+        ...
+
+    def page_in(self) -> None:
+        """Come back."""
+        ...
+
+    def report(self) -> Paging:
+        """Return what happened since the last call; waits for nothing that the update did not."""
+        ...
+
+
+class Waits:
+    """Time the current stream spends waiting, between events on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._timed = device.type == "cuda"
+        self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __enter__(self) -> None:
+        if self._timed:
+            start, end = _event(timed=True), _event(timed=True)
+            start.record()
+            self._pairs.append((start, end))
+
+    def __exit__(self, *exception: object) -> None:
+        if self._timed:
+            self._pairs[-1][1].record()
+
+    def milliseconds(self) -> float:
+        """Return the sum since the last call."""
+        for _, end in self._pairs[-1:]:
+            end.synchronize()
+        total = sum((float(start.elapsed_time(end)) for start, end in self._pairs), 0.0)
+        self._pairs.clear()
+        return total
+
+
+class _Slot:
+    """A buffer on the device that groups pass through."""
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self.buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self.holds = -1  # the number of the group that came, and has not been updated
+        cuda = device.type == "cuda"
+        self.came, self.updated, self.left = (_event() if cuda else None for _ in range(3))
+
+
+class Streamed:
+    """State on the device or on the host.
+
+    Args:
+        pieces: Its layout.
+        device: The device of the update. On a CPU, "host" and "device" are the same memory, and
+            copies are not overlapped.
+        away: Whether it begins on the host.
+    """
+
+    def __init__(
+        self, pieces: Sequence[Piece], device: torch.device, *, away: bool = False
+    ) -> None:
         """Allocate it, zero."""
-        self.pieces = pieces
-        self.group = Group(tuple(pieces))
-        self.memory = torch.zeros(self.group.nbytes, dtype=torch.uint8, device=device)
+        self._device = device
+        self._whole = Group(tuple(pieces))
+        self._groups = groups_of(pieces)
+        self._memory: Tensor | None = None
+        self._host: list[Tensor] = []
+        self._slots: list[_Slot] = []
+        self._moved = 0
+        self._waits = Waits(device)
+        cuda = device.type == "cuda"
+        self._inward, self._outward = (_stream(device) if cuda else None for _ in range(2))
+        if away:
+            self._go()
+        else:
+            self._memory = torch.zeros(self._whole.nbytes, dtype=torch.uint8, device=device)
 
-    def visit(self, update: Update) -> None:
-        """Call ``update`` once, with everything."""
-        update(self.group, self.memory, 0)
+    @property
+    def away(self) -> bool:
+        """Whether the state is on the host."""
+        return self._memory is None
+
+    def units(self) -> Sequence[Group]:
+        """Return all in one while on the device, else 16 MiB each, as backward ends: last first."""
+        return self._groups[::-1] if self.away else [self._whole]
+
+    def visit(self, groups: Sequence[Group], update: Update) -> None:
+        """Update groups, streaming those that are on the host."""
+        if self._memory is not None:
+            for group in groups:
+                update(group, self._memory, 0)
+            return
+        for group in groups:
+            number = self._groups.index(group)
+            slot = self._fetch(number)
+            if number:
+                # Its buffer is the other one, and it is the next: now, or when its layer is done.
+                self._fetch(number - 1)
+            with self._waits:
+                _wait(self._current(), slot.came)
+            update(group, slot.buffer, group.offset)
+            _record(slot.updated)
+            with torch.cuda.stream(self._outward):
+                _wait(self._outward, slot.updated)
+                self._host[number].copy_(slot.buffer[: group.nbytes], non_blocking=True)
+                _record(slot.left)
+            slot.holds = -1
+            self._moved += group.nbytes
+
+    def prefetch(self) -> None:
+        """Begin to bring in what is updated first, while the device does other work."""
+        if self.away:
+            for number in range(len(self._groups))[-len(self._slots) :]:
+                self._fetch(number)
+
+    def _fetch(self, number: int) -> _Slot:
+        """Begin to copy a group to the device, unless it is there."""
+        slot, host = self._slots[number % len(self._slots)], self._host[number]
+        if slot.holds != number:
+            with torch.cuda.stream(self._inward):
+                _wait(self._inward, slot.left)
+                slot.buffer[: host.numel()].copy_(host, non_blocking=True)
+                _record(slot.came)
+            slot.holds = number
+            self._moved += host.numel()
+        return slot
+
+    def _current(self) -> torch.cuda.Stream | None:
+        return None if self._inward is None else torch.cuda.current_stream(self._device)
+
+    def parts(self) -> Iterator[tuple[Group, Tensor, int]]:
+        """Return all state, wherever it is."""
+        if self._memory is not None:
+            yield self._whole, self._memory, 0
+            return
+        for stream in (self._inward, self._outward):
+            if stream is not None:
+                stream.synchronize()
+        for slot in self._slots:
+            slot.holds = -1  # the caller may write
+        for group, memory in zip(self._groups, self._host, strict=True):
+            yield group, memory, group.offset
+
+    def page_out(self) -> None:
+        """Copy all state to the host and free its memory on the device."""
+        if self._memory is None:
+            return
+        with self._waits:
+            memory, self._memory = self._memory, None
+            self._go()
+            for group, host in zip(self._groups, self._host, strict=True):
+                host.copy_(memory[group.offset :][: group.nbytes], non_blocking=True)
+        self._meet(self._inward, self._current())
+        self._moved += self._whole.nbytes
+
+    def page_in(self) -> None:
+        """Copy all state back to the device; it stays on the host where there is no room."""
+        if self._memory is not None:
+            return
+        try:
+            memory = torch.empty(self._whole.nbytes, dtype=torch.uint8, device=self._device)
+        except torch.OutOfMemoryError:
+            return
+        with self._waits:
+            self._meet(self._current(), self._inward)
+            self._meet(self._current(), self._outward)
+            for group, host in zip(self._groups, self._host, strict=True):
+                memory[group.offset :][: group.nbytes].copy_(host, non_blocking=True)
+        self._memory, self._slots = memory, []
+        self._moved += self._whole.nbytes
+
+    def report(self) -> Paging:
+        """Return bytes and milliseconds since the last call."""
+        here = sum(slot.buffer.nbytes for slot in self._slots)
+        here += 0 if self._memory is None else self._memory.nbytes
+        moved, self._moved = self._moved, 0
+        there = self._whole.nbytes if self.away else 0
+        return Paging(here, there, moved, self._waits.milliseconds())
+
+    def _go(self) -> None:
+        """Have memory on the host, and buffers to stream through."""
+        locked = self._device.type == "cuda"
+        if not self._host:
+            self._host = [
+                torch.zeros(group.nbytes, dtype=torch.uint8, pin_memory=locked)
+                for group in self._groups
+            ]
+        largest = max(group.nbytes for group in self._groups)
+        self._slots = [_Slot(largest, self._device) for _ in range(min(2, len(self._groups)))]
+        # What their memory held before may be in use on the current stream until now.
+        self._meet(self._inward, self._current())
+
+    def _meet(self, one: torch.cuda.Stream | None, other: torch.cuda.Stream | None) -> None:
+        """Let a stream wait for all that another has been given."""
+        if one is not None and other is not None:
+            one.wait_stream(other)
+
+
+def _event(*, timed: bool = False) -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=timed)  # type: ignore[no-untyped-call]
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _wait(stream: torch.cuda.Stream | None, event: torch.cuda.Event | None) -> None:
+    if stream is not None and event is not None:
+        stream.wait_event(event)
+
+
+def _record(event: torch.cuda.Event | None) -> None:
+    if event is not None:
+        event.record()

@@ -76,6 +76,9 @@ def _figures(record: dict[str, Any]) -> list[str]:
         "learning_rate": lambda rate: f"rate {rate:.2e}",
         "tokens_per_second": lambda speed: f"{speed:,.0f} tokens/s",
         "peak_memory_bytes": lambda count: f"memory {size(count)}",
+        "optimizer_host_bytes": lambda count: f"state on the host {size(count)}",
+        "paged_bytes": lambda count: f"moved {size(count)}",
+        "paging_ms": lambda waited: f"waited {waited:.1f} ms",
     }
     return [words(record[key]) for key, words in say.items() if record.get(key) is not None]
 

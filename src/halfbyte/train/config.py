@@ -216,8 +216,15 @@ class TrainConfig(ModelOptions):
     warmup_steps: int | None = Field(
         None, ge=0, description="steps that warm up, whatever warmup_ratio says"
     )
-    optim: Literal["adamw", "adamw_8bit"] = Field(
-        "adamw", description="optimizer; adamw_8bit keeps its moments in 8 bits"
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = Field(
+        "adamw",
+        description="optimizer: moments of 32 or 8 bits; those of paged_ leave a GPU that is short "
+        "of memory",
+    )
+    paging: Literal["auto", "explicit", "managed"] = Field(
+        "auto",
+        description="how paged_ does it: ahead of a step that is short, by copies (auto) or as "
+        "managed memory; or explicit, always on the host",
     )
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of AdamW")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of AdamW's first moment")
@@ -261,6 +268,8 @@ class TrainConfig(ModelOptions):
     def _rules_between_fields(self) -> Self:
         if self.eval_steps is not None and self.eval_data is None:
             raise ValueError("`eval_steps` needs `eval_data`: the data to evaluate on")
+        if self.paging != "auto" and not self.optim.startswith("paged_"):
+            raise ValueError("`paging` needs `optim` paged_adamw_32bit or paged_adamw_8bit")
         return self
 
 

@@ -37,9 +37,14 @@ from halfbyte.train.config import TrainConfig, to_yaml
 from halfbyte.train.engine import LayerEngine, choose_engine
 from halfbyte.train.evaluate import evaluate_loss, to_device
 from halfbyte.train.loading import load_told, recipe_facts
-from halfbyte.train.memory import keep_freed_memory, peak_memory, plan_activations
+from halfbyte.train.memory import (
+    keep_freed_memory,
+    peak_memory,
+    plan_activations,
+    used_memory,
+)
 from halfbyte.train.predicting import FIRST_LOOK, Prediction
-from halfbyte.train.step import Schedule, Stepper
+from halfbyte.train.step import Schedule, Stepper, Tightness
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
@@ -61,6 +66,7 @@ _FREE_TO_CHANGE = {
     "data",  # the tokens' digest is compared instead
     "revision",
     "cache_quantized",
+    "paging",
 }
 
 SAVES_PER_RUN = 10  # if save_steps is not given
@@ -197,6 +203,8 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
     engine, told = choose_engine(base.model, device)
     report.note(told)
     stepper = Stepper(engine, parameters, config, Schedule.of(config, plan.total))
+    if config.optim != "adamw":
+        report.note(stepper.optimizer.describe())
     start = 0
     if resumed is not None:
         load_adapter_state(base.model, resumed.adapter)
@@ -206,6 +214,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
         engine, plan.shapes(), config.activations, config.memory_budget, device
     )
     report.note(memory.line())
+    tight = Tightness(memory, used_memory(device), plan.shapes())
     prediction = Prediction(
         source,
         recipe,
@@ -286,7 +295,9 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
         batches = plan[step]
         on_device = [to_device(batch, device) for batch in batches]
         waited = time.perf_counter() - began
-        result = stepper.run(step, on_device, saved_layers=memory.saved_layers)
+        result = stepper.run(
+            step, on_device, saved_layers=memory.saved_layers, tight=tight(on_device)
+        )
         took = time.perf_counter() - began
         done = step + 1
         tokens = sum(batch.tokens for batch in batches)
@@ -308,6 +319,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
                     "peak_memory_bytes": peak_memory(device),
                     "seconds": took,
                     "data_seconds": waited,
+                    **(result.paging._asdict() if result.paging else {}),
                 }
             )
         if config.eval_steps and done % config.eval_steps == 0 and done < plan.total:
@@ -380,6 +392,8 @@ def _identity(config: TrainConfig, source: BaseSource, dataset: Dataset) -> dict
         digest.update(np.asarray(example.labels_mask).tobytes())
         digest.update(b"|")
     options = config.model_dump(mode="json", exclude=_FREE_TO_CHANGE)
+    # Where the moments live changes nothing; how wide they are does.
+    options["optim"] = config.optim.removeprefix("paged_").removesuffix("_32bit")
     return {"base": source.fingerprint, "data": digest.hexdigest(), "options": options}
 
 

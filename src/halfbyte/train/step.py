@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from halfbyte.errors import NonFiniteLossError
 from halfbyte.optim import AdamW
+from halfbyte.optim.paging import Paging
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.engine import Batch, LayerEngine, PlainEngine
+from halfbyte.train.memory import ActivationPlan
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,41 @@ class Schedule:
 
 
 class StepResult(NamedTuple):
-    """What a step measured: mean token loss, gradient norm before clipping, learning rate of A."""
+    """What a step measured.
+
+    Attributes:
+        loss: Mean token loss.
+        grad_norm: Norm of all gradients before clipping.
+        learning_rate: That of A.
+        paging: What paging the optimizer's state did; None where it is off.
+    """
 
     loss: float
     grad_norm: float
     learning_rate: float
+    paging: Paging | None = None
+
+
+class Tightness:
+    """Knows which steps are short of memory, so that the optimizer's state has to leave.
+
+    Args:
+        plan: What is kept for backward, and the peak predicted for the largest step.
+        used: Bytes in use before the first step.
+        shapes: For each step, the (B, T) of its micro-batches.
+    """
+
+    def __init__(
+        self, plan: ActivationPlan, used: int, shapes: Sequence[Sequence[tuple[int, int]]]
+    ) -> None:
+        self._room = plan.budget - used
+        self._largest = plan.predicted_bytes - used
+        self._tokens = max(sum(b * t for b, t in step) for step in shapes)
+
+    def __call__(self, batches: Sequence[Batch]) -> bool:
+        """Return whether a step needs more than there is: what it takes grows with its tokens."""
+        tokens = sum(batch.input_ids.numel() for batch in batches)
+        return self._largest * tokens > self._room * self._tokens
 
 
 class Stepper:
@@ -105,15 +137,28 @@ class Stepper:
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
             state_bits=8 if config.optim.endswith("8bit") else 32,
+            paging=config.paging if config.optim.startswith("paged_") else "off",
         )
 
-    def run(self, step: int, batches: Sequence[Batch], *, saved_layers: int) -> StepResult:
+    def run(
+        self, step: int, batches: Sequence[Batch], *, saved_layers: int, tight: bool = False
+    ) -> StepResult:
         """Make step ``step`` (0-based).
+
+        Args:
+            step: Its number.
+            batches: Its micro-batches, on the device.
+            saved_layers: As for the engine.
+            tight: Whether memory is short, so that paged state leaves the device until the update.
 
         Raises:
             NonFiniteLossError: If the loss or the gradient is NaN or infinite; no parameter has
                 been changed then.
         """
+        if tight:
+            self.optimizer.page_out()
+        else:
+            self.optimizer.prefetch()
         supervised = sum(int((batch.labels != -100).sum()) for batch in batches)
         if self.engine.clock is not None:
             self.engine.clock.step, self.engine.clock.running = step, True
@@ -134,7 +179,7 @@ class Stepper:
             group["lr"] = rate * group["ratio"]
         self.optimizer.step(grad_scale=scale + 0.0 * (loss + norm))
         seen = torch.stack([loss, norm]).tolist()
-        result = StepResult(seen[0], seen[1], rate)
+        result = StepResult(seen[0], seen[1], rate, self.optimizer.report())
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise NonFiniteLossError(
                 f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}. Nothing "
@@ -163,5 +208,5 @@ class Stepper:
         for key, value in state.items():
             name, _, field = key.rpartition(".")
             found[parts[name]][field] = value
-        groups = self.optimizer.state_dict()["param_groups"]
+        groups = [{"params": group["params"]} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict({"state": found, "param_groups": groups})

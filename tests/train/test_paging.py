@@ -1,0 +1,144 @@
+"""Runs whose optimizer state pages: the same adapter, resumed in any mode, told in the journal."""
+
+import json
+
+import pytest
+import torch
+
+from halfbyte.errors import ConfigError
+from halfbyte.optim import AdamW, layout
+from halfbyte.report import open_report
+from halfbyte.train import loop, step
+from halfbyte.train.config import TrainConfig
+from halfbyte.train.engine import Batch
+from halfbyte.train.memory import ActivationPlan
+from halfbyte.train.step import Tightness
+from tests.tiny import write_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    rows = [{"prompt": f"Count to {i}.", "completion": "one two three " * i} for i in range(1, 9)]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Lets AdamW page though there is only a CPU, in small groups."""
+
+    def paging(made, **options):
+        optimizer = AdamW(made, **options)
+        optimizer.paging = options["paging"]
+        return optimizer
+
+    monkeypatch.setattr(step, "AdamW", paging)
+    monkeypatch.setattr(layout, "GROUP_BYTES", 8192)
+
+
+def run(model, data, output, optim, **options):
+    made = TrainConfig(
+        model=str(model),
+        data=str(data),
+        output=output,
+        optim=optim,
+        **{"compute_dtype": "float32", "device": "cpu", "samples": 0} | options,
+        lora_r=64,
+        max_steps=4,
+        batch_size=2,
+        gradient_accumulation_steps=1,
+        save_steps=2,
+    )
+    with open_report(output, quiet=True) as report:
+        loop.train(made, report)
+    events = [json.loads(line) for line in (output / "journal.jsonl").read_text().splitlines()]
+    return (output / "adapter_model.safetensors").read_bytes(), events
+
+
+def steps_of(events):
+    return [event for event in events if event["event"] == "step"]
+
+
+@pytest.mark.parametrize("paging", ["auto", "explicit"])
+def test_a_paged_run_is_the_same_run_and_says_what_it_moved(
+    model, data, tmp_path, monkeypatch, on_a_gpu, paging
+):
+    plain, _ = run(model, data, tmp_path / "plain", "adamw_8bit")
+    calls = iter([False, True, True, False])
+    monkeypatch.setattr(Tightness, "__call__", lambda self, batches: next(calls))
+    paged, events = run(model, data, tmp_path / "paged", "paged_adamw_8bit", paging=paging)
+    assert paged == plain
+    found = steps_of(events)
+    moved = [event["paged_bytes"] for event in found]
+    if paging == "auto":
+        assert moved[0] == moved[3] == 0
+        assert moved[1] == moved[2] == 2 * found[0]["optimizer_device_bytes"] > 0
+    else:
+        state = found[0]["optimizer_host_bytes"]
+        assert 0 < found[0]["optimizer_device_bytes"] < state
+        # What is prefetched for a step is counted with it, so every byte comes in and goes out.
+        assert moved == [2 * state] * 4
+    assert all(event["paging_ms"] >= 0 for event in found)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("adamw_8bit", "paged_adamw_8bit"), ("paged_adamw_8bit", "adamw_8bit")],
+)
+def test_a_run_resumes_in_another_mode(model, data, tmp_path, on_a_gpu, before, after):
+    plain, _ = run(model, data, tmp_path / "plain", before)
+    where = tmp_path / "run"
+    run(model, data, where, before, paging="explicit" if before.startswith("paged") else "auto")
+    (where / "checkpoint-4").rename(tmp_path / "lost")
+    resumed, events = run(
+        model,
+        data,
+        where,
+        after,
+        resume=True,
+        paging="explicit" if after.startswith("paged") else "auto",
+    )
+    assert resumed == plain
+    assert len(steps_of(events)) == 4
+
+
+def test_another_width_is_another_run(model, data, tmp_path):
+    run(model, data, tmp_path / "run", "paged_adamw_32bit")
+    run(model, data, tmp_path / "run", "adamw", resume=True)
+    with pytest.raises(ConfigError, match="optim was 'adamw', is 'adamw_8bit'"):
+        run(model, data, tmp_path / "run", "paged_adamw_8bit", resume=True)
+
+
+def test_on_a_cpu_one_line_says_that_there_is_nothing_to_page_from(model, data, tmp_path):
+    plain, _ = run(model, data, tmp_path / "plain", "adamw")
+    paged, events = run(model, data, tmp_path / "paged", "paged_adamw_32bit", paging="managed")
+    assert paged == plain
+    told = [event["text"] for event in events if event["event"] == "note"]
+    assert sum("there is nothing to page from on cpu" in line for line in told) == 1
+    assert "paged_bytes" not in steps_of(events)[0]
+
+
+def test_paging_is_for_paged_optimizers():
+    with pytest.raises(ValueError, match="`paging` needs `optim` paged_adamw_32bit or"):
+        TrainConfig(model="-", data="-", output="-", paging="managed")
+
+
+def test_a_step_is_tight_when_its_tokens_need_more_than_there_is():
+    shapes = [[(2, 100)], [(2, 100), (2, 300)]]
+    plan = ActivationPlan(0, 4, 0, budget=1000, predicted_bytes=1200)
+    tight = Tightness(plan, 200, shapes)
+
+    def of(*shapes):
+        return tight([Batch(torch.zeros(s, dtype=torch.int64), torch.zeros(s)) for s in shapes])
+
+    assert of((2, 100), (2, 300))
+    assert not of((2, 320))  # 640 of 800 tokens, 800 bytes, and 800 are free
+    assert of((2, 321))
+    roomy = Tightness(ActivationPlan(0, 4, 0, budget=1000, predicted_bytes=900), 200, shapes)
+    assert not roomy([Batch(torch.zeros((2, 400), dtype=torch.int64), torch.zeros(2, 400))])
