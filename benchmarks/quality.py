@@ -242,19 +242,25 @@ def measure(
     began, done = time.monotonic(), 0
     try:
         for future in as_completed(futures, timeout=max(1.0, until - time.monotonic())):
-            name, row = futures[future], future.result()
+            name, done = futures[future], done + 1
+            if error := future.exception():
+                # One that fails must not cost the others: it has no file, and is tried next time.
+                print(f"{name} failed: {measuring.reason(error)}", flush=True)
+                continue
+            row = future.result()
             scratch = directory / f".{name}"
             scratch.write_text(json.dumps(row))
             scratch.rename(directory / name)
-            done += 1
-            short = {key: round(row[key], 4) for key in ("loss", "exact_match") if key in row}
-            short |= {key: round(row[key], 4) for key in row if key.startswith(("prose", "weight"))}
+            told = {key: round(row[key], 4) for key in _TOLD if key in row}
             took = time.monotonic() - began
-            print(f"{done}/{len(futures)} after {took:.0f} s: {name} {short}", flush=True)
+            print(f"{done}/{len(futures)} after {took:.0f} s: {name} {told}", flush=True)
     except TimeoutError:
         for future in futures:
             future.cancel()
         print(f"out of time: {len(futures) - done} of {len(futures)} left; call again to go on")
+
+
+_TOLD = ("weight_error", "prose_perplexity", "loss", "exact_match", "training_seconds")
 
 
 def collect(directory: Path) -> tuple[list[Row], list[Row]]:
