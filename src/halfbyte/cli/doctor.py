@@ -58,12 +58,13 @@ def main(argv: list[str]) -> None:
         show.heading("Self-test")
         result["self_test"] = done = []
         for check in checks(device, dtype):
-            show.verdict(check.passed, f"{check.name}: {check.told} ({check.seconds:.1f} s)")
+            show.verdict(check.passed, f"{check.name}: {check.told}")
             done.append(check._asdict())
         wrong = [check["name"] for check in done if not check["passed"]]
         result["passed"] = not wrong
         if not wrong:
-            show.paragraph(f"All {len(done)} are right.")
+            spent = sum(check["seconds"] for check in done)
+            show.paragraph(f"All {len(done)} are right ({spent:.1f} s).")
     if wrong:
         raise HalfbyteError(
             f"this machine does not compute rightly: {'; '.join(wrong)}. Where it is the decoding, "

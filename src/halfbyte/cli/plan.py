@@ -218,7 +218,7 @@ def _show(shape: "ModelShape", found: list["Way"], card: "Card", memory: float, 
         del rows["host, GB"]
     show.columns(["", *(way.name for way in found)], [(name, *row) for name, row in rows.items()])
     show.paragraph(
-        "Trained: adapters, gradients and moments. Least: with every layer run again in backward. "
+        "\nTrained: adapters, gradients and moments. Least: with every layer run again in backward. "
         "Longest and largest are for one micro-batch and every layer run again; the largest model "
         "is one of this model's proportions. Speeds "
         + ("were measured here." if card.measured else "follow from the maker's figures.")
