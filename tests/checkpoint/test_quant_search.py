@@ -9,7 +9,8 @@ import torch
 from halfbyte.checkpoint import cache
 from halfbyte.checkpoint.base_model import LoadedBase, importances, load_base, open_base
 from halfbyte.checkpoint.bitsandbytes import write_quantized
-from halfbyte.checkpoint.identity import differences, identity_of
+from halfbyte.checkpoint.identity import PACKING, differences, identity_of
+from halfbyte.cli.opening import RECIPE_FIELDS
 from halfbyte.lora import frozen_linears
 from halfbyte.model.build import BaseRecipe
 from halfbyte.model.calibration import input_moments
@@ -84,6 +85,10 @@ def test_the_cache_keeps_the_two_apart(
     load_base(directory, BaseRecipe(), cache=True)
     assert_same(load_base(directory, SEARCHED, cache=True), load_base(directory, SEARCHED))
     assert len(list(cache.cache_directory().iterdir())) == 2
+
+
+def test_the_command_line_hands_on_all_that_decides_the_bytes() -> None:
+    assert RECIPE_FIELDS == PACKING
 
 
 def test_an_adapter_of_a_searched_base_is_told_from_others(directory: Path) -> None:

@@ -207,6 +207,7 @@ def test_without_an_adapter_the_base_is_opened_as_asked(seam: Seam) -> None:
         "block_size": 64,
         "quantize_head": False,
         "quantize_embeddings": False,
+        "quant_search": False,
         "cache_quantized": False,
         "compute_dtype": "auto",
         "device": "cpu",

@@ -107,14 +107,15 @@ def test_a_prompt_is_answered(ground: Ground, ask: Callable[..., Any]) -> None:
     assert isinstance(ask(*words, "--adapter", ground.out)["answer"], str)
 
 
+@pytest.mark.parametrize("how", [[], ["--quant-search"]])
 def test_packed_once_the_model_is_the_same(
-    ground: Ground, ask: Callable[..., Any], tmp_path: Path
+    ground: Ground, ask: Callable[..., Any], tmp_path: Path, how: list[str]
 ) -> None:
-    packed = ask("quantize", ground.model, tmp_path / "packed")
+    packed = ask("quantize", ground.model, tmp_path / "packed", *how)
     assert packed["bytes"] == sum(f.stat().st_size for f in (tmp_path / "packed").iterdir())
     losses = [
-        ask("eval", "--model", model, "--data", ground.data, "--no-exact-match")["loss"]
-        for model in (ground.model, tmp_path / "packed")
+        ask("eval", "--model", *model, "--data", ground.data, "--no-exact-match")["loss"]
+        for model in ([ground.model, *how], [tmp_path / "packed"])
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
@@ -124,7 +125,8 @@ def test_merged_the_model_computes_what_was_trained(
 ) -> None:
     merged = ask("merge", ground.model, ground.out, tmp_path / "merged", "--dtype", "float32")
     packing = {"quant": "nf4", "double_quant": True, "block_size": 64}
-    assert merged["base"] == packing | {"quantize_head": False, "quantize_embeddings": False}
+    packing |= {"quantize_head": False, "quantize_embeddings": False, "quant_search": False}
+    assert merged["base"] == packing
     words = ["--data", ground.data, "--no-exact-match", "--compute-dtype", "float32"]
     trained = ask("eval", "--model", ground.model, "--adapter", ground.out, *words)
     plain = ask("eval", "--model", tmp_path / "merged", "--quant", "none", *words)

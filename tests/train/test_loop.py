@@ -303,7 +303,7 @@ def test_bfloat16_products_train_float32_adapters(model, data, tmp_path):
 
 def test_a_packed_vocabulary_and_a_packed_copy_resume_too(tmp_path, model, data, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    packed = {"quantize_head": True, "cache_quantized": True}
+    packed = {"quantize_head": True, "quant_search": True, "cache_quantized": True}
     whole = run(config(model, data, tmp_path / "whole", max_steps=4, **packed))
     assert len(list((tmp_path / "cache/halfbyte/models").iterdir())) == 1
     output = tmp_path / "parts"
@@ -316,12 +316,13 @@ def test_a_packed_vocabulary_and_a_packed_copy_resume_too(tmp_path, model, data,
     assert all(one[name].equal(other[name]) for name in one | other)
     recorded = load_adapter(output).info["recipe"]
     assert recorded["quantize_head"]
+    assert recorded["quant_search"]
     assert recorded["quantize_embeddings"]  # tied to it
     with pytest.raises(CheckpointError, match="quantize_head was True"):
         open_model(str(model), adapter=str(output), device="cpu")
-    opened, _, _ = open_model(
-        str(model), adapter=str(output), device="cpu", quantize_head=True, cache_quantized=True
-    )
+    with pytest.raises(CheckpointError, match="quant_search was True"):
+        open_model(str(model), adapter=str(output), device="cpu", quantize_head=True)
+    opened, _, _ = open_model(str(model), adapter=str(output), device="cpu", **packed)
     assert opened.halfbyte_recipe.quantize_embeddings
     with pytest.raises(ConfigError, match="quantize_head was True"):
         run(config(model, data, output, max_steps=4, save_steps=2, resume=True))
