@@ -63,6 +63,7 @@ def test_the_bytes_do_not_depend_on_what_is_computed_in(directory: Path) -> None
 def test_files_that_are_packed_stay_as_they_are(directory: Path, tmp_path: Path) -> None:
     out = write_quantized(directory, tmp_path / "out", BaseRecipe())
     assert importances(open_base(out), SEARCHED) == {}
+    assert importances(open_base(directory), replace(SEARCHED, quant="none")) == {}
     assert_same(load_base(out, SEARCHED), load_base(directory, BaseRecipe()))
 
 

@@ -177,6 +177,7 @@ def test_two_names_that_agree_are_fine_and_two_that_do_not_are_a_mistake() -> No
         ({"memory_budget": "12 parsecs"}, "expected a size such as 16GB or 12.5GiB"),
         ({"memory_budget": 0}, "`memory_budget`: expected more than 0, got 0"),
         ({"target_modules": 3}, "`target_modules`: expected text, got 3"),
+        ({"quant": "none", "quant_search": True}, "`quant_search` needs `quant` nf4 or fp4"),
         ({"eval_steps": 5}, "`eval_steps` needs `eval_data`: the data to evaluate on"),
     ],
 )

@@ -153,13 +153,14 @@ def importances(source: BaseSource, recipe: BaseRecipe) -> dict[str, Tensor]:
     """Return what errors count in the columns of each linear, by its weight's name.
 
     The model is loaded once, packed without a search, to read the calibration text, and dropped.
-    Empty if ``recipe`` asks for no search, or the files are packed already.
+    Empty if ``recipe`` asks for no search, or there is nothing to pack.
 
     Raises:
         CheckpointError: See ``open_base``.
         WeightError: If a weight holds NaN or infinity.
     """
-    if not recipe.quant_search or any(parameter.packed for parameter in source.parameters):
+    nothing = recipe.quant == "none" or any(parameter.packed for parameter in source.parameters)
+    if nothing or not recipe.quant_search:
         return {}
     # In float32, so that whatever a run computes in, the bytes are the same.
     plain = replace(
