@@ -69,7 +69,6 @@ def story(**config: Any) -> list[dict[str, Any]]:
         "versions": {"torch": "2.13.0"},
         "config": {"lora_r": 8, "seed": 0, "output": "x"} | config,
         "given": ["lora_r"],
-        "memory": {"parts": {"base weights": 6e8, "activations": 4e8}, "predicted_bytes": 1e9},
         "data_verdict": {"lines": ["d.jsonl: 3 of 4 rows usable"]},
     }
     steps = [
@@ -83,6 +82,7 @@ def story(**config: Any) -> list[dict[str, Any]]:
             "tokens_per_second": 50.0,
             "seconds": 2.0,
             "data_seconds": 0.5,
+            "update_seconds": 0.25,
             "peak_memory_bytes": 900_000_000 + i,
         }
         for i in range(1, 21)
@@ -94,6 +94,17 @@ def story(**config: Any) -> list[dict[str, Any]]:
         begin,
         {"event": "samples", "step": 0, "samples": answers, "seconds": 1.0},
         *steps,
+        {
+            "event": "memory",
+            "step": 20,
+            "predicted_bytes": 1e9,
+            "ledger": [
+                {"group": "base", "name": "codes", "nbytes": 5e8},
+                {"group": "base", "name": "scales", "nbytes": 1e8},
+                {"group": "trained", "name": "adapters, 5 M", "nbytes": 1e8},
+                {"group": "step", "name": "kept for backward", "nbytes": 9e8},
+            ],
+        },
         {"event": "evaluation", "step": 20, "loss": 1.25, "seconds": 2.0},
         {"event": "samples", "step": 20, "samples": [answers[0] | {"got": "2"}], "seconds": 1.0},
         {"event": "finish", "steps": 20, "seconds": 40.0, "peak_memory_bytes": 950_000_000},
@@ -109,10 +120,16 @@ def test_a_finished_run(tmp_path: Path) -> None:
             "loading the model": 4.0,
             "sample answers": 2.0,
             "preparing batches": 10.0,
-            "forward and backward": 30.0,
+            "forward and backward": 25.0,
+            "optimizer": 5.0,
             "held-out evaluation": 2.0,
         }
     )
+    assert run.predicted == [
+        ("base", 6e8),
+        ("adapters", 1e8),
+        ("activations, workspace, program", 3e8),
+    ]
     html = page([run])
     read = Checked(html)
     for told in (
@@ -170,7 +187,7 @@ def test_nothing_in_a_journal_becomes_markup(tmp_path: Path) -> None:
     lines = story(**{EVIL: EVIL})
     lines[0]["text"] = EVIL
     lines[2] |= {"model": EVIL, "machine": EVIL, "versions": {EVIL: EVIL}}
-    lines[2]["memory"] = {"parts": {EVIL: 1e9}}
+    lines[-4]["ledger"][2]["name"] = EVIL
     lines[2]["data_verdict"] = {"lines": [EVIL]}
     lines[3]["samples"] = [{"prompt": EVIL, "expected": EVIL, "got": EVIL}]
     runs = [read_run(write_journal(tmp_path / name, lines)) for name in ("a", "b")]
@@ -204,10 +221,31 @@ JUNK = st.recursive(
 )
 FIELDS = [
     *("step", "loss", "tokens", "seconds", "data_seconds", "tokens_per_second", "learning_rate"),
-    *("config", "memory", "versions", "samples", "data_verdict", "given", "total_steps", "time"),
+    *(
+        "config",
+        "ledger",
+        "predicted_bytes",
+        "versions",
+        "samples",
+        "data_verdict",
+        "given",
+        "total_steps",
+        "time",
+    ),
     *("peak_memory_bytes", "reason", "text", "quant"),
 ]
-EVENTS = ["begin", "loaded", "samples", "step", "evaluation", "stopped", "note", "finish", 7]
+EVENTS = [
+    "begin",
+    "loaded",
+    "memory",
+    "samples",
+    "step",
+    "evaluation",
+    "stopped",
+    "note",
+    "finish",
+    7,
+]
 LINES = st.lists(
     st.builds(
         lambda event, fields: {"event": event} | fields,

@@ -19,6 +19,7 @@ VERBS = {
     "eval": "loss, perplexity and exact-match accuracy on a data file",
     "generate": "answer one prompt",
     "chat": "talk to a model",
+    "compare": "LoRA or QLoRA: train both on your data, and see memory, speed and quality",
     "report": "a page about a run, or about several side by side",
     "quantize": "write a 4-bit checkpoint that transformers, PEFT and vLLM load",
     "merge": "write a model with an adapter merged into it",

@@ -202,6 +202,8 @@ def _effect(field: FieldInfo) -> str:
     if field.default in (None, (), {}):
         return text
     shown = f"{field.default:g}" if isinstance(field.default, float) else field.default
+    if isinstance(shown, tuple):
+        shown = ",".join(map(str, shown))
     return f"{text} [{shown}]"
 
 

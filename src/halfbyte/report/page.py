@@ -27,7 +27,7 @@ from halfbyte.report.charts import (
     table,
 )
 from halfbyte.report.live import duration
-from halfbyte.report.runs import Run, mapping, number, numbers, read_run, started, texts
+from halfbyte.report.runs import Run, mapping, number, read_run, started, texts
 
 _KINDS = {"nf4": "QLoRA, NF4", "fp4": "QLoRA, FP4", "none": "LoRA, 16 or 32 bits"}
 
@@ -181,19 +181,19 @@ def _memory(runs: Sequence[Run]) -> str:
     bars, told = [], []
     for run in runs:
         before = "" if len(runs) == 1 else f"{run.name}, "
-        plan = mapping(run.begin.get("memory"))
-        if parts := {k: v for k, v in numbers(plan.get("parts")).items() if v > 0}:
-            bars.append(Bar(f"{before}expected", list(parts.items())))
+        expected = sum(nbytes for _, nbytes in run.predicted)
+        if expected:
+            bars.append(Bar(f"{before}expected", run.predicted))
         loaded = number(run.loaded.get("peak_memory_bytes"))
         if loaded is not None and loaded > 0:
             bars.append(Bar(f"{before}peak of loading", [("measured", loaded)]))
         if run.peak_bytes is not None and run.peak_bytes > 0:
             bars.append(Bar(f"{before}peak of training", [("measured", run.peak_bytes)]))
-            if parts:
-                off = run.peak_bytes / sum(parts.values()) - 1
+            if expected:
+                off = run.peak_bytes / expected - 1
                 told.append(
-                    f"{before}{memory(sum(parts.values()))} expected, {memory(run.peak_bytes)} "
-                    f"measured: {abs(off):.1%} {'more' if off > 0 else 'less'}."
+                    f"{before}{memory(expected)} expected, {memory(run.peak_bytes)} measured: "
+                    f"{abs(off):.1%} {'more' if off > 0 else 'less'}."
                 )
     return _sentences(told) + bar_chart(
         "Expected and measured", "in decimal units", bars, say=memory

@@ -31,12 +31,6 @@ def number(value: Any) -> float | None:
     return float(value) if plain and math.isfinite(value) else None
 
 
-def numbers(value: Any) -> dict[str, float]:
-    """The numbers among the values of a mapping; nothing of anything else."""
-    found = {str(key): number(one) for key, one in mapping(value).items()}
-    return {key: one for key, one in found.items() if one is not None}
-
-
 def mapping(value: Any) -> dict[str, Any]:
     """``value`` if it is a mapping; else an empty one."""
     return value if isinstance(value, dict) else {}
@@ -56,6 +50,7 @@ class Run:
         path: Its directory.
         begin: The facts of the last ``begin`` line.
         loaded: The last ``loaded`` line.
+        memory: The last ``memory`` line, which holds the ledger against what was measured.
         finish: The ``finish`` line, or nothing while there is none.
         state: ``finished``, or in words why not.
         curves: For each field of a step's line, (step, value).
@@ -70,6 +65,7 @@ class Run:
     path: Path
     begin: dict[str, Any] = field(default_factory=dict)
     loaded: dict[str, Any] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
     finish: dict[str, Any] = field(default_factory=dict)
     state: str = ""
     curves: dict[str, list[Point]] = field(default_factory=lambda: {name: [] for name in _CURVES})
@@ -95,11 +91,26 @@ class Run:
         return points[-1][1] if points else None
 
     @property
+    def predicted(self) -> list[tuple[str, float]]:
+        """The parts of the peak that was predicted, in bytes; a step's own as one of them."""
+        total = number(self.memory.get("predicted_bytes"))
+        ledger = self.memory.get("ledger")
+        parts: dict[str, float] = {}
+        for entry in map(mapping, ledger if isinstance(ledger, list) else []):
+            nbytes, group = number(entry.get("nbytes")), entry.get("group")
+            name = "base" if group == "base" else str(entry.get("name")).partition(",")[0]
+            if nbytes is not None and nbytes > 0 and group not in ("step", "host"):
+                parts[name] = parts.get(name, 0.0) + nbytes
+        if total is not None and total > sum(parts.values()):
+            parts["activations, workspace, program"] = total - sum(parts.values())
+        return list(parts.items())
+
+    @property
     def peak_bytes(self) -> float | None:
         """The most memory that was in use."""
         measured = number(self.finish.get("peak_memory_bytes"))
         curve = [value for _, value in self.curves["peak_memory_bytes"]]
-        return measured if measured is not None else max(curve, default=None)
+        return max([*curve, *([] if measured is None else [measured])], default=None)
 
 
 def read_run(directory: str | Path) -> Run:
@@ -151,6 +162,8 @@ def _take(
     elif event == "loaded":
         run.loaded = line
         _spend(run, "loading the model", line.get("seconds"))
+    elif event == "memory":
+        run.memory = line
     elif event == "finish":
         run.finish = line
     elif event == "stopped":

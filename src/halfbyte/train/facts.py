@@ -1,24 +1,22 @@
 """What a run writes down about itself, so that its journal tells the whole story by itself.
 
-Versions, machine, options, the verdict on the data, where the bytes are expected to go, and what
-the model answers before and after. None of it is used for training.
+Versions, machine, options, the verdict on the data, the time of updates, and what the model answers
+before and after. None of it is used for training.
 """
 
 import importlib.metadata
 import platform
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte import __version__
 from halfbyte.data import Dataset
 from halfbyte.model.generate import generate
 from halfbyte.train.config import TrainConfig
-from halfbyte.train.memory import ActivationPlan, peak_memory, used_memory
+from halfbyte.train.memory import peak_memory, used_memory
 
 _PACKAGES = ("torch", "transformers", "triton")
 
@@ -81,27 +79,35 @@ def memory_now(device: str) -> dict[str, int]:
     return found
 
 
-def memory_plan(
-    base_bytes: int, parameters: Mapping[str, nn.Parameter], plan: ActivationPlan, device: str
-) -> dict[str, Any]:
-    """Return where the bytes of the predicted peak go, before the first step."""
-    trained = sum(parameter.nbytes for parameter in parameters.values())
-    parts = {
-        "base weights": base_bytes,
-        "adapters": trained,
-        "gradients": trained,
-        "optimizer state": 2 * trained,
-    }
-    # Of a process: Python, its libraries, and what the allocator holds.
-    parts["program"] = max(0, used_memory(device) - base_bytes - 2 * trained)
-    parts["activations and workspace"] = max(0, plan.predicted_bytes - sum(parts.values()))
-    return {
-        "parts": parts,
-        "predicted_bytes": plan.predicted_bytes,
-        "budget_bytes": plan.budget,
-        "saved_layers": plan.saved_layers,
-        "layers": plan.layers,
-    }
+class UpdateClock:
+    """Times the optimizer's updates, without making the host wait for a GPU.
+
+    Args:
+        optimizer: Whose ``step`` is timed.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: str) -> None:
+        self._on_gpu = device == "cuda"
+        self._marks: list[Any] = []
+        optimizer.register_step_pre_hook(lambda *_: self._mark())
+        optimizer.register_step_post_hook(lambda *_: self._mark())
+
+    def _mark(self) -> None:
+        if self._on_gpu:
+            event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def seconds(self) -> float:
+        """Return the time of the updates since last asked; on a GPU, once it has made them."""
+        pairs = list(zip(self._marks[::2], self._marks[1::2], strict=True))
+        self._marks = []
+        if self._on_gpu:
+            return sum(float(start.elapsed_time(end)) for start, end in pairs) / 1e3
+        return sum(float(end - start) for start, end in pairs)
 
 
 class Samples:

@@ -205,6 +205,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
     stepper = Stepper(engine, parameters, config, Schedule.of(config, plan.total))
     if config.optim != "adamw":
         report.note(stepper.optimizer.describe())
+    clock = facts.UpdateClock(stepper.optimizer, device)
     start = 0
     if resumed is not None:
         load_adapter_state(base.model, resumed.adapter)
@@ -246,7 +247,6 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
             "machine": facts.machine(device),
             "data_verdict": facts.verdict(dataset),
             "held_out_verdict": facts.verdict(held_out) if held_out else None,
-            "memory": facts.memory_plan(base.audit.total_bytes, parameters, memory, device),
         }
         | facts.options(config),
     )
@@ -298,7 +298,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
         result = stepper.run(
             step, on_device, saved_layers=memory.saved_layers, tight=tight(on_device)
         )
-        took = time.perf_counter() - began
+        took, updating = time.perf_counter() - began, clock.seconds()
         done = step + 1
         tokens = sum(batch.tokens for batch in batches)
         loss, seconds, tokens_done = result.loss, seconds + took, tokens_done + tokens
@@ -319,6 +319,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
                     "peak_memory_bytes": peak_memory(device),
                     "seconds": took,
                     "data_seconds": waited,
+                    "update_seconds": updating,
                     **(result.paging._asdict() if result.paging else {}),
                 }
             )

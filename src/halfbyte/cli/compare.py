@@ -1,0 +1,143 @@
+"""``halfbyte compare``: LoRA or QLoRA? Both, measured side by side on your model and data."""
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
+
+from halfbyte.cli.options import Verb, results
+from halfbyte.train.config import TrainConfig, parse_names
+
+_VARIED = ("quant", "double_quant", "seed", "resume")
+_OWN = ("variants", "seeds", "shape", "exact_match", "max_new_tokens")
+
+# Of runs with random weights: enough steps to time, at the size that published figures are for.
+_SHAPE_RUN: dict[str, Any] = {
+    "batch_size": 2,
+    "max_length": 512,
+    "gradient_accumulation_steps": 1,
+    "max_steps": 12,
+}
+
+
+class CompareOptions(TrainConfig):
+    """What is compared; everything that can be said of training can be said of all variants."""
+
+    model: str = Field("", description="base model, as for train")
+    data: str = Field("", description="training data, as for train")
+    variants: Annotated[tuple[str, ...], BeforeValidator(parse_names)] = Field(
+        ("lora", "qlora"),
+        description="what to train: lora, qlora, fp4, no-double-quant, any option as name=value "
+        "(r=64), or several joined by + (lora+r=64)",
+    )
+    seeds: Annotated[tuple[NonNegativeInt, ...], BeforeValidator(parse_names)] = Field(
+        (0,), min_length=1, description="seeds to train each variant from, such as 0,1,2"
+    )
+    exact_match: bool = Field(True, description="have eval_data answered and compare the answers")
+    max_new_tokens: PositiveInt = Field(256, description="longest of these answers, in tokens")
+    shape: str | None = Field(
+        None,
+        min_length=1,
+        description="instead of model and data: random weights of a known shape, such as "
+        "llama2-7b; memory and speed only",
+    )
+    samples: int = Field(0, ge=0, description="prompts answered before and after, in each run")
+
+    sections: ClassVar[dict[str, str]] = TrainConfig.sections | {"variants": "the comparison"}
+
+    @model_validator(mode="after")
+    def _what_is_compared(self) -> Self:
+        varied = [f"`{name}`" for name in _VARIED if name in self.model_fields_set]
+        if varied:
+            raise ValueError(f"{', '.join(varied)}: say it with `variants` and `seeds`")
+        if self.shape is None:
+            missing = [f"`{name}`" for name in ("model", "data") if not getattr(self, name)]
+            if missing:
+                raise ValueError(f"{' and '.join(missing)} missing: what to train; or give `shape`")
+        elif self.model or self.data or self.eval_data:
+            raise ValueError("`shape` stands instead of `model`, `data` and `eval_data`")
+        return self
+
+
+VERB = Verb(
+    "compare",
+    CompareOptions,
+    about="Train variants from the same seeds and data, each in a process of its own, and see "
+    "memory, speed, held-out loss, exact matches and sizes in one table. What is finished is not "
+    "trained again.",
+    example="halfbyte compare --model M --data train.jsonl --eval-data test.jsonl --output cmp",
+)
+
+
+def main(argv: list[str]) -> None:
+    """Run the verb.
+
+    Raises:
+        HalfbyteError: A run has no result; the others are written all the same.
+    """
+    options, notes, as_json = VERB.read(argv)
+
+    from halfbyte.checkpoint.atomic import require_writable
+    from halfbyte.report import open_report, show
+    from halfbyte.report.comparison import Comparison, comparison_page
+    from halfbyte.train import comparing
+
+    variants = comparing.parse_variants(options.variants)
+    given = {
+        name: getattr(options, name)
+        for name in options.model_fields_set & TrainConfig.model_fields.keys()
+    } | {"samples": options.samples}
+    module: tuple[str, ...] = ("halfbyte", "train")
+    if options.shape is not None:
+        module = ("halfbyte.train.random_weights",)
+        given = _SHAPE_RUN | given | {"model": f"shape:{options.shape}", "data": "random"}
+
+    def evaluation(config: TrainConfig) -> tuple[str, ...]:
+        return _evaluation(options, config)
+
+    todo = comparing.jobs(
+        variants, options.seeds, given, options.output, evaluation=evaluation, module=module
+    )
+    output = require_writable(options.output)
+    found = []
+    with results(as_json=as_json) as result:
+        with open_report() as report:
+            for note in notes:
+                report.note(note)
+            if options.eval_data is None and options.shape is None:
+                report.note("without --eval-data there is no held-out loss: memory and speed only")
+            for count, job in enumerate(todo, 1):
+                told = f"{job.variant}, seed {job.config.seed} ({count} of {len(todo)})"
+                if job.finished():
+                    report.note(f"{told}: finished before")
+                    found.append(comparing.run(job))
+                    continue
+                with report.task(told, None) as progress:
+                    found.append(comparing.run(job, progress))
+        comparison = Comparison(tuple(found))
+        curves = [] if options.shape else list(comparing.first_runs(todo))
+        named = options.shape or Path(options.model).name
+        about = options.data if options.shape is None else "random weights and tokens"
+        comparing.write_results(
+            comparison,
+            comparison_page(comparison, curves, f"{named}: {' / '.join(options.variants)}", about),
+            output,
+        )
+        show.columns(*comparison.rows())
+        show.paragraph(comparison.sentence())
+        show.paragraph(str(output / "compare.html"))
+        result |= comparison.as_json()
+    comparing.require_results(comparison)
+
+
+def _evaluation(options: CompareOptions, config: TrainConfig) -> tuple[str, ...]:
+    """The words of ``halfbyte eval`` for the adapter of a run."""
+    if options.eval_data is None or not options.exact_match:
+        return ()
+    words = ["--model", config.model, "--adapter", str(config.output), "--data", options.eval_data]
+    words += ["--max-length", str(config.max_length), "--train-on", config.train_on]
+    words += ["--max-new-tokens", str(options.max_new_tokens), "--device", config.device]
+    words += ["--compute-dtype", config.compute_dtype]
+    if config.revision is not None:
+        words += ["--revision", config.revision]
+    return tuple(words)

@@ -1,0 +1,149 @@
+"""Training steps of a model that nobody has: right shapes, random weights, random tokens.
+
+What memory and a step's time depend on is all there, a checkpoint is not needed. Its journal is
+that of any run; its losses mean nothing. Started as a process by ``halfbyte compare --shape``:
+
+    python -m halfbyte.train.random_weights CONFIG.yaml        (model: shape:llama2-7b)
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from halfbyte.errors import UserError
+from halfbyte.lora import LoRAConfig, adapter_parameters, attach
+from halfbyte.model.build import BaseRecipe, build, finish, place
+from halfbyte.model.precision import choose_device_and_dtype
+from halfbyte.plan.shape import config_of
+from halfbyte.report import open_report
+from halfbyte.train import facts
+from halfbyte.train.config import TrainConfig, load_config
+from halfbyte.train.engine import Batch, choose_engine
+from halfbyte.train.memory import keep_freed_memory, plan_activations
+from halfbyte.train.step import Schedule, Stepper
+
+if TYPE_CHECKING:
+    from halfbyte.report import RunReport
+
+PREFIX = "shape:"
+
+
+def run(config: TrainConfig, report: "RunReport") -> None:
+    """Make ``config.max_steps`` steps of ``batch_size`` x ``max_length`` tokens, all supervised.
+
+    Raises:
+        ConfigError: The shape is unknown, or the memory budget too small.
+    """
+    device, dtype, why = choose_device_and_dtype(config.device, config.compute_dtype)
+    report.note(f"on {device}, products in {str(dtype).removeprefix('torch.')}: {why}")
+    if device == "cpu":
+        keep_freed_memory()
+    architecture = config_of(config.model.removeprefix(PREFIX))
+    began = time.perf_counter()
+    model = build(
+        architecture,
+        BaseRecipe(
+            quant=config.quant,
+            double_quant=config.double_quant,
+            block_size=config.block_size,
+            compute_dtype=dtype,
+            device=device,
+            quantize_head=config.quantize_head,
+            quantize_embeddings=config.quantize_embeddings,
+        ),
+    )
+    torch.manual_seed(config.seed)
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(architecture)
+    for name, parameter in shapes.named_parameters():  # a tied head is not among them
+        place(model, name, _random(tuple(parameter.shape), dtype, device))
+    audit = finish(model)
+    report.record("loaded", {"seconds": time.perf_counter() - began} | facts.memory_now(device))
+    lora = LoRAConfig(
+        r=config.lora_r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        target_modules=config.target_modules,
+    )
+    attach(model, lora, seed=config.seed)
+    parameters = adapter_parameters(model)
+    engine, told = choose_engine(model, device)
+    report.note(told)
+    total = config.max_steps or 1
+    stepper = Stepper(engine, parameters, config, Schedule.of(config, total))
+    size = (config.batch_size, config.max_length)
+    memory = plan_activations(
+        engine,
+        [[size] * config.gradient_accumulation_steps],
+        config.activations,
+        config.memory_budget,
+        device,
+    )
+    report.note(memory.line())
+    told_facts: dict[str, Any] = {
+        "model": config.model,
+        "quant": config.quant,
+        "device": device,
+        "machine": facts.machine(device),
+        "compute_dtype": str(dtype).removeprefix("torch."),
+        "versions": facts.versions(),
+        "base_bytes": audit.total_bytes,
+    }
+    report.begin(total_steps=total, start_step=0, facts=told_facts | facts.options(config))
+    tokens = size[0] * size[1] * config.gradient_accumulation_steps
+    spent = 0.0
+    for step in range(total):
+        began = time.perf_counter()
+        batches = [
+            Batch(ids, ids)
+            for ids in torch.randint(
+                3, architecture.vocab_size, (config.gradient_accumulation_steps, *size)
+            ).to(device)
+        ]
+        result = stepper.run(step, batches, saved_layers=memory.saved_layers)
+        taken = time.perf_counter() - began
+        spent += taken
+        report.step(
+            {
+                "step": step + 1,
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                "learning_rate": result.learning_rate,
+                "tokens": tokens,
+                "tokens_per_second": tokens / taken,
+                "seconds": taken,
+            }
+            | facts.memory_now(device)
+        )
+    report.finish(
+        {"steps": total, "seconds": spent, "final_loss": result.loss} | facts.memory_now(device)
+    )
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=dtype, device=device)
+    return torch.randn(shape, dtype=dtype, device=device).mul_(0.02)
+
+
+def main(file: str) -> int:
+    """Run what a configuration file says; the exit code."""
+    try:
+        config, _ = load_config(Path(file), {})
+        with open_report(config.output) as report:
+            run(config, report)
+    except UserError as error:
+        print(f"halfbyte compare: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
