@@ -65,7 +65,7 @@ VERB = Verb(
     about="Train variants from the same seeds and data, each in a process of its own, and see "
     "memory, speed, held-out loss, exact matches and sizes in one table. What is finished is not "
     "trained again.",
-    example="halfbyte compare --model M --data train.jsonl --eval-data test.jsonl --output cmp",
+    example="halfbyte compare --model M --data a.jsonl --eval-data b.jsonl --output cmp",
 )
 
 
