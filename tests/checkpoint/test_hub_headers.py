@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from huggingface_hub import HfFileSystem, get_session
 
 from halfbyte.checkpoint.base_model import open_base
 from halfbyte.checkpoint.bitsandbytes import write_quantized
@@ -65,3 +67,16 @@ def test_a_header_that_lies_is_refused(hub: Counting, tmp_path: Path) -> None:
     path.write_bytes(raw)
     with pytest.raises(CheckpointError, match="no safetensors file"):
         fetch_headers("org/plain", tmp_path, files=hub)
+
+
+def test_a_hub_that_cannot_be_reached_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = sys.modules[type(get_session()).__module__.partition(".")[0]]
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise client.ConnectError("no such host")
+
+    monkeypatch.setattr(HfFileSystem, "ls", unreachable)
+    with pytest.raises(CheckpointError, match=r"org/x is no directory .* be had .*: no such host"):
+        fetch_headers("org/x", tmp_path)

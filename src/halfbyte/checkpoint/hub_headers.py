@@ -8,8 +8,11 @@ Of files that bitsandbytes packed, the small tensors of one weight are fetched t
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import HfFileSystem, get_session
 
 from halfbyte.checkpoint.bitsandbytes_keys import STATE
 from halfbyte.checkpoint.safetensors_file import INDEX_NAME, SafetensorsFile
@@ -35,10 +38,12 @@ def fetch_headers(
     Raises:
         CheckpointError: If there is no such model, or it has no safetensors files.
     """
+    trouble: tuple[type[Exception], ...] = (OSError, ValueError, LookupError, TypeError)
     if files is None:
-        from huggingface_hub import HfFileSystem
-
         files = HfFileSystem()
+        # The hub's library hands on what its HTTP client raises, and has changed clients before.
+        client = sys.modules[type(get_session()).__module__.partition(".")[0]]
+        trouble = (*trouble, client.HTTPError)
     root = f"{name}@{revision}" if revision else name
     try:
         sizes = {
@@ -60,9 +65,10 @@ def fetch_headers(
         for shard in shards:
             _fetch_header(files, f"{root}/{shard}", sizes[shard], directory / shard)
         _fetch_one_state(files, root, [directory / shard for shard in shards])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except trouble as error:
         raise CheckpointError(
-            f"the headers of {name} cannot be had from the Hugging Face hub: {error}"
+            f"{name} is no directory or file here, and its headers cannot be had from the Hugging "
+            f"Face hub: {error}"
         ) from error
 
 

@@ -159,7 +159,7 @@ def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Hol
         if not path.exists():
             path = Path(directory)
             fetch_headers(options.model, path, revision=options.revision)
-        elif path.is_dir() and not any(path.glob("*.safetensors")) and not any(path.glob("*.gguf")):
+        elif (path / "config.json").exists() and not any(path.glob("*.safetensors")):
             with foreign_reader(f"{path}: transformers cannot read config.json"):
                 config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             return shape_of_config(config, options.model), holding
@@ -218,9 +218,9 @@ def _show(shape: "ModelShape", found: list["Way"], card: "Card", memory: float, 
         del rows["host, GB"]
     show.columns(["", *(way.name for way in found)], [(name, *row) for name, row in rows.items()])
     show.paragraph(
-        "\nTrained: adapters, gradients and moments. Least: with every layer run again in backward. "
-        "Longest and largest are for one micro-batch and every layer run again; the largest model "
-        "is one of this model's proportions. Speeds "
+        "\nTrained: adapters, gradients and moments. Least: with every layer run again in "
+        "backward. Longest and largest are for one micro-batch and every layer run again; the "
+        "largest model is one of this model's proportions. Speeds "
         + ("were measured here." if card.measured else "follow from the maker's figures.")
     )
     if any(way.ledger.on_host or "offload" in way.name for way in found):
