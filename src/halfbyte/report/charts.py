@@ -183,7 +183,10 @@ def line_chart(
         f'<path class="grid" d="{grid}"/>{"".join(paths)}</svg></div>'
         f'<div class="x" aria-hidden="true">{steps}<b>step</b></div></div>'
     )
-    return _figure(title, unit, body, _values(drawn, say), drawn)
+    # One curve has its dots in the legend; of several, dots are of the curve of their colour.
+    several = sum(one.style == "line" for one in drawn) > 1
+    legend = [one for one in drawn if not several or one.style == "line"]
+    return _figure(title, unit, body, _values(drawn, say), legend)
 
 
 def _values(series: Sequence[Series], say: Say) -> str:

@@ -120,7 +120,7 @@ def curves(runs: Sequence[Run]) -> str:
         ]
 
     charts = [
-        line_chart("Loss", "nats a token, smoothed", loss),
+        line_chart("Loss", f"nats a token, smoothed{'' if alone else '; dots: held-out'}", loss),
         line_chart("Speed", "tokens a second", of("tokens_per_second"), from_zero=True),
         line_chart("Learning rate", "of the update", of("learning_rate"), from_zero=True),
         line_chart("Gradient norm", "before clipping", of("grad_norm"), from_zero=True),
