@@ -90,7 +90,7 @@ def kernels(capability: int):
     doubles = {"constants": "*fp64", "count": "i32"}
     yield optimizer._prepare, doubles, {"lanes": 256}, plain
     for dtype, master in ((tl.float32, False), (tl.bfloat16, False), (tl.bfloat16, True)):
-        kind = {"dtype": dtype, "master": master}
+        kind = {"dtype": dtype, "master": master, "blocks": 4}
         types = {"rows": "*i64", "owners": "*i32"}
         types |= {"signed_cells": "*u8", "unsigned_cells": "*u8"}
         yield optimizer._update, types, kind, plain

@@ -298,8 +298,9 @@ class AdamW(torch.optim.Optimizer):
                 self._launches[key] = [
                     self._gpu.Launch(pieces, memory, base) for pieces in kinds.values()
                 ]
+            grads = [parameter.grad for parameter in self._parameters]
             for launch in self._launches[key]:
-                launch(self._parameters, [p.grad for p in self._parameters], scalars, scale)
+                launch(self._parameters, grads, scalars, scale)
             return
         if scalars is None:
             return

@@ -16,7 +16,7 @@ Bit for bit the plain PyTorch of rule.py: products and sums are not fused
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -30,13 +30,11 @@ from halfbyte import blockwise
 from halfbyte.optim.layout import Piece
 from halfbyte.optim.rule import BLOCK, Scalars, bounds, table
 
-BLOCKS = tl.constexpr(4)  # of 256 elements, in a program
-_TILE = BLOCKS.value * BLOCK
+BLOCKS, WARPS = 4, 4  # blocks of 256 elements, and warps, in a program
 _COLUMNS = tl.constexpr(11)
 _SCALARS = tl.constexpr(len(Scalars._fields))
 FIRST_CELL = tl.constexpr((127 - 23) << 7)
 SMALLEST_SCALE = tl.constexpr(blockwise.SMALLEST_SCALE)
-_WARPS = 4
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -80,7 +78,8 @@ def _hash(x):
 @triton.jit
 def _spread(scale):
     """One value a block, as one an element."""
-    return tl.reshape(tl.broadcast_to(scale[:, None], (BLOCKS, 256)), (BLOCKS * 256,))
+    blocks: tl.constexpr = scale.shape[0]
+    return tl.reshape(tl.broadcast_to(scale[:, None], (blocks, 256)), (blocks * 256,))
 
 
 @triton.jit
@@ -115,12 +114,13 @@ def _apply(
     coded: tl.constexpr,
     dtype: tl.constexpr,
     master: tl.constexpr,
+    blocks: tl.constexpr,
 ):
     """The rule for a chunk of a piece whose state is 8 bits wide (coded) or 32."""
-    start = chunk * (BLOCKS * 256)
+    start = chunk * (blocks * 256)
     # Nothing is inside when the gradient's scale is not finite.
     count = tl.where(factor - factor == 0.0, tl.load(row + 1).to(tl.int32) - start, 0)
-    where = tl.arange(0, BLOCKS * 256)
+    where = tl.arange(0, blocks * 256)
     inside = where < count
     weights = tl.load(row + 2).to(tl.pointer_type(dtype)) + start
     grads = tl.load(row + 3).to(tl.pointer_type(dtype)) + start
@@ -136,10 +136,10 @@ def _apply(
     m = tl.load(m_at + where, mask=inside, other=0)
     v = tl.load(v_at + where, mask=inside, other=0)
     if coded:
-        block = tl.arange(0, BLOCKS)
+        block = tl.arange(0, blocks)
         has = block * 256 < count
-        m_scales = tl.load(row + 6).to(tl.pointer_type(tl.float32)) + chunk * BLOCKS + block
-        v_scales = tl.load(row + 7).to(tl.pointer_type(tl.float32)) + chunk * BLOCKS + block
+        m_scales = tl.load(row + 6).to(tl.pointer_type(tl.float32)) + chunk * blocks + block
+        v_scales = tl.load(row + 7).to(tl.pointer_type(tl.float32)) + chunk * blocks + block
         m_scale = tl.load(m_scales, mask=has, other=0.0)
         v_scale = tl.load(v_scales, mask=has, other=0.0)
         m = tl.load(signed_levels + m.to(tl.int32)) * _spread(m_scale)
@@ -160,8 +160,8 @@ def _apply(
     if coded:
         # What is not inside is zero, and no maximum.
         m = tl.where(inside, m, 0.0)
-        m_scale = tl.max(tl.reshape(tl.abs(m), (BLOCKS, 256)), axis=1)
-        v_scale = tl.max(tl.reshape(v, (BLOCKS, 256)), axis=1)
+        m_scale = tl.max(tl.reshape(tl.abs(m), (blocks, 256)), axis=1)
+        v_scale = tl.max(tl.reshape(v, (blocks, 256)), axis=1)
         tl.store(m_scales, m_scale, mask=has)
         tl.store(v_scales, v_scale, mask=has)
         m = _encode(m, m_scale, signed_cells, signed_middles, True).to(tl.uint8)
@@ -184,6 +184,7 @@ def _update(
     unsigned_cells,
     dtype: tl.constexpr,
     master: tl.constexpr,
+    blocks: tl.constexpr,
 ):
     # A row is a piece: first program, elements, parameter, gradient, both moments, their scales
     # (zero where they are not coded), master copy, number of the parameter, first element.
@@ -207,6 +208,7 @@ def _update(
             True,
             dtype,
             master,
+            blocks,
         )
     else:
         _apply(
@@ -223,6 +225,7 @@ def _update(
             False,
             dtype,
             master,
+            blocks,
         )
 
 
@@ -284,7 +287,8 @@ class Launch:
             {name: view.data_ptr() for name, view in piece.views(memory, base).items()}
             for piece in pieces
         ]
-        programs = [triton.cdiv(piece.count, _TILE) for piece in pieces]
+        self._blocks = BLOCKS
+        programs = [triton.cdiv(piece.count, BLOCKS * BLOCK) for piece in pieces]
         self._firsts = [sum(programs[:i]) for i in range(len(programs))]
         owners = torch.arange(len(pieces), dtype=torch.int32).repeat_interleave(
             torch.tensor(programs)
@@ -295,8 +299,8 @@ class Launch:
 
     def __call__(
         self,
-        parameters: Mapping[int, Tensor],
-        grads: Mapping[int, Tensor],
+        parameters: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
         scalars: Tensor,
         scale: Tensor,
     ) -> None:
@@ -322,7 +326,8 @@ class Launch:
                 cells(False, device),
                 dtype=_TYPES[dtype],
                 master=self._pieces[0].master,
-                num_warps=_WARPS,
+                blocks=self._blocks,
+                num_warps=WARPS,
                 enable_fp_fusion=False,
             )
 

@@ -1,0 +1,92 @@
+"""A batch several times longer than the others, on a card that is nearly full.
+
+The cap is between what the run takes with the optimizer's state on the device and what it takes
+without, so the spike ends a run whose state stays. One whose state leaves ahead of it passes, and
+ends with the adapter of a run that had no cap.
+"""
+
+import gc
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import LlamaConfig
+
+from halfbyte.lora import adapter_parameters
+from halfbyte.optim import managed
+from halfbyte.train.config import TrainConfig
+from halfbyte.train.engine import Batch, LayerEngine
+from halfbyte.train.step import Schedule, Stepper
+from tests.train.test_engine import SIZES, model_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+LARGER = {"hidden_size": 1024, "intermediate_size": 2048, "max_position_embeddings": 1024}
+SHAPE = LlamaConfig(**SIZES | LARGER)
+LENGTHS = (64, 64, 512, 64)  # the third is the spike
+SPIKE = 2
+
+
+def batches(length):
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(0, 120, (4, length + 1), generator=generator).cuda()
+    return [Batch(ids[:, :-1], ids[:, 1:])]
+
+
+def run(optim, paging="auto", cap=None):
+    """Returns the adapter, the peak, the state's bytes, and where its pages were in the spike."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    model = model_of(SHAPE, r=1024).cuda()
+    config = TrainConfig(
+        model="-", data="-", output="-", optim=optim, paging=paging, learning_rate=1e-3
+    )
+    stepper = Stepper(
+        LayerEngine(model), adapter_parameters(model), config, Schedule(1e-3, "constant", 0, 4)
+    )
+    optimizer, seen = stepper.optimizer, []
+    backward = stepper.engine.step
+
+    def watched(*arguments, **options):
+        store = optimizer._store
+        seen.append(store.last_prefetch() if isinstance(store, managed.Managed) else store)
+        return backward(*arguments, **options)
+
+    stepper.engine.step = watched
+    if cap is not None:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(cap / total)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):  # its backward adds in one order
+            for step, length in enumerate(LENGTHS):
+                told = stepper.run(
+                    step, batches(length), saved_layers=3, tight=length == max(LENGTHS)
+                )
+                if step == SPIKE and paging != "explicit" and optim.startswith("paged"):
+                    assert told.paging.paged_bytes == 2 * optimizer.state_bytes
+        result = [p.detach().cpu() for p in stepper.parameters.values()]
+        peak = torch.cuda.max_memory_allocated()
+        return result, peak, optimizer.state_bytes, seen[SPIKE]
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def same(ones, others):
+    return all(torch.equal(one, other) for one, other in zip(ones, others, strict=True))
+
+
+def test_a_spike_ends_a_run_whose_state_stays_and_no_other():
+    free, peak, state, _ = run("adamw")
+    assert same(run("adamw")[0], free)  # it is a function of its inputs
+    cap = peak - state // 2
+    with pytest.raises(torch.OutOfMemoryError):
+        run("adamw", cap=cap)
+    for paging in ("explicit", "auto", "managed"):
+        paged, lower, _, where = run("paged_adamw_32bit", paging, cap=cap)
+        assert same(paged, free), paging
+        assert lower <= cap
+        if paging == "managed":
+            assert where == managed.HOST
