@@ -61,8 +61,9 @@ def ours(config: Any, quant: str, args: argparse.Namespace) -> Callable[[], Call
     from halfbyte.lora import LoRAConfig, adapter_parameters, attach
     from halfbyte.model.build import BaseRecipe, build, finish, place
     from halfbyte.model.vocabulary import embedding_to_host
-    from halfbyte.optim import AdamW
+    from halfbyte.train.config import TrainConfig
     from halfbyte.train.engine import Batch, LayerEngine
+    from halfbyte.train.step import Schedule, Stepper
 
     recipe = BaseRecipe(quant=quant, compute_dtype=torch.bfloat16, device="cuda")
     model = build(config, recipe)
@@ -75,27 +76,25 @@ def ours(config: Any, quant: str, args: argparse.Namespace) -> Callable[[], Call
     finish(model)
     attach(model, LoRAConfig(r=RANK, alpha=RANK), seed=0)
     embedding_to_host(model)
-    parameters = list(adapter_parameters(model).values())
-    optimizer = AdamW(parameters, lr=1e-4, state_bits=args.state_bits)
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
+    options = {"model": "m", "data": "d", "output": "o", "learning_rate": 1e-4}
+    options["optim"] = "adamw_8bit" if args.state_bits == 8 else "adamw"
+    settings = TrainConfig.model_validate(options)
 
     def fresh() -> Callable[..., Any]:
         engine = LayerEngine(model, fuse=True, graphs=not args.no_graphs)
+        schedule = Schedule(1e-4, "constant", 0, 100)
+        stepper = Stepper(engine, adapter_parameters(model), settings, schedule)
         count = len(engine.layers)
         saved = count if args.keep == "save" else args.saved_layers
         offloaded = max(0, count - saved - 2) if args.keep == "offload" else 0
 
-        def step(batches: list[torch.Tensor], supervised: float) -> Any:
+        def step(batches: list[torch.Tensor], _supervised: float) -> Any:
             micro = [Batch(ids, ids) for ids in batches]
-            loss = engine.step(micro, supervised, saved_layers=saved, offloaded_layers=offloaded)
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
-            optimizer.step(grad_scale=(1.0 / (norm + 1e-6)).clamp(max=1.0))
-            optimizer.zero_grad(set_to_none=False)
+            result = stepper.run(0, micro, saved_layers=saved, offloaded_layers=offloaded)
             for note in engine.notes:
                 print(note, file=sys.stderr)
             engine.notes.clear()
-            return loss
+            return result.loss
 
         return step
 

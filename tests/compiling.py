@@ -105,10 +105,10 @@ def kernels(capability: int):
             flat, part = gpu_products._flat(members, rank * members)
             step = {"members": members, "ranks": rank * members, "part": part, "flat": flat, **tile}
             yield gpu_products._backward, tiles("bf16", part), step, options
-        types = {"out": "*bf16", "rank0": "i32", "rank1": "i32", "rank2": "i32"}
+        types = {"out_a": "*bf16", "out_b": "*bf16", "a_programs": "i32"}
+        types |= {"rank0": "i32", "rank1": "i32", "rank2": "i32"}
         types |= {"scaling0": "fp32", "scaling1": "fp32", "scaling2": "fp32"}
-        yield gpu_adapters._copy_a, types, {"rank": 16, "lanes": 1024}, {}
-        yield gpu_adapters._copy_b, types, {"rank": 16, "tile": 64}, {}
+        yield gpu_adapters._copy, types, {"rank": 16, "lanes": 1024, "tile": 64}, {}
         sums = {"rank": 16, "span": 1024, "tile_m": 64, "tile_n": 256}
         types = {"dy": "*bf16", "p": "*bf16", "b": "*bf16"}
         yield gpu_adapters._adapter_pass, types, sums, {"num_warps": 8, "num_stages": 3}

@@ -166,6 +166,11 @@ class LoRA(nn.Module):
             keep = self.clock.mask(x, self.config.dropout, self.index)
         return LowRank(self.lora_A, self.lora_B, self.config.scaling, keep)
 
+    @property
+    def rescales(self) -> bool:
+        """Whether `rescale` does anything: with DoRA."""
+        return self.lora_magnitude_vector is not None
+
     def rescale(self, y: Tensor) -> Tensor:
         """Return the layer's output for y = x(W + s·B·A)ᵀ + b: with DoRA c·(y - b) + b.
 

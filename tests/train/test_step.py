@@ -112,7 +112,7 @@ def test_loraplus_steps_as_peft_s_optimizer_does():
     theirs = create_loraplus_optimizer(wrapped, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=8.0)
     made = stepper(model, learning_rate=1e-2, loraplus_lr_ratio=8.0, max_grad_norm=0.0)
     for step in range(2):
-        made.optimizer.zero_grad = lambda set_to_none: None  # to see the gradients afterwards
+        made.clear_gradients = lambda: None  # to see the gradients afterwards
         made.run(step, batches_of([(2, 13)]), saved_layers=3)
         for one, other in zip(
             adapter_parameters(model).values(), wrapped.parameters(), strict=True

@@ -1,7 +1,7 @@
 """The thin products of adapters on a GPU: copies of A and B to multiply with, and one pass over dy.
 
 Adapters are trained in float32 and multiplied in the dtype of the activations, side by side for
-linears that share an input. So they are copied, scaled and cast, in two launches for all of them
+linears that share an input. So they are copied, scaled and cast, in one launch for all of them
 (`shadow_of`); and what an adapter needs of dy is had in one reading of it (`adapter_pass`).
 """
 
@@ -108,21 +108,13 @@ def _sum_parts(
         tl.store(d_b + at, total * scaling, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])
-def _copy_a(out, a0, a1, a2, rank0, rank1, rank2, inputs, rank: tl.constexpr, lanes: tl.constexpr):
-    at = tl.program_id(1) * lanes + tl.arange(0, lanes)
-    row = tl.program_id(0) + tl.zeros_like(at)
-    member, r = row // rank, row % rank
-    there = at < inputs
-    x = tl.load(a0 + r * inputs + at, mask=there & (member == 0) & (r < rank0), other=0.0)
-    x += tl.load(a1 + r * inputs + at, mask=there & (member == 1) & (r < rank1), other=0.0)
-    x += tl.load(a2 + r * inputs + at, mask=there & (member == 2) & (r < rank2), other=0.0)
-    tl.store(out + row * inputs + at, x.to(out.dtype.element_ty), mask=there)
-
-
 @triton.jit(do_not_specialize=["rank0", "rank1", "rank2", "scaling0", "scaling1", "scaling2"])
-def _copy_b(
-    out,
+def _copy(
+    out_a,
+    out_b,
+    a0,
+    a1,
+    a2,
     b0,
     b1,
     b2,
@@ -135,18 +127,36 @@ def _copy_b(
     second,
     third,
     outputs,
+    inputs,
+    a_programs,
     rank: tl.constexpr,
+    lanes: tl.constexpr,
     tile: tl.constexpr,
 ):
-    row = (tl.program_id(0) * tile + tl.arange(0, tile))[:, None]
-    r = tl.arange(0, rank)[None, :]
-    one, two = row < second, (row >= second) & (row < third)
-    three = (row >= third) & (row < outputs)
-    # Scaled before it is rounded: one rounding, and s is nowhere else in dx and dA.
-    x = tl.load(b0 + row * rank0 + r, mask=one & (r < rank0), other=0.0) * scaling0
-    x += tl.load(b1 + (row - second) * rank1 + r, mask=two & (r < rank1), other=0.0) * scaling1
-    x += tl.load(b2 + (row - third) * rank2 + r, mask=three & (r < rank2), other=0.0) * scaling2
-    tl.store(out + row * rank + r, x.to(out.dtype.element_ty), mask=row < outputs)
+    program = tl.program_id(0)
+    if program < a_programs:
+        pieces = tl.cdiv(inputs, lanes)
+        at = program % pieces * lanes + tl.arange(0, lanes)
+        row = program // pieces + tl.zeros_like(at)
+        member, r = row // rank, row % rank
+        there = at < inputs
+        x = tl.load(a0 + r * inputs + at, mask=there & (member == 0) & (r < rank0), other=0.0)
+        x += tl.load(a1 + r * inputs + at, mask=there & (member == 1) & (r < rank1), other=0.0)
+        x += tl.load(a2 + r * inputs + at, mask=there & (member == 2) & (r < rank2), other=0.0)
+        tl.store(out_a + row * inputs + at, x.to(out_a.dtype.element_ty), mask=there)
+    else:
+        out_row = ((program - a_programs) * tile + tl.arange(0, tile))[:, None]
+        column = tl.arange(0, rank)[None, :]
+        one = (out_row < second) & (column < rank0)
+        two = (out_row >= second) & (out_row < third) & (column < rank1)
+        three = (out_row >= third) & (out_row < outputs) & (column < rank2)
+        from1, from2 = out_row - second, out_row - third
+        # Scaled before it is rounded: one rounding, and s is nowhere else in dx and dA.
+        scaled = tl.load(b0 + out_row * rank0 + column, mask=one, other=0.0) * scaling0
+        scaled += tl.load(b1 + from1 * rank1 + column, mask=two, other=0.0) * scaling1
+        scaled += tl.load(b2 + from2 * rank2 + column, mask=three, other=0.0) * scaling2
+        target = out_b + out_row * rank + column
+        tl.store(target, scaled.to(out_b.dtype.element_ty), mask=out_row < outputs)
 
 
 def shadow_of(
@@ -173,20 +183,24 @@ def shadow_of(
     ranks = [0 if u is None else u[0].shape[0] for u in updates] + [0] * (3 - len(updates))
     factors = [tensor.detach().contiguous() for u in three for tensor in u[:2]]
     second, third = (outputs[0], sum(outputs[:2]))
+    lanes, tile = 1024, 64
+    a_programs = a.shape[0] * triton.cdiv(inputs, lanes)
     with on_device(a):
-        _copy_a[(a.shape[0], triton.cdiv(inputs, 1024))](
-            a, *factors[0::2], *ranks, inputs, rank=rank, lanes=1024
-        )
-        _copy_b[(triton.cdiv(b.shape[0], 64),)](
+        _copy[(a_programs + triton.cdiv(b.shape[0], tile),)](
+            a,
             b,
+            *factors[0::2],
             *factors[1::2],
             *ranks,
             *(u[2] for u in three),
             second,
             third,
             b.shape[0],
+            inputs,
+            a_programs,
             rank=rank,
-            tile=64,
+            lanes=lanes,
+            tile=tile,
         )
     return Shadow(a, b, rank)
 

@@ -94,6 +94,8 @@ class _SharedProduct(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         trained = any(update is not None for update in updates)
         fused = shared.fused(rows, members, updates)
+        if fused is not None and not gradients and _packed_is_faster(rows, members):
+            fused = None
         p: list[Tensor | None]
         if fused is not None:
             # Kept for backward: what the products there must be made with is what was used here.
@@ -156,8 +158,9 @@ def _plain_forward(
     gradients: bool,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Return y and x̃ Aᵀ of each linear, the base's product first and the update added to it."""
-    ys = None if gradients else _packed_products(rows, members)
-    if ys is None:
+    if not gradients and _packed_is_faster(rows, members):
+        ys = _packed_products(rows, members)
+    else:
         ys = [product(rows, weight) for weight in shared.weights(members, rows.dtype)]
     p: list[Tensor | None] = []
     for y, update in zip(ys, updates, strict=True):
@@ -169,17 +172,23 @@ def _plain_forward(
     return ys, p
 
 
-def _packed_products(rows: Tensor, members: Sequence["FrozenLinear"]) -> list[Tensor] | None:
-    """Return x Wᵀ of each linear without decoding W, or None where that is not the faster way."""
+def _packed_is_faster(rows: Tensor, members: Sequence["FrozenLinear"]) -> bool:
+    """Return whether x Wᵀ is faster without decoding W, for all of the linears."""
     if not rows.is_cuda or gpu_kernels() is None:
-        return None
+        return False
     if any(member.opened(rows.dtype) is not None for member in members):
-        return None
+        return False
     from halfbyte.nf4 import gpu_rows  # it imports triton
 
     packed = [member.quantized for member in members]
-    if not all(q is not None and gpu_rows.can_multiply(rows, q) for q in packed):
-        return None
+    return all(q is not None and gpu_rows.can_multiply(rows, q) for q in packed)
+
+
+def _packed_products(rows: Tensor, members: Sequence["FrozenLinear"]) -> list[Tensor]:
+    """Return x Wᵀ of each linear without decoding W."""
+    from halfbyte.nf4 import gpu_rows  # it imports triton
+
+    packed = [member.quantized for member in members]
     return [gpu_rows.small_product(rows, q) for q in packed if q is not None]
 
 
@@ -529,15 +538,16 @@ class FrozenLinear(nn.Module):
         """Return y [..., out] for x [..., in], in the dtype of x."""
         y = self.shared.output(self, x)
         # An adapter may go on from the product, whichever way that was computed (DoRA does).
-        rescale = getattr(self.adapter, "rescale", None)
-        return y if rescale is None else rescale(y)
+        adapter: Any = self.adapter
+        rescaled: Tensor = adapter.rescale(y) if getattr(adapter, "rescales", False) else y
+        return rescaled
 
     def unread(self, x: Tensor) -> Tensor:
         """Return a stand-in for y [..., out] of which nobody reads the values.
 
         Its backward is that of y. Where y is needed for that, or comes with others, it is y.
         """
-        if getattr(self.adapter, "rescale", None) is not None:
+        if getattr(self.adapter, "rescales", False):
             return self(x)  # type: ignore[no-any-return]
         return self.shared.output(self, x, read=False)
 

@@ -141,7 +141,7 @@ class LayerEngine:
             return "dropout masks are drawn by the host"
         if self.entry_trained:
             return "the embedding is trained"
-        if any(hasattr(m.adapter, "rescale") for layer in self.linears for m in layer):
+        if any(adapter.rescales for adapter in adapters(self.model).values()):
             return "DoRA's norms are looked after by the host"
         return ""
 

@@ -207,8 +207,12 @@ class Stepper:
                 f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}. Nothing "
                 "was updated. Try a lower learning_rate, or compute_dtype float32"
             )
-        self._gradients.zero_()
+        self.clear_gradients()
         return result
+
+    def clear_gradients(self) -> None:
+        """Set the gradients to zero where they are: the next step adds into the same memory."""
+        self._gradients.zero_()
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Return AdamW's moments and step counts by ``<parameter>.<field>``, on the CPU."""
