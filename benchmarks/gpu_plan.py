@@ -14,7 +14,7 @@ from typing import Any
 from halfbyte.plan.activations import Dial
 from halfbyte.plan.ledger import Holding, Run, ledger
 from halfbyte.plan.shape import config_of, shape_of_config
-from halfbyte.plan.speed import CARDS, step_seconds
+from halfbyte.plan.speed import card_of_driver, step_seconds
 
 RANK = 16
 
@@ -45,7 +45,9 @@ def main() -> None:
     print(f"{'':44s} {'peak GB':>8s} {'plan':>7s} {'off':>7s} {'ms':>8s} {'plan':>7s} {'off':>7s}")
     for path in args.results:
         found = json.loads(path.read_text())
-        card = next(c for key, c in CARDS.items() if key in found["device"].lower())
+        card = card_of_driver(found["device"])
+        if card is None:
+            raise SystemExit(f"{path}: {found['device']} is not in the table of plan/speed.py")
         name = f"{found['shape']},num_hidden_layers={found['layers']}"
         shape = shape_of_config(config_of(name), name)
         for contestant, rows in found["rows"].items():

@@ -12,7 +12,14 @@ from halfbyte.plan.activations import Dial
 from halfbyte.plan.advice import Way, advice, usable, ways
 from halfbyte.plan.ledger import Holding, Run, ledger
 from halfbyte.plan.shape import ModelShape, config_of, shape_of_config
-from halfbyte.plan.speed import CARDS, Card, card_named, measure_machine, step_seconds
+from halfbyte.plan.speed import (
+    CARDS,
+    Card,
+    card_named,
+    card_of_driver,
+    measure_machine,
+    step_seconds,
+)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +88,22 @@ def test_cards_by_name() -> None:
     assert card_named("RTX 4090").name == "RTX 4090"
     with pytest.raises(ConfigError, match="expected one of t4, 3090"):
         card_named("voodoo2")
+
+
+@pytest.mark.parametrize(
+    ("driver", "card"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("NVIDIA A100 80GB PCIe", "a100-80"),
+        ("NVIDIA GeForce RTX 4090", "4090"),
+        ("Tesla T4", "t4"),
+        ("NVIDIA L40S", None),
+        ("NVIDIA A10G", None),
+    ],
+)
+def test_cards_by_what_the_driver_calls_them(driver: str, card: str | None) -> None:
+    assert card_of_driver(driver) == (CARDS[card] if card else None)
 
 
 def test_this_machine_is_measured() -> None:

@@ -36,6 +36,7 @@ def prediction(tmp_path: Path) -> Prediction:
         fused=False,
         dial=Dial(2),
     )
+    predicted.see([(1, 1)], 1.0)
     assert predicted.ledger.base == base.audit.total_bytes
     numel = sum(parameter.numel() for parameter in parameters.values())
     assert 0 <= predicted.ledger.total("trained") - 16 * numel < 2 * 256 * len(parameters)
@@ -44,7 +45,7 @@ def prediction(tmp_path: Path) -> Prediction:
 
 def test_it_is_of_the_largest_step_seen(prediction: Prediction) -> None:
     def kept(*shapes: tuple[int, int]) -> int:
-        prediction.see(shapes)
+        prediction.see(shapes, 1.0)
         return prediction.ledger.kept
 
     first = kept((2, 10), (1, 20))
@@ -69,14 +70,18 @@ class Heard:
 
 @pytest.mark.parametrize(("factor", "off"), [(1.02, False), (1.2, True), (0.8, True)])
 def test_what_is_off_is_said(prediction: Prediction, factor: float, off: bool) -> None:
-    prediction.see([(2, 10)])
+    for seconds in (9.0, 2.0, 4.0):
+        prediction.see([(2, 10)], seconds)
     heard: Any = Heard()
     prediction.tell(heard, round(factor * prediction.ledger.peak), 5)
     (record,), (line,) = heard.records, heard.lines
     assert record["step"] == 5
     assert record["off"] == pytest.approx(factor - 1, abs=1e-6)
     assert f"({100 * (factor - 1):+.1f} %)" in line
-    assert line.endswith("off by more than 5 %") == off
+    assert ("off by more than 5 %" in line) == off
+    assert record["measured_seconds"] == 3.0  # the first two compile
+    assert record["predicted_seconds"] > 0
+    assert "; 3 s a step, " in line
     total = sum(entry["nbytes"] for entry in record["ledger"] if entry["group"] == "base")
     assert total == prediction.ledger.base
 

@@ -24,6 +24,7 @@ at the card's power limit (benchmarks/results/2026-11-24_gpu_linear.json), and a
 3.35 TB/s. Other cards are taken to reach the same shares, which was not measured.
 """
 
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -121,6 +122,16 @@ def card_named(name: str) -> Card:
     if found is None:
         raise ConfigError(f"--card: expected one of {', '.join(CARDS)}, {HERE}, got {name!r}")
     return found
+
+
+def card_of_driver(name: str) -> Card | None:
+    """Return the card of the table that a driver calls ``name``, if it is one."""
+    words = set(re.split(r"[\s-]+", name.lower()))
+    for key, card in CARDS.items():
+        kind, _, gigabytes = key.partition("-")
+        if kind in words and (not gigabytes or f"{gigabytes}gb" in words):
+            return card
+    return None
 
 
 class Seconds(NamedTuple):

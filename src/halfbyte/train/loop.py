@@ -302,7 +302,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
         done = step + 1
         tokens = sum(batch.tokens for batch in batches)
         loss, seconds, tokens_done = result.loss, seconds + took, tokens_done + tokens
-        prediction.see(batch.input_ids.shape for batch in batches)
+        prediction.see((batch.input_ids.shape for batch in batches), took)
         if done == start + FIRST_LOOK < plan.total:
             prediction.tell(report, peak_memory(device), done)
         if done % config.logging_steps == 0 or done == plan.total:

@@ -1,15 +1,17 @@
-"""A run's memory as the ledger predicts it, held against what is measured.
+"""A run's memory and time as the plan predicts them, held against what is measured.
 
-The prediction is made from the files' headers, the trained tensors' sizes, the shapes of the steps
-made so far, and what the plan does with activations: nothing of it is measured. Where it is off by
-more than ``TOLERANCE``, that is said.
+Bytes are predicted from the files' headers, the trained tensors' sizes, the shapes of the steps
+made so far, and what the plan does with activations: nothing of it is measured. Where they are off
+by more than ``TOLERANCE``, that is said. Seconds come from the table of cards, or on a CPU from a
+short timing of its products; the first steps compile and capture, and are left out.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from halfbyte.checkpoint.base_model import BaseSource
@@ -17,18 +19,20 @@ from halfbyte.model.build import BaseRecipe
 from halfbyte.plan.activations import Dial
 from halfbyte.plan.ledger import Holding, Ledger, OptimizerMode, Run, ledger
 from halfbyte.plan.shape import ModelShape, shape_of
+from halfbyte.plan.speed import Card, card_of_driver, measure_machine, step_seconds
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
 
 TOLERANCE = 0.05
 FIRST_LOOK = 5  # steps: by then, everything that stays has been allocated
+_UNTIMED = 2
 
 
 def shape_of_source(source: BaseSource) -> ModelShape:
     """Return the shape of the model in ``source``; only headers have been read for it."""
     files = {
-        p.name: (p.nbytes if p.packed else prod(p.shape) * p.dtype.itemsize, p.packed)
+        p.name: (p.nbytes if p.packed else math.prod(p.shape) * p.dtype.itemsize, p.packed)
         for p in source.parameters
     }
     return shape_of(source.skeleton, source.name, files=files)
@@ -62,28 +66,33 @@ class Prediction:
         self._run = Run(
             Holding.of(recipe),
             rank,
-            length=0,
             optimizer=optimizer,
             fused=fused,
             device=recipe.device,
             dial=dial,
             trained=tuple(parameter.numel() for parameter in parameters.values()),
-            step_tokens=0,
         )
+        self._steps: list[tuple[int, int, float]] = []
+        self._measured: Card | None = None
 
-    def see(self, shapes: Iterable[Sequence[int]]) -> None:
-        """Take note of a step: the (B, T) of its micro-batches."""
+    def see(self, shapes: Iterable[Sequence[int]], seconds: float) -> None:
+        """Take note of a step: the (B, T) of its micro-batches, and how long it took."""
         tokens = [batch * length for batch, length in shapes]
-        self._run = replace(
-            self._run,
-            length=max(self._run.length, *tokens),
-            step_tokens=max(self._run.step_tokens or 0, sum(tokens)),
-        )
+        self._steps.append((max(tokens), sum(tokens), seconds))
 
     @property
     def ledger(self) -> Ledger:
         """The ledger of the largest step seen."""
-        return ledger(self._shape, self._run)
+        largest, tokens, _ = map(max, zip(*self._steps, strict=True))
+        return ledger(self._shape, replace(self._run, length=largest, step_tokens=tokens))
+
+    def seconds(self, card: Card) -> tuple[float, float]:
+        """Return the mean seconds of a step, measured and predicted; NaN before there are any."""
+        timed = self._steps[_UNTIMED:]
+        runs = [replace(self._run, length=part, step_tokens=all_) for part, all_, _ in timed]
+        predicted = [step_seconds(self._shape, run, card).total for run in runs]
+        count = len(timed) or math.nan
+        return sum(took for *_, took in timed) / count, sum(predicted) / count
 
     def tell(self, report: "RunReport", measured: int, step: int) -> None:
         """Hold the prediction against what was measured, and tell the journal and people.
@@ -101,7 +110,23 @@ class Prediction:
         )
         if abs(off) > TOLERANCE:
             line += f": off by more than {100 * TOLERANCE:.0f} %"
+        record: dict[str, Any] = {
+            "step": step,
+            "measured_bytes": measured,
+            "predicted_bytes": entries.peak,
+        }
+        card = self._card()
+        if card is not None and len(self._steps) > _UNTIMED:
+            took, predicted = self.seconds(card)
+            line += f"; {took:.3g} s a step, {predicted:.3g} predicted"
+            record |= {"measured_seconds": took, "predicted_seconds": predicted}
         report.note(line)
-        record = {"step": step, "measured_bytes": measured, "predicted_bytes": entries.peak}
         lines = [entry._asdict() for entry in entries.all_lines()]
-        report.record("memory", record | {"off": off, "ledger": lines})
+        report.record("memory", record | {"ledger": lines})
+
+    def _card(self) -> Card | None:
+        if self._run.device == "cpu":
+            self._measured = self._measured or measure_machine()
+            return self._measured
+        # Not measured: the buffers would count to the peak.
+        return card_of_driver(torch.cuda.get_device_name())
