@@ -62,7 +62,7 @@ RECIPE: dict[str, Any] = {
     "activations": "save",
 }
 _QUIETLY: dict[str, Any] = {"samples": 0, "save_steps": 10**6}
-EXAMPLES = {"orders": 448, "timetable": 1024}
+EXAMPLES = {"orders": 448, "timetable": 1536}
 PROSE = Path(__file__).with_name("texts") / "alice.txt"
 PROSE_CHARACTERS = 1800  # of a row of prose: under 512 tokens
 
