@@ -11,12 +11,14 @@ from halfbyte.train.config import TrainConfig, parse_names
 _VARIED = ("quant", "double_quant", "seed", "resume")
 _OWN = ("variants", "seeds", "shape", "exact_match", "max_new_tokens")
 
-# Of runs with random weights: enough steps to time, at the size that published figures are for.
+# Of runs with random weights: enough steps to time, at the size and in the way that most published
+# figures are for.
 _SHAPE_RUN: dict[str, Any] = {
     "batch_size": 2,
     "max_length": 512,
     "gradient_accumulation_steps": 1,
-    "max_steps": 12,
+    "max_steps": 20,
+    "activations": "recompute",
 }
 
 

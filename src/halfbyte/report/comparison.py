@@ -36,7 +36,7 @@ class Result:
         load_reserved: Bytes that torch had reserved on the GPU by then.
         train_peak: Most bytes in use until the end.
         train_reserved: Most bytes that torch had reserved on the GPU.
-        tokens_per_second: Without the first two steps.
+        tokens_per_second: Without the first few steps.
         held_out_loss: At the end.
         exact_match: Share of held-out cases answered exactly.
         adapter_bytes: The adapter on disk.

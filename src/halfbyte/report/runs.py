@@ -56,7 +56,7 @@ class Run:
         curves: For each field of a step's line, (step, value).
         held_out: (step, loss) of every evaluation.
         seconds: Where the time of the whole run went, by activity.
-        tokens_per_second: Over all steps but the first two, which build what later ones reuse.
+        tokens_per_second: Without the first few steps, which build what later ones reuse.
         samples: For each prompt ``prompt``, ``expected``, and ``answers`` by step.
         notes: Everything that was announced.
     """
@@ -139,8 +139,7 @@ def read_run(directory: str | Path) -> Run:
     for activity in (*_STEP_PARTS.values(), _REST_OF_STEP):
         if activity in run.seconds:  # of the steps that were reported, which may be one in many
             run.seconds[activity] *= max(1.0, run.steps / len(speeds))
-    if len(speeds) > 4:
-        del speeds[:2]
+    del speeds[: min(5, len(speeds) // 4)]
     seconds = sum(taken for _, taken in speeds)
     run.tokens_per_second = sum(tokens for tokens, _ in speeds) / seconds if seconds > 0 else None
     if run.finished:

@@ -70,11 +70,19 @@ class WandbLike:
         self._begun = False
 
     def begin(self, name: str, start_step: int, facts: Mapping[str, Any]) -> None:
-        """Start a run of that name."""
+        """Start a run of that name.
+
+        Raises:
+            ConfigError: The library refuses, as wandb does where nobody is logged in.
+        """
         library = self._module.__name__
         project = os.environ.get(f"{library.upper()}_PROJECT", "halfbyte")
         where = {"dir": str(self._directory)} if library == "wandb" else {}
-        self._module.init(project=project, name=name, config=dict(facts), **where)
+        refusal: type[Exception] = getattr(self._module, "Error", ConfigError)
+        try:
+            self._module.init(project=project, name=name, config=dict(facts), **where)
+        except refusal as error:
+            raise ConfigError(f"report_to: {library} does not begin: {error}") from error
         self._begun = True
 
     def log(self, step: int, values: Values) -> None:
@@ -106,17 +114,17 @@ def open_trackers(names: Sequence[str], directory: Path) -> list[Tracker]:
         ConfigError: A library is not installed; says how to install all that are missing.
     """
     found: list[Tracker] = []
-    missing: list[str] = []
+    missing: dict[str, str] = {}
     for name in dict.fromkeys(names):
         module, package, make = TRACKERS[name]
         try:
             found.append(make(importlib.import_module(module), directory))
-        except ImportError:
-            missing.append(package)
+        except ImportError as error:
+            missing[package] = f"{name} cannot be imported ({error})"
     if missing:
         raise ConfigError(
-            f"report_to: {', '.join(missing)} cannot be imported. Install it with "
-            f"`pip install {' '.join(missing)}`, or leave it out"
+            f"report_to: {', '.join(missing.values())}. Install with `pip install "
+            f"{' '.join(missing)}`, or leave it out"
         )
     return found
 
