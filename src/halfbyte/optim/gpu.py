@@ -306,7 +306,11 @@ class Launch:
     ) -> None:
         """Update; parameters and gradients by number, `Scalars` from `prepare`."""
         numbers = [piece.index for piece in self._pieces]
-        addresses = [(parameters[i].data_ptr(), grads[i].data_ptr()) for i in numbers]
+        held = [grad for i in numbers if (grad := grads[i]) is not None]
+        addresses = [
+            (parameters[i].data_ptr(), grad.data_ptr())
+            for i, grad in zip(numbers, held, strict=True)
+        ]
         if addresses != self._addresses:
             self._addresses = addresses
             self._rows = self._table(parameters[numbers[0]].itemsize)

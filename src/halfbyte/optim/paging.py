@@ -11,6 +11,7 @@ for is measured with events on the device.
     managed   the same with memory that the driver can move, too (managed.py)
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -75,26 +76,31 @@ class Waits:
     """Time the current stream spends waiting, between events on the device."""
 
     def __init__(self, device: torch.device) -> None:
-        self._timed = device.type == "cuda"
-        self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._device = device
+        # Nobody has to ask.
+        self._pairs: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=1024)
 
     def __enter__(self) -> None:
-        if self._timed:
-            start, end = _event(timed=True), _event(timed=True)
-            start.record()
-            self._pairs.append((start, end))
+        if (stream := current_stream(self._device)) is not None:
+            self._pairs.append((_event(timed=True), _event(timed=True)))
+            self._pairs[-1][0].record(stream)
 
     def __exit__(self, *exception: object) -> None:
-        if self._timed:
-            self._pairs[-1][1].record()
+        if (stream := current_stream(self._device)) is not None:
+            self._pairs[-1][1].record(stream)
 
     def milliseconds(self) -> float:
         """Return the sum since the last call."""
-        for _, end in self._pairs[-1:]:
-            end.synchronize()
+        if self._pairs:
+            self._pairs[-1][1].synchronize()
         total = sum((float(start.elapsed_time(end)) for start, end in self._pairs), 0.0)
         self._pairs.clear()
         return total
+
+
+def current_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """Return a device's current stream; a CPU has none."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 class _Slot:
@@ -158,13 +164,13 @@ class Streamed:
                 # Its buffer is the other one, and it is the next: now, or when its layer is done.
                 self._fetch(number - 1)
             with self._waits:
-                _wait(self._current(), slot.came)
+                _wait(current_stream(self._device), slot.came)
             update(group, slot.buffer, group.offset)
-            _record(slot.updated)
+            _record(slot.updated, current_stream(self._device))
             with torch.cuda.stream(self._outward):
                 _wait(self._outward, slot.updated)
                 self._host[number].copy_(slot.buffer[: group.nbytes], non_blocking=True)
-                _record(slot.left)
+                _record(slot.left, self._outward)
             slot.holds = -1
             self._moved += group.nbytes
 
@@ -181,13 +187,10 @@ class Streamed:
             with torch.cuda.stream(self._inward):
                 _wait(self._inward, slot.left)
                 slot.buffer[: host.numel()].copy_(host, non_blocking=True)
-                _record(slot.came)
+                _record(slot.came, self._inward)
             slot.holds = number
             self._moved += host.numel()
         return slot
-
-    def _current(self) -> torch.cuda.Stream | None:
-        return None if self._inward is None else torch.cuda.current_stream(self._device)
 
     def parts(self) -> Iterator[tuple[Group, Tensor, int]]:
         """Return all state, wherever it is."""
@@ -211,7 +214,7 @@ class Streamed:
             self._go()
             for group, host in zip(self._groups, self._host, strict=True):
                 host.copy_(memory[group.offset :][: group.nbytes], non_blocking=True)
-        self._meet(self._inward, self._current())
+        _meet(self._inward, current_stream(self._device))
         self._moved += self._whole.nbytes
 
     def page_in(self) -> None:
@@ -223,8 +226,8 @@ class Streamed:
         except torch.OutOfMemoryError:
             return
         with self._waits:
-            self._meet(self._current(), self._inward)
-            self._meet(self._current(), self._outward)
+            _meet(current_stream(self._device), self._inward)
+            _meet(current_stream(self._device), self._outward)
             for group, host in zip(self._groups, self._host, strict=True):
                 memory[group.offset :][: group.nbytes].copy_(host, non_blocking=True)
         self._memory, self._slots = memory, []
@@ -248,13 +251,12 @@ class Streamed:
             ]
         largest = max(group.nbytes for group in self._groups)
         self._slots = [_Slot(largest, self._device) for _ in range(min(2, len(self._groups)))]
+        for stream in (self._inward, self._outward):
+            if stream is not None:
+                for slot in self._slots:
+                    slot.buffer.record_stream(stream)
         # What their memory held before may be in use on the current stream until now.
-        self._meet(self._inward, self._current())
-
-    def _meet(self, one: torch.cuda.Stream | None, other: torch.cuda.Stream | None) -> None:
-        """Let a stream wait for all that another has been given."""
-        if one is not None and other is not None:
-            one.wait_stream(other)
+        _meet(self._inward, current_stream(self._device))
 
 
 def _event(*, timed: bool = False) -> torch.cuda.Event:
@@ -270,6 +272,12 @@ def _wait(stream: torch.cuda.Stream | None, event: torch.cuda.Event | None) -> N
         stream.wait_event(event)
 
 
-def _record(event: torch.cuda.Event | None) -> None:
+def _record(event: torch.cuda.Event | None, stream: torch.cuda.Stream | None) -> None:
     if event is not None:
-        event.record()
+        event.record(stream)
+
+
+def _meet(one: torch.cuda.Stream | None, other: torch.cuda.Stream | None) -> None:
+    """Let a stream wait for all that another has been given."""
+    if one is not None and other is not None:
+        one.wait_stream(other)
