@@ -183,6 +183,18 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     assert "options that are not the same" in read.text
 
 
+def test_paging_is_drawn_where_something_was_paged(tmp_path: Path) -> None:
+    lines = story()
+    for line in lines:
+        if line["event"] == "step":
+            line |= {"paged_bytes": 0, "paging_ms": 0.0}
+    assert "state moved" not in page([read_run(write_journal(tmp_path / "still", lines))])
+    lines[8] |= {"paged_bytes": 3_000_000, "paging_ms": 1.5}
+    html = page([read_run(write_journal(tmp_path / "paged", lines))])
+    assert "Optimizer state moved, bytes a step, over steps" in html
+    assert "highest 3 MB" in html
+
+
 def test_nothing_in_a_journal_becomes_markup(tmp_path: Path) -> None:
     lines = story(**{EVIL: EVIL})
     lines[0]["text"] = EVIL

@@ -125,6 +125,10 @@ def curves(runs: Sequence[Run]) -> str:
         line_chart("Learning rate", "of the update", of("learning_rate"), from_zero=True),
         line_chart("Gradient norm", "before clipping", of("grad_norm"), from_zero=True),
     ]
+    if any(moved for run in runs for _, moved in run.curves["paged_bytes"]):
+        moved, waited = of("paged_bytes"), of("paging_ms")
+        charts.append(line_chart("Optimizer state moved", "bytes a step", moved, say=memory))
+        charts.append(line_chart("Waiting for it", "milliseconds a step", waited, from_zero=True))
     return f'<div class="charts">{"".join(charts)}</div>' if any(charts) else ""
 
 

@@ -22,7 +22,10 @@ _REST_OF_STEP = "forward and backward"
 _MOST_STEPS = 1e12
 
 # Fields of a step's line that become curves.
-_CURVES = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_bytes")
+_CURVES = (
+    *("loss", "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_bytes"),
+    *("paged_bytes", "paging_ms"),
+)
 
 
 def number(value: Any) -> float | None:
