@@ -110,11 +110,8 @@ class Prediction:
         )
         if abs(off) > TOLERANCE:
             line += f": off by more than {100 * TOLERANCE:.0f} %"
-        record: dict[str, Any] = {
-            "step": step,
-            "measured_bytes": measured,
-            "predicted_bytes": entries.peak,
-        }
+        record: dict[str, Any] = {"step": step, "measured_bytes": measured}
+        record |= {"predicted_bytes": entries.peak, "off": off}
         card = self._card()
         if card is not None and len(self._steps) > _UNTIMED:
             took, predicted = self.seconds(card)
