@@ -18,7 +18,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from halfbyte import nf4
+    from halfbyte import nf4, optim
     from halfbyte.errors import HalfbyteError, UserError
     from halfbyte.lora import LoRAConfig
     from halfbyte.model.generate import generate
@@ -43,6 +43,7 @@ __all__ = [
     "load_config",
     "nf4",
     "open_report",
+    "optim",
 ]
 
 _HOMES = {
@@ -60,8 +61,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "nf4":
-        return importlib.import_module("halfbyte.nf4")
+    if name in ("nf4", "optim"):
+        return importlib.import_module(f"halfbyte.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'halfbyte' has no attribute {name!r}")
     module, attribute = _HOMES[name].split(":")

@@ -108,7 +108,7 @@ def _side_by_side(parameters: Sequence[nn.Parameter]) -> Tensor:
     """
     sizes = [-(-parameter.numel() // 64) * 64 for parameter in parameters]
     together = torch.zeros(sum(sizes), dtype=torch.float32, device=parameters[0].device)
-    for parameter, part in zip(parameters, together.split(sizes), strict=True):
+    for parameter, part in zip(parameters, torch.split(together, sizes), strict=True):
         parameter.grad = part[: parameter.numel()].view_as(parameter)
     return together
 
