@@ -9,7 +9,7 @@ import pytest
 
 from halfbyte.errors import ConfigError
 from halfbyte.plan.activations import Dial
-from halfbyte.plan.advice import Way, advice, usable, ways
+from halfbyte.plan.advice import Way, advice, choices, usable, ways
 from halfbyte.plan.ledger import Holding, Run, ledger
 from halfbyte.plan.shape import ModelShape, config_of, shape_of_config
 from halfbyte.plan.speed import (
@@ -184,3 +184,18 @@ def test_the_largest_model_is_near_one_that_fits() -> None:
     card = CARDS["4090"]._replace(memory=(need + 0.6e9) / 0.98)
     way = next(way for way in ways(shape, run, card, card.memory) if way.name == "QLoRA")
     assert way.parameters == pytest.approx(larger.parameters, rel=0.05)
+
+
+def test_each_dial_and_each_optimizer_is_told(llama: ModelShape) -> None:
+    run = Run(length=2048)
+    found = {choice.value: choice for choice in choices(llama, run)}
+    modes = {"adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"}
+    assert set(found) == {"save", "recompute", "offload"} | modes
+    assert found["save"].nbytes > found["recompute"].nbytes > found["offload"].nbytes
+    assert found["offload"].on_host == found["recompute"].nbytes
+    state = found["adamw"].nbytes
+    assert found["paged_adamw_32bit"].on_host == state
+    assert found["adamw"].peak - found["paged_adamw_32bit"].peak == state
+    assert state / 4.1 < found["adamw_8bit"].nbytes < state / 3.8
+    on_cpu = choices(llama, replace(run, device="cpu"))
+    assert not any(choice.on_host for choice in on_cpu)

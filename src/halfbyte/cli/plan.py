@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
     """Run the verb."""
     options, notes, as_json = VERB.read(argv)
 
-    from halfbyte.plan.advice import advice, ways
+    from halfbyte.plan.advice import advice, choices, ways
     from halfbyte.plan.ledger import Holding, Run
     from halfbyte.report import open_report
 
@@ -121,6 +121,7 @@ def main(argv: list[str]) -> None:
             "memory_bytes": int(memory),
             "tokens_per_step": run.tokens,
             "ways": [_as_json(way) for way in found],
+            "choices": [choice._asdict() for choice in choices(shape, found[1].run)],
             "advice": told,
         }
 
@@ -185,6 +186,7 @@ def _count(number: float) -> str:
 
 
 def _show(shape: "ModelShape", found: list["Way"], card: "Card", memory: float, told: str) -> None:
+    from halfbyte.plan.advice import choices
     from halfbyte.report import show
 
     run = found[0].run
@@ -233,6 +235,14 @@ def _show(shape: "ModelShape", found: list["Way"], card: "Card", memory: float, 
         show.paragraph("Where a step is short, it is Python's launching that takes the time.")
     if shape.positions and any((way.longest or 0) > shape.positions for way in found):
         show.paragraph(f"The model itself was made for sequences of up to {shape.positions:,}.")
+    show.heading("Activations and optimizers, of QLoRA")
+    show.columns(
+        ["", "GB", "host, GB", "peak, GB"],
+        [
+            (f"--{c.option} {c.value}", _gb(c.nbytes), _gb(c.on_host), _gb(c.peak))
+            for c in choices(shape, found[1].run)
+        ],
+    )
     show.heading("Advice")
     show.paragraph(told)
 

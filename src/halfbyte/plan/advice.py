@@ -7,9 +7,20 @@ every layer again does not fit, it does not fit. The advice prefers what changes
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple, get_args
 
 from halfbyte.plan.activations import Dial
-from halfbyte.plan.ledger import Holding, Ledger, Run, fitted, largest, ledger, nbytes_of
+from halfbyte.plan.ledger import (
+    MOMENTS,
+    Holding,
+    Ledger,
+    OptimizerMode,
+    Run,
+    fitted,
+    largest,
+    ledger,
+    nbytes_of,
+)
 from halfbyte.plan.shape import ModelShape
 from halfbyte.plan.speed import Card, Seconds, step_seconds
 
@@ -50,6 +61,41 @@ class Way:
     longest: int | None
     most: int | None
     parameters: float
+
+
+class Choice(NamedTuple):
+    """One setting of a run, and what it alone takes.
+
+    Attributes:
+        option: Which option it is of.
+        value: Its value.
+        nbytes: What is kept for backward, or the optimizer's state, on the device.
+        on_host: The same, in host memory.
+        peak: The peak of training.
+    """
+
+    option: str
+    value: str
+    nbytes: int
+    on_host: int
+    peak: int
+
+
+def choices(shape: ModelShape, run: Run) -> list[Choice]:
+    """Return what each way to keep activations takes, and each optimizer; all else is ``run``."""
+    dials = {"save": Dial(shape.layers), "recompute": Dial()}
+    if run.device == "cuda":
+        dials["offload"] = Dial(0, shape.layers)
+    found = []
+    for value, dial in dials.items():
+        entries = ledger(shape, replace(run, dial=dial))
+        found.append(Choice("activations", value, entries.kept, entries.waiting, entries.peak))
+    for optimizer in get_args(OptimizerMode):
+        entries = ledger(shape, replace(run, optimizer=optimizer))
+        state = {line.group: line.nbytes for line in entries.lines if line.name.startswith(MOMENTS)}
+        here, away = state.get("trained", 0), state.get("host", 0)
+        found.append(Choice("optim", optimizer, here, away, entries.peak))
+    return found
 
 
 def usable(memory: float, device: str) -> float:

@@ -34,6 +34,8 @@ PART_TOKENS = 8192
 
 OptimizerMode = Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
 
+MOMENTS = "AdamW's moments"  # how the line of the optimizer's state begins
+
 SCALE_BLOCK = 256
 STATE_BLOCK = 256  # elements of 8-bit optimizer state that share a scale
 SMALLEST_8BIT = 4096  # tensors of fewer elements keep 32-bit state
@@ -303,7 +305,7 @@ def _trained(shape: ModelShape, run: Run) -> list[Line]:
     adapters = (run.rank * side for weight in run.adapted(shape) for side in weight.shape)
     numels = list(adapters if run.trained is None else run.trained)
     count = sum(numels)
-    name = f"AdamW's moments, {'8' if run.optimizer.endswith('8bit') else '32'} bits"
+    name = f"{MOMENTS}, {'8' if run.optimizer.endswith('8bit') else '32'} bits"
     # What pages is on the host whenever memory is short, which is when it counts.
     pages = run.optimizer.startswith("paged") and run.device == "cuda"
     return [
