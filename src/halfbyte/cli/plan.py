@@ -110,6 +110,7 @@ def main(argv: list[str]) -> None:
             options.optim,
             fused=card.device == "cuda",
             device=card.device,
+            embedding_on_host=True,
         )
         found = ways(shape, run, card, memory)
         told = advice(found, memory)

@@ -132,7 +132,8 @@ class Run:
         fused: Whether layers are run by ``model.layer``; `ledger` asks whether it knows them.
         device: ``cuda`` or ``cpu``.
         dial: What is kept for backward.
-        embedding_on_host: Whether an embedding that is neither packed nor the head's is kept there.
+        embedding_on_host: Whether an embedding that is neither packed nor the head's is kept there,
+            on a GPU.
         trained: Elements of every trained tensor, where they are known; else all adapters have one
             rank, and nothing else is trained.
         step_tokens: Tokens of an optimizer step, where micro-batches differ.

@@ -49,6 +49,7 @@ class Prediction:
         optimizer: Which AdamW.
         fused: Whether layers are run by ``model.layer``.
         dial: What is kept for backward.
+        embedding_on_host: Whether the embedding waits there.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Prediction:
         optimizer: OptimizerMode,
         fused: bool,
         dial: Dial,
+        embedding_on_host: bool = False,
     ) -> None:
         self._shape = shape_of_source(source)
         self._run = Run(
@@ -70,6 +72,7 @@ class Prediction:
             fused=fused,
             device=recipe.device,
             dial=dial,
+            embedding_on_host=embedding_on_host,
             trained=tuple(parameter.numel() for parameter in parameters.values()),
         )
         self._steps: list[tuple[int, int, float]] = []
