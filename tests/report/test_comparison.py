@@ -72,8 +72,8 @@ def test_the_table_has_spread_over_seeds_and_the_largest_memory() -> None:
     heads, rows = compared(LORA, second, QLORA).rows()
     assert heads == ["", "lora", "qlora"]
     assert rows == [
-        ["load", "14.00 GB", "3.50 GB"],
-        ["training", "16.00 GB", "6.00 GB"],
+        ["peak at load", "14.00 GB", "3.50 GB"],
+        ["peak in training", "16.00 GB", "6.00 GB"],
         ["tokens/s", "1,050 ± 71", "800"],
         ["held-out loss", "0.5200 ± 0.0283", "0.5100"],
         ["exact match", "75.0 %", "50.0 %"],
@@ -120,12 +120,23 @@ def test_the_sentence_is_about_lora_and_qlora_or_the_first_two() -> None:
     )
 
 
+def test_a_speed_that_varies_as_much_is_said_to() -> None:
+    speeds = {"lora": (800.0, 1200.0), "qlora": (700.0, 900.0)}
+    results = [
+        Result(name, seed, tokens_per_second=value)
+        for name, values in speeds.items()
+        for seed, value in enumerate(values)
+    ]
+    told = "is 20% slower (800 tokens/s against 1,000, within their spread)"
+    assert told in compared(*results).sentence()
+
+
 def test_what_is_missing_is_said() -> None:
     failed = Result("lora", 0, failure="it was ended by SIGKILL")
     assert compared(QLORA).sentence() == "There is one variant, so nothing to compare it with."
     assert "no result of both lora and qlora" in compared(failed, QLORA).sentence()
     assert compared(failed, QLORA).failures() == ["lora, seed 0: it was ended by SIGKILL"]
-    assert compared(failed, QLORA).rows()[1][0] == ["load", "–", "3.50 GB"]
+    assert compared(failed, QLORA).rows()[1][0] == ["peak at load", "–", "3.50 GB"]
 
 
 def test_the_page(tmp_path: Path) -> None:

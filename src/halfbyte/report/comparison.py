@@ -92,10 +92,10 @@ def _percent(share: float) -> str:
 
 
 MEASURES = (
-    Measure("load_peak", "load", memory, worst=True),
-    Measure("load_reserved", "load, reserved", memory, worst=True),
-    Measure("train_peak", "training", memory, worst=True),
-    Measure("train_reserved", "training, reserved", memory, worst=True),
+    Measure("load_peak", "peak at load", memory, worst=True),
+    Measure("load_reserved", "reserved at load", memory, worst=True),
+    Measure("train_peak", "peak in training", memory, worst=True),
+    Measure("train_reserved", "reserved in training", memory, worst=True),
     Measure("tokens_per_second", "tokens/s", "{:,.0f}".format),
     Measure("held_out_loss", "held-out loss", "{:.4f}".format),
     Measure("exact_match", "exact match", _percent),
@@ -203,7 +203,11 @@ class Comparison:
         if abs(two / one - 1) < 0.005:
             return [f"is as fast ({two:,.0f} tokens/s)"]
         faster = "faster" if two > one else "slower"
-        return [f"is {abs(two / one - 1):.0%} {faster} ({two:,.0f} tokens/s against {one:,.0f})"]
+        speeds = [self.values(variant, "tokens_per_second") for variant in (base, other)]
+        spread = sum(stdev(values) for values in speeds if len(values) > 1)
+        noise = ", within their spread" if abs(two - one) <= spread else ""
+        change = f"{abs(two / one - 1):.0%} {faster}"
+        return [f"is {change} ({two:,.0f} tokens/s against {one:,.0f}{noise})"]
 
     def _loss_clause(self, base: str, other: str) -> list[str]:
         ones, twos = ({r.seed: r.held_out_loss for r in self.results if r.variant == v}
