@@ -56,13 +56,14 @@ def random_tensor(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.bfloat16, device="cuda").mul_(0.02)
 
 
-def ours(config: Any, quant: str, args: argparse.Namespace) -> Callable[[], Callable[..., Any]]:
+def ours(config: Any, quant: str, args: argparse.Namespace) -> Callable[..., Callable[..., Any]]:
     """Build the model once; each call returns a step of a new engine."""
     from halfbyte.lora import LoRAConfig, adapter_parameters, attach
     from halfbyte.model.build import BaseRecipe, build, finish, place
     from halfbyte.model.vocabulary import embedding_to_host
     from halfbyte.train.config import TrainConfig
     from halfbyte.train.engine import Batch, LayerEngine
+    from halfbyte.train.memory import plan_activations
     from halfbyte.train.step import Schedule, Stepper
 
     recipe = BaseRecipe(quant=quant, compute_dtype=torch.bfloat16, device="cuda")
@@ -80,13 +81,21 @@ def ours(config: Any, quant: str, args: argparse.Namespace) -> Callable[[], Call
     options["optim"] = "adamw_8bit" if args.state_bits == 8 else "adamw"
     settings = TrainConfig.model_validate(options)
 
-    def fresh() -> Callable[..., Any]:
+    def fresh(micro: int, batch: int, length: int) -> Callable[..., Any]:
         engine = LayerEngine(model, fuse=True, graphs=not args.no_graphs)
         schedule = Schedule(1e-4, "constant", 0, 100)
         stepper = Stepper(engine, adapter_parameters(model), settings, schedule)
-        count = len(engine.layers)
-        saved = count if args.keep == "save" else args.saved_layers
-        offloaded = max(0, count - saved - 2) if args.keep == "offload" else 0
+        example = [Batch(*[torch.zeros(batch, length, dtype=torch.int64)] * 2)] * micro
+        plan = plan_activations(
+            engine,
+            [[(batch, length)] * micro],
+            args.keep,
+            args.memory_budget,
+            "cuda",
+            largest=example,
+            state_bytes=stepper.optimizer.state_bytes,
+        )
+        saved, offloaded = plan.saved_layers, plan.offloaded_layers
 
         def step(batches: list[torch.Tensor], _supervised: float) -> Any:
             micro = [Batch(ids, ids) for ids in batches]
@@ -96,12 +105,13 @@ def ours(config: Any, quant: str, args: argparse.Namespace) -> Callable[[], Call
             engine.notes.clear()
             return result.loss
 
+        step.plan = plan  # type: ignore[attr-defined]
         return step
 
     return fresh
 
 
-def peft(config: Any, *, saved: bool) -> Callable[[], Callable[..., Any]]:
+def peft(config: Any, *, saved: bool) -> Callable[..., Callable[..., Any]]:
     import bitsandbytes as bnb
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM
@@ -154,7 +164,7 @@ def peft(config: Any, *, saved: bool) -> Callable[[], Callable[..., Any]]:
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    return lambda: step
+    return lambda *_: step
 
 
 def floor_ms(config: Any, tokens: int) -> float:
@@ -209,7 +219,7 @@ def work(args: argparse.Namespace) -> None:
     resident = torch.cuda.memory_allocated()
     for text in args.configs:
         micro, batch, length = parsed(text)
-        step, times = make(), []
+        step, times = make(micro, batch, length), []
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         warm, count = (3, 8) if theirs else (10, 10 + args.steps)
@@ -231,6 +241,11 @@ def work(args: argparse.Namespace) -> None:
             "resident_gb": round(resident / 1e9, 2),
             "loss": round(loss, 4),
         }
+        plan = getattr(step, "plan", None)
+        if plan is not None:
+            rows[text]["predicted_gb"] = round(plan.predicted_bytes / 1e9, 2)
+            rows[text]["saved_layers"] = plan.saved_layers
+            rows[text]["offloaded_layers"] = plan.offloaded_layers
         print(args.worker, text, rows[text], file=sys.stderr, flush=True)
     args.output.write_text(json.dumps(rows))
 
@@ -242,8 +257,10 @@ def main() -> None:
     parser.add_argument("--configs", nargs="+", default=["1x512", "1x2048", "4x2048"])
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--steps", type=int, default=20, help="timed steps of ours")
-    parser.add_argument("--keep", choices=["recompute", "offload", "save"], default="recompute")
-    parser.add_argument("--saved-layers", type=int, default=0, help="of these, with any --keep")
+    parser.add_argument(
+        "--keep", choices=["recompute", "offload", "save", "auto"], default="recompute"
+    )
+    parser.add_argument("--memory-budget", type=int, help="bytes, with --keep auto")
     parser.add_argument("--state-bits", type=int, choices=[8, 32], default=8)
     parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--output", type=Path, help="file; a dated one in benchmarks/results")
@@ -257,12 +274,13 @@ def main() -> None:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         result = Path(name) / "result.json"
-        for contestant in ("floor", *args.only):
+        for contestant in args.only:
             result.unlink(missing_ok=True)
             call = [sys.executable, __file__, "--worker", contestant, "--output", str(result)]
             call += ["--shape", args.shape, "--layers", str(args.layers), "--configs"]
             call += [*args.configs, "--steps", str(args.steps), "--keep", args.keep]
-            call += ["--saved-layers", str(args.saved_layers), "--state-bits", str(args.state_bits)]
+            call += ["--state-bits", str(args.state_bits)]
+            call += ["--memory-budget", str(args.memory_budget)] * bool(args.memory_budget)
             call += ["--no-graphs"] * args.no_graphs
             done = subprocess.run(call, env=os.environ, stderr=subprocess.PIPE, text=True)
             if args.verbose or done.returncode:
@@ -273,7 +291,7 @@ def main() -> None:
                 found[contestant] = json.loads(result.read_text())
             print(f"{contestant:22s}", json.dumps(found[contestant]), flush=True)
     options = {"shape": args.shape, "layers": args.layers, "keep": args.keep}
-    options |= {"state_bits": args.state_bits, "saved_layers": args.saved_layers}
+    options |= {"state_bits": args.state_bits, "memory_budget": args.memory_budget}
     write("gpu_step", args.output, **options, rows=found)
 
 

@@ -285,7 +285,7 @@ def test_documents_in_shared_parts_give_the_same_step(lengths, monkeypatch):
     wanted = plain.step(batches, 20.0, saved_layers=1)
     true = gradients(model)
     engine = LayerEngine(model, fuse=True)
-    parts, _ = engine._enter(batches)
+    parts, _ = engine.enter(batches)
     assert len(parts) == (2 if lengths[0][0] == 64 else 1)
     got = engine.step(batches, 20.0, saved_layers=1)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
@@ -302,7 +302,7 @@ def test_a_step_longer_than_the_window_is_run_by_transformers_layers(monkeypatch
     for length, given in ((8, 3), (9, 0)):
         batch = Batch(*batches_of([(2, length)])[0][:2])
         monkeypatch.setattr("halfbyte.train.parts._ROUND", length)
-        (passage,) = engine._enter([batch])[1]
+        (passage,) = engine.enter([batch])[1]
         assert len(passage.given) == (2 if given else 0)
 
 

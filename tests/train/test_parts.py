@@ -1,5 +1,7 @@
 """Parts hold every token of a step once, with its neighbours, its position and its label."""
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,7 +38,7 @@ def documents_of(part):
     assert starts[-1] == part.ids.shape[1]
     return [
         (part.ids[0, a:b].tolist(), part.positions[0, a:b].tolist(), labels[a:b].tolist())
-        for a, b in zip(starts, starts[1:], strict=False)
+        for a, b in pairwise(starts)
     ]
 
 

@@ -11,6 +11,7 @@ they need none, if attention stays within each of them. `Documents` says where t
 from collections.abc import Callable
 from functools import cache
 from inspect import signature
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -107,7 +108,7 @@ def _within(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float)
         return result
     bounds = starts.tolist()
     parts = []
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         if start < stop:
             one, two, three = (x[None, start:stop] for x in (q, k, v))
             out = attend(one, two, three, None, scale)

@@ -1,9 +1,9 @@
 """The operations of elementwise.py in Triton: one launch and one pass over memory each.
 
 A program of the norms and of the loss has a row, of the rotary turn a token's heads, of the gated
-activation a piece of a row. All read in the dtype of the tensors, compute in float32 and round once, but where
-transformers rounds in between (`plain_rms_norm`). Rows may be apart: q, k, v and gate, up are
-columns of one product.
+activation a piece of a row. All read in the dtype of the tensors, compute in float32 and round
+once, but where transformers rounds in between (`plain_rms_norm`). Rows may be apart: q, k, v and
+gate, up are columns of one product.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _loss_and_slopes(
     logits += row * size
     target = tl.load(targets + row)
     at = tl.arange(0, lanes)
-    # Low enough that its exponential is nothing, and finite: lanes beyond the row count for nothing.
+    # So low that its exponential is nothing, and finite: lanes beyond the row count for nothing.
     lowest = -1e30
     largest = tl.full((lanes,), lowest, tl.float32)
     total = tl.zeros((lanes,), tl.float32)

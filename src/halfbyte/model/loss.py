@@ -8,8 +8,8 @@ step, so that 1x8, 2x4 and 8x1 sequences give the same gradient.
 
 The gradient is computed in forward, a chunk of rows at a time, in place of the logits: the logits
 of at most ``CHUNK_BYTES`` exist at any time. Softmax and sum are float32 whatever the dtype of the
-products; on a GPU one kernel does all between the two products, in the dtype of theirs (model/gpu.py).
- Where the head is trained, dL/dW = dL/dzᵀ h is added up over the chunks in float32.
+products; on a GPU one kernel does all between the two products, in their dtype (model/gpu.py).
+Where the head is trained, dL/dW = dL/dzᵀ h is added up over the chunks in float32.
 
 A packed head is decoded in pieces of ``CHUNK_BYTES`` too, once for the logits of a chunk of rows
 and once for their gradient.

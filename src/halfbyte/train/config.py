@@ -232,11 +232,16 @@ class TrainConfig(ModelOptions):
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     max_grad_norm: float = Field(1.0, ge=0, description="clip the gradient's norm here; 0 does not")
 
-    activations: Literal["auto", "save", "recompute"] = Field(
-        "auto", description="keep activations for backward, or compute them again"
+    activations: Literal["auto", "save", "recompute", "offload"] = Field(
+        "auto",
+        description="keep activations for backward, or compute them again (offload: from inputs "
+        "that wait in host memory)",
     )
     memory_budget: Annotated[PositiveInt | None, BeforeValidator(parse_bytes)] = Field(
         None, description="memory that auto may use, such as 16GB (10^9) or 16GiB (2^30)"
+    )
+    cuda_graphs: bool = Field(
+        True, description="on a GPU, record the passes of a step and play them again"
     )
 
     output: Path = Field(description="directory for the adapter, checkpoints and journal")

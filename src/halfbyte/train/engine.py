@@ -125,7 +125,7 @@ class LayerEngine:
         self._drops = any(adapter.config.dropout for adapter in adapters(model).values())
         self.tuple_output = False
         self.notes: list[str] = []
-        self.passes = Passes(count, self.first_trained, self.entry_trained, self._opened)
+        self.passes = Passes(count, self.first_trained, self.entry_trained, self.opened)
         self._turns: dict[int, tuple[Tensor, Tensor]] = {}
         trained = [p for p in model.parameters() if p.requires_grad]
         self._graphs = CapturedPasses(self.passes, trained) if graphs else None
@@ -150,12 +150,18 @@ class LayerEngine:
         told = f"layer engine over {len(self.layers)} layers"
         if self.fused:
             told += ", fused"
-            told += ", documents packed" if self._packs() else ""
+            told += ", documents packed" if self.packs else ""
             told += ", CUDA graphs" if self._graphs else f", no CUDA graphs: {self.why_no_graphs}"
         return told
 
-    def _packs(self) -> bool:
-        """Return whether the examples of a step may be laid out anew."""
+    @property
+    def captures(self) -> bool:
+        """Whether passes become CUDA graphs."""
+        return self._graphs is not None
+
+    @property
+    def packs(self) -> bool:
+        """Whether the examples of a step may be laid out anew."""
         if not self._fused or self._drops:
             return False
         return can_pack(self.dtype, self.model.device, self._fused[0].head_dim)
@@ -229,7 +235,7 @@ class LayerEngine:
             The loss: float32 scalar on the device, summed over tokens and divided.
         """
         keeping = Keeping(saved_layers, offloaded_layers)
-        parts, passages = self._enter(batches)
+        parts, passages = self.enter(batches)
         key = (keeping, *(part.shape for part in parts))
         graphs = self._graphs if self._captures(key, passages) else None
         if graphs is not None:
@@ -244,7 +250,7 @@ class LayerEngine:
         total = torch.zeros((), dtype=torch.float32, device=hidden[0].device)
         grads: list[Tensor] = []
         for part, x in zip(parts, hidden, strict=True):
-            loss, grad = self._tail(x, part, normaliser)
+            loss, grad = self.tail(x, part, normaliser)
             total += loss
             grads.append(grad)
         if graphs is not None:
@@ -260,10 +266,10 @@ class LayerEngine:
     @torch.no_grad()
     def loss(self, batches: Sequence[Batch]) -> Tensor:
         """Return the summed token loss of ``batches``, float32 scalar; no gradients."""
-        parts, passages = self._enter(batches)
+        parts, passages = self.enter(batches)
         hidden = [passage.x for passage in passages]
         for index in range(len(self.layers)):
-            with self._opened(index):
+            with self.opened(index):
                 for i, passage in enumerate(passages):
                     hidden[i] = passage.run(index, hidden[i], passage.given, read=True)
         losses = [self._loss(h, part) for h, part in zip(hidden, parts, strict=True)]
@@ -275,9 +281,14 @@ class LayerEngine:
 
     def saved_bytes(self, batch: Batch) -> tuple[int, int]:
         """Measure what one layer keeps for ``batch``: (bytes when saved, bytes when recomputed)."""
-        _, (passage,) = self._enter([batch])
+        _, (passage,) = self.enter([batch])
+        return self.saved_bytes_of(passage)
+
+    def saved_bytes_of(self, passage: Passage) -> tuple[int, int]:
+        """Measure what one layer keeps for a part: (bytes when saved, bytes when recomputed)."""
         seen: dict[int, int] = {}
-        weights = {p.untyped_storage().data_ptr() for p in self.layers[-1].parameters()}
+        there = [*self.layers[-1].parameters(), *passage.given]
+        weights = {tensor.untyped_storage().data_ptr() for tensor in there}
 
         def note(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
@@ -287,12 +298,12 @@ class LayerEngine:
 
         index = len(self.layers) - 1
         hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-        with self._opened(index), torch.enable_grad(), hooks:
+        with self.opened(index), torch.enable_grad(), hooks:
             x = passage.x.detach().requires_grad_()
             y = passage.run(index, x, passage.given, read=True)
         return sum(seen.values()), y.nbytes
 
-    def _tail(self, hidden: Tensor, part: Part, normaliser: float) -> tuple[Tensor, Tensor]:
+    def tail(self, hidden: Tensor, part: Part, normaliser: float) -> tuple[Tensor, Tensor]:
         """Return the loss of a part, divided, and its gradient by the last layer's output."""
         rows = hidden.flatten(0, 1).index_select(0, part.rows).requires_grad_()
         loss = self._head_loss(rows, part.targets) / normaliser
@@ -324,14 +335,15 @@ class LayerEngine:
         )
 
     @contextmanager
-    def _opened(self, index: int) -> Iterator[None]:
+    def opened(self, index: int) -> Iterator[None]:
+        """Decode a layer's weights, for as long as the context lasts."""
         with self.scratch.opened(self.linears[index], self.dtype):
             yield
 
-    def _enter(self, batches: Sequence[Batch]) -> tuple[list[Part], list[Passage]]:
+    def enter(self, batches: Sequence[Batch]) -> tuple[list[Part], list[Passage]]:
         """Return the parts of a step, and each as it enters layer 0."""
         device = self.model.device
-        parts = parts_of(batches, device, pack=self._packs())
+        parts = parts_of(batches, device, pack=self.packs)
         longest = max(part.longest for part in parts)
         if self._fused and all(longest <= (layer.window or longest) for layer in self._fused):
             return parts, [self._fused_passage(i, part) for i, part in enumerate(parts)]

@@ -45,10 +45,10 @@ class EvalResult:
     samples: list[dict[str, str]]
 
 
-def to_device(batch: MicroBatch, device: str | torch.device) -> Batch:
-    """Return a micro-batch as tensors on ``device``."""
+def as_batch(batch: MicroBatch) -> Batch:
+    """Return a micro-batch as tensors on the CPU; an engine sends them where they are needed."""
     ids, labels = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.labels)
-    return Batch(ids.to(device), labels.to(device))
+    return Batch(ids, labels, batch.lengths.tolist())
 
 
 def evaluate_loss(
@@ -56,7 +56,6 @@ def evaluate_loss(
     examples: Sequence[Example],
     *,
     batch_size: int,
-    device: str | torch.device,
     progress: Progress | None = None,
 ) -> tuple[float, int]:
     """Return the mean token loss over ``examples``, and the supervised tokens it is a mean of."""
@@ -66,7 +65,7 @@ def evaluate_loss(
     total, done = 0.0, 0
     for start in range(0, len(batches), _TOGETHER):
         together = batches[start : start + _TOGETHER]
-        total += float(engine.loss([to_device(batch, device) for batch in together]))
+        total += float(engine.loss([as_batch(batch) for batch in together]))
         done += sum(len(batch.lengths) for batch in together)
         if progress is not None:
             progress(done, len(ordered))
@@ -112,7 +111,7 @@ def evaluate(
 
     engine, _ = choose_engine(model, str(device))
     loss, tokens = evaluate_loss(
-        engine, dataset.examples, batch_size=batch_size, device=device, progress=advance(0)
+        engine, dataset.examples, batch_size=batch_size, progress=advance(0)
     )
     answers = generate(
         model,

@@ -31,11 +31,12 @@ from halfbyte.lora import LoRAConfig, adapter_parameters, adapter_state, attach,
 from halfbyte.matmul import float32_library
 from halfbyte.model.build import BaseRecipe
 from halfbyte.model.precision import choose_device_and_dtype
+from halfbyte.model.vocabulary import embedding_to_host
 from halfbyte.plan.activations import Dial
 from halfbyte.train import facts
 from halfbyte.train.config import TrainConfig, to_yaml
 from halfbyte.train.engine import LayerEngine, choose_engine
-from halfbyte.train.evaluate import evaluate_loss, to_device
+from halfbyte.train.evaluate import as_batch, evaluate_loss
 from halfbyte.train.loading import load_told, recipe_facts
 from halfbyte.train.memory import (
     keep_freed_memory,
@@ -67,6 +68,7 @@ _FREE_TO_CHANGE = {
     "revision",
     "cache_quantized",
     "paging",
+    "cuda_graphs",
 }
 
 SAVES_PER_RUN = 10  # if save_steps is not given
@@ -80,7 +82,7 @@ class TrainResult:
         adapter_dir: Where the adapter is.
         steps: Optimizer steps of the run, those before a resume included.
         final_loss: Loss of the last step; NaN if this call made none.
-        peak_memory_bytes: Peak of the process (on a GPU: of the device's allocations).
+        peak_memory_bytes: Peak of the process (on a GPU: of allocations in training).
         seconds: Time spent in steps, by this call.
         tokens_per_second: Tokens, padding not counted, over that time.
     """
@@ -124,6 +126,14 @@ class _Steps:
         """Return the (B, T) of every micro-batch of the first epoch, step by step."""
         count = min(self.per_epoch, self.total)
         return [[(len(b.input_ids), b.input_ids.shape[1]) for b in self[i]] for i in range(count)]
+
+    def largest(self, *, packed: bool) -> list[MicroBatch]:
+        """Return the step of the first epoch with most tokens; without padding, if ``packed``."""
+        count = min(self.per_epoch, self.total)
+        sizes = [
+            sum(b.tokens if packed else b.input_ids.size for b in self[i]) for i in range(count)
+        ]
+        return self[sizes.index(max(sizes))]
 
 
 def train(config: TrainConfig, report: "RunReport") -> TrainResult:
@@ -200,7 +210,10 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
         f"{trained / 1e6:.2f} M parameters trained, on {len(adapted)} linear layers"
         + (f"; trained whole: {', '.join(whole)}" if whole else "")
     )
-    engine, told = choose_engine(base.model, device)
+    moved = embedding_to_host(base.model)
+    if moved:
+        report.note(f"the embedding waits in host memory: {moved / 1e6:.0f} MB less on the GPU")
+    engine, told = choose_engine(base.model, device, graphs=config.cuda_graphs)
     report.note(told)
     stepper = Stepper(engine, parameters, config, Schedule.of(config, plan.total))
     if config.optim != "adamw":
@@ -212,7 +225,13 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
         stepper.load_optimizer_state(resumed.optimizer)
         start = resumed.step
     memory = plan_activations(
-        engine, plan.shapes(), config.activations, config.memory_budget, device
+        engine,
+        plan.shapes(),
+        config.activations,
+        config.memory_budget,
+        device,
+        largest=[as_batch(b) for b in plan.largest(packed=getattr(engine, "packs", False))],
+        state_bytes=stepper.optimizer.state_bytes,
     )
     report.note(memory.line())
     tight = Tightness(memory, used_memory(device), plan.shapes())
@@ -223,7 +242,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
         rank=config.lora_r,
         optimizer=config.optim,
         fused=isinstance(engine, LayerEngine) and engine.fused > 0,
-        dial=Dial(memory.saved_layers),
+        dial=Dial(memory.saved_layers, memory.offloaded_layers),
     )
 
     card: dict[str, Any] = {"base": identity_of(base), "recipe": recipe_facts(recipe)}
@@ -274,7 +293,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
             return
         began = time.perf_counter()
         loss, tokens = evaluate_loss(
-            engine, held_out.examples, batch_size=max(4, config.batch_size), device=device
+            engine, held_out.examples, batch_size=max(4, config.batch_size)
         )
         report.evaluation(
             {
@@ -293,10 +312,14 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
     for step in range(start, plan.total):
         began = time.perf_counter()
         batches = plan[step]
-        on_device = [to_device(batch, device) for batch in batches]
+        made = [as_batch(batch) for batch in batches]
         waited = time.perf_counter() - began
         result = stepper.run(
-            step, on_device, saved_layers=memory.saved_layers, tight=tight(on_device)
+            step,
+            made,
+            saved_layers=memory.saved_layers,
+            offloaded_layers=memory.offloaded_layers,
+            tight=tight(made),
         )
         took, updating = time.perf_counter() - began, clock.seconds()
         done = step + 1
@@ -323,6 +346,9 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
                     **(result.paging._asdict() if result.paging else {}),
                 }
             )
+        for line in engine.notes:
+            report.note(line)
+        engine.notes.clear()
         if config.eval_steps and done % config.eval_steps == 0 and done < plan.total:
             measure(done)
         if done % save_every == 0 or done == plan.total:

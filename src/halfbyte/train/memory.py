@@ -2,7 +2,9 @@
 
 Keeping what a layer's backward needs costs memory; running the layer again costs time (a third of
 the matrix products of a step). The choice is made layer by layer, from measured bytes: one layer
-is run once on the largest micro-batch and what autograd keeps is counted.
+is run once on the largest micro-batch and what autograd keeps is counted. On a GPU the largest
+step is measured part by part (train/footprint.py), and what layers are run again from may wait in
+host memory.
 """
 
 import ctypes
@@ -18,9 +20,13 @@ from halfbyte.errors import ConfigError
 from halfbyte.lora import trained_whole
 from halfbyte.model.loss import CHUNK_BYTES
 from halfbyte.train.engine import Batch, LayerEngine, PlainEngine
+from halfbyte.train.footprint import NEAR_LAYERS, Footprint, footprint
 
 # Without a budget, this part of the memory that is free when training starts may be used.
 FREE_SHARE = 0.8
+
+# So much of the host's free memory may hold layers' inputs, page-locked.
+HOST_SHARE = 0.5
 
 # What a byte of kept activations takes: glibc's heap leaves holes between them where temporaries
 # were (measured on SmolLM2: 22 MB for each 16 MB that a layer keeps).
@@ -37,6 +43,8 @@ class ActivationPlan:
         saved_bytes: What one layer keeps over a whole step when it saves.
         budget: Bytes the process (on a GPU: the device) may use.
         predicted_bytes: Estimated peak under this plan.
+        offloaded_layers: Layers, counted from the first, whose input waits in host memory.
+        host_bytes: What it takes there.
     """
 
     saved_layers: int
@@ -44,6 +52,8 @@ class ActivationPlan:
     saved_bytes: int
     budget: int
     predicted_bytes: int
+    offloaded_layers: int = 0
+    host_bytes: int = 0
 
     def line(self) -> str:
         """Return what a person is told."""
@@ -53,6 +63,8 @@ class ActivationPlan:
         how = f"{self.saved_layers} of {self.layers} layers keep their activations"
         if again:
             how += f", {again} are run again in backward"
+        if self.offloaded_layers:
+            how += f", {self.offloaded_layers} of them from host memory"
         return (
             f"{how} ({self.saved_bytes / 1e6:.0f} MB a layer); "
             f"about {self.predicted_bytes / 1e9:.2f} GB of {self.budget / 1e9:.2f} GB"
@@ -94,15 +106,21 @@ def plan_activations(
     activations: str,
     memory_budget: int | None,
     device: str,
+    *,
+    largest: Sequence[Batch] = (),
+    state_bytes: int | None = None,
 ) -> ActivationPlan:
     """Choose how many layers keep their activations.
 
     Args:
         engine: What will run the steps, gradients and optimizer state not yet touched.
         shapes: For each optimizer step of the run, the (B, T) of its micro-batches.
-        activations: ``save``, ``recompute``, or ``auto`` for what fits.
+        activations: ``save``, ``recompute``, ``offload``, or ``auto`` for what fits.
         memory_budget: Bytes in all, or None for most of what is free.
         device: ``cpu`` or ``cuda``.
+        largest: The micro-batches of the largest step, for a GPU.
+        state_bytes: What the optimizer's state will take on the device; AdamW's two moments in
+            float32, if not given.
 
     Raises:
         ConfigError: If the budget is too small even when every layer is run again; says the least
@@ -112,24 +130,29 @@ def plan_activations(
     budget = memory_budget or int(used + FREE_SHARE * free_memory(device))
     if isinstance(engine, PlainEngine):
         return ActivationPlan(0, 0, 0, budget, used)
+    if state_bytes is None:
+        state_bytes = 2 * sum(p.nbytes for p in engine.model.parameters() if p.requires_grad)
+    if device == "cuda" and largest:
+        measured = footprint(engine, largest)
+        # Measuring left the buffers of the decoded weights behind.
+        return _turned(measured, activations, memory_budget, budget, state_bytes)
     layers = len(engine.layers)
-    largest = max((shape for step in shapes for shape in step), key=lambda s: s[0] * s[1])
+    widest = max((shape for step in shapes for shape in step), key=lambda s: s[0] * s[1])
     tokens_per_step = max(sum(b * t for b, t in step) for step in shapes)
-    tokens = largest[0] * largest[1]
-    ids = torch.zeros(largest, dtype=torch.int64, device=device)
+    tokens = widest[0] * widest[1]
+    ids = torch.zeros(widest, dtype=torch.int64, device=device)
     saved, kept = engine.saved_bytes(Batch(ids, torch.full_like(ids, -100)))
     # Adapters' moments (the gradients are there already), every layer's input, one layer of the
-    # largest micro-batch alive in backward beside its gradients, and one chunk of logits.
-    moments = 2 * sum(p.nbytes for p in engine.model.parameters() if p.requires_grad)
+    # widest micro-batch alive in backward beside its gradients, and one chunk of logits.
     share = HOLES[device] * tokens_per_step / tokens
     step_saved, step_kept = int(saved * share), int(kept * share)
     head = engine.head_weight.nbytes
     # Beside them: the head as its product wants it laid out, and a few copies of a logits chunk.
     workspace = 2 * head + 4 * CHUNK_BYTES[device]
-    # A gradient is new before it is added: the largest of those trained whole, in two copies.
+    # A gradient is new before it is added: the widest of those trained whole, in two copies.
     whole = [p.nbytes for m in engine.model.modules() for p in trained_whole(m).values()]
     workspace += 2 * max(whole, default=0)
-    floor = used + moments + layers * step_kept + 2 * saved + workspace
+    floor = used + state_bytes + layers * step_kept + 2 * saved + workspace
     extra = max(1, step_saved - step_kept)
     fitting = max(0, min(layers, (budget - floor) // extra))
     if activations == "auto" and floor > budget and memory_budget is not None:
@@ -138,8 +161,37 @@ def plan_activations(
             f"backward this run needs about {floor / 1e9:.2f} GB. Raise it, or lower batch_size, "
             "gradient_accumulation_steps or max_length"
         )
-    chosen = {"save": layers, "recompute": 0}.get(activations, fitting)
+    chosen = {"save": layers, "recompute": 0, "offload": 0}.get(activations, fitting)
     return ActivationPlan(chosen, layers, step_saved, budget, floor + chosen * extra)
+
+
+def _turned(
+    measured: Footprint, activations: str, memory_budget: int | None, budget: int, state_bytes: int
+) -> ActivationPlan:
+    """Turn the dial on a GPU: as many layers keep as fit, others from the host where that helps."""
+    layers = measured.layers
+
+    def plan(saved: int, away: bool) -> ActivationPlan:
+        offloaded = max(0, layers - saved - NEAR_LAYERS) if away else 0
+        peak = measured.peak(saved, offloaded) + state_bytes
+        host = offloaded * measured.kept
+        return ActivationPlan(saved, layers, measured.saved, budget, peak, offloaded, host)
+
+    if activations in ("save", "recompute", "offload"):
+        return plan(layers if activations == "save" else 0, activations == "offload")
+    both = [plan(saved, away) for away in (False, True) for saved in range(layers + 1)]
+    roomy = HOST_SHARE * free_memory("cpu")
+    fitting = [p for p in both if p.predicted_bytes <= budget and p.host_bytes <= roomy]
+    if not fitting:
+        least = min(both, key=lambda p: p.predicted_bytes)
+        if memory_budget is None:
+            return least
+        raise ConfigError(
+            f"memory_budget {budget / 1e9:.2f} GB is too small: with every layer run again from "
+            f"host memory this run needs about {least.predicted_bytes / 1e9:.2f} GB. Raise it, or "
+            "lower batch_size, gradient_accumulation_steps or max_length"
+        )
+    return max(fitting, key=lambda p: (p.saved_layers, -p.offloaded_layers))
 
 
 def keep_freed_memory() -> bool:

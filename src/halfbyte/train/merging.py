@@ -28,7 +28,7 @@ from halfbyte.model.vocabulary import FrozenEmbedding
 from halfbyte.nf4 import QuantizedWeight, dequantize
 from halfbyte.nf4.linear import FrozenLinear
 from halfbyte.train.engine import Batch
-from halfbyte.train.evaluate import to_device
+from halfbyte.train.evaluate import as_batch
 
 HELD_OUT = Path(__file__).with_name("held_out.jsonl")
 """Questions and answers of everyday prose, for those who have kept nothing of their own back."""
@@ -86,7 +86,7 @@ def reference(model: PreTrainedModel, examples: Sequence[Example]) -> Reference:
     while start < len(chosen):
         together = max(1, _ALIVE // (row * len(chosen[start].tokens)))
         batch = collate(chosen[start : start + together])
-        batches.append(to_device(batch, model.device))
+        batches.append(as_batch(batch))
         start += together
     logits = [_logits(model, batch).cpu() for batch in batches]
     return Reference(batches, logits, len(examples) - len(chosen))

@@ -19,6 +19,7 @@ from halfbyte.errors import UserError
 from halfbyte.lora import LoRAConfig, adapter_parameters, attach
 from halfbyte.model.build import BaseRecipe, build, finish, place
 from halfbyte.model.precision import choose_device_and_dtype
+from halfbyte.model.vocabulary import embedding_to_host
 from halfbyte.plan.shape import config_of
 from halfbyte.report import open_report
 from halfbyte.train import facts
@@ -74,7 +75,8 @@ def run(config: TrainConfig, report: "RunReport") -> None:
     )
     attach(model, lora, seed=config.seed)
     parameters = adapter_parameters(model)
-    engine, told = choose_engine(model, device)
+    embedding_to_host(model)
+    engine, told = choose_engine(model, device, graphs=config.cuda_graphs)
     report.note(told)
     total = config.max_steps or 1
     stepper = Stepper(engine, parameters, config, Schedule.of(config, total))
@@ -85,6 +87,8 @@ def run(config: TrainConfig, report: "RunReport") -> None:
         config.activations,
         config.memory_budget,
         device,
+        largest=[_drawn(size, architecture.vocab_size)] * config.gradient_accumulation_steps,
+        state_bytes=stepper.optimizer.state_bytes,
     )
     report.note(memory.line())
     told_facts: dict[str, Any] = {
@@ -102,12 +106,14 @@ def run(config: TrainConfig, report: "RunReport") -> None:
     for step in range(total):
         began = time.perf_counter()
         batches = [
-            Batch(ids, ids)
-            for ids in torch.randint(
-                3, architecture.vocab_size, (config.gradient_accumulation_steps, *size)
-            ).to(device)
+            _drawn(size, architecture.vocab_size) for _ in range(config.gradient_accumulation_steps)
         ]
-        result = stepper.run(step, batches, saved_layers=memory.saved_layers)
+        result = stepper.run(
+            step,
+            batches,
+            saved_layers=memory.saved_layers,
+            offloaded_layers=memory.offloaded_layers,
+        )
         taken = time.perf_counter() - began
         spent += taken
         report.step(
@@ -131,6 +137,11 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
     if len(shape) == 1:
         return torch.ones(shape, dtype=dtype, device=device)
     return torch.randn(shape, dtype=dtype, device=device).mul_(0.02)
+
+
+def _drawn(size: tuple[int, int], vocabulary: int) -> Batch:
+    ids = torch.randint(3, vocabulary, size)
+    return Batch(ids, ids)
 
 
 def main(file: str) -> int:

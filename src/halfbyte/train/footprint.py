@@ -1,0 +1,127 @@
+"""What a step will take of a GPU's memory, measured on one layer before the first step.
+
+A layer is a layer: what one keeps, and what its backward has alive at the worst moment, the others
+do too. So one layer is run forward and backward on the largest part of the largest step, and so is
+the loss, while the allocator watches its peak; all else is addition:
+
+    down    what all layers keep between the passes, and the stream between two of them
+    loss    beside that: a part's loss at its worst, and the gradient of every part's stream
+    up      the same gradients, and the last layer's backward at its worst
+
+Graphs are given their inputs, and give their outputs, in tensors of their own.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from halfbyte.train.engine import Batch, LayerEngine
+
+# Layers before the first that keeps, whose inputs are not sent to the host: they are the first that
+# backward asks for.
+NEAR_LAYERS = 2
+
+# Layers' inputs that are on the card while they are sent or fetched.
+_UNDER_WAY = 2
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What was measured; bytes.
+
+    Attributes:
+        layers: Layers of the model.
+        used: In use when no step is under way, the decoded layer's buffers included.
+        kept: What a layer keeps of a whole step when it is run again: its inputs.
+        saved: What it keeps when it is not.
+        down: What a layer's forward has alive beside its inputs, at the worst moment.
+        loss: What a part's loss has alive beside what goes in.
+        up: What the backward of a layer that is run again has alive, beside its inputs.
+        saved_part: What of ``up`` are activations that a saved layer has kept.
+        own: Tensors of the graphs' own.
+    """
+
+    layers: int
+    used: int
+    kept: int
+    saved: int
+    down: int
+    loss: int
+    up: int
+    saved_part: int
+    own: int
+
+    def peak(self, saved_layers: int, offloaded_layers: int) -> int:
+        """Return the predicted peak, the optimizer's state not counted."""
+        again = self.layers - saved_layers
+        here = again - offloaded_layers + min(offloaded_layers, _UNDER_WAY)
+        between = saved_layers * self.saved + here * self.kept
+        down = between + self.down + self.kept
+        loss = between + 2 * self.kept + self.loss
+        up = between + self.kept + self.up - (self.saved_part if saved_layers else 0)
+        if 0 < saved_layers < self.layers:  # or the first layer that is run again is the worst
+            up = max(up, here * self.kept + self.kept + self.up)
+        return self.used + self.own + max(down, loss, up)
+
+
+def footprint(engine: LayerEngine, batches: Sequence[Batch]) -> Footprint:
+    """Measure what a step of ``batches`` would take.
+
+    Gradients of what is trained must be there already; they are left as they were.
+    """
+    measured = _measured(engine, batches)
+    used = int(torch.cuda.memory_allocated())
+    torch.cuda.reset_peak_memory_stats()
+    return replace(measured, used=used)
+
+
+def _measured(engine: LayerEngine, batches: Sequence[Batch]) -> Footprint:
+    parts, passages = engine.enter(batches)
+    index = len(engine.layers) - 1
+    trained = [p for p in engine.layers[index].parameters() if p.requires_grad]
+    largest = max(range(len(parts)), key=lambda i: parts[i].ids.numel())
+    passage, part = passages[largest], parts[largest]
+    dy = torch.zeros_like(passage.x)
+
+    def backward() -> None:
+        x = passage.x.detach().requires_grad_()
+        with torch.enable_grad():
+            y = passage.run(index, x, passage.given, read=False)
+        torch.autograd.grad(y, [x, *trained], dy, allow_unused=True)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return passage.run(index, passage.x, passage.given, read=True)
+
+    def tail() -> object:
+        return engine.tail(passage.x.detach(), part, 1.0)
+
+    with engine.opened(index):
+        backward()  # the first time, kernels are compiled and buffers made
+        tail()
+        down, up, loss = _peak(forward), _peak(backward), _peak(tail)
+    saved = [engine.saved_bytes_of(p)[0] for p in passages]
+    kept = sum(p.x.nbytes for p in passages)
+    given = {t.data_ptr(): t.nbytes for p in passages for t in p.given}
+    return Footprint(
+        layers=len(engine.layers),
+        used=0,
+        kept=kept,
+        saved=sum(saved),
+        down=down,
+        loss=loss,
+        up=up,
+        saved_part=saved[largest] - passage.x.nbytes,
+        # A graph's passes are handed the stream, hand it over, and are handed its gradient.
+        own=3 * kept + sum(given.values()) if engine.captures else 0,
+    )
+
+
+def _peak(run: Callable[[], object]) -> int:
+    """Return how far above what was allocated before ``run`` went."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return int(torch.cuda.max_memory_allocated()) - int(before)
