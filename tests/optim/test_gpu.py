@@ -80,14 +80,6 @@ def test_every_level_every_midpoint_and_their_neighbours_are_encoded(signed):
         assert torch.equal(found[0][name], rule.encode(values, signed=True)[0])
 
 
-@pytest.mark.parametrize("signed", [True, False])
-def test_no_cell_has_two_midpoints(signed):
-    middles = rule.bounds(signed, CPU)
-    numbers = (middles[middles > 0].view(torch.int32) >> 16) - gpu.FIRST_CELL.value
-    assert (numbers >= 1).all()
-    assert len(numbers.unique()) == len(numbers)
-
-
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_scale_that_is_no_number_changes_nothing(bad):
     start = parameters([(64, 65), (17,)])
@@ -116,3 +108,16 @@ def test_scalars_are_those_of_the_plain_rule():
     assert torch.equal(counted, steps + active)
     expected = rule.scalars_of(counted, lr, constants[:, :4])
     torch.testing.assert_close(got[1:], expected[1:], rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_gradient_that_is_no_number_spoils_its_block_and_no_other(bad):
+    """Where no scale says so; what it must not do is to read beyond a table."""
+    for impl in ("gpu", "torch"):
+        parameter = torch.ones(5000)
+        parameter.grad = torch.full((5000,), 0.1)
+        parameter.grad[300] = bad
+        AdamW([parameter], state_bits=8, impl=impl, lr=1e-2).step()
+        assert not parameter[300].isfinite()
+        others = torch.cat([parameter[:256], parameter[512:]])
+        assert torch.equal(others, others[:1].expand_as(others))

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from halfbyte import blockwise
 from halfbyte.optim import rule
 
 values = st.integers(1, 700).flatmap(
@@ -51,6 +52,31 @@ def test_what_was_decoded_encodes_to_the_same(drawn, signed):
     kept = (scales == same).repeat_interleave(rule.BLOCK)[: len(x)]
     assert kept.all() or signed
     assert torch.equal(again[kept], codes[kept])
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_no_cell_has_two_midpoints(signed):
+    middles = rule.bounds(signed, torch.device("cpu"))
+    numbers = (middles[middles > 0].view(torch.int32) >> 16) - rule.FIRST_CELL
+    assert (numbers >= 1).all()
+    assert len(numbers.unique()) == len(numbers)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_every_level_every_midpoint_and_their_neighbours_are_searched_as_in_blockwise(signed):
+    device = torch.device("cpu")
+    levels, middles = rule.table(signed, device), rule.bounds(signed, device)
+    beside = [torch.nextafter(middles, middles.new_tensor(side)) for side in (-2.0, 2.0)]
+    x = torch.cat([levels, middles, *beside, levels.new_tensor([-0.0, 1e-30, 1e-38])])
+    x = x if signed else x[x >= 0]
+    for scale in (1.0, 3e-5, 1e-36):
+        one = torch.nn.functional.pad(x, (0, -len(x) % 255)).view(-1, 255)
+        blocks = torch.nn.functional.pad(one, (0, 1), value=1.0) * scale
+        found = rule.encode(blocks.view(-1), signed=signed)[0].view(-1, 256).int()
+        wanted = blockwise.nearest(blocks, blocks.abs().amax(1), middles)
+        tiny = (wanted == 0) & (blocks > 0) if not signed else torch.zeros_like(found, dtype=bool)
+        assert torch.equal(found[~tiny], wanted[~tiny])
+        assert (found[tiny] == 1).all()
 
 
 @pytest.mark.parametrize("signed", [True, False])

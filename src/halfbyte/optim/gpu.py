@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any
 
 import torch
@@ -26,15 +25,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from halfbyte import blockwise
+from halfbyte.blockwise import SMALLEST_SCALE
 from halfbyte.optim.layout import Piece
-from halfbyte.optim.rule import BLOCK, Scalars, bounds, table
+from halfbyte.optim.rule import BLOCK, FIRST_CELL, LAST_CELL, Scalars, bounds, cells, table
 
 BLOCKS, WARPS = 4, 4  # blocks of 256 elements, and warps, in a program
 _COLUMNS = tl.constexpr(11)
 _SCALARS = tl.constexpr(len(Scalars._fields))
-FIRST_CELL = tl.constexpr((127 - 23) << 7)
-SMALLEST_SCALE = tl.constexpr(blockwise.SMALLEST_SCALE)
+_FIRST_CELL, _LAST_CELL = tl.constexpr(FIRST_CELL), tl.constexpr(LAST_CELL)
+_SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -86,12 +85,13 @@ def _spread(scale):
 def _encode(x, scale, cells, middles, signed: tl.constexpr):
     """The code of each value, from the largest magnitude of each block."""
     # Triton takes a constant below the least normal float32 for a float64.
-    least = tl.full(scale.shape, SMALLEST_SCALE, tl.float32)
+    least = tl.full(scale.shape, _SMALLEST_SCALE, tl.float32)
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.maximum(scale, least))
     y = x * _spread(inverse)
     bits = y.to(tl.int32, bitcast=True)
-    cell = tl.maximum(((bits & 0x7FFFFFFF) >> 16) - FIRST_CELL, 0)
-    below = tl.load(cells + cell).to(tl.int32)
+    cell = tl.maximum(((bits & 0x7FFFFFFF) >> 16) - _FIRST_CELL, 0)
+    cell = tl.minimum(cell, _LAST_CELL)  # what is no number stays within the table, too
+    below = tl.load(cells + cell)
     if signed:
         # Zero is 127, and the level below a value under zero is the one with more magnitude.
         below = tl.maximum(127 + (below ^ (bits >> 31)), 0)
@@ -232,24 +232,6 @@ def _update(
 def _on(tensor: Tensor) -> AbstractContextManager[Any]:
     """The context to launch a kernel in: Triton looks at the current device only."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-@cache
-def cells(signed: bool, device: torch.device) -> Tensor:
-    """Return where the search for the nearest level begins.
-
-    A cell is the magnitudes that share exponent and seven leading digits; the first one is
-    everything below 2⁻²³, too. No cell has more than one midpoint between levels.
-
-    Returns:
-        uint8 ``[2945]``: the level (from zero on) below every midpoint of the cell.
-    """
-    numbers = torch.arange((127 << 7) - FIRST_CELL.value + 1, dtype=torch.int32, device="cpu")
-    lows = ((numbers + FIRST_CELL.value) << 16).view(torch.float32)
-    lows[0] = 0.0
-    middles = bounds(signed, torch.device("cpu"))[127 if signed else 0 :]
-    # The last level has no midpoint above it: a search for it begins at the one before.
-    return torch.bucketize(lows, middles[:-1]).to(torch.uint8).to(device)
 
 
 def prepare(steps: Tensor, active: Tensor, lr: Tensor, constants: Tensor, scale: Tensor) -> Tensor:
