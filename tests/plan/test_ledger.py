@@ -196,3 +196,11 @@ def test_an_embedding_may_wait_on_the_host() -> None:
         here, away = (ledger(shape, Run(embedding_on_host=on_host)) for on_host in (False, True))
         moved = 0 if tied else 400 * 64 * 2
         assert here.base - away.base == away.on_host == moved
+
+
+def test_what_stays_plain_is_named_once_for_all_layers() -> None:
+    shape = shape_of(tiny_model("mixtral", num_local_experts=2, tie_word_embeddings=False), "moe")
+    names = [line.name for line in ledger(shape, Run()).lines if line.group == "base"]
+    assert "model.layers.*.mlp.experts.down_proj, bf16" in names
+    assert "lm_head.weight, bf16" in names
+    assert len(names) == len(set(names)) < 12

@@ -35,7 +35,7 @@ class PlanOptions(Options):
     )
     quant: Literal["nf4", "fp4"] = Field("nf4", description="4-bit type of QLoRA's base")
     double_quant: bool = Field(True, description="quantise the scales once more")
-    block_size: int = Field(64, ge=32, le=4096, description="weights that share a scale")
+    block_size: int = Field(64, description="weights that share a scale")
 
     card: str | None = Field(
         None,
@@ -85,6 +85,7 @@ def main(argv: list[str]) -> None:
     """Run the verb."""
     options, notes, as_json = VERB.read(argv)
 
+    from halfbyte.nf4.format import check_format
     from halfbyte.plan.advice import advice, choices, ways
     from halfbyte.plan.ledger import Holding, Run
     from halfbyte.report import open_report
@@ -92,6 +93,7 @@ def main(argv: list[str]) -> None:
     with results(as_json=as_json) as result, open_report() as report:
         for note in notes:
             report.note(note)
+        check_format(options.quant, options.block_size)
         card = _card(options)
         if options.card is None and not card.measured:
             report.note(f"seconds are those of {card.name}; --card names another")
@@ -191,7 +193,7 @@ def _show(shape: "ModelShape", found: list["Way"], card: "Card", memory: float, 
     from halfbyte.report import show
 
     run = found[0].run
-    show.heading(f"{shape.name}: {_count(shape.parameters)} parameters")
+    show.heading(f"{_count(shape.parameters)} parameters: {shape.name}")
     shown = found[1]
     show.paragraph(f"{shown.name}, in bytes:")
     show.columns(
@@ -234,6 +236,11 @@ def _show(shape: "ModelShape", found: list["Way"], card: "Card", memory: float, 
         )
     if any(way.seconds.launching == way.seconds.total for way in found):
         show.paragraph("Where a step is short, it is Python's launching that takes the time.")
+    if not shape.fusable:
+        show.paragraph(
+            "The layers of this family are run as transformers has them: what they keep for "
+            "backward, and the time between their products, are estimates."
+        )
     if shape.positions and any((way.longest or 0) > shape.positions for way in found):
         show.paragraph(f"The model itself was made for sequences of up to {shape.positions:,}.")
     show.heading("Activations and optimizers, of QLoRA")

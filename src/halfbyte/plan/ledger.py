@@ -258,32 +258,27 @@ def nbytes_of(weight: Weight, shape: ModelShape, holding: Holding) -> int:
 
 def _base(shape: ModelShape, run: Run) -> list[Line]:
     holding = run.holding
-    packed, small = Packed(), 0
-    plain: list[Line] = []
+    packed, plain = Packed(), dict[Line, int]()
     dtype = {2: "bf16", 4: "float32"}[holding.itemsize]
-    linears = 0
     for weight in shape.weights:
-        bytes_ = held(weight, shape, holding)
-        if isinstance(bytes_, Packed):
-            packed = packed.plus(bytes_)
-        elif len(weight.shape) < 2:
-            small += bytes_
+        size = held(weight, shape, holding)
+        if isinstance(size, Packed):
+            packed = packed.plus(size)
+            continue
+        away = run.embedding_on_host and weight.role == "embedding" and not shape.tied
+        group = "host" if away and run.device == "cuda" else "base"
+        if len(weight.shape) < 2:
+            name = "norms and biases"
         elif weight.role == "linear" and holding.quant == "none":
-            linears += bytes_
-        else:
-            away = run.embedding_on_host and weight.role == "embedding" and not shape.tied
-            group = "host" if away and run.device == "cuda" else "base"
-            plain.append(Line(group, f"{weight.name}, {dtype}", bytes_))
-    lines = [
-        Line("base", name.replace("_", " "), nbytes)
-        for name, nbytes in packed._asdict().items()
-        if nbytes
+            name = "linear layers"
+        else:  # the same of every layer in one line
+            name = weight.name.replace(f".{weight.layer}.", ".*.", 1)
+        line = Line(group, f"{name}, {dtype}", 0)
+        plain[line] = plain.get(line, 0) + size
+    return [
+        *(Line("base", n.replace("_", " "), size) for n, size in packed._asdict().items() if size),
+        *(line._replace(nbytes=size) for line, size in plain.items()),
     ]
-    if linears:
-        lines.append(Line("base", f"linear layers, {dtype}", linears))
-    if small:
-        plain.append(Line("base", f"norms and biases, {dtype}", small))
-    return [*lines, *plain]
 
 
 def _state(numels: list[int], optimizer: OptimizerMode) -> int:
