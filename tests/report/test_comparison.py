@@ -142,9 +142,11 @@ def test_what_is_missing_is_said() -> None:
 def test_the_page(tmp_path: Path) -> None:
     runs = [read_run(write_journal(tmp_path / name, story())) for name in ("lora", "qlora")]
     found = compared(LORA, QLORA, Result("fp4", 0, failure=EVIL))
-    html = comparison_page(found, runs, EVIL, EVIL)
+    html = comparison_page(found, runs, EVIL, EVIL, {EVIL: "r=8/seed 0/'\"report.html"})
     read = Checked(html)
     assert read.count("script") == 1
+    [link] = [attributes["href"] for tag, attributes in read.tags if tag == "a"]
+    assert link == "r%3D8/seed%200/%27%22report.html"
     assert "Against lora, qlora takes 75% less" in read.text
     assert "fp4, seed 0: </script>" in read.text
     # held-out loss, exact match, memory, speed; and the runs' curves

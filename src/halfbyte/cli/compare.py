@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
 
     from halfbyte.checkpoint.atomic import require_writable
     from halfbyte.report import open_report, show
-    from halfbyte.report.comparison import Comparison, comparison_page
+    from halfbyte.report.comparison import Comparison
     from halfbyte.train import comparing
 
     variants = comparing.parse_variants(options.variants)
@@ -117,13 +117,13 @@ def main(argv: list[str]) -> None:
                 with report.task(told, None) as progress:
                     found.append(comparing.run(job, progress))
         comparison = Comparison(tuple(found))
-        curves = [] if options.shape else list(comparing.first_runs(todo))
-        named = options.shape or Path(options.model).name
-        about = options.data if options.shape is None else "random weights and tokens"
         comparing.write_results(
             comparison,
-            comparison_page(comparison, curves, f"{named}: {' / '.join(options.variants)}", about),
+            todo,
             output,
+            title=f"{options.shape or Path(options.model).name}: {', '.join(options.variants)}",
+            about="random weights and tokens" if options.shape else options.data,
+            curves=options.shape is None,
         )
         show.columns(*comparison.rows())
         show.paragraph(comparison.sentence())

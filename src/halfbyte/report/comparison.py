@@ -7,12 +7,13 @@ were made at different times, is put together in the same way.
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+from urllib.parse import quote
 
 from halfbyte.report.charts import Bar, bar_chart, dot_chart, memory, table
 from halfbyte.report.page import curves, document, section
@@ -236,7 +237,9 @@ def _joined(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + ", and " + parts[-1]
 
 
-def comparison_page(found: Comparison, runs: Sequence[Run], title: str, about: str) -> str:
+def comparison_page(
+    found: Comparison, runs: Sequence[Run], title: str, about: str, links: Mapping[str, str]
+) -> str:
     """A page: the sentence, the table, and what is in it as pictures.
 
     Args:
@@ -244,6 +247,7 @@ def comparison_page(found: Comparison, runs: Sequence[Run], title: str, about: s
         runs: A run of each variant, named as it is, for the curves.
         title: What was compared, plain text.
         about: Model, data and machine, plain text.
+        links: The pages of the runs by name, as paths from this one.
     """
     failures = "".join(f'<p class="warning">{escape(one)}</p>' for one in found.failures())
     heads, rows = found.rows()
@@ -281,8 +285,17 @@ def comparison_page(found: Comparison, runs: Sequence[Run], title: str, about: s
         + section("Results", table(heads, rows, spread if seeds > 1 else "one seed"))
         + section("Side by side", f'<div class="charts">{"".join(pictures)}</div>')
         + section("Curves of the first seed", curves(runs) if runs else "")
+        + section("Every run", _linked(links))
     )
     return document(f"{title} · halfbyte", body)
+
+
+def _linked(links: Mapping[str, str]) -> str:
+    items = "".join(
+        f'<li><a href="{escape(quote(path))}">{escape(name)}</a></li>'
+        for name, path in links.items()
+    )
+    return f'<ul class="notes">{items}</ul>' if items else ""
 
 
 def _dots(found: Comparison, field: str) -> list[tuple[str, list[float]]]:

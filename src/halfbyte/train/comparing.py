@@ -19,13 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from halfbyte.checkpoint.atomic import new_file, require_writable
 from halfbyte.errors import ConfigError, HalfbyteError
-from halfbyte.report.comparison import EVALUATION, Comparison, Result, finished_run, read_result
+from halfbyte.report.comparison import (
+    EVALUATION,
+    Comparison,
+    Result,
+    comparison_page,
+    finished_run,
+    read_result,
+)
 from halfbyte.report.runs import Run, number, read_run
-from halfbyte.train.config import TrainConfig, check, read_yaml, to_yaml
+from halfbyte.train.config import TrainConfig, check, load_config, to_yaml
 from halfbyte.train.spelling import spell
 
 KNOWN: dict[str, dict[str, Any]] = {
@@ -149,12 +154,14 @@ def _directory(name: str) -> str:
 
 
 def _require_same(job: Job) -> None:
-    before, now = read_yaml(job.file), yaml.safe_load(to_yaml(job.config))
+    # Options that came with a later version had their defaults then.
+    before = load_config(job.file, {})[0].model_dump(mode="json")
+    now = job.config.model_dump(mode="json")
     places = {"output", "memory_budget", "save_steps", "save_total_limit", "logging_steps"}
     changed = [
-        f"{name} was {before.get(name)!r}, is {value!r}"
+        f"{name} was {before[name]!r}, is {value!r}"
         for name, value in now.items()
-        if name not in places and before.get(name) != value
+        if name not in places and before[name] != value
     ]
     if changed:
         raise ConfigError(
@@ -248,12 +255,33 @@ def first_runs(done: Sequence[Job]) -> Iterator[Run]:
             yield one
 
 
-def write_results(found: Comparison, page: str, output: Path) -> None:
+def write_results(
+    found: Comparison, done: Sequence[Job], output: Path, *, title: str, about: str, curves: bool
+) -> None:
     """Write ``compare.json`` and ``compare.html``.
+
+    Args:
+        found: The results.
+        done: The jobs they are of.
+        output: Where the files go.
+        title: What was compared, for people.
+        about: On what.
+        curves: Whether the runs' losses mean something.
 
     Raises:
         OutputError: They cannot be written.
     """
+    runs = list(first_runs(done))
+    if runs:
+        about += f" · {runs[0].begin.get('machine')}"
+    links = {
+        f"{job.variant}, seed {job.config.seed}": os.path.relpath(
+            job.config.output / "report.html", output
+        )
+        for job in done
+        if job.finished()
+    }
+    page = comparison_page(found, runs if curves else [], title, about, links)
     with new_file(output / "compare.json") as file:
         file.write(json.dumps(found.as_json(), indent=2, ensure_ascii=False).encode())
     with new_file(output / "compare.html") as file:
