@@ -243,6 +243,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
         optimizer=config.optim,
         fused=isinstance(engine, LayerEngine) and engine.fused > 0,
         dial=Dial(memory.saved_layers, memory.offloaded_layers),
+        embedding_on_host=moved > 0,
     )
 
     card: dict[str, Any] = {"base": identity_of(base), "recipe": recipe_facts(recipe)}
