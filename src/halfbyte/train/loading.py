@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -11,8 +12,10 @@ from halfbyte.checkpoint.base_model import BaseSource, LoadedBase, load_base, op
 from halfbyte.checkpoint.identity import differences
 from halfbyte.checkpoint.peft import LoadedAdapter, load_adapter
 from halfbyte.errors import CheckpointError
+from halfbyte.lora import LoRAConfig
 from halfbyte.model.build import BaseRecipe
 from halfbyte.model.precision import choose_device_and_dtype
+from halfbyte.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
@@ -111,6 +114,35 @@ def _compare(adapter: LoadedAdapter, base: LoadedBase, *, allow_mismatch: bool) 
             "(--allow-mismatch)"
         )
     logger.warning("%s; used all the same, as allowed", told)
+
+
+def recipe_of(config: TrainConfig, dtype: torch.dtype, device: str) -> BaseRecipe:
+    """Return how a run holds its base."""
+    return BaseRecipe(
+        quant=config.quant,
+        double_quant=config.double_quant,
+        block_size=config.block_size,
+        compute_dtype=dtype,
+        device=device,
+        quantize_head=config.quantize_head,
+        quantize_embeddings=config.quantize_embeddings,
+        quant_search=config.quant_search,
+    )
+
+
+def lora_of(config: TrainConfig) -> LoRAConfig:
+    """Return the adapters that a run trains."""
+    return LoRAConfig(
+        r=config.lora_r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        target_modules=config.target_modules,
+        rank_pattern=config.rank_pattern,
+        alpha_pattern=config.alpha_pattern,
+        use_dora=config.use_dora,
+        modules_to_save=config.modules_to_save,
+    )
 
 
 def recipe_facts(recipe: BaseRecipe) -> dict[str, Any]:

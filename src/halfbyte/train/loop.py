@@ -27,9 +27,8 @@ from halfbyte.checkpoint.peft import CONFIG_NAME, save_adapter, write_card
 from halfbyte.checkpoint.run_state import RunState, latest_run, load_run, save_run
 from halfbyte.data import Dataset, Example, MicroBatch, load_dataset, steps
 from halfbyte.errors import CheckpointError, ConfigError, OutputError
-from halfbyte.lora import LoRAConfig, adapter_parameters, adapter_state, attach, load_adapter_state
+from halfbyte.lora import adapter_parameters, adapter_state, attach, load_adapter_state
 from halfbyte.matmul import float32_library
-from halfbyte.model.build import BaseRecipe
 from halfbyte.model.precision import choose_device_and_dtype
 from halfbyte.model.vocabulary import embedding_to_host
 from halfbyte.plan.activations import Dial
@@ -37,7 +36,7 @@ from halfbyte.train import facts
 from halfbyte.train.config import TrainConfig, to_yaml
 from halfbyte.train.engine import LayerEngine, choose_engine
 from halfbyte.train.evaluate import as_batch, evaluate_loss
-from halfbyte.train.loading import load_told, recipe_facts
+from halfbyte.train.loading import load_told, lora_of, recipe_facts, recipe_of
 from halfbyte.train.memory import (
     keep_freed_memory,
     peak_memory,
@@ -177,31 +176,12 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
             library, reason = float32_library()
             report.note(f"float32 products by {library}: {reason}")
         keep_freed_memory()
-    recipe = BaseRecipe(
-        config.quant,
-        config.double_quant,
-        config.block_size,
-        dtype,
-        device,
-        config.quantize_head,
-        config.quantize_embeddings,
-        config.quant_search,
-    )
+    recipe = recipe_of(config, dtype, device)
     began = time.perf_counter()
     base = load_told(source, recipe, report, cache=config.cache_quantized)
     report.record("loaded", {"seconds": time.perf_counter() - began} | facts.memory_now(device))
     recipe = base.model.halfbyte_recipe
-    lora = LoRAConfig(
-        r=config.lora_r,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        use_rslora=config.use_rslora,
-        target_modules=config.target_modules,
-        rank_pattern=config.rank_pattern,
-        alpha_pattern=config.alpha_pattern,
-        use_dora=config.use_dora,
-        modules_to_save=config.modules_to_save,
-    )
+    lora = lora_of(config)
     adapted = attach(base.model, lora, seed=config.seed)
     parameters = adapter_parameters(base.model)
     trained = sum(parameter.numel() for parameter in parameters.values())
@@ -241,6 +221,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
         parameters,
         rank=config.lora_r,
         optimizer=config.optim,
+        pages=stepper.optimizer.paging == "explicit",
         fused=isinstance(engine, LayerEngine) and engine.fused > 0,
         dial=Dial(memory.saved_layers, memory.offloaded_layers),
         embedding_on_host=moved > 0,

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from halfbyte.errors import UserError
-from halfbyte.lora import LoRAConfig, adapter_parameters, attach
-from halfbyte.model.build import BaseRecipe, build, finish, place
+from halfbyte.lora import adapter_parameters, attach
+from halfbyte.model.build import build, finish, place
 from halfbyte.model.precision import choose_device_and_dtype
 from halfbyte.model.vocabulary import embedding_to_host
 from halfbyte.plan.shape import config_of
@@ -25,6 +25,7 @@ from halfbyte.report import open_report
 from halfbyte.train import facts
 from halfbyte.train.config import TrainConfig, load_config
 from halfbyte.train.engine import Batch, choose_engine
+from halfbyte.train.loading import lora_of, recipe_of
 from halfbyte.train.memory import keep_freed_memory, plan_activations
 from halfbyte.train.step import Schedule, Stepper
 
@@ -46,18 +47,7 @@ def run(config: TrainConfig, report: "RunReport") -> None:
         keep_freed_memory()
     architecture = config_of(config.model.removeprefix(PREFIX))
     began = time.perf_counter()
-    model = build(
-        architecture,
-        BaseRecipe(
-            quant=config.quant,
-            double_quant=config.double_quant,
-            block_size=config.block_size,
-            compute_dtype=dtype,
-            device=device,
-            quantize_head=config.quantize_head,
-            quantize_embeddings=config.quantize_embeddings,
-        ),
-    )
+    model = build(architecture, recipe_of(config, dtype, device))
     torch.manual_seed(config.seed)
     with torch.device("meta"):
         shapes = AutoModelForCausalLM.from_config(architecture)
@@ -65,15 +55,7 @@ def run(config: TrainConfig, report: "RunReport") -> None:
         place(model, name, _random(tuple(parameter.shape), dtype, device))
     audit = finish(model)
     report.record("loaded", {"seconds": time.perf_counter() - began} | facts.memory_now(device))
-    lora = LoRAConfig(
-        r=config.lora_r,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-        target_modules=config.target_modules,
-    )
-    attach(model, lora, seed=config.seed)
+    attach(model, lora_of(config), seed=config.seed)
     parameters = adapter_parameters(model)
     embedding_to_host(model)
     engine, told = choose_engine(model, device, graphs=config.cuda_graphs)
