@@ -47,6 +47,7 @@ class Prediction:
         parameters: What is trained, by name.
         rank: Of most adapters.
         optimizer: Which AdamW.
+        pages: Whether its state is always on the host.
         fused: Whether layers are run by ``model.layer``.
         dial: What is kept for backward.
         embedding_on_host: Whether the embedding waits there.
@@ -59,16 +60,21 @@ class Prediction:
         parameters: Mapping[str, nn.Parameter],
         *,
         rank: int,
-        optimizer: OptimizerMode,
+        optimizer: str,
+        pages: bool = False,
         fused: bool,
         dial: Dial,
         embedding_on_host: bool = False,
     ) -> None:
         self._shape = shape_of_source(source)
+        coded = optimizer.endswith("8bit")
+        mode: OptimizerMode = "adamw_8bit" if coded else "adamw"
+        if pages:
+            mode = "paged_adamw_8bit" if coded else "paged_adamw_32bit"
         self._run = Run(
             Holding.of(recipe),
             rank,
-            optimizer=optimizer,
+            optimizer=mode,
             fused=fused,
             device=recipe.device,
             dial=dial,
