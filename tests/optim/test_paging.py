@@ -148,9 +148,27 @@ def test_groups_are_filled_and_whole():
     groups = layout.groups_of(pieces)
     assert len(groups) > 3
     assert [piece for group in groups for piece in group.pieces] == pieces
+    limit = min(40_000, sum(piece.nbytes for piece in pieces) // 8)
     for one, other in pairwise(groups):
-        assert one.nbytes + other.pieces[0].nbytes > 40_000
-    assert all(group.nbytes <= max(40_000, max(p.nbytes for p in pieces)) for group in groups)
+        assert one.nbytes + other.pieces[0].nbytes > limit
+    assert all(group.nbytes <= max(limit, max(p.nbytes for p in pieces)) for group in groups)
+
+
+def test_how_much_is_on_the_device_is_known_before():
+    start = parameters(SHAPES)
+    for mode, usual, tight in (("off", 1, 1), ("auto", 1, 0), ("explicit", 0.5, 0.5)):
+        made = [torch.nn.Parameter(p.clone()) for p in start]
+        optimizer = paged(mode)(made)
+        said = optimizer.device_bytes() / optimizer.state_bytes
+        said_tight = optimizer.device_bytes(tight=True) / optimizer.state_bytes
+        for p, g in zip(made, gradients(start, 1)[0], strict=True):
+            p.grad = g.clone()
+        optimizer.step()
+        if mode != "off":
+            assert optimizer.report().optimizer_device_bytes <= 1.2 * said * optimizer.state_bytes
+        assert said <= usual
+        assert said_tight <= tight
+        assert said_tight == tight or mode == "explicit"
 
 
 def test_on_a_cpu_there_is_nothing_to_page_from():

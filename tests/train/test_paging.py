@@ -142,3 +142,35 @@ def test_a_step_is_tight_when_its_tokens_need_more_than_there_is():
     assert of((2, 321))
     roomy = Tightness(ActivationPlan(0, 4, 0, budget=1000, predicted_bytes=900), 200, shapes)
     assert not roomy([Batch(torch.zeros((2, 400), dtype=torch.int64), torch.zeros(2, 400))])
+
+
+def test_state_that_may_leave_is_left_out_only_where_it_has_to_be():
+    made = [torch.nn.Parameter(torch.zeros(1000)) for _ in range(20)]
+    asked = []
+
+    def plan(least):
+        def planned(state_bytes):
+            asked.append(state_bytes)
+            if state_bytes > least:
+                raise ConfigError("too small")
+            return ActivationPlan(0, 4, 0, budget=1000, predicted_bytes=900)
+
+        return planned
+
+    optimizer = AdamW(made)
+    state = optimizer.state_bytes
+    for mode, least, beside in (("off", state, 0), ("auto", state, 0), ("auto", 0, state)):
+        optimizer.paging = mode
+        assert step.plan_beside_state(plan(least), optimizer)[1] == beside
+    assert asked == [state, state, state, 0]
+    optimizer.paging = "explicit"
+    assert step.plan_beside_state(plan(state // 3), optimizer)[1] == 0
+    optimizer.paging = "off"
+    with pytest.raises(ConfigError, match="too small"):
+        step.plan_beside_state(plan(0), optimizer)
+    # A step fits when it does so with what was left out.
+    shapes = [[(2, 100)]]
+    batch = Batch(torch.zeros((2, 100), dtype=torch.int64), torch.zeros(2, 100))
+    tight = ActivationPlan(0, 4, 0, budget=1000, predicted_bytes=900)
+    assert not Tightness(tight, 200, shapes, beside=100)([batch])
+    assert Tightness(tight, 200, shapes, beside=101)([batch])

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.optim import rule
-from halfbyte.optim.layout import Group, Piece, pieces_of
+from halfbyte.optim.layout import Group, Piece, groups_of, pieces_of
 from halfbyte.optim.managed import Managed, why_not
 from halfbyte.optim.paging import Paging, Store, Streamed
 
@@ -168,8 +168,8 @@ class AdamW(torch.optim.Optimizer):
 
         So the update of a layer and its paging can run beside the backward of the layer before it.
         `step` ends the step. All parameters must have a gradient (of zeros, at first). State on the
-        host is updated in groups of 16 MiB, each when all of it is ready; state on the device is
-        updated by `step`.
+        host is updated in groups of at most 16 MiB, each when all of it is ready; state on the
+        device is updated by `step`.
 
         With clipping by the global norm this cannot be used, since no gradient may be used before
         the last one is known; only `prefetch` can run early then.
@@ -209,6 +209,12 @@ class AdamW(torch.optim.Optimizer):
     def state_bytes(self) -> int:
         """Bytes of all state, wherever it is."""
         return sum(piece.nbytes for piece in self.pieces)
+
+    def device_bytes(self, *, tight: bool = False) -> int:
+        """Return how much of the state is on the device during a step, or during a tight one."""
+        if self.paging == "explicit":
+            return sum(sorted(group.nbytes for group in groups_of(self.pieces))[-2:])
+        return 0 if tight and self.paging != "off" else self.state_bytes
 
     def describe(self) -> str:
         """Return one line for a person."""

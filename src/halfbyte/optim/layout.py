@@ -113,11 +113,15 @@ def pieces_of(parameters: Sequence[Tensor], *, bits: int, master: bool) -> list[
 
 
 def groups_of(pieces: Sequence[Piece]) -> list[Group]:
-    """Cut pieces into groups of at most 16 MiB (one piece at least)."""
+    """Cut pieces into groups of 16 MiB or an eighth of all, whichever is less; one piece at least.
+
+    Two of them are on the device at a time while the state is on the host.
+    """
+    limit = min(GROUP_BYTES, sum(piece.nbytes for piece in pieces) // 8)
     groups: list[list[Piece]] = []
     size = 0
     for piece in pieces:
-        if not groups or size + piece.nbytes > GROUP_BYTES:
+        if not groups or size + piece.nbytes > limit:
             groups.append([])
             size = 0
         groups[-1].append(piece)

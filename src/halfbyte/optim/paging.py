@@ -1,8 +1,8 @@
 """Where the state lives: on the device, or in page-locked memory of the host and streamed through.
 
-Streaming is by groups of 16 MiB, through two buffers on the device: while one group is updated and
-goes back, the next one comes in, so that both directions of the bus are busy. What the update waits
-for is measured with events on the device.
+Streaming is by groups of at most 16 MiB, through two buffers on the device: while one group is
+updated and goes back, the next one comes in, so that both directions of the bus are busy. What the
+update waits for is measured with events on the device.
 
     off       all of it on the device, always
     explicit  all of it on the host, always
@@ -148,7 +148,7 @@ class Streamed:
         return self._memory is None
 
     def units(self) -> Sequence[Group]:
-        """Return all in one while on the device, else 16 MiB each, as backward ends: last first."""
+        """Return all in one while on the device, else its groups as backward ends: last first."""
         return self._groups[::-1] if self.away else [self._whole]
 
     def visit(self, groups: Sequence[Group], update: Update) -> None:
@@ -177,11 +177,13 @@ class Streamed:
     def prefetch(self) -> None:
         """Begin to bring in what is updated first, while the device does other work."""
         if self.away:
-            for number in range(len(self._groups))[-len(self._slots) :]:
+            for number in range(len(self._groups))[-2:]:
                 self._fetch(number)
 
     def _fetch(self, number: int) -> _Slot:
         """Begin to copy a group to the device, unless it is there."""
+        if not self._slots:
+            self._slots = self._buffers()
         slot, host = self._slots[number % len(self._slots)], self._host[number]
         if slot.holds != number:
             with torch.cuda.stream(self._inward):
@@ -242,21 +244,24 @@ class Streamed:
         return Paging(here, there, moved, self._waits.milliseconds())
 
     def _go(self) -> None:
-        """Have memory on the host, and buffers to stream through."""
+        """Have memory on the host."""
         locked = self._device.type == "cuda"
         if not self._host:
             self._host = [
                 torch.zeros(group.nbytes, dtype=torch.uint8, pin_memory=locked)
                 for group in self._groups
             ]
+
+    def _buffers(self) -> list[_Slot]:
         largest = max(group.nbytes for group in self._groups)
-        self._slots = [_Slot(largest, self._device) for _ in range(min(2, len(self._groups)))]
+        slots = [_Slot(largest, self._device) for _ in range(min(2, len(self._groups)))]
         for stream in (self._inward, self._outward):
             if stream is not None:
-                for slot in self._slots:
+                for slot in slots:
                     slot.buffer.record_stream(stream)
         # What their memory held before may be in use on the current stream until now.
         _meet(self._inward, current_stream(self._device))
+        return slots
 
 
 def _event(*, timed: bool = False) -> torch.cuda.Event:

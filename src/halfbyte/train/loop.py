@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ from halfbyte.train.memory import (
     used_memory,
 )
 from halfbyte.train.predicting import FIRST_LOOK, Prediction
-from halfbyte.train.step import Schedule, Stepper, Tightness
+from halfbyte.train.step import Schedule, Stepper, Tightness, plan_beside_state
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
@@ -202,19 +203,23 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
     start = 0
     if resumed is not None:
         load_adapter_state(base.model, resumed.adapter)
-        stepper.load_optimizer_state(resumed.optimizer)
         start = resumed.step
-    memory = plan_activations(
+    planned = partial(
+        plan_activations,
         engine,
         plan.shapes(),
         config.activations,
         config.memory_budget,
         device,
         largest=[as_batch(b) for b in plan.largest(packed=getattr(engine, "packs", False))],
-        state_bytes=stepper.optimizer.state_bytes,
+    )
+    memory, beside = plan_beside_state(
+        lambda state_bytes: planned(state_bytes=state_bytes), stepper.optimizer
     )
     report.note(memory.line())
-    tight = Tightness(memory, used_memory(device), plan.shapes())
+    tight = Tightness(memory, used_memory(device), plan.shapes(), beside)
+    if resumed is not None:  # after planning, which counts its bytes
+        stepper.load_optimizer_state(resumed.optimizer)
     prediction = Prediction(
         source,
         recipe,

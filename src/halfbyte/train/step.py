@@ -10,14 +10,14 @@ step, so how its examples are split into micro-batches (1x8, 2x4, 8x1) changes n
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from halfbyte.errors import NonFiniteLossError
+from halfbyte.errors import ConfigError, NonFiniteLossError
 from halfbyte.optim import AdamW
 from halfbyte.optim.paging import Paging
 from halfbyte.train.config import TrainConfig
@@ -77,6 +77,30 @@ class StepResult(NamedTuple):
     paging: Paging | None = None
 
 
+def plan_beside_state(
+    plan: Callable[[int], ActivationPlan], optimizer: AdamW
+) -> tuple[ActivationPlan, int]:
+    """Plan with the optimizer's state on the device; where that cannot be, without what can leave.
+
+    Args:
+        plan: Plans, given the bytes of state on the device.
+        optimizer: Knows them.
+
+    Returns:
+        The plan, and the bytes of state that it does not count.
+
+    Raises:
+        ConfigError: If the budget is too small in both cases.
+    """
+    usual, tight = optimizer.device_bytes(), optimizer.device_bytes(tight=True)
+    try:
+        return plan(usual), 0
+    except ConfigError:
+        if tight == usual:
+            raise
+    return plan(tight), usual - tight
+
+
 class Tightness:
     """Knows which steps are short of memory, so that the optimizer's state has to leave.
 
@@ -84,12 +108,17 @@ class Tightness:
         plan: What is kept for backward, and the peak predicted for the largest step.
         used: Bytes in use before the first step.
         shapes: For each step, the (B, T) of its micro-batches.
+        beside: Bytes of state that the plan does not count.
     """
 
     def __init__(
-        self, plan: ActivationPlan, used: int, shapes: Sequence[Sequence[tuple[int, int]]]
+        self,
+        plan: ActivationPlan,
+        used: int,
+        shapes: Sequence[Sequence[tuple[int, int]]],
+        beside: int = 0,
     ) -> None:
-        self._room = plan.budget - used
+        self._room = plan.budget - used - beside
         self._largest = plan.predicted_bytes - used
         self._tokens = max(sum(b * t for b, t in step) for step in shapes)
 
