@@ -35,7 +35,7 @@ class RunReport:
         self._output_dir = output_dir
         self._journal: Journal | None = None
         self._trackers: list[Tracker] = []
-        self._before_begin: list[tuple[str, dict[str, Any]]] = []
+        self._before_begin: list[tuple[str, dict[str, Any]]] | None = []
         self._log_handler = _NotesFromLogging(self)
         logging.getLogger("halfbyte").addHandler(self._log_handler)
 
@@ -78,9 +78,9 @@ class RunReport:
 
             self._journal = Journal(self._output_dir / "journal.jsonl")
             self._journal.truncate_after(start_step)
-            for event, record in self._before_begin:
+            for event, record in self._before_begin or []:
                 self._journal.write(event, record)
-        self._before_begin.clear()
+        self._before_begin = None
         self.record("begin", {"total_steps": total_steps, "start_step": start_step, **facts})
         for tracker in self._trackers:
             name = self._output_dir.name if self._output_dir else "halfbyte"
@@ -118,7 +118,7 @@ class RunReport:
         """Something that only the journal is told."""
         if self._journal is not None:
             self._journal.write(event, record)
-        else:
+        elif self._before_begin is not None:
             self._before_begin.append((event, record))
 
     def close(self) -> None:
