@@ -125,6 +125,9 @@ def test_a_finished_run(tmp_path: Path) -> None:
             "held-out evaluation": 2.0,
         }
     )
+    assert run.step_seconds == pytest.approx(
+        {"forward and backward": 1.25, "preparing batches": 0.5, "optimizer": 0.25}
+    )
     assert run.predicted == [
         ("base", 6e8),
         ("adapters", 1e8),
@@ -147,9 +150,10 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert "http" not in html.replace("http-equiv", "")
     # Each chart has a sentence and a table; the curves are loss, speed, rate and norm.
     pictures = [a for tag, a in read.tags if a.get("role") == "img"]
-    assert len(pictures) == 6
+    assert len(pictures) == 7
     assert all(a["aria-label"] for a in pictures)
-    assert read.count("figure") == 6 == sum(t == "table" for t, _ in read.tags) - 2
+    assert pictures[-1]["aria-label"] == "average step 2.0 s"
+    assert read.count("figure") == 7 == sum(t == "table" for t, _ in read.tags) - 2
 
 
 def test_a_run_that_is_not_over_says_so(tmp_path: Path) -> None:

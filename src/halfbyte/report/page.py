@@ -214,7 +214,24 @@ def _time(runs: Sequence[Run]) -> str:
     if len(runs) == 1 and (spent := sum(runs[0].seconds.values())):
         shares = sorted(runs[0].seconds.items(), key=lambda item: -item[1])
         told = [", ".join(f"{name} {taken / spent:.0%}" for name, taken in shares) + "."]
-    return _sentences(told) + bar_chart("Time by activity", "", bars, say=duration)
+    steps = [
+        Bar("average step" if len(runs) == 1 else run.name, list(run.step_seconds.items()))
+        for run in runs
+        if run.steps
+    ]
+    return (
+        _sentences(told)
+        + '<div class="charts">'
+        + bar_chart("The whole run", "by activity", bars, say=duration)
+        + bar_chart("A step", "on average", steps, say=_short)
+        + "</div>"
+        if bars
+        else ""
+    )
+
+
+def _short(seconds: float) -> str:
+    return f"{1e3 * seconds:,.1f} ms" if seconds < 1 else duration(seconds)
 
 
 def _sentences(told: Sequence[str]) -> str:

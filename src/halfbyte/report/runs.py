@@ -94,6 +94,12 @@ class Run:
         return points[-1][1] if points else None
 
     @property
+    def step_seconds(self) -> dict[str, float]:
+        """Where the time of an average step went."""
+        parts = (_REST_OF_STEP, *_STEP_PARTS.values())
+        return {name: self.seconds[name] / self.steps for name in parts if name in self.seconds}
+
+    @property
     def predicted(self) -> list[tuple[str, float]]:
         """The parts of the peak that was predicted, in bytes; a step's own as one of them."""
         total = number(self.memory.get("predicted_bytes"))
