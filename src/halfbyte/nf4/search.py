@@ -8,8 +8,9 @@ element may be weighted by how large its input is on average:
     error of a block = Σ importance · (x − scale · level[code])²,  importance[j]: mean of input[j]²
 
 1. For each of ``FRACTIONS`` of the largest magnitude: the nearest codes, and for these codes the
-   scale of least error, ``Σ importance·x·level / Σ importance·level²``.
-2. With double quantisation these scales are coded, and a block may take the code below or above.
+   scale of least error, ``s = Σ importance·x·level / Σ importance·level²``. What is left is
+   ``Σ importance·x² − s² · Σ importance·level²``, so the best has the largest ``s² · Σ …``.
+2. With double quantisation these scales are coded.
 3. The nearest codes are taken for the scale as it will be decoded.
 
 The result is of bitsandbytes' format, but not the bytes that it would make; those `quantize` makes.
@@ -29,7 +30,7 @@ from halfbyte import blockwise
 from halfbyte.nf4.format import SCALE_BLOCK, QuantizedWeight, QuantType, code_order, levels_of
 from halfbyte.nf4.format import quantize as by_largest
 
-FRACTIONS = (1.0, 0.8, 0.9, 1.1, 1.2)
+FRACTIONS = (1.0, 0.7, 0.8, 0.9, 1.1, 1.2, 1.3, 1.4)
 """First the scale that `quantize` takes, so that no block comes out worse."""
 
 # An input that the calibration text hardly moved still counts for so much of an average one.
@@ -51,12 +52,6 @@ class _Table(NamedTuple):
         tiny = scales.abs() < blockwise.SMALLEST_SCALE
         inverse = (1 / scales).masked_fill(tiny, 0)
         return torch.bucketize(x * inverse[:, None], self.bounds, out_int32=True)
-
-    def error(self, x: Tensor, importance: Tensor | None, scales: Tensor) -> Tensor:
-        """Errors [n] of the nearest codes."""
-        levels = self.levels[self.nearest(x, scales)]
-        square = levels.mul_(scales[:, None]).sub_(x).square_()
-        return (square if importance is None else square.mul_(importance)).sum(1)
 
 
 @torch.no_grad()
@@ -88,7 +83,7 @@ def search(
         WeightError: As `quantize`.
         ValueError: `importance` is of another size, negative, or not finite.
     """
-    plain = by_largest(
+    q = by_largest(
         weight, quant_type=quant_type, block_size=block_size, double_quant=double_quant, name=name
     )
     if importance is not None:
@@ -106,18 +101,17 @@ def search(
     if double_quant:
         offset = scales.mean() if len(scales) else scales.new_zeros(())
         codes, maxima = blockwise.encode_dynamic(scales - offset, SCALE_BLOCK, cuda=scales.is_cuda)
-        plain = replace(plain, scale_codes=codes, scale_scales=maxima, scale_offset=offset)
-        scales, codes = _best_coded(table, pieces, plain)
-        plain = replace(plain, scale_codes=codes)
+        q = replace(q, scale_codes=codes, scale_scales=maxima, scale_offset=offset)
     else:
-        plain = replace(plain, scales=scales)
+        q = replace(q, scales=scales)
+    decoded = torch.split(q.block_scales(), pieces.blocks)
     nibbles = torch.cat(
         [
-            table.codes[table.nearest(x, s)].view(-1)
-            for (x, _), s in zip(pieces, torch.split(scales, pieces.blocks), strict=True)
+            table.codes[table.nearest(x, held)].view(-1)
+            for (x, _), held in zip(pieces, decoded, strict=True)
         ]
-    )[: 2 * len(plain.codes)]
-    return replace(plain, codes=nibbles[::2] << 4 | nibbles[1::2])
+    )[: 2 * len(q.codes)]
+    return replace(q, codes=nibbles[::2] << 4 | nibbles[1::2])
 
 
 def _normalised(importance: Tensor, weight: Tensor) -> Tensor:
@@ -162,37 +156,12 @@ class _Pieces:
 def _best_scales(table: _Table, x: Tensor, importance: Tensor | None) -> Tensor:
     """Scales [n] of least error of blocks [n, block]."""
     maxima = blockwise.block_maxima(x)
-    best, least = maxima, torch.full_like(maxima, torch.inf)
+    best, most = maxima, torch.full_like(maxima, -torch.inf)
     for fraction in FRACTIONS:
         levels = table.levels[table.nearest(x, maxima * fraction)]
         weighted = levels if importance is None else levels * importance
-        scales = (x * weighted).sum(1) / (levels * weighted).sum(1).clamp(min=1e-30)
-        error = table.error(x, importance, scales)
-        better = error < least
-        best, least = torch.where(better, scales, best), torch.where(better, error, least)
+        scales, squares = (x * weighted).sum(1), (levels * weighted).sum(1).clamp(min=1e-30)
+        gain = scales / squares.sqrt()  # the root, which does not underflow
+        better = gain > most
+        best, most = torch.where(better, scales / squares, best), torch.where(better, gain, most)
     return best
-
-
-def _best_coded(table: _Table, pieces: _Pieces, coded: QuantizedWeight) -> tuple[Tensor, Tensor]:
-    """Scales as they decode, and their codes: of each block's nearest three, the best.
-
-    `DYNAMIC_SIGNED` ascends, so neighbouring codes are neighbouring scales.
-    """
-    assert coded.scale_codes is not None
-    nearest = coded.scale_codes.int()
-    tries = [(nearest + step).clamp(0, 255).to(torch.uint8) for step in (0, -1, 1)]
-    decoded = [replace(coded, scale_codes=codes).block_scales() for codes in tries]
-    errors = [
-        torch.cat(
-            [
-                table.error(x, w, s)
-                for (x, w), s in zip(pieces, torch.split(scales, pieces.blocks), strict=True)
-            ]
-        )
-        for scales in decoded
-    ]
-    choice = torch.stack(errors).argmin(0, keepdim=True)
-    return (
-        torch.stack(decoded).gather(0, choice)[0],
-        torch.stack(tries).gather(0, choice)[0],
-    )
