@@ -165,7 +165,7 @@ def test_longest_largest_and_biggest_are_the_last_that_fit(llama: ModelShape) ->
     card = CARDS["4090"]
     budget = usable(card.memory, "cuda")
     for way in found(llama, card):
-        dial = Dial(0, 32 if "offload" in way.name else 0)
+        dial = Dial.turned(32, 0, offload="offload" in way.name)
         run = replace(way.run, dial=dial, batch=1, micro_batches=1)
         assert way.longest is not None
         assert way.most is not None
@@ -192,7 +192,7 @@ def test_each_dial_and_each_optimizer_is_told(llama: ModelShape) -> None:
     modes = {"adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"}
     assert set(found) == {"save", "recompute", "offload"} | modes
     assert found["save"].nbytes > found["recompute"].nbytes > found["offload"].nbytes
-    assert found["offload"].on_host == found["recompute"].nbytes
+    assert found["offload"].on_host == found["recompute"].nbytes * 30 / 32
     state = found["adamw"].nbytes
     assert found["paged_adamw_32bit"].on_host == state
     assert found["adamw"].peak - found["paged_adamw_32bit"].peak == state

@@ -189,7 +189,7 @@ def _count(number: float) -> str:
 
 
 def _show(shape: "ModelShape", found: list["Way"], card: "Card", memory: float, told: str) -> None:
-    from halfbyte.plan.advice import choices
+    from halfbyte.plan.advice import choices, usable
     from halfbyte.report import show
 
     run = found[0].run
@@ -228,6 +228,9 @@ def _show(shape: "ModelShape", found: list["Way"], card: "Card", memory: float, 
         "largest model is one of this model's proportions. Speeds "
         + ("were measured here." if card.measured else "follow from the maker's figures.")
     )
+    if any(way.fits and 0 < way.run.dial.saved < shape.layers for way in found):
+        budget = int(usable(memory, card.device) / 1e8) / 10
+        show.paragraph(f"To keep as much for backward, train with --memory-budget {budget:g}GB.")
     if any(way.ledger.on_host or "offload" in way.name for way in found):
         per_sequence = run.length * shape.layers * run.layer(shape).input
         show.paragraph(

@@ -28,9 +28,10 @@ from dataclasses import dataclass
 
 from halfbyte.plan.shape import ModelShape
 
-# Layers whose inputs are on the card while the rest is on the host: the one under way, and the one
-# that is fetched or sent.
-OFFLOAD_AHEAD = 2
+# Of the layers that are run again, so many before the first that keeps stay on the card: backward
+# asks for them first. Of the others', so many inputs are there at a time, sent or fetched.
+NEAR_LAYERS = 2
+UNDER_WAY = 2
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,11 @@ class Dial:
     saved: int = 0
     offloaded: int = 0
 
+    @classmethod
+    def turned(cls, layers: int, saved: int, *, offload: bool) -> "Dial":
+        """Return the dial with which ``saved`` layers keep, and others' inputs may wait away."""
+        return cls(saved, max(0, layers - saved - NEAR_LAYERS) if offload else 0)
+
     def line(self, layers: int) -> str:
         """Return it in a few words."""
         if self.saved == layers:
@@ -131,7 +137,7 @@ def kept_bytes(layer: LayerActivations, dial: Dial, tokens: int) -> int:
         tokens: Of the whole optimizer step: all its micro-batches are under way together.
     """
     waiting = layer.shape.layers - dial.saved
-    on_card = waiting - dial.offloaded + min(dial.offloaded, OFFLOAD_AHEAD)
+    on_card = waiting - dial.offloaded + min(dial.offloaded, UNDER_WAY)
     return tokens * (dial.saved * layer.saved + on_card * layer.input)
 
 

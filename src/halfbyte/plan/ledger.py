@@ -376,7 +376,7 @@ def fitted(shape: ModelShape, run: Run, budget: float, *, offload: bool = False)
     """
 
     def turned(saved: int) -> Run:
-        return replace(run, dial=Dial(saved, shape.layers - saved if offload else 0))
+        return replace(run, dial=Dial.turned(shape.layers, saved, offload=offload))
 
     best = largest(lambda saved: ledger(shape, turned(saved)).peak <= budget, 0, shape.layers)
     return None if best is None else turned(best)

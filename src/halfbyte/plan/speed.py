@@ -24,8 +24,10 @@ at the card's power limit (benchmarks/results/2026-11-24_gpu_linear.json), and a
 3.35 TB/s. Other cards are taken to reach the same shares, which was not measured.
 """
 
+import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from halfbyte.errors import ConfigError
@@ -213,8 +215,6 @@ def step_seconds(
 
 def measure_machine() -> Card:
     """Return this machine: products and a copy timed for a second or so."""
-    import os
-
     import torch
 
     from halfbyte.model.precision import choose_device_and_dtype
@@ -233,14 +233,18 @@ def measure_machine() -> Card:
     if on_gpu:
         host = torch.empty(count // 4, dtype=torch.float32, pin_memory=True)
         link = host.nbytes / _fastest(lambda: host.copy_(here[: count // 4]), on_gpu)
-    memory = (
-        float(torch.cuda.mem_get_info()[0])
-        if on_gpu
-        else float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    )
+    memory = float(torch.cuda.mem_get_info()[0]) if on_gpu else _available()
     name = torch.cuda.get_device_name() if on_gpu else "this machine's processor"
     share = 1.0 if on_gpu else CPU_SHARE
     return Card(name, memory, flops * share, bandwidth, link, dtype.itemsize, device, True)
+
+
+def _available() -> float:
+    """Return the bytes of memory that a new process could take: the page cache gives way."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024.0 * int(line.split()[1])
+    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def _fastest(work: Callable[[], object], on_gpu: bool) -> float:
