@@ -1,0 +1,123 @@
+"""The ledger against a GPU's allocator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from halfbyte.lora import LoRAConfig, adapter_parameters, attach
+from halfbyte.model.build import BaseRecipe, build, finish, place
+from halfbyte.optim import AdamW
+from halfbyte.plan.activations import Dial
+from halfbyte.plan.ledger import Holding, Run, ledger
+from halfbyte.plan.shape import shape_of_config
+from halfbyte.plan.speed import measure_machine
+from halfbyte.train.engine import Batch, LayerEngine
+from halfbyte.train.self_test import checks
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+LAYERS, BATCH, LENGTH, MICRO = 6, 4, 1024, 4
+CONFIG = LlamaConfig(
+    vocab_size=32000,
+    hidden_size=2048,
+    intermediate_size=5632,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    tie_word_embeddings=False,
+)
+
+
+class Trained:
+    """A random model on the card with adapters and an optimizer, and what was there before it."""
+
+    def __init__(self, quant: Any) -> None:
+        torch.cuda.empty_cache()
+        self.before = torch.cuda.memory_allocated()
+        self.recipe = BaseRecipe(quant, compute_dtype=torch.bfloat16, device="cuda")
+        model = build(CONFIG, self.recipe)
+        with torch.device("meta"):
+            names = AutoModelForCausalLM.from_config(CONFIG).state_dict()
+        for name, tensor in names.items():
+            shape = tuple(tensor.shape)
+            value = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, device="cuda")
+            place(model, name, value.cuda().mul_(0.02))
+            del value
+        finish(model)
+        torch.cuda.empty_cache()
+        self.base = torch.cuda.memory_allocated() - self.before
+        attach(model, LoRAConfig(r=16, alpha=16), seed=0)
+        self.model = model
+        self.parameters = list(adapter_parameters(model).values())
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer = AdamW(self.parameters, lr=1e-4)
+
+    def peak(self, dial: Dial) -> int:
+        engine = LayerEngine(self.model, fuse=True, graphs=True)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        for seed in range(4):
+            generator = torch.Generator().manual_seed(seed)
+            ids = torch.randint(3, 32000, (MICRO, BATCH, LENGTH), generator=generator)
+            batches = [Batch(one, one) for one in ids]
+            engine.step(
+                batches,
+                float(ids.numel()),
+                saved_layers=dial.saved,
+                offloaded_layers=dial.offloaded,
+            )
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=False)
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated()) - self.before
+
+
+@pytest.fixture(scope="module", params=["nf4", "none"])
+def trained(request: pytest.FixtureRequest) -> Iterator[Trained]:
+    made = Trained(request.param)
+    yield made
+    del made
+    torch.cuda.empty_cache()
+
+
+def run_of(trained: Trained, dial: Dial) -> Run:
+    return Run(
+        Holding.of(trained.recipe), batch=BATCH, length=LENGTH, micro_batches=MICRO, dial=dial
+    )
+
+
+def test_the_base_takes_what_the_ledger_says(trained: Trained) -> None:
+    shape = shape_of_config(CONFIG, "test")
+    said = ledger(shape, run_of(trained, Dial())).base
+    # The allocator hands out multiples of 512 bytes, and there are buffers beside the weights.
+    assert said <= trained.base < said + 8e6
+
+
+@pytest.mark.parametrize(
+    "dial", [Dial(), Dial.turned(LAYERS, 0, offload=True), Dial(3), Dial(LAYERS)], ids=str
+)
+def test_the_peak_is_within_5_percent_of_the_ledger(trained: Trained, dial: Dial) -> None:
+    entries = ledger(shape_of_config(CONFIG, "test"), run_of(trained, dial))
+    assert trained.peak(dial) == pytest.approx(entries.peak, rel=0.05), entries.all_lines()
+
+
+def test_every_part_of_a_run_computes_rightly_here() -> None:
+    wrong = [check for check in checks("cuda", torch.bfloat16) if not check.passed]
+    assert not wrong, wrong
+
+
+def test_a_gpu_is_measured_within_reason() -> None:
+    card = measure_machine()
+    assert card.device == "cuda"
+    assert 1e12 < card.flops < 1e16
+    assert 1e10 < card.bandwidth < 1e14
+    assert 1e8 < card.link < card.bandwidth
