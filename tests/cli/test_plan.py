@@ -77,6 +77,7 @@ def test_a_person_reads_a_table_and_a_sentence(capsys: pytest.CaptureFixture[str
         (["--shape", "llama2-7b", "--gpu-memory", "much"], "expected a size such as 16GB"),
         (["--shape", "llama0"], "is not known"),
         (["--shape", "llama2-7b", "--block-size", "100"], "100"),
+        (["--shape", "llama2-7b", "--target-modules", "q_proj,qkv"], "not have: qkv; it has: down"),
     ],
 )
 def test_what_cannot_be_planned_is_told(

@@ -48,7 +48,7 @@ class PlanOptions(Options):
 
     lora_r: PositiveInt = Field(16, description="rank of the adapters")
     target_modules: Annotated[tuple[str, ...], BeforeValidator(parse_names)] = Field(
-        (), description="names of the linears that get an adapter (default: all)"
+        ("all-linear",), description="linears that get an adapter: all-linear, or q_proj,v_proj …"
     )
     optim: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = Field(
         "adamw", description="optimizer"
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> None:
         run = Run(
             holding,
             options.lora_r,
-            options.target_modules,
+            () if options.target_modules == ("all-linear",) else options.target_modules,
             options.batch_size,
             options.max_length,
             options.gradient_accumulation_steps,

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
+from halfbyte.errors import ConfigError
 from halfbyte.plan.activations import (
     Dial,
     LayerActivations,
@@ -167,13 +168,23 @@ class Run:
         return self.step_tokens or self.batch * self.length * self.micro_batches
 
     def adapted(self, shape: ModelShape) -> list[Weight]:
-        """Return the linears that get an adapter."""
-        return [
-            weight
-            for weight in shape.linears()
-            if not self.targets
-            or any(weight.name.endswith(f".{target}.weight") for target in self.targets)
-        ]
+        """Return the linears that get an adapter.
+
+        Raises:
+            ConfigError: If a target is none of them.
+        """
+        linears = shape.linears()
+        chosen = {
+            target: [w for w in linears if w.name.endswith(f".{target}.weight")]
+            for target in self.targets
+        }
+        if unknown := [target for target, found in chosen.items() if not found]:
+            kinds = sorted({weight.name.split(".")[-2] for weight in linears})
+            raise ConfigError(
+                f"target_modules names what this model does not have: {', '.join(unknown)}; it "
+                f"has: {', '.join(kinds)}"
+            )
+        return [w for w in linears if not self.targets or any(w in f for f in chosen.values())]
 
     def layer(self, shape: ModelShape) -> LayerActivations:
         """Return what one layer keeps."""
