@@ -92,7 +92,7 @@ def kernels(capability: int):
     for dtype, master in ((tl.float32, False), (tl.bfloat16, False), (tl.bfloat16, True)):
         kind = {"dtype": dtype, "master": master, "blocks": 4}
         types = {"rows": "*i64", "owners": "*i32"}
-        types |= {"signed_cells": "*i32", "unsigned_cells": "*i32"}
+        types |= {"signed_cells": "*u8", "unsigned_cells": "*u8"}
         yield optimizer._update, types, kind, plain
     if capability == 90:
         tile = {"programs": 132, "tile_m": 128, "tile_n": 256, "tile_k": 64}

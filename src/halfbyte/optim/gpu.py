@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def _encode(x, scale, cells, middles, signed: tl.constexpr):
     bits = y.to(tl.int32, bitcast=True)
     cell = tl.maximum(((bits & 0x7FFFFFFF) >> 16) - _FIRST_CELL, 0)
     cell = tl.minimum(cell, _LAST_CELL)  # what is no number stays within the table, too
-    below = tl.load(cells + cell)
+    below = tl.load(cells + cell).to(tl.int32)
     if signed:
         # Zero is 127, and the level below a value under zero is the one with more magnitude.
         below = tl.maximum(127 + (below ^ (bits >> 31)), 0)
@@ -234,6 +235,12 @@ def _on(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+@cache
+def _cells(signed: bool, device: torch.device) -> Tensor:
+    """rule.cells in bytes, so that what a warp asks for lies in few lines of the first cache."""
+    return cells(signed, device).to(torch.uint8)
+
+
 def prepare(steps: Tensor, active: Tensor, lr: Tensor, constants: Tensor, scale: Tensor) -> Tensor:
     """Count a step and compute `Scalars`, as rule.scalars_of does.
 
@@ -308,8 +315,8 @@ class Launch:
                 table(False, device),
                 bounds(True, device),
                 bounds(False, device),
-                cells(True, device),
-                cells(False, device),
+                _cells(True, device),
+                _cells(False, device),
                 dtype=_TYPES[dtype],
                 master=self._pieces[0].master,
                 blocks=self._blocks,
