@@ -1,5 +1,6 @@
 """Runs whose optimizer state pages: the same adapter, resumed in any mode, told in the journal."""
 
+import io
 import json
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 
 from halfbyte.errors import ConfigError
 from halfbyte.optim import AdamW, layout
+from halfbyte.optim.paging import Paging
 from halfbyte.report import open_report
+from halfbyte.report.live import PlainScreen
 from halfbyte.train import loop, step
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.engine import Batch
@@ -174,3 +177,12 @@ def test_state_that_may_leave_is_left_out_only_where_it_has_to_be():
     tight = ActivationPlan(0, 4, 0, budget=1000, predicted_bytes=900)
     assert not Tightness(tight, 200, shapes, beside=100)([batch])
     assert Tightness(tight, 200, shapes, beside=101)([batch])
+
+
+def test_the_display_says_where_the_state_is_and_what_it_cost():
+    stream = io.StringIO()
+    screen = PlainScreen(stream)
+    screen.begin(total_steps=1, start_step=0, facts={})
+    paging = Paging(0, 640_000_000, 1_280_000_000, 6.25)
+    screen.step({"step": 1, "loss": 1.0, **paging._asdict()})
+    assert "state on the host 640 MB  moved 1.28 GB  waited 6.2 ms" in stream.getvalue()
