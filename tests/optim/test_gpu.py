@@ -57,6 +57,25 @@ def test_memory_behind_a_parameter_is_left_alone():
     assert memory[4500:].isnan().all()
 
 
+def test_a_gradient_need_not_be_contiguous_but_of_its_parameters_type():
+    start = parameters([(70, 80)])
+    found = []
+    for impl in ("gpu", "torch"):
+        parameter = start[0].clone()
+        parameter.grad = gradients([start[0].t()], 1)[0][0].t()
+        AdamW([parameter], state_bits=8, impl=impl).step()
+        found.append(parameter)
+    assert torch.equal(*found)
+    half = torch.zeros(9, dtype=torch.float16)
+    half.grad = torch.zeros(9, dtype=torch.float16)
+    optimizer = AdamW([half], impl="gpu")
+    optimizer.step()
+    other = torch.zeros(9)
+    (launches,) = optimizer._launches.values()
+    with pytest.raises(TypeError, match="must be of its parameter's type"):
+        launches[0]([half], [other], None, None)
+
+
 @pytest.mark.parametrize("signed", [True, False])
 def test_every_level_every_midpoint_and_their_neighbours_are_encoded(signed):
     """As first moments (β1 = 0) or second ones (β2 = 0) of blocks whose largest is 1."""

@@ -304,7 +304,8 @@ class AdamW(torch.optim.Optimizer):
                 self._launches[key] = [
                     self._gpu.Launch(pieces, memory, base) for pieces in kinds.values()
                 ]
-            grads = [parameter.grad for parameter in self._parameters]
+            held = [parameter.grad for parameter in self._parameters]
+            grads = [None if grad is None else grad.contiguous() for grad in held]
             for launch in self._launches[key]:
                 launch(self._parameters, grads, scalars, scale)
             return
@@ -315,7 +316,7 @@ class AdamW(torch.optim.Optimizer):
             part = slice(piece.start, piece.start + piece.count)
             rule.update(
                 parameter.detach().view(-1)[part],
-                parameter.grad.view(-1)[part],
+                parameter.grad.reshape(-1)[part],
                 piece.views(memory, base),
                 scalars[piece.index],
                 float(scale),

@@ -301,6 +301,8 @@ class Launch:
             for i, grad in zip(numbers, held, strict=True)
         ]
         if addresses != self._addresses:
+            if strange := {grad.dtype for grad in held} - {parameters[numbers[0]].dtype}:
+                raise TypeError(f"a gradient must be of its parameter's type, not {strange}")
             self._addresses = addresses
             self._rows = self._table(parameters[numbers[0]].itemsize)
         device = self._rows.device
