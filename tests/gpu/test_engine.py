@@ -7,6 +7,7 @@ from halfbyte.lora import adapter_parameters
 from halfbyte.model.loss import head_loss
 from halfbyte.model.vocabulary import HostEmbedding, embedding_to_host
 from halfbyte.train.engine import Batch, LayerEngine, choose_engine
+from halfbyte.train.passes import Passes
 from tests.train.test_engine import FAMILIES, batches_of, gradients, model_of
 
 pytestmark = [
@@ -189,6 +190,26 @@ def test_the_loss_is_no_further_from_the_truth_than_the_plain_one(
     (got, slope), (true, exact) = results
     assert abs(got - true) <= 1.1 * abs(loss - true) + 1e-4 * true
     assert (slope - exact).norm() <= 1.1 * (plain - exact).norm() + 1e-3 * exact.norm()
+
+
+def test_a_pass_that_cannot_be_captured_is_told_and_run_all_the_same(monkeypatch):
+    model = on_gpu("llama")
+    zero(model)
+    engine = LayerEngine(model, fuse=True, graphs=True)
+    batches = examples(EQUAL)
+    wanted = engine.step(batches, 50.0, saved_layers=1)
+    true = taken(model)
+    up = Passes.up
+
+    def waits(self, passages, grads):
+        torch.cuda.synchronize()
+        up(self, passages, grads)
+
+    monkeypatch.setattr(Passes, "up", waits)
+    assert torch.equal(engine.step(batches, 50.0, saved_layers=1), wanted)
+    assert all(torch.equal(g, true[name]) for name, g in taken(model).items())
+    assert "no CUDA graphs from here on" in engine.notes[0]
+    assert torch.rand(3, device="cuda").shape == (3,)
 
 
 def test_deterministic_enough_to_repeat():

@@ -151,6 +151,21 @@ def test_slots_are_reused_and_grow():
     assert addresses[1] == addresses[2] == addresses[3]
 
 
+def test_what_was_decoded_last_need_not_be_again():
+    scratch = WeightScratch()
+    one, other = layer(4, 8, dtype=torch.float32), layer(6, 8, dtype=torch.float32)
+    for linear, again, decodes in (
+        (one, False, 1),
+        (one, True, 1),
+        (one, False, 2),
+        (other, True, 3),
+        (one, True, 4),
+    ):
+        with scratch.opened([linear], torch.float32, again=again):
+            assert torch.equal(linear._dense, dequantize(linear.quantized, torch.float32))
+        assert scratch.decodes == decodes
+
+
 def test_an_error_closes_what_was_opened():
     made = layer(dtype=torch.float32)
     with pytest.raises(RuntimeError), WeightScratch().opened([made], torch.float32):

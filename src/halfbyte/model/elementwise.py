@@ -8,7 +8,7 @@ backward, in float32 inside:
     rms_norm        y = norm(x) · w                   (Zhang and Sennrich 2019)
     rms_norm_beside the same, and x: what comes for x is added in the same pass
     rotary          pairs of q and k turned by their position (Su et al. 2021)
-    swiglu          silu(g) · u                       (Shazeer 2020), dg and du in one tensor
+    swiglu          silu(g) · u                       (Shazeer 2020), dg and du in place of g, u
 
 Weights of norms are frozen, so they get no gradient. On a GPU each direction is one Triton kernel
 (gpu.py); the functions named ``plain_*`` are the specification, and run elsewhere.
@@ -151,8 +151,11 @@ class _UnreadSum(torch.autograd.Function):
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
         kernels = _kernels(gate)
+        if kernels:
+            gate, up = (x if x.stride(-1) == 1 else x.contiguous() for x in (gate, up))
+        ctx.written = False
+        ctx.save_for_backward(gate, up)
         if kernels:
             result: Tensor = kernels.swiglu(gate, up)
             return result
@@ -164,6 +167,9 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         kernels = _kernels(gate)
         if kernels:
+            if ctx.written:
+                raise RuntimeError("backward of swiglu writes over gate and up: it runs once")
+            ctx.written = True
             d_gate, d_up = kernels.swiglu_backward(grads[0], gate, up)
             return d_gate, d_up
         d_gate, d_up = plain_swiglu_backward(grads[0], gate, up)
@@ -207,7 +213,10 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Return silu(gate) · up, [..., n] of two such; rounded once."""
+    """Return silu(gate) · up, [..., n] of two such; rounded once.
+
+    On a GPU backward writes over both, which nobody else may need by then, and cannot run twice.
+    """
     return _SwiGLU.apply(gate, up)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -126,18 +126,18 @@ def _gate(y, gate, up, size, gate_stride, up_stride, lanes: tl.constexpr):
 
 
 @triton.jit
-def _gate_backward(d_both, dy, gate, up, size, gate_stride, up_stride, lanes: tl.constexpr):
+def _gate_backward(dy, gate, up, size, gate_stride, up_stride, lanes: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * lanes + tl.arange(0, lanes)
     inside = at < size
     d = tl.load(dy + row * size + at, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(gate + row * gate_stride + at, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + row * up_stride + at, mask=inside, other=0.0).to(tl.float32)
+    gate += row * gate_stride + at
+    up += row * up_stride + at
+    g = tl.load(gate, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up, mask=inside, other=0.0).to(tl.float32)
     s = tl.sigmoid(g)
-    target = d_both + row * 2 * size + at
-    kind: tl.constexpr = d_both.dtype.element_ty
-    tl.store(target, (d * u * s * (1.0 + g * (1.0 - s))).to(kind), mask=inside)
-    tl.store(target + size, (d * g * s).to(kind), mask=inside)
+    tl.store(gate, (d * u * s * (1.0 + g * (1.0 - s))).to(gate.dtype.element_ty), mask=inside)
+    tl.store(up, (d * g * s).to(up.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -335,25 +335,25 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """As `elementwise.plain_swiglu_backward`: the halves of one [..., 2n] in the dtype of gate."""
+    """As `elementwise.plain_swiglu_backward`, in the dtype of gate and up and in place of them.
+
+    So the widest activations of a layer and their gradients are never there together, and gradients
+    of what were columns of one product are columns of one tensor. Rows must be contiguous.
+    """
     g, u = _flat(gate), _flat(up)
-    size = g.shape[1]
-    both = torch.empty(g.shape[0], 2 * size, dtype=g.dtype, device=g.device)
-    if both.numel():
+    if g.numel():
         with on_device(g):
-            _gate_backward[(g.shape[0], triton.cdiv(size, 2048))](
-                both,
+            _gate_backward[(g.shape[0], triton.cdiv(g.shape[1], 2048))](
                 dy.contiguous(),
                 g,
                 u,
-                size,
+                g.shape[1],
                 g.stride(0),
                 u.stride(0),
                 lanes=2048,
                 num_warps=8,
             )
-    d_gate, d_up = torch.split(both.view(*gate.shape[:-1], 2 * size), size, -1)
-    return d_gate, d_up
+    return gate, up
 
 
 def loss_and_slopes(logits: Tensor, targets: Tensor, softcap: float, *, slopes: bool) -> Tensor:

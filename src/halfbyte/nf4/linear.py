@@ -574,45 +574,57 @@ class FrozenLinear(nn.Module):
 
 
 class WeightScratch:
-    """Buffers into which one decoder layer after another is decoded.
+    """A buffer into which one decoder layer after another is decoded.
 
-    Buffer i serves the i-th `SharedInput` of every layer, since the layers of a decoder have equal
-    shapes; a larger weight makes it grow. So the decoded weights alive at any time are those of one
-    layer, and on a CPU the pages are touched once per run instead of once per product (a fresh
-    64 MB buffer costs about 12 ms of page faults, the decoding into it about 4).
+    A larger layer makes it grow. So the decoded weights alive at any time are those of one layer,
+    and on a CPU the pages are touched once per run instead of once per product (a fresh 64 MB
+    buffer costs about 12 ms of page faults, the decoding into it about 4). On a GPU all weights of
+    a layer are one launch.
 
     Attributes:
         decodes: How many weights have been decoded so far.
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+        self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._holds: list[tuple[int, int]] = []
         self.decodes = 0
 
     @contextmanager
-    def opened(self, linears: Sequence[FrozenLinear], dtype: torch.dtype) -> Iterator[None]:
-        """Decode ``linears`` once; inside, their ``dense(dtype)`` costs nothing."""
+    def opened(
+        self, linears: Sequence[FrozenLinear], dtype: torch.dtype, *, again: bool = False
+    ) -> Iterator[None]:
+        """Decode ``linears`` once; inside, their ``dense(dtype)`` costs nothing.
+
+        Args:
+            linears: Of one device.
+            dtype: What to decode to.
+            again: Whether they need not be decoded if they were the last that were.
+        """
         sets: dict[SharedInput, list[FrozenLinear]] = {}
         for linear in linears:
             sets.setdefault(linear.shared, []).append(linear)
-        packed, outs = [], []
+        held = {m: q for members in sets.values() for m in members if (q := m.quantized)}
         try:
-            for slot, members in enumerate(sets.values()):
-                held = {m: q for m in members if (q := m.quantized) is not None}
-                sizes = [q.numel for q in held.values()]
-                whole = self._buffer(slot, sum(sizes), dtype, members[0].device)
-                pieces = torch.split(whole, sizes)
-                for (linear, q), piece in zip(held.items(), pieces, strict=True):
-                    linear._dense = piece.view(q.shape)
-                    packed.append(q)
-                    outs.append(linear._dense)
+            outs, start = [], 0
+            whole = self._buffer(sum(_padded(q) for q in held.values()), dtype, linears)
+            for members in sets.values():
                 for linear in members:
-                    if linear not in held:
+                    if (q := held.get(linear)) is None:
                         # A plain weight in the dtype of the product is used where it lies.
                         linear._dense = linear.decode(dtype)
-            if packed:
-                dequantize_all(packed, dtype, outs=outs)
-                self.decodes += len(packed)
+                        continue
+                    # Below the last of its set, so that their product with one x can be one.
+                    outs.append(whole[start : start + q.numel].view(q.shape))
+                    linear._dense = outs[-1]
+                    start += q.numel
+                start += -start % _ALIGNED
+            holds = [(q.codes.data_ptr(), q.codes._version) for q in held.values()]
+            if held and not (again and holds == self._holds):
+                self._holds = []
+                dequantize_all(list(held.values()), dtype, outs=outs)
+                self.decodes += len(held)
+                self._holds = holds
             yield
         finally:
             for linear in linears:
@@ -620,10 +632,19 @@ class WeightScratch:
             for shared in sets:
                 shared.close()
 
-    def _buffer(self, slot: int, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        key = (slot, dtype, device)
+    def _buffer(self, numel: int, dtype: torch.dtype, linears: Sequence[FrozenLinear]) -> Tensor:
+        key = (dtype, linears[0].device if linears else torch.device("cpu"))
         held = self._buffers.get(key)
         if held is None or held.numel() < numel:
             self._buffers.pop(key, None)
-            held = self._buffers[key] = torch.empty(numel, dtype=dtype, device=device)
-        return held[:numel]
+            held = self._buffers[key] = torch.empty(numel, dtype=dtype, device=key[1])
+            self._holds = []
+        return held
+
+
+# Elements of which a multiple lies before each set: what the copy engine and wide stores ask for.
+_ALIGNED = 128
+
+
+def _padded(q: QuantizedWeight) -> int:
+    return q.numel + _ALIGNED

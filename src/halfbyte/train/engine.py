@@ -114,7 +114,8 @@ class LayerEngine:
         self.softcap = float(softcap or 0)
         self.linears = [list(frozen_linears(layer).values()) for layer in self.layers]
         # Nothing before the lowest trained layer wants a gradient: backward ends there.
-        trains = [any(p.requires_grad for p in layer.parameters()) for layer in self.layers]
+        trained = [[p for p in layer.parameters() if p.requires_grad] for layer in self.layers]
+        trains = [bool(those) for those in trained]
         behind = {*lists[0].parameters(), *self.norm.parameters()}
         self.entry_trained = any(
             p.requires_grad for p in self.decoder.parameters() if p not in behind
@@ -125,10 +126,10 @@ class LayerEngine:
         self._drops = any(adapter.config.dropout for adapter in adapters(model).values())
         self.tuple_output = False
         self.notes: list[str] = []
-        self.passes = Passes(count, self.first_trained, self.entry_trained, self.opened)
+        self.passes = Passes(trained, self.first_trained, self.entry_trained, self.opened)
         self._turns: dict[int, tuple[Tensor, Tensor]] = {}
-        trained = [p for p in model.parameters() if p.requires_grad]
-        self._graphs = CapturedPasses(self.passes, trained) if graphs else None
+        within = [parameter for those in trained for parameter in those]
+        self._graphs = CapturedPasses(self.passes, within) if graphs else None
         self.why_no_graphs = "" if graphs else "not asked for"
         if graphs and (why := self._host_decides()):
             self._graphs, self.why_no_graphs = None, why
@@ -247,6 +248,8 @@ class LayerEngine:
                 self.why_no_graphs = "capturing one failed"
         if graphs is None:
             hidden = self.passes.down(passages, keeping)
+        if graphs is not None:
+            passages = []  # the graphs have copies
         total = torch.zeros((), dtype=torch.float32, device=hidden[0].device)
         grads: list[Tensor] = []
         for part, x in zip(parts, hidden, strict=True):
@@ -294,7 +297,8 @@ class LayerEngine:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in weights:
                 seen[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            # As it is, an output that is saved would keep the graph it is saved in, for good.
+            return tensor.detach()
 
         index = len(self.layers) - 1
         hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
@@ -335,9 +339,9 @@ class LayerEngine:
         )
 
     @contextmanager
-    def opened(self, index: int) -> Iterator[None]:
-        """Decode a layer's weights, for as long as the context lasts."""
-        with self.scratch.opened(self.linears[index], self.dtype):
+    def opened(self, index: int, *, again: bool = False) -> Iterator[None]:
+        """Decode a layer's weights, for as long as the context lasts; see `WeightScratch`."""
+        with self.scratch.opened(self.linears[index], self.dtype, again=again):
             yield
 
     def enter(self, batches: Sequence[Batch]) -> tuple[list[Part], list[Passage]]:

@@ -114,8 +114,8 @@ def _measured(engine: LayerEngine, batches: Sequence[Batch]) -> Footprint:
         loss=loss,
         up=up,
         saved_part=saved[largest] - passage.x.nbytes,
-        # A graph's passes are handed the stream, hand it over, and are handed its gradient.
-        own=3 * kept + sum(given.values()) if engine.captures else 0,
+        # A graph's passes are handed the stream in one tensor, and hand it over in another.
+        own=2 * kept + sum(given.values()) if engine.captures else 0,
     )
 
 

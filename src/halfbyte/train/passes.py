@@ -71,20 +71,21 @@ class Passes:
     """Runs both passes.
 
     Args:
-        layers: How many there are.
+        trained: For each layer, what is trained in it.
         first_trained: The first that trains anything, or lies above what does.
         entry_trained: Whether what goes into layer 0 wants a gradient.
-        opened: Makes a layer's weights ready; a context.
+        opened: Makes a layer's weights ready, unless they are (``again``); a context.
     """
 
     def __init__(
         self,
-        layers: int,
+        trained: Sequence[Sequence[nn.Parameter]],
         first_trained: int,
         entry_trained: bool,
-        opened: Callable[[int], AbstractContextManager[None]],
+        opened: Callable[..., AbstractContextManager[None]],
     ) -> None:
-        self.layers, self.first_trained, self.entry_trained = layers, first_trained, entry_trained
+        self.layers, self._trained = len(trained), [list(those) for those in trained]
+        self.first_trained, self.entry_trained = first_trained, entry_trained
         self._opened = opened
         self._kept: list[list[_Kept]] = []
         self._shelf: Shelf | None = None
@@ -130,7 +131,8 @@ class Passes:
                 back = [x.requires_grad_(wanted) for x in self._shelf.take(index)]
                 row = [_Kept(x, None) for x in back]
             self._fetch(index - 1)
-            with self._opened(index):
+            # The last layer of the pass down is the first of the pass up.
+            with self._opened(index, again=index == self.layers - 1):
                 for i, passage in enumerate(passages):
                     held = row[i]
                     output, x = held.y, held.x
@@ -138,25 +140,45 @@ class Passes:
                     if output is None:
                         with torch.enable_grad():
                             output = passage.run(index, x, passage.given, read=False)
-                    torch.autograd.backward(output, grads[i])
+                    leaves = [x] * x.requires_grad + self._trained[index]
+                    found = list(torch.autograd.grad(output, leaves, grads[i], allow_unused=True))
                     del output
                     if x.requires_grad:
-                        assert x.grad is not None
-                        grads[i] = x.grad
+                        grads[i] = found.pop(0)
+                    _add_up(self._trained[index], found)
                     row[i] = _Kept(None, None)
+
+    def forget(self) -> None:
+        """Let go of what a pass down has kept; for when no pass up will follow."""
+        self._kept = []
+        self._shelf = None
 
     def _fetch(self, index: int) -> None:
         if self._shelf is not None and index >= self.first_trained:
             self._shelf.fetch(index)
 
 
+def _add_up(parameters: Sequence[nn.Parameter], found: Sequence[Tensor | None]) -> None:
+    """Add gradients to ``.grad``: those of a layer together, where autograd would go one by one."""
+    olds, news = [], []
+    for parameter, new in zip(parameters, found, strict=True):
+        if new is None:
+            continue
+        if parameter.grad is None:
+            parameter.grad = new.contiguous()
+        else:
+            olds.append(parameter.grad)
+            news.append(new)
+    if olds:
+        torch._foreach_add_(olds, news)
+
+
 class _Captured(NamedTuple):
     """Both passes of one shape, and the tensors through which they are given and give."""
 
-    fresh: tuple[Passage, ...]
+    given: list[tuple[Tensor, ...]]
     held: tuple[Passage, ...]
     hidden: list[Tensor]
-    by_hidden: list[Tensor]
     by_parameter: list[Tensor]
     down: torch.cuda.CUDAGraph
     up: torch.cuda.CUDAGraph
@@ -201,9 +223,9 @@ class CapturedPasses:
         captured = self._captured.get(key)
         if captured is None:
             captured = self._captured[key] = self._capture(passages, keeping)
-        for held, old, new in zip(captured.held, captured.fresh, passages, strict=True):
+        for held, old, new in zip(captured.held, captured.given, passages, strict=True):
             held.x.copy_(new.x)
-            for place, before, value in zip(held.given, old.given, new.given, strict=True):
+            for place, before, value in zip(held.given, old, new.given, strict=True):
                 if value is not before:
                     place.copy_(value)
         captured.down.replay()
@@ -212,7 +234,8 @@ class CapturedPasses:
     def up(self, key: Hashable, grads: Sequence[Tensor]) -> None:
         """As `Passes.up`, after `down` of the same shape."""
         captured = self._captured[key]
-        for place, grad in zip(captured.by_hidden, grads, strict=True):
+        # Nobody reads the last layer's output any more: its gradient takes its place.
+        for place, grad in zip(captured.hidden, grads, strict=True):
             place.copy_(grad)
         captured.up.replay()
 
@@ -227,11 +250,17 @@ class CapturedPasses:
             for p in passages
         )
         down, up = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(down, pool=self._pool, capture_error_mode="thread_local"):
-            hidden = self._passes.down(held, keeping)
-        by_hidden = [torch.empty_like(h) for h in hidden]
-        with torch.cuda.graph(up, pool=self._pool, capture_error_mode="thread_local"):
-            self._passes.up(held, list(by_hidden))
+        try:
+            with torch.cuda.graph(down, pool=self._pool, capture_error_mode="thread_local"):
+                hidden = self._passes.down(held, keeping)
+            with torch.cuda.graph(up, pool=self._pool, capture_error_mode="thread_local"):
+                self._passes.up(held, list(hidden))
+        except RuntimeError:
+            self._passes.forget()
+            # torch's random numbers go on only after a capture that ends well.
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                torch.zeros(1, device="cuda").add_(1)
+            raise
         by_parameter = [p.grad for p in self._parameters if p.grad is not None]
-        fresh = tuple(passages)
-        return _Captured(fresh, held, hidden, by_hidden, by_parameter, down, up)
+        given = [passage.given for passage in passages]
+        return _Captured(given, held, hidden, by_parameter, down, up)
