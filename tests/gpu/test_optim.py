@@ -104,6 +104,7 @@ def test_a_scale_that_is_no_number_changes_nothing(bits, paging, bad):
         assert all(torch.equal(value, before[i][name]) for name, value in fields.items())
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("paging", ["off", "explicit"])
 def test_a_step_does_not_wait_for_the_device(paging):
     start, grads = problem(3)
