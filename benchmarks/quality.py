@@ -343,8 +343,8 @@ def main() -> None:
 def _command(options: argparse.Namespace) -> str:
     """How the run was called, less what is of one machine only."""
     words = f"python benchmarks/quality.py --model {Path(options.model).name}"
-    words += f" --device {options.device} --seeds {options.seeds} --cases {options.cases}"
-    return words if options.share == 1 else f"{words} --share {options.share:g}"
+    given = ("device", "seeds", "cases", "share", "arms", "tasks")
+    return " ".join([words, *(f"--{name} {getattr(options, name)}" for name in given)])
 
 
 if __name__ == "__main__":
