@@ -132,3 +132,10 @@ def test_every_level_of_the_dynamic_table_and_every_middle_is_encoded():
     codes, _ = gpu.encode_scales(values, zero)
     assert torch.equal(codes, blockwise.encode_dynamic(values, 256, cuda=True)[0])
     assert torch.equal(codes[:255], torch.arange(255, dtype=torch.uint8))
+
+
+def test_a_vector_of_any_length_is_decoded():
+    q = quantize(weight((77,)), quant_type="nf4", double_quant=True, block_size=64)
+    out = torch.full((77,), torch.nan, dtype=torch.float16)
+    gpu.decode_all([q], [out])
+    assert torch.equal(out, dequantize(q, torch.float16))

@@ -401,7 +401,7 @@ def _decode_other(q: QuantizedWeight, out: Tensor) -> None:
     if out.is_contiguous() and out.shape != q.shape:
         out = out.view(q.shape)
     if out.dim() != 2:
-        out = out.view(1, -1) if not out.dim() else out.flatten(0, -2)
+        out = out.view(1, -1) if out.dim() < 2 else out.flatten(0, -2)
     rows, columns = out.shape
     transposed = out.stride(1) != 1
     scales = q.scales if q.scales is not None else q.scale_scales

@@ -94,6 +94,8 @@ class LayerActivations:
         """What backward holds beside the layer's activations when it holds most."""
         s = self.shape
         wide = 2 if self.fused else 3
+        if self.fused and self.on_gpu:
+            wide = 1  # gate's and up's are written over gate and up
         return self.itemsize * (wide * s.intermediate + s.hidden)
 
     @property

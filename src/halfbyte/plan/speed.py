@@ -38,6 +38,9 @@ PRODUCT_SHARE = 688 / 989
 COPY_SHARE = 3.02 / 3.35
 # Attention's products are small, and softmax is between them.
 ATTENTION_SHARE = 0.5
+# How often what a layer keeps goes through memory between its products, forward and backward, and
+# when it is run again: gpu_step_offload.json and gpu_step_save.json, 4x2048, less all the rest.
+MOVED, MOVED_AGAIN = 3.0, 1.6
 # A processor's step against its own products of 1024x1024x1024: cpu_step.json, "halfbyte-nf4-bf16".
 CPU_SHARE = 0.8
 
@@ -193,7 +196,7 @@ def step_seconds(
     ]
     kept = sum(layer.kept().values())
     adapters = e * sum(sum(weight.shape) for weight in run.adapted(shape)) / max(1, shape.layers)
-    moved = (6 + 2 * again) * kept + (2 + again) * adapters
+    moved = (MOVED + MOVED_AGAIN * again) * kept + (2 + again) * adapters
     forward = 2 * run.length * shape.query * tokens * shape.layers
     trained = sum(run.rank * sum(weight.shape) for weight in run.adapted(shape))
     state = 2 if run.optimizer.endswith("8bit") else 8
