@@ -241,7 +241,7 @@ class TrainConfig(ModelOptions):
         None, description="memory that auto may use, such as 16GB (10^9) or 16GiB (2^30)"
     )
     cuda_graphs: bool = Field(
-        True, description="on a GPU, record the passes of a step and play them again"
+        True, description="record the passes of a step on a GPU, and play them again"
     )
 
     output: Path = Field(description="directory for the adapter, checkpoints and journal")
