@@ -32,7 +32,9 @@ INTEGERS = {
     *("numel", "nbytes", "blocks", "groups", "second", "third", "dy_stride", "p_stride"),
     *("outputs0", "outputs1", "outputs2", "g_count", "b_count", "g_numel", "b_numel"),
     *("g_programs", "g_stride", "inner", "outer_stride", "inner_stride", "size", "tokens"),
-    *("heads", "half", "batch_stride", "token_stride", "table_stride", "gate_stride", "up_stride"),
+    *("q_heads", "k_heads", "half", "table_stride", "gate_stride", "up_stride"),
+    *("q_out_batch", "q_out_token", "k_out_batch", "k_out_token"),
+    *("q_batch", "q_token", "k_batch", "k_token"),
 }
 
 
@@ -84,7 +86,9 @@ def kernels(capability: int):
     kinds = {"logits": "*bf16", "targets": "*i64", "softcap": "fp32"}
     yield between._loss_and_slopes, kinds, loss, {"num_warps": 8}
     yield between._look_up, {"out": "*bf16", "table": "*bf16", "ids": "*i64"}, {"lanes": 1024}, {}
-    yield between._rotate, sixteen, {"backward": True, "head_lanes": 32, "lanes": 64}, {}
+    turned = dict.fromkeys(("q", "k", "q_out", "k_out"), "*bf16")
+    turns = {"backward": True, "lanes": 64, "q_lanes": 32, "k_lanes": 8}
+    yield between._rotate, sixteen | turned, turns, {}
     yield between._gate, sixteen, {"lanes": 2048}, {"num_warps": 8}
     yield between._gate_backward, sixteen, {"lanes": 2048}, {"num_warps": 8}
     doubles = {"constants": "*fp64", "count": "i32"}

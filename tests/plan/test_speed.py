@@ -39,7 +39,7 @@ def smol() -> ModelShape:
         ("nf4", "offload", 2, 512, 89.0, 4.80),
         ("nf4", "offload", 1, 2048, 159.0, 5.01),
         ("nf4", "offload", 4, 2048, 581.4, 6.31),
-        ("nf4", "save", 4, 2048, 427.1, 43.85),
+        ("nf4", "save", 4, 2048, 427.1, None),
         ("none", "recompute", 1, 512, 43.5, 13.99),
         ("none", "recompute", 1, 2048, 150.7, None),
         ("none", "recompute", 4, 2048, 571.5, None),
@@ -210,7 +210,7 @@ def test_each_dial_and_each_optimizer_is_told(llama: ModelShape) -> None:
     modes = {"adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"}
     assert set(found) == {"save", "recompute", "offload"} | modes
     assert found["save"].nbytes > found["recompute"].nbytes > found["offload"].nbytes
-    assert found["offload"].on_host == found["recompute"].nbytes * 30 / 32
+    assert found["offload"].on_host == found["recompute"].nbytes * 31 / 32
     state = found["adamw"].nbytes
     assert found["paged_adamw_32bit"].on_host == state
     assert found["adamw"].peak - found["paged_adamw_32bit"].peak == state

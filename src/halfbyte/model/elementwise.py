@@ -7,7 +7,7 @@ backward, in float32 inside:
     add_rms_norm    h = x + r, y = norm(h) · w        dh = dnorm(dy) + what came for h
     rms_norm        y = norm(x) · w                   (Zhang and Sennrich 2019)
     rms_norm_beside the same, and x: what comes for x is added in the same pass
-    rotary          pairs of q and k turned by their position (Su et al. 2021)
+    rotary          pairs of q and k turned by their position, in place (Su et al. 2021)
     swiglu          silu(g) · u                       (Shazeer 2020), dg and du in place of g, u
 
 Weights of norms are frozen, so they get no gradient. On a GPU each direction is one Triton kernel
@@ -123,19 +123,23 @@ class _AddRMSNorm(torch.autograd.Function):
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        kernels = _kernels(x)
-        return kernels.rotary(x, cos, sin) if kernels else plain_rotary(x, cos, sin).to(x.dtype)
+        kernels = _kernels(q)
+        if kernels:
+            q_out, k_out = kernels.rotary(q, k, cos, sin)
+            return q_out, k_out
+        return plain_rotary(q, cos, sin).to(q.dtype), plain_rotary(k, cos, sin).to(k.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        (dy,) = grads
-        kernels = _kernels(dy)
+        dq, dk = grads
+        kernels = _kernels(dq)
         if kernels:
-            return kernels.rotary(dy, cos, sin, backward=True), None, None
-        return plain_rotary(dy, cos, -sin).to(dy.dtype), None, None
+            return *kernels.rotary(dq, dk, cos, sin, backward=True), None, None
+        dq, dk = (plain_rotary(d, cos, -sin).to(d.dtype) for d in (dq, dk))
+        return dq, dk, None, None
 
 
 class _UnreadSum(torch.autograd.Function):
@@ -197,19 +201,23 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return _AddRMSNorm.apply(x, residual, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return x turned by its positions.
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Return q and k turned by their positions.
+
+    On a GPU they are written over: q, k and v are columns of one product, which v keeps alive, and
+    nobody reads q and k as they were.
 
     Args:
-        x: [B, T, heads, n]; element i and i + n/2 are a pair. Contiguous in its last two
-            dimensions; tokens may be apart, as those of q in one product with k and v are.
+        q: [B, T, heads, n]; element i and i + n/2 are a pair. Tokens may be apart, as those of
+            columns of one product are.
+        k: Likewise, with as many heads or fewer.
         cos: [1 or B, T, n], as transformers' rotary embeddings give it: both halves are equal.
         sin: Likewise.
 
     Returns:
-        [B, T, heads, n], contiguous.
+        Tensors of the shapes of q and k.
     """
-    return _Rotary.apply(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
+    return _Rotary.apply(q, k, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -79,20 +79,41 @@ def _norm_backward(
 
 
 @triton.jit
+def _turn_heads(y, x, cos, sin, heads, half, at, lanes: tl.constexpr, head_lanes: tl.constexpr):
+    for first in range(0, heads, head_lanes):
+        head = first + tl.arange(0, head_lanes)
+        where = head[:, None] * (2 * half) + at[None, :]
+        inside = (head[:, None] < heads) & (at[None, :] < half)
+        one = tl.load(x + where, mask=inside, other=0.0).to(tl.float32)
+        two = tl.load(x + where + half, mask=inside, other=0.0).to(tl.float32)
+        tl.store(y + where, (one * cos - two * sin).to(y.dtype.element_ty), mask=inside)
+        tl.store(y + where + half, (two * cos + one * sin).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _rotate(
-    y,
-    x,
+    q_out,
+    k_out,
+    q,
+    k,
     cos,
     sin,
-    tokens,
-    heads,
+    q_heads,
+    k_heads,
     half,
-    batch_stride,
-    token_stride,
+    q_out_batch,
+    q_out_token,
+    k_out_batch,
+    k_out_token,
+    q_batch,
+    q_token,
+    k_batch,
+    k_token,
     table_stride,
     backward: tl.constexpr,
-    head_lanes: tl.constexpr,
     lanes: tl.constexpr,
+    q_lanes: tl.constexpr,
+    k_lanes: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
@@ -102,16 +123,12 @@ def _rotate(
     s = tl.load(sin + table, mask=at < half, other=0.0).to(tl.float32)[None, :]
     if backward:
         s = -s
-    source = x + batch * batch_stride + token * token_stride
-    target = y + (batch * tokens + token) * heads * half * 2
-    for first in range(0, heads, head_lanes):
-        head = first + tl.arange(0, head_lanes)
-        where = head[:, None] * (2 * half) + at[None, :]
-        inside = (head[:, None] < heads) & (at[None, :] < half)
-        one = tl.load(source + where, mask=inside, other=0.0).to(tl.float32)
-        two = tl.load(source + where + half, mask=inside, other=0.0).to(tl.float32)
-        tl.store(target + where, (one * c - two * s).to(y.dtype.element_ty), mask=inside)
-        tl.store(target + where + half, (two * c + one * s).to(y.dtype.element_ty), mask=inside)
+    q_out += batch * q_out_batch + token * q_out_token
+    k_out += batch * k_out_batch + token * k_out_token
+    q += batch * q_batch + token * q_token
+    k += batch * k_batch + token * k_token
+    _turn_heads(q_out, q, c, s, q_heads, half, at, lanes, q_lanes)
+    _turn_heads(k_out, k, c, s, k_heads, half, at, lanes, k_lanes)
 
 
 @triton.jit
@@ -287,33 +304,47 @@ def rms_norm_backward(
     return dx
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False) -> Tensor:
-    """As `elementwise.plain_rotary`, in the dtype of x; ``backward`` turns the other way."""
-    batch, tokens, heads, size = x.shape
-    if x.stride(3) != 1 or x.stride(2) != size:
-        x = x.contiguous()
-    y = torch.empty((batch, tokens, heads, size), dtype=x.dtype, device=x.device)
+def rotary(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False
+) -> tuple[Tensor, Tensor]:
+    """As `elementwise.plain_rotary` of q and of k, each in its dtype, in one launch.
+
+    Forward writes over q and k where their heads lie together, and returns new tensors where they
+    do not; ``backward`` turns the other way and leaves what it is given as it is.
+    """
+    q, k = (x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous() for x in (q, k))
+    if backward:
+        q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    else:
+        q_out, k_out = q.detach(), k.detach()
+    (batch, tokens, q_heads, size), k_heads = q.shape, k.shape[2]
     cos, sin = cos.contiguous(), sin.contiguous()
     lanes = triton.next_power_of_2(size // 2)
-    if y.numel():
-        with on_device(x):
+    widest = max(1, 2048 // lanes)
+    if q.numel():
+        with on_device(q):
             _rotate[(tokens, batch)](
-                y,
-                x,
+                q_out,
+                k_out,
+                q,
+                k,
                 cos,
                 sin,
-                tokens,
-                heads,
+                q_heads,
+                k_heads,
                 size // 2,
-                x.stride(0),
-                x.stride(1),
+                *q_out.stride()[:2],
+                *k_out.stride()[:2],
+                *q.stride()[:2],
+                *k.stride()[:2],
                 0 if cos.shape[0] == 1 else cos.stride(0),
                 backward=backward,
-                head_lanes=max(1, min(triton.next_power_of_2(heads), 2048 // lanes)),
                 lanes=lanes,
+                q_lanes=min(triton.next_power_of_2(q_heads), widest),
+                k_lanes=min(triton.next_power_of_2(k_heads), widest),
                 num_warps=4,
             )
-    return y
+    return q_out, k_out
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ class FusedLayer:
         if hasattr(attention, "q_norm"):
             q = rms_norm(q, attention.q_norm.weight, attention.q_norm.variance_epsilon)
             k = rms_norm(k, attention.k_norm.weight, attention.k_norm.variance_epsilon)
-        q, k = rotary(q, cos, sin), rotary(k, cos, sin)
+        q, k = rotary(q, k, cos, sin)
         return attend(q, k, v, documents, attention.scaling)
 
 

@@ -30,7 +30,7 @@ from halfbyte.plan.shape import ModelShape
 
 # Of the layers that are run again, so many before the first that keeps stay on the card: backward
 # asks for them first. Of the others', so many inputs are there at a time, sent or fetched.
-NEAR_LAYERS = 2
+NEAR_LAYERS = 1
 UNDER_WAY = 2
 
 
@@ -68,6 +68,8 @@ class LayerActivations:
         statistics = 4 * 2
         if self.on_gpu:
             statistics += 4 * s.heads
+            if self.fused and not s.head_norms:
+                attention = e * s.query  # q and k are turned where they are
         else:
             # Separate products: of them v alone lives on. Attention's output is laid out anew.
             projected = e * s.key_value

@@ -17,14 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from halfbyte.plan.activations import UNDER_WAY
 from halfbyte.train.engine import Batch, LayerEngine
-
-# Layers before the first that keeps, whose inputs are not sent to the host: they are the first that
-# backward asks for.
-NEAR_LAYERS = 2
-
-# Layers' inputs that are on the card while they are sent or fetched.
-_UNDER_WAY = 2
 
 
 @dataclass(frozen=True)
@@ -56,7 +50,7 @@ class Footprint:
     def peak(self, saved_layers: int, offloaded_layers: int) -> int:
         """Return the predicted peak, the optimizer's state not counted."""
         again = self.layers - saved_layers
-        here = again - offloaded_layers + min(offloaded_layers, _UNDER_WAY)
+        here = again - offloaded_layers + min(offloaded_layers, UNDER_WAY)
         between = saved_layers * self.saved + here * self.kept
         down = between + self.down + self.kept
         loss = between + 2 * self.kept + self.loss

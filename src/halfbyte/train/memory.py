@@ -19,8 +19,9 @@ import torch
 from halfbyte.errors import ConfigError
 from halfbyte.lora import trained_whole
 from halfbyte.model.loss import CHUNK_BYTES
+from halfbyte.plan.activations import NEAR_LAYERS
 from halfbyte.train.engine import Batch, LayerEngine, PlainEngine
-from halfbyte.train.footprint import NEAR_LAYERS, Footprint, footprint
+from halfbyte.train.footprint import Footprint, footprint
 
 # Without a budget, this part of the memory that is free when training starts may be used.
 FREE_SHARE = 0.8

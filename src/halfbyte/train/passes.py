@@ -141,7 +141,11 @@ class Passes:
                         with torch.enable_grad():
                             output = passage.run(index, x, passage.given, read=False)
                     leaves = [x] * x.requires_grad + self._trained[index]
-                    found = list(torch.autograd.grad(output, leaves, grads[i], allow_unused=True))
+                    # In this thread: one more would have a cuBLAS workspace of its own.
+                    with torch.autograd.set_multithreading_enabled(False):
+                        found = list(
+                            torch.autograd.grad(output, leaves, grads[i], allow_unused=True)
+                        )
                     del output
                     if x.requires_grad:
                         grads[i] = found.pop(0)
@@ -243,7 +247,9 @@ class CapturedPasses:
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        # What plain steps left in the allocator's cache is of no use to a graph's own pool.
+        # What plain steps left in the allocator's cache is of no use to a graph's own pool, nor are
+        # the workspaces cuBLAS has in their stream.
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
         held = tuple(
             Passage(p.x.detach().clone(), tuple(t.clone() for t in p.given), p.run)
