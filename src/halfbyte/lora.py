@@ -3,7 +3,7 @@
 LoRA (Hu et al. 2021) leaves a weight W alone and trains W + s·B·A with A [r, in], B [out, r].
 A starts as Kaiming-uniform noise and B as zero, so an attached adapter changes nothing at first.
 The scaling is s = alpha / r, or alpha / √r with rank-stabilised LoRA (Kalajdzievski 2023). It is
-applied in one place: the product in ``nf4/linear.py``. Patterns give
+applied in one place: the product in ``nf4/shared.py``. Patterns give
 some layers another r or alpha.
 
 DoRA (Liu et al. 2024) trains the length of each row of the weight apart from its direction: the
@@ -36,7 +36,8 @@ from torch.nn.utils import parametrize
 
 from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.matmul import product
-from halfbyte.nf4.linear import FrozenLinear, LowRank
+from halfbyte.nf4.linear import FrozenLinear
+from halfbyte.nf4.shared import LowRank
 
 ALL_LINEAR = "all-linear"
 
@@ -160,7 +161,7 @@ class LoRA(nn.Module):
             self.lora_B.zero_()
 
     def update(self, x: Tensor) -> LowRank:
-        """Return the update for the input ``x``; see ``nf4.linear.Adapter``."""
+        """Return the update for the input ``x``; see ``nf4.shared.LowRank``."""
         keep = None
         if self.clock.running and self.config.dropout > 0.0:
             keep = self.clock.mask(x, self.config.dropout, self.index)

@@ -6,7 +6,9 @@ from torch import nn
 
 from halfbyte.lora import LoRAConfig, adapter_parameters, attach
 from halfbyte.nf4 import quantize
-from halfbyte.nf4.linear import FrozenLinear, SharedInput, WeightScratch
+from halfbyte.nf4.linear import FrozenLinear
+from halfbyte.nf4.scratch import WeightScratch
+from halfbyte.nf4.shared import SharedInput
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from halfbyte.nf4.linear import LowRank
+from halfbyte.nf4.shared import LowRank
 
 products = pytest.importorskip(
     "halfbyte.nf4.gpu_products", reason="needs Triton", exc_type=ImportError

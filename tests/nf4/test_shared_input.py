@@ -6,7 +6,8 @@ import weakref
 import pytest
 import torch
 
-from halfbyte.nf4.linear import FrozenLinear, SharedInput
+from halfbyte.nf4.linear import FrozenLinear
+from halfbyte.nf4.shared import SharedInput
 from tests.nf4.test_linear import Update, layer
 
 SIZES = (7, 3, 3)

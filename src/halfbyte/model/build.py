@@ -22,8 +22,9 @@ from halfbyte.lora import frozen_linears
 from halfbyte.model import attention
 from halfbyte.model.vocabulary import FrozenEmbedding, FrozenHead
 from halfbyte.nf4.format import QuantizedWeight, empty_like_quantized, quantize
-from halfbyte.nf4.linear import FrozenLinear, SharedInput
+from halfbyte.nf4.linear import FrozenLinear
 from halfbyte.nf4.search import search
+from halfbyte.nf4.shared import SharedInput
 
 __all__ = [
     "Audit",

@@ -1,6 +1,6 @@
 """What a decoder layer keeps for backward, in bytes a token, and what backward has beside it.
 
-The terms are those of ``nf4.linear``, ``model.elementwise`` and ``model.layer``, function by
+The terms are those of ``nf4.shared``, ``model.elementwise`` and ``model.layer``, function by
 function. H is the width of the residual stream, Q of all queries, K of all keys, I of the MLP, e
 the bytes of an activation:
 

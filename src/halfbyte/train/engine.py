@@ -46,7 +46,7 @@ from halfbyte.model.loss import head_loss
 from halfbyte.model.vocabulary import FrozenHead
 from halfbyte.nf4 import QuantizedWeight
 from halfbyte.nf4.format import gpu_kernels
-from halfbyte.nf4.linear import WeightScratch
+from halfbyte.nf4.scratch import WeightScratch
 from halfbyte.train.parts import Batch, Part, parts_of
 from halfbyte.train.passes import CapturedPasses, Keeping, Passage, Passes
 
