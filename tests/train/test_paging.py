@@ -7,16 +7,18 @@ import pytest
 import torch
 
 from halfbyte.errors import ConfigError
+from halfbyte.lora import adapter_parameters
 from halfbyte.optim import AdamW, layout
 from halfbyte.optim.paging import Paging
 from halfbyte.report import open_report
 from halfbyte.report.live import PlainScreen
 from halfbyte.train import loop, step
 from halfbyte.train.config import TrainConfig
-from halfbyte.train.engine import Batch
+from halfbyte.train.engine import Batch, LayerEngine
 from halfbyte.train.memory import ActivationPlan
-from halfbyte.train.step import Tightness
+from halfbyte.train.step import Schedule, Stepper, Tightness
 from tests.tiny import write_tiny_model
+from tests.train.test_engine import FAMILIES, batches_of, model_of
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +188,30 @@ def test_the_display_says_where_the_state_is_and_what_it_cost():
     paging = Paging(0, 640_000_000, 1_280_000_000, 6.25)
     screen.step({"step": 1, "loss": 1.0, **paging._asdict()})
     assert "state on the host 640 MB  moved 1.28 GB  waited 6.2 ms" in stream.getvalue()
+
+
+def test_layers_are_updated_as_soon_as_their_gradients_are_final(monkeypatch, on_a_gpu):
+    """In explicit paging without clipping; the parameters end as they do otherwise."""
+    results, calls = [], []
+    early = AdamW.step_parameters
+
+    def watched(self, parameters, **options):
+        calls.append(len(list(parameters)))
+        return early(self, parameters, **options)
+
+    monkeypatch.setattr(AdamW, "step_parameters", watched)
+    for clip in (0.0, 1e9):  # so high a limit clips nothing
+        made = model_of(FAMILIES["llama"])
+        config = TrainConfig(
+            model="m", data="d", output="o", optim="paged_adamw_32bit", paging="explicit",
+            max_grad_norm=clip, learning_rate=1e-2,
+        )  # fmt: skip
+        stepper = Stepper(
+            LayerEngine(made), adapter_parameters(made), config, Schedule(1e-2, "constant", 0, 3)
+        )
+        for number in range(3):
+            stepper.run(number, batches_of([(2, 13)]), saved_layers=1)
+        results.append([p.detach().clone() for p in adapter_parameters(made).values()])
+        assert calls == [14] * 9
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)

@@ -29,14 +29,13 @@ On a GPU, layers that are known (model/layer.py) are run fused; then documents s
 (train/parts.py) and the passes become CUDA graphs (train/passes.py).
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from halfbyte.lora import DropoutClock, adapters, dropout_clock, frozen_linears, trained_whole
 from halfbyte.model.documents import Documents, can_pack
@@ -49,6 +48,7 @@ from halfbyte.nf4.format import gpu_kernels
 from halfbyte.nf4.scratch import WeightScratch
 from halfbyte.train.parts import Batch, Part, parts_of
 from halfbyte.train.passes import CapturedPasses, Keeping, Passage, Passes
+from halfbyte.train.plain import PlainEngine
 
 __all__ = ["Batch", "EngineError", "LayerEngine", "PlainEngine", "choose_engine"]
 
@@ -74,6 +74,9 @@ class LayerEngine:
     Attributes:
         scratch: Where decoded weights live, and the count of how many were decoded.
         fused: How many layers are run fused: all or none.
+        trained: For each layer, the parameters that are trained in it.
+        finished: Called with a layer's number and the loss when the layer's gradients are final,
+            while those below it are still to come. With it there are no CUDA graphs.
         notes: What a person should be told; whoever tells it empties the list.
 
     Raises:
@@ -126,6 +129,8 @@ class LayerEngine:
         self._drops = any(adapter.config.dropout for adapter in adapters(model).values())
         self.tuple_output = False
         self.notes: list[str] = []
+        self.finished: Callable[[int, Tensor], None] | None = None
+        self.trained = trained
         self.passes = Passes(trained, self.first_trained, self.entry_trained, self.opened)
         self._turns: dict[int, tuple[Tensor, Tensor]] = {}
         within = [parameter for those in trained for parameter in those]
@@ -261,7 +266,8 @@ class LayerEngine:
             return total
         del hidden
         entries = [passage.x for passage in passages] if self.entry_trained else []
-        self.passes.up(passages, grads)
+        done = self.finished
+        self.passes.up(passages, grads, None if done is None else lambda i: done(i, total))
         for entry, grad in zip(entries, grads, strict=False):
             torch.autograd.backward(entry, grad)
         return total
@@ -279,8 +285,8 @@ class LayerEngine:
         return torch.stack(losses).sum()
 
     def _captures(self, key: Hashable, passages: Sequence[Passage]) -> bool:
-        captured = self._graphs is not None and all(passage.given for passage in passages)
-        return captured and self._graphs is not None and self._graphs.wanted(key)
+        known = self.finished is None and all(passage.given for passage in passages)
+        return known and self._graphs is not None and self._graphs.wanted(key)
 
     def saved_bytes(self, batch: Batch) -> tuple[int, int]:
         """Measure what one layer keeps for ``batch``: (bytes when saved, bytes when recomputed)."""
@@ -421,63 +427,6 @@ class LayerEngine:
         if any(isinstance(value, Tensor) and value.requires_grad for value in given):
             raise EngineError("what is trained before its layers goes into them by other ways, too")
         return entry[0], arguments
-
-
-class PlainEngine:
-    """The same steps under plain autograd over the whole model, one micro-batch at a time.
-
-    For the models ``LayerEngine`` cannot take apart. Layers are checkpointed by transformers where
-    it can, and each micro-batch decodes the weights anew.
-    """
-
-    name = "plain autograd"
-    notes: list[str]
-    clock: DropoutClock | None
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.notes = model, []
-        self.clock = dropout_clock(model)
-        if model.supports_gradient_checkpointing:
-            # Renamed in transformers 5.23; the older name warns there.
-            newer = getattr(model, "activation_checkpointing_enable", None)
-            (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
-            for module in model.modules():
-                # Checkpointing asks the layer whether it trains; what is inside it (dropout of the
-                # base model) stays in eval mode.
-                if isinstance(module, GradientCheckpointingLayer):
-                    module.training = True
-
-    def step(
-        self,
-        batches: Sequence[Batch],
-        normaliser: float,
-        *,
-        saved_layers: int,
-        offloaded_layers: int = 0,
-    ) -> Tensor:
-        """Add the gradients of one optimizer step; see ``LayerEngine.step``."""
-        total = torch.zeros((), dtype=torch.float32, device=self.model.device)
-        for i, batch in enumerate(batches):
-            if self.clock is not None:
-                self.clock.micro_batch = i
-            with torch.enable_grad():
-                loss = self._loss(batch) / normaliser
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-        return total
-
-    @torch.no_grad()
-    def loss(self, batches: Sequence[Batch]) -> Tensor:
-        """Return the summed token loss of ``batches``; no gradients."""
-        return torch.stack([self._loss(batch) for batch in batches]).sum()
-
-    def _loss(self, batch: Batch) -> Tensor:
-        ids, labels = (tensor.to(self.model.device) for tensor in batch[:2])
-        logits = self.model(input_ids=ids, use_cache=False).logits
-        supervised = labels != -100
-        return nn.functional.cross_entropy(
-            logits[supervised].float(), labels[supervised], reduction="sum"
-        )
 
 
 def choose_engine(

@@ -117,10 +117,16 @@ class Passes:
             self._shelf.close()
         return hidden
 
-    def up(self, passages: Sequence[Passage], grads: list[Tensor]) -> None:
+    def up(
+        self,
+        passages: Sequence[Passage],
+        grads: list[Tensor],
+        finished: Callable[[int], None] | None = None,
+    ) -> None:
         """Turn gradients of `down`'s outputs into those of its inputs, in place of them.
 
-        The layers' own go to ``.grad`` of what is trained.
+        The layers' own go to ``.grad`` of what is trained; ``finished`` is called with a layer's
+        number when they are final.
         """
         self._fetch(self.layers - 1)
         for index in reversed(range(self.first_trained, self.layers)):
@@ -151,6 +157,8 @@ class Passes:
                         grads[i] = found.pop(0)
                     _add_up(self._trained[index], found)
                     row[i] = _Kept(None, None)
+            if finished is not None:
+                finished(index)
 
     def forget(self) -> None:
         """Let go of what a pass down has kept; for when no pass up will follow."""

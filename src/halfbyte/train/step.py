@@ -179,6 +179,16 @@ class Stepper:
             state_bits=8 if config.optim.endswith("8bit") else 32,
             paging=config.paging if config.optim.startswith("paged_") else "off",
         )
+        # Without clipping, a layer's update need not wait for the others' gradients, and its state
+        # goes to the card and back beside their backward.
+        self._early = self.optimizer.paging == "explicit" and not self.max_grad_norm
+        if self._early and isinstance(engine, LayerEngine):
+            engine.finished = self._update_layer
+
+    def _update_layer(self, layer: int, loss: Tensor) -> None:
+        assert isinstance(self.engine, LayerEngine)
+        scale = torch.ones_like(loss) + 0.0 * loss
+        self.optimizer.step_parameters(self.engine.trained[layer], grad_scale=scale)
 
     def run(
         self,
@@ -200,12 +210,16 @@ class Stepper:
 
         Raises:
             NonFiniteLossError: If the loss or the gradient is NaN or infinite; no parameter has
-                been changed then.
+                been changed then, unless layers are updated while backward is under way (explicit
+                paging without clipping).
         """
         if tight:
             self.optimizer.page_out()
         else:
             self.optimizer.prefetch()
+        rate = self.schedule.at(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["ratio"]
         supervised = sum(int((batch.labels != -100).sum()) for batch in batches)
         if self.engine.clock is not None:
             self.engine.clock.step, self.engine.clock.running = step, True
@@ -225,16 +239,14 @@ class Stepper:
         scale = torch.ones_like(norm)
         if self.max_grad_norm:
             scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        rate = self.schedule.at(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["ratio"]
         self.optimizer.step(grad_scale=scale + 0.0 * (loss + norm))
         seen = torch.stack([loss, norm]).tolist()
         result = StepResult(seen[0], seen[1], rate, self.optimizer.report())
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            changed = "Some layers were updated" if self._early else "Nothing was updated"
             raise NonFiniteLossError(
-                f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}. Nothing "
-                "was updated. Try a lower learning_rate, or compute_dtype float32"
+                f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}. "
+                f"{changed}. Try a lower learning_rate, or compute_dtype float32"
             )
         self.clear_gradients()
         return result
