@@ -1,7 +1,7 @@
 """Optimizer steps under plain autograd over the whole model.
 
-For the models `LayerEngine` cannot take apart. Layers are checkpointed by transformers where it can,
-and each micro-batch decodes the weights anew.
+For the models `LayerEngine` cannot take apart. Layers are checkpointed by transformers where it
+can, and each micro-batch decodes the weights anew.
 """
 
 from collections.abc import Sequence
