@@ -13,6 +13,7 @@ again and dx of every linear.
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -219,6 +220,9 @@ def work(args: argparse.Namespace) -> None:
     resident = torch.cuda.memory_allocated()
     for text in args.configs:
         micro, batch, length = parsed(text)
+        step = None
+        gc.collect()
+        torch.cuda.empty_cache()
         step, times = make(micro, batch, length), []
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,6 +64,7 @@ class Trained:
 
     def peak(self, dial: Dial) -> int:
         engine = LayerEngine(self.model, fuse=True, graphs=True)
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         for seed in range(4):

@@ -31,7 +31,7 @@ from halfbyte.plan.shape import ModelShape
 # Of the layers that are run again, so many before the first that keeps stay on the card: backward
 # asks for them first. Of the others', so many inputs are there at a time, sent or fetched.
 NEAR_LAYERS = 1
-UNDER_WAY = 2
+UNDER_WAY = 1
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,7 @@ def backward_bytes(layer: LayerActivations, dial: Dial, tokens: int, part_tokens
         tokens: Of the whole step; each has a gradient that goes down the layers.
         part_tokens: Of what passes through a layer together.
     """
-    streams = 3 if layer.fused and layer.on_gpu else 1
+    # A graph is handed the stream and hands it over; a part's gradient is made beside the last.
+    own = 2 * tokens + part_tokens if layer.fused and layer.on_gpu else tokens
     alive = layer.gradients if dial.saved else layer.backward
-    return tokens * streams * layer.input + part_tokens * alive
+    return own * layer.input + part_tokens * alive

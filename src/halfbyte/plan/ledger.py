@@ -44,8 +44,9 @@ PIECE = 1 << 22  # elements of a parameter whose state lies together
 _ALIGNMENT = 256  # of each tensor of the state
 # Bytes of logits, and of a packed head decoded, there are at a time: model/loss.py.
 LOGITS = {"cpu": 32 << 20, "cuda": 128 << 20}
-# On a CPU the whole process counts: Python, torch and transformers.
-OVERHEAD = {"cpu": 0.55e9, "cuda": 0.1e9}
+# On a CPU the whole process counts: Python, torch and transformers. On a GPU cuBLAS has a workspace
+# of 32 MiB in each stream: the usual one, and that of CUDA graphs.
+OVERHEAD = {"cpu": 0.55e9, "cuda": 0.07e9}
 # What a byte of kept activations takes: temporaries leave holes in glibc's heap. With micro-batches
 # of one shape; 1.4 with many. With these two, three of four runs of 2026-11-24_cpu_step.json and
 # cpu_step_lora.json peak within 4 % of the ledger, the fourth within 7.

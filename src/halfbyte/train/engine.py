@@ -29,8 +29,8 @@ On a GPU, layers that are known (model/layer.py) are run fused; then documents s
 (train/parts.py) and the passes become CUDA graphs (train/passes.py).
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ from halfbyte.model.loss import head_loss
 from halfbyte.model.vocabulary import FrozenHead
 from halfbyte.nf4 import QuantizedWeight
 from halfbyte.nf4.format import gpu_kernels
+from halfbyte.nf4.linear import FrozenLinear
 from halfbyte.nf4.scratch import WeightScratch
 from halfbyte.train.parts import Batch, Part, parts_of
 from halfbyte.train.passes import CapturedPasses, Keeping, Passage, Passes
@@ -125,6 +126,7 @@ class LayerEngine:
         )
         self.first_trained = [self.entry_trained or trains[0], *trains[1:], True].index(True)
         self.scratch = WeightScratch()
+        self.opened = _opener(self.scratch, self.linears, self.dtype)
         self.clock = dropout_clock(model)
         self._drops = any(adapter.config.dropout for adapter in adapters(model).values())
         self.tuple_output = False
@@ -344,12 +346,6 @@ class LayerEngine:
             trained=trained_whole(self.head).get("weight"),
         )
 
-    @contextmanager
-    def opened(self, index: int, *, again: bool = False) -> Iterator[None]:
-        """Decode a layer's weights, for as long as the context lasts; see `WeightScratch`."""
-        with self.scratch.opened(self.linears[index], self.dtype, again=again):
-            yield
-
     def enter(self, batches: Sequence[Batch]) -> tuple[list[Part], list[Passage]]:
         """Return the parts of a step, and each as it enters layer 0."""
         device = self.model.device
@@ -369,10 +365,12 @@ class LayerEngine:
         return parts, passages
 
     def _recorded_run(self, micro_batch: int, calls: list[dict[str, Any]]) -> Any:
+        clock, layers = self.clock, self.layers
+
         def run(layer: int, x: Tensor, _given: tuple[Tensor, ...], *, read: bool) -> Tensor:
-            if self.clock is not None:
-                self.clock.micro_batch = micro_batch
-            output = self.layers[layer](x, **calls[layer])
+            if clock is not None:
+                clock.micro_batch = micro_batch
+            output = layers[layer](x, **calls[layer])
             result: Tensor = output[0] if isinstance(output, tuple) else output
             return result
 
@@ -390,12 +388,15 @@ class LayerEngine:
                 self._turns[part.longest] = turn
         given = turn if part.documents is None else (*turn, part.documents.starts)
 
+        # Not `self`: what is captured is kept by the engine, and a cycle keeps its memory too long.
+        clock, layers, longest = self.clock, self._fused, part.longest
+
         def run(layer: int, x: Tensor, given: tuple[Tensor, ...], *, read: bool) -> Tensor:
-            if self.clock is not None:
-                self.clock.micro_batch = micro_batch
+            if clock is not None:
+                clock.micro_batch = micro_batch
             cos, sin, *starts = given
-            documents = Documents(starts[0], part.longest) if starts else None
-            return self._fused[layer](x, cos, sin, documents, read=read)
+            documents = Documents(starts[0], longest) if starts else None
+            return layers[layer](x, cos, sin, documents, read=read)
 
         return Passage(x, given, run)
 
@@ -427,6 +428,17 @@ class LayerEngine:
         if any(isinstance(value, Tensor) and value.requires_grad for value in given):
             raise EngineError("what is trained before its layers goes into them by other ways, too")
         return entry[0], arguments
+
+
+def _opener(
+    scratch: WeightScratch, linears: list[list[FrozenLinear]], dtype: torch.dtype
+) -> Callable[..., AbstractContextManager[None]]:
+    """Return what decodes a layer's weights, for as long as its context lasts."""
+
+    def opened(index: int, *, again: bool = False) -> AbstractContextManager[None]:
+        return scratch.opened(linears[index], dtype, again=again)
+
+    return opened
 
 
 def choose_engine(

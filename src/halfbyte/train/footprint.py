@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.plan.activations import UNDER_WAY
+from halfbyte.plan.ledger import OVERHEAD
 from halfbyte.train.engine import Batch, LayerEngine
 
 
@@ -109,7 +110,7 @@ def _measured(engine: LayerEngine, batches: Sequence[Batch]) -> Footprint:
         up=up,
         saved_part=saved[largest] - passage.x.nbytes,
         # A graph's passes are handed the stream in one tensor, and hand it over in another.
-        own=2 * kept + sum(given.values()) if engine.captures else 0,
+        own=2 * kept + sum(given.values()) + int(OVERHEAD["cuda"]) if engine.captures else 0,
     )
 
 
