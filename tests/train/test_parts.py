@@ -77,6 +77,19 @@ def test_equal_steps_have_equal_shapes():
     assert one != longer
 
 
+def test_steps_of_any_lengths_have_few_shapes():
+    generator = torch.Generator().manual_seed(0)
+    shapes, tokens, filled = set(), 0, 0
+    for _ in range(300):
+        lengths = torch.randint(100, 500, (8,), generator=generator).tolist()
+        (part,) = parts_of(batches_of([lengths]), "cpu", pack=True)
+        shapes.add(part.shape)
+        tokens += sum(lengths)
+        filled += part.ids.numel()
+    assert len(shapes) <= 12
+    assert filled < 1.08 * tokens
+
+
 def test_without_packing_a_micro_batch_stays_what_it_is():
     (batch,) = batches_of([[5, 3]])
     (part,) = parts_of([batch], "cpu", pack=False)
