@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu_load
 import torch
 from measuring import Row, require_cuda, write
 
@@ -34,7 +35,7 @@ SHAPES = {
 }
 SHAPES["llama2-7b"] |= dict(num_attention_heads=32, num_key_value_heads=32)
 SHAPES["llama3-8b"] |= dict(num_attention_heads=32, num_key_value_heads=8)
-CONTESTANTS = ("halfbyte-nf4", "halfbyte-bf16", "peft-bitsandbytes")
+CONTESTANTS = ("halfbyte-nf4", "halfbyte-bf16", "peft-bitsandbytes", "unsloth")
 RANK = 16
 
 
@@ -151,7 +152,37 @@ def peft(config: Any, *, saved: bool) -> Callable[..., Callable[..., Any]]:
     lora = LoraConfig(
         r=RANK, lora_alpha=RANK, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM"
     )
-    model = get_peft_model(model, lora).train()
+    return stepping(get_peft_model(model, lora).train())
+
+
+def unsloth(directory: Path) -> Callable[..., Callable[..., Any]]:
+    """Unsloth, which loads from a checkpoint; it always runs layers again, inputs on the host."""
+    from unsloth import FastLanguageModel  # first, as it asks
+
+    model, _ = FastLanguageModel.from_pretrained(
+        str(directory),
+        max_seq_length=4096,
+        dtype=torch.bfloat16,
+        load_in_4bit=True,
+        local_files_only=True,
+    )
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=RANK,
+        lora_alpha=RANK,
+        target_modules=targets,
+        lora_dropout=0,
+        bias="none",
+        use_gradient_checkpointing="unsloth",
+        random_state=0,
+    )
+    FastLanguageModel.for_training(model)
+    return stepping(model.train())
+
+
+def stepping(model: Any) -> Callable[..., Callable[..., Any]]:
+    """Steps of a peer's model under autocast, with torch's fused AdamW."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
@@ -211,8 +242,10 @@ def work(args: argparse.Namespace) -> None:
             rows[text] = {"ms": round(floor_ms(config, micro * batch * length), 1)}
         args.output.write_text(json.dumps(rows))
         return
-    theirs = args.worker == "peft-bitsandbytes"
-    if theirs:
+    theirs = not args.worker.startswith("halfbyte")
+    if args.worker == "unsloth":
+        make = unsloth(args.checkpoint)
+    elif theirs:
         make = peft(config, saved=args.keep == "save")
     else:
         make = ours(config, "nf4" if "nf4" in args.worker else "none", args)
@@ -269,6 +302,8 @@ def main() -> None:
     parser.add_argument("--state-bits", type=int, choices=[8, 32], default=8)
     parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--output", type=Path, help="file; a dated one in benchmarks/results")
+    told = "a directory for unsloth's checkpoint, made by gpu_load.py's make if empty"
+    parser.add_argument("--checkpoint", type=Path, default=Path("/dev/shm/step"), help=told)
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -276,18 +311,38 @@ def main() -> None:
     if args.worker:
         work(args)
         return
+    if "unsloth" in args.only and not (args.checkpoint / "config.json").exists():
+        gpu_load.make(
+            args.checkpoint, SHAPES[args.shape] | {"num_hidden_layers": args.layers}, "cuda"
+        )
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         result = Path(name) / "result.json"
         for contestant in args.only:
             result.unlink(missing_ok=True)
-            call = [sys.executable, __file__, "--worker", contestant, "--output", str(result)]
+            call = [
+                sys.executable,
+                str(Path(__file__).resolve()),
+                "--worker",
+                contestant,
+                "--output",
+                str(result),
+            ]
             call += ["--shape", args.shape, "--layers", str(args.layers), "--configs"]
             call += [*args.configs, "--steps", str(args.steps), "--keep", args.keep]
+            call += ["--checkpoint", str(args.checkpoint)]
             call += ["--state-bits", str(args.state_bits)]
             call += ["--memory-budget", str(args.memory_budget)] * bool(args.memory_budget)
             call += ["--no-graphs"] * args.no_graphs
-            done = subprocess.run(call, env=os.environ, stderr=subprocess.PIPE, text=True)
+            # Unsloth writes what it compiles where it is started, and wants expandable segments.
+            settings = {"UNSLOTH_DISABLE_STATISTICS": "1", "HF_HUB_OFFLINE": "1"}
+            paths = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+            settings["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, paths))
+            if contestant == "unsloth":
+                settings["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+            done = subprocess.run(
+                call, cwd=name, env=os.environ | settings, stderr=subprocess.PIPE, text=True
+            )
             if args.verbose or done.returncode:
                 print("\n".join(done.stderr.strip().splitlines()[-12:]), file=sys.stderr)
             if done.returncode:
