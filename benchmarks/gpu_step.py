@@ -312,9 +312,9 @@ def main() -> None:
         work(args)
         return
     if "unsloth" in args.only and not (args.checkpoint / "config.json").exists():
-        gpu_load.make(
-            args.checkpoint, SHAPES[args.shape] | {"num_hidden_layers": args.layers}, "cuda"
-        )
+        sizes = {"num_hidden_layers": args.layers, "max_position_embeddings": 8192}
+        gpu_load.make(args.checkpoint, SHAPES[args.shape] | sizes, "cuda")
+        torch.cuda.empty_cache()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         result = Path(name) / "result.json"

@@ -8,6 +8,7 @@ import pytest
 from halfbyte.errors import ConfigError
 from halfbyte.train import memory
 from halfbyte.train.engine import LayerEngine, PlainEngine
+from halfbyte.train.footprint import Footprint
 from halfbyte.train.memory import keep_freed_memory, peak_memory, plan_activations, used_memory
 from tests.train.test_engine import FAMILIES, model_of
 
@@ -96,3 +97,62 @@ def test_memory_in_use_is_seen(monkeypatch):
 
 def test_the_allocator_is_told():
     assert keep_freed_memory()
+
+
+# --- the dial on a GPU ---------------------------------------------------------------------------
+
+MEASURED = Footprint(
+    layers=8, used=1000, kept=10, saved=100, down=20, loss=30, up=150, saved_part=90, own=25
+)
+
+
+def turned(budget, activations="auto", asked=True):
+    return memory._turned(MEASURED, activations, budget if asked else None, budget, 40)
+
+
+def test_more_memory_never_keeps_less_and_a_budget_is_kept_to():
+    least = int(memory.MARGIN * (min(MEASURED.peak(0, away) for away in (0, 7)) + 40)) + 1
+    plans = [turned(budget) for budget in range(least, least + 1200, 10)]
+    assert all(memory.MARGIN * plan.predicted_bytes <= plan.budget for plan in plans)
+    saved = [plan.saved_layers for plan in plans]
+    assert saved == sorted(saved)
+    assert saved[0] == 0
+    assert saved[-1] == 8
+    assert set(saved) == set(range(9))
+
+
+def test_inputs_leave_only_where_that_keeps_more():
+    for plan in (turned(budget) for budget in range(1400, 2600, 10)):
+        stay = memory.MARGIN * (MEASURED.peak(plan.saved_layers, 0) + 40)
+        assert (plan.offloaded_layers == 0) == (stay <= plan.budget)
+        assert plan.host_bytes == plan.offloaded_layers * MEASURED.kept
+
+
+def test_a_budget_for_no_plan_says_the_least_that_would_do():
+    with pytest.raises(ConfigError, match="run again from host memory this run needs"):
+        turned(1100)
+    assert turned(1100, asked=False).saved_layers == 0  # nobody asked: it is tried
+
+
+def test_the_host_s_memory_is_a_limit_too(monkeypatch):
+    tight = min(budget for budget in range(1000, 3000) if turned_fits(budget))
+    assert turned(tight).offloaded_layers
+    monkeypatch.setattr(memory, "free_memory", lambda device: 0)
+    with pytest.raises(ConfigError):
+        turned(tight)
+
+
+def turned_fits(budget):
+    try:
+        return bool(turned(budget))
+    except ConfigError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("activations", "saved", "offloaded"), [("save", 8, 0), ("recompute", 0, 0), ("offload", 0, 7)]
+)
+def test_what_is_asked_for_is_done_on_a_gpu_too(activations, saved, offloaded):
+    plan = turned(1, activations)
+    assert (plan.saved_layers, plan.offloaded_layers) == (saved, offloaded)
+    assert ("from host memory" in plan.line()) == bool(offloaded)
