@@ -293,10 +293,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where the record goes")
     parser.add_argument("--note", default="", help="what should be known about the model")
     parser.add_argument("--write-docs", action="store_true", help="write docs/quality.md, too")
-    parser.add_argument("--from", type=Path, dest="record", help="only write docs, of this record")
+    told = "only write docs, of these records"
+    parser.add_argument("--from", type=Path, nargs="+", dest="records", help=told)
     options = parser.parse_args()
-    if options.record is not None:
-        quality_table.write_docs(json.loads(options.record.read_text()), options.record.name)
+    if options.records:
+        found = [json.loads(path.read_text()) for path in options.records]
+        names = [path.name for path in options.records]
+        quality_table.write_docs(quality_table.together(found), *names)
         return
     if options.model is None:
         parser.error("--model is missing")

@@ -116,8 +116,22 @@ def verdict(found: tuple[float, float]) -> str:
     return "the interval holds 1 %: these runs cannot tell"
 
 
-def write_docs(record: Row, name: str) -> None:
-    """Writes docs/quality.md."""
+def together(records: Sequence[Row]) -> Row:
+    """One record of several, of the same model and bases, each with tasks of its own."""
+    first = dict(records[0])
+    first["runs"] = [run for record in records for run in record["runs"]]
+    first["examples"] = {
+        task: record["examples"][task]
+        for record in records
+        for task in {run["task"] for run in record["runs"]}
+    }
+    first["command"] = "` and `".join(record["command"] for record in records)
+    first["note"] = " ".join(dict.fromkeys(record["note"] for record in records))
+    return first
+
+
+def write_docs(record: Row, *names: str) -> None:
+    """Writes docs/quality.md, of what is in these files of benchmarks/results."""
     seeds = len({run["seed"] for run in record["runs"]})
     cases = ", ".join(sorted({str(run["cases"]) for run in record["runs"]}))
     tasks = [task for task in TASKS if any(run["task"] == task for run in record["runs"])]
@@ -134,9 +148,10 @@ def write_docs(record: Row, name: str) -> None:
     words = record["bases"][0]["prose_tokens"]
     examples = " and ".join(f"{record['examples'][task]} ({task})" for task in tasks)
     versions = record["versions"]
+    files = " and ".join(f"`benchmarks/results/{name}`" for name in names)
     text = f"""# What four bits cost in quality
 
-Written by `{record["command"]}`, from `benchmarks/results/{name}`. Do not edit.
+Written by `{record["command"]}`, from {files}. Do not edit.
 
 {record["model"]} on {record["device"]}, {record["date"][:10]}, torch {versions["torch"]},
 transformers {versions["transformers"]}. {record["note"]}
