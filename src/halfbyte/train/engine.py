@@ -48,7 +48,7 @@ from halfbyte.nf4.format import gpu_kernels
 from halfbyte.nf4.linear import FrozenLinear
 from halfbyte.nf4.scratch import WeightScratch
 from halfbyte.train.parts import Batch, Part, parts_of
-from halfbyte.train.passes import CapturedPasses, Keeping, Passage, Passes
+from halfbyte.train.passes import MOST_GRAPHS, CapturedPasses, Keeping, Passage, Passes
 from halfbyte.train.plain import PlainEngine
 
 __all__ = ["Batch", "EngineError", "LayerEngine", "PlainEngine", "choose_engine"]
@@ -287,8 +287,13 @@ class LayerEngine:
         return torch.stack(losses).sum()
 
     def _captures(self, key: Hashable, passages: Sequence[Passage]) -> bool:
-        known = self.finished is None and all(passage.given for passage in passages)
-        return known and self._graphs is not None and self._graphs.wanted(key)
+        graphs = self._graphs
+        if graphs is None or self.finished is not None or not all(p.given for p in passages):
+            return False
+        had_room, wanted = not graphs.full, graphs.wanted(key)
+        if graphs.full and had_room:
+            self.notes.append(f"{MOST_GRAPHS} shapes of steps are CUDA graphs; others are launched")
+        return wanted
 
     def saved_bytes(self, batch: Batch) -> tuple[int, int]:
         """Measure what one layer keeps for ``batch``: (bytes when saved, bytes when recomputed)."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from halfbyte.train.shelf import Shelf
 
 # Graphs of so many shapes are held; each takes some ten megabytes.
-_MOST_GRAPHS = 16
+MOST_GRAPHS = 16
 
 
 class Keeping(NamedTuple):
@@ -205,6 +205,9 @@ class CapturedPasses:
         passes: What is captured. Nothing in it may depend on what the host knows at the time.
         parameters: What is trained. Gradients are added to the very tensors that ``.grad`` are
             when a shape is captured; if they have been replaced since, it is captured anew.
+
+    Attributes:
+        full: Whether a shape was refused, because there are as many graphs as are held.
     """
 
     def __init__(self, passes: Passes, parameters: Sequence[nn.Parameter]) -> None:
@@ -212,6 +215,7 @@ class CapturedPasses:
         self._seen: set[Hashable] = set()
         self._captured: dict[Hashable, _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
+        self.full = False
 
     def wanted(self, key: Hashable) -> bool:
         """Return whether passes of this shape should be graphs: they have been run once."""
@@ -224,7 +228,8 @@ class CapturedPasses:
             if all(parameter.grad is grad for parameter, grad in pairs):
                 return True
             del self._captured[key]
-        return len(self._captured) < _MOST_GRAPHS
+        self.full = len(self._captured) >= MOST_GRAPHS
+        return not self.full
 
     def down(self, key: Hashable, passages: Sequence[Passage], keeping: Keeping) -> list[Tensor]:
         """As `Passes.down`; what it returns is written over by the next step of this shape.
