@@ -30,6 +30,7 @@ RECIPE: dict[str, Any] = {
     "epochs": 1,
     "max_length": 256,
     "memory_budget": 1_450_000_000,
+    "samples": 0,  # the demo asks and shows for itself
 }
 """The training of the demo; everything else is as ``halfbyte train`` has it."""
 
