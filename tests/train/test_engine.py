@@ -307,6 +307,9 @@ def test_a_step_longer_than_the_window_is_run_by_transformers_layers(monkeypatch
         monkeypatch.setattr("halfbyte.train.parts._ROUND", length)
         (passage,) = engine.enter([batch])[1]
         assert len(passage.given) == (2 if given else 0)
+    engine.enter([batch])
+    (note,) = engine.notes  # told, and told once
+    assert "longer than the attention window" in note
 
 
 def test_an_embedding_that_layers_see_by_other_ways_too_trains_under_plain_autograd(monkeypatch):

@@ -326,3 +326,9 @@ def test_a_packed_vocabulary_and_a_packed_copy_resume_too(tmp_path, model, data,
     assert opened.halfbyte_recipe.quantize_embeddings
     with pytest.raises(ConfigError, match="quantize_head was True"):
         run(config(model, data, output, max_steps=4, save_steps=2, resume=True))
+
+
+def test_offloading_on_a_cpu_is_said_to_be_nothing(model, data, tmp_path):
+    run(config(model, data, tmp_path / "run", activations="offload", max_steps=1))
+    notes = [e["text"] for e in journal(tmp_path / "run") if e["event"] == "note"]
+    assert any("nowhere to offload to" in note for note in notes)

@@ -4,13 +4,15 @@ import mmap
 import re
 
 import pytest
+import torch
 
 from halfbyte.errors import ConfigError
+from halfbyte.train import footprint as footprints
 from halfbyte.train import memory
 from halfbyte.train.engine import LayerEngine, PlainEngine
 from halfbyte.train.footprint import Footprint
 from halfbyte.train.memory import keep_freed_memory, peak_memory, plan_activations, used_memory
-from tests.train.test_engine import FAMILIES, model_of
+from tests.train.test_engine import FAMILIES, batches_of, model_of
 
 SHAPES = [[(8, 200), (8, 150)], [(4, 100)]]
 
@@ -156,3 +158,21 @@ def test_what_is_asked_for_is_done_on_a_gpu_too(activations, saved, offloaded):
     plan = turned(1, activations)
     assert (plan.saved_layers, plan.offloaded_layers) == (saved, offloaded)
     assert ("from host memory" in plan.line()) == bool(offloaded)
+
+
+def test_measuring_leaves_gradients_as_they_were(monkeypatch):
+    """Also those that the loss adds to: of a head and a norm trained whole."""
+    made = LayerEngine(model_of(FAMILIES["llama"], modules_to_save=("lm_head", "norm")), fuse=True)
+    parameters = [p for p in made.model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    grads = [parameter.grad for parameter in parameters]
+    monkeypatch.setattr(footprints, "_peak", lambda run: (run(), 1)[1])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    found = footprints.footprint(made, batches_of([(2, 9)]))
+    assert found.kept == 2 * 9 * 32 * 4
+    assert found.saved > found.saved_part > found.kept
+    for parameter, grad in zip(parameters, grads, strict=True):
+        assert parameter.grad is grad
+        assert torch.equal(grad, torch.ones_like(grad))

@@ -129,7 +129,7 @@ class LayerEngine:
         self.opened = _opener(self.scratch, self.linears, self.dtype)
         self.clock = dropout_clock(model)
         self._drops = any(adapter.config.dropout for adapter in adapters(model).values())
-        self.tuple_output = False
+        self.tuple_output = self._told_window = False
         self.notes: list[str] = []
         self.finished: Callable[[int, Tensor], None] | None = None
         self.trained = trained
@@ -158,7 +158,7 @@ class LayerEngine:
         told = f"layer engine over {len(self.layers)} layers"
         if self.fused:
             told += ", fused"
-            told += ", documents packed" if self.packs else ""
+            told += ", documents packed" if self.packs else ", documents not packed"
             told += ", CUDA graphs" if self._graphs else f", no CUDA graphs: {self.why_no_graphs}"
         return told
 
@@ -248,14 +248,15 @@ class LayerEngine:
         graphs = self._graphs if self._captures(key, passages) else None
         if graphs is not None:
             try:
-                hidden = graphs.down(key, passages, keeping)
+                graphs.capture(key, passages, keeping)
             except RuntimeError as error:
                 self.notes.append(f"no CUDA graphs from here on: {error}".splitlines()[0])
                 self._graphs = graphs = None
                 self.why_no_graphs = "capturing one failed"
         if graphs is None:
             hidden = self.passes.down(passages, keeping)
-        if graphs is not None:
+        else:
+            hidden = graphs.down(key, passages)
             passages = []  # the graphs have copies
         total = torch.zeros((), dtype=torch.float32, device=hidden[0].device)
         grads: list[Tensor] = []
@@ -358,6 +359,9 @@ class LayerEngine:
         longest = max(part.longest for part in parts)
         if self._fused and all(longest <= (layer.window or longest) for layer in self._fused):
             return parts, [self._fused_passage(i, part) for i, part in enumerate(parts)]
+        if self._fused and not self._told_window:
+            self._told_window = True
+            self.notes.append("documents longer than the attention window: layers are not fused")
         if any(part.documents is not None for part in parts):
             parts = parts_of(batches, device, pack=False)
         # The arguments depend on the shape of the micro-batch alone, so equal shapes share them.

@@ -66,7 +66,15 @@ def footprint(engine: LayerEngine, batches: Sequence[Batch]) -> Footprint:
 
     Gradients of what is trained must be there already; they are left as they were.
     """
-    measured = _measured(engine, batches)
+    # The loss adds to those of a head or a norm that is trained whole.
+    held = [(p, p.grad) for p in engine.model.parameters() if p.requires_grad]
+    for parameter, _ in held:
+        parameter.grad = None
+    try:
+        measured = _measured(engine, batches)
+    finally:
+        for parameter, grad in held:
+            parameter.grad = grad
     used = int(torch.cuda.memory_allocated())
     torch.cuda.reset_peak_memory_stats()
     return replace(measured, used=used)

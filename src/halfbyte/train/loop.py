@@ -216,6 +216,8 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
     memory, beside = plan_beside_state(
         lambda state_bytes: planned(state_bytes=state_bytes), stepper.optimizer
     )
+    if config.activations == "offload" and device == "cpu":
+        report.note("activations: there is nowhere to offload to from a CPU; layers are run again")
     report.note(memory.line())
     tight = Tightness(memory, used_memory(device), plan.shapes(), beside)
     if resumed is not None:  # after planning, which counts its bytes

@@ -231,15 +231,18 @@ class CapturedPasses:
         self.full = len(self._captured) >= MOST_GRAPHS
         return not self.full
 
-    def down(self, key: Hashable, passages: Sequence[Passage], keeping: Keeping) -> list[Tensor]:
-        """As `Passes.down`; what it returns is written over by the next step of this shape.
+    def capture(self, key: Hashable, passages: Sequence[Passage], keeping: Keeping) -> None:
+        """Capture the passes of a shape, unless they are.
 
         Raises:
-            RuntimeError: If the passes cannot be captured; nothing has been done then.
+            RuntimeError: If they cannot be captured; nothing has been computed then.
         """
-        captured = self._captured.get(key)
-        if captured is None:
-            captured = self._captured[key] = self._capture(passages, keeping)
+        if key not in self._captured:
+            self._captured[key] = self._capture(passages, keeping)
+
+    def down(self, key: Hashable, passages: Sequence[Passage]) -> list[Tensor]:
+        """As `Passes.down`, after `capture`; the next step of this shape writes over the result."""
+        captured = self._captured[key]
         for held, old, new in zip(captured.held, captured.given, passages, strict=True):
             held.x.copy_(new.x)
             for place, before, value in zip(held.given, old, new.given, strict=True):
