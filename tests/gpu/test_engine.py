@@ -201,9 +201,9 @@ def test_a_pass_that_cannot_be_captured_is_told_and_run_all_the_same(monkeypatch
     true = taken(model)
     up = Passes.up
 
-    def waits(self, passages, grads):
+    def waits(self, passages, grads, finished=None):
         torch.cuda.synchronize()
-        up(self, passages, grads)
+        up(self, passages, grads, finished)
 
     monkeypatch.setattr(Passes, "up", waits)
     assert torch.equal(engine.step(batches, 50.0, saved_layers=1), wanted)
