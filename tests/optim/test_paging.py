@@ -228,7 +228,9 @@ def test_the_runtime_is_called_as_its_version_wants(version):
         assert advice[3].value == 0
 
 
-def test_what_the_runtime_reports_is_raised_in_its_words():
+def test_what_the_runtime_reports_is_raised_in_its_words_and_forgotten():
+    calls = []
+
     class Library:
         @staticmethod
         def cudaMallocManaged(*arguments):
@@ -238,7 +240,13 @@ def test_what_the_runtime_reports_is_raised_in_its_words():
         def cudaGetErrorString(error):
             return b"out of memory"
 
+        @staticmethod
+        def cudaGetLastError():
+            calls.append("cudaGetLastError")
+            return 2
+
     runtime = managed.Runtime.__new__(managed.Runtime)
     runtime._library = Library()
     with pytest.raises(RuntimeError, match="cudaMallocManaged: out of memory"):
         runtime.allocate(512)
+    assert calls == ["cudaGetLastError"]

@@ -61,6 +61,7 @@ class Runtime:
         if error:
             text = self._library.cudaGetErrorString
             text.restype = ctypes.c_char_p
+            self._library.cudaGetLastError()  # or torch's next launch would report it as its own
             raise RuntimeError(f"{name}: {text(error).decode()}")
 
     def attribute(self, which: int, device: int) -> int:
