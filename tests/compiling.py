@@ -109,15 +109,22 @@ def kernels(capability: int):
             flat, part = gpu_products._flat(members, rank * members)
             step = {"members": members, "ranks": rank * members, "part": part, "flat": flat, **tile}
             yield gpu_products._backward, tiles("bf16", part), step, options
-        types = {"out_a": "*bf16", "out_b": "*bf16", "a_programs": "i32"}
-        types |= {"rank0": "i32", "rank1": "i32", "rank2": "i32"}
-        types |= {"scaling0": "fp32", "scaling1": "fp32", "scaling2": "fp32"}
-        yield gpu_adapters._copy, types, {"rank": 16, "lanes": 1024, "tile": 64}, {}
+        job = {"kind": tl.float32, "count": 14, "lanes": 1024}
+        yield gpu_adapters._lay_out, {"out": "*bf16", "table": "*i64"}, job, {}
+        types = {"out": "*bf16", "left": "*bf16", "right": "*bf16"}
+        types |= {"out_stride": "i32", "left_stride": "i32"}
+        for transposed, ranks in ((True, 16), (False, 48), (True, 128)):
+            tile = {"rank": ranks, "ranks": ranks, "part": min(64, ranks & -ranks)}
+            tile |= {"transposed": transposed, "tile_m": 64, "tile_n": 128}
+            yield gpu_adapters._add_thin, types, tile, {"num_warps": 4}
         sums = {"rank": 16, "span": 1024, "tile_m": 64, "tile_n": 256}
-        types = {"dy": "*bf16", "p": "*bf16", "b": "*bf16"}
+        types = {"dy0": "*bf16", "dy1": "*bf16", "dy2": "*bf16", "p": "*bf16", "b": "*bf16"}
+        types |= {"dy_stride0": "i32", "dy_stride1": "i32", "dy_stride2": "i32"}
         yield gpu_adapters._adapter_pass, types, sums, {"num_warps": 8, "num_stages": 3}
-        types = {"g": "*bf16", "scaling": "fp32"}
-        yield gpu_adapters._sum_parts, types, {"rank": 16, "lanes": 512}, {}
+        types = {"g": "*bf16", "scaling0": "fp32", "scaling1": "fp32", "scaling2": "fp32"}
+        types |= {"spans": "i32", "tiles": "i32"}
+        parts = {"members": 3, "rank": 16, "tile_n": 256, "lanes": 512}
+        yield gpu_adapters._sum_parts, types, parts, {}
 
 
 def main() -> None:

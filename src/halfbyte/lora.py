@@ -160,12 +160,17 @@ class LoRA(nn.Module):
             self.lora_A.copy_(drawn)
             self.lora_B.zero_()
 
+    @property
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """A [r, in], B [out, r] and the scaling s."""
+        return self.lora_A, self.lora_B, self.config.scaling
+
     def update(self, x: Tensor) -> LowRank:
         """Return the update for the input ``x``; see ``nf4.shared.LowRank``."""
         keep = None
         if self.clock.running and self.config.dropout > 0.0:
             keep = self.clock.mask(x, self.config.dropout, self.index)
-        return LowRank(self.lora_A, self.lora_B, self.config.scaling, keep)
+        return LowRank(*self.factors, keep)
 
     @property
     def rescales(self) -> bool:

@@ -175,8 +175,9 @@ def test_a_shadow_is_rounded_once_from_the_scaled_adapter():
 
     module = layer((512, 256, 128), 200, 24)
     updates = [linear.adapter.update(None) for linear in module.children()]
-    shadow = gpu_adapters.shadow_of(
-        [updates[0], None, updates[2]], [(512, 200), (256, 200), (128, 200)], torch.bfloat16
+    pairs = [updates[0][:3], None, updates[2][:3]]
+    (shadow,) = gpu_adapters.shadows_of(
+        [gpu_adapters.Factors(pairs, [512, 256, 128], 200)], torch.bfloat16
     )
     assert shadow.rank == 32
     assert torch.equal(shadow.a[:24], updates[0].a.bfloat16())

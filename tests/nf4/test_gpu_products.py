@@ -39,8 +39,12 @@ def layer(outputs, inputs, ranks, adjacent=True):
         )
         for i, (rank, out) in enumerate(zip(ranks, outputs, strict=True))
     ]
-    shadow = adapters.shadow_of(updates, [(out, inputs) for out in outputs], torch.float16)
+    (shadow,) = adapters.shadows_of([factors(updates, outputs, inputs)], torch.float16)
     return weights, updates, shadow
+
+
+def factors(updates, outputs, inputs):
+    return adapters.Factors([update and update[:3] for update in updates], outputs, inputs)
 
 
 def close(got, exact, factor=1.0):
@@ -72,12 +76,8 @@ def test_forward_and_backward_are_those_of_float64(outputs, inputs, ranks, rows,
     y = forward(x, weights, p, shadow, outputs)
     dys = [drawn(rows, out, seed=30 + i) for i, out in enumerate(outputs)]
     g = x.new_full((rows, shadow.a.shape[0]), torch.nan)
-    d_bs, start = [], 0
-    for i, (dy, out) in enumerate(zip(dys, outputs, strict=True)):
-        mine = slice(i * shadow.rank, (i + 1) * shadow.rank)
-        b = shadow.b[start : start + out]
-        d_bs.append(adapters.adapter_pass(dy, p[:, mine], b, 2.0, g[:, mine]))
-        start += out
+    d_b = adapters.adapter_pass(dys, p, shadow.b, [2.0] * len(dys), g)
+    d_bs = d_b.split(outputs)
     dx = backward(dys, weights, g, shadow)
     exact_dx = torch.zeros(rows, inputs, dtype=torch.float64)
     for i, (update, weight) in enumerate(zip(updates, weights, strict=True)):
@@ -104,7 +104,7 @@ def test_gradients_may_be_columns_of_something_wider():
     results = []
     for given in (dy, dy.contiguous()):
         g = p.new_empty(40, 16)
-        d_b = adapters.adapter_pass(given, p, shadow.b, 1.0, g)
+        d_b = adapters.adapter_pass([given], p, shadow.b, [1.0], g)
         results.append((d_b, g, products.backward([given], weights, g, shadow)))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
@@ -124,7 +124,7 @@ def test_gradients_that_lie_side_by_side_are_one_product():
 def test_sums_over_many_spans_and_tiles_are_complete():
     dy, p = drawn(2050, 520, seed=5), drawn(2050, 16, seed=6)
     b, g = drawn(520, 16, seed=7), p.new_full((2050, 16), torch.nan)
-    d_b = adapters.adapter_pass(dy, p, b, 0.5, g)
+    d_b = adapters.adapter_pass([dy], p, b, [0.5], g)
     assert close(d_b, 0.5 * dy.double().t() @ p.double())
     assert close(g, dy.double() @ b.double())
 
@@ -132,9 +132,9 @@ def test_sums_over_many_spans_and_tiles_are_complete():
 def test_a_shadow_holds_each_adapter_scaled_and_padded():
     dtype = torch.float16
     _, updates, _ = layer([24, 8], 40, [3, 20])
-    shadow = adapters.shadow_of(
-        [updates[0], None, updates[1]], [(24, 40), (16, 40), (8, 40)], dtype
-    )
+    _, (other,), alone = layer([300], 72, [8])
+    those = factors([updates[0], None, updates[1]], [24, 16, 8], 40)
+    shadow, second = adapters.shadows_of([those, factors([other], [300], 72)], dtype)
     assert shadow.rank == 32
     assert torch.equal(shadow.a[:3], updates[0].a.to(dtype))
     assert torch.equal(shadow.a[64:84], updates[1].a.to(dtype))
@@ -142,6 +142,8 @@ def test_a_shadow_holds_each_adapter_scaled_and_padded():
     assert torch.equal(shadow.b[40:, :20], (2.0 * updates[1].b).to(dtype))
     assert int((shadow.a != 0).sum()) == 23 * 40
     assert int((shadow.b != 0).sum()) <= 24 * 3 + 8 * 20
+    assert torch.equal(second.a, alone.a)
+    assert torch.equal(second.b, alone.b)
 
 
 def test_what_does_not_fit_is_done_plainly():

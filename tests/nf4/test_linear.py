@@ -19,8 +19,12 @@ class Update(nn.Module):
         super().__init__()
         self.a, self.b, self.scaling, self.keep = a, b, scaling, keep
 
+    @property
+    def factors(self):
+        return self.a, self.b, self.scaling
+
     def update(self, x):
-        return LowRank(self.a, self.b, self.scaling, self.keep)
+        return LowRank(*self.factors, self.keep)
 
 
 def layer(out=7, inp=10, *, quant="nf4", bias=True, double_quant=True, dtype=torch.float64):

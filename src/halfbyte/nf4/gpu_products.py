@@ -11,7 +11,7 @@ below the other, so x is read once, and dx gathers the gradients of all of them 
 written in between.
 
     forward     p = x [A₁ A₂ …]ᵀ          y = x Wᵀ + pᵢ (s Bᵢ)ᵀ                    2 launches
-    backward    gᵢ = dyᵢ (s Bᵢ) and dBᵢ = s dyᵢᵀ pᵢ, in one reading of dyᵢ         2 for each i
+    backward    gᵢ = dyᵢ (s Bᵢ) and dBᵢ = s dyᵢᵀ pᵢ, in one reading of dyᵢ         2
                 dx = Σ dyᵢ Wᵢ + g [A₁ A₂ …]          dA = gᵀ x                       2
 
 The contraction runs on tiles brought by the card's copy engine, one program a multiprocessor, and
@@ -31,7 +31,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from halfbyte.nf4.gpu import is_hopper, multiprocessors, on_device
-from halfbyte.nf4.gpu_adapters import Shadow
+from halfbyte.nf4.gpu_adapters import Shadow, add_thin
 
 # Rows from which one tile a multiprocessor is enough work; below, cuBLAS splits better.
 FEWEST_ROWS = 2048
@@ -192,9 +192,7 @@ def plain_forward(
     else:
         for part, weight in zip(parts, weights, strict=True):
             torch.mm(x, weight.t(), out=part)
-    thin = p.split(shadow.rank, 1)
-    for part, mine, b in zip(parts, thin, shadow.b.split(list(outputs)), strict=True):
-        part.addmm_(mine, b.t())
+    add_thin(y, p, shadow.b, outputs)
     return y
 
 
@@ -207,7 +205,8 @@ def plain_backward(
     dx = torch.mm(dys[0], weights[0])
     for dy, weight in zip(dys[1:], weights[1:], strict=True):
         dx.addmm_(dy, weight)
-    return dx.addmm_(g, shadow.a)
+    add_thin(dx, g, shadow.a, None)
+    return dx
 
 
 def forward(

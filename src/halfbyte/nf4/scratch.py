@@ -66,6 +66,8 @@ class WeightScratch:
                     linear._dense = outs[-1]
                     start += q.numel
                 start += -start % _ALIGNED
+            for shared in sets:
+                shared.open(list(sets))
             holds = [(q.codes.data_ptr(), q.codes._version) for q in held.values()]
             if held and not (again and holds == self._holds):
                 self._holds = []

@@ -75,7 +75,7 @@ class _SharedProduct(torch.autograd.Function):
         p: list[Tensor | None]
         if fused is not None:
             # Kept for backward: what the products there must be made with is what was used here.
-            ctx.shadow = shadow = shared.shadow(members, updates, x.dtype)
+            ctx.shadow = shadow = shared.shadow(x.dtype)
             p = [torch.mm(rows, shadow.a.t())]
             outputs = [member.out_features for member in members]
             if read:
@@ -222,19 +222,16 @@ def _fused_backward(
 
     shared, members, fused = ctx.shared, ctx.members, ctx.fused
     shadow = ctx.shadow
-    rank, start = shadow.rank, 0
+    rank = shadow.rank
     g = rows.new_empty(rows.shape[0], rank * len(members))
-    whole, d_bs = [], []
-    for i, (dy, member) in enumerate(zip(dys, members, strict=True)):
+    whole = []
+    for dy, member in zip(dys, members, strict=True):
         if dy is None:  # this output was not used
             dy = rows.new_zeros(rows.shape[0], member.out_features)
-        dy = dy if dy.stride(1) == 1 else dy.contiguous()
-        whole.append(dy)
-        mine = slice(i * rank, (i + 1) * rank)
-        b = shadow.b[start : start + member.out_features]
-        scaling = ctx.scalings[i] or 0.0
-        d_bs.append(adapter_pass(dy, p[0][:, mine], b, scaling, g[:, mine]))
-        start += member.out_features
+        whole.append(dy if dy.stride(1) == 1 else dy.contiguous())
+    scalings = [scaling or 0.0 for scaling in ctx.scalings]
+    d_b = adapter_pass(whole, p[0], shadow.b, scalings, g)
+    d_bs = torch.split(d_b, [member.out_features for member in members])
     gradients: list[Tensor | None] = []
     d_a = torch.mm(g.t(), rows, out_dtype=torch.float32)
     for i, update in enumerate(updates):
@@ -280,6 +277,7 @@ class SharedInput:
         self._waiting: _Waiting | None = None
         self._proven = False
         self._shadow: Any = None
+        self.beside: tuple[SharedInput, ...] = ()
         for member in members:
             member.shared = self
 
@@ -338,32 +336,43 @@ class SharedInput:
 
         return gpu_products
 
-    def shadow(
-        self,
-        members: Sequence["FrozenLinear"],
-        updates: Sequence[LowRank | None],
-        dtype: torch.dtype,
-    ) -> Any:
+    def shadow(self, dtype: torch.dtype) -> Any:
         """Return the adapters as `gpu_adapters.Shadow`.
 
-        While a `WeightScratch` holds the linears open it is made once, for all micro-batches. It
-        is never kept longer: an optimizer may write to adapters without their telling (torch's
-        fused AdamW counts no version), and products with old ones would be wrong in silence.
+        While a `WeightScratch` holds a decoder layer open it is made once, for all micro-batches
+        and with those of the layer's other sets. It is never kept longer: an optimizer may write to
+        adapters without their telling (torch's fused AdamW counts no version), and products with
+        old ones would be wrong in silence.
         """
-        from halfbyte.nf4.gpu_adapters import shadow_of  # it imports triton
+        from halfbyte.nf4.gpu_adapters import Factors, shadows_of  # it imports triton
 
-        opened = all(member.opened(dtype) is not None for member in members)
-        if not opened or self._shadow is None:
-            shapes = [(member.out_features, member.in_features) for member in members]
-            self._shadow = shadow_of(updates, shapes, dtype)
-        shadow = self._shadow
-        if not opened:
-            self._shadow = None
-        return shadow
+        if self._shadow is not None:
+            return self._shadow
+        sets = [shared for shared in self.beside or (self,) if any(shared._pairs())]
+        factors = [
+            Factors(s._pairs(), [m.out_features for m in s.members], s.members[0].in_features)
+            for s in sets
+        ]
+        shadows = dict(zip(sets, shadows_of(factors, dtype), strict=True))
+        if self.beside:
+            for shared, shadow in shadows.items():
+                shared._shadow = shadow
+        return shadows[self]
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor, float] | None]:
+        """Return A, B and s of each member, or None."""
+        return [
+            None if member.adapter is None else member.adapter.factors  # type: ignore[misc]
+            for member in self.members
+        ]
+
+    def open(self, beside: Sequence["SharedInput"]) -> None:
+        """Take note of the sets that are open from now on, this one among them."""
+        self.beside = tuple(beside)
 
     def close(self) -> None:
         """Forget what was made while the linears were open."""
-        self._shadow = None
+        self._shadow, self.beside = None, ()
 
 
 def _decode_together(linears: Sequence["FrozenLinear"], dtype: torch.dtype) -> list[Tensor]:
