@@ -19,13 +19,13 @@ from halfbyte.plan.speed import card_of_driver, step_seconds
 RANK = 16
 
 
-def run_of(options: dict[str, Any], quant: str, config: str) -> Run:
+def run_of(options: dict[str, Any], row: dict[str, Any], quant: str, config: str) -> Run:
     """The run that a row of gpu_step.py was made by."""
     micro, _, rest = config.rpartition("*")
     batch, length = rest.split("x")
     layers, keep = options["layers"], options["keep"]
-    saved = layers if keep == "save" else options.get("saved_layers", 0)
-    offloaded = max(0, layers - saved - 2) if keep == "offload" else 0
+    dial = Dial.turned(layers, layers if keep == "save" else 0, offload=keep == "offload")
+    dial = Dial(row.get("saved_layers", dial.saved), row.get("offloaded_layers", dial.offloaded))
     return Run(
         Holding(quant),
         RANK,
@@ -33,7 +33,7 @@ def run_of(options: dict[str, Any], quant: str, config: str) -> Run:
         length=int(length),
         micro_batches=int(micro or 1),
         optimizer="adamw_8bit" if options.get("state_bits", 32) == 8 else "adamw",
-        dial=Dial(saved, offloaded),
+        dial=dial,
         embedding_on_host=True,
     )
 
@@ -54,7 +54,7 @@ def main() -> None:
             for config, row in rows.items():
                 if not contestant.startswith("halfbyte") or "peak_gb" not in row:
                     continue
-                run = run_of(found, "nf4" if "nf4" in contestant else "none", config)
+                run = run_of(found, row, "nf4" if "nf4" in contestant else "none", config)
                 peak = ledger(shape, run).peak / 1e9
                 ms = step_seconds(shape, run, card).total * 1e3
                 print(

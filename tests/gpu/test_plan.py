@@ -37,12 +37,23 @@ CONFIG = LlamaConfig(
 )
 
 
+def swept() -> int:
+    """Return the bytes in use once what earlier tests left lying about is gone.
+
+    That are engines in cycles, and the workspaces of cuBLAS, 32 MiB a thread and stream: capturing
+    clears them, so what began with them there would seem to take less.
+    """
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    return int(torch.cuda.memory_allocated())
+
+
 class Trained:
     """A random model on the card with adapters and an optimizer, and what was there before it."""
 
     def __init__(self, quant: Any) -> None:
-        torch.cuda.empty_cache()
-        self.before = torch.cuda.memory_allocated()
+        self.before = swept()
         self.recipe = BaseRecipe(quant, compute_dtype=torch.bfloat16, device="cuda")
         model = build(CONFIG, self.recipe)
         with torch.device("meta"):
@@ -53,8 +64,7 @@ class Trained:
             place(model, name, value.cuda().mul_(0.02))
             del value
         finish(model)
-        torch.cuda.empty_cache()
-        self.base = torch.cuda.memory_allocated() - self.before
+        self.base = swept() - self.before
         attach(model, LoRAConfig(r=16, alpha=16), seed=0)
         self.model = model
         self.parameters = list(adapter_parameters(model).values())
@@ -64,8 +74,7 @@ class Trained:
 
     def peak(self, dial: Dial) -> int:
         engine = LayerEngine(self.model, fuse=True, graphs=True)
-        gc.collect()
-        torch.cuda.empty_cache()
+        swept()
         torch.cuda.reset_peak_memory_stats()
         for seed in range(4):
             generator = torch.Generator().manual_seed(seed)
@@ -109,7 +118,10 @@ def test_the_base_takes_what_the_ledger_says(trained: Trained) -> None:
 )
 def test_the_peak_is_within_5_percent_of_the_ledger(trained: Trained, dial: Dial) -> None:
     entries = ledger(shape_of_config(CONFIG, "test"), run_of(trained, dial))
-    assert trained.peak(dial) == pytest.approx(entries.peak, rel=0.05), entries.all_lines()
+    obtained = trained.peak(dial)
+    off = f"{dial} {obtained} obtained, {entries.peak} expected: {obtained / entries.peak - 1:+.2%}"
+    print(trained.recipe.quant, off)
+    assert obtained == pytest.approx(entries.peak, rel=0.05), entries.all_lines()
 
 
 def test_every_part_of_a_run_computes_rightly_here() -> None:

@@ -63,14 +63,16 @@ def test_the_dial_says_what_is_kept(llama: ModelShape) -> None:
     layer = Run().layer(llama)
     assert layer.input == 8192
     assert kept_bytes(layer, Dial(), 100) == 32 * 100 * 8192
-    assert kept_bytes(layer, Dial(32), 100) == 32 * 100 * layer.saved
+    assert kept_bytes(layer, Dial(32), 100) == 32 * (100 * layer.saved + layer.copies)
     assert kept_bytes(layer, Dial(0, 32), 100) == 100 * 8192
     assert Dial.turned(32, 5, offload=True) == Dial(5, 26)
     assert kept_bytes(layer, Dial.turned(32, 0, offload=True), 100) == 2 * 100 * 8192
-    assert kept_bytes(layer, Dial(30, 2), 100) == 100 * (30 * layer.saved + 8192)
+    assert (
+        kept_bytes(layer, Dial(30, 2), 100) == 100 * (30 * layer.saved + 8192) + 30 * layer.copies
+    )
     assert host_bytes(layer, Dial(0, 32), 100) == 32 * 100 * 8192
     # What was kept need not be made again.
-    again, kept = (backward_bytes(layer, dial, 100, 100) for dial in (Dial(), Dial(1)))
+    again, kept = (backward_bytes(layer, dial, 100, 100) for dial in (Dial(), Dial(32)))
     assert again - kept == 100 * (layer.saved - layer.input)
 
 

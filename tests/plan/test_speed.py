@@ -35,10 +35,10 @@ def smol() -> ModelShape:
 @pytest.mark.parametrize(
     ("quant", "keep", "batch", "length", "milliseconds", "gigabytes"),
     [
-        ("nf4", "offload", 1, 512, 54.5, 4.68),
-        ("nf4", "offload", 2, 512, 89.0, 4.80),
-        ("nf4", "offload", 1, 2048, 159.0, 5.01),
-        ("nf4", "offload", 4, 2048, 581.4, 6.31),
+        ("nf4", "offload", 1, 512, 54.5, 4.58),
+        ("nf4", "offload", 2, 512, 89.0, 4.68),
+        ("nf4", "offload", 1, 2048, 159.0, 4.88),
+        ("nf4", "offload", 4, 2048, 581.4, 6.07),
         ("nf4", "save", 4, 2048, 427.1, None),
         ("none", "recompute", 1, 512, 43.5, 13.99),
         ("none", "recompute", 1, 2048, 150.7, None),
@@ -54,8 +54,11 @@ def test_steps_of_a_7b_on_an_h100_are_as_measured(
     milliseconds: float,
     gigabytes: float | None,
 ) -> None:
-    """benchmarks/results/2026-11-24_gpu_step_{offload,save,lora}.json; in CUDA graphs."""
-    dial = {"offload": Dial(0, 30), "save": Dial(32), "recompute": Dial()}[keep]
+    """benchmarks/results/2026-11-24_gpu_step_{offload,save,lora}.json; in CUDA graphs.
+
+    Memory is that of the engine a few hours later, which turns q and k where they are.
+    """
+    dial = {"offload": Dial(0, 31), "save": Dial(32), "recompute": Dial()}[keep]
     run = Run(
         Holding(quant),
         batch=batch,
@@ -67,8 +70,7 @@ def test_steps_of_a_7b_on_an_h100_are_as_measured(
     predicted = step_seconds(llama, run, CARDS["h100"]).total
     assert predicted * 1000 == pytest.approx(milliseconds, rel=0.05)
     if gigabytes is not None:
-        # q and k were not turned in place yet: 16 kB a token of one layer more.
-        assert ledger(llama, run).peak / 1e9 == pytest.approx(gigabytes, rel=0.03)
+        assert ledger(llama, run).peak / 1e9 == pytest.approx(gigabytes, rel=0.01)
     by_hand = replace(run, fused=False)
     assert step_seconds(llama, by_hand, CARDS["h100"]).total >= 32 * 0.006
 

@@ -19,9 +19,23 @@ Layers that are run as transformers has them keep more: norms keep the float32 c
 as they were before, too.
 
 In backward the layer's own activations are there in any case (kept, or made again), and at the
-peak, in the middle of the MLP, the gradients of gate and up beside them. The gradient that goes
-down the layers is as wide as the stream; CUDA graphs are handed it in a tensor of their own, and
-hand the last layer's output over in another.
+peak, in the middle of the MLP, the gradients of gate and up beside them. Fused on a GPU these are
+written over gate and up, and the peak is the moment before: the gradient of their product. Where
+the MLP is narrow it is attention's backward. What the MLP kept is gone by then, and there are
+
+    gradients   of the stream beside, of what attention gave, of q, k and v   e·(H + 2Q + 2K)
+    float32     of q, added up there                                          4·Q
+    all heads   of k and v, for each of the queries' heads, if fewer          2·e·Q
+
+Beside what layers keep there is the stream itself, as wide as a layer's input, several times over.
+On a CPU that is its gradient, on its way down. CUDA graphs have tensors of their own, and so, while
+they are captured, there are
+
+    the entry, as it was made, and the graphs' copy, which is what layer 0 keeps
+    the last output, whose place its gradient takes
+    the gradient of the layer before, from the second layer on
+
+Saved layers keep the copies of their adapters that they multiplied with, too, whatever the tokens.
 """
 
 from dataclasses import dataclass
@@ -42,6 +56,7 @@ class LayerActivations:
         shape: The model's widths.
         itemsize: Bytes of an activation.
         ranks: Sum of the ranks of the adapters in a layer.
+        copied: Elements of the copies of its adapters that it multiplies with.
         fused: Whether layers are run by ``model.layer``.
         on_gpu: Whether they are on a GPU.
     """
@@ -49,8 +64,19 @@ class LayerActivations:
     shape: ModelShape
     itemsize: int
     ranks: int
+    copied: int
     fused: bool
     on_gpu: bool
+
+    @property
+    def captured(self) -> bool:
+        """Whether the passes over the layers become CUDA graphs."""
+        return self.fused and self.on_gpu
+
+    @property
+    def copies(self) -> int:
+        """What a layer that is not run again keeps whatever the tokens."""
+        return self.itemsize * self.copied if self.captured else 0
 
     @property
     def input(self) -> int:
@@ -95,10 +121,12 @@ class LayerActivations:
     def gradients(self) -> int:
         """What backward holds beside the layer's activations when it holds most."""
         s = self.shape
-        wide = 2 if self.fused else 3
-        if self.fused and self.on_gpu:
-            wide = 1  # gate's and up's are written over gate and up
-        return self.itemsize * (wide * s.intermediate + s.hidden)
+        if self.captured:
+            e, heads = self.itemsize, 2 if s.key_value < s.query else 0
+            attention = e * (s.hidden + 2 * s.query + 2 * s.key_value + heads * s.query)
+            gone = e * (2 * s.hidden + 3 * s.intermediate)
+            return max(e * s.intermediate, attention + 4 * s.query - gone)
+        return self.itemsize * ((2 if self.fused else 3) * s.intermediate + s.hidden)
 
     @property
     def backward(self) -> int:
@@ -142,7 +170,12 @@ def kept_bytes(layer: LayerActivations, dial: Dial, tokens: int) -> int:
     """
     waiting = layer.shape.layers - dial.saved
     on_card = waiting - dial.offloaded + min(dial.offloaded, UNDER_WAY)
-    return tokens * (dial.saved * layer.saved + on_card * layer.input)
+    return tokens * on_card * layer.input + saved_bytes(layer, dial, tokens)
+
+
+def saved_bytes(layer: LayerActivations, dial: Dial, tokens: int) -> int:
+    """Return what is kept by the layers that are not run again."""
+    return dial.saved * (tokens * layer.saved + layer.copies)
 
 
 def host_bytes(layer: LayerActivations, dial: Dial, tokens: int) -> int:
@@ -151,7 +184,7 @@ def host_bytes(layer: LayerActivations, dial: Dial, tokens: int) -> int:
 
 
 def backward_bytes(layer: LayerActivations, dial: Dial, tokens: int, part_tokens: int) -> int:
-    """Return what the last layer's backward has beside what is kept.
+    """Return what backward has beside what is kept when it holds most.
 
     Args:
         layer: One layer.
@@ -159,7 +192,17 @@ def backward_bytes(layer: LayerActivations, dial: Dial, tokens: int, part_tokens
         tokens: Of the whole step; each has a gradient that goes down the layers.
         part_tokens: Of what passes through a layer together.
     """
-    # A graph is handed the stream and hands it over; a part's gradient is made beside the last.
-    own = 2 * tokens + part_tokens if layer.fused and layer.on_gpu else tokens
-    alive = layer.gradients if dial.saved else layer.backward
-    return own * layer.input + part_tokens * alive
+    stream = tokens * layer.input
+    if not layer.captured:
+        return stream + part_tokens * (layer.gradients if dial.saved else layer.backward)
+    entry_and_output = 2 * stream
+    # In the last layer, if that is not run again,
+    moments = [entry_and_output + part_tokens * layer.gradients] if dial.saved else []
+    if dial.saved < layer.shape.layers:  # and in the first that is.
+        own = entry_and_output + part_tokens * layer.backward
+        if dial.saved or dial.offloaded:  # else it is the last, which no gradient has come through
+            own += stream
+        if dial.offloaded:  # layer 0's input is in the graphs' copy all the same
+            own += stream
+        moments.append(own - saved_bytes(layer, dial, tokens))
+    return max(moments)

@@ -45,8 +45,8 @@ _ALIGNMENT = 256  # of each tensor of the state
 # Bytes of logits, and of a packed head decoded, there are at a time: model/loss.py.
 LOGITS = {"cpu": 32 << 20, "cuda": 128 << 20}
 # On a CPU the whole process counts: Python, torch and transformers. On a GPU cuBLAS has a workspace
-# of 32 MiB in each stream: the usual one, and that of CUDA graphs.
-OVERHEAD = {"cpu": 0.55e9, "cuda": 0.07e9}
+# of 32 MiB in the stream of plain steps, and where graphs are captured in theirs instead.
+OVERHEAD = {"cpu": 0.55e9, "cuda": 33.6e6}
 # What a byte of kept activations takes: temporaries leave holes in glibc's heap. With micro-batches
 # of one shape; 1.4 with many. With these two, three of four runs of 2026-11-24_cpu_step.json and
 # cpu_step_lora.json peak within 4 % of the ledger, the fourth within 7.
@@ -189,10 +189,14 @@ class Run:
 
     def layer(self, shape: ModelShape) -> LayerActivations:
         """Return what one layer keeps."""
-        ranks = self.rank * len(self.adapted(shape)) // max(1, shape.layers)
+        adapted, layers = self.adapted(shape), max(1, shape.layers)
+        ranks = self.rank * len(adapted) // layers
+        # Copies of adapters are filled up to a power of two.
+        filled = max(16, 1 << (self.rank - 1).bit_length())
+        copied = filled * sum(sum(weight.shape) for weight in adapted) // layers
         fused = self.fused and shape.fusable
         on_gpu = self.device == "cuda"
-        return LayerActivations(shape, self.holding.itemsize, ranks, fused, on_gpu)
+        return LayerActivations(shape, self.holding.itemsize, ranks, copied, fused, on_gpu)
 
 
 @dataclass(frozen=True)
@@ -334,8 +338,8 @@ def _scratch(shape: ModelShape, run: Run) -> int:
 
 
 def _loss(shape: ModelShape, run: Run) -> int:
-    """Return what the loss of one part takes, each position supervised."""
-    e, tokens = run.holding.itemsize, run.part_tokens
+    """Return what the loss of the last part takes, each position supervised."""
+    e = run.holding.itemsize
     head = next((w for w in shape.weights if w.role == "head"), None)
     packed = head is not None and run.holding.packs(head, tied=shape.tied)
     packed = packed or (shape.tied and run.holding.quantize_head)
@@ -343,10 +347,11 @@ def _loss(shape: ModelShape, run: Run) -> int:
     # Else they are float32, and at the highest there is a copy: what logsumexp sums.
     in_place = run.device == "cuda" and e == 2 and not packed
     size, copies = (e, 1) if in_place else (4, 2)
-    rows = min(tokens, max(16, LOGITS[run.device] // (size * shape.vocabulary)))
+    rows = min(run.part_tokens, max(16, LOGITS[run.device] // (size * shape.vocabulary)))
     chunk = copies * size * rows * shape.vocabulary + (LOGITS[run.device] if packed else 0)
-    # The last output, its supervised rows, their norm, and two gradients.
-    return chunk + 5 * tokens * e * shape.hidden
+    # All parts' last outputs, and their gradients but for the last; of that one its supervised
+    # rows, their norm and the gradient of it.
+    return chunk + 2 * (run.tokens + run.part_tokens) * e * shape.hidden
 
 
 def _load_peak(shape: ModelShape, holding: Holding) -> int:
