@@ -1,0 +1,268 @@
+"""llama.cpp reads what was exported: the same answers, the same tokens, the same template."""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from halfbyte.checkpoint.base_model import load_base, open_base
+from halfbyte.checkpoint.gguf_export import write_gguf, write_gguf_lora
+from halfbyte.checkpoint.merged import Merged
+from halfbyte.checkpoint.peft import LoadedAdapter
+from halfbyte.lora import LoRAConfig, adapter_state, attach, load_adapter_state
+from halfbyte.model.build import BaseRecipe
+from tests.checkpoint.families import tiny_model
+from tests.checkpoint.llama_cpp import LlamaCpp, llama_cpp
+from tests.tiny import tiny_tokenizer
+
+PROMPT = list(range(3, 43))
+WORDS = len(tiny_tokenizer())
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def write_model(directory: Path, family: str, tokenizer: Any = None, /, **changes: Any) -> Path:
+    """Write a random model whose attention and answers are far from even."""
+    tokenizer = tokenizer or tiny_tokenizer()
+    sizes = {"vocab_size": len(tokenizer), "initializer_range": 0.2}
+    tiny_model(family, **sizes | changes).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def export(directory: Path, file_type: Any = "f32") -> Path:
+    source, path = open_base(directory), directory / "model.gguf"
+    write_gguf(source, path, file_type, base=source)
+    return path
+
+
+def log_probabilities(model: Any, answer: list[int]) -> Tensor:
+    with torch.no_grad():
+        found = model(torch.tensor([PROMPT + answer])).logits[0, len(PROMPT) - 1 : -1]
+    return found.float().log_softmax(1)  # type: ignore[no-any-return]
+
+
+def gap(model: Any, server: LlamaCpp) -> float:
+    """Return the largest difference of a log-probability along llama.cpp's own greedy answer.
+
+    Its tokens must be the likeliest of ``model`` too, as far as that difference leaves a choice.
+    """
+    answer = server.greedy(PROMPT, 8)
+    prefixes = [PROMPT + answer[:count] for count in range(len(answer))]
+    theirs = torch.stack([server.log_probabilities(prefix, WORDS) for prefix in prefixes])
+    ours = log_probabilities(model, answer)
+    largest = float((theirs - ours).abs().max())
+    chosen = ours[torch.arange(len(answer)), torch.tensor(answer)]
+    assert (chosen >= ours.amax(1) - 2 * largest).all()
+    return largest
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"head_dim": 32}),
+        ("llama", {"rope_parameters": LLAMA3}),
+        ("mistral", {}),
+        ("qwen2", {}),
+        ("qwen3", {"head_dim": 128}),
+    ],
+)
+def test_it_computes_what_the_model_computes(
+    tmp_path: Path, family: str, changes: dict[str, Any], tied: bool
+) -> None:
+    directory = write_model(tmp_path, family, tie_word_embeddings=tied, **changes)
+    model = load_base(directory, BaseRecipe(quant="none")).model
+    with llama_cpp(export(directory)) as server:
+        assert gap(model, server) < 1e-4
+
+
+def rounded(x: Tensor, file_type: str) -> Tensor:
+    """Return inputs as llama.cpp rounds them before it multiplies: to the weight's own kind."""
+    kind = {"f16": Kind.F16, "bf16": Kind.BF16}.get(file_type, Kind.Q8_0)
+    return torch.from_numpy(np.array(gguf.dequantize(gguf.quants.quantize(x.numpy(), kind), kind)))
+
+
+@pytest.mark.parametrize("file_type", ["f16", "bf16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_it_is_as_near_as_its_own_rounding(tmp_path: Path, family: str, file_type: Any) -> None:
+    """llama.cpp rounds inputs too: no further from the file than that alone puts our model."""
+    path = export(write_model(tmp_path, family), file_type)
+    model = load_base(path, BaseRecipe(quant="none")).model
+    with llama_cpp(path) as server:
+        found, answer = gap(model, server), server.greedy(PROMPT, 8)
+    plain = log_probabilities(model, answer)
+    for module in model.modules():
+        if hasattr(module, "in_features"):
+            module.register_forward_pre_hook(lambda _, x: (rounded(x[0], file_type),))
+    allowed = float((log_probabilities(model, answer) - plain).abs().max())
+    assert 0 < found < 2 * allowed < 1
+
+
+def taught(directory: Path, recipe: BaseRecipe, config: LoRAConfig) -> tuple[Any, LoadedAdapter]:
+    """Return a model with a random adapter on it, and the adapter."""
+    model = load_base(directory, recipe).model
+    attach(model, config, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    state = {
+        name: 0.2 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in adapter_state(model).items()
+    }
+    load_adapter_state(model, state)
+    return model, LoadedAdapter(config, state, {}, "tiny", {})
+
+
+def test_it_answers_as_the_live_adapter(tmp_path: Path) -> None:
+    """On its NF4 base, merged and exported."""
+    directory, path = write_model(tmp_path, "llama"), tmp_path / "merged.gguf"
+    model, _ = taught(directory, BaseRecipe(), LoRAConfig(r=4))
+    source = open_base(directory)
+    write_gguf(Merged(source, model, "decoded", torch.float32), path, "f32", base=source)
+    with llama_cpp(path) as server, llama_cpp(export(directory)) as base:
+        assert gap(model, server) < 1e-4
+        assert gap(model, base) > 0.5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": "all-linear"},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 6}, "alpha_pattern": {"k_proj": 3}},
+    ],
+)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_it_takes_the_adapter_alone(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
+    directory = write_model(tmp_path, family)
+    model, adapter = taught(
+        directory, BaseRecipe(quant="none"), LoRAConfig(r=4, alpha=8, **changes)
+    )
+    write_gguf_lora(open_base(directory), adapter, tmp_path / "adapter.gguf", "f32")
+    with llama_cpp(export(directory), tmp_path / "adapter.gguf") as server:
+        assert gap(model, server) < 1e-4
+
+
+CORPUS = [
+    "The quick brown fox isn't 1234567 boxes, they'll say we've: I'M NOT.\n\n\n  x  y\t\tz",
+    "naïve café — 两个 日本語 ١٢٣ Ⅷ ½\r\n \n a   12345 67  890",
+]
+WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def bytewise(*cuts: Any, whole: bool = False, normalizer: Any = None) -> Tokenizer:
+    backend = Tokenizer(models.BPE(ignore_merges=whole))
+    own = not any(isinstance(cut, pre_tokenizers.Split) for cut in cuts)
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*cuts, last]) if cuts else last
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS * 3, trainer)
+    return backend
+
+
+def cut_at(pattern: str) -> Any:
+    return pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+
+
+def sentencepiece() -> Tokenizer:
+    parts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁ '1aceinotx"]
+    merges = [("▁", "t"), ("i", "n"), ("▁", "a"), ("n", "o"), ("▁t", "o"), ("▁a", "no")]
+    parts += ["".join(pair) for pair in merges]
+    numbers = {part: number for number, part in enumerate(dict.fromkeys(parts))}
+    backend = Tokenizer(
+        models.BPE(numbers, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    backend.normalizer = normalizers.Sequence(steps)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return backend
+
+
+BACKENDS = {
+    "gpt-2": bytewise,
+    "smollm": lambda: bytewise(pre_tokenizers.Digits(individual_digits=True)),
+    "qwen2": lambda: bytewise(cut_at(WORD + REST), normalizer=normalizers.NFC()),
+    "llama-bpe": lambda: bytewise(cut_at(WORD + "{1,3}" + REST), whole=True),
+    "default": sentencepiece,
+}
+PIECES = [
+    *(
+        "a",
+        "The",
+        "é",
+        "ñ",
+        "ſ",
+        "İ",
+        "两",
+        "日本",
+        "😀",
+        "👩‍👩‍👧",
+        "\u200d",
+        "_",
+        "-",
+        "…",
+        "!",
+        "'",
+    ),
+    *("'s", "'LL", "they'll", "1", "12", "3456", "١", "½", "Ⅷ", "𝟘", "<", "|", "</s>", "<s>"),
+    *(" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "\u2028", "\u0085", "\x1c"),
+]
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def speaking(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=BACKENDS[request.param](),
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template=tiny_tokenizer().chat_template,
+    )
+    path = export(write_model(tmp_path_factory.mktemp("m"), "llama", tokenizer))
+    assert gguf.GGUFReader(path).fields["tokenizer.ggml.pre"].contents() == request.param
+    with llama_cpp(path) as server:
+        yield tokenizer, server
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=12).map("".join))
+def test_it_cuts_text_into_the_same_tokens(speaking: Any, text: str) -> None:
+    tokenizer, server = speaking
+    assert server.tokens(text) == tokenizer(text)["input_ids"]
+
+
+def test_it_renders_the_same_template(speaking: Any) -> None:
+    tokenizer, server = speaking
+    talk = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "two\n\nlines"},
+        {"role": "assistant", "content": "'quoted' </s>"},
+        {"role": "user", "content": "naïve?"},
+    ]
+    wanted = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    assert server.render(talk) == wanted
