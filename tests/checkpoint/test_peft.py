@@ -12,12 +12,14 @@ import peft
 import pytest
 import safetensors.torch
 import torch
+from bitsandbytes.nn import Linear4bit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from halfbyte.checkpoint.base_model import LoadedBase, load_base
+from halfbyte.checkpoint.bitsandbytes import write_quantized
 from halfbyte.checkpoint.peft import load_adapter, save_adapter
 from halfbyte.errors import CheckpointError, OutputError
 from halfbyte.lora import (
@@ -338,23 +340,51 @@ def test_a_module_trained_whole_that_does_not_fit(model_dir: Path, adapter_dir: 
         rewrite(adapter_dir, lambda s, key=key: s.pop(key))
 
 
-def test_dora_on_a_base_in_4_bits_is_peft_s_on_the_decoded_base(
-    tmp_path: Path, model_dir: Path
+@pytest.fixture(scope="module")
+def packed_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of whole blocks, which bitsandbytes 0.50.2 multiplies rightly with on a CPU."""
+    source = write_tiny_model(tmp_path_factory.mktemp("wide"), layers=1, hidden=256, tied=False)
+    out = tmp_path_factory.mktemp("packed") / "out"
+    return write_quantized(source, out, BaseRecipe(), dtype=torch.float32)
+
+
+def in_float32(wrapped: Any) -> Tensor:
+    """Return PEFT's logits on layers of bitsandbytes, which round where no gradient is wanted."""
+    wrapped.get_input_embeddings().weight.requires_grad_(True)
+    return wrapped(PROMPT).logits.detach()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_peft_puts_ours_on_bitsandbytes_layers(
+    tmp_path: Path, packed_dir: Path, use_dora: bool
 ) -> None:
-    """Not on bitsandbytes' layers: on a CPU, those repack a weight that PEFT then misreads."""
-    base = load_base(model_dir, BaseRecipe())
+    base = load_base(packed_dir, BaseRecipe())
+    config = LoRAConfig(r=4, alpha=8, use_dora=use_dora)
+    state = filled(base.model, config)
+    save_adapter(tmp_path, state, config, base={"name": str(packed_dir)}, recipe={})
+    theirs = AutoModelForCausalLM.from_pretrained(packed_dir)
+    wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
+    assert isinstance(wrapped.base_model.model.model.layers[0].mlp.up_proj.base_layer, Linear4bit)
+    assert in_float32(wrapped).sub(logits(base.model)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_what_peft_trains_on_bitsandbytes_layers_is_ours(
+    tmp_path: Path, packed_dir: Path, use_dora: bool
+) -> None:
+    base = load_base(packed_dir, BaseRecipe())
     config = peft.LoraConfig(
-        r=4, target_modules="all-linear", use_dora=True, init_lora_weights=False
+        r=4, target_modules="all-linear", use_dora=use_dora, init_lora_weights=False
     )
     torch.manual_seed(0)
-    theirs = peft.get_peft_model(decoded(base, model_dir), config).eval()
+    wrapped = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(packed_dir), config).eval()
     with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
+        for name, parameter in wrapped.named_parameters():
             if "magnitude" in name:
                 parameter.mul_(1 + 0.2 * torch.rand_like(parameter))
-    theirs.save_pretrained(tmp_path)
+    wrapped.save_pretrained(tmp_path)
     load_adapter(tmp_path).put_on(base.model)
-    assert logits(base.model).sub(logits(theirs)).abs().max() < 1e-5
+    assert in_float32(wrapped).sub(logits(base.model)).abs().max() < 1e-5
 
 
 def test_an_unwritable_directory_is_told(tmp_path: Path) -> None:
