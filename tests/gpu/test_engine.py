@@ -5,6 +5,7 @@ import torch
 
 from halfbyte.lora import adapter_parameters
 from halfbyte.model.loss import head_loss
+from halfbyte.model.precision import deterministic
 from halfbyte.model.vocabulary import HostEmbedding, embedding_to_host
 from halfbyte.train.engine import Batch, LayerEngine, choose_engine
 from halfbyte.train.passes import Passes
@@ -212,17 +213,23 @@ def test_a_pass_that_cannot_be_captured_is_told_and_run_all_the_same(monkeypatch
     assert torch.rand(3, device="cuda").shape == (3,)
 
 
-def test_deterministic_enough_to_repeat():
+@pytest.mark.parametrize("lengths", [[[900, 300], [700]], [[1024, 1024], [1024, 1024]]])
+def test_in_a_fixed_order_everything_repeats(lengths):
+    """Long enough for attention's backward to add in several programs."""
+    larger = {"hidden_size": 512, "num_attention_heads": 8, "max_position_embeddings": 2048}
+    shape = type(FAMILIES["llama"]).from_dict(FAMILIES["llama"].to_dict() | larger)
     losses = []
     for _ in range(2):
-        model = on_gpu("llama")
+        model = model_of(shape, dtype=torch.bfloat16).to("cuda")
         engine, _ = choose_engine(model, "cuda")
         optimizer = torch.optim.AdamW(adapter_parameters(model).values(), lr=1e-2)
         zero(model)
-        for seed in range(6):
-            losses.append(float(engine.step(examples(MIXED, seed), 50.0, saved_layers=0)))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=False)
+        with deterministic():
+            for seed in range(6):
+                batches = examples(lengths, seed)
+                losses.append(float(engine.step(batches, 50.0, saved_layers=0)))
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=False)
         assert not engine.notes
     assert losses[:6] == losses[6:]
     assert losses[0] != losses[1]

@@ -73,6 +73,16 @@ def test_how_it_is_run_changes_nothing(model, data, tmp_path, options):
     assert losses == others
 
 
+@pytest.mark.parametrize("activations", ["offload", "save"])
+def test_a_deterministic_run_is_the_same_to_the_bit(model, data, tmp_path, activations):
+    told = {"deterministic": True, "activations": activations, "lora_dropout": 0.0}
+    one, _ = run(model, data, tmp_path / "a", **told)
+    other, _ = run(model, data, tmp_path / "b", **told)
+    assert one == other
+    files = [tmp_path / name / "adapter_model.safetensors" for name in "ab"]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_a_run_that_is_resumed_is_the_run_that_was_not_interrupted(model, data, tmp_path):
     whole, _ = run(model, data, tmp_path / "whole", save_steps=4)
     step = loop.Stepper.run

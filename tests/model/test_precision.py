@@ -1,11 +1,13 @@
 """The choice of device and dtype, and its reasons."""
 
+import os
+
 import pytest
 import torch
 
 from halfbyte.errors import ConfigError
 from halfbyte.model import precision
-from halfbyte.model.precision import choose_device_and_dtype
+from halfbyte.model.precision import choose_device_and_dtype, deterministic
 
 
 @pytest.mark.parametrize(
@@ -39,3 +41,20 @@ def test_a_gpu_that_is_not_there():
 def test_unknown_names(wrong):
     with pytest.raises(ConfigError, match="must be auto"):
         choose_device_and_dtype(*wrong)
+
+
+def test_a_fixed_order_is_asked_for_while_it_is_wanted(monkeypatch):
+    def asked():
+        filled = torch.utils.deterministic.fill_uninitialized_memory
+        return torch.are_deterministic_algorithms_enabled(), filled
+
+    before = asked()
+    with deterministic(False):
+        assert asked() == before
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with deterministic():
+        assert asked() == (True, False)
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert asked() == before

@@ -244,6 +244,10 @@ class TrainConfig(ModelOptions):
         True, description="record the passes of a step on a GPU, and play them again"
     )
 
+    deterministic: bool = Field(
+        False, description="add up in a fixed order on a GPU, too: the same bits each time, slower"
+    )
+
     output: Path = Field(description="directory for the adapter, checkpoints and journal")
     eval_steps: PositiveInt | None = Field(
         None, description="evaluate every N steps (default: only at the end)"

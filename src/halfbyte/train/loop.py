@@ -30,7 +30,7 @@ from halfbyte.data import Dataset, Example, MicroBatch, load_dataset, steps
 from halfbyte.errors import CheckpointError, ConfigError, OutputError
 from halfbyte.lora import adapter_parameters, adapter_state, attach, load_adapter_state
 from halfbyte.matmul import float32_library
-from halfbyte.model.precision import choose_device_and_dtype
+from halfbyte.model.precision import choose_device_and_dtype, deterministic
 from halfbyte.model.vocabulary import embedding_to_host
 from halfbyte.plan.activations import Dial
 from halfbyte.train import facts
@@ -69,6 +69,7 @@ _FREE_TO_CHANGE = {
     "cache_quantized",
     "paging",
     "cuda_graphs",
+    "deterministic",
 }
 
 SAVES_PER_RUN = 10  # if save_steps is not given
@@ -150,7 +151,8 @@ def train(config: TrainConfig, report: "RunReport") -> TrainResult:
     existed = config.output.exists()
     output = require_writable(config.output)
     try:
-        return _train(config, output, report)
+        with deterministic(config.deterministic):
+            return _train(config, output, report)
     except BaseException:
         if not existed and not any(output.iterdir()):
             output.rmdir()
