@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -124,6 +126,25 @@ def test_training_that_differs_from_itself_is_found(
 
     monkeypatch.setattr(self_test, "_train", drifting)
     assert failed(checked(capsys, 1)) == ["and learns the same again"]
+
+
+def test_only_what_is_to_repeat_is_held_to_a_fixed_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other parts compute as training does; all after cuBLAS has been told."""
+    held: list[str] = []
+    told, train = self_test.deterministic, self_test._train
+
+    @contextmanager
+    def noted(wanted: bool) -> Iterator[None]:
+        held.append(f"entered {wanted}")
+        with told(wanted):
+            yield
+        held.append("left")
+
+    monkeypatch.setattr(self_test, "deterministic", noted)
+    monkeypatch.setattr(self_test, "_train", lambda here: held.append("trained") or train(here))
+    list(self_test.checks("cpu", torch.float32))
+    assert held[:3] == ["entered False", "left", "trained"]
+    assert held[3:] == ["entered False", "trained", "trained", "left"]
 
 
 class _Driver:

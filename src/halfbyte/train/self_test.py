@@ -9,10 +9,8 @@ Low precision is held against itself: an error from float64 may be twice that of
 done by plain PyTorch in the same dtype (sums in another order differ by as much), and a rounding.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -23,6 +21,7 @@ from halfbyte.lora import DropoutClock, LoRA, LoRAConfig, adapter_parameters, at
 from halfbyte.model.attention import causal_attention
 from halfbyte.model.build import BaseRecipe, build, finish, place
 from halfbyte.model.elementwise import rms_norm, rotary, swiglu
+from halfbyte.model.precision import deterministic
 from halfbyte.nf4 import QuantizedWeight, QuantType, cpu, dequantize, quantize
 from halfbyte.nf4.format import FLOAT_TYPES, gpu_kernels
 from halfbyte.nf4.linear import FrozenLinear
@@ -80,10 +79,13 @@ def checks(device: str, dtype: torch.dtype) -> Iterator[Check]:
     """Yield the verdict on each part as it is reached.
 
     Args:
-        device: ``cpu`` or ``cuda``.
+        device: ``cpu`` or ``cuda``. There, torch must not have multiplied before, or the variable
+            CUBLAS_WORKSPACE_CONFIG be set: else the last part ends with torch's RuntimeError.
         dtype: What products are computed in.
     """
     here = _Place(device, dtype)
+    with deterministic(device == "cuda"):
+        pass  # what it sets for cuBLAS is looked at once, at the first product of a process
     parts: list[tuple[str, Callable[[_Place], Verdict]]] = [
         ("packing and decoding, to the bit", _packing),
         ("speed of decoding", _speed),
@@ -390,7 +392,7 @@ def _learning(here: _Place) -> Verdict:
 
 
 def _again(here: _Place) -> Verdict:
-    with _deterministic(here.device):
+    with deterministic(here.device == "cuda"):
         one, other = _train(here), _train(here)
     equal = one.losses == other.losses
     same = sum(torch.equal(a, b) for a, b in zip(one.adapters, other.adapters, strict=True))
@@ -402,18 +404,3 @@ def _again(here: _Place) -> Verdict:
         told + " equal, to the bit",
         {"losses_equal": equal, "equal_tensors": same, "tensors": len(one.adapters)},
     )
-
-
-@contextmanager
-def _deterministic(device: str) -> Iterator[None]:
-    """Have torch leave out, on a GPU, what adds up in an order that is not fixed."""
-    if device == "cpu":
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
