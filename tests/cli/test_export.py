@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from halfbyte import cli
 from halfbyte.checkpoint.base_model import load_base
+from halfbyte.checkpoint.bitsandbytes import write_quantized
+from halfbyte.checkpoint.identity import identity_of
 from halfbyte.checkpoint.peft import load_adapter, save_adapter
 from halfbyte.lora import LoRAConfig, adapter_state, attach
 from halfbyte.model.build import BaseRecipe
@@ -96,6 +98,27 @@ def test_an_adapter_alone(model: Path, adapter: Path, tmp_path: Path, answer: An
     assert lines[:2] == [f"FROM {model.resolve()}", "ADAPTER ./adapter.gguf"]
     names = {tensor.name for tensor in gguf.GGUFReader(out / "adapter.gguf").tensors}
     assert "blk.1.ffn_up.weight.lora_b" in names
+
+
+def test_an_adapter_alone_of_another_base_is_refused(
+    model: Path, tmp_path: Path, answer: Any
+) -> None:
+    """Unless its weights are the same, in other files."""
+    base = load_base(model, BaseRecipe())
+    config = LoRAConfig(r=4, target_modules=("q_proj",))
+    attach(base.model, config, seed=0)
+    adapter, state = tmp_path / "adapter", adapter_state(base.model)
+    identity = identity_of(base)
+    save_adapter(adapter, state, config, base=identity, recipe={"quant": "nf4"})
+    other = write_tiny_model(tmp_path / "other", layers=3)
+    words = ("--format", "gguf-lora", "--device", "cpu")
+    code, _, err = answer(other, adapter, tmp_path / "out", *words)
+    assert code == 2
+    assert "this is not it: the weights are others" in err
+    assert not (tmp_path / "out").exists()
+    assert answer(other, adapter, tmp_path / "out", *words, "--allow-mismatch")[0] == 0
+    copy = write_quantized(model, tmp_path / "copy", BaseRecipe())
+    assert answer(copy, adapter, tmp_path / "same", *words)[0] == 0
 
 
 def test_a_wrong_file_ends_with_1(

@@ -104,7 +104,7 @@ def main(argv: list[str]) -> None:
         base = open_base(options.model, revision=options.revision)
         require_expressible(base, vocabulary=options.format == "gguf")
         if options.format == "gguf-lora":
-            found = _export_adapter(options, base)
+            found = _export_adapter(options, base, report)
         else:
             found = _export_model(options, base, report)
         result |= {"directory": str(options.out), "type": options.type} | found
@@ -123,7 +123,31 @@ def main(argv: list[str]) -> None:
         )
 
 
-def _export_adapter(options: ExportOptions, base: "BaseSource") -> dict[str, Any]:
+def _opened(options: ExportOptions, report: "RunReport") -> tuple[Any, dict[str, Any]]:
+    """Return the model with its adapter, if there is one, and how its base is quantised.
+
+    Raises:
+        UserError: One of them is missing or damaged, or the adapter belongs to another base.
+    """
+    from halfbyte.train.loading import open_model
+
+    recipe = as_trained(options, options.adapter)
+    model, _, _ = open_model(
+        options.model,
+        adapter=options.adapter,
+        **recipe,
+        compute_dtype="float32",
+        device=options.device,
+        revision=options.revision,
+        allow_mismatch=options.allow_mismatch,
+        report=report,
+    )
+    return model, recipe
+
+
+def _export_adapter(
+    options: ExportOptions, base: "BaseSource", report: "RunReport"
+) -> dict[str, Any]:
     from torch import nn
 
     from halfbyte.checkpoint.atomic import new_directory
@@ -136,6 +160,8 @@ def _export_adapter(options: ExportOptions, base: "BaseSource") -> dict[str, Any
     adapter = load_adapter(options.adapter)
     modules = base.skeleton.named_modules()
     adapter.require_layers([path for path, m in modules if isinstance(m, nn.Linear)])
+    if adapter.info.get("base", {}).get("fingerprint", base.fingerprint) != base.fingerprint:
+        _opened(options, report)  # other files may hold the same weights: that takes reading them
     where = Path(options.model)
     origin = str(where.resolve()) if where.exists() else options.model
     with new_directory(options.out, replace=options.overwrite) as directory:
@@ -165,22 +191,11 @@ def _export_model(
     from halfbyte.checkpoint.modelfile import modelfile
     from halfbyte.report import show
     from halfbyte.report.live import size
-    from halfbyte.train.loading import open_model
 
     source, model = base, None
     recipe: dict[str, Any] = {"quant": "none"}
     if options.adapter is not None or set(RECIPE_FIELDS) & options.model_fields_set:
-        recipe = as_trained(options, options.adapter)
-        model, _, _ = open_model(
-            options.model,
-            adapter=options.adapter,
-            **recipe,
-            compute_dtype="float32",
-            device=options.device,
-            revision=options.revision,
-            allow_mismatch=options.allow_mismatch,
-            report=report,
-        )
+        model, recipe = _opened(options, report)
         source = Merged(base, model, "decoded", torch.float32)
     tokenizer = base.tokenizer()
     defaults = source.generation_config()
