@@ -16,6 +16,7 @@ import argparse
 import gc
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -225,6 +226,54 @@ def floor_ms(config: Any, tokens: int) -> float:
     return (time.perf_counter() - start) / count * 1e3 * config.num_hidden_layers
 
 
+def products(config: Any, tokens: int, length: int, keep: str) -> float:
+    """Arithmetic of a step's products: linears forward and dx, attention, and what is run again."""
+    h, f = config.hidden_size, config.intermediate_size
+    kv = h // config.num_attention_heads * config.num_key_value_heads
+    forward = 2 * (2 * h * h + 2 * h * kv + 3 * h * f)
+    attention = 2 * length * h  # two products, causal: half of each
+    if keep == "save":
+        layer = 2 * forward + 3.5 * attention
+    else:  # the last product of a layer is not run again
+        layer = 3 * forward - 2 * h * f + 4.5 * attention
+    return float(tokens * (config.num_hidden_layers * layer + 4 * h * config.vocab_size))
+
+
+def shares(step: Callable[[], Any]) -> Row:
+    """Of one step: which part of its time the card decodes, sees to adapters, and waits.
+
+    Adapters are the kernels of gpu_adapters.py and what has a side of at most 32 in cuBLAS'
+    tiles; from 2048 rows on, part of their arithmetic is in the base's products and not here.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+        step()
+        torch.cuda.synchronize()
+    on_card = torch.autograd.DeviceType.CUDA
+    events = [e for e in profiled.events() if e.device_type == on_card]
+    kernels = [e for e in events if not e.name.startswith(("Memcpy", "Memset"))]
+    spans = sorted((e.time_range.start, e.time_range.end) for e in kernels)
+    whole, busy, end = max(stop for _, stop in spans) - spans[0][0], 0.0, spans[0][0]
+    for start, stop in spans:
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+
+    def adapters(name: str) -> bool:
+        if name.startswith(("_add_thin", "_adapter_pass", "_sum_parts", "_lay_out")):
+            return True
+        tile = re.match(r"nvjet_\w+?_(\d+)x(\d+)_", name)
+        return "splitKreduce" in name or (tile is not None and min(map(int, tile.groups())) <= 32)
+
+    def share(wanted: Callable[[str], bool]) -> float:
+        return round(sum(e.device_time_total for e in kernels if wanted(e.name)) / whole, 3)
+
+    return {
+        "decode_share": share(lambda name: name.startswith("_decode")),
+        "adapter_share": share(adapters),
+        "waiting_share": round(1 - busy / whole, 3),
+        "kernels": len(kernels),
+    }
+
+
 def parsed(text: str) -> tuple[int, int, int]:
     """Micro-batches, batch and length of ``16*1x512``."""
     micro, _, rest = text.rpartition("*")
@@ -283,6 +332,10 @@ def work(args: argparse.Namespace) -> None:
             rows[text]["predicted_gb"] = round(plan.predicted_bytes / 1e9, 2)
             rows[text]["saved_layers"] = plan.saved_layers
             rows[text]["offloaded_layers"] = plan.offloaded_layers
+        if not theirs:
+            rows[text] |= shares(lambda: step(list(ids), float(ids.numel())))  # noqa: B023
+            flops = products(config, micro * batch * length, length, args.keep)
+            rows[text]["tflops"] = round(flops / seconds / 1e12)
         print(args.worker, text, rows[text], file=sys.stderr, flush=True)
     args.output.write_text(json.dumps(rows))
 
@@ -316,6 +369,8 @@ def main() -> None:
         gpu_load.make(args.checkpoint, SHAPES[args.shape] | sizes, "cuda")
         torch.cuda.empty_cache()
     found: dict[str, Any] = {}
+    options = {"shape": args.shape, "layers": args.layers, "keep": args.keep}
+    options |= {"state_bits": args.state_bits, "memory_budget": args.memory_budget}
     with tempfile.TemporaryDirectory() as name:
         result = Path(name) / "result.json"
         for contestant in args.only:
@@ -350,9 +405,8 @@ def main() -> None:
             else:
                 found[contestant] = json.loads(result.read_text())
             print(f"{contestant:22s}", json.dumps(found[contestant]), flush=True)
-    options = {"shape": args.shape, "layers": args.layers, "keep": args.keep}
-    options |= {"state_bits": args.state_bits, "memory_budget": args.memory_budget}
-    write("gpu_step", args.output, **options, rows=found)
+            # After each: a run that is cut off has what it found.
+            write("gpu_step", args.output, **options, rows=found)
 
 
 if __name__ == "__main__":
