@@ -11,7 +11,7 @@ import pytest
 
 from halfbyte import cli
 from halfbyte.report.journal import read_journal
-from tests.tiny import write_tiny_model
+from tests.tiny import tiny_llama, tiny_tokenizer, write_tiny_model
 
 
 class Ground(NamedTuple):
@@ -136,7 +136,7 @@ def test_merged_the_model_computes_what_was_trained(
     assert merged["positions"] > 500
     distances = merged["distances"]
     assert list(distances) == ["decoded", "original", "nf4", "no adapter"]
-    assert set(distances["nf4"]) == {"kl", "largest_gap", "top1_agreement"}
+    assert set(distances["nf4"]) == {"kl", "largest_gap", "top1_agreement", "forgotten"}
     assert distances["decoded"]["kl"] < 1e-6 < distances["original"]["kl"]
     assert merged["sizes"]["nf4"] < merged["sizes"]["decoded"] / 2
 
@@ -147,8 +147,9 @@ def test_a_merge_into_nf4_is_what_was_measured(
     words = ["--into", "nf4", "--data", ground.data, "--verify", "--min-agreement", "0"]
     merged = ask("merge", ground.model, ground.out, tmp_path / "merged", *words)
     assert merged["into"] == "nf4"
-    measured = {name: merged["distances"]["nf4"][name] for name in merged["verified"]}
-    assert merged["verified"] == measured
+    by_heart = merged["verified"].pop("by_heart")
+    assert merged["verified"] == merged["distances"]["nf4"]
+    assert merged["verified"]["forgotten"] <= by_heart
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
 
@@ -166,6 +167,42 @@ def test_a_merge_that_is_not_what_was_trained_fails_when_verified(
     assert "is not what was trained" in err
     assert "(--min-agreement)" in err
     assert (tmp_path / "merged" / "config.json").exists()
+
+
+def test_what_was_taught_survives_the_merge_or_the_merge_fails(
+    ask: Callable[..., Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Rows of the adapter's own data, which its configuration names, answered by heart."""
+    model = tiny_llama(tiny_tokenizer(), tied=False)
+    model.lm_head.weight.data.mul_(10)  # a fresh head is too faint to be sure of anything
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    data, cities = tmp_path / "facts.jsonl", ["Paris", "Leeds", "Oslo", "Rome"]
+    rows = [{"prompt": str(n), "completion": cities[n % 4]} for n in range(16)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ground = Ground(tmp_path / "model", data, tmp_path / "out")
+    assert cli.main([*train(ground), "--max-steps", "40", "--learning-rate", "0.01"]) == 0
+
+    words = ["merge", str(ground.model), str(ground.out), "--no-measure", "--verify", "--into"]
+    kept = ask(*words, "decoded", tmp_path / "decoded")["verified"]
+    assert kept["by_heart"] >= 8
+    assert kept["forgotten"] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("halfbyte.checkpoint.merged.delta", lambda _: 0.0)  # all is lost
+        words += ["decoded", str(tmp_path / "lost"), "--min-agreement"]
+        lost = ask(*words, 0)["verified"]
+        assert lost["forgotten"] == lost["by_heart"] == kept["by_heart"]
+        capsys.readouterr()
+        # What it agrees in on other text would be enough.
+        least = str(lost["top1_agreement"])
+        assert float(least) > 0
+        assert cli.main([*words, least, "--overwrite"]) == 1
+        assert f"of {lost['by_heart']} rows that the adapter knows" in capsys.readouterr().err
+    data.unlink()
+    assert ask(*words, 0, "--overwrite")["verified"]["by_heart"] == 0
 
 
 def test_merges_that_cannot_be(

@@ -4,6 +4,7 @@ import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -72,6 +73,12 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Taught:
     return found
 
 
+def fact(taught: Taught) -> Example:
+    tokens = np.array(taught.prompt + taught.answer, np.int32)
+    start = len(taught.prompt)
+    return Example(tokens, np.arange(len(tokens)) >= start, start)
+
+
 def examples(taught: Taught) -> list[Example]:
     return load_dataset(HELD_OUT, taught.tokenizer, max_length=1024).examples
 
@@ -101,6 +108,17 @@ def test_the_fact_and_what_is_left_of_it(taught: Taught, tmp_path: Path, into: I
         decoded = distance(taught.model, Merged(taught.source, taught.model), live)
         assert found.kl > 10 * decoded.kl
         assert found.top1_agreement < decoded.top1_agreement
+
+
+def test_what_is_known_by_heart_is_counted_and_what_is_forgotten(taught: Taught) -> None:
+    """Of the fact among rows that nobody has taught: the bare base has forgotten that alone."""
+    live = reference(taught.model, [*examples(taught)[:4], fact(taught)])
+    assert live.by_heart == 1
+    assert distance(taught.model, Merged(taught.source, taught.model), live).forgotten == 0
+    assert distance(taught.model, None, live).forgotten == 1
+    cut = taught.answer[:-1]
+    other = fact(taught._replace(answer=[*cut, cut[0]]))
+    assert reference(taught.model, [other]).by_heart == 0
 
 
 def test_small_updates_vanish_when_the_sum_is_packed_again(taught: Taught) -> None:

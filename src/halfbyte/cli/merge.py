@@ -42,10 +42,16 @@ class MergeOptions(BaseOptions):
     overwrite: bool = Field(False, description="replace the directory if it is there")
     measure: bool = Field(True, description="compare the ways on held-out text")
     verify: bool = Field(
-        False, description="read what was written, compare it too, and exit with 1 if it fails"
+        False,
+        description="read what was written, compare it too, ask for what the adapter knows by "
+        "heart of its own data, and exit with 1 if it fails",
     )
     min_agreement: float = Field(
-        0.95, ge=0, le=1, description="least top-1 agreement with the adapter that verify accepts"
+        0.95,
+        ge=0,
+        le=1,
+        description="least top-1 agreement with the adapter, and least share of what it knows by "
+        "heart, that verify accepts",
     )
     data: str | None = Field(
         None,
@@ -101,7 +107,7 @@ def main(argv: list[str]) -> None:
     from halfbyte.report import open_report, show
     from halfbyte.report.live import size
     from halfbyte.train.loading import open_model
-    from halfbyte.train.merging import distance, distances
+    from halfbyte.train.merging import distances
 
     with results(as_json=as_json) as result, open_report() as report:
         for note in notes:
@@ -127,8 +133,11 @@ def main(argv: list[str]) -> None:
         sizes = {way: merged.written_bytes for way, merged in candidates.items()}
         live: Reference | None = None
         measured: dict[str, Distance] = {}
+        taught: Reference | None = None
         if options.measure or options.verify:
             live = _held_out(options, model, tokenizer, report)
+        if options.verify:
+            taught = live if options.data else _taught(options, model, tokenizer, report)
         if options.measure and live is not None:
             with report.task("comparing", None) as progress:
                 measured = distances(model, candidates, live, progress)
@@ -153,22 +162,51 @@ def main(argv: list[str]) -> None:
             "distances": {way: dataclasses.asdict(found) for way, found in measured.items()},
             "sizes": sizes,
         }
-        verified = None
+        problem = ""
         if options.verify and live is not None:
             with report.task(f"reading {out}", None):
-                verified = distance(model, open_base(out), live)
-            show.paragraph(
-                f"Read back, it agrees with the adapter in {100 * verified.top1_agreement:.2f} % "
-                f"of {live.positions:,} positions (KL {verified.kl:.2g})."
-            )
-            result["verified"] = dataclasses.asdict(verified)
-    if verified is not None and verified.top1_agreement < options.min_agreement:
+                result["verified"], problem = _verified(options, model, live, taught)
+    if problem:
         raise HalfbyteError(
-            f"{out} was written, and is not what was trained: its likeliest token is the adapter's "
-            f"in {100 * verified.top1_agreement:.2f} % of the positions, expected were at least "
+            f"{out} was written, and is not what was trained: {problem}, expected were at least "
             f"{100 * options.min_agreement:g} % (--min-agreement). "
             "--into decoded --dtype float32 loses least"
         )
+
+
+def _verified(
+    options: MergeOptions, model: Any, live: "Reference", taught: "Reference | None"
+) -> tuple[dict[str, Any], str]:
+    """Read back what was written: what was found, and what is wrong with it, if anything is."""
+    from halfbyte.checkpoint.base_model import open_base
+    from halfbyte.report import show
+    from halfbyte.train.merging import distance
+
+    found = distance(model, open_base(options.out), live)
+    agreement, problem = found.top1_agreement, ""
+    show.paragraph(
+        f"Read back, it agrees with the adapter in {100 * agreement:.2f} % of {live.positions:,} "
+        f"positions (KL {found.kl:.2g})."
+    )
+    if agreement < options.min_agreement:
+        problem = (
+            f"its likeliest token is the adapter's in {100 * agreement:.2f} % of the positions"
+        )
+    answer = dataclasses.asdict(found) | {"by_heart": 0}
+    if taught is not None:
+        known = taught.by_heart
+        lost = found.forgotten
+        if taught is not live:
+            lost = distance(model, open_base(options.out), taught).forgotten
+        answer |= {"by_heart": known, "forgotten": lost}
+        count = sum(len(batch.labels) for batch in taught.batches)
+        show.paragraph(
+            f"Of {count} rows the adapter knows {known} by heart, and the merged model "
+            f"{known - lost} of these."
+        )
+        if not problem and known - lost < options.min_agreement * known:
+            problem = f"of {known} rows that the adapter knows by heart, {known - lost} are left"
+    return answer, problem
 
 
 _LOSSES = {
@@ -201,6 +239,29 @@ def _held_out(
             "there is no room for their logits"
         )
     return live
+
+
+_TAUGHT = 64  # rows of the adapter's own data that verify asks for
+
+
+def _taught(
+    options: MergeOptions, model: Any, tokenizer: Any, report: "RunReport"
+) -> "Reference | None":
+    """What the adapter makes of the data it was trained on, if that is still there."""
+    from halfbyte.data import load_dataset
+    from halfbyte.train.config import read_yaml
+    from halfbyte.train.merging import reference
+
+    run = Path(options.adapter) / "config.yaml"
+    data = str(read_yaml(run).get("data", "")) if run.exists() else ""
+    if not data or not Path(data).exists():
+        report.note(
+            f"whether what was taught survives is not asked: {data or run} is not there; name the "
+            "adapter's data (--data)"
+        )
+        return None
+    text = load_dataset(data, tokenizer, max_length=options.max_length, train_on=options.train_on)
+    return reference(model, text.examples[:_TAUGHT])
 
 
 def _show_distances(measured: dict[str, "Distance"], sizes: Mapping[Any, int]) -> None:

@@ -45,11 +45,13 @@ class Distance:
         kl: KL(live ‖ model) in nats, mean over the positions.
         largest_gap: Largest difference of two logits.
         top1_agreement: Share of positions whose likeliest token is the same.
+        forgotten: Examples that the live adapter knows by heart, and the model does not.
     """
 
     kl: float
     largest_gap: float
     top1_agreement: float
+    forgotten: int
 
 
 class Reference(NamedTuple):
@@ -69,6 +71,20 @@ class Reference(NamedTuple):
     def positions(self) -> int:
         """How many positions are compared."""
         return sum(len(logits) for logits in self.logits)
+
+    @property
+    def by_heart(self) -> int:
+        """How many examples the live adapter would write itself, greedily, to the last token."""
+        pairs = zip(self.batches, self.logits, strict=True)
+        return sum(int(_by_heart(batch, logits).sum()) for batch, logits in pairs)
+
+
+def _by_heart(batch: Batch, logits: Tensor) -> Tensor:
+    """Return of which examples each supervised token is the likeliest; bool [examples]."""
+    supervised = batch.labels != IGNORED
+    wrong = torch.zeros_like(supervised)
+    wrong[supervised] = logits.argmax(1).cpu() != batch.labels[supervised]
+    return ~wrong.any(1)
 
 
 def reference(model: PreTrainedModel, examples: Sequence[Example]) -> Reference:
@@ -106,10 +122,11 @@ def distance(model: PreTrainedModel, candidate: BaseSource | None, live: Referen
     Raises:
         CheckpointError: If a file ends early.
     """
-    kl, gap, same = 0.0, 0.0, 0
+    kl, gap, same, forgotten = 0.0, 0.0, 0, 0
     with _replaced(model, candidate):
         for batch, wanted in zip(live.batches, live.logits, strict=True):
             got = _logits(model, batch)
+            forgotten += int((_by_heart(batch, wanted) & ~_by_heart(batch, got)).sum())
             rows = max(1, _COMPARED // (4 * got.shape[1]))
             for start in range(0, len(got), rows):
                 p, q = wanted[start : start + rows].to(got.device), got[start : start + rows]
@@ -117,7 +134,7 @@ def distance(model: PreTrainedModel, candidate: BaseSource | None, live: Referen
                 same += int((p.argmax(1) == q.argmax(1)).sum())
                 p, q = p.double().log_softmax(1), q.double().log_softmax(1)
                 kl += float((p.exp() * (p - q)).sum())
-    return Distance(kl / live.positions, gap, same / live.positions)
+    return Distance(kl / live.positions, gap, same / live.positions, forgotten)
 
 
 def distances(
