@@ -1,6 +1,8 @@
 """A merged model computes, in transformers, what was merged: exactly, or packed again."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -210,3 +212,44 @@ def test_what_is_there_is_replaced_only_if_asked(tmp_path: Path) -> None:
     write_merged(merged, tmp_path / "out", replace=True)
     assert not (tmp_path / "out" / "precious").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from halfbyte.checkpoint.base_model import load_base, open_base
+from halfbyte.checkpoint.merged import Merged, write_merged
+from halfbyte.lora import LoRAConfig, attach
+from halfbyte.model.build import BaseRecipe
+
+def memory(kind):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(kind))
+
+source = open_base(sys.argv[1])
+model = load_base(source, BaseRecipe()).model
+attach(model, LoRAConfig(r=8), seed=0)
+write_merged(Merged(source, model), sys.argv[2] + "/first")
+for into in ("decoded", "original", "nf4"):
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak, starts anew
+    merged = Merged(source, model, into)
+    write_merged(merged, f"{sys.argv[2]}/{into}")
+    print(memory("VmHWM") - before, merged.written_bytes)
+"""
+
+
+def test_writing_holds_one_weight_beside_the_model(tmp_path: Path) -> None:
+    source = write_tiny_model(tmp_path / "model", layers=4, hidden=1024)
+    out = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(source), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    largest = 4 * 2048 * 1024
+    measured = [[int(n) for n in line.split()] for line in out.stdout.splitlines()]
+    assert measured[0][1] > 9 * largest
+    for grown, _ in measured:
+        # Measured: twice the largest weight in float32, the weight and its update.
+        assert grown < 2.5 * largest, measured
