@@ -156,6 +156,24 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert read.count("figure") == 7 == sum(t == "table" for t, _ in read.tags) - 2
 
 
+def test_a_step_is_split_where_the_engine_told_of_its_parts(tmp_path: Path) -> None:
+    told = story()
+    for line in told:
+        if line["event"] == "step":
+            line |= {"forward_seconds": 0.4, "loss_seconds": 0.1, "backward_seconds": 0.7}
+    run = read_run(write_journal(tmp_path / "split", told))
+    assert list(run.step_seconds) == [
+        "preparing batches",
+        "forward",
+        "loss",
+        "backward",
+        "optimizer",
+        "rest of a step",
+    ]
+    assert run.step_seconds["backward"] == pytest.approx(0.7)
+    assert run.step_seconds["rest of a step"] == pytest.approx(2.0 - 0.5 - 0.25 - 1.2)
+
+
 def test_a_run_that_is_not_over_says_so(tmp_path: Path) -> None:
     going = write_journal(tmp_path / "going", story()[:10])
     assert "last heard of" in Checked(page([read_run(going)])).text

@@ -16,8 +16,15 @@ from halfbyte.report.journal import read_journal
 
 Point = tuple[float, float]
 
-_STEP_PARTS = {"data": "preparing batches", "update": "optimizer"}
-_REST_OF_STEP = "forward and backward"
+_STEP_PARTS = {
+    "data": "preparing batches",
+    "forward": "forward",
+    "loss": "loss",
+    "backward": "backward",
+    "update": "optimizer",
+}
+# What is left of a step: where an engine told of no parts, that is all of them.
+_WHOLE_STEP, _REST_OF_STEP = "forward and backward", "rest of a step"
 
 _MOST_STEPS = 1e12
 
@@ -96,7 +103,7 @@ class Run:
     @property
     def step_seconds(self) -> dict[str, float]:
         """Where the time of an average step went."""
-        parts = (_REST_OF_STEP, *_STEP_PARTS.values())
+        parts = (_WHOLE_STEP, *_STEP_PARTS.values(), _REST_OF_STEP)
         return {name: self.seconds[name] / self.steps for name in parts if name in self.seconds}
 
     @property
@@ -145,7 +152,7 @@ def read_run(directory: str | Path) -> Run:
     for line in lines:
         _take(run, line, speeds, answers)
     run.samples = list(answers.values())
-    for activity in (*_STEP_PARTS.values(), _REST_OF_STEP):
+    for activity in (_WHOLE_STEP, *_STEP_PARTS.values(), _REST_OF_STEP):
         if activity in run.seconds:  # of the steps that were reported, which may be one in many
             run.seconds[activity] *= max(1.0, run.steps / len(speeds))
     del speeds[: min(5, len(speeds) // 4)]
@@ -190,7 +197,7 @@ def _take(
             part = min(rest, number(line.get(f"{name}_seconds")) or 0.0)
             _spend(run, activity, part)
             rest -= part
-        _spend(run, _REST_OF_STEP, rest)
+        _spend(run, _REST_OF_STEP if "backward_seconds" in line else _WHOLE_STEP, rest)
     elif event == "evaluation" and step is not None:
         if (loss := number(line.get("loss"))) is not None:
             run.held_out.append((step, loss))
