@@ -4,6 +4,7 @@
 
 160 M float32 parameters in 448 tensors: the adapters of r = 64 on every linear of Llama-2-7B.
 
+    beside    twenty steps of the kernel and of plain PyTorch: moments must be the same
     update    milliseconds a step, by the wall over ten steps and one wait, the median of three; on
               the device, in a CUDA graph; on the host, until the call returns; and what its bytes
               would take at the speed of a device copy
@@ -12,7 +13,7 @@
     hidden    a stand-in for backward (products of about 1 ms a layer, last layer first) alone, with
               the update after it, and with each layer updated when its products are done
 
-``--tune`` tries other sizes of a program.
+``--tune`` tries other sizes of a program, and nothing else.
 """
 
 import argparse
@@ -167,25 +168,58 @@ def hidden(parameters: Sequence[Tensor], bits: int) -> Row:
     }
 
 
+SIZES = [
+    *((4, 4, 64), (1, 1, 64), (2, 2, 64), (8, 8, 64), (4, 4, 72), (4, 4, 56), (4, 4, 48)),
+    *((2, 1, 96), (4, 2, 96), (8, 4, 96), (8, 4, 128)),
+]
+
+
 def tuned(parameters: Sequence[Tensor]) -> dict[str, Row]:
     """Other sizes of a program, in a graph."""
     from halfbyte.optim import gpu
 
-    chosen, rows = (gpu.BLOCKS, gpu.WARPS), {}
-    for blocks, warps in ((1, 1), (2, 2), (2, 4), (4, 2), (4, 4), (8, 4), (8, 8), (16, 8)):
-        gpu.BLOCKS, gpu.WARPS = blocks, warps
-        rate = torch.tensor(1e-4, device="cuda")
-        rows[f"{blocks} blocks, {warps} warps"] = {
-            f"graph_ms_{bits}": graph_ms(AdamW(parameters, lr=rate, state_bits=bits).step)
-            for bits in (8, 32)
+    chosen, rows = (gpu.BLOCKS, gpu.WARPS, gpu.REGISTERS), {}
+    count = sum(parameter.numel() for parameter in parameters)
+    rate = torch.tensor(1e-4, device="cuda")
+    for size in SIZES:
+        gpu.BLOCKS, gpu.WARPS, gpu.REGISTERS = size
+        row: Row = {}
+        for bits in (8, 32):
+            row[f"ms_{bits}"] = graph_ms(AdamW(parameters, lr=rate, state_bits=bits).step)
+            row[f"gb_per_s_{bits}"] = round(count * BYTES[bits] / row[f"ms_{bits}"] / 1e6)
+        rows["{} blocks, {} warps, {} registers".format(*size)] = row
+        print(size, row, flush=True)
+    gpu.BLOCKS, gpu.WARPS, gpu.REGISTERS = chosen
+    return rows
+
+
+def checked() -> dict[str, Row]:
+    """Twenty steps beside plain PyTorch on a CPU: moments that differ, parameters' distance."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(300_000, generator=generator)
+    rows: dict[str, Row] = {}
+    for bits in (8, 32):
+        here, there = (torch.nn.Parameter(start.to(d, copy=True)) for d in ("cuda", "cpu"))
+        pair = [AdamW([p], lr=1e-2, weight_decay=0.1, state_bits=bits) for p in (here, there)]
+        sizes = 10 ** (-6 * torch.rand(len(start), generator=generator))
+        for _ in range(20):
+            there.grad = sizes * torch.randn(len(start), generator=generator)
+            here.grad = there.grad.cuda()
+            for optimizer in pair:
+                optimizer.step()
+        ours, plain = (optimizer.state_dict()["state"][0] for optimizer in pair)
+        rows[f"{bits} bits"] = {
+            "moments_that_differ": sum(
+                int((ours[name] != plain[name]).sum()) for name in ours if name != "step"
+            ),
+            "largest_difference": float((here.detach().cpu() - there.detach()).abs().max()),
         }
-    gpu.BLOCKS, gpu.WARPS = chosen
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tune", action="store_true", help="try other sizes of a program")
+    parser.add_argument("--tune", action="store_true", help="only try other sizes of a program")
     parser.add_argument("--output", type=Path, help="file; a dated one in benchmarks/results")
     args = parser.parse_args()
     require_cuda()
@@ -202,8 +236,10 @@ def main() -> None:
         for name, row in found.items():
             print(f"  {name:32s}", *(f"{key}={value}" for key, value in row.items()), flush=True)
 
+    show("beside the plain rule", checked())
     if args.tune:
         show("tune", tuned(parameters))
+        return
     show("update", updates(parameters, copy))
     for bits in (8, 32):
         resident = rows["update"][f"halfbyte {bits} bits"]["ms"]

@@ -94,10 +94,9 @@ def kernels(capability: int):
     doubles = {"constants": "*fp64", "count": "i32"}
     yield optimizer._prepare, doubles, {"lanes": 256}, plain
     for dtype, master in ((tl.float32, False), (tl.bfloat16, False), (tl.bfloat16, True)):
-        kind = {"dtype": dtype, "master": master, "blocks": 4}
-        types = {"rows": "*i64", "owners": "*i32"}
-        types |= {"signed_cells": "*u8", "unsigned_cells": "*u8"}
-        yield optimizer._update, types, kind, plain
+        kind = {"dtype": dtype, "master": master, "blocks": 4, "shuffled": True}
+        types = {"rows": "*i64", "owners": "*i32", "tables": "*i32"}
+        yield optimizer._update, types, kind, {"maxnreg": optimizer.REGISTERS, **plain}
     if capability == 90:
         tile = {"programs": 132, "tile_m": 128, "tile_n": 256, "tile_k": 64}
         options = {"num_warps": 8, "num_stages": 3}

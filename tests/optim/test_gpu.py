@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-from halfbyte.optim import AdamW, rule
+from halfbyte.optim import AdamW, dynamic, rule
 from tests.optim.problems import follow, gradients, parameters
 
 gpu = pytest.importorskip("halfbyte.optim.gpu", reason="needs Triton", exc_type=ImportError)
@@ -79,7 +79,7 @@ def test_a_gradient_need_not_be_contiguous_but_of_its_parameters_type():
 @pytest.mark.parametrize("signed", [True, False])
 def test_every_level_every_midpoint_and_their_neighbours_are_encoded(signed):
     """As first moments (β1 = 0) or second ones (β2 = 0) of blocks whose largest is 1."""
-    levels, middles = rule.table(signed, CPU), rule.bounds(signed, CPU)
+    levels, middles = dynamic.levels(signed, CPU), dynamic.bounds(signed, CPU)
     beside = [torch.nextafter(middles, middles.new_tensor(side)) for side in (-2.0, 2.0)]
     wanted = torch.cat([levels, middles, *beside, levels.new_tensor([-0.0, 1e-30])])
     wanted = wanted[wanted >= 0] if not signed else wanted

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halfbyte import blockwise
-from halfbyte.optim import rule
+from halfbyte.optim import dynamic, rule
 
 values = st.integers(1, 700).flatmap(
     lambda count: st.tuples(
@@ -28,7 +28,7 @@ def test_a_round_trip_ends_at_the_nearest_level(drawn, signed):
     x = spread(drawn) if signed else spread(drawn).abs()
     codes, scales = rule.encode(x, signed=signed)
     got = rule.decode(codes, scales, signed=signed).double()
-    levels = rule.table(signed, torch.device("cpu")).double()
+    levels = dynamic.levels(signed, torch.device("cpu")).double()
     scale = scales.double().repeat_interleave(rule.BLOCK)[: len(x), None]
     nearest = (levels * scale - x.double()[:, None]).abs().amin(1)
     error = (got - x.double()).abs()
@@ -56,7 +56,7 @@ def test_what_was_decoded_encodes_to_the_same(drawn, signed):
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_no_cell_has_two_midpoints(signed):
-    middles = rule.bounds(signed, torch.device("cpu"))
+    middles = dynamic.bounds(signed, torch.device("cpu"))
     numbers = (middles[middles > 0].view(torch.int32) >> 16) - rule.FIRST_CELL
     assert (numbers >= 1).all()
     assert len(numbers.unique()) == len(numbers)
@@ -65,7 +65,7 @@ def test_no_cell_has_two_midpoints(signed):
 @pytest.mark.parametrize("signed", [True, False])
 def test_every_level_every_midpoint_and_their_neighbours_are_searched_as_in_blockwise(signed):
     device = torch.device("cpu")
-    levels, middles = rule.table(signed, device), rule.bounds(signed, device)
+    levels, middles = dynamic.levels(signed, device), dynamic.bounds(signed, device)
     beside = [torch.nextafter(middles, middles.new_tensor(side)) for side in (-2.0, 2.0)]
     x = torch.cat([levels, middles, *beside, levels.new_tensor([-0.0, 1e-30, 1e-38])])
     x = x if signed else x[x >= 0]

@@ -5,14 +5,14 @@
 
 (Kingma and Ba 2015; decoupled decay λ of Loshchilov and Hutter 2019.) Every sum and product is
 rounded to float32 by itself, in this order, and the corrections are made in float64: gpu.py does
-the same and gets the same bits.
+the same, and gets the same bits wherever it has the time for exact roots and quotients.
 
 State of 8 bits (Dettmers et al. 2022, arXiv 2110.02861): m and v are held in blocks of 256 as the
 nearest level of a dynamic table, times the block's largest magnitude; m over the signed table, v
 over the unsigned one. They are decoded, updated in float32, used, and encoded again. The tables are
-bitsandbytes', and a tensor under 4096 elements keeps 32 bits, as there. One thing differs: a v
-above zero never becomes zero. The largest of its block may be 10⁷ times larger, and m / (0 + ε) is
-a step of thousands of learning rates when the next gradient happens to be small.
+bitsandbytes' (dynamic.py), and a tensor under 4096 elements keeps 32 bits, as there. One thing
+differs: a v above zero never becomes zero. The largest of its block may be 10⁷ times larger, and
+m / (0 + ε) is a step of thousands of learning rates when the next gradient happens to be small.
 
 A bfloat16 parameter loses an update that is below half its last digit. Either a float32 *master*
 copy is part of the state, or the result is rounded up or down at random with the odds that keep its
@@ -26,13 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from halfbyte.blockwise import (
-    DYNAMIC_SIGNED,
-    DYNAMIC_UNSIGNED,
-    SMALLEST_SCALE,
-    block_maxima,
-    midpoints,
-)
+from halfbyte.blockwise import SMALLEST_SCALE, block_maxima
+from halfbyte.optim.dynamic import bounds, levels
 
 BLOCK = 256
 SMALLEST_8BIT = 4096
@@ -88,18 +83,6 @@ def scalars_of(steps: Tensor, lr: Tensor, constants: Tensor) -> Tensor:
     return torch.stack(columns, 1).float()
 
 
-@cache
-def table(signed: bool, device: torch.device) -> Tensor:
-    """Return the dynamic table of m (signed) or v on a device, float32 ``[256]``."""
-    return (DYNAMIC_SIGNED if signed else DYNAMIC_UNSIGNED).to(device)
-
-
-@cache
-def bounds(signed: bool, device: torch.device) -> Tensor:
-    """Return the table's midpoints on a device, float32 ``[255]``."""
-    return midpoints(table(signed, torch.device("cpu"))).to(device)
-
-
 # The number of a cell (`cells`) is that of its values' leading digits, less those of 2⁻²³; the last
 # one is that of 1.
 FIRST_CELL = (127 - 23) << 7
@@ -111,18 +94,18 @@ def cells(signed: bool, device: torch.device) -> Tensor:
     """Return where the search for the nearest level begins, by the leading digits of a value.
 
     A cell is the magnitudes that share exponent and seven binary digits; the first one is all below
-    2⁻²³, too. No cell has more than one midpoint between levels, so one comparison is left: thirty
+    2⁻²³, too. No cell has more than one bound between levels, so one comparison is left: thirty
     times faster on a CPU than a search of the whole table.
 
     Returns:
-        int32 ``[2945]``: the level (from zero on) below every midpoint of the cell.
+        int32 ``[2945]``: the level (from zero on) below every bound in the cell.
     """
     numbers = torch.arange(LAST_CELL + 1, dtype=torch.int32, device="cpu")
     lows = ((numbers + FIRST_CELL) << 16).view(torch.float32)
     lows[0] = 0.0
-    middles = bounds(signed, torch.device("cpu"))[127 if signed else 0 :]
-    # The last level has no midpoint above it: a search for it begins at the one before.
-    return torch.bucketize(lows, middles[:-1], out_int32=True).to(device)
+    upwards = bounds(signed, torch.device("cpu"))[127 if signed else 0 :]
+    # The last level has no bound above it: a search for it begins at the one before.
+    return torch.bucketize(lows, upwards[:-1], out_int32=True).to(device)
 
 
 def encode(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
@@ -153,8 +136,8 @@ def encode(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
 
 def decode(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
     """Return float32 ``[n]``, level times scale: what `encode` made codes of, rounded."""
-    levels = table(signed, codes.device).index_select(0, codes.int())
-    return levels * scales.repeat_interleave(BLOCK)[: codes.numel()]
+    found = levels(signed, codes.device).index_select(0, codes.int())
+    return found * scales.repeat_interleave(BLOCK)[: codes.numel()]
 
 
 def _hash(x: Tensor) -> Tensor:
