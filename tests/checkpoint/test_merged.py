@@ -240,7 +240,7 @@ for into in ("decoded", "original", "nf4"):
 
 
 def test_writing_holds_one_weight_beside_the_model(tmp_path: Path) -> None:
-    source = write_tiny_model(tmp_path / "model", layers=4, hidden=1024)
+    source = write_tiny_model(tmp_path / "model", layers=8, hidden=1024)
     out = subprocess.run(
         [sys.executable, "-c", MEASURE, str(source), str(tmp_path)],
         capture_output=True,
@@ -249,7 +249,7 @@ def test_writing_holds_one_weight_beside_the_model(tmp_path: Path) -> None:
     )
     largest = 4 * 2048 * 1024
     measured = [[int(n) for n in line.split()] for line in out.stdout.splitlines()]
-    assert measured[0][1] > 9 * largest
-    for grown, _ in measured:
-        # Measured: twice the largest weight in float32, the weight and its update.
-        assert grown < 2.5 * largest, measured
+    for grown, written in measured:
+        # Measured: up to 2.5 times the largest weight in float32 (it and its update); the model in
+        # memory and the smallest of the files take almost five times that weight.
+        assert grown < 3.5 * largest < 0.8 * written, measured
