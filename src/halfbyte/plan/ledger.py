@@ -159,7 +159,7 @@ class Run:
     def part_tokens(self) -> int:
         """Tokens that pass through a layer together: a micro-batch, or documents of several."""
         micro = self.batch * self.length
-        if not (self.fused and self.device == "cuda"):
+        if not (self.fused and self.device == "cuda" and self.holding.itemsize == 2):
             return micro
         return min(self.tokens, max(1, PART_TOKENS // max(1, self.length)) * self.length)
 
