@@ -57,6 +57,25 @@ def test_held_out_cases_share_nothing_with_the_examples(timetable: Any) -> None:
         assert not set(getattr(one, field)) & set(getattr(other, field)), field
 
 
+def test_prose_is_read_in_whole_paragraphs_and_no_more_than_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    quality: Any = __import__("quality")
+    for name, most in ((quality.TRAINING, quality.EXAMPLES["prose"]), (quality.HELD_OUT, None)):
+        rows = [
+            json.loads(line)["text"]
+            for line in quality._prose(name, tmp_path, most).read_text().splitlines()
+        ]
+        words = (quality.TEXTS / name).read_text().split()
+        kept = " ".join(rows).split()
+        assert kept == words[: len(kept) if most else None]
+        assert len(rows) == (most or len(rows))
+    trained = (quality.TEXTS / quality.TRAINING).read_text().split("\n\n")
+    read = (quality.TEXTS / quality.HELD_OUT).read_text().split("\n\n")
+    assert not {one for one in trained if len(one) > 80} & set(read)
+
+
 def test_intervals_are_students(quality_table: Any) -> None:
     mean, half = quality_table.interval([1.0, 2.0, 3.0])
     assert mean == 2
@@ -77,6 +96,29 @@ def test_differences_are_of_the_same_seed(quality_table: Any) -> None:
     assert mean == pytest.approx(0.5)
     assert half == pytest.approx(0, abs=1e-9)
     assert quality_table.relative_loss(runs, "orders", "fp4") is None
+
+
+def test_a_task_that_is_not_answered_has_a_loss_only(quality_table: Any) -> None:
+    runs = [run("lora", 0, 2.0), run("nf4", 0, 2.1)]
+    runs = [one | {"task": "prose", "exact_match": None, "cases": 0} for one in runs]
+    table = quality_table.tables({"bases": [], "runs": runs})
+    assert "| base | held-out loss | against 16 bits |\n|---|---|---|\n" in table
+    assert "| NF4, double quantisation (QLoRA) | 2.1000 | +5.0 % |" in table
+
+
+def test_records_of_several_tasks_are_put_together(quality_table: Any) -> None:
+    one = {"runs": [run("lora", 0, 1.0)], "bases": [{"base": "lora"}], "examples": {"orders": 9}}
+    other = {
+        "runs": [run("lora", 0, 3.0) | {"task": "prose"}],
+        "bases": [{"base": "lora"}, {"base": "nf4-search-32"}],
+        "examples": {"orders": 448, "prose": 60},
+        "changes": {"prose": {"batch_size": 2}},
+    }
+    told = {"command": "c", "note": "n"}
+    found = quality_table.together([one | told, other | told])
+    assert found["examples"] == {"orders": 9, "prose": 60}
+    assert [base["base"] for base in found["bases"]] == ["lora", "nf4-search-32"]
+    assert found["changes"] == {"prose": {"batch_size": 2}}
 
 
 def test_verdicts(quality_table: Any) -> None:
