@@ -428,7 +428,7 @@ def delta(linear: FrozenLinear) -> Tensor:
     if not isinstance(linear.adapter, LoRA):
         raise ValueError("this layer has no adapter; attach one, or skip it")
     adapter = linear.adapter
-    added = adapter.config.scaling * (adapter.lora_B.float() @ adapter.lora_A.float())
+    added = (adapter.lora_B.float() @ adapter.lora_A.float()).mul_(adapter.config.scaling)
     if adapter.lora_magnitude_vector is None:
         return added
     weight = linear.dense(torch.float32)

@@ -1,6 +1,7 @@
 """A merged model computes, in transformers, what was merged: exactly, or packed again."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -246,10 +247,11 @@ def test_writing_holds_one_weight_beside_the_model(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=True,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},  # what is freed is given back
     )
     largest = 4 * 2048 * 1024
     measured = [[int(n) for n in line.split()] for line in out.stdout.splitlines()]
     for grown, written in measured:
-        # Measured: up to 2.5 times the largest weight in float32 (it and its update); the model in
-        # memory and the smallest of the files take almost five times that weight.
-        assert grown < 3.5 * largest < 0.8 * written, measured
+        # Measured: 2 to 2.5 times the largest weight in float32 (it, its update, the one that is
+        # being written); the model in memory and the smallest of the files take almost five.
+        assert grown < 2.75 * largest < 0.6 * written, measured

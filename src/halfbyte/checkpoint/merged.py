@@ -153,7 +153,7 @@ class Merged(BaseSource):
         else:
             weight = linear.decode(torch.float32)
         if linear.adapter is not None:
-            weight = weight + delta(linear)
+            weight = delta(linear).add_(weight)  # the weight may be the model's own
         if name not in self._packed:
             return weight.to(self.dtype)
         packed = quantize(
