@@ -156,6 +156,24 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert read.count("figure") == 7 == sum(t == "table" for t, _ in read.tags) - 2
 
 
+@pytest.mark.parametrize(
+    ("device", "options", "told"),
+    [
+        ("cpu", {}, "processor, with the same versions, every loss is the same. Options"),
+        ("cuda", {}, "GPU, with the same versions, every loss is the same but for the order"),
+        ("cuda", {"deterministic": True}, "GPU, with the same versions, every loss is the same. O"),
+    ],
+)
+def test_what_would_be_the_same_again(
+    device: str, options: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    lines = story(**options)
+    for line in lines:
+        if line["event"] == "begin":
+            line["device"] = device
+    assert told in page([read_run(write_journal(tmp_path / "again", lines))])
+
+
 def test_a_step_is_split_where_the_engine_told_of_its_parts(tmp_path: Path) -> None:
     told = story()
     for line in told:

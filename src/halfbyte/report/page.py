@@ -213,7 +213,8 @@ def _time(runs: Sequence[Run]) -> str:
     told = []
     if len(runs) == 1 and (spent := sum(runs[0].seconds.values())):
         shares = sorted(runs[0].seconds.items(), key=lambda item: -item[1])
-        told = [", ".join(f"{name} {taken / spent:.0%}" for name, taken in shares) + "."]
+        shares = [(name, taken / spent) for name, taken in shares if taken / spent >= 0.005]
+        told = [", ".join(f"{name} {share:.0%}" for name, share in shares) + "."]
     steps = [
         Bar("average step" if len(runs) == 1 else run.name, list(run.step_seconds.items()))
         for run in runs
@@ -283,10 +284,14 @@ def _again(run: Run) -> str:
     body = ""
     if config:
         file = shlex.quote(os.path.join(run.path, "config.yaml"))
+        on_gpu = run.begin.get("device") == "cuda"
+        same = f"On the same kind of {'GPU' if on_gpu else 'processor'}, with the same versions, "
+        same += "every loss is the same"
+        if on_gpu and not config.get("deterministic"):
+            same += " but for the order of sums; with --deterministic, to the bit"
         body += (
             f"<pre>halfbyte train {escape(file)} --output again</pre>"
-            '<p class="soft">On the same kind of processor, with the same versions, every loss is '
-            "the same. Options that were given are bold.</p>"
+            f'<p class="soft">{same}. Options that were given are bold.</p>'
         )
         given = set(texts(run.begin.get("given")))
         body += "<details><summary>All options</summary>" + _facts(config, given) + "</details>"
