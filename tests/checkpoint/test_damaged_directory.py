@@ -96,6 +96,7 @@ def test_any_value_of_the_configuration_may_lie(packed: Path, key: str, value: A
         [
             "config.json",
             "generation_config.json",
+            "tokenizer.json",
             "tokenizer_config.json",
             "model.safetensors.index.json",
             "model-00001-of-00002.safetensors",
@@ -130,6 +131,53 @@ def test_the_index_may_name_anything(packed: Path, changes: list[tuple[int, Any]
             index["weight_map"][keys[at % len(keys)]] = value
         path.write_text(json.dumps(index))
         load(copy)
+
+
+def of_tokenizer(change: dict[str, Any], copy: Path, name: str = "tokenizer_config.json") -> None:
+    fields = json.loads((copy / name).read_text())
+    (copy / name).write_text(json.dumps(fields | change))
+
+
+@quick
+@given(
+    st.sampled_from(
+        [
+            *("bos_token", "eos_token", "unk_token", "pad_token", "model_max_length", "backend"),
+            *("tokenizer_class", "added_tokens_decoder", "extra_special_tokens", "chat_template"),
+        ]
+    ),
+    json_values,
+)
+@example("model_max_length", "")
+@example("unk_token", "")
+def test_any_field_of_the_tokenizer_may_lie(packed: Path, key: str, value: Any) -> None:
+    """What loads can be used: it cuts text and knows its special tokens."""
+    with copied(packed) as copy:
+        of_tokenizer({key: value}, copy)
+        with contextlib.suppress(CheckpointError):
+            tokenizer = open_base(copy).tokenizer()
+            assert tokenizer("a b")["input_ids"]
+            assert isinstance(tokenizer.unk_token_id, int | None)
+
+
+def test_a_token_s_number_is_not_believed(packed: Path) -> None:
+    with copied(packed) as copy:
+        model = json.loads((copy / "tokenizer.json").read_text())["model"]
+        model["vocab"] |= {"Z": 2**31}
+        of_tokenizer({"model": model}, copy, "tokenizer.json")
+        with pytest.raises(CheckpointError, match=f"a token number {2**31}"):
+            load_base(copy, BaseRecipe())
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a\0b", "../model.safetensors"])
+def test_the_index_names_files_of_its_directory(packed: Path, name: str) -> None:
+    with copied(packed) as copy:
+        path = copy / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        index["weight_map"][next(iter(index["weight_map"]))] = name
+        path.write_text(json.dumps(index))
+        with pytest.raises(CheckpointError, match="has no weight_map of file names"):
+            open_base(copy)
 
 
 def test_a_buffer_that_only_the_configuration_knows_of_has_limits(tmp_path: Path) -> None:

@@ -38,6 +38,10 @@ from halfbyte.nf4 import QuantizedWeight
 # Buffers of older transformers, which it computes by now: in files, but no part of the model.
 _OBSOLETE = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 
+# Of a token's number libraries make a table, however few tokens there are; the largest
+# vocabularies have 2**18.
+_MAX_TOKENS = 2**24
+
 logger = logging.getLogger("halfbyte")
 
 
@@ -194,7 +198,13 @@ class DirectorySource(BaseSource):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:  # noqa: D102
         with foreign_reader(f"{self._directory} has no tokenizer that transformers can read"):
-            return AutoTokenizer.from_pretrained(self._directory, trust_remote_code=False)
+            found = AutoTokenizer.from_pretrained(self._directory, trust_remote_code=False)
+            if (last := max(found.get_vocab().values(), default=0)) >= _MAX_TOKENS:
+                raise CheckpointError(f"{self._directory}: its tokenizer has a token number {last}")
+            found("a")  # some damage shows in use alone
+            for kind in ("bos", "eos", "unk", "pad"):
+                getattr(found, f"{kind}_token_id")
+            return found
 
     def generation_config(self) -> GenerationConfig | None:  # noqa: D102
         if not (self._directory / "generation_config.json").exists():
@@ -308,7 +318,8 @@ def _open_shards(directory: Path) -> tuple[list[SafetensorsFile], dict[str, Safe
     if (directory / INDEX_NAME).exists():
         index = read_json(directory / INDEX_NAME, "it names the shards").get("weight_map")
         if not isinstance(index, dict) or not all(
-            isinstance(name, str) and Path(name).name == name for name in index.values()
+            isinstance(name, str) and name.isprintable() and Path(name).name == name
+            for name in index.values()
         ):
             raise CheckpointError(f"{directory / INDEX_NAME} has no weight_map of file names")
         weight_map = index
