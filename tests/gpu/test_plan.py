@@ -120,7 +120,8 @@ def test_the_peak_is_within_5_percent_of_the_ledger(trained: Trained, dial: Dial
     entries = ledger(shape_of_config(CONFIG, "test"), run_of(trained, dial))
     obtained = trained.peak(dial)
     off = f"{dial} {obtained} obtained, {entries.peak} expected: {obtained / entries.peak - 1:+.2%}"
-    print(trained.recipe.quant, off)
+    reserved = f"{torch.cuda.max_memory_reserved()} reserved, {entries.needed} needed"
+    print(trained.recipe.quant, off, reserved)
     assert obtained == pytest.approx(entries.peak, rel=0.05), entries.all_lines()
 
 

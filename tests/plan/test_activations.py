@@ -78,7 +78,7 @@ def test_the_dial_says_what_is_kept(llama: ModelShape) -> None:
 
 def test_the_dial_is_turned_as_far_as_the_budget_allows(llama: ModelShape) -> None:
     run = Run(length=2048)
-    tight = ledger(llama, run).peak
+    tight = ledger(llama, run).needed
     assert fitted(llama, run, tight - 1) is None
     assert fitted(llama, run, tight) == run
     roomy = fitted(llama, run, 80e9)
@@ -87,7 +87,7 @@ def test_the_dial_is_turned_as_far_as_the_budget_allows(llama: ModelShape) -> No
     some = fitted(llama, run, 10e9)
     assert some is not None
     assert 0 < some.dial.saved < 32
-    assert ledger(llama, some).peak <= 10e9
+    assert ledger(llama, some).peak < ledger(llama, some).needed <= 10e9
     away = fitted(llama, run, tight - 1, offload=True)
     assert away is not None
     assert ledger(llama, away).on_host == away.dial.offloaded * 2048 * 8192
@@ -97,3 +97,13 @@ def test_largest_finds_the_last_that_fits() -> None:
     assert largest(lambda n: n <= 37, 1, 1000) == 37
     assert largest(lambda n: True, 1, 1000) == 1000
     assert largest(lambda n: False, 1, 1000) is None
+
+
+def test_graphs_leave_no_room_for_the_loss(llama: ModelShape) -> None:
+    entries = ledger(llama, Run(length=2048))
+    step = entries.scratch + entries.kept + entries.backward
+    assert entries.peak == entries.resident + step
+    # The last output is the graphs' own; all else of the loss is not.
+    assert entries.needed == entries.peak + entries.loss - 2048 * 8192
+    plain = ledger(llama, Run(length=2048, fused=False))
+    assert plain.needed == plain.peak

@@ -190,10 +190,10 @@ def test_longest_largest_and_biggest_are_the_last_that_fit(llama: ModelShape) ->
         run = replace(way.run, dial=dial, batch=1, micro_batches=1)
         assert way.longest is not None
         assert way.most is not None
-        assert ledger(llama, replace(run, length=way.longest)).peak <= budget
-        assert ledger(llama, replace(run, length=way.longest + 1)).peak > budget
-        assert ledger(llama, replace(run, batch=way.most)).peak <= budget
-        assert ledger(llama, replace(run, batch=way.most + 1)).peak > budget
+        assert ledger(llama, replace(run, length=way.longest)).needed <= budget
+        assert ledger(llama, replace(run, length=way.longest + 1)).needed > budget
+        assert ledger(llama, replace(run, batch=way.most)).needed <= budget
+        assert ledger(llama, replace(run, batch=way.most + 1)).needed > budget
 
 
 def test_the_largest_model_is_near_one_that_fits() -> None:
@@ -201,7 +201,7 @@ def test_the_largest_model_is_near_one_that_fits() -> None:
     shape = shape_of_config(config_of("llama2-7b"), "7b")
     larger = shape_of_config(config_of("llama2-13b"), "13b")
     run = Run(length=1024)
-    need = ledger(larger, run).peak
+    need = ledger(larger, run).needed
     card = CARDS["4090"]._replace(memory=(need + 0.6e9) / 0.98)
     way = next(way for way in ways(shape, run, card, card.memory) if way.name == "QLoRA")
     assert way.parameters == pytest.approx(larger.parameters, rel=0.05)

@@ -211,6 +211,7 @@ def _show(shape: "ModelShape", found: list["Way"], card: "Card", memory: float, 
         "load peak, GB": [_gb(way.ledger.load_peak) for way in found],
         "least, GB": [_gb(way.least) for way in found],
         "peak, GB": [_gb(way.ledger.peak) for way in found],
+        "needs, GB": [_gb(way.ledger.needed) for way in found],
         "host, GB": [_gb(way.ledger.on_host) for way in found],
         "activations": [way.run.dial.line(shape.layers) for way in found],
         "a step": [_time(way.seconds.total) for way in found],
@@ -221,15 +222,22 @@ def _show(shape: "ModelShape", found: list["Way"], card: "Card", memory: float, 
     }
     if not any(way.ledger.on_host for way in found):
         del rows["host, GB"]
+    graphs = any(way.ledger.unshared for way in found)
+    if not graphs:
+        del rows["needs, GB"]
     show.columns(["", *(way.name for way in found)], [(name, *row) for name, row in rows.items()])
     show.paragraph(
         "\nTrained: adapters, gradients and moments. Least: with every layer run again in "
         "backward. Longest and largest are for one micro-batch and every layer run again; the "
-        "largest model is one of this model's proportions. Speeds "
+        "largest model is one of this model's proportions. "
+        + "CUDA graphs keep the memory of the passes, so more is needed than the peak. " * graphs
+        + "Speeds "
         + ("were measured here." if card.measured else "follow from the maker's figures.")
     )
     if any(way.fits and 0 < way.run.dial.saved < shape.layers for way in found):
-        budget = int(usable(memory, card.device) / 1e8) / 10
+        # The run plans by its peak.
+        beside = max(way.ledger.needed - way.ledger.peak for way in found if way.fits)
+        budget = int((usable(memory, card.device) - beside) / 1e8) / 10
         show.paragraph(f"To keep as much for backward, train with --memory-budget {budget:g}GB.")
     if any(way.ledger.on_host or "offload" in way.name for way in found):
         per_sequence = run.length * shape.layers * run.layer(shape).input
@@ -272,6 +280,7 @@ def _as_json(way: "Way") -> dict[str, Any]:
         "load_peak_bytes": entries.load_peak,
         "least_peak_bytes": way.least,
         "peak_bytes": entries.peak,
+        "needed_bytes": entries.needed,
         "host_bytes": entries.on_host,
         "seconds_per_step": way.seconds.total,
         "seconds": way.seconds._asdict(),

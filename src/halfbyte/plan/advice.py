@@ -44,7 +44,7 @@ class Way:
         run: The run, its dial turned to what fits; every layer run again if nothing does.
         fits: Whether it fits.
         ledger: What it holds.
-        least: The peak of training with every layer run again.
+        least: What it needs with every layer run again.
         seconds: Where its step's time goes.
         longest: Tokens of the longest single sequence that fits; None if not even one does.
         most: The largest micro-batch of the length asked for that fits.
@@ -136,14 +136,14 @@ def _way(name: str, shape: ModelShape, run: Run, card: Card, budget: float, offl
 
     def fits(batch: int, length: int) -> bool:
         one = replace(least, batch=batch, length=length, micro_batches=1)
-        return ledger(shape, one).peak <= budget
+        return ledger(shape, one).needed <= budget
 
     return Way(
         name=name,
         run=chosen,
         fits=best is not None,
         ledger=ledger(shape, chosen),
-        least=ledger(shape, least).peak,
+        least=ledger(shape, least).needed,
         seconds=step_seconds(shape, chosen, card),
         longest=largest(lambda length: fits(1, length), 1, _LONGEST),
         most=largest(lambda batch: fits(batch, run.length), 1, _MOST),
@@ -162,7 +162,7 @@ def _largest_model(shape: ModelShape, run: Run, budget: float) -> float:
     numel = shape.parameters - sum(weight.numel for weight in vocabulary)
     rows = sum(nbytes_of(weight, shape, run.holding) for weight in vocabulary)
     squares = entries.total("trained") + entries.scratch + entries.kept
-    beside = rows + max(entries.backward, entries.loss)
+    beside = rows + entries.needed - entries.resident - entries.scratch - entries.kept
 
     def fits(percent: int) -> bool:
         s = percent / 100
@@ -179,7 +179,7 @@ def advice(found: Sequence[Way], memory: float) -> str:
     plain, qlora = found[0], named["QLoRA"]
     if plain.fits and qlora.fits:
         ratio = plain.seconds.total / qlora.seconds.total - 1
-        peaks = f"{plain.ledger.peak / 1e9:.1f} of {memory / 1e9:.3g} GB"
+        peaks = f"{plain.ledger.needed / 1e9:.1f} of {memory / 1e9:.3g} GB"
         if ratio <= _SAME_TIME:
             slower = -ratio / (1 + ratio)
             why = (
@@ -189,26 +189,26 @@ def advice(found: Sequence[Way], memory: float) -> str:
             )
             return (
                 f"Take {plain.name} (--quant none): it fits, with {peaks}, its base is exact, and "
-                f"{why}. QLoRA would do with {qlora.ledger.peak / 1e9:.1f} GB."
+                f"{why}. QLoRA would do with {qlora.ledger.needed / 1e9:.1f} GB."
             )
         return (
             f"Take QLoRA (--quant {qlora.run.holding.quant}): {plain.name} fits too, with {peaks}, "
             f"but has to run more layers again in backward, and its step takes {100 * ratio:.0f} % "
             "longer."
         )
-    need = f"{plain.name} would need {plain.ledger.peak / 1e9:.1f} GB of {memory / 1e9:.3g}"
+    need = f"{plain.name} would need {plain.ledger.needed / 1e9:.1f} GB of {memory / 1e9:.3g}"
     if qlora.fits:
         return (
             f"Take QLoRA (--quant {qlora.run.holding.quant}): {need}; QLoRA needs "
-            f"{qlora.ledger.peak / 1e9:.1f} GB."
+            f"{qlora.ledger.needed / 1e9:.1f} GB."
         )
     for way in found[2:]:
         if way.fits:
             return (
-                f"Take {way.name}: {need}, QLoRA alone {qlora.ledger.peak / 1e9:.1f} GB; this one "
-                f"needs {way.ledger.peak / 1e9:.1f} GB."
+                f"Take {way.name}: {need}, QLoRA alone {qlora.ledger.needed / 1e9:.1f} GB; this "
+                f"one needs {way.ledger.needed / 1e9:.1f} GB."
             )
-    best = min(found, key=lambda way: way.ledger.peak)
+    best = min(found, key=lambda way: way.ledger.needed)
     instead = (
         f"A sequence of {best.longest:,} tokens would fit; lower batch_size, "
         "gradient_accumulation_steps or max_length."
@@ -217,5 +217,5 @@ def advice(found: Sequence[Way], memory: float) -> str:
     )
     return (
         f"Nothing fits: {need}, and the smallest way, {best.name}, "
-        f"{best.ledger.peak / 1e9:.1f} GB. {instead}"
+        f"{best.ledger.needed / 1e9:.1f} GB. {instead}"
     )

@@ -212,6 +212,7 @@ class Ledger:
         overhead: What is in no tensor.
         load_peak: The highest number of bytes while the base is read.
         waiting: What waits on the host for backward.
+        unshared: What of the loss graphs leave no room for: they keep the memory of the passes.
     """
 
     lines: tuple[Line, ...]
@@ -222,6 +223,7 @@ class Ledger:
     overhead: int
     load_peak: int
     waiting: int
+    unshared: int
 
     def total(self, group: str) -> int:
         """Return the bytes of a group of lines."""
@@ -247,6 +249,12 @@ class Ledger:
         """The most there is at once: in training, or while loading."""
         step = self.scratch + self.kept + max(self.backward, self.loss)
         return max(self.resident + step, self.load_peak + self.overhead)
+
+    @property
+    def needed(self) -> int:
+        """What there must be room for; more than the peak where graphs keep their memory."""
+        graphs = self.scratch + self.kept + self.backward + self.unshared
+        return max(self.peak, self.resident + graphs if self.unshared else 0)
 
     def all_lines(self) -> list[Line]:
         """Return the resident lines, and those of a step."""
@@ -369,21 +377,23 @@ def _load_peak(shape: ModelShape, holding: Holding) -> int:
 def ledger(shape: ModelShape, run: Run) -> Ledger:
     """Return what ``run`` of a model of this shape will hold."""
     run = replace(run, fused=run.fused and shape.fusable)
-    layer = run.layer(shape)
+    layer, loss = run.layer(shape), _loss(shape, run)
     return Ledger(
         lines=(*_base(shape, run), *_trained(shape, run)),
         scratch=_scratch(shape, run),
         kept=int(HOLES[run.device] * kept_bytes(layer, run.dial, run.tokens)),
         backward=backward_bytes(layer, run.dial, run.tokens, run.part_tokens),
-        loss=_loss(shape, run),
+        loss=loss,
         overhead=int(OVERHEAD[run.device]),
         load_peak=_load_peak(shape, run.holding),
         waiting=host_bytes(layer, run.dial, run.tokens),
+        # The last output is theirs.
+        unshared=loss - run.tokens * layer.input if layer.captured else 0,
     )
 
 
 def fitted(shape: ModelShape, run: Run, budget: float, *, offload: bool = False) -> Run | None:
-    """Return ``run`` with the dial that keeps most within ``budget`` bytes; None if none fits.
+    """Return ``run`` with the dial that keeps most and needs at most ``budget``; None if none does.
 
     Args:
         shape: The model.
@@ -395,7 +405,7 @@ def fitted(shape: ModelShape, run: Run, budget: float, *, offload: bool = False)
     def turned(saved: int) -> Run:
         return replace(run, dial=Dial.turned(shape.layers, saved, offload=offload))
 
-    best = largest(lambda saved: ledger(shape, turned(saved)).peak <= budget, 0, shape.layers)
+    best = largest(lambda saved: ledger(shape, turned(saved)).needed <= budget, 0, shape.layers)
     return None if best is None else turned(best)
 
 
