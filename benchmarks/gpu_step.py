@@ -156,10 +156,11 @@ def peft(config: Any, *, saved: bool) -> Callable[..., Callable[..., Any]]:
     return stepping(get_peft_model(model, lora).train())
 
 
-def unsloth(directory: Path) -> Callable[..., Callable[..., Any]]:
-    """Unsloth, which loads from a checkpoint; it always runs layers again, inputs on the host."""
+def unsloth(directory: Path) -> tuple[Callable[..., Callable[..., Any]], float]:
+    """Unsloth and the seconds it loads; it always runs layers again, inputs on the host."""
     from unsloth import FastLanguageModel  # first, as it asks
 
+    start = time.perf_counter()
     model, _ = FastLanguageModel.from_pretrained(
         str(directory),
         max_seq_length=4096,
@@ -167,6 +168,7 @@ def unsloth(directory: Path) -> Callable[..., Callable[..., Any]]:
         load_in_4bit=True,
         local_files_only=True,
     )
+    loaded = time.perf_counter() - start
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = FastLanguageModel.get_peft_model(
         model,
@@ -179,7 +181,7 @@ def unsloth(directory: Path) -> Callable[..., Callable[..., Any]]:
         random_state=0,
     )
     FastLanguageModel.for_training(model)
-    return stepping(model.train())
+    return stepping(model.train()), loaded
 
 
 def stepping(model: Any) -> Callable[..., Callable[..., Any]]:
@@ -291,16 +293,16 @@ def work(args: argparse.Namespace) -> None:
             rows[text] = {"ms": round(floor_ms(config, micro * batch * length), 1)}
         args.output.write_text(json.dumps(rows))
         return
-    theirs = not args.worker.startswith("halfbyte")
+    theirs, loaded = not args.worker.startswith("halfbyte"), None
     if args.worker == "unsloth":
-        make = unsloth(args.checkpoint)
+        make, loaded = unsloth(args.checkpoint)
     elif theirs:
         make = peft(config, saved=args.keep == "save")
     else:
         make = ours(config, "nf4" if "nf4" in args.worker else "none", args)
     torch.cuda.empty_cache()
     resident = torch.cuda.memory_allocated()
-    for text in args.configs:
+    for text in args.configs + ([] if theirs else args.also):
         micro, batch, length = parsed(text)
         step = None
         gc.collect()
@@ -308,7 +310,7 @@ def work(args: argparse.Namespace) -> None:
         step, times = make(micro, batch, length), []
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        warm, count = (3, 8) if theirs else (10, 10 + args.steps)
+        warm, count = (3, 7) if theirs else (10, 10 + args.steps)
         generator = torch.Generator().manual_seed(0)
         for i in range(count):
             ids = torch.randint(3, config.vocab_size, (micro, batch, length), generator=generator)
@@ -327,6 +329,8 @@ def work(args: argparse.Namespace) -> None:
             "resident_gb": round(resident / 1e9, 2),
             "loss": round(loss, 4),
         }
+        if loaded is not None:
+            rows[text]["load_s"] = round(loaded, 2)
         plan = getattr(step, "plan", None)
         if plan is not None:
             rows[text]["predicted_gb"] = round(plan.predicted_bytes / 1e9, 2)
@@ -346,6 +350,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--configs", nargs="+", default=["1x512", "1x2048", "4x2048"])
     known = ["floor", *CONTESTANTS]
+    parser.add_argument("--also", nargs="+", default=[], help="configs that peers do not run")
     parser.add_argument("--only", nargs="+", choices=known, default=known)
     parser.add_argument("--steps", type=int, default=20, help="timed steps of ours")
     parser.add_argument(
@@ -385,6 +390,7 @@ def main() -> None:
             ]
             call += ["--shape", args.shape, "--layers", str(args.layers), "--configs"]
             call += [*args.configs, "--steps", str(args.steps), "--keep", args.keep]
+            call += ["--also", *args.also] if args.also else []
             call += ["--checkpoint", str(args.checkpoint)]
             call += ["--state-bits", str(args.state_bits)]
             call += ["--memory-budget", str(args.memory_budget)] * bool(args.memory_budget)
