@@ -157,6 +157,10 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "offset no number": (lambda k: state_of(k, nested_offset="none"), "cannot be read"),
     "offset infinite": (lambda k: state_of(k, nested_offset=float("inf")), "cannot be read"),
     "offset huge": (lambda k: state_of(k, nested_offset=10**400), "cannot be read"),
+    "scales not finite": (
+        lambda k: k[f"{NAME}.nested_absmax"].fill_(torch.inf),
+        "nested_absmax holds NaN or infinity",
+    ),
     "scales in 16 bits": (
         lambda k: k.update({f"{NAME}.nested_absmax": k[f"{NAME}.nested_absmax"].bfloat16()}),
         "nested_absmax is torch.bfloat16",

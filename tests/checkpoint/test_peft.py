@@ -223,6 +223,14 @@ damages: dict[str, tuple[Callable[[Path], object], str]] = {
     "weights cut": (lambda d: os.truncate(d / "adapter_model.safetensors", 90), "not a whole"),
     "half": (lambda d: rewrite(d, lambda s: s.pop(NAME)), "lora_A.weight is missing"),
     "flat": (lambda d: rewrite(d, lambda s: s.update({NAME: torch.ones(2)})), "has the shape"),
+    "whole numbers": (
+        lambda d: rewrite(d, lambda s: s.update({NAME: s[NAME].char()})),
+        "is torch.i",
+    ),
+    "no number": (
+        lambda d: rewrite(d, lambda s: s[NAME][0, 0].fill_(torch.nan)),
+        "NaN or infinity",
+    ),
     "foreign": (lambda d: rewrite(d, lambda s: s.update(x=torch.ones(2))), "it holds x"),
     "empty": (lambda d: rewrite(d, dict.clear), "it holds nothing"),
     "card of lists": (lambda d: edit(d / "halfbyte.json", base=[]), "should be objects"),

@@ -102,6 +102,8 @@ def decode_keys(name: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
             parts[field] = torch.tensor(offset, dtype=torch.float32)
         else:
             parts[field] = taken(_SUFFIXES[field], like)
+            if like.is_floating_point() and not parts[field].isfinite().all():
+                raise wrong(f"{name + _SUFFIXES[field]} holds NaN or infinity")
     return replace(expected, **parts)
 
 

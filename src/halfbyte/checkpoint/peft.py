@@ -337,12 +337,25 @@ def _read_state(
                 raise CheckpointError(
                     f"{file.path}: {name} {came}; expected is [{', '.join(want)}]"
                 )
-            state[name] = file.read(entry.name).to(torch.float32)
+            state[name] = _numbers(file, entry.name).to(torch.float32)
     if surplus := [name for name in pairs if name not in state]:
         raise CheckpointError(
             f"{file.path} holds {surplus[0]}, but its {CONFIG_NAME} does not say use_dora"
         )
-    return config, state, {name: file.read(PREFIX + name) for name in saved}
+    return config, state, {name: _numbers(file, PREFIX + name) for name in saved}
+
+
+def _numbers(file: SafetensorsFile, name: str) -> Tensor:
+    """Return a tensor of an adapter, of finite numbers."""
+    tensor = file.read(name)
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"{file.path}: {name} is {tensor.dtype}; expected are floats")
+    if not tensor.isfinite().all():
+        raise CheckpointError(
+            f"{file.path}: {name} holds NaN or infinity; its training diverged, or the file is "
+            "damaged. Use an earlier checkpoint"
+        )
+    return tensor
 
 
 _Rank = Annotated[int, Field(strict=True, ge=1)]
