@@ -228,6 +228,18 @@ def test_going_on_with_something_else_is_refused(model, data, tmp_path):
         run(made.model_copy(update={"resume": True, "model": str(another)}))
 
 
+def test_a_run_goes_on_though_there_are_options_now_that_it_did_not_know(model, data, tmp_path):
+    made = config(model, data, tmp_path / "run", max_steps=4, save_steps=2)
+    run(made)
+    path = max((tmp_path / "run").glob("checkpoint-*")) / "run_state.json"
+    state = json.loads(path.read_text())
+    del state["progress"]["options"]["weight_decay"]
+    path.write_text(json.dumps(state))
+    run(made.model_copy(update={"resume": True}))
+    with pytest.raises(ConfigError, match=r"weight_decay was 0.0, is 0.1"):
+        run(made.model_copy(update={"resume": True, "weight_decay": 0.1}))
+
+
 @pytest.mark.parametrize("content", ["", "\n\n", '{"prompt": 3}\n'])
 def test_data_without_anything_usable_leaves_nothing_behind(model, tmp_path, content):
     bad = tmp_path / "bad.jsonl"

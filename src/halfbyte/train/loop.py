@@ -409,10 +409,15 @@ def _identity(config: TrainConfig, source: BaseSource, dataset: Dataset) -> dict
         digest.update(np.asarray(example.tokens).tobytes())
         digest.update(np.asarray(example.labels_mask).tobytes())
         digest.update(b"|")
+    return {"base": source.fingerprint, "data": digest.hexdigest(), "options": _options(config)}
+
+
+def _options(config: TrainConfig) -> dict[str, Any]:
+    """Return the options that a run's result depends on."""
     options = config.model_dump(mode="json", exclude=_FREE_TO_CHANGE)
     # Where the moments live changes nothing; how wide they are does.
     options["optim"] = config.optim.removeprefix("paged_").removesuffix("_32bit")
-    return {"base": source.fingerprint, "data": digest.hexdigest(), "options": options}
+    return options
 
 
 def _check_same_run(resumed: RunState, identity: dict[str, Any]) -> None:
@@ -429,7 +434,9 @@ def _check_same_run(resumed: RunState, identity: dict[str, Any]) -> None:
                 f"{'on' if what == 'base' else 'with'}; give the same, or start anew in another "
                 "--output"
             )
-    before, now = resumed.progress.get("options", {}), identity["options"]
+    # An option that is younger than the run was as it is by default.
+    defaults = _options(TrainConfig(model="-", data="-", output=Path("-")))
+    before, now = defaults | resumed.progress.get("options", {}), identity["options"]
     changed = [
         f"{name} was {before.get(name)!r}, is {value!r}"
         for name, value in now.items()
