@@ -435,7 +435,7 @@ def _check_same_run(resumed: RunState, identity: dict[str, Any]) -> None:
                 "--output"
             )
     # An option that is younger than the run was as it is by default.
-    defaults = _options(TrainConfig(model="-", data="-", output=Path("-")))
+    defaults = _options(TrainConfig.model_validate({"model": "-", "data": "-", "output": "-"}))
     before, now = defaults | resumed.progress.get("options", {}), identity["options"]
     changed = [
         f"{name} was {before.get(name)!r}, is {value!r}"
