@@ -13,7 +13,7 @@
     hidden    a stand-in for backward (products of about 1 ms a layer, last layer first) alone, with
               the update after it, and with each layer updated when its products are done
 
-``--tune`` tries other sizes of a program, and nothing else.
+``--tune`` tries other sizes of a program instead, and keeps a row of its own.
 """
 
 import argparse
@@ -219,7 +219,7 @@ def checked() -> dict[str, Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tune", action="store_true", help="only try other sizes of a program")
+    parser.add_argument("--tune", action="store_true", help="other sizes of a program instead")
     parser.add_argument("--output", type=Path, help="file; a dated one in benchmarks/results")
     args = parser.parse_args()
     require_cuda()
@@ -239,13 +239,14 @@ def main() -> None:
     show("beside the plain rule", checked())
     if args.tune:
         show("tune", tuned(parameters))
-        return
-    show("update", updates(parameters, copy))
-    for bits in (8, 32):
-        resident = rows["update"][f"halfbyte {bits} bits"]["ms"]
-        show(f"paging, {bits} bits", paged(parameters, bits, resident))
-        show(f"hidden, {bits} bits", {"explicit": hidden(parameters, bits)})
-    write("gpu_optim", args.output, copy_gb_per_s=round(copy), parameters=count, rows=rows)
+    else:
+        show("update", updates(parameters, copy))
+        for bits in (8, 32):
+            resident = rows["update"][f"halfbyte {bits} bits"]["ms"]
+            show(f"paging, {bits} bits", paged(parameters, bits, resident))
+            show(f"hidden, {bits} bits", {"explicit": hidden(parameters, bits)})
+    script = "gpu_optim_tune" if args.tune else "gpu_optim"
+    write(script, args.output, copy_gb_per_s=round(copy), parameters=count, rows=rows)
 
 
 if __name__ == "__main__":
