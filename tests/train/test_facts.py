@@ -57,8 +57,9 @@ def test_a_journal_tells_the_whole_story(base: Path, tmp_path: Path) -> None:
     assert begin["data_verdict"]["usable"] == 12
     assert begin["held_out_verdict"]["usable"] == 5
     for step in lines(tmp_path / "r", "step"):
-        assert 0 < step["update_seconds"] < step["seconds"]
-        assert 0 <= step["data_seconds"] < step["seconds"]
+        parts = [step[f"{part}_seconds"] for part in ("forward", "loss", "backward", "update")]
+        assert all(part > 0 for part in parts)
+        assert step["data_seconds"] + sum(parts) <= step["seconds"]
     assert 0 < loaded["memory_bytes"] <= loaded["peak_memory_bytes"]
     before, after = lines(tmp_path / "r", "samples")
     assert (before["step"], after["step"]) == (0, 3)
@@ -70,8 +71,11 @@ def test_a_journal_tells_the_whole_story(base: Path, tmp_path: Path) -> None:
     assert set(told.seconds) == {
         "loading the model",
         "preparing batches",
-        "forward and backward",
+        "forward",
+        "loss",
+        "backward",
         "optimizer",
+        "rest of a step",
         "held-out evaluation",
         "sample answers",
     }

@@ -78,6 +78,7 @@ class LayerEngine:
         trained: For each layer, the parameters that are trained in it.
         finished: Called with a layer's number and the loss when the layer's gradients are final,
             while those below it are still to come. With it there are no CUDA graphs.
+        mark: Called with ``forward``, ``loss`` and ``backward`` as a step comes to each.
         notes: What a person should be told; whoever tells it empties the list.
 
     Raises:
@@ -131,6 +132,7 @@ class LayerEngine:
         self._drops = any(adapter.config.dropout for adapter in adapters(model).values())
         self.tuple_output = self._told_window = False
         self.notes: list[str] = []
+        self.mark: Callable[[str], None] = lambda part: None
         self.finished: Callable[[int, Tensor], None] | None = None
         self.trained = trained
         self.passes = Passes(trained, self.first_trained, self.entry_trained, self.opened)
@@ -243,6 +245,7 @@ class LayerEngine:
             The loss: float32 scalar on the device, summed over tokens and divided.
         """
         keeping = Keeping(saved_layers, offloaded_layers)
+        self.mark("forward")
         parts, passages = self.enter(batches)
         key = (keeping, *(part.shape for part in parts))
         graphs = self._graphs if self._captures(key, passages) else None
@@ -258,12 +261,14 @@ class LayerEngine:
         else:
             hidden = graphs.down(key, passages)
             passages = []  # the graphs have copies
+        self.mark("loss")
         total = torch.zeros((), dtype=torch.float32, device=hidden[0].device)
         grads: list[Tensor] = []
         for part, x in zip(parts, hidden, strict=True):
             loss, grad = self.tail(x, part, normaliser)
             total += loss
             grads.append(grad)
+        self.mark("backward")
         if graphs is not None:
             graphs.up(key, grads)
             return total

@@ -1,12 +1,13 @@
 """What a run writes down about itself, so that its journal tells the whole story by itself.
 
-Versions, machine, options, the verdict on the data, the time of updates, and what the model answers
-before and after. None of it is used for training.
+Versions, machine, options, the verdict on the data, the time of a step's parts, and what the model
+answers before and after. None of it is used for training.
 """
 
 import importlib.metadata
 import platform
 import time
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from halfbyte import __version__
 from halfbyte.data import Dataset
 from halfbyte.model.generate import generate
 from halfbyte.train.config import TrainConfig
+from halfbyte.train.engine import LayerEngine, PlainEngine
 from halfbyte.train.memory import peak_memory, used_memory
 
 _PACKAGES = ("torch", "transformers", "triton")
@@ -79,35 +81,41 @@ def memory_now(device: str) -> dict[str, int]:
     return found
 
 
-class UpdateClock:
-    """Times the optimizer's updates, without making the host wait for a GPU.
+class StepClock:
+    """Times the parts of steps, without making the host wait for a GPU.
 
     Args:
-        optimizer: Whose ``step`` is timed.
+        optimizer: Whose ``step`` is the part ``update``.
+        engine: What tells of the other parts, if it knows them.
         device: ``cpu`` or ``cuda``.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, device: str) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, engine: LayerEngine | PlainEngine, device: str
+    ) -> None:
         self._on_gpu = device == "cuda"
-        self._marks: list[Any] = []
-        optimizer.register_step_pre_hook(lambda *_: self._mark())
-        optimizer.register_step_post_hook(lambda *_: self._mark())
+        self._marks: list[tuple[str, Any]] = []
+        optimizer.register_step_pre_hook(lambda *_: self._mark("update"))
+        optimizer.register_step_post_hook(lambda *_: self._mark(""))
+        if isinstance(engine, LayerEngine):
+            engine.mark = self._mark
 
-    def _mark(self) -> None:
+    def _mark(self, part: str) -> None:
         if self._on_gpu:
-            event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            event.record()
-            self._marks.append(event)
+            now: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            now.record()
         else:
-            self._marks.append(time.perf_counter())
+            now = time.perf_counter()
+        self._marks.append((part, now))
 
-    def seconds(self) -> float:
-        """Return the time of the updates since last asked; on a GPU, once it has made them."""
-        pairs = list(zip(self._marks[::2], self._marks[1::2], strict=True))
+    def seconds(self) -> dict[str, float]:
+        """Return the time of each part since last asked; on a GPU, once it has made the update."""
+        found: dict[str, float] = {}
+        for (part, start), (_, end) in pairwise(self._marks):
+            taken = float(start.elapsed_time(end)) / 1e3 if self._on_gpu else end - start
+            found[part] = found.get(part, 0.0) + taken
         self._marks = []
-        if self._on_gpu:
-            return sum(float(start.elapsed_time(end)) for start, end in pairs) / 1e3
-        return sum(float(end - start) for start, end in pairs)
+        return found
 
 
 class Samples:

@@ -201,7 +201,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
     stepper = Stepper(engine, parameters, config, Schedule.of(config, plan.total))
     if config.optim != "adamw":
         report.note(stepper.optimizer.describe())
-    clock = facts.UpdateClock(stepper.optimizer, device)
+    clock = facts.StepClock(stepper.optimizer, engine, device)
     start = 0
     if resumed is not None:
         load_adapter_state(base.model, resumed.adapter)
@@ -312,7 +312,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
             offloaded_layers=memory.offloaded_layers,
             tight=tight(made),
         )
-        took, updating = time.perf_counter() - began, clock.seconds()
+        took, times = time.perf_counter() - began, clock.seconds()
         done = step + 1
         tokens = sum(batch.tokens for batch in batches)
         loss, seconds, tokens_done = result.loss, seconds + took, tokens_done + tokens
@@ -333,7 +333,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
                     "peak_memory_bytes": peak_memory(device),
                     "seconds": took,
                     "data_seconds": waited,
-                    "update_seconds": updating,
+                    **{f"{part}_seconds": spent for part, spent in times.items()},
                     **(result.paging._asdict() if result.paging else {}),
                 }
             )
