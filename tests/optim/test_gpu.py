@@ -73,7 +73,7 @@ def test_a_gradient_need_not_be_contiguous_but_of_its_parameters_type():
     other = torch.zeros(9)
     (launches,) = optimizer._launches.values()
     with pytest.raises(TypeError, match="must be of its parameter's type"):
-        launches[0]([half], [other], None, None)
+        launches[0]([half], {0: other}, None, None)
 
 
 @pytest.mark.parametrize("signed", [True, False])

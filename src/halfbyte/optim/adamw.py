@@ -304,8 +304,9 @@ class AdamW(torch.optim.Optimizer):
                 self._launches[key] = [
                     self._gpu.Launch(pieces, memory, base) for pieces in kinds.values()
                 ]
-            held = [parameter.grad for parameter in self._parameters]
-            grads = [None if grad is None else grad.contiguous() for grad in held]
+            numbers = {piece.index for piece in group.pieces}
+            held = {i: grad for i in numbers if (grad := self._parameters[i].grad) is not None}
+            grads = {i: grad.contiguous() for i, grad in held.items()}
             for launch in self._launches[key]:
                 launch(self._parameters, grads, scalars, scale)
             return

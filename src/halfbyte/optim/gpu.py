@@ -20,7 +20,7 @@ update is within 10⁻⁶ of itself of the rule's, a thousandth of what eight bi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -395,19 +395,15 @@ class Launch:
     def __call__(
         self,
         parameters: Sequence[Tensor],
-        grads: Sequence[Tensor | None],
+        grads: Mapping[int, Tensor],
         scalars: Tensor,
         scale: Tensor,
     ) -> None:
         """Update; parameters and gradients by number, `Scalars` from `prepare`."""
         numbers = [piece.index for piece in self._pieces]
-        held = [grad for i in numbers if (grad := grads[i]) is not None]
-        addresses = [
-            (parameters[i].data_ptr(), grad.data_ptr())
-            for i, grad in zip(numbers, held, strict=True)
-        ]
+        addresses = [(parameters[i].data_ptr(), grads[i].data_ptr()) for i in numbers]
         if addresses != self._addresses:
-            if strange := {grad.dtype for grad in held} - {parameters[numbers[0]].dtype}:
+            if strange := {grads[i].dtype for i in numbers} - {parameters[numbers[0]].dtype}:
                 raise TypeError(f"a gradient must be of its parameter's type, not {strange}")
             self._addresses = addresses
             self._rows = self._table(parameters[numbers[0]].itemsize)

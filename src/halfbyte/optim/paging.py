@@ -130,6 +130,7 @@ class Streamed:
         self._device = device
         self._whole = Group(tuple(pieces))
         self._groups = groups_of(pieces)
+        self._numbers = {group.offset: number for number, group in enumerate(self._groups)}
         self._memory: Tensor | None = None
         self._host: list[Tensor] = []
         self._slots: list[_Slot] = []
@@ -158,7 +159,7 @@ class Streamed:
                 update(group, self._memory, 0)
             return
         for group in groups:
-            number = self._groups.index(group)
+            number = self._numbers[group.offset]
             slot = self._fetch(number)
             if number:
                 # Its buffer is the other one, and it is the next: now, or when its layer is done.
