@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from halfbyte import cli
+from halfbyte.lora import delta
 from halfbyte.report.journal import read_journal
 from tests.tiny import tiny_llama, tiny_tokenizer, write_tiny_model
 
@@ -191,7 +192,9 @@ def test_what_was_taught_survives_the_merge_or_the_merge_fails(
     assert kept["by_heart"] >= 8
     assert kept["forgotten"] == 0
     with monkeypatch.context() as patch:
-        patch.setattr("halfbyte.checkpoint.merged.delta", lambda _: 0.0)  # all is lost
+        patch.setattr(  # all is lost
+            "halfbyte.checkpoint.merged.delta", lambda linear: 0 * delta(linear)
+        )
         words += ["decoded", str(tmp_path / "lost"), "--min-agreement"]
         lost = ask(*words, 0)["verified"]
         assert lost["forgotten"] == lost["by_heart"] == kept["by_heart"]
