@@ -2,17 +2,19 @@
 
 import io
 import json
+from itertools import permutations
 
 import pytest
 import torch
+from rich.console import Console
 
 from halfbyte.errors import ConfigError
 from halfbyte.lora import adapter_parameters
 from halfbyte.optim import AdamW, layout
 from halfbyte.optim.paging import Paging
 from halfbyte.report import open_report
-from halfbyte.report.live import PlainScreen
-from halfbyte.train import loop, step
+from halfbyte.report.live import LiveScreen, PlainScreen
+from halfbyte.train import loop, memory, step
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.engine import Batch, LayerEngine
 from halfbyte.train.memory import ActivationPlan
@@ -74,12 +76,13 @@ def steps_of(events):
 def test_a_paged_run_is_the_same_run_and_says_what_it_moved(
     model, data, tmp_path, monkeypatch, on_a_gpu, paging
 ):
-    plain, _ = run(model, data, tmp_path / "plain", "adamw_8bit")
+    plain, resident = run(model, data, tmp_path / "plain", "adamw_8bit")
     calls = iter([False, True, True, False])
     monkeypatch.setattr(Tightness, "__call__", lambda self, batches: next(calls))
     paged, events = run(model, data, tmp_path / "paged", "paged_adamw_8bit", paging=paging)
     assert paged == plain
     found = steps_of(events)
+    assert [event["loss"] for event in found] == [event["loss"] for event in steps_of(resident)]
     moved = [event["paged_bytes"] for event in found]
     if paging == "auto":
         assert moved[0] == moved[3] == 0
@@ -92,23 +95,53 @@ def test_a_paged_run_is_the_same_run_and_says_what_it_moved(
     assert all(event["paging_ms"] >= 0 for event in found)
 
 
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [("adamw_8bit", "paged_adamw_8bit"), ("paged_adamw_8bit", "adamw_8bit")],
-)
-def test_a_run_resumes_in_another_mode(model, data, tmp_path, on_a_gpu, before, after):
-    plain, _ = run(model, data, tmp_path / "plain", before)
-    where = tmp_path / "run"
-    run(model, data, where, before, paging="explicit" if before.startswith("paged") else "auto")
-    (where / "checkpoint-4").rename(tmp_path / "lost")
-    resumed, events = run(
+@pytest.mark.parametrize("activations", ["recompute", "auto"])
+def test_the_plan_knows_which_step_is_tight(
+    model, data, tmp_path, monkeypatch, on_a_gpu, activations
+):
+    """A budget one byte below what the largest step takes with the state beside it."""
+    plans, sizes = [], []
+
+    class Noted(Tightness):
+        def __init__(self, plan, *rest):
+            plans.append(plan)
+            super().__init__(plan, *rest)
+
+        def __call__(self, batches):
+            sizes.append(sum(batch.input_ids.numel() for batch in batches))
+            return super().__call__(batches)
+
+    monkeypatch.setattr(loop, "Tightness", Noted)
+    for module in (loop, memory):
+        monkeypatch.setattr(module, "used_memory", lambda device: 0)
+    plain, roomy = run(model, data, tmp_path / "roomy", "paged_adamw_8bit", activations="recompute")
+    assert not any(event["paged_bytes"] for event in steps_of(roomy))
+    paged, events = run(
         model,
         data,
-        where,
-        after,
-        resume=True,
-        paging="explicit" if after.startswith("paged") else "auto",
+        tmp_path / "tight",
+        "paged_adamw_8bit",
+        activations=activations,
+        memory_budget=plans[0].predicted_bytes - 1,
     )
+    assert paged == plain
+    moved = [event["paged_bytes"] > 0 for event in steps_of(events)]
+    assert moved == [size == max(sizes) for size in sizes[4:]]
+    assert sum(moved) == 1
+    told = [event["text"] for event in events if event["event"] == "note"]
+    assert plans[1].line() in told
+
+
+MODES = [("adamw_8bit", "auto"), ("paged_adamw_8bit", "auto"), ("paged_adamw_8bit", "explicit")]
+
+
+@pytest.mark.parametrize(("before", "after"), list(permutations(MODES, 2)), ids=str)
+def test_a_run_resumes_in_another_mode(model, data, tmp_path, on_a_gpu, before, after):
+    plain, _ = run(model, data, tmp_path / "plain", before[0])
+    where = tmp_path / "run"
+    run(model, data, where, before[0], paging=before[1])
+    (where / "checkpoint-4").rename(tmp_path / "lost")
+    resumed, events = run(model, data, where, after[0], resume=True, paging=after[1])
     assert resumed == plain
     assert len(steps_of(events)) == 4
 
@@ -183,11 +216,15 @@ def test_state_that_may_leave_is_left_out_only_where_it_has_to_be():
 
 def test_the_display_says_where_the_state_is_and_what_it_cost():
     stream = io.StringIO()
-    screen = PlainScreen(stream)
-    screen.begin(total_steps=1, start_step=0, facts={})
-    paging = Paging(0, 640_000_000, 1_280_000_000, 6.25)
-    screen.step({"step": 1, "loss": 1.0, **paging._asdict()})
-    assert "state on the host 640 MB  moved 1.28 GB  waited 6.2 ms" in stream.getvalue()
+    live = LiveScreen(Console(file=stream, force_terminal=True, width=200))
+    for screen in (PlainScreen(stream), live):
+        screen.begin(total_steps=1, start_step=0, facts={})
+        paging = Paging(33_500_000, 640_000_000, 1_280_000_000, 6.25)
+        screen.step({"step": 1, "loss": 1.0, **paging._asdict()})
+    figures = ("state 34 MB on the GPU", "640 MB on the host", "moved 1.28 GB", "waited 6.2 ms")
+    assert "  ".join(figures) in stream.getvalue()
+    live.close()
+    assert "   ".join(figures) in str(live._numbers(live._pace))
 
 
 def test_layers_are_updated_as_soon_as_their_gradients_are_final(monkeypatch, on_a_gpu):

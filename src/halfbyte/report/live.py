@@ -76,7 +76,8 @@ def _figures(record: dict[str, Any]) -> list[str]:
         "learning_rate": lambda rate: f"rate {rate:.2e}",
         "tokens_per_second": lambda speed: f"{speed:,.0f} tokens/s",
         "peak_memory_bytes": lambda count: f"memory {size(count)}",
-        "optimizer_host_bytes": lambda count: f"state on the host {size(count)}",
+        "optimizer_device_bytes": lambda count: f"state {size(count)} on the GPU",
+        "optimizer_host_bytes": lambda count: f"{size(count)} on the host",
         "paged_bytes": lambda count: f"moved {size(count)}",
         "paging_ms": lambda waited: f"waited {waited:.1f} ms",
     }
