@@ -6,10 +6,17 @@ import math
 import bitsandbytes
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from halfbyte.errors import ConfigError
+from halfbyte.lora import adapter_parameters
+from halfbyte.model.precision import deterministic
 from halfbyte.optim import AdamW, layout, managed
+from halfbyte.train.config import TrainConfig
+from halfbyte.train.engine import LayerEngine
+from halfbyte.train.step import Schedule, Stepper
 from tests.optim.problems import follow, gradients, parameters
+from tests.train.test_engine import SIZES, batches_of, model_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -228,6 +235,40 @@ def test_layers_updated_beside_backward_have_the_same_bits(order, small_groups):
             optimizer.step_parameters([made[i]])
         optimizer.step()
     assert_same((made, optimizer), resident)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_layers_updated_as_the_engine_finishes_them_have_the_same_bits(bits, small_groups):
+    """Explicit paging without clipping, beside a run whose state stays and that has CUDA graphs."""
+    shape = LlamaConfig(**SIZES | {"hidden_size": 128, "intermediate_size": 256})
+    batches = batches_of([(2, 64), (2, 64)])
+    names = {32: ("adamw", "paged_adamw_32bit"), 8: ("adamw_8bit", "paged_adamw_8bit")}[bits]
+    found = []
+    for optim, paging in zip(names, ("auto", "explicit"), strict=True):
+        model = model_of(shape, dtype=torch.bfloat16, r=64).cuda()
+        config = TrainConfig(
+            model="-", data="-", output="-", optim=optim, paging=paging, max_grad_norm=0.0
+        )
+        engine = LayerEngine(model, fuse=True, graphs=True)
+        made = adapter_parameters(model)
+        stepper = Stepper(engine, made, config, Schedule(1e-2, "constant", 0, 6))
+        early = paging == "explicit"
+        assert (engine.finished is not None) == early
+        losses = []
+        with deterministic():
+            for number in range(6):
+                busy()  # the host is ahead, as in a run
+                told = stepper.run(number, batches, saved_layers=1, offloaded_layers=1)
+                losses.append(told.loss)
+        assert not engine.notes
+        if early:
+            state = stepper.optimizer.state_bytes
+            assert told.paging.optimizer_host_bytes == state
+            assert told.paging.optimizer_device_bytes < state / 2
+            assert told.paging.paged_bytes == 2 * state
+        found.append((losses, list(made.values()), stepper.optimizer))
+    assert found[0][0] == found[1][0]
+    assert_same(found[0][1:], found[1][1:])
 
 
 @pytest.mark.parametrize("before", ["off", *MODES])
