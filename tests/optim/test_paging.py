@@ -177,6 +177,7 @@ def test_on_a_cpu_there_is_nothing_to_page_from():
         assert optimizer.paging == "off"
         assert optimizer.describe().endswith("there is nothing to page from on cpu")
         assert optimizer.report() is None
+    assert AdamW([torch.nn.Parameter(torch.zeros(9))]).describe().endswith("in the host's memory")
     with pytest.raises(ConfigError, match="paging must be one of"):
         AdamW([torch.nn.Parameter(torch.zeros(9))], paging="sometimes")
 

@@ -133,6 +133,8 @@ def test_an_override_under_a_foreign_name_wins_too(tmp_path: Path) -> None:
         ("num_epochs: 3", "epochs", 3.0),
         ("train_on_inputs: false", "train_on", "assistant"),
         ("optim: adamw_torch", "optim", "adamw"),
+        ("optim: paged_adamw", "optim", "paged_adamw_32bit"),
+        ("optimizer: PagedAdamW8bit", "optim", "paged_adamw_8bit"),
         ("gradient_checkpointing: true", "activations", "recompute"),
         ("resume_from_checkpoint: true", "resume", True),
     ],

@@ -94,6 +94,7 @@ class AdamW(torch.optim.Optimizer):
                 f"all parameters must be on one device, not on {sorted(map(str, devices))}"
             )
         (self._device,) = devices
+        self._wants_paging = paging != "off"
         self.paging = paging if self._device.type == "cuda" else "off"
         if self.paging == "managed" and (reason := why_not(self._device)) is not None:
             raise ConfigError(f'paging "managed" is impossible: {reason}. Use paging "explicit"')
@@ -225,7 +226,9 @@ class AdamW(torch.optim.Optimizer):
             "managed": "in managed memory, on the host while a step is short of memory",
         }[self.paging]
         if self._device.type != "cuda":
-            where = f"in the host's memory: there is nothing to page from on {self._device}"
+            where = "in the host's memory"
+            if self._wants_paging:
+                where += f": there is nothing to page from on {self._device}"
         return f"AdamW, state of {self._bits} bits: {self.state_bytes / 1e6:.0f} MB, {where}"
 
     def page_out(self) -> None:

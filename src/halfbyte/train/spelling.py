@@ -36,8 +36,10 @@ _ALL = {"all": "all-linear"}
 _ADAMW = {
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_32bit"), "adamw"),
     **dict.fromkeys(("adamw_bnb_8bit", "adamw_torch_8bit", "adamw8bit"), "adamw_8bit"),
-    **dict.fromkeys(("paged_adamw", "paged_adamw32bit"), "paged_adamw_32bit"),
-    "paged_adamw8bit": "paged_adamw_8bit",
+    **dict.fromkeys(
+        ("paged_adamw", "paged_adamw32bit", "pagedadamw", "pagedadamw32bit"), "paged_adamw_32bit"
+    ),
+    **dict.fromkeys(("paged_adamw8bit", "pagedadamw8bit"), "paged_adamw_8bit"),
 }
 
 ALIASES: dict[str, Alias] = {
