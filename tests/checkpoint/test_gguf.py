@@ -346,3 +346,23 @@ def test_damage_never_gets_past_the_door(tmp_path: Path, whole: bytes, data: st.
         open_base(path)
     except HalfbyteError as error:
         assert "m.gguf" in str(error)  # noqa: PT017
+
+
+def test_rules_of_cutting_that_are_not_known_are_announced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_gguf(tmp_path / "m.gguf")
+    raw = path.read_bytes()
+
+    def cuts() -> list[str]:
+        backend = open_base(path).tokenizer().backend_tokenizer
+        return [part for part, _ in backend.pre_tokenizer.pre_tokenize_str("12 a!\n\n3")]
+
+    with caplog.at_level(logging.WARNING, logger="halfbyte"):
+        plain = cuts()
+        assert caplog.text == ""
+        path.write_bytes(raw.replace(b"gpt-2", b"other"))
+        assert cuts() == plain
+    assert "cuts text by rules that halfbyte does not know ('other')" in caplog.text
+    path.write_bytes(raw.replace(b"gpt-2", b"qwen2"))
+    assert cuts() == ["1", "2", "Ġa", "!ĊĊ", "3"] != plain

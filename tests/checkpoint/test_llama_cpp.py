@@ -246,18 +246,19 @@ def speaking(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     path = export(write_model(tmp_path_factory.mktemp("m"), "llama", tokenizer))
     assert gguf.GGUFReader(path).fields["tokenizer.ggml.pre"].contents() == request.param
     with llama_cpp(path) as server:
-        yield tokenizer, server
+        yield tokenizer, server, open_base(path).tokenizer()
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=12).map("".join))
 def test_it_cuts_text_into_the_same_tokens(speaking: Any, text: str) -> None:
-    tokenizer, server = speaking
-    assert server.tokens(text) == tokenizer(text)["input_ids"]
+    """As the tokenizer that was exported, and as the one that we read from the file."""
+    tokenizer, server, read = speaking
+    assert server.tokens(text) == tokenizer(text)["input_ids"] == read(text)["input_ids"]
 
 
 def test_it_renders_the_same_template(speaking: Any) -> None:
-    tokenizer, server = speaking
+    tokenizer, server, _ = speaking
     talk = [
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "two\n\nlines"},

@@ -44,6 +44,7 @@ from halfbyte.checkpoint.gguf_file import (
     decode,
     held_as,
 )
+from halfbyte.checkpoint.gguf_vocabulary import cut_as
 from halfbyte.checkpoint.reading import read_into
 from halfbyte.checkpoint.source import BaseSource, Parameter, foreign_reader, skeleton_of
 from halfbyte.errors import CheckpointError
@@ -133,6 +134,19 @@ def read_tokenizer(file: GGUFFile) -> PreTrainedTokenizerBase:
         named = file.keys.get(f"tokenizer.ggml.{key}_token_id")
         if named is not None and 0 <= named.value < len(tokenizer):
             setattr(tokenizer, role, tokenizer.convert_ids_to_tokens(named.value))
+    # Transformers cuts the texts of all files alike, whatever rules a file names.
+    kind, cut = (file.keys.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    if kind is None or kind.value != "gpt2" or cut is None:
+        return tokenizer
+    with foreign_reader(f"{file.path}: transformers cannot read its tokenizer"):
+        known = cut_as(tokenizer, str(cut.value))
+    if not known:
+        logger.warning(
+            "%s cuts text by rules that halfbyte does not know (%r), and transformers' own are "
+            "used: some texts become other tokens than in llama.cpp",
+            file.path,
+            cut.value,
+        )
     return tokenizer
 
 

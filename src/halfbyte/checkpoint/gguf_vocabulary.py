@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from gguf import GGUFReader, GGUFWriter, Keys, TokenType
+from tokenizers import Regex, Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from halfbyte.errors import CheckpointError
@@ -139,6 +141,24 @@ def pre_tokenizer(rules: dict[str, Any]) -> str:
         "the tokenizer's rules are none of those that halfbyte knows llama.cpp's name for "
         f"(gpt-2, smollm, qwen2, llama-bpe, SentencePiece's BPE): {_UNSPLIT}"
     )
+
+
+def cut_as(tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
+    """Make a byte-level BPE tokenizer cut text by the rules llama.cpp has under ``name``.
+
+    Returns:
+        Whether they are known; if not, the tokenizer is left as it is.
+    """
+    cuts: dict[str, list[PreTokenizer]] = {"gpt-2": [], "smollm": [Digits(individual_digits=True)]}
+    cuts |= {known: [Split(Regex(rule), "isolated")] for rule, known in _SPLITS.items()}
+    if name not in cuts:
+        return False
+    own = name not in _SPLITS.values()
+    steps = [*cuts[name], ByteLevel(add_prefix_space=False, use_regex=own)]
+    backend: Tokenizer = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = Sequence(steps)
+    backend.model.ignore_merges = name == "llama-bpe"
+    return True
 
 
 def _scores(merges: list[Any], ids: dict[str, int], rows: int) -> list[float]:
