@@ -1,6 +1,7 @@
 """A whole run on a GPU: packed documents, graphs, the dial, resuming; what it tells is true."""
 
 import json
+from itertools import cycle
 
 import pytest
 import torch
@@ -98,6 +99,29 @@ def test_a_run_that_is_resumed_is_the_run_that_was_not_interrupted(model, data, 
             run(model, data, tmp_path / "cut", save_steps=4)
     losses, _ = run(model, data, tmp_path / "cut", save_steps=4, resume=True)
     assert losses[-8:] == pytest.approx(whole[-8:], rel=1e-6)
+
+
+@pytest.mark.parametrize("paging", ["explicit", "auto", "managed"])
+def test_paging_changes_no_bit_and_a_run_resumes_without(
+    model, data, tmp_path, monkeypatch, paging
+):
+    """Every second step is made to be short of memory; at the end the state moves in once more."""
+    monkeypatch.setattr(loop.Tightness, "__call__", lambda self, batches: next(turns))
+    turns = cycle([False, True])
+    told = {"deterministic": True, "save_steps": 6}
+    losses, _ = run(model, data, tmp_path / "a", optim="adamw_8bit", **told)
+    paged = told | {"optim": "paged_adamw_8bit", "paging": paging}
+    others, events = run(model, data, tmp_path / "b", **paged)
+    assert others == losses
+    moved = [event["paged_bytes"] for event in events if event["event"] == "step"]
+    assert [here > 0 for here in moved] == [paging == "explicit", True] * 6
+    files = [tmp_path / name / "adapter_model.safetensors" for name in "ab"]
+    trained = files[0].read_bytes()
+    assert files[1].read_bytes() == trained
+    for name, options in (("b", told | {"optim": "adamw_8bit"}), ("a", paged)):
+        (tmp_path / name / "checkpoint-12").rename(tmp_path / f"lost-{name}")
+        run(model, data, tmp_path / name, resume=True, **options)
+    assert [file.read_bytes() == trained for file in files] == [True, True]
 
 
 def test_another_batch_split_is_the_same_training(model, data, tmp_path):

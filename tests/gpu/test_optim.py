@@ -260,7 +260,7 @@ def test_layers_updated_as_the_engine_finishes_them_have_the_same_bits(bits, sma
                 busy()  # the host is ahead, as in a run
                 told = stepper.run(number, batches, saved_layers=1, offloaded_layers=1)
                 losses.append(told.loss)
-        assert not engine.notes
+        assert [note[:14] for note in engine.notes] == ["no CUDA graphs"] * early
         if early:
             state = stepper.optimizer.state_bytes
             assert told.paging.optimizer_host_bytes == state

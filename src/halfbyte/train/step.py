@@ -184,6 +184,11 @@ class Stepper:
         self._early = self.optimizer.paging == "explicit" and not self.max_grad_norm
         if self._early and isinstance(engine, LayerEngine):
             engine.finished = self._update_layer
+            if engine.captures:
+                engine.notes.append(
+                    "no CUDA graphs: with explicit paging and no clipping, the host queues each "
+                    "layer's update as its gradients are final"
+                )
 
     def _update_layer(self, layer: int, loss: Tensor) -> None:
         assert isinstance(self.engine, LayerEngine)
