@@ -160,6 +160,17 @@ class LoRA(nn.Module):
             self.lora_A.copy_(drawn)
             self.lora_B.zero_()
 
+    @torch.no_grad()
+    def begin(self, a: Tensor, b: Tensor) -> None:
+        """Begin with the update b·a instead of with none: a [k, in], b [out, k], k at most r.
+
+        ``lora_A`` gets the size of a fresh one, so that one learning rate suits both beginnings.
+        """
+        size = a.square().mean().sqrt() * math.sqrt(3 * a.shape[1])
+        if size > 0:
+            self.lora_A[: len(a)] = a / size
+            self.lora_B[:, : len(a)] = b * (size / self.config.scaling)
+
     @property
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """A [r, in], B [out, r] and the scaling s."""

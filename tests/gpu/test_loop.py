@@ -84,6 +84,14 @@ def test_a_deterministic_run_is_the_same_to_the_bit(model, data, tmp_path, activ
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_adapters_begin_with_what_packing_lost(model, data, tmp_path):
+    fresh, _ = run(model, data, tmp_path / "a", max_steps=2)
+    begun, events = run(model, data, tmp_path / "b", max_steps=2, init_lora_weights="qera")
+    assert fresh[0] != begun[0]
+    told = [event.get("text", "") for event in events if event["event"] == "note"]
+    assert any("% of what packing lost" in line for line in told)
+
+
 def test_a_run_that_is_resumed_is_the_run_that_was_not_interrupted(model, data, tmp_path):
     whole, _ = run(model, data, tmp_path / "whole", save_steps=4)
     step = loop.Stepper.run

@@ -182,6 +182,11 @@ class TrainConfig(ModelOptions):
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
     use_dora: bool = Field(False, description="train the lengths of the weights' rows too (DoRA)")
+    init_lora_weights: Literal["kaiming", "qera"] = Field(
+        "kaiming",
+        description="adapters begin with nothing, or with the most of what packing lost (QERA), "
+        "for which the base is read twice",
+    )
     target_modules: str | tuple[str, ...] = Field(
         "all-linear",
         description="linears that get an adapter: all-linear, names (q_proj,v_proj), or a regular "
@@ -277,6 +282,10 @@ class TrainConfig(ModelOptions):
     def _rules_between_fields(self) -> Self:
         if self.eval_steps is not None and self.eval_data is None:
             raise ValueError("`eval_steps` needs `eval_data`: the data to evaluate on")
+        if self.init_lora_weights == "qera" and self.quant == "none":
+            raise ValueError("`init_lora_weights` qera needs `quant` nf4 or fp4: nothing is lost")
+        if self.init_lora_weights == "qera" and self.use_dora:
+            raise ValueError("`init_lora_weights` qera and `use_dora` do not go together")
         if self.paging != "auto" and not self.optim.startswith("paged_"):
             raise ValueError("`paging` needs `optim` paged_adamw_32bit or paged_adamw_8bit")
         return self

@@ -45,6 +45,7 @@ from halfbyte.train.memory import (
     used_memory,
 )
 from halfbyte.train.predicting import FIRST_LOOK, Prediction
+from halfbyte.train.reconstruction import begin_with_error, require_plain
 from halfbyte.train.step import Schedule, Stepper, Tightness, plan_beside_state
 
 if TYPE_CHECKING:
@@ -165,6 +166,8 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
     report.track(config.report_to)
 
     source = open_base(config.model, revision=config.revision)
+    if config.init_lora_weights == "qera":
+        require_plain(source)
     tokenizer = source.tokenizer()
     dataset = _read(config.data, tokenizer, config, report)
     held_out = _read(config.eval_data, tokenizer, config, report) if config.eval_data else None
@@ -193,6 +196,10 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
         f"{trained / 1e6:.2f} M parameters trained, on {len(adapted)} linear layers"
         + (f"; trained whole: {', '.join(whole)}" if whole else "")
     )
+    if config.init_lora_weights == "qera" and resumed is None:
+        with report.task("what packing lost") as progress:
+            back = begin_with_error(base, source, progress=progress)
+        report.note(f"adapters begin with {back:.0%} of what packing lost")
     moved = embedding_to_host(base.model)
     if moved:
         report.note(f"the embedding waits in host memory: {moved / 1e6:.0f} MB less on the GPU")
