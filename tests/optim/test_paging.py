@@ -1,7 +1,8 @@
 """Paging without a GPU: the bookkeeping of groups, moves and early updates.
 
-On a CPU the host's memory and the device's are the same, and there are no streams; what they do is
-in tests/gpu/test_optim.py. Where AdamW would turn paging off, it is turned on again here.
+On a CPU the host's memory and the device's are the same, and there are no streams: test_streams.py
+has stand-ins for them, tests/gpu/test_optim.py the real ones. Where AdamW would turn paging off, it
+is turned on again here.
 """
 
 from itertools import pairwise
