@@ -54,6 +54,19 @@ def test_a_copy_that_is_packed_already_is_the_same_base(
     ]
 
 
+def test_a_packed_copy_need_not_say_how_its_scales_were_found(
+    tmp_path: Path, model_dir: Path
+) -> None:
+    searched = BaseRecipe(quant_search=True)
+    one = load_base(model_dir, searched)
+    card = {"base": identity_of(one), "recipe": RECIPE | {"quant_search": True}}
+    copy = write_quantized(model_dir, tmp_path / "copy", searched)
+    assert differences(card, load_base(copy, BaseRecipe())) == []
+    assert differences(card, load_base(model_dir, BaseRecipe())) == [
+        "quant_search was True, now it is False"
+    ]
+
+
 @pytest.mark.parametrize(
     ("recipe", "told"),
     [

@@ -87,18 +87,21 @@ def differences(card: Mapping[str, Any], base: LoadedBase) -> list[str]:
     recipe, now = card.get("recipe") or {}, base.model.halfbyte_recipe
     if recipe:  # cards from before there was a search do not say so
         recipe = {"quant_search": False, **recipe}
+    recorded = card.get("base") or {}
+    same_weights = recorded.get("weights") == weights_digest(base.model)
     found = [
         f"{name} was {recipe[name]!r}, now it is {getattr(now, name)!r}"
         for name in PACKING
         if hasattr(now, name) and recipe.get(name, getattr(now, name)) != getattr(now, name)
         # Of a plain base, there is no more to say than that it is plain.
         if name == "quant" or now.quant != "none"
+        # A packed copy does not say how its scales were found.
+        if not (name == "quant_search" and same_weights)
     ]
-    recorded = card.get("base") or {}
     same_files = recorded.get("fingerprint", base.fingerprint) == base.fingerprint
     # The same files, packed by the same recipe, may differ in the last bit of a scale from one
     # device to another: that is no other base.
-    if not same_files and (found or recorded.get("weights") != weights_digest(base.model)):
+    if not same_files and (found or not same_weights):
         found.append("the weights are others")
     if recorded.get("tokenizer", tokens := tokenizer_digest(base.tokenizer)) != tokens:
         found.append("the tokenizer is another")
