@@ -74,7 +74,9 @@ def begin_with_error(
             u, s, v = leading(error.mul_(weight), given[path].config.r)
             lost += float(error.square().sum())
             back += float(s.square().sum())
-            given[path].begin(v.t() / weight, u * s)
+            # Shared out evenly: a direction that counts for more is larger in both factors.
+            root = s.sqrt()
+            given[path].begin(root[:, None] * v.t() / weight, u * root)
             del error
         del value
         done += sizes[name]
