@@ -6,7 +6,8 @@ Six bases are made of one model: 16 bits (that is LoRA), NF4 with and without do
 FP4, plain 4-bit integers, and NF4 by search. Each is trained on each task with each seed, by the
 same recipe. A seed fixes the examples, their order and the adapter's start, so the bases are
 compared in pairs. Finished runs are kept in ``--work``: called again, it goes on. On request there
-is a seventh base, with what an option can do for it: search, and blocks of 32.
+is more of what options can do for NF4: search in blocks of 32, and, for any, adapters that begin
+with what packing lost (``-qera``).
 
 Two tasks are to be got exactly right, and a model that has learned them has next to no loss, of
 which any difference is many percent. The third is a book, of which most cannot be foretold: it is
@@ -55,6 +56,8 @@ PACKED: dict[str, dict[str, Any]] = {
     "fp4": {"quant": "fp4"},
     "nf4-search-32": {"quant": "nf4", "quant_search": True, "block_size": 32},
 }
+# Trained from the plain base, which is packed as it is read.
+BEGUN = {f"{arm}-qera": arm for arm in ("nf4", "nf4-search", "nf4-search-32")}
 ARMS = ("lora", "nf4", "nf4-single", "nf4-search", "fp4", "int4")
 
 # The demo's recipe; the second task is harder, and takes more of the same.
@@ -88,7 +91,7 @@ def make_bases(model: str, arms: tuple[str, ...], work: Path, device: str) -> No
         write_plain(open_base(model), plain, lambda name, weight: weight)
     source = open_base(plain)
     linears = {f"{path}.weight" for path in frozen_linears(build(source.config, BaseRecipe()))}
-    for arm in arms:
+    for arm in dict.fromkeys(BEGUN.get(arm, arm) for arm in arms):
         directory, began = work / f"base-{arm}", time.monotonic()
         if directory.exists():
             continue
@@ -201,20 +204,24 @@ def tuned(
             data, test = _prose(TRAINING, directory, count), _prose(HELD_OUT, directory)
         else:
             data, test = timetable.write_task(directory, seed=seed, train=count, test=cases)
+        packed = BEGUN.get(arm)
+        base = work / f"base-{packed or arm}"
+        begun = PACKED[packed] | {"init_lora_weights": "qera"} if packed else _quant(arm)
         config = TrainConfig(
-            model=str(work / f"base-{arm}"),
+            model=str(work / "base-lora" if packed else base),
             data=str(data),
             output=directory / "run",
             seed=seed,
             device=device,
             **RECIPE | CHANGES.get(task, {}) | {"lora_r": rank},
             **_QUIETLY,
-            **_quant(arm),
+            **begun,
         )
         with open_report(config.output, quiet=True) as report:
             done = train(config, report)
+        held = PACKED[packed] if packed else _quant(arm)
         model, tokenizer, _ = open_model(
-            config.model, adapter=str(done.adapter_dir), device=device, **_quant(arm)
+            str(base), adapter=str(done.adapter_dir), device=device, **held
         )
         result = evaluate(
             model,
@@ -326,7 +333,7 @@ def main() -> None:
     results = work / (name + (f"-r{options.rank}" if options.rank != RECIPE["lora_r"] else ""))
     results.mkdir(parents=True, exist_ok=True)
     arms = tuple(options.arms.split(","))
-    known = ["lora", *PACKED, "int4"]
+    known = ["lora", *PACKED, *BEGUN, "int4"]
     if unknown := set(arms) - set(known):
         parser.error(f"no such arms: {', '.join(unknown)}; there are {', '.join(known)}")
     make_bases(options.model, arms, work, options.device)
@@ -338,7 +345,9 @@ def main() -> None:
         for task in options.tasks.split(",")
         for arm in arms
     }
-    bases = {f"bare_{arm}.json": (bare, (arm, work, options.device)) for arm in arms}
+    bases = {
+        f"bare_{arm}.json": (bare, (arm, work, options.device)) for arm in arms if arm not in BEGUN
+    }
     threads = options.threads or max(1, (os.cpu_count() or 1) // options.workers)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # before the workers are started
     context = multiprocessing.get_context("spawn")

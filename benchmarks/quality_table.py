@@ -18,6 +18,9 @@ NAMES = {
     "nf4-single": "NF4, scales in float32",
     "nf4-search": "NF4 by search (`--quant-search`)",
     "nf4-search-32": "NF4 by search, `--block-size 32`",
+    "nf4-qera": "NF4, `--init-lora-weights qera`",
+    "nf4-search-qera": "NF4 by search, and qera",
+    "nf4-search-32-qera": "NF4 by search in blocks of 32, and qera",
     "fp4": "FP4, double quantisation",
     "int4": "plain 4-bit integers",
 }
@@ -27,7 +30,14 @@ TASKS = {
     "prose": "a book, nine chapters for three others",
 }
 # What QLoRA is held to: as it comes, and with what its options can do for it.
-CLAIMED = ("nf4", "nf4-search", "nf4-search-32")
+CLAIMED = (
+    "nf4",
+    "nf4-qera",
+    "nf4-search",
+    "nf4-search-qera",
+    "nf4-search-32",
+    "nf4-search-32-qera",
+)
 
 # Student's t, 0.975 quantiles for 1 to 15 degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
