@@ -1,6 +1,7 @@
 """``halfbyte export`` with nothing stood in: what it answers, writes, refuses and notices."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,19 @@ def test_an_adapter_alone(model: Path, adapter: Path, tmp_path: Path, answer: An
     assert lines[:2] == [f"FROM {model.resolve()}", "ADAPTER ./adapter.gguf"]
     names = {tensor.name for tensor in gguf.GGUFReader(out / "adapter.gguf").tensors}
     assert "blk.1.ffn_up.weight.lora_b" in names
+
+
+@pytest.mark.parametrize("begun", ["kaiming", "qera"])
+def test_an_adapter_that_holds_what_packing_lost_is_no_adapter_for_other_bases(
+    model: Path, adapter: Path, tmp_path: Path, answer: Any, begun: str
+) -> None:
+    other = shutil.copytree(adapter, tmp_path / "adapter")
+    card = json.loads((other / "halfbyte.json").read_text())
+    card["recipe"] = card.get("recipe", {}) | {"init_lora_weights": begun}
+    (other / "halfbyte.json").write_text(json.dumps(card))
+    code, _, err = answer(model, other, tmp_path / "out", "--format", "gguf-lora")
+    assert code == 0, err
+    assert ("what packing that base lost" in " ".join(err.split())) == (begun == "qera")
 
 
 def test_an_adapter_alone_of_another_base_is_refused(

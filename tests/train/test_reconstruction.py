@@ -108,6 +108,8 @@ def test_a_run_begins_so_and_says_it(model, data, tmp_path):  # noqa: F811
         notes = [event["text"] for event in events if event["event"] == "note"]
         assert any("% of what packing lost" in note for note in notes) == bool(options)
         firsts += [event["loss"] for event in events if event["event"] == "step"]
+        card = json.loads((tmp_path / name / "halfbyte.json").read_text())
+        assert card["recipe"]["init_lora_weights"] == ("qera" if options else "kaiming")
     assert firsts[0] != firsts[1]
 
 

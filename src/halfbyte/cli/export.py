@@ -169,9 +169,16 @@ def _export_adapter(
         text = modelfile(origin, base.tokenizer(), adapter="./adapter.gguf")
         (directory / "Modelfile").write_text(text, encoding="utf-8")
     path = options.out / "adapter.gguf"
+    begun = adapter.info.get("recipe", {}).get("init_lora_weights") == "qera"
     show.paragraph(
         f"{path}: the adapter alone, for llama.cpp's --lora. It was trained beside the decoded "
-        "4-bit base; on another quantisation of the base it computes a little else."
+        "4-bit base; on another quantisation of the base it computes "
+        + (
+            "something else: it holds what packing that base lost (qera). Export the model with it "
+            "instead."
+            if begun
+            else "a little else."
+        )
     )
     found: dict[str, Any] = {"file": str(path), "bytes": path.stat().st_size}
     if options.verify:

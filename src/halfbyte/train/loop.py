@@ -243,7 +243,8 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
         embedding_on_host=moved > 0,
     )
 
-    card: dict[str, Any] = {"base": identity_of(base), "recipe": recipe_facts(recipe)}
+    facts_of_recipe = recipe_facts(recipe) | {"init_lora_weights": config.init_lora_weights}
+    card: dict[str, Any] = {"base": identity_of(base), "recipe": facts_of_recipe}
     with new_file(output / "config.yaml") as file:
         file.write(to_yaml(config).encode())
     report.begin(
