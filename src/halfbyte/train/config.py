@@ -283,7 +283,9 @@ class TrainConfig(ModelOptions):
         if self.eval_steps is not None and self.eval_data is None:
             raise ValueError("`eval_steps` needs `eval_data`: the data to evaluate on")
         if self.init_lora_weights == "qera" and self.quant == "none":
-            raise ValueError("`init_lora_weights` qera needs `quant` nf4 or fp4: nothing is lost")
+            raise ValueError(
+                "`init_lora_weights` qera needs `quant` nf4 or fp4: a plain base has lost nothing"
+            )
         if self.init_lora_weights == "qera" and self.use_dora:
             raise ValueError("`init_lora_weights` qera and `use_dora` do not go together")
         if self.paging != "auto" and not self.optim.startswith("paged_"):
