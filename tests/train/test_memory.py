@@ -1,6 +1,7 @@
 """The memory plan: more memory never keeps less, and too little is an error that says enough."""
 
 import mmap
+import os
 import re
 
 import pytest
@@ -11,7 +12,13 @@ from halfbyte.train import footprint as footprints
 from halfbyte.train import memory
 from halfbyte.train.engine import LayerEngine, PlainEngine
 from halfbyte.train.footprint import Footprint
-from halfbyte.train.memory import keep_freed_memory, peak_memory, plan_activations, used_memory
+from halfbyte.train.memory import (
+    keep_few_products,
+    keep_freed_memory,
+    peak_memory,
+    plan_activations,
+    used_memory,
+)
 from tests.train.test_engine import FAMILIES, batches_of, model_of
 
 SHAPES = [[(8, 200), (8, 150)], [(4, 100)]]
@@ -176,3 +183,16 @@ def test_measuring_leaves_gradients_as_they_were(monkeypatch):
     for parameter, grad in zip(parameters, grads, strict=True):
         assert parameter.grad is grad
         assert torch.equal(grad, torch.ones_like(grad))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "capacity"), [([8, 8, 8], "256"), (range(8, 18), "320"), (range(8, 108), "1024")]
+)
+def test_as_many_compiled_products_are_kept_as_a_step_has(monkeypatch, lengths, capacity):
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setenv(name, "")  # so that it is put back
+    monkeypatch.delenv(name)
+    keep_few_products([[(1, 8)], [(1, length) for length in lengths]])
+    assert os.environ[name] == capacity
+    keep_few_products([[(1, length) for length in range(8, 12)]])
+    assert os.environ[name] == capacity

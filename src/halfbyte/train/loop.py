@@ -39,6 +39,7 @@ from halfbyte.train.engine import LayerEngine, choose_engine
 from halfbyte.train.evaluate import as_batch, evaluate_loss
 from halfbyte.train.loading import load_told, lora_of, recipe_facts, recipe_of
 from halfbyte.train.memory import (
+    keep_few_products,
     keep_freed_memory,
     peak_memory,
     plan_activations,
@@ -182,6 +183,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
             library, reason = float32_library()
             report.note(f"float32 products by {library}: {reason}")
         keep_freed_memory()
+        keep_few_products(plan.shapes())
     recipe = recipe_of(config, dtype, device)
     began = time.perf_counter()
     base = load_told(source, recipe, report, cache=config.cache_quantized)
