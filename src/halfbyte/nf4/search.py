@@ -87,7 +87,7 @@ def search(
         weight, quant_type=quant_type, block_size=block_size, double_quant=double_quant, name=name
     )
     if importance is not None:
-        importance = _normalised(importance, weight)
+        importance = normalised(importance, weight)
     order = code_order(quant_type)
     levels = levels_of(quant_type)[order]
     device = weight.device
@@ -114,8 +114,19 @@ def search(
     return replace(q, codes=nibbles[::2] << 4 | nibbles[1::2])
 
 
-def _normalised(importance: Tensor, weight: Tensor) -> Tensor:
-    """Importances [columns], float32, of mean 1 and none negligible."""
+def normalised(importance: Tensor, weight: Tensor) -> Tensor:
+    """Makes importances of mean 1, and none of them negligible.
+
+    Args:
+        importance: One for each column of `weight`, not negative.
+        weight: What it is for, on the device of the result.
+
+    Returns:
+        float32 ``[weight.shape[-1]]``.
+
+    Raises:
+        ValueError: `importance` is of another size, negative, or not finite.
+    """
     if importance.shape != weight.shape[-1:]:
         raise ValueError(
             f"importance is one number for each of {weight.shape[-1]} columns, and came in shape"

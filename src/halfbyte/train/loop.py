@@ -173,6 +173,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
     dataset = _read(config.data, tokenizer, config, report)
     held_out = _read(config.eval_data, tokenizer, config, report) if config.eval_data else None
     plan = _Steps(dataset.examples, config, tokenizer.pad_token_id or 0)
+    shapes = plan.shapes()
     identity = _identity(config, source, dataset)
     if resumed is not None:
         _check_same_run(resumed, identity)
@@ -183,7 +184,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
             library, reason = float32_library()
             report.note(f"float32 products by {library}: {reason}")
         keep_freed_memory()
-        keep_few_products(plan.shapes())
+        keep_few_products(shapes)
     recipe = recipe_of(config, dtype, device)
     began = time.perf_counter()
     base = load_told(source, recipe, report, cache=config.cache_quantized)
@@ -218,7 +219,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
     planned = partial(
         plan_activations,
         engine,
-        plan.shapes(),
+        shapes,
         config.activations,
         config.memory_budget,
         device,
@@ -230,7 +231,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
     if config.activations == "offload" and device == "cpu":
         report.note("activations: there is nowhere to offload to from a CPU; layers are run again")
     report.note(memory.line())
-    tight = Tightness(memory, used_memory(device), plan.shapes(), beside)
+    tight = Tightness(memory, used_memory(device), shapes, beside)
     if resumed is not None:  # after planning, which counts its bytes
         stepper.load_optimizer_state(resumed.optimizer)
     prediction = Prediction(

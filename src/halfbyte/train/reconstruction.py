@@ -23,11 +23,10 @@ from halfbyte.checkpoint.base_model import BaseSource, LoadedBase
 from halfbyte.errors import ConfigError
 from halfbyte.lora import adapters, frozen_linears
 from halfbyte.model.calibration import input_moments
+from halfbyte.nf4.search import normalised
 
 # Columns beyond the rank, and turns, of the search for the leading singular triples.
 _MORE, _TURNS = 8, 2
-# An input that the text hardly moved counts for so much of an average one, in mean squares.
-_LEAST = 1e-4
 
 
 def require_plain(source: BaseSource) -> None:
@@ -70,7 +69,9 @@ def begin_with_error(
         if (path := wanted.get(name)) is not None:
             assert isinstance(value, Tensor)
             error = linears[path].decode(torch.float32).neg_().add_(value.to(base.model.device))
-            weight = _weights(moments.get(name), error)
+            # All alike for a linear that the text did not reach.
+            size = moments.get(name, error.new_ones(error.shape[1]))
+            weight = normalised(size, error).sqrt()
             u, s, v = leading(error.mul_(weight), given[path].config.r)
             lost += float(error.square().sum())
             back += float(s.square().sum())
@@ -83,14 +84,6 @@ def begin_with_error(
         if progress is not None:
             progress(done, source.total_bytes)
     return back / lost if lost else 0.0
-
-
-def _weights(moments: Tensor | None, error: Tensor) -> Tensor:
-    """Return √mean(x²) of each input [in], relative; ones for a linear the text did not reach."""
-    if moments is None:
-        return error.new_ones(error.shape[1])
-    tiny = torch.finfo(torch.float32).tiny
-    return (moments / moments.mean().clamp(min=tiny)).clamp(min=_LEAST).sqrt()
 
 
 def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
