@@ -156,7 +156,7 @@ class AdamW(torch.optim.Optimizer):
                 result = closure()
         self._begin(grad_scale)
         self._ready.update(self._seen["active"])
-        self._visit_ready()
+        self._visit_ready(last=True)
         self._begun = None
         self._ready.clear()
         return result
@@ -183,9 +183,9 @@ class AdamW(torch.optim.Optimizer):
             self._begin(grad_scale)
         numbers = {id(parameter): i for i, parameter in enumerate(self._parameters)}
         self._ready.update(numbers[id(parameter)] for parameter in parameters)
-        self._visit_ready()
+        self._visit_ready(last=False)
 
-    def _visit_ready(self) -> None:
+    def _visit_ready(self, *, last: bool) -> None:
         """Update the groups all of whose parameters are ready, and have not been updated."""
         assert self._begun is not None
         scalars, scale = self._begun
@@ -197,7 +197,9 @@ class AdamW(torch.optim.Optimizer):
             (due if ready else left).append(group)
         self._left = left
         self._state_store().visit(
-            due, lambda group, memory, base: self._update(group, memory, base, scalars, scale)
+            due,
+            lambda group, memory, base: self._update(group, memory, base, scalars, scale),
+            last=last,
         )
         # A kernel writes without counting it, and what is derived from a parameter is derived anew
         # when the count has changed.

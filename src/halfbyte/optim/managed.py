@@ -193,7 +193,7 @@ class Managed:
         """Return all in one."""
         return [self._whole]
 
-    def visit(self, groups: Sequence[Group], update: Update) -> None:
+    def visit(self, groups: Sequence[Group], update: Update, *, last: bool) -> None:
         """Update all of it."""
         for group in groups:
             update(group, self.memory, 0)

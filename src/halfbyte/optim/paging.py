@@ -1,8 +1,9 @@
 """Where the state lives: on the device, or in page-locked memory of the host and streamed through.
 
 Streaming is by groups of at most 16 MiB, through two buffers on the device: while one group is
-updated and goes back, the next one comes in, so that both directions of the bus are busy. What the
-update waits for is measured with events on the device.
+updated and goes back, the next one comes in, so that both directions of the bus are busy. All of it
+is on streams of its own, and the current one waits where a step ends: a layer's state comes, is
+updated and goes beside the backward of the layers below it. That wait is measured with events.
 
     off       all of it on the device, always
     explicit  all of it on the host, always
@@ -31,7 +32,8 @@ class Paging(NamedTuple):
         optimizer_device_bytes: State, and buffers for it, on the device.
         optimizer_host_bytes: State on the host.
         paged_bytes: Bytes moved, both directions together.
-        paging_ms: Milliseconds for which the device waited for them.
+        paging_ms: Milliseconds for which the device waited for them, and for updates that had to
+            wait for them.
     """
 
     optimizer_device_bytes: int
@@ -47,8 +49,12 @@ class Store(Protocol):
         """Return the groups that are updated one by one."""
         ...
 
-    def visit(self, groups: Sequence[Group], update: Update) -> None:
-        """Call ``update`` for groups among `units`, in their order."""
+    def visit(self, groups: Sequence[Group], update: Update, *, last: bool) -> None:
+        """Call ``update`` for groups among `units`, in their order.
+
+        Unless they are the ``last`` of a step, updates may be under way when this returns, on
+        another stream; then the current stream waits for all.
+        """
         ...
 
     def parts(self) -> Iterator[tuple[Group, Tensor, int]]:
@@ -152,28 +158,33 @@ class Streamed:
         """Return all in one while on the device, else its groups as backward ends: last first."""
         return self._groups[::-1] if self.away else [self._whole]
 
-    def visit(self, groups: Sequence[Group], update: Update) -> None:
+    def visit(self, groups: Sequence[Group], update: Update, *, last: bool) -> None:
         """Update groups, streaming those that are on the host."""
         if self._memory is not None:
             for group in groups:
                 update(group, self._memory, 0)
             return
+        current = current_stream(self._device)
+        if groups:
+            _meet(self._outward, current)  # gradients are there
         for group in groups:
             number = self._numbers[group.offset]
             slot = self._fetch(number)
             if number:
                 # Its buffer is the other one, and it is the next: now, or when its layer is done.
                 self._fetch(number - 1)
-            with self._waits:
-                _wait(current_stream(self._device), slot.came)
-            update(group, slot.buffer, group.offset)
-            _record(slot.updated, current_stream(self._device))
             with torch.cuda.stream(self._outward):
-                _wait(self._outward, slot.updated)
+                _wait(self._outward, slot.came)
+                update(group, slot.buffer, group.offset)
+                _record(slot.updated, self._outward)
                 self._host[number].copy_(slot.buffer[: group.nbytes], non_blocking=True)
                 _record(slot.left, self._outward)
             slot.holds = -1
             self._moved += group.nbytes
+        if last:
+            with self._waits:
+                for slot in self._slots:
+                    _wait(current, slot.updated)
 
     def prefetch(self) -> None:
         """Begin to bring in what is updated first, while the device does other work."""
