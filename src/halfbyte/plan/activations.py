@@ -31,7 +31,7 @@ Beside what layers keep there is the stream itself, as wide as a layer's input, 
 On a CPU that is its gradient, on its way down. CUDA graphs have tensors of their own, and so, while
 they are captured, there are
 
-    the entry, as it was made, and the graphs' copy, which is what layer 0 keeps
+    the entry, which is what layer 0 keeps, whether it waits on the host or not
     the last output, whose place its gradient takes
     the gradient of the layer before, from the second layer on
 
@@ -195,14 +195,13 @@ def backward_bytes(layer: LayerActivations, dial: Dial, tokens: int, part_tokens
     stream = tokens * layer.input
     if not layer.captured:
         return stream + part_tokens * (layer.gradients if dial.saved else layer.backward)
-    entry_and_output = 2 * stream
     # In the last layer, if that is not run again,
-    moments = [entry_and_output + part_tokens * layer.gradients] if dial.saved else []
+    moments = [stream + part_tokens * layer.gradients] if dial.saved else []
     if dial.saved < layer.shape.layers:  # and in the first that is.
-        own = entry_and_output + part_tokens * layer.backward
+        own = stream + part_tokens * layer.backward
         if dial.saved or dial.offloaded:  # else it is the last, which no gradient has come through
             own += stream
-        if dial.offloaded:  # layer 0's input is in the graphs' copy all the same
+        if dial.offloaded:  # layer 0's input is the graphs' entry all the same
             own += stream
         moments.append(own - saved_bytes(layer, dial, tokens))
     return max(moments)

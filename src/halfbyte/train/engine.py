@@ -272,7 +272,7 @@ class LayerEngine:
         if graphs is not None:
             graphs.up(key, grads)
             return total
-        del hidden
+        del hidden, x, grad  # the passes let go of theirs, layer by layer
         entries = [passage.x for passage in passages] if self.entry_trained else []
         done = self.finished
         self.passes.up(passages, grads, None if done is None else lambda i: done(i, total))

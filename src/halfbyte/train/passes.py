@@ -267,9 +267,9 @@ class CapturedPasses:
         # the workspaces cuBLAS has in their stream.
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
+        # What enters is made anew for each step, so this step's can be what graphs read.
         held = tuple(
-            Passage(p.x.detach().clone(), tuple(t.clone() for t in p.given), p.run)
-            for p in passages
+            Passage(p.x.detach(), tuple(t.clone() for t in p.given), p.run) for p in passages
         )
         down, up = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         try:
