@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +13,10 @@ import pytest
 import torch
 
 from halfbyte import cli
+from halfbyte.blockwise import cuda_bounds
 from halfbyte.cli import doctor
 from halfbyte.model import attention
-from halfbyte.nf4 import cpu, dequantize
+from halfbyte.nf4 import QuantType, cpu, dequantize, quantize
 from halfbyte.nf4.linear import FrozenLinear
 from halfbyte.train import self_test
 from halfbyte.train.engine import LayerEngine
@@ -184,3 +186,21 @@ def test_whether_state_can_page_is_asked_of_the_driver(
 
     monkeypatch.setattr(ctypes, "CDLL", load)
     assert told in doctor.paging("cuda")
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_a_gpu_may_take_the_neighbour_at_a_bound_only(quant_type: QuantType) -> None:
+    bounds, _ = cuda_bounds(quant_type)
+    weight = torch.linspace(-1, 1, 64 * 300)
+    weight[5] = bounds[-1] * weight[:64].abs().max()
+    plain = quantize(weight, quant_type=quant_type)
+    assert self_test.same_but_at_bounds(plain, plain, weight)
+    for place, fine in ((5, True), (7, False), (64 * 300 - 1, False)):
+        codes = plain.codes.clone()
+        codes[place // 2] ^= 1 if place % 2 else 16
+        ours = dataclasses.replace(plain, codes=codes)
+        assert self_test.same_but_at_bounds(ours, plain, weight) == fine
+    scale_codes = plain.scale_codes.clone()
+    scale_codes[:2] ^= 1
+    ours = dataclasses.replace(plain, scale_codes=scale_codes)
+    assert not self_test.same_but_at_bounds(ours, plain, weight)
