@@ -2,12 +2,14 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from halfbyte.nf4.linear import FrozenLinear
-from halfbyte.nf4.shared import SharedInput
+from halfbyte.nf4.scratch import WeightScratch
+from halfbyte.nf4.shared import SharedInput, ThinProducts
 from tests.nf4.test_linear import Update, layer
 
 SIZES = (7, 3, 3)
@@ -146,3 +148,77 @@ def test_a_linear_belongs_to_one_set():
     assert one.shared is other.shared is shared
     assert SharedInput([one]) is one.shared
     assert other.shared is shared
+
+
+# --- x Aᵀ, from one run of a layer to another ----------------------------------------------------
+
+
+@pytest.fixture
+def thin():
+    """Two sets, and what x Aᵀ is made of."""
+    sets = [SharedInput([layer(out)]) for out in SIZES[:2]]
+    return sets, torch.randn(5, 10), SimpleNamespace(a=torch.randn(16, 10))
+
+
+def test_what_is_given_back_is_used_once_and_by_its_own_set(thin):
+    (one, other), x, shadow = thin
+    carried = ThinProducts([one, other])
+    carried.note()
+    p = one.into_a(x, shadow)
+    taken = carried.take()
+    assert taken == {one: p}
+    carried.give(taken)
+    assert other.remembered is None
+    assert one.into_a(torch.zeros(5, 10), shadow) is p
+    assert not one.into_a(torch.zeros(5, 10), shadow).any()
+
+
+def test_each_part_has_its_own(thin):
+    (one, other), x, shadow = thin
+    carried, taken = ThinProducts([one, other]), []
+    for part in (x, x + 1):
+        carried.note()
+        one.into_a(part, shadow)
+        taken.append(carried.take())
+    carried.give(taken[0])
+    carried.give(taken[1])  # the first was not asked for
+    assert one.into_a(x, shadow) is taken[1][one]
+    carried.give(taken[0])
+    carried.give({})
+    assert one.remembered is None
+
+
+def test_nothing_is_noted_unasked_and_nothing_of_a_set_with_two_inputs(thin):
+    (one, other), x, shadow = thin
+    carried = ThinProducts([one, other])
+    one.into_a(x, shadow)
+    assert carried.take() == {}
+    carried.note()
+    one.into_a(x, shadow)
+    one.into_a(x + 1, shadow)
+    assert carried.take() == {}
+    one.into_a(x, shadow)
+    assert carried.take() == {}
+
+
+def test_what_a_dissolved_set_made_is_given_to_nobody(thin):
+    _, x, shadow = thin
+    linears = adapted()
+    together = SharedInput(linears)
+    carried = ThinProducts([together])
+    carried.note()
+    together.into_a(x, shadow)
+    alone = [SharedInput([linear]) for linear in linears]
+    ThinProducts(alone).give(carried.take())
+    assert all(shared.remembered is None for shared in [together, *alone])
+
+
+def test_what_was_noted_and_what_was_given_back_end_with_the_layer(thin):
+    (one, other), x, shadow = thin
+    linears = [*one.members, *other.members]
+    with WeightScratch().opened(linears, x.dtype) as carried:
+        carried.give({one: x})
+        carried.note()
+        other.into_a(x, shadow)
+    assert one.remembered is None
+    assert carried.take() == {}

@@ -14,7 +14,7 @@ from torch import Tensor
 from halfbyte.nf4 import QuantizedWeight
 from halfbyte.nf4.format import dequantize_all
 from halfbyte.nf4.linear import FrozenLinear
-from halfbyte.nf4.shared import SharedInput
+from halfbyte.nf4.shared import SharedInput, ThinProducts
 
 # Elements of which a multiple lies before each set: what the copy engine and wide stores ask for.
 _ALIGNED = 128
@@ -40,8 +40,10 @@ class WeightScratch:
     @contextmanager
     def opened(
         self, linears: Sequence[FrozenLinear], dtype: torch.dtype, *, again: bool = False
-    ) -> Iterator[None]:
+    ) -> Iterator[ThinProducts]:
         """Decode ``linears`` once; inside, their ``dense(dtype)`` costs nothing.
+
+        Yields what carries the thin products of their adapters from one run to another.
 
         Args:
             linears: Of one device.
@@ -74,7 +76,7 @@ class WeightScratch:
                 dequantize_all(list(held.values()), dtype, outs=outs)
                 self.decodes += len(held)
                 self._holds = holds
-            yield
+            yield ThinProducts(sets)
         finally:
             for linear in linears:
                 linear._dense = None

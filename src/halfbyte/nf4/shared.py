@@ -18,10 +18,12 @@ with the packed weight on a GPU that can. Training on a GPU goes through gpu_pro
 takes linears and adapters of one input together. All else is decoding and torch's products.
 
 Backward wants nothing of a product but what went into it. So the last product of a layer that is
-run again for its backward alone need not be made (`FrozenLinear.unread`).
+run again for its backward alone need not be made (`FrozenLinear.unread`). And x Aᵀ, for which all
+of x is read, is so narrow that it is kept from the first run where all else is forgotten
+(`ThinProducts`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -76,7 +78,7 @@ class _SharedProduct(torch.autograd.Function):
         if fused is not None:
             # Kept for backward: what the products there must be made with is what was used here.
             ctx.shadow = shadow = shared.shadow(x.dtype)
-            p = [torch.mm(rows, shadow.a.t())]
+            p = [shared.into_a(rows, shadow)]
             outputs = [member.out_features for member in members]
             if read:
                 weights = shared.weights(members, x.dtype)
@@ -270,10 +272,16 @@ class SharedInput:
 
     Args:
         members: The linears, in the order of their calls.
+
+    Attributes:
+        remembered: x Aᵀ [rows, members · rank] that the next call takes instead of making it, or
+            None; see `ThinProducts`.
     """
 
     def __init__(self, members: Sequence["FrozenLinear"]) -> None:
         self.members = tuple(members)
+        self.remembered: Tensor | None = None
+        self._noted: list[Tensor] | None = None
         self._waiting: _Waiting | None = None
         self._proven = False
         self._shadow: Any = None
@@ -359,6 +367,20 @@ class SharedInput:
                 shared._shadow = shadow
         return shadows[self]
 
+    def into_a(self, rows: Tensor, shadow: Any) -> Tensor:
+        """Return x Aᵀ [rows, members · rank]: what is remembered for this call, or made now.
+
+        Args:
+            rows: x [rows, in].
+            shadow: The adapters, as `shadow` returns them.
+        """
+        p, self.remembered = self.remembered, None
+        if p is None:
+            p = torch.mm(rows, shadow.a.t())
+        if self._noted is not None:
+            self._noted.append(p)
+        return p
+
     def _pairs(self) -> list[tuple[Tensor, Tensor, float] | None]:
         """Return A, B and s of each member, or None."""
         return [
@@ -373,6 +395,45 @@ class SharedInput:
     def close(self) -> None:
         """Forget what was made while the linears were open."""
         self._shadow, self.beside = None, ()
+        self.remembered = self._noted = None
+
+
+class ThinProducts:
+    """x Aᵀ of a decoder layer's sets, from one run of the layer to another with the same input.
+
+    Only where products are gpu_products.py's; elsewhere there is nothing to note. Whoever runs the
+    layers takes what was noted in one run of one part, holds it, and gives it back right before
+    the other. When the layer is closed both end, whatever has happened.
+
+    Args:
+        sets: Those that are open.
+    """
+
+    def __init__(self, sets: Iterable[SharedInput]) -> None:
+        self._sets = tuple(sets)
+
+    def note(self) -> None:
+        """Note what the sets make from now on."""
+        for shared in self._sets:
+            shared._noted = []
+
+    def take(self) -> dict[SharedInput, Tensor]:
+        """Return x Aᵀ [rows, members · rank] of the sets that made one since `note`; note no more.
+
+        By set, because a set may be dissolved before the layer is run again. One that was called
+        with several inputs is left out: which call is which would be a guess.
+        """
+        taken = {}
+        for shared in self._sets:
+            noted, shared._noted = shared._noted, None
+            if noted is not None and len(noted) == 1:
+                taken[shared] = noted[0]
+        return taken
+
+    def give(self, taken: Mapping[SharedInput, Tensor]) -> None:
+        """Have the next call of each set take what was taken from one with the same input."""
+        for shared in self._sets:
+            shared.remembered = taken.get(shared)
 
 
 def _decode_together(linears: Sequence["FrozenLinear"], dtype: torch.dtype) -> list[Tensor]:
