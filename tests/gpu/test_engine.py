@@ -7,6 +7,7 @@ from halfbyte.lora import adapter_parameters
 from halfbyte.model.loss import head_loss
 from halfbyte.model.precision import deterministic
 from halfbyte.model.vocabulary import HostEmbedding, embedding_to_host
+from halfbyte.nf4.shared import SharedInput
 from halfbyte.train.engine import Batch, LayerEngine, choose_engine
 from halfbyte.train.passes import Passes
 from tests.train.test_engine import FAMILIES, batches_of, gradients, model_of
@@ -91,6 +92,33 @@ def test_graphs_and_the_host_change_no_bit(lengths, offloaded, saved):
             assert torch.equal(gradient, true[name]), (seed, name)
     assert not fast.notes
     assert len(fast._graphs._captured) == 1
+
+
+def test_thin_products_are_made_once_and_no_bit_changes(monkeypatch):
+    monkeypatch.setattr("halfbyte.train.parts.PART_TOKENS", 150)
+    made, original = [], SharedInput.into_a
+
+    def counted(self, rows, shadow):
+        made.append(self.remembered is None)
+        return original(self, rows, shadow)
+
+    monkeypatch.setattr(SharedInput, "into_a", counted)
+    model, batches = on_gpu("qwen3"), examples(EQUAL)
+    zero(model)
+    plain = LayerEngine(model, fuse=True)
+    wanted = plain.step(batches, 50.0, saved_layers=3)
+    true = taken(model)
+    parts = len(plain.enter(batches)[0])
+    assert parts > 1
+    assert made == [True] * (3 * 4 * parts)
+    fast = LayerEngine(model, fuse=True, graphs=True)
+    for again in range(3):  # launched, captured, replayed
+        made.clear()
+        assert torch.equal(fast.step(batches, 50.0, saved_layers=0), wanted)
+        assert sorted(made) == sorted([True, False] * (3 * 4 * parts) * (again < 2))
+        for name, gradient in taken(model).items():
+            assert torch.equal(gradient, true[name]), (again, name)
+    assert not fast.notes
 
 
 def test_gradients_add_up_in_a_graph_as_they_do_without():

@@ -4,7 +4,8 @@ A decoder is a list of layers. Every micro-batch of an optimizer step passes thr
 any goes through layer l + 1 (layer-major accumulation):
 
     forward    for l: decode layer l's weights once; for each micro-batch: run it; keep the layer's
-               input (``recompute``), or what its backward needs (``save``)
+               input and, on a GPU, what is thin (``recompute``), or all that its backward needs
+               (``save``)
     loss       for each micro-batch: final norm and head over its supervised positions only
     backward   for l, last first: decode once; for each micro-batch: rebuild what is missing, run
                the layer's own small autograd graph, hand the gradient to the layer before
@@ -47,6 +48,7 @@ from halfbyte.nf4 import QuantizedWeight
 from halfbyte.nf4.format import gpu_kernels
 from halfbyte.nf4.linear import FrozenLinear
 from halfbyte.nf4.scratch import WeightScratch
+from halfbyte.nf4.shared import ThinProducts
 from halfbyte.train.parts import Batch, Part, parts_of
 from halfbyte.train.passes import MOST_GRAPHS, CapturedPasses, Keeping, Passage, Passes
 from halfbyte.train.plain import PlainEngine
@@ -446,10 +448,10 @@ class LayerEngine:
 
 def _opener(
     scratch: WeightScratch, linears: list[list[FrozenLinear]], dtype: torch.dtype
-) -> Callable[..., AbstractContextManager[None]]:
+) -> Callable[..., AbstractContextManager[ThinProducts]]:
     """Return what decodes a layer's weights, for as long as its context lasts."""
 
-    def opened(index: int, *, again: bool = False) -> AbstractContextManager[None]:
+    def opened(index: int, *, again: bool = False) -> AbstractContextManager[ThinProducts]:
         return scratch.opened(linears[index], dtype, again=again)
 
     return opened

@@ -11,10 +11,10 @@ passes are captured, and from then on each is one launch. What is captured is wh
 is no other code for it.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class Keeping(NamedTuple):
 
     Attributes:
         saved_layers: So many layers, counted from the last, keep what their backward needs; the
-            others keep their input, and are run again.
+            others keep their input and what is thin, and are run again.
         offloaded_layers: So many, counted from the first, keep it in host memory.
     """
 
@@ -43,6 +43,19 @@ class Run(Protocol):
 
     def __call__(self, layer: int, x: Tensor, given: tuple[Tensor, ...], *, read: bool) -> Tensor:
         """Return the layer's output [B, T, hidden]; ``read``: whether anybody reads its values."""
+
+
+class Thin(Protocol):
+    """What an open layer makes of its input that is not worth making twice; narrow tensors."""
+
+    def note(self) -> None:
+        """Note it from now on."""
+
+    def take(self) -> Mapping[Any, Tensor]:
+        """Return what was noted since; note no more."""
+
+    def give(self, taken: Mapping[Any, Tensor]) -> None:
+        """Have the layer's next run, on the same input, use what was taken."""
 
 
 class Passage(NamedTuple):
@@ -61,10 +74,17 @@ class Passage(NamedTuple):
 
 @dataclass
 class _Kept:
-    """What a layer left for one part: its input, unless it is on the shelf; its output if saved."""
+    """What a layer left for one part.
 
-    x: Tensor | None
-    y: Tensor | None
+    Attributes:
+        x: Its input, unless that is on the shelf.
+        y: Its output, if it is saved.
+        thin: What is not made again, if it is not.
+    """
+
+    x: Tensor | None = None
+    y: Tensor | None = None
+    thin: Mapping[Any, Tensor] = field(default_factory=dict)
 
 
 class Passes:
@@ -74,7 +94,8 @@ class Passes:
         trained: For each layer, what is trained in it.
         first_trained: The first that trains anything, or lies above what does.
         entry_trained: Whether what goes into layer 0 wants a gradient.
-        opened: Makes a layer's weights ready, unless they are (``again``); a context.
+        opened: Makes a layer's weights ready, unless they are (``again``); a context, which gives
+            the layer's `Thin`.
     """
 
     def __init__(
@@ -82,7 +103,7 @@ class Passes:
         trained: Sequence[Sequence[nn.Parameter]],
         first_trained: int,
         entry_trained: bool,
-        opened: Callable[..., AbstractContextManager[None]],
+        opened: Callable[..., AbstractContextManager[Thin]],
     ) -> None:
         self.layers, self._trained = len(trained), [list(those) for those in trained]
         self.first_trained, self.entry_trained = first_trained, entry_trained
@@ -99,19 +120,22 @@ class Passes:
             row: list[_Kept] = []
             wanted = self.entry_trained or index > self.first_trained
             saved = index >= first_saved
-            with self._opened(index):
+            with self._opened(index) as thin:
                 for i, passage in enumerate(passages):
                     x = hidden[i].detach().requires_grad_(wanted)
+                    if not saved:
+                        thin.note()
                     with torch.set_grad_enabled(saved):
                         y = passage.run(index, x, passage.given, read=True)
-                    row.append(_Kept(x, y if saved else None))
+                    row.append(_Kept(x, y if saved else None, thin.take()))
                     hidden[i] = y.detach()
             if index < self.first_trained:
                 continue
             if index < min(keeping.offloaded_layers, first_saved):
                 self._shelf = self._shelf or Shelf()
                 self._shelf.put(index, [kept.x.detach() for kept in row if kept.x is not None])
-                row = [_Kept(None, None) for _ in row]
+                for kept in row:
+                    kept.x = None
             self._kept.append(row)
         if self._shelf is not None:
             self._shelf.close()
@@ -134,16 +158,17 @@ class Passes:
             away = row[0].x is None
             if away and self._shelf is not None:
                 wanted = self.entry_trained or index > self.first_trained
-                back = [x.requires_grad_(wanted) for x in self._shelf.take(index)]
-                row = [_Kept(x, None) for x in back]
+                for kept, back in zip(row, self._shelf.take(index), strict=True):
+                    kept.x = back.requires_grad_(wanted)
             self._fetch(index - 1)
             # The last layer of the pass down is the first of the pass up.
-            with self._opened(index, again=index == self.layers - 1):
+            with self._opened(index, again=index == self.layers - 1) as thin:
                 for i, passage in enumerate(passages):
                     held = row[i]
                     output, x = held.y, held.x
                     assert x is not None
                     if output is None:
+                        thin.give(held.thin)
                         with torch.enable_grad():
                             output = passage.run(index, x, passage.given, read=False)
                     leaves = [x] * x.requires_grad + self._trained[index]
@@ -156,7 +181,7 @@ class Passes:
                     if x.requires_grad:
                         grads[i] = found.pop(0)
                     _add_up(self._trained[index], found)
-                    row[i] = _Kept(None, None)
+                    row[i] = _Kept()
             if finished is not None:
                 finished(index)
 
