@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -62,18 +63,34 @@ def test_a_layer_keeps_what_the_terms_say(
 def test_the_dial_says_what_is_kept(llama: ModelShape) -> None:
     layer = Run().layer(llama)
     assert layer.input == 8192
-    assert kept_bytes(layer, Dial(), 100) == 32 * 100 * 8192
+    assert layer.thin == layer.kept()["adapters"] == 2 * 7 * 16
+    assert kept_bytes(layer, Dial(), 100) == 32 * 100 * (8192 + layer.thin)
     assert kept_bytes(layer, Dial(32), 100) == 32 * (100 * layer.saved + layer.copies)
-    assert kept_bytes(layer, Dial(0, 32), 100) == 100 * 8192
+    assert kept_bytes(layer, Dial(0, 32), 100) == 100 * (8192 + 32 * layer.thin)
     assert Dial.turned(32, 5, offload=True) == Dial(5, 26)
-    assert kept_bytes(layer, Dial.turned(32, 0, offload=True), 100) == 2 * 100 * 8192
-    assert (
-        kept_bytes(layer, Dial(30, 2), 100) == 100 * (30 * layer.saved + 8192) + 30 * layer.copies
-    )
+    away = kept_bytes(layer, Dial.turned(32, 0, offload=True), 100)
+    assert away == 100 * (2 * 8192 + 32 * layer.thin)
+    some = 30 * layer.saved + 8192 + 2 * layer.thin
+    assert kept_bytes(layer, Dial(30, 2), 100) == 100 * some + 30 * layer.copies
     assert host_bytes(layer, Dial(0, 32), 100) == 32 * 100 * 8192
     # What was kept need not be made again.
     again, kept = (backward_bytes(layer, dial, 100, 100) for dial in (Dial(), Dial(32)))
-    assert again - kept == 100 * (layer.saved - layer.input)
+    assert again - kept == 100 * (layer.saved - layer.input - layer.thin)
+
+
+@pytest.mark.parametrize(("rank", "filled"), [(4, 16), (16, 16), (24, 32)])
+def test_thin_products_are_kept_on_a_gpu_in_16_bits_alone(
+    llama: ModelShape, rank: int, filled: int
+) -> None:
+    run = Run(rank=rank)
+    for those in (run, replace(run, fused=False)):
+        layer = those.layer(llama)
+        assert layer.thin == layer.kept()["adapters"] == 2 * 7 * filled
+    for those in (replace(run, device="cpu"), replace(run, holding=Holding(itemsize=4))):
+        layer = those.layer(llama)
+        assert layer.thin == 0
+        assert layer.kept()["adapters"] == layer.itemsize * 7 * rank
+        assert kept_bytes(layer, Dial(), 100) == 32 * 100 * layer.input
 
 
 def test_the_dial_is_turned_as_far_as_the_budget_allows(llama: ModelShape) -> None:

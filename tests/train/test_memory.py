@@ -1,5 +1,6 @@
 """The memory plan: more memory never keeps less, and too little is an error that says enough."""
 
+import dataclasses
 import mmap
 import os
 import re
@@ -111,7 +112,16 @@ def test_the_allocator_is_told():
 # --- the dial on a GPU ---------------------------------------------------------------------------
 
 MEASURED = Footprint(
-    layers=8, used=1000, kept=10, saved=100, down=20, loss=30, up=150, saved_part=90, own=25
+    layers=8,
+    used=1000,
+    kept=10,
+    thin=1,
+    saved=100,
+    down=20,
+    loss=30,
+    up=150,
+    saved_part=90,
+    own=25,
 )
 
 
@@ -135,6 +145,12 @@ def test_inputs_leave_only_where_that_keeps_more():
         stay = memory.MARGIN * (MEASURED.peak(plan.saved_layers, 0) + 40)
         assert (plan.offloaded_layers == 0) == (stay <= plan.budget)
         assert plan.host_bytes == plan.offloaded_layers * MEASURED.kept
+
+
+@pytest.mark.parametrize(("saved", "offloaded"), [(0, 0), (0, 7), (5, 0), (5, 2), (8, 0)])
+def test_what_is_thin_stays_on_the_card(saved, offloaded):
+    without = dataclasses.replace(MEASURED, thin=0).peak(saved, offloaded)
+    assert MEASURED.peak(saved, offloaded) - without == (8 - saved) * MEASURED.thin
 
 
 def test_a_budget_for_no_plan_says_the_least_that_would_do():

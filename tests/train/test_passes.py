@@ -11,8 +11,11 @@ import torch
 from halfbyte.lora import adapter_parameters
 from halfbyte.model.layer import FusedLayer
 from halfbyte.nf4.shared import SharedInput, ThinProducts
+from halfbyte.plan.ledger import Holding, Run
+from halfbyte.plan.shape import shape_of_config
 from halfbyte.train import passes
 from halfbyte.train.engine import LayerEngine
+from halfbyte.train.footprint import footprint
 from halfbyte.train.passes import CapturedPasses
 from tests.train.test_engine import FAMILIES, batches_of, gradients, model_of
 
@@ -222,3 +225,11 @@ def test_a_step_that_was_broken_off_leaves_nothing_behind(engine, forgetful, mon
     for parameter in adapter_parameters(engine.model).values():
         parameter.grad = None
     assert same(stepped(engine), wanted)
+
+
+def test_they_are_measured_and_planned_for(engine, monkeypatch):
+    monkeypatch.setattr("halfbyte.train.footprint._peak", lambda run: (run(), 1)[1])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    layer = Run(Holding(itemsize=2), rank=4).layer(shape_of_config(FAMILIES["llama"], "tiny"))
+    assert footprint(engine, PARTS).thin == layer.thin * sum(POSITIONS) == 2 * 7 * 16 * 43

@@ -14,6 +14,9 @@ the bytes of an activation:
       statistics  of norms and of attention, float32                           4·(2 + heads)
     offload     nothing on the card, but for the inputs of the layers under way
 
+On a GPU layers that are run again keep `adapters` beside their input, on the card wherever that
+waits; x is read once for them. There r is what the copies of adapters are filled up to.
+
 Layers that are run as transformers has them keep more: norms keep the float32 copy they compute in
 (in place of what it is a copy of), and the MLP silu(gate). Where heads are normed, q and k are kept
 as they were before, too.
@@ -55,7 +58,7 @@ class LayerActivations:
     Attributes:
         shape: The model's widths.
         itemsize: Bytes of an activation.
-        ranks: Sum of the ranks of the adapters in a layer.
+        ranks: Sum of the ranks of the adapters in a layer, as they are multiplied with.
         copied: Elements of the copies of its adapters that it multiplies with.
         fused: Whether layers are run by ``model.layer``.
         on_gpu: Whether they are on a GPU.
@@ -82,6 +85,11 @@ class LayerActivations:
     def input(self) -> int:
         """The layer's input."""
         return self.itemsize * self.shape.hidden
+
+    @property
+    def thin(self) -> int:
+        """What a layer that is run again keeps beside its input: x Aᵀ of each linear."""
+        return self.itemsize * self.ranks if self.on_gpu and self.itemsize == 2 else 0
 
     def kept(self) -> dict[str, int]:
         """Return what the functions of a layer keep beside its input, by term."""
@@ -130,8 +138,8 @@ class LayerActivations:
 
     @property
     def backward(self) -> int:
-        """What is alive at the peak of a layer's backward, its input and output apart."""
-        return sum(self.kept().values()) + self.gradients
+        """What is alive at the peak of a layer's backward, what it kept and its output apart."""
+        return sum(self.kept().values()) - self.thin + self.gradients
 
 
 @dataclass(frozen=True)
@@ -170,7 +178,8 @@ def kept_bytes(layer: LayerActivations, dial: Dial, tokens: int) -> int:
     """
     waiting = layer.shape.layers - dial.saved
     on_card = waiting - dial.offloaded + min(dial.offloaded, UNDER_WAY)
-    return tokens * on_card * layer.input + saved_bytes(layer, dial, tokens)
+    again = on_card * layer.input + waiting * layer.thin
+    return tokens * again + saved_bytes(layer, dial, tokens)
 
 
 def saved_bytes(layer: LayerActivations, dial: Dial, tokens: int) -> int:

@@ -190,12 +190,13 @@ class Run:
     def layer(self, shape: ModelShape) -> LayerActivations:
         """Return what one layer keeps."""
         adapted, layers = self.adapted(shape), max(1, shape.layers)
-        ranks = self.rank * len(adapted) // layers
+        fused = self.fused and shape.fusable
+        on_gpu = self.device == "cuda"
         # Copies of adapters are filled up to a power of two.
         filled = max(16, 1 << (self.rank - 1).bit_length())
         copied = filled * sum(sum(weight.shape) for weight in adapted) // layers
-        fused = self.fused and shape.fusable
-        on_gpu = self.device == "cuda"
+        multiplied = filled if on_gpu and self.holding.itemsize == 2 else self.rank
+        ranks = multiplied * len(adapted) // layers
         return LayerActivations(shape, self.holding.itemsize, ranks, copied, fused, on_gpu)
 
 

@@ -4,7 +4,8 @@ A layer is a layer: what one keeps, and what its backward has alive at the worst
 do too. So one layer is run forward and backward on the largest part of the largest step, and so is
 the loss, while the allocator watches its peak; all else is addition:
 
-    down    what all layers keep between the passes, and the stream between two of them
+    down    what all layers keep between the passes, and the stream between two of them; a layer
+            that is run again its inputs and, wherever these wait, x Aᵀ of its linears
     loss    beside that: a part's loss at its worst, and the gradient of every part's stream
     up      the same gradients, and the last layer's backward at its worst
 
@@ -30,6 +31,7 @@ class Footprint:
         layers: Layers of the model.
         used: In use when no step is under way, the decoded layer's buffers included.
         kept: What a layer keeps of a whole step when it is run again: its inputs.
+        thin: What it keeps beside them, on the card in any case.
         saved: What it keeps when it is not.
         down: What a layer's forward has alive beside its inputs, at the worst moment.
         loss: What a part's loss has alive beside what goes in.
@@ -41,6 +43,7 @@ class Footprint:
     layers: int
     used: int
     kept: int
+    thin: int
     saved: int
     down: int
     loss: int
@@ -52,12 +55,12 @@ class Footprint:
         """Return the predicted peak, the optimizer's state not counted."""
         again = self.layers - saved_layers
         here = again - offloaded_layers + min(offloaded_layers, UNDER_WAY)
-        between = saved_layers * self.saved + here * self.kept
+        between = saved_layers * self.saved + here * self.kept + again * self.thin
         down = between + self.down + self.kept
         loss = between + 2 * self.kept + self.loss
         up = between + self.kept + self.up - (self.saved_part if saved_layers else 0)
         if 0 < saved_layers < self.layers:  # or the first layer that is run again is the worst
-            up = max(up, here * self.kept + self.kept + self.up)
+            up = max(up, here * self.kept + again * self.thin + self.kept + self.up)
         return self.used + self.own + max(down, loss, up)
 
 
@@ -101,10 +104,13 @@ def _measured(engine: LayerEngine, batches: Sequence[Batch]) -> Footprint:
     def tail() -> object:
         return engine.tail(passage.x.detach(), part, 1.0)
 
-    with engine.opened(index):
+    with engine.opened(index) as opened:
         backward()  # the first time, kernels are compiled and buffers made
         tail()
-        down, up, loss = _peak(forward), _peak(backward), _peak(tail)
+        opened.note()
+        down = _peak(forward)
+        thin = sum(p.nbytes for p in opened.take().values())
+        up, loss = _peak(backward), _peak(tail)
     saved = [engine.saved_bytes_of(p)[0] for p in passages]
     kept = sum(p.x.nbytes for p in passages)
     given = {t.data_ptr(): t.nbytes for p in passages for t in p.given}
@@ -112,6 +118,7 @@ def _measured(engine: LayerEngine, batches: Sequence[Batch]) -> Footprint:
         layers=len(engine.layers),
         used=0,
         kept=kept,
+        thin=thin * kept // passage.x.nbytes,  # as many bytes a token in every part
         saved=sum(saved),
         down=down,
         loss=loss,
