@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from halfbyte.model import gpu as between
-from halfbyte.nf4 import gpu, gpu_adapters, gpu_products, gpu_rows
+from halfbyte.nf4 import gpu, gpu_adapters, gpu_gated, gpu_products, gpu_rows
 from halfbyte.optim import gpu as optimizer
 
 POINTERS = {"scale_codes": "*u8", "codes": "*i32", "cell_codes": "*i32"}
@@ -50,6 +50,16 @@ def tiles(dtype: str, part: int) -> dict[str, str]:
         **{"weight": tensor(dtype, 256, 64), "p": tensor(dtype, 128, part)},
         **{"weight0": right, "weight1": right, "weight2": right, "g": tensor(dtype, 128, part)},
         **{"a": tensor(dtype, part, 256), "b": tensor(dtype, 256, part)},
+    }
+
+
+def gated_tiles(dtype: str, part: int) -> dict[str, str]:
+    """The descriptors of a gated MLP's forward, whose weights are blocks of two pages."""
+    return {
+        **dict.fromkeys(("inner", "gate", "up"), tensor(dtype, 128, 128)),
+        **{"x": tensor(dtype, 128, 64), "weights": tensor(dtype, 2, 128, 64)},
+        **{"p": tensor(dtype, 128, part), "b0": tensor(dtype, 2, 128, part)},
+        "b1": tensor(dtype, 2, 128, part),
     }
 
 
@@ -90,7 +100,7 @@ def kernels(capability: int):
     turns = {"backward": True, "lanes": 64, "q_lanes": 32, "k_lanes": 8}
     yield between._rotate, sixteen | turned, turns, {}
     yield between._gate, sixteen, {"lanes": 2048}, {"num_warps": 8}
-    yield between._gate_backward, sixteen, {"lanes": 2048}, {"num_warps": 8}
+    yield between._gate_backward, sixteen, {"remake": True, "lanes": 2048}, {"num_warps": 8}
     doubles = {"constants": "*fp64", "count": "i32"}
     yield optimizer._prepare, doubles, {"lanes": 256}, plain
     for dtype, master in ((tl.float32, False), (tl.bfloat16, False), (tl.bfloat16, True)):
@@ -101,13 +111,21 @@ def kernels(capability: int):
         tile = {"programs": 132, "tile_m": 128, "tile_n": 256, "tile_k": 64}
         options = {"num_warps": 8, "num_stages": 3}
         for rank in (16, 64, 128):
-            flat, part = gpu_products._flat(1, rank)
-            step = {"rank": rank, "part": part, "flat": flat, **tile}
-            yield gpu_products._forward, tiles("bf16", part), step, options
+            flat, part = gpu_products.flat_of(1, rank)
+            for half in (0, 64):
+                step = {"rank": rank, "part": part, "flat": flat, "half": half, **tile}
+                turn = {"cos": "*bf16", "sin": "*bf16", "turned": "i32"}
+                yield gpu_products._forward, tiles("bf16", part) | turn, step, options
         for members, rank in ((1, 16), (1, 64), (1, 128), (3, 16), (2, 64)):
-            flat, part = gpu_products._flat(members, rank * members)
+            flat, part = gpu_products.flat_of(members, rank * members)
             step = {"members": members, "ranks": rank * members, "part": part, "flat": flat, **tile}
             yield gpu_products._backward, tiles("bf16", part), step, options
+        for rank in (16, 64, 128):
+            flat, part = gpu_products.flat_of(1, 2 * rank)
+            step = {"rank": rank, "part": part, "flat": flat, **tile, "tile_n": 128}
+            for keep in (True, False):
+                step |= {"keep": keep, "swapped": keep}
+                yield gpu_gated._gated_forward, gated_tiles("bf16", part), step, options
         job = {"kind": tl.float32, "count": 14, "lanes": 1024}
         yield gpu_adapters._lay_out, {"out": "*bf16", "table": "*i64"}, job, {}
         types = {"out": "*bf16", "left": "*bf16", "right": "*bf16"}

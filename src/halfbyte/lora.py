@@ -178,10 +178,13 @@ class LoRA(nn.Module):
 
     def update(self, x: Tensor) -> LowRank:
         """Return the update for the input ``x``; see ``nf4.shared.LowRank``."""
-        keep = None
-        if self.clock.running and self.config.dropout > 0.0:
-            keep = self.clock.mask(x, self.config.dropout, self.index)
+        keep = self.clock.mask(x, self.config.dropout, self.index) if self.drops else None
         return LowRank(*self.factors, keep)
+
+    @property
+    def drops(self) -> bool:
+        """Whether `update` draws a dropout mask."""
+        return self.clock.running and self.config.dropout > 0.0
 
     @property
     def rescales(self) -> bool:

@@ -5,18 +5,23 @@ import torch
 from torch import nn
 
 from halfbyte.lora import LoRAConfig, adapter_parameters, attach
-from halfbyte.nf4 import quantize
+from halfbyte.model.heads import turned_heads
+from halfbyte.model.mlp import gated_mlp
+from halfbyte.nf4 import quantize, shared
 from halfbyte.nf4.linear import FrozenLinear
 from halfbyte.nf4.scratch import WeightScratch
 from halfbyte.nf4.shared import SharedInput
 
+gpu = pytest.importorskip("halfbyte.model.gpu", reason="needs Triton", exc_type=ImportError)
+gpu_gated = pytest.importorskip("halfbyte.nf4.gpu_gated", exc_type=ImportError)
+gpu_products = pytest.importorskip("halfbyte.nf4.gpu_products", exc_type=ImportError)
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
 
-def layer(outputs, inputs, rank, quant=True, shared=True, targets="all-linear"):
+def layer(outputs, inputs, rank, quant=True, together=True, targets="all-linear"):
     torch.manual_seed(0)
     module = nn.Module()
     for i, out in enumerate(outputs):
@@ -27,7 +32,7 @@ def layer(outputs, inputs, rank, quant=True, shared=True, targets="all-linear"):
         if not quant:
             linear.weight.data.copy_(w)
         setattr(module, f"l{i}", linear)
-    if shared:
+    if together:
         SharedInput(list(module.children()))
     attach(module, LoRAConfig(r=rank, alpha=2 * rank, target_modules=targets), seed=0)
     for parameter in adapter_parameters(module).values():
@@ -112,7 +117,7 @@ def test_fused_products_are_as_exact_as_the_plain_ones(
 @pytest.mark.parametrize("rows", [100, 2100])
 def test_a_set_gives_what_its_linears_give_alone(rows):
     together = layer((512, 256, 256), 256, 16)
-    alone = layer((512, 256, 256), 256, 16, shared=False)
+    alone = layer((512, 256, 256), 256, 16, together=False)
     one, other = run(together, rows), run(alone, rows)
     for name, value in one.items():
         if name == "dx":
@@ -186,3 +191,110 @@ def test_a_shadow_is_rounded_once_from_the_scaled_adapter():
     assert torch.equal(shadow.b[768:, :24], (2.0 * updates[2].b).bfloat16())
     assert int((shadow.a != 0).sum()) == 48 * 200
     assert int((shadow.b != 0).sum()) == 24 * (512 + 128)
+
+
+def mlp(rank, quant=True, targets="all-linear"):
+    """Gate, up and down of an MLP as l0, l1, l2."""
+    module = layer([2816, 2816], 1024, rank, quant, targets=targets)
+    down = layer([1024], 2816, rank, quant)
+    module.l2 = down.l0
+    return module
+
+
+def run_mlp(module, rows, *, read=True):
+    torch.manual_seed(1)
+    x = torch.randn(rows, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    y = gated_mlp(x, module.l0, module.l1, module.l2, read=read)
+    dy = torch.randn(rows, 1024, device="cuda", dtype=torch.bfloat16)
+    found = torch.autograd.grad(y, [x, *adapter_parameters(module).values()], dy)
+    with torch.no_grad():
+        alone = gated_mlp(x, module.l0, module.l1, module.l2)
+    return [y.detach(), alone, *found]
+
+
+@pytest.mark.parametrize("rank", [16, 32, 128])
+@pytest.mark.parametrize("rows", [2048, 2500, 4096])
+@pytest.mark.parametrize("quant", [True, False])
+def test_the_gate_in_the_products_gives_the_bits_of_a_gate_by_itself(
+    rows, rank, quant, monkeypatch
+):
+    module = mlp(rank, quant)
+    together = run_mlp(module, rows)
+    assert torch.equal(together[0], together[1])
+    unread = run_mlp(module, rows, read=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_gated, "gated_forward", forward_apart)
+        apart = run_mlp(module, rows)
+    for one, same, other in zip(together[2:], unread[2:], apart[2:], strict=True):
+        assert torch.equal(one, same)
+        assert torch.equal(one, other)
+    assert torch.equal(together[0], apart[0])
+
+
+def forward_apart(x, weights, p, shadow, *, keep):
+    both = gpu_products.forward(x, weights, p, shadow, [len(w) for w in weights])
+    return gpu.swiglu(*both.split(len(weights[0]), 1)), both
+
+
+@pytest.mark.parametrize("rows", [300, 2048])
+@pytest.mark.parametrize("targets", ["all-linear", ["l0"]])
+def test_a_gated_mlp_is_as_exact_as_its_chain(rows, targets, monkeypatch):
+    module = mlp(16, targets=targets)
+    found = run_mlp(module, rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(shared, "_for_kernels", lambda _: False)
+        chain = run_mlp(module, rows)
+    torch.manual_seed(1)
+    x = torch.randn(rows, 1024, device="cuda", dtype=torch.bfloat16).double().requires_grad_()
+    named = adapter_parameters(module)
+    wide = {n: p.detach().double().requires_grad_() for n, p in named.items()}
+
+    def linear(name, x):
+        w = getattr(module, name).decode(torch.bfloat16).double()
+        a = next((p for n, p in wide.items() if n.startswith(f"{name}.") and "lora_A" in n), None)
+        if a is None:
+            return x @ w.t()
+        b = next(p for n, p in wide.items() if n.startswith(f"{name}.") and "lora_B" in n)
+        return x @ (w + 2 * b @ a).t()
+
+    y = linear("l2", nn.functional.silu(linear("l0", x)) * linear("l1", x))
+    dy = torch.randn(rows, 1024, device="cuda", dtype=torch.bfloat16).double()
+    true = [y, y, *torch.autograd.grad(y, [x, *wide.values()], dy)]
+    for mine, theirs, exactly in zip(found, chain, true, strict=True):
+        error, other = ((t.double() - exactly).norm() / exactly.norm() for t in (mine, theirs))
+        assert error <= 1.1 * other + 1e-4
+
+
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("shape", [(2, 1100), (1, 2048)])
+@pytest.mark.parametrize("outputs", [[1024, 256, 256], [1024, 128, 128]])
+def test_heads_turned_in_the_product_have_the_bits_of_those_turned_by_themselves(
+    outputs, shape, size, monkeypatch
+):
+    module = layer(outputs, 1024, 16)
+    torch.manual_seed(1)
+    x = torch.randn(*shape, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    angles = torch.rand(1, shape[1], size // 2, device="cuda").repeat(1, 1, 2) * 6
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+
+    def run():
+        heads = turned_heads(x, list(module.children()), cos, sin)
+        torch.manual_seed(2)
+        dys = [torch.randn_like(head) for head in heads]
+        wanted = [x, *adapter_parameters(module).values()]
+        return [head.detach().clone() for head in heads], torch.autograd.grad(heads, wanted, dys)
+
+    together = run()
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_products.Turn, "fits", False)
+        apart = run()
+    with monkeypatch.context() as patch:
+        patch.setattr(shared, "_for_kernels", lambda _: False)
+        chain = run()
+    for one, other, plain in zip(*map(flat, (together, apart, chain)), strict=True):
+        assert torch.equal(one, other)
+        assert (one - plain).float().norm() <= 0.02 * plain.float().norm()
+
+
+def flat(results):
+    return [*results[0], *results[1]]

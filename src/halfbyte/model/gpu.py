@@ -143,11 +143,14 @@ def _gate(y, gate, up, size, gate_stride, up_stride, lanes: tl.constexpr):
 
 
 @triton.jit
-def _gate_backward(dy, gate, up, size, gate_stride, up_stride, lanes: tl.constexpr):
+def _gate_backward(
+    dy, gate, up, size, gate_stride, up_stride, remake: tl.constexpr, lanes: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * lanes + tl.arange(0, lanes)
     inside = at < size
-    d = tl.load(dy + row * size + at, mask=inside, other=0.0).to(tl.float32)
+    dy += row * size + at
+    d = tl.load(dy, mask=inside, other=0.0).to(tl.float32)
     gate += row * gate_stride + at
     up += row * up_stride + at
     g = tl.load(gate, mask=inside, other=0.0).to(tl.float32)
@@ -155,6 +158,8 @@ def _gate_backward(dy, gate, up, size, gate_stride, up_stride, lanes: tl.constex
     s = tl.sigmoid(g)
     tl.store(gate, (d * u * s * (1.0 + g * (1.0 - s))).to(gate.dtype.element_ty), mask=inside)
     tl.store(up, (d * g * s).to(up.dtype.element_ty), mask=inside)
+    if remake:
+        tl.store(dy, (g * s * u).to(dy.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -365,22 +370,26 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return y.view(gate.shape)
 
 
-def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_backward(
+    dy: Tensor, gate: Tensor, up: Tensor, *, remake: bool = False
+) -> tuple[Tensor, Tensor]:
     """As `elementwise.plain_swiglu_backward`, in the dtype of gate and up and in place of them.
 
     So the widest activations of a layer and their gradients are never there together, and gradients
     of what were columns of one product are columns of one tensor. Rows must be contiguous.
+    To ``remake`` is to write silu(gate) · up over dy, [rows, n] and contiguous, too.
     """
     g, u = _flat(gate), _flat(up)
     if g.numel():
         with on_device(g):
             _gate_backward[(g.shape[0], triton.cdiv(g.shape[1], 2048))](
-                dy.contiguous(),
+                dy if remake else dy.contiguous(),
                 g,
                 u,
                 g.shape[1],
                 g.stride(0),
                 u.stride(0),
+                remake=remake,
                 lanes=2048,
                 num_warps=8,
             )

@@ -23,6 +23,7 @@ by cuBLAS, the adapter added to what the base gave (`plain_forward`, `plain_back
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -36,7 +37,7 @@ from halfbyte.nf4.gpu_adapters import Shadow, add_thin
 # Rows from which one tile a multiprocessor is enough work; below, cuBLAS splits better.
 FEWEST_ROWS = 2048
 
-_TILE_M, _TILE_K = 128, 64
+TILE_M, TILE_K = 128, 64
 
 
 @triton.jit
@@ -46,11 +47,16 @@ def _forward(
     y,
     p,
     b,
+    cos,
+    sin,
     rows,
     outputs,
     inputs,
     second,
     third,
+    turned,
+    tokens,
+    half: tl.constexpr,
     rank: tl.constexpr,
     part: tl.constexpr,
     tile_m: tl.constexpr,
@@ -61,7 +67,7 @@ def _forward(
 ):
     tiles_m, tiles_n = tl.cdiv(rows, tile_m), tl.cdiv(outputs, tile_n)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, programs, flatten=flat):
-        m, n = _place(tile, tiles_m, tiles_n)
+        m, n = place(tile, tiles_m, tiles_n)
         total = tl.zeros((tile_m, tile_n), tl.float32)
         for k in range(tl.cdiv(inputs, tile_k)):
             left = x.load([m * tile_m, k * tile_k])
@@ -73,6 +79,17 @@ def _forward(
             left = p.load([m * tile_m, member * rank + r])
             right = b.load([n * tile_n, r])
             total = tl.dot(left, right.T, total)
+        if half:
+            # Heads of 2 · half columns, of whose halves a lane has the same columns of both.
+            row = m * tile_m + tl.arange(0, tile_m)
+            at = (row % tokens)[:, None] * (2 * half) + tl.arange(0, half)[None, :]
+            inside = row[:, None] < tl.where(n * tile_n < turned, rows, 0)
+            c = tl.load(cos + at, mask=inside, other=1.0).to(tl.float32)[:, None, :]
+            s = tl.load(sin + at, mask=inside, other=0.0).to(tl.float32)[:, None, :]
+            heads = total.to(y.dtype).to(tl.float32).reshape(tile_m, tile_n // (2 * half), 2, half)
+            one, two = heads.permute(0, 1, 3, 2).split()
+            heads = tl.join(one * c - two * s, two * c + one * s)
+            total = heads.permute(0, 1, 3, 2).reshape(tile_m, tile_n)
         y.store([m * tile_m, n * tile_n], total.to(y.dtype))
 
 
@@ -103,7 +120,7 @@ def _backward(
 ):
     tiles_m, tiles_n = tl.cdiv(rows, tile_m), tl.cdiv(inputs, tile_n)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, programs, flatten=flat):
-        m, n = _place(tile, tiles_m, tiles_n)
+        m, n = place(tile, tiles_m, tiles_n)
         total = tl.zeros((tile_m, tile_n), tl.float32)
         for k in range(tl.cdiv(outputs0, tile_k)):
             left = dy0.load([m * tile_m, k * tile_k])
@@ -124,8 +141,8 @@ def _backward(
 
 
 @triton.jit
-def _place(tile, tiles_m, tiles_n):
-    # Eight rows of tiles at a time: what neighbours read is still in the second cache.
+def place(tile, tiles_m, tiles_n):
+    """Where a tile is: eight rows of them at a time, so neighbours read what is in the cache."""
     strip = 8 * tiles_n
     first = tile // strip * 8
     height = tl.minimum(tiles_m - first, 8)
@@ -148,11 +165,12 @@ def fits(x: Tensor, outputs: Sequence[int]) -> bool:
     )
 
 
-def _movable(x: Tensor) -> Tensor:
+def movable(x: Tensor) -> Tensor:
+    """Returns x, or a copy of it that is `copyable`."""
     return x if copyable(x) else x.clone(memory_format=torch.contiguous_format)
 
 
-def _flat(members: int, ranks: int) -> tuple[bool, int]:
+def flat_of(members: int, ranks: int) -> tuple[bool, int]:
     """Whether a program's tiles and their steps are one loop, and how much rank a step takes.
 
     One loop has the next tile's first step under way while a tile is written (2 to 5 % of the
@@ -209,8 +227,32 @@ def plain_backward(
     return dx
 
 
+class Turn(NamedTuple):
+    """A rotary turn of the first columns of a product.
+
+    Attributes:
+        cos: [1 or B, T, n], contiguous, for rows of B · T.
+        sin: Likewise.
+        columns: So many are heads of n columns that are turned.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    columns: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether heads do not lie across tiles, and halves of them in the lanes of both."""
+        return self.cos.shape[2] in (32, 64, 128, 256)
+
+
 def forward(
-    x: Tensor, weights: Sequence[Tensor], p: Tensor, shadow: Shadow, outputs: Sequence[int]
+    x: Tensor,
+    weights: Sequence[Tensor],
+    p: Tensor,
+    shadow: Shadow,
+    outputs: Sequence[int],
+    turn: Turn | None = None,
 ) -> Tensor:
     """Returns x Wᵀ + pᵢ (s Bᵢ)ᵀ for linears that share x.
 
@@ -220,13 +262,14 @@ def forward(
         p: x Aᵀ, [rows, members · rank].
         shadow: The adapters.
         outputs: Rows of each weight, at most three.
+        turn: What is done to the first of them, rounded before; for x that `fits`.
 
     Returns:
         [rows, sum of outputs].
     """
-    if x.is_cuda and not fits(x, outputs):
+    if turn is None and x.is_cuda and not fits(x, outputs):
         return plain_forward(x, weights, p, shadow, outputs)
-    x = _movable(x)
+    x = movable(x)
     rows, inputs = x.shape
     y = x.new_empty(rows, sum(outputs))
     starts = [sum(outputs[:i]) for i in range(len(outputs))]
@@ -240,24 +283,31 @@ def forward(
         second, third = (*others, size, size)[:2]
         p_part = p if whole else p[:, i * shadow.rank :]
         weight = weights[i].as_strided((size, inputs), weights[i].stride())
-        flat, part = _flat(1, shadow.rank)
+        flat, part = flat_of(1, shadow.rank)
+        turned = 0 if turn is None else max(0, min(size, turn.columns - start))
+        cos, sin = (x, x) if turn is None else turn[:2]
         with on_device(x):
             _forward[(programs,)](
-                TensorDescriptor.from_tensor(x, [_TILE_M, _TILE_K]),
-                TensorDescriptor.from_tensor(weight, [tile_n, _TILE_K]),
-                TensorDescriptor.from_tensor(y[:, start : start + size], [_TILE_M, tile_n]),
-                TensorDescriptor.from_tensor(p_part, [_TILE_M, part]),
+                TensorDescriptor.from_tensor(x, [TILE_M, TILE_K]),
+                TensorDescriptor.from_tensor(weight, [tile_n, TILE_K]),
+                TensorDescriptor.from_tensor(y[:, start : start + size], [TILE_M, tile_n]),
+                TensorDescriptor.from_tensor(p_part, [TILE_M, part]),
                 TensorDescriptor.from_tensor(shadow.b[start : start + size], [tile_n, part]),
+                cos,
+                sin,
                 rows,
                 size,
                 inputs,
                 second,
                 third,
+                turned,
+                cos.shape[-2] if len(cos) == 1 else rows,
+                half=cos.shape[-1] // 2 if turned else 0,
                 rank=shadow.rank,
                 part=part,
-                tile_m=_TILE_M,
+                tile_m=TILE_M,
                 tile_n=tile_n,
-                tile_k=_TILE_K,
+                tile_k=TILE_K,
                 programs=programs,
                 flat=flat,
                 num_warps=8,
@@ -278,20 +328,20 @@ def backward(dys: Sequence[Tensor], weights: Sequence[Tensor], g: Tensor, shadow
     rows, inputs = dys[0].shape[0], weights[0].shape[1]
     if dys[0].is_cuda and not fits(dys[0], [inputs, *(dy.shape[1] for dy in dys)]):
         return plain_backward(dys, weights, g, shadow)
-    dys = [_movable(dy) for dy in dys]
+    dys = [movable(dy) for dy in dys]
     dx = dys[0].new_empty(rows, inputs)
     tile_n, programs = 256, multiprocessors(dx.device)
-    lefts = [TensorDescriptor.from_tensor(dy, [_TILE_M, _TILE_K]) for dy in dys]
-    rights = [TensorDescriptor.from_tensor(weight, [_TILE_K, tile_n]) for weight in weights]
+    lefts = [TensorDescriptor.from_tensor(dy, [TILE_M, TILE_K]) for dy in dys]
+    rights = [TensorDescriptor.from_tensor(weight, [TILE_K, tile_n]) for weight in weights]
     sizes = [dy.shape[1] for dy in dys] + [0, 0]
     ranks = shadow.a.shape[0]
-    flat, part = _flat(len(dys), ranks)
+    flat, part = flat_of(len(dys), ranks)
     with on_device(dx):
         _backward[(programs,)](
-            TensorDescriptor.from_tensor(dx, [_TILE_M, tile_n]),
+            TensorDescriptor.from_tensor(dx, [TILE_M, tile_n]),
             *(lefts + lefts[:1] * 2)[:3],
             *(rights + rights[:1] * 2)[:3],
-            TensorDescriptor.from_tensor(g, [_TILE_M, part]),
+            TensorDescriptor.from_tensor(g, [TILE_M, part]),
             TensorDescriptor.from_tensor(shadow.a, [part, tile_n]),
             rows,
             inputs,
@@ -299,9 +349,9 @@ def backward(dys: Sequence[Tensor], weights: Sequence[Tensor], g: Tensor, shadow
             members=len(dys),
             ranks=ranks,
             part=part,
-            tile_m=_TILE_M,
+            tile_m=TILE_M,
             tile_n=tile_n,
-            tile_k=_TILE_K,
+            tile_k=TILE_K,
             programs=programs,
             flat=flat,
             num_warps=8,

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from halfbyte.matmul import product
 from halfbyte.nf4.format import dequantize_all, gpu_kernels
+from halfbyte.nf4.fused import FusedCall
 
 if TYPE_CHECKING:
     from halfbyte.nf4.linear import FrozenLinear
@@ -63,28 +64,24 @@ class _SharedProduct(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         shared: "SharedInput",
-        members: tuple["FrozenLinear", ...],
         updates: tuple[LowRank | None, ...],
         gradients: bool,
         read: bool,
         *_factors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        rows = x.reshape(-1, x.shape[-1])
+        rows, members = x.reshape(-1, x.shape[-1]), shared.members
         trained = any(update is not None for update in updates)
-        fused = shared.fused(rows, members, updates)
+        fused = shared.fused(rows, updates)
         if fused is not None and not gradients and _packed_is_faster(rows, members):
             fused = None
         p: list[Tensor | None]
         if fused is not None:
-            # Kept for backward: what the products there must be made with is what was used here.
-            ctx.shadow = shadow = shared.shadow(x.dtype)
-            p = [shared.into_a(rows, shadow)]
-            outputs = [member.out_features for member in members]
+            x_a = fused.into_a(rows)
+            p = [x_a]
             if read:
-                weights = shared.weights(members, x.dtype)
-                ys = list(fused.forward(rows, weights, p[0], shadow, outputs).split(outputs, 1))
+                ys = list(torch.split(fused.forward(rows, x_a), fused.outputs, 1))
         elif read:
-            ys, p = _plain_forward(rows, shared, members, updates, gradients)
+            ys, p = _plain_forward(rows, shared, updates, gradients)
         else:
             p = [_into_a(rows, update) for update in updates]
         if not read:
@@ -92,7 +89,7 @@ class _SharedProduct(torch.autograd.Function):
         for y, member in zip(ys, members, strict=True):
             if read and member.bias is not None:
                 y.add_(member.bias.to(x.dtype))
-        ctx.shared, ctx.members, ctx.fused, ctx.pairs = shared, members, fused, len(p)
+        ctx.shared, ctx.fused, ctx.pairs = shared, fused, len(p)
         ctx.scalings = [update and update.scaling for update in updates]
         ctx.set_materialize_grads(False)
         factors = [tensor for u in updates for tensor in (u and u.a, u and u.b, u and u.keep)]
@@ -117,7 +114,7 @@ class _SharedProduct(torch.autograd.Function):
         dx, gradients = backward(ctx, rows, p, updates, dys)
         if dx is not None:
             dx = dx.reshape(*given.shape[:-1], dx.shape[-1])
-        return dx, None, None, None, None, None, *gradients
+        return dx, None, None, None, None, *gradients
 
 
 def _into_a(rows: Tensor, update: LowRank | None) -> Tensor | None:
@@ -131,15 +128,14 @@ def _into_a(rows: Tensor, update: LowRank | None) -> Tensor | None:
 def _plain_forward(
     rows: Tensor,
     shared: "SharedInput",
-    members: Sequence["FrozenLinear"],
     updates: Sequence[LowRank | None],
     gradients: bool,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Return y and x̃ Aᵀ of each linear, the base's product first and the update added to it."""
-    if not gradients and _packed_is_faster(rows, members):
-        ys = _packed_products(rows, members)
+    if not gradients and _packed_is_faster(rows, shared.members):
+        ys = _packed_products(rows, shared.members)
     else:
-        ys = [product(rows, weight) for weight in shared.weights(members, rows.dtype)]
+        ys = [product(rows, weight) for weight in shared.weights(rows.dtype)]
     p: list[Tensor | None] = []
     for y, update in zip(ys, updates, strict=True):
         x_a = _into_a(rows, update)
@@ -182,9 +178,9 @@ def _plain_backward(
     dx: Tensor | None = None
     gradients: list[Tensor | None] = []
     given = next(dy for dy in dys if dy is not None)
-    weights = ctx.shared.weights(ctx.members, given.dtype) if needs[0] else dys
+    weights = ctx.shared.weights(given.dtype) if needs[0] else dys
     for i, (dy, update, weight) in enumerate(zip(dys, updates, weights, strict=True)):
-        needs_a, needs_b = needs[6 + 2 * i : 8 + 2 * i]
+        needs_a, needs_b = needs[5 + 2 * i : 7 + 2 * i]
         d_a = d_b = None
         if dy is not None and needs[0]:
             if dx is None:
@@ -219,34 +215,13 @@ def _fused_backward(
     updates: Sequence[LowRank | None],
     dys: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """As `_plain_backward`, by gpu_products.py."""
-    from halfbyte.nf4.gpu_adapters import adapter_pass  # it imports triton
-
-    shared, members, fused = ctx.shared, ctx.members, ctx.fused
-    shadow = ctx.shadow
-    rank = shadow.rank
-    g = rows.new_empty(rows.shape[0], rank * len(members))
+    """As `_plain_backward`, by fused.py."""
     whole = []
-    for dy, member in zip(dys, members, strict=True):
+    for dy, out in zip(dys, ctx.fused.outputs, strict=True):
         if dy is None:  # this output was not used
-            dy = rows.new_zeros(rows.shape[0], member.out_features)
+            dy = rows.new_zeros(rows.shape[0], out)
         whole.append(dy if dy.stride(1) == 1 else dy.contiguous())
-    scalings = [scaling or 0.0 for scaling in ctx.scalings]
-    d_b = adapter_pass(whole, p[0], shadow.b, scalings, g)
-    d_bs = torch.split(d_b, [member.out_features for member in members])
-    gradients: list[Tensor | None] = []
-    d_a = torch.mm(g.t(), rows, out_dtype=torch.float32)
-    for i, update in enumerate(updates):
-        if update is None:
-            gradients += [None, None]
-            continue
-        r = update.a.shape[0]
-        gradients.append(d_a[i * rank : i * rank + r].to(update.a.dtype))
-        gradients.append(d_bs[i][:, :r].to(update.b.dtype))
-    dx = None
-    if ctx.needs_input_grad[0]:
-        dx = fused.backward(whole, shared.weights(members, rows.dtype), g, shadow)
-    return dx, gradients
+    return ctx.fused.backward(whole, rows, p[0], dx=ctx.needs_input_grad[0])  # type: ignore[no-any-return]
 
 
 class _Waiting(NamedTuple):
@@ -316,33 +291,40 @@ class SharedInput:
             None if member.adapter is None else member.adapter.update(x)  # type: ignore[operator]
             for member in self.members
         )
-        factors = [tensor for u in updates for tensor in ((u.a, u.b) if u else (None, None))]
         gradients = torch.is_grad_enabled()  # inside forward it always says no
-        return _SharedProduct.apply(x, self, self.members, updates, gradients, read, *factors)  # type: ignore[no-any-return, no-untyped-call]
+        return _SharedProduct.apply(x, self, updates, gradients, read, *factors_of(updates))  # type: ignore[no-any-return, no-untyped-call]
 
-    def weights(self, members: Sequence["FrozenLinear"], dtype: torch.dtype) -> list[Tensor]:
+    def weights(self, dtype: torch.dtype) -> list[Tensor]:
         """Return W [out, in] of each, in ``dtype``: the opened ones, or decoded anew, together."""
-        opened = [member.opened(dtype) for member in members]
+        opened = [member.opened(dtype) for member in self.members]
         if all(weight is not None for weight in opened):
             return opened  # type: ignore[return-value]
-        return _decode_together(members, dtype)
+        return _decode_together(self.members, dtype)
 
-    def fused(
-        self,
-        rows: Tensor,
-        members: Sequence["FrozenLinear"],
-        updates: Sequence[LowRank | None],
-    ) -> Any:
-        """Return gpu_products, if it can make these products, else None."""
+    def fused(self, x: Tensor, updates: Sequence[LowRank | None]) -> FusedCall | None:
+        """Return what makes the products of x [..., in] in fused.py's way, if that can be."""
         given = [update for update in updates if update is not None]
-        if not rows.is_cuda or not given or any(update.keep is not None for update in given):
+        if not given or any(update.keep is not None for update in given):
             return None
-        wide = rows.dtype not in (torch.bfloat16, torch.float16)
-        if wide or len(members) > _MOST_TOGETHER or gpu_kernels() is None:
+        if len(self.members) > _MOST_TOGETHER or not _for_kernels(x):
             return None
-        from halfbyte.nf4 import gpu_products  # it imports triton
+        return FusedCall(self, updates, x.dtype)
 
-        return gpu_products
+    def fused_alone(self, x: Tensor, members: Sequence["FrozenLinear"]) -> FusedCall | None:
+        """Return `fused` for whoever does more than to call ``members`` with x.
+
+        None, too, where these are not the members, or where something else belongs to what the
+        products give: a bias, dropout, DoRA's norms.
+        """
+        if self.members != tuple(members):
+            return None
+        updates: list[LowRank | None] = []
+        for member in members:
+            adapter: Any = member.adapter
+            if member.bias is not None or (adapter and (adapter.rescales or adapter.drops)):
+                return None
+            updates.append(None if adapter is None else LowRank(*adapter.factors))
+        return self.fused(x, updates)
 
     def shadow(self, dtype: torch.dtype) -> Any:
         """Return the adapters as `gpu_adapters.Shadow`.
@@ -434,6 +416,17 @@ class ThinProducts:
         """Have the next call of each set take what was taken from one with the same input."""
         for shared in self._sets:
             shared.remembered = taken.get(shared)
+
+
+def factors_of(updates: Sequence[LowRank | None]) -> list[Tensor | None]:
+    """Return A and B of each in turn: what autograd must be told that a product depends on."""
+    return [tensor for u in updates for tensor in ((u.a, u.b) if u else (None, None))]
+
+
+def _for_kernels(x: Tensor) -> bool:
+    """Return whether x is where the GPU's kernels are, and in a dtype they multiply."""
+    sixteen = x.dtype in (torch.bfloat16, torch.float16)
+    return x.is_cuda and sixteen and gpu_kernels() is not None
 
 
 def _decode_together(linears: Sequence["FrozenLinear"], dtype: torch.dtype) -> list[Tensor]:
