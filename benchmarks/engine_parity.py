@@ -63,11 +63,11 @@ def run(args: argparse.Namespace, form: str) -> tuple[list[float], dict[str, tor
             if "lora_B" in name:  # or A would have no gradient in the first step
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / 100)
     packs = engines.can_pack
-    if form not in ("packed", "graphs", "offload", "saved"):
+    if form not in ("packed", "graphs", "offload", "notes", "saved"):
         engines.can_pack = lambda *_: False
     engine: Any = PlainEngine(model)
     if form != "plain":
-        captured = args.device == "cuda" and form in ("graphs", "offload", "saved")
+        captured = args.device == "cuda" and form in ("graphs", "offload", "notes", "saved")
         engine = LayerEngine(model, fuse=form != "layers", graphs=captured)
     count = len(getattr(engine, "layers", []))
     options = TrainConfig(model="m", data="d", output="o", learning_rate=args.learning_rate)
@@ -86,7 +86,8 @@ def run(args: argparse.Namespace, form: str) -> tuple[list[float], dict[str, tor
             number,
             batches,
             saved_layers=count if form == "saved" else 0,
-            offloaded_layers=count - 1 if form == "offload" else 0,
+            offloaded_layers=count - 1 if form in ("offload", "notes") else 0,
+            notes=form == "notes",
         ).loss
         for number, batches in enumerate(steps(args.steps, model.config.vocab_size))
     ]
@@ -112,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     forms = ["layers", "fused", "saved"]
     if args.device == "cuda":
-        forms = ["layers", "fused", "packed", "graphs", "offload", "saved"]
+        forms = ["layers", "fused", "packed", "graphs", "offload", "notes", "saved"]
     wanted, true = run(args, "plain")
     rows: dict[str, Any] = {"plain": {"losses": wanted}}
     found = {}

@@ -24,8 +24,12 @@ def run_of(options: dict[str, Any], row: dict[str, Any], quant: str, config: str
     micro, _, rest = config.rpartition("*")
     batch, length = rest.split("x")
     layers, keep = options["layers"], options["keep"]
-    dial = Dial.turned(layers, layers if keep == "save" else 0, offload=keep == "offload")
-    dial = Dial(row.get("saved_layers", dial.saved), row.get("offloaded_layers", dial.offloaded))
+    dial = Dial(layers) if keep == "save" else Dial(0, layers - 1 if keep == "offload" else 0)
+    dial = Dial(
+        row.get("saved_layers", dial.saved),
+        row.get("offloaded_layers", dial.offloaded),
+        row.get("notes", False),
+    )
     return Run(
         Holding(quant),
         RANK,

@@ -98,11 +98,11 @@ def ours(config: Any, quant: str, args: argparse.Namespace) -> Callable[..., Cal
             largest=example,
             state_bytes=stepper.optimizer.state_bytes,
         )
-        saved, offloaded = plan.saved_layers, plan.offloaded_layers
+        kept = {"saved_layers": plan.saved_layers, "offloaded_layers": plan.offloaded_layers}
 
         def step(batches: list[torch.Tensor], _supervised: float) -> Any:
             micro = [Batch(ids, ids) for ids in batches]
-            result = stepper.run(0, micro, saved_layers=saved, offloaded_layers=offloaded)
+            result = stepper.run(0, micro, **kept, notes=plan.notes)
             for note in engine.notes:
                 print(note, file=sys.stderr)
             engine.notes.clear()
@@ -228,17 +228,18 @@ def floor_ms(config: Any, tokens: int) -> float:
     return (time.perf_counter() - start) / count * 1e3 * config.num_hidden_layers
 
 
-def products(config: Any, tokens: int, length: int, keep: str) -> float:
+def products(config: Any, tokens: int, length: int, row: Row) -> float:
     """Arithmetic of a step's products: linears forward and dx, attention, and what is run again."""
     h, f = config.hidden_size, config.intermediate_size
     kv = h // config.num_attention_heads * config.num_key_value_heads
     forward = 2 * (2 * h * h + 2 * h * kv + 3 * h * f)
     attention = 2 * length * h  # two products, causal: half of each
-    if keep == "save":
-        layer = 2 * forward + 3.5 * attention
-    else:  # the last product of a layer is not run again
-        layer = 3 * forward - 2 * h * f + 4.5 * attention
-    return float(tokens * (config.num_hidden_layers * layer + 4 * h * config.vocab_size))
+    again = config.num_hidden_layers - row["saved_layers"]
+    noted = row["offloaded_layers"] if row["notes"] else 0
+    all_layers = config.num_hidden_layers * (2 * forward + 3.5 * attention)
+    # The last product of a layer is not run again.
+    all_layers += again * (forward - 2 * h * f + attention) - noted * (2 * h * h + attention)
+    return float(tokens * (all_layers + 4 * h * config.vocab_size))
 
 
 def shares(step: Callable[[], Any]) -> Row:
@@ -336,9 +337,10 @@ def work(args: argparse.Namespace) -> None:
             rows[text]["predicted_gb"] = round(plan.predicted_bytes / 1e9, 2)
             rows[text]["saved_layers"] = plan.saved_layers
             rows[text]["offloaded_layers"] = plan.offloaded_layers
+            rows[text]["notes"] = plan.notes
         if not theirs:
             rows[text] |= shares(lambda: step(list(ids), float(ids.numel())))  # noqa: B023
-            flops = products(config, micro * batch * length, length, args.keep)
+            flops = products(config, micro * batch * length, length, rows[text])
             rows[text]["tflops"] = round(flops / seconds / 1e12)
         print(args.worker, text, rows[text], file=sys.stderr, flush=True)
     args.output.write_text(json.dumps(rows))

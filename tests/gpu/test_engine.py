@@ -74,10 +74,11 @@ def test_fused_and_packed_is_transformers_layers_but_for_rounding(family, length
 
 
 @pytest.mark.parametrize("lengths", [MIXED, EQUAL])
-@pytest.mark.parametrize("offloaded", [0, 2])
+@pytest.mark.parametrize(("offloaded", "notes"), [(0, False), (2, False), (2, True)])
 @pytest.mark.parametrize("saved", [0, 1])
-def test_graphs_and_the_host_change_no_bit(lengths, offloaded, saved):
-    model = on_gpu("qwen3")
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_graphs_and_the_host_change_no_bit(family, lengths, offloaded, notes, saved):
+    model = on_gpu(family)
     zero(model)
     plain = LayerEngine(model, fuse=True)
     fast = LayerEngine(model, fuse=True, graphs=True)
@@ -86,7 +87,7 @@ def test_graphs_and_the_host_change_no_bit(lengths, offloaded, saved):
         batches = examples(lengths, seed)
         wanted = plain.step(batches, 50.0, saved_layers=saved)
         true = taken(model)
-        got = fast.step(batches, 50.0, saved_layers=saved, offloaded_layers=offloaded)
+        got = fast.step(batches, 50.0, saved_layers=saved, offloaded_layers=offloaded, notes=notes)
         assert torch.equal(got, wanted), seed
         for name, gradient in taken(model).items():
             assert torch.equal(gradient, true[name]), (seed, name)

@@ -67,12 +67,20 @@ def test_the_dial_says_what_is_kept(llama: ModelShape) -> None:
     assert kept_bytes(layer, Dial(), 100) == 32 * 100 * (8192 + layer.thin)
     assert kept_bytes(layer, Dial(32), 100) == 32 * (100 * layer.saved + layer.copies)
     assert kept_bytes(layer, Dial(0, 32), 100) == 100 * (8192 + 32 * layer.thin)
-    assert Dial.turned(32, 5, offload=True) == Dial(5, 26)
-    away = kept_bytes(layer, Dial.turned(32, 0, offload=True), 100)
+    assert Dial.turned(llama, 5, offload=True) == Dial(5, 26, True)
+    assert Dial.turned(llama, 31, offload=True) == Dial(31)
+    narrow = replace(llama, hidden=2048)
+    assert Dial.turned(narrow, 5, offload=True) == Dial(5, 26)
+    away = kept_bytes(layer, Dial(0, 31), 100)
     assert away == 100 * (2 * 8192 + 32 * layer.thin)
+    assert layer.noted == 2 * 8192 + 4 * 32
+    assert kept_bytes(layer, Dial(0, 31, True), 100) == away
+    more = backward_bytes(layer, Dial(0, 31, True), 100, 40)
+    assert more - backward_bytes(layer, Dial(0, 31), 100, 40) == 160 * layer.noted
     some = 30 * layer.saved + 8192 + 2 * layer.thin
     assert kept_bytes(layer, Dial(30, 2), 100) == 100 * some + 30 * layer.copies
     assert host_bytes(layer, Dial(0, 32), 100) == 32 * 100 * 8192
+    assert host_bytes(layer, Dial(0, 31, True), 100) == 31 * 100 * (3 * 8192 + 128)
     # What was kept need not be made again.
     again, kept = (backward_bytes(layer, dial, 100, 100) for dial in (Dial(), Dial(32)))
     assert again - kept == 100 * (layer.saved - layer.input - layer.thin)
@@ -107,7 +115,8 @@ def test_the_dial_is_turned_as_far_as_the_budget_allows(llama: ModelShape) -> No
     assert ledger(llama, some).peak < ledger(llama, some).needed <= 10e9
     away = fitted(llama, run, tight - 1, offload=True)
     assert away is not None
-    assert ledger(llama, away).on_host == away.dial.offloaded * 2048 * 8192
+    assert away.dial.notes
+    assert ledger(llama, away).on_host == away.dial.offloaded * 2048 * (3 * 8192 + 128)
 
 
 def test_largest_finds_the_last_that_fits() -> None:

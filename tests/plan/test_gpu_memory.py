@@ -24,10 +24,10 @@ pytest.importorskip("triton")
 from triton.runtime.jit import KernelInterface
 
 from halfbyte.lora import LoRAConfig, adapter_parameters, attach
-from halfbyte.model import documents, elementwise, layer, loss
+from halfbyte.model import attended, documents, elementwise, layer, loss
 from halfbyte.model import gpu as model_gpu
 from halfbyte.model.build import BaseRecipe, build
-from halfbyte.nf4 import gpu_adapters, gpu_products, scratch, shared
+from halfbyte.nf4 import gpu_adapters, gpu_gated, gpu_products, scratch, shared
 from halfbyte.plan.activations import Dial
 from halfbyte.plan.ledger import Holding, Run, ledger
 from halfbyte.plan.shape import shape_of_config
@@ -145,12 +145,14 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
     patch(elementwise, "_kernels", lambda _: model_gpu)
     patch(loss, "_kernels", lambda x, _: model_gpu if x.itemsize == 2 else None)
     patch(loss, "_chunk_bytes", lambda _: loss.CHUNK_BYTES["cuda"])
-    patch(layer, "attend", lambda q, k, v, *_: Attention.apply(q, k, v).flatten(2))
+    for module in (layer, attended):
+        patch(module, "attend", lambda q, k, v, *_: Attention.apply(q, k, v).flatten(2))
     patch(scratch, "dequantize_all", lambda *_, **__: None)
-    patch(shared.SharedInput, "fused", lambda _, x, *__: gpu_products if x.itemsize == 2 else None)
+    patch(shared, "_for_kernels", lambda x: x.itemsize == 2)
+    patch(gpu_products, "fits", lambda x, *_: len(x) >= gpu_products.FEWEST_ROWS)
     patch(gpu_products, "copyable", lambda x: x.stride(1) == 1)
     patch(gpu_products.TensorDescriptor, "from_tensor", lambda *_: None)
-    for module in (model_gpu, gpu_products, gpu_adapters):
+    for module in (model_gpu, gpu_products, gpu_gated, gpu_adapters):
         patch(module, "on_device", lambda _: nullcontext())
         patch(module, "multiprocessors", lambda _: 132, raising=False)
         patch(module, "is_hopper", lambda _: True, raising=False)
@@ -192,6 +194,7 @@ def steps(
                 float(ids.numel()),
                 saved_layers=dial.saved,
                 offloaded_layers=dial.offloaded,
+                notes=dial.notes,
             )
     assert engine._graphs is not None
     assert len(engine._graphs._captured) == 1
@@ -202,8 +205,10 @@ DIALS = [
     Dial(),
     Dial(2),
     Dial(LAYERS),
-    Dial.turned(LAYERS, 0, offload=True),
-    Dial.turned(LAYERS, 2, offload=True),
+    Dial(0, LAYERS - 1),
+    Dial(2, LAYERS - 3),
+    Dial(0, LAYERS - 1, True),
+    Dial(2, LAYERS - 3, True),
 ]
 
 

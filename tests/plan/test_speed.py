@@ -187,7 +187,7 @@ def test_longest_largest_and_biggest_are_the_last_that_fit(llama: ModelShape) ->
     card = CARDS["4090"]
     budget = usable(card.memory, "cuda")
     for way in found(llama, card):
-        dial = Dial.turned(32, 0, offload="offload" in way.name)
+        dial = Dial.turned(llama, 0, offload="offload" in way.name)
         run = replace(way.run, dial=dial, batch=1, micro_batches=1)
         assert way.longest is not None
         assert way.most is not None

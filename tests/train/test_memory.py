@@ -116,6 +116,8 @@ MEASURED = Footprint(
     used=1000,
     kept=10,
     thin=1,
+    noted=7,
+    noted_part=5,
     saved=100,
     down=20,
     loss=30,
@@ -144,7 +146,10 @@ def test_inputs_leave_only_where_that_keeps_more():
     for plan in (turned(budget) for budget in range(1400, 2600, 10)):
         stay = memory.MARGIN * (MEASURED.peak(plan.saved_layers, 0) + 40)
         assert (plan.offloaded_layers == 0) == (stay <= plan.budget)
-        assert plan.host_bytes == plan.offloaded_layers * MEASURED.kept
+        assert plan.host_bytes == plan.offloaded_layers * (10 + 7 * plan.notes)
+        with_notes = MEASURED.peak(plan.saved_layers, plan.offloaded_layers, notes=True) + 40
+        fit = plan.offloaded_layers > 0 and memory.MARGIN * with_notes <= plan.budget
+        assert plan.notes == fit
 
 
 @pytest.mark.parametrize(("saved", "offloaded"), [(0, 0), (0, 7), (5, 0), (5, 2), (8, 0)])
@@ -165,6 +170,16 @@ def test_the_host_s_memory_is_a_limit_too(monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda device: 0)
     with pytest.raises(ConfigError):
         turned(tight)
+
+
+def test_notes_are_left_only_where_the_host_has_room(monkeypatch):
+    for room, notes in ((7 * 17, True), (7 * 17 - 1, False)):
+        free = room / memory.HOST_SHARE
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
+        plan = turned(1, "offload")
+        assert (plan.offloaded_layers, plan.notes) == (7, notes)
+        assert plan.host_bytes <= room
+        assert ("without attention" in plan.line()) == notes
 
 
 def turned_fits(budget):

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from halfbyte.lora import adapter_parameters
+from halfbyte.model import documents
 from halfbyte.model.layer import FusedLayer
-from halfbyte.nf4.shared import SharedInput, ThinProducts
+from halfbyte.nf4 import shared
+from halfbyte.nf4.shared import ThinProducts
 from halfbyte.plan.ledger import Holding, Run
 from halfbyte.plan.shape import shape_of_config
 from halfbyte.train import passes
@@ -85,18 +87,15 @@ SETS, LAYERS = 4, 3
 PARTS, POSITIONS = batches_of([(2, 17), (1, 9)]), (2 * 17, 9)
 
 
-class Products:
+def forward(x, weights, p, shadow, outputs, turn):
     """gpu_products.py by torch: its kernels, interpreted, take seconds a step."""
+    adapters = zip(p.split(shadow.rank, 1), shadow.b.split(outputs), strict=True)
+    ys = [x @ weight.t() for weight in weights]
+    return torch.cat([y + own @ b.t() for y, (own, b) in zip(ys, adapters, strict=True)], 1)
 
-    @staticmethod
-    def forward(x, weights, p, shadow, outputs):
-        adapters = zip(p.split(shadow.rank, 1), shadow.b.split(outputs), strict=True)
-        ys = [x @ weight.t() for weight in weights]
-        return torch.cat([y + own @ b.t() for y, (own, b) in zip(ys, adapters, strict=True)], 1)
 
-    @staticmethod
-    def backward(dys, weights, g, shadow):
-        return g @ shadow.a + sum(dy @ weight for dy, weight in zip(dys, weights, strict=True))
+def backward(dys, weights, g, shadow):
+    return g @ shadow.a + sum(dy @ weight for dy, weight in zip(dys, weights, strict=True))
 
 
 @pytest.fixture
@@ -117,7 +116,10 @@ def products(monkeypatch):
     gpu_adapters = pytest.importorskip("halfbyte.nf4.gpu_adapters", exc_type=ImportError)
     monkeypatch.setattr(gpu_adapters, "is_hopper", lambda _: False)
     monkeypatch.setattr(torch, "mm", mm)
-    monkeypatch.setattr(SharedInput, "fused", lambda *_: Products)
+    gpu_products = pytest.importorskip("halfbyte.nf4.gpu_products", exc_type=ImportError)
+    monkeypatch.setattr(gpu_products, "forward", forward)
+    monkeypatch.setattr(gpu_products, "backward", backward)
+    monkeypatch.setattr(shared, "_for_kernels", lambda _: True)
     return made
 
 
@@ -135,12 +137,12 @@ class Drawer(dict):
     def fetch(self, layer):
         pass
 
-    def close(self):
+    def settle(self):
         pass
 
 
-def stepped(engine, saved=0, parts=PARTS, offloaded=0):
-    loss = engine.step(parts, 20.0, saved_layers=saved, offloaded_layers=offloaded)
+def stepped(engine, saved=0, parts=PARTS, offloaded=0, notes=False):
+    loss = engine.step(parts, 20.0, saved_layers=saved, offloaded_layers=offloaded, notes=notes)
     return loss, gradients(engine.model)
 
 
@@ -161,6 +163,22 @@ def forgetful(monkeypatch):
             return stepped(engine, *args)
 
     return step
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("saved", range(LAYERS + 1))
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_what_is_noted_is_not_made_again_and_no_bit_changes(family, saved, dtype, monkeypatch):
+    monkeypatch.setattr(passes, "Shelf", Drawer)
+    runs, attention = [], documents.causal_attention
+    counted = lambda *a, **k: (runs.append(1), attention(*a, **k))[1]  # noqa: E731
+    monkeypatch.setattr(documents, "causal_attention", counted)
+    engine = LayerEngine(model_of(FAMILIES[family], dtype=dtype), fuse=True)
+    wanted = stepped(engine, saved)
+    assert len(runs) == len(PARTS) * (2 * LAYERS - saved)
+    runs.clear()
+    assert same(stepped(engine, saved, PARTS, 2, True), wanted)
+    assert len(runs) == len(PARTS) * (LAYERS + max(0, LAYERS - saved - 2))
 
 
 @pytest.mark.parametrize("offloaded", [0, 2])

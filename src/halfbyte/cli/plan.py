@@ -274,6 +274,7 @@ def _as_json(way: "Way") -> dict[str, Any]:
         "holding": way.run.holding.__dict__,
         "saved_layers": way.run.dial.saved,
         "offloaded_layers": way.run.dial.offloaded,
+        "notes": way.run.dial.notes,
         "ledger": [line._asdict() for line in entries.all_lines()],
         "base_bytes": entries.base,
         "resident_bytes": entries.resident,

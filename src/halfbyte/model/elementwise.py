@@ -104,10 +104,13 @@ def _norm_and_sum_backward(
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float, known: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         kernels = _kernels(x)
-        if kernels:
+        if known is not None:
+            h = known.view_as(known)
+            y, rstd = (kernels.rms_norm if kernels else plain_rms_norm)(h, weight, eps)
+        elif kernels:
             y, rstd, h = kernels.add_rms_norm(x, residual, weight, eps)
         else:
             h = x + residual
@@ -118,7 +121,7 @@ class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dh = _norm_and_sum_backward(*grads, *ctx.saved_tensors)
-        return dh, dh, None, None
+        return dh, dh, None, None, None
 
 
 class _Rotary(torch.autograd.Function):
@@ -196,9 +199,19 @@ def rms_norm_beside(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tens
     return _RMSNormBeside.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return ``rms_norm(x + residual)`` and the sum, both [..., n]; see `rms_norm`."""
-    return _AddRMSNorm.apply(x, residual, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, known: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return ``rms_norm(x + residual)`` and the sum, both [..., n]; see `rms_norm`.
+
+    Args:
+        x: [..., n].
+        residual: Likewise.
+        weight: [n], frozen.
+        eps: Added to the mean of squares.
+        known: The sum, if somebody has kept it; then nobody reads x and residual.
+    """
+    return _AddRMSNorm.apply(x, residual, weight, eps, known)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

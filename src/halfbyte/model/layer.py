@@ -13,15 +13,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from halfbyte.model.attended import Attended
 from halfbyte.model.documents import Documents, attend
 from halfbyte.model.elementwise import (
     add_rms_norm,
     rms_norm,
     rms_norm_beside,
     rotary,
-    swiglu,
     unread_sum,
 )
+from halfbyte.model.heads import turned_heads
+from halfbyte.model.mlp import gated_mlp
 from halfbyte.nf4.linear import FrozenLinear
 
 # The names of transformers' classes, which this file was read beside. Others, derived or not, may
@@ -32,6 +34,34 @@ FAMILIES = {
     "Qwen2DecoderLayer": "Qwen2RMSNorm",
     "Qwen3DecoderLayer": "Qwen3RMSNorm",
 }
+
+
+class Notes:
+    """What a layer's first run leaves for its second, so that less is made again.
+
+    Attributes:
+        tensors: The stream between attention and MLP, then those of `Attended`. They may be others
+            of the same values by the second run, which takes them.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self._attended: Attended | None = None
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, scale: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what attention gives, [B, T, H · D], and in the second run the stream after it."""
+        if self._attended is None:
+            self._attended = Attended(q, k, v, documents, scale)
+            return self._attended.tensors[0], None
+        (h, *rest), self.tensors = self.tensors, []
+        return self._attended.again(q, k, v, rest), h
+
+    def leave(self, h: Tensor) -> None:
+        """Note the stream after attention, [B, T, hidden], in the first run."""
+        assert self._attended is not None
+        self.tensors, self._attended.tensors = [h, *self._attended.tensors], []
 
 
 class FusedLayer:
@@ -60,6 +90,7 @@ class FusedLayer:
         documents: Documents | None = None,
         *,
         read: bool = True,
+        notes: Notes | None = None,
     ) -> Tensor:
         """Return the layer's output [B, T, hidden].
 
@@ -70,33 +101,37 @@ class FusedLayer:
             documents: See `attend`. Nobody's longer than ``window``.
             read: Whether anybody reads the values of the output. If not, it is a stand-in with
                 the backward of the real one, and saves the last product of the layer.
+            notes: Empty, what is left there for the next run on the same input; else what the
+                last run left, which saves attention and its output projection.
         """
         y, residual = rms_norm_beside(x, self._first.weight, self._first.variance_epsilon)
-        heads = self._heads(y, cos, sin, documents)
-        y, h = add_rms_norm(
-            self._attention.o_proj(heads),
-            residual,
-            self._second.weight,
-            self._second.variance_epsilon,
-        )
-        inner = swiglu(self._mlp.gate_proj(y), self._mlp.up_proj(y))
-        if not read:
-            return unread_sum(h, self._mlp.down_proj.unread(inner))
-        result: Tensor = h + self._mlp.down_proj(inner)
+        q, k, v = self._heads(y, cos, sin)
+        scale, known = self._attention.scaling, None
+        if notes is None:
+            heads = attend(q, k, v, documents, scale)
+        else:
+            heads, known = notes.attend(q, k, v, documents, scale)
+        project, norm, mlp = self._attention.o_proj, self._second, self._mlp
+        o = project(heads) if known is None else project.unread(heads)
+        y, h = add_rms_norm(o, residual, norm.weight, norm.variance_epsilon, known)
+        if notes is not None and known is None:
+            notes.leave(h)
+        d = gated_mlp(y, mlp.gate_proj, mlp.up_proj, mlp.down_proj, read=read)
+        result: Tensor = h + d if read else unread_sum(h, d)
         return result
 
-    def _heads(self, y: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None) -> Tensor:
-        """Return what goes into the output projection, [B, T, heads · n]."""
+    def _heads(self, y: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k and v as attention wants them, [B, T, heads, n]."""
         attention = self._attention
-        q, k, v = (
-            project(y).unflatten(-1, (-1, self.head_dim))
-            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        if hasattr(attention, "q_norm"):
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        if not hasattr(attention, "q_norm"):
+            q, k, v = turned_heads(y, projections, cos, sin)
+        else:
+            q, k, v = (project(y).unflatten(-1, (-1, self.head_dim)) for project in projections)
             q = rms_norm(q, attention.q_norm.weight, attention.q_norm.variance_epsilon)
             k = rms_norm(k, attention.k_norm.weight, attention.k_norm.variance_epsilon)
-        q, k = rotary(q, k, cos, sin)
-        return attend(q, k, v, documents, attention.scaling)
+            q, k = rotary(q, k, cos, sin)
+        return q, k, v
 
 
 def fused(layer: nn.Module) -> FusedLayer | None:

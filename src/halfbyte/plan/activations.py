@@ -9,10 +9,11 @@ the bytes of an activation:
       norms       their outputs, and the sum between them                      3·e·H
       projected   q, k, v as they are projected (one product: one tensor)      e·(Q + 2K)
       attention   q and k turned, what attention gives                        e·(2Q + K)
-      mlp         gate, up, and their product                                  3·e·I
+      mlp         gate, up, and their product (on a GPU made in backward)      3·e·I or 2·e·I
       adapters    x Aᵀ of each linear                                          e·Σr
       statistics  of norms and of attention, float32                           4·(2 + heads)
-    offload     nothing on the card, but for the inputs of the layers under way
+    offload     nothing on the card, but for what is under way: inputs and, of wide models, notes,
+                  of which neither attention nor its output is made again  e·(H + Q) + 4·heads
 
 On a GPU layers that are run again keep `adapters` beside their input, on the card wherever that
 waits; x is read once for them. There r is what the copies of adapters are filled up to.
@@ -50,6 +51,11 @@ from halfbyte.plan.shape import ModelShape
 NEAR_LAYERS = 1
 UNDER_WAY = 1
 
+# Input and notes of a layer are three streams; a layer's products grow with their square. On an
+# H100, whose products are the fastest beside its bus (600 TFLOP/s, 50 GB/s), both take as long at
+# this width. There is no narrower card with a wider bus: elsewhere notes are worth it earlier.
+NOTED_WIDTH = 3072
+
 
 @dataclass(frozen=True)
 class LayerActivations:
@@ -77,6 +83,11 @@ class LayerActivations:
         return self.fused and self.on_gpu
 
     @property
+    def multiplied(self) -> bool:
+        """Whether base and adapter are multiplied together, by ``nf4.gpu_products``."""
+        return self.captured and self.itemsize == 2
+
+    @property
     def copies(self) -> int:
         """What a layer that is not run again keeps whatever the tokens."""
         return self.itemsize * self.copied if self.captured else 0
@@ -99,6 +110,8 @@ class LayerActivations:
         projected = e * (s.query + 2 * s.key_value)
         attention = e * (2 * s.query + s.key_value)
         mlp = (3 if self.fused else 4) * e * s.intermediate
+        if self.multiplied:
+            mlp = 2 * e * s.intermediate  # their product is made in backward
         statistics = 4 * 2
         if self.on_gpu:
             statistics += 4 * s.heads
@@ -121,6 +134,11 @@ class LayerActivations:
         }
 
     @property
+    def noted(self) -> int:
+        """What a layer leaves for its second run: the stream in its middle, attention's output."""
+        return self.itemsize * (self.shape.hidden + self.shape.query) + 4 * self.shape.heads
+
+    @property
     def saved(self) -> int:
         """What a layer keeps that is not run again, its input included."""
         return self.input + sum(self.kept().values())
@@ -132,7 +150,7 @@ class LayerActivations:
         if self.captured:
             e, heads = self.itemsize, 2 if s.key_value < s.query else 0
             attention = e * (s.hidden + 2 * s.query + 2 * s.key_value + heads * s.query)
-            gone = e * (2 * s.hidden + 3 * s.intermediate)
+            gone = e * 2 * s.hidden + self.kept()["mlp"]
             return max(e * s.intermediate, attention + 4 * s.query - gone)
         return self.itemsize * ((2 if self.fused else 3) * s.intermediate + s.hidden)
 
@@ -149,15 +167,18 @@ class Dial:
     Attributes:
         saved: Layers, counted from the last, that keep what backward needs.
         offloaded: Layers, counted from the first, whose input waits on the host.
+        notes: Whether these leave notes there, too.
     """
 
     saved: int = 0
     offloaded: int = 0
+    notes: bool = False
 
     @classmethod
-    def turned(cls, layers: int, saved: int, *, offload: bool) -> "Dial":
+    def turned(cls, shape: ModelShape, saved: int, *, offload: bool) -> "Dial":
         """Return the dial with which ``saved`` layers keep, and others' inputs may wait away."""
-        return cls(saved, max(0, layers - saved - NEAR_LAYERS) if offload else 0)
+        away = max(0, shape.layers - saved - NEAR_LAYERS) if offload else 0
+        return cls(saved, away, away > 0 and shape.fusable and worth_noting(shape.hidden))
 
     def line(self, layers: int) -> str:
         """Return it in a few words."""
@@ -166,6 +187,11 @@ class Dial:
         if self.offloaded:
             return f"{self.saved} kept + host" if self.saved else "on the host"
         return f"{self.saved} of {layers} kept" if self.saved else "all run again"
+
+
+def worth_noting(hidden: int) -> bool:
+    """Return whether the bus takes a layer's notes away faster than the layer runs."""
+    return hidden >= NOTED_WIDTH
 
 
 def kept_bytes(layer: LayerActivations, dial: Dial, tokens: int) -> int:
@@ -189,7 +215,7 @@ def saved_bytes(layer: LayerActivations, dial: Dial, tokens: int) -> int:
 
 def host_bytes(layer: LayerActivations, dial: Dial, tokens: int) -> int:
     """Return what waits in page-locked host memory."""
-    return tokens * dial.offloaded * layer.input
+    return tokens * dial.offloaded * (layer.input + layer.noted * dial.notes)
 
 
 def backward_bytes(layer: LayerActivations, dial: Dial, tokens: int, part_tokens: int) -> int:
@@ -212,5 +238,7 @@ def backward_bytes(layer: LayerActivations, dial: Dial, tokens: int, part_tokens
             own += stream
         if dial.offloaded:  # layer 0's input is the graphs' entry all the same
             own += stream
+        if dial.notes:  # the next layer's, and the other parts'; this one's are made by others
+            own += (tokens * UNDER_WAY + tokens - part_tokens) * layer.noted
         moments.append(own - saved_bytes(layer, dial, tokens))
     return max(moments)

@@ -404,7 +404,7 @@ def fitted(shape: ModelShape, run: Run, budget: float, *, offload: bool = False)
     """
 
     def turned(saved: int) -> Run:
-        return replace(run, dial=Dial.turned(shape.layers, saved, offload=offload))
+        return replace(run, dial=Dial.turned(shape, saved, offload=offload))
 
     best = largest(lambda saved: ledger(shape, turned(saved)).needed <= budget, 0, shape.layers)
     return None if best is None else turned(best)

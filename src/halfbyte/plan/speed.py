@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from halfbyte.errors import ConfigError
+from halfbyte.plan.activations import host_bytes
 from halfbyte.plan.ledger import Packed, Run, held
 from halfbyte.plan.shape import ModelShape
 
@@ -188,6 +189,9 @@ def step_seconds(
     numel = sum(weight.numel for weight in linears)
     last = sum(weight.numel for weight in linears if weight.name.endswith(".down_proj.weight"))
     rerun = numel - last if run.fused and shape.fusable else numel
+    # Of layers with notes neither attention nor what follows it is made again.
+    noted = run.dial.offloaded / max(1, shape.layers) if run.dial.notes else 0.0
+    after = sum(weight.numel for weight in linears if weight.name.endswith(".o_proj.weight"))
     packed = [held(weight, shape, run.holding) for weight in linears]
     decoded = [
         sum(size) + weight.numel * e
@@ -202,9 +206,9 @@ def step_seconds(
     state = 2 if run.optimizer.endswith("8bit") else 8
     parts = tokens / max(1, run.part_tokens) if card.device == "cuda" else 0.0
     found = Seconds(
-        products=2 * tokens * (2 * numel + again * rerun) / card.flops,
+        products=2 * tokens * (2 * numel + again * rerun - noted * after) / card.flops,
         head=4 * shape.vocabulary * shape.hidden * tokens / card.flops,
-        attention=forward * (1 + 2.5 + again) / (card.flops * ATTENTION_SHARE),
+        attention=forward * (1 + 2.5 + again - noted) / (card.flops * ATTENTION_SHARE),
         decoding=2 * sum(decoded) / card.bandwidth,
         elementwise=shape.layers * (tokens * moved / card.bandwidth + parts * _SMALL_KERNELS),
         optimizer=trained * (12 + 2 * state) / card.bandwidth,
@@ -212,7 +216,7 @@ def step_seconds(
         launching=launch * shape.layers * run.micro_batches if card.device == "cuda" else 0.0,
     )
     # Out in forward and back in backward, beside the products of either.
-    away = 2 * tokens * run.dial.offloaded * layer.input / card.link
+    away = 2 * host_bytes(layer, run.dial, tokens) / card.link
     return found._replace(waiting=max(0.0, away - found.total))
 
 

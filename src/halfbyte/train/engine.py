@@ -41,7 +41,7 @@ from transformers import PreTrainedModel
 from halfbyte.lora import DropoutClock, adapters, dropout_clock, frozen_linears, trained_whole
 from halfbyte.model.documents import Documents, can_pack
 from halfbyte.model.elementwise import rms_norm
-from halfbyte.model.layer import FAMILIES, fused
+from halfbyte.model.layer import FAMILIES, Notes, fused
 from halfbyte.model.loss import head_loss
 from halfbyte.model.vocabulary import FrozenHead
 from halfbyte.nf4 import QuantizedWeight
@@ -232,6 +232,7 @@ class LayerEngine:
         *,
         saved_layers: int,
         offloaded_layers: int = 0,
+        notes: bool = False,
     ) -> Tensor:
         """Add the gradients of one optimizer step to the adapters' ``.grad``.
 
@@ -242,11 +243,13 @@ class LayerEngine:
                 the others keep their input and are run again.
             offloaded_layers: How many of these, counted from the first, keep it in host memory;
                 on a GPU.
+            notes: Whether these keep there, too, what attention gave and the stream after it, so
+                that neither is made again; where layers are fused.
 
         Returns:
             The loss: float32 scalar on the device, summed over tokens and divided.
         """
-        keeping = Keeping(saved_layers, offloaded_layers)
+        keeping = Keeping(saved_layers, offloaded_layers, notes and self.fused > 0)
         self.mark("forward")
         parts, passages = self.enter(batches)
         key = (keeping, *(part.shape for part in parts))
@@ -383,7 +386,14 @@ class LayerEngine:
     def _recorded_run(self, micro_batch: int, calls: list[dict[str, Any]]) -> Any:
         clock, layers = self.clock, self.layers
 
-        def run(layer: int, x: Tensor, _given: tuple[Tensor, ...], *, read: bool) -> Tensor:
+        def run(
+            layer: int,
+            x: Tensor,
+            _given: tuple[Tensor, ...],
+            *,
+            read: bool,
+            notes: Notes | None = None,
+        ) -> Tensor:
             if clock is not None:
                 clock.micro_batch = micro_batch
             output = layers[layer](x, **calls[layer])
@@ -407,12 +417,19 @@ class LayerEngine:
         # Not `self`: what is captured is kept by the engine, and a cycle keeps its memory too long.
         clock, layers, longest = self.clock, self._fused, part.longest
 
-        def run(layer: int, x: Tensor, given: tuple[Tensor, ...], *, read: bool) -> Tensor:
+        def run(
+            layer: int,
+            x: Tensor,
+            given: tuple[Tensor, ...],
+            *,
+            read: bool,
+            notes: Notes | None = None,
+        ) -> Tensor:
             if clock is not None:
                 clock.micro_batch = micro_batch
             cos, sin, *starts = given
             documents = Documents(starts[0], longest) if starts else None
-            return layers[layer](x, cos, sin, documents, read=read)
+            return layers[layer](x, cos, sin, documents, read=read, notes=notes)
 
         return Passage(x, given, run)
 

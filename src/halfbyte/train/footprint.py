@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from halfbyte.plan.activations import UNDER_WAY
+from halfbyte.model.layer import Notes
+from halfbyte.plan.activations import UNDER_WAY, worth_noting
 from halfbyte.plan.ledger import OVERHEAD
 from halfbyte.train.engine import Batch, LayerEngine
 
@@ -32,6 +33,8 @@ class Footprint:
         used: In use when no step is under way, the decoded layer's buffers included.
         kept: What a layer keeps of a whole step when it is run again: its inputs.
         thin: What it keeps beside them, on the card in any case.
+        noted: What its notes are; nothing, where they are not worth their way.
+        noted_part: What of them are the largest part's.
         saved: What it keeps when it is not.
         down: What a layer's forward has alive beside its inputs, at the worst moment.
         loss: What a part's loss has alive beside what goes in.
@@ -44,6 +47,8 @@ class Footprint:
     used: int
     kept: int
     thin: int
+    noted: int
+    noted_part: int
     saved: int
     down: int
     loss: int
@@ -51,17 +56,23 @@ class Footprint:
     saved_part: int
     own: int
 
-    def peak(self, saved_layers: int, offloaded_layers: int) -> int:
+    def peak(self, saved_layers: int, offloaded_layers: int, *, notes: bool = False) -> int:
         """Return the predicted peak, the optimizer's state not counted."""
         again = self.layers - saved_layers
         here = again - offloaded_layers + min(offloaded_layers, UNDER_WAY)
-        between = saved_layers * self.saved + here * self.kept + again * self.thin
-        down = between + self.down + self.kept
-        loss = between + 2 * self.kept + self.loss
-        up = between + self.kept + self.up - (self.saved_part if saved_layers else 0)
-        if 0 < saved_layers < self.layers:  # or the first layer that is run again is the worst
-            up = max(up, here * self.kept + again * self.thin + self.kept + self.up)
-        return self.used + self.own + max(down, loss, up)
+        waiting = here * self.kept + again * self.thin
+        # Of the layer below, and of this one's other parts: this part's are in `up`.
+        beside = notes * ((1 + UNDER_WAY) * self.noted - self.noted_part)
+        between = saved_layers * self.saved + waiting
+        moments = [
+            between + self.down + self.kept + notes * UNDER_WAY * self.noted,
+            between + 2 * self.kept + self.loss,
+        ]
+        if saved_layers:
+            moments.append(between + self.kept + self.up - self.saved_part)
+        if again:
+            moments.append(waiting + beside + self.kept + self.up)
+        return self.used + self.own + max(moments)
 
 
 def footprint(engine: LayerEngine, batches: Sequence[Batch]) -> Footprint:
@@ -97,9 +108,9 @@ def _measured(engine: LayerEngine, batches: Sequence[Batch]) -> Footprint:
             y = passage.run(index, x, passage.given, read=False)
         torch.autograd.grad(y, [x, *trained], dy, allow_unused=True)
 
-    def forward() -> Tensor:
+    def forward(notes: Notes | None = None) -> Tensor:
         with torch.no_grad():
-            return passage.run(index, passage.x, passage.given, read=True)
+            return passage.run(index, passage.x, passage.given, read=True, notes=notes)
 
     def tail() -> object:
         return engine.tail(passage.x.detach(), part, 1.0)
@@ -111,6 +122,10 @@ def _measured(engine: LayerEngine, batches: Sequence[Batch]) -> Footprint:
         down = _peak(forward)
         thin = sum(p.nbytes for p in opened.take().values())
         up, loss = _peak(backward), _peak(tail)
+        notes = Notes()
+        if worth_noting(passage.x.shape[-1]):
+            forward(notes)
+        noted = sum(x.nbytes for x in notes.tensors)
     saved = [engine.saved_bytes_of(p)[0] for p in passages]
     kept = sum(p.x.nbytes for p in passages)
     given = {t.data_ptr(): t.nbytes for p in passages for t in p.given}
@@ -118,7 +133,10 @@ def _measured(engine: LayerEngine, batches: Sequence[Batch]) -> Footprint:
         layers=len(engine.layers),
         used=0,
         kept=kept,
-        thin=thin * kept // passage.x.nbytes,  # as many bytes a token in every part
+        # As many bytes a token in every part.
+        thin=thin * kept // passage.x.nbytes,
+        noted=noted * kept // passage.x.nbytes,
+        noted_part=noted,
         saved=sum(saved),
         down=down,
         loss=loss,

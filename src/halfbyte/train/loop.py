@@ -242,7 +242,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
         optimizer=config.optim,
         pages=stepper.optimizer.paging == "explicit",
         fused=isinstance(engine, LayerEngine) and engine.fused > 0,
-        dial=Dial(memory.saved_layers, memory.offloaded_layers),
+        dial=Dial(memory.saved_layers, memory.offloaded_layers, memory.notes),
         embedding_on_host=moved > 0,
     )
 
@@ -321,6 +321,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
             made,
             saved_layers=memory.saved_layers,
             offloaded_layers=memory.offloaded_layers,
+            notes=memory.notes,
             tight=tight(made),
         )
         took, times = time.perf_counter() - began, clock.seconds()

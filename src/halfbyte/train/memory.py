@@ -48,7 +48,8 @@ class ActivationPlan:
         budget: Bytes the process (on a GPU: the device) may use.
         predicted_bytes: Estimated peak under this plan.
         offloaded_layers: Layers, counted from the first, whose input waits in host memory.
-        host_bytes: What it takes there.
+        notes: Whether these leave notes there, too.
+        host_bytes: What all that takes.
     """
 
     saved_layers: int
@@ -57,6 +58,7 @@ class ActivationPlan:
     budget: int
     predicted_bytes: int
     offloaded_layers: int = 0
+    notes: bool = False
     host_bytes: int = 0
 
     def line(self) -> str:
@@ -69,6 +71,7 @@ class ActivationPlan:
             how += f", {again} are run again in backward"
         if self.offloaded_layers:
             how += f", {self.offloaded_layers} of them from host memory"
+            how += " and without attention" * self.notes
         return (
             f"{how} ({self.saved_bytes / 1e6:.0f} MB a layer); "
             f"about {self.predicted_bytes / 1e9:.2f} GB of {self.budget / 1e9:.2f} GB"
@@ -173,22 +176,25 @@ def _turned(
     measured: Footprint, activations: str, memory_budget: int | None, budget: int, state_bytes: int
 ) -> ActivationPlan:
     """Turn the dial on a GPU: as many layers keep as fit, others from the host where that helps."""
-    layers = measured.layers
+    layers, roomy = measured.layers, HOST_SHARE * free_memory("cpu")
 
-    def plan(saved: int, away: bool) -> ActivationPlan:
+    def plan(saved: int, away: bool, noted: bool) -> ActivationPlan:
         offloaded = max(0, layers - saved - NEAR_LAYERS) if away else 0
-        peak = measured.peak(saved, offloaded) + state_bytes
-        host = offloaded * measured.kept
-        return ActivationPlan(saved, layers, measured.saved, budget, peak, offloaded, host)
+        noted = noted and offloaded > 0
+        peak = measured.peak(saved, offloaded, notes=noted) + state_bytes
+        host = offloaded * (measured.kept + measured.noted * noted)
+        return ActivationPlan(saved, layers, measured.saved, budget, peak, offloaded, noted, host)
 
+    ways = [(False, False), (True, False), (True, True)][: 3 if measured.noted else 2]
     if activations in ("save", "recompute", "offload"):
-        return plan(layers if activations == "save" else 0, activations == "offload")
-    both = [plan(saved, away) for away in (False, True) for saved in range(layers + 1)]
-    roomy = HOST_SHARE * free_memory("cpu")
+        chosen = plan(layers if activations == "save" else 0, *ways[activations == "offload"])
+        noted = plan(0, *ways[-1])
+        return noted if activations == "offload" and noted.host_bytes <= roomy else chosen
+    all_plans = [plan(saved, *way) for way in ways for saved in range(layers + 1)]
     room = budget / MARGIN
-    fitting = [p for p in both if p.predicted_bytes <= room and p.host_bytes <= roomy]
+    fitting = [p for p in all_plans if p.predicted_bytes <= room and p.host_bytes <= roomy]
     if not fitting:
-        least = min(both, key=lambda p: p.predicted_bytes)
+        least = min(all_plans, key=lambda p: p.predicted_bytes)
         if memory_budget is None:
             return least
         raise ConfigError(
@@ -196,7 +202,7 @@ def _turned(
             f"host memory this run needs {MARGIN * least.predicted_bytes / 1e9:.2f} GB. Raise it, "
             "or lower batch_size, gradient_accumulation_steps or max_length"
         )
-    return max(fitting, key=lambda p: (p.saved_layers, -p.offloaded_layers))
+    return max(fitting, key=lambda p: (p.saved_layers, -p.offloaded_layers, p.notes))
 
 
 def keep_freed_memory() -> bool:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from halfbyte.model.layer import Notes
 from halfbyte.train.shelf import Shelf
 
 # Graphs of so many shapes are held; each takes some ten megabytes.
@@ -32,16 +33,26 @@ class Keeping(NamedTuple):
         saved_layers: So many layers, counted from the last, keep what their backward needs; the
             others keep their input and what is thin, and are run again.
         offloaded_layers: So many, counted from the first, keep it in host memory.
+        notes: Whether these keep notes beside it, so that less is run again.
     """
 
     saved_layers: int
     offloaded_layers: int = 0
+    notes: bool = False
 
 
 class Run(Protocol):
     """Calls a layer on a part."""
 
-    def __call__(self, layer: int, x: Tensor, given: tuple[Tensor, ...], *, read: bool) -> Tensor:
+    def __call__(
+        self,
+        layer: int,
+        x: Tensor,
+        given: tuple[Tensor, ...],
+        *,
+        read: bool,
+        notes: Notes | None = None,
+    ) -> Tensor:
         """Return the layer's output [B, T, hidden]; ``read``: whether anybody reads its values."""
 
 
@@ -80,11 +91,29 @@ class _Kept:
         x: Its input, unless that is on the shelf.
         y: Its output, if it is saved.
         thin: What is not made again, if it is not.
+        notes: What it noted, whose tensors are where x is.
     """
 
     x: Tensor | None = None
     y: Tensor | None = None
     thin: Mapping[Any, Tensor] = field(default_factory=dict)
+    notes: Notes | None = None
+
+    def away(self) -> list[Tensor]:
+        """Return what waits elsewhere, and let go of it."""
+        assert self.x is not None
+        tensors, self.x = [self.x.detach()], None
+        if self.notes is not None:
+            tensors += self.notes.tensors
+            self.notes.tensors = []
+        return tensors
+
+    def back(self, tensors: list[Tensor], *, wanted: bool) -> None:
+        """Have back what waited; ``wanted``: whether the input wants a gradient."""
+        x, *rest = tensors
+        self.x = x.requires_grad_(wanted)
+        if self.notes is not None:
+            self.notes.tensors = rest
 
 
 class Passes:
@@ -115,6 +144,8 @@ class Passes:
         """Return the last layer's output for each part, detached."""
         hidden = [passage.x for passage in passages]
         first_saved = max(self.layers - keeping.saved_layers, self.first_trained)
+        offloaded = min(keeping.offloaded_layers, first_saved)
+        noted = offloaded if keeping.notes else 0
         self._kept = []
         for index in range(self.layers):
             row: list[_Kept] = []
@@ -125,20 +156,21 @@ class Passes:
                     x = hidden[i].detach().requires_grad_(wanted)
                     if not saved:
                         thin.note()
+                    notes = Notes() if index < noted else None
                     with torch.set_grad_enabled(saved):
-                        y = passage.run(index, x, passage.given, read=True)
-                    row.append(_Kept(x, y if saved else None, thin.take()))
+                        y = passage.run(index, x, passage.given, read=True, notes=notes)
+                    row.append(_Kept(x, y if saved else None, thin.take(), notes))
                     hidden[i] = y.detach()
             if index < self.first_trained:
                 continue
-            if index < min(keeping.offloaded_layers, first_saved):
+            if index < offloaded:
                 self._shelf = self._shelf or Shelf()
-                self._shelf.put(index, [kept.x.detach() for kept in row if kept.x is not None])
-                for kept in row:
-                    kept.x = None
+                self._shelf.put(index, [kept.away() for kept in row])
+            elif self._shelf is not None:
+                self._shelf.settle()
             self._kept.append(row)
         if self._shelf is not None:
-            self._shelf.close()
+            self._shelf.settle()
         return hidden
 
     def up(
@@ -158,8 +190,9 @@ class Passes:
             away = row[0].x is None
             if away and self._shelf is not None:
                 wanted = self.entry_trained or index > self.first_trained
-                for kept, back in zip(row, self._shelf.take(index), strict=True):
-                    kept.x = back.requires_grad_(wanted)
+                back = self._shelf.take(index)
+                for kept in row:
+                    kept.back(back.pop(0), wanted=wanted)
             self._fetch(index - 1)
             # The last layer of the pass down is the first of the pass up.
             with self._opened(index, again=index == self.layers - 1) as thin:
@@ -170,7 +203,9 @@ class Passes:
                     if output is None:
                         thin.give(held.thin)
                         with torch.enable_grad():
-                            output = passage.run(index, x, passage.given, read=False)
+                            output = passage.run(
+                                index, x, passage.given, read=False, notes=held.notes
+                            )
                     leaves = [x] * x.requires_grad + self._trained[index]
                     # In this thread: one more would have a cuBLAS workspace of its own.
                     with torch.autograd.set_multithreading_enabled(False):

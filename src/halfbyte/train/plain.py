@@ -42,6 +42,7 @@ class PlainEngine:
         *,
         saved_layers: int,
         offloaded_layers: int = 0,
+        notes: bool = False,
     ) -> Tensor:
         """Add the gradients of one optimizer step; see ``LayerEngine.step``."""
         total = torch.zeros((), dtype=torch.float32, device=self.model.device)

@@ -95,6 +95,7 @@ def run(config: TrainConfig, report: "RunReport") -> None:
             batches,
             saved_layers=memory.saved_layers,
             offloaded_layers=memory.offloaded_layers,
+            notes=memory.notes,
         )
         taken = time.perf_counter() - began
         spent += taken

@@ -202,6 +202,7 @@ class Stepper:
         *,
         saved_layers: int,
         offloaded_layers: int = 0,
+        notes: bool = False,
         tight: bool = False,
     ) -> StepResult:
         """Make step ``step`` (0-based).
@@ -211,6 +212,7 @@ class Stepper:
             batches: Its micro-batches.
             saved_layers: As for the engine.
             offloaded_layers: Likewise.
+            notes: Likewise.
             tight: Whether memory is short, so that paged state leaves the device until the update.
 
         Raises:
@@ -234,6 +236,7 @@ class Stepper:
                 float(supervised),
                 saved_layers=saved_layers,
                 offloaded_layers=offloaded_layers,
+                notes=notes,
             )
         finally:
             if self.engine.clock is not None:
