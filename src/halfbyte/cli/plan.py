@@ -189,6 +189,7 @@ def _count(number: float) -> str:
 
 
 def _show(shape: "ModelShape", found: list["Way"], card: "Card", memory: float, told: str) -> None:
+    from halfbyte.plan.activations import Dial, host_bytes
     from halfbyte.plan.advice import choices, usable
     from halfbyte.report import show
 
@@ -240,7 +241,8 @@ def _show(shape: "ModelShape", found: list["Way"], card: "Card", memory: float, 
         budget = int((usable(memory, card.device) - beside) / 1e8) / 10
         show.paragraph(f"To keep as much for backward, train with --memory-budget {budget:g}GB.")
     if any(way.ledger.on_host or "offload" in way.name for way in found):
-        per_sequence = run.length * shape.layers * run.layer(shape).input
+        away = Dial.turned(shape, 0, offload=True)
+        per_sequence = host_bytes(run.layer(shape), away, run.length)
         show.paragraph(
             f"Offloading takes up to {per_sequence / 1e9:.2f} GB of the host's memory for each "
             f"sequence of {run.length:,} tokens."

@@ -40,8 +40,8 @@ COPY_SHARE = 3.02 / 3.35
 # Attention's products are small, and softmax is between them.
 ATTENTION_SHARE = 0.5
 # How often what a layer keeps goes through memory between its products, forward and backward, and
-# when it is run again: gpu_step_offload.json and gpu_step_save.json, 4x2048, less all the rest.
-MOVED, MOVED_AGAIN = 3.0, 1.6
+# when it is run again: gpu_step_forms.json, 4x2048, less all the rest.
+MOVED, MOVED_AGAIN = 3.0, 0.3
 # A processor's step against its own products of 1024x1024x1024: cpu_step.json, "halfbyte-nf4-bf16".
 CPU_SHARE = 0.8
 
