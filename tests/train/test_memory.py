@@ -14,7 +14,6 @@ from halfbyte.train.engine import LayerEngine, PlainEngine
 from halfbyte.train.footprint import Footprint
 from halfbyte.train.memory import (
     keep_few_products,
-    keep_freed_memory,
     peak_memory,
     plan_activations,
     used_memory,
@@ -102,10 +101,6 @@ def test_memory_in_use_is_seen(monkeypatch):
     assert used_memory("cpu") - before > 90_000_000
     assert peak_memory("cpu") >= used_memory("cpu") - 1_000_000
     held.close()
-
-
-def test_the_allocator_is_told():
-    assert keep_freed_memory()
 
 
 # --- the dial on a GPU ---------------------------------------------------------------------------

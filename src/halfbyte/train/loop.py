@@ -37,10 +37,10 @@ from halfbyte.train import facts
 from halfbyte.train.config import TrainConfig, to_yaml
 from halfbyte.train.engine import LayerEngine, choose_engine
 from halfbyte.train.evaluate import as_batch, evaluate_loss
+from halfbyte.train.heap import keep_freed_memory
 from halfbyte.train.loading import load_told, lora_of, recipe_facts, recipe_of
 from halfbyte.train.memory import (
     keep_few_products,
-    keep_freed_memory,
     peak_memory,
     plan_activations,
     used_memory,

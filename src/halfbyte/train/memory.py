@@ -7,8 +7,6 @@ step is measured part by part (train/footprint.py), and what layers are run agai
 host memory.
 """
 
-import ctypes
-import ctypes.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -197,23 +195,6 @@ def _turned(
             "or lower batch_size, gradient_accumulation_steps or max_length"
         )
     return max(fitting, key=lambda p: (p.saved_layers, -p.offloaded_layers))
-
-
-def keep_freed_memory() -> bool:
-    """Tell the C allocator to keep what is freed, instead of giving it back to the system.
-
-    A training step frees and takes the same activations again and again. glibc returns blocks over
-    128 kB to the system at once, and every page of the next one is faulted in anew.
-
-    Returns:
-        Whether the allocator understood (glibc does).
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:
-        return False
-    trim_threshold, mmap_threshold = -1, -3
-    return bool(mallopt(mmap_threshold, 1 << 30) and mallopt(trim_threshold, 256 << 20))
 
 
 def keep_few_products(steps: Sequence[Sequence[tuple[int, int]]]) -> None:
