@@ -185,9 +185,11 @@ def test_measuring_leaves_gradients_as_they_were(monkeypatch):
 )
 def test_as_many_compiled_products_are_kept_as_a_step_has(monkeypatch, lengths, capacity):
     name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
-    monkeypatch.setenv(name, "")  # so that it is put back
-    monkeypatch.delenv(name)
+    for one in (name, "LRU_CACHE_CAPACITY"):
+        monkeypatch.setenv(one, "")  # so that it is put back
+        monkeypatch.delenv(one)
     keep_few_products([[(1, 8)], [(1, length) for length in lengths]])
     assert os.environ[name] == capacity
+    assert os.environ["LRU_CACHE_CAPACITY"] == "1"
     keep_few_products([[(1, length) for length in range(8, 12)]])
     assert os.environ[name] == capacity

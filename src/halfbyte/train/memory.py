@@ -203,10 +203,12 @@ def keep_few_products(steps: Sequence[Sequence[tuple[int, int]]]) -> None:
     It keeps one for each shape it has met, 1024 of them, and on a CPU a run of examples of many
     lengths fills that: 8 steps of 8 lengths took 2.65 GB so, 2.37 with 256, in the same time
     (2026-11-24_cpu_onednn_cache.json). With too few, a step compiles its own again and again.
+    torch keeps as many once more for itself, which saves no time where oneDNN has them: 600 kB a
+    product with both, 310 with one (2026-11-24_cpu_memory.json).
 
     Args:
         steps: (B, T) of every micro-batch, step by step, as for `plan_activations`.
     """
     most = max(len(set(shapes)) for shapes in steps)
-    capacity = min(max(256, 32 * most), 1024)
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(capacity))
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(min(max(256, 32 * most), 1024)))
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
