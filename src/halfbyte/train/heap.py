@@ -5,9 +5,9 @@ blocks over 128 kB to the system at once, and every page of the next one is faul
 keep them, it leaves holes: torch asks for blocks at multiples of 64 bytes (``posix_memalign``), for
 which glibc looks for 96 bytes more than the block has. So a hole between two tensors that are kept
 is never filled by a tensor of its size, and all layers' temporaries lie beside each other. Of
-SmolLM2's heap in float32, 506 MB were such holes beside 1255 of kept activations. heap.cpp asks for
+SmolLM2's heap in float32, 476 MiB were such holes beside 1255 that are kept. heap.cpp asks for
 the size itself first (``malloc``), and has the aligned block where that is aligned by chance, which
-between tensors it always is: 40 MB (2026-11-24_cpu_memory.json).
+between tensors it always is: 16 MiB (2026-11-24_cpu_memory.json).
 """
 
 import ctypes

@@ -17,9 +17,12 @@ import torch
 from halfbyte.errors import ConfigError
 from halfbyte.lora import trained_whole
 from halfbyte.model.loss import CHUNK_BYTES
+from halfbyte.nf4 import QuantizedWeight
 from halfbyte.plan.activations import NEAR_LAYERS
+from halfbyte.plan.ledger import HOLES, TOUCHED_LATER, product_bytes, products_kept
 from halfbyte.train.engine import Batch, LayerEngine, PlainEngine
 from halfbyte.train.footprint import Footprint, footprint
+from halfbyte.train.heap import give_back
 
 # Without a budget, this part of the memory that is free when training starts may be used.
 FREE_SHARE = 0.8
@@ -29,10 +32,6 @@ MARGIN = 1.03
 
 # So much of the host's free memory may hold layers' inputs, page-locked.
 HOST_SHARE = 0.5
-
-# What a byte of kept activations takes: glibc's heap leaves holes between them where temporaries
-# were (measured on SmolLM2: 22 MB for each 16 MB that a layer keeps).
-HOLES = {"cpu": 1.4, "cuda": 1.05}
 
 
 @dataclass(frozen=True)
@@ -128,6 +127,8 @@ def plan_activations(
         ConfigError: If the budget is too small even when every layer is run again; says the least
             that would do.
     """
+    if device == "cpu":
+        give_back()  # what loading has left
     used = used_memory(device)
     budget = memory_budget or int(used + FREE_SHARE * free_memory(device))
     if isinstance(engine, PlainEngine):
@@ -144,17 +145,23 @@ def plan_activations(
     tokens = widest[0] * widest[1]
     ids = torch.zeros(widest, dtype=torch.int64, device=device)
     saved, kept = engine.saved_bytes(Batch(ids, torch.full_like(ids, -100)))
-    # Adapters' moments (the gradients are there already), every layer's input, one layer of the
-    # widest micro-batch alive in backward beside its gradients, and one chunk of logits.
     share = HOLES[device] * tokens_per_step / tokens
     step_saved, step_kept = int(saved * share), int(kept * share)
-    head = engine.head_weight.nbytes
-    # Beside them: the head as its product wants it laid out, and a few copies of a logits chunk.
-    workspace = 2 * head + 4 * CHUNK_BYTES[device]
     # A gradient is new before it is added: the widest of those trained whole, in two copies.
     whole = [p.nbytes for m in engine.model.modules() for p in trained_whole(m).values()]
-    workspace += 2 * max(whole, default=0)
-    floor = used + state_bytes + layers * step_kept + 2 * saved + workspace
+    # Beside what is kept, one layer of the widest micro-batch alive in backward, and its gradients;
+    # or the loss: two copies of a chunk of logits, what goes into them, its gradient.
+    head = engine.head_weight
+    vocabulary, packed = head.shape[0], isinstance(head, QuantizedWeight)
+    rows = min(tokens, max(16, CHUNK_BYTES[device] // (4 * vocabulary)))
+    copies = 2 * 4 + (2 if engine.dtype.itemsize == 2 and not packed else 0)  # plan/ledger.py
+    chunks = copies * rows * vocabulary + packed * CHUNK_BYTES[device]
+    loss = chunks + 2 * (tokens_per_step + tokens) * kept // tokens
+    workspace = max(2 * saved, loss) + 2 * max(whole, default=0)
+    if device == "cpu":
+        used += int(TOUCHED_LATER) + product_bytes(shapes, engine.dtype.itemsize)
+    # Adapters' moments (the gradients are there already) and every layer's input.
+    floor = used + state_bytes + layers * step_kept + workspace
     extra = max(1, step_saved - step_kept)
     fitting = max(0, min(layers, (budget - floor) // extra))
     if activations == "auto" and floor > budget and memory_budget is not None:
@@ -209,6 +216,5 @@ def keep_few_products(steps: Sequence[Sequence[tuple[int, int]]]) -> None:
     Args:
         steps: (B, T) of every micro-batch, step by step, as for `plan_activations`.
     """
-    most = max(len(set(shapes)) for shapes in steps)
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(min(max(256, 32 * most), 1024)))
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(products_kept(steps)))
     os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
