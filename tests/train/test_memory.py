@@ -13,6 +13,8 @@ from halfbyte.train import memory
 from halfbyte.train.engine import LayerEngine, PlainEngine
 from halfbyte.train.footprint import Footprint
 from halfbyte.train.memory import (
+    ActivationPlan,
+    Ceiling,
     keep_few_products,
     peak_memory,
     plan_activations,
@@ -101,6 +103,23 @@ def test_memory_in_use_is_seen(monkeypatch):
     assert used_memory("cpu") - before > 90_000_000
     assert peak_memory("cpu") >= used_memory("cpu") - 1_000_000
     held.close()
+
+
+def test_near_its_budget_a_run_gives_holes_back(monkeypatch):
+    given = []
+    monkeypatch.setattr(memory, "give_back", lambda: given.append(True))
+    look = Ceiling(ActivationPlan(3, 3, 10, 1000, 900, room=100))
+    for used, times in ((900, 0), (901, 1), (901, 2)):
+        monkeypatch.setattr(memory, "used_memory", lambda device, used=used: used)
+        look()
+        assert len(given) == times
+
+
+def test_the_heap_is_looked_at_before_each_layer_and_the_loss(engine):
+    looks = []
+    engine.passes.between = lambda: looks.append(True)
+    engine.step(batches_of([(2, 9)]), 1.0, saved_layers=1)
+    assert len(looks) == 2 * len(engine.layers) + 1
 
 
 # --- the dial on a GPU ---------------------------------------------------------------------------

@@ -40,6 +40,7 @@ from halfbyte.train.evaluate import as_batch, evaluate_loss
 from halfbyte.train.heap import give_back, keep_freed_memory
 from halfbyte.train.loading import load_told, lora_of, recipe_facts, recipe_of
 from halfbyte.train.memory import (
+    Ceiling,
     keep_few_products,
     peak_memory,
     plan_activations,
@@ -233,6 +234,8 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
     if config.activations == "offload" and device == "cpu":
         report.note("activations: there is nowhere to offload to from a CPU; layers are run again")
     report.note(memory.line())
+    if device == "cpu" and config.memory_budget and isinstance(engine, LayerEngine):
+        engine.passes.between = Ceiling(memory)
     tight = Tightness(memory, used_memory(device), shapes, beside)
     if resumed is not None:  # after planning, which counts its bytes
         stepper.load_optimizer_state(resumed.optimizer)

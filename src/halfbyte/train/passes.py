@@ -75,6 +75,9 @@ class Passes:
         first_trained: The first that trains anything, or lies above what does.
         entry_trained: Whether what goes into layer 0 wants a gradient.
         opened: Makes a layer's weights ready, unless they are (``again``); a context.
+
+    Attributes:
+        between: Called before each layer, in both passes; not where graphs are played again.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class Passes:
         self.layers, self._trained = len(trained), [list(those) for those in trained]
         self.first_trained, self.entry_trained = first_trained, entry_trained
         self._opened = opened
+        self.between: Callable[[], None] = lambda: None
         self._kept: list[list[_Kept]] = []
         self._shelf: Shelf | None = None
 
@@ -99,6 +103,7 @@ class Passes:
             row: list[_Kept] = []
             wanted = self.entry_trained or index > self.first_trained
             saved = index >= first_saved
+            self.between()
             with self._opened(index):
                 for i, passage in enumerate(passages):
                     x = hidden[i].detach().requires_grad_(wanted)
@@ -137,6 +142,7 @@ class Passes:
                 back = [x.requires_grad_(wanted) for x in self._shelf.take(index)]
                 row = [_Kept(x, None) for x in back]
             self._fetch(index - 1)
+            self.between()
             # The last layer of the pass down is the first of the pass up.
             with self._opened(index, again=index == self.layers - 1):
                 for i, passage in enumerate(passages):
