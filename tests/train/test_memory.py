@@ -105,11 +105,12 @@ def test_memory_in_use_is_seen(monkeypatch):
     held.close()
 
 
-def test_near_its_budget_a_run_gives_holes_back(monkeypatch):
+@pytest.mark.parametrize(("budget", "held"), [(910, 810), (1000, 827)])
+def test_near_its_prediction_or_budget_a_run_gives_holes_back(monkeypatch, budget, held):
     given = []
     monkeypatch.setattr(memory, "give_back", lambda: given.append(True))
-    look = Ceiling(ActivationPlan(3, 3, 10, 1000, 900, room=100))
-    for used, times in ((900, 0), (901, 1), (901, 2)):
+    look = Ceiling(ActivationPlan(3, 3, 10, budget, 900, room=100))
+    for used, times in ((held, 0), (held + 1, 1), (held + 1, 2)):
         monkeypatch.setattr(memory, "used_memory", lambda device, used=used: used)
         look()
         assert len(given) == times

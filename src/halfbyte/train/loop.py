@@ -234,7 +234,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
     if config.activations == "offload" and device == "cpu":
         report.note("activations: there is nowhere to offload to from a CPU; layers are run again")
     report.note(memory.line())
-    if device == "cpu" and config.memory_budget and isinstance(engine, LayerEngine):
+    if device == "cpu" and isinstance(engine, LayerEngine):
         engine.passes.between = Ceiling(memory)
     tight = Tightness(memory, used_memory(device), shapes, beside)
     if resumed is not None:  # after planning, which counts its bytes

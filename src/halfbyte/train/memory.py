@@ -208,15 +208,16 @@ def _turned(
 
 
 class Ceiling:
-    """Gives the heap's holes back before a layer that might pass the budget; on a CPU.
+    """Gives the heap's holes back before a layer that might pass what was promised; on a CPU.
 
     What is predicted counts some holes, and a run of many lengths makes more of them the longer it
-    lasts. Where that is too much, each page is faulted in anew: a step of SmolLM2 that was held to
-    nine tenths of what it would have taken took a fifth longer.
+    lasts. It is held to the prediction and a little, and to the budget. Pages that were given back
+    are faulted in anew, which shows only far below: a step of SmolLM2 that was held to nine tenths
+    of what it would have taken took a fifth longer.
     """
 
     def __init__(self, plan: ActivationPlan) -> None:
-        self._ceiling = plan.budget - plan.room
+        self._ceiling = min(plan.budget, int(MARGIN * plan.predicted_bytes)) - plan.room
 
     def __call__(self) -> None:
         """Look, and give back if need be."""
