@@ -129,7 +129,8 @@ def our_steps(
     from halfbyte.model.build import BaseRecipe
     from halfbyte.train.config import TrainConfig
     from halfbyte.train.engine import Batch, choose_engine
-    from halfbyte.train.memory import keep_freed_memory, plan_activations
+    from halfbyte.train.heap import keep_freed_memory
+    from halfbyte.train.memory import plan_activations
     from halfbyte.train.step import Schedule, Stepper
 
     keep_freed_memory()

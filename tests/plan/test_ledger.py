@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,17 @@ from halfbyte.lora import LoRAConfig, adapter_parameters, attach
 from halfbyte.model.build import BaseRecipe, build, finish, place
 from halfbyte.nf4 import empty_like_quantized
 from halfbyte.optim.layout import pieces_of
-from halfbyte.plan.ledger import Holding, Packed, Run, ledger
+from halfbyte.plan.ledger import (
+    OVERHEAD,
+    PRODUCT,
+    TOUCHED_LATER,
+    Holding,
+    Packed,
+    Run,
+    ledger,
+    product_bytes,
+    products_kept,
+)
 from halfbyte.plan.shape import KNOWN, ModelShape, config_of, shape_of, shape_of_config
 from tests.checkpoint.families import tiny_model
 from tests.tiny import tiny_tokenizer, write_tiny_model
@@ -204,3 +215,27 @@ def test_what_stays_plain_is_named_once_for_all_layers() -> None:
     assert "model.layers.*.mlp.experts.down_proj, bf16" in names
     assert "lm_head.weight, bf16" in names
     assert len(names) == len(set(names)) < 12
+
+
+def test_on_a_cpu_compiled_products_are_counted_up_to_what_is_kept() -> None:
+    def products(itemsize: int, *shapes: tuple[int, int]) -> float:
+        return product_bytes([shapes], itemsize) / PRODUCT[itemsize]
+
+    assert products(4, (4, 256)) == 17
+    assert products(2, (4, 256)) == 17 + 4 * 5  # attention's, too
+    assert products(2, (4, 256), (4, 256), (4, 257)) == 2 * 17 + 9 * 5
+    assert products_kept([[(1, 8)] * 9]) == 256
+    many = [[(1, length) for length in range(8, 18)]]
+    assert products_kept(many) == 320
+    assert product_bytes(many * 3, 4) == int(170 * PRODUCT[4])
+    lengths = [[(1, length)] for length in range(8, 108)]
+    assert product_bytes(lengths, 4) == int(256 * PRODUCT[4])
+
+
+def test_on_a_cpu_the_process_is_what_it_was_before_the_run() -> None:
+    shape = shape_of(tiny_model("llama"), "tiny")
+    run = Run(device="cpu", shapes=(((1, 8), (1, 9)), ((1, 9),)))
+    products = product_bytes(run.shapes, 2)
+    assert ledger(shape, run).overhead == OVERHEAD["cpu"] + products
+    known = ledger(shape, replace(run, process=10**9))
+    assert known.overhead == 10**9 + TOUCHED_LATER + products

@@ -75,15 +75,15 @@ def test_steps_of_a_7b_on_an_h100_are_as_measured(
 
 @pytest.mark.parametrize(
     ("quant", "itemsize", "gigabytes"),
-    [("nf4", 2, 1.775), ("nf4", 4, 2.619), ("none", 2, 1.92), ("none", 4, 2.958)],
+    [("nf4", 2, 1.601), ("nf4", 4, 2.188), ("none", 2, 1.748), ("none", 4, 2.552)],
 )
 def test_peaks_on_a_cpu_are_those_of_four_runs(
     smol: ModelShape, quant: str, itemsize: int, gigabytes: float
 ) -> None:
-    """benchmarks/results/2026-11-24_cpu_step.json: SmolLM2-135M, 4x256 tokens, all kept."""
+    """benchmarks/results/2026-11-24_cpu_memory.json: SmolLM2-135M, 4x256 tokens, all kept."""
     holding = Holding(quant, itemsize=itemsize)
     run = Run(holding, batch=4, length=256, fused=False, device="cpu", dial=Dial(30))
-    assert ledger(smol, run).peak / 1e9 == pytest.approx(gigabytes, rel=0.07)
+    assert ledger(smol, run).peak / 1e9 == pytest.approx(gigabytes, rel=0.03)
 
 
 def test_time_follows_what_is_done(llama: ModelShape) -> None:

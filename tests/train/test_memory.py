@@ -14,8 +14,9 @@ from halfbyte.train import memory
 from halfbyte.train.engine import LayerEngine, PlainEngine
 from halfbyte.train.footprint import Footprint
 from halfbyte.train.memory import (
+    ActivationPlan,
+    Ceiling,
     keep_few_products,
-    keep_freed_memory,
     peak_memory,
     plan_activations,
     used_memory,
@@ -105,8 +106,22 @@ def test_memory_in_use_is_seen(monkeypatch):
     held.close()
 
 
-def test_the_allocator_is_told():
-    assert keep_freed_memory()
+@pytest.mark.parametrize(("budget", "held"), [(910, 810), (1000, 827)])
+def test_near_its_prediction_or_budget_a_run_gives_holes_back(monkeypatch, budget, held):
+    given = []
+    monkeypatch.setattr(memory, "give_back", lambda: given.append(True))
+    look = Ceiling(ActivationPlan(3, 3, 10, budget, 900, room=100))
+    for used, times in ((held, 0), (held + 1, 1), (held + 1, 2)):
+        monkeypatch.setattr(memory, "used_memory", lambda device, used=used: used)
+        look()
+        assert len(given) == times
+
+
+def test_the_heap_is_looked_at_before_each_layer_and_the_loss(engine):
+    looks = []
+    engine.passes.between = lambda: looks.append(True)
+    engine.step(batches_of([(2, 9)]), 1.0, saved_layers=1)
+    assert len(looks) == 2 * len(engine.layers) + 1
 
 
 # --- the dial on a GPU ---------------------------------------------------------------------------
@@ -221,9 +236,11 @@ def test_measuring_leaves_gradients_as_they_were(monkeypatch):
 )
 def test_as_many_compiled_products_are_kept_as_a_step_has(monkeypatch, lengths, capacity):
     name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
-    monkeypatch.setenv(name, "")  # so that it is put back
-    monkeypatch.delenv(name)
+    for one in (name, "LRU_CACHE_CAPACITY"):
+        monkeypatch.setenv(one, "")  # so that it is put back
+        monkeypatch.delenv(one)
     keep_few_products([[(1, 8)], [(1, length) for length in lengths]])
     assert os.environ[name] == capacity
+    assert os.environ["LRU_CACHE_CAPACITY"] == "1"
     keep_few_products([[(1, length) for length in range(8, 12)]])
     assert os.environ[name] == capacity

@@ -18,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from math import ceil, prod
 from pathlib import Path
@@ -50,8 +51,8 @@ _LARGE_PAGE = 2**21
 _log = logging.getLogger("halfbyte")
 
 
-class _Unavailable(HalfbyteError):
-    """Why there are no kernels; never leaves this module."""
+class Unavailable(HalfbyteError):
+    """Why a library could not be built; whoever asked for it does without."""
 
 
 class Kernels:
@@ -204,8 +205,8 @@ def describe() -> str:
 def _find() -> Kernels | str:
     """The kernels, or why there are none; announces that."""
     try:
-        return Kernels(_library())
-    except (_Unavailable, OSError, RuntimeError) as error:  # the last: no home directory
+        return Kernels(library())
+    except (Unavailable, OSError, RuntimeError) as error:  # the last: no home directory
         reason = str(error)
     _log.warning(
         "4-bit weights are decoded by plain PyTorch, about ten times slower than by the C++"
@@ -215,19 +216,24 @@ def _find() -> Kernels | str:
     return reason
 
 
-def _library() -> Path:
-    """Returns the shared library, after building it unless that was done before."""
+def library(source: Path = _SOURCE, flags: Sequence[str] = _FLAGS) -> Path:
+    """Returns the shared library of `source`, after building it unless that was done before.
+
+    Raises:
+        Unavailable: If there is no compiler, or it does not compile it.
+    """
     compiler = _compiler()
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=False)
     # The CPU's architecture and not its model: one build is right for all of an architecture.
-    parts = (*compiler, version.stdout, *_FLAGS, platform.machine(), _SOURCE.read_bytes())
+    parts = (*compiler, version.stdout, *flags, platform.machine(), source.read_bytes())
     digest = hashlib.sha256(repr(parts).encode())
     directory = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    library = directory / "halfbyte" / f"nf4-cpu-{digest.hexdigest()[:20]}.so"
-    if not library.exists():
-        library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _build(compiler, library)
-    return library
+    name = f"{source.parent.name}-{source.stem}-{digest.hexdigest()[:20]}.so"
+    built = directory / "halfbyte" / name
+    if not built.exists():
+        built.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _build([*compiler, *flags, str(source)], built)
+    return built
 
 
 def _compiler() -> list[str]:
@@ -237,21 +243,21 @@ def _compiler() -> list[str]:
         command = shlex.split(named)
         if shutil.which(command[0]):
             return command
-        raise _Unavailable(f"the compiler that $CXX names, {named!r}, is not there: correct it")
+        raise Unavailable(f"the compiler that $CXX names, {named!r}, is not there: correct it")
     for name in ("c++", "g++", "clang++"):
         if shutil.which(name):
             return [name]
-    raise _Unavailable(
+    raise Unavailable(
         "there is no C++ compiler (c++, g++ or clang++): install one, or name one in $CXX"
     )
 
 
-def _build(compiler: list[str], library: Path) -> None:
-    """Compiles cpu.cpp to `library`, which appears whole or not at all."""
+def _build(command: list[str], library: Path) -> None:
+    """Compiles to `library`, which appears whole or not at all."""
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as directory:
         built = Path(directory, library.name)
         result = subprocess.run(
-            [*compiler, *_FLAGS, "-o", str(built), str(_SOURCE)],
+            [*command, "-o", str(built)],
             capture_output=True,
             text=True,
             errors="replace",
@@ -260,7 +266,7 @@ def _build(compiler: list[str], library: Path) -> None:
         if result.returncode != 0:
             lines = result.stderr.splitlines()
             first = next((line for line in lines if "error" in line), *lines[-1:])
-            raise _Unavailable(f"{shlex.join(compiler)} could not build them: {first}")
+            raise Unavailable(f"{command[0]} could not build {command[-1]}: {first}")
         built.replace(library)
 
 

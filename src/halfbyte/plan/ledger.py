@@ -16,7 +16,7 @@ Adapters, gradients and moments are float32, whatever the base is held in.
     peak of loading  = what is placed, and the tensor in flight beside what it becomes
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -46,11 +46,17 @@ _ALIGNMENT = 256  # of each tensor of the state
 LOGITS = {"cpu": 32 << 20, "cuda": 128 << 20}
 # On a CPU the whole process counts: Python, torch and transformers. On a GPU cuBLAS has a workspace
 # of 32 MiB in the stream of plain steps, and where graphs are captured in theirs instead.
-OVERHEAD = {"cpu": 0.55e9, "cuda": 33.6e6}
-# What a byte of kept activations takes: temporaries leave holes in glibc's heap. With micro-batches
-# of one shape; 1.4 with many. With these two, three of four runs of 2026-11-24_cpu_step.json and
-# cpu_step_lora.json peak within 4 % of the ledger, the fourth within 7.
-HOLES = {"cpu": 1.3, "cuda": 1.0}
+OVERHEAD = {"cpu": 0.525e9, "cuda": 33.6e6}
+# Of it, what a process has not yet touched when the base is loaded: code of products, their stacks.
+TOUCHED_LATER = 25e6
+# What a byte of kept activations takes: heap.cpp leaves few holes in glibc's heap, 1 % where all
+# micro-batches have one shape, up to 8 after 25 steps of many (2026-11-24_cpu_memory.json).
+HOLES = {"cpu": 1.04, "cuda": 1.0}
+# oneDNN keeps products as it has compiled them, the newest; bytes of each, by those of an element.
+PRODUCT = {2: 0.31e6, 4: 0.62e6}
+# A shape of a micro-batch has so many with weights and adapters; and, where they are bfloat16, so
+# many with each block of 64 queries in attention. Counted by oneDNN's own log, for SmolLM2.
+PRODUCTS_A_SHAPE, PRODUCTS_A_BLOCK, QUERY_BLOCK = 17, 5, 64
 
 
 class Line(NamedTuple):
@@ -139,6 +145,8 @@ class Run:
         trained: Elements of every trained tensor, where they are known; else all adapters have one
             rank, and nothing else is trained.
         step_tokens: Tokens of an optimizer step, where micro-batches differ.
+        shapes: The (B, T) of micro-batches, step by step; one, if not given. For a CPU.
+        process: Bytes of the process without the run, where they are known. For a CPU.
     """
 
     holding: Holding = field(default_factory=Holding)
@@ -154,6 +162,8 @@ class Run:
     embedding_on_host: bool = False
     trained: tuple[int, ...] | None = None
     step_tokens: int | None = None
+    shapes: tuple[tuple[tuple[int, int], ...], ...] = ()
+    process: int | None = None
 
     @property
     def part_tokens(self) -> int:
@@ -353,14 +363,40 @@ def _loss(shape: ModelShape, run: Run) -> int:
     packed = head is not None and run.holding.packs(head, tied=shape.tied)
     packed = packed or (shape.tied and run.holding.quantize_head)
     # One kernel takes logits in the dtype of the product, and writes their gradient in their place.
-    # Else they are float32, and at the highest there is a copy: what logsumexp sums.
+    # Else they are float32, and at the highest there is a copy: what logsumexp sums. All in bytes.
     in_place = run.device == "cuda" and e == 2 and not packed
-    size, copies = (e, 1) if in_place else (4, 2)
+    size, copies = (e, e) if in_place else (4, 8)
+    if run.device == "cpu" and e == 2 and not packed:
+        copies += e  # logits as the product gave them: a hole by now, too small for another copy
     rows = min(run.part_tokens, max(16, LOGITS[run.device] // (size * shape.vocabulary)))
-    chunk = copies * size * rows * shape.vocabulary + (LOGITS[run.device] if packed else 0)
+    chunk = copies * rows * shape.vocabulary + (LOGITS[run.device] if packed else 0)
     # All parts' last outputs, and their gradients but for the last; of that one its supervised
     # rows, their norm and the gradient of it.
     return chunk + 2 * (run.tokens + run.part_tokens) * e * shape.hidden
+
+
+def products_kept(shapes: Sequence[Sequence[tuple[int, int]]]) -> int:
+    """Return how many compiled products oneDNN is to keep: 32 a shape of a step, 256 at least."""
+    most = max((len(set(step)) for step in shapes), default=1)
+    return min(max(256, 32 * most), 1024)
+
+
+def product_bytes(shapes: Sequence[Sequence[tuple[int, int]]], itemsize: int) -> int:
+    """Return what oneDNN's compiled products take on a CPU, for steps of these shapes."""
+    attended = {2: PRODUCTS_A_BLOCK, 4: 0}[itemsize]
+    counts = (
+        PRODUCTS_A_SHAPE + attended * -(-length // QUERY_BLOCK)
+        for _, length in {shape for step in shapes for shape in step}
+    )
+    return int(PRODUCT[itemsize] * min(sum(counts), products_kept(shapes)))
+
+
+def _overhead(run: Run) -> int:
+    if run.device != "cpu":
+        return int(OVERHEAD[run.device])
+    process = OVERHEAD["cpu"] if run.process is None else run.process + TOUCHED_LATER
+    shapes = run.shapes or (((run.batch, run.length),),)
+    return int(process) + product_bytes(shapes, run.holding.itemsize)
 
 
 def _load_peak(shape: ModelShape, holding: Holding) -> int:
@@ -385,7 +421,7 @@ def ledger(shape: ModelShape, run: Run) -> Ledger:
         kept=int(HOLES[run.device] * kept_bytes(layer, run.dial, run.tokens)),
         backward=backward_bytes(layer, run.dial, run.tokens, run.part_tokens),
         loss=loss,
-        overhead=int(OVERHEAD[run.device]),
+        overhead=_overhead(run),
         load_peak=_load_peak(shape, run.holding),
         waiting=host_bytes(layer, run.dial, run.tokens),
         # The last output is theirs.

@@ -267,6 +267,7 @@ class LayerEngine:
             hidden = graphs.down(key, passages)
             passages = []  # the graphs have copies
         self.mark("loss")
+        self.passes.between()
         total = torch.zeros((), dtype=torch.float32, device=hidden[0].device)
         grads: list[Tensor] = []
         for part, x in zip(parts, hidden, strict=True):

@@ -37,10 +37,11 @@ from halfbyte.train import facts
 from halfbyte.train.config import TrainConfig, to_yaml
 from halfbyte.train.engine import LayerEngine, choose_engine
 from halfbyte.train.evaluate import as_batch, evaluate_loss
+from halfbyte.train.heap import give_back, keep_freed_memory
 from halfbyte.train.loading import load_told, lora_of, recipe_facts, recipe_of
 from halfbyte.train.memory import (
+    Ceiling,
     keep_few_products,
-    keep_freed_memory,
     peak_memory,
     plan_activations,
     used_memory,
@@ -185,6 +186,8 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
             report.note(f"float32 products by {library}: {reason}")
         keep_freed_memory()
         keep_few_products(shapes)
+        give_back()
+    process = used_memory(device) if device == "cpu" else None
     recipe = recipe_of(config, dtype, device)
     began = time.perf_counter()
     base = load_told(source, recipe, report, cache=config.cache_quantized)
@@ -231,6 +234,8 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
     if config.activations == "offload" and device == "cpu":
         report.note("activations: there is nowhere to offload to from a CPU; layers are run again")
     report.note(memory.line())
+    if device == "cpu" and isinstance(engine, LayerEngine):
+        engine.passes.between = Ceiling(memory)
     tight = Tightness(memory, used_memory(device), shapes, beside)
     if resumed is not None:  # after planning, which counts its bytes
         stepper.load_optimizer_state(resumed.optimizer)
@@ -244,6 +249,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
         fused=isinstance(engine, LayerEngine) and engine.fused > 0,
         dial=Dial(memory.saved_layers, memory.offloaded_layers, memory.notes),
         embedding_on_host=moved > 0,
+        process=process,
     )
 
     facts_of_recipe = recipe_facts(recipe) | {"init_lora_weights": config.init_lora_weights}

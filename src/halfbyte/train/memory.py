@@ -7,8 +7,6 @@ step is measured part by part (train/footprint.py), and what layers are run agai
 host memory.
 """
 
-import ctypes
-import ctypes.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +17,12 @@ import torch
 from halfbyte.errors import ConfigError
 from halfbyte.lora import trained_whole
 from halfbyte.model.loss import CHUNK_BYTES
+from halfbyte.nf4 import QuantizedWeight
 from halfbyte.plan.activations import NEAR_LAYERS
+from halfbyte.plan.ledger import HOLES, TOUCHED_LATER, product_bytes, products_kept
 from halfbyte.train.engine import Batch, LayerEngine, PlainEngine
 from halfbyte.train.footprint import Footprint, footprint
+from halfbyte.train.heap import give_back
 
 # Without a budget, this part of the memory that is free when training starts may be used.
 FREE_SHARE = 0.8
@@ -31,10 +32,6 @@ MARGIN = 1.03
 
 # So much of the host's free memory may hold layers' inputs, page-locked.
 HOST_SHARE = 0.5
-
-# What a byte of kept activations takes: glibc's heap leaves holes between them where temporaries
-# were (measured on SmolLM2: 22 MB for each 16 MB that a layer keeps).
-HOLES = {"cpu": 1.4, "cuda": 1.05}
 
 
 @dataclass(frozen=True)
@@ -50,6 +47,7 @@ class ActivationPlan:
         offloaded_layers: Layers, counted from the first, whose input waits in host memory.
         notes: Whether these leave notes there, too.
         host_bytes: What all that takes.
+        room: On a CPU, the most that is taken between two layers.
     """
 
     saved_layers: int
@@ -60,6 +58,7 @@ class ActivationPlan:
     offloaded_layers: int = 0
     notes: bool = False
     host_bytes: int = 0
+    room: int = 0
 
     def line(self) -> str:
         """Return what a person is told."""
@@ -133,6 +132,8 @@ def plan_activations(
         ConfigError: If the budget is too small even when every layer is run again; says the least
             that would do.
     """
+    if device == "cpu":
+        give_back()  # what loading has left
     used = used_memory(device)
     budget = memory_budget or int(used + FREE_SHARE * free_memory(device))
     if isinstance(engine, PlainEngine):
@@ -149,17 +150,23 @@ def plan_activations(
     tokens = widest[0] * widest[1]
     ids = torch.zeros(widest, dtype=torch.int64, device=device)
     saved, kept = engine.saved_bytes(Batch(ids, torch.full_like(ids, -100)))
-    # Adapters' moments (the gradients are there already), every layer's input, one layer of the
-    # widest micro-batch alive in backward beside its gradients, and one chunk of logits.
     share = HOLES[device] * tokens_per_step / tokens
     step_saved, step_kept = int(saved * share), int(kept * share)
-    head = engine.head_weight.nbytes
-    # Beside them: the head as its product wants it laid out, and a few copies of a logits chunk.
-    workspace = 2 * head + 4 * CHUNK_BYTES[device]
     # A gradient is new before it is added: the widest of those trained whole, in two copies.
     whole = [p.nbytes for m in engine.model.modules() for p in trained_whole(m).values()]
-    workspace += 2 * max(whole, default=0)
-    floor = used + state_bytes + layers * step_kept + 2 * saved + workspace
+    # Beside what is kept, one layer of the widest micro-batch alive in backward, and its gradients;
+    # or the loss: two copies of a chunk of logits, what goes into them, its gradient.
+    head = engine.head_weight
+    vocabulary, packed = head.shape[0], isinstance(head, QuantizedWeight)
+    rows = min(tokens, max(16, CHUNK_BYTES[device] // (4 * vocabulary)))
+    copies = 2 * 4 + (2 if engine.dtype.itemsize == 2 and not packed else 0)  # plan/ledger.py
+    chunks = copies * rows * vocabulary + packed * CHUNK_BYTES[device]
+    loss = chunks + 2 * (tokens_per_step + tokens) * kept // tokens
+    workspace = max(2 * saved, loss) + 2 * max(whole, default=0)
+    if device == "cpu":
+        used += int(TOUCHED_LATER) + product_bytes(shapes, engine.dtype.itemsize)
+    # Adapters' moments (the gradients are there already) and every layer's input.
+    floor = used + state_bytes + layers * step_kept + workspace
     extra = max(1, step_saved - step_kept)
     fitting = max(0, min(layers, (budget - floor) // extra))
     if activations == "auto" and floor > budget and memory_budget is not None:
@@ -169,7 +176,8 @@ def plan_activations(
             "gradient_accumulation_steps or max_length"
         )
     chosen = {"save": layers, "recompute": 0, "offload": 0}.get(activations, fitting)
-    return ActivationPlan(chosen, layers, step_saved, budget, floor + chosen * extra)
+    peak, room = floor + chosen * extra, step_saved + workspace
+    return ActivationPlan(chosen, layers, step_saved, budget, peak, room=room)
 
 
 def _turned(
@@ -205,21 +213,22 @@ def _turned(
     return max(fitting, key=lambda p: (p.saved_layers, -p.offloaded_layers, p.notes))
 
 
-def keep_freed_memory() -> bool:
-    """Tell the C allocator to keep what is freed, instead of giving it back to the system.
+class Ceiling:
+    """Gives the heap's holes back before a layer that might pass what was promised; on a CPU.
 
-    A training step frees and takes the same activations again and again. glibc returns blocks over
-    128 kB to the system at once, and every page of the next one is faulted in anew.
-
-    Returns:
-        Whether the allocator understood (glibc does).
+    What is predicted counts some holes, and a run of many lengths makes more of them the longer it
+    lasts. It is held to the prediction and a little, and to the budget. Pages that were given back
+    are faulted in anew, which shows only far below: a step of SmolLM2 that was held to nine tenths
+    of what it would have taken took a fifth longer.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:
-        return False
-    trim_threshold, mmap_threshold = -1, -3
-    return bool(mallopt(mmap_threshold, 1 << 30) and mallopt(trim_threshold, 256 << 20))
+
+    def __init__(self, plan: ActivationPlan) -> None:
+        self._ceiling = min(plan.budget, int(MARGIN * plan.predicted_bytes)) - plan.room
+
+    def __call__(self) -> None:
+        """Look, and give back if need be."""
+        if used_memory("cpu") > self._ceiling:
+            give_back()
 
 
 def keep_few_products(steps: Sequence[Sequence[tuple[int, int]]]) -> None:
@@ -228,10 +237,11 @@ def keep_few_products(steps: Sequence[Sequence[tuple[int, int]]]) -> None:
     It keeps one for each shape it has met, 1024 of them, and on a CPU a run of examples of many
     lengths fills that: 8 steps of 8 lengths took 2.65 GB so, 2.37 with 256, in the same time
     (2026-11-24_cpu_onednn_cache.json). With too few, a step compiles its own again and again.
+    torch keeps as many once more for itself, which saves no time where oneDNN has them: 600 kB a
+    product with both, 310 with one (2026-11-24_cpu_memory.json).
 
     Args:
         steps: (B, T) of every micro-batch, step by step, as for `plan_activations`.
     """
-    most = max(len(set(shapes)) for shapes in steps)
-    capacity = min(max(256, 32 * most), 1024)
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(capacity))
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(products_kept(steps)))
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "1")

@@ -125,6 +125,9 @@ class Passes:
         entry_trained: Whether what goes into layer 0 wants a gradient.
         opened: Makes a layer's weights ready, unless they are (``again``); a context, which gives
             the layer's `Thin`.
+
+    Attributes:
+        between: Called before each layer, in both passes; not where graphs are played again.
     """
 
     def __init__(
@@ -137,6 +140,7 @@ class Passes:
         self.layers, self._trained = len(trained), [list(those) for those in trained]
         self.first_trained, self.entry_trained = first_trained, entry_trained
         self._opened = opened
+        self.between: Callable[[], None] = lambda: None
         self._kept: list[list[_Kept]] = []
         self._shelf: Shelf | None = None
 
@@ -151,6 +155,7 @@ class Passes:
             row: list[_Kept] = []
             wanted = self.entry_trained or index > self.first_trained
             saved = index >= first_saved
+            self.between()
             with self._opened(index) as thin:
                 for i, passage in enumerate(passages):
                     x = hidden[i].detach().requires_grad_(wanted)
@@ -194,6 +199,7 @@ class Passes:
                 for kept in row:
                     kept.back(back.pop(0), wanted=wanted)
             self._fetch(index - 1)
+            self.between()
             # The last layer of the pass down is the first of the pass up.
             with self._opened(index, again=index == self.layers - 1) as thin:
                 for i, passage in enumerate(passages):

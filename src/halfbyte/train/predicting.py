@@ -1,7 +1,8 @@
 """A run's memory and time as the plan predicts them, held against what is measured.
 
 Bytes are predicted from the files' headers, the trained tensors' sizes, the shapes of the steps
-made so far, and what the plan does with activations: nothing of it is measured. Where they are off
+made so far, and what the plan does with activations: nothing of it is measured, but for what Python
+and its libraries take on a CPU, before there is a model. Where they are off
 by more than ``TOLERANCE``, that is said. Seconds come from the table of cards, or on a CPU from a
 short timing of its products; the first steps compile and capture, and are left out.
 """
@@ -51,6 +52,7 @@ class Prediction:
         fused: Whether layers are run by ``model.layer``.
         dial: What is kept for backward.
         embedding_on_host: Whether the embedding waits there.
+        process: Bytes of the process before the base was loaded; for a CPU.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Prediction:
         fused: bool,
         dial: Dial,
         embedding_on_host: bool = False,
+        process: int | None = None,
     ) -> None:
         self._shape = shape_of_source(source)
         coded = optimizer.endswith("8bit")
@@ -80,20 +83,25 @@ class Prediction:
             dial=dial,
             embedding_on_host=embedding_on_host,
             trained=tuple(parameter.numel() for parameter in parameters.values()),
+            process=process,
         )
+        self._shapes: dict[tuple[tuple[int, int], ...], None] = {}
         self._steps: list[tuple[int, int, float]] = []
         self._measured: Card | None = None
 
     def see(self, shapes: Iterable[Sequence[int]], seconds: float) -> None:
         """Take note of a step: the (B, T) of its micro-batches, and how long it took."""
-        tokens = [batch * length for batch, length in shapes]
+        step = tuple((batch, length) for batch, length in shapes)
+        self._shapes[step] = None
+        tokens = [batch * length for batch, length in step]
         self._steps.append((max(tokens), sum(tokens), seconds))
 
     @property
     def ledger(self) -> Ledger:
         """The ledger of the largest step seen."""
         largest, tokens, _ = map(max, zip(*self._steps, strict=True))
-        return ledger(self._shape, replace(self._run, length=largest, step_tokens=tokens))
+        run = replace(self._run, length=largest, step_tokens=tokens, shapes=tuple(self._shapes))
+        return ledger(self._shape, run)
 
     def seconds(self, card: Card) -> tuple[float, float]:
         """Return the mean seconds of a step, measured and predicted; NaN before there are any."""

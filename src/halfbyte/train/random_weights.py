@@ -25,8 +25,9 @@ from halfbyte.report import open_report
 from halfbyte.train import facts
 from halfbyte.train.config import TrainConfig, load_config
 from halfbyte.train.engine import Batch, choose_engine
+from halfbyte.train.heap import keep_freed_memory
 from halfbyte.train.loading import lora_of, recipe_of
-from halfbyte.train.memory import keep_freed_memory, plan_activations
+from halfbyte.train.memory import plan_activations
 from halfbyte.train.step import Schedule, Stepper
 
 if TYPE_CHECKING:
