@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from halfbyte.errors import ConfigError
-from halfbyte.plan.activations import Dial
+from halfbyte.plan.activations import Dial, host_bytes
 from halfbyte.plan.advice import Way, advice, choices, usable, ways
 from halfbyte.plan.ledger import Holding, Run, ledger
 from halfbyte.plan.shape import ModelShape, config_of, shape_of_config
@@ -100,6 +100,17 @@ def test_time_follows_what_is_done(llama: ModelShape) -> None:
     assert seconds(away).waiting == 0
     slow = CARDS["h100"]._replace(link=1e9)
     assert step_seconds(llama, away, slow).total == pytest.approx(2 * 2048 * 32 * 8192 / 1e9)
+
+
+def test_notes_are_worth_their_way_where_the_bus_is_faster_than_a_layer(llama: ModelShape) -> None:
+    run = Run(length=2048, dial=Dial(0, 31, True))
+    for name, card in CARDS.items():
+        seconds = step_seconds(llama, run, card)
+        forward = (seconds.products + seconds.attention) / 4  # of 3.6 to 4.5 passes
+        away = host_bytes(run.layer(llama), run.dial, run.tokens) / card.link
+        assert (llama.hidden >= card.noted_width) == (away <= 1.1 * forward), name
+    assert 2048 < CARDS["h100"].noted_width < 4096 < CARDS["b200"].noted_width
+    assert Dial.turned(llama, 0, offload=True, noted_width=CARDS["b200"].noted_width) == Dial(0, 31)
 
 
 def test_cards_by_name() -> None:

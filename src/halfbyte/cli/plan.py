@@ -112,6 +112,7 @@ def main(argv: list[str]) -> None:
             options.optim,
             fused=card.device == "cuda",
             device=card.device,
+            noted_width=card.noted_width,
             embedding_on_host=True,
         )
         found = ways(shape, run, card, memory)
@@ -241,7 +242,7 @@ def _show(shape: "ModelShape", found: list["Way"], card: "Card", memory: float, 
         budget = int((usable(memory, card.device) - beside) / 1e8) / 10
         show.paragraph(f"To keep as much for backward, train with --memory-budget {budget:g}GB.")
     if any(way.ledger.on_host or "offload" in way.name for way in found):
-        away = Dial.turned(shape, 0, offload=True)
+        away = Dial.turned(shape, 0, offload=True, noted_width=run.noted_width)
         per_sequence = host_bytes(run.layer(shape), away, run.length)
         show.paragraph(
             f"Offloading takes up to {per_sequence / 1e9:.2f} GB of the host's memory for each "

@@ -51,9 +51,7 @@ from halfbyte.plan.shape import ModelShape
 NEAR_LAYERS = 1
 UNDER_WAY = 1
 
-# Input and notes of a layer are three streams; a layer's products grow with their square. On an
-# H100, whose products are the fastest beside its bus (600 TFLOP/s, 50 GB/s), both take as long at
-# this width. There is no narrower card with a wider bus: elsewhere notes are worth it earlier.
+# The narrowest model whose notes are worth their way, on an H100; `Card.noted_width` of others.
 NOTED_WIDTH = 3072
 
 
@@ -175,10 +173,15 @@ class Dial:
     notes: bool = False
 
     @classmethod
-    def turned(cls, shape: ModelShape, saved: int, *, offload: bool) -> "Dial":
-        """Return the dial with which ``saved`` layers keep, and others' inputs may wait away."""
+    def turned(
+        cls, shape: ModelShape, saved: int, *, offload: bool, noted_width: int = NOTED_WIDTH
+    ) -> "Dial":
+        """Return the dial with which ``saved`` layers keep, and others' inputs may wait away.
+
+        Of models of ``noted_width`` or wider they take notes along.
+        """
         away = max(0, shape.layers - saved - NEAR_LAYERS) if offload else 0
-        return cls(saved, away, away > 0 and shape.fusable and worth_noting(shape.hidden))
+        return cls(saved, away, away > 0 and shape.fusable and shape.hidden >= noted_width)
 
     def line(self, layers: int) -> str:
         """Return it in a few words."""
@@ -187,11 +190,6 @@ class Dial:
         if self.offloaded:
             return f"{self.saved} kept + host" if self.saved else "on the host"
         return f"{self.saved} of {layers} kept" if self.saved else "all run again"
-
-
-def worth_noting(hidden: int) -> bool:
-    """Return whether the bus takes a layer's notes away faster than the layer runs."""
-    return hidden >= NOTED_WIDTH
 
 
 def kept_bytes(layer: LayerActivations, dial: Dial, tokens: int) -> int:

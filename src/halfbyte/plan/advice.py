@@ -85,7 +85,7 @@ def choices(shape: ModelShape, run: Run) -> list[Choice]:
     """Return what each way to keep activations takes, and each optimizer; all else is ``run``."""
     dials = {"save": Dial(shape.layers), "recompute": Dial()}
     if run.device == "cuda":
-        dials["offload"] = Dial.turned(shape, 0, offload=True)
+        dials["offload"] = Dial.turned(shape, 0, offload=True, noted_width=run.noted_width)
     found = []
     for value, dial in dials.items():
         entries = ledger(shape, replace(run, dial=dial))
@@ -130,7 +130,7 @@ def ways(shape: ModelShape, run: Run, card: Card, memory: float) -> list[Way]:
 
 
 def _way(name: str, shape: ModelShape, run: Run, card: Card, budget: float, offload: bool) -> Way:
-    least = replace(run, dial=Dial.turned(shape, 0, offload=offload))
+    least = replace(run, dial=Dial.turned(shape, 0, offload=offload, noted_width=run.noted_width))
     best = fitted(shape, run, budget, offload=offload)
     chosen = best or least
 

@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 from halfbyte.errors import ConfigError
 from halfbyte.plan.activations import (
+    NOTED_WIDTH,
     Dial,
     LayerActivations,
     backward_bytes,
@@ -140,6 +141,7 @@ class Run:
         fused: Whether layers are run by ``model.layer``; `ledger` asks whether it knows them.
         device: ``cuda`` or ``cpu``.
         dial: What is kept for backward.
+        noted_width: Of models as wide, layers on the host have their notes there; see `Dial`.
         embedding_on_host: Whether an embedding that is neither packed nor the head's is kept there,
             on a GPU.
         trained: Elements of every trained tensor, where they are known; else all adapters have one
@@ -159,6 +161,7 @@ class Run:
     fused: bool = True
     device: str = "cuda"
     dial: Dial = field(default_factory=Dial)
+    noted_width: int = NOTED_WIDTH
     embedding_on_host: bool = False
     trained: tuple[int, ...] | None = None
     step_tokens: int | None = None
@@ -440,7 +443,9 @@ def fitted(shape: ModelShape, run: Run, budget: float, *, offload: bool = False)
     """
 
     def turned(saved: int) -> Run:
-        return replace(run, dial=Dial.turned(shape, saved, offload=offload))
+        return replace(
+            run, dial=Dial.turned(shape, saved, offload=offload, noted_width=run.noted_width)
+        )
 
     best = largest(lambda saved: ledger(shape, turned(saved)).needed <= budget, 0, shape.layers)
     return None if best is None else turned(best)

@@ -78,6 +78,15 @@ class Card(NamedTuple):
     device: str = "cuda"
     measured: bool = False
 
+    @property
+    def noted_width(self) -> int:
+        """The width from which a layer runs as long as its input and notes take to leave.
+
+        These are three streams, 6 bytes a token and width in 16 bits. A layer of a Llama has
+        12 weights for each square of its width, and forward multiplies with each.
+        """
+        return int(self.flops / (4 * self.link))
+
 
 def _of_table(
     name: str,

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from halfbyte.model.layer import Notes
-from halfbyte.plan.activations import UNDER_WAY, worth_noting
+from halfbyte.plan.activations import NOTED_WIDTH, UNDER_WAY
 from halfbyte.plan.ledger import OVERHEAD
+from halfbyte.plan.speed import card_of_driver
 from halfbyte.train.engine import Batch, LayerEngine
 
 
@@ -123,7 +124,7 @@ def _measured(engine: LayerEngine, batches: Sequence[Batch]) -> Footprint:
         thin = sum(p.nbytes for p in opened.take().values())
         up, loss = _peak(backward), _peak(tail)
         notes = Notes()
-        if worth_noting(passage.x.shape[-1]):
+        if passage.x.is_cuda and passage.x.shape[-1] >= _noted_width():
             forward(notes)
         noted = sum(x.nbytes for x in notes.tensors)
     saved = [engine.saved_bytes_of(p)[0] for p in passages]
@@ -145,6 +146,11 @@ def _measured(engine: LayerEngine, batches: Sequence[Batch]) -> Footprint:
         # A graph's passes are handed the stream in one tensor, and hand it over in another.
         own=2 * kept + sum(given.values()) + int(OVERHEAD["cuda"]) if engine.captures else 0,
     )
+
+
+def _noted_width() -> int:
+    card = card_of_driver(torch.cuda.get_device_name())
+    return NOTED_WIDTH if card is None else card.noted_width
 
 
 def _peak(run: Callable[[], object]) -> int:
