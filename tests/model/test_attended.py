@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from halfbyte.model.attended import Attended
 from halfbyte.model.documents import Documents, attend
@@ -18,17 +20,27 @@ def inputs(heads=4, groups=2, tokens=23, size=16, batch=2):
 DOCUMENTS = Documents(torch.tensor([0, 5, 5, 23], dtype=torch.int32), 18)
 
 
-@pytest.mark.parametrize(("documents", "batch"), [(None, 2), (DOCUMENTS, 1)])
-def test_gradients_are_those_of_attention_itself(documents, batch):
+def by_weights(q, k, v, documents, scale):
+    """Attention that keeps all its weights, as torch's does where no other takes the shapes."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    with sdpa_kernel(SDPBackend.MATH):
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("attention", [attend, by_weights])
+@pytest.mark.parametrize(("documents", "batch"), [(None, 2), (None, 1), (DOCUMENTS, 1)])
+def test_gradients_are_those_of_attention_itself(documents, batch, attention, monkeypatch):
+    monkeypatch.setattr("halfbyte.model.attended.attend", attention)
     given = inputs(batch=batch)
     leaves = [x.detach().clone().requires_grad_() for x in given]
-    out = attend(*leaves, documents, 0.25)
+    out = attention(*leaves, documents, 0.25)
     dy = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     true = torch.autograd.grad(out, leaves, dy)
     attended = Attended(*given, documents, 0.25)
     assert torch.equal(attended.tensors[0], out)
     # They go, and come back as others; and so do q, k and v.
-    away = [x.clone() for x in attended.tensors]
+    away = [torch.empty(x.shape, dtype=x.dtype).copy_(x) for x in attended.tensors]
     for x in attended.tensors:
         x.fill_(torch.nan)
     anew = [x.requires_grad_() for x in inputs(batch=batch)]

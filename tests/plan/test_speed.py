@@ -105,6 +105,9 @@ def test_time_follows_what_is_done(llama: ModelShape) -> None:
 def test_notes_are_worth_their_way_where_the_bus_is_faster_than_a_layer(llama: ModelShape) -> None:
     run = Run(length=2048, dial=Dial(0, 31, True))
     for name, card in CARDS.items():
+        if card.itemsize == 4:
+            assert card.noted_width > 1e9
+            continue
         seconds = step_seconds(llama, run, card)
         forward = (seconds.products + seconds.attention) / 4  # of 3.6 to 4.5 passes
         away = host_bytes(run.layer(llama), run.dial, run.tokens) / card.link

@@ -122,6 +122,9 @@ class Attended:
                 saved.offset = int(x.storage_offset()) - int(out.storage_offset())
             else:
                 saved.source = 3 + len(self.tensors)
+                # Copies of it are laid out anew (train/shelf.py), so it lies as they will.
+                x = x.contiguous()
+                saved.stride = x.stride()
                 self.tensors.append(x)
         kept.clear()
 

@@ -67,6 +67,7 @@ class _TurnedHeads(torch.autograd.Function):
         rows, p, cos, sin = ctx.saved_tensors
         turned = gpu.rotary(grads[0], grads[1], cos, sin, backward=True)
         dys = [dy.reshape(len(rows), -1) for dy in (*turned, grads[2])]
+        dys = [dy if dy.stride(1) == 1 else dy.contiguous() for dy in dys]
         dx, gradients = ctx.call.backward(dys, rows, p, dx=ctx.needs_input_grad[0])
         if dx is not None:
             dx = dx.view(*grads[0].shape[:2], -1)

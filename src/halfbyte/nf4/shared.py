@@ -14,8 +14,8 @@ the same x (q, k, v; gate, up) are one product: x is read once, and dx is not wr
 added up. ``SharedInput`` is such a set; a linear alone is a set of one.
 
 There are three ways to the same numbers. A few rows without gradients (generation) are multiplied
-with the packed weight on a GPU that can. Training on a GPU goes through gpu_products.py, which
-takes linears and adapters of one input together. All else is decoding and torch's products.
+with the packed weight on a GPU that can. Training on a GPU goes through fused.py, which takes
+linears and adapters of one input together. All else is decoding and torch's products.
 
 Backward wants nothing of a product but what went into it. So the last product of a layer that is
 run again for its backward alone need not be made (`FrozenLinear.unread`). And x Aᵀ, for which all

@@ -6,13 +6,14 @@ layers that is run again in backward:
 
     products     2·N·(2·P + a·R)         forward, the input's gradient, and forward again; of fused
                                          layers without the last product (R weights instead of P),
-                                         whose result nobody reads
+                                         whose result nobody reads, and where notes are kept without
+                                         that of attention's output
     head         2·V·H·N·2
-    attention    2·T·Q·N a layer         forward, causal; backward takes 2.5 times that
+    attention    2·T·Q·N a layer         forward, causal, and again but where notes are kept;
+                                         backward takes 2.5 times that
     decoding     2·(packed + decoded)    bytes: once a direction and step for all micro-batches
-    elementwise  (6 + 2·a)·kept          bytes: what is kept is written and read in forward, and in
-                                         backward read beside its gradients; adapters read and write
-                                         as much as is kept of them
+    elementwise  (3 + 0.3·a)·kept        bytes, as measured (`MOVED`); and 2 + a times the copies of
+                                         adapters
     optimizer    12 + 2·moments          bytes a trained parameter
 
 Layers on the host are fetched while others compute; only what takes longer than that counts. On a
@@ -26,6 +27,7 @@ at the card's power limit (benchmarks/results/2026-11-24_gpu_linear.json), and a
 
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -83,9 +85,10 @@ class Card(NamedTuple):
         """The width from which a layer runs as long as its input and notes take to leave.
 
         These are three streams, 6 bytes a token and width in 16 bits. A layer of a Llama has
-        12 weights for each square of its width, and forward multiplies with each.
+        12 weights for each square of its width, and forward multiplies with each. In 32 bits
+        torch's attention may keep all its weights, too much to send away: no width will do.
         """
-        return int(self.flops / (4 * self.link))
+        return int(self.flops / (4 * self.link)) if self.itemsize == 2 else sys.maxsize
 
 
 def _of_table(

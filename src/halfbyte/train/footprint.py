@@ -124,10 +124,14 @@ def _measured(engine: LayerEngine, batches: Sequence[Batch]) -> Footprint:
         thin = sum(p.nbytes for p in opened.take().values())
         up, loss = _peak(backward), _peak(tail)
         notes = Notes()
-        if passage.x.is_cuda and passage.x.shape[-1] >= _noted_width():
+        # In 32 bits torch's attention may keep all its weights: too much to send away.
+        x = passage.x
+        if x.is_cuda and x.itemsize == 2 and x.shape[-1] >= _noted_width():
             forward(notes)
         noted = sum(x.nbytes for x in notes.tensors)
     saved = [engine.saved_bytes_of(p)[0] for p in passages]
+    # Where base and adapters are multiplied together, copies of these are kept, by no hook seen.
+    copies = passage.x.itemsize * sum(p.numel() for p in trained) if thin else 0
     kept = sum(p.x.nbytes for p in passages)
     given = {t.data_ptr(): t.nbytes for p in passages for t in p.given}
     return Footprint(
@@ -138,7 +142,7 @@ def _measured(engine: LayerEngine, batches: Sequence[Batch]) -> Footprint:
         thin=thin * kept // passage.x.nbytes,
         noted=noted * kept // passage.x.nbytes,
         noted_part=noted,
-        saved=sum(saved),
+        saved=sum(saved) + copies,
         down=down,
         loss=loss,
         up=up,

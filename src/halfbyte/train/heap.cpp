@@ -1,7 +1,7 @@
 // Tensors on the C library's heap, each in the hole that has its size; see heap.py.
 
 #include <c10/core/CPUAllocator.h>
-#include <c10/core/impl/alloc_cpu.h>
+#include <c10/util/Exception.h>
 
 #include <cstdint>
 #include <cstdlib>
@@ -25,11 +25,15 @@ class Heap final : public c10::Allocator {
         data = nullptr;
       }
     }
-    if (data == nullptr) data = c10::alloc_cpu(n);  // it knows how to fail, too
-    return {data, data, &c10::free_cpu, c10::Device(c10::kCPU)};
+    // Not c10::alloc_cpu: on ARM that is mimalloc's, whose free does not know malloc's blocks.
+    if (data == nullptr && n > 0) {
+      const int failed = posix_memalign(&data, kAlignment, n);
+      TORCH_CHECK(failed == 0, "can't allocate memory: ", n, " bytes for a tensor on the CPU");
+    }
+    return {data, data, &std::free, c10::Device(c10::kCPU)};
   }
 
-  c10::DeleterFnPtr raw_deleter() const override { return &c10::free_cpu; }
+  c10::DeleterFnPtr raw_deleter() const override { return &std::free; }
 
   void copy_data(void* to, const void* from, std::size_t n) const override {
     default_copy_data(to, from, n);

@@ -127,7 +127,8 @@ class Passes:
             the layer's `Thin`.
 
     Attributes:
-        between: Called before each layer, in both passes; not where graphs are played again.
+        between: Called before each layer, in both passes, and by the engine before the loss; not
+            before layers where graphs are played again.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class Passes:
                     x = hidden[i].detach().requires_grad_(wanted)
                     if not saved:
                         thin.note()
-                    notes = Notes() if index < noted else None
+                    notes = Notes() if self.first_trained <= index < noted else None
                     with torch.set_grad_enabled(saved):
                         y = passage.run(index, x, passage.given, read=True, notes=notes)
                     row.append(_Kept(x, y if saved else None, thin.take(), notes))

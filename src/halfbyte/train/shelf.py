@@ -32,7 +32,8 @@ class Shelf:
 
     def __init__(self) -> None:
         self._side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._host: dict[tuple[int, int, int], Tensor] = {}
+        # By dtype, too: what is noted of a part differs from shape to shape.
+        self._host: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
         self._places: dict[int, list[list[Tensor]]] = {}
         self._leaving: _Copy | None = None
         self._coming: dict[int, _Copy] = {}
@@ -43,7 +44,7 @@ class Shelf:
         """Copy what a layer has of each part to the host; it may be forgotten at once."""
         self.settle()
         places = [
-            [self._place((layer, i, j), x) for j, x in enumerate(part)]
+            [self._place((layer, i, j, x.dtype), x) for j, x in enumerate(part)]
             for i, part in enumerate(parts)
         ]
         self._places[layer] = places
@@ -83,9 +84,9 @@ class Shelf:
     def _wait(self, copy: _Copy) -> None:
         torch.cuda.current_stream().wait_event(copy.done)
 
-    def _place(self, key: tuple[int, int, int], x: Tensor) -> Tensor:
+    def _place(self, key: tuple[int, int, int, torch.dtype], x: Tensor) -> Tensor:
         held = self._host.get(key)
-        if held is None or held.numel() < x.numel() or held.dtype != x.dtype:
+        if held is None or held.numel() < x.numel():
             if held is not None:
                 self._outgrown.append(held)  # a captured graph may still copy there
             held = torch.empty(x.numel(), dtype=x.dtype, pin_memory=True)
