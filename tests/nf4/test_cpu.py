@@ -208,7 +208,7 @@ def test_a_cache_that_cannot_be_written_is_announced(monkeypatch, caplog, tmp_pa
 def test_first_uses_at_the_same_time_build_one_library_that_is_kept(tmp_path):
     found = []
     users = [
-        threading.Thread(target=lambda: found.append(cpu.Kernels(cpu.library()).variants))
+        threading.Thread(target=lambda: found.append(cpu.Kernels(cpu.shared_object()).variants))
         for _ in range(2)
     ]
     for user in users:
@@ -218,5 +218,5 @@ def test_first_uses_at_the_same_time_build_one_library_that_is_kept(tmp_path):
     assert found == [VARIANTS, VARIANTS]
     [library] = (tmp_path / "cache" / "halfbyte").iterdir()
     built = library.stat().st_mtime_ns
-    assert cpu.library() == library
+    assert cpu.shared_object() == library
     assert library.stat().st_mtime_ns == built

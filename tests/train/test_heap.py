@@ -48,7 +48,7 @@ def test_without_a_compiler_it_is_said(monkeypatch, caplog):
     def none(*_):
         raise Unavailable("there is no C++ compiler")
 
-    monkeypatch.setattr(heap, "library", none)
+    monkeypatch.setattr(heap, "shared_object", none)
     heap._fill_holes.__wrapped__()
     assert "more memory, because there is no C++ compiler" in caplog.text
 

@@ -205,7 +205,7 @@ def describe() -> str:
 def _find() -> Kernels | str:
     """The kernels, or why there are none; announces that."""
     try:
-        return Kernels(library())
+        return Kernels(shared_object())
     except (Unavailable, OSError, RuntimeError) as error:  # the last: no home directory
         reason = str(error)
     _log.warning(
@@ -216,7 +216,7 @@ def _find() -> Kernels | str:
     return reason
 
 
-def library(source: Path = _SOURCE, flags: Sequence[str] = _FLAGS) -> Path:
+def shared_object(source: Path = _SOURCE, flags: Sequence[str] = _FLAGS) -> Path:
     """Returns the shared library of `source`, after building it unless that was done before.
 
     Raises:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from halfbyte.nf4.cpu import Unavailable, library
+from halfbyte.nf4.cpu import Unavailable, shared_object
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's
 
@@ -48,7 +48,7 @@ def _fill_holes() -> None:
         f'-DTORCH="{torch.__version__}"',  # for another torch, another build
     ]
     try:
-        built = library(Path(__file__).with_name("heap.cpp"), flags)
+        built = shared_object(Path(__file__).with_name("heap.cpp"), flags)
         ctypes.CDLL(str(built)).halfbyte_use_heap()
     except (Unavailable, OSError, RuntimeError) as error:  # the last: no home directory
         _log.warning("a step on this CPU takes up to a fifth more memory, because %s", error)
