@@ -11,6 +11,7 @@ plain autograd over transformers' own layers has them, and how far from them eac
     graphs     and CUDA graphs                                    (GPU)
     offload    and layer inputs in host memory                    (GPU)
     saved      as fused or graphs, every layer keeping what backward needs
+    decoded    and its decoded weights
 
 Forms whose arithmetic is the same must be equal to the bit; the table says so.
 """
@@ -63,13 +64,15 @@ def run(args: argparse.Namespace, form: str) -> tuple[list[float], dict[str, tor
             if "lora_B" in name:  # or A would have no gradient in the first step
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / 100)
     packs = engines.can_pack
-    if form not in ("packed", "graphs", "offload", "notes", "saved"):
+    captured = ("graphs", "offload", "notes", "saved", "decoded")
+    if form not in ("packed", *captured):
         engines.can_pack = lambda *_: False
     engine: Any = PlainEngine(model)
     if form != "plain":
-        captured = args.device == "cuda" and form in ("graphs", "offload", "notes", "saved")
-        engine = LayerEngine(model, fuse=form != "layers", graphs=captured)
+        graphs = args.device == "cuda" and form in captured
+        engine = LayerEngine(model, fuse=form != "layers", graphs=graphs)
     count = len(getattr(engine, "layers", []))
+    engine.keep_decoded(count if form == "decoded" else 0)
     options = TrainConfig(model="m", data="d", output="o", learning_rate=args.learning_rate)
     stepper = Stepper(engine, parameters, options, Schedule(args.learning_rate, "constant", 0, 99))
     first: dict[str, torch.Tensor] = {}
@@ -85,7 +88,7 @@ def run(args: argparse.Namespace, form: str) -> tuple[list[float], dict[str, tor
         stepper.run(
             number,
             batches,
-            saved_layers=count if form == "saved" else 0,
+            saved_layers=count if form in ("saved", "decoded") else 0,
             offloaded_layers=count - 1 if form in ("offload", "notes") else 0,
             notes=form == "notes",
         ).loss
@@ -111,9 +114,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--output", type=Path, help="file; a dated one in benchmarks/results")
     args = parser.parse_args(argv)
-    forms = ["layers", "fused", "saved"]
+    forms = ["layers", "fused", "saved", "decoded"]
     if args.device == "cuda":
-        forms = ["layers", "fused", "packed", "graphs", "offload", "notes", "saved"]
+        forms = ["layers", "fused", "packed", "graphs", "offload", "notes", "saved", "decoded"]
     wanted, true = run(args, "plain")
     rows: dict[str, Any] = {"plain": {"losses": wanted}}
     found = {}

@@ -98,6 +98,7 @@ def ours(config: Any, quant: str, args: argparse.Namespace) -> Callable[..., Cal
             largest=example,
             state_bytes=stepper.optimizer.state_bytes,
         )
+        engine.keep_decoded(plan.decoded_layers)
         kept = {"saved_layers": plan.saved_layers, "offloaded_layers": plan.offloaded_layers}
 
         def step(batches: list[torch.Tensor], _supervised: float) -> Any:
@@ -338,6 +339,7 @@ def work(args: argparse.Namespace) -> None:
             rows[text]["saved_layers"] = plan.saved_layers
             rows[text]["offloaded_layers"] = plan.offloaded_layers
             rows[text]["notes"] = plan.notes
+            rows[text]["decoded_layers"] = plan.decoded_layers
         if not theirs:
             rows[text] |= shares(lambda: step(list(ids), float(ids.numel())))  # noqa: B023
             flops = products(config, micro * batch * length, length, rows[text])

@@ -95,6 +95,25 @@ def test_graphs_and_the_host_change_no_bit(family, lengths, offloaded, notes, sa
     assert len(fast._graphs._captured) == 1
 
 
+@pytest.mark.parametrize("kept", [1, 3])
+def test_decoded_weights_that_stay_change_no_bit_with_graphs(kept):
+    model = on_gpu("llama")
+    zero(model)
+    plain = LayerEngine(model, fuse=True)
+    fast = LayerEngine(model, fuse=True, graphs=True)
+    for seed in range(6):
+        if seed == 3:  # after graphs were captured without
+            fast.keep_decoded(kept)
+        batches = examples(EQUAL, seed)
+        wanted = plain.step(batches, 50.0, saved_layers=3)
+        true = taken(model)
+        assert torch.equal(fast.step(batches, 50.0, saved_layers=3), wanted), seed
+        for name, gradient in taken(model).items():
+            assert torch.equal(gradient, true[name]), (seed, name)
+    assert not fast.notes
+    assert len(fast._graphs._captured) == 1
+
+
 def test_thin_products_are_made_once_and_no_bit_changes(monkeypatch):
     monkeypatch.setattr("halfbyte.train.parts.PART_TOKENS", 150)
     made, original = [], SharedInput.into_a

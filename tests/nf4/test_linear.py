@@ -172,6 +172,39 @@ def test_what_was_decoded_last_need_not_be_again():
         assert scratch.decodes == decodes
 
 
+def test_what_is_kept_stays_decoded_beside_what_is_not():
+    scratch = WeightScratch()
+    kept, other = layer(4, 8, dtype=torch.float32), layer(6, 8, dtype=torch.float32)
+    scratch.keep([[kept]], torch.float32)
+    assert scratch.decodes == 1  # at once
+    for one in (kept, other, kept, other, kept):
+        with scratch.opened([one], torch.float32):
+            assert torch.equal(one._dense, dequantize(one.quantized, torch.float32))
+    assert scratch.decodes == 3
+    kept.set_quantized(quantize(torch.randn(4, 8)))
+    with scratch.opened([kept], torch.float32):
+        assert torch.equal(kept._dense, dequantize(kept.quantized, torch.float32))
+    assert scratch.decodes == 4
+    scratch.keep([], torch.float32)
+    for _ in range(2):
+        with scratch.opened([kept], torch.float32):
+            assert torch.equal(kept._dense, dequantize(kept.quantized, torch.float32))
+    assert scratch.decodes == 6
+
+
+def test_all_that_is_kept_leaves_no_other_buffer():
+    scratch = WeightScratch()
+    layers = [[layer(4, 8)], [layer(40, 8)]]
+    for linears in layers:
+        with scratch.opened(linears, torch.float32):
+            pass
+    assert scratch._shared.buffer is not None
+    scratch.keep(layers, torch.float32)
+    assert scratch._shared.buffer is None
+    sizes = [place.buffer.numel() for place in scratch._own.values()]
+    assert sizes == [4 * 8 + 128, 40 * 8 + 128]
+
+
 def test_an_error_closes_what_was_opened():
     made = layer(dtype=torch.float32)
     with pytest.raises(RuntimeError), WeightScratch().opened([made], torch.float32):

@@ -108,7 +108,17 @@ def test_the_dial_is_turned_as_far_as_the_budget_allows(llama: ModelShape) -> No
     assert fitted(llama, run, tight) == run
     roomy = fitted(llama, run, 80e9)
     assert roomy is not None
-    assert roomy.dial == Dial(32)
+    assert roomy.dial == Dial(32, decoded=32)
+    assert roomy.dial.line(32) == "all kept, 32 decoded"
+    between = ledger(llama, replace(run, dial=Dial(32))).needed + 4e9
+    partly = fitted(llama, run, between)
+    assert partly is not None
+    assert 0 < partly.dial.decoded < 32
+    assert ledger(llama, partly).needed <= between
+    plain = replace(run, holding=Holding(quant="none"))
+    lora = fitted(llama, plain, 80e9)
+    assert lora is not None
+    assert lora.dial == Dial(32)
     some = fitted(llama, run, 10e9)
     assert some is not None
     assert 0 < some.dial.saved < 32

@@ -195,6 +195,30 @@ def test_a_weight_is_decoded_once_a_direction_and_step():
     assert engine.scratch.decodes - before == weights
 
 
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_decoded_weights_that_stay_change_no_bit_and_are_decoded_once(kept):
+    model = model_of(FAMILIES["llama"])
+    engine, batches = LayerEngine(model), batches_of([(2, 17), (1, 9)])
+    wanted, true = engine.step(batches, 20.0, saved_layers=1), gradients(model)
+    engine.keep_decoded(kept)
+    assert engine.decoded_bytes == 4 * sum(m.quantized.numel for m in engine.linears[-1])
+    for _ in range(2):
+        before = engine.scratch.decodes
+        assert torch.equal(engine.step(batches, 20.0, saved_layers=1), wanted)
+        found = gradients(model)
+        assert all(torch.equal(found[name], one) for name, one in true.items())
+        # The last layer is one of them.
+        assert engine.scratch.decodes - before == 2 * 7 * (3 - kept)
+    engine.keep_decoded(0)
+    before = engine.scratch.decodes
+    assert torch.equal(engine.step(batches, 20.0, saved_layers=1), wanted)
+    assert engine.scratch.decodes - before == 2 * 3 * 7 - 7
+
+
+def test_a_plain_base_has_nothing_to_decode():
+    assert LayerEngine(model_of(FAMILIES["llama"], quant="none")).decoded_bytes == 0
+
+
 def test_right_padding_changes_nothing():
     model = model_of(FAMILIES["gemma3"])
     engine = LayerEngine(model)

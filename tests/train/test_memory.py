@@ -139,11 +139,12 @@ MEASURED = Footprint(
     up=150,
     saved_part=90,
     own=25,
+    decoded=50,
 )
 
 
-def turned(budget, activations="auto", asked=True):
-    return memory._turned(MEASURED, activations, budget if asked else None, budget, 40)
+def turned(budget, activations="auto", asked=True, measured=MEASURED):
+    return memory._turned(measured, activations, budget if asked else None, budget, 40)
 
 
 def test_more_memory_never_keeps_less_and_a_budget_is_kept_to():
@@ -165,6 +166,26 @@ def test_inputs_leave_only_where_that_keeps_more():
         with_notes = MEASURED.peak(plan.saved_layers, plan.offloaded_layers, notes=True) + 40
         fit = plan.offloaded_layers > 0 and memory.MARGIN * with_notes <= plan.budget
         assert plan.notes == fit
+
+
+@pytest.mark.parametrize("activations", ["auto", "save"])
+def test_decoded_weights_stay_in_what_all_activations_leave(activations):
+    full = int(memory.MARGIN * (MEASURED.peak(8, 0) + 40)) + 1
+    plans = [turned(budget, activations) for budget in range(full - 200, full + 600, 10)]
+    for plan in plans:
+        assert plan.decoded_layers == 0 or plan.saved_layers == 8
+        assert plan.decoded_layers == 0 or memory.MARGIN * plan.predicted_bytes <= plan.budget
+        assert ("their decoded weights" in plan.line()) == (plan.decoded_layers > 0)
+    decoded = [plan.decoded_layers for plan in plans]
+    assert decoded == sorted(decoded)
+    # Where all stay, no buffer is left for the others: the last comes for nothing.
+    assert set(decoded) == {0, 1, 2, 3, 4, 5, 6, 8}
+    assert plans[-1].predicted_bytes - MEASURED.peak(8, 0) - 40 == 7 * MEASURED.decoded
+
+
+def test_a_base_that_is_not_packed_keeps_nothing_decoded():
+    plan = turned(10_000, measured=dataclasses.replace(MEASURED, decoded=0))
+    assert (plan.saved_layers, plan.decoded_layers) == (8, 0)
 
 
 @pytest.mark.parametrize(("saved", "offloaded"), [(0, 0), (0, 7), (5, 0), (5, 2), (8, 0)])

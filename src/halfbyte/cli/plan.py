@@ -236,7 +236,8 @@ def _show(shape: "ModelShape", found: list["Way"], card: "Card", memory: float, 
         + "Speeds "
         + ("were measured here." if card.measured else "follow from the maker's figures.")
     )
-    if any(way.fits and 0 < way.run.dial.saved < shape.layers for way in found):
+    dials = [way.run.dial for way in found if way.fits]
+    if any(0 < kept < shape.layers for dial in dials for kept in (dial.saved, dial.decoded)):
         # The run plans by its peak.
         beside = max(way.ledger.needed - way.ledger.peak for way in found if way.fits)
         budget = int((usable(memory, card.device) - beside) / 1e8) / 10
@@ -278,6 +279,7 @@ def _as_json(way: "Way") -> dict[str, Any]:
         "saved_layers": way.run.dial.saved,
         "offloaded_layers": way.run.dial.offloaded,
         "notes": way.run.dial.notes,
+        "decoded_layers": way.run.dial.decoded,
         "ledger": [line._asdict() for line in entries.all_lines()],
         "base_bytes": entries.base,
         "resident_bytes": entries.resident,

@@ -40,6 +40,9 @@ they are captured, there are
     the gradient of the layer before, from the second layer on
 
 Saved layers keep the copies of their adapters that they multiplied with, too, whatever the tokens.
+
+On a GPU a layer may keep its decoded weights besides, from step to step, in place of the buffer
+that the others are decoded to in turn.
 """
 
 from dataclasses import dataclass
@@ -166,11 +169,13 @@ class Dial:
         saved: Layers, counted from the last, that keep what backward needs.
         offloaded: Layers, counted from the first, whose input waits on the host.
         notes: Whether these leave notes there, too.
+        decoded: Layers, counted from the last, whose decoded weights stay.
     """
 
     saved: int = 0
     offloaded: int = 0
     notes: bool = False
+    decoded: int = 0
 
     @classmethod
     def turned(
@@ -186,7 +191,7 @@ class Dial:
     def line(self, layers: int) -> str:
         """Return it in a few words."""
         if self.saved == layers:
-            return "all kept"
+            return "all kept" + f", {self.decoded} decoded" * (self.decoded > 0)
         if self.offloaded:
             return f"{self.saved} kept + host" if self.saved else "on the host"
         return f"{self.saved} of {layers} kept" if self.saved else "all run again"

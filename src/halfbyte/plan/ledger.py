@@ -219,7 +219,7 @@ class Ledger:
 
     Attributes:
         lines: What is resident all through training, by name.
-        scratch: The decoded weights of one layer.
+        scratch: Decoded weights: of one layer, and of those that keep theirs.
         kept: What all layers keep on the card for backward.
         backward: What a layer's backward has beside it.
         loss: What the loss has beside it.
@@ -273,7 +273,7 @@ class Ledger:
     def all_lines(self) -> list[Line]:
         """Return the resident lines, and those of a step."""
         step = {
-            "one layer's weights, decoded": self.scratch,
+            "decoded weights": self.scratch,
             "kept for backward": self.kept,
             "a layer's backward": self.backward,
             "the loss (not at the same time)": self.loss,
@@ -356,7 +356,8 @@ def _scratch(shape: ModelShape, run: Run) -> int:
     for weight in shape.linears():
         if weight.layer is not None and weight.packs:
             sizes[weight.layer] = sizes.get(weight.layer, 0) + weight.numel * run.holding.itemsize
-    return max(sizes.values(), default=0)
+    others = run.dial.decoded < shape.layers
+    return (run.dial.decoded + others) * max(sizes.values(), default=0)
 
 
 def _loss(shape: ModelShape, run: Run) -> int:
@@ -435,6 +436,8 @@ def ledger(shape: ModelShape, run: Run) -> Ledger:
 def fitted(shape: ModelShape, run: Run, budget: float, *, offload: bool = False) -> Run | None:
     """Return ``run`` with the dial that keeps most and needs at most ``budget``; None if none does.
 
+    On a GPU decoded weights stay where all layers keep their activations and there is room left.
+
     Args:
         shape: The model.
         run: Its own dial is not looked at.
@@ -447,7 +450,16 @@ def fitted(shape: ModelShape, run: Run, budget: float, *, offload: bool = False)
             run, dial=Dial.turned(shape, saved, offload=offload, noted_width=run.noted_width)
         )
 
-    best = largest(lambda saved: ledger(shape, turned(saved)).needed <= budget, 0, shape.layers)
+    def decoding(layers: int) -> Run:
+        return replace(run, dial=Dial(shape.layers, decoded=layers))
+
+    def needed(run: Run) -> int:
+        return ledger(shape, run).needed
+
+    best = largest(lambda saved: needed(turned(saved)) <= budget, 0, shape.layers)
+    if best == shape.layers and run.device == "cuda" and run.holding.quant != "none":
+        counts = range(shape.layers, 0, -1)
+        return decoding(next((n for n in counts if needed(decoding(n)) <= budget), 0))
     return None if best is None else turned(best)
 
 

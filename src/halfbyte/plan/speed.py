@@ -11,7 +11,8 @@ layers that is run again in backward:
     head         2·V·H·N·2
     attention    2·T·Q·N a layer         forward, causal, and again but where notes are kept;
                                          backward takes 2.5 times that
-    decoding     2·(packed + decoded)    bytes: once a direction and step for all micro-batches
+    decoding     2·(packed + decoded)    bytes: once a direction and step for all micro-batches, of
+                                         layers whose decoded weights do not stay
     elementwise  (3 + 0.3·a)·kept        bytes, as measured (`MOVED`); and 2 + a times the copies of
                                          adapters
     optimizer    12 + 2·moments          bytes a trained parameter
@@ -221,7 +222,7 @@ def step_seconds(
         products=2 * tokens * (2 * numel + again * rerun - noted * after) / card.flops,
         head=4 * shape.vocabulary * shape.hidden * tokens / card.flops,
         attention=forward * (1 + 2.5 + again - noted) / (card.flops * ATTENTION_SHARE),
-        decoding=2 * sum(decoded) / card.bandwidth,
+        decoding=2 * (1 - run.dial.decoded / max(1, shape.layers)) * sum(decoded) / card.bandwidth,
         elementwise=shape.layers * (tokens * moved / card.bandwidth + parts * _SMALL_KERNELS),
         optimizer=trained * (12 + 2 * state) / card.bandwidth,
         waiting=0.0,

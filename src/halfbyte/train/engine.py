@@ -14,8 +14,8 @@ A module that is trained whole gets its gradient where it stands: norms within t
 the head from the loss, the embedding from a graph around the decoder's entry.
 
 So a weight is decoded once per direction per optimizer step, not once per micro-batch, and how
-much is kept is chosen layer by layer to fit a memory budget. The arithmetic is the same under
-every such choice, and so are the results, bit for bit.
+much is kept is chosen layer by layer to fit a memory budget, last of all the decoded weights
+themselves. The arithmetic is the same under every such choice, and so are the results, bit for bit.
 
 It works for any transformers decoder: the decoder is run with its layers stubbed, which records
 the keyword arguments (masks, positions, rotary tables) each layer would be called with; then the
@@ -129,6 +129,7 @@ class LayerEngine:
         )
         self.first_trained = [self.entry_trained or trains[0], *trains[1:], True].index(True)
         self.scratch = WeightScratch()
+        self._decoded = 0
         self.opened = _opener(self.scratch, self.linears, self.dtype)
         self.clock = dropout_clock(model)
         self._drops = any(adapter.config.dropout for adapter in adapters(model).values())
@@ -177,6 +178,21 @@ class LayerEngine:
         if not self._fused or self._drops:
             return False
         return can_pack(self.dtype, self.model.device, self._fused[0].head_dim)
+
+    @property
+    def decoded_bytes(self) -> int:
+        """What the decoded weights of a layer take; nothing where they are not packed."""
+        packed = (linear.quantized for linear in self.linears[-1])
+        return self.dtype.itemsize * sum(q.numel for q in packed if q is not None)
+
+    def keep_decoded(self, layers: int) -> None:
+        """Keep the weights of the last ``layers`` layers decoded from now on."""
+        if layers == self._decoded:
+            return
+        self._decoded = layers
+        if self._graphs is not None:
+            self._graphs.forget()  # they read weights where these were
+        self.scratch.keep(self.linears[len(self.layers) - layers :], self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:

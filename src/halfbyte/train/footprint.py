@@ -42,6 +42,7 @@ class Footprint:
         up: What the backward of a layer that is run again has alive, beside its inputs.
         saved_part: What of ``up`` are activations that a saved layer has kept.
         own: Tensors of the graphs' own.
+        decoded: A layer's decoded weights; there is room for one layer's in ``used``.
     """
 
     layers: int
@@ -56,9 +57,18 @@ class Footprint:
     up: int
     saved_part: int
     own: int
+    decoded: int
 
-    def peak(self, saved_layers: int, offloaded_layers: int, *, notes: bool = False) -> int:
+    def peak(
+        self,
+        saved_layers: int,
+        offloaded_layers: int,
+        *,
+        notes: bool = False,
+        decoded_layers: int = 0,
+    ) -> int:
         """Return the predicted peak, the optimizer's state not counted."""
+        buffers = decoded_layers + (decoded_layers < self.layers)
         again = self.layers - saved_layers
         here = again - offloaded_layers + min(offloaded_layers, UNDER_WAY)
         waiting = here * self.kept + again * self.thin
@@ -73,7 +83,7 @@ class Footprint:
             moments.append(between + self.kept + self.up - self.saved_part)
         if again:
             moments.append(waiting + beside + self.kept + self.up)
-        return self.used + self.own + max(moments)
+        return self.used + (buffers - 1) * self.decoded + self.own + max(moments)
 
 
 def footprint(engine: LayerEngine, batches: Sequence[Batch]) -> Footprint:
@@ -149,6 +159,7 @@ def _measured(engine: LayerEngine, batches: Sequence[Batch]) -> Footprint:
         saved_part=saved[largest] - passage.x.nbytes,
         # A graph's passes are handed the stream in one tensor, and hand it over in another.
         own=2 * kept + sum(given.values()) + int(OVERHEAD["cuda"]) if engine.captures else 0,
+        decoded=engine.decoded_bytes,
     )
 
 

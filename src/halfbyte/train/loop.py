@@ -32,7 +32,6 @@ from halfbyte.lora import adapter_parameters, adapter_state, attach, load_adapte
 from halfbyte.matmul import float32_library
 from halfbyte.model.precision import choose_device_and_dtype, deterministic
 from halfbyte.model.vocabulary import embedding_to_host
-from halfbyte.plan.activations import Dial
 from halfbyte.train import facts
 from halfbyte.train.config import TrainConfig, to_yaml
 from halfbyte.train.engine import LayerEngine, choose_engine
@@ -236,6 +235,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
     report.note(memory.line())
     if device == "cpu" and isinstance(engine, LayerEngine):
         engine.passes.between = Ceiling(memory)
+    engine.keep_decoded(memory.decoded_layers)
     tight = Tightness(memory, used_memory(device), shapes, beside)
     if resumed is not None:  # after planning, which counts its bytes
         stepper.load_optimizer_state(resumed.optimizer)
@@ -247,7 +247,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
         optimizer=config.optim,
         pages=stepper.optimizer.paging == "explicit",
         fused=isinstance(engine, LayerEngine) and engine.fused > 0,
-        dial=Dial(memory.saved_layers, memory.offloaded_layers, memory.notes),
+        dial=memory.dial,
         embedding_on_host=moved > 0,
         process=process,
     )

@@ -298,6 +298,10 @@ class CapturedPasses:
         self.full = len(self._captured) >= MOST_GRAPHS
         return not self.full
 
+    def forget(self) -> None:
+        """Let go of all graphs; shapes have still been seen."""
+        self._captured = {}
+
     def capture(self, key: Hashable, passages: Sequence[Passage], keeping: Keeping) -> None:
         """Capture the passes of a shape, unless they are.
 

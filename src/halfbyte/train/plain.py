@@ -35,6 +35,9 @@ class PlainEngine:
                 if isinstance(module, GradientCheckpointingLayer):
                     module.training = True
 
+    def keep_decoded(self, layers: int) -> None:
+        """Do nothing: here every product decodes its weight."""
+
     def step(
         self,
         batches: Sequence[Batch],

@@ -74,6 +74,7 @@ def run(config: TrainConfig, report: "RunReport") -> None:
         state_bytes=stepper.optimizer.state_bytes,
     )
     report.note(memory.line())
+    engine.keep_decoded(memory.decoded_layers)
     told_facts: dict[str, Any] = {
         "model": config.model,
         "quant": config.quant,
