@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from halfbyte.lora import LoRAConfig, adapter_parameters, attach
+from halfbyte.lora import LoRAConfig, adapter_parameters, attach, frozen_linears
 from halfbyte.model.build import BaseRecipe, build, finish, place
 from halfbyte.optim import AdamW
 from halfbyte.plan.activations import Dial
@@ -113,6 +113,12 @@ def test_the_base_takes_what_the_ledger_says(trained: Trained) -> None:
     said = ledger(shape, run_of(trained, Dial())).base
     # The allocator hands out multiples of 512 bytes, and there are buffers beside the weights.
     assert said <= trained.base < said + 8e6
+
+
+def test_packed_weights_lie_in_one_tensor(trained: Trained) -> None:
+    held = [m.quantized for m in frozen_linears(trained.model).values()]
+    tensors = [t for q in held if q is not None for t in q.tensors().values()]
+    assert len({t.untyped_storage().data_ptr() for t in tensors}) == min(1, len(tensors))
 
 
 @pytest.mark.parametrize(

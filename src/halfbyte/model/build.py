@@ -21,6 +21,7 @@ from halfbyte.errors import CheckpointError, ConfigError, WeightError
 from halfbyte.lora import frozen_linears
 from halfbyte.model import attention
 from halfbyte.model.vocabulary import FrozenEmbedding, FrozenHead
+from halfbyte.nf4.arena import Arena
 from halfbyte.nf4.format import QuantizedWeight, empty_like_quantized, quantize
 from halfbyte.nf4.linear import FrozenLinear
 from halfbyte.nf4.search import search
@@ -266,7 +267,7 @@ def place(
     if isinstance(owner, FrozenLinear) and leaf == "weight":
         _check_shape(name, (owner.out_features, owner.in_features), tuple(tensor.shape))
         if owner.quantized is not None:
-            owner.set_quantized(pack(tensor, recipe, name, importance))
+            owner.set_quantized(_beside_others(model, pack(tensor, recipe, name, importance)))
             return
     parameter, buffer = owner._parameters.get(leaf), owner._buffers.get(leaf)
     slot = parameter if parameter is not None else buffer
@@ -298,7 +299,21 @@ def place_quantized(model: PreTrainedModel, name: str, quantized: QuantizedWeigh
     if not isinstance(owner, FrozenLinear) or leaf != "weight":
         raise CheckpointError(f"{name} is packed in 4 bits, but is no linear layer's weight")
     _check_shape(name, (owner.out_features, owner.in_features), tuple(quantized.shape))
-    owner.set_quantized(quantized.to(model.halfbyte_recipe.device))
+    owner.set_quantized(_beside_others(model, quantized.to(model.halfbyte_recipe.device)))
+
+
+def _beside_others(model: PreTrainedModel, quantized: QuantizedWeight) -> QuantizedWeight:
+    """Return a packed weight where the model's others lie, on a GPU in one tensor."""
+    if not quantized.codes.is_cuda:
+        return quantized
+    arena: Arena | None = getattr(model, "halfbyte_arena", None)
+    if arena is None:
+        linears = set(frozen_linears(model).values())
+        if model.config.get_text_config().tie_word_embeddings:
+            linears.discard(model.get_output_embeddings())  # the embedding's will be its own
+        to_come = (q for linear in linears if (q := linear.quantized) is not None)
+        arena = model.halfbyte_arena = Arena(to_come, quantized.codes.device)
+    return arena.hold(quantized)
 
 
 def finish(model: PreTrainedModel) -> Audit:
@@ -323,6 +338,7 @@ def finish(model: PreTrainedModel) -> Audit:
             f"the checkpoint lacks {len(missing)} of the model's tensors: {shown}"
         )
     model.requires_grad_(False).eval()
+    model.halfbyte_arena = None  # it is full; what lies in it keeps it
     return audit(model)
 
 

@@ -403,15 +403,17 @@ def _overhead(run: Run) -> int:
     return int(process) + product_bytes(shapes, run.holding.itemsize)
 
 
-def _load_peak(shape: ModelShape, holding: Holding) -> int:
-    placed = peak = 0
-    for weight in shape.weights:
-        becomes = nbytes_of(weight, shape, holding)
+def _load_peak(shape: ModelShape, run: Run) -> int:
+    # On a GPU there is a place for all packed weights from the first one on: nf4/arena.py.
+    sizes = {weight: nbytes_of(weight, shape, run.holding) for weight in shape.weights}
+    ahead = {w for w in sizes if run.device == "cuda" and run.holding.packs(w, tied=shape.tied)}
+    placed, peak = sum(sizes[weight] for weight in ahead), 0
+    for weight, becomes in sizes.items():
         came = weight.numel * 2 if weight.comes is None else weight.comes
         # A tensor that is kept in the dtype it comes in, or packed already, is the one that came.
         flight = becomes if came == becomes else came + becomes
         peak = max(peak, placed + flight)
-        placed += becomes
+        placed += becomes * (weight not in ahead)
     return peak
 
 
@@ -426,7 +428,7 @@ def ledger(shape: ModelShape, run: Run) -> Ledger:
         backward=backward_bytes(layer, run.dial, run.tokens, run.part_tokens),
         loss=loss,
         overhead=_overhead(run),
-        load_peak=_load_peak(shape, run.holding),
+        load_peak=_load_peak(shape, run),
         waiting=host_bytes(layer, run.dial, run.tokens),
         # The last output is theirs.
         unshared=loss - run.tokens * layer.input if layer.captured else 0,
