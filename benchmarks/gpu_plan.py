@@ -29,6 +29,7 @@ def run_of(options: dict[str, Any], row: dict[str, Any], quant: str, config: str
         row.get("saved_layers", dial.saved),
         row.get("offloaded_layers", dial.offloaded),
         row.get("notes", False),
+        row.get("decoded_layers", 0),
     )
     return Run(
         Holding(quant),
