@@ -34,7 +34,7 @@ INTEGERS = {
     *("g_programs", "g_stride", "inner", "outer_stride", "inner_stride", "size", "tokens"),
     *("q_heads", "k_heads", "half", "table_stride", "gate_stride", "up_stride"),
     *("q_out_batch", "q_out_token", "k_out_batch", "k_out_token"),
-    *("q_batch", "q_token", "k_batch", "k_token"),
+    *("q_batch", "q_token", "k_batch", "k_token", "inner_stride"),
 }
 
 
@@ -126,6 +126,11 @@ def kernels(capability: int):
             for keep in (True, False):
                 step |= {"keep": keep, "swapped": keep}
                 yield gpu_gated._gated_forward, gated_tiles("bf16", part), step, options
+        sixteen = dict.fromkeys(("d_inner", "gate", "up", "p", "g_last", "b"), "*bf16")
+        sixteen["g_parts"] = "*bf16"
+        sums = {"rank": gpu_gated._PASS_RANK, "span": 1024, "compiled": True}
+        sums |= {"tile_m": gpu_gated._PASS_ROWS, "tile_n": gpu_gated._PASS_COLUMNS}
+        yield gpu_gated._gated_backward, sixteen, sums, {"num_warps": 4, "num_stages": 3}
         job = {"kind": tl.float32, "count": 14, "lanes": 1024}
         yield gpu_adapters._lay_out, {"out": "*bf16", "table": "*i64"}, job, {}
         types = {"out": "*bf16", "left": "*bf16", "right": "*bf16"}
@@ -140,7 +145,7 @@ def kernels(capability: int):
         yield gpu_adapters._adapter_pass, types, sums, {"num_warps": 8, "num_stages": 3}
         types = {"g": "*bf16", "scaling0": "fp32", "scaling1": "fp32", "scaling2": "fp32"}
         types |= {"spans": "i32", "tiles": "i32"}
-        parts = {"members": 3, "rank": 16, "tile_n": 256, "lanes": 512}
+        parts = {"members": 3, "rank": 16, "tile_n": 256, "lanes": 512, "flipped": True}
         yield gpu_adapters._sum_parts, types, parts, {}
 
 

@@ -6,7 +6,14 @@ On a card both are the same bits (tests/gpu); here sums depend on the shape of t
 import pytest
 import torch
 
-from tests.nf4.test_gpu_products import close, drawn, layer, products, pytestmark  # noqa: F401
+from tests.nf4.test_gpu_products import (  # noqa: F401
+    adapters,
+    close,
+    drawn,
+    layer,
+    products,
+    pytestmark,
+)
 
 gated = pytest.importorskip("halfbyte.nf4.gpu_gated", reason="needs Triton", exc_type=ImportError)
 gpu = pytest.importorskip("halfbyte.model.gpu", reason="needs Triton", exc_type=ImportError)
@@ -42,3 +49,39 @@ def test_forward_gives_what_products_and_gate_apart_give(out, inputs, ranks, row
         for w, part, own in zip(weights, p.split(shadow.rank, 1), b, strict=True)
     )
     assert close(inner, g * torch.sigmoid(g) * u, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("out", "ranks", "rows"), [(256, [16, 16], 128), (300, [8, 20], 131), (64, [None, 3], 7)]
+)
+def test_backward_gives_what_gate_and_adapters_apart_give(out, ranks, rows):
+    _, _, shadow = layer([out, out], 64, ranks)
+    both = torch.full((rows, 2 * out + 8), torch.nan).half()
+    both[:, : 2 * out] = drawn(rows, 2 * out, seed=20)
+    gate, up = both[:, :out], both[:, out : 2 * out]
+    d_inner, p = drawn(rows, out, seed=21), drawn(rows, 2 * shadow.rank, seed=22)
+    g_last, scalings = drawn(rows, shadow.rank, seed=23), [2.0, 0.5]
+    inner, one, two = d_inner.clone(), gate.clone(), up.clone()
+    gpu.swiglu_backward(inner, one, two, remake=True)
+    g = torch.empty_like(p)
+    d_bs = adapters.adapter_pass([one, two], p, shadow.b, scalings, g).split(out)
+    before = d_inner.clone()
+    got = gated.gated_backward(d_inner, gate, up, p, shadow, scalings, g_last)
+    assert torch.equal(d_inner, before)
+    assert torch.equal(gate, one)
+    assert torch.equal(up, two)
+    assert both[:, 2 * out :].isnan().all()
+    assert close(got.g, g.double(), 1.2)
+    for mine, theirs in zip(got.d_bs, d_bs, strict=True):
+        assert close(mine, theirs.double(), 2.0**-10)
+    assert got.d_a.is_contiguous()
+    assert close(got.d_a, g_last.double().t() @ inner.double(), 2.0**-10)
+
+
+def test_backward_is_for_small_ranks_of_one_size():
+    shadows = {rank: layer([64], 64, [rank])[2] for rank in (3, 16, 20, 40)}
+    cpu = torch.device("cpu")
+    assert gated.backward_fits(shadows[3], shadows[16], cpu)  # both filled up to 16
+    assert not gated.backward_fits(shadows[16], shadows[20], cpu)
+    assert gated.backward_fits(shadows[20], shadows[20], cpu)
+    assert not gated.backward_fits(shadows[40], shadows[40], cpu)

@@ -8,8 +8,8 @@ product, and by its adapter's dA. Seen as one,
     forward         writes inner only, if no backward will come of it
     forward again   makes gate and up only: its own output is read by nobody, and the adapter's
                     inner Aᵀ is remembered (`SharedInput.remembered`)
-    backward        makes inner once more, in the pass that turns its gradient into those of gate
-                    and up, in place of all three
+    backward        makes inner once more, in registers, in the pass that turns its gradient into
+                    those of gate and up, in place of these
 
 The products are nf4/fused.py's. The plain version, which runs elsewhere and is the specification,
 is the chain.
@@ -87,7 +87,8 @@ class _GatedMLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from halfbyte.model import gpu  # it imports triton
+        from halfbyte.model import gpu  # both import triton
+        from halfbyte.nf4 import gpu_gated
 
         if ctx.written:
             raise RuntimeError("backward of a gated MLP writes over what it kept: it runs once")
@@ -96,12 +97,21 @@ class _GatedMLP(torch.autograd.Function):
         gate, up = between.chunk(2, 1)
         dy = grads[0].reshape(len(rows), -1)
         dy = dy if dy.stride(1) == 1 else dy.contiguous()
-        g, d_bs = ctx.last.through_b([dy], q)
-        inner = ctx.last.input_gradient([dy], g)
-        gpu.swiglu_backward(inner, gate, up, remake=True)
-        of_last = ctx.last.factor_gradients(inner, g, d_bs)
-        del inner
-        dx, of_both = ctx.both.backward([gate, up], rows, p, dx=ctx.needs_input_grad[0])
-        if dx is not None:
-            dx = dx.view(*grads[0].shape[:-1], -1)
+        both, last = ctx.both, ctx.last
+        g, d_bs = last.through_b([dy], q)
+        d_inner = last.input_gradient([dy], g)
+        if gpu_gated.backward_fits(both.shadow, last.shadow, rows.device):
+            made = gpu_gated.gated_backward(d_inner, gate, up, p, both.shadow, both.scalings, g)
+            of_last = last.trained([made.d_a], d_bs)
+            g, d_bs = made.g, made.d_bs
+            del d_inner
+        else:
+            gpu.swiglu_backward(d_inner, gate, up, remake=True)
+            of_last = last.factor_gradients(d_inner, g, d_bs)
+            del d_inner
+            g, d_bs = both.through_b([gate, up], p)
+        of_both = both.factor_gradients(rows, g, d_bs)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = both.input_gradient([gate, up], g).view(*grads[0].shape[:-1], -1)
         return dx, None, None, None, None, *of_both, *of_last

@@ -40,6 +40,11 @@ class FusedCall:
         """The adapters as `gpu_adapters.Shadow`."""
         return self._shared.shadow(self._dtype)
 
+    @property
+    def scalings(self) -> list[float]:
+        """S of each adapter; 0 where there is none."""
+        return [update.scaling if update else 0.0 for update in self.updates]
+
     def weights(self) -> list[Tensor]:
         """Return W [out, in] of each."""
         return self._shared.weights(self._dtype)
@@ -67,8 +72,7 @@ class FusedCall:
         from halfbyte.nf4.gpu_adapters import adapter_pass  # it imports triton
 
         g = torch.empty_like(p)
-        scalings = [update.scaling if update else 0.0 for update in self.updates]
-        return g, torch.split(adapter_pass(dys, p, self.shadow.b, scalings, g), self.outputs)
+        return g, torch.split(adapter_pass(dys, p, self.shadow.b, self.scalings, g), self.outputs)
 
     def input_gradient(self, dys: Sequence[Tensor], g: Tensor) -> Tensor:
         """Return dx [rows, in]; ``g`` is the first of what `through_b` returned."""
@@ -79,12 +83,21 @@ class FusedCall:
     def factor_gradients(self, x: Tensor, g: Tensor, d_bs: Sequence[Tensor]) -> list[Tensor | None]:
         """Return dA and dB of each linear in turn, from x [rows, in] and `through_b`."""
         d_as = torch.mm(g.t(), x, out_dtype=torch.float32).chunk(len(self.updates))
+        return self.trained(d_as, d_bs)
+
+    def trained(self, d_as: Sequence[Tensor], d_bs: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return dA [r, in] and dB [out, r] of each linear in turn, in the dtype it is trained in.
+
+        Args:
+            d_as: Of each, float32 [rank, in]: of the rank it was filled up to.
+            d_bs: Likewise, [out, rank].
+        """
         gradients: list[Tensor | None] = []
         for d_a, d_b, update in zip(d_as, d_bs, self.updates, strict=True):
             if update is None:
                 gradients += [None, None]
                 continue
-            r = len(update.a)  # of the rank it was filled up to
+            r = len(update.a)
             gradients += [d_a[:r].to(update.a.dtype), d_b[:, :r].to(update.b.dtype)]
         return gradients
 

@@ -203,6 +203,7 @@ def _sum_parts(
     rank: tl.constexpr,
     tile_n: tl.constexpr,
     lanes: tl.constexpr,
+    flipped: tl.constexpr,
 ):
     program = tl.program_id(0)
     total = tl.zeros((lanes,), tl.float32)
@@ -216,7 +217,7 @@ def _sum_parts(
         inside = at < g_numel
         g_parts += first.to(tl.int64) * g_numel
         for _ in range(first, last):
-            total += tl.load(g_parts + at, mask=inside, other=0.0)
+            total += tl.load(g_parts + at, mask=inside, other=0.0).to(tl.float32)
             g_parts += g_numel
         target = g + (at // rank).to(tl.int64) * g_stride + member * rank + at % rank
         tl.store(target, total.to(g.dtype.element_ty), mask=inside)
@@ -226,8 +227,12 @@ def _sum_parts(
         for _ in range(spans):
             total += tl.load(b_parts + at, mask=inside, other=0.0)
             b_parts += outputs * rank
-        row = at // rank
+        row = at // rank  # of the linear whose it is, whichever way that lies
         scaling = tl.where(row < second, scaling0, tl.where(row < third, scaling1, scaling2))
+        if flipped:
+            start = tl.where(row < second, 0, second)
+            size, own = tl.where(row < second, second, third - second), at - start * rank
+            at = tl.where(row < third, (start + own % size) * rank + own // size, at)
         tl.store(d_b + at, total * scaling, mask=inside)
 
 
@@ -376,9 +381,6 @@ def adapter_pass(
     spans = triton.cdiv(rows, span)
     g_parts = torch.empty(tiles, rows, rank, dtype=torch.float32, device=device)
     b_parts = torch.empty(spans, outputs, rank, dtype=torch.float32, device=device)
-    d_b = torch.empty(outputs, rank, dtype=torch.float32, device=device)
-    lanes = 512
-    g_programs = triton.cdiv(rows * rank, lanes)
     second, third = sizes[0], sum(sizes[:2])
     three = (*dys, dys[0], dys[0])[:3]
     with on_device(p):
@@ -401,7 +403,41 @@ def adapter_pass(
             num_warps=8,
             num_stages=3,
         )
-        _sum_parts[(len(dys) * g_programs + triton.cdiv(outputs * rank, lanes),)](
+    return sum_parts(g, g_parts, b_parts, sizes, scalings, _PASS_COLUMNS)
+
+
+def sum_parts(
+    g: Tensor,
+    g_parts: Tensor,
+    b_parts: Tensor,
+    sizes: Sequence[int],
+    scalings: Sequence[float],
+    tile_n: int,
+    *,
+    flipped: bool = False,
+) -> Tensor:
+    """Adds up what tiles and spans have summed apart, in their order.
+
+    Args:
+        g: Where the sums of the first go, [rows, members · rank], contiguous rows.
+        g_parts: [tiles, rows, rank]; tiles of one linear after those of another.
+        b_parts: float32 [spans, sum of sizes · rank]: of each linear [size, rank].
+        sizes: Columns of each linear; of one more than g has members, maybe.
+        scalings: What the second sums of each are multiplied by.
+        tile_n: Columns of a tile.
+        flipped: Whether b_parts has [rank, size] of each linear, and so has the result of the
+            third.
+
+    Returns:
+        The second sums, float32 [sum of sizes, rank].
+    """
+    (tiles, rows, rank), spans, outputs = g_parts.shape, len(b_parts), sum(sizes)
+    d_b = torch.empty(outputs, rank, dtype=torch.float32, device=g.device)
+    members, lanes = g.shape[1] // rank, 512
+    g_programs = triton.cdiv(rows * rank, lanes)
+    second, third = sizes[0], sum(sizes[:2])
+    with on_device(g):
+        _sum_parts[(members * g_programs + triton.cdiv(outputs * rank, lanes),)](
             g,
             d_b,
             g_parts,
@@ -415,10 +451,11 @@ def adapter_pass(
             g_programs,
             g.stride(0),
             *(*scalings, 0.0, 0.0)[:3],
-            members=len(dys),
+            members=members,
             rank=rank,
-            tile_n=_PASS_COLUMNS,
+            tile_n=tile_n,
             lanes=lanes,
+            flipped=flipped,
             num_warps=4,
         )
     return d_b

@@ -24,8 +24,10 @@ as they were before, too.
 
 In backward the layer's own activations are there in any case (kept, or made again), and at the
 peak, in the middle of the MLP, the gradients of gate and up beside them. Fused on a GPU these are
-written over gate and up, and the peak is the moment before: the gradient of their product. Where
-the MLP is narrow it is attention's backward. What the MLP kept is gone by then, and there are
+written over gate and up, and the peak is the moment that happens: there is the gradient of their
+product, and up to a rank of `GATED_RANK` what tiles and spans have summed for the adapters, each
+apart (`nf4.gpu_gated`). Where the MLP is narrow the peak is attention's backward. What the MLP kept
+is gone by then, and there are
 
     gradients   of the stream beside, of what attention gave, of q, k and v   e·(H + 2Q + 2K)
     float32     of q, added up there                                          4·Q
@@ -54,6 +56,10 @@ from halfbyte.plan.shape import ModelShape
 NEAR_LAYERS = 1
 UNDER_WAY = 1
 
+# nf4/gpu_gated.py: columns of a tile, most rows of a span and least, programs on an H100 at least,
+# highest rank.
+_TILE, _SPAN, _SHORTEST, _PROGRAMS, GATED_RANK = 128, 1024, 32, 264, 32
+
 # The narrowest model whose notes are worth their way, on an H100; `Card.noted_width` of others.
 NOTED_WIDTH = 3072
 
@@ -65,7 +71,8 @@ class LayerActivations:
     Attributes:
         shape: The model's widths.
         itemsize: Bytes of an activation.
-        ranks: Sum of the ranks of the adapters in a layer, as they are multiplied with.
+        rank: What ranks of its adapters are filled up to, as they are multiplied with.
+        ranks: Sum of these in a layer.
         copied: Elements of the copies of its adapters that it multiplies with.
         fused: Whether layers are run by ``model.layer``.
         on_gpu: Whether they are on a GPU.
@@ -73,6 +80,7 @@ class LayerActivations:
 
     shape: ModelShape
     itemsize: int
+    rank: int
     ranks: int
     copied: int
     fused: bool
@@ -144,21 +152,30 @@ class LayerActivations:
         """What a layer keeps that is not run again, its input included."""
         return self.input + sum(self.kept().values())
 
-    @property
-    def gradients(self) -> int:
-        """What backward holds beside the layer's activations when it holds most."""
+    def gated_sums(self, tokens: int) -> int:
+        """Return what gate's backward has summed apart, of a part of so many tokens."""
+        if not self.multiplied or self.rank > GATED_RANK:
+            return 0
+        tiles, span = -(-self.shape.intermediate // _TILE), _SPAN
+        while span > _SHORTEST and tiles * -(-tokens // span) < _PROGRAMS:
+            span //= 2
+        by_tile = 2 * tiles * tokens * self.itemsize
+        return self.rank * (by_tile + -(-tokens // span) * 3 * self.shape.intermediate * 4)
+
+    def gradients(self, tokens: int) -> int:
+        """Return what backward holds beside a part's activations when it holds most."""
         s = self.shape
         if self.captured:
             e, heads = self.itemsize, 2 if s.key_value < s.query else 0
             attention = e * (s.hidden + 2 * s.query + 2 * s.key_value + heads * s.query)
             gone = e * 2 * s.hidden + self.kept()["mlp"]
-            return max(e * s.intermediate, attention + 4 * s.query - gone)
-        return self.itemsize * ((2 if self.fused else 3) * s.intermediate + s.hidden)
+            mlp = tokens * e * s.intermediate + self.gated_sums(tokens)
+            return max(mlp, tokens * (attention + 4 * s.query - gone))
+        return tokens * self.itemsize * ((2 if self.fused else 3) * s.intermediate + s.hidden)
 
-    @property
-    def backward(self) -> int:
-        """What is alive at the peak of a layer's backward, what it kept and its output apart."""
-        return sum(self.kept().values()) - self.thin + self.gradients
+    def backward(self, tokens: int) -> int:
+        """Return what is alive at the peak of a layer's backward, input and output apart."""
+        return tokens * (sum(self.kept().values()) - self.thin) + self.gradients(tokens)
 
 
 @dataclass(frozen=True)
@@ -232,11 +249,11 @@ def backward_bytes(layer: LayerActivations, dial: Dial, tokens: int, part_tokens
     """
     stream = tokens * layer.input
     if not layer.captured:
-        return stream + part_tokens * (layer.gradients if dial.saved else layer.backward)
+        return stream + (layer.gradients if dial.saved else layer.backward)(part_tokens)
     # In the last layer, if that is not run again,
-    moments = [stream + part_tokens * layer.gradients] if dial.saved else []
+    moments = [stream + layer.gradients(part_tokens)] if dial.saved else []
     if dial.saved < layer.shape.layers:  # and in the first that is.
-        own = stream + part_tokens * layer.backward
+        own = stream + layer.backward(part_tokens)
         if dial.saved or dial.offloaded:  # else it is the last, which no gradient has come through
             own += stream
         if dial.offloaded:  # layer 0's input is the graphs' entry all the same

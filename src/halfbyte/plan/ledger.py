@@ -210,7 +210,9 @@ class Run:
         copied = filled * sum(sum(weight.shape) for weight in adapted) // layers
         multiplied = filled if on_gpu and self.holding.itemsize == 2 else self.rank
         ranks = multiplied * len(adapted) // layers
-        return LayerActivations(shape, self.holding.itemsize, ranks, copied, fused, on_gpu)
+        return LayerActivations(
+            shape, self.holding.itemsize, multiplied, ranks, copied, fused, on_gpu
+        )
 
 
 @dataclass(frozen=True)
