@@ -37,7 +37,7 @@ _TILE_N = 128
 
 # The tile of `_gated_backward`, the most rows that one program sums over, and how many programs a
 # multiprocessor is given at least. A higher rank takes more registers than there are.
-_PASS_ROWS, _PASS_COLUMNS, _LONGEST_SPAN, _PROGRAMS, _PASS_RANK = 16, 128, 1024, 2, 32
+_PASS_ROWS, _PASS_COLUMNS, _LONGEST_SPAN, _PROGRAMS, _PASS_RANK = 16, 128, 1024, 3, 32
 
 
 @triton.jit
@@ -272,7 +272,7 @@ def gated_backward(
     while span > 2 * _PASS_ROWS and tiles * triton.cdiv(rows, span) < fewest:
         span //= 2  # fewer read with a part of the card
     spans = triton.cdiv(rows, span)
-    # In 16 bits, as their sum will be: rounding so many adds a few hundredths to its error.
+    # In 16 bits, as their sum will be: that rounds it as much once more, and is half the bytes.
     g_parts = p.new_empty(2 * tiles, rows, rank)
     b_parts = torch.empty(spans, 3 * rank * outputs, dtype=torch.float32, device=device)
     with on_device(gate):

@@ -58,7 +58,7 @@ UNDER_WAY = 1
 
 # nf4/gpu_gated.py: columns of a tile, most rows of a span and least, programs on an H100 at least,
 # highest rank.
-_TILE, _SPAN, _SHORTEST, _PROGRAMS, GATED_RANK = 128, 1024, 32, 264, 32
+_TILE, _SPAN, _SHORTEST, _PROGRAMS, GATED_RANK = 128, 1024, 32, 396, 32
 
 # The narrowest model whose notes are worth their way, on an H100; `Card.noted_width` of others.
 NOTED_WIDTH = 3072
