@@ -45,7 +45,10 @@ def in_use():
 
 
 def run(optim, paging="auto", cap=None):
-    """Returns the adapter, the peak, the state's bytes, and where its pages were in the spike."""
+    """Returns the adapter, the peak, the state's bytes, and where its pages were in the spike.
+
+    Peak and cap are beside what was there before: that may be less by the time of another run.
+    """
     before = in_use()
     torch.cuda.reset_peak_memory_stats()
     model = model_of(SHAPE, r=1024).cuda()
@@ -67,7 +70,7 @@ def run(optim, paging="auto", cap=None):
     stepper.engine.step = watched
     if cap is not None:
         total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(cap / total)
+        torch.cuda.set_per_process_memory_fraction((before + cap) / total)
     try:
         with sdpa_kernel(SDPBackend.MATH):  # its backward adds in one order
             for step, length in enumerate(LENGTHS):
@@ -77,7 +80,7 @@ def run(optim, paging="auto", cap=None):
                 if step == SPIKE and paging != "explicit" and optim.startswith("paged"):
                     assert told.paging.paged_bytes == 2 * optimizer.state_bytes
         result = [p.detach().cpu() for p in stepper.parameters.values()]
-        peak = torch.cuda.max_memory_allocated()
+        peak = torch.cuda.max_memory_allocated() - before
         return result, peak, optimizer.state_bytes, seen[SPIKE]
     except torch.OutOfMemoryError as error:
         error.add_note(f"{optim}, {paging}: {before} bytes before; at each step {resident}")
