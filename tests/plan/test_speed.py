@@ -168,8 +168,15 @@ def test_ways_of_a_7b_on_cards_of_all_sizes(llama: ModelShape) -> None:
 
 def test_lora_is_advised_where_it_fits_and_is_as_fast(llama: ModelShape) -> None:
     card = CARDS["h200"]
-    told = advice(found(llama, card), card.memory)
+    roomy = found(llama, card)
+    told = advice(roomy, card.memory)
     assert told.startswith("Take 16-bit LoRA (--quant none): it fits")
+    # Not what it takes where all is kept and decoded, which is more than LoRA takes.
+    qlora = roomy[1]
+    assert qlora.run.dial.decoded == 32
+    assert qlora.seconds.decoding == 0.0
+    assert qlora.least < roomy[0].ledger.needed < qlora.ledger.needed
+    assert told.endswith(f"would do with {qlora.least / 1e9:.1f} GB, every layer run again.")
 
 
 def test_qlora_is_advised_where_it_leaves_room_to_be_faster(llama: ModelShape) -> None:

@@ -3,6 +3,7 @@
 What a graph computes is tested on a GPU.
 """
 
+import importlib
 import os
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from halfbyte.lora import adapter_parameters
 from halfbyte.model import documents
+from halfbyte.model.elementwise import plain_rotary
 from halfbyte.model.layer import FusedLayer
 from halfbyte.nf4 import shared
 from halfbyte.nf4.shared import ThinProducts
@@ -98,6 +100,14 @@ def backward(dys, weights, g, shadow):
     return g @ shadow.a + sum(dy @ weight for dy, weight in zip(dys, weights, strict=True))
 
 
+def rotary(q, k, cos, sin, *, backward=False):
+    """model/gpu.py's by torch, for the same reason."""
+    ones = [plain_rotary(x, cos, -sin if backward else sin).to(x.dtype) for x in (q, k)]
+    if not backward:
+        ones = [x.detach().copy_(one) for x, one in zip((q, k), ones, strict=True)]
+    return tuple(ones)
+
+
 @pytest.fixture
 def products(monkeypatch):
     """The shape of each x Aᵀ, while linears are multiplied with as on a GPU."""
@@ -114,7 +124,9 @@ def products(monkeypatch):
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton compiles here, so tests/gpu/ tests these")
     gpu_adapters = pytest.importorskip("halfbyte.nf4.gpu_adapters", exc_type=ImportError)
-    monkeypatch.setattr(gpu_adapters, "is_hopper", lambda _: False)
+    for module in (gpu_adapters, importlib.import_module("halfbyte.nf4.gpu_gated")):
+        monkeypatch.setattr(module, "is_hopper", lambda _: False)
+    monkeypatch.setattr(importlib.import_module("halfbyte.model.gpu"), "rotary", rotary)
     monkeypatch.setattr(torch, "mm", mm)
     gpu_products = pytest.importorskip("halfbyte.nf4.gpu_products", exc_type=ImportError)
     monkeypatch.setattr(gpu_products, "forward", forward)

@@ -189,7 +189,7 @@ def advice(found: Sequence[Way], memory: float) -> str:
             )
             return (
                 f"Take {plain.name} (--quant none): it fits, with {peaks}, its base is exact, and "
-                f"{why}. QLoRA would do with {qlora.ledger.needed / 1e9:.1f} GB."
+                f"{why}. QLoRA would do with {qlora.least / 1e9:.1f} GB, every layer run again."
             )
         return (
             f"Take QLoRA (--quant {qlora.run.holding.quant}): {plain.name} fits too, with {peaks}, "
