@@ -42,7 +42,7 @@ demo: $(VENV)/.halfbyte $(MODEL)
 	$(BIN)/halfbyte demo --model $(MODEL) --output demo-out --seed $(SEED)
 
 test: $(VENV)/.development
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2
 
 check: $(VENV)/.development
 	$(BIN)/ruff check
