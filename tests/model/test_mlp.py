@@ -1,6 +1,7 @@
 """The gated MLP as one operation, in Triton's interpreter, against the chain in float64."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from halfbyte.nf4.shared import SharedInput
 
 products = pytest.importorskip(
     "halfbyte.nf4.gpu_products", reason="needs Triton", exc_type=ImportError
+)
+gpu_gated = pytest.importorskip(
+    "halfbyte.nf4.gpu_gated", reason="needs Triton", exc_type=ImportError
 )
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1",
@@ -47,7 +51,12 @@ class MLP(torch.nn.Module):
         return gated_mlp(x, self.gate_proj, self.up_proj, self.down_proj, **options)
 
 
-@pytest.fixture(params=[True, False], ids=["gate in the products", "gate by itself"])
+# Whether the gate is in the products of forward, and whether what is between those of backward is
+# one kernel.
+@pytest.fixture(
+    params=[(True, True), (False, True), (False, False)],
+    ids=["gate in the products", "gate by itself", "and kernels of their own in backward"],
+)
 def on_gpu(request, monkeypatch):
     """As if on a GPU: what asks for one is told so, and kernels are interpreted."""
     mm = torch.mm
@@ -56,7 +65,12 @@ def on_gpu(request, monkeypatch):
         return mm(left, right, **options).to(out_dtype or left.dtype)
 
     monkeypatch.setattr(shared, "_for_kernels", lambda _: True)
-    monkeypatch.setattr(products, "fits", lambda *_: request.param)
+    in_products, one_kernel = request.param
+    monkeypatch.setattr(products, "fits", lambda *_: in_products)
+    if not one_kernel:
+        monkeypatch.setattr(gpu_gated, "backward_fits", lambda *_: False)
+    else:
+        assert gpu_gated.backward_fits(*[SimpleNamespace(rank=16)] * 2, torch.device("cpu"))
     monkeypatch.setattr(torch, "mm", typed)
 
 

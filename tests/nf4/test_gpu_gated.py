@@ -63,15 +63,17 @@ def test_backward_gives_what_gate_and_adapters_apart_give(out, ranks, rows):
     g_last, scalings = drawn(rows, shadow.rank, seed=23), [2.0, 0.5]
     inner, one, two = d_inner.clone(), gate.clone(), up.clone()
     gpu.swiglu_backward(inner, one, two, remake=True)
-    g = torch.empty_like(p)
-    d_bs = adapters.adapter_pass([one, two], p, shadow.b, scalings, g).split(out)
+    d_bs = adapters.adapter_pass([one, two], p, shadow.b, scalings, torch.empty_like(p)).split(out)
     before = d_inner.clone()
     got = gated.gated_backward(d_inner, gate, up, p, shadow, scalings, g_last)
     assert torch.equal(d_inner, before)
     assert torch.equal(gate, one)
     assert torch.equal(up, two)
     assert both[:, 2 * out :].isnan().all()
-    assert close(got.g, g.double(), 1.2)
+    parts = zip((one, two), shadow.b.split(out), strict=True)
+    exact = torch.cat([dy.double() @ b.double() for dy, b in parts], 1)
+    # Rounded by tiles, and again: 0.31 of close's measure, as it is found; once alone is 0.21.
+    assert close(got.g, exact, 0.4)
     for mine, theirs in zip(got.d_bs, d_bs, strict=True):
         assert close(mine, theirs.double(), 2.0**-10)
     assert got.d_a.is_contiguous()

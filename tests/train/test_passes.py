@@ -3,7 +3,6 @@
 What a graph computes is tested on a GPU.
 """
 
-import importlib
 import os
 
 import pytest
@@ -124,9 +123,11 @@ def products(monkeypatch):
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton compiles here, so tests/gpu/ tests these")
     gpu_adapters = pytest.importorskip("halfbyte.nf4.gpu_adapters", exc_type=ImportError)
-    for module in (gpu_adapters, importlib.import_module("halfbyte.nf4.gpu_gated")):
+    gpu_gated = pytest.importorskip("halfbyte.nf4.gpu_gated", exc_type=ImportError)
+    gpu = pytest.importorskip("halfbyte.model.gpu", exc_type=ImportError)
+    for module in (gpu_adapters, gpu_gated):
         monkeypatch.setattr(module, "is_hopper", lambda _: False)
-    monkeypatch.setattr(importlib.import_module("halfbyte.model.gpu"), "rotary", rotary)
+    monkeypatch.setattr(gpu, "rotary", rotary)
     monkeypatch.setattr(torch, "mm", mm)
     gpu_products = pytest.importorskip("halfbyte.nf4.gpu_products", exc_type=ImportError)
     monkeypatch.setattr(gpu_products, "forward", forward)

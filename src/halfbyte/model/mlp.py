@@ -108,7 +108,7 @@ class _GatedMLP(torch.autograd.Function):
         else:
             gpu.swiglu_backward(d_inner, gate, up, remake=True)
             of_last = last.factor_gradients(d_inner, g, d_bs)
-            del d_inner
+            del d_inner  # before there are sums of tiles
             g, d_bs = both.through_b([gate, up], p)
         of_both = both.factor_gradients(rows, g, d_bs)
         dx = None

@@ -42,7 +42,7 @@ class FusedCall:
 
     @property
     def scalings(self) -> list[float]:
-        """S of each adapter; 0 where there is none."""
+        """Scaling of each adapter; 0 where there is none."""
         return [update.scaling if update else 0.0 for update in self.updates]
 
     def weights(self) -> list[Tensor]:

@@ -49,10 +49,10 @@ class _Place:
 class WeightScratch:
     """A buffer into which one decoder layer after another is decoded.
 
-    A larger layer makes it grow. So the decoded weights alive at any time are those of one layer,
-    and on a CPU the pages are touched once per run instead of once per product (a fresh 64 MB
-    buffer costs about 12 ms of page faults, the decoding into it about 4). On a GPU all weights of
-    a layer are one launch.
+    A larger layer makes it grow. So the decoded weights alive at any time are those of one layer
+    (and of those that are kept), and on a CPU the pages are touched once per run instead of once a
+    product (a fresh 64 MB buffer costs about 12 ms of page faults, the decoding into it about 4).
+    On a GPU all weights of a layer are one launch.
 
     Attributes:
         decodes: How many weights have been decoded so far.

@@ -240,7 +240,7 @@ class TrainConfig(ModelOptions):
     activations: Literal["auto", "save", "recompute", "offload"] = Field(
         "auto",
         description="keep activations for backward, or compute them again (offload: from inputs "
-        "that wait in host memory)",
+        "that wait in host memory); on a GPU, auto and save keep decoded weights in what is left",
     )
     memory_budget: Annotated[PositiveInt | None, BeforeValidator(parse_bytes)] = Field(
         None, description="memory that auto may use, such as 16GB (10^9) or 16GiB (2^30)"
