@@ -32,6 +32,7 @@ from torch import Tensor
 
 from halfbyte import blockwise
 from halfbyte.errors import ConfigError, WeightError
+from halfbyte.nf4 import device as devices
 
 QuantType = Literal["nf4", "fp4"]
 Implementation = Literal["auto", "cpu", "gpu", "torch"]
@@ -413,7 +414,17 @@ def _each(
 
 @cache
 def gpu_kernels() -> ModuleType | None:
-    """Returns gpu.py, or None, having announced why, where there is no Triton."""
+    """Returns gpu.py; or None, having announced why, where Triton is not, or is not for the GPU."""
+    if torch.cuda.is_available():
+        spec = devices.spec_of(torch.device("cuda"))
+        if not spec.runs_triton:
+            major, minor = spec.capability
+            logger.warning(
+                "%s has compute capability %d.%d, and Triton compiles for 7.5 and newer: what runs "
+                "on it is plain PyTorch, which is slower",
+                *(spec.name, major, minor),
+            )
+            return None
     try:
         from halfbyte.nf4 import gpu  # it imports this module, and triton
     except ImportError as error:

@@ -34,6 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from halfbyte import blockwise
+from halfbyte.nf4 import device as devices
 from halfbyte.nf4.format import SCALE_BLOCK, QuantizedWeight, QuantType, levels_of
 
 # Weights in one launch of `_decode_flat`; the kernel finds its own by looking at every start.
@@ -222,18 +223,14 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-@cache
 def multiprocessors(device: torch.device) -> int:
     """Returns how many programs of a kernel with much to do run at a time; 3 in the interpreter."""
-    if device.type != "cuda":
-        return 3
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return devices.spec_of(device).num_sms
 
 
-@cache
 def is_hopper(device: torch.device) -> bool:
     """Returns whether a kernel tuned to Hopper's copy engine and registers may run there."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+    return devices.spec_of(device).is_hopper
 
 
 @cache

@@ -371,13 +371,9 @@ def adapter_pass(
         parts = zip(dys, p.split(rank, 1), b.split(sizes), g.split(rank, 1), scalings, strict=True)
         for dy, mine, own, target, scaling in parts:
             torch.mm(dy, own, out=target)
-            d_bs.append(torch.mm(dy.t(), mine).float().mul_(scaling))
+            d_bs.append(_summed(dy, mine).mul_(scaling))
         return torch.cat(d_bs)
-    tiles, span = sum(triton.cdiv(size, _PASS_COLUMNS) for size in sizes), _LONGEST_SPAN
-    while (
-        span > 2 * _PASS_ROWS and tiles * triton.cdiv(rows, span) < multiprocessors(device) * 7 // 8
-    ):
-        span //= 2  # fewer programs than multiprocessors read with a part of the card
+    tiles, span = sum(triton.cdiv(size, _PASS_COLUMNS) for size in sizes), pass_span(sizes, p)
     spans = triton.cdiv(rows, span)
     g_parts = torch.empty(tiles, rows, rank, dtype=torch.float32, device=device)
     b_parts = torch.empty(spans, outputs, rank, dtype=torch.float32, device=device)
@@ -404,6 +400,34 @@ def adapter_pass(
             num_stages=3,
         )
     return sum_parts(g, g_parts, b_parts, sizes, scalings, _PASS_COLUMNS)
+
+
+def _summed(dy: Tensor, p: Tensor) -> Tensor:
+    """dyᵀ p in float32.
+
+    Rounded to bfloat16 on Hopper, as ever: a rank that is too high for `_adapter_pass` has the same
+    bits as before. Elsewhere it never is 16 bits: in float16 a sum over thousands of rows may be
+    more than that holds.
+    """
+    if dy.dtype == torch.bfloat16 and is_hopper(dy.device):
+        return torch.mm(dy.t(), p).float()
+    if dy.device.type == "cpu":  # where there is no such product
+        return torch.mm(dy.t().float(), p.float())
+    return torch.mm(dy.t(), p, out_dtype=torch.float32)
+
+
+def pass_span(sizes: Sequence[int], p: Tensor) -> int:
+    """Returns how many rows a program of `_adapter_pass` sums over.
+
+    Args:
+        sizes: Outputs of each linear.
+        p: As for `adapter_pass`.
+    """
+    tiles, span = sum(triton.cdiv(size, _PASS_COLUMNS) for size in sizes), _LONGEST_SPAN
+    fewest = multiprocessors(p.device) * 7 // 8
+    while span > 2 * _PASS_ROWS and tiles * triton.cdiv(len(p), span) < fewest:
+        span //= 2  # fewer programs than multiprocessors read with a part of the card
+    return span
 
 
 def sum_parts(

@@ -244,6 +244,15 @@ def backward_fits(shadow: Shadow, last: Shadow, device: torch.device) -> bool:
     return shadow.rank == last.rank <= _PASS_RANK and is_hopper(device)
 
 
+def backward_span(rows: int, outputs: int, device: torch.device) -> int:
+    """Returns how many rows a program of `gated_backward` sums over; plan/activations.py knows."""
+    tiles, span = triton.cdiv(outputs, _PASS_COLUMNS), _LONGEST_SPAN
+    fewest = _PROGRAMS * multiprocessors(device)
+    while span > 2 * _PASS_ROWS and tiles * triton.cdiv(rows, span) < fewest:
+        span //= 2  # fewer read with a part of the card
+    return span
+
+
 def gated_backward(
     d_inner: Tensor,
     gate: Tensor,
@@ -267,10 +276,7 @@ def gated_backward(
         g_last: dy (s B) of the linear that reads inner, [rows, rank], contiguous rows.
     """
     (rows, outputs), rank, device = gate.shape, shadow.rank, gate.device
-    tiles, span = triton.cdiv(outputs, _PASS_COLUMNS), _LONGEST_SPAN
-    fewest = _PROGRAMS * multiprocessors(device)
-    while span > 2 * _PASS_ROWS and tiles * triton.cdiv(rows, span) < fewest:
-        span //= 2  # fewer read with a part of the card
+    tiles, span = triton.cdiv(outputs, _PASS_COLUMNS), backward_span(rows, outputs, device)
     spans = triton.cdiv(rows, span)
     # In 16 bits, as their sum will be: that rounds it as much once more, and is half the bytes.
     g_parts = p.new_empty(2 * tiles, rows, rank)
