@@ -10,11 +10,13 @@ import torch
 
 from halfbyte.lora import LoRAConfig, attach
 from halfbyte.model.build import BaseRecipe, build, finish, place
-from halfbyte.plan.activations import Dial, backward_bytes, host_bytes, kept_bytes
+from halfbyte.nf4 import device as devices
+from halfbyte.plan.activations import Dial, Gpu, backward_bytes, host_bytes, kept_bytes
 from halfbyte.plan.ledger import Holding, Run, fitted, largest, ledger
 from halfbyte.plan.shape import ModelShape, config_of, shape_of, shape_of_config
 from halfbyte.train.engine import Batch, LayerEngine
 from tests.checkpoint.families import tiny_model
+from tests.devices import DEVICES
 
 BATCH, LENGTH = 4, 64
 
@@ -84,6 +86,43 @@ def test_the_dial_says_what_is_kept(llama: ModelShape) -> None:
     # What was kept need not be made again.
     again, kept = (backward_bytes(layer, dial, 100, 100) for dial in (Dial(), Dial(32)))
     assert again - kept == 100 * (layer.saved - layer.input - layer.thin)
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_what_a_gates_backward_sums_apart_follows_from_the_gpu(
+    llama: ModelShape, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gated = pytest.importorskip("halfbyte.nf4.gpu_gated", exc_type=ImportError)
+    adapters = pytest.importorskip("halfbyte.nf4.gpu_adapters", exc_type=ImportError)
+    spec, cpu = DEVICES[name], torch.device("cpu")
+    monkeypatch.setattr(devices, "spec_of", lambda _: spec)
+    layer = replace(Run().layer(llama), gpu=Gpu(spec.capability, spec.num_sms))
+    shadow = adapters.Shadow(torch.empty(0), torch.empty(0), layer.rank)
+    for tokens in (1, 100, 512, 2048, 8192):
+        if not gated.backward_fits(shadow, shadow, cpu):
+            assert layer.gated_sums(tokens) == 0
+            continue
+        columns = llama.intermediate
+        spans = -(-tokens // gated.backward_span(tokens, columns, cpu))
+        by_tile = 2 * -(-columns // gated._PASS_COLUMNS) * tokens * layer.rank * 2
+        assert layer.gated_sums(tokens) == by_tile + spans * 3 * layer.rank * columns * 4
+
+
+def test_fewer_multiprocessors_sum_over_longer_spans(llama: ModelShape) -> None:
+    small, large = (
+        replace(Run().layer(llama), gpu=Gpu((9, 0), count)).gated_sums(2048) for count in (60, 132)
+    )
+    assert small < large
+
+
+def test_without_flash_attention_keys_and_values_of_all_heads_are_kept() -> None:
+    shape = shape_of_config(config_of("llama3-8b"), "llama3-8b")
+    flash = Run().layer(shape)
+    other = replace(flash, gpu=Gpu((7, 5), 40))
+    assert other.kept()["attention"] - flash.kept()["attention"] == 2 * 2 * shape.query
+    for those in (flash, other):
+        even = replace(those, shape=replace(shape, key_value=shape.query))
+        assert even.kept()["attention"] == 2 * shape.query
 
 
 @pytest.mark.parametrize(("rank", "filled"), [(4, 16), (16, 16), (24, 32)])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from halfbyte.errors import ConfigError
-from halfbyte.plan.activations import Dial, host_bytes
+from halfbyte.plan.activations import Dial, Gpu, host_bytes
 from halfbyte.plan.advice import Way, advice, choices, usable, ways
 from halfbyte.plan.ledger import Holding, Run, ledger
 from halfbyte.plan.shape import ModelShape, config_of, shape_of_config
@@ -20,6 +20,7 @@ from halfbyte.plan.speed import (
     measure_machine,
     step_seconds,
 )
+from tests.devices import DEVICES
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,7 @@ def test_time_follows_what_is_done(llama: ModelShape) -> None:
 def test_notes_are_worth_their_way_where_the_bus_is_faster_than_a_layer(llama: ModelShape) -> None:
     run = Run(length=2048, dial=Dial(0, 31, True))
     for name, card in CARDS.items():
-        if card.itemsize == 4:
+        if card.capability < (8, 0):  # no flash attention
             assert card.noted_width > 1e9
             continue
         seconds = step_seconds(llama, run, card)
@@ -137,6 +138,18 @@ def test_cards_by_name() -> None:
 )
 def test_cards_by_what_the_driver_calls_them(driver: str, card: str | None) -> None:
     assert card_of_driver(driver) == (CARDS[card] if card else None)
+
+
+def test_cards_are_what_their_drivers_say() -> None:
+    for name, spec in DEVICES.items():
+        card = card_of_driver(spec.name)
+        if card is None:
+            assert name in ("v100", "5090")
+            continue
+        assert card.gpu == Gpu(spec.capability, spec.num_sms)
+        assert card.memory == pytest.approx(spec.memory, rel=0.02)
+        assert card.gpu.is_hopper == spec.is_hopper
+        assert card.gpu.runs_flash_attention == spec.runs_flash_attention(128)
 
 
 def test_this_machine_is_measured() -> None:

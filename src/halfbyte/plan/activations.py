@@ -25,13 +25,17 @@ as they were before, too.
 In backward the layer's own activations are there in any case (kept, or made again), and at the
 peak, in the middle of the MLP, the gradients of gate and up beside them. Fused on a GPU these are
 written over gate and up, and the peak is the moment that happens: there is the gradient of their
-product, and up to a rank of `GATED_RANK` what tiles and spans have summed for the adapters, each
-apart (`nf4.gpu_gated`). Where the MLP is narrow the peak is attention's backward. What the MLP kept
-is gone by then, and there are
+product, and on Hopper up to a rank of `GATED_RANK` what tiles and spans have summed for the
+adapters, each apart (`nf4.gpu_gated`). Where the MLP is narrow the peak is attention's backward.
+What the MLP kept is gone by then, and there are
 
     gradients   of the stream beside, of what attention gave, of q, k and v   e·(H + 2Q + 2K)
     float32     of q, added up there                                          4·Q
     all heads   of k and v, for each of the queries' heads, if fewer          2·e·Q
+
+Where a GPU has no flash attention (before Ampere), k and v are copied for each of the queries'
+heads in forward, too, and the copies kept; an attention that keeps to documents there is none, so
+micro-batches stay as they are.
 
 Beside what layers keep there is the stream itself, as wide as a layer's input, several times over.
 On a CPU that is its gradient, on its way down. CUDA graphs have tensors of their own, and so, while
@@ -48,6 +52,7 @@ that the others are decoded to in turn.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from halfbyte.plan.shape import ModelShape
 
@@ -56,12 +61,37 @@ from halfbyte.plan.shape import ModelShape
 NEAR_LAYERS = 1
 UNDER_WAY = 1
 
-# nf4/gpu_gated.py: columns of a tile, most rows of a span and least, programs on an H100 at least,
-# highest rank.
-_TILE, _SPAN, _SHORTEST, _PROGRAMS, GATED_RANK = 128, 1024, 32, 396, 32
+# nf4/gpu_gated.py: columns of a tile, most rows of a span and least, programs a multiprocessor at
+# least, highest rank.
+_TILE, _SPAN, _SHORTEST, _PROGRAMS, GATED_RANK = 128, 1024, 32, 3, 32
 
 # The narrowest model whose notes are worth their way, on an H100; `Card.noted_width` of others.
 NOTED_WIDTH = 3072
+
+
+class Gpu(NamedTuple):
+    """What of a GPU the memory of a step depends on; `nf4.device` asks the driver.
+
+    Attributes:
+        capability: CUDA compute capability, (major, minor).
+        num_sms: Streaming multiprocessors.
+    """
+
+    capability: tuple[int, int] = (9, 0)
+    num_sms: int = 132
+
+    @property
+    def is_hopper(self) -> bool:
+        """Whether kernels tuned to Hopper run there."""
+        return self.capability[0] == 9
+
+    @property
+    def runs_flash_attention(self) -> bool:
+        """Whether torch's flash attention runs there, so that documents share rows."""
+        return self.capability >= (8, 0)
+
+
+H100 = Gpu()
 
 
 @dataclass(frozen=True)
@@ -76,6 +106,7 @@ class LayerActivations:
         copied: Elements of the copies of its adapters that it multiplies with.
         fused: Whether layers are run by ``model.layer``.
         on_gpu: Whether they are on a GPU.
+        gpu: Which, if they are.
     """
 
     shape: ModelShape
@@ -85,6 +116,7 @@ class LayerActivations:
     copied: int
     fused: bool
     on_gpu: bool
+    gpu: Gpu = H100
 
     @property
     def captured(self) -> bool:
@@ -126,6 +158,8 @@ class LayerActivations:
             statistics += 4 * s.heads
             if self.fused and not s.head_norms:
                 attention = e * s.query  # q and k are turned where they are
+            if not self.gpu.runs_flash_attention and s.key_value < s.query:
+                attention += 2 * e * s.query  # k and v, for each of the queries' heads
         else:
             # Separate products: of them v alone lives on. Attention's output is laid out anew.
             projected = e * s.key_value
@@ -154,10 +188,10 @@ class LayerActivations:
 
     def gated_sums(self, tokens: int) -> int:
         """Return what gate's backward has summed apart, of a part of so many tokens."""
-        if not self.multiplied or self.rank > GATED_RANK:
+        if not self.multiplied or self.rank > GATED_RANK or not self.gpu.is_hopper:
             return 0
         tiles, span = -(-self.shape.intermediate // _TILE), _SPAN
-        while span > _SHORTEST and tiles * -(-tokens // span) < _PROGRAMS:
+        while span > _SHORTEST and tiles * -(-tokens // span) < _PROGRAMS * self.gpu.num_sms:
             span //= 2
         by_tile = 2 * tiles * tokens * self.itemsize
         return self.rank * (by_tile + -(-tokens // span) * 3 * self.shape.intermediate * 4)

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from halfbyte.errors import ConfigError
-from halfbyte.plan.activations import host_bytes
+from halfbyte.plan.activations import Gpu, host_bytes
 from halfbyte.plan.ledger import Packed, Run, held
 from halfbyte.plan.shape import ModelShape
 
@@ -67,9 +67,11 @@ class Card(NamedTuple):
         flops: Operations a second that its products reach in the dtype it trains in.
         bandwidth: Bytes a second that a copy reads and writes.
         link: Bytes a second to and from the host.
-        itemsize: Bytes of that dtype: 4 where there are no bfloat16 units.
+        itemsize: Bytes of that dtype.
         device: ``cuda`` or ``cpu``.
         measured: Whether these were measured, here and now.
+        capability: CUDA compute capability of a GPU.
+        num_sms: Its streaming multiprocessors.
     """
 
     name: str
@@ -80,16 +82,25 @@ class Card(NamedTuple):
     itemsize: int = 2
     device: str = "cuda"
     measured: bool = False
+    capability: tuple[int, int] = (0, 0)
+    num_sms: int = 0
+
+    @property
+    def gpu(self) -> Gpu:
+        """What of it the memory of a step depends on."""
+        return Gpu(self.capability, self.num_sms)
 
     @property
     def noted_width(self) -> int:
         """The width from which a layer runs as long as its input and notes take to leave.
 
         These are three streams, 6 bytes a token and width in 16 bits. A layer of a Llama has
-        12 weights for each square of its width, and forward multiplies with each. In 32 bits
-        torch's attention may keep all its weights, too much to send away: no width will do.
+        12 weights for each square of its width, and forward multiplies with each. What is not
+        flash attention keeps more than its output, in 32 bits all its weights, too much to send
+        away: no width will do.
         """
-        return int(self.flops / (4 * self.link)) if self.itemsize == 2 else sys.maxsize
+        flash = self.itemsize == 2 and self.gpu.runs_flash_attention
+        return int(self.flops / (4 * self.link)) if flash else sys.maxsize
 
 
 def _of_table(
@@ -98,7 +109,8 @@ def _of_table(
     teraflops: float,
     gigabytes_s: float,
     link: float,
-    itemsize: int = 2,
+    capability: tuple[int, int],
+    num_sms: int,
 ) -> Card:
     return Card(
         name,
@@ -106,24 +118,25 @@ def _of_table(
         teraflops * 1e12 * PRODUCT_SHARE,
         gigabytes_s * 1e9 * COPY_SHARE,
         link * 1e9,
-        itemsize,
+        capability=capability,
+        num_sms=num_sms,
     )
 
 
 # The makers' figures: memory as a program finds it, dense bfloat16 products with float32 sums,
-# memory bandwidth, and what of PCIe is left for page-locked copies. The T4 has no bfloat16 units,
-# so halfbyte trains there in float32.
+# memory bandwidth, what of PCIe is left for page-locked copies, compute capability and streaming
+# multiprocessors. The T4 has no bfloat16 units, so its products are those of float16.
 CARDS = {
-    "t4": _of_table("T4", 15.6, 8.1, 320, 12, 4),
-    "3090": _of_table("RTX 3090", 25.3, 71, 936, 25),
-    "4090": _of_table("RTX 4090", 25.3, 165, 1008, 25),
-    "l4": _of_table("L4", 23.6, 121, 300, 25),
-    "a10": _of_table("A10", 23.6, 125, 600, 25),
-    "a100-40": _of_table("A100 40 GB", 42.4, 312, 1555, 25),
-    "a100-80": _of_table("A100 80 GB", 85.0, 312, 2039, 25),
-    "h100": _of_table("H100 80 GB", 85.0, 989, 3350, 55),
-    "h200": _of_table("H200", 150.0, 989, 4800, 55),
-    "b200": _of_table("B200", 191.0, 2250, 8000, 55),
+    "t4": _of_table("T4", 15.6, 65, 320, 12, (7, 5), 40),
+    "3090": _of_table("RTX 3090", 25.3, 71, 936, 25, (8, 6), 82),
+    "4090": _of_table("RTX 4090", 25.3, 165, 1008, 25, (8, 9), 128),
+    "l4": _of_table("L4", 23.6, 121, 300, 25, (8, 9), 58),
+    "a10": _of_table("A10", 23.6, 125, 600, 25, (8, 6), 72),
+    "a100-40": _of_table("A100 40 GB", 42.4, 312, 1555, 25, (8, 0), 108),
+    "a100-80": _of_table("A100 80 GB", 85.0, 312, 2039, 25, (8, 0), 108),
+    "h100": _of_table("H100 80 GB", 85.0, 989, 3350, 55, (9, 0), 132),
+    "h200": _of_table("H200", 150.0, 989, 4800, 55, (9, 0), 132),
+    "b200": _of_table("B200", 191.0, 2250, 8000, 55, (10, 0), 148),
 }
 HERE = "this-machine"
 
@@ -238,6 +251,7 @@ def measure_machine() -> Card:
     import torch
 
     from halfbyte.model.precision import choose_device_and_dtype
+    from halfbyte.nf4.device import spec_of
 
     device, dtype, _ = choose_device_and_dtype("auto", "auto")
     on_gpu = device == "cuda"
@@ -258,7 +272,11 @@ def measure_machine() -> Card:
     memory = float(torch.cuda.mem_get_info()[0]) if on_gpu else _available()
     name = torch.cuda.get_device_name() if on_gpu else "this machine's processor"
     share = 1.0 if on_gpu else CPU_SHARE
-    return Card(name, memory, flops * share, bandwidth, link, dtype.itemsize, device, True)
+    found = Card(name, memory, flops * share, bandwidth, link, dtype.itemsize, device, True)
+    if not on_gpu:
+        return found
+    spec = spec_of(torch.device("cuda"))
+    return found._replace(capability=spec.capability, num_sms=spec.num_sms)
 
 
 def _available() -> float:
