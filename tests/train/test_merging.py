@@ -2,13 +2,14 @@
 
 import weakref
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import CausalLMOutput
 
 from halfbyte.checkpoint.base_model import BaseSource, load_base, open_base
 from halfbyte.checkpoint.merged import Into, Merged, write_merged
@@ -63,11 +64,13 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Taught:
     engine = LayerEngine(base.model)
     parameters = list(adapter_parameters(base.model).values())
     optimizer = torch.optim.AdamW(parameters, lr=0.01)
-    for _ in range(60):
+    for _ in range(200):  # how many it takes differs between processors: 60 did on some
         loss = engine.step([Batch(ids, labels)], float(len(answer)), saved_layers=2)
         optimizer.step()
         optimizer.zero_grad()
-    assert float(loss) < 0.1
+        if float(loss) < 0.01:
+            break
+    assert float(loss) < 0.01
     found = Taught(source, base.model, base.tokenizer, prompt, answer)
     assert found.says(base.model) == answer
     return found
@@ -102,12 +105,33 @@ def test_the_fact_and_what_is_left_of_it(taught: Taught, tmp_path: Path, into: I
     assert bare.kl > 2 * found.kl > 0
     if into == "decoded":
         assert taught.says(AutoModelForCausalLM.from_pretrained(out)) == taught.answer
-        assert found.kl < 1e-3
+        assert found.kl < bare.kl / 1000
         assert found.top1_agreement > 0.97
     else:
         decoded = distance(taught.model, Merged(taught.source, taught.model), live)
         assert found.kl > 10 * decoded.kl
         assert found.top1_agreement < decoded.top1_agreement
+
+
+class _Embedding(nn.Module):
+    """As much of a model as is asked for logits, on a device that shares no memory with the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device = torch.device("meta")
+        self.rows = nn.Embedding(7, 3, device=self.device)
+
+    def forward(self, input_ids: Tensor, *, use_cache: bool) -> Any:
+        assert input_ids.device == self.device
+        return CausalLMOutput(logits=self.rows(input_ids))
+
+
+def test_text_is_sent_to_where_the_model_is() -> None:
+    labels = torch.tensor([[1] * 4 + [-100], [-100] * 5])
+    batch = Batch(torch.zeros(2, 5, dtype=torch.int64), labels, [5, 5])
+    logits = merging._logits(cast(PreTrainedModel, _Embedding()), batch)
+    assert logits.device == torch.device("meta")
+    assert logits.shape == (4, 3)
 
 
 def test_what_is_known_by_heart_is_counted_and_what_is_forgotten(taught: Taught) -> None:

@@ -154,8 +154,10 @@ def distances(
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    logits: Tensor = model(input_ids=batch.input_ids, use_cache=False).logits
-    return logits[batch.labels != IGNORED].float()
+    device = model.device
+    logits: Tensor = model(input_ids=batch.input_ids.to(device), use_cache=False).logits
+    rows, columns = (batch.labels != IGNORED).nonzero(as_tuple=True)
+    return logits[rows.to(device), columns.to(device)].float()
 
 
 class _Stand(nn.Module):
