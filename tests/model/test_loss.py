@@ -49,6 +49,30 @@ def test_bfloat16_is_no_worse_than_the_whole_in_bfloat16():
     assert (one.double() - true).abs().max() <= allowed
 
 
+def test_a_float16_gradient_is_multiplied_once_in_float32():
+    """The factor, 1 / tokens, has few bits in float16, or none."""
+    h, head, targets = case(dtype=torch.float16)
+    (whole_one,) = torch.autograd.grad(head_loss(h, head, targets), h)
+    for tokens in (30_000, 1e6, 1e7):
+        (one,) = torch.autograd.grad(head_loss(h, head, targets) / tokens, h)
+        factor = torch.ones(()) / tokens
+        assert torch.equal(one, (whole_one.float() * factor).half())
+        assert one.any()
+
+
+@pytest.mark.parametrize("factor", [2.0**15, 2.0**6, 2.0**-3])
+def test_a_power_of_two_loses_nothing_of_a_float16_gradient(factor):
+    h, head, targets = case(dtype=torch.float16)
+    (one,) = torch.autograd.grad(head_loss(h, head, targets), h)
+    scaled = torch.full((), factor)
+    (other,) = torch.autograd.grad(head_loss(h, head, targets), h, scaled)
+    held = (one.float() * factor).abs() <= torch.finfo(torch.float16).max
+    normal = one.float().abs() * factor >= torch.finfo(torch.float16).smallest_normal
+    both = held & normal
+    assert both.float().mean() > 0.5
+    assert torch.equal(other.float()[both] / factor, one.float()[both])
+
+
 def test_nothing_supervised():
     h, head, targets = case(rows=0)
     got = head_loss(h, head, targets)

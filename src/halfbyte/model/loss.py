@@ -149,10 +149,21 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         by_hidden, by_weight = (
-            None if grad is None else grad * grad_outputs[0].to(grad.dtype)
-            for grad in ctx.saved_tensors
+            None if grad is None else _times(grad, grad_outputs[0]) for grad in ctx.saved_tensors
         )
         return by_hidden, None, None, None, by_weight
+
+
+def _times(grad: Tensor, factor: Tensor) -> Tensor:
+    """Return grad · factor, a float32 scalar, in the dtype of ``grad``.
+
+    As float16 the factor, 1 / tokens perhaps, would be a subnormal number of a few bits: there the
+    product is that of float32, rounded once. A vector of one element keeps its dtype, where a
+    scalar is converted first.
+    """
+    if grad.dtype != torch.float16:
+        return grad * factor.to(grad.dtype)
+    return torch.mul(grad, factor.view(1), out=torch.empty_like(grad))
 
 
 def head_loss(
