@@ -8,6 +8,7 @@ import torch
 from halfbyte.errors import ConfigError
 from halfbyte.model import precision
 from halfbyte.model.precision import choose_device_and_dtype, deterministic
+from tests.devices import DEVICES
 
 
 @pytest.mark.parametrize(
@@ -37,10 +38,36 @@ def test_a_gpu_that_is_not_there():
     assert choose_device_and_dtype("auto", "auto")[0] == "cpu"
 
 
-@pytest.mark.parametrize("wrong", [("tpu", "auto"), ("cpu", "float16")])
+@pytest.mark.parametrize("wrong", [("tpu", "auto"), ("cpu", "float8")])
 def test_unknown_names(wrong):
     with pytest.raises(ConfigError, match="must be auto"):
         choose_device_and_dtype(*wrong)
+
+
+def test_float16_is_for_a_gpu():
+    with pytest.raises(ConfigError, match="float16 is for a GPU; use auto"):
+        choose_device_and_dtype("cpu", "float16")
+
+
+GPU_DTYPES = {"t4": torch.float16, "v100": torch.float32}
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_gpu_multiplies_in_what_it_has_units_and_kernels_for(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(precision, "spec_of", lambda _: DEVICES[name])
+    device, chosen, why = choose_device_and_dtype("auto", "auto")
+    assert device == "cuda"
+    assert chosen == GPU_DTYPES.get(name, torch.bfloat16)
+    assert ("no bfloat16 units" in why) == (name in GPU_DTYPES)
+    for asked in (torch.float32, torch.float16):
+        got = choose_device_and_dtype("cuda", str(asked).removeprefix("torch."))
+        assert got[1:] == (asked, "as asked for")
+    if name in GPU_DTYPES:
+        with pytest.raises(ConfigError, match=f"{DEVICES[name].name}.* use auto, float16 or"):
+            choose_device_and_dtype("cuda", "bfloat16")
+    else:
+        assert choose_device_and_dtype("cuda", "bfloat16")[1] == torch.bfloat16
 
 
 def test_a_fixed_order_is_asked_for_while_it_is_wanted(monkeypatch):

@@ -4,6 +4,11 @@ On a CPU the answer turns on one instruction set. Without AVX512-BF16 or AMX a b
 product is emulated and 5 to 7 times slower than float32; with it, it is about 4 times faster
 (measured on two cores: 850 against 225 GFLOP/s at 1024x1536x576). The adapters, the gradients and
 the optimizer stay float32 in either case.
+
+On a GPU it turns on the generation. From Ampere on products are bfloat16. Turing (T4, RTX 20) has
+no units for that: there they are float16, which has eight times the precision and hardly any range,
+so that the gradient of the loss must be scaled (train/loss_scale.py). Float32 is an eighth as fast
+on a T4 (8.1 against 65 TFLOP/s, the maker's figures), and takes twice the memory.
 """
 
 import os
@@ -14,8 +19,9 @@ from typing import Any
 import torch
 
 from halfbyte.errors import ConfigError
+from halfbyte.nf4.device import DeviceSpec, spec_of
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def choose_device_and_dtype(device: str, compute_dtype: str) -> tuple[str, torch.dtype, str]:
@@ -23,18 +29,21 @@ def choose_device_and_dtype(device: str, compute_dtype: str) -> tuple[str, torch
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda``.
-        compute_dtype: ``auto``, ``float32`` or ``bfloat16``.
+        compute_dtype: ``auto``, ``float32``, ``bfloat16`` or, on a GPU, ``float16``.
 
     Returns:
         The device, the dtype of activations and products, and the reason in one line.
 
     Raises:
-        ConfigError: If the device is not there, or a name is unknown.
+        ConfigError: If the device is not there, a name is unknown, or the device does not multiply
+            what is asked for.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device must be auto, cpu or cuda, got {device!r}")
     if compute_dtype not in ("auto", *_DTYPES):
-        raise ConfigError(f"compute_dtype must be auto, float32 or bfloat16, got {compute_dtype!r}")
+        raise ConfigError(
+            f"compute_dtype must be auto, {', '.join(_DTYPES)}, got {compute_dtype!r}"
+        )
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
         raise ConfigError(
@@ -42,16 +51,34 @@ def choose_device_and_dtype(device: str, compute_dtype: str) -> tuple[str, torch
         )
     if device == "auto":
         device = "cuda" if has_cuda else "cpu"
+    if device == "cuda":
+        return device, *_gpu_dtype(spec_of(torch.device(device)), compute_dtype)
+    if compute_dtype == "float16":
+        raise ConfigError(
+            "compute_dtype float16 is for a GPU; use auto, bfloat16 or float32 on a CPU"
+        )
     if compute_dtype != "auto":
         return device, _DTYPES[compute_dtype], "as asked for"
-    if device == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return device, torch.bfloat16, "this GPU multiplies bfloat16"
-        return device, torch.float32, "this GPU has no bfloat16 units"
     for name, present in cpu_matrix_units().items():
         if present:
             return device, torch.bfloat16, f"this CPU has {name}"
     return device, torch.float32, "this CPU has neither AVX512-BF16 nor AMX"
+
+
+def _gpu_dtype(spec: DeviceSpec, compute_dtype: str) -> tuple[torch.dtype, str]:
+    """Return the dtype of products on a GPU, and why."""
+    if compute_dtype == "bfloat16" and not spec.has_bfloat16:
+        raise ConfigError(
+            f"compute_dtype bfloat16 is not for {spec.name}, which has no bfloat16 units; use auto, "
+            "float16 or float32"
+        )
+    if compute_dtype != "auto":
+        return _DTYPES[compute_dtype], "as asked for"
+    if spec.has_bfloat16:
+        return torch.bfloat16, "this GPU multiplies bfloat16"
+    if spec.runs_triton:
+        return torch.float16, "this GPU has no bfloat16 units; the loss is scaled"
+    return torch.float32, "this GPU has no bfloat16 units, and Triton's kernels do not run on it"
 
 
 def cpu_matrix_units() -> dict[str, bool]:

@@ -145,8 +145,10 @@ class BaseOptions(Options):
 class ModelOptions(BaseOptions):
     """A base model that computes."""
 
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="type in which matrices are multiplied; auto asks the hardware"
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="type in which matrices are multiplied; auto asks the hardware; float16 is for "
+        "a GPU",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
     cache_quantized: bool = Field(
