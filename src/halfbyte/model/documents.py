@@ -6,6 +6,11 @@ they need none, if attention stays within each of them. `Documents` says where t
 
     no documents    every row of the batch is one: torch's attention, ours on a CPU
     documents       on a GPU by torch's attention over sequences of any lengths; else one by one
+
+What takes sequences of any lengths is flash attention, which begins with Ampere. A Turing card has
+torch's memory-efficient attention: it wants as many heads of keys and values as of queries, and so
+is given copies. Told of groups it would be passed over for one that writes out all weights, and
+takes T² memory for T tokens.
 """
 
 from collections.abc import Callable
@@ -19,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halfbyte.model.attention import causal_attention
+from halfbyte.nf4 import device as devices
 
 
 class Documents(NamedTuple):
@@ -55,9 +61,8 @@ def can_pack(dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
     return (
         device.type == "cuda"
         and dtype in (torch.bfloat16, torch.float16)
-        and head_dim <= 256
         and head_dim % 8 == 0
-        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and devices.spec_of(device).runs_flash_attention(head_dim)
         and _over_sequences() is not None
     )
 
@@ -78,6 +83,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, scale: 
     if documents is not None:
         out = _within(q[0], k[0], v[0], documents, scale)[None]
     elif q.is_cuda:
+        if not devices.spec_of(q.device).runs_flash_attention(q.shape[-1]):
+            k, v = (for_each_head(x, q.shape[2]) for x in (k, v))
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -90,6 +97,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, scale: 
         heads = [x.transpose(1, 2) for x in (q, k, v)]
         out = causal_attention(heads[0], heads[1], heads[2], scale=scale).transpose(1, 2)
     return out.flatten(2)
+
+
+def for_each_head(x: Tensor, heads: int) -> Tensor:
+    """Return [B, T, heads, D] of x [B, T, G, D]: each group's for all heads of queries in it."""
+    groups = x.shape[2]
+    if groups == heads:
+        return x
+    return x[:, :, :, None].expand(-1, -1, -1, heads // groups, -1).flatten(2, 3)
 
 
 def _within(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float) -> Tensor:
