@@ -551,10 +551,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--worker", choices=["make", *PEERS], help=argparse.SUPPRESS)
     args = parser.parse_args()
     needs_file = not (args.checkpoint / "config.json").exists() or "smollm2" in args.only
-    if not args.worker and args.gguf is None and (args.commands or needs_file):
-        parser.error("--gguf is missing: the GGUF file of SmolLM2-135M-Instruct")
-    if args.device == "cpu" and not args.commands and set(args.only) & set(PEERS):
-        parser.error(f"--device cpu is for ours: --only {' '.join(OURS)}")
+    if args.worker is None:
+        if args.gguf is None and (args.commands or needs_file):
+            parser.error("--gguf is missing: the GGUF file of SmolLM2-135M-Instruct")
+        if args.device == "cpu" and not args.commands and set(args.only) & set(PEERS):
+            parser.error(f"--device cpu is for ours: --only {' '.join(OURS)}")
     for name in ("gguf", "checkpoint", "data"):  # processes run elsewhere
         setattr(args, name, getattr(args, name) and getattr(args, name).resolve())
     return args

@@ -14,6 +14,7 @@ import pytest
 from tests.tiny import write_tiny_model
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SMOLLM2 = os.environ.get("HALFBYTE_TEST_MODEL", "")
 
 
 @pytest.fixture
@@ -175,3 +176,29 @@ def test_every_name_a_command_is_formatted_with_is_known(gpu_run: Any) -> None:
     known = {"model", "data", "held_out", "work", "steps", "longest", "prompt", "device"}
     for text in gpu_run.COMMANDS.values():
         text.format(**dict.fromkeys(known, ""))
+
+
+@pytest.mark.skipif(not SMOLLM2, reason="needs SmolLM2's GGUF file: HALFBYTE_TEST_MODEL names it")
+def test_the_model_that_is_made_reads_chats_as_smollm2_does(
+    gpu_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from halfbyte.checkpoint.base_model import open_base
+    from halfbyte.data import load_dataset
+
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
+    monkeypatch.setattr(gpu_run, "MODEL", gpu_run.MODEL | small | {"num_key_value_heads": 2})
+    made = tmp_path / "made"
+    words = ["--worker", "make", "--checkpoint", made, "--gguf", SMOLLM2, "--layers", 2]
+    monkeypatch.setattr("sys.argv", ["gpu_run.py", "--device", "cpu", *map(str, words)])
+    gpu_run.main()
+    source = open_base(str(made))
+    assert source.config.num_hidden_layers == 2
+    assert source.config.vocab_size == len(source.tokenizer()) == 49152
+    # Its padding is no end of turn, for peers.
+    assert source.tokenizer().pad_token_id != source.config.eos_token_id
+    data = gpu_run.chats.write_chats(tmp_path / "chats.jsonl", 20)
+    tokenizers = (source.tokenizer(), open_base(SMOLLM2).tokenizer())
+    ours, theirs = (load_dataset(data, one, max_length=2048).examples for one in tokenizers)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.tokens.tolist() == other.tokens.tolist()
+        assert one.labels_mask.tolist() == other.labels_mask.tolist()
