@@ -1,20 +1,24 @@
-"""Compiles every Triton kernel for one GPU architecture, without a GPU; run by test_compiling.
+"""Compiles every Triton kernel that a GPU would be given, without one; run by test_compiling.
 
-    python -m tests.compiling 90
+    python -m tests.compiling h100
 
-Prints one line a kernel: its name, and the shared memory it needs in bytes.
+The dispatch is asked, as if the device were there (tests/devices.py), which kernels run on it and
+with which constants. Prints one line a kernel: its name, and the shared memory it needs in bytes.
 """
 
 import sys
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from halfbyte.model import gpu as between
+from halfbyte.nf4 import device as devices
 from halfbyte.nf4 import gpu, gpu_adapters, gpu_gated, gpu_products, gpu_rows
 from halfbyte.optim import gpu as optimizer
+from tests.devices import DEVICES
 
 POINTERS = {"scale_codes": "*u8", "codes": "*i32", "cell_codes": "*i32"}
 INTEGERS = {
@@ -63,95 +67,146 @@ def gated_tiles(dtype: str, part: int) -> dict[str, str]:
     }
 
 
-def kernels(capability: int):
-    """Yields (kernel, types that differ from the usual, constants, options)."""
+ROWS, WIDTH, INNER = 8192, 4096, 11008  # Llama-2-7B's, in a step of 8192 tokens
+CPU = torch.device("cpu")
+
+
+def kernels(kind: str):
+    """Yields (kernel, types that differ from the usual, constants, options).
+
+    Args:
+        kind: The 16-bit type that products on the device are in, ``bf16`` or ``fp16``.
+    """
+    yield from format_kernels(kind)
+    yield from row_kernels(kind)
+    yield from layer_kernels(kind)
+    yield from optimizer_kernels()
+    yield from adapter_kernels(kind)
+    if gpu.is_hopper(CPU):
+        yield from hopper_kernels(kind)
+
+
+def format_kernels(kind: str):
     plain = {"enable_fp_fusion": False}
-    for double, dtype in ((True, "*bf16"), (False, "*fp16"), (True, "*fp32")):
-        flat = {"count": 3, "block_words": 8, "double": double, "lanes": 256, "unroll": 2}
+    for double, dtype in ((True, f"*{kind}"), (False, f"*{kind}"), (True, "*fp32")):
+        flat = {"count": 3, "block_words": 8, "double": double}
+        flat |= {"lanes": gpu._LANES, "unroll": gpu._UNROLL}
         yield gpu._decode_flat, {"weights": "*i64", "out": dtype}, flat, {"num_warps": 8, **plain}
     for transposed in (True, False):
         tile = {"block_size": 64, "double": True, "transposed": transposed}
         tile |= {"tile_rows": 64, "tile_columns": 64}
-        yield gpu._decode_tile, {"out": "*bf16", "codes": "*u8"}, tile, plain
-    for signed, block_size in ((True, 64), (False, 4096)):
+        yield gpu._decode_tile, {"out": f"*{kind}", "codes": "*u8"}, tile, plain
+    # What is packed comes as it was saved, whatever products are in.
+    for signed, block_size, dtype in ((True, 64, "*bf16"), (False, 4096, "*fp16")):
         blocks = {"block_size": block_size, "rows": max(1, 1024 // block_size), "signed": signed}
-        types = {"weight": "*bf16", "codes": "*u8"}
+        types = {"weight": dtype, "codes": "*u8"}
         yield gpu._encode_blocks, types, blocks, {"num_warps": max(1, block_size // 1024)}
     yield gpu._encode_scales, {}, {"block_size": 256, "rows": 4}, {}
-    product = {"num_stages": 1, **plain}
-    for rounded, dtype in ((True, "*bf16"), (False, "*fp16")):
-        one = {"block_quads": 2, "double": True, "lanes": 128, "rounded": rounded}
-        yield gpu_rows._product_one, {"y": dtype, "x": "*i32", "planes": "*i32"}, one, product
-    yield gpu_rows._sum_products, {"y": "*bf16"}, {"split": 4, "lanes": 512}, {}
-    for rows in (16, 64):
+
+
+def row_kernels(kind: str):
+    product = {"num_stages": 1, "enable_fp_fusion": False}
+    one = {"block_quads": 2, "double": True, "lanes": 128, "rounded": kind == "bf16"}
+    yield gpu_rows._product_one, {"y": f"*{kind}", "x": "*i32", "planes": "*i32"}, one, product
+    yield gpu_rows._sum_products, {"y": f"*{kind}"}, {"split": 4, "lanes": 512}, {}
+    for rows in (16, 32, 64):
         few = {"block_words": 8, "double": True, "tile_outputs": 64, "tile_rows": rows}
         few |= {"step": 32 if rows <= 32 else 16, "split": 4}
-        yield gpu_rows._product_tile, {"x": "*bf16"}, few, product
-    sixteen = dict.fromkeys(("x", "y", "h", "dx", "dy", "dh", "h_out", "residual"), "*bf16")
-    sixteen |= dict.fromkeys(("weight", "cos", "sin", "gate", "up", "d_both"), "*bf16")
+        yield gpu_rows._product_tile, {"x": f"*{kind}"}, few, product
+
+
+def layer_kernels(kind: str):
+    names = ("x", "y", "h", "dx", "dy", "dh", "h_out", "residual", "weight", "cos", "sin")
+    sixteen = dict.fromkeys((*names, "gate", "up", "d_both"), f"*{kind}")
     norm = {"add": True, "lanes": 4096}
     yield between._norm, {**sixteen, "eps": "fp32"}, norm, {"num_warps": 8}
     yield between._norm_backward, sixteen, norm, {"num_warps": 8}
     loss = {"capped": True, "slopes": True, "lanes": 4096}
-    kinds = {"logits": "*bf16", "targets": "*i64", "softcap": "fp32"}
+    kinds = {"logits": f"*{kind}", "targets": "*i64", "softcap": "fp32"}
     yield between._loss_and_slopes, kinds, loss, {"num_warps": 8}
-    yield between._look_up, {"out": "*bf16", "table": "*bf16", "ids": "*i64"}, {"lanes": 1024}, {}
-    turned = dict.fromkeys(("q", "k", "q_out", "k_out"), "*bf16")
+    looked = {"out": f"*{kind}", "table": f"*{kind}", "ids": "*i64"}
+    yield between._look_up, looked, {"lanes": 1024}, {}
+    turned = dict.fromkeys(("q", "k", "q_out", "k_out"), f"*{kind}")
     turns = {"backward": True, "lanes": 64, "q_lanes": 32, "k_lanes": 8}
     yield between._rotate, sixteen | turned, turns, {}
     yield between._gate, sixteen, {"lanes": 2048}, {"num_warps": 8}
     yield between._gate_backward, sixteen, {"remake": True, "lanes": 2048}, {"num_warps": 8}
+
+
+def optimizer_kernels():
+    plain = {"enable_fp_fusion": False}
     doubles = {"constants": "*fp64", "count": "i32"}
     yield optimizer._prepare, doubles, {"lanes": 256}, plain
     for dtype, master in ((tl.float32, False), (tl.bfloat16, False), (tl.bfloat16, True)):
-        kind = {"dtype": dtype, "master": master, "blocks": 4, "shuffled": True}
+        kind = {"dtype": dtype, "master": master, "blocks": optimizer.BLOCKS, "shuffled": True}
         types = {"rows": "*i64", "owners": "*i32", "tables": "*i32"}
-        yield optimizer._update, types, kind, {"maxnreg": optimizer.REGISTERS, **plain}
-    if capability == 90:
-        tile = {"programs": 132, "tile_m": 128, "tile_n": 256, "tile_k": 64}
-        options = {"num_warps": 8, "num_stages": 3}
-        for rank in (16, 64, 128):
-            flat, part = gpu_products.flat_of(1, rank)
-            for half in (0, 64):
-                step = {"rank": rank, "part": part, "flat": flat, "half": half, **tile}
-                turn = {"cos": "*bf16", "sin": "*bf16", "turned": "i32"}
-                yield gpu_products._forward, tiles("bf16", part) | turn, step, options
-        for members, rank in ((1, 16), (1, 64), (1, 128), (3, 16), (2, 64)):
-            flat, part = gpu_products.flat_of(members, rank * members)
-            step = {"members": members, "ranks": rank * members, "part": part, "flat": flat, **tile}
-            yield gpu_products._backward, tiles("bf16", part), step, options
-        for rank in (16, 64, 128):
-            flat, part = gpu_products.flat_of(1, 2 * rank)
-            step = {"rank": rank, "part": part, "flat": flat, **tile, "tile_n": 128}
-            for keep in (True, False):
-                step |= {"keep": keep, "swapped": keep}
-                yield gpu_gated._gated_forward, gated_tiles("bf16", part), step, options
-        sixteen = dict.fromkeys(("d_inner", "gate", "up", "p", "g_last", "b"), "*bf16")
-        sixteen["g_parts"] = "*bf16"
-        sums = {"rank": gpu_gated._PASS_RANK, "span": 1024, "compiled": True}
-        sums |= {"tile_m": gpu_gated._PASS_ROWS, "tile_n": gpu_gated._PASS_COLUMNS}
-        yield gpu_gated._gated_backward, sixteen, sums, {"num_warps": 4, "num_stages": 3}
-        job = {"kind": tl.float32, "count": 14, "lanes": 1024}
-        yield gpu_adapters._lay_out, {"out": "*bf16", "table": "*i64"}, job, {}
-        types = {"out": "*bf16", "left": "*bf16", "right": "*bf16"}
-        types |= {"out_stride": "i32", "left_stride": "i32"}
-        for transposed, ranks in ((True, 16), (False, 48), (True, 128)):
-            tile = {"rank": ranks, "ranks": ranks, "part": min(64, ranks & -ranks)}
-            tile |= {"transposed": transposed, "tile_m": 64, "tile_n": 128}
-            yield gpu_adapters._add_thin, types, tile, {"num_warps": 4}
-        sums = {"rank": 16, "span": 1024, "tile_m": 64, "tile_n": 256}
-        types = {"dy0": "*bf16", "dy1": "*bf16", "dy2": "*bf16", "p": "*bf16", "b": "*bf16"}
-        types |= {"dy_stride0": "i32", "dy_stride1": "i32", "dy_stride2": "i32"}
-        yield gpu_adapters._adapter_pass, types, sums, {"num_warps": 8, "num_stages": 3}
-        types = {"g": "*bf16", "scaling0": "fp32", "scaling1": "fp32", "scaling2": "fp32"}
-        types |= {"spans": "i32", "tiles": "i32"}
-        parts = {"members": 3, "rank": 16, "tile_n": 256, "lanes": 512, "flipped": True}
-        yield gpu_adapters._sum_parts, types, parts, {}
+        options = {"num_warps": optimizer.WARPS, "maxnreg": optimizer.REGISTERS, **plain}
+        yield optimizer._update, types, kind, options
+
+
+def adapter_kernels(kind: str):
+    """Yields those of every GPU; the others sum dB by cuBLAS."""
+    job = {"kind": tl.float32, "count": 14, "lanes": gpu_adapters._LANES}
+    yield gpu_adapters._lay_out, {"out": f"*{kind}", "table": "*i64"}, job, {"num_warps": 4}
+    types = dict.fromkeys(("out", "left", "right"), f"*{kind}")
+    types |= {"out_stride": "i32", "left_stride": "i32"}
+    sizes = [(True, 16), (False, 32), (False, 48), (True, 128)]
+    if not devices.spec_of(CPU).has_tensor_cores:
+        sizes = [(one, rank) for one, rank in sizes if rank <= gpu_adapters._SCALAR_RANK]
+    for transposed, ranks in sizes:
+        tile = {"rank": ranks, "ranks": ranks, "part": min(64, ranks & -ranks)}
+        tile |= {"transposed": transposed, "tile_m": gpu_adapters._THIN_ROWS}
+        tile |= {"tile_n": gpu_adapters._THIN_COLUMNS}
+        yield gpu_adapters._add_thin, types, tile, {"num_warps": gpu_adapters._THIN_WARPS}
+
+
+def hopper_kernels(kind: str):
+    tile = {"programs": gpu.multiprocessors(CPU), "tile_m": gpu_products.TILE_M}
+    tile |= {"tile_n": 256, "tile_k": gpu_products.TILE_K}
+    options = {"num_warps": 8, "num_stages": 3}
+    for rank in (16, 64, 128):
+        flat, part = gpu_products.flat_of(1, rank)
+        for half in (0, 64):
+            step = {"rank": rank, "part": part, "flat": flat, "half": half, **tile}
+            turn = {"cos": f"*{kind}", "sin": f"*{kind}", "turned": "i32"}
+            yield gpu_products._forward, tiles(kind, part) | turn, step, options
+    for members, rank in ((1, 16), (1, 64), (1, 128), (3, 16), (2, 64)):
+        flat, part = gpu_products.flat_of(members, rank * members)
+        step = {"members": members, "ranks": rank * members, "part": part, "flat": flat, **tile}
+        yield gpu_products._backward, tiles(kind, part), step, options
+    for rank in (16, 64, 128):
+        flat, part = gpu_products.flat_of(1, 2 * rank)
+        step = {"rank": rank, "part": part, "flat": flat, **tile, "tile_n": gpu_gated._TILE_N}
+        for keep in (True, False):
+            step |= {"keep": keep, "swapped": keep}
+            yield gpu_gated._gated_forward, gated_tiles(kind, part), step, options
+    names = ("d_inner", "gate", "up", "p", "g_last", "b", "g_parts")
+    sums = {"rank": gpu_gated._PASS_RANK, "compiled": True}
+    sums |= {"span": gpu_gated.backward_span(ROWS, INNER, CPU)}
+    sums |= {"tile_m": gpu_gated._PASS_ROWS, "tile_n": gpu_gated._PASS_COLUMNS}
+    options = {"num_warps": 4, "num_stages": 3}
+    yield gpu_gated._gated_backward, dict.fromkeys(names, f"*{kind}"), sums, options
+    span = gpu_adapters.pass_span([WIDTH] * 3, torch.empty(ROWS, 48, device="meta"))
+    sums = {"rank": 16, "span": span, "tile_m": gpu_adapters._PASS_ROWS}
+    sums |= {"tile_n": gpu_adapters._PASS_COLUMNS}
+    types = dict.fromkeys(("dy0", "dy1", "dy2", "p", "b"), f"*{kind}")
+    types |= {"dy_stride0": "i32", "dy_stride1": "i32", "dy_stride2": "i32"}
+    yield gpu_adapters._adapter_pass, types, sums, {"num_warps": 8, "num_stages": 3}
+    types = {"g": f"*{kind}", "scaling0": "fp32", "scaling1": "fp32", "scaling2": "fp32"}
+    types |= {"spans": "i32", "tiles": "i32"}
+    parts = {"members": 3, "rank": 16, "tile_n": 256, "lanes": 512, "flipped": True}
+    yield gpu_adapters._sum_parts, types, parts, {}
 
 
 def main() -> None:
-    capability = int(sys.argv[1])
-    for kernel, types, constants, options in kernels(capability):
+    spec = DEVICES[sys.argv[1]]
+    devices.spec_of = lambda _: spec
+    kind = "bf16" if spec.has_bfloat16 else "fp16"
+    everything = list(kernels(kind))
+    if spec.is_hopper:  # where float16 may be asked for
+        everything += hopper_kernels("fp16")
+    major, minor = spec.capability
+    for kernel, types, constants, options in everything:
         names = kernel.arg_names
         kinds = {
             name: "constexpr"
@@ -171,7 +226,8 @@ def main() -> None:
             constexprs={(names.index(name),): value for name, value in constants.items()},
             attrs=aligned,
         )
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        target = GPUTarget("cuda", 10 * major + minor, 32)
+        compiled = triton.compile(source, target=target, options=options)
         print(kernel.__name__, compiled.metadata.shared, flush=True)
 
 

@@ -1,11 +1,14 @@
 """The products of base and adapter in Triton's interpreter, against float64."""
 
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
 
+from halfbyte.nf4 import device as devices
 from halfbyte.nf4.shared import LowRank
+from tests.devices import DEVICES
 
 products = pytest.importorskip(
     "halfbyte.nf4.gpu_products", reason="needs Triton", exc_type=ImportError
@@ -94,6 +97,41 @@ def test_forward_and_backward_are_those_of_float64(outputs, inputs, ranks, rows,
             assert close(g[:, first : first + b.shape[1]], 2.0 * dy @ b, 2.0)
         assert close(y.split(outputs, 1)[i], exact, 2.0 if plain else 1.0)
     assert close(dx, exact_dx, 2.0 if plain else 1.0)
+
+
+@pytest.mark.parametrize("ranks", [[8, 16], [64, 40]])
+@pytest.mark.parametrize("name", ["t4", "a100", "4090", "h100"])
+def test_every_gpu_gives_adapters_the_same(monkeypatch, name, ranks):
+    """By whatever it is given: kernels, or cuBLAS where Triton has no tensor cores, no Hopper."""
+    outputs, inputs, rows = [72, 24], 40, 70
+    weights, updates, shadow = layer(outputs, inputs, ranks)
+    x, dys = drawn(rows, inputs, seed=20), [drawn(rows, n, seed=30 + n) for n in outputs]
+    p = torch.mm(x, shadow.a.t())
+    monkeypatch.setattr(devices, "spec_of", lambda _: DEVICES[name])
+    launched = []
+    monkeypatch.setattr(adapters, "on_device", lambda x: launched.append(x) or nullcontext())
+    y = products.plain_forward(x, weights, p, shadow, outputs)
+    assert len(launched) == (name != "t4" or max(ranks) <= 32)
+    g = torch.full_like(p, torch.nan)
+    d_b = adapters.adapter_pass(dys, p, shadow.b, [2.0, 2.0], g)
+    dx = products.plain_backward(dys, weights, g, shadow)
+    assert d_b.dtype == torch.float32
+    exact_dx = torch.zeros(rows, inputs, dtype=torch.float64)
+    for i, (dy, update, weight) in enumerate(zip(dys, updates, weights, strict=True)):
+        a, b, dy = update.a.double(), update.b.double(), dy.double()
+        exact = x.double() @ (weight.double() + 2.0 * b @ a).t()
+        assert close(y.split(outputs, 1)[i], exact, 2.0)
+        exact_dx += dy @ (weight.double() + 2.0 * b @ a)
+        own = d_b.split(outputs)[i][:, : b.shape[1]]
+        assert close(own, 2.0 * dy.t() @ (x.double() @ a.t()), 2.0)
+    assert close(dx, exact_dx, 2.0)
+
+
+def test_sums_over_rows_may_be_more_than_float16_holds(monkeypatch):
+    monkeypatch.setattr(devices, "spec_of", lambda _: DEVICES["t4"])
+    dy, p = torch.full((600, 8), 100.0).half(), torch.full((600, 16), 100.0).half()
+    b, g = drawn(8, 16, seed=7), torch.empty(600, 16).half()
+    assert torch.equal(adapters.adapter_pass([dy], p, b, [0.5], g), torch.full((8, 16), 3e6))
 
 
 def test_gradients_may_be_columns_of_something_wider():

@@ -69,8 +69,8 @@ def _gpu_dtype(spec: DeviceSpec, compute_dtype: str) -> tuple[torch.dtype, str]:
     """Return the dtype of products on a GPU, and why."""
     if compute_dtype == "bfloat16" and not spec.has_bfloat16:
         raise ConfigError(
-            f"compute_dtype bfloat16 is not for {spec.name}, which has no bfloat16 units; use auto, "
-            "float16 or float32"
+            f"compute_dtype bfloat16 is not for {spec.name}, which has no bfloat16 units; "
+            "use auto, float16 or float32"
         )
     if compute_dtype != "auto":
         return _DTYPES[compute_dtype], "as asked for"

@@ -56,6 +56,11 @@ class DeviceSpec:
         return self.capability >= (7, 5)
 
     @property
+    def has_tensor_cores(self) -> bool:
+        """Whether a kernel of Triton's multiplies on tensor cores: on Turing only cuBLAS does."""
+        return self.capability >= (8, 0)
+
+    @property
     def has_bfloat16(self) -> bool:
         """Whether it multiplies bfloat16: from Ampere (A100, RTX 30) on."""
         return self.capability >= (8, 0)
