@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from halfbyte import cli
+from halfbyte.checkpoint import gguf_export
 from halfbyte.checkpoint.base_model import load_base
 from halfbyte.checkpoint.bitsandbytes import write_quantized
 from halfbyte.checkpoint.identity import identity_of
@@ -138,12 +139,12 @@ def test_an_adapter_alone_of_another_base_is_refused(
 def test_a_wrong_file_ends_with_1(
     model: Path, tmp_path: Path, answer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = gguf.quants.quantize
+    right = gguf_export.encode
 
-    def wrong(values: Any, kind: Any) -> Any:
-        return right(values * (1.05 if values.ndim == 2 else 1.0), kind)
+    def wrong(value: Any, kind: Any) -> Any:
+        return right(value * (1.05 if value.ndim == 2 else 1.0), kind)
 
-    monkeypatch.setattr(gguf.quants, "quantize", wrong)
+    monkeypatch.setattr(gguf_export, "encode", wrong)
     code, told, err = answer(model, tmp_path / "out", "--type", "q8_0")
     assert code == 1
     assert told["verified"]["worst_share"] > 1

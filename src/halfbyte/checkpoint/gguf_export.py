@@ -21,6 +21,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from halfbyte.checkpoint.gguf import GGUFSource
+from halfbyte.checkpoint.gguf_blocks import encode
 from halfbyte.checkpoint.gguf_file import GGUFFile, held_as
 from halfbyte.checkpoint.gguf_vocabulary import add_vocabulary, copy_vocabulary
 from halfbyte.checkpoint.peft import LoadedAdapter
@@ -152,7 +153,7 @@ def _add_vocabulary(writer: GGUFWriter, base: BaseSource, layout: Layout) -> int
     """Add the tokenizer of ``base``; return the rows of the embedding."""
     rows = next(p.shape[0] for p in base.parameters if layout.name(p.name) == _VOCABULARY[0])
     if isinstance(base, GGUFSource):
-        copy_vocabulary(writer, base.path)
+        copy_vocabulary(writer, base.file)
     else:
         add_vocabulary(writer, base.tokenizer(), rows)
     return rows
@@ -194,10 +195,10 @@ def _kind_of(name: str, shape: tuple[int, ...], file_type: FileType) -> GGMLQuan
 
 
 def value_of(source: BaseSource, name: str) -> Tensor:
-    """Return a parameter of ``source`` in float32, on the CPU; packed ones are decoded."""
+    """Return a parameter of ``source`` in float32, where it is; packed ones are decoded."""
     value = source.tensor(name)
     dense = dequantize(value, torch.float32) if isinstance(value, QuantizedWeight) else value
-    return dense.detach().to("cpu", torch.float32)
+    return dense.detach().float()
 
 
 def write_gguf(
@@ -333,15 +334,13 @@ def _write(
 
 def _encoded(planned: _Planned) -> np.ndarray[Any, Any]:
     value = planned.make()
-    if not torch.isfinite(value).all():
+    least, most = torch.aminmax(value.reshape(-1)) if value.numel() else (0.0, 0.0)
+    largest = max(-float(least), float(most))
+    if not math.isfinite(largest):
         raise WeightError(f"{planned.name} holds NaN or infinity; it cannot be exported")
-    numbers = np.ascontiguousarray(value.numpy())
-    if planned.kind == GGMLQuantizationType.F16 and np.abs(numbers).max(initial=0) >= 65520:
+    if planned.kind == GGMLQuantizationType.F16 and largest >= 65520:
         raise WeightError(f"{planned.name} has numbers float16 cannot hold; use --type bf16")
-    # A block of numbers so small that its step is 0 is divided by it, and becomes zeros.
-    with np.errstate(all="ignore"):
-        encoded: np.ndarray[Any, Any] = gguf.quants.quantize(numbers, planned.kind)
-    return encoded.view(np.uint8)
+    return encode(value, planned.kind).cpu().numpy()
 
 
 class Verified(NamedTuple):
@@ -394,27 +393,26 @@ def verify_gguf(source: BaseSource, written: BaseSource, path: Path) -> Verified
             raise HalfbyteError(f"{path} was written, and is wrong: {name} is {b}, not {a}")
     if (ours.head_dim, ours.rope["rope_theta"]) != (theirs.head_dim, theirs.rope["rope_theta"]):
         raise HalfbyteError(f"{path} was written, and is wrong: its rotary embedding is another")
-    if any(
-        of(source.tokenizer()) != of(written.tokenizer())
-        for of in (_merges, lambda t: (t.eos_token_id, t.bos_token_id), lambda t: t.chat_template)
-    ):
+    if _rules_of(source.tokenizer()) != _rules_of(written.tokenizer()):
         raise HalfbyteError(f"{path} was written, and is wrong: its tokenizer is another")
     stored = GGUFFile(path).tensors
+    there = {parameter.name for parameter in written.parameters}
     error, share = 0.0, 0.0
     for parameter in source.parameters:
-        if parameter.name not in {p.name for p in written.parameters}:
+        if parameter.name not in there:
             raise HalfbyteError(f"{path} was written, and is wrong: it has no {parameter.name}")
         value = value_of(source, parameter.name)
-        gap = (value_of(written, parameter.name) - value).abs_()
+        gap = (value_of(written, parameter.name).to(value.device) - value).abs_()
         error = max(error, float(gap.max()))
         gap /= rounding(value, stored[ours.name(parameter.name)].kind)
         share = max(share, float(gap.max()))
     return Verified(len(source.parameters), error, share)
 
 
-def _merges(tokenizer: Any) -> Any:
-    """Return what a tokenizer puts together; how it cuts before, transformers does not read."""
-    return json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+def _rules_of(tokenizer: Any) -> Any:
+    """Return what a tokenizer does to a text; how it cuts it first, transformers does not read."""
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    return merges, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.chat_template
 
 
 _COMPUTING = (

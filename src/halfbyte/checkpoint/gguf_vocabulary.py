@@ -3,17 +3,20 @@
 llama.cpp does not read a tokenizer's rules: it knows the rules of each family by name
 (``tokenizer.ggml.pre``). So a name is written only where the tokenizer's own rules, taken from its
 ``tokenizer.json``, are those the name stands for; any other tokenizer is refused.
+
+The way back is ``byte_level``: a tokenizer of a name that we know, from the keys of a file.
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
-from gguf import GGUFReader, GGUFWriter, Keys, TokenType
-from tokenizers import Regex, Tokenizer
+from gguf import GGUFValueType, GGUFWriter, Keys, TokenType
+from tokenizers import AddedToken, Regex, Tokenizer, decoders
+from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from halfbyte.checkpoint.gguf_file import ARRAY, STRING, GGUFFile
 from halfbyte.errors import CheckpointError
 
 _WORDS = (
@@ -90,8 +93,8 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows:
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def copy_vocabulary(writer: GGUFWriter, path: Path) -> None:
-    """Add the tokenizer's keys of the file ``path``, as they stand there.
+def copy_vocabulary(writer: GGUFWriter, file: GGUFFile) -> None:
+    """Add the tokenizer's keys of a file, as they stand there.
 
     What transformers makes of them has lost how text is cut.
 
@@ -99,13 +102,16 @@ def copy_vocabulary(writer: GGUFWriter, path: Path) -> None:
         CheckpointError: If there are none.
     """
     found = False
-    for name, key in GGUFReader(path).fields.items():
+    for name, key in file.keys.items():
         if name.startswith("tokenizer."):
-            kind, *of = key.types
-            writer.add_key_value(name, key.contents(), kind, of[0] if of else None)
+            if key.kind == ARRAY:
+                kind, values = file.array(name)
+                writer.add_key_value(name, values, GGUFValueType.ARRAY, GGUFValueType(kind))
+            else:
+                writer.add_key_value(name, key.value, GGUFValueType(key.kind))
             found = True
     if not found:
-        raise CheckpointError(f"{path} holds no tokenizer")
+        raise CheckpointError(f"{file.path} holds no tokenizer")
 
 
 def pre_tokenizer(rules: dict[str, Any]) -> str:
@@ -143,22 +149,72 @@ def pre_tokenizer(rules: dict[str, Any]) -> str:
     )
 
 
-def cut_as(tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
-    """Make a byte-level BPE tokenizer cut text by the rules llama.cpp has under ``name``.
+def byte_level(file: GGUFFile) -> Tokenizer | None:
+    """Return the byte-level BPE tokenizer of a file, if its name of the rules is one we know.
 
-    Returns:
-        Whether they are known; if not, the tokenizer is left as it is.
+    Tokens that the file marks as control or user-defined are found whole in a text, unless they are
+    not spelled in the alphabet of bytes: as transformers has it, that is a converter's mistake.
+
+    Raises:
+        CheckpointError: If an array of the file is no list of what it should hold.
     """
-    cuts: dict[str, list[PreTokenizer]] = {"gpt-2": [], "smollm": [Digits(individual_digits=True)]}
-    cuts |= {known: [Split(Regex(rule), "isolated")] for rule, known in _SPLITS.items()}
-    if name not in cuts:
-        return False
+    named = {name: key.value for name, key in file.keys.items() if key.kind == STRING}
+    name, arrays = named.get(Keys.Tokenizer.PRE), (Keys.Tokenizer.LIST, Keys.Tokenizer.MERGES)
+    if named.get(Keys.Tokenizer.MODEL) != "gpt2" or not {*arrays} <= file.keys.keys():
+        return None
+    if name not in ("gpt-2", "smollm", *_SPLITS.values()):
+        return None
+    tokens, merges = (_texts(file, key) for key in arrays)
+    alphabet = _alphabet()
+    letters = set(alphabet)
+    spelled = [
+        token if letters.issuperset(token) else "".join(alphabet[byte] for byte in token.encode())
+        for token in tokens
+    ]
+    tokenizer = Tokenizer(
+        BPE(
+            {token: number for number, token in enumerate(spelled)},
+            [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)],
+            continuing_subword_prefix="",
+            end_of_word_suffix="",
+            fuse_unk=False,
+            ignore_merges=name == "llama-bpe",
+        )
+    )
+    cuts: list[PreTokenizer] = [Digits(individual_digits=True)] if name == "smollm" else []
+    cuts += [Split(Regex(rule), "isolated") for rule, known in _SPLITS.items() if known == name]
     own = name not in _SPLITS.values()
-    steps = [*cuts[name], ByteLevel(add_prefix_space=False, use_regex=own)]
-    backend: Tokenizer = tokenizer.backend_tokenizer
-    backend.pre_tokenizer = Sequence(steps)
-    backend.model.ignore_merges = name == "llama-bpe"
-    return True
+    tokenizer.pre_tokenizer = Sequence([*cuts, ByteLevel(add_prefix_space=False, use_regex=own)])
+    tokenizer.decoder = decoders.ByteLevel()
+    has_types = Keys.Tokenizer.TOKEN_TYPE in file.keys
+    types = file.array(Keys.Tokenizer.TOKEN_TYPE)[1] if has_types else []
+    control, defined = (
+        [
+            AddedToken(token, normalized=False, special=kind == TokenType.CONTROL)
+            for token, as_spelled, of in zip(tokens, spelled, types, strict=False)
+            if of == kind and token == as_spelled
+        ]
+        for kind in (TokenType.CONTROL, TokenType.USER_DEFINED)
+    )
+    tokenizer.add_special_tokens(control)
+    tokenizer.add_tokens(defined)
+    return tokenizer
+
+
+def _texts(file: GGUFFile, name: str) -> list[str]:
+    kind, values = file.array(name)
+    if kind != STRING:
+        raise CheckpointError(f"{file.path}: the values of {name} are of type {kind}, not {STRING}")
+    return values
+
+
+def _alphabet() -> list[str]:
+    """Return the letter that byte-level BPE writes for each byte: itself where it is printable."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = dict(zip(printable, printable, strict=True))
+    letters |= {byte: 256 + place for place, byte in enumerate(others)}
+    return [chr(letters[byte]) for byte in range(256)]
 
 
 def _scores(merges: list[Any], ids: dict[str, int], rows: int) -> list[float]:
