@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,13 +28,16 @@ from halfbyte.lora import LoRAConfig, adapter_parameters, attach
 from halfbyte.model import attended, documents, elementwise, layer, loss
 from halfbyte.model import gpu as model_gpu
 from halfbyte.model.build import BaseRecipe, build
-from halfbyte.nf4 import gpu_adapters, gpu_gated, gpu_products, scratch, shared
-from halfbyte.plan.activations import Dial
+from halfbyte.nf4 import device as devices
+from halfbyte.nf4 import gpu, gpu_adapters, gpu_gated, gpu_products, scratch, shared
+from halfbyte.nf4.device import DeviceSpec
+from halfbyte.plan.activations import Dial, Gpu, backward_bytes, kept_bytes
 from halfbyte.plan.ledger import Holding, Run, ledger
 from halfbyte.plan.shape import shape_of_config
 from halfbyte.train import engine as engines
 from halfbyte.train import shelf
 from halfbyte.train.engine import Batch, LayerEngine
+from tests.devices import DEVICES
 
 LAYERS = 5
 LLAMA = LlamaConfig(
@@ -137,27 +141,40 @@ class HostOnHost:
         return place
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    """As `documents.attend` of rows."""
+    if not devices.spec_of(q.device).runs_flash_attention(q.shape[-1]):
+        k, v = (documents.for_each_head(x, q.shape[2]) for x in (k, v))
+    return Attention.apply(q, k, v).flatten(2)  # type: ignore[no-any-return, no-untyped-call]
+
+
 @pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
-    """Have the engine run on the meta device as it does on an H100."""
+def device(request: pytest.FixtureRequest) -> DeviceSpec:
+    """The GPU: an H100, unless a test says otherwise."""
+    return DEVICES[getattr(request, "param", "h100")]
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch, device: DeviceSpec) -> Counted:
+    """Have the engine run on the meta device as it does on a GPU."""
     counted, patch = Counted(), monkeypatch.setattr
     patch(KernelInterface, "__getitem__", lambda *_: lambda *__, **___: None)
     patch(elementwise, "_kernels", lambda _: model_gpu)
     patch(loss, "_kernels", lambda x, _: model_gpu if x.itemsize == 2 else None)
     patch(loss, "_chunk_bytes", lambda _: loss.CHUNK_BYTES["cuda"])
     for module in (layer, attended):
-        patch(module, "attend", lambda q, k, v, *_: Attention.apply(q, k, v).flatten(2))
+        patch(module, "attend", attend)
     patch(scratch, "dequantize_all", lambda *_, **__: None)
     patch(shared, "_for_kernels", lambda x: x.itemsize == 2)
-    patch(gpu_products, "fits", lambda x, *_: len(x) >= gpu_products.FEWEST_ROWS)
+    many = gpu_products.FEWEST_ROWS
+    patch(gpu_products, "fits", lambda x, *_: len(x) >= many and gpu.is_hopper(x.device))
     patch(gpu_products, "copyable", lambda x: x.stride(1) == 1)
     patch(gpu_products.TensorDescriptor, "from_tensor", lambda *_: None)
     for module in (model_gpu, gpu_products, gpu_gated, gpu_adapters):
         patch(module, "on_device", lambda _: nullcontext())
-        patch(module, "multiprocessors", lambda _: 132, raising=False)
-        patch(module, "is_hopper", lambda _: True, raising=False)
     for module in (documents, engines):
-        patch(module, "can_pack", lambda dtype, *_: dtype.itemsize == 2)
+        patch(module, "can_pack", lambda dtype, *_: dtype.itemsize == 2 and device.has_bfloat16)
+    patch(devices, "spec_of", lambda _: device)
     patch(shelf, "torch", HostOnHost(counted))
     for name in ("CUDAGraph", "Stream", "current_stream", "graph_pool_handle"):
         patch(torch.cuda, name, Nothing)
@@ -240,3 +257,28 @@ def test_the_ledger_knows_what_a_step_holds_on_a_gpu(
     measured = steps(counted, config, recipe, dial, *sizes)
     # What is missing does not grow with the tokens: gradients and copies of one layer's adapters.
     assert said == pytest.approx(measured, rel=0.01, abs=12e6), entries.all_lines()
+
+
+@pytest.mark.parametrize("dial", [Dial(), Dial(2), Dial(LAYERS), Dial(0, LAYERS - 1)], ids=str)
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [(LLAMA, (4, 4, 1024)), (LLAMA, (3, 1, 256)), (LLAMA2_7B, (1, 4, 2048)), (QWEN3, (2, 2, 1024))],
+    ids=["gqa", "short", "7b-long", "qwen3"],
+)
+@pytest.mark.parametrize("device", ["t4", "a100", "4090", "b200"], indirect=True)
+def test_other_gpus_hold_what_follows_from_what_they_are(
+    counted: Counted, device: DeviceSpec, config: Any, sizes: tuple[int, int, int], dial: Dial
+) -> None:
+    dtype = torch.bfloat16 if device.has_bfloat16 else torch.float16
+    recipe = BaseRecipe("nf4", compute_dtype=dtype, device="meta")
+    micro, batch, length = sizes
+    run = Run(Holding.of(recipe), batch=batch, length=length, micro_batches=micro, dial=dial)
+    shape = shape_of_config(config, "test")
+    layer = replace(run.layer(shape), gpu=Gpu(device.capability, device.num_sms))
+    # Where documents do not share rows, a micro-batch is a part.
+    parts = run if layer.gpu.runs_flash_attention else replace(run, fused=False)
+    backward = backward_bytes(layer, dial, run.tokens, parts.part_tokens)
+    said = ledger(shape, run).scratch + kept_bytes(layer, dial, run.tokens)
+    said += max(backward, ledger(shape, parts).loss)
+    measured = steps(counted, config, recipe, dial, *sizes)
+    assert said == pytest.approx(measured, rel=0.01, abs=12e6), device.name

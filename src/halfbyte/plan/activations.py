@@ -160,6 +160,8 @@ class LayerActivations:
                 attention = e * s.query  # q and k are turned where they are
             if not self.gpu.runs_flash_attention and s.key_value < s.query:
                 attention += 2 * e * s.query  # k and v, for each of the queries' heads
+                if s.head_norms:
+                    attention -= e * s.key_value  # k as it is turned, which is copied
         else:
             # Separate products: of them v alone lives on. Attention's output is laid out anew.
             projected = e * s.key_value
