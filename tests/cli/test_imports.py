@@ -1,0 +1,54 @@
+"""What a command imports when it does its work: torch where tensors are, training to train."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.test_main import HEAVY, modules_after
+from tests.tiny import write_tiny_model
+
+pytestmark = pytest.mark.slow  # three fresh interpreters that import transformers
+
+# Nothing of ours needs them to run; each takes a tenth of a second or more.
+FOREIGN = {"bitsandbytes", "datasets", "pandas", "peft", "scipy", "sklearn", "tensorboard", "wandb"}
+TRAINING = {
+    "halfbyte.optim",
+    "halfbyte.report.page",
+    "halfbyte.train.engine",
+    "halfbyte.train.loop",
+    "halfbyte.train.step",
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def test_a_report_is_made_without_torch(tmp_path: Path) -> None:
+    line = '{"event": "begin", "time": "2026-01-01T00:00:00+00:00", "total_steps": 1}\n'
+    (tmp_path / "journal.jsonl").write_text(line)
+    assert not modules_after(["report", str(tmp_path)]) & {*HEAVY} - {"rich"}
+    assert (tmp_path / "report.html").exists()
+
+
+def test_an_answer_is_given_without_what_trains(model: Path) -> None:
+    words = ["generate", "--model", str(model), "--prompt", "hi", "--max-new-tokens", "2"]
+    loaded = modules_after([*words, "--device", "cpu"])
+    assert "halfbyte.model.generate" in loaded
+    assert not loaded & (TRAINING | FOREIGN)
+
+
+def test_a_model_is_packed_without_what_trains_or_answers(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    loaded = modules_after(["quantize", str(model), str(out)])
+    assert (out / "config.json").exists()
+    others = {"halfbyte.data", "halfbyte.model.generate", "halfbyte.train.loading"}
+    assert not loaded & (TRAINING | FOREIGN | others)
+
+
+def test_a_model_is_exported_without_what_trains(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    loaded = modules_after(["export", str(model), str(out)])
+    assert (out / "model.gguf").exists()
+    assert not loaded & (TRAINING | FOREIGN)
