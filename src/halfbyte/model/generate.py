@@ -1,11 +1,13 @@
-"""Text from a model: transformers' ``generate``, fed with prompts rendered by the chat template.
+"""Text from a model: prompts rendered by the chat template, answered, and decoded to text.
 
-Decoding, caches and sampling are transformers' own; what is ours is the frozen linear underneath.
-Prompts are batched by length and padded on the left, and a batch decodes each packed weight once
-per token for all its rows.
+Models of the known families are run by our own loop (decoding.py, continuous.py): several prompts
+at once without padding, on a GPU in CUDA graphs. Others go through transformers' ``generate``,
+padded on the left; why is logged once.
 """
 
+import logging
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,13 +15,26 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from halfbyte.data.templates import end_of_turn, prompt_ids
+from halfbyte.model.continuous import MOST_SLOTS, Batcher, Choose
+from halfbyte.model.decoding import Decoder, why_not
+
+logger = logging.getLogger("halfbyte")
+
+# Prompts that are answered together on a CPU, and where transformers answers.
+_BATCH = 8
 
 
 class _Callback(TextStreamer):  # type: ignore[misc]
     """Hands finished pieces of text to a function instead of printing them."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        on_text: Callable[[str], None],
+        *,
+        skip_prompt: bool,
+    ) -> None:
+        super().__init__(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
         self._on_text = on_text
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -52,7 +67,7 @@ def generate(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> list[str]:
@@ -65,8 +80,8 @@ def generate(
         tools: For each prompt the tools its template is told of, or None; None if there are none.
         max_new_tokens: Longest answer, in tokens.
         temperature: 0 takes the likeliest token; above, tokens are sampled.
-        seed: Fixes the sampling.
-        batch_size: Prompts that are answered together.
+        seed: Fixes the sampling, together with the prompts and the batch size.
+        batch_size: Prompts that are answered together; None for as many as suit the device.
         progress: Called with (prompts answered, prompts).
         on_text: Called with each piece of text as it comes; for a single prompt.
 
@@ -78,38 +93,115 @@ def generate(
     """
     if on_text is not None and len(prompts) != 1:
         raise ValueError(f"on_text streams one prompt, got {len(prompts)}")
-    device = model.device
     told = tools if tools is not None else [None] * len(prompts)
     encoded = [
         prompt_ids(tokenizer, list(prompt), known)
         for prompt, known in zip(prompts, told, strict=True)
     ]
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    ends = end_tokens(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
+    if not encoded:
+        return []
+    ends, device = end_tokens(model, tokenizer), model.device
+    why = why_not(model) if all(encoded) else "a prompt is empty"
+    if why is not None:
+        _tell(why)
+    answer = _by_decoder if why is None else _by_transformers
+    answers: list[str] = [""] * len(encoded)
+    done = 0
+
+    def finished(prompt: int, tokens: list[int]) -> None:
+        nonlocal done
+        answers[prompt] = tokenizer.decode(tokens, skip_special_tokens=True)
+        done += 1
+        if progress is not None:
+            progress(done, len(encoded))
+
+    streamer = None
+    if on_text is not None:
+        streamer = _Callback(tokenizer, on_text, skip_prompt=why is not None)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        answer(model, encoded, ends, max_new_tokens, temperature, batch_size, finished, streamer)
+    return answers
+
+
+@cache
+def _tell(why: str) -> None:
+    logger.info("answers are transformers' own generate, not the faster loop: %s", why)
+
+
+def chooser(temperature: float) -> Choose:
+    """Return what chooses tokens int64 [rows] by logits [rows, vocabulary]."""
+
+    def likeliest(logits: Tensor) -> Tensor:
+        return logits.argmax(-1)
+
+    def sampled(logits: Tensor) -> Tensor:
+        # The largest of logits with Gumbel noise is a sample of their softmax (Gumbel 1954).
+        noise = torch.empty_like(logits, dtype=torch.float32).exponential_().log_()
+        return (logits.float() / temperature - noise).argmax(-1)
+
+    return sampled if temperature > 0 else likeliest
+
+
+def _by_decoder(
+    model: PreTrainedModel,
+    encoded: Sequence[list[int]],
+    ends: list[int],
+    max_new_tokens: int,
+    temperature: float,
+    batch_size: int | None,
+    finished: Callable[[int, list[int]], None],
+    streamer: _Callback | None,
+) -> None:
+    batcher = Batcher(
+        Decoder(model),
+        encoded,
+        slots=batch_size or (MOST_SLOTS if model.device.type == "cuda" else _BATCH),
+        max_new_tokens=max_new_tokens,
+        ends=ends,
+        choose=chooser(temperature),
+    )
+    if streamer is None:
+        batcher.run(finished)
+        return
+    told = streamer
+    batcher.run(finished, lambda token: told.put(torch.tensor([token])))
+    streamer.end()
+
+
+def _by_transformers(
+    model: PreTrainedModel,
+    encoded: Sequence[list[int]],
+    ends: list[int],
+    max_new_tokens: int,
+    temperature: float,
+    batch_size: int | None,
+    finished: Callable[[int, list[int]], None],
+    streamer: _Callback | None,
+) -> None:
+    pad = (ends or [0])[0]
     how: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad, **how
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=pad,
+        # Or transformers takes the checkpoint's, which are for its own way of sampling.
+        repetition_penalty=1.0,
+        **how,
     )
-    answers = [""] * len(prompts)
-    done = 0
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            ids, mask = _left_padded([encoded[i] for i in chosen], pad, device)
-            streamer = None if on_text is None else _Callback(tokenizer, on_text)
-            output = model.generate(
-                input_ids=ids, attention_mask=mask, generation_config=settings, streamer=streamer
-            )
-            for i, row in zip(chosen, output[:, ids.shape[1] :], strict=True):
-                answers[i] = tokenizer.decode(row, skip_special_tokens=True)
-            done += len(chosen)
-            if progress is not None:
-                progress(done, len(order))
-    return answers
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    size = batch_size or _BATCH
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        ids, mask = _left_padded([encoded[i] for i in chosen], pad, model.device)
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=settings, streamer=streamer
+        )
+        for i, row in zip(chosen, output[:, ids.shape[1] :].tolist(), strict=True):
+            last = next((at for at, token in enumerate(row) if token in ends), len(row))
+            finished(i, row[: last + 1])
 
 
 def _left_padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

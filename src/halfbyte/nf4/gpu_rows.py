@@ -9,6 +9,7 @@ With one row it is not memory that is the limit but the lookup of levels; see `_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -396,3 +397,9 @@ def small_product(x: Tensor, q: QuantizedWeight) -> Tensor:
         numel = rows * outputs
         _sum_products[(triton.cdiv(numel, 512),)](y, parts, numel, split=split, lanes=512)
     return y
+
+
+def small_products(x: Tensor, weights: Sequence[QuantizedWeight]) -> Tensor:
+    """Returns `small_product` of x with each weight, side by side: [rows, sum of out]."""
+    ys = [small_product(x, q) for q in weights]
+    return ys[0] if len(ys) == 1 else torch.cat(ys, 1)
