@@ -3,7 +3,8 @@
 A variant is a few words: ``lora``, ``qlora``, ``fp4``, ``no-double-quant``, or any option of
 training as ``name=value``; ``lora+r=64`` joins them. A process of its own makes a run's memory its
 own, and is ``halfbyte train`` with a configuration file, then ``halfbyte eval``: what a person
-could have typed. Seeds are the outer loop, so that a machine that slows down slows all variants.
+could have typed, but that both run in that process, which starts and compiles once. Seeds are the
+outer loop, so that a machine that slows down slows all variants.
 
 What is finished is not done again, and what was begun goes on from its checkpoint.
 """
@@ -189,17 +190,25 @@ def run(job: Job, progress: Progress | None = None) -> Result:
         require_writable(job.file.parent)
         with new_file(job.file) as file:
             file.write(to_yaml(job.config).encode())
-        already = finished_run(job.config.output, evaluated=False)
-        failure = None if already else _process(job, [*job.module, str(job.file)], progress)[1]
+        trained = finished_run(job.config.output, evaluated=False) is not None
+        answer, failure = _process(job, _words(job, trained=trained), progress)
         if failure is None and job.evaluation:
-            answer, failure = _process(job, ["halfbyte", "eval", *job.evaluation, "--json"])
-            if failure is None:
-                with new_file(job.config.output / EVALUATION) as file:
-                    file.write(answer)
+            with new_file(job.config.output / EVALUATION) as file:
+                file.write(answer)
         if failure is not None:
             return Result(job.variant, seed, failure=failure)
         done = read_run(job.config.output)
     return read_result(job.variant, seed, done)
+
+
+def _words(job: Job, *, trained: bool) -> list[str]:
+    """What follows ``python -m`` to do what is left of a job."""
+    evaluate = ["eval", *job.evaluation, "--json"]
+    if trained:
+        return ["halfbyte", *evaluate]
+    if not job.evaluation:
+        return [*job.module, str(job.file)]
+    return ["halfbyte.cli.series", json.dumps([["train", str(job.file)], evaluate])]
 
 
 def _process(
