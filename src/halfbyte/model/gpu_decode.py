@@ -22,7 +22,7 @@ from halfbyte.nf4.gpu import multiprocessors, on_device
 # Programs to a multiprocessor that are enough to read with all of the card, and the most parts.
 _PROGRAMS, _MOST_PARTS = 2, 16
 # Heads that one program turns.
-_TURNED = 8
+TURNED = 8
 
 
 @triton.jit
@@ -74,10 +74,10 @@ def _turn_and_store(
         tl.store(keys + target, (one * c - two * s).to(kind), mask=inside)
         tl.store(keys + target + half, (two * c + one * s).to(kind), mask=inside)
         place = v + slot * v_stride + source
-        one = tl.load(place, mask=inside, other=0.0)
-        two = tl.load(place + half, mask=inside, other=0.0)
-        tl.store(values + target, one, mask=inside)
-        tl.store(values + target + half, two, mask=inside)
+        low = tl.load(place, mask=inside, other=0.0)
+        high = tl.load(place + half, mask=inside, other=0.0)
+        tl.store(values + target, low, mask=inside)
+        tl.store(values + target + half, high, mask=inside)
 
 
 @triton.jit
@@ -167,7 +167,7 @@ def turn_and_store(
     (slots, q_heads, width), heads = q.shape, keys.shape[1]
     q, k, v = (x if _heads_together(x) else x.contiguous() for x in (q, k, v))
     with on_device(q):
-        _turn_and_store[(slots, triton.cdiv(q_heads, _TURNED) + triton.cdiv(heads, _TURNED))](
+        _turn_and_store[(slots, triton.cdiv(q_heads, TURNED) + triton.cdiv(heads, TURNED))](
             q,
             k,
             v,
@@ -183,7 +183,7 @@ def turn_and_store(
             v.stride(0),
             half=width // 2,
             lanes=triton.next_power_of_2(width // 2),
-            count=_TURNED,
+            count=TURNED,
             num_warps=4,
         )
     return q
@@ -199,18 +199,32 @@ def parts_of(programs: int, capacity: int, device: torch.device) -> int:
     return int(triton.next_power_of_2(max(1, min(wanted, _MOST_PARTS, capacity // 64))))
 
 
+def shape_of(repeat: int, width: int, itemsize: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Returns the constants of `_attend_part`, and how it is compiled.
+
+    Args:
+        repeat: Query heads to a head of keys.
+        width: Of a head.
+        itemsize: Bytes of a number.
+    """
+    lanes = max(16, triton.next_power_of_2(width))
+    shape = {"repeat": repeat, "rows": max(16, triton.next_power_of_2(repeat))}
+    # 16 kB each of keys and values, which are read ahead once: a Turing card has 64 of them.
+    shape |= {"width": width, "lanes": lanes, "tile": max(16, 16384 // (lanes * itemsize))}
+    return shape, {"num_warps": 4, "num_stages": 2}
+
+
 def attend_cached(
     q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: float, window: int | None
 ) -> Tensor:
     """As `kv_cache.attend_cached`; sums are float32, and weights rounded to the dtype of values."""
     (slots, q_heads, width), (heads, capacity) = q.shape, keys.shape[1:3]
     q = q if _heads_together(q) else q.contiguous()
-    repeat, lanes = q_heads // heads, max(16, triton.next_power_of_2(width))
+    shape, options = shape_of(q_heads // heads, width, q.element_size())
     parts = parts_of(slots * heads, capacity, q.device)
     sums = torch.empty(slots, q_heads, parts, width, dtype=torch.float32, device=q.device)
     scores = torch.empty(slots, q_heads, parts, 2, dtype=torch.float32, device=q.device)
     out = torch.empty(slots, q_heads * width, dtype=q.dtype, device=q.device)
-    wide = lanes > 128 or q.dtype == torch.float32
     with on_device(q):
         _attend_part[(slots * heads, parts)](
             sums,
@@ -224,15 +238,10 @@ def attend_cached(
             capacity if window is None else window,
             q.stride(0),
             scale,
-            repeat=repeat,
-            rows=max(16, triton.next_power_of_2(repeat)),
-            width=width,
-            lanes=lanes,
-            tile=32 if wide else 64,
-            num_warps=4,
-            num_stages=2,
+            **shape,
+            **options,
         )
         _join_parts[(slots * q_heads,)](
-            out, sums, scores, width=width, lanes=lanes, parts=parts, num_warps=1
+            out, sums, scores, width=width, lanes=shape["lanes"], parts=parts, num_warps=1
         )
     return out

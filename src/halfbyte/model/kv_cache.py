@@ -69,7 +69,7 @@ class KVCache:
         for name in ("keys", "values"):
             old = getattr(self, name)
             new = old.new_zeros((*old.shape[:3], capacity, old.shape[4]))
-            new[:, :, :, : self.capacity] = old
+            new[:, :, :, : old.shape[3]] = old
             setattr(self, name, new)
             del old, new  # before the second comes
 
