@@ -19,7 +19,9 @@ class EvalOptions(ReadModelOptions):
     train_on: Literal["assistant", "all"] = Field(
         "assistant", description="tokens whose loss is counted: the assistant's, or all"
     )
-    batch_size: PositiveInt = Field(8, description="examples that go through the model together")
+    batch_size: PositiveInt | None = Field(
+        None, description="examples that go through the model together; not given: what suits it"
+    )
     exact_match: bool = Field(True, description="generate answers and compare them")
     max_new_tokens: PositiveInt = Field(256, description="longest answer, in tokens")
 

@@ -6,7 +6,7 @@ space aside.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +18,11 @@ from halfbyte.data.templates import TrainOn
 from halfbyte.model.generate import generate
 from halfbyte.train.engine import Batch, LayerEngine, PlainEngine, choose_engine
 
-# Micro-batches whose hidden states are alive at once: each layer is decoded once for all of them.
-_TOGETHER = 8
+# Micro-batches whose hidden states are alive at once on a CPU, and tokens on a GPU: each layer is
+# decoded once for all of them, and a GPU has enough to do with so many.
+_TOGETHER, _TOKENS_TOGETHER = 8, 16384
+# Examples of a micro-batch, if nobody says how many.
+_BATCH = 8
 
 Progress = Callable[[int, int], None]
 
@@ -62,15 +65,27 @@ def evaluate_loss(
     ordered = sorted(examples, key=lambda example: len(example.tokens), reverse=True)
     starts = range(0, len(ordered), batch_size)
     batches = [collate(ordered[start : start + batch_size]) for start in starts]
-    total, done = 0.0, 0
-    for start in range(0, len(batches), _TOGETHER):
-        together = batches[start : start + _TOGETHER]
-        total += float(engine.loss([as_batch(batch) for batch in together]))
+    done = 0
+    # Added up where they are: to ask for the number would be to wait for the device each time.
+    total = torch.zeros((), dtype=torch.float64, device=engine.model.device)
+    for together in _groups(batches, by_tokens=total.is_cuda):
+        total += engine.loss([as_batch(batch) for batch in together])
         done += sum(len(batch.lengths) for batch in together)
         if progress is not None:
             progress(done, len(ordered))
     tokens = sum(batch.supervised_tokens for batch in batches)
-    return total / tokens, tokens
+    return float(total) / tokens, tokens
+
+
+def _groups(batches: Sequence[MicroBatch], *, by_tokens: bool) -> Iterator[Sequence[MicroBatch]]:
+    """Divide micro-batches into those that go through the layers together, in their order."""
+    start = tokens = 0
+    for i, batch in enumerate(batches):
+        tokens += int(batch.lengths.sum())
+        full = tokens >= _TOKENS_TOGETHER if by_tokens else i + 1 - start == _TOGETHER
+        if full or i + 1 == len(batches):
+            yield batches[start : i + 1]
+            start, tokens = i + 1, 0
 
 
 def evaluate(
@@ -80,7 +95,7 @@ def evaluate(
     *,
     max_length: int = 1024,
     train_on: TrainOn = "assistant",
-    batch_size: int = 8,
+    batch_size: int | None = None,
     exact_match: bool = True,
     max_new_tokens: int = 256,
     progress: Progress | None = None,
@@ -93,7 +108,8 @@ def evaluate(
         data: A file, a directory or a hub id, in any of the row formats.
         max_length: Longer rows are cut to so many tokens for the loss.
         train_on: Whose tokens count for the loss.
-        batch_size: Examples that go through the model together.
+        batch_size: Examples that go through the model together; None for as many as suit the
+            device.
         exact_match: Whether to have each prompt answered, and compare.
         max_new_tokens: Longest answer, in tokens.
         progress: Called with (done, total), in examples; an answered example counts again.
@@ -111,7 +127,7 @@ def evaluate(
 
     engine, _ = choose_engine(model, str(device))
     loss, tokens = evaluate_loss(
-        engine, dataset.examples, batch_size=batch_size, progress=advance(0)
+        engine, dataset.examples, batch_size=batch_size or _BATCH, progress=advance(0)
     )
     answers = generate(
         model,
