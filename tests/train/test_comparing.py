@@ -6,6 +6,7 @@ The processes here are a stand-in that writes a journal; one test, in the end, t
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,19 @@ def test_runs_differ_in_variant_and_seed_alone_and_seeds_are_outside(tmp_path: P
     assert found[1].config.output == tmp_path / "qlora" / "seed-0"
     with pytest.raises(ConfigError, match="`lora_r`: expected more than 0, got '0'"):
         laid_out(tmp_path, names=("r=0",))
+
+
+def test_a_run_and_its_evaluation_are_one_process(tmp_path: Path) -> None:
+    words = ("--model", "m", "--adapter", "a")
+    [job] = laid_out(tmp_path, ("halfbyte", "train"), names=("lora",), seeds=(0,))
+    assert comparing._words(job, trained=False) == ["halfbyte", "train", str(job.file)]
+    job = replace(job, evaluation=words)
+    module, commands = comparing._words(job, trained=False)
+    assert module == "halfbyte.cli.series"
+    evaluation = ["eval", *words, "--json"]
+    assert json.loads(commands) == [["train", str(job.file)], evaluation]
+    # One that was trained before is only evaluated.
+    assert comparing._words(job, trained=True) == ["halfbyte", *evaluation]
 
 
 def test_what_is_finished_is_not_run_again(tmp_path: Path, stand_in: tuple[str]) -> None:
