@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from halfbyte.model import generate as halfbyte_generate
 from halfbyte.model.build import BaseRecipe, build, finish, place
+from halfbyte.model.decoding import Decoder
 from halfbyte.model.generate import end_tokens, generate
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -79,22 +81,46 @@ def test_progress_counts_prompts(model, tokenizer):
         batch_size=3,
         progress=lambda done, total: seen.append((done, total)),
     )
-    assert seen == [(3, 4), (4, 4)]
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-def test_tools_reach_the_template(model):
+def test_tools_reach_the_template(model, monkeypatch):
     """What training put before a reply, evaluation must put there too."""
     template = "{% if tools %}tools {{ tools | length }}\n{% endif %}"
     tokenizer = tiny_tokenizer(template + tiny_tokenizer().chat_template)
     known = [{"type": "function", "function": {"name": "send", "parameters": {}}}]
     seen = []
-    watch = model.get_input_embeddings().register_forward_hook(
-        lambda _module, args, _output: seen.append(tokenizer.decode(args[0][0]))
-    )
+    prefill = Decoder.prefill
+
+    def watched(self, prompts, slots):
+        seen.extend(tokenizer.decode(prompt) for prompt in prompts)
+        return prefill(self, prompts, slots)
+
+    monkeypatch.setattr(Decoder, "prefill", watched)
     for tools in (None, [None], [known]):
         generate(model, tokenizer, PROMPTS[:1], tools=tools, max_new_tokens=1)
-    watch.remove()
     assert [text.startswith("tools 1\n") for text in seen] == [False, False, True]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5.0])
+def test_others_are_answered_by_transformers_and_the_reason_is_logged_once(
+    model, tokenizer, monkeypatch, caplog, temperature
+):
+    how = {"max_new_tokens": 12, "temperature": temperature, "batch_size": 3}
+    known = generate(model, tokenizer, PROMPTS, **how)
+    monkeypatch.setattr(halfbyte_generate, "why_not", lambda model: "its name is not known")
+    halfbyte_generate._tell.cache_clear()
+    with caplog.at_level("INFO", "halfbyte"):
+        answers = generate(model, tokenizer, PROMPTS, **how)
+        assert generate(model, tokenizer, PROMPTS, **how) == answers
+    assert [r.message for r in caplog.records] == [
+        "answers are transformers' own generate, not the faster loop: its name is not known"
+    ]
+    if temperature == 0:
+        assert answers == known
+    pieces = []
+    (answer,) = generate(model, tokenizer, PROMPTS[:1], max_new_tokens=12, on_text=pieces.append)
+    assert "".join(pieces) == answer
 
 
 def test_nothing_asked(model, tokenizer):

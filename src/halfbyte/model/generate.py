@@ -103,7 +103,8 @@ def generate(
     ends, device = end_tokens(model, tokenizer), model.device
     why = why_not(model) if all(encoded) else "a prompt is empty"
     if why is not None:
-        _tell(why)
+        # On a GPU it is many times slower.
+        _tell(why, logging.WARNING if device.type == "cuda" else logging.INFO)
     answer = _by_decoder if why is None else _by_transformers
     answers: list[str] = [""] * len(encoded)
     done = 0
@@ -125,8 +126,8 @@ def generate(
 
 
 @cache
-def _tell(why: str) -> None:
-    logger.info("answers are transformers' own generate, not the faster loop: %s", why)
+def _tell(why: str, level: int) -> None:
+    logger.log(level, "answers are transformers' own generate, not the faster loop: %s", why)
 
 
 def chooser(temperature: float) -> Choose:
