@@ -28,7 +28,7 @@ from halfbyte.model.documents import Documents, attend
 from halfbyte.model.elementwise import add_rms_norm, rms_norm, rotary, swiglu
 from halfbyte.model.kv_cache import KVCache, attend_cached, turn_and_store
 from halfbyte.model.layer import FAMILIES
-from halfbyte.model.projections import Projections
+from halfbyte.model.projections import Projections, stacked
 from halfbyte.model.vocabulary import FrozenHead
 from halfbyte.nf4.format import gpu_kernels
 from halfbyte.nf4.linear import FrozenLinear
@@ -270,12 +270,14 @@ class Decoder:
     def _run(self, x: Tensor, attention: Attention, rows: Tensor | None = None) -> Tensor:
         """Return what the final norm gives of all rows, or of some."""
         delta, stream = x, None
+        # A prompt's rows are worth decoding for, and kernels for so many would have to be compiled.
+        packed = rows is None and len(x) <= self._packed_rows
         for index, layer in enumerate(self._layers):
 
             def own(q: Tensor, k: Tensor, v: Tensor, index: int = index) -> Tensor:
                 return attention(index, q, k, v)
 
-            delta, stream = layer(delta, stream, own, self._stacks(index, len(x)))
+            delta, stream = layer(delta, stream, own, self._stacks(index, packed=packed))
         assert stream is not None
         if rows is not None:
             delta, stream = delta[rows], stream[rows]
@@ -303,7 +305,7 @@ class Decoder:
             memory = torch.empty(total, dtype=self._dtype, device=self.device)
             pieces = torch.split(memory, [sum(sizes) for sizes in wanted])
             self._kept = [
-                _stacked(layer.sets, sizes, piece)
+                stacked(layer.sets, sizes, piece)
                 for layer, sizes, piece in zip(self._layers, wanted, pieces, strict=True)
             ]
 
@@ -321,32 +323,21 @@ class Decoder:
         )
         return SMALL_ROWS if all(can_multiply(x, q) for x, q in probes) else 0
 
-    def _stacks(self, index: int, rows: int) -> Sequence[Tensor | None]:
-        """Return the stacks of a layer's sets for a product of so many rows."""
+    def _stacks(self, index: int, *, packed: bool) -> Sequence[Tensor | None]:
+        """Return the stacks of a layer's sets, none where weights are multiplied packed."""
         if self._kept:
             return self._kept[index]
         sets = self._layers[index].sets
-        if rows <= self._packed_rows:
+        if packed:
             return [None] * len(sets)
         sizes = [one.elements if one.packed else 0 for one in sets]
         if self._buffer is None or len(self._buffer) < sum(sizes):
             self._buffer = torch.empty(sum(sizes), dtype=self._dtype, device=self.device)
-        return _stacked(sets, sizes, self._buffer[: sum(sizes)])
+        return stacked(sets, sizes, self._buffer[: sum(sizes)])
 
 
 def _elements(layer: _Layer) -> int:
     return sum(one.elements for one in layer.sets)
-
-
-def _stacked(
-    sets: Sequence[Projections], sizes: Sequence[int], memory: Tensor
-) -> list[Tensor | None]:
-    """Write the stacks of sets to memory, of those that have a size."""
-    pieces = torch.split(memory, list(sizes))
-    return [
-        one.stack_into(piece) if len(piece) else None
-        for one, piece in zip(sets, pieces, strict=True)
-    ]
 
 
 def free_bytes(device: torch.device) -> int:

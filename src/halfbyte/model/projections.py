@@ -37,7 +37,7 @@ class Projections:
 
     Attributes:
         packed: The packed weights, or none if any linear is plain.
-        elements: Of the stack that `stack_into` writes.
+        elements: Of the stack that `stacked` writes.
     """
 
     def __init__(self, linears: Sequence[FrozenLinear], dtype: torch.dtype) -> None:
@@ -55,25 +55,24 @@ class Projections:
         self._tail = 0 if self._a is None or len(linears) == 1 else len(self._a)
         self.elements = (sum(self._outputs) + self._tail) * self._inputs
 
-    def stack_into(self, memory: Tensor) -> Tensor:
-        """Write the stack [rows, in] to ``memory``, flat, and return it as a view."""
+    def _places(self, memory: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the stack [rows, in] as a view of flat memory, and where each W goes in it."""
         stack = memory[: self.elements].view(-1, self._inputs)
-        outs = list(torch.split(stack[: sum(self._outputs)], self._outputs))
-        if self.packed:
-            dequantize_all(self.packed, self._dtype, outs=outs)
-        else:
-            for linear, out in zip(self._linears, outs, strict=True):
-                out.copy_(linear.decode(self._dtype))
+        width = sum(self._outputs)
         if self._tail and self._a is not None:
-            stack[sum(self._outputs) :] = self._a
-        return stack
+            stack[width:] = self._a
+        return stack, list(torch.split(stack[:width], self._outputs))
+
+    def _copy_plain(self, outs: Sequence[Tensor]) -> None:
+        for linear, out in zip(self._linears, outs, strict=True):
+            out.copy_(linear.decode(self._dtype))
 
     def __call__(self, x: Tensor, stack: Tensor | None = None) -> list[Tensor]:
         """Return y [rows, out] of each linear, bias and adapter included; rows may be apart.
 
         Args:
             x: [rows, in].
-            stack: What `stack_into` returned, if there is one; else weights are used as they are.
+            stack: Of `stacked`, if there is one; else weights are used as they are.
         """
         width, p = sum(self._outputs), None
         if stack is not None:
@@ -114,6 +113,35 @@ class Projections:
             adapter: Any = linear.adapter
             done.append(y if adapter is None else adapter.rescale(y))
         return done
+
+
+def stacked(
+    sets: Sequence[Projections], sizes: Sequence[int], memory: Tensor
+) -> list[Tensor | None]:
+    """Write the stacks of sets, [rows, in] each: what is packed is decoded in one launch.
+
+    Args:
+        sets: Of one layer.
+        sizes: Elements of each one's stack, or 0 for none.
+        memory: Flat, of all these.
+    """
+    stacks: list[Tensor | None] = []
+    packed: list[QuantizedWeight] = []
+    outs: list[Tensor] = []
+    for one, piece in zip(sets, torch.split(memory, list(sizes)), strict=True):
+        if not len(piece):
+            stacks.append(None)
+            continue
+        stack, places = one._places(piece)
+        stacks.append(stack)
+        if one.packed:
+            packed += one.packed
+            outs += places
+        else:
+            one._copy_plain(places)
+    if packed:
+        dequantize_all(packed, memory.dtype, outs=outs)
+    return stacks
 
 
 def _packed_products(x: Tensor, packed: Sequence[QuantizedWeight]) -> Tensor:
