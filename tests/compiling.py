@@ -107,7 +107,10 @@ def format_kernels(kind: str):
 def row_kernels(kind: str):
     product = {"num_stages": 1, "enable_fp_fusion": False}
     one = {"block_quads": 2, "double": True, "lanes": 128, "rounded": kind == "bf16"}
-    yield gpu_rows._product_one, {"y": f"*{kind}", "x": "*i32", "planes": "*i32"}, one, product
+    types = {"y": f"*{kind}", "x": "*i32", "planes": "*i32"}
+    types |= {f"codes{i}": "*i32" for i in (1, 2)} | {f"scale_codes{i}": "*u8" for i in (1, 2)}
+    for members in (1, 3):
+        yield gpu_rows._product_row, types, one | {"members": members}, product
     yield gpu_rows._sum_products, {"y": f"*{kind}"}, {"split": 4, "lanes": 512}, {}
     for rows in (16, 32, 64):
         few = {"block_words": 8, "double": True, "tile_outputs": 64, "tile_rows": rows}

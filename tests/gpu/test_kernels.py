@@ -143,6 +143,22 @@ def test_small_products(rows, shape, dtype, double):
     assert (got - exact).norm() <= 1.1 * (usual - exact).norm()
 
 
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("outputs", [(4096, 1024, 1024), (11008, 11008), (6, 7), (64, 64, 64, 64)])
+@pytest.mark.parametrize("dtype", TYPES[:2])
+@pytest.mark.parametrize("double", [True, False])
+def test_small_products_of_one_input(rows, outputs, dtype, double):
+    from halfbyte.nf4 import gpu_rows
+
+    weights = [
+        quantize(weight((out, 4096), dtype, seed=i), double_quant=double)
+        for i, out in enumerate(outputs)
+    ]
+    x = weight((rows, 4096), dtype, seed=9) * 50
+    got = gpu_rows.small_products(x, weights)
+    assert torch.equal(got, torch.cat([gpu_rows.small_product(x, q) for q in weights], 1))
+
+
 def test_more_than_two_to_the_31_elements():
     rows, columns = 2**19 + 8, 4096
     w = torch.empty(rows, columns, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)

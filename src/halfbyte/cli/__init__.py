@@ -11,6 +11,7 @@ import sys
 import traceback
 
 from halfbyte import __version__
+from halfbyte.cli import startup
 from halfbyte.errors import ConfigError, HalfbyteError, UserError
 
 VERBS = {
@@ -72,7 +73,9 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        startup.claim_process()
+        argv = sys.argv[1:]
     name = f"halfbyte {argv[0]}" if argv and argv[0] in VERBS else "halfbyte"
     try:
         _run(argv)

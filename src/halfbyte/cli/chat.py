@@ -9,6 +9,7 @@ import contextlib
 from halfbyte.cli.generate import SamplingOptions, write
 from halfbyte.cli.opening import open_model
 from halfbyte.cli.options import Verb
+from halfbyte.cli.startup import import_transformers
 
 VERB = Verb(
     "chat",
@@ -25,6 +26,7 @@ def main(argv: list[str]) -> None:
     """Run the verb."""
     options, notes, _ = VERB.read(argv)
 
+    import_transformers()
     from halfbyte.model.generate import generate
     from halfbyte.report import open_report
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from halfbyte.cli.options import Verb, invocation, results
+from halfbyte.cli.startup import import_transformers
 from halfbyte.train.config import Options, TrainConfig, check
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def main(argv: list[str]) -> None:
         },
     )
 
+    import_transformers()
     from halfbyte.checkpoint.atomic import require_writable
     from halfbyte.demo.task import SYSTEM, write_task
     from halfbyte.report import open_report, show

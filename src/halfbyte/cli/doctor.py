@@ -9,6 +9,7 @@ from typing import Any
 
 from halfbyte import __version__
 from halfbyte.cli.options import Verb, results
+from halfbyte.cli.startup import import_transformers
 from halfbyte.errors import HalfbyteError
 from halfbyte.train.config import Options
 
@@ -40,6 +41,7 @@ def main(argv: list[str]) -> None:
     """
     as_json = VERB.read(argv).json
 
+    import_transformers()
     from halfbyte.model.precision import choose_device_and_dtype
     from halfbyte.report import show
     from halfbyte.train.self_test import checks

@@ -7,6 +7,7 @@ from pydantic import Field, PositiveInt
 
 from halfbyte.cli.opening import ReadModelOptions, open_model
 from halfbyte.cli.options import Verb, results
+from halfbyte.cli.startup import import_transformers
 
 _MISSES_SHOWN = 3
 
@@ -40,6 +41,7 @@ def main(argv: list[str]) -> None:
     """Run the verb."""
     options, notes, as_json = VERB.read(argv)
 
+    import_transformers()
     from halfbyte.report import open_report, show
     from halfbyte.train.evaluate import evaluate
 

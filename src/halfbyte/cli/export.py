@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from halfbyte.cli.opening import RECIPE_FIELDS, as_trained, require_free
 from halfbyte.cli.options import Verb, results
+from halfbyte.cli.startup import import_transformers
 from halfbyte.errors import HalfbyteError
 from halfbyte.train.config import BaseOptions
 
@@ -94,6 +95,7 @@ def main(argv: list[str]) -> None:
     options, notes, as_json = VERB.read(argv)
     require_free(options.out, overwrite=options.overwrite, sign="*.gguf")
 
+    import_transformers()
     from halfbyte.checkpoint.base_model import open_base
     from halfbyte.checkpoint.gguf_export import require_expressible
     from halfbyte.report import open_report

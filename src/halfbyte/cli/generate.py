@@ -7,6 +7,7 @@ from pydantic import Field, PositiveInt
 
 from halfbyte.cli.opening import ReadModelOptions, open_model
 from halfbyte.cli.options import Verb, results
+from halfbyte.cli.startup import import_transformers
 from halfbyte.errors import ConfigError
 
 
@@ -46,6 +47,7 @@ def main(argv: list[str]) -> None:
     if not prompt:
         raise ConfigError("`prompt`: expected some text, got none")
 
+    import_transformers()
     from halfbyte.model.generate import generate
     from halfbyte.report import open_report
 

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from halfbyte.cli.opening import as_trained, require_free
 from halfbyte.cli.options import Verb, results
+from halfbyte.cli.startup import import_transformers
 from halfbyte.errors import HalfbyteError
 from halfbyte.train.config import BaseOptions
 
@@ -102,6 +103,7 @@ def main(argv: list[str]) -> None:
 
     import torch
 
+    import_transformers()
     from halfbyte.checkpoint.base_model import open_base
     from halfbyte.checkpoint.merged import Merged, ways, write_merged
     from halfbyte.report import open_report, show

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from halfbyte.cli.opening import require_free
 from halfbyte.cli.options import Verb, results
+from halfbyte.cli.startup import import_transformers
 from halfbyte.train.config import BaseOptions
 
 
@@ -35,6 +36,7 @@ def main(argv: list[str]) -> None:
     options, notes, as_json = VERB.read(argv)
     require_free(options.out, overwrite=options.overwrite)
 
+    import_transformers()
     from halfbyte.checkpoint.base_model import open_base
     from halfbyte.checkpoint.bitsandbytes import write_quantized
     from halfbyte.model.build import BaseRecipe

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from halfbyte import cli
+from halfbyte.cli import startup
 
 
 def run(commands: Sequence[list[str]]) -> int:
@@ -29,4 +30,5 @@ def run(commands: Sequence[list[str]]) -> int:
 
 
 if __name__ == "__main__":
+    startup.claim_process()
     sys.exit(run(json.loads(sys.argv[1])))

@@ -3,6 +3,7 @@
 import dataclasses
 
 from halfbyte.cli.options import Verb, invocation, results
+from halfbyte.cli.startup import import_transformers
 from halfbyte.train.config import TrainConfig, load_config
 
 VERB = Verb(
@@ -21,6 +22,7 @@ def main(argv: list[str]) -> None:
     file = words.positional.get("config") or words.given.pop("config", None)
     config, notes = load_config(file, words.given, problems=words.problems)
 
+    import_transformers()
     from halfbyte.report import open_report, show
     from halfbyte.train.loop import train
 

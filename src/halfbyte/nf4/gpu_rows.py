@@ -21,7 +21,7 @@ from torch import Tensor
 from halfbyte.nf4.format import QuantizedWeight, QuantType, levels_of
 from halfbyte.nf4.gpu import dynamic_on, levels_on, on_device, scale_of
 
-# Rows up to which `small_product` beats decoding and cuBLAS (H100, Llama-2-7B's shapes).
+# Rows up to which `small_products` beats decoding and cuBLAS (H100, Llama-2-7B's shapes).
 SMALL_ROWS = 64
 
 
@@ -158,18 +158,29 @@ def _eight(a, b, c, d, dtype: tl.constexpr):
 
 
 @triton.jit
-def _product_one(
+def _product_row(
     y,
     x,
     codes,
     scales,
     scale_codes,
     offset,
+    codes1,
+    scales1,
+    scale_codes1,
+    offset1,
+    codes2,
+    scales2,
+    scale_codes2,
+    offset2,
     levels,
     dynamic,
     planes,
+    second,
+    third,
     outputs,
     row_quads,
+    members: tl.constexpr,
     block_quads: tl.constexpr,
     double: tl.constexpr,
     lanes: tl.constexpr,
@@ -179,13 +190,25 @@ def _product_one(
     # scale, and 32 elements of x that it keeps for all four. Rows are variables of their own, not
     # a dimension: the compiler would spread that over warps, and x with it.
     row = tl.program_id(0) * 4
+    if members > 1:
+        # The second weight begins in y at `second`, the third at `third`, both multiples of four.
+        in1, in2 = row >= second, row >= third
+        codes = tl.where(in2, codes2, tl.where(in1, codes1, codes))
+        scales = tl.where(in2, scales2, tl.where(in1, scales1, scales))
+        if double:
+            scale_codes = tl.where(in2, scale_codes2, tl.where(in1, scale_codes1, scale_codes))
+            offset = tl.where(in2, offset2, tl.where(in1, offset1, offset))
+        start = tl.where(in2, third, tl.where(in1, second, 0))
+        outputs = tl.where(in2, outputs, tl.where(in1, third, second)) - start
+        y += start
+        row -= start
+    first = 0.0
+    if double:
+        first = tl.load(offset)
     row0 = tl.minimum(row, outputs - 1)
     row1 = tl.minimum(row + 1, outputs - 1)
     row2 = tl.minimum(row + 2, outputs - 1)
     row3 = tl.minimum(row + 3, outputs - 1)
-    first = 0.0
-    if double:
-        first = tl.load(offset)
     p = (0, 0, 0, 0, 0, 0, 0, 0)
     if rounded:  # from memory, or every word would have the constants moved to registers again
         p = (
@@ -250,6 +273,7 @@ def _product_tile(
     outputs,
     row_words,
     x_stride,
+    stride,
     block_words: tl.constexpr,
     double: tl.constexpr,
     tile_outputs: tl.constexpr,
@@ -289,7 +313,7 @@ def _product_tile(
         scale = scale_of(index // block_words, inside, scales, scale_codes, first, dynamic, double)
         weight = tl.reshape(weight, (tile_outputs, step * 8)).to(x.dtype.element_ty)
         total = tl.dot(weight, values, total)
-    target = y + (part * rows + row[None, :]) * outputs + output[:, None]
+    target = y + (part * rows + row[None, :]) * stride + output[:, None]
     has = (output[:, None] < outputs) & (row[None, :] < rows)
     tl.store(target, total.to(y.dtype.element_ty), mask=has)
 
@@ -311,7 +335,7 @@ def _planes(quant_type: QuantType, device: torch.device) -> Tensor:
 
 
 def can_multiply(x: Tensor, q: QuantizedWeight) -> bool:
-    """Returns whether `small_product` can do it, and is faster than decoding and cuBLAS."""
+    """Returns whether `small_products` can do it, and is faster than decoding and cuBLAS."""
     return (
         x.shape[0] <= SMALL_ROWS
         and x.dtype in (torch.bfloat16, torch.float16)
@@ -322,7 +346,12 @@ def can_multiply(x: Tensor, q: QuantizedWeight) -> bool:
 
 
 def small_product(x: Tensor, q: QuantizedWeight) -> Tensor:
-    """Returns x·Wᵀ without writing W out: for the few rows of generation.
+    """Returns x·Wᵀ without writing W out; see `small_products`."""
+    return small_products(x, [q])
+
+
+def small_products(x: Tensor, weights: Sequence[QuantizedWeight]) -> Tensor:
+    """Returns x·Wᵀ of each weight, side by side, without writing W out: for generation's few rows.
 
     A single row is multiplied by the levels (with bfloat16: rounded to that) and the sum of each
     32 by their scale, in float32; more rows by the weight rounded to the type of x, as `dequantize`
@@ -330,76 +359,96 @@ def small_product(x: Tensor, q: QuantizedWeight) -> Tensor:
 
     Args:
         x: [rows, in], bfloat16 or float16, at most `SMALL_ROWS` rows.
-        q: A weight [out, in] with in a multiple of 32.
+        weights: Each [out, in] with in a multiple of 32.
 
     Returns:
-        [rows, out] in the dtype of x.
+        [rows, sum of out] in the dtype of x.
 
     Raises:
-        ValueError: If ``can_multiply(x, q)`` is not so.
+        ValueError: If ``can_multiply(x, q)`` is not so for one of them.
     """
-    if not can_multiply(x, q):
-        raise ValueError(
-            f"a product of at most {SMALL_ROWS} rows of bfloat16 or float16 with a weight whose"
-            f" rows are a multiple of 32 is expected; got {tuple(x.shape)}, {x.dtype}, and a"
-            f" weight {q.shape}: decode it, and use torch.mm"
-        )
-    rows, outputs = x.shape[0], q.shape[0]
+    for q in weights:
+        if not can_multiply(x, q):
+            raise ValueError(
+                f"a product of at most {SMALL_ROWS} rows of bfloat16 or float16 with a weight whose"
+                f" rows are a multiple of 32 is expected; got {tuple(x.shape)}, {x.dtype}, and a"
+                f" weight {q.shape}: decode it, and use torch.mm"
+            )
     x = x if x.stride(1) == 1 else x.contiguous()
-    y = x.new_empty(rows, outputs)
-    held = (
-        q.codes.view(torch.int32),
-        q.scales if q.scales is not None else q.scale_scales,
-        q.scale_codes,
-        q.scale_offset,
+    y = x.new_empty(x.shape[0], sum(q.shape[0] for q in weights))
+    with on_device(x):
+        if x.shape[0] == 1:
+            _launch_row(y, x, weights)
+        else:
+            _launch_tiles(y, x, weights)
+    return y
+
+
+def _operands(q: QuantizedWeight) -> tuple[Tensor | None, ...]:
+    """What a kernel reads of a weight: codes, scales, their codes, their offset."""
+    scales = q.scales if q.scales is not None else q.scale_scales
+    return q.codes.view(torch.int32), scales, q.scale_codes, q.scale_offset
+
+
+def _options(q: QuantizedWeight) -> dict[str, Any]:
+    fixed = {"num_stages": 1, "num_warps": 4, "enable_fp_fusion": False}
+    return {"double": q.double_quant, **fixed}
+
+
+def _launch_row(y: Tensor, x: Tensor, weights: Sequence[QuantizedWeight]) -> None:
+    """Writes the products of one row, [1, in], to y [1, sum of out]."""
+    sizes = [q.shape[0] for q in weights]
+    kinds = {(q.quant_type, q.block_size, q.double_quant) for q in weights}
+    if len(weights) > 3 or len(kinds) > 1 or any(size % 4 for size in sizes[:-1]):
+        for q, part in zip(weights, torch.split(y, sizes, 1), strict=True):
+            _launch_row(part, x, [q])
+        return
+    q = weights[0]
+    read = [operand for one in (*weights, q, q)[:3] for operand in _operands(one)]
+    _product_row[(triton.cdiv(sum(sizes), 4),)](
+        y,
+        x.view(torch.int32),
+        *read,
         levels_on(q.quant_type, x.device),
         dynamic_on(x.device),
+        _planes(q.quant_type, x.device),
+        sizes[0],
+        sum(sizes[:2]),
+        sum(sizes),
+        q.shape[1] // 32,
+        members=len(weights),
+        block_quads=q.block_size // 32,
+        lanes=128,
+        rounded=x.dtype == torch.bfloat16 and x.is_cuda,
+        **_options(q),
     )
-    kind: dict[str, Any] = {
-        "double": q.double_quant,
-        "num_stages": 1,
-        "num_warps": 4,
-        "enable_fp_fusion": False,
-    }
-    with on_device(x):
-        if rows == 1:
-            _product_one[(triton.cdiv(outputs, 4),)](
-                y,
-                x.view(torch.int32),
-                *held,
-                _planes(q.quant_type, x.device),
-                outputs,
-                q.shape[1] // 32,
-                block_quads=q.block_size // 32,
-                lanes=128,
-                rounded=x.dtype == torch.bfloat16 and x.is_cuda,
-                **kind,
-            )
-            return y
-        # Parts of the sum over a row go to programs of their own, or there are too few.
-        split = 4
-        parts = torch.empty(split, rows, outputs, dtype=torch.float32, device=x.device)
-        _product_tile[(triton.cdiv(outputs, 64), split)](
-            parts,
+
+
+def _launch_tiles(y: Tensor, x: Tensor, weights: Sequence[QuantizedWeight]) -> None:
+    """Writes the products of rows, [rows, in], to y [rows, sum of out]."""
+    rows, width = y.shape
+    # Parts of the sum over a row go to programs of their own, or there are too few.
+    split = 4
+    parts = torch.empty(split, rows, width, dtype=torch.float32, device=x.device)
+    sizes = [q.shape[0] for q in weights]
+    for q, own in zip(weights, torch.split(parts, sizes, 2), strict=True):
+        _product_tile[(triton.cdiv(q.shape[0], 64), split)](
+            own,
             x,
-            *held,
+            *_operands(q),
+            levels_on(q.quant_type, x.device),
+            dynamic_on(x.device),
             rows,
-            outputs,
+            q.shape[0],
             q.shape[1] // 8,
             x.stride(0),
+            width,
             block_words=q.block_size // 8,
             tile_outputs=64,
             tile_rows=max(16, triton.next_power_of_2(rows)),
             step=32 if rows <= 32 else 16,
             split=split,
-            **kind,
+            **_options(q),
         )
-        numel = rows * outputs
-        _sum_products[(triton.cdiv(numel, 512),)](y, parts, numel, split=split, lanes=512)
-    return y
-
-
-def small_products(x: Tensor, weights: Sequence[QuantizedWeight]) -> Tensor:
-    """Returns `small_product` of x with each weight, side by side: [rows, sum of out]."""
-    ys = [small_product(x, q) for q in weights]
-    return ys[0] if len(ys) == 1 else torch.cat(ys, 1)
+    numel = rows * width
+    _sum_products[(triton.cdiv(numel, 512),)](y, parts, numel, split=split, lanes=512)
