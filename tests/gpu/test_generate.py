@@ -188,6 +188,18 @@ def test_slots_are_filled_again_and_the_cache_grows_in_graphs(monkeypatch):
     assert answers(model, prompts, 60, slots=5, ends=ends) == plain
 
 
+def test_weights_are_kept_only_beside_what_the_cache_may_grow_to(monkeypatch):
+    model = random_model(SHAPES["smollm2"])
+    decoder = Decoder(model)
+    stacks = sum(2 * s.elements for layer in decoder._layers for s in layer.sets)
+    growth = 5 * decoder.slot_bytes * (3 * 1024 // 2 - 64)
+    for free, most, kept in ((0, 0, True), (0, 1024, False), (growth, 1024, True)):
+        available = stacks + decoding._HEADROOM + free + 1
+        monkeypatch.setattr(decoding, "free_bytes", lambda device, found=available: found)
+        decoder.open(5, 64, most)
+        assert bool(decoder._kept) == kept
+
+
 def test_a_seed_fixes_samples():
     model = random_model(SHAPES["smollm2"])
     one, same, other = (

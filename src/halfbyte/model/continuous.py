@@ -83,8 +83,8 @@ class Batcher:
         self._longest = max(map(len, prompts))
         self._capacity_wanted = _rounded(self._longest + max_new_tokens)
         capacity = _rounded(self._longest + min(max_new_tokens, _ADVANCE))
-        slots = min(slots, len(prompts), self._slots_that_fit(capacity))
-        decoder.open(slots, capacity)
+        slots = min(slots, len(prompts), self._slots_that_fit(self._capacity_wanted))
+        decoder.open(slots, capacity, self._capacity_wanted)
         # Longest first: what memory is needed shows at once. Of equals, in their order.
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         self._waiting = deque(order)

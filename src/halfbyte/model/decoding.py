@@ -182,12 +182,18 @@ class Decoder:
 
     @property
     def slot_bytes(self) -> int:
-        """What a token of one slot takes in the cache."""
+        """What a token of one slot takes in the cache, keys and values of all layers."""
         width = self._layers[0].width
         return 2 * len(self._layers) * self._groups * width * self._dtype.itemsize
 
-    def open(self, slots: int, capacity: int) -> None:
-        """Make the cache, and hold the weights so that steps of so many rows are fast."""
+    def open(self, slots: int, capacity: int, most: int = 0) -> None:
+        """Make the cache, and hold the weights so that steps of so many rows are fast.
+
+        Args:
+            slots: Sequences at once.
+            capacity: Tokens of a slot.
+            most: What the capacity may grow to; weights are kept only beside memory for that.
+        """
         self.cache = KVCache(
             len(self._layers),
             slots,
@@ -198,7 +204,9 @@ class Decoder:
             self.device,
         )
         self._set_turn()
-        self._hold(slots)
+        # While keys grow, both old ones and both new ones are there, or old values and all new.
+        growth = max(0, 3 * most // 2 - capacity) if most > capacity else 0
+        self._hold(slots, growth * slots * self.slot_bytes)
 
     def grow(self, capacity: int) -> None:
         """Make room for more tokens in each slot; tensors move."""
@@ -245,7 +253,7 @@ class Decoder:
             if layer.window is not None and max(lengths) > layer.window:
                 bounds = [0, *_sums([*lengths, fill])]
                 return _attend_windows(q, k, v, bounds, layer.scale, layer.window)
-            documents = Documents(ends.int(), max(lengths))
+            documents = Documents(ends.int(), max(*lengths, fill))
             return attend(q[None], k[None], v[None], documents, layer.scale)[0]
 
         hidden = self._run(self.embed(ids), attention, ends[1 : len(prompts) + 1] - 1)
@@ -288,8 +296,13 @@ class Decoder:
             return product(hidden, self._head_weight)
         return self._head(hidden)  # type: ignore[no-any-return]
 
-    def _hold(self, rows: int) -> None:
-        """Decide how weights are held; see the top of this file."""
+    def _hold(self, rows: int, reserved: int) -> None:
+        """Decide how weights are held; see the top of this file.
+
+        Args:
+            rows: Of a step.
+            reserved: Bytes of the GPU that others will need.
+        """
         self._kept, self._buffer = [], None
         self._packed_rows = self._most_packed_rows()
         large = _elements(self._layers[0]) >= _LARGE_LAYER
@@ -300,7 +313,8 @@ class Decoder:
         total = sum(map(sum, wanted))
         on_gpu = self.device.type == "cuda"
         stays_packed = rows == 1 and large and self._packed_rows > 0
-        room = on_gpu and free_bytes(self.device) - _HEADROOM > total * self._dtype.itemsize
+        needed = total * self._dtype.itemsize + reserved + _HEADROOM
+        room = on_gpu and free_bytes(self.device) > needed
         if room and not stays_packed:
             memory = torch.empty(total, dtype=self._dtype, device=self.device)
             pieces = torch.split(memory, [sum(sizes) for sizes in wanted])
