@@ -15,6 +15,11 @@ class QuantizeOptions(BaseOptions):
     """What to quantise, how, and where to."""
 
     quant: Literal["nf4", "fp4"] = Field("nf4", description="4-bit type of the weights")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="where to pack; rounding differs in rare bits, so an adapter that was trained "
+        "on one kind of device wants its packed base from there",
+    )
     out: Path = Field(description="directory to write")
     overwrite: bool = Field(False, description="replace the directory if it is there")
 
@@ -40,13 +45,16 @@ def main(argv: list[str]) -> None:
     from halfbyte.checkpoint.base_model import open_base
     from halfbyte.checkpoint.bitsandbytes import write_quantized
     from halfbyte.model.build import BaseRecipe
+    from halfbyte.model.precision import choose_device_and_dtype
     from halfbyte.report import open_report, show
     from halfbyte.report.live import size
 
+    device, *_ = choose_device_and_dtype(options.device, "float32")
     recipe = BaseRecipe(
         options.quant,
         options.double_quant,
         options.block_size,
+        device=device,
         quantize_head=options.quantize_head,
         quantize_embeddings=options.quantize_embeddings,
         quant_search=options.quant_search,
@@ -54,6 +62,7 @@ def main(argv: list[str]) -> None:
     with results(as_json=as_json) as result, open_report() as report:
         for note in notes:
             report.note(note)
+        report.note(f"packing on {device}")
         source = open_base(options.model, revision=options.revision)
         with report.task(f"quantising {options.model}", None) as progress:
             out = write_quantized(

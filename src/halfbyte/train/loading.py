@@ -110,7 +110,8 @@ def _compare(adapter: LoadedAdapter, base: LoadedBase, *, allow_mismatch: bool) 
     )
     if not allow_mismatch:
         raise CheckpointError(
-            f"{told}. Give the model it was trained on, held as it was then, or allow the mismatch "
+            f"{told}. Give the model it was trained on, held as it was then (a packed copy: packed "
+            "on the same kind of device, halfbyte quantize --device), or allow the mismatch "
             "(--allow-mismatch)"
         )
     logger.warning("%s; used all the same, as allowed", told)
