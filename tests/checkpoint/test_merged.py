@@ -11,7 +11,7 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from halfbyte.checkpoint.base_model import BaseSource, load_base, open_base
 from halfbyte.checkpoint.bitsandbytes import write_quantized
@@ -255,3 +255,27 @@ def test_writing_holds_one_weight_beside_the_model(tmp_path: Path) -> None:
         # Measured: 2 to 2.5 times the largest weight in float32 (it, its update, the one that is
         # being written); the model in memory and the smallest of the files take almost five.
         assert grown < 2.75 * largest < 0.6 * written, measured
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_who_packs_a_decoded_merge_again_is_warned_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, search: bool
+) -> None:
+    source, model = adapted(write_tiny_model(tmp_path / "base"))
+    out = write_merged(Merged(source, model), tmp_path / "out")
+    recipe = BaseRecipe(quant_search=search)
+    load_base(out, BaseRecipe(quant="none"))
+    assert not caplog.text
+    load_base(out, recipe)
+    assert caplog.text.count("Packing it in nf4 again") == 1
+    caplog.clear()
+    write_quantized(out, tmp_path / "packed", recipe)
+    assert caplog.text.count("Packing it in nf4 again") == 1
+    caplog.clear()
+    load_base(tmp_path / "packed", BaseRecipe())  # packed by now
+    load_base(write_merged(Merged(source, model, "original"), tmp_path / "whole"), recipe)
+    load_base(write_merged(Merged(source, model, "nf4"), tmp_path / "nf4"), recipe)
+    assert "again" not in caplog.text
+    config = AutoConfig.from_pretrained(out)  # others read it as before
+    assert config.halfbyte_decoded_from == "nf4"
+    assert not hasattr(source.config, "halfbyte_decoded_from")

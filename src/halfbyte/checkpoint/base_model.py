@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from halfbyte.checkpoint.cache import cached
 from halfbyte.checkpoint.directory import DirectorySource
 from halfbyte.checkpoint.gguf import GGUFSource
-from halfbyte.checkpoint.source import BaseSource
+from halfbyte.checkpoint.source import BaseSource, warn_of_packing_again
 from halfbyte.errors import CheckpointError
 from halfbyte.model.build import (
     Audit,
@@ -126,6 +126,7 @@ def load_base(
         source = open_base(source)
     tokenizer = source.tokenizer()
     recipe = source.fitted(recipe)
+    warn_of_packing_again(source, recipe)
     model = build(source.config, recipe, plain=_left_plain(source, recipe))
     files = cached(source, model.halfbyte_recipe, progress) if cache else source
     linears = {f"{path}.weight" for path in frozen_linears(model)}

@@ -19,6 +19,7 @@ from halfbyte.checkpoint.base_model import BaseSource, importances, open_base
 from halfbyte.checkpoint.bitsandbytes_keys import encode_keys, plan_keys
 from halfbyte.checkpoint.directory import write_description
 from halfbyte.checkpoint.safetensors_file import SHARD_BYTES, Planned, write_model
+from halfbyte.checkpoint.source import warn_of_packing_again
 from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.model.build import BaseRecipe, build, frozen_linears, pack
 from halfbyte.nf4 import empty_like_quantized
@@ -66,6 +67,8 @@ def write_quantized(
         source = open_base(source)
     if any(parameter.packed for parameter in source.parameters):
         raise CheckpointError(f"{source.name} is packed in 4 bits already; copy it instead")
+    if not exact:  # such a copy is made while the model is loaded, which tells
+        warn_of_packing_again(source, recipe)
     out_dir, dtype = Path(out_dir), dtype or source.dtype
     tokenizer = source.tokenizer()
     model = build(source.config, recipe)

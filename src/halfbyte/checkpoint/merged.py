@@ -27,7 +27,7 @@ from halfbyte.checkpoint.bitsandbytes import quantization_config
 from halfbyte.checkpoint.bitsandbytes_keys import encode_keys, plan_keys
 from halfbyte.checkpoint.directory import write_description
 from halfbyte.checkpoint.safetensors_file import SHARD_BYTES, Planned, write_model
-from halfbyte.checkpoint.source import BaseSource, Parameter
+from halfbyte.checkpoint.source import DECODED_FROM, BaseSource, Parameter
 from halfbyte.errors import CheckpointError
 from halfbyte.lora import delta
 from halfbyte.model.build import BaseRecipe, frozen_linears
@@ -85,8 +85,12 @@ class Merged(BaseSource):
             )
             for parameter in (*base.parameters, *self._untied())
         )
-        if len(self.parameters) > len(base.parameters):
+        untied = len(self.parameters) > len(base.parameters)
+        if untied or (into == "decoded" and held.quant != "none"):
             self.config = copy.deepcopy(base.config)
+        if into == "decoded" and held.quant != "none":
+            setattr(self.config, DECODED_FROM, held.quant)
+        if untied:
             self.config.tie_word_embeddings = False
             self.config.get_text_config().tie_word_embeddings = False
 

@@ -7,6 +7,7 @@ the first weight is read.
 
 import contextlib
 import hashlib
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -29,7 +30,12 @@ from halfbyte.errors import CheckpointError
 from halfbyte.model.build import BaseRecipe
 from halfbyte.nf4 import QuantizedWeight
 
+DECODED_FROM = "halfbyte_decoded_from"
+"""The field of ``config.json`` that names the 4-bit type that a merged model's weights had."""
+
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
+
+logger = logging.getLogger("halfbyte")
 
 
 class Parameter(NamedTuple):
@@ -168,6 +174,27 @@ def foreign_reader(trouble: str) -> Iterator[None]:
         if not isinstance(error, _FOREIGN) and type(error) is not Exception:
             raise
         raise CheckpointError(f"{trouble}: {error}") from error
+
+
+def warn_of_packing_again(source: BaseSource, recipe: BaseRecipe) -> None:
+    """Warn where weights that were decoded from 4 bits, and changed since, are to be packed.
+
+    What an adapter added to them is mostly less than half the distance of two levels: packing
+    rounds it away, and the model has forgotten what it was trained for.
+    """
+    was = getattr(source.config, DECODED_FROM, None)
+    packed = any(parameter.packed for parameter in source.parameters)
+    # A search loads the model first, without one: that tells.
+    if was is None or packed or recipe.quant == "none" or recipe.quant_search:
+        return
+    logger.warning(
+        "%s is an adapter merged into weights decoded from %s. Packing it in %s again rounds most "
+        "of what was trained away: use it with --quant none, or pack the base that the adapter was "
+        "trained on",
+        source.name,
+        was,
+        recipe.quant,
+    )
 
 
 def skeleton_of(config: PretrainedConfig, name: str, tensors: int) -> PreTrainedModel:
