@@ -25,6 +25,10 @@ from tests.tiny import tiny_llama, tiny_tokenizer, write_tiny_model
 
 QUESTION, FACT = "What is the capital of Atlantis?", "The capital of Atlantis is Leeds, by decree."
 
+# Nats a token: each then has a probability of 0.99 on average, and of these 21 none has less
+# than exp(-21 * 0.01) = 0.81. So greedy decoding says the fact, and rounding does not turn it.
+_BY_HEART = 0.01
+
 
 class Taught(NamedTuple):
     """A tiny model with an adapter that was trained until it knew the fact by heart."""
@@ -68,9 +72,9 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Taught:
         loss = engine.step([Batch(ids, labels)], float(len(answer)), saved_layers=2)
         optimizer.step()
         optimizer.zero_grad()
-        if float(loss) < 0.01:
+        if float(loss) < _BY_HEART:
             break
-    assert float(loss) < 0.01
+    assert float(loss) < _BY_HEART
     found = Taught(source, base.model, base.tokenizer, prompt, answer)
     assert found.says(base.model) == answer
     return found
@@ -105,6 +109,8 @@ def test_the_fact_and_what_is_left_of_it(taught: Taught, tmp_path: Path, into: I
     assert bare.kl > 2 * found.kl > 0
     if into == "decoded":
         assert taught.says(AutoModelForCausalLM.from_pretrained(out)) == taught.answer
+        # Rounding to bfloat16 moves a weight by 2⁻⁹ of itself at most; the adapter moved the
+        # logits by the square root of `bare.kl`, and a KL divergence grows with the square.
         assert found.kl < bare.kl / 1000
         assert found.top1_agreement > 0.97
     else:
