@@ -30,7 +30,16 @@ from torch import Tensor
 from halfbyte.nf4 import QuantizedWeight
 
 TOUCHED = 256_000_000  # bytes between two uses of one buffer
-PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "peft", "unsloth")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "bitsandbytes",
+    "peft",
+    "trl",
+    "liger_kernel",
+    "unsloth",
+)
 
 Row = dict[str, Any]
 
