@@ -1,5 +1,6 @@
 """What a command imports when it does its work: torch where tensors are, training to train."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,19 @@ import pytest
 from tests.cli.test_main import HEAVY, modules_after
 from tests.tiny import write_tiny_model
 
-pytestmark = pytest.mark.slow  # three fresh interpreters that import transformers
+pytestmark = pytest.mark.slow  # fresh interpreters that import transformers
 
 # Nothing of ours needs them to run; each takes a tenth of a second or more.
 FOREIGN = {"bitsandbytes", "datasets", "pandas", "peft", "scipy", "sklearn", "tensorboard", "wandb"}
+# What importing a model of transformers imports, if nobody prevents it. torch._dynamo itself may be
+# there, postponed.
+FOREIGN |= {
+    "accelerate",
+    "torch._dynamo.utils",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+}
+FOREIGN |= {"torchao", "torchaudio", "torchvision"}
 TRAINING = {
     "halfbyte.optim",
     "halfbyte.report.page",
@@ -45,6 +55,16 @@ def test_a_model_is_packed_without_what_trains_or_answers(model: Path, tmp_path:
     assert (out / "config.json").exists()
     others = {"halfbyte.data", "halfbyte.model.generate", "halfbyte.train.loading"}
     assert not loaded & (TRAINING | FOREIGN | others)
+
+
+def test_a_model_is_trained_without_what_merges(model: Path, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello."}]
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"messages": turns}) + "\n")
+    words = ["train", "--model", str(model), "--data", str(data), "--output", str(tmp_path / "out")]
+    loaded = modules_after([*words, "--max-steps", "1", "--device", "cpu"])
+    assert (tmp_path / "out" / "adapter_config.json").exists()
+    assert not loaded & (FOREIGN | {"halfbyte.cli.demo", "halfbyte.train.merging"})
 
 
 def test_a_model_is_exported_without_what_trains(model: Path, tmp_path: Path) -> None:

@@ -43,8 +43,9 @@ def modules_after(words: list[str]) -> set[str]:
     program = (
         "import sys\n"
         "from halfbyte.cli import main\n"
+        f"sys.argv[1:] = {words!r}\n"  # as the program itself is called
         "try:\n"
-        f"    main({words!r})\n"
+        "    main()\n"
         "except SystemExit:\n"
         "    pass\n"
         "print('\\n'.join(sys.modules), file=sys.stderr)\n"

@@ -3,8 +3,7 @@
 Importing one model of transformers imports torch._dynamo (with sympy), torch.distributed with
 DTensor and FSDP, and whichever of accelerate, scipy, scikit-learn, torchvision and torchao are
 installed: for compiled, sharded and quantised models, for vision, and for assisted generation. No
-command of ours uses any of it, and each would wait for it: `halfbyte generate` on a tiny model
-takes 6.5 s with it and 3.9 s without, of which `import torch` is 1.9 s.
+command of ours uses any of it, and each would wait for it, longer than for torch itself (LAB.md).
 
 `import_transformers` does it once, before anything else of ours is imported. It acts only in a
 process that is a command of ours (`claim_process`): a program that calls us as a library may use
@@ -12,17 +11,20 @@ transformers for all that, and so may our tests.
 """
 
 import importlib
+import importlib.util
 import logging
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 logger = logging.getLogger("halfbyte")
 
-# What is said not to be there. Transformers asks these as it is imported, and runs without.
+# What transformers is told is not installed. It asks as it is imported, and does without.
 _UNUSED = (
     "is_accelerate_available",
     "is_kernels_available",
@@ -43,7 +45,10 @@ _COMMON = (
 )
 
 _DYNAMO = "torch._dynamo"
-_TRACING = "torch._dynamo._trace_wrapped_higher_order_op"
+# A small module of that package that is imported by name, and needs nothing of the package.
+_STANDS_ALONE = "torch._dynamo._trace_wrapped_higher_order_op"
+
+_DECORATORS = ("allow_in_graph", "assume_constant_result", "disable", "disallow_in_graph")
 
 _ours = False
 
@@ -61,7 +66,11 @@ def import_transformers() -> None:
     """
     if not _ours or _COMMON[0] in sys.modules:
         return
-    import transformers  # noqa: F401 (its own start asks what is installed, and imports nothing)
+    import torch  # noqa: F401 (imports torch._dynamo itself, if it is a torch that does)
+
+    if _DYNAMO not in sys.modules:
+        _postpone_dynamo()
+    import transformers  # noqa: F401 (itself it asks what is installed, and imports no model)
     from transformers import utils
     from transformers.utils import import_utils
 
@@ -69,16 +78,9 @@ def import_transformers() -> None:
         for module in (utils, import_utils):
             if hasattr(module, name):
                 setattr(module, name, _absent)
-    with ExitStack() as stack:
-        stack.enter_context(_one_survey_of_models(import_utils))
-        stack.enter_context(_without_dynamo())
-        try:
-            for name in _COMMON:
-                importlib.import_module(name)
-        except ImportError as error:
-            # A transformers that uses more of torch._dynamo as it is imported than we know of. It
-            # is imported by whoever needs it, and works: this costs seconds and nothing else.
-            logger.debug("transformers is imported whole: %s", error)
+    with _one_survey_of_models(import_utils):
+        for name in _COMMON:
+            importlib.import_module(name)
 
 
 def _absent(*_: Any, **__: Any) -> bool:
@@ -86,27 +88,18 @@ def _absent(*_: Any, **__: Any) -> bool:
 
 
 @contextmanager
-def _replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
-    original = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, original)
-
-
-@contextmanager
 def _one_survey_of_models(import_utils: ModuleType) -> Iterator[None]:
     """Let the package transformers.models have the list of models that transformers has made.
 
-    Each is made by reading the text of 2000 files, which takes 0.4 s.
+    Either makes it by reading the text of 2000 files, which takes 0.4 s.
     """
-    survey: Callable[..., dict[Any, dict[str, Any]]] = import_utils.define_import_structure
+    survey = import_utils.define_import_structure
     models = Path(sys.modules["transformers"].__path__[0]) / "models"
 
     def known(path: str, prefix: str | None = None) -> dict[Any, dict[str, Any]]:
         if Path(path) != models / "__init__.py" or prefix is not None:
-            return survey(path, prefix)
+            found: dict[Any, dict[str, Any]] = survey(path, prefix)
+            return found
         return {
             needs: {
                 module.removeprefix("models."): names
@@ -116,57 +109,78 @@ def _one_survey_of_models(import_utils: ModuleType) -> Iterator[None]:
             for needs, modules in survey(models, prefix="models").items()
         }
 
-    with _replaced(import_utils, "define_import_structure", known):
-        yield
-
-
-class _Deferred(ModuleType):
-    """A module of torch that is imported when something of it is used, and not before."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        _forget_deferred()
-        return getattr(importlib.import_module(self.__name__), name)
-
-
-def _forget_deferred() -> None:
-    import torch
-
-    for name in (_DYNAMO, _TRACING):
-        if isinstance(sys.modules.get(name), _Deferred):
-            del sys.modules[name]
-    if isinstance(vars(torch).get("_dynamo"), _Deferred):
-        del torch._dynamo  # what torch itself puts there, it imports when it is asked for
-
-
-@contextmanager
-def _without_dynamo() -> Iterator[None]:
-    """Let decorators that say something to torch.compile say nothing, so that it is not imported.
-
-    What else is asked of torch._dynamo imports it.
-    """
-    import torch
-
-    if _DYNAMO in sys.modules:
-        yield
-        return
-    dynamo, tracing = _Deferred(_DYNAMO), _Deferred(_TRACING)
-    vars(dynamo).update(allow_in_graph=_unchanged, assume_constant_result=_unchanged)
-
-    def item_to_index() -> Any:
-        return importlib.import_module(_TRACING).TransformGetItemToIndex()
-
-    vars(tracing)["TransformGetItemToIndex"] = item_to_index
-    sys.modules |= {_DYNAMO: dynamo, _TRACING: tracing}
-    vars(torch)["_dynamo"] = dynamo
+    import_utils.define_import_structure = known  # type: ignore[attr-defined]
     try:
-        with _replaced(torch.compiler, "disable", _unchanged):
-            yield
+        yield
     finally:
-        _forget_deferred()
+        import_utils.define_import_structure = survey  # type: ignore[attr-defined]
 
 
-def _unchanged(function: Any = None, *_: Any, **__: Any) -> Any:
-    """Decorate a function with nothing; also as ``@decorator(…)``."""
+# --- torch._dynamo, when it is used ---------------------------------------------------------------
+
+
+def _postpone_dynamo() -> None:
+    """Put a module in the place of torch._dynamo that is replaced by it when it is used.
+
+    Until then its decorators, which tell torch.compile what to leave alone, leave functions as they
+    are: nothing is compiled. torch and transformers decorate with them as they are imported, and
+    torch imports it all to call a function of its own on the meta device.
+    """
+    spec = importlib.util.find_spec(_DYNAMO)
+    if spec is None:
+        return
+    module = _Postponed(_DYNAMO)
+    module.__spec__, module.__path__ = spec, list(spec.submodule_search_locations or ())
+    vars(module).update(dict.fromkeys(_DECORATORS, _undecorated))
+    sys.modules[_DYNAMO] = module
+    sys.meta_path.insert(0, _Parts())
+
+
+def _undecorated(function: Any = None, *_: Any, **__: Any) -> Any:
+    """Decorate nothing: as ``@decorator`` or as ``@decorator(…)``."""
     return (lambda decorated: decorated) if function is None else function
+
+
+def _dynamo() -> ModuleType:
+    """Return torch._dynamo, imported now if it was not."""
+    if isinstance(sys.modules.get(_DYNAMO), _Postponed):
+        del sys.modules[_DYNAMO]
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Parts)]
+    return importlib.import_module(_DYNAMO)
+
+
+class _Postponed(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # Python's own looking about
+            raise AttributeError(name)
+        return getattr(_dynamo(), name)
+
+
+class _Parts(MetaPathFinder):
+    """Imports torch._dynamo before a module of it, whose import would find it there already."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if not name.startswith(f"{_DYNAMO}.") or name == _STANDS_ALONE:
+            return None
+        _dynamo()
+        found = sys.modules.get(name)
+        if found is None:
+            return None
+        # Python takes the module's own, where the import of the package has brought the module.
+        found.__spec__ = ModuleSpec(name, _Found(found))
+        return found.__spec__
+
+
+class _Found(Loader):
+    """Loads a module that is there."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module, self._spec = module, module.__spec__
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self._module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._spec
