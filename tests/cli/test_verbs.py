@@ -350,18 +350,33 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(
 # --- demo ---------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def demo_seam(seam: Seam, monkeypatch: pytest.MonkeyPatch) -> Seam:
+    """Also where the adapter is put on the model that was opened."""
+
+    def load_adapter(path: Path) -> Any:
+        def put_on(model: Any) -> None:
+            seam.calls.append(("put_on", {"adapter": path, "model": model.config}))
+
+        return SimpleNamespace(put_on=put_on)
+
+    monkeypatch.setattr("halfbyte.checkpoint.peft.load_adapter", load_adapter)
+    return seam
+
+
 def test_the_demo_tells_its_story(
-    seam: Seam, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    demo_seam: Seam, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    seam = demo_seam
     output = tmp_path / "demo"
     earlier = output / "adapter" / "adapter_model.safetensors"
     earlier.parent.mkdir(parents=True)
     earlier.write_text("of an earlier demo")
     (output / "orders.train.jsonl").write_text("")
     assert cli.main(["demo", "--model", "m.gguf", "--output", str(output), "--seed", "2"]) == 0
-    assert [name for name, _ in seam.calls] == ["open", "evaluate", "train", "open", "evaluate"]
-    before, after = seam.named("open")
-    assert (before["adapter"], after["adapter"]) == (None, str(output / "adapter"))
+    assert [name for name, _ in seam.calls] == ["open", "evaluate", "train", "put_on", "evaluate"]
+    assert seam.named("open") == [{"model": "m.gguf"}]
+    assert seam.named("put_on") == [{"adapter": output / "adapter", "model": "config"}]
     [config] = [call["config"] for call in seam.named("train")]
     assert (config.data, config.seed) == (str(output / "orders.train.jsonl"), 2)
     assert not earlier.exists()
@@ -386,7 +401,9 @@ def test_the_demo_removes_nothing_that_it_did_not_write(seam: Seam, tmp_path: Pa
     assert mine.read_text() == "weeks of work"
 
 
-def test_the_demo_as_json(seam: Seam, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_as_json(
+    demo_seam: Seam, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["demo", "--model", "m", "--output", str(tmp_path), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["exact_match_before"], result["exact_match_after"]) == (0.5, 0.5)
