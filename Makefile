@@ -9,8 +9,9 @@
 PYTHON ?= python3
 VENV   ?= .venv
 # torch of the version in constraints.txt. Where there is no NVIDIA driver, its CPU build is tried
-# first, and the ordinary one is taken where the package index has no other: it does the same, and
-# brings 3 GB of CUDA. TORCH=torch==2.13.0+cpu or any other takes that one and nothing else.
+# first, and the ordinary one is taken where the package index has others: it does the same, and
+# brings 3 GB of CUDA. An index that names no version at all was not reached, and pip says why.
+# TORCH=torch==2.13.0+cpu or any other takes that one and nothing else.
 TORCH  ?=
 # What `make demo` and `make bench` use; without it, halfbyte fetches the demo's model.
 MODEL  ?=
@@ -30,7 +31,8 @@ ifneq ($(TORCH),)
 else ifneq ($(shell command -v nvidia-smi),)
 	$(PIP) 'torch==$(VERSION)'
 else
-	$(PIP) 'torch==$(VERSION)+cpu' 2>/dev/null || { echo 'no CPU build of torch $(VERSION) to be had: taking the ordinary one, with 3 GB of CUDA' >&2; $(PIP) 'torch==$(VERSION)'; }
+	$(PIP) 'torch==$(VERSION)+cpu' 2>$@.said || { grep -q 'from versions: [0-9]' $@.said || { cat $@.said >&2; exit 1; }; echo 'no CPU build of torch $(VERSION) to be had: taking the ordinary one, with 3 GB of CUDA' >&2; $(PIP) 'torch==$(VERSION)'; }
+	@rm $@.said
 endif
 	@touch $@
 
