@@ -19,7 +19,8 @@ SEED   ?= 0
 
 VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+FREE := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(FREE) --constraint constraints.txt
 
 .PHONY: setup demo test check bench clean
 
@@ -31,8 +32,9 @@ ifneq ($(TORCH),)
 else ifneq ($(shell command -v nvidia-smi),)
 	$(PIP) 'torch==$(VERSION)'
 else
-	$(PIP) 'torch==$(VERSION)+cpu' 2>$@.said || { grep -q 'from versions: [0-9]' $@.said || { cat $@.said >&2; exit 1; }; echo 'no CPU build of torch $(VERSION) to be had: taking the ordinary one, with 3 GB of CUDA' >&2; $(PIP) 'torch==$(VERSION)'; }
-	@rm $@.said
+	@# Constrained, pip would not say which versions there are. What torch needs comes with halfbyte.
+	$(FREE) --no-deps 'torch==$(VERSION)+cpu' 2>$@.said || { grep -q 'from versions: [0-9]' $@.said || { cat $@.said >&2; exit 1; }; echo 'no CPU build of torch $(VERSION) to be had: taking the ordinary one, with 3 GB of CUDA' >&2; $(PIP) 'torch==$(VERSION)'; }
+	@rm -f $@.said
 endif
 	@touch $@
 
