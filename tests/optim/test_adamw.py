@@ -9,7 +9,10 @@ import torch
 
 from halfbyte.blockwise import DYNAMIC_SIGNED, DYNAMIC_UNSIGNED
 from halfbyte.errors import CheckpointError, ConfigError
-from halfbyte.optim import AdamW
+from halfbyte.nf4 import device as devices
+from halfbyte.nf4 import format as formats
+from halfbyte.optim import AdamW, adamw
+from tests.devices import DEVICES
 from tests.optim.problems import follow, gradients, parameters
 
 OPTIONS = {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}
@@ -247,3 +250,20 @@ def test_state_is_one_run_of_bytes_without_overlaps():
         for (place, size), (after, _) in pairwise(sorted(views)):
             assert place + size <= after
         assert sum(p.count for p in pieces) == sum(p.numel() for p in start)
+
+
+@pytest.mark.parametrize("name", ["v100", "t4", "h100"])
+def test_a_gpu_that_triton_left_behind_gets_the_plain_rule(monkeypatch, name):
+    kernels = pytest.importorskip("halfbyte.optim.gpu", reason="needs Triton", exc_type=ImportError)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(devices, "spec_of", lambda _: DEVICES[name])
+    formats.gpu_kernels.cache_clear()
+    try:
+        if name == "v100":
+            assert adamw._gpu_kernels() is None
+            with pytest.raises(ConfigError, match='impl "gpu" is impossible: there is no Triton'):
+                AdamW(parameters(), impl="gpu")
+        else:
+            assert adamw._gpu_kernels() is kernels
+    finally:
+        formats.gpu_kernels.cache_clear()

@@ -428,7 +428,9 @@ def gpu_kernels() -> ModuleType | None:
     try:
         from halfbyte.nf4 import gpu  # it imports this module, and triton
     except ImportError as error:
-        logger.warning("no Triton (%s): weights on the GPU are decoded by plain PyTorch", error)
+        logger.warning(
+            "no Triton (%s): what runs on a GPU is plain PyTorch, which is slower", error
+        )
         return None
     return gpu
 

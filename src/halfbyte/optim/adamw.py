@@ -9,10 +9,8 @@ since a loss or a gradient was, neither parameters nor state nor step counts cha
 be queued behind its backward before anyone has looked at the loss, and captured in a CUDA graph.
 """
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cache
 from types import ModuleType
 from typing import Any, Literal
 
@@ -20,24 +18,21 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import CheckpointError, ConfigError
+from halfbyte.nf4.format import gpu_kernels
 from halfbyte.optim import rule
 from halfbyte.optim.layout import Group, Piece, groups_of, pieces_of
 from halfbyte.optim.managed import Managed, why_not
 from halfbyte.optim.paging import Paging, Store, Streamed
 
-logger = logging.getLogger("halfbyte")
-
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@cache
 def _gpu_kernels() -> ModuleType | None:
-    """Return gpu.py, or None, having announced why, where there is no Triton."""
-    try:
-        from halfbyte.optim import gpu
-    except ImportError as error:
-        logger.warning("no Triton (%s): AdamW on the GPU is plain PyTorch", error)
+    """Return gpu.py, or None where Triton is not, or is not for the GPU, which was announced."""
+    if gpu_kernels() is None:
         return None
+    from halfbyte.optim import gpu  # it imports triton
+
     return gpu
 
 
@@ -56,11 +51,12 @@ class AdamW(torch.optim.Optimizer):
             has them. Results are the same. On a CPU it is ``off``: there is nothing to page from.
         bfloat16: How a bfloat16 parameter keeps small updates: a float32 ``master`` copy in the
             state, or ``stochastic`` rounding.
-        impl: ``gpu`` for Triton, ``torch`` for plain PyTorch; ``auto`` for Triton on a GPU.
+        impl: ``gpu`` for Triton, ``torch`` for plain PyTorch; ``auto`` for Triton on a GPU that it
+            compiles for.
 
     Raises:
         ConfigError: If an argument, or a parameter's type, device or layout, is not as above, or
-            the device cannot page so.
+            the device cannot page so, or has no Triton where ``impl`` is ``gpu``.
     """
 
     def __init__(
@@ -100,6 +96,8 @@ class AdamW(torch.optim.Optimizer):
             raise ConfigError(f'paging "managed" is impossible: {reason}. Use paging "explicit"')
         wants_gpu = impl == "gpu" or (impl == "auto" and self._device.type == "cuda")
         self._gpu = _gpu_kernels() if wants_gpu else None
+        if impl == "gpu" and self._gpu is None:
+            raise ConfigError('impl "gpu" is impossible: there is no Triton here. Use impl "auto"')
         self._steps = self._vector(torch.float32)
         self._lr = self._vector(torch.float32)
         self._one = torch.ones((), device=self._device)
@@ -232,6 +230,10 @@ class AdamW(torch.optim.Optimizer):
             if self._wants_paging:
                 where += f": there is nothing to page from on {self._device}"
         return f"AdamW, state of {self._bits} bits: {self.state_bytes / 1e6:.0f} MB, {where}"
+
+    def allocate(self) -> None:
+        """Make the state now, and not in the first step."""
+        self._state_store()
 
     def page_out(self) -> None:
         """Move the state to the host, ahead of a step that is short of memory.
