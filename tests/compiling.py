@@ -111,6 +111,8 @@ def row_kernels(kind: str):
     types |= {f"codes{i}": "*i32" for i in (1, 2)} | {f"scale_codes{i}": "*u8" for i in (1, 2)}
     for members in (1, 3):
         yield gpu_rows._product_row, types, one | {"members": members}, product
+    if not devices.spec_of(CPU).has_tensor_cores:
+        return
     yield gpu_rows._sum_products, {"y": f"*{kind}"}, {"split": 4, "lanes": 512}, {}
     for rows in (16, 32, 64):
         few = {"block_words": 8, "double": True, "tile_outputs": 64, "tile_rows": rows}
@@ -140,7 +142,9 @@ def optimizer_kernels():
     plain = {"enable_fp_fusion": False}
     doubles = {"constants": "*fp64", "count": "i32"}
     yield optimizer._prepare, doubles, {"lanes": 256}, plain
-    for dtype, master in ((tl.float32, False), (tl.bfloat16, False), (tl.bfloat16, True)):
+    # Whatever products are in, a parameter may be trained in any of these.
+    types = ((tl.float32, False), (tl.bfloat16, False), (tl.bfloat16, True), (tl.float16, True))
+    for dtype, master in types:
         kind = {"dtype": dtype, "master": master, "blocks": optimizer.BLOCKS, "shuffled": True}
         types = {"rows": "*i64", "owners": "*i32", "tables": "*i32"}
         options = {"num_warps": optimizer.WARPS, "maxnreg": optimizer.REGISTERS, **plain}

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from halfbyte.nf4 import dequantize, quantize
+from halfbyte.nf4 import device as devices
+from tests.devices import DEVICES
 
 gpu_rows = pytest.importorskip("halfbyte.nf4.gpu_rows", reason="needs Triton", exc_type=ImportError)
 pytestmark = [
@@ -88,3 +90,19 @@ def test_a_product_that_is_too_large_is_refused():
         gpu_rows.small_product(torch.zeros(65, 64, dtype=torch.float16), q)
     with pytest.raises(ValueError, match="multiple of 32"):
         gpu_rows.small_product(torch.zeros(1, 48, dtype=torch.float16), quantize(weight((8, 48))))
+
+
+@pytest.mark.parametrize("name", ["t4", "a100", "3090", "4090", "h100", "b200"])
+def test_a_gpu_is_given_what_its_units_multiply(name, monkeypatch):
+    monkeypatch.setattr(devices, "spec_of", lambda _: DEVICES[name])
+    q = quantize(weight((8, 64)))
+    turing = name == "t4"
+    assert gpu_rows.most_rows(torch.float16, q) == (1 if turing else gpu_rows.SMALL_ROWS)
+    assert gpu_rows.most_rows(torch.bfloat16, q) == (0 if turing else gpu_rows.SMALL_ROWS)
+    assert gpu_rows.most_rows(torch.float32, q) == 0
+    few = torch.zeros(2, 64, dtype=torch.float16)
+    assert gpu_rows.can_multiply(few, q) != turing
+    if turing:
+        with pytest.raises(ValueError, match="at most 1 rows of float16 with"):
+            gpu_rows.small_product(few, q)
+        assert not gpu_rows.can_multiply(few[:1].bfloat16(), q)

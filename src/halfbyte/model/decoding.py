@@ -328,14 +328,9 @@ class Decoder:
         sets = [one for layer in self._layers for one in layer.sets]
         if self.device.type != "cuda" or not any(one.packed for one in sets):
             return 0
-        from halfbyte.nf4.gpu_rows import SMALL_ROWS, can_multiply  # it imports triton
+        from halfbyte.nf4.gpu_rows import most_rows  # it imports triton
 
-        probes = (
-            (torch.empty(1, q.shape[1], dtype=self._dtype, device="meta"), q)
-            for one in sets
-            for q in one.packed
-        )
-        return SMALL_ROWS if all(can_multiply(x, q) for x, q in probes) else 0
+        return min(most_rows(self._dtype, q) for one in sets for q in one.packed)
 
     def _stacks(self, index: int, *, packed: bool) -> Sequence[Tensor | None]:
         """Return the stacks of a layer's sets, none where weights are multiplied packed."""

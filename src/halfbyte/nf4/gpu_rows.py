@@ -5,6 +5,10 @@ read in 4 bits and never written out. One row of x is multiplied in registers. F
 `SMALL_ROWS`, decoded tiles go to the tensor cores. With more, decoding and cuBLAS are faster.
 
 With one row it is not memory that is the limit but the lookup of levels; see `_unpacking`.
+
+Turing (T4, RTX 20) is given the product of one row only, in float16. Triton multiplies tiles there
+without tensor cores: ptxas counts 4096 multiplications a thread and spills 4 to 8 KB of each
+thread's registers, where it is 0 to 0.5 KB for an A100.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from halfbyte.nf4 import device as devices
 from halfbyte.nf4.format import QuantizedWeight, QuantType, levels_of
 from halfbyte.nf4.gpu import dynamic_on, levels_on, on_device, scale_of
 
@@ -334,15 +339,26 @@ def _planes(quant_type: QuantType, device: torch.device) -> Tensor:
     return pairs.t().contiguous().view(-1).view(torch.int32).to(device)
 
 
+def _accepted(device: torch.device) -> tuple[int, tuple[torch.dtype, ...]]:
+    """The most rows that are multiplied on a device, and in which types."""
+    spec = devices.spec_of(device)
+    types = (torch.bfloat16, torch.float16) if spec.has_bfloat16 else (torch.float16,)
+    return SMALL_ROWS if spec.has_tensor_cores else 1, types
+
+
+def most_rows(dtype: torch.dtype, q: QuantizedWeight) -> int:
+    """Returns up to how many rows `small_products` is faster than decoding and cuBLAS.
+
+    It is 0 where the weight, or the type of the rows, is none that it multiplies.
+    """
+    rows, types = _accepted(q.codes.device)
+    fits = q.shape[1] % 32 == 0 and q.numel < 2**31 and q.codes.data_ptr() % 16 == 0
+    return rows if fits and dtype in types else 0
+
+
 def can_multiply(x: Tensor, q: QuantizedWeight) -> bool:
     """Returns whether `small_products` can do it, and is faster than decoding and cuBLAS."""
-    return (
-        x.shape[0] <= SMALL_ROWS
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and q.shape[1] % 32 == 0
-        and q.numel < 2**31
-        and q.codes.data_ptr() % 16 == 0
-    )
+    return x.shape[0] <= most_rows(x.dtype, q)
 
 
 def small_product(x: Tensor, q: QuantizedWeight) -> Tensor:
@@ -358,7 +374,7 @@ def small_products(x: Tensor, weights: Sequence[QuantizedWeight]) -> Tensor:
     rounds it.
 
     Args:
-        x: [rows, in], bfloat16 or float16, at most `SMALL_ROWS` rows.
+        x: [rows, in], of a type and of at most as many rows as `most_rows` has for each weight.
         weights: Each [out, in] with in a multiple of 32.
 
     Returns:
@@ -369,10 +385,12 @@ def small_products(x: Tensor, weights: Sequence[QuantizedWeight]) -> Tensor:
     """
     for q in weights:
         if not can_multiply(x, q):
+            rows, types = _accepted(q.codes.device)
+            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in types)
             raise ValueError(
-                f"a product of at most {SMALL_ROWS} rows of bfloat16 or float16 with a weight whose"
-                f" rows are a multiple of 32 is expected; got {tuple(x.shape)}, {x.dtype}, and a"
-                f" weight {q.shape}: decode it, and use torch.mm"
+                f"a product of at most {rows} rows of {names} with a weight whose rows are a "
+                f"multiple of 32 is expected; got {tuple(x.shape)}, {x.dtype}, and a weight "
+                f"{q.shape}: decode it, and use torch.mm"
             )
     x = x if x.stride(1) == 1 else x.contiguous()
     y = x.new_empty(x.shape[0], sum(q.shape[0] for q in weights))
