@@ -393,6 +393,19 @@ def test_the_demo_tells_its_story(
     assert max(map(len, text.splitlines()[:-4])) <= 80
 
 
+@pytest.mark.parametrize("taken", [430_000_000, 720_000_000])
+def test_the_demos_budget_is_beside_what_libraries_take(
+    demo_seam: Seam, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: int
+) -> None:
+    monkeypatch.setattr("halfbyte.demo.model.demo_model", lambda: Path("smol.gguf"))
+    monkeypatch.setattr("halfbyte.train.memory.used_memory", lambda device: taken)
+    assert cli.main(["demo", "--output", str(tmp_path / "one")]) == 0
+    assert cli.main(["demo", "--model", "large.gguf", "--output", str(tmp_path / "two")]) == 0
+    ours, named = (call["config"].memory_budget for call in demo_seam.named("train"))
+    assert ours == taken + 1_020_000_000
+    assert named is None
+
+
 def test_the_demo_removes_nothing_that_it_did_not_write(seam: Seam, tmp_path: Path) -> None:
     mine = tmp_path / "adapter" / "adapter_model.safetensors"
     mine.parent.mkdir()
