@@ -122,6 +122,8 @@ def test_an_override_under_a_foreign_name_wins_too(tmp_path: Path) -> None:
         ("bnb_4bit_use_double_quant: false", "double_quant", False),
         ("bf16: true", "compute_dtype", "bfloat16"),
         ("bf16: auto", "compute_dtype", "auto"),
+        ("fp16: true", "compute_dtype", "float16"),
+        ("fp16: false", "compute_dtype", "float32"),
         ("r: 4", "lora_r", 4),
         ("lora_target: all", "target_modules", "all-linear"),
         ("lora_target: q_proj,v_proj", "target_modules", ("q_proj", "v_proj")),
@@ -146,6 +148,34 @@ def test_names_of_other_trainers_are_read_and_named(
     config, [note] = load_config(written(tmp_path, foreign), given_here)
     assert getattr(config, field) == value
     assert f"read as `{field}:" in note
+
+
+@pytest.mark.parametrize(
+    ("given", "value", "notes"),
+    [
+        ("bf16: true\nfp16: false", "bfloat16", ["bf16: True", "fp16: False"]),
+        ("fp16: false\nbf16: auto", "auto", ["fp16: False", "bf16: auto"]),
+        ("bf16: false\nfp16: true", "float16", ["bf16: False", "fp16: True"]),
+        ("bf16: false\nfp16: false", "float32", ["bf16: False", "fp16: False"]),
+        ("compute_dtype: float16\nbf16: false", "float16", ["bf16: False"]),
+        ("bf16: auto\nfp16:", "auto", ["bf16: auto"]),
+        ("fp16:\nbf16:", "auto", []),
+    ],
+)
+def test_a_name_that_says_what_the_type_is_not_gives_way(
+    tmp_path: Path, given: str, value: str, notes: list[str]
+) -> None:
+    config, told = load_config(written(tmp_path, given), REQUIRED)
+    assert config.compute_dtype == value
+    assert len(told) == len(notes)
+    for one, name in zip(told, notes, strict=True):
+        assert one.startswith(f"`{name}` ")
+
+
+def test_two_types_are_a_mistake() -> None:
+    assert "`compute_dtype` is given twice, as `bf16` (bfloat16) and as `fp16` (float16)" in (
+        complaint(**REQUIRED, bf16=True, fp16=True)
+    )
 
 
 def test_every_alias_leads_to_a_field() -> None:

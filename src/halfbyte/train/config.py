@@ -148,7 +148,7 @@ class ModelOptions(BaseOptions):
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="type in which matrices are multiplied; auto asks the hardware; float16 is for "
-        "a GPU",
+        "a GPU, and scales the loss",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
     cache_quantized: bool = Field(

@@ -64,7 +64,7 @@ def open_model(
         quantize_head: Whether to pack the output head too.
         quantize_embeddings: Whether to pack the embedding too.
         quant_search: Whether to search for the scales of least error.
-        compute_dtype: ``auto``, ``float32`` or ``bfloat16``.
+        compute_dtype: ``auto``, ``float32``, ``bfloat16`` or, on a GPU, ``float16``.
         device: ``auto``, ``cpu`` or ``cuda``.
         revision: Branch, tag or commit of a hub model.
         cache_quantized: Whether to load from a packed copy in the user's cache, made at need.

@@ -18,6 +18,8 @@ class Alias(NamedTuple):
     field: str
     meanings: Mapping[str, str] = {}
     """Values, in lower case, that say something else here; the others are handed on."""
+    yields: frozenset[str] = frozenset()
+    """Values, in lower case, that only say what the field is not: any other name for it wins."""
 
     def read(self, value: Any) -> Any:
         """The value as the field takes it."""
@@ -31,8 +33,14 @@ class Alias(NamedTuple):
         """Whether the bare name, without a value, makes sense on the command line."""
         return "true" in self.meanings
 
+    def gives_way(self, value: Any) -> bool:
+        """Whether the value only says what the field is not."""
+        return str(value).lower() in self.yields
+
 
 _ALL = {"all": "all-linear"}
+# Files have both names, one of them false, or left empty, which YAML reads as None.
+_NOT_THIS = frozenset(("false", "none"))
 _ADAMW = {
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_32bit"), "adamw"),
     **dict.fromkeys(("adamw_bnb_8bit", "adamw_torch_8bit", "adamw8bit"), "adamw_8bit"),
@@ -55,7 +63,8 @@ ALIASES: dict[str, Alias] = {
     "bnb_4bit_quant_type": Alias("quant"),
     "bnb_4bit_use_double_quant": Alias("double_quant", {"true": "true", "false": "false"}),
     "bnb_4bit_compute_dtype": Alias("compute_dtype"),
-    "bf16": Alias("compute_dtype", {"true": "bfloat16", "false": "float32"}),
+    "bf16": Alias("compute_dtype", {"true": "bfloat16", "false": "float32"}, _NOT_THIS),
+    "fp16": Alias("compute_dtype", {"true": "float16", "false": "float32"}, _NOT_THIS),
     "r": Alias("lora_r"),
     "lora_rank": Alias("lora_r"),
     "peft_use_dora": Alias("use_dora"),
@@ -113,7 +122,18 @@ def spell(given: Mapping[str, Any], options: type[BaseModel]) -> Spelling:
     values: dict[str, Any] = {}
     spelt_as: dict[str, str] = {}
     notes, problems = [], []
+    sure = {
+        aliases[name].field if name in aliases else name
+        for name, value in given.items()
+        if name not in aliases or not aliases[name].gives_way(value)
+    }
     for name, value in given.items():
+        if name in aliases and aliases[name].gives_way(value):
+            if value is None:
+                continue
+            if (field := aliases[name].field) in sure:
+                notes.append(f"`{name}: {value}` is not used: another name says `{field}`")
+                continue
         if name in aliases:
             field, read = aliases[name].field, aliases[name].read(value)
         elif name in options.model_fields:
