@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,28 @@ def test_a_directory_is_planned_to_the_byte(
         lines = [line for line in ways[name]["ledger"] if line["group"] == "base"]
         assert sum(line["nbytes"] for line in lines) == ways[name]["base_bytes"]
     assert answer["advice"].startswith("Take 32-bit LoRA")
+
+
+@pytest.mark.parametrize("shape", ["llama2-7b", "Qwen3-8B"])
+def test_a_known_shape_on_a_named_card_imports_neither_torch_nor_transformers(
+    shape: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--shape", shape, "--card", "h100", "--json"]
+    program = (
+        "import sys\n"
+        "sys.modules |= dict.fromkeys(('torch', 'transformers', 'numpy'))\n"  # importing raises
+        "from halfbyte import cli\n"
+        f"sys.exit(cli.main({['plan', *words]!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == planned(capsys, *words[:-1])
+
+
+def test_a_block_size_that_is_none_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--shape", "llama2-7b", "--card", "h100", "--block-size", "48"]
+    assert cli.main(["plan", *words]) == 2
+    assert "`block_size`: expected a power of 2 from 32 to 4096, got" in capsys.readouterr().err
 
 
 def test_config_json_alone_will_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

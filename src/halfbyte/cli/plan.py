@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from halfbyte.cli.options import Verb, results
-from halfbyte.train.config import Options, parse_bytes, parse_names
+from halfbyte.train.config import BlockSize, Options, parse_bytes, parse_names
 
 if TYPE_CHECKING:
     from halfbyte.plan.advice import Way
@@ -35,7 +35,7 @@ class PlanOptions(Options):
     )
     quant: Literal["nf4", "fp4"] = Field("nf4", description="4-bit type of QLoRA's base")
     double_quant: bool = Field(True, description="quantise the scales once more")
-    block_size: int = Field(64, description="weights that share a scale")
+    block_size: BlockSize = Field(64, description="weights that share a scale")
 
     card: str | None = Field(
         None,
@@ -85,7 +85,6 @@ def main(argv: list[str]) -> None:
     """Run the verb."""
     options, notes, as_json = VERB.read(argv)
 
-    from halfbyte.nf4.format import check_format
     from halfbyte.plan.advice import advice, choices, ways
     from halfbyte.plan.ledger import Holding, Run
     from halfbyte.report import open_report
@@ -93,7 +92,6 @@ def main(argv: list[str]) -> None:
     with results(as_json=as_json) as result, open_report() as report:
         for note in notes:
             report.note(note)
-        check_format(options.quant, options.block_size)
         card = _card(options)
         if options.card is None and not card.measured:
             report.note(f"seconds are those of {card.name}; --card names another")
@@ -131,12 +129,12 @@ def main(argv: list[str]) -> None:
 
 
 def _card(options: PlanOptions) -> "Card":
-    import torch
-
     from halfbyte.plan.speed import CARDS, HERE, card_named
 
     if options.card is not None:
         return card_named(options.card)
+    import torch  # it takes a second, and a card that is named needs none
+
     if options.gpu_memory is None or torch.cuda.is_available():
         return card_named(HERE)
     wanted = float(options.gpu_memory)
@@ -145,6 +143,10 @@ def _card(options: PlanOptions) -> "Card":
 
 def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Holding"]:
     """Return the model's shape, and how it is held: what is packed already stays as it is."""
+    from halfbyte.plan.shape import config_of, shape_of_config, shape_of_known
+
+    if options.shape is not None and (shape := shape_of_known(options.shape)) is not None:
+        return shape, holding
     import torch
     from transformers import AutoConfig
 
@@ -153,7 +155,6 @@ def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Hol
     from halfbyte.checkpoint.source import foreign_reader
     from halfbyte.model.build import BaseRecipe
     from halfbyte.plan.ledger import Holding
-    from halfbyte.plan.shape import config_of, shape_of_config
     from halfbyte.train.predicting import shape_of_source
 
     if options.shape is not None:

@@ -1,8 +1,9 @@
 """A model as the plan sees it: every weight's name, shape and role, and no weight.
 
 A `ModelShape` comes from a model of transformers on the meta device, so what is a linear layer and
-what is tied is what transformers says; or from the few sizes that configurations consist of. What
-else is known of the files (bytes, what is packed already) can be added.
+what is tied is what transformers says. Of the models of `KNOWN` it is arithmetic on a few numbers,
+and needs neither transformers nor torch, which take seconds to import; a test holds it to what
+transformers says. What else is known of the files (bytes, what is packed already) can be added.
 """
 
 from collections.abc import Mapping
@@ -113,6 +114,60 @@ class ModelShape:
         """Return the matrices of its linear layers, or of those in one decoder layer."""
         found = [weight for weight in self.weights if weight.role == "linear"]
         return found if layer is None else [w for w in found if w.layer == layer]
+
+
+def shape_of_known(text: str) -> ModelShape | None:
+    """Return the shape that ``--shape`` names by a name of ``KNOWN`` alone, or None."""
+    config = KNOWN.get(text.strip().lower())
+    if config is None:
+        return None
+    hidden, intermediate = config["hidden_size"], config["intermediate_size"]
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    vocabulary, tied = config["vocab_size"], config["tie_word_embeddings"]
+    family, layers = config["model_type"], config["num_hidden_layers"]
+    # Qwen 3's heads are 128 wide whatever the stream is, and normed; Qwen 2's have biases.
+    width = 128 if family == "qwen3" else hidden // heads
+    query, key_value = heads * width, groups * width
+    linears = {
+        "self_attn.q_proj": (query, hidden),
+        "self_attn.k_proj": (key_value, hidden),
+        "self_attn.v_proj": (key_value, hidden),
+        "self_attn.o_proj": (hidden, query),
+        "mlp.gate_proj": (intermediate, hidden),
+        "mlp.up_proj": (intermediate, hidden),
+        "mlp.down_proj": (hidden, intermediate),
+    }
+    weights = [Weight("model.embed_tokens.weight", (vocabulary, hidden), "embedding", None)]
+    for layer in range(layers):
+        own = f"model.layers.{layer}"
+        for name, extents in linears.items():
+            weights.append(Weight(f"{own}.{name}.weight", extents, "linear", layer))
+            if family == "qwen2" and name.endswith(("q_proj", "k_proj", "v_proj")):
+                weights.append(Weight(f"{own}.{name}.bias", extents[:1], "other", layer))
+            if family == "qwen3" and name.endswith("o_proj"):
+                for norm in ("q_norm", "k_norm"):
+                    path = f"{own}.self_attn.{norm}.weight"
+                    weights.append(Weight(path, (width,), "other", layer))
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            weights.append(Weight(f"{own}.{norm}.weight", (hidden,), "other", layer))
+    weights.append(Weight("model.norm.weight", (hidden,), "other", None))
+    if not tied:
+        weights.append(Weight("lm_head.weight", (vocabulary, hidden), "head", None))
+    return ModelShape(
+        name=text,
+        weights=tuple(weights),
+        tied=tied,
+        layers=layers,
+        hidden=hidden,
+        query=query,
+        key_value=key_value,
+        intermediate=intermediate,
+        heads=heads,
+        vocabulary=vocabulary,
+        positions=config["max_position_embeddings"],
+        head_norms=family == "qwen3",
+        fusable=True,
+    )
 
 
 def config_of(text: str) -> Any:

@@ -19,6 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -81,7 +82,14 @@ def parse_trackers(value: Any) -> Any:
     return [name for name in names if name != "none"] if isinstance(names, list) else names
 
 
+def _known_block_size(value: int) -> int:
+    if not 32 <= value <= 4096 or value & (value - 1):
+        raise ValueError("expected a power of 2 from 32 to 4096")
+    return value
+
+
 Positive = Annotated[float, Field(gt=0)]
+BlockSize = Annotated[int, AfterValidator(_known_block_size)]
 
 
 class Options(BaseModel):
@@ -115,7 +123,9 @@ class BaseOptions(Options):
         "nf4", description="4-bit type of the frozen weights; none keeps 16 or 32 bits (plain LoRA)"
     )
     double_quant: bool = Field(True, description="quantise the scales once more")
-    block_size: int = Field(64, description="weights that share a scale: a power of 2, 32 to 4096")
+    block_size: BlockSize = Field(
+        64, description="weights that share a scale: a power of 2, 32 to 4096"
+    )
     quantize_head: bool = Field(
         False, description="pack the output head too; if tied to the embedding, both"
     )
@@ -125,13 +135,6 @@ class BaseOptions(Options):
     quant_search: bool = Field(
         False, description="search for scales that lose less, in the same format; reads it twice"
     )
-
-    @field_validator("block_size")
-    @classmethod
-    def _block_size_is_known(cls, value: int) -> int:
-        if not 32 <= value <= 4096 or value & (value - 1):
-            raise ValueError("expected a power of 2 from 32 to 4096")
-        return value
 
     @model_validator(mode="after")
     def _packing_needs_a_type(self) -> Self:
