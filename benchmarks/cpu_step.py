@@ -122,6 +122,7 @@ def our_steps(
 ) -> Iterator[float]:
     """Yield halfbyte's losses, one step at a time."""
     import torch
+    from halfbyte.train.step import Schedule
     from safetensors.torch import load_file
 
     from halfbyte.checkpoint.base_model import load_base
@@ -130,8 +131,6 @@ def our_steps(
     from halfbyte.train.config import TrainConfig
     from halfbyte.train.engine import Batch, choose_engine
     from halfbyte.train.heap import keep_freed_memory
-    from halfbyte.train.memory import plan_activations
-    from halfbyte.train.step import Schedule, Stepper
 
     keep_freed_memory()
     recipe = BaseRecipe(quant="nf4" if quant else "none", compute_dtype=getattr(torch, dtype))
@@ -146,13 +145,11 @@ def our_steps(
     engine, told = choose_engine(model, "cpu")
     print(told, file=sys.stderr)
     schedule = Schedule(LEARNING_RATE, "constant", 0, len(tokens))
-    stepper = Stepper(engine, adapter_parameters(model), config, schedule)
-    shapes = [[(BATCH, LENGTH)]]
-    plan = plan_activations(engine, shapes, config.activations, budget, "cpu")
+    trainer = Trainer(engine, adapter_parameters(model), config, schedule)
+    plan = trainer.fit([[(BATCH, LENGTH)]], [[LENGTH] * BATCH])
     print(plan.line(), file=sys.stderr)
     for step, batch in enumerate(tokens):
-        batches = [Batch(batch[:, :-1], batch[:, 1:])]
-        yield stepper.run(step, batches, saved_layers=plan.saved_layers).loss
+        yield trainer.step(step, [Batch(batch[:, :-1], batch[:, 1:])]).loss
 
 
 def worker(args: argparse.Namespace) -> None:

@@ -28,10 +28,13 @@ from measuring import write
 from halfbyte.checkpoint.base_model import load_base, open_base
 from halfbyte.lora import LoRAConfig, adapter_parameters, attach
 from halfbyte.model.build import BaseRecipe
+from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.train import engine as engines
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.engine import Batch, LayerEngine, PlainEngine
-from halfbyte.train.step import Schedule, Stepper
+from halfbyte.train.parts import lengths_of
+from halfbyte.train.schedule import Schedule
+from halfbyte.train.trainer import Trainer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -72,28 +75,31 @@ def run(args: argparse.Namespace, form: str) -> tuple[list[float], dict[str, tor
         graphs = args.device == "cuda" and form in captured
         engine = LayerEngine(model, fuse=form != "layers", graphs=graphs)
     count = len(getattr(engine, "layers", []))
-    engine.keep_decoded(count if form == "decoded" else 0)
     options = TrainConfig(model="m", data="d", output="o", learning_rate=args.learning_rate)
-    stepper = Stepper(engine, parameters, options, Schedule(args.learning_rate, "constant", 0, 99))
+    trainer = Trainer(engine, parameters, options, Schedule(args.learning_rate, "constant", 0, 99))
+    all_steps = list(steps(args.steps, model.config.vocab_size))
+    if args.device == "cuda" and form != "plain":
+        shapes = [[tuple(batch.input_ids.shape) for batch in batches] for batches in all_steps]
+        trainer.fit(shapes, [lengths_of(batches) for batches in all_steps])
+    trainer.use(
+        ActivationPolicy(
+            count if form in ("saved", "decoded") else 0,
+            count - 1 if form in ("offload", "notes") else 0,
+            form == "notes",
+            count if form == "decoded" else 0,
+        )
+    )
+    trainer.capture()
     first: dict[str, torch.Tensor] = {}
-    clear = stepper.clear_gradients
+    clear = trainer.clear_gradients
 
     def keep_first() -> None:
         if not first:
             first.update({name: p.grad.detach().cpu().clone() for name, p in parameters.items()})
         clear()
 
-    stepper.clear_gradients = keep_first  # type: ignore[method-assign]
-    losses = [
-        stepper.run(
-            number,
-            batches,
-            saved_layers=count if form in ("saved", "decoded") else 0,
-            offloaded_layers=count - 1 if form in ("offload", "notes") else 0,
-            notes=form == "notes",
-        ).loss
-        for number, batches in enumerate(steps(args.steps, model.config.vocab_size))
-    ]
+    trainer.clear_gradients = keep_first  # type: ignore[method-assign]
+    losses = [trainer.step(number, batches).loss for number, batches in enumerate(all_steps)]
     engines.can_pack = packs
     return losses, first
 

@@ -3,7 +3,8 @@
     python benchmarks/gpu_plan.py benchmarks/results/*_gpu_step*.json
 
 For each step of ours in these files: the peak that `plan.ledger` says, the time that `plan.speed`
-says for the card, and by how many percent they are off.
+says for the card, and by how many percent they are off. Steps of more than one part are planned as
+they are made now, part by part: files older than that have what all micro-batches kept together.
 """
 
 import argparse
@@ -11,24 +12,28 @@ import json
 from pathlib import Path
 from typing import Any
 
-from halfbyte.plan.activations import Dial
 from halfbyte.plan.ledger import Holding, Run, ledger
+from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.plan.shape import config_of, shape_of_config
-from halfbyte.plan.speed import card_of_driver, step_seconds
+from halfbyte.plan.speed import Card, card_of_driver, step_seconds
 
 RANK = 16
 
 
-def run_of(options: dict[str, Any], row: dict[str, Any], quant: str, config: str) -> Run:
+def run_of(
+    options: dict[str, Any], row: dict[str, Any], quant: str, config: str, card: Card
+) -> Run:
     """The run that a row of gpu_step.py was made by."""
     micro, _, rest = config.rpartition("*")
     batch, length = rest.split("x")
     layers, keep = options["layers"], options["keep"]
-    dial = Dial(layers) if keep == "save" else Dial(0, layers - 1 if keep == "offload" else 0)
-    dial = Dial(
-        row.get("saved_layers", dial.saved),
-        row.get("offloaded_layers", dial.offloaded),
-        row.get("notes", False),
+    asked = ActivationPolicy(layers if keep == "save" else 0)
+    if keep == "offload":
+        asked = ActivationPolicy.offloading(layers)
+    policy = ActivationPolicy(
+        row.get("saved_layers", asked.saved),
+        row.get("offloaded_layers", asked.offloaded),
+        row.get("attention_checkpoint", row.get("notes", False)),
         row.get("decoded_layers", 0),
     )
     return Run(
@@ -38,7 +43,8 @@ def run_of(options: dict[str, Any], row: dict[str, Any], quant: str, config: str
         length=int(length),
         micro_batches=int(micro or 1),
         optimizer="adamw_8bit" if options.get("state_bits", 32) == 8 else "adamw",
-        dial=dial,
+        policy=policy,
+        gpu=card.gpu,
         embedding_on_host=True,
     )
 
@@ -59,7 +65,7 @@ def main() -> None:
             for config, row in rows.items():
                 if not contestant.startswith("halfbyte") or "peak_gb" not in row:
                     continue
-                run = run_of(found, row, "nf4" if "nf4" in contestant else "none", config)
+                run = run_of(found, row, "nf4" if "nf4" in contestant else "none", config, card)
                 peak = ledger(shape, run).peak / 1e9
                 ms = step_seconds(shape, run, card).total * 1e3
                 print(

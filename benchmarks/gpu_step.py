@@ -61,13 +61,13 @@ def random_tensor(shape: tuple[int, ...]) -> torch.Tensor:
 
 def ours(config: Any, quant: str, args: argparse.Namespace) -> Callable[..., Callable[..., Any]]:
     """Build the model once; each call returns a step of a new engine."""
+    from halfbyte.train.step import Schedule
+
     from halfbyte.lora import LoRAConfig, adapter_parameters, attach
     from halfbyte.model.build import BaseRecipe, build, finish, place
     from halfbyte.model.vocabulary import embedding_to_host
     from halfbyte.train.config import TrainConfig
     from halfbyte.train.engine import Batch, LayerEngine
-    from halfbyte.train.memory import plan_activations
-    from halfbyte.train.step import Schedule, Stepper
 
     recipe = BaseRecipe(quant=quant, compute_dtype=torch.bfloat16, device="cuda")
     model = build(config, recipe)
@@ -80,30 +80,20 @@ def ours(config: Any, quant: str, args: argparse.Namespace) -> Callable[..., Cal
     finish(model)
     attach(model, LoRAConfig(r=RANK, alpha=RANK), seed=0)
     embedding_to_host(model)
-    options = {"model": "m", "data": "d", "output": "o", "learning_rate": 1e-4}
+    options: Row = {"model": "m", "data": "d", "output": "o", "learning_rate": 1e-4}
     options["optim"] = "adamw_8bit" if args.state_bits == 8 else "adamw"
+    options |= {"activations": args.keep, "memory_budget": args.memory_budget}
     settings = TrainConfig.model_validate(options)
 
     def fresh(micro: int, batch: int, length: int) -> Callable[..., Any]:
         engine = LayerEngine(model, fuse=True, graphs=not args.no_graphs)
         schedule = Schedule(1e-4, "constant", 0, 100)
-        stepper = Stepper(engine, adapter_parameters(model), settings, schedule)
-        example = [Batch(*[torch.zeros(batch, length, dtype=torch.int64)] * 2)] * micro
-        plan = plan_activations(
-            engine,
-            [[(batch, length)] * micro],
-            args.keep,
-            args.memory_budget,
-            "cuda",
-            largest=example,
-            state_bytes=stepper.optimizer.state_bytes,
-        )
-        engine.keep_decoded(plan.decoded_layers)
-        kept = {"saved_layers": plan.saved_layers, "offloaded_layers": plan.offloaded_layers}
+        trainer = Trainer(engine, adapter_parameters(model), settings, schedule)
+        plan = trainer.fit([[(batch, length)] * micro], [[length] * batch * micro])
+        trainer.capture()
 
         def step(batches: list[torch.Tensor], _supervised: float) -> Any:
-            micro = [Batch(ids, ids) for ids in batches]
-            result = stepper.run(0, micro, **kept, notes=plan.notes)
+            result = trainer.step(0, [Batch(ids, ids) for ids in batches])
             for note in engine.notes:
                 print(note, file=sys.stderr)
             engine.notes.clear()
@@ -236,7 +226,7 @@ def products(config: Any, tokens: int, length: int, row: Row) -> float:
     forward = 2 * (2 * h * h + 2 * h * kv + 3 * h * f)
     attention = 2 * length * h  # two products, causal: half of each
     again = config.num_hidden_layers - row["saved_layers"]
-    noted = row["offloaded_layers"] if row["notes"] else 0
+    noted = row["offloaded_layers"] if row["attention_checkpoint"] else 0
     all_layers = config.num_hidden_layers * (2 * forward + 3.5 * attention)
     # The last product of a layer is not run again.
     all_layers += again * (forward - 2 * h * f + attention) - noted * (2 * h * h + attention)
@@ -309,9 +299,8 @@ def work(args: argparse.Namespace) -> None:
         step = None
         gc.collect()
         torch.cuda.empty_cache()
-        step, times = make(micro, batch, length), []
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+        step, times = make(micro, batch, length), []
         warm, count = (3, 7) if theirs else (10, 10 + args.steps)
         generator = torch.Generator().manual_seed(0)
         for i in range(count):
@@ -336,10 +325,11 @@ def work(args: argparse.Namespace) -> None:
         plan = getattr(step, "plan", None)
         if plan is not None:
             rows[text]["predicted_gb"] = round(plan.predicted_bytes / 1e9, 2)
-            rows[text]["saved_layers"] = plan.saved_layers
-            rows[text]["offloaded_layers"] = plan.offloaded_layers
-            rows[text]["notes"] = plan.notes
-            rows[text]["decoded_layers"] = plan.decoded_layers
+            rows[text]["predicted_reserved_gb"] = round(plan.reserved_bytes / 1e9, 2)
+            rows[text]["saved_layers"] = plan.policy.saved
+            rows[text]["offloaded_layers"] = plan.policy.offloaded
+            rows[text]["attention_checkpoint"] = plan.policy.attention_checkpoint
+            rows[text]["decoded_layers"] = plan.policy.decoded
         if not theirs:
             rows[text] |= shares(lambda: step(list(ids), float(ids.numel())))  # noqa: B023
             flops = products(config, micro * batch * length, length, rows[text])

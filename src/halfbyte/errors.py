@@ -6,7 +6,8 @@
     │   ├── DataError          a data file is missing, empty or unusable
     │   ├── CheckpointError    a model, an adapter or a run is missing, damaged, of another kind
     │   ├── WeightError        a weight cannot be quantised (NaN, infinity); names the tensor
-    │   └── OutputError        the output cannot be written: no permission, no space, in use
+    │   ├── OutputError        the output cannot be written: no permission, no space, in use
+    │   └── OutOfMemoryError   the GPU's memory does not suffice, whatever is done
     └── NonFiniteLossError     training diverged: the loss or a gradient is NaN or infinite
 
 A message says what was expected, what came, and what to do. Anything that is not a
@@ -36,6 +37,10 @@ class CheckpointError(UserError):
 
 class OutputError(UserError):
     """The output cannot be written."""
+
+
+class OutOfMemoryError(UserError):
+    """A step does not fit into the memory of the GPU, whatever is done."""
 
 
 class WeightError(UserError):

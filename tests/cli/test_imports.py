@@ -26,7 +26,7 @@ TRAINING = {
     "halfbyte.report.page",
     "halfbyte.train.engine",
     "halfbyte.train.loop",
-    "halfbyte.train.step",
+    "halfbyte.train.trainer",
 }
 
 

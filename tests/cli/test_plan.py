@@ -93,6 +93,31 @@ def test_a_person_reads_a_table_and_a_sentence(capsys: pytest.CaptureFixture[str
     assert max(len(line) for line in told.out.splitlines()) <= 80
 
 
+def test_a_gpu_that_packs_takes_any_batch_and_needs_more_than_the_peak(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["--shape", "llama2-7b", "--card"]
+    assert cli.main(["plan", *words, "4090"]) == 0
+    packed = capsys.readouterr().out
+    assert cli.main(["plan", *words, "t4"]) == 0
+    apart = capsys.readouterr().out
+    assert re.search(r"largest batch( +any)+", packed)
+    assert re.search(r"largest batch( +(\d+|–))+", apart)
+    assert "needs, GB" in packed
+    assert "needs, GB" not in apart
+    # Eight examples of 1024 tokens are one part, of which all is on its way together.
+    for card, attention in (("h100", True), ("b200", False)):
+        way = {way["name"]: way for way in planned(capsys, *words, card)["ways"]}["QLoRA + offload"]
+        small = planned(capsys, *words, card, "--gpu-memory", "8GB")["ways"][2]
+        assert way["needed_bytes"] > way["peak_bytes"]
+        assert small["offloaded_layers"] > 0
+        assert small["attention_checkpoint"] == attention
+        layers = small["offloaded_layers"]
+        assert small["host_bytes"] - 262_144_000 == (
+            layers * 8192 * (8192 + attention * (2 * 8192 + 128))
+        )
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -8,7 +8,10 @@ from halfbyte.model.loss import head_loss
 from halfbyte.model.precision import deterministic
 from halfbyte.model.vocabulary import HostEmbedding, embedding_to_host
 from halfbyte.nf4.shared import SharedInput
+from halfbyte.plan.policy import ActivationPolicy
+from halfbyte.train.buckets import Buckets
 from halfbyte.train.engine import Batch, LayerEngine, choose_engine
+from halfbyte.train.parts import lengths_of
 from halfbyte.train.passes import Passes
 from tests.train.test_engine import FAMILIES, batches_of, gradients, model_of
 
@@ -47,6 +50,18 @@ def taken(model):
     return found
 
 
+def engines(model, batches, policy):
+    """One that launches every kernel, and one whose passes are graphs; with the same parts."""
+    plain = LayerEngine(model, fuse=True)
+    fast = LayerEngine(model, fuse=True, graphs=True)
+    assert ", CUDA graphs" in fast.line()
+    plain.buckets = fast.buckets = Buckets.of([lengths_of(batches)], 32)
+    fast.keep_decoded(policy.decoded)
+    fast.capture(policy)
+    assert fast.graphs == len(fast.buckets.shapes)
+    return plain, fast
+
+
 MIXED = [[70, 33, 8], [64, 5]]
 EQUAL = [[64, 64], [64, 64]]
 
@@ -58,12 +73,12 @@ def test_fused_and_packed_is_transformers_layers_but_for_rounding(family, length
         pytest.skip("longer than its window of 8, so not fused")
     batches = examples(lengths)
     exact_model = model_of(FAMILIES[family], dtype=torch.float32).to("cuda")
-    exact_loss = LayerEngine(exact_model).step(batches, 50.0, saved_layers=1)
+    exact_loss = LayerEngine(exact_model).step(batches, 50.0, ActivationPolicy(1))
     exact = gradients(exact_model)
     errors = []
     for fuse in (False, True):
         model = on_gpu(family)
-        loss = LayerEngine(model, fuse=fuse).step(batches, 50.0, saved_layers=1)
+        loss = LayerEngine(model, fuse=fuse).step(batches, 50.0, ActivationPolicy(1))
         assert float(loss) == pytest.approx(float(exact_loss), rel=2e-2)
         got = gradients(model)
         errors.append(
@@ -74,48 +89,69 @@ def test_fused_and_packed_is_transformers_layers_but_for_rounding(family, length
 
 
 @pytest.mark.parametrize("lengths", [MIXED, EQUAL])
-@pytest.mark.parametrize(("offloaded", "notes"), [(0, False), (2, False), (2, True)])
+@pytest.mark.parametrize(("offloaded", "attention"), [(0, False), (2, False), (2, True)])
 @pytest.mark.parametrize("saved", [0, 1])
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
-def test_graphs_and_the_host_change_no_bit(family, lengths, offloaded, notes, saved):
+def test_graphs_and_the_host_change_no_bit(family, lengths, offloaded, attention, saved):
     model = on_gpu(family)
     zero(model)
-    plain = LayerEngine(model, fuse=True)
-    fast = LayerEngine(model, fuse=True, graphs=True)
-    assert ", CUDA graphs" in fast.line()
-    for seed in range(5):
+    policy = ActivationPolicy(saved, offloaded, attention)
+    plain, fast = engines(model, examples(lengths), policy)
+    for seed in range(4):
         batches = examples(lengths, seed)
-        wanted = plain.step(batches, 50.0, saved_layers=saved)
+        wanted = plain.step(batches, 50.0, ActivationPolicy(saved))
         true = taken(model)
-        got = fast.step(batches, 50.0, saved_layers=saved, offloaded_layers=offloaded, notes=notes)
+        got = fast.step(batches, 50.0, policy)
         assert torch.equal(got, wanted), seed
         for name, gradient in taken(model).items():
             assert torch.equal(gradient, true[name]), (seed, name)
     assert not fast.notes
-    assert len(fast._graphs._captured) == 1
 
 
 @pytest.mark.parametrize("kept", [1, 3])
 def test_decoded_weights_that_stay_change_no_bit_with_graphs(kept):
     model = on_gpu("llama")
     zero(model)
-    plain = LayerEngine(model, fuse=True)
-    fast = LayerEngine(model, fuse=True, graphs=True)
+    plain, fast = engines(model, examples(EQUAL), ActivationPolicy(3))
     for seed in range(6):
         if seed == 3:  # after graphs were captured without
             fast.keep_decoded(kept)
+            assert fast.graphs == 0
+            fast.capture(ActivationPolicy(3, decoded=kept))
         batches = examples(EQUAL, seed)
-        wanted = plain.step(batches, 50.0, saved_layers=3)
+        wanted = plain.step(batches, 50.0, ActivationPolicy(3))
         true = taken(model)
-        assert torch.equal(fast.step(batches, 50.0, saved_layers=3), wanted), seed
+        assert torch.equal(fast.step(batches, 50.0, ActivationPolicy(3)), wanted), seed
         for name, gradient in taken(model).items():
             assert torch.equal(gradient, true[name]), (seed, name)
     assert not fast.notes
-    assert len(fast._graphs._captured) == 1
+    assert fast.graphs == 1
 
 
-def test_thin_products_are_made_once_and_no_bit_changes(monkeypatch):
-    monkeypatch.setattr("halfbyte.train.parts.PART_TOKENS", 150)
+def test_parts_of_several_sizes_share_their_graphs_memory():
+    """The largest decides; smaller ones are captured into what it left."""
+    model = on_gpu("llama")
+    zero(model)
+    steps = [[[90] * n] for n in (8, 6, 3, 1)]
+    plain = LayerEngine(model, fuse=True)
+    fast = LayerEngine(model, fuse=True, graphs=True)
+    plain.buckets = fast.buckets = Buckets.of([step[0] for step in steps], 1 << 20)
+    assert len(fast.buckets.shapes) == 4
+    torch.cuda.empty_cache()
+    fast.capture(ActivationPolicy(3))
+    assert fast.graphs == 4
+    for seed, lengths in enumerate([*steps, *steps[::-1]]):
+        batches = examples(lengths, seed)
+        wanted = plain.step(batches, 50.0, ActivationPolicy(3))
+        true = taken(model)
+        assert torch.equal(fast.step(batches, 50.0, ActivationPolicy(3)), wanted), seed
+        for name, gradient in taken(model).items():
+            assert torch.equal(gradient, true[name]), (seed, name)
+    assert not fast.notes
+
+
+def test_lora_activations_are_computed_once_and_no_bit_changes(monkeypatch):
+    monkeypatch.setattr("halfbyte.train.buckets.PART_TOKENS", 150)
     made, original = [], SharedInput.into_a
 
     def counted(self, rows, shadow):
@@ -125,33 +161,36 @@ def test_thin_products_are_made_once_and_no_bit_changes(monkeypatch):
     monkeypatch.setattr(SharedInput, "into_a", counted)
     model, batches = on_gpu("qwen3"), examples(EQUAL)
     zero(model)
-    plain = LayerEngine(model, fuse=True)
-    wanted = plain.step(batches, 50.0, saved_layers=3)
-    true = taken(model)
-    parts = len(plain.enter(batches)[0])
+    plain, fast = engines(model, batches, ActivationPolicy(0))
+    parts = len(plain.prepare(batches))
     assert parts > 1
+    made.clear()
+    wanted = plain.step(batches, 50.0, ActivationPolicy(3))
+    true = taken(model)
     assert made == [True] * (3 * 4 * parts)
-    fast = LayerEngine(model, fuse=True, graphs=True)
-    for again in range(3):  # launched, captured, replayed
-        made.clear()
-        assert torch.equal(fast.step(batches, 50.0, saved_layers=0), wanted)
-        assert sorted(made) == sorted([True, False] * (3 * 4 * parts) * (again < 2))
+    made.clear()
+    assert torch.equal(plain.step(batches, 50.0, ActivationPolicy(0)), wanted)
+    assert sorted(made) == sorted([True, False] * (3 * 4 * parts))
+    taken(model)
+    made.clear()
+    for again in range(2):
+        assert torch.equal(fast.step(batches, 50.0, ActivationPolicy(0)), wanted)
         for name, gradient in taken(model).items():
             assert torch.equal(gradient, true[name]), (again, name)
+    assert not made
     assert not fast.notes
 
 
 def test_gradients_add_up_in_a_graph_as_they_do_without():
     model = on_gpu("llama")
     zero(model)
-    fast = LayerEngine(model, fuse=True, graphs=True)
     batches = examples(EQUAL)
+    once, fast = engines(model, batches, ActivationPolicy(0))
     for _ in range(3):
-        fast.step(batches, 50.0, saved_layers=0)
+        fast.step(batches, 50.0, ActivationPolicy(0))
     assert not fast.notes
-    once = LayerEngine(model, fuse=True)
     three = taken(model)
-    once.step(batches, 50.0, saved_layers=0)
+    once.step(batches, 50.0, ActivationPolicy(0))
     for name, gradient in taken(model).items():
         torch.testing.assert_close(three[name], 3 * gradient, rtol=1e-2, atol=1e-6)
 
@@ -159,11 +198,11 @@ def test_gradients_add_up_in_a_graph_as_they_do_without():
 def test_gradients_that_were_replaced_are_seen():
     model = on_gpu("llama")
     zero(model)
-    fast = LayerEngine(model, fuse=True, graphs=True)
     batches = examples(EQUAL)
+    _, fast = engines(model, batches, ActivationPolicy(0))
     results = []
     for _ in range(4):
-        fast.step(batches, 50.0, saved_layers=0)
+        fast.step(batches, 50.0, ActivationPolicy(0))
         results.append(gradients(model))  # leaves None behind
     assert not fast.notes
     for name, gradient in results[0].items():
@@ -189,7 +228,7 @@ def test_these_are_right_all_the_same(options):
         model = on_gpu("llama", torch.float32, **options)
         engine = LayerEngine(model, fuse=fuse, graphs=fuse)
         engine.clock.running = True
-        loss = engine.step(examples([[9, 4], [3]]), 20.0, saved_layers=1)
+        loss = engine.step(examples([[9, 4], [3]]), 20.0, ActivationPolicy(1))
         results.append((float(loss), gradients(model)))
     (loss, true), (got_loss, got) = results
     assert got_loss == pytest.approx(loss, rel=1e-4)
@@ -207,12 +246,14 @@ def test_an_embedding_on_the_host_gives_the_same_rows():
     model = on_gpu("llama")
     zero(model)
     batches = examples(MIXED)
-    wanted = LayerEngine(model, fuse=True).step(batches, 50.0, saved_layers=0)
+    plain = LayerEngine(model, fuse=True)
+    plain.buckets = Buckets.of([lengths_of(batches)], 32)
+    wanted = plain.step(batches, 50.0, ActivationPolicy(0))
     assert embedding_to_host(model) == 120 * 32 * 2
     assert model.device.type == "cuda"
-    fast = LayerEngine(model, fuse=True, graphs=True)
+    _, fast = engines(model, batches, ActivationPolicy(0))
     for _ in range(3):
-        assert torch.equal(fast.step(batches, 50.0, saved_layers=0), wanted)
+        assert torch.equal(fast.step(batches, 50.0, ActivationPolicy(0)), wanted)
     assert not fast.notes
 
 
@@ -246,7 +287,7 @@ def test_a_pass_that_cannot_be_captured_is_told_and_run_all_the_same(monkeypatch
     zero(model)
     engine = LayerEngine(model, fuse=True, graphs=True)
     batches = examples(EQUAL)
-    wanted = engine.step(batches, 50.0, saved_layers=1)
+    wanted = engine.step(batches, 50.0, ActivationPolicy(1))
     true = taken(model)
     up = Passes.up
 
@@ -255,9 +296,12 @@ def test_a_pass_that_cannot_be_captured_is_told_and_run_all_the_same(monkeypatch
         up(self, passages, grads, finished)
 
     monkeypatch.setattr(Passes, "up", waits)
-    assert torch.equal(engine.step(batches, 50.0, saved_layers=1), wanted)
-    assert all(torch.equal(g, true[name]) for name, g in taken(model).items())
+    engine.buckets = Buckets.of([lengths_of(batches)], 32)
+    engine.capture(ActivationPolicy(1))
+    assert engine.graphs == 0
     assert "no CUDA graphs from here on" in engine.notes[0]
+    assert torch.equal(engine.step(batches, 50.0, ActivationPolicy(1)), wanted)
+    assert all(torch.equal(g, true[name]) for name, g in taken(model).items())
     assert torch.rand(3, device="cuda").shape == (3,)
 
 
@@ -270,12 +314,14 @@ def test_in_a_fixed_order_everything_repeats(lengths):
     for _ in range(2):
         model = model_of(shape, dtype=torch.bfloat16).to("cuda")
         engine, _ = choose_engine(model, "cuda")
+        engine.buckets = Buckets.of([lengths_of(examples(lengths))], 512)
         optimizer = torch.optim.AdamW(adapter_parameters(model).values(), lr=1e-2)
         zero(model)
         with deterministic():
+            engine.capture(ActivationPolicy(0))
             for seed in range(6):
                 batches = examples(lengths, seed)
-                losses.append(float(engine.step(batches, 50.0, saved_layers=0)))
+                losses.append(float(engine.step(batches, 50.0, ActivationPolicy(0))))
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=False)
         assert not engine.notes

@@ -17,9 +17,11 @@ from halfbyte.model.build import BaseRecipe, build, finish, place
 from halfbyte.model.documents import attend
 from halfbyte.nf4 import device as devices
 from halfbyte.nf4.format import gpu_kernels
+from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.engine import Batch, LayerEngine, choose_engine
-from halfbyte.train.step import Schedule, Stepper
+from halfbyte.train.schedule import Schedule
+from halfbyte.train.trainer import Trainer
 from tests.devices import DEVICES
 from tests.gpu.test_loop import data, model, run  # noqa: F401
 
@@ -79,29 +81,30 @@ def batches(lengths, seed=0):
     return [Batch(ids, labels, lengths)]
 
 
-def stepper(config, dtype, **options):
+def trainer(config, dtype, lengths, **options):
     found = made(config, dtype)
     engine, told = choose_engine(found, "cuda")
     assert isinstance(engine, LayerEngine), told
     asked = TrainConfig(model="-", data="-", output="-", learning_rate=3e-4, **options)
     schedule = Schedule(asked.learning_rate, "constant", 0, 100)
-    return Stepper(engine, adapter_parameters(found), asked, schedule)
+    found = Trainer(engine, adapter_parameters(found), asked, schedule)
+    found.fit([[(len(lengths), max(lengths))]], [lengths])
+    found.use(ActivationPolicy(1))
+    found.capture()
+    return found
 
 
-def losses(stepper, first, last, lengths):
-    """Of steps over two step's worth of examples in turn; shapes come again, so graphs play."""
-    return [
-        stepper.run(step, batches(lengths, step % 2), saved_layers=1).loss
-        for step in range(first, last)
-    ]
+def losses(trainer, first, last, lengths):
+    """Of steps over two step's worth of examples in turn."""
+    return [trainer.step(step, batches(lengths, step % 2)).loss for step in range(first, last)]
 
 
 @pytest.mark.parametrize("lengths", [EQUAL, MIXED], ids=["equal", "mixed"])
 @pytest.mark.parametrize("config", [SMOL, WIDE], ids=["smol", "wide"])
 def test_losses_are_nearer_to_float32s_than_bfloat16s(config, lengths):
-    exact, found, off = losses(stepper(config, torch.float32), 0, 24, lengths), {}, {}
+    exact, found, off = losses(trainer(config, torch.float32, lengths), 0, 24, lengths), {}, {}
     for dtype in (torch.bfloat16, torch.float16):
-        trained = stepper(config, dtype)
+        trained = trainer(config, dtype, lengths)
         found[dtype] = losses(trained, 0, 24, lengths)
         off[dtype] = max(abs(a / b - 1) for a, b in zip(found[dtype], exact, strict=True))
         assert not trained.engine.notes
@@ -125,7 +128,7 @@ def gradients(config, dtype, *, lengths=MIXED, scale=None, graphs=False, fuse=Tr
     engine = LayerEngine(found, fuse=fuse, graphs=graphs)
     (batch,) = batches(lengths)
     tokens = float((batch.labels != -100).sum())
-    engine.step([batch], tokens, saved_layers=1, scale=scale)
+    engine.step([batch], tokens if scale is None else 1.0 / scale, ActivationPolicy(1))
     factor = 1.0 if scale is None else 1.0 / (scale * tokens)
     return [parameter.grad * factor for parameter in adapter_parameters(found).values()]
 
@@ -138,13 +141,13 @@ def error(got, exact):
 
 @pytest.mark.parametrize("lengths", [EQUAL, MIXED], ids=["equal", "mixed"])
 def test_overflow_leaves_out_updates_until_gradients_are_held(lengths):
-    trained = stepper(WIDE, torch.float16)
-    losses(trained, 0, 4, lengths)  # graphs are played from the second of a shape on
+    trained = trainer(WIDE, torch.float16, lengths)
+    losses(trained, 0, 4, lengths)
     assert trained.loss_scale.skipped == 0
     before = {name: p.detach().clone() for name, p in trained.parameters.items()}
     state = trained.optimizer_state()
     trained.loss_scale.factor = 2.0**40  # float16 has no such number: the gradient is infinite
-    result = trained.run(4, batches(lengths), saved_layers=1)
+    result = trained.step(4, batches(lengths))
     assert result.skipped
     assert math.isfinite(result.loss)
     assert not math.isfinite(result.grad_norm)
@@ -155,10 +158,11 @@ def test_overflow_leaves_out_updates_until_gradients_are_held(lengths):
     assert trained.loss_scale.factor == 2.0**39
     assert "no update" in trained.engine.notes.pop()
     trained.loss_scale.factor = 2.0**5
-    result = trained.run(5, batches(lengths, 1), saved_layers=1)  # nothing infinite was left
+    result = trained.step(5, batches(lengths, 1))  # nothing infinite was left
     assert not result.skipped
     assert math.isfinite(result.grad_norm)
-    assert not torch.equal(trained.parameters[name], before[name])
+    moved = [not torch.equal(p, before[name]) for name, p in trained.parameters.items()]
+    assert any(moved)
 
 
 def test_a_run_from_a_file_learns_in_float16_and_goes_on_byte_for_byte(model, data, tmp_path):  # noqa: F811
@@ -206,13 +210,14 @@ def test_what_another_gpu_is_given_has_the_same_gradients(monkeypatch, name, len
 
 
 @pytest.mark.parametrize("lengths", [EQUAL, MIXED], ids=["equal", "mixed"])
-def test_what_a_t4_is_given_becomes_graphs(monkeypatch, lengths):
+def test_what_a_t4_is_given_learns_and_says_that_there_are_no_graphs(monkeypatch, lengths):
     monkeypatch.setattr(devices, "spec_of", lambda _: DEVICES["t4"])
-    trained = stepper(SMOL, torch.float16)
-    assert "documents not packed, CUDA graphs" in trained.engine.line()
-    losses(trained, 0, 6, lengths)
+    trained = trainer(SMOL, torch.float16, lengths)
+    assert "no CUDA graphs: documents are not packed" in trained.engine.line()
+    seen = losses(trained, 0, 6, lengths)
+    assert seen[-1] < seen[0]
     assert not trained.engine.notes
-    assert len(trained.engine._graphs._captured) == 1
+    assert trained.engine.graphs == 0
 
 
 def test_a_t4s_attention_does_not_write_out_its_weights(monkeypatch):
@@ -255,6 +260,6 @@ def test_a_gpu_without_kernels_trains_by_plain_torch(v100, caplog):
     assert gpu_kernels() is None
     assert "compute capability 7.0" in caplog.text
     assert error(gradients(SMOL, torch.float16, scale=32.0, fuse=False), exact) < 2**-7
-    trained = stepper(SMOL, torch.float16)
+    trained = trainer(SMOL, torch.float16, EQUAL)
     seen = losses(trained, 0, 6, EQUAL)
     assert seen[-1] < seen[0]

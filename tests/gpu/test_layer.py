@@ -5,6 +5,7 @@ import torch
 
 from halfbyte.model import elementwise
 from halfbyte.model.elementwise import add_rms_norm, rms_norm, rms_norm_beside, rotary, swiglu
+from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.train.engine import LayerEngine
 from tests.train.test_engine import FAMILIES, batches_of, gradients, model_of
 
@@ -88,13 +89,13 @@ def test_gates(size, monkeypatch):
 def test_a_step_through_fused_layers_is_the_cpus(family):
     batches = batches_of([(2, 17), (1, 9)])
     model = model_of(FAMILIES[family])
-    loss = LayerEngine(model).step(batches, 20.0, saved_layers=2)
+    loss = LayerEngine(model).step(batches, 20.0, ActivationPolicy(2))
     true = gradients(model)
     model.to("cuda")
     engine = LayerEngine(model, fuse=True)
     assert engine.fused == 3
     on_gpu = [type(b)(b.input_ids.cuda(), b.labels.cuda()) for b in batches]
-    got = engine.step(on_gpu, 20.0, saved_layers=1)
+    got = engine.step(on_gpu, 20.0, ActivationPolicy(1))
     assert float(got) == pytest.approx(float(loss), rel=1e-4)
     for name, gradient in gradients(model).items():
         scale = max(1.0, float(true[name].abs().max()))

@@ -94,7 +94,7 @@ def test_adapters_begin_with_what_packing_lost(model, data, tmp_path):
 
 def test_a_run_that_is_resumed_is_the_run_that_was_not_interrupted(model, data, tmp_path):
     whole, _ = run(model, data, tmp_path / "whole", save_steps=4)
-    step = loop.Stepper.run
+    step = loop.Trainer._queue
 
     def interrupted(self, number, *args, **options):
         if number == 6:
@@ -102,7 +102,7 @@ def test_a_run_that_is_resumed_is_the_run_that_was_not_interrupted(model, data, 
         return step(self, number, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Stepper, "run", interrupted)
+        patch.setattr(loop.Trainer, "_queue", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(model, data, tmp_path / "cut", save_steps=4)
     losses, _ = run(model, data, tmp_path / "cut", save_steps=4, resume=True)
@@ -114,7 +114,7 @@ def test_paging_changes_no_bit_and_a_run_resumes_without(
     model, data, tmp_path, monkeypatch, paging
 ):
     """Every second step is made to be short of memory; at the end the state moves in once more."""
-    monkeypatch.setattr(loop.Tightness, "__call__", lambda self, batches: next(turns))
+    monkeypatch.setattr(loop.Trainer, "_tight", lambda self, batches: next(turns))
     turns = cycle([False, True])
     told = {"deterministic": True, "save_steps": 6}
     losses, _ = run(model, data, tmp_path / "a", optim="adamw_8bit", **told)

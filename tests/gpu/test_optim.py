@@ -12,9 +12,11 @@ from halfbyte.errors import ConfigError
 from halfbyte.lora import adapter_parameters
 from halfbyte.model.precision import deterministic
 from halfbyte.optim import AdamW, layout, managed
+from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.engine import LayerEngine
-from halfbyte.train.step import Schedule, Stepper
+from halfbyte.train.schedule import Schedule
+from halfbyte.train.trainer import Trainer
 from tests.optim.problems import follow, gradients, parameters
 from tests.train.test_engine import SIZES, batches_of, model_of
 
@@ -251,22 +253,25 @@ def test_layers_updated_as_the_engine_finishes_them_have_the_same_bits(bits, sma
         )
         engine = LayerEngine(model, fuse=True, graphs=True)
         made = adapter_parameters(model)
-        stepper = Stepper(engine, made, config, Schedule(1e-2, "constant", 0, 6))
+        trainer = Trainer(engine, made, config, Schedule(1e-2, "constant", 0, 6))
         early = paging == "explicit"
         assert (engine.finished is not None) == early
+        trainer.fit([[(2, 64), (2, 64)]], [[64] * 4])
+        trainer.use(ActivationPolicy(1, 1))
         losses = []
         with deterministic():
+            trainer.capture()
             for number in range(6):
                 busy()  # the host is ahead, as in a run
-                told = stepper.run(number, batches, saved_layers=1, offloaded_layers=1)
+                told = trainer.step(number, batches)
                 losses.append(told.loss)
         assert [note[:14] for note in engine.notes] == ["no CUDA graphs"] * early
         if early:
-            state = stepper.optimizer.state_bytes
+            state = trainer.optimizer.state_bytes
             assert told.paging.optimizer_host_bytes == state
             assert told.paging.optimizer_device_bytes < state / 2
             assert told.paging.paged_bytes == 2 * state
-        found.append((losses, list(made.values()), stepper.optimizer))
+        found.append((losses, list(made.values()), trainer.optimizer))
     assert found[0][0] == found[1][0]
     assert_same(found[0][1:], found[1][1:])
 

@@ -5,6 +5,7 @@ import torch
 
 from halfbyte.lora import adapter_parameters
 from halfbyte.nf4 import dequantize, quantize
+from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.train.engine import Batch, LayerEngine, choose_engine
 from tests.train.test_engine import FAMILIES, batches_of, gradients, model_of
 
@@ -28,13 +29,13 @@ def test_decoding_is_the_cpus_to_the_bit(quant_type, double_quant):
 def test_gradients_are_the_cpus(family):
     batches = batches_of([(2, 17), (1, 9)])
     model = model_of(FAMILIES[family])
-    loss = LayerEngine(model).step(batches, 20.0, saved_layers=2)
+    loss = LayerEngine(model).step(batches, 20.0, ActivationPolicy(2))
     true = gradients(model)
     model.to("cuda")
     engine, told = choose_engine(model, "cuda")
     assert isinstance(engine, LayerEngine), told
     on_gpu = [Batch(b.input_ids.cuda(), b.labels.cuda()) for b in batches]
-    got = engine.step(on_gpu, 20.0, saved_layers=2)
+    got = engine.step(on_gpu, 20.0, ActivationPolicy(2))
     assert float(got) == pytest.approx(float(loss), rel=1e-4)
     for name, gradient in gradients(model).items():
         scale = max(1.0, float(true[name].abs().max()))
@@ -51,7 +52,7 @@ def test_the_adapters_learn_in_bfloat16():
     optimizer = torch.optim.AdamW(adapter_parameters(model).values(), lr=1e-2)
     losses = []
     for _ in range(30):
-        losses.append(float(engine.step([batch], count, saved_layers=1)))
+        losses.append(float(engine.step([batch], count, ActivationPolicy(1))))
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < 0.7 * losses[0]

@@ -8,6 +8,7 @@ import torch
 from halfbyte.lora import adapter_parameters
 from halfbyte.model.documents import Documents
 from halfbyte.model.layer import fused
+from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.train.engine import LayerEngine
 from tests.train.test_engine import FAMILIES, batches_of, gradients, model_of
 
@@ -22,7 +23,7 @@ def test_losses_and_gradients_are_those_of_transformers_layers(family):
         model = model_of(FAMILIES[family])
         engine = LayerEngine(model, fuse=fuse)
         assert engine.fused == (3 if fuse else 0)
-        loss = engine.step(batches, 20.0, saved_layers=1)
+        loss = engine.step(batches, 20.0, ActivationPolicy(1))
         results.append((float(loss), gradients(model)))
     (loss, true), (got_loss, got) = results
     assert got_loss == pytest.approx(loss, rel=1e-6)

@@ -14,6 +14,7 @@ from halfbyte.model.build import BaseRecipe, build, finish, frozen_linears, plac
 from halfbyte.model.loss import head_loss
 from halfbyte.model.vocabulary import FrozenEmbedding, FrozenHead, decode_rows, pieces
 from halfbyte.nf4 import BLOCK_SIZES, dequantize, quantize
+from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.train.engine import Batch, LayerEngine, PlainEngine
 from tests.checkpoint.families import SIZES
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -150,7 +151,7 @@ def test_both_engines_train_over_them(tied):
     def gradients(step):
         for p in trained:
             p.grad = torch.zeros_like(p)
-        return step([batch], 40.0, saved_layers=1), [p.grad for p in trained]
+        return step([batch], 40.0, ActivationPolicy(1)), [p.grad for p in trained]
 
     one, mine = gradients(engine.step)
     other, theirs = gradients(PlainEngine(model).step)

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from halfbyte.errors import ConfigError
-from halfbyte.plan.activations import Dial, Gpu, host_bytes
-from halfbyte.plan.advice import Way, advice, choices, usable, ways
-from halfbyte.plan.ledger import Holding, Run, ledger
+from halfbyte.plan.activations import Gpu
+from halfbyte.plan.advice import MOST, Way, advice, choices, usable, ways
+from halfbyte.plan.ledger import PART_TOKENS, Holding, Run, ledger, policy_of
+from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.plan.shape import ModelShape, config_of, shape_of_config
 from halfbyte.plan.speed import (
     CARDS,
+    LAUNCH_SECONDS,
     Card,
     card_named,
     card_of_driver,
@@ -58,20 +60,24 @@ def test_steps_of_a_7b_on_an_h100_are_as_measured(
     gigabytes: float,
 ) -> None:
     """benchmarks/results/2026-11-24_gpu_step_{notes,forms}.json; in CUDA graphs."""
-    dial = {"offload": Dial(0, 31), "notes": Dial(0, 31, True), "save": Dial(32)}[keep]
+    policy = {
+        "offload": ActivationPolicy(0, 31),
+        "notes": ActivationPolicy(0, 31, attention_checkpoint=True),
+        "save": ActivationPolicy(32),
+    }[keep]
     run = Run(
         Holding(quant),
         batch=batch,
         length=length,
         optimizer="adamw_8bit",
-        dial=dial,
+        policy=policy,
         embedding_on_host=True,
     )
     predicted = step_seconds(llama, run, CARDS["h100"]).total
     assert predicted * 1000 == pytest.approx(milliseconds, rel=0.05)
     assert ledger(llama, run).peak / 1e9 == pytest.approx(gigabytes, rel=0.01)
-    by_hand = replace(run, fused=False)
-    assert step_seconds(llama, by_hand, CARDS["h100"]).total >= 32 * 0.006
+    for by_hand in (replace(run, fused=False), replace(run, graphs=False)):
+        assert step_seconds(llama, by_hand, CARDS["h100"]).total >= 32 * 0.006
 
 
 @pytest.mark.parametrize(
@@ -83,7 +89,7 @@ def test_peaks_on_a_cpu_are_those_of_four_runs(
 ) -> None:
     """benchmarks/results/2026-11-24_cpu_memory.json: SmolLM2-135M, 4x256 tokens, all kept."""
     holding = Holding(quant, itemsize=itemsize)
-    run = Run(holding, batch=4, length=256, fused=False, device="cpu", dial=Dial(30))
+    run = Run(holding, batch=4, length=256, fused=False, device="cpu", policy=ActivationPolicy(30))
     assert ledger(smol, run).peak / 1e9 == pytest.approx(gigabytes, rel=0.03)
 
 
@@ -92,29 +98,47 @@ def test_time_follows_what_is_done(llama: ModelShape) -> None:
         return step_seconds(llama, run, CARDS["h100"])
 
     one = Run(length=2048)
-    again, kept = seconds(one), seconds(replace(one, dial=Dial(32)))
+    again, kept = seconds(one), seconds(replace(one, policy=ActivationPolicy(32)))
     assert again.products == pytest.approx((3 - 11008 * 4096 / 202_375_168) / 2 * kept.products)
     four = seconds(replace(one, micro_batches=4))
-    assert four.decoding == again.decoding  # once for all micro-batches
+    assert four.decoding == again.decoding  # once for all micro-batches of a part
     assert four.products == pytest.approx(4 * again.products)
-    away = replace(one, dial=Dial(0, 32))
+    eight = seconds(replace(one, micro_batches=8))
+    assert eight.decoding == pytest.approx(2 * again.decoding)  # of two parts
+    apart = replace(one, micro_batches=8, fused=False)
+    assert seconds(apart).decoding == pytest.approx(again.decoding)  # once for all, layer by layer
+    # Graphs are of packed parts of layers that are known; else Python launches each part's kernels.
+    assert eight.launching == 0
+    for by_hand, parts in ((apart, 8), (replace(one, micro_batches=8, graphs=False), 2)):
+        assert seconds(by_hand).launching == pytest.approx(parts * 32 * LAUNCH_SECONDS)
+    foreign = replace(llama, fusable=False)
+    assert step_seconds(foreign, one, CARDS["h100"]).launching == 32 * LAUNCH_SECONDS
+    # Attention sees a document, whatever it is packed with.
+    twice = seconds(replace(one, batch=2))
+    long = seconds(replace(one, length=4096))
+    assert long.attention == pytest.approx(2 * twice.attention)
+    assert long.products == pytest.approx(twice.products)
+    away = replace(one, policy=ActivationPolicy(0, 32))
     assert seconds(away).waiting == 0
     slow = CARDS["h100"]._replace(link=1e9)
     assert step_seconds(llama, away, slow).total == pytest.approx(2 * 2048 * 32 * 8192 / 1e9)
 
 
 def test_notes_are_worth_their_way_where_the_bus_is_faster_than_a_layer(llama: ModelShape) -> None:
-    run = Run(length=2048, dial=Dial(0, 31, True))
+    policy = ActivationPolicy(0, 31, attention_checkpoint=True)
+    run = Run(length=2048, policy=policy)
     for name, card in CARDS.items():
         if card.capability < (8, 0):  # no flash attention
-            assert card.noted_width > 1e9
+            assert card.checkpoint_width > 1e9
             continue
         seconds = step_seconds(llama, run, card)
         forward = (seconds.products + seconds.attention) / 4  # of 3.6 to 4.5 passes
-        away = host_bytes(run.layer(llama), run.dial, run.tokens) / card.link
-        assert (llama.hidden >= card.noted_width) == (away <= 1.1 * forward), name
-    assert 2048 < CARDS["h100"].noted_width < 4096 < CARDS["b200"].noted_width
-    assert Dial.turned(llama, 0, offload=True, noted_width=CARDS["b200"].noted_width) == Dial(0, 31)
+        away = run.step_cost(llama).host_bytes(policy) / card.link
+        assert (llama.hidden >= card.checkpoint_width) == (away <= 1.1 * forward), name
+    assert 2048 < CARDS["h100"].checkpoint_width < 4096 < CARDS["b200"].checkpoint_width
+    assert policy_of(llama, run, 0, offload=True) == policy
+    wide = replace(run, checkpoint_width=CARDS["b200"].checkpoint_width)
+    assert policy_of(llama, wide, 0, offload=True) == ActivationPolicy(0, 31)
 
 
 def test_cards_by_name() -> None:
@@ -161,7 +185,7 @@ def test_this_machine_is_measured() -> None:
 
 
 def found(shape: ModelShape, card: Card, **changes: Any) -> list[Way]:
-    return ways(shape, replace(Run(length=2048), **changes), card, card.memory)
+    return ways(shape, replace(Run(length=2048, gpu=card.gpu), **changes), card, card.memory)
 
 
 def test_ways_of_a_7b_on_cards_of_all_sizes(llama: ModelShape) -> None:
@@ -186,7 +210,7 @@ def test_lora_is_advised_where_it_fits_and_is_as_fast(llama: ModelShape) -> None
     assert told.startswith("Take 16-bit LoRA (--quant none): it fits")
     # Not what it takes where all is kept and decoded, which is more than LoRA takes.
     qlora = roomy[1]
-    assert qlora.run.dial.decoded == 32
+    assert qlora.run.policy.decoded == 32
     assert qlora.seconds.decoding == 0.0
     assert qlora.least < roomy[0].ledger.needed < qlora.ledger.needed
     assert told.endswith(f"would do with {qlora.least / 1e9:.1f} GB, every layer run again.")
@@ -201,8 +225,24 @@ def test_qlora_is_advised_where_it_leaves_room_to_be_faster(llama: ModelShape) -
 
 def test_offloading_is_advised_where_nothing_else_fits(llama: ModelShape) -> None:
     card = CARDS["4090"]._replace(memory=7.5e9)
-    told = advice(found(llama, card, micro_batches=3), card.memory)
+    told = advice(found(llama, card, length=6144), card.memory)
     assert told.startswith("Take QLoRA + offload: 16-bit LoRA would need")
+
+
+def test_short_examples_go_in_smaller_parts_before_nothing_fits(llama: ModelShape) -> None:
+    """As many tokens as above, of three examples."""
+    card = CARDS["4090"]._replace(memory=7.5e9)
+    budget = usable(card.memory, "cuda")
+    qlora = found(llama, card, micro_batches=3)[1]
+    assert qlora.fits
+    assert (qlora.run.parts, qlora.run.part_tokens) == (3, 2048)
+    assert qlora.ledger.needed <= budget
+    together = replace(qlora.run, part_size=PART_TOKENS, policy=ActivationPolicy())
+    assert together.part_tokens == 6144
+    assert ledger(llama, together).needed > budget
+    # Not where they are not packed.
+    turing = card._replace(capability=(7, 5))
+    assert not found(llama, turing, micro_batches=3)[1].fits
 
 
 def test_nothing_fits_is_said_with_what_would(llama: ModelShape) -> None:
@@ -214,18 +254,28 @@ def test_nothing_fits_is_said_with_what_would(llama: ModelShape) -> None:
     assert "tokens would fit" in told
 
 
-def test_longest_largest_and_biggest_are_the_last_that_fit(llama: ModelShape) -> None:
-    card = CARDS["4090"]
+@pytest.mark.parametrize("name", ["4090", "t4"])
+def test_longest_largest_and_biggest_are_the_last_that_fit(llama: ModelShape, name: str) -> None:
+    card = CARDS[name]
     budget = usable(card.memory, "cuda")
-    for way in found(llama, card):
-        dial = Dial.turned(llama, 0, offload="offload" in way.name)
-        run = replace(way.run, dial=dial, batch=1, micro_batches=1)
-        assert way.longest is not None
-        assert way.most is not None
-        assert ledger(llama, replace(run, length=way.longest)).needed <= budget
-        assert ledger(llama, replace(run, length=way.longest + 1)).needed > budget
-        assert ledger(llama, replace(run, batch=way.most)).needed <= budget
-        assert ledger(llama, replace(run, batch=way.most + 1)).needed > budget
+    several = found(llama, card)
+    assert any(way.fits for way in several)
+    for way in several:
+        policy = policy_of(llama, way.run, 0, offload="offload" in way.name)
+        run = replace(way.run, policy=policy, batch=1, micro_batches=1)
+
+        def fits(run: Run) -> bool:
+            while (smaller := run.with_smaller_parts()) is not None:
+                run = smaller
+            return ledger(llama, run).needed <= budget
+
+        assert fits(replace(run, length=way.longest or 1)) == (way.longest is not None)
+        assert not fits(replace(run, length=(way.longest or 0) + 1))
+        assert fits(replace(run, batch=way.most or 1)) == (way.most is not None)
+        if run.packs:  # parts are as small as need be, however many there are
+            assert way.most == MOST
+        else:
+            assert not fits(replace(run, batch=(way.most or 0) + 1))
 
 
 def test_the_largest_model_is_near_one_that_fits() -> None:
@@ -239,7 +289,7 @@ def test_the_largest_model_is_near_one_that_fits() -> None:
     assert way.parameters == pytest.approx(larger.parameters, rel=0.05)
 
 
-def test_each_dial_and_each_optimizer_is_told(llama: ModelShape) -> None:
+def test_each_policy_and_each_optimizer_is_told(llama: ModelShape) -> None:
     run = Run(length=2048)
     found = {choice.value: choice for choice in choices(llama, run)}
     modes = {"adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"}

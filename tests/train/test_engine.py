@@ -18,6 +18,7 @@ from transformers import (
 
 from halfbyte.lora import LoRAConfig, adapter_parameters, attach, delta, dropout_clock
 from halfbyte.model.build import BaseRecipe, build, finish, place
+from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.train.engine import Batch, EngineError, LayerEngine, PlainEngine, choose_engine
 
 SIZES = {
@@ -113,7 +114,7 @@ def test_losses_and_gradients_are_plain_autograds(family, quant):
     batches = batches_of([(2, 17), (1, 9)])
     wanted = plain_step(model, batches, 20.0)
     true = gradients(model)
-    got = engine.step(batches, 20.0, saved_layers=3)
+    got = engine.step(batches, 20.0, ActivationPolicy(3))
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
     for name, gradient in gradients(model).items():
         scale = true[name].abs().max()
@@ -147,7 +148,7 @@ def test_modules_trained_whole_get_the_gradients_of_plain_autograd(family, names
                 parameter.add_(delta(module))
     wanted = plain_step(theirs, batches, 20.0)
     true = {name: p.grad for name, p in theirs.named_parameters()}
-    got = engine.step(batches, 20.0, saved_layers=1)
+    got = engine.step(batches, 20.0, ActivationPolicy(1))
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
     whole = {name: g for name, g in gradients(model).items() if ".lora_" not in name}
     assert whole.keys() == {n for n in true if n.removesuffix(".weight").endswith(names)}
@@ -155,7 +156,7 @@ def test_modules_trained_whole_get_the_gradients_of_plain_autograd(family, names
         scale = float(true[name].abs().max())
         assert scale > 0, name
         assert (gradient - true[name]).abs().max() <= 1e-5 * max(1.0, scale), name
-    plain = PlainEngine(model).step(batches, 20.0, saved_layers=0)
+    plain = PlainEngine(model).step(batches, 20.0, ActivationPolicy(0))
     torch.testing.assert_close(plain, wanted, rtol=1e-5, atol=1e-5)
     for name, gradient in gradients(model).items():
         if name in whole:
@@ -173,7 +174,7 @@ def test_what_is_kept_changes_no_bit(dtype, dropout):
     batches = batches_of([(2, 17), (1, 9), (3, 70)])
     results = []
     for saved in range(4):
-        loss = engine.step(batches, 20.0, saved_layers=saved)
+        loss = engine.step(batches, 20.0, ActivationPolicy(saved))
         results.append((loss, gradients(model)))
     for loss, found in results[1:]:
         assert torch.equal(loss, results[0][0])
@@ -187,7 +188,7 @@ def test_a_weight_is_decoded_once_a_direction_and_step():
     assert weights == 3 * 7
     for count in (1, 5):
         before = engine.scratch.decodes
-        engine.step(batches_of([(1, 9)] * count), 20.0, saved_layers=1)
+        engine.step(batches_of([(1, 9)] * count), 20.0, ActivationPolicy(1))
         # The last layer's are still there when the pass up begins with it.
         assert engine.scratch.decodes - before == 2 * weights - 7
     before = engine.scratch.decodes
@@ -199,19 +200,19 @@ def test_a_weight_is_decoded_once_a_direction_and_step():
 def test_decoded_weights_that_stay_change_no_bit_and_are_decoded_once(kept):
     model = model_of(FAMILIES["llama"])
     engine, batches = LayerEngine(model), batches_of([(2, 17), (1, 9)])
-    wanted, true = engine.step(batches, 20.0, saved_layers=1), gradients(model)
+    wanted, true = engine.step(batches, 20.0, ActivationPolicy(1)), gradients(model)
     engine.keep_decoded(kept)
     assert engine.decoded_bytes == 4 * sum(m.quantized.numel for m in engine.linears[-1])
     for _ in range(2):
         before = engine.scratch.decodes
-        assert torch.equal(engine.step(batches, 20.0, saved_layers=1), wanted)
+        assert torch.equal(engine.step(batches, 20.0, ActivationPolicy(1)), wanted)
         found = gradients(model)
         assert all(torch.equal(found[name], one) for name, one in true.items())
         # The last layer is one of them.
         assert engine.scratch.decodes - before == 2 * 7 * (3 - kept)
     engine.keep_decoded(0)
     before = engine.scratch.decodes
-    assert torch.equal(engine.step(batches, 20.0, saved_layers=1), wanted)
+    assert torch.equal(engine.step(batches, 20.0, ActivationPolicy(1)), wanted)
     assert engine.scratch.decodes - before == 2 * 3 * 7 - 7
 
 
@@ -225,9 +226,9 @@ def test_right_padding_changes_nothing():
     (short,) = batches_of([(1, 11)])
     pad = torch.zeros(1, 20, dtype=torch.int64)
     padded = Batch(torch.cat([short.input_ids, pad], 1), torch.cat([short.labels, pad - 100], 1))
-    one = engine.step([short], 5.0, saved_layers=3)
+    one = engine.step([short], 5.0, ActivationPolicy(3))
     first = gradients(model)
-    other = engine.step([padded], 5.0, saved_layers=3)
+    other = engine.step([padded], 5.0, ActivationPolicy(3))
     torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, first[name], rtol=1e-4, atol=1e-6)
@@ -237,7 +238,7 @@ def test_loss_is_the_loss_of_a_step():
     model = model_of(FAMILIES["llama"])
     engine = LayerEngine(model)
     batches = batches_of([(2, 17), (1, 9)])
-    stepped = engine.step(batches, 1.0, saved_layers=3)
+    stepped = engine.step(batches, 1.0, ActivationPolicy(3))
     torch.testing.assert_close(engine.loss(batches), stepped, rtol=1e-5, atol=1e-5)
 
 
@@ -251,7 +252,7 @@ def test_layers_below_the_lowest_adapter_are_still_right():
     batches = batches_of([(2, 17)])
     plain_step(model, batches, 5.0)
     true = gradients(model)
-    engine.step(batches, 5.0, saved_layers=2)
+    engine.step(batches, 5.0, ActivationPolicy(2))
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, true[name], rtol=1e-4, atol=1e-6)
 
@@ -266,7 +267,7 @@ def test_another_architecture_trains_one_way_or_the_other():
     batches = batches_of([(2, 17), (1, 9)])
     wanted = plain_step(model, batches, 20.0)
     true = gradients(model)
-    got = engine.step(batches, 20.0, saved_layers=0)
+    got = engine.step(batches, 20.0, ActivationPolicy(0))
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, true[name], rtol=1e-3, atol=1e-5)
@@ -297,7 +298,7 @@ def test_layers_whose_norms_are_trained_are_not_fused(names, count):
 @pytest.mark.parametrize("lengths", [[[64, 64], [64]], [[17, 9, 3], [30], [1, 2]]])
 def test_documents_in_shared_parts_give_the_same_step(lengths, monkeypatch):
     monkeypatch.setattr("halfbyte.train.engine.can_pack", lambda *_: True)
-    monkeypatch.setattr("halfbyte.train.parts.PART_TOKENS", 150)
+    monkeypatch.setattr("halfbyte.train.buckets.PART_TOKENS", 150)
     model = model_of(FAMILIES["qwen3"])
     batches = [
         Batch(*batch[:2], lengths=rows)
@@ -309,12 +310,12 @@ def test_documents_in_shared_parts_give_the_same_step(lengths, monkeypatch):
         for row, length in enumerate(batch.lengths):
             batch.labels[row, length:] = -100
     plain = LayerEngine(model)
-    wanted = plain.step(batches, 20.0, saved_layers=1)
+    wanted = plain.step(batches, 20.0, ActivationPolicy(1))
     true = gradients(model)
     engine = LayerEngine(model, fuse=True)
-    parts, _ = engine.enter(batches)
+    parts = engine.prepare(batches)
     assert len(parts) == (2 if lengths[0][0] == 64 else 1)
-    got = engine.step(batches, 20.0, saved_layers=1)
+    got = engine.step(batches, 20.0, ActivationPolicy(1))
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(engine.loss(batches), 20 * wanted, rtol=1e-5, atol=1e-4)
     for name, gradient in gradients(model).items():
@@ -328,10 +329,9 @@ def test_a_step_longer_than_the_window_is_run_by_transformers_layers(monkeypatch
     assert engine.fused == 3
     for length, given in ((8, 3), (9, 0)):
         batch = Batch(*batches_of([(2, length)])[0][:2])
-        monkeypatch.setattr("halfbyte.train.parts._ROUND", length)
-        (passage,) = engine.enter([batch])[1]
-        assert len(passage.given) == (2 if given else 0)
-    engine.enter([batch])
+        (passage,) = engine.embed(engine.prepare([batch]))
+        assert len(passage.given) == given  # two rotary tables and where documents begin
+    engine.prepare([batch])
     (note,) = engine.notes  # told, and told once
     assert "longer than the attention window" in note
 
@@ -354,9 +354,9 @@ def test_plain_engine_gives_the_same_step():
     model = model_of(FAMILIES["llama"])
     layered, plain = LayerEngine(model), PlainEngine(model)
     batches = batches_of([(2, 17), (1, 9)])
-    one = layered.step(batches, 20.0, saved_layers=3)
+    one = layered.step(batches, 20.0, ActivationPolicy(3))
     first = gradients(model)
-    other = plain.step(batches, 20.0, saved_layers=0)
+    other = plain.step(batches, 20.0, ActivationPolicy(0))
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, first[name], rtol=1e-3, atol=1e-5)

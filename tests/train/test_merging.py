@@ -17,6 +17,7 @@ from halfbyte.data import Example, load_dataset
 from halfbyte.lora import LoRAConfig, adapter_parameters, attach
 from halfbyte.model.build import BaseRecipe, frozen_linears
 from halfbyte.nf4 import QuantizedWeight
+from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.train import merging
 from halfbyte.train.engine import Batch, LayerEngine
 from halfbyte.train.merging import HELD_OUT, Distance, distance, reference
@@ -69,7 +70,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Taught:
     parameters = list(adapter_parameters(base.model).values())
     optimizer = torch.optim.AdamW(parameters, lr=0.01)
     for _ in range(200):  # how many it takes differs between processors: 60 did on some
-        loss = engine.step([Batch(ids, labels)], float(len(answer)), saved_layers=2)
+        loss = engine.step([Batch(ids, labels)], float(len(answer)), ActivationPolicy(2))
         optimizer.step()
         optimizer.zero_grad()
         if float(loss) < _BY_HEART:

@@ -8,17 +8,19 @@ import pytest
 import torch
 from rich.console import Console
 
-from halfbyte.errors import ConfigError
+from halfbyte.errors import ConfigError, OutOfMemoryError
 from halfbyte.lora import adapter_parameters
 from halfbyte.optim import AdamW, layout
 from halfbyte.optim.paging import Paging
+from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.report import open_report
 from halfbyte.report.live import LiveScreen, PlainScreen
-from halfbyte.train import loop, memory, step
+from halfbyte.train import loop, memory, trainer
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.engine import Batch, LayerEngine
-from halfbyte.train.memory import ActivationPlan
-from halfbyte.train.step import Schedule, Stepper, Tightness
+from halfbyte.train.memory import MemoryPlan
+from halfbyte.train.schedule import Schedule
+from halfbyte.train.trainer import Trainer
 from tests.tiny import write_tiny_model
 from tests.train.test_engine import FAMILIES, batches_of, model_of
 
@@ -45,7 +47,7 @@ def on_a_gpu(monkeypatch):
         optimizer.paging = options["paging"]
         return optimizer
 
-    monkeypatch.setattr(step, "AdamW", paging)
+    monkeypatch.setattr(trainer, "AdamW", paging)
     monkeypatch.setattr(layout, "GROUP_BYTES", 8192)
 
 
@@ -78,7 +80,7 @@ def test_a_paged_run_is_the_same_run_and_says_what_it_moved(
 ):
     plain, resident = run(model, data, tmp_path / "plain", "adamw_8bit")
     calls = iter([False, True, True, False])
-    monkeypatch.setattr(Tightness, "__call__", lambda self, batches: next(calls))
+    monkeypatch.setattr(Trainer, "_tight", lambda self, batches: next(calls))
     paged, events = run(model, data, tmp_path / "paged", "paged_adamw_8bit", paging=paging)
     assert paged == plain
     found = steps_of(events)
@@ -101,17 +103,18 @@ def test_the_plan_knows_which_step_is_tight(
 ):
     """A budget one byte below what the largest step takes with the state beside it."""
     plans, sizes = [], []
+    fit, tight = Trainer.fit, Trainer._tight
 
-    class Noted(Tightness):
-        def __init__(self, plan, *rest):
-            plans.append(plan)
-            super().__init__(plan, *rest)
+    def noted(self, *args):
+        plans.append(fit(self, *args))
+        return plans[-1]
 
-        def __call__(self, batches):
-            sizes.append(sum(batch.input_ids.numel() for batch in batches))
-            return super().__call__(batches)
+    def counted(self, batches):
+        sizes.append(sum(batch.input_ids.numel() for batch in batches))
+        return tight(self, batches)
 
-    monkeypatch.setattr(loop, "Tightness", Noted)
+    monkeypatch.setattr(Trainer, "fit", noted)
+    monkeypatch.setattr(Trainer, "_tight", counted)
     for module in (loop, memory):
         monkeypatch.setattr(module, "used_memory", lambda device: 0)
     plain, roomy = run(model, data, tmp_path / "roomy", "paged_adamw_8bit", activations="recompute")
@@ -167,51 +170,98 @@ def test_paging_is_for_paged_optimizers():
         TrainConfig(model="-", data="-", output="-", paging="managed")
 
 
-def test_a_step_is_tight_when_its_tokens_need_more_than_there_is():
-    shapes = [[(2, 100)], [(2, 100), (2, 300)]]
-    plan = ActivationPlan(0, 4, 0, budget=1000, predicted_bytes=1200)
-    tight = Tightness(plan, 200, shapes)
-
-    def of(*shapes):
-        return tight([Batch(torch.zeros(s, dtype=torch.int64), torch.zeros(s)) for s in shapes])
-
-    assert of((2, 100), (2, 300))
-    assert not of((2, 320))  # 640 of 800 tokens, 800 bytes, and 800 are free
-    assert of((2, 321))
-    roomy = Tightness(ActivationPlan(0, 4, 0, budget=1000, predicted_bytes=900), 200, shapes)
-    assert not roomy([Batch(torch.zeros((2, 400), dtype=torch.int64), torch.zeros(2, 400))])
+def made_trainer(paging, model=None, **options):
+    """A trainer that pages, by `on_a_gpu`; without clipping, it updates layer by layer."""
+    model = model or model_of(FAMILIES["llama"])
+    made = TrainConfig(
+        model="m", data="d", output="o", optim="paged_adamw_32bit", paging=paging,
+        learning_rate=1e-2, **options,
+    )  # fmt: skip
+    schedule = Schedule(1e-2, "constant", 0, 3)
+    return Trainer(LayerEngine(model), adapter_parameters(model), made, schedule)
 
 
-def test_state_that_may_leave_is_left_out_only_where_it_has_to_be():
-    made = [torch.nn.Parameter(torch.zeros(1000)) for _ in range(20)]
+def planned(made, monkeypatch, shapes, *, least=10**12, **plan):
+    """Have a trainer fit a run to a plan that holds if the state on the device is small enough.
+
+    Returns the bytes of state that were asked for, one after the other.
+    """
     asked = []
 
-    def plan(least):
-        def planned(state_bytes):
-            asked.append(state_bytes)
-            if state_bytes > least:
-                raise ConfigError("too small")
-            return ActivationPlan(0, 4, 0, budget=1000, predicted_bytes=900)
+    def plan_memory(engine, shapes, activations, budget, device, *, state_bytes):
+        asked.append(state_bytes)
+        if state_bytes > least:
+            raise ConfigError("too small")
+        return MemoryPlan(ActivationPolicy(), 3, 0, **plan)
 
-        return planned
+    monkeypatch.setattr(trainer, "plan_memory", plan_memory)
+    made.fit(shapes, [[n for b, n in step for _ in range(b)] for step in shapes])
+    return asked
 
-    optimizer = AdamW(made)
-    state = optimizer.state_bytes
-    for mode, least, beside in (("off", state, 0), ("auto", state, 0), ("auto", 0, state)):
-        optimizer.paging = mode
-        assert step.plan_beside_state(plan(least), optimizer)[1] == beside
-    assert asked == [state, state, state, 0]
-    optimizer.paging = "explicit"
-    assert step.plan_beside_state(plan(state // 3), optimizer)[1] == 0
-    optimizer.paging = "off"
+
+def zeros(*shapes):
+    return [Batch(torch.zeros(s, dtype=torch.int64), torch.zeros(s)) for s in shapes]
+
+
+@pytest.mark.parametrize("paging", ["auto", "managed"])
+def test_a_step_is_tight_when_its_tokens_need_more_than_there_is(monkeypatch, on_a_gpu, paging):
+    made = made_trainer(paging)
+    shapes = [[(2, 100)], [(2, 100), (2, 300)]]
+    assert not made._tight(zeros((2, 1000)))  # nothing is known
+    planned(made, monkeypatch, shapes, budget=1000, predicted_bytes=1200, used=200)
+    assert made._tight(zeros((2, 100), (2, 300)))
+    assert not made._tight(zeros((2, 320)))  # 640 of 800 tokens, 800 bytes, and 800 are free
+    assert made._tight(zeros((2, 321)))
+    planned(made, monkeypatch, shapes, budget=1000, predicted_bytes=900, used=200)
+    assert not made._tight(zeros((2, 400)))
+
+
+def test_a_packed_step_takes_what_its_largest_part_takes(monkeypatch, on_a_gpu):
+    monkeypatch.setattr("halfbyte.train.engine.can_pack", lambda *_: True)
+    made = made_trainer("auto")
+    made.engine = LayerEngine(made.engine.model, fuse=True)
+    shapes = [[(4, 200)]]
+    planned(made, monkeypatch, shapes, budget=1000, predicted_bytes=1200, used=200)
+    assert made.engine.buckets.largest.numel == 896
+    assert not made._tight(zeros((1, 716)))
+    assert made._tight(zeros((1, 717)))  # of 896 tokens, 800 of 1000 bytes
+    # Many parts take no more than one.
+    planned(made, monkeypatch, shapes, budget=1000, predicted_bytes=1000, used=200)
+    assert not made._tight(zeros((8, 1000)))
+
+
+def test_only_state_that_can_leave_is_sent_away(monkeypatch, on_a_gpu):
+    for paging in ("explicit", "off"):
+        made = made_trainer("explicit", max_grad_norm=1.0)
+        made.optimizer.paging = paging
+        planned(made, monkeypatch, [[(2, 100)]], budget=1000, predicted_bytes=1200, used=200)
+        assert not made._tight(zeros((2, 100)))
+
+
+def test_state_that_may_leave_is_left_out_only_where_it_has_to_be(monkeypatch, on_a_gpu):
+    made, shapes = made_trainer("auto", max_grad_norm=1.0), [[(2, 100)]]
+    state = made.optimizer.state_bytes
+    plan = {"budget": 1000, "predicted_bytes": 900, "used": 200}
+    for mode, least, asked, beside in (
+        ("off", state, [state], 0),
+        ("auto", state, [state], 0),
+        ("auto", 0, [state, 0], state),
+    ):
+        made.optimizer.paging = mode
+        assert planned(made, monkeypatch, shapes, least=least, **plan) == asked
+        assert made.plan.state_off_device == beside
+    made.optimizer.paging = "explicit"  # never all of it is on the device
+    (asked,) = planned(made, monkeypatch, shapes, least=state - 1, **plan)
+    assert asked == made.optimizer.device_bytes() < state
+    assert made.plan.state_off_device == 0
+    made.optimizer.paging = "off"
     with pytest.raises(ConfigError, match="too small"):
-        step.plan_beside_state(plan(0), optimizer)
+        planned(made, monkeypatch, shapes, least=0, **plan)
     # A step fits when it does so with what was left out.
-    shapes = [[(2, 100)]]
-    batch = Batch(torch.zeros((2, 100), dtype=torch.int64), torch.zeros(2, 100))
-    tight = ActivationPlan(0, 4, 0, budget=1000, predicted_bytes=900)
-    assert not Tightness(tight, 200, shapes, beside=100)([batch])
-    assert Tightness(tight, 200, shapes, beside=101)([batch])
+    made.optimizer.paging = "auto"
+    for beside, tight in ((100, False), (101, True)):
+        made.plan = MemoryPlan(ActivationPolicy(), 3, 0, **plan, state_off_device=beside)
+        assert made._tight(zeros((2, 100))) == tight
 
 
 def test_the_display_says_where_the_state_is_and_what_it_cost():
@@ -239,16 +289,39 @@ def test_layers_are_updated_as_soon_as_their_gradients_are_final(monkeypatch, on
     monkeypatch.setattr(AdamW, "step_parameters", watched)
     for clip in (0.0, 1e9):  # so high a limit clips nothing
         made = model_of(FAMILIES["llama"])
-        config = TrainConfig(
-            model="m", data="d", output="o", optim="paged_adamw_32bit", paging="explicit",
-            max_grad_norm=clip, learning_rate=1e-2,
-        )  # fmt: skip
-        stepper = Stepper(
-            LayerEngine(made), adapter_parameters(made), config, Schedule(1e-2, "constant", 0, 3)
-        )
+        stepper = made_trainer("explicit", made, max_grad_norm=clip)
+        stepper.policy = ActivationPolicy(1)
         for number in range(3):
-            stepper.run(number, batches_of([(2, 13)]), saved_layers=1)
+            stepper.step(number, batches_of([(2, 13)]))
         results.append([p.detach().clone() for p in adapter_parameters(made).values()])
         assert calls == [14] * 9
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 2])
+def test_a_step_that_has_begun_to_update_is_not_made_again(monkeypatch, on_a_gpu, fails_at):
+    """In explicit paging without clipping: layers would be updated twice."""
+    made = made_trainer("explicit", max_grad_norm=0.0)
+    made.policy = ActivationPolicy(3)
+    update, calls = made.engine.finished, []
+
+    def fails(layer, loss):
+        if len(calls) == fails_at:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        calls.append(layer)
+        update(layer, loss)
+
+    made.engine.finished = fails
+    if not fails_at:
+        before = [p.detach().clone() for p in made.parameters.values()]
+        with pytest.raises(OutOfMemoryError, match="Nothing was updated in this step"):
+            # Every attempt fails before the first layer is updated.
+            made.step(0, batches_of([(2, 13)]))
+        assert made.fallbacks
+        assert all(map(torch.equal, made.parameters.values(), before))
+        return
+    with pytest.raises(OutOfMemoryError, match="Some layers were updated in this step"):
+        made.step(0, batches_of([(2, 13)]))
+    assert calls == [2, 1][:fails_at]
+    assert not made.fallbacks

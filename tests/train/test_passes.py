@@ -1,4 +1,4 @@
-"""Which shapes become CUDA graphs, and what is not made twice.
+"""Which shapes become CUDA graphs, when they are played, and what is not made twice.
 
 What a graph computes is tested on a GPU.
 """
@@ -15,71 +15,171 @@ from halfbyte.model.layer import FusedLayer
 from halfbyte.nf4 import shared
 from halfbyte.nf4.shared import ThinProducts
 from halfbyte.plan.ledger import Holding, Run
+from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.plan.shape import shape_of_config
 from halfbyte.train import passes
-from halfbyte.train.engine import LayerEngine
-from halfbyte.train.footprint import footprint
-from halfbyte.train.passes import CapturedPasses
+from halfbyte.train.buckets import Buckets
+from halfbyte.train.engine import Batch, LayerEngine
+from halfbyte.train.memory_profile import measured_cost
+from halfbyte.train.passes import CapturedPasses, Passage
 from tests.train.test_engine import FAMILIES, batches_of, gradients, model_of
 
 
 @pytest.fixture
-def captured(monkeypatch):
+def made(monkeypatch):
+    """Graphs of shape "a", over nothing, that add to the gradient of one parameter."""
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
-    monkeypatch.setattr(passes, "MOST_GRAPHS", 2)
     parameter = torch.nn.Parameter(torch.zeros(2))
     parameter.grad = torch.zeros(2)
     made = CapturedPasses(None, [parameter])
-
-    def capture(key):
-        held = passes._Captured([], (), [], [parameter.grad], None, None)
-        made._captured[key] = held
-
-    return made, parameter, capture
+    made._captured["a"], made._gradients = None, [parameter.grad]
+    return made, parameter
 
 
-def test_a_shape_is_captured_when_it_comes_again(captured):
-    made, _, capture = captured
-    assert not made.wanted("a")
-    assert made.wanted("a")
-    capture("a")
-    assert made.wanted("a")
-    assert not made.wanted("b")
-    assert made.wanted("b")
-
-
-def test_there_are_so_many_graphs_and_no_more(captured):
-    made, _, capture = captured
-    for key in "ab":
-        made.wanted(key)
-        capture(key)
-    assert not made.wanted("c")
-    assert not made.full
-    assert not made.wanted("c")
-    assert made.full
-    assert made.wanted("a")
-
-
-def test_a_graph_that_adds_to_gradients_nobody_sees_is_dropped(captured):
-    made, parameter, capture = captured
-    made.wanted("a")
-    capture("a")
+def test_a_graph_that_adds_to_gradients_nobody_sees_is_not_used(made):
+    graphs, parameter = made
+    assert graphs.has("a")
+    assert not graphs.has("b")
+    parameter.grad.add_(1.0)
+    assert graphs.has("a")
     parameter.grad = torch.zeros(2)
-    assert made.wanted("a")
-    assert "a" not in made._captured
+    assert not graphs.has("a")
 
 
-def test_that_others_are_launched_is_told_once(captured, monkeypatch):
-    made, _, capture = captured
-    engine = LayerEngine(model_of(FAMILIES["llama"]), fuse=True)
-    engine._graphs = made
-    for key in "ab":
-        capture(key)
-    _, passages = engine.enter(batches_of([(2, 9)]))
-    for _ in range(4):
-        assert not engine._captures("c", passages)
-    (note,) = engine.notes
-    assert "others are launched" in note
+def test_parts_are_copied_to_where_the_largest_was(made):
+    graphs, _ = made
+    run = object()
+    places = []
+    for tokens in (64, 16, 40):
+        passage = Passage(torch.rand(1, tokens, 8), (torch.rand(tokens, 2),), run)
+        held = graphs.hold(passage)
+        assert held.run is run
+        assert torch.equal(held.x, passage.x)
+        assert torch.equal(held.given[0], passage.given[0])
+        assert held.x.data_ptr() != passage.x.data_ptr()
+        places.append((held.x.data_ptr(), held.given[0].data_ptr()))
+    assert len(set(places)) == 1
+    graphs.forget()
+    assert not len(graphs)
+    assert not graphs._static
+
+
+class Recorded:
+    """Stands for `CapturedPasses`: runs what would be captured, and says what it was asked for.
+
+    ``fails`` has the error that capturing a shape ends with, by its number of tokens.
+    """
+
+    def __init__(self, engine, fails=()):
+        self.passes, self.policy = engine.passes, None
+        self.captured, self.played, self.fails = {}, [], dict(fails)
+
+    def __len__(self):
+        return len(self.captured)
+
+    @property
+    def nbytes(self):
+        return len(self.captured)
+
+    def forget(self):
+        self.captured = {}
+
+    def hold(self, passage):
+        return passage
+
+    def capture(self, shape, held, policy):
+        if shape.numel in self.fails:
+            raise self.fails[shape.numel]
+        self.captured[shape], self.policy = held, policy
+
+    def has(self, shape):
+        return shape in self.captured
+
+    def down(self, shape, passage):
+        self.played.append(shape)
+        held = self.captured[shape]
+        assert held.x.shape == passage.x.shape
+        self.passage = passage
+        (y,) = self.passes.down([passage], self.policy)
+        return y
+
+    def up(self, shape, grad):
+        self.passes.up([self.passage], [grad])
+
+
+def zero_gradients(model):
+    for parameter in adapter_parameters(model).values():
+        parameter.grad = torch.zeros_like(parameter)
+
+
+# Two parts of 128 tokens, one of 256.
+RUN = [[60, 50], [70, 60, 50]]
+
+
+@pytest.fixture
+def packing(monkeypatch):
+    """An engine that packs, with the shapes of `RUN`, and a head that is trained."""
+    monkeypatch.setattr("halfbyte.train.engine.can_pack", lambda *_: True)
+    model = model_of(FAMILIES["llama"], modules_to_save=("lm_head",))
+    model.get_input_embeddings().weight.data[0] = 1.0  # of what fills up; it was padding's, zero
+    engine = LayerEngine(model, fuse=True)
+    engine.buckets = Buckets.of(RUN, width=10**9)
+    assert [shape.numel for shape in engine.buckets.shapes] == [256, 128]
+    engine._graphs = Recorded(engine)
+    zero_gradients(model)
+    return engine
+
+
+def test_all_shapes_of_a_run_are_captured_ahead_the_largest_first_and_played(packing):
+    engine, graphs, told = packing, packing._graphs, []
+    engine.capture(ActivationPolicy(1), lambda *args: told.append(args))
+    assert told == [(1, 2), (2, 2)]
+    assert list(graphs.captured) == list(engine.buckets.shapes)
+    # What was run to compile everything has left no gradient, not even the head's.
+    assert not any(p.grad.any() for p in adapter_parameters(engine.model).values())
+    for lengths in RUN:
+        batch = batches_of([(1, sum(lengths))])[0]
+        ids, labels = batch.input_ids[0].split(lengths), batch.labels[0].split(lengths)
+        batches = [Batch(i[None], k[None]) for i, k in zip(ids, labels, strict=True)]
+        got = engine.step(batches, 20.0, ActivationPolicy(1))
+        found = gradients(engine.model)
+        assert graphs.played.pop().numel == (128 if len(lengths) == 2 else 256)
+        assert not graphs.played
+        engine._graphs, held = None, engine._graphs
+        wanted = engine.step(batches, 20.0, ActivationPolicy(1))
+        assert torch.equal(got, wanted)
+        true = gradients(engine.model)
+        assert all(torch.equal(found[name], one) for name, one in true.items())
+        engine._graphs = held
+
+
+def test_a_part_of_a_shape_that_was_not_captured_is_launched(packing):
+    packing.capture(ActivationPolicy())
+    packing.step(batches_of([(1, 300)]), 20.0, ActivationPolicy())
+    assert not packing._graphs.played
+    assert all(p.grad.any() for p in adapter_parameters(packing.model).values())
+
+
+@pytest.mark.parametrize("shape", [256, 128])
+def test_where_one_cannot_be_captured_none_is_used_and_that_is_told(packing, shape):
+    graphs = packing._graphs
+    graphs.fails = {shape: RuntimeError("operation not permitted\nwhen capturing")}
+    packing.capture(ActivationPolicy(1))
+    assert not packing.captures
+    assert not graphs.captured
+    assert packing.why_no_graphs == "capturing one failed: operation not permitted"
+    (note,) = packing.notes
+    assert note.endswith(packing.why_no_graphs)
+    assert not any(p.grad.any() for p in adapter_parameters(packing.model).values())
+
+
+def test_memory_that_runs_out_in_capturing_is_for_the_trainer_to_deal_with(packing):
+    packing._graphs.fails = {128: torch.OutOfMemoryError("CUDA out of memory")}
+    with pytest.raises(torch.OutOfMemoryError):
+        packing.capture(ActivationPolicy(1))
+    assert packing.captures
+    assert not packing.notes
+    assert not any(p.grad.any() for p in adapter_parameters(packing.model).values())
 
 
 # --- x Aᵀ of layers that are run again -----------------------------------------------------------
@@ -155,7 +255,7 @@ class Drawer(dict):
 
 
 def stepped(engine, saved=0, parts=PARTS, offloaded=0, notes=False):
-    loss = engine.step(parts, 20.0, saved_layers=saved, offloaded_layers=offloaded, notes=notes)
+    loss = engine.step(parts, 20.0, ActivationPolicy(saved, offloaded, notes))
     return loss, gradients(engine.model)
 
 
@@ -222,8 +322,8 @@ def test_what_a_step_kept_is_not_of_the_next(engine, forgetful):
 def test_a_validation_in_between_notes_nothing_and_is_given_nothing(engine, products, forgetful):
     wanted = forgetful(engine)
     loss = engine.loss(PARTS)
-    passages = engine.enter(PARTS)[1]
-    hidden = engine.passes.down(passages, passes.Keeping(0))
+    passages = engine.embed(engine.prepare(PARTS))
+    hidden = engine.passes.down(passages, ActivationPolicy(0))
     products.clear()
     assert torch.equal(engine.loss(PARTS), loss)
     assert len(products) == SETS * len(PARTS) * LAYERS
@@ -259,8 +359,11 @@ def test_a_step_that_was_broken_off_leaves_nothing_behind(engine, forgetful, mon
 
 
 def test_they_are_measured_and_planned_for(engine, monkeypatch):
-    monkeypatch.setattr("halfbyte.train.footprint._peak", lambda run: (run(), 1)[1])
+    monkeypatch.setattr("halfbyte.train.memory_profile._peak", lambda run: (run(), 1)[1])
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     layer = Run(Holding(itemsize=2), rank=4).layer(shape_of_config(FAMILIES["llama"], "tiny"))
-    assert footprint(engine, PARTS).thin == layer.thin * sum(POSITIONS) == 2 * 7 * 16 * 43
+    cost = measured_cost(engine, engine.prepare(PARTS))
+    assert cost.lora == layer.lora * sum(POSITIONS) == 2 * 7 * 16 * 43
+    assert cost.input == 2 * 32 * sum(POSITIONS)
+    assert cost.part_input == 2 * 32 * max(POSITIONS)

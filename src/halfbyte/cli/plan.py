@@ -110,7 +110,8 @@ def main(argv: list[str]) -> None:
             options.optim,
             fused=card.device == "cuda",
             device=card.device,
-            noted_width=card.noted_width,
+            checkpoint_width=card.checkpoint_width,
+            gpu=card.gpu,
             embedding_on_host=True,
         )
         found = ways(shape, run, card, memory)
@@ -176,6 +177,13 @@ def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Hol
         return shape, Holding.of(source.fitted(recipe))
 
 
+def _batch(most: int | None) -> str:
+    """Return the largest batch in words: a packed step goes through the layers part by part."""
+    from halfbyte.plan.advice import MOST
+
+    return "–" if most is None else "any" if most == MOST else f"{most:,}"
+
+
 def _gb(nbytes: float) -> str:
     return f"{nbytes / 1e9:.2f}"
 
@@ -191,8 +199,8 @@ def _count(number: float) -> str:
 
 
 def _show(shape: "ModelShape", found: list["Way"], card: "Card", memory: float, told: str) -> None:
-    from halfbyte.plan.activations import Dial, host_bytes
     from halfbyte.plan.advice import choices, usable
+    from halfbyte.plan.ledger import policy_of
     from halfbyte.report import show
 
     run = found[0].run
@@ -216,16 +224,16 @@ def _show(shape: "ModelShape", found: list["Way"], card: "Card", memory: float, 
         "peak, GB": [_gb(way.ledger.peak) for way in found],
         "needs, GB": [_gb(way.ledger.needed) for way in found],
         "host, GB": [_gb(way.ledger.on_host) for way in found],
-        "activations": [way.run.dial.line(shape.layers) for way in found],
+        "activations": [way.run.policy.summary(shape.layers) for way in found],
         "a step": [_time(way.seconds.total) for way in found],
         "tokens/s": [f"{way.run.tokens / way.seconds.total:,.0f}" for way in found],
         "longest sequence": [f"{way.longest:,}" if way.longest else "–" for way in found],
-        "largest batch": [f"{way.most:,}" if way.most else "–" for way in found],
+        "largest batch": [_batch(way.most) for way in found],
         "largest model": [_count(way.parameters) for way in found],
     }
     if not any(way.ledger.on_host for way in found):
         del rows["host, GB"]
-    graphs = any(way.ledger.unshared for way in found)
+    graphs = any(way.ledger.needed > way.ledger.peak for way in found)
     if not graphs:
         del rows["needs, GB"]
     show.columns(["", *(way.name for way in found)], [(name, *row) for name, row in rows.items()])
@@ -237,15 +245,13 @@ def _show(shape: "ModelShape", found: list["Way"], card: "Card", memory: float, 
         + "Speeds "
         + ("were measured here." if card.measured else "follow from the maker's figures.")
     )
-    dials = [way.run.dial for way in found if way.fits]
-    if any(0 < kept < shape.layers for dial in dials for kept in (dial.saved, dial.decoded)):
-        # The run plans by its peak.
-        beside = max(way.ledger.needed - way.ledger.peak for way in found if way.fits)
-        budget = int((usable(memory, card.device) - beside) / 1e8) / 10
+    policies = [way.run.policy for way in found if way.fits]
+    if any(0 < kept < shape.layers for each in policies for kept in (each.saved, each.decoded)):
+        budget = int(usable(memory, card.device) / 1e8) / 10
         show.paragraph(f"To keep as much for backward, train with --memory-budget {budget:g}GB.")
     if any(way.ledger.on_host or "offload" in way.name for way in found):
-        away = Dial.turned(shape, 0, offload=True, noted_width=run.noted_width)
-        per_sequence = host_bytes(run.layer(shape), away, run.length)
+        one = replace(run, batch=1, micro_batches=1)
+        per_sequence = one.step_cost(shape).host_bytes(policy_of(shape, run, 0, offload=True))
         show.paragraph(
             f"Offloading takes up to {per_sequence / 1e9:.2f} GB of the host's memory for each "
             f"sequence of {run.length:,} tokens."
@@ -277,10 +283,10 @@ def _as_json(way: "Way") -> dict[str, Any]:
         "name": way.name,
         "fits": way.fits,
         "holding": way.run.holding.__dict__,
-        "saved_layers": way.run.dial.saved,
-        "offloaded_layers": way.run.dial.offloaded,
-        "notes": way.run.dial.notes,
-        "decoded_layers": way.run.dial.decoded,
+        "saved_layers": way.run.policy.saved,
+        "offloaded_layers": way.run.policy.offloaded,
+        "attention_checkpoint": way.run.policy.attention_checkpoint,
+        "decoded_layers": way.run.policy.decoded,
         "ledger": [line._asdict() for line in entries.all_lines()],
         "base_bytes": entries.base,
         "resident_bytes": entries.resident,

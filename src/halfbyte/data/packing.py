@@ -97,13 +97,23 @@ class StepPlan(Sequence[list[MicroBatch]]):
     def __getitem__(self, step: int | slice) -> list[MicroBatch] | list[list[MicroBatch]]:
         if isinstance(step, slice):
             return [self[index] for index in range(*step.indices(len(self)))]
-        start = range(len(self))[step] * self._per_step
-        chosen = [self._examples[index] for index in self._order[start : start + self._per_step]]
-        chosen.sort(key=lambda example: len(example.tokens), reverse=True)
+        chosen = self._chosen(step)
         return [
             collate(chosen[first : first + self._batch_size], pad_id=self._pad_id)
             for first in range(0, len(chosen), self._batch_size)
         ]
+
+    def lengths(self, step: int) -> list[list[int]]:
+        """The tokens of each example, micro-batch by micro-batch; nothing is collated for it."""
+        lengths = [len(example.tokens) for example in self._chosen(step)]
+        size = self._batch_size
+        return [lengths[first : first + size] for first in range(0, len(lengths), size)]
+
+    def _chosen(self, step: int) -> list[Example]:
+        """The examples of a step, the longest first."""
+        start = range(len(self))[step] * self._per_step
+        chosen = [self._examples[index] for index in self._order[start : start + self._per_step]]
+        return sorted(chosen, key=lambda example: len(example.tokens), reverse=True)
 
 
 def steps(

@@ -101,7 +101,7 @@ class Batcher:
     def _slots_that_fit(self, capacity: int) -> int:
         if not self._on_gpu:
             return len(self._prompts)
-        free = free_bytes(self._decoder.device)
+        free = free_bytes(self._decoder.device, self._decoder.memory_limit)
         return max(1, int(free * _CACHE_SHARE) // (self._decoder.slot_bytes * capacity))
 
     def run(

@@ -155,6 +155,7 @@ class Decoder:
 
     Args:
         model: One for which `why_not` returns None.
+        memory_limit: Bytes of a GPU that torch may have reserved in all; None for what is free.
 
     Attributes:
         cache: Keys and values; `open` makes it.
@@ -163,7 +164,7 @@ class Decoder:
 
     cache: KVCache
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, memory_limit: int | None = None) -> None:
         decoder: Any = model.get_decoder()
         self.device: torch.device = model.device
         self._dtype: torch.dtype = model.halfbyte_recipe.compute_dtype
@@ -178,6 +179,7 @@ class Decoder:
         self._groups = int(config.num_key_value_heads)
         self._kept: list[list[Tensor | None]] = []
         self._buffer: Tensor | None = None
+        self.memory_limit = memory_limit
         self._packed_rows = 0
 
     @property
@@ -314,7 +316,7 @@ class Decoder:
         on_gpu = self.device.type == "cuda"
         stays_packed = rows == 1 and large and self._packed_rows > 0
         needed = total * self._dtype.itemsize + reserved + _HEADROOM
-        room = on_gpu and free_bytes(self.device) > needed
+        room = on_gpu and free_bytes(self.device, self.memory_limit) > needed
         if room and not stays_packed:
             memory = torch.empty(total, dtype=self._dtype, device=self.device)
             pieces = torch.split(memory, [sum(sizes) for sizes in wanted])
@@ -349,11 +351,18 @@ def _elements(layer: _Layer) -> int:
     return sum(one.elements for one in layer.sets)
 
 
-def free_bytes(device: torch.device) -> int:
-    """Return what can still be allocated on a GPU, torch's own cache included."""
+def free_bytes(device: torch.device, limit: int | None = None) -> int:
+    """Return what can still be allocated on a GPU, torch's own cache included.
+
+    Args:
+        device: Which.
+        limit: Bytes that torch may have reserved in all, or None for as many as there are.
+    """
     free, _ = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(free + cached)
+    reserved = torch.cuda.memory_reserved(device)
+    if limit is not None:
+        free = min(free, limit - reserved)
+    return max(0, int(free + reserved - torch.cuda.memory_allocated(device)))
 
 
 def _read_once(module: Any, plain: type[nn.Module]) -> Tensor | None:

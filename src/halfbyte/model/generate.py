@@ -68,6 +68,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int | None = None,
+    memory_limit: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> list[str]:
@@ -82,6 +83,7 @@ def generate(
         temperature: 0 takes the likeliest token; above, tokens are sampled.
         seed: Fixes the sampling, together with the prompts and the batch size.
         batch_size: Prompts that are answered together; None for as many as suit the device.
+        memory_limit: Bytes of a GPU that torch may have reserved in all; None for what is free.
         progress: Called with (prompts answered, prompts).
         on_text: Called with each piece of text as it comes; for a single prompt.
 
@@ -121,7 +123,17 @@ def generate(
         streamer = _Callback(tokenizer, on_text, skip_prompt=why is not None)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        answer(model, encoded, ends, max_new_tokens, temperature, batch_size, finished, streamer)
+        answer(
+            model,
+            encoded,
+            ends,
+            max_new_tokens,
+            temperature,
+            batch_size,
+            memory_limit,
+            finished,
+            streamer,
+        )
     return answers
 
 
@@ -151,11 +163,12 @@ def _by_decoder(
     max_new_tokens: int,
     temperature: float,
     batch_size: int | None,
+    memory_limit: int | None,
     finished: Callable[[int, list[int]], None],
     streamer: _Callback | None,
 ) -> None:
     batcher = Batcher(
-        Decoder(model),
+        Decoder(model, memory_limit=memory_limit),
         encoded,
         slots=batch_size or (MOST_SLOTS if model.device.type == "cuda" else _BATCH),
         max_new_tokens=max_new_tokens,
@@ -177,6 +190,7 @@ def _by_transformers(
     max_new_tokens: int,
     temperature: float,
     batch_size: int | None,
+    memory_limit: int | None,
     finished: Callable[[int, list[int]], None],
     streamer: _Callback | None,
 ) -> None:

@@ -24,6 +24,18 @@ from halfbyte.nf4.device import DeviceSpec, spec_of
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def _expandable_segments() -> None:
+    """Have torch's allocator grow its pieces of memory, unless a user has set it up.
+
+    Pieces of fixed size leave holes that nothing fits into: a 7B model on chats of many lengths
+    reserved 47 to 82 GB with them, 40 to 53 without. Has no effect once there is a CUDA context.
+    """
+    newer = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
+    name = "PYTORCH_ALLOC_CONF" if newer else "PYTORCH_CUDA_ALLOC_CONF"
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        os.environ[name] = "expandable_segments:True"
+
+
 def choose_device_and_dtype(device: str, compute_dtype: str) -> tuple[str, torch.dtype, str]:
     """Resolve ``auto`` and check the rest.
 
@@ -52,6 +64,7 @@ def choose_device_and_dtype(device: str, compute_dtype: str) -> tuple[str, torch
     if device == "auto":
         device = "cuda" if has_cuda else "cpu"
     if device == "cuda":
+        _expandable_segments()
         return device, *_gpu_dtype(spec_of(torch.device(device)), compute_dtype)
     if compute_dtype == "float16":
         raise ConfigError(

@@ -63,6 +63,12 @@ class WeightScratch:
         self._own: dict[FrozenLinear, _Place] = {}
         self.decodes = 0
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        places = [self._shared, *self._own.values()]
+        return sum(place.buffer.nbytes for place in places if place.buffer is not None)
+
     def keep(self, layers: Sequence[Sequence[FrozenLinear]], dtype: torch.dtype) -> None:
         """Decode these decoder layers now, and keep them so; no others any more.
 

@@ -56,17 +56,15 @@ from typing import NamedTuple
 
 from halfbyte.plan.shape import ModelShape
 
-# Of the layers that are run again, so many before the first that keeps stay on the card: backward
-# asks for them first. Of the others', so many inputs are there at a time, sent or fetched.
-NEAR_LAYERS = 1
-UNDER_WAY = 1
-
 # nf4/gpu_gated.py: columns of a tile, most rows of a span and least, programs a multiprocessor at
 # least, highest rank.
 _TILE, _SPAN, _SHORTEST, _PROGRAMS, GATED_RANK = 128, 1024, 32, 3, 32
+# nf4/gpu_products.py: rows from which Hopper's kernels run.
+_FEWEST_ROWS = 2048
 
-# The narrowest model whose notes are worth their way, on an H100; `Card.noted_width` of others.
-NOTED_WIDTH = 3072
+# The narrowest model whose attention is worth keeping on the host, on an H100;
+# `Card.checkpoint_width` of others.
+CHECKPOINT_WIDTH = 3072
 
 
 class Gpu(NamedTuple):
@@ -119,19 +117,19 @@ class LayerActivations:
     gpu: Gpu = H100
 
     @property
-    def captured(self) -> bool:
-        """Whether the passes over the layers become CUDA graphs."""
+    def by_kernels(self) -> bool:
+        """Whether layers are run by a GPU's kernels."""
         return self.fused and self.on_gpu
 
     @property
     def multiplied(self) -> bool:
         """Whether base and adapter are multiplied together, by ``nf4.gpu_products``."""
-        return self.captured and self.itemsize == 2
+        return self.by_kernels and self.itemsize == 2
 
     @property
     def copies(self) -> int:
         """What a layer that is not run again keeps whatever the tokens."""
-        return self.itemsize * self.copied if self.captured else 0
+        return self.itemsize * self.copied if self.by_kernels else 0
 
     @property
     def input(self) -> int:
@@ -139,8 +137,8 @@ class LayerActivations:
         return self.itemsize * self.shape.hidden
 
     @property
-    def thin(self) -> int:
-        """What a layer that is run again keeps beside its input: x Aᵀ of each linear."""
+    def lora(self) -> int:
+        """What a recomputed layer keeps beside its input: x Aᵀ of each linear."""
         return self.itemsize * self.ranks if self.on_gpu and self.itemsize == 2 else 0
 
     def kept(self) -> dict[str, int]:
@@ -179,8 +177,8 @@ class LayerActivations:
         }
 
     @property
-    def noted(self) -> int:
-        """What a layer leaves for its second run: the stream in its middle, attention's output."""
+    def attention_checkpoint(self) -> int:
+        """What spares computing attention again: its output, and the stream after it."""
         return self.itemsize * (self.shape.hidden + self.shape.query) + 4 * self.shape.heads
 
     @property
@@ -198,10 +196,33 @@ class LayerActivations:
         by_tile = 2 * tiles * tokens * self.itemsize
         return self.rank * (by_tile + -(-tokens // span) * 3 * self.shape.intermediate * 4)
 
+    def forward(self, tokens: int) -> int:
+        """Return what a recomputed layer's forward has when it has most, input and output apart.
+
+        All that its functions give is there until it ends. On Hopper, gate and up are not, but only
+        their product: both happen in one kernel.
+        """
+        if not self.by_kernels:
+            return 0
+        kept = sum(self.kept().values()) - self.lora
+        if not self.multiplied:
+            return tokens * kept
+        inner = self.itemsize * self.shape.intermediate
+        one_kernel = self.gpu.is_hopper and self.rank <= GATED_RANK and tokens >= _FEWEST_ROWS
+        return tokens * (kept - inner if one_kernel else kept + inner)
+
+    def forward_saved(self, tokens: int) -> int:
+        """Return what a saved layer's forward has beside what it keeps and its output.
+
+        That are the product of gate and up, and what the MLP adds to the stream.
+        """
+        inner = self.itemsize * (self.shape.intermediate + self.shape.hidden)
+        return tokens * inner if self.multiplied else 0
+
     def gradients(self, tokens: int) -> int:
         """Return what backward holds beside a part's activations when it holds most."""
         s = self.shape
-        if self.captured:
+        if self.by_kernels:
             e, heads = self.itemsize, 2 if s.key_value < s.query else 0
             attention = e * (s.hidden + 2 * s.query + 2 * s.key_value + heads * s.query)
             gone = e * 2 * s.hidden + self.kept()["mlp"]
@@ -211,90 +232,4 @@ class LayerActivations:
 
     def backward(self, tokens: int) -> int:
         """Return what is alive at the peak of a layer's backward, input and output apart."""
-        return tokens * (sum(self.kept().values()) - self.thin) + self.gradients(tokens)
-
-
-@dataclass(frozen=True)
-class Dial:
-    """What is done with a layer's activations, for all layers of a model.
-
-    Attributes:
-        saved: Layers, counted from the last, that keep what backward needs.
-        offloaded: Layers, counted from the first, whose input waits on the host.
-        notes: Whether these leave notes there, too.
-        decoded: Layers, counted from the last, whose decoded weights stay.
-    """
-
-    saved: int = 0
-    offloaded: int = 0
-    notes: bool = False
-    decoded: int = 0
-
-    @classmethod
-    def turned(
-        cls, shape: ModelShape, saved: int, *, offload: bool, noted_width: int = NOTED_WIDTH
-    ) -> "Dial":
-        """Return the dial with which ``saved`` layers keep, and others' inputs may wait away.
-
-        Of models of ``noted_width`` or wider they take notes along.
-        """
-        away = max(0, shape.layers - saved - NEAR_LAYERS) if offload else 0
-        return cls(saved, away, away > 0 and shape.fusable and shape.hidden >= noted_width)
-
-    def line(self, layers: int) -> str:
-        """Return it in a few words."""
-        if self.saved == layers:
-            return "all kept" + f", {self.decoded} decoded" * (self.decoded > 0)
-        if self.offloaded:
-            return f"{self.saved} kept + host" if self.saved else "on the host"
-        return f"{self.saved} of {layers} kept" if self.saved else "all run again"
-
-
-def kept_bytes(layer: LayerActivations, dial: Dial, tokens: int) -> int:
-    """Return what all layers keep on the card between forward and backward.
-
-    Args:
-        layer: One layer.
-        dial: What is kept.
-        tokens: Of the whole optimizer step: all its micro-batches are under way together.
-    """
-    waiting = layer.shape.layers - dial.saved
-    on_card = waiting - dial.offloaded + min(dial.offloaded, UNDER_WAY)
-    again = on_card * layer.input + waiting * layer.thin
-    return tokens * again + saved_bytes(layer, dial, tokens)
-
-
-def saved_bytes(layer: LayerActivations, dial: Dial, tokens: int) -> int:
-    """Return what is kept by the layers that are not run again."""
-    return dial.saved * (tokens * layer.saved + layer.copies)
-
-
-def host_bytes(layer: LayerActivations, dial: Dial, tokens: int) -> int:
-    """Return what waits in page-locked host memory."""
-    return tokens * dial.offloaded * (layer.input + layer.noted * dial.notes)
-
-
-def backward_bytes(layer: LayerActivations, dial: Dial, tokens: int, part_tokens: int) -> int:
-    """Return what backward has beside what is kept when it holds most.
-
-    Args:
-        layer: One layer.
-        dial: What is kept.
-        tokens: Of the whole step; each has a gradient that goes down the layers.
-        part_tokens: Of what passes through a layer together.
-    """
-    stream = tokens * layer.input
-    if not layer.captured:
-        return stream + (layer.gradients if dial.saved else layer.backward)(part_tokens)
-    # In the last layer, if that is not run again,
-    moments = [stream + layer.gradients(part_tokens)] if dial.saved else []
-    if dial.saved < layer.shape.layers:  # and in the first that is.
-        own = stream + layer.backward(part_tokens)
-        if dial.saved or dial.offloaded:  # else it is the last, which no gradient has come through
-            own += stream
-        if dial.offloaded:  # layer 0's input is the graphs' entry all the same
-            own += stream
-        if dial.notes:  # the next layer's, and the other parts'; this one's are made by others
-            own += (tokens * UNDER_WAY + tokens - part_tokens) * layer.noted
-        moments.append(own - saved_bytes(layer, dial, tokens))
-    return max(moments)
+        return tokens * (sum(self.kept().values()) - self.lora) + self.gradients(tokens)

@@ -1,15 +1,15 @@
 """LoRA or QLoRA, and how: the ways to train a model on a card, what each costs, and which to take.
 
-Every way is given the dial that keeps most activations within the card's memory; where even running
-every layer again does not fit, it does not fit. The advice prefers what changes the model least: a
-16-bit base, then 4 bits, then what is slower (offloading), then what costs quality (a packed head).
+Every way is given the policy that keeps most activations within the card's memory; where even
+recomputing every layer does not fit, it does not fit. The advice prefers what changes the model
+least: a 16-bit base, then 4 bits, then what is slower (offloading), then what costs quality (a
+packed head).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, get_args
 
-from halfbyte.plan.activations import Dial
 from halfbyte.plan.ledger import (
     MOMENTS,
     Holding,
@@ -20,7 +20,9 @@ from halfbyte.plan.ledger import (
     largest,
     ledger,
     nbytes_of,
+    policy_of,
 )
+from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.plan.shape import ModelShape
 from halfbyte.plan.speed import Card, Seconds, step_seconds
 
@@ -32,7 +34,7 @@ RESERVED_SHARE = 0.02
 # Steps that differ by less take the same time: predictions are no better.
 _SAME_TIME = 0.03
 _LONGEST = 2**22  # tokens
-_MOST = 2**16  # examples
+MOST = 2**16  # examples
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Way:
 
     Attributes:
         name: Its name.
-        run: The run, its dial turned to what fits; every layer run again if nothing does.
+        run: The run, with the policy that fits; every layer recomputed if none does.
         fits: Whether it fits.
         ledger: What it holds.
         least: What it needs with every layer run again.
@@ -83,12 +85,12 @@ class Choice(NamedTuple):
 
 def choices(shape: ModelShape, run: Run) -> list[Choice]:
     """Return what each way to keep activations takes, and each optimizer; all else is ``run``."""
-    dials = {"save": Dial(shape.layers), "recompute": Dial()}
+    policies = {"save": ActivationPolicy(shape.layers), "recompute": ActivationPolicy()}
     if run.device == "cuda":
-        dials["offload"] = Dial.turned(shape, 0, offload=True, noted_width=run.noted_width)
+        policies["offload"] = policy_of(shape, run, 0, offload=True)
     found = []
-    for value, dial in dials.items():
-        entries = ledger(shape, replace(run, dial=dial))
+    for value, policy in policies.items():
+        entries = ledger(shape, replace(run, policy=policy))
         found.append(Choice("activations", value, entries.kept, entries.waiting, entries.peak))
     for optimizer in get_args(OptimizerMode):
         entries = ledger(shape, replace(run, optimizer=optimizer))
@@ -130,13 +132,15 @@ def ways(shape: ModelShape, run: Run, card: Card, memory: float) -> list[Way]:
 
 
 def _way(name: str, shape: ModelShape, run: Run, card: Card, budget: float, offload: bool) -> Way:
-    least = replace(run, dial=Dial.turned(shape, 0, offload=offload, noted_width=run.noted_width))
+    run = replace(run, fused=run.fused and shape.fusable)
+    policy = policy_of(shape, run, 0, offload=offload)
     best = fitted(shape, run, budget, offload=offload)
-    chosen = best or least
+    chosen = best or replace(_smallest_parts(run), policy=policy)
+    least = replace(chosen, policy=policy)
 
     def fits(batch: int, length: int) -> bool:
-        one = replace(least, batch=batch, length=length, micro_batches=1)
-        return ledger(shape, one).needed <= budget
+        one = replace(run, policy=policy, batch=batch, length=length, micro_batches=1)
+        return ledger(shape, _smallest_parts(one)).needed <= budget
 
     return Way(
         name=name,
@@ -146,9 +150,15 @@ def _way(name: str, shape: ModelShape, run: Run, card: Card, budget: float, offl
         least=ledger(shape, least).needed,
         seconds=step_seconds(shape, chosen, card),
         longest=largest(lambda length: fits(1, length), 1, _LONGEST),
-        most=largest(lambda batch: fits(batch, run.length), 1, _MOST),
+        most=largest(lambda batch: fits(batch, run.length), 1, MOST),
         parameters=_largest_model(shape, least, budget),
     )
+
+
+def _smallest_parts(run: Run) -> Run:
+    """Return it with parts as small as a run makes them before it gives up."""
+    smaller = run.with_smaller_parts()
+    return run if smaller is None else _smallest_parts(smaller)
 
 
 def _largest_model(shape: ModelShape, run: Run, budget: float) -> float:

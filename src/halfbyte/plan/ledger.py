@@ -11,8 +11,7 @@ A packed weight of n elements in blocks of b is
 What is packed is what ``model.build`` packs, and what that builds has these bytes, to the byte.
 Adapters, gradients and moments are float32, whatever the base is held in.
 
-    peak of training = base + adapters + gradients + optimizer + one decoded layer
-                       + what all layers keep + max(the loss, a layer's backward)
+    peak of training = base + adapters + gradients + optimizer + the peak of a step (policy.py)
     peak of loading  = what is placed, and the tensor in flight beside what it becomes
 """
 
@@ -21,18 +20,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from halfbyte.errors import ConfigError
-from halfbyte.plan.activations import (
-    NOTED_WIDTH,
-    Dial,
-    LayerActivations,
-    backward_bytes,
-    host_bytes,
-    kept_bytes,
-)
+from halfbyte.plan.activations import CHECKPOINT_WIDTH, H100, Gpu, LayerActivations
+from halfbyte.plan.policy import ActivationPolicy, Peak, StepCost, peak
 from halfbyte.plan.shape import ModelShape, Weight
 
-# Documents of fused layers share parts of so many tokens (train/parts.py).
+# Tokens of a part of packed documents; more make no product faster (train/buckets.py).
 PART_TOKENS = 8192
+# Where memory is short they are halved, but not below so many: too few rows for a product.
+SMALLEST_PART = 512
 
 OptimizerMode = Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
 
@@ -140,13 +135,17 @@ class Run:
         optimizer: Which AdamW.
         fused: Whether layers are run by ``model.layer``; `ledger` asks whether it knows them.
         device: ``cuda`` or ``cpu``.
-        dial: What is kept for backward.
-        noted_width: Of models as wide, layers on the host have their notes there; see `Dial`.
+        policy: What is kept for backward.
+        checkpoint_width: Of models as wide, offloaded layers keep their attention on the host, too.
+        gpu: Which GPU, if it is one.
+        graphs: Whether CUDA graphs are asked for, on a GPU.
         embedding_on_host: Whether an embedding that is neither packed nor the head's is kept there,
             on a GPU.
         trained: Elements of every trained tensor, where they are known; else all adapters have one
             rank, and nothing else is trained.
         step_tokens: Tokens of an optimizer step, where micro-batches differ.
+        part_size: Tokens at which packed parts are divided.
+        largest_part: Tokens of the largest part, filled up, where it is known; see `packs`.
         shapes: The (B, T) of micro-batches, step by step; one, if not given. For a CPU.
         process: Bytes of the process without the run, where they are known. For a CPU.
     """
@@ -160,21 +159,50 @@ class Run:
     optimizer: OptimizerMode = "adamw"
     fused: bool = True
     device: str = "cuda"
-    dial: Dial = field(default_factory=Dial)
-    noted_width: int = NOTED_WIDTH
+    policy: ActivationPolicy = field(default_factory=ActivationPolicy)
+    checkpoint_width: int = CHECKPOINT_WIDTH
+    gpu: Gpu = H100
+    graphs: bool = True
     embedding_on_host: bool = False
     trained: tuple[int, ...] | None = None
     step_tokens: int | None = None
+    part_size: int = PART_TOKENS
+    largest_part: int | None = None
     shapes: tuple[tuple[tuple[int, int], ...], ...] = ()
     process: int | None = None
 
     @property
+    def packs(self) -> bool:
+        """Whether examples of several micro-batches share parts, one part after the other."""
+        on_gpu = self.device == "cuda" and self.gpu.runs_flash_attention
+        return self.fused and on_gpu and self.holding.itemsize == 2
+
+    @property
+    def parts(self) -> int:
+        """How many parts a step is divided into, all alike; micro-batches, where none are made."""
+        if not self.packs:
+            return self.micro_batches
+        return min(self.batch * self.micro_batches, -(-self.tokens // self.part_size))
+
+    @property
     def part_tokens(self) -> int:
-        """Tokens that pass through a layer together: a micro-batch, or documents of several."""
-        micro = self.batch * self.length
-        if not (self.fused and self.device == "cuda" and self.holding.itemsize == 2):
-            return micro
-        return min(self.tokens, max(1, PART_TOKENS // max(1, self.length)) * self.length)
+        """Tokens that pass through a layer together: a micro-batch, or examples of several."""
+        if self.largest_part is not None:
+            return self.largest_part
+        if not self.packs:
+            return self.batch * self.length
+        return -(-self.batch * self.micro_batches // self.parts) * self.length
+
+    def with_smaller_parts(self) -> "Run | None":
+        """Return it with parts half as large, or None: as ``Trainer.fit`` does where none fit."""
+        if not self.packs or self.part_tokens <= 1.5 * max(self.length, SMALLEST_PART):
+            return None
+        return replace(self, part_size=self.part_tokens // 2)
+
+    @property
+    def tokens_under_way(self) -> int:
+        """Tokens that wait for their backward together: a part, or the whole step."""
+        return self.part_tokens if self.packs else self.tokens
 
     @property
     def tokens(self) -> int:
@@ -211,7 +239,29 @@ class Run:
         multiplied = filled if on_gpu and self.holding.itemsize == 2 else self.rank
         ranks = multiplied * len(adapted) // layers
         return LayerActivations(
-            shape, self.holding.itemsize, multiplied, ranks, copied, fused, on_gpu
+            shape, self.holding.itemsize, multiplied, ranks, copied, fused, on_gpu, self.gpu
+        )
+
+    def step_cost(self, shape: ModelShape) -> StepCost:
+        """Return the bytes of a step under any policy."""
+        layer, tokens, part = self.layer(shape), self.tokens_under_way, self.part_tokens
+        holes = HOLES[self.device]
+        backward = layer.backward(part)
+        return StepCost(
+            layers=shape.layers,
+            input=int(holes * tokens * layer.input),
+            part_input=part * layer.input,
+            lora=tokens * layer.lora,
+            saved=int(holes * tokens * layer.saved) + layer.copies,
+            attention=tokens * layer.attention_checkpoint,
+            attention_part=part * layer.attention_checkpoint,
+            forward=layer.forward(part),
+            forward_saved=layer.forward_saved(part),
+            backward=backward,
+            saved_part=backward - layer.gradients(part),
+            loss=_loss(shape, self),
+            given=2 * part * self.holding.itemsize * shape.query // max(1, shape.heads),
+            decoded=_decoded(shape, self),
         )
 
 
@@ -221,25 +271,19 @@ class Ledger:
 
     Attributes:
         lines: What is resident all through training, by name.
-        scratch: Decoded weights: of one layer, and of those that keep theirs.
-        kept: What all layers keep on the card for backward.
-        backward: What a layer's backward has beside it.
-        loss: What the loss has beside it.
+        cost: What a step has.
+        policy: What is kept for backward.
+        graphs: Whether passes over the layers are CUDA graphs.
         overhead: What is in no tensor.
         load_peak: The highest number of bytes while the base is read.
-        waiting: What waits on the host for backward.
-        unshared: What of the loss graphs leave no room for: they keep the memory of the passes.
     """
 
     lines: tuple[Line, ...]
-    scratch: int
-    kept: int
-    backward: int
-    loss: int
+    cost: StepCost
+    policy: ActivationPolicy
+    graphs: bool
     overhead: int
     load_peak: int
-    waiting: int
-    unshared: int
 
     def total(self, group: str) -> int:
         """Return the bytes of a group of lines."""
@@ -249,6 +293,11 @@ class Ledger:
     def base(self) -> int:
         """The frozen model."""
         return self.total("base")
+
+    @property
+    def waiting(self) -> int:
+        """What waits on the host for backward."""
+        return self.cost.host_bytes(self.policy)
 
     @property
     def on_host(self) -> int:
@@ -261,24 +310,37 @@ class Ledger:
         return self.base + self.total("trained") + self.overhead
 
     @property
+    def scratch(self) -> int:
+        """Decoded weights: of one layer, and of those that keep theirs."""
+        return self.cost.buffers(self.policy)
+
+    @property
+    def kept(self) -> int:
+        """What all layers keep on the device for backward."""
+        return self.cost.kept(self.policy)
+
+    @property
+    def step(self) -> Peak:
+        """The most that a step has beside what is resident."""
+        return peak(self.cost, self.policy, graphs=self.graphs)
+
+    @property
     def peak(self) -> int:
         """The most there is at once: in training, or while loading."""
-        step = self.scratch + self.kept + max(self.backward, self.loss)
-        return max(self.resident + step, self.load_peak + self.overhead)
+        return max(self.resident + self.step.allocated, self.load_peak + self.overhead)
 
     @property
     def needed(self) -> int:
         """What there must be room for; more than the peak where graphs keep their memory."""
-        graphs = self.scratch + self.kept + self.backward + self.unshared
-        return max(self.peak, self.resident + graphs if self.unshared else 0)
+        return max(self.peak, self.resident + self.step.reserved)
 
     def all_lines(self) -> list[Line]:
         """Return the resident lines, and those of a step."""
         step = {
             "decoded weights": self.scratch,
             "kept for backward": self.kept,
-            "a layer's backward": self.backward,
-            "the loss (not at the same time)": self.loss,
+            "a layer's backward": self.step.allocated - self.scratch - self.kept,
+            "the loss (not at the same time)": self.cost.loss,
         }
         return [*self.lines, *(Line("step", name, nbytes) for name, nbytes in step.items())]
 
@@ -351,19 +413,19 @@ def _trained(shape: ModelShape, run: Run) -> list[Line]:
     ]
 
 
-def _scratch(shape: ModelShape, run: Run) -> int:
+def _decoded(shape: ModelShape, run: Run) -> int:
+    """Return what the decoded weights of the largest layer take."""
     if run.holding.quant == "none":
         return 0
     sizes: dict[int | None, int] = {}
     for weight in shape.linears():
         if weight.layer is not None and weight.packs:
             sizes[weight.layer] = sizes.get(weight.layer, 0) + weight.numel * run.holding.itemsize
-    others = run.dial.decoded < shape.layers
-    return (run.dial.decoded + others) * max(sizes.values(), default=0)
+    return max(sizes.values(), default=0)
 
 
 def _loss(shape: ModelShape, run: Run) -> int:
-    """Return what the loss of the last part takes, each position supervised."""
+    """Return what the loss of a part takes beside the part, each position supervised."""
     e = run.holding.itemsize
     head = next((w for w in shape.weights if w.role == "head"), None)
     packed = head is not None and run.holding.packs(head, tied=shape.tied)
@@ -376,9 +438,8 @@ def _loss(shape: ModelShape, run: Run) -> int:
         copies += e  # logits as the product gave them: a hole by now, too small for another copy
     rows = min(run.part_tokens, max(16, LOGITS[run.device] // (size * shape.vocabulary)))
     chunk = copies * rows * shape.vocabulary + (LOGITS[run.device] if packed else 0)
-    # All parts' last outputs, and their gradients but for the last; of that one its supervised
-    # rows, their norm and the gradient of it.
-    return chunk + 2 * (run.tokens + run.part_tokens) * e * shape.hidden
+    # The supervised rows, their norm and the gradient of it.
+    return chunk + 3 * run.part_tokens * e * shape.hidden
 
 
 def products_kept(shapes: Sequence[Sequence[tuple[int, int]]]) -> int:
@@ -422,49 +483,57 @@ def _load_peak(shape: ModelShape, run: Run) -> int:
 def ledger(shape: ModelShape, run: Run) -> Ledger:
     """Return what ``run`` of a model of this shape will hold."""
     run = replace(run, fused=run.fused and shape.fusable)
-    layer, loss = run.layer(shape), _loss(shape, run)
     return Ledger(
         lines=(*_base(shape, run), *_trained(shape, run)),
-        scratch=_scratch(shape, run),
-        kept=int(HOLES[run.device] * kept_bytes(layer, run.dial, run.tokens)),
-        backward=backward_bytes(layer, run.dial, run.tokens, run.part_tokens),
-        loss=loss,
+        cost=run.step_cost(shape),
+        policy=run.policy,
+        graphs=run.graphs and run.packs,
         overhead=_overhead(run),
         load_peak=_load_peak(shape, run),
-        waiting=host_bytes(layer, run.dial, run.tokens),
-        # The last output is theirs.
-        unshared=loss - run.tokens * layer.input if layer.captured else 0,
     )
 
 
+def policy_of(shape: ModelShape, run: Run, saved: int, *, offload: bool) -> ActivationPolicy:
+    """Return the policy with which ``saved`` layers are saved, and others' inputs may be offloaded.
+
+    Of models of ``run.checkpoint_width`` or wider they take their attention along.
+    """
+    if not offload:
+        return ActivationPolicy(saved)
+    worth = shape.fusable and shape.hidden >= run.checkpoint_width
+    return ActivationPolicy.offloading(shape.layers, saved, attention_checkpoint=worth)
+
+
 def fitted(shape: ModelShape, run: Run, budget: float, *, offload: bool = False) -> Run | None:
-    """Return ``run`` with the dial that keeps most and needs at most ``budget``; None if none does.
+    """Return ``run`` with the policy that saves most and needs at most ``budget``, or None.
 
     On a GPU decoded weights stay where all layers keep their activations and there is room left.
+    Where not even recomputing all layers fits, packed parts are made smaller.
 
     Args:
         shape: The model.
-        run: Its own dial is not looked at.
+        run: Its own policy is not looked at.
         budget: Bytes.
-        offload: Whether inputs of layers that are run again wait on the host.
+        offload: Whether inputs of recomputed layers wait on the host.
     """
 
-    def turned(saved: int) -> Run:
-        return replace(
-            run, dial=Dial.turned(shape, saved, offload=offload, noted_width=run.noted_width)
-        )
+    def saving(saved: int) -> Run:
+        return replace(run, policy=policy_of(shape, run, saved, offload=offload))
 
     def decoding(layers: int) -> Run:
-        return replace(run, dial=Dial(shape.layers, decoded=layers))
+        return replace(run, policy=ActivationPolicy(shape.layers, decoded=layers))
 
     def needed(run: Run) -> int:
         return ledger(shape, run).needed
 
-    best = largest(lambda saved: needed(turned(saved)) <= budget, 0, shape.layers)
+    run = replace(run, fused=run.fused and shape.fusable)
+    best = largest(lambda saved: needed(saving(saved)) <= budget, 0, shape.layers)
+    if best is None and (smaller := run.with_smaller_parts()) is not None:
+        return fitted(shape, smaller, budget, offload=offload)
     if best == shape.layers and run.device == "cuda" and run.holding.quant != "none":
         counts = range(shape.layers, 0, -1)
         return decoding(next((n for n in counts if needed(decoding(n)) <= budget), 0))
-    return None if best is None else turned(best)
+    return None if best is None else saving(best)
 
 
 def largest(fits: Callable[[int], bool], low: int, high: int) -> int | None:

@@ -11,8 +11,9 @@ layers that is run again in backward:
     head         2·V·H·N·2
     attention    2·T·Q·N a layer         forward, causal, and again but where notes are kept;
                                          backward takes 2.5 times that
-    decoding     2·(packed + decoded)    bytes: once a direction and step for all micro-batches, of
-                                         layers whose decoded weights do not stay
+    decoding     2·(packed + decoded)    bytes: once a direction for what goes through the layers
+                                         together (a packed part, else all micro-batches of a
+                                         step), of layers whose decoded weights do not stay
     elementwise  (3 + 0.3·a)·kept        bytes, as measured (`MOVED`); and 2 + a times the copies of
                                          adapters
     optimizer    12 + 2·moments          bytes a trained parameter
@@ -30,11 +31,12 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from halfbyte.errors import ConfigError
-from halfbyte.plan.activations import Gpu, host_bytes
+from halfbyte.plan.activations import Gpu
 from halfbyte.plan.ledger import Packed, Run, held
 from halfbyte.plan.shape import ModelShape
 
@@ -91,7 +93,7 @@ class Card(NamedTuple):
         return Gpu(self.capability, self.num_sms)
 
     @property
-    def noted_width(self) -> int:
+    def checkpoint_width(self) -> int:
         """The width from which a layer runs as long as its input and notes take to leave.
 
         These are three streams, 6 bytes a token and width in 16 bits. A layer of a Llama has
@@ -202,21 +204,24 @@ def step_seconds(
 
     Args:
         shape: The model.
-        run: The step; its dial says how many layers are run again.
+        run: The step; its policy says how many layers are recomputed.
         card: Where.
-        launch: Seconds of the host for a layer and micro-batch; 0 with CUDA graphs, which is
-            assumed where layers are fused.
+        launch: Seconds of the host for a layer and part; if not given, 0 where passes are CUDA
+            graphs, which takes packed examples, and else `LAUNCH_SECONDS`.
     """
+    run = replace(run, fused=run.fused and shape.fusable)
     if launch is None:
-        launch = 0.0 if run.fused and shape.fusable else LAUNCH_SECONDS
+        launch = 0.0 if run.graphs and run.packs else LAUNCH_SECONDS
     tokens, layer, e = run.tokens, run.layer(shape), run.holding.itemsize
-    again = 1 - run.dial.saved / max(1, shape.layers)
+    # Weights are decoded, and inputs go to the host and back, once for what goes through together.
+    cost, passes = run.step_cost(shape), tokens / max(1, run.tokens_under_way)
+    again = 1 - run.policy.saved / max(1, shape.layers)
     linears = shape.linears()
     numel = sum(weight.numel for weight in linears)
     last = sum(weight.numel for weight in linears if weight.name.endswith(".down_proj.weight"))
-    rerun = numel - last if run.fused and shape.fusable else numel
+    rerun = numel - last if run.fused else numel
     # Of layers with notes neither attention nor what follows it is made again.
-    noted = run.dial.offloaded / max(1, shape.layers) if run.dial.notes else 0.0
+    noted = run.policy.offloaded / max(1, shape.layers) if run.policy.attention_checkpoint else 0.0
     after = sum(weight.numel for weight in linears if weight.name.endswith(".o_proj.weight"))
     packed = [held(weight, shape, run.holding) for weight in linears]
     decoded = [
@@ -235,14 +240,18 @@ def step_seconds(
         products=2 * tokens * (2 * numel + again * rerun - noted * after) / card.flops,
         head=4 * shape.vocabulary * shape.hidden * tokens / card.flops,
         attention=forward * (1 + 2.5 + again - noted) / (card.flops * ATTENTION_SHARE),
-        decoding=2 * (1 - run.dial.decoded / max(1, shape.layers)) * sum(decoded) / card.bandwidth,
+        decoding=2
+        * passes
+        * (1 - run.policy.decoded / max(1, shape.layers))
+        * sum(decoded)
+        / card.bandwidth,
         elementwise=shape.layers * (tokens * moved / card.bandwidth + parts * _SMALL_KERNELS),
         optimizer=trained * (12 + 2 * state) / card.bandwidth,
         waiting=0.0,
-        launching=launch * shape.layers * run.micro_batches if card.device == "cuda" else 0.0,
+        launching=launch * shape.layers * parts,
     )
     # Out in forward and back in backward, beside the products of either.
-    away = 2 * host_bytes(layer, run.dial, tokens) / card.link
+    away = 2 * cost.host_bytes(run.policy) * passes / card.link
     return found._replace(waiting=max(0.0, away - found.total))
 
 

@@ -1,21 +1,23 @@
 """The layer engine: we own the loop over a decoder's layers.
 
-A decoder is a list of layers. Every micro-batch of an optimizer step passes through layer l before
-any goes through layer l + 1 (layer-major accumulation):
+A decoder is a list of layers. On a GPU, layers that are known (model/layer.py) are run fused; then
+the examples of a step are packed into a few parts (train/parts.py), which go through forward, loss
+and backward one after the other, as CUDA graphs where they can be captured (train/passes.py). So
+memory is that of a part, whatever the step. Elsewhere every micro-batch of an optimizer step passes
+through layer l before any goes through layer l + 1 (layer-major accumulation). With either,
 
     forward    for l: decode layer l's weights once; for each micro-batch: run it; keep the layer's
-               input and, on a GPU, what is thin (``recompute``), or all that its backward needs
-               (``save``)
+               input and, on a GPU, x Aᵀ of its adapters, or all that its backward needs
     loss       for each micro-batch: final norm and head over its supervised positions only
-    backward   for l, last first: decode once; for each micro-batch: rebuild what is missing, run
+    backward   for l, last first: decode once; for each micro-batch: recompute what is missing, run
                the layer's own small autograd graph, hand the gradient to the layer before
 
 A module that is trained whole gets its gradient where it stands: norms within their layer's graph,
 the head from the loss, the embedding from a graph around the decoder's entry.
 
-So a weight is decoded once per direction per optimizer step, not once per micro-batch, and how
-much is kept is chosen layer by layer to fit a memory budget, last of all the decoded weights
-themselves. The arithmetic is the same under every such choice, and so are the results, bit for bit.
+What is kept is chosen layer by layer to fit a memory budget (`ActivationPolicy`), last of all the
+decoded weights themselves. The arithmetic is the same under every policy, and so are the results,
+bit for bit.
 
 It works for any transformers decoder: the decoder is run with its layers stubbed, which records
 the keyword arguments (masks, positions, rotary tables) each layer would be called with; then the
@@ -25,12 +27,9 @@ loss with the model's own on a few tokens. A model it does not reproduce trains 
 
 Right padding needs no mask: with causal attention a position never sees what comes after it, and
 the padding's own positions are not supervised.
-
-On a GPU, layers that are known (model/layer.py) are run fused; then documents share parts
-(train/parts.py) and the passes become CUDA graphs (train/passes.py).
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from typing import Any
 
@@ -49,8 +48,10 @@ from halfbyte.nf4.format import gpu_kernels
 from halfbyte.nf4.linear import FrozenLinear
 from halfbyte.nf4.scratch import WeightScratch
 from halfbyte.nf4.shared import ThinProducts
-from halfbyte.train.parts import Batch, Part, parts_of
-from halfbyte.train.passes import MOST_GRAPHS, CapturedPasses, Keeping, Passage, Passes
+from halfbyte.plan.policy import ActivationPolicy
+from halfbyte.train.buckets import Buckets, divide, own_shape
+from halfbyte.train.parts import Batch, Part, lengths_of, part_of_shape, parts_of
+from halfbyte.train.passes import CapturedPasses, Passage, Passes, is_out_of_memory
 from halfbyte.train.plain import PlainEngine
 
 __all__ = ["Batch", "EngineError", "LayerEngine", "PlainEngine", "choose_engine"]
@@ -78,6 +79,9 @@ class LayerEngine:
         scratch: Where decoded weights live, and the count of how many were decoded.
         fused: How many layers are run fused: all or none.
         trained: For each layer, the parameters that are trained in it.
+        buckets: The shapes of parts, if a run has chosen any.
+        longest: Tokens of the longest document that will come, where that is known: a run with one
+            that is longer than an attention window is not packed.
         finished: Called with a layer's number and the loss when the layer's gradients are final,
             while those below it are still to come. With it there are no CUDA graphs.
         mark: Called with ``forward``, ``loss`` and ``backward`` as a step comes to each.
@@ -129,6 +133,8 @@ class LayerEngine:
         )
         self.first_trained = [self.entry_trained or trains[0], *trains[1:], True].index(True)
         self.scratch = WeightScratch()
+        self.buckets: Buckets | None = None
+        self.longest = 0
         self._decoded = 0
         self.opened = _opener(self.scratch, self.linears, self.dtype)
         self.clock = dropout_clock(model)
@@ -164,20 +170,40 @@ class LayerEngine:
         if self.fused:
             told += ", fused"
             told += ", documents packed" if self.packs else ", documents not packed"
-            told += ", CUDA graphs" if self._graphs else f", no CUDA graphs: {self.why_no_graphs}"
+            why = self.why_no_graphs or "documents are not packed"
+            told += ", CUDA graphs" if self.captures else f", no CUDA graphs: {why}"
         return told
 
     @property
     def captures(self) -> bool:
-        """Whether passes become CUDA graphs."""
-        return self._graphs is not None
+        """Whether passes can be CUDA graphs."""
+        return self._graphs is not None and self.packs and self.finished is None
+
+    @property
+    def graphs(self) -> int:
+        """How many shapes of parts are CUDA graphs."""
+        return 0 if self._graphs is None else len(self._graphs)
+
+    def stop_capturing(self, why: str) -> None:
+        """Use no CUDA graphs from now on."""
+        if self._graphs is not None:
+            self.forget_graphs()
+            self._graphs, self.why_no_graphs = None, why
+            self.notes.append(f"no CUDA graphs from here on: {why}")
+
+    def forget_graphs(self) -> None:
+        """Let go of all graphs that were captured, and of their memory."""
+        if self._graphs is not None and self._graphs.nbytes:
+            self._graphs.forget()
+            torch.cuda.empty_cache()
 
     @property
     def packs(self) -> bool:
         """Whether the examples of a step may be laid out anew."""
         if not self._fused or self._drops:
             return False
-        return can_pack(self.dtype, self.model.device, self._fused[0].head_dim)
+        flash = can_pack(self.dtype, self.model.device, self._fused[0].head_dim)
+        return flash and self._sees_all(self.longest)
 
     @property
     def decoded_bytes(self) -> int:
@@ -190,8 +216,7 @@ class LayerEngine:
         if layers == self._decoded:
             return
         self._decoded = layers
-        if self._graphs is not None:
-            self._graphs.forget()  # they read weights where these were
+        self.forget_graphs()  # they read weights where these were
         self.scratch.keep(self.linears[len(self.layers) - layers :], self.dtype)
 
     @property
@@ -241,50 +266,47 @@ class LayerEngine:
                 f"run layer by layer, the loss of a probe is {got:.6f}, not {wanted:.6f}"
             )
 
-    def step(
-        self,
-        batches: Sequence[Batch],
-        normaliser: float,
-        *,
-        saved_layers: int,
-        offloaded_layers: int = 0,
-        notes: bool = False,
-    ) -> Tensor:
+    def step(self, batches: Sequence[Batch], normaliser: float, policy: ActivationPolicy) -> Tensor:
         """Add the gradients of one optimizer step to the adapters' ``.grad``.
 
         Args:
             batches: The step's micro-batches.
             normaliser: What the summed loss is divided by: the supervised tokens of the step.
-            saved_layers: How many layers, counted from the last, keep what their backward needs;
-                the others keep their input and are run again.
-            offloaded_layers: How many of these, counted from the first, keep it in host memory;
-                on a GPU.
-            notes: Whether these keep there, too, what attention gave and the stream after it, so
-                that neither is made again; where layers are fused.
+            policy: What is kept for backward.
 
         Returns:
             The loss: float32 scalar on the device, summed over tokens and divided.
         """
-        keeping = Keeping(saved_layers, offloaded_layers, notes and self.fused > 0)
+        parts = self.prepare(batches)
+        total = torch.zeros((), dtype=torch.float32, device=self.model.device)
+        # Packed parts go one after the other, micro-batches through each layer together.
+        together = [[part] for part in parts] if self._packed(parts) else [parts]
+        for number, some in enumerate(together, start=1):
+            self._forward_backward(some, normaliser, policy, total, last=number == len(together))
+        return total
+
+    def _forward_backward(
+        self,
+        parts: Sequence[Part],
+        normaliser: float,
+        policy: ActivationPolicy,
+        total: Tensor,
+        *,
+        last: bool,
+    ) -> None:
+        """Add the gradients of some parts, and their loss to ``total``."""
         self.mark("forward")
-        parts, passages = self.enter(batches)
-        key = (keeping, *(part.shape for part in parts))
-        graphs = self._graphs if self._captures(key, passages) else None
-        if graphs is not None:
-            try:
-                graphs.capture(key, passages, keeping)
-            except RuntimeError as error:
-                self.notes.append(f"no CUDA graphs from here on: {error}".splitlines()[0])
-                self._graphs = graphs = None
-                self.why_no_graphs = "capturing one failed"
+        passages = self.embed(parts)
+        graphs, shape = self._graphs, parts[0].shape
+        if graphs is not None and not (self.captures and len(parts) == 1 and graphs.has(shape)):
+            graphs = None
         if graphs is None:
-            hidden = self.passes.down(passages, keeping)
+            hidden = self.passes.down(passages, policy)
         else:
-            hidden = graphs.down(key, passages)
+            hidden = [graphs.down(shape, passages[0])]
             passages = []  # the graphs have copies
         self.mark("loss")
         self.passes.between()
-        total = torch.zeros((), dtype=torch.float32, device=hidden[0].device)
         grads: list[Tensor] = []
         for part, x in zip(parts, hidden, strict=True):
             loss, grad = self.tail(x, part, normaliser)
@@ -292,20 +314,61 @@ class LayerEngine:
             grads.append(grad)
         self.mark("backward")
         if graphs is not None:
-            graphs.up(key, grads)
-            return total
+            graphs.up(shape, grads[0])
+            return
         del hidden, x, grad  # the passes let go of theirs, layer by layer
         entries = [passage.x for passage in passages] if self.entry_trained else []
-        done = self.finished
+        done = self.finished if last else None
         self.passes.up(passages, grads, None if done is None else lambda i: done(i, total))
         for entry, grad in zip(entries, grads, strict=False):
             torch.autograd.backward(entry, grad)
-        return total
+
+    def capture(
+        self, policy: ActivationPolicy, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Capture the passes over parts of every planned shape as CUDA graphs, the largest first.
+
+        Everything that a step runs is compiled by that, too. Gradients must be zero, and still are
+        then.
+
+        Args:
+            policy: What is kept for backward.
+            progress: Called with (done, total), in shapes.
+
+        Raises:
+            torch.OutOfMemoryError: If there is too little memory.
+        """
+        graphs = self._graphs
+        if graphs is None or not self.captures or self.buckets is None:
+            return
+        self.forget_graphs()
+        shapes = self.buckets.shapes
+        try:
+            for number, shape in enumerate(shapes, start=1):
+                part = part_of_shape(shape, self.model.device)
+                held = graphs.hold(self.embed([part])[0])
+                self.passes.rehearse(held, policy, whole=number == 1)
+                for supervised in {min(17, shape.numel), shape.numel}:  # aligned and not
+                    self.tail(held.x, part_of_shape(shape, self.model.device, supervised), 1.0)
+                try:
+                    graphs.capture(shape, held, policy)
+                except RuntimeError as error:
+                    if is_out_of_memory(error):
+                        raise
+                    self.stop_capturing(f"capturing one failed: {error}".splitlines()[0])
+                    return
+                if progress is not None:
+                    progress(number, len(shapes))
+        finally:
+            for parameter in self.model.parameters():  # the loss adds to a head that is trained
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
 
     @torch.no_grad()
     def loss(self, batches: Sequence[Batch]) -> Tensor:
         """Return the summed token loss of ``batches``, float32 scalar; no gradients."""
-        parts, passages = self.enter(batches)
+        parts = self.prepare(batches)
+        passages = self.embed(parts)
         hidden = [passage.x for passage in passages]
         for index in range(len(self.layers)):
             with self.opened(index):
@@ -314,18 +377,9 @@ class LayerEngine:
         losses = [self._loss(h, part) for h, part in zip(hidden, parts, strict=True)]
         return torch.stack(losses).sum()
 
-    def _captures(self, key: Hashable, passages: Sequence[Passage]) -> bool:
-        graphs = self._graphs
-        if graphs is None or self.finished is not None or not all(p.given for p in passages):
-            return False
-        had_room, wanted = not graphs.full, graphs.wanted(key)
-        if graphs.full and had_room:
-            self.notes.append(f"{MOST_GRAPHS} shapes of steps are CUDA graphs; others are launched")
-        return wanted
-
     def saved_bytes(self, batch: Batch) -> tuple[int, int]:
         """Measure what one layer keeps for ``batch``: (bytes when saved, bytes when recomputed)."""
-        _, (passage,) = self.enter([batch])
+        (passage,) = self.embed(self.prepare([batch]))
         return self.saved_bytes_of(passage)
 
     def saved_bytes_of(self, passage: Passage) -> tuple[int, int]:
@@ -379,18 +433,36 @@ class LayerEngine:
             trained=trained_whole(self.head).get("weight"),
         )
 
-    def enter(self, batches: Sequence[Batch]) -> tuple[list[Part], list[Passage]]:
-        """Return the parts of a step, and each as it enters layer 0."""
+    def prepare(self, batches: Sequence[Batch]) -> list[Part]:
+        """Return the parts of a step, on the device."""
         device = self.model.device
-        parts = parts_of(batches, device, pack=self.packs)
-        longest = max(part.longest for part in parts)
-        if self._fused and all(longest <= (layer.window or longest) for layer in self._fused):
-            return parts, [self._fused_passage(i, part) for i, part in enumerate(parts)]
-        if self._fused and not self._told_window:
-            self._told_window = True
-            self.notes.append("documents longer than the attention window: layers are not fused")
-        if any(part.documents is not None for part in parts):
-            parts = parts_of(batches, device, pack=False)
+        if self._fused and not self._sees_all(max(lengths_of(batches))):
+            if not self._told_window:
+                self._told_window = True
+                self.notes.append("documents longer than the attention window: layers not fused")
+            return parts_of(batches, device, pack=False)
+        return parts_of(batches, device, pack=self.packs, buckets=self.buckets)
+
+    def part_sizes(self, lengths: Sequence[int]) -> list[int]:
+        """Return the tokens of the parts that documents of these lengths are packed into."""
+        if self.buckets is None:
+            return [own_shape([lengths[i] for i in part]).numel for part in divide(lengths)]
+        parts = divide(lengths, self.buckets.part_tokens)
+        return [self.buckets.fit([lengths[i] for i in part]).numel for part in parts]
+
+    def _sees_all(self, longest: int) -> bool:
+        """Return whether attention of fused layers sees all of a document of so many tokens."""
+        return all(longest <= (layer.window or longest) for layer in self._fused)
+
+    def _packed(self, parts: Sequence[Part]) -> bool:
+        """Return whether parts were packed, so that they are independent of micro-batches."""
+        longest = max(p.longest if p.documents is None else 0 for p in parts)
+        return self.packs and self._sees_all(longest)
+
+    def embed(self, parts: Sequence[Part]) -> list[Passage]:
+        """Return the parts as they enter layer 0."""
+        if self._fused and (self._packed(parts) or self._sees_all(max(p.longest for p in parts))):
+            return [self._fused_passage(i, part) for i, part in enumerate(parts)]
         # The arguments depend on the shape of the micro-batch alone, so equal shapes share them.
         by_shape: dict[tuple[int, ...], list[dict[str, Any]]] = {}
         passages = []
@@ -398,7 +470,7 @@ class LayerEngine:
             x, recorded = self._record(part.ids)
             calls = by_shape.setdefault(tuple(part.ids.shape), recorded)
             passages.append(Passage(x, (), self._recorded_run(i, calls)))
-        return parts, passages
+        return passages
 
     def _recorded_run(self, micro_batch: int, calls: list[dict[str, Any]]) -> Any:
         clock, layers = self.clock, self.layers

@@ -76,9 +76,13 @@ def verdict(dataset: Dataset) -> dict[str, Any]:
 def memory_now(device: str) -> dict[str, int]:
     """Return bytes in use and their peak: of the process, or of torch on the GPU."""
     found = {"memory_bytes": used_memory(device), "peak_memory_bytes": peak_memory(device)}
-    if device == "cuda":
-        found["reserved_bytes"] = int(torch.cuda.max_memory_reserved())
-    return found
+    taken = reserved(device)
+    return found if taken is None else found | {"reserved_bytes": taken}
+
+
+def reserved(device: str) -> int | None:
+    """Return the peak of what torch has reserved on a GPU; None on a CPU."""
+    return int(torch.cuda.max_memory_reserved()) if device == "cuda" else None
 
 
 class StepClock:
@@ -132,9 +136,21 @@ class Samples:
         self._source = dataset.report.source
 
     def answer(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, step: int
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        step: int,
+        *,
+        memory_limit: int | None = None,
     ) -> dict[str, Any]:
-        """Return what the journal is told of the model's answers after ``step``."""
+        """Return what the journal is told of the model's answers after ``step``.
+
+        Args:
+            model: What answers.
+            tokenizer: Its tokenizer.
+            step: Of the run.
+            memory_limit: Bytes of a GPU that torch may have reserved in all.
+        """
         began = time.perf_counter()
         answers = generate(
             model,
@@ -142,6 +158,7 @@ class Samples:
             [row.prompt for row in self._rows],
             tools=[row.tools for row in self._rows],
             max_new_tokens=_LONGEST_ANSWER,
+            memory_limit=memory_limit,
         )
         return {
             "step": step,

@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ from halfbyte.checkpoint.identity import identity_of
 from halfbyte.checkpoint.peft import CONFIG_NAME, save_adapter, write_card
 from halfbyte.checkpoint.run_state import RunState, latest_run, load_run, save_run
 from halfbyte.data import Dataset, Example, MicroBatch, load_dataset, steps
+from halfbyte.data.packing import StepPlan
 from halfbyte.errors import CheckpointError, ConfigError, OutputError
 from halfbyte.lora import adapter_parameters, adapter_state, attach, load_adapter_state
 from halfbyte.matmul import float32_library
@@ -34,20 +34,15 @@ from halfbyte.model.precision import choose_device_and_dtype, deterministic
 from halfbyte.model.vocabulary import embedding_to_host
 from halfbyte.train import facts
 from halfbyte.train.config import TrainConfig, to_yaml
-from halfbyte.train.engine import LayerEngine, choose_engine
+from halfbyte.train.engine import Batch, LayerEngine, PlainEngine, choose_engine
 from halfbyte.train.evaluate import as_batch, evaluate_loss
 from halfbyte.train.heap import give_back, keep_freed_memory
 from halfbyte.train.loading import load_told, lora_of, recipe_facts, recipe_of
-from halfbyte.train.memory import (
-    Ceiling,
-    keep_few_products,
-    peak_memory,
-    plan_activations,
-    used_memory,
-)
+from halfbyte.train.memory import Ceiling, keep_few_products, peak_memory, used_memory
 from halfbyte.train.predicting import FIRST_LOOK, Prediction
 from halfbyte.train.reconstruction import begin_with_error, require_plain
-from halfbyte.train.step import Schedule, Stepper, Tightness, plan_beside_state
+from halfbyte.train.schedule import Schedule
+from halfbyte.train.trainer import StepResult, Trainer
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
@@ -75,6 +70,9 @@ _FREE_TO_CHANGE = {
 }
 
 SAVES_PER_RUN = 10  # if save_steps is not given
+
+# Of a long run, so many steps are looked at for the shapes of their parts, or one epoch.
+_LOOK_AHEAD = 4096
 
 
 @dataclass(frozen=True)
@@ -106,9 +104,9 @@ class _Steps:
         self.per_epoch = len(self._epoch(0))
         asked = math.ceil(config.epochs * self.per_epoch)
         self.total = config.max_steps if config.max_steps is not None else max(1, asked)
-        self._held: tuple[int, Any] = (-1, None)
+        self._held: tuple[int, StepPlan] | None = None
 
-    def _epoch(self, epoch: int) -> Any:
+    def _epoch(self, epoch: int) -> StepPlan:
         return steps(
             self._examples,
             batch_size=self._config.batch_size,
@@ -120,23 +118,23 @@ class _Steps:
 
     def __getitem__(self, step: int) -> list[MicroBatch]:
         epoch, index = divmod(step, self.per_epoch)
-        if self._held[0] != epoch:
+        return self._of_epoch(epoch)[index]
+
+    def lengths(self) -> list[list[list[int]]]:
+        """Return the tokens of each example, by step and micro-batch.
+
+        Of the whole run, or of the first steps of it that show all there is to see.
+        """
+        found = []
+        for step in range(min(self.total, max(self.per_epoch, _LOOK_AHEAD))):
+            epoch, index = divmod(step, self.per_epoch)
+            found.append(self._of_epoch(epoch).lengths(index))
+        return found
+
+    def _of_epoch(self, epoch: int) -> StepPlan:
+        if self._held is None or self._held[0] != epoch:
             self._held = (epoch, self._epoch(epoch))
-        batches: list[MicroBatch] = self._held[1][index]
-        return batches
-
-    def shapes(self) -> list[list[tuple[int, int]]]:
-        """Return the (B, T) of every micro-batch of the first epoch, step by step."""
-        count = min(self.per_epoch, self.total)
-        return [[(len(b.input_ids), b.input_ids.shape[1]) for b in self[i]] for i in range(count)]
-
-    def largest(self, *, packed: bool) -> list[MicroBatch]:
-        """Return the step of the first epoch with most tokens; without padding, if ``packed``."""
-        count = min(self.per_epoch, self.total)
-        sizes = [
-            sum(b.tokens if packed else b.input_ids.size for b in self[i]) for i in range(count)
-        ]
-        return self[sizes.index(max(sizes))]
+        return self._held[1]
 
 
 def train(config: TrainConfig, report: "RunReport") -> TrainResult:
@@ -173,7 +171,8 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
     dataset = _read(config.data, tokenizer, config, report)
     held_out = _read(config.eval_data, tokenizer, config, report) if config.eval_data else None
     plan = _Steps(dataset.examples, config, tokenizer.pad_token_id or 0)
-    shapes = plan.shapes()
+    lengths = plan.lengths()
+    shapes = [[(len(batch), batch[0]) for batch in step] for step in lengths]
     identity = _identity(config, source, dataset)
     if resumed is not None:
         _check_same_run(resumed, identity)
@@ -210,44 +209,33 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
         report.note(f"the embedding waits in host memory: {moved / 1e6:.0f} MB less on the GPU")
     engine, told = choose_engine(base.model, device, graphs=config.cuda_graphs)
     report.note(told)
-    stepper = Stepper(engine, parameters, config, Schedule.of(config, plan.total))
+    trainer = Trainer(engine, parameters, config, Schedule.of(config, plan.total))
     if config.optim != "adamw":
-        report.note(stepper.optimizer.describe())
-    clock = facts.StepClock(stepper.optimizer, engine, device)
+        report.note(trainer.optimizer.describe())
+    clock = facts.StepClock(trainer.optimizer, engine, device)
     start = 0
     if resumed is not None:
         load_adapter_state(base.model, resumed.adapter)
+        trainer.load_progress(resumed.progress)
         start = resumed.step
-    planned = partial(
-        plan_activations,
-        engine,
-        shapes,
-        config.activations,
-        config.memory_budget,
-        device,
-        largest=[as_batch(b) for b in plan.largest(packed=getattr(engine, "packs", False))],
-    )
-    memory, beside = plan_beside_state(
-        lambda state_bytes: planned(state_bytes=state_bytes), stepper.optimizer
-    )
+    memory = trainer.fit(shapes, [[n for batch in step for n in batch] for step in lengths])
     if config.activations == "offload" and device == "cpu":
-        report.note("activations: there is nowhere to offload to from a CPU; layers are run again")
+        report.note("activations: there is nowhere to offload to from a CPU; layers are recomputed")
     report.note(memory.line())
     if device == "cpu" and isinstance(engine, LayerEngine):
         engine.passes.between = Ceiling(memory)
-    engine.keep_decoded(memory.decoded_layers)
-    tight = Tightness(memory, used_memory(device), shapes, beside)
     if resumed is not None:  # after planning, which counts its bytes
-        stepper.load_optimizer_state(resumed.optimizer)
+        trainer.load_optimizer_state(resumed.optimizer)
     prediction = Prediction(
         source,
         recipe,
         parameters,
         rank=config.lora_r,
         optimizer=config.optim,
-        pages=stepper.optimizer.paging == "explicit",
+        pages=trainer.optimizer.paging == "explicit",
         fused=isinstance(engine, LayerEngine) and engine.fused > 0,
-        dial=memory.dial,
+        policy=memory.policy,
+        graphs=isinstance(engine, LayerEngine) and engine.captures,
         embedding_on_host=moved > 0,
         process=process,
     )
@@ -281,16 +269,19 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
 
     def sample(step: int) -> None:
         if samples:
+            # Within what is planned for training, or its forecast would be of no use.
+            limit = max(memory.predicted_bytes, memory.reserved_bytes)
             with report.task(f"answering a few prompts, step {step}"):
-                report.record("samples", samples.answer(base.model, base.tokenizer, step))
+                answers = samples.answer(base.model, base.tokenizer, step, memory_limit=limit)
+            report.record("samples", answers)
 
     def save(step: int) -> None:
         path = save_run(
             output,
             step,
             adapter=adapter_state(base.model),
-            optimizer=stepper.optimizer_state(),
-            progress=identity,
+            optimizer=trainer.optimizer_state(),
+            progress=identity | trainer.progress(),
             keep=config.save_total_limit,
             card=lambda directory: write_card(directory, parameters, lora, **card),
         )
@@ -315,28 +306,35 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
 
     save_every = config.save_steps or max(1, math.ceil(plan.total / SAVES_PER_RUN))
     loss, seconds, tokens_done = math.nan, 0.0, 0
-    if start == 0:
-        sample(0)
-    for step in range(start, plan.total):
-        began = time.perf_counter()
-        batches = plan[step]
-        made = [as_batch(batch) for batch in batches]
-        waited = time.perf_counter() - began
-        result = stepper.run(
-            step,
-            made,
-            saved_layers=memory.saved_layers,
-            offloaded_layers=memory.offloaded_layers,
-            notes=memory.notes,
-            tight=tight(made),
-        )
-        took, times = time.perf_counter() - began, clock.seconds()
-        done = step + 1
+    held: dict[int, list[MicroBatch]] = {}
+
+    def batches_of(step: int) -> list[Batch]:
+        held[step] = plan[step]
+        return [as_batch(batch) for batch in held[step]]
+
+    def told_by_engine() -> None:
+        for record in trainer.fallbacks:
+            report.record("fallback", record)
+        if trainer.fallbacks:
+            prediction.use(trainer.policy, graphs=engine.captures)
+        trainer.fallbacks.clear()
+        for line in engine.notes:
+            report.note(line)
+        engine.notes.clear()
+
+    def made(step: int, result: StepResult) -> None:
+        nonlocal loss, seconds, tokens_done
+        batches, done = held.pop(step), step + 1
         tokens = sum(batch.tokens for batch in batches)
-        loss, seconds, tokens_done = result.loss, seconds + took, tokens_done + tokens
-        prediction.see((batch.input_ids.shape for batch in batches), took)
+        times = clock.seconds()
+        loss, seconds = result.loss, seconds + result.seconds
+        tokens_done += tokens
+        prediction.see(
+            (batch.input_ids.shape for batch in batches), result.seconds, **_sizes(engine, batches)
+        )
+        told_by_engine()
         if done == start + FIRST_LOOK < plan.total:
-            prediction.tell(report, peak_memory(device), done)
+            prediction.tell(report, peak_memory(device), done, reserved=facts.reserved(device))
         if done % config.logging_steps == 0 or done == plan.total:
             report.step(
                 {
@@ -347,27 +345,36 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
                     "epoch": done / plan.per_epoch,
                     "tokens": tokens,
                     "supervised_tokens": sum(batch.supervised_tokens for batch in batches),
-                    "tokens_per_second": tokens / took,
+                    "tokens_per_second": tokens / result.seconds,
                     "peak_memory_bytes": peak_memory(device),
-                    "seconds": took,
-                    "data_seconds": waited,
+                    "seconds": result.seconds,
+                    "data_seconds": result.data_seconds,
                     **{f"{part}_seconds": spent for part, spent in times.items()},
                     **(result.paging._asdict() if result.paging else {}),
+                    **({"skipped": True} if result.skipped else {}),
                 }
             )
-        for line in engine.notes:
-            report.note(line)
-        engine.notes.clear()
         if config.eval_steps and done % config.eval_steps == 0 and done < plan.total:
             measure(done)
         if done % save_every == 0 or done == plan.total:
             save(done)
+
+    if start == 0:
+        sample(0)
+    began = time.perf_counter()
+    if isinstance(engine, LayerEngine) and engine.captures and start < plan.total:
+        with report.task("capturing CUDA graphs") as progress:
+            trainer.capture(progress)
+        report.record("captured", {"seconds": time.perf_counter() - began, "graphs": engine.graphs})
+    told_by_engine()
+    trainer.train(range(start, plan.total), batches_of, made)
+    trainer.release()
     measure(plan.total)
     save_adapter(output, adapter_state(base.model), lora, tokenizer=tokenizer, **card)
     report.saved(output)
     sample(plan.total)
     if start < plan.total:
-        prediction.tell(report, peak_memory(device), plan.total)
+        prediction.tell(report, peak_memory(device), plan.total, reserved=facts.reserved(device))
     outcome = TrainResult(
         adapter_dir=output,
         steps=plan.total,
@@ -386,6 +393,14 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
         | facts.memory_now(device)
     )
     return outcome
+
+
+def _sizes(engine: LayerEngine | PlainEngine, batches: Sequence[MicroBatch]) -> dict[str, Any]:
+    """Return the lengths of what attention sees, and of the parts a step was made of."""
+    if not (isinstance(engine, LayerEngine) and engine.packs):
+        return {"lengths": [n for b in batches for n in [b.input_ids.shape[1]] * len(b.lengths)]}
+    lengths = [int(n) for batch in batches for n in batch.lengths]
+    return {"lengths": lengths, "parts": engine.part_sizes(lengths)}
 
 
 def _resume_from(config: TrainConfig, output: Path, report: "RunReport") -> RunState | None:

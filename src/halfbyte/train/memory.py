@@ -1,13 +1,13 @@
-"""Memory on a plan: how much there is, and how many layers may keep their activations.
+"""How much memory there is, and which activation policy fits into it.
 
-Keeping what a layer's backward needs costs memory; running the layer again costs time (a third of
-the matrix products of a step). The choice is made layer by layer, from measured bytes: one layer
-is run once on the largest micro-batch and what autograd keeps is counted. On a GPU the largest
-step is measured part by part (train/footprint.py), and what layers are run again from may wait in
-host memory. Where all layers keep their activations there and memory is left, layers keep their
-decoded weights as well, from step to step. A byte of these buys less: of a 7B model on an H100 a
-gigabyte saves 0.9 ms a step, one of activations 4 (gpu_step_final.json: 2 % of 535 ms for 12.5 GB;
-gpu_step_notes.json and gpu_step_forms.json: 541 and 430 ms with 6 and 33.8 GB).
+Keeping what a layer's backward needs costs memory; recomputing the layer costs time (a third of
+the matrix products of a step). The choice is made layer by layer, from measured bytes
+(``train.memory_profile``; on a CPU, one layer is run once on the largest micro-batch and what
+autograd keeps is counted), added up by ``plan.policy.peak``. On a GPU the inputs of recomputed
+layers may wait in host memory. Where all layers keep their activations there and memory is left,
+layers keep their decoded weights as well, from step to step. A byte of these buys less: of a 7B
+model on an H100 a gigabyte saves 0.9 ms a step, one of activations 4 (gpu_step_final.json: 2 % of
+535 ms for 12.5 GB; gpu_step_notes.json and gpu_step_forms.json: 541 and 430 ms with 6 and 33.8 GB).
 """
 
 import os
@@ -21,11 +21,12 @@ from halfbyte.errors import ConfigError
 from halfbyte.lora import trained_whole
 from halfbyte.model.loss import CHUNK_BYTES
 from halfbyte.nf4 import QuantizedWeight
-from halfbyte.plan.activations import NEAR_LAYERS, Dial
-from halfbyte.plan.ledger import HOLES, TOUCHED_LATER, product_bytes, products_kept
+from halfbyte.plan.ledger import HOLES, OVERHEAD, TOUCHED_LATER, product_bytes, products_kept
+from halfbyte.plan.policy import ActivationPolicy, StepCost, peak
 from halfbyte.train.engine import Batch, LayerEngine, PlainEngine
-from halfbyte.train.footprint import Footprint, footprint
 from halfbyte.train.heap import give_back
+from halfbyte.train.memory_profile import measured_cost
+from halfbyte.train.parts import Part, part_of_shape
 
 # Without a budget, this part of the memory that is free when training starts may be used.
 FREE_SHARE = 0.8
@@ -37,55 +38,57 @@ MARGIN = 1.03
 HOST_SHARE = 0.5
 
 
+# Steps as they come from the data: (B, T) of each micro-batch.
+Shapes = Sequence[Sequence[tuple[int, int]]]
+
+
 @dataclass(frozen=True)
-class ActivationPlan:
-    """How many layers keep their activations.
+class MemoryPlan:
+    """The policy of a run, and the memory it is predicted to take.
 
     Attributes:
-        saved_layers: Layers, counted from the last, that keep what backward needs.
-        layers: All layers.
-        saved_bytes: What one layer keeps over a whole step when it saves.
+        policy: What is kept for backward.
+        layers: All layers; 0 where that is up to transformers.
+        saved_bytes: What a saved layer keeps of what goes through the layers together.
         budget: Bytes the process (on a GPU: the device) may use.
-        predicted_bytes: Estimated peak under this plan.
-        offloaded_layers: Layers, counted from the first, whose input waits in host memory.
-        notes: Whether these leave notes there, too.
-        host_bytes: What all that takes.
-        decoded_layers: Layers, counted from the last, whose decoded weights stay.
+        predicted_bytes: Estimated peak of what is allocated.
+        reserved_bytes: Estimated peak of what there must be room for.
+        host_bytes: What waits in page-locked host memory.
         room: On a CPU, the most that is taken between two layers.
+        used: Bytes in use before the first step.
+        state_off_device: Bytes of optimizer state that are not counted, because they can leave.
+        cost: What it was added up from.
     """
 
-    saved_layers: int
+    policy: ActivationPolicy
     layers: int
     saved_bytes: int
     budget: int
     predicted_bytes: int
-    offloaded_layers: int = 0
-    notes: bool = False
+    reserved_bytes: int = 0
     host_bytes: int = 0
-    decoded_layers: int = 0
     room: int = 0
-
-    @property
-    def dial(self) -> Dial:
-        """What it chose, as `halfbyte plan` does."""
-        return Dial(self.saved_layers, self.offloaded_layers, self.notes, self.decoded_layers)
+    used: int = 0
+    state_off_device: int = 0
+    cost: StepCost | None = None
 
     def line(self) -> str:
-        """Return what a person is told."""
+        """Return a summary for a person."""
         if not self.layers:
             return "what is kept for backward is up to transformers' checkpointing"
-        again = self.layers - self.saved_layers
-        how = f"{self.saved_layers} of {self.layers} layers keep their activations"
-        if again:
-            how += f", {again} are run again in backward"
-        if self.offloaded_layers:
-            how += f", {self.offloaded_layers} of them from host memory"
-            how += " and without attention" * self.notes
-        if self.decoded_layers:
-            how += f", {self.decoded_layers} their decoded weights"
+        policy, recomputed = self.policy, self.layers - self.policy.saved
+        how = f"{policy.saved} of {self.layers} layers keep their activations"
+        if recomputed:
+            how += f", {recomputed} are recomputed in backward"
+        if policy.offloaded:
+            how += f", {policy.offloaded} of them from host memory"
+            how += " and without attention" * policy.attention_checkpoint
+        if policy.decoded:
+            how += f", {policy.decoded} keep their decoded weights"
         return (
-            f"{how} ({self.saved_bytes / 1e6:.0f} MB a layer); "
-            f"about {self.predicted_bytes / 1e9:.2f} GB of {self.budget / 1e9:.2f} GB"
+            f"{how} ({self.saved_bytes / 1e6:.0f} MB a layer); about "
+            f"{max(self.predicted_bytes, self.reserved_bytes) / 1e9:.2f} GB of "
+            f"{self.budget / 1e9:.2f} GB"
         )
 
 
@@ -109,39 +112,39 @@ def peak_memory(device: str) -> int:
 
 
 def free_memory(device: str) -> int:
-    """Return the bytes that could still be taken."""
+    """Return the bytes that could still be taken; on a GPU, what torch has cached included."""
     if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return int(torch.cuda.mem_get_info()[0] + cached)
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def plan_activations(
+def plan_memory(
     engine: LayerEngine | PlainEngine,
-    shapes: Sequence[Sequence[tuple[int, int]]],
+    shapes: Shapes,
     activations: str,
     memory_budget: int | None,
     device: str,
     *,
-    largest: Sequence[Batch] = (),
     state_bytes: int | None = None,
-) -> ActivationPlan:
-    """Choose how many layers keep their activations.
+) -> MemoryPlan:
+    """Choose the policy of a run.
 
     Args:
-        engine: What will run the steps, gradients and optimizer state not yet touched.
+        engine: What will run the steps, its ``buckets`` chosen, gradients there and the optimizer's
+            state not.
         shapes: For each optimizer step of the run, the (B, T) of its micro-batches.
         activations: ``save``, ``recompute``, ``offload``, or ``auto`` for what fits.
         memory_budget: Bytes in all, or None for most of what is free.
         device: ``cpu`` or ``cuda``.
-        largest: The micro-batches of the largest step, for a GPU.
         state_bytes: What the optimizer's state will take on the device; AdamW's two moments in
             float32, if not given.
 
     Raises:
-        ConfigError: If the budget is too small even when every layer is run again; says the least
+        ConfigError: If the budget is too small even when every layer is recomputed; says the least
             that would do.
     """
     if device == "cpu":
@@ -149,98 +152,151 @@ def plan_activations(
     used = used_memory(device)
     budget = memory_budget or int(used + FREE_SHARE * free_memory(device))
     if isinstance(engine, PlainEngine):
-        return ActivationPlan(0, 0, 0, budget, used)
+        return MemoryPlan(ActivationPolicy(), 0, 0, budget, used, used=used)
     if state_bytes is None:
         state_bytes = 2 * sum(p.nbytes for p in engine.model.parameters() if p.requires_grad)
-    if device == "cuda" and largest:
-        measured = footprint(engine, largest)
-        # Measuring left the buffers of the decoded weights behind.
-        return _turned(measured, activations, memory_budget, budget, state_bytes)
-    layers = len(engine.layers)
+    if device == "cuda":
+        used -= engine.scratch.nbytes  # `peak` counts it
+        cost = measured_cost(engine, _largest(engine, shapes, device))
+        beside = state_bytes + int(OVERHEAD["cuda"]) * engine.captures
+    else:
+        cost = _cost_on_cpu(engine, shapes)
+        # A gradient is new before it is added: the widest of those trained whole, in two copies.
+        whole = [p.nbytes for m in engine.model.modules() for p in trained_whole(m).values()]
+        beside = state_bytes + 2 * max(whole, default=0)
+        beside += int(TOUCHED_LATER) + product_bytes(shapes, engine.dtype.itemsize)
+    return _Planner(cost, used, beside, budget, engine.captures, device).plan(
+        activations, asked=memory_budget is not None
+    )
+
+
+def _largest(engine: LayerEngine, shapes: Shapes, device: str) -> list[Part]:
+    """Return what goes through the layers together when that is most."""
+    if engine.packs and engine.buckets is not None:
+        shape = engine.buckets.largest
+        return [part_of_shape(shape, device, supervised=shape.numel)]
+    step = max(shapes, key=lambda step: sum(b * t for b, t in step))
+    zeros = [torch.zeros(size, dtype=torch.int64) for size in step]
+    return engine.prepare([Batch(ids, ids) for ids in zeros])
+
+
+def _cost_on_cpu(engine: LayerEngine, shapes: Shapes) -> StepCost:
     widest = max((shape for step in shapes for shape in step), key=lambda s: s[0] * s[1])
     tokens_per_step = max(sum(b * t for b, t in step) for step in shapes)
     tokens = widest[0] * widest[1]
-    ids = torch.zeros(widest, dtype=torch.int64, device=device)
+    ids = torch.zeros(widest, dtype=torch.int64)
     saved, kept = engine.saved_bytes(Batch(ids, torch.full_like(ids, -100)))
-    share = HOLES[device] * tokens_per_step / tokens
-    step_saved, step_kept = int(saved * share), int(kept * share)
-    # A gradient is new before it is added: the widest of those trained whole, in two copies.
-    whole = [p.nbytes for m in engine.model.modules() for p in trained_whole(m).values()]
-    # Beside what is kept, one layer of the widest micro-batch alive in backward, and its gradients;
-    # or the loss: two copies of a chunk of logits, what goes into them, its gradient.
+    share = HOLES["cpu"] * tokens_per_step / tokens
+    stream = int(kept * share)
+    # The loss: two copies of a chunk of logits, what goes into them, its gradient.
     head = engine.head_weight
     vocabulary, packed = head.shape[0], isinstance(head, QuantizedWeight)
-    rows = min(tokens, max(16, CHUNK_BYTES[device] // (4 * vocabulary)))
+    rows = min(tokens, max(16, CHUNK_BYTES["cpu"] // (4 * vocabulary)))
     copies = 2 * 4 + (2 if engine.dtype.itemsize == 2 and not packed else 0)  # plan/ledger.py
-    chunks = copies * rows * vocabulary + packed * CHUNK_BYTES[device]
-    loss = chunks + 2 * (tokens_per_step + tokens) * kept // tokens
-    workspace = max(2 * saved, loss) + 2 * max(whole, default=0)
-    if device == "cpu":
-        used += int(TOUCHED_LATER) + product_bytes(shapes, engine.dtype.itemsize)
-    # Adapters' moments (the gradients are there already) and every layer's input.
-    floor = used + state_bytes + layers * step_kept + workspace
-    extra = max(1, step_saved - step_kept)
-    fitting = max(0, min(layers, (budget - floor) // extra))
-    if activations == "auto" and floor > budget and memory_budget is not None:
-        raise ConfigError(
-            f"memory_budget {budget / 1e9:.2f} GB is too small: with every layer run again in "
-            f"backward this run needs about {floor / 1e9:.2f} GB. Raise it, or lower batch_size, "
-            "gradient_accumulation_steps or max_length"
-        )
-    chosen = {"save": layers, "recompute": 0, "offload": 0}.get(activations, fitting)
-    peak, room = floor + chosen * extra, step_saved + workspace
-    return ActivationPlan(chosen, layers, step_saved, budget, peak, room=room)
+    chunks = copies * rows * vocabulary + packed * CHUNK_BYTES["cpu"]
+    return StepCost(
+        layers=len(engine.layers),
+        input=stream,
+        part_input=kept,
+        lora=0,
+        saved=int(saved * share),
+        attention=0,
+        attention_part=0,
+        forward=0,
+        forward_saved=0,
+        # One layer of the widest micro-batch alive, and its gradients.
+        backward=max(0, 2 * saved - stream),
+        saved_part=0,
+        loss=chunks + 3 * kept,
+        given=0,
+        decoded=0,  # in use already
+    )
 
 
-def _turned(
-    measured: Footprint, activations: str, memory_budget: int | None, budget: int, state_bytes: int
-) -> ActivationPlan:
-    """Turn the dial on a GPU: as many layers keep as fit, others from the host where that helps.
+@dataclass(frozen=True)
+class _Planner:
+    """Chooses a policy: as many layers are saved as fit, others offloaded where that helps.
 
     Decoded weights stay where all activations do, and only within the budget: they are never asked
     for.
     """
-    layers, roomy = measured.layers, HOST_SHARE * free_memory("cpu")
 
-    def plan(saved: int, away: bool, noted: bool, decoded: int = 0) -> ActivationPlan:
-        offloaded = max(0, layers - saved - NEAR_LAYERS) if away else 0
-        noted = noted and offloaded > 0
-        peak = measured.peak(saved, offloaded, notes=noted, decoded_layers=decoded) + state_bytes
-        host = offloaded * (measured.kept + measured.noted * noted)
-        return ActivationPlan(
-            saved, layers, measured.saved, budget, peak, offloaded, noted, host, decoded
+    cost: StepCost
+    used: int
+    beside: int
+    budget: int
+    graphs: bool
+    device: str
+
+    def of(self, policy: ActivationPolicy) -> MemoryPlan:
+        step = peak(self.cost, policy, graphs=self.graphs)
+        base = self.used + self.beside
+        return MemoryPlan(
+            policy,
+            self.cost.layers,
+            self.cost.saved,
+            self.budget,
+            base + step.allocated,
+            base + step.reserved,
+            self.cost.host_bytes(policy),
+            # On a CPU, between two layers: one is saved, or in backward.
+            room=self.cost.saved + step.allocated - self.cost.kept(policy),
+            used=self.used,
+            cost=self.cost,
         )
 
-    def fits(plan: ActivationPlan) -> bool:
-        return plan.predicted_bytes <= budget / MARGIN and plan.host_bytes <= roomy
+    def fits(self, plan: MemoryPlan) -> bool:
+        margin = MARGIN if self.device == "cuda" else 1.0
+        return plan.reserved_bytes <= self.budget / margin and self.host_has_room(plan)
 
-    def keeping(plan_of_all: ActivationPlan) -> ActivationPlan:
+    def host_has_room(self, plan: MemoryPlan) -> bool:
+        return plan.host_bytes <= HOST_SHARE * free_memory("cpu")
+
+    def offloading(self, saved: int, *, attention: bool) -> MemoryPlan:
+        layers = self.cost.layers
+        return self.of(ActivationPolicy.offloading(layers, saved, attention_checkpoint=attention))
+
+    def plan(self, activations: str, *, asked: bool) -> MemoryPlan:
+        layers, attention = self.cost.layers, self.cost.attention > 0
+        if activations == "save":
+            return self.with_decoded(self.of(ActivationPolicy(layers)))
+        if activations == "recompute" or (activations == "offload" and self.device == "cpu"):
+            return self.of(ActivationPolicy())
+        if activations == "offload":
+            with_attention = self.offloading(0, attention=attention)
+            room = self.host_has_room(with_attention)
+            return with_attention if room else self.offloading(0, attention=False)
+        plans = [self.of(ActivationPolicy(saved)) for saved in range(layers + 1)]
+        if self.device == "cuda":
+            for kept in {False, attention}:
+                plans += [self.offloading(saved, attention=kept) for saved in range(layers)]
+        fitting = list(filter(self.fits, plans))
+        if not fitting:
+            least = min(plans, key=lambda p: p.reserved_bytes)
+            if not asked:
+                return least
+            from_host = " from host memory" if least.policy.offloaded else ""
+            margin = MARGIN if self.device == "cuda" else 1.0
+            raise ConfigError(
+                f"memory_budget {self.budget / 1e9:.2f} GB is too small: with every layer "
+                f"recomputed in backward{from_host} this run needs about "
+                f"{margin * least.reserved_bytes / 1e9:.2f} GB. Raise it, or lower batch_size, "
+                "gradient_accumulation_steps or max_length"
+            )
+        best = max(fitting, key=_preference)
+        return self.with_decoded(best) if best.policy.saved == layers else best
+
+    def with_decoded(self, plan_of_all: MemoryPlan) -> MemoryPlan:
         """Return the plan with as many decoded layers as fit beside all activations."""
-        counts = range(layers, 0, -1) if measured.decoded else ()
-        more = (plan(layers, False, False, count) for count in counts)
-        return next(filter(fits, more), plan_of_all)
+        layers = self.cost.layers
+        counts = range(layers, 0, -1) if self.cost.decoded and self.device == "cuda" else ()
+        more = (self.of(ActivationPolicy(layers, decoded=count)) for count in counts)
+        return next(filter(self.fits, more), plan_of_all)
 
-    ways = [(False, False), (True, False), (True, True)][: 3 if measured.noted else 2]
-    if activations == "save":
-        return keeping(plan(layers, False, False))
-    if activations == "recompute":
-        return plan(0, False, False)
-    if activations == "offload":
-        noted = plan(0, *ways[-1])
-        return noted if noted.host_bytes <= roomy else plan(0, True, False)
-    all_plans = [plan(saved, *way) for way in ways for saved in range(layers + 1)]
-    fitting = list(filter(fits, all_plans))
-    if not fitting:
-        least = min(all_plans, key=lambda p: p.predicted_bytes)
-        if memory_budget is None:
-            return least
-        raise ConfigError(
-            f"memory_budget {budget / 1e9:.2f} GB is too small: with every layer run again from "
-            f"host memory this run needs {MARGIN * least.predicted_bytes / 1e9:.2f} GB. Raise it, "
-            "or lower batch_size, gradient_accumulation_steps or max_length"
-        )
-    best = max(fitting, key=lambda p: (p.saved_layers, -p.offloaded_layers, p.notes))
-    return keeping(best) if best.saved_layers == layers else best
+
+def _preference(plan: MemoryPlan) -> tuple[int, int, bool]:
+    policy = plan.policy
+    return policy.saved, -policy.offloaded, policy.attention_checkpoint
 
 
 class Ceiling:
@@ -252,7 +308,7 @@ class Ceiling:
     of what it would have taken took a fifth longer.
     """
 
-    def __init__(self, plan: ActivationPlan) -> None:
+    def __init__(self, plan: MemoryPlan) -> None:
         self._ceiling = min(plan.budget, int(MARGIN * plan.predicted_bytes)) - plan.room
 
     def __call__(self) -> None:
@@ -271,7 +327,7 @@ def keep_few_products(steps: Sequence[Sequence[tuple[int, int]]]) -> None:
     product with both, 310 with one (2026-11-24_cpu_memory.json).
 
     Args:
-        steps: (B, T) of every micro-batch, step by step, as for `plan_activations`.
+        steps: (B, T) of every micro-batch, step by step, as for `plan_memory`.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(products_kept(steps)))
     os.environ.setdefault("LRU_CACHE_CAPACITY", "1")

@@ -2,15 +2,14 @@
 
 Attention aside, a layer does the same to every token, whatever example it is of. So where attention
 can be kept within documents (model/documents.py), the examples of a step need not stay the
-micro-batches they came as: they are laid one behind the other, without padding, into parts of a few
-thousand tokens. A part has few possible shapes (`_ROUND`), so a pass over it can be recorded once
-and played again.
+micro-batches they came as: they are packed, without padding, into parts of a few thousand tokens
+and few shapes (train/buckets.py).
 
 Everything here happens on the host, before the GPU is asked for anything: a part goes over in one
 copy, and its supervised positions are known by their number, so nothing has to wait.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,14 +17,11 @@ import torch
 from torch import Tensor
 
 from halfbyte.model.documents import Documents
+from halfbyte.train.buckets import Buckets, PartShape, divide, fillers, own_shape
 
-# Rows of one length that is a multiple of this stay rows. A packed row is filled up to a multiple
-# of twice as many tokens, or of an eighth of the power of two below its length: then steps of data
-# of any lengths have a handful of shapes, for a few percent more tokens.
-_ROUND = 64
-
-# Tokens from which a larger part makes no product faster.
-PART_TOKENS = 8192
+# Elements of which a multiple lies before each tensor of a part: kernels are compiled for pointers
+# that are a multiple of 16 bytes, and again for those that are not.
+_ALIGNED = 16
 
 
 class Batch(NamedTuple):
@@ -63,13 +59,25 @@ class Part:
     longest: int
 
     @property
-    def shape(self) -> Hashable:
+    def shape(self) -> PartShape:
         """What is equal for parts that layers are called with in the same way."""
-        starts = 0 if self.documents is None else len(self.documents.starts)
-        return (*self.ids.shape, starts, self.longest)
+        documents = 0 if self.documents is None else len(self.documents.starts) - 1
+        rows, tokens = self.ids.shape
+        return PartShape(rows, tokens, documents, self.longest)
 
 
-def parts_of(batches: Sequence[Batch], device: str | torch.device, *, pack: bool) -> list[Part]:
+def lengths_of(batches: Sequence[Batch]) -> list[int]:
+    """Return the tokens of each example of a step."""
+    return [n for b in batches for n in b.lengths or [b.input_ids.shape[1]] * len(b.input_ids)]
+
+
+def parts_of(
+    batches: Sequence[Batch],
+    device: str | torch.device,
+    *,
+    pack: bool,
+    buckets: Buckets | None = None,
+) -> list[Part]:
     """Return the parts of an optimizer step.
 
     Args:
@@ -77,19 +85,37 @@ def parts_of(batches: Sequence[Batch], device: str | torch.device, *, pack: bool
         device: Where the parts go.
         pack: Whether documents may share a row, and micro-batches a part. Otherwise each
             micro-batch is a part, as it is.
+        buckets: The shapes that parts may have; if not given, each has one of its own.
     """
     if not pack:
         return [_as_it_is(batch, device) for batch in batches]
     rows = [row for batch in batches for row in _unpadded(batch)]
-    groups: list[list[tuple[Tensor, Tensor]]] = [[]]
-    tokens = 0
-    for row in rows:
-        if groups[-1] and tokens + len(row[0]) > PART_TOKENS:
-            groups.append([])
-            tokens = 0
-        groups[-1].append(row)
-        tokens += len(row[0])
-    return [_joined(group, device) for group in groups]
+    found = []
+    most = None if buckets is None else buckets.part_tokens
+    for numbers in divide([len(ids) for ids, _ in rows], most):
+        part = [rows[number] for number in numbers]
+        lengths = [len(ids) for ids, _ in part]
+        shape = own_shape(lengths) if buckets is None else buckets.fit(lengths)
+        found.append(_packed(part, shape, device))
+    return found
+
+
+def part_of_shape(shape: PartShape, device: str | torch.device, supervised: int = 0) -> Part:
+    """Return a part of this shape, of token 0 only, with so many supervised positions."""
+    if not shape.documents:
+        row = torch.zeros(shape.tokens, dtype=torch.int64)
+        rows = [(row, torch.full_like(row, -100)) for _ in range(shape.rows)]
+    else:
+        lengths = fillers(shape.tokens, shape.longest)
+        zeros = [torch.zeros(n, dtype=torch.int64) for n in lengths]
+        rows = [(row, torch.full_like(row, -100)) for row in zeros]
+    labels = torch.cat([labels for _, labels in rows])
+    labels[:supervised] = 0
+    rows = [
+        (ids, own)
+        for (ids, _), own in zip(rows, torch.split(labels, [len(i) for i, _ in rows]), strict=True)
+    ]
+    return _packed(rows, shape, device)
 
 
 def _unpadded(batch: Batch) -> list[tuple[Tensor, Tensor]]:
@@ -104,33 +130,25 @@ def _as_it_is(batch: Batch, device: str | torch.device) -> Part:
     return _sent(ids, labels.flatten(), positions, None, ids.shape[1], device)
 
 
-def _joined(rows: Sequence[tuple[Tensor, Tensor]], device: str | torch.device) -> Part:
-    lengths = [len(ids) for ids, _ in rows]
-    longest = max(lengths)
-    if longest == min(lengths) and longest % _ROUND == 0:
+def _packed(
+    rows: Sequence[tuple[Tensor, Tensor]], shape: PartShape, device: str | torch.device
+) -> Part:
+    if not shape.documents:
         ids, labels = (torch.stack(both) for both in zip(*rows, strict=True))
-        return _sent(ids, labels.flatten(), torch.arange(longest), None, longest, device)
-    tokens = sum(lengths)
-    unit = max(2 * _ROUND, (1 << (tokens.bit_length() - 1)) // 8)
-    filled = -(-tokens // unit) * unit
-    fill = filled - tokens
-    # What fills up is a document that predicts nothing.
+        positions = torch.arange(shape.longest)
+        return _sent(ids, labels.flatten(), positions, None, shape.longest, device)
+    lengths = [len(ids) for ids, _ in rows]
+    fill = shape.tokens - sum(lengths)
+    # What fills up are documents that predict nothing.
     ids = torch.cat([*(ids for ids, _ in rows), torch.zeros(fill, dtype=torch.int64)])
     labels = torch.cat([*(labels for _, labels in rows), torch.full((fill,), -100)])
-    positions = torch.cat([torch.arange(n) for n in (*lengths, fill)])
-    ends = torch.tensor([*lengths, fill]).cumsum(0)
-    # The last start is repeated, for empty documents, up to one of few possible numbers.
-    starts = torch.full((_power_of_two(len(ends)) + 1,), filled)
+    lengths += fillers(fill, shape.longest)
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    ends = torch.tensor(lengths).cumsum(0)
+    # The last start is repeated, for empty documents.
+    starts = torch.full((shape.documents + 1,), shape.tokens)
     starts[0], starts[1 : len(ends) + 1] = 0, ends
-    # Attention has programs for so many tokens of each; what there is not costs them nothing.
-    longest, most = 2 * _ROUND, max(longest, fill)
-    while longest < most:
-        longest *= 4
-    return _sent(ids[None], labels, positions, starts, longest, device)
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
+    return _sent(ids[None], labels, positions, starts, shape.longest, device)
 
 
 def _sent(
@@ -145,7 +163,12 @@ def _sent(
     rows = (labels != -100).nonzero()[:, 0]
     pieces = [ids.flatten(), rows, labels[rows], positions]
     pieces += [] if starts is None else [starts]
-    together = torch.cat(pieces).to(device, non_blocking=True)
-    sent = torch.split(together, [len(piece) for piece in pieces])
+    sizes = [-(-len(piece) // _ALIGNED) * _ALIGNED for piece in pieces]
+    pinned = ids.device.type == "cpu" and torch.device(device).type == "cuda"
+    together = torch.zeros(sum(sizes), dtype=torch.int64, device=ids.device, pin_memory=pinned)
+    for place, piece in zip(torch.split(together, sizes), pieces, strict=True):
+        place[: len(piece)] = piece
+    whole = torch.split(together.to(device, non_blocking=True), sizes)
+    sent = [place[: len(piece)] for place, piece in zip(whole, pieces, strict=True)]
     documents = None if starts is None else Documents(sent[4].int(), longest)
     return Part(sent[0].view(ids.shape), sent[1], sent[2], sent[3][None], documents, longest)

@@ -1,44 +1,37 @@
-"""The two passes of an optimizer step over the layers, as they are and as CUDA graphs.
+"""The forward and backward pass over the layers, eagerly and as CUDA graphs.
 
-    down    layer by layer, all parts: what backward needs is kept
-    up      last layer first: rebuild what is missing, run the layer's own small autograd graph,
+    down    layer by layer: what backward needs is kept, as an `ActivationPolicy` says
+    up      last layer first: recompute what is missing, run the layer's own small autograd graph,
             hand the gradient to the layer before
 
 Between them is the loss, whose shapes differ from step to step. The passes themselves have few
-shapes (train/parts.py). Launched from Python, a pass of a 7B model is some thousand launches and
-the card waits for the host below a few thousand tokens; so the second time a shape comes, its
-passes are captured, and from then on each is one launch. What is captured is what was run: there
-is no other code for it.
+shapes (train/buckets.py). Launched from Python, a pass of a 7B model is some thousand launches, and
+the GPU waits for the host below ten thousand tokens; captured ahead as a CUDA graph, each is one.
+What is captured is what is run without graphs: there is no other code for it.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from halfbyte.model.layer import Notes
+from halfbyte.plan.policy import ActivationPolicy
+from halfbyte.train.buckets import PartShape
 from halfbyte.train.shelf import Shelf
 
-# Graphs of so many shapes are held; each takes some ten megabytes.
-MOST_GRAPHS = 16
 
-
-class Keeping(NamedTuple):
-    """What is kept of each layer between the passes.
-
-    Attributes:
-        saved_layers: So many layers, counted from the last, keep what their backward needs; the
-            others keep their input and what is thin, and are run again.
-        offloaded_layers: So many, counted from the first, keep it in host memory.
-        notes: Whether these keep notes beside it, so that less is run again.
-    """
-
-    saved_layers: int
-    offloaded_layers: int = 0
-    notes: bool = False
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that a GPU's memory, or page-locked memory, is used up."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    said = str(error)
+    signs = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "CUDA out of memory")
+    return isinstance(error, RuntimeError) and any(sign in said for sign in signs)
 
 
 class Run(Protocol):
@@ -89,13 +82,14 @@ class _Kept:
 
     Attributes:
         x: Its input, unless that is on the shelf.
-        y: Its output, if it is saved.
+        y: Where its output is in the autograd graph, if it is saved. Not the output itself: the
+            last layer's would stay for nothing.
         thin: What is not made again, if it is not.
         notes: What it noted, whose tensors are where x is.
     """
 
     x: Tensor | None = None
-    y: Tensor | None = None
+    y: GradientEdge | None = None
     thin: Mapping[Any, Tensor] = field(default_factory=dict)
     notes: Notes | None = None
 
@@ -145,12 +139,12 @@ class Passes:
         self._kept: list[list[_Kept]] = []
         self._shelf: Shelf | None = None
 
-    def down(self, passages: Sequence[Passage], keeping: Keeping) -> list[Tensor]:
+    def down(self, passages: Sequence[Passage], policy: ActivationPolicy) -> list[Tensor]:
         """Return the last layer's output for each part, detached."""
         hidden = [passage.x for passage in passages]
-        first_saved = max(self.layers - keeping.saved_layers, self.first_trained)
-        offloaded = min(keeping.offloaded_layers, first_saved)
-        noted = offloaded if keeping.notes else 0
+        first_saved = max(self.layers - policy.saved, self.first_trained)
+        offloaded = min(policy.offloaded, first_saved)
+        noted = offloaded if policy.attention_checkpoint else 0
         self._kept = []
         for index in range(self.layers):
             row: list[_Kept] = []
@@ -165,7 +159,8 @@ class Passes:
                     notes = Notes() if self.first_trained <= index < noted else None
                     with torch.set_grad_enabled(saved):
                         y = passage.run(index, x, passage.given, read=True, notes=notes)
-                    row.append(_Kept(x, y if saved else None, thin.take(), notes))
+                    edge = get_gradient_edge(y) if saved else None
+                    row.append(_Kept(x, edge, thin.take(), notes))
                     hidden[i] = y.detach()
             if index < self.first_trained:
                 continue
@@ -205,7 +200,8 @@ class Passes:
             with self._opened(index, again=index == self.layers - 1) as thin:
                 for i, passage in enumerate(passages):
                     held = row[i]
-                    output, x = held.y, held.x
+                    output: Tensor | GradientEdge | None = held.y
+                    x = held.x
                     assert x is not None
                     if output is None:
                         thin.give(held.thin)
@@ -226,6 +222,32 @@ class Passes:
                     row[i] = _Kept()
             if finished is not None:
                 finished(index)
+
+    def rehearse(self, passage: Passage, policy: ActivationPolicy, *, whole: bool) -> None:
+        """Run both passes on a part, with gradients of zero.
+
+        So a capture finds every kernel compiled, the addresses of every layer's weights on the
+        device and, where layers are offloaded, host memory allocated.
+
+        Args:
+            passage: The part.
+            policy: What is kept.
+            whole: Whether to run all layers. Once that was done, two show what is new of another
+                shape: the first, whose input may want no gradient, and another, recomputed and
+                saved.
+        """
+        if whole or self.first_trained or self.layers <= 2:
+            self._both(passage, policy)
+            return
+        few = Passes(self._trained[:2], 0, self.entry_trained, self._opened)
+        for saved in (0, 2):
+            few._both(passage, ActivationPolicy(saved))
+
+    def _both(self, passage: Passage, policy: ActivationPolicy) -> None:
+        (y,) = self.down([passage], policy)
+        grad = torch.zeros_like(y)
+        del y
+        self.up([passage], [grad])
 
     def forget(self) -> None:
         """Let go of what a pass down has kept; for when no pass up will follow."""
@@ -253,107 +275,117 @@ def _add_up(parameters: Sequence[nn.Parameter], found: Sequence[Tensor | None]) 
 
 
 class _Captured(NamedTuple):
-    """Both passes of one shape, and the tensors through which they are given and give."""
+    """Both passes over a part of one shape, its input, and its output's place in the static one."""
 
-    given: list[tuple[Tensor, ...]]
-    held: tuple[Passage, ...]
-    hidden: list[Tensor]
-    by_parameter: list[Tensor]
+    held: Passage
+    output: Tensor
     down: torch.cuda.CUDAGraph
     up: torch.cuda.CUDAGraph
 
 
 class CapturedPasses:
-    """Runs the passes of shapes that have come before as CUDA graphs.
+    """Runs the passes over parts of known shapes as CUDA graphs.
 
-    All graphs share one pool of memory: one step's graphs have ended when the next step's begin.
+    All graphs share one pool of memory, and read from and write to the same few tensors: one part
+    is done when the next begins. So they take what the largest takes. It has to be captured first.
 
     Args:
         passes: What is captured. Nothing in it may depend on what the host knows at the time.
         parameters: What is trained. Gradients are added to the very tensors that ``.grad`` are
-            when a shape is captured; if they have been replaced since, it is captured anew.
-
-    Attributes:
-        full: Whether a shape was refused, because there are as many graphs as are held.
+            when a shape is captured; if they have been replaced since, no graph is used.
     """
 
     def __init__(self, passes: Passes, parameters: Sequence[nn.Parameter]) -> None:
         self._passes, self._parameters = passes, list(parameters)
-        self._seen: set[Hashable] = set()
-        self._captured: dict[Hashable, _Captured] = {}
+        self._captured: dict[PartShape, _Captured] = {}
+        self._static: dict[str, Tensor] = {}
+        self._gradients: list[Tensor | None] = []
         self._pool = torch.cuda.graph_pool_handle()
-        self.full = False
 
-    def wanted(self, key: Hashable) -> bool:
-        """Return whether passes of this shape should be graphs: they have been run once."""
-        if key not in self._seen:
-            self._seen.add(key)
-            return False
-        held = self._captured.get(key)
-        if held is not None:
-            pairs = zip(self._parameters, held.by_parameter, strict=True)
-            if all(parameter.grad is grad for parameter, grad in pairs):
-                return True
-            del self._captured[key]
-        self.full = len(self._captured) >= MOST_GRAPHS
-        return not self.full
+    def __len__(self) -> int:
+        return len(self._captured)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the static tensors; there are some as soon as a part was held."""
+        return sum(tensor.nbytes for tensor in self._static.values())
 
     def forget(self) -> None:
-        """Let go of all graphs; shapes have still been seen."""
-        self._captured = {}
+        """Let go of all graphs, and of their memory."""
+        self._captured, self._static = {}, {}
+        self._pool = torch.cuda.graph_pool_handle()
 
-    def capture(self, key: Hashable, passages: Sequence[Passage], keeping: Keeping) -> None:
-        """Capture the passes of a shape, unless they are.
+    def hold(self, passage: Passage) -> Passage:
+        """Return the passage with its tensors copied to where graphs read them."""
+        given = tuple(self._place(f"given {i}", t) for i, t in enumerate(passage.given))
+        held = Passage(self._place("x", passage.x), given, passage.run)
+        _copy(held, passage)
+        return held
+
+    def capture(self, shape: PartShape, held: Passage, policy: ActivationPolicy) -> None:
+        """Capture the passes over a part.
+
+        Args:
+            shape: Of the part; of no more tokens than any before.
+            held: The part, by `hold`.
+            policy: What is kept.
 
         Raises:
             RuntimeError: If they cannot be captured; nothing has been computed then.
         """
-        if key not in self._captured:
-            self._captured[key] = self._capture(passages, keeping)
-
-    def down(self, key: Hashable, passages: Sequence[Passage]) -> list[Tensor]:
-        """As `Passes.down`, after `capture`; the next step of this shape writes over the result."""
-        captured = self._captured[key]
-        for held, old, new in zip(captured.held, captured.given, passages, strict=True):
-            held.x.copy_(new.x)
-            for place, before, value in zip(held.given, old, new.given, strict=True):
-                if value is not before:
-                    place.copy_(value)
-        captured.down.replay()
-        return captured.hidden
-
-    def up(self, key: Hashable, grads: Sequence[Tensor]) -> None:
-        """As `Passes.up`, after `down` of the same shape."""
-        captured = self._captured[key]
-        # Nobody reads the last layer's output any more: its gradient takes its place.
-        for place, grad in zip(captured.hidden, grads, strict=True):
-            place.copy_(grad)
-        captured.up.replay()
-
-    def _capture(self, passages: Sequence[Passage], keeping: Keeping) -> _Captured:
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        # What plain steps left in the allocator's cache is of no use to a graph's own pool, nor are
-        # the workspaces cuBLAS has in their stream.
+        self._gradients = [parameter.grad for parameter in self._parameters]
+        # What eager steps left in the allocator's cache is of no use to the graphs' own pool, nor
+        # are the workspaces cuBLAS has in their stream.
         torch._C._cuda_clearCublasWorkspaces()
-        torch.cuda.empty_cache()
-        # What enters is made anew for each step, so this step's can be what graphs read.
-        held = tuple(
-            Passage(p.x.detach(), tuple(t.clone() for t in p.given), p.run) for p in passages
-        )
+        output = self._place("y", held.x)
         down, up = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(down, pool=self._pool, capture_error_mode="thread_local"):
-                hidden = self._passes.down(held, keeping)
+                (hidden,) = self._passes.down([held], policy)
+                output.copy_(hidden)
+                del hidden
+            # Nobody reads the last output any more: its gradient takes its place.
             with torch.cuda.graph(up, pool=self._pool, capture_error_mode="thread_local"):
-                self._passes.up(held, list(hidden))
+                self._passes.up([held], [output])
         except RuntimeError:
             self._passes.forget()
             # torch's random numbers go on only after a capture that ends well.
             with torch.cuda.graph(torch.cuda.CUDAGraph()):
                 torch.zeros(1, device="cuda").add_(1)
             raise
-        by_parameter = [p.grad for p in self._parameters if p.grad is not None]
-        given = [passage.given for passage in passages]
-        return _Captured(given, held, hidden, by_parameter, down, up)
+        self._captured[shape] = _Captured(held, output, down, up)
+
+    def has(self, shape: PartShape) -> bool:
+        """Return whether there is a graph for parts of this shape."""
+        if shape not in self._captured:
+            return False
+        pairs = zip(self._parameters, self._gradients, strict=True)
+        return all(parameter.grad is grad for parameter, grad in pairs)
+
+    def down(self, shape: PartShape, passage: Passage) -> Tensor:
+        """As `Passes.down`; the next part writes over the result."""
+        captured = self._captured[shape]
+        _copy(captured.held, passage)
+        captured.down.replay()
+        return captured.output
+
+    def up(self, shape: PartShape, grad: Tensor) -> None:
+        """As `Passes.up`, after `down` of the same part."""
+        captured = self._captured[shape]
+        captured.output.copy_(grad)
+        captured.up.replay()
+
+    def _place(self, name: str, like: Tensor) -> Tensor:
+        """Return a view of a static tensor, which is made as large as the first that asks."""
+        held = self._static.get(name)
+        if held is None:
+            held = self._static[name] = torch.zeros_like(like.detach()).flatten()
+        return held[: like.numel()].view(like.shape)
+
+
+def _copy(held: Passage, passage: Passage) -> None:
+    for place, tensor in zip((held.x, *held.given), (passage.x, *passage.given), strict=True):
+        place.copy_(tensor.detach())

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from halfbyte.lora import DropoutClock, dropout_clock
+from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.train.parts import Batch
 
 
@@ -19,6 +20,7 @@ class PlainEngine:
     """Runs optimizer steps as `LayerEngine` does, one micro-batch at a time."""
 
     name = "plain autograd"
+    captures = False
     notes: list[str]
     clock: DropoutClock | None
 
@@ -38,15 +40,7 @@ class PlainEngine:
     def keep_decoded(self, layers: int) -> None:
         """Do nothing: here every product decodes its weight."""
 
-    def step(
-        self,
-        batches: Sequence[Batch],
-        normaliser: float,
-        *,
-        saved_layers: int,
-        offloaded_layers: int = 0,
-        notes: bool = False,
-    ) -> Tensor:
+    def step(self, batches: Sequence[Batch], normaliser: float, policy: ActivationPolicy) -> Tensor:
         """Add the gradients of one optimizer step; see ``LayerEngine.step``."""
         total = torch.zeros((), dtype=torch.float32, device=self.model.device)
         for i, batch in enumerate(batches):

@@ -10,15 +10,17 @@ short timing of its products; the first steps compile and capture, and are left 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from halfbyte.checkpoint.base_model import BaseSource
 from halfbyte.model.build import BaseRecipe
-from halfbyte.plan.activations import Dial
+from halfbyte.nf4.device import spec_of
+from halfbyte.plan.activations import H100, Gpu
 from halfbyte.plan.ledger import Holding, Ledger, OptimizerMode, Run, ledger
+from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.plan.shape import ModelShape, shape_of
 from halfbyte.plan.speed import Card, card_of_driver, measure_machine, step_seconds
 
@@ -39,6 +41,21 @@ def shape_of_source(source: BaseSource) -> ModelShape:
     return shape_of(source.skeleton, source.name, files=files)
 
 
+def _gpu() -> Gpu:
+    spec = spec_of(torch.device("cuda"))
+    return Gpu(spec.capability, spec.num_sms)
+
+
+class _Seen(NamedTuple):
+    """A step that was made: its parts, the length attention sees on average, its seconds."""
+
+    largest: int
+    tokens: int
+    parts: int
+    attended: int
+    seconds: float
+
+
 class Prediction:
     """What a run is predicted to hold.
 
@@ -50,7 +67,8 @@ class Prediction:
         optimizer: Which AdamW.
         pages: Whether its state is always on the host.
         fused: Whether layers are run by ``model.layer``.
-        dial: What is kept for backward.
+        policy: What is kept for backward.
+        graphs: Whether passes are CUDA graphs.
         embedding_on_host: Whether the embedding waits there.
         process: Bytes of the process before the base was loaded; for a CPU.
     """
@@ -65,7 +83,8 @@ class Prediction:
         optimizer: str,
         pages: bool = False,
         fused: bool,
-        dial: Dial,
+        policy: ActivationPolicy,
+        graphs: bool = False,
         embedding_on_host: bool = False,
         process: int | None = None,
     ) -> None:
@@ -80,44 +99,81 @@ class Prediction:
             optimizer=mode,
             fused=fused,
             device=recipe.device,
-            dial=dial,
+            policy=policy,
+            graphs=graphs,
+            gpu=_gpu() if recipe.device.startswith("cuda") else H100,
             embedding_on_host=embedding_on_host,
             trained=tuple(parameter.numel() for parameter in parameters.values()),
             process=process,
         )
         self._shapes: dict[tuple[tuple[int, int], ...], None] = {}
-        self._steps: list[tuple[int, int, float]] = []
+        self._steps: list[_Seen] = []
         self._measured: Card | None = None
 
-    def see(self, shapes: Iterable[Sequence[int]], seconds: float) -> None:
-        """Take note of a step: the (B, T) of its micro-batches, and how long it took."""
+    def use(self, policy: ActivationPolicy, *, graphs: bool) -> None:
+        """Go on with another policy, because memory ran out."""
+        self._run = replace(self._run, policy=policy, graphs=graphs)
+
+    def see(
+        self,
+        shapes: Iterable[Sequence[int]],
+        seconds: float,
+        *,
+        lengths: Sequence[int],
+        parts: Sequence[int] | None = None,
+    ) -> None:
+        """Take note of a step.
+
+        Args:
+            shapes: The (B, T) of its micro-batches.
+            seconds: How long it took.
+            lengths: The tokens of each of its documents; of each row, where rows are padded.
+            parts: The tokens of each part, filled up, where documents are packed.
+        """
         step = tuple((batch, length) for batch, length in shapes)
         self._shapes[step] = None
-        tokens = [batch * length for batch, length in step]
-        self._steps.append((max(tokens), sum(tokens), seconds))
+        parts = parts or [batch * length for batch, length in step]
+        # A token attends to its document, so on average to as many.
+        attended = sum(n * n for n in lengths) // max(1, sum(lengths))
+        self._steps.append(_Seen(max(parts), sum(parts), len(parts), max(1, attended), seconds))
 
     @property
     def ledger(self) -> Ledger:
         """The ledger of the largest step seen."""
-        largest, tokens, _ = map(max, zip(*self._steps, strict=True))
-        run = replace(self._run, length=largest, step_tokens=tokens, shapes=tuple(self._shapes))
+        largest = max(seen.largest for seen in self._steps)
+        tokens = max(seen.tokens for seen in self._steps)
+        run = replace(
+            self._run, largest_part=largest, step_tokens=tokens, shapes=tuple(self._shapes)
+        )
         return ledger(self._shape, run)
 
     def seconds(self, card: Card) -> tuple[float, float]:
         """Return the mean seconds of a step, measured and predicted; NaN before there are any."""
         timed = self._steps[_UNTIMED:]
-        runs = [replace(self._run, length=part, step_tokens=all_) for part, all_, _ in timed]
+        runs = [
+            replace(
+                self._run,
+                length=seen.attended,
+                micro_batches=seen.parts,
+                largest_part=-(-seen.tokens // seen.parts),
+                step_tokens=seen.tokens,
+            )
+            for seen in timed
+        ]
         predicted = [step_seconds(self._shape, run, card).total for run in runs]
         count = len(timed) or math.nan
-        return sum(took for *_, took in timed) / count, sum(predicted) / count
+        return sum(seen.seconds for seen in timed) / count, sum(predicted) / count
 
-    def tell(self, report: "RunReport", measured: int, step: int) -> None:
+    def tell(
+        self, report: "RunReport", measured: int, step: int, *, reserved: int | None = None
+    ) -> None:
         """Hold the prediction against what was measured, and tell the journal and people.
 
         Args:
             report: Who is told.
             measured: Peak of the memory in use, in bytes.
             step: The steps made so far.
+            reserved: Peak of what torch has reserved on a GPU, in bytes.
         """
         entries = self.ledger
         off = measured / entries.peak - 1
@@ -129,6 +185,9 @@ class Prediction:
             line += f": off by more than {100 * TOLERANCE:.0f} %"
         record: dict[str, Any] = {"step": step, "measured_bytes": measured}
         record |= {"predicted_bytes": entries.peak, "off": off}
+        if reserved is not None:
+            line += f"; {reserved / 1e9:.2f} GB reserved, {entries.needed / 1e9:.2f} predicted"
+            record |= {"reserved_bytes": reserved, "predicted_reserved_bytes": entries.needed}
         card = self._card()
         if card is not None and len(self._steps) > _UNTIMED:
             took, predicted = self.seconds(card)

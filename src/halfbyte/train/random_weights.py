@@ -6,6 +6,7 @@ that of any run; its losses mean nothing. Started as a process by ``halfbyte com
     python -m halfbyte.train.random_weights CONFIG.yaml        (model: shape:llama2-7b)
 """
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -27,8 +28,8 @@ from halfbyte.train.config import TrainConfig, load_config
 from halfbyte.train.engine import Batch, choose_engine
 from halfbyte.train.heap import keep_freed_memory
 from halfbyte.train.loading import lora_of, recipe_of
-from halfbyte.train.memory import plan_activations
-from halfbyte.train.step import Schedule, Stepper
+from halfbyte.train.schedule import Schedule
+from halfbyte.train.trainer import StepResult, Trainer
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
@@ -62,19 +63,11 @@ def run(config: TrainConfig, report: "RunReport") -> None:
     engine, told = choose_engine(model, device, graphs=config.cuda_graphs)
     report.note(told)
     total = config.max_steps or 1
-    stepper = Stepper(engine, parameters, config, Schedule.of(config, total))
+    trainer = Trainer(engine, parameters, config, Schedule.of(config, total))
     size = (config.batch_size, config.max_length)
-    memory = plan_activations(
-        engine,
-        [[size] * config.gradient_accumulation_steps],
-        config.activations,
-        config.memory_budget,
-        device,
-        largest=[_drawn(size, architecture.vocab_size)] * config.gradient_accumulation_steps,
-        state_bytes=stepper.optimizer.state_bytes,
-    )
+    micro_batches = config.gradient_accumulation_steps
+    memory = trainer.fit([[size] * micro_batches], [[size[1]] * size[0] * micro_batches])
     report.note(memory.line())
-    engine.keep_decoded(memory.decoded_layers)
     told_facts: dict[str, Any] = {
         "model": config.model,
         "quant": config.quant,
@@ -85,22 +78,15 @@ def run(config: TrainConfig, report: "RunReport") -> None:
         "base_bytes": audit.total_bytes,
     }
     report.begin(total_steps=total, start_step=0, facts=told_facts | facts.options(config))
-    tokens = size[0] * size[1] * config.gradient_accumulation_steps
-    spent = 0.0
-    for step in range(total):
-        began = time.perf_counter()
-        batches = [
-            _drawn(size, architecture.vocab_size) for _ in range(config.gradient_accumulation_steps)
-        ]
-        result = stepper.run(
-            step,
-            batches,
-            saved_layers=memory.saved_layers,
-            offloaded_layers=memory.offloaded_layers,
-            notes=memory.notes,
-        )
-        taken = time.perf_counter() - began
-        spent += taken
+    tokens = size[0] * size[1] * micro_batches
+    spent, loss = 0.0, math.nan
+
+    def done(step: int, result: StepResult) -> None:
+        nonlocal spent, loss
+        spent, loss = spent + result.seconds, result.loss
+        for line in engine.notes:
+            report.note(line)
+        engine.notes.clear()
         report.step(
             {
                 "step": step + 1,
@@ -108,14 +94,19 @@ def run(config: TrainConfig, report: "RunReport") -> None:
                 "grad_norm": result.grad_norm,
                 "learning_rate": result.learning_rate,
                 "tokens": tokens,
-                "tokens_per_second": tokens / taken,
-                "seconds": taken,
+                "tokens_per_second": tokens / result.seconds,
+                "seconds": result.seconds,
             }
             | facts.memory_now(device)
         )
-    report.finish(
-        {"steps": total, "seconds": spent, "final_loss": result.loss} | facts.memory_now(device)
+
+    trainer.capture()
+    trainer.train(
+        range(total),
+        lambda _: [_drawn(size, architecture.vocab_size) for _ in range(micro_batches)],
+        done,
     )
+    report.finish({"steps": total, "seconds": spent, "final_loss": loss} | facts.memory_now(device))
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:

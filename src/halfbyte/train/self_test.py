@@ -27,9 +27,11 @@ from halfbyte.nf4 import QuantizedWeight, QuantType, cpu, dequantize, quantize
 from halfbyte.nf4.format import FLOAT_TYPES, gpu_kernels
 from halfbyte.nf4.linear import FrozenLinear
 from halfbyte.optim import AdamW
+from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.train.config import TrainConfig, check
 from halfbyte.train.engine import Batch, choose_engine
-from halfbyte.train.step import Schedule, Stepper
+from halfbyte.train.schedule import Schedule
+from halfbyte.train.trainer import Trainer
 
 _ODD = 1021 * 769  # the last block is not full, the last byte is half used
 _LARGE = 2**24
@@ -369,7 +371,7 @@ def _engine(here: _Place) -> Verdict:
         parameter.data.copy_(_normal(parameter.shape, number))  # B is zero, and A's gradient then
     engine, told = choose_engine(model, here.device)
     tokens = float(sum(batch.labels.numel() for batch in batches))
-    ours = float(engine.step(batches, tokens, saved_layers=1))
+    ours = float(engine.step(batches, tokens, ActivationPolicy(1)))
     got = {name: parameter.grad.double() for name, parameter in parameters.items()}  # type: ignore[union-attr]
     for parameter in parameters.values():
         parameter.grad = None
@@ -395,8 +397,11 @@ def _train(here: _Place) -> _Trained:
     engine, _ = choose_engine(model, here.device)
     options = dict.fromkeys(("model", "data", "output"), "self-test")
     config = check(TrainConfig, options)
-    stepper = Stepper(engine, parameters, config, Schedule(1e-2, "constant", 0, _STEPS))
-    losses = [stepper.run(step, batches, saved_layers=1).loss for step in range(_STEPS)]
+    trainer = Trainer(engine, parameters, config, Schedule(1e-2, "constant", 0, _STEPS))
+    trainer.fit([[(2, 32)] * 2], [[32] * 4])
+    trainer.capture()
+    losses: list[float] = []
+    trainer.train(range(_STEPS), lambda _: batches, lambda _, result: losses.append(result.loss))
     return _Trained(losses, [parameter.detach().clone() for parameter in parameters.values()])
 
 

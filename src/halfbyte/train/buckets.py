@@ -1,0 +1,203 @@
+"""The few shapes in which all of a run's tokens pass through the layers.
+
+Examples are packed: the documents of a step lie one behind the other in parts of about
+`PART_TOKENS` tokens, each filled up to one of a few sizes. The sizes are chosen before the first
+step, from the lengths of the data at hand, so every kernel can be compiled and every CUDA graph
+captured ahead, and no step meets a new shape. How many documents a part may have, and how long the
+longest may be, is the same for all sizes: attention skips what is not there.
+
+More sizes waste less on filling up, and each costs the capture of a graph. The sizes that minimise
+
+    Σ over parts of (size − tokens)  +  price · number of sizes
+
+are found exactly (`_sizes`, dynamic programming over the sorted token counts).
+
+Where all parts of a run are the same rows of one length, as in a benchmark, they stay rows.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from halfbyte.plan.ledger import PART_TOKENS
+
+# Sizes are multiples of this, so that kernels see strides of one alignment; rows of a length that
+# is a multiple of half of it may stay rows.
+ROUND = 128
+MOST_SIZES = 16
+
+# Tokens that a further size must save in a run, times the width of the model: capturing a graph
+# takes 0.3 to 0.4 s whatever the width, in which an H100 trains 7000 tokens of width 4096.
+PRICE = 1.5e7
+
+
+class PartShape(NamedTuple):
+    """What is equal for parts that layers are called with in the same way.
+
+    Attributes:
+        rows: Rows of the batch; 1 where documents are packed.
+        tokens: Tokens of a row.
+        documents: How many documents there is room for in a packed row; 0 where rows are documents.
+        longest: No document has more tokens.
+    """
+
+    rows: int
+    tokens: int
+    documents: int
+    longest: int
+
+    @property
+    def numel(self) -> int:
+        """Tokens of a part."""
+        return self.rows * self.tokens
+
+
+def divide(lengths: Sequence[int], part_tokens: int | None = None) -> list[list[int]]:
+    """Return the documents of a step, by number, divided into parts of about ``part_tokens``.
+
+    Parts are as few as can be and of about as many tokens each: the longest first, each document
+    goes to the part with the fewest so far.
+    """
+    count = min(len(lengths), -(-sum(lengths) // (part_tokens or PART_TOKENS)))
+    if count == 1:
+        return [list(range(len(lengths)))]
+    parts: list[list[int]] = [[] for _ in range(count)]
+    tokens = [0] * count
+    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        part = tokens.index(min(tokens))
+        parts[part].append(number)
+        tokens[part] += lengths[number]
+    return [sorted(part) for part in parts if part]
+
+
+def as_rows(lengths: Sequence[int]) -> PartShape | None:
+    """Return the shape of documents that can stay rows, or None."""
+    if len(set(lengths)) == 1 and lengths[0] % (ROUND // 2) == 0:
+        return PartShape(len(lengths), lengths[0], 0, lengths[0])
+    return None
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The shapes of a run's parts.
+
+    Attributes:
+        shapes: All of them, the largest first.
+        part_tokens: What a part is divided at.
+    """
+
+    shapes: tuple[PartShape, ...]
+    part_tokens: int = PART_TOKENS
+
+    @classmethod
+    def of(
+        cls, steps: Sequence[Sequence[int]], width: int, part_tokens: int | None = None
+    ) -> "Buckets":
+        """Choose the shapes for a run.
+
+        Args:
+            steps: The lengths of each step's documents, in tokens.
+            width: Of the model's residual stream; decides what a further size may cost.
+            part_tokens: About how many tokens a part should have; `PART_TOKENS` if not given.
+        """
+        most = part_tokens or PART_TOKENS
+        parts = [[step[i] for i in part] for step in steps for part in divide(step, most)]
+        rows = {as_rows(part) for part in parts}
+        if None not in rows and len(rows) <= 2:
+            found = sorted((r for r in rows if r is not None), key=lambda r: -r.numel)
+            return cls(tuple(found), most)
+        tokens = Counter(_rounded(sum(part)) for part in parts)
+        sizes = _sizes(tokens, PRICE / max(1, width))
+        longest = _longest(max(map(max, parts)))
+        # What fills a part up are documents, too.
+        gaps = [next(n for n in sizes if n >= sum(part)) - sum(part) for part in parts]
+        counts = [len(p) + len(fillers(gap, longest)) for p, gap in zip(parts, gaps, strict=True)]
+        documents = _power_of_two(max(counts))
+        return cls(tuple(PartShape(1, n, documents, longest) for n in sizes[::-1]), most)
+
+    @property
+    def largest(self) -> PartShape:
+        """The shape with most tokens."""
+        return self.shapes[0]
+
+    def fit(self, lengths: Sequence[int]) -> PartShape:
+        """Return the shape for a part of these documents.
+
+        A part that is larger than all of them, which no step of the run has, gets one of its own.
+        """
+        rows = as_rows(lengths)
+        if rows is not None and rows in self.shapes:
+            return rows
+        return next((s for s in reversed(self.shapes) if _fits(lengths, s)), own_shape(lengths))
+
+
+def own_shape(lengths: Sequence[int]) -> PartShape:
+    """Return the shape of a part by itself, where there is no run to choose shapes for.
+
+    Packed rows are filled up to an eighth of the power of two below their length, so that there are
+    not many of these, either.
+    """
+    rows = as_rows(lengths)
+    if rows is not None:
+        return rows
+    tokens = sum(lengths)
+    unit = max(ROUND, (1 << (tokens.bit_length() - 1)) // 8)
+    filled = -(-tokens // unit) * unit
+    longest = _longest(max(lengths))
+    documents = len(lengths) + len(fillers(filled - tokens, longest))
+    return PartShape(1, filled, _power_of_two(documents), longest)
+
+
+def _fits(lengths: Sequence[int], shape: PartShape) -> bool:
+    """Whether the documents, and those that fill the part up, go into a part of this shape."""
+    if not shape.documents or max(lengths) > shape.longest or sum(lengths) > shape.tokens:
+        return False
+    return (
+        len(lengths) + len(fillers(shape.tokens - sum(lengths), shape.longest)) <= shape.documents
+    )
+
+
+def fillers(tokens: int, longest: int) -> list[int]:
+    """Return the lengths of the documents that fill up a part: none longer than ``longest``."""
+    whole, rest = divmod(tokens, longest)
+    return [longest] * whole + [rest] * (rest > 0)
+
+
+def _rounded(tokens: int) -> int:
+    # For very long parts, coarser: what is tried grows with the square of the number of counts.
+    unit = max(ROUND, _power_of_two(tokens) // 64)
+    return -(-tokens // unit) * unit
+
+
+def _longest(tokens: int) -> int:
+    """Return a length for which attention is compiled; what there is not costs it nothing."""
+    longest = ROUND
+    while longest < tokens:
+        longest *= 4
+    return longest
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def _sizes(tokens: Counter[int], price: float) -> list[int]:
+    """Return the sizes, ascending, that waste least; at most `MOST_SIZES`."""
+    counts = sorted(tokens)
+    # best[k][j]: the least waste of the first j counts with k sizes, the last of them counts[j-1].
+    best: list[list[tuple[float, int]]] = [[(0.0, 0)] + [(float("inf"), 0)] * len(counts)]
+    for _ in range(min(MOST_SIZES, len(counts))):
+        row = [(float("inf"), 0)] * (len(counts) + 1)
+        for j in range(1, len(counts) + 1):
+            waste = 0.0
+            for i in range(j - 1, -1, -1):
+                waste += tokens[counts[i]] * (counts[j - 1] - counts[i])
+                row[j] = min(row[j], (best[-1][i][0] + waste, i))
+        best.append(row)
+    number = min(range(1, len(best)), key=lambda k: best[k][-1][0] + price * k)
+    found, j = [], len(counts)
+    for k in range(number, 0, -1):
+        found.append(counts[j - 1])
+        j = best[k][j][1]
+    return found[::-1]

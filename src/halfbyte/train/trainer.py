@@ -1,0 +1,583 @@
+"""The training loop: micro-batches to gradients, clip, update, and what is done when memory ends.
+
+Every step that halfbyte makes is made here: those of a run, of a model of random weights, of the
+benchmarks and of the self-test. No input or output.
+
+The loss of a step is the sum of its token losses divided by the supervised tokens of the *whole*
+step, so how its examples are split into micro-batches (1x8, 2x4, 8x1) changes nothing but rounding.
+
+    g ← Σ over micro-batches of d(Σ token losses / N)      N: supervised tokens of the step
+    g ← g · min(1, max_grad_norm / ‖g‖)                     norm over all adapters together
+    AdamW (Loshchilov and Hutter 2019), learning rate from the schedule; for B and magnitudes
+    times ``loraplus_lr_ratio`` (LoRA+, Hayou et al. 2024)
+
+In float16 the gradients are scaled, and a step whose gradients overflow is left out
+(``train.loss_scale``).
+
+A step that runs out of memory is made again with less, one rung of a ladder after the other
+(`Trainer.fall_back`), until it succeeds. Its gradients are a sum over the same tokens in any case,
+and nothing is updated before they are complete, so the result is the same to rounding.
+"""
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.errors import ConfigError, NonFiniteLossError, OutOfMemoryError
+from halfbyte.optim import AdamW
+from halfbyte.optim.paging import Paging
+from halfbyte.plan.policy import ActivationPolicy, peak
+from halfbyte.train.buckets import Buckets
+from halfbyte.train.config import TrainConfig
+from halfbyte.train.engine import Batch, LayerEngine, PlainEngine
+from halfbyte.train.loss_scale import LossScale, too_large
+from halfbyte.train.memory import (
+    HOST_SHARE,
+    MARGIN,
+    MemoryPlan,
+    Shapes,
+    free_memory,
+    plan_memory,
+    used_memory,
+)
+from halfbyte.train.parts import lengths_of
+from halfbyte.train.passes import is_out_of_memory
+from halfbyte.train.schedule import Schedule
+
+# Parts are not made smaller than this: there are too few rows for a product by then.
+SMALLEST_PART = 512
+
+Progress = Callable[[int, int], None]
+
+
+class StepResult(NamedTuple):
+    """What a step measured.
+
+    Attributes:
+        loss: Mean token loss.
+        grad_norm: Norm of all gradients before clipping.
+        learning_rate: That of A.
+        paging: What paging the optimizer's state did; None where it is off.
+        seconds: From its first operation to the last; what is made again included.
+        data_seconds: How long its micro-batches took to make; a GPU is at work meanwhile.
+        skipped: Whether nothing was updated, because gradients overflowed in float16.
+    """
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    paging: Paging | None = None
+    seconds: float = 0.0
+    data_seconds: float = 0.0
+    skipped: bool = False
+
+
+class _Queued(NamedTuple):
+    """A step whose work the device has been given: its loss and norm there, and its learning rate.
+
+    Attributes:
+        seen: float32 [2].
+        rate: The learning rate.
+        began: When it did.
+    """
+
+    seen: Tensor
+    rate: float
+    began: float
+
+
+def _only_said(error: RuntimeError) -> RuntimeError:
+    """Return the error without the frames it came through, which hold tensors.
+
+    Raises:
+        RuntimeError: The error, if it is of another kind than memory that is used up.
+    """
+    if not is_out_of_memory(error):
+        raise error
+    error.__context__ = error.__cause__ = None
+    return error.with_traceback(None)
+
+
+def _side_by_side(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Give each parameter a gradient of zeros, all in one tensor, and return that.
+
+    Gradients are added into memory that is there from the start, so that the first step of a
+    resumed run adds as every other step does. Together, their norm is one reduction, and setting
+    them to zero is one launch instead of hundreds. Each begins at a multiple of 256 bytes.
+    """
+    sizes = [-(-parameter.numel() // 64) * 64 for parameter in parameters]
+    together = torch.zeros(sum(sizes), dtype=torch.float32, device=parameters[0].device)
+    for parameter, part in zip(parameters, torch.split(together, sizes), strict=True):
+        parameter.grad = part[: parameter.numel()].view_as(parameter)
+    return together
+
+
+class Trainer:
+    """Makes optimizer steps.
+
+    `fit` chooses the shapes of parts and the activation policy from the data at hand, `capture`
+    captures CUDA graphs; without them steps are made by ``policy``, eagerly.
+
+    Args:
+        engine: Computes gradients.
+        parameters: What is trained, by name; float32.
+        config: Learning rate, betas, clipping, optimizer, memory.
+        schedule: The learning rate per step.
+
+    Attributes:
+        policy: What is kept for backward.
+        fallbacks: What was done when memory ran out, for the journal; whoever records it empties
+            the list.
+    """
+
+    def __init__(
+        self,
+        engine: LayerEngine | PlainEngine,
+        parameters: Mapping[str, nn.Parameter],
+        config: TrainConfig,
+        schedule: Schedule,
+    ) -> None:
+        self.engine, self.parameters, self.schedule = engine, dict(parameters), schedule
+        self.config, self.max_grad_norm = config, config.max_grad_norm
+        self.policy, self.fallbacks = ActivationPolicy(), list[dict[str, Any]]()
+        self.plan: MemoryPlan | None = None
+        self._lengths: Sequence[Sequence[int]] = ()
+        self._most_tokens = 0
+        self._captured = self._updating = False
+        self._device = engine.model.device.type
+        self._gradients = _side_by_side(list(self.parameters.values()))
+        self.loss_scale: LossScale | None = None
+        if isinstance(engine, LayerEngine):
+            self.loss_scale = LossScale.wanted(engine.dtype)
+        groups: dict[float, list[str]] = {}
+        for name in self.parameters:
+            of_b = name.endswith(("lora_B.weight", "lora_magnitude_vector"))
+            groups.setdefault(config.loraplus_lr_ratio if of_b else 1.0, []).append(name)
+        self._names = [name for members in groups.values() for name in members]
+        self.optimizer = AdamW(
+            [
+                {"params": [self.parameters[name] for name in members], "ratio": ratio}
+                for ratio, members in groups.items()
+            ],
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            state_bits=8 if config.optim.endswith("8bit") else 32,
+            paging=config.paging if config.optim.startswith("paged_") else "off",
+        )
+        # Without clipping, a layer's update need not wait for the others' gradients, and its state
+        # goes to the device and back beside their backward.
+        self._early = (
+            self.optimizer.paging == "explicit"
+            and not self.max_grad_norm
+            and self.loss_scale is None
+        )
+        if self._early and isinstance(engine, LayerEngine):
+            if engine.captures:
+                engine.notes.append(
+                    "no CUDA graphs: with explicit paging and no clipping, the host queues each "
+                    "layer's update as its gradients are final"
+                )
+            engine.finished = self._update_layer
+
+    def _update_layer(self, layer: int, loss: Tensor) -> None:
+        assert isinstance(self.engine, LayerEngine)
+        self._updating = True
+        scale = torch.ones_like(loss) + 0.0 * loss
+        self.optimizer.step_parameters(self.engine.trained[layer], grad_scale=scale)
+
+    # --- before the first step ------------------------------------------------------------------
+
+    def fit(self, shapes: Shapes, lengths: Sequence[Sequence[int]]) -> MemoryPlan:
+        """Choose the shapes of parts, and what is kept for backward, from a run's steps.
+
+        Args:
+            shapes: For each optimizer step, the (B, T) of its micro-batches.
+            lengths: For each, the tokens of its examples.
+
+        Raises:
+            ConfigError: If the memory budget is too small, whatever is done.
+            OutOfMemoryError: If not even one layer can be run.
+        """
+        self._lengths = lengths
+        self._most_tokens = max(sum(b * t for b, t in step) for step in shapes)
+        engine, part_tokens = self.engine, None
+        while True:
+            if isinstance(engine, LayerEngine):
+                engine.longest = max(map(max, lengths))
+            if isinstance(engine, LayerEngine) and engine.packs:
+                engine.buckets = Buckets.of(lengths, self._width, part_tokens)
+            failed = None
+            try:
+                plan = self._planned(shapes)
+                if plan.reserved_bytes <= plan.budget or not self._may_shrink():
+                    self.use(plan.policy)
+                    break
+            except ConfigError:
+                if not self._may_shrink():
+                    raise
+            except RuntimeError as error:
+                failed = _only_said(error)
+            if failed is not None:
+                self._clear()
+                if not self._may_shrink():
+                    raise self._given_up(0) from failed
+            part_tokens = self._shrunk()
+        self.plan = plan
+        return plan
+
+    def _planned(self, shapes: Shapes) -> MemoryPlan:
+        """Plan with the optimizer's state on the device; where that cannot be, without it."""
+        optimizer, config = self.optimizer, self.config
+
+        def plan(state_bytes: int) -> MemoryPlan:
+            return plan_memory(
+                self.engine,
+                shapes,
+                config.activations,
+                config.memory_budget,
+                self._device,
+                state_bytes=state_bytes,
+            )
+
+        usual, tight = optimizer.device_bytes(), optimizer.device_bytes(tight=True)
+        try:
+            return plan(usual)
+        except ConfigError:
+            if tight == usual:
+                raise
+        return replace(plan(tight), state_off_device=usual - tight)
+
+    @property
+    def _width(self) -> int:
+        return int(self.engine.model.config.get_text_config().hidden_size)
+
+    def use(self, policy: ActivationPolicy) -> None:
+        """Make steps by this policy from now on."""
+        self.policy = policy
+        self.engine.keep_decoded(policy.decoded)
+        if isinstance(self.engine, LayerEngine):
+            self.engine.forget_graphs()
+
+    def capture(self, progress: Progress | None = None) -> None:
+        """Allocate the optimizer's state, and capture CUDA graphs of all shapes that `fit` chose.
+
+        Raises:
+            OutOfMemoryError: If there is too little memory, whatever is done.
+        """
+        self._captured = True
+        while True:
+            try:
+                self.optimizer.allocate()
+                if isinstance(self.engine, LayerEngine):
+                    self.engine.capture(self.policy, progress)
+            except RuntimeError as error:
+                failed = _only_said(error)
+            else:
+                return
+            self.fall_back(0, failed)
+
+    def release(self) -> None:
+        """Let go of CUDA graphs and of weights that stay decoded; no step will follow."""
+        self.use(replace(self.policy, decoded=0))
+
+    # --- steps ----------------------------------------------------------------------------------
+
+    def train(
+        self,
+        steps: Iterable[int],
+        batches: Callable[[int], Sequence[Batch]],
+        done: Callable[[int, StepResult], None],
+    ) -> None:
+        """Make steps one after the other.
+
+        Args:
+            steps: Their numbers (0-based).
+            batches: Returns the micro-batches of a step. Those of the next are asked for while a
+                GPU is at work.
+            done: Called after each.
+
+        Raises:
+            NonFiniteLossError: As `step`.
+            OutOfMemoryError: As `step`.
+        """
+        numbers = list(steps)
+        waited, given = _timed(batches, numbers[0]) if numbers else (0.0, ())
+        for place, number in enumerate(numbers):
+            queued, own, last = self._queue(number, given), waited, place + 1 == len(numbers)
+            if not last and self._device == "cuda":  # which is at work on this one
+                waited, given = _timed(batches, numbers[place + 1])
+            done(number, self._finished(number, queued)._replace(data_seconds=own))
+            if not last and self._device != "cuda":
+                waited, given = _timed(batches, numbers[place + 1])
+
+    def step(self, step: int, batches: Sequence[Batch]) -> StepResult:
+        """Make step ``step`` (0-based).
+
+        Raises:
+            NonFiniteLossError: If the loss or the gradient is NaN or infinite; no parameter has
+                been changed then, unless layers are updated while backward is under way (explicit
+                paging without clipping).
+            OutOfMemoryError: If there is too little memory, whatever is done. Nothing was updated.
+        """
+        return self._finished(step, self._queue(step, batches))
+
+    def _queue(self, step: int, batches: Sequence[Batch]) -> _Queued:
+        began = time.perf_counter()
+        while True:
+            try:
+                return self._attempt(step, batches, began)
+            except RuntimeError as error:
+                failed = _only_said(error)
+            self.fall_back(step, failed)
+            if self._captured:
+                self.capture()
+
+    def _attempt(self, step: int, batches: Sequence[Batch], began: float) -> _Queued:
+        if self._tight(batches):
+            self.optimizer.page_out()
+        else:
+            self.optimizer.allocate()  # an update that has begun cannot be made again
+            self.optimizer.prefetch()
+        rate = self.schedule.at(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["ratio"]
+        supervised = max(1.0, float(sum(int((b.labels != -100).sum()) for b in batches)))
+        # In float16 the loss is a sum, scaled; its gradients are divided in float32.
+        scale = self.loss_scale
+        normaliser = supervised if scale is None else 1.0 / scale.factor
+        unscale = 1.0 if scale is None else scale.unscale(supervised)
+        clock = self.engine.clock
+        if clock is not None:
+            clock.step, clock.running = step, True
+        try:
+            loss = self.engine.step(batches, normaliser, self.policy)
+        finally:
+            if clock is not None:
+                clock.running = False
+        # Norm, clipping and update are queued behind backward, and only then does the host look: an
+        # update whose scale is not finite changes nothing.
+        loss, norm = loss * unscale, torch.linalg.vector_norm(self._gradients) * unscale
+        clip = torch.ones_like(norm)
+        if self.max_grad_norm:
+            clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        scale_of_all, seen = clip * unscale + 0.0 * (loss + norm), torch.stack([loss, norm])
+        self._updating = True
+        self.optimizer.step(grad_scale=scale_of_all)
+        self._updating = False
+        return _Queued(seen, rate, began)
+
+    def _finished(self, step: int, queued: _Queued) -> StepResult:
+        loss, norm = queued.seen.tolist()
+        paging = self.optimizer.report()
+        skipped = False
+        if not math.isfinite(loss) and self.loss_scale is not None:
+            raise NonFiniteLossError(too_large(step))
+        if not math.isfinite(norm) and self.loss_scale is not None:
+            self.engine.notes.append(self.loss_scale.overflowed(step))
+            skipped = True
+        elif not (math.isfinite(loss) and math.isfinite(norm)):
+            changed = "Some layers were updated" if self._early else "Nothing was updated"
+            raise NonFiniteLossError(
+                f"step {step + 1}: loss {loss}, gradient norm {norm}. "
+                f"{changed}. Try a lower learning_rate, or compute_dtype float32"
+            )
+        elif self.loss_scale is not None:
+            self.loss_scale.updated()
+        self.clear_gradients()
+        seconds = time.perf_counter() - queued.began
+        return StepResult(loss, norm, queued.rate, paging, seconds, skipped=skipped)
+
+    def _tight(self, batches: Sequence[Batch]) -> bool:
+        """Return whether a step needs more than there is: what it takes grows with its tokens."""
+        plan, buckets = self.plan, getattr(self.engine, "buckets", None)
+        if plan is None or self.optimizer.paging not in ("auto", "managed"):
+            return False
+        if buckets is not None:
+            most = buckets.largest.numel
+            tokens = min(sum(lengths_of(batches)), most)
+        else:
+            tokens = sum(batch.input_ids.numel() for batch in batches)
+            most = self._most_tokens
+        room = plan.budget - plan.used - plan.state_off_device
+        return bool((plan.predicted_bytes - plan.used) * tokens > room * most)
+
+    # --- when memory runs out -------------------------------------------------------------------
+
+    def fall_back(self, step: int, error: BaseException) -> None:
+        """Go down one rung of the ladder, so that steps need less memory.
+
+        The rungs: no decoded weights kept; fewer layers saved, as many as fit into what there is
+        now; every layer recomputed; their inputs offloaded to the host; smaller parts; no CUDA
+        graphs.
+
+        Args:
+            step: The step that failed (0-based).
+            error: What it failed with.
+
+        Raises:
+            OutOfMemoryError: If there is no further rung, or the step has begun to update.
+        """
+        self._clear()
+        if self._updating:
+            raise self._given_up(step) from error
+        before, done = self.policy, None
+        if isinstance(self.engine, LayerEngine):
+            done = self._less()
+        if done is None:
+            raise self._given_up(step) from error
+        self.engine.notes.append(f"out of GPU memory at step {step + 1}: {done}, and made again")
+        self.fallbacks.append(
+            {
+                "step": step + 1,
+                "reason": str(error).partition("\n")[0],
+                "action": done,
+                "policy_before": before.__dict__,
+                "policy": self.policy.__dict__,
+            }
+        )
+
+    def _less(self) -> str | None:
+        """Go down one rung; return what was done, or None if there is none."""
+        assert isinstance(self.engine, LayerEngine)
+        policy, layers = self.policy, len(self.engine.layers)
+        if policy.decoded:
+            self.use(replace(policy, decoded=0))
+            return "decoded weights are no longer kept"
+        if policy.saved:
+            self.use(self._saving_less())
+            return f"{self.policy.saved} of {layers} layers keep their activations"
+        away = ActivationPolicy.offloading(layers)
+        further = self._device == "cuda" and away.offloaded > policy.offloaded
+        if further and self._host_has_room(away):
+            self.use(away)
+            return "inputs of recomputed layers wait in host memory"
+        if policy.attention_checkpoint:
+            self.use(replace(policy, attention_checkpoint=False))
+            return "attention is recomputed, too"
+        if self._may_shrink():
+            self._shrunk()
+            return f"parts have at most {self.engine.buckets.largest.numel} tokens"  # type: ignore[union-attr]
+        if self.engine.captures:
+            self.engine.stop_capturing("memory ran out")
+            return "CUDA graphs are given up"
+        return None
+
+    def _saving_less(self) -> ActivationPolicy:
+        """Return the policy with fewer layers saved, as many as there is memory for now."""
+        assert isinstance(self.engine, LayerEngine)
+        policy, graphs = self.policy, self.engine.captures
+
+        def of(saved: int) -> ActivationPolicy:
+            # What is offloaded stays so, and what is saved no longer is, too.
+            more = policy.saved - saved if policy.offloaded else 0
+            return replace(policy, saved=saved, offloaded=policy.offloaded + more)
+
+        if self.plan is None or self.plan.cost is None:
+            return of((policy.saved - 1) // 2)
+        used = used_memory(self._device) - self.engine.scratch.nbytes
+        room = (used + free_memory(self._device)) / MARGIN
+        for saved in range(policy.saved - 1, 0, -1):
+            if used + peak(self.plan.cost, of(saved), graphs=graphs).reserved <= room:
+                return of(saved)
+        return of(0)
+
+    def _host_has_room(self, policy: ActivationPolicy) -> bool:
+        cost = self.plan.cost if self.plan is not None else None
+        return cost is None or cost.host_bytes(policy) <= HOST_SHARE * free_memory("cpu")
+
+    def _may_shrink(self) -> bool:
+        """Return whether parts can be of fewer tokens: the longest document has to fit."""
+        buckets = getattr(self.engine, "buckets", None)
+        if buckets is None or not self._lengths:
+            return False
+        longest = max(map(max, self._lengths))
+        return bool(buckets.largest.numel > 1.5 * max(longest, SMALLEST_PART))
+
+    def _shrunk(self) -> int:
+        """Divide steps into smaller parts; return how many tokens these should have at most."""
+        assert isinstance(self.engine, LayerEngine)
+        assert self.engine.buckets is not None
+        before = self.engine.buckets.largest.numel
+        most = min(before, self.engine.buckets.part_tokens)
+        self.engine.forget_graphs()
+        # Two documents of a bit less than half a part stay together until there are more parts.
+        while most > 1 and self.engine.buckets.largest.numel >= before:
+            most //= 2
+            self.engine.buckets = Buckets.of(self._lengths, self._width, most)
+        return most
+
+    def _clear(self) -> None:
+        """Let go of what an attempt has left."""
+        if isinstance(self.engine, LayerEngine):
+            self.engine.passes.forget()
+            self.engine.forget_graphs()
+        self.clear_gradients()
+        gc.collect()
+        if self._device == "cuda":
+            torch.cuda.empty_cache()
+
+    def _given_up(self, step: int) -> OutOfMemoryError:
+        changed = "Some layers were updated" if self._updating else "Nothing was updated"
+        tried = "; ".join(dict.fromkeys(record["action"] for record in self.fallbacks))
+        free = free_memory(self._device) / 1e9
+        return OutOfMemoryError(
+            f"step {step + 1} does not fit into the memory of this GPU, of which {free:.2f} GB are "
+            f"free. Tried: {tried or 'nothing was left to try'}. {changed} in this step. "
+            "End other programs on the GPU, or lower max_length; --optim paged_adamw_8bit and "
+            "--quantize-head take less, too"
+        )
+
+    # --- state ----------------------------------------------------------------------------------
+
+    def progress(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold besides tensors: JSON values."""
+        return {} if self.loss_scale is None else {"loss_scale": self.loss_scale.state()}
+
+    def load_progress(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `progress` returned.
+
+        Raises:
+            CheckpointError: If it is not that.
+        """
+        if self.loss_scale is not None and "loss_scale" in state:
+            self.loss_scale.load(state["loss_scale"])
+
+    def clear_gradients(self) -> None:
+        """Set the gradients to zero where they are: the next step adds into the same memory."""
+        self._gradients.zero_()
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Return AdamW's moments and step counts by ``<parameter>.<field>``, on the CPU."""
+        return {
+            f"{self._names[number]}.{field}": value
+            for number, fields in self.optimizer.state_dict()["state"].items()
+            for field, value in fields.items()
+        }
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what ``optimizer_state`` returned, bit for bit.
+
+        Raises:
+            CheckpointError: If a parameter's moments are not in ``state``, or are of another width.
+        """
+        parts = {name: number for number, name in enumerate(self._names)}
+        found: dict[int, dict[str, Tensor]] = {number: {} for number in parts.values()}
+        for key, value in state.items():
+            name, _, field = key.rpartition(".")
+            found[parts[name]][field] = value
+        groups = [{"params": group["params"]} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict({"state": found, "param_groups": groups})
+
+
+def _timed(batches: Callable[[int], Sequence[Batch]], step: int) -> tuple[float, Sequence[Batch]]:
+    began = time.perf_counter()
+    made = batches(step)
+    return time.perf_counter() - began, made
