@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import logging
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
@@ -59,15 +60,21 @@ def claim_process() -> None:
     _ours = True
 
 
-def import_transformers() -> None:
+def import_transformers(*, gpu: bool = False) -> None:
     """Import torch, and what every model of transformers needs.
 
     Does nothing in a process of others, or where a model was imported before.
+
+    Args:
+        gpu: Whether to make a GPU ready meanwhile, if there is one: a context and its first
+            product take a second in which Python is free to import.
     """
     if not _ours or _COMMON[0] in sys.modules:
         return
     import torch  # noqa: F401 (imports torch._dynamo itself, if it is a torch that does)
 
+    if gpu:
+        _wake_gpu()
     if _DYNAMO not in sys.modules:
         _postpone_dynamo()
     import transformers  # noqa: F401 (itself it asks what is installed, and imports no model)
@@ -81,6 +88,22 @@ def import_transformers() -> None:
     with _one_survey_of_models(import_utils):
         for name in _COMMON:
             importlib.import_module(name)
+
+
+def _wake_gpu() -> None:
+    """Begin to make a CUDA context, in a thread of its own."""
+    import torch
+
+    from halfbyte.model.precision import use_expandable_segments
+
+    use_expandable_segments()  # is looked at when there is a context
+
+    def wake() -> None:
+        if torch.cuda.is_available():
+            one = torch.ones(16, 16, device="cuda")
+            torch.mm(one, one)
+
+    threading.Thread(target=wake, name="wake-gpu", daemon=True).start()
 
 
 def _absent(*_: Any, **__: Any) -> bool:

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     file = words.positional.get("config") or words.given.pop("config", None)
     config, notes = load_config(file, words.given, problems=words.problems)
 
-    import_transformers()
+    import_transformers(gpu=config.device != "cpu")
     from halfbyte.report import open_report, show
     from halfbyte.train.loop import train
 

@@ -85,9 +85,11 @@ def load_dataset(
     rows: list[Conversation] = []
     cut: list[str] = []
     longest = 0
-    for done, row in enumerate(read.conversations, 1):
+    encoded = zip(read.conversations, encoder.encode_all(read.conversations), strict=True)
+    for done, (row, whole) in enumerate(encoded, 1):
         try:
-            whole = encoder.encode(row)
+            if isinstance(whole, RowRejected):
+                raise whole
             if not whole.labels_mask[:max_length].any():
                 within = f" within max_length {max_length}" if whole.labels_mask.any() else ""
                 raise RowRejected(f"nothing supervised{within}")

@@ -27,6 +27,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -62,6 +64,17 @@ class Example:
     prompt_length: int
 
 
+# Rows whose texts are tokenized together.
+_AT_ONCE = 512
+_OFFSET_NAMES = ("input_ids", "offset_mapping")
+_WITH_OFFSETS: dict[str, Any] = {
+    "add_special_tokens": False,
+    "return_offsets_mapping": True,
+    "return_attention_mask": False,
+    "verbose": False,
+}
+
+
 class Encoder:
     """Encodes for one tokenizer, and remembers what should be said about it."""
 
@@ -70,6 +83,35 @@ class Encoder:
         self._plain = tokenizer.chat_template is None
         self._train_on = train_on
         self._said: defaultdict[str, list[str]] = defaultdict(list)
+        self._ahead: dict[int, tuple[str, Any]] = {}  # by the identity of a row
+
+    def encode_all(self, rows: Sequence[Conversation]) -> Iterator[Example | RowRejected]:
+        """Yield each row encoded, or why it is rejected.
+
+        Many texts are tokenized at once, which a fast tokenizer does on all processors.
+        """
+        for start in range(0, len(rows), _AT_ONCE):
+            some = rows[start : start + _AT_ONCE]
+            self._tokenize_ahead(some)
+            for row in some:
+                try:
+                    yield self.encode(row)
+                except RowRejected as rejection:
+                    yield rejection
+            self._ahead.clear()
+
+    def _tokenize_ahead(self, rows: Sequence[Conversation]) -> None:
+        if self._train_on == "all" or not self._tokenizer.is_fast:
+            return
+        texts: dict[int, str] = {}
+        for row in rows:
+            if row.text is None:
+                with suppress(RowRejected):  # which is said when its turn comes
+                    texts[id(row)] = self._render(row.messages, row.tools, prompt=False)
+        if texts:
+            found = self._tokenizer(list(texts.values()), **_WITH_OFFSETS)
+            for i, (key, text) in enumerate(texts.items()):
+                self._ahead[key] = text, {name: found[name][i] for name in _OFFSET_NAMES}
 
     def prompt(self, messages: list[Message], tools: Tools = None) -> list[int]:
         """The token ids from which a model should answer ``messages``.
@@ -157,7 +199,10 @@ class Encoder:
         return ids
 
     def _conversation(self, row: Conversation) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        text = self._render(row.messages, row.tools, prompt=False)
+        text, encoding = self._ahead.get(id(row)) or (
+            self._render(row.messages, row.tools, prompt=False),
+            None,
+        )
         if self._train_on == "all":
             ids = np.array(self._ids(text), dtype=np.int32)
             self._check_bos(ids)
@@ -168,11 +213,9 @@ class Encoder:
                 "for, so the assistant's tokens cannot be found: use a fast tokenizer "
                 "(tokenizer.json), or train on all tokens (train_on: all)."
             )
-        encoding = self._tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        ids = np.array(encoding.input_ids, dtype=np.int32)
-        offsets = np.array(encoding.offset_mapping, dtype=np.int64).reshape(len(ids), 2)
+        encoding = encoding or self._tokenizer(text, **_WITH_OFFSETS)
+        ids = np.array(encoding["input_ids"], dtype=np.int32)
+        offsets = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(len(ids), 2)
         mask = self._marked(row, ids)
         if mask is None:
             mask = np.zeros(len(ids), dtype=np.bool_)
@@ -232,7 +275,9 @@ class Encoder:
         earlier, words = row.messages[:index], str(row.messages[index]["content"]).strip()
         try:
             before = self._render(earlier, row.tools, prompt=True)
-            until = self._render(row.messages[: index + 1], row.tools, prompt=False)
+            until = text
+            if index + 1 < len(row.messages):
+                until = self._render(row.messages[: index + 1], row.tools, prompt=False)
             if text.startswith(before):
                 start = len(before)
             else:

@@ -24,7 +24,7 @@ from halfbyte.nf4.device import DeviceSpec, spec_of
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def _expandable_segments() -> None:
+def use_expandable_segments() -> None:
     """Have torch's allocator grow its pieces of memory, unless a user has set it up.
 
     Pieces of fixed size leave holes that nothing fits into: a 7B model on chats of many lengths
@@ -64,7 +64,7 @@ def choose_device_and_dtype(device: str, compute_dtype: str) -> tuple[str, torch
     if device == "auto":
         device = "cuda" if has_cuda else "cpu"
     if device == "cuda":
-        _expandable_segments()
+        use_expandable_segments()
         return device, *_gpu_dtype(spec_of(torch.device(device)), compute_dtype)
     if compute_dtype == "float16":
         raise ConfigError(

@@ -12,8 +12,8 @@ the bytes of an activation:
       mlp         gate, up, and their product (on a GPU made in backward)      3·e·I or 2·e·I
       adapters    x Aᵀ of each linear                                          e·Σr
       statistics  of norms and of attention, float32                           4·(2 + heads)
-    offload     nothing on the card, but for what is under way: inputs and, of wide models, notes,
-                  of which neither attention nor its output is made again  e·(H + Q) + 4·heads
+    offload     nothing on the card, but for what is under way: inputs and, of wide models, what
+                  spares computing attention again                         e·(H + Q) + 4·heads
 
 On a GPU layers that are run again keep `adapters` beside their input, on the card wherever that
 waits; x is read once for them. There r is what the copies of adapters are filled up to.

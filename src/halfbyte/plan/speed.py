@@ -6,10 +6,10 @@ layers that is run again in backward:
 
     products     2·N·(2·P + a·R)         forward, the input's gradient, and forward again; of fused
                                          layers without the last product (R weights instead of P),
-                                         whose result nobody reads, and where notes are kept without
-                                         that of attention's output
+                                         whose result nobody reads, and where attention is kept
+                                         without that of attention's output
     head         2·V·H·N·2
-    attention    2·T·Q·N a layer         forward, causal, and again but where notes are kept;
+    attention    2·T·Q·N a layer         forward, causal, and again but where it is kept;
                                          backward takes 2.5 times that
     decoding     2·(packed + decoded)    bytes: once a direction for what goes through the layers
                                          together (a packed part, else all micro-batches of a
@@ -42,8 +42,12 @@ from halfbyte.plan.shape import ModelShape
 
 PRODUCT_SHARE = 688 / 989
 COPY_SHARE = 3.02 / 3.35
-# Attention's products are small, and softmax is between them.
+# Attention's products are small, and softmax is between them: smaller yet where documents are
+# shorter than `_LONG`, and heads narrower than `_WIDE_HEAD`. Products of models narrower than
+# `_WIDE` are small, too. Of SmolLM2's step on chats an H200's kernels took 28 ms: attention 9.4
+# where long rows of wide heads would take 1.7, products 11.5 where wide ones would take 4.1.
 ATTENTION_SHARE = 0.5
+_LONG, _WIDE_HEAD, _WIDE = 2048, 128, 1600
 # How often what a layer keeps goes through memory between its products, forward and backward, and
 # when it is run again: gpu_step_forms.json, 4x2048, less all the rest.
 MOVED, MOVED_AGAIN = 3.0, 0.3
@@ -94,7 +98,7 @@ class Card(NamedTuple):
 
     @property
     def checkpoint_width(self) -> int:
-        """The width from which a layer runs as long as its input and notes take to leave.
+        """The width from which a layer runs as long as its input and attention take to leave.
 
         These are three streams, 6 bytes a token and width in 16 bits. A layer of a Llama has
         12 weights for each square of its width, and forward multiplies with each. What is not
@@ -220,7 +224,7 @@ def step_seconds(
     numel = sum(weight.numel for weight in linears)
     last = sum(weight.numel for weight in linears if weight.name.endswith(".down_proj.weight"))
     rerun = numel - last if run.fused else numel
-    # Of layers with notes neither attention nor what follows it is made again.
+    # Where attention is kept, neither it nor what follows it is computed again.
     noted = run.policy.offloaded / max(1, shape.layers) if run.policy.attention_checkpoint else 0.0
     after = sum(weight.numel for weight in linears if weight.name.endswith(".o_proj.weight"))
     packed = [held(weight, shape, run.holding) for weight in linears]
@@ -236,10 +240,15 @@ def step_seconds(
     trained = sum(run.rank * sum(weight.shape) for weight in run.adapted(shape))
     state = 2 if run.optimizer.endswith("8bit") else 8
     parts = tokens / max(1, run.part_tokens) if card.device == "cuda" else 0.0
+    flops, attended = card.flops, ATTENTION_SHARE
+    if card.device == "cuda":
+        flops *= min(1.0, shape.hidden / _WIDE)
+        head_dim = shape.query / max(1, shape.heads)
+        attended *= min(1.0, run.length / _LONG) ** 0.5 * min(1.0, head_dim / _WIDE_HEAD)
     found = Seconds(
-        products=2 * tokens * (2 * numel + again * rerun - noted * after) / card.flops,
+        products=2 * tokens * (2 * numel + again * rerun - noted * after) / flops,
         head=4 * shape.vocabulary * shape.hidden * tokens / card.flops,
-        attention=forward * (1 + 2.5 + again - noted) / (card.flops * ATTENTION_SHARE),
+        attention=forward * (1 + 2.5 + again - noted) / (card.flops * attended),
         decoding=2
         * passes
         * (1 - run.policy.decoded / max(1, shape.layers))
