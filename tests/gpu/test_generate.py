@@ -112,7 +112,7 @@ def test_a_graph_without_room_for_decoded_weights(rows, monkeypatch):
     model = random_model(SHAPES["llama3-8b"])
     prompts = prompts_of([4 + i % 7 for i in range(rows)])
     roomy = answers(model, prompts, 12, slots=rows)
-    monkeypatch.setattr(decoding, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(decoding, "free_bytes", lambda *_: 0)
     plain = answers(model, prompts, 12, slots=rows, graphs=False)
     assert answers(model, prompts, 12, slots=rows) == plain
     if rows > 64:
@@ -147,7 +147,7 @@ def test_logits_are_no_further_off_than_transformers(name, kind, slots, monkeypa
     """Of prefill and of a step, in bfloat16, against the same weights in float32."""
     model, prompts = random_model(SHAPES[name]), prompts_of()[-slots:]
     if kind == "packed":
-        monkeypatch.setattr(decoding, "free_bytes", lambda device: 0)
+        monkeypatch.setattr(decoding, "free_bytes", lambda *_: 0)
         monkeypatch.setattr(decoding, "_LARGE_LAYER", 0)
     else:
         monkeypatch.setattr(decoding, "_LARGE_LAYER", 2**62)
@@ -252,5 +252,8 @@ def test_attention_over_the_cache(heads, window, dtype):
     got = gpu_decode.attend_cached(
         q.cuda(), keys.cuda(), values.cuda(), positions.cuda(), scale, window
     )
-    bound = 4 * torch.finfo(dtype).eps * sizes
-    assert ((got.cpu().double() - wanted).abs() <= bound).all()
+    # In float32 the scores, of up to 5 here, are rounded as coarsely as the result is, and the
+    # exponential makes a relative error of that. In 16 bits they are exact beside it.
+    bound = (14 if dtype == torch.float32 else 4) * torch.finfo(dtype).eps * sizes
+    off = ((got.cpu().double() - wanted).abs() / bound).max()
+    assert off <= 1, f"{off:.2f} of the bound"

@@ -344,12 +344,15 @@ class LayerEngine:
         self.forget_graphs()
         shapes = self.buckets.shapes
         try:
-            for number, shape in enumerate(shapes, start=1):
-                part = part_of_shape(shape, self.model.device)
-                held = graphs.hold(self.embed([part])[0])
-                self.passes.rehearse(held, policy, whole=number == 1)
+            # All are compiled before the first is captured: what that takes, graphs' memory is not
+            # yet beside.
+            for number, shape in enumerate(shapes):
+                held = graphs.hold(self.embed([part_of_shape(shape, self.model.device)])[0])
+                self.passes.rehearse(held, policy, whole=number == 0)
                 for supervised in {min(17, shape.numel), shape.numel}:  # aligned and not
                     self.tail(held.x, part_of_shape(shape, self.model.device, supervised), 1.0)
+            for number, shape in enumerate(shapes, start=1):
+                held = graphs.hold(self.embed([part_of_shape(shape, self.model.device)])[0])
                 try:
                     graphs.capture(shape, held, policy)
                 except RuntimeError as error:
