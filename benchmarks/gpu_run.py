@@ -570,7 +570,7 @@ def main() -> None:
 
     if args.device == "cuda":
         require_cuda()
-    asked = ("steps", "layers", "chats", "longest", "seconds", "device")
+    asked = ("steps", "layers", "chats", "longest", "seconds")
     options = {name: getattr(args, name) for name in asked}
     options |= {"batch": BATCH, "accumulation": ACCUMULATION, "blocks_of_a_packed_batch": BLOCKS}
 

@@ -1,0 +1,124 @@
+"""Runs that find less memory than they planned with: made again with less, to the same losses.
+
+The process is capped, which the plan does not see, or memory is taken away between two steps.
+"""
+
+import gc
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from halfbyte.errors import OutOfMemoryError
+from halfbyte.lora import adapter_parameters
+from halfbyte.train.config import TrainConfig
+from halfbyte.train.engine import Batch, choose_engine
+from halfbyte.train.schedule import Schedule
+from halfbyte.train.trainer import Trainer
+from tests.train.test_engine import SIZES, model_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+SHAPE = LlamaConfig(
+    **SIZES
+    | {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 8,
+        "max_position_embeddings": 1024,
+    }
+)
+LENGTHS = [[900, 512, 300, 1000, 77, 640, 800, 512]] * 4
+
+
+def batches(step):
+    generator = torch.Generator().manual_seed(step)
+    lengths = LENGTHS[step]
+    ids = torch.randint(0, 120, (len(lengths), max(lengths)), generator=generator)
+    labels = torch.randint(0, 120, ids.shape, generator=generator)
+    for row, length in enumerate(lengths):
+        labels[row, length:] = -100
+    return [Batch(ids, labels, lengths)]
+
+
+def in_use():
+    for _ in range(2):  # an autograd graph in a cycle takes two
+        gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
+
+
+def trainer(**options):
+    model = model_of(SHAPE, dtype=torch.bfloat16).cuda()
+    config = TrainConfig(model="-", data="-", output="-", learning_rate=1e-3, **options)
+    engine, told = choose_engine(model, "cuda")
+    assert "CUDA graphs" in told
+    made = Trainer(engine, adapter_parameters(model), config, Schedule(1e-3, "constant", 0, 4))
+    made.fit([[(len(lengths), max(lengths))] for lengths in LENGTHS], LENGTHS)
+    return made
+
+
+def losses(made, steps=range(4)):
+    return [made.step(step, batches(step)).loss for step in steps]
+
+
+@pytest.fixture
+def capped():
+    """Caps what the process may take beside what it has now."""
+
+    def cap(beside):
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (in_use() + beside) / total))
+
+    yield cap
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_a_capped_process_keeps_less_and_computes_the_same(capped):
+    before = in_use()
+    free = trainer()
+    free.capture()
+    assert free.policy.saved == 8
+    wanted = losses(free)
+    assert not free.fallbacks
+    peak = torch.cuda.max_memory_reserved() - before
+    del free
+    in_use()
+    made = trainer()
+    capped(int(0.6 * peak))
+    made.capture()
+    got = losses(made)
+    assert got == pytest.approx(wanted, rel=2e-3)
+    assert made.fallbacks
+    assert made.policy.saved < 8
+    notes = [note for note in made.engine.notes if note.startswith("out of GPU memory")]
+    assert len(notes) == len(made.fallbacks)
+
+
+def test_memory_that_is_taken_away_between_steps_is_done_without(capped):
+    made = trainer(cuda_graphs=False)
+    made.engine.stop_capturing("not asked for")
+    wanted = losses(made, [0])
+    del made
+    in_use()
+    made = trainer()
+    made.engine.stop_capturing("not asked for")  # graphs keep their memory: none can be taken away
+    assert losses(made, [0]) == pytest.approx(wanted, rel=2e-3)
+    assert not made.fallbacks
+    capped(200 << 20)
+    assert all(loss > 0 for loss in losses(made, [1, 2, 3]))
+    assert made.fallbacks
+
+
+def test_where_nothing_helps_there_is_one_message_and_no_update(capped):
+    made = trainer()
+    before = {name: p.detach().clone() for name, p in made.parameters.items()}
+    capped(1 << 20)
+    with pytest.raises(OutOfMemoryError, match="does not fit into the memory of this GPU"):
+        made.capture()
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    assert all(torch.equal(p, before[name]) for name, p in made.parameters.items())
