@@ -122,7 +122,6 @@ def our_steps(
 ) -> Iterator[float]:
     """Yield halfbyte's losses, one step at a time."""
     import torch
-    from halfbyte.train.step import Schedule
     from safetensors.torch import load_file
 
     from halfbyte.checkpoint.base_model import load_base
@@ -131,6 +130,8 @@ def our_steps(
     from halfbyte.train.config import TrainConfig
     from halfbyte.train.engine import Batch, choose_engine
     from halfbyte.train.heap import keep_freed_memory
+    from halfbyte.train.schedule import Schedule
+    from halfbyte.train.trainer import Trainer
 
     keep_freed_memory()
     recipe = BaseRecipe(quant="nf4" if quant else "none", compute_dtype=getattr(torch, dtype))

@@ -61,13 +61,13 @@ def random_tensor(shape: tuple[int, ...]) -> torch.Tensor:
 
 def ours(config: Any, quant: str, args: argparse.Namespace) -> Callable[..., Callable[..., Any]]:
     """Build the model once; each call returns a step of a new engine."""
-    from halfbyte.train.step import Schedule
-
     from halfbyte.lora import LoRAConfig, adapter_parameters, attach
     from halfbyte.model.build import BaseRecipe, build, finish, place
     from halfbyte.model.vocabulary import embedding_to_host
     from halfbyte.train.config import TrainConfig
     from halfbyte.train.engine import Batch, LayerEngine
+    from halfbyte.train.schedule import Schedule
+    from halfbyte.train.trainer import Trainer
 
     recipe = BaseRecipe(quant=quant, compute_dtype=torch.bfloat16, device="cuda")
     model = build(config, recipe)
