@@ -415,8 +415,8 @@ class Trainer:
         """Go down one rung of the ladder, so that steps need less memory.
 
         The rungs: no decoded weights kept; fewer layers saved, as many as fit into what there is
-        now; every layer recomputed; their inputs offloaded to the host; smaller parts; no CUDA
-        graphs.
+        now; every layer recomputed; their inputs offloaded to the host; attention recomputed where
+        it was not; smaller parts; no CUDA graphs.
 
         Args:
             step: The step that failed (0-based).
@@ -464,7 +464,7 @@ class Trainer:
             return "attention is recomputed, too"
         if self._may_shrink():
             self._shrunk()
-            return f"parts have at most {self.engine.buckets.largest.numel} tokens"  # type: ignore[union-attr]
+            return f"parts have at most {self._largest_part} tokens"
         if self.engine.captures:
             self.engine.stop_capturing("memory ran out")
             return "CUDA graphs are given up"
@@ -484,7 +484,8 @@ class Trainer:
             return of((policy.saved - 1) // 2)
         used = used_memory(self._device) - self.engine.scratch.nbytes
         room = (used + free_memory(self._device)) / MARGIN
-        for saved in range(policy.saved - 1, 0, -1):
+        # A limit that the driver does not know of is reached in a few tries, too.
+        for saved in range(3 * policy.saved // 4, 0, -1):
             if used + peak(self.plan.cost, of(saved), graphs=graphs).reserved <= room:
                 return of(saved)
         return of(0)
@@ -495,14 +496,18 @@ class Trainer:
 
     def _may_shrink(self) -> bool:
         """Return whether parts can be of fewer tokens: the longest document has to fit."""
-        buckets = getattr(self.engine, "buckets", None)
-        if buckets is None or not self._lengths:
+        if not self._lengths:
             return False
         longest = max(map(max, self._lengths))
-        return bool(buckets.largest.numel > 1.5 * max(longest, SMALLEST_PART))
+        return self._largest_part > 1.5 * max(longest, SMALLEST_PART)
+
+    @property
+    def _largest_part(self) -> int:
+        buckets = getattr(self.engine, "buckets", None)
+        return 0 if buckets is None else int(buckets.largest.numel)
 
     def _shrunk(self) -> int:
-        """Divide steps into smaller parts; return how many tokens these should have at most."""
+        """Divide steps into smaller parts; return about how many tokens these have."""
         assert isinstance(self.engine, LayerEngine)
         assert self.engine.buckets is not None
         before = self.engine.buckets.largest.numel
