@@ -87,3 +87,33 @@ from transformers import PreTrainedModel
 assert is_torch_distributed_available()
 assert "torch._dynamo.utils" in sys.modules
 """)
+
+
+def test_a_gpu_wakes_beside_the_imports_and_none_is_needed() -> None:
+    run(
+        """
+import os, threading
+from halfbyte.cli import startup
+startup.claim_process()
+startup.import_transformers(gpu=True)
+assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+import torch
+for thread in threading.enumerate():
+    if thread.name == "wake-gpu":
+        thread.join(60)
+        assert not thread.is_alive()
+assert torch.cuda.is_initialized() == torch.cuda.is_available()
+"""
+    )
+
+
+def test_what_a_user_says_of_the_allocator_stays() -> None:
+    run(
+        """
+import os
+os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "max_split_size_mb:128"
+from halfbyte.model.precision import use_expandable_segments
+use_expandable_segments()
+assert "PYTORCH_ALLOC_CONF" not in os.environ
+"""
+    )

@@ -66,8 +66,8 @@ def import_transformers(*, gpu: bool = False) -> None:
     Does nothing in a process of others, or where a model was imported before.
 
     Args:
-        gpu: Whether to make a GPU ready meanwhile, if there is one: a context and its first
-            product take a second in which Python is free to import.
+        gpu: Whether to make a GPU ready meanwhile, if there is one: a context takes a second or so
+            in which Python is free to import.
     """
     if not _ours or _COMMON[0] in sys.modules:
         return
@@ -99,9 +99,10 @@ def _wake_gpu() -> None:
     use_expandable_segments()  # is looked at when there is a context
 
     def wake() -> None:
+        # No product: at the first of a process cuBLAS looks whether it has to be deterministic, and
+        # that is not yet said.
         if torch.cuda.is_available():
-            one = torch.ones(16, 16, device="cuda")
-            torch.mm(one, one)
+            torch.zeros(1, device="cuda")
 
     threading.Thread(target=wake, name="wake-gpu", daemon=True).start()
 
