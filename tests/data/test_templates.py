@@ -287,3 +287,30 @@ def test_the_token_at_which_generation_stops():
     assert other.decode([end_of_turn(other)]) == END
     assert end_of_turn(tiny_tokenizer(template("{{ message['content'] + '\n' }}"))) is None
     assert end_of_turn(tiny_tokenizer("{{ raise_exception('no') }}")) is None
+
+
+def rejected(encode):
+    """What it gives, or why the row is rejected."""
+    try:
+        return encode()
+    except RowRejected as rejection:
+        return str(rejection)
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+@pytest.mark.parametrize("name", CHATS)
+@given(chats=st.lists(st.lists(WORDS, min_size=1, max_size=5), min_size=1, max_size=5))
+def test_many_rows_at_once_are_each_row_by_itself(name, train_on, chats):
+    rows = [talk(*contents) for contents in chats] + [Conversation("2", [], text="bare text")]
+    many, alone = (Encoder(TOKENIZERS[name], train_on) for _ in range(2))
+    found = list(many.encode_all(rows))
+    assert len(found) == len(rows)
+    for row, got in zip(rows, found, strict=True):
+        wanted = rejected(lambda row=row: alone.encode(row))
+        if isinstance(wanted, str):
+            assert str(got) == wanted
+            continue
+        assert np.array_equal(got.tokens, wanted.tokens)
+        assert np.array_equal(got.labels_mask, wanted.labels_mask)
+        assert got.prompt_length == wanted.prompt_length
+    assert many.notes() == alone.notes()
