@@ -333,7 +333,7 @@ class LayerEngine:
 
         Args:
             policy: What is kept for backward.
-            progress: Called with (done, total), in shapes.
+            progress: Called with (done, total): each shape is compiled, and captured.
 
         Raises:
             torch.OutOfMemoryError: If there is too little memory.
@@ -342,7 +342,7 @@ class LayerEngine:
         if graphs is None or not self.captures or self.buckets is None:
             return
         self.forget_graphs()
-        shapes = self.buckets.shapes
+        shapes, tell = self.buckets.shapes, progress or (lambda done, total: None)
         try:
             # All are compiled before the first is captured: what that takes, graphs' memory is not
             # yet beside.
@@ -351,6 +351,7 @@ class LayerEngine:
                 self.passes.rehearse(held, policy, whole=number == 0)
                 for supervised in {min(17, shape.numel), shape.numel}:  # aligned and not
                     self.tail(held.x, part_of_shape(shape, self.model.device, supervised), 1.0)
+                tell(number + 1, 2 * len(shapes))
             for number, shape in enumerate(shapes, start=1):
                 held = graphs.hold(self.embed([part_of_shape(shape, self.model.device)])[0])
                 try:
@@ -360,8 +361,7 @@ class LayerEngine:
                         raise
                     self.stop_capturing(f"capturing one failed: {error}".splitlines()[0])
                     return
-                if progress is not None:
-                    progress(number, len(shapes))
+                tell(len(shapes) + number, 2 * len(shapes))
         finally:
             for parameter in self.model.parameters():  # the loss adds to a head that is trained
                 if parameter.grad is not None:
