@@ -144,8 +144,11 @@ def test_float32_tokens_are_those_of_transformers(family, how):
 @pytest.mark.parametrize("kind", ["kept", "packed"])
 @pytest.mark.parametrize("slots", [1, 5])
 def test_logits_are_no_further_off_than_transformers(name, kind, slots, monkeypatch):
-    """Of prefill and of a step, in bfloat16, against the same weights in float32."""
-    model, prompts = random_model(SHAPES[name]), prompts_of()[-slots:]
+    """Of prefill and of a step, in bfloat16, against the same weights in float32.
+
+    Of five prompts, since the error of one scatters.
+    """
+    model, prompts = random_model(SHAPES[name]), prompts_of()[-5:]
     if kind == "packed":
         monkeypatch.setattr(decoding, "free_bytes", lambda *_: 0)
         monkeypatch.setattr(decoding, "_LARGE_LAYER", 0)
@@ -154,11 +157,14 @@ def test_logits_are_no_further_off_than_transformers(name, kind, slots, monkeypa
     decoder = Decoder(model)
     decoder.open(slots, 64)
     assert bool(decoder._kept) == (kind == "kept")
-    prefilled = decoder.prefill(prompts, range(slots))
-    decoder.prefill([prompt[:-1] for prompt in prompts], range(slots))
-    last = torch.tensor([prompt[-1] for prompt in prompts], device="cuda")
-    positions = torch.tensor([len(prompt) - 1 for prompt in prompts], device="cuda")
-    stepped = decoder.step(decoder.embed(last), positions)
+    prefilled, stepped = [], []
+    for start in range(0, len(prompts), slots):
+        some = prompts[start : start + slots]
+        prefilled += list(decoder.prefill(some, range(slots)))
+        decoder.prefill([prompt[:-1] for prompt in some], range(slots))
+        last = torch.tensor([prompt[-1] for prompt in some], device="cuda")
+        positions = torch.tensor([len(prompt) - 1 for prompt in some], device="cuda")
+        stepped += list(decoder.step(decoder.embed(last), positions).clone())
     exactly = random_model(SHAPES[name], dtype=torch.float32)
     errors = {"prefill": 0.0, "step": 0.0, "transformers": 0.0}
     for i, prompt in enumerate(prompts):
@@ -170,7 +176,7 @@ def test_logits_are_no_further_off_than_transformers(name, kind, slots, monkeypa
             ("step", stepped[i]),
             ("transformers", theirs),
         ):
-            errors[who] += float((got.double() - wanted).norm() / wanted.norm()) / slots
+            errors[who] += float((got.double() - wanted).norm() / wanted.norm()) / len(prompts)
     assert max(errors["prefill"], errors["step"]) <= 1.2 * errors["transformers"] + 1e-3, errors
 
 
