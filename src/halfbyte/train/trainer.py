@@ -152,9 +152,7 @@ class Trainer:
         self._captured = self._updating = False
         self._device = engine.model.device.type
         self._gradients = _side_by_side(list(self.parameters.values()))
-        self.loss_scale: LossScale | None = None
-        if isinstance(engine, LayerEngine):
-            self.loss_scale = LossScale.wanted(engine.dtype)
+        self.loss_scale = LossScale.wanted(engine.model.halfbyte_recipe.compute_dtype)
         groups: dict[float, list[str]] = {}
         for name in self.parameters:
             of_b = name.endswith(("lora_B.weight", "lora_magnitude_vector"))
