@@ -15,11 +15,18 @@ from safetensors.torch import load_file, save_file
 
 from halfbyte.checkpoint.bitsandbytes import write_quantized
 from halfbyte.checkpoint.peft import load_adapter
-from halfbyte.errors import CheckpointError, ConfigError, DataError, OutputError
+from halfbyte.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    OutOfMemoryError,
+    OutputError,
+)
 from halfbyte.lora import adapters
 from halfbyte.model.build import BaseRecipe
 from halfbyte.report import open_report
 from halfbyte.train.config import TrainConfig
+from halfbyte.train.engine import LayerEngine
 from halfbyte.train.evaluate import evaluate
 from halfbyte.train.loading import open_model
 from halfbyte.train.loop import train
@@ -207,6 +214,35 @@ def test_kill_minus_nine_loses_no_more_than_the_steps_since_the_last_save(model,
     run(config(model, data, broken, resume=True, **options))
     name = "adapter_model.safetensors"
     assert (whole / name).read_bytes() == (broken / name).read_bytes()
+
+
+def test_a_run_without_memory_for_its_next_step_keeps_the_ones_it_made(
+    model, data, tmp_path, monkeypatch
+):
+    """It ends with one message and a checkpoint, from which it goes on where there is more."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    options = {"max_steps": 5, "save_steps": 5}
+    run(config(model, data, whole, **options))
+    step = LayerEngine.step
+
+    def short_of_memory(self, *args):
+        if short_of_memory.steps == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 TB")
+        short_of_memory.steps += 1
+        return step(self, *args)
+
+    short_of_memory.steps = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerEngine, "step", short_of_memory)
+        with pytest.raises(OutOfMemoryError, match="step 4 does not fit into the memory"):
+            run(config(model, data, broken, **options))
+    assert [path.name for path in broken.glob("checkpoint-*")] == ["checkpoint-3"]
+    fallbacks = [event for event in journal(broken) if event["event"] == "fallback"]
+    assert fallbacks
+    assert {event["step"] for event in fallbacks} == {4}
+    run(config(model, data, broken, resume=True, **options))
+    adapters = [path / "adapter_model.safetensors" for path in (whole, broken)]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
 
 def test_a_finished_run_is_not_overwritten(model, data, tmp_path):

@@ -27,7 +27,7 @@ from halfbyte.checkpoint.peft import CONFIG_NAME, save_adapter, write_card
 from halfbyte.checkpoint.run_state import RunState, latest_run, load_run, save_run
 from halfbyte.data import Dataset, Example, MicroBatch, load_dataset, steps
 from halfbyte.data.packing import StepPlan
-from halfbyte.errors import CheckpointError, ConfigError, OutputError
+from halfbyte.errors import CheckpointError, ConfigError, OutOfMemoryError, OutputError
 from halfbyte.lora import adapter_parameters, adapter_state, attach, load_adapter_state
 from halfbyte.matmul import float32_library
 from halfbyte.model.precision import choose_device_and_dtype, deterministic
@@ -367,7 +367,13 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
             trainer.capture(progress)
         report.record("captured", {"seconds": time.perf_counter() - began, "graphs": engine.graphs})
     told_by_engine()
-    trainer.train(range(start, plan.total), batches_of, made)
+    try:
+        trainer.train(range(start, plan.total), batches_of, made)
+    except OutOfMemoryError:
+        told_by_engine()
+        if trainer.steps_made and not trainer.updating:
+            save(start + trainer.steps_made)
+        raise
     trainer.release()
     measure(plan.total)
     save_adapter(output, adapter_state(base.model), lora, tokenizer=tokenizer, **card)

@@ -132,6 +132,8 @@ class Trainer:
 
     Attributes:
         policy: What is kept for backward.
+        steps_made: Steps made so far.
+        updating: Whether an update has begun and not ended: parameters are in between then.
         fallbacks: What was done when memory ran out, for the journal; whoever records it empties
             the list.
     """
@@ -147,9 +149,10 @@ class Trainer:
         self.config, self.max_grad_norm = config, config.max_grad_norm
         self.policy, self.fallbacks = ActivationPolicy(), list[dict[str, Any]]()
         self.plan: MemoryPlan | None = None
+        self.steps_made = 0
         self._lengths: Sequence[Sequence[int]] = ()
         self._most_tokens = 0
-        self._captured = self._updating = False
+        self._captured = self.updating = False
         self._device = engine.model.device.type
         self._gradients = _side_by_side(list(self.parameters.values()))
         self.loss_scale = LossScale.wanted(engine.model.halfbyte_recipe.compute_dtype)
@@ -187,7 +190,7 @@ class Trainer:
 
     def _update_layer(self, layer: int, loss: Tensor) -> None:
         assert isinstance(self.engine, LayerEngine)
-        self._updating = True
+        self.updating = True
         scale = torch.ones_like(loss) + 0.0 * loss
         self.optimizer.step_parameters(self.engine.trained[layer], grad_scale=scale)
 
@@ -367,9 +370,9 @@ class Trainer:
         if self.max_grad_norm:
             clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         scale_of_all, seen = clip * unscale + 0.0 * (loss + norm), torch.stack([loss, norm])
-        self._updating = True
+        self.updating = True
         self.optimizer.step(grad_scale=scale_of_all)
-        self._updating = False
+        self.updating = False
         return _Queued(seen, rate, began)
 
     def _finished(self, step: int, queued: _Queued) -> StepResult:
@@ -390,6 +393,7 @@ class Trainer:
         elif self.loss_scale is not None:
             self.loss_scale.updated()
         self.clear_gradients()
+        self.steps_made += 1
         seconds = time.perf_counter() - queued.began
         return StepResult(loss, norm, queued.rate, paging, seconds, skipped=skipped)
 
@@ -424,7 +428,7 @@ class Trainer:
             OutOfMemoryError: If there is no further rung, or the step has begun to update.
         """
         self._clear()
-        if self._updating:
+        if self.updating:
             raise self._given_up(step) from error
         before, done = self.policy, None
         if isinstance(self.engine, LayerEngine):
@@ -528,7 +532,7 @@ class Trainer:
             torch.cuda.empty_cache()
 
     def _given_up(self, step: int) -> OutOfMemoryError:
-        changed = "Some layers were updated" if self._updating else "Nothing was updated"
+        changed = "Some layers were updated" if self.updating else "Nothing was updated"
         tried = "; ".join(dict.fromkeys(record["action"] for record in self.fallbacks))
         free = free_memory(self._device) / 1e9
         return OutOfMemoryError(
