@@ -231,6 +231,11 @@ class Trainer:
                 if not self._may_shrink():
                     raise self._given_up(0) from failed
             part_tokens = self._shrunk()
+        if part_tokens is not None:
+            engine.notes.append(
+                f"parts have at most {self._largest_part} tokens: larger ones need more memory "
+                "than there is"
+            )
         self.plan = plan
         return plan
 
