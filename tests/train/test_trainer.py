@@ -753,7 +753,8 @@ def test_parts_are_made_smaller_until_the_plan_fits(on_a_gpu, monkeypatch, lengt
     assert tried == sorted(set(tried), reverse=True)
     assert made.engine.buckets.largest.numel == tried[-1]
     assert made.policy == ActivationPolicy(1)
-    told = [note for note in made.engine.notes if note.startswith(f"parts have at most {tried[-1]}")]
+    said = f"parts have at most {tried[-1]} tokens"
+    told = [note for note in made.engine.notes if note.startswith(said)]
     assert len(told) == (len(tried) > 1)
 
 
