@@ -128,8 +128,9 @@ def our_steps(
     from halfbyte.lora import LoRAConfig, adapter_parameters, attach, load_adapter_state
     from halfbyte.model.build import BaseRecipe
     from halfbyte.train.config import TrainConfig
-    from halfbyte.train.engine import Batch, choose_engine
+    from halfbyte.train.engines import choose_engine
     from halfbyte.train.heap import keep_freed_memory
+    from halfbyte.train.parts import Batch
     from halfbyte.train.schedule import Schedule
     from halfbyte.train.trainer import Trainer
 

@@ -31,8 +31,9 @@ from halfbyte.model.build import BaseRecipe
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.train import engine as engines
 from halfbyte.train.config import TrainConfig
-from halfbyte.train.engine import Batch, LayerEngine, PlainEngine
-from halfbyte.train.parts import lengths_of
+from halfbyte.train.engine import LayerEngine
+from halfbyte.train.parts import Batch, lengths_of
+from halfbyte.train.plain import PlainEngine
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.trainer import Trainer
 

@@ -65,7 +65,8 @@ def ours(config: Any, quant: str, args: argparse.Namespace) -> Callable[..., Cal
     from halfbyte.model.build import BaseRecipe, build, finish, place
     from halfbyte.model.vocabulary import embedding_to_host
     from halfbyte.train.config import TrainConfig
-    from halfbyte.train.engine import Batch, LayerEngine
+    from halfbyte.train.engine import LayerEngine
+    from halfbyte.train.parts import Batch
     from halfbyte.train.schedule import Schedule
     from halfbyte.train.trainer import Trainer
 

@@ -10,8 +10,9 @@ from halfbyte.model.vocabulary import HostEmbedding, embedding_to_host
 from halfbyte.nf4.shared import SharedInput
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.train.buckets import Buckets
-from halfbyte.train.engine import Batch, LayerEngine, choose_engine
-from halfbyte.train.parts import lengths_of
+from halfbyte.train.engine import LayerEngine
+from halfbyte.train.engines import choose_engine
+from halfbyte.train.parts import Batch, lengths_of
 from halfbyte.train.passes import Passes
 from tests.train.test_engine import FAMILIES, batches_of, gradients, model_of
 

@@ -19,7 +19,9 @@ from halfbyte.nf4 import device as devices
 from halfbyte.nf4.format import gpu_kernels
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.train.config import TrainConfig
-from halfbyte.train.engine import Batch, LayerEngine, choose_engine
+from halfbyte.train.engine import LayerEngine
+from halfbyte.train.engines import choose_engine
+from halfbyte.train.parts import Batch
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.trainer import Trainer
 from tests.devices import DEVICES

@@ -148,7 +148,8 @@ def test_logits_are_no_further_off_than_transformers(name, kind, slots, monkeypa
 
     Of five prompts, since the error of one scatters.
     """
-    model, prompts = random_model(SHAPES[name]), prompts_of()[-5:]
+    model = random_model(SHAPES[name])
+    prompts = [prompt for prompt in prompts_of() if len(prompt) > 1][-5:]
     if kind == "packed":
         monkeypatch.setattr(decoding, "free_bytes", lambda *_: 0)
         monkeypatch.setattr(decoding, "_LARGE_LAYER", 0)
@@ -201,7 +202,7 @@ def test_weights_are_kept_only_beside_what_the_cache_may_grow_to(monkeypatch):
     growth = 5 * decoder.slot_bytes * (3 * 1024 // 2 - 64)
     for free, most, kept in ((0, 0, True), (0, 1024, False), (growth, 1024, True)):
         available = stacks + decoding._HEADROOM + free + 1
-        monkeypatch.setattr(decoding, "free_bytes", lambda device, found=available: found)
+        monkeypatch.setattr(decoding, "free_bytes", lambda *_, found=available: found)
         decoder.open(5, 64, most)
         assert bool(decoder._kept) == kept
 

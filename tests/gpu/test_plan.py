@@ -18,7 +18,8 @@ from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.plan.shape import shape_of_config
 from halfbyte.plan.speed import measure_machine
 from halfbyte.train.buckets import Buckets
-from halfbyte.train.engine import Batch, LayerEngine
+from halfbyte.train.engine import LayerEngine
+from halfbyte.train.parts import Batch
 from halfbyte.train.self_test import checks
 
 pytestmark = [

@@ -17,7 +17,8 @@ from halfbyte.optim import managed
 from halfbyte.optim.layout import GROUP_BYTES
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.train.config import TrainConfig
-from halfbyte.train.engine import Batch, LayerEngine
+from halfbyte.train.engine import LayerEngine
+from halfbyte.train.parts import Batch
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.trainer import Trainer
 from tests.train.test_engine import SIZES, model_of

@@ -6,7 +6,9 @@ import torch
 from halfbyte.lora import adapter_parameters
 from halfbyte.nf4 import dequantize, quantize
 from halfbyte.plan.policy import ActivationPolicy
-from halfbyte.train.engine import Batch, LayerEngine, choose_engine
+from halfbyte.train.engine import LayerEngine
+from halfbyte.train.engines import choose_engine
+from halfbyte.train.parts import Batch
 from tests.train.test_engine import FAMILIES, batches_of, gradients, model_of
 
 pytestmark = [

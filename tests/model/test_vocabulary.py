@@ -15,7 +15,9 @@ from halfbyte.model.loss import head_loss
 from halfbyte.model.vocabulary import FrozenEmbedding, FrozenHead, decode_rows, pieces
 from halfbyte.nf4 import BLOCK_SIZES, dequantize, quantize
 from halfbyte.plan.policy import ActivationPolicy
-from halfbyte.train.engine import Batch, LayerEngine, PlainEngine
+from halfbyte.train.engine import LayerEngine
+from halfbyte.train.parts import Batch
+from halfbyte.train.plain import PlainEngine
 from tests.checkpoint.families import SIZES
 from tests.tiny import tiny_llama, tiny_tokenizer
 

@@ -28,7 +28,8 @@ from halfbyte.plan.ledger import (
 from halfbyte.plan.policy import ActivationPolicy, peak
 from halfbyte.plan.shape import ModelShape, config_of, shape_of, shape_of_config
 from halfbyte.train.buckets import divide
-from halfbyte.train.engine import Batch, LayerEngine
+from halfbyte.train.engine import LayerEngine
+from halfbyte.train.parts import Batch
 from halfbyte.train.trainer import SMALLEST_PART as SMALLEST_OF_A_RUN
 from tests.checkpoint.families import tiny_model
 from tests.devices import DEVICES

@@ -37,7 +37,8 @@ from halfbyte.plan.shape import shape_of_config
 from halfbyte.train import engine as engines
 from halfbyte.train import shelf
 from halfbyte.train.buckets import Buckets
-from halfbyte.train.engine import Batch, LayerEngine
+from halfbyte.train.engine import LayerEngine
+from halfbyte.train.parts import Batch
 from tests.devices import DEVICES
 
 LAYERS = 5

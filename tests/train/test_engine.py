@@ -19,7 +19,10 @@ from transformers import (
 from halfbyte.lora import LoRAConfig, adapter_parameters, attach, delta, dropout_clock
 from halfbyte.model.build import BaseRecipe, build, finish, place
 from halfbyte.plan.policy import ActivationPolicy
-from halfbyte.train.engine import Batch, EngineError, LayerEngine, PlainEngine, choose_engine
+from halfbyte.train.engine import EngineError, LayerEngine
+from halfbyte.train.engines import choose_engine
+from halfbyte.train.parts import Batch
+from halfbyte.train.plain import PlainEngine
 
 SIZES = {
     "vocab_size": 120,

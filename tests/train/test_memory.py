@@ -14,7 +14,7 @@ from halfbyte.plan.policy import ActivationPolicy, StepCost, peak
 from halfbyte.train import engine as engines
 from halfbyte.train import memory, memory_profile
 from halfbyte.train.buckets import Buckets
-from halfbyte.train.engine import LayerEngine, PlainEngine
+from halfbyte.train.engine import LayerEngine
 from halfbyte.train.memory import (
     Ceiling,
     MemoryPlan,
@@ -23,6 +23,7 @@ from halfbyte.train.memory import (
     plan_memory,
     used_memory,
 )
+from halfbyte.train.plain import PlainEngine
 from tests.train.test_engine import FAMILIES, batches_of, model_of
 
 SHAPES = [[(8, 200), (8, 150)], [(4, 100)]]

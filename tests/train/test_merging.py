@@ -19,8 +19,9 @@ from halfbyte.model.build import BaseRecipe, frozen_linears
 from halfbyte.nf4 import QuantizedWeight
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.train import merging
-from halfbyte.train.engine import Batch, LayerEngine
+from halfbyte.train.engine import LayerEngine
 from halfbyte.train.merging import HELD_OUT, Distance, distance, reference
+from halfbyte.train.parts import Batch
 from tests.checkpoint.families import tiny_model
 from tests.tiny import tiny_llama, tiny_tokenizer, write_tiny_model
 

@@ -17,8 +17,9 @@ from halfbyte.report import open_report
 from halfbyte.report.live import LiveScreen, PlainScreen
 from halfbyte.train import loop, memory, trainer
 from halfbyte.train.config import TrainConfig
-from halfbyte.train.engine import Batch, LayerEngine
+from halfbyte.train.engine import LayerEngine
 from halfbyte.train.memory import MemoryPlan
+from halfbyte.train.parts import Batch
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.trainer import Trainer
 from tests.tiny import write_tiny_model

@@ -19,8 +19,9 @@ from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.plan.shape import shape_of_config
 from halfbyte.train import passes
 from halfbyte.train.buckets import Buckets
-from halfbyte.train.engine import Batch, LayerEngine
+from halfbyte.train.engine import LayerEngine
 from halfbyte.train.memory_profile import measured_cost
+from halfbyte.train.parts import Batch
 from halfbyte.train.passes import CapturedPasses, Passage
 from tests.train.test_engine import FAMILIES, batches_of, gradients, model_of
 

@@ -25,9 +25,11 @@ from halfbyte.train import passes
 from halfbyte.train import trainer as trainers
 from halfbyte.train.buckets import Buckets
 from halfbyte.train.config import TrainConfig
-from halfbyte.train.engine import Batch, LayerEngine, PlainEngine
+from halfbyte.train.engine import LayerEngine
 from halfbyte.train.loss_scale import LossScale
 from halfbyte.train.memory import HOST_SHARE, MARGIN, MemoryPlan
+from halfbyte.train.parts import Batch
+from halfbyte.train.plain import PlainEngine
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.trainer import Trainer, is_out_of_memory
 from tests.train.test_engine import FAMILIES, SIZES, batches_of, model_of

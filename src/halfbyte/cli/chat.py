@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     """Run the verb."""
     options, notes, _ = VERB.read(argv)
 
-    import_transformers()
+    import_transformers(gpu=options.device != "cpu")
     from halfbyte.model.generate import generate
     from halfbyte.report import open_report
 

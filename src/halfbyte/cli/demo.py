@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
         },
     )
 
-    import_transformers()
+    import_transformers(gpu=True)
     from halfbyte.checkpoint.atomic import require_writable
     from halfbyte.checkpoint.peft import load_adapter
     from halfbyte.demo.task import SYSTEM, write_task

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     """Run the verb."""
     options, notes, as_json = VERB.read(argv)
 
-    import_transformers()
+    import_transformers(gpu=options.device != "cpu")
     from halfbyte.report import open_report, show
     from halfbyte.train.evaluate import evaluate
 

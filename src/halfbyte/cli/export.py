@@ -95,7 +95,7 @@ def main(argv: list[str]) -> None:
     options, notes, as_json = VERB.read(argv)
     require_free(options.out, overwrite=options.overwrite, sign="*.gguf")
 
-    import_transformers()
+    import_transformers(gpu=options.device != "cpu")
     from halfbyte.checkpoint.base_model import open_base
     from halfbyte.checkpoint.gguf_export import require_expressible
     from halfbyte.report import open_report

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     if not prompt:
         raise ConfigError("`prompt`: expected some text, got none")
 
-    import_transformers()
+    import_transformers(gpu=options.device != "cpu")
     from halfbyte.model.generate import generate
     from halfbyte.report import open_report
 

@@ -101,9 +101,9 @@ def main(argv: list[str]) -> None:
     options, notes, as_json = VERB.read(argv)
     require_free(options.out, overwrite=options.overwrite)
 
+    import_transformers(gpu=options.device != "cpu")
     import torch
 
-    import_transformers()
     from halfbyte.checkpoint.base_model import open_base
     from halfbyte.checkpoint.merged import Merged, ways, write_merged
     from halfbyte.report import open_report, show

@@ -10,9 +10,12 @@ process that is a command of ours (`claim_process`): a program that calls us as 
 transformers for all that, and so may our tests.
 """
 
+import ctypes
+import gc
 import importlib
 import importlib.util
 import logging
+import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -71,10 +74,24 @@ def import_transformers(*, gpu: bool = False) -> None:
     """
     if not _ours or _COMMON[0] in sys.modules:
         return
+    context = None
+    if gpu:
+        context = threading.Thread(target=_make_context, name="make-context", daemon=True)
+        context.start()
+    # Nothing of what is imported is garbage, and looking for some takes a fifth of the time.
+    gc.disable()
+    try:
+        _import_all(context)
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
+def _import_all(context: threading.Thread | None) -> None:
     import torch  # noqa: F401 (imports torch._dynamo itself, if it is a torch that does)
 
-    if gpu:
-        _wake_gpu()
+    if context is not None:
+        _wake_torch(context)
     if _DYNAMO not in sys.modules:
         _postpone_dynamo()
     import transformers  # noqa: F401 (itself it asks what is installed, and imports no model)
@@ -90,8 +107,23 @@ def import_transformers(*, gpu: bool = False) -> None:
             importlib.import_module(name)
 
 
-def _wake_gpu() -> None:
-    """Begin to make a CUDA context, in a thread of its own."""
+def _make_context() -> None:
+    """Make the CUDA context that torch will find, by the driver alone.
+
+    ctypes leaves Python's lock to others meanwhile, where torch's own calls keep it.
+    """
+    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # as torch has it
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:  # no driver, no GPU
+        return
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), 0) == 0:
+        driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+
+
+def _wake_torch(context: threading.Thread) -> None:
+    """Begin to have torch use the context when it is made, in a thread of its own."""
     import torch
 
     from halfbyte.model.precision import use_expandable_segments
@@ -99,6 +131,7 @@ def _wake_gpu() -> None:
     use_expandable_segments()  # is looked at when there is a context
 
     def wake() -> None:
+        context.join()
         # No product: at the first of a process cuBLAS looks whether it has to be deterministic, and
         # that is not yet said.
         if torch.cuda.is_available():

@@ -85,6 +85,7 @@ class Batcher:
         capacity = _rounded(self._longest + min(max_new_tokens, _ADVANCE))
         slots = min(slots, len(prompts), self._slots_that_fit(self._capacity_wanted))
         decoder.open(slots, capacity, self._capacity_wanted)
+        decoder.compile_ahead()
         # Longest first: what memory is needed shows at once. Of equals, in their order.
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         self._waiting = deque(order)

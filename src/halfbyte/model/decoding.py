@@ -221,6 +221,18 @@ class Decoder:
         cos, sin = self._rotary(like, positions)
         self._turn = cos[0].contiguous(), sin[0].contiguous()
 
+    def compile_ahead(self) -> None:
+        """Compile the kernels of prefill and of a step side by side; the cache is empty then."""
+        if self.device.type != "cuda":
+            return
+        from halfbyte.nf4.gpu_compiling import compiling_ahead  # it imports triton
+
+        tokens = torch.zeros(self.cache.keys.shape[1], dtype=torch.int64, device=self.device)
+        with compiling_ahead():
+            self.prefill([[0]], [0])
+            self.step(self.embed(tokens), tokens)
+        self.cache.clear()
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Return the embeddings [..., hidden] of tokens int64 [...]."""
         if self._embedded is not None:

@@ -57,12 +57,17 @@ class KVCache:
         # Zeros, because what is masked is still multiplied by zero, and memory may hold NaN.
         shape = (layers, slots, heads, capacity, width)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros_like(self.keys)
 
     @property
     def capacity(self) -> int:
         """Tokens there is room for in each slot."""
         return self.keys.shape[3]
+
+    def clear(self) -> None:
+        """Fill it with zeros."""
+        self.keys.zero_()
+        self.values.zero_()
 
     def grow(self, capacity: int) -> None:
         """Move to tensors with room for ``capacity`` tokens a slot, at least as many as before."""

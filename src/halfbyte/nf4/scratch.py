@@ -88,6 +88,11 @@ class WeightScratch:
             with self.opened(linears, dtype):
                 pass
 
+    def forget(self) -> None:
+        """Take no buffer to hold what was decoded last: nothing was, in a dry run."""
+        for place in (self._shared, *self._own.values()):
+            place.holds = []
+
     @contextmanager
     def opened(
         self, linears: Sequence[FrozenLinear], dtype: torch.dtype, *, again: bool = False

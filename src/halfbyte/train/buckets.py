@@ -121,6 +121,11 @@ class Buckets:
         """The shape with most tokens."""
         return self.shapes[0]
 
+    @property
+    def smallest(self) -> PartShape:
+        """The shape with fewest tokens."""
+        return self.shapes[-1]
+
     def fit(self, lengths: Sequence[int]) -> PartShape:
         """Return the shape for a part of these documents.
 

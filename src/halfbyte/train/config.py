@@ -283,6 +283,11 @@ class TrainConfig(ModelOptions):
             return parse_names(value)
         return value
 
+    @property
+    def state_bits(self) -> Literal[8, 32]:
+        """Bits of a moment of the optimizer's state."""
+        return 8 if self.optim.endswith("8bit") else 32
+
     @model_validator(mode="after")
     def _rules_between_fields(self) -> Self:
         if self.eval_steps is not None and self.eval_data is None:

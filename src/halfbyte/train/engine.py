@@ -22,8 +22,7 @@ bit for bit.
 It works for any transformers decoder: the decoder is run with its layers stubbed, which records
 the keyword arguments (masks, positions, rotary tables) each layer would be called with; then the
 layers are called with them, here. Before the engine is used, ``LayerEngine.probe`` compares its
-loss with the model's own on a few tokens. A model it does not reproduce trains under
-``PlainEngine``, and the reason is announced.
+loss with the model's own on a few tokens (train/engines.py).
 
 Right padding needs no mask: with causal attention a position never sees what comes after it, and
 the padding's own positions are not supervised.
@@ -44,7 +43,6 @@ from halfbyte.model.layer import FAMILIES, Notes, fused
 from halfbyte.model.loss import head_loss
 from halfbyte.model.vocabulary import FrozenHead
 from halfbyte.nf4 import QuantizedWeight
-from halfbyte.nf4.format import gpu_kernels
 from halfbyte.nf4.linear import FrozenLinear
 from halfbyte.nf4.scratch import WeightScratch
 from halfbyte.nf4.shared import ThinProducts
@@ -52,9 +50,6 @@ from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.train.buckets import Buckets, divide, own_shape
 from halfbyte.train.parts import Batch, Part, lengths_of, part_of_shape, parts_of
 from halfbyte.train.passes import CapturedPasses, Passage, Passes, is_out_of_memory
-from halfbyte.train.plain import PlainEngine
-
-__all__ = ["Batch", "EngineError", "LayerEngine", "PlainEngine", "choose_engine"]
 
 _FINAL_NORMS = ("norm", "final_layernorm", "ln_f", "final_layer_norm", "final_norm")
 
@@ -241,6 +236,20 @@ class LayerEngine:
         Raises:
             EngineError: If they differ by more than rounding, or the layers cannot be called.
         """
+        got, wanted = self.probed(vocabulary, device)
+        # Same products in the same dtype; only the order of sums differs.
+        if not torch.allclose(got, wanted, rtol=1e-4 if self.dtype == torch.float32 else 2e-2):
+            raise EngineError(
+                f"run layer by layer, the loss of a probe is {got:.6f}, not {wanted:.6f}"
+            )
+
+    @torch.no_grad()
+    def probed(self, vocabulary: int, device: str) -> tuple[Tensor, Tensor]:
+        """Return the loss of a few tokens as it is computed here, and as the model computes it.
+
+        Raises:
+            EngineError: If the layers cannot be called.
+        """
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, vocabulary, (2, 9), generator=generator).to(device)
         output_kinds: list[bool] = []
@@ -257,14 +266,9 @@ class LayerEngine:
             logits.flatten(0, 1), targets.flatten(), reduction="sum"
         )
         try:
-            got = self.loss([Batch(ids[:, :-1], targets)])
+            return self.loss([Batch(ids[:, :-1], targets)]), wanted
         except (TypeError, AttributeError, RuntimeError) as error:
             raise EngineError(f"its layers cannot be called one by one: {error}") from error
-        # Same products in the same dtype; only the order of sums differs.
-        if not torch.allclose(got, wanted, rtol=1e-4 if self.dtype == torch.float32 else 2e-2):
-            raise EngineError(
-                f"run layer by layer, the loss of a probe is {got:.6f}, not {wanted:.6f}"
-            )
 
     def step(self, batches: Sequence[Batch], normaliser: float, policy: ActivationPolicy) -> Tensor:
         """Add the gradients of one optimizer step to the adapters' ``.grad``.
@@ -564,22 +568,3 @@ def _opener(
         return scratch.opened(linears[index], dtype, again=again)
 
     return opened
-
-
-def choose_engine(
-    model: PreTrainedModel, device: str, *, graphs: bool = True
-) -> tuple[LayerEngine | PlainEngine, str]:
-    """Return the engine for ``model`` and one line that says which, and why.
-
-    Args:
-        model: A model of ``model.build``, adapters attached.
-        device: ``cpu`` or ``cuda``. On a GPU with kernels, layers are fused.
-        graphs: Whether passes may be CUDA graphs there.
-    """
-    on_gpu = device.startswith("cuda") and gpu_kernels() is not None
-    try:
-        engine = LayerEngine(model, fuse=on_gpu, graphs=graphs and on_gpu)
-        engine.probe(model.config.get_text_config().vocab_size, device)
-    except EngineError as error:
-        return PlainEngine(model), f"plain autograd, layer by layer is not possible: {error}"
-    return engine, engine.line()

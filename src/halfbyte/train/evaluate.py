@@ -16,7 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from halfbyte.data import Example, MicroBatch, collate, load_dataset
 from halfbyte.data.templates import TrainOn
 from halfbyte.model.generate import generate
-from halfbyte.train.engine import Batch, LayerEngine, PlainEngine, choose_engine
+from halfbyte.train.engine import LayerEngine
+from halfbyte.train.engines import choose_engine
+from halfbyte.train.parts import Batch
+from halfbyte.train.plain import PlainEngine
 
 # Micro-batches whose hidden states are alive at once on a CPU, and tokens on a GPU: each layer is
 # decoded once for all of them, and a GPU has enough to do with so many.

@@ -17,8 +17,9 @@ from halfbyte import __version__
 from halfbyte.data import Dataset
 from halfbyte.model.generate import generate
 from halfbyte.train.config import TrainConfig
-from halfbyte.train.engine import LayerEngine, PlainEngine
+from halfbyte.train.engine import LayerEngine
 from halfbyte.train.memory import peak_memory, used_memory
+from halfbyte.train.plain import PlainEngine
 
 _PACKAGES = ("torch", "transformers", "triton")
 

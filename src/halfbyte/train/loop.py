@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,13 +35,17 @@ from halfbyte.model.precision import choose_device_and_dtype, deterministic
 from halfbyte.model.vocabulary import embedding_to_host
 from halfbyte.train import facts
 from halfbyte.train.config import TrainConfig, to_yaml
-from halfbyte.train.engine import Batch, LayerEngine, PlainEngine, choose_engine
+from halfbyte.train.engine import LayerEngine
+from halfbyte.train.engines import choose_engine
 from halfbyte.train.evaluate import as_batch, evaluate_loss
 from halfbyte.train.heap import give_back, keep_freed_memory
 from halfbyte.train.loading import load_told, lora_of, recipe_facts, recipe_of
 from halfbyte.train.memory import Ceiling, keep_few_products, peak_memory, used_memory
+from halfbyte.train.parts import Batch
+from halfbyte.train.plain import PlainEngine
 from halfbyte.train.predicting import FIRST_LOOK, Prediction
 from halfbyte.train.reconstruction import begin_with_error, require_plain
+from halfbyte.train.saving import CheckpointWriter
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.trainer import StepResult, Trainer
 
@@ -207,7 +212,8 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
     moved = embedding_to_host(base.model)
     if moved:
         report.note(f"the embedding waits in host memory: {moved / 1e6:.0f} MB less on the GPU")
-    engine, told = choose_engine(base.model, device, graphs=config.cuda_graphs)
+    graphs, bits = config.cuda_graphs, config.state_bits
+    engine, told = choose_engine(base.model, device, graphs=graphs, state_bits=bits)
     report.note(told)
     trainer = Trainer(engine, parameters, config, Schedule.of(config, plan.total))
     if config.optim != "adamw":
@@ -275,17 +281,20 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
                 answers = samples.answer(base.model, base.tokenizer, step, memory_limit=limit)
             report.record("samples", answers)
 
+    writer = CheckpointWriter(report.saved, background=device == "cuda")
+
     def save(step: int) -> None:
-        path = save_run(
+        write = partial(
+            save_run,
             output,
             step,
-            adapter=adapter_state(base.model),
+            adapter={name: t.to("cpu") for name, t in adapter_state(base.model).items()},
             optimizer=trainer.optimizer_state(),
             progress=identity | trainer.progress(),
             keep=config.save_total_limit,
             card=lambda directory: write_card(directory, parameters, lora, **card),
         )
-        report.saved(path)
+        writer.write(write)
 
     def measure(step: int) -> None:
         if held_out is None:
@@ -333,6 +342,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
             (batch.input_ids.shape for batch in batches), result.seconds, **_sizes(engine, batches)
         )
         told_by_engine()
+        writer.look()
         if done == start + FIRST_LOOK < plan.total:
             prediction.tell(report, peak_memory(device), done, reserved=facts.reserved(device))
         if done % config.logging_steps == 0 or done == plan.total:
@@ -367,18 +377,19 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
             trainer.capture(progress)
         report.record("captured", {"seconds": time.perf_counter() - began, "graphs": engine.graphs})
     told_by_engine()
-    try:
-        trainer.train(range(start, plan.total), batches_of, made)
-    except OutOfMemoryError:
-        told_by_engine()
-        if trainer.steps_made and not trainer.updating:
-            save(start + trainer.steps_made)
-        raise
-    trainer.release()
-    measure(plan.total)
-    save_adapter(output, adapter_state(base.model), lora, tokenizer=tokenizer, **card)
-    report.saved(output)
-    sample(plan.total)
+    with writer:
+        try:
+            trainer.train(range(start, plan.total), batches_of, made)
+        except OutOfMemoryError:
+            told_by_engine()
+            if trainer.steps_made and not trainer.updating:
+                save(start + trainer.steps_made)
+            raise
+        trainer.release()
+        measure(plan.total)
+        save_adapter(output, adapter_state(base.model), lora, tokenizer=tokenizer, **card)
+        report.saved(output)
+        sample(plan.total)
     if start < plan.total:
         prediction.tell(report, peak_memory(device), plan.total, reserved=facts.reserved(device))
     outcome = TrainResult(

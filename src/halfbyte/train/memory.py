@@ -23,10 +23,11 @@ from halfbyte.model.loss import CHUNK_BYTES
 from halfbyte.nf4 import QuantizedWeight
 from halfbyte.plan.ledger import HOLES, OVERHEAD, TOUCHED_LATER, product_bytes, products_kept
 from halfbyte.plan.policy import ActivationPolicy, StepCost, peak
-from halfbyte.train.engine import Batch, LayerEngine, PlainEngine
+from halfbyte.train.engine import LayerEngine
 from halfbyte.train.heap import give_back
 from halfbyte.train.memory_profile import measured_cost
-from halfbyte.train.parts import Part, part_of_shape
+from halfbyte.train.parts import Batch, Part, part_of_shape
+from halfbyte.train.plain import PlainEngine
 
 # Without a budget, this part of the memory that is free when training starts may be used.
 FREE_SHARE = 0.8

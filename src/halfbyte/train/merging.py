@@ -27,8 +27,8 @@ from halfbyte.model.build import frozen_linears
 from halfbyte.model.vocabulary import FrozenEmbedding
 from halfbyte.nf4 import QuantizedWeight, dequantize
 from halfbyte.nf4.linear import FrozenLinear
-from halfbyte.train.engine import Batch
 from halfbyte.train.evaluate import as_batch
+from halfbyte.train.parts import Batch
 
 HELD_OUT = Path(__file__).with_name("held_out.jsonl")
 """Questions and answers of everyday prose, for those who have kept nothing of their own back."""

@@ -25,9 +25,10 @@ from halfbyte.plan.shape import config_of
 from halfbyte.report import open_report
 from halfbyte.train import facts
 from halfbyte.train.config import TrainConfig, load_config
-from halfbyte.train.engine import Batch, choose_engine
+from halfbyte.train.engines import choose_engine
 from halfbyte.train.heap import keep_freed_memory
 from halfbyte.train.loading import lora_of, recipe_of
+from halfbyte.train.parts import Batch
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.trainer import StepResult, Trainer
 

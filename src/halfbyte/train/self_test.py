@@ -29,7 +29,8 @@ from halfbyte.nf4.linear import FrozenLinear
 from halfbyte.optim import AdamW
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.train.config import TrainConfig, check
-from halfbyte.train.engine import Batch, choose_engine
+from halfbyte.train.engines import choose_engine
+from halfbyte.train.parts import Batch
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.trainer import Trainer
 

@@ -35,7 +35,8 @@ from halfbyte.optim.paging import Paging
 from halfbyte.plan.policy import ActivationPolicy, peak
 from halfbyte.train.buckets import Buckets
 from halfbyte.train.config import TrainConfig
-from halfbyte.train.engine import Batch, LayerEngine, PlainEngine
+from halfbyte.train.engine import LayerEngine
+from halfbyte.train.engines import compile_ahead
 from halfbyte.train.loss_scale import LossScale, too_large
 from halfbyte.train.memory import (
     HOST_SHARE,
@@ -46,8 +47,9 @@ from halfbyte.train.memory import (
     plan_memory,
     used_memory,
 )
-from halfbyte.train.parts import lengths_of
+from halfbyte.train.parts import Batch, lengths_of
 from halfbyte.train.passes import is_out_of_memory
+from halfbyte.train.plain import PlainEngine
 from halfbyte.train.schedule import Schedule
 
 # Parts are not made smaller than this: there are too few rows for a product by then.
@@ -170,7 +172,7 @@ class Trainer:
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
-            state_bits=8 if config.optim.endswith("8bit") else 32,
+            state_bits=config.state_bits,
             paging=config.paging if config.optim.startswith("paged_") else "off",
         )
         # Without clipping, a layer's update need not wait for the others' gradients, and its state
@@ -215,6 +217,7 @@ class Trainer:
                 engine.longest = max(map(max, lengths))
             if isinstance(engine, LayerEngine) and engine.packs:
                 engine.buckets = Buckets.of(lengths, self._width, part_tokens)
+                compile_ahead(engine, [engine.buckets.largest, engine.buckets.smallest])
             failed = None
             try:
                 plan = self._planned(shapes)

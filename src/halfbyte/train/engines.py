@@ -1,0 +1,114 @@
+"""Which engine makes a model's steps: `LayerEngine` where it computes what the model computes.
+
+On a GPU all kernels of a step are compiled ahead, side by side, by a dry run of its parts
+(nf4/gpu_compiling.py). A model whose loss `LayerEngine` does not reproduce trains under
+`PlainEngine`, and the reason is announced.
+"""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from halfbyte.nf4.format import gpu_kernels
+from halfbyte.optim import AdamW
+from halfbyte.plan.policy import ActivationPolicy
+from halfbyte.train.buckets import PartShape, own_shape
+from halfbyte.train.engine import EngineError, LayerEngine
+from halfbyte.train.parts import part_of_shape
+from halfbyte.train.plain import PlainEngine
+
+# Tokens of a document that stands for the documents of a run, before these are known.
+_TYPICAL = 1024
+
+
+def choose_engine(
+    model: PreTrainedModel,
+    device: str,
+    *,
+    graphs: bool = True,
+    state_bits: Literal[8, 32] | None = None,
+) -> tuple[LayerEngine | PlainEngine, str]:
+    """Return the engine for ``model`` and one line that says which, and why.
+
+    Args:
+        model: A model of ``model.build``, adapters attached.
+        device: ``cpu`` or ``cuda``. On a GPU with kernels, layers are fused.
+        graphs: Whether passes may be CUDA graphs there.
+        state_bits: Of an optimizer's state, if its update is to be compiled with all else.
+    """
+    on_gpu = device.startswith("cuda") and gpu_kernels() is not None
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    try:
+        engine = LayerEngine(model, fuse=on_gpu, graphs=graphs and on_gpu)
+        if on_gpu:
+            shapes = [own_shape([_TYPICAL, _TYPICAL // 2])] if engine.packs else []
+            compile_ahead(engine, shapes, vocabulary=vocabulary, state_bits=state_bits)
+        engine.probe(vocabulary, device)
+    except EngineError as error:
+        return PlainEngine(model), f"plain autograd, layer by layer is not possible: {error}"
+    return engine, engine.line()
+
+
+def compile_ahead(
+    engine: LayerEngine,
+    shapes: Sequence[PartShape],
+    *,
+    vocabulary: int | None = None,
+    state_bits: Literal[8, 32] | None = None,
+) -> None:
+    """Compile the kernels of steps whose parts have these shapes, side by side; without a result.
+
+    What cannot be compiled so is compiled when it is launched.
+
+    Args:
+        engine: On a CPU there is nothing to compile.
+        shapes: Of parts.
+        vocabulary: Size of the vocabulary, if `LayerEngine.probe` is to be compiled, too.
+        state_bits: As in `choose_engine`.
+    """
+    if engine.model.device.type != "cuda":
+        return
+    from halfbyte.nf4.gpu_compiling import compiling_ahead  # it imports triton
+
+    held = [(p, p.grad) for p in engine.model.parameters() if p.requires_grad]
+    for parameter, _ in held:
+        parameter.grad = None
+    try:
+        # A RuntimeError is CUDA's or torch's, and comes again where a result is wanted.
+        with (
+            suppress(RuntimeError, EngineError),
+            torch.autograd.set_multithreading_enabled(False),
+            compiling_ahead(),
+        ):
+            if state_bits is not None:
+                _update(state_bits, engine.model.device)
+            if vocabulary is not None:
+                engine.probed(vocabulary, str(engine.model.device))
+            for shape in shapes:
+                _passes(engine, shape)
+    finally:
+        engine.passes.forget()
+        engine.scratch.forget()
+        for parameter, grad in held:
+            parameter.grad = grad
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _passes(engine: LayerEngine, shape: PartShape) -> None:
+    """Run two layers forward and backward, and the loss, as `LayerEngine.capture` will."""
+    (passage,) = engine.embed([part_of_shape(shape, engine.model.device)])
+    engine.passes.rehearse(passage, ActivationPolicy(), whole=False)
+    for supervised in {min(17, shape.numel), shape.numel}:  # pointers aligned, and not
+        engine.tail(passage.x, part_of_shape(shape, engine.model.device, supervised), 1.0)
+
+
+def _update(bits: Literal[8, 32], device: torch.device) -> None:
+    """Update one small parameter, in float32 as adapters are."""
+    parameter = nn.Parameter(torch.zeros(4096, device=device))
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer = AdamW([{"params": [parameter]}], lr=1.0, state_bits=bits)
+    optimizer.step(grad_scale=torch.ones((), device=device))
