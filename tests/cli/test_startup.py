@@ -117,3 +117,18 @@ use_expandable_segments()
 assert "PYTORCH_ALLOC_CONF" not in os.environ
 """
     )
+
+
+def test_what_is_installed_is_looked_up_by_name() -> None:
+    run("""
+import importlib.metadata
+from halfbyte.cli.startup import _distributions_by_name
+every = importlib.metadata.packages_distributions
+listed = every()
+with _distributions_by_name():
+    found = importlib.metadata.packages_distributions()
+    assert found.get("torch") == ["torch"] and "_all" not in vars(found)  # nothing was listed
+    assert found.get("yaml") == listed["yaml"]  # which is not its distribution's name
+    assert found.get("no_such_package", []) == []
+assert importlib.metadata.packages_distributions is every
+""")

@@ -13,13 +13,15 @@ transformers for all that, and so may our tests.
 import ctypes
 import gc
 import importlib
+import importlib.metadata
 import importlib.util
 import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -94,7 +96,8 @@ def _import_all(context: threading.Thread | None) -> None:
         _wake_torch(context)
     if _DYNAMO not in sys.modules:
         _postpone_dynamo()
-    import transformers  # noqa: F401 (itself it asks what is installed, and imports no model)
+    with _distributions_by_name():
+        import transformers  # noqa: F401 (itself it asks what is installed, imports no model)
     from transformers import utils
     from transformers.utils import import_utils
 
@@ -142,6 +145,45 @@ def _wake_torch(context: threading.Thread) -> None:
 
 def _absent(*_: Any, **__: Any) -> bool:
     return False
+
+
+class _Distributions(Mapping[str, list[str]]):
+    """As importlib.metadata.packages_distributions() has them, looked up when they are asked for.
+
+    To list all, it reads files of every package that is installed, which takes a second where there
+    are many. Older versions of transformers (5.21 and before) list all to look up a few.
+    """
+
+    def __init__(self, every: Callable[[], Mapping[str, list[str]]]) -> None:
+        self._every = every
+
+    def __getitem__(self, name: str) -> list[str]:
+        try:
+            return [importlib.metadata.distribution(name).name]
+        except importlib.metadata.PackageNotFoundError:
+            return self._all[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    @cached_property
+    def _all(self) -> Mapping[str, list[str]]:
+        return self._every()
+
+
+@contextmanager
+def _distributions_by_name() -> Iterator[None]:
+    """Have packages_distributions() return `_Distributions`."""
+    metadata: Any = importlib.metadata
+    every = metadata.packages_distributions
+    metadata.packages_distributions = lambda: _Distributions(every)
+    try:
+        yield
+    finally:
+        metadata.packages_distributions = every
 
 
 @contextmanager

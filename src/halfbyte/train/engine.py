@@ -221,6 +221,11 @@ class LayerEngine:
         return dtype
 
     @property
+    def width(self) -> int:
+        """The width of the residual stream."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
     def head_weight(self) -> Tensor | QuantizedWeight:
         """The output head's weight [V, H], as it is held."""
         packed = self.head.quantized if isinstance(self.head, FrozenHead) else None

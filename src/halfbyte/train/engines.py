@@ -16,13 +16,10 @@ from transformers import PreTrainedModel
 from halfbyte.nf4.format import gpu_kernels
 from halfbyte.optim import AdamW
 from halfbyte.plan.policy import ActivationPolicy
-from halfbyte.train.buckets import PartShape, own_shape
+from halfbyte.train.buckets import Buckets, PartShape
 from halfbyte.train.engine import EngineError, LayerEngine
 from halfbyte.train.parts import part_of_shape
 from halfbyte.train.plain import PlainEngine
-
-# Tokens of a document that stands for the documents of a run, before these are known.
-_TYPICAL = 1024
 
 
 def choose_engine(
@@ -30,6 +27,7 @@ def choose_engine(
     device: str,
     *,
     graphs: bool = True,
+    lengths: Sequence[Sequence[int]] = (),
     state_bits: Literal[8, 32] | None = None,
 ) -> tuple[LayerEngine | PlainEngine, str]:
     """Return the engine for ``model`` and one line that says which, and why.
@@ -38,6 +36,8 @@ def choose_engine(
         model: A model of ``model.build``, adapters attached.
         device: ``cpu`` or ``cuda``. On a GPU with kernels, layers are fused.
         graphs: Whether passes may be CUDA graphs there.
+        lengths: For each step of a run, the tokens of its documents: what these steps launch is
+            compiled ahead.
         state_bits: Of an optimizer's state, if its update is to be compiled with all else.
     """
     on_gpu = device.startswith("cuda") and gpu_kernels() is not None
@@ -45,8 +45,9 @@ def choose_engine(
     try:
         engine = LayerEngine(model, fuse=on_gpu, graphs=graphs and on_gpu)
         if on_gpu:
-            shapes = [own_shape([_TYPICAL, _TYPICAL // 2])] if engine.packs else []
-            compile_ahead(engine, shapes, vocabulary=vocabulary, state_bits=state_bits)
+            engine.longest = max(map(max, lengths), default=0)
+            buckets = Buckets.of(lengths, engine.width) if lengths and engine.packs else None
+            compile_ahead(engine, buckets, vocabulary=vocabulary, state_bits=state_bits)
         engine.probe(vocabulary, device)
     except EngineError as error:
         return PlainEngine(model), f"plain autograd, layer by layer is not possible: {error}"
@@ -55,18 +56,18 @@ def choose_engine(
 
 def compile_ahead(
     engine: LayerEngine,
-    shapes: Sequence[PartShape],
+    buckets: Buckets | None,
     *,
     vocabulary: int | None = None,
     state_bits: Literal[8, 32] | None = None,
 ) -> None:
-    """Compile the kernels of steps whose parts have these shapes, side by side; without a result.
+    """Compile the kernels of steps side by side, if Triton has not compiled them before.
 
     What cannot be compiled so is compiled when it is launched.
 
     Args:
         engine: On a CPU there is nothing to compile.
-        shapes: Of parts.
+        buckets: The shapes of parts.
         vocabulary: Size of the vocabulary, if `LayerEngine.probe` is to be compiled, too.
         state_bits: As in `choose_engine`.
     """
@@ -84,12 +85,13 @@ def compile_ahead(
             torch.autograd.set_multithreading_enabled(False),
             compiling_ahead(),
         ):
-            if state_bits is not None:
-                _update(state_bits, engine.model.device)
+            # What depends on the model comes first: if that is there, the rest is, too.
+            for shape in (buckets.largest, buckets.smallest) if buckets is not None else ():
+                _passes(engine, shape)
             if vocabulary is not None:
                 engine.probed(vocabulary, str(engine.model.device))
-            for shape in shapes:
-                _passes(engine, shape)
+            if state_bits is not None:
+                _update(state_bits, engine.model.device)
     finally:
         engine.passes.forget()
         engine.scratch.forget()

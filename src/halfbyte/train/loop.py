@@ -212,8 +212,14 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
     moved = embedding_to_host(base.model)
     if moved:
         report.note(f"the embedding waits in host memory: {moved / 1e6:.0f} MB less on the GPU")
-    graphs, bits = config.cuda_graphs, config.state_bits
-    engine, told = choose_engine(base.model, device, graphs=graphs, state_bits=bits)
+    by_step = [[n for batch in step for n in batch] for step in lengths]
+    engine, told = choose_engine(
+        base.model,
+        device,
+        graphs=config.cuda_graphs,
+        lengths=by_step,
+        state_bits=config.state_bits,
+    )
     report.note(told)
     trainer = Trainer(engine, parameters, config, Schedule.of(config, plan.total))
     if config.optim != "adamw":
@@ -224,7 +230,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
         load_adapter_state(base.model, resumed.adapter)
         trainer.load_progress(resumed.progress)
         start = resumed.step
-    memory = trainer.fit(shapes, [[n for batch in step for n in batch] for step in lengths])
+    memory = trainer.fit(shapes, by_step)
     if config.activations == "offload" and device == "cpu":
         report.note("activations: there is nowhere to offload to from a CPU; layers are recomputed")
     report.note(memory.line())

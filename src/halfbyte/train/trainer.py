@@ -216,8 +216,8 @@ class Trainer:
             if isinstance(engine, LayerEngine):
                 engine.longest = max(map(max, lengths))
             if isinstance(engine, LayerEngine) and engine.packs:
-                engine.buckets = Buckets.of(lengths, self._width, part_tokens)
-                compile_ahead(engine, [engine.buckets.largest, engine.buckets.smallest])
+                engine.buckets = Buckets.of(lengths, engine.width, part_tokens)
+                compile_ahead(engine, engine.buckets)
             failed = None
             try:
                 plan = self._planned(shapes)
@@ -263,10 +263,6 @@ class Trainer:
             if tight == usual:
                 raise
         return replace(plan(tight), state_off_device=usual - tight)
-
-    @property
-    def _width(self) -> int:
-        return int(self.engine.model.config.get_text_config().hidden_size)
 
     def use(self, policy: ActivationPolicy) -> None:
         """Make steps by this policy from now on."""
@@ -526,7 +522,7 @@ class Trainer:
         # Two documents of a bit less than half a part stay together until there are more parts.
         while most > 1 and self.engine.buckets.largest.numel >= before:
             most //= 2
-            self.engine.buckets = Buckets.of(self._lengths, self._width, most)
+            self.engine.buckets = Buckets.of(self._lengths, self.engine.width, most)
         return most
 
     def _clear(self) -> None:
