@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -253,7 +253,11 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
     )
 
     facts_of_recipe = recipe_facts(recipe) | {"init_lora_weights": config.init_lora_weights}
-    card: dict[str, Any] = {"base": identity_of(base), "recipe": facts_of_recipe}
+
+    @cache
+    def card() -> dict[str, Any]:  # digests take 0.2 s, for which the first step need not wait
+        return {"base": identity_of(base), "recipe": facts_of_recipe}
+
     with new_file(output / "config.yaml") as file:
         file.write(to_yaml(config).encode())
     report.begin(
@@ -298,7 +302,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
             optimizer=trainer.optimizer_state(),
             progress=identity | trainer.progress(),
             keep=config.save_total_limit,
-            card=lambda directory: write_card(directory, parameters, lora, **card),
+            card=partial(write_card, names=parameters, config=lora, **card()),
         )
         writer.write(write)
 
@@ -393,7 +397,7 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
             raise
         trainer.release()
         measure(plan.total)
-        save_adapter(output, adapter_state(base.model), lora, tokenizer=tokenizer, **card)
+        save_adapter(output, adapter_state(base.model), lora, tokenizer=tokenizer, **card())
         report.saved(output)
         sample(plan.total)
     if start < plan.total:
