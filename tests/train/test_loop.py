@@ -134,7 +134,7 @@ def test_an_adapter_goes_on_the_base_it_was_trained_on(model, data, tmp_path, ca
         assert adapters(opened)
     small = str(write_tiny_model(tmp_path / "small", layers=1))
     with monkeypatch.context() as patch:
-        patch.setattr("halfbyte.train.loading.load_told", None)  # no weight has been read
+        patch.setattr("halfbyte.train.loading.load_base", None)  # no weight has been read
         with pytest.raises(CheckpointError, match="of its 14 layers 7 can be found"):
             open_model(small, adapter=adapter, device="cpu")
     with pytest.raises(CheckpointError, match=r"quant was 'nf4', now it is 'fp4'.*allow-mismatch"):

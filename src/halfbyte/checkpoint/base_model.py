@@ -103,6 +103,7 @@ def load_base(
     source: str | Path | BaseSource,
     recipe: BaseRecipe,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Callable[[int, int], None] | None = None,
     cache: bool = False,
 ) -> LoadedBase:
@@ -115,6 +116,7 @@ def load_base(
     Args:
         source: What ``open_base`` takes, or has returned.
         recipe: How to hold it. Files that are packed already stay as they are, which is told.
+        tokenizer: The source's, if it has been read before.
         progress: Called with (bytes read, bytes in all) after each tensor.
         cache: Whether to load from a packed copy in the user's cache, made now if there is none.
 
@@ -124,7 +126,7 @@ def load_base(
     """
     if not isinstance(source, BaseSource):
         source = open_base(source)
-    tokenizer = source.tokenizer()
+    tokenizer = tokenizer or source.tokenizer()
     recipe = source.fitted(recipe)
     warn_of_packing_again(source, recipe)
     model = build(source.config, recipe, plain=_left_plain(source, recipe))

@@ -2,7 +2,11 @@
 
 import dataclasses
 import logging
-from typing import TYPE_CHECKING, Any, Literal
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import nn
@@ -23,17 +27,78 @@ if TYPE_CHECKING:
 logger = logging.getLogger("halfbyte")
 
 
-def load_told(
-    source: BaseSource, recipe: BaseRecipe, report: "RunReport | None", *, cache: bool = False
-) -> LoadedBase:
-    """Load ``source``, showing progress and saying what was packed and what was not."""
-    if report is None:
-        return load_base(source, recipe, cache=cache)
-    with report.task(f"loading {source.name}") as progress:
-        base = load_base(source, recipe, progress=progress, cache=cache)
-    for line in base.audit.lines():
-        report.note(line)
-    return base
+class Loading:
+    """A base model that is loaded: in a thread, once `start` is called, or when it is asked for.
+
+    A context, which stops the thread where nobody has asked.
+
+    Args:
+        source: The model.
+        recipe: How to hold it.
+        tokenizer: The source's, if it has been read before.
+        cache: Whether to load from a packed copy in the user's cache.
+
+    Attributes:
+        seconds: How long it took.
+    """
+
+    def __init__(
+        self,
+        source: BaseSource,
+        recipe: BaseRecipe,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        cache: bool = False,
+    ) -> None:
+        self._name, self.seconds = source.name, 0.0
+        self._load = partial(
+            load_base, source, recipe, tokenizer=tokenizer, progress=self._tell, cache=cache
+        )
+        self._progress: Callable[[int, int], None] | None = None
+        self._stopped = False
+        self._thread = ThreadPoolExecutor(1, "load-base")
+        self._loaded: Future[LoadedBase] | None = None
+
+    def start(self) -> None:
+        """Begin, in a thread."""
+        self._loaded = self._thread.submit(self._timed)
+
+    def result(self, report: "RunReport | None") -> LoadedBase:
+        """Return the model; progress is shown, and what was packed and what was not is said.
+
+        Raises:
+            UserError: As `load_base`.
+        """
+        if report is None:
+            return self._timed() if self._loaded is None else self._loaded.result()
+        with report.task(f"loading {self._name}") as self._progress:
+            base = self._timed() if self._loaded is None else self._loaded.result()
+        for line in base.audit.lines():
+            report.note(line)
+        return base
+
+    def _timed(self) -> LoadedBase:
+        began = time.perf_counter()
+        base = self._load()
+        self.seconds = time.perf_counter() - began
+        return base
+
+    def _tell(self, done: int, total: int) -> None:
+        if self._stopped:
+            raise _Stopped
+        if self._progress is not None:
+            self._progress(done, total)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped = True
+        self._thread.shutdown()
+
+
+class _Stopped(Exception):
+    """Nobody needs the model any more."""
 
 
 def open_model(
@@ -94,7 +159,8 @@ def open_model(
     )
     if report is not None:
         report.note(f"on {place}, products in {str(dtype).removeprefix('torch.')}: {why}")
-    base = load_told(source, recipe, report, cache=cache_quantized)
+    with Loading(source, recipe, cache=cache_quantized) as loading:
+        base = loading.result(report)
     if loaded is not None:
         _compare(loaded, base, allow_mismatch=allow_mismatch)
         loaded.put_on(base.model)

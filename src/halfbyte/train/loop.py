@@ -1,7 +1,7 @@
 """The story of a run: read, check, load, train, save. Everything it decides it tells.
 
-What can fail for the user's sake fails before the model is loaded, and nothing is written into
-the output directory until the data and the model are known to be good.
+What can fail for the user's sake fails before the model is loaded, or, on a GPU, while it is; and
+nothing is written into the output directory until the data and the model are known to be good.
 
 A checkpoint holds the adapter, the optimizer's moments and the step; the order of the data, the
 learning rate and the dropout masks are functions of the step and the seed. So a run that is
@@ -39,7 +39,7 @@ from halfbyte.train.engine import LayerEngine
 from halfbyte.train.engines import choose_engine
 from halfbyte.train.evaluate import as_batch, evaluate_loss
 from halfbyte.train.heap import give_back, keep_freed_memory
-from halfbyte.train.loading import load_told, lora_of, recipe_facts, recipe_of
+from halfbyte.train.loading import Loading, lora_of, recipe_facts, recipe_of
 from halfbyte.train.memory import Ceiling, keep_few_products, peak_memory, used_memory
 from halfbyte.train.parts import Batch
 from halfbyte.train.plain import PlainEngine
@@ -173,28 +173,30 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
     if config.init_lora_weights == "qera":
         require_plain(source)
     tokenizer = source.tokenizer()
-    dataset = _read(config.data, tokenizer, config, report)
-    held_out = _read(config.eval_data, tokenizer, config, report) if config.eval_data else None
-    plan = _Steps(dataset.examples, config, tokenizer.pad_token_id or 0)
-    lengths = plan.lengths()
-    shapes = [[(len(batch), batch[0]) for batch in step] for step in lengths]
-    identity = _identity(config, source, dataset)
-    if resumed is not None:
-        _check_same_run(resumed, identity)
-
-    report.note(f"on {device}, products in {str(dtype).removeprefix('torch.')}: {why}")
-    if device == "cpu":
-        if dtype == torch.float32:
-            library, reason = float32_library()
-            report.note(f"float32 products by {library}: {reason}")
-        keep_freed_memory()
-        keep_few_products(shapes)
-        give_back()
-    process = used_memory(device) if device == "cpu" else None
     recipe = recipe_of(config, dtype, device)
-    began = time.perf_counter()
-    base = load_told(source, recipe, report, cache=config.cache_quantized)
-    report.record("loaded", {"seconds": time.perf_counter() - began} | facts.memory_now(device))
+    process = None
+    with Loading(source, recipe, tokenizer=tokenizer, cache=config.cache_quantized) as loading:
+        if device == "cuda":
+            loading.start()  # beside the data: what is wrong with these ends it
+        dataset = _read(config.data, tokenizer, config, report)
+        held_out = _read(config.eval_data, tokenizer, config, report) if config.eval_data else None
+        plan = _Steps(dataset.examples, config, tokenizer.pad_token_id or 0)
+        lengths = plan.lengths()
+        shapes = [[(len(batch), batch[0]) for batch in step] for step in lengths]
+        identity = _identity(config, source, dataset)
+        if resumed is not None:
+            _check_same_run(resumed, identity)
+        report.note(f"on {device}, products in {str(dtype).removeprefix('torch.')}: {why}")
+        if device == "cpu":
+            if dtype == torch.float32:
+                library, reason = float32_library()
+                report.note(f"float32 products by {library}: {reason}")
+            keep_freed_memory()
+            keep_few_products(shapes)
+            give_back()
+            process = used_memory(device)
+        base = loading.result(report)
+    report.record("loaded", {"seconds": loading.seconds} | facts.memory_now(device))
     recipe = base.model.halfbyte_recipe
     lora = lora_of(config)
     adapted = attach(base.model, lora, seed=config.seed)
