@@ -148,6 +148,12 @@ def forecast(records: Sequence[Row]) -> Row:
             field(memory, "measured_bytes") / field(memory, "predicted_bytes") - 1, 4
         ),
     }
+    if memory.get("predicted_reserved_bytes"):  # on a GPU
+        row["forecast_reserved_gb"] = gigabytes(memory["predicted_reserved_bytes"])
+    captured = [record for record in records if record["event"] == "captured"]
+    if captured:
+        row["graphs"] = captured[-1]["graphs"]
+        row["capture_s"] = round(captured[-1]["seconds"], 2)
     # Seconds are foretold for the cards that halfbyte has in its table.
     for name in ("measured_seconds", "predicted_seconds"):
         row[name] = memory.get(name)
@@ -461,8 +467,9 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "tokens_per_s": ("all tok/s", ",.0f"),
     "wall_s": ("wall s", ".1f"),
     "peak_gb": ("peak GB", ".2f"),
-    "reserved_gb": ("reserved", ".2f"),
+    "reserved_gb": ("reserved GB", ".2f"),
     "forecast_gb": ("forecast", ".2f"),
+    "forecast_reserved_gb": ("reserved", ".2f"),
     "forecast_off": ("off", "+.1%"),
     "loss": ("loss", ".3f"),
     "tokens": ("tokens", ",.0f"),

@@ -129,7 +129,13 @@ def journal(path: Path, *, without: str = "") -> Path:
         {"event": "loaded", "seconds": 1.0},
         {"event": "step", "step": 1, "tokens": 10, "seconds": 2.0, "loss": 3.0},
         {"event": "step", "step": 2, "tokens": 10, "seconds": 1.0, "loss": 2.0},
-        {"event": "memory", "measured_bytes": 11e9, "predicted_bytes": 10e9},
+        {"event": "captured", "seconds": 1.5, "graphs": 4},
+        {
+            "event": "memory",
+            "measured_bytes": 11e9,
+            "predicted_bytes": 10e9,
+            "predicted_reserved_bytes": 12.5e9,
+        },
         {"event": "finish", "peak_memory_bytes": 12e9, "reserved_bytes": 13e9},
     ]
     event, _, name = without.partition(".")
@@ -147,6 +153,8 @@ def test_a_row_of_ours_is_what_the_journal_says(gpu_run: Any, tmp_path: Path) ->
     assert row["first_step_s"] == 2.5
     assert (row["peak_gb"], row["reserved_gb"], row["forecast_gb"]) == (12, 13, 10)
     assert row["forecast_off"] == 0.1
+    assert row["forecast_reserved_gb"] == 12.5
+    assert (row["capture_s"], row["graphs"]) == (1.5, 4)
     assert row["loss"] == 2.5
     assert row["steady_tokens_per_s"] == 10
     text = gpu_run.table({"halfbyte": row, "unsloth": {"wall_s": 1.0, "failed": "no memory"}})
