@@ -130,6 +130,16 @@ def test_a_set_whose_first_inputs_differ_is_dissolved(products):
     assert products == [1, 1, 1]
 
 
+def test_a_run_that_was_broken_off_dissolves_no_set(products):
+    linears = adapted()
+    shared = SharedInput(linears)
+    linears[0](torch.randn(4, 10, dtype=torch.float64))  # and the others are never called
+    shared.forget()
+    products.clear()
+    run(linears, torch.randn(4, 10, dtype=torch.float64, requires_grad=True))
+    assert products == [3]
+
+
 def test_nothing_is_held_once_all_have_their_output():
     linears = adapted()
     SharedInput(linears)

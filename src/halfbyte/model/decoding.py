@@ -228,9 +228,10 @@ class Decoder:
         from halfbyte.nf4.gpu_compiling import compiling_ahead  # it imports triton
 
         tokens = torch.zeros(self.cache.keys.shape[1], dtype=torch.int64, device=self.device)
-        with compiling_ahead():
+        with compiling_ahead() as ahead:
             self.prefill([[0]], [0])
-            self.step(self.embed(tokens), tokens)
+            if not ahead.needless:
+                self.step(self.embed(tokens), tokens)
         self.cache.clear()
 
     def embed(self, tokens: Tensor) -> Tensor:

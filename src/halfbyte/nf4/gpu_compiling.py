@@ -22,76 +22,74 @@ _MOST_THREADS = 16
 _ENOUGH = 8
 
 
-@contextmanager
-def compiling_ahead() -> Iterator[None]:
-    """Compile what this thread launches inside, all at the same time, and run none of it.
-
-    Everything else does run: allocations, torch's own operations, what the host remembers. They see
-    tensors that nobody has written to, so results mean nothing, may be NaN, and whoever enters this
-    must forget them. Autograd has to stay in this thread (``set_multithreading_enabled(False)``).
-    The block is left early, without an exception, when Triton turns out to have it all.
-
-    A kernel that cannot be compiled says so when it is launched, not here.
-    """
-    launch, listener, thread = JITFunction.run, knobs.compilation.listener, threading.get_ident()
-    with _Threads(min(_MOST_THREADS, os.cpu_count() or 1)) as threads:
-
-        def listen(*, cache_hit: bool, **told: Any) -> None:
-            threads.found_all &= cache_hit
-            if listener is not None:
-                listener(cache_hit=cache_hit, **told)
-
-        def compiled(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-            own = threading.get_ident() == thread
-            if own and not threads.looked and len(threads.futures) >= _ENOUGH:
-                threads.look()
-            return launch(kernel, *args, grid=grid, warmup=warmup or own, **options)
-
-        JITFunction.run, knobs.compilation.listener = compiled, listen
-        try:
-            with triton.AsyncCompileMode(threads, ignore_errors=True):
-                yield
-        except _AllThere:
-            return
-        finally:
-            JITFunction.run, knobs.compilation.listener = launch, listener
-
-
-class _AllThere(Exception):
-    """Triton has the kernels on disk."""
-
-
-class _Threads(ThreadPoolExecutor):
-    """Compiles kernels, builds their launchers and loads them.
+class Ahead(ThreadPoolExecutor):
+    """Compiles kernels, builds their launchers and loads them, in threads.
 
     Attributes:
-        futures: Of all.
-        found_all: Whether all that are done were on disk.
-        looked: Whether `look` was called.
+        needless: Whether Triton turned out to have the kernels on disk: nothing more is compiled.
     """
 
-    def __init__(self, count: int) -> None:
-        super().__init__(count, "compile")
-        self.futures: list[Future[Any]] = []
-        self.found_all, self.looked = True, False
+    def __init__(self) -> None:
+        super().__init__(min(_MOST_THREADS, os.cpu_count() or 1), "compile")
+        self.needless = False
+        self._futures: list[Future[Any]] = []
+        self._found_all, self._looked = True, False
 
     def submit(self, call: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
+        """Have ``call`` compile a kernel; see ``concurrent.futures.Executor``."""
+
         def ready() -> Any:
             kernel = call(*args, **options)
             kernel.run  # noqa: B018 (a property, which does the rest)
             return kernel
 
-        self.futures.append(super().submit(ready))
-        return self.futures[-1]
+        self._futures.append(super().submit(ready))
+        return self._futures[-1]
+
+    def compiled(self, *, found: bool) -> None:
+        """Take note that a kernel was compiled, or found on disk."""
+        self._found_all &= found
 
     def look(self) -> None:
-        """Wait until one has been compiled, or all so far were found.
-
-        Raises:
-            _AllThere: They were found.
-        """
-        self.looked = True
-        for future in as_completed(self.futures):
-            if not self.found_all or future.exception() is not None:
+        """Once there are a few kernels, wait until one was compiled or all of them were found."""
+        if self._looked or len(self._futures) < _ENOUGH:
+            return
+        self._looked = True
+        for future in as_completed(self._futures):
+            if future.exception() is not None or not self._found_all:
                 return
-        raise _AllThere
+        self.needless = True
+
+
+@contextmanager
+def compiling_ahead() -> Iterator[Ahead]:
+    """Compile what this thread launches inside, all at the same time, and run none of it.
+
+    Everything else does run: allocations, torch's own operations, what the host remembers. They see
+    tensors that nobody has written to, so results mean nothing, may be NaN, and whoever enters this
+    must forget them. Autograd has to stay in this thread (``set_multithreading_enabled(False)``).
+
+    A kernel that cannot be compiled says so when it is launched, not here.
+    """
+    launch, listener, thread = JITFunction.run, knobs.compilation.listener, threading.get_ident()
+    with Ahead() as ahead:
+
+        def listen(*, cache_hit: bool, **told: Any) -> None:
+            ahead.compiled(found=cache_hit)
+            if listener is not None:
+                listener(cache_hit=cache_hit, **told)
+
+        def compiled(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+            if threading.get_ident() != thread:
+                return launch(kernel, *args, grid=grid, warmup=warmup, **options)
+            ahead.look()
+            if ahead.needless:
+                return None
+            return launch(kernel, *args, grid=grid, warmup=True, **options)
+
+        JITFunction.run, knobs.compilation.listener = compiled, listen
+        try:
+            with triton.AsyncCompileMode(ahead, ignore_errors=True):
+                yield ahead
+        finally:
+            JITFunction.run, knobs.compilation.listener = launch, listener

@@ -89,9 +89,8 @@ class WeightScratch:
                 pass
 
     def forget(self) -> None:
-        """Take no buffer to hold what was decoded last: nothing was, in a dry run."""
-        for place in (self._shared, *self._own.values()):
-            place.holds = []
+        """Take the shared buffer to hold nothing: in a dry run nothing is decoded into it."""
+        self._shared.holds = []
 
     @contextmanager
     def opened(

@@ -286,6 +286,10 @@ class SharedInput:
             self._waiting = _Waiting(x, x._version, torch.is_grad_enabled(), ys)
         return y
 
+    def forget(self) -> None:
+        """Let go of outputs that nobody has asked for, as after a run that was broken off."""
+        self._waiting = None
+
     def _products(self, x: Tensor, *, read: bool = True) -> tuple[Tensor, ...]:
         updates = tuple(
             None if member.adapter is None else member.adapter.update(x)  # type: ignore[operator]

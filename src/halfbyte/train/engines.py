@@ -7,6 +7,7 @@ On a GPU all kernels of a step are compiled ahead, side by side, by a dry run of
 
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -83,18 +84,19 @@ def compile_ahead(
         with (
             suppress(RuntimeError, EngineError),
             torch.autograd.set_multithreading_enabled(False),
-            compiling_ahead(),
+            compiling_ahead() as ahead,
         ):
-            # What depends on the model comes first: if that is there, the rest is, too.
             for shape in (buckets.largest, buckets.smallest) if buckets is not None else ():
                 _passes(engine, shape)
-            if vocabulary is not None:
+            if vocabulary is not None and not ahead.needless:
                 engine.probed(vocabulary, str(engine.model.device))
-            if state_bits is not None:
+            if state_bits is not None and not ahead.needless:
                 _update(state_bits, engine.model.device)
     finally:
         engine.passes.forget()
         engine.scratch.forget()
+        for linear in chain.from_iterable(engine.linears):
+            linear.shared.forget()
         for parameter, grad in held:
             parameter.grad = grad
         torch.cuda.reset_peak_memory_stats()
