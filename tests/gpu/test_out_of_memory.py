@@ -4,6 +4,8 @@ The process is capped, which the plan does not see, or memory is taken away betw
 """
 
 import gc
+import subprocess
+import sys
 from contextlib import suppress
 
 import pytest
@@ -131,3 +133,33 @@ def test_where_nothing_helps_there_is_one_message_and_no_update(capped):
     taken.clear()
     torch.cuda.set_per_process_memory_fraction(1.0)
     assert all(torch.equal(p, before[name]) for name, p in made.parameters.items())
+
+
+HOLDS = """
+import sys, torch
+free, _ = torch.cuda.mem_get_info()
+held = torch.empty(free - int(sys.argv[1]), dtype=torch.uint8, device="cuda")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_beside_another_program_no_more_is_asked_for_than_it_leaves():
+    """With all kept, these steps take 0.5 GB."""
+    in_use()
+    torch.cuda.reset_peak_memory_stats()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HOLDS, str(400 << 20)], **pipes) as other:
+        try:
+            assert other.stdout.readline().strip() == b"held"
+            free, _ = torch.cuda.mem_get_info()
+            before = torch.cuda.memory_reserved()
+            made = trainer()
+            assert made.plan.reserved_bytes <= made.plan.budget
+            made.capture()
+            assert all(loss > 0 for loss in losses(made))
+        finally:
+            other.kill()
+    assert not made.fallbacks
+    assert torch.cuda.max_memory_reserved() - before <= free
+    assert made.policy.saved < 8
