@@ -5,8 +5,8 @@ On a GPU all kernels of a step are compiled ahead, side by side, by a dry run of
 `PlainEngine`, and the reason is announced.
 """
 
+import logging
 from collections.abc import Sequence
-from contextlib import suppress
 from itertools import chain
 from typing import Literal
 
@@ -21,6 +21,8 @@ from halfbyte.train.buckets import Buckets, PartShape
 from halfbyte.train.engine import EngineError, LayerEngine
 from halfbyte.train.parts import part_of_shape
 from halfbyte.train.plain import PlainEngine
+
+logger = logging.getLogger("halfbyte")
 
 
 def choose_engine(
@@ -80,9 +82,7 @@ def compile_ahead(
     for parameter, _ in held:
         parameter.grad = None
     try:
-        # A RuntimeError is CUDA's or torch's, and comes again where a result is wanted.
         with (
-            suppress(RuntimeError, EngineError),
             torch.autograd.set_multithreading_enabled(False),
             compiling_ahead() as ahead,
         ):
@@ -92,6 +92,9 @@ def compile_ahead(
                 engine.probed(vocabulary, str(engine.model.device))
             if state_bits is not None and not ahead.needless:
                 _update(state_bits, engine.model.device)
+    except (RuntimeError, EngineError) as error:
+        # CUDA's, torch's or the engine's: it comes again where a result is wanted.
+        logger.info("kernels are compiled one by one, as a dry run failed: %s", error)
     finally:
         engine.passes.forget()
         engine.scratch.forget()
