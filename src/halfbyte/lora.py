@@ -229,6 +229,10 @@ class LoRA(nn.Module):
             self._norms = key, square.clamp_(min=smallest).sqrt_()
         return self._norms[1]
 
+    def forget(self) -> None:
+        """Let go of DoRA's norms, if they were computed in a dry run, of weights nobody decoded."""
+        self._norms = None
+
 
 class _Cast(nn.Module):
     """What stands between a parameter that is trained whole and its module: a cast."""

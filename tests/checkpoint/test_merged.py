@@ -170,6 +170,29 @@ def test_a_packed_base_has_no_original_weights(tmp_path: Path) -> None:
         Merged(source, model, "original")
 
 
+@pytest.mark.parametrize("into", ["decoded", "nf4"])
+def test_a_packed_base_is_merged_as_the_one_it_was_packed_from(tmp_path: Path, into: Into) -> None:
+    directory = write_tiny_model(tmp_path / "base")
+    packed = write_quantized(directory, tmp_path / "packed", BaseRecipe())
+    written = []
+    for base in (directory, packed):
+        out = write_merged(Merged(*adapted(base), into), tmp_path / f"{base.name}-merged")
+        config = json.loads((out / "config.json").read_text())
+        assert ("quantization_config" in config) == (into == "nf4")
+        assert config["dtype"] == "bfloat16"
+        written.append(open_base(out))
+    of_plain, of_packed = written
+    assert set(of_packed.parameters) == set(of_plain.parameters)
+    for parameter in of_plain.parameters:
+        one, other = (base.tensor(parameter.name) for base in written)
+        assert type(one) is type(other)
+        if isinstance(one, QuantizedWeight):
+            assert isinstance(other, QuantizedWeight)
+            assert all(t.equal(other.tensors()[part]) for part, t in one.tensors().items())
+        else:
+            assert one.equal(other), parameter.name
+
+
 def test_a_plain_base_is_its_own_original(tmp_path: Path) -> None:
     source, model = adapted(write_tiny_model(tmp_path / "base"), quant="none")
     assert ways(source, model) == ["decoded", "nf4"]

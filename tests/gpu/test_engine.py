@@ -222,6 +222,21 @@ def test_what_the_host_decides_is_not_captured():
         assert f"no CUDA graphs: {reason}" in told.replace("the embedding", "embedding"), told
 
 
+def test_nothing_is_remembered_of_the_dry_run():
+    """DoRA's norms, for one, which are kept as long as the adapter is as it was."""
+    results = []
+    for chosen in (False, True):
+        model = on_gpu("llama", use_dora=True)
+        engine = LayerEngine(model, fuse=True)
+        if chosen:
+            engine, _ = choose_engine(model, "cuda", graphs=False, lengths=[[9, 4, 3]])
+        loss = engine.step(examples([[9, 4], [3]]), 20.0, ActivationPolicy(1))
+        results.append((loss, gradients(model)))
+    (loss, true), (got_loss, got) = results
+    assert torch.equal(got_loss, loss)
+    assert all(torch.equal(gradient, true[name]) for name, gradient in got.items())
+
+
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"dropout": 0.2}])
 def test_these_are_right_all_the_same(options):
     results = []

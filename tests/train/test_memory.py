@@ -1,6 +1,7 @@
 """The memory plan: more memory never keeps less, and too little is an error that says enough."""
 
 import dataclasses
+import math
 import mmap
 import os
 import re
@@ -74,8 +75,13 @@ def test_the_largest_step_decides(engine):
 
 @pytest.mark.parametrize(("activations", "layers"), [("save", 3), ("recompute", 0)])
 def test_what_is_asked_for_is_done(engine, activations, layers):
-    plan = plan_memory(engine, SHAPES, activations, 2_000_000, "cpu")
+    plan = plan_memory(engine, SHAPES, activations, None, "cpu")
     assert plan.policy.saved == layers
+    least = plan.predicted_bytes
+    # Pages of the process come and go between the two.
+    assert plan_memory(engine, SHAPES, activations, least + 50_000_000, "cpu").policy == plan.policy
+    with pytest.raises(ConfigError, match=r"too small.*or leave activations at auto"):
+        plan_memory(engine, SHAPES, activations, 2_000_000, "cpu")
 
 
 def test_modules_trained_whole_are_counted(engine):
@@ -195,7 +201,8 @@ def test_inputs_leave_only_where_that_keeps_more(graphs):
 @pytest.mark.parametrize("activations", ["auto", "save"])
 def test_decoded_weights_stay_in_what_all_activations_leave(activations):
     full = int(memory.MARGIN * reserved(ActivationPolicy(8))) + 1
-    plans = [planned(budget, activations) for budget in range(full - 200, full + 600, 10)]
+    first = full - 200 if activations == "auto" else full
+    plans = [planned(budget, activations) for budget in range(first, full + 600, 10)]
     for plan in plans:
         decoded = plan.policy.decoded
         assert decoded == 0 or plan.policy.saved == 8
@@ -241,7 +248,7 @@ def test_attention_waits_only_where_the_host_has_room(monkeypatch):
     for room, attention in ((7 * 17, True), (7 * 17 - 1, False)):
         free = room / memory.HOST_SHARE
         monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
-        plan = planned(1, "offload")
+        plan = planned(5000, "offload")
         assert plan.policy == ActivationPolicy(0, 7, attention)
         assert plan.host_bytes <= room
         assert ("without attention" in plan.line()) == attention
@@ -258,9 +265,14 @@ def planned_fits(budget):
     ("activations", "saved", "offloaded"), [("save", 8, 0), ("recompute", 0, 0), ("offload", 0, 7)]
 )
 def test_what_is_asked_for_is_done_on_a_gpu_too(activations, saved, offloaded):
-    plan = planned(1, activations)
+    plan = planned(1, activations, asked=False)
     assert (plan.policy.saved, plan.policy.offloaded) == (saved, offloaded)
     assert ("from host memory" in plan.line()) == bool(offloaded)
+    least = math.ceil(memory.MARGIN * plan.reserved_bytes)
+    assert planned(least, activations).policy == plan.policy
+    says = "keeping its activations" if saved else "recomputed in backward"
+    with pytest.raises(ConfigError, match=f"{says}.*or leave activations at auto"):
+        planned(least - 1, activations)
 
 
 def test_what_is_in_use_is_counted_once(engine, monkeypatch):

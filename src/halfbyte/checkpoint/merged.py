@@ -80,7 +80,10 @@ class Merged(BaseSource):
             )
         self.parameters = tuple(
             parameter._replace(
-                dtype=dtype if parameter.dtype.is_floating_point else parameter.dtype,
+                # A packed weight is stored as integers, and decodes to floating values.
+                dtype=dtype
+                if parameter.packed or parameter.dtype.is_floating_point
+                else parameter.dtype,
                 packed=parameter.name in self._packed,
             )
             for parameter in (*base.parameters, *self._untied())

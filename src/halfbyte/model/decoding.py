@@ -169,6 +169,7 @@ class Decoder:
         self.device: torch.device = model.device
         self._dtype: torch.dtype = model.halfbyte_recipe.compute_dtype
         self._layers = [_Layer(layer, self._dtype) for layer in decoder.layers]
+        self._adapters = list(adapters(model).values())
         self._norm = _Norm.of(decoder.norm)
         self._rotary = decoder.rotary_emb
         self._embedding: Any = model.get_input_embeddings()
@@ -233,6 +234,8 @@ class Decoder:
             if not ahead.needless:
                 self.step(self.embed(tokens), tokens)
         self.cache.clear()
+        for adapter in self._adapters:
+            adapter.forget()
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Return the embeddings [..., hidden] of tokens int64 [...]."""

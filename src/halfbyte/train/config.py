@@ -248,7 +248,7 @@ class TrainConfig(ModelOptions):
         "that wait in host memory); on a GPU, auto and save keep decoded weights in what is left",
     )
     memory_budget: Annotated[PositiveInt | None, BeforeValidator(parse_bytes)] = Field(
-        None, description="memory that auto may use, such as 16GB (10^9) or 16GiB (2^30)"
+        None, description="memory that may be used, such as 16GB (10^9) or 16GiB (2^30)"
     )
     cuda_graphs: bool = Field(
         True, description="record the passes of a step on a GPU, and play them again"

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from halfbyte.lora import adapters
 from halfbyte.nf4.format import gpu_kernels
 from halfbyte.optim import AdamW
 from halfbyte.plan.policy import ActivationPolicy
@@ -100,6 +101,8 @@ def compile_ahead(
         engine.scratch.forget()
         for linear in chain.from_iterable(engine.linears):
             linear.shared.forget()
+        for adapter in adapters(engine.model).values():
+            adapter.forget()
         for parameter, grad in held:
             parameter.grad = grad
         torch.cuda.reset_peak_memory_stats()

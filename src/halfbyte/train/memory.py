@@ -145,8 +145,8 @@ def plan_memory(
             float32, if not given.
 
     Raises:
-        ConfigError: If the budget is too small even when every layer is recomputed; says the least
-            that would do.
+        ConfigError: If the budget is too small for the activations that were asked for, with
+            ``auto`` even when every layer is recomputed; says the least that would do.
     """
     if device == "cpu":
         give_back()  # what loading has left
@@ -258,34 +258,36 @@ class _Planner:
         return self.of(ActivationPolicy.offloading(layers, saved, attention_checkpoint=attention))
 
     def plan(self, activations: str, *, asked: bool) -> MemoryPlan:
-        layers, attention = self.cost.layers, self.cost.attention > 0
-        if activations == "save":
-            return self.with_decoded(self.of(ActivationPolicy(layers)))
-        if activations == "recompute" or (activations == "offload" and self.device == "cpu"):
-            return self.of(ActivationPolicy())
-        if activations == "offload":
-            with_attention = self.offloading(0, attention=attention)
-            room = self.host_has_room(with_attention)
-            return with_attention if room else self.offloading(0, attention=False)
-        plans = [self.of(ActivationPolicy(saved)) for saved in range(layers + 1)]
-        if self.device == "cuda":
-            for kept in {False, attention}:
-                plans += [self.offloading(saved, attention=kept) for saved in range(layers)]
+        plans = self.choices(activations)
         fitting = list(filter(self.fits, plans))
-        if not fitting:
-            least = min(plans, key=lambda p: p.reserved_bytes)
-            if not asked:
-                return least
-            from_host = " from host memory" if least.policy.offloaded else ""
-            margin = MARGIN if self.device == "cuda" else 1.0
-            raise ConfigError(
-                f"memory_budget {self.budget / 1e9:.2f} GB is too small: with every layer "
-                f"recomputed in backward{from_host} this run needs about "
-                f"{margin * least.reserved_bytes / 1e9:.2f} GB. Raise it, or lower batch_size, "
-                "gradient_accumulation_steps or max_length"
-            )
-        best = max(fitting, key=_preference)
-        return self.with_decoded(best) if best.policy.saved == layers else best
+        if fitting:
+            best = max(fitting, key=_preference)
+            return self.with_decoded(best) if best.policy.saved == self.cost.layers else best
+        least = min(plans, key=lambda plan: plan.reserved_bytes)
+        if not asked:
+            return least
+        policy, margin = least.policy, MARGIN if self.device == "cuda" else 1.0
+        how = "recomputed in backward" + " from host memory" * (policy.offloaded > 0)
+        if policy.saved:
+            how = "keeping its activations"
+        raise ConfigError(
+            f"memory_budget {self.budget / 1e9:.2f} GB is too small: with every layer {how} this "
+            f"run needs about {margin * least.reserved_bytes / 1e9:.2f} GB. Raise it, or lower "
+            "batch_size, gradient_accumulation_steps or max_length"
+            + ", or leave activations at auto"
+            * (activations != "auto")
+        )
+
+    def choices(self, activations: str) -> list[MemoryPlan]:
+        """Return the plans to choose from, decoded weights aside."""
+        layers, attention = self.cost.layers, self.cost.attention > 0
+        saved = {"save": [layers], "auto": range(layers + 1), "recompute": [0], "offload": []}
+        plans = [self.of(ActivationPolicy(count)) for count in saved[activations]]
+        if self.device != "cuda" or activations in ("save", "recompute"):
+            return plans or [self.of(ActivationPolicy())]
+        for count in range(layers) if activations == "auto" else [0]:
+            plans += [self.offloading(count, attention=kept) for kept in {False, attention}]
+        return plans
 
     def with_decoded(self, plan_of_all: MemoryPlan) -> MemoryPlan:
         """Return the plan with as many decoded layers as fit beside all activations."""
