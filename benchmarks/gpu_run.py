@@ -53,6 +53,11 @@ OURS: dict[str, list[str]] = {
     "halfbyte": [],
     "halfbyte-24GB": ["--memory-budget", "24GB"],
     "halfbyte-offload": ["--activations", "offload"],
+    "halfbyte-5.6GB": [
+        "--activations=offload",
+        "--optim=adamw_8bit",
+        "--memory-budget=5.6GB",
+    ],
     "halfbyte-no-graphs": ["--no-cuda-graphs"],
     "smollm2": [],
 }

@@ -96,7 +96,10 @@ import os, threading
 from halfbyte.cli import startup
 startup.claim_process()
 startup.import_transformers(gpu=True)
-assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+settings = dict(pair.split(":") for pair in os.environ["PYTORCH_ALLOC_CONF"].split(","))
+assert settings["expandable_segments"] == settings["pinned_use_cuda_host_register"] == "True"
+threads = int(settings["pinned_num_register_threads"])
+assert threads.bit_count() == 1 and threads <= max(1, os.cpu_count())  # or torch refuses it
 import torch
 for thread in threading.enumerate():
     if thread.name == "wake-gpu":
@@ -112,8 +115,8 @@ def test_what_a_user_says_of_the_allocator_stays() -> None:
         """
 import os
 os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "max_split_size_mb:128"
-from halfbyte.model.precision import use_expandable_segments
-use_expandable_segments()
+from halfbyte.model.precision import configure_allocators
+configure_allocators()
 assert "PYTORCH_ALLOC_CONF" not in os.environ
 """
     )

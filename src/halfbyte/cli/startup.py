@@ -129,9 +129,9 @@ def _wake_torch(context: threading.Thread) -> None:
     """Begin to have torch use the context when it is made, in a thread of its own."""
     import torch
 
-    from halfbyte.model.precision import use_expandable_segments
+    from halfbyte.model.precision import configure_allocators
 
-    use_expandable_segments()  # is looked at when there is a context
+    configure_allocators()  # is looked at when there is a context
 
     def wake() -> None:
         context.join()
