@@ -28,8 +28,8 @@ ROUND = 128
 MOST_SIZES = 16
 
 # Tokens that a further size must save in a run, times the width of the model: capturing a graph
-# takes 0.3 to 0.4 s whatever the width, in which an H100 trains 7000 tokens of width 4096.
-PRICE = 1.5e7
+# takes 0.3 s whatever the width, in which an H200 trains 5400 tokens of width 4096.
+PRICE = 2.2e7
 
 
 class PartShape(NamedTuple):
