@@ -133,9 +133,9 @@ def test_no_other_sizes_waste_less(tokens, price, most):
 def test_a_further_size_is_worth_it_where_a_run_is_long_or_the_model_wide():
     steps = [[1000, 50], [300, 20]]  # 1152 and 384 tokens: one size wastes 768 more a step
     assert [s.tokens for s in Buckets.of(steps, 4096).shapes] == [1152]
-    assert [s.tokens for s in Buckets.of(steps * 4, 4096).shapes] == [1152]
-    assert [s.tokens for s in Buckets.of(steps * 5, 4096).shapes] == [1152, 384]
-    assert [s.tokens for s in Buckets.of(steps * 5, 2048).shapes] == [1152]
+    assert [s.tokens for s in Buckets.of(steps * 6, 4096).shapes] == [1152]
+    assert [s.tokens for s in Buckets.of(steps * 7, 4096).shapes] == [1152, 384]
+    assert [s.tokens for s in Buckets.of(steps * 7, 2048).shapes] == [1152]
 
 
 def test_a_run_of_any_lengths_has_few_sizes_and_wastes_little():
