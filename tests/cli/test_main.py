@@ -167,6 +167,21 @@ def test_exit_codes(
     assert capsys.readouterr() == ("", said)
 
 
+def test_too_little_memory_is_no_bug(verb: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1 GiB"
+
+    def fail(argv: list[str]) -> None:
+        raise torch.OutOfMemoryError(f"{said}. Process 7 has 3 MiB. Of that\n much is reserved")
+
+    verb.main = fail  # type: ignore[attr-defined]
+    assert cli.main(["doctor"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"halfbyte doctor: the GPU's memory does not suffice: {said}. End other")
+
+
 def test_a_bug_shows_its_traceback(verb: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(argv: list[str]) -> None:
         raise IndexError(argv[0])

@@ -17,6 +17,7 @@ from halfbyte.lora import adapter_parameters
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.engines import choose_engine
+from halfbyte.train.memory import memory_limit
 from halfbyte.train.parts import Batch
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.trainer import Trainer
@@ -102,6 +103,25 @@ def test_a_capped_process_keeps_less_and_computes_the_same(capped):
     assert made.policy.saved < 8
     notes = [note for note in made.engine.notes if note.startswith("out of GPU memory")]
     assert len(notes) == len(made.fallbacks)
+
+
+def test_a_budget_is_kept_to_from_the_first_look_on():
+    """Looking how much a part takes may take more than the budget, too."""
+    before = in_use()
+    free = trainer()
+    free.capture()
+    wanted = losses(free)
+    peak = torch.cuda.max_memory_reserved() - before
+    del free
+    budget = in_use() + int(0.6 * peak)
+    torch.cuda.reset_peak_memory_stats()
+    with memory_limit("cuda", budget):
+        made = trainer(memory_budget=budget)
+        made.capture()
+        assert losses(made) == pytest.approx(wanted, rel=2e-3)
+    assert torch.cuda.max_memory_reserved() <= budget
+    assert made.plan.reserved_bytes <= budget
+    assert not made.fallbacks
 
 
 def test_memory_that_is_taken_away_between_steps_is_done_without(capped):

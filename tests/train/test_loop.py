@@ -25,6 +25,7 @@ from halfbyte.errors import (
 from halfbyte.lora import adapters
 from halfbyte.model.build import BaseRecipe
 from halfbyte.report import open_report
+from halfbyte.train import facts
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.engine import LayerEngine
 from halfbyte.train.evaluate import evaluate
@@ -385,3 +386,16 @@ def test_offloading_on_a_cpu_is_said_to_be_nothing(model, data, tmp_path):
     run(config(model, data, tmp_path / "run", activations="offload", max_steps=1))
     notes = [e["text"] for e in journal(tmp_path / "run") if e["event"] == "note"]
     assert any("nowhere to offload to" in note for note in notes)
+
+
+def test_a_run_without_memory_for_answers_trains_and_says_so(model, data, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(facts, "generate", fail)
+    made = config(model, data, tmp_path / "run", samples=2, max_steps=2)
+    assert run(made).steps == 2
+    events = journal(tmp_path / "run")
+    assert not [event for event in events if event["event"] == "samples"]
+    notes = [event["text"] for event in events if event["event"] == "note"]
+    assert len([note for note in notes if note.startswith("no answers: ")]) == 2

@@ -5,6 +5,8 @@ import math
 import mmap
 import os
 import re
+from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,6 +135,22 @@ def test_the_heap_is_looked_at_before_each_layer_and_the_loss(engine):
 
 
 # --- on a GPU ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("budget", "share"), [(25, 0.25), (None, None), (300, 1.0)])
+def test_a_budget_is_torchs_limit_for_as_long_as_a_run_lasts(monkeypatch, budget, share):
+    limits = []
+    card = SimpleNamespace(total_memory=100)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    with memory.memory_limit("cpu", budget):
+        assert not limits
+    with suppress(ValueError), memory.memory_limit("cuda", budget):
+        assert limits == [share] * (share is not None)
+        raise ValueError
+    assert limits == [share, 1.0] * (share is not None)
+
 
 COST = StepCost(
     layers=8,

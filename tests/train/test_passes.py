@@ -368,3 +368,19 @@ def test_they_are_measured_and_planned_for(engine, monkeypatch):
     assert cost.lora == layer.lora * sum(POSITIONS) == 2 * 7 * 16 * 43
     assert cost.input == 2 * 32 * sum(POSITIONS)
     assert cost.part_input == 2 * 32 * max(POSITIONS)
+
+
+@pytest.mark.parametrize("saved", [0, 1, 3])
+def test_a_rehearsal_of_a_further_shape_saves_no_layer_that_the_run_does_not(monkeypatch, saved):
+    engine = LayerEngine(model_of(FAMILIES["llama"]))
+    (passage,) = engine.embed(engine.prepare(batches_of([(2, 5)])))
+    policies = []
+    both = passes.Passes._both
+
+    def seen(self, passage, policy):
+        policies.append((self.layers, policy.saved))
+        both(self, passage, policy)
+
+    monkeypatch.setattr(passes.Passes, "_both", seen)
+    engine.passes.rehearse(passage, ActivationPolicy(saved), whole=False)
+    assert sorted(policies) == [(2, 0)] + [(2, min(2, saved))] * (saved > 0)

@@ -64,6 +64,21 @@ def _run(argv: list[str]) -> None:
     sys.stdout.flush()
 
 
+def _memory_problem(error: Exception) -> str | None:
+    """What to say if an error is that the GPU's memory does not suffice; None if it is another."""
+    if "torch" not in sys.modules:
+        return None
+    from halfbyte.train.passes import is_out_of_memory
+
+    if not is_out_of_memory(error):
+        return None
+    said = str(error).partition(". Process ")[0].partition("\n")[0]  # without torch's own advice
+    return (
+        f"the GPU's memory does not suffice: {said}. End other programs on the GPU, or take a "
+        "smaller model; `halfbyte plan MODEL` says what it takes, and --device cpu uses none of it"
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command line.
 
@@ -93,7 +108,10 @@ def main(argv: list[str] | None = None) -> int:
         # it flushes at exit, hence the other end for standard output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _CLOSED_PIPE
-    except Exception:  # the one place that may: it tells bugs from mistakes, and hides nothing
+    except Exception as error:  # the one place that may: it tells bugs from mistakes, hides nothing
+        if (problem := _memory_problem(error)) is not None:
+            print(f"{name}: {problem}", file=sys.stderr)
+            return 2
         traceback.print_exc()
         print(
             f"{name}: this is a bug in halfbyte; please report it with the lines above and what "

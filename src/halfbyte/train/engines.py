@@ -111,7 +111,7 @@ def compile_ahead(
 def _passes(engine: LayerEngine, shape: PartShape) -> None:
     """Run two layers forward and backward, and the loss, as `LayerEngine.capture` will."""
     (passage,) = engine.embed([part_of_shape(shape, engine.model.device)])
-    engine.passes.rehearse(passage, ActivationPolicy(), whole=False)
+    engine.passes.rehearse(passage, ActivationPolicy(len(engine.layers)), whole=False)
     for supervised in {min(17, shape.numel), shape.numel}:  # pointers aligned, and not
         engine.tail(passage.x, part_of_shape(shape, engine.model.device, supervised), 1.0)
 

@@ -40,8 +40,15 @@ from halfbyte.train.engines import choose_engine
 from halfbyte.train.evaluate import as_batch, evaluate_loss
 from halfbyte.train.heap import give_back, keep_freed_memory
 from halfbyte.train.loading import Loading, lora_of, recipe_facts, recipe_of
-from halfbyte.train.memory import Ceiling, keep_few_products, peak_memory, used_memory
+from halfbyte.train.memory import (
+    Ceiling,
+    keep_few_products,
+    memory_limit,
+    peak_memory,
+    used_memory,
+)
 from halfbyte.train.parts import Batch
+from halfbyte.train.passes import is_out_of_memory
 from halfbyte.train.plain import PlainEngine
 from halfbyte.train.predicting import FIRST_LOOK, Prediction
 from halfbyte.train.reconstruction import begin_with_error, require_plain
@@ -156,16 +163,24 @@ def train(config: TrainConfig, report: "RunReport") -> TrainResult:
     existed = config.output.exists()
     output = require_writable(config.output)
     try:
-        with deterministic(config.deterministic):
-            return _train(config, output, report)
+        device, dtype, why = choose_device_and_dtype(config.device, config.compute_dtype)
+        limit = memory_limit(device, config.memory_budget)
+        with deterministic(config.deterministic), limit:
+            return _train(config, output, report, device, dtype, why)
     except BaseException:
         if not existed and not any(output.iterdir()):
             output.rmdir()
         raise
 
 
-def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResult:
-    device, dtype, why = choose_device_and_dtype(config.device, config.compute_dtype)
+def _train(
+    config: TrainConfig,
+    output: Path,
+    report: "RunReport",
+    device: str,
+    dtype: torch.dtype,
+    why: str,
+) -> TrainResult:
     resumed = _resume_from(config, output, report)
     report.track(config.report_to)
 
@@ -289,9 +304,15 @@ def _train(config: TrainConfig, output: Path, report: "RunReport") -> TrainResul
         if samples:
             # Within what is planned for training, or its forecast would be of no use.
             limit = max(memory.predicted_bytes, memory.reserved_bytes)
-            with report.task(f"answering a few prompts, step {step}"):
-                answers = samples.answer(base.model, base.tokenizer, step, memory_limit=limit)
-            report.record("samples", answers)
+            try:
+                with report.task(f"answering a few prompts, step {step}"):
+                    answers = samples.answer(base.model, base.tokenizer, step, memory_limit=limit)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                report.note("no answers: there is too little GPU memory for them beside the run")
+            else:
+                report.record("samples", answers)
 
     writer = CheckpointWriter(report.saved, background=device == "cuda")
 

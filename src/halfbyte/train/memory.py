@@ -11,7 +11,8 @@ model on an H100 a gigabyte saves 0.9 ms a step, one of activations 4 (gpu_step_
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,6 +122,24 @@ def free_memory(device: str) -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@contextmanager
+def memory_limit(device: str, budget: int | None) -> Iterator[None]:
+    """Have torch take at most ``budget`` bytes of a GPU inside, its cache included.
+
+    What would be more is out of memory, though the card had it: before the first step a smaller
+    part is tried then, in a step there is a ladder (``Trainer.fall_back``).
+    """
+    if device != "cuda" or budget is None:
+        yield
+        return
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def plan_memory(

@@ -233,14 +233,14 @@ class Passes:
             passage: The part.
             policy: What is kept.
             whole: Whether to run all layers. Once that was done, two show what is new of another
-                shape: the first, whose input may want no gradient, and another, recomputed and
-                saved.
+                shape: the first, whose input may want no gradient, and another, recomputed and, if
+                any are, saved.
         """
         if whole or self.first_trained or self.layers <= 2:
             self._both(passage, policy)
             return
         few = Passes(self._trained[:2], 0, self.entry_trained, self._opened)
-        for saved in (0, 2):
+        for saved in {0, min(2, policy.saved)}:  # saved ones may be more than there is room for
             few._both(passage, ActivationPolicy(saved))
 
     def _both(self, passage: Passage, policy: ActivationPolicy) -> None:
