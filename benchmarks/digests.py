@@ -119,6 +119,7 @@ class Digests:
         self.data.write_text("\n".join(map(json.dumps, _rows())))
 
     def keep(self, name: str, value: str) -> None:
+        """Keep a digest, and print it."""
         self.found[name] = value
         print(f"{value[:16]}  {name}", flush=True)
 
