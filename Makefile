@@ -63,7 +63,7 @@ check: $(VENV)/.development
 
 bench: $(VENV)/.development
 	$(BIN)/python benchmarks/cpu_kernels.py
-	$(BIN)/python benchmarks/cpu_step.py --model "$(or $(MODEL),$$($(BIN)/python -m halfbyte.demo.model))"
+	$(BIN)/python benchmarks/cpu_step.py --model "$(or $(MODEL),$$($(BIN)/python -m halfbyte.tools.demo_model))"
 
 clean:
 	rm -rf $(VENV) demo-out

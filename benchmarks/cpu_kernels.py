@@ -31,7 +31,7 @@ from pathlib import Path
 import bitsandbytes.functional as bnb
 import torch
 
-from halfbyte.nf4 import cpu, dequantize, quantize
+from halfbyte.quant import cpu, dequantize, quantize
 
 SHAPES = {"4096x4096": (4096, 4096), "1536x576": (1536, 576)}
 RESULTS = (torch.float32, torch.bfloat16)

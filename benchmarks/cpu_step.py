@@ -46,7 +46,7 @@ def prepare(gguf: Path, directory: Path, steps: int) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from halfbyte.demo.task import write_task
+    from halfbyte.tools.demo_task import write_task
 
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
@@ -125,12 +125,12 @@ def our_steps(
     from safetensors.torch import load_file
 
     from halfbyte.checkpoint.base_model import load_base
-    from halfbyte.lora import LoRAConfig, adapter_parameters, attach, load_adapter_state
-    from halfbyte.model.build import BaseRecipe
-    from halfbyte.train.config import TrainConfig
-    from halfbyte.train.engines import choose_engine
-    from halfbyte.train.heap import keep_freed_memory
-    from halfbyte.train.parts import Batch
+    from halfbyte.config.schema import TrainConfig
+    from halfbyte.engine.choose import choose_engine
+    from halfbyte.engine.packing import Batch
+    from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach, load_adapter_state
+    from halfbyte.models.build import BaseRecipe
+    from halfbyte.runtime.malloc import keep_freed_memory
     from halfbyte.train.schedule import Schedule
     from halfbyte.train.trainer import Trainer
 

@@ -6,7 +6,7 @@ From the same base, adapters and data: the losses of all steps, and the gradient
 plain autograd over transformers' own layers has them, and how far from them each form is:
 
     layers     layer by layer, transformers' layers
-    fused      the fused layers of model/layer.py
+    fused      the fused layers of layers/decoder_layer.py
     packed     and the documents of a step in shared parts        (GPU)
     graphs     and CUDA graphs                                    (GPU)
     offload    and layer inputs in host memory                    (GPU)
@@ -26,14 +26,14 @@ import torch
 from measuring import write
 
 from halfbyte.checkpoint.base_model import load_base, open_base
-from halfbyte.lora import LoRAConfig, adapter_parameters, attach
-from halfbyte.model.build import BaseRecipe
+from halfbyte.config.schema import TrainConfig
+from halfbyte.engine import layerwise as engines
+from halfbyte.engine.autograd import PlainEngine
+from halfbyte.engine.layerwise import LayerEngine
+from halfbyte.engine.packing import Batch, lengths_of
+from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach
+from halfbyte.models.build import BaseRecipe
 from halfbyte.plan.policy import ActivationPolicy
-from halfbyte.train import engine as engines
-from halfbyte.train.config import TrainConfig
-from halfbyte.train.engine import LayerEngine
-from halfbyte.train.parts import Batch, lengths_of
-from halfbyte.train.plain import PlainEngine
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.trainer import Trainer
 

@@ -4,7 +4,7 @@
     python benchmarks/gpu_generate.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf
 
 Without a model: Llama-2-7B's shape with random weights, NF4 with double quantisation, bfloat16 for
-the rest, and prompts of 128 tokens. Ours is ``halfbyte.model.generate.generate``, all that
+the rest, and prompts of 128 tokens. Ours is ``halfbyte.models.generate.generate``, all that
 ``halfbyte generate`` does once its model is loaded, with a tokenizer of words and nothing that ends
 an answer; the peer is transformers' own ``generate`` over bitsandbytes' linears. Both choose the
 likeliest token. ``-lora`` has an adapter of rank 16 on all linears, the peer's is PEFT's.
@@ -99,10 +99,10 @@ def halfbyte(config: Any, device: str, *, lora: bool) -> tuple[Answer, Row]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from halfbyte.lora import LoRAConfig, attach
-    from halfbyte.model.build import BaseRecipe, build, finish, place
-    from halfbyte.model.decoding import why_not
-    from halfbyte.model.generate import generate
+    from halfbyte.linear.lora import LoRAConfig, attach
+    from halfbyte.models.build import BaseRecipe, build, finish, place
+    from halfbyte.models.decoding import why_not
+    from halfbyte.models.generate import generate
 
     model = build(config, BaseRecipe(compute_dtype=dtype_of(device), device=device))
     with torch.device("meta"):

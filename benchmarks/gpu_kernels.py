@@ -39,7 +39,7 @@ from measuring import (
 )
 from torch import Tensor
 
-from halfbyte.nf4 import dequantize, dequantize_all, quantize
+from halfbyte.quant import dequantize, dequantize_all, quantize
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (1024, 4096), (14336, 4096), (4096, 14336)]
 MATMUL_SHAPES = SHAPES[:3]
@@ -99,7 +99,7 @@ def quantizing(shape: tuple[int, int], copy: float) -> dict[str, Row]:
             if turn > 2:  # the first compile, and load code
                 times.setdefault((name, "us"), []).append(on_device)
                 times.setdefault((name, "wall_us"), []).append(wall)
-    from halfbyte.nf4.gpu import encode, encode_scales
+    from halfbyte.quant.triton_blockwise import encode, encode_scales
 
     rows: dict[str, Row] = {name: {} for name in contestants}
     for (name, figure), taken in times.items():
@@ -128,7 +128,7 @@ def multiplying(shape: tuple[int, int], m: int, copy: float) -> dict[str, Row]:
     y = torch.empty(m, n, dtype=BFLOAT16, device="cuda")
 
     def fused(i: int) -> Tensor:
-        from halfbyte.nf4.gpu_rows import small_product
+        from halfbyte.linear.triton_gemv import small_product
 
         return small_product(x, ours[i % len(ours)])
 

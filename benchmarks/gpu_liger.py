@@ -16,7 +16,7 @@ from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 from measuring import Row, captured, device_us, require_cuda, write
 from torch import Tensor
 
-from halfbyte.model.elementwise import rms_norm, rotary, swiglu
+from halfbyte.layers.elementwise import rms_norm, rotary, swiglu
 
 CALLS = 20
 

@@ -49,8 +49,8 @@ def make(directory: Path, sizes: dict[str, int], device: str) -> None:
 
 def halfbyte_loader(directory: Path, device: str) -> Loader:
     from halfbyte.checkpoint.base_model import load_base
-    from halfbyte.model.build import BaseRecipe
-    from halfbyte.nf4 import quantize
+    from halfbyte.models.build import BaseRecipe
+    from halfbyte.quant import quantize
 
     quantize(torch.randn(64, 64, device=device, dtype=torch.bfloat16))
     recipe = BaseRecipe(quant="nf4", compute_dtype=torch.bfloat16, device=device)

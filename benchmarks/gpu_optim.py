@@ -176,7 +176,7 @@ SIZES = [
 
 def tuned(parameters: Sequence[Tensor]) -> dict[str, Row]:
     """Other sizes of a program, in a graph."""
-    from halfbyte.optim import gpu
+    from halfbyte.optim import triton_adamw as gpu
 
     chosen, rows = (gpu.BLOCKS, gpu.WARPS, gpu.REGISTERS), {}
     count = sum(parameter.numel() for parameter in parameters)

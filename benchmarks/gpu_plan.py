@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.plan.ledger import Holding, Run, ledger
+from halfbyte.plan.model_shape import config_of, shape_of_config
 from halfbyte.plan.policy import ActivationPolicy
-from halfbyte.plan.shape import config_of, shape_of_config
-from halfbyte.plan.speed import Card, card_of_driver, step_seconds
+from halfbyte.plan.roofline import Card, card_of_driver, step_seconds
 
 RANK = 16
 
@@ -58,7 +58,7 @@ def main() -> None:
         found = json.loads(path.read_text())
         card = card_of_driver(found["device"])
         if card is None:
-            raise SystemExit(f"{path}: {found['device']} is not in the table of plan/speed.py")
+            raise SystemExit(f"{path}: {found['device']} is not in the table of plan/roofline.py")
         name = f"{found['shape']},num_hidden_layers={found['layers']}"
         shape = shape_of_config(config_of(name), name)
         for contestant, rows in found["rows"].items():

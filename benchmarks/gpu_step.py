@@ -61,12 +61,12 @@ def random_tensor(shape: tuple[int, ...]) -> torch.Tensor:
 
 def ours(config: Any, quant: str, args: argparse.Namespace) -> Callable[..., Callable[..., Any]]:
     """Build the model once; each call returns a step of a new engine."""
-    from halfbyte.lora import LoRAConfig, adapter_parameters, attach
-    from halfbyte.model.build import BaseRecipe, build, finish, place
-    from halfbyte.model.vocabulary import embedding_to_host
-    from halfbyte.train.config import TrainConfig
-    from halfbyte.train.engine import LayerEngine
-    from halfbyte.train.parts import Batch
+    from halfbyte.config.schema import TrainConfig
+    from halfbyte.engine.layerwise import LayerEngine
+    from halfbyte.engine.packing import Batch
+    from halfbyte.layers.vocabulary import embedding_to_host
+    from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach
+    from halfbyte.models.build import BaseRecipe, build, finish, place
     from halfbyte.train.schedule import Schedule
     from halfbyte.train.trainer import Trainer
 

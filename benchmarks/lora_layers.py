@@ -11,10 +11,10 @@ import torch
 from measuring import from_bitsandbytes, settle_unsloth
 from torch import Tensor, nn
 
-from halfbyte.lora import LoRAConfig, adapters, attach
-from halfbyte.model.build import share_inputs
-from halfbyte.nf4 import dequantize, quantize
-from halfbyte.nf4.linear import FrozenLinear
+from halfbyte.linear.frozen import FrozenLinear
+from halfbyte.linear.lora import LoRAConfig, adapters, attach
+from halfbyte.models.build import share_inputs
+from halfbyte.quant import dequantize, quantize
 
 RANK, ALPHA = 16, 32
 INPUT_OF = {  # which input each linear reads

@@ -27,7 +27,7 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
-from halfbyte.nf4 import QuantizedWeight
+from halfbyte.quant import QuantizedWeight
 
 TOUCHED = 256_000_000  # bytes between two uses of one buffer
 PACKAGES = (

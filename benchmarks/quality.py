@@ -41,13 +41,13 @@ from halfbyte.checkpoint.base_model import BaseSource, load_base, open_base
 from halfbyte.checkpoint.bitsandbytes import write_quantized
 from halfbyte.checkpoint.directory import write_description
 from halfbyte.checkpoint.safetensors_file import Planned, write_model
-from halfbyte.demo import task as orders
-from halfbyte.model.build import BaseRecipe, build, frozen_linears
+from halfbyte.config.schema import TrainConfig
+from halfbyte.models.build import BaseRecipe, build, frozen_linears
 from halfbyte.report import open_report
-from halfbyte.train.config import TrainConfig
+from halfbyte.tools import demo_task as orders
 from halfbyte.train.evaluate import evaluate
 from halfbyte.train.loading import open_model
-from halfbyte.train.loop import train
+from halfbyte.train.run import train
 
 PACKED: dict[str, dict[str, Any]] = {
     "nf4": {"quant": "nf4"},

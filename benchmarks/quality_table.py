@@ -202,7 +202,7 @@ Perplexity is that of the base before training on {words} tokens of prose (bench
 error of the weights is the root mean square of what rounding changes, over that of the weights.
 Plain integers are −7 … 7 sevenths of the largest of 64 weights, with scales in float32. With
 `qera` the adapter begins with what rounding took from the weights, as far as its rank reaches
-(src/halfbyte/train/reconstruction.py); the packed bytes are those of the line without.
+(src/halfbyte/train/qera.py); the packed bytes are those of the line without.
 
 QLoRA's held-out loss against LoRA's, the claim being "within 1 %":
 

@@ -14,10 +14,14 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from halfbyte.model import gpu as between
-from halfbyte.nf4 import device as devices
-from halfbyte.nf4 import gpu, gpu_adapters, gpu_gated, gpu_products, gpu_rows
-from halfbyte.optim import gpu as optimizer
+from halfbyte.layers import triton_elementwise as between
+from halfbyte.linear import triton_gemv as gpu_rows
+from halfbyte.linear import triton_lora as gpu_adapters
+from halfbyte.linear import triton_matmul as gpu_products
+from halfbyte.linear import triton_swiglu as gpu_gated
+from halfbyte.optim import triton_adamw as optimizer
+from halfbyte.quant import triton_blockwise as gpu
+from halfbyte.runtime import device as devices
 from tests.devices import DEVICES
 
 POINTERS = {"scale_codes": "*u8", "codes": "*i32", "cell_codes": "*i32"}

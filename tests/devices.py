@@ -1,6 +1,6 @@
 """GPUs that are not here, as `spec_of` would tell of them: for tests of what each is given."""
 
-from halfbyte.nf4.device import DeviceSpec
+from halfbyte.runtime.device import DeviceSpec
 
 MB = 1 << 20
 T4 = DeviceSpec("Tesla T4", (7, 5), num_sms=40, l2=4 * MB, memory=15_828_320_256)

@@ -45,8 +45,8 @@ def test_every_kernel_compiles_and_fits(name, tmp_path):
 
 
 def launched() -> set[str]:
-    """Returns the names of all kernels; those of a step of decoding are in tests/model."""
-    files = Path(halfbyte.__file__).parent.glob("*/gpu*.py")
-    text = "".join(path.read_text() for path in files if path.name != "gpu_decode.py")
+    """Returns the names of all kernels; those of a step of decoding are in tests/models."""
+    files = Path(halfbyte.__file__).parent.glob("*/triton_*.py")
+    text = "".join(path.read_text() for path in files if path.name != "triton_kv_cache.py")
     kernels = set(re.findall(r"@triton\.jit\ndef (\w+)", text))
     return kernels & set(re.findall(r"^ *(_\w+)\[.*\]\(", text, re.MULTILINE))

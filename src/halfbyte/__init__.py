@@ -18,15 +18,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from halfbyte import nf4, optim
+    from halfbyte import optim
+    from halfbyte import quant as nf4
+    from halfbyte.config.schema import TrainConfig, load_config
     from halfbyte.errors import HalfbyteError, UserError
-    from halfbyte.lora import LoRAConfig
-    from halfbyte.model.generate import generate
+    from halfbyte.linear.lora import LoRAConfig
+    from halfbyte.models.generate import generate
     from halfbyte.report import open_report
-    from halfbyte.train.config import TrainConfig, load_config
     from halfbyte.train.evaluate import evaluate
     from halfbyte.train.loading import open_model as load
-    from halfbyte.train.loop import train as fine_tune
+    from halfbyte.train.run import train as fine_tune
 
 __version__ = "0.1.0"
 
@@ -44,25 +45,27 @@ __all__ = [
     "nf4",
     "open_report",
     "optim",
+    "quant",
 ]
 
+_PACKAGES = {"nf4": "quant", "optim": "optim", "quant": "quant"}  # nf4 is quant's former name
 _HOMES = {
     "HalfbyteError": "errors:HalfbyteError",
-    "LoRAConfig": "lora:LoRAConfig",
-    "TrainConfig": "train.config:TrainConfig",
+    "LoRAConfig": "linear.lora:LoRAConfig",
+    "TrainConfig": "config.schema:TrainConfig",
     "UserError": "errors:UserError",
     "evaluate": "train.evaluate:evaluate",
-    "fine_tune": "train.loop:train",
-    "generate": "model.generate:generate",
+    "fine_tune": "train.run:train",
+    "generate": "models.generate:generate",
     "load": "train.loading:open_model",
-    "load_config": "train.config:load_config",
+    "load_config": "config.schema:load_config",
     "open_report": "report:open_report",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("nf4", "optim"):
-        return importlib.import_module(f"halfbyte.{name}")
+    if name in _PACKAGES:
+        return importlib.import_module(f"halfbyte.{_PACKAGES[name]}")
     if name not in _HOMES:
         raise AttributeError(f"module 'halfbyte' has no attribute {name!r}")
     module, attribute = _HOMES[name].split(":")

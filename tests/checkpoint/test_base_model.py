@@ -21,8 +21,8 @@ from halfbyte.checkpoint import base_model
 from halfbyte.checkpoint.base_model import load_base, open_base
 from halfbyte.checkpoint.bitsandbytes import write_quantized
 from halfbyte.errors import CheckpointError, WeightError
-from halfbyte.model.build import BaseRecipe, frozen_linears
-from halfbyte.nf4 import QuantizedWeight, quantize
+from halfbyte.models.build import BaseRecipe, frozen_linears
+from halfbyte.quant import QuantizedWeight, quantize
 from tests.checkpoint.families import tiny_model
 from tests.checkpoint.gguf_models import write_gguf
 from tests.tiny import tiny_llama, tiny_tokenizer, write_tiny_model
@@ -412,7 +412,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 from halfbyte.checkpoint.base_model import load_base
-from halfbyte.model.build import BaseRecipe
+from halfbyte.models.build import BaseRecipe
 
 def memory(kind):
     lines = Path("/proc/self/status").read_text().splitlines()

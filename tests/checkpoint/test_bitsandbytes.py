@@ -27,8 +27,8 @@ from halfbyte.checkpoint.bitsandbytes_keys import (
 )
 from halfbyte.checkpoint.safetensors_file import write_model, write_safetensors
 from halfbyte.errors import CheckpointError, ConfigError, OutputError
-from halfbyte.model.build import BaseRecipe, frozen_linears
-from halfbyte.nf4 import BLOCK_SIZES, QuantizedWeight, dequantize, quantize
+from halfbyte.models.build import BaseRecipe, frozen_linears
+from halfbyte.quant import BLOCK_SIZES, QuantizedWeight, dequantize, quantize
 from tests.checkpoint.gguf_models import write_gguf
 from tests.tiny import write_tiny_model
 

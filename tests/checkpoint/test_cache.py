@@ -12,7 +12,7 @@ from halfbyte.checkpoint import cache
 from halfbyte.checkpoint.base_model import LoadedBase, load_base
 from halfbyte.checkpoint.directory import DirectorySource
 from halfbyte.checkpoint.safetensors_file import SafetensorsFile
-from halfbyte.model.build import BaseRecipe
+from halfbyte.models.build import BaseRecipe
 from tests.checkpoint.gguf_models import write_gguf
 from tests.tiny import write_tiny_model
 

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from halfbyte.checkpoint.base_model import load_base, open_base
 from halfbyte.checkpoint.bitsandbytes import write_quantized
 from halfbyte.errors import CheckpointError, UserError
-from halfbyte.model.build import BaseRecipe
+from halfbyte.models.build import BaseRecipe
 from tests.tiny import tiny_tokenizer, write_tiny_model
 
 quick = settings(

@@ -31,7 +31,7 @@ from halfbyte.checkpoint.gguf_blocks import encode
 from halfbyte.checkpoint.gguf_file import GGUFFile, held_as
 from halfbyte.checkpoint.gguf_vocabulary import pre_tokenizer
 from halfbyte.errors import CheckpointError, HalfbyteError
-from halfbyte.model.build import BaseRecipe
+from halfbyte.models.build import BaseRecipe
 from tests.checkpoint.families import tiny_model
 from tests.checkpoint.gguf_models import write_family, write_gguf
 

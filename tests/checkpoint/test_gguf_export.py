@@ -33,8 +33,8 @@ from halfbyte.checkpoint.merged import Merged
 from halfbyte.checkpoint.modelfile import go_template, modelfile
 from halfbyte.checkpoint.peft import LoadedAdapter
 from halfbyte.errors import CheckpointError, HalfbyteError, WeightError
-from halfbyte.lora import LoRAConfig, adapter_state, attach, load_adapter_state
-from halfbyte.model.build import BaseRecipe
+from halfbyte.linear.lora import LoRAConfig, adapter_state, attach, load_adapter_state
+from halfbyte.models.build import BaseRecipe
 from tests.checkpoint.families import tiny_model
 from tests.checkpoint.gguf_models import write_gguf as reference_gguf
 from tests.tiny import LLAMA2, tiny_tokenizer, write_tiny_model

@@ -15,7 +15,7 @@ from halfbyte.checkpoint.base_model import open_base
 from halfbyte.checkpoint.bitsandbytes import write_quantized
 from halfbyte.checkpoint.hub_headers import fetch_headers
 from halfbyte.errors import CheckpointError
-from halfbyte.model.build import BaseRecipe
+from halfbyte.models.build import BaseRecipe
 from tests.tiny import write_tiny_model
 
 

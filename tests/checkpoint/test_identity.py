@@ -9,7 +9,7 @@ import torch
 from halfbyte.checkpoint.base_model import LoadedBase, load_base
 from halfbyte.checkpoint.bitsandbytes import write_quantized
 from halfbyte.checkpoint.identity import differences, identity_of
-from halfbyte.model.build import BaseRecipe, frozen_linears
+from halfbyte.models.build import BaseRecipe, frozen_linears
 from tests.checkpoint.gguf_models import write_gguf
 from tests.tiny import write_tiny_model
 

@@ -18,8 +18,8 @@ from halfbyte.checkpoint.base_model import load_base, open_base
 from halfbyte.checkpoint.gguf_export import write_gguf, write_gguf_lora
 from halfbyte.checkpoint.merged import Merged
 from halfbyte.checkpoint.peft import LoadedAdapter
-from halfbyte.lora import LoRAConfig, adapter_state, attach, load_adapter_state
-from halfbyte.model.build import BaseRecipe
+from halfbyte.linear.lora import LoRAConfig, adapter_state, attach, load_adapter_state
+from halfbyte.models.build import BaseRecipe
 from tests.checkpoint.families import tiny_model
 from tests.checkpoint.llama_cpp import LlamaCpp, llama_cpp
 from tests.tiny import tiny_tokenizer

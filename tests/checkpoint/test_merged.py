@@ -17,9 +17,9 @@ from halfbyte.checkpoint.base_model import BaseSource, load_base, open_base
 from halfbyte.checkpoint.bitsandbytes import write_quantized
 from halfbyte.checkpoint.merged import Into, Merged, ways, write_merged
 from halfbyte.errors import CheckpointError, OutputError
-from halfbyte.lora import LoRAConfig, adapter_state, attach, delta, load_adapter_state
-from halfbyte.model.build import BaseRecipe, frozen_linears
-from halfbyte.nf4 import QuantizedWeight
+from halfbyte.linear.lora import LoRAConfig, adapter_state, attach, delta, load_adapter_state
+from halfbyte.models.build import BaseRecipe, frozen_linears
+from halfbyte.quant import QuantizedWeight
 from tests.checkpoint.gguf_models import write_gguf
 from tests.tiny import write_tiny_model
 
@@ -243,8 +243,8 @@ import sys
 from pathlib import Path
 from halfbyte.checkpoint.base_model import load_base, open_base
 from halfbyte.checkpoint.merged import Merged, write_merged
-from halfbyte.lora import LoRAConfig, attach
-from halfbyte.model.build import BaseRecipe
+from halfbyte.linear.lora import LoRAConfig, attach
+from halfbyte.models.build import BaseRecipe
 
 def memory(kind):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -22,7 +22,7 @@ from halfbyte.checkpoint.base_model import LoadedBase, load_base
 from halfbyte.checkpoint.bitsandbytes import write_quantized
 from halfbyte.checkpoint.peft import load_adapter, save_adapter
 from halfbyte.errors import CheckpointError, OutputError
-from halfbyte.lora import (
+from halfbyte.linear.lora import (
     LoRAConfig,
     adapter_state,
     adapters,
@@ -31,7 +31,7 @@ from halfbyte.lora import (
     frozen_linears,
     load_adapter_state,
 )
-from halfbyte.model.build import BaseRecipe
+from halfbyte.models.build import BaseRecipe
 from tests.tiny import write_tiny_model
 
 # PEFT 0.21 asks transformers 5.23 by a name it is about to drop.

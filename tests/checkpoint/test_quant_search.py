@@ -11,10 +11,10 @@ from halfbyte.checkpoint.base_model import LoadedBase, importances, load_base, o
 from halfbyte.checkpoint.bitsandbytes import write_quantized
 from halfbyte.checkpoint.identity import PACKING, differences, identity_of
 from halfbyte.cli.opening import RECIPE_FIELDS
-from halfbyte.lora import frozen_linears
-from halfbyte.model.build import BaseRecipe
-from halfbyte.model.calibration import input_moments
-from halfbyte.nf4.search import search
+from halfbyte.linear.lora import frozen_linears
+from halfbyte.models.build import BaseRecipe
+from halfbyte.models.calibration import input_moments
+from halfbyte.quant.scale_search import search
 from halfbyte.train.loading import recipe_facts
 from tests.tiny import write_tiny_model
 

@@ -22,8 +22,8 @@ from halfbyte.checkpoint.directory import DirectorySource
 from halfbyte.checkpoint.safetensors_file import DTYPES, SafetensorsFile
 from halfbyte.checkpoint.staging import Request, read_to_device
 from halfbyte.errors import CheckpointError, WeightError
-from halfbyte.model.build import BaseRecipe, frozen_linears
-from halfbyte.nf4 import QuantizedWeight, quantize
+from halfbyte.models.build import BaseRecipe, frozen_linears
+from halfbyte.quant import QuantizedWeight, quantize
 from tests.checkpoint.test_safetensors_file import assert_same_bits, random_tensor
 from tests.tiny import write_tiny_model
 

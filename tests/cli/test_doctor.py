@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from halfbyte import cli
-from halfbyte.blockwise import cuda_bounds
 from halfbyte.cli import doctor
-from halfbyte.model import attention
-from halfbyte.nf4 import QuantType, cpu, dequantize, quantize
-from halfbyte.nf4.linear import FrozenLinear
-from halfbyte.train import self_test
-from halfbyte.train.engine import LayerEngine
+from halfbyte.engine.layerwise import LayerEngine
+from halfbyte.layers import attention_cpu as attention
+from halfbyte.linear.frozen import FrozenLinear
+from halfbyte.quant import QuantType, cpu, dequantize, quantize
+from halfbyte.quant.blockwise import cuda_bounds
+from halfbyte.tools import self_test
 
 
 def checked(capsys: pytest.CaptureFixture[str], code: int) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from halfbyte.checkpoint.base_model import load_base
 from halfbyte.checkpoint.bitsandbytes import write_quantized
 from halfbyte.checkpoint.identity import identity_of
 from halfbyte.checkpoint.peft import load_adapter, save_adapter
-from halfbyte.lora import LoRAConfig, adapter_state, attach
-from halfbyte.model.build import BaseRecipe
+from halfbyte.linear.lora import LoRAConfig, adapter_state, attach
+from halfbyte.models.build import BaseRecipe
 from tests.tiny import write_tiny_model
 
 PROMPT = torch.arange(3, 43)[None]

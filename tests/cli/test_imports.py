@@ -24,8 +24,8 @@ FOREIGN |= {"torchao", "torchaudio", "torchvision"}
 TRAINING = {
     "halfbyte.optim",
     "halfbyte.report.page",
-    "halfbyte.train.engine",
-    "halfbyte.train.loop",
+    "halfbyte.engine.layerwise",
+    "halfbyte.train.run",
     "halfbyte.train.trainer",
 }
 
@@ -45,7 +45,7 @@ def test_a_report_is_made_without_torch(tmp_path: Path) -> None:
 def test_an_answer_is_given_without_what_trains(model: Path) -> None:
     words = ["generate", "--model", str(model), "--prompt", "hi", "--max-new-tokens", "2"]
     loaded = modules_after([*words, "--device", "cpu"])
-    assert "halfbyte.model.generate" in loaded
+    assert "halfbyte.models.generate" in loaded
     assert not loaded & (TRAINING | FOREIGN)
 
 
@@ -53,7 +53,7 @@ def test_a_model_is_packed_without_what_trains_or_answers(model: Path, tmp_path:
     out = tmp_path / "out"
     loaded = modules_after(["quantize", str(model), str(out)])
     assert (out / "config.json").exists()
-    others = {"halfbyte.data", "halfbyte.model.generate", "halfbyte.train.loading"}
+    others = {"halfbyte.data", "halfbyte.models.generate", "halfbyte.train.loading"}
     assert not loaded & (TRAINING | FOREIGN | others)
 
 
@@ -64,7 +64,7 @@ def test_a_model_is_trained_without_what_merges(model: Path, tmp_path: Path) -> 
     words = ["train", "--model", str(model), "--data", str(data), "--output", str(tmp_path / "out")]
     loaded = modules_after([*words, "--max-steps", "1", "--device", "cpu"])
     assert (tmp_path / "out" / "adapter_config.json").exists()
-    assert not loaded & (FOREIGN | {"halfbyte.cli.demo", "halfbyte.train.merging"})
+    assert not loaded & (FOREIGN | {"halfbyte.cli.demo", "halfbyte.tools.merge_evaluation"})
 
 
 def test_a_model_is_exported_without_what_trains(model: Path, tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from transformers import LlamaConfig
 
 from halfbyte import cli
 from halfbyte.checkpoint.base_model import load_base
-from halfbyte.model.build import BaseRecipe
-from halfbyte.plan import speed
+from halfbyte.models.build import BaseRecipe
+from halfbyte.plan import roofline as speed
 from tests.tiny import write_tiny_model
 
 MACHINE = speed.Card("a machine", 8e9, 1e11, 1e10, 1e10, 4, "cpu", True)

@@ -115,7 +115,7 @@ def test_what_a_user_says_of_the_allocator_stays() -> None:
         """
 import os
 os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "max_split_size_mb:128"
-from halfbyte.model.precision import configure_allocators
+from halfbyte.runtime.precision import configure_allocators
 configure_allocators()
 assert "PYTORCH_ALLOC_CONF" not in os.environ
 """

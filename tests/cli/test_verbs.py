@@ -15,7 +15,7 @@ import torch
 
 from halfbyte import cli
 from halfbyte.checkpoint.peft import save_adapter
-from halfbyte.lora import LoRAConfig
+from halfbyte.linear.lora import LoRAConfig
 from halfbyte.report.journal import read_journal
 
 SAMPLES = [
@@ -85,10 +85,10 @@ class Seam:
 def seam(monkeypatch: pytest.MonkeyPatch) -> Seam:
     stand_in = Seam()
     for path, names in (
-        ("halfbyte.train.loop", ("train",)),
+        ("halfbyte.train.run", ("train",)),
         ("halfbyte.train.loading", ("open_model",)),
         ("halfbyte.train.evaluate", ("evaluate",)),
-        ("halfbyte.model.generate", ("generate",)),
+        ("halfbyte.models.generate", ("generate",)),
     ):
         module = ModuleType(path)
         for name in names:
@@ -335,7 +335,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(
         on_text("Once upon ")
         raise KeyboardInterrupt
 
-    sys.modules["halfbyte.model.generate"].generate = interrupted  # type: ignore[attr-defined]
+    sys.modules["halfbyte.models.generate"].generate = interrupted  # type: ignore[attr-defined]
     assert cli.main(["chat", "--model", "m"]) == 0
     assert seam.named("generate")[1]["prompts"][0] == [
         {"role": "user", "content": "tell me"},
@@ -397,8 +397,8 @@ def test_the_demo_tells_its_story(
 def test_the_demos_budget_is_beside_what_libraries_take(
     demo_seam: Seam, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: int
 ) -> None:
-    monkeypatch.setattr("halfbyte.demo.model.demo_model", lambda: Path("smol.gguf"))
-    monkeypatch.setattr("halfbyte.train.memory.used_memory", lambda device: taken)
+    monkeypatch.setattr("halfbyte.tools.demo_model.demo_model", lambda: Path("smol.gguf"))
+    monkeypatch.setattr("halfbyte.engine.memory_policy.used_memory", lambda device: taken)
     assert cli.main(["demo", "--output", str(tmp_path / "one")]) == 0
     assert cli.main(["demo", "--model", "large.gguf", "--output", str(tmp_path / "two")]) == 0
     ours, named = (call["config"].memory_budget for call in demo_seam.named("train"))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from halfbyte import cli
-from halfbyte.lora import delta
+from halfbyte.linear.lora import delta
 from halfbyte.report.journal import read_journal
 from tests.tiny import tiny_llama, tiny_tokenizer, write_tiny_model
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from halfbyte.data import conversations, load_dataset
-from halfbyte.data.verdicts import describe_rejected
+from halfbyte.data.dataset_report import describe_rejected
 from halfbyte.errors import DataError
 from tests.tiny import tiny_tokenizer
 

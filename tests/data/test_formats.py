@@ -2,8 +2,8 @@
 
 import pytest
 
+from halfbyte.data.dataset_report import RowRejected
 from halfbyte.data.formats import detect_format, to_conversation
-from halfbyte.data.verdicts import RowRejected
 from halfbyte.errors import DataError
 
 USER = {"role": "user", "content": "Why?"}

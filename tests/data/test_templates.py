@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from halfbyte.data.dataset_report import RowRejected
 from halfbyte.data.formats import Conversation
 from halfbyte.data.templates import Encoder, end_of_turn, prompt_ids
-from halfbyte.data.verdicts import RowRejected
 from halfbyte.errors import DataError
 from tests.tiny import CHATML, GENERATION, LLAMA2, tiny_tokenizer
 

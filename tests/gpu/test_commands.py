@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from halfbyte.demo.task import SYSTEM, write_task
 from halfbyte.report.journal import read_journal
+from halfbyte.tools.demo_task import SYSTEM, write_task
 
 MODEL = os.environ.get("HALFBYTE_TEST_MODEL", "")
 pytestmark = [

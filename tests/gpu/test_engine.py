@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from halfbyte.lora import adapter_parameters
-from halfbyte.model.loss import head_loss
-from halfbyte.model.precision import deterministic
-from halfbyte.model.vocabulary import HostEmbedding, embedding_to_host
-from halfbyte.nf4.shared import SharedInput
+from halfbyte.engine.buckets import Buckets
+from halfbyte.engine.choose import choose_engine
+from halfbyte.engine.forward_backward import Passes
+from halfbyte.engine.layerwise import LayerEngine
+from halfbyte.engine.packing import Batch, lengths_of
+from halfbyte.layers.cross_entropy import head_loss
+from halfbyte.layers.vocabulary import HostEmbedding, embedding_to_host
+from halfbyte.linear.group import SharedInput
+from halfbyte.linear.lora import adapter_parameters
 from halfbyte.plan.policy import ActivationPolicy
-from halfbyte.train.buckets import Buckets
-from halfbyte.train.engine import LayerEngine
-from halfbyte.train.engines import choose_engine
-from halfbyte.train.parts import Batch, lengths_of
-from halfbyte.train.passes import Passes
-from tests.train.test_engine import FAMILIES, batches_of, gradients, model_of
+from halfbyte.runtime.precision import deterministic
+from tests.engine.test_layerwise import FAMILIES, batches_of, gradients, model_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -152,7 +152,7 @@ def test_parts_of_several_sizes_share_their_graphs_memory():
 
 
 def test_lora_activations_are_computed_once_and_no_bit_changes(monkeypatch):
-    monkeypatch.setattr("halfbyte.train.buckets.PART_TOKENS", 150)
+    monkeypatch.setattr("halfbyte.engine.buckets.PART_TOKENS", 150)
     made, original = [], SharedInput.into_a
 
     def counted(self, rows, shadow):
@@ -290,7 +290,7 @@ def test_the_loss_is_no_further_from_the_truth_than_the_plain_one(
     ):
         loss = head_loss(given, weight, targets, softcap=softcap)
         results.append((loss.double(), torch.autograd.grad(loss, given)[0].double()))
-    monkeypatch.setattr("halfbyte.model.loss._kernels", lambda *_: None)
+    monkeypatch.setattr("halfbyte.layers.cross_entropy._kernels", lambda *_: None)
     loss = head_loss(hidden, head, targets, softcap=softcap)
     plain = torch.autograd.grad(loss, hidden)[0].double()
     (got, slope), (true, exact) = results

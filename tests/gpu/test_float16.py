@@ -12,16 +12,16 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from halfbyte.lora import LoRAConfig, adapter_parameters, attach
-from halfbyte.model.build import BaseRecipe, build, finish, place
-from halfbyte.model.documents import attend
-from halfbyte.nf4 import device as devices
-from halfbyte.nf4.format import gpu_kernels
+from halfbyte.config.schema import TrainConfig
+from halfbyte.engine.choose import choose_engine
+from halfbyte.engine.layerwise import LayerEngine
+from halfbyte.engine.packing import Batch
+from halfbyte.layers.attention import attend
+from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach
+from halfbyte.models.build import BaseRecipe, build, finish, place
 from halfbyte.plan.policy import ActivationPolicy
-from halfbyte.train.config import TrainConfig
-from halfbyte.train.engine import LayerEngine
-from halfbyte.train.engines import choose_engine
-from halfbyte.train.parts import Batch
+from halfbyte.quant.format import gpu_kernels
+from halfbyte.runtime import device as devices
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.trainer import Trainer
 from tests.devices import DEVICES

@@ -6,16 +6,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from halfbyte.lora import LoRAConfig, adapter_parameters, attach
-from halfbyte.model import continuous, decoding
-from halfbyte.model.build import BaseRecipe, build, finish, place
-from halfbyte.model.continuous import Batcher
-from halfbyte.model.decoding import Decoder, why_not
-from halfbyte.model.generate import chooser
-from halfbyte.model.vocabulary import embedding_to_host
-from tests.model.test_decoding import ADAPTERS, KNOWN, LENGTHS, prompts_of
-from tests.model.test_kv_cache import exact
-from tests.train.test_engine import FAMILIES, model_of
+from halfbyte.layers.vocabulary import embedding_to_host
+from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach
+from halfbyte.models import continuous_batching as continuous
+from halfbyte.models import decoding
+from halfbyte.models.build import BaseRecipe, build, finish, place
+from halfbyte.models.continuous_batching import Batcher
+from halfbyte.models.decoding import Decoder, why_not
+from halfbyte.models.generate import chooser
+from tests.engine.test_layerwise import FAMILIES, model_of
+from tests.layers.test_kv_cache import exact
+from tests.models.test_decoding import ADAPTERS, KNOWN, LENGTHS, prompts_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -242,7 +243,7 @@ def test_nothing_stays_on_the_card():
 @pytest.mark.parametrize("window", [None, 300])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_attention_over_the_cache(heads, window, dtype):
-    from halfbyte.model import gpu_decode
+    from halfbyte.layers import triton_kv_cache as gpu_decode
 
     q_heads, groups, width = heads
     positions = torch.tensor([0, 5, 255, 256, 1000, 2047])

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from halfbyte.errors import WeightError
-from halfbyte.nf4 import dequantize, dequantize_all, quantize
-from halfbyte.nf4.format import QuantizedWeight
-from halfbyte.train.self_test import same_but_at_bounds
+from halfbyte.quant import dequantize, dequantize_all, quantize
+from halfbyte.quant.format import QuantizedWeight
+from halfbyte.tools.self_test import same_but_at_bounds
 
 pytestmark = [
     pytest.mark.gpu,
@@ -132,7 +132,7 @@ def test_weights_that_are_not_finite_are_refused(bad):
 @pytest.mark.parametrize("dtype", TYPES[:2])
 @pytest.mark.parametrize("double", [True, False])
 def test_small_products(rows, shape, dtype, double):
-    from halfbyte.nf4 import gpu_rows
+    from halfbyte.linear import triton_gemv as gpu_rows
 
     q = quantize(weight(shape, dtype), double_quant=double)
     x = weight((rows, shape[1]), dtype, seed=1) * 50
@@ -148,7 +148,7 @@ def test_small_products(rows, shape, dtype, double):
 @pytest.mark.parametrize("dtype", TYPES[:2])
 @pytest.mark.parametrize("double", [True, False])
 def test_small_products_of_one_input(rows, outputs, dtype, double):
-    from halfbyte.nf4 import gpu_rows
+    from halfbyte.linear import triton_gemv as gpu_rows
 
     weights = [
         quantize(weight((out, 4096), dtype, seed=i), double_quant=double)

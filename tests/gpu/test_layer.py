@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from halfbyte.model import elementwise
-from halfbyte.model.elementwise import add_rms_norm, rms_norm, rms_norm_beside, rotary, swiglu
+from halfbyte.engine.layerwise import LayerEngine
+from halfbyte.layers import elementwise
+from halfbyte.layers.elementwise import add_rms_norm, rms_norm, rms_norm_beside, rotary, swiglu
 from halfbyte.plan.policy import ActivationPolicy
-from halfbyte.train.engine import LayerEngine
-from tests.train.test_engine import FAMILIES, batches_of, gradients, model_of
+from tests.engine.test_layerwise import FAMILIES, batches_of, gradients, model_of
 
 pytestmark = [
     pytest.mark.gpu,

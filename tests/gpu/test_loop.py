@@ -6,9 +6,9 @@ from itertools import cycle
 import pytest
 import torch
 
+from halfbyte.config.schema import TrainConfig
 from halfbyte.report import open_report
-from halfbyte.train import loop
-from halfbyte.train.config import TrainConfig
+from halfbyte.train import run as loop
 from tests.tiny import write_tiny_model
 
 pytestmark = [

@@ -8,17 +8,18 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from halfbyte.config.schema import TrainConfig
+from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.errors import ConfigError
-from halfbyte.lora import adapter_parameters
-from halfbyte.model.precision import deterministic
-from halfbyte.optim import AdamW, layout, managed
+from halfbyte.linear.lora import adapter_parameters
+from halfbyte.optim import AdamW, managed
+from halfbyte.optim import buckets as layout
 from halfbyte.plan.policy import ActivationPolicy
-from halfbyte.train.config import TrainConfig
-from halfbyte.train.engine import LayerEngine
+from halfbyte.runtime.precision import deterministic
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.trainer import Trainer
+from tests.engine.test_layerwise import SIZES, batches_of, model_of
 from tests.optim.problems import follow, gradients, parameters
-from tests.train.test_engine import SIZES, batches_of, model_of
 
 pytestmark = [
     pytest.mark.gpu,

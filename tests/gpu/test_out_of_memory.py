@@ -12,16 +12,16 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from halfbyte.config.schema import TrainConfig
+from halfbyte.engine.choose import choose_engine
+from halfbyte.engine.memory_policy import memory_limit
+from halfbyte.engine.packing import Batch
 from halfbyte.errors import OutOfMemoryError
-from halfbyte.lora import adapter_parameters
+from halfbyte.linear.lora import adapter_parameters
 from halfbyte.plan.policy import ActivationPolicy
-from halfbyte.train.config import TrainConfig
-from halfbyte.train.engines import choose_engine
-from halfbyte.train.memory import memory_limit
-from halfbyte.train.parts import Batch
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.trainer import Trainer
-from tests.train.test_engine import SIZES, model_of
+from tests.engine.test_layerwise import SIZES, model_of
 
 pytestmark = [
     pytest.mark.gpu,

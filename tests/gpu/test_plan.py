@@ -10,17 +10,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from halfbyte.lora import LoRAConfig, adapter_parameters, attach, frozen_linears
-from halfbyte.model.build import BaseRecipe, build, finish, place
+from halfbyte.engine.buckets import Buckets
+from halfbyte.engine.layerwise import LayerEngine
+from halfbyte.engine.packing import Batch
+from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach, frozen_linears
+from halfbyte.models.build import BaseRecipe, build, finish, place
 from halfbyte.optim import AdamW
 from halfbyte.plan.ledger import Holding, Run, ledger
+from halfbyte.plan.model_shape import shape_of_config
 from halfbyte.plan.policy import ActivationPolicy
-from halfbyte.plan.shape import shape_of_config
-from halfbyte.plan.speed import measure_machine
-from halfbyte.train.buckets import Buckets
-from halfbyte.train.engine import LayerEngine
-from halfbyte.train.parts import Batch
-from halfbyte.train.self_test import checks
+from halfbyte.plan.roofline import measure_machine
+from halfbyte.tools.self_test import checks
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,17 +4,20 @@ import pytest
 import torch
 from torch import nn
 
-from halfbyte.lora import LoRAConfig, adapter_parameters, attach
-from halfbyte.model.heads import turned_heads
-from halfbyte.model.mlp import gated_mlp
-from halfbyte.nf4 import quantize, shared
-from halfbyte.nf4.linear import FrozenLinear
-from halfbyte.nf4.scratch import WeightScratch
-from halfbyte.nf4.shared import SharedInput
+from halfbyte.layers.mlp import gated_mlp
+from halfbyte.layers.qkv import turned_heads
+from halfbyte.linear import group as shared
+from halfbyte.linear.decoded_cache import WeightScratch
+from halfbyte.linear.frozen import FrozenLinear
+from halfbyte.linear.group import SharedInput
+from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach
+from halfbyte.quant import quantize
 
-gpu = pytest.importorskip("halfbyte.model.gpu", reason="needs Triton", exc_type=ImportError)
-gpu_gated = pytest.importorskip("halfbyte.nf4.gpu_gated", exc_type=ImportError)
-gpu_products = pytest.importorskip("halfbyte.nf4.gpu_products", exc_type=ImportError)
+gpu = pytest.importorskip(
+    "halfbyte.layers.triton_elementwise", reason="needs Triton", exc_type=ImportError
+)
+gpu_gated = pytest.importorskip("halfbyte.linear.triton_swiglu", exc_type=ImportError)
+gpu_products = pytest.importorskip("halfbyte.linear.triton_matmul", exc_type=ImportError)
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -99,7 +102,7 @@ CASES = [
 def test_fused_products_are_as_exact_as_the_plain_ones(
     outputs, inputs, rank, rows, quant, monkeypatch
 ):
-    from halfbyte.nf4 import gpu_products
+    from halfbyte.linear import triton_matmul as gpu_products
 
     module = layer(outputs, inputs, rank, quant)
     true = exact(module, rows)
@@ -158,7 +161,7 @@ def test_a_linear_of_a_set_may_have_no_adapter():
 
 
 def test_a_few_rows_without_gradients_take_the_packed_weight(monkeypatch):
-    from halfbyte.nf4 import gpu_rows
+    from halfbyte.linear import triton_gemv as gpu_rows
 
     module = layer((512, 256), 256, 16)
     calls = []
@@ -176,7 +179,7 @@ def test_a_few_rows_without_gradients_take_the_packed_weight(monkeypatch):
 
 
 def test_a_shadow_is_rounded_once_from_the_scaled_adapter():
-    from halfbyte.nf4 import gpu_adapters
+    from halfbyte.linear import triton_lora as gpu_adapters
 
     module = layer((512, 256, 128), 200, 24)
     updates = [linear.adapter.update(None) for linear in module.children()]

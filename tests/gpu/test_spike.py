@@ -12,16 +12,16 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig
 
-from halfbyte.lora import adapter_parameters
+from halfbyte.config.schema import TrainConfig
+from halfbyte.engine.layerwise import LayerEngine
+from halfbyte.engine.packing import Batch
+from halfbyte.linear.lora import adapter_parameters
 from halfbyte.optim import managed
-from halfbyte.optim.layout import GROUP_BYTES
+from halfbyte.optim.buckets import GROUP_BYTES
 from halfbyte.plan.policy import ActivationPolicy
-from halfbyte.train.config import TrainConfig
-from halfbyte.train.engine import LayerEngine
-from halfbyte.train.parts import Batch
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.trainer import Trainer
-from tests.train.test_engine import SIZES, model_of
+from tests.engine.test_layerwise import SIZES, model_of
 
 pytestmark = [
     pytest.mark.gpu,

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from halfbyte.lora import adapter_parameters
-from halfbyte.nf4 import dequantize, quantize
+from halfbyte.engine.choose import choose_engine
+from halfbyte.engine.layerwise import LayerEngine
+from halfbyte.engine.packing import Batch
+from halfbyte.linear.lora import adapter_parameters
 from halfbyte.plan.policy import ActivationPolicy
-from halfbyte.train.engine import LayerEngine
-from halfbyte.train.engines import choose_engine
-from halfbyte.train.parts import Batch
-from tests.train.test_engine import FAMILIES, batches_of, gradients, model_of
+from halfbyte.quant import dequantize, quantize
+from tests.engine.test_layerwise import FAMILIES, batches_of, gradients, model_of
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,11 +7,11 @@ import bitsandbytes
 import pytest
 import torch
 
-from halfbyte.blockwise import DYNAMIC_SIGNED, DYNAMIC_UNSIGNED
 from halfbyte.errors import CheckpointError, ConfigError
-from halfbyte.nf4 import device as devices
-from halfbyte.nf4 import format as formats
 from halfbyte.optim import AdamW, adamw
+from halfbyte.quant import format as formats
+from halfbyte.quant.blockwise import DYNAMIC_SIGNED, DYNAMIC_UNSIGNED
+from halfbyte.runtime import device as devices
 from tests.devices import DEVICES
 from tests.optim.problems import follow, gradients, parameters
 
@@ -254,7 +254,9 @@ def test_state_is_one_run_of_bytes_without_overlaps():
 
 @pytest.mark.parametrize("name", ["v100", "t4", "h100"])
 def test_a_gpu_that_triton_left_behind_gets_the_plain_rule(monkeypatch, name):
-    kernels = pytest.importorskip("halfbyte.optim.gpu", reason="needs Triton", exc_type=ImportError)
+    kernels = pytest.importorskip(
+        "halfbyte.optim.triton_adamw", reason="needs Triton", exc_type=ImportError
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(devices, "spec_of", lambda _: DEVICES[name])
     formats.gpu_kernels.cache_clear()

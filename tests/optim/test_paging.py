@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from halfbyte.errors import ConfigError
-from halfbyte.optim import AdamW, layout, managed
+from halfbyte.optim import AdamW, managed
+from halfbyte.optim import buckets as layout
 from tests.optim.problems import follow, gradients, parameters
 
 SHAPES = [(64, 100), (17,), (5000,), (70, 200), (4096,), (3000,), ()]

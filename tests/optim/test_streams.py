@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from halfbyte.optim import AdamW, layout, paging
+from halfbyte.optim import AdamW, paging
+from halfbyte.optim import buckets as layout
 from tests.optim.problems import gradients, parameters
 
 SHAPES = [(64, 100), (17,), (5000,), (70, 200), (4096,), (3000,), (), (90, 100)]

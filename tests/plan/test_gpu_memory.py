@@ -23,22 +23,31 @@ pytest.importorskip("triton")
 
 from triton.runtime.jit import KernelInterface
 
-from halfbyte.lora import LoRAConfig, adapter_parameters, attach
-from halfbyte.model import attended, documents, elementwise, layer, loss
-from halfbyte.model import gpu as model_gpu
-from halfbyte.model.build import BaseRecipe, build
-from halfbyte.nf4 import device as devices
-from halfbyte.nf4 import gpu, gpu_adapters, gpu_gated, gpu_products, scratch, shared
-from halfbyte.nf4.device import DeviceSpec
-from halfbyte.plan.activations import Gpu
+from halfbyte.engine import layerwise as engines
+from halfbyte.engine import offload as shelf
+from halfbyte.engine.buckets import Buckets
+from halfbyte.engine.layerwise import LayerEngine
+from halfbyte.engine.packing import Batch
+from halfbyte.layers import attention as documents
+from halfbyte.layers import attention_checkpoint as attended
+from halfbyte.layers import cross_entropy as loss
+from halfbyte.layers import decoder_layer as layer
+from halfbyte.layers import elementwise
+from halfbyte.layers import triton_elementwise as model_gpu
+from halfbyte.linear import decoded_cache as scratch
+from halfbyte.linear import group as shared
+from halfbyte.linear import triton_lora as gpu_adapters
+from halfbyte.linear import triton_matmul as gpu_products
+from halfbyte.linear import triton_swiglu as gpu_gated
+from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach
+from halfbyte.models.build import BaseRecipe, build
+from halfbyte.plan.activation_cost import Gpu
 from halfbyte.plan.ledger import Holding, Run, ledger
+from halfbyte.plan.model_shape import shape_of_config
 from halfbyte.plan.policy import ActivationPolicy as Policy
-from halfbyte.plan.shape import shape_of_config
-from halfbyte.train import engine as engines
-from halfbyte.train import shelf
-from halfbyte.train.buckets import Buckets
-from halfbyte.train.engine import LayerEngine
-from halfbyte.train.parts import Batch
+from halfbyte.quant import triton_blockwise as gpu
+from halfbyte.runtime import device as devices
+from halfbyte.runtime.device import DeviceSpec
 from tests.devices import DEVICES
 
 LAYERS = 5

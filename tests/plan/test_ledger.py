@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from halfbyte.checkpoint.base_model import load_base, open_base
 from halfbyte.checkpoint.bitsandbytes import write_quantized
 from halfbyte.errors import ConfigError
-from halfbyte.lora import LoRAConfig, adapter_parameters, attach
-from halfbyte.model.build import BaseRecipe, build, finish, place
-from halfbyte.nf4 import empty_like_quantized
-from halfbyte.optim.layout import pieces_of
+from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach
+from halfbyte.models.build import BaseRecipe, build, finish, place
+from halfbyte.optim.buckets import pieces_of
 from halfbyte.plan.ledger import (
     OVERHEAD,
     PRODUCT,
@@ -29,7 +28,8 @@ from halfbyte.plan.ledger import (
     product_bytes,
     products_kept,
 )
-from halfbyte.plan.shape import KNOWN, ModelShape, config_of, shape_of, shape_of_config
+from halfbyte.plan.model_shape import KNOWN, ModelShape, config_of, shape_of, shape_of_config
+from halfbyte.quant import empty_like_quantized
 from tests.checkpoint.families import tiny_model
 from tests.tiny import tiny_tokenizer, write_tiny_model
 

@@ -126,7 +126,7 @@ def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_our_own_warnings_become_notes(capsys: pytest.CaptureFixture[str]) -> None:
     with open_report():
-        logging.getLogger("halfbyte.nf4").warning("no %s here", "compiler")
+        logging.getLogger("halfbyte.quant").warning("no %s here", "compiler")
     assert capsys.readouterr().err == "no compiler here\n"
     assert logging.getLogger("halfbyte").handlers == []
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from halfbyte import cli
+from halfbyte.config.schema import TrainConfig, check
 from halfbyte.errors import ConfigError
 from halfbyte.report import open_report
 from halfbyte.report.trackers import TRACKERS, open_trackers, tracked
-from halfbyte.train.config import TrainConfig, check
 
 
 class Library(ModuleType):

@@ -8,7 +8,7 @@ import torch
 
 from halfbyte.checkpoint.base_model import open_base
 from halfbyte.errors import CheckpointError, DataError
-from halfbyte.model.build import BaseRecipe
+from halfbyte.models.build import BaseRecipe
 from halfbyte.report import open_report
 from halfbyte.train import loading as module
 from halfbyte.train.loading import Loading

@@ -8,22 +8,25 @@ import pytest
 import torch
 from rich.console import Console
 
+from halfbyte.config.schema import TrainConfig
+from halfbyte.engine import memory_policy as memory
+from halfbyte.engine.layerwise import LayerEngine
+from halfbyte.engine.memory_policy import MemoryPlan
+from halfbyte.engine.packing import Batch
 from halfbyte.errors import ConfigError, OutOfMemoryError
-from halfbyte.lora import adapter_parameters
-from halfbyte.optim import AdamW, layout
+from halfbyte.linear.lora import adapter_parameters
+from halfbyte.optim import AdamW
+from halfbyte.optim import buckets as layout
 from halfbyte.optim.paging import Paging
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.report import open_report
 from halfbyte.report.live import LiveScreen, PlainScreen
-from halfbyte.train import loop, memory, trainer
-from halfbyte.train.config import TrainConfig
-from halfbyte.train.engine import LayerEngine
-from halfbyte.train.memory import MemoryPlan
-from halfbyte.train.parts import Batch
+from halfbyte.train import run as loop
+from halfbyte.train import trainer
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.trainer import Trainer
+from tests.engine.test_layerwise import FAMILIES, batches_of, model_of
 from tests.tiny import write_tiny_model
-from tests.train.test_engine import FAMILIES, batches_of, model_of
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +221,7 @@ def test_a_step_is_tight_when_its_tokens_need_more_than_there_is(monkeypatch, on
 
 
 def test_a_packed_step_takes_what_its_largest_part_takes(monkeypatch, on_a_gpu):
-    monkeypatch.setattr("halfbyte.train.engine.can_pack", lambda *_: True)
+    monkeypatch.setattr("halfbyte.engine.layerwise.can_pack", lambda *_: True)
     made = made_trainer("auto")
     made.engine = LayerEngine(made.engine.model, fuse=True)
     shapes = [[(4, 200)]]

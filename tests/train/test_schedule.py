@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from halfbyte.train.config import TrainConfig
+from halfbyte.config.schema import TrainConfig
 from halfbyte.train.schedule import Schedule
 
 

@@ -12,6 +12,13 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from transformers import LlamaConfig
 
+from halfbyte.config.schema import TrainConfig
+from halfbyte.engine import forward_backward as passes
+from halfbyte.engine.autograd import PlainEngine
+from halfbyte.engine.buckets import Buckets
+from halfbyte.engine.layerwise import LayerEngine
+from halfbyte.engine.memory_policy import HOST_SHARE, MARGIN, MemoryPlan
+from halfbyte.engine.packing import Batch
 from halfbyte.errors import (
     CheckpointError,
     ConfigError,
@@ -19,21 +26,14 @@ from halfbyte.errors import (
     OutOfMemoryError,
     UserError,
 )
-from halfbyte.lora import adapter_parameters, frozen_linears
+from halfbyte.linear.lora import adapter_parameters, frozen_linears
 from halfbyte.plan.policy import ActivationPolicy, StepCost, peak
-from halfbyte.train import passes
 from halfbyte.train import trainer as trainers
-from halfbyte.train.buckets import Buckets
-from halfbyte.train.config import TrainConfig
-from halfbyte.train.engine import LayerEngine
 from halfbyte.train.loss_scale import LossScale
-from halfbyte.train.memory import HOST_SHARE, MARGIN, MemoryPlan
-from halfbyte.train.parts import Batch
-from halfbyte.train.plain import PlainEngine
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.trainer import Trainer, is_out_of_memory
-from tests.train.test_engine import FAMILIES, SIZES, batches_of, model_of
-from tests.train.test_passes import Drawer, Recorded
+from tests.engine.test_forward_backward import Drawer, Recorded
+from tests.engine.test_layerwise import FAMILIES, SIZES, batches_of, model_of
 
 
 def config(**options):
@@ -434,7 +434,7 @@ def long_batches():
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """Return what makes a trainer on a CPU that has all rungs: it packs, captures and offloads."""
-    monkeypatch.setattr("halfbyte.train.engine.can_pack", lambda *_: True)
+    monkeypatch.setattr("halfbyte.engine.layerwise.can_pack", lambda *_: True)
     monkeypatch.setattr(passes, "Shelf", Drawer)
     monkeypatch.setattr(trainers, "SMALLEST_PART", 100)
     monkeypatch.setattr(trainers.gc, "collect", lambda: 0)  # half a second among so many modules

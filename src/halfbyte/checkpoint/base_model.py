@@ -1,7 +1,7 @@
 """A base model from whatever a user names: a directory, a GGUF file, or a model of the hub.
 
 ``open_base`` reads headers and settles that the files are the model. ``load_base`` hands one
-tensor after another to ``model.build``, which packs it the moment it comes, so beside the model
+tensor after another to ``models.build``, which packs it the moment it comes, so beside the model
 there is never more than the tensor in flight.
 """
 
@@ -22,7 +22,7 @@ from halfbyte.checkpoint.directory import DirectorySource
 from halfbyte.checkpoint.gguf import GGUFSource
 from halfbyte.checkpoint.source import BaseSource, warn_of_packing_again
 from halfbyte.errors import CheckpointError
-from halfbyte.model.build import (
+from halfbyte.models.build import (
     Audit,
     BaseRecipe,
     build,
@@ -31,8 +31,8 @@ from halfbyte.model.build import (
     place,
     place_quantized,
 )
-from halfbyte.model.calibration import input_moments
-from halfbyte.nf4 import QuantizedWeight, dequantize
+from halfbyte.models.calibration import input_moments
+from halfbyte.quant import QuantizedWeight, dequantize
 
 __all__ = ["BaseSource", "LoadedBase", "importances", "load_base", "open_base"]
 

@@ -21,8 +21,8 @@ from halfbyte.checkpoint.directory import write_description
 from halfbyte.checkpoint.safetensors_file import SHARD_BYTES, Planned, write_model
 from halfbyte.checkpoint.source import warn_of_packing_again
 from halfbyte.errors import CheckpointError, ConfigError
-from halfbyte.model.build import BaseRecipe, build, frozen_linears, pack
-from halfbyte.nf4 import empty_like_quantized
+from halfbyte.models.build import BaseRecipe, build, frozen_linears, pack
+from halfbyte.quant import empty_like_quantized
 
 logger = logging.getLogger("halfbyte")
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.blockwise import DYNAMIC_SIGNED, FP4_LEVELS, NF4_LEVELS
 from halfbyte.checkpoint.safetensors_file import Planned
 from halfbyte.errors import CheckpointError
-from halfbyte.nf4 import BLOCK_SIZES, SCALE_BLOCK, QuantizedWeight, empty_like_quantized
-from halfbyte.nf4.format import FLOAT_TYPES
+from halfbyte.quant import BLOCK_SIZES, SCALE_BLOCK, QuantizedWeight, empty_like_quantized
+from halfbyte.quant.blockwise import DYNAMIC_SIGNED, FP4_LEVELS, NF4_LEVELS
+from halfbyte.quant.format import FLOAT_TYPES
 
 STATE = ".quant_state.bitsandbytes__"
 _STATE_ROOM = 512  # bytes; the JSON of two dimensions with the longest numbers takes 230

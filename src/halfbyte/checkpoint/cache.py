@@ -22,7 +22,7 @@ from halfbyte.checkpoint.directory import DirectorySource
 from halfbyte.checkpoint.reading import read_json
 from halfbyte.checkpoint.source import BaseSource
 from halfbyte.errors import CheckpointError, OutputError
-from halfbyte.model.build import BaseRecipe
+from halfbyte.models.build import BaseRecipe
 
 _FORMAT = 1  # counts what changes the bytes of a copy
 _CARD = "halfbyte_cache.json"

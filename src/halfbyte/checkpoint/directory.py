@@ -32,8 +32,8 @@ from halfbyte.checkpoint.safetensors_file import INDEX_NAME, Entry, SafetensorsF
 from halfbyte.checkpoint.source import BaseSource, Parameter, foreign_reader, skeleton_of
 from halfbyte.checkpoint.staging import Request, read_to_device
 from halfbyte.errors import CheckpointError
-from halfbyte.model.build import BaseRecipe
-from halfbyte.nf4 import QuantizedWeight
+from halfbyte.models.build import BaseRecipe
+from halfbyte.quant import QuantizedWeight
 
 # Buffers of older transformers, which it computes by now: in files, but no part of the model.
 _OBSOLETE = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")

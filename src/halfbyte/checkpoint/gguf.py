@@ -50,7 +50,7 @@ from halfbyte.checkpoint.gguf_vocabulary import byte_level
 from halfbyte.checkpoint.reading import read_into
 from halfbyte.checkpoint.source import BaseSource, Parameter, foreign_reader, skeleton_of
 from halfbyte.errors import CheckpointError
-from halfbyte.nf4 import QuantizedWeight
+from halfbyte.quant import QuantizedWeight
 
 # Rotary frequencies scaled one by one (Llama 3.1): transformers' reading of GGUF leaves them out.
 _ROPE_TABLE = re.compile(r"rope_(freqs|factors_long|factors_short)\.weight")

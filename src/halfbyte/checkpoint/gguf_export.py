@@ -27,7 +27,7 @@ from halfbyte.checkpoint.gguf_vocabulary import add_vocabulary, copy_vocabulary
 from halfbyte.checkpoint.peft import LoadedAdapter
 from halfbyte.checkpoint.source import BaseSource
 from halfbyte.errors import CheckpointError, HalfbyteError, WeightError
-from halfbyte.nf4 import QuantizedWeight, dequantize
+from halfbyte.quant import QuantizedWeight, dequantize
 
 FileType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.checkpoint.base_model import LoadedBase
-from halfbyte.model.build import frozen_linears
+from halfbyte.models.build import frozen_linears
 
 PACKING = (
     "quant",

@@ -9,7 +9,7 @@ beside D. There are three things to write, and each loses something else:
 
 ``Merged`` is any of them as a source of tensors, made from the model in memory when they are asked
 for, in the form in which they will be read: so a merge can be measured before it is written
-(``train.merging``). Sums are made in float32, one linear layer at a time.
+(``tools.merge_evaluation``). Sums are made in float32, one linear layer at a time.
 """
 
 import copy
@@ -29,10 +29,10 @@ from halfbyte.checkpoint.directory import write_description
 from halfbyte.checkpoint.safetensors_file import SHARD_BYTES, Planned, write_model
 from halfbyte.checkpoint.source import DECODED_FROM, BaseSource, Parameter
 from halfbyte.errors import CheckpointError
-from halfbyte.lora import delta
-from halfbyte.model.build import BaseRecipe, frozen_linears
-from halfbyte.nf4 import QuantizedWeight, empty_like_quantized, quantize
-from halfbyte.nf4.linear import FrozenLinear
+from halfbyte.linear.frozen import FrozenLinear
+from halfbyte.linear.lora import delta
+from halfbyte.models.build import BaseRecipe, frozen_linears
+from halfbyte.quant import QuantizedWeight, empty_like_quantized, quantize
 
 Into = Literal["decoded", "original", "nf4"]
 

@@ -25,7 +25,8 @@ from halfbyte.checkpoint.atomic import new_file, output_errors, require_writable
 from halfbyte.checkpoint.reading import read_json
 from halfbyte.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
 from halfbyte.errors import CheckpointError, ConfigError
-from halfbyte.lora import (
+from halfbyte.linear.frozen import FrozenLinear
+from halfbyte.linear.lora import (
     ALL_LINEAR,
     LoRAConfig,
     at_end,
@@ -34,7 +35,6 @@ from halfbyte.lora import (
     frozen_linears,
     load_adapter_state,
 )
-from halfbyte.nf4.linear import FrozenLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

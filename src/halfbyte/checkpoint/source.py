@@ -27,8 +27,8 @@ from transformers import (
 
 from halfbyte.checkpoint.reading import read_into
 from halfbyte.errors import CheckpointError
-from halfbyte.model.build import BaseRecipe
-from halfbyte.nf4 import QuantizedWeight
+from halfbyte.models.build import BaseRecipe
+from halfbyte.quant import QuantizedWeight
 
 DECODED_FROM = "halfbyte_decoded_from"
 """The field of ``config.json`` that names the 4-bit type that a merged model's weights had."""

@@ -55,7 +55,7 @@ def _run(argv: list[str]) -> None:
     elif argv[0] in VERBS:
         importlib.import_module(f"halfbyte.cli.{argv[0]}").main(argv[1:])
     else:
-        from halfbyte.train.spelling import nearest
+        from halfbyte.config.aliases import nearest
 
         raise ConfigError(
             f"unknown verb `{argv[0]}`{nearest(argv[0], VERBS) or ';'} expected one of "
@@ -68,7 +68,7 @@ def _memory_problem(error: Exception) -> str | None:
     """What to say if an error is that the GPU's memory does not suffice; None if it is another."""
     if "torch" not in sys.modules:
         return None
-    from halfbyte.train.passes import is_out_of_memory
+    from halfbyte.engine.forward_backward import is_out_of_memory
 
     if not is_out_of_memory(error):
         return None

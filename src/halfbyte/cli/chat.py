@@ -8,8 +8,8 @@ import contextlib
 
 from halfbyte.cli.generate import SamplingOptions, write
 from halfbyte.cli.opening import open_model
-from halfbyte.cli.options import Verb
 from halfbyte.cli.startup import import_transformers
+from halfbyte.config.command_line import Verb
 
 VERB = Verb(
     "chat",
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     options, notes, _ = VERB.read(argv)
 
     import_transformers(gpu=options.device != "cpu")
-    from halfbyte.model.generate import generate
+    from halfbyte.models.generate import generate
     from halfbyte.report import open_report
 
     with open_report() as report:

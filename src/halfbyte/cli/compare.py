@@ -5,8 +5,8 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
-from halfbyte.cli.options import Verb, results
-from halfbyte.train.config import TrainConfig, parse_names
+from halfbyte.config.command_line import Verb, results
+from halfbyte.config.schema import TrainConfig, parse_names
 
 _VARIED = ("quant", "double_quant", "seed", "resume")
 _OWN = ("variants", "seeds", "shape", "exact_match", "max_new_tokens")
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
     from halfbyte.checkpoint.atomic import require_writable
     from halfbyte.report import open_report, show
     from halfbyte.report.comparison import Comparison
-    from halfbyte.train import comparing
+    from halfbyte.tools import compare as comparing
 
     variants = comparing.parse_variants(options.variants)
     given = {
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
     } | {"samples": options.samples}
     module: tuple[str, ...] = ("halfbyte", "train")
     if options.shape is not None:
-        module = ("halfbyte.train.random_weights",)
+        module = ("halfbyte.tools.synthetic_model",)
         given = _SHAPE_RUN | given | {"model": f"shape:{options.shape}", "data": "random"}
 
     def evaluation(config: TrainConfig) -> tuple[str, ...]:

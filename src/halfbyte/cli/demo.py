@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from halfbyte.cli.options import Verb, invocation, results
 from halfbyte.cli.startup import import_transformers
-from halfbyte.train.config import Options, TrainConfig, check
+from halfbyte.config.command_line import Verb, invocation, results
+from halfbyte.config.schema import Options, TrainConfig, check
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
@@ -69,7 +69,7 @@ VERB = Verb(
 def main(argv: list[str]) -> None:
     """Run the verb."""
     options, notes, as_json = VERB.read(argv)
-    from halfbyte.demo.model import demo_model
+    from halfbyte.tools.demo_model import demo_model
 
     model = options.model or str(demo_model())
     adapter = options.output / "adapter"
@@ -87,12 +87,12 @@ def main(argv: list[str]) -> None:
     import_transformers(gpu=True)
     from halfbyte.checkpoint.atomic import require_writable
     from halfbyte.checkpoint.peft import load_adapter
-    from halfbyte.demo.task import SYSTEM, write_task
+    from halfbyte.engine.memory_policy import peak_memory, used_memory
     from halfbyte.report import open_report, show
     from halfbyte.report.live import duration, size
+    from halfbyte.tools.demo_task import SYSTEM, write_task
     from halfbyte.train.loading import open_model
-    from halfbyte.train.loop import train
-    from halfbyte.train.memory import peak_memory, used_memory
+    from halfbyte.train.run import train
 
     if options.model is None:  # of another model it is not known what it takes
         config = config.model_copy(update={"memory_budget": used_memory("cpu") + _ROOM})

@@ -8,10 +8,10 @@ import shutil
 from typing import Any
 
 from halfbyte import __version__
-from halfbyte.cli.options import Verb, results
 from halfbyte.cli.startup import import_transformers
+from halfbyte.config.command_line import Verb, results
+from halfbyte.config.schema import Options
 from halfbyte.errors import HalfbyteError
-from halfbyte.train.config import Options
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "gguf", "numpy", "pydantic")
 _WHERE_THERE = ("triton", "datasets", "tensorboard", "wandb", "trackio", "peft", "bitsandbytes")
@@ -42,9 +42,9 @@ def main(argv: list[str]) -> None:
     as_json = VERB.read(argv).json
 
     import_transformers()
-    from halfbyte.model.precision import choose_device_and_dtype
     from halfbyte.report import show
-    from halfbyte.train.self_test import checks
+    from halfbyte.runtime.precision import choose_device_and_dtype
+    from halfbyte.tools.self_test import checks
 
     with results(as_json=as_json) as result:
         result["versions"] = _versions()
@@ -89,7 +89,7 @@ def _versions() -> dict[str, str]:
 def _machine() -> dict[str, str]:
     import torch
 
-    from halfbyte.model.precision import cpu_matrix_units
+    from halfbyte.runtime.precision import cpu_matrix_units
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
@@ -122,8 +122,8 @@ def _processor() -> str:
 
 
 def _used(device: str, products: str) -> dict[str, str]:
-    from halfbyte.matmul import float32_library
-    from halfbyte.nf4 import cpu
+    from halfbyte.quant import cpu
+    from halfbyte.runtime.matmul import float32_library
 
     library, reason = float32_library()
     found = {
@@ -147,7 +147,7 @@ def _compiler() -> str:
 
 
 def _gpu_kernels() -> str:
-    from halfbyte.nf4.format import gpu_kernels
+    from halfbyte.quant.format import gpu_kernels
 
     if gpu_kernels() is None:
         return "plain PyTorch, because Triton cannot be imported"

@@ -6,8 +6,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, PositiveInt
 
 from halfbyte.cli.opening import ReadModelOptions, open_model
-from halfbyte.cli.options import Verb, results
 from halfbyte.cli.startup import import_transformers
+from halfbyte.config.command_line import Verb, results
 
 _MISSES_SHOWN = 3
 

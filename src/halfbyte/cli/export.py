@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from halfbyte.cli.opening import RECIPE_FIELDS, as_trained, require_free
-from halfbyte.cli.options import Verb, results
 from halfbyte.cli.startup import import_transformers
+from halfbyte.config.command_line import Verb, results
+from halfbyte.config.schema import BaseOptions
 from halfbyte.errors import HalfbyteError
-from halfbyte.train.config import BaseOptions
 
 if TYPE_CHECKING:
     from halfbyte.checkpoint.source import BaseSource
@@ -250,7 +250,7 @@ def _distance(model: Any, tokenizer: Any, written: "BaseSource", file_type: str)
     """How far the written file's answers are from the live model's, on a few prompts."""
     from halfbyte.data import load_dataset
     from halfbyte.report import show
-    from halfbyte.train.merging import HELD_OUT, distance, reference
+    from halfbyte.tools.merge_evaluation import HELD_OUT, distance, reference
 
     text = load_dataset(HELD_OUT, tokenizer, max_length=256, train_on="all")
     live = reference(model, text.examples[:4])

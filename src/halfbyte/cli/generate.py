@@ -6,8 +6,8 @@ from typing import ClassVar
 from pydantic import Field, PositiveInt
 
 from halfbyte.cli.opening import ReadModelOptions, open_model
-from halfbyte.cli.options import Verb, results
 from halfbyte.cli.startup import import_transformers
+from halfbyte.config.command_line import Verb, results
 from halfbyte.errors import ConfigError
 
 
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
         raise ConfigError("`prompt`: expected some text, got none")
 
     import_transformers(gpu=options.device != "cpu")
-    from halfbyte.model.generate import generate
+    from halfbyte.models.generate import generate
     from halfbyte.report import open_report
 
     messages = [{"role": "user", "content": prompt}]

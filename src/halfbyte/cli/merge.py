@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from halfbyte.cli.opening import as_trained, require_free
-from halfbyte.cli.options import Verb, results
 from halfbyte.cli.startup import import_transformers
+from halfbyte.config.command_line import Verb, results
+from halfbyte.config.schema import BaseOptions
 from halfbyte.errors import HalfbyteError
-from halfbyte.train.config import BaseOptions
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
-    from halfbyte.train.merging import Distance, Reference
+    from halfbyte.tools.merge_evaluation import Distance, Reference
 
 
 class MergeOptions(BaseOptions):
@@ -108,8 +108,8 @@ def main(argv: list[str]) -> None:
     from halfbyte.checkpoint.merged import Merged, ways, write_merged
     from halfbyte.report import open_report, show
     from halfbyte.report.live import size
+    from halfbyte.tools.merge_evaluation import distances
     from halfbyte.train.loading import open_model
-    from halfbyte.train.merging import distances
 
     with results(as_json=as_json) as result, open_report() as report:
         for note in notes:
@@ -182,7 +182,7 @@ def _verified(
     """Read back what was written: what was found, and what is wrong with it, if anything is."""
     from halfbyte.checkpoint.base_model import open_base
     from halfbyte.report import show
-    from halfbyte.train.merging import distance
+    from halfbyte.tools.merge_evaluation import distance
 
     found = distance(model, open_base(options.out), live)
     agreement, problem = found.top1_agreement, ""
@@ -224,7 +224,7 @@ def _held_out(
     options: MergeOptions, model: Any, tokenizer: Any, report: "RunReport"
 ) -> "Reference":
     from halfbyte.data import load_dataset
-    from halfbyte.train.merging import HELD_OUT, reference
+    from halfbyte.tools.merge_evaluation import HELD_OUT, reference
 
     text = load_dataset(
         options.data or HELD_OUT,
@@ -250,9 +250,9 @@ def _taught(
     options: MergeOptions, model: Any, tokenizer: Any, report: "RunReport"
 ) -> "Reference | None":
     """What the adapter makes of the data it was trained on, if that is still there."""
+    from halfbyte.config.schema import read_yaml
     from halfbyte.data import load_dataset
-    from halfbyte.train.config import read_yaml
-    from halfbyte.train.merging import reference
+    from halfbyte.tools.merge_evaluation import reference
 
     run = Path(options.adapter) / "config.yaml"
     data = str(read_yaml(run).get("data", "")) if run.exists() else ""

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from halfbyte.config.schema import BaseOptions, ModelOptions
 from halfbyte.errors import OutputError
-from halfbyte.train.config import BaseOptions, ModelOptions
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
-from halfbyte.cli.options import Verb, results
-from halfbyte.train.config import BlockSize, Options, parse_bytes, parse_names
+from halfbyte.config.command_line import Verb, results
+from halfbyte.config.schema import BlockSize, Options, parse_bytes, parse_names
 
 if TYPE_CHECKING:
     from halfbyte.plan.advice import Way
     from halfbyte.plan.ledger import Holding
-    from halfbyte.plan.shape import ModelShape
-    from halfbyte.plan.speed import Card
+    from halfbyte.plan.model_shape import ModelShape
+    from halfbyte.plan.roofline import Card
 
 
 class PlanOptions(Options):
@@ -130,7 +130,7 @@ def main(argv: list[str]) -> None:
 
 
 def _card(options: PlanOptions) -> "Card":
-    from halfbyte.plan.speed import CARDS, HERE, card_named
+    from halfbyte.plan.roofline import CARDS, HERE, card_named
 
     if options.card is not None:
         return card_named(options.card)
@@ -144,7 +144,7 @@ def _card(options: PlanOptions) -> "Card":
 
 def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Holding"]:
     """Return the model's shape, and how it is held: what is packed already stays as it is."""
-    from halfbyte.plan.shape import config_of, shape_of_config, shape_of_known
+    from halfbyte.plan.model_shape import config_of, shape_of_config, shape_of_known
 
     if options.shape is not None and (shape := shape_of_known(options.shape)) is not None:
         return shape, holding
@@ -154,9 +154,9 @@ def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Hol
     from halfbyte.checkpoint.base_model import open_base
     from halfbyte.checkpoint.hub_headers import fetch_headers
     from halfbyte.checkpoint.source import foreign_reader
-    from halfbyte.model.build import BaseRecipe
+    from halfbyte.models.build import BaseRecipe
     from halfbyte.plan.ledger import Holding
-    from halfbyte.train.predicting import shape_of_source
+    from halfbyte.train.memory_check import shape_of_source
 
     if options.shape is not None:
         return shape_of_config(config_of(options.shape), options.shape), holding

@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from halfbyte.cli.opening import require_free
-from halfbyte.cli.options import Verb, results
 from halfbyte.cli.startup import import_transformers
-from halfbyte.train.config import BaseOptions
+from halfbyte.config.command_line import Verb, results
+from halfbyte.config.schema import BaseOptions
 
 
 class QuantizeOptions(BaseOptions):
@@ -44,10 +44,10 @@ def main(argv: list[str]) -> None:
     import_transformers()
     from halfbyte.checkpoint.base_model import open_base
     from halfbyte.checkpoint.bitsandbytes import write_quantized
-    from halfbyte.model.build import BaseRecipe
-    from halfbyte.model.precision import choose_device_and_dtype
+    from halfbyte.models.build import BaseRecipe
     from halfbyte.report import open_report, show
     from halfbyte.report.live import size
+    from halfbyte.runtime.precision import choose_device_and_dtype
 
     device, *_ = choose_device_and_dtype(options.device, "float32")
     recipe = BaseRecipe(

@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from halfbyte.cli.options import Verb, results
-from halfbyte.train.config import Options
+from halfbyte.config.command_line import Verb, results
+from halfbyte.config.schema import Options
 
 _PAGE = "report.html"
 

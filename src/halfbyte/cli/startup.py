@@ -129,7 +129,7 @@ def _wake_torch(context: threading.Thread) -> None:
     """Begin to have torch use the context when it is made, in a thread of its own."""
     import torch
 
-    from halfbyte.model.precision import configure_allocators
+    from halfbyte.runtime.precision import configure_allocators
 
     configure_allocators()  # is looked at when there is a context
 

@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from halfbyte.cli.options import Verb, invocation, results
 from halfbyte.cli.startup import import_transformers
-from halfbyte.train.config import TrainConfig, load_config
+from halfbyte.config.command_line import Verb, invocation, results
+from halfbyte.config.schema import TrainConfig, load_config
 
 VERB = Verb(
     "train",
@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
 
     import_transformers(gpu=config.device != "cpu")
     from halfbyte.report import open_report, show
-    from halfbyte.train.loop import train
+    from halfbyte.train.run import train
 
     with results(as_json=words.json) as result:
         with open_report(config.output) as report:

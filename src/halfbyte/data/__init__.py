@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from halfbyte.data.batching import IGNORED, MicroBatch, StepPlan, collate, steps
+from halfbyte.data.dataset_report import DatasetReport, RowRejected, describe_rejected
 from halfbyte.data.formats import Conversation, Message, detect_format, to_conversation
-from halfbyte.data.packing import IGNORED, MicroBatch, StepPlan, collate, steps
 from halfbyte.data.sources import read_source
 from halfbyte.data.templates import Encoder, Example, TrainOn, end_of_turn, prompt_ids
-from halfbyte.data.verdicts import DatasetReport, RowRejected, describe_rejected
 from halfbyte.errors import DataError
 
 if TYPE_CHECKING:

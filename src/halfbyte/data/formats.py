@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from halfbyte.data.verdicts import RowRejected
+from halfbyte.data.dataset_report import RowRejected
 from halfbyte.errors import DataError
 
 Message = dict[str, Any]

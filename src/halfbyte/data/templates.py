@@ -37,8 +37,8 @@ import numpy as np
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 
+from halfbyte.data.dataset_report import RowRejected, counted
 from halfbyte.data.formats import Conversation, Message
-from halfbyte.data.verdicts import RowRejected, counted
 from halfbyte.errors import DataError
 
 if TYPE_CHECKING:

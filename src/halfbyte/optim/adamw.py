@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import CheckpointError, ConfigError
-from halfbyte.nf4.format import gpu_kernels
-from halfbyte.optim import rule
-from halfbyte.optim.layout import Group, Piece, groups_of, pieces_of
+from halfbyte.optim import reference as rule
+from halfbyte.optim.buckets import Group, Piece, groups_of, pieces_of
 from halfbyte.optim.managed import Managed, why_not
 from halfbyte.optim.paging import Paging, Store, Streamed
+from halfbyte.quant.format import gpu_kernels
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -31,7 +31,7 @@ def _gpu_kernels() -> ModuleType | None:
     """Return gpu.py, or None where Triton is not, or is not for the GPU, which was announced."""
     if gpu_kernels() is None:
         return None
-    from halfbyte.optim import gpu  # it imports triton
+    from halfbyte.optim import triton_adamw as gpu
 
     return gpu
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import ConfigError
-from halfbyte.optim.layout import Group, Piece
+from halfbyte.optim.buckets import Group, Piece
 from halfbyte.optim.paging import Paging, Update, Waits
 
 # Of the runtime's enumerations (CUDA Runtime API, driver_types.h).

@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from halfbyte.optim.layout import Group, Piece, groups_of
+from halfbyte.optim.buckets import Group, Piece, groups_of
 
 Update = Callable[[Group, Tensor, int], None]
 """Updates the pieces of a group whose state is in memory that begins at byte `int` of the run."""

@@ -22,9 +22,9 @@ from halfbyte.plan.ledger import (
     nbytes_of,
     policy_of,
 )
+from halfbyte.plan.model_shape import ModelShape
 from halfbyte.plan.policy import ActivationPolicy
-from halfbyte.plan.shape import ModelShape
-from halfbyte.plan.speed import Card, Seconds, step_seconds
+from halfbyte.plan.roofline import Card, Seconds, step_seconds
 
 # Of a card's memory, what is not there for tensors: the CUDA context, and what torch's allocator
 # reserves beyond what it hands out (0.2 GB after loading a 7B: 2026-11-24_gpu_load.json).

@@ -8,7 +8,7 @@ A packed weight of n elements in blocks of b is
     nested scales  4·⌈⌈n / b⌉ / 256⌉    one float32 for 256 of them
     offset         4
 
-What is packed is what ``model.build`` packs, and what that builds has these bytes, to the byte.
+What is packed is what ``models.build`` packs, and what that builds has these bytes, to the byte.
 Adapters, gradients and moments are float32, whatever the base is held in.
 
     peak of training = base + adapters + gradients + optimizer + the peak of a step (policy.py)
@@ -20,11 +20,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from halfbyte.errors import ConfigError
-from halfbyte.plan.activations import CHECKPOINT_WIDTH, H100, Gpu, LayerActivations
+from halfbyte.plan.activation_cost import CHECKPOINT_WIDTH, H100, Gpu, LayerActivations
+from halfbyte.plan.model_shape import ModelShape, Weight
 from halfbyte.plan.policy import ActivationPolicy, Peak, StepCost, peak
-from halfbyte.plan.shape import ModelShape, Weight
 
-# Tokens of a part of packed documents; more make no product faster (train/buckets.py).
+# Tokens of a part of packed documents; more make no product faster (engine/buckets.py).
 PART_TOKENS = 8192
 # Where memory is short they are halved, but not below so many: too few rows for a product.
 SMALLEST_PART = 512
@@ -38,14 +38,14 @@ STATE_BLOCK = 256  # elements of 8-bit optimizer state that share a scale
 SMALLEST_8BIT = 4096  # tensors of fewer elements keep 32-bit state
 PIECE = 1 << 22  # elements of a parameter whose state lies together
 _ALIGNMENT = 256  # of each tensor of the state
-# Bytes of logits, and of a packed head decoded, there are at a time: model/loss.py.
+# Bytes of logits, and of a packed head decoded, there are at a time: layers/cross_entropy.py.
 LOGITS = {"cpu": 32 << 20, "cuda": 128 << 20}
 # On a CPU the whole process counts: Python, torch and transformers. On a GPU cuBLAS has a workspace
 # of 32 MiB in the stream of plain steps, and where graphs are captured in theirs instead.
 OVERHEAD = {"cpu": 0.525e9, "cuda": 33.6e6}
 # Of it, what a process has not yet touched when the base is loaded: code of products, their stacks.
 TOUCHED_LATER = 25e6
-# What a byte of kept activations takes: heap.cpp leaves few holes in glibc's heap, 1 % where all
+# What a byte of kept activations takes: malloc.cpp leaves few holes in glibc's heap, 1 % where all
 # micro-batches have one shape, up to 8 after 25 steps of many (2026-11-24_cpu_memory.json).
 HOLES = {"cpu": 1.04, "cuda": 1.0}
 # oneDNN keeps products as it has compiled them, the newest; bytes of each, by those of an element.
@@ -65,7 +65,7 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Holding:
-    """How the base is held: ``model.build.BaseRecipe``, with the bytes of the compute dtype."""
+    """How the base is held: ``models.build.BaseRecipe``, with the bytes of the compute dtype."""
 
     quant: str = "nf4"
     double_quant: bool = True
@@ -133,7 +133,8 @@ class Run:
         length: Tokens of an example.
         micro_batches: Micro-batches of an optimizer step.
         optimizer: Which AdamW.
-        fused: Whether layers are run by ``model.layer``; `ledger` asks whether it knows them.
+        fused: Whether layers are run by ``layers.decoder_layer``; `ledger` asks whether it knows
+            them.
         device: ``cuda`` or ``cpu``.
         policy: What is kept for backward.
         checkpoint_width: Of models as wide, offloaded layers keep their attention on the host, too.
@@ -384,7 +385,7 @@ def _base(shape: ModelShape, run: Run) -> list[Line]:
 
 
 def _state(numels: list[int], optimizer: OptimizerMode) -> int:
-    """Return the bytes of AdamW's state of tensors of ``numels`` elements: optim/layout.py."""
+    """Return the bytes of AdamW's state of tensors of ``numels`` elements: optim/buckets.py."""
 
     def of_piece(count: int, *, coded: bool) -> int:
         moment = -(-count * (1 if coded else 4) // _ALIGNMENT)
@@ -467,7 +468,7 @@ def _overhead(run: Run) -> int:
 
 
 def _load_peak(shape: ModelShape, run: Run) -> int:
-    # On a GPU there is a place for all packed weights from the first one on: nf4/arena.py.
+    # On a GPU there is a place for all packed weights from the first one on: linear/arena.py.
     sizes = {weight: nbytes_of(weight, shape, run.holding) for weight in shape.weights}
     ahead = {w for w in sizes if run.device == "cuda" and run.holding.packs(w, tied=shape.tied)}
     placed, peak = sum(sizes[weight] for weight in ahead), 0

@@ -8,7 +8,7 @@ Every layer is treated in one of three ways between forward and backward:
 
 `ActivationPolicy` says which layers are which. `StepCost` holds the bytes that a step has under
 each, either counted from shapes (``plan.ledger``) or measured on the device
-(``train.memory_profile``), and `peak` adds them up. It is the only place where that is done, so
+(``engine.memory_profile``), and `peak` adds them up. It is the only place where that is done, so
 what ``halfbyte plan`` predicts, what a run decides by and what is tried next when memory runs out
 agree.
 

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.data import Example, MicroBatch, collate, load_dataset
 from halfbyte.data.templates import TrainOn
-from halfbyte.model.generate import generate
-from halfbyte.train.engine import LayerEngine
-from halfbyte.train.engines import choose_engine
-from halfbyte.train.parts import Batch
-from halfbyte.train.plain import PlainEngine
+from halfbyte.engine.autograd import PlainEngine
+from halfbyte.engine.choose import choose_engine
+from halfbyte.engine.layerwise import LayerEngine
+from halfbyte.engine.packing import Batch
+from halfbyte.models.generate import generate
 
 # Micro-batches whose hidden states are alive at once on a CPU, and tokens on a GPU: each layer is
 # decoded once for all of them, and a GPU has enough to do with so many.
@@ -106,7 +106,7 @@ def evaluate(
     """Evaluate a model on a data file.
 
     Args:
-        model: A model of ``model.build``, with or without adapters.
+        model: A model of ``models.build``, with or without adapters.
         tokenizer: Its tokenizer.
         data: A file, a directory or a hub id, in any of the row formats.
         max_length: Longer rows are cut to so many tokens for the loss.

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from halfbyte.checkpoint.base_model import BaseSource, LoadedBase, load_base, open_base
 from halfbyte.checkpoint.identity import differences
 from halfbyte.checkpoint.peft import LoadedAdapter, load_adapter
+from halfbyte.config.schema import TrainConfig
 from halfbyte.errors import CheckpointError
-from halfbyte.lora import LoRAConfig
-from halfbyte.model.build import BaseRecipe
-from halfbyte.model.precision import choose_device_and_dtype
-from halfbyte.train.config import TrainConfig
+from halfbyte.linear.lora import LoRAConfig
+from halfbyte.models.build import BaseRecipe
+from halfbyte.runtime.precision import choose_device_and_dtype
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport

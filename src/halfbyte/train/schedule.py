@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from halfbyte.train.config import TrainConfig
+from halfbyte.config.schema import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -29,16 +29,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from halfbyte.errors import ConfigError, NonFiniteLossError, OutOfMemoryError
-from halfbyte.optim import AdamW
-from halfbyte.optim.paging import Paging
-from halfbyte.plan.policy import ActivationPolicy, peak
-from halfbyte.train.buckets import Buckets
-from halfbyte.train.config import TrainConfig
-from halfbyte.train.engine import LayerEngine
-from halfbyte.train.engines import compile_ahead
-from halfbyte.train.loss_scale import LossScale, too_large
-from halfbyte.train.memory import (
+from halfbyte.config.schema import TrainConfig
+from halfbyte.engine.autograd import PlainEngine
+from halfbyte.engine.buckets import Buckets
+from halfbyte.engine.choose import compile_ahead
+from halfbyte.engine.forward_backward import is_out_of_memory
+from halfbyte.engine.layerwise import LayerEngine
+from halfbyte.engine.memory_policy import (
     HOST_SHARE,
     MARGIN,
     MemoryPlan,
@@ -47,9 +44,12 @@ from halfbyte.train.memory import (
     plan_memory,
     used_memory,
 )
-from halfbyte.train.parts import Batch, lengths_of
-from halfbyte.train.passes import is_out_of_memory
-from halfbyte.train.plain import PlainEngine
+from halfbyte.engine.packing import Batch, lengths_of
+from halfbyte.errors import ConfigError, NonFiniteLossError, OutOfMemoryError
+from halfbyte.optim import AdamW
+from halfbyte.optim.paging import Paging
+from halfbyte.plan.policy import ActivationPolicy, peak
+from halfbyte.train.loss_scale import LossScale, too_large
 from halfbyte.train.schedule import Schedule
 
 # Parts are not made smaller than this: there are too few rows for a product by then.

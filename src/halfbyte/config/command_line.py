@@ -1,0 +1,238 @@
+"""From words on the command line to checked options, and from options to ``--help``.
+
+A verb's options are a class of ``halfbyte.config.schema``: names, types, defaults and help stand
+there and nowhere else. Words are only sorted here: each value stays text until pydantic checks
+it, together with what a YAML file gave, so that one message lists everything that is wrong and
+an option is known to have been given or not. A parser that converts as it goes, and stops at
+the first mistake in a voice of its own, cannot do that; hence these few lines instead of one.
+"""
+
+import json
+import math
+import os
+import shlex
+import shutil
+import sys
+import textwrap
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import (
+    Annotated,
+    Any,
+    Generic,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    Union,
+    get_args,
+    get_origin,
+)
+
+from pydantic.fields import FieldInfo
+
+from halfbyte.config.aliases import aliases_of, spell
+from halfbyte.config.schema import OptionsT, check
+
+_TRUTH_WORDS = {"true", "false", "yes", "no", "on", "off", "1", "0"}
+
+
+class Words(NamedTuple):
+    """What stands on a command line."""
+
+    given: dict[str, Any]
+    positional: dict[str, str]
+    json: bool
+    problems: list[str]
+
+
+class Request(NamedTuple, Generic[OptionsT]):
+    """Checked options, what to tell the user about them, and whether the answer is JSON."""
+
+    options: OptionsT
+    notes: list[str]
+    json: bool
+
+
+@dataclass(frozen=True)
+class Verb(Generic[OptionsT]):
+    """One ``halfbyte VERB``: its options, and what ``--help`` says about it."""
+
+    name: str
+    options: type[OptionsT]
+    about: str
+    example: str
+    positional: tuple[str, ...] = ()
+    """Fields whose values stand without a name; ``config`` is the only one that is no field."""
+    many: str = ""
+    """The last of them, if it takes any number of words."""
+    has_json: bool = True
+
+    def words(self, argv: list[str]) -> Words:
+        """Sort words by option; prints the help and leaves when it is asked for."""
+        if "--help" in argv or "-h" in argv:
+            _leave_with(self.help())
+        aliases = aliases_of(self.options)
+        flags = {name for name, field in self.options.model_fields.items() if _is_flag(field)}
+        flags |= {name for name, alias in aliases.items() if alias.is_flag}
+        found = Words({}, {}, json=False, problems=[])
+        free, words = deque(self.positional), deque(argv)
+        while words:
+            word = words.popleft()
+            name, equals, value = word.removeprefix("--").partition("=")
+            name = name.replace("-", "_")
+            if not word.startswith("--"):
+                if free and free[0] == self.many:
+                    found.given.setdefault(self.many, []).append(word)
+                elif free:
+                    found.positional[free.popleft()] = word
+                else:
+                    found.problems.append(f"`{word}` is one word too many")
+            elif name == "json" and self.has_json and not equals:
+                found = found._replace(json=True)
+            elif equals:
+                found.given[name] = value
+            elif name.startswith("no_") and name[3:] in flags:
+                found.given[name[3:]] = False
+            elif name in flags:
+                follows = words and words[0].lower() in _TRUTH_WORDS
+                found.given[name] = words.popleft() if follows else True
+            elif words and not words[0].startswith("--"):
+                found.given[name] = words.popleft()
+            elif name in self.options.model_fields or name in aliases:
+                found.problems.append(f"`{name}` needs a value")
+            else:
+                found.given[name] = True
+        return found
+
+    def read(self, argv: list[str]) -> Request[OptionsT]:
+        """Check the options on a command line.
+
+        Raises:
+            ConfigError: All that is wrong with them, in one message.
+        """
+        words = self.words(argv)
+        spelt = spell(words.positional | words.given, self.options)
+        options = check(self.options, spelt.values, problems=[*words.problems, *spelt.problems])
+        return Request(options, spelt.notes, words.json)
+
+    def help(self) -> str:
+        """Usage, what the verb does, an example, and every option under its heading."""
+        width = min(shutil.get_terminal_size().columns, 100)
+        fields = self.options.model_fields
+        usage = [
+            f"[{name.upper()}.yaml]" if name not in fields else name.upper()
+            for name in self.positional
+        ]
+        usage += ["…"] * bool(self.many)
+        usage += [
+            f"--{name} {_kind(field)}"
+            for name, field in fields.items()
+            if field.is_required() and name not in self.positional
+        ]
+        lines = [
+            *textwrap.wrap(
+                f"usage: halfbyte {self.name} {' '.join(usage)} [options]",
+                width,
+                subsequent_indent=" " * (len("usage: halfbyte ") + len(self.name) + 1),
+                break_on_hyphens=False,
+            ),
+            "",
+            *textwrap.wrap(self.about, width),
+            "",
+            f"  {self.example}",
+        ]
+        for name, field in fields.items():
+            if name in self.options.sections:
+                lines += ["", self.options.sections[name]]
+            form = name.upper() if name in self.positional else _option(name, field)
+            lines += _row(form, _effect(field), width)
+        lines += ["", "and"]
+        if self.has_json:
+            lines += _row("--json", "print the result as one JSON object, and nothing else", width)
+        lines += _row("-h, --help", "print this", width)
+        return "\n".join(lines)
+
+
+_HELP_COLUMN = 26
+
+
+def _row(form: str, text: str, width: int) -> list[str]:
+    """An option and what it does, side by side, or below each other where the option is long."""
+    indent = " " * _HELP_COLUMN
+    below = textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent)
+    if len(form) + 4 > _HELP_COLUMN:
+        return [f"  {form}", *below]
+    return [f"  {form:<{_HELP_COLUMN - 2}}{below[0].lstrip()}", *below[1:]]
+
+
+def _is_flag(field: FieldInfo) -> bool:
+    return field.annotation is bool
+
+
+def _kind(field: FieldInfo) -> str:
+    """What a value looks like: its choices, or a word for its type."""
+    kind: Any = field.annotation
+    if get_origin(kind) in (Union, UnionType):  # the first member: `int | None` takes an int
+        kind = get_args(kind)[0]
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    return {int: "N", float: "X", Path: "DIR"}.get(kind, "TEXT")
+
+
+def _option(name: str, field: FieldInfo) -> str:
+    dashed = name.replace("_", "-")
+    if _is_flag(field):
+        return f"--no-{dashed}" if field.default else f"--{dashed}"
+    return f"--{dashed} {_kind(field)}"
+
+
+def _effect(field: FieldInfo) -> str:
+    """The help of an option, with its default."""
+    text = field.description or ""
+    if field.is_required():
+        return f"{text} (required)"
+    if _is_flag(field):
+        return f"do not {text}" if field.default else text
+    if field.default in (None, (), {}):
+        return text
+    shown = f"{field.default:g}" if isinstance(field.default, float) else field.default
+    if isinstance(shown, tuple):
+        shown = ",".join(map(str, shown))
+    return f"{text} [{shown}]"
+
+
+def _leave_with(text: str) -> NoReturn:
+    print(text, flush=True)  # here, where a closed pipe is still answered for
+    raise SystemExit(0)
+
+
+@contextmanager
+def results(*, as_json: bool) -> Iterator[dict[str, Any]]:
+    """Where a verb puts its results, printed as one JSON object at the end if ``as_json``.
+
+    All else that is printed meanwhile, by us or by a library, then goes to standard error.
+    """
+    result: dict[str, Any] = {}
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        yield result
+    if as_json:
+        plain = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in result.items()
+        }
+        print(json.dumps(plain, ensure_ascii=False, allow_nan=False, default=str))
+
+
+def invocation(*words: str) -> str:
+    """A command to type, in the form in which this program can be called from this shell."""
+    program = "halfbyte"
+    if shutil.which(program) is None:
+        beside = Path(sys.executable).with_name(program)
+        program = os.path.relpath(beside) if beside.exists() else "python -m halfbyte"
+    return f"{program} {shlex.join(words)}"

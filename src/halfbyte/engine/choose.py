@@ -1,0 +1,124 @@
+"""Which engine makes a model's steps: `LayerEngine` where it computes what the model computes.
+
+On a GPU all kernels of a step are compiled ahead, side by side, by a dry run of its parts
+(runtime/compile_ahead.py). A model whose loss `LayerEngine` does not reproduce trains under
+`PlainEngine`, and the reason is announced.
+"""
+
+import logging
+from collections.abc import Sequence
+from itertools import chain
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from halfbyte.engine.autograd import PlainEngine
+from halfbyte.engine.buckets import Buckets, PartShape
+from halfbyte.engine.layerwise import EngineError, LayerEngine
+from halfbyte.engine.packing import part_of_shape
+from halfbyte.linear.lora import adapters
+from halfbyte.optim import AdamW
+from halfbyte.plan.policy import ActivationPolicy
+from halfbyte.quant.format import gpu_kernels
+
+logger = logging.getLogger("halfbyte")
+
+
+def choose_engine(
+    model: PreTrainedModel,
+    device: str,
+    *,
+    graphs: bool = True,
+    lengths: Sequence[Sequence[int]] = (),
+    state_bits: Literal[8, 32] | None = None,
+) -> tuple[LayerEngine | PlainEngine, str]:
+    """Return the engine for ``model`` and one line that says which, and why.
+
+    Args:
+        model: A model of ``models.build``, adapters attached.
+        device: ``cpu`` or ``cuda``. On a GPU with kernels, layers are fused.
+        graphs: Whether passes may be CUDA graphs there.
+        lengths: For each step of a run, the tokens of its documents: what these steps launch is
+            compiled ahead.
+        state_bits: Of an optimizer's state, if its update is to be compiled with all else.
+    """
+    on_gpu = device.startswith("cuda") and gpu_kernels() is not None
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    try:
+        engine = LayerEngine(model, fuse=on_gpu, graphs=graphs and on_gpu)
+        if on_gpu:
+            engine.longest = max(map(max, lengths), default=0)
+            buckets = Buckets.of(lengths, engine.width) if lengths and engine.packs else None
+            compile_ahead(engine, buckets, vocabulary=vocabulary, state_bits=state_bits)
+        engine.probe(vocabulary, device)
+    except EngineError as error:
+        return PlainEngine(model), f"plain autograd, layer by layer is not possible: {error}"
+    return engine, engine.line()
+
+
+def compile_ahead(
+    engine: LayerEngine,
+    buckets: Buckets | None,
+    *,
+    vocabulary: int | None = None,
+    state_bits: Literal[8, 32] | None = None,
+) -> None:
+    """Compile the kernels of steps side by side, if Triton has not compiled them before.
+
+    What cannot be compiled so is compiled when it is launched.
+
+    Args:
+        engine: On a CPU there is nothing to compile.
+        buckets: The shapes of parts.
+        vocabulary: Size of the vocabulary, if `LayerEngine.probe` is to be compiled, too.
+        state_bits: As in `choose_engine`.
+    """
+    if engine.model.device.type != "cuda":
+        return
+    from halfbyte.runtime.compile_ahead import compiling_ahead  # it imports triton
+
+    held = [(p, p.grad) for p in engine.model.parameters() if p.requires_grad]
+    for parameter, _ in held:
+        parameter.grad = None
+    try:
+        with (
+            torch.autograd.set_multithreading_enabled(False),
+            compiling_ahead() as ahead,
+        ):
+            for shape in (buckets.largest, buckets.smallest) if buckets is not None else ():
+                _passes(engine, shape)
+            if vocabulary is not None and not ahead.needless:
+                engine.probed(vocabulary, str(engine.model.device))
+            if state_bits is not None and not ahead.needless:
+                _update(state_bits, engine.model.device)
+    except (RuntimeError, EngineError) as error:
+        # CUDA's, torch's or the engine's: it comes again where a result is wanted.
+        logger.info("kernels are compiled one by one, as a dry run failed: %s", error)
+    finally:
+        engine.passes.forget()
+        engine.scratch.forget()
+        for linear in chain.from_iterable(engine.linears):
+            linear.shared.forget()
+        for adapter in adapters(engine.model).values():
+            adapter.forget()
+        for parameter, grad in held:
+            parameter.grad = grad
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _passes(engine: LayerEngine, shape: PartShape) -> None:
+    """Run two layers forward and backward, and the loss, as `LayerEngine.capture` will."""
+    (passage,) = engine.embed([part_of_shape(shape, engine.model.device)])
+    engine.passes.rehearse(passage, ActivationPolicy(len(engine.layers)), whole=False)
+    for supervised in {min(17, shape.numel), shape.numel}:  # pointers aligned, and not
+        engine.tail(passage.x, part_of_shape(shape, engine.model.device, supervised), 1.0)
+
+
+def _update(bits: Literal[8, 32], device: torch.device) -> None:
+    """Update one small parameter, in float32 as adapters are."""
+    parameter = nn.Parameter(torch.zeros(4096, device=device))
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer = AdamW([{"params": [parameter]}], lr=1.0, state_bits=bits)
+    optimizer.step(grad_scale=torch.ones((), device=device))

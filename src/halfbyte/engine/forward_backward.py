@@ -1,0 +1,391 @@
+"""The forward and backward pass over the layers, eagerly and as CUDA graphs.
+
+    down    layer by layer: what backward needs is kept, as an `ActivationPolicy` says
+    up      last layer first: recompute what is missing, run the layer's own small autograd graph,
+            hand the gradient to the layer before
+
+Between them is the loss, whose shapes differ from step to step. The passes themselves have few
+shapes (engine/buckets.py). Launched from Python, a pass of a 7B model is some thousand launches,
+and the GPU waits for the host below ten thousand tokens; captured ahead as a CUDA graph, each is
+one. What is captured is what is run without graphs: there is no other code for it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from halfbyte.engine.buckets import PartShape
+from halfbyte.engine.offload import Shelf
+from halfbyte.layers.decoder_layer import Notes
+from halfbyte.plan.policy import ActivationPolicy
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that a GPU's memory, or page-locked memory, is used up."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    said = str(error)
+    signs = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "CUDA out of memory")
+    return isinstance(error, RuntimeError) and any(sign in said for sign in signs)
+
+
+class Run(Protocol):
+    """Calls a layer on a part."""
+
+    def __call__(
+        self,
+        layer: int,
+        x: Tensor,
+        given: tuple[Tensor, ...],
+        *,
+        read: bool,
+        notes: Notes | None = None,
+    ) -> Tensor:
+        """Return the layer's output [B, T, hidden]; ``read``: whether anybody reads its values."""
+
+
+class Thin(Protocol):
+    """What an open layer makes of its input that is not worth making twice; narrow tensors."""
+
+    def note(self) -> None:
+        """Note it from now on."""
+
+    def take(self) -> Mapping[Any, Tensor]:
+        """Return what was noted since; note no more."""
+
+    def give(self, taken: Mapping[Any, Tensor]) -> None:
+        """Have the layer's next run, on the same input, use what was taken."""
+
+
+class Passage(NamedTuple):
+    """A part on its way.
+
+    Attributes:
+        x: What goes into layer 0, [B, T, hidden].
+        given: Tensors that layers are called with besides.
+        run: Calls a layer.
+    """
+
+    x: Tensor
+    given: tuple[Tensor, ...]
+    run: Run
+
+
+@dataclass
+class _Kept:
+    """What a layer left for one part.
+
+    Attributes:
+        x: Its input, unless that is on the shelf.
+        y: Where its output is in the autograd graph, if it is saved. Not the output itself: the
+            last layer's would stay for nothing.
+        thin: What is not made again, if it is not.
+        notes: What it noted, whose tensors are where x is.
+    """
+
+    x: Tensor | None = None
+    y: GradientEdge | None = None
+    thin: Mapping[Any, Tensor] = field(default_factory=dict)
+    notes: Notes | None = None
+
+    def away(self) -> list[Tensor]:
+        """Return what waits elsewhere, and let go of it."""
+        assert self.x is not None
+        tensors, self.x = [self.x.detach()], None
+        if self.notes is not None:
+            tensors += self.notes.tensors
+            self.notes.tensors = []
+        return tensors
+
+    def back(self, tensors: list[Tensor], *, wanted: bool) -> None:
+        """Have back what waited; ``wanted``: whether the input wants a gradient."""
+        x, *rest = tensors
+        self.x = x.requires_grad_(wanted)
+        if self.notes is not None:
+            self.notes.tensors = rest
+
+
+class Passes:
+    """Runs both passes.
+
+    Args:
+        trained: For each layer, what is trained in it.
+        first_trained: The first that trains anything, or lies above what does.
+        entry_trained: Whether what goes into layer 0 wants a gradient.
+        opened: Makes a layer's weights ready, unless they are (``again``); a context, which gives
+            the layer's `Thin`.
+
+    Attributes:
+        between: Called before each layer, in both passes, and by the engine before the loss; not
+            before layers where graphs are played again.
+    """
+
+    def __init__(
+        self,
+        trained: Sequence[Sequence[nn.Parameter]],
+        first_trained: int,
+        entry_trained: bool,
+        opened: Callable[..., AbstractContextManager[Thin]],
+    ) -> None:
+        self.layers, self._trained = len(trained), [list(those) for those in trained]
+        self.first_trained, self.entry_trained = first_trained, entry_trained
+        self._opened = opened
+        self.between: Callable[[], None] = lambda: None
+        self._kept: list[list[_Kept]] = []
+        self._shelf: Shelf | None = None
+
+    def down(self, passages: Sequence[Passage], policy: ActivationPolicy) -> list[Tensor]:
+        """Return the last layer's output for each part, detached."""
+        hidden = [passage.x for passage in passages]
+        first_saved = max(self.layers - policy.saved, self.first_trained)
+        offloaded = min(policy.offloaded, first_saved)
+        noted = offloaded if policy.attention_checkpoint else 0
+        self._kept = []
+        for index in range(self.layers):
+            row: list[_Kept] = []
+            wanted = self.entry_trained or index > self.first_trained
+            saved = index >= first_saved
+            self.between()
+            with self._opened(index) as thin:
+                for i, passage in enumerate(passages):
+                    x = hidden[i].detach().requires_grad_(wanted)
+                    if not saved:
+                        thin.note()
+                    notes = Notes() if self.first_trained <= index < noted else None
+                    with torch.set_grad_enabled(saved):
+                        y = passage.run(index, x, passage.given, read=True, notes=notes)
+                    edge = get_gradient_edge(y) if saved else None
+                    row.append(_Kept(x, edge, thin.take(), notes))
+                    hidden[i] = y.detach()
+            if index < self.first_trained:
+                continue
+            if index < offloaded:
+                self._shelf = self._shelf or Shelf()
+                self._shelf.put(index, [kept.away() for kept in row])
+            elif self._shelf is not None:
+                self._shelf.settle()
+            self._kept.append(row)
+        if self._shelf is not None:
+            self._shelf.settle()
+        return hidden
+
+    def up(
+        self,
+        passages: Sequence[Passage],
+        grads: list[Tensor],
+        finished: Callable[[int], None] | None = None,
+    ) -> None:
+        """Turn gradients of `down`'s outputs into those of its inputs, in place of them.
+
+        The layers' own go to ``.grad`` of what is trained; ``finished`` is called with a layer's
+        number when they are final.
+        """
+        self._fetch(self.layers - 1)
+        for index in reversed(range(self.first_trained, self.layers)):
+            row = self._kept.pop()
+            away = row[0].x is None
+            if away and self._shelf is not None:
+                wanted = self.entry_trained or index > self.first_trained
+                back = self._shelf.take(index)
+                for kept in row:
+                    kept.back(back.pop(0), wanted=wanted)
+            self._fetch(index - 1)
+            self.between()
+            # The last layer of the pass down is the first of the pass up.
+            with self._opened(index, again=index == self.layers - 1) as thin:
+                for i, passage in enumerate(passages):
+                    held = row[i]
+                    output: Tensor | GradientEdge | None = held.y
+                    x = held.x
+                    assert x is not None
+                    if output is None:
+                        thin.give(held.thin)
+                        with torch.enable_grad():
+                            output = passage.run(
+                                index, x, passage.given, read=False, notes=held.notes
+                            )
+                    leaves = [x] * x.requires_grad + self._trained[index]
+                    # In this thread: one more would have a cuBLAS workspace of its own.
+                    with torch.autograd.set_multithreading_enabled(False):
+                        found = list(
+                            torch.autograd.grad(output, leaves, grads[i], allow_unused=True)
+                        )
+                    del output
+                    if x.requires_grad:
+                        grads[i] = found.pop(0)
+                    _add_up(self._trained[index], found)
+                    row[i] = _Kept()
+            if finished is not None:
+                finished(index)
+
+    def rehearse(self, passage: Passage, policy: ActivationPolicy, *, whole: bool) -> None:
+        """Run both passes on a part, with gradients of zero.
+
+        So a capture finds every kernel compiled, the addresses of every layer's weights on the
+        device and, where layers are offloaded, host memory allocated.
+
+        Args:
+            passage: The part.
+            policy: What is kept.
+            whole: Whether to run all layers. Once that was done, two show what is new of another
+                shape: the first, whose input may want no gradient, and another, recomputed and, if
+                any are, saved.
+        """
+        if whole or self.first_trained or self.layers <= 2:
+            self._both(passage, policy)
+            return
+        few = Passes(self._trained[:2], 0, self.entry_trained, self._opened)
+        for saved in {0, min(2, policy.saved)}:  # saved ones may be more than there is room for
+            few._both(passage, ActivationPolicy(saved))
+
+    def _both(self, passage: Passage, policy: ActivationPolicy) -> None:
+        (y,) = self.down([passage], policy)
+        grad = torch.zeros_like(y)
+        del y
+        self.up([passage], [grad])
+
+    def forget(self) -> None:
+        """Let go of what a pass down has kept; for when no pass up will follow."""
+        self._kept = []
+        self._shelf = None
+
+    def _fetch(self, index: int) -> None:
+        if self._shelf is not None and index >= self.first_trained:
+            self._shelf.fetch(index)
+
+
+def _add_up(parameters: Sequence[nn.Parameter], found: Sequence[Tensor | None]) -> None:
+    """Add gradients to ``.grad``: those of a layer together, where autograd would go one by one."""
+    olds, news = [], []
+    for parameter, new in zip(parameters, found, strict=True):
+        if new is None:
+            continue
+        if parameter.grad is None:
+            parameter.grad = new.contiguous()
+        else:
+            olds.append(parameter.grad)
+            news.append(new)
+    if olds:
+        torch._foreach_add_(olds, news)
+
+
+class _Captured(NamedTuple):
+    """Both passes over a part of one shape, its input, and its output's place in the static one."""
+
+    held: Passage
+    output: Tensor
+    down: torch.cuda.CUDAGraph
+    up: torch.cuda.CUDAGraph
+
+
+class CapturedPasses:
+    """Runs the passes over parts of known shapes as CUDA graphs.
+
+    All graphs share one pool of memory, and read from and write to the same few tensors: one part
+    is done when the next begins. So they take what the largest takes. It has to be captured first.
+
+    Args:
+        passes: What is captured. Nothing in it may depend on what the host knows at the time.
+        parameters: What is trained. Gradients are added to the very tensors that ``.grad`` are
+            when a shape is captured; if they have been replaced since, no graph is used.
+    """
+
+    def __init__(self, passes: Passes, parameters: Sequence[nn.Parameter]) -> None:
+        self._passes, self._parameters = passes, list(parameters)
+        self._captured: dict[PartShape, _Captured] = {}
+        self._static: dict[str, Tensor] = {}
+        self._gradients: list[Tensor | None] = []
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __len__(self) -> int:
+        return len(self._captured)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the static tensors; there are some as soon as a part was held."""
+        return sum(tensor.nbytes for tensor in self._static.values())
+
+    def forget(self) -> None:
+        """Let go of all graphs, and of their memory."""
+        self._captured, self._static = {}, {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def hold(self, passage: Passage) -> Passage:
+        """Return the passage with its tensors copied to where graphs read them."""
+        given = tuple(self._place(f"given {i}", t) for i, t in enumerate(passage.given))
+        held = Passage(self._place("x", passage.x), given, passage.run)
+        _copy(held, passage)
+        return held
+
+    def capture(self, shape: PartShape, held: Passage, policy: ActivationPolicy) -> None:
+        """Capture the passes over a part.
+
+        Args:
+            shape: Of the part; of no more tokens than any before.
+            held: The part, by `hold`.
+            policy: What is kept.
+
+        Raises:
+            RuntimeError: If they cannot be captured; nothing has been computed then.
+        """
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self._gradients = [parameter.grad for parameter in self._parameters]
+        # What eager steps left in the allocator's cache is of no use to the graphs' own pool, nor
+        # are the workspaces cuBLAS has in their stream.
+        torch._C._cuda_clearCublasWorkspaces()
+        output = self._place("y", held.x)
+        down, up = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(down, pool=self._pool, capture_error_mode="thread_local"):
+                (hidden,) = self._passes.down([held], policy)
+                output.copy_(hidden)
+                del hidden
+            # Nobody reads the last output any more: its gradient takes its place.
+            with torch.cuda.graph(up, pool=self._pool, capture_error_mode="thread_local"):
+                self._passes.up([held], [output])
+        except RuntimeError:
+            self._passes.forget()
+            # torch's random numbers go on only after a capture that ends well.
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                torch.zeros(1, device="cuda").add_(1)
+            raise
+        self._captured[shape] = _Captured(held, output, down, up)
+
+    def has(self, shape: PartShape) -> bool:
+        """Return whether there is a graph for parts of this shape."""
+        if shape not in self._captured:
+            return False
+        pairs = zip(self._parameters, self._gradients, strict=True)
+        return all(parameter.grad is grad for parameter, grad in pairs)
+
+    def down(self, shape: PartShape, passage: Passage) -> Tensor:
+        """As `Passes.down`; the next part writes over the result."""
+        captured = self._captured[shape]
+        _copy(captured.held, passage)
+        captured.down.replay()
+        return captured.output
+
+    def up(self, shape: PartShape, grad: Tensor) -> None:
+        """As `Passes.up`, after `down` of the same part."""
+        captured = self._captured[shape]
+        captured.output.copy_(grad)
+        captured.up.replay()
+
+    def _place(self, name: str, like: Tensor) -> Tensor:
+        """Return a view of a static tensor, which is made as large as the first that asks."""
+        held = self._static.get(name)
+        if held is None:
+            held = self._static[name] = torch.zeros_like(like.detach()).flatten()
+        return held[: like.numel()].view(like.shape)
+
+
+def _copy(held: Passage, passage: Passage) -> None:
+    for place, tensor in zip((held.x, *held.given), (passage.x, *passage.given), strict=True):
+        place.copy_(tensor.detach())

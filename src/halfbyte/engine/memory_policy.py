@@ -1,0 +1,355 @@
+"""How much memory there is, and which activation policy fits into it.
+
+Keeping what a layer's backward needs costs memory; recomputing the layer costs time (a third of
+the matrix products of a step). The choice is made layer by layer, from measured bytes
+(``engine.memory_profile``; on a CPU, one layer is run once on the largest micro-batch and what
+autograd keeps is counted), added up by ``plan.policy.peak``. On a GPU the inputs of recomputed
+layers may wait in host memory. Where all layers keep their activations there and memory is left,
+layers keep their decoded weights as well, from step to step. A byte of these buys less: of a 7B
+model on an H100 a gigabyte saves 0.9 ms a step, one of activations 4 (gpu_step_final.json: 2 % of
+535 ms for 12.5 GB; gpu_step_notes.json and gpu_step_forms.json: 541 and 430 ms with 6 and 33.8 GB).
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from halfbyte.engine.autograd import PlainEngine
+from halfbyte.engine.layerwise import LayerEngine
+from halfbyte.engine.memory_profile import measured_cost
+from halfbyte.engine.packing import Batch, Part, part_of_shape
+from halfbyte.errors import ConfigError
+from halfbyte.layers.cross_entropy import CHUNK_BYTES
+from halfbyte.linear.lora import trained_whole
+from halfbyte.plan.ledger import HOLES, OVERHEAD, TOUCHED_LATER, product_bytes, products_kept
+from halfbyte.plan.policy import ActivationPolicy, StepCost, peak
+from halfbyte.quant import QuantizedWeight
+from halfbyte.runtime.malloc import give_back
+
+# Without a budget, this part of the memory that is free when training starts may be used.
+FREE_SHARE = 0.8
+
+# A budget is never exceeded, and predictions on a GPU were up to 2 % low (gpu_step_offload.json).
+MARGIN = 1.03
+
+# So much of the host's free memory may hold what layers are run again from, page-locked.
+HOST_SHARE = 0.5
+
+
+# Steps as they come from the data: (B, T) of each micro-batch.
+Shapes = Sequence[Sequence[tuple[int, int]]]
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The policy of a run, and the memory it is predicted to take.
+
+    Attributes:
+        policy: What is kept for backward.
+        layers: All layers; 0 where that is up to transformers.
+        saved_bytes: What a saved layer keeps of what goes through the layers together.
+        budget: Bytes the process (on a GPU: the device) may use.
+        predicted_bytes: Estimated peak of what is allocated.
+        reserved_bytes: Estimated peak of what there must be room for.
+        host_bytes: What waits in page-locked host memory.
+        room: On a CPU, the most that is taken between two layers.
+        used: Bytes in use before the first step.
+        state_off_device: Bytes of optimizer state that are not counted, because they can leave.
+        cost: What it was added up from.
+    """
+
+    policy: ActivationPolicy
+    layers: int
+    saved_bytes: int
+    budget: int
+    predicted_bytes: int
+    reserved_bytes: int = 0
+    host_bytes: int = 0
+    room: int = 0
+    used: int = 0
+    state_off_device: int = 0
+    cost: StepCost | None = None
+
+    def line(self) -> str:
+        """Return a summary for a person."""
+        if not self.layers:
+            return "what is kept for backward is up to transformers' checkpointing"
+        policy, recomputed = self.policy, self.layers - self.policy.saved
+        how = f"{policy.saved} of {self.layers} layers keep their activations"
+        if recomputed:
+            how += f", {recomputed} are recomputed in backward"
+        if policy.offloaded:
+            how += f", {policy.offloaded} of them from host memory"
+            how += " and without attention" * policy.attention_checkpoint
+        if policy.decoded:
+            how += f", {policy.decoded} keep their decoded weights"
+        return (
+            f"{how} ({self.saved_bytes / 1e6:.0f} MB a layer); about "
+            f"{max(self.predicted_bytes, self.reserved_bytes) / 1e9:.2f} GB of "
+            f"{self.budget / 1e9:.2f} GB"
+        )
+
+
+def used_memory(device: str) -> int:
+    """Return the bytes in use now: resident memory of the process, or allocated on the GPU."""
+    if device == "cuda":
+        return int(torch.cuda.memory_allocated())
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory(device: str) -> int:
+    """Return the highest number of bytes that were in use at once."""
+    if device == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    # Not getrusage's ru_maxrss, which a process inherits from the one that started it.
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status does not say VmHWM; halfbyte needs Linux")
+
+
+def free_memory(device: str) -> int:
+    """Return the bytes that could still be taken; on a GPU, what torch has cached included."""
+    if device == "cuda":
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return int(torch.cuda.mem_get_info()[0] + cached)
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@contextmanager
+def memory_limit(device: str, budget: int | None) -> Iterator[None]:
+    """Have torch take at most ``budget`` bytes of a GPU inside, its cache included.
+
+    What would be more is out of memory, though the card had it: before the first step a smaller
+    part is tried then, in a step there is a ladder (``Trainer.fall_back``).
+    """
+    if device != "cuda" or budget is None:
+        yield
+        return
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def plan_memory(
+    engine: LayerEngine | PlainEngine,
+    shapes: Shapes,
+    activations: str,
+    memory_budget: int | None,
+    device: str,
+    *,
+    state_bytes: int | None = None,
+) -> MemoryPlan:
+    """Choose the policy of a run.
+
+    Args:
+        engine: What will run the steps, its ``buckets`` chosen, gradients there and the optimizer's
+            state not.
+        shapes: For each optimizer step of the run, the (B, T) of its micro-batches.
+        activations: ``save``, ``recompute``, ``offload``, or ``auto`` for what fits.
+        memory_budget: Bytes in all, or None for most of what is free.
+        device: ``cpu`` or ``cuda``.
+        state_bytes: What the optimizer's state will take on the device; AdamW's two moments in
+            float32, if not given.
+
+    Raises:
+        ConfigError: If the budget is too small for the activations that were asked for, with
+            ``auto`` even when every layer is recomputed; says the least that would do.
+    """
+    if device == "cpu":
+        give_back()  # what loading has left
+    used = used_memory(device)
+    budget = memory_budget or int(used + FREE_SHARE * free_memory(device))
+    if isinstance(engine, PlainEngine):
+        return MemoryPlan(ActivationPolicy(), 0, 0, budget, used, used=used)
+    if state_bytes is None:
+        state_bytes = 2 * sum(p.nbytes for p in engine.model.parameters() if p.requires_grad)
+    if device == "cuda":
+        used -= engine.scratch.nbytes  # `peak` counts it
+        cost = measured_cost(engine, _largest(engine, shapes, device))
+        beside = state_bytes + int(OVERHEAD["cuda"]) * engine.captures
+    else:
+        cost = _cost_on_cpu(engine, shapes)
+        # A gradient is new before it is added: the widest of those trained whole, in two copies.
+        whole = [p.nbytes for m in engine.model.modules() for p in trained_whole(m).values()]
+        beside = state_bytes + 2 * max(whole, default=0)
+        beside += int(TOUCHED_LATER) + product_bytes(shapes, engine.dtype.itemsize)
+    return _Planner(cost, used, beside, budget, engine.captures, device).plan(
+        activations, asked=memory_budget is not None
+    )
+
+
+def _largest(engine: LayerEngine, shapes: Shapes, device: str) -> list[Part]:
+    """Return what goes through the layers together when that is most."""
+    if engine.packs and engine.buckets is not None:
+        shape = engine.buckets.largest
+        return [part_of_shape(shape, device, supervised=shape.numel)]
+    step = max(shapes, key=lambda step: sum(b * t for b, t in step))
+    zeros = [torch.zeros(size, dtype=torch.int64) for size in step]
+    return engine.prepare([Batch(ids, ids) for ids in zeros])
+
+
+def _cost_on_cpu(engine: LayerEngine, shapes: Shapes) -> StepCost:
+    widest = max((shape for step in shapes for shape in step), key=lambda s: s[0] * s[1])
+    tokens_per_step = max(sum(b * t for b, t in step) for step in shapes)
+    tokens = widest[0] * widest[1]
+    ids = torch.zeros(widest, dtype=torch.int64)
+    saved, kept = engine.saved_bytes(Batch(ids, torch.full_like(ids, -100)))
+    share = HOLES["cpu"] * tokens_per_step / tokens
+    stream = int(kept * share)
+    # The loss: two copies of a chunk of logits, what goes into them, its gradient.
+    head = engine.head_weight
+    vocabulary, packed = head.shape[0], isinstance(head, QuantizedWeight)
+    rows = min(tokens, max(16, CHUNK_BYTES["cpu"] // (4 * vocabulary)))
+    copies = 2 * 4 + (2 if engine.dtype.itemsize == 2 and not packed else 0)  # plan/ledger.py
+    chunks = copies * rows * vocabulary + packed * CHUNK_BYTES["cpu"]
+    return StepCost(
+        layers=len(engine.layers),
+        input=stream,
+        part_input=kept,
+        lora=0,
+        saved=int(saved * share),
+        attention=0,
+        attention_part=0,
+        forward=0,
+        forward_saved=0,
+        # One layer of the widest micro-batch alive, and its gradients.
+        backward=max(0, 2 * saved - stream),
+        saved_part=0,
+        loss=chunks + 3 * kept,
+        given=0,
+        decoded=0,  # in use already
+    )
+
+
+@dataclass(frozen=True)
+class _Planner:
+    """Chooses a policy: as many layers are saved as fit, others offloaded where that helps.
+
+    Decoded weights stay where all activations do, and only within the budget: they are never asked
+    for.
+    """
+
+    cost: StepCost
+    used: int
+    beside: int
+    budget: int
+    graphs: bool
+    device: str
+
+    def of(self, policy: ActivationPolicy) -> MemoryPlan:
+        step = peak(self.cost, policy, graphs=self.graphs)
+        base = self.used + self.beside
+        return MemoryPlan(
+            policy,
+            self.cost.layers,
+            self.cost.saved,
+            self.budget,
+            base + step.allocated,
+            base + step.reserved,
+            self.cost.host_bytes(policy),
+            # On a CPU, between two layers: one is saved, or in backward.
+            room=self.cost.saved + step.allocated - self.cost.kept(policy),
+            used=self.used,
+            cost=self.cost,
+        )
+
+    def fits(self, plan: MemoryPlan) -> bool:
+        margin = MARGIN if self.device == "cuda" else 1.0
+        return plan.reserved_bytes <= self.budget / margin and self.host_has_room(plan)
+
+    def host_has_room(self, plan: MemoryPlan) -> bool:
+        return plan.host_bytes <= HOST_SHARE * free_memory("cpu")
+
+    def offloading(self, saved: int, *, attention: bool) -> MemoryPlan:
+        layers = self.cost.layers
+        return self.of(ActivationPolicy.offloading(layers, saved, attention_checkpoint=attention))
+
+    def plan(self, activations: str, *, asked: bool) -> MemoryPlan:
+        plans = self.choices(activations)
+        fitting = list(filter(self.fits, plans))
+        if fitting:
+            best = max(fitting, key=_preference)
+            return self.with_decoded(best) if best.policy.saved == self.cost.layers else best
+        least = min(plans, key=lambda plan: plan.reserved_bytes)
+        if not asked:
+            return least
+        policy, margin = least.policy, MARGIN if self.device == "cuda" else 1.0
+        how = "recomputed in backward" + " from host memory" * (policy.offloaded > 0)
+        if policy.saved:
+            how = "keeping its activations"
+        raise ConfigError(
+            f"memory_budget {self.budget / 1e9:.2f} GB is too small: with every layer {how} this "
+            f"run needs about {margin * least.reserved_bytes / 1e9:.2f} GB. Raise it, or lower "
+            "batch_size, gradient_accumulation_steps or max_length"
+            + ", or leave activations at auto"
+            * (activations != "auto")
+        )
+
+    def choices(self, activations: str) -> list[MemoryPlan]:
+        """Return the plans to choose from, decoded weights aside."""
+        layers, attention = self.cost.layers, self.cost.attention > 0
+        saved = {"save": [layers], "auto": range(layers + 1), "recompute": [0], "offload": []}
+        plans = [self.of(ActivationPolicy(count)) for count in saved[activations]]
+        if self.device != "cuda" or activations in ("save", "recompute"):
+            return plans or [self.of(ActivationPolicy())]
+        for count in range(layers) if activations == "auto" else [0]:
+            plans += [self.offloading(count, attention=kept) for kept in {False, attention}]
+        return plans
+
+    def with_decoded(self, plan_of_all: MemoryPlan) -> MemoryPlan:
+        """Return the plan with as many decoded layers as fit beside all activations."""
+        layers = self.cost.layers
+        counts = range(layers, 0, -1) if self.cost.decoded and self.device == "cuda" else ()
+        more = (self.of(ActivationPolicy(layers, decoded=count)) for count in counts)
+        return next(filter(self.fits, more), plan_of_all)
+
+
+def _preference(plan: MemoryPlan) -> tuple[int, int, bool]:
+    policy = plan.policy
+    return policy.saved, -policy.offloaded, policy.attention_checkpoint
+
+
+class Ceiling:
+    """Gives the heap's holes back before a layer that might pass what was promised; on a CPU.
+
+    What is predicted counts some holes, and a run of many lengths makes more of them the longer it
+    lasts. It is held to the prediction and a little, and to the budget. Pages that were given back
+    are faulted in anew, which shows only far below: a step of SmolLM2 that was held to nine tenths
+    of what it would have taken took a fifth longer.
+    """
+
+    def __init__(self, plan: MemoryPlan) -> None:
+        self._ceiling = min(plan.budget, int(MARGIN * plan.predicted_bytes)) - plan.room
+
+    def __call__(self) -> None:
+        """Look, and give back if need be."""
+        if used_memory("cpu") > self._ceiling:
+            give_back()
+
+
+def keep_few_products(steps: Sequence[Sequence[tuple[int, int]]]) -> None:
+    """Tell oneDNN how many compiled products to keep; before its first, and unless a user has.
+
+    It keeps one for each shape it has met, 1024 of them, and on a CPU a run of examples of many
+    lengths fills that: 8 steps of 8 lengths took 2.65 GB so, 2.37 with 256, in the same time
+    (2026-11-24_cpu_onednn_cache.json). With too few, a step compiles its own again and again.
+    torch keeps as many once more for itself, which saves no time where oneDNN has them: 600 kB a
+    product with both, 310 with one (2026-11-24_cpu_memory.json).
+
+    Args:
+        steps: (B, T) of every micro-batch, step by step, as for `plan_memory`.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(products_kept(steps)))
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "1")

@@ -1,0 +1,103 @@
+"""What layers are run again from, in host memory, while the layers above them are at work.
+
+A layer that is run again in backward needs its input, 8 kB a token and layer in a 7B model, and is
+faster with its notes (layers/decoder_layer.py), twice as much. Copied to page-locked memory by the
+card's copy engines, beside the products, they take no time that anybody waits for, and those of two
+layers are on the card at a time instead of all: a layer's leave while the next one runs.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class _Copy(NamedTuple):
+    """A copy under way: what it reads or writes on the card, part by part, and when it is done."""
+
+    parts: list[list[Tensor]]
+    done: torch.cuda.Event
+
+
+class Shelf:
+    """Puts tensors of layers away, and brings them back in time.
+
+    Everything is ordered by events between two streams, so it can be captured in a CUDA graph. Host
+    memory is allocated when a shape first comes, and kept; that cannot be captured.
+
+    Attributes:
+        nbytes: Bytes of page-locked memory that are held.
+    """
+
+    def __init__(self) -> None:
+        self._side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        # By dtype, too: what is noted of a part differs from shape to shape.
+        self._host: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
+        self._places: dict[int, list[list[Tensor]]] = {}
+        self._leaving: _Copy | None = None
+        self._coming: dict[int, _Copy] = {}
+        self._outgrown: list[Tensor] = []
+        self.nbytes = 0
+
+    def put(self, layer: int, parts: Sequence[list[Tensor]]) -> None:
+        """Copy what a layer has of each part to the host; it may be forgotten at once."""
+        self.settle()
+        places = [
+            [self._place((layer, i, j, x.dtype), x) for j, x in enumerate(part)]
+            for i, part in enumerate(parts)
+        ]
+        self._places[layer] = places
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            for place, x in _pairs(places, parts):
+                place.copy_(x, non_blocking=True)
+        self._leaving = _Copy(list(parts), self._side.record_event())
+
+    def settle(self) -> None:
+        """Wait, on the card, until what was put away last is; its place there is free then."""
+        if self._leaving is not None:
+            self._wait(self._leaving)
+            self._leaving = None
+
+    def fetch(self, layer: int) -> None:
+        """Begin to bring back what of a layer was put away, if anything was."""
+        places = self._places.pop(layer, None)
+        if places is None:
+            return
+        parts = [
+            [torch.empty(place.shape, dtype=place.dtype, device="cuda") for place in part]
+            for part in places
+        ]
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            for place, x in _pairs(places, parts):
+                x.copy_(place, non_blocking=True)
+        self._coming[layer] = _Copy(parts, self._side.record_event())
+
+    def take(self, layer: int) -> list[list[Tensor]]:
+        """Return what was fetched."""
+        coming = self._coming.pop(layer)
+        self._wait(coming)
+        return coming.parts
+
+    def _wait(self, copy: _Copy) -> None:
+        torch.cuda.current_stream().wait_event(copy.done)
+
+    def _place(self, key: tuple[int, int, int, torch.dtype], x: Tensor) -> Tensor:
+        held = self._host.get(key)
+        if held is None or held.numel() < x.numel():
+            if held is not None:
+                self._outgrown.append(held)  # a captured graph may still copy there
+            held = torch.empty(x.numel(), dtype=x.dtype, pin_memory=True)
+            self._host[key] = held
+            self.nbytes += held.nbytes
+        return held[: x.numel()].view(x.shape)
+
+
+def _pairs(
+    places: Sequence[Sequence[Tensor]], parts: Sequence[Sequence[Tensor]]
+) -> list[tuple[Tensor, Tensor]]:
+    """Return each tensor beside its place."""
+    rows = zip(places, parts, strict=True)
+    return [pair for place, part in rows for pair in zip(place, part, strict=True)]

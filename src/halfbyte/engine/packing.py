@@ -1,0 +1,174 @@
+"""What passes through the layers together: micro-batches, or the documents of several in one row.
+
+Attention aside, a layer does the same to every token, whatever example it is of. So where attention
+can be kept within documents (layers/attention.py), the examples of a step need not stay the
+micro-batches they came as: they are packed, without padding, into parts of a few thousand tokens
+and few shapes (engine/buckets.py).
+
+Everything here happens on the host, before the GPU is asked for anything: a part goes over in one
+copy, and its supervised positions are known by their number, so nothing has to wait.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from halfbyte.engine.buckets import Buckets, PartShape, divide, fillers, own_shape
+from halfbyte.layers.attention import Documents
+
+# Elements of which a multiple lies before each tensor of a part: kernels are compiled for pointers
+# that are a multiple of 16 bytes, and again for those that are not.
+_ALIGNED = 16
+
+
+class Batch(NamedTuple):
+    """One micro-batch.
+
+    Attributes:
+        input_ids: int64 [B, T], right padded.
+        labels: int64 [B, T], already shifted; -100 where nothing is supervised.
+        lengths: Tokens of each row before the padding; T of all, if not given.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    lengths: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens that pass through the layers together, on the device.
+
+    Attributes:
+        ids: int64 [B, T].
+        rows: int64 [S], the supervised positions, counted through all rows.
+        targets: int64 [S], what they should predict.
+        positions: int64 [1, T], the position of each token in its document.
+        documents: How the only row is divided, or None if every row is a document.
+        longest: No document has more tokens.
+    """
+
+    ids: Tensor
+    rows: Tensor
+    targets: Tensor
+    positions: Tensor
+    documents: Documents | None
+    longest: int
+
+    @property
+    def shape(self) -> PartShape:
+        """What is equal for parts that layers are called with in the same way."""
+        documents = 0 if self.documents is None else len(self.documents.starts) - 1
+        rows, tokens = self.ids.shape
+        return PartShape(rows, tokens, documents, self.longest)
+
+
+def lengths_of(batches: Sequence[Batch]) -> list[int]:
+    """Return the tokens of each example of a step."""
+    return [n for b in batches for n in b.lengths or [b.input_ids.shape[1]] * len(b.input_ids)]
+
+
+def parts_of(
+    batches: Sequence[Batch],
+    device: str | torch.device,
+    *,
+    pack: bool,
+    buckets: Buckets | None = None,
+) -> list[Part]:
+    """Return the parts of an optimizer step.
+
+    Args:
+        batches: Its micro-batches, on any device.
+        device: Where the parts go.
+        pack: Whether documents may share a row, and micro-batches a part. Otherwise each
+            micro-batch is a part, as it is.
+        buckets: The shapes that parts may have; if not given, each has one of its own.
+    """
+    if not pack:
+        return [_as_it_is(batch, device) for batch in batches]
+    rows = [row for batch in batches for row in _unpadded(batch)]
+    found = []
+    most = None if buckets is None else buckets.part_tokens
+    for numbers in divide([len(ids) for ids, _ in rows], most):
+        part = [rows[number] for number in numbers]
+        lengths = [len(ids) for ids, _ in part]
+        shape = own_shape(lengths) if buckets is None else buckets.fit(lengths)
+        found.append(_packed(part, shape, device))
+    return found
+
+
+def part_of_shape(shape: PartShape, device: str | torch.device, supervised: int = 0) -> Part:
+    """Return a part of this shape, of token 0 only, with so many supervised positions."""
+    if not shape.documents:
+        row = torch.zeros(shape.tokens, dtype=torch.int64)
+        rows = [(row, torch.full_like(row, -100)) for _ in range(shape.rows)]
+    else:
+        lengths = fillers(shape.tokens, shape.longest)
+        zeros = [torch.zeros(n, dtype=torch.int64) for n in lengths]
+        rows = [(row, torch.full_like(row, -100)) for row in zeros]
+    labels = torch.cat([labels for _, labels in rows])
+    labels[:supervised] = 0
+    rows = [
+        (ids, own)
+        for (ids, _), own in zip(rows, torch.split(labels, [len(i) for i, _ in rows]), strict=True)
+    ]
+    return _packed(rows, shape, device)
+
+
+def _unpadded(batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    ids, labels = batch.input_ids.cpu(), batch.labels.cpu()
+    lengths = batch.lengths or [ids.shape[1]] * len(ids)
+    return [(i[:n], k[:n]) for i, k, n in zip(ids, labels, lengths, strict=True)]
+
+
+def _as_it_is(batch: Batch, device: str | torch.device) -> Part:
+    ids, labels = batch.input_ids, batch.labels
+    positions = torch.arange(ids.shape[1], device=ids.device)
+    return _sent(ids, labels.flatten(), positions, None, ids.shape[1], device)
+
+
+def _packed(
+    rows: Sequence[tuple[Tensor, Tensor]], shape: PartShape, device: str | torch.device
+) -> Part:
+    if not shape.documents:
+        ids, labels = (torch.stack(both) for both in zip(*rows, strict=True))
+        positions = torch.arange(shape.longest)
+        return _sent(ids, labels.flatten(), positions, None, shape.longest, device)
+    lengths = [len(ids) for ids, _ in rows]
+    fill = shape.tokens - sum(lengths)
+    # What fills up are documents that predict nothing.
+    ids = torch.cat([*(ids for ids, _ in rows), torch.zeros(fill, dtype=torch.int64)])
+    labels = torch.cat([*(labels for _, labels in rows), torch.full((fill,), -100)])
+    lengths += fillers(fill, shape.longest)
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    ends = torch.tensor(lengths).cumsum(0)
+    # The last start is repeated, for empty documents.
+    starts = torch.full((shape.documents + 1,), shape.tokens)
+    starts[0], starts[1 : len(ends) + 1] = 0, ends
+    return _sent(ids[None], labels, positions, starts, shape.longest, device)
+
+
+def _sent(
+    ids: Tensor,
+    labels: Tensor,
+    positions: Tensor,
+    starts: Tensor | None,
+    longest: int,
+    device: str | torch.device,
+) -> Part:
+    """Return a part on the device, by one copy."""
+    rows = (labels != -100).nonzero()[:, 0]
+    pieces = [ids.flatten(), rows, labels[rows], positions]
+    pieces += [] if starts is None else [starts]
+    sizes = [-(-len(piece) // _ALIGNED) * _ALIGNED for piece in pieces]
+    pinned = ids.device.type == "cpu" and torch.device(device).type == "cuda"
+    together = torch.zeros(sum(sizes), dtype=torch.int64, device=ids.device, pin_memory=pinned)
+    for place, piece in zip(torch.split(together, sizes), pieces, strict=True):
+        place[: len(piece)] = piece
+    whole = torch.split(together.to(device, non_blocking=True), sizes)
+    sent = [place[: len(piece)] for place, piece in zip(whole, pieces, strict=True)]
+    documents = None if starts is None else Documents(sent[4].int(), longest)
+    return Part(sent[0].view(ids.shape), sent[1], sent[2], sent[3][None], documents, longest)

@@ -1,0 +1,131 @@
+"""Causal attention for training, where several documents may share a row.
+
+Examples differ in length. Side by side they need padding; one behind the other in a single row
+they need none, if attention stays within each of them. `Documents` says where they begin, and
+`attend` keeps to it:
+
+    no documents    every row of the batch is one: torch's attention, ours on a CPU
+    documents       on a GPU by torch's attention over sequences of any lengths; else one by one
+
+What takes sequences of any lengths is flash attention, which begins with Ampere. A Turing card has
+torch's memory-efficient attention: it wants as many heads of keys and values as of queries, and so
+is given copies. Told of groups it would be passed over for one that writes out all weights, and
+takes T² memory for T tokens.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from inspect import signature
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from halfbyte.layers.attention_cpu import causal_attention
+from halfbyte.runtime import device as devices
+
+
+class Documents(NamedTuple):
+    """Documents that lie one behind the other in the only row of a batch.
+
+    Attributes:
+        starts: int32 [documents + 1], where each begins, and the end of the last, which is the
+            length of the row. A document may be empty.
+        longest: No document has more tokens.
+    """
+
+    starts: Tensor
+    longest: int
+
+
+@cache
+def _over_sequences() -> tuple[Callable[..., Any], dict[str, Any]] | None:
+    """Torch's attention over sequences of any lengths, and how to make it causal; since 2.10."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    names = signature(varlen_attn).parameters
+    options: dict[str, Any] = {}
+    if "window_size" in names:
+        options["window_size"] = (-1, 0)
+    else:
+        options["is_causal"] = True
+    return varlen_attn, options
+
+
+def can_pack(dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
+    """Return whether `attend` takes documents without going through them one by one."""
+    return (
+        device.type == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
+        and head_dim % 8 == 0
+        and devices.spec_of(device).runs_flash_attention(head_dim)
+        and _over_sequences() is not None
+    )
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, scale: float) -> Tensor:
+    """Return softmax(scale · q kᵀ, causal, within documents) v.
+
+    Args:
+        q: [B, T, H, D].
+        k: [B, T, G, D], G a divisor of H.
+        v: Like k.
+        documents: None, or how the only row (B = 1) is divided.
+        scale: Factor of the scores.
+
+    Returns:
+        [B, T, H · D].
+    """
+    if documents is not None:
+        out = _within(q[0], k[0], v[0], documents, scale)[None]
+    elif q.is_cuda:
+        if not devices.spec_of(q.device).runs_flash_attention(q.shape[-1]):
+            k, v = (for_each_head(x, q.shape[2]) for x in (k, v))
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            is_causal=True,
+            scale=scale,
+            enable_gqa=q.shape[2] != k.shape[2],
+        ).transpose(1, 2)
+    else:
+        heads = [x.transpose(1, 2) for x in (q, k, v)]
+        out = causal_attention(heads[0], heads[1], heads[2], scale=scale).transpose(1, 2)
+    return out.flatten(2)
+
+
+def for_each_head(x: Tensor, heads: int) -> Tensor:
+    """Return [B, T, heads, D] of x [B, T, G, D]: each group's for all heads of queries in it."""
+    groups = x.shape[2]
+    if groups == heads:
+        return x
+    return x[:, :, :, None].expand(-1, -1, -1, heads // groups, -1).flatten(2, 3)
+
+
+def _within(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float) -> Tensor:
+    """Return [T, H, D] for q [T, H, D] and k, v [T, G, D]."""
+    starts, longest = documents
+    known = _over_sequences()
+    if can_pack(q.dtype, q.device, q.shape[-1]) and known is not None:
+        function, options = known
+        if q.shape[1] != k.shape[1] and "enable_gqa" in signature(function).parameters:
+            options = options | {"enable_gqa": True}
+        if "scale" in signature(function).parameters:
+            options = options | {"scale": scale}
+        elif scale != q.shape[-1] ** -0.5:
+            q = q * (scale * q.shape[-1] ** 0.5)
+        result: Tensor = function(q, k, v, starts, starts, longest, longest, **options)
+        return result
+    bounds = starts.tolist()
+    parts = []
+    for start, stop in pairwise(bounds):
+        if start < stop:
+            one, two, three = (x[None, start:stop] for x in (q, k, v))
+            out = attend(one, two, three, None, scale)
+            parts.append(out.view(stop - start, *q.shape[1:]))
+    return torch.cat(parts)

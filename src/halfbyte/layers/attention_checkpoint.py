@@ -1,0 +1,173 @@
+"""Attention that is computed once, and differentiated with its inputs made again.
+
+A layer that is run again for its backward makes q, k and v again, because they are wide. What
+attention made of them is one of them wide and took longer than any: so it may wait in host memory
+(engine/offload.py), and is not made again. Which kernel torch takes, and what that needs for its
+backward, is torch's affair: the graph of the first run is kept without the tensors in it, and when
+its turn comes each is handed what takes its place.
+
+    q, k, v    those of the second run: the same bits, made the same way
+    output     as it came back
+    the rest   likewise (flash attention's logarithms of sums, 4 bytes a query and head)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from halfbyte.layers.attention import Documents, attend
+
+# Tensors of so few elements (states of generators) stay in the graph.
+_SMALL = 64
+
+
+@dataclass
+class _Saved:
+    """What stands in a graph for a tensor: whose it is a view of, and which."""
+
+    source: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+@dataclass
+class _Box:
+    """Through which the graph is given tensors, and gives gradients."""
+
+    sources: list[Tensor] = field(default_factory=list)
+    given: Tensor | None = None
+    found: dict[int, Tensor] = field(default_factory=dict)
+
+
+class _Enter(torch.autograd.Function):
+    """A beginning of the graph that does not hold what enters."""
+
+    @staticmethod
+    def forward(ctx: Any, _proxy: Tensor, x: Tensor, box: _Box, index: int) -> Tensor:
+        ctx.box, ctx.index = box, index
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        ctx.box.found[ctx.index] = grads[0]
+        return None, None, None, None
+
+
+class _Leave(torch.autograd.Function):
+    """An end of the graph that does not hold what leaves."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, box: _Box) -> Tensor:
+        ctx.box = box
+        return x.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, None]:
+        return ctx.box.given, None
+
+
+class Attended:
+    """See the top of this file.
+
+    Args:
+        q: As for `attend`, and so are the others.
+        k: Likewise.
+        v: Likewise.
+        documents: Likewise.
+        scale: Likewise.
+
+    Attributes:
+        tensors: The output [B, T, H · D] and what else backward needs; `again` may be given others
+            of the same values.
+    """
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, scale: float
+    ) -> None:
+        inputs, box = [x.detach() for x in (q, k, v)], _Box()
+        places = {_place(x): i for i, x in enumerate(inputs)}
+        kept: list[tuple[Tensor, _Saved]] = []
+
+        def pack(x: Tensor) -> Tensor | _Saved:
+            if x.numel() <= _SMALL:
+                return x.detach()
+            saved = _Saved(places.get(_place(x), -1), x.size(), x.stride(), 0)
+            if saved.source < 0:
+                kept.append((x.detach(), saved))
+            return saved
+
+        def unpack(saved: Tensor | _Saved) -> Tensor:
+            if isinstance(saved, Tensor):
+                return saved
+            source = box.sources[saved.source]
+            start = int(source.storage_offset()) + saved.offset
+            return source.as_strided(saved.size, saved.stride, start)
+
+        proxy = torch.empty(0, requires_grad=True)
+        with torch.enable_grad():
+            entered = [_Enter.apply(proxy, x, box, i) for i, x in enumerate(inputs)]  # type: ignore[no-untyped-call]
+            with saved_tensors_hooks(pack, unpack):
+                out = attend(entered[0], entered[1], entered[2], documents, scale)
+            self._end = _Leave.apply(out, box)  # type: ignore[no-untyped-call]
+        self._box, self._strides = box, [x.stride() for x in inputs]
+        self.tensors = [out.detach()]
+        for x, saved in kept:
+            if x.untyped_storage()._cdata == out.untyped_storage()._cdata:
+                saved.source = 3
+                saved.offset = int(x.storage_offset()) - int(out.storage_offset())
+            else:
+                saved.source = 3 + len(self.tensors)
+                # Copies of it are laid out anew (engine/offload.py), so it lies as they will.
+                x = x.contiguous()
+                saved.stride = x.stride()
+                self.tensors.append(x)
+        kept.clear()
+
+    def again(self, q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the output, differentiable in q, k and v; once.
+
+        Args:
+            q: As it was.
+            k: Likewise.
+            v: Likewise.
+            tensors: Those of the attribute, or copies of them.
+        """
+        return _Again.apply(q, k, v, self, *tensors)  # type: ignore[no-any-return, no-untyped-call]
+
+    def gradients(self, sources: Sequence[Tensor], dy: Tensor) -> list[Tensor]:
+        """Return dq, dk and dv for q, k, v and `tensors`, and the gradient of the output."""
+        strides = [x.stride() for x in sources[:3]]
+        if strides != self._strides:
+            raise RuntimeError(f"q, k, v lie otherwise than they did: {strides}, {self._strides}")
+        box = self._box
+        box.sources, box.given = list(sources), dy
+        with torch.autograd.set_multithreading_enabled(False):
+            torch.autograd.backward(self._end)
+        found = [box.found.pop(i) for i in range(3)]
+        box.sources, box.given = [], None
+        return found
+
+
+class _Again(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, attended: Attended, *tensors: Tensor
+    ) -> Tensor:
+        ctx.attended = attended
+        ctx.save_for_backward(q, k, v, *tensors)
+        return tensors[0].view_as(tensors[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        sources = ctx.saved_tensors
+        found = ctx.attended.gradients(sources, grads[0])
+        return (*found, None, *[None] * (len(sources) - 3))
+
+
+def _place(x: Tensor) -> tuple[int, int]:
+    return x.untyped_storage()._cdata, int(x.storage_offset())

@@ -1,0 +1,190 @@
+"""Cross-entropy over an output head, without the logits of the whole sequence.
+
+For hidden states h [S, H] of the supervised positions only, a head W [V, H] and targets [S], the
+loss is a sum (not a mean): whoever calls divides by the supervised tokens of the whole optimizer
+step, so that 1x8, 2x4 and 8x1 sequences give the same gradient.
+
+    z = h Wᵀ;  loss = Σ logsumexp(z) − z[target];  dL/dz = softmax(z) − onehot;  dL/dh = dL/dz W
+
+The gradient is computed in forward, a chunk of rows at a time, in place of the logits: the logits
+of at most ``CHUNK_BYTES`` exist at any time. Softmax and sum are float32 whatever the dtype of the
+products; on a GPU one kernel does all between the two products, in their dtype
+(layers/triton_elementwise.py). Where the head is trained, dL/dW = dL/dzᵀ h is added up over the
+chunks in float32.
+
+A packed head is decoded in pieces of ``CHUNK_BYTES`` too, once for the logits of a chunk of rows
+and once for their gradient.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.layers.vocabulary import pieces
+from halfbyte.quant import QuantizedWeight
+from halfbyte.quant.format import gpu_kernels
+from halfbyte.runtime.matmul import product
+
+# 32 MB of float32 logits: 170 rows of a 49k vocabulary, 65 rows of a 128k one. On a GPU the
+# product wants more rows to be efficient: 128 MB of logits there, 2000 rows of a 32k vocabulary in
+# bfloat16, 500 of a 128k one.
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 128 << 20}
+
+
+def _chunk_bytes(device: torch.device) -> int:
+    return CHUNK_BYTES.get(device.type, 32 << 20)
+
+
+def _chunk_rows(vocabulary: int, device: torch.device, itemsize: int = 4) -> int:
+    return max(16, _chunk_bytes(device) // (itemsize * vocabulary))
+
+
+def _logits(hidden: Tensor, head: Tensor | QuantizedWeight) -> Tensor:
+    """Return h Wᵀ, float32 [S, V]."""
+    if isinstance(head, Tensor):
+        return product(hidden, head).float()
+    logits = hidden.new_empty(len(hidden), head.shape[0], dtype=torch.float32)
+    for start, piece in pieces(head, hidden.dtype, _chunk_bytes(hidden.device)):
+        logits[:, start : start + len(piece)] = product(hidden, piece)
+    return logits
+
+
+def _gradient(slopes: Tensor, head: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """Return dL/dh [S, H] for dL/dz float32 [S, V]."""
+    if isinstance(head, Tensor):
+        return product(slopes.to(dtype), head.t())
+    total = slopes.new_zeros(len(slopes), head.shape[1])
+    for start, piece in pieces(head, dtype, _chunk_bytes(slopes.device)):
+        total += product(slopes[:, start : start + len(piece)].to(dtype), piece.t())
+    return total
+
+
+def _kernels(hidden: Tensor, head: Tensor | QuantizedWeight) -> Any:
+    """The Triton kernels, or None where the plain version runs."""
+    plain = not hidden.is_cuda or hidden.dtype == torch.float32 or not isinstance(head, Tensor)
+    if plain or gpu_kernels() is None:
+        return None
+    from halfbyte.layers import triton_elementwise as gpu
+
+    return gpu
+
+
+def _fused_chunk(
+    hidden: Tensor,
+    head: Tensor | QuantizedWeight,
+    targets: Tensor,
+    softcap: float,
+    grad: Tensor | None,
+    _weight_grad: Tensor | None,
+) -> Tensor:
+    """As `_chunk`, in one kernel between the products."""
+    from halfbyte.layers.triton_elementwise import loss_and_slopes  # it imports triton
+
+    assert isinstance(head, Tensor)
+    logits = torch.mm(hidden, head.t())
+    losses = loss_and_slopes(logits, targets, softcap, slopes=grad is not None)
+    if grad is not None:
+        torch.mm(logits, head, out=grad)
+    return losses.sum()
+
+
+def _chunk(
+    hidden: Tensor,
+    head: Tensor | QuantizedWeight,
+    targets: Tensor,
+    softcap: float,
+    grad: Tensor | None,
+    weight_grad: Tensor | None,
+) -> Tensor:
+    """Return the loss of some rows; their gradient goes to ``grad`` and adds to ``weight_grad``."""
+    logits, wanted = _logits(hidden, head), targets[:, None]
+    if softcap:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
+    loss = (normaliser - logits.gather(1, wanted)).sum()
+    if grad is not None or weight_grad is not None:
+        slope = 1.0 - (logits / softcap).square_() if softcap else None
+        logits.sub_(normaliser).exp_()
+        logits.scatter_add_(1, wanted, logits.new_full((1, 1), -1.0).expand_as(wanted))
+        if slope is not None:
+            logits.mul_(slope)
+        if grad is not None:
+            grad.copy_(_gradient(logits, head, hidden.dtype))
+        if weight_grad is not None:
+            weight_grad += product(logits.to(hidden.dtype).t(), hidden.t())
+    return loss
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor | QuantizedWeight,
+        targets: Tensor,
+        softcap: float,
+        trained: Tensor | None,
+    ) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        need_grad, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+        grad = torch.empty_like(hidden) if need_grad else None
+        weight_grad = torch.zeros_like(trained) if trained is not None and need_weight else None
+        fused = _kernels(hidden, head) if weight_grad is None else None
+        step = _fused_chunk if fused is not None else _chunk
+        size = hidden.element_size() if fused is not None else 4
+        rows = _chunk_rows(head.shape[0], hidden.device, size)
+        for start in range(0, hidden.shape[0], rows):
+            part = slice(start, start + rows)
+            total += step(
+                hidden[part],
+                head,
+                targets[part],
+                softcap,
+                None if grad is None else grad[part],
+                weight_grad,
+            )
+        ctx.save_for_backward(grad, weight_grad)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        by_hidden, by_weight = (
+            None if grad is None else _times(grad, grad_outputs[0]) for grad in ctx.saved_tensors
+        )
+        return by_hidden, None, None, None, by_weight
+
+
+def _times(grad: Tensor, factor: Tensor) -> Tensor:
+    """Return grad · factor, a float32 scalar, in the dtype of ``grad``.
+
+    As float16 the factor, 1 / tokens perhaps, would be a subnormal number of a few bits: there the
+    product is that of float32, rounded once. A vector of one element keeps its dtype, where a
+    scalar is converted first.
+    """
+    if grad.dtype != torch.float16:
+        return grad * factor.to(grad.dtype)
+    return torch.mul(grad, factor.view(1), out=torch.empty_like(grad))
+
+
+def head_loss(
+    hidden: Tensor,
+    head: Tensor | QuantizedWeight,
+    targets: Tensor,
+    *,
+    softcap: float = 0.0,
+    trained: Tensor | None = None,
+) -> Tensor:
+    """Return the sum of the token losses, a float32 scalar.
+
+    Args:
+        hidden: [S, H], the final hidden states of the supervised positions.
+        head: [V, H], the output head's weight; dtype of ``hidden``, or packed. It gets no gradient.
+        targets: int64 [S], what each position should predict.
+        softcap: Gemma's cap c on the logits, z ← c·tanh(z / c); 0 for none.
+        trained: float32 [V, H], what ``head`` is cast from where the head is trained: it gets one.
+    """
+    if not torch.is_grad_enabled():  # a Function is not told
+        hidden, trained = hidden.detach(), None
+    result: Tensor = _HeadLoss.apply(hidden, head, targets, softcap, trained)  # type: ignore[no-untyped-call]
+    return result

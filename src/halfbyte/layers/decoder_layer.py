@@ -1,0 +1,149 @@
+"""A decoder layer of the Llama family, with everything between its products fused.
+
+transformers' layers are right for every model and made of small operations: a norm is six of them,
+a rotary turn eight. For the families most people train, the same layer is run here with the
+operations of elementwise.py, over the very same modules: nothing is copied, renamed or replaced,
+so adapters, checkpoints and generation see the layer they know.
+
+`fused` says whether a layer is one of these; what it returns computes what the layer's own forward
+computes, but for rounding (it rounds less often).
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from halfbyte.layers.attention import Documents, attend
+from halfbyte.layers.attention_checkpoint import Attended
+from halfbyte.layers.elementwise import (
+    add_rms_norm,
+    rms_norm,
+    rms_norm_beside,
+    rotary,
+    unread_sum,
+)
+from halfbyte.layers.mlp import gated_mlp
+from halfbyte.layers.qkv import turned_heads
+from halfbyte.linear.frozen import FrozenLinear
+
+# The names of transformers' classes, which this file was read beside. Others, derived or not, may
+# do more than these.
+FAMILIES = {
+    "LlamaDecoderLayer": "LlamaRMSNorm",
+    "MistralDecoderLayer": "MistralRMSNorm",
+    "Qwen2DecoderLayer": "Qwen2RMSNorm",
+    "Qwen3DecoderLayer": "Qwen3RMSNorm",
+}
+
+
+class Notes:
+    """What a layer's first run leaves for its second, so that less is made again.
+
+    Attributes:
+        tensors: The stream between attention and MLP, then those of `Attended`. They may be others
+            of the same values by the second run, which takes them.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self._attended: Attended | None = None
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, scale: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what attention gives, [B, T, H · D], and in the second run the stream after it."""
+        if self._attended is None:
+            self._attended = Attended(q, k, v, documents, scale)
+            return self._attended.tensors[0], None
+        (h, *rest), self.tensors = self.tensors, []
+        return self._attended.again(q, k, v, rest), h
+
+    def leave(self, h: Tensor) -> None:
+        """Note the stream after attention, [B, T, hidden], in the first run."""
+        assert self._attended is not None
+        self.tensors, self._attended.tensors = [h, *self._attended.tensors], []
+
+
+class FusedLayer:
+    """Runs a decoder layer; see `fused`.
+
+    Attributes:
+        window: How far back attention sees at most, or None for all the way.
+        head_dim: Width of a head.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        parts: Any = layer
+        self._first, self._second = parts.input_layernorm, parts.post_attention_layernorm
+        self._attention, self._mlp = parts.self_attn, parts.mlp
+        self.head_dim: int = self._attention.head_dim
+        config = self._attention.config
+        self.window: int | None = getattr(
+            self._attention, "sliding_window", getattr(config, "sliding_window", None)
+        )
+
+    def __call__(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        documents: Documents | None = None,
+        *,
+        read: bool = True,
+        notes: Notes | None = None,
+    ) -> Tensor:
+        """Return the layer's output [B, T, hidden].
+
+        Args:
+            x: [B, T, hidden].
+            cos: [1 or B, T, head_dim], of the positions.
+            sin: Likewise.
+            documents: See `attend`. Nobody's longer than ``window``.
+            read: Whether anybody reads the values of the output. If not, it is a stand-in with
+                the backward of the real one, and saves the last product of the layer.
+            notes: Empty, what is left there for the next run on the same input; else what the
+                last run left, which saves attention and its output projection.
+        """
+        y, residual = rms_norm_beside(x, self._first.weight, self._first.variance_epsilon)
+        q, k, v = self._heads(y, cos, sin)
+        scale, known = self._attention.scaling, None
+        if notes is None:
+            heads = attend(q, k, v, documents, scale)
+        else:
+            heads, known = notes.attend(q, k, v, documents, scale)
+        project, norm, mlp = self._attention.o_proj, self._second, self._mlp
+        o = project(heads) if known is None else project.unread(heads)
+        y, h = add_rms_norm(o, residual, norm.weight, norm.variance_epsilon, known)
+        if notes is not None and known is None:
+            notes.leave(h)
+        d = gated_mlp(y, mlp.gate_proj, mlp.up_proj, mlp.down_proj, read=read)
+        result: Tensor = h + d if read else unread_sum(h, d)
+        return result
+
+    def _heads(self, y: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k and v as attention wants them, [B, T, heads, n]."""
+        attention = self._attention
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        if not hasattr(attention, "q_norm"):
+            q, k, v = turned_heads(y, projections, cos, sin)
+        else:
+            q, k, v = (project(y).unflatten(-1, (-1, self.head_dim)) for project in projections)
+            q = rms_norm(q, attention.q_norm.weight, attention.q_norm.variance_epsilon)
+            k = rms_norm(k, attention.k_norm.weight, attention.k_norm.variance_epsilon)
+            q, k = rotary(q, k, cos, sin)
+        return q, k, v
+
+
+def fused(layer: nn.Module) -> FusedLayer | None:
+    """Return what runs ``layer`` fused, or None if it is not one that is known."""
+    norm = FAMILIES.get(type(layer).__name__)
+    if norm is None or not type(layer).__module__.startswith("transformers.models."):
+        return None
+    parts: Any = layer
+    norms = [parts.input_layernorm, parts.post_attention_layernorm]
+    norms += [m for n in ("q_norm", "k_norm") if (m := getattr(parts.self_attn, n, None))]
+    known = all(type(n).__name__ == norm and not n.weight.requires_grad for n in norms)
+    linear = isinstance(parts.mlp.down_proj, FrozenLinear)
+    if not known or not linear or parts.self_attn.config.hidden_act != "silu":
+        return None
+    return FusedLayer(layer)

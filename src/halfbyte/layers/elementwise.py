@@ -1,0 +1,246 @@
+"""What lies between the products of a decoder layer: norms, rotary positions, gated activations.
+
+In these everything is memory: each reads and writes all activations, and done as a chain of plain
+operations reads and writes them several times over. Each is one operation here, forward and
+backward, in float32 inside:
+
+    add_rms_norm    h = x + r, y = norm(h) · w        dh = dnorm(dy) + what came for h
+    rms_norm        y = norm(x) · w                   (Zhang and Sennrich 2019)
+    rms_norm_beside the same, and x: what comes for x is added in the same pass
+    rotary          pairs of q and k turned by their position, in place (Su et al. 2021)
+    swiglu          silu(g) · u                       (Shazeer 2020), dg and du in place of g, u
+
+Weights of norms are frozen, so they get no gradient. On a GPU each direction is one Triton kernel
+(gpu.py); the functions named ``plain_*`` are the specification, and run elsewhere.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.quant.format import gpu_kernels
+
+
+def _kernels(tensor: Tensor) -> Any:
+    """The Triton kernels, or None where the plain versions run."""
+    if not tensor.is_cuda or gpu_kernels() is None:
+        return None
+    from halfbyte.layers import triton_elementwise as gpu
+
+    return gpu
+
+
+def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return y [..., n] and the reciprocal root mean squares, float32 [...]."""
+    wide = x.float()
+    rstd = torch.rsqrt(wide.pow(2).mean(-1) + eps)
+    # transformers rounds before it multiplies with the weight.
+    return (wide * rstd[..., None]).to(x.dtype) * weight, rstd
+
+
+def plain_rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+    """Return dx, float32 [..., n]."""
+    g = dy.float() * weight.float()
+    x_hat = x.float() * rstd[..., None]
+    return rstd[..., None] * (g - x_hat * (g * x_hat).mean(-1, keepdim=True))
+
+
+def plain_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return x [B, T, heads, n] turned by cos, sin [1 or B, T, n], float32; n halves are pairs."""
+    first, second = x.float().chunk(2, -1)
+    turned = torch.cat([-second, first], -1)
+    return x.float() * cos[:, :, None].float() + turned * sin[:, :, None].float()
+
+
+def plain_swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Return dgate and dup, float32."""
+    g, sigmoid = gate.float(), torch.sigmoid(gate.float())
+    d_up = dy.float() * g * sigmoid
+    return dy.float() * up.float() * sigmoid * (1 + g * (1 - sigmoid)), d_up
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        kernels = _kernels(x)
+        y, rstd = (kernels.rms_norm if kernels else plain_rms_norm)(x, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        kernels = _kernels(x)
+        if kernels:
+            return kernels.rms_norm_backward(grads[0], None, x, weight, rstd), None, None
+        return plain_rms_norm_backward(grads[0], x, weight, rstd).to(x.dtype), None, None
+
+
+class _RMSNormBeside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        kernels = _kernels(x)
+        y, rstd = (kernels.rms_norm if kernels else plain_rms_norm)(x, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return y, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _norm_and_sum_backward(*grads, *ctx.saved_tensors), None, None
+
+
+def _norm_and_sum_backward(
+    dy: Tensor, dh: Tensor, h: Tensor, weight: Tensor, rstd: Tensor
+) -> Tensor:
+    """Return what comes for h through its norm and beside it."""
+    kernels = _kernels(h)
+    if kernels:
+        result: Tensor = kernels.rms_norm_backward(dy, dh, h, weight, rstd)
+        return result
+    return (plain_rms_norm_backward(dy, h, weight, rstd) + dh.float()).to(h.dtype)
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float, known: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        kernels = _kernels(x)
+        if known is not None:
+            h = known.view_as(known)
+            y, rstd = (kernels.rms_norm if kernels else plain_rms_norm)(h, weight, eps)
+        elif kernels:
+            y, rstd, h = kernels.add_rms_norm(x, residual, weight, eps)
+        else:
+            h = x + residual
+            y, rstd = plain_rms_norm(h, weight, eps)
+        ctx.save_for_backward(h, weight, rstd)
+        return y, h
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dh = _norm_and_sum_backward(*grads, *ctx.saved_tensors)
+        return dh, dh, None, None, None
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        kernels = _kernels(q)
+        if kernels:
+            q_out, k_out = kernels.rotary(q, k, cos, sin)
+            return q_out, k_out
+        return plain_rotary(q, cos, sin).to(q.dtype), plain_rotary(k, cos, sin).to(k.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        dq, dk = grads
+        kernels = _kernels(dq)
+        if kernels:
+            return *kernels.rotary(dq, dk, cos, sin, backward=True), None, None
+        dq, dk = (plain_rotary(d, cos, -sin).to(d.dtype) for d in (dq, dk))
+        return dq, dk, None, None
+
+
+class _UnreadSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        return x.new_zeros(1).expand(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], grads[0]
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        kernels = _kernels(gate)
+        if kernels:
+            gate, up = (x if x.stride(-1) == 1 else x.contiguous() for x in (gate, up))
+        ctx.written = False
+        ctx.save_for_backward(gate, up)
+        if kernels:
+            result: Tensor = kernels.swiglu(gate, up)
+            return result
+        g = gate.float()
+        return (g * torch.sigmoid(g) * up.float()).to(gate.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        kernels = _kernels(gate)
+        if kernels:
+            if ctx.written:
+                raise RuntimeError("backward of swiglu writes over gate and up: it runs once")
+            ctx.written = True
+            d_gate, d_up = kernels.swiglu_backward(grads[0], gate, up)
+            return d_gate, d_up
+        d_gate, d_up = plain_swiglu_backward(grads[0], gate, up)
+        return d_gate.to(gate.dtype), d_up.to(up.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return x / √(mean(x²) + eps), rounded to the dtype of x, times ``weight`` [n].
+
+    Args:
+        x: [..., n], any floating dtype; statistics are float32.
+        weight: [n], frozen.
+        eps: Added to the mean of squares.
+    """
+    return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def rms_norm_beside(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return `rms_norm` of x, and x for whoever goes on with it beside the norm."""
+    return _RMSNormBeside.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, known: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return ``rms_norm(x + residual)`` and the sum, both [..., n]; see `rms_norm`.
+
+    Args:
+        x: [..., n].
+        residual: Likewise.
+        weight: [n], frozen.
+        eps: Added to the mean of squares.
+        known: The sum, if somebody has kept it; then nobody reads x and residual.
+    """
+    return _AddRMSNorm.apply(x, residual, weight, eps, known)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Return q and k turned by their positions.
+
+    On a GPU they are written over: q, k and v are columns of one product, which v keeps alive, and
+    nobody reads q and k as they were.
+
+    Args:
+        q: [B, T, heads, n]; element i and i + n/2 are a pair. Tokens may be apart, as those of
+            columns of one product are.
+        k: Likewise, with as many heads or fewer.
+        cos: [1 or B, T, n], as transformers' rotary embeddings give it: both halves are equal.
+        sin: Likewise.
+
+    Returns:
+        Tensors of the shapes of q and k.
+    """
+    return _Rotary.apply(q, k, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) · up, [..., n] of two such; rounded once.
+
+    On a GPU backward writes over both, which nobody else may need by then, and cannot run twice.
+    """
+    return _SwiGLU.apply(gate, up)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def unread_sum(x: Tensor, y: Tensor) -> Tensor:
+    """Return a stand-in for x + y of which nobody reads the values; its backward is the sum's."""
+    return _UnreadSum.apply(x, y)  # type: ignore[no-any-return, no-untyped-call]

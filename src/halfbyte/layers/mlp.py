@@ -1,0 +1,118 @@
+"""The gated MLP of a decoder layer, down(silu(gate(x)) · up(x)), as one operation on a GPU.
+
+What lies between its products is the widest of a layer: 22 kB a token each for gate, up and their
+product in a 7B model. As a chain of operations all three are written by forward, by forward again
+and kept for backward, for the sake of one in three: inner = silu(gate) · up is wanted by the last
+product, and by its adapter's dA. Seen as one,
+
+    forward         writes inner only, if no backward will come of it
+    forward again   makes gate and up only: its own output is read by nobody, and the adapter's
+                    inner Aᵀ is remembered (`SharedInput.remembered`)
+    backward        makes inner once more, in registers, in the pass that turns its gradient into
+                    those of gate and up, in place of these
+
+The products are linear/fused_lora.py's. The plain version, which runs elsewhere and is the
+specification, is the chain.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.layers.elementwise import swiglu
+from halfbyte.linear.frozen import FrozenLinear
+from halfbyte.linear.fused_lora import FusedCall
+from halfbyte.linear.group import factors_of
+
+
+def gated_mlp(
+    x: Tensor, gate: FrozenLinear, up: FrozenLinear, down: FrozenLinear, *, read: bool = True
+) -> Tensor:
+    """Return down(silu(gate(x)) · up(x)), [..., H] for x [..., H].
+
+    On a GPU backward writes over what was kept, and cannot run twice.
+
+    Args:
+        x: In a dtype of the products.
+        gate: [I, H].
+        up: [I, H].
+        down: [H, I].
+        read: Whether anybody reads the values. If not, it is a stand-in with the same backward.
+    """
+    both, last = gate.shared.fused_alone(x, (gate, up)), down.shared.fused_alone(x, (down,))
+    if both is None or last is None:
+        inner = swiglu(gate(x), up(x))
+        return down(inner) if read else down.unread(inner)
+    if not read and down.shared.remembered is None:
+        read = True  # p of the last product is wanted, and so is inner
+    gradients = torch.is_grad_enabled()  # inside forward it always says no
+    factors = factors_of([*both.updates, *last.updates])
+    return _GatedMLP.apply(x, both, last, gradients, read, *factors)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _GatedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        both: FusedCall,
+        last: FusedCall,
+        gradients: bool,
+        read: bool,
+        *_factors: Tensor | None,
+    ) -> Tensor:
+        from halfbyte.layers import triton_elementwise as gpu
+        from halfbyte.linear import triton_matmul as gpu_products
+        from halfbyte.linear import triton_swiglu as gpu_gated
+
+        rows = x.reshape(-1, x.shape[-1])
+        p = both.into_a(rows)
+        between: Tensor | None
+        if not read:
+            between = both.forward(rows, p)
+            q = last.into_a(rows)  # remembered: nothing is made of them
+            y = rows.new_zeros(1, 1).expand(len(rows), *last.outputs)
+        else:
+            if gpu_products.fits(rows, both.outputs):
+                weights, adapters = both.weights(), both.shadow
+                inner, between = gpu_gated.gated_forward(rows, weights, p, adapters, keep=gradients)
+            else:
+                between = both.forward(rows, p)
+                inner = gpu.swiglu(*between.chunk(2, 1))
+            q = last.into_a(inner)
+            y = last.forward(inner, q)
+        ctx.both, ctx.last, ctx.written = both, last, False
+        ctx.save_for_backward(rows, between, p, q)
+        return y.view(*x.shape[:-1], y.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from halfbyte.layers import triton_elementwise as gpu
+        from halfbyte.linear import triton_swiglu as gpu_gated
+
+        if ctx.written:
+            raise RuntimeError("backward of a gated MLP writes over what it kept: it runs once")
+        ctx.written = True
+        rows, between, p, q = ctx.saved_tensors
+        gate, up = between.chunk(2, 1)
+        dy = grads[0].reshape(len(rows), -1)
+        dy = dy if dy.stride(1) == 1 else dy.contiguous()
+        both, last = ctx.both, ctx.last
+        g, d_bs = last.through_b([dy], q)
+        d_inner = last.input_gradient([dy], g)
+        if gpu_gated.backward_fits(both.shadow, last.shadow, rows.device):
+            made = gpu_gated.gated_backward(d_inner, gate, up, p, both.shadow, both.scalings, g)
+            of_last = last.trained([made.d_a], d_bs)
+            g, d_bs = made.g, made.d_bs
+            del d_inner
+        else:
+            gpu.swiglu_backward(d_inner, gate, up, remake=True)
+            of_last = last.factor_gradients(d_inner, g, d_bs)
+            del d_inner  # before there are sums of tiles
+            g, d_bs = both.through_b([gate, up], p)
+        of_both = both.factor_gradients(rows, g, d_bs)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = both.input_gradient([gate, up], g).view(*grads[0].shape[:-1], -1)
+        return dx, None, None, None, None, *of_both, *of_last

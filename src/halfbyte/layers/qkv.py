@@ -1,0 +1,74 @@
+"""The projections of attention and the rotary turn, as one operation on a GPU.
+
+q, k and v of one x are one product (linear/group.py). q and k are turned by their positions before
+anybody reads them, and a kernel that reads and writes both for that takes a tenth of the time of
+the product. From some rows on they are turned in it, before a tile is written; below, by a kernel
+of its own, in place. Backward turns their gradients the other way, and goes on as any product.
+
+The plain version, which runs elsewhere and is the specification, is one after the other.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.layers.elementwise import rotary
+from halfbyte.linear.frozen import FrozenLinear
+from halfbyte.linear.fused_lora import FusedCall
+from halfbyte.linear.group import factors_of
+
+
+def turned_heads(
+    x: Tensor, projections: Sequence[FrozenLinear], cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q and k turned by their positions, and v: [B, T, heads, n] of each.
+
+    Args:
+        x: [B, T, H], in a dtype of the products.
+        projections: Of q, k and v.
+        cos: [1 or B, T, n]; see `elementwise.rotary`.
+        sin: Likewise.
+    """
+    call = projections[0].shared.fused_alone(x, projections)
+    if call is None:
+        heads = (project(x).unflatten(-1, (-1, cos.shape[-1])) for project in projections)
+        q, k, v = heads
+        return *rotary(q, k, cos, sin), v
+    return _TurnedHeads.apply(x, call, cos, sin, *factors_of(call.updates))  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _TurnedHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, call: FusedCall, cos: Tensor, sin: Tensor, *_factors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        from halfbyte.layers import triton_elementwise as gpu
+        from halfbyte.linear import triton_matmul as gpu_products
+
+        rows, cos, sin = x.reshape(-1, x.shape[-1]), cos.contiguous(), sin.contiguous()
+        turn = gpu_products.Turn(cos, sin, sum(call.outputs[:2]))
+        turns = turn.fits and gpu_products.fits(rows, call.outputs)
+        p = call.into_a(rows)
+        y = call.forward(rows, p, turn if turns else None)
+        parts = torch.split(y, call.outputs, 1)
+        q, k, v = (part.view(*x.shape[:-1], -1, cos.shape[-1]) for part in parts)
+        if not turns:
+            q, k = gpu.rotary(q, k, cos, sin)
+        ctx.call = call
+        ctx.save_for_backward(rows, p, cos, sin)
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from halfbyte.layers import triton_elementwise as gpu
+
+        rows, p, cos, sin = ctx.saved_tensors
+        turned = gpu.rotary(grads[0], grads[1], cos, sin, backward=True)
+        dys = [dy.reshape(len(rows), -1) for dy in (*turned, grads[2])]
+        dys = [dy if dy.stride(1) == 1 else dy.contiguous() for dy in dys]
+        dx, gradients = ctx.call.backward(dys, rows, p, dx=ctx.needs_input_grad[0])
+        if dx is not None:
+            dx = dx.view(*grads[0].shape[:2], -1)
+        return dx, None, None, None, *gradients

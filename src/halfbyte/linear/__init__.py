@@ -1,0 +1,1 @@
+"""A frozen linear layer with its adapter, and its products; linears of one input are one group."""

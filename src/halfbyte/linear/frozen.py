@@ -1,0 +1,200 @@
+"""The frozen linear layer: a weight, packed or plain, that is not trained; a slot for an adapter.
+
+Whether this is QLoRA or LoRA is a property of the weight: ``FrozenLinear`` holds either packed
+4-bit tensors or a plain 16/32-bit weight, and ``dense`` gives W in the dtype of the product. How it
+is multiplied with, alone or together with linears of the same input, is in shared.py; who decodes,
+and how often, is up to the caller (scratch.py).
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.linear.group import SharedInput
+from halfbyte.quant.format import (
+    QuantizedWeight,
+    QuantType,
+    dequantize,
+    empty_like_quantized,
+)
+
+# The tensors of a QuantizedWeight, which a FrozenLinear holds as buffers under the same names.
+_PACKED = ("codes", "scales", "scale_codes", "scale_scales", "scale_offset")
+
+
+class _Layout(NamedTuple):
+    """What a packed weight is, besides its tensors."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    quant_type: QuantType
+    block_size: int
+
+
+class FrozenLinear(nn.Module):
+    """A linear layer whose weight is not trained: packed 4-bit, or plain 16/32-bit.
+
+    A 4-bit weight is held as plain buffers (``codes``, ``scales`` …; no tensor or parameter
+    subclass, no second copy of the state) and seen through ``quantized``. A plain one is held as
+    the parameter ``weight``, without gradient. ``adapter`` is a slot: None, or what ``lora.attach``
+    put there. ``shared`` is the set of linears it is multiplied together with.
+
+    Args:
+        in_features: Size of the last dimension of the input.
+        out_features: Size of the last dimension of the output.
+        bias: Whether there is a bias [out_features].
+        quantized: A description of the packed weight (its tensors may be on the meta device), or
+            None for a plain weight.
+        dtype: dtype of the bias and of a plain weight.
+        device: Device of the bias and of a plain weight.
+    """
+
+    bias: Tensor | None
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        quantized: QuantizedWeight | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "meta",
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.adapter: nn.Module | None = None
+        self._dense: Tensor | None = None
+        self._layout: _Layout | None = None
+        self.shared = SharedInput([self])
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(
+                torch.empty(*shape, dtype=dtype, device=device), requires_grad=False
+            )
+
+        self.register_parameter("bias", empty(out_features) if bias else None)
+        self.register_parameter("weight", None)
+        if quantized is None:
+            self.weight = empty(out_features, in_features)
+        else:
+            self.set_quantized(quantized)
+
+    @classmethod
+    def like(
+        cls,
+        linear: nn.Linear,
+        *,
+        quant: QuantType | None,
+        block_size: int,
+        double_quant: bool,
+        dtype: torch.dtype,
+    ) -> "FrozenLinear":
+        """Return an empty layer of the shape of ``linear``, on the meta device."""
+        quantized = None
+        if quant is not None:
+            quantized = empty_like_quantized(
+                (linear.out_features, linear.in_features),
+                dtype,
+                quant_type=quant,
+                block_size=block_size,
+                double_quant=double_quant,
+            )
+        return cls(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            quantized=quantized,
+            dtype=dtype,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        held = self._buffers["codes"] if self.weight is None else self.weight
+        assert held is not None
+        return held.device
+
+    @property
+    def quantized(self) -> QuantizedWeight | None:
+        """The packed weight as a view of the buffers, or None if the weight is plain."""
+        if self._layout is None:
+            return None
+        tensors: dict[str, Any] = {name: self._buffers[name] for name in _PACKED}
+        return QuantizedWeight(**tensors, **self._layout._asdict())
+
+    def set_quantized(self, quantized: QuantizedWeight) -> None:
+        """Hold ``quantized`` from now on; its tensors become this module's buffers.
+
+        Raises:
+            ValueError: If its shape is not [out_features, in_features].
+        """
+        expected = (self.out_features, self.in_features)
+        if tuple(quantized.shape) != expected:
+            raise ValueError(
+                f"a packed weight of shape {expected} is expected here, got {quantized.shape}"
+            )
+        self.weight = None
+        for name in _PACKED:
+            self.register_buffer(name, getattr(quantized, name))
+        self._layout = _Layout(
+            quantized.shape, quantized.dtype, quantized.quant_type, quantized.block_size
+        )
+
+    def opened(self, dtype: torch.dtype) -> Tensor | None:
+        """Return W [out, in] if a `WeightScratch` holds it decoded to ``dtype``."""
+        held = self._dense
+        return held if held is not None and held.dtype == dtype else None
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Return W [out, in] in ``dtype``: the opened copy if there is one, else decoded anew."""
+        held = self.opened(dtype)
+        return self.decode(dtype) if held is None else held
+
+    def decode(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Return W [out, in] in ``dtype``, written into ``out`` if the weight is packed."""
+        quantized = self.quantized
+        if quantized is not None:
+            return dequantize(quantized, dtype, out=out).view(quantized.shape)
+        assert self.weight is not None
+        return self.weight.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y [..., out] for x [..., in], in the dtype of x."""
+        y = self.shared.output(self, x)
+        # An adapter may go on from the product, whichever way that was computed (DoRA does).
+        adapter: Any = self.adapter
+        rescaled: Tensor = adapter.rescale(y) if getattr(adapter, "rescales", False) else y
+        return rescaled
+
+    def unread(self, x: Tensor) -> Tensor:
+        """Return a stand-in for y [..., out] of which nobody reads the values.
+
+        Its backward is that of y. Where y is needed for that, or comes with others, it is y.
+        """
+        if getattr(self.adapter, "rescales", False):
+            return self(x)  # type: ignore[no-any-return]
+        return self.shared.output(self, x, read=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "FrozenLinear":
+        # `module.to(bfloat16)` and `.half()` cast every floating tensor they find, and scales in
+        # bfloat16 are another weight. Seen as integers, the packed tensors move but are not cast.
+        buffers = self._buffers
+        floats = {name: held for name in _PACKED if (held := buffers.get(name)) is not None}
+        floats = {name: held for name, held in floats.items() if held.is_floating_point()}
+        buffers.update({name: held.view(torch.int32) for name, held in floats.items()})
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in floats:
+            moved = buffers[name]
+            assert moved is not None
+            buffers[name] = moved.view(torch.float32)
+        return self
+
+    def extra_repr(self) -> str:
+        """Return the sizes and the kind of the weight, for ``print(model)``."""
+        kind = "plain" if self._layout is None else self._layout.quant_type
+        return (
+            f"in={self.in_features}, out={self.out_features}, bias={self.bias is not None}, {kind}"
+        )

@@ -1,0 +1,110 @@
+"""One call of linears that share an input, by the kernels for training on a GPU.
+
+It is made when they are called and kept for backward, since what the products there are made with
+must be what was used here. The pieces are given one by one, because what is around them differs:
+shared.py takes them in a row, layers/mlp.py and layers/qkv.py with other work in between.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from halfbyte.linear.group import LowRank, SharedInput
+
+
+class FusedCall:
+    """Products of base and adapter together.
+
+    Args:
+        shared: The linears.
+        updates: Their adapters, without dropout; at least one.
+        dtype: Of x: bfloat16 or float16.
+
+    Attributes:
+        updates: As given.
+        outputs: Rows of each weight.
+    """
+
+    def __init__(
+        self, shared: "SharedInput", updates: Sequence["LowRank | None"], dtype: torch.dtype
+    ) -> None:
+        self._shared, self.updates, self._dtype = shared, updates, dtype
+        self.outputs = [member.out_features for member in shared.members]
+
+    @cached_property
+    def shadow(self) -> Any:
+        """The adapters as `gpu_adapters.Shadow`."""
+        return self._shared.shadow(self._dtype)
+
+    @property
+    def scalings(self) -> list[float]:
+        """Scaling of each adapter; 0 where there is none."""
+        return [update.scaling if update else 0.0 for update in self.updates]
+
+    def weights(self) -> list[Tensor]:
+        """Return W [out, in] of each."""
+        return self._shared.weights(self._dtype)
+
+    def into_a(self, x: Tensor) -> Tensor:
+        """Return x Aᵀ [rows, members · rank] for x [rows, in]; see `SharedInput.into_a`."""
+        return self._shared.into_a(x, self.shadow)
+
+    def forward(self, x: Tensor, p: Tensor, turn: Any = None) -> Tensor:
+        """Return the outputs side by side, [rows, sum of out]; see `gpu_products.forward`."""
+        from halfbyte.linear import triton_matmul as gpu_products
+
+        return gpu_products.forward(x, self.weights(), p, self.shadow, self.outputs, turn)
+
+    def through_b(self, dys: Sequence[Tensor], p: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return what adapters need of dy, which is read once.
+
+        Args:
+            dys: [rows, out] of each linear, contiguous rows.
+            p: What `into_a` returned.
+
+        Returns:
+            dy (s B) of all, [rows, members · rank], and dB of each, float32 [out, rank].
+        """
+        from halfbyte.linear.triton_lora import adapter_pass  # it imports triton
+
+        g = torch.empty_like(p)
+        return g, torch.split(adapter_pass(dys, p, self.shadow.b, self.scalings, g), self.outputs)
+
+    def input_gradient(self, dys: Sequence[Tensor], g: Tensor) -> Tensor:
+        """Return dx [rows, in]; ``g`` is the first of what `through_b` returned."""
+        from halfbyte.linear import triton_matmul as gpu_products
+
+        return gpu_products.backward(dys, self.weights(), g, self.shadow)
+
+    def factor_gradients(self, x: Tensor, g: Tensor, d_bs: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return dA and dB of each linear in turn, from x [rows, in] and `through_b`."""
+        d_as = torch.mm(g.t(), x, out_dtype=torch.float32).chunk(len(self.updates))
+        return self.trained(d_as, d_bs)
+
+    def trained(self, d_as: Sequence[Tensor], d_bs: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return dA [r, in] and dB [out, r] of each linear in turn, in the dtype it is trained in.
+
+        Args:
+            d_as: Of each, float32 [rank, in]: of the rank it was filled up to.
+            d_bs: Likewise, [out, rank].
+        """
+        gradients: list[Tensor | None] = []
+        for d_a, d_b, update in zip(d_as, d_bs, self.updates, strict=True):
+            if update is None:
+                gradients += [None, None]
+                continue
+            r = len(update.a)
+            gradients += [d_a[:r].to(update.a.dtype), d_b[:, :r].to(update.b.dtype)]
+        return gradients
+
+    def backward(
+        self, dys: Sequence[Tensor], x: Tensor, p: Tensor, *, dx: bool
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Return dx [rows, in], if it is wanted, and dA and dB of each linear in turn."""
+        g, d_bs = self.through_b(dys, p)
+        gradients = self.factor_gradients(x, g, d_bs)
+        return self.input_gradient(dys, g) if dx else None, gradients

@@ -1,0 +1,448 @@
+"""The products of frozen linears: decode the weight, multiply, forget the decoded weight.
+
+For a frozen weight W [out, in], an optional bias b and an optional trained low-rank update
+(A [r, in], B [out, r], scaling s; LoRA, Hu et al. 2021, eq. 3), over x [..., in]:
+
+    forward     y  = x Wᵀ + b + s · (x̃ Aᵀ) Bᵀ                x̃ = dropout(x), or x itself
+    backward    dx = dy W + s · dropout'((dy B) A)
+                dA = s · (dy B)ᵀ x̃          dB = s · dyᵀ (x̃ Aᵀ)          no dW: W is frozen
+
+One ``autograd.Function`` does all of it, because three things follow that a chain of plain
+operations cannot have. W is decoded from 4 bits in forward and again in backward, and is not kept
+in between. x is kept once for the base and the adapter together. And linears that are called with
+the same x (q, k, v; gate, up) are one product: x is read once, and dx is not written for each and
+added up. ``SharedInput`` is such a set; a linear alone is a set of one.
+
+There are three ways to the same numbers. A few rows without gradients (generation) are multiplied
+with the packed weight on a GPU that can. Training on a GPU goes through fused.py, which takes
+linears and adapters of one input together. All else is decoding and torch's products.
+
+Backward wants nothing of a product but what went into it. So the last product of a layer that is
+run again for its backward alone need not be made (`FrozenLinear.unread`). And x Aᵀ, for which all
+of x is read, is so narrow that it is kept from the first run where all else is forgotten
+(`ThinProducts`).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from halfbyte.linear.fused_lora import FusedCall
+from halfbyte.quant.format import dequantize_all, gpu_kernels
+from halfbyte.runtime.matmul import product
+
+if TYPE_CHECKING:
+    from halfbyte.linear.frozen import FrozenLinear
+
+# Linears of one input that gpu_adapters.py can take together.
+_MOST_TOGETHER = 3
+
+
+class LowRank(NamedTuple):
+    """A trained update s·B·A of a frozen weight, as one product sees it.
+
+    Attributes:
+        a: [r, in], any floating dtype; cast to the dtype of x for the product.
+        b: [out, r], likewise.
+        scaling: s.
+        keep: None, or the dropout mask over x, already divided by 1 - p: dtype of x, shape of x.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    keep: Tensor | None = None
+
+
+class _SharedProduct(torch.autograd.Function):
+    """The products at the top of this file, for linears that share x; returns y of each."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        shared: "SharedInput",
+        updates: tuple[LowRank | None, ...],
+        gradients: bool,
+        read: bool,
+        *_factors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        rows, members = x.reshape(-1, x.shape[-1]), shared.members
+        trained = any(update is not None for update in updates)
+        fused = shared.fused(rows, updates)
+        if fused is not None and not gradients and _packed_is_faster(rows, members):
+            fused = None
+        p: list[Tensor | None]
+        if fused is not None:
+            x_a = fused.into_a(rows)
+            p = [x_a]
+            if read:
+                ys = list(torch.split(fused.forward(rows, x_a), fused.outputs, 1))
+        elif read:
+            ys, p = _plain_forward(rows, shared, updates, gradients)
+        else:
+            p = [_into_a(rows, update) for update in updates]
+        if not read:
+            ys = [x.new_zeros(1, 1).expand(len(rows), m.out_features) for m in members]
+        for y, member in zip(ys, members, strict=True):
+            if read and member.bias is not None:
+                y.add_(member.bias.to(x.dtype))
+        ctx.shared, ctx.fused, ctx.pairs = shared, fused, len(p)
+        ctx.scalings = [update and update.scaling for update in updates]
+        ctx.set_materialize_grads(False)
+        factors = [tensor for u in updates for tensor in (u and u.a, u and u.b, u and u.keep)]
+        ctx.save_for_backward(rows if trained else None, *p, *factors)
+        return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        rows, *saved = ctx.saved_tensors
+        p, factors = saved[: ctx.pairs], saved[ctx.pairs :]
+        updates = [
+            None if scaling is None else LowRank(a, b, scaling, keep)
+            for scaling, a, b, keep in zip(
+                ctx.scalings, factors[0::3], factors[1::3], factors[2::3], strict=True
+            )
+        ]
+        given = next((dy for dy in grad_outputs if dy is not None), None)
+        if given is None:
+            return (None,) * len(ctx.needs_input_grad)
+        dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in grad_outputs]
+        backward = _plain_backward if ctx.fused is None else _fused_backward
+        dx, gradients = backward(ctx, rows, p, updates, dys)
+        if dx is not None:
+            dx = dx.reshape(*given.shape[:-1], dx.shape[-1])
+        return dx, None, None, None, None, *gradients
+
+
+def _into_a(rows: Tensor, update: LowRank | None) -> Tensor | None:
+    """Return x̃ Aᵀ [rows, r]."""
+    if update is None:
+        return None
+    dropped = rows if update.keep is None else rows * update.keep.reshape(rows.shape)
+    return product(dropped, update.a.to(rows.dtype))
+
+
+def _plain_forward(
+    rows: Tensor,
+    shared: "SharedInput",
+    updates: Sequence[LowRank | None],
+    gradients: bool,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Return y and x̃ Aᵀ of each linear, the base's product first and the update added to it."""
+    if not gradients and _packed_is_faster(rows, shared.members):
+        ys = _packed_products(rows, shared.members)
+    else:
+        ys = [product(rows, weight) for weight in shared.weights(rows.dtype)]
+    p: list[Tensor | None] = []
+    for y, update in zip(ys, updates, strict=True):
+        x_a = _into_a(rows, update)
+        if update is not None:
+            assert x_a is not None
+            y.addmm_(x_a, update.b.to(rows.dtype).t(), alpha=update.scaling)
+        p.append(x_a)
+    return ys, p
+
+
+def _packed_is_faster(rows: Tensor, members: Sequence["FrozenLinear"]) -> bool:
+    """Return whether x Wᵀ is faster without decoding W, for all of the linears."""
+    if not rows.is_cuda or gpu_kernels() is None:
+        return False
+    if any(member.opened(rows.dtype) is not None for member in members):
+        return False
+    from halfbyte.linear import triton_gemv as gpu_rows
+
+    packed = [member.quantized for member in members]
+    return all(q is not None and gpu_rows.can_multiply(rows, q) for q in packed)
+
+
+def _packed_products(rows: Tensor, members: Sequence["FrozenLinear"]) -> list[Tensor]:
+    """Return x Wᵀ of each linear without decoding W."""
+    from halfbyte.linear import triton_gemv as gpu_rows
+
+    packed = [member.quantized for member in members]
+    return [gpu_rows.small_product(rows, q) for q in packed if q is not None]
+
+
+def _plain_backward(
+    ctx: Any,
+    rows: Tensor,
+    p: Sequence[Tensor | None],
+    updates: Sequence[LowRank | None],
+    dys: Sequence[Tensor | None],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Return dx, and dA and dB of each linear."""
+    needs = ctx.needs_input_grad
+    dx: Tensor | None = None
+    gradients: list[Tensor | None] = []
+    given = next(dy for dy in dys if dy is not None)
+    weights = ctx.shared.weights(given.dtype) if needs[0] else dys
+    for i, (dy, update, weight) in enumerate(zip(dys, updates, weights, strict=True)):
+        needs_a, needs_b = needs[5 + 2 * i : 7 + 2 * i]
+        d_a = d_b = None
+        if dy is not None and needs[0]:
+            if dx is None:
+                dx = product(dy, weight.t())
+            elif dx.is_cuda:
+                dx.addmm_(dy, weight)
+            else:
+                dx.add_(product(dy, weight.t()))
+        if dy is not None and update is not None:
+            a, b, scaling, keep = update
+            keep = None if keep is None else keep.reshape(rows.shape)
+            if needs[0] or needs_a:
+                dy_b = product(dy, b.to(dy.dtype).t())
+                if needs_a:
+                    dropped = rows if keep is None else rows * keep
+                    d_a = product(dy_b.t(), dropped.t()).to(a.dtype).mul_(scaling)
+                if dx is not None and keep is None:
+                    dx.addmm_(dy_b, a.to(dy.dtype), alpha=scaling)
+                elif dx is not None and keep is not None:
+                    dx.addcmul_(torch.mm(dy_b, a.to(dy.dtype)), keep, value=scaling)
+            x_a = p[i]
+            if needs_b and x_a is not None:
+                d_b = torch.mm(dy.t(), x_a).to(b.dtype).mul_(scaling)
+        gradients += [d_a, d_b]
+    return dx, gradients
+
+
+def _fused_backward(
+    ctx: Any,
+    rows: Tensor,
+    p: Sequence[Tensor],
+    updates: Sequence[LowRank | None],
+    dys: Sequence[Tensor | None],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """As `_plain_backward`, by fused.py."""
+    whole = []
+    for dy, out in zip(dys, ctx.fused.outputs, strict=True):
+        if dy is None:  # this output was not used
+            dy = rows.new_zeros(rows.shape[0], out)
+        whole.append(dy if dy.stride(1) == 1 else dy.contiguous())
+    return ctx.fused.backward(whole, rows, p[0], dx=ctx.needs_input_grad[0])  # type: ignore[no-any-return]
+
+
+class _Waiting(NamedTuple):
+    """Outputs that have been computed and not yet been asked for, and what they were made from."""
+
+    x: Tensor
+    version: int
+    gradients: bool
+    outputs: dict["FrozenLinear", Tensor]
+
+    def fits(self, linear: "FrozenLinear", x: Tensor) -> bool:
+        """Return whether they hold what ``linear`` would compute of x now."""
+        made = (self.version, self.gradients) == (x._version, torch.is_grad_enabled())
+        return self.x is x and made and linear in self.outputs
+
+
+class SharedInput:
+    """Linears that are called with the same x, one after the other: then they are one product.
+
+    Called with x, the first computes the output of all, and the others find theirs ready. That
+    they are called so is looked at each time, never taken for granted. A set whose first x was
+    not the x of all is dissolved: its linears work alone from then on.
+
+    Args:
+        members: The linears, in the order of their calls.
+
+    Attributes:
+        remembered: x Aᵀ [rows, members · rank] that the next call takes instead of making it, or
+            None; see `ThinProducts`.
+    """
+
+    def __init__(self, members: Sequence["FrozenLinear"]) -> None:
+        self.members = tuple(members)
+        self.remembered: Tensor | None = None
+        self._noted: list[Tensor] | None = None
+        self._waiting: _Waiting | None = None
+        self._proven = False
+        self._shadow: Any = None
+        self.beside: tuple[SharedInput, ...] = ()
+        for member in members:
+            member.shared = self
+
+    def output(self, linear: "FrozenLinear", x: Tensor, *, read: bool = True) -> Tensor:
+        """Return y [..., out] of one member for x [..., in]; see `FrozenLinear.unread`."""
+        if not read and len(self.members) == 1:
+            return self._products(x, read=False)[0]
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None and waiting.fits(linear, x):
+            y = waiting.outputs.pop(linear)
+            if waiting.outputs:
+                self._waiting = waiting
+            else:
+                self._proven = True
+            return y
+        if waiting is not None and not self._proven:
+            for member in self.members:
+                SharedInput([member])
+            return linear.shared.output(linear, x)
+        ys = dict(zip(self.members, self._products(x), strict=True))
+        y = ys.pop(linear)
+        if ys:
+            self._waiting = _Waiting(x, x._version, torch.is_grad_enabled(), ys)
+        return y
+
+    def forget(self) -> None:
+        """Let go of outputs that nobody has asked for, as after a run that was broken off."""
+        self._waiting = None
+
+    def _products(self, x: Tensor, *, read: bool = True) -> tuple[Tensor, ...]:
+        updates = tuple(
+            None if member.adapter is None else member.adapter.update(x)  # type: ignore[operator]
+            for member in self.members
+        )
+        gradients = torch.is_grad_enabled()  # inside forward it always says no
+        return _SharedProduct.apply(x, self, updates, gradients, read, *factors_of(updates))  # type: ignore[no-any-return, no-untyped-call]
+
+    def weights(self, dtype: torch.dtype) -> list[Tensor]:
+        """Return W [out, in] of each, in ``dtype``: the opened ones, or decoded anew, together."""
+        opened = [member.opened(dtype) for member in self.members]
+        if all(weight is not None for weight in opened):
+            return opened  # type: ignore[return-value]
+        return _decode_together(self.members, dtype)
+
+    def fused(self, x: Tensor, updates: Sequence[LowRank | None]) -> FusedCall | None:
+        """Return what makes the products of x [..., in] in fused.py's way, if that can be."""
+        given = [update for update in updates if update is not None]
+        if not given or any(update.keep is not None for update in given):
+            return None
+        if len(self.members) > _MOST_TOGETHER or not _for_kernels(x):
+            return None
+        return FusedCall(self, updates, x.dtype)
+
+    def fused_alone(self, x: Tensor, members: Sequence["FrozenLinear"]) -> FusedCall | None:
+        """Return `fused` for whoever does more than to call ``members`` with x.
+
+        None, too, where these are not the members, or where something else belongs to what the
+        products give: a bias, dropout, DoRA's norms.
+        """
+        if self.members != tuple(members):
+            return None
+        updates: list[LowRank | None] = []
+        for member in members:
+            adapter: Any = member.adapter
+            if member.bias is not None or (adapter and (adapter.rescales or adapter.drops)):
+                return None
+            updates.append(None if adapter is None else LowRank(*adapter.factors))
+        return self.fused(x, updates)
+
+    def shadow(self, dtype: torch.dtype) -> Any:
+        """Return the adapters as `gpu_adapters.Shadow`.
+
+        While a `WeightScratch` holds a decoder layer open it is made once, for all micro-batches
+        and with those of the layer's other sets. It is never kept longer: an optimizer may write to
+        adapters without their telling (torch's fused AdamW counts no version), and products with
+        old ones would be wrong in silence.
+        """
+        from halfbyte.linear.triton_lora import Factors, shadows_of  # it imports triton
+
+        if self._shadow is not None:
+            return self._shadow
+        sets = [shared for shared in self.beside or (self,) if any(shared._pairs())]
+        factors = [
+            Factors(s._pairs(), [m.out_features for m in s.members], s.members[0].in_features)
+            for s in sets
+        ]
+        shadows = dict(zip(sets, shadows_of(factors, dtype), strict=True))
+        if self.beside:
+            for shared, shadow in shadows.items():
+                shared._shadow = shadow
+        return shadows[self]
+
+    def into_a(self, rows: Tensor, shadow: Any) -> Tensor:
+        """Return x Aᵀ [rows, members · rank]: what is remembered for this call, or made now.
+
+        Args:
+            rows: x [rows, in].
+            shadow: The adapters, as `shadow` returns them.
+        """
+        p, self.remembered = self.remembered, None
+        if p is None:
+            p = torch.mm(rows, shadow.a.t())
+        if self._noted is not None:
+            self._noted.append(p)
+        return p
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor, float] | None]:
+        """Return A, B and s of each member, or None."""
+        return [
+            None if member.adapter is None else member.adapter.factors  # type: ignore[misc]
+            for member in self.members
+        ]
+
+    def open(self, beside: Sequence["SharedInput"]) -> None:
+        """Take note of the sets that are open from now on, this one among them."""
+        self.beside = tuple(beside)
+
+    def close(self) -> None:
+        """Forget what was made while the linears were open."""
+        self._shadow, self.beside = None, ()
+        self.remembered = self._noted = None
+
+
+class ThinProducts:
+    """x Aᵀ of a decoder layer's sets, from one run of the layer to another with the same input.
+
+    Only where products are gpu_products.py's; elsewhere there is nothing to note. Whoever runs the
+    layers takes what was noted in one run of one part, holds it, and gives it back right before
+    the other. When the layer is closed both end, whatever has happened.
+
+    Args:
+        sets: Those that are open.
+    """
+
+    def __init__(self, sets: Iterable[SharedInput]) -> None:
+        self._sets = tuple(sets)
+
+    def note(self) -> None:
+        """Note what the sets make from now on."""
+        for shared in self._sets:
+            shared._noted = []
+
+    def take(self) -> dict[SharedInput, Tensor]:
+        """Return x Aᵀ [rows, members · rank] of the sets that made one since `note`; note no more.
+
+        By set, because a set may be dissolved before the layer is run again. One that was called
+        with several inputs is left out: which call is which would be a guess.
+        """
+        taken = {}
+        for shared in self._sets:
+            noted, shared._noted = shared._noted, None
+            if noted is not None and len(noted) == 1:
+                taken[shared] = noted[0]
+        return taken
+
+    def give(self, taken: Mapping[SharedInput, Tensor]) -> None:
+        """Have the next call of each set take what was taken from one with the same input."""
+        for shared in self._sets:
+            shared.remembered = taken.get(shared)
+
+
+def factors_of(updates: Sequence[LowRank | None]) -> list[Tensor | None]:
+    """Return A and B of each in turn: what autograd must be told that a product depends on."""
+    return [tensor for u in updates for tensor in ((u.a, u.b) if u else (None, None))]
+
+
+def _for_kernels(x: Tensor) -> bool:
+    """Return whether x is where the GPU's kernels are, and in a dtype they multiply."""
+    sixteen = x.dtype in (torch.bfloat16, torch.float16)
+    return x.is_cuda and sixteen and gpu_kernels() is not None
+
+
+def _decode_together(linears: Sequence["FrozenLinear"], dtype: torch.dtype) -> list[Tensor]:
+    """Return W [out, in] of each in ``dtype``, the packed ones decoded together."""
+    packed = {linear: q for linear in linears if (q := linear.quantized) is not None}
+    if len(packed) < 2 or linears[0].device.type != "cuda":
+        return [linear.decode(dtype) for linear in linears]
+    sizes = [q.numel for q in packed.values()]
+    # Each below the last, so that their product with one x can be one.
+    whole = torch.empty(sum(sizes), dtype=dtype, device=linears[0].device)
+    pieces = torch.split(whole, sizes)
+    outs = [piece.view(q.shape) for piece, q in zip(pieces, packed.values(), strict=True)]
+    dequantize_all(list(packed.values()), dtype, outs=outs)
+    decoded = dict(zip(packed, outs, strict=True))
+    return [decoded[m] if m in decoded else m.decode(dtype) for m in linears]

@@ -1,1 +1,0 @@
-"""The model: built from transformers' architectures, its linears frozen and packed."""

@@ -1,0 +1,1 @@
+"""Models of transformers, built with frozen linears, and their answers."""

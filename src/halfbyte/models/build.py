@@ -1,0 +1,396 @@
+"""A transformers decoder with frozen, packed linears, built without ever holding it in 16 bits.
+
+    build    the architecture on the meta device (no memory), every ``nn.Linear`` but the output
+             head replaced by a ``FrozenLinear``; head and embedding too, if the recipe says so
+    place    one tensor of the checkpoint, quantised or cast the moment it comes
+    finish   ties, computed buffers, and the audit: what was left in 16 or 32 bits, and its bytes
+
+``place`` never needs another tensor, so whoever reads the checkpoint can hold one at a time.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from halfbyte.errors import CheckpointError, ConfigError, WeightError
+from halfbyte.layers import attention_cpu as attention
+from halfbyte.layers.vocabulary import FrozenEmbedding, FrozenHead
+from halfbyte.linear.arena import Arena
+from halfbyte.linear.frozen import FrozenLinear
+from halfbyte.linear.group import SharedInput
+from halfbyte.linear.lora import frozen_linears
+from halfbyte.quant.format import QuantizedWeight, empty_like_quantized, quantize
+from halfbyte.quant.scale_search import search
+
+__all__ = [
+    "Audit",
+    "BaseRecipe",
+    "build",
+    "finish",
+    "frozen_linears",
+    "pack",
+    "place",
+    "place_quantized",
+    "share_inputs",
+]
+
+# Linears that transformers' decoders call with the same input, one after the other.
+_SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+
+# Bytes. Sizes of computed buffers are nowhere but in the configuration; real ones take megabytes.
+_LARGEST_BUFFER = 2**30
+
+_NAMED = 8  # so many of them are told by name
+
+AUDIT_THRESHOLD = 1_000_000  # bytes; what is smaller (norms, biases) is only summed
+
+
+@dataclass(frozen=True)
+class BaseRecipe:
+    """How a base model is held.
+
+    Attributes:
+        quant: ``nf4``, ``fp4``, or ``none`` for a plain 16/32-bit base.
+        double_quant: Whether the scales are quantised once more.
+        block_size: Weights that share a scale.
+        compute_dtype: dtype of activations, products and whatever is not packed.
+        device: Where it is held.
+        quantize_head: Whether the output head is packed too (where linears are at all).
+        quantize_embeddings: Whether the embedding is. Where the two are tied, one asks for both.
+        quant_search: Whether scales are searched for the least error (`nf4.search`) instead of
+            being those of bitsandbytes.
+    """
+
+    quant: Literal["nf4", "fp4", "none"] = "nf4"
+    double_quant: bool = True
+    block_size: int = 64
+    compute_dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    quantize_head: bool = False
+    quantize_embeddings: bool = False
+    quant_search: bool = False
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What the base model is made of, in bytes.
+
+    Attributes:
+        quantized_parameters: Weights that are packed.
+        quantized_bytes: Their bytes, scales included.
+        kept: (name, dtype, bytes) of every tensor over 1 MB that is held in 16 or 32 bits.
+        total_bytes: Everything, tied tensors counted once.
+    """
+
+    quantized_parameters: int
+    quantized_bytes: int
+    kept: tuple[tuple[str, str, int], ...]
+    total_bytes: int
+
+    def lines(self) -> list[str]:
+        """Return what a person is told."""
+        told = []
+        if self.quantized_parameters:
+            bits = 8 * self.quantized_bytes / self.quantized_parameters
+            told.append(
+                f"{self.quantized_parameters / 1e6:.1f} M weights in 4 bits: "
+                f"{self.quantized_bytes / 1e6:.1f} MB ({bits:.3f} bits a weight, scales included)"
+            )
+        # Of a plain model all is kept: the largest are named, the rest is counted.
+        named = self.kept if len(self.kept) <= _NAMED else self.kept[: _NAMED // 2]
+        rest = self.kept[len(named) :]
+        told += [f"kept in {dtype}: {name}, {size / 1e6:.1f} MB" for name, dtype, size in named]
+        if rest:
+            told.append(f"and {len(rest)} more, {sum(size for *_, size in rest) / 1e6:.1f} MB")
+        told.append(f"base model in memory: {self.total_bytes / 1e6:.1f} MB")
+        return told
+
+
+def build(
+    config: PretrainedConfig, recipe: BaseRecipe, *, plain: Collection[str] = ()
+) -> PreTrainedModel:
+    """Return the architecture of ``config`` on the meta device, its linears replaced.
+
+    Args:
+        config: Of a causal language model.
+        recipe: How it will be held.
+        plain: Paths of linears that are not packed, whatever the recipe says of linears.
+
+    Raises:
+        CheckpointError: If transformers has no causal language model for this configuration.
+        ConfigError: If its head or embedding is to be packed, and does more than others do.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=recipe.compute_dtype)
+    except ValueError as error:
+        raise CheckpointError(f"not a causal language model transformers knows: {error}") from error
+    # Where transformers would not choose sdpa (ALiBi, capped scores), ours is not right either.
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(attention.register())
+    if recipe.quant == "none":
+        recipe = replace(recipe, quantize_head=False, quantize_embeddings=False)
+    elif model.config.get_text_config().tie_word_embeddings:
+        both = recipe.quantize_head or recipe.quantize_embeddings
+        recipe = replace(recipe, quantize_head=both, quantize_embeddings=both)
+    head = model.get_output_embeddings()
+    if head is not None and not recipe.quantize_head:
+        head.register_forward_pre_hook(_contiguous)
+    for name, linear in list(model.named_modules()):
+        is_head = linear is head
+        if type(linear) is not nn.Linear or (is_head and not recipe.quantize_head):
+            continue
+        parent, _, leaf = name.rpartition(".")
+        frozen = (FrozenHead if is_head else FrozenLinear).like(
+            linear,
+            quant=None if recipe.quant == "none" or name in plain else recipe.quant,
+            block_size=recipe.block_size,
+            double_quant=recipe.double_quant,
+            dtype=recipe.compute_dtype,
+        )
+        setattr(model.get_submodule(parent), leaf, frozen)
+    if recipe.quantize_head and not isinstance(model.get_output_embeddings(), FrozenHead):
+        raise ConfigError(f"quantize_head: {type(model).__name__} has no plain linear head to pack")
+    if recipe.quantize_embeddings:
+        model.set_input_embeddings(_packed_embedding(model, recipe))
+    share_inputs(model)
+    model.requires_grad_(False).eval()
+    model.halfbyte_recipe = recipe
+    return model
+
+
+def _packed_embedding(model: PreTrainedModel, recipe: BaseRecipe) -> FrozenEmbedding:
+    embedding = model.get_input_embeddings()
+    # Subclasses do more than look rows up (Gemma 3's scales them), and that must not get lost.
+    if type(embedding) is not nn.Embedding or embedding.embedding_dim % 2:
+        raise ConfigError(
+            f"quantize_embeddings: the embedding of {type(model).__name__}, {embedding}, cannot be "
+            "packed; leave quantize_embeddings out"
+            + (" and quantize_head, which is tied to it" if recipe.quantize_head else "")
+        )
+    assert recipe.quant != "none"
+    quantized = empty_like_quantized(
+        embedding.weight.shape,
+        recipe.compute_dtype,
+        quant_type=recipe.quant,
+        block_size=recipe.block_size,
+        double_quant=recipe.double_quant,
+    )
+    return FrozenEmbedding(quantized, recipe.compute_dtype)
+
+
+def share_inputs(model: nn.Module) -> None:
+    """Make one product of the linears that are known to be called with the same input."""
+    for module in model.modules():
+        for names in _SHARED_INPUTS:
+            linears = [getattr(module, name, None) for name in names]
+            frozen = [linear for linear in linears if isinstance(linear, FrozenLinear)]
+            if len({linear.in_features for linear in frozen}) == 1:
+                SharedInput(frozen)
+
+
+def _contiguous(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Copy the few rows that generation takes out of many.
+
+    Given such a strided [B, 1, H], torch's linear expands the head to B copies: 1.7 GB for
+    SmolLM2's and 32 prompts.
+    """
+    return (inputs[0].contiguous(), *inputs[1:])
+
+
+def _owner(model: PreTrainedModel, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    try:
+        return model.get_submodule(path), leaf
+    except AttributeError:
+        raise CheckpointError(
+            f"the checkpoint holds {name}, which {type(model).__name__} does not have; "
+            "is its config.json of another model?"
+        ) from None
+
+
+def _check_shape(name: str, expected: tuple[int, ...], came: tuple[int, ...]) -> None:
+    if expected != came:
+        raise CheckpointError(
+            f"{name}: the configuration asks for shape {list(expected)}, "
+            f"the checkpoint has {list(came)}"
+        )
+
+
+def pack(
+    weight: Tensor, recipe: BaseRecipe, name: str, importance: Tensor | None = None
+) -> QuantizedWeight:
+    """Return a weight packed as ``recipe`` says, on its device.
+
+    Args:
+        weight: In any floating dtype.
+        recipe: How; its ``quant`` is not ``none``.
+        name: What error messages call the weight.
+        importance: For a search, what an error counts in each column (`nf4.search`).
+
+    Raises:
+        WeightError: If a value is NaN or infinite.
+    """
+    assert recipe.quant != "none"
+    how = partial(search, importance=importance) if recipe.quant_search else quantize
+    return how(
+        weight.to(recipe.device),
+        quant_type=recipe.quant,
+        block_size=recipe.block_size,
+        double_quant=recipe.double_quant,
+        name=name,
+    )
+
+
+def place(
+    model: PreTrainedModel, name: str, tensor: Tensor, importance: Tensor | None = None
+) -> None:
+    """Put one tensor of the checkpoint where it belongs: packed if a linear's weight, else cast.
+
+    Args:
+        model: What ``build`` returned.
+        name: The parameter's name in transformers.
+        tensor: Its value, in any floating dtype, on any device; it may be kept as it is.
+        importance: As for ``pack``.
+
+    Raises:
+        CheckpointError: If the model has no such parameter, or its shape is another.
+        WeightError: If a value is NaN or infinite.
+    """
+    recipe: BaseRecipe = model.halfbyte_recipe
+    owner, leaf = _owner(model, name)
+    if isinstance(owner, FrozenLinear) and leaf == "weight":
+        _check_shape(name, (owner.out_features, owner.in_features), tuple(tensor.shape))
+        if owner.quantized is not None:
+            owner.set_quantized(_beside_others(model, pack(tensor, recipe, name, importance)))
+            return
+    parameter, buffer = owner._parameters.get(leaf), owner._buffers.get(leaf)
+    slot = parameter if parameter is not None else buffer
+    if slot is None:
+        raise CheckpointError(
+            f"the checkpoint holds {name}, which {type(model).__name__} does not have; "
+            "is its config.json of another model?"
+        )
+    _check_shape(name, tuple(slot.shape), tuple(tensor.shape))
+    if tensor.is_floating_point() and tensor.numel():
+        # Two numbers instead of a mask: no temporary of the size of the tensor.
+        low, high = torch.aminmax(tensor.reshape(-1))
+        if not bool(torch.isfinite(low) and torch.isfinite(high)):
+            raise WeightError(f"{name} holds NaN or infinity; the checkpoint is damaged")
+    held = tensor.to(device=recipe.device, dtype=slot.dtype)
+    if parameter is not None:
+        owner._parameters[leaf] = nn.Parameter(held, requires_grad=False)
+    else:
+        owner._buffers[leaf] = held
+
+
+def place_quantized(model: PreTrainedModel, name: str, quantized: QuantizedWeight) -> None:
+    """Put a weight that is packed already where it belongs, bytes as they are.
+
+    Raises:
+        CheckpointError: If ``name`` is not the weight of a frozen linear, or its shape is another.
+    """
+    owner, leaf = _owner(model, name)
+    if not isinstance(owner, FrozenLinear) or leaf != "weight":
+        raise CheckpointError(f"{name} is packed in 4 bits, but is no linear layer's weight")
+    _check_shape(name, (owner.out_features, owner.in_features), tuple(quantized.shape))
+    owner.set_quantized(_beside_others(model, quantized.to(model.halfbyte_recipe.device)))
+
+
+def _beside_others(model: PreTrainedModel, quantized: QuantizedWeight) -> QuantizedWeight:
+    """Return a packed weight where the model's others lie, on a GPU in one tensor."""
+    if not quantized.codes.is_cuda:
+        return quantized
+    arena: Arena | None = getattr(model, "halfbyte_arena", None)
+    if arena is None:
+        linears = set(frozen_linears(model).values())
+        if model.config.get_text_config().tie_word_embeddings:
+            linears.discard(model.get_output_embeddings())  # the embedding's will be its own
+        to_come = (q for linear in linears if (q := linear.quantized) is not None)
+        arena = model.halfbyte_arena = Arena(to_come, quantized.codes.device)
+    return arena.hold(quantized)
+
+
+def finish(model: PreTrainedModel) -> Audit:
+    """Tie what is tied, compute what is computed, and account for every byte.
+
+    Raises:
+        CheckpointError: If a parameter never came (all of them are named), or a buffer cannot be
+            computed.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = model.config.get_text_config().tie_word_embeddings
+    if tied and isinstance(head, FrozenHead) and head.device.type == "meta":
+        head.set_quantized(embedding.quantized)
+    elif tied and isinstance(head, nn.Linear) and head.weight.is_meta:
+        head.weight = embedding.weight
+    _compute_buffers(model, model.halfbyte_recipe.device)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    missing = sorted(name for name, tensor in tensors.items() if tensor.is_meta)
+    if missing:
+        shown = ", ".join(missing[:6]) + (" …" if len(missing) > 6 else "")
+        raise CheckpointError(
+            f"the checkpoint lacks {len(missing)} of the model's tensors: {shown}"
+        )
+    model.requires_grad_(False).eval()
+    model.halfbyte_arena = None  # it is full; what lies in it keeps it
+    return audit(model)
+
+
+def audit(model: nn.Module) -> Audit:
+    """Return what ``model`` is made of; adapters are not counted."""
+    held = [q for m in frozen_linears(model).values() if (q := m.quantized) is not None]
+    packed = {id(q.codes): q for q in held}.values()  # a tied head holds the embedding's tensors
+    quantized_bytes = sum(q.nbytes for q in packed)
+    kept = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
+    plain_bytes = sum(p.nbytes for _, p in kept)
+    large = [
+        (name, str(p.dtype).removeprefix("torch."), p.nbytes)
+        for name, p in kept
+        if p.nbytes > AUDIT_THRESHOLD
+    ]
+    large.sort(key=lambda row: -row[2])
+    return Audit(
+        quantized_parameters=sum(q.numel for q in packed),
+        quantized_bytes=quantized_bytes,
+        kept=tuple(large),
+        total_bytes=quantized_bytes + plain_bytes,
+    )
+
+
+def _compute_buffers(model: PreTrainedModel, device: str) -> None:
+    """Fill the buffers no checkpoint holds (rotary frequencies), as transformers computes them.
+
+    They start as NaN, so that one that transformers' own initialisation does not know is found.
+    """
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # or transformers would draw it anew
+    for path, module in model.named_modules():
+        empty = [n for n, b in module.named_buffers(recurse=False) if b.is_meta]
+        empty = [n for n in empty if not isinstance(module, FrozenLinear)]
+        if not empty:
+            continue
+        for name in empty:
+            held = module._buffers[name]
+            assert held is not None
+            if held.nbytes > _LARGEST_BUFFER:
+                raise CheckpointError(
+                    f"its config.json asks for a buffer {path}.{name} of {held.nbytes / 1e9:.0f} "
+                    "GB, and cannot be right"
+                )
+            fresh = torch.empty_like(held, device=device)
+            module._buffers[name] = fresh.fill_(torch.nan) if fresh.is_floating_point() else fresh
+        model._init_weights(module)
+        for name in empty:
+            filled = module._buffers[name]
+            assert filled is not None
+            if not filled.is_floating_point() or bool(torch.isnan(filled).any()):
+                raise CheckpointError(
+                    f"the buffer {path}.{name} is in no checkpoint and transformers does not say "
+                    f"how to compute it: {type(model).__name__} is not supported"
+                )

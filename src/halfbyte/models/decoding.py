@@ -1,0 +1,430 @@
+"""The decoders of the known families, run token by token over a cache.
+
+transformers' layers are right for every model and cost a hundred launches a token; these are the
+same modules (layers/decoder_layer.py says which), called as inference wants it: linears of one
+input as one product (projections.py), what lies between them fused (elementwise.py), keys and
+values in fixed places (kv_cache.py). Two ways through the same layers:
+
+    prefill    prompts one behind the other in a row, without padding; logits of each one's last
+    step       one token of every slot; with nothing the host has to know, so it can be a CUDA graph
+
+How weights are held is decided for a number of rows (`hold`). Decoded once and kept, as stacks,
+where there is memory for it. For one row of a large model they stay packed: reading 4 bits instead
+of 16 is what counts then. Elsewhere each layer is decoded when its turn comes, into one buffer.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from halfbyte.layers.attention import Documents, attend
+from halfbyte.layers.decoder_layer import FAMILIES
+from halfbyte.layers.elementwise import add_rms_norm, rms_norm, rotary, swiglu
+from halfbyte.layers.kv_cache import KVCache, attend_cached, turn_and_store
+from halfbyte.layers.vocabulary import FrozenHead
+from halfbyte.linear.frozen import FrozenLinear
+from halfbyte.linear.lora import adapters
+from halfbyte.models.projections import Projections, stacked
+from halfbyte.quant.format import gpu_kernels
+from halfbyte.runtime.matmul import product
+
+_MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+# Positions alone say how these turn; of others, so does the length of the sequence.
+_ROTARY = ("default", "linear", "llama3", "yarn")
+# Elements of a layer from which its products for one row are bytes. Below they are launches, of
+# which a stack needs fewer.
+_LARGE_LAYER = 2**24
+# A prompt row is filled up to a multiple of so many tokens: Triton compiles once more for numbers
+# that are no multiple of 16.
+_ROUND = 16
+# Bytes of a GPU that are left alone when room for decoded weights is looked for.
+_HEADROOM = 2 * 10**9
+
+Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+def why_not(model: PreTrainedModel) -> str | None:
+    """Return why `Decoder` cannot run a model, or None if it can."""
+    name = type(model).__name__
+    if name not in _MODELS or not type(model).__module__.startswith("transformers.models."):
+        return f"{name} is none of {', '.join(_MODELS)}"
+    if model.device.type == "cuda" and gpu_kernels() is None:
+        return "there is no Triton"
+    decoder: Any = model.get_decoder()
+    kind = decoder.rotary_emb.rope_type
+    if kind not in _ROTARY:
+        return f"its rotary embedding ({kind}) depends on the length of the sequence"
+    if any(adapter.drops for adapter in adapters(model).values()):
+        return "dropout is on"
+    return next((why for layer in decoder.layers if (why := _why_not_layer(layer))), None)
+
+
+def _why_not_layer(layer: Any) -> str | None:
+    norm = FAMILIES.get(type(layer).__name__)
+    if norm is None:
+        return f"its layers are {type(layer).__name__}"
+    if any(type(one).__name__.removeprefix("Parametrized") != norm for one in _norms(layer)):
+        return f"a norm of a layer is no {norm}"
+    if not all(isinstance(linear, FrozenLinear) for linear in _linears(layer)):
+        return "a linear of a layer has been replaced"
+    if layer.self_attn.config.hidden_act != "silu":
+        return f"its activation is {layer.self_attn.config.hidden_act}"
+    return None
+
+
+def _norms(layer: Any) -> list[Any]:
+    attention = layer.self_attn
+    heads = [getattr(attention, n, None) for n in ("q_norm", "k_norm")]
+    return [layer.input_layernorm, layer.post_attention_layernorm, *(n for n in heads if n)]
+
+
+def _linears(layer: Any) -> list[Any]:
+    attention, mlp = layer.self_attn, layer.mlp
+    of_attention = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    return [*of_attention, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
+class _Norm(NamedTuple):
+    """A norm's weight, read once: one that is trained whole is cast at each reading."""
+
+    weight: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, norm: Any) -> "_Norm":
+        return cls(norm.weight.detach(), norm.variance_epsilon)
+
+
+class _Layer:
+    """A decoder layer; see `fused` in layer.py for the same in training."""
+
+    def __init__(self, layer: Any, dtype: torch.dtype) -> None:
+        attention = layer.self_attn
+        q, k, v, o, gate, up, down = _linears(layer)
+        self.qkv, self.out = Projections([q, k, v], dtype), Projections([o], dtype)
+        self.gated, self.down = Projections([gate, up], dtype), Projections([down], dtype)
+        self._first, self._second, *heads = map(_Norm.of, _norms(layer))
+        self._head_norms = heads
+        self.width, self.scale = int(attention.head_dim), float(attention.scaling)
+        config = attention.config
+        self.window: int | None = getattr(
+            attention, "sliding_window", getattr(config, "sliding_window", None)
+        )
+
+    @property
+    def sets(self) -> tuple[Projections, ...]:
+        return self.qkv, self.out, self.gated, self.down
+
+    def __call__(
+        self,
+        delta: Tensor,
+        stream: Tensor | None,
+        attention: Callable[[Tensor, Tensor, Tensor], Tensor],
+        stacks: Sequence[Tensor | None],
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the layer adds to the residual stream last, and the stream before that.
+
+        Args:
+            delta: What the layer before added last, [rows, hidden].
+            stream: The stream before that, or None for the first layer.
+            attention: Gives [rows, H · width] for q, k and v [rows, heads, width].
+            stacks: Of `sets`.
+        """
+        if stream is None:
+            stream, y = delta, rms_norm(delta, *self._first)
+        else:
+            y, stream = add_rms_norm(delta, stream, *self._first)
+        parts = self.qkv(y, stacks[0])
+        heads = [part.view(len(part), -1, self.width) for part in parts]
+        for i, norm in enumerate(self._head_norms):
+            heads[i] = rms_norm(heads[i][None], *norm)[0]
+        (o,) = self.out(attention(*heads), stacks[1])
+        y, stream = add_rms_norm(o, stream, *self._second)
+        gate, up = self.gated(y, stacks[2])
+        (delta,) = self.down(swiglu(gate, up), stacks[3])
+        return delta, stream
+
+
+class Decoder:
+    """Runs a model of a known family; nothing about the model may change in the meantime.
+
+    Args:
+        model: One for which `why_not` returns None.
+        memory_limit: Bytes of a GPU that torch may have reserved in all; None for what is free.
+
+    Attributes:
+        cache: Keys and values; `open` makes it.
+        device: Where everything is.
+    """
+
+    cache: KVCache
+
+    def __init__(self, model: PreTrainedModel, *, memory_limit: int | None = None) -> None:
+        decoder: Any = model.get_decoder()
+        self.device: torch.device = model.device
+        self._dtype: torch.dtype = model.halfbyte_recipe.compute_dtype
+        self._layers = [_Layer(layer, self._dtype) for layer in decoder.layers]
+        self._adapters = list(adapters(model).values())
+        self._norm = _Norm.of(decoder.norm)
+        self._rotary = decoder.rotary_emb
+        self._embedding: Any = model.get_input_embeddings()
+        self._embedded = _read_once(self._embedding, nn.Embedding)
+        self._head: Any = model.get_output_embeddings()
+        self._head_weight = _read_once(self._head, nn.Linear)
+        config = model.config.get_text_config()
+        self._groups = int(config.num_key_value_heads)
+        self._kept: list[list[Tensor | None]] = []
+        self._buffer: Tensor | None = None
+        self.memory_limit = memory_limit
+        self._packed_rows = 0
+
+    @property
+    def slot_bytes(self) -> int:
+        """What a token of one slot takes in the cache, keys and values of all layers."""
+        width = self._layers[0].width
+        return 2 * len(self._layers) * self._groups * width * self._dtype.itemsize
+
+    def open(self, slots: int, capacity: int, most: int = 0) -> None:
+        """Make the cache, and hold the weights so that steps of so many rows are fast.
+
+        Args:
+            slots: Sequences at once.
+            capacity: Tokens of a slot.
+            most: What the capacity may grow to; weights are kept only beside memory for that.
+        """
+        self.cache = KVCache(
+            len(self._layers),
+            slots,
+            self._groups,
+            capacity,
+            self._layers[0].width,
+            self._dtype,
+            self.device,
+        )
+        self._set_turn()
+        # While keys grow, both old ones and both new ones are there, or old values and all new.
+        growth = max(0, 3 * most // 2 - capacity) if most > capacity else 0
+        self._hold(slots, growth * slots * self.slot_bytes)
+
+    def grow(self, capacity: int) -> None:
+        """Make room for more tokens in each slot; tensors move."""
+        self.cache.grow(capacity)
+        self._set_turn()
+
+    def _set_turn(self) -> None:
+        positions = torch.arange(self.cache.capacity, device=self.device)[None]
+        like = torch.empty(0, dtype=self._dtype, device=self.device)
+        cos, sin = self._rotary(like, positions)
+        self._turn = cos[0].contiguous(), sin[0].contiguous()
+
+    def compile_ahead(self) -> None:
+        """Compile the kernels of prefill and of a step side by side; the cache is empty then."""
+        if self.device.type != "cuda":
+            return
+        from halfbyte.runtime.compile_ahead import compiling_ahead  # it imports triton
+
+        tokens = torch.zeros(self.cache.keys.shape[1], dtype=torch.int64, device=self.device)
+        with compiling_ahead() as ahead:
+            self.prefill([[0]], [0])
+            if not ahead.needless:
+                self.step(self.embed(tokens), tokens)
+        self.cache.clear()
+        for adapter in self._adapters:
+            adapter.forget()
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return the embeddings [..., hidden] of tokens int64 [...]."""
+        if self._embedded is not None:
+            return functional.embedding(tokens, self._embedded)
+        return self._embedding(tokens)  # type: ignore[no-any-return]
+
+    def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
+        """Store the keys and values of prompts, and return the logits of each one's last token.
+
+        Args:
+            prompts: Token ids, at least one each; together no more than fit in memory.
+            slots: Where each goes.
+
+        Returns:
+            [prompts, vocabulary].
+        """
+        lengths = [len(prompt) for prompt in prompts]
+        fill = -sum(lengths) % _ROUND
+        ids = torch.tensor([i for prompt in prompts for i in prompt] + [0] * fill)
+        positions = torch.cat([torch.arange(n) for n in (*lengths, fill)])
+        of_slot = torch.tensor(slots).repeat_interleave(torch.tensor(lengths))
+        ends = torch.tensor([0, *lengths, fill]).cumsum(0)
+        ids, positions, of_slot, ends = (t.to(self.device) for t in (ids, positions, of_slot, ends))
+        tokens = sum(lengths)
+        turn = self._turn[0][positions][None], self._turn[1][positions][None]
+        places = of_slot, positions[:tokens]
+
+        def attention(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            layer = self._layers[index]
+            q, k = (x[0] for x in rotary(q[None], k[None], *turn))
+            self.cache.store(index, k[:tokens], v[:tokens], *places)
+            if layer.window is not None and max(lengths) > layer.window:
+                bounds = [0, *_sums([*lengths, fill])]
+                return _attend_windows(q, k, v, bounds, layer.scale, layer.window)
+            documents = Documents(ends.int(), max(*lengths, fill))
+            return attend(q[None], k[None], v[None], documents, layer.scale)[0]
+
+        hidden = self._run(self.embed(ids), attention, ends[1 : len(prompts) + 1] - 1)
+        return self._logits(hidden)
+
+    def step(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Return the logits [slots, vocabulary] of one new token in each slot.
+
+        Args:
+            x: The tokens' embeddings, [slots, hidden].
+            positions: int64 [slots], their positions, all less than the cache's capacity.
+        """
+
+        def attention(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            layer, keys, values = self._layers[index], self.cache.keys, self.cache.values
+            keys, values = keys[index], values[index]
+            q = turn_and_store(q, k, v, self._turn, positions, keys, values)
+            return attend_cached(q, keys, values, positions, layer.scale, layer.window)
+
+        return self._logits(self._run(x, attention))
+
+    def _run(self, x: Tensor, attention: Attention, rows: Tensor | None = None) -> Tensor:
+        """Return what the final norm gives of all rows, or of some."""
+        delta, stream = x, None
+        # A prompt's rows are worth decoding for, and kernels for so many would have to be compiled.
+        packed = rows is None and len(x) <= self._packed_rows
+        for index, layer in enumerate(self._layers):
+
+            def own(q: Tensor, k: Tensor, v: Tensor, index: int = index) -> Tensor:
+                return attention(index, q, k, v)
+
+            delta, stream = layer(delta, stream, own, self._stacks(index, packed=packed))
+        assert stream is not None
+        if rows is not None:
+            delta, stream = delta[rows], stream[rows]
+        return add_rms_norm(delta, stream, *self._norm)[0]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        if self._head_weight is not None:
+            return product(hidden, self._head_weight)
+        return self._head(hidden)  # type: ignore[no-any-return]
+
+    def _hold(self, rows: int, reserved: int) -> None:
+        """Decide how weights are held; see the top of this file.
+
+        Args:
+            rows: Of a step.
+            reserved: Bytes of the GPU that others will need.
+        """
+        self._kept, self._buffer = [], None
+        self._packed_rows = self._most_packed_rows()
+        large = _elements(self._layers[0]) >= _LARGE_LAYER
+        wanted = [
+            [s.elements if s.packed or not large else 0 for s in layer.sets]
+            for layer in self._layers
+        ]
+        total = sum(map(sum, wanted))
+        on_gpu = self.device.type == "cuda"
+        stays_packed = rows == 1 and large and self._packed_rows > 0
+        needed = total * self._dtype.itemsize + reserved + _HEADROOM
+        room = on_gpu and free_bytes(self.device, self.memory_limit) > needed
+        if room and not stays_packed:
+            memory = torch.empty(total, dtype=self._dtype, device=self.device)
+            pieces = torch.split(memory, [sum(sizes) for sizes in wanted])
+            self._kept = [
+                stacked(layer.sets, sizes, piece)
+                for layer, sizes, piece in zip(self._layers, wanted, pieces, strict=True)
+            ]
+
+    def _most_packed_rows(self) -> int:
+        """Return for how many rows packed weights can be multiplied with as they are."""
+        sets = [one for layer in self._layers for one in layer.sets]
+        if self.device.type != "cuda" or not any(one.packed for one in sets):
+            return 0
+        from halfbyte.linear.triton_gemv import most_rows  # it imports triton
+
+        return min(most_rows(self._dtype, q) for one in sets for q in one.packed)
+
+    def _stacks(self, index: int, *, packed: bool) -> Sequence[Tensor | None]:
+        """Return the stacks of a layer's sets, none where weights are multiplied packed."""
+        if self._kept:
+            return self._kept[index]
+        sets = self._layers[index].sets
+        if packed:
+            return [None] * len(sets)
+        sizes = [one.elements if one.packed else 0 for one in sets]
+        if self._buffer is None or len(self._buffer) < sum(sizes):
+            self._buffer = torch.empty(sum(sizes), dtype=self._dtype, device=self.device)
+        return stacked(sets, sizes, self._buffer[: sum(sizes)])
+
+
+def _elements(layer: _Layer) -> int:
+    return sum(one.elements for one in layer.sets)
+
+
+def free_bytes(device: torch.device, limit: int | None = None) -> int:
+    """Return what can still be allocated on a GPU, torch's own cache included.
+
+    Args:
+        device: Which.
+        limit: Bytes that torch may have reserved in all, or None for as many as there are.
+    """
+    free, _ = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    if limit is not None:
+        free = min(free, limit - reserved)
+    return max(0, int(free + reserved - torch.cuda.memory_allocated(device)))
+
+
+def _read_once(module: Any, plain: type[nn.Module]) -> Tensor | None:
+    """Return the weight of a plain module, cast if it is trained whole; None of any other."""
+    names = (plain.__name__, f"Parametrized{plain.__name__}")
+    if isinstance(module, FrozenHead) or type(module).__name__ not in names:
+        return None
+    weight: Tensor = module.weight.detach()
+    return weight
+
+
+def _sums(numbers: Sequence[int]) -> list[int]:
+    total, sums = 0, []
+    for number in numbers:
+        total += number
+        sums.append(total)
+    return sums
+
+
+def _attend_windows(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Sequence[int], scale: float, window: int
+) -> Tensor:
+    """Return [T, H · width]: causal attention within documents that sees ``window`` keys at most.
+
+    Args:
+        q: [T, H, width].
+        k: [T, G, width].
+        v: Likewise.
+        bounds: Where each document begins, and the end of the last.
+        scale: Factor of the scores.
+        window: Keys that are seen, counted from the query's own.
+    """
+    parts = []
+    for start, stop in pairwise(bounds):
+        if start == stop:
+            continue
+        at = torch.arange(stop - start, device=q.device)
+        back = at[:, None] - at
+        heads = [x[None, start:stop].transpose(1, 2) for x in (q, k, v)]
+        out = functional.scaled_dot_product_attention(
+            heads[0],
+            heads[1],
+            heads[2],
+            attn_mask=(back >= 0) & (back < window),
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        parts.append(out.transpose(1, 2).flatten(2)[0])
+    return torch.cat(parts)

@@ -1,0 +1,129 @@
+"""How the state of all parameters lies in one run of bytes.
+
+Paging moves bytes, and cares nothing for parameters. So all state is one run of bytes, cut into
+*pieces* (a parameter's elements, or 4 M of them where it has more), each whole in itself: first
+moments, second moments, their scales, master copy. Neighbouring pieces make a *group*: what is
+moved and updated at once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halfbyte.optim.reference import BLOCK, SMALLEST_8BIT
+
+PIECE_ELEMENTS = 1 << 22
+GROUP_BYTES = 16 << 20  # a power of two: torch rounds page-locked memory up to one
+_ALIGNMENT = 256
+
+STATE_BYTES = {torch.float32: 4, torch.uint8: 1}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements of one parameter, and where their state is.
+
+    Attributes:
+        index: Number of the parameter.
+        start: Its first element here.
+        count: Elements.
+        offset: Where the state begins, in bytes.
+        coded: Whether moments are 8 bits wide.
+        master: Whether there is a float32 copy of the parameter.
+    """
+
+    index: int
+    start: int
+    count: int
+    offset: int
+    coded: bool
+    master: bool
+
+    def fields(self) -> dict[str, tuple[torch.dtype, int]]:
+        """Return type and elements of every tensor of the state, in their order."""
+        kind = torch.uint8 if self.coded else torch.float32
+        names = {"exp_avg": (kind, self.count), "exp_avg_sq": (kind, self.count)}
+        if self.coded:
+            blocks = -(-self.count // BLOCK)
+            names |= {n + "_scales": (torch.float32, blocks) for n in ("exp_avg", "exp_avg_sq")}
+        if self.master:
+            names["master"] = torch.float32, self.count
+        return names
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes, gaps included."""
+        return sum(_aligned(STATE_BYTES[kind] * count) for kind, count in self.fields().values())
+
+    def views(self, memory: Tensor, base: int = 0) -> dict[str, Tensor]:
+        """Return the state's tensors.
+
+        Args:
+            memory: uint8, the run of bytes from ``base`` on.
+            base: Where ``memory`` begins.
+        """
+        found, place = {}, self.offset - base
+        for name, (kind, count) in self.fields().items():
+            nbytes = STATE_BYTES[kind] * count
+            found[name] = memory[place : place + nbytes].view(kind)
+            place += _aligned(nbytes)
+        return found
+
+
+@dataclass(frozen=True)
+class Group:
+    """Neighbouring pieces, moved and updated at once."""
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def offset(self) -> int:
+        """Where its state begins, in bytes."""
+        return self.pieces[0].offset
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its state."""
+        return self.pieces[-1].offset + self.pieces[-1].nbytes - self.offset
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def pieces_of(parameters: Sequence[Tensor], *, bits: int, master: bool) -> list[Piece]:
+    """Lay out the state of ``parameters``.
+
+    Args:
+        parameters: The parameters; those of fewer than 4096 elements keep 32 bits.
+        bits: 8 or 32.
+        master: Whether 16-bit parameters get a float32 copy.
+    """
+    pieces, offset = [], 0
+    for index, parameter in enumerate(parameters):
+        coded = bits == 8 and parameter.numel() >= SMALLEST_8BIT
+        copied = master and parameter.dtype != torch.float32
+        for start in range(0, parameter.numel(), PIECE_ELEMENTS):
+            count = min(PIECE_ELEMENTS, parameter.numel() - start)
+            pieces.append(Piece(index, start, count, offset, coded, copied))
+            offset += pieces[-1].nbytes
+    return pieces
+
+
+def groups_of(pieces: Sequence[Piece]) -> list[Group]:
+    """Cut pieces into groups of 16 MiB or an eighth of all, whichever is less; one piece at least.
+
+    Two of them are on the device at a time while the state is on the host.
+    """
+    limit = min(GROUP_BYTES, sum(piece.nbytes for piece in pieces) // 8)
+    groups: list[list[Piece]] = []
+    size = 0
+    for piece in pieces:
+        if not groups or size + piece.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(piece)
+        size += piece.nbytes
+    return [Group(tuple(members)) for members in groups]

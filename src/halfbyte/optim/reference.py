@@ -1,0 +1,230 @@
+"""The rule: AdamW over a flat slice of a parameter, in plain PyTorch.
+
+    m ← β1·m + (1 - β1)·g          v ← β2·v + (1 - β2)·g²
+    p ← p·(1 - lr·λ) - lr / (1 - β1ᵗ) · m / (√v / √(1 - β2ᵗ) + ε)
+
+(Kingma and Ba 2015; decoupled decay λ of Loshchilov and Hutter 2019.) Every sum and product is
+rounded to float32 by itself, in this order, and the corrections are made in float64: gpu.py does
+the same, and gets the same bits wherever it has the time for exact roots and quotients.
+
+State of 8 bits (Dettmers et al. 2022, arXiv 2110.02861): m and v are held in blocks of 256 as the
+nearest level of a dynamic table, times the block's largest magnitude; m over the signed table, v
+over the unsigned one. They are decoded, updated in float32, used, and encoded again. The tables are
+bitsandbytes' (dynamic.py), and a tensor under 4096 elements keeps 32 bits, as there. One thing
+differs: a v above zero never becomes zero. The largest of its block may be 10⁷ times larger, and
+m / (0 + ε) is a step of thousands of learning rates when the next gradient happens to be small.
+
+A bfloat16 parameter loses an update that is below half its last digit. Either a float32 *master*
+copy is part of the state, or the result is rounded up or down at random with the odds that keep its
+mean (*stochastic* rounding), from a hash of seed, step and place.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from halfbyte.optim.dynamic import bounds, levels
+from halfbyte.quant.blockwise import SMALLEST_SCALE, block_maxima
+
+BLOCK = 256
+SMALLEST_8BIT = 4096
+
+# Elements that one pass of the plain rule handles: what it makes on the way stays in the cache.
+_PASS = 1 << 16
+
+
+class Scalars(NamedTuple):
+    """What a parameter's update depends on besides tensors; float32, in this order on a GPU.
+
+    Attributes:
+        decay: 1 - lr·λ.
+        size: lr / (1 - β1ᵗ).
+        inverse_root: 1 / √(1 - β2ᵗ).
+        beta1: β1.
+        rest1: 1 - β1.
+        beta2: β2.
+        rest2: 1 - β2.
+        eps: ε.
+        step: t, from 1.
+    """
+
+    decay: float
+    size: float
+    inverse_root: float
+    beta1: float
+    rest1: float
+    beta2: float
+    rest2: float
+    eps: float
+    step: float
+
+
+def scalars_of(steps: Tensor, lr: Tensor, constants: Tensor) -> Tensor:
+    """Compute every parameter's `Scalars`.
+
+    Args:
+        steps: float32 ``[n]``, updates done including this one.
+        lr: float32 ``[n]``, learning rates.
+        constants: float64 ``[n, 4]``: β1, β2, ε, λ.
+
+    Returns:
+        float32 ``[n, len(Scalars)]``.
+    """
+    beta1, beta2, eps, weight_decay = constants.unbind(1)
+    step, rate = steps.double(), lr.double()
+    # exp(t·log β) and not a power: Triton has no other.
+    size = rate / (1 - (step * beta1.log()).exp())
+    root = (1 - (step * beta2.log()).exp()).sqrt()
+    columns = [1 - rate * weight_decay, size, 1 / root]
+    columns += [beta1, 1 - beta1, beta2, 1 - beta2, eps, step]
+    return torch.stack(columns, 1).float()
+
+
+# The number of a cell (`cells`) is that of its values' leading digits, less those of 2⁻²³; the last
+# one is that of 1.
+FIRST_CELL = (127 - 23) << 7
+LAST_CELL = (127 << 7) - FIRST_CELL
+
+
+@cache
+def cells(signed: bool, device: torch.device) -> Tensor:
+    """Return where the search for the nearest level begins, by the leading digits of a value.
+
+    A cell is the magnitudes that share exponent and seven binary digits; the first one is all below
+    2⁻²³, too. No cell has more than one bound between levels, so one comparison is left: thirty
+    times faster on a CPU than a search of the whole table.
+
+    Returns:
+        int32 ``[2945]``: the level (from zero on) below every bound in the cell.
+    """
+    numbers = torch.arange(LAST_CELL + 1, dtype=torch.int32, device="cpu")
+    lows = ((numbers + FIRST_CELL) << 16).view(torch.float32)
+    lows[0] = 0.0
+    upwards = bounds(signed, torch.device("cpu"))[127 if signed else 0 :]
+    # The last level has no bound above it: a search for it begins at the one before.
+    return torch.bucketize(lows, upwards[:-1], out_int32=True).to(device)
+
+
+def encode(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
+    """Quantise values to 8 bits, in blocks of 256: as blockwise.nearest does, but for a tiny v.
+
+    Args:
+        values: float32 ``[n]``, finite; not negative unless ``signed``.
+        signed: Which table.
+
+    Returns:
+        Codes, uint8 ``[n]``, and scales, float32 ``[ceil(n / 256)]``.
+    """
+    count, device = values.numel(), values.device
+    blocks = torch.nn.functional.pad(values, (0, -count % BLOCK)).view(-1, BLOCK)
+    scales = block_maxima(blocks)
+    x = (blocks * (1 / scales.clamp(min=SMALLEST_SCALE))[:, None]).view(-1)[:count]
+    bits = x.view(torch.int32)
+    cell = ((bits & 0x7FFFFFFF) >> 16).sub_(FIRST_CELL).clamp_(0, LAST_CELL)
+    below = cells(signed, device).index_select(0, cell)
+    if signed:
+        # Zero is 127, and the level below a value under zero is the one with more magnitude.
+        below = (below ^ (bits >> 31)).add_(127).clamp_(min=0)
+    codes = below + (x > bounds(signed, device).index_select(0, below))
+    if not signed:
+        codes = torch.maximum(codes, values > 0)
+    return codes.to(torch.uint8), scales
+
+
+def decode(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
+    """Return float32 ``[n]``, level times scale: what `encode` made codes of, rounded."""
+    found = levels(signed, codes.device).index_select(0, codes.int())
+    return found * scales.repeat_interleave(BLOCK)[: codes.numel()]
+
+
+def _hash(x: Tensor) -> Tensor:
+    """Mix 32 bits (held in int64) so that each depends on all: Wellons' lowbias32."""
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def round_stochastically(values: Tensor, *, seed: int, step: int, start: int) -> Tensor:
+    """Round float32 ``[n]`` to bfloat16: up or down, as the bits that go are likely to carry.
+
+    Args:
+        values: float32 ``[n]``, finite.
+        seed: The parameter's own.
+        step: Updates done.
+        start: Number of the first value within the parameter.
+    """
+    place = torch.arange(start, start + values.numel(), device=values.device)
+    key = _hash(torch.tensor(step * 0x9E3779B9 + seed, device=values.device))
+    noise = _hash(key + place) & 0xFFFF
+    bits = values.view(torch.int32) + noise.int()
+    return (bits & -0x10000).view(torch.float32).bfloat16()
+
+
+def update(
+    parameter: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Tensor],
+    scalars: Scalars,
+    scale: float,
+    *,
+    seed: int,
+    start: int,
+) -> None:
+    """Apply the rule in place.
+
+    Args:
+        parameter: ``[n]``: float32, bfloat16 or float16.
+        grad: ``[n]``, of the parameter's type.
+        state: ``exp_avg`` and ``exp_avg_sq``, float32 ``[n]``, or uint8 ``[n]`` with
+            ``exp_avg_scales`` and ``exp_avg_sq_scales``, float32 ``[ceil(n / 256)]``; with
+            ``master``, float32 ``[n]``, where there is such a copy.
+        scalars: This step's.
+        scale: The gradient is multiplied by this first.
+        seed: For stochastic rounding, where a bfloat16 parameter has no master copy.
+        start: Number of the first element within the parameter; a multiple of 256.
+    """
+    for first in range(0, parameter.numel(), _PASS):
+        part = slice(first, first + _PASS)
+        blocks = slice(first // BLOCK, (first + _PASS) // BLOCK)
+        here = {k: v[blocks if k.endswith("scales") else part] for k, v in state.items()}
+        _update(parameter[part], grad[part], here, scalars, scale, seed, start + first)
+
+
+def _update(
+    parameter: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Tensor],
+    scalars: Scalars,
+    scale: float,
+    seed: int,
+    start: int,
+) -> None:
+    g = grad.float() * scale
+    m, v = state["exp_avg"], state["exp_avg_sq"]
+    coded = m.dtype == torch.uint8
+    if coded:
+        m = decode(m, state["exp_avg_scales"], signed=True)
+        v = decode(v, state["exp_avg_sq_scales"], signed=False)
+    p = state.get("master", parameter).float()
+    m.mul_(scalars.beta1).add_(g * scalars.rest1)
+    v.mul_(scalars.beta2).add_(g.mul_(g).mul_(scalars.rest2))
+    # In float64, since torch's root of float32 on a CPU is off by a last digit now and then.
+    root = v.double().sqrt().float()
+    step = m / root.mul_(scalars.inverse_root).add_(scalars.eps)
+    p.mul_(scalars.decay).sub_(step.mul_(scalars.size))
+    if coded:
+        for name, value in (("exp_avg", m), ("exp_avg_sq", v)):
+            codes, scales = encode(value, signed=name == "exp_avg")
+            state[name].copy_(codes)
+            state[name + "_scales"].copy_(scales)
+    if "master" in state:
+        state["master"].copy_(p)
+        parameter.copy_(p)
+    elif parameter.dtype == torch.bfloat16:
+        parameter.copy_(round_stochastically(p, seed=seed, step=int(scalars.step), start=start))
+    elif parameter.dtype != torch.float32:
+        raise TypeError(f"a {parameter.dtype} parameter needs a float32 master copy")

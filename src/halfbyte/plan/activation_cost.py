@@ -1,0 +1,235 @@
+"""What a decoder layer keeps for backward, in bytes a token, and what backward has beside it.
+
+The terms are those of ``linear.group``, ``layers.elementwise`` and ``layers.decoder_layer``,
+function by function. H is the width of the residual stream, Q of all queries, K of all keys, I of
+the MLP, e the bytes of an activation:
+
+    recompute   the layer's input                                             e·H
+    save        beside it:
+      norms       their outputs, and the sum between them                      3·e·H
+      projected   q, k, v as they are projected (one product: one tensor)      e·(Q + 2K)
+      attention   q and k turned, what attention gives                        e·(2Q + K)
+      mlp         gate, up, and their product (on a GPU made in backward)      3·e·I or 2·e·I
+      adapters    x Aᵀ of each linear                                          e·Σr
+      statistics  of norms and of attention, float32                           4·(2 + heads)
+    offload     nothing on the card, but for what is under way: inputs and, of wide models, what
+                  spares computing attention again                         e·(H + Q) + 4·heads
+
+On a GPU layers that are run again keep `adapters` beside their input, on the card wherever that
+waits; x is read once for them. There r is what the copies of adapters are filled up to.
+
+Layers that are run as transformers has them keep more: norms keep the float32 copy they compute in
+(in place of what it is a copy of), and the MLP silu(gate). Where heads are normed, q and k are kept
+as they were before, too.
+
+In backward the layer's own activations are there in any case (kept, or made again), and at the
+peak, in the middle of the MLP, the gradients of gate and up beside them. Fused on a GPU these are
+written over gate and up, and the peak is the moment that happens: there is the gradient of their
+product, and on Hopper up to a rank of `GATED_RANK` what tiles and spans have summed for the
+adapters, each apart (`nf4.gpu_gated`). Where the MLP is narrow the peak is attention's backward.
+What the MLP kept is gone by then, and there are
+
+    gradients   of the stream beside, of what attention gave, of q, k and v   e·(H + 2Q + 2K)
+    float32     of q, added up there                                          4·Q
+    all heads   of k and v, for each of the queries' heads, if fewer          2·e·Q
+
+Where a GPU has no flash attention (before Ampere), k and v are copied for each of the queries'
+heads in forward, too, and the copies kept; an attention that keeps to documents there is none, so
+micro-batches stay as they are.
+
+Beside what layers keep there is the stream itself, as wide as a layer's input, several times over.
+On a CPU that is its gradient, on its way down. CUDA graphs have tensors of their own, and so, while
+they are captured, there are
+
+    the entry, which is what layer 0 keeps, whether it waits on the host or not
+    the last output, whose place its gradient takes
+    the gradient of the layer before, from the second layer on
+
+Saved layers keep the copies of their adapters that they multiplied with, too, whatever the tokens.
+
+On a GPU a layer may keep its decoded weights besides, from step to step, in place of the buffer
+that the others are decoded to in turn.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from halfbyte.plan.model_shape import ModelShape
+
+# linear/triton_swiglu.py: columns of a tile, most rows of a span and least, programs a
+# multiprocessor at least, highest rank.
+_TILE, _SPAN, _SHORTEST, _PROGRAMS, GATED_RANK = 128, 1024, 32, 3, 32
+# linear/triton_matmul.py: rows from which Hopper's kernels run.
+_FEWEST_ROWS = 2048
+
+# The narrowest model whose attention is worth keeping on the host, on an H100;
+# `Card.checkpoint_width` of others.
+CHECKPOINT_WIDTH = 3072
+
+
+class Gpu(NamedTuple):
+    """What of a GPU the memory of a step depends on; `nf4.device` asks the driver.
+
+    Attributes:
+        capability: CUDA compute capability, (major, minor).
+        num_sms: Streaming multiprocessors.
+    """
+
+    capability: tuple[int, int] = (9, 0)
+    num_sms: int = 132
+
+    @property
+    def is_hopper(self) -> bool:
+        """Whether kernels tuned to Hopper run there."""
+        return self.capability[0] == 9
+
+    @property
+    def runs_flash_attention(self) -> bool:
+        """Whether torch's flash attention runs there, so that documents share rows."""
+        return self.capability >= (8, 0)
+
+
+H100 = Gpu()
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """Bytes a token of one decoder layer.
+
+    Attributes:
+        shape: The model's widths.
+        itemsize: Bytes of an activation.
+        rank: What ranks of its adapters are filled up to, as they are multiplied with.
+        ranks: Sum of these in a layer.
+        copied: Elements of the copies of its adapters that it multiplies with.
+        fused: Whether layers are run by ``layers.decoder_layer``.
+        on_gpu: Whether they are on a GPU.
+        gpu: Which, if they are.
+    """
+
+    shape: ModelShape
+    itemsize: int
+    rank: int
+    ranks: int
+    copied: int
+    fused: bool
+    on_gpu: bool
+    gpu: Gpu = H100
+
+    @property
+    def by_kernels(self) -> bool:
+        """Whether layers are run by a GPU's kernels."""
+        return self.fused and self.on_gpu
+
+    @property
+    def multiplied(self) -> bool:
+        """Whether base and adapter are multiplied together, by ``linear.triton_matmul``."""
+        return self.by_kernels and self.itemsize == 2
+
+    @property
+    def copies(self) -> int:
+        """What a layer that is not run again keeps whatever the tokens."""
+        return self.itemsize * self.copied if self.by_kernels else 0
+
+    @property
+    def input(self) -> int:
+        """The layer's input."""
+        return self.itemsize * self.shape.hidden
+
+    @property
+    def lora(self) -> int:
+        """What a recomputed layer keeps beside its input: x Aᵀ of each linear."""
+        return self.itemsize * self.ranks if self.on_gpu and self.itemsize == 2 else 0
+
+    def kept(self) -> dict[str, int]:
+        """Return what the functions of a layer keep beside its input, by term."""
+        s, e = self.shape, self.itemsize
+        wide = e if self.fused else 4  # norms keep what they compute in
+        norms = 2 * e * s.hidden + (e * s.hidden if wide == e else 2 * wide * s.hidden)
+        projected = e * (s.query + 2 * s.key_value)
+        attention = e * (2 * s.query + s.key_value)
+        mlp = (3 if self.fused else 4) * e * s.intermediate
+        if self.multiplied:
+            mlp = 2 * e * s.intermediate  # their product is made in backward
+        statistics = 4 * 2
+        if self.on_gpu:
+            statistics += 4 * s.heads
+            if self.fused and not s.head_norms:
+                attention = e * s.query  # q and k are turned where they are
+            if not self.gpu.runs_flash_attention and s.key_value < s.query:
+                attention += 2 * e * s.query  # k and v, for each of the queries' heads
+                if s.head_norms:
+                    attention -= e * s.key_value  # k as it is turned, which is copied
+        else:
+            # Separate products: of them v alone lives on. Attention's output is laid out anew.
+            projected = e * s.key_value
+            attention += e * s.query
+        if s.head_norms:
+            projected = e * s.key_value + wide * (s.query + s.key_value)
+            statistics += 4 * (s.heads + s.heads * s.key_value // s.query)
+        return {
+            "norms": norms,
+            "projected": projected,
+            "attention": attention,
+            "mlp": mlp,
+            "adapters": e * self.ranks,
+            "statistics": statistics,
+        }
+
+    @property
+    def attention_checkpoint(self) -> int:
+        """What spares computing attention again: its output, and the stream after it."""
+        return self.itemsize * (self.shape.hidden + self.shape.query) + 4 * self.shape.heads
+
+    @property
+    def saved(self) -> int:
+        """What a layer keeps that is not run again, its input included."""
+        return self.input + sum(self.kept().values())
+
+    def gated_sums(self, tokens: int) -> int:
+        """Return what gate's backward has summed apart, of a part of so many tokens."""
+        if not self.multiplied or self.rank > GATED_RANK or not self.gpu.is_hopper:
+            return 0
+        tiles, span = -(-self.shape.intermediate // _TILE), _SPAN
+        while span > _SHORTEST and tiles * -(-tokens // span) < _PROGRAMS * self.gpu.num_sms:
+            span //= 2
+        by_tile = 2 * tiles * tokens * self.itemsize
+        return self.rank * (by_tile + -(-tokens // span) * 3 * self.shape.intermediate * 4)
+
+    def forward(self, tokens: int) -> int:
+        """Return what a recomputed layer's forward has when it has most, input and output apart.
+
+        All that its functions give is there until it ends. On Hopper, gate and up are not, but only
+        their product: both happen in one kernel.
+        """
+        if not self.by_kernels:
+            return 0
+        kept = sum(self.kept().values()) - self.lora
+        if not self.multiplied:
+            return tokens * kept
+        inner = self.itemsize * self.shape.intermediate
+        one_kernel = self.gpu.is_hopper and self.rank <= GATED_RANK and tokens >= _FEWEST_ROWS
+        return tokens * (kept - inner if one_kernel else kept + inner)
+
+    def forward_saved(self, tokens: int) -> int:
+        """Return what a saved layer's forward has beside what it keeps and its output.
+
+        That are the product of gate and up, and what the MLP adds to the stream.
+        """
+        inner = self.itemsize * (self.shape.intermediate + self.shape.hidden)
+        return tokens * inner if self.multiplied else 0
+
+    def gradients(self, tokens: int) -> int:
+        """Return what backward holds beside a part's activations when it holds most."""
+        s = self.shape
+        if self.by_kernels:
+            e, heads = self.itemsize, 2 if s.key_value < s.query else 0
+            attention = e * (s.hidden + 2 * s.query + 2 * s.key_value + heads * s.query)
+            gone = e * 2 * s.hidden + self.kept()["mlp"]
+            mlp = tokens * e * s.intermediate + self.gated_sums(tokens)
+            return max(mlp, tokens * (attention + 4 * s.query - gone))
+        return tokens * self.itemsize * ((2 if self.fused else 3) * s.intermediate + s.hidden)
+
+    def backward(self, tokens: int) -> int:
+        """Return what is alive at the peak of a layer's backward, input and output apart."""
+        return tokens * (sum(self.kept().values()) - self.lora) + self.gradients(tokens)

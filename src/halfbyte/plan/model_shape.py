@@ -1,0 +1,297 @@
+"""A model as the plan sees it: every weight's name, shape and role, and no weight.
+
+A `ModelShape` comes from a model of transformers on the meta device, so what is a linear layer and
+what is tied is what transformers says. Of the models of `KNOWN` it is arithmetic on a few numbers,
+and needs neither transformers nor torch, which take seconds to import; a test holds it to what
+transformers says. What else is known of the files (bytes, what is packed already) can be added.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from halfbyte.errors import ConfigError
+
+Role = Literal["linear", "head", "embedding", "other"]
+
+_COLUMNS = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+)
+# Of the models' published configurations, what decides their sizes.
+_TABLE: dict[str, tuple[Any, ...]] = {
+    "smollm2-135m": ("llama", 576, 1536, 30, 9, 3, 49152, 8192, True),
+    "llama3.2-1b": ("llama", 2048, 8192, 16, 32, 8, 128256, 131072, True),
+    "llama2-7b": ("llama", 4096, 11008, 32, 32, 32, 32000, 4096, False),
+    "mistral-7b": ("mistral", 4096, 14336, 32, 32, 8, 32768, 32768, False),
+    "qwen2.5-7b": ("qwen2", 3584, 18944, 28, 28, 4, 152064, 32768, False),
+    "llama3-8b": ("llama", 4096, 14336, 32, 32, 8, 128256, 8192, False),
+    "qwen3-8b": ("qwen3", 4096, 12288, 36, 32, 8, 151936, 40960, False),
+    "llama2-13b": ("llama", 5120, 13824, 40, 40, 40, 32000, 4096, False),
+    "qwen3-32b": ("qwen3", 5120, 25600, 64, 64, 8, 151936, 40960, False),
+    "llama3-70b": ("llama", 8192, 28672, 80, 64, 8, 128256, 8192, False),
+}
+KNOWN = {name: dict(zip(_COLUMNS, row, strict=True)) for name, row in _TABLE.items()}
+
+
+class Weight(NamedTuple):
+    """One parameter.
+
+    Attributes:
+        name: Its name in transformers.
+        shape: Its shape.
+        role: A linear layer's matrix, the output head's, the embedding's, or anything else.
+        layer: The decoder layer it belongs to, or None.
+        packs: Whether it is packed where weights of its role are.
+        comes: The bytes it takes as it comes out of the files, or None if there are none.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+    layer: int | None
+    packs: bool = True
+    comes: int | None = None
+
+    @property
+    def numel(self) -> int:
+        """Its elements."""
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model's weights and the widths of its layers.
+
+    Attributes:
+        name: What the user called it.
+        weights: Every parameter once, in the order in which they will be read.
+        tied: Whether the output head is the embedding.
+        layers: Decoder layers.
+        hidden: Width of the residual stream.
+        query: Width of all queries of a token.
+        key_value: Width of all keys of a token (and of all values).
+        intermediate: Width of the MLP.
+        heads: Query heads.
+        vocabulary: Rows of the embedding.
+        positions: The longest sequence it was made for, or None.
+        head_norms: Whether queries and keys are normed head by head.
+        fusable: Whether its layers are of a family that ``layers.decoder_layer`` runs fused.
+        vocabulary_packs: Whether ``models.build`` can pack its output head.
+    """
+
+    name: str
+    weights: tuple[Weight, ...]
+    tied: bool
+    layers: int
+    hidden: int
+    query: int
+    key_value: int
+    intermediate: int
+    heads: int
+    vocabulary: int
+    positions: int | None = None
+    head_norms: bool = False
+    fusable: bool = False
+    vocabulary_packs: bool = True
+
+    @property
+    def parameters(self) -> int:
+        """All its parameters, tied ones counted once."""
+        return sum(weight.numel for weight in self.weights)
+
+    def linears(self, layer: int | None = None) -> list[Weight]:
+        """Return the matrices of its linear layers, or of those in one decoder layer."""
+        found = [weight for weight in self.weights if weight.role == "linear"]
+        return found if layer is None else [w for w in found if w.layer == layer]
+
+
+def shape_of_known(text: str) -> ModelShape | None:
+    """Return the shape that ``--shape`` names by a name of ``KNOWN`` alone, or None."""
+    config = KNOWN.get(text.strip().lower())
+    if config is None:
+        return None
+    hidden, intermediate = config["hidden_size"], config["intermediate_size"]
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    vocabulary, tied = config["vocab_size"], config["tie_word_embeddings"]
+    family, layers = config["model_type"], config["num_hidden_layers"]
+    # Qwen 3's heads are 128 wide whatever the stream is, and normed; Qwen 2's have biases.
+    width = 128 if family == "qwen3" else hidden // heads
+    query, key_value = heads * width, groups * width
+    linears = {
+        "self_attn.q_proj": (query, hidden),
+        "self_attn.k_proj": (key_value, hidden),
+        "self_attn.v_proj": (key_value, hidden),
+        "self_attn.o_proj": (hidden, query),
+        "mlp.gate_proj": (intermediate, hidden),
+        "mlp.up_proj": (intermediate, hidden),
+        "mlp.down_proj": (hidden, intermediate),
+    }
+    weights = [Weight("model.embed_tokens.weight", (vocabulary, hidden), "embedding", None)]
+    for layer in range(layers):
+        own = f"model.layers.{layer}"
+        for name, extents in linears.items():
+            weights.append(Weight(f"{own}.{name}.weight", extents, "linear", layer))
+            if family == "qwen2" and name.endswith(("q_proj", "k_proj", "v_proj")):
+                weights.append(Weight(f"{own}.{name}.bias", extents[:1], "other", layer))
+            if family == "qwen3" and name.endswith("o_proj"):
+                for norm in ("q_norm", "k_norm"):
+                    path = f"{own}.self_attn.{norm}.weight"
+                    weights.append(Weight(path, (width,), "other", layer))
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            weights.append(Weight(f"{own}.{norm}.weight", (hidden,), "other", layer))
+    weights.append(Weight("model.norm.weight", (hidden,), "other", None))
+    if not tied:
+        weights.append(Weight("lm_head.weight", (vocabulary, hidden), "head", None))
+    return ModelShape(
+        name=text,
+        weights=tuple(weights),
+        tied=tied,
+        layers=layers,
+        hidden=hidden,
+        query=query,
+        key_value=key_value,
+        intermediate=intermediate,
+        heads=heads,
+        vocabulary=vocabulary,
+        positions=config["max_position_embeddings"],
+        head_norms=family == "qwen3",
+        fusable=True,
+    )
+
+
+def config_of(text: str) -> Any:
+    """Return the transformers configuration that ``--shape`` names.
+
+    Args:
+        text: A name of ``KNOWN``, or ``field=value,field=value`` as in config.json; fields may
+            follow a name, and change it.
+
+    Raises:
+        ConfigError: If the name is unknown, or a field is none of the configuration's.
+    """
+    from transformers import AutoConfig
+
+    name, *pairs = [part.strip() for part in text.split(",")]
+    if "=" in name:
+        name, pairs = "", [name, *pairs]
+    if name and name.lower() not in KNOWN:
+        raise ConfigError(
+            f"--shape: {name!r} is not known; expected one of {', '.join(KNOWN)}, or config fields "
+            "such as model_type=llama,hidden_size=2048,num_hidden_layers=16"
+        )
+    fields: dict[str, Any] = dict(KNOWN[name.lower()]) if name else {"model_type": "llama"}
+    for pair in pairs:
+        field, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--shape: expected FIELD=VALUE, got {pair!r}")
+        fields[field.strip().replace("-", "_")] = _value(value.strip())
+    model_type = str(fields.pop("model_type"))
+    try:
+        config = AutoConfig.for_model(model_type, **fields)
+    except (ValueError, TypeError, LookupError) as error:
+        raise ConfigError(
+            f"--shape: transformers cannot make {model_type} of it: {error}"
+        ) from None
+    unknown = [field for field in fields if field not in type(config)().to_dict()]
+    if unknown:
+        raise ConfigError(f"--shape: {model_type} has no {', '.join(unknown)} in its configuration")
+    return config
+
+
+def _value(text: str) -> int | bool | str:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    return int(text) if text.isdecimal() else text
+
+
+def shape_of(
+    model: Any, name: str, *, files: Mapping[str, tuple[int, bool]] | None = None
+) -> ModelShape:
+    """Return the shape of a model of transformers, which may be on the meta device.
+
+    Args:
+        model: A causal language model; not changed.
+        name: What to call it.
+        files: Of each parameter in the files, in their order, the bytes it takes as it comes out of
+            them and whether it is packed in 4 bits.
+    """
+    from torch import nn
+
+    from halfbyte.layers.decoder_layer import FAMILIES
+
+    config = model.config.get_text_config()
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    roles: dict[str, Role] = {}
+    for path, module in model.named_modules():
+        if module is head or module is embedding:
+            roles[f"{path}.weight"] = "head" if module is head else "embedding"
+        elif type(module) is nn.Linear:
+            roles[f"{path}.weight"] = "linear"
+    shapes = {path: tuple(parameter.shape) for path, parameter in model.named_parameters()}
+    if files is not None:
+        # The files may hold apart what the configuration ties.
+        every = dict(model.named_parameters(remove_duplicate=False))
+        shapes = {path: tuple(every[path].shape) for path in files if path in every}
+    packed = any(is_packed for _, is_packed in (files or {}).values())
+    weights = []
+    for path, shape in shapes.items():
+        comes, is_packed = (files or {}).get(path, (None, False))
+        numbers = [part for part in path.split(".") if part.isdecimal()]
+        role = roles.get(path, "other")
+        packs = role != "linear" or is_packed or not packed
+        weights.append(
+            Weight(path, shape, role, int(numbers[0]) if numbers else None, packs, comes)
+        )
+    out = {path.rsplit(".", 2)[-2]: shape[0] for path, shape in shapes.items() if len(shape) == 2}
+    kinds = {type(module).__name__ for module in model.modules()}
+    # What does not say how wide it is has no attention, or one of its own: an estimate then.
+    hidden = int(getattr(config, "hidden_size", None) or embedding.weight.shape[1])
+    heads = int(getattr(config, "num_attention_heads", None) or 1)
+    width = getattr(config, "head_dim", None) or hidden // heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
+    return ModelShape(
+        name=name,
+        weights=tuple(weights),
+        tied=bool(config.tie_word_embeddings),
+        layers=int(config.num_hidden_layers),
+        hidden=hidden,
+        query=out.get("q_proj", heads * int(width)),
+        key_value=out.get("k_proj", int(groups) * int(width)),
+        intermediate=out.get("gate_proj", int(intermediate)),
+        heads=heads,
+        vocabulary=int(config.vocab_size),
+        positions=getattr(config, "max_position_embeddings", None),
+        head_norms=any(".q_norm." in path for path in shapes),
+        fusable=bool(kinds & set(FAMILIES)),
+        vocabulary_packs=type(head) is nn.Linear
+        and (not config.tie_word_embeddings or type(embedding) is nn.Embedding),
+    )
+
+
+def shape_of_config(config: Any, name: str) -> ModelShape:
+    """Return the shape of the model that a configuration describes; no memory is taken.
+
+    Raises:
+        ConfigError: If transformers cannot build it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise ConfigError(f"{name}: transformers cannot build it: {error}") from error
+    return shape_of(model, name)

@@ -1,0 +1,321 @@
+"""Seconds of an optimizer step: a roofline, with the shares of it that were measured.
+
+A step is matrix products, which take the time of their operations, and everything else, which
+takes the time of its bytes. With P weights in linear layers, N tokens a step, and a the part of the
+layers that is run again in backward:
+
+    products     2·N·(2·P + a·R)         forward, the input's gradient, and forward again; of fused
+                                         layers without the last product (R weights instead of P),
+                                         whose result nobody reads, and where attention is kept
+                                         without that of attention's output
+    head         2·V·H·N·2
+    attention    2·T·Q·N a layer         forward, causal, and again but where it is kept;
+                                         backward takes 2.5 times that
+    decoding     2·(packed + decoded)    bytes: once a direction for what goes through the layers
+                                         together (a packed part, else all micro-batches of a
+                                         step), of layers whose decoded weights do not stay
+    elementwise  (3 + 0.3·a)·kept        bytes, as measured (`MOVED`); and 2 + a times the copies of
+                                         adapters
+    optimizer    12 + 2·moments          bytes a trained parameter
+
+Layers on the host are fetched while others compute; only what takes longer than that counts. On a
+GPU the kernels have to be launched, too. Fused layers are launched as CUDA graphs; where Python
+launches each kernel, and is slower than the card, it is the host's time that counts.
+
+Shares. On an H100 the bare products of a Llama-2-7B layer reach 688 of 989 TFLOP/s at 8192 tokens,
+at the card's power limit (benchmarks/results/2026-11-24_gpu_linear.json), and a copy moves 3.02 of
+3.35 TB/s. Other cards are taken to reach the same shares, which was not measured.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from halfbyte.errors import ConfigError
+from halfbyte.plan.activation_cost import Gpu
+from halfbyte.plan.ledger import Packed, Run, held
+from halfbyte.plan.model_shape import ModelShape
+
+PRODUCT_SHARE = 688 / 989
+COPY_SHARE = 3.02 / 3.35
+# Attention's products are small, and softmax is between them: smaller yet where documents are
+# shorter than `_LONG`, and heads narrower than `_WIDE_HEAD`. Products of models narrower than
+# `_WIDE` are small, too. Of SmolLM2's step on chats an H200's kernels took 28 ms: attention 9.4
+# where long rows of wide heads would take 1.7, products 11.5 where wide ones would take 4.1.
+ATTENTION_SHARE = 0.5
+_LONG, _WIDE_HEAD, _WIDE = 2048, 128, 1600
+# How often what a layer keeps goes through memory between its products, forward and backward, and
+# when it is run again: gpu_step_forms.json, 4x2048, less all the rest.
+MOVED, MOVED_AGAIN = 3.0, 0.3
+# A processor's step against its own products of 1024x1024x1024: cpu_step.json, "halfbyte-nf4-bf16".
+CPU_SHARE = 0.8
+
+# Seconds in which Python launches a layer's forward, rerun and backward for one micro-batch:
+# 3441 ms for 16 micro-batches and 32 layers, on the host of an H100, without CUDA graphs.
+LAUNCH_SECONDS = 3.441 / 16 / 32
+
+
+# A kernel takes 3 µs on a GPU however little it does, and a layer's forward, rerun and backward are
+# about 80 besides the products.
+_SMALL_KERNELS = 80 * 3e-6
+
+
+class Card(NamedTuple):
+    """A device.
+
+    Attributes:
+        name: Its name.
+        memory: Bytes a process finds.
+        flops: Operations a second that its products reach in the dtype it trains in.
+        bandwidth: Bytes a second that a copy reads and writes.
+        link: Bytes a second to and from the host.
+        itemsize: Bytes of that dtype.
+        device: ``cuda`` or ``cpu``.
+        measured: Whether these were measured, here and now.
+        capability: CUDA compute capability of a GPU.
+        num_sms: Its streaming multiprocessors.
+    """
+
+    name: str
+    memory: float
+    flops: float
+    bandwidth: float
+    link: float
+    itemsize: int = 2
+    device: str = "cuda"
+    measured: bool = False
+    capability: tuple[int, int] = (0, 0)
+    num_sms: int = 0
+
+    @property
+    def gpu(self) -> Gpu:
+        """What of it the memory of a step depends on."""
+        return Gpu(self.capability, self.num_sms)
+
+    @property
+    def checkpoint_width(self) -> int:
+        """The width from which a layer runs as long as its input and attention take to leave.
+
+        These are three streams, 6 bytes a token and width in 16 bits. A layer of a Llama has
+        12 weights for each square of its width, and forward multiplies with each. What is not
+        flash attention keeps more than its output, in 32 bits all its weights, too much to send
+        away: no width will do.
+        """
+        flash = self.itemsize == 2 and self.gpu.runs_flash_attention
+        return int(self.flops / (4 * self.link)) if flash else sys.maxsize
+
+
+def _of_table(
+    name: str,
+    gigabytes: float,
+    teraflops: float,
+    gigabytes_s: float,
+    link: float,
+    capability: tuple[int, int],
+    num_sms: int,
+) -> Card:
+    return Card(
+        name,
+        gigabytes * 1e9,
+        teraflops * 1e12 * PRODUCT_SHARE,
+        gigabytes_s * 1e9 * COPY_SHARE,
+        link * 1e9,
+        capability=capability,
+        num_sms=num_sms,
+    )
+
+
+# The makers' figures: memory as a program finds it, dense bfloat16 products with float32 sums,
+# memory bandwidth, what of PCIe is left for page-locked copies, compute capability and streaming
+# multiprocessors. The T4 has no bfloat16 units, so its products are those of float16.
+CARDS = {
+    "t4": _of_table("T4", 15.6, 65, 320, 12, (7, 5), 40),
+    "3090": _of_table("RTX 3090", 25.3, 71, 936, 25, (8, 6), 82),
+    "4090": _of_table("RTX 4090", 25.3, 165, 1008, 25, (8, 9), 128),
+    "l4": _of_table("L4", 23.6, 121, 300, 25, (8, 9), 58),
+    "a10": _of_table("A10", 23.6, 125, 600, 25, (8, 6), 72),
+    "a100-40": _of_table("A100 40 GB", 42.4, 312, 1555, 25, (8, 0), 108),
+    "a100-80": _of_table("A100 80 GB", 85.0, 312, 2039, 25, (8, 0), 108),
+    "h100": _of_table("H100 80 GB", 85.0, 989, 3350, 55, (9, 0), 132),
+    "h200": _of_table("H200", 150.0, 989, 4800, 55, (9, 0), 132),
+    "b200": _of_table("B200", 191.0, 2250, 8000, 55, (10, 0), 148),
+}
+HERE = "this-machine"
+
+
+def card_named(name: str) -> Card:
+    """Return a card of the table, or this machine as it is measured now.
+
+    Raises:
+        ConfigError: If there is no such card in the table.
+    """
+    key = name.lower().replace(" ", "-").removeprefix("rtx-").removesuffix("-sxm")
+    if key == HERE:
+        return measure_machine()
+    found = CARDS.get(key) or CARDS.get(key.removesuffix("-80")) or CARDS.get(f"{key}-80")
+    if found is None:
+        raise ConfigError(f"--card: expected one of {', '.join(CARDS)}, {HERE}, got {name!r}")
+    return found
+
+
+def card_of_driver(name: str) -> Card | None:
+    """Return the card of the table that a driver calls ``name``, if it is one."""
+    words = set(re.split(r"[\s-]+", name.lower()))
+    for key, card in CARDS.items():
+        kind, _, gigabytes = key.partition("-")
+        if kind in words and (not gigabytes or f"{gigabytes}gb" in words):
+            return card
+    return None
+
+
+class Seconds(NamedTuple):
+    """Where a step's time goes, in seconds.
+
+    Attributes:
+        products: Of the linear layers.
+        head: Products of the output head.
+        attention: Its two products, forward and backward.
+        decoding: From 4 bits.
+        elementwise: Everything between the products, adapters included.
+        optimizer: The update.
+        waiting: For what comes from the host.
+        launching: The host's time for launching all of it; it runs beside the rest.
+    """
+
+    products: float
+    head: float
+    attention: float
+    decoding: float
+    elementwise: float
+    optimizer: float
+    waiting: float
+    launching: float
+
+    @property
+    def total(self) -> float:
+        """A step."""
+        return max(sum(self[:-1]), self.launching)
+
+
+def step_seconds(
+    shape: ModelShape, run: Run, card: Card, *, launch: float | None = None
+) -> Seconds:
+    """Return where the time of one optimizer step goes.
+
+    Args:
+        shape: The model.
+        run: The step; its policy says how many layers are recomputed.
+        card: Where.
+        launch: Seconds of the host for a layer and part; if not given, 0 where passes are CUDA
+            graphs, which takes packed examples, and else `LAUNCH_SECONDS`.
+    """
+    run = replace(run, fused=run.fused and shape.fusable)
+    if launch is None:
+        launch = 0.0 if run.graphs and run.packs else LAUNCH_SECONDS
+    tokens, layer, e = run.tokens, run.layer(shape), run.holding.itemsize
+    # Weights are decoded, and inputs go to the host and back, once for what goes through together.
+    cost, passes = run.step_cost(shape), tokens / max(1, run.tokens_under_way)
+    again = 1 - run.policy.saved / max(1, shape.layers)
+    linears = shape.linears()
+    numel = sum(weight.numel for weight in linears)
+    last = sum(weight.numel for weight in linears if weight.name.endswith(".down_proj.weight"))
+    rerun = numel - last if run.fused else numel
+    # Where attention is kept, neither it nor what follows it is computed again.
+    noted = run.policy.offloaded / max(1, shape.layers) if run.policy.attention_checkpoint else 0.0
+    after = sum(weight.numel for weight in linears if weight.name.endswith(".o_proj.weight"))
+    packed = [held(weight, shape, run.holding) for weight in linears]
+    decoded = [
+        sum(size) + weight.numel * e
+        for weight, size in zip(linears, packed, strict=True)
+        if isinstance(size, Packed)
+    ]
+    kept = sum(layer.kept().values())
+    adapters = e * sum(sum(weight.shape) for weight in run.adapted(shape)) / max(1, shape.layers)
+    moved = (MOVED + MOVED_AGAIN * again) * kept + (2 + again) * adapters
+    forward = 2 * run.length * shape.query * tokens * shape.layers
+    trained = sum(run.rank * sum(weight.shape) for weight in run.adapted(shape))
+    state = 2 if run.optimizer.endswith("8bit") else 8
+    parts = tokens / max(1, run.part_tokens) if card.device == "cuda" else 0.0
+    flops, attended = card.flops, ATTENTION_SHARE
+    if card.device == "cuda":
+        flops *= min(1.0, shape.hidden / _WIDE)
+        head_dim = shape.query / max(1, shape.heads)
+        attended *= min(1.0, run.length / _LONG) ** 0.5 * min(1.0, head_dim / _WIDE_HEAD)
+    found = Seconds(
+        products=2 * tokens * (2 * numel + again * rerun - noted * after) / flops,
+        head=4 * shape.vocabulary * shape.hidden * tokens / card.flops,
+        attention=forward * (1 + 2.5 + again - noted) / (card.flops * attended),
+        decoding=2
+        * passes
+        * (1 - run.policy.decoded / max(1, shape.layers))
+        * sum(decoded)
+        / card.bandwidth,
+        elementwise=shape.layers * (tokens * moved / card.bandwidth + parts * _SMALL_KERNELS),
+        optimizer=trained * (12 + 2 * state) / card.bandwidth,
+        waiting=0.0,
+        launching=launch * shape.layers * parts,
+    )
+    # Out in forward and back in backward, beside the products of either.
+    away = 2 * cost.host_bytes(run.policy) * passes / card.link
+    return found._replace(waiting=max(0.0, away - found.total))
+
+
+def measure_machine() -> Card:
+    """Return this machine: products and a copy timed for a second or so."""
+    import torch
+
+    from halfbyte.runtime.device import spec_of
+    from halfbyte.runtime.precision import choose_device_and_dtype
+
+    device, dtype, _ = choose_device_and_dtype("auto", "auto")
+    on_gpu = device == "cuda"
+    # On a CPU what a run's loss has left on the heap has room for both sides of the copy: a run
+    # that measures this grew by 67 MB, in its middle, with 2**24.
+    size, count = (8192, 2**28) if on_gpu else (1024, 3 * 2**21)
+    from halfbyte.runtime.matmul import product
+
+    one = torch.randn(size, size).to(device, dtype)
+    flops = 2 * size**3 / _fastest(lambda: product(one, one), on_gpu)
+    here = torch.zeros(count, dtype=torch.float32, device=device)
+    there = torch.empty_like(here)
+    bandwidth = 2 * here.nbytes / _fastest(lambda: there.copy_(here), on_gpu)
+    link = bandwidth
+    if on_gpu:
+        host = torch.empty(count // 4, dtype=torch.float32, pin_memory=True)
+        link = host.nbytes / _fastest(lambda: host.copy_(here[: count // 4]), on_gpu)
+    memory = float(torch.cuda.mem_get_info()[0]) if on_gpu else _available()
+    name = torch.cuda.get_device_name() if on_gpu else "this machine's processor"
+    share = 1.0 if on_gpu else CPU_SHARE
+    found = Card(name, memory, flops * share, bandwidth, link, dtype.itemsize, device, True)
+    if not on_gpu:
+        return found
+    spec = spec_of(torch.device("cuda"))
+    return found._replace(capability=spec.capability, num_sms=spec.num_sms)
+
+
+def _available() -> float:
+    """Return the bytes of memory that a new process could take: the page cache gives way."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024.0 * int(line.split()[1])
+    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _fastest(work: Callable[[], object], on_gpu: bool) -> float:
+    """Return the seconds of the fastest of ten, the first two not counted."""
+    import time
+
+    import torch
+
+    times = []
+    for _ in range(12):
+        began = time.perf_counter()
+        work()
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return min(times[2:])

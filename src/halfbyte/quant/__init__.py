@@ -1,0 +1,28 @@
+"""Weights in four bits: a code of NF4 or FP4 for each, a scale for each block of them.
+
+`quantize` makes a `QuantizedWeight` of a tensor and `dequantize` a tensor of that again; the
+bytes are those of bitsandbytes. README.md beside this file derives the levels, draws the bytes
+and measures the error.
+"""
+
+from halfbyte.quant.format import (
+    BLOCK_SIZES,
+    SCALE_BLOCK,
+    QuantizedWeight,
+    QuantType,
+    dequantize,
+    dequantize_all,
+    empty_like_quantized,
+    quantize,
+)
+
+__all__ = [
+    "BLOCK_SIZES",
+    "SCALE_BLOCK",
+    "QuantType",
+    "QuantizedWeight",
+    "dequantize",
+    "dequantize_all",
+    "empty_like_quantized",
+    "quantize",
+]

@@ -1,0 +1,307 @@
+"""Variants of a run, trained side by side: each from the same seeds and data, each in a process.
+
+A variant is a few words: ``lora``, ``qlora``, ``fp4``, ``no-double-quant``, or any option of
+training as ``name=value``; ``lora+r=64`` joins them. A process of its own makes a run's memory its
+own, and is ``halfbyte train`` with a configuration file, then ``halfbyte eval``: what a person
+could have typed, but that both run in that process, which starts and compiles once. Seeds are the
+outer loop, so that a machine that slows down slows all variants.
+
+What is finished is not done again, and what was begun goes on from its checkpoint.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from halfbyte.checkpoint.atomic import new_file, require_writable
+from halfbyte.config.aliases import spell
+from halfbyte.config.schema import TrainConfig, check, load_config, to_yaml
+from halfbyte.errors import ConfigError, HalfbyteError
+from halfbyte.report.comparison import (
+    EVALUATION,
+    Comparison,
+    Result,
+    comparison_page,
+    finished_run,
+    read_result,
+)
+from halfbyte.report.runs import Run, number, read_run
+
+KNOWN: dict[str, dict[str, Any]] = {
+    "lora": {"quant": "none"},
+    "qlora": {"quant": "nf4"},
+    "fp4": {"quant": "fp4"},
+    "no-double-quant": {"double_quant": False},
+}
+"""Words that stand for options."""
+
+_SECONDS_BETWEEN_LOOKS = 0.5
+
+Progress = Callable[[int, int], None]
+
+
+class Variant(NamedTuple):
+    """Its name, as it was typed, and the options that make it."""
+
+    name: str
+    options: dict[str, Any]
+
+
+def parse_variants(names: Sequence[str]) -> list[Variant]:
+    """Read variants.
+
+    Raises:
+        ConfigError: A word is unknown, a name is there twice, or nothing is named.
+    """
+    found: list[Variant] = []
+    problems: list[str] = []
+    for name in names:
+        options: dict[str, Any] = {}
+        for word in name.split("+"):
+            option, equals, value = word.strip().partition("=")
+            if equals:
+                spelt = spell({option.replace("-", "_"): value}, TrainConfig)
+                problems += spelt.problems
+                options |= spelt.values
+            elif option in KNOWN:
+                options |= KNOWN[option]
+            else:
+                problems.append(
+                    f"`variants`: {word!r} is not known; expected {', '.join(KNOWN)}, an option "
+                    "such as r=64, or several joined by +"
+                )
+        if any(variant.name == name for variant in found):
+            problems.append(f"`variants`: {name!r} is there twice")
+        found.append(Variant(name, options))
+    if problems or not found:
+        raise ConfigError("; ".join(problems) or "`variants` names nothing to train")
+    return found
+
+
+@dataclass(frozen=True)
+class Job:
+    """One variant from one seed.
+
+    Attributes:
+        variant: Its name.
+        config: What is trained; its output is the run's directory.
+        evaluation: The words of ``halfbyte eval``, or none for a run that is not evaluated.
+        module: What trains: ``halfbyte`` itself, or the module for random weights.
+    """
+
+    variant: str
+    config: TrainConfig
+    evaluation: tuple[str, ...] = ()
+    module: tuple[str, ...] = ("halfbyte", "train")
+
+    @property
+    def file(self) -> Path:
+        """Its configuration file, beside its output."""
+        return self.config.output.with_name(self.config.output.name + ".yaml")
+
+    @property
+    def log(self) -> Path:
+        """What its processes say on standard error."""
+        return self.file.with_suffix(".log")
+
+    def finished(self) -> Run | None:
+        """The finished run, or None."""
+        return finished_run(self.config.output, evaluated=bool(self.evaluation))
+
+
+def jobs(
+    variants: Sequence[Variant],
+    seeds: Sequence[int],
+    given: dict[str, Any],
+    output: Path,
+    *,
+    evaluation: Callable[[TrainConfig], tuple[str, ...]],
+    module: tuple[str, ...] = ("halfbyte", "train"),
+) -> list[Job]:
+    """Lay out every run, seeds outside, and check all their options.
+
+    Args:
+        variants: What differs.
+        seeds: The seeds of each.
+        given: Options that all share, by name.
+        output: The comparison's directory.
+        evaluation: The words of ``halfbyte eval`` for a run.
+        module: See ``Job``.
+
+    Raises:
+        ConfigError: An option is wrong, or ``output`` holds a run that was made with others.
+    """
+    found = []
+    for seed in seeds:
+        for variant in variants:
+            place = {"output": output / _directory(variant.name) / f"seed-{seed}", "resume": True}
+            config = check(TrainConfig, given | variant.options | {"seed": seed} | place)
+            job = Job(variant.name, config, evaluation(config), module)
+            if job.file.exists() and (job.config.output / "journal.jsonl").exists():
+                _require_same(job)
+            found.append(job)
+    return found
+
+
+def _directory(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "._+=-" else "_" for c in name)
+
+
+def _require_same(job: Job) -> None:
+    # Options that came with a later version had their defaults then.
+    before = load_config(job.file, {})[0].model_dump(mode="json")
+    now = job.config.model_dump(mode="json")
+    places = {"output", "memory_budget", "save_steps", "save_total_limit", "logging_steps"}
+    changed = [
+        f"{name} was {before[name]!r}, is {value!r}"
+        for name, value in now.items()
+        if name not in places and before[name] != value
+    ]
+    if changed:
+        raise ConfigError(
+            f"{job.config.output} was run with other options; give the same, or another --output:"
+            "\n  " + "\n  ".join(changed)
+        )
+
+
+def run(job: Job, progress: Progress | None = None) -> Result:
+    """Do what is left of a job.
+
+    Args:
+        job: What to do.
+        progress: Called now and then with steps made, and steps in all.
+
+    Returns:
+        The result; with ``failure`` if it ended without one, and the log says why.
+
+    Raises:
+        ConfigError: Its process ended with code 2: what it was given is wrong.
+    """
+    seed = job.config.seed
+    done = job.finished()
+    if done is None:
+        require_writable(job.file.parent)
+        with new_file(job.file) as file:
+            file.write(to_yaml(job.config).encode())
+        trained = finished_run(job.config.output, evaluated=False) is not None
+        answer, failure = _process(job, _words(job, trained=trained), progress)
+        if failure is None and job.evaluation:
+            with new_file(job.config.output / EVALUATION) as file:
+                file.write(answer)
+        if failure is not None:
+            return Result(job.variant, seed, failure=failure)
+        done = read_run(job.config.output)
+    return read_result(job.variant, seed, done)
+
+
+def _words(job: Job, *, trained: bool) -> list[str]:
+    """What follows ``python -m`` to do what is left of a job."""
+    evaluate = ["eval", *job.evaluation, "--json"]
+    if trained:
+        return ["halfbyte", *evaluate]
+    if not job.evaluation:
+        return [*job.module, str(job.file)]
+    return ["halfbyte.cli.series", json.dumps([["train", str(job.file)], evaluate])]
+
+
+def _process(
+    job: Job, words: list[str], progress: Progress | None = None
+) -> tuple[bytes, str | None]:
+    """Run ``python -m …``; return its standard output, and why it failed."""
+    answer = job.log.with_suffix(".out")
+    with open(job.log, "ab") as log, open(answer, "wb") as out:
+        began = log.tell()
+        call = [sys.executable, "-m", *words]
+        with subprocess.Popen(call, stdout=out, stderr=log, env=os.environ) as process:
+            try:
+                while process.returncode is None:
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(_SECONDS_BETWEEN_LOOKS)
+                    if progress is not None:
+                        progress(*_steps(job.config.output))
+            except BaseException:
+                process.kill()
+                raise
+    said = job.log.read_bytes()[began:].decode(errors="replace").strip().splitlines()
+    output = answer.read_bytes()
+    answer.unlink()
+    if process.returncode == 0:
+        return output, None
+    last = said[-1] if said else "it said nothing"
+    if process.returncode == 2:
+        message = next((i for i, line in enumerate(said) if line.startswith("halfbyte ")), -1)
+        raise ConfigError(f"{job.variant}: " + "\n".join(said[message:]).partition(": ")[2])
+    if process.returncode < 0:
+        name = signal.Signals(-process.returncode).name
+        memory = ", as happens where memory runs out" if name == "SIGKILL" else ""
+        return output, f"it was ended by {name}{memory}; see {job.log}"
+    errors = [line for line in said if "Error" in line.partition(":")[0]]
+    return output, f"{errors[-1] if errors else last}; see {job.log}"
+
+
+def _steps(directory: Path) -> tuple[int, int]:
+    try:
+        going = read_run(directory)
+    except ConfigError:
+        return 0, 1
+    return going.steps, int(number(going.begin.get("total_steps")) or 1)
+
+
+def first_runs(done: Sequence[Job]) -> Iterator[Run]:
+    """The run of each variant's first seed that has a result, named as the variant."""
+    named: set[str] = set()
+    for job in done:
+        if job.variant not in named and (one := job.finished()) is not None:
+            named.add(job.variant)
+            one.name = job.variant
+            yield one
+
+
+def write_results(
+    found: Comparison, done: Sequence[Job], output: Path, *, title: str, about: str, curves: bool
+) -> None:
+    """Write ``compare.json`` and ``compare.html``.
+
+    Args:
+        found: The results.
+        done: The jobs they are of.
+        output: Where the files go.
+        title: What was compared, for people.
+        about: On what.
+        curves: Whether the runs' losses mean something.
+
+    Raises:
+        OutputError: They cannot be written.
+    """
+    runs = list(first_runs(done))
+    if runs:
+        about += f" · {runs[0].begin.get('machine')}"
+    links = {
+        f"{job.variant}, seed {job.config.seed}": os.path.relpath(
+            job.config.output / "report.html", output
+        )
+        for job in done
+        if job.finished()
+    }
+    page = comparison_page(found, runs if curves else [], title, about, links)
+    with new_file(output / "compare.json") as file:
+        file.write(json.dumps(found.as_json(), indent=2, ensure_ascii=False).encode())
+    with new_file(output / "compare.html") as file:
+        file.write(page.encode(errors="replace"))
+
+
+def require_results(found: Comparison) -> None:
+    """Complain, once everything is written, if a run has no result.
+
+    Raises:
+        HalfbyteError: Names every run without one.
+    """
+    if failures := found.failures():
+        raise HalfbyteError("some runs have no result:\n  " + "\n  ".join(failures))

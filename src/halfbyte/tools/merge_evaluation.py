@@ -1,0 +1,212 @@
+"""How far a merged model is from the adapter it was made of, measured before it is written.
+
+The live adapter answers held-out text once, and its logits are kept on the CPU. Each candidate
+then answers the same text through the same model in memory, whose linears are replaced for as long
+as it takes: a candidate's weight is made when a layer is called, and dropped after its product. So
+nothing is held twice, and what is measured has been rounded or packed as it will be written.
+
+A file that was written is a candidate too: read back, one tensor at a time, it must agree with the
+adapter no less.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from halfbyte.checkpoint.source import BaseSource
+from halfbyte.data import IGNORED, Example, collate
+from halfbyte.engine.packing import Batch
+from halfbyte.layers.vocabulary import FrozenEmbedding
+from halfbyte.linear.frozen import FrozenLinear
+from halfbyte.models.build import frozen_linears
+from halfbyte.quant import QuantizedWeight, dequantize
+from halfbyte.runtime.matmul import product
+from halfbyte.train.evaluate import as_batch
+
+HELD_OUT = Path(__file__).with_name("held_out.jsonl")
+"""Questions and answers of everyday prose, for those who have kept nothing of their own back."""
+
+# Bytes of float32 logits: kept of the live adapter, alive in one forward, compared at a time.
+_KEPT, _ALIVE, _COMPARED = 1 << 30, 256 << 20, 32 << 20
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far a model's answers are from the live adapter's.
+
+    Attributes:
+        kl: KL(live ‖ model) in nats, mean over the positions.
+        largest_gap: Largest difference of two logits.
+        top1_agreement: Share of positions whose likeliest token is the same.
+        forgotten: Examples that the live adapter knows by heart, and the model does not.
+    """
+
+    kl: float
+    largest_gap: float
+    top1_agreement: float
+    forgotten: int
+
+
+class Reference(NamedTuple):
+    """Held-out text, and what the live adapter makes of it.
+
+    Attributes:
+        batches: The text; its supervised positions are compared.
+        logits: For each batch float32 [positions, V], on the CPU.
+        left_out: Examples for whose logits there was no room.
+    """
+
+    batches: list[Batch]
+    logits: list[Tensor]
+    left_out: int
+
+    @property
+    def positions(self) -> int:
+        """How many positions are compared."""
+        return sum(len(logits) for logits in self.logits)
+
+    @property
+    def by_heart(self) -> int:
+        """How many examples the live adapter would write itself, greedily, to the last token."""
+        pairs = zip(self.batches, self.logits, strict=True)
+        return sum(int(_by_heart(batch, logits).sum()) for batch, logits in pairs)
+
+
+def _by_heart(batch: Batch, logits: Tensor) -> Tensor:
+    """Return of which examples each supervised token is the likeliest; bool [examples]."""
+    supervised = batch.labels != IGNORED
+    wrong = torch.zeros_like(supervised)
+    wrong[supervised] = logits.argmax(1).cpu() != batch.labels[supervised]
+    return ~wrong.any(1)
+
+
+def reference(model: PreTrainedModel, examples: Sequence[Example]) -> Reference:
+    """Return what ``model`` answers to ``examples``; of many, as many as 1 GiB of logits allows."""
+    row = 4 * int(model.config.get_text_config().vocab_size)
+    chosen: list[Example] = []
+    room = _KEPT
+    for example in examples:
+        room -= row * int(example.labels_mask.sum())
+        if chosen and room < 0:
+            break
+        chosen.append(example)
+    chosen.sort(key=lambda example: len(example.tokens), reverse=True)
+    batches, start = [], 0
+    while start < len(chosen):
+        together = max(1, _ALIVE // (row * len(chosen[start].tokens)))
+        batch = collate(chosen[start : start + together])
+        batches.append(as_batch(batch))
+        start += together
+    logits = [_logits(model, batch).cpu() for batch in batches]
+    return Reference(batches, logits, len(examples) - len(chosen))
+
+
+def distance(model: PreTrainedModel, candidate: BaseSource | None, live: Reference) -> Distance:
+    """Return how far ``candidate`` is from the live adapter.
+
+    What is no frozen linear (norms, embeddings) takes the candidate's values in ``model``, rounded
+    as they are, and keeps them: candidates have these in common.
+
+    Args:
+        model: The model in memory, with the adapter that ``live`` was measured with.
+        candidate: A ``Merged`` of it, or the source that was written; None is the bare base.
+        live: What ``reference`` returned.
+
+    Raises:
+        CheckpointError: If a file ends early.
+    """
+    kl, gap, same, forgotten = 0.0, 0.0, 0, 0
+    with _replaced(model, candidate):
+        for batch, wanted in zip(live.batches, live.logits, strict=True):
+            got = _logits(model, batch)
+            forgotten += int((_by_heart(batch, wanted) & ~_by_heart(batch, got)).sum())
+            rows = max(1, _COMPARED // (4 * got.shape[1]))
+            for start in range(0, len(got), rows):
+                p, q = wanted[start : start + rows].to(got.device), got[start : start + rows]
+                gap = max(gap, float((p - q).abs().max()))
+                same += int((p.argmax(1) == q.argmax(1)).sum())
+                p, q = p.double().log_softmax(1), q.double().log_softmax(1)
+                kl += float((p.exp() * (p - q)).sum())
+    return Distance(kl / live.positions, gap, same / live.positions, forgotten)
+
+
+def distances(
+    model: PreTrainedModel,
+    candidates: Mapping[Any, BaseSource],
+    live: Reference,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Distance]:
+    """Return ``distance`` of each candidate by its name, and of the bare base as "no adapter"."""
+    found: dict[str, Distance] = {}
+    for name, candidate in [*candidates.items(), ("no adapter", None)]:
+        found[name] = distance(model, candidate, live)
+        if progress is not None:
+            progress(len(found), len(candidates) + 1)
+    return found
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    device = model.device
+    logits: Tensor = model(input_ids=batch.input_ids.to(device), use_cache=False).logits
+    rows, columns = (batch.labels != IGNORED).nonzero(as_tuple=True)
+    return logits[rows.to(device), columns.to(device)].float()
+
+
+class _Stand(nn.Module):
+    """Stands where a frozen linear was: computes with a candidate's weight."""
+
+    def __init__(self, linear: FrozenLinear, weight: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.bias, self._weight, self._linear = linear.bias, weight, (linear,)  # no submodule
+
+    def forward(self, x: Tensor) -> Tensor:
+        linear = self._linear[0]
+        weight = self._weight()
+        if isinstance(linear, FrozenEmbedding):
+            return nn.functional.embedding(x, weight.to(x.device, linear.dtype))
+        y = product(x.reshape(-1, x.shape[-1]), weight.to(x.device, x.dtype))
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+
+@contextmanager
+def _replaced(model: PreTrainedModel, candidate: BaseSource | None) -> Iterator[None]:
+    linears = frozen_linears(model)
+    stands: dict[str, _Stand] = {}
+    if candidate is None:
+        stands = {
+            path: _Stand(linear, partial(linear.decode, torch.float32))
+            for path, linear in linears.items()
+        }
+    else:
+        names = {parameter.name for parameter in candidate.parameters}
+        tied: dict[str, str] = candidate.skeleton.all_tied_weights_keys
+        for path, linear in linears.items():
+            name = f"{path}.weight"
+            name = name if name in names else tied[name]
+            stands[path] = _Stand(linear, partial(_dense, candidate, name))
+        for name in names - {f"{path}.weight" for path in linears}:
+            path, _, leaf = name.rpartition(".")
+            held: Tensor = getattr(model.get_submodule(path), leaf)
+            held.detach().copy_(_dense(candidate, name))
+    try:
+        for path, stand in stands.items():
+            model.set_submodule(path, stand)
+        yield
+    finally:
+        for path, linear in linears.items():
+            model.set_submodule(path, linear)
+
+
+def _dense(candidate: BaseSource, name: str) -> Tensor:
+    """Return a weight of a source as a tensor: what is packed is decoded to its own dtype."""
+    value = candidate.tensor(name)
+    return dequantize(value) if isinstance(value, QuantizedWeight) else value

@@ -1,0 +1,137 @@
+"""Training steps of a model that nobody has: right shapes, random weights, random tokens.
+
+What memory and a step's time depend on is all there, a checkpoint is not needed. Its journal is
+that of any run; its losses mean nothing. Started as a process by ``halfbyte compare --shape``:
+
+    python -m halfbyte.tools.synthetic_model CONFIG.yaml        (model: shape:llama2-7b)
+"""
+
+import math
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from halfbyte.config.schema import TrainConfig, load_config
+from halfbyte.engine.choose import choose_engine
+from halfbyte.engine.packing import Batch
+from halfbyte.errors import UserError
+from halfbyte.layers.vocabulary import embedding_to_host
+from halfbyte.linear.lora import adapter_parameters, attach
+from halfbyte.models.build import build, finish, place
+from halfbyte.plan.model_shape import config_of
+from halfbyte.report import open_report
+from halfbyte.runtime.malloc import keep_freed_memory
+from halfbyte.runtime.precision import choose_device_and_dtype
+from halfbyte.train import metadata as facts
+from halfbyte.train.loading import lora_of, recipe_of
+from halfbyte.train.schedule import Schedule
+from halfbyte.train.trainer import StepResult, Trainer
+
+if TYPE_CHECKING:
+    from halfbyte.report import RunReport
+
+PREFIX = "shape:"
+
+
+def run(config: TrainConfig, report: "RunReport") -> None:
+    """Make ``config.max_steps`` steps of ``batch_size`` x ``max_length`` tokens, all supervised.
+
+    Raises:
+        ConfigError: The shape is unknown, or the memory budget too small.
+    """
+    device, dtype, why = choose_device_and_dtype(config.device, config.compute_dtype)
+    report.note(f"on {device}, products in {str(dtype).removeprefix('torch.')}: {why}")
+    if device == "cpu":
+        keep_freed_memory()
+    architecture = config_of(config.model.removeprefix(PREFIX))
+    began = time.perf_counter()
+    model = build(architecture, recipe_of(config, dtype, device))
+    torch.manual_seed(config.seed)
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(architecture)
+    for name, parameter in shapes.named_parameters():  # a tied head is not among them
+        place(model, name, _random(tuple(parameter.shape), dtype, device))
+    audit = finish(model)
+    report.record("loaded", {"seconds": time.perf_counter() - began} | facts.memory_now(device))
+    attach(model, lora_of(config), seed=config.seed)
+    parameters = adapter_parameters(model)
+    embedding_to_host(model)
+    engine, told = choose_engine(model, device, graphs=config.cuda_graphs)
+    report.note(told)
+    total = config.max_steps or 1
+    trainer = Trainer(engine, parameters, config, Schedule.of(config, total))
+    size = (config.batch_size, config.max_length)
+    micro_batches = config.gradient_accumulation_steps
+    memory = trainer.fit([[size] * micro_batches], [[size[1]] * size[0] * micro_batches])
+    report.note(memory.line())
+    told_facts: dict[str, Any] = {
+        "model": config.model,
+        "quant": config.quant,
+        "device": device,
+        "machine": facts.machine(device),
+        "compute_dtype": str(dtype).removeprefix("torch."),
+        "versions": facts.versions(),
+        "base_bytes": audit.total_bytes,
+    }
+    report.begin(total_steps=total, start_step=0, facts=told_facts | facts.options(config))
+    tokens = size[0] * size[1] * micro_batches
+    spent, loss = 0.0, math.nan
+
+    def done(step: int, result: StepResult) -> None:
+        nonlocal spent, loss
+        spent, loss = spent + result.seconds, result.loss
+        for line in engine.notes:
+            report.note(line)
+        engine.notes.clear()
+        report.step(
+            {
+                "step": step + 1,
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                "learning_rate": result.learning_rate,
+                "tokens": tokens,
+                "tokens_per_second": tokens / result.seconds,
+                "seconds": result.seconds,
+            }
+            | facts.memory_now(device)
+        )
+
+    trainer.capture()
+    trainer.train(
+        range(total),
+        lambda _: [_drawn(size, architecture.vocab_size) for _ in range(micro_batches)],
+        done,
+    )
+    report.finish({"steps": total, "seconds": spent, "final_loss": loss} | facts.memory_now(device))
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=dtype, device=device)
+    return torch.randn(shape, dtype=dtype, device=device).mul_(0.02)
+
+
+def _drawn(size: tuple[int, int], vocabulary: int) -> Batch:
+    ids = torch.randint(3, vocabulary, size)
+    return Batch(ids, ids)
+
+
+def main(file: str) -> int:
+    """Run what a configuration file says; the exit code."""
+    try:
+        config, _ = load_config(Path(file), {})
+        with open_report(config.output) as report:
+            run(config, report)
+    except UserError as error:
+        print(f"halfbyte compare: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,205 @@
+"""A run's memory and time as the plan predicts them, held against what is measured.
+
+Bytes are predicted from the files' headers, the trained tensors' sizes, the shapes of the steps
+made so far, and what the plan does with activations: nothing of it is measured, but for what Python
+and its libraries take on a CPU, before there is a model. Where they are off
+by more than ``TOLERANCE``, that is said. Seconds come from the table of cards, or on a CPU from a
+short timing of its products; the first steps compile and capture, and are left out.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from halfbyte.checkpoint.base_model import BaseSource
+from halfbyte.models.build import BaseRecipe
+from halfbyte.plan.activation_cost import H100, Gpu
+from halfbyte.plan.ledger import Holding, Ledger, OptimizerMode, Run, ledger
+from halfbyte.plan.model_shape import ModelShape, shape_of
+from halfbyte.plan.policy import ActivationPolicy
+from halfbyte.plan.roofline import Card, card_of_driver, measure_machine, step_seconds
+from halfbyte.runtime.device import spec_of
+
+if TYPE_CHECKING:
+    from halfbyte.report import RunReport
+
+TOLERANCE = 0.05
+FIRST_LOOK = 5  # steps: by then, everything that stays has been allocated
+_UNTIMED = 2
+
+
+def shape_of_source(source: BaseSource) -> ModelShape:
+    """Return the shape of the model in ``source``; only headers have been read for it."""
+    files = {
+        p.name: (p.nbytes if p.packed else math.prod(p.shape) * p.dtype.itemsize, p.packed)
+        for p in source.parameters
+    }
+    return shape_of(source.skeleton, source.name, files=files)
+
+
+def _gpu() -> Gpu:
+    spec = spec_of(torch.device("cuda"))
+    return Gpu(spec.capability, spec.num_sms)
+
+
+class _Seen(NamedTuple):
+    """A step that was made: its parts, the length attention sees on average, its seconds."""
+
+    largest: int
+    tokens: int
+    parts: int
+    attended: int
+    seconds: float
+
+
+class Prediction:
+    """What a run is predicted to hold.
+
+    Args:
+        source: The base model's files.
+        recipe: How it is held.
+        parameters: What is trained, by name.
+        rank: Of most adapters.
+        optimizer: Which AdamW.
+        pages: Whether its state is always on the host.
+        fused: Whether layers are run by ``layers.decoder_layer``.
+        policy: What is kept for backward.
+        graphs: Whether passes are CUDA graphs.
+        embedding_on_host: Whether the embedding waits there.
+        process: Bytes of the process before the base was loaded; for a CPU.
+    """
+
+    def __init__(
+        self,
+        source: BaseSource,
+        recipe: BaseRecipe,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        rank: int,
+        optimizer: str,
+        pages: bool = False,
+        fused: bool,
+        policy: ActivationPolicy,
+        graphs: bool = False,
+        embedding_on_host: bool = False,
+        process: int | None = None,
+    ) -> None:
+        self._shape = shape_of_source(source)
+        coded = optimizer.endswith("8bit")
+        mode: OptimizerMode = "adamw_8bit" if coded else "adamw"
+        if pages:
+            mode = "paged_adamw_8bit" if coded else "paged_adamw_32bit"
+        self._run = Run(
+            Holding.of(recipe),
+            rank,
+            optimizer=mode,
+            fused=fused,
+            device=recipe.device,
+            policy=policy,
+            graphs=graphs,
+            gpu=_gpu() if recipe.device.startswith("cuda") else H100,
+            embedding_on_host=embedding_on_host,
+            trained=tuple(parameter.numel() for parameter in parameters.values()),
+            process=process,
+        )
+        self._shapes: dict[tuple[tuple[int, int], ...], None] = {}
+        self._steps: list[_Seen] = []
+        self._measured: Card | None = None
+
+    def use(self, policy: ActivationPolicy, *, graphs: bool) -> None:
+        """Go on with another policy, because memory ran out."""
+        self._run = replace(self._run, policy=policy, graphs=graphs)
+
+    def see(
+        self,
+        shapes: Iterable[Sequence[int]],
+        seconds: float,
+        *,
+        lengths: Sequence[int],
+        parts: Sequence[int] | None = None,
+    ) -> None:
+        """Take note of a step.
+
+        Args:
+            shapes: The (B, T) of its micro-batches.
+            seconds: How long it took.
+            lengths: The tokens of each of its documents; of each row, where rows are padded.
+            parts: The tokens of each part, filled up, where documents are packed.
+        """
+        step = tuple((batch, length) for batch, length in shapes)
+        self._shapes[step] = None
+        parts = parts or [batch * length for batch, length in step]
+        # A token attends to its document, so on average to as many.
+        attended = sum(n * n for n in lengths) // max(1, sum(lengths))
+        self._steps.append(_Seen(max(parts), sum(parts), len(parts), max(1, attended), seconds))
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger of the largest step seen."""
+        largest = max(seen.largest for seen in self._steps)
+        tokens = max(seen.tokens for seen in self._steps)
+        run = replace(
+            self._run, largest_part=largest, step_tokens=tokens, shapes=tuple(self._shapes)
+        )
+        return ledger(self._shape, run)
+
+    def seconds(self, card: Card) -> tuple[float, float]:
+        """Return the mean seconds of a step, measured and predicted; NaN before there are any."""
+        timed = self._steps[_UNTIMED:]
+        runs = [
+            replace(
+                self._run,
+                length=seen.attended,
+                micro_batches=seen.parts,
+                largest_part=-(-seen.tokens // seen.parts),
+                step_tokens=seen.tokens,
+            )
+            for seen in timed
+        ]
+        predicted = [step_seconds(self._shape, run, card).total for run in runs]
+        count = len(timed) or math.nan
+        return sum(seen.seconds for seen in timed) / count, sum(predicted) / count
+
+    def tell(
+        self, report: "RunReport", measured: int, step: int, *, reserved: int | None = None
+    ) -> None:
+        """Hold the prediction against what was measured, and tell the journal and people.
+
+        Args:
+            report: Who is told.
+            measured: Peak of the memory in use, in bytes.
+            step: The steps made so far.
+            reserved: Peak of what torch has reserved on a GPU, in bytes.
+        """
+        entries = self.ledger
+        off = measured / entries.peak - 1
+        line = (
+            f"memory: {measured / 1e9:.2f} GB at the peak of {step} steps, "
+            f"{entries.peak / 1e9:.2f} GB predicted ({100 * off:+.1f} %)"
+        )
+        if abs(off) > TOLERANCE:
+            line += f": off by more than {100 * TOLERANCE:.0f} %"
+        record: dict[str, Any] = {"step": step, "measured_bytes": measured}
+        record |= {"predicted_bytes": entries.peak, "off": off}
+        if reserved is not None:
+            line += f"; {reserved / 1e9:.2f} GB reserved, {entries.needed / 1e9:.2f} predicted"
+            record |= {"reserved_bytes": reserved, "predicted_reserved_bytes": entries.needed}
+        card = self._card()
+        if card is not None and len(self._steps) > _UNTIMED:
+            took, predicted = self.seconds(card)
+            line += f"; {took:.3g} s a step, {predicted:.3g} predicted"
+            record |= {"measured_seconds": took, "predicted_seconds": predicted}
+        report.note(line)
+        lines = [entry._asdict() for entry in entries.all_lines()]
+        report.record("memory", record | {"ledger": lines})
+
+    def _card(self) -> Card | None:
+        if self._run.device == "cpu":
+            self._measured = self._measured or measure_machine()
+            return self._measured
+        # Not measured: the buffers would count to the peak.
+        return card_of_driver(torch.cuda.get_device_name())

@@ -1,0 +1,175 @@
+"""What a run writes down about itself, so that its journal tells the whole story by itself.
+
+Versions, machine, options, the verdict on the data, the time of a step's parts, and what the model
+answers before and after. None of it is used for training.
+"""
+
+import importlib.metadata
+import platform
+import time
+from itertools import pairwise
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from halfbyte import __version__
+from halfbyte.config.schema import TrainConfig
+from halfbyte.data import Dataset
+from halfbyte.engine.autograd import PlainEngine
+from halfbyte.engine.layerwise import LayerEngine
+from halfbyte.engine.memory_policy import peak_memory, used_memory
+from halfbyte.models.generate import generate
+
+_PACKAGES = ("torch", "transformers", "triton")
+
+# Prompts for samples have no more tokens, answers neither.
+_LONGEST_PROMPT = 512
+_LONGEST_ANSWER = 48
+
+
+def versions() -> dict[str, str]:
+    """Return what would have to be installed to do the run again."""
+    found = {"halfbyte": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine(device: str) -> str:
+    """Return the name of the GPU, or of the processor and its threads."""
+    if device == "cuda":
+        return str(torch.cuda.get_device_name())
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            name = next(line.partition(":")[2].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        name = platform.machine()
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def options(config: TrainConfig) -> dict[str, Any]:
+    """Return every option, and the names of those that were given."""
+    return {"config": config.model_dump(mode="json"), "given": sorted(config.model_fields_set)}
+
+
+def verdict(dataset: Dataset) -> dict[str, Any]:
+    """Return the verdict on a data set, in plain values."""
+    report = dataset.report
+    return {
+        "source": report.source,
+        "format": report.format,
+        "rows": report.rows,
+        "usable": report.usable,
+        "truncated": report.truncated,
+        "max_length": report.max_length,
+        "tokens": report.tokens,
+        "supervised_tokens": report.supervised_tokens,
+        "longest": report.longest,
+        "lines": report.lines(),
+    }
+
+
+def memory_now(device: str) -> dict[str, int]:
+    """Return bytes in use and their peak: of the process, or of torch on the GPU."""
+    found = {"memory_bytes": used_memory(device), "peak_memory_bytes": peak_memory(device)}
+    taken = reserved(device)
+    return found if taken is None else found | {"reserved_bytes": taken}
+
+
+def reserved(device: str) -> int | None:
+    """Return the peak of what torch has reserved on a GPU; None on a CPU."""
+    return int(torch.cuda.max_memory_reserved()) if device == "cuda" else None
+
+
+class StepClock:
+    """Times the parts of steps, without making the host wait for a GPU.
+
+    Args:
+        optimizer: Whose ``step`` is the part ``update``.
+        engine: What tells of the other parts, if it knows them.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, engine: LayerEngine | PlainEngine, device: str
+    ) -> None:
+        self._on_gpu = device == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+        optimizer.register_step_pre_hook(lambda *_: self._mark("update"))
+        optimizer.register_step_post_hook(lambda *_: self._mark(""))
+        if isinstance(engine, LayerEngine):
+            engine.mark = self._mark
+
+    def _mark(self, part: str) -> None:
+        if self._on_gpu:
+            now: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            now.record()
+        else:
+            now = time.perf_counter()
+        self._marks.append((part, now))
+
+    def seconds(self) -> dict[str, float]:
+        """Return the time of each part since last asked; on a GPU, once it has made the update."""
+        found: dict[str, float] = {}
+        for (part, start), (_, end) in pairwise(self._marks):
+            taken = float(start.elapsed_time(end)) / 1e3 if self._on_gpu else end - start
+            found[part] = found.get(part, 0.0) + taken
+        self._marks = []
+        return found
+
+
+class Samples:
+    """A few prompts of a data set, to be answered greedily again and again."""
+
+    def __init__(self, dataset: Dataset, count: int) -> None:
+        """Choose ``count`` prompts, spread over the data; long ones and plain text are not."""
+        pairs = zip(dataset.rows, dataset.examples, strict=True)
+        rows = [
+            row for row, ex in pairs if row.text is None and ex.prompt_length <= _LONGEST_PROMPT
+        ]
+        chosen = min(count, len(rows))
+        self._rows = [rows[len(rows) * i // chosen] for i in range(chosen)]
+        self._source = dataset.report.source
+
+    def answer(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        step: int,
+        *,
+        memory_limit: int | None = None,
+    ) -> dict[str, Any]:
+        """Return what the journal is told of the model's answers after ``step``.
+
+        Args:
+            model: What answers.
+            tokenizer: Its tokenizer.
+            step: Of the run.
+            memory_limit: Bytes of a GPU that torch may have reserved in all.
+        """
+        began = time.perf_counter()
+        answers = generate(
+            model,
+            tokenizer,
+            [row.prompt for row in self._rows],
+            tools=[row.tools for row in self._rows],
+            max_new_tokens=_LONGEST_ANSWER,
+            memory_limit=memory_limit,
+        )
+        return {
+            "step": step,
+            "source": self._source,
+            "samples": [
+                {"prompt": str(row.prompt[-1]["content"]), "expected": row.expected, "got": got}
+                for row, got in zip(self._rows, answers, strict=True)
+            ],
+            "seconds": time.perf_counter() - began,
+        }
+
+    def __bool__(self) -> bool:
+        return bool(self._rows)

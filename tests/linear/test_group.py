@@ -1,0 +1,234 @@
+"""Linears that share their input: one product when they do, and no harm when they do not."""
+
+import gc
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from halfbyte.linear.decoded_cache import WeightScratch
+from halfbyte.linear.frozen import FrozenLinear
+from halfbyte.linear.group import SharedInput, ThinProducts
+from tests.linear.test_frozen import Update, layer
+
+SIZES = (7, 3, 3)
+
+
+def adapted(keep=None, *, missing=()):
+    """Three linears over 10 features, each with an adapter of its own but those `missing`."""
+    torch.manual_seed(3)
+    linears = [layer(out) for out in SIZES]
+    for i, (linear, out) in enumerate(zip(linears, SIZES, strict=True)):
+        a = torch.randn(2 + i, 10, dtype=torch.float64, requires_grad=True)
+        b = torch.randn(out, 2 + i, dtype=torch.float64, requires_grad=True)
+        if i not in missing:
+            linear.adapter = Update(a, b, 0.5, keep)
+    return linears
+
+
+def run(linears, x, weights=(1.0, 2.0, 3.0)):
+    ys = [linear(x) for linear in linears]
+    loss = sum(w * (y * y).sum() for w, y in zip(weights, ys, strict=True) if w)
+    wanted = [x] + [t for m in linears if m.adapter for t in (m.adapter.a, m.adapter.b)]
+    return ys, torch.autograd.grad(loss, wanted, allow_unused=True)
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """How many products were made, each of however many linears."""
+    made = []
+    original = SharedInput._products
+
+    def counted(self, x, **read):
+        made.append(len(self.members))
+        return original(self, x, **read)
+
+    monkeypatch.setattr(SharedInput, "_products", counted)
+    return made
+
+
+@pytest.mark.parametrize("missing", [(), (1,), (0, 1, 2)])
+@pytest.mark.parametrize("dropped", [True, False])
+def test_together_they_give_what_they_give_alone(missing, dropped, products):
+    x = torch.randn(2, 5, 10, dtype=torch.float64, requires_grad=True)
+    keep = (torch.rand(2, 5, 10) > 0.3).double() / 0.7 if dropped else None
+    alone, alone_gradients = run(adapted(keep, missing=missing), x)
+    assert products == [1, 1, 1]
+    together = adapted(keep, missing=missing)
+    SharedInput(together)
+    products.clear()
+    ys, gradients = run(together, x)
+    assert products == [3]
+    for got, wanted in zip(ys, alone, strict=True):
+        assert torch.equal(got, wanted)
+    for got, wanted in zip(gradients, alone_gradients, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_gradients_in_float64():
+    linears = adapted()
+    SharedInput(linears)
+    x = torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
+    factors = [t for m in linears for t in (m.adapter.a, m.adapter.b)]
+    assert torch.autograd.gradcheck(lambda x, *_: tuple(m(x) for m in linears), (x, *factors))
+
+
+def test_an_output_that_is_not_used_has_no_part_in_the_gradients():
+    x = torch.randn(5, 10, dtype=torch.float64, requires_grad=True)
+    _, wanted = run(adapted(), x, weights=(1.0, 0.0, 3.0))
+    linears = adapted()
+    SharedInput(linears)
+    _, got = run(linears, x, weights=(1.0, 0.0, 3.0))
+    for one, other in zip(got, wanted, strict=True):
+        if other is None:
+            assert one is None
+        else:
+            torch.testing.assert_close(one, other)
+
+
+def test_another_input_is_another_product(products):
+    linears = adapted()
+    SharedInput(linears)
+    x = torch.randn(5, 10, dtype=torch.float64)
+    first = [linear(x) for linear in linears]
+    again = [linear(x.clone()) for linear in linears]  # equal, but not the same
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert products == [3, 3, 3, 3]
+
+
+def test_an_input_that_was_changed_in_place_is_not_the_same(products):
+    linears = adapted()
+    SharedInput(linears)
+    x = torch.randn(5, 10, dtype=torch.float64)
+    [linear(x) for linear in linears]
+    linears[0](x)
+    x.add_(1.0)
+    expected = adapted()[1](x)
+    assert torch.equal(linears[1](x), expected)
+
+
+def test_outputs_without_gradients_are_not_given_where_gradients_are_wanted():
+    linears = adapted()
+    SharedInput(linears)
+    x = torch.randn(5, 10, dtype=torch.float64, requires_grad=True)
+    [linear(x) for linear in linears]
+    with torch.no_grad():
+        linears[0](x)
+    assert linears[1](x).requires_grad
+
+
+def test_a_set_whose_first_inputs_differ_is_dissolved(products):
+    linears = adapted()
+    SharedInput(linears)
+    inputs = [torch.randn(5, 10, dtype=torch.float64) for _ in linears]
+    ys = [linear(x) for linear, x in zip(linears, inputs, strict=True)]
+    expected = [linear(x) for linear, x in zip(adapted(), inputs, strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(ys, expected, strict=True))
+    products.clear()
+    [linear(x) for linear, x in zip(linears, inputs, strict=True)]
+    assert products == [1, 1, 1]
+
+
+def test_a_run_that_was_broken_off_dissolves_no_set(products):
+    linears = adapted()
+    shared = SharedInput(linears)
+    linears[0](torch.randn(4, 10, dtype=torch.float64))  # and the others are never called
+    shared.forget()
+    products.clear()
+    run(linears, torch.randn(4, 10, dtype=torch.float64, requires_grad=True))
+    assert products == [3]
+
+
+def test_nothing_is_held_once_all_have_their_output():
+    linears = adapted()
+    SharedInput(linears)
+    x = torch.randn(5, 10, dtype=torch.float64)
+    ys = [linear(x) for linear in linears]
+    gone = [weakref.ref(x), weakref.ref(ys[1])]
+    del x, ys
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+
+
+def test_a_linear_belongs_to_one_set():
+    one, other = layer(7), layer(3)
+    shared = SharedInput([one, other])
+    assert isinstance(one, FrozenLinear)
+    assert one.shared is other.shared is shared
+    assert SharedInput([one]) is one.shared
+    assert other.shared is shared
+
+
+# --- x Aᵀ, from one run of a layer to another ----------------------------------------------------
+
+
+@pytest.fixture
+def thin():
+    """Two sets, and what x Aᵀ is made of."""
+    sets = [SharedInput([layer(out)]) for out in SIZES[:2]]
+    return sets, torch.randn(5, 10), SimpleNamespace(a=torch.randn(16, 10))
+
+
+def test_what_is_given_back_is_used_once_and_by_its_own_set(thin):
+    (one, other), x, shadow = thin
+    carried = ThinProducts([one, other])
+    carried.note()
+    p = one.into_a(x, shadow)
+    taken = carried.take()
+    assert taken == {one: p}
+    carried.give(taken)
+    assert other.remembered is None
+    assert one.into_a(torch.zeros(5, 10), shadow) is p
+    assert not one.into_a(torch.zeros(5, 10), shadow).any()
+
+
+def test_each_part_has_its_own(thin):
+    (one, other), x, shadow = thin
+    carried, taken = ThinProducts([one, other]), []
+    for part in (x, x + 1):
+        carried.note()
+        one.into_a(part, shadow)
+        taken.append(carried.take())
+    carried.give(taken[0])
+    carried.give(taken[1])  # the first was not asked for
+    assert one.into_a(x, shadow) is taken[1][one]
+    carried.give(taken[0])
+    carried.give({})
+    assert one.remembered is None
+
+
+def test_nothing_is_noted_unasked_and_nothing_of_a_set_with_two_inputs(thin):
+    (one, other), x, shadow = thin
+    carried = ThinProducts([one, other])
+    one.into_a(x, shadow)
+    assert carried.take() == {}
+    carried.note()
+    one.into_a(x, shadow)
+    one.into_a(x + 1, shadow)
+    assert carried.take() == {}
+    one.into_a(x, shadow)
+    assert carried.take() == {}
+
+
+def test_what_a_dissolved_set_made_is_given_to_nobody(thin):
+    _, x, shadow = thin
+    linears = adapted()
+    together = SharedInput(linears)
+    carried = ThinProducts([together])
+    carried.note()
+    together.into_a(x, shadow)
+    alone = [SharedInput([linear]) for linear in linears]
+    ThinProducts(alone).give(carried.take())
+    assert all(shared.remembered is None for shared in [together, *alone])
+
+
+def test_what_was_noted_and_what_was_given_back_end_with_the_layer(thin):
+    (one, other), x, shadow = thin
+    linears = [*one.members, *other.members]
+    with WeightScratch().opened(linears, x.dtype) as carried:
+        carried.give({one: x})
+        carried.note()
+        other.into_a(x, shadow)
+    assert one.remembered is None
+    assert carried.take() == {}
