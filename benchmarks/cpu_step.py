@@ -149,7 +149,7 @@ def our_steps(
     schedule = Schedule(LEARNING_RATE, "constant", 0, len(tokens))
     trainer = Trainer(engine, adapter_parameters(model), config, schedule)
     plan = trainer.fit([[(BATCH, LENGTH)]], [[LENGTH] * BATCH])
-    print(plan.line(), file=sys.stderr)
+    print(plan.summary(), file=sys.stderr)
     for step, batch in enumerate(tokens):
         yield trainer.step(step, [Batch(batch[:, :-1], batch[:, 1:])]).loss
 

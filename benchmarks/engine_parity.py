@@ -28,7 +28,7 @@ from measuring import write
 from halfbyte.checkpoint.base_model import load_base, open_base
 from halfbyte.config.schema import TrainConfig
 from halfbyte.engine import layerwise as engines
-from halfbyte.engine.autograd import PlainEngine
+from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.packing import Batch, lengths_of
 from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, form: str) -> tuple[list[float], dict[str, tor
     captured = ("graphs", "offload", "notes", "saved", "decoded")
     if form not in ("packed", *captured):
         engines.can_pack = lambda *_: False
-    engine: Any = PlainEngine(model)
+    engine: Any = AutogradEngine(model)
     if form != "plain":
         graphs = args.device == "cuda" and form in captured
         engine = LayerEngine(model, fuse=form != "layers", graphs=graphs)

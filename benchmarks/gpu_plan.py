@@ -15,13 +15,13 @@ from typing import Any
 from halfbyte.plan.ledger import Holding, Run, ledger
 from halfbyte.plan.model_shape import config_of, shape_of_config
 from halfbyte.plan.policy import ActivationPolicy
-from halfbyte.plan.roofline import Card, card_of_driver, step_seconds
+from halfbyte.plan.roofline import GpuSpec, gpu_of_driver, step_seconds
 
 RANK = 16
 
 
 def run_of(
-    options: dict[str, Any], row: dict[str, Any], quant: str, config: str, card: Card
+    options: dict[str, Any], row: dict[str, Any], quant: str, config: str, card: GpuSpec
 ) -> Run:
     """The run that a row of gpu_step.py was made by."""
     micro, _, rest = config.rpartition("*")
@@ -56,7 +56,7 @@ def main() -> None:
     print(f"{'':44s} {'peak GB':>8s} {'plan':>7s} {'off':>7s} {'ms':>8s} {'plan':>7s} {'off':>7s}")
     for path in args.results:
         found = json.loads(path.read_text())
-        card = card_of_driver(found["device"])
+        card = gpu_of_driver(found["device"])
         if card is None:
             raise SystemExit(f"{path}: {found['device']} is not in the table of plan/roofline.py")
         name = f"{found['shape']},num_hidden_layers={found['layers']}"

@@ -95,9 +95,9 @@ def ours(config: Any, quant: str, args: argparse.Namespace) -> Callable[..., Cal
 
         def step(batches: list[torch.Tensor], _supervised: float) -> Any:
             result = trainer.step(0, [Batch(ids, ids) for ids in batches])
-            for note in engine.notes:
+            for note in engine.messages:
                 print(note, file=sys.stderr)
-            engine.notes.clear()
+            engine.messages.clear()
             return result.loss
 
         step.plan = plan  # type: ignore[attr-defined]

@@ -172,7 +172,7 @@ def adapter_kernels(kind: str):
 
 
 def hopper_kernels(kind: str):
-    tile = {"programs": gpu.multiprocessors(CPU), "tile_m": gpu_products.TILE_M}
+    tile = {"programs": gpu.num_sms(CPU), "tile_m": gpu_products.TILE_M}
     tile |= {"tile_n": 256, "tile_k": gpu_products.TILE_K}
     options = {"num_warps": 8, "num_stages": 3}
     for rank in (16, 64, 128):

@@ -69,8 +69,8 @@ def modules_after(words: list[str]) -> set[str]:
         ["train", "--lerning-rate", "1"],
         ["train", "/nowhere.yaml"],
         ["trian"],
-        *([verb, "--help"] for verb in cli.VERBS if verb != "train"),
-        *([verb, "--nonsense"] for verb in cli.VERBS if verb != "train"),
+        *([verb, "--help"] for verb in cli.COMMANDS if verb != "train"),
+        *([verb, "--nonsense"] for verb in cli.COMMANDS if verb != "train"),
     ],
 )
 def test_help_and_mistakes_import_nothing_heavy(words: list[str]) -> None:
@@ -109,8 +109,8 @@ def test_overview_and_version() -> None:
     for words in ([], ["--help"], ["-h"], ["help"]):
         done = halfbyte(*words)
         assert done.returncode == 0
-        assert done.stdout.startswith("usage: halfbyte VERB [options]")
-        assert all(f"\n  {verb} " in done.stdout for verb in cli.VERBS)
+        assert done.stdout.startswith("usage: halfbyte COMMAND [options]")
+        assert all(f"\n  {verb} " in done.stdout for verb in cli.COMMANDS)
     assert halfbyte("--version").stdout.strip() == f"halfbyte {cli.__version__}"
 
 

@@ -18,7 +18,7 @@ from halfbyte.models.build import BaseRecipe
 from halfbyte.plan import roofline as speed
 from tests.tiny import write_tiny_model
 
-MACHINE = speed.Card("a machine", 8e9, 1e11, 1e10, 1e10, 4, "cpu", True)
+MACHINE = speed.GpuSpec("a machine", 8e9, 1e11, 1e10, 1e10, 4, "cpu", True)
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import pytest
 from pydantic import Field
 
-from halfbyte.cli import VERBS
-from halfbyte.cli.train import VERB as TRAIN
-from halfbyte.config.command_line import Verb, invocation, results
+from halfbyte.cli import COMMANDS
+from halfbyte.cli.train import COMMAND as TRAIN
+from halfbyte.config.command_line import Command, invocation, results
 from halfbyte.config.schema import Options, TrainConfig
 from halfbyte.errors import ConfigError
 
@@ -26,7 +26,7 @@ class Sample(Options):
     sections: ClassVar[dict[str, str]] = {"model": "files", "double_quant": "more"}
 
 
-SAMPLE = Verb(
+SAMPLE = Command(
     "sample",
     Sample,
     about="Try things.",
@@ -81,7 +81,7 @@ def test_words_that_are_no_options(line: str, problem: str) -> None:
 
 def test_json_is_for_verbs_that_have_it() -> None:
     assert SAMPLE.words(["--json"]).json
-    silent = Verb("s", Sample, about="", example="", has_json=False)
+    silent = Command("s", Sample, about="", example="", has_json=False)
     assert silent.words(["--json"]).given == {"json": True}
 
 
@@ -141,7 +141,7 @@ def test_help_text(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("width", [80, 120])
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", COMMANDS)
 def test_every_verb_has_help_that_fits(
     verb: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,7 +150,7 @@ def test_every_verb_has_help_that_fits(
         import_module(f"halfbyte.cli.{verb}").main(["--help"])
     assert left.value.code == 0
     out = capsys.readouterr().out
-    options = import_module(f"halfbyte.cli.{verb}").VERB.options
+    options = import_module(f"halfbyte.cli.{verb}").COMMAND.options
     assert out.startswith(f"usage: halfbyte {verb} ")
     assert max(map(len, out.splitlines())) <= min(width, 100)
     for name in options.model_fields:

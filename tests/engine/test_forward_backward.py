@@ -10,15 +10,15 @@ import torch
 
 from halfbyte.engine import forward_backward as passes
 from halfbyte.engine.buckets import Buckets
-from halfbyte.engine.forward_backward import CapturedPasses, Passage
+from halfbyte.engine.forward_backward import CapturedPasses, LayerInput
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_profile import measured_cost
 from halfbyte.engine.packing import Batch
 from halfbyte.layers import attention as documents
 from halfbyte.layers.decoder_layer import FusedLayer
 from halfbyte.layers.elementwise import plain_rotary
-from halfbyte.linear import group as shared
-from halfbyte.linear.group import ThinProducts
+from halfbyte.linear import group as group
+from halfbyte.linear.group import LoraActivationCache
 from halfbyte.linear.lora import adapter_parameters
 from halfbyte.plan.ledger import Holding, Run
 from halfbyte.plan.model_shape import shape_of_config
@@ -52,13 +52,13 @@ def test_parts_are_copied_to_where_the_largest_was(made):
     run = object()
     places = []
     for tokens in (64, 16, 40):
-        passage = Passage(torch.rand(1, tokens, 8), (torch.rand(tokens, 2),), run)
-        held = graphs.hold(passage)
+        layer_input = LayerInput(torch.rand(1, tokens, 8), (torch.rand(tokens, 2),), run)
+        held = graphs.hold(layer_input)
         assert held.run is run
-        assert torch.equal(held.x, passage.x)
-        assert torch.equal(held.given[0], passage.given[0])
-        assert held.x.data_ptr() != passage.x.data_ptr()
-        places.append((held.x.data_ptr(), held.given[0].data_ptr()))
+        assert torch.equal(held.x, layer_input.x)
+        assert torch.equal(held.layer_args[0], layer_input.layer_args[0])
+        assert held.x.data_ptr() != layer_input.x.data_ptr()
+        places.append((held.x.data_ptr(), held.layer_args[0].data_ptr()))
     assert len(set(places)) == 1
     graphs.forget()
     assert not len(graphs)
@@ -85,8 +85,8 @@ class Recorded:
     def forget(self):
         self.captured = {}
 
-    def hold(self, passage):
-        return passage
+    def hold(self, layer_input):
+        return layer_input
 
     def capture(self, shape, held, policy):
         if shape.numel in self.fails:
@@ -96,16 +96,16 @@ class Recorded:
     def has(self, shape):
         return shape in self.captured
 
-    def down(self, shape, passage):
+    def forward(self, shape, layer_input):
         self.played.append(shape)
         held = self.captured[shape]
-        assert held.x.shape == passage.x.shape
-        self.passage = passage
-        (y,) = self.passes.down([passage], self.policy)
+        assert held.x.shape == layer_input.x.shape
+        self.layer_input = layer_input
+        (y,) = self.passes.forward([layer_input], self.policy)
         return y
 
-    def up(self, shape, grad):
-        self.passes.up([self.passage], [grad])
+    def backward(self, shape, grad):
+        self.passes.backward([self.layer_input], [grad])
 
 
 def zero_gradients(model):
@@ -169,7 +169,7 @@ def test_where_one_cannot_be_captured_none_is_used_and_that_is_told(packing, sha
     assert not packing.captures
     assert not graphs.captured
     assert packing.why_no_graphs == "capturing one failed: operation not permitted"
-    (note,) = packing.notes
+    (note,) = packing.messages
     assert note.endswith(packing.why_no_graphs)
     assert not any(p.grad.any() for p in adapter_parameters(packing.model).values())
 
@@ -179,7 +179,7 @@ def test_memory_that_runs_out_in_capturing_is_for_the_trainer_to_deal_with(packi
     with pytest.raises(torch.OutOfMemoryError):
         packing.capture(ActivationPolicy(1))
     assert packing.captures
-    assert not packing.notes
+    assert not packing.messages
     assert not any(p.grad.any() for p in adapter_parameters(packing.model).values())
 
 
@@ -189,15 +189,15 @@ SETS, LAYERS = 4, 3
 PARTS, POSITIONS = batches_of([(2, 17), (1, 9)]), (2 * 17, 9)
 
 
-def forward(x, weights, p, shadow, outputs, turn):
+def forward(x, weights, p, cast_adapters, outputs, turn):
     """gpu_products.py by torch: its kernels, interpreted, take seconds a step."""
-    adapters = zip(p.split(shadow.rank, 1), shadow.b.split(outputs), strict=True)
+    adapters = zip(p.split(cast_adapters.rank, 1), cast_adapters.b.split(outputs), strict=True)
     ys = [x @ weight.t() for weight in weights]
     return torch.cat([y + own @ b.t() for y, (own, b) in zip(ys, adapters, strict=True)], 1)
 
 
-def backward(dys, weights, g, shadow):
-    return g @ shadow.a + sum(dy @ weight for dy, weight in zip(dys, weights, strict=True))
+def backward(dys, weights, g, cast_adapters):
+    return g @ cast_adapters.a + sum(dy @ weight for dy, weight in zip(dys, weights, strict=True))
 
 
 def rotary(q, k, cos, sin, *, backward=False):
@@ -233,7 +233,7 @@ def products(monkeypatch):
     gpu_products = pytest.importorskip("halfbyte.linear.triton_matmul", exc_type=ImportError)
     monkeypatch.setattr(gpu_products, "forward", forward)
     monkeypatch.setattr(gpu_products, "backward", backward)
-    monkeypatch.setattr(shared, "_for_kernels", lambda _: True)
+    monkeypatch.setattr(group, "_for_kernels", lambda _: True)
     return made
 
 
@@ -242,21 +242,21 @@ def engine(products):
     return LayerEngine(model_of(FAMILIES["llama"], dtype=torch.float16), fuse=True)
 
 
-class Drawer(dict):
-    """A shelf without a card."""
+class HostOffloader(dict):
+    """Stands for `ActivationOffloader` where there is no GPU."""
 
-    put = dict.__setitem__
-    take = dict.pop
+    offload = dict.__setitem__
+    get = dict.pop
 
-    def fetch(self, layer):
+    def prefetch(self, layer):
         pass
 
-    def settle(self):
+    def wait(self):
         pass
 
 
-def stepped(engine, saved=0, parts=PARTS, offloaded=0, notes=False):
-    loss = engine.step(parts, 20.0, ActivationPolicy(saved, offloaded, notes))
+def stepped(engine, saved=0, parts=PARTS, offloaded=0, checkpoint=False):
+    loss = engine.step(parts, 20.0, ActivationPolicy(saved, offloaded, checkpoint))
     return loss, gradients(engine.model)
 
 
@@ -273,7 +273,7 @@ def forgetful(monkeypatch):
 
     def step(engine, *args):
         with monkeypatch.context() as patch:
-            patch.setattr(ThinProducts, "note", lambda self: None)
+            patch.setattr(LoraActivationCache, "record", lambda self: None)
             return stepped(engine, *args)
 
     return step
@@ -283,7 +283,7 @@ def forgetful(monkeypatch):
 @pytest.mark.parametrize("saved", range(LAYERS + 1))
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_what_is_noted_is_not_made_again_and_no_bit_changes(family, saved, dtype, monkeypatch):
-    monkeypatch.setattr(passes, "Shelf", Drawer)
+    monkeypatch.setattr(passes, "ActivationOffloader", HostOffloader)
     runs, attention = [], documents.causal_attention
     counted = lambda *a, **k: (runs.append(1), attention(*a, **k))[1]  # noqa: E731
     monkeypatch.setattr(documents, "causal_attention", counted)
@@ -300,7 +300,7 @@ def test_what_is_noted_is_not_made_again_and_no_bit_changes(family, saved, dtype
 def test_each_is_made_once_and_no_bit_changes(
     engine, products, forgetful, monkeypatch, saved, offloaded
 ):
-    monkeypatch.setattr(passes, "Shelf", Drawer)
+    monkeypatch.setattr(passes, "ActivationOffloader", HostOffloader)
     wanted = forgetful(engine, saved)
     assert len(products) == SETS * len(PARTS) * (2 * LAYERS - saved)
     products.clear()
@@ -323,13 +323,13 @@ def test_what_a_step_kept_is_not_of_the_next(engine, forgetful):
 def test_a_validation_in_between_notes_nothing_and_is_given_nothing(engine, products, forgetful):
     wanted = forgetful(engine)
     loss = engine.loss(PARTS)
-    passages = engine.embed(engine.prepare(PARTS))
-    hidden = engine.passes.down(passages, ActivationPolicy(0))
+    layer_inputs = engine.embed(engine.prepare(PARTS))
+    hidden = engine.passes.forward(layer_inputs, ActivationPolicy(0))
     products.clear()
     assert torch.equal(engine.loss(PARTS), loss)
     assert len(products) == SETS * len(PARTS) * LAYERS
     products.clear()
-    engine.passes.up(passages, [torch.ones_like(x) for x in hidden])
+    engine.passes.backward(layer_inputs, [torch.ones_like(x) for x in hidden])
     assert not products
     gradients(engine.model)
     assert same(stepped(engine), wanted)
@@ -352,8 +352,8 @@ def test_a_step_that_was_broken_off_leaves_nothing_behind(engine, forgetful, mon
         patch.setattr(FusedLayer, "_heads", fails)
         with pytest.raises(ZeroDivisionError):
             stepped(engine)
-    sets = {linear.shared for linears in engine.linears for linear in linears}
-    assert not any(shared.remembered is not None or shared._noted for shared in sets)
+    sets = {linear.group for linears in engine.linears for linear in linears}
+    assert not any(group.restored is not None or group._recorded for group in sets)
     for parameter in adapter_parameters(engine.model).values():
         parameter.grad = None
     assert same(stepped(engine), wanted)
@@ -373,14 +373,14 @@ def test_they_are_measured_and_planned_for(engine, monkeypatch):
 @pytest.mark.parametrize("saved", [0, 1, 3])
 def test_a_rehearsal_of_a_further_shape_saves_no_layer_that_the_run_does_not(monkeypatch, saved):
     engine = LayerEngine(model_of(FAMILIES["llama"]))
-    (passage,) = engine.embed(engine.prepare(batches_of([(2, 5)])))
+    (layer_input,) = engine.embed(engine.prepare(batches_of([(2, 5)])))
     policies = []
     both = passes.Passes._both
 
-    def seen(self, passage, policy):
+    def seen(self, layer_input, policy):
         policies.append((self.layers, policy.saved))
-        both(self, passage, policy)
+        both(self, layer_input, policy)
 
     monkeypatch.setattr(passes.Passes, "_both", seen)
-    engine.passes.rehearse(passage, ActivationPolicy(saved), whole=False)
+    engine.passes.warm_up(layer_input, ActivationPolicy(saved), whole=False)
     assert sorted(policies) == [(2, 0)] + [(2, min(2, saved))] * (saved > 0)

@@ -16,7 +16,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from halfbyte.engine.autograd import PlainEngine
+from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.choose import choose_engine
 from halfbyte.engine.layerwise import EngineError, LayerEngine
 from halfbyte.engine.packing import Batch
@@ -159,7 +159,7 @@ def test_modules_trained_whole_get_the_gradients_of_plain_autograd(family, names
         scale = float(true[name].abs().max())
         assert scale > 0, name
         assert (gradient - true[name]).abs().max() <= 1e-5 * max(1.0, scale), name
-    plain = PlainEngine(model).step(batches, 20.0, ActivationPolicy(0))
+    plain = AutogradEngine(model).step(batches, 20.0, ActivationPolicy(0))
     torch.testing.assert_close(plain, wanted, rtol=1e-5, atol=1e-5)
     for name, gradient in gradients(model).items():
         if name in whole:
@@ -190,13 +190,13 @@ def test_a_weight_is_decoded_once_a_direction_and_step():
     weights = sum(len(layer) for layer in engine.linears)
     assert weights == 3 * 7
     for count in (1, 5):
-        before = engine.scratch.decodes
+        before = engine.decoded_cache.decodes
         engine.step(batches_of([(1, 9)] * count), 20.0, ActivationPolicy(1))
         # The last layer's are still there when the pass up begins with it.
-        assert engine.scratch.decodes - before == 2 * weights - 7
-    before = engine.scratch.decodes
+        assert engine.decoded_cache.decodes - before == 2 * weights - 7
+    before = engine.decoded_cache.decodes
     engine.loss(batches_of([(1, 9)] * 5))
-    assert engine.scratch.decodes - before == weights
+    assert engine.decoded_cache.decodes - before == weights
 
 
 @pytest.mark.parametrize("kept", [1, 2, 3])
@@ -207,16 +207,16 @@ def test_decoded_weights_that_stay_change_no_bit_and_are_decoded_once(kept):
     engine.keep_decoded(kept)
     assert engine.decoded_bytes == 4 * sum(m.quantized.numel for m in engine.linears[-1])
     for _ in range(2):
-        before = engine.scratch.decodes
+        before = engine.decoded_cache.decodes
         assert torch.equal(engine.step(batches, 20.0, ActivationPolicy(1)), wanted)
         found = gradients(model)
         assert all(torch.equal(found[name], one) for name, one in true.items())
         # The last layer is one of them.
-        assert engine.scratch.decodes - before == 2 * 7 * (3 - kept)
+        assert engine.decoded_cache.decodes - before == 2 * 7 * (3 - kept)
     engine.keep_decoded(0)
-    before = engine.scratch.decodes
+    before = engine.decoded_cache.decodes
     assert torch.equal(engine.step(batches, 20.0, ActivationPolicy(1)), wanted)
-    assert engine.scratch.decodes - before == 2 * 3 * 7 - 7
+    assert engine.decoded_cache.decodes - before == 2 * 3 * 7 - 7
 
 
 def test_a_plain_base_has_nothing_to_decode():
@@ -287,7 +287,7 @@ def test_a_decoder_that_cannot_be_taken_apart_is_announced_and_trains_all_the_sa
     model.model.norm = None
     model.model.odd_name = changed
     chosen, told = choose_engine(model, "cpu")
-    assert isinstance(chosen, PlainEngine)
+    assert isinstance(chosen, AutogradEngine)
     assert "not possible: no single final norm" in told
 
 
@@ -332,10 +332,10 @@ def test_a_step_longer_than_the_window_is_run_by_transformers_layers(monkeypatch
     assert engine.fused == 3
     for length, given in ((8, 3), (9, 0)):
         batch = Batch(*batches_of([(2, length)])[0][:2])
-        (passage,) = engine.embed(engine.prepare([batch]))
-        assert len(passage.given) == given  # two rotary tables and where documents begin
+        (layer_input,) = engine.embed(engine.prepare([batch]))
+        assert len(layer_input.layer_args) == given  # two rotary tables and where documents begin
     engine.prepare([batch])
-    (note,) = engine.notes  # told, and told once
+    (note,) = engine.messages  # told, and told once
     assert "longer than the attention window" in note
 
 
@@ -349,13 +349,13 @@ def test_an_embedding_that_layers_see_by_other_ways_too_trains_under_plain_autog
 
     monkeypatch.setattr(model.model.rotary_emb, "forward", turned)
     engine, told = choose_engine(model, "cpu")
-    assert isinstance(engine, PlainEngine)
+    assert isinstance(engine, AutogradEngine)
     assert "goes into them by other ways" in told
 
 
 def test_plain_engine_gives_the_same_step():
     model = model_of(FAMILIES["llama"])
-    layered, plain = LayerEngine(model), PlainEngine(model)
+    layered, plain = LayerEngine(model), AutogradEngine(model)
     batches = batches_of([(2, 17), (1, 9)])
     one = layered.step(batches, 20.0, ActivationPolicy(3))
     first = gradients(model)

@@ -14,11 +14,11 @@ import torch
 from halfbyte.engine import layerwise as engines
 from halfbyte.engine import memory_policy as memory
 from halfbyte.engine import memory_profile
-from halfbyte.engine.autograd import PlainEngine
+from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.buckets import Buckets
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_policy import (
-    Ceiling,
+    HeapTrimmer,
     MemoryPlan,
     keep_few_products,
     peak_memory,
@@ -97,13 +97,13 @@ def test_modules_trained_whole_are_counted(engine):
 
 
 def test_plain_autograd_has_no_plan():
-    plan = plan_memory(PlainEngine(model_of(FAMILIES["llama"])), SHAPES, "auto", None, "cpu")
-    assert "transformers" in plan.line()
+    plan = plan_memory(AutogradEngine(model_of(FAMILIES["llama"])), SHAPES, "auto", None, "cpu")
+    assert "transformers" in plan.summary()
 
 
 def test_the_line_says_how_many_are_recomputed(engine):
-    assert "recomputed" not in plan_memory(engine, SHAPES, "save", None, "cpu").line()
-    line = plan_memory(engine, SHAPES, "recompute", None, "cpu").line()
+    assert "recomputed" not in plan_memory(engine, SHAPES, "save", None, "cpu").summary()
+    line = plan_memory(engine, SHAPES, "recompute", None, "cpu").summary()
     assert "0 of 3 layers keep their activations, 3 are recomputed in backward" in line
 
 
@@ -121,7 +121,7 @@ def test_memory_in_use_is_seen(monkeypatch):
 def test_near_its_prediction_or_budget_a_run_gives_holes_back(monkeypatch, budget, held):
     given = []
     monkeypatch.setattr(memory, "give_back", lambda: given.append(True))
-    look = Ceiling(MemoryPlan(ActivationPolicy(3), 3, 10, budget, 900, room=100))
+    look = HeapTrimmer(MemoryPlan(ActivationPolicy(3), 3, 10, budget, 900, room=100))
     for used, times in ((held, 0), (held + 1, 1), (held + 1, 2)):
         monkeypatch.setattr(memory, "used_memory", lambda device, used=used: used)
         look()
@@ -166,7 +166,7 @@ COST = StepCost(
     backward=150,
     saved_part=85,
     loss=30,
-    given=5,
+    layer_args=5,
     decoded=50,
 )
 USED, BESIDE = 1000, 40
@@ -226,7 +226,7 @@ def test_decoded_weights_stay_in_what_all_activations_leave(activations):
         decoded = plan.policy.decoded
         assert decoded == 0 or plan.policy.saved == 8
         assert decoded == 0 or memory.MARGIN * plan.reserved_bytes <= plan.budget
-        assert ("their decoded weights" in plan.line()) == (decoded > 0)
+        assert ("their decoded weights" in plan.summary()) == (decoded > 0)
     decoded = [plan.policy.decoded for plan in plans]
     assert decoded == sorted(decoded)
     # Where all stay, no buffer is left for the others: the last comes for nothing.
@@ -270,7 +270,7 @@ def test_attention_waits_only_where_the_host_has_room(monkeypatch):
         plan = planned(5000, "offload")
         assert plan.policy == ActivationPolicy(0, 7, attention)
         assert plan.host_bytes <= room
-        assert ("without attention" in plan.line()) == attention
+        assert ("without attention" in plan.summary()) == attention
 
 
 def planned_fits(budget):
@@ -286,7 +286,7 @@ def planned_fits(budget):
 def test_what_is_asked_for_is_done_on_a_gpu_too(activations, saved, offloaded):
     plan = planned(1, activations, asked=False)
     assert (plan.policy.saved, plan.policy.offloaded) == (saved, offloaded)
-    assert ("from host memory" in plan.line()) == bool(offloaded)
+    assert ("from host memory" in plan.summary()) == bool(offloaded)
     least = math.ceil(memory.MARGIN * plan.reserved_bytes)
     assert planned(least, activations).policy == plan.policy
     says = "keeping its activations" if saved else "recomputed in backward"
@@ -299,7 +299,7 @@ def test_what_is_in_use_is_counted_once(engine, monkeypatch):
     asked = []
     monkeypatch.setattr(memory, "measured_cost", lambda _, parts: (asked.append(parts), COST)[1])
     monkeypatch.setattr(memory, "_largest", lambda *_: ["the largest"])
-    buffer = engine.scratch.nbytes
+    buffer = engine.decoded_cache.nbytes
     assert buffer > 0  # of steps that tests before this one made, or of the probe
     plan = plan_memory(engine, SHAPES, "recompute", None, "cuda", state_bytes=300)
     assert asked == [["the largest"]]

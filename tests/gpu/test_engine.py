@@ -10,7 +10,7 @@ from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.packing import Batch, lengths_of
 from halfbyte.layers.cross_entropy import head_loss
 from halfbyte.layers.vocabulary import HostEmbedding, embedding_to_host
-from halfbyte.linear.group import SharedInput
+from halfbyte.linear.group import LinearGroup
 from halfbyte.linear.lora import adapter_parameters
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.runtime.precision import deterministic
@@ -55,7 +55,7 @@ def engines(model, batches, policy):
     """One that launches every kernel, and one whose passes are graphs; with the same parts."""
     plain = LayerEngine(model, fuse=True)
     fast = LayerEngine(model, fuse=True, graphs=True)
-    assert ", CUDA graphs" in fast.line()
+    assert ", CUDA graphs" in fast.summary()
     plain.buckets = fast.buckets = Buckets.of([lengths_of(batches)], 32)
     fast.keep_decoded(policy.decoded)
     fast.capture(policy)
@@ -106,7 +106,7 @@ def test_graphs_and_the_host_change_no_bit(family, lengths, offloaded, attention
         assert torch.equal(got, wanted), seed
         for name, gradient in taken(model).items():
             assert torch.equal(gradient, true[name]), (seed, name)
-    assert not fast.notes
+    assert not fast.messages
 
 
 @pytest.mark.parametrize("kept", [1, 3])
@@ -125,7 +125,7 @@ def test_decoded_weights_that_stay_change_no_bit_with_graphs(kept):
         assert torch.equal(fast.step(batches, 50.0, ActivationPolicy(3)), wanted), seed
         for name, gradient in taken(model).items():
             assert torch.equal(gradient, true[name]), (seed, name)
-    assert not fast.notes
+    assert not fast.messages
     assert fast.graphs == 1
 
 
@@ -148,18 +148,18 @@ def test_parts_of_several_sizes_share_their_graphs_memory():
         assert torch.equal(fast.step(batches, 50.0, ActivationPolicy(3)), wanted), seed
         for name, gradient in taken(model).items():
             assert torch.equal(gradient, true[name]), (seed, name)
-    assert not fast.notes
+    assert not fast.messages
 
 
 def test_lora_activations_are_computed_once_and_no_bit_changes(monkeypatch):
     monkeypatch.setattr("halfbyte.engine.buckets.PART_TOKENS", 150)
-    made, original = [], SharedInput.into_a
+    made, original = [], LinearGroup.into_a
 
-    def counted(self, rows, shadow):
-        made.append(self.remembered is None)
-        return original(self, rows, shadow)
+    def counted(self, rows, cast_adapters):
+        made.append(self.restored is None)
+        return original(self, rows, cast_adapters)
 
-    monkeypatch.setattr(SharedInput, "into_a", counted)
+    monkeypatch.setattr(LinearGroup, "into_a", counted)
     model, batches = on_gpu("qwen3"), examples(EQUAL)
     zero(model)
     plain, fast = engines(model, batches, ActivationPolicy(0))
@@ -179,7 +179,7 @@ def test_lora_activations_are_computed_once_and_no_bit_changes(monkeypatch):
         for name, gradient in taken(model).items():
             assert torch.equal(gradient, true[name]), (again, name)
     assert not made
-    assert not fast.notes
+    assert not fast.messages
 
 
 def test_gradients_add_up_in_a_graph_as_they_do_without():
@@ -189,7 +189,7 @@ def test_gradients_add_up_in_a_graph_as_they_do_without():
     once, fast = engines(model, batches, ActivationPolicy(0))
     for _ in range(3):
         fast.step(batches, 50.0, ActivationPolicy(0))
-    assert not fast.notes
+    assert not fast.messages
     three = taken(model)
     once.step(batches, 50.0, ActivationPolicy(0))
     for name, gradient in taken(model).items():
@@ -205,7 +205,7 @@ def test_gradients_that_were_replaced_are_seen():
     for _ in range(4):
         fast.step(batches, 50.0, ActivationPolicy(0))
         results.append(gradients(model))  # leaves None behind
-    assert not fast.notes
+    assert not fast.messages
     for name, gradient in results[0].items():
         assert gradient.abs().max() > 0
         assert all(torch.equal(gradient, other[name]) for other in results[1:])
@@ -270,7 +270,7 @@ def test_an_embedding_on_the_host_gives_the_same_rows():
     _, fast = engines(model, batches, ActivationPolicy(0))
     for _ in range(3):
         assert torch.equal(fast.step(batches, 50.0, ActivationPolicy(0)), wanted)
-    assert not fast.notes
+    assert not fast.messages
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -305,17 +305,17 @@ def test_a_pass_that_cannot_be_captured_is_told_and_run_all_the_same(monkeypatch
     batches = examples(EQUAL)
     wanted = engine.step(batches, 50.0, ActivationPolicy(1))
     true = taken(model)
-    up = Passes.up
+    backward = Passes.backward
 
-    def waits(self, passages, grads, finished=None):
+    def waits(self, layer_inputs, grads, finished=None):
         torch.cuda.synchronize()
-        up(self, passages, grads, finished)
+        backward(self, layer_inputs, grads, finished)
 
-    monkeypatch.setattr(Passes, "up", waits)
+    monkeypatch.setattr(Passes, "backward", waits)
     engine.buckets = Buckets.of([lengths_of(batches)], 32)
     engine.capture(ActivationPolicy(1))
     assert engine.graphs == 0
-    assert "no CUDA graphs from here on" in engine.notes[0]
+    assert "no CUDA graphs from here on" in engine.messages[0]
     assert torch.equal(engine.step(batches, 50.0, ActivationPolicy(1)), wanted)
     assert all(torch.equal(g, true[name]) for name, g in taken(model).items())
     assert torch.rand(3, device="cuda").shape == (3,)
@@ -340,6 +340,6 @@ def test_in_a_fixed_order_everything_repeats(lengths):
                 losses.append(float(engine.step(batches, 50.0, ActivationPolicy(0))))
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=False)
-        assert not engine.notes
+        assert not engine.messages
     assert losses[:6] == losses[6:]
     assert losses[0] != losses[1]

@@ -109,7 +109,7 @@ def test_losses_are_nearer_to_float32s_than_bfloat16s(config, lengths):
         trained = trainer(config, dtype, lengths)
         found[dtype] = losses(trained, 0, 24, lengths)
         off[dtype] = max(abs(a / b - 1) for a, b in zip(found[dtype], exact, strict=True))
-        assert not trained.engine.notes
+        assert not trained.engine.messages
     assert exact[-1] < 0.97 * exact[0]
     assert trained.loss_scale.state()["skipped"] == 0
     assert off[torch.float16] < off[torch.bfloat16], (exact, found)
@@ -158,7 +158,7 @@ def test_overflow_leaves_out_updates_until_gradients_are_held(lengths):
     for name, value in trained.optimizer_state().items():
         assert torch.equal(value, state[name]), name
     assert trained.loss_scale.factor == 2.0**39
-    assert "no update" in trained.engine.notes.pop()
+    assert "no update" in trained.engine.messages.pop()
     trained.loss_scale.factor = 2.0**5
     result = trained.step(5, batches(lengths, 1))  # nothing infinite was left
     assert not result.skipped
@@ -215,10 +215,10 @@ def test_what_another_gpu_is_given_has_the_same_gradients(monkeypatch, name, len
 def test_what_a_t4_is_given_learns_and_says_that_there_are_no_graphs(monkeypatch, lengths):
     monkeypatch.setattr(devices, "spec_of", lambda _: DEVICES["t4"])
     trained = trainer(SMOL, torch.float16, lengths)
-    assert "no CUDA graphs: documents are not packed" in trained.engine.line()
+    assert "no CUDA graphs: documents are not packed" in trained.engine.summary()
     seen = losses(trained, 0, 6, lengths)
     assert seen[-1] < seen[0]
-    assert not trained.engine.notes
+    assert not trained.engine.messages
     assert trained.engine.graphs == 0
 
 

@@ -266,7 +266,7 @@ def test_layers_updated_as_the_engine_finishes_them_have_the_same_bits(bits, sma
                 busy()  # the host is ahead, as in a run
                 told = trainer.step(number, batches)
                 losses.append(told.loss)
-        assert [note[:14] for note in engine.notes] == ["no CUDA graphs"] * early
+        assert [note[:14] for note in engine.messages] == ["no CUDA graphs"] * early
         if early:
             state = trainer.optimizer.state_bytes
             assert told.paging.optimizer_host_bytes == state

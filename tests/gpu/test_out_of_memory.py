@@ -101,7 +101,7 @@ def test_a_capped_process_keeps_less_and_computes_the_same(capped):
     assert got == pytest.approx(wanted, rel=2e-3)
     assert made.fallbacks
     assert made.policy.saved < 8
-    notes = [note for note in made.engine.notes if note.startswith("out of GPU memory")]
+    notes = [note for note in made.engine.messages if note.startswith("out of GPU memory")]
     assert len(notes) == len(made.fallbacks)
 
 

@@ -7,9 +7,9 @@ from torch import nn
 from halfbyte.layers.mlp import gated_mlp
 from halfbyte.layers.qkv import turned_heads
 from halfbyte.linear import group as shared
-from halfbyte.linear.decoded_cache import WeightScratch
+from halfbyte.linear.decoded_cache import DecodedWeightCache
 from halfbyte.linear.frozen import FrozenLinear
-from halfbyte.linear.group import SharedInput
+from halfbyte.linear.group import LinearGroup
 from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach
 from halfbyte.quant import quantize
 
@@ -36,7 +36,7 @@ def layer(outputs, inputs, rank, quant=True, together=True, targets="all-linear"
             linear.weight.data.copy_(w)
         setattr(module, f"l{i}", linear)
     if together:
-        SharedInput(list(module.children()))
+        LinearGroup(list(module.children()))
     attach(module, LoRAConfig(r=rank, alpha=2 * rank, target_modules=targets), seed=0)
     for parameter in adapter_parameters(module).values():
         nn.init.normal_(parameter, std=0.05)
@@ -141,7 +141,7 @@ def test_results_do_not_depend_on_what_ran_before():
 def test_an_adapter_that_has_learnt_is_seen(opened):
     """Also when it was written to without counting, as torch's fused AdamW does."""
     module = layer((512,), 256, 16)
-    scratch = WeightScratch()
+    scratch = DecodedWeightCache()
     before = run(module, 2048)["y0"]
     optimizer = torch.optim.AdamW(adapter_parameters(module).values(), lr=0.1, fused=True)
     for parameter in adapter_parameters(module).values():
@@ -184,16 +184,16 @@ def test_a_shadow_is_rounded_once_from_the_scaled_adapter():
     module = layer((512, 256, 128), 200, 24)
     updates = [linear.adapter.update(None) for linear in module.children()]
     pairs = [updates[0][:3], None, updates[2][:3]]
-    (shadow,) = gpu_adapters.shadows_of(
+    (cast_adapters,) = gpu_adapters.cast_adapters_of(
         [gpu_adapters.Factors(pairs, [512, 256, 128], 200)], torch.bfloat16
     )
-    assert shadow.rank == 32
-    assert torch.equal(shadow.a[:24], updates[0].a.bfloat16())
-    assert torch.equal(shadow.a[64:88], updates[2].a.bfloat16())
-    assert torch.equal(shadow.b[:512, :24], (2.0 * updates[0].b).bfloat16())
-    assert torch.equal(shadow.b[768:, :24], (2.0 * updates[2].b).bfloat16())
-    assert int((shadow.a != 0).sum()) == 48 * 200
-    assert int((shadow.b != 0).sum()) == 24 * (512 + 128)
+    assert cast_adapters.rank == 32
+    assert torch.equal(cast_adapters.a[:24], updates[0].a.bfloat16())
+    assert torch.equal(cast_adapters.a[64:88], updates[2].a.bfloat16())
+    assert torch.equal(cast_adapters.b[:512, :24], (2.0 * updates[0].b).bfloat16())
+    assert torch.equal(cast_adapters.b[768:, :24], (2.0 * updates[2].b).bfloat16())
+    assert int((cast_adapters.a != 0).sum()) == 48 * 200
+    assert int((cast_adapters.b != 0).sum()) == 24 * (512 + 128)
 
 
 def mlp(rank, quant=True, targets="all-linear"):
@@ -234,8 +234,8 @@ def test_the_gate_in_the_products_gives_the_bits_of_a_gate_by_itself(
     assert torch.equal(together[0], apart[0])
 
 
-def forward_apart(x, weights, p, shadow, *, keep):
-    both = gpu_products.forward(x, weights, p, shadow, [len(w) for w in weights])
+def forward_apart(x, weights, p, cast_adapters, *, keep):
+    both = gpu_products.forward(x, weights, p, cast_adapters, [len(w) for w in weights])
     return gpu.swiglu(*both.split(len(weights[0]), 1)), both
 
 

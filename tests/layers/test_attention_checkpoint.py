@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from halfbyte.layers.attention import Documents, attend
-from halfbyte.layers.attention_checkpoint import Attended
+from halfbyte.layers.attention_checkpoint import CheckpointedAttention
 
 
 def inputs(heads=4, groups=2, tokens=23, size=16, batch=2):
@@ -37,7 +37,7 @@ def test_gradients_are_those_of_attention_itself(documents, batch, attention, mo
     out = attention(*leaves, documents, 0.25)
     dy = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     true = torch.autograd.grad(out, leaves, dy)
-    attended = Attended(*given, documents, 0.25)
+    attended = CheckpointedAttention(*given, documents, 0.25)
     assert torch.equal(attended.tensors[0], out)
     # They go, and come back as others; and so do q, k and v.
     away = [torch.empty(x.shape, dtype=x.dtype).copy_(x) for x in attended.tensors]
@@ -57,14 +57,14 @@ def test_the_graph_holds_none_of_them():
 
     given = inputs()
     alone = holders(given[0])
-    attended = Attended(*given, None, 0.25)
+    attended = CheckpointedAttention(*given, None, 0.25)
     assert holders(given[0]) == alone
     for x in attended.tensors:
         assert holders(x) == holders(torch.empty(5))
 
 
 def test_inputs_that_lie_otherwise_are_refused():
-    attended = Attended(*inputs(), None, 0.25)
+    attended = CheckpointedAttention(*inputs(), None, 0.25)
     q, k, v = (x.contiguous().requires_grad_() for x in inputs())
     out = attended.again(q, k, v, attended.tensors)
     with pytest.raises(RuntimeError, match="lie otherwise"):

@@ -9,7 +9,7 @@ import torch
 from halfbyte.layers.mlp import gated_mlp
 from halfbyte.linear import group as shared
 from halfbyte.linear.frozen import FrozenLinear
-from halfbyte.linear.group import SharedInput
+from halfbyte.linear.group import LinearGroup
 from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach
 
 products = pytest.importorskip(
@@ -41,7 +41,7 @@ class MLP(torch.nn.Module):
             generator = torch.Generator().manual_seed(i)
             linear.weight.data = torch.randn(outputs, inputs, generator=generator).half() * 0.2
             setattr(self, name, linear)
-        SharedInput([self.gate_proj, self.up_proj])
+        LinearGroup([self.gate_proj, self.up_proj])
         attach(self, LoRAConfig(r=4, alpha=8, target_modules=targets), seed=0)
         for i, parameter in enumerate(adapter_parameters(self).values()):
             generator = torch.Generator().manual_seed(50 + i)

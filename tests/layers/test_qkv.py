@@ -9,7 +9,7 @@ from halfbyte.layers.elementwise import plain_rotary
 from halfbyte.layers.qkv import turned_heads
 from halfbyte.linear import group as shared
 from halfbyte.linear.frozen import FrozenLinear
-from halfbyte.linear.group import SharedInput
+from halfbyte.linear.group import LinearGroup
 from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach
 
 gpu_products = pytest.importorskip(
@@ -29,7 +29,7 @@ def projections(outputs, targets):
         generator = torch.Generator().manual_seed(i)
         linear.weight.data = torch.randn(out, WIDTH, generator=generator).half() * 0.2
         setattr(module, f"{name}_proj", linear)
-    SharedInput(list(module.children()))
+    LinearGroup(list(module.children()))
     attach(module, LoRAConfig(r=4, alpha=8, target_modules=targets), seed=0)
     for i, parameter in enumerate(adapter_parameters(module).values()):
         generator = torch.Generator().manual_seed(50 + i)

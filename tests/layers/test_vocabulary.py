@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from halfbyte.engine.autograd import PlainEngine
+from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.packing import Batch
 from halfbyte.errors import ConfigError
@@ -156,7 +156,7 @@ def test_both_engines_train_over_them(tied):
         return step([batch], 40.0, ActivationPolicy(1)), [p.grad for p in trained]
 
     one, mine = gradients(engine.step)
-    other, theirs = gradients(PlainEngine(model).step)
+    other, theirs = gradients(AutogradEngine(model).step)
     torch.testing.assert_close(one, other)
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)

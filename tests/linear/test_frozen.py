@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from halfbyte.linear.decoded_cache import WeightScratch
+from halfbyte.linear.decoded_cache import DecodedWeightCache
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.group import LowRank
 from halfbyte.quant import dequantize, quantize
@@ -133,7 +133,7 @@ def test_the_decoded_weight_is_not_kept():
 
 def test_a_layer_is_decoded_once_while_it_is_open():
     layers = [layer(6, 8, dtype=torch.float32), layer(9, 6, dtype=torch.float32)]
-    scratch = WeightScratch()
+    scratch = DecodedWeightCache()
     x = torch.randn(3, 8)
     alone = layers[1](layers[0](x))
     with scratch.opened(layers, torch.float32):
@@ -145,7 +145,7 @@ def test_a_layer_is_decoded_once_while_it_is_open():
 
 
 def test_slots_are_reused_and_grow():
-    scratch = WeightScratch()
+    scratch = DecodedWeightCache()
     small, large = layer(4, 8, dtype=torch.float32), layer(40, 8, dtype=torch.float32)
     x = torch.randn(2, 8)
     addresses = []
@@ -158,7 +158,7 @@ def test_slots_are_reused_and_grow():
 
 
 def test_what_was_decoded_last_need_not_be_again():
-    scratch = WeightScratch()
+    scratch = DecodedWeightCache()
     one, other = layer(4, 8, dtype=torch.float32), layer(6, 8, dtype=torch.float32)
     for linear, again, decodes in (
         (one, False, 1),
@@ -173,7 +173,7 @@ def test_what_was_decoded_last_need_not_be_again():
 
 
 def test_what_is_kept_stays_decoded_beside_what_is_not():
-    scratch = WeightScratch()
+    scratch = DecodedWeightCache()
     kept, other = layer(4, 8, dtype=torch.float32), layer(6, 8, dtype=torch.float32)
     scratch.keep([[kept]], torch.float32)
     assert scratch.decodes == 1  # at once
@@ -193,7 +193,7 @@ def test_what_is_kept_stays_decoded_beside_what_is_not():
 
 
 def test_all_that_is_kept_leaves_no_other_buffer():
-    scratch = WeightScratch()
+    scratch = DecodedWeightCache()
     layers = [[layer(4, 8)], [layer(40, 8)]]
     for linears in layers:
         with scratch.opened(linears, torch.float32):
@@ -207,7 +207,7 @@ def test_all_that_is_kept_leaves_no_other_buffer():
 
 def test_an_error_closes_what_was_opened():
     made = layer(dtype=torch.float32)
-    with pytest.raises(RuntimeError), WeightScratch().opened([made], torch.float32):
+    with pytest.raises(RuntimeError), DecodedWeightCache().opened([made], torch.float32):
         made(torch.randn(2, 3))
     assert made._dense is None
 
@@ -252,7 +252,7 @@ def test_all_ways_of_opening_agree():
     made.adapter = Update(torch.randn(3, 65), torch.randn(33, 3), 0.1)
     x = torch.randn(5, 65)
     results = []
-    scratch = WeightScratch()
+    scratch = DecodedWeightCache()
     for opened, _ in itertools.product((True, False), range(2)):
         if opened:
             with scratch.opened([made], torch.float32):

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from halfbyte.linear.decoded_cache import WeightScratch
+from halfbyte.linear.decoded_cache import DecodedWeightCache
 from halfbyte.linear.frozen import FrozenLinear
-from halfbyte.linear.group import SharedInput, ThinProducts
+from halfbyte.linear.group import LinearGroup, LoraActivationCache
 from tests.linear.test_frozen import Update, layer
 
 SIZES = (7, 3, 3)
@@ -38,13 +38,13 @@ def run(linears, x, weights=(1.0, 2.0, 3.0)):
 def products(monkeypatch):
     """How many products were made, each of however many linears."""
     made = []
-    original = SharedInput._products
+    original = LinearGroup._products
 
     def counted(self, x, **read):
         made.append(len(self.members))
         return original(self, x, **read)
 
-    monkeypatch.setattr(SharedInput, "_products", counted)
+    monkeypatch.setattr(LinearGroup, "_products", counted)
     return made
 
 
@@ -56,7 +56,7 @@ def test_together_they_give_what_they_give_alone(missing, dropped, products):
     alone, alone_gradients = run(adapted(keep, missing=missing), x)
     assert products == [1, 1, 1]
     together = adapted(keep, missing=missing)
-    SharedInput(together)
+    LinearGroup(together)
     products.clear()
     ys, gradients = run(together, x)
     assert products == [3]
@@ -68,7 +68,7 @@ def test_together_they_give_what_they_give_alone(missing, dropped, products):
 
 def test_gradients_in_float64():
     linears = adapted()
-    SharedInput(linears)
+    LinearGroup(linears)
     x = torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
     factors = [t for m in linears for t in (m.adapter.a, m.adapter.b)]
     assert torch.autograd.gradcheck(lambda x, *_: tuple(m(x) for m in linears), (x, *factors))
@@ -78,7 +78,7 @@ def test_an_output_that_is_not_used_has_no_part_in_the_gradients():
     x = torch.randn(5, 10, dtype=torch.float64, requires_grad=True)
     _, wanted = run(adapted(), x, weights=(1.0, 0.0, 3.0))
     linears = adapted()
-    SharedInput(linears)
+    LinearGroup(linears)
     _, got = run(linears, x, weights=(1.0, 0.0, 3.0))
     for one, other in zip(got, wanted, strict=True):
         if other is None:
@@ -89,7 +89,7 @@ def test_an_output_that_is_not_used_has_no_part_in_the_gradients():
 
 def test_another_input_is_another_product(products):
     linears = adapted()
-    SharedInput(linears)
+    LinearGroup(linears)
     x = torch.randn(5, 10, dtype=torch.float64)
     first = [linear(x) for linear in linears]
     again = [linear(x.clone()) for linear in linears]  # equal, but not the same
@@ -99,7 +99,7 @@ def test_another_input_is_another_product(products):
 
 def test_an_input_that_was_changed_in_place_is_not_the_same(products):
     linears = adapted()
-    SharedInput(linears)
+    LinearGroup(linears)
     x = torch.randn(5, 10, dtype=torch.float64)
     [linear(x) for linear in linears]
     linears[0](x)
@@ -110,7 +110,7 @@ def test_an_input_that_was_changed_in_place_is_not_the_same(products):
 
 def test_outputs_without_gradients_are_not_given_where_gradients_are_wanted():
     linears = adapted()
-    SharedInput(linears)
+    LinearGroup(linears)
     x = torch.randn(5, 10, dtype=torch.float64, requires_grad=True)
     [linear(x) for linear in linears]
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_outputs_without_gradients_are_not_given_where_gradients_are_wanted():
 
 def test_a_set_whose_first_inputs_differ_is_dissolved(products):
     linears = adapted()
-    SharedInput(linears)
+    LinearGroup(linears)
     inputs = [torch.randn(5, 10, dtype=torch.float64) for _ in linears]
     ys = [linear(x) for linear, x in zip(linears, inputs, strict=True)]
     expected = [linear(x) for linear, x in zip(adapted(), inputs, strict=True)]
@@ -132,9 +132,9 @@ def test_a_set_whose_first_inputs_differ_is_dissolved(products):
 
 def test_a_run_that_was_broken_off_dissolves_no_set(products):
     linears = adapted()
-    shared = SharedInput(linears)
+    group = LinearGroup(linears)
     linears[0](torch.randn(4, 10, dtype=torch.float64))  # and the others are never called
-    shared.forget()
+    group.forget()
     products.clear()
     run(linears, torch.randn(4, 10, dtype=torch.float64, requires_grad=True))
     assert products == [3]
@@ -142,7 +142,7 @@ def test_a_run_that_was_broken_off_dissolves_no_set(products):
 
 def test_nothing_is_held_once_all_have_their_output():
     linears = adapted()
-    SharedInput(linears)
+    LinearGroup(linears)
     x = torch.randn(5, 10, dtype=torch.float64)
     ys = [linear(x) for linear in linears]
     gone = [weakref.ref(x), weakref.ref(ys[1])]
@@ -153,11 +153,11 @@ def test_nothing_is_held_once_all_have_their_output():
 
 def test_a_linear_belongs_to_one_set():
     one, other = layer(7), layer(3)
-    shared = SharedInput([one, other])
+    group = LinearGroup([one, other])
     assert isinstance(one, FrozenLinear)
-    assert one.shared is other.shared is shared
-    assert SharedInput([one]) is one.shared
-    assert other.shared is shared
+    assert one.group is other.group is group
+    assert LinearGroup([one]) is one.group
+    assert other.group is group
 
 
 # --- x Aᵀ, from one run of a layer to another ----------------------------------------------------
@@ -166,69 +166,69 @@ def test_a_linear_belongs_to_one_set():
 @pytest.fixture
 def thin():
     """Two sets, and what x Aᵀ is made of."""
-    sets = [SharedInput([layer(out)]) for out in SIZES[:2]]
+    sets = [LinearGroup([layer(out)]) for out in SIZES[:2]]
     return sets, torch.randn(5, 10), SimpleNamespace(a=torch.randn(16, 10))
 
 
 def test_what_is_given_back_is_used_once_and_by_its_own_set(thin):
-    (one, other), x, shadow = thin
-    carried = ThinProducts([one, other])
-    carried.note()
-    p = one.into_a(x, shadow)
-    taken = carried.take()
+    (one, other), x, cast_adapters = thin
+    cache = LoraActivationCache([one, other])
+    cache.record()
+    p = one.into_a(x, cast_adapters)
+    taken = cache.pop()
     assert taken == {one: p}
-    carried.give(taken)
-    assert other.remembered is None
-    assert one.into_a(torch.zeros(5, 10), shadow) is p
-    assert not one.into_a(torch.zeros(5, 10), shadow).any()
+    cache.restore(taken)
+    assert other.restored is None
+    assert one.into_a(torch.zeros(5, 10), cast_adapters) is p
+    assert not one.into_a(torch.zeros(5, 10), cast_adapters).any()
 
 
 def test_each_part_has_its_own(thin):
-    (one, other), x, shadow = thin
-    carried, taken = ThinProducts([one, other]), []
+    (one, other), x, cast_adapters = thin
+    cache, taken = LoraActivationCache([one, other]), []
     for part in (x, x + 1):
-        carried.note()
-        one.into_a(part, shadow)
-        taken.append(carried.take())
-    carried.give(taken[0])
-    carried.give(taken[1])  # the first was not asked for
-    assert one.into_a(x, shadow) is taken[1][one]
-    carried.give(taken[0])
-    carried.give({})
-    assert one.remembered is None
+        cache.record()
+        one.into_a(part, cast_adapters)
+        taken.append(cache.pop())
+    cache.restore(taken[0])
+    cache.restore(taken[1])  # the first was not asked for
+    assert one.into_a(x, cast_adapters) is taken[1][one]
+    cache.restore(taken[0])
+    cache.restore({})
+    assert one.restored is None
 
 
 def test_nothing_is_noted_unasked_and_nothing_of_a_set_with_two_inputs(thin):
-    (one, other), x, shadow = thin
-    carried = ThinProducts([one, other])
-    one.into_a(x, shadow)
-    assert carried.take() == {}
-    carried.note()
-    one.into_a(x, shadow)
-    one.into_a(x + 1, shadow)
-    assert carried.take() == {}
-    one.into_a(x, shadow)
-    assert carried.take() == {}
+    (one, other), x, cast_adapters = thin
+    cache = LoraActivationCache([one, other])
+    one.into_a(x, cast_adapters)
+    assert cache.pop() == {}
+    cache.record()
+    one.into_a(x, cast_adapters)
+    one.into_a(x + 1, cast_adapters)
+    assert cache.pop() == {}
+    one.into_a(x, cast_adapters)
+    assert cache.pop() == {}
 
 
 def test_what_a_dissolved_set_made_is_given_to_nobody(thin):
-    _, x, shadow = thin
+    _, x, cast_adapters = thin
     linears = adapted()
-    together = SharedInput(linears)
-    carried = ThinProducts([together])
-    carried.note()
-    together.into_a(x, shadow)
-    alone = [SharedInput([linear]) for linear in linears]
-    ThinProducts(alone).give(carried.take())
-    assert all(shared.remembered is None for shared in [together, *alone])
+    together = LinearGroup(linears)
+    cache = LoraActivationCache([together])
+    cache.record()
+    together.into_a(x, cast_adapters)
+    alone = [LinearGroup([linear]) for linear in linears]
+    LoraActivationCache(alone).restore(cache.pop())
+    assert all(group.restored is None for group in [together, *alone])
 
 
 def test_what_was_noted_and_what_was_given_back_end_with_the_layer(thin):
-    (one, other), x, shadow = thin
+    (one, other), x, cast_adapters = thin
     linears = [*one.members, *other.members]
-    with WeightScratch().opened(linears, x.dtype) as carried:
-        carried.give({one: x})
-        carried.note()
-        other.into_a(x, shadow)
-    assert one.remembered is None
-    assert carried.take() == {}
+    with DecodedWeightCache().opened(linears, x.dtype) as cache:
+        cache.restore({one: x})
+        cache.record()
+        other.into_a(x, cast_adapters)
+    assert one.restored is None
+    assert cache.pop() == {}

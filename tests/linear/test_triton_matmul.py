@@ -42,8 +42,8 @@ def layer(outputs, inputs, ranks, adjacent=True):
         )
         for i, (rank, out) in enumerate(zip(ranks, outputs, strict=True))
     ]
-    (shadow,) = adapters.shadows_of([factors(updates, outputs, inputs)], torch.float16)
-    return weights, updates, shadow
+    (cast_adapters,) = adapters.cast_adapters_of([factors(updates, outputs, inputs)], torch.float16)
+    return weights, updates, cast_adapters
 
 
 def factors(updates, outputs, inputs):
@@ -73,15 +73,15 @@ def test_forward_and_backward_are_those_of_float64(outputs, inputs, ranks, rows,
     plain = by == "torch"
     forward = products.plain_forward if plain else products.forward
     backward = products.plain_backward if plain else products.backward
-    weights, updates, shadow = layer(outputs, inputs, ranks, adjacent)
+    weights, updates, cast_adapters = layer(outputs, inputs, ranks, adjacent)
     x = drawn(rows, inputs, seed=20)
-    p = torch.mm(x, shadow.a.t())
-    y = forward(x, weights, p, shadow, outputs)
+    p = torch.mm(x, cast_adapters.a.t())
+    y = forward(x, weights, p, cast_adapters, outputs)
     dys = [drawn(rows, out, seed=30 + i) for i, out in enumerate(outputs)]
-    g = x.new_full((rows, shadow.a.shape[0]), torch.nan)
-    d_b = adapters.adapter_pass(dys, p, shadow.b, [2.0] * len(dys), g)
+    g = x.new_full((rows, cast_adapters.a.shape[0]), torch.nan)
+    d_b = adapters.adapter_pass(dys, p, cast_adapters.b, [2.0] * len(dys), g)
     d_bs = d_b.split(outputs)
-    dx = backward(dys, weights, g, shadow)
+    dx = backward(dys, weights, g, cast_adapters)
     exact_dx = torch.zeros(rows, inputs, dtype=torch.float64)
     for i, (update, weight) in enumerate(zip(updates, weights, strict=True)):
         exact = x.double() @ weight.double().t()
@@ -93,7 +93,7 @@ def test_forward_and_backward_are_those_of_float64(outputs, inputs, ranks, rows,
             exact_dx += 2.0 * dy @ b @ a
             d_b = 2.0 * dy.t() @ (x.double() @ a.t())
             assert close(d_bs[i][:, : b.shape[1]], d_b, 2.0)
-            first = i * shadow.rank
+            first = i * cast_adapters.rank
             assert close(g[:, first : first + b.shape[1]], 2.0 * dy @ b, 2.0)
         assert close(y.split(outputs, 1)[i], exact, 2.0 if plain else 1.0)
     assert close(dx, exact_dx, 2.0 if plain else 1.0)
@@ -104,17 +104,17 @@ def test_forward_and_backward_are_those_of_float64(outputs, inputs, ranks, rows,
 def test_every_gpu_gives_adapters_the_same(monkeypatch, name, ranks):
     """By whatever it is given: kernels, or cuBLAS where Triton has no tensor cores, no Hopper."""
     outputs, inputs, rows = [72, 24], 40, 70
-    weights, updates, shadow = layer(outputs, inputs, ranks)
+    weights, updates, cast_adapters = layer(outputs, inputs, ranks)
     x, dys = drawn(rows, inputs, seed=20), [drawn(rows, n, seed=30 + n) for n in outputs]
-    p = torch.mm(x, shadow.a.t())
+    p = torch.mm(x, cast_adapters.a.t())
     monkeypatch.setattr(devices, "spec_of", lambda _: DEVICES[name])
     launched = []
     monkeypatch.setattr(adapters, "on_device", lambda x: launched.append(x) or nullcontext())
-    y = products.plain_forward(x, weights, p, shadow, outputs)
+    y = products.plain_forward(x, weights, p, cast_adapters, outputs)
     assert len(launched) == (name != "t4" or max(ranks) <= 32)
     g = torch.full_like(p, torch.nan)
-    d_b = adapters.adapter_pass(dys, p, shadow.b, [2.0, 2.0], g)
-    dx = products.plain_backward(dys, weights, g, shadow)
+    d_b = adapters.adapter_pass(dys, p, cast_adapters.b, [2.0, 2.0], g)
+    dx = products.plain_backward(dys, weights, g, cast_adapters)
     assert d_b.dtype == torch.float32
     exact_dx = torch.zeros(rows, inputs, dtype=torch.float64)
     for i, (dy, update, weight) in enumerate(zip(dys, updates, weights, strict=True)):
@@ -135,28 +135,28 @@ def test_sums_over_rows_may_be_more_than_float16_holds(monkeypatch):
 
 
 def test_gradients_may_be_columns_of_something_wider():
-    weights, _, shadow = layer([64], 64, [16])
+    weights, _, cast_adapters = layer([64], 64, [16])
     wide = drawn(40, 96, seed=3)
     dy = wide[:, 16:80]
     p = drawn(40, 16, seed=4)
     results = []
     for given in (dy, dy.contiguous()):
         g = p.new_empty(40, 16)
-        d_b = adapters.adapter_pass([given], p, shadow.b, [1.0], g)
-        results.append((d_b, g, products.backward([given], weights, g, shadow)))
+        d_b = adapters.adapter_pass([given], p, cast_adapters.b, [1.0], g)
+        results.append((d_b, g, products.backward([given], weights, g, cast_adapters)))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 
 
 def test_gradients_that_lie_side_by_side_are_one_product():
-    weights, _, shadow = layer([64, 32], 64, [16, 16])
+    weights, _, cast_adapters = layer([64, 32], 64, [16, 16])
     whole, g = drawn(40, 96, seed=3), drawn(40, 32, seed=4)
-    beside = products.plain_backward(whole.split([64, 32], 1), weights, g, shadow)
+    beside = products.plain_backward(whole.split([64, 32], 1), weights, g, cast_adapters)
     apart = [part.clone() for part in whole.split([64, 32], 1)]
     exact = torch.cat(apart, 1).double() @ torch.cat(weights).double()
-    exact += g.double() @ shadow.a.double()
+    exact += g.double() @ cast_adapters.a.double()
     assert close(beside, exact, 2.0)
-    assert close(products.plain_backward(apart, weights, g, shadow), exact, 3.0)
+    assert close(products.plain_backward(apart, weights, g, cast_adapters), exact, 3.0)
 
 
 def test_sums_over_many_spans_and_tiles_are_complete():
@@ -172,14 +172,14 @@ def test_a_shadow_holds_each_adapter_scaled_and_padded():
     _, updates, _ = layer([24, 8], 40, [3, 20])
     _, (other,), alone = layer([300], 72, [8])
     those = factors([updates[0], None, updates[1]], [24, 16, 8], 40)
-    shadow, second = adapters.shadows_of([those, factors([other], [300], 72)], dtype)
-    assert shadow.rank == 32
-    assert torch.equal(shadow.a[:3], updates[0].a.to(dtype))
-    assert torch.equal(shadow.a[64:84], updates[1].a.to(dtype))
-    assert torch.equal(shadow.b[:24, :3], (2.0 * updates[0].b).to(dtype))
-    assert torch.equal(shadow.b[40:, :20], (2.0 * updates[1].b).to(dtype))
-    assert int((shadow.a != 0).sum()) == 23 * 40
-    assert int((shadow.b != 0).sum()) <= 24 * 3 + 8 * 20
+    cast_adapters, second = adapters.cast_adapters_of([those, factors([other], [300], 72)], dtype)
+    assert cast_adapters.rank == 32
+    assert torch.equal(cast_adapters.a[:3], updates[0].a.to(dtype))
+    assert torch.equal(cast_adapters.a[64:84], updates[1].a.to(dtype))
+    assert torch.equal(cast_adapters.b[:24, :3], (2.0 * updates[0].b).to(dtype))
+    assert torch.equal(cast_adapters.b[40:, :20], (2.0 * updates[1].b).to(dtype))
+    assert int((cast_adapters.a != 0).sum()) == 23 * 40
+    assert int((cast_adapters.b != 0).sum()) <= 24 * 3 + 8 * 20
     assert torch.equal(second.a, alone.a)
     assert torch.equal(second.b, alone.b)
 

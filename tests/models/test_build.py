@@ -6,8 +6,8 @@ from transformers import LlamaConfig, Phi3Config
 
 from halfbyte.errors import CheckpointError, WeightError
 from halfbyte.models.build import (
-    Audit,
     BaseRecipe,
+    MemoryReport,
     build,
     finish,
     frozen_linears,
@@ -195,7 +195,7 @@ def test_a_configuration_that_is_no_language_model():
 
 def test_of_a_plain_model_the_largest_are_named_and_the_rest_counted():
     kept = tuple((f"layer{i}", "bfloat16", 2_000_000 - i) for i in range(20))
-    audit = Audit(0, 0, kept, 40_000_000)
+    audit = MemoryReport(0, 0, kept, 40_000_000)
     assert audit.lines() == [
         "kept in bfloat16: layer0, 2.0 MB",
         "kept in bfloat16: layer1, 2.0 MB",

@@ -18,7 +18,7 @@ from halfbyte.models.build import BaseRecipe, build, finish, place
 from halfbyte.plan import activation_cost as activations
 from halfbyte.plan.activation_cost import Gpu
 from halfbyte.plan.ledger import (
-    HOLES,
+    FRAGMENTATION,
     SMALLEST_PART,
     Holding,
     Run,
@@ -135,9 +135,9 @@ def test_what_a_gates_backward_sums_apart_follows_from_the_gpu(
     spec, cpu = DEVICES[name], torch.device("cpu")
     monkeypatch.setattr(devices, "spec_of", lambda _: spec)
     layer = replace(Run().layer(llama), gpu=Gpu(spec.capability, spec.num_sms))
-    shadow = adapters.Shadow(torch.empty(0), torch.empty(0), layer.rank)
+    cast_adapters = adapters.CastAdapters(torch.empty(0), torch.empty(0), layer.rank)
     for tokens in (1, 100, 512, 2048, 8192):
-        if not gated.backward_fits(shadow, shadow, cpu):
+        if not gated.backward_fits(cast_adapters, cast_adapters, cpu):
             assert layer.gated_sums(tokens) == 0
             continue
         columns = llama.intermediate
@@ -251,7 +251,7 @@ def test_products_with_a_are_kept_on_a_gpu_in_16_bits_alone(
         assert layer.lora == 0
         assert layer.kept()["adapters"] == layer.itemsize * 7 * rank
         cost = replace(those, length=100).step_cost(llama)
-        holes = HOLES[those.device]
+        holes = FRAGMENTATION[those.device]
         assert cost.kept(ActivationPolicy()) == 32 * int(holes * 100 * layer.input)
 
 

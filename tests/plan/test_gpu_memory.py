@@ -24,7 +24,7 @@ pytest.importorskip("triton")
 from triton.runtime.jit import KernelInterface
 
 from halfbyte.engine import layerwise as engines
-from halfbyte.engine import offload as shelf
+from halfbyte.engine import offload as offloader
 from halfbyte.engine.buckets import Buckets
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.packing import Batch
@@ -134,7 +134,7 @@ class Nothing:
 
 
 class HostOnHost:
-    """Torch for the shelf: what is page-locked is not on the card."""
+    """Torch for the offloader: what is page-locked is not on the card."""
 
     def __init__(self, counted: Counted) -> None:
         self.counted, self.held = counted, list[Tensor]()
@@ -186,7 +186,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, device: DeviceSpec) -> Counted:
     for module in (documents, engines):
         patch(module, "can_pack", lambda dtype, *_: dtype.itemsize == 2 and device.has_bfloat16)
     patch(devices, "spec_of", lambda _: device)
-    patch(shelf, "torch", HostOnHost(counted))
+    patch(offloader, "torch", HostOnHost(counted))
     for name in ("CUDAGraph", "Stream", "current_stream", "graph_pool_handle"):
         patch(torch.cuda, name, Nothing)
     for name in ("graph", "stream"):

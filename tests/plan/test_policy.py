@@ -25,7 +25,7 @@ COST = StepCost(
     backward=150,
     saved_part=85,
     loss=30,
-    given=5,
+    layer_args=5,
     decoded=50,
 )
 RECOMPUTED, SAVED, MIXED = ActivationPolicy(), ActivationPolicy(4), ActivationPolicy(1)
@@ -222,7 +222,7 @@ def costs(draw: st.DrawFn, parts: int = 1) -> StepCost:
         backward=kept + draw(sizes),
         saved_part=kept,
         loss=draw(sizes),
-        given=draw(sizes),
+        layer_args=draw(sizes),
         decoded=draw(sizes),
     )
 

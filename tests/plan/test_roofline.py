@@ -16,9 +16,9 @@ from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.plan.roofline import (
     CARDS,
     LAUNCH_SECONDS,
-    Card,
+    GpuSpec,
     card_named,
-    card_of_driver,
+    gpu_of_driver,
     measure_machine,
     step_seconds,
 )
@@ -161,12 +161,12 @@ def test_cards_by_name() -> None:
     ],
 )
 def test_cards_by_what_the_driver_calls_them(driver: str, card: str | None) -> None:
-    assert card_of_driver(driver) == (CARDS[card] if card else None)
+    assert gpu_of_driver(driver) == (CARDS[card] if card else None)
 
 
 def test_cards_are_what_their_drivers_say() -> None:
     for name, spec in DEVICES.items():
-        card = card_of_driver(spec.name)
+        card = gpu_of_driver(spec.name)
         if card is None:
             assert name in ("v100", "5090")
             continue
@@ -184,7 +184,7 @@ def test_this_machine_is_measured() -> None:
     assert card.memory > 1e8
 
 
-def found(shape: ModelShape, card: Card, **changes: Any) -> list[Way]:
+def found(shape: ModelShape, card: GpuSpec, **changes: Any) -> list[Way]:
     return ways(shape, replace(Run(length=2048, gpu=card.gpu), **changes), card, card.memory)
 
 

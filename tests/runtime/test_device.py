@@ -61,7 +61,7 @@ def test_the_driver_is_asked_once(monkeypatch):
     spec_of.cache_clear()
     try:
         assert spec_of(CUDA) == spec_of(CUDA) == DEVICES["l4"]
-        assert gpu.multiprocessors(CUDA) == 58
+        assert gpu.num_sms(CUDA) == 58
         assert not gpu.is_hopper(CUDA)
         assert asked == [CUDA]
         assert spec_of(torch.device("cpu")) == INTERPRETER

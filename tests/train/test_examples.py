@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.cli.train import VERB
+from halfbyte.cli.train import COMMAND
 from halfbyte.config.schema import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +25,7 @@ def test_it_loads_under_our_own_names(path: Path) -> None:
 def test_its_command_is_one_that_works(path: Path) -> None:
     comment = path.read_text(encoding="utf-8").partition("\n\n")[0]
     [command] = [line for line in comment.splitlines() if line.startswith("#     halfbyte train ")]
-    words = VERB.words(command.split()[3:])
+    words = COMMAND.words(command.split()[3:])
     assert words.problems == []
     file = ROOT / words.positional["config"]
     assert file == path

@@ -136,7 +136,7 @@ def test_the_plan_knows_which_step_is_tight(
     assert moved == [size == max(sizes) for size in sizes[4:]]
     assert sum(moved) == 1
     told = [event["text"] for event in events if event["event"] == "note"]
-    assert plans[1].line() in told
+    assert plans[1].summary() in told
 
 
 MODES = [("adamw_8bit", "auto"), ("paged_adamw_8bit", "auto"), ("paged_adamw_8bit", "explicit")]

@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 from halfbyte.config.schema import TrainConfig
 from halfbyte.engine import forward_backward as passes
-from halfbyte.engine.autograd import PlainEngine
+from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.buckets import Buckets
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_policy import HOST_SHARE, MARGIN, MemoryPlan
@@ -32,7 +32,7 @@ from halfbyte.train import trainer as trainers
 from halfbyte.train.loss_scale import LossScale
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.trainer import Trainer, is_out_of_memory
-from tests.engine.test_forward_backward import Drawer, Recorded
+from tests.engine.test_forward_backward import HostOffloader, Recorded
 from tests.engine.test_layerwise import FAMILIES, SIZES, batches_of, model_of
 
 
@@ -319,7 +319,7 @@ def test_what_the_loss_is_scaled_by_changes_no_update(max_grad_norm, factor):
         assert got.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-4)
         assert not got.skipped
     assert scaled.loss_scale.clean == len(RUN)
-    assert not scaled.engine.notes
+    assert not scaled.engine.messages
     begin = adapter_parameters(model_of(FAMILIES["llama"])).values()
     pairs = zip(plain.parameters.values(), scaled.parameters.values(), begin, strict=True)
     for one, other, before in pairs:
@@ -353,7 +353,7 @@ def test_a_step_that_overflows_is_left_out_and_told(monkeypatch):
     assert result.grad_norm == math.inf
     assert same(kept_of(made), before)
     assert made.loss_scale.state() == {"factor": 16.0, "clean": 0, "skipped": 1}
-    (note,) = made.engine.notes
+    (note,) = made.engine.messages
     assert note.startswith("step 2: gradients overflow in float16, so there is no update")
     # Nothing is left of it in the next.
     other.loss_scale.factor = 16.0
@@ -435,7 +435,7 @@ def long_batches():
 def on_a_gpu(monkeypatch):
     """Return what makes a trainer on a CPU that has all rungs: it packs, captures and offloads."""
     monkeypatch.setattr("halfbyte.engine.layerwise.can_pack", lambda *_: True)
-    monkeypatch.setattr(passes, "Shelf", Drawer)
+    monkeypatch.setattr(passes, "ActivationOffloader", HostOffloader)
     monkeypatch.setattr(trainers, "SMALLEST_PART", 100)
     monkeypatch.setattr(trainers.gc, "collect", lambda: 0)  # half a second among so many modules
     monkeypatch.setattr(trainers, "free_memory", lambda device: 10**9)
@@ -496,7 +496,9 @@ def test_a_step_is_made_again_with_less_until_it_fits(on_a_gpu, monkeypatch, fai
         assert record["step"] == 1
         assert record["reason"] == "CUDA out of memory. Tried to allocate 2 GiB."
         assert record["policy_before"] == before.__dict__
-    told = [note for note in made.engine.notes if note.startswith("out of GPU memory at step 1: ")]
+    told = [
+        note for note in made.engine.messages if note.startswith("out of GPU memory at step 1: ")
+    ]
     assert [note.partition(": ")[2].partition(",")[0] for note in told] == LADDER[:failures]
     assert made.policy == policies[-1]
     order = [MOST, *map(ActivationPolicy, (3, 1, 0)), *[ActivationPolicy(0, 2)] * 3]
@@ -526,7 +528,7 @@ def test_so_many_layers_are_saved_as_fit(on_a_gpu, monkeypatch, most, tried):
 
 COST = StepCost(
     layers=3, input=1000, part_input=1000, lora=10, saved=9000, attention=500, attention_part=500,
-    forward=2000, forward_saved=2500, backward=12_000, saved_part=8000, loss=3000, given=100,
+    forward=2000, forward_saved=2500, backward=12_000, saved_part=8000, loss=3000, layer_args=100,
     decoded=4000,
 )  # fmt: skip
 
@@ -534,7 +536,7 @@ COST = StepCost(
 @pytest.mark.parametrize(("fits", "most", "tried"), [(2, 3, [2]), (1, 3, [1]), (2, 1, [2, 1])])
 def test_how_many_fit_is_known_from_what_a_layer_takes(on_a_gpu, monkeypatch, fits, most, tried):
     made = on_a_gpu(ActivationPolicy(3), cost=COST)
-    used = 10**9 - made.engine.scratch.nbytes
+    used = 10**9 - made.engine.decoded_cache.nbytes
     room = MARGIN * (used + peak(COST, ActivationPolicy(fits), graphs=True).reserved)
     monkeypatch.setattr(trainers, "free_memory", lambda device: int(room - used) + 1)
     policies = failing(made, monkeypatch, lambda n, policy: n == 1 or policy.saved > most)
@@ -602,7 +604,7 @@ def test_on_a_cpu_and_of_one_layer_there_is_nowhere_to_offload_to(on_a_gpu, monk
 def test_plain_autograd_has_nothing_left_to_try(monkeypatch):
     model = model_of(FAMILIES["llama"])
     schedule = Schedule(1e-3, "constant", 0, 10)
-    made = Trainer(PlainEngine(model), adapter_parameters(model), config(), schedule)
+    made = Trainer(AutogradEngine(model), adapter_parameters(model), config(), schedule)
     failing(made, monkeypatch, lambda *_: True)
     with pytest.raises(OutOfMemoryError, match="Tried: nothing was left to try"):
         made.step(0, batches_of(RUN[0]))
@@ -756,7 +758,7 @@ def test_parts_are_made_smaller_until_the_plan_fits(on_a_gpu, monkeypatch, lengt
     assert made.engine.buckets.largest.numel == tried[-1]
     assert made.policy == ActivationPolicy(1)
     said = f"parts have at most {tried[-1]} tokens"
-    told = [note for note in made.engine.notes if note.startswith(said)]
+    told = [note for note in made.engine.messages if note.startswith(said)]
     assert len(told) == (len(tried) > 1)
 
 

@@ -23,8 +23,8 @@ from halfbyte.checkpoint.gguf import GGUFSource
 from halfbyte.checkpoint.source import BaseSource, warn_of_packing_again
 from halfbyte.errors import CheckpointError
 from halfbyte.models.build import (
-    Audit,
     BaseRecipe,
+    MemoryReport,
     build,
     finish,
     frozen_linears,
@@ -55,7 +55,7 @@ class LoadedBase(NamedTuple):
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    audit: Audit
+    audit: MemoryReport
     fingerprint: str
     name: str
 

@@ -1,4 +1,4 @@
-"""``halfbyte VERB …``: finds the verb, runs it, and says what went wrong in one message.
+"""``halfbyte COMMAND …``: finds the verb, runs it, and says what went wrong in one message.
 
 Each verb is a module of this package, imported only when it is called, so that ``--help`` and
 mistakes are answered without torch. Exit codes: 0 done; 2 wrong use or bad input, with a
@@ -14,7 +14,7 @@ from halfbyte import __version__
 from halfbyte.cli import startup
 from halfbyte.errors import ConfigError, HalfbyteError, UserError
 
-VERBS = {
+COMMANDS = {
     "plan": "bytes and seconds of a run, before anything is downloaded; LoRA or QLoRA",
     "train": "fine-tune a model on your data",
     "eval": "loss, perplexity and exact-match accuracy on a data file",
@@ -36,13 +36,13 @@ def overview() -> str:
     """What ``halfbyte --help`` prints."""
     return "\n".join(
         [
-            "usage: halfbyte VERB [options]",
+            "usage: halfbyte COMMAND [options]",
             "",
             "Fine-tune large language models in half a byte per weight.",
             "",
-            *(f"  {verb:<10}{summary}" for verb, summary in VERBS.items()),
+            *(f"  {verb:<10}{summary}" for verb, summary in COMMANDS.items()),
             "",
-            "halfbyte VERB --help lists a verb's options; halfbyte --version tells the version.",
+            "halfbyte COMMAND --help lists a verb's options; halfbyte --version tells the version.",
         ]
     )
 
@@ -52,14 +52,14 @@ def _run(argv: list[str]) -> None:
         print(overview())
     elif argv[0] in ("-V", "--version"):
         print(f"halfbyte {__version__}")
-    elif argv[0] in VERBS:
+    elif argv[0] in COMMANDS:
         importlib.import_module(f"halfbyte.cli.{argv[0]}").main(argv[1:])
     else:
         from halfbyte.config.aliases import nearest
 
         raise ConfigError(
-            f"unknown verb `{argv[0]}`{nearest(argv[0], VERBS) or ';'} expected one of "
-            + ", ".join(VERBS)
+            f"unknown verb `{argv[0]}`{nearest(argv[0], COMMANDS) or ';'} expected one of "
+            + ", ".join(COMMANDS)
         )
     sys.stdout.flush()
 
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:
         startup.claim_process()
         argv = sys.argv[1:]
-    name = f"halfbyte {argv[0]}" if argv and argv[0] in VERBS else "halfbyte"
+    name = f"halfbyte {argv[0]}" if argv and argv[0] in COMMANDS else "halfbyte"
     try:
         _run(argv)
     except UserError as error:

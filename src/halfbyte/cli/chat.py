@@ -9,9 +9,9 @@ import contextlib
 from halfbyte.cli.generate import SamplingOptions, write
 from halfbyte.cli.opening import open_model
 from halfbyte.cli.startup import import_transformers
-from halfbyte.config.command_line import Verb
+from halfbyte.config.command_line import Command
 
-VERB = Verb(
+COMMAND = Command(
     "chat",
     SamplingOptions,
     about="Talk to a model. /reset forgets the conversation, /exit or Ctrl-D leaves, and Ctrl-C "
@@ -24,7 +24,7 @@ _COMMANDS = "/reset forgets the conversation, /exit leaves"
 
 def main(argv: list[str]) -> None:
     """Run the verb."""
-    options, notes, _ = VERB.read(argv)
+    options, notes, _ = COMMAND.read(argv)
 
     import_transformers(gpu=options.device != "cpu")
     from halfbyte.models.generate import generate

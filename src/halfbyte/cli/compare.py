@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
-from halfbyte.config.command_line import Verb, results
+from halfbyte.config.command_line import Command, results
 from halfbyte.config.schema import TrainConfig, parse_names
 
 _VARIED = ("quant", "double_quant", "seed", "resume")
@@ -61,7 +61,7 @@ class CompareOptions(TrainConfig):
         return self
 
 
-VERB = Verb(
+COMMAND = Command(
     "compare",
     CompareOptions,
     about="Train variants from the same seeds and data, each in a process of its own, and see "
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
     Raises:
         HalfbyteError: A run has no result; the others are written all the same.
     """
-    options, notes, as_json = VERB.read(argv)
+    options, notes, as_json = COMMAND.read(argv)
 
     from halfbyte.checkpoint.atomic import require_writable
     from halfbyte.report import open_report, show

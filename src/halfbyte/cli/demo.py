@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from halfbyte.cli.startup import import_transformers
-from halfbyte.config.command_line import Verb, invocation, results
+from halfbyte.config.command_line import Command, invocation, results
 from halfbyte.config.schema import Options, TrainConfig, check
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class DemoOptions(Options):
     sections: ClassVar[dict[str, str]] = {"model": "the demo"}
 
 
-VERB = Verb(
+COMMAND = Command(
     "demo",
     DemoOptions,
     about="See a small model learn a task in minutes, on a CPU: what it answers before, four-bit "
@@ -68,7 +68,7 @@ VERB = Verb(
 
 def main(argv: list[str]) -> None:
     """Run the verb."""
-    options, notes, as_json = VERB.read(argv)
+    options, notes, as_json = COMMAND.read(argv)
     from halfbyte.tools.demo_model import demo_model
 
     model = options.model or str(demo_model())

@@ -9,7 +9,7 @@ from typing import Any
 
 from halfbyte import __version__
 from halfbyte.cli.startup import import_transformers
-from halfbyte.config.command_line import Verb, results
+from halfbyte.config.command_line import Command, results
 from halfbyte.config.schema import Options
 from halfbyte.errors import HalfbyteError
 
@@ -23,7 +23,7 @@ class DoctorOptions(Options):
     """There is nothing to choose."""
 
 
-VERB = Verb(
+COMMAND = Command(
     "doctor",
     DoctorOptions,
     about="What this machine has: versions, processor, GPU; what halfbyte will use of it, and why; "
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     Raises:
         HalfbyteError: Something does not compute what it should on this machine.
     """
-    as_json = VERB.read(argv).json
+    as_json = COMMAND.read(argv).json
 
     import_transformers()
     from halfbyte.report import show
@@ -106,7 +106,7 @@ def _machine() -> dict[str, str]:
     unused, total = torch.cuda.mem_get_info()
     return found | {
         "gpu": f"{properties.name}, sm_{properties.major}{properties.minor}, "
-        f"{properties.multi_processor_count} multiprocessors, CUDA {torch.version.cuda}"
+        f"{properties.multi_processor_count} num_sms, CUDA {torch.version.cuda}"
         + (f"; the first of {torch.cuda.device_count()}" if torch.cuda.device_count() > 1 else ""),
         "gpu memory": f"{total / 1e9:.1f} GB, {unused / 1e9:.1f} free",
     }

@@ -7,7 +7,7 @@ from pydantic import Field, PositiveInt
 
 from halfbyte.cli.opening import ReadModelOptions, open_model
 from halfbyte.cli.startup import import_transformers
-from halfbyte.config.command_line import Verb, results
+from halfbyte.config.command_line import Command, results
 
 _MISSES_SHOWN = 3
 
@@ -29,7 +29,7 @@ class EvalOptions(ReadModelOptions):
     sections: ClassVar[dict[str, str]] = {"model": "the model", "data": "the evaluation"}
 
 
-VERB = Verb(
+COMMAND = Command(
     "eval",
     EvalOptions,
     about="Loss, perplexity and exact-match accuracy on a data file.",
@@ -39,7 +39,7 @@ VERB = Verb(
 
 def main(argv: list[str]) -> None:
     """Run the verb."""
-    options, notes, as_json = VERB.read(argv)
+    options, notes, as_json = COMMAND.read(argv)
 
     import_transformers(gpu=options.device != "cpu")
     from halfbyte.report import open_report, show

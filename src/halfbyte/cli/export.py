@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from halfbyte.cli.opening import RECIPE_FIELDS, as_trained, require_free
 from halfbyte.cli.startup import import_transformers
-from halfbyte.config.command_line import Verb, results
+from halfbyte.config.command_line import Command, results
 from halfbyte.config.schema import BaseOptions
 from halfbyte.errors import HalfbyteError
 
@@ -76,7 +76,7 @@ class ExportOptions(BaseOptions):
 # What rounding may cost a small model: SmolLM2-135M keeps 100 % in f16, 96 % in q8_0, 39 % in q4_0.
 _LEAST_AGREEMENT = {"f32": 0.95, "f16": 0.95, "bf16": 0.95, "q8_0": 0.8, "q4_0": 0.0}
 
-VERB = Verb(
+COMMAND = Command(
     "export",
     ExportOptions,
     about="Write a GGUF file for llama.cpp and Ollama: a model, with an adapter merged into it, "
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
     Raises:
         HalfbyteError: What was written is not what it was made of, and was to be verified.
     """
-    options, notes, as_json = VERB.read(argv)
+    options, notes, as_json = COMMAND.read(argv)
     require_free(options.out, overwrite=options.overwrite, sign="*.gguf")
 
     import_transformers(gpu=options.device != "cpu")

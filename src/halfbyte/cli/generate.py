@@ -7,7 +7,7 @@ from pydantic import Field, PositiveInt
 
 from halfbyte.cli.opening import ReadModelOptions, open_model
 from halfbyte.cli.startup import import_transformers
-from halfbyte.config.command_line import Verb, results
+from halfbyte.config.command_line import Command, results
 from halfbyte.errors import ConfigError
 
 
@@ -28,7 +28,7 @@ class GenerateOptions(SamplingOptions):
     prompt: str | None = Field(None, description="what to answer; standard input if not given")
 
 
-VERB = Verb(
+COMMAND = Command(
     "generate",
     GenerateOptions,
     about="Answer one prompt, streamed to standard output.",
@@ -38,7 +38,7 @@ VERB = Verb(
 
 def main(argv: list[str]) -> None:
     """Run the verb."""
-    options, notes, as_json = VERB.read(argv)
+    options, notes, as_json = COMMAND.read(argv)
     prompt = options.prompt
     if prompt is None:
         if sys.stdin.isatty():

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from halfbyte.cli.opening import as_trained, require_free
 from halfbyte.cli.startup import import_transformers
-from halfbyte.config.command_line import Verb, results
+from halfbyte.config.command_line import Command, results
 from halfbyte.config.schema import BaseOptions
 from halfbyte.errors import HalfbyteError
 
@@ -82,7 +82,7 @@ class MergeOptions(BaseOptions):
         return self
 
 
-VERB = Verb(
+COMMAND = Command(
     "merge",
     MergeOptions,
     about="Write a model with an adapter merged into it. Each way of merging is first compared "
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> None:
     Raises:
         HalfbyteError: What was written does not agree with the adapter, and was to be verified.
     """
-    options, notes, as_json = VERB.read(argv)
+    options, notes, as_json = COMMAND.read(argv)
     require_free(options.out, overwrite=options.overwrite)
 
     import_transformers(gpu=options.device != "cpu")

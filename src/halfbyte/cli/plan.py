@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
-from halfbyte.config.command_line import Verb, results
+from halfbyte.config.command_line import Command, results
 from halfbyte.config.schema import BlockSize, Options, parse_bytes, parse_names
 
 if TYPE_CHECKING:
     from halfbyte.plan.advice import Way
     from halfbyte.plan.ledger import Holding
     from halfbyte.plan.model_shape import ModelShape
-    from halfbyte.plan.roofline import Card
+    from halfbyte.plan.roofline import GpuSpec
 
 
 class PlanOptions(Options):
@@ -70,7 +70,7 @@ class PlanOptions(Options):
         return self
 
 
-VERB = Verb(
+COMMAND = Command(
     "plan",
     PlanOptions,
     about="What a run will take, in bytes and seconds, before anything is downloaded: 16-bit LoRA "
@@ -83,7 +83,7 @@ VERB = Verb(
 
 def main(argv: list[str]) -> None:
     """Run the verb."""
-    options, notes, as_json = VERB.read(argv)
+    options, notes, as_json = COMMAND.read(argv)
 
     from halfbyte.plan.advice import advice, choices, ways
     from halfbyte.plan.ledger import Holding, Run
@@ -129,7 +129,7 @@ def main(argv: list[str]) -> None:
         }
 
 
-def _card(options: PlanOptions) -> "Card":
+def _card(options: PlanOptions) -> "GpuSpec":
     from halfbyte.plan.roofline import CARDS, HERE, card_named
 
     if options.card is not None:
@@ -198,7 +198,9 @@ def _count(number: float) -> str:
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
 
 
-def _show(shape: "ModelShape", found: list["Way"], card: "Card", memory: float, told: str) -> None:
+def _show(
+    shape: "ModelShape", found: list["Way"], card: "GpuSpec", memory: float, told: str
+) -> None:
     from halfbyte.plan.advice import choices, usable
     from halfbyte.plan.ledger import policy_of
     from halfbyte.report import show

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from halfbyte.cli.opening import require_free
 from halfbyte.cli.startup import import_transformers
-from halfbyte.config.command_line import Verb, results
+from halfbyte.config.command_line import Command, results
 from halfbyte.config.schema import BaseOptions
 
 
@@ -26,7 +26,7 @@ class QuantizeOptions(BaseOptions):
     sections: ClassVar[dict[str, str]] = {"model": "what, how, and where to"}
 
 
-VERB = Verb(
+COMMAND = Command(
     "quantize",
     QuantizeOptions,
     about="Write a model in 4 bits, in the format of bitsandbytes: transformers, PEFT and vLLM "
@@ -38,7 +38,7 @@ VERB = Verb(
 
 def main(argv: list[str]) -> None:
     """Run the verb."""
-    options, notes, as_json = VERB.read(argv)
+    options, notes, as_json = COMMAND.read(argv)
     require_free(options.out, overwrite=options.overwrite)
 
     import_transformers()

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from halfbyte.config.command_line import Verb, results
+from halfbyte.config.command_line import Command, results
 from halfbyte.config.schema import Options
 
 _PAGE = "report.html"
@@ -22,7 +22,7 @@ class ReportOptions(Options):
     sections: ClassVar[dict[str, str]] = {"runs": "the page"}
 
 
-VERB = Verb(
+COMMAND = Command(
     "report",
     ReportOptions,
     about="Write one self-contained HTML page from the journal of a run: losses, speed, memory, "
@@ -36,7 +36,7 @@ VERB = Verb(
 
 def main(argv: list[str]) -> None:
     """Run the verb."""
-    options, _, as_json = VERB.read(argv)
+    options, _, as_json = COMMAND.read(argv)
     runs = options.runs
     beside = runs[0] if runs[0].is_dir() else runs[0].parent
     output = options.output or (beside / _PAGE if len(runs) == 1 else Path(_PAGE))

@@ -3,10 +3,10 @@
 import dataclasses
 
 from halfbyte.cli.startup import import_transformers
-from halfbyte.config.command_line import Verb, invocation, results
+from halfbyte.config.command_line import Command, invocation, results
 from halfbyte.config.schema import TrainConfig, load_config
 
-VERB = Verb(
+COMMAND = Command(
     "train",
     TrainConfig,
     about="Fine-tune a model on your data. Options may stand in a YAML file, under the same names "
@@ -18,7 +18,7 @@ VERB = Verb(
 
 def main(argv: list[str]) -> None:
     """Run the verb."""
-    words = VERB.words(argv)
+    words = COMMAND.words(argv)
     file = words.positional.get("config") or words.given.pop("config", None)
     config, notes = load_config(file, words.given, problems=words.problems)
 

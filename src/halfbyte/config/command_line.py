@@ -40,7 +40,7 @@ from halfbyte.config.schema import OptionsT, check
 _TRUTH_WORDS = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 
 
-class Words(NamedTuple):
+class ParsedArgs(NamedTuple):
     """What stands on a command line."""
 
     given: dict[str, Any]
@@ -58,8 +58,8 @@ class Request(NamedTuple, Generic[OptionsT]):
 
 
 @dataclass(frozen=True)
-class Verb(Generic[OptionsT]):
-    """One ``halfbyte VERB``: its options, and what ``--help`` says about it."""
+class Command(Generic[OptionsT]):
+    """One ``halfbyte COMMAND``: its options, and what ``--help`` says about it."""
 
     name: str
     options: type[OptionsT]
@@ -71,14 +71,14 @@ class Verb(Generic[OptionsT]):
     """The last of them, if it takes any number of words."""
     has_json: bool = True
 
-    def words(self, argv: list[str]) -> Words:
+    def words(self, argv: list[str]) -> ParsedArgs:
         """Sort words by option; prints the help and leaves when it is asked for."""
         if "--help" in argv or "-h" in argv:
             _leave_with(self.help())
         aliases = aliases_of(self.options)
         flags = {name for name, field in self.options.model_fields.items() if _is_flag(field)}
         flags |= {name for name, alias in aliases.items() if alias.is_flag}
-        found = Words({}, {}, json=False, problems=[])
+        found = ParsedArgs({}, {}, json=False, problems=[])
         free, words = deque(self.positional), deque(argv)
         while words:
             word = words.popleft()

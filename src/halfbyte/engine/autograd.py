@@ -16,16 +16,16 @@ from halfbyte.linear.lora import DropoutClock, dropout_clock
 from halfbyte.plan.policy import ActivationPolicy
 
 
-class PlainEngine:
+class AutogradEngine:
     """Runs optimizer steps as `LayerEngine` does, one micro-batch at a time."""
 
     name = "plain autograd"
     captures = False
-    notes: list[str]
+    messages: list[str]
     clock: DropoutClock | None
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.notes = model, []
+        self.model, self.messages = model, []
         self.clock = dropout_clock(model)
         if model.supports_gradient_checkpointing:
             # Renamed in transformers 5.23; the older name warns there.

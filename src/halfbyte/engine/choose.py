@@ -2,7 +2,7 @@
 
 On a GPU all kernels of a step are compiled ahead, side by side, by a dry run of its parts
 (runtime/compile_ahead.py). A model whose loss `LayerEngine` does not reproduce trains under
-`PlainEngine`, and the reason is announced.
+`AutogradEngine`, and the reason is announced.
 """
 
 import logging
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from halfbyte.engine.autograd import PlainEngine
+from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.buckets import Buckets, PartShape
 from halfbyte.engine.layerwise import EngineError, LayerEngine
 from halfbyte.engine.packing import part_of_shape
@@ -33,7 +33,7 @@ def choose_engine(
     graphs: bool = True,
     lengths: Sequence[Sequence[int]] = (),
     state_bits: Literal[8, 32] | None = None,
-) -> tuple[LayerEngine | PlainEngine, str]:
+) -> tuple[LayerEngine | AutogradEngine, str]:
     """Return the engine for ``model`` and one line that says which, and why.
 
     Args:
@@ -54,8 +54,8 @@ def choose_engine(
             compile_ahead(engine, buckets, vocabulary=vocabulary, state_bits=state_bits)
         engine.probe(vocabulary, device)
     except EngineError as error:
-        return PlainEngine(model), f"plain autograd, layer by layer is not possible: {error}"
-    return engine, engine.line()
+        return AutogradEngine(model), f"plain autograd, layer by layer is not possible: {error}"
+    return engine, engine.summary()
 
 
 def compile_ahead(
@@ -98,9 +98,9 @@ def compile_ahead(
         logger.info("kernels are compiled one by one, as a dry run failed: %s", error)
     finally:
         engine.passes.forget()
-        engine.scratch.forget()
+        engine.decoded_cache.forget()
         for linear in chain.from_iterable(engine.linears):
-            linear.shared.forget()
+            linear.group.forget()
         for adapter in adapters(engine.model).values():
             adapter.forget()
         for parameter, grad in held:
@@ -110,10 +110,12 @@ def compile_ahead(
 
 def _passes(engine: LayerEngine, shape: PartShape) -> None:
     """Run two layers forward and backward, and the loss, as `LayerEngine.capture` will."""
-    (passage,) = engine.embed([part_of_shape(shape, engine.model.device)])
-    engine.passes.rehearse(passage, ActivationPolicy(len(engine.layers)), whole=False)
+    (layer_input,) = engine.embed([part_of_shape(shape, engine.model.device)])
+    engine.passes.warm_up(layer_input, ActivationPolicy(len(engine.layers)), whole=False)
     for supervised in {min(17, shape.numel), shape.numel}:  # pointers aligned, and not
-        engine.tail(passage.x, part_of_shape(shape, engine.model.device, supervised), 1.0)
+        engine.loss_and_grad(
+            layer_input.x, part_of_shape(shape, engine.model.device, supervised), 1.0
+        )
 
 
 def _update(bits: Literal[8, 32], device: torch.device) -> None:

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from halfbyte.engine.buckets import PartShape
-from halfbyte.engine.offload import Shelf
-from halfbyte.layers.decoder_layer import Notes
+from halfbyte.engine.offload import ActivationOffloader
+from halfbyte.layers.decoder_layer import AttentionCheckpoint
+from halfbyte.linear.group import LoraActivationCache
 from halfbyte.plan.policy import ActivationPolicy
 
 
@@ -41,38 +42,25 @@ class Run(Protocol):
         self,
         layer: int,
         x: Tensor,
-        given: tuple[Tensor, ...],
+        layer_args: tuple[Tensor, ...],
         *,
         read: bool,
-        notes: Notes | None = None,
+        checkpoint: AttentionCheckpoint | None = None,
     ) -> Tensor:
         """Return the layer's output [B, T, hidden]; ``read``: whether anybody reads its values."""
 
 
-class Thin(Protocol):
-    """What an open layer makes of its input that is not worth making twice; narrow tensors."""
-
-    def note(self) -> None:
-        """Note it from now on."""
-
-    def take(self) -> Mapping[Any, Tensor]:
-        """Return what was noted since; note no more."""
-
-    def give(self, taken: Mapping[Any, Tensor]) -> None:
-        """Have the layer's next run, on the same input, use what was taken."""
-
-
-class Passage(NamedTuple):
+class LayerInput(NamedTuple):
     """A part on its way.
 
     Attributes:
         x: What goes into layer 0, [B, T, hidden].
-        given: Tensors that layers are called with besides.
+        layer_args: Tensors that layers are called with besides.
         run: Calls a layer.
     """
 
     x: Tensor
-    given: tuple[Tensor, ...]
+    layer_args: tuple[Tensor, ...]
     run: Run
 
 
@@ -81,33 +69,33 @@ class _Kept:
     """What a layer left for one part.
 
     Attributes:
-        x: Its input, unless that is on the shelf.
+        x: Its input, unless that is on the offloader.
         y: Where its output is in the autograd graph, if it is saved. Not the output itself: the
             last layer's would stay for nothing.
-        thin: What is not made again, if it is not.
-        notes: What it noted, whose tensors are where x is.
+        lora_activations: What is not made again, if it is not.
+        checkpoint: What it noted, whose tensors are where x is.
     """
 
     x: Tensor | None = None
     y: GradientEdge | None = None
-    thin: Mapping[Any, Tensor] = field(default_factory=dict)
-    notes: Notes | None = None
+    lora_activations: Mapping[Any, Tensor] = field(default_factory=dict)
+    checkpoint: AttentionCheckpoint | None = None
 
     def away(self) -> list[Tensor]:
         """Return what waits elsewhere, and let go of it."""
         assert self.x is not None
         tensors, self.x = [self.x.detach()], None
-        if self.notes is not None:
-            tensors += self.notes.tensors
-            self.notes.tensors = []
+        if self.checkpoint is not None:
+            tensors += self.checkpoint.tensors
+            self.checkpoint.tensors = []
         return tensors
 
     def back(self, tensors: list[Tensor], *, wanted: bool) -> None:
         """Have back what waited; ``wanted``: whether the input wants a gradient."""
         x, *rest = tensors
         self.x = x.requires_grad_(wanted)
-        if self.notes is not None:
-            self.notes.tensors = rest
+        if self.checkpoint is not None:
+            self.checkpoint.tensors = rest
 
 
 class Passes:
@@ -118,7 +106,7 @@ class Passes:
         first_trained: The first that trains anything, or lies above what does.
         entry_trained: Whether what goes into layer 0 wants a gradient.
         opened: Makes a layer's weights ready, unless they are (``again``); a context, which gives
-            the layer's `Thin`.
+            the layer's `LoraActivationCache`.
 
     Attributes:
         between: Called before each layer, in both passes, and by the engine before the loss; not
@@ -130,18 +118,18 @@ class Passes:
         trained: Sequence[Sequence[nn.Parameter]],
         first_trained: int,
         entry_trained: bool,
-        opened: Callable[..., AbstractContextManager[Thin]],
+        opened: Callable[..., AbstractContextManager[LoraActivationCache]],
     ) -> None:
         self.layers, self._trained = len(trained), [list(those) for those in trained]
         self.first_trained, self.entry_trained = first_trained, entry_trained
         self._opened = opened
         self.between: Callable[[], None] = lambda: None
         self._kept: list[list[_Kept]] = []
-        self._shelf: Shelf | None = None
+        self._offloader: ActivationOffloader | None = None
 
-    def down(self, passages: Sequence[Passage], policy: ActivationPolicy) -> list[Tensor]:
+    def forward(self, layer_inputs: Sequence[LayerInput], policy: ActivationPolicy) -> list[Tensor]:
         """Return the last layer's output for each part, detached."""
-        hidden = [passage.x for passage in passages]
+        hidden = [layer_input.x for layer_input in layer_inputs]
         first_saved = max(self.layers - policy.saved, self.first_trained)
         offloaded = min(policy.offloaded, first_saved)
         noted = offloaded if policy.attention_checkpoint else 0
@@ -151,36 +139,40 @@ class Passes:
             wanted = self.entry_trained or index > self.first_trained
             saved = index >= first_saved
             self.between()
-            with self._opened(index) as thin:
-                for i, passage in enumerate(passages):
+            with self._opened(index) as lora_cache:
+                for i, layer_input in enumerate(layer_inputs):
                     x = hidden[i].detach().requires_grad_(wanted)
                     if not saved:
-                        thin.note()
-                    notes = Notes() if self.first_trained <= index < noted else None
+                        lora_cache.record()
+                    checkpoint = (
+                        AttentionCheckpoint() if self.first_trained <= index < noted else None
+                    )
                     with torch.set_grad_enabled(saved):
-                        y = passage.run(index, x, passage.given, read=True, notes=notes)
+                        y = layer_input.run(
+                            index, x, layer_input.layer_args, read=True, checkpoint=checkpoint
+                        )
                     edge = get_gradient_edge(y) if saved else None
-                    row.append(_Kept(x, edge, thin.take(), notes))
+                    row.append(_Kept(x, edge, lora_cache.pop(), checkpoint))
                     hidden[i] = y.detach()
             if index < self.first_trained:
                 continue
             if index < offloaded:
-                self._shelf = self._shelf or Shelf()
-                self._shelf.put(index, [kept.away() for kept in row])
-            elif self._shelf is not None:
-                self._shelf.settle()
+                self._offloader = self._offloader or ActivationOffloader()
+                self._offloader.offload(index, [kept.away() for kept in row])
+            elif self._offloader is not None:
+                self._offloader.wait()
             self._kept.append(row)
-        if self._shelf is not None:
-            self._shelf.settle()
+        if self._offloader is not None:
+            self._offloader.wait()
         return hidden
 
-    def up(
+    def backward(
         self,
-        passages: Sequence[Passage],
+        layer_inputs: Sequence[LayerInput],
         grads: list[Tensor],
         finished: Callable[[int], None] | None = None,
     ) -> None:
-        """Turn gradients of `down`'s outputs into those of its inputs, in place of them.
+        """Turn gradients of `forward`'s outputs into those of its inputs, in place of them.
 
         The layers' own go to ``.grad`` of what is trained; ``finished`` is called with a layer's
         number when they are final.
@@ -189,25 +181,29 @@ class Passes:
         for index in reversed(range(self.first_trained, self.layers)):
             row = self._kept.pop()
             away = row[0].x is None
-            if away and self._shelf is not None:
+            if away and self._offloader is not None:
                 wanted = self.entry_trained or index > self.first_trained
-                back = self._shelf.take(index)
+                back = self._offloader.get(index)
                 for kept in row:
                     kept.back(back.pop(0), wanted=wanted)
             self._fetch(index - 1)
             self.between()
             # The last layer of the pass down is the first of the pass up.
-            with self._opened(index, again=index == self.layers - 1) as thin:
-                for i, passage in enumerate(passages):
+            with self._opened(index, again=index == self.layers - 1) as lora_cache:
+                for i, layer_input in enumerate(layer_inputs):
                     held = row[i]
                     output: Tensor | GradientEdge | None = held.y
                     x = held.x
                     assert x is not None
                     if output is None:
-                        thin.give(held.thin)
+                        lora_cache.restore(held.lora_activations)
                         with torch.enable_grad():
-                            output = passage.run(
-                                index, x, passage.given, read=False, notes=held.notes
+                            output = layer_input.run(
+                                index,
+                                x,
+                                layer_input.layer_args,
+                                read=False,
+                                checkpoint=held.checkpoint,
                             )
                     leaves = [x] * x.requires_grad + self._trained[index]
                     # In this thread: one more would have a cuBLAS workspace of its own.
@@ -223,40 +219,40 @@ class Passes:
             if finished is not None:
                 finished(index)
 
-    def rehearse(self, passage: Passage, policy: ActivationPolicy, *, whole: bool) -> None:
+    def warm_up(self, layer_input: LayerInput, policy: ActivationPolicy, *, whole: bool) -> None:
         """Run both passes on a part, with gradients of zero.
 
         So a capture finds every kernel compiled, the addresses of every layer's weights on the
         device and, where layers are offloaded, host memory allocated.
 
         Args:
-            passage: The part.
+            layer_input: The part.
             policy: What is kept.
             whole: Whether to run all layers. Once that was done, two show what is new of another
                 shape: the first, whose input may want no gradient, and another, recomputed and, if
                 any are, saved.
         """
         if whole or self.first_trained or self.layers <= 2:
-            self._both(passage, policy)
+            self._both(layer_input, policy)
             return
         few = Passes(self._trained[:2], 0, self.entry_trained, self._opened)
         for saved in {0, min(2, policy.saved)}:  # saved ones may be more than there is room for
-            few._both(passage, ActivationPolicy(saved))
+            few._both(layer_input, ActivationPolicy(saved))
 
-    def _both(self, passage: Passage, policy: ActivationPolicy) -> None:
-        (y,) = self.down([passage], policy)
+    def _both(self, layer_input: LayerInput, policy: ActivationPolicy) -> None:
+        (y,) = self.forward([layer_input], policy)
         grad = torch.zeros_like(y)
         del y
-        self.up([passage], [grad])
+        self.backward([layer_input], [grad])
 
     def forget(self) -> None:
         """Let go of what a pass down has kept; for when no pass up will follow."""
         self._kept = []
-        self._shelf = None
+        self._offloader = None
 
     def _fetch(self, index: int) -> None:
-        if self._shelf is not None and index >= self.first_trained:
-            self._shelf.fetch(index)
+        if self._offloader is not None and index >= self.first_trained:
+            self._offloader.prefetch(index)
 
 
 def _add_up(parameters: Sequence[nn.Parameter], found: Sequence[Tensor | None]) -> None:
@@ -277,10 +273,10 @@ def _add_up(parameters: Sequence[nn.Parameter], found: Sequence[Tensor | None]) 
 class _Captured(NamedTuple):
     """Both passes over a part of one shape, its input, and its output's place in the static one."""
 
-    held: Passage
+    held: LayerInput
     output: Tensor
-    down: torch.cuda.CUDAGraph
-    up: torch.cuda.CUDAGraph
+    forward: torch.cuda.CUDAGraph
+    backward: torch.cuda.CUDAGraph
 
 
 class CapturedPasses:
@@ -315,14 +311,16 @@ class CapturedPasses:
         self._captured, self._static = {}, {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def hold(self, passage: Passage) -> Passage:
-        """Return the passage with its tensors copied to where graphs read them."""
-        given = tuple(self._place(f"given {i}", t) for i, t in enumerate(passage.given))
-        held = Passage(self._place("x", passage.x), given, passage.run)
-        _copy(held, passage)
+    def hold(self, layer_input: LayerInput) -> LayerInput:
+        """Return the layer_input with its tensors copied to where graphs read them."""
+        layer_args = tuple(
+            self._place(f"layer argument {i}", t) for i, t in enumerate(layer_input.layer_args)
+        )
+        held = LayerInput(self._place("x", layer_input.x), layer_args, layer_input.run)
+        _copy(held, layer_input)
         return held
 
-    def capture(self, shape: PartShape, held: Passage, policy: ActivationPolicy) -> None:
+    def capture(self, shape: PartShape, held: LayerInput, policy: ActivationPolicy) -> None:
         """Capture the passes over a part.
 
         Args:
@@ -344,12 +342,12 @@ class CapturedPasses:
         down, up = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(down, pool=self._pool, capture_error_mode="thread_local"):
-                (hidden,) = self._passes.down([held], policy)
+                (hidden,) = self._passes.forward([held], policy)
                 output.copy_(hidden)
                 del hidden
             # Nobody reads the last output any more: its gradient takes its place.
             with torch.cuda.graph(up, pool=self._pool, capture_error_mode="thread_local"):
-                self._passes.up([held], [output])
+                self._passes.backward([held], [output])
         except RuntimeError:
             self._passes.forget()
             # torch's random numbers go on only after a capture that ends well.
@@ -365,18 +363,18 @@ class CapturedPasses:
         pairs = zip(self._parameters, self._gradients, strict=True)
         return all(parameter.grad is grad for parameter, grad in pairs)
 
-    def down(self, shape: PartShape, passage: Passage) -> Tensor:
-        """As `Passes.down`; the next part writes over the result."""
+    def forward(self, shape: PartShape, layer_input: LayerInput) -> Tensor:
+        """As `Passes.forward`; the next part writes over the result."""
         captured = self._captured[shape]
-        _copy(captured.held, passage)
-        captured.down.replay()
+        _copy(captured.held, layer_input)
+        captured.forward.replay()
         return captured.output
 
-    def up(self, shape: PartShape, grad: Tensor) -> None:
-        """As `Passes.up`, after `down` of the same part."""
+    def backward(self, shape: PartShape, grad: Tensor) -> None:
+        """As `Passes.backward`, after `forward` of the same part."""
         captured = self._captured[shape]
         captured.output.copy_(grad)
-        captured.up.replay()
+        captured.backward.replay()
 
     def _place(self, name: str, like: Tensor) -> Tensor:
         """Return a view of a static tensor, which is made as large as the first that asks."""
@@ -386,6 +384,8 @@ class CapturedPasses:
         return held[: like.numel()].view(like.shape)
 
 
-def _copy(held: Passage, passage: Passage) -> None:
-    for place, tensor in zip((held.x, *held.given), (passage.x, *passage.given), strict=True):
+def _copy(held: LayerInput, layer_input: LayerInput) -> None:
+    for place, tensor in zip(
+        (held.x, *held.layer_args), (layer_input.x, *layer_input.layer_args), strict=True
+    ):
         place.copy_(tensor.detach())

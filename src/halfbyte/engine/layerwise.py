@@ -38,16 +38,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halfbyte.engine.buckets import Buckets, divide, own_shape
-from halfbyte.engine.forward_backward import CapturedPasses, Passage, Passes, is_out_of_memory
-from halfbyte.engine.packing import Batch, Part, lengths_of, part_of_shape, parts_of
+from halfbyte.engine.forward_backward import CapturedPasses, LayerInput, Passes, is_out_of_memory
+from halfbyte.engine.packing import Batch, PackedBatch, lengths_of, part_of_shape, parts_of
 from halfbyte.layers.attention import Documents, can_pack
 from halfbyte.layers.cross_entropy import head_loss
-from halfbyte.layers.decoder_layer import FAMILIES, Notes, fused
+from halfbyte.layers.decoder_layer import FAMILIES, AttentionCheckpoint, fused
 from halfbyte.layers.elementwise import rms_norm
 from halfbyte.layers.vocabulary import FrozenHead
-from halfbyte.linear.decoded_cache import WeightScratch
+from halfbyte.linear.decoded_cache import DecodedWeightCache
 from halfbyte.linear.frozen import FrozenLinear
-from halfbyte.linear.group import ThinProducts
+from halfbyte.linear.group import LoraActivationCache
 from halfbyte.linear.lora import (
     DropoutClock,
     adapters,
@@ -88,7 +88,7 @@ class LayerEngine:
         finished: Called with a layer's number and the loss when the layer's gradients are final,
             while those below it are still to come. With it there are no CUDA graphs.
         mark: Called with ``forward``, ``loss`` and ``backward`` as a step comes to each.
-        notes: What a person should be told; whoever tells it empties the list.
+        messages: What a person should be told; whoever tells it empties the list.
 
     Raises:
         EngineError: If the decoder's layers, final norm or head are not where they should be.
@@ -135,15 +135,15 @@ class LayerEngine:
             p.requires_grad for p in self.decoder.parameters() if p not in behind
         )
         self.first_trained = [self.entry_trained or trains[0], *trains[1:], True].index(True)
-        self.scratch = WeightScratch()
+        self.decoded_cache = DecodedWeightCache()
         self.buckets: Buckets | None = None
         self.longest = 0
         self._decoded = 0
-        self.opened = _opener(self.scratch, self.linears, self.dtype)
+        self.opened = _opener(self.decoded_cache, self.linears, self.dtype)
         self.clock = dropout_clock(model)
         self._drops = any(adapter.config.dropout for adapter in adapters(model).values())
         self.tuple_output = self._told_window = False
-        self.notes: list[str] = []
+        self.messages: list[str] = []
         self.mark: Callable[[str], None] = lambda part: None
         self.finished: Callable[[int, Tensor], None] | None = None
         self.trained = trained
@@ -167,7 +167,7 @@ class LayerEngine:
             return "DoRA's norms are looked after by the host"
         return ""
 
-    def line(self) -> str:
+    def summary(self) -> str:
         """Return what a person is told about how steps are run."""
         told = f"layer engine over {len(self.layers)} layers"
         if self.fused:
@@ -192,7 +192,7 @@ class LayerEngine:
         if self._graphs is not None:
             self.forget_graphs()
             self._graphs, self.why_no_graphs = None, why
-            self.notes.append(f"no CUDA graphs from here on: {why}")
+            self.messages.append(f"no CUDA graphs from here on: {why}")
 
     def forget_graphs(self) -> None:
         """Let go of all graphs that were captured, and of their memory."""
@@ -220,7 +220,7 @@ class LayerEngine:
             return
         self._decoded = layers
         self.forget_graphs()  # they read weights where these were
-        self.scratch.keep(self.linears[len(self.layers) - layers :], self.dtype)
+        self.decoded_cache.keep(self.linears[len(self.layers) - layers :], self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -304,7 +304,7 @@ class LayerEngine:
 
     def _forward_backward(
         self,
-        parts: Sequence[Part],
+        parts: Sequence[PackedBatch],
         normaliser: float,
         policy: ActivationPolicy,
         total: Tensor,
@@ -313,30 +313,32 @@ class LayerEngine:
     ) -> None:
         """Add the gradients of some parts, and their loss to ``total``."""
         self.mark("forward")
-        passages = self.embed(parts)
+        layer_inputs = self.embed(parts)
         graphs, shape = self._graphs, parts[0].shape
         if graphs is not None and not (self.captures and len(parts) == 1 and graphs.has(shape)):
             graphs = None
         if graphs is None:
-            hidden = self.passes.down(passages, policy)
+            hidden = self.passes.forward(layer_inputs, policy)
         else:
-            hidden = [graphs.down(shape, passages[0])]
-            passages = []  # the graphs have copies
+            hidden = [graphs.forward(shape, layer_inputs[0])]
+            layer_inputs = []  # the graphs have copies
         self.mark("loss")
         self.passes.between()
         grads: list[Tensor] = []
         for part, x in zip(parts, hidden, strict=True):
-            loss, grad = self.tail(x, part, normaliser)
+            loss, grad = self.loss_and_grad(x, part, normaliser)
             total += loss
             grads.append(grad)
         self.mark("backward")
         if graphs is not None:
-            graphs.up(shape, grads[0])
+            graphs.backward(shape, grads[0])
             return
         del hidden, x, grad  # the passes let go of theirs, layer by layer
-        entries = [passage.x for passage in passages] if self.entry_trained else []
+        entries = [layer_input.x for layer_input in layer_inputs] if self.entry_trained else []
         done = self.finished if last else None
-        self.passes.up(passages, grads, None if done is None else lambda i: done(i, total))
+        self.passes.backward(
+            layer_inputs, grads, None if done is None else lambda i: done(i, total)
+        )
         for entry, grad in zip(entries, grads, strict=False):
             torch.autograd.backward(entry, grad)
 
@@ -365,9 +367,11 @@ class LayerEngine:
             # yet beside.
             for number, shape in enumerate(shapes):
                 held = graphs.hold(self.embed([part_of_shape(shape, self.model.device)])[0])
-                self.passes.rehearse(held, policy, whole=number == 0)
+                self.passes.warm_up(held, policy, whole=number == 0)
                 for supervised in {min(17, shape.numel), shape.numel}:  # aligned and not
-                    self.tail(held.x, part_of_shape(shape, self.model.device, supervised), 1.0)
+                    self.loss_and_grad(
+                        held.x, part_of_shape(shape, self.model.device, supervised), 1.0
+                    )
                 tell(number + 1, 2 * len(shapes))
             for number, shape in enumerate(shapes, start=1):
                 held = graphs.hold(self.embed([part_of_shape(shape, self.model.device)])[0])
@@ -388,24 +392,24 @@ class LayerEngine:
     def loss(self, batches: Sequence[Batch]) -> Tensor:
         """Return the summed token loss of ``batches``, float32 scalar; no gradients."""
         parts = self.prepare(batches)
-        passages = self.embed(parts)
-        hidden = [passage.x for passage in passages]
+        layer_inputs = self.embed(parts)
+        hidden = [layer_input.x for layer_input in layer_inputs]
         for index in range(len(self.layers)):
             with self.opened(index):
-                for i, passage in enumerate(passages):
-                    hidden[i] = passage.run(index, hidden[i], passage.given, read=True)
+                for i, layer_input in enumerate(layer_inputs):
+                    hidden[i] = layer_input.run(index, hidden[i], layer_input.layer_args, read=True)
         losses = [self._loss(h, part) for h, part in zip(hidden, parts, strict=True)]
         return torch.stack(losses).sum()
 
     def saved_bytes(self, batch: Batch) -> tuple[int, int]:
         """Measure what one layer keeps for ``batch``: (bytes when saved, bytes when recomputed)."""
-        (passage,) = self.embed(self.prepare([batch]))
-        return self.saved_bytes_of(passage)
+        (layer_input,) = self.embed(self.prepare([batch]))
+        return self.saved_bytes_of(layer_input)
 
-    def saved_bytes_of(self, passage: Passage) -> tuple[int, int]:
+    def saved_bytes_of(self, layer_input: LayerInput) -> tuple[int, int]:
         """Measure what one layer keeps for a part: (bytes when saved, bytes when recomputed)."""
         seen: dict[int, int] = {}
-        there = [*self.layers[-1].parameters(), *passage.given]
+        there = [*self.layers[-1].parameters(), *layer_input.layer_args]
         weights = {tensor.untyped_storage().data_ptr() for tensor in there}
 
         def note(tensor: Tensor) -> Tensor:
@@ -418,11 +422,13 @@ class LayerEngine:
         index = len(self.layers) - 1
         hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
         with self.opened(index), torch.enable_grad(), hooks:
-            x = passage.x.detach().requires_grad_()
-            y = passage.run(index, x, passage.given, read=True)
+            x = layer_input.x.detach().requires_grad_()
+            y = layer_input.run(index, x, layer_input.layer_args, read=True)
         return sum(seen.values()), y.nbytes
 
-    def tail(self, hidden: Tensor, part: Part, normaliser: float) -> tuple[Tensor, Tensor]:
+    def loss_and_grad(
+        self, hidden: Tensor, part: PackedBatch, normaliser: float
+    ) -> tuple[Tensor, Tensor]:
         """Return the loss of a part, divided, and its gradient by the last layer's output."""
         rows = hidden.flatten(0, 1).index_select(0, part.rows).requires_grad_()
         loss = self._head_loss(rows, part.targets) / normaliser
@@ -432,7 +438,7 @@ class LayerEngine:
             grad.flatten(0, 1).index_copy_(0, part.rows, rows.grad)
         return loss.detach(), grad
 
-    def _loss(self, hidden: Tensor, part: Part) -> Tensor:
+    def _loss(self, hidden: Tensor, part: PackedBatch) -> Tensor:
         return self._head_loss(hidden.flatten(0, 1).index_select(0, part.rows), part.targets)
 
     def _head_loss(self, rows: Tensor, targets: Tensor) -> Tensor:
@@ -453,13 +459,13 @@ class LayerEngine:
             trained=trained_whole(self.head).get("weight"),
         )
 
-    def prepare(self, batches: Sequence[Batch]) -> list[Part]:
+    def prepare(self, batches: Sequence[Batch]) -> list[PackedBatch]:
         """Return the parts of a step, on the device."""
         device = self.model.device
         if self._fused and not self._sees_all(max(lengths_of(batches))):
             if not self._told_window:
                 self._told_window = True
-                self.notes.append("documents longer than the attention window: layers not fused")
+                self.messages.append("documents longer than the attention window: layers not fused")
             return parts_of(batches, device, pack=False)
         return parts_of(batches, device, pack=self.packs, buckets=self.buckets)
 
@@ -474,23 +480,23 @@ class LayerEngine:
         """Return whether attention of fused layers sees all of a document of so many tokens."""
         return all(longest <= (layer.window or longest) for layer in self._fused)
 
-    def _packed(self, parts: Sequence[Part]) -> bool:
+    def _packed(self, parts: Sequence[PackedBatch]) -> bool:
         """Return whether parts were packed, so that they are independent of micro-batches."""
         longest = max(p.longest if p.documents is None else 0 for p in parts)
         return self.packs and self._sees_all(longest)
 
-    def embed(self, parts: Sequence[Part]) -> list[Passage]:
+    def embed(self, parts: Sequence[PackedBatch]) -> list[LayerInput]:
         """Return the parts as they enter layer 0."""
         if self._fused and (self._packed(parts) or self._sees_all(max(p.longest for p in parts))):
-            return [self._fused_passage(i, part) for i, part in enumerate(parts)]
+            return [self._fused_input(i, part) for i, part in enumerate(parts)]
         # The arguments depend on the shape of the micro-batch alone, so equal shapes share them.
         by_shape: dict[tuple[int, ...], list[dict[str, Any]]] = {}
-        passages = []
+        layer_inputs = []
         for i, part in enumerate(parts):
             x, recorded = self._record(part.ids)
             calls = by_shape.setdefault(tuple(part.ids.shape), recorded)
-            passages.append(Passage(x, (), self._recorded_run(i, calls)))
-        return passages
+            layer_inputs.append(LayerInput(x, (), self._recorded_run(i, calls)))
+        return layer_inputs
 
     def _recorded_run(self, micro_batch: int, calls: list[dict[str, Any]]) -> Any:
         clock, layers = self.clock, self.layers
@@ -498,10 +504,10 @@ class LayerEngine:
         def run(
             layer: int,
             x: Tensor,
-            _given: tuple[Tensor, ...],
+            _layer_args: tuple[Tensor, ...],
             *,
             read: bool,
-            notes: Notes | None = None,
+            checkpoint: AttentionCheckpoint | None = None,
         ) -> Tensor:
             if clock is not None:
                 clock.micro_batch = micro_batch
@@ -511,7 +517,7 @@ class LayerEngine:
 
         return run
 
-    def _fused_passage(self, micro_batch: int, part: Part) -> Passage:
+    def _fused_input(self, micro_batch: int, part: PackedBatch) -> LayerInput:
         with torch.set_grad_enabled(self.entry_trained):
             x = self.decoder.get_input_embeddings()(part.ids)
         # Rows from position 0 on are turned as all such rows are.
@@ -521,7 +527,7 @@ class LayerEngine:
                 turn = self.decoder.rotary_emb(x, part.positions)
             if part.documents is None:
                 self._turns[part.longest] = turn
-        given = turn if part.documents is None else (*turn, part.documents.starts)
+        layer_args = turn if part.documents is None else (*turn, part.documents.starts)
 
         # Not `self`: what is captured is kept by the engine, and a cycle keeps its memory too long.
         clock, layers, longest = self.clock, self._fused, part.longest
@@ -529,18 +535,18 @@ class LayerEngine:
         def run(
             layer: int,
             x: Tensor,
-            given: tuple[Tensor, ...],
+            layer_args: tuple[Tensor, ...],
             *,
             read: bool,
-            notes: Notes | None = None,
+            checkpoint: AttentionCheckpoint | None = None,
         ) -> Tensor:
             if clock is not None:
                 clock.micro_batch = micro_batch
-            cos, sin, *starts = given
+            cos, sin, *starts = layer_args
             documents = Documents(starts[0], longest) if starts else None
-            return layers[layer](x, cos, sin, documents, read=read, notes=notes)
+            return layers[layer](x, cos, sin, documents, read=read, checkpoint=checkpoint)
 
-        return Passage(x, given, run)
+        return LayerInput(x, layer_args, run)
 
     def _record(self, input_ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         arguments: list[dict[str, Any]] = []
@@ -565,19 +571,19 @@ class LayerEngine:
                 del layer.forward
         if len(arguments) != len(self.layers):
             raise EngineError(f"its decoder called {len(arguments)} of {len(self.layers)} layers")
-        given = [value for call in arguments for value in call.values()]
-        given += [part for value in given if isinstance(value, tuple) for part in value]
-        if any(isinstance(value, Tensor) and value.requires_grad for value in given):
+        layer_args = [value for call in arguments for value in call.values()]
+        layer_args += [part for value in layer_args if isinstance(value, tuple) for part in value]
+        if any(isinstance(value, Tensor) and value.requires_grad for value in layer_args):
             raise EngineError("what is trained before its layers goes into them by other ways, too")
         return entry[0], arguments
 
 
 def _opener(
-    scratch: WeightScratch, linears: list[list[FrozenLinear]], dtype: torch.dtype
-) -> Callable[..., AbstractContextManager[ThinProducts]]:
+    scratch: DecodedWeightCache, linears: list[list[FrozenLinear]], dtype: torch.dtype
+) -> Callable[..., AbstractContextManager[LoraActivationCache]]:
     """Return what decodes a layer's weights, for as long as its context lasts."""
 
-    def opened(index: int, *, again: bool = False) -> AbstractContextManager[ThinProducts]:
+    def opened(index: int, *, again: bool = False) -> AbstractContextManager[LoraActivationCache]:
         return scratch.opened(linears[index], dtype, again=again)
 
     return opened

@@ -18,14 +18,20 @@ from pathlib import Path
 
 import torch
 
-from halfbyte.engine.autograd import PlainEngine
+from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_profile import measured_cost
-from halfbyte.engine.packing import Batch, Part, part_of_shape
+from halfbyte.engine.packing import Batch, PackedBatch, part_of_shape
 from halfbyte.errors import ConfigError
 from halfbyte.layers.cross_entropy import CHUNK_BYTES
 from halfbyte.linear.lora import trained_whole
-from halfbyte.plan.ledger import HOLES, OVERHEAD, TOUCHED_LATER, product_bytes, products_kept
+from halfbyte.plan.ledger import (
+    FRAGMENTATION,
+    OVERHEAD,
+    TOUCHED_LATER,
+    product_bytes,
+    products_kept,
+)
 from halfbyte.plan.policy import ActivationPolicy, StepCost, peak
 from halfbyte.quant import QuantizedWeight
 from halfbyte.runtime.malloc import give_back
@@ -74,7 +80,7 @@ class MemoryPlan:
     state_off_device: int = 0
     cost: StepCost | None = None
 
-    def line(self) -> str:
+    def summary(self) -> str:
         """Return a summary for a person."""
         if not self.layers:
             return "what is kept for backward is up to transformers' checkpointing"
@@ -143,7 +149,7 @@ def memory_limit(device: str, budget: int | None) -> Iterator[None]:
 
 
 def plan_memory(
-    engine: LayerEngine | PlainEngine,
+    engine: LayerEngine | AutogradEngine,
     shapes: Shapes,
     activations: str,
     memory_budget: int | None,
@@ -171,12 +177,12 @@ def plan_memory(
         give_back()  # what loading has left
     used = used_memory(device)
     budget = memory_budget or int(used + FREE_SHARE * free_memory(device))
-    if isinstance(engine, PlainEngine):
+    if isinstance(engine, AutogradEngine):
         return MemoryPlan(ActivationPolicy(), 0, 0, budget, used, used=used)
     if state_bytes is None:
         state_bytes = 2 * sum(p.nbytes for p in engine.model.parameters() if p.requires_grad)
     if device == "cuda":
-        used -= engine.scratch.nbytes  # `peak` counts it
+        used -= engine.decoded_cache.nbytes  # `peak` counts it
         cost = measured_cost(engine, _largest(engine, shapes, device))
         beside = state_bytes + int(OVERHEAD["cuda"]) * engine.captures
     else:
@@ -190,7 +196,7 @@ def plan_memory(
     )
 
 
-def _largest(engine: LayerEngine, shapes: Shapes, device: str) -> list[Part]:
+def _largest(engine: LayerEngine, shapes: Shapes, device: str) -> list[PackedBatch]:
     """Return what goes through the layers together when that is most."""
     if engine.packs and engine.buckets is not None:
         shape = engine.buckets.largest
@@ -206,7 +212,7 @@ def _cost_on_cpu(engine: LayerEngine, shapes: Shapes) -> StepCost:
     tokens = widest[0] * widest[1]
     ids = torch.zeros(widest, dtype=torch.int64)
     saved, kept = engine.saved_bytes(Batch(ids, torch.full_like(ids, -100)))
-    share = HOLES["cpu"] * tokens_per_step / tokens
+    share = FRAGMENTATION["cpu"] * tokens_per_step / tokens
     stream = int(kept * share)
     # The loss: two copies of a chunk of logits, what goes into them, its gradient.
     head = engine.head_weight
@@ -228,7 +234,7 @@ def _cost_on_cpu(engine: LayerEngine, shapes: Shapes) -> StepCost:
         backward=max(0, 2 * saved - stream),
         saved_part=0,
         loss=chunks + 3 * kept,
-        given=0,
+        layer_args=0,
         decoded=0,  # in use already
     )
 
@@ -321,7 +327,7 @@ def _preference(plan: MemoryPlan) -> tuple[int, int, bool]:
     return policy.saved, -policy.offloaded, policy.attention_checkpoint
 
 
-class Ceiling:
+class HeapTrimmer:
     """Gives the heap's holes back before a layer that might pass what was promised; on a CPU.
 
     What is predicted counts some holes, and a run of many lengths makes more of them the longer it

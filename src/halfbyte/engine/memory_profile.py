@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from halfbyte.engine.layerwise import LayerEngine
-from halfbyte.engine.packing import Part
-from halfbyte.layers.decoder_layer import Notes
+from halfbyte.engine.packing import PackedBatch
+from halfbyte.layers.decoder_layer import AttentionCheckpoint
 from halfbyte.plan.activation_cost import CHECKPOINT_WIDTH
 from halfbyte.plan.policy import StepCost
-from halfbyte.plan.roofline import card_of_driver
+from halfbyte.plan.roofline import gpu_of_driver
 
 
-def measured_cost(engine: LayerEngine, parts: Sequence[Part]) -> StepCost:
+def measured_cost(engine: LayerEngine, parts: Sequence[PackedBatch]) -> StepCost:
     """Measure what goes through the layers together: a packed part, or the micro-batches of a step.
 
     Gradients of what is trained must be there already; they are left as they were.
@@ -35,50 +35,54 @@ def measured_cost(engine: LayerEngine, parts: Sequence[Part]) -> StepCost:
         torch.cuda.reset_peak_memory_stats()
 
 
-def _measured(engine: LayerEngine, parts: Sequence[Part]) -> StepCost:
-    passages = engine.embed(parts)
+def _measured(engine: LayerEngine, parts: Sequence[PackedBatch]) -> StepCost:
+    layer_inputs = engine.embed(parts)
     index = len(engine.layers) - 1
     trained = [p for p in engine.layers[index].parameters() if p.requires_grad]
     largest = max(range(len(parts)), key=lambda i: parts[i].ids.numel())
-    passage, part = passages[largest], parts[largest]
-    dy = torch.zeros_like(passage.x)
+    layer_input, part = layer_inputs[largest], parts[largest]
+    dy = torch.zeros_like(layer_input.x)
 
     def backward() -> None:
-        x = passage.x.detach().requires_grad_()
+        x = layer_input.x.detach().requires_grad_()
         with torch.enable_grad():
-            y = passage.run(index, x, passage.given, read=False)
+            y = layer_input.run(index, x, layer_input.layer_args, read=False)
         torch.autograd.grad(y, [x, *trained], dy, allow_unused=True)
 
-    def forward(notes: Notes | None = None) -> Tensor:
+    def forward(checkpoint: AttentionCheckpoint | None = None) -> Tensor:
         with torch.no_grad():
-            return passage.run(index, passage.x, passage.given, read=True, notes=notes)
+            return layer_input.run(
+                index, layer_input.x, layer_input.layer_args, read=True, checkpoint=checkpoint
+            )
 
     def saved_forward() -> Tensor:
         with torch.enable_grad():
-            return passage.run(index, passage.x.detach().requires_grad_(), passage.given, read=True)
+            return layer_input.run(
+                index, layer_input.x.detach().requires_grad_(), layer_input.layer_args, read=True
+            )
 
     def tail() -> object:
-        return engine.tail(passage.x.detach(), part, 1.0)
+        return engine.loss_and_grad(layer_input.x.detach(), part, 1.0)
 
     with engine.opened(index) as opened:
         backward()  # the first time, kernels are compiled and buffers made
         tail()
-        opened.note()
+        opened.record()
         below = _peak(forward)
-        lora = sum(p.nbytes for p in opened.take().values())
+        lora = sum(p.nbytes for p in opened.pop().values())
         below_saved, above, loss = _peak(saved_forward), _peak(backward), _peak(tail)
-        notes = Notes()
+        checkpoint = AttentionCheckpoint()
         # In 32 bits torch's attention may keep all its weights: too much to send away.
-        x = passage.x
+        x = layer_input.x
         if x.is_cuda and x.itemsize == 2 and x.shape[-1] >= _checkpoint_width():
-            forward(notes)
-        attention = sum(x.nbytes for x in notes.tensors)
-    saved = [engine.saved_bytes_of(p)[0] for p in passages]
+            forward(checkpoint)
+        attention = sum(x.nbytes for x in checkpoint.tensors)
+    saved = [engine.saved_bytes_of(p)[0] for p in layer_inputs]
     # Where base and adapters are multiplied together, copies of these are kept, by no hook seen.
-    copies = passage.x.itemsize * sum(p.numel() for p in trained) if lora else 0
-    stream, own = sum(p.x.nbytes for p in passages), passage.x.nbytes
+    copies = layer_input.x.itemsize * sum(p.numel() for p in trained) if lora else 0
+    stream, own = sum(p.x.nbytes for p in layer_inputs), layer_input.x.nbytes
     saved_part = saved[largest] - own
-    given = {t.data_ptr(): t.nbytes for p in passages for t in p.given}
+    layer_args = {t.data_ptr(): t.nbytes for p in layer_inputs for t in p.layer_args}
     return StepCost(
         layers=len(engine.layers),
         input=stream,
@@ -93,13 +97,13 @@ def _measured(engine: LayerEngine, parts: Sequence[Part]) -> StepCost:
         backward=above - lora,
         saved_part=min(saved_part, above - lora),
         loss=loss,
-        given=sum(given.values()),
+        layer_args=sum(layer_args.values()),
         decoded=engine.decoded_bytes,
     )
 
 
 def _checkpoint_width() -> int:
-    card = card_of_driver(torch.cuda.get_device_name())
+    card = gpu_of_driver(torch.cuda.get_device_name())
     return CHECKPOINT_WIDTH if card is None else card.checkpoint_width
 
 

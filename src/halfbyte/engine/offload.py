@@ -20,7 +20,7 @@ class _Copy(NamedTuple):
     done: torch.cuda.Event
 
 
-class Shelf:
+class ActivationOffloader:
     """Puts tensors of layers away, and brings them back in time.
 
     Everything is ordered by events between two streams, so it can be captured in a CUDA graph. Host
@@ -40,9 +40,9 @@ class Shelf:
         self._outgrown: list[Tensor] = []
         self.nbytes = 0
 
-    def put(self, layer: int, parts: Sequence[list[Tensor]]) -> None:
+    def offload(self, layer: int, parts: Sequence[list[Tensor]]) -> None:
         """Copy what a layer has of each part to the host; it may be forgotten at once."""
-        self.settle()
+        self.wait()
         places = [
             [self._place((layer, i, j, x.dtype), x) for j, x in enumerate(part)]
             for i, part in enumerate(parts)
@@ -54,13 +54,13 @@ class Shelf:
                 place.copy_(x, non_blocking=True)
         self._leaving = _Copy(list(parts), self._side.record_event())
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Wait, on the card, until what was put away last is; its place there is free then."""
         if self._leaving is not None:
-            self._wait(self._leaving)
+            self._wait_for(self._leaving)
             self._leaving = None
 
-    def fetch(self, layer: int) -> None:
+    def prefetch(self, layer: int) -> None:
         """Begin to bring back what of a layer was put away, if anything was."""
         places = self._places.pop(layer, None)
         if places is None:
@@ -75,13 +75,13 @@ class Shelf:
                 x.copy_(place, non_blocking=True)
         self._coming[layer] = _Copy(parts, self._side.record_event())
 
-    def take(self, layer: int) -> list[list[Tensor]]:
+    def get(self, layer: int) -> list[list[Tensor]]:
         """Return what was fetched."""
         coming = self._coming.pop(layer)
-        self._wait(coming)
+        self._wait_for(coming)
         return coming.parts
 
-    def _wait(self, copy: _Copy) -> None:
+    def _wait_for(self, copy: _Copy) -> None:
         torch.cuda.current_stream().wait_event(copy.done)
 
     def _place(self, key: tuple[int, int, int, torch.dtype], x: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Part:
+class PackedBatch:
     """Tokens that pass through the layers together, on the device.
 
     Attributes:
@@ -77,7 +77,7 @@ def parts_of(
     *,
     pack: bool,
     buckets: Buckets | None = None,
-) -> list[Part]:
+) -> list[PackedBatch]:
     """Return the parts of an optimizer step.
 
     Args:
@@ -100,7 +100,7 @@ def parts_of(
     return found
 
 
-def part_of_shape(shape: PartShape, device: str | torch.device, supervised: int = 0) -> Part:
+def part_of_shape(shape: PartShape, device: str | torch.device, supervised: int = 0) -> PackedBatch:
     """Return a part of this shape, of token 0 only, with so many supervised positions."""
     if not shape.documents:
         row = torch.zeros(shape.tokens, dtype=torch.int64)
@@ -124,7 +124,7 @@ def _unpadded(batch: Batch) -> list[tuple[Tensor, Tensor]]:
     return [(i[:n], k[:n]) for i, k, n in zip(ids, labels, lengths, strict=True)]
 
 
-def _as_it_is(batch: Batch, device: str | torch.device) -> Part:
+def _as_it_is(batch: Batch, device: str | torch.device) -> PackedBatch:
     ids, labels = batch.input_ids, batch.labels
     positions = torch.arange(ids.shape[1], device=ids.device)
     return _sent(ids, labels.flatten(), positions, None, ids.shape[1], device)
@@ -132,7 +132,7 @@ def _as_it_is(batch: Batch, device: str | torch.device) -> Part:
 
 def _packed(
     rows: Sequence[tuple[Tensor, Tensor]], shape: PartShape, device: str | torch.device
-) -> Part:
+) -> PackedBatch:
     if not shape.documents:
         ids, labels = (torch.stack(both) for both in zip(*rows, strict=True))
         positions = torch.arange(shape.longest)
@@ -158,7 +158,7 @@ def _sent(
     starts: Tensor | None,
     longest: int,
     device: str | torch.device,
-) -> Part:
+) -> PackedBatch:
     """Return a part on the device, by one copy."""
     rows = (labels != -100).nonzero()[:, 0]
     pieces = [ids.flatten(), rows, labels[rows], positions]
@@ -171,4 +171,4 @@ def _sent(
     whole = torch.split(together.to(device, non_blocking=True), sizes)
     sent = [place[: len(piece)] for place, piece in zip(whole, pieces, strict=True)]
     documents = None if starts is None else Documents(sent[4].int(), longest)
-    return Part(sent[0].view(ids.shape), sent[1], sent[2], sent[3][None], documents, longest)
+    return PackedBatch(sent[0].view(ids.shape), sent[1], sent[2], sent[3][None], documents, longest)

@@ -71,7 +71,7 @@ class _Leave(torch.autograd.Function):
         return ctx.box.given, None
 
 
-class Attended:
+class CheckpointedAttention:
     """See the top of this file.
 
     Args:
@@ -156,7 +156,7 @@ class Attended:
 class _Again(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, attended: Attended, *tensors: Tensor
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, attended: CheckpointedAttention, *tensors: Tensor
     ) -> Tensor:
         ctx.attended = attended
         ctx.save_for_backward(q, k, v, *tensors)

@@ -79,11 +79,13 @@ def _fused_chunk(
     _weight_grad: Tensor | None,
 ) -> Tensor:
     """As `_chunk`, in one kernel between the products."""
-    from halfbyte.layers.triton_elementwise import loss_and_slopes  # it imports triton
+    from halfbyte.layers.triton_elementwise import (
+        cross_entropy_forward_backward,  # it imports triton
+    )
 
     assert isinstance(head, Tensor)
     logits = torch.mm(hidden, head.t())
-    losses = loss_and_slopes(logits, targets, softcap, slopes=grad is not None)
+    losses = cross_entropy_forward_backward(logits, targets, softcap, slopes=grad is not None)
     if grad is not None:
         torch.mm(logits, head, out=grad)
     return losses.sum()

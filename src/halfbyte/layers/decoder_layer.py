@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from halfbyte.layers.attention import Documents, attend
-from halfbyte.layers.attention_checkpoint import Attended
+from halfbyte.layers.attention_checkpoint import CheckpointedAttention
 from halfbyte.layers.elementwise import (
     add_rms_norm,
     rms_norm,
@@ -36,24 +36,24 @@ FAMILIES = {
 }
 
 
-class Notes:
+class AttentionCheckpoint:
     """What a layer's first run leaves for its second, so that less is made again.
 
     Attributes:
-        tensors: The stream between attention and MLP, then those of `Attended`. They may be others
-            of the same values by the second run, which takes them.
+        tensors: The stream between attention and MLP, then those of `CheckpointedAttention`. They
+            may be others of the same values by the second run, which takes them.
     """
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
-        self._attended: Attended | None = None
+        self._attended: CheckpointedAttention | None = None
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, scale: float
     ) -> tuple[Tensor, Tensor | None]:
         """Return what attention gives, [B, T, H · D], and in the second run the stream after it."""
         if self._attended is None:
-            self._attended = Attended(q, k, v, documents, scale)
+            self._attended = CheckpointedAttention(q, k, v, documents, scale)
             return self._attended.tensors[0], None
         (h, *rest), self.tensors = self.tensors, []
         return self._attended.again(q, k, v, rest), h
@@ -90,7 +90,7 @@ class FusedLayer:
         documents: Documents | None = None,
         *,
         read: bool = True,
-        notes: Notes | None = None,
+        checkpoint: AttentionCheckpoint | None = None,
     ) -> Tensor:
         """Return the layer's output [B, T, hidden].
 
@@ -101,21 +101,21 @@ class FusedLayer:
             documents: See `attend`. Nobody's longer than ``window``.
             read: Whether anybody reads the values of the output. If not, it is a stand-in with
                 the backward of the real one, and saves the last product of the layer.
-            notes: Empty, what is left there for the next run on the same input; else what the
+            checkpoint: Empty, what is left there for the next run on the same input; else what the
                 last run left, which saves attention and its output projection.
         """
         y, residual = rms_norm_beside(x, self._first.weight, self._first.variance_epsilon)
         q, k, v = self._heads(y, cos, sin)
         scale, known = self._attention.scaling, None
-        if notes is None:
+        if checkpoint is None:
             heads = attend(q, k, v, documents, scale)
         else:
-            heads, known = notes.attend(q, k, v, documents, scale)
+            heads, known = checkpoint.attend(q, k, v, documents, scale)
         project, norm, mlp = self._attention.o_proj, self._second, self._mlp
         o = project(heads) if known is None else project.unread(heads)
         y, h = add_rms_norm(o, residual, norm.weight, norm.variance_epsilon, known)
-        if notes is not None and known is None:
-            notes.leave(h)
+        if checkpoint is not None and known is None:
+            checkpoint.leave(h)
         d = gated_mlp(y, mlp.gate_proj, mlp.up_proj, mlp.down_proj, read=read)
         result: Tensor = h + d if read else unread_sum(h, d)
         return result

@@ -7,7 +7,7 @@ product, and by its adapter's dA. Seen as one,
 
     forward         writes inner only, if no backward will come of it
     forward again   makes gate and up only: its own output is read by nobody, and the adapter's
-                    inner Aᵀ is remembered (`SharedInput.remembered`)
+                    inner Aᵀ is remembered (`LinearGroup.restored`)
     backward        makes inner once more, in registers, in the pass that turns its gradient into
                     those of gate and up, in place of these
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from halfbyte.layers.elementwise import swiglu
 from halfbyte.linear.frozen import FrozenLinear
-from halfbyte.linear.fused_lora import FusedCall
+from halfbyte.linear.fused_lora import FusedLoraLinear
 from halfbyte.linear.group import factors_of
 
 
@@ -40,11 +40,11 @@ def gated_mlp(
         down: [H, I].
         read: Whether anybody reads the values. If not, it is a stand-in with the same backward.
     """
-    both, last = gate.shared.fused_alone(x, (gate, up)), down.shared.fused_alone(x, (down,))
+    both, last = gate.group.fused_alone(x, (gate, up)), down.group.fused_alone(x, (down,))
     if both is None or last is None:
         inner = swiglu(gate(x), up(x))
         return down(inner) if read else down.unread(inner)
-    if not read and down.shared.remembered is None:
+    if not read and down.group.restored is None:
         read = True  # p of the last product is wanted, and so is inner
     gradients = torch.is_grad_enabled()  # inside forward it always says no
     factors = factors_of([*both.updates, *last.updates])
@@ -56,8 +56,8 @@ class _GatedMLP(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        both: FusedCall,
-        last: FusedCall,
+        both: FusedLoraLinear,
+        last: FusedLoraLinear,
         gradients: bool,
         read: bool,
         *_factors: Tensor | None,
@@ -75,7 +75,7 @@ class _GatedMLP(torch.autograd.Function):
             y = rows.new_zeros(1, 1).expand(len(rows), *last.outputs)
         else:
             if gpu_products.fits(rows, both.outputs):
-                weights, adapters = both.weights(), both.shadow
+                weights, adapters = both.weights(), both.cast_adapters
                 inner, between = gpu_gated.gated_forward(rows, weights, p, adapters, keep=gradients)
             else:
                 between = both.forward(rows, p)
@@ -101,8 +101,10 @@ class _GatedMLP(torch.autograd.Function):
         both, last = ctx.both, ctx.last
         g, d_bs = last.through_b([dy], q)
         d_inner = last.input_gradient([dy], g)
-        if gpu_gated.backward_fits(both.shadow, last.shadow, rows.device):
-            made = gpu_gated.gated_backward(d_inner, gate, up, p, both.shadow, both.scalings, g)
+        if gpu_gated.backward_fits(both.cast_adapters, last.cast_adapters, rows.device):
+            made = gpu_gated.gated_backward(
+                d_inner, gate, up, p, both.cast_adapters, both.scalings, g
+            )
             of_last = last.trained([made.d_a], d_bs)
             g, d_bs = made.g, made.d_bs
             del d_inner

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from halfbyte.layers.elementwise import rotary
 from halfbyte.linear.frozen import FrozenLinear
-from halfbyte.linear.fused_lora import FusedCall
+from halfbyte.linear.fused_lora import FusedLoraLinear
 from halfbyte.linear.group import factors_of
 
 
@@ -31,7 +31,7 @@ def turned_heads(
         cos: [1 or B, T, n]; see `elementwise.rotary`.
         sin: Likewise.
     """
-    call = projections[0].shared.fused_alone(x, projections)
+    call = projections[0].group.fused_alone(x, projections)
     if call is None:
         heads = (project(x).unflatten(-1, (-1, cos.shape[-1])) for project in projections)
         q, k, v = heads
@@ -42,7 +42,12 @@ def turned_heads(
 class _TurnedHeads(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, call: FusedCall, cos: Tensor, sin: Tensor, *_factors: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        call: FusedLoraLinear,
+        cos: Tensor,
+        sin: Tensor,
+        *_factors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         from halfbyte.layers import triton_elementwise as gpu
         from halfbyte.linear import triton_matmul as gpu_products

@@ -396,7 +396,9 @@ def swiglu_backward(
     return gate, up
 
 
-def loss_and_slopes(logits: Tensor, targets: Tensor, softcap: float, *, slopes: bool) -> Tensor:
+def cross_entropy_forward_backward(
+    logits: Tensor, targets: Tensor, softcap: float, *, slopes: bool
+) -> Tensor:
     """Cross-entropy of rows, and its gradient in place of the logits.
 
     Args:

@@ -1,10 +1,10 @@
 """Where the weights of one decoder layer are decoded to, once for all that multiply with them.
 
-Called alone, a linear decodes its weight for each product. Inside ``WeightScratch.opened`` the
+Called alone, a linear decodes its weight for each product. Inside ``DecodedWeightCache.opened`` the
 weights of a whole decoder layer are decoded once, into a buffer that every decoder layer shares,
 and all micro-batches multiply with them. Where memory is left, decoder layers may have a buffer of
-their own and stay decoded from step to step (``WeightScratch.keep``): their products then cost what
-those of 16-bit weights cost.
+their own and stay decoded from step to step (``DecodedWeightCache.keep``): their products then cost
+what those of 16-bit weights cost.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.linear.frozen import FrozenLinear
-from halfbyte.linear.group import SharedInput, ThinProducts
+from halfbyte.linear.group import LinearGroup, LoraActivationCache
 from halfbyte.quant import QuantizedWeight
 from halfbyte.quant.format import dequantize_all
 
@@ -46,7 +46,7 @@ class _Place:
         return held
 
 
-class WeightScratch:
+class DecodedWeightCache:
     """A buffer into which one decoder layer after another is decoded.
 
     A larger layer makes it grow. So the decoded weights alive at any time are those of one layer
@@ -95,7 +95,7 @@ class WeightScratch:
     @contextmanager
     def opened(
         self, linears: Sequence[FrozenLinear], dtype: torch.dtype, *, again: bool = False
-    ) -> Iterator[ThinProducts]:
+    ) -> Iterator[LoraActivationCache]:
         """Decode ``linears`` once; inside, their ``dense(dtype)`` costs nothing.
 
         Yields what carries the thin products of their adapters from one run to another.
@@ -106,9 +106,9 @@ class WeightScratch:
             again: Whether they need not be decoded if they were the last that were. Those that are
                 kept never need be, unless their packed weights have changed.
         """
-        sets: dict[SharedInput, list[FrozenLinear]] = {}
+        sets: dict[LinearGroup, list[FrozenLinear]] = {}
         for linear in linears:
-            sets.setdefault(linear.shared, []).append(linear)
+            sets.setdefault(linear.group, []).append(linear)
         held = {m: q for members in sets.values() for m in members if (q := m.quantized)}
         place = self._own.get(linears[0], self._shared) if linears else self._shared
         try:
@@ -126,8 +126,8 @@ class WeightScratch:
                     linear._dense = outs[-1]
                     start += q.numel
                 start += -start % _ALIGNED
-            for shared in sets:
-                shared.open(list(sets))
+            for group in sets:
+                group.open(list(sets))
             holds = [
                 (q.codes.data_ptr(), q.codes._version, out.data_ptr())
                 for q, out in zip(held.values(), outs, strict=True)
@@ -138,12 +138,12 @@ class WeightScratch:
                 dequantize_all(list(held.values()), dtype, outs=outs)
                 self.decodes += len(held)
                 place.holds = holds
-            yield ThinProducts(sets)
+            yield LoraActivationCache(sets)
         finally:
             for linear in linears:
                 linear._dense = None
-            for shared in sets:
-                shared.close()
+            for group in sets:
+                group.close()
 
 
 def _padded(q: QuantizedWeight) -> int:

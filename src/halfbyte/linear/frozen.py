@@ -2,7 +2,7 @@
 
 Whether this is QLoRA or LoRA is a property of the weight: ``FrozenLinear`` holds either packed
 4-bit tensors or a plain 16/32-bit weight, and ``dense`` gives W in the dtype of the product. How it
-is multiplied with, alone or together with linears of the same input, is in shared.py; who decodes,
+is multiplied with, alone or together with linears of the same input, is in group.py; who decodes,
 and how often, is up to the caller (scratch.py).
 """
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from halfbyte.linear.group import SharedInput
+from halfbyte.linear.group import LinearGroup
 from halfbyte.quant.format import (
     QuantizedWeight,
     QuantType,
@@ -38,7 +38,7 @@ class FrozenLinear(nn.Module):
     A 4-bit weight is held as plain buffers (``codes``, ``scales`` …; no tensor or parameter
     subclass, no second copy of the state) and seen through ``quantized``. A plain one is held as
     the parameter ``weight``, without gradient. ``adapter`` is a slot: None, or what ``lora.attach``
-    put there. ``shared`` is the set of linears it is multiplied together with.
+    put there. ``group`` is the set of linears it is multiplied together with.
 
     Args:
         in_features: Size of the last dimension of the input.
@@ -68,7 +68,7 @@ class FrozenLinear(nn.Module):
         self.adapter: nn.Module | None = None
         self._dense: Tensor | None = None
         self._layout: _Layout | None = None
-        self.shared = SharedInput([self])
+        self.group = LinearGroup([self])
 
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(
@@ -144,7 +144,7 @@ class FrozenLinear(nn.Module):
         )
 
     def opened(self, dtype: torch.dtype) -> Tensor | None:
-        """Return W [out, in] if a `WeightScratch` holds it decoded to ``dtype``."""
+        """Return W [out, in] if a `DecodedWeightCache` holds it decoded to ``dtype``."""
         held = self._dense
         return held if held is not None and held.dtype == dtype else None
 
@@ -163,7 +163,7 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y [..., out] for x [..., in], in the dtype of x."""
-        y = self.shared.output(self, x)
+        y = self.group.output(self, x)
         # An adapter may go on from the product, whichever way that was computed (DoRA does).
         adapter: Any = self.adapter
         rescaled: Tensor = adapter.rescale(y) if getattr(adapter, "rescales", False) else y
@@ -176,7 +176,7 @@ class FrozenLinear(nn.Module):
         """
         if getattr(self.adapter, "rescales", False):
             return self(x)  # type: ignore[no-any-return]
-        return self.shared.output(self, x, read=False)
+        return self.group.output(self, x, read=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FrozenLinear":
         # `module.to(bfloat16)` and `.half()` cast every floating tensor they find, and scales in

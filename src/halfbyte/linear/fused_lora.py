@@ -2,7 +2,7 @@
 
 It is made when they are called and kept for backward, since what the products there are made with
 must be what was used here. The pieces are given one by one, because what is around them differs:
-shared.py takes them in a row, layers/mlp.py and layers/qkv.py with other work in between.
+group.py takes them in a row, layers/mlp.py and layers/qkv.py with other work in between.
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from halfbyte.linear.group import LowRank, SharedInput
+    from halfbyte.linear.group import LinearGroup, LowRank
 
 
-class FusedCall:
+class FusedLoraLinear:
     """Products of base and adapter together.
 
     Args:
-        shared: The linears.
+        group: The linears.
         updates: Their adapters, without dropout; at least one.
         dtype: Of x: bfloat16 or float16.
 
@@ -30,15 +30,15 @@ class FusedCall:
     """
 
     def __init__(
-        self, shared: "SharedInput", updates: Sequence["LowRank | None"], dtype: torch.dtype
+        self, group: "LinearGroup", updates: Sequence["LowRank | None"], dtype: torch.dtype
     ) -> None:
-        self._shared, self.updates, self._dtype = shared, updates, dtype
-        self.outputs = [member.out_features for member in shared.members]
+        self._shared, self.updates, self._dtype = group, updates, dtype
+        self.outputs = [member.out_features for member in group.members]
 
     @cached_property
-    def shadow(self) -> Any:
-        """The adapters as `gpu_adapters.Shadow`."""
-        return self._shared.shadow(self._dtype)
+    def cast_adapters(self) -> Any:
+        """The adapters as `gpu_adapters.CastAdapters`."""
+        return self._shared.cast_adapters(self._dtype)
 
     @property
     def scalings(self) -> list[float]:
@@ -50,14 +50,14 @@ class FusedCall:
         return self._shared.weights(self._dtype)
 
     def into_a(self, x: Tensor) -> Tensor:
-        """Return x Aᵀ [rows, members · rank] for x [rows, in]; see `SharedInput.into_a`."""
-        return self._shared.into_a(x, self.shadow)
+        """Return x Aᵀ [rows, members · rank] for x [rows, in]; see `LinearGroup.into_a`."""
+        return self._shared.into_a(x, self.cast_adapters)
 
     def forward(self, x: Tensor, p: Tensor, turn: Any = None) -> Tensor:
         """Return the outputs side by side, [rows, sum of out]; see `gpu_products.forward`."""
         from halfbyte.linear import triton_matmul as gpu_products
 
-        return gpu_products.forward(x, self.weights(), p, self.shadow, self.outputs, turn)
+        return gpu_products.forward(x, self.weights(), p, self.cast_adapters, self.outputs, turn)
 
     def through_b(self, dys: Sequence[Tensor], p: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """Return what adapters need of dy, which is read once.
@@ -72,13 +72,15 @@ class FusedCall:
         from halfbyte.linear.triton_lora import adapter_pass  # it imports triton
 
         g = torch.empty_like(p)
-        return g, torch.split(adapter_pass(dys, p, self.shadow.b, self.scalings, g), self.outputs)
+        return g, torch.split(
+            adapter_pass(dys, p, self.cast_adapters.b, self.scalings, g), self.outputs
+        )
 
     def input_gradient(self, dys: Sequence[Tensor], g: Tensor) -> Tensor:
         """Return dx [rows, in]; ``g`` is the first of what `through_b` returned."""
         from halfbyte.linear import triton_matmul as gpu_products
 
-        return gpu_products.backward(dys, self.weights(), g, self.shadow)
+        return gpu_products.backward(dys, self.weights(), g, self.cast_adapters)
 
     def factor_gradients(self, x: Tensor, g: Tensor, d_bs: Sequence[Tensor]) -> list[Tensor | None]:
         """Return dA and dB of each linear in turn, from x [rows, in] and `through_b`."""

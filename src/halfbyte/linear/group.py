@@ -11,7 +11,7 @@ One ``autograd.Function`` does all of it, because three things follow that a cha
 operations cannot have. W is decoded from 4 bits in forward and again in backward, and is not kept
 in between. x is kept once for the base and the adapter together. And linears that are called with
 the same x (q, k, v; gate, up) are one product: x is read once, and dx is not written for each and
-added up. ``SharedInput`` is such a set; a linear alone is a set of one.
+added up. ``LinearGroup`` is such a set; a linear alone is a set of one.
 
 There are three ways to the same numbers. A few rows without gradients (generation) are multiplied
 with the packed weight on a GPU that can. Training on a GPU goes through fused.py, which takes
@@ -20,7 +20,7 @@ linears and adapters of one input together. All else is decoding and torch's pro
 Backward wants nothing of a product but what went into it. So the last product of a layer that is
 run again for its backward alone need not be made (`FrozenLinear.unread`). And x Aᵀ, for which all
 of x is read, is so narrow that it is kept from the first run where all else is forgotten
-(`ThinProducts`).
+(`LoraActivationCache`).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from halfbyte.linear.fused_lora import FusedCall
+from halfbyte.linear.fused_lora import FusedLoraLinear
 from halfbyte.quant.format import dequantize_all, gpu_kernels
 from halfbyte.runtime.matmul import product
 
@@ -56,22 +56,22 @@ class LowRank(NamedTuple):
     keep: Tensor | None = None
 
 
-class _SharedProduct(torch.autograd.Function):
+class _GroupProduct(torch.autograd.Function):
     """The products at the top of this file, for linears that share x; returns y of each."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        shared: "SharedInput",
+        group: "LinearGroup",
         updates: tuple[LowRank | None, ...],
         gradients: bool,
         read: bool,
         *_factors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        rows, members = x.reshape(-1, x.shape[-1]), shared.members
+        rows, members = x.reshape(-1, x.shape[-1]), group.members
         trained = any(update is not None for update in updates)
-        fused = shared.fused(rows, updates)
+        fused = group.fused(rows, updates)
         if fused is not None and not gradients and _packed_is_faster(rows, members):
             fused = None
         p: list[Tensor | None]
@@ -81,7 +81,7 @@ class _SharedProduct(torch.autograd.Function):
             if read:
                 ys = list(torch.split(fused.forward(rows, x_a), fused.outputs, 1))
         elif read:
-            ys, p = _plain_forward(rows, shared, updates, gradients)
+            ys, p = _plain_forward(rows, group, updates, gradients)
         else:
             p = [_into_a(rows, update) for update in updates]
         if not read:
@@ -89,7 +89,7 @@ class _SharedProduct(torch.autograd.Function):
         for y, member in zip(ys, members, strict=True):
             if read and member.bias is not None:
                 y.add_(member.bias.to(x.dtype))
-        ctx.shared, ctx.fused, ctx.pairs = shared, fused, len(p)
+        ctx.group, ctx.fused, ctx.pairs = group, fused, len(p)
         ctx.scalings = [update and update.scaling for update in updates]
         ctx.set_materialize_grads(False)
         factors = [tensor for u in updates for tensor in (u and u.a, u and u.b, u and u.keep)]
@@ -127,15 +127,15 @@ def _into_a(rows: Tensor, update: LowRank | None) -> Tensor | None:
 
 def _plain_forward(
     rows: Tensor,
-    shared: "SharedInput",
+    group: "LinearGroup",
     updates: Sequence[LowRank | None],
     gradients: bool,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Return y and x̃ Aᵀ of each linear, the base's product first and the update added to it."""
-    if not gradients and _packed_is_faster(rows, shared.members):
-        ys = _packed_products(rows, shared.members)
+    if not gradients and _packed_is_faster(rows, group.members):
+        ys = _packed_products(rows, group.members)
     else:
-        ys = [product(rows, weight) for weight in shared.weights(rows.dtype)]
+        ys = [product(rows, weight) for weight in group.weights(rows.dtype)]
     p: list[Tensor | None] = []
     for y, update in zip(ys, updates, strict=True):
         x_a = _into_a(rows, update)
@@ -178,7 +178,7 @@ def _plain_backward(
     dx: Tensor | None = None
     gradients: list[Tensor | None] = []
     given = next(dy for dy in dys if dy is not None)
-    weights = ctx.shared.weights(given.dtype) if needs[0] else dys
+    weights = ctx.group.weights(given.dtype) if needs[0] else dys
     for i, (dy, update, weight) in enumerate(zip(dys, updates, weights, strict=True)):
         needs_a, needs_b = needs[5 + 2 * i : 7 + 2 * i]
         d_a = d_b = None
@@ -238,7 +238,7 @@ class _Waiting(NamedTuple):
         return self.x is x and made and linear in self.outputs
 
 
-class SharedInput:
+class LinearGroup:
     """Linears that are called with the same x, one after the other: then they are one product.
 
     Called with x, the first computes the output of all, and the others find theirs ready. That
@@ -249,20 +249,20 @@ class SharedInput:
         members: The linears, in the order of their calls.
 
     Attributes:
-        remembered: x Aᵀ [rows, members · rank] that the next call takes instead of making it, or
-            None; see `ThinProducts`.
+        restored: x Aᵀ [rows, members · rank] that the next call takes instead of making it, or
+            None; see `LoraActivationCache`.
     """
 
     def __init__(self, members: Sequence["FrozenLinear"]) -> None:
         self.members = tuple(members)
-        self.remembered: Tensor | None = None
-        self._noted: list[Tensor] | None = None
+        self.restored: Tensor | None = None
+        self._recorded: list[Tensor] | None = None
         self._waiting: _Waiting | None = None
         self._proven = False
-        self._shadow: Any = None
-        self.beside: tuple[SharedInput, ...] = ()
+        self._cast_adapters: Any = None
+        self.beside: tuple[LinearGroup, ...] = ()
         for member in members:
-            member.shared = self
+            member.group = self
 
     def output(self, linear: "FrozenLinear", x: Tensor, *, read: bool = True) -> Tensor:
         """Return y [..., out] of one member for x [..., in]; see `FrozenLinear.unread`."""
@@ -278,8 +278,8 @@ class SharedInput:
             return y
         if waiting is not None and not self._proven:
             for member in self.members:
-                SharedInput([member])
-            return linear.shared.output(linear, x)
+                LinearGroup([member])
+            return linear.group.output(linear, x)
         ys = dict(zip(self.members, self._products(x), strict=True))
         y = ys.pop(linear)
         if ys:
@@ -296,7 +296,7 @@ class SharedInput:
             for member in self.members
         )
         gradients = torch.is_grad_enabled()  # inside forward it always says no
-        return _SharedProduct.apply(x, self, updates, gradients, read, *factors_of(updates))  # type: ignore[no-any-return, no-untyped-call]
+        return _GroupProduct.apply(x, self, updates, gradients, read, *factors_of(updates))  # type: ignore[no-any-return, no-untyped-call]
 
     def weights(self, dtype: torch.dtype) -> list[Tensor]:
         """Return W [out, in] of each, in ``dtype``: the opened ones, or decoded anew, together."""
@@ -305,16 +305,16 @@ class SharedInput:
             return opened  # type: ignore[return-value]
         return _decode_together(self.members, dtype)
 
-    def fused(self, x: Tensor, updates: Sequence[LowRank | None]) -> FusedCall | None:
+    def fused(self, x: Tensor, updates: Sequence[LowRank | None]) -> FusedLoraLinear | None:
         """Return what makes the products of x [..., in] in fused.py's way, if that can be."""
         given = [update for update in updates if update is not None]
         if not given or any(update.keep is not None for update in given):
             return None
         if len(self.members) > _MOST_TOGETHER or not _for_kernels(x):
             return None
-        return FusedCall(self, updates, x.dtype)
+        return FusedLoraLinear(self, updates, x.dtype)
 
-    def fused_alone(self, x: Tensor, members: Sequence["FrozenLinear"]) -> FusedCall | None:
+    def fused_alone(self, x: Tensor, members: Sequence["FrozenLinear"]) -> FusedLoraLinear | None:
         """Return `fused` for whoever does more than to call ``members`` with x.
 
         None, too, where these are not the members, or where something else belongs to what the
@@ -330,41 +330,41 @@ class SharedInput:
             updates.append(None if adapter is None else LowRank(*adapter.factors))
         return self.fused(x, updates)
 
-    def shadow(self, dtype: torch.dtype) -> Any:
-        """Return the adapters as `gpu_adapters.Shadow`.
+    def cast_adapters(self, dtype: torch.dtype) -> Any:
+        """Return the adapters as `gpu_adapters.CastAdapters`.
 
-        While a `WeightScratch` holds a decoder layer open it is made once, for all micro-batches
-        and with those of the layer's other sets. It is never kept longer: an optimizer may write to
-        adapters without their telling (torch's fused AdamW counts no version), and products with
-        old ones would be wrong in silence.
+        While a `DecodedWeightCache` holds a decoder layer open it is made once, for all
+        micro-batches and with those of the layer's other sets. It is never kept longer: an
+        optimizer may write to adapters without their telling (torch's fused AdamW counts no
+        version), and products with old ones would be wrong in silence.
         """
-        from halfbyte.linear.triton_lora import Factors, shadows_of  # it imports triton
+        from halfbyte.linear.triton_lora import Factors, cast_adapters_of  # it imports triton
 
-        if self._shadow is not None:
-            return self._shadow
-        sets = [shared for shared in self.beside or (self,) if any(shared._pairs())]
+        if self._cast_adapters is not None:
+            return self._cast_adapters
+        sets = [group for group in self.beside or (self,) if any(group._pairs())]
         factors = [
             Factors(s._pairs(), [m.out_features for m in s.members], s.members[0].in_features)
             for s in sets
         ]
-        shadows = dict(zip(sets, shadows_of(factors, dtype), strict=True))
+        made = dict(zip(sets, cast_adapters_of(factors, dtype), strict=True))
         if self.beside:
-            for shared, shadow in shadows.items():
-                shared._shadow = shadow
-        return shadows[self]
+            for group, cast_adapters in made.items():
+                group._cast_adapters = cast_adapters
+        return made[self]
 
-    def into_a(self, rows: Tensor, shadow: Any) -> Tensor:
-        """Return x Aᵀ [rows, members · rank]: what is remembered for this call, or made now.
+    def into_a(self, rows: Tensor, cast_adapters: Any) -> Tensor:
+        """Return x Aᵀ [rows, members · rank]: what is restored for this call, or made now.
 
         Args:
             rows: x [rows, in].
-            shadow: The adapters, as `shadow` returns them.
+            cast_adapters: The adapters, as `cast_adapters` returns them.
         """
-        p, self.remembered = self.remembered, None
+        p, self.restored = self.restored, None
         if p is None:
-            p = torch.mm(rows, shadow.a.t())
-        if self._noted is not None:
-            self._noted.append(p)
+            p = torch.mm(rows, cast_adapters.a.t())
+        if self._recorded is not None:
+            self._recorded.append(p)
         return p
 
     def _pairs(self) -> list[tuple[Tensor, Tensor, float] | None]:
@@ -374,52 +374,52 @@ class SharedInput:
             for member in self.members
         ]
 
-    def open(self, beside: Sequence["SharedInput"]) -> None:
+    def open(self, beside: Sequence["LinearGroup"]) -> None:
         """Take note of the sets that are open from now on, this one among them."""
         self.beside = tuple(beside)
 
     def close(self) -> None:
         """Forget what was made while the linears were open."""
-        self._shadow, self.beside = None, ()
-        self.remembered = self._noted = None
+        self._cast_adapters, self.beside = None, ()
+        self.restored = self._recorded = None
 
 
-class ThinProducts:
+class LoraActivationCache:
     """x Aᵀ of a decoder layer's sets, from one run of the layer to another with the same input.
 
     Only where products are gpu_products.py's; elsewhere there is nothing to note. Whoever runs the
-    layers takes what was noted in one run of one part, holds it, and gives it back right before
+    layers takes what was recorded in one run of one part, holds it, and gives it back right before
     the other. When the layer is closed both end, whatever has happened.
 
     Args:
         sets: Those that are open.
     """
 
-    def __init__(self, sets: Iterable[SharedInput]) -> None:
+    def __init__(self, sets: Iterable[LinearGroup]) -> None:
         self._sets = tuple(sets)
 
-    def note(self) -> None:
-        """Note what the sets make from now on."""
-        for shared in self._sets:
-            shared._noted = []
+    def record(self) -> None:
+        """Record what the groups compute from now on."""
+        for group in self._sets:
+            group._recorded = []
 
-    def take(self) -> dict[SharedInput, Tensor]:
-        """Return x Aᵀ [rows, members · rank] of the sets that made one since `note`; note no more.
+    def pop(self) -> dict[LinearGroup, Tensor]:
+        """Return x Aᵀ [rows, members · rank] of the groups that made one since `record`; then stop.
 
         By set, because a set may be dissolved before the layer is run again. One that was called
         with several inputs is left out: which call is which would be a guess.
         """
         taken = {}
-        for shared in self._sets:
-            noted, shared._noted = shared._noted, None
-            if noted is not None and len(noted) == 1:
-                taken[shared] = noted[0]
+        for group in self._sets:
+            recorded, group._recorded = group._recorded, None
+            if recorded is not None and len(recorded) == 1:
+                taken[group] = recorded[0]
         return taken
 
-    def give(self, taken: Mapping[SharedInput, Tensor]) -> None:
+    def restore(self, taken: Mapping[LinearGroup, Tensor]) -> None:
         """Have the next call of each set take what was taken from one with the same input."""
-        for shared in self._sets:
-            shared.remembered = taken.get(shared)
+        for group in self._sets:
+            group.restored = taken.get(group)
 
 
 def factors_of(updates: Sequence[LowRank | None]) -> list[Tensor | None]:

@@ -2,7 +2,8 @@
 
 An adapter's products have a side of 8 to 64 numbers; they are bytes and launches, not arithmetic.
 
-    shadows_of      Adapters are trained in float32 and multiplied in the dtype of the activations,
+    cast_adapters_of      Adapters are trained in float32 and multiplied in the dtype of the
+    activations,
                     side by side for linears that share an input. So they are copied, scaled and
                     cast: all of a decoder layer in one launch.
     add_thin        What a base's product has left, plus an adapter's: y += p (s B)ᵀ for linears
@@ -23,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from halfbyte.quant.triton_blockwise import is_hopper, multiprocessors, on_device
+from halfbyte.quant.triton_blockwise import is_hopper, num_sms, on_device
 from halfbyte.runtime import device as devices
 
 # The tile of `_adapter_pass`, and the most rows of dy that one program sums over.
@@ -40,7 +41,7 @@ _LANES = 1024
 _ALIGNED = 128
 
 
-class Shadow(NamedTuple):
+class CastAdapters(NamedTuple):
     """The adapters of linears that share an input, in the dtype of the products.
 
     Attributes:
@@ -245,7 +246,7 @@ def rank_of(pairs: Sequence[tuple[Tensor, Tensor, float] | None]) -> int:
     return int(triton.next_power_of_2(max(16, *(len(pair[0]) for pair in pairs if pair))))
 
 
-def shadows_of(sets: Sequence[Factors], dtype: torch.dtype) -> list[Shadow]:
+def cast_adapters_of(sets: Sequence[Factors], dtype: torch.dtype) -> list[CastAdapters]:
     """Returns the adapters of each set as `forward` and `backward` want them, from one launch.
 
     Args:
@@ -276,7 +277,7 @@ def shadows_of(sets: Sequence[Factors], dtype: torch.dtype) -> list[Shadow]:
             whole, table, kind=_KINDS[kind], count=len(jobs), lanes=_LANES, num_warps=4
         )
     return [
-        Shadow(
+        CastAdapters(
             whole[a_start : a_start + rows * inputs].view(rows, inputs),
             whole[b_start : b_start + outputs * rank].view(outputs, rank),
             rank,
@@ -436,9 +437,9 @@ def pass_span(sizes: Sequence[int], p: Tensor) -> int:
         p: As for `adapter_pass`.
     """
     tiles, span = sum(triton.cdiv(size, _PASS_COLUMNS) for size in sizes), _LONGEST_SPAN
-    fewest = multiprocessors(p.device) * 7 // 8
+    fewest = num_sms(p.device) * 7 // 8
     while span > 2 * _PASS_ROWS and tiles * triton.cdiv(len(p), span) < fewest:
-        span //= 2  # fewer programs than multiprocessors read with a part of the card
+        span //= 2  # fewer programs than num_sms read with a part of the card
     return span
 
 

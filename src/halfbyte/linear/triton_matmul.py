@@ -31,8 +31,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from halfbyte.linear.triton_lora import Shadow, add_thin
-from halfbyte.quant.triton_blockwise import is_hopper, multiprocessors, on_device
+from halfbyte.linear.triton_lora import CastAdapters, add_thin
+from halfbyte.quant.triton_blockwise import is_hopper, num_sms, on_device
 
 # Rows from which one tile a multiprocessor is enough work; below, cuBLAS splits better.
 FEWEST_ROWS = 2048
@@ -200,7 +200,11 @@ def _as_one(parts: Sequence[Tensor], dim: int) -> Tensor:
 
 
 def plain_forward(
-    x: Tensor, weights: Sequence[Tensor], p: Tensor, shadow: Shadow, outputs: Sequence[int]
+    x: Tensor,
+    weights: Sequence[Tensor],
+    p: Tensor,
+    cast_adapters: CastAdapters,
+    outputs: Sequence[int],
 ) -> Tensor:
     """As `forward`, by torch's products."""
     y = x.new_empty(x.shape[0], sum(outputs))
@@ -210,12 +214,12 @@ def plain_forward(
     else:
         for part, weight in zip(parts, weights, strict=True):
             torch.mm(x, weight.t(), out=part)
-    add_thin(y, p, shadow.b, outputs)
+    add_thin(y, p, cast_adapters.b, outputs)
     return y
 
 
 def plain_backward(
-    dys: Sequence[Tensor], weights: Sequence[Tensor], g: Tensor, shadow: Shadow
+    dys: Sequence[Tensor], weights: Sequence[Tensor], g: Tensor, cast_adapters: CastAdapters
 ) -> Tensor:
     """As `backward`, by torch's products."""
     if len(dys) > 1 and _adjacent(dys, 1) and _adjacent(weights, 0):
@@ -223,7 +227,7 @@ def plain_backward(
     dx = torch.mm(dys[0], weights[0])
     for dy, weight in zip(dys[1:], weights[1:], strict=True):
         dx.addmm_(dy, weight)
-    add_thin(dx, g, shadow.a, None)
+    add_thin(dx, g, cast_adapters.a, None)
     return dx
 
 
@@ -250,7 +254,7 @@ def forward(
     x: Tensor,
     weights: Sequence[Tensor],
     p: Tensor,
-    shadow: Shadow,
+    cast_adapters: CastAdapters,
     outputs: Sequence[int],
     turn: Turn | None = None,
 ) -> Tensor:
@@ -260,7 +264,7 @@ def forward(
         x: [rows, in], contiguous rows.
         weights: [out, in] of each. Where one lies below the other in memory, they are one product.
         p: x Aᵀ, [rows, members · rank].
-        shadow: The adapters.
+        cast_adapters: The adapters.
         outputs: Rows of each weight, at most three.
         turn: What is done to the first of them, rounded before; for x that `fits`.
 
@@ -268,7 +272,7 @@ def forward(
         [rows, sum of outputs].
     """
     if turn is None and x.is_cuda and not fits(x, outputs):
-        return plain_forward(x, weights, p, shadow, outputs)
+        return plain_forward(x, weights, p, cast_adapters, outputs)
     x = movable(x)
     rows, inputs = x.shape
     y = x.new_empty(rows, sum(outputs))
@@ -278,12 +282,12 @@ def forward(
         parts = [(0, sum(outputs), starts[1:])]
     else:  # or a tile would have columns of two linears
         parts = [(start, size, []) for start, size in zip(starts, outputs, strict=True)]
-    tile_n, programs = 256, multiprocessors(x.device)
+    tile_n, programs = 256, num_sms(x.device)
     for i, (start, size, others) in enumerate(parts):
         second, third = (*others, size, size)[:2]
-        p_part = p if whole else p[:, i * shadow.rank :]
+        p_part = p if whole else p[:, i * cast_adapters.rank :]
         weight = weights[i].as_strided((size, inputs), weights[i].stride())
-        flat, part = flat_of(1, shadow.rank)
+        flat, part = flat_of(1, cast_adapters.rank)
         turned = 0 if turn is None else max(0, min(size, turn.columns - start))
         cos, sin = (x, x) if turn is None else turn[:2]
         with on_device(x):
@@ -292,7 +296,7 @@ def forward(
                 TensorDescriptor.from_tensor(weight, [tile_n, TILE_K]),
                 TensorDescriptor.from_tensor(y[:, start : start + size], [TILE_M, tile_n]),
                 TensorDescriptor.from_tensor(p_part, [TILE_M, part]),
-                TensorDescriptor.from_tensor(shadow.b[start : start + size], [tile_n, part]),
+                TensorDescriptor.from_tensor(cast_adapters.b[start : start + size], [tile_n, part]),
                 cos,
                 sin,
                 rows,
@@ -303,7 +307,7 @@ def forward(
                 turned,
                 cos.shape[-2] if len(cos) == 1 else rows,
                 half=cos.shape[-1] // 2 if turned else 0,
-                rank=shadow.rank,
+                rank=cast_adapters.rank,
                 part=part,
                 tile_m=TILE_M,
                 tile_n=tile_n,
@@ -316,25 +320,27 @@ def forward(
     return y
 
 
-def backward(dys: Sequence[Tensor], weights: Sequence[Tensor], g: Tensor, shadow: Shadow) -> Tensor:
+def backward(
+    dys: Sequence[Tensor], weights: Sequence[Tensor], g: Tensor, cast_adapters: CastAdapters
+) -> Tensor:
     """Returns dx = Σ dyᵢ Wᵢ + g A, [rows, in].
 
     Args:
         dys: For each linear [rows, out], contiguous rows.
         weights: As for `forward`.
         g: dyᵢ (s Bᵢ) side by side, [rows, members · rank].
-        shadow: The adapters.
+        cast_adapters: The adapters.
     """
     rows, inputs = dys[0].shape[0], weights[0].shape[1]
     if dys[0].is_cuda and not fits(dys[0], [inputs, *(dy.shape[1] for dy in dys)]):
-        return plain_backward(dys, weights, g, shadow)
+        return plain_backward(dys, weights, g, cast_adapters)
     dys = [movable(dy) for dy in dys]
     dx = dys[0].new_empty(rows, inputs)
-    tile_n, programs = 256, multiprocessors(dx.device)
+    tile_n, programs = 256, num_sms(dx.device)
     lefts = [TensorDescriptor.from_tensor(dy, [TILE_M, TILE_K]) for dy in dys]
     rights = [TensorDescriptor.from_tensor(weight, [TILE_K, tile_n]) for weight in weights]
     sizes = [dy.shape[1] for dy in dys] + [0, 0]
-    ranks = shadow.a.shape[0]
+    ranks = cast_adapters.a.shape[0]
     flat, part = flat_of(len(dys), ranks)
     with on_device(dx):
         _backward[(programs,)](
@@ -342,7 +348,7 @@ def backward(dys: Sequence[Tensor], weights: Sequence[Tensor], g: Tensor, shadow
             *(lefts + lefts[:1] * 2)[:3],
             *(rights + rights[:1] * 2)[:3],
             TensorDescriptor.from_tensor(g, [TILE_M, part]),
-            TensorDescriptor.from_tensor(shadow.a, [part, tile_n]),
+            TensorDescriptor.from_tensor(cast_adapters.a, [part, tile_n]),
             rows,
             inputs,
             *sizes[:3],

@@ -28,9 +28,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from halfbyte.linear.triton_lora import Shadow, sum_parts
+from halfbyte.linear.triton_lora import CastAdapters, sum_parts
 from halfbyte.linear.triton_matmul import TILE_K, TILE_M, flat_of, movable, place
-from halfbyte.quant.triton_blockwise import is_hopper, multiprocessors, on_device
+from halfbyte.quant.triton_blockwise import is_hopper, num_sms, on_device
 
 # Columns of gate, and as many of up.
 _TILE_N = 128
@@ -173,7 +173,7 @@ def _gated_backward(
 
 
 def gated_forward(
-    x: Tensor, weights: Sequence[Tensor], p: Tensor, shadow: Shadow, *, keep: bool
+    x: Tensor, weights: Sequence[Tensor], p: Tensor, cast_adapters: CastAdapters, *, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Returns silu(gate) · up for two linears that share x, and both as they are if they are kept.
 
@@ -181,7 +181,7 @@ def gated_forward(
         x: [rows, in], contiguous rows; such that `gpu_products.fits`.
         weights: Of gate and of up, [out, in] each, contiguous.
         p: x Aᵀ, [rows, 2 · rank].
-        shadow: The adapters of both.
+        cast_adapters: The adapters of both.
         keep: Whether gate and up are wanted.
 
     Returns:
@@ -193,11 +193,11 @@ def gated_forward(
     both = x.new_empty(rows, 2 * outputs) if keep else None
     parts = (inner, inner) if both is None else both.split(outputs, 1)
     apart = (weights[1].data_ptr() - weights[0].data_ptr()) // x.element_size()
-    b = shadow.b.split(outputs)
+    b = cast_adapters.b.split(outputs)
     if swapped := apart < 0:
         weights, b = weights[::-1], b[::-1]
-    flat, part = flat_of(1, 2 * shadow.rank)  # twice the steps
-    block, programs = [TILE_M, _TILE_N], multiprocessors(x.device)
+    flat, part = flat_of(1, 2 * cast_adapters.rank)  # twice the steps
+    block, programs = [TILE_M, _TILE_N], num_sms(x.device)
     with on_device(x):
         _gated_forward[(programs,)](
             *(TensorDescriptor.from_tensor(tensor, block) for tensor in (inner, *parts)),
@@ -212,7 +212,7 @@ def gated_forward(
             inputs,
             swapped=swapped,
             keep=keep,
-            rank=shadow.rank,
+            rank=cast_adapters.rank,
             part=part,
             tile_m=TILE_M,
             tile_n=_TILE_N,
@@ -239,15 +239,15 @@ class Gated(NamedTuple):
     d_a: Tensor
 
 
-def backward_fits(shadow: Shadow, last: Shadow, device: torch.device) -> bool:
+def backward_fits(cast_adapters: CastAdapters, last: CastAdapters, device: torch.device) -> bool:
     """Returns whether `gated_backward` pays for these adapters, of gate and up and of the last."""
-    return shadow.rank == last.rank <= _PASS_RANK and is_hopper(device)
+    return cast_adapters.rank == last.rank <= _PASS_RANK and is_hopper(device)
 
 
 def backward_span(rows: int, outputs: int, device: torch.device) -> int:
     """Returns how many rows a program of `gated_backward` sums over (plan/activation_cost.py)."""
     tiles, span = triton.cdiv(outputs, _PASS_COLUMNS), _LONGEST_SPAN
-    fewest = _PROGRAMS * multiprocessors(device)
+    fewest = _PROGRAMS * num_sms(device)
     while span > 2 * _PASS_ROWS and tiles * triton.cdiv(rows, span) < fewest:
         span //= 2  # fewer read with a part of the card
     return span
@@ -258,7 +258,7 @@ def gated_backward(
     gate: Tensor,
     up: Tensor,
     p: Tensor,
-    shadow: Shadow,
+    cast_adapters: CastAdapters,
     scalings: Sequence[float],
     g_last: Tensor,
 ) -> Gated:
@@ -271,11 +271,11 @@ def gated_backward(
         gate: [rows, out], contiguous rows.
         up: Likewise.
         p: x Aᵀ of both, [rows, 2 · rank], contiguous rows.
-        shadow: The adapters of both; such that `backward_fits`.
+        cast_adapters: The adapters of both; such that `backward_fits`.
         scalings: s of each.
         g_last: dy (s B) of the linear that reads inner, [rows, rank], contiguous rows.
     """
-    (rows, outputs), rank, device = gate.shape, shadow.rank, gate.device
+    (rows, outputs), rank, device = gate.shape, cast_adapters.rank, gate.device
     tiles, span = triton.cdiv(outputs, _PASS_COLUMNS), backward_span(rows, outputs, device)
     spans = triton.cdiv(rows, span)
     # In 16 bits, as their sum will be: that rounds it as much once more, and is half the bytes.
@@ -288,7 +288,7 @@ def gated_backward(
             up,
             p,
             g_last,
-            shadow.b,
+            cast_adapters.b,
             g_parts,
             b_parts,
             rows,

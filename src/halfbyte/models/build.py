@@ -22,14 +22,14 @@ from halfbyte.layers import attention_cpu as attention
 from halfbyte.layers.vocabulary import FrozenEmbedding, FrozenHead
 from halfbyte.linear.arena import Arena
 from halfbyte.linear.frozen import FrozenLinear
-from halfbyte.linear.group import SharedInput
+from halfbyte.linear.group import LinearGroup
 from halfbyte.linear.lora import frozen_linears
 from halfbyte.quant.format import QuantizedWeight, empty_like_quantized, quantize
 from halfbyte.quant.scale_search import search
 
 __all__ = [
-    "Audit",
     "BaseRecipe",
+    "MemoryReport",
     "build",
     "finish",
     "frozen_linears",
@@ -77,7 +77,7 @@ class BaseRecipe:
 
 
 @dataclass(frozen=True)
-class Audit:
+class MemoryReport:
     """What the base model is made of, in bytes.
 
     Attributes:
@@ -191,7 +191,7 @@ def share_inputs(model: nn.Module) -> None:
             linears = [getattr(module, name, None) for name in names]
             frozen = [linear for linear in linears if isinstance(linear, FrozenLinear)]
             if len({linear.in_features for linear in frozen}) == 1:
-                SharedInput(frozen)
+                LinearGroup(frozen)
 
 
 def _contiguous(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -316,7 +316,7 @@ def _beside_others(model: PreTrainedModel, quantized: QuantizedWeight) -> Quanti
     return arena.hold(quantized)
 
 
-def finish(model: PreTrainedModel) -> Audit:
+def finish(model: PreTrainedModel) -> MemoryReport:
     """Tie what is tied, compute what is computed, and account for every byte.
 
     Raises:
@@ -342,7 +342,7 @@ def finish(model: PreTrainedModel) -> Audit:
     return audit(model)
 
 
-def audit(model: nn.Module) -> Audit:
+def audit(model: nn.Module) -> MemoryReport:
     """Return what ``model`` is made of; adapters are not counted."""
     held = [q for m in frozen_linears(model).values() if (q := m.quantized) is not None]
     packed = {id(q.codes): q for q in held}.values()  # a tied head holds the embedding's tensors
@@ -355,7 +355,7 @@ def audit(model: nn.Module) -> Audit:
         if p.nbytes > AUDIT_THRESHOLD
     ]
     large.sort(key=lambda row: -row[2])
-    return Audit(
+    return MemoryReport(
         quantized_parameters=sum(q.numel for q in packed),
         quantized_bytes=quantized_bytes,
         kept=tuple(large),

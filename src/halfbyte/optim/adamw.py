@@ -19,7 +19,7 @@ from torch import Tensor
 
 from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.optim import reference as rule
-from halfbyte.optim.buckets import Group, Piece, groups_of, pieces_of
+from halfbyte.optim.buckets import Bucket, StateChunk, groups_of, pieces_of
 from halfbyte.optim.managed import Managed, why_not
 from halfbyte.optim.paging import Paging, Store, Streamed
 from halfbyte.quant.format import gpu_kernels
@@ -104,7 +104,7 @@ class AdamW(torch.optim.Optimizer):
         self._seen: dict[str, Any] = {}
         self._launches: dict[tuple[Any, ...], list[Any]] = {}
         self._begun: tuple[Any, Tensor] | None = None
-        self._left: list[Group] = []
+        self._left: list[Bucket] = []
         self._ready: set[int] = set()
 
     def _vector(self, dtype: torch.dtype) -> Tensor:
@@ -188,8 +188,8 @@ class AdamW(torch.optim.Optimizer):
         assert self._begun is not None
         scalars, scale = self._begun
         waiting = set(self._seen["active"]) - self._ready
-        due: list[Group] = []
-        left: list[Group] = []
+        due: list[Bucket] = []
+        left: list[Bucket] = []
         for group in self._left:
             ready = waiting.isdisjoint(piece.index for piece in group.pieces)
             (due if ready else left).append(group)
@@ -300,12 +300,14 @@ class AdamW(torch.optim.Optimizer):
             scalars = [rule.Scalars(*row) for row in rows]
         self._begun, self._left = (scalars, scale), list(store.units())
 
-    def _update(self, group: Group, memory: Tensor, base: int, scalars: Any, scale: Tensor) -> None:
+    def _update(
+        self, group: Bucket, memory: Tensor, base: int, scalars: Any, scale: Tensor
+    ) -> None:
         """Update the pieces of a group, whose state is ``memory`` from byte ``base`` on."""
         if self._gpu is not None:
             key = group.offset, memory.data_ptr()
             if key not in self._launches:
-                kinds: dict[torch.dtype, list[Piece]] = {}
+                kinds: dict[torch.dtype, list[StateChunk]] = {}
                 for piece in self._active_ones(group):
                     kinds.setdefault(self._parameters[piece.index].dtype, []).append(piece)
                 self._launches[key] = [
@@ -332,13 +334,13 @@ class AdamW(torch.optim.Optimizer):
                 start=piece.start,
             )
 
-    def _active_ones(self, group: Group) -> list[Piece]:
+    def _active_ones(self, group: Bucket) -> list[StateChunk]:
         return [p for p in group.pieces if self._parameters[p.index].grad is not None]
 
     # --- state ----------------------------------------------------------------------------------
 
     @property
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[StateChunk]:
         """How the state is laid out."""
         return pieces_of(self._parameters, bits=self._bits, master=self._master)
 
@@ -425,7 +427,7 @@ class AdamW(torch.optim.Optimizer):
         )
 
 
-def _state_of(store: Store) -> Iterator[tuple[Piece, dict[str, Tensor]]]:
+def _state_of(store: Store) -> Iterator[tuple[StateChunk, dict[str, Tensor]]]:
     """Return every piece with its state, to be read or written by the host."""
     for group, memory, base in store.parts():
         for piece in group.pieces:

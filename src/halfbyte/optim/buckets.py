@@ -22,7 +22,7 @@ STATE_BYTES = {torch.float32: 4, torch.uint8: 1}
 
 
 @dataclass(frozen=True)
-class Piece:
+class StateChunk:
     """Elements of one parameter, and where their state is.
 
     Attributes:
@@ -73,10 +73,10 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Group:
+class Bucket:
     """Neighbouring pieces, moved and updated at once."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[StateChunk, ...]
 
     @property
     def offset(self) -> int:
@@ -93,7 +93,7 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def pieces_of(parameters: Sequence[Tensor], *, bits: int, master: bool) -> list[Piece]:
+def pieces_of(parameters: Sequence[Tensor], *, bits: int, master: bool) -> list[StateChunk]:
     """Lay out the state of ``parameters``.
 
     Args:
@@ -107,18 +107,18 @@ def pieces_of(parameters: Sequence[Tensor], *, bits: int, master: bool) -> list[
         copied = master and parameter.dtype != torch.float32
         for start in range(0, parameter.numel(), PIECE_ELEMENTS):
             count = min(PIECE_ELEMENTS, parameter.numel() - start)
-            pieces.append(Piece(index, start, count, offset, coded, copied))
+            pieces.append(StateChunk(index, start, count, offset, coded, copied))
             offset += pieces[-1].nbytes
     return pieces
 
 
-def groups_of(pieces: Sequence[Piece]) -> list[Group]:
+def groups_of(pieces: Sequence[StateChunk]) -> list[Bucket]:
     """Cut pieces into groups of 16 MiB or an eighth of all, whichever is less; one piece at least.
 
     Two of them are on the device at a time while the state is on the host.
     """
     limit = min(GROUP_BYTES, sum(piece.nbytes for piece in pieces) // 8)
-    groups: list[list[Piece]] = []
+    groups: list[list[StateChunk]] = []
     size = 0
     for piece in pieces:
         if not groups or size + piece.nbytes > limit:
@@ -126,4 +126,4 @@ def groups_of(pieces: Sequence[Piece]) -> list[Group]:
             size = 0
         groups[-1].append(piece)
         size += piece.nbytes
-    return [Group(tuple(members)) for members in groups]
+    return [Bucket(tuple(members)) for members in groups]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import ConfigError
-from halfbyte.optim.buckets import Group, Piece
+from halfbyte.optim.buckets import Bucket, StateChunk
 from halfbyte.optim.paging import Paging, Update, Waits
 
 # Of the runtime's enumerations (CUDA Runtime API, driver_types.h).
@@ -166,9 +166,9 @@ class Managed:
         ConfigError: If the device cannot, or has less memory free than that.
     """
 
-    def __init__(self, pieces: Sequence[Piece], device: torch.device) -> None:
+    def __init__(self, pieces: Sequence[StateChunk], device: torch.device) -> None:
         """Allocate it, zero, on the device."""
-        self._whole = Group(tuple(pieces))
+        self._whole = Bucket(tuple(pieces))
         self._device, self._index = device, _index(device)
         nbytes = self._whole.nbytes
         if (reason := why_not(device)) is not None:
@@ -189,11 +189,11 @@ class Managed:
         self.memory.zero_()
         self._moved = 0
 
-    def units(self) -> Sequence[Group]:
+    def units(self) -> Sequence[Bucket]:
         """Return all in one."""
         return [self._whole]
 
-    def visit(self, groups: Sequence[Group], update: Update, *, last: bool) -> None:
+    def visit(self, groups: Sequence[Bucket], update: Update, *, last: bool) -> None:
         """Update all of it."""
         for group in groups:
             update(group, self.memory, 0)
@@ -201,7 +201,7 @@ class Managed:
     def prefetch(self) -> None:
         """Nothing: what is on the host is there for a reason until the update."""
 
-    def parts(self) -> Iterator[tuple[Group, Tensor, int]]:
+    def parts(self) -> Iterator[tuple[Bucket, Tensor, int]]:
         """Return all state."""
         yield self._whole, self.memory, 0
 

@@ -19,9 +19,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from halfbyte.optim.buckets import Group, Piece, groups_of
+from halfbyte.optim.buckets import Bucket, StateChunk, groups_of
 
-Update = Callable[[Group, Tensor, int], None]
+Update = Callable[[Bucket, Tensor, int], None]
 """Updates the pieces of a group whose state is in memory that begins at byte `int` of the run."""
 
 
@@ -45,11 +45,11 @@ class Paging(NamedTuple):
 class Store(Protocol):
     """State in one place."""
 
-    def units(self) -> Sequence[Group]:
+    def units(self) -> Sequence[Bucket]:
         """Return the groups that are updated one by one."""
         ...
 
-    def visit(self, groups: Sequence[Group], update: Update, *, last: bool) -> None:
+    def visit(self, groups: Sequence[Bucket], update: Update, *, last: bool) -> None:
         """Call ``update`` for groups among `units`, in their order.
 
         Unless they are the ``last`` of a step, updates may be under way when this returns, on
@@ -57,7 +57,7 @@ class Store(Protocol):
         """
         ...
 
-    def parts(self) -> Iterator[tuple[Group, Tensor, int]]:
+    def parts(self) -> Iterator[tuple[Bucket, Tensor, int]]:
         """Return all state for the host to read or write: group, its memory, where that begins."""
         ...
 
@@ -130,11 +130,11 @@ class Streamed:
     """
 
     def __init__(
-        self, pieces: Sequence[Piece], device: torch.device, *, away: bool = False
+        self, pieces: Sequence[StateChunk], device: torch.device, *, away: bool = False
     ) -> None:
         """Allocate it, zero."""
         self._device = device
-        self._whole = Group(tuple(pieces))
+        self._whole = Bucket(tuple(pieces))
         self._groups = groups_of(pieces)
         self._numbers = {group.offset: number for number, group in enumerate(self._groups)}
         self._memory: Tensor | None = None
@@ -154,11 +154,11 @@ class Streamed:
         """Whether the state is on the host."""
         return self._memory is None
 
-    def units(self) -> Sequence[Group]:
+    def units(self) -> Sequence[Bucket]:
         """Return all in one while on the device, else its groups as backward ends: last first."""
         return self._groups[::-1] if self.away else [self._whole]
 
-    def visit(self, groups: Sequence[Group], update: Update, *, last: bool) -> None:
+    def visit(self, groups: Sequence[Bucket], update: Update, *, last: bool) -> None:
         """Update groups, streaming those that are on the host."""
         if self._memory is not None:
             for group in groups:
@@ -206,7 +206,7 @@ class Streamed:
             self._moved += host.numel()
         return slot
 
-    def parts(self) -> Iterator[tuple[Group, Tensor, int]]:
+    def parts(self) -> Iterator[tuple[Bucket, Tensor, int]]:
         """Return all state, wherever it is."""
         if self._memory is not None:
             yield self._whole, self._memory, 0

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from halfbyte.optim.buckets import Piece
+from halfbyte.optim.buckets import StateChunk
 from halfbyte.optim.dynamic import LEAST, ZERO_SIGNED, ZERO_UNSIGNED, tables
 from halfbyte.optim.reference import BLOCK, Scalars
 from halfbyte.quant.blockwise import SMALLEST_SCALE
@@ -375,7 +375,7 @@ class Launch:
     Its table is on the device, and is sent anew, without waiting, when an address has changed.
     """
 
-    def __init__(self, pieces: Sequence[Piece], memory: Tensor, base: int) -> None:
+    def __init__(self, pieces: Sequence[StateChunk], memory: Tensor, base: int) -> None:
         """Note where the state is: ``memory`` is the run of bytes from ``base`` on."""
         self._pieces = pieces
         self._state = [

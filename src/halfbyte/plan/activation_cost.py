@@ -63,7 +63,7 @@ _TILE, _SPAN, _SHORTEST, _PROGRAMS, GATED_RANK = 128, 1024, 32, 3, 32
 _FEWEST_ROWS = 2048
 
 # The narrowest model whose attention is worth keeping on the host, on an H100;
-# `Card.checkpoint_width` of others.
+# `GpuSpec.checkpoint_width` of others.
 CHECKPOINT_WIDTH = 3072
 
 
@@ -72,7 +72,7 @@ class Gpu(NamedTuple):
 
     Attributes:
         capability: CUDA compute capability, (major, minor).
-        num_sms: Streaming multiprocessors.
+        num_sms: Streaming num_sms.
     """
 
     capability: tuple[int, int] = (9, 0)

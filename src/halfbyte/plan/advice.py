@@ -24,7 +24,7 @@ from halfbyte.plan.ledger import (
 )
 from halfbyte.plan.model_shape import ModelShape
 from halfbyte.plan.policy import ActivationPolicy
-from halfbyte.plan.roofline import Card, Seconds, step_seconds
+from halfbyte.plan.roofline import GpuSpec, Seconds, step_seconds
 
 # Of a card's memory, what is not there for tensors: the CUDA context, and what torch's allocator
 # reserves beyond what it hands out (0.2 GB after loading a 7B: 2026-11-24_gpu_load.json).
@@ -105,7 +105,7 @@ def usable(memory: float, device: str) -> float:
     return memory * (1 - RESERVED_SHARE) - CONTEXT if device == "cuda" else memory
 
 
-def ways(shape: ModelShape, run: Run, card: Card, memory: float) -> list[Way]:
+def ways(shape: ModelShape, run: Run, card: GpuSpec, memory: float) -> list[Way]:
     """Return the ways to train, side by side.
 
     Args:
@@ -131,7 +131,9 @@ def ways(shape: ModelShape, run: Run, card: Card, memory: float) -> list[Way]:
     ]
 
 
-def _way(name: str, shape: ModelShape, run: Run, card: Card, budget: float, offload: bool) -> Way:
+def _way(
+    name: str, shape: ModelShape, run: Run, card: GpuSpec, budget: float, offload: bool
+) -> Way:
     run = replace(run, fused=run.fused and shape.fusable)
     policy = policy_of(shape, run, 0, offload=offload)
     best = fitted(shape, run, budget, offload=offload)
@@ -171,8 +173,8 @@ def _largest_model(shape: ModelShape, run: Run, budget: float) -> float:
     vocabulary = [weight for weight in shape.weights if weight.role in ("head", "embedding")]
     numel = shape.parameters - sum(weight.numel for weight in vocabulary)
     rows = sum(nbytes_of(weight, shape, run.holding) for weight in vocabulary)
-    squares = entries.total("trained") + entries.scratch + entries.kept
-    beside = rows + entries.needed - entries.resident - entries.scratch - entries.kept
+    squares = entries.total("trained") + entries.decoded_cache + entries.kept
+    beside = rows + entries.needed - entries.resident - entries.decoded_cache - entries.kept
 
     def fits(percent: int) -> bool:
         s = percent / 100

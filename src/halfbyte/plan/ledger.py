@@ -36,7 +36,7 @@ MOMENTS = "AdamW's moments"  # how the line of the optimizer's state begins
 SCALE_BLOCK = 256
 STATE_BLOCK = 256  # elements of 8-bit optimizer state that share a scale
 SMALLEST_8BIT = 4096  # tensors of fewer elements keep 32-bit state
-PIECE = 1 << 22  # elements of a parameter whose state lies together
+STATE_CHUNK = 1 << 22  # elements of a parameter whose state lies together
 _ALIGNMENT = 256  # of each tensor of the state
 # Bytes of logits, and of a packed head decoded, there are at a time: layers/cross_entropy.py.
 LOGITS = {"cpu": 32 << 20, "cuda": 128 << 20}
@@ -47,7 +47,7 @@ OVERHEAD = {"cpu": 0.525e9, "cuda": 33.6e6}
 TOUCHED_LATER = 25e6
 # What a byte of kept activations takes: malloc.cpp leaves few holes in glibc's heap, 1 % where all
 # micro-batches have one shape, up to 8 after 25 steps of many (2026-11-24_cpu_memory.json).
-HOLES = {"cpu": 1.04, "cuda": 1.0}
+FRAGMENTATION = {"cpu": 1.04, "cuda": 1.0}
 # oneDNN keeps products as it has compiled them, the newest; bytes of each, by those of an element.
 PRODUCT = {2: 0.31e6, 4: 0.62e6}
 # A shape of a micro-batch has so many with weights and adapters; and, where they are bfloat16, so
@@ -246,7 +246,7 @@ class Run:
     def step_cost(self, shape: ModelShape) -> StepCost:
         """Return the bytes of a step under any policy."""
         layer, tokens, part = self.layer(shape), self.tokens_under_way, self.part_tokens
-        holes = HOLES[self.device]
+        holes = FRAGMENTATION[self.device]
         backward = layer.backward(part)
         return StepCost(
             layers=shape.layers,
@@ -261,7 +261,7 @@ class Run:
             backward=backward,
             saved_part=backward - layer.gradients(part),
             loss=_loss(shape, self),
-            given=2 * part * self.holding.itemsize * shape.query // max(1, shape.heads),
+            layer_args=2 * part * self.holding.itemsize * shape.query // max(1, shape.heads),
             decoded=_decoded(shape, self),
         )
 
@@ -311,7 +311,7 @@ class Ledger:
         return self.base + self.total("trained") + self.overhead
 
     @property
-    def scratch(self) -> int:
+    def decoded_cache(self) -> int:
         """Decoded weights: of one layer, and of those that keep theirs."""
         return self.cost.buffers(self.policy)
 
@@ -338,9 +338,9 @@ class Ledger:
     def all_lines(self) -> list[Line]:
         """Return the resident lines, and those of a step."""
         step = {
-            "decoded weights": self.scratch,
+            "decoded weights": self.decoded_cache,
             "kept for backward": self.kept,
-            "a layer's backward": self.step.allocated - self.scratch - self.kept,
+            "a layer's backward": self.step.allocated - self.decoded_cache - self.kept,
             "the loss (not at the same time)": self.cost.loss,
         }
         return [*self.lines, *(Line("step", name, nbytes) for name, nbytes in step.items())]
@@ -395,8 +395,8 @@ def _state(numels: list[int], optimizer: OptimizerMode) -> int:
     total = 0
     for numel in numels:
         coded = optimizer.endswith("8bit") and numel >= SMALLEST_8BIT
-        whole, rest = divmod(numel, PIECE)
-        total += whole * of_piece(PIECE, coded=coded) + of_piece(rest, coded=coded)
+        whole, rest = divmod(numel, STATE_CHUNK)
+        total += whole * of_piece(STATE_CHUNK, coded=coded) + of_piece(rest, coded=coded)
     return total
 
 

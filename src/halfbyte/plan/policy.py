@@ -90,7 +90,7 @@ class StepCost:
             activations and its gradients, without its input, output and ``lora``.
         saved_part: What of ``backward`` a saved layer has kept.
         loss: What a part's loss has beside its input when it has most.
-        given: What layers are called with besides their input: rotary tables, sequence starts.
+        layer_args: What layers are called with besides their input: rotary tables, sequence starts.
         decoded: A layer's decoded weights; 0 where none are packed.
     """
 
@@ -106,7 +106,7 @@ class StepCost:
     backward: int
     saved_part: int
     loss: int
-    given: int
+    layer_args: int
     decoded: int
 
     def buffers(self, policy: ActivationPolicy) -> int:
@@ -176,7 +176,7 @@ def peak(cost: StepCost, policy: ActivationPolicy, *, graphs: bool) -> Peak:
     if not graphs:
         both = buffers + max(*passes, kept + loss)
         return Peak(both, both)
-    captured = max(passes) + cost.given
+    captured = max(passes) + cost.layer_args
     # The loss, while graphs hold no tensor but their first input and their last output.
-    alone = cost.input + cost.given + loss
+    alone = cost.input + cost.layer_args + loss
     return Peak(buffers + max(captured, alone), buffers + captured + cost.loss)

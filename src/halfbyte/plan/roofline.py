@@ -64,7 +64,7 @@ LAUNCH_SECONDS = 3.441 / 16 / 32
 _SMALL_KERNELS = 80 * 3e-6
 
 
-class Card(NamedTuple):
+class GpuSpec(NamedTuple):
     """A device.
 
     Attributes:
@@ -77,7 +77,7 @@ class Card(NamedTuple):
         device: ``cuda`` or ``cpu``.
         measured: Whether these were measured, here and now.
         capability: CUDA compute capability of a GPU.
-        num_sms: Its streaming multiprocessors.
+        num_sms: Its streaming num_sms.
     """
 
     name: str
@@ -117,8 +117,8 @@ def _of_table(
     link: float,
     capability: tuple[int, int],
     num_sms: int,
-) -> Card:
-    return Card(
+) -> GpuSpec:
+    return GpuSpec(
         name,
         gigabytes * 1e9,
         teraflops * 1e12 * PRODUCT_SHARE,
@@ -131,7 +131,7 @@ def _of_table(
 
 # The makers' figures: memory as a program finds it, dense bfloat16 products with float32 sums,
 # memory bandwidth, what of PCIe is left for page-locked copies, compute capability and streaming
-# multiprocessors. The T4 has no bfloat16 units, so its products are those of float16.
+# num_sms. The T4 has no bfloat16 units, so its products are those of float16.
 CARDS = {
     "t4": _of_table("T4", 15.6, 65, 320, 12, (7, 5), 40),
     "3090": _of_table("RTX 3090", 25.3, 71, 936, 25, (8, 6), 82),
@@ -147,7 +147,7 @@ CARDS = {
 HERE = "this-machine"
 
 
-def card_named(name: str) -> Card:
+def card_named(name: str) -> GpuSpec:
     """Return a card of the table, or this machine as it is measured now.
 
     Raises:
@@ -162,7 +162,7 @@ def card_named(name: str) -> Card:
     return found
 
 
-def card_of_driver(name: str) -> Card | None:
+def gpu_of_driver(name: str) -> GpuSpec | None:
     """Return the card of the table that a driver calls ``name``, if it is one."""
     words = set(re.split(r"[\s-]+", name.lower()))
     for key, card in CARDS.items():
@@ -202,7 +202,7 @@ class Seconds(NamedTuple):
 
 
 def step_seconds(
-    shape: ModelShape, run: Run, card: Card, *, launch: float | None = None
+    shape: ModelShape, run: Run, card: GpuSpec, *, launch: float | None = None
 ) -> Seconds:
     """Return where the time of one optimizer step goes.
 
@@ -264,7 +264,7 @@ def step_seconds(
     return found._replace(waiting=max(0.0, away - found.total))
 
 
-def measure_machine() -> Card:
+def measure_machine() -> GpuSpec:
     """Return this machine: products and a copy timed for a second or so."""
     import torch
 
@@ -290,7 +290,7 @@ def measure_machine() -> Card:
     memory = float(torch.cuda.mem_get_info()[0]) if on_gpu else _available()
     name = torch.cuda.get_device_name() if on_gpu else "this machine's processor"
     share = 1.0 if on_gpu else CPU_SHARE
-    found = Card(name, memory, flops * share, bandwidth, link, dtype.itemsize, device, True)
+    found = GpuSpec(name, memory, flops * share, bandwidth, link, dtype.itemsize, device, True)
     if not on_gpu:
         return found
     spec = spec_of(torch.device("cuda"))

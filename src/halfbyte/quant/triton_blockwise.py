@@ -223,7 +223,7 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def multiprocessors(device: torch.device) -> int:
+def num_sms(device: torch.device) -> int:
     """Returns how many programs of a kernel with much to do run at a time; 3 in the interpreter."""
     return devices.spec_of(device).num_sms
 

@@ -68,7 +68,7 @@ def run(config: TrainConfig, report: "RunReport") -> None:
     size = (config.batch_size, config.max_length)
     micro_batches = config.gradient_accumulation_steps
     memory = trainer.fit([[size] * micro_batches], [[size[1]] * size[0] * micro_batches])
-    report.note(memory.line())
+    report.note(memory.summary())
     told_facts: dict[str, Any] = {
         "model": config.model,
         "quant": config.quant,
@@ -85,9 +85,9 @@ def run(config: TrainConfig, report: "RunReport") -> None:
     def done(step: int, result: StepResult) -> None:
         nonlocal spent, loss
         spent, loss = spent + result.seconds, result.loss
-        for line in engine.notes:
+        for line in engine.messages:
             report.note(line)
-        engine.notes.clear()
+        engine.messages.clear()
         report.step(
             {
                 "step": step + 1,

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.data import Example, MicroBatch, collate, load_dataset
 from halfbyte.data.templates import TrainOn
-from halfbyte.engine.autograd import PlainEngine
+from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.choose import choose_engine
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.packing import Batch
@@ -58,7 +58,7 @@ def as_batch(batch: MicroBatch) -> Batch:
 
 
 def evaluate_loss(
-    engine: LayerEngine | PlainEngine,
+    engine: LayerEngine | AutogradEngine,
     examples: Sequence[Example],
     *,
     batch_size: int,

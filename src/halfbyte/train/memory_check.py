@@ -21,7 +21,7 @@ from halfbyte.plan.activation_cost import H100, Gpu
 from halfbyte.plan.ledger import Holding, Ledger, OptimizerMode, Run, ledger
 from halfbyte.plan.model_shape import ModelShape, shape_of
 from halfbyte.plan.policy import ActivationPolicy
-from halfbyte.plan.roofline import Card, card_of_driver, measure_machine, step_seconds
+from halfbyte.plan.roofline import GpuSpec, gpu_of_driver, measure_machine, step_seconds
 from halfbyte.runtime.device import spec_of
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class Prediction:
         )
         self._shapes: dict[tuple[tuple[int, int], ...], None] = {}
         self._steps: list[_Seen] = []
-        self._measured: Card | None = None
+        self._measured: GpuSpec | None = None
 
     def use(self, policy: ActivationPolicy, *, graphs: bool) -> None:
         """Go on with another policy, because memory ran out."""
@@ -147,7 +147,7 @@ class Prediction:
         )
         return ledger(self._shape, run)
 
-    def seconds(self, card: Card) -> tuple[float, float]:
+    def seconds(self, card: GpuSpec) -> tuple[float, float]:
         """Return the mean seconds of a step, measured and predicted; NaN before there are any."""
         timed = self._steps[_UNTIMED:]
         runs = [
@@ -197,9 +197,9 @@ class Prediction:
         lines = [entry._asdict() for entry in entries.all_lines()]
         report.record("memory", record | {"ledger": lines})
 
-    def _card(self) -> Card | None:
+    def _card(self) -> GpuSpec | None:
         if self._run.device == "cpu":
             self._measured = self._measured or measure_machine()
             return self._measured
         # Not measured: the buffers would count to the peak.
-        return card_of_driver(torch.cuda.get_device_name())
+        return gpu_of_driver(torch.cuda.get_device_name())

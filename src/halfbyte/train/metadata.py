@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from halfbyte import __version__
 from halfbyte.config.schema import TrainConfig
 from halfbyte.data import Dataset
-from halfbyte.engine.autograd import PlainEngine
+from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_policy import peak_memory, used_memory
 from halfbyte.models.generate import generate
@@ -96,7 +96,7 @@ class StepClock:
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, engine: LayerEngine | PlainEngine, device: str
+        self, optimizer: torch.optim.Optimizer, engine: LayerEngine | AutogradEngine, device: str
     ) -> None:
         self._on_gpu = device == "cuda"
         self._marks: list[tuple[str, Any]] = []

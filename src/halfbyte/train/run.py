@@ -29,12 +29,12 @@ from halfbyte.checkpoint.run_state import RunState, latest_run, load_run, save_r
 from halfbyte.config.schema import TrainConfig, to_yaml
 from halfbyte.data import Dataset, Example, MicroBatch, load_dataset, steps
 from halfbyte.data.batching import StepPlan
-from halfbyte.engine.autograd import PlainEngine
+from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.choose import choose_engine
 from halfbyte.engine.forward_backward import is_out_of_memory
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_policy import (
-    Ceiling,
+    HeapTrimmer,
     keep_few_products,
     memory_limit,
     peak_memory,
@@ -250,9 +250,9 @@ def _train(
     memory = trainer.fit(shapes, by_step)
     if config.activations == "offload" and device == "cpu":
         report.note("activations: there is nowhere to offload to from a CPU; layers are recomputed")
-    report.note(memory.line())
+    report.note(memory.summary())
     if device == "cpu" and isinstance(engine, LayerEngine):
-        engine.passes.between = Ceiling(memory)
+        engine.passes.between = HeapTrimmer(memory)
     if resumed is not None:  # after planning, which counts its bytes
         trainer.load_optimizer_state(resumed.optimizer)
     prediction = Prediction(
@@ -360,9 +360,9 @@ def _train(
         if trainer.fallbacks:
             prediction.use(trainer.policy, graphs=engine.captures)
         trainer.fallbacks.clear()
-        for line in engine.notes:
+        for line in engine.messages:
             report.note(line)
-        engine.notes.clear()
+        engine.messages.clear()
 
     def made(step: int, result: StepResult) -> None:
         nonlocal loss, seconds, tokens_done
@@ -445,7 +445,7 @@ def _train(
     return outcome
 
 
-def _sizes(engine: LayerEngine | PlainEngine, batches: Sequence[MicroBatch]) -> dict[str, Any]:
+def _sizes(engine: LayerEngine | AutogradEngine, batches: Sequence[MicroBatch]) -> dict[str, Any]:
     """Return the lengths of what attention sees, and of the parts a step was made of."""
     if not (isinstance(engine, LayerEngine) and engine.packs):
         return {"lengths": [n for b in batches for n in [b.input_ids.shape[1]] * len(b.lengths)]}

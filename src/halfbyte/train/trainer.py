@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.config.schema import TrainConfig
-from halfbyte.engine.autograd import PlainEngine
+from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.buckets import Buckets
 from halfbyte.engine.choose import compile_ahead
 from halfbyte.engine.forward_backward import is_out_of_memory
@@ -142,7 +142,7 @@ class Trainer:
 
     def __init__(
         self,
-        engine: LayerEngine | PlainEngine,
+        engine: LayerEngine | AutogradEngine,
         parameters: Mapping[str, nn.Parameter],
         config: TrainConfig,
         schedule: Schedule,
@@ -184,7 +184,7 @@ class Trainer:
         )
         if self._early and isinstance(engine, LayerEngine):
             if engine.captures:
-                engine.notes.append(
+                engine.messages.append(
                     "no CUDA graphs: with explicit paging and no clipping, the host queues each "
                     "layer's update as its gradients are final"
                 )
@@ -235,7 +235,7 @@ class Trainer:
                     raise self._given_up(0) from failed
             part_tokens = self._shrunk()
         if part_tokens is not None:
-            engine.notes.append(
+            engine.messages.append(
                 f"parts have at most {self._largest_part} tokens: larger ones need more memory "
                 "than there is"
             )
@@ -386,7 +386,7 @@ class Trainer:
         if not math.isfinite(loss) and self.loss_scale is not None:
             raise NonFiniteLossError(too_large(step))
         if not math.isfinite(norm) and self.loss_scale is not None:
-            self.engine.notes.append(self.loss_scale.overflowed(step))
+            self.engine.messages.append(self.loss_scale.overflowed(step))
             skipped = True
         elif not (math.isfinite(loss) and math.isfinite(norm)):
             changed = "Some layers were updated" if self._early else "Nothing was updated"
@@ -439,7 +439,7 @@ class Trainer:
             done = self._less()
         if done is None:
             raise self._given_up(step) from error
-        self.engine.notes.append(f"out of GPU memory at step {step + 1}: {done}, and made again")
+        self.engine.messages.append(f"out of GPU memory at step {step + 1}: {done}, and made again")
         self.fallbacks.append(
             {
                 "step": step + 1,
@@ -488,7 +488,7 @@ class Trainer:
 
         if self.plan is None or self.plan.cost is None:
             return of((policy.saved - 1) // 2)
-        used = used_memory(self._device) - self.engine.scratch.nbytes
+        used = used_memory(self._device) - self.engine.decoded_cache.nbytes
         room = (used + free_memory(self._device)) / MARGIN
         # A limit that the driver does not know of is reached in a few tries, too.
         for saved in range(3 * policy.saved // 4, 0, -1):
