@@ -176,20 +176,20 @@ SIZES = [
 
 def tuned(parameters: Sequence[Tensor]) -> dict[str, Row]:
     """Other sizes of a program, in a graph."""
-    from halfbyte.optim import triton_adamw as gpu
+    from halfbyte.optim import triton_adamw
 
-    chosen, rows = (gpu.BLOCKS, gpu.WARPS, gpu.REGISTERS), {}
+    chosen, rows = (triton_adamw.BLOCKS, triton_adamw.WARPS, triton_adamw.REGISTERS), {}
     count = sum(parameter.numel() for parameter in parameters)
     rate = torch.tensor(1e-4, device="cuda")
     for size in SIZES:
-        gpu.BLOCKS, gpu.WARPS, gpu.REGISTERS = size
+        triton_adamw.BLOCKS, triton_adamw.WARPS, triton_adamw.REGISTERS = size
         row: Row = {}
         for bits in (8, 32):
             row[f"ms_{bits}"] = graph_ms(AdamW(parameters, lr=rate, state_bits=bits).step)
             row[f"gb_per_s_{bits}"] = round(count * BYTES[bits] / row[f"ms_{bits}"] / 1e6)
         rows["{} blocks, {} warps, {} registers".format(*size)] = row
         print(size, row, flush=True)
-    gpu.BLOCKS, gpu.WARPS, gpu.REGISTERS = chosen
+    triton_adamw.BLOCKS, triton_adamw.WARPS, triton_adamw.REGISTERS = chosen
     return rows
 
 

@@ -237,7 +237,7 @@ def products(config: Any, tokens: int, length: int, row: Row) -> float:
 def shares(step: Callable[[], Any]) -> Row:
     """Of one step: which part of its time the card decodes, sees to adapters, and waits.
 
-    Adapters are the kernels of gpu_adapters.py and what has a side of at most 32 in cuBLAS'
+    Adapters are the kernels of triton_lora.py and what has a side of at most 32 in cuBLAS'
     tiles; from 2048 rows on, part of their arithmetic is in the base's products and not here.
     """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:

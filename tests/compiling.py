@@ -15,12 +15,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from halfbyte.layers import triton_elementwise as between
-from halfbyte.linear import triton_gemv as gpu_rows
-from halfbyte.linear import triton_lora as gpu_adapters
-from halfbyte.linear import triton_matmul as gpu_products
-from halfbyte.linear import triton_swiglu as gpu_gated
+from halfbyte.linear import triton_gemv, triton_lora, triton_matmul, triton_swiglu
 from halfbyte.optim import triton_adamw as optimizer
-from halfbyte.quant import triton_blockwise as gpu
+from halfbyte.quant import triton_blockwise
 from halfbyte.runtime import device as devices
 from tests.devices import DEVICES
 
@@ -51,7 +48,7 @@ def tensor(dtype: str, *block: int) -> str:
 
 
 def tiles(dtype: str, part: int) -> dict[str, str]:
-    """The descriptors of gpu_products' products, with the tiles it uses."""
+    """The descriptors of triton_matmul' products, with the tiles it uses."""
     left, right, result = tensor(dtype, 128, 64), tensor(dtype, 64, 256), tensor(dtype, 128, 256)
     return {
         **{"x": left, "dy0": left, "dy1": left, "dy2": left, "y": result, "dx": result},
@@ -86,7 +83,7 @@ def kernels(kind: str):
     yield from layer_kernels(kind)
     yield from optimizer_kernels()
     yield from adapter_kernels(kind)
-    if gpu.is_hopper(CPU):
+    if triton_blockwise.is_hopper(CPU):
         yield from hopper_kernels(kind)
 
 
@@ -94,18 +91,28 @@ def format_kernels(kind: str):
     plain = {"enable_fp_fusion": False}
     for double, dtype in ((True, f"*{kind}"), (False, f"*{kind}"), (True, "*fp32")):
         flat = {"count": 3, "block_words": 8, "double": double}
-        flat |= {"lanes": gpu._LANES, "unroll": gpu._UNROLL}
-        yield gpu._decode_flat, {"weights": "*i64", "out": dtype}, flat, {"num_warps": 8, **plain}
+        flat |= {"lanes": triton_blockwise._LANES, "unroll": triton_blockwise._UNROLL}
+        yield (
+            triton_blockwise._decode_flat,
+            {"weights": "*i64", "out": dtype},
+            flat,
+            {"num_warps": 8, **plain},
+        )
     for transposed in (True, False):
         tile = {"block_size": 64, "double": True, "transposed": transposed}
         tile |= {"tile_rows": 64, "tile_columns": 64}
-        yield gpu._decode_tile, {"out": f"*{kind}", "codes": "*u8"}, tile, plain
+        yield triton_blockwise._decode_tile, {"out": f"*{kind}", "codes": "*u8"}, tile, plain
     # What is packed comes as it was saved, whatever products are in.
     for signed, block_size, dtype in ((True, 64, "*bf16"), (False, 4096, "*fp16")):
         blocks = {"block_size": block_size, "rows": max(1, 1024 // block_size), "signed": signed}
         types = {"weight": dtype, "codes": "*u8"}
-        yield gpu._encode_blocks, types, blocks, {"num_warps": max(1, block_size // 1024)}
-    yield gpu._encode_scales, {}, {"block_size": 256, "rows": 4}, {}
+        yield (
+            triton_blockwise._encode_blocks,
+            types,
+            blocks,
+            {"num_warps": max(1, block_size // 1024)},
+        )
+    yield triton_blockwise._encode_scales, {}, {"block_size": 256, "rows": 4}, {}
 
 
 def row_kernels(kind: str):
@@ -114,14 +121,14 @@ def row_kernels(kind: str):
     types = {"y": f"*{kind}", "x": "*i32", "planes": "*i32"}
     types |= {f"codes{i}": "*i32" for i in (1, 2)} | {f"scale_codes{i}": "*u8" for i in (1, 2)}
     for members in (1, 3):
-        yield gpu_rows._product_row, types, one | {"members": members}, product
+        yield triton_gemv._product_row, types, one | {"members": members}, product
     if not devices.spec_of(CPU).has_tensor_cores:
         return
-    yield gpu_rows._sum_products, {"y": f"*{kind}"}, {"split": 4, "lanes": 512}, {}
+    yield triton_gemv._sum_products, {"y": f"*{kind}"}, {"split": 4, "lanes": 512}, {}
     for rows in (16, 32, 64):
         few = {"block_words": 8, "double": True, "tile_outputs": 64, "tile_rows": rows}
         few |= {"step": 32 if rows <= 32 else 16, "split": 4}
-        yield gpu_rows._product_tile, {"x": f"*{kind}"}, few, product
+        yield triton_gemv._product_tile, {"x": f"*{kind}"}, few, product
 
 
 def layer_kernels(kind: str):
@@ -157,56 +164,56 @@ def optimizer_kernels():
 
 def adapter_kernels(kind: str):
     """Yields those of every GPU; the others sum dB by cuBLAS."""
-    job = {"kind": tl.float32, "count": 14, "lanes": gpu_adapters._LANES}
-    yield gpu_adapters._lay_out, {"out": f"*{kind}", "table": "*i64"}, job, {"num_warps": 4}
+    job = {"kind": tl.float32, "count": 14, "lanes": triton_lora._LANES}
+    yield triton_lora._lay_out, {"out": f"*{kind}", "table": "*i64"}, job, {"num_warps": 4}
     types = dict.fromkeys(("out", "left", "right"), f"*{kind}")
     types |= {"out_stride": "i32", "left_stride": "i32"}
     sizes = [(True, 16), (False, 32), (False, 48), (True, 128)]
     if not devices.spec_of(CPU).has_tensor_cores:
-        sizes = [(one, rank) for one, rank in sizes if rank <= gpu_adapters._SCALAR_RANK]
+        sizes = [(one, rank) for one, rank in sizes if rank <= triton_lora._SCALAR_RANK]
     for transposed, ranks in sizes:
         tile = {"rank": ranks, "ranks": ranks, "part": min(64, ranks & -ranks)}
-        tile |= {"transposed": transposed, "tile_m": gpu_adapters._THIN_ROWS}
-        tile |= {"tile_n": gpu_adapters._THIN_COLUMNS}
-        yield gpu_adapters._add_thin, types, tile, {"num_warps": gpu_adapters._THIN_WARPS}
+        tile |= {"transposed": transposed, "tile_m": triton_lora._THIN_ROWS}
+        tile |= {"tile_n": triton_lora._THIN_COLUMNS}
+        yield triton_lora._add_thin, types, tile, {"num_warps": triton_lora._THIN_WARPS}
 
 
 def hopper_kernels(kind: str):
-    tile = {"programs": gpu.num_sms(CPU), "tile_m": gpu_products.TILE_M}
-    tile |= {"tile_n": 256, "tile_k": gpu_products.TILE_K}
+    tile = {"programs": triton_blockwise.num_sms(CPU), "tile_m": triton_matmul.TILE_M}
+    tile |= {"tile_n": 256, "tile_k": triton_matmul.TILE_K}
     options = {"num_warps": 8, "num_stages": 3}
     for rank in (16, 64, 128):
-        flat, part = gpu_products.flat_of(1, rank)
+        flat, part = triton_matmul.flat_of(1, rank)
         for half in (0, 64):
             step = {"rank": rank, "part": part, "flat": flat, "half": half, **tile}
             turn = {"cos": f"*{kind}", "sin": f"*{kind}", "turned": "i32"}
-            yield gpu_products._forward, tiles(kind, part) | turn, step, options
+            yield triton_matmul._forward, tiles(kind, part) | turn, step, options
     for members, rank in ((1, 16), (1, 64), (1, 128), (3, 16), (2, 64)):
-        flat, part = gpu_products.flat_of(members, rank * members)
+        flat, part = triton_matmul.flat_of(members, rank * members)
         step = {"members": members, "ranks": rank * members, "part": part, "flat": flat, **tile}
-        yield gpu_products._backward, tiles(kind, part), step, options
+        yield triton_matmul._backward, tiles(kind, part), step, options
     for rank in (16, 64, 128):
-        flat, part = gpu_products.flat_of(1, 2 * rank)
-        step = {"rank": rank, "part": part, "flat": flat, **tile, "tile_n": gpu_gated._TILE_N}
+        flat, part = triton_matmul.flat_of(1, 2 * rank)
+        step = {"rank": rank, "part": part, "flat": flat, **tile, "tile_n": triton_swiglu._TILE_N}
         for keep in (True, False):
             step |= {"keep": keep, "swapped": keep}
-            yield gpu_gated._gated_forward, gated_tiles(kind, part), step, options
+            yield triton_swiglu._gated_forward, gated_tiles(kind, part), step, options
     names = ("d_inner", "gate", "up", "p", "g_last", "b", "g_parts")
-    sums = {"rank": gpu_gated._PASS_RANK, "compiled": True}
-    sums |= {"span": gpu_gated.backward_span(ROWS, INNER, CPU)}
-    sums |= {"tile_m": gpu_gated._PASS_ROWS, "tile_n": gpu_gated._PASS_COLUMNS}
+    sums = {"rank": triton_swiglu._PASS_RANK, "compiled": True}
+    sums |= {"span": triton_swiglu.backward_span(ROWS, INNER, CPU)}
+    sums |= {"tile_m": triton_swiglu._PASS_ROWS, "tile_n": triton_swiglu._PASS_COLUMNS}
     options = {"num_warps": 4, "num_stages": 3}
-    yield gpu_gated._gated_backward, dict.fromkeys(names, f"*{kind}"), sums, options
-    span = gpu_adapters.pass_span([WIDTH] * 3, torch.empty(ROWS, 48, device="meta"))
-    sums = {"rank": 16, "span": span, "tile_m": gpu_adapters._PASS_ROWS}
-    sums |= {"tile_n": gpu_adapters._PASS_COLUMNS}
+    yield triton_swiglu._gated_backward, dict.fromkeys(names, f"*{kind}"), sums, options
+    span = triton_lora.pass_span([WIDTH] * 3, torch.empty(ROWS, 48, device="meta"))
+    sums = {"rank": 16, "span": span, "tile_m": triton_lora._PASS_ROWS}
+    sums |= {"tile_n": triton_lora._PASS_COLUMNS}
     types = dict.fromkeys(("dy0", "dy1", "dy2", "p", "b"), f"*{kind}")
     types |= {"dy_stride0": "i32", "dy_stride1": "i32", "dy_stride2": "i32"}
-    yield gpu_adapters._adapter_pass, types, sums, {"num_warps": 8, "num_stages": 3}
+    yield triton_lora._adapter_pass, types, sums, {"num_warps": 8, "num_stages": 3}
     types = {"g": f"*{kind}", "scaling0": "fp32", "scaling1": "fp32", "scaling2": "fp32"}
     types |= {"spans": "i32", "tiles": "i32"}
     parts = {"members": 3, "rank": 16, "tile_n": 256, "lanes": 512, "flipped": True}
-    yield gpu_adapters._sum_parts, types, parts, {}
+    yield triton_lora._sum_parts, types, parts, {}
 
 
 def main() -> None:

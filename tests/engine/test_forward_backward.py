@@ -8,16 +8,16 @@ import os
 import pytest
 import torch
 
-from halfbyte.engine import forward_backward as passes
+from halfbyte.engine import forward_backward
 from halfbyte.engine.buckets import Buckets
 from halfbyte.engine.forward_backward import CapturedPasses, LayerInput
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_profile import measured_cost
 from halfbyte.engine.packing import Batch
-from halfbyte.layers import attention as documents
+from halfbyte.layers import attention
 from halfbyte.layers.decoder_layer import FusedLayer
 from halfbyte.layers.elementwise import plain_rotary
-from halfbyte.linear import group as group
+from halfbyte.linear import group
 from halfbyte.linear.group import LoraActivationCache
 from halfbyte.linear.lora import adapter_parameters
 from halfbyte.plan.ledger import Holding, Run
@@ -190,7 +190,7 @@ PARTS, POSITIONS = batches_of([(2, 17), (1, 9)]), (2 * 17, 9)
 
 
 def forward(x, weights, p, cast_adapters, outputs, turn):
-    """gpu_products.py by torch: its kernels, interpreted, take seconds a step."""
+    """triton_matmul.py by torch: its kernels, interpreted, take seconds a step."""
     adapters = zip(p.split(cast_adapters.rank, 1), cast_adapters.b.split(outputs), strict=True)
     ys = [x @ weight.t() for weight in weights]
     return torch.cat([y + own @ b.t() for y, (own, b) in zip(ys, adapters, strict=True)], 1)
@@ -223,16 +223,16 @@ def products(monkeypatch):
 
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton compiles here, so tests/gpu/ tests these")
-    gpu_adapters = pytest.importorskip("halfbyte.linear.triton_lora", exc_type=ImportError)
-    gpu_gated = pytest.importorskip("halfbyte.linear.triton_swiglu", exc_type=ImportError)
+    triton_lora = pytest.importorskip("halfbyte.linear.triton_lora", exc_type=ImportError)
+    triton_swiglu = pytest.importorskip("halfbyte.linear.triton_swiglu", exc_type=ImportError)
     gpu = pytest.importorskip("halfbyte.layers.triton_elementwise", exc_type=ImportError)
-    for module in (gpu_adapters, gpu_gated):
+    for module in (triton_lora, triton_swiglu):
         monkeypatch.setattr(module, "is_hopper", lambda _: False)
     monkeypatch.setattr(gpu, "rotary", rotary)
     monkeypatch.setattr(torch, "mm", mm)
-    gpu_products = pytest.importorskip("halfbyte.linear.triton_matmul", exc_type=ImportError)
-    monkeypatch.setattr(gpu_products, "forward", forward)
-    monkeypatch.setattr(gpu_products, "backward", backward)
+    triton_matmul = pytest.importorskip("halfbyte.linear.triton_matmul", exc_type=ImportError)
+    monkeypatch.setattr(triton_matmul, "forward", forward)
+    monkeypatch.setattr(triton_matmul, "backward", backward)
     monkeypatch.setattr(group, "_for_kernels", lambda _: True)
     return made
 
@@ -283,10 +283,10 @@ def forgetful(monkeypatch):
 @pytest.mark.parametrize("saved", range(LAYERS + 1))
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_what_is_noted_is_not_made_again_and_no_bit_changes(family, saved, dtype, monkeypatch):
-    monkeypatch.setattr(passes, "ActivationOffloader", HostOffloader)
-    runs, attention = [], documents.causal_attention
-    counted = lambda *a, **k: (runs.append(1), attention(*a, **k))[1]  # noqa: E731
-    monkeypatch.setattr(documents, "causal_attention", counted)
+    monkeypatch.setattr(forward_backward, "ActivationOffloader", HostOffloader)
+    runs, attend = [], attention.causal_attention
+    counted = lambda *a, **k: (runs.append(1), attend(*a, **k))[1]  # noqa: E731
+    monkeypatch.setattr(attention, "causal_attention", counted)
     engine = LayerEngine(model_of(FAMILIES[family], dtype=dtype), fuse=True)
     wanted = stepped(engine, saved)
     assert len(runs) == len(PARTS) * (2 * LAYERS - saved)
@@ -300,7 +300,7 @@ def test_what_is_noted_is_not_made_again_and_no_bit_changes(family, saved, dtype
 def test_each_is_made_once_and_no_bit_changes(
     engine, products, forgetful, monkeypatch, saved, offloaded
 ):
-    monkeypatch.setattr(passes, "ActivationOffloader", HostOffloader)
+    monkeypatch.setattr(forward_backward, "ActivationOffloader", HostOffloader)
     wanted = forgetful(engine, saved)
     assert len(products) == SETS * len(PARTS) * (2 * LAYERS - saved)
     products.clear()
@@ -375,12 +375,12 @@ def test_a_rehearsal_of_a_further_shape_saves_no_layer_that_the_run_does_not(mon
     engine = LayerEngine(model_of(FAMILIES["llama"]))
     (layer_input,) = engine.embed(engine.prepare(batches_of([(2, 5)])))
     policies = []
-    both = passes.Passes._both
+    both = forward_backward.Passes._both
 
     def seen(self, layer_input, policy):
         policies.append((self.layers, policy.saved))
         both(self, layer_input, policy)
 
-    monkeypatch.setattr(passes.Passes, "_both", seen)
+    monkeypatch.setattr(forward_backward.Passes, "_both", seen)
     engine.passes.warm_up(layer_input, ActivationPolicy(saved), whole=False)
     assert sorted(policies) == [(2, 0)] + [(2, min(2, saved))] * (saved > 0)

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from halfbyte.engine import layerwise as engines
-from halfbyte.engine import memory_policy as memory
-from halfbyte.engine import memory_profile
+from halfbyte.engine import memory_policy, memory_profile
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.buckets import Buckets
 from halfbyte.engine.layerwise import LayerEngine
@@ -41,8 +40,8 @@ def engine():
 @pytest.fixture(autouse=True)
 def _still(monkeypatch):
     """Memory in use does not move while a test looks."""
-    monkeypatch.setattr(memory, "used_memory", lambda device: 1_000_000)
-    monkeypatch.setattr(memory, "free_memory", lambda device: 10_000_000_000)
+    monkeypatch.setattr(memory_policy, "used_memory", lambda device: 1_000_000)
+    monkeypatch.setattr(memory_policy, "free_memory", lambda device: 10_000_000_000)
 
 
 def least(engine):
@@ -120,10 +119,10 @@ def test_memory_in_use_is_seen(monkeypatch):
 @pytest.mark.parametrize(("budget", "held"), [(910, 810), (1000, 827)])
 def test_near_its_prediction_or_budget_a_run_gives_holes_back(monkeypatch, budget, held):
     given = []
-    monkeypatch.setattr(memory, "give_back", lambda: given.append(True))
+    monkeypatch.setattr(memory_policy, "give_back", lambda: given.append(True))
     look = HeapTrimmer(MemoryPlan(ActivationPolicy(3), 3, 10, budget, 900, room=100))
     for used, times in ((held, 0), (held + 1, 1), (held + 1, 2)):
-        monkeypatch.setattr(memory, "used_memory", lambda device, used=used: used)
+        monkeypatch.setattr(memory_policy, "used_memory", lambda device, used=used: used)
         look()
         assert len(given) == times
 
@@ -145,9 +144,9 @@ def test_a_budget_is_torchs_limit_for_as_long_as_a_run_lasts(monkeypatch, budget
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
-    with memory.memory_limit("cpu", budget):
+    with memory_policy.memory_limit("cpu", budget):
         assert not limits
-    with suppress(ValueError), memory.memory_limit("cuda", budget):
+    with suppress(ValueError), memory_policy.memory_limit("cuda", budget):
         assert limits == [share] * (share is not None)
         raise ValueError
     assert limits == [share, 1.0] * (share is not None)
@@ -173,7 +172,7 @@ USED, BESIDE = 1000, 40
 
 
 def planned(budget, activations="auto", asked=True, cost=COST, graphs=True):
-    planner = memory._Planner(cost, USED, BESIDE, budget, graphs, "cuda")
+    planner = memory_policy._Planner(cost, USED, BESIDE, budget, graphs, "cuda")
     return planner.plan(activations, asked=asked)
 
 
@@ -182,16 +181,16 @@ def reserved(policy, cost=COST, graphs=True):
 
 
 def fits(policy, budget, graphs=True):
-    return memory.MARGIN * reserved(policy, graphs=graphs) <= budget
+    return memory_policy.MARGIN * reserved(policy, graphs=graphs) <= budget
 
 
 @pytest.mark.parametrize("graphs", [False, True])
 def test_more_memory_never_keeps_less_and_a_budget_is_kept_to(graphs):
     away = ActivationPolicy.offloading(8)
     lowest = min(reserved(policy, graphs=graphs) for policy in (ActivationPolicy(), away))
-    least = int(memory.MARGIN * lowest) + 1
+    least = int(memory_policy.MARGIN * lowest) + 1
     plans = [planned(budget, graphs=graphs) for budget in range(least, least + 1200, 10)]
-    assert all(memory.MARGIN * plan.reserved_bytes <= plan.budget for plan in plans)
+    assert all(memory_policy.MARGIN * plan.reserved_bytes <= plan.budget for plan in plans)
     assert all(plan.predicted_bytes <= plan.reserved_bytes for plan in plans)
     assert {plan.predicted_bytes < plan.reserved_bytes for plan in plans} == {graphs}
     saved = [plan.policy.saved for plan in plans]
@@ -204,7 +203,7 @@ def test_more_memory_never_keeps_less_and_a_budget_is_kept_to(graphs):
 @pytest.mark.parametrize("graphs", [False, True])
 def test_inputs_leave_only_where_that_keeps_more(graphs):
     left = set()
-    least = int(memory.MARGIN * reserved(ActivationPolicy.offloading(8), graphs=graphs)) + 1
+    least = int(memory_policy.MARGIN * reserved(ActivationPolicy.offloading(8), graphs=graphs)) + 1
     for plan in (planned(budget, graphs=graphs) for budget in range(least, 2600, 5)):
         policy = plan.policy
         stays = fits(ActivationPolicy(policy.saved), plan.budget, graphs)
@@ -219,13 +218,13 @@ def test_inputs_leave_only_where_that_keeps_more(graphs):
 
 @pytest.mark.parametrize("activations", ["auto", "save"])
 def test_decoded_weights_stay_in_what_all_activations_leave(activations):
-    full = int(memory.MARGIN * reserved(ActivationPolicy(8))) + 1
+    full = int(memory_policy.MARGIN * reserved(ActivationPolicy(8))) + 1
     first = full - 200 if activations == "auto" else full
     plans = [planned(budget, activations) for budget in range(first, full + 600, 10)]
     for plan in plans:
         decoded = plan.policy.decoded
         assert decoded == 0 or plan.policy.saved == 8
-        assert decoded == 0 or memory.MARGIN * plan.reserved_bytes <= plan.budget
+        assert decoded == 0 or memory_policy.MARGIN * plan.reserved_bytes <= plan.budget
         assert ("their decoded weights" in plan.summary()) == (decoded > 0)
     decoded = [plan.policy.decoded for plan in plans]
     assert decoded == sorted(decoded)
@@ -258,15 +257,15 @@ def test_the_least_that_is_said_to_do_does():
 def test_the_host_s_memory_is_a_limit_too(monkeypatch):
     tight = min(budget for budget in range(1000, 3000) if planned_fits(budget))
     assert planned(tight).policy.offloaded
-    monkeypatch.setattr(memory, "free_memory", lambda device: 0)
+    monkeypatch.setattr(memory_policy, "free_memory", lambda device: 0)
     with pytest.raises(ConfigError):
         planned(tight)
 
 
 def test_attention_waits_only_where_the_host_has_room(monkeypatch):
     for room, attention in ((7 * 17, True), (7 * 17 - 1, False)):
-        free = room / memory.HOST_SHARE
-        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
+        free = room / memory_policy.HOST_SHARE
+        monkeypatch.setattr(memory_policy, "free_memory", lambda device, free=free: free)
         plan = planned(5000, "offload")
         assert plan.policy == ActivationPolicy(0, 7, attention)
         assert plan.host_bytes <= room
@@ -287,7 +286,7 @@ def test_what_is_asked_for_is_done_on_a_gpu_too(activations, saved, offloaded):
     plan = planned(1, activations, asked=False)
     assert (plan.policy.saved, plan.policy.offloaded) == (saved, offloaded)
     assert ("from host memory" in plan.summary()) == bool(offloaded)
-    least = math.ceil(memory.MARGIN * plan.reserved_bytes)
+    least = math.ceil(memory_policy.MARGIN * plan.reserved_bytes)
     assert planned(least, activations).policy == plan.policy
     says = "keeping its activations" if saved else "recomputed in backward"
     with pytest.raises(ConfigError, match=f"{says}.*or leave activations at auto"):
@@ -297,8 +296,10 @@ def test_what_is_asked_for_is_done_on_a_gpu_too(activations, saved, offloaded):
 def test_what_is_in_use_is_counted_once(engine, monkeypatch):
     """The buffer of decoded weights is there already, and is of the peak; state is not there."""
     asked = []
-    monkeypatch.setattr(memory, "measured_cost", lambda _, parts: (asked.append(parts), COST)[1])
-    monkeypatch.setattr(memory, "_largest", lambda *_: ["the largest"])
+    monkeypatch.setattr(
+        memory_policy, "measured_cost", lambda _, parts: (asked.append(parts), COST)[1]
+    )
+    monkeypatch.setattr(memory_policy, "_largest", lambda *_: ["the largest"])
     buffer = engine.decoded_cache.nbytes
     assert buffer > 0  # of steps that tests before this one made, or of the probe
     plan = plan_memory(engine, SHAPES, "recompute", None, "cuda", state_bytes=300)
@@ -316,12 +317,12 @@ def test_what_is_in_use_is_counted_once(engine, monkeypatch):
 
 def test_what_is_measured_is_the_largest_step_or_the_largest_part(engine, monkeypatch):
     shapes = [[(4, 100)], [(8, 200), (8, 150)], [(4, 300)]]
-    parts = memory._largest(engine, shapes, "cpu")
+    parts = memory_policy._largest(engine, shapes, "cpu")
     assert [tuple(part.ids.shape) for part in parts] == [(8, 200), (8, 150)]
     fused = LayerEngine(model_of(FAMILIES["llama"]), fuse=True)
     monkeypatch.setattr(engines, "can_pack", lambda *_: True)
     fused.buckets = Buckets.of([[100, 30, 7], [600, 512]], width=32, part_tokens=700)
-    (part,) = memory._largest(fused, shapes, "cpu")
+    (part,) = memory_policy._largest(fused, shapes, "cpu")
     assert part.shape == fused.buckets.largest
     assert part.ids.numel() == len(part.rows) == fused.buckets.largest.numel
 

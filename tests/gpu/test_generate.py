@@ -8,8 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from halfbyte.layers.vocabulary import embedding_to_host
 from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach
-from halfbyte.models import continuous_batching as continuous
-from halfbyte.models import decoding
+from halfbyte.models import continuous_batching, decoding
 from halfbyte.models.build import BaseRecipe, build, finish, place
 from halfbyte.models.continuous_batching import Batcher
 from halfbyte.models.decoding import Decoder, why_not
@@ -194,8 +193,8 @@ def test_slots_are_filled_again_and_the_cache_grows_in_graphs(monkeypatch):
     assert len({len(answer) for answer in plain}) > 3
     assert all(a[: len(b)] == b for a, b in zip(free, plain, strict=True))
     assert answers(model, prompts, 60, slots=5, ends=ends) == plain
-    monkeypatch.setattr(continuous, "_UNIT", 16)
-    monkeypatch.setattr(continuous, "_ADVANCE", 4)
+    monkeypatch.setattr(continuous_batching, "_UNIT", 16)
+    monkeypatch.setattr(continuous_batching, "_ADVANCE", 4)
     assert answers(model, prompts, 60, slots=5, ends=ends) == plain
 
 
@@ -243,7 +242,7 @@ def test_nothing_stays_on_the_card():
 @pytest.mark.parametrize("window", [None, 300])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_attention_over_the_cache(heads, window, dtype):
-    from halfbyte.layers import triton_kv_cache as gpu_decode
+    from halfbyte.layers import triton_kv_cache
 
     q_heads, groups, width = heads
     positions = torch.tensor([0, 5, 255, 256, 1000, 2047])
@@ -260,7 +259,7 @@ def test_attention_over_the_cache(heads, window, dtype):
     scale = width**-0.5
     wanted = exact(q, keys, values, positions, scale, window)
     sizes = exact(q, keys, values.abs(), positions, scale, window)
-    got = gpu_decode.attend_cached(
+    got = triton_kv_cache.attend_cached(
         q.cuda(), keys.cuda(), values.cuda(), positions.cuda(), scale, window
     )
     # In float32 the scores, of up to 5 here, are rounded as coarsely as the result is, and the

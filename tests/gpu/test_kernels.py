@@ -132,13 +132,13 @@ def test_weights_that_are_not_finite_are_refused(bad):
 @pytest.mark.parametrize("dtype", TYPES[:2])
 @pytest.mark.parametrize("double", [True, False])
 def test_small_products(rows, shape, dtype, double):
-    from halfbyte.linear import triton_gemv as gpu_rows
+    from halfbyte.linear import triton_gemv
 
     q = quantize(weight(shape, dtype), double_quant=double)
     x = weight((rows, shape[1]), dtype, seed=1) * 50
     exact = x.double() @ dequantize(q, torch.float32).double().t()
     usual = (x @ dequantize(q, dtype).t()).double()
-    got = gpu_rows.small_product(x, q).double()
+    got = triton_gemv.small_product(x, q).double()
     assert got.shape == exact.shape
     assert (got - exact).norm() <= 1.1 * (usual - exact).norm()
 
@@ -148,15 +148,15 @@ def test_small_products(rows, shape, dtype, double):
 @pytest.mark.parametrize("dtype", TYPES[:2])
 @pytest.mark.parametrize("double", [True, False])
 def test_small_products_of_one_input(rows, outputs, dtype, double):
-    from halfbyte.linear import triton_gemv as gpu_rows
+    from halfbyte.linear import triton_gemv
 
     weights = [
         quantize(weight((out, 4096), dtype, seed=i), double_quant=double)
         for i, out in enumerate(outputs)
     ]
     x = weight((rows, 4096), dtype, seed=9) * 50
-    got = gpu_rows.small_products(x, weights)
-    assert torch.equal(got, torch.cat([gpu_rows.small_product(x, q) for q in weights], 1))
+    got = triton_gemv.small_products(x, weights)
+    assert torch.equal(got, torch.cat([triton_gemv.small_product(x, q) for q in weights], 1))
 
 
 def test_more_than_two_to_the_31_elements():

@@ -12,8 +12,7 @@ from halfbyte.config.schema import TrainConfig
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.errors import ConfigError
 from halfbyte.linear.lora import adapter_parameters
-from halfbyte.optim import AdamW, managed
-from halfbyte.optim import buckets as layout
+from halfbyte.optim import AdamW, buckets, managed
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.runtime.precision import deterministic
 from halfbyte.train.schedule import Schedule
@@ -183,8 +182,8 @@ def test_a_step_in_a_graph_is_the_step_outside(bits):
 @pytest.fixture
 def small_groups(monkeypatch):
     """Many groups, so that buffers are used again and again."""
-    monkeypatch.setattr(layout, "PIECE_ELEMENTS", 1 << 14)
-    monkeypatch.setattr(layout, "GROUP_BYTES", 1 << 18)
+    monkeypatch.setattr(buckets, "PIECE_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(buckets, "GROUP_BYTES", 1 << 18)
 
 
 def busy():

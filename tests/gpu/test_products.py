@@ -6,7 +6,7 @@ from torch import nn
 
 from halfbyte.layers.mlp import gated_mlp
 from halfbyte.layers.qkv import turned_heads
-from halfbyte.linear import group as shared
+from halfbyte.linear import group
 from halfbyte.linear.decoded_cache import DecodedWeightCache
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.group import LinearGroup
@@ -16,8 +16,8 @@ from halfbyte.quant import quantize
 gpu = pytest.importorskip(
     "halfbyte.layers.triton_elementwise", reason="needs Triton", exc_type=ImportError
 )
-gpu_gated = pytest.importorskip("halfbyte.linear.triton_swiglu", exc_type=ImportError)
-gpu_products = pytest.importorskip("halfbyte.linear.triton_matmul", exc_type=ImportError)
+triton_swiglu = pytest.importorskip("halfbyte.linear.triton_swiglu", exc_type=ImportError)
+triton_matmul = pytest.importorskip("halfbyte.linear.triton_matmul", exc_type=ImportError)
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -102,16 +102,16 @@ CASES = [
 def test_fused_products_are_as_exact_as_the_plain_ones(
     outputs, inputs, rank, rows, quant, monkeypatch
 ):
-    from halfbyte.linear import triton_matmul as gpu_products
+    from halfbyte.linear import triton_matmul
 
     module = layer(outputs, inputs, rank, quant)
     true = exact(module, rows)
     calls = []
-    original = gpu_products.forward
-    monkeypatch.setattr(gpu_products, "forward", lambda *args: calls.append(1) or original(*args))
+    original = triton_matmul.forward
+    monkeypatch.setattr(triton_matmul, "forward", lambda *args: calls.append(1) or original(*args))
     fused = run(module, rows)
     assert calls
-    monkeypatch.setattr(gpu_products, "fits", lambda *_: False)
+    monkeypatch.setattr(triton_matmul, "fits", lambda *_: False)
     plain = errors(run(module, rows), true)
     for name, error in errors(fused, true).items():
         assert error <= 1.1 * plain[name] + 1e-4, (name, error, plain[name])
@@ -161,12 +161,14 @@ def test_a_linear_of_a_set_may_have_no_adapter():
 
 
 def test_a_few_rows_without_gradients_take_the_packed_weight(monkeypatch):
-    from halfbyte.linear import triton_gemv as gpu_rows
+    from halfbyte.linear import triton_gemv
 
     module = layer((512, 256), 256, 16)
     calls = []
-    original = gpu_rows.small_product
-    monkeypatch.setattr(gpu_rows, "small_product", lambda *args: calls.append(1) or original(*args))
+    original = triton_gemv.small_product
+    monkeypatch.setattr(
+        triton_gemv, "small_product", lambda *args: calls.append(1) or original(*args)
+    )
     x = torch.randn(3, 256, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         y = module.l0(x)
@@ -179,13 +181,13 @@ def test_a_few_rows_without_gradients_take_the_packed_weight(monkeypatch):
 
 
 def test_a_shadow_is_rounded_once_from_the_scaled_adapter():
-    from halfbyte.linear import triton_lora as gpu_adapters
+    from halfbyte.linear import triton_lora
 
     module = layer((512, 256, 128), 200, 24)
     updates = [linear.adapter.update(None) for linear in module.children()]
     pairs = [updates[0][:3], None, updates[2][:3]]
-    (cast_adapters,) = gpu_adapters.cast_adapters_of(
-        [gpu_adapters.Factors(pairs, [512, 256, 128], 200)], torch.bfloat16
+    (cast_adapters,) = triton_lora.cast_adapters_of(
+        [triton_lora.Factors(pairs, [512, 256, 128], 200)], torch.bfloat16
     )
     assert cast_adapters.rank == 32
     assert torch.equal(cast_adapters.a[:24], updates[0].a.bfloat16())
@@ -226,7 +228,7 @@ def test_the_gate_in_the_products_gives_the_bits_of_a_gate_by_itself(
     assert torch.equal(together[0], together[1])
     unread = run_mlp(module, rows, read=False)
     with monkeypatch.context() as patch:
-        patch.setattr(gpu_gated, "gated_forward", forward_apart)
+        patch.setattr(triton_swiglu, "gated_forward", forward_apart)
         apart = run_mlp(module, rows)
     for one, same, other in zip(together[2:], unread[2:], apart[2:], strict=True):
         assert torch.equal(one, same)
@@ -235,7 +237,7 @@ def test_the_gate_in_the_products_gives_the_bits_of_a_gate_by_itself(
 
 
 def forward_apart(x, weights, p, cast_adapters, *, keep):
-    both = gpu_products.forward(x, weights, p, cast_adapters, [len(w) for w in weights])
+    both = triton_matmul.forward(x, weights, p, cast_adapters, [len(w) for w in weights])
     return gpu.swiglu(*both.split(len(weights[0]), 1)), both
 
 
@@ -245,7 +247,7 @@ def test_a_gated_mlp_is_as_exact_as_its_chain(rows, targets, monkeypatch):
     module = mlp(16, targets=targets)
     found = run_mlp(module, rows)
     with monkeypatch.context() as patch:
-        patch.setattr(shared, "_for_kernels", lambda _: False)
+        patch.setattr(group, "_for_kernels", lambda _: False)
         chain = run_mlp(module, rows)
     torch.manual_seed(1)
     x = torch.randn(rows, 1024, device="cuda", dtype=torch.bfloat16).double().requires_grad_()
@@ -289,10 +291,10 @@ def test_heads_turned_in_the_product_have_the_bits_of_those_turned_by_themselves
 
     together = run()
     with monkeypatch.context() as patch:
-        patch.setattr(gpu_products.Turn, "fits", False)
+        patch.setattr(triton_matmul.Turn, "fits", False)
         apart = run()
     with monkeypatch.context() as patch:
-        patch.setattr(shared, "_for_kernels", lambda _: False)
+        patch.setattr(group, "_for_kernels", lambda _: False)
         chain = run()
     for one, other, plain in zip(*map(flat, (together, apart, chain)), strict=True):
         assert torch.equal(one, other)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from halfbyte.layers import attention as documents
+from halfbyte.layers import attention
 from halfbyte.layers.attention import can_pack, for_each_head
 from halfbyte.runtime import device as devices
 from tests.devices import DEVICES
@@ -16,7 +16,7 @@ CUDA = torch.device("cuda")
 def test_documents_share_rows_where_there_is_flash_attention(monkeypatch, name):
     spec = DEVICES[name]
     monkeypatch.setattr(devices, "spec_of", lambda _: spec)
-    monkeypatch.setattr(documents, "_over_sequences", lambda: (None, {}))
+    monkeypatch.setattr(attention, "_over_sequences", lambda: (None, {}))
     ampere = name not in ("t4", "v100")
     for dtype in (torch.float16, torch.bfloat16):
         assert can_pack(dtype, CUDA, 128) == ampere
@@ -31,7 +31,7 @@ def test_documents_share_rows_where_there_is_flash_attention(monkeypatch, name):
 def test_nothing_is_packed_on_a_cpu_or_without_torchs_attention(monkeypatch):
     assert not can_pack(torch.float16, torch.device("cpu"), 128)
     monkeypatch.setattr(devices, "spec_of", lambda _: DEVICES["h100"])
-    monkeypatch.setattr(documents, "_over_sequences", lambda: None)
+    monkeypatch.setattr(attention, "_over_sequences", lambda: None)
     assert not can_pack(torch.float16, CUDA, 128)
 
 

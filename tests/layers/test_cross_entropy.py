@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from halfbyte.layers import cross_entropy as loss
+from halfbyte.layers import cross_entropy
 from halfbyte.layers.cross_entropy import head_loss
 
 
@@ -27,7 +27,7 @@ def whole(h, head, targets, softcap=0.0):
 @pytest.mark.parametrize("rows_at_once", [16, 17, 1000])
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_value_and_gradient(monkeypatch, rows_at_once, softcap):
-    monkeypatch.setattr(loss, "_chunk_rows", lambda *_: rows_at_once)
+    monkeypatch.setattr(cross_entropy, "_chunk_rows", lambda *_: rows_at_once)
     h, head, targets = case()
     got, wanted = head_loss(h, head, targets, softcap=softcap), whole(h, head, targets, softcap)
     torch.testing.assert_close(got, wanted)
@@ -83,7 +83,7 @@ def test_nothing_supervised():
 
 def test_no_gradient_is_computed_that_nobody_wants(monkeypatch):
     h, head, targets = case()
-    monkeypatch.setattr(loss, "_gradient", None)
+    monkeypatch.setattr(cross_entropy, "_gradient", None)
     with torch.no_grad():
         assert head_loss(h, head, targets).grad_fn is None
 
@@ -93,7 +93,7 @@ def test_no_gradient_is_computed_that_nobody_wants(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gradient_of_a_trained_head(monkeypatch, rows_at_once, softcap, dtype):
     """Float32 also where the products are not, and right where the hidden states want none."""
-    monkeypatch.setattr(loss, "_chunk_rows", lambda *_: rows_at_once)
+    monkeypatch.setattr(cross_entropy, "_chunk_rows", lambda *_: rows_at_once)
     h, head, targets = case(dtype=dtype)
     trained = head.float().requires_grad_()
     wanted = whole(h.detach().float(), trained, targets, softcap)

@@ -11,14 +11,14 @@ from halfbyte.layers import kv_cache
 from halfbyte.layers.kv_cache import KVCache
 from tests.devices import DEVICES
 
-gpu_decode = pytest.importorskip("halfbyte.layers.triton_kv_cache", exc_type=ImportError)
+triton_kv_cache = pytest.importorskip("halfbyte.layers.triton_kv_cache", exc_type=ImportError)
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1",
     reason="Triton compiles here, so tests/gpu/ tests these",
 )
 MODULES = {
     "plain": (kv_cache.plain_turn_and_store, kv_cache.plain_attend_cached),
-    "kernels": (gpu_decode.turn_and_store, gpu_decode.attend_cached),
+    "kernels": (triton_kv_cache.turn_and_store, triton_kv_cache.attend_cached),
 }
 WAYS = ["plain", pytest.param("kernels", marks=interpreted)]
 # Query heads, heads of keys, width: all alike, groups, one group, odd widths.

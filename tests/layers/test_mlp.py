@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from halfbyte.layers.mlp import gated_mlp
-from halfbyte.linear import group as shared
+from halfbyte.linear import group
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.group import LinearGroup
 from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach
@@ -15,7 +15,7 @@ from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach
 products = pytest.importorskip(
     "halfbyte.linear.triton_matmul", reason="needs Triton", exc_type=ImportError
 )
-gpu_gated = pytest.importorskip(
+triton_swiglu = pytest.importorskip(
     "halfbyte.linear.triton_swiglu", reason="needs Triton", exc_type=ImportError
 )
 pytestmark = pytest.mark.skipif(
@@ -64,13 +64,13 @@ def on_gpu(request, monkeypatch):
     def typed(left, right, *, out_dtype=None, **options):
         return mm(left, right, **options).to(out_dtype or left.dtype)
 
-    monkeypatch.setattr(shared, "_for_kernels", lambda _: True)
+    monkeypatch.setattr(group, "_for_kernels", lambda _: True)
     in_products, one_kernel = request.param
     monkeypatch.setattr(products, "fits", lambda *_: in_products)
     if not one_kernel:
-        monkeypatch.setattr(gpu_gated, "backward_fits", lambda *_: False)
+        monkeypatch.setattr(triton_swiglu, "backward_fits", lambda *_: False)
     else:
-        assert gpu_gated.backward_fits(*[SimpleNamespace(rank=16)] * 2, torch.device("cpu"))
+        assert triton_swiglu.backward_fits(*[SimpleNamespace(rank=16)] * 2, torch.device("cpu"))
     monkeypatch.setattr(torch, "mm", typed)
 
 

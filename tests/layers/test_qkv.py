@@ -7,12 +7,12 @@ import torch
 
 from halfbyte.layers.elementwise import plain_rotary
 from halfbyte.layers.qkv import turned_heads
-from halfbyte.linear import group as shared
+from halfbyte.linear import group
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.group import LinearGroup
 from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach
 
-gpu_products = pytest.importorskip(
+triton_matmul = pytest.importorskip(
     "halfbyte.linear.triton_matmul", reason="needs Triton", exc_type=ImportError
 )
 pytestmark = pytest.mark.skipif(
@@ -88,8 +88,8 @@ def test_heads_and_gradients_are_those_of_float64(outputs, size, targets, each, 
     def typed(left, right, *, out_dtype=None, **options):
         return mm(left, right, **options).to(out_dtype or left.dtype)
 
-    monkeypatch.setattr(shared, "_for_kernels", lambda _: True)
-    monkeypatch.setattr(gpu_products, "fits", lambda *_: fits)
+    monkeypatch.setattr(group, "_for_kernels", lambda _: True)
+    monkeypatch.setattr(triton_matmul, "fits", lambda *_: fits)
     monkeypatch.setattr(torch, "mm", typed)
     module = projections(outputs, targets)
     x = drawn(BATCH, TOKENS, WIDTH, seed=20)

@@ -11,7 +11,7 @@ from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.packing import Batch
 from halfbyte.errors import ConfigError
-from halfbyte.layers import cross_entropy as loss
+from halfbyte.layers import cross_entropy
 from halfbyte.layers.cross_entropy import head_loss
 from halfbyte.layers.vocabulary import FrozenEmbedding, FrozenHead, decode_rows, pieces
 from halfbyte.linear.lora import LoRAConfig, attach
@@ -78,8 +78,8 @@ def test_pieces_are_no_larger_than_asked_for_where_blocks_allow_it():
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_loss_over_a_packed_head_is_that_over_the_decoded_one(monkeypatch, softcap, dtype):
-    monkeypatch.setattr(loss, "_chunk_rows", lambda *_: 16)
-    monkeypatch.setattr(loss, "_chunk_bytes", lambda *_: 70_000)  # of 130 kB in bfloat16
+    monkeypatch.setattr(cross_entropy, "_chunk_rows", lambda *_: 16)
+    monkeypatch.setattr(cross_entropy, "_chunk_bytes", lambda *_: 70_000)  # of 130 kB in bfloat16
     q = packed(1000, 64)
     torch.manual_seed(0)
     h = torch.randn(37, 64).to(dtype).requires_grad_()

@@ -9,7 +9,7 @@ from halfbyte.quant import dequantize, quantize
 from halfbyte.runtime import device as devices
 from tests.devices import DEVICES
 
-gpu_rows = pytest.importorskip(
+triton_gemv = pytest.importorskip(
     "halfbyte.linear.triton_gemv", reason="needs Triton", exc_type=ImportError
 )
 pytestmark = [
@@ -32,7 +32,7 @@ def test_small_products_are_those_of_the_decoded_weight(rows, shape, double):
     q = quantize(weight(shape), double_quant=double)
     x = weight((rows, shape[1]), torch.float16, seed=1)
     exact = x.double() @ dequantize(q, torch.float64).t()
-    got = gpu_rows.small_product(x, q).double()
+    got = triton_gemv.small_product(x, q).double()
     usual = (x.float() @ dequantize(q, torch.float16).float().t()).half().double()
     assert got.shape == exact.shape
     assert (got - exact).norm() <= 1.2 * (usual - exact).norm() + 1e-6 * exact.norm()
@@ -61,8 +61,8 @@ def test_products_of_one_input_are_those_of_each_weight(rows, name):
         for i, (out, kind, block, double) in enumerate(SETS[name])
     ]
     x = weight((rows, 544), torch.float16, seed=9)
-    got = gpu_rows.small_products(x, weights)
-    assert torch.equal(got, torch.cat([gpu_rows.small_product(x, q) for q in weights], 1))
+    got = triton_gemv.small_products(x, weights)
+    assert torch.equal(got, torch.cat([triton_gemv.small_product(x, q) for q in weights], 1))
 
 
 def test_weights_of_one_kind_are_one_launch(monkeypatch):
@@ -72,7 +72,7 @@ def test_weights_of_one_kind_are_one_launch(monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **kwargs: calls.append((grid, kwargs["members"]))
 
-    monkeypatch.setattr(gpu_rows, "_product_row", Counted())
+    monkeypatch.setattr(triton_gemv, "_product_row", Counted())
     x = torch.zeros(1, 544, dtype=torch.float16)
     for name in SETS:
         weights = [
@@ -80,7 +80,7 @@ def test_weights_of_one_kind_are_one_launch(monkeypatch):
             for s in SETS[name]
         ]
         calls.clear()
-        gpu_rows.small_products(x, weights)
+        triton_gemv.small_products(x, weights)
         together = name in ("three", "two, an odd end", "fp4")
         assert len(calls) == (1 if together else len(weights)), name
         assert all(members == (len(weights) if together else 1) for _, members in calls)
@@ -89,9 +89,11 @@ def test_weights_of_one_kind_are_one_launch(monkeypatch):
 def test_a_product_that_is_too_large_is_refused():
     q = quantize(weight((8, 64)))
     with pytest.raises(ValueError, match="at most 64 rows"):
-        gpu_rows.small_product(torch.zeros(65, 64, dtype=torch.float16), q)
+        triton_gemv.small_product(torch.zeros(65, 64, dtype=torch.float16), q)
     with pytest.raises(ValueError, match="multiple of 32"):
-        gpu_rows.small_product(torch.zeros(1, 48, dtype=torch.float16), quantize(weight((8, 48))))
+        triton_gemv.small_product(
+            torch.zeros(1, 48, dtype=torch.float16), quantize(weight((8, 48)))
+        )
 
 
 @pytest.mark.parametrize("name", ["t4", "a100", "3090", "4090", "h100", "b200"])
@@ -99,12 +101,12 @@ def test_a_gpu_is_given_what_its_units_multiply(name, monkeypatch):
     monkeypatch.setattr(devices, "spec_of", lambda _: DEVICES[name])
     q = quantize(weight((8, 64)))
     turing = name == "t4"
-    assert gpu_rows.most_rows(torch.float16, q) == (1 if turing else gpu_rows.SMALL_ROWS)
-    assert gpu_rows.most_rows(torch.bfloat16, q) == (0 if turing else gpu_rows.SMALL_ROWS)
-    assert gpu_rows.most_rows(torch.float32, q) == 0
+    assert triton_gemv.most_rows(torch.float16, q) == (1 if turing else triton_gemv.SMALL_ROWS)
+    assert triton_gemv.most_rows(torch.bfloat16, q) == (0 if turing else triton_gemv.SMALL_ROWS)
+    assert triton_gemv.most_rows(torch.float32, q) == 0
     few = torch.zeros(2, 64, dtype=torch.float16)
-    assert gpu_rows.can_multiply(few, q) != turing
+    assert triton_gemv.can_multiply(few, q) != turing
     if turing:
         with pytest.raises(ValueError, match="at most 1 rows of float16 with"):
-            gpu_rows.small_product(few, q)
-        assert not gpu_rows.can_multiply(few[:1].bfloat16(), q)
+            triton_gemv.small_product(few, q)
+        assert not triton_gemv.can_multiply(few[:1].bfloat16(), q)

@@ -5,7 +5,7 @@ import torch
 from transformers import GenerationConfig, LlamaConfig
 
 from halfbyte.linear.lora import dropout_clock
-from halfbyte.models import continuous_batching as continuous
+from halfbyte.models import continuous_batching
 from halfbyte.models.continuous_batching import Batcher
 from halfbyte.models.decoding import Decoder, why_not
 from halfbyte.models.generate import chooser
@@ -113,9 +113,9 @@ def test_slots_are_filled_again_and_answers_end_where_they_should(slots):
 def test_a_cache_grows_and_prompts_are_prefilled_in_parts(monkeypatch):
     model = model_of(FAMILIES["qwen3"])
     wanted = [by_transformers(model, prompt, 30) for prompt in prompts_of()]
-    monkeypatch.setattr(continuous, "_UNIT", 4)
-    monkeypatch.setattr(continuous, "_ADVANCE", 3)
-    monkeypatch.setattr(continuous, "_PREFILL_TOKENS", {False: 20})
+    monkeypatch.setattr(continuous_batching, "_UNIT", 4)
+    monkeypatch.setattr(continuous_batching, "_ADVANCE", 3)
+    monkeypatch.setattr(continuous_batching, "_PREFILL_TOKENS", {False: 20})
     grown = []
     grow = Decoder.grow
     monkeypatch.setattr(

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from halfbyte.errors import ConfigError
-from halfbyte.optim import AdamW, managed
-from halfbyte.optim import buckets as layout
+from halfbyte.optim import AdamW, buckets, managed
 from tests.optim.problems import follow, gradients, parameters
 
 SHAPES = [(64, 100), (17,), (5000,), (70, 200), (4096,), (3000,), ()]
@@ -21,8 +20,8 @@ SHAPES = [(64, 100), (17,), (5000,), (70, 200), (4096,), (3000,), ()]
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch):
     """Two parameters in a group or so, and a parameter in more than one piece."""
-    monkeypatch.setattr(layout, "PIECE_ELEMENTS", 8192)
-    monkeypatch.setattr(layout, "GROUP_BYTES", 40_000)
+    monkeypatch.setattr(buckets, "PIECE_ELEMENTS", 8192)
+    monkeypatch.setattr(buckets, "GROUP_BYTES", 40_000)
 
 
 def paged(mode):
@@ -145,9 +144,9 @@ def test_only_what_is_ready_is_updated():
 
 
 def test_groups_are_filled_and_whole():
-    pieces = layout.pieces_of(parameters(SHAPES), bits=32, master=False)
+    pieces = buckets.pieces_of(parameters(SHAPES), bits=32, master=False)
     assert max(piece.count for piece in pieces) <= 8192
-    groups = layout.groups_of(pieces)
+    groups = buckets.groups_of(pieces)
     assert len(groups) > 3
     assert [piece for group in groups for piece in group.pieces] == pieces
     limit = min(40_000, sum(piece.nbytes for piece in pieces) // 8)

@@ -14,8 +14,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from halfbyte.optim import AdamW, paging
-from halfbyte.optim import buckets as layout
+from halfbyte.optim import AdamW, buckets, paging
 from tests.optim.problems import gradients, parameters
 
 SHAPES = [(64, 100), (17,), (5000,), (70, 200), (4096,), (3000,), (), (90, 100)]
@@ -131,8 +130,8 @@ def machine(request, monkeypatch):
             if made.random.random() < 0.5:  # else there is no room
                 super().page_in()
 
-    monkeypatch.setattr(layout, "PIECE_ELEMENTS", 4096)
-    monkeypatch.setattr(layout, "GROUP_BYTES", 20_000)
+    monkeypatch.setattr(buckets, "PIECE_ELEMENTS", 4096)
+    monkeypatch.setattr(buckets, "GROUP_BYTES", 20_000)
     monkeypatch.setattr(torch.cuda, "stream", made.on)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
     monkeypatch.setattr(paging, "_event", lambda **_: Event())

@@ -9,8 +9,7 @@ import os
 import pytest
 import torch
 
-from halfbyte.optim import AdamW, dynamic
-from halfbyte.optim import reference as rule
+from halfbyte.optim import AdamW, dynamic, reference
 from tests.optim.problems import follow, gradients, parameters
 
 gpu = pytest.importorskip(
@@ -99,7 +98,7 @@ def test_every_level_every_midpoint_and_their_neighbours_are_encoded(signed):
     name = "exp_avg" if signed else "exp_avg_sq"
     assert torch.equal(found[0][name], found[1][name])
     if signed:
-        assert torch.equal(found[0][name], rule.encode(values, signed=True)[0])
+        assert torch.equal(found[0][name], reference.encode(values, signed=True)[0])
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -128,7 +127,7 @@ def test_scalars_are_those_of_the_plain_rule():
     counted = steps.clone()
     got = gpu.prepare(counted, active, lr, constants, torch.ones(()))
     assert torch.equal(counted, steps + active)
-    expected = rule.scalars_of(counted, lr, constants[:, :4])
+    expected = reference.scalars_of(counted, lr, constants[:, :4])
     torch.testing.assert_close(got[1:], expected[1:], rtol=2e-7, atol=0)
 
 

@@ -15,7 +15,7 @@ from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.packing import Batch
 from halfbyte.linear.lora import LoRAConfig, attach
 from halfbyte.models.build import BaseRecipe, build, finish, place
-from halfbyte.plan import activation_cost as activations
+from halfbyte.plan import activation_cost
 from halfbyte.plan.activation_cost import Gpu
 from halfbyte.plan.ledger import (
     FRAGMENTATION,
@@ -234,8 +234,8 @@ def test_a_forward_that_is_not_multiplied_in_16_bits_has_what_it_would_keep(
 def test_one_kernel_runs_from_as_many_rows_as_is_said() -> None:
     products = pytest.importorskip("halfbyte.linear.triton_matmul", exc_type=ImportError)
     gated = pytest.importorskip("halfbyte.linear.triton_swiglu", exc_type=ImportError)
-    assert activations._FEWEST_ROWS == products.FEWEST_ROWS
-    assert activations.GATED_RANK == gated._PASS_RANK
+    assert activation_cost._FEWEST_ROWS == products.FEWEST_ROWS
+    assert activation_cost.GATED_RANK == gated._PASS_RANK
 
 
 @pytest.mark.parametrize(("rank", "filled"), [(4, 16), (16, 16), (24, 32)])

@@ -24,28 +24,26 @@ pytest.importorskip("triton")
 from triton.runtime.jit import KernelInterface
 
 from halfbyte.engine import layerwise as engines
-from halfbyte.engine import offload as offloader
+from halfbyte.engine import offload
 from halfbyte.engine.buckets import Buckets
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.packing import Batch
-from halfbyte.layers import attention as documents
-from halfbyte.layers import attention_checkpoint as attended
-from halfbyte.layers import cross_entropy as loss
+from halfbyte.layers import (
+    attention,
+    attention_checkpoint,
+    cross_entropy,
+    elementwise,
+    triton_elementwise,
+)
 from halfbyte.layers import decoder_layer as layer
-from halfbyte.layers import elementwise
-from halfbyte.layers import triton_elementwise as model_gpu
-from halfbyte.linear import decoded_cache as scratch
-from halfbyte.linear import group as shared
-from halfbyte.linear import triton_lora as gpu_adapters
-from halfbyte.linear import triton_matmul as gpu_products
-from halfbyte.linear import triton_swiglu as gpu_gated
+from halfbyte.linear import decoded_cache, group, triton_lora, triton_matmul, triton_swiglu
 from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach
 from halfbyte.models.build import BaseRecipe, build
 from halfbyte.plan.activation_cost import Gpu
 from halfbyte.plan.ledger import Holding, Run, ledger
 from halfbyte.plan.model_shape import shape_of_config
 from halfbyte.plan.policy import ActivationPolicy as Policy
-from halfbyte.quant import triton_blockwise as gpu
+from halfbyte.quant import triton_blockwise
 from halfbyte.runtime import device as devices
 from halfbyte.runtime.device import DeviceSpec
 from tests.devices import DEVICES
@@ -153,9 +151,9 @@ class HostOnHost:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
-    """As `documents.attend` of rows."""
+    """As `attention.attend` of rows."""
     if not devices.spec_of(q.device).runs_flash_attention(q.shape[-1]):
-        k, v = (documents.for_each_head(x, q.shape[2]) for x in (k, v))
+        k, v = (attention.for_each_head(x, q.shape[2]) for x in (k, v))
     return Attention.apply(q, k, v).flatten(2)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -170,23 +168,25 @@ def counted(monkeypatch: pytest.MonkeyPatch, device: DeviceSpec) -> Counted:
     """Have the engine run on the meta device as it does on a GPU."""
     counted, patch = Counted(), monkeypatch.setattr
     patch(KernelInterface, "__getitem__", lambda *_: lambda *__, **___: None)
-    patch(elementwise, "_kernels", lambda _: model_gpu)
-    patch(loss, "_kernels", lambda x, _: model_gpu if x.itemsize == 2 else None)
-    patch(loss, "_chunk_bytes", lambda _: loss.CHUNK_BYTES["cuda"])
-    for module in (layer, attended):
+    patch(elementwise, "_kernels", lambda _: triton_elementwise)
+    patch(cross_entropy, "_kernels", lambda x, _: triton_elementwise if x.itemsize == 2 else None)
+    patch(cross_entropy, "_chunk_bytes", lambda _: cross_entropy.CHUNK_BYTES["cuda"])
+    for module in (layer, attention_checkpoint):
         patch(module, "attend", attend)
-    patch(scratch, "dequantize_all", lambda *_, **__: None)
-    patch(shared, "_for_kernels", lambda x: x.itemsize == 2)
-    many = gpu_products.FEWEST_ROWS
-    patch(gpu_products, "fits", lambda x, *_: len(x) >= many and gpu.is_hopper(x.device))
-    patch(gpu_products, "copyable", lambda x: x.stride(1) == 1)
-    patch(gpu_products.TensorDescriptor, "from_tensor", lambda *_: None)
-    for module in (model_gpu, gpu_products, gpu_gated, gpu_adapters):
+    patch(decoded_cache, "dequantize_all", lambda *_, **__: None)
+    patch(group, "_for_kernels", lambda x: x.itemsize == 2)
+    many = triton_matmul.FEWEST_ROWS
+    patch(
+        triton_matmul, "fits", lambda x, *_: len(x) >= many and triton_blockwise.is_hopper(x.device)
+    )
+    patch(triton_matmul, "copyable", lambda x: x.stride(1) == 1)
+    patch(triton_matmul.TensorDescriptor, "from_tensor", lambda *_: None)
+    for module in (triton_elementwise, triton_matmul, triton_swiglu, triton_lora):
         patch(module, "on_device", lambda _: nullcontext())
-    for module in (documents, engines):
+    for module in (attention, engines):
         patch(module, "can_pack", lambda dtype, *_: dtype.itemsize == 2 and device.has_bfloat16)
     patch(devices, "spec_of", lambda _: device)
-    patch(offloader, "torch", HostOnHost(counted))
+    patch(offload, "torch", HostOnHost(counted))
     for name in ("CUDAGraph", "Stream", "current_stream", "graph_pool_handle"):
         patch(torch.cuda, name, Nothing)
     for name in ("graph", "stream"):

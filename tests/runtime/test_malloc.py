@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from halfbyte.engine.memory_policy import used_memory
-from halfbyte.runtime import malloc as heap
+from halfbyte.runtime import malloc
 from halfbyte.runtime.malloc import give_back, keep_freed_memory
 from halfbyte.runtime.native import Unavailable
 from tests.cli.test_main import with_source
@@ -48,8 +48,8 @@ def test_without_a_compiler_it_is_said(monkeypatch, caplog):
     def none(*_):
         raise Unavailable("there is no C++ compiler")
 
-    monkeypatch.setattr(heap, "shared_object", none)
-    heap._fill_holes.__wrapped__()
+    monkeypatch.setattr(malloc, "shared_object", none)
+    malloc._fill_holes.__wrapped__()
     assert "more memory, because there is no C++ compiler" in caplog.text
 
 

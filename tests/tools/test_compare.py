@@ -16,7 +16,7 @@ from halfbyte import cli
 from halfbyte.errors import ConfigError
 from halfbyte.report.journal import read_journal
 from halfbyte.report.runs import read_run
-from halfbyte.tools import compare as comparing
+from halfbyte.tools import compare
 from halfbyte.tools.compare import Job, jobs, parse_variants, run
 from tests.tiny import write_tiny_model
 
@@ -104,14 +104,14 @@ def test_runs_differ_in_variant_and_seed_alone_and_seeds_are_outside(tmp_path: P
 def test_a_run_and_its_evaluation_are_one_process(tmp_path: Path) -> None:
     words = ("--model", "m", "--adapter", "a")
     [job] = laid_out(tmp_path, ("halfbyte", "train"), names=("lora",), seeds=(0,))
-    assert comparing._words(job, trained=False) == ["halfbyte", "train", str(job.file)]
+    assert compare._words(job, trained=False) == ["halfbyte", "train", str(job.file)]
     job = replace(job, evaluation=words)
-    module, commands = comparing._words(job, trained=False)
+    module, commands = compare._words(job, trained=False)
     assert module == "halfbyte.cli.series"
     evaluation = ["eval", *words, "--json"]
     assert json.loads(commands) == [["train", str(job.file)], evaluation]
     # One that was trained before is only evaluated.
-    assert comparing._words(job, trained=True) == ["halfbyte", *evaluation]
+    assert compare._words(job, trained=True) == ["halfbyte", *evaluation]
 
 
 def test_what_is_finished_is_not_run_again(tmp_path: Path, stand_in: tuple[str]) -> None:
@@ -186,13 +186,13 @@ def test_a_failure_is_written_and_ends_with_1(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(comparing, "jobs", lambda *a, **k: laid_out(tmp_path / "o", stand_in))
+    monkeypatch.setattr(compare, "jobs", lambda *a, **k: laid_out(tmp_path / "o", stand_in))
     line = f"compare --model m --data d --output {tmp_path / 'o'}"
     assert cli.main(line.split()) == 0
     (tmp_path / "o" / "lora" / "seed-0" / "journal.jsonl").unlink()
-    monkeypatch.setattr(comparing, "finished_run", lambda *a, **k: None)
+    monkeypatch.setattr(compare, "finished_run", lambda *a, **k: None)
     monkeypatch.setattr(
-        comparing, "jobs", lambda *a, **k: laid_out(tmp_path / "p", stand_in, data="killed")
+        compare, "jobs", lambda *a, **k: laid_out(tmp_path / "p", stand_in, data="killed")
     )
     capsys.readouterr()
     assert cli.main([*line.split(), "--json"]) == 1

@@ -20,7 +20,7 @@ from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach
 from halfbyte.models.build import BaseRecipe, frozen_linears
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.quant import QuantizedWeight
-from halfbyte.tools import merge_evaluation as merging
+from halfbyte.tools import merge_evaluation
 from halfbyte.tools.merge_evaluation import HELD_OUT, Distance, distance, reference
 from tests.checkpoint.families import tiny_model
 from tests.tiny import tiny_llama, tiny_tokenizer, write_tiny_model
@@ -137,7 +137,7 @@ class _Embedding(nn.Module):
 def test_text_is_sent_to_where_the_model_is() -> None:
     labels = torch.tensor([[1] * 4 + [-100], [-100] * 5])
     batch = Batch(torch.zeros(2, 5, dtype=torch.int64), labels, [5, 5])
-    logits = merging._logits(cast(PreTrainedModel, _Embedding()), batch)
+    logits = merge_evaluation._logits(cast(PreTrainedModel, _Embedding()), batch)
     assert logits.device == torch.device("meta")
     assert logits.shape == (4, 3)
 
@@ -302,13 +302,13 @@ def test_the_logits_that_are_kept_are_bounded(
     assert whole.left_out == 0
     assert whole.positions == sum(int(row.labels_mask.sum()) for row in rows)
     vocabulary = 4 * len(taught.tokenizer)
-    monkeypatch.setattr(merging, "_KEPT", 200 * vocabulary)
-    monkeypatch.setattr(merging, "_ALIVE", 100 * vocabulary)
+    monkeypatch.setattr(merge_evaluation, "_KEPT", 200 * vocabulary)
+    monkeypatch.setattr(merge_evaluation, "_ALIVE", 100 * vocabulary)
     some = reference(taught.model, rows)
     assert 0 < some.positions <= 200
     assert some.left_out > 0
     assert all(b.input_ids.numel() <= 100 or len(b.input_ids) == 1 for b in some.batches)
-    monkeypatch.setattr(merging, "_KEPT", 0)
+    monkeypatch.setattr(merge_evaluation, "_KEPT", 0)
     assert reference(taught.model, rows).left_out == len(rows) - 1
     exact = Merged(taught.source, taught.model, dtype=torch.float32)
     found = distance(taught.model, exact, some)

@@ -9,14 +9,13 @@ import torch
 from rich.console import Console
 
 from halfbyte.config.schema import TrainConfig
-from halfbyte.engine import memory_policy as memory
+from halfbyte.engine import memory_policy
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_policy import MemoryPlan
 from halfbyte.engine.packing import Batch
 from halfbyte.errors import ConfigError, OutOfMemoryError
 from halfbyte.linear.lora import adapter_parameters
-from halfbyte.optim import AdamW
-from halfbyte.optim import buckets as layout
+from halfbyte.optim import AdamW, buckets
 from halfbyte.optim.paging import Paging
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.report import open_report
@@ -52,7 +51,7 @@ def on_a_gpu(monkeypatch):
         return optimizer
 
     monkeypatch.setattr(trainer, "AdamW", paging)
-    monkeypatch.setattr(layout, "GROUP_BYTES", 8192)
+    monkeypatch.setattr(buckets, "GROUP_BYTES", 8192)
 
 
 def run(model, data, output, optim, **options):
@@ -119,7 +118,7 @@ def test_the_plan_knows_which_step_is_tight(
 
     monkeypatch.setattr(Trainer, "fit", noted)
     monkeypatch.setattr(Trainer, "_tight", counted)
-    for module in (loop, memory):
+    for module in (loop, memory_policy):
         monkeypatch.setattr(module, "used_memory", lambda device: 0)
     plain, roomy = run(model, data, tmp_path / "roomy", "paged_adamw_8bit", activations="recompute")
     assert not any(event["paged_bytes"] for event in steps_of(roomy))

@@ -27,7 +27,7 @@ from halfbyte.errors import (
 from halfbyte.linear.lora import adapters
 from halfbyte.models.build import BaseRecipe
 from halfbyte.report import open_report
-from halfbyte.train import metadata as facts
+from halfbyte.train import metadata
 from halfbyte.train.evaluate import evaluate
 from halfbyte.train.loading import open_model
 from halfbyte.train.run import train
@@ -392,7 +392,7 @@ def test_a_run_without_memory_for_answers_trains_and_says_so(model, data, tmp_pa
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(facts, "generate", fail)
+    monkeypatch.setattr(metadata, "generate", fail)
     made = config(model, data, tmp_path / "run", samples=2, max_steps=2)
     assert run(made).steps == 2
     events = journal(tmp_path / "run")

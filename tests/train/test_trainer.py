@@ -13,7 +13,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 from halfbyte.config.schema import TrainConfig
-from halfbyte.engine import forward_backward as passes
+from halfbyte.engine import forward_backward
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.buckets import Buckets
 from halfbyte.engine.layerwise import LayerEngine
@@ -435,7 +435,7 @@ def long_batches():
 def on_a_gpu(monkeypatch):
     """Return what makes a trainer on a CPU that has all rungs: it packs, captures and offloads."""
     monkeypatch.setattr("halfbyte.engine.layerwise.can_pack", lambda *_: True)
-    monkeypatch.setattr(passes, "ActivationOffloader", HostOffloader)
+    monkeypatch.setattr(forward_backward, "ActivationOffloader", HostOffloader)
     monkeypatch.setattr(trainers, "SMALLEST_PART", 100)
     monkeypatch.setattr(trainers.gc, "collect", lambda: 0)  # half a second among so many modules
     monkeypatch.setattr(trainers, "free_memory", lambda device: 10**9)

@@ -82,9 +82,9 @@ def main(argv: list[str]) -> None:
     from halfbyte.checkpoint.atomic import require_writable
     from halfbyte.report import open_report, show
     from halfbyte.report.comparison import Comparison
-    from halfbyte.tools import compare as comparing
+    from halfbyte.tools import compare
 
-    variants = comparing.parse_variants(options.variants)
+    variants = compare.parse_variants(options.variants)
     given = {
         name: getattr(options, name)
         for name in options.model_fields_set & TrainConfig.model_fields.keys()
@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
     def evaluation(config: TrainConfig) -> tuple[str, ...]:
         return _evaluation(options, config)
 
-    todo = comparing.jobs(
+    todo = compare.jobs(
         variants, options.seeds, given, options.output, evaluation=evaluation, module=module
     )
     output = require_writable(options.output)
@@ -112,12 +112,12 @@ def main(argv: list[str]) -> None:
                 told = f"{job.variant}, seed {job.config.seed} ({count} of {len(todo)})"
                 if job.finished():
                     report.note(f"{told}: finished before")
-                    found.append(comparing.run(job))
+                    found.append(compare.run(job))
                     continue
                 with report.task(told, None) as progress:
-                    found.append(comparing.run(job, progress))
+                    found.append(compare.run(job, progress))
         comparison = Comparison(tuple(found))
-        comparing.write_results(
+        compare.write_results(
             comparison,
             todo,
             output,
@@ -129,7 +129,7 @@ def main(argv: list[str]) -> None:
         show.paragraph(comparison.sentence())
         show.paragraph(str(output / "compare.html"))
         result |= comparison.as_json()
-    comparing.require_results(comparison)
+    compare.require_results(comparison)
 
 
 def _evaluation(options: CompareOptions, config: TrainConfig) -> tuple[str, ...]:

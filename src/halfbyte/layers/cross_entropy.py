@@ -65,9 +65,9 @@ def _kernels(hidden: Tensor, head: Tensor | QuantizedWeight) -> Any:
     plain = not hidden.is_cuda or hidden.dtype == torch.float32 or not isinstance(head, Tensor)
     if plain or gpu_kernels() is None:
         return None
-    from halfbyte.layers import triton_elementwise as gpu
+    from halfbyte.layers import triton_elementwise
 
-    return gpu
+    return triton_elementwise
 
 
 def _fused_chunk(

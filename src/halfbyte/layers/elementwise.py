@@ -11,7 +11,7 @@ backward, in float32 inside:
     swiglu          silu(g) · u                       (Shazeer 2020), dg and du in place of g, u
 
 Weights of norms are frozen, so they get no gradient. On a GPU each direction is one Triton kernel
-(gpu.py); the functions named ``plain_*`` are the specification, and run elsewhere.
+(triton_elementwise.py); the functions named ``plain_*`` are the specification, and run elsewhere.
 """
 
 from typing import Any
@@ -26,9 +26,9 @@ def _kernels(tensor: Tensor) -> Any:
     """The Triton kernels, or None where the plain versions run."""
     if not tensor.is_cuda or gpu_kernels() is None:
         return None
-    from halfbyte.layers import triton_elementwise as gpu
+    from halfbyte.layers import triton_elementwise
 
-    return gpu
+    return triton_elementwise
 
 
 def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

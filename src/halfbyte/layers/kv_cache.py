@@ -5,8 +5,8 @@ that stay where they are, so that a step of decoding can be a CUDA graph. A sequ
 position alone: the new token's, and that of the last key it sees. What lies behind that in a slot
 is of an earlier sequence, and not looked at.
 
-On a GPU each operation is few Triton kernels (gpu_decode.py); the functions named ``plain_*`` are
-the specification, and run elsewhere.
+On a GPU each operation is few Triton kernels (triton_kv_cache.py); the functions named ``plain_*``
+are the specification, and run elsewhere.
 """
 
 from typing import Any
@@ -22,9 +22,9 @@ def _kernels(tensor: Tensor) -> Any:
     """The Triton kernels, or None where the plain versions run."""
     if not tensor.is_cuda or gpu_kernels() is None:
         return None
-    from halfbyte.layers import triton_kv_cache as gpu_decode
+    from halfbyte.layers import triton_kv_cache
 
-    return gpu_decode
+    return triton_kv_cache
 
 
 class KVCache:

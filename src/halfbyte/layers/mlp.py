@@ -62,9 +62,8 @@ class _GatedMLP(torch.autograd.Function):
         read: bool,
         *_factors: Tensor | None,
     ) -> Tensor:
-        from halfbyte.layers import triton_elementwise as gpu
-        from halfbyte.linear import triton_matmul as gpu_products
-        from halfbyte.linear import triton_swiglu as gpu_gated
+        from halfbyte.layers import triton_elementwise
+        from halfbyte.linear import triton_matmul, triton_swiglu
 
         rows = x.reshape(-1, x.shape[-1])
         p = both.into_a(rows)
@@ -74,12 +73,14 @@ class _GatedMLP(torch.autograd.Function):
             q = last.into_a(rows)  # remembered: nothing is made of them
             y = rows.new_zeros(1, 1).expand(len(rows), *last.outputs)
         else:
-            if gpu_products.fits(rows, both.outputs):
+            if triton_matmul.fits(rows, both.outputs):
                 weights, adapters = both.weights(), both.cast_adapters
-                inner, between = gpu_gated.gated_forward(rows, weights, p, adapters, keep=gradients)
+                inner, between = triton_swiglu.gated_forward(
+                    rows, weights, p, adapters, keep=gradients
+                )
             else:
                 between = both.forward(rows, p)
-                inner = gpu.swiglu(*between.chunk(2, 1))
+                inner = triton_elementwise.swiglu(*between.chunk(2, 1))
             q = last.into_a(inner)
             y = last.forward(inner, q)
         ctx.both, ctx.last, ctx.written = both, last, False
@@ -88,8 +89,8 @@ class _GatedMLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from halfbyte.layers import triton_elementwise as gpu
-        from halfbyte.linear import triton_swiglu as gpu_gated
+        from halfbyte.layers import triton_elementwise
+        from halfbyte.linear import triton_swiglu
 
         if ctx.written:
             raise RuntimeError("backward of a gated MLP writes over what it kept: it runs once")
@@ -101,15 +102,15 @@ class _GatedMLP(torch.autograd.Function):
         both, last = ctx.both, ctx.last
         g, d_bs = last.through_b([dy], q)
         d_inner = last.input_gradient([dy], g)
-        if gpu_gated.backward_fits(both.cast_adapters, last.cast_adapters, rows.device):
-            made = gpu_gated.gated_backward(
+        if triton_swiglu.backward_fits(both.cast_adapters, last.cast_adapters, rows.device):
+            made = triton_swiglu.gated_backward(
                 d_inner, gate, up, p, both.cast_adapters, both.scalings, g
             )
             of_last = last.trained([made.d_a], d_bs)
             g, d_bs = made.g, made.d_bs
             del d_inner
         else:
-            gpu.swiglu_backward(d_inner, gate, up, remake=True)
+            triton_elementwise.swiglu_backward(d_inner, gate, up, remake=True)
             of_last = last.factor_gradients(d_inner, g, d_bs)
             del d_inner  # before there are sums of tiles
             g, d_bs = both.through_b([gate, up], p)

@@ -49,28 +49,28 @@ class _TurnedHeads(torch.autograd.Function):
         sin: Tensor,
         *_factors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        from halfbyte.layers import triton_elementwise as gpu
-        from halfbyte.linear import triton_matmul as gpu_products
+        from halfbyte.layers import triton_elementwise
+        from halfbyte.linear import triton_matmul
 
         rows, cos, sin = x.reshape(-1, x.shape[-1]), cos.contiguous(), sin.contiguous()
-        turn = gpu_products.Turn(cos, sin, sum(call.outputs[:2]))
-        turns = turn.fits and gpu_products.fits(rows, call.outputs)
+        turn = triton_matmul.Turn(cos, sin, sum(call.outputs[:2]))
+        turns = turn.fits and triton_matmul.fits(rows, call.outputs)
         p = call.into_a(rows)
         y = call.forward(rows, p, turn if turns else None)
         parts = torch.split(y, call.outputs, 1)
         q, k, v = (part.view(*x.shape[:-1], -1, cos.shape[-1]) for part in parts)
         if not turns:
-            q, k = gpu.rotary(q, k, cos, sin)
+            q, k = triton_elementwise.rotary(q, k, cos, sin)
         ctx.call = call
         ctx.save_for_backward(rows, p, cos, sin)
         return q, k, v
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from halfbyte.layers import triton_elementwise as gpu
+        from halfbyte.layers import triton_elementwise
 
         rows, p, cos, sin = ctx.saved_tensors
-        turned = gpu.rotary(grads[0], grads[1], cos, sin, backward=True)
+        turned = triton_elementwise.rotary(grads[0], grads[1], cos, sin, backward=True)
         dys = [dy.reshape(len(rows), -1) for dy in (*turned, grads[2])]
         dys = [dy if dy.stride(1) == 1 else dy.contiguous() for dy in dys]
         dx, gradients = ctx.call.backward(dys, rows, p, dx=ctx.needs_input_grad[0])

@@ -37,7 +37,7 @@ class FusedLoraLinear:
 
     @cached_property
     def cast_adapters(self) -> Any:
-        """The adapters as `gpu_adapters.CastAdapters`."""
+        """The adapters as `triton_lora.CastAdapters`."""
         return self._shared.cast_adapters(self._dtype)
 
     @property
@@ -54,10 +54,10 @@ class FusedLoraLinear:
         return self._shared.into_a(x, self.cast_adapters)
 
     def forward(self, x: Tensor, p: Tensor, turn: Any = None) -> Tensor:
-        """Return the outputs side by side, [rows, sum of out]; see `gpu_products.forward`."""
-        from halfbyte.linear import triton_matmul as gpu_products
+        """Return the outputs side by side, [rows, sum of out]; see `triton_matmul.forward`."""
+        from halfbyte.linear import triton_matmul
 
-        return gpu_products.forward(x, self.weights(), p, self.cast_adapters, self.outputs, turn)
+        return triton_matmul.forward(x, self.weights(), p, self.cast_adapters, self.outputs, turn)
 
     def through_b(self, dys: Sequence[Tensor], p: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """Return what adapters need of dy, which is read once.
@@ -78,9 +78,9 @@ class FusedLoraLinear:
 
     def input_gradient(self, dys: Sequence[Tensor], g: Tensor) -> Tensor:
         """Return dx [rows, in]; ``g`` is the first of what `through_b` returned."""
-        from halfbyte.linear import triton_matmul as gpu_products
+        from halfbyte.linear import triton_matmul
 
-        return gpu_products.backward(dys, self.weights(), g, self.cast_adapters)
+        return triton_matmul.backward(dys, self.weights(), g, self.cast_adapters)
 
     def factor_gradients(self, x: Tensor, g: Tensor, d_bs: Sequence[Tensor]) -> list[Tensor | None]:
         """Return dA and dB of each linear in turn, from x [rows, in] and `through_b`."""

@@ -36,7 +36,7 @@ from halfbyte.runtime.matmul import product
 if TYPE_CHECKING:
     from halfbyte.linear.frozen import FrozenLinear
 
-# Linears of one input that gpu_adapters.py can take together.
+# Linears of one input that triton_lora.py can take together.
 _MOST_TOGETHER = 3
 
 
@@ -152,18 +152,18 @@ def _packed_is_faster(rows: Tensor, members: Sequence["FrozenLinear"]) -> bool:
         return False
     if any(member.opened(rows.dtype) is not None for member in members):
         return False
-    from halfbyte.linear import triton_gemv as gpu_rows
+    from halfbyte.linear import triton_gemv
 
     packed = [member.quantized for member in members]
-    return all(q is not None and gpu_rows.can_multiply(rows, q) for q in packed)
+    return all(q is not None and triton_gemv.can_multiply(rows, q) for q in packed)
 
 
 def _packed_products(rows: Tensor, members: Sequence["FrozenLinear"]) -> list[Tensor]:
     """Return x Wᵀ of each linear without decoding W."""
-    from halfbyte.linear import triton_gemv as gpu_rows
+    from halfbyte.linear import triton_gemv
 
     packed = [member.quantized for member in members]
-    return [gpu_rows.small_product(rows, q) for q in packed if q is not None]
+    return [triton_gemv.small_product(rows, q) for q in packed if q is not None]
 
 
 def _plain_backward(
@@ -331,7 +331,7 @@ class LinearGroup:
         return self.fused(x, updates)
 
     def cast_adapters(self, dtype: torch.dtype) -> Any:
-        """Return the adapters as `gpu_adapters.CastAdapters`.
+        """Return the adapters as `triton_lora.CastAdapters`.
 
         While a `DecodedWeightCache` holds a decoder layer open it is made once, for all
         micro-batches and with those of the layer's other sets. It is never kept longer: an
@@ -387,7 +387,7 @@ class LinearGroup:
 class LoraActivationCache:
     """x Aᵀ of a decoder layer's sets, from one run of the layer to another with the same input.
 
-    Only where products are gpu_products.py's; elsewhere there is nothing to note. Whoever runs the
+    Only where products are triton_matmul.py's; elsewhere there is nothing to note. Whoever runs the
     layers takes what was recorded in one run of one part, holds it, and gives it back right before
     the other. When the layer is closed both end, whatever has happened.
 

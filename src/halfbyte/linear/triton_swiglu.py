@@ -5,7 +5,7 @@ writes them takes as long as a sixth of the product before it. So in forward the
 registers, before a tile is written, and gate and up are written only if backward will come, which
 wants them.
 
-The contraction is that of gpu_products.py, rounded where it is rounded there, so results are the
+The contraction is that of triton_matmul.py, rounded where it is rounded there, so results are the
 same bits as with a kernel of its own for the gate (layers/triton_elementwise.py). A tile gathers
 128 columns of gate and the same 128 of up, from one block of two pages: two matrices of one shape
 are one of two pages, wherever they lie.
@@ -178,7 +178,7 @@ def gated_forward(
     """Returns silu(gate) · up for two linears that share x, and both as they are if they are kept.
 
     Args:
-        x: [rows, in], contiguous rows; such that `gpu_products.fits`.
+        x: [rows, in], contiguous rows; such that `triton_matmul.fits`.
         weights: Of gate and of up, [out, in] each, contiguous.
         p: x Aᵀ, [rows, 2 · rank].
         cast_adapters: The adapters of both.
@@ -264,7 +264,7 @@ def gated_backward(
 ) -> Gated:
     """Turns the gradient of inner into those of gate and up, in their place.
 
-    The sums over tiles are kept apart and added up in their order (`gpu_adapters.sum_parts`).
+    The sums over tiles are kept apart and added up in their order (`triton_lora.sum_parts`).
 
     Args:
         d_inner: [rows, out], contiguous rows; it is not written to.

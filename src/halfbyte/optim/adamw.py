@@ -1,7 +1,8 @@
 """AdamW as an optimizer of torch: groups, steps, and a state that has one form wherever it lives.
 
-The rule is in rule.py and, for a GPU, in gpu.py; where the state lives is paging.py's matter. This
-file knows which parameters there are, what their update depends on, and when it happens.
+The rule is in reference.py and, for a GPU, in triton_adamw.py; where the state lives is paging.py's
+matter. This file knows which parameters there are, what their update depends on, and when it
+happens.
 
 A step asks nothing of the host: learning rates, step counts and the gradient's scale are on the
 device. The scale is where clipping goes (min(1, limit / norm)), and where it is NaN or infinite,
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import CheckpointError, ConfigError
-from halfbyte.optim import reference as rule
+from halfbyte.optim import reference
 from halfbyte.optim.buckets import Bucket, StateChunk, groups_of, pieces_of
 from halfbyte.optim.managed import Managed, why_not
 from halfbyte.optim.paging import Paging, Store, Streamed
@@ -28,12 +29,12 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _gpu_kernels() -> ModuleType | None:
-    """Return gpu.py, or None where Triton is not, or is not for the GPU, which was announced."""
+    """Return the Triton kernels, or None where there are none for the GPU; that was announced."""
     if gpu_kernels() is None:
         return None
-    from halfbyte.optim import triton_adamw as gpu
+    from halfbyte.optim import triton_adamw
 
-    return gpu
+    return triton_adamw
 
 
 class AdamW(torch.optim.Optimizer):
@@ -296,8 +297,8 @@ class AdamW(torch.optim.Optimizer):
             scalars = self._gpu.prepare(self._steps, self._active, self._lr, self._constants, scale)
         elif math.isfinite(float(scale)):
             self._steps += self._active
-            rows = rule.scalars_of(self._steps, self._lr, self._constants[:, :4]).tolist()
-            scalars = [rule.Scalars(*row) for row in rows]
+            rows = reference.scalars_of(self._steps, self._lr, self._constants[:, :4]).tolist()
+            scalars = [reference.Scalars(*row) for row in rows]
         self._begun, self._left = (scalars, scale), list(store.units())
 
     def _update(
@@ -324,7 +325,7 @@ class AdamW(torch.optim.Optimizer):
         for piece in self._active_ones(group):
             parameter = self._parameters[piece.index]
             part = slice(piece.start, piece.start + piece.count)
-            rule.update(
+            reference.update(
                 parameter.detach().view(-1)[part],
                 parameter.grad.reshape(-1)[part],
                 piece.views(memory, base),
@@ -413,14 +414,14 @@ class AdamW(torch.optim.Optimizer):
             for name, view in views.items():
                 value = given.get(name)
                 total = self._parameters[piece.index].numel()
-                count = -(-total // rule.BLOCK) if name.endswith("_scales") else total
+                count = -(-total // reference.BLOCK) if name.endswith("_scales") else total
                 if value is None or value.numel() != count or value.dtype != view.dtype:
                     raise CheckpointError(
                         f"the optimizer's state of parameter {piece.index} has no {name} of "
                         f"{count} {str(view.dtype).removeprefix('torch.')}: it is of another "
                         "parameter, or of another width than optim asks for"
                     )
-                start = piece.start // rule.BLOCK if name.endswith("_scales") else piece.start
+                start = piece.start // reference.BLOCK if name.endswith("_scales") else piece.start
                 view.copy_(value.reshape(-1)[start : start + view.numel()])
         self._steps.copy_(
             torch.stack([state_dict["state"][i]["step"] for i in range(len(self._parameters))])

@@ -26,8 +26,8 @@ In backward the layer's own activations are there in any case (kept, or made aga
 peak, in the middle of the MLP, the gradients of gate and up beside them. Fused on a GPU these are
 written over gate and up, and the peak is the moment that happens: there is the gradient of their
 product, and on Hopper up to a rank of `GATED_RANK` what tiles and spans have summed for the
-adapters, each apart (`nf4.gpu_gated`). Where the MLP is narrow the peak is attention's backward.
-What the MLP kept is gone by then, and there are
+adapters, each apart (`nf4.triton_swiglu`). Where the MLP is narrow the peak is attention's
+backward. What the MLP kept is gone by then, and there are
 
     gradients   of the stream beside, of what attention gave, of q, k and v   e·(H + 2Q + 2K)
     float32     of q, added up there                                          4·Q

@@ -6,9 +6,9 @@ double quantisation the scales are 8-bit codes themselves, in blocks of `SCALE_B
 mean of all (the *offset*) is taken away.
 
 `quantize` and `dequantize` choose between implementations: the C++ kernels of cpu.py, the Triton
-kernels of gpu.py, and the plain PyTorch here, which is the specification. They agree bit for bit,
-but for encoding on a GPU: reciprocals are approximate there, as they are in bitsandbytes, so where
-a quotient is a bound but for its last bit, the code may be the neighbour's.
+kernels of triton_blockwise.py, and the plain PyTorch here, which is the specification. They agree
+bit for bit, but for encoding on a GPU: reciprocals are approximate there, as they are in
+bitsandbytes, so where a quotient is a bound but for its last bit, the code may be the neighbour's.
 
 Decoding is the same everywhere. Encoding gives the bytes of bitsandbytes on the same kind of
 device, and its CPU and CUDA code differ: in the rounding of scale codes, in FP4's bounds, and in a
@@ -414,7 +414,7 @@ def _each(
 
 @cache
 def gpu_kernels() -> ModuleType | None:
-    """Returns gpu.py; or None, having announced why, where Triton is not, or is not for the GPU."""
+    """Returns the Triton kernels, or None where there are none for the GPU; why is announced."""
     if torch.cuda.is_available():
         spec = devices.spec_of(torch.device("cuda"))
         if not spec.runs_triton:
@@ -426,13 +426,13 @@ def gpu_kernels() -> ModuleType | None:
             )
             return None
     try:
-        from halfbyte.quant import triton_blockwise as gpu
+        from halfbyte.quant import triton_blockwise
     except ImportError as error:
         logger.warning(
             "no Triton (%s): what runs on a GPU is plain PyTorch, which is slower", error
         )
         return None
-    return gpu
+    return triton_blockwise
 
 
 def _chunks(numel: int, block_size: int) -> Iterator[tuple[slice, slice]]:

@@ -27,7 +27,7 @@ from halfbyte.plan.model_shape import config_of
 from halfbyte.report import open_report
 from halfbyte.runtime.malloc import keep_freed_memory
 from halfbyte.runtime.precision import choose_device_and_dtype
-from halfbyte.train import metadata as facts
+from halfbyte.train import metadata
 from halfbyte.train.loading import lora_of, recipe_of
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.trainer import StepResult, Trainer
@@ -57,7 +57,7 @@ def run(config: TrainConfig, report: "RunReport") -> None:
     for name, parameter in shapes.named_parameters():  # a tied head is not among them
         place(model, name, _random(tuple(parameter.shape), dtype, device))
     audit = finish(model)
-    report.record("loaded", {"seconds": time.perf_counter() - began} | facts.memory_now(device))
+    report.record("loaded", {"seconds": time.perf_counter() - began} | metadata.memory_now(device))
     attach(model, lora_of(config), seed=config.seed)
     parameters = adapter_parameters(model)
     embedding_to_host(model)
@@ -73,12 +73,12 @@ def run(config: TrainConfig, report: "RunReport") -> None:
         "model": config.model,
         "quant": config.quant,
         "device": device,
-        "machine": facts.machine(device),
+        "machine": metadata.machine(device),
         "compute_dtype": str(dtype).removeprefix("torch."),
-        "versions": facts.versions(),
+        "versions": metadata.versions(),
         "base_bytes": audit.total_bytes,
     }
-    report.begin(total_steps=total, start_step=0, facts=told_facts | facts.options(config))
+    report.begin(total_steps=total, start_step=0, facts=told_facts | metadata.options(config))
     tokens = size[0] * size[1] * micro_batches
     spent, loss = 0.0, math.nan
 
@@ -98,7 +98,7 @@ def run(config: TrainConfig, report: "RunReport") -> None:
                 "tokens_per_second": tokens / result.seconds,
                 "seconds": result.seconds,
             }
-            | facts.memory_now(device)
+            | metadata.memory_now(device)
         )
 
     trainer.capture()
@@ -107,7 +107,9 @@ def run(config: TrainConfig, report: "RunReport") -> None:
         lambda _: [_drawn(size, architecture.vocab_size) for _ in range(micro_batches)],
         done,
     )
-    report.finish({"steps": total, "seconds": spent, "final_loss": loss} | facts.memory_now(device))
+    report.finish(
+        {"steps": total, "seconds": spent, "final_loss": loss} | metadata.memory_now(device)
+    )
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:

@@ -47,7 +47,7 @@ from halfbyte.linear.lora import adapter_parameters, adapter_state, attach, load
 from halfbyte.runtime.malloc import give_back, keep_freed_memory
 from halfbyte.runtime.matmul import float32_library
 from halfbyte.runtime.precision import choose_device_and_dtype, deterministic
-from halfbyte.train import metadata as facts
+from halfbyte.train import metadata
 from halfbyte.train.evaluate import as_batch, evaluate_loss
 from halfbyte.train.loading import Loading, lora_of, recipe_facts, recipe_of
 from halfbyte.train.memory_check import FIRST_LOOK, Prediction
@@ -211,7 +211,7 @@ def _train(
             give_back()
             process = used_memory(device)
         base = loading.result(report)
-    report.record("loaded", {"seconds": loading.seconds} | facts.memory_now(device))
+    report.record("loaded", {"seconds": loading.seconds} | metadata.memory_now(device))
     recipe = base.model.halfbyte_recipe
     lora = lora_of(config)
     adapted = attach(base.model, lora, seed=config.seed)
@@ -241,7 +241,7 @@ def _train(
     trainer = Trainer(engine, parameters, config, Schedule.of(config, plan.total))
     if config.optim != "adamw":
         report.note(trainer.optimizer.describe())
-    clock = facts.StepClock(trainer.optimizer, engine, device)
+    clock = metadata.StepClock(trainer.optimizer, engine, device)
     start = 0
     if resumed is not None:
         load_adapter_state(base.model, resumed.adapter)
@@ -291,14 +291,14 @@ def _train(
             "examples": len(dataset.examples),
             "supervised_tokens": dataset.report.supervised_tokens,
             "engine": told,
-            "versions": facts.versions(),
-            "machine": facts.machine(device),
-            "data_verdict": facts.verdict(dataset),
-            "held_out_verdict": facts.verdict(held_out) if held_out else None,
+            "versions": metadata.versions(),
+            "machine": metadata.machine(device),
+            "data_verdict": metadata.verdict(dataset),
+            "held_out_verdict": metadata.verdict(held_out) if held_out else None,
         }
-        | facts.options(config),
+        | metadata.options(config),
     )
-    samples = facts.Samples(held_out or dataset, config.samples)
+    samples = metadata.Samples(held_out or dataset, config.samples)
 
     def sample(step: int) -> None:
         if samples:
@@ -377,7 +377,7 @@ def _train(
         told_by_engine()
         writer.look()
         if done == start + FIRST_LOOK < plan.total:
-            prediction.tell(report, peak_memory(device), done, reserved=facts.reserved(device))
+            prediction.tell(report, peak_memory(device), done, reserved=metadata.reserved(device))
         if done % config.logging_steps == 0 or done == plan.total:
             report.step(
                 {
@@ -424,7 +424,7 @@ def _train(
         report.saved(output)
         sample(plan.total)
     if start < plan.total:
-        prediction.tell(report, peak_memory(device), plan.total, reserved=facts.reserved(device))
+        prediction.tell(report, peak_memory(device), plan.total, reserved=metadata.reserved(device))
     outcome = TrainResult(
         adapter_dir=output,
         steps=plan.total,
@@ -440,7 +440,7 @@ def _train(
             "final_loss": None if math.isnan(loss) else loss,
             "tokens_per_second": outcome.tokens_per_second,
         }
-        | facts.memory_now(device)
+        | metadata.memory_now(device)
     )
     return outcome
 
