@@ -10,7 +10,8 @@ import torch
 
 from halfbyte.engine import forward_backward
 from halfbyte.engine.buckets import Buckets
-from halfbyte.engine.forward_backward import CapturedPasses, LayerInput
+from halfbyte.engine.cuda_graphs import CapturedPasses
+from halfbyte.engine.forward_backward import LayerInput
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_profile import measured_cost
 from halfbyte.engine.packing import Batch

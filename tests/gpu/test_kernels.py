@@ -6,7 +6,7 @@ import torch
 
 from halfbyte.errors import WeightError
 from halfbyte.quant import dequantize, dequantize_all, quantize
-from halfbyte.quant.format import QuantizedWeight
+from halfbyte.quant.weight import QuantizedWeight
 from halfbyte.tools.self_test import same_but_at_bounds
 
 pytestmark = [

@@ -5,7 +5,7 @@ import torch
 
 from halfbyte.linear.arena import Arena
 from halfbyte.quant import quantize
-from halfbyte.quant.format import empty_like_quantized
+from halfbyte.quant.weight import empty_like_quantized
 
 SHAPES = [(7, 10), (64, 64), (33, 130)]
 

@@ -11,7 +11,8 @@ import torch
 
 from halfbyte.errors import ConfigError
 from halfbyte.quant import BLOCK_SIZES, cpu, dequantize, quantize
-from halfbyte.quant.format import FLOAT_TYPES, QuantizedWeight, _encode
+from halfbyte.quant.format import _encode
+from halfbyte.quant.weight import FLOAT_TYPES, QuantizedWeight
 from halfbyte.runtime.native import shared_object
 
 KERNELS = cpu.kernels()

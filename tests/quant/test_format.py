@@ -29,7 +29,7 @@ from halfbyte.quant import (
     quantize,
 )
 from halfbyte.quant.blockwise import NF4_LEVELS
-from halfbyte.quant.format import levels_of
+from halfbyte.quant.weight import levels_of
 
 reproducible = settings(derandomize=True, deadline=None)
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]

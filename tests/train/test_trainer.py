@@ -28,10 +28,11 @@ from halfbyte.errors import (
 )
 from halfbyte.linear.lora import adapter_parameters, frozen_linears
 from halfbyte.plan.policy import ActivationPolicy, StepCost, peak
+from halfbyte.runtime.device import is_out_of_memory
 from halfbyte.train import trainer as trainers
 from halfbyte.train.loss_scale import LossScale
 from halfbyte.train.schedule import Schedule
-from halfbyte.train.trainer import Trainer, is_out_of_memory
+from halfbyte.train.trainer import Trainer
 from tests.engine.test_forward_backward import HostOffloader, Recorded
 from tests.engine.test_layerwise import FAMILIES, SIZES, batches_of, model_of
 

@@ -18,7 +18,7 @@ from halfbyte.checkpoint.safetensors_file import Planned
 from halfbyte.errors import CheckpointError
 from halfbyte.quant import BLOCK_SIZES, SCALE_BLOCK, QuantizedWeight, empty_like_quantized
 from halfbyte.quant.blockwise import DYNAMIC_SIGNED, FP4_LEVELS, NF4_LEVELS
-from halfbyte.quant.format import FLOAT_TYPES
+from halfbyte.quant.weight import FLOAT_TYPES
 
 STATE = ".quant_state.bitsandbytes__"
 _STATE_ROOM = 512  # bytes; the JSON of two dimensions with the longest numbers takes 230

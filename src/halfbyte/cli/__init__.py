@@ -68,7 +68,7 @@ def _memory_problem(error: Exception) -> str | None:
     """What to say if an error is that the GPU's memory does not suffice; None if it is another."""
     if "torch" not in sys.modules:
         return None
-    from halfbyte.engine.forward_backward import is_out_of_memory
+    from halfbyte.runtime.device import is_out_of_memory
 
     if not is_out_of_memory(error):
         return None

@@ -38,7 +38,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halfbyte.engine.buckets import Buckets, divide, own_shape
-from halfbyte.engine.forward_backward import CapturedPasses, LayerInput, Passes, is_out_of_memory
+from halfbyte.engine.cuda_graphs import CapturedPasses
+from halfbyte.engine.forward_backward import LayerInput, Passes
 from halfbyte.engine.packing import Batch, PackedBatch, lengths_of, part_of_shape, parts_of
 from halfbyte.layers.attention import Documents, can_pack
 from halfbyte.layers.cross_entropy import head_loss
@@ -57,6 +58,7 @@ from halfbyte.linear.lora import (
 )
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.quant import QuantizedWeight
+from halfbyte.runtime.device import is_out_of_memory
 
 _FINAL_NORMS = ("norm", "final_layernorm", "ln_f", "final_layer_norm", "final_norm")
 

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.quant import SCALE_BLOCK, QuantizedWeight, dequantize
 from halfbyte.quant.blockwise import DYNAMIC_SIGNED
-from halfbyte.quant.format import gpu_kernels, levels_of
+from halfbyte.quant.format import gpu_kernels
+from halfbyte.quant.weight import levels_of
 
 _CHUNK = 2**20  # elements of looked-up rows that are decoded at a time
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from halfbyte.quant.format import QuantizedWeight
+from halfbyte.quant.weight import QuantizedWeight
 
 # Where a tensor may begin: what the allocator aligns to, at least, and all that kernels ask for.
 _ALIGNED = 256

@@ -12,12 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.linear.group import LinearGroup
-from halfbyte.quant.format import (
-    QuantizedWeight,
-    QuantType,
-    dequantize,
-    empty_like_quantized,
-)
+from halfbyte.quant.format import dequantize
+from halfbyte.quant.weight import QuantizedWeight, QuantType, empty_like_quantized
 
 # The tensors of a QuantizedWeight, which a FrozenLinear holds as buffers under the same names.
 _PACKED = ("codes", "scales", "scale_codes", "scale_scales", "scale_offset")

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from halfbyte.quant.format import QuantizedWeight, QuantType, levels_of
 from halfbyte.quant.triton_blockwise import dynamic_on, levels_on, on_device, scale_of
+from halfbyte.quant.weight import QuantizedWeight, QuantType, levels_of
 from halfbyte.runtime import device as devices
 
 # Rows up to which `small_products` beats decoding and cuBLAS (H100, Llama-2-7B's shapes).

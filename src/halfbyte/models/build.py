@@ -24,8 +24,9 @@ from halfbyte.linear.arena import Arena
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.group import LinearGroup
 from halfbyte.linear.lora import frozen_linears
-from halfbyte.quant.format import QuantizedWeight, empty_like_quantized, quantize
+from halfbyte.quant.format import quantize
 from halfbyte.quant.scale_search import search
+from halfbyte.quant.weight import QuantizedWeight, empty_like_quantized
 
 __all__ = [
     "BaseRecipe",

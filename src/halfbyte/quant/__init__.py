@@ -5,15 +5,13 @@ bytes are those of bitsandbytes. README.md beside this file derives the levels, 
 and measures the error.
 """
 
-from halfbyte.quant.format import (
+from halfbyte.quant.format import dequantize, dequantize_all, quantize
+from halfbyte.quant.weight import (
     BLOCK_SIZES,
     SCALE_BLOCK,
     QuantizedWeight,
     QuantType,
-    dequantize,
-    dequantize_all,
     empty_like_quantized,
-    quantize,
 )
 
 __all__ = [

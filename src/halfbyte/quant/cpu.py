@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.quant import blockwise
-from halfbyte.quant.format import FLOAT_TYPES, QuantizedWeight, QuantType, code_order, levels_of
+from halfbyte.quant.weight import FLOAT_TYPES, QuantizedWeight, QuantType, code_order, levels_of
 from halfbyte.runtime.native import Unavailable, shared_object
 
 Variant = Literal["scalar", "avx2", "avx512"]  # in the order of cpu.cpp's enum

@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from halfbyte.quant import blockwise
-from halfbyte.quant.format import SCALE_BLOCK, QuantizedWeight, QuantType, code_order, levels_of
 from halfbyte.quant.format import quantize as by_largest
+from halfbyte.quant.weight import SCALE_BLOCK, QuantizedWeight, QuantType, code_order, levels_of
 
 FRACTIONS = (1.0, 0.7, 0.8, 0.9, 1.1, 1.2, 1.3, 1.4)
 """First the scale that `quantize` takes, so that no block comes out worse."""

@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from halfbyte.quant import blockwise
-from halfbyte.quant.format import SCALE_BLOCK, QuantizedWeight, QuantType, levels_of
+from halfbyte.quant.weight import SCALE_BLOCK, QuantizedWeight, QuantType, levels_of
 from halfbyte.runtime import device as devices
 
 # Weights in one launch of `_decode_flat`; the kernel finds its own by looking at every start.

@@ -97,3 +97,12 @@ def spec_of(device: torch.device) -> DeviceSpec:
         l2=found.L2_cache_size,
         memory=found.total_memory,
     )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that a GPU's memory, or page-locked memory, is used up."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    said = str(error)
+    signs = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "CUDA out of memory")
+    return isinstance(error, RuntimeError) and any(sign in said for sign in signs)

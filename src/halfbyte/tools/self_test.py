@@ -29,7 +29,8 @@ from halfbyte.optim import AdamW
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.quant import QuantizedWeight, QuantType, cpu, dequantize, quantize
 from halfbyte.quant.blockwise import cuda_bounds
-from halfbyte.quant.format import FLOAT_TYPES, gpu_kernels
+from halfbyte.quant.format import gpu_kernels
+from halfbyte.quant.weight import FLOAT_TYPES
 from halfbyte.runtime.precision import deterministic
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.trainer import Trainer

@@ -31,7 +31,6 @@ from halfbyte.data import Dataset, Example, MicroBatch, load_dataset, steps
 from halfbyte.data.batching import StepPlan
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.choose import choose_engine
-from halfbyte.engine.forward_backward import is_out_of_memory
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_policy import (
     HeapTrimmer,
@@ -44,6 +43,7 @@ from halfbyte.engine.packing import Batch
 from halfbyte.errors import CheckpointError, ConfigError, OutOfMemoryError, OutputError
 from halfbyte.layers.vocabulary import embedding_to_host
 from halfbyte.linear.lora import adapter_parameters, adapter_state, attach, load_adapter_state
+from halfbyte.runtime.device import is_out_of_memory
 from halfbyte.runtime.malloc import give_back, keep_freed_memory
 from halfbyte.runtime.matmul import float32_library
 from halfbyte.runtime.precision import choose_device_and_dtype, deterministic

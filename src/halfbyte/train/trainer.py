@@ -33,7 +33,6 @@ from halfbyte.config.schema import TrainConfig
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.buckets import Buckets
 from halfbyte.engine.choose import compile_ahead
-from halfbyte.engine.forward_backward import is_out_of_memory
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_policy import (
     HOST_SHARE,
@@ -49,6 +48,7 @@ from halfbyte.errors import ConfigError, NonFiniteLossError, OutOfMemoryError
 from halfbyte.optim import AdamW
 from halfbyte.optim.paging import Paging
 from halfbyte.plan.policy import ActivationPolicy, peak
+from halfbyte.runtime.device import is_out_of_memory
 from halfbyte.train.loss_scale import LossScale, too_large
 from halfbyte.train.schedule import Schedule
 
