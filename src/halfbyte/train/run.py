@@ -1,4 +1,4 @@
-"""The story of a run: read, check, load, train, save. Everything it decides it tells.
+"""A run, from a configuration to an adapter: read, check, load, train, save; decisions are logged.
 
 What can fail for the user's sake fails before the model is loaded, or, on a GPU, while it is; and
 nothing is written into the output directory until the data and the model are known to be good.
@@ -8,24 +8,23 @@ learning rate and the dropout masks are functions of the step and the seed. So a
 resumed is, on a CPU, the run that was not interrupted, byte for byte.
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from halfbyte.checkpoint.atomic import new_file, require_writable
-from halfbyte.checkpoint.base_model import BaseSource, open_base
+from halfbyte.checkpoint.base_model import BaseSource, LoadedBase, open_base
 from halfbyte.checkpoint.identity import identity_of
-from halfbyte.checkpoint.peft import CONFIG_NAME, save_adapter, write_card
-from halfbyte.checkpoint.run_state import RunState, latest_run, load_run, save_run
+from halfbyte.checkpoint.peft import save_adapter, write_card
+from halfbyte.checkpoint.run_state import RunState, save_run
 from halfbyte.config.schema import TrainConfig, to_yaml
 from halfbyte.data import Dataset, Example, MicroBatch, load_dataset, steps
 from halfbyte.data.batching import StepPlan
@@ -34,13 +33,14 @@ from halfbyte.engine.choose import choose_engine
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_policy import (
     HeapTrimmer,
+    MemoryPlan,
     keep_few_products,
     memory_limit,
     peak_memory,
     used_memory,
 )
 from halfbyte.engine.packing import Batch
-from halfbyte.errors import CheckpointError, ConfigError, OutOfMemoryError, OutputError
+from halfbyte.errors import OutOfMemoryError
 from halfbyte.layers.vocabulary import embedding_to_host
 from halfbyte.linear.lora import adapter_parameters, adapter_state, attach, load_adapter_state
 from halfbyte.runtime.device import is_out_of_memory
@@ -52,34 +52,13 @@ from halfbyte.train.evaluate import as_batch, evaluate_loss
 from halfbyte.train.loading import Loading, lora_of, recipe_facts, recipe_of
 from halfbyte.train.memory_check import FIRST_LOOK, Prediction
 from halfbyte.train.qera import begin_with_error, require_plain
+from halfbyte.train.resume import check_same_run, identity_of_run, resume_from
 from halfbyte.train.saving import CheckpointWriter
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.trainer import StepResult, Trainer
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
-
-# What may differ between a run and its continuation, because no result depends on it.
-_FREE_TO_CHANGE = {
-    "output",
-    "resume",
-    "save_steps",
-    "save_total_limit",
-    "logging_steps",
-    "eval_data",
-    "eval_steps",
-    "activations",
-    "memory_budget",
-    "samples",
-    "report_to",
-    "model",  # the base's fingerprint is compared instead
-    "data",  # the tokens' digest is compared instead
-    "revision",
-    "cache_quantized",
-    "paging",
-    "cuda_graphs",
-    "deterministic",
-}
 
 SAVES_PER_RUN = 10  # if save_steps is not given
 
@@ -166,177 +145,340 @@ def train(config: TrainConfig, report: "RunReport") -> TrainResult:
         device, dtype, why = choose_device_and_dtype(config.device, config.compute_dtype)
         limit = memory_limit(device, config.memory_budget)
         with deterministic(config.deterministic), limit:
-            return _train(config, output, report, device, dtype, why)
+            run = _Run(config, output, report, device, dtype)
+            run.load(why)
+            run.attach()
+            run.fit()
+            run.begin()
+            return run.run()
     except BaseException:
         if not existed and not any(output.iterdir()):
             output.rmdir()
         raise
 
 
-def _train(
-    config: TrainConfig,
-    output: Path,
-    report: "RunReport",
-    device: str,
-    dtype: torch.dtype,
-    why: str,
-) -> TrainResult:
-    resumed = _resume_from(config, output, report)
-    report.track(config.report_to)
+class _Run:
+    """A run: what it needs, made ready in turn, and what is done around its steps."""
 
-    source = open_base(config.model, revision=config.revision)
-    if config.init_lora_weights == "qera":
-        require_plain(source)
-    tokenizer = source.tokenizer()
-    recipe = recipe_of(config, dtype, device)
-    process = None
-    with Loading(source, recipe, tokenizer=tokenizer, cache=config.cache_quantized) as loading:
-        if device == "cuda":
-            loading.start()  # beside the data: what is wrong with these ends it
-        dataset = _read(config.data, tokenizer, config, report)
-        held_out = _read(config.eval_data, tokenizer, config, report) if config.eval_data else None
-        plan = _Steps(dataset.examples, config, tokenizer.pad_token_id or 0)
-        lengths = plan.lengths()
-        shapes = [[(len(batch), batch[0]) for batch in step] for step in lengths]
-        identity = _identity(config, source, dataset)
-        if resumed is not None:
-            _check_same_run(resumed, identity)
-        report.note(f"on {device}, products in {str(dtype).removeprefix('torch.')}: {why}")
-        if device == "cpu":
-            if dtype == torch.float32:
-                library, reason = float32_library()
-                report.note(f"float32 products by {library}: {reason}")
-            keep_freed_memory()
-            keep_few_products(shapes)
-            give_back()
-            process = used_memory(device)
-        base = loading.result(report)
-    report.record("loaded", {"seconds": loading.seconds} | metadata.memory_now(device))
-    recipe = base.model.halfbyte_recipe
-    lora = lora_of(config)
-    adapted = attach(base.model, lora, seed=config.seed)
-    parameters = adapter_parameters(base.model)
-    trained = sum(parameter.numel() for parameter in parameters.values())
-    whole = dict.fromkeys(name.split(".")[-2] for name in parameters if ".lora_" not in name)
-    report.note(
-        f"{trained / 1e6:.2f} M parameters trained, on {len(adapted)} linear layers"
-        + (f"; trained whole: {', '.join(whole)}" if whole else "")
-    )
-    if config.init_lora_weights == "qera" and resumed is None:
-        with report.task("what packing lost") as progress:
-            back = begin_with_error(base, source, progress=progress)
-        report.note(f"adapters begin with {back:.0%} of what packing lost")
-    moved = embedding_to_host(base.model)
-    if moved:
-        report.note(f"the embedding waits in host memory: {moved / 1e6:.0f} MB less on the GPU")
-    by_step = [[n for batch in step for n in batch] for step in lengths]
-    engine, told = choose_engine(
-        base.model,
-        device,
-        graphs=config.cuda_graphs,
-        lengths=by_step,
-        state_bits=config.state_bits,
-    )
-    report.note(told)
-    trainer = Trainer(engine, parameters, config, Schedule.of(config, plan.total))
-    if config.optim != "adamw":
-        report.note(trainer.optimizer.describe())
-    clock = metadata.StepClock(trainer.optimizer, engine, device)
-    start = 0
-    if resumed is not None:
-        load_adapter_state(base.model, resumed.adapter)
-        trainer.load_progress(resumed.progress)
-        start = resumed.step
-    memory = trainer.fit(shapes, by_step)
-    if config.activations == "offload" and device == "cpu":
-        report.note("activations: there is nowhere to offload to from a CPU; layers are recomputed")
-    report.note(memory.summary())
-    if device == "cpu" and isinstance(engine, LayerEngine):
-        engine.passes.between = HeapTrimmer(memory)
-    if resumed is not None:  # after planning, which counts its bytes
-        trainer.load_optimizer_state(resumed.optimizer)
-    prediction = Prediction(
-        source,
-        recipe,
-        parameters,
-        rank=config.lora_r,
-        optimizer=config.optim,
-        pages=trainer.optimizer.paging == "explicit",
-        fused=isinstance(engine, LayerEngine) and engine.fused > 0,
-        policy=memory.policy,
-        graphs=isinstance(engine, LayerEngine) and engine.captures,
-        embedding_on_host=moved > 0,
-        process=process,
-    )
+    source: BaseSource
+    tokenizer: PreTrainedTokenizerBase
+    dataset: Dataset
+    held_out: Dataset | None
+    plan: _Steps
+    identity: dict[str, Any]
+    base: LoadedBase
+    parameters: dict[str, nn.Parameter]
+    engine: LayerEngine | AutogradEngine
+    trainer: Trainer
+    memory: MemoryPlan
+    prediction: Prediction
 
-    facts_of_recipe = recipe_facts(recipe) | {"init_lora_weights": config.init_lora_weights}
+    def __init__(
+        self,
+        config: TrainConfig,
+        output: Path,
+        report: "RunReport",
+        device: str,
+        dtype: torch.dtype,
+    ) -> None:
+        self.config, self.output, self.report = config, output, report
+        self.device, self.dtype = device, dtype
+        self.lora = lora_of(config)
+        self.resumed: RunState | None = None
+        self.start = 0
+        self.embedding_on_host = False
+        self.process_bytes: int | None = None
+        self.loss, self.seconds, self.tokens = math.nan, 0.0, 0
+        self._batches: dict[int, list[MicroBatch]] = {}  # of steps that are not finished
+        self.writer = CheckpointWriter(report.saved, background=device == "cuda")
 
-    @cache
-    def card() -> dict[str, Any]:  # digests take 0.2 s, for which the first step need not wait
-        return {"base": identity_of(base), "recipe": facts_of_recipe}
+    # --- before the first step ------------------------------------------------------------------
 
-    with new_file(output / "config.yaml") as file:
-        file.write(to_yaml(config).encode())
-    report.begin(
-        total_steps=plan.total,
-        start_step=start,
-        facts={
-            "model": config.model,
-            "data": config.data,
-            "quant": recipe.quant,
-            "device": device,
-            "compute_dtype": str(dtype).removeprefix("torch."),
-            "base_bytes": base.audit.total_bytes,
-            "trained_parameters": trained,
-            "examples": len(dataset.examples),
-            "supervised_tokens": dataset.report.supervised_tokens,
-            "engine": told,
-            "versions": metadata.versions(),
-            "machine": metadata.machine(device),
-            "data_verdict": metadata.verdict(dataset),
-            "held_out_verdict": metadata.verdict(held_out) if held_out else None,
-        }
-        | metadata.options(config),
-    )
-    samples = metadata.Samples(held_out or dataset, config.samples)
+    def load(self, why: str) -> None:
+        """Read the data and the base; ``why`` says why its products have their dtype."""
+        config, report, device = self.config, self.report, self.device
+        self.resumed = resume_from(config, self.output, report)
+        report.track(config.report_to)
+        self.source = open_base(config.model, revision=config.revision)
+        if config.init_lora_weights == "qera":
+            require_plain(self.source)
+        self.tokenizer = self.source.tokenizer()
+        recipe = recipe_of(config, self.dtype, device)
+        cache, tokenizer = config.cache_quantized, self.tokenizer
+        with Loading(self.source, recipe, tokenizer=tokenizer, cache=cache) as loading:
+            if device == "cuda":
+                loading.start()  # beside the data: what is wrong with these ends it
+            self._read_data()
+            report.note(f"on {device}, products in {str(self.dtype).removeprefix('torch.')}: {why}")
+            if device == "cpu":
+                self._prepare_cpu()
+            self.base = loading.result(report)
+        report.record("loaded", {"seconds": loading.seconds} | metadata.memory_now(device))
 
-    def sample(step: int) -> None:
-        if samples:
-            # Within what is planned for training, or its forecast would be of no use.
-            limit = max(memory.predicted_bytes, memory.reserved_bytes)
+    def _read_data(self) -> None:
+        config = self.config
+        self.dataset = _read(config.data, self.tokenizer, config, self.report)
+        self.held_out = None
+        if config.eval_data:
+            self.held_out = _read(config.eval_data, self.tokenizer, config, self.report)
+        self.plan = _Steps(self.dataset.examples, config, self.tokenizer.pad_token_id or 0)
+        lengths = self.plan.lengths()
+        self.shapes = [[(len(batch), batch[0]) for batch in step] for step in lengths]
+        self.lengths = [[n for batch in step for n in batch] for step in lengths]
+        self.identity = identity_of_run(config, self.source, self.dataset)
+        if self.resumed is not None:
+            check_same_run(self.resumed, self.identity)
+
+    def _prepare_cpu(self) -> None:
+        if self.dtype == torch.float32:
+            library, reason = float32_library()
+            self.report.note(f"float32 products by {library}: {reason}")
+        keep_freed_memory()
+        keep_few_products(self.shapes)
+        give_back()
+        self.process_bytes = used_memory(self.device)
+
+    def attach(self) -> None:
+        """Attach the adapters, and choose the engine and the trainer."""
+        config, report, model = self.config, self.report, self.base.model
+        adapted = attach(model, self.lora, seed=config.seed)
+        self.parameters = adapter_parameters(model)
+        names = [name for name in self.parameters if ".lora_" not in name]
+        whole = dict.fromkeys(name.split(".")[-2] for name in names)
+        report.note(
+            f"{self.trained / 1e6:.2f} M parameters trained, on {len(adapted)} linear layers"
+            + (f"; trained whole: {', '.join(whole)}" if whole else "")
+        )
+        if config.init_lora_weights == "qera" and self.resumed is None:
+            with report.task("what packing lost") as progress:
+                back = begin_with_error(self.base, self.source, progress=progress)
+            report.note(f"adapters begin with {back:.0%} of what packing lost")
+        if moved := embedding_to_host(model):
+            self.embedding_on_host = True
+            report.note(f"the embedding waits in host memory: {moved / 1e6:.0f} MB less on the GPU")
+        self.engine, self.engine_summary = choose_engine(
+            model,
+            self.device,
+            graphs=config.cuda_graphs,
+            lengths=self.lengths,
+            state_bits=config.state_bits,
+        )
+        report.note(self.engine_summary)
+        schedule = Schedule.of(config, self.plan.total)
+        self.trainer = Trainer(self.engine, self.parameters, config, schedule)
+        if config.optim != "adamw":
+            report.note(self.trainer.optimizer.describe())
+        self.clock = metadata.StepClock(self.trainer.optimizer, self.engine, self.device)
+        if self.resumed is not None:
+            load_adapter_state(model, self.resumed.adapter)
+            self.trainer.load_progress(self.resumed.progress)
+            self.start = self.resumed.step
+
+    @property
+    def trained(self) -> int:
+        """How many parameters are trained."""
+        return sum(parameter.numel() for parameter in self.parameters.values())
+
+    def fit(self) -> None:
+        """Choose what is kept for backward, and predict memory and time."""
+        config, report, engine = self.config, self.report, self.engine
+        self.memory = self.trainer.fit(self.shapes, self.lengths)
+        if config.activations == "offload" and self.device == "cpu":
+            report.note(
+                "activations: there is nowhere to offload to from a CPU; layers are recomputed"
+            )
+        report.note(self.memory.summary())
+        if self.device == "cpu" and isinstance(engine, LayerEngine):
+            engine.passes.between = HeapTrimmer(self.memory)
+        if self.resumed is not None:  # after planning, which counts its bytes
+            self.trainer.load_optimizer_state(self.resumed.optimizer)
+        self.prediction = Prediction(
+            self.source,
+            self.base.model.halfbyte_recipe,
+            self.parameters,
+            rank=config.lora_r,
+            optimizer=config.optim,
+            pages=self.trainer.optimizer.paging == "explicit",
+            fused=isinstance(engine, LayerEngine) and engine.fused > 0,
+            policy=self.memory.policy,
+            graphs=isinstance(engine, LayerEngine) and engine.captures,
+            embedding_on_host=self.embedding_on_host,
+            process=self.process_bytes,
+        )
+
+    def begin(self) -> None:
+        """Write config.yaml and the journal's first line."""
+        config, recipe = self.config, self.base.model.halfbyte_recipe
+        with new_file(self.output / "config.yaml") as file:
+            file.write(to_yaml(config).encode())
+        self.report.begin(
+            total_steps=self.plan.total,
+            start_step=self.start,
+            facts={
+                "model": config.model,
+                "data": config.data,
+                "quant": recipe.quant,
+                "device": self.device,
+                "compute_dtype": str(self.dtype).removeprefix("torch."),
+                "base_bytes": self.base.audit.total_bytes,
+                "trained_parameters": self.trained,
+                "examples": len(self.dataset.examples),
+                "supervised_tokens": self.dataset.report.supervised_tokens,
+                "engine": self.engine_summary,
+                "versions": metadata.versions(),
+                "machine": metadata.machine(self.device),
+                "data_verdict": metadata.verdict(self.dataset),
+                "held_out_verdict": metadata.verdict(self.held_out) if self.held_out else None,
+            }
+            | metadata.options(config),
+        )
+        self.samples = metadata.Samples(self.held_out or self.dataset, config.samples)
+        self.save_every = config.save_steps or max(1, math.ceil(self.plan.total / SAVES_PER_RUN))
+
+    # --- steps ----------------------------------------------------------------------------------
+
+    def run(self) -> TrainResult:
+        """Make the steps, and write the adapter."""
+        trainer, report, total = self.trainer, self.report, self.plan.total
+        if self.start == 0:
+            self.sample(0)
+        self._capture()
+        self.report_engine()
+        with self.writer:
             try:
-                with report.task(f"answering a few prompts, step {step}"):
-                    answers = samples.answer(base.model, base.tokenizer, step, memory_limit=limit)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                report.note("no answers: there is too little GPU memory for them beside the run")
-            else:
-                report.record("samples", answers)
+                trainer.train(range(self.start, total), self.batches_of, self.finished)
+            except OutOfMemoryError:
+                self.report_engine()
+                if trainer.steps_made and not trainer.updating:
+                    self.save(self.start + trainer.steps_made)
+                raise
+            trainer.release()
+            self.evaluate(total)
+            state = adapter_state(self.base.model)
+            save_adapter(self.output, state, self.lora, tokenizer=self.tokenizer, **self.card)
+            report.saved(self.output)
+            self.sample(total)
+        if self.start < total:
+            self._compare_memory(total)
+        return self._finish()
 
-    writer = CheckpointWriter(report.saved, background=device == "cuda")
+    def _capture(self) -> None:
+        began, engine, report = time.perf_counter(), self.engine, self.report
+        if isinstance(engine, LayerEngine) and engine.captures and self.start < self.plan.total:
+            with report.task("capturing CUDA graphs") as progress:
+                self.trainer.capture(progress)
+            seconds = time.perf_counter() - began
+            report.record("captured", {"seconds": seconds, "graphs": engine.graphs})
 
-    def save(step: int) -> None:
-        write = partial(
-            save_run,
-            output,
-            step,
-            adapter={name: t.to("cpu") for name, t in adapter_state(base.model).items()},
-            optimizer=trainer.optimizer_state(),
-            progress=identity | trainer.progress(),
-            keep=config.save_total_limit,
-            card=partial(write_card, names=parameters, config=lora, **card()),
+    def _finish(self) -> TrainResult:
+        outcome = TrainResult(
+            adapter_dir=self.output,
+            steps=self.plan.total,
+            final_loss=self.loss,
+            peak_memory_bytes=peak_memory(self.device),
+            seconds=self.seconds,
+            tokens_per_second=self.tokens / self.seconds if self.seconds else 0.0,
         )
-        writer.write(write)
+        self.report.finish(
+            {
+                "steps": outcome.steps,
+                "seconds": outcome.seconds,
+                "final_loss": None if math.isnan(self.loss) else self.loss,
+                "tokens_per_second": outcome.tokens_per_second,
+            }
+            | metadata.memory_now(self.device)
+        )
+        return outcome
 
-    def measure(step: int) -> None:
-        if held_out is None:
+    def batches_of(self, step: int) -> list[Batch]:
+        """Return the micro-batches of a step (0-based)."""
+        self._batches[step] = self.plan[step]
+        return [as_batch(batch) for batch in self._batches[step]]
+
+    def finished(self, step: int, result: StepResult) -> None:
+        """Log a finished step (0-based); evaluate and save if it is time."""
+        batches, done, config = self._batches.pop(step), step + 1, self.config
+        times = self.clock.seconds()
+        self.loss, self.seconds = result.loss, self.seconds + result.seconds
+        self.tokens += sum(batch.tokens for batch in batches)
+        self.prediction.see(
+            (batch.input_ids.shape for batch in batches),
+            result.seconds,
+            **_sizes(self.engine, batches),
+        )
+        self.report_engine()
+        self.writer.look()
+        last = done == self.plan.total
+        if done == self.start + FIRST_LOOK and not last:
+            self._compare_memory(done)
+        if done % config.logging_steps == 0 or last:
+            self.report.step(self._record(done, result, batches, times))
+        if config.eval_steps and done % config.eval_steps == 0 and not last:
+            self.evaluate(done)
+        if done % self.save_every == 0 or last:
+            self.save(done)
+
+    def _record(
+        self, done: int, result: StepResult, batches: list[MicroBatch], times: dict[str, float]
+    ) -> dict[str, Any]:
+        """Return what the journal says of a step."""
+        tokens = sum(batch.tokens for batch in batches)
+        return {
+            "step": done,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": result.learning_rate,
+            "epoch": done / self.plan.per_epoch,
+            "tokens": tokens,
+            "supervised_tokens": sum(batch.supervised_tokens for batch in batches),
+            "tokens_per_second": tokens / result.seconds,
+            "peak_memory_bytes": peak_memory(self.device),
+            "seconds": result.seconds,
+            "data_seconds": result.data_seconds,
+            **{f"{part}_seconds": spent for part, spent in times.items()},
+            **(result.paging._asdict() if result.paging else {}),
+            **({"skipped": True} if result.skipped else {}),
+        }
+
+    def report_engine(self) -> None:
+        """Log what the engine has to say, and what was done where memory ran out."""
+        for record in self.trainer.fallbacks:
+            self.report.record("fallback", record)
+        if self.trainer.fallbacks:
+            self.prediction.use(self.trainer.policy, graphs=self.engine.captures)
+        self.trainer.fallbacks.clear()
+        for line in self.engine.messages:
+            self.report.note(line)
+        self.engine.messages.clear()
+
+    def _compare_memory(self, done: int) -> None:
+        peak, reserved = peak_memory(self.device), metadata.reserved(self.device)
+        self.prediction.tell(self.report, peak, done, reserved=reserved)
+
+    def sample(self, step: int) -> None:
+        """Answer a few prompts."""
+        if not self.samples:
             return
-        began = time.perf_counter()
-        loss, tokens = evaluate_loss(
-            engine, held_out.examples, batch_size=max(4, config.batch_size)
-        )
-        report.evaluation(
+        model, tokenizer = self.base.model, self.base.tokenizer
+        # Within what is planned for training, or its forecast would be of no use.
+        limit = max(self.memory.predicted_bytes, self.memory.reserved_bytes)
+        try:
+            with self.report.task(f"answering a few prompts, step {step}"):
+                answers = self.samples.answer(model, tokenizer, step, memory_limit=limit)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self.report.note("no answers: there is too little GPU memory for them beside the run")
+        else:
+            self.report.record("samples", answers)
+
+    def evaluate(self, step: int) -> None:
+        """Measure the loss on held-out data, if there is any."""
+        if self.held_out is None:
+            return
+        began, size = time.perf_counter(), max(4, self.config.batch_size)
+        loss, tokens = evaluate_loss(self.engine, self.held_out.examples, batch_size=size)
+        self.report.evaluation(
             {
                 "step": step,
                 "loss": loss,
@@ -346,103 +488,27 @@ def _train(
             }
         )
 
-    save_every = config.save_steps or max(1, math.ceil(plan.total / SAVES_PER_RUN))
-    loss, seconds, tokens_done = math.nan, 0.0, 0
-    held: dict[int, list[MicroBatch]] = {}
+    @cached_property
+    def card(self) -> dict[str, Any]:
+        """The base's digests and the recipe; they take 0.2 s, and the first step need not wait."""
+        facts = recipe_facts(self.base.model.halfbyte_recipe)
+        facts |= {"init_lora_weights": self.config.init_lora_weights}
+        return {"base": identity_of(self.base), "recipe": facts}
 
-    def batches_of(step: int) -> list[Batch]:
-        held[step] = plan[step]
-        return [as_batch(batch) for batch in held[step]]
-
-    def told_by_engine() -> None:
-        for record in trainer.fallbacks:
-            report.record("fallback", record)
-        if trainer.fallbacks:
-            prediction.use(trainer.policy, graphs=engine.captures)
-        trainer.fallbacks.clear()
-        for line in engine.messages:
-            report.note(line)
-        engine.messages.clear()
-
-    def made(step: int, result: StepResult) -> None:
-        nonlocal loss, seconds, tokens_done
-        batches, done = held.pop(step), step + 1
-        tokens = sum(batch.tokens for batch in batches)
-        times = clock.seconds()
-        loss, seconds = result.loss, seconds + result.seconds
-        tokens_done += tokens
-        prediction.see(
-            (batch.input_ids.shape for batch in batches), result.seconds, **_sizes(engine, batches)
+    def save(self, step: int) -> None:
+        """Write a checkpoint, on a GPU beside the next steps."""
+        state = adapter_state(self.base.model)
+        write = partial(
+            save_run,
+            self.output,
+            step,
+            adapter={name: tensor.to("cpu") for name, tensor in state.items()},
+            optimizer=self.trainer.optimizer_state(),
+            progress=self.identity | self.trainer.progress(),
+            keep=self.config.save_total_limit,
+            card=partial(write_card, names=self.parameters, config=self.lora, **self.card),
         )
-        told_by_engine()
-        writer.look()
-        if done == start + FIRST_LOOK < plan.total:
-            prediction.tell(report, peak_memory(device), done, reserved=metadata.reserved(device))
-        if done % config.logging_steps == 0 or done == plan.total:
-            report.step(
-                {
-                    "step": done,
-                    "loss": result.loss,
-                    "grad_norm": result.grad_norm,
-                    "learning_rate": result.learning_rate,
-                    "epoch": done / plan.per_epoch,
-                    "tokens": tokens,
-                    "supervised_tokens": sum(batch.supervised_tokens for batch in batches),
-                    "tokens_per_second": tokens / result.seconds,
-                    "peak_memory_bytes": peak_memory(device),
-                    "seconds": result.seconds,
-                    "data_seconds": result.data_seconds,
-                    **{f"{part}_seconds": spent for part, spent in times.items()},
-                    **(result.paging._asdict() if result.paging else {}),
-                    **({"skipped": True} if result.skipped else {}),
-                }
-            )
-        if config.eval_steps and done % config.eval_steps == 0 and done < plan.total:
-            measure(done)
-        if done % save_every == 0 or done == plan.total:
-            save(done)
-
-    if start == 0:
-        sample(0)
-    began = time.perf_counter()
-    if isinstance(engine, LayerEngine) and engine.captures and start < plan.total:
-        with report.task("capturing CUDA graphs") as progress:
-            trainer.capture(progress)
-        report.record("captured", {"seconds": time.perf_counter() - began, "graphs": engine.graphs})
-    told_by_engine()
-    with writer:
-        try:
-            trainer.train(range(start, plan.total), batches_of, made)
-        except OutOfMemoryError:
-            told_by_engine()
-            if trainer.steps_made and not trainer.updating:
-                save(start + trainer.steps_made)
-            raise
-        trainer.release()
-        measure(plan.total)
-        save_adapter(output, adapter_state(base.model), lora, tokenizer=tokenizer, **card())
-        report.saved(output)
-        sample(plan.total)
-    if start < plan.total:
-        prediction.tell(report, peak_memory(device), plan.total, reserved=metadata.reserved(device))
-    outcome = TrainResult(
-        adapter_dir=output,
-        steps=plan.total,
-        final_loss=loss,
-        peak_memory_bytes=peak_memory(device),
-        seconds=seconds,
-        tokens_per_second=tokens_done / seconds if seconds else 0.0,
-    )
-    report.finish(
-        {
-            "steps": outcome.steps,
-            "seconds": outcome.seconds,
-            "final_loss": None if math.isnan(loss) else loss,
-            "tokens_per_second": outcome.tokens_per_second,
-        }
-        | metadata.memory_now(device)
-    )
-    return outcome
+        self.writer.write(write)
 
 
 def _sizes(engine: LayerEngine | AutogradEngine, batches: Sequence[MicroBatch]) -> dict[str, Any]:
@@ -451,22 +517,6 @@ def _sizes(engine: LayerEngine | AutogradEngine, batches: Sequence[MicroBatch]) 
         return {"lengths": [n for b in batches for n in [b.input_ids.shape[1]] * len(b.lengths)]}
     lengths = [int(n) for batch in batches for n in batch.lengths]
     return {"lengths": lengths, "parts": engine.part_sizes(lengths)}
-
-
-def _resume_from(config: TrainConfig, output: Path, report: "RunReport") -> RunState | None:
-    newest = latest_run(output)
-    if config.resume:
-        if newest is None:
-            report.note(f"no checkpoint in {output}: starting from the beginning")
-            return None
-        report.note(f"going on from {newest}")
-        return load_run(newest)
-    if newest is not None or (output / CONFIG_NAME).exists():
-        raise OutputError(
-            f"{output} holds a run already. Give --resume to go on with it, another --output, "
-            "or remove it"
-        )
-    return None
 
 
 def _read(
@@ -483,50 +533,3 @@ def _read(
     for line in dataset.report.lines():
         report.note(line)
     return dataset
-
-
-def _identity(config: TrainConfig, source: BaseSource, dataset: Dataset) -> dict[str, Any]:
-    """Return what makes two runs the same run: options, base and tokens."""
-    digest = hashlib.sha256()
-    for example in dataset.examples:
-        digest.update(np.asarray(example.tokens).tobytes())
-        digest.update(np.asarray(example.labels_mask).tobytes())
-        digest.update(b"|")
-    return {"base": source.fingerprint, "data": digest.hexdigest(), "options": _options(config)}
-
-
-def _options(config: TrainConfig) -> dict[str, Any]:
-    """Return the options that a run's result depends on."""
-    options = config.model_dump(mode="json", exclude=_FREE_TO_CHANGE)
-    # Where the moments live changes nothing; how wide they are does.
-    options["optim"] = config.optim.removeprefix("paged_").removesuffix("_32bit")
-    return options
-
-
-def _check_same_run(resumed: RunState, identity: dict[str, Any]) -> None:
-    """Refuse to go on with another base, other data or other options.
-
-    Raises:
-        CheckpointError: The base or the data has changed.
-        ConfigError: An option has changed on which the result depends; all are named.
-    """
-    for what in ("base", "data"):
-        if resumed.progress.get(what) != identity[what]:
-            raise CheckpointError(
-                f"the {what} is not what the interrupted run was training "
-                f"{'on' if what == 'base' else 'with'}; give the same, or start anew in another "
-                "--output"
-            )
-    # An option that is younger than the run was as it is by default.
-    defaults = _options(TrainConfig.model_validate({"model": "-", "data": "-", "output": "-"}))
-    before, now = defaults | resumed.progress.get("options", {}), identity["options"]
-    changed = [
-        f"{name} was {before.get(name)!r}, is {value!r}"
-        for name, value in now.items()
-        if before.get(name) != value
-    ]
-    if changed:
-        raise ConfigError(
-            "a resumed run must keep the options it began with, or it is another run:\n  "
-            + "\n  ".join(changed)
-        )
