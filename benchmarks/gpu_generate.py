@@ -100,7 +100,7 @@ def halfbyte(config: Any, device: str, *, lora: bool) -> tuple[Answer, Row]:
     from transformers import AutoModelForCausalLM
 
     from halfbyte.linear.lora import LoRAConfig, attach
-    from halfbyte.models.build import BaseRecipe, build, finish, place
+    from halfbyte.models.build import BaseRecipe, build, finalize, load_tensor
     from halfbyte.models.decoding import why_not
     from halfbyte.models.generate import generate
 
@@ -108,8 +108,8 @@ def halfbyte(config: Any, device: str, *, lora: bool) -> tuple[Answer, Row]:
     with torch.device("meta"):
         names = AutoModelForCausalLM.from_config(config).state_dict()
     for name, tensor in names.items():
-        place(model, name, random_tensor(tuple(tensor.shape), device))
-    finish(model)
+        load_tensor(model, name, random_tensor(tuple(tensor.shape), device))
+    finalize(model)
     if lora:
         attach(model, LoRAConfig(r=RANK, alpha=RANK), seed=0)
     if (why := why_not(model)) is not None:

@@ -66,7 +66,7 @@ def ours(config: Any, quant: str, args: argparse.Namespace) -> Callable[..., Cal
     from halfbyte.engine.packing import Batch
     from halfbyte.layers.vocabulary import embedding_to_host
     from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach
-    from halfbyte.models.build import BaseRecipe, build, finish, place
+    from halfbyte.models.build import BaseRecipe, build, finalize, load_tensor
     from halfbyte.train.schedule import Schedule
     from halfbyte.train.trainer import Trainer
 
@@ -77,8 +77,8 @@ def ours(config: Any, quant: str, args: argparse.Namespace) -> Callable[..., Cal
 
         names = AutoModelForCausalLM.from_config(config).state_dict()
     for name, tensor in names.items():
-        place(model, name, random_tensor(tuple(tensor.shape)))
-    finish(model)
+        load_tensor(model, name, random_tensor(tuple(tensor.shape)))
+    finalize(model)
     attach(model, LoRAConfig(r=RANK, alpha=RANK), seed=0)
     embedding_to_host(model)
     options: Row = {"model": "m", "data": "d", "output": "o", "learning_rate": 1e-4}

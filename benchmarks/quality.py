@@ -147,8 +147,10 @@ def bare(arm: str, work: Path, device: str) -> Row:
         weight = linear.decode(torch.float32)
         error += float((packed[path].decode(torch.float32) - weight).double().square().sum())
         total += float(weight.double().square().sum())
-    bytes_held = held.audit.quantized_bytes if held.audit.quantized_parameters else None
-    bits = 8 * bytes_held / held.audit.quantized_parameters if bytes_held else None
+    bytes_held = (
+        held.memory_report.quantized_bytes if held.memory_report.quantized_parameters else None
+    )
+    bits = 8 * bytes_held / held.memory_report.quantized_parameters if bytes_held else None
     del plain, held, packed
     model, tokenizer, _ = open_model(str(work / f"base-{arm}"), device=device, **_quant(arm))
     read = evaluate(

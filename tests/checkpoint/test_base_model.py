@@ -141,7 +141,7 @@ def test_every_linear_is_packed_as_it_is_read(model_dir: Path) -> None:
     total = sum(tensor.nbytes for tensor in held.values())
     assert seen[-1] == (total, total)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    assert loaded.audit.quantized_parameters == sum(
+    assert loaded.memory_report.quantized_parameters == sum(
         linear.in_features * linear.out_features for linear in frozen_linears(loaded.model).values()
     )
     assert loaded.name == str(model_dir)
@@ -423,7 +423,7 @@ for directory in sys.argv[1:]:
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak, starts anew
     loaded = load_base(directory, BaseRecipe())
-    print(memory("VmHWM") - before, loaded.audit.total_bytes)
+    print(memory("VmHWM") - before, loaded.memory_report.total_bytes)
     del loaded
 """
 

@@ -38,7 +38,11 @@ def assert_same(one: LoadedBase, other: LoadedBase) -> None:
     for name, tensor in one.model.state_dict().items():
         assert tensor.dtype == theirs[name].dtype, name
         assert tensor.equal(theirs[name]), name
-    assert (one.name, one.fingerprint, one.audit) == (other.name, other.fingerprint, other.audit)
+    assert (one.name, one.fingerprint, one.memory_report) == (
+        other.name,
+        other.fingerprint,
+        other.memory_report,
+    )
 
 
 @pytest.mark.parametrize("packed_head", [False, True])
@@ -155,7 +159,7 @@ def test_a_cache_that_cannot_be_written_stops_nothing(
     with caplog.at_level(logging.WARNING, logger="halfbyte"):
         base = load_base(model_dir, BaseRecipe(), cache=True)
     assert "no packed copy of" in caplog.text
-    assert base.audit.quantized_parameters > 0
+    assert base.memory_report.quantized_parameters > 0
 
 
 def test_codes_of_another_kind_of_device_are_another_copy(

@@ -44,7 +44,7 @@ def test_a_directory_is_planned_to_the_byte(
         "QLoRA": BaseRecipe(),
         "QLoRA + 4-bit head": BaseRecipe(quantize_head=True),
     }.items():
-        assert ways[name]["base_bytes"] == load_base(model, recipe).audit.total_bytes
+        assert ways[name]["base_bytes"] == load_base(model, recipe).memory_report.total_bytes
         lines = [line for line in ways[name]["ledger"] if line["group"] == "base"]
         assert sum(line["nbytes"] for line in lines) == ways[name]["base_bytes"]
     assert answer["advice"].startswith("Take 32-bit LoRA")

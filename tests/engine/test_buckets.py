@@ -69,9 +69,9 @@ def test_a_part_has_the_smallest_shape_that_it_fits_into(steps, width, part_toke
             shape = planned.fit(lengths)
             assert shape.numel == next(size for size in sizes if size >= sum(lengths))
             if shape.documents:
-                filled = fillers(shape.tokens - sum(lengths), shape.longest)
+                filled = fillers(shape.tokens - sum(lengths), shape.max_seqlen)
                 assert len(lengths) + len(filled) <= shape.documents
-                assert max(lengths) <= shape.longest
+                assert max(lengths) <= shape.max_seqlen
 
 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=40), st.integers(1, 10_000))
@@ -208,9 +208,9 @@ def test_a_shape_by_itself_holds_what_it_is_for(lengths):
     shape = own_shape(lengths)
     assert shape.numel >= sum(lengths)
     assert shape.numel < 1.125 * sum(lengths) + ROUND
-    assert max(lengths) <= shape.longest
+    assert max(lengths) <= shape.max_seqlen
     if shape.documents:
-        filled = fillers(shape.tokens - sum(lengths), shape.longest)
+        filled = fillers(shape.tokens - sum(lengths), shape.max_seqlen)
         assert len(lengths) + len(filled) <= shape.documents
 
 
@@ -235,7 +235,7 @@ def test_it_gets_a_shape_of_its_own_only_where_it_fits_into_none():
     planned = Buckets.of([[1000, 50], [300, 20], [100, 90, 80, 70]], 10**9)
     sizes = [shape.tokens for shape in planned.shapes]
     assert sizes == [1152, 384]
-    documents, longest = planned.largest.documents, planned.largest.longest
+    documents, longest = planned.largest.documents, planned.largest.max_seqlen
     assert (documents, longest) == (8, 2048)
     assert planned.fit([10]).tokens == 384
     assert planned.fit([385]).tokens == 1152
@@ -261,4 +261,4 @@ def test_a_part_can_be_made_of_its_shape_alone(steps, width, supervised):
         assert not part.ids.any()
         assert part.rows.tolist() == list(range(min(supervised, shape.numel)))
         assert part.targets.shape == part.rows.shape
-        assert all(len(ids) <= shape.longest for ids, *_ in documents_of(part))
+        assert all(len(ids) <= shape.max_seqlen for ids, *_ in documents_of(part))

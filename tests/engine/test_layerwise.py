@@ -21,7 +21,7 @@ from halfbyte.engine.choose import choose_engine
 from halfbyte.engine.layerwise import EngineError, LayerEngine
 from halfbyte.engine.packing import Batch
 from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach, delta, dropout_clock
-from halfbyte.models.build import BaseRecipe, build, finish, place
+from halfbyte.models.build import BaseRecipe, build, finalize, load_tensor
 from halfbyte.plan.policy import ActivationPolicy
 
 SIZES = {
@@ -64,8 +64,8 @@ def model_of(
     for name, tensor in source.state_dict().items():
         if not (tied and name == "lm_head.weight"):
             # Larger than a fresh model's, so that every path matters to the loss.
-            place(model, name, tensor * 4 if tensor.dim() == 2 else tensor)
-    finish(model)
+            load_tensor(model, name, tensor * 4 if tensor.dim() == 2 else tensor)
+    finalize(model)
     lora = LoRAConfig(
         r=r, alpha=8, dropout=dropout, use_dora=use_dora, modules_to_save=modules_to_save
     )

@@ -33,12 +33,12 @@ def documents_of(part):
         width = part.ids.shape[1]
         rows = zip(part.ids, labels.view_as(part.ids), strict=True)
         return [(i.tolist(), list(range(width)), k.tolist()) for i, k in rows]
-    starts = part.documents.starts.tolist()
-    assert starts[0] == 0
-    assert starts[-1] == part.ids.shape[1]
+    cu_seqlens = part.documents.cu_seqlens.tolist()
+    assert cu_seqlens[0] == 0
+    assert cu_seqlens[-1] == part.ids.shape[1]
     return [
         (part.ids[0, a:b].tolist(), part.positions[0, a:b].tolist(), labels[a:b].tolist())
-        for a, b in pairwise(starts)
+        for a, b in pairwise(cu_seqlens)
     ]
 
 
@@ -58,7 +58,7 @@ def test_every_document_is_in_one_part_as_it_was(lengths):
     assert all(set(d[2]) == {-100} and d[1] == list(range(len(d[1]))) for d in filler)
     for part in made:
         assert part.ids.shape[1] % 64 == 0
-        assert all(len(document[0]) <= part.longest for document in documents_of(part))
+        assert all(len(document[0]) <= part.max_seqlen for document in documents_of(part))
 
 
 def test_parts_are_no_longer_than_they_help(monkeypatch):

@@ -18,7 +18,7 @@ from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.packing import Batch
 from halfbyte.layers.attention import attend
 from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach
-from halfbyte.models.build import BaseRecipe, build, finish, place
+from halfbyte.models.build import BaseRecipe, build, finalize, load_tensor
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.quant.format import gpu_kernels
 from halfbyte.runtime import device as devices
@@ -62,8 +62,8 @@ def made(config, dtype, rank=16, seed=0):
     for name, tensor in source.state_dict().items():
         if not (config.tie_word_embeddings and name == "lm_head.weight"):
             # Larger than a fresh model's, so that every path matters to the loss.
-            place(found, name, tensor * 2 if tensor.dim() == 2 else tensor)
-    finish(found)
+            load_tensor(found, name, tensor * 2 if tensor.dim() == 2 else tensor)
+    finalize(found)
     attach(found, LoRAConfig(r=rank, alpha=16), seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from halfbyte.layers.vocabulary import embedding_to_host
 from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach
 from halfbyte.models import continuous_batching, decoding
-from halfbyte.models.build import BaseRecipe, build, finish, place
+from halfbyte.models.build import BaseRecipe, build, finalize, load_tensor
 from halfbyte.models.continuous_batching import Batcher
 from halfbyte.models.decoding import Decoder, why_not
 from halfbyte.models.generate import chooser
@@ -63,8 +63,10 @@ def random_model(config, *, dtype=torch.bfloat16, quant="nf4", **lora):
         shapes = AutoModelForCausalLM.from_config(config)
     for name, parameter in shapes.named_parameters():
         drawn = torch.randn(parameter.shape, device="cuda", generator=generator)
-        place(model, name, drawn * parameter.shape[-1] ** -0.5 if drawn.dim() == 2 else drawn + 1)
-    finish(model)
+        load_tensor(
+            model, name, drawn * parameter.shape[-1] ** -0.5 if drawn.dim() == 2 else drawn + 1
+        )
+    finalize(model)
     attach(model, LoRAConfig(r=16, alpha=16, **lora), seed=0)
     with torch.no_grad():
         for name, parameter in adapter_parameters(model).items():

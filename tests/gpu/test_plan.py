@@ -14,7 +14,7 @@ from halfbyte.engine.buckets import Buckets
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.packing import Batch
 from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach, frozen_linears
-from halfbyte.models.build import BaseRecipe, build, finish, place
+from halfbyte.models.build import BaseRecipe, build, finalize, load_tensor
 from halfbyte.optim import AdamW
 from halfbyte.plan.ledger import Holding, Run, ledger
 from halfbyte.plan.model_shape import shape_of_config
@@ -63,9 +63,9 @@ class Trained:
         for name, tensor in names.items():
             shape = tuple(tensor.shape)
             value = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, device="cuda")
-            place(model, name, value.cuda().mul_(0.02))
+            load_tensor(model, name, value.cuda().mul_(0.02))
             del value
-        finish(model)
+        finalize(model)
         self.base = swept() - self.before
         attach(model, LoRAConfig(r=16, alpha=16), seed=0)
         self.model = model

@@ -15,7 +15,7 @@ from halfbyte.layers import cross_entropy
 from halfbyte.layers.cross_entropy import head_loss
 from halfbyte.layers.vocabulary import FrozenEmbedding, FrozenHead, decode_rows, pieces
 from halfbyte.linear.lora import LoRAConfig, attach
-from halfbyte.models.build import BaseRecipe, build, finish, frozen_linears, place
+from halfbyte.models.build import BaseRecipe, build, finalize, frozen_linears, load_tensor
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.quant import BLOCK_SIZES, dequantize, quantize
 from tests.checkpoint.families import SIZES
@@ -98,8 +98,8 @@ def filled(source, **recipe):
     model = build(source.config, BaseRecipe(**recipe))
     for name, tensor in source.state_dict().items():
         if name != "lm_head.weight" or not source.config.tie_word_embeddings:
-            place(model, name, tensor)
-    return model, finish(model)
+            load_tensor(model, name, tensor)
+    return model, finalize(model)
 
 
 def ids(rows=2, length=21):

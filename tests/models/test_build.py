@@ -9,9 +9,9 @@ from halfbyte.models.build import (
     BaseRecipe,
     MemoryReport,
     build,
-    finish,
+    finalize,
     frozen_linears,
-    place,
+    load_tensor,
     place_quantized,
 )
 from halfbyte.quant import quantize
@@ -29,7 +29,7 @@ def filled(source, recipe, skip=()):
         if name not in skip and not (
             name == "lm_head.weight" and source.config.tie_word_embeddings
         ):
-            place(model, name, tensor)
+            load_tensor(model, name, tensor)
     return model
 
 
@@ -43,7 +43,7 @@ def test_build_takes_no_memory(source):
 
 def test_a_plain_base_computes_what_transformers_computes(source):
     model = filled(source, BaseRecipe(quant="none"))
-    finish(model)
+    finalize(model)
     ids = torch.randint(0, 400, (2, 33), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model(ids).logits, source(ids).logits, rtol=1e-4, atol=1e-5)
 
@@ -53,7 +53,7 @@ def test_a_plain_base_computes_what_transformers_computes(source):
 def test_a_packed_base_computes_with_the_decoded_weights(source, quant, double_quant):
     recipe = BaseRecipe(quant=quant, double_quant=double_quant, block_size=128)
     model = filled(source, recipe)
-    audit = finish(model)
+    audit = finalize(model)
     reference = tiny_llama(tiny_tokenizer(), hidden=64)
     for name, linear in frozen_linears(model).items():
         assert linear.quantized.quant_type == quant
@@ -71,10 +71,10 @@ def test_the_audit_lists_what_is_large_and_not_packed(source):
     model = build(config, BaseRecipe())
     for name, parameter in model.named_parameters():
         if not name.startswith("lm_head"):
-            place(model, name, torch.ones(parameter.shape))
+            load_tensor(model, name, torch.ones(parameter.shape))
     for name, linear in frozen_linears(model).items():
-        place(model, f"{name}.weight", torch.ones(linear.out_features, linear.in_features))
-    audit = finish(model)
+        load_tensor(model, f"{name}.weight", torch.ones(linear.out_features, linear.in_features))
+    audit = finalize(model)
     assert audit.kept == (("model.embed_tokens.weight", "float32", 8000 * 64 * 4),)
     norms = 5 * 64 * 4
     assert audit.total_bytes == audit.quantized_bytes + 8000 * 64 * 4 + norms
@@ -83,21 +83,21 @@ def test_the_audit_lists_what_is_large_and_not_packed(source):
 
 def test_tied_embeddings_stay_tied(source):
     model = filled(source, BaseRecipe())
-    finish(model)
+    finalize(model)
     assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
 def test_untied_embeddings_stay_apart():
     source = tiny_llama(tiny_tokenizer(), tied=False)
     model = filled(source, BaseRecipe())
-    finish(model)
+    finalize(model)
     assert torch.equal(model.lm_head.weight, source.lm_head.weight)
     assert model.lm_head.weight is not model.get_input_embeddings().weight
 
 
 def test_compute_dtype_holds_for_what_is_not_packed(source):
     model = filled(source, BaseRecipe(compute_dtype=torch.bfloat16))
-    finish(model)
+    finalize(model)
     assert model.get_input_embeddings().weight.dtype == torch.bfloat16
     assert model.model.norm.weight.dtype == torch.bfloat16
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
@@ -108,7 +108,7 @@ def test_compute_dtype_holds_for_what_is_not_packed(source):
 
 def test_rotary_frequencies_are_computed(source):
     model = filled(source, BaseRecipe())
-    finish(model)
+    finalize(model)
     assert torch.equal(model.model.rotary_emb.inv_freq, source.model.rotary_emb.inv_freq)
 
 
@@ -132,8 +132,8 @@ def test_longrope_buffers_are_computed():
     )
     model = build(config, BaseRecipe(quant="none"))
     for name, parameter in list(model.named_parameters()):
-        place(model, name, torch.ones(parameter.shape))
-    finish(model)
+        load_tensor(model, name, torch.ones(parameter.shape))
+    finalize(model)
     assert torch.isfinite(model.model.rotary_emb.inv_freq).all()
 
 
@@ -144,7 +144,7 @@ def test_what_never_came_is_named(source):
     with pytest.raises(
         CheckpointError, match=r"lacks .*layers\.1\.mlp\.up_proj.*model\.norm\.weight"
     ):
-        finish(model)
+        finalize(model)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_what_never_came_is_named(source):
 def test_what_does_not_fit_is_refused(source, name, shape, message):
     model = build(source.config, BaseRecipe())
     with pytest.raises(CheckpointError, match=message):
-        place(model, name, torch.zeros(shape))
+        load_tensor(model, name, torch.zeros(shape))
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.self_attn.q_proj.weight"])
@@ -169,7 +169,7 @@ def test_damaged_weights_are_named(source, name, value):
     tensor = source.state_dict()[name].clone()
     tensor.view(-1)[3] = value
     with pytest.raises(WeightError, match=name.replace(".", r"\.")):
-        place(model, name, tensor)
+        load_tensor(model, name, tensor)
 
 
 def test_packed_bytes_are_taken_as_they_are(source):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from halfbyte.models import generate as halfbyte_generate
-from halfbyte.models.build import BaseRecipe, build, finish, place
+from halfbyte.models.build import BaseRecipe, build, finalize, load_tensor
 from halfbyte.models.decoding import Decoder
 from halfbyte.models.generate import end_tokens, generate
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -35,8 +35,8 @@ def model(source):
     model = build(source.config, BaseRecipe(quant="none"))
     for name, tensor in source.state_dict().items():
         if name != "lm_head.weight":
-            place(model, name, tensor)
-    finish(model)
+            load_tensor(model, name, tensor)
+    finalize(model)
     return model
 
 

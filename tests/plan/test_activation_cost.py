@@ -14,7 +14,7 @@ from halfbyte.engine.buckets import divide
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.packing import Batch
 from halfbyte.linear.lora import LoRAConfig, attach
-from halfbyte.models.build import BaseRecipe, build, finish, place
+from halfbyte.models.build import BaseRecipe, build, finalize, load_tensor
 from halfbyte.plan import activation_cost
 from halfbyte.plan.activation_cost import Gpu
 from halfbyte.plan.ledger import (
@@ -62,8 +62,8 @@ def test_a_layer_keeps_what_the_terms_say(
     recipe = BaseRecipe(compute_dtype=dtype)
     model = build(reference.config, recipe)
     for name, tensor in reference.named_parameters():
-        place(model, name, tensor.detach())
-    finish(model)
+        load_tensor(model, name, tensor.detach())
+    finalize(model)
     attach(model, LoRAConfig(r=16), seed=0)
     engine = LayerEngine(model, fuse=fuse)
     ids = torch.zeros(BATCH, LENGTH, dtype=torch.int64)

@@ -15,7 +15,7 @@ from halfbyte.checkpoint.base_model import load_base, open_base
 from halfbyte.checkpoint.bitsandbytes import write_quantized
 from halfbyte.errors import ConfigError
 from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach
-from halfbyte.models.build import BaseRecipe, build, finish, place
+from halfbyte.models.build import BaseRecipe, build, finalize, load_tensor
 from halfbyte.optim.buckets import pieces_of
 from halfbyte.plan.ledger import (
     OVERHEAD,
@@ -73,8 +73,8 @@ def test_the_base_has_these_bytes_once_it_is_built(
         return
     model = build(reference.config, recipe)
     for name, tensor in reference.named_parameters():
-        place(model, name, tensor.detach())
-    audit = finish(model)
+        load_tensor(model, name, tensor.detach())
+    audit = finalize(model)
     assert base_bytes(shape_of(reference, family), recipe) == audit.total_bytes
     assert base_bytes(shape_of_config(reference.config, family), recipe) == audit.total_bytes
 
@@ -86,7 +86,7 @@ def test_a_model_of_files_has_these_bytes_once_it_is_loaded(
     source = open_base(write_tiny_model(tmp_path / "model", tied=False))
     files = {p.name: (p.nbytes, p.packed) for p in source.parameters}
     shape = shape_of(source.skeleton, "tiny", files=files)
-    assert base_bytes(shape, recipe) == load_base(source, recipe).audit.total_bytes
+    assert base_bytes(shape, recipe) == load_base(source, recipe).memory_report.total_bytes
     assert sum(weight.comes or 0 for weight in shape.weights) == source.total_bytes
 
 
@@ -100,7 +100,7 @@ def test_a_packed_model_has_these_bytes_and_what_it_holds_plain_stays_plain(tmp_
     fitted = source.fitted(BaseRecipe())
     files = {p.name: (p.nbytes, p.packed) for p in source.parameters}
     shape = shape_of(source.skeleton, "packed", files=files)
-    assert base_bytes(shape, fitted) == load_base(source, BaseRecipe()).audit.total_bytes
+    assert base_bytes(shape, fitted) == load_base(source, BaseRecipe()).memory_report.total_bytes
     # As a file that holds one linear in 16 bits would have it.
     some = "model.layers.0.mlp.down_proj.weight"
     mixed = shape_of(source.skeleton, "mixed", files=files | {some: (4 * 64 * 96, False)})

@@ -41,7 +41,7 @@ def prediction(tmp_path: Path) -> Prediction:
         policy=ActivationPolicy(2),
     )
     predicted.see([(1, 1)], 1.0, lengths=[1])
-    assert predicted.ledger.base == base.audit.total_bytes
+    assert predicted.ledger.base == base.memory_report.total_bytes
     numel = sum(parameter.numel() for parameter in parameters.values())
     assert 0 <= predicted.ledger.total("trained") - 16 * numel < 2 * 256 * len(parameters)
     return predicted

@@ -26,9 +26,9 @@ from halfbyte.models.build import (
     BaseRecipe,
     MemoryReport,
     build,
-    finish,
+    finalize,
     frozen_linears,
-    place,
+    load_tensor,
     place_quantized,
 )
 from halfbyte.models.calibration import input_moments
@@ -48,14 +48,14 @@ class LoadedBase(NamedTuple):
     Attributes:
         model: Its weights packed as the recipe says.
         tokenizer: Its tokenizer.
-        audit: What the model is made of, in bytes.
+        memory_report: What the model is made of, in bytes.
         fingerprint: ``BaseSource.fingerprint`` of its files.
         name: What the user called it.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    audit: MemoryReport
+    memory_report: MemoryReport
     fingerprint: str
     name: str
 
@@ -137,11 +137,11 @@ def load_base(
     done, total = 0, files.total_bytes
     for name, value in files.tensors(recipe.device):
         if not isinstance(value, QuantizedWeight):
-            place(model, name, value, importance.get(name))
+            load_tensor(model, name, value, importance.get(name))
         elif name in linears and recipe.quant != "none":
             place_quantized(model, name, value)
         else:
-            place(model, name, dequantize(value))
+            load_tensor(model, name, dequantize(value))
         del value  # before the next one is read
         done += sizes[name]
         if progress is not None:
@@ -149,7 +149,7 @@ def load_base(
     defaults = source.generation_config()
     if defaults is not None:
         model.generation_config = defaults
-    return LoadedBase(model, tokenizer, finish(model), source.fingerprint, source.name)
+    return LoadedBase(model, tokenizer, finalize(model), source.fingerprint, source.name)
 
 
 def importances(source: BaseSource, recipe: BaseRecipe) -> dict[str, Tensor]:

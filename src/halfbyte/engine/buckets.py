@@ -39,13 +39,13 @@ class PartShape(NamedTuple):
         rows: Rows of the batch; 1 where documents are packed.
         tokens: Tokens of a row.
         documents: How many documents there is room for in a packed row; 0 where rows are documents.
-        longest: No document has more tokens.
+        max_seqlen: No document has more tokens.
     """
 
     rows: int
     tokens: int
     documents: int
-    longest: int
+    max_seqlen: int
 
     @property
     def numel(self) -> int:
@@ -109,12 +109,14 @@ class Buckets:
             return cls(tuple(found), most)
         tokens = Counter(_rounded(sum(part)) for part in parts)
         sizes = _sizes(tokens, PRICE / max(1, width))
-        longest = _longest(max(map(max, parts)))
+        max_seqlen = _max_seqlen(max(map(max, parts)))
         # What fills a part up are documents, too.
         gaps = [next(n for n in sizes if n >= sum(part)) - sum(part) for part in parts]
-        counts = [len(p) + len(fillers(gap, longest)) for p, gap in zip(parts, gaps, strict=True)]
+        counts = [
+            len(p) + len(fillers(gap, max_seqlen)) for p, gap in zip(parts, gaps, strict=True)
+        ]
         documents = _power_of_two(max(counts))
-        return cls(tuple(PartShape(1, n, documents, longest) for n in sizes[::-1]), most)
+        return cls(tuple(PartShape(1, n, documents, max_seqlen) for n in sizes[::-1]), most)
 
     @property
     def largest(self) -> PartShape:
@@ -149,24 +151,25 @@ def own_shape(lengths: Sequence[int]) -> PartShape:
     tokens = sum(lengths)
     unit = max(ROUND, (1 << (tokens.bit_length() - 1)) // 8)
     filled = -(-tokens // unit) * unit
-    longest = _longest(max(lengths))
-    documents = len(lengths) + len(fillers(filled - tokens, longest))
-    return PartShape(1, filled, _power_of_two(documents), longest)
+    max_seqlen = _max_seqlen(max(lengths))
+    documents = len(lengths) + len(fillers(filled - tokens, max_seqlen))
+    return PartShape(1, filled, _power_of_two(documents), max_seqlen)
 
 
 def _fits(lengths: Sequence[int], shape: PartShape) -> bool:
     """Whether the documents, and those that fill the part up, go into a part of this shape."""
-    if not shape.documents or max(lengths) > shape.longest or sum(lengths) > shape.tokens:
+    if not shape.documents or max(lengths) > shape.max_seqlen or sum(lengths) > shape.tokens:
         return False
     return (
-        len(lengths) + len(fillers(shape.tokens - sum(lengths), shape.longest)) <= shape.documents
+        len(lengths) + len(fillers(shape.tokens - sum(lengths), shape.max_seqlen))
+        <= shape.documents
     )
 
 
-def fillers(tokens: int, longest: int) -> list[int]:
+def fillers(tokens: int, max_seqlen: int) -> list[int]:
     """Return the lengths of the documents that fill up a part: none longer than ``longest``."""
-    whole, rest = divmod(tokens, longest)
-    return [longest] * whole + [rest] * (rest > 0)
+    whole, rest = divmod(tokens, max_seqlen)
+    return [max_seqlen] * whole + [rest] * (rest > 0)
 
 
 def _rounded(tokens: int) -> int:
@@ -175,12 +178,12 @@ def _rounded(tokens: int) -> int:
     return -(-tokens // unit) * unit
 
 
-def _longest(tokens: int) -> int:
+def _max_seqlen(tokens: int) -> int:
     """Return a length for which attention is compiled; what there is not costs it nothing."""
-    longest = ROUND
-    while longest < tokens:
-        longest *= 4
-    return longest
+    max_seqlen = ROUND
+    while max_seqlen < tokens:
+        max_seqlen *= 4
+    return max_seqlen
 
 
 def _power_of_two(number: int) -> int:

@@ -49,7 +49,7 @@ def choose_engine(
     try:
         engine = LayerEngine(model, fuse=on_gpu, graphs=graphs and on_gpu)
         if on_gpu:
-            engine.longest = max(map(max, lengths), default=0)
+            engine.max_seqlen = max(map(max, lengths), default=0)
             buckets = Buckets.of(lengths, engine.width) if lengths and engine.packs else None
             compile_ahead(engine, buckets, vocabulary=vocabulary, state_bits=state_bits)
         engine.probe(vocabulary, device)

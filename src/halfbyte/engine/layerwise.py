@@ -85,8 +85,8 @@ class LayerEngine:
         fused: How many layers are run fused: all or none.
         trained: For each layer, the parameters that are trained in it.
         buckets: The shapes of parts, if a run has chosen any.
-        longest: Tokens of the longest document that will come, where that is known: a run with one
-            that is longer than an attention window is not packed.
+        max_seqlen: Tokens of the longest document that will come, where that is known: a run with
+            one that is longer than an attention window is not packed.
         finished: Called with a layer's number and the loss when the layer's gradients are final,
             while those below it are still to come. With it there are no CUDA graphs.
         mark: Called with ``forward``, ``loss`` and ``backward`` as a step comes to each.
@@ -139,7 +139,7 @@ class LayerEngine:
         self.first_trained = [self.entry_trained or trains[0], *trains[1:], True].index(True)
         self.decoded_cache = DecodedWeightCache()
         self.buckets: Buckets | None = None
-        self.longest = 0
+        self.max_seqlen = 0
         self._decoded = 0
         self.opened = _opener(self.decoded_cache, self.linears, self.dtype)
         self.clock = dropout_clock(model)
@@ -208,7 +208,7 @@ class LayerEngine:
         if not self._fused or self._drops:
             return False
         flash = can_pack(self.dtype, self.model.device, self._fused[0].head_dim)
-        return flash and self._sees_all(self.longest)
+        return flash and self._sees_all(self.max_seqlen)
 
     @property
     def decoded_bytes(self) -> int:
@@ -478,18 +478,20 @@ class LayerEngine:
         parts = divide(lengths, self.buckets.part_tokens)
         return [self.buckets.fit([lengths[i] for i in part]).numel for part in parts]
 
-    def _sees_all(self, longest: int) -> bool:
+    def _sees_all(self, max_seqlen: int) -> bool:
         """Return whether attention of fused layers sees all of a document of so many tokens."""
-        return all(longest <= (layer.window or longest) for layer in self._fused)
+        return all(max_seqlen <= (layer.window or max_seqlen) for layer in self._fused)
 
     def _packed(self, parts: Sequence[PackedBatch]) -> bool:
         """Return whether parts were packed, so that they are independent of micro-batches."""
-        longest = max(p.longest if p.documents is None else 0 for p in parts)
-        return self.packs and self._sees_all(longest)
+        max_seqlen = max(p.max_seqlen if p.documents is None else 0 for p in parts)
+        return self.packs and self._sees_all(max_seqlen)
 
     def embed(self, parts: Sequence[PackedBatch]) -> list[LayerInput]:
         """Return the parts as they enter layer 0."""
-        if self._fused and (self._packed(parts) or self._sees_all(max(p.longest for p in parts))):
+        if self._fused and (
+            self._packed(parts) or self._sees_all(max(p.max_seqlen for p in parts))
+        ):
             return [self._fused_input(i, part) for i, part in enumerate(parts)]
         # The arguments depend on the shape of the micro-batch alone, so equal shapes share them.
         by_shape: dict[tuple[int, ...], list[dict[str, Any]]] = {}
@@ -523,16 +525,16 @@ class LayerEngine:
         with torch.set_grad_enabled(self.entry_trained):
             x = self.decoder.get_input_embeddings()(part.ids)
         # Rows from position 0 on are turned as all such rows are.
-        turn = self._turns.get(part.longest) if part.documents is None else None
+        turn = self._turns.get(part.max_seqlen) if part.documents is None else None
         if turn is None:
             with torch.no_grad():
                 turn = self.decoder.rotary_emb(x, part.positions)
             if part.documents is None:
-                self._turns[part.longest] = turn
-        layer_args = turn if part.documents is None else (*turn, part.documents.starts)
+                self._turns[part.max_seqlen] = turn
+        layer_args = turn if part.documents is None else (*turn, part.documents.cu_seqlens)
 
         # Not `self`: what is captured is kept by the engine, and a cycle keeps its memory too long.
-        clock, layers, longest = self.clock, self._fused, part.longest
+        clock, layers, max_seqlen = self.clock, self._fused, part.max_seqlen
 
         def run(
             layer: int,
@@ -544,8 +546,8 @@ class LayerEngine:
         ) -> Tensor:
             if clock is not None:
                 clock.micro_batch = micro_batch
-            cos, sin, *starts = layer_args
-            documents = Documents(starts[0], longest) if starts else None
+            cos, sin, *cu_seqlens = layer_args
+            documents = Documents(cu_seqlens[0], max_seqlen) if cu_seqlens else None
             return layers[layer](x, cos, sin, documents, read=read, checkpoint=checkpoint)
 
         return LayerInput(x, layer_args, run)

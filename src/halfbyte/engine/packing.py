@@ -48,7 +48,7 @@ class PackedBatch:
         targets: int64 [S], what they should predict.
         positions: int64 [1, T], the position of each token in its document.
         documents: How the only row is divided, or None if every row is a document.
-        longest: No document has more tokens.
+        max_seqlen: No document has more tokens.
     """
 
     ids: Tensor
@@ -56,14 +56,14 @@ class PackedBatch:
     targets: Tensor
     positions: Tensor
     documents: Documents | None
-    longest: int
+    max_seqlen: int
 
     @property
     def shape(self) -> PartShape:
         """What is equal for parts that layers are called with in the same way."""
-        documents = 0 if self.documents is None else len(self.documents.starts) - 1
+        documents = 0 if self.documents is None else len(self.documents.cu_seqlens) - 1
         rows, tokens = self.ids.shape
-        return PartShape(rows, tokens, documents, self.longest)
+        return PartShape(rows, tokens, documents, self.max_seqlen)
 
 
 def lengths_of(batches: Sequence[Batch]) -> list[int]:
@@ -106,7 +106,7 @@ def part_of_shape(shape: PartShape, device: str | torch.device, supervised: int 
         row = torch.zeros(shape.tokens, dtype=torch.int64)
         rows = [(row, torch.full_like(row, -100)) for _ in range(shape.rows)]
     else:
-        lengths = fillers(shape.tokens, shape.longest)
+        lengths = fillers(shape.tokens, shape.max_seqlen)
         zeros = [torch.zeros(n, dtype=torch.int64) for n in lengths]
         rows = [(row, torch.full_like(row, -100)) for row in zeros]
     labels = torch.cat([labels for _, labels in rows])
@@ -135,34 +135,34 @@ def _packed(
 ) -> PackedBatch:
     if not shape.documents:
         ids, labels = (torch.stack(both) for both in zip(*rows, strict=True))
-        positions = torch.arange(shape.longest)
-        return _sent(ids, labels.flatten(), positions, None, shape.longest, device)
+        positions = torch.arange(shape.max_seqlen)
+        return _sent(ids, labels.flatten(), positions, None, shape.max_seqlen, device)
     lengths = [len(ids) for ids, _ in rows]
     fill = shape.tokens - sum(lengths)
     # What fills up are documents that predict nothing.
     ids = torch.cat([*(ids for ids, _ in rows), torch.zeros(fill, dtype=torch.int64)])
     labels = torch.cat([*(labels for _, labels in rows), torch.full((fill,), -100)])
-    lengths += fillers(fill, shape.longest)
+    lengths += fillers(fill, shape.max_seqlen)
     positions = torch.cat([torch.arange(n) for n in lengths])
     ends = torch.tensor(lengths).cumsum(0)
     # The last start is repeated, for empty documents.
-    starts = torch.full((shape.documents + 1,), shape.tokens)
-    starts[0], starts[1 : len(ends) + 1] = 0, ends
-    return _sent(ids[None], labels, positions, starts, shape.longest, device)
+    cu_seqlens = torch.full((shape.documents + 1,), shape.tokens)
+    cu_seqlens[0], cu_seqlens[1 : len(ends) + 1] = 0, ends
+    return _sent(ids[None], labels, positions, cu_seqlens, shape.max_seqlen, device)
 
 
 def _sent(
     ids: Tensor,
     labels: Tensor,
     positions: Tensor,
-    starts: Tensor | None,
-    longest: int,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
     device: str | torch.device,
 ) -> PackedBatch:
     """Return a part on the device, by one copy."""
     rows = (labels != -100).nonzero()[:, 0]
     pieces = [ids.flatten(), rows, labels[rows], positions]
-    pieces += [] if starts is None else [starts]
+    pieces += [] if cu_seqlens is None else [cu_seqlens]
     sizes = [-(-len(piece) // _ALIGNED) * _ALIGNED for piece in pieces]
     pinned = ids.device.type == "cpu" and torch.device(device).type == "cuda"
     together = torch.zeros(sum(sizes), dtype=torch.int64, device=ids.device, pin_memory=pinned)
@@ -170,5 +170,7 @@ def _sent(
         place[: len(piece)] = piece
     whole = torch.split(together.to(device, non_blocking=True), sizes)
     sent = [place[: len(piece)] for place, piece in zip(whole, pieces, strict=True)]
-    documents = None if starts is None else Documents(sent[4].int(), longest)
-    return PackedBatch(sent[0].view(ids.shape), sent[1], sent[2], sent[3][None], documents, longest)
+    documents = None if cu_seqlens is None else Documents(sent[4].int(), max_seqlen)
+    return PackedBatch(
+        sent[0].view(ids.shape), sent[1], sent[2], sent[3][None], documents, max_seqlen
+    )

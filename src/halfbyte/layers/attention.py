@@ -31,13 +31,13 @@ class Documents(NamedTuple):
     """Documents that lie one behind the other in the only row of a batch.
 
     Attributes:
-        starts: int32 [documents + 1], where each begins, and the end of the last, which is the
+        cu_seqlens: int32 [documents + 1], where each begins, and the end of the last, which is the
             length of the row. A document may be empty.
-        longest: No document has more tokens.
+        max_seqlen: No document has more tokens.
     """
 
-    starts: Tensor
-    longest: int
+    cu_seqlens: Tensor
+    max_seqlen: int
 
 
 @cache
@@ -109,7 +109,7 @@ def for_each_head(x: Tensor, heads: int) -> Tensor:
 
 def _within(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float) -> Tensor:
     """Return [T, H, D] for q [T, H, D] and k, v [T, G, D]."""
-    starts, longest = documents
+    cu_seqlens, max_seqlen = documents
     known = _over_sequences()
     if can_pack(q.dtype, q.device, q.shape[-1]) and known is not None:
         function, options = known
@@ -119,9 +119,11 @@ def _within(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float)
             options = options | {"scale": scale}
         elif scale != q.shape[-1] ** -0.5:
             q = q * (scale * q.shape[-1] ** 0.5)
-        result: Tensor = function(q, k, v, starts, starts, longest, longest, **options)
+        result: Tensor = function(
+            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options
+        )
         return result
-    bounds = starts.tolist()
+    bounds = cu_seqlens.tolist()
     parts = []
     for start, stop in pairwise(bounds):
         if start < stop:

@@ -2,10 +2,10 @@
 
     build    the architecture on the meta device (no memory), every ``nn.Linear`` but the output
              head replaced by a ``FrozenLinear``; head and embedding too, if the recipe says so
-    place    one tensor of the checkpoint, quantised or cast the moment it comes
-    finish   ties, computed buffers, and the audit: what was left in 16 or 32 bits, and its bytes
+    load_tensor  one tensor of the checkpoint, quantised or cast the moment it comes
+    finalize ties, computed buffers, and the audit: what was left in 16 or 32 bits, and its bytes
 
-``place`` never needs another tensor, so whoever reads the checkpoint can hold one at a time.
+``load_tensor`` never needs another tensor, so whoever reads the checkpoint can hold one at a time.
 """
 
 from collections.abc import Collection
@@ -32,10 +32,10 @@ __all__ = [
     "BaseRecipe",
     "MemoryReport",
     "build",
-    "finish",
+    "finalize",
     "frozen_linears",
+    "load_tensor",
     "pack",
-    "place",
     "place_quantized",
     "share_inputs",
 ]
@@ -248,7 +248,7 @@ def pack(
     )
 
 
-def place(
+def load_tensor(
     model: PreTrainedModel, name: str, tensor: Tensor, importance: Tensor | None = None
 ) -> None:
     """Put one tensor of the checkpoint where it belongs: packed if a linear's weight, else cast.
@@ -317,7 +317,7 @@ def _beside_others(model: PreTrainedModel, quantized: QuantizedWeight) -> Quanti
     return arena.hold(quantized)
 
 
-def finish(model: PreTrainedModel) -> MemoryReport:
+def finalize(model: PreTrainedModel) -> MemoryReport:
     """Tie what is tied, compute what is computed, and account for every byte.
 
     Raises:
@@ -340,10 +340,10 @@ def finish(model: PreTrainedModel) -> MemoryReport:
         )
     model.requires_grad_(False).eval()
     model.halfbyte_arena = None  # it is full; what lies in it keeps it
-    return audit(model)
+    return memory_report(model)
 
 
-def audit(model: nn.Module) -> MemoryReport:
+def memory_report(model: nn.Module) -> MemoryReport:
     """Return what ``model`` is made of; adapters are not counted."""
     held = [q for m in frozen_linears(model).values() if (q := m.quantized) is not None]
     packed = {id(q.codes): q for q in held}.values()  # a tied head holds the embedding's tensors

@@ -24,7 +24,7 @@ from halfbyte.layers.attention_cpu import causal_attention
 from halfbyte.layers.elementwise import rms_norm, rotary, swiglu
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.lora import DropoutClock, LoRA, LoRAConfig, adapter_parameters, attach
-from halfbyte.models.build import BaseRecipe, build, finish, place
+from halfbyte.models.build import BaseRecipe, build, finalize, load_tensor
 from halfbyte.optim import AdamW
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.quant import QuantizedWeight, QuantType, cpu, dequantize, quantize
@@ -354,8 +354,8 @@ def _tiny(here: _Place) -> tuple[Any, dict[str, nn.Parameter], list[Batch]]:
         names = type(model)(config).state_dict()
     for seed, (name, tensor) in enumerate(names.items()):
         shape = tuple(tensor.shape)
-        place(model, name, torch.ones(shape) if len(shape) == 1 else _normal(shape, seed))
-    finish(model)
+        load_tensor(model, name, torch.ones(shape) if len(shape) == 1 else _normal(shape, seed))
+    finalize(model)
     attach(model, LoRAConfig(r=16, alpha=16), seed=0)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, _VOCABULARY, (2, 2, 33), generator=generator).to(here.device)

@@ -22,7 +22,7 @@ from halfbyte.engine.packing import Batch
 from halfbyte.errors import UserError
 from halfbyte.layers.vocabulary import embedding_to_host
 from halfbyte.linear.lora import adapter_parameters, attach
-from halfbyte.models.build import build, finish, place
+from halfbyte.models.build import build, finalize, load_tensor
 from halfbyte.plan.model_shape import config_of
 from halfbyte.report import open_report
 from halfbyte.runtime.malloc import keep_freed_memory
@@ -55,8 +55,8 @@ def run(config: TrainConfig, report: "RunReport") -> None:
     with torch.device("meta"):
         shapes = AutoModelForCausalLM.from_config(architecture)
     for name, parameter in shapes.named_parameters():  # a tied head is not among them
-        place(model, name, _random(tuple(parameter.shape), dtype, device))
-    audit = finish(model)
+        load_tensor(model, name, _random(tuple(parameter.shape), dtype, device))
+    audit = finalize(model)
     report.record("loaded", {"seconds": time.perf_counter() - began} | metadata.memory_now(device))
     attach(model, lora_of(config), seed=config.seed)
     parameters = adapter_parameters(model)

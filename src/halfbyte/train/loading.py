@@ -73,7 +73,7 @@ class Loading:
             return self._timed() if self._loaded is None else self._loaded.result()
         with report.task(f"loading {self._name}") as self._progress:
             base = self._timed() if self._loaded is None else self._loaded.result()
-        for line in base.audit.lines():
+        for line in base.memory_report.lines():
             report.note(line)
         return base
 
@@ -140,7 +140,7 @@ def open_model(
     Raises:
         UserError: If the model or the adapter is missing, damaged, or they do not belong together.
     """
-    place, dtype, why = choose_device_and_dtype(device, compute_dtype)
+    resolved, dtype, why = choose_device_and_dtype(device, compute_dtype)
     source = open_base(model, revision=revision)
     loaded = None if adapter is None else load_adapter(adapter)
     if loaded is not None:
@@ -152,13 +152,13 @@ def open_model(
         double_quant,
         block_size,
         dtype,
-        place,
+        resolved,
         quantize_head,
         quantize_embeddings,
         quant_search,
     )
     if report is not None:
-        report.note(f"on {place}, products in {str(dtype).removeprefix('torch.')}: {why}")
+        report.note(f"on {resolved}, products in {str(dtype).removeprefix('torch.')}: {why}")
     with Loading(source, recipe, cache=cache_quantized) as loading:
         base = loading.result(report)
     if loaded is not None:

@@ -320,7 +320,7 @@ class _Run:
                 "quant": recipe.quant,
                 "device": self.device,
                 "compute_dtype": str(self.dtype).removeprefix("torch."),
-                "base_bytes": self.base.audit.total_bytes,
+                "base_bytes": self.base.memory_report.total_bytes,
                 "trained_parameters": self.trained,
                 "examples": len(self.dataset.examples),
                 "supervised_tokens": self.dataset.report.supervised_tokens,

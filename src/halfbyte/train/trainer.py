@@ -214,7 +214,7 @@ class Trainer:
         engine, part_tokens = self.engine, None
         while True:
             if isinstance(engine, LayerEngine):
-                engine.longest = max(map(max, lengths))
+                engine.max_seqlen = max(map(max, lengths))
             if isinstance(engine, LayerEngine) and engine.packs:
                 engine.buckets = Buckets.of(lengths, engine.width, part_tokens)
                 compile_ahead(engine, engine.buckets)
@@ -504,8 +504,8 @@ class Trainer:
         """Return whether parts can be of fewer tokens: the longest document has to fit."""
         if not self._lengths:
             return False
-        longest = max(map(max, self._lengths))
-        return self._largest_part > 1.5 * max(longest, SMALLEST_PART)
+        max_seqlen = max(map(max, self._lengths))
+        return self._largest_part > 1.5 * max(max_seqlen, SMALLEST_PART)
 
     @property
     def _largest_part(self) -> int:
