@@ -2,7 +2,7 @@
 #
 #   make demo     a small model learns a task in minutes, on a CPU
 #   make test     the tests
-#   make check    style, types, import arrows, dependencies
+#   make check    style, types, layers of imports, dependencies
 #   make bench    speed, memory and losses against PEFT + bitsandbytes
 #   make clean    remove what the above made
 

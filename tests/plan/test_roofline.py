@@ -213,7 +213,7 @@ def test_lora_is_advised_where_it_fits_and_is_as_fast(llama: ModelShape) -> None
     assert qlora.run.policy.decoded == 32
     assert qlora.seconds.decoding == 0.0
     assert qlora.least < roomy[0].ledger.needed < qlora.ledger.needed
-    assert told.endswith(f"would do with {qlora.least / 1e9:.1f} GB, every layer run again.")
+    assert told.endswith(f"would do with {qlora.least / 1e9:.1f} GB, every layer recomputed.")
 
 
 def test_qlora_is_advised_where_it_leaves_room_to_be_faster(llama: ModelShape) -> None:

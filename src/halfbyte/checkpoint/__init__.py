@@ -1,4 +1,4 @@
-"""The border: the only code that knows foreign names and layouts.
+"""The I/O layer: the only code that knows foreign names and layouts.
 
     base_model     open_base, load_base: safetensors directories, GGUF files, models of the hub
     peft           save_adapter, load_adapter

@@ -115,7 +115,7 @@ def load_base(
 
     Args:
         source: What ``open_base`` takes, or has returned.
-        recipe: How to hold it. Files that are packed already stay as they are, which is told.
+        recipe: How to hold it. Files that are packed already stay as they are, which is logged.
         tokenizer: The source's, if it has been read before.
         progress: Called with (bytes read, bytes in all) after each tensor.
         cache: Whether to load from a packed copy in the user's cache, made now if there is none.

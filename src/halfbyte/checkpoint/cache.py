@@ -42,7 +42,7 @@ def cached(
 
     Returns:
         A source of packed weights; ``source`` itself if there is nothing to pack in it, or the
-        copy cannot be written, which is told.
+        copy cannot be written, which is logged.
 
     Raises:
         WeightError: If a weight holds NaN or infinity.

@@ -213,7 +213,7 @@ class DirectorySource(BaseSource):
             return GenerationConfig.from_pretrained(self._directory)
 
     def fitted(self, recipe: BaseRecipe) -> BaseRecipe:
-        """Return ``recipe``, with the packing of the files if they are packed; a change is told."""
+        """Return ``recipe``, packed as the files are if they are packed; a change is logged."""
         if not self._packed:
             return recipe
         first = self._read(next(iter(self._packed)))

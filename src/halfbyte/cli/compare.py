@@ -109,12 +109,12 @@ def main(argv: list[str]) -> None:
             if options.eval_data is None and options.shape is None:
                 report.note("without --eval-data there is no held-out loss: memory and speed only")
             for count, job in enumerate(todo, 1):
-                told = f"{job.variant}, seed {job.config.seed} ({count} of {len(todo)})"
+                message = f"{job.variant}, seed {job.config.seed} ({count} of {len(todo)})"
                 if job.finished():
-                    report.note(f"{told}: finished before")
+                    report.note(f"{message}: finished before")
                     found.append(compare.run(job))
                     continue
-                with report.task(told, None) as progress:
+                with report.task(message, None) as progress:
                     found.append(compare.run(job, progress))
         comparison = Comparison(tuple(found))
         compare.write_results(

@@ -115,8 +115,8 @@ def main(argv: list[str]) -> None:
             embedding_on_host=True,
         )
         found = ways(shape, run, card, memory)
-        told = advice(found, memory)
-        _show(shape, found, card, memory, told)
+        message = advice(found, memory)
+        _show(shape, found, card, memory, message)
         result |= {
             "model": shape.name,
             "parameters": shape.parameters,
@@ -125,7 +125,7 @@ def main(argv: list[str]) -> None:
             "tokens_per_step": run.tokens,
             "ways": [_as_json(way) for way in found],
             "choices": [choice._asdict() for choice in choices(shape, found[1].run)],
-            "advice": told,
+            "advice": message,
         }
 
 
@@ -199,7 +199,7 @@ def _count(number: float) -> str:
 
 
 def _show(
-    shape: "ModelShape", found: list["Way"], card: "GpuSpec", memory: float, told: str
+    shape: "ModelShape", found: list["Way"], card: "GpuSpec", memory: float, message: str
 ) -> None:
     from halfbyte.plan.advice import choices, usable
     from halfbyte.plan.ledger import policy_of
@@ -240,8 +240,8 @@ def _show(
         del rows["needs, GB"]
     show.columns(["", *(way.name for way in found)], [(name, *row) for name, row in rows.items()])
     show.paragraph(
-        "\nTrained: adapters, gradients and moments. Least: with every layer run again in "
-        "backward. Longest and largest are for one micro-batch and every layer run again; the "
+        "\nTrained: adapters, gradients and moments. Least: with every layer recomputed in "
+        "backward. Longest and largest are for one micro-batch and every layer recomputed; the "
         "largest model is one of this model's proportions. "
         + "CUDA graphs keep the memory of the passes, so more is needed than the peak. " * graphs
         + "Speeds "
@@ -276,7 +276,7 @@ def _show(
         ],
     )
     show.heading("Advice")
-    show.paragraph(told)
+    show.paragraph(message)
 
 
 def _as_json(way: "Way") -> dict[str, Any]:

@@ -435,7 +435,7 @@ def load_config(
         problems: What is known to be wrong already; reported with what is found here.
 
     Returns:
-        The configuration, and what the user should be told about it.
+        The configuration, and messages about it for the user.
 
     Raises:
         ConfigError: All problems, in one message.

@@ -51,19 +51,19 @@ class DatasetReport:
         return len(self.truncated_lines)
 
     def lines(self) -> list[str]:
-        """What a person is told, a statement to a line."""
-        told = [
+        """Lines for a person, a statement each."""
+        lines = [
             f"{self.source}: {self.usable:,} of {self.rows:,} rows usable, read as {self.format}"
         ]
-        told += describe_rejected(self.rejected)
+        lines += describe_rejected(self.rejected)
         if self.truncated_lines:
-            told.append(
+            lines.append(
                 f"cut to max_length {self.max_length}: {counted(self.truncated_lines)}; "
                 f"the longest has {self.longest:,} tokens"
             )
         share = self.supervised_tokens / max(self.tokens, 1)
-        told.append(f"{self.tokens:,} tokens, {self.supervised_tokens:,} supervised ({share:.0%})")
-        return [*told, *self.notes]
+        lines.append(f"{self.tokens:,} tokens, {self.supervised_tokens:,} supervised ({share:.0%})")
+        return [*lines, *self.notes]
 
 
 def counted(lines: Sequence[str]) -> str:
@@ -76,8 +76,8 @@ def counted(lines: Sequence[str]) -> str:
 def describe_rejected(rejected: Mapping[str, Sequence[str]]) -> list[str]:
     """A line for each reason, the most frequent first."""
     reasons = sorted(rejected, key=lambda reason: -len(rejected[reason]))
-    told = [f"left out, {reason}: {counted(rejected[reason])}" for reason in reasons[:_SHOWN]]
+    lines = [f"left out, {reason}: {counted(rejected[reason])}" for reason in reasons[:_SHOWN]]
     if others := reasons[_SHOWN:]:
         rows = sum(len(rejected[reason]) for reason in others)
-        told.append(f"left out for {len(others)} other reasons: {rows:,} rows")
-    return told
+        lines.append(f"left out for {len(others)} other reasons: {rows:,} rows")
+    return lines

@@ -140,12 +140,12 @@ class Encoder:
 
     def notes(self) -> tuple[str, ...]:
         """What a person should know of how the rows were encoded."""
-        told = [
+        notes = [
             f"{note}: {counted(lines)}" if lines else note for note, lines in self._said.items()
         ]
         if self._plain:
-            told.insert(0, "the tokenizer has no chat template: plain text, a line a message")
-        return tuple(told)
+            notes.insert(0, "the tokenizer has no chat template: plain text, a line a message")
+        return tuple(notes)
 
     # Rendering
 

@@ -1,6 +1,6 @@
 """The few shapes in which all of a run's tokens pass through the layers.
 
-Examples are packed: the documents of a step lie one behind the other in parts of about
+Examples are packed: the documents of a step are packed one after the other into parts of about
 `PART_TOKENS` tokens, each filled up to one of a few sizes. The sizes are chosen before the first
 step, from the lengths of the data at hand, so every kernel can be compiled and every CUDA graph
 captured ahead, and no step meets a new shape. How many documents a part may have, and how long the

@@ -60,7 +60,7 @@ class _Kept:
         x: Its input, unless that is on the offloader.
         y: Where its output is in the autograd graph, if it is saved. Not the output itself: the
             last layer's would stay for nothing.
-        lora_activations: What is not made again, if it is not.
+        lora_activations: What is not recomputed.
         checkpoint: What it noted, whose tensors are where x is.
     """
 

@@ -90,7 +90,7 @@ class LayerEngine:
         finished: Called with a layer's number and the loss when the layer's gradients are final,
             while those below it are still to come. With it there are no CUDA graphs.
         mark: Called with ``forward``, ``loss`` and ``backward`` as a step comes to each.
-        messages: What a person should be told; whoever tells it empties the list.
+        messages: Messages for a person; whoever logs them empties the list.
 
     Raises:
         EngineError: If the decoder's layers, final norm or head are not where they should be.
@@ -170,14 +170,14 @@ class LayerEngine:
         return ""
 
     def summary(self) -> str:
-        """Return what a person is told about how steps are run."""
-        told = f"layer engine over {len(self.layers)} layers"
+        """Return how steps are run, for a person."""
+        message = f"layer engine over {len(self.layers)} layers"
         if self.fused:
-            told += ", fused"
-            told += ", documents packed" if self.packs else ", documents not packed"
+            message += ", fused"
+            message += ", documents packed" if self.packs else ", documents not packed"
             why = self.why_no_graphs or "documents are not packed"
-            told += ", CUDA graphs" if self.captures else f", no CUDA graphs: {why}"
-        return told
+            message += ", CUDA graphs" if self.captures else f", no CUDA graphs: {why}"
+        return message
 
     @property
     def captures(self) -> bool:

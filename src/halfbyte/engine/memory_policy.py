@@ -42,7 +42,7 @@ FREE_SHARE = 0.8
 # A budget is never exceeded, and predictions on a GPU were up to 2 % low (gpu_step_offload.json).
 MARGIN = 1.03
 
-# So much of the host's free memory may hold what layers are run again from, page-locked.
+# So much of the host's free memory may hold the inputs of recomputed layers, page-locked.
 HOST_SHARE = 0.5
 
 

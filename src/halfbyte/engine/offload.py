@@ -1,6 +1,6 @@
-"""What layers are run again from, in host memory, while the layers above them are at work.
+"""Inputs of recomputed layers, in host memory while the layers above them are at work.
 
-A layer that is run again in backward needs its input, 8 kB a token and layer in a 7B model, and is
+A layer that is recomputed in backward needs its input, 8 kB a token and layer in a 7B model, and is
 faster with its notes (layers/decoder_layer.py), twice as much. Copied to page-locked memory by the
 card's copy engines, beside the products, they take no time that anybody waits for, and those of two
 layers are on the card at a time instead of all: a layer's leave while the next one runs.

@@ -1,6 +1,6 @@
 """Causal attention for training, where several documents may share a row.
 
-Examples differ in length. Side by side they need padding; one behind the other in a single row
+Examples differ in length. Side by side they need padding; packed into a single row
 they need none, if attention stays within each of them. `Documents` says where they begin, and
 `attend` keeps to it:
 
@@ -28,7 +28,7 @@ from halfbyte.runtime import device as devices
 
 
 class Documents(NamedTuple):
-    """Documents that lie one behind the other in the only row of a batch.
+    """Documents packed into the only row of a batch (varlen).
 
     Attributes:
         cu_seqlens: int32 [documents + 1], where each begins, and the end of the last, which is the

@@ -1,8 +1,8 @@
-"""Attention that is computed once, and differentiated with its inputs made again.
+"""Attention that is computed once, and differentiated with its inputs recomputed.
 
-A layer that is run again for its backward makes q, k and v again, because they are wide. What
+A layer that is recomputed for its backward recomputes q, k and v, because they are wide. What
 attention made of them is one of them wide and took longer than any: so it may wait in host memory
-(engine/offload.py), and is not made again. Which kernel torch takes, and what that needs for its
+(engine/offload.py), and is not recomputed. Which kernel torch takes, and what that needs for its
 backward, is torch's affair: the graph of the first run is kept without the tensors in it, and when
 its turn comes each is handed what takes its place.
 

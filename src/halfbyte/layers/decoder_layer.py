@@ -37,7 +37,7 @@ FAMILIES = {
 
 
 class AttentionCheckpoint:
-    """What a layer's first run leaves for its second, so that less is made again.
+    """What a layer's first run leaves for its second, so that less is recomputed.
 
     Attributes:
         tensors: The stream between attention and MLP, then those of `CheckpointedAttention`. They

@@ -18,7 +18,7 @@ with the packed weight on a GPU that can. Training on a GPU goes through fused.p
 linears and adapters of one input together. All else is decoding and torch's products.
 
 Backward wants nothing of a product but what went into it. So the last product of a layer that is
-run again for its backward alone need not be made (`FrozenLinear.unread`). And x Aᵀ, for which all
+recomputed for its backward alone need not be made (`FrozenLinear.unread`). And x Aᵀ, for which all
 of x is read, is so narrow that it is kept from the first run where all else is forgotten
 (`LoraActivationCache`).
 """
@@ -406,7 +406,7 @@ class LoraActivationCache:
     def pop(self) -> dict[LinearGroup, Tensor]:
         """Return x Aᵀ [rows, members · rank] of the groups that made one since `record`; then stop.
 
-        By set, because a set may be dissolved before the layer is run again. One that was called
+        By set, because a set may be dissolved before the layer is recomputed. One that was called
         with several inputs is left out: which call is which would be a guess.
         """
         taken = {}

@@ -46,7 +46,7 @@ _SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1
 # Bytes. Sizes of computed buffers are nowhere but in the configuration; real ones take megabytes.
 _LARGEST_BUFFER = 2**30
 
-_NAMED = 8  # so many of them are told by name
+_NAMED = 8  # so many of them are listed by name
 
 AUDIT_THRESHOLD = 1_000_000  # bytes; what is smaller (norms, biases) is only summed
 
@@ -94,22 +94,22 @@ class MemoryReport:
     total_bytes: int
 
     def lines(self) -> list[str]:
-        """Return what a person is told."""
-        told = []
+        """Return lines for a person."""
+        lines = []
         if self.quantized_parameters:
             bits = 8 * self.quantized_bytes / self.quantized_parameters
-            told.append(
+            lines.append(
                 f"{self.quantized_parameters / 1e6:.1f} M weights in 4 bits: "
                 f"{self.quantized_bytes / 1e6:.1f} MB ({bits:.3f} bits a weight, scales included)"
             )
         # Of a plain model all is kept: the largest are named, the rest is counted.
         named = self.kept if len(self.kept) <= _NAMED else self.kept[: _NAMED // 2]
         rest = self.kept[len(named) :]
-        told += [f"kept in {dtype}: {name}, {size / 1e6:.1f} MB" for name, dtype, size in named]
+        lines += [f"kept in {dtype}: {name}, {size / 1e6:.1f} MB" for name, dtype, size in named]
         if rest:
-            told.append(f"and {len(rest)} more, {sum(size for *_, size in rest) / 1e6:.1f} MB")
-        told.append(f"base model in memory: {self.total_bytes / 1e6:.1f} MB")
-        return told
+            lines.append(f"and {len(rest)} more, {sum(size for *_, size in rest) / 1e6:.1f} MB")
+        lines.append(f"base model in memory: {self.total_bytes / 1e6:.1f} MB")
+        return lines
 
 
 def build(

@@ -5,7 +5,7 @@ same modules (layers/decoder_layer.py says which), called as inference wants it:
 input as one product (projections.py), what lies between them fused (elementwise.py), keys and
 values in fixed places (kv_cache.py). Two ways through the same layers:
 
-    prefill    prompts one behind the other in a row, without padding; logits of each one's last
+    prefill    prompts packed into a row, without padding; logits of each one's last
     step       one token of every slot; with nothing the host has to know, so it can be a CUDA graph
 
 How weights are held is decided for a number of rows (`hold`). Decoded once and kept, as stacks,

@@ -95,10 +95,10 @@ def generate(
     """
     if on_text is not None and len(prompts) != 1:
         raise ValueError(f"on_text streams one prompt, got {len(prompts)}")
-    told = tools if tools is not None else [None] * len(prompts)
+    tools_of = tools if tools is not None else [None] * len(prompts)
     encoded = [
         prompt_ids(tokenizer, list(prompt), known)
-        for prompt, known in zip(prompts, told, strict=True)
+        for prompt, known in zip(prompts, tools_of, strict=True)
     ]
     if not encoded:
         return []
@@ -178,8 +178,8 @@ def _by_decoder(
     if streamer is None:
         batcher.run(finished)
         return
-    told = streamer
-    batcher.run(finished, lambda token: told.put(torch.tensor([token])))
+    sink = streamer
+    batcher.run(finished, lambda token: sink.put(torch.tensor([token])))
     streamer.end()
 
 

@@ -15,14 +15,14 @@ the MLP, e the bytes of an activation:
     offload     nothing on the card, but for what is under way: inputs and, of wide models, what
                   spares computing attention again                         e·(H + Q) + 4·heads
 
-On a GPU layers that are run again keep `adapters` beside their input, on the card wherever that
+On a GPU recomputed layers keep `adapters` beside their input, on the card wherever that
 waits; x is read once for them. There r is what the copies of adapters are filled up to.
 
 Layers that are run as transformers has them keep more: norms keep the float32 copy they compute in
 (in place of what it is a copy of), and the MLP silu(gate). Where heads are normed, q and k are kept
 as they were before, too.
 
-In backward the layer's own activations are there in any case (kept, or made again), and at the
+In backward the layer's own activations are there in any case (kept, or recomputed), and at the
 peak, in the middle of the MLP, the gradients of gate and up beside them. Fused on a GPU these are
 written over gate and up, and the peak is the moment that happens: there is the gradient of their
 product, and on Hopper up to a rank of `GATED_RANK` what tiles and spans have summed for the
@@ -128,7 +128,7 @@ class LayerActivations:
 
     @property
     def copies(self) -> int:
-        """What a layer that is not run again keeps whatever the tokens."""
+        """What a saved layer keeps whatever the tokens."""
         return self.itemsize * self.copied if self.by_kernels else 0
 
     @property
@@ -183,7 +183,7 @@ class LayerActivations:
 
     @property
     def saved(self) -> int:
-        """What a layer keeps that is not run again, its input included."""
+        """What a saved layer keeps, its input included."""
         return self.input + sum(self.kept().values())
 
     def gated_sums(self, tokens: int) -> int:

@@ -46,7 +46,7 @@ class Way:
         run: The run, with the policy that fits; every layer recomputed if none does.
         fits: Whether it fits.
         ledger: What it holds.
-        least: What it needs with every layer run again.
+        least: What it needs with every layer recomputed.
         seconds: Where its step's time goes.
         longest: Tokens of the longest single sequence that fits; None if not even one does.
         most: The largest micro-batch of the length asked for that fits.
@@ -201,7 +201,7 @@ def advice(found: Sequence[Way], memory: float) -> str:
             )
             return (
                 f"Take {plain.name} (--quant none): it fits, with {peaks}, its base is exact, and "
-                f"{why}. QLoRA would do with {qlora.least / 1e9:.1f} GB, every layer run again."
+                f"{why}. QLoRA would do with {qlora.least / 1e9:.1f} GB, every layer recomputed."
             )
         return (
             f"Take QLoRA (--quant {qlora.run.holding.quant}): {plain.name} fits too, with {peaks}, "

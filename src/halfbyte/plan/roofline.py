@@ -2,7 +2,7 @@
 
 A step is matrix products, which take the time of their operations, and everything else, which
 takes the time of its bytes. With P weights in linear layers, N tokens a step, and a the part of the
-layers that is run again in backward:
+layers that is recomputed in backward:
 
     products     2·N·(2·P + a·R)         forward, the input's gradient, and forward again; of fused
                                          layers without the last product (R weights instead of P),
@@ -49,7 +49,7 @@ COPY_SHARE = 3.02 / 3.35
 ATTENTION_SHARE = 0.5
 _LONG, _WIDE_HEAD, _WIDE = 2048, 128, 1600
 # How often what a layer keeps goes through memory between its products, forward and backward, and
-# when it is run again: gpu_step_forms.json, 4x2048, less all the rest.
+# when it is recomputed: gpu_step_forms.json, 4x2048, less all the rest.
 MOVED, MOVED_AGAIN = 3.0, 0.3
 # A processor's step against its own products of 1024x1024x1024: cpu_step.json, "halfbyte-nf4-bf16".
 CPU_SHARE = 0.8

@@ -68,7 +68,7 @@ class RunReport:
         Args:
             total_steps: The step after which training ends.
             start_step: Steps made before, by the run that this one goes on with.
-            facts: What the journal should know of the run; people have been told by ``note``.
+            facts: What the journal should know of the run; people have seen it by ``note``.
 
         Raises:
             OutputError: The journal cannot be written.
@@ -115,7 +115,7 @@ class RunReport:
         self._screen.finish(record)
 
     def record(self, event: str, record: dict[str, Any]) -> None:
-        """Something that only the journal is told."""
+        """A record for the journal alone."""
         if self._journal is not None:
             self._journal.write(event, record)
         elif self._before_begin is not None:

@@ -162,7 +162,7 @@ def line_chart(
         for s in drawn
         if s.style != "faint"
     ]
-    told = "; ".join(
+    message = "; ".join(
         f"{one.name} from {say(one.points[0][1])} to {say(one.points[-1][1])}, lowest "
         f"{say(min(y for _, y in one.points))}, highest {say(max(y for _, y in one.points))}"
         for one in drawn
@@ -179,7 +179,7 @@ def line_chart(
         f'data-series="{escape(json.dumps(hover, ensure_ascii=False))}">'
         f'<div class="y" aria-hidden="true">{labels}</div><div class="area">'
         f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" '
-        f'aria-label="{escape(f"{title}, {unit}, over steps: {told}")}">'
+        f'aria-label="{escape(f"{title}, {unit}, over steps: {message}")}">'
         f'<path class="grid" d="{grid}"/>{"".join(paths)}</svg></div>'
         f'<div class="x" aria-hidden="true">{steps}<b>step</b></div></div>'
     )
@@ -232,7 +232,7 @@ def bar_chart(title: str, unit: str, bars: Sequence[Bar], *, say: Say = plain) -
         )
     several = len(names) > 1
     legend = [Series(name, (), number) for number, name in enumerate(names)]
-    told = "; ".join(f"{bar.name} {say(bar.total)}" for bar in bars)
+    message = "; ".join(f"{bar.name} {say(bar.total)}" for bar in bars)
     values = table(
         ["", *(names if several else []), "total"],
         [
@@ -244,7 +244,7 @@ def bar_chart(title: str, unit: str, bars: Sequence[Bar], *, say: Say = plain) -
             for bar in bars
         ],
     )
-    body = f'<div class="bars" role="img" aria-label="{escape(told)}">{"".join(rows)}</div>'
+    body = f'<div class="bars" role="img" aria-label="{escape(message)}">{"".join(rows)}</div>'
     return _figure(title, unit, body, values, legend)
 
 
@@ -269,9 +269,9 @@ def dot_chart(
         for name, found in rows
     )
     axis = "".join(f'<span style="{at(one)}">{escape(say(one))}</span>' for one in marks[::2])
-    told = "; ".join(f"{name}: {', '.join(map(say, found)) or 'none'}" for name, found in rows)
+    message = "; ".join(f"{name}: {', '.join(map(say, found)) or 'none'}" for name, found in rows)
     body = (
-        f'<div class="bars" role="img" aria-label="{escape(told)}">{lines}'
+        f'<div class="bars" role="img" aria-label="{escape(message)}">{lines}'
         f'<div class="bar axis" aria-hidden="true"><span></span><div class="track">{axis}</div>'
         "<b></b></div></div>"
     )

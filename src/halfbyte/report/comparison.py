@@ -222,15 +222,17 @@ class Comparison:
             return []
         differences = [b - a for a, b in pairs]
         change = fmean(differences) / fmean(a for a, _ in pairs)
-        told = f"ends with a held-out loss {abs(change):.1%} {'higher' if change > 0 else 'lower'}"
+        message = (
+            f"ends with a held-out loss {abs(change):.1%} {'higher' if change > 0 else 'lower'}"
+        )
         if len(pairs) == 1:
-            return [f"{told}, of one seed, which cannot tell it from chance"]
+            return [f"{message}, of one seed, which cannot tell it from chance"]
         count = len(pairs)
         t = _T[count - 2] if count - 2 < len(_T) else 2.2
         reach = t * stdev(differences) / math.sqrt(count)
         if abs(fmean(differences)) <= reach:
-            return [f"{told}, which {count} seeds cannot tell from chance"]
-        return [f"{told}, the same way in {count} seeds"]
+            return [f"{message}, which {count} seeds cannot tell from chance"]
+        return [f"{message}, the same way in {count} seeds"]
 
 
 def _joined(parts: Sequence[str]) -> str:

@@ -182,7 +182,7 @@ def _overview(runs: Sequence[Run]) -> str:
 
 
 def _memory(runs: Sequence[Run]) -> str:
-    bars, told = [], []
+    bars, sentences = [], []
     for run in runs:
         before = "" if len(runs) == 1 else f"{run.name}, "
         expected = sum(nbytes for _, nbytes in run.predicted)
@@ -195,11 +195,11 @@ def _memory(runs: Sequence[Run]) -> str:
             bars.append(Bar(f"{before}peak of training", [("measured", run.peak_bytes)]))
             if expected:
                 off = run.peak_bytes / expected - 1
-                told.append(
+                sentences.append(
                     f"{before}{memory(expected)} expected, {memory(run.peak_bytes)} measured: "
                     f"{abs(off):.1%} {'more' if off > 0 else 'less'}."
                 )
-    return _sentences(told) + bar_chart(
+    return _sentences(sentences) + bar_chart(
         "Expected and measured", "in decimal units", bars, say=memory
     )
 
@@ -210,18 +210,18 @@ def _time(runs: Sequence[Run]) -> str:
         for run in runs
         if run.seconds
     ]
-    told = []
+    sentences = []
     if len(runs) == 1 and (spent := sum(runs[0].seconds.values())):
         shares = sorted(runs[0].seconds.items(), key=lambda item: -item[1])
         shares = [(name, taken / spent) for name, taken in shares if taken / spent >= 0.005]
-        told = [", ".join(f"{name} {share:.0%}" for name, share in shares) + "."]
+        sentences = [", ".join(f"{name} {share:.0%}" for name, share in shares) + "."]
     steps = [
         Bar("average step" if len(runs) == 1 else run.name, list(run.step_seconds.items()))
         for run in runs
         if run.steps
     ]
     return (
-        _sentences(told)
+        _sentences(sentences)
         + '<div class="charts">'
         + bar_chart("The whole run", "by activity", bars, say=duration)
         + bar_chart("A step", "on average", steps, say=_short)
@@ -235,8 +235,8 @@ def _short(seconds: float) -> str:
     return f"{1e3 * seconds:,.1f} ms" if seconds < 1 else duration(seconds)
 
 
-def _sentences(told: Sequence[str]) -> str:
-    return "".join(f"<p>{escape(one)}</p>" for one in told)
+def _sentences(sentences: Sequence[str]) -> str:
+    return "".join(f"<p>{escape(one)}</p>" for one in sentences)
 
 
 def _answers(run: Run) -> str:
@@ -256,8 +256,8 @@ def _answers(run: Run) -> str:
         )
     if not found:
         return ""
-    told = '<p class="soft">Greedy answers of at most 48 tokens, before training and after.</p>'
-    return section("Answers", told + "".join(found))
+    message = '<p class="soft">Greedy answers of at most 48 tokens, before training and after.</p>'
+    return section("Answers", message + "".join(found))
 
 
 def _mark(got: str, expected: str) -> str:

@@ -74,10 +74,10 @@ def compiling_ahead() -> Iterator[Ahead]:
     launch, listener, thread = JITFunction.run, knobs.compilation.listener, threading.get_ident()
     with Ahead() as ahead:
 
-        def listen(*, cache_hit: bool, **told: Any) -> None:
+        def listen(*, cache_hit: bool, **message: Any) -> None:
             ahead.compiled(found=cache_hit)
             if listener is not None:
-                listener(cache_hit=cache_hit, **told)
+                listener(cache_hit=cache_hit, **message)
 
         def compiled(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
             if threading.get_ident() != thread:

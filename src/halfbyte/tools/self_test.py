@@ -57,7 +57,7 @@ class Check(NamedTuple):
 
     name: str
     passed: bool
-    told: str
+    message: str
     seconds: float
     facts: dict[str, Any]
 
@@ -66,7 +66,7 @@ class Verdict(NamedTuple):
     """What a part returns: see `Check`."""
 
     passed: bool
-    told: str
+    message: str
     facts: dict[str, Any]
 
 
@@ -128,8 +128,8 @@ def _packing(here: _Place) -> Verdict:
             for where, decoded in _decoders(plain, expected, here.device).items():
                 right[f"dequantise {name} ({where})"] = torch.equal(decoded, expected)
     wrong = [name for name, fine in right.items() if not fine]
-    told = f"{len(right) - len(wrong)} of {len(right)} cases as the specification has them"
-    return Verdict(not wrong, told, {"cases": len(right), "wrong": wrong})
+    message = f"{len(right) - len(wrong)} of {len(right)} cases as the specification has them"
+    return Verdict(not wrong, message, {"cases": len(right), "wrong": wrong})
 
 
 def same_but_at_bounds(ours: QuantizedWeight, plain: QuantizedWeight, weight: Tensor) -> bool:
@@ -177,9 +177,9 @@ def _speed(here: _Place) -> Verdict:
     packed, out = quantize(large), torch.empty_like(large)
     decode = large.nbytes / _fastest(lambda: dequantize(packed, out=out), here.device)
     copy = large.nbytes / _fastest(lambda: out.copy_(large), here.device)
-    told = f"{decode / 1e9:.1f} GB/s of float32 written; copying writes {copy / 1e9:.1f}"
+    message = f"{decode / 1e9:.1f} GB/s of float32 written; copying writes {copy / 1e9:.1f}"
     facts = {"decoded_bytes_per_second": decode, "copied_bytes_per_second": copy}
-    return Verdict(True, told, facts)
+    return Verdict(True, message, facts)
 
 
 def _fastest(work: Callable[[], object], device: str) -> float:
@@ -212,12 +212,12 @@ def _compared(
         for name in truth
     }
     passed = all(errors[name] <= allowed[name] for name in truth)
-    told = "error from float64: " + ", ".join(
+    message = "error from float64: " + ", ".join(
         f"{name} {error:.1e}"
         + ("" if error <= allowed[name] else f" (at most {allowed[name]:.1e})")
         for name, error in errors.items()
     )
-    return Verdict(passed, told, {"errors": errors, "allowed": allowed})
+    return Verdict(passed, message, {"errors": errors, "allowed": allowed})
 
 
 def _gradients(outputs: Tensor, given: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
@@ -371,7 +371,7 @@ def _engine(here: _Place) -> Verdict:
     model, parameters, batches = _tiny(here)
     for number, parameter in enumerate(parameters.values()):
         parameter.data.copy_(_normal(parameter.shape, number))  # B is zero, and A's gradient then
-    engine, told = choose_engine(model, here.device)
+    engine, message = choose_engine(model, here.device)
     tokens = float(sum(batch.labels.numel() for batch in batches))
     ours = float(engine.step(batches, tokens, ActivationPolicy(1)))
     got = {name: parameter.grad.double() for name, parameter in parameters.items()}  # type: ignore[union-attr]
@@ -389,7 +389,7 @@ def _engine(here: _Place) -> Verdict:
     limit = 1e-4 if here.dtype == torch.float32 else 5e-2
     return Verdict(
         worst < limit and apart < limit,
-        f"loss apart by {apart:.1e}, gradients by {worst:.1e} at most; {told}",
+        f"loss apart by {apart:.1e}, gradients by {worst:.1e} at most; {message}",
         {"loss_difference": apart, "gradient_difference": worst, "allowed": limit},
     )
 
@@ -421,11 +421,11 @@ def _again(here: _Place) -> Verdict:
         one, other = _train(here), _train(here)
     equal = one.losses == other.losses
     same = sum(torch.equal(a, b) for a, b in zip(one.adapters, other.adapters, strict=True))
-    told = (
+    message = (
         f"{_STEPS} losses {'equal' if equal else 'differ'}, {same} of {len(one.adapters)} tensors"
     )
     return Verdict(
         equal and same == len(one.adapters),
-        told + " equal, to the bit",
+        message + " equal, to the bit",
         {"losses_equal": equal, "equal_tensors": same, "tensors": len(one.adapters)},
     )

@@ -61,8 +61,8 @@ def run(config: TrainConfig, report: "RunReport") -> None:
     attach(model, lora_of(config), seed=config.seed)
     parameters = adapter_parameters(model)
     embedding_to_host(model)
-    engine, told = choose_engine(model, device, graphs=config.cuda_graphs)
-    report.note(told)
+    engine, message = choose_engine(model, device, graphs=config.cuda_graphs)
+    report.note(message)
     total = config.max_steps or 1
     trainer = Trainer(engine, parameters, config, Schedule.of(config, total))
     size = (config.batch_size, config.max_length)

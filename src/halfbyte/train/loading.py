@@ -1,4 +1,4 @@
-"""A base model opened for use: device and dtype chosen, loaded, adapter put on, all of it told."""
+"""A base model opened for use: device and dtype chosen, loaded, adapter attached, all logged."""
 
 import dataclasses
 import logging
@@ -135,7 +135,7 @@ def open_model(
         cache_quantized: Whether to load from a packed copy in the user's cache, made at need.
         allow_mismatch: Whether to use the adapter, with a warning, on a base, a tokenizer or a
             template that is not the one it was trained with.
-        report: Who is told, and shows progress.
+        report: Logs, and shows progress.
 
     Raises:
         UserError: If the model or the adapter is missing, damaged, or they do not belong together.
@@ -171,16 +171,16 @@ def _compare(adapter: LoadedAdapter, base: LoadedBase, *, allow_mismatch: bool) 
     found = differences(adapter.info, base)
     if not found:
         return
-    told = (
+    message = (
         f"the adapter was trained on {adapter.base_name!r}, and this is not it: {'; '.join(found)}"
     )
     if not allow_mismatch:
         raise CheckpointError(
-            f"{told}. Give the model it was trained on, held as it was then (a packed copy: packed "
-            "on the same kind of device, halfbyte quantize --device), or allow the mismatch "
+            f"{message}. Give the model it was trained on, held as it was then (a packed copy: "
+            "packed on the same kind of device, halfbyte quantize --device), or allow the mismatch "
             "(--allow-mismatch)"
         )
-    logger.warning("%s; used all the same, as allowed", told)
+    logger.warning("%s; used all the same, as allowed", message)
 
 
 def recipe_of(config: TrainConfig, dtype: torch.dtype, device: str) -> BaseRecipe:

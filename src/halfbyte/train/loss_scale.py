@@ -68,7 +68,7 @@ class LossScale:
             self.factor, self.clean = min(LARGEST, 2.0 * self.factor), 0
 
     def overflowed(self, step: int) -> str:
-        """Take note of gradients that were not finite; return what a person should be told.
+        """Take note of gradients that were not finite; return the message for a person.
 
         Args:
             step: Of the run, counted from 0.
@@ -115,7 +115,7 @@ class LossScale:
 
 
 def too_large(step: int) -> str:
-    """Return what a person is told of a loss that is not finite, with activations in float16."""
+    """Return the message about a loss that is not finite, with activations in float16."""
     return (
         f"step {step + 1}: the loss is not finite: activations of this model are beyond the 65504 "
         "that float16 holds, or training diverged. Nothing was updated. Use compute_dtype float32 "

@@ -170,7 +170,7 @@ class Prediction:
         """Hold the prediction against what was measured, and tell the journal and people.
 
         Args:
-            report: Who is told.
+            report: Where to log.
             measured: Peak of the memory in use, in bytes.
             step: The steps made so far.
             reserved: Peak of what torch has reserved on a GPU, in bytes.

@@ -144,7 +144,7 @@ class Samples:
         *,
         memory_limit: int | None = None,
     ) -> dict[str, Any]:
-        """Return what the journal is told of the model's answers after ``step``.
+        """Return the journal's record of the model's answers after ``step``.
 
         Args:
             model: What answers.

@@ -133,7 +133,7 @@ def train(config: TrainConfig, report: "RunReport") -> TrainResult:
 
     Args:
         config: What to do.
-        report: Who is told.
+        report: Where to log.
 
     Raises:
         UserError: For whatever the user can mend; nothing half-written is left behind.

@@ -14,7 +14,7 @@ step, so how its examples are split into micro-batches (1x8, 2x4, 8x1) changes n
 In float16 the gradients are scaled, and a step whose gradients overflow is left out
 (``train.loss_scale``).
 
-A step that runs out of memory is made again with less, one rung of a ladder after the other
+A step that runs out of memory is repeated with less, one rung of a ladder after the other
 (`Trainer.fall_back`), until it succeeds. Its gradients are a sum over the same tokens in any case,
 and nothing is updated before they are complete, so the result is the same to rounding.
 """
@@ -66,7 +66,7 @@ class StepResult(NamedTuple):
         grad_norm: Norm of all gradients before clipping.
         learning_rate: That of A.
         paging: What paging the optimizer's state did; None where it is off.
-        seconds: From its first operation to the last; what is made again included.
+        seconds: From its first operation to the last; repeated attempts included.
         data_seconds: How long its micro-batches took to make; a GPU is at work meanwhile.
         skipped: Whether nothing was updated, because gradients overflowed in float16.
     """
@@ -349,7 +349,7 @@ class Trainer:
         if self._tight(batches):
             self.optimizer.page_out()
         else:
-            self.optimizer.allocate()  # an update that has begun cannot be made again
+            self.optimizer.allocate()  # an update that has begun cannot be repeated
             self.optimizer.prefetch()
         rate = self.schedule.at(step)
         for group in self.optimizer.param_groups:
@@ -439,7 +439,9 @@ class Trainer:
             done = self._less()
         if done is None:
             raise self._given_up(step) from error
-        self.engine.messages.append(f"out of GPU memory at step {step + 1}: {done}, and made again")
+        self.engine.messages.append(
+            f"out of GPU memory at step {step + 1}: {done}, and the step is repeated"
+        )
         self.fallbacks.append(
             {
                 "step": step + 1,
