@@ -10,6 +10,7 @@ import torch
 
 from halfbyte.checkpoint import cache
 from halfbyte.checkpoint.base_model import LoadedBase, load_base
+from halfbyte.checkpoint.cache import cached
 from halfbyte.checkpoint.directory import DirectorySource
 from halfbyte.checkpoint.safetensors_file import SafetensorsFile
 from halfbyte.models.build import BaseRecipe
@@ -53,15 +54,15 @@ def test_a_model_from_the_cache_is_the_model(
     source = model_dir if kind == "safetensors" else write_gguf(tmp_path / "m.gguf")
     recipe = BaseRecipe(quantize_head=packed_head, block_size=128)
     plain = load_base(source, recipe)
-    assert_same(load_base(source, recipe, cache=True), plain)
+    assert_same(load_base(source, recipe, packed_copy=cached), plain)
     assert len(copies(home)) == 1
-    assert_same(load_base(source, recipe, cache=True), plain)
+    assert_same(load_base(source, recipe, packed_copy=cached), plain)
 
 
 def test_the_second_start_reads_the_copy_only(
     home: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load_base(model_dir, BaseRecipe(), cache=True)
+    load_base(model_dir, BaseRecipe(), packed_copy=cached)
     read: list[tuple[Path, str]] = []
     whole = SafetensorsFile.read
 
@@ -70,7 +71,7 @@ def test_the_second_start_reads_the_copy_only(
         return whole(self, name)
 
     monkeypatch.setattr(SafetensorsFile, "read", noted)
-    load_base(model_dir, BaseRecipe(), cache=True)
+    load_base(model_dir, BaseRecipe(), packed_copy=cached)
     [copy] = copies(home)
     assert {path.parent for path, _ in read} == {copy}
     size = SafetensorsFile(copy / "model.safetensors").entries
@@ -89,22 +90,22 @@ def test_another_recipe_or_another_base_has_another_copy(home: Path, tmp_path: P
         {"quantize_head": True},
     ]
     for count, changes in enumerate(recipes, 1):
-        load_base(one, BaseRecipe(**changes), cache=True)
+        load_base(one, BaseRecipe(**changes), packed_copy=cached)
         assert len(copies(home)) == count
     # What decides no byte of the copy: a copy for all. (Head and embedding are tied here.)
-    load_base(one, BaseRecipe(quantize_head=True, quantize_embeddings=True), cache=True)
-    load_base(one, BaseRecipe(compute_dtype=torch.bfloat16), cache=True)
+    load_base(one, BaseRecipe(quantize_head=True, quantize_embeddings=True), packed_copy=cached)
+    load_base(one, BaseRecipe(compute_dtype=torch.bfloat16), packed_copy=cached)
     assert len(copies(home)) == count
-    load_base(write_tiny_model(tmp_path / "two", layers=1), BaseRecipe(), cache=True)
+    load_base(write_tiny_model(tmp_path / "two", layers=1), BaseRecipe(), packed_copy=cached)
     assert len(copies(home)) == count + 1
 
 
 def test_nothing_to_pack_is_not_copied(home: Path, model_dir: Path) -> None:
-    load_base(model_dir, BaseRecipe(quant="none"), cache=True)
+    load_base(model_dir, BaseRecipe(quant="none"), packed_copy=cached)
     assert not home.exists()
-    load_base(model_dir, BaseRecipe(), cache=True)
+    load_base(model_dir, BaseRecipe(), packed_copy=cached)
     [copy] = copies(home)
-    load_base(copy, BaseRecipe(), cache=True)
+    load_base(copy, BaseRecipe(), packed_copy=cached)
     assert copies(home) == [copy]
 
 
@@ -137,17 +138,17 @@ DAMAGE = {
 def test_a_damaged_copy_is_told_and_made_anew(
     home: Path, model_dir: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
-    plain = load_base(model_dir, BaseRecipe(), cache=True)
+    plain = load_base(model_dir, BaseRecipe(), packed_copy=cached)
     [copy] = copies(home)
     change, told = DAMAGE[damage]
     change(copy)
     with caplog.at_level(logging.WARNING, logger="halfbyte"):
-        assert_same(load_base(model_dir, BaseRecipe(), cache=True), plain)
+        assert_same(load_base(model_dir, BaseRecipe(), packed_copy=cached), plain)
     assert "is damaged and made anew" in caplog.text
     assert told in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="halfbyte"):
-        load_base(model_dir, BaseRecipe(), cache=True)
+        load_base(model_dir, BaseRecipe(), packed_copy=cached)
     assert caplog.text == ""
     assert [path.name for path in copy.parent.iterdir()] == [copy.name]
 
@@ -157,7 +158,7 @@ def test_a_cache_that_cannot_be_written_stops_nothing(
 ) -> None:
     home.write_text("a file")
     with caplog.at_level(logging.WARNING, logger="halfbyte"):
-        base = load_base(model_dir, BaseRecipe(), cache=True)
+        base = load_base(model_dir, BaseRecipe(), packed_copy=cached)
     assert "no packed copy of" in caplog.text
     assert base.memory_report.quantized_parameters > 0
 
@@ -171,7 +172,7 @@ def test_codes_of_another_kind_of_device_are_another_copy(
         made.append(directory)
         raise cache.OutputError("stopped")
 
-    monkeypatch.setattr("halfbyte.checkpoint.bitsandbytes.write_quantized", stop)
+    monkeypatch.setattr("halfbyte.checkpoint.cache.write_quantized", stop)
     source = DirectorySource(model_dir, "m")
     for device in ("cpu", "cuda", "cuda:1"):
         assert cache.cached(source, BaseRecipe(device=device)) is source

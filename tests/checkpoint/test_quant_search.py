@@ -9,6 +9,7 @@ import torch
 from halfbyte.checkpoint import cache
 from halfbyte.checkpoint.base_model import LoadedBase, importances, load_base, open_base
 from halfbyte.checkpoint.bitsandbytes import write_quantized
+from halfbyte.checkpoint.cache import cached
 from halfbyte.checkpoint.identity import PACKING, differences, identity_of
 from halfbyte.cli.opening import RECIPE_FIELDS
 from halfbyte.linear.lora import frozen_linears
@@ -83,8 +84,8 @@ def test_the_cache_keeps_the_two_apart(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    load_base(directory, BaseRecipe(), cache=True)
-    assert_same(load_base(directory, SEARCHED, cache=True), load_base(directory, SEARCHED))
+    load_base(directory, BaseRecipe(), packed_copy=cached)
+    assert_same(load_base(directory, SEARCHED, packed_copy=cached), load_base(directory, SEARCHED))
     assert len(list(cache.cache_directory().iterdir())) == 2
 
 

@@ -17,7 +17,6 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from halfbyte.checkpoint.cache import cached
 from halfbyte.checkpoint.directory import DirectorySource
 from halfbyte.checkpoint.gguf import GGUFSource
 from halfbyte.checkpoint.source import BaseSource, warn_of_packing_again
@@ -40,6 +39,10 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 logger = logging.getLogger("halfbyte")
+
+
+# From a source, a recipe and who is shown the progress.
+PackedCopy = Callable[[BaseSource, BaseRecipe, Callable[[int, int], None] | None], BaseSource]
 
 
 class LoadedBase(NamedTuple):
@@ -105,7 +108,7 @@ def load_base(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Callable[[int, int], None] | None = None,
-    cache: bool = False,
+    packed_copy: PackedCopy | None = None,
 ) -> LoadedBase:
     """Load a base model, packing each tensor as it is read.
 
@@ -118,7 +121,8 @@ def load_base(
         recipe: How to hold it. Files that are packed already stay as they are, which is logged.
         tokenizer: The source's, if it has been read before.
         progress: Called with (bytes read, bytes in all) after each tensor.
-        cache: Whether to load from a packed copy in the user's cache, made now if there is none.
+        packed_copy: Returns a source of packed weights to read in place of the source, such as
+            ``checkpoint.cache.cached``.
 
     Raises:
         CheckpointError: See ``open_base``; also if there is no tokenizer.
@@ -130,7 +134,9 @@ def load_base(
     recipe = source.fitted(recipe)
     warn_of_packing_again(source, recipe)
     model = build(source.config, recipe, plain=_left_plain(source, recipe))
-    files = cached(source, model.halfbyte_recipe, progress) if cache else source
+    files = source
+    if packed_copy is not None:
+        files = packed_copy(source, model.halfbyte_recipe, progress)
     linears = {f"{path}.weight" for path in frozen_linears(model)}
     importance = importances(files, model.halfbyte_recipe)
     sizes = {parameter.name: parameter.nbytes for parameter in files.parameters}

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from halfbyte.checkpoint.atomic import new_directory
+from halfbyte.checkpoint.bitsandbytes import write_quantized
 from halfbyte.checkpoint.directory import DirectorySource
 from halfbyte.checkpoint.reading import read_json
 from halfbyte.checkpoint.source import BaseSource
@@ -47,8 +48,6 @@ def cached(
     Raises:
         WeightError: If a weight holds NaN or infinity.
     """
-    from halfbyte.checkpoint.bitsandbytes import write_quantized  # it imports who imports this
-
     if recipe.quant == "none" or any(parameter.packed for parameter in source.parameters):
         return source
     made_from = {

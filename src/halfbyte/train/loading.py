@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.checkpoint.base_model import BaseSource, LoadedBase, load_base, open_base
+from halfbyte.checkpoint.cache import cached
 from halfbyte.checkpoint.identity import differences
 from halfbyte.checkpoint.peft import LoadedAdapter, load_adapter
 from halfbyte.config.schema import TrainConfig
@@ -52,7 +53,12 @@ class Loading:
     ) -> None:
         self._name, self.seconds = source.name, 0.0
         self._load = partial(
-            load_base, source, recipe, tokenizer=tokenizer, progress=self._tell, cache=cache
+            load_base,
+            source,
+            recipe,
+            tokenizer=tokenizer,
+            progress=self._tell,
+            packed_copy=cached if cache else None,
         )
         self._progress: Callable[[int, int], None] | None = None
         self._stopped = False
