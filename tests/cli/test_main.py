@@ -132,7 +132,7 @@ def test_a_mistake_is_one_message_on_standard_error_and_code_2(tmp_path: Path) -
 def test_an_unknown_verb() -> None:
     done = halfbyte("trian")
     assert done.returncode == 2
-    assert done.stderr.startswith("halfbyte: unknown verb `trian`; did you mean `train`?")
+    assert done.stderr.startswith("halfbyte: unknown command `trian`; did you mean `train`?")
 
 
 @pytest.fixture

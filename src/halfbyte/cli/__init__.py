@@ -1,6 +1,6 @@
-"""``halfbyte COMMAND …``: finds the verb, runs it, and says what went wrong in one message.
+"""``halfbyte COMMAND …``: finds the command, runs it, and says what went wrong in one message.
 
-Each verb is a module of this package, imported only when it is called, so that ``--help`` and
+Each command is a module of this package, imported only when it is called, so that ``--help`` and
 mistakes are answered without torch. Exit codes: 0 done; 2 wrong use or bad input, with a
 message; 1 anything else, with a traceback where it is a bug of ours; 130 interrupted.
 """
@@ -40,9 +40,9 @@ def overview() -> str:
             "",
             "Fine-tune large language models in half a byte per weight.",
             "",
-            *(f"  {verb:<10}{summary}" for verb, summary in COMMANDS.items()),
+            *(f"  {command:<10}{summary}" for command, summary in COMMANDS.items()),
             "",
-            "halfbyte COMMAND --help lists a verb's options; halfbyte --version tells the version.",
+            "halfbyte COMMAND --help lists its options; halfbyte --version prints the version.",
         ]
     )
 
@@ -58,7 +58,7 @@ def _run(argv: list[str]) -> None:
         from halfbyte.config.aliases import nearest
 
         raise ConfigError(
-            f"unknown verb `{argv[0]}`{nearest(argv[0], COMMANDS) or ';'} expected one of "
+            f"unknown command `{argv[0]}`{nearest(argv[0], COMMANDS) or ';'} expected one of "
             + ", ".join(COMMANDS)
         )
     sys.stdout.flush()

@@ -23,7 +23,7 @@ _COMMANDS = "/reset forgets the conversation, /exit leaves"
 
 
 def main(argv: list[str]) -> None:
-    """Run the verb."""
+    """Run the command."""
     options, notes, _ = COMMAND.read(argv)
 
     import_transformers(gpu=options.device != "cpu")

@@ -72,7 +72,7 @@ COMMAND = Command(
 
 
 def main(argv: list[str]) -> None:
-    """Run the verb.
+    """Run the command.
 
     Raises:
         HalfbyteError: A run has no result; the others are written all the same.

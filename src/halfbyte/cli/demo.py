@@ -67,7 +67,7 @@ COMMAND = Command(
 
 
 def main(argv: list[str]) -> None:
-    """Run the verb."""
+    """Run the command."""
     options, notes, as_json = COMMAND.read(argv)
     from halfbyte.tools.demo_model import demo_model
 

@@ -34,7 +34,7 @@ COMMAND = Command(
 
 
 def main(argv: list[str]) -> None:
-    """Run the verb.
+    """Run the command.
 
     Raises:
         HalfbyteError: Something does not compute what it should on this machine.

@@ -38,7 +38,7 @@ COMMAND = Command(
 
 
 def main(argv: list[str]) -> None:
-    """Run the verb."""
+    """Run the command."""
     options, notes, as_json = COMMAND.read(argv)
 
     import_transformers(gpu=options.device != "cpu")

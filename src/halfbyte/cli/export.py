@@ -87,7 +87,7 @@ COMMAND = Command(
 
 
 def main(argv: list[str]) -> None:
-    """Run the verb.
+    """Run the command.
 
     Raises:
         HalfbyteError: What was written is not what it was made of, and was to be verified.

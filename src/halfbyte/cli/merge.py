@@ -93,7 +93,7 @@ COMMAND = Command(
 
 
 def main(argv: list[str]) -> None:
-    """Run the verb.
+    """Run the command.
 
     Raises:
         HalfbyteError: What was written does not agree with the adapter, and was to be verified.

@@ -1,4 +1,4 @@
-"""The options of a verb that reads a model, with or without an adapter, and how it is opened."""
+"""The options of a command that reads a model, with or without an adapter, and how it is opened."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar

@@ -82,7 +82,7 @@ COMMAND = Command(
 
 
 def main(argv: list[str]) -> None:
-    """Run the verb."""
+    """Run the command."""
     options, notes, as_json = COMMAND.read(argv)
 
     from halfbyte.plan.advice import advice, choices, ways

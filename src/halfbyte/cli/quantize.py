@@ -37,7 +37,7 @@ COMMAND = Command(
 
 
 def main(argv: list[str]) -> None:
-    """Run the verb."""
+    """Run the command."""
     options, notes, as_json = COMMAND.read(argv)
     require_free(options.out, overwrite=options.overwrite)
 

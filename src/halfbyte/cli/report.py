@@ -35,7 +35,7 @@ COMMAND = Command(
 
 
 def main(argv: list[str]) -> None:
-    """Run the verb."""
+    """Run the command."""
     options, _, as_json = COMMAND.read(argv)
     runs = options.runs
     beside = runs[0] if runs[0].is_dir() else runs[0].parent

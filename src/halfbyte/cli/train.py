@@ -17,7 +17,7 @@ COMMAND = Command(
 
 
 def main(argv: list[str]) -> None:
-    """Run the verb."""
+    """Run the command."""
     words = COMMAND.words(argv)
     file = words.positional.get("config") or words.given.pop("config", None)
     config, notes = load_config(file, words.given, problems=words.problems)

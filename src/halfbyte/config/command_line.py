@@ -1,6 +1,6 @@
 """From words on the command line to checked options, and from options to ``--help``.
 
-A verb's options are a class of ``halfbyte.config.schema``: names, types, defaults and help stand
+A command's options are a class of ``halfbyte.config.schema``: names, types, defaults and help stand
 there and nowhere else. Words are only sorted here: each value stays text until pydantic checks
 it, together with what a YAML file gave, so that one message lists everything that is wrong and
 an option is known to have been given or not. A parser that converts as it goes, and stops at
@@ -120,7 +120,7 @@ class Command(Generic[OptionsT]):
         return Request(options, spelt.notes, words.json)
 
     def help(self) -> str:
-        """Usage, what the verb does, an example, and every option under its heading."""
+        """Usage, what the command does, an example, and every option under its heading."""
         width = min(shutil.get_terminal_size().columns, 100)
         fields = self.options.model_fields
         usage = [
@@ -214,7 +214,7 @@ def _leave_with(text: str) -> NoReturn:
 
 @contextmanager
 def results(*, as_json: bool) -> Iterator[dict[str, Any]]:
-    """Where a verb puts its results, printed as one JSON object at the end if ``as_json``.
+    """Where a command puts its results, printed as one JSON object at the end if ``as_json``.
 
     All else that is printed meanwhile, by us or by a library, then goes to standard error.
     """

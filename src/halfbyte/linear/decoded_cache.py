@@ -19,7 +19,7 @@ from halfbyte.linear.group import LinearGroup, LoraActivationCache
 from halfbyte.quant import QuantizedWeight
 from halfbyte.quant.format import dequantize_all
 
-# Elements of which a multiple lies before each set: what the copy engine and wide stores ask for.
+# Elements of which a multiple lies before each set: what TMA and wide stores ask for.
 _ALIGNED = 128
 
 

@@ -37,7 +37,7 @@ _THIN_ROWS, _THIN_COLUMNS, _THIN_WARPS = 64, 128, 4
 # a T4, 64 operations an element at 8.1 TFLOP/s are 8 ps, 4 bytes at 320 GB/s are 12.
 _SCALAR_RANK = 32
 _LANES = 1024
-# Pieces of a buffer begin at multiples of so many elements, for the copy engine.
+# Pieces of a buffer begin at multiples of so many elements, for TMA.
 _ALIGNED = 128
 
 

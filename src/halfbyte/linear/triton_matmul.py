@@ -14,7 +14,7 @@ written in between.
     backward    gᵢ = dyᵢ (s Bᵢ) and dBᵢ = s dyᵢᵀ pᵢ, in one reading of dyᵢ         2
                 dx = Σ dyᵢ Wᵢ + g [A₁ A₂ …]          dA = gᵀ x                       2
 
-The contraction runs on tiles brought by the card's copy engine, one program a multiprocessor, and
+The contraction runs on tiles loaded by Hopper's TMA, one program a multiprocessor, and
 takes what cuBLAS takes for the bare product (benchmarks/results). It is tuned to Hopper, compute
 capability 9.0, and needs enough rows to fill the card; `fits` says so. Elsewhere the same is done
 by cuBLAS, the adapter added to what the base gave (`plain_forward`, `plain_backward`).
@@ -150,7 +150,7 @@ def place(tile, tiles_m, tiles_n):
 
 
 def copyable(x: Tensor) -> bool:
-    """Returns whether the copy engine can read x [rows, n], of 16-bit numbers, where it lies."""
+    """Returns whether TMA can read x [rows, n], of 16-bit numbers, where it lies."""
     return x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
 
 

@@ -229,7 +229,7 @@ def num_sms(device: torch.device) -> int:
 
 
 def is_hopper(device: torch.device) -> bool:
-    """Returns whether a kernel tuned to Hopper's copy engine and registers may run there."""
+    """Returns whether a kernel tuned to Hopper's TMA and registers may run there."""
     return devices.spec_of(device).is_hopper
 
 

@@ -67,7 +67,7 @@ class DeviceSpec:
 
     @property
     def is_hopper(self) -> bool:
-        """Whether a kernel tuned to Hopper's copy engine and registers may run there."""
+        """Whether a kernel tuned to Hopper's TMA and registers may run there."""
         return self.capability[0] == 9
 
     def runs_flash_attention(self, head_dim: int) -> bool:
