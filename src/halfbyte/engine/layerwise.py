@@ -43,8 +43,9 @@ from halfbyte.engine.forward_backward import LayerInput, Passes
 from halfbyte.engine.packing import Batch, PackedBatch, lengths_of, part_of_shape, parts_of
 from halfbyte.layers.attention import Documents, can_pack
 from halfbyte.layers.cross_entropy import head_loss
-from halfbyte.layers.decoder_layer import FAMILIES, AttentionCheckpoint, fused
+from halfbyte.layers.decoder_layer import AttentionCheckpoint, fused
 from halfbyte.layers.elementwise import rms_norm
+from halfbyte.layers.families import is_known_norm
 from halfbyte.layers.vocabulary import FrozenHead
 from halfbyte.linear.decoded_cache import DecodedWeightCache
 from halfbyte.linear.frozen import FrozenLinear
@@ -445,11 +446,7 @@ class LayerEngine:
 
     def _head_loss(self, rows: Tensor, targets: Tensor) -> Tensor:
         norm: Any = self.norm
-        if (
-            self._fused
-            and type(norm).__name__ in FAMILIES.values()
-            and not norm.weight.requires_grad
-        ):
+        if self._fused and is_known_norm(norm) and not norm.weight.requires_grad:
             rows = rms_norm(rows, norm.weight, norm.variance_epsilon)
         else:
             rows = norm(rows)

@@ -22,18 +22,9 @@ from halfbyte.layers.elementwise import (
     rotary,
     unread_sum,
 )
+from halfbyte.layers.families import LayerSpec, spec_of
 from halfbyte.layers.mlp import gated_mlp
 from halfbyte.layers.qkv import turned_heads
-from halfbyte.linear.frozen import FrozenLinear
-
-# The names of transformers' classes, which this file was read beside. Others, derived or not, may
-# do more than these.
-FAMILIES = {
-    "LlamaDecoderLayer": "LlamaRMSNorm",
-    "MistralDecoderLayer": "MistralRMSNorm",
-    "Qwen2DecoderLayer": "Qwen2RMSNorm",
-    "Qwen3DecoderLayer": "Qwen3RMSNorm",
-}
 
 
 class AttentionCheckpoint:
@@ -72,9 +63,9 @@ class FusedLayer:
         head_dim: Width of a head.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, spec: LayerSpec) -> None:
         parts: Any = layer
-        self._first, self._second = parts.input_layernorm, parts.post_attention_layernorm
+        self._first, self._second, *self._head_norms = spec.norms_of(layer)
         self._attention, self._mlp = parts.self_attn, parts.mlp
         self.head_dim: int = self._attention.head_dim
         config = self._attention.config
@@ -124,26 +115,23 @@ class FusedLayer:
         """Return q, k and v as attention wants them, [B, T, heads, n]."""
         attention = self._attention
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        if not hasattr(attention, "q_norm"):
+        if not self._head_norms:
             q, k, v = turned_heads(y, projections, cos, sin)
         else:
             q, k, v = (project(y).unflatten(-1, (-1, self.head_dim)) for project in projections)
-            q = rms_norm(q, attention.q_norm.weight, attention.q_norm.variance_epsilon)
-            k = rms_norm(k, attention.k_norm.weight, attention.k_norm.variance_epsilon)
+            norm_q, norm_k = self._head_norms
+            q = rms_norm(q, norm_q.weight, norm_q.variance_epsilon)
+            k = rms_norm(k, norm_k.weight, norm_k.variance_epsilon)
             q, k = rotary(q, k, cos, sin)
         return q, k, v
 
 
 def fused(layer: nn.Module) -> FusedLayer | None:
     """Return what runs ``layer`` fused, or None if it is not one that is known."""
-    norm = FAMILIES.get(type(layer).__name__)
-    if norm is None or not type(layer).__module__.startswith("transformers.models."):
+    spec = spec_of(layer)
+    if spec is None or spec.why_not(layer) is not None:
         return None
-    parts: Any = layer
-    norms = [parts.input_layernorm, parts.post_attention_layernorm]
-    norms += [m for n in ("q_norm", "k_norm") if (m := getattr(parts.self_attn, n, None))]
-    known = all(type(n).__name__ == norm and not n.weight.requires_grad for n in norms)
-    linear = isinstance(parts.mlp.down_proj, FrozenLinear)
-    if not known or not linear or parts.self_attn.config.hidden_act != "silu":
+    # A norm that is trained whole wants a gradient, which the fused operations do not compute.
+    if any(type(n).__name__ != spec.norm or n.weight.requires_grad for n in spec.norms_of(layer)):
         return None
-    return FusedLayer(layer)
+    return FusedLayer(layer, spec)

@@ -23,17 +23,15 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from halfbyte.layers.attention import Documents, attend
-from halfbyte.layers.decoder_layer import FAMILIES
 from halfbyte.layers.elementwise import add_rms_norm, rms_norm, rotary, swiglu
+from halfbyte.layers.families import FAMILIES, LayerSpec, spec_of
 from halfbyte.layers.kv_cache import KVCache, attend_cached, turn_and_store
 from halfbyte.layers.vocabulary import FrozenHead
-from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.lora import adapters
 from halfbyte.models.projections import Projections, stacked
 from halfbyte.quant.format import gpu_kernels
 from halfbyte.runtime.matmul import product
 
-_MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 # Positions alone say how these turn; of others, so does the length of the sequence.
 _ROTARY = ("default", "linear", "llama3", "yarn")
 # Elements of a layer from which its products for one row are bytes. Below they are launches, of
@@ -51,8 +49,9 @@ Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 def why_not(model: PreTrainedModel) -> str | None:
     """Return why `Decoder` cannot run a model, or None if it can."""
     name = type(model).__name__
-    if name not in _MODELS or not type(model).__module__.startswith("transformers.models."):
-        return f"{name} is none of {', '.join(_MODELS)}"
+    known = [spec.model for spec in FAMILIES]
+    if name not in known or not type(model).__module__.startswith("transformers.models."):
+        return f"{name} is none of {', '.join(known)}"
     if model.device.type == "cuda" and gpu_kernels() is None:
         return "there is no Triton"
     decoder: Any = model.get_decoder()
@@ -64,29 +63,9 @@ def why_not(model: PreTrainedModel) -> str | None:
     return next((why for layer in decoder.layers if (why := _why_not_layer(layer))), None)
 
 
-def _why_not_layer(layer: Any) -> str | None:
-    norm = FAMILIES.get(type(layer).__name__)
-    if norm is None:
-        return f"its layers are {type(layer).__name__}"
-    if any(type(one).__name__.removeprefix("Parametrized") != norm for one in _norms(layer)):
-        return f"a norm of a layer is no {norm}"
-    if not all(isinstance(linear, FrozenLinear) for linear in _linears(layer)):
-        return "a linear of a layer has been replaced"
-    if layer.self_attn.config.hidden_act != "silu":
-        return f"its activation is {layer.self_attn.config.hidden_act}"
-    return None
-
-
-def _norms(layer: Any) -> list[Any]:
-    attention = layer.self_attn
-    heads = [getattr(attention, n, None) for n in ("q_norm", "k_norm")]
-    return [layer.input_layernorm, layer.post_attention_layernorm, *(n for n in heads if n)]
-
-
-def _linears(layer: Any) -> list[Any]:
-    attention, mlp = layer.self_attn, layer.mlp
-    of_attention = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    return [*of_attention, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+def _why_not_layer(layer: nn.Module) -> str | None:
+    spec = spec_of(layer)
+    return f"its layers are {type(layer).__name__}" if spec is None else spec.why_not(layer)
 
 
 class _Norm(NamedTuple):
@@ -103,12 +82,12 @@ class _Norm(NamedTuple):
 class _Layer:
     """A decoder layer; see `fused` in layer.py for the same in training."""
 
-    def __init__(self, layer: Any, dtype: torch.dtype) -> None:
+    def __init__(self, layer: Any, spec: LayerSpec, dtype: torch.dtype) -> None:
         attention = layer.self_attn
-        q, k, v, o, gate, up, down = _linears(layer)
+        q, k, v, o, gate, up, down = spec.linears_of(layer)
         self.qkv, self.out = Projections([q, k, v], dtype), Projections([o], dtype)
         self.gated, self.down = Projections([gate, up], dtype), Projections([down], dtype)
-        self._first, self._second, *heads = map(_Norm.of, _norms(layer))
+        self._first, self._second, *heads = map(_Norm.of, spec.norms_of(layer))
         self._head_norms = heads
         self.width, self.scale = int(attention.head_dim), float(attention.scaling)
         config = attention.config
@@ -168,7 +147,11 @@ class Decoder:
         decoder: Any = model.get_decoder()
         self.device: torch.device = model.device
         self._dtype: torch.dtype = model.halfbyte_recipe.compute_dtype
-        self._layers = [_Layer(layer, self._dtype) for layer in decoder.layers]
+        self._layers = []
+        for layer in decoder.layers:
+            spec = spec_of(layer)
+            assert spec is not None  # or `why_not` would have said so
+            self._layers.append(_Layer(layer, spec, self._dtype))
         self._adapters = list(adapters(model).values())
         self._norm = _Norm.of(decoder.norm)
         self._rotary = decoder.rotary_emb

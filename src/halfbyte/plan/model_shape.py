@@ -228,7 +228,7 @@ def shape_of(
     """
     from torch import nn
 
-    from halfbyte.layers.decoder_layer import FAMILIES
+    from halfbyte.layers.families import FAMILIES
 
     config = model.config.get_text_config()
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -274,7 +274,7 @@ def shape_of(
         vocabulary=int(config.vocab_size),
         positions=getattr(config, "max_position_embeddings", None),
         head_norms=any(".q_norm." in path for path in shapes),
-        fusable=bool(kinds & set(FAMILIES)),
+        fusable=any(spec.layer in kinds for spec in FAMILIES),
         vocabulary_packs=type(head) is nn.Linear
         and (not config.tie_word_embeddings or type(embedding) is nn.Embedding),
     )

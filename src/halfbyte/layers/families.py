@@ -1,0 +1,82 @@
+"""The families whose decoder layers are run by operations of ours: one row each.
+
+A row names transformers' classes, and the attributes under which a layer holds its norms and
+linears. Training (decoder_layer.py), decoding (models/decoding.py) and the plan
+(plan/model_shape.py) all ask this table. Other classes, derived from these or not, may do more than
+these, so they are run by their own forward.
+"""
+
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from halfbyte.linear.frozen import FrozenLinear
+
+
+class LayerSpec(NamedTuple):
+    """What a decoder layer of a family is made of.
+
+    Attributes:
+        model: Class of the causal language model.
+        layer: Class of its decoder layers.
+        norm: Class of all its norms, an RMSNorm with ``weight`` and ``variance_epsilon``.
+        norms: Attributes of the layer: before attention, before the MLP.
+        head_norms: Those of queries and keys; a layer may have none.
+        linears: Those of the linears: q, k, v, o, gate, up, down.
+    """
+
+    model: str
+    layer: str
+    norm: str
+    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+    head_norms: tuple[str, ...] = ()
+    linears: tuple[str, ...] = (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    )
+
+    def norms_of(self, layer: nn.Module) -> list[Any]:
+        """Return the norms of a layer: the two of the stream, then those of queries and keys."""
+        return [attrgetter(name)(layer) for name in (*self.norms, *self.head_norms)]
+
+    def linears_of(self, layer: nn.Module) -> list[Any]:
+        """Return the linears of a layer."""
+        return [attrgetter(name)(layer) for name in self.linears]
+
+    def why_not(self, layer: nn.Module) -> str | None:
+        """Return why a layer of this class is not as the table says, or None."""
+        for norm in self.norms_of(layer):
+            if type(norm).__name__.removeprefix("Parametrized") != self.norm:
+                return f"a norm of a layer is no {self.norm}"
+        if not all(isinstance(linear, FrozenLinear) for linear in self.linears_of(layer)):
+            return "a linear of a layer has been replaced"
+        activation = layer.self_attn.config.hidden_act  # type: ignore[union-attr]
+        return None if activation == "silu" else f"its activation is {activation}"
+
+
+_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+FAMILIES = (
+    LayerSpec("LlamaForCausalLM", "LlamaDecoderLayer", "LlamaRMSNorm"),
+    LayerSpec("MistralForCausalLM", "MistralDecoderLayer", "MistralRMSNorm"),
+    LayerSpec("Qwen2ForCausalLM", "Qwen2DecoderLayer", "Qwen2RMSNorm"),
+    LayerSpec("Qwen3ForCausalLM", "Qwen3DecoderLayer", "Qwen3RMSNorm", head_norms=_HEAD_NORMS),
+)
+
+
+def spec_of(layer: nn.Module) -> LayerSpec | None:
+    """Return the row of a decoder layer of transformers, or None if it has none."""
+    kind = type(layer)
+    if not kind.__module__.startswith("transformers.models."):
+        return None
+    return next((spec for spec in FAMILIES if spec.layer == kind.__name__), None)
+
+
+def is_known_norm(norm: nn.Module) -> bool:
+    """Return whether a norm is of a class of the table."""
+    return type(norm).__name__ in {spec.norm for spec in FAMILIES}
