@@ -16,6 +16,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from halfbyte.engine import layerwise
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.choose import choose_engine
 from halfbyte.engine.layerwise import EngineError, LayerEngine
@@ -389,3 +390,14 @@ def test_saved_bytes_are_what_autograd_keeps():
     # At least what the seven products need: x three times, gate, up and down's input, twice r.
     assert saved > 2 * 16 * 4 * (3 * 32 + 3 * 48)
     assert engine.saved_bytes(small)[0] < saved
+
+
+def test_rotary_tables_of_a_few_lengths_are_kept_and_change_nothing():
+    model = model_of(FAMILIES["llama"])
+    engine = LayerEngine(model, fuse=True)
+    lengths = range(3, 3 + 2 * layerwise._MOST_TABLES)
+    first = [engine.loss(batches_of([(1, length)])) for length in lengths]
+    assert len(engine._tables) == layerwise._MOST_TABLES
+    assert list(engine._tables) == list(lengths)[layerwise._MOST_TABLES :]
+    again = [LayerEngine(model, fuse=True).loss(batches_of([(1, length)])) for length in lengths]
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))

@@ -61,6 +61,9 @@ from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.quant import QuantizedWeight
 from halfbyte.runtime.device import is_out_of_memory
 
+# Lengths of rows whose rotary tables are kept: one of 2048 tokens takes 1 MB, and data that cannot
+# be packed may have as many lengths.
+_MOST_TABLES = 16
 _FINAL_NORMS = ("norm", "final_layernorm", "ln_f", "final_layer_norm", "final_norm")
 
 
@@ -151,7 +154,7 @@ class LayerEngine:
         self.finished: Callable[[int, Tensor], None] | None = None
         self.trained = trained
         self.passes = Passes(trained, self.first_trained, self.entry_trained, self.opened)
-        self._turns: dict[int, tuple[Tensor, Tensor]] = {}
+        self._tables: dict[int, tuple[Tensor, ...]] = {}  # rotary, by tokens of a row
         within = [parameter for those in trained for parameter in those]
         self._graphs = CapturedPasses(self.passes, within) if graphs else None
         self.why_no_graphs = "" if graphs else "not asked for"
@@ -521,14 +524,8 @@ class LayerEngine:
     def _fused_input(self, micro_batch: int, part: PackedBatch) -> LayerInput:
         with torch.set_grad_enabled(self.entry_trained):
             x = self.decoder.get_input_embeddings()(part.ids)
-        # Rows from position 0 on are turned as all such rows are.
-        turn = self._turns.get(part.max_seqlen) if part.documents is None else None
-        if turn is None:
-            with torch.no_grad():
-                turn = self.decoder.rotary_emb(x, part.positions)
-            if part.documents is None:
-                self._turns[part.max_seqlen] = turn
-        layer_args = turn if part.documents is None else (*turn, part.documents.cu_seqlens)
+        tables = self._rotary_tables(x, part)
+        layer_args = tables if part.documents is None else (*tables, part.documents.cu_seqlens)
 
         # Not `self`: what is captured is kept by the engine, and a cycle keeps its memory too long.
         clock, layers, max_seqlen = self.clock, self._fused, part.max_seqlen
@@ -548,6 +545,18 @@ class LayerEngine:
             return layers[layer](x, cos, sin, documents, read=read, checkpoint=checkpoint)
 
         return LayerInput(x, layer_args, run)
+
+    def _rotary_tables(self, x: Tensor, part: PackedBatch) -> tuple[Tensor, ...]:
+        """Return cosines and sines [1, T, head_dim] of a batch's positions."""
+        tables = self._tables.get(part.max_seqlen) if part.documents is None else None
+        if tables is None:
+            with torch.no_grad():
+                tables = self.decoder.rotary_emb(x, part.positions)
+            if part.documents is None:  # all rows of a length have the same positions
+                if len(self._tables) == _MOST_TABLES:
+                    del self._tables[next(iter(self._tables))]  # the oldest
+                self._tables[part.max_seqlen] = tables
+        return tables
 
     def _record(self, input_ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         arguments: list[dict[str, Any]] = []
