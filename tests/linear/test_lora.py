@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 from torch import nn
+from transformers import GPT2Config
 
 from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.linear.frozen import FrozenLinear
@@ -24,6 +25,7 @@ from halfbyte.linear.lora import (
     dropout_clock,
     load_adapter_state,
 )
+from halfbyte.models.build import BaseRecipe, build
 from halfbyte.quant import quantize
 
 
@@ -379,3 +381,10 @@ def test_dropout_only_in_training_and_fixed_by_its_place():
         setattr(clock, place, 1)
         masks.append(adapter.update(x).keep)
     assert all(not torch.equal(a, b) for i, a in enumerate(masks) for b in masks[:i])
+
+
+def test_a_model_without_linears_is_refused():
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=16)
+    model = build(config, BaseRecipe())
+    with pytest.raises(ConfigError, match=r"GPT2LMHeadModel has no linear layer .*Conv1D"):
+        attach(model, LoRAConfig(), seed=0)

@@ -312,12 +312,17 @@ def attach(model: nn.Module, config: LoRAConfig, *, seed: int) -> list[str]:
 
     Raises:
         ConfigError: If a name or an expression matches no module; the message lists what there is.
-            If a module cannot be trained whole.
+            If a module cannot be trained whole, or there is nothing to train.
     """
     _restore(model)
     whole = _modules_to_save(model, config.modules_to_save)
     # A packed head or embedding is a subclass, and takes none.
     linears = {n: m for n, m in frozen_linears(model).items() if type(m) is FrozenLinear}
+    if not linears and not whole:
+        raise ConfigError(
+            f"{type(model).__name__} has no linear layer (torch.nn.Linear) that could get an "
+            "adapter; a model made of others, such as GPT-2's Conv1D, cannot be trained"
+        )
     names = _targets(list(linears), config.target_modules)
     for option in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, option):
