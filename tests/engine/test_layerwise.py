@@ -191,13 +191,13 @@ def test_a_weight_is_decoded_once_a_direction_and_step():
     weights = sum(len(layer) for layer in engine.linears)
     assert weights == 3 * 7
     for count in (1, 5):
-        before = engine.decoded_cache.decodes
+        before = engine.weights.decodes
         engine.step(batches_of([(1, 9)] * count), 20.0, ActivationPolicy(1))
         # The last layer's are still there when the pass up begins with it.
-        assert engine.decoded_cache.decodes - before == 2 * weights - 7
-    before = engine.decoded_cache.decodes
+        assert engine.weights.decodes - before == 2 * weights - 7
+    before = engine.weights.decodes
     engine.loss(batches_of([(1, 9)] * 5))
-    assert engine.decoded_cache.decodes - before == weights
+    assert engine.weights.decodes - before == weights
 
 
 @pytest.mark.parametrize("kept", [1, 2, 3])
@@ -208,16 +208,16 @@ def test_decoded_weights_that_stay_change_no_bit_and_are_decoded_once(kept):
     engine.keep_decoded(kept)
     assert engine.decoded_bytes == 4 * sum(m.quantized.numel for m in engine.linears[-1])
     for _ in range(2):
-        before = engine.decoded_cache.decodes
+        before = engine.weights.decodes
         assert torch.equal(engine.step(batches, 20.0, ActivationPolicy(1)), wanted)
         found = gradients(model)
         assert all(torch.equal(found[name], one) for name, one in true.items())
         # The last layer is one of them.
-        assert engine.decoded_cache.decodes - before == 2 * 7 * (3 - kept)
+        assert engine.weights.decodes - before == 2 * 7 * (3 - kept)
     engine.keep_decoded(0)
-    before = engine.decoded_cache.decodes
+    before = engine.weights.decodes
     assert torch.equal(engine.step(batches, 20.0, ActivationPolicy(1)), wanted)
-    assert engine.decoded_cache.decodes - before == 2 * 3 * 7 - 7
+    assert engine.weights.decodes - before == 2 * 3 * 7 - 7
 
 
 def test_a_plain_base_has_nothing_to_decode():

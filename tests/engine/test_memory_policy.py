@@ -301,7 +301,7 @@ def test_what_is_in_use_is_counted_once(engine, monkeypatch):
     )
     monkeypatch.setattr(memory_policy, "_largest", lambda *_: ["the largest"])
     with engine.opened(0):
-        buffer = engine.decoded_cache.nbytes
+        buffer = engine.weights.nbytes
     assert buffer > 0
     plan = plan_memory(engine, SHAPES, "recompute", None, "cuda", state_bytes=300)
     assert asked == [["the largest"]]

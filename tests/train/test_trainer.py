@@ -537,7 +537,7 @@ COST = StepCost(
 @pytest.mark.parametrize(("fits", "most", "tried"), [(2, 3, [2]), (1, 3, [1]), (2, 1, [2, 1])])
 def test_how_many_fit_is_known_from_what_a_layer_takes(on_a_gpu, monkeypatch, fits, most, tried):
     made = on_a_gpu(ActivationPolicy(3), cost=COST)
-    used = 10**9 - made.engine.decoded_cache.nbytes
+    used = 10**9 - made.engine.weights.nbytes
     room = MARGIN * (used + peak(COST, ActivationPolicy(fits), graphs=True).reserved)
     monkeypatch.setattr(trainers, "free_memory", lambda device: int(room - used) + 1)
     policies = failing(made, monkeypatch, lambda n, policy: n == 1 or policy.saved > most)

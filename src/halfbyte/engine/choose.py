@@ -98,7 +98,7 @@ def compile_ahead(
         logger.info("kernels are compiled one by one, as a dry run failed: %s", error)
     finally:
         engine.passes.forget()
-        engine.decoded_cache.forget()
+        engine.weights.forget()
         for linear in chain.from_iterable(engine.linears):
             linear.group.forget()
         for adapter in adapters(engine.model).values():

@@ -9,7 +9,6 @@ shapes (engine/buckets.py), and can be captured as CUDA graphs (engine/cuda_grap
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from halfbyte.engine.offload import ActivationOffloader
+from halfbyte.engine.weights import WeightProvider, acquired
 from halfbyte.layers.decoder_layer import AttentionCheckpoint
-from halfbyte.linear.group import LoraActivationCache
 from halfbyte.plan.policy import ActivationPolicy
 
 
@@ -93,8 +92,7 @@ class Passes:
         trained: For each layer, what is trained in it.
         first_trained: The first that trains anything, or lies above what does.
         entry_trained: Whether what goes into layer 0 wants a gradient.
-        opened: Makes a layer's weights ready, unless they are (``again``); a context, which gives
-            the layer's `LoraActivationCache`.
+        weights: Makes the weights of layers ready.
 
     Attributes:
         between: Called before each layer, in both passes, and by the engine before the loss; not
@@ -106,11 +104,11 @@ class Passes:
         trained: Sequence[Sequence[nn.Parameter]],
         first_trained: int,
         entry_trained: bool,
-        opened: Callable[..., AbstractContextManager[LoraActivationCache]],
+        weights: WeightProvider,
     ) -> None:
         self.layers, self._trained = len(trained), [list(those) for those in trained]
         self.first_trained, self.entry_trained = first_trained, entry_trained
-        self._opened = opened
+        self._weights = weights
         self.between: Callable[[], None] = lambda: None
         self._kept: list[list[_Kept]] = []
         self._offloader: ActivationOffloader | None = None
@@ -127,7 +125,9 @@ class Passes:
             wanted = self.entry_trained or index > self.first_trained
             saved = index >= first_saved
             self.between()
-            with self._opened(index) as lora_cache:
+            with acquired(self._weights, index) as lora_cache:
+                if index + 1 < self.layers:
+                    self._weights.prefetch(index + 1)
                 for i, layer_input in enumerate(layer_inputs):
                     x = hidden[i].detach().requires_grad_(wanted)
                     if not saved:
@@ -176,8 +176,11 @@ class Passes:
                     kept.back(back.pop(0), wanted=wanted)
             self._fetch(index - 1)
             self.between()
-            # The last layer of the pass down is the first of the pass up.
-            with self._opened(index, again=index == self.layers - 1) as lora_cache:
+            # The last layer of forward is the first of backward.
+            again = index == self.layers - 1
+            with acquired(self._weights, index, again=again) as lora_cache:
+                if index > self.first_trained:
+                    self._weights.prefetch(index - 1)
                 for i, layer_input in enumerate(layer_inputs):
                     held = row[i]
                     output: Tensor | GradientEdge | None = held.y
@@ -223,7 +226,7 @@ class Passes:
         if whole or self.first_trained or self.layers <= 2:
             self._both(layer_input, policy)
             return
-        few = Passes(self._trained[:2], 0, self.entry_trained, self._opened)
+        few = Passes(self._trained[:2], 0, self.entry_trained, self._weights)
         for saved in {0, min(2, policy.saved)}:  # saved ones may be more than there is room for
             few._both(layer_input, ActivationPolicy(saved))
 

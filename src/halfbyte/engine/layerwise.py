@@ -41,14 +41,13 @@ from halfbyte.engine.buckets import Buckets, divide, own_shape
 from halfbyte.engine.cuda_graphs import CapturedPasses
 from halfbyte.engine.forward_backward import LayerInput, Passes
 from halfbyte.engine.packing import Batch, PackedBatch, lengths_of, part_of_shape, parts_of
+from halfbyte.engine.weights import ResidentWeights, WeightProvider, acquired
 from halfbyte.layers.attention import Documents, can_pack
 from halfbyte.layers.cross_entropy import head_loss
 from halfbyte.layers.decoder_layer import AttentionCheckpoint, fused
 from halfbyte.layers.elementwise import rms_norm
 from halfbyte.layers.families import is_known_norm
 from halfbyte.layers.vocabulary import FrozenHead
-from halfbyte.linear.decoded_cache import DecodedWeightCache
-from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.group import LoraActivationCache
 from halfbyte.linear.lora import (
     DropoutClock,
@@ -141,11 +140,10 @@ class LayerEngine:
             p.requires_grad for p in self.decoder.parameters() if p not in behind
         )
         self.first_trained = [self.entry_trained or trains[0], *trains[1:], True].index(True)
-        self.decoded_cache = DecodedWeightCache()
+        self.weights: WeightProvider = ResidentWeights(self.linears, self.dtype)
         self.buckets: Buckets | None = None
         self.max_seqlen = 0
         self._decoded = 0
-        self.opened = _opener(self.decoded_cache, self.linears, self.dtype)
         self.clock = dropout_clock(model)
         self._drops = any(adapter.config.dropout for adapter in adapters(model).values())
         self.tuple_output = self._told_window = False
@@ -153,7 +151,7 @@ class LayerEngine:
         self.mark: Callable[[str], None] = lambda part: None
         self.finished: Callable[[int, Tensor], None] | None = None
         self.trained = trained
-        self.passes = Passes(trained, self.first_trained, self.entry_trained, self.opened)
+        self.passes = Passes(trained, self.first_trained, self.entry_trained, self.weights)
         self._tables: dict[int, tuple[Tensor, ...]] = {}  # rotary, by tokens of a row
         within = [parameter for those in trained for parameter in those]
         self._graphs = CapturedPasses(self.passes, within) if graphs else None
@@ -214,6 +212,10 @@ class LayerEngine:
         flash = can_pack(self.dtype, self.model.device, self._fused[0].head_dim)
         return flash and self._sees_all(self.max_seqlen)
 
+    def opened(self, layer: int) -> AbstractContextManager[LoraActivationCache]:
+        """Have a layer's weights ready for as long as the context lasts."""
+        return acquired(self.weights, layer)
+
     @property
     def decoded_bytes(self) -> int:
         """What the decoded weights of a layer take; nothing where they are not packed."""
@@ -226,7 +228,7 @@ class LayerEngine:
             return
         self._decoded = layers
         self.forget_graphs()  # they read weights where these were
-        self.decoded_cache.keep(self.linears[len(self.layers) - layers :], self.dtype)
+        self.weights.keep(layers)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -586,14 +588,3 @@ class LayerEngine:
         if any(isinstance(value, Tensor) and value.requires_grad for value in layer_args):
             raise EngineError("what is trained before its layers goes into them by other ways, too")
         return entry[0], arguments
-
-
-def _opener(
-    scratch: DecodedWeightCache, linears: list[list[FrozenLinear]], dtype: torch.dtype
-) -> Callable[..., AbstractContextManager[LoraActivationCache]]:
-    """Return what decodes a layer's weights, for as long as its context lasts."""
-
-    def opened(index: int, *, again: bool = False) -> AbstractContextManager[LoraActivationCache]:
-        return scratch.opened(linears[index], dtype, again=again)
-
-    return opened

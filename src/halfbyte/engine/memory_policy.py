@@ -182,7 +182,7 @@ def plan_memory(
     if state_bytes is None:
         state_bytes = 2 * sum(p.nbytes for p in engine.model.parameters() if p.requires_grad)
     if device == "cuda":
-        used -= engine.decoded_cache.nbytes  # `peak` counts it
+        used -= engine.weights.nbytes  # `peak` counts it
         cost = measured_cost(engine, _largest(engine, shapes, device))
         beside = state_bytes + int(OVERHEAD["cuda"]) * engine.captures
     else:

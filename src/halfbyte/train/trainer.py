@@ -490,7 +490,7 @@ class Trainer:
 
         if self.plan is None or self.plan.cost is None:
             return of((policy.saved - 1) // 2)
-        used = used_memory(self._device) - self.engine.decoded_cache.nbytes
+        used = used_memory(self._device) - self.engine.weights.nbytes
         room = (used + free_memory(self._device)) / MARGIN
         # A limit that the driver does not know of is reached in a few tries, too.
         for saved in range(3 * policy.saved // 4, 0, -1):
