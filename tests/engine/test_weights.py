@@ -51,7 +51,7 @@ class OnHost(Recorded):
             linear.quantized.codes.zero_()
 
 
-def made(provider):
+def made(provider=ResidentWeights):
     engine = LayerEngine(model_of(FAMILIES["llama"]), fuse=True)
     engine.weights = engine.passes._weights = provider(engine.linears, engine.dtype)
     return engine
