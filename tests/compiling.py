@@ -137,9 +137,9 @@ def layer_kernels(kind: str):
     norm = {"add": True, "lanes": 4096}
     yield between._norm, {**sixteen, "eps": "fp32"}, norm, {"num_warps": 8}
     yield between._norm_backward, sixteen, norm, {"num_warps": 8}
-    loss = {"capped": True, "slopes": True, "lanes": 4096}
+    loss = {"capped": True, "with_grad": True, "lanes": 4096}
     kinds = {"logits": f"*{kind}", "targets": "*i64", "softcap": "fp32"}
-    yield between._loss_and_slopes, kinds, loss, {"num_warps": 8}
+    yield between._cross_entropy, kinds, loss, {"num_warps": 8}
     looked = {"out": f"*{kind}", "table": f"*{kind}", "ids": "*i64"}
     yield between._look_up, looked, {"lanes": 1024}, {}
     turned = dict.fromkeys(("q", "k", "q_out", "k_out"), f"*{kind}")

@@ -126,10 +126,10 @@ def test_the_kernel_is_the_plain_loss(softcap, size):
     true = F.cross_entropy(capped, targets, reduction="none")
     (slope,) = torch.autograd.grad(true.sum(), logits)
     held = logits.detach().clone()
-    losses = gpu.cross_entropy_forward_backward(held, targets, softcap, slopes=False)
+    losses = gpu.cross_entropy_forward_backward(held, targets, softcap, with_grad=False)
     assert torch.equal(held, logits)
     assert torch.equal(
-        gpu.cross_entropy_forward_backward(held, targets, softcap, slopes=True), losses
+        gpu.cross_entropy_forward_backward(held, targets, softcap, with_grad=True), losses
     )
     torch.testing.assert_close(losses, true.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(held, slope, rtol=1e-4, atol=1e-6)

@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
         show.heading("Self-test")
         result["self_test"] = done = []
         for check in checks(device, dtype):
-            show.verdict(check.passed, f"{check.name}: {check.message}")
+            show.outcome(check.passed, f"{check.name}: {check.message}")
             done.append(check._asdict())
         wrong = [check["name"] for check in done if not check["passed"]]
         result["passed"] = not wrong

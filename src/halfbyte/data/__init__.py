@@ -1,10 +1,10 @@
 """Data: from files in five row formats to the micro-batches of an optimizer step.
 
-    sources    rows with line numbers, from a file, a directory or the hub
-    formats    rows to conversations
-    templates  conversations to token ids, and which of them are learned
-    packing    examples to micro-batches
-    verdicts   what became of each row
+    sources         rows with line numbers, from a file, a directory or the hub
+    formats         rows to conversations
+    templates       conversations to token ids, and which of them are learned
+    batching        examples to micro-batches
+    dataset_report  what became of each row
 
 Nothing is dropped silently: a row that cannot be used is counted under its reason with its line,
 and a source without a single usable row is an error that shows the reasons.
@@ -49,7 +49,7 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """What can be trained on, and the verdict on what could not.
+    """What can be trained on, and the report on what could not.
 
     ``examples`` and ``rows`` go together, one of each for each usable row.
     """

@@ -15,7 +15,7 @@ class RowRejected(Exception):
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """The verdict on a data set.
+    """The report on a data set.
 
     Lines are strings: a line number of the file, or ``name:number`` where several files were read.
 

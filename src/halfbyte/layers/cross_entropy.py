@@ -50,13 +50,13 @@ def _logits(hidden: Tensor, head: Tensor | QuantizedWeight) -> Tensor:
     return logits
 
 
-def _gradient(slopes: Tensor, head: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
+def _gradient(d_logits: Tensor, head: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """Return dL/dh [S, H] for dL/dz float32 [S, V]."""
     if isinstance(head, Tensor):
-        return product(slopes.to(dtype), head.t())
-    total = slopes.new_zeros(len(slopes), head.shape[1])
-    for start, piece in pieces(head, dtype, _chunk_bytes(slopes.device)):
-        total += product(slopes[:, start : start + len(piece)].to(dtype), piece.t())
+        return product(d_logits.to(dtype), head.t())
+    total = d_logits.new_zeros(len(d_logits), head.shape[1])
+    for start, piece in pieces(head, dtype, _chunk_bytes(d_logits.device)):
+        total += product(d_logits[:, start : start + len(piece)].to(dtype), piece.t())
     return total
 
 
@@ -85,7 +85,7 @@ def _fused_chunk(
 
     assert isinstance(head, Tensor)
     logits = torch.mm(hidden, head.t())
-    losses = cross_entropy_forward_backward(logits, targets, softcap, slopes=grad is not None)
+    losses = cross_entropy_forward_backward(logits, targets, softcap, with_grad=grad is not None)
     if grad is not None:
         torch.mm(logits, head, out=grad)
     return losses.sum()

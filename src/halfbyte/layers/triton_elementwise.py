@@ -163,14 +163,14 @@ def _gate_backward(
 
 
 @triton.jit
-def _loss_and_slopes(
+def _cross_entropy(
     logits,
     targets,
     losses,
     size,
     softcap,
     capped: tl.constexpr,
-    slopes: tl.constexpr,
+    with_grad: tl.constexpr,
     lanes: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -197,7 +197,7 @@ def _loss_and_slopes(
     if capped:
         mine = softcap * (2.0 * tl.sigmoid(2.0 * mine / softcap) - 1.0)
     tl.store(losses + row, normaliser - mine)
-    if slopes:
+    if with_grad:
         tl.debug_barrier()  # all have read the target's logit, which is written over now
         for start in range(0, size, lanes):
             inside = start + at < size
@@ -397,15 +397,15 @@ def swiglu_backward(
 
 
 def cross_entropy_forward_backward(
-    logits: Tensor, targets: Tensor, softcap: float, *, slopes: bool
+    logits: Tensor, targets: Tensor, softcap: float, *, with_grad: bool
 ) -> Tensor:
     """Cross-entropy of rows, and its gradient in place of the logits.
 
     Args:
-        logits: [S, V], contiguous; with ``slopes`` it is written over with dL/dz.
+        logits: [S, V], contiguous; with ``with_grad`` it is written over with dL/dz.
         targets: int64 [S], each a column.
         softcap: Gemma's cap on the logits; 0 for none.
-        slopes: Whether the gradient is wanted.
+        with_grad: Whether the gradient is wanted.
 
     Returns:
         The losses, float32 [S].
@@ -413,14 +413,14 @@ def cross_entropy_forward_backward(
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     if losses.numel():
         with on_device(logits):
-            _loss_and_slopes[(len(logits),)](
+            _cross_entropy[(len(logits),)](
                 logits,
                 targets,
                 losses,
                 logits.shape[1],
                 softcap,
                 capped=softcap != 0,
-                slopes=slopes,
+                with_grad=with_grad,
                 lanes=4096,
                 num_warps=8,
             )

@@ -59,7 +59,7 @@ def answer(prompt: str, texts: Mapping[str, str]) -> None:
     console.print(Padding(grid, (0, 0, 0, 2), expand=False))
 
 
-def verdict(passed: bool, text: str) -> None:
+def outcome(passed: bool, text: str) -> None:
     """One thing that was tried, and whether it is right."""
     grid = Table.grid(padding=(0, 1))
     mark = Text("✓", style="green") if passed else Text("✗", style="red")

@@ -45,7 +45,7 @@ _CODED_STATE = 2e-3
 
 
 class Check(NamedTuple):
-    """One part and its verdict.
+    """One part and its outcome.
 
     Attributes:
         name: What was tried.
@@ -62,7 +62,7 @@ class Check(NamedTuple):
     facts: dict[str, Any]
 
 
-class Verdict(NamedTuple):
+class Outcome(NamedTuple):
     """What a part returns: see `Check`."""
 
     passed: bool
@@ -81,7 +81,7 @@ class _Place(NamedTuple):
 
 
 def checks(device: str, dtype: torch.dtype) -> Iterator[Check]:
-    """Yield the verdict on each part as it is reached.
+    """Yield the outcome of each part as it is reached.
 
     Args:
         device: ``cpu`` or ``cuda``. There, torch must not have multiplied before, or the variable
@@ -91,7 +91,7 @@ def checks(device: str, dtype: torch.dtype) -> Iterator[Check]:
     here = _Place(device, dtype)
     with deterministic(device == "cuda"):
         pass  # what it sets for cuBLAS is looked at once, at the first product of a process
-    parts: list[tuple[str, Callable[[_Place], Verdict]]] = [
+    parts: list[tuple[str, Callable[[_Place], Outcome]]] = [
         ("packing and decoding, to the bit", _packing),
         ("speed of decoding", _speed),
         ("a 4-bit linear layer with adapter", _linear),
@@ -104,14 +104,14 @@ def checks(device: str, dtype: torch.dtype) -> Iterator[Check]:
     ]
     for name, part in parts:
         began = time.perf_counter()
-        verdict = part(here)
-        yield Check(name, verdict[0], verdict[1], time.perf_counter() - began, verdict[2])
+        outcome = part(here)
+        yield Check(name, outcome[0], outcome[1], time.perf_counter() - began, outcome[2])
 
 
 # --- the format ---------------------------------------------------------------------------------
 
 
-def _packing(here: _Place) -> Verdict:
+def _packing(here: _Place) -> Outcome:
     values = torch.randn(_ODD, generator=torch.Generator().manual_seed(0))
     right: dict[str, bool] = {}
     for quant_type in get_args(QuantType):
@@ -129,7 +129,7 @@ def _packing(here: _Place) -> Verdict:
                 right[f"dequantise {name} ({where})"] = torch.equal(decoded, expected)
     wrong = [name for name, fine in right.items() if not fine]
     message = f"{len(right) - len(wrong)} of {len(right)} cases as the specification has them"
-    return Verdict(not wrong, message, {"cases": len(right), "wrong": wrong})
+    return Outcome(not wrong, message, {"cases": len(right), "wrong": wrong})
 
 
 def same_but_at_bounds(ours: QuantizedWeight, plain: QuantizedWeight, weight: Tensor) -> bool:
@@ -172,14 +172,14 @@ def _decoders(plain: QuantizedWeight, like: Tensor, device: str) -> dict[str, Te
     return found
 
 
-def _speed(here: _Place) -> Verdict:
+def _speed(here: _Place) -> Outcome:
     large = torch.randn(_LARGE, generator=torch.Generator().manual_seed(0)).to(here.device)
     packed, out = quantize(large), torch.empty_like(large)
     decode = large.nbytes / _fastest(lambda: dequantize(packed, out=out), here.device)
     copy = large.nbytes / _fastest(lambda: out.copy_(large), here.device)
     message = f"{decode / 1e9:.1f} GB/s of float32 written; copying writes {copy / 1e9:.1f}"
     facts = {"decoded_bytes_per_second": decode, "copied_bytes_per_second": copy}
-    return Verdict(True, message, facts)
+    return Outcome(True, message, facts)
 
 
 def _fastest(work: Callable[[], object], device: str) -> float:
@@ -204,7 +204,7 @@ def _error(got: Tensor, truth: Tensor) -> float:
 
 def _compared(
     here: _Place, ours: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor]
-) -> Verdict:
+) -> Outcome:
     """Judge results by their errors, and by those of plain PyTorch in the same dtype."""
     errors = {name: _error(ours[name], truth[name]) for name in truth}
     allowed = {
@@ -217,7 +217,7 @@ def _compared(
         + ("" if error <= allowed[name] else f" (at most {allowed[name]:.1e})")
         for name, error in errors.items()
     )
-    return Verdict(passed, message, {"errors": errors, "allowed": allowed})
+    return Outcome(passed, message, {"errors": errors, "allowed": allowed})
 
 
 def _gradients(outputs: Tensor, given: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
@@ -226,7 +226,7 @@ def _gradients(outputs: Tensor, given: Tensor, **inputs: Tensor) -> dict[str, Te
     return {"y": outputs.detach()} | named
 
 
-def _linear(here: _Place) -> Verdict:
+def _linear(here: _Place) -> Outcome:
     rows, wide, narrow, rank = 192, 384, 320, 8
     packed = quantize(here.random(wide, narrow, scale=0.05))
     linear = FrozenLinear(narrow, wide, quantized=packed)
@@ -252,7 +252,7 @@ def _linear(here: _Place) -> Verdict:
     return _compared(here, ours, plain(here.dtype), plain(torch.float64))
 
 
-def _elementwise(here: _Place) -> Verdict:
+def _elementwise(here: _Place) -> Outcome:
     x, gate, up = (here.random(2, 40, 4, 64, seed=number) for number in (10, 11, 12))
     weight = here.random(64, seed=13)
     angles = torch.outer(torch.arange(40.0), 0.8 ** torch.arange(32.0)).repeat(1, 2)
@@ -279,7 +279,7 @@ def _elementwise(here: _Place) -> Verdict:
     return _compared(here, run(ours, here.dtype), run(plain, here.dtype), run(plain, torch.float64))
 
 
-def _attention(here: _Place) -> Verdict:
+def _attention(here: _Place) -> Outcome:
     q, k, v = (
         here.random(2, heads, 150, 32, seed=number) for number, heads in ((5, 4), (6, 2), (7, 2))
     )
@@ -304,7 +304,7 @@ def _attention(here: _Place) -> Verdict:
     return _compared(here, run(ours, here.dtype), run(plain, here.dtype), run(plain, torch.float64))
 
 
-def _optimizer(here: _Place) -> Verdict:
+def _optimizer(here: _Place) -> Outcome:
     rate, betas, epsilon, decay = 1e-2, (0.9, 0.999), 1e-8, 0.1
     start = here.random(3, 2000, seed=9).float()
     wide, coded = nn.Parameter(start.clone()), nn.Parameter(start.clone())
@@ -324,7 +324,7 @@ def _optimizer(here: _Place) -> Verdict:
         root = (square / (1 - betas[1] ** step)) ** 0.5 + epsilon
         truth = truth - rate * (decay * truth + mean / (1 - betas[0] ** step) / root)
     errors = {"wide": _error(wide.detach(), truth), "coded": _error(coded.detach(), truth)}
-    return Verdict(
+    return Outcome(
         errors["wide"] < 1e-6 and errors["coded"] < _CODED_STATE,
         f"error from float64 after 10: {errors['wide']:.1e}, of 8-bit state {errors['coded']:.1e}",
         {"errors": errors, "allowed": {"wide": 1e-6, "coded": _CODED_STATE}},
@@ -367,7 +367,7 @@ def _normal(shape: Sequence[int], seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.08
 
 
-def _engine(here: _Place) -> Verdict:
+def _engine(here: _Place) -> Outcome:
     model, parameters, batches = _tiny(here)
     for number, parameter in enumerate(parameters.values()):
         parameter.data.copy_(_normal(parameter.shape, number))  # B is zero, and A's gradient then
@@ -387,7 +387,7 @@ def _engine(here: _Place) -> Verdict:
     worst = max(_error(got[name], truth[name]) for name in truth)
     apart = abs(ours / plain - 1)
     limit = 1e-4 if here.dtype == torch.float32 else 5e-2
-    return Verdict(
+    return Outcome(
         worst < limit and apart < limit,
         f"loss apart by {apart:.1e}, gradients by {worst:.1e} at most; {message}",
         {"loss_difference": apart, "gradient_difference": worst, "allowed": limit},
@@ -407,16 +407,16 @@ def _train(here: _Place) -> _Trained:
     return _Trained(losses, [parameter.detach().clone() for parameter in parameters.values()])
 
 
-def _learning(here: _Place) -> Verdict:
+def _learning(here: _Place) -> Outcome:
     losses = _train(here).losses
-    return Verdict(
+    return Outcome(
         losses[-1] < _MUST_FALL_TO * losses[0],
         f"loss {losses[0]:.2f}, after {_STEPS} steps {losses[-1]:.2f}",
         {"first_loss": losses[0], "last_loss": losses[-1], "steps": _STEPS},
     )
 
 
-def _again(here: _Place) -> Verdict:
+def _again(here: _Place) -> Outcome:
     with deterministic(here.device == "cuda"):
         one, other = _train(here), _train(here)
     equal = one.losses == other.losses
@@ -424,7 +424,7 @@ def _again(here: _Place) -> Verdict:
     message = (
         f"{_STEPS} losses {'equal' if equal else 'differ'}, {same} of {len(one.adapters)} tensors"
     )
-    return Verdict(
+    return Outcome(
         equal and same == len(one.adapters),
         message + " equal, to the bit",
         {"losses_equal": equal, "equal_tensors": same, "tensors": len(one.adapters)},

@@ -1,6 +1,6 @@
 """What a run writes down about itself, so that its journal tells the whole story by itself.
 
-Versions, machine, options, the verdict on the data, the time of a step's parts, and what the model
+Versions, machine, options, the report on the data, the time of a step's parts, and what the model
 answers before and after. None of it is used for training.
 """
 
@@ -57,8 +57,8 @@ def options(config: TrainConfig) -> dict[str, Any]:
     return {"config": config.model_dump(mode="json"), "given": sorted(config.model_fields_set)}
 
 
-def verdict(dataset: Dataset) -> dict[str, Any]:
-    """Return the verdict on a data set, in plain values."""
+def dataset_report(dataset: Dataset) -> dict[str, Any]:
+    """Return the report on a data set, in plain values."""
     report = dataset.report
     return {
         "source": report.source,

@@ -327,8 +327,10 @@ class _Run:
                 "engine": self.engine_summary,
                 "versions": metadata.versions(),
                 "machine": metadata.machine(self.device),
-                "data_verdict": metadata.verdict(self.dataset),
-                "held_out_verdict": metadata.verdict(self.held_out) if self.held_out else None,
+                "data_verdict": metadata.dataset_report(self.dataset),
+                "held_out_verdict": metadata.dataset_report(self.held_out)
+                if self.held_out
+                else None,
             }
             | metadata.options(config),
         )

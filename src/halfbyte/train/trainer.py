@@ -14,7 +14,7 @@ step, so how its examples are split into micro-batches (1x8, 2x4, 8x1) changes n
 In float16 the gradients are scaled, and a step whose gradients overflow is left out
 (``train.loss_scale``).
 
-A step that runs out of memory is repeated with less, one rung of a ladder after the other
+A step that runs out of memory is repeated with less, one fallback after the other
 (`Trainer.fall_back`), until it succeeds. Its gradients are a sum over the same tokens in any case,
 and nothing is updated before they are complete, so the result is the same to rounding.
 """
@@ -418,18 +418,18 @@ class Trainer:
     # --- when memory runs out -------------------------------------------------------------------
 
     def fall_back(self, step: int, error: BaseException) -> None:
-        """Go down one rung of the ladder, so that steps need less memory.
+        """Apply the next fallback, so that steps need less memory.
 
-        The rungs: no decoded weights kept; fewer layers saved, as many as fit into what there is
-        now; every layer recomputed; their inputs offloaded to the host; attention recomputed where
-        it was not; smaller parts; no CUDA graphs.
+        In this order: no decoded weights kept; fewer layers saved, as many as fit into what there
+        is now; every layer recomputed; their inputs offloaded to the host; attention recomputed
+        where it was not; smaller parts; no CUDA graphs.
 
         Args:
             step: The step that failed (0-based).
             error: What it failed with.
 
         Raises:
-            OutOfMemoryError: If there is no further rung, or the step has begun to update.
+            OutOfMemoryError: If there is no further fallback, or the step has begun to update.
         """
         self._clear()
         if self.updating:
@@ -453,7 +453,7 @@ class Trainer:
         )
 
     def _less(self) -> str | None:
-        """Go down one rung; return what was done, or None if there is none."""
+        """Apply the next fallback; return what was done, or None if there is none."""
         assert isinstance(self.engine, LayerEngine)
         policy, layers = self.policy, len(self.engine.layers)
         if policy.decoded:
