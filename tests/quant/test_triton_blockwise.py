@@ -2,7 +2,7 @@
 
 The interpreter runs a kernel on the CPU, one program after another; its bfloat16 is wrong, so the
 types here are float16 and float32. That the kernels compile for each GPU is tests/nf4/
-test_gpu_compiles.py, and that they run on one tests/gpu/.
+tests/test_compiling.py, and that they run on one tests/gpu/.
 """
 
 import os

@@ -106,7 +106,7 @@ def _machine() -> dict[str, str]:
     unused, total = torch.cuda.mem_get_info()
     return found | {
         "gpu": f"{properties.name}, sm_{properties.major}{properties.minor}, "
-        f"{properties.multi_processor_count} num_sms, CUDA {torch.version.cuda}"
+        f"{properties.multi_processor_count} multiprocessors, CUDA {torch.version.cuda}"
         + (f"; the first of {torch.cuda.device_count()}" if torch.cuda.device_count() > 1 else ""),
         "gpu memory": f"{total / 1e9:.1f} GB, {unused / 1e9:.1f} free",
     }

@@ -3,7 +3,7 @@
 The same names serve the YAML file, the command line (``--learning-rate`` or
 ``--learning_rate``) and Python. A value goes through three stages:
 
-1. *spelling* (``spelling.py``): a name that axolotl, LLaMA-Factory or TRL use for the same thing is
+1. *aliases* (``aliases.py``): a name that axolotl, LLaMA-Factory or TRL use for the same thing is
    translated and a note says so; a name nobody knows is a problem, and the nearest is suggested;
 2. *layers*: what the command line gives lies on top of what the file gives;
 3. *checking*: pydantic checks every value and the rules between them.

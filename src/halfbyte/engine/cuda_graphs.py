@@ -58,7 +58,7 @@ class CapturedPasses:
         self._pool = torch.cuda.graph_pool_handle()
 
     def hold(self, layer_input: LayerInput) -> LayerInput:
-        """Return the layer_input with its tensors copied to where graphs read them."""
+        """Return the input with its tensors copied to where graphs read them."""
         layer_args = tuple(
             self._place(f"layer argument {i}", t) for i, t in enumerate(layer_input.layer_args)
         )

@@ -56,11 +56,11 @@ class _Kept:
     """What a layer left for one part.
 
     Attributes:
-        x: Its input, unless that is on the offloader.
+        x: Its input, unless that waits in host memory.
         y: Where its output is in the autograd graph, if it is saved. Not the output itself: the
             last layer's would stay for nothing.
         lora_activations: What is not recomputed.
-        checkpoint: What it noted, whose tensors are where x is.
+        checkpoint: Its attention checkpoint, whose tensors are where x is.
     """
 
     x: Tensor | None = None

@@ -1,9 +1,10 @@
 """Inputs of recomputed layers, in host memory while the layers above them are at work.
 
 A layer that is recomputed in backward needs its input, 8 kB a token and layer in a 7B model, and is
-faster with its notes (layers/decoder_layer.py), twice as much. Copied to page-locked memory by the
-card's copy engines, beside the products, they take no time that anybody waits for, and those of two
-layers are on the card at a time instead of all: a layer's leave while the next one runs.
+faster with its attention checkpoint (layers/decoder_layer.py), twice as much. Copied to page-locked
+memory by the card's copy engines, beside the products, they take no time that anybody waits for,
+and those of two layers are on the card at a time instead of all: a layer's leave while the next one
+runs.
 """
 
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ class ActivationOffloader:
 
     def __init__(self) -> None:
         self._side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        # By dtype, too: what is noted of a part differs from shape to shape.
+        # By dtype, too: what a checkpoint holds differs from shape to shape.
         self._host: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
         self._places: dict[int, list[list[Tensor]]] = {}
         self._leaving: _Copy | None = None

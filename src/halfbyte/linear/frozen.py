@@ -3,7 +3,7 @@
 Whether this is QLoRA or LoRA is a property of the weight: ``FrozenLinear`` holds either packed
 4-bit tensors or a plain 16/32-bit weight, and ``dense`` gives W in the dtype of the product. How it
 is multiplied with, alone or together with linears of the same input, is in group.py; who decodes,
-and how often, is up to the caller (scratch.py).
+and how often, is up to the caller (decoded_cache.py).
 """
 
 from typing import Any, NamedTuple

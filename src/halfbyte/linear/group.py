@@ -14,7 +14,7 @@ the same x (q, k, v; gate, up) are one product: x is read once, and dx is not wr
 added up. ``LinearGroup`` is such a set; a linear alone is a set of one.
 
 There are three ways to the same numbers. A few rows without gradients (generation) are multiplied
-with the packed weight on a GPU that can. Training on a GPU goes through fused.py, which takes
+with the packed weight on a GPU that can. Training on a GPU goes through fused_lora.py, which takes
 linears and adapters of one input together. All else is decoding and torch's products.
 
 Backward wants nothing of a product but what went into it. So the last product of a layer that is
@@ -215,7 +215,7 @@ def _fused_backward(
     updates: Sequence[LowRank | None],
     dys: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """As `_plain_backward`, by fused.py."""
+    """As `_plain_backward`, by fused_lora.py."""
     whole = []
     for dy, out in zip(dys, ctx.fused.outputs, strict=True):
         if dy is None:  # this output was not used
@@ -306,7 +306,7 @@ class LinearGroup:
         return _decode_together(self.members, dtype)
 
     def fused(self, x: Tensor, updates: Sequence[LowRank | None]) -> FusedLoraLinear | None:
-        """Return what makes the products of x [..., in] in fused.py's way, if that can be."""
+        """Return what makes the products of x [..., in] in fused_lora.py's way, if that can be."""
         given = [update for update in updates if update is not None]
         if not given or any(update.keep is not None for update in given):
             return None

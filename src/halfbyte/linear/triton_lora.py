@@ -439,7 +439,7 @@ def pass_span(sizes: Sequence[int], p: Tensor) -> int:
     tiles, span = sum(triton.cdiv(size, _PASS_COLUMNS) for size in sizes), _LONGEST_SPAN
     fewest = num_sms(p.device) * 7 // 8
     while span > 2 * _PASS_ROWS and tiles * triton.cdiv(len(p), span) < fewest:
-        span //= 2  # fewer programs than num_sms read with a part of the card
+        span //= 2  # fewer programs than multiprocessors read with a part of the card
     return span
 
 

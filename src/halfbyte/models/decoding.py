@@ -80,7 +80,7 @@ class _Norm(NamedTuple):
 
 
 class _Layer:
-    """A decoder layer; see `fused` in layer.py for the same in training."""
+    """A decoder layer; see `fused` in decoder_layer.py for the same in training."""
 
     def __init__(self, layer: Any, spec: LayerSpec, dtype: torch.dtype) -> None:
         attention = layer.self_attn

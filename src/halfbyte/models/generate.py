@@ -1,8 +1,8 @@
 """Text from a model: prompts rendered by the chat template, answered, and decoded to text.
 
-Models of the known families are run by our own loop (decoding.py, continuous.py): several prompts
-at once without padding, on a GPU in CUDA graphs. Others go through transformers' ``generate``,
-padded on the left; why is logged once.
+Models of the known families are run by our own loop (decoding.py, continuous_batching.py): several
+prompts at once without padding, on a GPU in CUDA graphs. Others go through transformers'
+``generate``, padded on the left; why is logged once.
 """
 
 import logging

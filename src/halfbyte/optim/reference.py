@@ -1,11 +1,12 @@
-"""The rule: AdamW over a flat slice of a parameter, in plain PyTorch.
+"""The specification: AdamW over a flat slice of a parameter, in plain PyTorch.
 
     m ← β1·m + (1 - β1)·g          v ← β2·v + (1 - β2)·g²
     p ← p·(1 - lr·λ) - lr / (1 - β1ᵗ) · m / (√v / √(1 - β2ᵗ) + ε)
 
 (Kingma and Ba 2015; decoupled decay λ of Loshchilov and Hutter 2019.) Every sum and product is
-rounded to float32 by itself, in this order, and the corrections are made in float64: gpu.py does
-the same, and gets the same bits wherever it has the time for exact roots and quotients.
+rounded to float32 by itself, in this order, and the corrections are made in float64:
+triton_adamw.py does the same, and gets the same bits wherever it has the time for exact roots and
+quotients.
 
 State of 8 bits (Dettmers et al. 2022, arXiv 2110.02861): m and v are held in blocks of 256 as the
 nearest level of a dynamic table, times the block's largest magnitude; m over the signed table, v

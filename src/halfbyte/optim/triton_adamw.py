@@ -12,8 +12,8 @@ computed (dynamic.py), and what depends on a decade is shuffled out of a registe
 comes to 90, loads and stores included. A block of 256 is eight elements a lane of one warp, in
 vectors of four; a chunk that is not whole, or not aligned, is loaded and stored one by one.
 
-Moments have the bits of rule.py, and with 32-bit state parameters, too: products and sums are not
-fused (``enable_fp_fusion=False``), quotients and roots are those of IEEE 754. Under 8-bit state
+Moments have the bits of reference.py, and with 32-bit state parameters, too: products and sums are
+not fused (``enable_fp_fusion=False``), quotients and roots are those of IEEE 754. Under 8-bit state
 root and reciprocal are the processor's approximations, since exact ones take 40 instructions: an
 update is within 10⁻⁶ of itself of the rule's, a thousandth of what eight bits lose.
 """

@@ -72,7 +72,7 @@ class Gpu(NamedTuple):
 
     Attributes:
         capability: CUDA compute capability, (major, minor).
-        num_sms: Streaming num_sms.
+        num_sms: Streaming multiprocessors.
     """
 
     capability: tuple[int, int] = (9, 0)

@@ -77,7 +77,7 @@ class GpuSpec(NamedTuple):
         device: ``cuda`` or ``cpu``.
         measured: Whether these were measured, here and now.
         capability: CUDA compute capability of a GPU.
-        num_sms: Its streaming num_sms.
+        num_sms: Its streaming multiprocessors.
     """
 
     name: str
@@ -131,7 +131,7 @@ def _of_table(
 
 # The makers' figures: memory as a program finds it, dense bfloat16 products with float32 sums,
 # memory bandwidth, what of PCIe is left for page-locked copies, compute capability and streaming
-# num_sms. The T4 has no bfloat16 units, so its products are those of float16.
+# multiprocessors. The T4 has no bfloat16 units, so its products are those of float16.
 CARDS = {
     "t4": _of_table("T4", 15.6, 65, 320, 12, (7, 5), 40),
     "3090": _of_table("RTX 3090", 25.3, 71, 936, 25, (8, 6), 82),

@@ -33,7 +33,7 @@ class DeviceSpec:
     Attributes:
         name: What its driver calls it.
         capability: CUDA compute capability, (major, minor).
-        num_sms: Streaming num_sms.
+        num_sms: Streaming multiprocessors.
         l2: Bytes of the second cache.
         memory: Bytes of the card, the driver's share included.
     """
