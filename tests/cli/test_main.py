@@ -105,6 +105,14 @@ def test_the_public_names_are_few_and_known() -> None:
         _ = package.finetune
 
 
+def test_a_former_name_still_leads_there() -> None:
+    import halfbyte.nf4
+    from halfbyte import quant
+
+    assert halfbyte.nf4.__all__ == quant.__all__
+    assert halfbyte.nf4.quantize is quant.quantize
+
+
 def test_overview_and_version() -> None:
     for words in ([], ["--help"], ["-h"], ["help"]):
         done = halfbyte(*words)
