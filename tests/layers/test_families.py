@@ -38,7 +38,7 @@ def test_a_class_of_that_name_from_elsewhere_has_no_row():
     assert spec_of(layer) is None
 
 
-def test_a_layer_that_was_changed_says_why():
+def test_a_layer_that_was_changed_says_why(monkeypatch):
     layer = model_of(CONFIGS["llama"]).get_decoder().layers[0]
     spec = spec_of(layer)
     kept, layer.self_attn.k_proj = layer.self_attn.k_proj, nn.Linear(2, 2)
@@ -47,5 +47,6 @@ def test_a_layer_that_was_changed_says_why():
     kept, layer.input_layernorm = layer.input_layernorm, nn.LayerNorm(2)
     assert spec.why_not(layer) == "a norm of a layer is no LlamaRMSNorm"
     layer.input_layernorm = kept
-    layer.self_attn.config.hidden_act = "gelu"
+    # The configuration is one object for all tests.
+    monkeypatch.setattr(layer.self_attn.config, "hidden_act", "gelu")
     assert spec.why_not(layer) == "its activation is gelu"
