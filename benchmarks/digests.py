@@ -123,14 +123,16 @@ class Digests:
         self.found[name] = value
         print(f"{value[:16]}  {name}", flush=True)
 
-    def train(self, name: str, model: Path, options: str) -> Path:
-        """Train for `STEPS` steps; the run's directory."""
-        output = self.work / name.replace(" ", "-").replace(",", "")
+    def _run(self, model: Path, output: Path, *options: str) -> None:
         words = ["train", f"--model={model}", f"--data={self.data}", f"--output={output}"]
         words += [f"--max-steps={STEPS}", "--batch-size=4", "--gradient-accumulation-steps=2"]
         words += ["--learning-rate=1e-3", "--samples=0", f"--device={self.device}"]
-        words += ["--deterministic"] * (self.device == "cuda")
-        command(*words, *options.split())
+        command(*words, *["--deterministic"] * (self.device == "cuda"), *options)
+
+    def train(self, name: str, model: Path, options: str) -> Path:
+        """Train for `STEPS` steps; the run's directory."""
+        output = self.work / name.replace(" ", "-").replace(",", "")
+        self._run(model, output, *options.split())
         self.keep(name, digest(output / "adapter_model.safetensors"))
         self.keep(f"{name}, losses", hashlib.sha256(repr(_losses(output)).encode()).hexdigest())
         return output
@@ -139,14 +141,10 @@ class Digests:
         """Stop a run after half of its steps, and resume it: it must end as the whole one."""
         whole = self.train("whole", model, "--save-steps 10")
         half = self.work / "resumed"
-        words = ["train", f"--model={model}", f"--data={self.data}", f"--output={half}"]
-        words += [f"--max-steps={STEPS}", "--batch-size=4", "--gradient-accumulation-steps=2"]
-        words += ["--learning-rate=1e-3", "--samples=0", f"--device={self.device}"]
-        words += ["--deterministic"] * (self.device == "cuda") + ["--save-steps=10"]
         (half / f"checkpoint-{STEPS // 2}").mkdir(parents=True)
         for file in (whole / f"checkpoint-{STEPS // 2}").iterdir():
             (half / f"checkpoint-{STEPS // 2}" / file.name).write_bytes(file.read_bytes())
-        command(*words, "--resume")
+        self._run(model, half, "--save-steps=10", "--resume")
         self.keep("resumed", digest(half / "adapter_model.safetensors"))
         if self.found["resumed"] != self.found["whole"]:
             raise SystemExit("a resumed run is not the whole one")

@@ -591,6 +591,16 @@ def test_a_step_that_never_fits_ends_the_run_and_updates_nothing(on_a_gpu, monke
     assert not any(p.grad.any() for p in made.parameters.values())
 
 
+def test_a_step_that_does_not_fit_into_the_budget_names_it(on_a_gpu, monkeypatch):
+    made = on_a_gpu()
+    made.config = made.config.model_copy(update={"memory_budget": 2_500_000_000})
+    failing(made, monkeypatch, lambda *_: True)
+    with pytest.raises(
+        OutOfMemoryError, match=r"step 1 does not fit into memory_budget 2\.50 GB\."
+    ):
+        made.step(0, long_batches())
+
+
 def test_on_a_cpu_and_of_one_layer_there_is_nowhere_to_offload_to(on_a_gpu, monkeypatch):
     single = LlamaConfig(**SIZES | {"num_hidden_layers": 1})
     one, cpu = on_a_gpu(ActivationPolicy(), single), on_a_gpu(ActivationPolicy())

@@ -66,7 +66,9 @@ class FusedLayer:
     def __init__(self, layer: nn.Module, spec: LayerSpec) -> None:
         parts: Any = layer
         self._first, self._second, *self._head_norms = spec.norms_of(layer)
-        self._attention, self._mlp = parts.self_attn, parts.mlp
+        self._attention = parts.self_attn
+        q, k, v, self._out, *self._mlp = spec.linears_of(layer)
+        self._projections = q, k, v
         self.head_dim: int = self._attention.head_dim
         config = self._attention.config
         self.window: int | None = getattr(
@@ -102,19 +104,18 @@ class FusedLayer:
             heads = attend(q, k, v, documents, scale)
         else:
             heads, known = checkpoint.attend(q, k, v, documents, scale)
-        project, norm, mlp = self._attention.o_proj, self._second, self._mlp
+        project, norm = self._out, self._second
         o = project(heads) if known is None else project.unread(heads)
         y, h = add_rms_norm(o, residual, norm.weight, norm.variance_epsilon, known)
         if checkpoint is not None and known is None:
             checkpoint.leave(h)
-        d = gated_mlp(y, mlp.gate_proj, mlp.up_proj, mlp.down_proj, read=read)
+        d = gated_mlp(y, *self._mlp, read=read)
         result: Tensor = h + d if read else unread_sum(h, d)
         return result
 
     def _heads(self, y: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k and v as attention wants them, [B, T, heads, n]."""
-        attention = self._attention
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        projections = self._projections
         if not self._head_norms:
             q, k, v = turned_heads(y, projections, cos, sin)
         else:

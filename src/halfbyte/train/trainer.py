@@ -540,10 +540,13 @@ class Trainer:
     def _given_up(self, step: int) -> OutOfMemoryError:
         changed = "Some layers were updated" if self.updating else "Nothing was updated"
         tried = "; ".join(dict.fromkeys(record["action"] for record in self.fallbacks))
-        free = free_memory(self._device) / 1e9
+        free, budget = free_memory(self._device) / 1e9, self.config.memory_budget
+        where = f"the memory of this GPU, of which {free:.2f} GB are free"
+        if budget is not None:  # torch is held to it (memory_policy.py)
+            where = f"memory_budget {budget / 1e9:.2f} GB"
         return OutOfMemoryError(
-            f"step {step + 1} does not fit into the memory of this GPU, of which {free:.2f} GB are "
-            f"free. Tried: {tried or 'nothing was left to try'}. {changed} in this step. "
+            f"step {step + 1} does not fit into {where}. "
+            f"Tried: {tried or 'nothing was left to try'}. {changed} in this step. "
             "End other programs on the GPU, or lower max_length; --optim paged_adamw_8bit and "
             "--quantize-head take less, too"
         )
