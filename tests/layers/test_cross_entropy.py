@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from halfbyte.layers import cross_entropy
-from halfbyte.layers.cross_entropy import head_loss
+from halfbyte.layers.cross_entropy import head_logps, head_loss
 
 
 def case(rows=37, hidden=12, vocabulary=50, dtype=torch.float32):
@@ -86,6 +86,7 @@ def test_no_gradient_is_computed_that_nobody_wants(monkeypatch):
     monkeypatch.setattr(cross_entropy, "_gradient", None)
     with torch.no_grad():
         assert head_loss(h, head, targets).grad_fn is None
+        assert head_logps(h, head, targets).grad_fn is None
 
 
 @pytest.mark.parametrize("rows_at_once", [16, 1000])
@@ -104,6 +105,53 @@ def test_the_gradient_of_a_trained_head(monkeypatch, rows_at_once, softcap, dtyp
         assert one.dtype == torch.float32
         allowed = 1e-5 if dtype == torch.float32 else 2e-2
         assert (one - true).abs().max() <= allowed * true.abs().max()
+
+
+def logps_of(h, head, targets, softcap=0.0):
+    logits = (h @ head.T).float()
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("rows_at_once", [16, 17, 1000])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("rows", [37, 0])
+def test_log_probabilities_and_their_gradients(monkeypatch, rows_at_once, softcap, trained, rows):
+    """With a derivative of its own by each, of either sign."""
+    monkeypatch.setattr(cross_entropy, "_chunk_rows", lambda *_: rows_at_once)
+    h, head, targets = case(rows)
+    head.requires_grad_(trained)
+    got = head_logps(h, head.detach(), targets, softcap=softcap, trained=head if trained else None)
+    wanted = logps_of(h, head, targets, softcap)
+    torch.testing.assert_close(got, wanted)
+    leaves, derivatives = [h, head] if trained else [h], torch.randn(rows)
+    ours = torch.autograd.grad(got, leaves, derivatives)
+    theirs = torch.autograd.grad(wanted, leaves, derivatives)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rows_of_a_gradient_are_multiplied_once_in_float32(dtype):
+    h, head, targets = case(dtype=dtype)
+    (whole_one,) = torch.autograd.grad(head_loss(h, head, targets), h)
+    derivatives = torch.randn(len(h)) / 30_000
+    (one,) = torch.autograd.grad(head_logps(h, head, targets), h, derivatives)
+    assert torch.equal(one, (whole_one.float() * -derivatives[:, None]).to(dtype))
+    assert one.any()
+
+
+def test_a_trained_head_alone_gets_its_gradient():
+    """Where the hidden states want none: nothing below is trained."""
+    h, head, targets = case()
+    head.requires_grad_()
+    derivatives = torch.randn(len(h))
+    got = head_logps(h.detach(), head.detach(), targets, trained=head)
+    (one,) = torch.autograd.grad(got, head, derivatives)
+    (other,) = torch.autograd.grad(logps_of(h.detach(), head, targets), head, derivatives)
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6)
 
 
 def test_huge_logits_stay_finite():

@@ -12,10 +12,16 @@ products; on a GPU one kernel does all between the two products, in their dtype
 (layers/triton_elementwise.py). Where the head is trained, dL/dW = dL/dzᵀ h is added up over the
 chunks in float32.
 
+`head_logps` returns log p = z[target] − logsumexp(z) of each position, for losses other than their
+sum. In dL/dh, the derivative by a position's log p is a factor of its row, so the rows are computed
+in forward, too, and multiplied in backward. dL/dW mixes positions: where the head is trained,
+logits are recomputed in backward.
+
 A packed head is decoded in pieces of ``CHUNK_BYTES`` too, once for the logits of a chunk of rows
 and once for their gradient.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -77,6 +83,7 @@ def _fused_chunk(
     softcap: float,
     grad: Tensor | None,
     _weight_grad: Tensor | None,
+    _factors: Tensor | None,
 ) -> Tensor:
     """As `_chunk`, in one kernel between the products."""
     from halfbyte.layers.triton_elementwise import (
@@ -88,7 +95,7 @@ def _fused_chunk(
     losses = cross_entropy_forward_backward(logits, targets, softcap, with_grad=grad is not None)
     if grad is not None:
         torch.mm(logits, head, out=grad)
-    return losses.sum()
+    return losses
 
 
 def _chunk(
@@ -98,24 +105,58 @@ def _chunk(
     softcap: float,
     grad: Tensor | None,
     weight_grad: Tensor | None,
+    factors: Tensor | None,
 ) -> Tensor:
-    """Return the loss of some rows; their gradient goes to ``grad`` and adds to ``weight_grad``."""
+    """Return the loss of each of some rows.
+
+    The gradient of their sum, or of their sum weighted with ``factors``, goes to ``grad`` and adds
+    to ``weight_grad``.
+    """
     logits, wanted = _logits(hidden, head), targets[:, None]
     if softcap:
         logits.div_(softcap).tanh_().mul_(softcap)
     normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
-    loss = (normaliser - logits.gather(1, wanted)).sum()
+    losses = (normaliser - logits.gather(1, wanted))[:, 0]
     if grad is not None or weight_grad is not None:
         slope = 1.0 - (logits / softcap).square_() if softcap else None
         logits.sub_(normaliser).exp_()
         logits.scatter_add_(1, wanted, logits.new_full((1, 1), -1.0).expand_as(wanted))
         if slope is not None:
             logits.mul_(slope)
+        if factors is not None:
+            logits.mul_(factors[:, None])
         if grad is not None:
             grad.copy_(_gradient(logits, head, hidden.dtype))
         if weight_grad is not None:
             weight_grad += product(logits.to(hidden.dtype).t(), hidden.t())
-    return loss
+    return losses
+
+
+def _chunks(
+    hidden: Tensor,
+    head: Tensor | QuantizedWeight,
+    targets: Tensor,
+    softcap: float,
+    grad: Tensor | None,
+    weight_grad: Tensor | None,
+    factors: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """Yield what `_chunk` returns for the rows of one chunk after the other."""
+    fused = _kernels(hidden, head) if weight_grad is None and factors is None else None
+    step = _fused_chunk if fused is not None else _chunk
+    size = hidden.element_size() if fused is not None else 4
+    rows = _chunk_rows(head.shape[0], hidden.device, size)
+    for start in range(0, hidden.shape[0], rows):
+        part = slice(start, start + rows)
+        yield step(
+            hidden[part],
+            head,
+            targets[part],
+            softcap,
+            None if grad is None else grad[part],
+            weight_grad,
+            None if factors is None else factors[part],
+        )
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -132,20 +173,8 @@ class _HeadLoss(torch.autograd.Function):
         need_grad, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
         grad = torch.empty_like(hidden) if need_grad else None
         weight_grad = torch.zeros_like(trained) if trained is not None and need_weight else None
-        fused = _kernels(hidden, head) if weight_grad is None else None
-        step = _fused_chunk if fused is not None else _chunk
-        size = hidden.element_size() if fused is not None else 4
-        rows = _chunk_rows(head.shape[0], hidden.device, size)
-        for start in range(0, hidden.shape[0], rows):
-            part = slice(start, start + rows)
-            total += step(
-                hidden[part],
-                head,
-                targets[part],
-                softcap,
-                None if grad is None else grad[part],
-                weight_grad,
-            )
+        for losses in _chunks(hidden, head, targets, softcap, grad, weight_grad):
+            total += losses.sum()
         ctx.save_for_backward(grad, weight_grad)
         return total
 
@@ -157,16 +186,48 @@ class _HeadLoss(torch.autograd.Function):
         return by_hidden, None, None, None, by_weight
 
 
+class _HeadLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor | QuantizedWeight,
+        targets: Tensor,
+        softcap: float,
+        trained: Tensor | None,
+    ) -> Tensor:
+        need_grad, ctx.need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+        grad = torch.empty_like(hidden) if need_grad and not ctx.need_weight else None
+        none = hidden.new_empty(0, dtype=torch.float32)
+        losses = torch.cat([none, *_chunks(hidden, head, targets, softcap, grad, None)])
+        # Either the rows of the gradient, or what they are computed from.
+        ctx.save_for_backward(*((hidden, targets) if ctx.need_weight else (grad,)))
+        ctx.head, ctx.softcap = head, softcap
+        return losses.neg_()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        factors = -grad_outputs[0]  # the rows are gradients of −log p
+        if not ctx.need_weight:
+            return _times(ctx.saved_tensors[0], factors), None, None, None, None
+        hidden, targets = ctx.saved_tensors
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        weight_grad = hidden.new_zeros(ctx.head.shape, dtype=torch.float32)
+        for _ in _chunks(hidden, ctx.head, targets, ctx.softcap, grad, weight_grad, factors):
+            pass
+        return grad, None, None, None, weight_grad
+
+
 def _times(grad: Tensor, factor: Tensor) -> Tensor:
-    """Return grad · factor, a float32 scalar, in the dtype of ``grad``.
+    """Return grad · factor, in the dtype of ``grad``; a float32 scalar, or one factor a row.
 
     As float16 the factor, 1 / tokens perhaps, would be a subnormal number of a few bits: there the
-    product is that of float32, rounded once. A vector of one element keeps its dtype, where a
-    scalar is converted first.
+    product is that of float32, rounded once, as it is for factors of rows. A vector keeps its
+    dtype, where a scalar is converted first.
     """
-    if grad.dtype != torch.float16:
+    if grad.dtype != torch.float16 and not factor.dim():
         return grad * factor.to(grad.dtype)
-    return torch.mul(grad, factor.view(1), out=torch.empty_like(grad))
+    return torch.mul(grad, factor.view(-1, 1), out=torch.empty_like(grad))
 
 
 def head_loss(
@@ -186,7 +247,34 @@ def head_loss(
         softcap: Gemma's cap c on the logits, z ← c·tanh(z / c); 0 for none.
         trained: float32 [V, H], what ``head`` is cast from where the head is trained: it gets one.
     """
-    if not torch.is_grad_enabled():  # a Function is not told
+    return _apply(_HeadLoss, hidden, head, targets, softcap, trained)
+
+
+def head_logps(
+    hidden: Tensor,
+    head: Tensor | QuantizedWeight,
+    targets: Tensor,
+    *,
+    softcap: float = 0.0,
+    trained: Tensor | None = None,
+) -> Tensor:
+    """Return the log-probability of each target, float32 [S].
+
+    Arguments and memory are those of `head_loss`. Where the head is trained, logits are recomputed
+    in backward: one product more.
+    """
+    return _apply(_HeadLogps, hidden, head, targets, softcap, trained)
+
+
+def _apply(
+    function: type[torch.autograd.Function],
+    hidden: Tensor,
+    head: Tensor | QuantizedWeight,
+    targets: Tensor,
+    softcap: float,
+    trained: Tensor | None,
+) -> Tensor:
+    if not torch.is_grad_enabled():  # a Function does not learn of it
         hidden, trained = hidden.detach(), None
-    result: Tensor = _HeadLoss.apply(hidden, head, targets, softcap, trained)  # type: ignore[no-untyped-call]
+    result: Tensor = function.apply(hidden, head, targets, softcap, trained)  # type: ignore[no-untyped-call]
     return result
