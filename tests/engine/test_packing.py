@@ -61,6 +61,26 @@ def test_every_document_is_in_one_part_as_it_was(lengths):
         assert all(len(document[0]) <= part.max_seqlen for document in documents_of(part))
 
 
+@given(
+    st.lists(st.lists(st.integers(1, 90), min_size=1, max_size=4), min_size=1, max_size=5),
+    st.booleans(),
+    st.sampled_from([60, 100, 8192]),
+)
+@settings(max_examples=60, deadline=None)
+def test_segments_are_the_documents_numbers_in_the_step(lengths, pack, part_tokens):
+    batches, owner = batches_of(lengths), {}
+    rows = [(ids, n) for batch in batches for ids, n in zip(batch[0], batch[2], strict=True)]
+    for number, (ids, n) in enumerate(rows):
+        owner |= dict.fromkeys(ids[:n].tolist(), number)
+    shapes = buckets.Buckets.of([[n for _, n in rows]], 32, part_tokens)
+    for chosen in (None, shapes):
+        for part in parts_of(batches, "cpu", pack=pack, buckets=chosen, segments=True):
+            tokens = part.ids.flatten()[part.rows].tolist()
+            assert part.segments.tolist() == [owner[token] for token in tokens]
+            assert part.segments.data_ptr() % 16 == 0
+    assert all(part.segments is None for part in parts_of(batches, "cpu", pack=pack))
+
+
 def test_parts_are_no_longer_than_they_help(monkeypatch):
     """Three at least for 395 tokens; each has what is one document more than another's at most."""
     monkeypatch.setattr(buckets, "PART_TOKENS", 150)

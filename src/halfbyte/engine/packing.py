@@ -9,7 +9,7 @@ Everything here happens on the host, before the GPU is asked for anything: a par
 copy, and its supervised positions are known by their number, so nothing has to wait.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -49,6 +49,8 @@ class PackedBatch:
         positions: int64 [1, T], the position of each token in its document.
         documents: How the only row is divided, or None if every row is a document.
         max_seqlen: No document has more tokens.
+        segments: int64 [S], the number of the document that each supervised position belongs to,
+            in the step (rows of its micro-batches, one after the other); if it was asked for.
     """
 
     ids: Tensor
@@ -57,6 +59,7 @@ class PackedBatch:
     positions: Tensor
     documents: Documents | None
     max_seqlen: int
+    segments: Tensor | None = None
 
     @property
     def shape(self) -> PartShape:
@@ -71,12 +74,21 @@ def lengths_of(batches: Sequence[Batch]) -> list[int]:
     return [n for b in batches for n in b.lengths or [b.input_ids.shape[1]] * len(b.input_ids)]
 
 
+def with_first_row(batches: Sequence[Batch]) -> Iterator[tuple[Batch, int]]:
+    """Yield each micro-batch with the number that its first row has in the step."""
+    first = 0
+    for batch in batches:
+        yield batch, first
+        first += len(batch.input_ids)
+
+
 def parts_of(
     batches: Sequence[Batch],
     device: str | torch.device,
     *,
     pack: bool,
     buckets: Buckets | None = None,
+    segments: bool = False,
 ) -> list[PackedBatch]:
     """Return the parts of an optimizer step.
 
@@ -86,9 +98,13 @@ def parts_of(
         pack: Whether documents may share a row, and micro-batches a part. Otherwise each
             micro-batch is a part, as it is.
         buckets: The shapes that parts may have; if not given, each has one of its own.
+        segments: Whether parts have `PackedBatch.segments`.
     """
     if not pack:
-        return [_as_it_is(batch, device) for batch in batches]
+        return [
+            _as_it_is(batch, device, first if segments else None)
+            for batch, first in with_first_row(batches)
+        ]
     rows = [row for batch in batches for row in _unpadded(batch)]
     found = []
     most = None if buckets is None else buckets.part_tokens
@@ -96,7 +112,7 @@ def parts_of(
         part = [rows[number] for number in numbers]
         lengths = [len(ids) for ids, _ in part]
         shape = own_shape(lengths) if buckets is None else buckets.fit(lengths)
-        found.append(_packed(part, shape, device))
+        found.append(_packed(part, shape, device, numbers if segments else None))
     return found
 
 
@@ -124,20 +140,27 @@ def _unpadded(batch: Batch) -> list[tuple[Tensor, Tensor]]:
     return [(i[:n], k[:n]) for i, k, n in zip(ids, labels, lengths, strict=True)]
 
 
-def _as_it_is(batch: Batch, device: str | torch.device) -> PackedBatch:
+def _as_it_is(batch: Batch, device: str | torch.device, first: int | None) -> PackedBatch:
     ids, labels = batch.input_ids, batch.labels
-    positions = torch.arange(ids.shape[1], device=ids.device)
-    return _sent(ids, labels.flatten(), positions, None, ids.shape[1], device)
+    count, tokens = ids.shape
+    positions = torch.arange(tokens, device=ids.device)
+    numbers = None if first is None else range(first, first + count)
+    return _sent(ids, labels.flatten(), positions, None, tokens, device, [tokens] * count, numbers)
 
 
 def _packed(
-    rows: Sequence[tuple[Tensor, Tensor]], shape: PartShape, device: str | torch.device
+    rows: Sequence[tuple[Tensor, Tensor]],
+    shape: PartShape,
+    device: str | torch.device,
+    numbers: Sequence[int] | None = None,
 ) -> PackedBatch:
+    lengths = [len(ids) for ids, _ in rows]
     if not shape.documents:
         ids, labels = (torch.stack(both) for both in zip(*rows, strict=True))
         positions = torch.arange(shape.max_seqlen)
-        return _sent(ids, labels.flatten(), positions, None, shape.max_seqlen, device)
-    lengths = [len(ids) for ids, _ in rows]
+        return _sent(
+            ids, labels.flatten(), positions, None, shape.max_seqlen, device, lengths, numbers
+        )
     fill = shape.tokens - sum(lengths)
     # What fills up are documents that predict nothing.
     ids = torch.cat([*(ids for ids, _ in rows), torch.zeros(fill, dtype=torch.int64)])
@@ -148,7 +171,9 @@ def _packed(
     # The last start is repeated, for empty documents.
     cu_seqlens = torch.full((shape.documents + 1,), shape.tokens)
     cu_seqlens[0], cu_seqlens[1 : len(ends) + 1] = 0, ends
-    return _sent(ids[None], labels, positions, cu_seqlens, shape.max_seqlen, device)
+    return _sent(
+        ids[None], labels, positions, cu_seqlens, shape.max_seqlen, device, lengths, numbers
+    )
 
 
 def _sent(
@@ -158,19 +183,34 @@ def _sent(
     cu_seqlens: Tensor | None,
     max_seqlen: int,
     device: str | torch.device,
+    lengths: Sequence[int],
+    numbers: Sequence[int] | None,
 ) -> PackedBatch:
-    """Return a part on the device, by one copy."""
+    """Return a part on the device, by one copy; ``lengths`` and ``numbers`` of its documents."""
     rows = (labels != -100).nonzero()[:, 0]
-    pieces = [ids.flatten(), rows, labels[rows], positions]
-    pieces += [] if cu_seqlens is None else [cu_seqlens]
-    sizes = [-(-len(piece) // _ALIGNED) * _ALIGNED for piece in pieces]
+    pieces = {"ids": ids.flatten(), "rows": rows, "targets": labels[rows], "positions": positions}
+    if cu_seqlens is not None:
+        pieces["cu_seqlens"] = cu_seqlens
+    if numbers is not None:
+        ends = torch.tensor(lengths, device=rows.device).cumsum(0)
+        own = torch.searchsorted(ends, rows, right=True)
+        pieces["segments"] = torch.tensor(numbers, device=rows.device)[own]
+    sizes = [-(-len(piece) // _ALIGNED) * _ALIGNED for piece in pieces.values()]
     pinned = ids.device.type == "cpu" and torch.device(device).type == "cuda"
     together = torch.zeros(sum(sizes), dtype=torch.int64, device=ids.device, pin_memory=pinned)
-    for place, piece in zip(torch.split(together, sizes), pieces, strict=True):
+    for place, piece in zip(torch.split(together, sizes), pieces.values(), strict=True):
         place[: len(piece)] = piece
     whole = torch.split(together.to(device, non_blocking=True), sizes)
-    sent = [place[: len(piece)] for place, piece in zip(whole, pieces, strict=True)]
-    documents = None if cu_seqlens is None else Documents(sent[4].int(), max_seqlen)
+    sent = {name: place[: len(pieces[name])] for name, place in zip(pieces, whole, strict=True)}
+    documents = None
+    if cu_seqlens is not None:
+        documents = Documents(sent["cu_seqlens"].int(), max_seqlen)
     return PackedBatch(
-        sent[0].view(ids.shape), sent[1], sent[2], sent[3][None], documents, max_seqlen
+        sent["ids"].view(ids.shape),
+        sent["rows"],
+        sent["targets"],
+        sent["positions"][None],
+        documents,
+        max_seqlen,
+        sent.get("segments"),
     )
