@@ -18,8 +18,9 @@ from transformers import (
 
 from halfbyte.engine import layerwise
 from halfbyte.engine.autograd import AutogradEngine
-from halfbyte.engine.choose import choose_engine
+from halfbyte.engine.choose import choose_engine, probe
 from halfbyte.engine.layerwise import EngineError, LayerEngine
+from halfbyte.engine.memory_profile import saved_bytes
 from halfbyte.engine.packing import Batch
 from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach, delta, dropout_clock
 from halfbyte.models.build import BaseRecipe, build, finalize, load_tensor
@@ -284,7 +285,7 @@ def test_a_decoder_that_cannot_be_taken_apart_is_announced_and_trains_all_the_sa
     engine = LayerEngine(model)
     engine.norm = torch.nn.Identity()
     with pytest.raises(EngineError, match="the loss of a probe is"):
-        engine.probe(120, "cpu")
+        probe(engine, 120, "cpu")
     model.model.norm = None
     model.model.odd_name = changed
     chosen, told = choose_engine(model, "cpu")
@@ -367,6 +368,10 @@ def test_plain_engine_gives_the_same_step():
     torch.testing.assert_close(plain.loss(batches), layered.loss(batches))
 
 
+def inputs(engine, batch):
+    return engine.embed(engine.prepare([batch]))
+
+
 def test_measuring_leaves_nothing_behind():
     engine = LayerEngine(model_of(FAMILIES["llama"]), fuse=True)
     (batch,) = batches_of([(2, 16)])
@@ -374,7 +379,7 @@ def test_measuring_leaves_nothing_behind():
     gc.disable()
     try:
         for _ in range(3):
-            engine.saved_bytes(batch)
+            saved_bytes(engine, *inputs(engine, batch))
             counts.append(sum(type(thing) is torch.Tensor for thing in gc.get_objects()))
     finally:
         gc.enable()
@@ -385,11 +390,11 @@ def test_saved_bytes_are_what_autograd_keeps():
     model = model_of(FAMILIES["llama"])
     engine = LayerEngine(model)
     (small, large) = batches_of([(1, 16), (2, 16)])
-    saved, kept = engine.saved_bytes(large)
+    saved, kept = saved_bytes(engine, *inputs(engine, large))
     assert kept == 2 * 16 * 32 * 4
     # At least what the seven products need: x three times, gate, up and down's input, twice r.
     assert saved > 2 * 16 * 4 * (3 * 32 + 3 * 48)
-    assert engine.saved_bytes(small)[0] < saved
+    assert saved_bytes(engine, *inputs(engine, small))[0] < saved
 
 
 def test_rotary_tables_of_a_few_lengths_are_kept_and_change_nothing():

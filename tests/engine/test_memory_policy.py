@@ -24,6 +24,7 @@ from halfbyte.engine.memory_policy import (
     plan_memory,
     used_memory,
 )
+from halfbyte.engine.weights import acquired
 from halfbyte.errors import ConfigError
 from halfbyte.plan.ledger import OVERHEAD
 from halfbyte.plan.policy import ActivationPolicy, StepCost, peak
@@ -300,7 +301,7 @@ def test_what_is_in_use_is_counted_once(engine, monkeypatch):
         memory_policy, "measured_cost", lambda _, parts: (asked.append(parts), COST)[1]
     )
     monkeypatch.setattr(memory_policy, "_largest", lambda *_: ["the largest"])
-    with engine.opened(0):
+    with acquired(engine.weights, 0):
         buffer = engine.weights.nbytes
     assert buffer > 0
     plan = plan_memory(engine, SHAPES, "recompute", None, "cuda", state_bytes=300)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from halfbyte.engine.autograd import AutogradEngine
+from halfbyte.engine.choose import probe
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.packing import Batch
 from halfbyte.errors import ConfigError
@@ -146,7 +147,7 @@ def test_both_engines_train_over_them(tied):
     model, _ = filled(source, quantize_head=True, quantize_embeddings=True)
     attach(model, LoRAConfig(r=2, alpha=4.0), seed=0)
     engine = LayerEngine(model)
-    engine.probe(400, "cpu")
+    probe(engine, 400, "cpu")
     batch = Batch(ids()[:, :-1], ids()[:, 1:])
     trained = [p for p in model.parameters() if p.requires_grad]
 

@@ -11,13 +11,13 @@ from itertools import chain
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.buckets import Buckets, PartShape
 from halfbyte.engine.layerwise import EngineError, LayerEngine
-from halfbyte.engine.packing import part_of_shape
+from halfbyte.engine.packing import Batch, part_of_shape
 from halfbyte.linear.lora import adapters
 from halfbyte.optim import AdamW
 from halfbyte.plan.policy import ActivationPolicy
@@ -52,10 +52,49 @@ def choose_engine(
             engine.max_seqlen = max(map(max, lengths), default=0)
             buckets = Buckets.of(lengths, engine.width) if lengths and engine.packs else None
             compile_ahead(engine, buckets, vocabulary=vocabulary, state_bits=state_bits)
-        engine.probe(vocabulary, device)
+        probe(engine, vocabulary, device)
     except EngineError as error:
         return AutogradEngine(model), f"plain autograd, layer by layer is not possible: {error}"
     return engine, engine.summary()
+
+
+@torch.no_grad()
+def probe(engine: LayerEngine, vocabulary: int, device: str) -> None:
+    """Compare an engine's loss with the model's own on a few tokens.
+
+    Raises:
+        EngineError: If they differ by more than rounding, or the layers cannot be called.
+    """
+    got, wanted = _probe_losses(engine, vocabulary, device)
+    # Same products in the same dtype; only the order of sums differs.
+    if not torch.allclose(got, wanted, rtol=1e-4 if engine.dtype == torch.float32 else 2e-2):
+        raise EngineError(f"run layer by layer, the loss of a probe is {got:.6f}, not {wanted:.6f}")
+
+
+@torch.no_grad()
+def _probe_losses(engine: LayerEngine, vocabulary: int, device: str) -> tuple[Tensor, Tensor]:
+    """Return the loss of a few tokens as an engine computes it, and as its model does.
+
+    Raises:
+        EngineError: If the layers cannot be called.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (2, 9), generator=generator).to(device)
+    output_kinds: list[bool] = []
+    watch = engine.layers[0].register_forward_hook(
+        lambda _module, _args, output: output_kinds.append(isinstance(output, tuple))
+    )
+    try:
+        logits = engine.model(input_ids=ids[:, :-1], use_cache=False).logits.float()
+    finally:
+        watch.remove()
+    engine.tuple_output = output_kinds == [True]
+    targets = ids[:, 1:]
+    wanted = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    try:
+        return engine.loss([Batch(ids[:, :-1], targets)]), wanted
+    except (TypeError, AttributeError, RuntimeError) as error:
+        raise EngineError(f"its layers cannot be called one by one: {error}") from error
 
 
 def compile_ahead(
@@ -72,7 +111,7 @@ def compile_ahead(
     Args:
         engine: On a CPU there is nothing to compile.
         buckets: The shapes of parts.
-        vocabulary: Size of the vocabulary, if `LayerEngine.probe` is to be compiled, too.
+        vocabulary: Size of the vocabulary, if `probe` is to be compiled, too.
         state_bits: As in `choose_engine`.
     """
     if engine.model.device.type != "cuda":
@@ -90,7 +129,7 @@ def compile_ahead(
             for shape in (buckets.largest, buckets.smallest) if buckets is not None else ():
                 _passes(engine, shape)
             if vocabulary is not None and not ahead.needless:
-                engine.probed(vocabulary, str(engine.model.device))
+                _probe_losses(engine, vocabulary, str(engine.model.device))
             if state_bits is not None and not ahead.needless:
                 _update(state_bits, engine.model.device)
     except (RuntimeError, EngineError) as error:

@@ -22,15 +22,15 @@ bit for bit.
 
 It works for any transformers decoder: the decoder is run with its layers stubbed, which records
 the keyword arguments (masks, positions, rotary tables) each layer would be called with; then the
-layers are called with them, here. Before the engine is used, ``LayerEngine.probe`` compares its
-loss with the model's own on a few tokens (engine/choose.py).
+layers are called with them, here. Before the engine is used, its loss on a few tokens is compared
+with the model's own (engine/choose.py).
 
 Right padding needs no mask: with causal attention a position never sees what comes after it, and
 the padding's own positions are not supervised.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -48,7 +48,6 @@ from halfbyte.layers.decoder_layer import AttentionCheckpoint, fused
 from halfbyte.layers.elementwise import rms_norm
 from halfbyte.layers.families import is_known_norm
 from halfbyte.layers.vocabulary import FrozenHead
-from halfbyte.linear.group import LoraActivationCache
 from halfbyte.linear.lora import (
     DropoutClock,
     adapters,
@@ -212,10 +211,6 @@ class LayerEngine:
         flash = can_pack(self.dtype, self.model.device, self._fused[0].head_dim)
         return flash and self._sees_all(self.max_seqlen)
 
-    def opened(self, layer: int) -> AbstractContextManager[LoraActivationCache]:
-        """Have a layer's weights ready for as long as the context lasts."""
-        return acquired(self.weights, layer)
-
     @property
     def decoded_bytes(self) -> int:
         """What the decoded weights of a layer take; nothing where they are not packed."""
@@ -249,47 +244,6 @@ class LayerEngine:
             return packed
         assert self.head.weight is not None
         return self.head.weight.detach()
-
-    @torch.no_grad()
-    def probe(self, vocabulary: int, device: str) -> None:
-        """Compare this engine's loss with the model's own forward on a few tokens.
-
-        Raises:
-            EngineError: If they differ by more than rounding, or the layers cannot be called.
-        """
-        got, wanted = self.probed(vocabulary, device)
-        # Same products in the same dtype; only the order of sums differs.
-        if not torch.allclose(got, wanted, rtol=1e-4 if self.dtype == torch.float32 else 2e-2):
-            raise EngineError(
-                f"run layer by layer, the loss of a probe is {got:.6f}, not {wanted:.6f}"
-            )
-
-    @torch.no_grad()
-    def probed(self, vocabulary: int, device: str) -> tuple[Tensor, Tensor]:
-        """Return the loss of a few tokens as it is computed here, and as the model computes it.
-
-        Raises:
-            EngineError: If the layers cannot be called.
-        """
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, vocabulary, (2, 9), generator=generator).to(device)
-        output_kinds: list[bool] = []
-        watch = self.layers[0].register_forward_hook(
-            lambda _module, _args, output: output_kinds.append(isinstance(output, tuple))
-        )
-        try:
-            logits = self.model(input_ids=ids[:, :-1], use_cache=False).logits.float()
-        finally:
-            watch.remove()
-        self.tuple_output = output_kinds == [True]
-        targets = ids[:, 1:]
-        wanted = nn.functional.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), reduction="sum"
-        )
-        try:
-            return self.loss([Batch(ids[:, :-1], targets)]), wanted
-        except (TypeError, AttributeError, RuntimeError) as error:
-            raise EngineError(f"its layers cannot be called one by one: {error}") from error
 
     def step(self, batches: Sequence[Batch], normaliser: float, policy: ActivationPolicy) -> Tensor:
         """Add the gradients of one optimizer step to the adapters' ``.grad``.
@@ -403,36 +357,11 @@ class LayerEngine:
         layer_inputs = self.embed(parts)
         hidden = [layer_input.x for layer_input in layer_inputs]
         for index in range(len(self.layers)):
-            with self.opened(index):
+            with acquired(self.weights, index):
                 for i, layer_input in enumerate(layer_inputs):
                     hidden[i] = layer_input.run(index, hidden[i], layer_input.layer_args, read=True)
         losses = [self._loss(h, part) for h, part in zip(hidden, parts, strict=True)]
         return torch.stack(losses).sum()
-
-    def saved_bytes(self, batch: Batch) -> tuple[int, int]:
-        """Measure what one layer keeps for ``batch``: (bytes when saved, bytes when recomputed)."""
-        (layer_input,) = self.embed(self.prepare([batch]))
-        return self.saved_bytes_of(layer_input)
-
-    def saved_bytes_of(self, layer_input: LayerInput) -> tuple[int, int]:
-        """Measure what one layer keeps for a part: (bytes when saved, bytes when recomputed)."""
-        seen: dict[int, int] = {}
-        there = [*self.layers[-1].parameters(), *layer_input.layer_args]
-        weights = {tensor.untyped_storage().data_ptr() for tensor in there}
-
-        def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                seen[storage.data_ptr()] = storage.nbytes()
-            # As it is, an output that is saved would keep the graph it is saved in, for good.
-            return tensor.detach()
-
-        index = len(self.layers) - 1
-        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-        with self.opened(index), torch.enable_grad(), hooks:
-            x = layer_input.x.detach().requires_grad_()
-            y = layer_input.run(index, x, layer_input.layer_args, read=True)
-        return sum(seen.values()), y.nbytes
 
     def loss_and_grad(
         self, hidden: Tensor, part: PackedBatch, normaliser: float

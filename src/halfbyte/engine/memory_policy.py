@@ -20,7 +20,7 @@ import torch
 
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.layerwise import LayerEngine
-from halfbyte.engine.memory_profile import measured_cost
+from halfbyte.engine.memory_profile import measured_cost, saved_bytes
 from halfbyte.engine.packing import Batch, PackedBatch, part_of_shape
 from halfbyte.errors import ConfigError
 from halfbyte.layers.cross_entropy import CHUNK_BYTES
@@ -211,7 +211,8 @@ def _cost_on_cpu(engine: LayerEngine, shapes: Shapes) -> StepCost:
     tokens_per_step = max(sum(b * t for b, t in step) for step in shapes)
     tokens = widest[0] * widest[1]
     ids = torch.zeros(widest, dtype=torch.int64)
-    saved, kept = engine.saved_bytes(Batch(ids, torch.full_like(ids, -100)))
+    (layer_input,) = engine.embed(engine.prepare([Batch(ids, torch.full_like(ids, -100))]))
+    saved, kept = saved_bytes(engine, layer_input)
     share = FRAGMENTATION["cpu"] * tokens_per_step / tokens
     stream = int(kept * share)
     # The loss: two copies of a chunk of logits, what goes into them, its gradient.

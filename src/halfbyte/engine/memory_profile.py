@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from halfbyte.engine.forward_backward import LayerInput
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.packing import PackedBatch
+from halfbyte.engine.weights import acquired
 from halfbyte.layers.decoder_layer import AttentionCheckpoint
 from halfbyte.plan.activation_cost import CHECKPOINT_WIDTH
 from halfbyte.plan.policy import StepCost
@@ -24,13 +26,13 @@ def measured_cost(engine: LayerEngine, parts: Sequence[PackedBatch]) -> StepCost
     Gradients of what is trained must be there already; they are left as they were.
     """
     # The loss adds to those of a head or a norm that is trained whole.
-    held = [(p, p.grad) for p in engine.model.parameters() if p.requires_grad]
-    for parameter, _ in held:
+    gradients = [(p, p.grad) for p in engine.model.parameters() if p.requires_grad]
+    for parameter, _ in gradients:
         parameter.grad = None
     try:
         return _measured(engine, parts)
     finally:
-        for parameter, grad in held:
+        for parameter, grad in gradients:
             parameter.grad = grad
         torch.cuda.reset_peak_memory_stats()
 
@@ -61,23 +63,24 @@ def _measured(engine: LayerEngine, parts: Sequence[PackedBatch]) -> StepCost:
                 index, layer_input.x.detach().requires_grad_(), layer_input.layer_args, read=True
             )
 
-    def tail() -> object:
+    def loss_and_grad() -> object:
         return engine.loss_and_grad(layer_input.x.detach(), part, 1.0)
 
-    with engine.opened(index) as opened:
+    with acquired(engine.weights, index) as lora_cache:
         backward()  # the first time, kernels are compiled and buffers made
-        tail()
-        opened.record()
-        below = _peak(forward)
-        lora = sum(p.nbytes for p in opened.pop().values())
-        below_saved, above, loss = _peak(saved_forward), _peak(backward), _peak(tail)
+        loss_and_grad()
+        lora_cache.record()
+        in_forward = _peak(forward)
+        lora = sum(p.nbytes for p in lora_cache.pop().values())
+        in_saved_forward, in_backward = _peak(saved_forward), _peak(backward)
+        loss = _peak(loss_and_grad)
         checkpoint = AttentionCheckpoint()
         # In 32 bits torch's attention may keep all its weights: too much to send away.
         x = layer_input.x
         if x.is_cuda and x.itemsize == 2 and x.shape[-1] >= _checkpoint_width():
             forward(checkpoint)
         attention = sum(x.nbytes for x in checkpoint.tensors)
-    saved = [engine.saved_bytes_of(p)[0] for p in layer_inputs]
+    saved = [saved_bytes(engine, p)[0] for p in layer_inputs]
     # Where base and adapters are multiplied together, copies of these are kept, by no hook seen.
     copies = layer_input.x.itemsize * sum(p.numel() for p in trained) if lora else 0
     stream, own = sum(p.x.nbytes for p in layer_inputs), layer_input.x.nbytes
@@ -92,14 +95,35 @@ def _measured(engine: LayerEngine, parts: Sequence[PackedBatch]) -> StepCost:
         saved=sum(saved) + copies,
         attention=attention * stream // own,
         attention_part=attention,
-        forward=max(0, below - own),  # its output is the stream
-        forward_saved=max(0, below_saved - own - saved_part),
-        backward=above - lora,
-        saved_part=min(saved_part, above - lora),
+        forward=max(0, in_forward - own),  # its output is the stream
+        forward_saved=max(0, in_saved_forward - own - saved_part),
+        backward=in_backward - lora,
+        saved_part=min(saved_part, in_backward - lora),
         loss=loss,
         layer_args=sum(layer_args.values()),
         decoded=engine.decoded_bytes,
     )
+
+
+def saved_bytes(engine: LayerEngine, layer_input: LayerInput) -> tuple[int, int]:
+    """Count what one layer keeps for a part: (bytes when saved, bytes when recomputed)."""
+    seen: dict[int, int] = {}
+    there = [*engine.layers[-1].parameters(), *layer_input.layer_args]
+    weights = {tensor.untyped_storage().data_ptr() for tensor in there}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage.nbytes()
+        # As it is, an output that is saved would keep the graph it is saved in, for good.
+        return tensor.detach()
+
+    index = len(engine.layers) - 1
+    hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+    with acquired(engine.weights, index), torch.enable_grad(), hooks:
+        x = layer_input.x.detach().requires_grad_()
+        y = layer_input.run(index, x, layer_input.layer_args, read=True)
+    return sum(seen.values()), y.nbytes
 
 
 def _checkpoint_width() -> int:
