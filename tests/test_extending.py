@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from halfbyte.data import formats
+from halfbyte.plan.policy import ActivationPolicy
+from tests.engine.test_layerwise import FAMILIES, gradients, model_of
+from tests.engine.test_objective import engines, step_of
 from tests.engine.test_weights import made, stepped
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
@@ -37,6 +40,37 @@ def test_weights_that_are_elsewhere_train_the_same() -> None:
     got, found = stepped(engine, 1)
     assert torch.equal(got, loss)
     assert all(torch.equal(gradient, wanted[name]) for name, gradient in found.items())
+
+
+@pytest.mark.parametrize("kind", ["packed", "unpacked", "autograd"])
+def test_an_objective_has_the_gradients_of_plain_pytorch(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DPO as its paper writes it, over transformers' own forward."""
+    objective = block("An objective")["DPO"](beta=0.2)
+    objective.reference = torch.tensor([-90.0, -70.0, -130.0, -50.0, -30.0, -60.0])
+    batches = step_of([[17, 9, 26, 8], [5, 12]])
+    assert objective.terms(batches) == 3
+    model = model_of(FAMILIES["llama"])
+    sums = []
+    for batch in batches:
+        logps = model(input_ids=batch.input_ids, use_cache=False).logits.log_softmax(-1)
+        own = logps.gather(2, batch.labels.clamp(min=0)[..., None])[..., 0]
+        sums += list((own * (batch.labels != -100)).sum(1))
+    margins = [
+        (sums[i] - objective.reference[i]) - (sums[i + 1] - objective.reference[i + 1])
+        for i in (0, 2, 4)
+    ]
+    wanted = -sum(torch.log(torch.sigmoid(0.2 * margin)) for margin in margins) / 3
+    wanted.backward()
+    true = gradients(model)
+    engine = engines(model, monkeypatch)[kind]
+    engine.objective = objective
+    got = engine.step(batches, objective.terms(batches), ActivationPolicy(1))
+    torch.testing.assert_close(got, wanted.detach(), rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients(model).items():
+        assert true[name].norm() > 0
+        assert (gradient - true[name]).norm() <= 2e-5 * true[name].norm(), name
 
 
 def test_a_data_format(monkeypatch: pytest.MonkeyPatch) -> None:

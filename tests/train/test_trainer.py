@@ -18,6 +18,7 @@ from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.buckets import Buckets
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_policy import HOST_SHARE, MARGIN, MemoryPlan
+from halfbyte.engine.objective import CrossEntropy
 from halfbyte.engine.packing import Batch
 from halfbyte.errors import (
     CheckpointError,
@@ -50,6 +51,25 @@ def trainer(model, **options):
 def split(whole, size):
     starts = range(0, len(whole.input_ids), size)
     return [Batch(whole.input_ids[s : s + size], whole.labels[s : s + size]) for s in starts]
+
+
+class Halved(CrossEntropy):
+    """The same loss, of twice as many terms."""
+
+    def terms(self, batches):
+        return 2 * super().terms(batches)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_step_is_divided_by_the_terms_of_its_objective(dtype):
+    results = []
+    for objective in (CrossEntropy(), Halved()):
+        made = trainer(model_of(FAMILIES["llama"], dtype=dtype))
+        made.engine.objective = objective
+        results.append(made.step(0, batches_of([(2, 17)])))
+    one, half = results
+    assert half.loss == pytest.approx(one.loss / 2, rel=1e-6)
+    assert half.grad_norm == pytest.approx(one.grad_norm / 2, rel=1e-3)
 
 
 def test_one_by_eight_is_two_by_four_is_eight_by_one():

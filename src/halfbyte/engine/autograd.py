@@ -7,17 +7,23 @@ can, and each micro-batch decodes the weights anew.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from halfbyte.engine.packing import Batch
+from halfbyte.engine.objective import CROSS_ENTROPY, Objective
+from halfbyte.engine.packing import Batch, with_first_row
 from halfbyte.linear.lora import DropoutClock, dropout_clock
 from halfbyte.plan.policy import ActivationPolicy
 
 
 class AutogradEngine:
-    """Runs optimizer steps as `LayerEngine` does, one micro-batch at a time."""
+    """Runs optimizer steps as `LayerEngine` does, one micro-batch at a time.
+
+    Attributes:
+        objective: What steps minimise; each micro-batch is a part.
+        messages: Messages for a person; whoever logs them empties the list.
+    """
 
     name = "plain autograd"
     captures = False
@@ -26,6 +32,7 @@ class AutogradEngine:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.messages = model, []
+        self.objective: Objective = CROSS_ENTROPY
         self.clock = dropout_clock(model)
         if model.supports_gradient_checkpointing:
             # Renamed in transformers 5.23; the older name warns there.
@@ -43,24 +50,25 @@ class AutogradEngine:
     def step(self, batches: Sequence[Batch], normaliser: float, policy: ActivationPolicy) -> Tensor:
         """Add the gradients of one optimizer step; see ``LayerEngine.step``."""
         total = torch.zeros((), dtype=torch.float32, device=self.model.device)
-        for i, batch in enumerate(batches):
+        for i, (batch, first) in enumerate(with_first_row(batches)):
             if self.clock is not None:
                 self.clock.micro_batch = i
             with torch.enable_grad():
-                loss = self._loss(batch) / normaliser
+                loss = self._loss(batch, first, self.objective) / normaliser
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
 
     @torch.no_grad()
-    def loss(self, batches: Sequence[Batch]) -> Tensor:
-        """Return the summed token loss of ``batches``; no gradients."""
-        return torch.stack([self._loss(batch) for batch in batches]).sum()
+    def loss(self, batches: Sequence[Batch], objective: Objective = CROSS_ENTROPY) -> Tensor:
+        """Return the loss of ``batches``, summed; see ``LayerEngine.loss``."""
+        losses = [self._loss(batch, first, objective) for batch, first in with_first_row(batches)]
+        return torch.stack(losses).sum()
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _loss(self, batch: Batch, first: int, objective: Objective) -> Tensor:
+        """Return the loss of a micro-batch, whose first row is number ``first`` of the step."""
         ids, labels = (tensor.to(self.model.device) for tensor in batch[:2])
         logits = self.model(input_ids=ids, use_cache=False).logits
         supervised = labels != -100
-        return nn.functional.cross_entropy(
-            logits[supervised].float(), labels[supervised], reduction="sum"
-        )
+        segments = supervised.nonzero()[:, 0] + first if objective.needs_segments else None
+        return objective.loss_of_logits(logits[supervised].float(), labels[supervised], segments)

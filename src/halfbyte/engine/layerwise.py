@@ -25,6 +25,8 @@ the keyword arguments (masks, positions, rotary tables) each layer would be call
 layers are called with them, here. Before the engine is used, its loss on a few tokens is compared
 with the model's own (engine/choose.py).
 
+What is minimised is an `Objective` (engine/objective.py): cross entropy, until another is set.
+
 Right padding needs no mask: with causal attention a position never sees what comes after it, and
 the padding's own positions are not supervised.
 """
@@ -40,10 +42,10 @@ from transformers import PreTrainedModel
 from halfbyte.engine.buckets import Buckets, divide, own_shape
 from halfbyte.engine.cuda_graphs import CapturedPasses
 from halfbyte.engine.forward_backward import LayerInput, Passes
+from halfbyte.engine.objective import CROSS_ENTROPY, Objective
 from halfbyte.engine.packing import Batch, PackedBatch, lengths_of, part_of_shape, parts_of
 from halfbyte.engine.weights import ResidentWeights, WeightProvider, acquired
 from halfbyte.layers.attention import Documents, can_pack
-from halfbyte.layers.cross_entropy import head_loss
 from halfbyte.layers.decoder_layer import AttentionCheckpoint, fused
 from halfbyte.layers.elementwise import rms_norm
 from halfbyte.layers.families import is_known_norm
@@ -86,6 +88,7 @@ class LayerEngine:
         scratch: Where decoded weights live, and the count of how many were decoded.
         fused: How many layers are run fused: all or none.
         trained: For each layer, the parameters that are trained in it.
+        objective: What steps minimise.
         buckets: The shapes of parts, if a run has chosen any.
         max_seqlen: Tokens of the longest document that will come, where that is known: a run with
             one that is longer than an attention window is not packed.
@@ -140,12 +143,13 @@ class LayerEngine:
         )
         self.first_trained = [self.entry_trained or trains[0], *trains[1:], True].index(True)
         self.weights: WeightProvider = ResidentWeights(self.linears, self.dtype)
+        self.objective: Objective = CROSS_ENTROPY
         self.buckets: Buckets | None = None
         self.max_seqlen = 0
         self._decoded = 0
         self.clock = dropout_clock(model)
         self._drops = any(adapter.config.dropout for adapter in adapters(model).values())
-        self.tuple_output = self._told_window = False
+        self.tuple_output = self._window_reported = False
         self.messages: list[str] = []
         self.mark: Callable[[str], None] = lambda part: None
         self.finished: Callable[[int, Tensor], None] | None = None
@@ -205,8 +209,8 @@ class LayerEngine:
 
     @property
     def packs(self) -> bool:
-        """Whether the examples of a step may be laid out anew."""
-        if not self._fused or self._drops:
+        """Whether the documents of a step are packed, whatever micro-batches they came in."""
+        if not self._fused or self._drops or not self.objective.separable:
             return False
         flash = can_pack(self.dtype, self.model.device, self._fused[0].head_dim)
         return flash and self._sees_all(self.max_seqlen)
@@ -250,13 +254,13 @@ class LayerEngine:
 
         Args:
             batches: The step's micro-batches.
-            normaliser: What the summed loss is divided by: the supervised tokens of the step.
+            normaliser: What the loss is divided by: ``objective.terms(batches)``.
             policy: What is kept for backward.
 
         Returns:
-            The loss: float32 scalar on the device, summed over tokens and divided.
+            The loss: float32 scalar on the device, summed over parts and divided.
         """
-        parts = self.prepare(batches)
+        parts = self.prepare(batches, self.objective)
         total = torch.zeros((), dtype=torch.float32, device=self.model.device)
         # Packed parts go one after the other, micro-batches through each layer together.
         together = [[part] for part in parts] if self._packed(parts) else [parts]
@@ -288,7 +292,7 @@ class LayerEngine:
         self.passes.between()
         grads: list[Tensor] = []
         for part, x in zip(parts, hidden, strict=True):
-            loss, grad = self.loss_and_grad(x, part, normaliser)
+            loss, grad = self.loss_and_grad(x, part, normaliser, self.objective)
             total += loss
             grads.append(grad)
         self.mark("backward")
@@ -351,56 +355,75 @@ class LayerEngine:
                     parameter.grad.zero_()
 
     @torch.no_grad()
-    def loss(self, batches: Sequence[Batch]) -> Tensor:
-        """Return the summed token loss of ``batches``, float32 scalar; no gradients."""
-        parts = self.prepare(batches)
+    def loss(self, batches: Sequence[Batch], objective: Objective = CROSS_ENTROPY) -> Tensor:
+        """Return the loss of ``batches``, summed, float32 scalar; no gradients.
+
+        Args:
+            batches: Micro-batches, as of a step.
+            objective: Whose loss; that of tokens, whatever steps minimise, if it is not given.
+        """
+        parts = self.prepare(batches, objective)
         layer_inputs = self.embed(parts)
         hidden = [layer_input.x for layer_input in layer_inputs]
         for index in range(len(self.layers)):
             with acquired(self.weights, index):
                 for i, layer_input in enumerate(layer_inputs):
                     hidden[i] = layer_input.run(index, hidden[i], layer_input.layer_args, read=True)
-        losses = [self._loss(h, part) for h, part in zip(hidden, parts, strict=True)]
+        losses = [
+            self._loss_of_rows(x.flatten(0, 1).index_select(0, part.rows), part, objective)
+            for x, part in zip(hidden, parts, strict=True)
+        ]
         return torch.stack(losses).sum()
 
     def loss_and_grad(
-        self, hidden: Tensor, part: PackedBatch, normaliser: float
+        self,
+        hidden: Tensor,
+        part: PackedBatch,
+        normaliser: float,
+        objective: Objective = CROSS_ENTROPY,
     ) -> tuple[Tensor, Tensor]:
         """Return the loss of a part, divided, and its gradient by the last layer's output."""
         rows = hidden.flatten(0, 1).index_select(0, part.rows).requires_grad_()
-        loss = self._head_loss(rows, part.targets) / normaliser
+        loss = self._loss_of_rows(rows, part, objective) / normaliser
         loss.backward()  # type: ignore[no-untyped-call]
         grad = torch.zeros_like(hidden)
         if rows.grad is not None:
             grad.flatten(0, 1).index_copy_(0, part.rows, rows.grad)
         return loss.detach(), grad
 
-    def _loss(self, hidden: Tensor, part: PackedBatch) -> Tensor:
-        return self._head_loss(hidden.flatten(0, 1).index_select(0, part.rows), part.targets)
-
-    def _head_loss(self, rows: Tensor, targets: Tensor) -> Tensor:
+    def _loss_of_rows(self, rows: Tensor, part: PackedBatch, objective: Objective) -> Tensor:
+        """Return the loss of a part, from the last layer's output at its supervised positions."""
         norm: Any = self.norm
         if self._fused and is_known_norm(norm) and not norm.weight.requires_grad:
             rows = rms_norm(rows, norm.weight, norm.variance_epsilon)
         else:
             rows = norm(rows)
-        return head_loss(
+        return objective.loss_of_hidden(
             rows,
             self.head_weight,
-            targets,
+            part.targets,
+            part.segments,
             softcap=self.softcap,
             trained=trained_whole(self.head).get("weight"),
         )
 
-    def prepare(self, batches: Sequence[Batch]) -> list[PackedBatch]:
-        """Return the parts of a step, on the device."""
-        device = self.model.device
+    def prepare(
+        self, batches: Sequence[Batch], objective: Objective = CROSS_ENTROPY
+    ) -> list[PackedBatch]:
+        """Return the parts of a step, on the device, with what an objective needs of them."""
+        pack = self.packs and objective.separable
         if self._fused and not self._sees_all(max(lengths_of(batches))):
-            if not self._told_window:
-                self._told_window = True
+            pack = False
+            if not self._window_reported:
+                self._window_reported = True
                 self.messages.append("documents longer than the attention window: layers not fused")
-            return parts_of(batches, device, pack=False)
-        return parts_of(batches, device, pack=self.packs, buckets=self.buckets)
+        return parts_of(
+            batches,
+            self.model.device,
+            pack=pack,
+            buckets=self.buckets,
+            segments=objective.needs_segments,
+        )
 
     def part_sizes(self, lengths: Sequence[int]) -> list[int]:
         """Return the tokens of the parts that documents of these lengths are packed into."""

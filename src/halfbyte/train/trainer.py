@@ -354,11 +354,11 @@ class Trainer:
         rate = self.schedule.at(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["ratio"]
-        supervised = max(1.0, float(sum(int((b.labels != -100).sum()) for b in batches)))
+        terms = max(1.0, self.engine.objective.terms(batches))
         # In float16 the loss is a sum, scaled; its gradients are divided in float32.
         scale = self.loss_scale
-        normaliser = supervised if scale is None else 1.0 / scale.factor
-        unscale = 1.0 if scale is None else scale.unscale(supervised)
+        normaliser = terms if scale is None else 1.0 / scale.factor
+        unscale = 1.0 if scale is None else scale.unscale(terms)
         clock = self.engine.clock
         if clock is not None:
             clock.step, clock.running = step, True
