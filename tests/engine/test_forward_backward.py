@@ -54,7 +54,7 @@ def test_parts_are_copied_to_where_the_largest_was(made):
     places = []
     for tokens in (64, 16, 40):
         layer_input = LayerInput(torch.rand(1, tokens, 8), (torch.rand(tokens, 2),), run)
-        held = graphs.hold(layer_input)
+        held = graphs.to_static(layer_input)
         assert held.run is run
         assert torch.equal(held.x, layer_input.x)
         assert torch.equal(held.layer_args[0], layer_input.layer_args[0])
@@ -86,7 +86,7 @@ class Recorded:
     def forget(self):
         self.captured = {}
 
-    def hold(self, layer_input):
+    def to_static(self, layer_input):
         return layer_input
 
     def capture(self, shape, held, policy):
@@ -324,7 +324,7 @@ def test_what_a_step_kept_is_not_of_the_next(engine, forgetful):
 def test_a_validation_in_between_notes_nothing_and_is_given_nothing(engine, products, forgetful):
     wanted = forgetful(engine)
     loss = engine.loss(PARTS)
-    layer_inputs = engine.embed(engine.prepare(PARTS))
+    layer_inputs = engine.embed(engine.make_parts(PARTS))
     hidden = engine.passes.forward(layer_inputs, ActivationPolicy(0))
     products.clear()
     assert torch.equal(engine.loss(PARTS), loss)
@@ -365,7 +365,7 @@ def test_they_are_measured_and_planned_for(engine, monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     layer = Run(Holding(itemsize=2), rank=4).layer(shape_of_config(FAMILIES["llama"], "tiny"))
-    cost = measured_cost(engine, engine.prepare(PARTS))
+    cost = measured_cost(engine, engine.make_parts(PARTS))
     assert cost.lora == layer.lora * sum(POSITIONS) == 2 * 7 * 16 * 43
     assert cost.input == 2 * 32 * sum(POSITIONS)
     assert cost.part_input == 2 * 32 * max(POSITIONS)
@@ -374,14 +374,14 @@ def test_they_are_measured_and_planned_for(engine, monkeypatch):
 @pytest.mark.parametrize("saved", [0, 1, 3])
 def test_a_rehearsal_of_a_further_shape_saves_no_layer_that_the_run_does_not(monkeypatch, saved):
     engine = LayerEngine(model_of(FAMILIES["llama"]))
-    (layer_input,) = engine.embed(engine.prepare(batches_of([(2, 5)])))
+    (layer_input,) = engine.embed(engine.make_parts(batches_of([(2, 5)])))
     policies = []
-    both = forward_backward.Passes._both
+    run = forward_backward.Passes._run
 
     def seen(self, layer_input, policy):
         policies.append((self.layers, policy.saved))
-        both(self, layer_input, policy)
+        run(self, layer_input, policy)
 
-    monkeypatch.setattr(forward_backward.Passes, "_both", seen)
+    monkeypatch.setattr(forward_backward.Passes, "_run", seen)
     engine.passes.warm_up(layer_input, ActivationPolicy(saved), whole=False)
     assert sorted(policies) == [(2, 0)] + [(2, min(2, saved))] * (saved > 0)

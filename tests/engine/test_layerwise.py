@@ -318,7 +318,7 @@ def test_documents_in_shared_parts_give_the_same_step(lengths, monkeypatch):
     wanted = plain.step(batches, 20.0, ActivationPolicy(1))
     true = gradients(model)
     engine = LayerEngine(model, fuse=True)
-    parts = engine.prepare(batches)
+    parts = engine.make_parts(batches)
     assert len(parts) == (2 if lengths[0][0] == 64 else 1)
     got = engine.step(batches, 20.0, ActivationPolicy(1))
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
@@ -334,9 +334,9 @@ def test_a_step_longer_than_the_window_is_run_by_transformers_layers(monkeypatch
     assert engine.fused == 3
     for length, given in ((8, 3), (9, 0)):
         batch = Batch(*batches_of([(2, length)])[0][:2])
-        (layer_input,) = engine.embed(engine.prepare([batch]))
+        (layer_input,) = engine.embed(engine.make_parts([batch]))
         assert len(layer_input.layer_args) == given  # two rotary tables and where documents begin
-    engine.prepare([batch])
+    engine.make_parts([batch])
     (note,) = engine.messages  # told, and told once
     assert "longer than the attention window" in note
 
@@ -369,7 +369,7 @@ def test_plain_engine_gives_the_same_step():
 
 
 def inputs(engine, batch):
-    return engine.embed(engine.prepare([batch]))
+    return engine.embed(engine.make_parts([batch]))
 
 
 def test_measuring_leaves_nothing_behind():

@@ -130,7 +130,7 @@ def test_near_its_prediction_or_budget_a_run_gives_holes_back(monkeypatch, budge
 
 def test_the_heap_is_looked_at_before_each_layer_and_the_loss(engine):
     looks = []
-    engine.passes.between = lambda: looks.append(True)
+    engine.passes.before_layer = lambda: looks.append(True)
     engine.step(batches_of([(2, 9)]), 1.0, ActivationPolicy(1))
     assert len(looks) == 2 * len(engine.layers) + 1
 
@@ -340,7 +340,7 @@ def test_measuring_leaves_gradients_as_they_were(monkeypatch):
     monkeypatch.setattr(memory_profile, "_peak", lambda run: (run(), above)[1])
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-    parts = made.prepare(batches_of([(2, 9), (1, 9)]))
+    parts = made.make_parts(batches_of([(2, 9), (1, 9)]))
     found = memory_profile.measured_cost(made, parts)
     assert found.part_input == 2 * 9 * 32 * 4
     assert found.input == 3 * 9 * 32 * 4

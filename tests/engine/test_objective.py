@@ -109,7 +109,7 @@ def test_gradients_are_those_of_plain_pytorch(monkeypatch, kind, objective, whol
     wanted = true_step(model, batches, engine.objective, 5.0)
     true = gradients(model)
     if kind == "packed":
-        parts = engine.prepare(batches, engine.objective)
+        parts = engine.make_parts(batches, engine.objective)
         assert len(parts) == 3
         # A part has documents of several micro-batches, not in the order of the step.
         assert sorted(set(parts[0].segments.tolist())) != list(range(len(set(parts[0].segments))))
@@ -152,7 +152,7 @@ def test_cross_entropy_is_minimised_unless_another_is_set(monkeypatch):
     for engine in engines(model, monkeypatch).values():
         assert type(engine.objective) is CrossEntropy
         if isinstance(engine, LayerEngine):
-            assert all(part.segments is None for part in engine.prepare(batches))
+            assert all(part.segments is None for part in engine.make_parts(batches))
         got = engine.step(batches, 20.0, ActivationPolicy(1))
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
         for name, gradient in gradients(model).items():

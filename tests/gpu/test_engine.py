@@ -59,7 +59,7 @@ def engines(model, batches, policy):
     plain.buckets = fast.buckets = Buckets.of([lengths_of(batches)], 32)
     fast.keep_decoded(policy.decoded)
     fast.capture(policy)
-    assert fast.graphs == len(fast.buckets.shapes)
+    assert fast.num_graphs == len(fast.buckets.shapes)
     return plain, fast
 
 
@@ -117,7 +117,7 @@ def test_decoded_weights_that_stay_change_no_bit_with_graphs(kept):
     for seed in range(6):
         if seed == 3:  # after graphs were captured without
             fast.keep_decoded(kept)
-            assert fast.graphs == 0
+            assert fast.num_graphs == 0
             fast.capture(ActivationPolicy(3, decoded=kept))
         batches = examples(EQUAL, seed)
         wanted = plain.step(batches, 50.0, ActivationPolicy(3))
@@ -126,7 +126,7 @@ def test_decoded_weights_that_stay_change_no_bit_with_graphs(kept):
         for name, gradient in taken(model).items():
             assert torch.equal(gradient, true[name]), (seed, name)
     assert not fast.messages
-    assert fast.graphs == 1
+    assert fast.num_graphs == 1
 
 
 def test_parts_of_several_sizes_share_their_graphs_memory():
@@ -140,7 +140,7 @@ def test_parts_of_several_sizes_share_their_graphs_memory():
     assert len(fast.buckets.shapes) == 4
     torch.cuda.empty_cache()
     fast.capture(ActivationPolicy(3))
-    assert fast.graphs == 4
+    assert fast.num_graphs == 4
     for seed, lengths in enumerate([*steps, *steps[::-1]]):
         batches = examples(lengths, seed)
         wanted = plain.step(batches, 50.0, ActivationPolicy(3))
@@ -163,7 +163,7 @@ def test_lora_activations_are_computed_once_and_no_bit_changes(monkeypatch):
     model, batches = on_gpu("qwen3"), examples(EQUAL)
     zero(model)
     plain, fast = engines(model, batches, ActivationPolicy(0))
-    parts = len(plain.prepare(batches))
+    parts = len(plain.make_parts(batches))
     assert parts > 1
     made.clear()
     wanted = plain.step(batches, 50.0, ActivationPolicy(3))
@@ -307,14 +307,14 @@ def test_a_pass_that_cannot_be_captured_is_told_and_run_all_the_same(monkeypatch
     true = taken(model)
     backward = Passes.backward
 
-    def waits(self, layer_inputs, grads, finished=None):
+    def waits(self, layer_inputs, grads, on_layer_backward=None):
         torch.cuda.synchronize()
-        backward(self, layer_inputs, grads, finished)
+        backward(self, layer_inputs, grads, on_layer_backward)
 
     monkeypatch.setattr(Passes, "backward", waits)
     engine.buckets = Buckets.of([lengths_of(batches)], 32)
     engine.capture(ActivationPolicy(1))
-    assert engine.graphs == 0
+    assert engine.num_graphs == 0
     assert "no CUDA graphs from here on" in engine.messages[0]
     assert torch.equal(engine.step(batches, 50.0, ActivationPolicy(1)), wanted)
     assert all(torch.equal(g, true[name]) for name, g in taken(model).items())

@@ -219,7 +219,7 @@ def test_what_a_t4_is_given_learns_and_says_that_there_are_no_graphs(monkeypatch
     seen = losses(trained, 0, 6, lengths)
     assert seen[-1] < seen[0]
     assert not trained.engine.messages
-    assert trained.engine.graphs == 0
+    assert trained.engine.num_graphs == 0
 
 
 def test_a_t4s_attention_does_not_write_out_its_weights(monkeypatch):

@@ -255,7 +255,7 @@ def test_layers_updated_as_the_engine_finishes_them_have_the_same_bits(bits, sma
         made = adapter_parameters(model)
         trainer = Trainer(engine, made, config, Schedule(1e-2, "constant", 0, 6))
         early = paging == "explicit"
-        assert (engine.finished is not None) == early
+        assert (engine.on_layer_backward is not None) == early
         trainer.fit([[(2, 64), (2, 64)]], [[64] * 4])
         trainer.use(ActivationPolicy(1, 1))
         losses = []

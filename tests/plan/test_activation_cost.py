@@ -68,7 +68,7 @@ def test_a_layer_keeps_what_the_terms_say(
     attach(model, LoRAConfig(r=16), seed=0)
     engine = LayerEngine(model, fuse=fuse)
     ids = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
-    measured, given = saved_bytes(engine, *engine.embed(engine.prepare([Batch(ids, ids)])))
+    measured, given = saved_bytes(engine, *engine.embed(engine.make_parts([Batch(ids, ids)])))
     if dtype != torch.float32 and not fuse:
         measured += given  # the engine holds the input, and autograd a copy of it
     shape = shape_of(reference, family)

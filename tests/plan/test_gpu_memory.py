@@ -228,7 +228,7 @@ def steps(
         # Where there are no graphs, the first step shows what is left from one to the next.
         for _ in range(1 if engine.captures else 2):
             engine.step([Batch(one, one) for one in ids], float(ids.numel()), policy)
-    assert engine.graphs == engine.captures
+    assert engine.num_graphs == engine.captures
     return counted.peak - before
 
 

@@ -307,7 +307,7 @@ def test_a_step_that_has_begun_to_update_is_not_made_again(monkeypatch, on_a_gpu
     """In explicit paging without clipping: layers would be updated twice."""
     made = made_trainer("explicit", max_grad_norm=0.0)
     made.policy = ActivationPolicy(3)
-    update, calls = made.engine.finished, []
+    update, calls = made.engine.on_layer_backward, []
 
     def fails(layer, loss):
         if len(calls) == fails_at:
@@ -315,7 +315,7 @@ def test_a_step_that_has_begun_to_update_is_not_made_again(monkeypatch, on_a_gpu
         calls.append(layer)
         update(layer, loss)
 
-    made.engine.finished = fails
+    made.engine.on_layer_backward = fails
     if not fails_at:
         before = [p.detach().clone() for p in made.parameters.values()]
         with pytest.raises(OutOfMemoryError, match="Nothing was updated in this step"):

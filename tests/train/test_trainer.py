@@ -737,9 +737,9 @@ def test_capturing_goes_down_the_same_ladder(on_a_gpu, monkeypatch, failures):
     assert [record["action"] for record in made.fallbacks] == LADDER[:failures]
     assert len(calls) == min(failures + 1, len(LADDER))  # no more often than that
     assert made.optimizer_state()  # is there already
-    assert bool(made.engine.graphs) == (failures < len(LADDER))
+    assert bool(made.engine.num_graphs) == (failures < len(LADDER))
     # One shape is compiled, and captured.
-    assert told == ([(1, 2), (2, 2)] if made.engine.graphs else [])
+    assert told == ([(1, 2), (2, 2)] if made.engine.num_graphs else [])
     made.step(0, long_batches())
 
 

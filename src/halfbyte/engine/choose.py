@@ -118,8 +118,8 @@ def compile_ahead(
         return
     from halfbyte.runtime.compile_ahead import compiling_ahead  # it imports triton
 
-    held = [(p, p.grad) for p in engine.model.parameters() if p.requires_grad]
-    for parameter, _ in held:
+    gradients = [(p, p.grad) for p in engine.model.parameters() if p.requires_grad]
+    for parameter, _ in gradients:
         parameter.grad = None
     try:
         with (
@@ -127,13 +127,13 @@ def compile_ahead(
             compiling_ahead() as ahead,
         ):
             for shape in (buckets.largest, buckets.smallest) if buckets is not None else ():
-                _passes(engine, shape)
+                _run_passes(engine, shape)
             if vocabulary is not None and not ahead.needless:
                 _probe_losses(engine, vocabulary, str(engine.model.device))
             if state_bits is not None and not ahead.needless:
-                _update(state_bits, engine.model.device)
+                _run_update(state_bits, engine.model.device)
     except (RuntimeError, EngineError) as error:
-        # CUDA's, torch's or the engine's: it comes again where a result is wanted.
+        # CUDA's, torch's or the engine's: it is raised again where a result is wanted.
         logger.info("kernels are compiled one by one, as a dry run failed: %s", error)
     finally:
         engine.passes.forget()
@@ -142,12 +142,12 @@ def compile_ahead(
             linear.group.forget()
         for adapter in adapters(engine.model).values():
             adapter.forget()
-        for parameter, grad in held:
+        for parameter, grad in gradients:
             parameter.grad = grad
         torch.cuda.reset_peak_memory_stats()
 
 
-def _passes(engine: LayerEngine, shape: PartShape) -> None:
+def _run_passes(engine: LayerEngine, shape: PartShape) -> None:
     """Run two layers forward and backward, and the loss, as `LayerEngine.capture` will."""
     (layer_input,) = engine.embed([part_of_shape(shape, engine.model.device)])
     engine.passes.warm_up(layer_input, ActivationPolicy(len(engine.layers)), whole=False)
@@ -157,7 +157,7 @@ def _passes(engine: LayerEngine, shape: PartShape) -> None:
         )
 
 
-def _update(bits: Literal[8, 32], device: torch.device) -> None:
+def _run_update(bits: Literal[8, 32], device: torch.device) -> None:
     """Update one small parameter, in float32 as adapters are."""
     parameter = nn.Parameter(torch.zeros(4096, device=device))
     parameter.grad = torch.zeros_like(parameter)

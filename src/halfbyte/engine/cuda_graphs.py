@@ -17,9 +17,9 @@ from halfbyte.plan.policy import ActivationPolicy
 
 
 class _Captured(NamedTuple):
-    """Both passes over a part of one shape, its input, and its output's place in the static one."""
+    """Both passes over a part of one shape, their input and their output, which are static."""
 
-    held: LayerInput
+    input: LayerInput
     output: Tensor
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
@@ -49,7 +49,7 @@ class CapturedPasses:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the static tensors; there are some as soon as a part was held."""
+        """Bytes of the static tensors; there are none before the first `to_static`."""
         return sum(tensor.nbytes for tensor in self._static.values())
 
     def forget(self) -> None:
@@ -57,21 +57,22 @@ class CapturedPasses:
         self._captured, self._static = {}, {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def hold(self, layer_input: LayerInput) -> LayerInput:
+    def to_static(self, layer_input: LayerInput) -> LayerInput:
         """Return the input with its tensors copied to where graphs read them."""
         layer_args = tuple(
-            self._place(f"layer argument {i}", t) for i, t in enumerate(layer_input.layer_args)
+            self._static_view(f"layer argument {i}", t)
+            for i, t in enumerate(layer_input.layer_args)
         )
-        held = LayerInput(self._place("x", layer_input.x), layer_args, layer_input.run)
-        _copy(held, layer_input)
-        return held
+        static = LayerInput(self._static_view("x", layer_input.x), layer_args, layer_input.run)
+        _copy(layer_input, static)
+        return static
 
-    def capture(self, shape: PartShape, held: LayerInput, policy: ActivationPolicy) -> None:
+    def capture(self, shape: PartShape, static: LayerInput, policy: ActivationPolicy) -> None:
         """Capture the passes over a part.
 
         Args:
             shape: Of the part; of no more tokens than any before.
-            held: The part, by `hold`.
+            static: The part, by `to_static`.
             policy: What is kept.
 
         Raises:
@@ -84,23 +85,23 @@ class CapturedPasses:
         # What eager steps left in the allocator's cache is of no use to the graphs' own pool, nor
         # are the workspaces cuBLAS has in their stream.
         torch._C._cuda_clearCublasWorkspaces()
-        output = self._place("y", held.x)
-        down, up = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        output = self._static_view("y", static.x)
+        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(down, pool=self._pool, capture_error_mode="thread_local"):
-                (hidden,) = self._passes.forward([held], policy)
+            with torch.cuda.graph(forward, pool=self._pool, capture_error_mode="thread_local"):
+                (hidden,) = self._passes.forward([static], policy)
                 output.copy_(hidden)
                 del hidden
             # Nobody reads the last output any more: its gradient takes its place.
-            with torch.cuda.graph(up, pool=self._pool, capture_error_mode="thread_local"):
-                self._passes.backward([held], [output])
+            with torch.cuda.graph(backward, pool=self._pool, capture_error_mode="thread_local"):
+                self._passes.backward([static], [output])
         except RuntimeError:
             self._passes.forget()
             # torch's random numbers go on only after a capture that ends well.
             with torch.cuda.graph(torch.cuda.CUDAGraph()):
                 torch.zeros(1, device="cuda").add_(1)
             raise
-        self._captured[shape] = _Captured(held, output, down, up)
+        self._captured[shape] = _Captured(static, output, forward, backward)
 
     def has(self, shape: PartShape) -> bool:
         """Return whether there is a graph for parts of this shape."""
@@ -112,7 +113,7 @@ class CapturedPasses:
     def forward(self, shape: PartShape, layer_input: LayerInput) -> Tensor:
         """As `Passes.forward`; the next part writes over the result."""
         captured = self._captured[shape]
-        _copy(captured.held, layer_input)
+        _copy(layer_input, captured.input)
         captured.forward.replay()
         return captured.output
 
@@ -122,16 +123,16 @@ class CapturedPasses:
         captured.output.copy_(grad)
         captured.backward.replay()
 
-    def _place(self, name: str, like: Tensor) -> Tensor:
+    def _static_view(self, name: str, like: Tensor) -> Tensor:
         """Return a view of a static tensor, which is made as large as the first that asks."""
-        held = self._static.get(name)
-        if held is None:
-            held = self._static[name] = torch.zeros_like(like.detach()).flatten()
-        return held[: like.numel()].view(like.shape)
+        static = self._static.get(name)
+        if static is None:
+            static = self._static[name] = torch.zeros_like(like.detach()).flatten()
+        return static[: like.numel()].view(like.shape)
 
 
-def _copy(held: LayerInput, layer_input: LayerInput) -> None:
-    for place, tensor in zip(
-        (held.x, *held.layer_args), (layer_input.x, *layer_input.layer_args), strict=True
+def _copy(source: LayerInput, target: LayerInput) -> None:
+    for to, tensor in zip(
+        (target.x, *target.layer_args), (source.x, *source.layer_args), strict=True
     ):
-        place.copy_(tensor.detach())
+        to.copy_(tensor.detach())

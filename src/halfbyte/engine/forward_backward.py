@@ -56,7 +56,7 @@ class _Kept:
     """What a layer left for one part.
 
     Attributes:
-        x: Its input, unless that waits in host memory.
+        x: Its input, unless that is offloaded.
         y: Where its output is in the autograd graph, if it is saved. Not the output itself: the
             last layer's would stay for nothing.
         lora_activations: What is not recomputed.
@@ -68,8 +68,8 @@ class _Kept:
     lora_activations: Mapping[Any, Tensor] = field(default_factory=dict)
     checkpoint: AttentionCheckpoint | None = None
 
-    def away(self) -> list[Tensor]:
-        """Return what waits elsewhere, and let go of it."""
+    def pop_tensors(self) -> list[Tensor]:
+        """Return the tensors to be offloaded, and let go of them."""
         assert self.x is not None
         tensors, self.x = [self.x.detach()], None
         if self.checkpoint is not None:
@@ -77,10 +77,10 @@ class _Kept:
             self.checkpoint.tensors = []
         return tensors
 
-    def back(self, tensors: list[Tensor], *, wanted: bool) -> None:
-        """Have back what waited; ``wanted``: whether the input wants a gradient."""
+    def set_tensors(self, tensors: list[Tensor], *, requires_grad: bool) -> None:
+        """Take the tensors of `pop_tensors`; ``requires_grad``: whether the input does."""
         x, *rest = tensors
-        self.x = x.requires_grad_(wanted)
+        self.x = x.requires_grad_(requires_grad)
         if self.checkpoint is not None:
             self.checkpoint.tensors = rest
 
@@ -95,8 +95,8 @@ class Passes:
         weights: Makes the weights of layers ready.
 
     Attributes:
-        between: Called before each layer, in both passes, and by the engine before the loss; not
-            before layers where graphs are played again.
+        before_layer: Called before each layer, in both passes, and by the engine before the loss;
+            not where CUDA graphs are replayed.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Passes:
         self.layers, self._trained = len(trained), [list(those) for those in trained]
         self.first_trained, self.entry_trained = first_trained, entry_trained
         self._weights = weights
-        self.between: Callable[[], None] = lambda: None
+        self.before_layer: Callable[[], None] = lambda: None
         self._kept: list[list[_Kept]] = []
         self._offloader: ActivationOffloader | None = None
 
@@ -118,22 +118,24 @@ class Passes:
         hidden = [layer_input.x for layer_input in layer_inputs]
         first_saved = max(self.layers - policy.saved, self.first_trained)
         offloaded = min(policy.offloaded, first_saved)
-        noted = offloaded if policy.attention_checkpoint else 0
+        checkpointed = offloaded if policy.attention_checkpoint else 0
         self._kept = []
         for index in range(self.layers):
             row: list[_Kept] = []
-            wanted = self.entry_trained or index > self.first_trained
+            requires_grad = self.entry_trained or index > self.first_trained
             saved = index >= first_saved
-            self.between()
+            self.before_layer()
             with acquired(self._weights, index) as lora_cache:
                 if index + 1 < self.layers:
                     self._weights.prefetch(index + 1)
                 for i, layer_input in enumerate(layer_inputs):
-                    x = hidden[i].detach().requires_grad_(wanted)
+                    x = hidden[i].detach().requires_grad_(requires_grad)
                     if not saved:
                         lora_cache.record()
                     checkpoint = (
-                        AttentionCheckpoint() if self.first_trained <= index < noted else None
+                        AttentionCheckpoint()
+                        if self.first_trained <= index < checkpointed
+                        else None
                     )
                     with torch.set_grad_enabled(saved):
                         y = layer_input.run(
@@ -146,7 +148,7 @@ class Passes:
                 continue
             if index < offloaded:
                 self._offloader = self._offloader or ActivationOffloader()
-                self._offloader.offload(index, [kept.away() for kept in row])
+                self._offloader.offload(index, [kept.pop_tensors() for kept in row])
             elif self._offloader is not None:
                 self._offloader.wait()
             self._kept.append(row)
@@ -158,57 +160,60 @@ class Passes:
         self,
         layer_inputs: Sequence[LayerInput],
         grads: list[Tensor],
-        finished: Callable[[int], None] | None = None,
+        on_layer_backward: Callable[[int], None] | None = None,
     ) -> None:
         """Turn gradients of `forward`'s outputs into those of its inputs, in place of them.
 
-        The layers' own go to ``.grad`` of what is trained; ``finished`` is called with a layer's
-        number when they are final.
+        The layers' own go to ``.grad`` of what is trained; ``on_layer_backward`` is called with a
+        layer's number when they are final.
         """
-        self._fetch(self.layers - 1)
+        self._prefetch(self.layers - 1)
         for index in reversed(range(self.first_trained, self.layers)):
             row = self._kept.pop()
-            away = row[0].x is None
-            if away and self._offloader is not None:
-                wanted = self.entry_trained or index > self.first_trained
-                back = self._offloader.get(index)
-                for kept in row:
-                    kept.back(back.pop(0), wanted=wanted)
-            self._fetch(index - 1)
-            self.between()
+            if row[0].x is None:
+                self._restore(index, row)
+            self._prefetch(index - 1)
+            self.before_layer()
             # The last layer of forward is the first of backward.
             again = index == self.layers - 1
             with acquired(self._weights, index, again=again) as lora_cache:
                 if index > self.first_trained:
                     self._weights.prefetch(index - 1)
                 for i, layer_input in enumerate(layer_inputs):
-                    held = row[i]
-                    output: Tensor | GradientEdge | None = held.y
-                    x = held.x
+                    kept = row[i]
+                    output: Tensor | GradientEdge | None = kept.y
+                    x = kept.x
                     assert x is not None
                     if output is None:
-                        lora_cache.restore(held.lora_activations)
+                        lora_cache.restore(kept.lora_activations)
                         with torch.enable_grad():
                             output = layer_input.run(
                                 index,
                                 x,
                                 layer_input.layer_args,
                                 read=False,
-                                checkpoint=held.checkpoint,
+                                checkpoint=kept.checkpoint,
                             )
                     leaves = [x] * x.requires_grad + self._trained[index]
                     # In this thread: one more would have a cuBLAS workspace of its own.
                     with torch.autograd.set_multithreading_enabled(False):
-                        found = list(
-                            torch.autograd.grad(output, leaves, grads[i], allow_unused=True)
-                        )
+                        found = torch.autograd.grad(output, leaves, grads[i], allow_unused=True)
                     del output
+                    gradients = dict(zip(leaves, found, strict=True))
+                    del found
                     if x.requires_grad:
-                        grads[i] = found.pop(0)
-                    _add_up(self._trained[index], found)
+                        grads[i] = gradients.pop(x)
+                    _accumulate(gradients)
                     row[i] = _Kept()
-            if finished is not None:
-                finished(index)
+            if on_layer_backward is not None:
+                on_layer_backward(index)
+
+    def _restore(self, index: int, row: Sequence[_Kept]) -> None:
+        """Give the parts of a layer their tensors that were offloaded."""
+        assert self._offloader is not None
+        requires_grad = self.entry_trained or index > self.first_trained
+        for kept, tensors in zip(row, self._offloader.get(index), strict=True):
+            kept.set_tensors(tensors, requires_grad=requires_grad)
 
     def warm_up(self, layer_input: LayerInput, policy: ActivationPolicy, *, whole: bool) -> None:
         """Run both passes on a part, with gradients of zero.
@@ -224,32 +229,32 @@ class Passes:
                 any are, saved.
         """
         if whole or self.first_trained or self.layers <= 2:
-            self._both(layer_input, policy)
+            self._run(layer_input, policy)
             return
         few = Passes(self._trained[:2], 0, self.entry_trained, self._weights)
         for saved in {0, min(2, policy.saved)}:  # saved ones may be more than there is room for
-            few._both(layer_input, ActivationPolicy(saved))
+            few._run(layer_input, ActivationPolicy(saved))
 
-    def _both(self, layer_input: LayerInput, policy: ActivationPolicy) -> None:
+    def _run(self, layer_input: LayerInput, policy: ActivationPolicy) -> None:
         (y,) = self.forward([layer_input], policy)
         grad = torch.zeros_like(y)
         del y
         self.backward([layer_input], [grad])
 
     def forget(self) -> None:
-        """Let go of what a pass down has kept; for when no pass up will follow."""
+        """Let go of what `forward` has kept; for when no `backward` will follow."""
         self._kept = []
         self._offloader = None
 
-    def _fetch(self, index: int) -> None:
+    def _prefetch(self, index: int) -> None:
         if self._offloader is not None and index >= self.first_trained:
             self._offloader.prefetch(index)
 
 
-def _add_up(parameters: Sequence[nn.Parameter], found: Sequence[Tensor | None]) -> None:
+def _accumulate(gradients: Mapping[Tensor, Tensor | None]) -> None:
     """Add gradients to ``.grad``: those of a layer together, where autograd would go one by one."""
     olds, news = [], []
-    for parameter, new in zip(parameters, found, strict=True):
+    for parameter, new in gradients.items():
         if new is None:
             continue
         if parameter.grad is None:

@@ -87,14 +87,17 @@ class LayerEngine:
     Attributes:
         scratch: Where decoded weights live, and the count of how many were decoded.
         fused: How many layers are run fused: all or none.
+        width: The width of the residual stream.
+        dtype: The dtype of activations and products.
+        decoded_bytes: What the decoded weights of a layer take; 0 where they are not packed.
         trained: For each layer, the parameters that are trained in it.
         objective: What steps minimise.
         buckets: The shapes of parts, if a run has chosen any.
         max_seqlen: Tokens of the longest document that will come, where that is known: a run with
             one that is longer than an attention window is not packed.
-        finished: Called with a layer's number and the loss when the layer's gradients are final,
-            while those below it are still to come. With it there are no CUDA graphs.
-        mark: Called with ``forward``, ``loss`` and ``backward`` as a step comes to each.
+        on_layer_backward: Called with a layer's number and the loss when the layer's gradients are
+            final, while those below it are still to come. With it there are no CUDA graphs.
+        on_phase: Called with ``forward``, ``loss`` and ``backward`` as a step comes to each.
         messages: Messages for a person; whoever logs them empties the list.
 
     Raises:
@@ -110,7 +113,8 @@ class LayerEngine:
     def __init__(self, model: PreTrainedModel, *, fuse: bool = False, graphs: bool = False) -> None:
         self.model = model
         self.decoder: Any = model.get_decoder()
-        count = model.config.get_text_config().num_hidden_layers
+        config = model.config.get_text_config()
+        count = config.num_hidden_layers
         lists = [m for m in self.decoder.children() if isinstance(m, nn.ModuleList)]
         lists = [m for m in lists if len(m) == count]
         norms = [n for n in _FINAL_NORMS if isinstance(getattr(self.decoder, n, None), nn.Module)]
@@ -131,9 +135,12 @@ class LayerEngine:
         self.fused = len(self._fused)
         self.norm = getattr(self.decoder, norms[0])
         self.head = head
-        softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        self.softcap = float(softcap or 0)
+        self.softcap = float(getattr(config, "final_logit_softcapping", None) or 0)
+        self.width = int(config.hidden_size)
+        self.dtype: torch.dtype = model.halfbyte_recipe.compute_dtype
         self.linears = [list(frozen_linears(layer).values()) for layer in self.layers]
+        packed = (linear.quantized for linear in self.linears[-1])
+        self.decoded_bytes = self.dtype.itemsize * sum(q.numel for q in packed if q is not None)
         # Nothing before the lowest trained layer wants a gradient: backward ends there.
         trained = [[p for p in layer.parameters() if p.requires_grad] for layer in self.layers]
         trains = [bool(those) for those in trained]
@@ -151,19 +158,19 @@ class LayerEngine:
         self._drops = any(adapter.config.dropout for adapter in adapters(model).values())
         self.tuple_output = self._window_reported = False
         self.messages: list[str] = []
-        self.mark: Callable[[str], None] = lambda part: None
-        self.finished: Callable[[int, Tensor], None] | None = None
+        self.on_phase: Callable[[str], None] = lambda phase: None
+        self.on_layer_backward: Callable[[int, Tensor], None] | None = None
         self.trained = trained
         self.passes = Passes(trained, self.first_trained, self.entry_trained, self.weights)
         self._tables: dict[int, tuple[Tensor, ...]] = {}  # rotary, by tokens of a row
         within = [parameter for those in trained for parameter in those]
         self._graphs = CapturedPasses(self.passes, within) if graphs else None
         self.why_no_graphs = "" if graphs else "not asked for"
-        if graphs and (why := self._host_decides()):
+        if graphs and (why := self._why_not_captured()):
             self._graphs, self.why_no_graphs = None, why
 
-    def _host_decides(self) -> str:
-        """Return why passes cannot be captured: what the host does anew for each step."""
+    def _why_not_captured(self) -> str:
+        """Return what the host does anew in each step, so that passes cannot be captured, or ""."""
         if not self._fused:
             return "its layers are not fused"
         if self._drops:
@@ -187,10 +194,10 @@ class LayerEngine:
     @property
     def captures(self) -> bool:
         """Whether passes can be CUDA graphs."""
-        return self._graphs is not None and self.packs and self.finished is None
+        return self._graphs is not None and self.packs and self.on_layer_backward is None
 
     @property
-    def graphs(self) -> int:
+    def num_graphs(self) -> int:
         """How many shapes of parts are CUDA graphs."""
         return 0 if self._graphs is None else len(self._graphs)
 
@@ -215,12 +222,6 @@ class LayerEngine:
         flash = can_pack(self.dtype, self.model.device, self._fused[0].head_dim)
         return flash and self._sees_all(self.max_seqlen)
 
-    @property
-    def decoded_bytes(self) -> int:
-        """What the decoded weights of a layer take; nothing where they are not packed."""
-        packed = (linear.quantized for linear in self.linears[-1])
-        return self.dtype.itemsize * sum(q.numel for q in packed if q is not None)
-
     def keep_decoded(self, layers: int) -> None:
         """Keep the weights of the last ``layers`` layers decoded from now on."""
         if layers == self._decoded:
@@ -228,17 +229,6 @@ class LayerEngine:
         self._decoded = layers
         self.forget_graphs()  # they read weights where these were
         self.weights.keep(layers)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of activations and products."""
-        dtype: torch.dtype = self.model.halfbyte_recipe.compute_dtype
-        return dtype
-
-    @property
-    def width(self) -> int:
-        """The width of the residual stream."""
-        return int(self.model.config.get_text_config().hidden_size)
 
     @property
     def head_weight(self) -> Tensor | QuantizedWeight:
@@ -260,7 +250,7 @@ class LayerEngine:
         Returns:
             The loss: float32 scalar on the device, summed over parts and divided.
         """
-        parts = self.prepare(batches, self.objective)
+        parts = self.make_parts(batches, self.objective)
         total = torch.zeros((), dtype=torch.float32, device=self.model.device)
         # Packed parts go one after the other, micro-batches through each layer together.
         together = [[part] for part in parts] if self._packed(parts) else [parts]
@@ -278,7 +268,7 @@ class LayerEngine:
         last: bool,
     ) -> None:
         """Add the gradients of some parts, and their loss to ``total``."""
-        self.mark("forward")
+        self.on_phase("forward")
         layer_inputs = self.embed(parts)
         graphs, shape = self._graphs, parts[0].shape
         if graphs is not None and not (self.captures and len(parts) == 1 and graphs.has(shape)):
@@ -288,20 +278,20 @@ class LayerEngine:
         else:
             hidden = [graphs.forward(shape, layer_inputs[0])]
             layer_inputs = []  # the graphs have copies
-        self.mark("loss")
-        self.passes.between()
+        self.on_phase("loss")
+        self.passes.before_layer()
         grads: list[Tensor] = []
         for part, x in zip(parts, hidden, strict=True):
             loss, grad = self.loss_and_grad(x, part, normaliser, self.objective)
             total += loss
             grads.append(grad)
-        self.mark("backward")
+        self.on_phase("backward")
         if graphs is not None:
             graphs.backward(shape, grads[0])
             return
         del hidden, x, grad  # the passes let go of theirs, layer by layer
         entries = [layer_input.x for layer_input in layer_inputs] if self.entry_trained else []
-        done = self.finished if last else None
+        done = self.on_layer_backward if last else None
         self.passes.backward(
             layer_inputs, grads, None if done is None else lambda i: done(i, total)
         )
@@ -327,28 +317,28 @@ class LayerEngine:
         if graphs is None or not self.captures or self.buckets is None:
             return
         self.forget_graphs()
-        shapes, tell = self.buckets.shapes, progress or (lambda done, total: None)
+        shapes, progress = self.buckets.shapes, progress or (lambda done, total: None)
         try:
-            # All are compiled before the first is captured: what that takes, graphs' memory is not
-            # yet beside.
+            # All are compiled before the first is captured: compiling takes memory, too, which
+            # graphs do not take yet.
             for number, shape in enumerate(shapes):
-                held = graphs.hold(self.embed([part_of_shape(shape, self.model.device)])[0])
-                self.passes.warm_up(held, policy, whole=number == 0)
+                static = graphs.to_static(self.embed([part_of_shape(shape, self.model.device)])[0])
+                self.passes.warm_up(static, policy, whole=number == 0)
                 for supervised in {min(17, shape.numel), shape.numel}:  # aligned and not
                     self.loss_and_grad(
-                        held.x, part_of_shape(shape, self.model.device, supervised), 1.0
+                        static.x, part_of_shape(shape, self.model.device, supervised), 1.0
                     )
-                tell(number + 1, 2 * len(shapes))
+                progress(number + 1, 2 * len(shapes))
             for number, shape in enumerate(shapes, start=1):
-                held = graphs.hold(self.embed([part_of_shape(shape, self.model.device)])[0])
+                static = graphs.to_static(self.embed([part_of_shape(shape, self.model.device)])[0])
                 try:
-                    graphs.capture(shape, held, policy)
+                    graphs.capture(shape, static, policy)
                 except RuntimeError as error:
                     if is_out_of_memory(error):
                         raise
                     self.stop_capturing(f"capturing one failed: {error}".splitlines()[0])
                     return
-                tell(len(shapes) + number, 2 * len(shapes))
+                progress(len(shapes) + number, 2 * len(shapes))
         finally:
             for parameter in self.model.parameters():  # the loss adds to a head that is trained
                 if parameter.grad is not None:
@@ -362,7 +352,7 @@ class LayerEngine:
             batches: Micro-batches, as of a step.
             objective: Whose loss; that of tokens, whatever steps minimise, if it is not given.
         """
-        parts = self.prepare(batches, objective)
+        parts = self.make_parts(batches, objective)
         layer_inputs = self.embed(parts)
         hidden = [layer_input.x for layer_input in layer_inputs]
         for index in range(len(self.layers)):
@@ -407,7 +397,7 @@ class LayerEngine:
             trained=trained_whole(self.head).get("weight"),
         )
 
-    def prepare(
+    def make_parts(
         self, batches: Sequence[Batch], objective: Objective = CROSS_ENTROPY
     ) -> list[PackedBatch]:
         """Return the parts of a step, on the device, with what an objective needs of them."""

@@ -203,7 +203,7 @@ def _largest(engine: LayerEngine, shapes: Shapes, device: str) -> list[PackedBat
         return [part_of_shape(shape, device, supervised=shape.numel)]
     step = max(shapes, key=lambda step: sum(b * t for b, t in step))
     zeros = [torch.zeros(size, dtype=torch.int64) for size in step]
-    return engine.prepare([Batch(ids, ids) for ids in zeros])
+    return engine.make_parts([Batch(ids, ids) for ids in zeros])
 
 
 def _cost_on_cpu(engine: LayerEngine, shapes: Shapes) -> StepCost:
@@ -211,7 +211,7 @@ def _cost_on_cpu(engine: LayerEngine, shapes: Shapes) -> StepCost:
     tokens_per_step = max(sum(b * t for b, t in step) for step in shapes)
     tokens = widest[0] * widest[1]
     ids = torch.zeros(widest, dtype=torch.int64)
-    (layer_input,) = engine.embed(engine.prepare([Batch(ids, torch.full_like(ids, -100))]))
+    (layer_input,) = engine.embed(engine.make_parts([Batch(ids, torch.full_like(ids, -100))]))
     saved, kept = saved_bytes(engine, layer_input)
     share = FRAGMENTATION["cpu"] * tokens_per_step / tokens
     stream = int(kept * share)

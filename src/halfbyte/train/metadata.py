@@ -103,7 +103,7 @@ class StepClock:
         optimizer.register_step_pre_hook(lambda *_: self._mark("update"))
         optimizer.register_step_post_hook(lambda *_: self._mark(""))
         if isinstance(engine, LayerEngine):
-            engine.mark = self._mark
+            engine.on_phase = self._mark
 
     def _mark(self, part: str) -> None:
         if self._on_gpu:

@@ -289,7 +289,7 @@ class _Run:
             )
         report.note(self.memory.summary())
         if self.device == "cpu" and isinstance(engine, LayerEngine):
-            engine.passes.between = HeapTrimmer(self.memory)
+            engine.passes.before_layer = HeapTrimmer(self.memory)
         if self.resumed is not None:  # after planning, which counts its bytes
             self.trainer.load_optimizer_state(self.resumed.optimizer)
         self.prediction = Prediction(
@@ -370,7 +370,7 @@ class _Run:
             with report.task("capturing CUDA graphs") as progress:
                 self.trainer.capture(progress)
             seconds = time.perf_counter() - began
-            report.record("captured", {"seconds": seconds, "graphs": engine.graphs})
+            report.record("captured", {"seconds": seconds, "graphs": engine.num_graphs})
 
     def _finish(self) -> TrainResult:
         outcome = TrainResult(

@@ -188,7 +188,7 @@ class Trainer:
                     "no CUDA graphs: with explicit paging and no clipping, the host queues each "
                     "layer's update as its gradients are final"
                 )
-            engine.finished = self._update_layer
+            engine.on_layer_backward = self._update_layer
 
     def _update_layer(self, layer: int, loss: Tensor) -> None:
         assert isinstance(self.engine, LayerEngine)
