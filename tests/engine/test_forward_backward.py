@@ -184,7 +184,7 @@ def test_memory_that_runs_out_in_capturing_is_for_the_trainer_to_deal_with(packi
     assert not any(p.grad.any() for p in adapter_parameters(packing.model).values())
 
 
-# --- x Aᵀ of layers that are run again -----------------------------------------------------------
+# --- x Aᵀ of layers that are recomputed -----------------------------------------------------------
 
 SETS, LAYERS = 4, 3
 PARTS, POSITIONS = batches_of([(2, 17), (1, 9)]), (2 * 17, 9)
@@ -336,7 +336,7 @@ def test_a_validation_in_between_notes_nothing_and_is_given_nothing(engine, prod
     assert same(stepped(engine), wanted)
 
 
-# Of twelve runs: the first layer's second, the next one's first, and in the pass up likewise.
+# Of twelve runs: the first layer's second, the next one's first, and in backward likewise.
 @pytest.mark.parametrize("fails_at", [2, 3, 8, 9])
 def test_a_step_that_was_broken_off_leaves_nothing_behind(engine, forgetful, monkeypatch, fails_at):
     wanted = forgetful(engine)

@@ -194,7 +194,7 @@ def test_a_weight_is_decoded_once_a_direction_and_step():
     for count in (1, 5):
         before = engine.weights.decodes
         engine.step(batches_of([(1, 9)] * count), 20.0, ActivationPolicy(1))
-        # The last layer's are still there when the pass up begins with it.
+        # The last layer's are still there when backward begins with it.
         assert engine.weights.decodes - before == 2 * weights - 7
     before = engine.weights.decodes
     engine.loss(batches_of([(1, 9)] * 5))

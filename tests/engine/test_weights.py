@@ -53,7 +53,7 @@ class OnHost(Recorded):
 
 def made(provider=ResidentWeights):
     engine = LayerEngine(model_of(FAMILIES["llama"]), fuse=True)
-    engine.weights = engine.passes._weights = provider(engine.linears, engine.dtype)
+    engine.weights = provider(engine.linears, engine.dtype)
     return engine
 
 

@@ -90,11 +90,12 @@ class Passes:
 
     Args:
         trained: For each layer, what is trained in it.
-        first_trained: The first that trains anything, or lies above what does.
+        first_trained: The first layer that backward has to reach.
         entry_trained: Whether what goes into layer 0 wants a gradient.
         weights: Makes the weights of layers ready.
 
     Attributes:
+        weights: As given; another may be set between steps.
         before_layer: Called before each layer, in both passes, and by the engine before the loss;
             not where CUDA graphs are replayed.
     """
@@ -108,7 +109,7 @@ class Passes:
     ) -> None:
         self.layers, self._trained = len(trained), [list(those) for those in trained]
         self.first_trained, self.entry_trained = first_trained, entry_trained
-        self._weights = weights
+        self.weights = weights
         self.before_layer: Callable[[], None] = lambda: None
         self._kept: list[list[_Kept]] = []
         self._offloader: ActivationOffloader | None = None
@@ -125,9 +126,9 @@ class Passes:
             requires_grad = self.entry_trained or index > self.first_trained
             saved = index >= first_saved
             self.before_layer()
-            with acquired(self._weights, index) as lora_cache:
+            with acquired(self.weights, index) as lora_cache:
                 if index + 1 < self.layers:
-                    self._weights.prefetch(index + 1)
+                    self.weights.prefetch(index + 1)
                 for i, layer_input in enumerate(layer_inputs):
                     x = hidden[i].detach().requires_grad_(requires_grad)
                     if not saved:
@@ -176,9 +177,9 @@ class Passes:
             self.before_layer()
             # The last layer of forward is the first of backward.
             again = index == self.layers - 1
-            with acquired(self._weights, index, again=again) as lora_cache:
+            with acquired(self.weights, index, again=again) as lora_cache:
                 if index > self.first_trained:
-                    self._weights.prefetch(index - 1)
+                    self.weights.prefetch(index - 1)
                 for i, layer_input in enumerate(layer_inputs):
                     kept = row[i]
                     output: Tensor | GradientEdge | None = kept.y
@@ -231,7 +232,7 @@ class Passes:
         if whole or self.first_trained or self.layers <= 2:
             self._run(layer_input, policy)
             return
-        few = Passes(self._trained[:2], 0, self.entry_trained, self._weights)
+        few = Passes(self._trained[:2], 0, self.entry_trained, self.weights)
         for saved in {0, min(2, policy.saved)}:  # saved ones may be more than there is room for
             few._run(layer_input, ActivationPolicy(saved))
 

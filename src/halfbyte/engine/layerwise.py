@@ -72,7 +72,7 @@ class EngineError(Exception):
 
 
 class _Stop(Exception):
-    """Raised by the last stub: what lies behind the layers is not wanted."""
+    """Raised by the last stub: what follows the layers is not run."""
 
 
 class LayerEngine:
@@ -85,7 +85,7 @@ class LayerEngine:
         graphs: Whether passes may be captured as CUDA graphs.
 
     Attributes:
-        scratch: Where decoded weights live, and the count of how many were decoded.
+        tuple_output: Whether layers return tuples; the probe finds out (engine/choose.py).
         fused: How many layers are run fused: all or none.
         width: The width of the residual stream.
         dtype: The dtype of activations and products.
@@ -130,8 +130,8 @@ class LayerEngine:
         ):
             raise EngineError("no single final norm, or an output head with a bias")
         self.layers = list(lists[0])
-        fast = [run for layer in self.layers if fuse and (run := fused(layer)) is not None]
-        self._fused = fast if len(fast) == count else []
+        runs = [run for layer in self.layers if fuse and (run := fused(layer)) is not None]
+        self._fused = runs if len(runs) == count else []
         self.fused = len(self._fused)
         self.norm = getattr(self.decoder, norms[0])
         self.head = head
@@ -143,13 +143,12 @@ class LayerEngine:
         self.decoded_bytes = self.dtype.itemsize * sum(q.numel for q in packed if q is not None)
         # Nothing before the lowest trained layer wants a gradient: backward ends there.
         trained = [[p for p in layer.parameters() if p.requires_grad] for layer in self.layers]
-        trains = [bool(those) for those in trained]
-        behind = {*lists[0].parameters(), *self.norm.parameters()}
+        after_entry = {*lists[0].parameters(), *self.norm.parameters()}
         self.entry_trained = any(
-            p.requires_grad for p in self.decoder.parameters() if p not in behind
+            p.requires_grad for p in self.decoder.parameters() if p not in after_entry
         )
-        self.first_trained = [self.entry_trained or trains[0], *trains[1:], True].index(True)
-        self.weights: WeightProvider = ResidentWeights(self.linears, self.dtype)
+        lowest = next((i for i, those in enumerate(trained) if those), len(trained))
+        self.first_trained = 0 if self.entry_trained else lowest
         self.objective: Objective = CROSS_ENTROPY
         self.buckets: Buckets | None = None
         self.max_seqlen = 0
@@ -161,10 +160,11 @@ class LayerEngine:
         self.on_phase: Callable[[str], None] = lambda phase: None
         self.on_layer_backward: Callable[[int, Tensor], None] | None = None
         self.trained = trained
-        self.passes = Passes(trained, self.first_trained, self.entry_trained, self.weights)
+        weights = ResidentWeights(self.linears, self.dtype)
+        self.passes = Passes(trained, self.first_trained, self.entry_trained, weights)
         self._tables: dict[int, tuple[Tensor, ...]] = {}  # rotary, by tokens of a row
-        within = [parameter for those in trained for parameter in those]
-        self._graphs = CapturedPasses(self.passes, within) if graphs else None
+        parameters = [parameter for layer in trained for parameter in layer]
+        self._graphs = CapturedPasses(self.passes, parameters) if graphs else None
         self.why_no_graphs = "" if graphs else "not asked for"
         if graphs and (why := self._why_not_captured()):
             self._graphs, self.why_no_graphs = None, why
@@ -231,6 +231,16 @@ class LayerEngine:
         self.weights.keep(layers)
 
     @property
+    def weights(self) -> WeightProvider:
+        """What makes the weights of layers ready; another may be set between steps."""
+        return self.passes.weights
+
+    @weights.setter
+    def weights(self, provider: WeightProvider) -> None:
+        self.forget_graphs()  # they read weights where these were
+        self.passes.weights = provider
+
+    @property
     def head_weight(self) -> Tensor | QuantizedWeight:
         """The output head's weight [V, H], as it is held."""
         packed = self.head.quantized if isinstance(self.head, FrozenHead) else None
@@ -244,7 +254,7 @@ class LayerEngine:
 
         Args:
             batches: The step's micro-batches.
-            normaliser: What the loss is divided by: ``objective.terms(batches)``.
+            normaliser: What the loss is divided by: ``objective.count_terms(batches)``.
             policy: What is kept for backward.
 
         Returns:
@@ -254,8 +264,8 @@ class LayerEngine:
         total = torch.zeros((), dtype=torch.float32, device=self.model.device)
         # Packed parts go one after the other, micro-batches through each layer together.
         together = [[part] for part in parts] if self._packed(parts) else [parts]
-        for number, some in enumerate(together, start=1):
-            self._forward_backward(some, normaliser, policy, total, last=number == len(together))
+        for number, group in enumerate(together, start=1):
+            self._forward_backward(group, normaliser, policy, total, last=number == len(together))
         return total
 
     def _forward_backward(
