@@ -50,7 +50,7 @@ def test_an_objective_has_the_gradients_of_plain_pytorch(
     objective = block("An objective")["DPO"](beta=0.2)
     objective.reference = torch.tensor([-90.0, -70.0, -130.0, -50.0, -30.0, -60.0])
     batches = step_of([[17, 9, 26, 8], [5, 12]])
-    assert objective.terms(batches) == 3
+    assert objective.count_terms(batches) == 3
     model = model_of(FAMILIES["llama"])
     sums = []
     for batch in batches:
@@ -66,7 +66,7 @@ def test_an_objective_has_the_gradients_of_plain_pytorch(
     true = gradients(model)
     engine = engines(model, monkeypatch)[kind]
     engine.objective = objective
-    got = engine.step(batches, objective.terms(batches), ActivationPolicy(1))
+    got = engine.step(batches, objective.count_terms(batches), ActivationPolicy(1))
     torch.testing.assert_close(got, wanted.detach(), rtol=1e-5, atol=1e-6)
     for name, gradient in gradients(model).items():
         assert true[name].norm() > 0

@@ -30,7 +30,7 @@ class Preference(Objective):
         self.references = -20 * torch.rand(DOCUMENTS, generator=generator)
         self.signs = torch.tensor([1.0, -1.0] * DOCUMENTS)[:DOCUMENTS]
 
-    def terms(self, batches):
+    def count_terms(self, batches):
         return sum(len(batch.input_ids) for batch in batches)
 
     def loss(self, logps, segments):
@@ -161,8 +161,8 @@ def test_cross_entropy_is_minimised_unless_another_is_set(monkeypatch):
 
 def test_terms_are_supervised_tokens_unless_an_objective_counts_others():
     batches = step_of()
-    assert CrossEntropy().terms(batches) == sum(int((b.labels >= 0).sum()) for b in batches)
-    assert Preference().terms(batches) == DOCUMENTS
+    assert CrossEntropy().count_terms(batches) == sum(int((b.labels >= 0).sum()) for b in batches)
+    assert Preference().count_terms(batches) == DOCUMENTS
 
 
 def test_cross_entropy_of_log_probabilities_is_minus_their_sum():

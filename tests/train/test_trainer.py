@@ -56,8 +56,8 @@ def split(whole, size):
 class Halved(CrossEntropy):
     """The same loss, of twice as many terms."""
 
-    def terms(self, batches):
-        return 2 * super().terms(batches)
+    def count_terms(self, batches):
+        return 2 * super().count_terms(batches)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -49,7 +49,7 @@ class Objective(ABC):
                 through the micro-batches of the step. Those of one sequence are adjacent.
         """
 
-    def terms(self, batches: Sequence[Batch]) -> float:
+    def count_terms(self, batches: Sequence[Batch]) -> float:
         """Return the number of terms in a step, which its loss is divided by: supervised tokens."""
         return float(sum(int((batch.labels != -100).sum()) for batch in batches))
 

@@ -354,7 +354,7 @@ class Trainer:
         rate = self.schedule.at(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["ratio"]
-        terms = max(1.0, self.engine.objective.terms(batches))
+        terms = max(1.0, self.engine.objective.count_terms(batches))
         # In float16 the loss is a sum, scaled; its gradients are divided in float32.
         scale = self.loss_scale
         normaliser = terms if scale is None else 1.0 / scale.factor
