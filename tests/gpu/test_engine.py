@@ -8,13 +8,14 @@ from halfbyte.engine.choose import choose_engine
 from halfbyte.engine.forward_backward import Passes
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.packing import Batch, lengths_of
-from halfbyte.layers.cross_entropy import head_loss
+from halfbyte.layers.cross_entropy import head_logps, head_loss
 from halfbyte.layers.vocabulary import HostEmbedding, embedding_to_host
 from halfbyte.linear.group import LinearGroup
 from halfbyte.linear.lora import adapter_parameters
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.runtime.precision import deterministic
 from tests.engine.test_layerwise import FAMILIES, batches_of, gradients, model_of
+from tests.engine.test_objective import Unlikelihood
 
 pytestmark = [
     pytest.mark.gpu,
@@ -296,6 +297,34 @@ def test_the_loss_is_no_further_from_the_truth_than_the_plain_one(
     (got, slope), (true, exact) = results
     assert abs(got - true) <= 1.1 * abs(loss - true) + 1e-4 * true
     assert (slope - exact).norm() <= 1.1 * (plain - exact).norm() + 1e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_sum_of_log_probabilities_has_the_gradient_of_the_loss(dtype):
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(600, 64, generator=generator, device="cuda").to(dtype).requires_grad_()
+    head = torch.randn(32000, 64, generator=generator, device="cuda").to(dtype) / 4
+    targets = torch.randint(0, 32000, (600,), generator=generator, device="cuda")
+    logps, loss = head_logps(hidden, head, targets), head_loss(hidden, head, targets)
+    torch.testing.assert_close(-logps.sum(), loss, rtol=1e-6, atol=0)
+    (one,), (other,) = torch.autograd.grad(-logps.sum(), hidden), torch.autograd.grad(loss, hidden)
+    assert torch.equal(one, other)
+
+
+def test_another_objective_is_the_same_with_graphs():
+    model, batches = on_gpu("llama"), examples(MIXED)
+    zero(model)
+    plain, fast = engines(model, batches, ActivationPolicy(1))
+    cross_entropy = plain.step(batches, 50.0, ActivationPolicy(1))
+    taken(model)
+    plain.objective = fast.objective = Unlikelihood()
+    wanted = plain.step(batches, 50.0, ActivationPolicy(1))
+    true = taken(model)
+    assert wanted != cross_entropy
+    assert all(gradient.any() for gradient in true.values())
+    assert torch.equal(fast.step(batches, 50.0, ActivationPolicy(1)), wanted)
+    assert all(torch.equal(gradient, true[name]) for name, gradient in taken(model).items())
+    assert fast.num_graphs == len(fast.buckets.shapes)
 
 
 def test_a_pass_that_cannot_be_captured_is_told_and_run_all_the_same(monkeypatch):

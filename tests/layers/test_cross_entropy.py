@@ -143,6 +143,15 @@ def test_rows_of_a_gradient_are_multiplied_once_in_float32(dtype):
     assert one.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_sum_of_log_probabilities_has_the_bits_of_the_loss(dtype):
+    h, head, targets = case(dtype=dtype)
+    logps, loss = head_logps(h, head, targets), head_loss(h, head, targets)
+    assert torch.equal(-logps.sum(), loss)  # of one chunk
+    (one,), (other,) = torch.autograd.grad(-logps.sum(), h), torch.autograd.grad(loss, h)
+    assert torch.equal(one, other)
+
+
 def test_a_trained_head_alone_gets_its_gradient():
     """Where the hidden states want none: nothing below is trained."""
     h, head, targets = case()
