@@ -143,9 +143,10 @@ def _unpadded(batch: Batch) -> list[tuple[Tensor, Tensor]]:
 def _as_it_is(batch: Batch, device: str | torch.device, first: int | None) -> PackedBatch:
     ids, labels = batch.input_ids, batch.labels
     count, tokens = ids.shape
-    positions = torch.arange(tokens, device=ids.device)
-    numbers = None if first is None else range(first, first + count)
-    return _sent(ids, labels.flatten(), positions, None, tokens, device, [tokens] * count, numbers)
+    positions, owners = torch.arange(tokens, device=ids.device), None
+    if first is not None:
+        owners = torch.arange(first, first + count, device=ids.device).repeat_interleave(tokens)
+    return _sent(ids, labels.flatten(), positions, None, owners, tokens, device)
 
 
 def _packed(
@@ -155,12 +156,13 @@ def _packed(
     numbers: Sequence[int] | None = None,
 ) -> PackedBatch:
     lengths = [len(ids) for ids, _ in rows]
+    owners = None
+    if numbers is not None:
+        owners = torch.tensor(numbers).repeat_interleave(torch.tensor(lengths))
     if not shape.documents:
         ids, labels = (torch.stack(both) for both in zip(*rows, strict=True))
         positions = torch.arange(shape.max_seqlen)
-        return _sent(
-            ids, labels.flatten(), positions, None, shape.max_seqlen, device, lengths, numbers
-        )
+        return _sent(ids, labels.flatten(), positions, None, owners, shape.max_seqlen, device)
     fill = shape.tokens - sum(lengths)
     # What fills up are documents that predict nothing.
     ids = torch.cat([*(ids for ids, _ in rows), torch.zeros(fill, dtype=torch.int64)])
@@ -171,9 +173,7 @@ def _packed(
     # The last start is repeated, for empty documents.
     cu_seqlens = torch.full((shape.documents + 1,), shape.tokens)
     cu_seqlens[0], cu_seqlens[1 : len(ends) + 1] = 0, ends
-    return _sent(
-        ids[None], labels, positions, cu_seqlens, shape.max_seqlen, device, lengths, numbers
-    )
+    return _sent(ids[None], labels, positions, cu_seqlens, owners, shape.max_seqlen, device)
 
 
 def _sent(
@@ -181,20 +181,17 @@ def _sent(
     labels: Tensor,
     positions: Tensor,
     cu_seqlens: Tensor | None,
+    owners: Tensor | None,
     max_seqlen: int,
     device: str | torch.device,
-    lengths: Sequence[int],
-    numbers: Sequence[int] | None,
 ) -> PackedBatch:
-    """Return a part on the device, by one copy; ``lengths`` and ``numbers`` of its documents."""
+    """Return a part on the device, by one copy; ``owners``: the document of each token."""
     rows = (labels != -100).nonzero()[:, 0]
     pieces = {"ids": ids.flatten(), "rows": rows, "targets": labels[rows], "positions": positions}
     if cu_seqlens is not None:
         pieces["cu_seqlens"] = cu_seqlens
-    if numbers is not None:
-        ends = torch.tensor(lengths, device=rows.device).cumsum(0)
-        own = torch.searchsorted(ends, rows, right=True)
-        pieces["segments"] = torch.tensor(numbers, device=rows.device)[own]
+    if owners is not None:
+        pieces["segments"] = owners[rows]
     sizes = [-(-len(piece) // _ALIGNED) * _ALIGNED for piece in pieces.values()]
     pinned = ids.device.type == "cpu" and torch.device(device).type == "cuda"
     together = torch.zeros(sum(sizes), dtype=torch.int64, device=ids.device, pin_memory=pinned)
