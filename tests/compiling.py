@@ -83,7 +83,7 @@ def kernels(kind: str):
     yield from layer_kernels(kind)
     yield from optimizer_kernels()
     yield from adapter_kernels(kind)
-    if triton_blockwise.is_hopper(CPU):
+    if devices.spec_of(CPU).is_hopper:
         yield from hopper_kernels(kind)
 
 
@@ -179,7 +179,7 @@ def adapter_kernels(kind: str):
 
 
 def hopper_kernels(kind: str):
-    tile = {"programs": triton_blockwise.num_sms(CPU), "tile_m": triton_matmul.TILE_M}
+    tile = {"programs": devices.spec_of(CPU).num_sms, "tile_m": triton_matmul.TILE_M}
     tile |= {"tile_n": 256, "tile_k": triton_matmul.TILE_K}
     options = {"num_warps": 8, "num_stages": 3}
     for rank in (16, 64, 128):

@@ -6,7 +6,6 @@ import mmap
 import os
 import re
 from contextlib import suppress
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +26,8 @@ from halfbyte.engine.memory_policy import (
 from halfbyte.errors import ConfigError
 from halfbyte.plan.ledger import OVERHEAD
 from halfbyte.plan.policy import ActivationPolicy, StepCost, peak
+from halfbyte.runtime import device as devices
+from halfbyte.runtime.device import DeviceSpec
 from tests.engine.test_layerwise import FAMILIES, batches_of, model_of
 
 SHAPES = [[(8, 200), (8, 150)], [(4, 100)]]
@@ -140,9 +141,8 @@ def test_the_heap_is_looked_at_before_each_layer_and_the_loss(engine):
 @pytest.mark.parametrize(("budget", "share"), [(25, 0.25), (None, None), (300, 1.0)])
 def test_a_budget_is_torchs_limit_for_as_long_as_a_run_lasts(monkeypatch, budget, share):
     limits = []
-    card = SimpleNamespace(total_memory=100)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    spec = DeviceSpec("small", (9, 0), num_sms=1, memory=100)
+    monkeypatch.setattr(devices, "spec_of", lambda _: spec)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
     with memory_policy.memory_limit("cpu", budget):
         assert not limits

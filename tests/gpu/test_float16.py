@@ -194,7 +194,6 @@ def test_this_gpu_is_what_its_driver_says():
     assert spec.shared_memory == told["max_shared_mem"]
     assert spec.num_sms == told["multiprocessor_count"]
     assert spec.capability == torch.cuda.get_device_capability()
-    assert spec.l2 > 1 << 20
     assert spec.memory >= torch.cuda.mem_get_info()[1]
 
 

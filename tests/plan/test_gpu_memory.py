@@ -39,11 +39,9 @@ from halfbyte.layers import decoder_layer as layer
 from halfbyte.linear import decoded_cache, group, triton_lora, triton_matmul, triton_swiglu
 from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach
 from halfbyte.models.build import BaseRecipe, build
-from halfbyte.plan.activation_cost import Gpu
 from halfbyte.plan.ledger import Holding, Run, ledger
 from halfbyte.plan.model_shape import shape_of_config
 from halfbyte.plan.policy import ActivationPolicy as Policy
-from halfbyte.quant import triton_blockwise
 from halfbyte.runtime import device as devices
 from halfbyte.runtime.device import DeviceSpec
 from tests.devices import DEVICES
@@ -176,9 +174,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, device: DeviceSpec) -> Counted:
     patch(decoded_cache, "dequantize_all", lambda *_, **__: None)
     patch(group, "_for_kernels", lambda x: x.itemsize == 2)
     many = triton_matmul.FEWEST_ROWS
-    patch(
-        triton_matmul, "fits", lambda x, *_: len(x) >= many and triton_blockwise.is_hopper(x.device)
-    )
+    patch(triton_matmul, "fits", lambda x, *_: len(x) >= many and device.is_hopper)
     patch(triton_matmul, "copyable", lambda x: x.stride(1) == 1)
     patch(triton_matmul.TensorDescriptor, "from_tensor", lambda *_: None)
     for module in (triton_elementwise, triton_matmul, triton_swiglu, triton_lora):
@@ -351,7 +347,7 @@ def test_other_gpus_hold_what_follows_from_what_they_are(
         length=length,
         micro_batches=micro,
         policy=policy,
-        gpu=Gpu(device.capability, device.num_sms),
+        gpu=device,
     )
     said = ledger(shape_of_config(config, "test"), run).step.allocated
     measured = steps(counted, config, recipe, policy, *sizes)

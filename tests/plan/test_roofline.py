@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from halfbyte.errors import ConfigError
-from halfbyte.plan.activation_cost import Gpu
 from halfbyte.plan.advice import MOST, Way, advice, choices, usable, ways
 from halfbyte.plan.ledger import PART_TOKENS, Holding, Run, ledger, policy_of
 from halfbyte.plan.model_shape import ModelShape, config_of, shape_of_config
@@ -170,10 +169,9 @@ def test_cards_are_what_their_drivers_say() -> None:
         if card is None:
             assert name in ("v100", "5090")
             continue
-        assert card.gpu == Gpu(spec.capability, spec.num_sms)
+        assert card.gpu.capability == spec.capability
+        assert card.gpu.num_sms == spec.num_sms
         assert card.memory == pytest.approx(spec.memory, rel=0.02)
-        assert card.gpu.is_hopper == spec.is_hopper
-        assert card.gpu.runs_flash_attention == spec.runs_flash_attention(128)
 
 
 def test_this_machine_is_measured() -> None:

@@ -16,7 +16,7 @@ from halfbyte.models.build import BaseRecipe
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.plan.roofline import CARDS
 from halfbyte.report import open_report
-from halfbyte.train import memory_check
+from halfbyte.runtime import device as devices
 from halfbyte.train.memory_check import Prediction
 from halfbyte.train.run import train
 from tests.devices import DEVICES
@@ -63,8 +63,7 @@ def test_it_is_of_the_largest_step_seen(prediction: Prediction) -> None:
 def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prediction:
     """Of a run on a GPU that packs documents."""
     spec = DEVICES["h100"]
-    monkeypatch.setattr(memory_check, "spec_of", lambda _: spec)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: spec.name)
+    monkeypatch.setattr(devices, "spec_of", lambda _: spec)
     return Prediction(
         open_base(write_tiny_model(tmp_path / "model")),
         BaseRecipe(compute_dtype=torch.bfloat16, device="cuda"),

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from halfbyte.quant.triton_blockwise import num_sms, on_device
+from halfbyte.quant.triton_blockwise import on_device
+from halfbyte.runtime import device as devices
 
 # Programs to a multiprocessor that are enough to read with all of the card, and the most parts.
 _PROGRAMS, _MOST_PARTS = 2, 16
@@ -195,7 +196,7 @@ def _heads_together(x: Tensor) -> bool:
 
 def parts_of(programs: int, capacity: int, device: torch.device) -> int:
     """Returns among how many programs the keys of a slot and head are divided; a power of two."""
-    wanted = triton.cdiv(_PROGRAMS * num_sms(device), programs)
+    wanted = triton.cdiv(_PROGRAMS * devices.spec_of(device).num_sms, programs)
     return int(triton.next_power_of_2(max(1, min(wanted, _MOST_PARTS, capacity // 64))))
 
 

@@ -35,7 +35,6 @@ from torch import Tensor
 
 from halfbyte.quant import blockwise
 from halfbyte.quant.weight import SCALE_BLOCK, QuantizedWeight, QuantType, levels_of
-from halfbyte.runtime import device as devices
 
 # Weights in one launch of `_decode_flat`; the kernel finds its own by looking at every start.
 _WEIGHTS_A_LAUNCH = 16
@@ -221,16 +220,6 @@ def _encode_scales(
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Returns the context to launch a kernel in: Triton looks at the current device only."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-def num_sms(device: torch.device) -> int:
-    """Returns how many programs of a kernel with much to do run at a time; 3 in the interpreter."""
-    return devices.spec_of(device).num_sms
-
-
-def is_hopper(device: torch.device) -> bool:
-    """Returns whether a kernel tuned to Hopper's TMA and registers may run there."""
-    return devices.spec_of(device).is_hopper
 
 
 @cache

@@ -20,6 +20,7 @@ from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_policy import peak_memory, used_memory
 from halfbyte.models.generate import generate
+from halfbyte.runtime import device as devices
 
 _PACKAGES = ("torch", "transformers", "triton")
 
@@ -42,7 +43,7 @@ def versions() -> dict[str, str]:
 def machine(device: str) -> str:
     """Return the name of the GPU, or of the processor and its threads."""
     if device == "cuda":
-        return str(torch.cuda.get_device_name())
+        return devices.spec_of(torch.device(device)).name
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             name = next(line.partition(":")[2].strip() for line in lines if "model name" in line)
