@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from halfbyte.data import formats
+from halfbyte.plan import roofline
+from halfbyte.runtime import device as devices
 from tests.engine.test_weights import made, stepped
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
@@ -37,6 +39,24 @@ def test_weights_that_are_elsewhere_train_the_same() -> None:
     got, found = stepped(engine, 1)
     assert torch.equal(got, loss)
     assert all(torch.equal(gradient, wanted[name]) for name, gradient in found.items())
+
+
+def test_another_gpu_is_given_what_its_generation_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_lora = pytest.importorskip("halfbyte.linear.triton_lora", exc_type=ImportError)
+    triton_swiglu = pytest.importorskip("halfbyte.linear.triton_swiglu", exc_type=ImportError)
+    adapters, cpu = (
+        triton_lora.CastAdapters(torch.empty(0), torch.empty(0), 16),
+        torch.device("cpu"),
+    )
+    assert triton_swiglu.backward_fits(adapters, adapters, cpu)  # the interpreter is as a Hopper
+    monkeypatch.setattr(devices, "spec_of", devices.spec_of)  # the code sets it: undone at the end
+    monkeypatch.setattr(roofline, "CARDS", dict(roofline.CARDS))
+    spec = block("A GPU")["spec"]
+    assert not triton_swiglu.backward_fits(adapters, adapters, cpu)
+    listed = roofline.gpu_of_driver(spec.name)
+    assert listed is not None
+    assert listed.gpu.capability == spec.capability
+    assert listed.memory == pytest.approx(spec.memory, rel=0.001)
 
 
 def test_a_data_format(monkeypatch: pytest.MonkeyPatch) -> None:
