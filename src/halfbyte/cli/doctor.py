@@ -7,11 +7,11 @@ import platform
 import shutil
 from typing import Any
 
-from halfbyte import __version__
 from halfbyte.cli.startup import import_transformers
 from halfbyte.config.command_line import Command, results
 from halfbyte.config.schema import Options
 from halfbyte.errors import HalfbyteError
+from halfbyte.version import __version__
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "gguf", "numpy", "pydantic")
 _WHERE_THERE = ("triton", "datasets", "tensorboard", "wandb", "trackio", "peft", "bitsandbytes")

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from halfbyte import __version__
 from halfbyte.config.schema import TrainConfig
 from halfbyte.data import Dataset
 from halfbyte.engine.autograd import AutogradEngine
@@ -21,6 +20,7 @@ from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_policy import peak_memory, used_memory
 from halfbyte.models.generate import generate
 from halfbyte.runtime import device as devices
+from halfbyte.version import __version__
 
 _PACKAGES = ("torch", "transformers", "triton")
 
