@@ -44,7 +44,7 @@ from halfbyte.checkpoint.safetensors_file import Planned, write_model
 from halfbyte.config.schema import TrainConfig
 from halfbyte.models.build import BaseRecipe, build, frozen_linears
 from halfbyte.report import open_report
-from halfbyte.tools import demo_task as orders
+from halfbyte.tools import demo_task
 from halfbyte.train.evaluate import evaluate
 from halfbyte.train.loading import open_model
 from halfbyte.train.run import train
@@ -200,7 +200,7 @@ def tuned(
         directory = Path(folder)
         count = max(8, round(EXAMPLES[task] * share))
         if task == "orders":
-            files = orders.write_task(directory, seed=seed, train=count, test=cases)
+            files = demo_task.write_task(directory, seed=seed, train=count, test=cases)
             data, test = files.train, files.test
         elif task == "prose":
             data, test = _prose(TRAINING, directory, count), _prose(HELD_OUT, directory)

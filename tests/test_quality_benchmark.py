@@ -122,9 +122,9 @@ def test_records_of_several_tasks_are_put_together(quality_table: Any) -> None:
 
 
 def test_verdicts(quality_table: Any) -> None:
-    assert quality_table.verdict((-3.0, 1.0)) == "within 1 %, or better"
-    assert quality_table.verdict((0.5, 2.0)).endswith("cannot tell")
-    assert quality_table.verdict((5.0, 2.0)) == "not within 1 %"
+    assert quality_table.conclusion((-3.0, 1.0)) == "within 1 %, or better"
+    assert quality_table.conclusion((0.5, 2.0)).endswith("cannot tell")
+    assert quality_table.conclusion((5.0, 2.0)) == "not within 1 %"
 
 
 def test_docs_are_written_from_a_record(

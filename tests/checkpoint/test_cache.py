@@ -66,11 +66,11 @@ def test_the_second_start_reads_the_copy_only(
     read: list[tuple[Path, str]] = []
     whole = SafetensorsFile.read
 
-    def noted(self: SafetensorsFile, name: str) -> torch.Tensor:
+    def recorded(self: SafetensorsFile, name: str) -> torch.Tensor:
         read.append((self.path, name))
         return whole(self, name)
 
-    monkeypatch.setattr(SafetensorsFile, "read", noted)
+    monkeypatch.setattr(SafetensorsFile, "read", recorded)
     load_base(model_dir, BaseRecipe(), packed_copy=cached)
     [copy] = copies(home)
     assert {path.parent for path, _ in read} == {copy}

@@ -15,15 +15,15 @@ from transformers import LlamaConfig
 from halfbyte import cli
 from halfbyte.checkpoint.base_model import load_base
 from halfbyte.models.build import BaseRecipe
-from halfbyte.plan import roofline as speed
+from halfbyte.plan import roofline
 from tests.tiny import write_tiny_model
 
-MACHINE = speed.GpuSpec("a machine", 8e9, 1e11, 1e10, 1e10, 4, "cpu", True)
+MACHINE = roofline.GpuSpec("a machine", 8e9, 1e11, 1e10, 1e10, 4, "cpu", True)
 
 
 @pytest.fixture(autouse=True)
 def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "measure_machine", lambda: MACHINE)
+    monkeypatch.setattr(roofline, "measure_machine", lambda: MACHINE)
 
 
 def planned(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:

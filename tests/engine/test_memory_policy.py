@@ -10,8 +10,7 @@ from contextlib import suppress
 import pytest
 import torch
 
-from halfbyte.engine import layerwise as engines
-from halfbyte.engine import memory_policy, memory_profile
+from halfbyte.engine import layerwise, memory_policy, memory_profile
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.buckets import Buckets
 from halfbyte.engine.layerwise import LayerEngine
@@ -321,7 +320,7 @@ def test_what_is_measured_is_the_largest_step_or_the_largest_part(engine, monkey
     parts = memory_policy._largest(engine, shapes, "cpu")
     assert [tuple(part.ids.shape) for part in parts] == [(8, 200), (8, 150)]
     fused = LayerEngine(model_of(FAMILIES["llama"]), fuse=True)
-    monkeypatch.setattr(engines, "can_pack", lambda *_: True)
+    monkeypatch.setattr(layerwise, "can_pack", lambda *_: True)
     fused.buckets = Buckets.of([[100, 30, 7], [600, 512]], width=32, part_tokens=700)
     (part,) = memory_policy._largest(fused, shapes, "cpu")
     assert part.shape == fused.buckets.largest

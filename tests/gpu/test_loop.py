@@ -1,4 +1,4 @@
-"""A whole run on a GPU: packed documents, graphs, the dial, resuming; what it tells is true."""
+"""A whole run on a GPU: packed documents, graphs, the policy, resuming; what it reports is true."""
 
 import json
 from itertools import cycle
@@ -8,7 +8,7 @@ import torch
 
 from halfbyte.config.schema import TrainConfig
 from halfbyte.report import open_report
-from halfbyte.train import run as loop
+from halfbyte.train import run as train_run
 from tests.tiny import write_tiny_model
 
 pytestmark = [
@@ -43,7 +43,7 @@ def run(model, data, output, **options):
         samples=1,
     )
     with open_report(output, quiet=True) as report:
-        loop.train(config, report)
+        train_run.train(config, report)
     events = [json.loads(line) for line in (output / "journal.jsonl").read_text().splitlines()]
     return [event["loss"] for event in events if event["event"] == "step"], events
 
@@ -94,7 +94,7 @@ def test_adapters_begin_with_what_packing_lost(model, data, tmp_path):
 
 def test_a_run_that_is_resumed_is_the_run_that_was_not_interrupted(model, data, tmp_path):
     whole, _ = run(model, data, tmp_path / "whole", save_steps=4)
-    step = loop.Trainer._queue
+    step = train_run.Trainer._queue
 
     def interrupted(self, number, *args, **options):
         if number == 6:
@@ -102,7 +102,7 @@ def test_a_run_that_is_resumed_is_the_run_that_was_not_interrupted(model, data, 
         return step(self, number, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Trainer, "_queue", interrupted)
+        patch.setattr(train_run.Trainer, "_queue", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(model, data, tmp_path / "cut", save_steps=4)
     losses, _ = run(model, data, tmp_path / "cut", save_steps=4, resume=True)
@@ -114,7 +114,7 @@ def test_paging_changes_no_bit_and_a_run_resumes_without(
     model, data, tmp_path, monkeypatch, paging
 ):
     """Every second step is made to be short of memory; at the end the state moves in once more."""
-    monkeypatch.setattr(loop.Trainer, "_tight", lambda self, batches: next(turns))
+    monkeypatch.setattr(train_run.Trainer, "_tight", lambda self, batches: next(turns))
     turns = cycle([False, True])
     told = {"deterministic": True, "save_steps": 6}
     losses, _ = run(model, data, tmp_path / "a", optim="adamw_8bit", **told)

@@ -1,4 +1,4 @@
-"""Runs that find less memory than they planned with: made again with less, to the same losses.
+"""Runs that find less memory than they planned with: repeated with less, to the same losses.
 
 The process is capped, which the plan does not see, or memory is taken away between two steps.
 """

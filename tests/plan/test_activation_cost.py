@@ -86,12 +86,12 @@ def test_the_policy_says_what_is_kept(llama: ModelShape) -> None:
     assert cost.kept(ActivationPolicy()) == 32 * 100 * (8192 + layer.lora)
     assert cost.kept(ActivationPolicy(32)) == 32 * (100 * layer.saved + layer.copies)
     assert cost.kept(ActivationPolicy(0, 32)) == 100 * (8192 + 32 * layer.lora)
-    away, noted = ActivationPolicy(0, 31), ActivationPolicy(0, 31, attention_checkpoint=True)
-    assert cost.kept(away) == cost.kept(noted) == 100 * (2 * 8192 + 32 * layer.lora)
+    away, checkpointed = ActivationPolicy(0, 31), ActivationPolicy(0, 31, attention_checkpoint=True)
+    assert cost.kept(away) == cost.kept(checkpointed) == 100 * (2 * 8192 + 32 * layer.lora)
     some = 30 * layer.saved + 8192 + 2 * layer.lora
     assert cost.kept(ActivationPolicy(30, 2)) == 100 * some + 30 * layer.copies
     assert cost.host_bytes(ActivationPolicy(0, 32)) == 32 * 100 * 8192
-    assert cost.host_bytes(noted) == 31 * 100 * (3 * 8192 + 128)
+    assert cost.host_bytes(checkpointed) == 31 * 100 * (3 * 8192 + 128)
     # What was saved need not be computed again.
     assert cost.saved_part == 100 * (layer.saved - layer.input - layer.lora)
 
@@ -119,9 +119,9 @@ def test_what_waits_together_is_a_part_where_examples_are_packed_and_else_the_st
     layer, cost = apart.layer(llama), apart.step_cost(llama)
     assert (cost.input, cost.part_input) == (100 * 8192, 20 * 8192)
     # The checkpoints of the layer under way and the one before, but for those of the part itself.
-    away, noted = (ActivationPolicy(0, 31, attention) for attention in (False, True))
+    away, checkpointed = (ActivationPolicy(0, 31, attention) for attention in (False, True))
     cost = replace(cost, loss=0)
-    more, less = (peak(cost, policy, graphs=False).allocated for policy in (noted, away))
+    more, less = (peak(cost, policy, graphs=False).allocated for policy in (checkpointed, away))
     assert more - less == 180 * layer.attention_checkpoint
 
 

@@ -23,8 +23,7 @@ pytest.importorskip("triton")
 
 from triton.runtime.jit import KernelInterface
 
-from halfbyte.engine import layerwise as engines
-from halfbyte.engine import offload
+from halfbyte.engine import layerwise, offload
 from halfbyte.engine.buckets import Buckets
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.packing import Batch
@@ -32,10 +31,10 @@ from halfbyte.layers import (
     attention,
     attention_checkpoint,
     cross_entropy,
+    decoder_layer,
     elementwise,
     triton_elementwise,
 )
-from halfbyte.layers import decoder_layer as layer
 from halfbyte.linear import decoded_cache, group, triton_lora, triton_matmul, triton_swiglu
 from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach
 from halfbyte.models.build import BaseRecipe, build
@@ -169,7 +168,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, device: DeviceSpec) -> Counted:
     patch(elementwise, "_kernels", lambda _: triton_elementwise)
     patch(cross_entropy, "_kernels", lambda x, _: triton_elementwise if x.itemsize == 2 else None)
     patch(cross_entropy, "_chunk_bytes", lambda _: cross_entropy.CHUNK_BYTES["cuda"])
-    for module in (layer, attention_checkpoint):
+    for module in (decoder_layer, attention_checkpoint):
         patch(module, "attend", attend)
     patch(decoded_cache, "dequantize_all", lambda *_, **__: None)
     patch(group, "_for_kernels", lambda x: x.itemsize == 2)
@@ -179,7 +178,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, device: DeviceSpec) -> Counted:
     patch(triton_matmul.TensorDescriptor, "from_tensor", lambda *_: None)
     for module in (triton_elementwise, triton_matmul, triton_swiglu, triton_lora):
         patch(module, "on_device", lambda _: nullcontext())
-    for module in (attention, engines):
+    for module in (attention, layerwise):
         patch(module, "can_pack", lambda dtype, *_: dtype.itemsize == 2 and device.has_bfloat16)
     patch(devices, "spec_of", lambda _: device)
     patch(offload, "torch", HostOnHost(counted))

@@ -14,7 +14,7 @@ from halfbyte.report.comparison import (
     read_result,
 )
 from halfbyte.report.runs import read_run
-from tests.report.test_page import EVIL, Checked, story, write_journal
+from tests.report.test_page import EVIL, Checked, journal_lines, write_journal
 
 
 def compared(*results: Result) -> Comparison:
@@ -42,7 +42,7 @@ QLORA = Result(
 
 
 def test_a_result_is_read_from_a_runs_files(tmp_path: Path) -> None:
-    lines = story()
+    lines = journal_lines()
     lines[2]["base_bytes"] = 6e8
     lines[-1]["reserved_bytes"] = 10**9
     run = write_journal(tmp_path / "r", lines)
@@ -140,7 +140,7 @@ def test_what_is_missing_is_said() -> None:
 
 
 def test_the_page(tmp_path: Path) -> None:
-    runs = [read_run(write_journal(tmp_path / name, story())) for name in ("lora", "qlora")]
+    runs = [read_run(write_journal(tmp_path / name, journal_lines())) for name in ("lora", "qlora")]
     found = compared(LORA, QLORA, Result("fp4", 0, failure=EVIL))
     html = comparison_page(found, runs, EVIL, EVIL, {EVIL: "r=8/seed 0/'\"report.html"})
     read = Checked(html)

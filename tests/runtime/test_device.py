@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from halfbyte.quant import format as formats
+from halfbyte.quant import format as quant_format
 from halfbyte.runtime import device as devices
 from halfbyte.runtime.device import INTERPRETER, DeviceSpec, spec_of
 from tests.devices import DEVICES
@@ -82,7 +82,7 @@ def test_no_other_file_asks_what_a_gpu_is():
 def test_a_gpu_that_triton_left_behind_runs_plain_torch_and_is_told_so(monkeypatch, caplog, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(devices, "spec_of", lambda _: DEVICES[name])
-    found = formats.gpu_kernels.__wrapped__
+    found = quant_format.gpu_kernels.__wrapped__
     with caplog.at_level(logging.WARNING, "halfbyte"):
         kernels = found()
     if name == "v100":

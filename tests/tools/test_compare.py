@@ -163,7 +163,7 @@ def test_a_run_that_dies_is_a_result_that_says_so(
     assert job.finished() is None
 
 
-# --- the verb ------------------------------------------------------------------------------------
+# --- the command ---------------------------------------------------------------------------------
 
 
 def test_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,7 @@ from halfbyte.errors import (
 from halfbyte.linear.lora import adapter_parameters, frozen_linears
 from halfbyte.plan.policy import ActivationPolicy, StepCost, peak
 from halfbyte.runtime.device import is_out_of_memory
-from halfbyte.train import trainer as trainers
+from halfbyte.train import trainer as trainer_module
 from halfbyte.train.loss_scale import LossScale
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.trainer import Trainer
@@ -437,14 +437,14 @@ def on_a_gpu(monkeypatch):
     """Return what makes a trainer on a CPU that has all rungs: it packs, captures and offloads."""
     monkeypatch.setattr("halfbyte.engine.layerwise.can_pack", lambda *_: True)
     monkeypatch.setattr(forward_backward, "ActivationOffloader", HostOffloader)
-    monkeypatch.setattr(trainers, "SMALLEST_PART", 100)
-    monkeypatch.setattr(trainers.gc, "collect", lambda: 0)  # half a second among so many modules
-    monkeypatch.setattr(trainers, "free_memory", lambda device: 10**9)
-    monkeypatch.setattr(trainers, "used_memory", lambda device: 10**9)
+    monkeypatch.setattr(trainer_module, "SMALLEST_PART", 100)
+    monkeypatch.setattr(trainer_module.gc, "collect", lambda: 0)  # takes half a second here
+    monkeypatch.setattr(trainer_module, "free_memory", lambda device: 10**9)
+    monkeypatch.setattr(trainer_module, "used_memory", lambda device: 10**9)
 
     def make(policy=MOST, config=FAMILIES["llama"], cost=None, **options):
         plan = MemoryPlan(policy, 3, 0, budget=1000, predicted_bytes=900, cost=cost)
-        monkeypatch.setattr(trainers, "plan_memory", lambda *args, **kwargs: plan)
+        monkeypatch.setattr(trainer_module, "plan_memory", lambda *args, **kwargs: plan)
         model = model_of(config)
         made = trainer(model, learning_rate=1e-2, **options)
         made.engine = LayerEngine(model, fuse=True)
@@ -539,7 +539,7 @@ def test_how_many_fit_is_known_from_what_a_layer_takes(on_a_gpu, monkeypatch, fi
     made = on_a_gpu(ActivationPolicy(3), cost=COST)
     used = 10**9 - made.engine.weights.nbytes
     room = MARGIN * (used + peak(COST, ActivationPolicy(fits), graphs=True).reserved)
-    monkeypatch.setattr(trainers, "free_memory", lambda device: int(room - used) + 1)
+    monkeypatch.setattr(trainer_module, "free_memory", lambda device: int(room - used) + 1)
     policies = failing(made, monkeypatch, lambda n, policy: n == 1 or policy.saved > most)
     made.step(0, long_batches())
     assert [policy.saved for policy in policies] == [3, *tried]
@@ -559,7 +559,7 @@ def test_what_waits_on_the_host_stays_there(on_a_gpu, monkeypatch, cost):
 def test_where_the_host_has_no_room_nothing_waits_there(on_a_gpu, monkeypatch):
     made = on_a_gpu(ActivationPolicy(), cost=COST)
     needed = COST.host_bytes(ActivationPolicy.offloading(3))
-    monkeypatch.setattr(trainers, "free_memory", lambda device: int(needed / HOST_SHARE) - 1)
+    monkeypatch.setattr(trainer_module, "free_memory", lambda device: int(needed / HOST_SHARE) - 1)
     failing(made, monkeypatch, lambda attempt, _: attempt == 1)
     made.step(0, long_batches())
     assert [record["action"] for record in made.fallbacks] == LADDER[4:5]
@@ -753,7 +753,7 @@ def fitted(made, monkeypatch, lengths, fits, error=None):
         reserved = 900 if fits(tokens) else 1100
         return MemoryPlan(ActivationPolicy(1), 3, 0, 1000, 900, reserved)
 
-    monkeypatch.setattr(trainers, "plan_memory", plan_memory)
+    monkeypatch.setattr(trainer_module, "plan_memory", plan_memory)
     made.fit([[(1, n) for n in step] for step in lengths], lengths)
     return tried
 

@@ -439,7 +439,7 @@ def pass_span(sizes: Sequence[int], p: Tensor) -> int:
     tiles, span = sum(triton.cdiv(size, _PASS_COLUMNS) for size in sizes), _LONGEST_SPAN
     fewest = devices.spec_of(p.device).num_sms * 7 // 8
     while span > 2 * _PASS_ROWS and tiles * triton.cdiv(len(p), span) < fewest:
-        span //= 2  # fewer programs than multiprocessors read with a part of the card
+        span //= 2  # fewer programs than SMs read with a part of the GPU
     return span
 
 

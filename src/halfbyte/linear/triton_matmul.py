@@ -14,9 +14,9 @@ written in between.
     backward    gᵢ = dyᵢ (s Bᵢ) and dBᵢ = s dyᵢᵀ pᵢ, in one reading of dyᵢ         2
                 dx = Σ dyᵢ Wᵢ + g [A₁ A₂ …]          dA = gᵀ x                       2
 
-The contraction runs on tiles loaded by Hopper's TMA, one program a multiprocessor, and
+The contraction runs on tiles loaded by Hopper's TMA, one program an SM, and
 takes what cuBLAS takes for the bare product (benchmarks/results). It is tuned to Hopper, compute
-capability 9.0, and needs enough rows to fill the card; `fits` says so. Elsewhere the same is done
+capability 9.0, and needs enough rows to fill the GPU; `fits` says so. Elsewhere the same is done
 by cuBLAS, the adapter added to what the base gave (`plain_forward`, `plain_backward`).
 """
 
@@ -35,7 +35,7 @@ from halfbyte.linear.triton_lora import CastAdapters, add_thin
 from halfbyte.quant.triton_blockwise import on_device
 from halfbyte.runtime import device as devices
 
-# Rows from which one tile a multiprocessor is enough work; below, cuBLAS splits better.
+# Rows from which one tile an SM is enough work; below, cuBLAS splits better.
 FEWEST_ROWS = 2048
 
 TILE_M, TILE_K = 128, 64

@@ -36,8 +36,8 @@ from halfbyte.runtime import device as devices
 # Columns of gate, and as many of up.
 _TILE_N = 128
 
-# The tile of `_gated_backward`, the most rows that one program sums over, and how many programs a
-# multiprocessor is given at least. A higher rank takes more registers than there are.
+# The tile of `_gated_backward`, the most rows that one program sums over, and how many programs an
+# SM is given at least. A higher rank takes more registers than there are.
 _PASS_ROWS, _PASS_COLUMNS, _LONGEST_SPAN, _PROGRAMS, _PASS_RANK = 16, 128, 1024, 3, 32
 
 
@@ -250,7 +250,7 @@ def backward_span(rows: int, outputs: int, device: torch.device) -> int:
     tiles, span = triton.cdiv(outputs, _PASS_COLUMNS), _LONGEST_SPAN
     fewest = _PROGRAMS * devices.spec_of(device).num_sms
     while span > 2 * _PASS_ROWS and tiles * triton.cdiv(rows, span) < fewest:
-        span //= 2  # fewer read with a part of the card
+        span //= 2  # fewer read with a part of the GPU
     return span
 
 

@@ -56,8 +56,8 @@ from dataclasses import dataclass
 from halfbyte.plan.model_shape import ModelShape
 from halfbyte.runtime.device import DeviceSpec
 
-# linear/triton_swiglu.py: columns of a tile, most rows of a span and least, programs a
-# multiprocessor at least, highest rank.
+# linear/triton_swiglu.py: columns of a tile, most rows of a span and least, programs an
+# SM at least, highest rank.
 _TILE, _SPAN, _SHORTEST, _PROGRAMS, GATED_RANK = 128, 1024, 32, 3, 32
 # linear/triton_matmul.py: rows from which Hopper's kernels run.
 _FEWEST_ROWS = 2048

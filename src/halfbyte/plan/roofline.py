@@ -230,7 +230,9 @@ def step_seconds(
     last = sum(weight.numel for weight in linears if weight.name.endswith(".down_proj.weight"))
     rerun = numel - last if run.fused else numel
     # Where attention is kept, neither it nor what follows it is computed again.
-    noted = run.policy.offloaded / max(1, shape.layers) if run.policy.attention_checkpoint else 0.0
+    attention_kept = (
+        run.policy.offloaded / max(1, shape.layers) if run.policy.attention_checkpoint else 0.0
+    )
     after = sum(weight.numel for weight in linears if weight.name.endswith(".o_proj.weight"))
     packed = [held(weight, shape, run.holding) for weight in linears]
     decoded = [
@@ -251,9 +253,9 @@ def step_seconds(
         head_dim = shape.query / max(1, shape.heads)
         attended *= min(1.0, run.length / _LONG) ** 0.5 * min(1.0, head_dim / _WIDE_HEAD)
     found = Seconds(
-        products=2 * tokens * (2 * numel + again * rerun - noted * after) / flops,
+        products=2 * tokens * (2 * numel + again * rerun - attention_kept * after) / flops,
         head=4 * shape.vocabulary * shape.hidden * tokens / card.flops,
-        attention=forward * (1 + 2.5 + again - noted) / (card.flops * attended),
+        attention=forward * (1 + 2.5 + again - attention_kept) / (card.flops * attended),
         decoding=2
         * passes
         * (1 - run.policy.decoded / max(1, shape.layers))

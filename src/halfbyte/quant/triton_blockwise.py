@@ -6,7 +6,7 @@ write 2. So the kernels are shaped by how memory wants to be asked.
     decode     A lane reads one 32-bit word, 8 codes, and writes 16 bytes of 16-bit weights, so a
                warp reads 128 and writes 512 bytes in a row. Levels come from a 64-byte table that
                stays in the first cache; scales are decoded on the way, from their 8-bit codes.
-               Many weights go in one launch: a small one alone cannot fill the card.
+               Many weights go in one launch: a small one alone cannot fill the GPU.
     encode     A lane holds 8 neighbours; the largest of a block is found by shuffles. The level
                is found with two loads and one comparison: cut in cells of 1/16, no cell has more
                than one bound.

@@ -81,7 +81,7 @@ class DeviceSpec:
         """Return whether torch's flash attention runs there, in 16 bits, forward and backward.
 
         Its backward of heads wider than 192 wants more shared memory than a block has on GeForce
-        cards.
+        GPUs.
         """
         roomy = self.shared_memory >= _SHARED_MEMORY[8, 0]
         return self.has_flash_attention and head_dim <= (256 if roomy else 192)

@@ -1,4 +1,4 @@
-"""What a run writes down about itself, so that its journal tells the whole story by itself.
+"""What a run writes down about itself, so that its journal is complete by itself.
 
 Versions, machine, options, the report on the data, the time of a step's parts, and what the model
 answers before and after. None of it is used for training.

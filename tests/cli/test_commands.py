@@ -1,4 +1,4 @@
-"""What each verb hands on, and what it prints; models and training are stand-ins here."""
+"""What each command hands on, and what it prints; models and training are stand-ins here."""
 
 import builtins
 import io
@@ -53,7 +53,7 @@ class Seam:
 
     def train(self, config: Any, report: Any) -> Trained:
         self.calls.append(("train", {"config": config}))
-        report.begin(total_steps=1, start_step=0, facts={"base": "tiny"})
+        report.begin(total_steps=1, start_step=0, metadata={"base": "tiny"})
         report.step({"step": 1, "loss": 0.25})
         return Trained(config.output)
 
