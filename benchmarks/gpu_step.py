@@ -355,8 +355,8 @@ def main() -> None:
     parser.add_argument("--state-bits", type=int, choices=[8, 32], default=8)
     parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--output", type=Path, help="file; a dated one in benchmarks/results")
-    told = "a directory for unsloth's checkpoint, made by gpu_load.py's make if empty"
-    parser.add_argument("--checkpoint", type=Path, default=Path("/dev/shm/step"), help=told)
+    about = "a directory for unsloth's checkpoint, made by gpu_load.py's make if empty"
+    parser.add_argument("--checkpoint", type=Path, default=Path("/dev/shm/step"), help=about)
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -114,8 +114,8 @@ def test_records_of_several_tasks_are_put_together(quality_table: Any) -> None:
         "examples": {"orders": 448, "prose": 60},
         "changes": {"prose": {"batch_size": 2}},
     }
-    told = {"command": "c", "note": "n"}
-    found = quality_table.together([one | told, other | told])
+    common = {"command": "c", "note": "n"}
+    found = quality_table.together([one | common, other | common])
     assert found["examples"] == {"orders": 9, "prose": 60}
     assert [base["base"] for base in found["bases"]] == ["lora", "nf4-search-32"]
     assert found["changes"] == {"prose": {"batch_size": 2}}

@@ -140,12 +140,12 @@ def test_a_damaged_copy_is_told_and_made_anew(
 ) -> None:
     plain = load_base(model_dir, BaseRecipe(), packed_copy=cached)
     [copy] = copies(home)
-    change, told = DAMAGE[damage]
+    change, message = DAMAGE[damage]
     change(copy)
     with caplog.at_level(logging.WARNING, logger="halfbyte"):
         assert_same(load_base(model_dir, BaseRecipe(), packed_copy=cached), plain)
     assert "is damaged and made anew" in caplog.text
-    assert told in caplog.text
+    assert message in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="halfbyte"):
         load_base(model_dir, BaseRecipe(), packed_copy=cached)

@@ -312,14 +312,14 @@ def test_chat_remembers_and_forgets(seam: Seam, monkeypatch: pytest.MonkeyPatch)
     assert cli.main(["chat", "--model", "m", "--system", "S"]) == 0
     system = {"role": "system", "content": "S"}
 
-    def told(*contents: str) -> list[dict[str, str]]:
+    def turns(*contents: str) -> list[dict[str, str]]:
         roles = ("user", "assistant")
         return [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
 
     assert [call["prompts"][0] for call in seam.named("generate")] == [
-        [system, *told("one")],
-        [system, *told("one", "to one", "two")],
-        [system, *told("three")],
+        [system, *turns("one")],
+        [system, *turns("one", "to one", "two")],
+        [system, *turns("three")],
     ]
 
 

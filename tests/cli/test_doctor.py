@@ -133,12 +133,12 @@ def test_training_that_differs_from_itself_is_found(
 def test_only_what_is_to_repeat_is_held_to_a_fixed_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other parts compute as training does; all after cuBLAS has been told."""
     held: list[str] = []
-    told, train = self_test.deterministic, self_test._train
+    original, train = self_test.deterministic, self_test._train
 
     @contextmanager
     def recorded(wanted: bool) -> Iterator[None]:
         held.append(f"entered {wanted}")
-        with told(wanted):
+        with original(wanted):
             yield
         held.append("left")
 
@@ -168,7 +168,7 @@ class _Driver:
 
 
 @pytest.mark.parametrize(
-    ("driver", "told"),
+    ("driver", "message"),
     [
         (_Driver(1), "managed memory (concurrentManagedAccess is 1)"),
         (_Driver(0), "concurrentManagedAccess is 0"),
@@ -177,7 +177,7 @@ class _Driver:
     ],
 )
 def test_whether_state_can_page_is_asked_of_the_driver(
-    driver: Any, told: str, monkeypatch: pytest.MonkeyPatch
+    driver: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(name: str) -> Any:
         if isinstance(driver, OSError):
@@ -185,7 +185,7 @@ def test_whether_state_can_page_is_asked_of_the_driver(
         return driver
 
     monkeypatch.setattr(ctypes, "CDLL", load)
-    assert told in doctor.paging("cuda")
+    assert message in doctor.paging("cuda")
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])

@@ -135,9 +135,9 @@ def packing(monkeypatch):
 
 
 def test_all_shapes_of_a_run_are_captured_ahead_the_largest_first_and_played(packing):
-    engine, graphs, told = packing, packing._graphs, []
-    engine.capture(ActivationPolicy(1), lambda *args: told.append(args))
-    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    engine, graphs, reports = packing, packing._graphs, []
+    engine.capture(ActivationPolicy(1), lambda *args: reports.append(args))
+    assert reports == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert list(graphs.captured) == list(engine.buckets.shapes)
     # What was run to compile everything has left no gradient, not even the head's.
     assert not any(p.grad.any() for p in adapter_parameters(engine.model).values())

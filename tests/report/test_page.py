@@ -135,7 +135,7 @@ def test_a_finished_run(tmp_path: Path) -> None:
     ]
     html = page([run])
     read = Checked(html)
-    for told in (
+    for message in (
         "tiny.gguf · QLoRA, NF4 · Two Cores · 2026-11-24 12:00 UTC",
         "1.2500",
         "950 MB",
@@ -144,7 +144,7 @@ def test_a_finished_run(tmp_path: Path) -> None:
         "d.jsonl: 3 of 4 rows usable",
         "4-bit it is",
     ):
-        assert told in read.text
+        assert message in read.text
     assert read.text.index("fish") < read.text.index("after 20")
     assert html.count('class="right"') == 1
     assert "http" not in html.replace("http-equiv", "")
@@ -157,7 +157,7 @@ def test_a_finished_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "options", "told"),
+    ("device", "options", "message"),
     [
         ("cpu", {}, "processor, with the same versions, every loss is the same. Options"),
         ("cuda", {}, "GPU, with the same versions, every loss is the same but for the order"),
@@ -165,21 +165,21 @@ def test_a_finished_run(tmp_path: Path) -> None:
     ],
 )
 def test_what_would_be_the_same_again(
-    device: str, options: dict[str, Any], told: str, tmp_path: Path
+    device: str, options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     lines = journal_lines(**options)
     for line in lines:
         if line["event"] == "begin":
             line["device"] = device
-    assert told in page([read_run(write_journal(tmp_path / "again", lines))])
+    assert message in page([read_run(write_journal(tmp_path / "again", lines))])
 
 
 def test_a_step_is_split_where_the_engine_told_of_its_parts(tmp_path: Path) -> None:
-    told = journal_lines()
-    for line in told:
+    lines = journal_lines()
+    for line in lines:
         if line["event"] == "step":
             line |= {"forward_seconds": 0.4, "loss_seconds": 0.1, "backward_seconds": 0.7}
-    run = read_run(write_journal(tmp_path / "split", told))
+    run = read_run(write_journal(tmp_path / "split", lines))
     assert list(run.step_seconds) == [
         "preparing batches",
         "forward",

@@ -36,13 +36,13 @@ def test_it_is_the_same_model_either_way(source, ahead, capsys):
 
 
 def test_it_ends_where_nobody_needs_it(source, monkeypatch):
-    told, ended = threading.Event(), []
+    asked, ended = threading.Event(), []
 
     def endless(*_, progress, **__):
         try:
             while True:
                 progress(0, 1)
-                told.set()
+                asked.set()
                 time.sleep(0.001)
         except BaseException as error:
             ended.append(type(error).__name__)
@@ -53,7 +53,7 @@ def test_it_ends_where_nobody_needs_it(source, monkeypatch):
     def run():
         with Loading(source, BaseRecipe()) as loading:
             loading.start()
-            assert told.wait(20)
+            assert asked.wait(20)
             raise DataError("no rows")
 
     with pytest.raises(DataError, match="no rows"):

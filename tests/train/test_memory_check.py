@@ -184,10 +184,10 @@ def test_a_run_tells_after_five_steps_and_at_the_end(tmp_path: Path) -> None:
         train(made, report)
     lines = (tmp_path / "run" / "journal.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
-    told = [event for event in events if event["event"] == "memory"]
-    assert [event["step"] for event in told] == [5, 8]
+    records = [event for event in events if event["event"] == "memory"]
+    assert [event["step"] for event in records] == [5, 8]
     begun = next(event for event in events if event["event"] == "begin")
-    for event in told:
+    for event in records:
         base = sum(line["nbytes"] for line in event["ledger"] if line["group"] == "base")
         assert base == begun["base_bytes"]
         assert event["measured_bytes"] > base

@@ -134,8 +134,8 @@ def test_the_plan_knows_which_step_is_tight(
     moved = [event["paged_bytes"] > 0 for event in steps_of(events)]
     assert moved == [size == max(sizes) for size in sizes[4:]]
     assert sum(moved) == 1
-    told = [event["text"] for event in events if event["event"] == "note"]
-    assert plans[1].summary() in told
+    notes = [event["text"] for event in events if event["event"] == "note"]
+    assert plans[1].summary() in notes
 
 
 MODES = [("adamw_8bit", "auto"), ("paged_adamw_8bit", "auto"), ("paged_adamw_8bit", "explicit")]
@@ -163,8 +163,8 @@ def test_on_a_cpu_one_line_says_that_there_is_nothing_to_page_from(model, data, 
     plain, _ = run(model, data, tmp_path / "plain", "adamw")
     paged, events = run(model, data, tmp_path / "paged", "paged_adamw_32bit", paging="managed")
     assert paged == plain
-    told = [event["text"] for event in events if event["event"] == "note"]
-    assert sum("there is nothing to page from on cpu" in line for line in told) == 1
+    notes = [event["text"] for event in events if event["event"] == "note"]
+    assert sum("there is nothing to page from on cpu" in line for line in notes) == 1
     assert "paged_bytes" not in steps_of(events)[0]
 
 

@@ -497,10 +497,10 @@ def test_a_step_is_made_again_with_less_until_it_fits(on_a_gpu, monkeypatch, fai
         assert record["step"] == 1
         assert record["reason"] == "CUDA out of memory. Tried to allocate 2 GiB."
         assert record["policy_before"] == before.__dict__
-    told = [
+    notes = [
         note for note in made.engine.messages if note.startswith("out of GPU memory at step 1: ")
     ]
-    assert [note.partition(": ")[2].partition(",")[0] for note in told] == LADDER[:failures]
+    assert [note.partition(": ")[2].partition(",")[0] for note in notes] == LADDER[:failures]
     assert made.policy == policies[-1]
     order = [MOST, *map(ActivationPolicy, (3, 1, 0)), *[ActivationPolicy(0, 2)] * 3]
     assert policies == order[: failures + 1]
@@ -702,7 +702,7 @@ def test_an_update_that_has_begun_is_not_made_again(on_a_gpu, monkeypatch):
 
 @pytest.mark.parametrize("failures", range(len(LADDER) + 1))
 def test_capturing_goes_down_the_same_ladder(on_a_gpu, monkeypatch, failures):
-    made, calls, told = on_a_gpu(), [], []
+    made, calls, reports = on_a_gpu(), [], []
     capture = made.engine.capture
 
     def captured(policy, progress):
@@ -713,13 +713,13 @@ def test_capturing_goes_down_the_same_ladder(on_a_gpu, monkeypatch, failures):
         capture(policy, progress)
 
     monkeypatch.setattr(made.engine, "capture", captured)
-    made.capture(lambda *args: told.append(args))
+    made.capture(lambda *args: reports.append(args))
     assert [record["action"] for record in made.fallbacks] == LADDER[:failures]
     assert len(calls) == min(failures + 1, len(LADDER))  # no more often than that
     assert made.optimizer_state()  # is there already
     assert bool(made.engine.graphs) == (failures < len(LADDER))
     # One shape is compiled, and captured.
-    assert told == ([(1, 2), (2, 2)] if made.engine.graphs else [])
+    assert reports == ([(1, 2), (2, 2)] if made.engine.graphs else [])
     made.step(0, long_batches())
 
 
@@ -769,8 +769,8 @@ def test_parts_are_made_smaller_until_the_plan_fits(on_a_gpu, monkeypatch, lengt
     assert made.engine.buckets.largest.numel == tried[-1]
     assert made.policy == ActivationPolicy(1)
     said = f"parts have at most {tried[-1]} tokens"
-    told = [note for note in made.engine.messages if note.startswith(said)]
-    assert len(told) == (len(tried) > 1)
+    notes = [note for note in made.engine.messages if note.startswith(said)]
+    assert len(notes) == (len(tried) > 1)
 
 
 @pytest.mark.parametrize(("lengths", "least"), [(LENGTHS, 128), (NEARLY_HALVES[0], 512)])
