@@ -144,8 +144,8 @@ def our_steps(
     config = TrainConfig(
         model="-", data="-", output=directory, learning_rate=LEARNING_RATE, memory_budget=budget
     )
-    engine, told = choose_engine(model, "cpu")
-    print(told, file=sys.stderr)
+    engine, reason = choose_engine(model, "cpu")
+    print(reason, file=sys.stderr)
     schedule = Schedule(LEARNING_RATE, "constant", 0, len(tokens))
     trainer = Trainer(engine, adapter_parameters(model), config, schedule)
     plan = trainer.fit([[(BATCH, LENGTH)]], [[LENGTH] * BATCH])

@@ -209,8 +209,8 @@ def of_everything(work: Path, device: str, gguf: Path | None) -> dict[str, str]:
                 digests.train(f"SmolLM2, {name}", gguf, runs[name])
         digests.written("SmolLM2", gguf, run)
     for name, options in PLANS.items():
-        told = command("plan", *options.split())
-        digests.keep(f"plan, {name}", hashlib.sha256(told.encode()).hexdigest())
+        printed = command("plan", *options.split())
+        digests.keep(f"plan, {name}", hashlib.sha256(printed.encode()).hexdigest())
     return digests.found
 
 

@@ -27,7 +27,7 @@ from measuring import write
 
 from halfbyte.checkpoint.base_model import load_base, open_base
 from halfbyte.config.schema import TrainConfig
-from halfbyte.engine import layerwise as engines
+from halfbyte.engine import layerwise
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.packing import Batch, lengths_of
@@ -67,10 +67,10 @@ def run(args: argparse.Namespace, form: str) -> tuple[list[float], dict[str, tor
         for name, parameter in parameters.items():
             if "lora_B" in name:  # or A would have no gradient in the first step
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / 100)
-    packs = engines.can_pack
+    packs = layerwise.can_pack
     captured = ("graphs", "offload", "notes", "saved", "decoded")
     if form not in ("packed", *captured):
-        engines.can_pack = lambda *_: False
+        layerwise.can_pack = lambda *_: False
     engine: Any = AutogradEngine(model)
     if form != "plain":
         graphs = args.device == "cuda" and form in captured
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace, form: str) -> tuple[list[float], dict[str, tor
 
     trainer.clear_gradients = keep_first  # type: ignore[method-assign]
     losses = [trainer.step(number, batches).loss for number, batches in enumerate(all_steps)]
-    engines.can_pack = packs
+    layerwise.can_pack = packs
     return losses, first
 
 

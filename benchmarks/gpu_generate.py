@@ -215,19 +215,19 @@ def work(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     config, lora = config_of(args.shape), args.worker.endswith("-lora")
     ours = args.worker.startswith("halfbyte")
-    told: Row = {}
+    details: Row = {}
     started = time.perf_counter()
     if ours:
-        answer, told = halfbyte(config, args.device, lora=lora)
+        answer, details = halfbyte(config, args.device, lora=lora)
     else:
         answer = bitsandbytes(config, args.device, lora=lora)
-    told["made_in_s"] = round(time.perf_counter() - started, 1)
+    details["made_in_s"] = round(time.perf_counter() - started, 1)
     on_gpu = args.device == "cuda"
     if ours and on_gpu:
         speed = copy_bytes_per_s()
-        told["copy_gb_per_s"] = round(speed / 1e9)
+        details["copy_gb_per_s"] = round(speed / 1e9)
         for name in ("packed", "decoded"):
-            told[f"{name}_limit_steps_per_s"] = round(speed / told[f"{name}_bytes"], 1)
+            details[f"{name}_limit_steps_per_s"] = round(speed / details[f"{name}_bytes"], 1)
     for batch in args.batches:
         gc.collect()
         if on_gpu:
@@ -237,8 +237,8 @@ def work(args: argparse.Namespace) -> None:
         row = timed(answer, batch, config.vocab_size, counts, args.calls if ours else 1)
         if on_gpu:
             row["peak_gb"] = gpu_run.gigabytes(torch.cuda.max_memory_allocated())
-        told[f"batch {batch}"] = row
-        args.output.write_text(json.dumps(told))
+        details[f"batch {batch}"] = row
+        args.output.write_text(json.dumps(details))
 
 
 # --- all of it ------------------------------------------------------------------------------------

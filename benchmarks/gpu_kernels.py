@@ -277,11 +277,11 @@ def main() -> None:
             show(f"decode {n}x{k} to bfloat16", decoding((n, k), copy, unsloth))
     print(f"\n{'':34s}", "microseconds in a graph (quantize: around the call); (share of copy)")
     for title, found in rows.items():
-        told = []
+        cells = []
         for name, row in found.items():
             share = f" ({row['share_of_copy']})" if "share_of_copy" in row else ""
-            told.append(f"{name} {row.get('us', row.get('eager_us', '-'))}{share}")
-        print(f"{title:34s}", " | ".join(told))
+            cells.append(f"{name} {row.get('us', row.get('eager_us', '-'))}{share}")
+        print(f"{title:34s}", " | ".join(cells))
     write("gpu_kernels", args.output, copy_gb_per_s=round(copy), rows=rows)
 
 

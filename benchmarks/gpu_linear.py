@@ -102,11 +102,11 @@ def turns(runs: dict[str, Callable[[], object]], args: argparse.Namespace) -> di
         for name, run in runs.items():
             start = time.perf_counter()
             times = steady(run, warm=warm, measure=args.measure)
-            told = meter.between(start + warm, time.perf_counter())
+            power = meter.between(start + warm, time.perf_counter())
             warm = args.settle
             taken[name] += times
             rows[name]["rounds_ms"].append(round(statistics.median(times), 4))
-            for key, value in told.items():
+            for key, value in power.items():
                 rows[name][key].append(value)
     meter.close()
     for name, row in rows.items():

@@ -170,9 +170,9 @@ def in_a_process(work: str, directory: Path, scratch: Path) -> Row:
         call, cwd=scratch, env=os.environ | settings, capture_output=True, text=True
     )
     if done.returncode or not result.exists():
-        told = done.stderr.strip().splitlines()
-        print("\n".join(told[-8:]), file=sys.stderr)
-        return {"failed": told[-1][:300] if told else f"exit code {done.returncode}"}
+        lines = done.stderr.strip().splitlines()
+        print("\n".join(lines[-8:]), file=sys.stderr)
+        return {"failed": lines[-1][:300] if lines else f"exit code {done.returncode}"}
     return dict(json.loads(result.read_text()))
 
 

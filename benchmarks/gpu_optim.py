@@ -117,8 +117,8 @@ def paged(parameters: Sequence[Tensor], bits: int, resident: float) -> dict[str,
         taken = wall_ms(optimizer.step)
         optimizer.report()
         optimizer.step()
-        told = optimizer.report()._asdict()
-        rows[mode] = {"ms": taken, "added_ms": round(taken - resident, 3), **told}
+        reported = optimizer.report()._asdict()
+        rows[mode] = {"ms": taken, "added_ms": round(taken - resident, 3), **reported}
         optimizer = None
     for mode in ("auto", "managed"):
         optimizer = AdamW(parameters, lr=1e-4, state_bits=bits, paging=mode)

@@ -218,8 +218,8 @@ def run(call: Sequence[str], work: Path, limit: float, settings: Row | None = No
     if code is None:
         problem = f"did not end within {limit:g} s"
     elif code:
-        told = [line for line in said if "this is a bug in halfbyte" not in line]
-        problem = (told[-1].strip() if told else f"exit code {code}")[:300]
+        lines = [line for line in said if "this is a bug in halfbyte" not in line]
+        problem = (lines[-1].strip() if lines else f"exit code {code}")[:300]
     if problem:
         print("\n".join(said[-12:]), file=sys.stderr, flush=True)
     return Ended(started, seconds, code, problem)
@@ -272,12 +272,12 @@ def training(name: str, args: argparse.Namespace, output: Path) -> list[str]:
 
 def of_worker(path: Path, started: float) -> Row:
     """The figures of a peer, from what its process wrote."""
-    told = json.loads(path.read_text())
-    row = {"first_step_s": round(told["first_step_at"] - started, 2)}
-    row |= figures(told["steps"])
-    row |= {"peak_gb": gigabytes(told["peak_bytes"])}
-    row |= {"reserved_gb": gigabytes(told["reserved_bytes"])}
-    return row | {"loss": told["loss"], "trainer": told["trainer"]}
+    record = json.loads(path.read_text())
+    row = {"first_step_s": round(record["first_step_at"] - started, 2)}
+    row |= figures(record["steps"])
+    row |= {"peak_gb": gigabytes(record["peak_bytes"])}
+    row |= {"reserved_gb": gigabytes(record["reserved_bytes"])}
+    return row | {"loss": record["loss"], "trainer": record["trainer"]}
 
 
 def pretokenized(args: argparse.Namespace) -> Any:
@@ -431,10 +431,10 @@ def peer(args: argparse.Namespace) -> None:
     row = found()
     trainer.save_model("adapter")
     asked = ("packing", "padding_free", "optim", "gradient_checkpointing", "use_liger_kernel")
-    told = {"trl": trl.__version__}
-    told |= {name: getattr(trainer.args, name, None) for name in asked}
-    told["collator_padding_free"] = getattr(trainer.data_collator, "padding_free", None)
-    row["trainer"] = {name: str(value) for name, value in told.items()}
+    settings = {"trl": trl.__version__}
+    settings |= {name: getattr(trainer.args, name, None) for name in asked}
+    settings["collator_padding_free"] = getattr(trainer.data_collator, "padding_free", None)
+    row["trainer"] = {name: str(value) for name, value in settings.items()}
     Path("worker.json").write_text(json.dumps(row))
 
 
@@ -537,8 +537,8 @@ def command(args: argparse.Namespace, scratch: Path, keep: Callable[..., None]) 
         if ended.problem:
             rows[name]["failed"] = ended.problem
         keep(commands=rows)
-        told = f"{rows[name]['seconds']:8.1f} s, exit code {ended.code}  {ended.problem}"
-        print(f"{name:12s}{told.rstrip()}", flush=True)
+        line = f"{rows[name]['seconds']:8.1f} s, exit code {ended.code}  {ended.problem}"
+        print(f"{name:12s}{line.rstrip()}", flush=True)
     return rows
 
 
@@ -556,8 +556,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--longest", type=int, default=chats.LONGEST, help="tokens of a row")
     parser.add_argument("--seconds", type=float, default=300, help="limit of each contestant")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    told = "a directory for the model, which is made there unless one is"
-    parser.add_argument("--checkpoint", type=Path, default=Path("/dev/shm/whole_run"), help=told)
+    about = "a directory for the model, which is made there unless one is"
+    parser.add_argument("--checkpoint", type=Path, default=Path("/dev/shm/whole_run"), help=about)
     parser.add_argument("--output", type=Path, help="file; a dated one in benchmarks/results")
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--worker", choices=["make", *PEERS], help=argparse.SUPPRESS)

@@ -227,10 +227,10 @@ def products(config: Any, tokens: int, length: int, row: Row) -> float:
     forward = 2 * (2 * h * h + 2 * h * kv + 3 * h * f)
     attention = 2 * length * h  # two products, causal: half of each
     again = config.num_hidden_layers - row["saved_layers"]
-    noted = row["offloaded_layers"] if row["attention_checkpoint"] else 0
+    kept = row["offloaded_layers"] if row["attention_checkpoint"] else 0
     all_layers = config.num_hidden_layers * (2 * forward + 3.5 * attention)
     # The last product of a layer is not run again.
-    all_layers += again * (forward - 2 * h * f + attention) - noted * (2 * h * h + attention)
+    all_layers += again * (forward - 2 * h * f + attention) - kept * (2 * h * h + attention)
     return float(tokens * (all_layers + 4 * h * config.vocab_size))
 
 
@@ -355,8 +355,8 @@ def main() -> None:
     parser.add_argument("--state-bits", type=int, choices=[8, 32], default=8)
     parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--output", type=Path, help="file; a dated one in benchmarks/results")
-    told = "a directory for unsloth's checkpoint, made by gpu_load.py's make if empty"
-    parser.add_argument("--checkpoint", type=Path, default=Path("/dev/shm/step"), help=told)
+    about = "a directory for unsloth's checkpoint, made by gpu_load.py's make if empty"
+    parser.add_argument("--checkpoint", type=Path, default=Path("/dev/shm/step"), help=about)
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()

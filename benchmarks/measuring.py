@@ -167,8 +167,8 @@ class PowerMeter:
         while not self._done.wait(0.25):
             call = [*self._query, *self._card]
             try:
-                told = subprocess.run(call, capture_output=True, text=True, timeout=5).stdout
-                watts, clock = told.splitlines()[0].split(",")
+                output = subprocess.run(call, capture_output=True, text=True, timeout=5).stdout
+                watts, clock = output.splitlines()[0].split(",")
                 self.samples.append((time.perf_counter(), float(watts), float(clock)))
             except (OSError, ValueError, IndexError, subprocess.SubprocessError):
                 if not self._card:

@@ -44,7 +44,7 @@ from halfbyte.checkpoint.safetensors_file import Planned, write_model
 from halfbyte.config.schema import TrainConfig
 from halfbyte.models.build import BaseRecipe, build, frozen_linears
 from halfbyte.report import open_report
-from halfbyte.tools import demo_task as orders
+from halfbyte.tools import demo_task
 from halfbyte.train.evaluate import evaluate
 from halfbyte.train.loading import open_model
 from halfbyte.train.run import train
@@ -200,7 +200,7 @@ def tuned(
         directory = Path(folder)
         count = max(8, round(EXAMPLES[task] * share))
         if task == "orders":
-            files = orders.write_task(directory, seed=seed, train=count, test=cases)
+            files = demo_task.write_task(directory, seed=seed, train=count, test=cases)
             data, test = files.train, files.test
         elif task == "prose":
             data, test = _prose(TRAINING, directory, count), _prose(HELD_OUT, directory)
@@ -276,16 +276,16 @@ def measure(
             scratch = directory / f".{name}"
             scratch.write_text(json.dumps(row))
             scratch.rename(directory / name)
-            told = {key: round(row[key], 4) for key in _TOLD if row.get(key) is not None}
+            shown = {key: round(row[key], 4) for key in _PRINTED if row.get(key) is not None}
             took = time.monotonic() - began
-            print(f"{done}/{len(futures)} after {took:.0f} s: {name} {told}", flush=True)
+            print(f"{done}/{len(futures)} after {took:.0f} s: {name} {shown}", flush=True)
     except TimeoutError:
         for future in futures:
             future.cancel()
         print(f"out of time: {len(futures) - done} of {len(futures)} left; call again to go on")
 
 
-_TOLD = ("weight_error", "prose_perplexity", "loss", "exact_match", "training_seconds")
+_PRINTED = ("weight_error", "prose_perplexity", "loss", "exact_match", "training_seconds")
 
 
 def collect(directory: Path) -> tuple[list[Row], list[Row]]:
@@ -319,8 +319,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where the record goes")
     parser.add_argument("--note", default="", help="what should be known about the model")
     parser.add_argument("--write-docs", action="store_true", help="write docs/quality.md, too")
-    told = "only write docs, of these records"
-    parser.add_argument("--from", type=Path, nargs="+", dest="records", help=told)
+    about = "only write docs, of these records"
+    parser.add_argument("--from", type=Path, nargs="+", dest="records", help=about)
     options = parser.parse_args()
     if options.records:
         found = [json.loads(path.read_text()) for path in options.records]

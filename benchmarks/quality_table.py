@@ -128,7 +128,7 @@ def tables(record: Row) -> str:
     return "\n".join(lines)
 
 
-def verdict(found: tuple[float, float]) -> str:
+def conclusion(found: tuple[float, float]) -> str:
     """What a difference in percent says about the claim that it is at most 1 %."""
     mean, half = found
     if mean + half <= 1:
@@ -160,7 +160,7 @@ def write_docs(record: Row, *names: str) -> None:
     cases = ", ".join(sorted({str(run["cases"]) for run in record["runs"] if run["cases"]}))
     tasks = [task for task in TASKS if any(run["task"] == task for run in record["runs"])]
     claims = [
-        f"- {TASKS[task]}, on {NAMES[base]}: {_pm(found, 1, signed=True)} %; {verdict(found)}."
+        f"- {TASKS[task]}, on {NAMES[base]}: {_pm(found, 1, signed=True)} %; {conclusion(found)}."
         for task in tasks
         for base in CLAIMED
         if (found := relative_loss(record["runs"], task, base)) is not None

@@ -60,7 +60,7 @@ def make_cases(vocabulary: Vocabulary, count: int, *, seed: int) -> list[dict[st
         takes = [5 * int(draw.integers(2, 20)) for _ in towns]
         bays = draw.permutation(9)[:3] + 1
         row = one(vocabulary.rows)
-        told = [
+        departures = [
             row.format(town=town, start=clock(start), end=clock(start + long), bay=bay)
             for town, start, long, bay in zip(towns, starts, takes, bays, strict=True)
         ]
@@ -77,7 +77,7 @@ def make_cases(vocabulary: Vocabulary, count: int, *, seed: int) -> list[dict[st
         answer = (
             f"{towns[asked]}: {clock(starts[asked])} from bay {bays[asked]}, {takes[asked]} minutes"
         )
-        user = f"{opening} {'; '.join(told)}. {question}"
+        user = f"{opening} {'; '.join(departures)}. {question}"
         contents = (("system", SYSTEM), ("user", user), ("assistant", answer))
         cases.append({"messages": [{"role": role, "content": text} for role, text in contents]})
     return cases

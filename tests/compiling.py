@@ -14,9 +14,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from halfbyte.layers import triton_elementwise as between
+from halfbyte.layers import triton_elementwise
 from halfbyte.linear import triton_gemv, triton_lora, triton_matmul, triton_swiglu
-from halfbyte.optim import triton_adamw as optimizer
+from halfbyte.optim import triton_adamw
 from halfbyte.quant import triton_blockwise
 from halfbyte.runtime import device as devices
 from tests.devices import DEVICES
@@ -83,7 +83,7 @@ def kernels(kind: str):
     yield from layer_kernels(kind)
     yield from optimizer_kernels()
     yield from adapter_kernels(kind)
-    if triton_blockwise.is_hopper(CPU):
+    if devices.spec_of(CPU).is_hopper:
         yield from hopper_kernels(kind)
 
 
@@ -135,31 +135,32 @@ def layer_kernels(kind: str):
     names = ("x", "y", "h", "dx", "dy", "dh", "h_out", "residual", "weight", "cos", "sin")
     sixteen = dict.fromkeys((*names, "gate", "up", "d_both"), f"*{kind}")
     norm = {"add": True, "lanes": 4096}
-    yield between._norm, {**sixteen, "eps": "fp32"}, norm, {"num_warps": 8}
-    yield between._norm_backward, sixteen, norm, {"num_warps": 8}
+    yield triton_elementwise._norm, {**sixteen, "eps": "fp32"}, norm, {"num_warps": 8}
+    yield triton_elementwise._norm_backward, sixteen, norm, {"num_warps": 8}
     loss = {"capped": True, "with_grad": True, "lanes": 4096}
     kinds = {"logits": f"*{kind}", "targets": "*i64", "softcap": "fp32"}
-    yield between._cross_entropy, kinds, loss, {"num_warps": 8}
+    yield triton_elementwise._cross_entropy, kinds, loss, {"num_warps": 8}
     looked = {"out": f"*{kind}", "table": f"*{kind}", "ids": "*i64"}
-    yield between._look_up, looked, {"lanes": 1024}, {}
+    yield triton_elementwise._look_up, looked, {"lanes": 1024}, {}
     turned = dict.fromkeys(("q", "k", "q_out", "k_out"), f"*{kind}")
     turns = {"backward": True, "lanes": 64, "q_lanes": 32, "k_lanes": 8}
-    yield between._rotate, sixteen | turned, turns, {}
-    yield between._gate, sixteen, {"lanes": 2048}, {"num_warps": 8}
-    yield between._gate_backward, sixteen, {"remake": True, "lanes": 2048}, {"num_warps": 8}
+    yield triton_elementwise._rotate, sixteen | turned, turns, {}
+    yield triton_elementwise._gate, sixteen, {"lanes": 2048}, {"num_warps": 8}
+    gate = {"remake": True, "lanes": 2048}
+    yield triton_elementwise._gate_backward, sixteen, gate, {"num_warps": 8}
 
 
 def optimizer_kernels():
     plain = {"enable_fp_fusion": False}
     doubles = {"constants": "*fp64", "count": "i32"}
-    yield optimizer._prepare, doubles, {"lanes": 256}, plain
+    yield triton_adamw._prepare, doubles, {"lanes": 256}, plain
     # Whatever products are in, a parameter may be trained in any of these.
     types = ((tl.float32, False), (tl.bfloat16, False), (tl.bfloat16, True), (tl.float16, True))
     for dtype, master in types:
-        kind = {"dtype": dtype, "master": master, "blocks": optimizer.BLOCKS, "shuffled": True}
+        kind = {"dtype": dtype, "master": master, "blocks": triton_adamw.BLOCKS, "shuffled": True}
         types = {"rows": "*i64", "owners": "*i32", "tables": "*i32"}
-        options = {"num_warps": optimizer.WARPS, "maxnreg": optimizer.REGISTERS, **plain}
-        yield optimizer._update, types, kind, options
+        options = {"num_warps": triton_adamw.WARPS, "maxnreg": triton_adamw.REGISTERS, **plain}
+        yield triton_adamw._update, types, kind, options
 
 
 def adapter_kernels(kind: str):
@@ -179,7 +180,7 @@ def adapter_kernels(kind: str):
 
 
 def hopper_kernels(kind: str):
-    tile = {"programs": triton_blockwise.num_sms(CPU), "tile_m": triton_matmul.TILE_M}
+    tile = {"programs": devices.spec_of(CPU).num_sms, "tile_m": triton_matmul.TILE_M}
     tile |= {"tile_n": 256, "tile_k": triton_matmul.TILE_K}
     options = {"num_warps": 8, "num_stages": 3}
     for rank in (16, 64, 128):

@@ -11,6 +11,8 @@ from halfbyte.data import formats
 from halfbyte.plan.policy import ActivationPolicy
 from tests.engine.test_layerwise import FAMILIES, gradients, model_of
 from tests.engine.test_objective import engines, step_of
+from halfbyte.plan import roofline
+from halfbyte.runtime import device as devices
 from tests.engine.test_weights import made, stepped
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
@@ -71,6 +73,24 @@ def test_an_objective_has_the_gradients_of_plain_pytorch(
     for name, gradient in gradients(model).items():
         assert true[name].norm() > 0
         assert (gradient - true[name]).norm() <= 2e-5 * true[name].norm(), name
+
+
+def test_another_gpu_is_given_what_its_generation_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_lora = pytest.importorskip("halfbyte.linear.triton_lora", exc_type=ImportError)
+    triton_swiglu = pytest.importorskip("halfbyte.linear.triton_swiglu", exc_type=ImportError)
+    adapters, cpu = (
+        triton_lora.CastAdapters(torch.empty(0), torch.empty(0), 16),
+        torch.device("cpu"),
+    )
+    assert triton_swiglu.backward_fits(adapters, adapters, cpu)  # the interpreter is as a Hopper
+    monkeypatch.setattr(devices, "spec_of", devices.spec_of)  # the code sets it: undone at the end
+    monkeypatch.setattr(roofline, "CARDS", dict(roofline.CARDS))
+    spec = block("A GPU")["spec"]
+    assert not triton_swiglu.backward_fits(adapters, adapters, cpu)
+    listed = roofline.gpu_of_driver(spec.name)
+    assert listed is not None
+    assert listed.gpu.capability == spec.capability
+    assert listed.memory == pytest.approx(spec.memory, rel=0.001)
 
 
 def test_a_data_format(monkeypatch: pytest.MonkeyPatch) -> None:

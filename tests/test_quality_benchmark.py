@@ -114,17 +114,17 @@ def test_records_of_several_tasks_are_put_together(quality_table: Any) -> None:
         "examples": {"orders": 448, "prose": 60},
         "changes": {"prose": {"batch_size": 2}},
     }
-    told = {"command": "c", "note": "n"}
-    found = quality_table.together([one | told, other | told])
+    common = {"command": "c", "note": "n"}
+    found = quality_table.together([one | common, other | common])
     assert found["examples"] == {"orders": 9, "prose": 60}
     assert [base["base"] for base in found["bases"]] == ["lora", "nf4-search-32"]
     assert found["changes"] == {"prose": {"batch_size": 2}}
 
 
 def test_verdicts(quality_table: Any) -> None:
-    assert quality_table.verdict((-3.0, 1.0)) == "within 1 %, or better"
-    assert quality_table.verdict((0.5, 2.0)).endswith("cannot tell")
-    assert quality_table.verdict((5.0, 2.0)) == "not within 1 %"
+    assert quality_table.conclusion((-3.0, 1.0)) == "within 1 %, or better"
+    assert quality_table.conclusion((0.5, 2.0)).endswith("cannot tell")
+    assert quality_table.conclusion((5.0, 2.0)) == "not within 1 %"
 
 
 def test_docs_are_written_from_a_record(

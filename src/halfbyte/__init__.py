@@ -17,6 +17,8 @@ milliseconds and no torch::
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from halfbyte.version import __version__
+
 if TYPE_CHECKING:
     from halfbyte import optim
     from halfbyte import quant as nf4
@@ -28,8 +30,6 @@ if TYPE_CHECKING:
     from halfbyte.train.evaluate import evaluate
     from halfbyte.train.loading import open_model as load
     from halfbyte.train.run import train as fine_tune
-
-__version__ = "0.1.0"
 
 __all__ = [
     "HalfbyteError",

@@ -163,7 +163,7 @@ def test_a_row_of_ours_is_what_the_journal_says(gpu_run: Any, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("without", "told"),
+    ("without", "message"),
     [
         ("step", "no `step`"),
         ("memory", "no `memory`"),
@@ -173,10 +173,10 @@ def test_a_row_of_ours_is_what_the_journal_says(gpu_run: Any, tmp_path: Path) ->
     ],
 )
 def test_what_the_journal_does_not_say_is_no_figure(
-    gpu_run: Any, tmp_path: Path, without: str, told: str
+    gpu_run: Any, tmp_path: Path, without: str, message: str
 ) -> None:
     path = journal(tmp_path / "journal.jsonl", without=without)
-    with pytest.raises(gpu_run.Missing, match=told):
+    with pytest.raises(gpu_run.Missing, match=message):
         gpu_run.of_journal(path, 1000.0, "cuda")
 
 

@@ -135,12 +135,12 @@ def test_a_removed_directory_is_gone(tmp_path: Path) -> None:
 
 
 def test_unwritable_places_are_told(blocked: Path) -> None:
-    told = "is a file, not a directory; choose another directory"
-    with pytest.raises(OutputError, match=told):
+    message = "is a file, not a directory; choose another directory"
+    with pytest.raises(OutputError, match=message):
         require_writable(blocked)
-    with pytest.raises(OutputError, match=told), new_file(blocked):
+    with pytest.raises(OutputError, match=message), new_file(blocked):
         pass
-    with pytest.raises(OutputError, match=told), new_directory(blocked):
+    with pytest.raises(OutputError, match=message), new_directory(blocked):
         pass
 
 

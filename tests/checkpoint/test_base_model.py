@@ -252,9 +252,9 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_what_is_not_the_model_is_told(model_dir: Path, wrong: str) -> None:
-    change, told = WRONG[wrong]
+    change, message = WRONG[wrong]
     change(model_dir)
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         load_base(model_dir, PLAIN)
 
 
@@ -286,9 +286,9 @@ WRONG_SHARDS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("wrong", WRONG_SHARDS)
 def test_shards_that_do_not_fit_are_told(sharded_dir: Path, wrong: str) -> None:
-    change, told = WRONG_SHARDS[wrong]
+    change, message = WRONG_SHARDS[wrong]
     change(sharded_dir)
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         open_base(sharded_dir)
 
 

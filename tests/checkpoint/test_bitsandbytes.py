@@ -188,9 +188,9 @@ def test_damage_is_told_with_the_name_of_the_weight(damage: str) -> None:
     keys = their_keys(
         weight(16, 64, torch.float32), quant_type="nf4", block_size=64, double_quant=True
     )
-    change, told = DAMAGE[damage]
+    change, message = DAMAGE[damage]
     change(keys)
-    with pytest.raises(CheckpointError, match=f"{NAME}.*{told}"):
+    with pytest.raises(CheckpointError, match=f"{NAME}.*{message}"):
         decode_keys(NAME, keys)
 
 

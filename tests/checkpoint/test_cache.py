@@ -66,11 +66,11 @@ def test_the_second_start_reads_the_copy_only(
     read: list[tuple[Path, str]] = []
     whole = SafetensorsFile.read
 
-    def noted(self: SafetensorsFile, name: str) -> torch.Tensor:
+    def recorded(self: SafetensorsFile, name: str) -> torch.Tensor:
         read.append((self.path, name))
         return whole(self, name)
 
-    monkeypatch.setattr(SafetensorsFile, "read", noted)
+    monkeypatch.setattr(SafetensorsFile, "read", recorded)
     load_base(model_dir, BaseRecipe(), packed_copy=cached)
     [copy] = copies(home)
     assert {path.parent for path, _ in read} == {copy}
@@ -140,12 +140,12 @@ def test_a_damaged_copy_is_told_and_made_anew(
 ) -> None:
     plain = load_base(model_dir, BaseRecipe(), packed_copy=cached)
     [copy] = copies(home)
-    change, told = DAMAGE[damage]
+    change, message = DAMAGE[damage]
     change(copy)
     with caplog.at_level(logging.WARNING, logger="halfbyte"):
         assert_same(load_base(model_dir, BaseRecipe(), packed_copy=cached), plain)
     assert "is damaged and made anew" in caplog.text
-    assert told in caplog.text
+    assert message in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="halfbyte"):
         load_base(model_dir, BaseRecipe(), packed_copy=cached)

@@ -279,10 +279,10 @@ LIES: dict[str, tuple[Callable[[bytearray], object], str]] = {
 @pytest.mark.parametrize("lie", LIES)
 def test_lies_of_the_header_are_found(tmp_path: Path, lie: str) -> None:
     path = write_gguf(tmp_path / "m.gguf")
-    change, told = LIES[lie]
+    change, message = LIES[lie]
     with_file(change)(path)
     tracemalloc.start()
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         open_base(path)
     assert tracemalloc.get_traced_memory()[1] < 20_000_000
     tracemalloc.stop()
@@ -317,11 +317,11 @@ def test_a_known_tokenizer_is_put_together_as_transformers_does(tmp_path: Path, 
     writer.close()
     ours = read_tokenizer(GGUFFile(path))
     theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path, gguf_file="m.gguf")
-    told, expected = (json.loads(t.backend_tokenizer.to_str()) for t in (ours, theirs))
-    assert pre_tokenizer(told) == name
-    told["model"]["ignore_merges"] = expected["model"]["ignore_merges"] = name == "llama-bpe"
-    del told["pre_tokenizer"], expected["pre_tokenizer"]
-    assert told == expected
+    written, expected = (json.loads(t.backend_tokenizer.to_str()) for t in (ours, theirs))
+    assert pre_tokenizer(written) == name
+    written["model"]["ignore_merges"] = expected["model"]["ignore_merges"] = name == "llama-bpe"
+    del written["pre_tokenizer"], expected["pre_tokenizer"]
+    assert written == expected
     assert ours("abc").input_ids == [tokens.index("<|endoftext|>"), tokens.index("abc")]
     assert ours.special_tokens_map == theirs.special_tokens_map
 

@@ -205,24 +205,24 @@ def test_a_rounded_adapter_is_within_its_rounding(tmp_path: Path, file_type: Any
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"saved": {"model.norm.weight": torch.ones(64)}}, r"trained whole \(norm\)"),
         ({"config": LoRAConfig(r=4, use_dora=True)}, "DoRA"),
     ],
 )
 def test_adapters_that_are_more_than_lora_are_refused(
-    tmp_path: Path, change: dict[str, Any], told: str
+    tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     directory = write_family(tmp_path / "m", "llama")
     found = adapter(directory)._replace(**change)
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         write_gguf_lora(open_base(directory), found, tmp_path / "a.gguf")
     assert not (tmp_path / "a.gguf").exists()
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "told"),
+    ("family", "changes", "message"),
     [
         ("gemma2", {}, "models of type gemma2"),
         ("llama", {"hidden_act": "gelu"}, "'gelu'"),
@@ -234,8 +234,10 @@ def test_adapters_that_are_more_than_lora_are_refused(
         ),
     ],
 )
-def test_what_a_file_cannot_say_is_refused(family: str, changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(CheckpointError, match=told):
+def test_what_a_file_cannot_say_is_refused(
+    family: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
         Layout(tiny_model(family, **changes).config)
 
 
@@ -266,11 +268,11 @@ def test_numbers_beyond_the_type_are_refused(tmp_path: Path) -> None:
     directory = write_tiny_model(tmp_path / "m")
     model = AutoModelForCausalLM.from_pretrained(directory)
     weight = model.model.layers[1].mlp.up_proj.weight
-    for number, told in ((1e6, "bf16"), (float("nan"), "NaN")):
+    for number, message in ((1e6, "bf16"), (float("nan"), "NaN")):
         weight.data[0, 0] = number
         model.save_pretrained(directory)
-        with pytest.raises(WeightError, match=f"blk.1.ffn_up.weight.*{told}"):
-            export(directory) if told == "NaN" else export(directory, "f16")
+        with pytest.raises(WeightError, match=f"blk.1.ffn_up.weight.*{message}"):
+            export(directory) if message == "NaN" else export(directory, "f16")
 
 
 def test_a_row_of_the_smallest_numbers_becomes_zeros(tmp_path: Path) -> None:

@@ -44,12 +44,12 @@ def test_headers_stand_for_the_files(hub: Counting, tmp_path: Path, name: str) -
     laid_out = tmp_path / "laid out"
     laid_out.mkdir()
     fetch_headers(name, laid_out, files=hub)
-    whole, told = open_base(tmp_path / name), open_base(laid_out)
-    assert told.parameters == whole.parameters
-    assert told.config.to_dict() | {"_name_or_path": ""} == whole.config.to_dict() | {
+    whole, headers = open_base(tmp_path / name), open_base(laid_out)
+    assert headers.parameters == whole.parameters
+    assert headers.config.to_dict() | {"_name_or_path": ""} == whole.config.to_dict() | {
         "_name_or_path": ""
     }
-    assert told.fitted(BaseRecipe()) == whole.fitted(BaseRecipe())
+    assert headers.fitted(BaseRecipe()) == whole.fitted(BaseRecipe())
     assert hub.read < 60_000 < whole.total_bytes
 
 

@@ -68,7 +68,7 @@ def test_a_packed_copy_need_not_say_how_its_scales_were_found(
 
 
 @pytest.mark.parametrize(
-    ("recipe", "told"),
+    ("recipe", "messages"),
     [
         (BaseRecipe(quant="fp4"), ["quant was 'nf4', now it is 'fp4'"]),
         (BaseRecipe(block_size=128), ["block_size was 64, now it is 128"]),
@@ -76,9 +76,9 @@ def test_a_packed_copy_need_not_say_how_its_scales_were_found(
     ],
 )
 def test_another_recipe(
-    model_dir: Path, card: dict[str, Any], recipe: BaseRecipe, told: list[str]
+    model_dir: Path, card: dict[str, Any], recipe: BaseRecipe, messages: list[str]
 ) -> None:
-    assert differences(card, load_base(model_dir, recipe)) == told
+    assert differences(card, load_base(model_dir, recipe)) == messages
 
 
 @pytest.mark.parametrize("layer", [0, -1])
@@ -102,5 +102,5 @@ def test_another_tokenizer_and_another_template(base: LoadedBase, card: dict[str
     base.tokenizer.add_tokens(["<new>"])
     assert differences(card, base) == ["the tokenizer is another"]
     base.tokenizer.chat_template = "{{ messages }}"
-    told = ["the tokenizer is another", "the chat template is another"]
-    assert differences(card, base) == told
+    messages = ["the tokenizer is another", "the chat template is another"]
+    assert differences(card, base) == messages

@@ -240,10 +240,10 @@ damages: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("damage", damages)
 def test_what_is_no_plain_whole_adapter_is_told(adapter_dir: Path, damage: str) -> None:
-    change, told = damages[damage]
+    change, message = damages[damage]
     assert load_adapter(adapter_dir).state.keys() == STATE.keys()
     change(adapter_dir)
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         load_adapter(adapter_dir)
 
 
@@ -260,14 +260,14 @@ Q, V = (f"model.layers.0.self_attn.{name}.lora_" for name in ("q_proj", "v_proj"
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("model.layers.9.self_attn.q_proj.lora_", "of its 2 layers 1 can be found.*layers.9"),
         (V, r"v_proj.lora_B.weight: expected shape \[\d+, 2\], got \[3, 2\]"),
     ],
 )
 def test_an_adapter_some_of_whose_tensors_do_not_match_is_not_loaded(
-    tmp_path: Path, model_dir: Path, name: str, told: str
+    tmp_path: Path, model_dir: Path, name: str, message: str
 ) -> None:
     model = base_of(model_dir).model
     filled(model, LoRAConfig(r=2, target_modules=("q_proj",)))
@@ -275,7 +275,7 @@ def test_an_adapter_some_of_whose_tensors_do_not_match_is_not_loaded(
     state |= {f"{name}A.weight": state[f"{Q}A.weight"], f"{name}B.weight": torch.ones(3, 2)}
     detach(model)
     save_adapter(tmp_path, state, LoRAConfig(r=2), base={"name": ""}, recipe={})
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         load_adapter(tmp_path).put_on(model)
     assert adapters(model) == {}
 
@@ -333,7 +333,7 @@ def test_a_module_trained_whole_that_does_not_fit(model_dir: Path, adapter_dir: 
     base = base_of(model_dir)
     config = LoRAConfig(r=2, target_modules=("q_proj",))
     save_adapter(adapter_dir, filled(base.model, config), config, base={"name": ""}, recipe={})
-    for name, told in (
+    for name, message in (
         ("lm_head", "another vocabulary"),
         ("head", "does not have"),
         ("model.layers.0.mlp.up_proj", "supported for embeddings, norms"),
@@ -342,7 +342,7 @@ def test_a_module_trained_whole_that_does_not_fit(model_dir: Path, adapter_dir: 
         edit(adapter_dir / CONFIG, modules_to_save=[name])
         rewrite(adapter_dir, lambda s, key=key: s.update({key: torch.ones(3, 3)}))
         detach(base.model)
-        with pytest.raises(CheckpointError, match=told):
+        with pytest.raises(CheckpointError, match=message):
             load_adapter(adapter_dir).put_on(base.model)
         assert adapters(base.model) == {}
         rewrite(adapter_dir, lambda s, key=key: s.pop(key))

@@ -16,7 +16,7 @@ from halfbyte.linear.lora import frozen_linears
 from halfbyte.models.build import BaseRecipe
 from halfbyte.models.calibration import input_moments
 from halfbyte.quant.scale_search import search
-from halfbyte.train.loading import recipe_facts
+from halfbyte.train.loading import recipe_metadata
 from tests.tiny import write_tiny_model
 
 SEARCHED = BaseRecipe(quant_search=True)
@@ -95,11 +95,11 @@ def test_the_command_line_hands_on_all_that_decides_the_bytes() -> None:
 
 def test_an_adapter_of_a_searched_base_is_told_from_others(directory: Path) -> None:
     searched, plain = load_base(directory, SEARCHED), load_base(directory, BaseRecipe())
-    card = {"base": identity_of(searched), "recipe": recipe_facts(SEARCHED)}
+    card = {"base": identity_of(searched), "recipe": recipe_metadata(SEARCHED)}
     assert differences(card, searched) == []
     assert "quant_search was True, now it is False" in differences(card, plain)
     # Adapters from before there was a search are of bases without one.
-    older = {"base": identity_of(plain), "recipe": recipe_facts(BaseRecipe())}
+    older = {"base": identity_of(plain), "recipe": recipe_metadata(BaseRecipe())}
     del older["recipe"]["quant_search"]
     assert differences(older, plain) == []
     assert "quant_search was False, now it is True" in differences(older, searched)

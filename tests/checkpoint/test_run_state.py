@@ -188,10 +188,10 @@ def test_a_kill_at_any_moment_leaves_the_last_good_checkpoint(tmp_path: Path) ->
         # Somewhere in the first few saves, which take some milliseconds each.
         time.sleep(chance.uniform(0.0, 0.06))
         process.send_signal(signal.SIGKILL)
-        told = [int(line) for line in process.stdout.read().splitlines()]
+        reported = [int(line) for line in process.stdout.read().splitlines()]
         process.wait()
         process.stdout.close()
-        finished = told[-1] if told else 0
+        finished = reported[-1] if reported else 0
         latest = latest_run(tmp_path)
         if latest is None:
             assert not finished

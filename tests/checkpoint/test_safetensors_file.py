@@ -167,17 +167,17 @@ lies: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 @pytest.mark.parametrize("lie", lies)
 def test_lies_of_the_header_are_found(tmp_path: Path, lie: str) -> None:
-    change, told = lies[lie]
+    change, message = lies[lie]
     path = tmp_path / "x.safetensors"
     path.write_bytes(damaged(lambda fields: None))
     assert len(read_all(path)) == 2
     path.write_bytes(damaged(change))
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         SafetensorsFile(path)
 
 
 @pytest.mark.parametrize(
-    ("raw", "told"),
+    ("raw", "message"),
     [
         (b"", "it has 0 bytes"),
         (b"\x02\0\0", "it has 3 bytes"),
@@ -188,10 +188,10 @@ def test_lies_of_the_header_are_found(tmp_path: Path, lie: str) -> None:
         ((18).to_bytes(8, "little") + b'{"a": {}, "a": {}}', "occurs twice"),
     ],
 )
-def test_what_is_no_header_is_told(tmp_path: Path, raw: bytes, told: str) -> None:
+def test_what_is_no_header_is_told(tmp_path: Path, raw: bytes, message: str) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(raw)
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         SafetensorsFile(path)
 
 

@@ -246,20 +246,20 @@ def test_a_buffer_is_filled_again_after_its_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests, held = many(tmp_path / "x")
-    told: list[str] = []
+    events: list[str] = []
 
     class Event:
         def __init__(self, blocking: bool) -> None:
             assert blocking
 
         def record(self, stream: object) -> None:
-            told.append("recorded")
+            events.append("recorded")
 
         def synchronize(self) -> None:
-            told.append("waited")
+            events.append("waited")
 
     def read_into(path: Path, start: int, target: memoryview) -> None:
-        told.append("read")
+        events.append("read")
         original(path, start, target)
 
     original = staging.read_into
@@ -273,8 +273,8 @@ def test_a_buffer_is_filled_again_after_its_copy(
     stage.start(ring=3)
     same([stage.tensor(request) for request in requests], held)
     stage.close()
-    assert told.count("recorded") == 40
-    by_reader = [what for what in told if what != "recorded"]
+    assert events.count("recorded") == 40
+    by_reader = [what for what in events if what != "recorded"]
     assert by_reader == ["read"] * 3 + ["waited", "read"] * 37
 
 

@@ -15,7 +15,7 @@ import torch
 from halfbyte import cli
 from halfbyte.cli import doctor
 from halfbyte.engine.layerwise import LayerEngine
-from halfbyte.layers import attention_cpu as attention
+from halfbyte.layers import attention_cpu
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.quant import QuantType, cpu, dequantize, quantize
 from halfbyte.quant.blockwise import cuda_bounds
@@ -97,9 +97,9 @@ def test_a_linear_layer_that_is_wrong_is_found(
 def test_attention_that_is_wrong_is_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = attention._weights
+    right = attention_cpu._weights
     monkeypatch.setattr(
-        attention, "_weights", lambda q, k, a, b, scale: right(q, k, a, b, 1.1 * scale)
+        attention_cpu, "_weights", lambda q, k, a, b, scale: right(q, k, a, b, 1.1 * scale)
     )
     assert "attention" in failed(checked(capsys, 1))
 
@@ -133,16 +133,16 @@ def test_training_that_differs_from_itself_is_found(
 def test_only_what_is_to_repeat_is_held_to_a_fixed_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other parts compute as training does; all after cuBLAS has been told."""
     held: list[str] = []
-    told, train = self_test.deterministic, self_test._train
+    original, train = self_test.deterministic, self_test._train
 
     @contextmanager
-    def noted(wanted: bool) -> Iterator[None]:
+    def recorded(wanted: bool) -> Iterator[None]:
         held.append(f"entered {wanted}")
-        with told(wanted):
+        with original(wanted):
             yield
         held.append("left")
 
-    monkeypatch.setattr(self_test, "deterministic", noted)
+    monkeypatch.setattr(self_test, "deterministic", recorded)
     monkeypatch.setattr(self_test, "_train", lambda here: held.append("trained") or train(here))
     list(self_test.checks("cpu", torch.float32))
     assert held[:3] == ["entered False", "left", "trained"]
@@ -168,7 +168,7 @@ class _Driver:
 
 
 @pytest.mark.parametrize(
-    ("driver", "told"),
+    ("driver", "message"),
     [
         (_Driver(1), "managed memory (concurrentManagedAccess is 1)"),
         (_Driver(0), "concurrentManagedAccess is 0"),
@@ -177,7 +177,7 @@ class _Driver:
     ],
 )
 def test_whether_state_can_page_is_asked_of_the_driver(
-    driver: Any, told: str, monkeypatch: pytest.MonkeyPatch
+    driver: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(name: str) -> Any:
         if isinstance(driver, OSError):
@@ -185,7 +185,7 @@ def test_whether_state_can_page_is_asked_of_the_driver(
         return driver
 
     monkeypatch.setattr(ctypes, "CDLL", load)
-    assert told in doctor.paging("cuda")
+    assert message in doctor.paging("cuda")
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])

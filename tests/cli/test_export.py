@@ -58,14 +58,14 @@ def answer(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, Any, 
 
 def test_a_merged_model(model: Path, adapter: Path, tmp_path: Path, answer: Any) -> None:
     out = tmp_path / "out"
-    code, told, err = answer(model, adapter, out, "--type", "f32", "--device", "cpu")
+    code, printed, err = answer(model, adapter, out, "--type", "f32", "--device", "cpu")
     assert code == 0, err
     assert sorted(file.name for file in out.iterdir()) == ["Modelfile", "model.gguf"]
-    assert told["verified"]["worst_share"] == 0
-    assert told["bytes"] == (out / "model.gguf").stat().st_size
-    assert told["distance"]["top1_agreement"] == 1
-    assert told["distance"]["largest_gap"] < 1e-4
-    assert told["distance"]["positions"] > 100
+    assert printed["verified"]["worst_share"] == 0
+    assert printed["bytes"] == (out / "model.gguf").stat().st_size
+    assert printed["distance"]["top1_agreement"] == 1
+    assert printed["distance"]["largest_gap"] < 1e-4
+    assert printed["distance"]["positions"] > 100
     live = load_base(model, BaseRecipe()).model
     load_adapter(adapter).put_on(live)
     read = AutoModelForCausalLM.from_pretrained(out, gguf_file="model.gguf")
@@ -79,10 +79,10 @@ def test_a_merged_model(model: Path, adapter: Path, tmp_path: Path, answer: Any)
 def test_without_an_adapter_the_files_are_taken_as_they_are(
     model: Path, tmp_path: Path, file_type: str, answer: Any
 ) -> None:
-    code, told, err = answer(model, tmp_path / "out", "--type", file_type)
+    code, printed, err = answer(model, tmp_path / "out", "--type", file_type)
     assert code == 0, err
-    assert told["base"] == {"quant": "none"}
-    assert 0.3 < told["verified"]["worst_share"] <= 1
+    assert printed["base"] == {"quant": "none"}
+    assert 0.3 < printed["verified"]["worst_share"] <= 1
     tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
     weight = AutoModelForCausalLM.from_pretrained(model).model.layers[0].mlp.up_proj.weight
     kind = gguf.GGMLQuantizationType[file_type.upper()]
@@ -92,10 +92,10 @@ def test_without_an_adapter_the_files_are_taken_as_they_are(
 
 def test_an_adapter_alone(model: Path, adapter: Path, tmp_path: Path, answer: Any) -> None:
     out = tmp_path / "out"
-    code, told, err = answer(model, adapter, out, "--format", "gguf-lora")
+    code, printed, err = answer(model, adapter, out, "--format", "gguf-lora")
     assert code == 0, err
-    assert told["verified"]["tensors"] == 8
-    assert told["verified"]["worst_share"] <= 1
+    assert printed["verified"]["tensors"] == 8
+    assert printed["verified"]["worst_share"] <= 1
     lines = (out / "Modelfile").read_text().splitlines()
     assert lines[:2] == [f"FROM {model.resolve()}", "ADAPTER ./adapter.gguf"]
     names = {tensor.name for tensor in gguf.GGUFReader(out / "adapter.gguf").tensors}
@@ -145,24 +145,24 @@ def test_a_wrong_file_ends_with_1(
         return right(value * (1.05 if value.ndim == 2 else 1.0), kind)
 
     monkeypatch.setattr(gguf_export, "encode", wrong)
-    code, told, err = answer(model, tmp_path / "out", "--type", "q8_0")
+    code, printed, err = answer(model, tmp_path / "out", "--type", "q8_0")
     assert code == 1
-    assert told["verified"]["worst_share"] > 1
+    assert printed["verified"]["worst_share"] > 1
     assert "and is wrong" in err
     assert answer(model, tmp_path / "other", "--type", "q8_0", "--no-verify")[0] == 0
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--format", "gguf-lora"], "needs an adapter"),
         (["--type", "q5_0"], "q5_0"),
     ],
 )
-def test_mistakes(model: Path, tmp_path: Path, words: list[str], told: str, answer: Any) -> None:
+def test_mistakes(model: Path, tmp_path: Path, words: list[str], message: str, answer: Any) -> None:
     code, _, err = answer(model, tmp_path / "out", *words)
     assert code == 2
-    assert told in err
+    assert message in err
     assert not (tmp_path / "out").exists()
 
 
@@ -204,15 +204,15 @@ def test_a_file_that_answers_otherwise_ends_with_1(
 ) -> None:
     """Rounded as it may be, but further from the adapter than was asked for."""
     out, words = tmp_path / "out", ("--type", "q4_0", "--device", "cpu")
-    code, told, _ = answer(model, adapter, out, *words)
+    code, printed, _ = answer(model, adapter, out, *words)
     assert code == 0
-    agreement = told["distance"]["top1_agreement"]
+    agreement = printed["distance"]["top1_agreement"]
     assert 0 < agreement < 1
-    code, told, err = answer(
+    code, printed, err = answer(
         model, adapter, out, *words, "--overwrite", "--min-agreement", agreement + 1e-6
     )
     assert code == 1
     assert f"{100 * agreement:.2f} % of the positions" in err
-    assert told["distance"]["top1_agreement"] == agreement
+    assert printed["distance"]["top1_agreement"] == agreement
     code, _, _ = answer(model, adapter, out, *words, "--overwrite", "--min-agreement", agreement)
     assert code == 0

@@ -69,8 +69,8 @@ def modules_after(words: list[str]) -> set[str]:
         ["train", "--lerning-rate", "1"],
         ["train", "/nowhere.yaml"],
         ["trian"],
-        *([verb, "--help"] for verb in cli.COMMANDS if verb != "train"),
-        *([verb, "--nonsense"] for verb in cli.COMMANDS if verb != "train"),
+        *([command, "--help"] for command in cli.COMMANDS if command != "train"),
+        *([command, "--nonsense"] for command in cli.COMMANDS if command != "train"),
     ],
 )
 def test_help_and_mistakes_import_nothing_heavy(words: list[str]) -> None:
@@ -118,7 +118,7 @@ def test_overview_and_version() -> None:
         done = halfbyte(*words)
         assert done.returncode == 0
         assert done.stdout.startswith("usage: halfbyte COMMAND [options]")
-        assert all(f"\n  {verb} " in done.stdout for verb in cli.COMMANDS)
+        assert all(f"\n  {command} " in done.stdout for command in cli.COMMANDS)
     assert halfbyte("--version").stdout.strip() == f"halfbyte {cli.__version__}"
 
 
@@ -144,8 +144,8 @@ def test_an_unknown_verb() -> None:
 
 
 @pytest.fixture
-def verb(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A verb ``doctor`` that does what its ``main`` is set to."""
+def command(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A command ``doctor`` that does what its ``main`` is set to."""
     module = ModuleType("halfbyte.cli.doctor")
     monkeypatch.setitem(sys.modules, "halfbyte.cli.doctor", module)
     return module
@@ -161,7 +161,7 @@ def verb(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     ],
 )
 def test_exit_codes(
-    verb: ModuleType,
+    command: ModuleType,
     error: BaseException,
     code: int,
     said: str,
@@ -170,12 +170,14 @@ def test_exit_codes(
     def fail(argv: list[str]) -> None:
         raise error
 
-    verb.main = fail  # type: ignore[attr-defined]
+    command.main = fail  # type: ignore[attr-defined]
     assert cli.main(["doctor"]) == code
     assert capsys.readouterr() == ("", said)
 
 
-def test_too_little_memory_is_no_bug(verb: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_little_memory_is_no_bug(
+    command: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     import torch
 
     said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1 GiB"
@@ -183,18 +185,18 @@ def test_too_little_memory_is_no_bug(verb: ModuleType, capsys: pytest.CaptureFix
     def fail(argv: list[str]) -> None:
         raise torch.OutOfMemoryError(f"{said}. Process 7 has 3 MiB. Of that\n much is reserved")
 
-    verb.main = fail  # type: ignore[attr-defined]
+    command.main = fail  # type: ignore[attr-defined]
     assert cli.main(["doctor"]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert err.startswith(f"halfbyte doctor: the GPU's memory does not suffice: {said}. End other")
 
 
-def test_a_bug_shows_its_traceback(verb: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bug_shows_its_traceback(command: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(argv: list[str]) -> None:
         raise IndexError(argv[0])
 
-    verb.main = fail  # type: ignore[attr-defined]
+    command.main = fail  # type: ignore[attr-defined]
     assert cli.main(["doctor", "word"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("Traceback")

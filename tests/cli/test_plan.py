@@ -15,15 +15,15 @@ from transformers import LlamaConfig
 from halfbyte import cli
 from halfbyte.checkpoint.base_model import load_base
 from halfbyte.models.build import BaseRecipe
-from halfbyte.plan import roofline as speed
+from halfbyte.plan import roofline
 from tests.tiny import write_tiny_model
 
-MACHINE = speed.GpuSpec("a machine", 8e9, 1e11, 1e10, 1e10, 4, "cpu", True)
+MACHINE = roofline.GpuSpec("a machine", 8e9, 1e11, 1e10, 1e10, 4, "cpu", True)
 
 
 @pytest.fixture(autouse=True)
 def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "measure_machine", lambda: MACHINE)
+    monkeypatch.setattr(roofline, "measure_machine", lambda: MACHINE)
 
 
 def planned(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
@@ -84,13 +84,13 @@ def test_config_json_alone_will_do(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_a_person_reads_a_table_and_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--shape", "llama2-7b", "--gpu-memory", "16GB"]) == 0
-    told = capsys.readouterr()
-    assert "seconds are those of T4; --card names another" in " ".join(told.err.split())
-    assert "3,238,002,688" in told.out
-    assert "longest sequence" in told.out
-    assert re.search(r"train with --memory-budget 1[345](\.\d)?GB", told.out)
-    assert "Take QLoRA (--quant nf4)" in told.out
-    assert max(len(line) for line in told.out.splitlines()) <= 80
+    captured = capsys.readouterr()
+    assert "seconds are those of T4; --card names another" in " ".join(captured.err.split())
+    assert "3,238,002,688" in captured.out
+    assert "longest sequence" in captured.out
+    assert re.search(r"train with --memory-budget 1[345](\.\d)?GB", captured.out)
+    assert "Take QLoRA (--quant nf4)" in captured.out
+    assert max(len(line) for line in captured.out.splitlines()) <= 80
 
 
 def test_a_gpu_that_packs_takes_any_batch_and_needs_more_than_the_peak(

@@ -1,4 +1,4 @@
-"""The verbs with nothing stood in: a tiny model is trained, asked, packed and merged."""
+"""The commands with nothing stood in: a tiny model is trained, asked, packed and merged."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def train(ground: Ground, **changed: Any) -> list[str]:
 
 @pytest.fixture
 def ask(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """Run a verb with ``--json`` and return its answer."""
+    """Run a command with ``--json`` and return its answer."""
 
     def run(*words: object) -> Any:
         capsys.readouterr()
@@ -325,14 +325,14 @@ def test_a_run_is_not_overwritten(ground: Ground, capsys: pytest.CaptureFixture[
     assert "holds a run already" in refused(train(ground), capsys)
 
 
-@pytest.mark.parametrize("verb", ["quantize", "merge"])
+@pytest.mark.parametrize("command", ["quantize", "merge"])
 def test_an_output_that_is_taken(
-    verb: str, ground: Ground, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, ground: Ground, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mine = tmp_path / "taken" / "thesis.txt"
     mine.parent.mkdir()
     mine.write_text("mine")
-    words = [verb, str(ground.model), *([str(ground.out)] if verb == "merge" else [])]
+    words = [command, str(ground.model), *([str(ground.out)] if command == "merge" else [])]
     assert "--overwrite" in refused([*words, str(mine.parent)], capsys)
     assert "holds no model" in refused([*words, str(mine.parent), "--overwrite"], capsys)
     assert mine.read_text() == "mine"

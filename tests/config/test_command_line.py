@@ -141,17 +141,17 @@ def test_help_text(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("width", [80, 120])
-@pytest.mark.parametrize("verb", COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_verb_has_help_that_fits(
-    verb: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
     with pytest.raises(SystemExit) as left:
-        import_module(f"halfbyte.cli.{verb}").main(["--help"])
+        import_module(f"halfbyte.cli.{command}").main(["--help"])
     assert left.value.code == 0
     out = capsys.readouterr().out
-    options = import_module(f"halfbyte.cli.{verb}").COMMAND.options
-    assert out.startswith(f"usage: halfbyte {verb} ")
+    options = import_module(f"halfbyte.cli.{command}").COMMAND.options
+    assert out.startswith(f"usage: halfbyte {command} ")
     assert max(map(len, out.splitlines())) <= min(width, 100)
     for name in options.model_fields:
         assert name.replace("_", "-") in out or name.upper() in out

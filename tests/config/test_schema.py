@@ -165,10 +165,10 @@ def test_names_of_other_trainers_are_read_and_named(
 def test_a_name_that_says_what_the_type_is_not_gives_way(
     tmp_path: Path, given: str, value: str, notes: list[str]
 ) -> None:
-    config, told = load_config(written(tmp_path, given), REQUIRED)
+    config, messages = load_config(written(tmp_path, given), REQUIRED)
     assert config.compute_dtype == value
-    assert len(told) == len(notes)
-    for one, name in zip(told, notes, strict=True):
+    assert len(messages) == len(notes)
+    for one, name in zip(messages, notes, strict=True):
         assert one.startswith(f"`{name}` ")
 
 

@@ -67,10 +67,10 @@ def test_a_person_is_told_in_lines(tmp_path):
 
 
 def test_many_reasons_are_cut_short():
-    told = describe_rejected({f"reason {at}": ["1"] * (at + 1) for at in range(8)})
-    assert told[0] == "left out, reason 7: 8 rows (lines 1, 1, 1, 1, 1, …)"
-    assert told[-1] == "left out for 3 other reasons: 6 rows"
-    assert len(told) == 6
+    lines = describe_rejected({f"reason {at}": ["1"] * (at + 1) for at in range(8)})
+    assert lines[0] == "left out, reason 7: 8 rows (lines 1, 1, 1, 1, 1, …)"
+    assert lines[-1] == "left out for 3 other reasons: 6 rows"
+    assert len(lines) == 6
 
 
 def test_a_row_that_fits_exactly_is_not_cut(tmp_path):

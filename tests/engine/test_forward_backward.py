@@ -4,6 +4,7 @@ What a graph computes is tested on a GPU.
 """
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from halfbyte.linear.lora import adapter_parameters
 from halfbyte.plan.ledger import Holding, Run
 from halfbyte.plan.model_shape import shape_of_config
 from halfbyte.plan.policy import ActivationPolicy
+from halfbyte.runtime import device as devices
 from tests.engine.test_layerwise import FAMILIES, batches_of, gradients, model_of
 
 
@@ -133,9 +135,9 @@ def packing(monkeypatch):
 
 
 def test_all_shapes_of_a_run_are_captured_ahead_the_largest_first_and_played(packing):
-    engine, graphs, told = packing, packing._graphs, []
-    engine.capture(ActivationPolicy(1), lambda *args: told.append(args))
-    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    engine, graphs, reports = packing, packing._graphs, []
+    engine.capture(ActivationPolicy(1), lambda *args: reports.append(args))
+    assert reports == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert list(graphs.captured) == list(engine.buckets.shapes)
     # What was run to compile everything has left no gradient, not even the head's.
     assert not any(p.grad.any() for p in adapter_parameters(engine.model).values())
@@ -224,11 +226,9 @@ def products(monkeypatch):
 
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton compiles here, so tests/gpu/ tests these")
-    triton_lora = pytest.importorskip("halfbyte.linear.triton_lora", exc_type=ImportError)
-    triton_swiglu = pytest.importorskip("halfbyte.linear.triton_swiglu", exc_type=ImportError)
     gpu = pytest.importorskip("halfbyte.layers.triton_elementwise", exc_type=ImportError)
-    for module in (triton_lora, triton_swiglu):
-        monkeypatch.setattr(module, "is_hopper", lambda _: False)
+    other = replace(devices.INTERPRETER, capability=(8, 0))
+    monkeypatch.setattr(devices, "spec_of", lambda _: other)
     monkeypatch.setattr(gpu, "rotary", rotary)
     monkeypatch.setattr(torch, "mm", mm)
     triton_matmul = pytest.importorskip("halfbyte.linear.triton_matmul", exc_type=ImportError)

@@ -114,8 +114,8 @@ def plain_step(model, batches, normaliser):
 @pytest.mark.parametrize("quant", ["nf4", "none"])
 def test_losses_and_gradients_are_plain_autograds(family, quant):
     model = model_of(FAMILIES[family], quant=quant)
-    engine, told = choose_engine(model, "cpu")
-    assert isinstance(engine, LayerEngine), told
+    engine, reason = choose_engine(model, "cpu")
+    assert isinstance(engine, LayerEngine), reason
     batches = batches_of([(2, 17), (1, 9)])
     wanted = plain_step(model, batches, 20.0)
     true = gradients(model)
@@ -138,8 +138,8 @@ def test_modules_trained_whole_get_the_gradients_of_plain_autograd(family, names
     settings = FAMILIES[family].to_dict() | {"tie_word_embeddings": tied}
     config = type(FAMILIES[family]).from_dict(settings)
     model = model_of(config, modules_to_save=names)
-    engine, told = choose_engine(model, "cpu")
-    assert isinstance(engine, LayerEngine), told
+    engine, reason = choose_engine(model, "cpu")
+    assert isinstance(engine, LayerEngine), reason
     batches = batches_of([(2, 17), (1, 9)])
     theirs = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     theirs.lm_head.weight = torch.nn.Parameter(theirs.lm_head.weight.detach().clone())
@@ -267,8 +267,8 @@ def test_another_architecture_trains_one_way_or_the_other():
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     config = {key: SIZES[key] for key in keys} | {"num_attention_heads": 4}
     model = model_of(GPTNeoXConfig(**config))
-    engine, told = choose_engine(model, "cpu")
-    assert ("layer engine" in told) == isinstance(engine, LayerEngine)
+    engine, reason = choose_engine(model, "cpu")
+    assert ("layer engine" in reason) == isinstance(engine, LayerEngine)
     batches = batches_of([(2, 17), (1, 9)])
     wanted = plain_step(model, batches, 20.0)
     true = gradients(model)
@@ -288,9 +288,9 @@ def test_a_decoder_that_cannot_be_taken_apart_is_announced_and_trains_all_the_sa
         probe(engine, 120, "cpu")
     model.model.norm = None
     model.model.odd_name = changed
-    chosen, told = choose_engine(model, "cpu")
+    chosen, reason = choose_engine(model, "cpu")
     assert isinstance(chosen, AutogradEngine)
-    assert "not possible: no single final norm" in told
+    assert "not possible: no single final norm" in reason
 
 
 @pytest.mark.parametrize(
@@ -350,9 +350,9 @@ def test_an_embedding_that_layers_see_by_other_ways_too_trains_under_plain_autog
         return tuple(part + 0 * x.mean() for part in turn(x, **kwargs))
 
     monkeypatch.setattr(model.model.rotary_emb, "forward", turned)
-    engine, told = choose_engine(model, "cpu")
+    engine, reason = choose_engine(model, "cpu")
     assert isinstance(engine, AutogradEngine)
-    assert "goes into them by other ways" in told
+    assert "goes into them by other ways" in reason
 
 
 def test_plain_engine_gives_the_same_step():

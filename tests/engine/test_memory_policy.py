@@ -6,13 +6,11 @@ import mmap
 import os
 import re
 from contextlib import suppress
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from halfbyte.engine import layerwise as engines
-from halfbyte.engine import memory_policy, memory_profile
+from halfbyte.engine import layerwise, memory_policy, memory_profile
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.buckets import Buckets
 from halfbyte.engine.layerwise import LayerEngine
@@ -28,6 +26,8 @@ from halfbyte.engine.weights import acquired
 from halfbyte.errors import ConfigError
 from halfbyte.plan.ledger import OVERHEAD
 from halfbyte.plan.policy import ActivationPolicy, StepCost, peak
+from halfbyte.runtime import device as devices
+from halfbyte.runtime.device import DeviceSpec
 from tests.engine.test_layerwise import FAMILIES, batches_of, model_of
 
 SHAPES = [[(8, 200), (8, 150)], [(4, 100)]]
@@ -141,9 +141,8 @@ def test_the_heap_is_looked_at_before_each_layer_and_the_loss(engine):
 @pytest.mark.parametrize(("budget", "share"), [(25, 0.25), (None, None), (300, 1.0)])
 def test_a_budget_is_torchs_limit_for_as_long_as_a_run_lasts(monkeypatch, budget, share):
     limits = []
-    card = SimpleNamespace(total_memory=100)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    spec = DeviceSpec("small", (9, 0), num_sms=1, memory=100)
+    monkeypatch.setattr(devices, "spec_of", lambda _: spec)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
     with memory_policy.memory_limit("cpu", budget):
         assert not limits
@@ -322,7 +321,7 @@ def test_what_is_measured_is_the_largest_step_or_the_largest_part(engine, monkey
     parts = memory_policy._largest(engine, shapes, "cpu")
     assert [tuple(part.ids.shape) for part in parts] == [(8, 200), (8, 150)]
     fused = LayerEngine(model_of(FAMILIES["llama"]), fuse=True)
-    monkeypatch.setattr(engines, "can_pack", lambda *_: True)
+    monkeypatch.setattr(layerwise, "can_pack", lambda *_: True)
     fused.buckets = Buckets.of([[100, 30, 7], [600, 512]], width=32, part_tokens=700)
     (part,) = memory_policy._largest(fused, shapes, "cpu")
     assert part.shape == fused.buckets.largest

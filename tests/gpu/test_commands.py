@@ -276,9 +276,9 @@ def test_an_interrupted_run_is_the_run_that_was_not_byte_for_byte(jobs: Jobs) ->
 
 
 def test_a_packed_directory_is_the_file_it_was_made_of(jobs: Jobs) -> None:
-    told = jobs.answer("quantize")
+    result = jobs.answer("quantize")
     files = [path for path in (jobs.root / "packed").iterdir() if path.is_file()]
-    assert told["bytes"] == sum(path.stat().st_size for path in files)
+    assert result["bytes"] == sum(path.stat().st_size for path in files)
     config = json.loads((jobs.root / "packed" / "config.json").read_text())
     assert config["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
     # The file is packed on the GPU as it is read, the directory was on a CPU; products in bfloat16.
@@ -301,14 +301,14 @@ def test_training_on_a_packed_directory_learns(jobs: Jobs) -> None:
 
 
 def test_merged_into_the_decoded_base_it_computes_what_was_trained(jobs: Jobs) -> None:
-    told = jobs.answer("merge")
-    assert told["into"] == "decoded"
-    kl = {way: found["kl"] for way, found in told["distances"].items()}
+    result = jobs.answer("merge")
+    assert result["into"] == "decoded"
+    kl = {way: found["kl"] for way, found in result["distances"].items()}
     assert set(kl) == {"decoded", "original", "nf4", "no adapter"}
     # Of the others none is sure to be nearer than the next: the text is not what it was trained on.
     assert 10 * kl["decoded"] < min(kl["original"], kl["nf4"], kl["no adapter"])
-    assert told["verified"]["by_heart"] > 0
-    assert told["verified"]["forgotten"] <= 0.05 * told["verified"]["by_heart"]
+    assert result["verified"]["by_heart"] > 0
+    assert result["verified"]["forgotten"] <= 0.05 * result["verified"]["by_heart"]
     # Its weights are rounded to bfloat16 once more.
     merged, live = jobs.answer("eval merged")["loss"], jobs.answer("eval")["loss"]
     assert merged == pytest.approx(live, rel=0.1, abs=0.01)
@@ -350,8 +350,8 @@ def test_an_exported_file_opens_elsewhere_and_answers_as_the_adapter(jobs: Jobs)
         ("f16", "exported", "F16", 0.95),
         ("q8_0", "exported-q8", "Q8_0", 0.8),
     ):
-        told = jobs.answer("export" if name == "f16" else f"export {name}")
-        assert told["distance"]["top1_agreement"] > least
+        result = jobs.answer("export" if name == "f16" else f"export {name}")
+        assert result["distance"]["top1_agreement"] > least
         path = jobs.root / directory / "model.gguf"
         read, original = read_gguf(path), read_gguf(Path(MODEL))
         assert read.fields["general.architecture"].contents() == "llama"
@@ -368,9 +368,9 @@ def test_an_exported_file_opens_elsewhere_and_answers_as_the_adapter(jobs: Jobs)
 
 
 def test_an_exported_adapter_is_that_of_llama_cpp(jobs: Jobs) -> None:
-    told = jobs.answer("export lora")
+    result = jobs.answer("export lora")
     read = read_gguf(jobs.root / "lora" / "adapter.gguf")
-    assert told["bytes"] == (jobs.root / "lora" / "adapter.gguf").stat().st_size
+    assert result["bytes"] == (jobs.root / "lora" / "adapter.gguf").stat().st_size
     assert read.fields["general.type"].contents() == "adapter"
     assert read.fields["adapter.type"].contents() == "lora"
     assert read.fields["adapter.lora.alpha"].contents() == 16
@@ -388,28 +388,28 @@ def test_the_page_of_a_run_is_written_anew(jobs: Jobs) -> None:
 
 
 def test_lora_and_qlora_are_compared(jobs: Jobs) -> None:
-    told = jobs.answer("compare")
-    lora, qlora = (told["variants"][name] for name in ("lora", "qlora"))
+    result = jobs.answer("compare")
+    lora, qlora = (result["variants"][name] for name in ("lora", "qlora"))
     for one in (lora, qlora):
         assert one["held_out_loss"] < 0.95 * jobs.answer("eval base")["loss"]
         assert one["tokens_per_second"] > 0
     assert qlora["load_peak"] < lora["load_peak"]
-    assert [run["failure"] for run in told["runs"]] in ([None, None], ["", ""])
+    assert [run["failure"] for run in result["runs"]] in ([None, None], ["", ""])
     assert (jobs.root / "compared" / "compare.html").exists()
 
 
 def test_the_demo_teaches_its_task(jobs: Jobs) -> None:
-    told = jobs.answer("demo")
-    assert told["cases"] == 120
-    assert told["exact_match_before"] < 0.05
-    assert told["exact_match_after"] > 0.9
+    result = jobs.answer("demo")
+    assert result["cases"] == 120
+    assert result["exact_match_before"] < 0.05
+    assert result["exact_match_after"] > 0.9
 
 
 def test_the_doctor_finds_a_gpu_that_computes_rightly(jobs: Jobs) -> None:
-    told = jobs.answer("doctor")
-    assert told["passed"]
-    assert told["machine"]["gpu"].startswith(torch.cuda.get_device_name())
-    assert told["used"]["products"].startswith("on cuda")
+    result = jobs.answer("doctor")
+    assert result["passed"]
+    assert result["machine"]["gpu"].startswith(torch.cuda.get_device_name())
+    assert result["used"]["products"].startswith("on cuda")
 
 
 @pytest.mark.filterwarnings("ignore")  # what others warn of is theirs
@@ -442,7 +442,7 @@ def test_the_adapter_loads_in_peft(jobs: Jobs) -> None:
         losses = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
         total += float(losses[learned[1:]].sum())
         count += int(learned[1:].sum())
-    told = jobs.answer("few packed")
-    assert count == told["supervised_tokens"]
+    result = jobs.answer("few packed")
+    assert count == result["supervised_tokens"]
     # Only sums are in another order: on a CPU, 0.25464 and 0.25465.
-    assert total / count == pytest.approx(told["loss"], rel=1e-3)
+    assert total / count == pytest.approx(result["loss"], rel=1e-3)

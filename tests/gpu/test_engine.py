@@ -218,9 +218,9 @@ def test_what_the_host_decides_is_not_captured():
         ({"use_dora": True}, "DoRA"),
         ({"modules_to_save": ("embed_tokens",)}, "embedding"),
     ):
-        engine, told = choose_engine(on_gpu("llama", **options), "cuda")
+        engine, message = choose_engine(on_gpu("llama", **options), "cuda")
         assert isinstance(engine, LayerEngine)
-        assert f"no CUDA graphs: {reason}" in told.replace("the embedding", "embedding"), told
+        assert f"no CUDA graphs: {reason}" in message.replace("the embedding", "embedding"), message
 
 
 def test_nothing_is_remembered_of_the_dry_run():

@@ -1,4 +1,4 @@
-"""A whole run on a GPU: packed documents, graphs, the dial, resuming; what it tells is true."""
+"""A whole run on a GPU: packed documents, graphs, the policy, resuming; what it reports is true."""
 
 import json
 from itertools import cycle
@@ -8,7 +8,7 @@ import torch
 
 from halfbyte.config.schema import TrainConfig
 from halfbyte.report import open_report
-from halfbyte.train import run as loop
+from halfbyte.train import run as train_run
 from tests.tiny import write_tiny_model
 
 pytestmark = [
@@ -43,7 +43,7 @@ def run(model, data, output, **options):
         samples=1,
     )
     with open_report(output, quiet=True) as report:
-        loop.train(config, report)
+        train_run.train(config, report)
     events = [json.loads(line) for line in (output / "journal.jsonl").read_text().splitlines()]
     return [event["loss"] for event in events if event["event"] == "step"], events
 
@@ -54,8 +54,8 @@ def test_a_run_learns_in_graphs_over_packed_documents(model, data, tmp_path):
     (engine,) = [event["engine"] for event in events if "engine" in event]
     assert "fused, documents packed, CUDA graphs" in engine
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
-    told = [event.get("text", "") for event in events if event["event"] == "note"]
-    assert not any("no CUDA graphs" in line for line in told)
+    notes = [event.get("text", "") for event in events if event["event"] == "note"]
+    assert not any("no CUDA graphs" in line for line in notes)
 
 
 @pytest.mark.parametrize(
@@ -76,9 +76,9 @@ def test_how_it_is_run_changes_nothing(model, data, tmp_path, options):
 
 @pytest.mark.parametrize("activations", ["offload", "save"])
 def test_a_deterministic_run_is_the_same_to_the_bit(model, data, tmp_path, activations):
-    told = {"deterministic": True, "activations": activations, "lora_dropout": 0.0}
-    one, _ = run(model, data, tmp_path / "a", **told)
-    other, _ = run(model, data, tmp_path / "b", **told)
+    options = {"deterministic": True, "activations": activations, "lora_dropout": 0.0}
+    one, _ = run(model, data, tmp_path / "a", **options)
+    other, _ = run(model, data, tmp_path / "b", **options)
     assert one == other
     files = [tmp_path / name / "adapter_model.safetensors" for name in "ab"]
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -88,13 +88,13 @@ def test_adapters_begin_with_what_packing_lost(model, data, tmp_path):
     fresh, _ = run(model, data, tmp_path / "a", max_steps=2)
     begun, events = run(model, data, tmp_path / "b", max_steps=2, init_lora_weights="qera")
     assert fresh[0] != begun[0]
-    told = [event.get("text", "") for event in events if event["event"] == "note"]
-    assert any("% of what packing lost" in line for line in told)
+    notes = [event.get("text", "") for event in events if event["event"] == "note"]
+    assert any("% of what packing lost" in line for line in notes)
 
 
 def test_a_run_that_is_resumed_is_the_run_that_was_not_interrupted(model, data, tmp_path):
     whole, _ = run(model, data, tmp_path / "whole", save_steps=4)
-    step = loop.Trainer._queue
+    step = train_run.Trainer._queue
 
     def interrupted(self, number, *args, **options):
         if number == 6:
@@ -102,7 +102,7 @@ def test_a_run_that_is_resumed_is_the_run_that_was_not_interrupted(model, data, 
         return step(self, number, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Trainer, "_queue", interrupted)
+        patch.setattr(train_run.Trainer, "_queue", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(model, data, tmp_path / "cut", save_steps=4)
     losses, _ = run(model, data, tmp_path / "cut", save_steps=4, resume=True)
@@ -114,11 +114,11 @@ def test_paging_changes_no_bit_and_a_run_resumes_without(
     model, data, tmp_path, monkeypatch, paging
 ):
     """Every second step is made to be short of memory; at the end the state moves in once more."""
-    monkeypatch.setattr(loop.Trainer, "_tight", lambda self, batches: next(turns))
+    monkeypatch.setattr(train_run.Trainer, "_tight", lambda self, batches: next(turns))
     turns = cycle([False, True])
-    told = {"deterministic": True, "save_steps": 6}
-    losses, _ = run(model, data, tmp_path / "a", optim="adamw_8bit", **told)
-    paged = told | {"optim": "paged_adamw_8bit", "paging": paging}
+    common = {"deterministic": True, "save_steps": 6}
+    losses, _ = run(model, data, tmp_path / "a", optim="adamw_8bit", **common)
+    paged = common | {"optim": "paged_adamw_8bit", "paging": paging}
     others, events = run(model, data, tmp_path / "b", **paged)
     assert others == losses
     moved = [event["paged_bytes"] for event in events if event["event"] == "step"]
@@ -126,7 +126,7 @@ def test_paging_changes_no_bit_and_a_run_resumes_without(
     files = [tmp_path / name / "adapter_model.safetensors" for name in "ab"]
     trained = files[0].read_bytes()
     assert files[1].read_bytes() == trained
-    for name, options in (("b", told | {"optim": "adamw_8bit"}), ("a", paged)):
+    for name, options in (("b", common | {"optim": "adamw_8bit"}), ("a", paged)):
         (tmp_path / name / "checkpoint-12").rename(tmp_path / f"lost-{name}")
         run(model, data, tmp_path / name, resume=True, **options)
     assert [file.read_bytes() == trained for file in files] == [True, True]

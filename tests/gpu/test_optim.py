@@ -210,11 +210,11 @@ def test_every_way_of_paging_has_the_same_bits(bits, paging, small_groups):
         for p, g in zip(made, step, strict=True):
             p.grad = g.clone()
         optimizer.step()
-        told = optimizer.report()
+        result = optimizer.report()
         moved = {"explicit": 2, "auto": 2 * (number in (3, 4, 7)) + (number == 0)}
         moved["managed"] = 2 * (number in (0, 3, 4, 7))
-        assert told.paged_bytes == pytest.approx(moved[paging] * optimizer.state_bytes)
-        assert 0 <= told.paging_ms < 1000
+        assert result.paged_bytes == pytest.approx(moved[paging] * optimizer.state_bytes)
+        assert 0 <= result.paging_ms < 1000
     assert_same((made, optimizer), resident)
 
 
@@ -263,14 +263,14 @@ def test_layers_updated_as_the_engine_finishes_them_have_the_same_bits(bits, sma
             trainer.capture()
             for number in range(6):
                 busy()  # the host is ahead, as in a run
-                told = trainer.step(number, batches)
-                losses.append(told.loss)
+                report = trainer.step(number, batches)
+                losses.append(report.loss)
         assert [note[:14] for note in engine.messages] == ["no CUDA graphs"] * early
         if early:
             state = trainer.optimizer.state_bytes
-            assert told.paging.optimizer_host_bytes == state
-            assert told.paging.optimizer_device_bytes < state / 2
-            assert told.paging.paged_bytes == 2 * state
+            assert report.paging.optimizer_host_bytes == state
+            assert report.paging.optimizer_device_bytes < state / 2
+            assert report.paging.paged_bytes == 2 * state
         found.append((losses, list(made.values()), trainer.optimizer))
     assert found[0][0] == found[1][0]
     assert_same(found[0][1:], found[1][1:])

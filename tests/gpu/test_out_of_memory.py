@@ -1,4 +1,4 @@
-"""Runs that find less memory than they planned with: made again with less, to the same losses.
+"""Runs that find less memory than they planned with: repeated with less, to the same losses.
 
 The process is capped, which the plan does not see, or memory is taken away between two steps.
 """
@@ -61,8 +61,8 @@ def in_use():
 def trainer(**options):
     model = model_of(SHAPE, dtype=torch.bfloat16).cuda()
     config = TrainConfig(model="-", data="-", output="-", learning_rate=1e-3, **options)
-    engine, told = choose_engine(model, "cuda")
-    assert "CUDA graphs" in told
+    engine, reason = choose_engine(model, "cuda")
+    assert "CUDA graphs" in reason
     made = Trainer(engine, adapter_parameters(model), config, Schedule(1e-3, "constant", 0, 4))
     made.fit([[(len(lengths), max(lengths))] for lengths in LENGTHS], LENGTHS)
     return made

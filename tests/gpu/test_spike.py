@@ -85,9 +85,9 @@ def run(optim, paging="auto", cap=None):
     try:
         with sdpa_kernel(SDPBackend.MATH):  # its backward adds in one order
             for step, length in enumerate(LENGTHS):
-                told = trainer.step(step, batches(length))
+                step_result = trainer.step(step, batches(length))
                 if step == SPIKE and paging != "explicit" and optim.startswith("paged"):
-                    assert told.paging.paged_bytes == 2 * optimizer.state_bytes
+                    assert step_result.paging.paged_bytes == 2 * optimizer.state_bytes
         result = [p.detach().cpu() for p in trainer.parameters.values()]
         peak = torch.cuda.max_memory_allocated() - before
         return result, peak, optimizer.state_bytes, seen[SPIKE]

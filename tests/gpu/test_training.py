@@ -34,8 +34,8 @@ def test_gradients_are_the_cpus(family):
     loss = LayerEngine(model).step(batches, 20.0, ActivationPolicy(2))
     true = gradients(model)
     model.to("cuda")
-    engine, told = choose_engine(model, "cuda")
-    assert isinstance(engine, LayerEngine), told
+    engine, reason = choose_engine(model, "cuda")
+    assert isinstance(engine, LayerEngine), reason
     on_gpu = [Batch(b.input_ids.cuda(), b.labels.cuda()) for b in batches]
     got = engine.step(on_gpu, 20.0, ActivationPolicy(2))
     assert float(got) == pytest.approx(float(loss), rel=1e-4)

@@ -123,13 +123,13 @@ def test_a_model_with_them_computes_with_the_decoded_matrices(tied, which):
 
 def test_tied_matrices_are_one_and_are_counted_once():
     source = tiny_llama(tiny_tokenizer())
-    model, audit = filled(source, quantize_head=True)
+    model, report = filled(source, quantize_head=True)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert head.quantized.codes is embedding.quantized.codes
     assert model.halfbyte_recipe.quantize_embeddings
     linears = sum(q.numel for q in (m.quantized for m in frozen_linears(model).values()))
-    assert audit.quantized_parameters == linears - 400 * 64
-    assert not any("embed" in name or "head" in name for name, *_ in audit.kept)
+    assert report.quantized_parameters == linears - 400 * 64
+    assert not any("embed" in name or "head" in name for name, *_ in report.kept)
 
 
 def test_they_take_no_adapter():

@@ -13,8 +13,8 @@ SHAPES = [(7, 10), (64, 64), (33, 130)]
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_weights_lie_side_by_side_and_are_what_they_were(double_quant):
     how = {"quant_type": "nf4", "block_size": 64, "double_quant": double_quant}
-    told = [empty_like_quantized(shape, torch.bfloat16, **how) for shape in SHAPES]
-    arena = Arena(told, "cpu")
+    weights = [empty_like_quantized(shape, torch.bfloat16, **how) for shape in SHAPES]
+    arena = Arena(weights, "cpu")
     given = [quantize(torch.randn(shape), **how) for shape in SHAPES]
     held = [arena.hold(q) for q in given]
     assert arena._used == len(arena._memory)

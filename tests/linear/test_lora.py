@@ -221,16 +221,16 @@ def test_a_module_trained_whole_computes_in_its_own_dtype_and_leaves_the_base_al
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "message"),
     [
         (("embed", "heads"), "does not have: heads; it has: embed, head, last_norm, norm"),
         (("q_proj",), r"layers.0.q_proj cannot be trained whole.*give it an adapter"),
         (("layers.0",), "layers.0 cannot be .* made of other modules"),
     ],
 )
-def test_what_cannot_be_trained_whole(names, told):
+def test_what_cannot_be_trained_whole(names, message):
     model = Whole()
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         attach(model, LoRAConfig(r=2, modules_to_save=names), seed=0)
     assert adapter_parameters(model) == {}
 

@@ -53,7 +53,7 @@ def test_a_plain_base_computes_what_transformers_computes(source):
 def test_a_packed_base_computes_with_the_decoded_weights(source, quant, double_quant):
     recipe = BaseRecipe(quant=quant, double_quant=double_quant, block_size=128)
     model = filled(source, recipe)
-    audit = finalize(model)
+    report = finalize(model)
     reference = tiny_llama(tiny_tokenizer(), hidden=64)
     for name, linear in frozen_linears(model).items():
         assert linear.quantized.quant_type == quant
@@ -62,8 +62,8 @@ def test_a_packed_base_computes_with_the_decoded_weights(source, quant, double_q
     ids = torch.randint(0, 400, (2, 33), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model(ids).logits, reference(ids).logits, rtol=1e-4, atol=1e-5)
     weights = sum(m.in_features * m.out_features for m in frozen_linears(model).values())
-    assert audit.quantized_parameters == weights
-    assert audit.quantized_bytes == sum(m.quantized.nbytes for m in frozen_linears(model).values())
+    assert report.quantized_parameters == weights
+    assert report.quantized_bytes == sum(m.quantized.nbytes for m in frozen_linears(model).values())
 
 
 def test_the_audit_lists_what_is_large_and_not_packed(source):
@@ -74,11 +74,13 @@ def test_the_audit_lists_what_is_large_and_not_packed(source):
             load_tensor(model, name, torch.ones(parameter.shape))
     for name, linear in frozen_linears(model).items():
         load_tensor(model, f"{name}.weight", torch.ones(linear.out_features, linear.in_features))
-    audit = finalize(model)
-    assert audit.kept == (("model.embed_tokens.weight", "float32", 8000 * 64 * 4),)
+    report = finalize(model)
+    assert report.kept == (("model.embed_tokens.weight", "float32", 8000 * 64 * 4),)
     norms = 5 * 64 * 4
-    assert audit.total_bytes == audit.quantized_bytes + 8000 * 64 * 4 + norms
-    assert any("kept in float32: model.embed_tokens.weight, 2.0 MB" in row for row in audit.lines())
+    assert report.total_bytes == report.quantized_bytes + 8000 * 64 * 4 + norms
+    assert any(
+        "kept in float32: model.embed_tokens.weight, 2.0 MB" in row for row in report.lines()
+    )
 
 
 def test_tied_embeddings_stay_tied(source):
@@ -195,8 +197,8 @@ def test_a_configuration_that_is_no_language_model():
 
 def test_of_a_plain_model_the_largest_are_named_and_the_rest_counted():
     kept = tuple((f"layer{i}", "bfloat16", 2_000_000 - i) for i in range(20))
-    audit = MemoryReport(0, 0, kept, 40_000_000)
-    assert audit.lines() == [
+    report = MemoryReport(0, 0, kept, 40_000_000)
+    assert report.lines() == [
         "kept in bfloat16: layer0, 2.0 MB",
         "kept in bfloat16: layer1, 2.0 MB",
         "kept in bfloat16: layer2, 2.0 MB",

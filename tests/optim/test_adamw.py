@@ -9,7 +9,7 @@ import torch
 
 from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.optim import AdamW, adamw
-from halfbyte.quant import format as formats
+from halfbyte.quant import format as quant_format
 from halfbyte.quant.blockwise import DYNAMIC_SIGNED, DYNAMIC_UNSIGNED
 from halfbyte.runtime import device as devices
 from tests.devices import DEVICES
@@ -259,7 +259,7 @@ def test_a_gpu_that_triton_left_behind_gets_the_plain_rule(monkeypatch, name):
     )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(devices, "spec_of", lambda _: DEVICES[name])
-    formats.gpu_kernels.cache_clear()
+    quant_format.gpu_kernels.cache_clear()
     try:
         if name == "v100":
             assert adamw._gpu_kernels() is None
@@ -268,4 +268,4 @@ def test_a_gpu_that_triton_left_behind_gets_the_plain_rule(monkeypatch, name):
         else:
             assert adamw._gpu_kernels() is kernels
     finally:
-        formats.gpu_kernels.cache_clear()
+        quant_format.gpu_kernels.cache_clear()

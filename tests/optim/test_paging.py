@@ -203,8 +203,8 @@ class FakeRuntime:
 )
 def test_managed_paging_says_why_not(monkeypatch, attributes, reason):
     monkeypatch.setattr(managed, "runtime", lambda: FakeRuntime(**attributes))
-    told = managed.why_not(torch.device("cuda", 0))
-    assert told is None if reason is None else reason in told
+    message = managed.why_not(torch.device("cuda", 0))
+    assert message is None if reason is None else reason in message
 
 
 @pytest.mark.parametrize("version", [12080, 13000])

@@ -17,7 +17,6 @@ from halfbyte.engine.packing import Batch
 from halfbyte.linear.lora import LoRAConfig, attach
 from halfbyte.models.build import BaseRecipe, build, finalize, load_tensor
 from halfbyte.plan import activation_cost
-from halfbyte.plan.activation_cost import Gpu
 from halfbyte.plan.ledger import (
     FRAGMENTATION,
     SMALLEST_PART,
@@ -88,12 +87,12 @@ def test_the_policy_says_what_is_kept(llama: ModelShape) -> None:
     assert cost.kept(ActivationPolicy()) == 32 * 100 * (8192 + layer.lora)
     assert cost.kept(ActivationPolicy(32)) == 32 * (100 * layer.saved + layer.copies)
     assert cost.kept(ActivationPolicy(0, 32)) == 100 * (8192 + 32 * layer.lora)
-    away, noted = ActivationPolicy(0, 31), ActivationPolicy(0, 31, attention_checkpoint=True)
-    assert cost.kept(away) == cost.kept(noted) == 100 * (2 * 8192 + 32 * layer.lora)
+    away, checkpointed = ActivationPolicy(0, 31), ActivationPolicy(0, 31, attention_checkpoint=True)
+    assert cost.kept(away) == cost.kept(checkpointed) == 100 * (2 * 8192 + 32 * layer.lora)
     some = 30 * layer.saved + 8192 + 2 * layer.lora
     assert cost.kept(ActivationPolicy(30, 2)) == 100 * some + 30 * layer.copies
     assert cost.host_bytes(ActivationPolicy(0, 32)) == 32 * 100 * 8192
-    assert cost.host_bytes(noted) == 31 * 100 * (3 * 8192 + 128)
+    assert cost.host_bytes(checkpointed) == 31 * 100 * (3 * 8192 + 128)
     # What was saved need not be computed again.
     assert cost.saved_part == 100 * (layer.saved - layer.input - layer.lora)
 
@@ -114,16 +113,16 @@ def test_what_waits_together_is_a_part_where_examples_are_packed_and_else_the_st
 ) -> None:
     """Five micro-batches of 20 tokens: one part of 100, or five that wait for each other."""
     packed = Run(length=20, micro_batches=5)
-    apart = replace(packed, gpu=Gpu((7, 5), 40))  # no flash attention
+    apart = replace(packed, gpu=DEVICES["t4"])  # no flash attention
     assert (packed.packs, packed.parts, packed.part_tokens) == (True, 1, 100)
     assert (apart.packs, apart.parts, apart.part_tokens) == (False, 5, 20)
     assert packed.tokens_under_way == apart.tokens_under_way == 100
     layer, cost = apart.layer(llama), apart.step_cost(llama)
     assert (cost.input, cost.part_input) == (100 * 8192, 20 * 8192)
     # The checkpoints of the layer under way and the one before, but for those of the part itself.
-    away, noted = (ActivationPolicy(0, 31, attention) for attention in (False, True))
+    away, checkpointed = (ActivationPolicy(0, 31, attention) for attention in (False, True))
     cost = replace(cost, loss=0)
-    more, less = (peak(cost, policy, graphs=False).allocated for policy in (noted, away))
+    more, less = (peak(cost, policy, graphs=False).allocated for policy in (checkpointed, away))
     assert more - less == 180 * layer.attention_checkpoint
 
 
@@ -135,7 +134,7 @@ def test_what_a_gates_backward_sums_apart_follows_from_the_gpu(
     adapters = pytest.importorskip("halfbyte.linear.triton_lora", exc_type=ImportError)
     spec, cpu = DEVICES[name], torch.device("cpu")
     monkeypatch.setattr(devices, "spec_of", lambda _: spec)
-    layer = replace(Run().layer(llama), gpu=Gpu(spec.capability, spec.num_sms))
+    layer = replace(Run().layer(llama), gpu=spec)
     cast_adapters = adapters.CastAdapters(torch.empty(0), torch.empty(0), layer.rank)
     for tokens in (1, 100, 512, 2048, 8192):
         if not gated.backward_fits(cast_adapters, cast_adapters, cpu):
@@ -149,7 +148,8 @@ def test_what_a_gates_backward_sums_apart_follows_from_the_gpu(
 
 def test_fewer_multiprocessors_sum_over_longer_spans(llama: ModelShape) -> None:
     small, large = (
-        replace(Run().layer(llama), gpu=Gpu((9, 0), count)).gated_sums(2048) for count in (60, 132)
+        replace(Run().layer(llama), gpu=replace(DEVICES["h100"], num_sms=count)).gated_sums(2048)
+        for count in (60, 132)
     )
     assert small < large
 
@@ -157,7 +157,7 @@ def test_fewer_multiprocessors_sum_over_longer_spans(llama: ModelShape) -> None:
 def test_without_flash_attention_keys_and_values_of_all_heads_are_kept() -> None:
     shape = shape_of_config(config_of("llama3-8b"), "llama3-8b")
     flash = Run().layer(shape)
-    other = replace(flash, gpu=Gpu((7, 5), 40))
+    other = replace(flash, gpu=DEVICES["t4"])
     assert other.kept()["attention"] - flash.kept()["attention"] == 2 * 2 * shape.query
     for those in (flash, other):
         even = replace(those, shape=replace(shape, key_value=shape.query))
@@ -189,7 +189,8 @@ OUTSIDE = (3 + 3 + 1) * WIDE + 4 * (2 + 32)
 def test_what_a_forward_has_beside_input_and_output(
     llama: ModelShape, capability: tuple[int, int], rank: int, tokens: int, inner: int
 ) -> None:
-    run = Run(rank=rank, length=tokens, gpu=Gpu(capability, 100))
+    gpu = replace(DEVICES["h100"], capability=capability)
+    run = Run(rank=rank, length=tokens, gpu=gpu)
     layer, cost = run.layer(llama), run.step_cost(llama)
     assert layer.forward(tokens) == tokens * (OUTSIDE + inner * INNER)
     # Of a saved layer: the product is not kept, nor is what the MLP adds to the stream.
@@ -200,7 +201,7 @@ def test_what_a_forward_has_beside_input_and_output(
 
 def test_a_forward_is_that_of_one_part(llama: ModelShape) -> None:
     """Also where micro-batches wait for each other."""
-    apart = Run(length=20, micro_batches=5, gpu=Gpu((7, 5), 40))
+    apart = Run(length=20, micro_batches=5, gpu=DEVICES["t4"])
     assert (apart.tokens_under_way, apart.part_tokens) == (100, 20)
     layer, cost = apart.layer(llama), apart.step_cost(llama)
     assert (cost.forward, cost.forward_saved) == (layer.forward(20), layer.forward_saved(20))
@@ -211,8 +212,8 @@ def test_a_forward_with_fewer_heads_of_keys() -> None:
     shape = shape_of_config(config_of("llama3-8b"), "llama3-8b")
     keys, inner = 2 * 1024, 2 * 14336
     outside = (3 + 1 + 1) * WIDE + 2 * keys + 4 * (2 + 32)
-    flash = Run(gpu=Gpu((8, 0), 108)).layer(shape)
-    other = Run(gpu=Gpu((7, 5), 40)).layer(shape)
+    flash = Run(gpu=DEVICES["a100"]).layer(shape)
+    other = Run(gpu=DEVICES["t4"]).layer(shape)
     assert flash.forward(100) == 100 * (outside + 3 * inner)
     assert other.forward(100) == 100 * (outside + 2 * WIDE + 3 * inner)
     assert flash.forward_saved(100) == other.forward_saved(100) == 100 * (inner + WIDE)
@@ -310,7 +311,7 @@ def test_memory_of_packed_examples_is_that_of_a_part(
     many = replace(one, micro_batches=8)
     assert (many.parts, many.part_tokens) == (8, 8192)
     assert ledger(llama, many).needed == ledger(llama, one).needed
-    for changes in ({"fused": False}, {"gpu": Gpu((7, 5), 40)}, {"holding": Holding(itemsize=4)}):
+    for changes in ({"fused": False}, {"gpu": DEVICES["t4"]}, {"holding": Holding(itemsize=4)}):
         one, many = (replace(run, **changes) for run in (one, many))
         more = ledger(llama, many).kept - ledger(llama, one).kept
         assert more > 6.9 * ledger(llama, one).kept

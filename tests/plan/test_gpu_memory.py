@@ -23,8 +23,7 @@ pytest.importorskip("triton")
 
 from triton.runtime.jit import KernelInterface
 
-from halfbyte.engine import layerwise as engines
-from halfbyte.engine import offload
+from halfbyte.engine import layerwise, offload
 from halfbyte.engine.buckets import Buckets
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.packing import Batch
@@ -32,18 +31,16 @@ from halfbyte.layers import (
     attention,
     attention_checkpoint,
     cross_entropy,
+    decoder_layer,
     elementwise,
     triton_elementwise,
 )
-from halfbyte.layers import decoder_layer as layer
 from halfbyte.linear import decoded_cache, group, triton_lora, triton_matmul, triton_swiglu
 from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach
 from halfbyte.models.build import BaseRecipe, build
-from halfbyte.plan.activation_cost import Gpu
 from halfbyte.plan.ledger import Holding, Run, ledger
 from halfbyte.plan.model_shape import shape_of_config
 from halfbyte.plan.policy import ActivationPolicy as Policy
-from halfbyte.quant import triton_blockwise
 from halfbyte.runtime import device as devices
 from halfbyte.runtime.device import DeviceSpec
 from tests.devices import DEVICES
@@ -171,19 +168,17 @@ def counted(monkeypatch: pytest.MonkeyPatch, device: DeviceSpec) -> Counted:
     patch(elementwise, "_kernels", lambda _: triton_elementwise)
     patch(cross_entropy, "_kernels", lambda x, _: triton_elementwise if x.itemsize == 2 else None)
     patch(cross_entropy, "_chunk_bytes", lambda _: cross_entropy.CHUNK_BYTES["cuda"])
-    for module in (layer, attention_checkpoint):
+    for module in (decoder_layer, attention_checkpoint):
         patch(module, "attend", attend)
     patch(decoded_cache, "dequantize_all", lambda *_, **__: None)
     patch(group, "_for_kernels", lambda x: x.itemsize == 2)
     many = triton_matmul.FEWEST_ROWS
-    patch(
-        triton_matmul, "fits", lambda x, *_: len(x) >= many and triton_blockwise.is_hopper(x.device)
-    )
+    patch(triton_matmul, "fits", lambda x, *_: len(x) >= many and device.is_hopper)
     patch(triton_matmul, "copyable", lambda x: x.stride(1) == 1)
     patch(triton_matmul.TensorDescriptor, "from_tensor", lambda *_: None)
     for module in (triton_elementwise, triton_matmul, triton_swiglu, triton_lora):
         patch(module, "on_device", lambda _: nullcontext())
-    for module in (attention, engines):
+    for module in (attention, layerwise):
         patch(module, "can_pack", lambda dtype, *_: dtype.itemsize == 2 and device.has_bfloat16)
     patch(devices, "spec_of", lambda _: device)
     patch(offload, "torch", HostOnHost(counted))
@@ -351,7 +346,7 @@ def test_other_gpus_hold_what_follows_from_what_they_are(
         length=length,
         micro_batches=micro,
         policy=policy,
-        gpu=Gpu(device.capability, device.num_sms),
+        gpu=device,
     )
     said = ledger(shape_of_config(config, "test"), run).step.allocated
     measured = steps(counted, config, recipe, policy, *sizes)

@@ -74,9 +74,9 @@ def test_the_base_has_these_bytes_once_it_is_built(
     model = build(reference.config, recipe)
     for name, tensor in reference.named_parameters():
         load_tensor(model, name, tensor.detach())
-    audit = finalize(model)
-    assert base_bytes(shape_of(reference, family), recipe) == audit.total_bytes
-    assert base_bytes(shape_of_config(reference.config, family), recipe) == audit.total_bytes
+    report = finalize(model)
+    assert base_bytes(shape_of(reference, family), recipe) == report.total_bytes
+    assert base_bytes(shape_of_config(reference.config, family), recipe) == report.total_bytes
 
 
 @pytest.mark.parametrize("recipe", RECIPES[:4], ids=str)

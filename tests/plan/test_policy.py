@@ -268,9 +268,12 @@ def test_offloading_never_takes_more_on_the_device_than_recomputing(
     if cost.input == cost.part_input and left != 0 and (left != 1 or saved):
         assert peak(cost, away, graphs=True).reserved <= peak(cost, stay, graphs=True).reserved
     # What attention leaves for its layer is there besides, of the layer and of the one before.
-    noted = replace(away, attention_checkpoint=True)
+    checkpointed = replace(away, attention_checkpoint=True)
     for graphs in (False, True):
-        more = peak(cost, noted, graphs=graphs).reserved - peak(cost, away, graphs=graphs).reserved
+        more = (
+            peak(cost, checkpointed, graphs=graphs).reserved
+            - peak(cost, away, graphs=graphs).reserved
+        )
         assert 0 <= more <= 2 * cost.attention
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from halfbyte.errors import ConfigError
-from halfbyte.plan.activation_cost import Gpu
 from halfbyte.plan.advice import MOST, Way, advice, choices, usable, ways
 from halfbyte.plan.ledger import PART_TOKENS, Holding, Run, ledger, policy_of
 from halfbyte.plan.model_shape import ModelShape, config_of, shape_of_config
@@ -170,10 +169,9 @@ def test_cards_are_what_their_drivers_say() -> None:
         if card is None:
             assert name in ("v100", "5090")
             continue
-        assert card.gpu == Gpu(spec.capability, spec.num_sms)
+        assert card.gpu.capability == spec.capability
+        assert card.gpu.num_sms == spec.num_sms
         assert card.memory == pytest.approx(spec.memory, rel=0.02)
-        assert card.gpu.is_hopper == spec.is_hopper
-        assert card.gpu.runs_flash_attention == spec.runs_flash_attention(128)
 
 
 def test_this_machine_is_measured() -> None:
@@ -199,34 +197,34 @@ def test_ways_of_a_7b_on_cards_of_all_sizes(llama: ModelShape) -> None:
     names = {way.name: way for way in found(llama, small)}
     assert not names["16-bit LoRA"].fits
     assert names["QLoRA"].fits
-    told = advice(list(names.values()), small.memory)
-    assert told.startswith("Take QLoRA (--quant nf4): 16-bit LoRA would need 15.")
+    message = advice(list(names.values()), small.memory)
+    assert message.startswith("Take QLoRA (--quant nf4): 16-bit LoRA would need 15.")
 
 
 def test_lora_is_advised_where_it_fits_and_is_as_fast(llama: ModelShape) -> None:
     card = CARDS["h200"]
     roomy = found(llama, card)
-    told = advice(roomy, card.memory)
-    assert told.startswith("Take 16-bit LoRA (--quant none): it fits")
+    message = advice(roomy, card.memory)
+    assert message.startswith("Take 16-bit LoRA (--quant none): it fits")
     # Not what it takes where all is kept and decoded, which is more than LoRA takes.
     qlora = roomy[1]
     assert qlora.run.policy.decoded == 32
     assert qlora.seconds.decoding == 0.0
     assert qlora.least < roomy[0].ledger.needed < qlora.ledger.needed
-    assert told.endswith(f"would do with {qlora.least / 1e9:.1f} GB, every layer recomputed.")
+    assert message.endswith(f"would do with {qlora.least / 1e9:.1f} GB, every layer recomputed.")
 
 
 def test_qlora_is_advised_where_it_leaves_room_to_be_faster(llama: ModelShape) -> None:
     card = CARDS["4090"]
-    told = advice(found(llama, card, micro_batches=4), card.memory)
-    assert "16-bit LoRA fits too" in told
-    assert "run more layers again" in told
+    message = advice(found(llama, card, micro_batches=4), card.memory)
+    assert "16-bit LoRA fits too" in message
+    assert "run more layers again" in message
 
 
 def test_offloading_is_advised_where_nothing_else_fits(llama: ModelShape) -> None:
     card = CARDS["4090"]._replace(memory=7.5e9)
-    told = advice(found(llama, card, length=6144), card.memory)
-    assert told.startswith("Take QLoRA + offload: 16-bit LoRA would need")
+    message = advice(found(llama, card, length=6144), card.memory)
+    assert message.startswith("Take QLoRA + offload: 16-bit LoRA would need")
 
 
 def test_short_examples_go_in_smaller_parts_before_nothing_fits(llama: ModelShape) -> None:
@@ -249,9 +247,9 @@ def test_nothing_fits_is_said_with_what_would(llama: ModelShape) -> None:
     tiny = CARDS["t4"]._replace(memory=3e9)
     assert "Take a smaller model or a larger card" in advice(found(llama, tiny), 3e9)
     short = CARDS["4090"]._replace(memory=6.5e9)
-    told = advice(found(llama, short, length=100_000), 6.5e9)
-    assert "Nothing fits" in told
-    assert "tokens would fit" in told
+    message = advice(found(llama, short, length=100_000), 6.5e9)
+    assert "Nothing fits" in message
+    assert "tokens would fit" in message
 
 
 @pytest.mark.parametrize("name", ["4090", "t4"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from halfbyte.quant import blockwise, dequantize, quantize
-from halfbyte.quant import format as plain
+from halfbyte.quant import format as quant_format
 
 gpu = pytest.importorskip(
     "halfbyte.quant.triton_blockwise", reason="needs Triton", exc_type=ImportError
@@ -82,7 +82,7 @@ def test_encoding_is_that_of_plain_pytorch(quant_type, block_size, count, dtype)
     values = weight((count,), dtype, seed=count)
     values[: count // 3] = 0.0
     codes, scales = gpu.encode(values, quant_type, block_size)
-    expected = plain._encode(values, quant_type, block_size, cuda=True)
+    expected = quant_format._encode(values, quant_type, block_size, cuda=True)
     assert torch.equal(scales, expected[1])
     assert torch.equal(codes, expected[0])
 
@@ -95,7 +95,7 @@ def test_values_on_and_beside_every_bound_get_the_code_of_plain_pytorch():
         values = torch.cat([one, bounds, *beside, -bounds, one * 0, -one * 0, -one])
         values = torch.nn.functional.pad(values, (0, 64 - len(values)))
         codes, _ = gpu.encode(values, quant_type, 64)
-        assert torch.equal(codes, plain._encode(values, quant_type, 64, cuda=True)[0])
+        assert torch.equal(codes, quant_format._encode(values, quant_type, 64, cuda=True)[0])
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])

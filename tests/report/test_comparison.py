@@ -14,7 +14,7 @@ from halfbyte.report.comparison import (
     read_result,
 )
 from halfbyte.report.runs import read_run
-from tests.report.test_page import EVIL, Checked, story, write_journal
+from tests.report.test_page import EVIL, Checked, journal_lines, write_journal
 
 
 def compared(*results: Result) -> Comparison:
@@ -42,7 +42,7 @@ QLORA = Result(
 
 
 def test_a_result_is_read_from_a_runs_files(tmp_path: Path) -> None:
-    lines = story()
+    lines = journal_lines()
     lines[2]["base_bytes"] = 6e8
     lines[-1]["reserved_bytes"] = 10**9
     run = write_journal(tmp_path / "r", lines)
@@ -90,20 +90,20 @@ def test_the_sentence_of_one_seed_claims_no_difference() -> None:
 
 
 @pytest.mark.parametrize(
-    ("losses", "told"),
+    ("losses", "expected"),
     [
         (([0.50, 0.60, 0.70], [0.51, 0.61, 0.71]), "1.7% higher, the same way in 3 seeds"),
         (([0.50, 0.60, 0.70], [0.53, 0.58, 0.71]), "1.1% higher, which 3 seeds cannot tell"),
         (([0.50, 0.60, 0.70], [0.45, 0.55, 0.65]), "8.3% lower, the same way in 3 seeds"),
     ],
 )
-def test_losses_are_compared_seed_by_seed(losses: Any, told: str) -> None:
+def test_losses_are_compared_seed_by_seed(losses: Any, expected: str) -> None:
     results = [
         Result(name, seed, held_out_loss=loss)
         for name, column in zip(("lora", "qlora"), losses, strict=True)
         for seed, loss in enumerate(column)
     ]
-    assert told in compared(*results).sentence()
+    assert expected in compared(*results).sentence()
 
 
 def test_the_sentence_is_about_lora_and_qlora_or_the_first_two() -> None:
@@ -127,8 +127,8 @@ def test_a_speed_that_varies_as_much_is_said_to() -> None:
         for name, values in speeds.items()
         for seed, value in enumerate(values)
     ]
-    told = "is 20% slower (800 tokens/s against 1,000, within their spread)"
-    assert told in compared(*results).sentence()
+    expected = "is 20% slower (800 tokens/s against 1,000, within their spread)"
+    assert expected in compared(*results).sentence()
 
 
 def test_what_is_missing_is_said() -> None:
@@ -140,7 +140,7 @@ def test_what_is_missing_is_said() -> None:
 
 
 def test_the_page(tmp_path: Path) -> None:
-    runs = [read_run(write_journal(tmp_path / name, story())) for name in ("lora", "qlora")]
+    runs = [read_run(write_journal(tmp_path / name, journal_lines())) for name in ("lora", "qlora")]
     found = compared(LORA, QLORA, Result("fp4", 0, failure=EVIL))
     html = comparison_page(found, runs, EVIL, EVIL, {EVIL: "r=8/seed 0/'\"report.html"})
     read = Checked(html)

@@ -46,7 +46,7 @@ def a_run(report: RunReport) -> None:
             progress(1, 2)
             progress(2, 2)
         report.note("`r: 4` read as `lora_r: 4`")
-        report.begin(total_steps=10, start_step=0, facts={"model": "m", "adapters": "7 linears"})
+        report.begin(total_steps=10, start_step=0, metadata={"model": "m", "adapters": "7 linears"})
         for step in range(1, 11):
             report.step(record(step, 1 / step))
         report.evaluation({"step": 10, "loss": 0.1, "perplexity": 1.1, "exact_match": 0.975})
@@ -105,7 +105,7 @@ def test_a_resumed_run_continues_its_journal(tmp_path: Path) -> None:
     for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
         with open_report(tmp_path, quiet=True) as report:
             report.note(f"from {start}")
-            report.begin(total_steps=4, start_step=start, facts={})
+            report.begin(total_steps=4, start_step=start, metadata={})
             for step in steps:
                 report.step(record(step))
     records = read_journal(tmp_path / "journal.jsonl")
@@ -161,7 +161,7 @@ def drawn(screen: LiveScreen, width: int) -> list[str]:
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_the_display_fits_the_terminal(width: int) -> None:
     screen = LiveScreen(terminal(width))
-    screen.begin(total_steps=120, start_step=0, facts={"model": "m"})
+    screen.begin(total_steps=120, start_step=0, metadata={"model": "m"})
     for step in range(1, 35):
         screen.step(record(step, 3 / step))
     bar, numbers = drawn(screen, width)
@@ -211,7 +211,7 @@ def test_notes_are_not_taken_for_markup() -> None:
 
 def test_a_step_costs_the_loop_next_to_nothing() -> None:
     screen = LiveScreen(terminal())
-    screen.begin(total_steps=20_000, start_step=0, facts={})
+    screen.begin(total_steps=20_000, start_step=0, metadata={})
     began = time.perf_counter()
     for step in range(1, 20_001):
         screen.step(record(step))

@@ -57,7 +57,7 @@ def write_journal(directory: Path, lines: list[dict[str, Any]]) -> Path:
     return directory
 
 
-def story(**config: Any) -> list[dict[str, Any]]:
+def journal_lines(**config: Any) -> list[dict[str, Any]]:
     """What a run of 20 steps writes."""
     begin = {
         "event": "begin",
@@ -112,7 +112,7 @@ def story(**config: Any) -> list[dict[str, Any]]:
 
 
 def test_a_finished_run(tmp_path: Path) -> None:
-    run = read_run(write_journal(tmp_path / "first", story()))
+    run = read_run(write_journal(tmp_path / "first", journal_lines()))
     assert run.finished
     assert run.tokens_per_second == pytest.approx(50)
     assert run.seconds == pytest.approx(
@@ -135,7 +135,7 @@ def test_a_finished_run(tmp_path: Path) -> None:
     ]
     html = page([run])
     read = Checked(html)
-    for told in (
+    for message in (
         "tiny.gguf · QLoRA, NF4 · Two Cores · 2026-11-24 12:00 UTC",
         "1.2500",
         "950 MB",
@@ -144,7 +144,7 @@ def test_a_finished_run(tmp_path: Path) -> None:
         "d.jsonl: 3 of 4 rows usable",
         "4-bit it is",
     ):
-        assert told in read.text
+        assert message in read.text
     assert read.text.index("fish") < read.text.index("after 20")
     assert html.count('class="right"') == 1
     assert "http" not in html.replace("http-equiv", "")
@@ -157,7 +157,7 @@ def test_a_finished_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "options", "told"),
+    ("device", "options", "message"),
     [
         ("cpu", {}, "processor, with the same versions, every loss is the same. Options"),
         ("cuda", {}, "GPU, with the same versions, every loss is the same but for the order"),
@@ -165,21 +165,21 @@ def test_a_finished_run(tmp_path: Path) -> None:
     ],
 )
 def test_what_would_be_the_same_again(
-    device: str, options: dict[str, Any], told: str, tmp_path: Path
+    device: str, options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    lines = story(**options)
+    lines = journal_lines(**options)
     for line in lines:
         if line["event"] == "begin":
             line["device"] = device
-    assert told in page([read_run(write_journal(tmp_path / "again", lines))])
+    assert message in page([read_run(write_journal(tmp_path / "again", lines))])
 
 
 def test_a_step_is_split_where_the_engine_told_of_its_parts(tmp_path: Path) -> None:
-    told = story()
-    for line in told:
+    lines = journal_lines()
+    for line in lines:
         if line["event"] == "step":
             line |= {"forward_seconds": 0.4, "loss_seconds": 0.1, "backward_seconds": 0.7}
-    run = read_run(write_journal(tmp_path / "split", told))
+    run = read_run(write_journal(tmp_path / "split", lines))
     assert list(run.step_seconds) == [
         "preparing batches",
         "forward",
@@ -193,27 +193,27 @@ def test_a_step_is_split_where_the_engine_told_of_its_parts(tmp_path: Path) -> N
 
 
 def test_a_run_that_is_not_over_says_so(tmp_path: Path) -> None:
-    going = write_journal(tmp_path / "going", story()[:10])
+    going = write_journal(tmp_path / "going", journal_lines()[:10])
     assert "last heard of" in Checked(page([read_run(going)])).text
-    stopped = [*story()[:10], {"event": "stopped", "reason": "NonFiniteLossError: step 7"}]
+    stopped = [*journal_lines()[:10], {"event": "stopped", "reason": "NonFiniteLossError: step 7"}]
     run = read_run(write_journal(tmp_path / "stopped", stopped))
     assert "stopped: NonFiniteLossError: step 7" in Checked(page([run])).text
-    resumed = read_run(write_journal(tmp_path / "resumed", [*stopped, *story()[2:]]))
+    resumed = read_run(write_journal(tmp_path / "resumed", [*stopped, *journal_lines()[2:]]))
     assert resumed.state == "finished"
     empty = read_run(write_journal(tmp_path / "empty", []))
     Checked(page([empty]))
 
 
 def test_a_torn_journal_is_read_to_its_last_whole_line(tmp_path: Path) -> None:
-    directory = write_journal(tmp_path / "torn", story()[:8])
+    directory = write_journal(tmp_path / "torn", journal_lines()[:8])
     file = directory / "journal.jsonl"
     file.write_bytes(file.read_bytes()[:-20])
     assert read_run(directory).steps == 3
 
 
 def test_runs_side_by_side(tmp_path: Path) -> None:
-    first = write_journal(tmp_path / "a" / "run", story(lora_r=8))
-    second = write_journal(tmp_path / "b" / "run", story(lora_r=64))
+    first = write_journal(tmp_path / "a" / "run", journal_lines(lora_r=8))
+    second = write_journal(tmp_path / "b" / "run", journal_lines(lora_r=64))
     runs = [read_run(first), read_run(second)]
     read = Checked(page(runs))
     assert [run.name for run in runs] == ["a/run", "b/run"]
@@ -224,7 +224,7 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
 
 
 def test_paging_is_drawn_where_something_was_paged(tmp_path: Path) -> None:
-    lines = story()
+    lines = journal_lines()
     for line in lines:
         if line["event"] == "step":
             line |= {"paged_bytes": 0, "paging_ms": 0.0}
@@ -236,7 +236,7 @@ def test_paging_is_drawn_where_something_was_paged(tmp_path: Path) -> None:
 
 
 def test_nothing_in_a_journal_becomes_markup(tmp_path: Path) -> None:
-    lines = story(**{EVIL: EVIL})
+    lines = journal_lines(**{EVIL: EVIL})
     lines[0]["text"] = EVIL
     lines[2] |= {"model": EVIL, "machine": EVIL, "versions": {EVIL: EVIL}}
     lines[-4]["ledger"][2]["name"] = EVIL
@@ -255,7 +255,7 @@ def test_the_page_lets_no_other_script_run_and_fetches_nothing(tmp_path: Path) -
     import base64
     import hashlib
 
-    html = page([read_run(write_journal(tmp_path / "r", story()))])
+    html = page([read_run(write_journal(tmp_path / "r", journal_lines()))])
     script = html[html.index("<script>") + 8 : html.index("</script>")]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in html
@@ -316,12 +316,12 @@ def test_whatever_a_journal_says_there_is_a_page(
     Checked(write_page([directory], directory / "p.html").read_text())
 
 
-# --- the verb, and the end of a run --------------------------------------------------------------
+# --- the command, and the end of a run -----------------------------------------------------------
 
 
 def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    first = write_journal(tmp_path / "first", story())
-    second = write_journal(tmp_path / "second", story())
+    first = write_journal(tmp_path / "first", journal_lines())
+    second = write_journal(tmp_path / "second", journal_lines())
     assert cli.main(["report", str(first)]) == 0
     assert (first / "report.html").exists()
     monkeypatch.chdir(tmp_path)
@@ -343,13 +343,13 @@ def fail(directory: Path, error: Exception, *, begun: bool) -> None:
     with open_report(directory, quiet=True) as report:
         report.note("x")
         if begun:
-            report.begin(total_steps=1, start_step=0, facts={})
+            report.begin(total_steps=1, start_step=0, metadata={})
         raise error
 
 
 def test_a_page_is_written_however_a_run_ends(tmp_path: Path) -> None:
     with open_report(tmp_path / "good", quiet=True) as report:
-        report.begin(total_steps=1, start_step=0, facts={})
+        report.begin(total_steps=1, start_step=0, metadata={})
         report.step({"step": 1, "loss": 0.5})
         report.finish({"steps": 1, "seconds": 1.0})
     assert read_run(tmp_path / "good").finished
@@ -370,6 +370,6 @@ def test_a_page_that_cannot_be_written_does_not_end_the_run(
 ) -> None:
     (tmp_path / "run" / "report.html" / "in the way").mkdir(parents=True)
     with open_report(tmp_path / "run") as report:
-        report.begin(total_steps=1, start_step=0, facts={})
+        report.begin(total_steps=1, start_step=0, metadata={})
         report.finish({"steps": 1})
     assert "cannot write" in capsys.readouterr().err

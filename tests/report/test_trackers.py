@@ -41,7 +41,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def a_run(directory: Path, names: list[str], steps: int = 2) -> None:
     with open_report(directory, quiet=True) as report:
         report.track(names)
-        report.begin(total_steps=steps, start_step=0, facts={"model": "m"})
+        report.begin(total_steps=steps, start_step=0, metadata={"model": "m"})
         for step in range(1, steps + 1):
             report.step({"step": step, "loss": 1 / step, "grad_norm": float("nan")})
         report.evaluation({"step": steps, "loss": 0.25, "cases": 3})

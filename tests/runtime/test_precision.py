@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from halfbyte.errors import ConfigError
+from halfbyte.runtime import device as devices
 from halfbyte.runtime import precision
 from halfbyte.runtime.precision import choose_device_and_dtype, deterministic
 from tests.devices import DEVICES
@@ -55,7 +56,7 @@ GPU_DTYPES = {"t4": torch.float16, "v100": torch.float32}
 @pytest.mark.parametrize("name", DEVICES)
 def test_a_gpu_multiplies_in_what_it_has_units_and_kernels_for(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(precision, "spec_of", lambda _: DEVICES[name])
+    monkeypatch.setattr(devices, "spec_of", lambda _: DEVICES[name])
     device, chosen, why = choose_device_and_dtype("auto", "auto")
     assert device == "cuda"
     assert chosen == GPU_DTYPES.get(name, torch.bfloat16)

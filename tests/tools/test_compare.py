@@ -73,7 +73,7 @@ def test_variants_are_words_and_options() -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "message"),
     [
         (["lira"], "'lira' is not known; expected lora, qlora, fp4, no-double-quant"),
         (["lora_rr=3"], "unknown option `lora_rr`; did you mean `lora_r`?"),
@@ -81,8 +81,8 @@ def test_variants_are_words_and_options() -> None:
         ([], "names nothing"),
     ],
 )
-def test_wrong_variants(names: list[str], told: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(told)):
+def test_wrong_variants(names: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
         parse_variants(names)
 
 
@@ -147,28 +147,28 @@ def test_wrong_input_stops_everything_with_the_runs_own_words(
 
 
 @pytest.mark.parametrize(
-    ("how", "told"),
+    ("how", "message"),
     [
         ("bug", "torch.OutOfMemoryError: CUDA; see "),
         ("killed", "it was ended by SIGKILL, as happens where memory runs out; see "),
     ],
 )
 def test_a_run_that_dies_is_a_result_that_says_so(
-    tmp_path: Path, stand_in: tuple[str], how: str, told: str
+    tmp_path: Path, stand_in: tuple[str], how: str, message: str
 ) -> None:
     [job] = laid_out(tmp_path, stand_in, names=("lora",), seeds=(0,), data=how)
     result = run(job)
     assert result.failure is not None
-    assert result.failure.startswith(told)
+    assert result.failure.startswith(message)
     assert job.finished() is None
 
 
-# --- the verb ------------------------------------------------------------------------------------
+# --- the command ---------------------------------------------------------------------------------
 
 
 def test_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = f"--output {tmp_path / 'out'}"
-    for line, told in (
+    for line, message in (
         (f"compare {out}", "`model` and `data` missing"),
         (f"compare --model m --data d --seed 3 --quant nf4 {out}", "`quant`, `seed`: say it with"),
         (f"compare --shape llama2-7b --model m {out}", "`shape` stands instead of"),
@@ -177,7 +177,7 @@ def test_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (f"compare --model nowhere.gguf --data d {out}", "lora: nowhere.gguf does not exist"),
     ):
         assert cli.main(line.split()) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def test_a_failure_is_written_and_ends_with_1(

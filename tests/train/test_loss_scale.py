@@ -34,10 +34,10 @@ def test_it_doubles_after_many_updates_and_halves_at_once():
     assert (scale.factor, scale.clean) == (2 * FIRST, 0)
     for _ in range(GROWTH_STEPS - 1):
         scale.updated()
-    told = scale.overflowed(41)
+    message = scale.overflowed(41)
     assert scale.state() == {"factor": FIRST, "clean": 0, "skipped": 1}
-    assert "step 42" in told
-    assert "scaled by 32 from here on (1 updates left out" in told
+    assert "step 42" in message
+    assert "scaled by 32 from here on (1 updates left out" in message
     for _ in range(GROWTH_STEPS - 1):  # counted anew
         scale.updated()
     assert scale.factor == FIRST

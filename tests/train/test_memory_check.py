@@ -16,7 +16,7 @@ from halfbyte.models.build import BaseRecipe
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.plan.roofline import CARDS
 from halfbyte.report import open_report
-from halfbyte.train import memory_check
+from halfbyte.runtime import device as devices
 from halfbyte.train.memory_check import Prediction
 from halfbyte.train.run import train
 from tests.devices import DEVICES
@@ -63,8 +63,7 @@ def test_it_is_of_the_largest_step_seen(prediction: Prediction) -> None:
 def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prediction:
     """Of a run on a GPU that packs documents."""
     spec = DEVICES["h100"]
-    monkeypatch.setattr(memory_check, "spec_of", lambda _: spec)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: spec.name)
+    monkeypatch.setattr(devices, "spec_of", lambda _: spec)
     return Prediction(
         open_base(write_tiny_model(tmp_path / "model")),
         BaseRecipe(compute_dtype=torch.bfloat16, device="cuda"),
@@ -185,10 +184,10 @@ def test_a_run_tells_after_five_steps_and_at_the_end(tmp_path: Path) -> None:
         train(made, report)
     lines = (tmp_path / "run" / "journal.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
-    told = [event for event in events if event["event"] == "memory"]
-    assert [event["step"] for event in told] == [5, 8]
+    records = [event for event in events if event["event"] == "memory"]
+    assert [event["step"] for event in records] == [5, 8]
     begun = next(event for event in events if event["event"] == "begin")
-    for event in told:
+    for event in records:
         base = sum(line["nbytes"] for line in event["ledger"] if line["group"] == "base")
         assert base == begun["base_bytes"]
         assert event["measured_bytes"] > base

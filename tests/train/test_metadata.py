@@ -67,8 +67,8 @@ def test_a_journal_tells_the_whole_story(base: Path, tmp_path: Path) -> None:
     prompts = [one["prompt"] for one in before["samples"]]
     assert prompts == ["held 0?", "held 2?"] == [one["prompt"] for one in after["samples"]]
     assert all(one["expected"] == "Paris." for one in before["samples"])
-    told = read_run(tmp_path / "r")
-    assert set(told.seconds) == {
+    read = read_run(tmp_path / "r")
+    assert set(read.seconds) == {
         "loading the model",
         "preparing batches",
         "forward",
@@ -79,7 +79,7 @@ def test_a_journal_tells_the_whole_story(base: Path, tmp_path: Path) -> None:
         "held-out evaluation",
         "sample answers",
     }
-    assert told.predicted
+    assert read.predicted
     assert (tmp_path / "r" / "report.html").stat().st_size > 10_000
 
 

@@ -20,7 +20,7 @@ from halfbyte.optim.paging import Paging
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.report import open_report
 from halfbyte.report.live import LiveScreen, PlainScreen
-from halfbyte.train import run as loop
+from halfbyte.train import run as train_run
 from halfbyte.train import trainer
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.trainer import Trainer
@@ -68,7 +68,7 @@ def run(model, data, output, optim, **options):
         save_steps=2,
     )
     with open_report(output, quiet=True) as report:
-        loop.train(made, report)
+        train_run.train(made, report)
     events = [json.loads(line) for line in (output / "journal.jsonl").read_text().splitlines()]
     return (output / "adapter_model.safetensors").read_bytes(), events
 
@@ -108,7 +108,7 @@ def test_the_plan_knows_which_step_is_tight(
     plans, sizes = [], []
     fit, tight = Trainer.fit, Trainer._tight
 
-    def noted(self, *args):
+    def recorded(self, *args):
         plans.append(fit(self, *args))
         return plans[-1]
 
@@ -116,9 +116,9 @@ def test_the_plan_knows_which_step_is_tight(
         sizes.append(sum(batch.input_ids.numel() for batch in batches))
         return tight(self, batches)
 
-    monkeypatch.setattr(Trainer, "fit", noted)
+    monkeypatch.setattr(Trainer, "fit", recorded)
     monkeypatch.setattr(Trainer, "_tight", counted)
-    for module in (loop, memory_policy):
+    for module in (train_run, memory_policy):
         monkeypatch.setattr(module, "used_memory", lambda device: 0)
     plain, roomy = run(model, data, tmp_path / "roomy", "paged_adamw_8bit", activations="recompute")
     assert not any(event["paged_bytes"] for event in steps_of(roomy))
@@ -134,8 +134,8 @@ def test_the_plan_knows_which_step_is_tight(
     moved = [event["paged_bytes"] > 0 for event in steps_of(events)]
     assert moved == [size == max(sizes) for size in sizes[4:]]
     assert sum(moved) == 1
-    told = [event["text"] for event in events if event["event"] == "note"]
-    assert plans[1].summary() in told
+    notes = [event["text"] for event in events if event["event"] == "note"]
+    assert plans[1].summary() in notes
 
 
 MODES = [("adamw_8bit", "auto"), ("paged_adamw_8bit", "auto"), ("paged_adamw_8bit", "explicit")]
@@ -163,8 +163,8 @@ def test_on_a_cpu_one_line_says_that_there_is_nothing_to_page_from(model, data, 
     plain, _ = run(model, data, tmp_path / "plain", "adamw")
     paged, events = run(model, data, tmp_path / "paged", "paged_adamw_32bit", paging="managed")
     assert paged == plain
-    told = [event["text"] for event in events if event["event"] == "note"]
-    assert sum("there is nothing to page from on cpu" in line for line in told) == 1
+    notes = [event["text"] for event in events if event["event"] == "note"]
+    assert sum("there is nothing to page from on cpu" in line for line in notes) == 1
     assert "paged_bytes" not in steps_of(events)[0]
 
 
@@ -271,7 +271,7 @@ def test_the_display_says_where_the_state_is_and_what_it_cost():
     stream = io.StringIO()
     live = LiveScreen(Console(file=stream, force_terminal=True, width=200))
     for screen in (PlainScreen(stream), live):
-        screen.begin(total_steps=1, start_step=0, facts={})
+        screen.begin(total_steps=1, start_step=0, metadata={})
         paging = Paging(33_500_000, 640_000_000, 1_280_000_000, 6.25)
         screen.step({"step": 1, "loss": 1.0, **paging._asdict()})
     figures = ("state 34 MB on the GPU", "640 MB on the host", "moved 1.28 GB", "waited 6.2 ms")
@@ -292,10 +292,10 @@ def test_layers_are_updated_as_soon_as_their_gradients_are_final(monkeypatch, on
     monkeypatch.setattr(AdamW, "step_parameters", watched)
     for clip in (0.0, 1e9):  # so high a limit clips nothing
         made = model_of(FAMILIES["llama"])
-        stepper = made_trainer("explicit", made, max_grad_norm=clip)
-        stepper.policy = ActivationPolicy(1)
+        trainer = made_trainer("explicit", made, max_grad_norm=clip)
+        trainer.policy = ActivationPolicy(1)
         for number in range(3):
-            stepper.step(number, batches_of([(2, 13)]))
+            trainer.step(number, batches_of([(2, 13)]))
         results.append([p.detach().clone() for p in adapter_parameters(made).values()])
         assert calls == [14] * 9
     for one, other in zip(*results, strict=True):

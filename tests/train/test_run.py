@@ -210,8 +210,8 @@ def test_kill_minus_nine_loses_no_more_than_the_steps_since_the_last_save(model,
         assert time.monotonic() < deadline, "no checkpoint after two minutes"
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
-    _, told = process.communicate()
-    assert process.returncode in (-signal.SIGKILL, 0), told
+    _, errors = process.communicate()
+    assert process.returncode in (-signal.SIGKILL, 0), errors
     run(config(model, data, broken, resume=True, **options))
     name = "adapter_model.safetensors"
     assert (whole / name).read_bytes() == (broken / name).read_bytes()

@@ -11,7 +11,7 @@ from halfbyte.train.saving import CheckpointWriter
 
 
 @pytest.fixture
-def told():
+def written():
     return []
 
 
@@ -19,7 +19,7 @@ def fails():
     raise OutputError("no space left on the device")
 
 
-def test_steps_go_on_while_a_checkpoint_is_written(told):
+def test_steps_go_on_while_a_checkpoint_is_written(written):
     gate, threads = threading.Event(), []
 
     def write():
@@ -27,45 +27,45 @@ def test_steps_go_on_while_a_checkpoint_is_written(told):
         threads.append(threading.current_thread())
         return Path("first")
 
-    with CheckpointWriter(told.append, background=True) as writer:
+    with CheckpointWriter(written.append, background=True) as writer:
         writer.write(write)
         writer.look()
-        assert told == []
+        assert written == []
         gate.set()
         writer.write(lambda: Path("second"))  # waits for the first
-        assert told == [Path("first")]
-    assert told == [Path("first"), Path("second")]
+        assert written == [Path("first")]
+    assert written == [Path("first"), Path("second")]
     assert threads != [threading.main_thread()]
 
 
-def test_without_a_thread_it_is_there_when_write_returns(told):
-    with CheckpointWriter(told.append, background=False) as writer:
+def test_without_a_thread_it_is_there_when_write_returns(written):
+    with CheckpointWriter(written.append, background=False) as writer:
         writer.write(lambda: Path("first"))
-        assert told == [Path("first")]
+        assert written == [Path("first")]
         with pytest.raises(OutputError, match="no space"):
             writer.write(fails)
 
 
 @pytest.mark.parametrize("ask", ["look", "wait", "write"])
-def test_a_failure_is_raised_by_whatever_is_called_next(told, ask):
-    with CheckpointWriter(told.append, background=True) as writer:
+def test_a_failure_is_raised_by_whatever_is_called_next(written, ask):
+    with CheckpointWriter(written.append, background=True) as writer:
         writer.write(fails)
         while not writer._writing.done():
             pass
         with pytest.raises(OutputError, match="no space"):
             writer.write(lambda: Path("next")) if ask == "write" else getattr(writer, ask)()
-    assert told == []
+    assert written == []
 
 
-def test_the_end_raises_the_failure_of_the_last_one(told):
-    writer = CheckpointWriter(told.append, background=True)
+def test_the_end_raises_the_failure_of_the_last_one(written):
+    writer = CheckpointWriter(written.append, background=True)
     writer.write(fails)
     with pytest.raises(OutputError, match="no space"), writer:
         pass
 
 
-def test_another_error_comes_first_and_the_failure_is_said(told, caplog):
-    writer = CheckpointWriter(told.append, background=True)
+def test_another_error_comes_first_and_the_failure_is_said(written, caplog):
+    writer = CheckpointWriter(written.append, background=True)
 
     def run():
         with writer:

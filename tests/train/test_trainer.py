@@ -30,7 +30,7 @@ from halfbyte.errors import (
 from halfbyte.linear.lora import adapter_parameters, frozen_linears
 from halfbyte.plan.policy import ActivationPolicy, StepCost, peak
 from halfbyte.runtime.device import is_out_of_memory
-from halfbyte.train import trainer as trainers
+from halfbyte.train import trainer as trainer_module
 from halfbyte.train.loss_scale import LossScale
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.trainer import Trainer
@@ -457,14 +457,14 @@ def on_a_gpu(monkeypatch):
     """Return what makes a trainer on a CPU that has all rungs: it packs, captures and offloads."""
     monkeypatch.setattr("halfbyte.engine.layerwise.can_pack", lambda *_: True)
     monkeypatch.setattr(forward_backward, "ActivationOffloader", HostOffloader)
-    monkeypatch.setattr(trainers, "SMALLEST_PART", 100)
-    monkeypatch.setattr(trainers.gc, "collect", lambda: 0)  # half a second among so many modules
-    monkeypatch.setattr(trainers, "free_memory", lambda device: 10**9)
-    monkeypatch.setattr(trainers, "used_memory", lambda device: 10**9)
+    monkeypatch.setattr(trainer_module, "SMALLEST_PART", 100)
+    monkeypatch.setattr(trainer_module.gc, "collect", lambda: 0)  # takes half a second here
+    monkeypatch.setattr(trainer_module, "free_memory", lambda device: 10**9)
+    monkeypatch.setattr(trainer_module, "used_memory", lambda device: 10**9)
 
     def make(policy=MOST, config=FAMILIES["llama"], cost=None, **options):
         plan = MemoryPlan(policy, 3, 0, budget=1000, predicted_bytes=900, cost=cost)
-        monkeypatch.setattr(trainers, "plan_memory", lambda *args, **kwargs: plan)
+        monkeypatch.setattr(trainer_module, "plan_memory", lambda *args, **kwargs: plan)
         model = model_of(config)
         made = trainer(model, learning_rate=1e-2, **options)
         made.engine = LayerEngine(model, fuse=True)
@@ -517,10 +517,10 @@ def test_a_step_is_made_again_with_less_until_it_fits(on_a_gpu, monkeypatch, fai
         assert record["step"] == 1
         assert record["reason"] == "CUDA out of memory. Tried to allocate 2 GiB."
         assert record["policy_before"] == before.__dict__
-    told = [
+    notes = [
         note for note in made.engine.messages if note.startswith("out of GPU memory at step 1: ")
     ]
-    assert [note.partition(": ")[2].partition(",")[0] for note in told] == LADDER[:failures]
+    assert [note.partition(": ")[2].partition(",")[0] for note in notes] == LADDER[:failures]
     assert made.policy == policies[-1]
     order = [MOST, *map(ActivationPolicy, (3, 1, 0)), *[ActivationPolicy(0, 2)] * 3]
     assert policies == order[: failures + 1]
@@ -559,7 +559,7 @@ def test_how_many_fit_is_known_from_what_a_layer_takes(on_a_gpu, monkeypatch, fi
     made = on_a_gpu(ActivationPolicy(3), cost=COST)
     used = 10**9 - made.engine.weights.nbytes
     room = MARGIN * (used + peak(COST, ActivationPolicy(fits), graphs=True).reserved)
-    monkeypatch.setattr(trainers, "free_memory", lambda device: int(room - used) + 1)
+    monkeypatch.setattr(trainer_module, "free_memory", lambda device: int(room - used) + 1)
     policies = failing(made, monkeypatch, lambda n, policy: n == 1 or policy.saved > most)
     made.step(0, long_batches())
     assert [policy.saved for policy in policies] == [3, *tried]
@@ -579,7 +579,7 @@ def test_what_waits_on_the_host_stays_there(on_a_gpu, monkeypatch, cost):
 def test_where_the_host_has_no_room_nothing_waits_there(on_a_gpu, monkeypatch):
     made = on_a_gpu(ActivationPolicy(), cost=COST)
     needed = COST.host_bytes(ActivationPolicy.offloading(3))
-    monkeypatch.setattr(trainers, "free_memory", lambda device: int(needed / HOST_SHARE) - 1)
+    monkeypatch.setattr(trainer_module, "free_memory", lambda device: int(needed / HOST_SHARE) - 1)
     failing(made, monkeypatch, lambda attempt, _: attempt == 1)
     made.step(0, long_batches())
     assert [record["action"] for record in made.fallbacks] == LADDER[4:5]
@@ -722,7 +722,7 @@ def test_an_update_that_has_begun_is_not_made_again(on_a_gpu, monkeypatch):
 
 @pytest.mark.parametrize("failures", range(len(LADDER) + 1))
 def test_capturing_goes_down_the_same_ladder(on_a_gpu, monkeypatch, failures):
-    made, calls, told = on_a_gpu(), [], []
+    made, calls, reports = on_a_gpu(), [], []
     capture = made.engine.capture
 
     def captured(policy, progress):
@@ -733,13 +733,13 @@ def test_capturing_goes_down_the_same_ladder(on_a_gpu, monkeypatch, failures):
         capture(policy, progress)
 
     monkeypatch.setattr(made.engine, "capture", captured)
-    made.capture(lambda *args: told.append(args))
+    made.capture(lambda *args: reports.append(args))
     assert [record["action"] for record in made.fallbacks] == LADDER[:failures]
     assert len(calls) == min(failures + 1, len(LADDER))  # no more often than that
     assert made.optimizer_state()  # is there already
     assert bool(made.engine.num_graphs) == (failures < len(LADDER))
     # One shape is compiled, and captured.
-    assert told == ([(1, 2), (2, 2)] if made.engine.num_graphs else [])
+    assert reports == ([(1, 2), (2, 2)] if made.engine.num_graphs else [])
     made.step(0, long_batches())
 
 
@@ -773,7 +773,7 @@ def fitted(made, monkeypatch, lengths, fits, error=None):
         reserved = 900 if fits(tokens) else 1100
         return MemoryPlan(ActivationPolicy(1), 3, 0, 1000, 900, reserved)
 
-    monkeypatch.setattr(trainers, "plan_memory", plan_memory)
+    monkeypatch.setattr(trainer_module, "plan_memory", plan_memory)
     made.fit([[(1, n) for n in step] for step in lengths], lengths)
     return tried
 
@@ -789,8 +789,8 @@ def test_parts_are_made_smaller_until_the_plan_fits(on_a_gpu, monkeypatch, lengt
     assert made.engine.buckets.largest.numel == tried[-1]
     assert made.policy == ActivationPolicy(1)
     said = f"parts have at most {tried[-1]} tokens"
-    told = [note for note in made.engine.messages if note.startswith(said)]
-    assert len(told) == (len(tried) > 1)
+    notes = [note for note in made.engine.messages if note.startswith(said)]
+    assert len(notes) == (len(tried) > 1)
 
 
 @pytest.mark.parametrize(("lengths", "least"), [(LENGTHS, 128), (NEARLY_HALVES[0], 512)])

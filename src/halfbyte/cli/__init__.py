@@ -10,9 +10,9 @@ import os
 import sys
 import traceback
 
-from halfbyte import __version__
 from halfbyte.cli import startup
 from halfbyte.errors import ConfigError, HalfbyteError, UserError
+from halfbyte.version import __version__
 
 COMMANDS = {
     "plan": "bytes and seconds of a run, before anything is downloaded; LoRA or QLoRA",

@@ -19,6 +19,7 @@ from halfbyte.config.schema import Options, TrainConfig, check
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
     from halfbyte.train.evaluate import EvalResult
+    from halfbyte.train.run import TrainResult
 
 RECIPE: dict[str, Any] = {
     "lora_r": 16,
@@ -89,8 +90,7 @@ def main(argv: list[str]) -> None:
     from halfbyte.checkpoint.peft import load_adapter
     from halfbyte.engine.memory_policy import peak_memory, used_memory
     from halfbyte.report import open_report, show
-    from halfbyte.report.live import duration, size
-    from halfbyte.tools.demo_task import SYSTEM, write_task
+    from halfbyte.tools.demo_task import write_task
     from halfbyte.train.loading import open_model
     from halfbyte.train.run import train
 
@@ -128,26 +128,8 @@ def main(argv: list[str]) -> None:
         peak = peak_memory("cpu")
         show.heading("After training")
         _show_answers(after.samples)
-        show.heading(f"All {after.cases} orders it has never seen")
-        show.columns(
-            ["", "before", "after"],
-            [
-                ["exactly right", _percent(before.exact_match), _percent(after.exact_match)],
-                ["loss", f"{before.loss:.3f}", f"{after.loss:.4f}"],
-            ],
-        )
-        show.paragraph(
-            f"Trained in {duration(trained.seconds)} at {trained.tokens_per_second:,.0f} tokens/s; "
-            f"the demo never took more than {size(peak)} of memory."
-        )
-        show.heading("Now you")
-        show.paragraph("Talk to it (without --adapter you talk to the model as it was):")
-        chat = ("chat", "--model", model, "--adapter", str(adapter), "--system", SYSTEM)
-        show.command(invocation(*chat))
-        show.paragraph(
-            "Teach it something of your own, a JSON object with `messages` on each line:"
-        )
-        show.command(invocation("train", "--model", model, "--data", "my.jsonl", "--output", "out"))
+        _show_result(before, after, trained, peak)
+        _show_what_next(model, adapter)
         result |= {
             "exact_match_before": before.exact_match,
             "exact_match_after": after.exact_match,
@@ -161,6 +143,38 @@ def main(argv: list[str]) -> None:
             "adapter": str(adapter),
             "seed": options.seed,
         }
+
+
+def _show_result(
+    before: "EvalResult", after: "EvalResult", trained: "TrainResult", peak: int
+) -> None:
+    from halfbyte.report import show
+    from halfbyte.report.live import duration, size
+
+    show.heading(f"All {after.cases} orders it has never seen")
+    show.columns(
+        ["", "before", "after"],
+        [
+            ["exactly right", _percent(before.exact_match), _percent(after.exact_match)],
+            ["loss", f"{before.loss:.3f}", f"{after.loss:.4f}"],
+        ],
+    )
+    show.paragraph(
+        f"Trained in {duration(trained.seconds)} at {trained.tokens_per_second:,.0f} tokens/s; "
+        f"the demo never took more than {size(peak)} of memory."
+    )
+
+
+def _show_what_next(model: str, adapter: Path) -> None:
+    from halfbyte.report import show
+    from halfbyte.tools.demo_task import SYSTEM
+
+    show.heading("Now you")
+    show.paragraph("Talk to it (without --adapter you talk to the model as it was):")
+    chat = ("chat", "--model", model, "--adapter", str(adapter), "--system", SYSTEM)
+    show.command(invocation(*chat))
+    show.paragraph("Teach it something of your own, a JSON object with `messages` on each line:")
+    show.command(invocation("train", "--model", model, "--data", "my.jsonl", "--output", "out"))
 
 
 def _examine(model: Any, tokenizer: Any, data: Path, report: "RunReport") -> "EvalResult":

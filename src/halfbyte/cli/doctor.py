@@ -7,11 +7,11 @@ import platform
 import shutil
 from typing import Any
 
-from halfbyte import __version__
 from halfbyte.cli.startup import import_transformers
 from halfbyte.config.command_line import Command, results
 from halfbyte.config.schema import Options
 from halfbyte.errors import HalfbyteError
+from halfbyte.version import __version__
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "gguf", "numpy", "pydantic")
 _WHERE_THERE = ("triton", "datasets", "tensorboard", "wandb", "trackio", "peft", "bitsandbytes")
@@ -89,6 +89,7 @@ def _versions() -> dict[str, str]:
 def _machine() -> dict[str, str]:
     import torch
 
+    from halfbyte.runtime import device as devices
     from halfbyte.runtime.precision import cpu_matrix_units
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -102,11 +103,12 @@ def _machine() -> dict[str, str]:
     }
     if not torch.cuda.is_available():
         return found | {"gpu": "no CUDA device"}
-    properties = torch.cuda.get_device_properties(0)
+    spec = devices.spec_of(torch.device("cuda"))
+    major, minor = spec.capability
     unused, total = torch.cuda.mem_get_info()
     return found | {
-        "gpu": f"{properties.name}, sm_{properties.major}{properties.minor}, "
-        f"{properties.multi_processor_count} multiprocessors, CUDA {torch.version.cuda}"
+        "gpu": f"{spec.name}, sm_{major}{minor}, "
+        f"{spec.num_sms} multiprocessors, CUDA {torch.version.cuda}"
         + (f"; the first of {torch.cuda.device_count()}" if torch.cuda.device_count() > 1 else ""),
         "gpu memory": f"{total / 1e9:.1f} GB, {unused / 1e9:.1f} free",
     }

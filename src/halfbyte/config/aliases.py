@@ -92,7 +92,7 @@ ALIASES: dict[str, Alias] = {
 }
 
 
-class Spelling(NamedTuple):
+class Translation(NamedTuple):
     """Options under our own names, what to tell the user, and what is wrong."""
 
     values: dict[str, Any]
@@ -116,11 +116,11 @@ def aliases_of(options: type[BaseModel]) -> dict[str, Alias]:
     }
 
 
-def spell(given: Mapping[str, Any], options: type[BaseModel]) -> Spelling:
+def translate(given: Mapping[str, Any], options: type[BaseModel]) -> Translation:
     """Translate known foreign names into ours; collect the names nobody knows."""
     aliases = aliases_of(options)
     values: dict[str, Any] = {}
-    spelt_as: dict[str, str] = {}
+    given_as: dict[str, str] = {}
     notes, problems = [], []
     sure = {
         aliases[name].field if name in aliases else name
@@ -144,10 +144,10 @@ def spell(given: Mapping[str, Any], options: type[BaseModel]) -> Spelling:
             continue
         if field in values and values[field] != read:
             problems.append(
-                f"`{field}` is given twice, as `{spelt_as[field]}` ({values[field]}) and as "
+                f"`{field}` is given twice, as `{given_as[field]}` ({values[field]}) and as "
                 f"`{name}` ({read}); keep one"
             )
         if (field, read) != (name, value):
             notes.append(f"`{name}: {value}` read as `{field}: {read}`")
-        values[field], spelt_as[field] = read, name
-    return Spelling(values, notes, problems)
+        values[field], given_as[field] = read, name
+    return Translation(values, notes, problems)

@@ -34,7 +34,7 @@ from typing import (
 
 from pydantic.fields import FieldInfo
 
-from halfbyte.config.aliases import aliases_of, spell
+from halfbyte.config.aliases import aliases_of, translate
 from halfbyte.config.schema import OptionsT, check
 
 _TRUTH_WORDS = {"true", "false", "yes", "no", "on", "off", "1", "0"}
@@ -115,9 +115,9 @@ class Command(Generic[OptionsT]):
             ConfigError: All that is wrong with them, in one message.
         """
         words = self.words(argv)
-        spelt = spell(words.positional | words.given, self.options)
-        options = check(self.options, spelt.values, problems=[*words.problems, *spelt.problems])
-        return Request(options, spelt.notes, words.json)
+        ours = translate(words.positional | words.given, self.options)
+        options = check(self.options, ours.values, problems=[*words.problems, *ours.problems])
+        return Request(options, ours.notes, words.json)
 
     def help(self) -> str:
         """Usage, what the command does, an example, and every option under its heading."""

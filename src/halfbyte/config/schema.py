@@ -31,7 +31,7 @@ from pydantic import (
     model_validator,
 )
 
-from halfbyte.config.aliases import nearest, spell
+from halfbyte.config.aliases import nearest, translate
 from halfbyte.errors import ConfigError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -440,8 +440,8 @@ def load_config(
     Raises:
         ConfigError: All problems, in one message.
     """
-    in_file = spell(read_yaml(yaml_path) if yaml_path is not None else {}, TrainConfig)
-    on_top = spell(overrides, TrainConfig)
+    in_file = translate(read_yaml(yaml_path) if yaml_path is not None else {}, TrainConfig)
+    on_top = translate(overrides, TrainConfig)
     config = check(
         TrainConfig,
         {**in_file.values, **on_top.values},

@@ -34,6 +34,7 @@ from halfbyte.plan.ledger import (
 )
 from halfbyte.plan.policy import ActivationPolicy, StepCost, peak
 from halfbyte.quant import QuantizedWeight
+from halfbyte.runtime import device as devices
 from halfbyte.runtime.malloc import give_back
 
 # Without a budget, this part of the memory that is free when training starts may be used.
@@ -140,7 +141,7 @@ def memory_limit(device: str, budget: int | None) -> Iterator[None]:
     if device != "cuda" or budget is None:
         yield
         return
-    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    total = devices.spec_of(torch.device(device)).memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total))
     try:
         yield

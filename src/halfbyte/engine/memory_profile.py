@@ -18,6 +18,7 @@ from halfbyte.layers.decoder_layer import AttentionCheckpoint
 from halfbyte.plan.activation_cost import CHECKPOINT_WIDTH
 from halfbyte.plan.policy import StepCost
 from halfbyte.plan.roofline import gpu_of_driver
+from halfbyte.runtime import device as devices
 
 
 def measured_cost(engine: LayerEngine, parts: Sequence[PackedBatch]) -> StepCost:
@@ -75,9 +76,7 @@ def _measured(engine: LayerEngine, parts: Sequence[PackedBatch]) -> StepCost:
         in_saved_forward, in_backward = _peak(saved_forward), _peak(backward)
         loss = _peak(loss_and_grad)
         checkpoint = AttentionCheckpoint()
-        # In 32 bits torch's attention may keep all its weights: too much to send away.
-        x = layer_input.x
-        if x.is_cuda and x.itemsize == 2 and x.shape[-1] >= _checkpoint_width():
+        if _offloads_attention(layer_input.x):
             forward(checkpoint)
         attention = sum(x.nbytes for x in checkpoint.tensors)
     saved = [saved_bytes(engine, p)[0] for p in layer_inputs]
@@ -126,9 +125,12 @@ def saved_bytes(engine: LayerEngine, layer_input: LayerInput) -> tuple[int, int]
     return sum(seen.values()), y.nbytes
 
 
-def _checkpoint_width() -> int:
-    card = gpu_of_driver(torch.cuda.get_device_name())
-    return CHECKPOINT_WIDTH if card is None else card.checkpoint_width
+def _offloads_attention(x: Tensor) -> bool:
+    """Return whether an offloaded layer with this input leaves attention's output on the host."""
+    if not x.is_cuda or x.itemsize != 2:
+        return False  # in 32 bits torch's attention may keep all its weights: too much to send away
+    known = gpu_of_driver(devices.spec_of(x.device).name)
+    return x.shape[-1] >= (CHECKPOINT_WIDTH if known is None else known.checkpoint_width)
 
 
 def _peak(run: Callable[[], object]) -> int:

@@ -7,7 +7,7 @@ they need none, if attention stays within each of them. `Documents` says where t
     no documents    every row of the batch is one: torch's attention, ours on a CPU
     documents       on a GPU by torch's attention over sequences of any lengths; else one by one
 
-What takes sequences of any lengths is flash attention, which begins with Ampere. A Turing card has
+What takes sequences of any lengths is flash attention, which begins with Ampere. A Turing GPU has
 torch's memory-efficient attention: it wants as many heads of keys and values as of queries, and so
 is given copies. Told of groups it would be passed over for one that writes out all weights, and
 takes T² memory for T tokens.

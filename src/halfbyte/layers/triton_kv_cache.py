@@ -2,7 +2,7 @@
 
     turn_and_store   q and k of one token a slot are turned, k and v go where they belong: a launch
     attend_cached    the keys of a slot are divided among programs, because a slot and head alone
-                     read with a small part of the card; a second launch joins what they found
+                     read with a small part of the GPU; a second launch joins what they found
 
 Work follows the positions, not the capacity of the cache, so one CUDA graph serves any length: a
 program reads where its slot is, and takes its share of what is there. Heads that share keys are the
@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from halfbyte.quant.triton_blockwise import num_sms, on_device
+from halfbyte.quant.triton_blockwise import on_device
+from halfbyte.runtime import device as devices
 
-# Programs to a multiprocessor that are enough to read with all of the card, and the most parts.
+# Programs an SM that are enough to read with all of the GPU, and the most parts.
 _PROGRAMS, _MOST_PARTS = 2, 16
 # Heads that one program turns.
 TURNED = 8
@@ -195,7 +196,7 @@ def _heads_together(x: Tensor) -> bool:
 
 def parts_of(programs: int, capacity: int, device: torch.device) -> int:
     """Returns among how many programs the keys of a slot and head are divided; a power of two."""
-    wanted = triton.cdiv(_PROGRAMS * num_sms(device), programs)
+    wanted = triton.cdiv(_PROGRAMS * devices.spec_of(device).num_sms, programs)
     return int(triton.next_power_of_2(max(1, min(wanted, _MOST_PARTS, capacity // 64))))
 
 
@@ -209,7 +210,7 @@ def shape_of(repeat: int, width: int, itemsize: int) -> tuple[dict[str, int], di
     """
     lanes = max(16, triton.next_power_of_2(width))
     shape = {"repeat": repeat, "rows": max(16, triton.next_power_of_2(repeat))}
-    # 16 kB each of keys and values, which are read ahead once: a Turing card has 64 of them.
+    # 16 kB each of keys and values, which are read ahead once: a Turing GPU has 64 of them.
     shape |= {"width": width, "lanes": lanes, "tile": max(16, 16384 // (lanes * itemsize))}
     return shape, {"num_warps": 4, "num_stages": 2}
 

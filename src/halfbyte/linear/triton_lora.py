@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from halfbyte.quant.triton_blockwise import is_hopper, num_sms, on_device
+from halfbyte.quant.triton_blockwise import on_device
 from halfbyte.runtime import device as devices
 
 # The tile of `_adapter_pass`, and the most rows of dy that one program sums over.
@@ -379,7 +379,7 @@ def adapter_pass(
     """
     (outputs, rank), rows = b.shape, len(p)
     sizes, device = [dy.shape[1] for dy in dys], p.device
-    if rank > _PASS_RANK or not is_hopper(device):
+    if rank > _PASS_RANK or not devices.spec_of(device).is_hopper:
         d_bs = []
         parts = zip(dys, p.split(rank, 1), b.split(sizes), g.split(rank, 1), scalings, strict=True)
         for dy, mine, own, target, scaling in parts:
@@ -422,7 +422,7 @@ def _summed(dy: Tensor, p: Tensor) -> Tensor:
     bits as before. Elsewhere it never is 16 bits: in float16 a sum over thousands of rows may be
     more than that holds.
     """
-    if dy.dtype == torch.bfloat16 and is_hopper(dy.device):
+    if dy.dtype == torch.bfloat16 and devices.spec_of(dy.device).is_hopper:
         return torch.mm(dy.t(), p).float()
     if dy.device.type == "cpu":  # where there is no such product
         return torch.mm(dy.t().float(), p.float())
@@ -437,9 +437,9 @@ def pass_span(sizes: Sequence[int], p: Tensor) -> int:
         p: As for `adapter_pass`.
     """
     tiles, span = sum(triton.cdiv(size, _PASS_COLUMNS) for size in sizes), _LONGEST_SPAN
-    fewest = num_sms(p.device) * 7 // 8
+    fewest = devices.spec_of(p.device).num_sms * 7 // 8
     while span > 2 * _PASS_ROWS and tiles * triton.cdiv(len(p), span) < fewest:
-        span //= 2  # fewer programs than multiprocessors read with a part of the card
+        span //= 2  # fewer programs than SMs read with a part of the GPU
     return span
 
 

@@ -14,9 +14,9 @@ written in between.
     backward    gᵢ = dyᵢ (s Bᵢ) and dBᵢ = s dyᵢᵀ pᵢ, in one reading of dyᵢ         2
                 dx = Σ dyᵢ Wᵢ + g [A₁ A₂ …]          dA = gᵀ x                       2
 
-The contraction runs on tiles loaded by Hopper's TMA, one program a multiprocessor, and
+The contraction runs on tiles loaded by Hopper's TMA, one program an SM, and
 takes what cuBLAS takes for the bare product (benchmarks/results). It is tuned to Hopper, compute
-capability 9.0, and needs enough rows to fill the card; `fits` says so. Elsewhere the same is done
+capability 9.0, and needs enough rows to fill the GPU; `fits` says so. Elsewhere the same is done
 by cuBLAS, the adapter added to what the base gave (`plain_forward`, `plain_backward`).
 """
 
@@ -32,9 +32,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from halfbyte.linear.triton_lora import CastAdapters, add_thin
-from halfbyte.quant.triton_blockwise import is_hopper, num_sms, on_device
+from halfbyte.quant.triton_blockwise import on_device
+from halfbyte.runtime import device as devices
 
-# Rows from which one tile a multiprocessor is enough work; below, cuBLAS splits better.
+# Rows from which one tile an SM is enough work; below, cuBLAS splits better.
 FEWEST_ROWS = 2048
 
 TILE_M, TILE_K = 128, 64
@@ -161,7 +162,7 @@ def fits(x: Tensor, outputs: Sequence[int]) -> bool:
         and x.shape[0] >= FEWEST_ROWS
         and x.dtype in (torch.bfloat16, torch.float16)
         and all(size % 8 == 0 for size in (x.shape[1], *outputs))
-        and is_hopper(x.device)
+        and devices.spec_of(x.device).is_hopper
     )
 
 
@@ -282,7 +283,7 @@ def forward(
         parts = [(0, sum(outputs), starts[1:])]
     else:  # or a tile would have columns of two linears
         parts = [(start, size, []) for start, size in zip(starts, outputs, strict=True)]
-    tile_n, programs = 256, num_sms(x.device)
+    tile_n, programs = 256, devices.spec_of(x.device).num_sms
     for i, (start, size, others) in enumerate(parts):
         second, third = (*others, size, size)[:2]
         p_part = p if whole else p[:, i * cast_adapters.rank :]
@@ -336,7 +337,7 @@ def backward(
         return plain_backward(dys, weights, g, cast_adapters)
     dys = [movable(dy) for dy in dys]
     dx = dys[0].new_empty(rows, inputs)
-    tile_n, programs = 256, num_sms(dx.device)
+    tile_n, programs = 256, devices.spec_of(dx.device).num_sms
     lefts = [TensorDescriptor.from_tensor(dy, [TILE_M, TILE_K]) for dy in dys]
     rights = [TensorDescriptor.from_tensor(weight, [TILE_K, tile_n]) for weight in weights]
     sizes = [dy.shape[1] for dy in dys] + [0, 0]

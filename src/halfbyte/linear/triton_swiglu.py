@@ -30,13 +30,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from halfbyte.linear.triton_lora import CastAdapters, sum_parts
 from halfbyte.linear.triton_matmul import TILE_K, TILE_M, flat_of, movable, place
-from halfbyte.quant.triton_blockwise import is_hopper, num_sms, on_device
+from halfbyte.quant.triton_blockwise import on_device
+from halfbyte.runtime import device as devices
 
 # Columns of gate, and as many of up.
 _TILE_N = 128
 
-# The tile of `_gated_backward`, the most rows that one program sums over, and how many programs a
-# multiprocessor is given at least. A higher rank takes more registers than there are.
+# The tile of `_gated_backward`, the most rows that one program sums over, and how many programs an
+# SM is given at least. A higher rank takes more registers than there are.
 _PASS_ROWS, _PASS_COLUMNS, _LONGEST_SPAN, _PROGRAMS, _PASS_RANK = 16, 128, 1024, 3, 32
 
 
@@ -197,7 +198,7 @@ def gated_forward(
     if swapped := apart < 0:
         weights, b = weights[::-1], b[::-1]
     flat, part = flat_of(1, 2 * cast_adapters.rank)  # twice the steps
-    block, programs = [TILE_M, _TILE_N], num_sms(x.device)
+    block, programs = [TILE_M, _TILE_N], devices.spec_of(x.device).num_sms
     with on_device(x):
         _gated_forward[(programs,)](
             *(TensorDescriptor.from_tensor(tensor, block) for tensor in (inner, *parts)),
@@ -241,15 +242,15 @@ class Gated(NamedTuple):
 
 def backward_fits(cast_adapters: CastAdapters, last: CastAdapters, device: torch.device) -> bool:
     """Returns whether `gated_backward` pays for these adapters, of gate and up and of the last."""
-    return cast_adapters.rank == last.rank <= _PASS_RANK and is_hopper(device)
+    return cast_adapters.rank == last.rank <= _PASS_RANK and devices.spec_of(device).is_hopper
 
 
 def backward_span(rows: int, outputs: int, device: torch.device) -> int:
     """Returns how many rows a program of `gated_backward` sums over (plan/activation_cost.py)."""
     tiles, span = triton.cdiv(outputs, _PASS_COLUMNS), _LONGEST_SPAN
-    fewest = _PROGRAMS * num_sms(device)
+    fewest = _PROGRAMS * devices.spec_of(device).num_sms
     while span > 2 * _PASS_ROWS and tiles * triton.cdiv(rows, span) < fewest:
-        span //= 2  # fewer read with a part of the card
+        span //= 2  # fewer read with a part of the GPU
     return span
 
 

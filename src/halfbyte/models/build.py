@@ -3,7 +3,7 @@
     build    the architecture on the meta device (no memory), every ``nn.Linear`` but the output
              head replaced by a ``FrozenLinear``; head and embedding too, if the recipe says so
     load_tensor  one tensor of the checkpoint, quantised or cast the moment it comes
-    finalize ties, computed buffers, and the audit: what was left in 16 or 32 bits, and its bytes
+    finalize     ties, computed buffers, and a report: what stays in 16 or 32 bits, and its bytes
 
 ``load_tensor`` never needs another tensor, so whoever reads the checkpoint can hold one at a time.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from halfbyte.errors import CheckpointError, ConfigError, WeightError
-from halfbyte.layers import attention_cpu as attention
+from halfbyte.layers import attention_cpu
 from halfbyte.layers.vocabulary import FrozenEmbedding, FrozenHead
 from halfbyte.linear.arena import Arena
 from halfbyte.linear.frozen import FrozenLinear
@@ -133,7 +133,7 @@ def build(
         raise CheckpointError(f"not a causal language model transformers knows: {error}") from error
     # Where transformers would not choose sdpa (ALiBi, capped scores), ours is not right either.
     if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(attention.register())
+        model.set_attn_implementation(attention_cpu.register())
     if recipe.quant == "none":
         recipe = replace(recipe, quantize_head=False, quantize_embeddings=False)
     elif model.config.get_text_config().tie_word_embeddings:

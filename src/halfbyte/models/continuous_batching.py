@@ -2,9 +2,9 @@
 
 A step (decoding.py) makes one token in every slot, whether anybody wants it or not. Prompts wait in
 line; when enough slots are free, some are prefilled into them between two steps, and the steps go
-on. On a GPU a step is captured as a CUDA graph, and the host is a few steps ahead of the card: what
+on. On a GPU a step is captured as a CUDA graph, and the host is a few steps ahead of it: what
 the steps chose is copied to it behind their back, and looked at while the next ones run. So an
-answer is seen to end a few steps late; its slot, which the card itself has put to rest, makes
+answer is seen to end a few steps late; its slot, which the GPU itself has put to rest, makes
 nothing in the meantime.
 """
 
@@ -219,7 +219,7 @@ class Batcher:
         return graph
 
     def _compute(self) -> None:
-        """Make a token in every slot, from its embedding; nothing here asks the card."""
+        """Make a token in every slot, from its embedding; nothing here waits for the GPU."""
         chosen = self._choose(self._decoder.step(self._x, self._positions))
         active = self._left > 0
         self._chosen.copy_(chosen.masked_fill(~active, _NOTHING))

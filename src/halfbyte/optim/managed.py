@@ -5,8 +5,8 @@ memory is seen as an ordinary CUDA tensor. The pages are not left to the driver:
 step they are sent to the host, before the update they are fetched, and advice says where they
 belong in between, so that a page that is touched early is read over the bus and not moved back.
 
-Managed memory can be asked for beyond what a card has, and then every access may wait for another
-page to leave: a card can hang so, for everyone who uses it. So no more is asked for than is free,
+Managed memory can be asked for beyond what a GPU has, and then every access may wait for another
+page to leave: a GPU can hang so, for everyone who uses it. So no more is asked for than is free,
 and it is refused where host and device may not touch it at the same time: where
 ``concurrentManagedAccess`` is 0 (Windows, WSL, some virtual GPUs) it is neither moved ahead nor
 evicted.

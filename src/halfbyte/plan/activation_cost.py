@@ -26,7 +26,7 @@ In backward the layer's own activations are there in any case (kept, or recomput
 peak, in the middle of the MLP, the gradients of gate and up beside them. Fused on a GPU these are
 written over gate and up, and the peak is the moment that happens: there is the gradient of their
 product, and on Hopper up to a rank of `GATED_RANK` what tiles and spans have summed for the
-adapters, each apart (`nf4.triton_swiglu`). Where the MLP is narrow the peak is attention's
+adapters, each apart (`linear.triton_swiglu`). Where the MLP is narrow the peak is attention's
 backward. What the MLP kept is gone by then, and there are
 
     gradients   of the stream beside, of what attention gave, of q, k and v   e·(H + 2Q + 2K)
@@ -52,12 +52,12 @@ that the others are decoded to in turn.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from halfbyte.plan.model_shape import ModelShape
+from halfbyte.runtime.device import DeviceSpec
 
-# linear/triton_swiglu.py: columns of a tile, most rows of a span and least, programs a
-# multiprocessor at least, highest rank.
+# linear/triton_swiglu.py: columns of a tile, most rows of a span and least, programs an
+# SM at least, highest rank.
 _TILE, _SPAN, _SHORTEST, _PROGRAMS, GATED_RANK = 128, 1024, 32, 3, 32
 # linear/triton_matmul.py: rows from which Hopper's kernels run.
 _FEWEST_ROWS = 2048
@@ -67,29 +67,8 @@ _FEWEST_ROWS = 2048
 CHECKPOINT_WIDTH = 3072
 
 
-class Gpu(NamedTuple):
-    """What of a GPU the memory of a step depends on; `nf4.device` asks the driver.
-
-    Attributes:
-        capability: CUDA compute capability, (major, minor).
-        num_sms: Streaming multiprocessors.
-    """
-
-    capability: tuple[int, int] = (9, 0)
-    num_sms: int = 132
-
-    @property
-    def is_hopper(self) -> bool:
-        """Whether kernels tuned to Hopper run there."""
-        return self.capability[0] == 9
-
-    @property
-    def runs_flash_attention(self) -> bool:
-        """Whether torch's flash attention runs there, so that documents share rows."""
-        return self.capability >= (8, 0)
-
-
-H100 = Gpu()
+# What is planned for where nothing else is said.
+H100 = DeviceSpec("H100 80 GB", (9, 0), num_sms=132, memory=85_029_158_912)
 
 
 @dataclass(frozen=True)
@@ -114,7 +93,7 @@ class LayerActivations:
     copied: int
     fused: bool
     on_gpu: bool
-    gpu: Gpu = H100
+    gpu: DeviceSpec = H100
 
     @property
     def by_kernels(self) -> bool:
@@ -156,7 +135,7 @@ class LayerActivations:
             statistics += 4 * s.heads
             if self.fused and not s.head_norms:
                 attention = e * s.query  # q and k are turned where they are
-            if not self.gpu.runs_flash_attention and s.key_value < s.query:
+            if not self.gpu.has_flash_attention and s.key_value < s.query:
                 attention += 2 * e * s.query  # k and v, for each of the queries' heads
                 if s.head_norms:
                     attention -= e * s.key_value  # k as it is turned, which is copied

@@ -20,9 +20,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from halfbyte.errors import ConfigError
-from halfbyte.plan.activation_cost import CHECKPOINT_WIDTH, H100, Gpu, LayerActivations
+from halfbyte.plan.activation_cost import CHECKPOINT_WIDTH, H100, LayerActivations
 from halfbyte.plan.model_shape import ModelShape, Weight
 from halfbyte.plan.policy import ActivationPolicy, Peak, StepCost, peak
+from halfbyte.runtime.device import DeviceSpec
 
 # Tokens of a part of packed documents; more make no product faster (engine/buckets.py).
 PART_TOKENS = 8192
@@ -162,7 +163,7 @@ class Run:
     device: str = "cuda"
     policy: ActivationPolicy = field(default_factory=ActivationPolicy)
     checkpoint_width: int = CHECKPOINT_WIDTH
-    gpu: Gpu = H100
+    gpu: DeviceSpec = H100
     graphs: bool = True
     embedding_on_host: bool = False
     trained: tuple[int, ...] | None = None
@@ -175,7 +176,7 @@ class Run:
     @property
     def packs(self) -> bool:
         """Whether examples of several micro-batches share parts, one part after the other."""
-        on_gpu = self.device == "cuda" and self.gpu.runs_flash_attention
+        on_gpu = self.device == "cuda" and self.gpu.has_flash_attention
         return self.fused and on_gpu and self.holding.itemsize == 2
 
     @property

@@ -36,9 +36,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from halfbyte.errors import ConfigError
-from halfbyte.plan.activation_cost import Gpu
 from halfbyte.plan.ledger import Packed, Run, held
 from halfbyte.plan.model_shape import ModelShape
+from halfbyte.runtime import device as devices
+from halfbyte.runtime.device import DeviceSpec
 
 PRODUCT_SHARE = 688 / 989
 COPY_SHARE = 3.02 / 3.35
@@ -65,7 +66,11 @@ _SMALL_KERNELS = 80 * 3e-6
 
 
 class GpuSpec(NamedTuple):
-    """A device.
+    """How fast a device is, where `DeviceSpec` is what its kernels can do.
+
+    A driver does not tell of speeds: they are the makers' figures, or measured. So they are a table
+    apart, and only forecasts depend on it, and how wide a model must be for attention's output to
+    be offloaded.
 
     Attributes:
         name: Its name.
@@ -92,9 +97,9 @@ class GpuSpec(NamedTuple):
     num_sms: int = 0
 
     @property
-    def gpu(self) -> Gpu:
-        """What of it the memory of a step depends on."""
-        return Gpu(self.capability, self.num_sms)
+    def gpu(self) -> DeviceSpec:
+        """What of it kernels, and so the memory of a step, depend on."""
+        return DeviceSpec(self.name, self.capability, self.num_sms, int(self.memory))
 
     @property
     def checkpoint_width(self) -> int:
@@ -105,7 +110,7 @@ class GpuSpec(NamedTuple):
         flash attention keeps more than its output, in 32 bits all its weights, too much to send
         away: no width will do.
         """
-        flash = self.itemsize == 2 and self.gpu.runs_flash_attention
+        flash = self.itemsize == 2 and self.gpu.has_flash_attention
         return int(self.flops / (4 * self.link)) if flash else sys.maxsize
 
 
@@ -225,7 +230,9 @@ def step_seconds(
     last = sum(weight.numel for weight in linears if weight.name.endswith(".down_proj.weight"))
     rerun = numel - last if run.fused else numel
     # Where attention is kept, neither it nor what follows it is computed again.
-    noted = run.policy.offloaded / max(1, shape.layers) if run.policy.attention_checkpoint else 0.0
+    attention_kept = (
+        run.policy.offloaded / max(1, shape.layers) if run.policy.attention_checkpoint else 0.0
+    )
     after = sum(weight.numel for weight in linears if weight.name.endswith(".o_proj.weight"))
     packed = [held(weight, shape, run.holding) for weight in linears]
     decoded = [
@@ -246,9 +253,9 @@ def step_seconds(
         head_dim = shape.query / max(1, shape.heads)
         attended *= min(1.0, run.length / _LONG) ** 0.5 * min(1.0, head_dim / _WIDE_HEAD)
     found = Seconds(
-        products=2 * tokens * (2 * numel + again * rerun - noted * after) / flops,
+        products=2 * tokens * (2 * numel + again * rerun - attention_kept * after) / flops,
         head=4 * shape.vocabulary * shape.hidden * tokens / card.flops,
-        attention=forward * (1 + 2.5 + again - noted) / (card.flops * attended),
+        attention=forward * (1 + 2.5 + again - attention_kept) / (card.flops * attended),
         decoding=2
         * passes
         * (1 - run.policy.decoded / max(1, shape.layers))
@@ -268,7 +275,6 @@ def measure_machine() -> GpuSpec:
     """Return this machine: products and a copy timed for a second or so."""
     import torch
 
-    from halfbyte.runtime.device import spec_of
     from halfbyte.runtime.precision import choose_device_and_dtype
 
     device, dtype, _ = choose_device_and_dtype("auto", "auto")
@@ -287,14 +293,13 @@ def measure_machine() -> GpuSpec:
     if on_gpu:
         host = torch.empty(count // 4, dtype=torch.float32, pin_memory=True)
         link = host.nbytes / _fastest(lambda: host.copy_(here[: count // 4]), on_gpu)
-    memory = float(torch.cuda.mem_get_info()[0]) if on_gpu else _available()
-    name = torch.cuda.get_device_name() if on_gpu else "this machine's processor"
-    share = 1.0 if on_gpu else CPU_SHARE
-    found = GpuSpec(name, memory, flops * share, bandwidth, link, dtype.itemsize, device, True)
+    e = dtype.itemsize
     if not on_gpu:
-        return found
-    spec = spec_of(torch.device("cuda"))
-    return found._replace(capability=spec.capability, num_sms=spec.num_sms)
+        speeds = flops * CPU_SHARE, bandwidth, link
+        return GpuSpec("this machine's processor", _available(), *speeds, e, device, True)
+    spec, memory = devices.spec_of(torch.device(device)), float(torch.cuda.mem_get_info()[0])
+    speeds = flops, bandwidth, link
+    return GpuSpec(spec.name, memory, *speeds, e, device, True, spec.capability, spec.num_sms)
 
 
 def _available() -> float:

@@ -6,7 +6,7 @@ write 2. So the kernels are shaped by how memory wants to be asked.
     decode     A lane reads one 32-bit word, 8 codes, and writes 16 bytes of 16-bit weights, so a
                warp reads 128 and writes 512 bytes in a row. Levels come from a 64-byte table that
                stays in the first cache; scales are decoded on the way, from their 8-bit codes.
-               Many weights go in one launch: a small one alone cannot fill the card.
+               Many weights go in one launch: a small one alone cannot fill the GPU.
     encode     A lane holds 8 neighbours; the largest of a block is found by shuffles. The level
                is found with two loads and one comparison: cut in cells of 1/16, no cell has more
                than one bound.
@@ -35,7 +35,6 @@ from torch import Tensor
 
 from halfbyte.quant import blockwise
 from halfbyte.quant.weight import SCALE_BLOCK, QuantizedWeight, QuantType, levels_of
-from halfbyte.runtime import device as devices
 
 # Weights in one launch of `_decode_flat`; the kernel finds its own by looking at every start.
 _WEIGHTS_A_LAUNCH = 16
@@ -221,16 +220,6 @@ def _encode_scales(
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Returns the context to launch a kernel in: Triton looks at the current device only."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-def num_sms(device: torch.device) -> int:
-    """Returns how many programs of a kernel with much to do run at a time; 3 in the interpreter."""
-    return devices.spec_of(device).num_sms
-
-
-def is_hopper(device: torch.device) -> bool:
-    """Returns whether a kernel tuned to Hopper's TMA and registers may run there."""
-    return devices.spec_of(device).is_hopper
 
 
 @cache

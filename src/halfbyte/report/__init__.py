@@ -1,4 +1,4 @@
-"""What a run tells: one object with a few verbs, called by whoever does the work.
+"""What a run reports: one object with a few methods, called by whoever does the work.
 
 Whatever is reported goes to two places. The *journal* is the record (``report.journal``). The
 *screen* (``report.live``) is standard error: a live display where that is a terminal, plain
@@ -27,7 +27,7 @@ __all__ = ["RunReport", "open_report"]
 
 
 class RunReport:
-    """The verbs of a run. As a context manager it closes itself, whatever happens."""
+    """What is called during a run. As a context manager it closes itself, whatever happens."""
 
     def __init__(self, screen: "Screen", output_dir: Path | None) -> None:
         """Report to ``screen``, and to ``journal.jsonl`` in ``output_dir`` once a run begins."""
@@ -60,7 +60,7 @@ class RunReport:
         """Show that something takes a while; the value is called with (done, total)."""
         return self._screen.task(description, total)
 
-    def begin(self, *, total_steps: int, start_step: int, facts: dict[str, Any]) -> None:
+    def begin(self, *, total_steps: int, start_step: int, metadata: dict[str, Any]) -> None:
         """Training begins: the journal is opened, and cut back to ``start_step``.
 
         Only now, so that a run that fails before its first step leaves no file behind.
@@ -68,7 +68,7 @@ class RunReport:
         Args:
             total_steps: The step after which training ends.
             start_step: Steps made before, by the run that this one goes on with.
-            facts: What the journal should know of the run; people have seen it by ``note``.
+            metadata: What the journal should know of the run; people have seen it by ``note``.
 
         Raises:
             OutputError: The journal cannot be written.
@@ -81,11 +81,11 @@ class RunReport:
             for event, record in self._before_begin or []:
                 self._journal.write(event, record)
         self._before_begin = None
-        self.record("begin", {"total_steps": total_steps, "start_step": start_step, **facts})
+        self.record("begin", {"total_steps": total_steps, "start_step": start_step, **metadata})
         for tracker in self._trackers:
             name = self._output_dir.name if self._output_dir else "halfbyte"
-            tracker.begin(name, start_step, facts)
-        self._screen.begin(total_steps=total_steps, start_step=start_step, facts=facts)
+            tracker.begin(name, start_step, metadata)
+        self._screen.begin(total_steps=total_steps, start_step=start_step, metadata=metadata)
 
     def step(self, record: dict[str, Any]) -> None:
         """An optimizer step was made.

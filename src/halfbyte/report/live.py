@@ -161,7 +161,7 @@ class Screen:
         """Show that something is being done."""
         return nullcontext(lambda done, total: None)
 
-    def begin(self, *, total_steps: int, start_step: int, facts: dict[str, Any]) -> None:
+    def begin(self, *, total_steps: int, start_step: int, metadata: dict[str, Any]) -> None:
         """Show that training begins."""
 
     def step(self, record: dict[str, Any]) -> None:
@@ -206,7 +206,7 @@ class PlainScreen(Screen):
         yield progress
         self._line(f"{description}: {duration(time.monotonic() - began)}")
 
-    def begin(self, *, total_steps: int, start_step: int, facts: dict[str, Any]) -> None:
+    def begin(self, *, total_steps: int, start_step: int, metadata: dict[str, Any]) -> None:
         """One line."""
         self._pace = Pace(total_steps, start_step)
         self._line(f"training: steps {start_step + 1} to {total_steps}")
@@ -275,7 +275,7 @@ class LiveScreen(Screen):
             self._hide_if_idle()
         self._print(Text(f"{description}: {duration(time.monotonic() - began)}", style="dim"))
 
-    def begin(self, *, total_steps: int, start_step: int, facts: dict[str, Any]) -> None:
+    def begin(self, *, total_steps: int, start_step: int, metadata: dict[str, Any]) -> None:
         """The bar appears."""
         self._pace = Pace(total_steps, start_step)
         self._training.add_task("", total=total_steps, completed=start_step, left="")

@@ -164,9 +164,9 @@ def _figures(run: Run) -> list[tuple[str, str | None]]:
 
 
 def _head(run: Run) -> str:
-    facts = run.begin
-    kind = _KINDS.get(str(facts.get("quant")), "")
-    said = [facts.get("model"), kind, facts.get("machine") or facts.get("device"), started(run)]
+    begin = run.begin
+    kind = _KINDS.get(str(begin.get("quant")), "")
+    said = [begin.get("model"), kind, begin.get("machine") or begin.get("device"), started(run)]
     state = "" if run.finished else f'<p class="warning" role="status">{escape(run.state)}</p>'
     return (
         f'<header><h1>{escape(run.name)}</h1><p class="soft">'
@@ -294,19 +294,19 @@ def _again(run: Run) -> str:
             f'<p class="soft">{same}. Options that were given are bold.</p>'
         )
         given = set(texts(run.begin.get("given")))
-        body += "<details><summary>All options</summary>" + _facts(config, given) + "</details>"
+        body += "<details><summary>All options</summary>" + _options(config, given) + "</details>"
     if versions:
-        body += "<details><summary>Versions</summary>" + _facts(versions, set()) + "</details>"
+        body += "<details><summary>Versions</summary>" + _options(versions, set()) + "</details>"
     return section("How to do it again", body)
 
 
-def _facts(values: dict[str, Any], given: set[str]) -> str:
+def _options(values: dict[str, Any], given: set[str]) -> str:
     rows = "".join(
         f'<tr{" class=given" if name in given else ""}><th scope="row">{escape(str(name))}</th>'
         f"<td>{escape(_value(value))}</td></tr>"
         for name, value in values.items()
     )
-    return f'<div class="wide"><table class="facts"><tbody>{rows}</tbody></table></div>'
+    return f'<div class="wide"><table class="options"><tbody>{rows}</tbody></table></div>'
 
 
 def _value(value: Any) -> str:

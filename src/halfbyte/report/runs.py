@@ -23,7 +23,7 @@ _STEP_PARTS = {
     "backward": "backward",
     "update": "optimizer",
 }
-# What is left of a step: where an engine told of no parts, that is all of them.
+# What is left of a step: where an engine gave no parts, that is all of them.
 _WHOLE_STEP, _REST_OF_STEP = "forward and backward", "rest of a step"
 
 _MOST_STEPS = 1e12
@@ -58,7 +58,7 @@ class Run:
     Attributes:
         name: What the run is called on a page.
         path: Its directory.
-        begin: The facts of the last ``begin`` line.
+        begin: The metadata of the last ``begin`` line.
         loaded: The last ``loaded`` line.
         memory: The last ``memory`` line, which holds the ledger against what was measured.
         finish: The ``finish`` line, or nothing while there is none.

@@ -21,8 +21,8 @@ Values = Mapping[str, float]
 class Tracker(Protocol):
     """Whoever follows a run's numbers."""
 
-    def begin(self, name: str, start_step: int, facts: Mapping[str, Any]) -> None:
-        """Training begins after ``start_step``; ``facts`` are plain values that describe it."""
+    def begin(self, name: str, start_step: int, metadata: Mapping[str, Any]) -> None:
+        """Training begins after ``start_step``; ``metadata`` are plain values that describe it."""
 
     def log(self, step: int, values: Values) -> None:
         """Take in numbers by name, after ``step``."""
@@ -39,12 +39,12 @@ class TensorBoard:
         self._module, self._directory = module, directory
         self._writer: Any = None
 
-    def begin(self, name: str, start_step: int, facts: Mapping[str, Any]) -> None:
-        """Write the facts as a text; what a resumed run makes anew is hidden by TensorBoard."""
+    def begin(self, name: str, start_step: int, metadata: Mapping[str, Any]) -> None:
+        """Write the metadata as a text; what a resumed run makes anew is hidden by TensorBoard."""
         self._writer = self._module.SummaryWriter(
             str(self._directory / "tensorboard"), purge_step=start_step + 1
         )
-        text = "\n".join(f"    {key}: {value}" for key, value in facts.items())
+        text = "\n".join(f"    {key}: {value}" for key, value in metadata.items())
         self._writer.add_text("run", f"{name}\n\n{text}", start_step)
 
     def log(self, step: int, values: Values) -> None:
@@ -69,7 +69,7 @@ class WandbLike:
         self._module, self._directory = module, directory
         self._begun = False
 
-    def begin(self, name: str, start_step: int, facts: Mapping[str, Any]) -> None:
+    def begin(self, name: str, start_step: int, metadata: Mapping[str, Any]) -> None:
         """Start a run of that name.
 
         Raises:
@@ -80,7 +80,7 @@ class WandbLike:
         where = {"dir": str(self._directory)} if library == "wandb" else {}
         refusal: type[Exception] = getattr(self._module, "Error", ConfigError)
         try:
-            self._module.init(project=project, name=name, config=dict(facts), **where)
+            self._module.init(project=project, name=name, config=dict(metadata), **where)
         except refusal as error:
             raise ConfigError(f"report_to: {library} does not begin: {error}") from error
         self._begun = True

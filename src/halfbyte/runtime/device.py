@@ -1,14 +1,18 @@
 """What a GPU is, as far as a choice of ours depends on it: asked once, in one place.
 
 Whoever decides by the device (which dtype, which kernel, how many programs) asks `spec_of` for a
-`DeviceSpec` and looks at nothing else. So what a T4 or an RTX 4090 would be given can be seen, and
-compiled, where there is no GPU at all: a test gives another spec.
+`DeviceSpec` and looks at nothing else: no other file asks the driver or torch for a property
+(`tests/runtime/test_device.py` looks for that). So what a T4 or an RTX 4090 would be given can be
+seen, and compiled, where there is no GPU at all: a test gives another spec. What `plan` predicts
+follows from the same class, so torch is imported only where it is asked.
 """
 
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 # Bytes of shared memory a block may have at most (CUDA C++ Programming Guide, "Technical
 # Specifications per Compute Capability"). The driver knows, but torch tells only of the 48 KB that
@@ -28,20 +32,18 @@ _SHARED_MEMORY = {
 
 @dataclass(frozen=True)
 class DeviceSpec:
-    """A GPU.
+    """A GPU: what kernels can do on it. How fast it is, is in `plan.roofline.GpuSpec`.
 
     Attributes:
         name: What its driver calls it.
         capability: CUDA compute capability, (major, minor).
         num_sms: Streaming multiprocessors.
-        l2: Bytes of the second cache.
-        memory: Bytes of the card, the driver's share included.
+        memory: Bytes of its memory, the driver's share included.
     """
 
     name: str
     capability: tuple[int, int]
     num_sms: int
-    l2: int
     memory: int
 
     @property
@@ -70,37 +72,48 @@ class DeviceSpec:
         """Whether a kernel tuned to Hopper's TMA and registers may run there."""
         return self.capability[0] == 9
 
+    @property
+    def has_flash_attention(self) -> bool:
+        """Whether torch's flash attention runs there, of heads of usual width: from Ampere on."""
+        return self.capability >= (8, 0)
+
     def runs_flash_attention(self, head_dim: int) -> bool:
         """Return whether torch's flash attention runs there, in 16 bits, forward and backward.
 
         Its backward of heads wider than 192 wants more shared memory than a block has on GeForce
-        cards.
+        GPUs.
         """
         roomy = self.shared_memory >= _SHARED_MEMORY[8, 0]
-        return self.capability >= (8, 0) and head_dim <= (256 if roomy else 192)
+        return self.has_flash_attention and head_dim <= (256 if roomy else 192)
 
 
 # Triton's interpreter, on a CPU: runs every kernel, few programs.
-INTERPRETER = DeviceSpec("Triton's interpreter", (9, 0), num_sms=3, l2=0, memory=0)
+INTERPRETER = DeviceSpec("Triton's interpreter", (9, 0), num_sms=3, memory=0)
 
 
 @cache
-def spec_of(device: torch.device) -> DeviceSpec:
-    """Return what a device is; of one that is no GPU, `INTERPRETER`."""
+def spec_of(device: "torch.device") -> DeviceSpec:
+    """Return what a device is; of one that is no GPU, `INTERPRETER`.
+
+    The driver is asked at the first call for a device. No call waits for the GPU.
+    """
     if device.type != "cuda":
         return INTERPRETER
+    import torch
+
     found = torch.cuda.get_device_properties(device)
     return DeviceSpec(
         name=found.name,
         capability=(found.major, found.minor),
         num_sms=found.multi_processor_count,
-        l2=found.L2_cache_size,
         memory=found.total_memory,
     )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that a GPU's memory, or page-locked memory, is used up."""
+    import torch
+
     if isinstance(error, torch.OutOfMemoryError):
         return True
     said = str(error)

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from halfbyte.errors import ConfigError
-from halfbyte.runtime.device import DeviceSpec, spec_of
+from halfbyte.runtime import device as devices
+from halfbyte.runtime.device import DeviceSpec
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -71,7 +72,7 @@ def choose_device_and_dtype(device: str, compute_dtype: str) -> tuple[str, torch
         device = "cuda" if has_cuda else "cpu"
     if device == "cuda":
         configure_allocators()
-        return device, *_gpu_dtype(spec_of(torch.device(device)), compute_dtype)
+        return device, *_gpu_dtype(devices.spec_of(torch.device(device)), compute_dtype)
     if compute_dtype == "float16":
         raise ConfigError(
             "compute_dtype float16 is for a GPU; use auto, bfloat16 or float32 on a CPU"

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from halfbyte.checkpoint.atomic import new_file, require_writable
-from halfbyte.config.aliases import spell
+from halfbyte.config.aliases import translate
 from halfbyte.config.schema import TrainConfig, check, load_config, to_yaml
 from halfbyte.errors import ConfigError, HalfbyteError
 from halfbyte.report.comparison import (
@@ -67,9 +67,9 @@ def parse_variants(names: Sequence[str]) -> list[Variant]:
         for word in name.split("+"):
             option, equals, value = word.strip().partition("=")
             if equals:
-                spelt = spell({option.replace("-", "_"): value}, TrainConfig)
-                problems += spelt.problems
-                options |= spelt.values
+                ours = translate({option.replace("-", "_"): value}, TrainConfig)
+                problems += ours.problems
+                options |= ours.values
             elif option in KNOWN:
                 options |= KNOWN[option]
             else:

@@ -50,7 +50,7 @@ class Check(NamedTuple):
     Attributes:
         name: What was tried.
         passed: Whether it is right.
-        told: The numbers, in a line.
+        message: The numbers, in a line.
         seconds: How long it took.
         facts: The numbers as values.
     """

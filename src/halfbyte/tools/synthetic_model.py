@@ -56,7 +56,7 @@ def run(config: TrainConfig, report: "RunReport") -> None:
         shapes = AutoModelForCausalLM.from_config(architecture)
     for name, parameter in shapes.named_parameters():  # a tied head is not among them
         load_tensor(model, name, _random(tuple(parameter.shape), dtype, device))
-    audit = finalize(model)
+    base_report = finalize(model)
     report.record("loaded", {"seconds": time.perf_counter() - began} | metadata.memory_now(device))
     attach(model, lora_of(config), seed=config.seed)
     parameters = adapter_parameters(model)
@@ -69,16 +69,16 @@ def run(config: TrainConfig, report: "RunReport") -> None:
     micro_batches = config.gradient_accumulation_steps
     memory = trainer.fit([[size] * micro_batches], [[size[1]] * size[0] * micro_batches])
     report.note(memory.summary())
-    told_facts: dict[str, Any] = {
+    made: dict[str, Any] = {
         "model": config.model,
         "quant": config.quant,
         "device": device,
         "machine": metadata.machine(device),
         "compute_dtype": str(dtype).removeprefix("torch."),
         "versions": metadata.versions(),
-        "base_bytes": audit.total_bytes,
+        "base_bytes": base_report.total_bytes,
     }
-    report.begin(total_steps=total, start_step=0, facts=told_facts | metadata.options(config))
+    report.begin(total_steps=total, start_step=0, metadata=made | metadata.options(config))
     tokens = size[0] * size[1] * micro_batches
     spent, loss = 0.0, math.nan
 

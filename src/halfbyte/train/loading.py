@@ -218,8 +218,8 @@ def lora_of(config: TrainConfig) -> LoRAConfig:
     )
 
 
-def recipe_facts(recipe: BaseRecipe) -> dict[str, Any]:
+def recipe_metadata(recipe: BaseRecipe) -> dict[str, Any]:
     """Return ``recipe`` as JSON values, for the adapter's card."""
-    facts = dataclasses.asdict(recipe)
-    del facts["device"]  # where, not how
-    return facts | {"compute_dtype": str(recipe.compute_dtype).removeprefix("torch.")}
+    found = dataclasses.asdict(recipe)
+    del found["device"]  # where, not how
+    return found | {"compute_dtype": str(recipe.compute_dtype).removeprefix("torch.")}

@@ -17,12 +17,11 @@ from torch import nn
 
 from halfbyte.checkpoint.base_model import BaseSource
 from halfbyte.models.build import BaseRecipe
-from halfbyte.plan.activation_cost import H100, Gpu
 from halfbyte.plan.ledger import Holding, Ledger, OptimizerMode, Run, ledger
 from halfbyte.plan.model_shape import ModelShape, shape_of
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.plan.roofline import GpuSpec, gpu_of_driver, measure_machine, step_seconds
-from halfbyte.runtime.device import spec_of
+from halfbyte.runtime import device as devices
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
@@ -39,11 +38,6 @@ def shape_of_source(source: BaseSource) -> ModelShape:
         for p in source.parameters
     }
     return shape_of(source.skeleton, source.name, files=files)
-
-
-def _gpu() -> Gpu:
-    spec = spec_of(torch.device("cuda"))
-    return Gpu(spec.capability, spec.num_sms)
 
 
 class _Seen(NamedTuple):
@@ -101,7 +95,7 @@ class Prediction:
             device=recipe.device,
             policy=policy,
             graphs=graphs,
-            gpu=_gpu() if recipe.device.startswith("cuda") else H100,
+            gpu=devices.spec_of(torch.device(recipe.device)),
             embedding_on_host=embedding_on_host,
             trained=tuple(parameter.numel() for parameter in parameters.values()),
             process=process,
@@ -202,4 +196,4 @@ class Prediction:
             self._measured = self._measured or measure_machine()
             return self._measured
         # Not measured: the buffers would count to the peak.
-        return gpu_of_driver(torch.cuda.get_device_name())
+        return gpu_of_driver(self._run.gpu.name)

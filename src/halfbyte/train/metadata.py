@@ -1,4 +1,4 @@
-"""What a run writes down about itself, so that its journal tells the whole story by itself.
+"""What a run writes down about itself, so that its journal is complete by itself.
 
 Versions, machine, options, the report on the data, the time of a step's parts, and what the model
 answers before and after. None of it is used for training.
@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from halfbyte import __version__
 from halfbyte.config.schema import TrainConfig
 from halfbyte.data import Dataset
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_policy import peak_memory, used_memory
 from halfbyte.models.generate import generate
+from halfbyte.runtime import device as devices
+from halfbyte.version import __version__
 
 _PACKAGES = ("torch", "transformers", "triton")
 
@@ -42,7 +43,7 @@ def versions() -> dict[str, str]:
 def machine(device: str) -> str:
     """Return the name of the GPU, or of the processor and its threads."""
     if device == "cuda":
-        return str(torch.cuda.get_device_name())
+        return devices.spec_of(torch.device(device)).name
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             name = next(line.partition(":")[2].strip() for line in lines if "model name" in line)

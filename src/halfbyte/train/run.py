@@ -49,7 +49,7 @@ from halfbyte.runtime.matmul import float32_library
 from halfbyte.runtime.precision import choose_device_and_dtype, deterministic
 from halfbyte.train import metadata
 from halfbyte.train.evaluate import as_batch, evaluate_loss
-from halfbyte.train.loading import Loading, lora_of, recipe_facts, recipe_of
+from halfbyte.train.loading import Loading, lora_of, recipe_metadata, recipe_of
 from halfbyte.train.memory_check import FIRST_LOOK, Prediction
 from halfbyte.train.qera import begin_with_error, require_plain
 from halfbyte.train.resume import check_same_run, identity_of_run, resume_from
@@ -314,7 +314,7 @@ class _Run:
         self.report.begin(
             total_steps=self.plan.total,
             start_step=self.start,
-            facts={
+            metadata={
                 "model": config.model,
                 "data": config.data,
                 "quant": recipe.quant,
@@ -493,9 +493,9 @@ class _Run:
     @cached_property
     def card(self) -> dict[str, Any]:
         """The base's digests and the recipe; they take 0.2 s, and the first step need not wait."""
-        facts = recipe_facts(self.base.model.halfbyte_recipe)
-        facts |= {"init_lora_weights": self.config.init_lora_weights}
-        return {"base": identity_of(self.base), "recipe": facts}
+        recipe = recipe_metadata(self.base.model.halfbyte_recipe)
+        recipe |= {"init_lora_weights": self.config.init_lora_weights}
+        return {"base": identity_of(self.base), "recipe": recipe}
 
     def save(self, step: int) -> None:
         """Write a checkpoint, on a GPU beside the next steps."""

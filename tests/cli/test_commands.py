@@ -1,4 +1,4 @@
-"""What each verb hands on, and what it prints; models and training are stand-ins here."""
+"""What each command hands on, and what it prints; models and training are stand-ins here."""
 
 import builtins
 import io
@@ -53,7 +53,7 @@ class Seam:
 
     def train(self, config: Any, report: Any) -> Trained:
         self.calls.append(("train", {"config": config}))
-        report.begin(total_steps=1, start_step=0, facts={"base": "tiny"})
+        report.begin(total_steps=1, start_step=0, metadata={"base": "tiny"})
         report.step({"step": 1, "loss": 0.25})
         return Trained(config.output)
 
@@ -312,14 +312,14 @@ def test_chat_remembers_and_forgets(seam: Seam, monkeypatch: pytest.MonkeyPatch)
     assert cli.main(["chat", "--model", "m", "--system", "S"]) == 0
     system = {"role": "system", "content": "S"}
 
-    def told(*contents: str) -> list[dict[str, str]]:
+    def turns(*contents: str) -> list[dict[str, str]]:
         roles = ("user", "assistant")
         return [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
 
     assert [call["prompts"][0] for call in seam.named("generate")] == [
-        [system, *told("one")],
-        [system, *told("one", "to one", "two")],
-        [system, *told("three")],
+        [system, *turns("one")],
+        [system, *turns("one", "to one", "two")],
+        [system, *turns("three")],
     ]
 
 
