@@ -51,6 +51,30 @@ def test_gradients_are_those_of_attention_itself(documents, batch, attention, mo
         assert torch.equal(mine, exactly)
 
 
+def gradients(given, scale=0.25):
+    """Of attention itself, and of attention that was checkpointed, over the same inputs."""
+    leaves = [x.detach().requires_grad_() for x in given]
+    out = attend(*leaves, None, scale)
+    dy = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    true = torch.autograd.grad(out, leaves, dy)
+    attended = CheckpointedAttention(*given, None, scale)
+    anew = [x.detach().requires_grad_() for x in given]
+    again = attended.again(*anew, attended.tensors)
+    return true, torch.autograd.grad(again, anew, dy)
+
+
+def test_inputs_may_be_one_view_of_one_tensor():
+    q, k, _ = inputs()
+    for mine, exactly in zip(*gradients([q, k, k]), strict=True):
+        assert torch.equal(mine, exactly)
+
+
+def test_no_tokens():
+    """Tensors of no elements have the address of all that have none."""
+    for mine, exactly in zip(*gradients(inputs(tokens=0)), strict=True):
+        assert mine.shape == exactly.shape
+
+
 def test_the_graph_holds_none_of_them():
     def holders(x):
         return torch._C._storage_Use_Count(x.untyped_storage()._cdata)
