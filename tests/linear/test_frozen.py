@@ -1,5 +1,6 @@
 """The frozen linear against a plain computation, in values, gradients and what it keeps."""
 
+import copy
 import itertools
 
 import pytest
@@ -239,6 +240,29 @@ def test_state_dict_round_trip():
     other.load_state_dict(one.state_dict())
     x = torch.randn(2, 10)
     assert torch.equal(one(x), other(x))
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda one, other: one.to("meta"),
+        lambda one, other: one.to("meta").to_empty(device="cpu"),
+        lambda one, other: one.half(),
+        lambda one, other: one.load_state_dict(other.state_dict()),
+        lambda one, other: one.load_state_dict(other.state_dict(), assign=True),
+        lambda one, other: copy.deepcopy(one),
+        lambda one, other: one.set_quantized(other.quantized),
+    ],
+    ids=["meta", "empty", "half", "load", "assign", "copy", "set"],
+)
+def test_the_packed_weight_is_made_of_the_buffers_whatever_becomes_of_them(double_quant, change):
+    one, other = (layer(dtype=torch.float32, double_quant=double_quant) for _ in range(2))
+    changed = change(one, other)
+    one = changed if isinstance(changed, FrozenLinear) else one
+    tensors, buffers = one.quantized.tensors(), dict(one.named_buffers())
+    assert tensors.keys() == buffers.keys()
+    assert all(tensor is buffers[name] for name, tensor in tensors.items())
 
 
 def test_a_packed_weight_of_another_shape_is_refused():

@@ -6,7 +6,8 @@ is multiplied with, alone or together with linears of the same input, is in grou
 and how often, is up to the caller (decoded_cache.py).
 """
 
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +18,6 @@ from halfbyte.quant.weight import QuantizedWeight, QuantType, empty_like_quantiz
 
 # The tensors of a QuantizedWeight, which a FrozenLinear holds as buffers under the same names.
 _PACKED = ("codes", "scales", "scale_codes", "scale_scales", "scale_offset")
-
-
-class _Layout(NamedTuple):
-    """What a packed weight is, besides its tensors."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    quant_type: QuantType
-    block_size: int
 
 
 class FrozenLinear(nn.Module):
@@ -63,7 +55,7 @@ class FrozenLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.adapter: nn.Module | None = None
         self._dense: Tensor | None = None
-        self._layout: _Layout | None = None
+        self._quantized: QuantizedWeight | None = None
         self.group = LinearGroup([self])
 
         def empty(*shape: int) -> nn.Parameter:
@@ -115,11 +107,8 @@ class FrozenLinear(nn.Module):
 
     @property
     def quantized(self) -> QuantizedWeight | None:
-        """The packed weight as a view of the buffers, or None if the weight is plain."""
-        if self._layout is None:
-            return None
-        tensors: dict[str, Any] = {name: self._buffers[name] for name in _PACKED}
-        return QuantizedWeight(**tensors, **self._layout._asdict())
+        """The packed weight, whose tensors are the buffers, or None if the weight is plain."""
+        return self._quantized
 
     def set_quantized(self, quantized: QuantizedWeight) -> None:
         """Hold ``quantized`` from now on; its tensors become this module's buffers.
@@ -135,9 +124,7 @@ class FrozenLinear(nn.Module):
         self.weight = None
         for name in _PACKED:
             self.register_buffer(name, getattr(quantized, name))
-        self._layout = _Layout(
-            quantized.shape, quantized.dtype, quantized.quant_type, quantized.block_size
-        )
+        self._quantized = quantized
 
     def opened(self, dtype: torch.dtype) -> Tensor | None:
         """Return W [out, in] if a `DecodedWeightCache` holds it decoded to ``dtype``."""
@@ -186,11 +173,21 @@ class FrozenLinear(nn.Module):
             moved = buffers[name]
             assert moved is not None
             buffers[name] = moved.view(torch.float32)
+        self._see_buffers()
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._see_buffers()  # load_state_dict(assign=True) puts others in their place
+
+    def _see_buffers(self) -> None:
+        if self._quantized is not None:
+            tensors: dict[str, Any] = {name: self._buffers[name] for name in _PACKED}
+            self._quantized = replace(self._quantized, **tensors)
 
     def extra_repr(self) -> str:
         """Return the sizes and the kind of the weight, for ``print(model)``."""
-        kind = "plain" if self._layout is None else self._layout.quant_type
+        kind = "plain" if self._quantized is None else self._quantized.quant_type
         return (
             f"in={self.in_features}, out={self.out_features}, bias={self.bias is not None}, {kind}"
         )
