@@ -9,7 +9,7 @@ from torch import nn
 
 from halfbyte.linear.decoded_cache import DecodedWeightCache
 from halfbyte.linear.frozen import FrozenLinear
-from halfbyte.linear.group import LowRank
+from halfbyte.linear.fused_lora import LowRank
 from halfbyte.quant import dequantize, quantize
 
 

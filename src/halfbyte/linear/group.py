@@ -24,36 +24,35 @@ of x is read, is so narrow that it is kept from the first run where all else is 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from halfbyte.linear.fused_lora import FusedLoraLinear
+from halfbyte.linear.fused_lora import FusedLoraLinear, LowRank
 from halfbyte.quant.format import dequantize_all, gpu_kernels
+from halfbyte.quant.weight import QuantizedWeight
 from halfbyte.runtime.matmul import product
-
-if TYPE_CHECKING:
-    from halfbyte.linear.frozen import FrozenLinear
 
 # Linears of one input that triton_lora.py can take together.
 _MOST_TOGETHER = 3
 
 
-class LowRank(NamedTuple):
-    """A trained update s·B·A of a frozen weight, as one product sees it.
+class _Member(Protocol):
+    """What products ask of a linear; see `frozen.FrozenLinear`."""
 
-    Attributes:
-        a: [r, in], any floating dtype; cast to the dtype of x for the product.
-        b: [out, r], likewise.
-        scaling: s.
-        keep: None, or the dropout mask over x, already divided by 1 - p: dtype of x, shape of x.
-    """
+    in_features: int
+    out_features: int
+    bias: Tensor | None
+    adapter: Any
+    group: "LinearGroup"
 
-    a: Tensor
-    b: Tensor
-    scaling: float
-    keep: Tensor | None = None
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def quantized(self) -> QuantizedWeight | None: ...
+    def opened(self, dtype: torch.dtype) -> Tensor | None: ...
+    def decode(self, dtype: torch.dtype) -> Tensor: ...
 
 
 class _GroupProduct(torch.autograd.Function):
@@ -79,13 +78,13 @@ class _GroupProduct(torch.autograd.Function):
             x_a = fused.into_a(rows)
             p = [x_a]
             if read:
-                ys = list(torch.split(fused.forward(rows, x_a), fused.outputs, 1))
+                ys = list(torch.split(fused.forward(rows, x_a), group.outputs, 1))
         elif read:
             ys, p = _plain_forward(rows, group, updates, gradients)
         else:
             p = [_into_a(rows, update) for update in updates]
         if not read:
-            ys = [x.new_zeros(1, 1).expand(len(rows), m.out_features) for m in members]
+            ys = [x.new_zeros(1, 1).expand(len(rows), out) for out in group.outputs]
         for y, member in zip(ys, members, strict=True):
             if read and member.bias is not None:
                 y.add_(member.bias.to(x.dtype))
@@ -146,7 +145,7 @@ def _plain_forward(
     return ys, p
 
 
-def _packed_is_faster(rows: Tensor, members: Sequence["FrozenLinear"]) -> bool:
+def _packed_is_faster(rows: Tensor, members: Sequence[_Member]) -> bool:
     """Return whether x Wᵀ is faster without decoding W, for all of the linears."""
     if not rows.is_cuda or gpu_kernels() is None:
         return False
@@ -158,7 +157,7 @@ def _packed_is_faster(rows: Tensor, members: Sequence["FrozenLinear"]) -> bool:
     return all(q is not None and triton_gemv.can_multiply(rows, q) for q in packed)
 
 
-def _packed_products(rows: Tensor, members: Sequence["FrozenLinear"]) -> list[Tensor]:
+def _packed_products(rows: Tensor, members: Sequence[_Member]) -> list[Tensor]:
     """Return x Wᵀ of each linear without decoding W."""
     from halfbyte.linear import triton_gemv
 
@@ -230,9 +229,9 @@ class _Waiting(NamedTuple):
     x: Tensor
     version: int
     gradients: bool
-    outputs: dict["FrozenLinear", Tensor]
+    outputs: dict[_Member, Tensor]
 
-    def fits(self, linear: "FrozenLinear", x: Tensor) -> bool:
+    def fits(self, linear: _Member, x: Tensor) -> bool:
         """Return whether they hold what ``linear`` would compute of x now."""
         made = (self.version, self.gradients) == (x._version, torch.is_grad_enabled())
         return self.x is x and made and linear in self.outputs
@@ -249,12 +248,14 @@ class LinearGroup:
         members: The linears, in the order of their calls.
 
     Attributes:
+        outputs: Rows of each weight.
         restored: x Aᵀ [rows, members · rank] that the next call takes instead of making it, or
             None; see `LoraActivationCache`.
     """
 
-    def __init__(self, members: Sequence["FrozenLinear"]) -> None:
+    def __init__(self, members: Sequence[_Member]) -> None:
         self.members = tuple(members)
+        self.outputs = [member.out_features for member in members]
         self.restored: Tensor | None = None
         self._recorded: list[Tensor] | None = None
         self._waiting: _Waiting | None = None
@@ -264,7 +265,7 @@ class LinearGroup:
         for member in members:
             member.group = self
 
-    def output(self, linear: "FrozenLinear", x: Tensor, *, read: bool = True) -> Tensor:
+    def output(self, linear: _Member, x: Tensor, *, read: bool = True) -> Tensor:
         """Return y [..., out] of one member for x [..., in]; see `FrozenLinear.unread`."""
         if not read and len(self.members) == 1:
             return self._products(x, read=False)[0]
@@ -292,8 +293,7 @@ class LinearGroup:
 
     def _products(self, x: Tensor, *, read: bool = True) -> tuple[Tensor, ...]:
         updates = tuple(
-            None if member.adapter is None else member.adapter.update(x)  # type: ignore[operator]
-            for member in self.members
+            None if member.adapter is None else member.adapter.update(x) for member in self.members
         )
         gradients = torch.is_grad_enabled()  # inside forward it always says no
         return _GroupProduct.apply(x, self, updates, gradients, read, *factors_of(updates))  # type: ignore[no-any-return, no-untyped-call]
@@ -314,7 +314,7 @@ class LinearGroup:
             return None
         return FusedLoraLinear(self, updates, x.dtype)
 
-    def fused_alone(self, x: Tensor, members: Sequence["FrozenLinear"]) -> FusedLoraLinear | None:
+    def fused_alone(self, x: Tensor, members: Sequence[_Member]) -> FusedLoraLinear | None:
         """Return `fused` for whoever does more than to call ``members`` with x.
 
         None, too, where these are not the members, or where something else belongs to what the
@@ -324,7 +324,7 @@ class LinearGroup:
             return None
         updates: list[LowRank | None] = []
         for member in members:
-            adapter: Any = member.adapter
+            adapter = member.adapter
             if member.bias is not None or (adapter and (adapter.rescales or adapter.drops)):
                 return None
             updates.append(None if adapter is None else LowRank(*adapter.factors))
@@ -343,10 +343,7 @@ class LinearGroup:
         if self._cast_adapters is not None:
             return self._cast_adapters
         sets = [group for group in self.beside or (self,) if any(group._pairs())]
-        factors = [
-            Factors(s._pairs(), [m.out_features for m in s.members], s.members[0].in_features)
-            for s in sets
-        ]
+        factors = [Factors(s._pairs(), s.outputs, s.members[0].in_features) for s in sets]
         made = dict(zip(sets, cast_adapters_of(factors, dtype), strict=True))
         if self.beside:
             for group, cast_adapters in made.items():
@@ -370,8 +367,7 @@ class LinearGroup:
     def _pairs(self) -> list[tuple[Tensor, Tensor, float] | None]:
         """Return A, B and s of each member, or None."""
         return [
-            None if member.adapter is None else member.adapter.factors  # type: ignore[misc]
-            for member in self.members
+            None if member.adapter is None else member.adapter.factors for member in self.members
         ]
 
     def open(self, beside: Sequence["LinearGroup"]) -> None:
@@ -433,7 +429,7 @@ def _for_kernels(x: Tensor) -> bool:
     return x.is_cuda and sixteen and gpu_kernels() is not None
 
 
-def _decode_together(linears: Sequence["FrozenLinear"], dtype: torch.dtype) -> list[Tensor]:
+def _decode_together(linears: Sequence[_Member], dtype: torch.dtype) -> list[Tensor]:
     """Return W [out, in] of each in ``dtype``, the packed ones decoded together."""
     packed = {linear: q for linear in linears if (q := linear.quantized) is not None}
     if len(packed) < 2 or linears[0].device.type != "cuda":
