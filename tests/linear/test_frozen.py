@@ -142,7 +142,7 @@ def test_a_layer_is_decoded_once_while_it_is_open():
             together = layers[1](layers[0](x))
     assert scratch.decodes == 2
     assert torch.equal(alone, together)
-    assert all(one._dense is None for one in layers)
+    assert all(one.opened(torch.float32) is None for one in layers)
 
 
 def test_slots_are_reused_and_grow():
@@ -152,8 +152,8 @@ def test_slots_are_reused_and_grow():
     addresses = []
     for one in (small, large, small, large):
         with scratch.opened([one], torch.float32):
-            addresses.append(one._dense.data_ptr())
-            assert torch.equal(one._dense, dequantize(one.quantized, torch.float32))
+            addresses.append(one.opened(torch.float32).data_ptr())
+            assert torch.equal(one.opened(torch.float32), dequantize(one.quantized, torch.float32))
             torch.testing.assert_close(one(x), plain(one, x))
     assert addresses[1] == addresses[2] == addresses[3]
 
@@ -169,7 +169,9 @@ def test_what_was_decoded_last_need_not_be_again():
         (one, True, 4),
     ):
         with scratch.opened([linear], torch.float32, again=again):
-            assert torch.equal(linear._dense, dequantize(linear.quantized, torch.float32))
+            assert torch.equal(
+                linear.opened(torch.float32), dequantize(linear.quantized, torch.float32)
+            )
         assert scratch.decodes == decodes
 
 
@@ -180,16 +182,18 @@ def test_what_is_kept_stays_decoded_beside_what_is_not():
     assert scratch.decodes == 1  # at once
     for one in (kept, other, kept, other, kept):
         with scratch.opened([one], torch.float32):
-            assert torch.equal(one._dense, dequantize(one.quantized, torch.float32))
+            assert torch.equal(one.opened(torch.float32), dequantize(one.quantized, torch.float32))
     assert scratch.decodes == 3
     kept.set_quantized(quantize(torch.randn(4, 8)))
     with scratch.opened([kept], torch.float32):
-        assert torch.equal(kept._dense, dequantize(kept.quantized, torch.float32))
+        assert torch.equal(kept.opened(torch.float32), dequantize(kept.quantized, torch.float32))
     assert scratch.decodes == 4
     scratch.keep([], torch.float32)
     for _ in range(2):
         with scratch.opened([kept], torch.float32):
-            assert torch.equal(kept._dense, dequantize(kept.quantized, torch.float32))
+            assert torch.equal(
+                kept.opened(torch.float32), dequantize(kept.quantized, torch.float32)
+            )
     assert scratch.decodes == 6
 
 
@@ -210,7 +214,7 @@ def test_an_error_closes_what_was_opened():
     made = layer(dtype=torch.float32)
     with pytest.raises(RuntimeError), DecodedWeightCache().opened([made], torch.float32):
         made(torch.randn(2, 3))
-    assert made._dense is None
+    assert made.opened(torch.float32) is None
 
 
 @pytest.mark.parametrize("double_quant", [True, False])

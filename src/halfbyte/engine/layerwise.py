@@ -48,7 +48,7 @@ from halfbyte.layers.decoder_layer import AttentionCheckpoint, fused
 from halfbyte.layers.elementwise import rms_norm
 from halfbyte.layers.families import is_known_norm
 from halfbyte.layers.vocabulary import FrozenHead
-from halfbyte.linear.group import LoraActivationCache
+from halfbyte.linear.group import OpenLayer
 from halfbyte.linear.lora import (
     DropoutClock,
     adapters,
@@ -212,7 +212,7 @@ class LayerEngine:
         flash = can_pack(self.dtype, self.model.device, self._fused[0].head_dim)
         return flash and self._sees_all(self.max_seqlen)
 
-    def opened(self, layer: int) -> AbstractContextManager[LoraActivationCache]:
+    def opened(self, layer: int) -> AbstractContextManager[OpenLayer]:
         """Have a layer's weights ready for as long as the context lasts."""
         return acquired(self.weights, layer)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.linear.frozen import FrozenLinear
-from halfbyte.linear.group import LinearGroup, LoraActivationCache
+from halfbyte.linear.group import LinearGroup, OpenLayer
 from halfbyte.quant import QuantizedWeight
 from halfbyte.quant.format import dequantize_all
 
@@ -95,10 +95,10 @@ class DecodedWeightCache:
     @contextmanager
     def opened(
         self, linears: Sequence[FrozenLinear], dtype: torch.dtype, *, again: bool = False
-    ) -> Iterator[LoraActivationCache]:
+    ) -> Iterator[OpenLayer]:
         """Decode ``linears`` once; inside, their ``dense(dtype)`` costs nothing.
 
-        Yields what carries the thin products of their adapters from one run to another.
+        Yields what their products share.
 
         Args:
             linears: Of one device.
@@ -106,44 +106,47 @@ class DecodedWeightCache:
             again: Whether they need not be decoded if they were the last that were. Those that are
                 kept never need be, unless their packed weights have changed.
         """
-        sets: dict[LinearGroup, list[FrozenLinear]] = {}
-        for linear in linears:
-            sets.setdefault(linear.group, []).append(linear)
-        held = {m: q for members in sets.values() for m in members if (q := m.quantized)}
         place = self._own.get(linears[0], self._shared) if linears else self._shared
+        layer = OpenLayer(self._decoded(linears, dtype, place, again), dtype)
         try:
-            outs, start = [], 0
-            device = linears[0].device if linears else torch.device("cpu")
-            whole = place.room(sum(_padded(q) for q in held.values()), dtype, device)
-            for members in sets.values():
-                for linear in members:
-                    if (q := held.get(linear)) is None:
-                        # A plain weight in the dtype of the product is used where it lies.
-                        linear._dense = linear.decode(dtype)
-                        continue
-                    # Below the last of its set, so that their product with one x can be one.
-                    outs.append(whole[start : start + q.numel].view(q.shape))
-                    linear._dense = outs[-1]
-                    start += q.numel
-                start += -start % _ALIGNED
-            for group in sets:
-                group.open(list(sets))
-            holds = [
-                (q.codes.data_ptr(), q.codes._version, out.data_ptr())
-                for q, out in zip(held.values(), outs, strict=True)
-            ]
-            still = again or place is not self._shared
-            if held and not (still and holds == place.holds):
-                place.holds = []
-                dequantize_all(list(held.values()), dtype, outs=outs)
-                self.decodes += len(held)
-                place.holds = holds
-            yield LoraActivationCache(sets)
+            layer.open()
+            yield layer
         finally:
-            for linear in linears:
-                linear._dense = None
-            for group in sets:
-                group.close()
+            layer.close()
+
+    def _decoded(
+        self, linears: Sequence[FrozenLinear], dtype: torch.dtype, place: _Place, again: bool
+    ) -> dict[FrozenLinear, Tensor]:
+        """Return W of each linear, decoded now or still in its place."""
+        groups: dict[LinearGroup, list[FrozenLinear]] = {}
+        for linear in linears:
+            groups.setdefault(linear.group, []).append(linear)
+        held = {m: q for members in groups.values() for m in members if (q := m.quantized)}
+        weights, outs, start = {}, [], 0
+        device = linears[0].device if linears else torch.device("cpu")
+        whole = place.room(sum(_padded(q) for q in held.values()), dtype, device)
+        for members in groups.values():
+            for linear in members:
+                if (q := held.get(linear)) is None:
+                    # A plain weight in the dtype of the product is used where it lies.
+                    weights[linear] = linear.decode(dtype)
+                    continue
+                # Below the last of its group, so that their product with one x can be one.
+                outs.append(whole[start : start + q.numel].view(q.shape))
+                weights[linear] = outs[-1]
+                start += q.numel
+            start += -start % _ALIGNED
+        holds = [
+            (q.codes.data_ptr(), q.codes._version, out.data_ptr())
+            for q, out in zip(held.values(), outs, strict=True)
+        ]
+        still = again or place is not self._shared
+        if held and not (still and holds == place.holds):
+            place.holds = []
+            dequantize_all(list(held.values()), dtype, outs=outs)
+            self.decodes += len(held)
+            place.holds = holds
+        return weights
 
 
 def _padded(q: QuantizedWeight) -> int:

@@ -54,7 +54,6 @@ class FrozenLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.adapter: nn.Module | None = None
-        self._dense: Tensor | None = None
         self._quantized: QuantizedWeight | None = None
         self.group = LinearGroup([self])
 
@@ -128,19 +127,18 @@ class FrozenLinear(nn.Module):
 
     def opened(self, dtype: torch.dtype) -> Tensor | None:
         """Return W [out, in] if a `DecodedWeightCache` holds it decoded to ``dtype``."""
-        held = self._dense
-        return held if held is not None and held.dtype == dtype else None
+        layer = self.group.open_layer
+        return layer.weights.get(self) if layer is not None and layer.dtype == dtype else None
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Return W [out, in] in ``dtype``: the opened copy if there is one, else decoded anew."""
         held = self.opened(dtype)
         return self.decode(dtype) if held is None else held
 
-    def decode(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """Return W [out, in] in ``dtype``, written into ``out`` if the weight is packed."""
-        quantized = self.quantized
-        if quantized is not None:
-            return dequantize(quantized, dtype, out=out).view(quantized.shape)
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        """Return W [out, in] in ``dtype``, decoded anew if it is packed."""
+        if self.quantized is not None:
+            return dequantize(self.quantized, dtype)
         assert self.weight is not None
         return self.weight.to(dtype)
 

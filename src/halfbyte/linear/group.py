@@ -20,10 +20,10 @@ linears and adapters of one input together. All else is decoding and torch's pro
 Backward wants nothing of a product but what went into it. So the last product of a layer that is
 recomputed for its backward alone need not be made (`FrozenLinear.unread`). And x Aᵀ, for which all
 of x is read, is so narrow that it is kept from the first run where all else is forgotten
-(`LoraActivationCache`).
+(`OpenLayer`).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -249,19 +249,15 @@ class LinearGroup:
 
     Attributes:
         outputs: Rows of each weight.
-        restored: x Aᵀ [rows, members · rank] that the next call takes instead of making it, or
-            None; see `LoraActivationCache`.
+        open_layer: The decoder layer that is open and has the members, or None.
     """
 
     def __init__(self, members: Sequence[_Member]) -> None:
         self.members = tuple(members)
         self.outputs = [member.out_features for member in members]
-        self.restored: Tensor | None = None
-        self._recorded: list[Tensor] | None = None
+        self.open_layer: OpenLayer | None = None
         self._waiting: _Waiting | None = None
         self._proven = False
-        self._cast_adapters: Any = None
-        self.beside: tuple[LinearGroup, ...] = ()
         for member in members:
             member.group = self
 
@@ -279,7 +275,7 @@ class LinearGroup:
             return y
         if waiting is not None and not self._proven:
             for member in self.members:
-                LinearGroup([member])
+                LinearGroup([member]).open_layer = self.open_layer
             return linear.group.output(linear, x)
         ys = dict(zip(self.members, self._products(x), strict=True))
         y = ys.pop(linear)
@@ -331,24 +327,15 @@ class LinearGroup:
         return self.fused(x, updates)
 
     def cast_adapters(self, dtype: torch.dtype) -> Any:
-        """Return the adapters as `triton_lora.CastAdapters`.
+        """Return the adapters as `triton_lora.CastAdapters`, made once where a layer is open."""
+        if self.open_layer is not None and self in self.open_layer.groups:
+            return self.open_layer.cast_adapters(self, dtype)
+        return _cast_adapters_of([self], dtype)[self]
 
-        While a `DecodedWeightCache` holds a decoder layer open it is made once, for all
-        micro-batches and with those of the layer's other sets. It is never kept longer: an
-        optimizer may write to adapters without their telling (torch's fused AdamW counts no
-        version), and products with old ones would be wrong in silence.
-        """
-        from halfbyte.linear.triton_lora import Factors, cast_adapters_of  # it imports triton
-
-        if self._cast_adapters is not None:
-            return self._cast_adapters
-        sets = [group for group in self.beside or (self,) if any(group._pairs())]
-        factors = [Factors(s._pairs(), s.outputs, s.members[0].in_features) for s in sets]
-        made = dict(zip(sets, cast_adapters_of(factors, dtype), strict=True))
-        if self.beside:
-            for group, cast_adapters in made.items():
-                group._cast_adapters = cast_adapters
-        return made[self]
+    @property
+    def has_lora_activation(self) -> bool:
+        """Whether x Aᵀ of the next call is here, from a run of the layer with the same input."""
+        return self.open_layer is not None and self in self.open_layer.restored
 
     def into_a(self, rows: Tensor, cast_adapters: Any) -> Tensor:
         """Return x Aᵀ [rows, members · rank]: what is restored for this call, or made now.
@@ -357,11 +344,12 @@ class LinearGroup:
             rows: x [rows, in].
             cast_adapters: The adapters, as `cast_adapters` returns them.
         """
-        p, self.restored = self.restored, None
+        layer = self.open_layer
+        p = None if layer is None else layer.restored.pop(self, None)
         if p is None:
             p = torch.mm(rows, cast_adapters.a.t())
-        if self._recorded is not None:
-            self._recorded.append(p)
+        if layer is not None and self in layer.recorded:
+            layer.recorded[self].append(p)
         return p
 
     def _pairs(self) -> list[tuple[Tensor, Tensor, float] | None]:
@@ -370,52 +358,84 @@ class LinearGroup:
             None if member.adapter is None else member.adapter.factors for member in self.members
         ]
 
-    def open(self, beside: Sequence["LinearGroup"]) -> None:
-        """Take note of the sets that are open from now on, this one among them."""
-        self.beside = tuple(beside)
 
-    def close(self) -> None:
-        """Forget what was made while the linears were open."""
-        self._cast_adapters, self.beside = None, ()
-        self.restored = self._recorded = None
+class OpenLayer:
+    """What the products of a decoder layer share while a `DecodedWeightCache` holds it open.
 
-
-class LoraActivationCache:
-    """x Aᵀ of a decoder layer's sets, from one run of the layer to another with the same input.
-
-    Only where products are triton_matmul.py's; elsewhere there is nothing to note. Whoever runs the
-    layers takes what was recorded in one run of one part, holds it, and gives it back right before
-    the other. When the layer is closed both end, whatever has happened.
+    The groups of its linears point at it from `open` to `close`, and all that is right only in
+    between is here: the decoded weights, the adapters cast for the products, and x Aᵀ on its way
+    from one run of the layer to another with the same input. For the last, whoever runs the layer
+    takes what was recorded in one run of one part, holds it, and gives it back right before the
+    other. Only `FusedLoraLinear` records; elsewhere there is nothing to take.
 
     Args:
-        sets: Those that are open.
+        weights: W [out, in] of each linear, decoded.
+        dtype: That of the products.
+
+    Attributes:
+        weights: As given.
+        dtype: As given.
+        groups: Those the linears were in when it was opened. A group that is dissolved meanwhile
+            leaves others, which use the weights and nothing else.
+        restored: x Aᵀ [rows, members · rank] that the next call of a group takes.
+        recorded: What groups computed since `record`; empty if nothing is to be.
     """
 
-    def __init__(self, sets: Iterable[LinearGroup]) -> None:
-        self._sets = tuple(sets)
+    def __init__(self, weights: Mapping[Any, Tensor], dtype: torch.dtype) -> None:
+        self.weights, self.dtype = weights, dtype
+        self.groups: list[LinearGroup] = list(dict.fromkeys(m.group for m in weights))
+        self.restored: dict[LinearGroup, Tensor] = {}
+        self.recorded: dict[LinearGroup, list[Tensor]] = {}
+        self._cast_adapters: dict[LinearGroup, Any] = {}
+
+    def open(self) -> None:
+        """Have the groups of its linears use it."""
+        for linear in self.weights:
+            linear.group.open_layer = self
+
+    def close(self) -> None:
+        """Have no group use it any more, and hold nothing."""
+        for group in (*self.groups, *(linear.group for linear in self.weights)):
+            group.open_layer = None
+        self.weights, self.restored, self.recorded, self._cast_adapters = {}, {}, {}, {}
+
+    def cast_adapters(self, group: LinearGroup, dtype: torch.dtype) -> Any:
+        """Return those of a group; those of all are made at once, for all micro-batches.
+
+        They are kept no longer than the layer is open: an optimizer may write to adapters without
+        their telling (torch's fused AdamW counts no version), and products with old ones would be
+        wrong in silence.
+        """
+        if group not in self._cast_adapters:
+            self._cast_adapters = _cast_adapters_of(self.groups, dtype)
+        return self._cast_adapters[group]
 
     def record(self) -> None:
         """Record what the groups compute from now on."""
-        for group in self._sets:
-            group._recorded = []
+        self.recorded = {group: [] for group in self.groups}
 
     def pop(self) -> dict[LinearGroup, Tensor]:
         """Return x Aᵀ [rows, members · rank] of the groups that made one since `record`; then stop.
 
-        By set, because a set may be dissolved before the layer is recomputed. One that was called
+        By group, because one may be dissolved before the layer is recomputed. One that was called
         with several inputs is left out: which call is which would be a guess.
         """
-        taken = {}
-        for group in self._sets:
-            recorded, group._recorded = group._recorded, None
-            if recorded is not None and len(recorded) == 1:
-                taken[group] = recorded[0]
-        return taken
+        recorded, self.recorded = self.recorded, {}
+        return {group: made[0] for group, made in recorded.items() if len(made) == 1}
 
     def restore(self, taken: Mapping[LinearGroup, Tensor]) -> None:
-        """Have the next call of each set take what was taken from one with the same input."""
-        for group in self._sets:
-            group.restored = taken.get(group)
+        """Have the next call of each group take what was taken from one with the same input."""
+        self.restored = {group: taken[group] for group in self.groups if group in taken}
+
+
+def _cast_adapters_of(groups: Sequence[LinearGroup], dtype: torch.dtype) -> dict[LinearGroup, Any]:
+    """Return the adapters of each group that has any, as `triton_lora.CastAdapters`."""
+    from halfbyte.linear.triton_lora import Factors, cast_adapters_of  # it imports triton
+
+    pairs = {group: group._pairs() for group in groups}
+    pairs = {group: own for group, own in pairs.items() if any(own)}
+    factors = [Factors(own, g.outputs, g.members[0].in_features) for g, own in pairs.items()]
+    return dict(zip(pairs, cast_adapters_of(factors, dtype), strict=True))
 
 
 def factors_of(updates: Sequence[LowRank | None]) -> list[Tensor | None]:
