@@ -152,8 +152,10 @@ def test_slots_are_reused_and_grow():
     addresses = []
     for one in (small, large, small, large):
         with scratch.opened([one], torch.float32):
-            addresses.append(one.opened(torch.float32).data_ptr())
-            assert torch.equal(one.opened(torch.float32), dequantize(one.quantized, torch.float32))
+            addresses.append(one.opened(torch.float32).data.data_ptr())
+            assert torch.equal(
+                one.opened(torch.float32).data, dequantize(one.quantized, torch.float32)
+            )
             torch.testing.assert_close(one(x), plain(one, x))
     assert addresses[1] == addresses[2] == addresses[3]
 
@@ -170,7 +172,7 @@ def test_what_was_decoded_last_need_not_be_again():
     ):
         with scratch.opened([linear], torch.float32, again=again):
             assert torch.equal(
-                linear.opened(torch.float32), dequantize(linear.quantized, torch.float32)
+                linear.opened(torch.float32).data, dequantize(linear.quantized, torch.float32)
             )
         assert scratch.decodes == decodes
 
@@ -182,17 +184,21 @@ def test_what_is_kept_stays_decoded_beside_what_is_not():
     assert scratch.decodes == 1  # at once
     for one in (kept, other, kept, other, kept):
         with scratch.opened([one], torch.float32):
-            assert torch.equal(one.opened(torch.float32), dequantize(one.quantized, torch.float32))
+            assert torch.equal(
+                one.opened(torch.float32).data, dequantize(one.quantized, torch.float32)
+            )
     assert scratch.decodes == 3
     kept.set_quantized(quantize(torch.randn(4, 8)))
     with scratch.opened([kept], torch.float32):
-        assert torch.equal(kept.opened(torch.float32), dequantize(kept.quantized, torch.float32))
+        assert torch.equal(
+            kept.opened(torch.float32).data, dequantize(kept.quantized, torch.float32)
+        )
     assert scratch.decodes == 4
     scratch.keep([], torch.float32)
     for _ in range(2):
         with scratch.opened([kept], torch.float32):
             assert torch.equal(
-                kept.opened(torch.float32), dequantize(kept.quantized, torch.float32)
+                kept.opened(torch.float32).data, dequantize(kept.quantized, torch.float32)
             )
     assert scratch.decodes == 6
 
@@ -207,7 +213,7 @@ def test_all_that_is_kept_leaves_no_other_buffer():
     scratch.keep(layers, torch.float32)
     assert scratch._shared.buffer is None
     sizes = [place.buffer.numel() for place in scratch._own.values()]
-    assert sizes == [4 * 8 + 128, 40 * 8 + 128]
+    assert sizes == [4 * 4 * 8 + 256, 4 * 40 * 8 + 256]
 
 
 def test_an_error_closes_what_was_opened():

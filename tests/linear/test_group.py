@@ -238,7 +238,7 @@ def test_nothing_is_left_of_a_layer_that_is_closed(thin):
     linears = [*one.members, *other.members]
     with DecodedWeightCache().opened(linears, torch.float64) as opened:
         assert one.open_layer is other.open_layer is opened
-        held = [weakref.ref(linear.opened(torch.float64)) for linear in linears]
+        held = [weakref.ref(linear.opened(torch.float64).data) for linear in linears]
         opened.restore({one: x})
         opened.record()
         other.into_a(x, cast_adapters)

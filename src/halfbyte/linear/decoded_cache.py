@@ -14,13 +14,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from halfbyte.linear.decoded_weight import DecodedWeight, WeightLayout
 from halfbyte.linear.frozen import FrozenLinear
-from halfbyte.linear.group import LinearGroup, OpenLayer
-from halfbyte.quant import QuantizedWeight
-from halfbyte.quant.format import dequantize_all
+from halfbyte.linear.group import LinearGroup, OpenLayer, decode_together
 
-# Elements of which a multiple lies before each set: what TMA and wide stores ask for.
-_ALIGNED = 128
+# Bytes of which a multiple lies before each group: what TMA and wide stores ask for.
+_ALIGNED = 256
 
 
 @dataclass
@@ -28,21 +27,23 @@ class _Place:
     """Memory for the decoded weights of a decoder layer.
 
     Attributes:
-        buffer: The memory, as large as the largest layer that was here.
-        holds: Where the packed weights are whose decoded ones are in it, their versions, and where
-            in it these are.
+        buffer: The memory, uint8, as large as the largest layer that was here.
+        weights: The decoded weights in it.
+        holds: Of each where the packed weight is, its version, its layout, the dtype of the
+            products, and where in the memory it is.
     """
 
     buffer: Tensor | None = None
-    holds: list[tuple[int, int, int]] = field(default_factory=list)
+    weights: list[DecodedWeight] = field(default_factory=list)
+    holds: list[tuple[int, int, WeightLayout, torch.dtype, int]] = field(default_factory=list)
 
-    def room(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return the memory, made anew if it is too small or of another kind."""
+    def room(self, nbytes: int, device: torch.device) -> Tensor:
+        """Return the memory, made anew if it is too small or elsewhere."""
         held = self.buffer
-        if held is None or held.numel() < numel or (held.dtype, held.device) != (dtype, device):
-            self.buffer = None  # before there are two
-            self.buffer = held = torch.empty(numel, dtype=dtype, device=device)
-            self.holds = []
+        if held is None or held.numel() < nbytes or held.device != device:
+            self.buffer = held = None  # before there are two
+            self.weights, self.holds = [], []
+            self.buffer = held = torch.empty(nbytes, dtype=torch.uint8, device=device)
         return held
 
 
@@ -116,38 +117,38 @@ class DecodedWeightCache:
 
     def _decoded(
         self, linears: Sequence[FrozenLinear], dtype: torch.dtype, place: _Place, again: bool
-    ) -> dict[FrozenLinear, Tensor]:
+    ) -> dict[FrozenLinear, DecodedWeight]:
         """Return W of each linear, decoded now or still in its place."""
         groups: dict[LinearGroup, list[FrozenLinear]] = {}
         for linear in linears:
             groups.setdefault(linear.group, []).append(linear)
-        held = {m: q for members in groups.values() for m in members if (q := m.quantized)}
-        weights, outs, start = {}, [], 0
-        device = linears[0].device if linears else torch.device("cpu")
-        whole = place.room(sum(_padded(q) for q in held.values()), dtype, device)
+        packed = {m: q for members in groups.values() for m in members if (q := m.quantized)}
+        kinds = {m: m.layout.data_dtype(dtype) for m in packed}
+        nbytes = sum(q.numel * kinds[m].itemsize + _ALIGNED for m, q in packed.items())
+        whole = place.room(nbytes, linears[0].device if linears else torch.device("cpu"))
+        outs, start = {}, 0
         for members in groups.values():
             for linear in members:
-                if (q := held.get(linear)) is None:
-                    # A plain weight in the dtype of the product is used where it lies.
-                    weights[linear] = linear.decode(dtype)
+                if (q := packed.get(linear)) is None:
                     continue
+                kind = kinds[linear]
+                start += -start % kind.itemsize
+                stop = start + q.numel * kind.itemsize
                 # Below the last of its group, so that their product with one x can be one.
-                outs.append(whole[start : start + q.numel].view(q.shape))
-                weights[linear] = outs[-1]
-                start += q.numel
+                outs[linear] = whole[start:stop].view(kind).view(q.shape)
+                start = stop
             start += -start % _ALIGNED
         holds = [
-            (q.codes.data_ptr(), q.codes._version, out.data_ptr())
-            for q, out in zip(held.values(), outs, strict=True)
+            (q.codes.data_ptr(), q.codes._version, linear.layout, dtype, outs[linear].data_ptr())
+            for linear, q in packed.items()
         ]
         still = again or place is not self._shared
-        if held and not (still and holds == place.holds):
-            place.holds = []
-            dequantize_all(list(held.values()), dtype, outs=outs)
-            self.decodes += len(held)
+        if packed and not (still and holds == place.holds):
+            place.holds, place.weights = [], []
+            place.weights = list(decode_together(list(packed), dtype, outs).values())
+            self.decodes += len(packed)
             place.holds = holds
-        return weights
-
-
-def _padded(q: QuantizedWeight) -> int:
-    return q.numel + _ALIGNED
+        weights = decode_together([linear for linear in linears if linear not in packed], dtype)
+        if packed:
+            weights |= zip(packed, place.weights, strict=True)
+        return {linear: weights[linear] for linear in linears}

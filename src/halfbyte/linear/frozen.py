@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halfbyte.linear.decoded_weight import DENSE, DecodedWeight, WeightLayout
 from halfbyte.linear.group import LinearGroup
 from halfbyte.quant.format import dequantize
 from halfbyte.quant.weight import QuantizedWeight, QuantType, empty_like_quantized
@@ -26,7 +27,8 @@ class FrozenLinear(nn.Module):
     A 4-bit weight is held as plain buffers (``codes``, ``scales`` …; no tensor or parameter
     subclass, no second copy of the state) and seen through ``quantized``. A plain one is held as
     the parameter ``weight``, without gradient. ``adapter`` is a slot: None, or what ``lora.attach``
-    put there. ``group`` is the set of linears it is multiplied together with.
+    put there. ``group`` is the set of linears it is multiplied together with, ``layout`` what its
+    weight is decoded to for that.
 
     Args:
         in_features: Size of the last dimension of the input.
@@ -55,6 +57,7 @@ class FrozenLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.adapter: nn.Module | None = None
         self._quantized: QuantizedWeight | None = None
+        self.layout: WeightLayout = DENSE
         self.group = LinearGroup([self])
 
         def empty(*shape: int) -> nn.Parameter:
@@ -125,15 +128,15 @@ class FrozenLinear(nn.Module):
             self.register_buffer(name, getattr(quantized, name))
         self._quantized = quantized
 
-    def opened(self, dtype: torch.dtype) -> Tensor | None:
-        """Return W [out, in] if a `DecodedWeightCache` holds it decoded to ``dtype``."""
+    def opened(self, dtype: torch.dtype) -> DecodedWeight | None:
+        """Return W [out, in] if a `DecodedWeightCache` has it decoded for products in ``dtype``."""
         layer = self.group.open_layer
         return layer.weights.get(self) if layer is not None and layer.dtype == dtype else None
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Return W [out, in] in ``dtype``: the opened copy if there is one, else decoded anew."""
         held = self.opened(dtype)
-        return self.decode(dtype) if held is None else held
+        return held.data if held is not None and held.layout is DENSE else self.decode(dtype)
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         """Return W [out, in] in ``dtype``, decoded anew if it is packed."""

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from halfbyte.linear.decoded_weight import DecodedWeight
+
 
 class LowRank(NamedTuple):
     """A trained update s·B·A of a frozen weight, as one product sees it.
@@ -34,7 +36,7 @@ class _Group(Protocol):
 
     outputs: list[int]
 
-    def weights(self, dtype: torch.dtype) -> list[Tensor]: ...
+    def weights(self, dtype: torch.dtype) -> list[DecodedWeight]: ...
     def cast_adapters(self, dtype: torch.dtype) -> Any: ...
     def into_a(self, rows: Tensor, cast_adapters: Any) -> Tensor: ...
 
@@ -43,7 +45,7 @@ class FusedLoraLinear:
     """Products of base and adapter together.
 
     Args:
-        group: The linears: a `group.LinearGroup`.
+        group: The linears: a `group.LinearGroup`, of the layout ``DENSE``.
         updates: Their adapters, without dropout; at least one.
         dtype: Of x: bfloat16 or float16.
 
@@ -69,8 +71,8 @@ class FusedLoraLinear:
         return [update.scaling if update else 0.0 for update in self.updates]
 
     def weights(self) -> list[Tensor]:
-        """Return W [out, in] of each."""
-        return self._group.weights(self._dtype)
+        """Return W [out, in] of each, as the kernels take it."""
+        return [weight.data for weight in self._group.weights(self._dtype)]
 
     def into_a(self, x: Tensor) -> Tensor:
         """Return x Aᵀ [rows, members · rank] for x [rows, in]; see `LinearGroup.into_a`."""

@@ -29,8 +29,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from halfbyte.linear.decoded_weight import DENSE, DecodedWeight, WeightLayout
 from halfbyte.linear.fused_lora import FusedLoraLinear, LowRank
-from halfbyte.quant.format import dequantize_all, gpu_kernels
+from halfbyte.quant.format import gpu_kernels
 from halfbyte.quant.weight import QuantizedWeight
 from halfbyte.runtime.matmul import product
 
@@ -46,12 +47,13 @@ class _Member(Protocol):
     bias: Tensor | None
     adapter: Any
     group: "LinearGroup"
+    layout: WeightLayout
 
     @property
     def device(self) -> torch.device: ...
     @property
     def quantized(self) -> QuantizedWeight | None: ...
-    def opened(self, dtype: torch.dtype) -> Tensor | None: ...
+    def opened(self, dtype: torch.dtype) -> DecodedWeight | None: ...
     def decode(self, dtype: torch.dtype) -> Tensor: ...
 
 
@@ -134,7 +136,7 @@ def _plain_forward(
     if not gradients and _packed_is_faster(rows, group.members):
         ys = _packed_products(rows, group.members)
     else:
-        ys = [product(rows, weight) for weight in group.weights(rows.dtype)]
+        ys = [weight.layout.product(rows, weight) for weight in group.weights(rows.dtype)]
     p: list[Tensor | None] = []
     for y, update in zip(ys, updates, strict=True):
         x_a = _into_a(rows, update)
@@ -177,17 +179,12 @@ def _plain_backward(
     dx: Tensor | None = None
     gradients: list[Tensor | None] = []
     given = next(dy for dy in dys if dy is not None)
-    weights = ctx.group.weights(given.dtype) if needs[0] else dys
+    weights = ctx.group.weights(given.dtype) if needs[0] else [None] * len(dys)
     for i, (dy, update, weight) in enumerate(zip(dys, updates, weights, strict=True)):
         needs_a, needs_b = needs[5 + 2 * i : 7 + 2 * i]
         d_a = d_b = None
-        if dy is not None and needs[0]:
-            if dx is None:
-                dx = product(dy, weight.t())
-            elif dx.is_cuda:
-                dx.addmm_(dy, weight)
-            else:
-                dx.add_(product(dy, weight.t()))
+        if dy is not None and weight is not None:
+            dx = weight.layout.input_gradient(dy, weight, dx)
         if dy is not None and update is not None:
             a, b, scaling, keep = update
             keep = None if keep is None else keep.reshape(rows.shape)
@@ -294,12 +291,12 @@ class LinearGroup:
         gradients = torch.is_grad_enabled()  # inside forward it always says no
         return _GroupProduct.apply(x, self, updates, gradients, read, *factors_of(updates))  # type: ignore[no-any-return, no-untyped-call]
 
-    def weights(self, dtype: torch.dtype) -> list[Tensor]:
-        """Return W [out, in] of each, in ``dtype``: the opened ones, or decoded anew, together."""
-        opened = [member.opened(dtype) for member in self.members]
-        if all(weight is not None for weight in opened):
-            return opened  # type: ignore[return-value]
-        return _decode_together(self.members, dtype)
+    def weights(self, dtype: torch.dtype) -> list[DecodedWeight]:
+        """Return W [out, in] of each for ``dtype``: the opened ones, or decoded anew, together."""
+        opened = [weight for member in self.members if (weight := member.opened(dtype))]
+        if len(opened) == len(self.members):
+            return opened
+        return list(decode_together(self.members, dtype).values())
 
     def fused(self, x: Tensor, updates: Sequence[LowRank | None]) -> FusedLoraLinear | None:
         """Return what makes the products of x [..., in] in fused_lora.py's way, if that can be."""
@@ -307,6 +304,8 @@ class LinearGroup:
         if not given or any(update.keep is not None for update in given):
             return None
         if len(self.members) > _MOST_TOGETHER or not _for_kernels(x):
+            return None
+        if any(member.layout is not DENSE for member in self.members):
             return None
         return FusedLoraLinear(self, updates, x.dtype)
 
@@ -381,7 +380,7 @@ class OpenLayer:
         recorded: What groups computed since `record`; empty if nothing is to be.
     """
 
-    def __init__(self, weights: Mapping[Any, Tensor], dtype: torch.dtype) -> None:
+    def __init__(self, weights: Mapping[Any, DecodedWeight], dtype: torch.dtype) -> None:
         self.weights, self.dtype = weights, dtype
         self.groups: list[LinearGroup] = list(dict.fromkeys(m.group for m in weights))
         self.restored: dict[LinearGroup, Tensor] = {}
@@ -449,16 +448,25 @@ def _for_kernels(x: Tensor) -> bool:
     return x.is_cuda and sixteen and gpu_kernels() is not None
 
 
-def _decode_together(linears: Sequence[_Member], dtype: torch.dtype) -> list[Tensor]:
-    """Return W [out, in] of each in ``dtype``, the packed ones decoded together."""
-    packed = {linear: q for linear in linears if (q := linear.quantized) is not None}
-    if len(packed) < 2 or linears[0].device.type != "cuda":
-        return [linear.decode(dtype) for linear in linears]
-    sizes = [q.numel for q in packed.values()]
-    # Each below the last, so that their product with one x can be one.
-    whole = torch.empty(sum(sizes), dtype=dtype, device=linears[0].device)
-    pieces = torch.split(whole, sizes)
-    outs = [piece.view(q.shape) for piece, q in zip(pieces, packed.values(), strict=True)]
-    dequantize_all(list(packed.values()), dtype, outs=outs)
-    decoded = dict(zip(packed, outs, strict=True))
-    return [decoded[m] if m in decoded else m.decode(dtype) for m in linears]
+def decode_together(
+    linears: Sequence[_Member], dtype: torch.dtype, outs: Mapping[Any, Tensor] | None = None
+) -> dict[Any, DecodedWeight]:
+    """Return W [out, in] of each for products in ``dtype``, those of one layout decoded together.
+
+    Args:
+        linears: Of one device.
+        dtype: That of the products.
+        outs: Where that of each packed one goes; see `WeightLayout.decode`.
+    """
+    weights: dict[Any, Any] = dict.fromkeys(linears)  # in their order
+    packed: dict[WeightLayout, dict[_Member, QuantizedWeight]] = {}
+    for linear in linears:
+        if (q := linear.quantized) is None:
+            # A plain weight in the dtype of the products is used where it lies.
+            weights[linear] = linear.layout.from_dense(linear.decode(dtype))
+        else:
+            packed.setdefault(linear.layout, {})[linear] = q
+    for layout, held in packed.items():
+        places = None if outs is None else [outs[linear] for linear in held]
+        weights.update(zip(held, layout.decode(list(held.values()), dtype, places), strict=True))
+    return weights
