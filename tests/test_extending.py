@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from halfbyte.data import formats
+from halfbyte.linear.decoded_cache import DecodedWeightCache
 from tests.engine.test_weights import made, stepped
+from tests.linear.test_decoded_weight import adapted, drawn, exactly, run
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
 
@@ -37,6 +39,21 @@ def test_weights_that_are_elsewhere_train_the_same() -> None:
     got, found = stepped(engine, 1)
     assert torch.equal(got, loss)
     assert all(torch.equal(gradient, wanted[name]) for name, gradient in found.items())
+
+
+def test_a_number_format() -> None:
+    linear, x = adapted([7], block("A number format")["Int8Rows"]())[0], drawn()
+    (weight,) = linear.group.weights(torch.float64)
+    assert weight.data.dtype == torch.int8
+    rounded = weight.data.double() * weight.scale[:, None]
+    true = linear.decode(torch.float64)
+    step = true.abs().amax(1, keepdim=True) / 127
+    assert ((rounded - true).abs() <= step * 0.5000001).all()
+    for opened in (False, True):
+        with DecodedWeightCache().opened([linear] if opened else [], torch.float64):
+            got = run([linear], x)
+        for found, wanted in zip(got, exactly([linear], [rounded], x), strict=True):
+            torch.testing.assert_close(found, wanted)
 
 
 def test_a_data_format(monkeypatch: pytest.MonkeyPatch) -> None:
