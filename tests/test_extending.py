@@ -13,7 +13,9 @@ from tests.engine.test_layerwise import FAMILIES, gradients, model_of
 from tests.engine.test_objective import engines, step_of
 from halfbyte.plan import roofline
 from halfbyte.runtime import device as devices
+from halfbyte.linear.decoded_cache import DecodedWeightCache
 from tests.engine.test_weights import made, stepped
+from tests.linear.test_decoded_weight import adapted, drawn, exactly, run
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
 
@@ -91,6 +93,21 @@ def test_another_gpu_is_given_what_its_generation_is(monkeypatch: pytest.MonkeyP
     assert listed is not None
     assert listed.gpu.capability == spec.capability
     assert listed.memory == pytest.approx(spec.memory, rel=0.001)
+
+
+def test_a_number_format() -> None:
+    linear, x = adapted([7], block("A number format")["Int8Rows"]())[0], drawn()
+    (weight,) = linear.group.weights(torch.float64)
+    assert weight.data.dtype == torch.int8
+    rounded = weight.data.double() * weight.scale[:, None]
+    true = linear.decode(torch.float64)
+    step = true.abs().amax(1, keepdim=True) / 127
+    assert ((rounded - true).abs() <= step * 0.5000001).all()
+    for opened in (False, True):
+        with DecodedWeightCache().opened([linear] if opened else [], torch.float64):
+            got = run([linear], x)
+        for found, wanted in zip(got, exactly([linear], [rounded], x), strict=True):
+            torch.testing.assert_close(found, wanted)
 
 
 def test_a_data_format(monkeypatch: pytest.MonkeyPatch) -> None:

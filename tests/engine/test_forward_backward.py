@@ -20,7 +20,7 @@ from halfbyte.layers import attention
 from halfbyte.layers.decoder_layer import FusedLayer
 from halfbyte.layers.elementwise import plain_rotary
 from halfbyte.linear import group
-from halfbyte.linear.group import LoraActivationCache
+from halfbyte.linear.group import OpenLayer
 from halfbyte.linear.lora import adapter_parameters
 from halfbyte.plan.ledger import Holding, Run
 from halfbyte.plan.model_shape import shape_of_config
@@ -274,7 +274,7 @@ def forgetful(monkeypatch):
 
     def step(engine, *args):
         with monkeypatch.context() as patch:
-            patch.setattr(LoraActivationCache, "record", lambda self: None)
+            patch.setattr(OpenLayer, "record", lambda self: None)
             return stepped(engine, *args)
 
     return step
@@ -354,7 +354,7 @@ def test_a_step_that_was_broken_off_leaves_nothing_behind(engine, forgetful, mon
         with pytest.raises(ZeroDivisionError):
             stepped(engine)
     sets = {linear.group for linears in engine.linears for linear in linears}
-    assert not any(group.restored is not None or group._recorded for group in sets)
+    assert all(group.open_layer is None for group in sets)
     for parameter in adapter_parameters(engine.model).values():
         parameter.grad = None
     assert same(stepped(engine), wanted)

@@ -87,9 +87,9 @@ def test_a_layer_is_released_whatever_happens():
     with pytest.raises(RuntimeError, match="in between"), acquired(engine.weights, 1):
         raise RuntimeError("in between")
     assert engine.weights.calls == [("acquire", 1), ("release", 1)]
-    assert all(linear._dense is None for linear in engine.linears[1])
+    assert all(linear.opened(engine.dtype) is None for linear in engine.linears[1])
     with acquired(engine.weights, 1):
-        assert all(linear._dense is not None for linear in engine.linears[1])
+        assert all(linear.opened(engine.dtype) is not None for linear in engine.linears[1])
 
 
 def test_layers_that_are_kept_are_decoded_once():

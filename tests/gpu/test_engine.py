@@ -157,7 +157,7 @@ def test_lora_activations_are_computed_once_and_no_bit_changes(monkeypatch):
     made, original = [], LinearGroup.into_a
 
     def counted(self, rows, cast_adapters):
-        made.append(self.restored is None)
+        made.append(not self.has_lora_activation)
         return original(self, rows, cast_adapters)
 
     monkeypatch.setattr(LinearGroup, "into_a", counted)

@@ -51,6 +51,30 @@ def test_gradients_are_those_of_attention_itself(documents, batch, attention, mo
         assert torch.equal(mine, exactly)
 
 
+def gradients(q, k, v):
+    """Of attention itself, and of attention that was checkpointed, over the same inputs."""
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out = attend(q, k, v, None, 0.25)
+    dy = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    true = torch.autograd.grad(out, [q, k, v], dy)
+    attended = CheckpointedAttention(q, k, v, None, 0.25)
+    again = attended.again(q, k, v, attended.tensors)
+    return zip(torch.autograd.grad(again, [q, k, v], dy), true, strict=True)
+
+
+def test_inputs_may_be_one_view_of_one_tensor():
+    q, k, _ = inputs()
+    for mine, exactly in gradients(q, k, k.detach()):
+        assert torch.equal(mine, exactly)
+
+
+def test_no_tokens():
+    """Tensors of no elements have the address of all that have none."""
+    q, k, v = inputs(tokens=0)
+    for mine, exactly in gradients(q, k, v):
+        assert mine.shape == exactly.shape
+
+
 def test_the_graph_holds_none_of_them():
     def holders(x):
         return torch._C._storage_Use_Count(x.untyped_storage()._cdata)

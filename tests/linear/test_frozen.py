@@ -1,5 +1,6 @@
 """The frozen linear against a plain computation, in values, gradients and what it keeps."""
 
+import copy
 import itertools
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 
 from halfbyte.linear.decoded_cache import DecodedWeightCache
 from halfbyte.linear.frozen import FrozenLinear
-from halfbyte.linear.group import LowRank
+from halfbyte.linear.fused_lora import LowRank
 from halfbyte.quant import dequantize, quantize
 
 
@@ -141,7 +142,7 @@ def test_a_layer_is_decoded_once_while_it_is_open():
             together = layers[1](layers[0](x))
     assert scratch.decodes == 2
     assert torch.equal(alone, together)
-    assert all(one._dense is None for one in layers)
+    assert all(one.opened(torch.float32) is None for one in layers)
 
 
 def test_slots_are_reused_and_grow():
@@ -151,8 +152,10 @@ def test_slots_are_reused_and_grow():
     addresses = []
     for one in (small, large, small, large):
         with scratch.opened([one], torch.float32):
-            addresses.append(one._dense.data_ptr())
-            assert torch.equal(one._dense, dequantize(one.quantized, torch.float32))
+            addresses.append(one.opened(torch.float32).data.data_ptr())
+            assert torch.equal(
+                one.opened(torch.float32).data, dequantize(one.quantized, torch.float32)
+            )
             torch.testing.assert_close(one(x), plain(one, x))
     assert addresses[1] == addresses[2] == addresses[3]
 
@@ -168,7 +171,9 @@ def test_what_was_decoded_last_need_not_be_again():
         (one, True, 4),
     ):
         with scratch.opened([linear], torch.float32, again=again):
-            assert torch.equal(linear._dense, dequantize(linear.quantized, torch.float32))
+            assert torch.equal(
+                linear.opened(torch.float32).data, dequantize(linear.quantized, torch.float32)
+            )
         assert scratch.decodes == decodes
 
 
@@ -179,16 +184,22 @@ def test_what_is_kept_stays_decoded_beside_what_is_not():
     assert scratch.decodes == 1  # at once
     for one in (kept, other, kept, other, kept):
         with scratch.opened([one], torch.float32):
-            assert torch.equal(one._dense, dequantize(one.quantized, torch.float32))
+            assert torch.equal(
+                one.opened(torch.float32).data, dequantize(one.quantized, torch.float32)
+            )
     assert scratch.decodes == 3
     kept.set_quantized(quantize(torch.randn(4, 8)))
     with scratch.opened([kept], torch.float32):
-        assert torch.equal(kept._dense, dequantize(kept.quantized, torch.float32))
+        assert torch.equal(
+            kept.opened(torch.float32).data, dequantize(kept.quantized, torch.float32)
+        )
     assert scratch.decodes == 4
     scratch.keep([], torch.float32)
     for _ in range(2):
         with scratch.opened([kept], torch.float32):
-            assert torch.equal(kept._dense, dequantize(kept.quantized, torch.float32))
+            assert torch.equal(
+                kept.opened(torch.float32).data, dequantize(kept.quantized, torch.float32)
+            )
     assert scratch.decodes == 6
 
 
@@ -202,14 +213,14 @@ def test_all_that_is_kept_leaves_no_other_buffer():
     scratch.keep(layers, torch.float32)
     assert scratch._shared.buffer is None
     sizes = [place.buffer.numel() for place in scratch._own.values()]
-    assert sizes == [4 * 8 + 128, 40 * 8 + 128]
+    assert sizes == [4 * 4 * 8 + 256, 4 * 40 * 8 + 256]
 
 
 def test_an_error_closes_what_was_opened():
     made = layer(dtype=torch.float32)
     with pytest.raises(RuntimeError), DecodedWeightCache().opened([made], torch.float32):
         made(torch.randn(2, 3))
-    assert made._dense is None
+    assert made.opened(torch.float32) is None
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -239,6 +250,29 @@ def test_state_dict_round_trip():
     other.load_state_dict(one.state_dict())
     x = torch.randn(2, 10)
     assert torch.equal(one(x), other(x))
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda one, other: one.to("meta"),
+        lambda one, other: one.to("meta").to_empty(device="cpu"),
+        lambda one, other: one.half(),
+        lambda one, other: one.load_state_dict(other.state_dict()),
+        lambda one, other: one.load_state_dict(other.state_dict(), assign=True),
+        lambda one, other: copy.deepcopy(one),
+        lambda one, other: one.set_quantized(other.quantized),
+    ],
+    ids=["meta", "empty", "half", "load", "assign", "copy", "set"],
+)
+def test_the_packed_weight_is_made_of_the_buffers_whatever_becomes_of_them(double_quant, change):
+    one, other = (layer(dtype=torch.float32, double_quant=double_quant) for _ in range(2))
+    changed = change(one, other)
+    one = changed if isinstance(changed, FrozenLinear) else one
+    tensors, buffers = one.quantized.tensors(), dict(one.named_buffers())
+    assert tensors.keys() == buffers.keys()
+    assert all(tensor is buffers[name] for name, tensor in tensors.items())
 
 
 def test_a_packed_weight_of_another_shape_is_refused():

@@ -9,7 +9,7 @@ import torch
 
 from halfbyte.linear.decoded_cache import DecodedWeightCache
 from halfbyte.linear.frozen import FrozenLinear
-from halfbyte.linear.group import LinearGroup, LoraActivationCache
+from halfbyte.linear.group import LinearGroup, OpenLayer
 from tests.linear.test_frozen import Update, layer
 
 SIZES = (7, 3, 3)
@@ -160,75 +160,108 @@ def test_a_linear_belongs_to_one_set():
     assert other.group is group
 
 
-# --- x Aᵀ, from one run of a layer to another ----------------------------------------------------
+# --- what a layer has while it is open -----------------------------------------------------------
 
 
 @pytest.fixture
 def thin():
-    """Two sets, and what x Aᵀ is made of."""
-    sets = [LinearGroup([layer(out)]) for out in SIZES[:2]]
-    return sets, torch.randn(5, 10), SimpleNamespace(a=torch.randn(16, 10))
+    """Two groups in an open layer, and what x Aᵀ is made of."""
+    groups = [LinearGroup([layer(out)]) for out in SIZES[:2]]
+    opened = OpenLayer({g.members[0]: None for g in groups}, torch.float32)
+    opened.open()
+    yield opened, groups, torch.randn(5, 10), SimpleNamespace(a=torch.randn(16, 10))
+    opened.close()
 
 
-def test_what_is_given_back_is_used_once_and_by_its_own_set(thin):
-    (one, other), x, cast_adapters = thin
-    cache = LoraActivationCache([one, other])
-    cache.record()
+def test_what_is_given_back_is_used_once_and_by_its_own_group(thin):
+    opened, (one, other), x, cast_adapters = thin
+    opened.record()
     p = one.into_a(x, cast_adapters)
-    taken = cache.pop()
+    taken = opened.pop()
     assert taken == {one: p}
-    cache.restore(taken)
-    assert other.restored is None
+    opened.restore(taken)
+    assert one.has_lora_activation
+    assert not other.has_lora_activation
     assert one.into_a(torch.zeros(5, 10), cast_adapters) is p
     assert not one.into_a(torch.zeros(5, 10), cast_adapters).any()
 
 
 def test_each_part_has_its_own(thin):
-    (one, other), x, cast_adapters = thin
-    cache, taken = LoraActivationCache([one, other]), []
+    opened, (one, _), x, cast_adapters = thin
+    taken = []
     for part in (x, x + 1):
-        cache.record()
+        opened.record()
         one.into_a(part, cast_adapters)
-        taken.append(cache.pop())
-    cache.restore(taken[0])
-    cache.restore(taken[1])  # the first was not asked for
+        taken.append(opened.pop())
+    opened.restore(taken[0])
+    opened.restore(taken[1])  # the first was not asked for
     assert one.into_a(x, cast_adapters) is taken[1][one]
-    cache.restore(taken[0])
-    cache.restore({})
-    assert one.restored is None
+    opened.restore(taken[0])
+    opened.restore({})
+    assert not one.has_lora_activation
 
 
-def test_nothing_is_noted_unasked_and_nothing_of_a_set_with_two_inputs(thin):
-    (one, other), x, cast_adapters = thin
-    cache = LoraActivationCache([one, other])
+def test_nothing_is_recorded_unasked_and_nothing_of_a_group_with_two_inputs(thin):
+    opened, (one, _), x, cast_adapters = thin
     one.into_a(x, cast_adapters)
-    assert cache.pop() == {}
-    cache.record()
+    assert opened.pop() == {}
+    opened.record()
     one.into_a(x, cast_adapters)
     one.into_a(x + 1, cast_adapters)
-    assert cache.pop() == {}
+    assert opened.pop() == {}
     one.into_a(x, cast_adapters)
-    assert cache.pop() == {}
+    assert opened.pop() == {}
 
 
-def test_what_a_dissolved_set_made_is_given_to_nobody(thin):
-    _, x, cast_adapters = thin
+def test_a_group_that_is_dissolved_while_it_is_open_leaves_the_weights_to_others():
     linears = adapted()
-    together = LinearGroup(linears)
-    cache = LoraActivationCache([together])
-    cache.record()
-    together.into_a(x, cast_adapters)
-    alone = [LinearGroup([linear]) for linear in linears]
-    LoraActivationCache(alone).restore(cache.pop())
-    assert all(group.restored is None for group in [together, *alone])
+    together, x = LinearGroup(linears), torch.randn(5, 10)
+    cast_adapters = SimpleNamespace(a=torch.randn(16, 10))
+    cache = DecodedWeightCache()
+    with cache.opened(linears, torch.float64) as opened:
+        opened.record()
+        together.into_a(x, cast_adapters)
+        for linear in linears:  # each with an input of its own
+            linear(x.double())
+            x = x + 1
+        alone = [linear.group for linear in linears]
+        assert together not in alone
+        assert all(linear.opened(torch.float64) is not None for linear in linears)
+        opened.restore(opened.pop())
+        assert not any(group.has_lora_activation for group in alone)
+    assert cache.decodes == 3
+    assert all(group.open_layer is None for group in [together, *alone])
 
 
-def test_what_was_noted_and_what_was_given_back_end_with_the_layer(thin):
-    (one, other), x, cast_adapters = thin
+def test_nothing_is_left_of_a_layer_that_is_closed(thin):
+    _, (one, other), x, cast_adapters = thin
     linears = [*one.members, *other.members]
-    with DecodedWeightCache().opened(linears, x.dtype) as cache:
-        cache.restore({one: x})
-        cache.record()
+    with DecodedWeightCache().opened(linears, torch.float64) as opened:
+        assert one.open_layer is other.open_layer is opened
+        held = [weakref.ref(linear.opened(torch.float64).data) for linear in linears]
+        opened.restore({one: x})
+        opened.record()
         other.into_a(x, cast_adapters)
-    assert one.restored is None
-    assert cache.pop() == {}
+    assert one.open_layer is other.open_layer is None
+    assert not one.has_lora_activation
+    assert opened.pop() == {}
+    assert [ref() for ref in held] == [None, None]
+
+
+def test_adapters_are_cast_once_while_a_layer_is_open(monkeypatch):
+    lora = pytest.importorskip("halfbyte.linear.triton_lora", exc_type=ImportError)
+    casts = []
+    monkeypatch.setattr(lora, "cast_adapters_of", lambda sets, _: casts.append(len(sets)) or sets)
+    linears = [*adapted(missing=(2,)), layer(5)]
+    groups = [LinearGroup(linears[:2]), linears[2].group, linears[3].group]
+    linears[3].adapter = Update(torch.randn(2, 10), torch.randn(5, 2), 0.5)
+    dtype = torch.bfloat16
+    assert groups[0].cast_adapters(dtype) is not groups[0].cast_adapters(dtype)
+    assert casts == [1, 1]
+    for _ in range(2):  # anew each time it is opened: adapters change
+        casts.clear()
+        with DecodedWeightCache().opened(linears, torch.float32):
+            first = groups[0].cast_adapters(dtype)
+            assert groups[0].cast_adapters(dtype) is first
+            assert groups[2].cast_adapters(dtype) is not first
+        assert casts == [2]  # of both groups that have any

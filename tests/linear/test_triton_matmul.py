@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from halfbyte.linear.group import LowRank
+from halfbyte.linear.fused_lora import LowRank
 from halfbyte.runtime import device as devices
 from tests.devices import DEVICES
 

@@ -35,7 +35,7 @@ from halfbyte.layers import (
     elementwise,
     triton_elementwise,
 )
-from halfbyte.linear import decoded_cache, group, triton_lora, triton_matmul, triton_swiglu
+from halfbyte.linear import decoded_weight, group, triton_lora, triton_matmul, triton_swiglu
 from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach
 from halfbyte.models.build import BaseRecipe, build
 from halfbyte.plan.ledger import Holding, Run, ledger
@@ -170,7 +170,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, device: DeviceSpec) -> Counted:
     patch(cross_entropy, "_chunk_bytes", lambda _: cross_entropy.CHUNK_BYTES["cuda"])
     for module in (decoder_layer, attention_checkpoint):
         patch(module, "attend", attend)
-    patch(decoded_cache, "dequantize_all", lambda *_, **__: None)
+    patch(decoded_weight, "dequantize_all", lambda *_, outs: outs)
     patch(group, "_for_kernels", lambda x: x.itemsize == 2)
     many = triton_matmul.FEWEST_ROWS
     patch(triton_matmul, "fits", lambda x, *_: len(x) >= many and device.is_hopper)

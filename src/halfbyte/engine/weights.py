@@ -14,7 +14,7 @@ import torch
 
 from halfbyte.linear.decoded_cache import DecodedWeightCache
 from halfbyte.linear.frozen import FrozenLinear
-from halfbyte.linear.group import LoraActivationCache
+from halfbyte.linear.group import OpenLayer
 
 
 class WeightProvider(Protocol):
@@ -23,7 +23,7 @@ class WeightProvider(Protocol):
     def prefetch(self, layer: int) -> None:
         """Begin to make a layer ready that will be acquired next, without waiting for it."""
 
-    def acquire(self, layer: int, *, again: bool = False) -> LoraActivationCache:
+    def acquire(self, layer: int, *, again: bool = False) -> OpenLayer:
         """Make a layer's linears ready to multiply, until `release`.
 
         Args:
@@ -59,12 +59,12 @@ class ResidentWeights:
     def __init__(self, linears: Sequence[Sequence[FrozenLinear]], dtype: torch.dtype) -> None:
         self._linears, self._dtype = linears, dtype
         self._cache = DecodedWeightCache()
-        self._acquired: dict[int, AbstractContextManager[LoraActivationCache]] = {}
+        self._acquired: dict[int, AbstractContextManager[OpenLayer]] = {}
 
     def prefetch(self, layer: int) -> None:
         """Do nothing: the weights are there."""
 
-    def acquire(self, layer: int, *, again: bool = False) -> LoraActivationCache:
+    def acquire(self, layer: int, *, again: bool = False) -> OpenLayer:
         """Decode a layer's weights; see `WeightProvider`."""
         context = self._cache.opened(self._linears[layer], self._dtype, again=again)
         lora_activations = context.__enter__()
@@ -95,9 +95,7 @@ class ResidentWeights:
 
 
 @contextmanager
-def acquired(
-    weights: WeightProvider, layer: int, *, again: bool = False
-) -> Iterator[LoraActivationCache]:
+def acquired(weights: WeightProvider, layer: int, *, again: bool = False) -> Iterator[OpenLayer]:
     """Acquire a layer's weights for as long as the context lasts."""
     lora_activations = weights.acquire(layer, again=again)
     try:

@@ -117,7 +117,7 @@ class CheckpointedAttention:
         self._box, self._strides = box, [x.stride() for x in inputs]
         self.tensors = [out.detach()]
         for x, saved in kept:
-            if x.untyped_storage()._cdata == out.untyped_storage()._cdata:
+            if _storage(x) == _storage(out):
                 saved.source = 3
                 saved.offset = int(x.storage_offset()) - int(out.storage_offset())
             else:
@@ -169,5 +169,11 @@ class _Again(torch.autograd.Function):
         return (*found, None, *[None] * (len(sources) - 3))
 
 
+def _storage(x: Tensor) -> int:
+    # Of a storage without bytes it is 0: never that of a tensor that is asked about, as those of no
+    # elements stay in the graph.
+    return x.untyped_storage().data_ptr()
+
+
 def _place(x: Tensor) -> tuple[int, int]:
-    return x.untyped_storage()._cdata, int(x.storage_offset())
+    return _storage(x), int(x.storage_offset())

@@ -7,7 +7,7 @@ product, and by its adapter's dA. Seen as one,
 
     forward         writes inner only, if no backward will come of it
     forward again   makes gate and up only: its own output is read by nobody, and the adapter's
-                    inner Aᵀ is remembered (`LinearGroup.restored`)
+                    inner Aᵀ is remembered (`OpenLayer`)
     backward        makes inner once more, in registers, in the pass that turns its gradient into
                     those of gate and up, in place of these
 
@@ -44,7 +44,7 @@ def gated_mlp(
     if both is None or last is None:
         inner = swiglu(gate(x), up(x))
         return down(inner) if read else down.unread(inner)
-    if not read and down.group.restored is None:
+    if not read and not down.group.has_lora_activation:
         read = True  # p of the last product is wanted, and so is inner
     gradients = torch.is_grad_enabled()  # inside forward it always says no
     factors = factors_of([*both.updates, *last.updates])

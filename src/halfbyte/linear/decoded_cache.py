@@ -14,13 +14,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from halfbyte.linear.decoded_weight import DecodedWeight, WeightLayout
 from halfbyte.linear.frozen import FrozenLinear
-from halfbyte.linear.group import LinearGroup, LoraActivationCache
-from halfbyte.quant import QuantizedWeight
-from halfbyte.quant.format import dequantize_all
+from halfbyte.linear.group import LinearGroup, OpenLayer, decode_together
 
-# Elements of which a multiple lies before each set: what TMA and wide stores ask for.
-_ALIGNED = 128
+# Bytes of which a multiple lies before each group: what TMA and wide stores ask for.
+_ALIGNED = 256
 
 
 @dataclass
@@ -28,21 +27,23 @@ class _Place:
     """Memory for the decoded weights of a decoder layer.
 
     Attributes:
-        buffer: The memory, as large as the largest layer that was here.
-        holds: Where the packed weights are whose decoded ones are in it, their versions, and where
-            in it these are.
+        buffer: The memory, uint8, as large as the largest layer that was here.
+        weights: The decoded weights in it.
+        holds: Of each where the packed weight is, its version, its layout, the dtype of the
+            products, and where in the memory it is.
     """
 
     buffer: Tensor | None = None
-    holds: list[tuple[int, int, int]] = field(default_factory=list)
+    weights: list[DecodedWeight] = field(default_factory=list)
+    holds: list[tuple[int, int, WeightLayout, torch.dtype, int]] = field(default_factory=list)
 
-    def room(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return the memory, made anew if it is too small or of another kind."""
+    def room(self, nbytes: int, device: torch.device) -> Tensor:
+        """Return the memory, made anew if it is too small or elsewhere."""
         held = self.buffer
-        if held is None or held.numel() < numel or (held.dtype, held.device) != (dtype, device):
-            self.buffer = None  # before there are two
-            self.buffer = held = torch.empty(numel, dtype=dtype, device=device)
-            self.holds = []
+        if held is None or held.numel() < nbytes or held.device != device:
+            self.buffer = held = None  # before there are two
+            self.weights, self.holds = [], []
+            self.buffer = held = torch.empty(nbytes, dtype=torch.uint8, device=device)
         return held
 
 
@@ -95,10 +96,10 @@ class DecodedWeightCache:
     @contextmanager
     def opened(
         self, linears: Sequence[FrozenLinear], dtype: torch.dtype, *, again: bool = False
-    ) -> Iterator[LoraActivationCache]:
+    ) -> Iterator[OpenLayer]:
         """Decode ``linears`` once; inside, their ``dense(dtype)`` costs nothing.
 
-        Yields what carries the thin products of their adapters from one run to another.
+        Yields what their products share.
 
         Args:
             linears: Of one device.
@@ -106,45 +107,48 @@ class DecodedWeightCache:
             again: Whether they need not be decoded if they were the last that were. Those that are
                 kept never need be, unless their packed weights have changed.
         """
-        sets: dict[LinearGroup, list[FrozenLinear]] = {}
-        for linear in linears:
-            sets.setdefault(linear.group, []).append(linear)
-        held = {m: q for members in sets.values() for m in members if (q := m.quantized)}
         place = self._own.get(linears[0], self._shared) if linears else self._shared
+        layer = OpenLayer(self._decoded(linears, dtype, place, again), dtype)
         try:
-            outs, start = [], 0
-            device = linears[0].device if linears else torch.device("cpu")
-            whole = place.room(sum(_padded(q) for q in held.values()), dtype, device)
-            for members in sets.values():
-                for linear in members:
-                    if (q := held.get(linear)) is None:
-                        # A plain weight in the dtype of the product is used where it lies.
-                        linear._dense = linear.decode(dtype)
-                        continue
-                    # Below the last of its set, so that their product with one x can be one.
-                    outs.append(whole[start : start + q.numel].view(q.shape))
-                    linear._dense = outs[-1]
-                    start += q.numel
-                start += -start % _ALIGNED
-            for group in sets:
-                group.open(list(sets))
-            holds = [
-                (q.codes.data_ptr(), q.codes._version, out.data_ptr())
-                for q, out in zip(held.values(), outs, strict=True)
-            ]
-            still = again or place is not self._shared
-            if held and not (still and holds == place.holds):
-                place.holds = []
-                dequantize_all(list(held.values()), dtype, outs=outs)
-                self.decodes += len(held)
-                place.holds = holds
-            yield LoraActivationCache(sets)
+            layer.open()
+            yield layer
         finally:
-            for linear in linears:
-                linear._dense = None
-            for group in sets:
-                group.close()
+            layer.close()
 
-
-def _padded(q: QuantizedWeight) -> int:
-    return q.numel + _ALIGNED
+    def _decoded(
+        self, linears: Sequence[FrozenLinear], dtype: torch.dtype, place: _Place, again: bool
+    ) -> dict[FrozenLinear, DecodedWeight]:
+        """Return W of each linear, decoded now or still in its place."""
+        groups: dict[LinearGroup, list[FrozenLinear]] = {}
+        for linear in linears:
+            groups.setdefault(linear.group, []).append(linear)
+        packed = {m: q for members in groups.values() for m in members if (q := m.quantized)}
+        kinds = {m: m.layout.data_dtype(dtype) for m in packed}
+        nbytes = sum(q.numel * kinds[m].itemsize + _ALIGNED for m, q in packed.items())
+        whole = place.room(nbytes, linears[0].device if linears else torch.device("cpu"))
+        outs, start = {}, 0
+        for members in groups.values():
+            for linear in members:
+                if (q := packed.get(linear)) is None:
+                    continue
+                kind = kinds[linear]
+                start += -start % kind.itemsize
+                stop = start + q.numel * kind.itemsize
+                # Below the last of its group, so that their product with one x can be one.
+                outs[linear] = whole[start:stop].view(kind).view(q.shape)
+                start = stop
+            start += -start % _ALIGNED
+        holds = [
+            (q.codes.data_ptr(), q.codes._version, linear.layout, dtype, outs[linear].data_ptr())
+            for linear, q in packed.items()
+        ]
+        still = again or place is not self._shared
+        if packed and not (still and holds == place.holds):
+            place.holds, place.weights = [], []
+            place.weights = list(decode_together(list(packed), dtype, outs).values())
+            self.decodes += len(packed)
+            place.holds = holds
+        weights = decode_together([linear for linear in linears if linear not in packed], dtype)
+        if packed:
+            weights |= zip(packed, place.weights, strict=True)
+        return {linear: weights[linear] for linear in linears}

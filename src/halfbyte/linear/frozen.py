@@ -6,11 +6,13 @@ is multiplied with, alone or together with linears of the same input, is in grou
 and how often, is up to the caller (decoded_cache.py).
 """
 
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from halfbyte.linear.decoded_weight import DENSE, DecodedWeight, WeightLayout
 from halfbyte.linear.group import LinearGroup
 from halfbyte.quant.format import dequantize
 from halfbyte.quant.weight import QuantizedWeight, QuantType, empty_like_quantized
@@ -19,22 +21,14 @@ from halfbyte.quant.weight import QuantizedWeight, QuantType, empty_like_quantiz
 _PACKED = ("codes", "scales", "scale_codes", "scale_scales", "scale_offset")
 
 
-class _Layout(NamedTuple):
-    """What a packed weight is, besides its tensors."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    quant_type: QuantType
-    block_size: int
-
-
 class FrozenLinear(nn.Module):
     """A linear layer whose weight is not trained: packed 4-bit, or plain 16/32-bit.
 
     A 4-bit weight is held as plain buffers (``codes``, ``scales`` …; no tensor or parameter
     subclass, no second copy of the state) and seen through ``quantized``. A plain one is held as
     the parameter ``weight``, without gradient. ``adapter`` is a slot: None, or what ``lora.attach``
-    put there. ``group`` is the set of linears it is multiplied together with.
+    put there. ``group`` is the set of linears it is multiplied together with, ``layout`` what its
+    weight is decoded to for that.
 
     Args:
         in_features: Size of the last dimension of the input.
@@ -62,8 +56,8 @@ class FrozenLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.adapter: nn.Module | None = None
-        self._dense: Tensor | None = None
-        self._layout: _Layout | None = None
+        self._quantized: QuantizedWeight | None = None
+        self.layout: WeightLayout = DENSE
         self.group = LinearGroup([self])
 
         def empty(*shape: int) -> nn.Parameter:
@@ -115,11 +109,8 @@ class FrozenLinear(nn.Module):
 
     @property
     def quantized(self) -> QuantizedWeight | None:
-        """The packed weight as a view of the buffers, or None if the weight is plain."""
-        if self._layout is None:
-            return None
-        tensors: dict[str, Any] = {name: self._buffers[name] for name in _PACKED}
-        return QuantizedWeight(**tensors, **self._layout._asdict())
+        """The packed weight, whose tensors are the buffers, or None if the weight is plain."""
+        return self._quantized
 
     def set_quantized(self, quantized: QuantizedWeight) -> None:
         """Hold ``quantized`` from now on; its tensors become this module's buffers.
@@ -135,25 +126,22 @@ class FrozenLinear(nn.Module):
         self.weight = None
         for name in _PACKED:
             self.register_buffer(name, getattr(quantized, name))
-        self._layout = _Layout(
-            quantized.shape, quantized.dtype, quantized.quant_type, quantized.block_size
-        )
+        self._quantized = quantized
 
-    def opened(self, dtype: torch.dtype) -> Tensor | None:
-        """Return W [out, in] if a `DecodedWeightCache` holds it decoded to ``dtype``."""
-        held = self._dense
-        return held if held is not None and held.dtype == dtype else None
+    def opened(self, dtype: torch.dtype) -> DecodedWeight | None:
+        """Return W [out, in] if a `DecodedWeightCache` has it decoded for products in ``dtype``."""
+        layer = self.group.open_layer
+        return layer.weights.get(self) if layer is not None and layer.dtype == dtype else None
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Return W [out, in] in ``dtype``: the opened copy if there is one, else decoded anew."""
         held = self.opened(dtype)
-        return self.decode(dtype) if held is None else held
+        return held.data if held is not None and held.layout is DENSE else self.decode(dtype)
 
-    def decode(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """Return W [out, in] in ``dtype``, written into ``out`` if the weight is packed."""
-        quantized = self.quantized
-        if quantized is not None:
-            return dequantize(quantized, dtype, out=out).view(quantized.shape)
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        """Return W [out, in] in ``dtype``, decoded anew if it is packed."""
+        if self.quantized is not None:
+            return dequantize(self.quantized, dtype)
         assert self.weight is not None
         return self.weight.to(dtype)
 
@@ -186,11 +174,21 @@ class FrozenLinear(nn.Module):
             moved = buffers[name]
             assert moved is not None
             buffers[name] = moved.view(torch.float32)
+        self._see_buffers()
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._see_buffers()  # load_state_dict(assign=True) puts others in their place
+
+    def _see_buffers(self) -> None:
+        if self._quantized is not None:
+            tensors: dict[str, Any] = {name: self._buffers[name] for name in _PACKED}
+            self._quantized = replace(self._quantized, **tensors)
 
     def extra_repr(self) -> str:
         """Return the sizes and the kind of the weight, for ``print(model)``."""
-        kind = "plain" if self._layout is None else self._layout.quant_type
+        kind = "plain" if self._quantized is None else self._quantized.quant_type
         return (
             f"in={self.in_features}, out={self.out_features}, bias={self.bias is not None}, {kind}"
         )

@@ -7,20 +7,45 @@ group.py takes them in a row, layers/mlp.py and layers/qkv.py with other work in
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from halfbyte.linear.group import LinearGroup, LowRank
+from halfbyte.linear.decoded_weight import DecodedWeight
+
+
+class LowRank(NamedTuple):
+    """A trained update s·B·A of a frozen weight, as one product sees it.
+
+    Attributes:
+        a: [r, in], any floating dtype; cast to the dtype of x for the product.
+        b: [out, r], likewise.
+        scaling: s.
+        keep: None, or the dropout mask over x, already divided by 1 - p: dtype of x, shape of x.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    keep: Tensor | None = None
+
+
+class _Group(Protocol):
+    """Linears of one input, which decode their weights; see `group.LinearGroup`."""
+
+    outputs: list[int]
+
+    def weights(self, dtype: torch.dtype) -> list[DecodedWeight]: ...
+    def cast_adapters(self, dtype: torch.dtype) -> Any: ...
+    def into_a(self, rows: Tensor, cast_adapters: Any) -> Tensor: ...
 
 
 class FusedLoraLinear:
     """Products of base and adapter together.
 
     Args:
-        group: The linears.
+        group: The linears: a `group.LinearGroup`, of the layout ``DENSE``.
         updates: Their adapters, without dropout; at least one.
         dtype: Of x: bfloat16 or float16.
 
@@ -30,15 +55,15 @@ class FusedLoraLinear:
     """
 
     def __init__(
-        self, group: "LinearGroup", updates: Sequence["LowRank | None"], dtype: torch.dtype
+        self, group: _Group, updates: Sequence[LowRank | None], dtype: torch.dtype
     ) -> None:
-        self._shared, self.updates, self._dtype = group, updates, dtype
-        self.outputs = [member.out_features for member in group.members]
+        self._group, self.updates, self._dtype = group, updates, dtype
+        self.outputs = group.outputs
 
     @cached_property
     def cast_adapters(self) -> Any:
         """The adapters as `triton_lora.CastAdapters`."""
-        return self._shared.cast_adapters(self._dtype)
+        return self._group.cast_adapters(self._dtype)
 
     @property
     def scalings(self) -> list[float]:
@@ -46,12 +71,12 @@ class FusedLoraLinear:
         return [update.scaling if update else 0.0 for update in self.updates]
 
     def weights(self) -> list[Tensor]:
-        """Return W [out, in] of each."""
-        return self._shared.weights(self._dtype)
+        """Return W [out, in] of each, as the kernels take it."""
+        return [weight.data for weight in self._group.weights(self._dtype)]
 
     def into_a(self, x: Tensor) -> Tensor:
         """Return x Aᵀ [rows, members · rank] for x [rows, in]; see `LinearGroup.into_a`."""
-        return self._shared.into_a(x, self.cast_adapters)
+        return self._group.into_a(x, self.cast_adapters)
 
     def forward(self, x: Tensor, p: Tensor, turn: Any = None) -> Tensor:
         """Return the outputs side by side, [rows, sum of out]; see `triton_matmul.forward`."""

@@ -20,40 +20,41 @@ linears and adapters of one input together. All else is decoding and torch's pro
 Backward wants nothing of a product but what went into it. So the last product of a layer that is
 recomputed for its backward alone need not be made (`FrozenLinear.unread`). And x Aᵀ, for which all
 of x is read, is so narrow that it is kept from the first run where all else is forgotten
-(`LoraActivationCache`).
+(`OpenLayer`).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from halfbyte.linear.fused_lora import FusedLoraLinear
-from halfbyte.quant.format import dequantize_all, gpu_kernels
+from halfbyte.linear.decoded_weight import DENSE, DecodedWeight, WeightLayout
+from halfbyte.linear.fused_lora import FusedLoraLinear, LowRank
+from halfbyte.quant.format import gpu_kernels
+from halfbyte.quant.weight import QuantizedWeight
 from halfbyte.runtime.matmul import product
-
-if TYPE_CHECKING:
-    from halfbyte.linear.frozen import FrozenLinear
 
 # Linears of one input that triton_lora.py can take together.
 _MOST_TOGETHER = 3
 
 
-class LowRank(NamedTuple):
-    """A trained update s·B·A of a frozen weight, as one product sees it.
+class _Member(Protocol):
+    """What products ask of a linear; see `frozen.FrozenLinear`."""
 
-    Attributes:
-        a: [r, in], any floating dtype; cast to the dtype of x for the product.
-        b: [out, r], likewise.
-        scaling: s.
-        keep: None, or the dropout mask over x, already divided by 1 - p: dtype of x, shape of x.
-    """
+    in_features: int
+    out_features: int
+    bias: Tensor | None
+    adapter: Any
+    group: "LinearGroup"
+    layout: WeightLayout
 
-    a: Tensor
-    b: Tensor
-    scaling: float
-    keep: Tensor | None = None
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def quantized(self) -> QuantizedWeight | None: ...
+    def opened(self, dtype: torch.dtype) -> DecodedWeight | None: ...
+    def decode(self, dtype: torch.dtype) -> Tensor: ...
 
 
 class _GroupProduct(torch.autograd.Function):
@@ -79,13 +80,13 @@ class _GroupProduct(torch.autograd.Function):
             x_a = fused.into_a(rows)
             p = [x_a]
             if read:
-                ys = list(torch.split(fused.forward(rows, x_a), fused.outputs, 1))
+                ys = list(torch.split(fused.forward(rows, x_a), group.outputs, 1))
         elif read:
             ys, p = _plain_forward(rows, group, updates, gradients)
         else:
             p = [_into_a(rows, update) for update in updates]
         if not read:
-            ys = [x.new_zeros(1, 1).expand(len(rows), m.out_features) for m in members]
+            ys = [x.new_zeros(1, 1).expand(len(rows), out) for out in group.outputs]
         for y, member in zip(ys, members, strict=True):
             if read and member.bias is not None:
                 y.add_(member.bias.to(x.dtype))
@@ -135,7 +136,7 @@ def _plain_forward(
     if not gradients and _packed_is_faster(rows, group.members):
         ys = _packed_products(rows, group.members)
     else:
-        ys = [product(rows, weight) for weight in group.weights(rows.dtype)]
+        ys = [weight.layout.product(rows, weight) for weight in group.weights(rows.dtype)]
     p: list[Tensor | None] = []
     for y, update in zip(ys, updates, strict=True):
         x_a = _into_a(rows, update)
@@ -146,7 +147,7 @@ def _plain_forward(
     return ys, p
 
 
-def _packed_is_faster(rows: Tensor, members: Sequence["FrozenLinear"]) -> bool:
+def _packed_is_faster(rows: Tensor, members: Sequence[_Member]) -> bool:
     """Return whether x Wᵀ is faster without decoding W, for all of the linears."""
     if not rows.is_cuda or gpu_kernels() is None:
         return False
@@ -158,7 +159,7 @@ def _packed_is_faster(rows: Tensor, members: Sequence["FrozenLinear"]) -> bool:
     return all(q is not None and triton_gemv.can_multiply(rows, q) for q in packed)
 
 
-def _packed_products(rows: Tensor, members: Sequence["FrozenLinear"]) -> list[Tensor]:
+def _packed_products(rows: Tensor, members: Sequence[_Member]) -> list[Tensor]:
     """Return x Wᵀ of each linear without decoding W."""
     from halfbyte.linear import triton_gemv
 
@@ -178,17 +179,12 @@ def _plain_backward(
     dx: Tensor | None = None
     gradients: list[Tensor | None] = []
     given = next(dy for dy in dys if dy is not None)
-    weights = ctx.group.weights(given.dtype) if needs[0] else dys
+    weights = ctx.group.weights(given.dtype) if needs[0] else [None] * len(dys)
     for i, (dy, update, weight) in enumerate(zip(dys, updates, weights, strict=True)):
         needs_a, needs_b = needs[5 + 2 * i : 7 + 2 * i]
         d_a = d_b = None
-        if dy is not None and needs[0]:
-            if dx is None:
-                dx = product(dy, weight.t())
-            elif dx.is_cuda:
-                dx.addmm_(dy, weight)
-            else:
-                dx.add_(product(dy, weight.t()))
+        if dy is not None and weight is not None:
+            dx = weight.layout.input_gradient(dy, weight, dx)
         if dy is not None and update is not None:
             a, b, scaling, keep = update
             keep = None if keep is None else keep.reshape(rows.shape)
@@ -230,9 +226,9 @@ class _Waiting(NamedTuple):
     x: Tensor
     version: int
     gradients: bool
-    outputs: dict["FrozenLinear", Tensor]
+    outputs: dict[_Member, Tensor]
 
-    def fits(self, linear: "FrozenLinear", x: Tensor) -> bool:
+    def fits(self, linear: _Member, x: Tensor) -> bool:
         """Return whether they hold what ``linear`` would compute of x now."""
         made = (self.version, self.gradients) == (x._version, torch.is_grad_enabled())
         return self.x is x and made and linear in self.outputs
@@ -249,22 +245,20 @@ class LinearGroup:
         members: The linears, in the order of their calls.
 
     Attributes:
-        restored: x Aᵀ [rows, members · rank] that the next call takes instead of making it, or
-            None; see `LoraActivationCache`.
+        outputs: Rows of each weight.
+        open_layer: The decoder layer that is open and has the members, or None.
     """
 
-    def __init__(self, members: Sequence["FrozenLinear"]) -> None:
+    def __init__(self, members: Sequence[_Member]) -> None:
         self.members = tuple(members)
-        self.restored: Tensor | None = None
-        self._recorded: list[Tensor] | None = None
+        self.outputs = [member.out_features for member in members]
+        self.open_layer: OpenLayer | None = None
         self._waiting: _Waiting | None = None
         self._proven = False
-        self._cast_adapters: Any = None
-        self.beside: tuple[LinearGroup, ...] = ()
         for member in members:
             member.group = self
 
-    def output(self, linear: "FrozenLinear", x: Tensor, *, read: bool = True) -> Tensor:
+    def output(self, linear: _Member, x: Tensor, *, read: bool = True) -> Tensor:
         """Return y [..., out] of one member for x [..., in]; see `FrozenLinear.unread`."""
         if not read and len(self.members) == 1:
             return self._products(x, read=False)[0]
@@ -278,7 +272,7 @@ class LinearGroup:
             return y
         if waiting is not None and not self._proven:
             for member in self.members:
-                LinearGroup([member])
+                LinearGroup([member]).open_layer = self.open_layer
             return linear.group.output(linear, x)
         ys = dict(zip(self.members, self._products(x), strict=True))
         y = ys.pop(linear)
@@ -292,18 +286,17 @@ class LinearGroup:
 
     def _products(self, x: Tensor, *, read: bool = True) -> tuple[Tensor, ...]:
         updates = tuple(
-            None if member.adapter is None else member.adapter.update(x)  # type: ignore[operator]
-            for member in self.members
+            None if member.adapter is None else member.adapter.update(x) for member in self.members
         )
         gradients = torch.is_grad_enabled()  # inside forward it always says no
         return _GroupProduct.apply(x, self, updates, gradients, read, *factors_of(updates))  # type: ignore[no-any-return, no-untyped-call]
 
-    def weights(self, dtype: torch.dtype) -> list[Tensor]:
-        """Return W [out, in] of each, in ``dtype``: the opened ones, or decoded anew, together."""
-        opened = [member.opened(dtype) for member in self.members]
-        if all(weight is not None for weight in opened):
-            return opened  # type: ignore[return-value]
-        return _decode_together(self.members, dtype)
+    def weights(self, dtype: torch.dtype) -> list[DecodedWeight]:
+        """Return W [out, in] of each for ``dtype``: the opened ones, or decoded anew, together."""
+        opened = [weight for member in self.members if (weight := member.opened(dtype))]
+        if len(opened) == len(self.members):
+            return opened
+        return list(decode_together(self.members, dtype).values())
 
     def fused(self, x: Tensor, updates: Sequence[LowRank | None]) -> FusedLoraLinear | None:
         """Return what makes the products of x [..., in] in fused_lora.py's way, if that can be."""
@@ -312,9 +305,11 @@ class LinearGroup:
             return None
         if len(self.members) > _MOST_TOGETHER or not _for_kernels(x):
             return None
+        if any(member.layout is not DENSE for member in self.members):
+            return None
         return FusedLoraLinear(self, updates, x.dtype)
 
-    def fused_alone(self, x: Tensor, members: Sequence["FrozenLinear"]) -> FusedLoraLinear | None:
+    def fused_alone(self, x: Tensor, members: Sequence[_Member]) -> FusedLoraLinear | None:
         """Return `fused` for whoever does more than to call ``members`` with x.
 
         None, too, where these are not the members, or where something else belongs to what the
@@ -324,34 +319,22 @@ class LinearGroup:
             return None
         updates: list[LowRank | None] = []
         for member in members:
-            adapter: Any = member.adapter
+            adapter = member.adapter
             if member.bias is not None or (adapter and (adapter.rescales or adapter.drops)):
                 return None
             updates.append(None if adapter is None else LowRank(*adapter.factors))
         return self.fused(x, updates)
 
     def cast_adapters(self, dtype: torch.dtype) -> Any:
-        """Return the adapters as `triton_lora.CastAdapters`.
+        """Return the adapters as `triton_lora.CastAdapters`, made once where a layer is open."""
+        if self.open_layer is not None and self in self.open_layer.groups:
+            return self.open_layer.cast_adapters(self, dtype)
+        return _cast_adapters_of([self], dtype)[self]
 
-        While a `DecodedWeightCache` holds a decoder layer open it is made once, for all
-        micro-batches and with those of the layer's other sets. It is never kept longer: an
-        optimizer may write to adapters without their telling (torch's fused AdamW counts no
-        version), and products with old ones would be wrong in silence.
-        """
-        from halfbyte.linear.triton_lora import Factors, cast_adapters_of  # it imports triton
-
-        if self._cast_adapters is not None:
-            return self._cast_adapters
-        sets = [group for group in self.beside or (self,) if any(group._pairs())]
-        factors = [
-            Factors(s._pairs(), [m.out_features for m in s.members], s.members[0].in_features)
-            for s in sets
-        ]
-        made = dict(zip(sets, cast_adapters_of(factors, dtype), strict=True))
-        if self.beside:
-            for group, cast_adapters in made.items():
-                group._cast_adapters = cast_adapters
-        return made[self]
+    @property
+    def has_lora_activation(self) -> bool:
+        """Whether x Aᵀ of the next call is here, from a run of the layer with the same input."""
+        return self.open_layer is not None and self in self.open_layer.restored
 
     def into_a(self, rows: Tensor, cast_adapters: Any) -> Tensor:
         """Return x Aᵀ [rows, members · rank]: what is restored for this call, or made now.
@@ -360,66 +343,98 @@ class LinearGroup:
             rows: x [rows, in].
             cast_adapters: The adapters, as `cast_adapters` returns them.
         """
-        p, self.restored = self.restored, None
+        layer = self.open_layer
+        p = None if layer is None else layer.restored.pop(self, None)
         if p is None:
             p = torch.mm(rows, cast_adapters.a.t())
-        if self._recorded is not None:
-            self._recorded.append(p)
+        if layer is not None and self in layer.recorded:
+            layer.recorded[self].append(p)
         return p
 
     def _pairs(self) -> list[tuple[Tensor, Tensor, float] | None]:
         """Return A, B and s of each member, or None."""
         return [
-            None if member.adapter is None else member.adapter.factors  # type: ignore[misc]
-            for member in self.members
+            None if member.adapter is None else member.adapter.factors for member in self.members
         ]
 
-    def open(self, beside: Sequence["LinearGroup"]) -> None:
-        """Take note of the sets that are open from now on, this one among them."""
-        self.beside = tuple(beside)
 
-    def close(self) -> None:
-        """Forget what was made while the linears were open."""
-        self._cast_adapters, self.beside = None, ()
-        self.restored = self._recorded = None
+class OpenLayer:
+    """What the products of a decoder layer share while a `DecodedWeightCache` holds it open.
 
-
-class LoraActivationCache:
-    """x Aᵀ of a decoder layer's sets, from one run of the layer to another with the same input.
-
-    Only where products are triton_matmul.py's; elsewhere there is nothing to note. Whoever runs the
-    layers takes what was recorded in one run of one part, holds it, and gives it back right before
-    the other. When the layer is closed both end, whatever has happened.
+    The groups of its linears point at it from `open` to `close`, and all that is right only in
+    between is here: the decoded weights, the adapters cast for the products, and x Aᵀ on its way
+    from one run of the layer to another with the same input. For the last, whoever runs the layer
+    takes what was recorded in one run of one part, holds it, and gives it back right before the
+    other. Only `FusedLoraLinear` records; elsewhere there is nothing to take.
 
     Args:
-        sets: Those that are open.
+        weights: W [out, in] of each linear, decoded.
+        dtype: That of the products.
+
+    Attributes:
+        weights: As given.
+        dtype: As given.
+        groups: Those the linears were in when it was opened. A group that is dissolved meanwhile
+            leaves others, which use the weights and nothing else.
+        restored: x Aᵀ [rows, members · rank] that the next call of a group takes.
+        recorded: What groups computed since `record`; empty if nothing is to be.
     """
 
-    def __init__(self, sets: Iterable[LinearGroup]) -> None:
-        self._sets = tuple(sets)
+    def __init__(self, weights: Mapping[Any, DecodedWeight], dtype: torch.dtype) -> None:
+        self.weights, self.dtype = weights, dtype
+        self.groups: list[LinearGroup] = list(dict.fromkeys(m.group for m in weights))
+        self.restored: dict[LinearGroup, Tensor] = {}
+        self.recorded: dict[LinearGroup, list[Tensor]] = {}
+        self._cast_adapters: dict[LinearGroup, Any] = {}
+
+    def open(self) -> None:
+        """Have the groups of its linears use it."""
+        for linear in self.weights:
+            linear.group.open_layer = self
+
+    def close(self) -> None:
+        """Have no group use it any more, and hold nothing."""
+        for group in (*self.groups, *(linear.group for linear in self.weights)):
+            group.open_layer = None
+        self.weights, self.restored, self.recorded, self._cast_adapters = {}, {}, {}, {}
+
+    def cast_adapters(self, group: LinearGroup, dtype: torch.dtype) -> Any:
+        """Return those of a group; those of all are made at once, for all micro-batches.
+
+        They are kept no longer than the layer is open: an optimizer may write to adapters without
+        their telling (torch's fused AdamW counts no version), and products with old ones would be
+        wrong in silence.
+        """
+        if group not in self._cast_adapters:
+            self._cast_adapters = _cast_adapters_of(self.groups, dtype)
+        return self._cast_adapters[group]
 
     def record(self) -> None:
         """Record what the groups compute from now on."""
-        for group in self._sets:
-            group._recorded = []
+        self.recorded = {group: [] for group in self.groups}
 
     def pop(self) -> dict[LinearGroup, Tensor]:
         """Return x Aᵀ [rows, members · rank] of the groups that made one since `record`; then stop.
 
-        By set, because a set may be dissolved before the layer is recomputed. One that was called
+        By group, because one may be dissolved before the layer is recomputed. One that was called
         with several inputs is left out: which call is which would be a guess.
         """
-        taken = {}
-        for group in self._sets:
-            recorded, group._recorded = group._recorded, None
-            if recorded is not None and len(recorded) == 1:
-                taken[group] = recorded[0]
-        return taken
+        recorded, self.recorded = self.recorded, {}
+        return {group: made[0] for group, made in recorded.items() if len(made) == 1}
 
     def restore(self, taken: Mapping[LinearGroup, Tensor]) -> None:
-        """Have the next call of each set take what was taken from one with the same input."""
-        for group in self._sets:
-            group.restored = taken.get(group)
+        """Have the next call of each group take what was taken from one with the same input."""
+        self.restored = {group: taken[group] for group in self.groups if group in taken}
+
+
+def _cast_adapters_of(groups: Sequence[LinearGroup], dtype: torch.dtype) -> dict[LinearGroup, Any]:
+    """Return the adapters of each group that has any, as `triton_lora.CastAdapters`."""
+    from halfbyte.linear.triton_lora import Factors, cast_adapters_of  # it imports triton
+
+    pairs = {group: group._pairs() for group in groups}
+    pairs = {group: own for group, own in pairs.items() if any(own)}
+    factors = [Factors(own, g.outputs, g.members[0].in_features) for g, own in pairs.items()]
+    return dict(zip(pairs, cast_adapters_of(factors, dtype), strict=True))
 
 
 def factors_of(updates: Sequence[LowRank | None]) -> list[Tensor | None]:
@@ -433,16 +448,25 @@ def _for_kernels(x: Tensor) -> bool:
     return x.is_cuda and sixteen and gpu_kernels() is not None
 
 
-def _decode_together(linears: Sequence["FrozenLinear"], dtype: torch.dtype) -> list[Tensor]:
-    """Return W [out, in] of each in ``dtype``, the packed ones decoded together."""
-    packed = {linear: q for linear in linears if (q := linear.quantized) is not None}
-    if len(packed) < 2 or linears[0].device.type != "cuda":
-        return [linear.decode(dtype) for linear in linears]
-    sizes = [q.numel for q in packed.values()]
-    # Each below the last, so that their product with one x can be one.
-    whole = torch.empty(sum(sizes), dtype=dtype, device=linears[0].device)
-    pieces = torch.split(whole, sizes)
-    outs = [piece.view(q.shape) for piece, q in zip(pieces, packed.values(), strict=True)]
-    dequantize_all(list(packed.values()), dtype, outs=outs)
-    decoded = dict(zip(packed, outs, strict=True))
-    return [decoded[m] if m in decoded else m.decode(dtype) for m in linears]
+def decode_together(
+    linears: Sequence[_Member], dtype: torch.dtype, outs: Mapping[Any, Tensor] | None = None
+) -> dict[Any, DecodedWeight]:
+    """Return W [out, in] of each for products in ``dtype``, those of one layout decoded together.
+
+    Args:
+        linears: Of one device.
+        dtype: That of the products.
+        outs: Where that of each packed one goes; see `WeightLayout.decode`.
+    """
+    weights: dict[Any, Any] = dict.fromkeys(linears)  # in their order
+    packed: dict[WeightLayout, dict[_Member, QuantizedWeight]] = {}
+    for linear in linears:
+        if (q := linear.quantized) is None:
+            # A plain weight in the dtype of the products is used where it lies.
+            weights[linear] = linear.layout.from_dense(linear.decode(dtype))
+        else:
+            packed.setdefault(linear.layout, {})[linear] = q
+    for layout, held in packed.items():
+        places = None if outs is None else [outs[linear] for linear in held]
+        weights.update(zip(held, layout.decode(list(held.values()), dtype, places), strict=True))
+    return weights

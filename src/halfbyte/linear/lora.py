@@ -36,7 +36,7 @@ from torch.nn.utils import parametrize
 
 from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.linear.frozen import FrozenLinear
-from halfbyte.linear.group import LowRank
+from halfbyte.linear.fused_lora import LowRank
 from halfbyte.runtime.matmul import product
 
 ALL_LINEAR = "all-linear"
@@ -177,7 +177,7 @@ class LoRA(nn.Module):
         return self.lora_A, self.lora_B, self.config.scaling
 
     def update(self, x: Tensor) -> LowRank:
-        """Return the update for the input ``x``; see ``linear.group.LowRank``."""
+        """Return the update for the input ``x``; see ``linear.fused_lora.LowRank``."""
         keep = self.clock.mask(x, self.config.dropout, self.index) if self.drops else None
         return LowRank(*self.factors, keep)
 
