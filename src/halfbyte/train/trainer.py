@@ -31,8 +31,7 @@ from torch import Tensor, nn
 
 from halfbyte.config.schema import TrainConfig
 from halfbyte.engine.autograd import AutogradEngine
-from halfbyte.engine.buckets import Buckets
-from halfbyte.engine.choose import compile_ahead
+from halfbyte.engine.choose import buckets_of, compile_ahead
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_policy import (
     HOST_SHARE,
@@ -47,6 +46,7 @@ from halfbyte.engine.packing import Batch, lengths_of
 from halfbyte.errors import ConfigError, NonFiniteLossError, OutOfMemoryError
 from halfbyte.optim import AdamW
 from halfbyte.optim.paging import Paging
+from halfbyte.plan.ledger import smaller_part
 from halfbyte.plan.policy import ActivationPolicy, peak
 from halfbyte.runtime.device import is_out_of_memory
 from halfbyte.train.loss_scale import LossScale, too_large
@@ -216,7 +216,7 @@ class Trainer:
             if isinstance(engine, LayerEngine):
                 engine.max_seqlen = max(map(max, lengths))
             if isinstance(engine, LayerEngine) and engine.packs:
-                engine.buckets = Buckets.of(lengths, engine.width, part_tokens)
+                engine.buckets = buckets_of(engine, lengths, part_tokens)
                 compile_ahead(engine, engine.buckets)
             failed = None
             try:
@@ -523,8 +523,8 @@ class Trainer:
         self.engine.forget_graphs()
         # Two documents of a bit less than half a part stay together until there are more parts.
         while most > 1 and self.engine.buckets.largest.numel >= before:
-            most //= 2
-            self.engine.buckets = Buckets.of(self._lengths, self.engine.width, most)
+            most = smaller_part(most)
+            self.engine.buckets = buckets_of(self.engine, self._lengths, most)
         return most
 
     def _clear(self) -> None:
