@@ -206,7 +206,7 @@ class Run:
 
     def with_smaller_parts(self) -> "Run | None":
         """Return it with smaller parts, or None: as ``Trainer.fit`` does where none fit."""
-        if not self.packs or self.part_tokens <= 1.5 * max(self.length, SMALLEST_PART):
+        if not self.packs or self.part_tokens <= 1.25 * max(self.length, SMALLEST_PART):
             return None
         smaller = replace(self, part_size=smaller_part(self.part_tokens))
         while smaller.part_tokens >= self.part_tokens:  # rows are not divided

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from halfbyte.config.schema import TrainConfig
 from halfbyte.engine.autograd import AutogradEngine
+from halfbyte.engine.buckets import own_shape
 from halfbyte.engine.choose import buckets_of, compile_ahead
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_policy import (
@@ -293,6 +294,14 @@ class Trainer:
         """Let go of CUDA graphs and of weights that stay decoded; no step will follow."""
         self.use(replace(self.policy, decoded=0))
 
+    def free_buffer(self) -> None:
+        """Free the buffer that layers are decoded into, until it is needed again.
+
+        Only while there are no CUDA graphs: they read it where it was.
+        """
+        if isinstance(self.engine, LayerEngine):
+            self.engine.weights.keep(self.policy.decoded)
+
     # --- steps ----------------------------------------------------------------------------------
 
     def train(
@@ -506,8 +515,9 @@ class Trainer:
         """Return whether parts can be of fewer tokens: the longest document has to fit."""
         if not self._lengths:
             return False
-        max_seqlen = max(map(max, self._lengths))
-        return self._largest_part > 1.5 * max(max_seqlen, SMALLEST_PART)
+        longest = max(map(max, self._lengths))
+        least = max(1.25 * max(longest, SMALLEST_PART), own_shape([longest]).numel)
+        return self._largest_part > least
 
     @property
     def _largest_part(self) -> int:
