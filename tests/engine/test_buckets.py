@@ -18,6 +18,7 @@ from halfbyte.engine.buckets import (
     divide,
     fillers,
     own_shape,
+    wave_tokens,
 )
 from halfbyte.engine.packing import part_of_shape, parts_of
 from tests.engine.test_packing import batches_of, documents_of
@@ -92,6 +93,45 @@ def test_a_step_is_divided_into_halves_and_not_into_a_whole_and_a_rest():
     assert divide([100] * 10, 900) == [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]
     assert divide([100] * 10, 1000) == [list(range(10))]
     assert divide([700, 300, 300], 1000) == [[0], [1, 2]]
+
+
+@given(
+    st.lists(st.integers(1, 5000), min_size=1, max_size=40),
+    st.integers(1, 10_000),
+    st.sampled_from([128, 384, 768, 1024]),
+)
+def test_documents_are_divided_once_each_at_waves(lengths, part_tokens, wave):
+    parts = divide(lengths, part_tokens, wave)
+    assert sorted(number for part in parts for number in part) == list(range(len(lengths)))
+    assert all(part == sorted(part) and part for part in parts)
+    assert len(parts) <= min(-(-sum(lengths) // part_tokens), len(lengths))
+    if 2 * wave > part_tokens:
+        assert parts == divide(lengths, part_tokens)
+        return
+    for part in parts[:-1]:
+        assert sum(lengths[i] for i in part) <= max(part_tokens, max(lengths))
+
+
+@given(st.integers(1, 30_000), st.sampled_from([2048, 6144, 8192]))
+def test_all_parts_but_the_last_are_multiples_of_a_wave_where_documents_allow(tokens, part_tokens):
+    parts = [len(part) for part in divide([1] * tokens, part_tokens, 1024)]
+    assert all(part % 1024 == 0 for part in parts[:-1])
+    assert max(parts) <= part_tokens
+    assert len(parts) == -(-tokens // part_tokens)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=9), st.integers(1, 300))
+def test_the_fullest_part_is_the_fullest_there_is(lengths, most):
+    found = buckets._fullest(lengths, most)
+    sums = [sum(c) for k in range(len(lengths) + 1) for c in combinations(lengths, k)]
+    fitting = max(total for total in sums if total <= most)
+    assert sum(lengths[i] for i in found) == (fitting or lengths[0])
+
+
+def test_a_wave_is_the_rows_that_fill_a_gpu_with_tiles():
+    assert wave_tokens(4096, num_sms=132) == 1024  # H100, a 7B model: 8 tiles of rows times 16
+    assert wave_tokens(4096, num_sms=108) == 768  # A100
+    assert wave_tokens(4096, num_sms=0) == wave_tokens(4096, num_sms=15) == 0
 
 
 def test_how_much_a_part_has_at_most_is_that_of_the_ledger_unless_it_is_given():

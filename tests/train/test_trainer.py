@@ -779,7 +779,7 @@ def fitted(made, monkeypatch, lengths, fits, error=None):
 
 
 @pytest.mark.parametrize("error", [None, ConfigError("too small"), OUT_OF_MEMORY])
-@pytest.mark.parametrize("most", [8192, 1200, 600])
+@pytest.mark.parametrize("most", [8192, 1200, 700])
 @pytest.mark.parametrize("lengths", [[[500] * 20 + [300] * 7] * 2, NEARLY_HALVES])
 def test_parts_are_made_smaller_until_the_plan_fits(on_a_gpu, monkeypatch, lengths, most, error):
     made = on_a_gpu()

@@ -22,6 +22,7 @@ from halfbyte.linear.lora import adapters
 from halfbyte.optim import AdamW
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.quant.format import gpu_kernels
+from halfbyte.runtime.device import spec_of
 
 logger = logging.getLogger("halfbyte")
 
@@ -50,7 +51,7 @@ def choose_engine(
         engine = LayerEngine(model, fuse=on_gpu, graphs=graphs and on_gpu)
         if on_gpu:
             engine.max_seqlen = max(map(max, lengths), default=0)
-            buckets = Buckets.of(lengths, engine.width) if lengths and engine.packs else None
+            buckets = buckets_of(engine, lengths) if lengths and engine.packs else None
             compile_ahead(engine, buckets, vocabulary=vocabulary, state_bits=state_bits)
         probe(engine, vocabulary, device)
     except EngineError as error:
@@ -95,6 +96,14 @@ def _probe_losses(engine: LayerEngine, vocabulary: int, device: str) -> tuple[Te
         return engine.loss([Batch(ids[:, :-1], targets)]), wanted
     except (TypeError, AttributeError, RuntimeError) as error:
         raise EngineError(f"its layers cannot be called one by one: {error}") from error
+
+
+def buckets_of(
+    engine: LayerEngine, lengths: Sequence[Sequence[int]], part_tokens: int | None = None
+) -> Buckets:
+    """Return the shapes of parts for a run on the engine's device; see `Buckets.of`."""
+    num_sms = spec_of(engine.model.device).num_sms
+    return Buckets.of(lengths, engine.width, part_tokens, num_sms=num_sms)
 
 
 def compile_ahead(

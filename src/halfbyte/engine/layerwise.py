@@ -429,7 +429,7 @@ class LayerEngine:
         """Return the tokens of the parts that documents of these lengths are packed into."""
         if self.buckets is None:
             return [own_shape([lengths[i] for i in part]).numel for part in divide(lengths)]
-        parts = divide(lengths, self.buckets.part_tokens)
+        parts = self.buckets.divide(lengths)
         return [self.buckets.fit([lengths[i] for i in part]).numel for part in parts]
 
     def _sees_all(self, max_seqlen: int) -> bool:

@@ -107,11 +107,11 @@ def parts_of(
         ]
     rows = [row for batch in batches for row in _unpadded(batch)]
     found = []
-    most = None if buckets is None else buckets.part_tokens
-    for numbers in divide([len(ids) for ids, _ in rows], most):
+    lengths = [len(ids) for ids, _ in rows]
+    for numbers in divide(lengths) if buckets is None else buckets.divide(lengths):
         part = [rows[number] for number in numbers]
-        lengths = [len(ids) for ids, _ in part]
-        shape = own_shape(lengths) if buckets is None else buckets.fit(lengths)
+        own = [lengths[number] for number in numbers]
+        shape = own_shape(own) if buckets is None else buckets.fit(own)
         found.append(_packed(part, shape, device, numbers if segments else None))
     return found
 

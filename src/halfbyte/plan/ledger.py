@@ -122,6 +122,16 @@ class Packed(NamedTuple):
         return Packed(*(a + b for a, b in zip(self, other, strict=True)))
 
 
+def smaller_part(tokens: int) -> int:
+    """Return the part size to try where parts of so many tokens need too much memory.
+
+    The next of 8192, 6144, 4096, 3072 …: multiples of the rows that products are efficient at
+    (``engine.buckets.wave_tokens``).
+    """
+    power = 1 << ((tokens - 1).bit_length() - 1)  # the largest power of two below
+    return 3 * power // 2 if 3 * power // 2 < tokens else power
+
+
 @dataclass(frozen=True)
 class Run:
     """What is to be run, as far as memory and time depend on it.
@@ -196,10 +206,13 @@ class Run:
         return -(-self.batch * self.micro_batches // self.parts) * self.length
 
     def with_smaller_parts(self) -> "Run | None":
-        """Return it with parts half as large, or None: as ``Trainer.fit`` does where none fit."""
-        if not self.packs or self.part_tokens <= 1.5 * max(self.length, SMALLEST_PART):
+        """Return it with smaller parts, or None: as ``Trainer.fit`` does where none fit."""
+        if not self.packs or self.part_tokens <= 1.25 * max(self.length, SMALLEST_PART):
             return None
-        return replace(self, part_size=self.part_tokens // 2)
+        smaller = replace(self, part_size=smaller_part(self.part_tokens))
+        while smaller.part_tokens >= self.part_tokens:  # rows are not divided
+            smaller = replace(smaller, part_size=smaller_part(smaller.part_size))
+        return smaller
 
     @property
     def tokens_under_way(self) -> int:

@@ -462,6 +462,7 @@ class _Run:
         if not self.samples:
             return
         model, tokenizer = self.base.model, self.base.tokenizer
+        self.trainer.free_buffer()  # generation has one of its own
         # Within what is planned for training, or its forecast would be of no use.
         limit = max(self.memory.predicted_bytes, self.memory.reserved_bytes)
         try:

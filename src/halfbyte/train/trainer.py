@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from halfbyte.config.schema import TrainConfig
 from halfbyte.engine.autograd import AutogradEngine
-from halfbyte.engine.buckets import Buckets
-from halfbyte.engine.choose import compile_ahead
+from halfbyte.engine.buckets import own_shape
+from halfbyte.engine.choose import buckets_of, compile_ahead
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_policy import (
     HOST_SHARE,
@@ -47,6 +47,7 @@ from halfbyte.engine.packing import Batch, lengths_of
 from halfbyte.errors import ConfigError, NonFiniteLossError, OutOfMemoryError
 from halfbyte.optim import AdamW
 from halfbyte.optim.paging import Paging
+from halfbyte.plan.ledger import smaller_part
 from halfbyte.plan.policy import ActivationPolicy, peak
 from halfbyte.runtime.device import is_out_of_memory
 from halfbyte.train.loss_scale import LossScale, too_large
@@ -216,7 +217,7 @@ class Trainer:
             if isinstance(engine, LayerEngine):
                 engine.max_seqlen = max(map(max, lengths))
             if isinstance(engine, LayerEngine) and engine.packs:
-                engine.buckets = Buckets.of(lengths, engine.width, part_tokens)
+                engine.buckets = buckets_of(engine, lengths, part_tokens)
                 compile_ahead(engine, engine.buckets)
             failed = None
             try:
@@ -292,6 +293,14 @@ class Trainer:
     def release(self) -> None:
         """Let go of CUDA graphs and of weights that stay decoded; no step will follow."""
         self.use(replace(self.policy, decoded=0))
+
+    def free_buffer(self) -> None:
+        """Free the buffer that layers are decoded into, until it is needed again.
+
+        Only while there are no CUDA graphs: they read it where it was.
+        """
+        if isinstance(self.engine, LayerEngine):
+            self.engine.weights.keep(self.policy.decoded)
 
     # --- steps ----------------------------------------------------------------------------------
 
@@ -506,8 +515,9 @@ class Trainer:
         """Return whether parts can be of fewer tokens: the longest document has to fit."""
         if not self._lengths:
             return False
-        max_seqlen = max(map(max, self._lengths))
-        return self._largest_part > 1.5 * max(max_seqlen, SMALLEST_PART)
+        longest = max(map(max, self._lengths))
+        least = max(1.25 * max(longest, SMALLEST_PART), own_shape([longest]).numel)
+        return self._largest_part > least
 
     @property
     def _largest_part(self) -> int:
@@ -523,8 +533,8 @@ class Trainer:
         self.engine.forget_graphs()
         # Two documents of a bit less than half a part stay together until there are more parts.
         while most > 1 and self.engine.buckets.largest.numel >= before:
-            most //= 2
-            self.engine.buckets = Buckets.of(self._lengths, self.engine.width, most)
+            most = smaller_part(most)
+            self.engine.buckets = buckets_of(self.engine, self._lengths, most)
         return most
 
     def _clear(self) -> None:
