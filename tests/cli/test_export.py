@@ -112,7 +112,7 @@ def test_an_adapter_that_holds_what_packing_lost_is_no_adapter_for_other_bases(
     (other / "halfbyte.json").write_text(json.dumps(card))
     code, _, err = answer(model, other, tmp_path / "out", "--format", "gguf-lora")
     assert code == 0, err
-    assert ("what packing that base lost" in " ".join(err.split())) == (begun == "qera")
+    assert ("compensates for the quantisation error" in " ".join(err.split())) == (begun == "qera")
 
 
 def test_an_adapter_alone_of_another_base_is_refused(
@@ -148,7 +148,7 @@ def test_a_wrong_file_ends_with_1(
     code, told, err = answer(model, tmp_path / "out", "--type", "q8_0")
     assert code == 1
     assert told["verified"]["worst_share"] > 1
-    assert "and is wrong" in err
+    assert "but is wrong" in err
     assert answer(model, tmp_path / "other", "--type", "q8_0", "--no-verify")[0] == 0
 
 

@@ -165,7 +165,7 @@ def test_a_merge_that_is_not_what_was_trained_fails_when_verified(
     answer = json.loads(out)
     assert answer["verified"]["top1_agreement"] < 1
     assert answer["distances"] == {}
-    assert "is not what was trained" in err
+    assert "differs from what was trained" in err
     assert "(--min-agreement)" in err
     assert (tmp_path / "merged" / "config.json").exists()
 
@@ -203,7 +203,7 @@ def test_what_was_taught_survives_the_merge_or_the_merge_fails(
         least = str(lost["top1_agreement"])
         assert float(least) > 0
         assert cli.main([*words, least, "--overwrite"]) == 1
-        assert f"of {lost['by_heart']} rows that the adapter knows" in capsys.readouterr().err
+        assert f"of {lost['by_heart']} rows that the adapter reproduces" in capsys.readouterr().err
     data.unlink()
     assert ask(*words, 0, "--overwrite")["verified"]["by_heart"] == 0
 
@@ -334,7 +334,7 @@ def test_an_output_that_is_taken(
     mine.write_text("mine")
     words = [verb, str(ground.model), *([str(ground.out)] if verb == "merge" else [])]
     assert "--overwrite" in refused([*words, str(mine.parent)], capsys)
-    assert "holds no model" in refused([*words, str(mine.parent), "--overwrite"], capsys)
+    assert "contains no model" in refused([*words, str(mine.parent), "--overwrite"], capsys)
     assert mine.read_text() == "mine"
 
 

@@ -117,7 +117,10 @@ def test_what_cannot_be_is_refused(plain, tmp_path):
     packed = write_quantized(plain, tmp_path / "packed", BaseRecipe())
     with pytest.raises(ConfigError, match="is packed in 4 bits already"):
         require_plain(open_base(packed))
-    for other, said in (({"quant": "none"}, "has lost nothing"), ({"use_dora": True}, "use_dora")):
+    for other, said in (
+        ({"quant": "none"}, "no error to approximate"),
+        ({"use_dora": True}, "use_dora"),
+    ):
         settings = {"model": "m", "data": "d", "output": "o", "init_lora_weights": "qera"}
         with pytest.raises(ValueError, match=said):
             TrainConfig.model_validate(settings | other)
