@@ -170,7 +170,10 @@ def test_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = f"--output {tmp_path / 'out'}"
     for line, told in (
         (f"compare {out}", "`model` and `data` missing"),
-        (f"compare --model m --data d --seed 3 --quant nf4 {out}", "`quant`, `seed`: use `variants`"),
+        (
+            f"compare --model m --data d --seed 3 --quant nf4 {out}",
+            "`quant`, `seed`: use `variants`",
+        ),
         (f"compare --shape llama2-7b --model m {out}", "`shape` cannot be combined with"),
         (f"compare --model m --data d --seeds 0,x {out}", "`seeds`: expected a whole number"),
         (f"compare --model m --data d --variants q {out}", "'q' is not known"),
