@@ -283,9 +283,9 @@ def test_long_examples_are_cut_and_counted(
     data.write_text(json.dumps(long) + "\n" + json.dumps({"prompt": "a", "completion": "b"}) + "\n")
     words = train(ground, data=data, output=tmp_path / "o")
     assert cli.main([*words, "--max-length", "32", "--max-steps", "1"]) == 0
-    assert "cut to max_length 32: 1 row (line 1)" in capsys.readouterr().err
+    assert "truncated to max_length 32: 1 row (line 1)" in capsys.readouterr().err
     notes = [one["text"] for one in read_journal(tmp_path / "o" / "journal.jsonl") if "text" in one]
-    assert any("cut to max_length 32" in note for note in notes)
+    assert any("truncated to max_length 32" in note for note in notes)
 
 
 def test_an_adapter_for_another_base(
@@ -294,9 +294,9 @@ def test_an_adapter_for_another_base(
     other = write_tiny_model(tmp_path / "other", hidden=128)
     words = ["--adapter", str(ground.out), "--data", str(ground.data)]
     message = refused(["eval", "--model", str(other), *words], capsys)
-    assert "this is not it: the weights are others" in message
+    assert "this model differs: the weights are others" in message
     message = refused(["merge", str(other), str(ground.out), str(tmp_path / "merged")], capsys)
-    assert "this is not it: the weights are others" in message
+    assert "this model differs: the weights are others" in message
     assert not (tmp_path / "merged").exists()
 
 
@@ -322,7 +322,7 @@ def test_a_disk_that_is_full(
 
 
 def test_a_run_is_not_overwritten(ground: Ground, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "holds a run already" in refused(train(ground), capsys)
+    assert "already contains a run" in refused(train(ground), capsys)
 
 
 @pytest.mark.parametrize("verb", ["quantize", "merge"])

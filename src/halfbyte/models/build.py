@@ -1,11 +1,11 @@
-"""A transformers decoder with frozen, packed linears, built without ever holding it in 16 bits.
+"""Builds a transformers decoder with frozen, packed linears, without ever holding it in 16 bits.
 
     build    the architecture on the meta device (no memory), every ``nn.Linear`` but the output
              head replaced by a ``FrozenLinear``; head and embedding too, if the recipe says so
-    load_tensor  one tensor of the checkpoint, quantised or cast the moment it comes
-    finalize ties, computed buffers, and the audit: what was left in 16 or 32 bits, and its bytes
+    load_tensor  one tensor of the checkpoint, quantised or cast immediately
+    finalize ties, computed buffers, and a report of the bytes, and of what is not in 4 bits
 
-``load_tensor`` never needs another tensor, so whoever reads the checkpoint can hold one at a time.
+``load_tensor`` never needs another tensor, so a checkpoint can be read one tensor at a time.
 """
 
 from collections.abc import Collection

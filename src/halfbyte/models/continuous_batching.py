@@ -1,11 +1,10 @@
-"""Continuous batching: the slots of a cache are filled again as soon as their answers have ended.
+"""Continuous batching: slots of the KV cache are refilled as soon as their answers have ended.
 
-A step (decoding.py) makes one token in every slot, whether anybody wants it or not. Prompts wait in
-line; when enough slots are free, some are prefilled into them between two steps, and the steps go
-on. On a GPU a step is captured as a CUDA graph, and the host is a few steps ahead of the card: what
-the steps chose is copied to it behind their back, and looked at while the next ones run. So an
-answer is seen to end a few steps late; its slot, which the card itself has put to rest, makes
-nothing in the meantime.
+A step (decoding.py) generates one token in every slot, needed or not. Prompts wait in a queue; when
+enough slots are free, some are prefilled into them between two steps. On a GPU a step is captured
+as a CUDA graph, and the host runs a few steps ahead of the device: the chosen tokens are copied to
+the host asynchronously, and read while the next steps run. So the end of an answer is noticed a few
+steps late; its slot, which the device itself has deactivated, generates nothing in the meantime.
 """
 
 from collections import deque

@@ -1,13 +1,12 @@
-"""AdamW as an optimizer of torch: groups, steps, and a state that has one form wherever it lives.
+"""AdamW as a torch optimizer: parameter groups, steps, and state that may be stored anywhere.
 
-The rule is in reference.py and, for a GPU, in triton_adamw.py; where the state lives is paging.py's
-matter. This file knows which parameters there are, what their update depends on, and when it
-happens.
+The update rule is in reference.py and, for a GPU, in triton_adamw.py; paging.py decides where the
+state is stored. This file defines the parameters, the inputs of their update, and when it happens.
 
-A step asks nothing of the host: learning rates, step counts and the gradient's scale are on the
-device. The scale is where clipping goes (min(1, limit / norm)), and where it is NaN or infinite,
-since a loss or a gradient was, neither parameters nor state nor step counts change. So a step can
-be queued behind its backward before anyone has looked at the loss, and captured in a CUDA graph.
+A step needs nothing from the host: learning rates, step counts and the gradient's scale are on the
+device. The scale carries clipping (min(1, limit / norm)); if it is NaN or infinite, because a loss
+or a gradient was, neither parameters nor state nor step counts change. So a step can be queued
+behind its backward before the host has read the loss, and captured in a CUDA graph.
 """
 
 import math

@@ -1,15 +1,15 @@
-"""State in CUDA's managed memory: one address, pages that the driver moves between device and host.
+"""State in CUDA managed memory: fixed addresses, pages moved between device and host by the driver.
 
-The runtime that torch has loaded is called through ctypes, so nothing has to be compiled, and the
-memory is seen as an ordinary CUDA tensor. The pages are not left to the driver: ahead of a tight
-step they are sent to the host, before the update they are fetched, and advice says where they
-belong in between, so that a page that is touched early is read over the bus and not moved back.
+The runtime loaded by torch is called through ctypes, so nothing has to be compiled, and the memory
+is viewed as an ordinary CUDA tensor. The pages are not left to the driver: before a step short of
+memory they are moved to the host, before the update they are fetched, and advice tells where they
+should be in between, so that a page accessed early is read over the bus and not moved back.
 
-Managed memory can be asked for beyond what a card has, and then every access may wait for another
-page to leave: a card can hang so, for everyone who uses it. So no more is asked for than is free,
-and it is refused where host and device may not touch it at the same time: where
-``concurrentManagedAccess`` is 0 (Windows, WSL, some virtual GPUs) it is neither moved ahead nor
-evicted.
+Managed memory can be allocated beyond what a GPU has, and then every access may wait for another
+page to be evicted: this can hang the GPU for all its users. So no more than the free memory is
+allocated, and it is refused if host and device may not access it at the same time: if
+``concurrentManagedAccess`` is 0 (Windows, WSL, some virtual GPUs), it can be neither moved ahead
+nor evicted.
 """
 
 import ctypes

@@ -1,14 +1,14 @@
-"""Where the state lives: on the device, or in page-locked memory of the host and streamed through.
+"""Where the state is stored: on the device, or in page-locked host memory and streamed.
 
-Streaming is by groups of at most 16 MiB, through two buffers on the device: while one group is
-updated and goes back, the next one comes in, so that both directions of the bus are busy. All of it
-is on streams of its own, and the current one waits where a step ends: a layer's state comes, is
-updated and goes beside the backward of the layers below it. That wait is measured with events.
+Streaming is by buckets of at most 16 MiB, through two buffers on the device: while one bucket is
+updated and sent back, the next is fetched, so both directions of the bus are busy. This uses its
+own streams, and the current stream waits at the end of a step: a layer's state is fetched, updated
+and sent back during the backward of the layers below it. That wait is measured with events.
 
     off       all of it on the device, always
     explicit  all of it on the host, always
-    auto      on the device; to the host ahead of a step that is known to be tight, and back before
-              the update of that step, when activations are gone
+    auto      on the device; moved to the host before a step known to be short of memory, and back
+              before that step's update, when activations are freed
     managed   the same with memory that the driver can move, too (managed.py)
 """
 

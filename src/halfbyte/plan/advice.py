@@ -1,9 +1,8 @@
-"""LoRA or QLoRA, and how: the ways to train a model on a card, what each costs, and which to take.
+"""LoRA or QLoRA: the ways to train a model on a GPU, their costs, and which one to use.
 
-Every way is given the policy that keeps most activations within the card's memory; where even
-recomputing every layer does not fit, it does not fit. The advice prefers what changes the model
-least: a 16-bit base, then 4 bits, then what is slower (offloading), then what costs quality (a
-packed head).
+Each way gets the policy that keeps the most activations within the GPU's memory; it does not fit if
+even recomputing every layer does not. The advice prefers what changes the model least: a 16-bit
+base model, then 4 bits, then what is slower (offloading), then what costs quality (a packed head).
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The ledger: every byte a run will hold, by name. Arithmetic on shapes; no torch, no weights.
+"""The ledger: every byte of a run, by name. Arithmetic on shapes; needs no torch and no weights.
 
 A packed weight of n elements in blocks of b is
 
@@ -8,11 +8,11 @@ A packed weight of n elements in blocks of b is
     nested scales  4·⌈⌈n / b⌉ / 256⌉    one float32 for 256 of them
     offset         4
 
-What is packed is what ``models.build`` packs, and what that builds has these bytes, to the byte.
-Adapters, gradients and moments are float32, whatever the base is held in.
+``models.build`` packs the same tensors into exactly these bytes. Adapters, gradients and moments
+are float32, whatever the base model's dtype.
 
     peak of training = base + adapters + gradients + optimizer + the peak of a step (policy.py)
-    peak of loading  = what is placed, and the tensor in flight beside what it becomes
+    peak of loading  = tensors loaded so far, and the current tensor before and after packing
 """
 
 from collections.abc import Callable, Sequence

@@ -1,28 +1,27 @@
-"""What is kept for backward, layer by layer, and the peak of memory that follows.
+"""The activation policy of each layer, and the peak memory that follows from it.
 
 Every layer is treated in one of three ways between forward and backward:
 
-    saved        keeps all that its backward needs
-    recomputed   keeps its input, and is computed again in backward
-    offloaded    recomputed, and its input waits in host memory until backward asks for it
+    saved        keeps all activations its backward needs
+    recomputed   keeps its input, and is recomputed in backward
+    offloaded    recomputed, with its input in host memory until backward needs it
 
-`ActivationPolicy` says which layers are which. `StepCost` holds the bytes that a step has under
-each, either counted from shapes (``plan.ledger``) or measured on the device
-(``engine.memory_profile``), and `peak` adds them up. It is the only place where that is done, so
-what ``halfbyte plan`` predicts, what a run decides by and what is tried next when memory runs out
-agree.
+`ActivationPolicy` says which layers are which. `StepCost` has the bytes of a step under each,
+calculated from shapes (``plan.ledger``) or measured on the device (``engine.memory_profile``), and
+`peak` adds them up. Nothing else does, so the forecast of ``halfbyte plan``, the choice made by a
+run and its fallbacks on out of memory agree.
 
-The moments that can be the peak, with s the bytes of the residual stream (a layer's input):
+The candidates for the peak, with s the bytes of the residual stream (a layer's input):
 
-    forward    what layers keep, and what the last layer has beside that
-    loss       the last output, and the loss at its worst
+    forward    what layers keep, and the temporary tensors of the last layer
+    loss       the last output, and the peak of the loss
     backward   of the last saved layer: what layers keep, s for the gradient, the layer's gradients;
-               of the last recomputed one: that without what saved layers kept, its own activations
-               in place of it
+               of the last recomputed one: the same without what saved layers kept, with its own
+               activations instead
 
-CUDA graphs read their input from a tensor of their own, and hand their output over in another,
-whose place the output's gradient takes. Their memory stays theirs between steps, so the loss needs
-room beside it; in eager steps it does not.
+CUDA graphs read their input from a tensor of their own and write their output to another, whose
+memory is reused for the output's gradient. They keep their memory between steps, so the loss needs
+additional memory; in eager steps it does not.
 """
 
 from dataclasses import dataclass

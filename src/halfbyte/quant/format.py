@@ -1,13 +1,13 @@
-"""Weights to 4 bits and back: the plain PyTorch, which is the specification, and who does it.
+"""Packs weights to 4 bits and decodes them: the specification in plain PyTorch, and the dispatch.
 
-`quantize` and `dequantize` choose between implementations: the C++ kernels of cpu.py, the Triton
-kernels of triton_blockwise.py, and the plain PyTorch here, which is the specification. They agree
-bit for bit, but for encoding on a GPU: reciprocals are approximate there, as they are in
-bitsandbytes, so where a quotient is a bound but for its last bit, the code may be the neighbour's.
+`quantize` and `dequantize` choose between the C++ kernels of cpu.py, the Triton kernels of
+triton_blockwise.py, and the plain PyTorch here, which is the specification. They agree bit for bit,
+except for encoding on a GPU: reciprocals are approximate there, as in bitsandbytes, so a quotient
+within one bit of a bound may get the neighbouring code.
 
 Decoding is the same everywhere. Encoding gives the bytes of bitsandbytes on the same kind of
-device, and its CPU and CUDA code differ: in the rounding of scale codes, in FP4's bounds, and in a
-short last block. One thing is ours on both: a block of zeros gets the code of zero, where
+device; its CPU and CUDA code differ in the rounding of scale codes, in FP4's bounds, and in a short
+last block. We differ from it in one case: a block of zeros gets the code of zero, where
 bitsandbytes' CUDA code gives it that of -1, which with double quantisation decodes to a few
 millionths instead of to 0.
 """

@@ -1,8 +1,8 @@
-"""What a GPU is, as far as a choice of ours depends on it: asked once, in one place.
+"""The properties of a GPU that decisions depend on, queried once and in one place.
 
-Whoever decides by the device (which dtype, which kernel, how many programs) asks `spec_of` for a
-`DeviceSpec` and looks at nothing else. So what a T4 or an RTX 4090 would be given can be seen, and
-compiled, where there is no GPU at all: a test gives another spec.
+Code that chooses by device (dtype, kernel, number of programs) uses `spec_of`'s `DeviceSpec` and
+nothing else. So what a T4 or an RTX 4090 would use can be tested, and compiled, on a machine
+without a GPU: a test passes another spec.
 """
 
 from dataclasses import dataclass

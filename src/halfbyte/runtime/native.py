@@ -1,9 +1,9 @@
-"""C++ files compiled at first use, kept for the next time.
+"""Compiles C++ files on first use, and caches the result.
 
-A build is one compiler call of a second or two. Its result lies in the user's cache directory under
-a hash of everything it depends on, so a new version or another compiler builds anew and nothing is
-ever stale. It is written beside its place and renamed, so processes that build at the same time do
-no harm.
+A build is one compiler call of a second or two. The library is stored in the user's cache directory
+under a hash of everything it depends on, so a new version or another compiler builds again and
+nothing is ever stale. It is written to a temporary name and renamed, so processes may build at the
+same time.
 """
 
 import hashlib

@@ -1,14 +1,14 @@
-"""Which device, which dtype to multiply in, in which order to add: decided once, with the reason.
+"""Chooses the device, the dtype of products and deterministic summation, once, with the reason.
 
-On a CPU the answer turns on one instruction set. Without AVX512-BF16 or AMX a bfloat16 matrix
+On a CPU the dtype depends on the instruction set. Without AVX512-BF16 or AMX a bfloat16 matrix
 product is emulated and 5 to 7 times slower than float32; with it, it is about 4 times faster
-(measured on two cores: 850 against 225 GFLOP/s at 1024x1536x576). The adapters, the gradients and
-the optimizer stay float32 in either case.
+(measured on two cores: 850 against 225 GFLOP/s at 1024x1536x576). Adapters, gradients and the
+optimizer are float32 in either case.
 
-On a GPU it turns on the generation. From Ampere on products are bfloat16. Turing (T4, RTX 20) has
-no units for that: there they are float16, which has eight times the precision and hardly any range,
-so that the gradient of the loss must be scaled (train/loss_scale.py). Float32 is an eighth as fast
-on a T4 (8.1 against 65 TFLOP/s, the maker's figures), and takes twice the memory.
+On a GPU it depends on the generation. From Ampere on products are bfloat16. Turing (T4, RTX 20) has
+no hardware for that: there they are float16, which has eight times the precision but a small range,
+so the gradient of the loss must be scaled (train/loss_scale.py). Float32 is an eighth as fast on a
+T4 (8.1 against 65 TFLOP/s, the manufacturer's figures), and takes twice the memory.
 """
 
 import os
