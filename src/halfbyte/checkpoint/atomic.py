@@ -1,9 +1,9 @@
-"""Files and directories that are there whole or not at all.
+"""Atomic writes: files and directories that exist completely or not at all.
 
-What is written goes to a hidden sibling (``.NAME.partial-PID``), is flushed to the disk, and then
-takes its name in one step. A process that is killed at any moment leaves the old content or the
-new, and at worst a hidden sibling, which the next writer of that name removes. An error on the way
-(no space, no permission) removes the sibling at once and becomes an ``OutputError``.
+Data is written to a hidden sibling (``.NAME.partial-PID``), flushed to disk, and renamed in one
+step. A process killed at any moment leaves the old content or the new, and at worst a hidden
+sibling, which the next writer of that name removes. An error on the way (no space, no permission)
+removes the sibling at once and becomes an ``OutputError``.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
-"""A base model from whatever a user names: a directory, a GGUF file, or a model of the hub.
+"""Opens a base model: a directory, a GGUF file, or a model of the hub.
 
-``open_base`` reads headers and settles that the files are the model. ``load_base`` hands one
-tensor after another to ``models.build``, which packs it the moment it comes, so beside the model
-there is never more than the tensor in flight.
+``open_base`` reads headers and checks that the files are those of the model. ``load_base`` passes
+one tensor after another to ``models.build``, which packs it immediately, so only one tensor exists
+in addition to the model.
 """
 
 import logging

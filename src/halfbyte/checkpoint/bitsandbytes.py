@@ -1,8 +1,8 @@
-"""A base model written as a bitsandbytes 4-bit checkpoint, which transformers, PEFT and vLLM load.
+"""Writes a base model as a bitsandbytes 4-bit checkpoint, which transformers, PEFT and vLLM load.
 
-The weights are read, packed and written one at a time. The bytes are those ``load_base`` holds in
-memory for the same recipe. A packed output head transformers loads like any other linear, unless
-it is tied to the embedding; a packed embedding is an extension of ours, and only halfbyte loads it.
+The weights are read, packed and written one at a time. The bytes are those ``load_base`` has in
+memory with the same recipe. transformers loads a packed output head like any other linear, unless
+it is tied to the embedding; a packed embedding is our extension, which only halfbyte loads.
 """
 
 import dataclasses

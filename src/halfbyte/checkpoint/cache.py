@@ -1,10 +1,10 @@
-"""Packed copies of base models in the user's cache, so that a second start packs nothing.
+"""Packed copies of base models in the user's cache, so that later starts need not pack.
 
-A copy is a directory as ``write_quantized`` makes it, but for what is not packed, which keeps its
-own dtype: the model loaded from it is, bit for bit, the one loaded from the files. Its name is a
-digest of the files' fingerprint and of all that decides the bytes, the kind of device among it,
-since the codes made on a GPU are not those made on a CPU. A card beside the weights has their
-fingerprint: a copy that does not have it (cut short, changed) is made anew.
+A copy is a directory as written by ``write_quantized``, except that unpacked tensors keep their
+dtype: the model loaded from it is identical to the one loaded from the files, bit for bit. Its name
+is a digest of the files' fingerprint and everything that determines the bytes, including the kind
+of device, since GPU and CPU give different codes. A file next to the weights has their fingerprint:
+a copy that does not match it (truncated, changed) is created again.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
-"""A model in a directory, as ``save_pretrained`` writes it: plain, or packed by bitsandbytes.
+"""A model in a directory, as written by ``save_pretrained``: plain, or packed by bitsandbytes.
 
-Transformers' own tables say what to do with names of older or other layouts. Those that would
-have to be fused with others (experts in one tensor) are refused by name.
+Names of older or other layouts are translated by transformers' own tables. Tensors that would have
+to be fused with others (experts in one tensor) are refused by name.
 """
 
 import contextlib

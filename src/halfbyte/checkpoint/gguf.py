@@ -1,11 +1,10 @@
-"""GGUF files as base models: what transformers makes of one, one tensor at a time.
+"""GGUF files as base models: the model that transformers makes of one, one tensor at a time.
 
-What the keys mean for a configuration and a tokenizer, what the tensors are called in transformers
-and how llama.cpp has rearranged them, is all kept in transformers
-(``modeling_gguf_pytorch_utils``), and used as it is there. Only the order of work is ours: it
-would decode the whole file into memory, after three readings of the header of 3 s each. So it is
-shown a copy of the header without its long arrays when asked for the configuration, the tokenizer
-comes from its fast reader, and tensors go through its rearrangements one by one.
+The translation of keys to a configuration and a tokenizer, of tensor names, and of llama.cpp's
+rearrangements is transformers' (``modeling_gguf_pytorch_utils``), used unchanged. Only the order of
+work is ours: transformers would decode the whole file into memory, after reading the header three
+times, 3 s each. So the configuration is read from a copy of the header without its long arrays, the
+tokenizer comes from its fast reader, and tensors are rearranged one by one.
 """
 
 import logging

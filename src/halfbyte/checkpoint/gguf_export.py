@@ -1,9 +1,9 @@
-"""A model, or an adapter alone, written as a GGUF file for llama.cpp and what is built on it.
+"""Writes a model, or only an adapter, as a GGUF file for llama.cpp and programs based on it.
 
-It is the way of ``gguf.py`` backwards: transformers' names become llama.cpp's, the rows of queries
-and keys are put in its order, each value is rounded once from float32 to the type of the file. One
-tensor is held at a time. A configuration of which any part has no key is refused: a file that
-loads, and computes something else, is worse than none.
+It is the inverse of ``gguf.py``: transformers' names become llama.cpp's, the rows of queries and
+keys are put in its order, each value is rounded once from float32 to the type of the file. One
+tensor is in memory at a time. A configuration that cannot be expressed completely in keys is
+refused: a file that loads but computes something else is worse than none.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""GGUF files: the header checked, then one tensor decoded at a time.
+"""GGUF files: the header is checked, then one tensor is decoded at a time.
 
 A file is ``"GGUF" | version u32 | tensors u64 | keys u64 | key-value pairs | tensor table | padding
-| tensor bytes``. How blocks decode is in ``gguf_blocks``. The header we read ourselves:
+| tensor bytes``. ``gguf_blocks`` decodes the blocks. The header is read by our own code:
 ``gguf.GGUFReader`` wraps every element of every array in numpy objects (3 s and 130 MB for a
-vocabulary of 49 thousand), maps the file, and does not compare the header with the file's size.
+vocabulary of 49 thousand), maps the file, and does not check the header against the file's size.
 """
 
 import math

@@ -1,10 +1,10 @@
-"""A tokenizer as the keys of a GGUF file, which llama.cpp splits text by as transformers does.
+"""A tokenizer as the keys of a GGUF file, with which llama.cpp tokenises as transformers does.
 
-llama.cpp does not read a tokenizer's rules: it knows the rules of each family by name
-(``tokenizer.ggml.pre``). So a name is written only where the tokenizer's own rules, taken from its
-``tokenizer.json``, are those the name stands for; any other tokenizer is refused.
+llama.cpp does not read a tokenizer's rules: it has the rules of each family by name
+(``tokenizer.ggml.pre``). So a name is written only if the tokenizer's own rules, from its
+``tokenizer.json``, are those of that name; any other tokenizer is refused.
 
-The way back is ``byte_level``: a tokenizer of a name that we know, from the keys of a file.
+The inverse is ``byte_level``: a tokenizer with a known name, from the keys of a file.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""What an adapter was trained on, recorded so that it is not used on anything else unnoticed.
+"""Records what an adapter was trained on, so that it is not used with anything else by mistake.
 
-An adapter is an answer to one base: its weights as they were decoded, its tokenizer, its chat
-template. The card beside it (``halfbyte.json``) names all three by digest, and the recipe of the
-packing. The base may come in other files, say as a copy that is packed already: the files'
-fingerprint then differs, and the packed weights decide.
+An adapter belongs to one base model: its weights as decoded, its tokenizer, its chat template.
+``halfbyte.json`` next to it has a digest of each, and the quantisation options. The base model may
+come in other files, for example as a packed copy: then the files' fingerprint differs, and the
+packed weights decide.
 """
 
 import hashlib

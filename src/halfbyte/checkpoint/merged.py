@@ -1,15 +1,15 @@
-"""A trained adapter merged into its base: a model of its own, for any program that loads one.
+"""A trained adapter merged into its base model, as a model for any program.
 
-W is a weight of the model's files, D what its 4-bit form decodes to, Δ = s·B·A what was trained
-beside D. There are three things to write, and each loses something else:
+W is a weight of the model's files, D its dequantised 4-bit form, Δ = s·B·A the update trained on D.
+There are three ways to merge, and each loses something else:
 
     decoded     D + Δ, in 16 bits      what was trained, rounded once
     original    W + Δ, in 16 bits      adds W − D, which training never saw
     nf4         D + Δ, packed again    small updates are rounded away; a quarter of the size
 
-``Merged`` is any of them as a source of tensors, made from the model in memory when they are asked
-for, in the form in which they will be read: so a merge can be measured before it is written
-(``tools.merge_evaluation``). Sums are made in float32, one linear layer at a time.
+``Merged`` is any of them as a source of tensors, computed on demand from the model in memory, in
+the form in which they will be read: so a merge can be measured before it is written
+(``tools.merge_evaluation``). Sums are computed in float32, one linear layer at a time.
 """
 
 import copy

@@ -1,8 +1,8 @@
-"""Ollama's Modelfile: which file, which template, where to stop.
+"""Ollama's Modelfile: the model file, the chat template, the stop tokens.
 
-Ollama's templates are Go's, a model's are Jinja's, and none can be made of the other. Two families
-are written as Go templates, and used only where the model's own template, rendered, gives the same
-text for the same conversations; else TEMPLATE is left out, and the Modelfile says so.
+Ollama's templates are in Go, a model's in Jinja, and there is no translation. Two families are
+available as Go templates, and used only if the model's own template renders the same text for the
+same conversations; otherwise TEMPLATE is left out, and the Modelfile says so.
 """
 
 import re

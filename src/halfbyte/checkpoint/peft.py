@@ -1,13 +1,13 @@
-"""Adapters on disk, as PEFT writes and reads them.
+"""Adapters on disk, in PEFT's format.
 
-An adapter is a directory: ``adapter_config.json`` (what to attach to what), ``adapter_model
+An adapter is a directory: ``adapter_config.json`` (targets and options), ``adapter_model
 .safetensors`` (``base_model.model.<module path>.lora_A.weight`` [r, in] and ``.lora_B.weight``
-[out, r], with DoRA ``.lora_magnitude_vector`` [out]) and, from us, ``halfbyte.json``: which base it
-was trained on, bit for bit, and how that base was held. PEFT ignores the third file; without it
-(PEFT's own adapters) nothing is known of the base but its name.
+[out, r], with DoRA ``.lora_magnitude_vector`` [out]) and, from us, ``halfbyte.json``: the exact
+base model it was trained on, and its quantisation. PEFT ignores the third file; without it (PEFT's
+own adapters) only the name of the base model is known.
 
-PEFT trains some modules whole, next to the matrices (``modules_to_save``). Their tensors lie in the
-same file under the names they have in the model, and take the place of the model's. So do ours.
+Modules trained in full (``modules_to_save``) are stored in the same file under their names in the
+model, and replace the model's tensors, in PEFT's adapters as in ours.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""Where a run was: written so that a kill at any moment loses at most the steps since.
+"""The state of a run, written so that a kill at any moment loses at most the steps since.
 
-``checkpoint-<step>/`` holds ``adapter_model.safetensors`` (PEFT's names, so with its card it is an
-adapter like any other), ``optimizer.safetensors`` and ``run_state.json``, which carries the
-progress and the size and SHA-256 of the other files. The directory is written under a hidden name,
-flushed, and renamed; older ones are removed only after that. So the newest directory that agrees
-with its own ``run_state.json`` is always a whole checkpoint.
+``checkpoint-<step>/`` contains ``adapter_model.safetensors`` (with PEFT's names, so it can be used
+as an adapter), ``optimizer.safetensors`` and ``run_state.json``, which has the progress and the
+size and SHA-256 of the other files. The directory is written under a hidden name, flushed, and
+renamed; older ones are removed only after that. So the newest directory that agrees with its own
+``run_state.json`` is always a complete checkpoint.
 """
 
 import hashlib

@@ -1,16 +1,16 @@
-"""Safetensors files, read one tensor at a time and written in a stream.
+"""Safetensors files, read one tensor at a time and written as a stream.
 
 A file is ``N (u64, little-endian) | N bytes of JSON | tensor bytes``; the JSON maps each name to
-its dtype, shape and place among the tensor bytes, and every byte belongs to exactly one tensor.
+its dtype, shape and offsets, and every byte belongs to exactly one tensor.
 
 The ``safetensors`` package maps the file into memory. We do not, for two reasons. Pages of a
 mapped file count as resident memory of the process: loading a model would show twice its size.
-And a file that shrinks under a mapping kills the process, where a short read is an error that can
-be told. So ``SafetensorsFile`` reads the header, checks every claim it makes against the size of
-the file before anything is allocated, and then reads plainly into the tensor's own memory.
+And a file that shrinks while mapped kills the process, where a short read is an error that can be
+reported. So ``SafetensorsFile`` reads the header, checks every value in it against the size of the
+file before anything is allocated, and then reads directly into the tensor's own memory.
 
-``write_model`` streams the other way: sizes are planned first, so each tensor has its place before
-the first one is computed, and none is held longer than it takes to write it.
+``write_model`` plans all sizes first, so the offset of each tensor is known before the first one is
+computed, and none is kept after it is written.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""What a base model is made of, independent of the files it comes in.
+"""The parameters of a base model, independent of the files they come from.
 
-A source is opened by reading headers only, and is settled then: its files hold every parameter of
-the model once, under transformers' names, and nothing else. What does not fit is an error before
-the first weight is read.
+Opening a source reads headers only and checks everything: that the files contain every parameter of
+the model once, under transformers' names, and nothing else. A mismatch is an error before the first
+weight is read.
 """
 
 import contextlib

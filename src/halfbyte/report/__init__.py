@@ -1,12 +1,12 @@
-"""What a run tells: one object with a few verbs, called by whoever does the work.
+"""What a run reports: one object with a few methods, called by the code that does the work.
 
-Whatever is reported goes to two places. The *journal* is the record (``report.journal``). The
-*screen* (``report.live``) is standard error: a live display where that is a terminal, plain
-lines where it is a file or a pipe. Standard output is left to results (``report.show``), so
-that ``halfbyte … --json > result.json`` holds one JSON object and nothing else.
+Reports go to two places. The *journal* is the record (``report.journal``). The *screen*
+(``report.live``) is standard error: a live display on a terminal, plain lines in a file or a pipe.
+Standard output is used for results only (``report.show``), so that ``halfbyte … --json >
+result.json`` contains one JSON object and nothing else.
 
-When training ends, however it ends, the journal becomes a page beside it (``report.page``).
-Numbers also go to *trackers*, where a run asks for them (``report.trackers``).
+When training ends, successfully or not, an HTML page is generated from the journal
+(``report.page``). Numbers are also sent to *trackers* if the run has any (``report.trackers``).
 """
 
 import logging

@@ -1,9 +1,9 @@
-"""Charts without a library: SVG for what has a shape, HTML for what is read.
+"""Charts without a library: SVG for shapes, HTML for text.
 
-A drawing is a square of 1000 x 1000 that is stretched to whatever room there is, with lines that
-keep their width; names and numbers stand beside it as HTML at percentages. So a chart is as sharp
-and as legible on a phone as on a desk, without a script. Each has a sentence for those who do not
-see it, and its values in a table. A script (``page.js``) adds a value under the pointer.
+A drawing is a square of 1000 x 1000 that is stretched to the available space, with lines of
+constant width; names and numbers are HTML next to it, positioned in percent. So charts are sharp
+and legible on a phone as on a desktop, without a script. Each has a text description for screen
+readers and a table of its values. A script (``page.js``) shows the value under the pointer.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""What a comparison came to: results of each variant and seed, a table, a sentence, a page.
+"""The result of a comparison: values of each variant and seed, a table, a sentence, a page.
 
-Everything is read from the runs' own files, so a comparison that was broken off, or whose runs
-were made at different times, is put together in the same way.
+Everything is read from the runs' own files, so it does not matter whether a comparison was
+interrupted, or its runs were made at different times.
 """
 
 import dataclasses

@@ -1,13 +1,12 @@
 """The screen of a run: a live display on a terminal, plain lines anywhere else.
 
-On a terminal two lines stand below everything that is announced, and are drawn anew at most
-four times a second by a thread of their own, so that a step costs the loop no more than
-storing its numbers::
+On a terminal two lines below all messages are redrawn at most four times a second by a separate
+thread, so that a step costs the loop no more than storing its numbers::
 
     training ━━━━━━━━━━━━━━━━━━╸━━━━━━━━━━━━━━━━━━━━━━━━━━━━━   34/120   1:02 left
     loss 0.4123 █▇▅▄▃▂▂▁▁   rate 8.10e-04   612 tokens/s   memory 1.12 GB
 
-In a file or a pipe the same numbers are one line for each report, without control characters.
+In a file or a pipe the same numbers are one line per report, without control characters.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""One page about one run, or about several side by side: a file that needs nothing but itself.
+"""An HTML page about one or more runs: a single, self-contained file.
 
-Style and script are inside, nothing is fetched, and a policy in the page forbids it to fetch
-anything or to run a script other than ours (by its hash), whatever a journal says. All text goes
-through ``html.escape``.
+Style and script are inlined and nothing is loaded; a content security policy forbids the page to
+load anything or to run any other script (by the hash of ours), whatever a journal contains. All
+text is passed through ``html.escape``.
 """
 
 import base64

@@ -1,8 +1,8 @@
-"""A run as its journal tells it, for whoever draws or compares runs.
+"""A run as read from its journal, for drawing and comparing runs.
 
-A journal may come from anywhere, so nothing in it is believed: what should be a number is one, or
-is None; what should be a text is made one; a field that is missing, or of another kind, is left
-out. Text stays raw here and is escaped where it is written into a page.
+A journal may come from anywhere, so nothing in it is trusted: a number is a number or None, text is
+converted to a string, and fields that are missing or of another type are dropped. Text is raw here
+and escaped when it is written into a page.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Results, as a person reads them: on standard output, in colour where that is a terminal."""
+"""Prints results for the user on standard output, in colour on a terminal."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

@@ -1,8 +1,8 @@
 """Experiment trackers: TensorBoard, Weights & Biases and trackio, behind three methods.
 
-The journal is the record of a run; a tracker is one more place that its numbers go to, under the
-names that transformers' Trainer made usual (``train/loss``, ``eval/loss``). Each library is an
-extra and imported only when a run asks for it, before anything is loaded.
+The journal is the record of a run; a tracker gets the same numbers under the names used by
+transformers' Trainer (``train/loss``, ``eval/loss``). Each library is optional and imported only
+if a run uses it, before anything is loaded.
 """
 
 import importlib

@@ -1,12 +1,12 @@
-"""Variants of a run, trained side by side: each from the same seeds and data, each in a process.
+"""Trains variants of a run: each with the same seeds and data, each in its own process.
 
-A variant is a few words: ``lora``, ``qlora``, ``fp4``, ``no-double-quant``, or any option of
-training as ``name=value``; ``lora+r=64`` joins them. A process of its own makes a run's memory its
-own, and is ``halfbyte train`` with a configuration file, then ``halfbyte eval``: what a person
-could have typed, but that both run in that process, which starts and compiles once. Seeds are the
-outer loop, so that a machine that slows down slows all variants.
+A variant is ``lora``, ``qlora``, ``fp4``, ``no-double-quant``, any option of training as
+``name=value``, or several joined by ``+``, such as ``lora+r=64``. In its own process, a run's
+memory is its own. It runs ``halfbyte train`` with a configuration file, then ``halfbyte eval``, as
+a user would, except that both share the process, which imports and compiles once. Seeds are the
+outer loop, so that a slower phase of the machine affects all variants.
 
-What is finished is not done again, and what was begun goes on from its checkpoint.
+Finished runs are not repeated, and unfinished ones resume from their checkpoint.
 """
 
 import json

