@@ -1,7 +1,8 @@
 """The record of benchmarks/quality.py as tables: means over seeds, with 95 % t-intervals.
 
-Bases are compared in pairs: a seed fixes the examples, their order and the adapter's start, so the
-difference to 16 bits of the same seed says more than the difference of two means.
+Bases are compared in pairs: a seed fixes the examples, their order and the adapter's
+initialisation, so the difference to 16 bits with the same seed says more than the difference of two
+means.
 """
 
 import math

@@ -379,7 +379,7 @@ def test_a_model_the_hub_does_not_give_is_told(monkeypatch: pytest.MonkeyPatch) 
         raise LocalEntryNotFoundError("no connection")
 
     monkeypatch.setattr(base_model, "snapshot_download", fetch)
-    with pytest.raises(CheckpointError, match=r"cannot be had from the Hugging Face hub: no conn"):
+    with pytest.raises(CheckpointError, match=r"not available on the Hugging Face hub: no conn"):
         open_base("org/model")
 
 

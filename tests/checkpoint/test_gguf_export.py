@@ -207,7 +207,7 @@ def test_a_rounded_adapter_is_within_its_rounding(tmp_path: Path, file_type: Any
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"saved": {"model.norm.weight": torch.ones(64)}}, r"trained whole \(norm\)"),
+        ({"saved": {"model.norm.weight": torch.ones(64)}}, r"trained in full \(norm\)"),
         ({"config": LoRAConfig(r=4, use_dora=True)}, "DoRA"),
     ],
 )

@@ -127,7 +127,7 @@ def test_training_that_differs_from_itself_is_found(
         return trained
 
     monkeypatch.setattr(self_test, "_train", drifting)
-    assert failed(checked(capsys, 1)) == ["and learns the same again"]
+    assert failed(checked(capsys, 1)) == ["and learns it again, bit for bit"]
 
 
 def test_only_what_is_to_repeat_is_held_to_a_fixed_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,7 @@ def test_an_adapter_alone_of_another_base_is_refused(
     words = ("--format", "gguf-lora", "--device", "cpu")
     code, _, err = answer(other, adapter, tmp_path / "out", *words)
     assert code == 2
-    assert "this model differs: the weights are others" in err
+    assert "this model differs: the weights differ" in err
     assert not (tmp_path / "out").exists()
     assert answer(other, adapter, tmp_path / "out", *words, "--allow-mismatch")[0] == 0
     copy = write_quantized(model, tmp_path / "copy", BaseRecipe())

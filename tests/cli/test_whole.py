@@ -216,7 +216,7 @@ def test_merges_that_cannot_be(
     (adapter / "halfbyte.json").unlink()
     words = ["merge", str(tmp_path / "packed"), str(adapter), str(tmp_path / "merged")]
     message = refused([*words, "--into", "original"], capsys)
-    assert "its original weights are not there" in message
+    assert "its original weights are not available" in message
     assert "`into` best needs `measure`" in refused([*words, "--no-measure"], capsys)
     assert "none.jsonl" in refused([*words, "--data", str(tmp_path / "none.jsonl")], capsys)
     assert not (tmp_path / "merged").exists()
@@ -294,9 +294,9 @@ def test_an_adapter_for_another_base(
     other = write_tiny_model(tmp_path / "other", hidden=128)
     words = ["--adapter", str(ground.out), "--data", str(ground.data)]
     message = refused(["eval", "--model", str(other), *words], capsys)
-    assert "this model differs: the weights are others" in message
+    assert "this model differs: the weights differ" in message
     message = refused(["merge", str(other), str(ground.out), str(tmp_path / "merged")], capsys)
-    assert "this model differs: the weights are others" in message
+    assert "this model differs: the weights differ" in message
     assert not (tmp_path / "merged").exists()
 
 

@@ -77,7 +77,7 @@ def test_variants_are_words_and_options() -> None:
     [
         (["lira"], "'lira' is not known; expected lora, qlora, fp4, no-double-quant"),
         (["lora_rr=3"], "unknown option `lora_rr`; did you mean `lora_r`?"),
-        (["lora", "lora"], "'lora' is there twice"),
+        (["lora", "lora"], "'lora' is given twice"),
         ([], "names nothing"),
     ],
 )
@@ -150,7 +150,7 @@ def test_wrong_input_stops_everything_with_the_runs_own_words(
     ("how", "told"),
     [
         ("bug", "torch.OutOfMemoryError: CUDA; see "),
-        ("killed", "it was ended by SIGKILL, as happens where memory runs out; see "),
+        ("killed", "it was killed by SIGKILL, as happens where memory runs out; see "),
     ],
 )
 def test_a_run_that_dies_is_a_result_that_says_so(
@@ -201,7 +201,7 @@ def test_a_failure_is_written_and_ends_with_1(
     assert cli.main([*line.split(), "--json"]) == 1
     out, err = capsys.readouterr()
     assert "SIGKILL" in json.loads(out)["runs"][0]["failure"]
-    assert "some runs have no result:\n  lora, seed 0: it was ended by SIGKILL" in err
+    assert "some runs have no result:\n  lora, seed 0: it was killed by SIGKILL" in err
     assert "SIGKILL" in (tmp_path / "o" / "compare.html").read_text()
 
 

@@ -143,12 +143,12 @@ def test_an_adapter_goes_on_the_base_it_was_trained_on(model, data, tmp_path, ca
     other = str(write_tiny_model(tmp_path / "other"))
     weights = load_file(f"{other}/model.safetensors")
     save_file({k: t.roll(1, 0) for k, t in weights.items()}, f"{other}/model.safetensors")
-    with pytest.raises(CheckpointError, match="this model differs: the weights are others"):
+    with pytest.raises(CheckpointError, match="this model differs: the weights differ"):
         open_model(other, adapter=adapter, device="cpu")
     assert caplog.messages == []
     opened, _, _ = open_model(other, adapter=adapter, device="cpu", allow_mismatch=True)
     assert adapters(opened)
-    assert "the weights are others; used anyway" in caplog.text
+    assert "the weights differ; used anyway" in caplog.text
 
 
 def test_plain_lora_goes_through_the_same_code(model, data, tmp_path):

@@ -97,7 +97,7 @@ def _download(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{name} is no directory or file here, and cannot be had from the Hugging Face hub: "
+            f"{name}  is no local directory or file, and not available on the Hugging Face hub: "
             f"{error}"
         ) from error
 
@@ -126,7 +126,7 @@ def load_base(
 
     Raises:
         CheckpointError: See ``open_base``; also if there is no tokenizer.
-        WeightError: If a weight holds NaN or infinity.
+        WeightError: If a weight contains NaN or infinity.
     """
     if not isinstance(source, BaseSource):
         source = open_base(source)
@@ -166,7 +166,7 @@ def importances(source: BaseSource, recipe: BaseRecipe) -> dict[str, Tensor]:
 
     Raises:
         CheckpointError: See ``open_base``.
-        WeightError: If a weight holds NaN or infinity.
+        WeightError: If a weight contains NaN or infinity.
     """
     nothing = recipe.quant == "none" or any(parameter.packed for parameter in source.parameters)
     if nothing or not recipe.quant_search:
@@ -196,7 +196,7 @@ def _left_plain(source: BaseSource, recipe: BaseRecipe) -> list[str]:
     plain = [linears[p.name] for p in source.parameters if p.name in linears and not p.packed]
     if plain:
         logger.warning(
-            "%s is packed, but for %d of its linear layers, which stay in 16 or 32 bits: %s",
+            "%s is packed, except for %d linear layers, which stay in 16 or 32 bits: %s",
             source.name,
             len(plain),
             ", ".join(plain[:4]),

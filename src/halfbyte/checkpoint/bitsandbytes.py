@@ -59,14 +59,14 @@ def write_quantized(
         CheckpointError: See ``open_base``; also if the source is packed already.
         OutputError: If ``out_dir`` is there and is not to be replaced, cannot be written, or there
             is no space.
-        WeightError: If a weight holds NaN or infinity.
+        WeightError: If a weight contains NaN or infinity.
     """
     if recipe.quant == "none":
         raise ConfigError("quantize needs quant nf4 or fp4, got none")
     if not isinstance(source, BaseSource):
         source = open_base(source)
     if any(parameter.packed for parameter in source.parameters):
-        raise CheckpointError(f"{source.name} is packed in 4 bits already; copy it instead")
+        raise CheckpointError(f"{source.name} is already packed in 4 bits; copy it instead")
     if not exact:  # such a copy is made while the model is loaded, which tells
         warn_of_packing_again(source, recipe)
     out_dir, dtype = Path(out_dir), dtype or source.dtype

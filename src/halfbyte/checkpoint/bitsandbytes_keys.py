@@ -103,7 +103,7 @@ def decode_keys(name: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
         else:
             parts[field] = taken(_SUFFIXES[field], like)
             if like.is_floating_point() and not parts[field].isfinite().all():
-                raise wrong(f"{name + _SUFFIXES[field]} holds NaN or infinity")
+                raise wrong(f"{name + _SUFFIXES[field]} contains NaN or infinity")
     return replace(expected, **parts)
 
 

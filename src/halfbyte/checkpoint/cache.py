@@ -46,7 +46,7 @@ def cached(
         copy cannot be written, which is logged.
 
     Raises:
-        WeightError: If a weight holds NaN or infinity.
+        WeightError: If a weight contains NaN or infinity.
     """
     if recipe.quant == "none" or any(parameter.packed for parameter in source.parameters):
         return source
@@ -67,7 +67,7 @@ def cached(
         try:
             return _open(directory, made_from, source.name)
         except CheckpointError as error:
-            logger.warning("the packed copy of %s is damaged and made anew: %s", source.name, error)
+            logger.warning("the packed copy of %s is damaged, repacking: %s", source.name, error)
     try:
         with new_directory(directory, replace=True) as fresh:
             write_quantized(source, fresh, recipe, exact=True, progress=progress)

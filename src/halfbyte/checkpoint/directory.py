@@ -84,7 +84,7 @@ class DirectorySource(BaseSource):
             raise CheckpointError(
                 f"{self._homes[key].path}: {key} is {entry.dtype}, expected are "
                 f"{'floating' if expected.is_floating_point() else 'whole'} numbers; is it "
-                "quantised in a way that config.json does not tell of?"
+                "quantised in a way that config.json does not mention?"
             )
         nbytes = sum(self._entry(member).nbytes for member in self._packed.get(key, [key]))
         return Parameter(name, shape, entry.dtype, nbytes, packed)
@@ -240,7 +240,7 @@ class DirectorySource(BaseSource):
         )
         if files != recipe:
             logger.warning(
-                "%s is packed already, and is taken as it is: %s, blocks of %d, double "
+                "%s is already packed and is used as it is: %s, blocks of %d, double "
                 "quantisation %s",
                 self.name,
                 first.quant_type,
@@ -262,7 +262,7 @@ def _read_config(directory: Path) -> PretrainedConfig:
                 f"{directory} is an adapter, not a model; give it as the adapter, and the model "
                 "it was trained on as the model"
             )
-        raise CheckpointError(f"{directory} is no model: it has no config.json")
+        raise CheckpointError(f"{directory} is not a model: it has no config.json")
     with foreign_reader(f"{directory}: transformers cannot read config.json"):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     packing = getattr(config, "quantization_config", None)

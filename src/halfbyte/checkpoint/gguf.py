@@ -65,7 +65,7 @@ def read_config(file: GGUFFile) -> PretrainedConfig:
     """
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
-        raise CheckpointError(f"{file.path} is no language model: it has no token_embd.weight")
+        raise CheckpointError(f"{file.path} is not a language model: it has no token_embd.weight")
     rows = embedding.shape[0]
     trouble = (
         f"{file.path}: transformers cannot make a configuration of architecture "
@@ -130,7 +130,7 @@ def read_tokenizer(file: GGUFFile) -> PreTrainedTokenizerBase:
         CheckpointError: If the file has none, or one transformers cannot read.
     """
     if "tokenizer.ggml.tokens" not in file.keys:
-        raise CheckpointError(f"{file.path} holds no tokenizer")
+        raise CheckpointError(f"{file.path} contains no tokenizer")
     with foreign_reader(f"{file.path}: transformers cannot read its tokenizer"):
         backend = byte_level(file)
         if backend is not None:
@@ -146,8 +146,8 @@ def read_tokenizer(file: GGUFFile) -> PreTrainedTokenizerBase:
     kind, cut = (file.keys.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if kind is not None and kind.value == "gpt2" and cut is not None:
         logger.warning(
-            "%s cuts text by rules that halfbyte does not know (%r), and transformers' own are "
-            "used: some texts become other tokens than in llama.cpp",
+            "%s has a pre-tokenizer that halfbyte does not know (%r), so that of transformers is "
+            "used: some texts give other tokens than in llama.cpp",
             file.path,
             cut.value,
         )

@@ -266,7 +266,7 @@ def write_gguf_lora(
         WeightError: If a value is NaN or infinite, or is in the file's type.
     """
     if kinds := dict.fromkeys(name.split(".")[-2] for name in adapter.saved):
-        raise _unsaid(f"an adapter with modules trained whole ({', '.join(kinds)})")
+        raise _unsaid(f"an adapter with modules trained in full ({', '.join(kinds)})")
     if adapter.config.use_dora:
         raise _unsaid("a DoRA adapter")
     layout = Layout(source.config)
@@ -337,7 +337,7 @@ def _encoded(planned: _Planned) -> np.ndarray[Any, Any]:
     least, most = torch.aminmax(value.reshape(-1)) if value.numel() else (0.0, 0.0)
     largest = max(-float(least), float(most))
     if not math.isfinite(largest):
-        raise WeightError(f"{planned.name} holds NaN or infinity; it cannot be exported")
+        raise WeightError(f"{planned.name} contains NaN or infinity; it cannot be exported")
     if planned.kind == GGMLQuantizationType.F16 and largest >= 65520:
         raise WeightError(f"{planned.name} has numbers float16 cannot hold; use --type bf16")
     return encode(value, planned.kind).cpu().numpy()
@@ -390,17 +390,17 @@ def verify_gguf(source: BaseSource, written: BaseSource, path: Path) -> Verified
     for name in _COMPUTING:
         a, b = (getattr(layout.config, name) for layout in (ours, theirs))
         if not math.isclose(a, b, rel_tol=1e-6):
-            raise HalfbyteError(f"{path} was written, and is wrong: {name} is {b}, not {a}")
+            raise HalfbyteError(f"{path} was written, but is wrong: {name} is {b}, not {a}")
     if (ours.head_dim, ours.rope["rope_theta"]) != (theirs.head_dim, theirs.rope["rope_theta"]):
-        raise HalfbyteError(f"{path} was written, and is wrong: its rotary embedding is another")
+        raise HalfbyteError(f"{path} was written, but is wrong: its rotary embedding is another")
     if _rules_of(source.tokenizer()) != _rules_of(written.tokenizer()):
-        raise HalfbyteError(f"{path} was written, and is wrong: its tokenizer is another")
+        raise HalfbyteError(f"{path} was written, but is wrong: its tokenizer is another")
     stored = GGUFFile(path).tensors
     there = {parameter.name for parameter in written.parameters}
     error, share = 0.0, 0.0
     for parameter in source.parameters:
         if parameter.name not in there:
-            raise HalfbyteError(f"{path} was written, and is wrong: it has no {parameter.name}")
+            raise HalfbyteError(f"{path} was written, but is wrong: it has no {parameter.name}")
         value = value_of(source, parameter.name)
         gap = (value_of(written, parameter.name).to(value.device) - value).abs_()
         error = max(error, float(gap.max()))
@@ -441,7 +441,7 @@ def verify_gguf_lora(source: BaseSource, adapter: LoadedAdapter, path: Path) -> 
         base = layout.name(f"{module}.weight")
         parts = [file.tensors.get(f"{base}.{leaf}") for leaf in ("lora_a", "lora_b")]
         if None in parts:
-            raise HalfbyteError(f"{path} was written, and is wrong: it lacks {base}")
+            raise HalfbyteError(f"{path} was written, but is wrong: it lacks {base}")
         theirs = []
         for part in parts:
             assert part is not None

@@ -151,7 +151,7 @@ class GGUFFile:
                 found.append(raw[start:at].decode())
         except UnicodeDecodeError as error:
             raise CheckpointError(
-                f"{self.path}: the key {name} holds text that is not UTF-8: {error}"
+                f"{self.path}: the key {name} contains text that is not UTF-8: {error}"
             ) from error
         return kind, found
 
@@ -201,7 +201,7 @@ class _Header:
     def _check(self, length: int) -> None:
         if length > self.size - self.position:
             raise self.damaged(
-                f"its header goes on for {length} bytes after {self.position}, the file has "
+                f"its header continues for {length} bytes after {self.position}, the file has "
                 f"{self.size}"
             )
 
@@ -258,7 +258,7 @@ class _Header:
         try:
             return self.take(length).decode()
         except UnicodeDecodeError:
-            raise self.damaged("its header holds text that is not UTF-8") from None
+            raise self.damaged("its header contains text that is not UTF-8") from None
 
     def value(self, kind: int) -> Any:
         """Read a value; of an array, only its length is kept."""

@@ -68,8 +68,8 @@ def fetch_headers(
         _fetch_one_state(files, root, [directory / shard for shard in shards])
     except trouble as error:
         raise CheckpointError(
-            f"{name} is no directory or file here, and its headers cannot be had from the Hugging "
-            f"Face hub: {error}"
+            f"{name} is no local directory or file, and its headers are not available on the "
+            f"Hugging Face hub: {error}"
         ) from error
 
 

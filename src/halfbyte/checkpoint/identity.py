@@ -102,9 +102,9 @@ def differences(card: Mapping[str, Any], base: LoadedBase) -> list[str]:
     # The same files, packed by the same recipe, may differ in the last bit of a scale from one
     # device to another: that is no other base.
     if not same_files and (found or not same_weights):
-        found.append("the weights are others")
+        found.append("the weights differ")
     if recorded.get("tokenizer", tokens := tokenizer_digest(base.tokenizer)) != tokens:
-        found.append("the tokenizer is another")
+        found.append("the tokenizer differs")
     if recorded.get("chat_template", template := _digest(base.tokenizer.chat_template)) != template:
-        found.append("the chat template is another")
+        found.append("the chat template differs")
     return found

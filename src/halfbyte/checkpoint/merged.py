@@ -75,8 +75,8 @@ class Merged(BaseSource):
         self._packed = packed if into == "nf4" else set()
         if into == "original" and any(parameter.packed for parameter in base.parameters):
             raise CheckpointError(
-                f"{base.name} is packed in 4 bits: its original weights are not there. Merge into "
-                "decoded, or give the model it was made from"
+                f"{base.name} is packed in 4 bits: its original weights are not available. Merge "
+                "into decoded, or give the model it was made from"
             )
         self.parameters = tuple(
             parameter._replace(
@@ -146,7 +146,7 @@ class Merged(BaseSource):
 
         Raises:
             CheckpointError: If a file of the base ends early.
-            WeightError: If a merged weight holds NaN or infinity, and should be packed.
+            WeightError: If a merged weight contains NaN or infinity, and should be packed.
         """
         linear = self._linears.get(name)
         if linear is None:

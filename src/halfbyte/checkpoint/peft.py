@@ -124,12 +124,12 @@ def _place_of(model: nn.Module, name: str, tensor: Tensor) -> tuple[nn.Module, n
     held = owner._parameters.get(leaf)
     if held is None or isinstance(owner, FrozenLinear):
         raise CheckpointError(
-            f"the adapter holds {name} whole; that is supported for embeddings, norms and the "
-            "output head where they are not packed. Merge it with PEFT, and use the merged model"
+            f"the adapter replaces {name}, which is supported only for embeddings, norms and the "
+            "output head, if they are not packed. Merge it with PEFT, and use the merged model"
         )
     if held.shape != tensor.shape:
         raise CheckpointError(
-            f"the adapter holds {name} of shape {list(tensor.shape)}, the model of "
+            f"the adapter has {name} of shape {list(tensor.shape)}, the model of "
             f"{list(held.shape)}: it was trained with another vocabulary or model"
         )
     return owner, held
@@ -352,7 +352,7 @@ def _numbers(file: SafetensorsFile, name: str) -> Tensor:
         raise CheckpointError(f"{file.path}: {name} is {tensor.dtype}; expected are floats")
     if not tensor.isfinite().all():
         raise CheckpointError(
-            f"{file.path}: {name} holds NaN or infinity; its training diverged, or the file is "
+            f"{file.path}: {name} contains NaN or infinity; its training diverged, or the file is "
             "damaged. Use an earlier checkpoint"
         )
     return tensor

@@ -117,7 +117,7 @@ def latest_run(output_dir: str | Path) -> Path | None:
         try:
             _read_state(path)
         except CheckpointError as error:
-            logger.warning("passing over a damaged checkpoint: %s", error)
+            logger.warning("skipping a damaged checkpoint: %s", error)
         else:
             return path
     return None

@@ -282,7 +282,7 @@ def load_tensor(
         # Two numbers instead of a mask: no temporary of the size of the tensor.
         low, high = torch.aminmax(tensor.reshape(-1))
         if not bool(torch.isfinite(low) and torch.isfinite(high)):
-            raise WeightError(f"{name} holds NaN or infinity; the checkpoint is damaged")
+            raise WeightError(f"{name} contains NaN or infinity; the checkpoint is damaged")
     held = tensor.to(device=recipe.device, dtype=slot.dtype)
     if parameter is not None:
         owner._parameters[leaf] = nn.Parameter(held, requires_grad=False)

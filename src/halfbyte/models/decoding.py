@@ -53,7 +53,7 @@ def why_not(model: PreTrainedModel) -> str | None:
     if name not in known or not type(model).__module__.startswith("transformers.models."):
         return f"{name} is none of {', '.join(known)}"
     if model.device.type == "cuda" and gpu_kernels() is None:
-        return "there is no Triton"
+        return "Triton is not available"
     decoder: Any = model.get_decoder()
     kind = decoder.rotary_emb.rope_type
     if kind not in _ROTARY:

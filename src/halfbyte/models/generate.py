@@ -139,7 +139,7 @@ def generate(
 
 @cache
 def _tell(why: str, level: int) -> None:
-    logger.log(level, "answers are transformers' own generate, not the faster loop: %s", why)
+    logger.log(level, "using transformers' generate instead of the faster loop: %s", why)
 
 
 def chooser(temperature: float) -> Choose:

@@ -93,11 +93,11 @@ class AdamW(torch.optim.Optimizer):
         self._wants_paging = paging != "off"
         self.paging = paging if self._device.type == "cuda" else "off"
         if self.paging == "managed" and (reason := why_not(self._device)) is not None:
-            raise ConfigError(f'paging "managed" is impossible: {reason}. Use paging "explicit"')
+            raise ConfigError(f'paging "managed" is not possible: {reason}. Use paging "explicit"')
         wants_gpu = impl == "gpu" or (impl == "auto" and self._device.type == "cuda")
         self._gpu = _gpu_kernels() if wants_gpu else None
         if impl == "gpu" and self._gpu is None:
-            raise ConfigError('impl "gpu" is impossible: there is no Triton here. Use impl "auto"')
+            raise ConfigError('impl "gpu" needs Triton, which is not available. Use impl "auto"')
         self._steps = self._vector(torch.float32)
         self._lr = self._vector(torch.float32)
         self._one = torch.ones((), device=self._device)
@@ -401,7 +401,7 @@ class AdamW(torch.optim.Optimizer):
         """
         groups = state_dict["param_groups"]
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
-            raise CheckpointError("the optimizer's state is of other groups of parameters")
+            raise CheckpointError("the optimizer state has other parameter groups")
         for mine, theirs in zip(self.param_groups, groups, strict=True):
             mine.update({key: value for key, value in theirs.items() if key != "params"})
         self._seen.clear()

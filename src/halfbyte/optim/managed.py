@@ -122,11 +122,11 @@ def runtime() -> Runtime:
 def why_not(device: torch.device) -> str | None:
     """Return the reason why managed paging is impossible on a device, or None."""
     if device.type != "cuda":
-        return f"{device} is no CUDA device"
+        return f"{device} is not a CUDA device"
     try:
         library = runtime()
     except OSError as error:
-        return f"the CUDA runtime library is not to be found ({error})"
+        return f"the CUDA runtime library was not found ({error})"
     index = _index(device)
     if not library.attribute(_MANAGED_MEMORY, index):
         return "the device has no managed memory"
@@ -172,7 +172,7 @@ class Managed:
         self._device, self._index = device, _index(device)
         nbytes = self._whole.nbytes
         if (reason := why_not(device)) is not None:
-            raise ConfigError(f'paging "managed" is impossible: {reason}. Use paging "explicit"')
+            raise ConfigError(f'paging "managed" is not possible: {reason}. Use paging "explicit"')
         free = torch.cuda.mem_get_info(device)[0]
         if nbytes > free:
             raise ConfigError(

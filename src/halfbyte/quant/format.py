@@ -228,7 +228,7 @@ def _backend(impl: Implementation, device: torch.device) -> _Backend:
     if impl in ("cpu", "gpu"):
         why = cpu.describe() if impl == "cpu" else "Triton on a CUDA device"
         raise ConfigError(
-            f'impl "{impl}" cannot be had for a tensor on {device} ({why}): use "auto"'
+            f'impl "{impl}" is not available for a tensor on {device} ({why}): use "auto"'
         )
     encode = partial(_encode, cuda=device.type == "cuda")
     return _Backend(encode, _encode_scales, _each(_decode), empty)
@@ -265,9 +265,7 @@ def gpu_kernels() -> ModuleType | None:
     try:
         from halfbyte.quant import triton_blockwise
     except ImportError as error:
-        logger.warning(
-            "no Triton (%s): what runs on a GPU is plain PyTorch, which is slower", error
-        )
+        logger.warning("no Triton (%s): plain PyTorch is used on the GPU, which is slower", error)
         return None
     return triton_blockwise
 

@@ -130,7 +130,7 @@ def normalised(importance: Tensor, weight: Tensor) -> Tensor:
     """
     if importance.shape != weight.shape[-1:]:
         raise ValueError(
-            f"importance is one number for each of {weight.shape[-1]} columns, and came in shape"
+            f"expected an importance for each of {weight.shape[-1]} columns, got shape"
             f" {tuple(importance.shape)}"
         )
     importance = importance.to(weight.device, torch.float32)

@@ -120,7 +120,7 @@ def curves(runs: Sequence[Run]) -> str:
         ]
 
     charts = [
-        line_chart("Loss", f"nats a token, smoothed{'' if alone else '; dots: held-out'}", loss),
+        line_chart("Loss", f"nats per token, smoothed{'' if alone else '; dots: held-out'}", loss),
         line_chart("Speed", "tokens a second", of("tokens_per_second"), from_zero=True),
         line_chart("Learning rate", "of the update", of("learning_rate"), from_zero=True),
         line_chart("Gradient norm", "before clipping", of("grad_norm"), from_zero=True),
@@ -178,7 +178,7 @@ def _head(run: Run) -> str:
 def _overview(runs: Sequence[Run]) -> str:
     heads = ["run", *(name for name, _ in _figures(runs[0])), "state"]
     rows = [[run.name, *(value or "–" for _, value in _figures(run)), run.state] for run in runs]
-    return section("At a glance", table(heads, rows, "one run a row"))
+    return section("At a glance", table(heads, rows, "one run per row"))
 
 
 def _memory(runs: Sequence[Run]) -> str:
@@ -297,7 +297,7 @@ def _again(run: Run) -> str:
         body += "<details><summary>All options</summary>" + _facts(config, given) + "</details>"
     if versions:
         body += "<details><summary>Versions</summary>" + _facts(versions, set()) + "</details>"
-    return section("How to do it again", body)
+    return section("How to reproduce it", body)
 
 
 def _facts(values: dict[str, Any], given: set[str]) -> str:
@@ -329,7 +329,7 @@ def _differences(runs: Sequence[Run]) -> str:
     ]
     if not rows:
         return "<p>They were run with the same options.</p>" if names else ""
-    return table(["option", *(run.name for run in runs)], rows, "options that are not the same")
+    return table(["option", *(run.name for run in runs)], rows, "options that differ")
 
 
 def _notes(run: Run) -> str:

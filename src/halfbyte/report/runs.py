@@ -144,7 +144,7 @@ def read_run(directory: str | Path) -> Run:
         lines = read_journal(file)
     except OSError as error:
         raise ConfigError(
-            f"{directory} holds no journal of a run: expected {file} ({error.strerror})"
+            f"{directory} contains no journal of a run: expected {file} ({error.strerror})"
         ) from error
     run = Run(name=file.resolve().parent.name, path=file.parent)
     speeds: list[tuple[float, float]] = []
@@ -162,7 +162,7 @@ def read_run(directory: str | Path) -> Run:
         run.state = "finished"
     elif not run.state:
         heard = str(lines[-1].get("time", ""))[:19].replace("T", " ") if lines else ""
-        run.state = f"not finished: still going, or killed; last heard of {heard} UTC"
+        run.state = f"not finished: in progress, or killed; last update {heard} UTC"
     return run
 
 

@@ -24,12 +24,12 @@ def float32_library() -> tuple[str, str]:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     vendor = next((line.split(":")[1].strip() for line in lines if "vendor_id" in line), "")
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return "torch", "this build of torch offers no oneDNN product"
+        return "torch", "this build of torch has no oneDNN product"
     if vendor in ("", "GenuineIntel"):
         return "torch", "MKL uses all of this processor" if vendor else "the processor is not known"
     if "AVX512" not in torch.backends.cpu.get_cpu_capability():
-        return "torch", "no AVX-512, so MKL's AVX2 code is the best there is"
-    return "onednn", "MKL keeps its AVX-512 code to Intel's processors"
+        return "torch", "no AVX-512, so MKL's AVX2 code is used"
+    return "onednn", "MKL uses AVX-512 on Intel's processors only"
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def _compiler() -> list[str]:
         command = shlex.split(named)
         if shutil.which(command[0]):
             return command
-        raise Unavailable(f"the compiler that $CXX names, {named!r}, is not there: correct it")
+        raise Unavailable(f"$CXX names a compiler that does not exist, {named!r}: correct it")
     for name in ("c++", "g++", "clang++"):
         if shutil.which(name):
             return [name]

