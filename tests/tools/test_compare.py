@@ -150,7 +150,7 @@ def test_wrong_input_stops_everything_with_the_runs_own_words(
     ("how", "told"),
     [
         ("bug", "torch.OutOfMemoryError: CUDA; see "),
-        ("killed", "it was killed by SIGKILL, as happens where memory runs out; see "),
+        ("killed", "it was killed by SIGKILL, as happens when memory runs out; see "),
     ],
 )
 def test_a_run_that_dies_is_a_result_that_says_so(

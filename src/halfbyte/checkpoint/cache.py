@@ -84,7 +84,7 @@ def cached(
 
 
 def cache_directory() -> Path:
-    """Return where packed copies lie: under ``$XDG_CACHE_HOME``, or else ``~/.cache``."""
+    """Return the directory of packed copies: under ``$XDG_CACHE_HOME``, or else ``~/.cache``."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
     return home / "halfbyte" / "models"
 

@@ -78,7 +78,7 @@ class DirectorySource(BaseSource):
         if not packed and entry.shape != shape:
             raise CheckpointError(
                 f"{self._homes[key].path}: {key} has shape {list(entry.shape)}, the configuration "
-                f"asks for {list(shape)}; is config.json of another model?"
+                f"requires {list(shape)}; is config.json of another model?"
             )
         if not packed and entry.dtype.is_floating_point != expected.is_floating_point():
             raise CheckpointError(

@@ -88,7 +88,7 @@ class Layout:
         return found
 
     def ordered(self, parameter: str, value: Tensor) -> Tensor:
-        """Return a value with its rows as llama.cpp wants them: each rotary pair side by side."""
+        """Return a value with its rows in llama.cpp's order: each rotary pair side by side."""
         module = parameter.split(".")[-2]
         if self.architecture != "llama" or module not in ("q_proj", "k_proj"):
             return value

@@ -55,7 +55,7 @@ class Merged(BaseSource):
         dtype: What is not packed is held in, and what is packed decodes to.
 
     Raises:
-        CheckpointError: If the original weights are asked for, and the files hold packed ones.
+        CheckpointError: If the original weights are requested, and the files have packed ones.
     """
 
     def __init__(

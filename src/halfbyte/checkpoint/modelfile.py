@@ -72,7 +72,7 @@ def modelfile(
     Args:
         base: What stands after FROM.
         tokenizer: The model's.
-        stops: Tokens that end an answer, beside the tokenizer's own end.
+        stops: Tokens that end an answer, in addition to the tokenizer's EOS.
         adapter: What stands after ADAPTER.
     """
     lines = [f"FROM {base}"]

@@ -151,8 +151,8 @@ def save_adapter(
         state: What ``lora.adapter_state`` returns.
         config: What it was attached with.
         base: What ``identity_of`` says of the base; at least its ``name``.
-        recipe: How the base was held in training (JSON values), for whoever loads the adapter.
-        tokenizer: Saved beside it if given, with its chat template.
+        recipe: The base model's quantisation in training (JSON values), for loading.
+        tokenizer: Saved with it if given, with its chat template.
 
     Returns:
         The directory.
@@ -334,9 +334,7 @@ def _read_state(
             ):
                 came = "is missing" if entry is None else f"has the shape {list(entry.shape)}"
                 want = [f"rank {rank}" if size else "any" for size in shape]
-                raise CheckpointError(
-                    f"{file.path}: {name} {came}; expected is [{', '.join(want)}]"
-                )
+                raise CheckpointError(f"{file.path}: {name} {came}; expected [{', '.join(want)}]")
             state[name] = _numbers(file, entry.name).to(torch.float32)
     if surplus := [name for name in pairs if name not in state]:
         raise CheckpointError(

@@ -251,7 +251,7 @@ def write_model(
 class _Writer:
     """One file being written: every tensor has its place from the start, the header comes last.
 
-    Readers view tensor bytes where they lie, so a float32 must start at a multiple of 4. Nothing
+    Readers view tensor bytes in place, so a float32 must start at a multiple of 4. Nothing
     may be left empty between tensors, hence the order: wider dtypes first, flexible tensors last.
     The header's room is that of the longest header the plan allows; what is left over are spaces.
     """

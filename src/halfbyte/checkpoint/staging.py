@@ -64,7 +64,7 @@ def read_to_device(
 ) -> Generator[Tensor, None, None]:
     """Yield the tensor of each request on ``device``, in order.
 
-    Copies are queued on the stream that is current when a tensor is asked for: what the caller
+    Copies are queued on the stream that is current when a tensor is requested: what the caller
     queues there next comes after them, and need not wait. Nothing is kept: what the caller drops
     is freed. Threads are started with the first tensor, and are gone when the generator ends, is
     closed, or raises.

@@ -127,7 +127,7 @@ class Batcher:
         finally:
             self._graph = None
             if self._on_gpu:
-                # A workspace of the stream of capture lies in the graph's memory, and keeps it.
+                # A workspace of the capture stream is in the graph's memory, and keeps it alive.
                 torch.cuda.synchronize(self._decoder.device)
                 torch._C._cuda_clearCublasWorkspaces()
 
@@ -218,7 +218,7 @@ class Batcher:
         return graph
 
     def _compute(self) -> None:
-        """Make a token in every slot, from its embedding; nothing here asks the card."""
+        """Generate a token in every slot, from its embedding, without synchronisation."""
         chosen = self._choose(self._decoder.step(self._x, self._positions))
         active = self._left > 0
         self._chosen.copy_(chosen.masked_fill(~active, _NOTHING))
@@ -253,7 +253,7 @@ class _Round:
         self._event: torch.cuda.Event | None = None
 
     def close(self) -> None:
-        """Say that all copies have been asked for."""
+        """Mark all copies as queued."""
         if self._on_gpu:
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()

@@ -37,26 +37,26 @@ def _gpu_kernels() -> ModuleType | None:
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW with state of 32 or 8 bits, in memory of the device or paged to the host's.
+    """AdamW with 32- or 8-bit state, on the device or paged to host memory.
 
     Args:
-        params: Parameters, or groups of them, as for every optimizer of torch: float32, bfloat16
-            or float16, contiguous, all on one device.
+        params: Parameters or parameter groups, as for every torch optimizer: float32, bfloat16 or
+            float16, contiguous, all on one device.
         lr: Learning rate; a scalar tensor is read on the device at every step.
         betas: Decays of the two moments.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled decay.
-        state_bits: Width of the moments. With 8, parameters of fewer than 4096 elements keep 32.
-        paging: Where the state lives: ``off``, ``explicit``, ``auto`` or ``managed``, as paging.py
-            has them. Results are the same. On a CPU it is ``off``: there is nothing to page from.
+        state_bits: Bits of the moments. With 8, parameters of fewer than 4096 elements keep 32.
+        paging: Where the state is stored: ``off``, ``explicit``, ``auto`` or ``managed``, see
+            paging.py. Results are the same. On a CPU it is ``off``.
         bfloat16: How a bfloat16 parameter keeps small updates: a float32 ``master`` copy in the
             state, or ``stochastic`` rounding.
         impl: ``gpu`` for Triton, ``torch`` for plain PyTorch; ``auto`` for Triton on a GPU that it
-            compiles for.
+            supports.
 
     Raises:
-        ConfigError: If an argument, or a parameter's type, device or layout, is not as above, or
-            the device cannot page so, or has no Triton where ``impl`` is ``gpu``.
+        ConfigError: If an argument, or a parameter's type, device or layout, is not as above, the
+            device does not support this paging, or ``impl`` is ``gpu`` without Triton.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class AdamW(torch.optim.Optimizer):
     ) -> None:
         """Update some parameters before the others, since their gradients are final.
 
-        So the update of a layer and its paging can run beside the backward of the layer before it.
+        So a layer's update and its paging can overlap with the backward of the layer before it.
         `step` ends the step. All parameters must have a gradient (of zeros, at first). State on the
         host is updated in groups of at most 16 MiB, each when all of it is ready; state on the
         device is updated by `step`.
@@ -218,7 +218,7 @@ class AdamW(torch.optim.Optimizer):
         return 0 if tight and self.paging != "off" else self.state_bytes
 
     def describe(self) -> str:
-        """Return one line for a person."""
+        """Return a one-line description."""
         where = {
             "off": "on the GPU",
             "explicit": "in the host's memory, streamed through the GPU at each update",
@@ -418,7 +418,7 @@ class AdamW(torch.optim.Optimizer):
                     raise CheckpointError(
                         f"the optimizer's state of parameter {piece.index} has no {name} of "
                         f"{count} {str(view.dtype).removeprefix('torch.')}: it is of another "
-                        "parameter, or of another width than optim asks for"
+                        "parameter, or has another precision than optim"
                     )
                 start = piece.start // reference.BLOCK if name.endswith("_scales") else piece.start
                 view.copy_(value.reshape(-1)[start : start + view.numel()])

@@ -137,11 +137,11 @@ class LayerActivations:
 
     @property
     def lora(self) -> int:
-        """What a recomputed layer keeps beside its input: x Aᵀ of each linear."""
+        """What a recomputed layer keeps with its input: x Aᵀ of each linear."""
         return self.itemsize * self.ranks if self.on_gpu and self.itemsize == 2 else 0
 
     def kept(self) -> dict[str, int]:
-        """Return what the functions of a layer keep beside its input, by term."""
+        """Return the bytes that a layer keeps in addition to its input, by term."""
         s, e = self.shape, self.itemsize
         wide = e if self.fused else 4  # norms keep what they compute in
         norms = 2 * e * s.hidden + (e * s.hidden if wide == e else 2 * wide * s.hidden)

@@ -58,7 +58,7 @@ def quantize(
 ) -> QuantizedWeight:
     """Quantises a weight to 4 bits.
 
-    Needs a few tens of MB beside the result, and a copy of the weight if that is not contiguous.
+    Needs a few tens of MB in addition to the result, and a copy of a weight that is not contiguous.
 
     Args:
         weight: float32, bfloat16 or float16, any shape, finite.

@@ -68,7 +68,7 @@ class RunReport:
         Args:
             total_steps: The step after which training ends.
             start_step: Steps made before, by the run that this one goes on with.
-            facts: What the journal should know of the run; people have seen it by ``note``.
+            facts: The journal's record of the run; the user has seen it in messages.
 
         Raises:
             OutputError: The journal cannot be written.

@@ -127,7 +127,7 @@ def line_chart(
     Args:
         title: What is drawn.
         unit: Of y.
-        series: The curves; later ones lie on top.
+        series: The curves; later ones are drawn on top.
         say: Writes a value of y.
         from_zero: Whether the axis starts at zero.
     """
@@ -201,7 +201,7 @@ def _values(series: Sequence[Series], say: Say) -> str:
 
 @dataclass(frozen=True)
 class Bar:
-    """A row of a bar chart: its name, and parts that lie one after the other."""
+    """A row of a bar chart: its name, and stacked parts."""
 
     name: str
     parts: Sequence[tuple[str, float]]

@@ -31,7 +31,7 @@ _HISTORY = 256
 _SECONDS_BETWEEN_PLAIN_LINES = 15.0
 
 
-# --- numbers as a person reads them -------------------------------------------------------------
+# --- numbers for the user -----------------------------------------------------------------------
 
 
 def duration(seconds: float) -> str:

@@ -73,7 +73,7 @@ class WandbLike:
         """Start a run of that name.
 
         Raises:
-            ConfigError: The library refuses, as wandb does where nobody is logged in.
+            ConfigError: The library fails, as wandb does if no user is logged in.
         """
         library = self._module.__name__
         project = os.environ.get(f"{library.upper()}_PROJECT", "halfbyte")
@@ -104,7 +104,7 @@ TRACKERS: dict[str, tuple[str, str, Callable[[ModuleType, Path], Tracker]]] = {
 
 
 def open_trackers(names: Sequence[str], directory: Path) -> list[Tracker]:
-    """Import what is asked for.
+    """Import the libraries of the given trackers.
 
     Args:
         names: Keys of ``TRACKERS``.

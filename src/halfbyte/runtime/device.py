@@ -10,9 +10,8 @@ from functools import cache
 
 import torch
 
-# Bytes of shared memory a block may have at most (CUDA C++ Programming Guide, "Technical
-# Specifications per Compute Capability"). The driver knows, but torch tells only of the 48 KB that
-# need not be asked for.
+# Maximum shared memory of a block, in bytes (CUDA C++ Programming Guide, "Technical Specifications
+# per Compute Capability"). torch reports only the 48 KB available without opting in.
 _SHARED_MEMORY = {
     (5, 0): 49152,
     (7, 0): 98304,
@@ -31,11 +30,11 @@ class DeviceSpec:
     """A GPU.
 
     Attributes:
-        name: What its driver calls it.
+        name: Its name in the driver.
         capability: CUDA compute capability, (major, minor).
-        num_sms: Streaming multiprocessors.
-        l2: Bytes of the second cache.
-        memory: Bytes of the card, the driver's share included.
+        num_sms: Number of streaming multiprocessors.
+        l2: Bytes of the L2 cache.
+        memory: Bytes of GPU memory, including the driver's share.
     """
 
     name: str
@@ -46,18 +45,18 @@ class DeviceSpec:
 
     @property
     def shared_memory(self) -> int:
-        """Bytes of shared memory that a block may have: the capability's, or the last before it."""
+        """Maximum shared memory of a block, in bytes: of the nearest known capability below."""
         known = max(known for known in _SHARED_MEMORY if known <= max(self.capability, (5, 0)))
         return _SHARED_MEMORY[known]
 
     @property
     def runs_triton(self) -> bool:
-        """Whether Triton compiles for it: from Turing (T4, RTX 20) on; it left Volta behind."""
+        """Whether Triton compiles for it: from Turing (T4, RTX 20) on, not for Volta."""
         return self.capability >= (7, 5)
 
     @property
     def has_tensor_cores(self) -> bool:
-        """Whether a kernel of Triton's multiplies on tensor cores: on Turing only cuBLAS does."""
+        """Whether Triton's kernels use its tensor cores: on Turing only cuBLAS does."""
         return self.capability >= (8, 0)
 
     @property
@@ -67,14 +66,14 @@ class DeviceSpec:
 
     @property
     def is_hopper(self) -> bool:
-        """Whether a kernel tuned to Hopper's TMA and registers may run there."""
+        """Whether kernels tuned to Hopper's TMA and registers run on it."""
         return self.capability[0] == 9
 
     def runs_flash_attention(self, head_dim: int) -> bool:
-        """Return whether torch's flash attention runs there, in 16 bits, forward and backward.
+        """Return whether torch's flash attention runs on it, in 16 bits, forward and backward.
 
-        Its backward of heads wider than 192 wants more shared memory than a block has on GeForce
-        cards.
+        With heads wider than 192 its backward needs more shared memory than a block has on GeForce
+        GPUs.
         """
         roomy = self.shared_memory >= _SHARED_MEMORY[8, 0]
         return self.capability >= (8, 0) and head_dim <= (256 if roomy else 192)
@@ -86,7 +85,7 @@ INTERPRETER = DeviceSpec("Triton's interpreter", (9, 0), num_sms=3, l2=0, memory
 
 @cache
 def spec_of(device: torch.device) -> DeviceSpec:
-    """Return what a device is; of one that is no GPU, `INTERPRETER`."""
+    """Return the properties of a device; `INTERPRETER` if it is not a GPU."""
     if device.type != "cuda":
         return INTERPRETER
     found = torch.cuda.get_device_properties(device)
@@ -100,7 +99,7 @@ def spec_of(device: torch.device) -> DeviceSpec:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that a GPU's memory, or page-locked memory, is used up."""
+    """Return whether an error means out of GPU memory or of page-locked memory."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     said = str(error)

@@ -20,7 +20,7 @@ from halfbyte.errors import HalfbyteError
 
 
 class Unavailable(HalfbyteError):
-    """Why a library could not be built; whoever asked for it does without."""
+    """A library could not be built, with the reason; callers use their fallback."""
 
 
 def shared_object(source: Path, flags: Sequence[str]) -> Path:

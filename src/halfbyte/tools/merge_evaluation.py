@@ -45,7 +45,7 @@ class Distance:
         kl: KL(live ‖ model) in nats, mean over the positions.
         largest_gap: Largest difference of two logits.
         top1_agreement: Share of positions whose likeliest token is the same.
-        forgotten: Examples that the live adapter knows by heart, and the model does not.
+        forgotten: Examples that the live adapter reproduces exactly, and the model does not.
     """
 
     kl: float
