@@ -200,7 +200,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "shape": (
         lambda d: rewrite(d, lambda h: h.update({UP: torch.ones(64, 128)})),
-        r"up_proj.weight has shape \[64, 128\], the configuration asks for \[128, 64\]",
+        r"up_proj.weight has shape \[64, 128\], the configuration requires \[128, 64\]",
     ),
     "twice": (
         lambda d: rewrite(d, lambda h: h.update({UP[6:]: torch.ones(128, 64)})),

@@ -420,7 +420,7 @@ def test_what_cannot_be_packed_is_told(tmp_path: Path, model_dir: Path) -> None:
     out = write_quantized(model_dir, tmp_path / "out", BaseRecipe())
     with pytest.raises(OutputError, match="it exists already"):
         write_quantized(model_dir, out, BaseRecipe())
-    with pytest.raises(CheckpointError, match="is packed in 4 bits already"):
+    with pytest.raises(CheckpointError, match="is already packed in 4 bits"):
         write_quantized(out, tmp_path / "again", BaseRecipe())
     write_quantized(model_dir, out, BaseRecipe(quant="fp4"), replace=True)
     assert "fp4" in (out / "config.json").read_text()

@@ -373,7 +373,7 @@ def test_families_of_tokenizers_are_known_by_their_rules() -> None:
         byte_level() | {"normalizer": {"type": "Lowercase"}},
         byte_level() | {"pre_tokenizer": None},
     ):
-        with pytest.raises(CheckpointError, match="split text in another way"):
+        with pytest.raises(CheckpointError, match="tokenise text differently"):
             pre_tokenizer(other)
 
 

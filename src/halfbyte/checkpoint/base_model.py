@@ -196,7 +196,7 @@ def _left_plain(source: BaseSource, recipe: BaseRecipe) -> list[str]:
     plain = [linears[p.name] for p in source.parameters if p.name in linears and not p.packed]
     if plain:
         logger.warning(
-            "%s is packed, except for %d linear layers, which stay in 16 or 32 bits: %s",
+            "%s is packed, except for %d of its linear layers, which stay in 16 or 32 bits: %s",
             source.name,
             len(plain),
             ", ".join(plain[:4]),

@@ -134,7 +134,7 @@ class SafetensorsFile:
             case _:
                 raise self._damaged(f"the header's entry of {name!r} lacks dtype, shape or offsets")
         if not all(type(number) is int and number >= 0 for number in numbers):
-            raise self._damaged(f"the header's entry of {name!r} is not a valid size")
+            raise self._damaged(f"the header's entry of {name!r} has an invalid size")
         if kind not in DTYPES:
             raise CheckpointError(
                 f"{self.path} holds {name} as {kind}; supported are {', '.join(DTYPES)}. "

@@ -34,7 +34,7 @@ class PlanOptions(Options):
         "config.json (model_type=llama,hidden_size=2048,…)",
     )
     quant: Literal["nf4", "fp4"] = Field("nf4", description="4-bit type of QLoRA's base")
-    double_quant: bool = Field(True, description="quantise the scales as well")
+    double_quant: bool = Field(True, description="quantise the scales (double quantisation)")
     block_size: BlockSize = Field(64, description="weights that share a scale")
 
     card: str | None = Field(

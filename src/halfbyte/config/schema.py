@@ -122,7 +122,7 @@ class BaseOptions(Options):
     quant: Literal["nf4", "fp4", "none"] = Field(
         "nf4", description="4-bit type of the frozen weights; none keeps 16 or 32 bits (plain LoRA)"
     )
-    double_quant: bool = Field(True, description="quantise the scales as well")
+    double_quant: bool = Field(True, description="quantise the scales (double quantisation)")
     block_size: BlockSize = Field(
         64, description="weights that share a scale: a power of 2, 32 to 4096"
     )
