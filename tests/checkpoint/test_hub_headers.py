@@ -78,5 +78,7 @@ def test_a_hub_that_cannot_be_reached_is_told(
         raise client.ConnectError("no such host")
 
     monkeypatch.setattr(HfFileSystem, "ls", unreachable)
-    with pytest.raises(CheckpointError, match=r"org/x is no local directory .* not available .*: no such host"):
+    with pytest.raises(
+        CheckpointError, match=r"org/x is no local directory .* not available .*: no such host"
+    ):
         fetch_headers("org/x", tmp_path)

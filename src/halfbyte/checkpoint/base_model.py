@@ -159,7 +159,7 @@ def load_base(
 
 
 def importances(source: BaseSource, recipe: BaseRecipe) -> dict[str, Tensor]:
-    """Return what errors count in the columns of each linear, by its weight's name.
+    """Return the importance of errors in the columns of each linear, by its weight's name.
 
     The model is loaded once, packed without a search, to read the calibration text, and dropped.
     Empty if ``recipe`` asks for no search, or there is nothing to pack.

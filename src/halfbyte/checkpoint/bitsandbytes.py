@@ -140,7 +140,7 @@ def _packed(
 def quantization_config(
     source: BaseSource, recipe: BaseRecipe, linears: set[str], dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Return what ``config.json`` says of a model whose ``linears`` (names) are packed."""
+    """Return the ``quantization_config`` of a model whose ``linears`` (names) are packed."""
     skipped = [
         name
         for name, module in source.skeleton.named_modules()

@@ -34,7 +34,7 @@ logger = logging.getLogger("halfbyte")
 def cached(
     source: BaseSource, recipe: BaseRecipe, progress: Callable[[int, int], None] | None = None
 ) -> BaseSource:
-    """Return the packed copy of ``source``, made now unless there is one.
+    """Return the packed copy of ``source``, creating it if there is none.
 
     Args:
         source: Any base model.

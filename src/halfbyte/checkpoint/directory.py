@@ -287,7 +287,7 @@ def write_description(
     generation_config: GenerationConfig | None,
     packing: dict[str, Any] | None = None,
 ) -> None:
-    """Write everything of a model's directory but the weights.
+    """Write everything in a model's directory except the weights.
 
     Args:
         directory: It must exist.

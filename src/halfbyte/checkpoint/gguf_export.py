@@ -130,7 +130,7 @@ class Layout:
 
 
 def require_expressible(base: BaseSource, *, vocabulary: bool) -> None:
-    """Make sure, before any work is done, that a model can be exported.
+    """Check, before any work is done, that a model can be exported.
 
     Args:
         base: Its files.
@@ -249,7 +249,7 @@ def write_gguf(
 def write_gguf_lora(
     source: BaseSource, adapter: LoadedAdapter, path: Path, file_type: FileType = "f16"
 ) -> None:
-    """Write an adapter alone, as llama.cpp loads it with ``--lora``.
+    """Write only the adapter, as llama.cpp loads it with ``--lora``.
 
     One alpha holds for the file, and llama.cpp scales by alpha / r: where modules differ, what is
     left of the scale goes into B.
@@ -344,7 +344,7 @@ def _encoded(planned: _Planned) -> np.ndarray[Any, Any]:
 
 
 class Verified(NamedTuple):
-    """What reading a file back found.
+    """The result of reading a file back.
 
     Attributes:
         tensors: How many were compared, all of them.
@@ -359,7 +359,7 @@ class Verified(NamedTuple):
 
 
 def rounding(value: Tensor, kind: GGMLQuantizationType) -> Tensor:
-    """Return how far from ``value`` each number may be when it is stored as ``kind``."""
+    """Return the largest rounding error of each value when stored as ``kind``."""
     if kind == GGMLQuantizationType.F32:
         return torch.full_like(value, torch.finfo(torch.float32).tiny)
     if kind == GGMLQuantizationType.F16:
@@ -375,7 +375,7 @@ def rounding(value: Tensor, kind: GGMLQuantizationType) -> Tensor:
 
 
 def verify_gguf(source: BaseSource, written: BaseSource, path: Path) -> Verified:
-    """Compare a file that was written with what it was made of, one tensor at a time.
+    """Compare a written file with its source, one tensor at a time.
 
     Args:
         source: What it was made of.

@@ -31,7 +31,7 @@ _SAMPLES = 4096
 
 
 def identity_of(base: LoadedBase) -> dict[str, Any]:
-    """Return what ``halfbyte.json`` says of a base; JSON values."""
+    """Return a base model's record for ``halfbyte.json``, as JSON values."""
     return {
         "name": base.name,
         "fingerprint": base.fingerprint,
@@ -78,7 +78,7 @@ def _digest(value: Any) -> str:
 
 
 def differences(card: Mapping[str, Any], base: LoadedBase) -> list[str]:
-    """Return in what ``base`` is not what ``card`` records; what it does not record is let pass.
+    """Return how ``base`` differs from ``card``; what the card does not record is not compared.
 
     Args:
         card: The content of ``halfbyte.json``; empty for an adapter of PEFT.

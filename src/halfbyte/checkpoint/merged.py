@@ -46,7 +46,7 @@ def ways(base: BaseSource, model: PreTrainedModel) -> list[Into]:
 
 
 class Merged(BaseSource):
-    """A base model with its adapters merged in: what ``write_merged`` writes.
+    """A base model with its adapters merged in, written by ``write_merged``.
 
     Args:
         base: The files the model was loaded from.
@@ -113,7 +113,7 @@ class Merged(BaseSource):
         return held
 
     def plan(self) -> list[Planned]:
-        """Return what will be written, in its order."""
+        """Return the tensors to write, in order."""
         plan: list[Planned] = []
         for parameter in self.parameters:
             if parameter.packed:
@@ -131,7 +131,7 @@ class Merged(BaseSource):
 
     @property
     def written_bytes(self) -> int:
-        """The most bytes that the tensors will take."""
+        """The maximum bytes of the tensors."""
         return sum(planned.nbytes for planned in self.plan())
 
     def packing(self) -> dict[str, object] | None:
@@ -197,7 +197,7 @@ def write_merged(
     progress: Callable[[int, int], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write a merged model; the one in memory is left as it is.
+    """Write a merged model; the one in memory does not change.
 
     Beside the model, memory holds one layer's weight in float32, twice.
 

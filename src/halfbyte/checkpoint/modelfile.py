@@ -24,7 +24,7 @@ _SYSTEM = [{"role": "system", "content": "zero"}]
 
 
 def go_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None] | None:
-    """Return the chat template in Go, and the system message it gives where there is none.
+    """Return the chat template in Go, and its default system message.
 
     None if the model has no template, or one of another family.
     """

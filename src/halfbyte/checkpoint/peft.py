@@ -63,7 +63,7 @@ _BEYOND_US: dict[str, tuple[Any, ...]] = {
 
 
 class LoadedAdapter(NamedTuple):
-    """An adapter that was read from disk.
+    """An adapter read from disk.
 
     Attributes:
         config: What to attach; its targets are the paths of the modules that have tensors.

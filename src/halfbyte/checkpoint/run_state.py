@@ -39,7 +39,7 @@ logger = logging.getLogger("halfbyte")
 
 
 class RunState(NamedTuple):
-    """What a run needs to go on.
+    """The state that a run resumes from.
 
     Attributes:
         adapter: The adapter's tensors, bit for bit as they were given.
@@ -109,7 +109,7 @@ def save_run(
 
 
 def latest_run(output_dir: str | Path) -> Path | None:
-    """Return the newest whole checkpoint of a run, or None if it has none.
+    """Return the newest complete checkpoint of a run, or None if it has none.
 
     Damaged ones are passed over, with a warning that says what is wrong with each.
     """

@@ -48,7 +48,7 @@ _MAX_EXTENT = 2**50  # a shape whose dimensions (zeros as ones) multiply to more
 
 
 class Entry(NamedTuple):
-    """One tensor of a file: what it is, and which bytes of the file it takes."""
+    """One tensor of a file: its dtype, shape and bytes in the file."""
 
     name: str
     dtype: torch.dtype
@@ -81,7 +81,7 @@ class SafetensorsFile:
 
     @property
     def data_start(self) -> int:
-        """Where the tensor bytes begin."""
+        """Offset of the first tensor byte."""
         return 8 + len(self.header)
 
     def _damaged(self, what: str) -> CheckpointError:
@@ -152,7 +152,7 @@ class SafetensorsFile:
         return Entry(name, dtype, tuple(shape), data_start + begin, nbytes)
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor, in memory of its own.
+        """Return one tensor, in newly allocated memory.
 
         Raises:
             CheckpointError: If the file ends early (it was cut while we looked).
@@ -249,7 +249,7 @@ def write_model(
 
 
 class _Writer:
-    """One file being written: every tensor has its place from the start, the header comes last.
+    """A file being written: offsets of tensors are known from the start, the header is last.
 
     Readers view tensor bytes in place, so a float32 must start at a multiple of 4. Nothing
     may be left empty between tensors, hence the order: wider dtypes first, flexible tensors last.

@@ -57,7 +57,7 @@ class Parameter(NamedTuple):
 
 
 class BaseSource(ABC):
-    """What a base model is made of, independent of the file format.
+    """The parameters of a base model, independent of the file format.
 
     Attributes:
         name: What the user called it.
@@ -139,7 +139,7 @@ class BaseSource(ABC):
         return None
 
     def fitted(self, recipe: BaseRecipe) -> BaseRecipe:
-        """Return ``recipe`` as this model can follow it."""
+        """Return ``recipe`` adapted to this model."""
         return recipe
 
 
@@ -160,7 +160,7 @@ _FOREIGN = (
 
 @contextlib.contextmanager
 def foreign_reader(trouble: str) -> Iterator[None]:
-    """Run a library's reader of the user's files: what it raises is trouble with the files.
+    """Run a library's reader of the user's files; its exceptions become errors about the files.
 
     Raises:
         CheckpointError: ``trouble``, and what the library said.

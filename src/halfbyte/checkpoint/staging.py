@@ -38,7 +38,7 @@ _MAX_READERS = 8
 
 
 class Request(NamedTuple):
-    """One tensor to read: which bytes of a file it takes, and what they are."""
+    """One tensor to read: its bytes in a file, dtype and shape."""
 
     path: Path
     start: int
@@ -48,7 +48,7 @@ class Request(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """Some bytes of a file, no more than a buffer holds."""
+    """A chunk of a file, at most the size of a buffer."""
 
     path: Path
     start: int
@@ -102,7 +102,7 @@ class _Stage:
         self._ahead: deque[Future[Tensor]] = deque()  # the oldest piece first
 
     def start(self, ring: int) -> None:
-        """Begin to read, into ``ring`` buffers at most."""
+        """Start reading, into at most ``ring`` buffers."""
         for _ in range(ring):
             self._read_ahead(None, None)
 
@@ -149,7 +149,7 @@ class _Stage:
         return tensor
 
     def close(self) -> None:
-        """Stop the readers; what they have not begun is never read."""
+        """Stop the readers; remaining chunks are not read."""
         self._readers.shutdown(cancel_futures=True)
 
 

@@ -27,7 +27,7 @@ Say = Callable[[float], str]
 
 
 def plain(value: float) -> str:
-    """Four significant digits, without an exponent where people write none."""
+    """Four significant digits, with an exponent only for very large or small numbers."""
     if value == 0 or 1e-3 <= abs(value) < 1e7:
         shown = f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
         return shown
@@ -57,7 +57,7 @@ class Series:
 
 
 def thinned(points: Sequence[Point], limit: int = _DRAWN) -> list[Point]:
-    """At most ``limit`` points, each the mean of its share of them."""
+    """At most ``limit`` points, each the mean of several."""
     if len(points) <= limit:
         return list(points)
     edges = [len(points) * i // limit for i in range(limit + 1)]
@@ -91,7 +91,7 @@ def ticks(low: float, high: float, count: int = _TICKS) -> list[float]:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
-    """A table that scrolls by itself where it is too wide; the first cell of a row is its head."""
+    """A table that scrolls if it is too wide; the first cell of a row is its header."""
     head = "".join(f'<th scope="col">{escape(one)}</th>' for one in heads)
     body = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>'

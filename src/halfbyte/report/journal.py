@@ -25,7 +25,7 @@ class Journal:
     """An append-only JSONL file."""
 
     def __init__(self, path: str | Path) -> None:
-        """Open ``path`` for appending; its directory is made, and a torn last line cut off.
+        """Open ``path`` for appending; create its directory, and remove a truncated last line.
 
         Raises:
             OutputError: The file cannot be written.
@@ -88,7 +88,7 @@ class Journal:
 
 
 def read_journal(path: str | Path) -> list[dict[str, Any]]:
-    """The whole lines of a journal, as objects.
+    """The complete lines of a journal, as objects.
 
     Raises:
         OSError: The file cannot be read.
@@ -98,7 +98,7 @@ def read_journal(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """The object on a line; None when the line is torn."""
+    """The object on a line; None if the line is truncated."""
     try:
         record = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:

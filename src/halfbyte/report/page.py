@@ -87,12 +87,12 @@ def page(runs: Sequence[Run]) -> str:
 
 
 def section(title: str, body: str) -> str:
-    """A part of the page; nothing where there is nothing in it."""
+    """A section of the page; empty without content."""
     return f"<section><h2>{escape(title)}</h2>{body}</section>" if body else ""
 
 
 def key_figures(figures: Iterable[tuple[str, str | None]]) -> str:
-    """Names and values that are to be seen first; those without a value are left out."""
+    """The most important names and values; those without a value are left out."""
     cells = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
         for name, value in figures
@@ -339,7 +339,7 @@ def _notes(run: Run) -> str:
 
 
 def _name_apart(runs: Sequence[Run]) -> None:
-    """Name runs by as much of their paths as tells them apart."""
+    """Name runs by the shortest unique parts of their paths."""
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         paths = [os.path.abspath(run.path) for run in runs]

@@ -36,7 +36,7 @@ _CURVES = (
 
 
 def number(value: Any) -> float | None:
-    """``value`` if it is a finite number of a size that can be drawn; else None."""
+    """``value`` if it is a finite number that can be drawn; else None."""
     plain = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
     return float(value) if plain and math.isfinite(value) else None
 
@@ -47,13 +47,13 @@ def mapping(value: Any) -> dict[str, Any]:
 
 
 def texts(value: Any) -> list[str]:
-    """The items of a list as texts; nothing of anything else."""
+    """The items of a list as strings; empty for anything else."""
     return [str(one) for one in value] if isinstance(value, list) else []
 
 
 @dataclass
 class Run:
-    """What a journal says.
+    """A run as read from its journal.
 
     Attributes:
         name: What the run is called on a page.
@@ -87,7 +87,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether it came to its end."""
+        """Whether the run has finished."""
         return bool(self.finish)
 
     @property
@@ -102,13 +102,13 @@ class Run:
 
     @property
     def step_seconds(self) -> dict[str, float]:
-        """Where the time of an average step went."""
+        """The mean time of each part of a step."""
         parts = (_WHOLE_STEP, *_STEP_PARTS.values(), _REST_OF_STEP)
         return {name: self.seconds[name] / self.steps for name in parts if name in self.seconds}
 
     @property
     def predicted(self) -> list[tuple[str, float]]:
-        """The parts of the peak that was predicted, in bytes; a step's own as one of them."""
+        """The parts of the predicted peak, in bytes, those of a step as one."""
         total = number(self.memory.get("predicted_bytes"))
         ledger = self.memory.get("ledger")
         parts: dict[str, float] = {}
@@ -123,7 +123,7 @@ class Run:
 
     @property
     def peak_bytes(self) -> float | None:
-        """The most memory that was in use."""
+        """Peak memory."""
         measured = number(self.finish.get("peak_memory_bytes"))
         curve = [value for _, value in self.curves["peak_memory_bytes"]]
         return max([*curve, *([] if measured is None else [measured])], default=None)
@@ -219,7 +219,7 @@ def _spend(run: Run, activity: str, seconds: Any) -> None:
 
 
 def started(run: Run) -> str:
-    """When the run began, as ``2026-11-24 12:30 UTC``; nothing if the journal does not say."""
+    """Start time, as ``2026-11-24 12:30 UTC``; empty if the journal has none."""
     try:
         return datetime.fromisoformat(str(run.begin.get("time"))).strftime("%Y-%m-%d %H:%M UTC")
     except ValueError:

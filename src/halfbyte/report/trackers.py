@@ -19,13 +19,13 @@ Values = Mapping[str, float]
 
 
 class Tracker(Protocol):
-    """Whoever follows a run's numbers."""
+    """The interface of a tracker."""
 
     def begin(self, name: str, start_step: int, facts: Mapping[str, Any]) -> None:
         """Training begins after ``start_step``; ``facts`` are plain values that describe it."""
 
     def log(self, step: int, values: Values) -> None:
-        """Take in numbers by name, after ``step``."""
+        """Log numbers by name, after ``step``."""
 
     def close(self) -> None:
         """No more will come; called whatever happened, also when nothing began."""
@@ -40,7 +40,7 @@ class TensorBoard:
         self._writer: Any = None
 
     def begin(self, name: str, start_step: int, facts: Mapping[str, Any]) -> None:
-        """Write the facts as a text; what a resumed run makes anew is hidden by TensorBoard."""
+        """Write the facts as text; TensorBoard hides steps that a resumed run repeats."""
         self._writer = self._module.SummaryWriter(
             str(self._directory / "tensorboard"), purge_step=start_step + 1
         )

@@ -48,7 +48,7 @@ Progress = Callable[[int, int], None]
 
 
 class Variant(NamedTuple):
-    """Its name, as it was typed, and the options that make it."""
+    """The name of a variant, as given, and its options."""
 
     name: str
     options: dict[str, Any]
@@ -87,7 +87,7 @@ def parse_variants(names: Sequence[str]) -> list[Variant]:
 
 @dataclass(frozen=True)
 class Job:
-    """One variant from one seed.
+    """One variant with one seed.
 
     Attributes:
         variant: Its name.
@@ -108,7 +108,7 @@ class Job:
 
     @property
     def log(self) -> Path:
-        """What its processes say on standard error."""
+        """The file for its processes' standard error."""
         return self.file.with_suffix(".log")
 
     def finished(self) -> Run | None:
@@ -125,7 +125,7 @@ def jobs(
     evaluation: Callable[[TrainConfig], tuple[str, ...]],
     module: tuple[str, ...] = ("halfbyte", "train"),
 ) -> list[Job]:
-    """Lay out every run, seeds outside, and check all their options.
+    """Return all runs, seeds as the outer loop, after checking their options.
 
     Args:
         variants: What differs.
@@ -172,7 +172,7 @@ def _require_same(job: Job) -> None:
 
 
 def run(job: Job, progress: Progress | None = None) -> Result:
-    """Do what is left of a job.
+    """Run the remaining steps of a job.
 
     Args:
         job: What to do.
@@ -202,7 +202,7 @@ def run(job: Job, progress: Progress | None = None) -> Result:
 
 
 def _words(job: Job, *, trained: bool) -> list[str]:
-    """What follows ``python -m`` to do what is left of a job."""
+    """The arguments of ``python -m`` for the remaining steps of a job."""
     evaluate = ["eval", *job.evaluation, "--json"]
     if trained:
         return ["halfbyte", *evaluate]
@@ -298,7 +298,7 @@ def write_results(
 
 
 def require_results(found: Comparison) -> None:
-    """Complain, once everything is written, if a run has no result.
+    """Raise an error, after everything is written, if a run has no result.
 
     Raises:
         HalfbyteError: Names every run without one.

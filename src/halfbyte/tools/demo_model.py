@@ -27,7 +27,7 @@ def model_directory() -> Path:
 
 
 def demo_model() -> Path:
-    """Return the model's file, after fetching it if it is not there.
+    """Return the model's file, after downloading it if needed.
 
     Raises:
         CheckpointError: If it cannot be had.

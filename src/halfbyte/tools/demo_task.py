@@ -46,7 +46,7 @@ NUMBER_WORDS = dict(enumerate(_commas("two, three, four, five, six, seven, eight
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What orders are made of: one for training, one held out, with nothing in common.
+    """The parts of orders: one for training, one held out, with nothing in common.
 
     Quantities and dates have no lists: a held-out quantity is a multiple of 3, and a held-out
     date one whose day and month add up to a multiple of 4.
@@ -76,19 +76,19 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Order:
-    """One case: the sentence, and what it says."""
+    """One case: the sentence, and its content."""
 
     sentence: str
     answer: dict[str, str | int]
 
     @property
     def expected(self) -> str:
-        """The answer as it must be written, to the letter: a YAML mapping on one line."""
+        """The exact answer: a YAML mapping on one line."""
         return "{" + ", ".join(f"{key}: {value}" for key, value in self.answer.items()) + "}"
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The conversation that is trained on, or asked and compared."""
+        """The conversation to train on, or to evaluate."""
         return [
             {"role": "system", "content": SYSTEM},
             {"role": "user", "content": self.sentence},
@@ -105,7 +105,7 @@ class TaskFiles:
 
 
 def make_orders(vocabulary: Vocabulary, count: int, *, seed: int) -> list[Order]:
-    """Makes ``count`` orders; the same for the same seed.
+    """Generates ``count`` orders; deterministic for a seed.
 
     Phrasings, names, cities and items are dealt in turn from shuffled decks, so that each is used
     as often as any other.

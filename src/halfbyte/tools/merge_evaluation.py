@@ -39,7 +39,7 @@ _KEPT, _ALIVE, _COMPARED = 1 << 30, 256 << 20, 32 << 20
 
 @dataclass(frozen=True)
 class Distance:
-    """How far a model's answers are from the live adapter's.
+    """The distance of a model's outputs from the live adapter's.
 
     Attributes:
         kl: KL(live ‖ model) in nats, mean over the positions.
@@ -55,7 +55,7 @@ class Distance:
 
 
 class Reference(NamedTuple):
-    """Held-out text, and what the live adapter makes of it.
+    """Held-out text, and the live adapter's outputs.
 
     Attributes:
         batches: The text; its supervised positions are compared.
@@ -69,12 +69,12 @@ class Reference(NamedTuple):
 
     @property
     def positions(self) -> int:
-        """How many positions are compared."""
+        """Number of compared positions."""
         return sum(len(logits) for logits in self.logits)
 
     @property
     def by_heart(self) -> int:
-        """How many examples the live adapter would write itself, greedily, to the last token."""
+        """Number of examples that the live adapter reproduces exactly, by greedy decoding."""
         pairs = zip(self.batches, self.logits, strict=True)
         return sum(int(_by_heart(batch, logits).sum()) for batch, logits in pairs)
 
@@ -109,7 +109,7 @@ def reference(model: PreTrainedModel, examples: Sequence[Example]) -> Reference:
 
 
 def distance(model: PreTrainedModel, candidate: BaseSource | None, live: Reference) -> Distance:
-    """Return how far ``candidate`` is from the live adapter.
+    """Return the distance of ``candidate`` from the live adapter.
 
     What is no frozen linear (norms, embeddings) takes the candidate's values in ``model``, rounded
     as they are, and keeps them: candidates have these in common.
@@ -161,7 +161,7 @@ def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 class _Stand(nn.Module):
-    """Stands where a frozen linear was: computes with a candidate's weight."""
+    """Replaces a frozen linear temporarily: computes with a candidate's weight."""
 
     def __init__(self, linear: FrozenLinear, weight: Callable[[], Tensor]) -> None:
         super().__init__()
@@ -207,6 +207,6 @@ def _replaced(model: PreTrainedModel, candidate: BaseSource | None) -> Iterator[
 
 
 def _dense(candidate: BaseSource, name: str) -> Tensor:
-    """Return a weight of a source as a tensor: what is packed is decoded to its own dtype."""
+    """Return a weight of a source as a tensor, decoded to its own dtype if packed."""
     value = candidate.tensor(name)
     return dequantize(value) if isinstance(value, QuantizedWeight) else value

@@ -81,7 +81,7 @@ class _Place(NamedTuple):
 
 
 def checks(device: str, dtype: torch.dtype) -> Iterator[Check]:
-    """Yield the outcome of each part as it is reached.
+    """Yield the outcome of each part in turn.
 
     Args:
         device: ``cpu`` or ``cuda``. There, torch must not have multiplied before, or the variable
@@ -160,7 +160,7 @@ def _encodes(weight: Tensor, quant_type: QuantType) -> bool:
 
 
 def _decoders(plain: QuantizedWeight, like: Tensor, device: str) -> dict[str, Tensor]:
-    """Return what each implementation there is decodes, on the CPU."""
+    """Return the decoded weight of each available implementation, on the CPU."""
     found: dict[str, Tensor] = {}
     kernels = cpu.kernels()
     if kernels is not None:

@@ -124,7 +124,7 @@ def _drawn(size: tuple[int, int], vocabulary: int) -> Batch:
 
 
 def main(file: str) -> int:
-    """Run what a configuration file says; the exit code."""
+    """Run a configuration file; return the exit code."""
     try:
         config, _ = load_config(Path(file), {})
         with open_report(config.output) as report:
