@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from halfbyte.data import formats
+from halfbyte.linear.decoded_cache import DecodedWeightCache
+from halfbyte.plan import roofline
 from halfbyte.plan.policy import ActivationPolicy
+from halfbyte.runtime import device as devices
 from tests.engine.test_layerwise import FAMILIES, gradients, model_of
 from tests.engine.test_objective import engines, step_of
-from halfbyte.plan import roofline
-from halfbyte.runtime import device as devices
-from halfbyte.linear.decoded_cache import DecodedWeightCache
 from tests.engine.test_weights import made, stepped
 from tests.linear.test_decoded_weight import adapted, drawn, exactly, run
 
