@@ -1,16 +1,16 @@
-"""Chats of the lengths people have, as JSONL: the data of runs that are timed from end to end.
+"""Chats of realistic lengths, as JSONL: the data of whole-run benchmarks.
 
     python benchmarks/chats.py --count 2000 --output chats.jsonl
 
-Kernels are timed on steps of one length; people's rows have all lengths, and what a trainer makes
-of that (padding, packing, shapes it has not seen) is a large part of its speed. A row here has a
-lognormal number of tokens, as chats do: half have less than 310, one in a hundred is cut at 2048,
-and the mean is 417. Some have several turns. The text is a walk over the pairs of words of *Alice's
-Adventures in Wonderland* (``texts/``): no sense, but English words in the order and with the commas
-of English, so that a tokenizer makes of it what it makes of prose.
+Kernels are timed on steps of one length, but real data has all lengths, and how a trainer handles
+that (padding, packing, shapes it has not seen) is a large part of its speed. A row here has a
+lognormal number of tokens, as chats do: half have fewer than 310, one in a hundred is truncated at
+2048, and the mean is 417. Some have several turns. The text is a random walk over the word pairs of
+*Alice's Adventures in Wonderland* (``texts/``): meaningless, but with the words, their order and
+the commas of English, so that it is tokenised like prose.
 
-Row i is a function of the seed and i alone: fewer rows are the first of more. No tokenizer is
-needed, tokens are counted as words; ``tests/benchmarks/test_chats.py`` holds that against
+Row i is a function of the seed and i alone: fewer rows are a prefix of more. No tokenizer is
+needed, since tokens are estimated from words; ``tests/benchmarks/test_chats.py`` compares this with
 SmolLM2's.
 """
 

@@ -1,17 +1,17 @@
-"""How long 4-bit weights take to decode and encode on a CPU, against bitsandbytes and a copy.
+"""Times decoding and encoding of 4-bit weights on a CPU, compared with bitsandbytes and a copy.
 
     python benchmarks/cpu_kernels.py --threads 2
 
 For a 4096x4096 weight and one of SmolLM2-135M's (1536x576), NF4, blocks of 64, double quantisation,
 to float32 and bfloat16. Contestants take turns within every round, so that a slow moment of the
-machine hits all of them. *reused* decodes into a tensor written before; *fresh* into a new one,
-whose pages the system has yet to provide when it is large. *copy* is ``out.copy_(source)`` of the
-result's type, reused or fresh. All results are compared with plain PyTorch's before they are timed.
+machine affects all of them. *reused* decodes into an existing tensor; *fresh* into a new one, whose
+pages the system has yet to provide if it is large. *copy* is ``out.copy_(source)`` of the result's
+dtype, reused or fresh. All results are compared with plain PyTorch's before they are timed.
 
-bitsandbytes writes into new tensors only. *bitsandbytes-bare* calls the function of its library
-that it would call, on a tensor written before, so that page faults are left out of the comparison.
-bitsandbytes runs AVX-512 code where the CPU has that, and scalar code where it has AVX2 only;
-rows of 8 elements make it run the latter here too (*bitsandbytes-scalar*).
+bitsandbytes writes into new tensors only. *bitsandbytes-bare* calls its library function directly
+on an existing tensor, to exclude page faults from the comparison. bitsandbytes runs AVX-512 code if
+the CPU has it, and scalar code with AVX2 only; rows of 8 elements make it run the latter here too
+(*bitsandbytes-scalar*).
 """
 
 import argparse

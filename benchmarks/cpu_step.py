@@ -1,15 +1,15 @@
-"""Training speed, memory and losses on a CPU, against PEFT and PEFT + bitsandbytes, in one run.
+"""Training speed, memory and losses on a CPU, compared with PEFT and PEFT + bitsandbytes.
 
     python benchmarks/cpu_step.py --model SmolLM2-135M-Instruct.Q4_1.gguf
 
-Every contestant runs in a process of its own, on the same checkpoint (the GGUF, decoded to
+Every contestant runs in its own process, on the same checkpoint (the GGUF file, decoded to
 float32), the same token ids, and the same initial adapter (drawn once, loaded into all). A step is
 4 sequences of 256 tokens, every position supervised; AdamW, r = 16 on all linears, no dropout, no
-gradient checkpointing for the peers (it would slow them); one of ours is given a memory budget.
-They take turns for ``--rounds`` rounds, so that a slow minute of the machine hits all of them.
+gradient checkpointing for the peers (it would slow them); one of ours has a memory budget. They
+take turns for ``--rounds`` rounds, so that a slow minute of the machine affects all of them.
 Reported: tokens per second (median over the timed steps of all rounds) and peak resident memory of
-the process, both also as ratios to PEFT + bitsandbytes in float32, and the largest difference of
-the first 20 losses from PEFT's in float32 over the same kind of base.
+the process, both also relative to PEFT + bitsandbytes in float32, and the largest difference of the
+first 20 losses from PEFT's in float32 with the same kind of base model.
 """
 
 import argparse

@@ -1,16 +1,16 @@
-"""SHA-256 of everything that a change of layout must not change.
+"""SHA-256 digests of everything that a refactoring must not change.
 
     python benchmarks/digests.py --output before.json --gguf SmolLM2-135M-Instruct.Q4_1.gguf
     python benchmarks/digests.py --output after.json --gguf … --compare before.json
 
-Commands are run as they are typed, on tiny models of several families and, given its file, on
+Commands are run as typed, on tiny models of several families and, if its file is given, on
 SmolLM2-135M: adapters after 20 steps under many options, the losses of these steps, a run that is
-stopped and resumed, what `merge`, `export` and `quantize` write, and what `plan` prints. Only the
-command line is used, so the script reads the same before and after modules have moved. On a GPU
-(``--device cuda``) runs are deterministic, with CUDA graphs and without.
+stopped and resumed, the output of `merge`, `export` and `quantize`, and what `plan` prints. Only
+the command line is used, so the script does not depend on the layout of the code. On a GPU
+(``--device cuda``) runs are deterministic, with and without CUDA graphs.
 
-A file's digest is that of its bytes; of a run, that of its adapter and, beside it, of its losses.
-The digests hold for one machine and one version of torch.
+A file's digest is that of its bytes; a run's, those of its adapter and of its losses. The digests
+are valid for one machine and one version of torch.
 """
 
 import argparse

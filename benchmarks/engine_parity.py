@@ -1,19 +1,19 @@
-"""Twenty optimizer steps under the layer engine, in each of its forms, and under plain autograd.
+"""Twenty optimizer steps with the layer engine, in each of its modes, compared with plain autograd.
 
     python benchmarks/engine_parity.py --model SmolLM2-135M-Instruct.gguf
 
-From the same base, adapters and data: the losses of all steps, and the gradients of the first, as
-plain autograd over transformers' own layers has them, and how far from them each form is:
+From the same base model, adapters and data: the losses of all steps, and the gradients of the
+first, by plain autograd over transformers' own layers, and the distance of each mode from them:
 
     layers     layer by layer, transformers' layers
     fused      the fused layers of layers/decoder_layer.py
-    packed     and the documents of a step in shared parts        (GPU)
+    packed     and the documents of a step packed                 (GPU)
     graphs     and CUDA graphs                                    (GPU)
     offload    and layer inputs in host memory                    (GPU)
-    saved      as fused or graphs, every layer keeping what backward needs
-    decoded    and its decoded weights
+    saved      as fused or graphs, with every layer saved
+    decoded    and decoded weights kept
 
-Forms whose arithmetic is the same must be equal to the bit; the table says so.
+Modes with the same arithmetic must be equal bit for bit; the table says so.
 """
 
 import argparse

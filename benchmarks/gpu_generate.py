@@ -1,23 +1,22 @@
-"""Answers on one GPU: tokens a second of a 7B shape, and whole commands on a real model.
+"""Generation on one GPU: tokens per second of a 7B shape, and whole commands on a real model.
 
     python benchmarks/gpu_generate.py
     python benchmarks/gpu_generate.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf
 
 Without a model: Llama-2-7B's shape with random weights, NF4 with double quantisation, bfloat16 for
-the rest, and prompts of 128 tokens. Ours is ``halfbyte.models.generate.generate``, all that
-``halfbyte generate`` does once its model is loaded, with a tokenizer of words and nothing that ends
-an answer; the peer is transformers' own ``generate`` over bitsandbytes' linears. Both choose the
-likeliest token. ``-lora`` has an adapter of rank 16 on all linears, the peer's is PEFT's.
+the rest, and prompts of 128 tokens. Ours is ``halfbyte.models.generate.generate``, as used by
+``halfbyte generate`` after loading, with a word tokenizer and no end token; the peer is
+transformers' own ``generate`` with bitsandbytes' linears. Both decode greedily. ``-lora`` has an
+adapter of rank 16 on all linears, the peer's is PEFT's.
 
-``tokens_per_s`` is of a whole call: prompts, the preparation of weights, the capture of a CUDA
-graph, and the answers. ``steady_tokens_per_s`` is of the steps alone: the difference between a long
-and a short call. The first call, which compiles, is not in them. *limit* is what memory allows,
-weights read once a step at the speed of a copy: packed ones, and decoded ones. Each contestant has
-a process of its own.
+``tokens_per_s`` is of a whole call: prompts, preparation of weights, capture of a CUDA graph, and
+answers. ``steady_tokens_per_s`` is of the steps alone: the difference between a long and a short
+call. The first call, which compiles, is excluded. *limit* is memory bandwidth: weights read once
+per step at the speed of a copy, packed and decoded. Each contestant has its own process.
 
 With a model: ``halfbyte generate`` of 100 tokens, and ``halfbyte eval`` of 100 held-out chats of
-``chats.py``, as typed, in wall seconds. *first* finds Triton's cache empty, *again* full. *imports*
-is what any program spends that imports torch and transformers and starts CUDA.
+``chats.py``, as typed, in wall seconds. *first* has an empty Triton cache, *again* a full one.
+*imports* is the time of any program that imports torch and transformers and starts CUDA.
 """
 
 import argparse

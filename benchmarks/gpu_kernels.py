@@ -1,16 +1,16 @@
-"""How long 4-bit weights take to decode, encode and multiply with on a GPU, against the peers.
+"""Times decoding, encoding and products of 4-bit weights on a GPU, compared with the peers.
 
     python benchmarks/gpu_kernels.py
 
 NF4, blocks of 64, double quantisation, bfloat16; the linear shapes of Llama-2-7B and Llama-3-8B.
-Each figure stands beside bitsandbytes', Unsloth's (decoding only) and what the bytes would take at
-the speed of a device copy, all timed in this run. Peers read the same packed tensors as we do, and
-write into the same rotated buffers. Unsloth is imported last, since it changes other packages; its
-row *own buffer* is the call its training makes, on one buffer that it holds, one by one only.
+Each time is compared with bitsandbytes', Unsloth's (decoding only) and the time of a device copy of
+as many bytes, all measured in this run. Peers read the same packed tensors as we do, and write into
+the same rotated buffers. Unsloth is imported last, since it patches other packages; its row *own
+buffer* is the call its training makes, into its one buffer, called one by one only.
 
-    copy      a copy of 2 GB: bytes read and written a second
-    quantize  its launches in a graph; events around the call, and wall time, both with its wait
-              for the check that all was finite; differing bytes from bitsandbytes
+    copy      a copy of 2 GB: bytes read and written per second
+    quantize  its kernels in a graph; events around the call, and wall time, both including the wait
+              for the check that all was finite; bytes differing from bitsandbytes
     matmul    x·Wᵀ for few rows of x; error against float64 over the exact NF4 values
     decode    to bfloat16; whether the result is bitsandbytes' bit for bit
 """

@@ -1,9 +1,9 @@
-"""What lies between a layer's products, by our kernels and by Liger's, on a GPU.
+"""Elementwise operations of a layer, by our kernels and by Liger's, on a GPU.
 
     python benchmarks/gpu_liger.py
 
-Microseconds in a CUDA graph, at the widths of Llama-2-7B, and what the bytes would take at the
-speed of a copy in a graph. Nothing is rotated: what fits the second cache is found there by both.
+Microseconds in a CUDA graph, at the widths of Llama-2-7B, and the time to copy as many bytes in a
+graph. Buffers are not rotated: what fits into the L2 cache is found there by both.
 """
 
 from collections.abc import Callable

@@ -2,15 +2,15 @@
 
     python benchmarks/gpu_linear.py --shape llama2-7b
 
-*bare* is what no such layer can do without: x·Wᵀ and dY·W of the seven weights, bfloat16 cuBLAS
-into tensors that are there already. Contestants also compute the adapters' part (r = 16) and all
-their gradients. Each works for a while before it is timed and they take turns without a pause, so
-the card is warm and at its power limit (W and MHz are in the rows); a time divided by that of
-*bare* is what QLoRA, or LoRA, costs. *graph* is a CUDA graph's replay, without the host's launches,
-over a graph of *bare*.
+*bare* is the minimum of any such layer: x·Wᵀ and dY·W of the seven weights, bfloat16 cuBLAS into
+existing tensors. Contestants also compute the adapters' part (r = 16) and all their gradients. Each
+runs for a while before it is timed and they take turns without a pause, so the GPU is warm and at
+its power limit (W and MHz are in the rows); the time relative to *bare* is the cost of QLoRA, or
+LoRA. *graph* is a CUDA graph's replay, without launches from the host, relative to a graph of
+*bare*.
 
-Unsloth comes last, with a *bare* of its own, since its import changes PEFT and bitsandbytes. Its
-MLP includes SwiGLU and gives the gradient of the MLP's input only. Before anything is timed, 64
+Unsloth comes last, with its own *bare*, since its import patches PEFT and bitsandbytes. Its MLP
+includes SwiGLU and computes the gradient of the MLP's input only. Before anything is timed, 64
 tokens are compared with float64 over each contestant's exact weights.
 """
 

@@ -1,14 +1,14 @@
-"""How long a model takes to load in 4 bits on a GPU, and the memory that takes, against the peers.
+"""Time and memory of loading a model in 4 bits on a GPU, compared with the peers.
 
     python benchmarks/gpu_load.py
 
-A checkpoint of Llama-2-7B's shape with random weights, bfloat16 in files of 2 GB, is made once in a
-temporary directory (13.5 GB of disk). Every contestant loads it in a process of its own, so that
+A checkpoint of Llama-2-7B's shape with random weights, bfloat16 in files of 2 GB, is created once
+in a temporary directory (13.5 GB of disk). Every contestant loads it in its own process, so that
 the allocator's figures are its own: NF4, double quantisation, bfloat16 for the rest. The files are
 read once before, so that all find them in the page cache. The clock starts when everything is
-imported, the CUDA context is there and one small weight has been quantised (which compiles, and
-loads the device's code; `first_s`); it stops when the device is done. *limit* is what the bytes
-take alone: reading the files into one buffer, and copying as many from pinned memory to the card.
+imported, the CUDA context exists and one small weight has been quantised (which compiles, and loads
+the device's code; `first_s`); it stops when the device is done. *limit* is the time for the bytes
+alone: reading the files into one buffer, and copying as many from page-locked memory to the GPU.
 """
 
 import argparse

@@ -1,19 +1,19 @@
-"""How long AdamW's update takes on a GPU, resident and paged, against bitsandbytes and torch.
+"""Times AdamW's update on a GPU, resident and paged, compared with bitsandbytes and torch.
 
     python benchmarks/gpu_optim.py
 
 160 M float32 parameters in 448 tensors: the adapters of r = 64 on every linear of Llama-2-7B.
 
-    beside    twenty steps of the kernel and of plain PyTorch: moments must be the same
-    update    milliseconds a step, by the wall over ten steps and one wait, the median of three; on
-              the device, in a CUDA graph; on the host, until the call returns; and what its bytes
-              would take at the speed of a device copy
+    beside    twenty steps of the kernel and of plain PyTorch: moments must be equal
+    update    milliseconds per step: wall time over ten steps and one wait, the median of three; on
+              the device, in a CUDA graph; on the host, until the call returns; and the time of a
+              device copy of as many bytes
     paging    the same with the state on the host (explicit), and what it adds to the resident step;
-              managed while everything fits; what it takes to leave ahead of a tight step and return
-    hidden    a stand-in for backward (products of about 1 ms a layer, last layer first) alone, with
-              the update after it, and with each layer updated when its products are done
+              managed while everything fits; page-out before a step short of memory, and page-in
+    hidden    a stand-in for backward (products of about 1 ms per layer, last layer first) alone,
+              with the update after it, and with each layer updated when its products are done
 
-``--tune`` tries other sizes of a program instead, and keeps a row of its own.
+``--tune`` tries other sizes of a program instead, and keeps its own row.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""The plan's predictions beside what ``gpu_step.py`` measured; needs no GPU.
+"""Compares the plan's predictions with the measurements of ``gpu_step.py``; needs no GPU.
 
     python benchmarks/gpu_plan.py benchmarks/results/*_gpu_step*.json
 
-For each step of ours in these files: the peak that `plan.ledger` says, the time that `plan.speed`
-says for the card, and by how many percent they are off. Steps of more than one part are planned as
-they are made now, part by part: files older than that have what all micro-batches kept together.
+For each step of ours in these files: the peak predicted by `plan.ledger`, the time predicted by
+`plan.roofline` for the GPU, and their errors in percent. Steps of more than one part are planned as
+they are made now, part by part; in older files all micro-batches were kept together.
 """
 
 import argparse

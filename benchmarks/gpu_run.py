@@ -1,27 +1,27 @@
-"""Whole runs on one GPU, from files to an adapter, on rows of the lengths people have.
+"""Whole runs on one GPU, from files to an adapter, on chats of realistic lengths.
 
     python benchmarks/gpu_run.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf
     python benchmarks/gpu_run.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --commands
 
-Steps of one length are timed in ``gpu_step.py``; here it is ``halfbyte train`` as it is typed, with
-all that is around its steps. The model is Llama-2-7B's shape with random weights, bfloat16 in files
-of 2 GB, with SmolLM2's tokenizer and template. The data is 2000 chats of ``chats.py``; 8 of them,
-twice, are a step; r = 16 on all linears, alpha 16, no dropout, learning rate 1e-4, rows of at most
-2048 tokens. Everything else is each program's default: ours chooses what is kept for backward, TRL
-and Unsloth run layers again, Unsloth's AdamW has 8 bits. ``smollm2`` is SmolLM2-135M from its GGUF
-file, for three times as many steps.
+``gpu_step.py`` times steps of one length; this is ``halfbyte train`` as typed, with everything
+around its steps. The model is Llama-2-7B's shape with random weights, bfloat16 in files of 2 GB,
+with SmolLM2's tokenizer and template. The data is 2000 chats of ``chats.py``; a step is two batches
+of 8; r = 16 on all linears, alpha 16, no dropout, learning rate 1e-4, rows of at most 2048 tokens.
+Everything else is each program's default: ours chooses what is kept for backward, TRL and Unsloth
+recompute layers, Unsloth's AdamW has 8-bit state. ``smollm2`` is SmolLM2-135M from its GGUF file,
+for three times as many steps.
 
-All train on the same tokens and labels, which halfbyte's data code makes (the assistant's, and its
-end-of-turn token; TRL takes ``input_ids`` and ``labels`` as they are). Unsloth lays the rows of a
-batch end to end by itself; ``unsloth-packed`` is its ``packing=True``, with 2 blocks of 2048 tokens
-for 8 rows, which are about as many tokens. TRL pads.
+All train on the same tokens and labels, prepared by halfbyte's data code (the assistant's tokens,
+including its end-of-turn token; TRL takes ``input_ids`` and ``labels`` as they are). Unsloth packs
+the rows of a batch by itself; ``unsloth-packed`` is its ``packing=True``, with 2 blocks of 2048
+tokens for 8 rows, which are about as many tokens. TRL pads.
 
-Each contestant has a process and a time limit, and a row even if it fails: then with the reason. In
-a row, tokens are real ones, never padding. ``first_step_s`` is from the command to the end of the
-first step; what compiles kernels does so once on a machine, so name a contestant twice
-(``--only halfbyte halfbyte``) to see it with and without. A step of a peer ends when the device is
-done, and its time is that since the step before ended; of ours it is what ``journal.jsonl`` says.
-Steady figures leave out the first ten steps; of fewer than eleven, the first half.
+Each contestant has a process and a time limit, and a row even if it fails, with the reason. Tokens
+are real ones, never padding. ``first_step_s`` is from the command to the end of the first step;
+kernels are compiled once per machine, so name a contestant twice (``--only halfbyte halfbyte``) to
+see it with and without. A step of a peer ends when the device is done, and its time is that since
+the end of the previous step; ours is from ``journal.jsonl``. Steady figures exclude the first ten
+steps, or if there are fewer than eleven, the first half.
 """
 
 import argparse

@@ -1,15 +1,15 @@
-"""Training steps of a 7B or 8B shape on one GPU: time and memory, against PEFT, in one run.
+"""Training steps of a 7B or 8B shape on one GPU: time and memory, compared with PEFT.
 
     python benchmarks/gpu_step.py --configs 1x512 1x2048 4x2048 16*1x512
 
 A config is batch x length, or micro-batches*batch x length for one optimizer step. Random weights,
 NF4 with double quantisation (or 16-bit, for LoRA), r = 16 on all linears, no dropout, bfloat16,
-every position supervised, AdamW. ``--keep recompute`` runs every layer again in backward,
-``offload`` does so with the layers' inputs in host memory, ``save`` runs none again, and keeps
-decoded weights in what is left of the card. Each has a process of its own and builds its model on
-the card without a checkpoint. A figure is the median of the steps after the first ten (peers:
-three); memory is torch's peak over all steps, the first and the capture of graphs included. *floor*
-is the bare matrix products of a step: forward, forward again and dx of every linear.
+every position supervised, AdamW. ``--keep recompute`` recomputes every layer in backward,
+``offload`` does so with the layers' inputs in host memory, ``save`` recomputes none, and keeps
+decoded weights in the remaining memory. Each has its own process and builds its model on the GPU
+without a checkpoint. A figure is the median of the steps after the first ten (peers: three); memory
+is torch's peak over all steps, including the first and the capture of graphs. *floor* is the bare
+matrix products of a step: forward, recomputed forward and dx of every linear.
 """
 
 import argparse

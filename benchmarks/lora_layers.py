@@ -1,7 +1,7 @@
 """The contestants of gpu_linear.py: the linears of one decoder layer with LoRA on all seven.
 
-Each is built of the same bfloat16 weights and the same adapters, q/k/v read one tensor, gate/up
-another, and every input wants its gradient. Nothing here is timed.
+Each is built from the same bfloat16 weights and the same adapters; q/k/v read one tensor, gate/up
+another, and every input requires a gradient. Nothing here is timed.
 """
 
 from collections.abc import Callable, Iterable

@@ -1,9 +1,8 @@
-"""What the GPU benchmarks share: waiting for the device, taking turns, and the record of a run.
+"""Shared by the GPU benchmarks: waiting for the device, taking turns, and the record of a run.
 
-A GPU works behind the host's back, so time is taken with events on the device. Two figures a
-launch: in a CUDA graph, where nothing waits for Python, and called one by one, as a program calls.
-Buffers are rotated, so that no launch finds in the L2 cache (50 MB on an H100) what an earlier one
-left there.
+A GPU runs asynchronously, so times are taken with events on the device. Each launch is timed twice:
+in a CUDA graph, without Python, and called one by one, as a program does. Buffers are rotated, so
+that no launch finds in the L2 cache (50 MB on an H100) what an earlier one left there.
 """
 
 import json

@@ -2,8 +2,8 @@
 
     python benchmarks/plot_runs.py
 
-Reads one result of ``gpu_run.py``. The file is the same each time it is written from the same rows,
-and the chart has a background of its own, so it is readable on light and dark pages.
+Reads one result of ``gpu_run.py``. The same rows always give the same file, and the chart has its
+own background, so it is readable on light and dark pages.
 """
 
 import argparse

@@ -1,20 +1,20 @@
-"""What four bits cost in quality: fine-tuned on three tasks, and bare on ordinary prose.
+"""The cost of four bits in quality: after fine-tuning on three tasks, and on prose before training.
 
     python benchmarks/quality.py --model MODEL --work /tmp/quality --write-docs
 
-Six bases are made of one model: 16 bits (that is LoRA), NF4 with and without double quantisation,
-FP4, plain 4-bit integers, and NF4 by search. Each is trained on each task with each seed, by the
-same recipe. A seed fixes the examples, their order and the adapter's start, so the bases are
-compared in pairs. Finished runs are kept in ``--work``: called again, it goes on. On request there
-is more of what options can do for NF4: search in blocks of 32, and, for any, adapters that begin
-with what packing lost (``-qera``).
+Six bases are made from one model: 16 bits (that is LoRA), NF4 with and without double quantisation,
+FP4, plain 4-bit integers, and NF4 by search. Each is trained on each task with each seed, with the
+same options. A seed fixes the examples, their order and the adapter's initialisation, so the bases
+are compared in pairs. Finished runs are kept in ``--work``, and a second call continues. Further
+arms are options for NF4: search in blocks of 32, and adapters initialised with the quantisation
+error (``-qera``).
 
-Two tasks are to be got exactly right, and a model that has learned them has next to no loss, of
-which any difference is many percent. The third is a book, of which most cannot be foretold: it is
-trained on nine chapters, and read in the other three.
+Two tasks have exact answers, and a model that has learned them has almost no loss, so any
+difference is many percent of it. The third is a book, most of which cannot be predicted: the model
+is trained on nine chapters, and evaluated on the other three.
 
-Plain integers are no format of halfbyte: their base is rounded to them and held in 16 bits, which
-is the same arithmetic.
+Plain integers are not a format of halfbyte: their base is rounded to them and held in 16 bits,
+which is the same arithmetic.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""A second task: find a bus in a timetable told in prose, and say how long it takes.
+"""A second task: find a bus in a timetable given in prose, and compute how long it takes.
 
     Buses from the mill: the one to Ashby goes at 9:05 from bay 3 and gets there at 9:50, ...
     How do I get to Ashby?
     Ashby: 9:05 from bay 3, 45 minutes
 
 Unlike the demo's, it is more than copying: a row must be found, by its town or as the first after a
-given time, and a duration worked out, which a model of 135 million weights only half learns. So its
-loss is far from zero, and a worse base has room to show. Held-out cases have other towns, places,
-hours and phrasings than the examples.
+given time, and a duration computed, which a model of 135 million weights learns only partly. So its
+loss is far from zero, and differences between bases are visible. Held-out cases have other towns,
+places, hours and phrasings than the examples.
 """
 
 from __future__ import annotations

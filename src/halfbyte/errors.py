@@ -1,22 +1,22 @@
-"""Every exception halfbyte raises on purpose.
+"""All exceptions that halfbyte raises deliberately.
 
-    HalfbyteError              catch this to catch all of ours
+    HalfbyteError              base class of all
     ├── UserError              wrong use or bad input: the command line exits with 2
     │   ├── ConfigError        an option or a configuration file is wrong
     │   ├── DataError          a data file is missing, empty or unusable
     │   ├── CheckpointError    a model, an adapter or a run is missing, damaged, of another kind
     │   ├── WeightError        a weight cannot be quantised (NaN, infinity); names the tensor
     │   ├── OutputError        the output cannot be written: no permission, no space, in use
-    │   └── OutOfMemoryError   the GPU's memory does not suffice, whatever is done
+    │   └── OutOfMemoryError   a step does not fit into GPU memory, after all fallbacks
     └── NonFiniteLossError     training diverged: the loss or a gradient is NaN or infinite
 
-A message says what was expected, what came, and what to do. Anything that is not a
+A message says what was expected, what was found, and what to do. Anything that is not a
 ``HalfbyteError`` is a bug of ours and is shown with its traceback (exit code 1).
 """
 
 
 class HalfbyteError(Exception):
-    """The root of every exception halfbyte raises on purpose."""
+    """Base class of all exceptions that halfbyte raises deliberately."""
 
 
 class UserError(HalfbyteError):
@@ -28,7 +28,7 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """A data file is missing, empty, or holds nothing that can be trained on."""
+    """A data file is missing, empty, or has nothing to train on."""
 
 
 class CheckpointError(UserError):
@@ -40,11 +40,11 @@ class OutputError(UserError):
 
 
 class OutOfMemoryError(UserError):
-    """A step does not fit into the memory of the GPU, whatever is done."""
+    """A step does not fit into GPU memory, after all fallbacks."""
 
 
 class WeightError(UserError):
-    """A weight cannot be quantised, because it holds NaN or infinity."""
+    """A weight cannot be quantised, because it contains NaN or infinity."""
 
 
 class NonFiniteLossError(HalfbyteError):

@@ -200,7 +200,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "shape": (
         lambda d: rewrite(d, lambda h: h.update({UP: torch.ones(64, 128)})),
-        r"up_proj.weight has shape \[64, 128\], the configuration asks for \[128, 64\]",
+        r"up_proj.weight has shape \[64, 128\], the configuration requires \[128, 64\]",
     ),
     "twice": (
         lambda d: rewrite(d, lambda h: h.update({UP[6:]: torch.ones(128, 64)})),
@@ -379,7 +379,7 @@ def test_a_model_the_hub_does_not_give_is_told(monkeypatch: pytest.MonkeyPatch) 
         raise LocalEntryNotFoundError("no connection")
 
     monkeypatch.setattr(base_model, "snapshot_download", fetch)
-    with pytest.raises(CheckpointError, match=r"cannot be had from the Hugging Face hub: no conn"):
+    with pytest.raises(CheckpointError, match=r"not available on the Hugging Face hub: no conn"):
         open_base("org/model")
 
 

@@ -159,7 +159,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "offset huge": (lambda k: state_of(k, nested_offset=10**400), "cannot be read"),
     "scales not finite": (
         lambda k: k[f"{NAME}.nested_absmax"].fill_(torch.inf),
-        "nested_absmax holds NaN or infinity",
+        "nested_absmax contains NaN or infinity",
     ),
     "scales in 16 bits": (
         lambda k: k.update({f"{NAME}.nested_absmax": k[f"{NAME}.nested_absmax"].bfloat16()}),
@@ -365,7 +365,7 @@ def test_what_bitsandbytes_wrote_loads_as_it_is(
         ours = load_base(tmp_path, recipe).model
         assert caplog.text == ""
         load_base(tmp_path, other)
-    assert f"packed already, and is taken as it is: {quant}, blocks of 64" in caplog.text
+    assert f"already packed and is used as it is: {quant}, blocks of 64" in caplog.text
     for path, linear in frozen_linears(ours).items():
         packed = linear.quantized
         assert packed is not None
@@ -420,7 +420,7 @@ def test_what_cannot_be_packed_is_told(tmp_path: Path, model_dir: Path) -> None:
     out = write_quantized(model_dir, tmp_path / "out", BaseRecipe())
     with pytest.raises(OutputError, match="it exists already"):
         write_quantized(model_dir, out, BaseRecipe())
-    with pytest.raises(CheckpointError, match="is packed in 4 bits already"):
+    with pytest.raises(CheckpointError, match="is already packed in 4 bits"):
         write_quantized(out, tmp_path / "again", BaseRecipe())
     write_quantized(model_dir, out, BaseRecipe(quant="fp4"), replace=True)
     assert "fp4" in (out / "config.json").read_text()

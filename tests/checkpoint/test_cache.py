@@ -144,7 +144,7 @@ def test_a_damaged_copy_is_told_and_made_anew(
     change(copy)
     with caplog.at_level(logging.WARNING, logger="halfbyte"):
         assert_same(load_base(model_dir, BaseRecipe(), packed_copy=cached), plain)
-    assert "is damaged and made anew" in caplog.text
+    assert "is damaged, repacking" in caplog.text
     assert message in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="halfbyte"):

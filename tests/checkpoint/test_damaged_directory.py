@@ -188,7 +188,7 @@ def test_a_buffer_that_only_the_configuration_knows_of_has_limits(tmp_path: Path
     load_base(tmp_path, BaseRecipe())
     fields = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(fields | {"n_positions": 2**40}))
-    with pytest.raises(CheckpointError, match=r"asks for a buffer .*embed_positions of 35184 GB"):
+    with pytest.raises(CheckpointError, match=r"requires a buffer .*embed_positions of 35184 GB"):
         load_base(tmp_path, BaseRecipe())
 
 

@@ -228,7 +228,7 @@ def test_scaled_rotary_frequencies_are_announced(
 
 def test_a_file_without_a_tokenizer_is_told(tmp_path: Path) -> None:
     source = open_base(write_gguf(tmp_path / "m.gguf", tokenizer=False))
-    with pytest.raises(CheckpointError, match=r"m.gguf holds no tokenizer"):
+    with pytest.raises(CheckpointError, match=r"m.gguf contains no tokenizer"):
         source.tokenizer()
 
 
@@ -417,6 +417,6 @@ def test_rules_of_cutting_that_are_not_known_are_announced(
         assert caplog.text == ""
         path.write_bytes(raw.replace(b"gpt-2", b"other"))
         assert cuts() == plain
-    assert "cuts text by rules that halfbyte does not know ('other')" in caplog.text
+    assert "has a pre-tokenizer that halfbyte does not know ('other')" in caplog.text
     path.write_bytes(raw.replace(b"gpt-2", b"qwen2"))
     assert cuts() == ["1", "2", "Ġa", "!ĊĊ", "3"] != plain

@@ -207,7 +207,7 @@ def test_a_rounded_adapter_is_within_its_rounding(tmp_path: Path, file_type: Any
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"saved": {"model.norm.weight": torch.ones(64)}}, r"trained whole \(norm\)"),
+        ({"saved": {"model.norm.weight": torch.ones(64)}}, r"trained in full \(norm\)"),
         ({"config": LoRAConfig(r=4, use_dora=True)}, "DoRA"),
     ],
 )
@@ -375,7 +375,7 @@ def test_families_of_tokenizers_are_known_by_their_rules() -> None:
         byte_level() | {"normalizer": {"type": "Lowercase"}},
         byte_level() | {"pre_tokenizer": None},
     ):
-        with pytest.raises(CheckpointError, match="split text in another way"):
+        with pytest.raises(CheckpointError, match="tokenise text differently"):
             pre_tokenizer(other)
 
 

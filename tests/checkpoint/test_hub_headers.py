@@ -55,7 +55,7 @@ def test_headers_stand_for_the_files(hub: Counting, tmp_path: Path, name: str) -
 
 def test_what_is_not_there_is_told(hub: Counting, tmp_path: Path) -> None:
     (tmp_path / "org" / "empty").mkdir()
-    for name, says in (("org/none", "cannot be had"), ("org/empty", "no safetensors files")):
+    for name, says in (("org/none", "not available on the"), ("org/empty", "no safetensors files")):
         with pytest.raises(CheckpointError, match=says):
             fetch_headers(name, tmp_path, files=hub)
 
@@ -78,5 +78,7 @@ def test_a_hub_that_cannot_be_reached_is_told(
         raise client.ConnectError("no such host")
 
     monkeypatch.setattr(HfFileSystem, "ls", unreachable)
-    with pytest.raises(CheckpointError, match=r"org/x is no directory .* be had .*: no such host"):
+    with pytest.raises(
+        CheckpointError, match=r"org/x is no local directory .* not available .*: no such host"
+    ):
         fetch_headers("org/x", tmp_path)

@@ -336,7 +336,7 @@ def test_a_module_trained_whole_that_does_not_fit(model_dir: Path, adapter_dir: 
     for name, message in (
         ("lm_head", "another vocabulary"),
         ("head", "does not have"),
-        ("model.layers.0.mlp.up_proj", "supported for embeddings, norms"),
+        ("model.layers.0.mlp.up_proj", "supported only for embeddings, norms"),
     ):
         key = f"base_model.model.{name}.weight"
         edit(adapter_dir / CONFIG, modules_to_save=[name])

@@ -139,7 +139,7 @@ def test_train_lays_options_over_the_file_and_says_what_it_read(
     out, err = capsys.readouterr()
     assert lines(err)[:2] == ["`base_model: m` read as `model: m`", "training: steps 1 to 1"]
     assert lines(out) == [
-        "The adapter is written. To try it:",
+        "The adapter has been written. To try it:",
         f"  halfbyte chat --model m --adapter {output}",
     ]
     events = [record["event"] for record in read_journal(output / "journal.jsonl")]
@@ -344,7 +344,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(
     ]
     out = capsys.readouterr().out
     assert out.count("Once upon  …\n") == 2
-    assert out.count("/reset forgets the conversation, /exit leaves\n") == 2
+    assert out.count("/reset starts a new conversation, /exit quits\n") == 2
 
 
 # --- demo ---------------------------------------------------------------------------------------
@@ -382,7 +382,7 @@ def test_the_demo_tells_its_story(
     assert not earlier.exists()
     text = capsys.readouterr().out
     for expected in (
-        "one line of YAML comes out",
+        "one line of YAML",
         "› 1 + 2?",
         "✗  fish",
         "exactly right    50.0 %    50.0 %",

@@ -40,7 +40,7 @@ def test_a_person_reads_what_there_is_and_that_it_is_right(
     for expected in ("torch", "processor", "C++ compiler", "paging", "nothing to page", "✓"):
         assert expected in out
     assert "✗" not in out
-    assert "All 9 are right (" in out
+    assert "All 9 passed (" in out
 
 
 def test_a_program_reads_the_numbers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,7 +78,7 @@ def test_a_decoder_that_is_wrong_is_found(
     wrong = answer["self_test"][0]["facts"]["wrong"]
     assert "dequantise nf4 float32 (scalar)" in wrong
     assert all("(scalar)" in name for name in wrong)
-    assert "this machine does not compute rightly: packing and decoding" in err
+    assert "wrong results on this machine: packing and decoding" in err
 
 
 def test_a_linear_layer_that_is_wrong_is_found(
@@ -127,7 +127,7 @@ def test_training_that_differs_from_itself_is_found(
         return trained
 
     monkeypatch.setattr(self_test, "_train", drifting)
-    assert failed(checked(capsys, 1)) == ["and learns the same again"]
+    assert failed(checked(capsys, 1)) == ["and learns it again, bit for bit"]
 
 
 def test_only_what_is_to_repeat_is_held_to_a_fixed_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,8 +172,8 @@ class _Driver:
     [
         (_Driver(1), "managed memory (concurrentManagedAccess is 1)"),
         (_Driver(0), "concurrentManagedAccess is 0"),
-        (_Driver(1, error=100), "the driver answers with error 100"),
-        (OSError("libcuda.so.1: not found"), "the driver cannot be asked (libcuda.so.1"),
+        (_Driver(1, error=100), "the driver returns error 100"),
+        (OSError("libcuda.so.1: not found"), "the driver cannot be queried (libcuda.so.1"),
     ],
 )
 def test_whether_state_can_page_is_asked_of_the_driver(

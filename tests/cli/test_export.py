@@ -112,7 +112,7 @@ def test_an_adapter_that_holds_what_packing_lost_is_no_adapter_for_other_bases(
     (other / "halfbyte.json").write_text(json.dumps(card))
     code, _, err = answer(model, other, tmp_path / "out", "--format", "gguf-lora")
     assert code == 0, err
-    assert ("what packing that base lost" in " ".join(err.split())) == (begun == "qera")
+    assert ("compensates for the quantisation error" in " ".join(err.split())) == (begun == "qera")
 
 
 def test_an_adapter_alone_of_another_base_is_refused(
@@ -129,7 +129,7 @@ def test_an_adapter_alone_of_another_base_is_refused(
     words = ("--format", "gguf-lora", "--device", "cpu")
     code, _, err = answer(other, adapter, tmp_path / "out", *words)
     assert code == 2
-    assert "this is not it: the weights are others" in err
+    assert "this model differs: the weights differ" in err
     assert not (tmp_path / "out").exists()
     assert answer(other, adapter, tmp_path / "out", *words, "--allow-mismatch")[0] == 0
     copy = write_quantized(model, tmp_path / "copy", BaseRecipe())
@@ -148,7 +148,7 @@ def test_a_wrong_file_ends_with_1(
     code, printed, err = answer(model, tmp_path / "out", "--type", "q8_0")
     assert code == 1
     assert printed["verified"]["worst_share"] > 1
-    assert "and is wrong" in err
+    assert "but is wrong" in err
     assert answer(model, tmp_path / "other", "--type", "q8_0", "--no-verify")[0] == 0
 
 

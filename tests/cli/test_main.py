@@ -189,7 +189,7 @@ def test_too_little_memory_is_no_bug(
     assert cli.main(["doctor"]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert err.startswith(f"halfbyte doctor: the GPU's memory does not suffice: {said}. End other")
+    assert err.startswith(f"halfbyte doctor: out of GPU memory: {said}. End other")
 
 
 def test_a_bug_shows_its_traceback(command: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -165,7 +165,7 @@ def test_a_merge_that_is_not_what_was_trained_fails_when_verified(
     answer = json.loads(out)
     assert answer["verified"]["top1_agreement"] < 1
     assert answer["distances"] == {}
-    assert "is not what was trained" in err
+    assert "differs from what was trained" in err
     assert "(--min-agreement)" in err
     assert (tmp_path / "merged" / "config.json").exists()
 
@@ -203,7 +203,7 @@ def test_what_was_taught_survives_the_merge_or_the_merge_fails(
         least = str(lost["top1_agreement"])
         assert float(least) > 0
         assert cli.main([*words, least, "--overwrite"]) == 1
-        assert f"of {lost['by_heart']} rows that the adapter knows" in capsys.readouterr().err
+        assert f"of {lost['by_heart']} rows that the adapter reproduces" in capsys.readouterr().err
     data.unlink()
     assert ask(*words, 0, "--overwrite")["verified"]["by_heart"] == 0
 
@@ -216,7 +216,7 @@ def test_merges_that_cannot_be(
     (adapter / "halfbyte.json").unlink()
     words = ["merge", str(tmp_path / "packed"), str(adapter), str(tmp_path / "merged")]
     message = refused([*words, "--into", "original"], capsys)
-    assert "its original weights are not there" in message
+    assert "its original weights are not available" in message
     assert "`into` best needs `measure`" in refused([*words, "--no-measure"], capsys)
     assert "none.jsonl" in refused([*words, "--data", str(tmp_path / "none.jsonl")], capsys)
     assert not (tmp_path / "merged").exists()
@@ -283,9 +283,9 @@ def test_long_examples_are_cut_and_counted(
     data.write_text(json.dumps(long) + "\n" + json.dumps({"prompt": "a", "completion": "b"}) + "\n")
     words = train(ground, data=data, output=tmp_path / "o")
     assert cli.main([*words, "--max-length", "32", "--max-steps", "1"]) == 0
-    assert "cut to max_length 32: 1 row (line 1)" in capsys.readouterr().err
+    assert "truncated to max_length 32: 1 row (line 1)" in capsys.readouterr().err
     notes = [one["text"] for one in read_journal(tmp_path / "o" / "journal.jsonl") if "text" in one]
-    assert any("cut to max_length 32" in note for note in notes)
+    assert any("truncated to max_length 32" in note for note in notes)
 
 
 def test_an_adapter_for_another_base(
@@ -294,9 +294,9 @@ def test_an_adapter_for_another_base(
     other = write_tiny_model(tmp_path / "other", hidden=128)
     words = ["--adapter", str(ground.out), "--data", str(ground.data)]
     message = refused(["eval", "--model", str(other), *words], capsys)
-    assert "this is not it: the weights are others" in message
+    assert "this model differs: the weights differ" in message
     message = refused(["merge", str(other), str(ground.out), str(tmp_path / "merged")], capsys)
-    assert "this is not it: the weights are others" in message
+    assert "this model differs: the weights differ" in message
     assert not (tmp_path / "merged").exists()
 
 
@@ -322,7 +322,7 @@ def test_a_disk_that_is_full(
 
 
 def test_a_run_is_not_overwritten(ground: Ground, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "holds a run already" in refused(train(ground), capsys)
+    assert "already contains a run" in refused(train(ground), capsys)
 
 
 @pytest.mark.parametrize("command", ["quantize", "merge"])
@@ -334,7 +334,7 @@ def test_an_output_that_is_taken(
     mine.write_text("mine")
     words = [command, str(ground.model), *([str(ground.out)] if command == "merge" else [])]
     assert "--overwrite" in refused([*words, str(mine.parent)], capsys)
-    assert "holds no model" in refused([*words, str(mine.parent), "--overwrite"], capsys)
+    assert "contains no model" in refused([*words, str(mine.parent), "--overwrite"], capsys)
     assert mine.read_text() == "mine"
 
 

@@ -71,8 +71,8 @@ def test_a_file_is_found_wherever_it_stands() -> None:
     [
         ("--lora-r", "`lora_r` needs a value"),
         ("--lora-r --seed 1", "`lora_r` needs a value"),
-        ("one.yaml two.yaml", "`two.yaml` is one word too many"),
-        ("one.yaml -q", "`-q` is one word too many"),
+        ("one.yaml two.yaml", "unexpected argument `two.yaml`"),
+        ("one.yaml -q", "unexpected argument `-q`"),
     ],
 )
 def test_words_that_are_no_options(line: str, problem: str) -> None:
@@ -104,7 +104,7 @@ def test_everything_wrong_is_said_at_once() -> None:
             ["m", "--rank", "0", "--overwrit", "--rank2", "--double-quant=perhaps", "--out"]
         )
     assert str(caught.value).splitlines() == [
-        "6 things are wrong",
+        "6 errors",
         "  `out` needs a value",
         "  unknown option `overwrit`; did you mean `overwrite`?",
         "  unknown option `rank2`; did you mean `rank`?",
@@ -133,10 +133,10 @@ def test_help_text(monkeypatch: pytest.MonkeyPatch) -> None:
         "  --overwrite             replace what is there",
         "  --rank N                rank",
         "",
-        "and",
-        "  --json                  print the result as one JSON",
-        "                          object, and nothing else",
-        "  -h, --help              print this",
+        "general",
+        "  --json                  print only the result, as one JSON",
+        "                          object",
+        "  -h, --help              print this help",
     ]
 
 

@@ -186,7 +186,7 @@ def test_two_names_that_agree_are_fine_and_two_that_do_not_are_a_mistake() -> No
     both = {"adapter": "qlora", "load_in_4bit": True}
     assert configured(**both).quant == "nf4"
     assert complaint(**REQUIRED, adapter="lora", load_in_4bit=True) == (
-        "`quant` is given twice, as `adapter` (none) and as `load_in_4bit` (nf4); keep one"
+        "`quant` is given twice, as `adapter` (none) and as `load_in_4bit` (nf4); remove one"
     )
 
 
@@ -222,7 +222,7 @@ def test_a_mistake_is_named_with_what_was_expected(option: dict[str, Any], messa
 def test_all_mistakes_are_said_at_once(tmp_path: Path) -> None:
     file = written(tmp_path, "lerning_rate: 1\nquant: int8\ndata: d")
     said = complaint(file=file, model="m", lora_r="no", colour="red").splitlines()
-    assert said[0] == "5 things are wrong"
+    assert said[0] == "5 errors"
     assert [line.strip().split("`")[1] for line in said[1:]] == [
         "lerning_rate",
         "colour",
@@ -236,7 +236,7 @@ def test_all_mistakes_are_said_at_once(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("- a\n- b", "expected lines such as `learning_rate: 2e-4`, got a list"),
-        ("lora_r: 8\nlora_r: 16", "line 1: `lora_r` is there twice"),
+        ("lora_r: 8\nlora_r: 16", "line 1: `lora_r` is given twice"),
         ("lora_r: [8", "line 1"),
         ("model: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
     ],
@@ -262,7 +262,7 @@ def test_an_empty_file_gives_nothing(tmp_path: Path) -> None:
 
 def test_what_is_not_used_is_said() -> None:
     _, notes = load_config(None, REQUIRED | {"max_steps": 5, "epochs": 2})
-    assert notes == ["`max_steps` is given, so `epochs` is not used"]
+    assert notes == ["`epochs` is ignored, since `max_steps` is given"]
     assert load_config(None, REQUIRED | {"max_steps": 5})[1] == []
 
 

@@ -60,9 +60,9 @@ def test_a_person_is_told_in_lines(tmp_path):
         f"{file}: 2 of 10 rows usable, read as messages",
         "left out, malformed JSON: 7 rows (lines 3, 4, 5, 6, 7, …)",
         "left out, 'messages' is empty: 1 row (line 10)",
-        "cut to max_length 30: 1 row (line 2); the longest has 164 tokens",
+        "truncated to max_length 30: 1 row (line 2); the longest has 164 tokens",
         "37 tokens, 31 supervised (84%)",
-        "the tokenizer has no chat template: plain text, a line a message",
+        "the tokenizer has no chat template: plain text, one line per message",
     ]
 
 

@@ -133,7 +133,7 @@ def test_a_reply_that_is_rewritten_is_not_learned_and_that_is_said():
     replies, notes = learned(tiny_tokenizer(text), row)
     assert replies == [f"<think>hm</think>No.{END}"]
     assert notes == (
-        "a reply that cannot be located in the rendered text is not learned: 1 row (line 1)",
+        "a reply that cannot be located in the rendered text is ignored: 1 row (line 1)",
     )
 
 
@@ -155,7 +155,7 @@ def test_a_prompt_that_opens_thinking_which_training_lacks_is_said():
     replies, notes = learned(tiny_tokenizer(text), talk("Hi", "Yes.", "So?", "<No."))
     assert replies == [f"Yes.{END}", f"<No.{END}"]
     assert notes == (
-        "the prompt that inference renders ends otherwise than in training: 1 row (line 1)",
+        "the prompt rendered at inference ends differently than in training: 1 row (line 1)",
     )
 
 
@@ -169,7 +169,7 @@ def test_a_reply_that_nothing_closes_is_learned_whole_and_that_is_said():
     text = template("{{ message['content'] + '\n' }}")
     replies, notes = learned(tiny_tokenizer(text), talk("Hi", "Yes."))
     assert replies == ["Yes.\n"]
-    assert notes == ("no token closes the reply: a model will not learn to stop: 1 row (line 1)",)
+    assert notes == ("no token ends the reply: the model will not learn to stop: 1 row (line 1)",)
 
 
 def test_a_conversation_that_begins_with_a_reply_is_learned_from_the_second():
@@ -177,7 +177,7 @@ def test_a_conversation_that_begins_with_a_reply_is_learned_from_the_second():
     replies, notes = learned(TOKENIZERS["chatml"], row)
     assert replies == [f"Yes.{END}"]
     assert notes == (
-        "a reply that cannot be located in the rendered text is not learned: 1 row (line 4)",
+        "a reply that cannot be located in the rendered text is ignored: 1 row (line 4)",
     )
 
 
@@ -185,9 +185,9 @@ def test_rows_of_which_no_reply_can_be_located_or_that_are_refused_are_rejected(
     with pytest.raises(RowRejected, match="no assistant turn could be located"):
         learned(TOKENIZERS["chatml"], Conversation("1", [turn("assistant", "Hello!")]))
     system = [turn("system", "Be brief."), *talk("Hi", "Yes.").messages]
-    with pytest.raises(RowRejected, match=r"refuses it \(roles must be user and assistant"):
+    with pytest.raises(RowRejected, match=r"rejects it \(roles must be user and assistant"):
         learned(TOKENIZERS["llama2"], Conversation("1", system))
-    with pytest.raises(DataError, match=r"cannot be made a prompt.*roles must be"):
+    with pytest.raises(DataError, match=r"cannot be rendered as a prompt.*roles must be"):
         prompt_ids(TOKENIZERS["llama2"], system)
 
 
@@ -248,7 +248,7 @@ def test_without_a_template_a_message_is_a_line_and_a_reply_ends_with_eos(adds_b
     assert tokenizer.decode(tokens) == f"{bos}Hi\nYes.{END}So?\nNo.{END}"
     replies, notes = learned(tokenizer, row)
     assert replies == [f"Yes.{END}", f"No.{END}"]
-    assert notes == ("the tokenizer has no chat template: plain text, a line a message",)
+    assert notes == ("the tokenizer has no chat template: plain text, one line per message",)
     prompt = prompt_ids(tokenizer, row.prompt)
     assert tokens[: len(prompt)].tolist() == prompt
     everything = Encoder(tokenizer, "all").encode(row)

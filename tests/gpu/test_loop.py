@@ -89,7 +89,7 @@ def test_adapters_begin_with_what_packing_lost(model, data, tmp_path):
     begun, events = run(model, data, tmp_path / "b", max_steps=2, init_lora_weights="qera")
     assert fresh[0] != begun[0]
     notes = [event.get("text", "") for event in events if event["event"] == "note"]
-    assert any("% of what packing lost" in line for line in notes)
+    assert any("% of the quantisation error" in line for line in notes)
 
 
 def test_a_run_that_is_resumed_is_the_run_that_was_not_interrupted(model, data, tmp_path):

@@ -164,7 +164,7 @@ def test_a_linear_belongs_to_one_set():
 
 
 @pytest.fixture
-def thin():
+def narrow_products():
     """Two groups in an open layer, and what x Aᵀ is made of."""
     groups = [LinearGroup([layer(out)]) for out in SIZES[:2]]
     opened = OpenLayer({g.members[0]: None for g in groups}, torch.float32)
@@ -173,8 +173,8 @@ def thin():
     opened.close()
 
 
-def test_what_is_given_back_is_used_once_and_by_its_own_group(thin):
-    opened, (one, other), x, cast_adapters = thin
+def test_what_is_given_back_is_used_once_and_by_its_own_group(narrow_products):
+    opened, (one, other), x, cast_adapters = narrow_products
     opened.record()
     p = one.into_a(x, cast_adapters)
     taken = opened.pop()
@@ -186,8 +186,8 @@ def test_what_is_given_back_is_used_once_and_by_its_own_group(thin):
     assert not one.into_a(torch.zeros(5, 10), cast_adapters).any()
 
 
-def test_each_part_has_its_own(thin):
-    opened, (one, _), x, cast_adapters = thin
+def test_each_part_has_its_own(narrow_products):
+    opened, (one, _), x, cast_adapters = narrow_products
     taken = []
     for part in (x, x + 1):
         opened.record()
@@ -201,8 +201,8 @@ def test_each_part_has_its_own(thin):
     assert not one.has_lora_activation
 
 
-def test_nothing_is_recorded_unasked_and_nothing_of_a_group_with_two_inputs(thin):
-    opened, (one, _), x, cast_adapters = thin
+def test_nothing_is_recorded_unasked_and_nothing_of_a_group_with_two_inputs(narrow_products):
+    opened, (one, _), x, cast_adapters = narrow_products
     one.into_a(x, cast_adapters)
     assert opened.pop() == {}
     opened.record()
@@ -233,8 +233,8 @@ def test_a_group_that_is_dissolved_while_it_is_open_leaves_the_weights_to_others
     assert all(group.open_layer is None for group in [together, *alone])
 
 
-def test_nothing_is_left_of_a_layer_that_is_closed(thin):
-    _, (one, other), x, cast_adapters = thin
+def test_nothing_is_left_of_a_layer_that_is_closed(narrow_products):
+    _, (one, other), x, cast_adapters = narrow_products
     linears = [*one.members, *other.members]
     with DecodedWeightCache().opened(linears, torch.float64) as opened:
         assert one.open_layer is other.open_layer is opened

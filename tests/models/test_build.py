@@ -152,8 +152,8 @@ def test_what_never_came_is_named(source):
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("model.layers.0.mlp.up_proj.weight", (3, 4), r"asks for shape \[128, 64\].*\[3, 4\]"),
-        ("model.norm.weight", (63,), r"asks for shape \[64\].*\[63\]"),
+        ("model.layers.0.mlp.up_proj.weight", (3, 4), r"requires shape \[128, 64\].*\[3, 4\]"),
+        ("model.norm.weight", (63,), r"requires shape \[64\].*\[63\]"),
         ("model.layers.9.mlp.up_proj.weight", (3, 4), "does not have"),
         ("model.layers.0.mlp.up_proj.wait", (3, 4), "does not have"),
     ],

@@ -114,7 +114,7 @@ def test_others_are_answered_by_transformers_and_the_reason_is_logged_once(
         answers = generate(model, tokenizer, PROMPTS, **how)
         assert generate(model, tokenizer, PROMPTS, **how) == answers
     assert [r.message for r in caplog.records] == [
-        "answers are transformers' own generate, not the faster loop: its name is not known"
+        "using transformers' generate instead of the faster loop: its name is not known"
     ]
     if temperature == 0:
         assert answers == known

@@ -132,10 +132,10 @@ def test_a_speed_that_varies_as_much_is_said_to() -> None:
 
 
 def test_what_is_missing_is_said() -> None:
-    failed = Result("lora", 0, failure="it was ended by SIGKILL")
+    failed = Result("lora", 0, failure="it was killed by SIGKILL")
     assert compared(QLORA).sentence() == "There is one variant, so nothing to compare it with."
     assert "no result of both lora and qlora" in compared(failed, QLORA).sentence()
-    assert compared(failed, QLORA).failures() == ["lora, seed 0: it was ended by SIGKILL"]
+    assert compared(failed, QLORA).failures() == ["lora, seed 0: it was killed by SIGKILL"]
     assert compared(failed, QLORA).rows()[1][0] == ["peak at load", "–", "3.50 GB"]
 
 

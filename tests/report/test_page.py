@@ -194,7 +194,7 @@ def test_a_step_is_split_where_the_engine_told_of_its_parts(tmp_path: Path) -> N
 
 def test_a_run_that_is_not_over_says_so(tmp_path: Path) -> None:
     going = write_journal(tmp_path / "going", journal_lines()[:10])
-    assert "last heard of" in Checked(page([read_run(going)])).text
+    assert "last update" in Checked(page([read_run(going)])).text
     stopped = [*journal_lines()[:10], {"event": "stopped", "reason": "NonFiniteLossError: step 7"}]
     run = read_run(write_journal(tmp_path / "stopped", stopped))
     assert "stopped: NonFiniteLossError: step 7" in Checked(page([run])).text
@@ -220,7 +220,7 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     assert "Where their options differ" in read.text
     cells = re.findall(r"<tr><th scope=\"row\">lora_r</th><td>8</td><td>64</td></tr>", page(runs))
     assert cells
-    assert "options that are not the same" in read.text
+    assert "options that differ" in read.text
 
 
 def test_paging_is_drawn_where_something_was_paged(tmp_path: Path) -> None:
@@ -334,7 +334,7 @@ def test_the_verb_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert cli.main(["report"]) == 2
     assert "`runs` is missing" in capsys.readouterr().err
     assert cli.main(["report", str(tmp_path)]) == 2
-    assert "holds no journal of a run" in capsys.readouterr().err
+    assert "contains no journal of a run" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"expected .*/nowhere"):
         read_run(tmp_path / "nowhere")
 

@@ -63,7 +63,7 @@ def test_a_gpu_multiplies_in_what_it_has_units_and_kernels_for(monkeypatch, name
     assert ("no bfloat16 units" in why) == (name in GPU_DTYPES)
     for asked in (torch.float32, torch.float16):
         got = choose_device_and_dtype("cuda", str(asked).removeprefix("torch."))
-        assert got[1:] == (asked, "as asked for")
+        assert got[1:] == (asked, "as requested")
     if name in GPU_DTYPES:
         with pytest.raises(ConfigError, match=f"{DEVICES[name].name}.* use auto, float16 or"):
             choose_device_and_dtype("cuda", "bfloat16")

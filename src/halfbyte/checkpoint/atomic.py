@@ -1,9 +1,9 @@
-"""Files and directories that are there whole or not at all.
+"""Atomic writes: files and directories that exist completely or not at all.
 
-What is written goes to a hidden sibling (``.NAME.partial-PID``), is flushed to the disk, and then
-takes its name in one step. A process that is killed at any moment leaves the old content or the
-new, and at worst a hidden sibling, which the next writer of that name removes. An error on the way
-(no space, no permission) removes the sibling at once and becomes an ``OutputError``.
+Data is written to a hidden sibling (``.NAME.partial-PID``), flushed to disk, and renamed in one
+step. A process killed at any moment leaves the old content or the new, and at worst a hidden
+sibling, which the next writer of that name removes. An error on the way (no space, no permission)
+removes the sibling at once and becomes an ``OutputError``.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ def output_errors(path: Path) -> Iterator[None]:
 
 
 def require_writable(directory: str | Path, bytes_needed: int = 0) -> Path:
-    """Make sure, before any work is done, that ``directory`` can take what will be written.
+    """Check, before any work is done, that ``directory`` can be written.
 
     It is created if it does not exist.
 
@@ -75,7 +75,7 @@ def require_writable(directory: str | Path, bytes_needed: int = 0) -> Path:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that takes the name ``path``, replacing what is there, when the block ends.
+    """Open a file that is renamed to ``path``, replacing an existing one, when the block ends.
 
     Raises:
         OutputError: If it cannot be written; ``path`` is then what it was before.
@@ -97,7 +97,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Make a directory that takes the name ``path`` when the block ends; the block fills it.
+    """Create a directory that is renamed to ``path`` when the block ends.
 
     Args:
         path: Its name; parents are created.
@@ -146,7 +146,7 @@ def remove_directory(path: Path) -> None:
 
 
 def remove_partial(parent: Path, pattern: str) -> None:
-    """Remove what killed processes left in ``parent`` for names that match the glob ``pattern``."""
+    """Remove files of killed processes in ``parent`` for names that match the glob ``pattern``."""
     for path in parent.glob(f".{pattern}.partial-*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""A base model from whatever a user names: a directory, a GGUF file, or a model of the hub.
+"""Opens a base model: a directory, a GGUF file, or a model of the hub.
 
-``open_base`` reads headers and settles that the files are the model. ``load_base`` hands one
-tensor after another to ``models.build``, which packs it the moment it comes, so beside the model
-there is never more than the tensor in flight.
+``open_base`` reads headers and checks that the files are those of the model. ``load_base`` passes
+one tensor after another to ``models.build``, which packs it immediately, so only one tensor exists
+in addition to the model.
 """
 
 import logging
@@ -97,7 +97,7 @@ def _download(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{name} is no directory or file here, and cannot be had from the Hugging Face hub: "
+            f"{name}  is no local directory or file, and not available on the Hugging Face hub: "
             f"{error}"
         ) from error
 
@@ -126,7 +126,7 @@ def load_base(
 
     Raises:
         CheckpointError: See ``open_base``; also if there is no tokenizer.
-        WeightError: If a weight holds NaN or infinity.
+        WeightError: If a weight contains NaN or infinity.
     """
     if not isinstance(source, BaseSource):
         source = open_base(source)
@@ -159,14 +159,14 @@ def load_base(
 
 
 def importances(source: BaseSource, recipe: BaseRecipe) -> dict[str, Tensor]:
-    """Return what errors count in the columns of each linear, by its weight's name.
+    """Return the importance of errors in the columns of each linear, by its weight's name.
 
     The model is loaded once, packed without a search, to read the calibration text, and dropped.
     Empty if ``recipe`` asks for no search, or there is nothing to pack.
 
     Raises:
         CheckpointError: See ``open_base``.
-        WeightError: If a weight holds NaN or infinity.
+        WeightError: If a weight contains NaN or infinity.
     """
     nothing = recipe.quant == "none" or any(parameter.packed for parameter in source.parameters)
     if nothing or not recipe.quant_search:
@@ -196,7 +196,7 @@ def _left_plain(source: BaseSource, recipe: BaseRecipe) -> list[str]:
     plain = [linears[p.name] for p in source.parameters if p.name in linears and not p.packed]
     if plain:
         logger.warning(
-            "%s is packed, but for %d of its linear layers, which stay in 16 or 32 bits: %s",
+            "%s is packed, except for %d of its linear layers, which stay in 16 or 32 bits: %s",
             source.name,
             len(plain),
             ", ".join(plain[:4]),

@@ -1,8 +1,8 @@
-"""A base model written as a bitsandbytes 4-bit checkpoint, which transformers, PEFT and vLLM load.
+"""Writes a base model as a bitsandbytes 4-bit checkpoint, which transformers, PEFT and vLLM load.
 
-The weights are read, packed and written one at a time. The bytes are those ``load_base`` holds in
-memory for the same recipe. A packed output head transformers loads like any other linear, unless
-it is tied to the embedding; a packed embedding is an extension of ours, and only halfbyte loads it.
+The weights are read, packed and written one at a time. The bytes are those ``load_base`` has in
+memory with the same recipe. transformers loads a packed output head like any other linear, unless
+it is tied to the embedding; a packed embedding is our extension, which only halfbyte loads.
 """
 
 import dataclasses
@@ -59,14 +59,14 @@ def write_quantized(
         CheckpointError: See ``open_base``; also if the source is packed already.
         OutputError: If ``out_dir`` is there and is not to be replaced, cannot be written, or there
             is no space.
-        WeightError: If a weight holds NaN or infinity.
+        WeightError: If a weight contains NaN or infinity.
     """
     if recipe.quant == "none":
         raise ConfigError("quantize needs quant nf4 or fp4, got none")
     if not isinstance(source, BaseSource):
         source = open_base(source)
     if any(parameter.packed for parameter in source.parameters):
-        raise CheckpointError(f"{source.name} is packed in 4 bits already; copy it instead")
+        raise CheckpointError(f"{source.name} is already packed in 4 bits; copy it instead")
     if not exact:  # such a copy is made while the model is loaded, which tells
         warn_of_packing_again(source, recipe)
     out_dir, dtype = Path(out_dir), dtype or source.dtype
@@ -140,7 +140,7 @@ def _packed(
 def quantization_config(
     source: BaseSource, recipe: BaseRecipe, linears: set[str], dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Return what ``config.json`` says of a model whose ``linears`` (names) are packed."""
+    """Return the ``quantization_config`` of a model whose ``linears`` (names) are packed."""
     skipped = [
         name
         for name, module in source.skeleton.named_modules()

@@ -1,8 +1,8 @@
-"""A 4-bit weight as the tensors bitsandbytes makes of it in a checkpoint, both ways.
+"""Converts a 4-bit weight to and from bitsandbytes' tensors in a checkpoint.
 
-A linear's ``X.weight`` becomes five or six tensors: the codes under its own name, and what is
-needed to read them under names that begin with it (README.md beside this file has the table).
-Bytes are kept as they are in both directions.
+A linear's ``X.weight`` becomes five or six tensors: the codes under its own name, and the data
+needed to decode them under names with that prefix (README.md in this directory has the table).
+Bytes are unchanged in both directions.
 """
 
 import json
@@ -103,7 +103,7 @@ def decode_keys(name: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
         else:
             parts[field] = taken(_SUFFIXES[field], like)
             if like.is_floating_point() and not parts[field].isfinite().all():
-                raise wrong(f"{name + _SUFFIXES[field]} holds NaN or infinity")
+                raise wrong(f"{name + _SUFFIXES[field]} contains NaN or infinity")
     return replace(expected, **parts)
 
 

@@ -1,10 +1,10 @@
-"""Packed copies of base models in the user's cache, so that a second start packs nothing.
+"""Packed copies of base models in the user's cache, so that later starts need not pack.
 
-A copy is a directory as ``write_quantized`` makes it, but for what is not packed, which keeps its
-own dtype: the model loaded from it is, bit for bit, the one loaded from the files. Its name is a
-digest of the files' fingerprint and of all that decides the bytes, the kind of device among it,
-since the codes made on a GPU are not those made on a CPU. A card beside the weights has their
-fingerprint: a copy that does not have it (cut short, changed) is made anew.
+A copy is a directory as written by ``write_quantized``, except that unpacked tensors keep their
+dtype: the model loaded from it is identical to the one loaded from the files, bit for bit. Its name
+is a digest of the files' fingerprint and everything that determines the bytes, including the kind
+of device, since GPU and CPU give different codes. A file next to the weights has their fingerprint:
+a copy that does not match it (truncated, changed) is created again.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ logger = logging.getLogger("halfbyte")
 def cached(
     source: BaseSource, recipe: BaseRecipe, progress: Callable[[int, int], None] | None = None
 ) -> BaseSource:
-    """Return the packed copy of ``source``, made now unless there is one.
+    """Return the packed copy of ``source``, creating it if there is none.
 
     Args:
         source: Any base model.
@@ -46,7 +46,7 @@ def cached(
         copy cannot be written, which is logged.
 
     Raises:
-        WeightError: If a weight holds NaN or infinity.
+        WeightError: If a weight contains NaN or infinity.
     """
     if recipe.quant == "none" or any(parameter.packed for parameter in source.parameters):
         return source
@@ -67,7 +67,7 @@ def cached(
         try:
             return _open(directory, made_from, source.name)
         except CheckpointError as error:
-            logger.warning("the packed copy of %s is damaged and made anew: %s", source.name, error)
+            logger.warning("the packed copy of %s is damaged, repacking: %s", source.name, error)
     try:
         with new_directory(directory, replace=True) as fresh:
             write_quantized(source, fresh, recipe, exact=True, progress=progress)
@@ -84,7 +84,7 @@ def cached(
 
 
 def cache_directory() -> Path:
-    """Return where packed copies lie: under ``$XDG_CACHE_HOME``, or else ``~/.cache``."""
+    """Return the directory of packed copies: under ``$XDG_CACHE_HOME``, or else ``~/.cache``."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
     return home / "halfbyte" / "models"
 

@@ -1,7 +1,7 @@
-"""A model in a directory, as ``save_pretrained`` writes it: plain, or packed by bitsandbytes.
+"""A model in a directory, as written by ``save_pretrained``: plain, or packed by bitsandbytes.
 
-Transformers' own tables say what to do with names of older or other layouts. Those that would
-have to be fused with others (experts in one tensor) are refused by name.
+Names of older or other layouts are translated by transformers' own tables. Tensors that would have
+to be fused with others (experts in one tensor) are refused by name.
 """
 
 import contextlib
@@ -78,13 +78,13 @@ class DirectorySource(BaseSource):
         if not packed and entry.shape != shape:
             raise CheckpointError(
                 f"{self._homes[key].path}: {key} has shape {list(entry.shape)}, the configuration "
-                f"asks for {list(shape)}; is config.json of another model?"
+                f"requires {list(shape)}; is config.json of another model?"
             )
         if not packed and entry.dtype.is_floating_point != expected.is_floating_point():
             raise CheckpointError(
                 f"{self._homes[key].path}: {key} is {entry.dtype}, expected are "
                 f"{'floating' if expected.is_floating_point() else 'whole'} numbers; is it "
-                "quantised in a way that config.json does not tell of?"
+                "quantised in a way that config.json does not mention?"
             )
         nbytes = sum(self._entry(member).nbytes for member in self._packed.get(key, [key]))
         return Parameter(name, shape, entry.dtype, nbytes, packed)
@@ -240,7 +240,7 @@ class DirectorySource(BaseSource):
         )
         if files != recipe:
             logger.warning(
-                "%s is packed already, and is taken as it is: %s, blocks of %d, double "
+                "%s is already packed and is used as it is: %s, blocks of %d, double "
                 "quantisation %s",
                 self.name,
                 first.quant_type,
@@ -262,7 +262,7 @@ def _read_config(directory: Path) -> PretrainedConfig:
                 f"{directory} is an adapter, not a model; give it as the adapter, and the model "
                 "it was trained on as the model"
             )
-        raise CheckpointError(f"{directory} is no model: it has no config.json")
+        raise CheckpointError(f"{directory} is not a model: it has no config.json")
     with foreign_reader(f"{directory}: transformers cannot read config.json"):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     packing = getattr(config, "quantization_config", None)
@@ -287,7 +287,7 @@ def write_description(
     generation_config: GenerationConfig | None,
     packing: dict[str, Any] | None = None,
 ) -> None:
-    """Write everything of a model's directory but the weights.
+    """Write everything in a model's directory except the weights.
 
     Args:
         directory: It must exist.

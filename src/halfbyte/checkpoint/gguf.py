@@ -1,11 +1,10 @@
-"""GGUF files as base models: what transformers makes of one, one tensor at a time.
+"""GGUF files as base models: the model that transformers makes of one, one tensor at a time.
 
-What the keys mean for a configuration and a tokenizer, what the tensors are called in transformers
-and how llama.cpp has rearranged them, is all kept in transformers
-(``modeling_gguf_pytorch_utils``), and used as it is there. Only the order of work is ours: it
-would decode the whole file into memory, after three readings of the header of 3 s each. So it is
-shown a copy of the header without its long arrays when asked for the configuration, the tokenizer
-comes from its fast reader, and tensors go through its rearrangements one by one.
+The translation of keys to a configuration and a tokenizer, of tensor names, and of llama.cpp's
+rearrangements is transformers' (``modeling_gguf_pytorch_utils``), used unchanged. Only the order of
+work is ours: transformers would decode the whole file into memory, after reading the header three
+times, 3 s each. So the configuration is read from a copy of the header without its long arrays, the
+tokenizer comes from its fast reader, and tensors are rearranged one by one.
 """
 
 import logging
@@ -66,7 +65,7 @@ def read_config(file: GGUFFile) -> PretrainedConfig:
     """
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
-        raise CheckpointError(f"{file.path} is no language model: it has no token_embd.weight")
+        raise CheckpointError(f"{file.path} is not a language model: it has no token_embd.weight")
     rows = embedding.shape[0]
     trouble = (
         f"{file.path}: transformers cannot make a configuration of architecture "
@@ -131,7 +130,7 @@ def read_tokenizer(file: GGUFFile) -> PreTrainedTokenizerBase:
         CheckpointError: If the file has none, or one transformers cannot read.
     """
     if "tokenizer.ggml.tokens" not in file.keys:
-        raise CheckpointError(f"{file.path} holds no tokenizer")
+        raise CheckpointError(f"{file.path} contains no tokenizer")
     with foreign_reader(f"{file.path}: transformers cannot read its tokenizer"):
         backend = byte_level(file)
         if backend is not None:
@@ -147,8 +146,8 @@ def read_tokenizer(file: GGUFFile) -> PreTrainedTokenizerBase:
     kind, cut = (file.keys.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if kind is not None and kind.value == "gpt2" and cut is not None:
         logger.warning(
-            "%s cuts text by rules that halfbyte does not know (%r), and transformers' own are "
-            "used: some texts become other tokens than in llama.cpp",
+            "%s has a pre-tokenizer that halfbyte does not know (%r), so that of transformers is "
+            "used: some texts give other tokens than in llama.cpp",
             file.path,
             cut.value,
         )

@@ -2,10 +2,9 @@
 
 A block is 32 or 256 numbers: float16 scales, some bits of scales of sub-blocks, and the codes. Each
 decoder takes blocks as uint8 [N, bytes] and returns float32 [N, numbers], each number by the same
-products and sums, rounded in the same order, as in the ``gguf`` package, which is the oracle in the
-tests. That package works in numpy: 2 s for the 135 M weights of SmolLM2, and 100 s for those of a
-7B model, which a GPU decodes in the time of reading the file. Types that are not here are decoded
-by it.
+products and sums, rounded in the same order, as in the ``gguf`` package, which is the reference in
+tests. That package uses numpy: 2 s for the 135 M weights of SmolLM2, and 100 s for those of a 7B
+model, which a GPU decodes in the time of reading the file. Types not listed here are decoded by it.
 """
 
 from collections.abc import Callable

@@ -1,9 +1,9 @@
-"""A model, or an adapter alone, written as a GGUF file for llama.cpp and what is built on it.
+"""Writes a model, or only an adapter, as a GGUF file for llama.cpp and programs based on it.
 
-It is the way of ``gguf.py`` backwards: transformers' names become llama.cpp's, the rows of queries
-and keys are put in its order, each value is rounded once from float32 to the type of the file. One
-tensor is held at a time. A configuration of which any part has no key is refused: a file that
-loads, and computes something else, is worse than none.
+It is the inverse of ``gguf.py``: transformers' names become llama.cpp's, the rows of queries and
+keys are put in its order, each value is rounded once from float32 to the type of the file. One
+tensor is in memory at a time. A configuration that cannot be expressed completely in keys is
+refused: a file that loads but computes something else is worse than none.
 """
 
 import json
@@ -88,7 +88,7 @@ class Layout:
         return found
 
     def ordered(self, parameter: str, value: Tensor) -> Tensor:
-        """Return a value with its rows as llama.cpp wants them: each rotary pair side by side."""
+        """Return a value with its rows in llama.cpp's order: each rotary pair side by side."""
         module = parameter.split(".")[-2]
         if self.architecture != "llama" or module not in ("q_proj", "k_proj"):
             return value
@@ -130,7 +130,7 @@ class Layout:
 
 
 def require_expressible(base: BaseSource, *, vocabulary: bool) -> None:
-    """Make sure, before any work is done, that a model can be exported.
+    """Check, before any work is done, that a model can be exported.
 
     Args:
         base: Its files.
@@ -249,7 +249,7 @@ def write_gguf(
 def write_gguf_lora(
     source: BaseSource, adapter: LoadedAdapter, path: Path, file_type: FileType = "f16"
 ) -> None:
-    """Write an adapter alone, as llama.cpp loads it with ``--lora``.
+    """Write only the adapter, as llama.cpp loads it with ``--lora``.
 
     One alpha holds for the file, and llama.cpp scales by alpha / r: where modules differ, what is
     left of the scale goes into B.
@@ -266,7 +266,7 @@ def write_gguf_lora(
         WeightError: If a value is NaN or infinite, or is in the file's type.
     """
     if kinds := dict.fromkeys(name.split(".")[-2] for name in adapter.saved):
-        raise _unsaid(f"an adapter with modules trained whole ({', '.join(kinds)})")
+        raise _unsaid(f"an adapter with modules trained in full ({', '.join(kinds)})")
     if adapter.config.use_dora:
         raise _unsaid("a DoRA adapter")
     layout = Layout(source.config)
@@ -337,14 +337,14 @@ def _encoded(planned: _Planned) -> np.ndarray[Any, Any]:
     least, most = torch.aminmax(value.reshape(-1)) if value.numel() else (0.0, 0.0)
     largest = max(-float(least), float(most))
     if not math.isfinite(largest):
-        raise WeightError(f"{planned.name} holds NaN or infinity; it cannot be exported")
+        raise WeightError(f"{planned.name} contains NaN or infinity; it cannot be exported")
     if planned.kind == GGMLQuantizationType.F16 and largest >= 65520:
         raise WeightError(f"{planned.name} has numbers float16 cannot hold; use --type bf16")
     return encode(value, planned.kind).cpu().numpy()
 
 
 class Verified(NamedTuple):
-    """What reading a file back found.
+    """The result of reading a file back.
 
     Attributes:
         tensors: How many were compared, all of them.
@@ -359,7 +359,7 @@ class Verified(NamedTuple):
 
 
 def rounding(value: Tensor, kind: GGMLQuantizationType) -> Tensor:
-    """Return how far from ``value`` each number may be when it is stored as ``kind``."""
+    """Return the largest rounding error of each value when stored as ``kind``."""
     if kind == GGMLQuantizationType.F32:
         return torch.full_like(value, torch.finfo(torch.float32).tiny)
     if kind == GGMLQuantizationType.F16:
@@ -375,7 +375,7 @@ def rounding(value: Tensor, kind: GGMLQuantizationType) -> Tensor:
 
 
 def verify_gguf(source: BaseSource, written: BaseSource, path: Path) -> Verified:
-    """Compare a file that was written with what it was made of, one tensor at a time.
+    """Compare a written file with its source, one tensor at a time.
 
     Args:
         source: What it was made of.
@@ -390,17 +390,17 @@ def verify_gguf(source: BaseSource, written: BaseSource, path: Path) -> Verified
     for name in _COMPUTING:
         a, b = (getattr(layout.config, name) for layout in (ours, theirs))
         if not math.isclose(a, b, rel_tol=1e-6):
-            raise HalfbyteError(f"{path} was written, and is wrong: {name} is {b}, not {a}")
+            raise HalfbyteError(f"{path} was written, but is wrong: {name} is {b}, not {a}")
     if (ours.head_dim, ours.rope["rope_theta"]) != (theirs.head_dim, theirs.rope["rope_theta"]):
-        raise HalfbyteError(f"{path} was written, and is wrong: its rotary embedding is another")
+        raise HalfbyteError(f"{path} was written, but is wrong: its rotary embedding is another")
     if _rules_of(source.tokenizer()) != _rules_of(written.tokenizer()):
-        raise HalfbyteError(f"{path} was written, and is wrong: its tokenizer is another")
+        raise HalfbyteError(f"{path} was written, but is wrong: its tokenizer is another")
     stored = GGUFFile(path).tensors
     there = {parameter.name for parameter in written.parameters}
     error, share = 0.0, 0.0
     for parameter in source.parameters:
         if parameter.name not in there:
-            raise HalfbyteError(f"{path} was written, and is wrong: it has no {parameter.name}")
+            raise HalfbyteError(f"{path} was written, but is wrong: it has no {parameter.name}")
         value = value_of(source, parameter.name)
         gap = (value_of(written, parameter.name).to(value.device) - value).abs_()
         error = max(error, float(gap.max()))
@@ -441,7 +441,7 @@ def verify_gguf_lora(source: BaseSource, adapter: LoadedAdapter, path: Path) -> 
         base = layout.name(f"{module}.weight")
         parts = [file.tensors.get(f"{base}.{leaf}") for leaf in ("lora_a", "lora_b")]
         if None in parts:
-            raise HalfbyteError(f"{path} was written, and is wrong: it lacks {base}")
+            raise HalfbyteError(f"{path} was written, but is wrong: it lacks {base}")
         theirs = []
         for part in parts:
             assert part is not None

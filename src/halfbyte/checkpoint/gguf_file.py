@@ -1,9 +1,9 @@
-"""GGUF files: the header checked, then one tensor decoded at a time.
+"""GGUF files: the header is checked, then one tensor is decoded at a time.
 
 A file is ``"GGUF" | version u32 | tensors u64 | keys u64 | key-value pairs | tensor table | padding
-| tensor bytes``. How blocks decode is in ``gguf_blocks``. The header we read ourselves:
+| tensor bytes``. ``gguf_blocks`` decodes the blocks. The header is read by our own code:
 ``gguf.GGUFReader`` wraps every element of every array in numpy objects (3 s and 130 MB for a
-vocabulary of 49 thousand), maps the file, and does not compare the header with the file's size.
+vocabulary of 49 thousand), maps the file, and does not check the header against the file's size.
 """
 
 import math
@@ -151,7 +151,7 @@ class GGUFFile:
                 found.append(raw[start:at].decode())
         except UnicodeDecodeError as error:
             raise CheckpointError(
-                f"{self.path}: the key {name} holds text that is not UTF-8: {error}"
+                f"{self.path}: the key {name} contains text that is not UTF-8: {error}"
             ) from error
         return kind, found
 
@@ -201,7 +201,7 @@ class _Header:
     def _check(self, length: int) -> None:
         if length > self.size - self.position:
             raise self.damaged(
-                f"its header goes on for {length} bytes after {self.position}, the file has "
+                f"its header continues for {length} bytes after {self.position}, the file has "
                 f"{self.size}"
             )
 
@@ -258,7 +258,7 @@ class _Header:
         try:
             return self.take(length).decode()
         except UnicodeDecodeError:
-            raise self.damaged("its header holds text that is not UTF-8") from None
+            raise self.damaged("its header contains text that is not UTF-8") from None
 
     def value(self, kind: int) -> Any:
         """Read a value; of an array, only its length is kept."""

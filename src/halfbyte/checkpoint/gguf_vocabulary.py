@@ -1,10 +1,10 @@
-"""A tokenizer as the keys of a GGUF file, which llama.cpp splits text by as transformers does.
+"""A tokenizer as the keys of a GGUF file, with which llama.cpp tokenises as transformers does.
 
-llama.cpp does not read a tokenizer's rules: it knows the rules of each family by name
-(``tokenizer.ggml.pre``). So a name is written only where the tokenizer's own rules, taken from its
-``tokenizer.json``, are those the name stands for; any other tokenizer is refused.
+llama.cpp does not read a tokenizer's rules: it has the rules of each family by name
+(``tokenizer.ggml.pre``). So a name is written only if the tokenizer's own rules, from its
+``tokenizer.json``, are those of that name; any other tokenizer is refused.
 
-The way back is ``byte_level``: a tokenizer of a name that we know, from the keys of a file.
+The inverse is ``byte_level``: a tokenizer with a known name, from the keys of a file.
 """
 
 import json
@@ -24,7 +24,7 @@ _WORDS = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _SPLITS = {_WORDS % "": "qwen2", _WORDS % "{1,3}": "llama-bpe"}
-_UNSPLIT = "an exported GGUF file would split text in another way than this tokenizer"
+_UNSPLIT = "an exported GGUF file would tokenise text differently"
 
 
 def add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
@@ -111,7 +111,7 @@ def copy_vocabulary(writer: GGUFWriter, file: GGUFFile) -> None:
                 writer.add_key_value(name, key.value, GGUFValueType(key.kind))
             found = True
     if not found:
-        raise CheckpointError(f"{file.path} holds no tokenizer")
+        raise CheckpointError(f"{file.path} contains no tokenizer")
 
 
 def pre_tokenizer(rules: dict[str, Any]) -> str:
@@ -144,7 +144,7 @@ def pre_tokenizer(rules: dict[str, Any]) -> str:
         if name is not None and whole == (name == "llama-bpe") and normalizer == "NFC":
             return name
     raise CheckpointError(
-        "the tokenizer's rules are none of those that halfbyte knows llama.cpp's name for "
+        "the tokenizer's rules are not among those known to halfbyte and llama.cpp "
         f"(gpt-2, smollm, qwen2, llama-bpe, SentencePiece's BPE): {_UNSPLIT}"
     )
 

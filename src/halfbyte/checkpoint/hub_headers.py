@@ -1,10 +1,11 @@
-"""A model of the Hugging Face hub by its headers: config.json and the first bytes of each file.
+"""Fetches the headers of a model of the Hugging Face hub: config.json and the start of each file.
 
-What is fetched is laid out as the model's directory would be, each file of weights with its true
-header and at its true length, and a hole where its tensors would be. Whoever opens it reads names,
-shapes, dtypes and bytes as of the real one, and the disk holds a few hundred kilobytes.
+They are stored like the model's directory: each file of weights with its real header and its real
+length, and a hole instead of its tensors. Names, shapes, dtypes and bytes can be read as from the
+real files, with a few hundred kilobytes on disk.
 
-Of files that bitsandbytes packed, the small tensors of one weight are fetched too: they say how.
+Of files packed by bitsandbytes, the small tensors of one weight are fetched too: they describe the
+packing.
 """
 
 import json
@@ -67,8 +68,8 @@ def fetch_headers(
         _fetch_one_state(files, root, [directory / shard for shard in shards])
     except trouble as error:
         raise CheckpointError(
-            f"{name} is no directory or file here, and its headers cannot be had from the Hugging "
-            f"Face hub: {error}"
+            f"{name} is no local directory or file, and its headers are not available on the "
+            f"Hugging Face hub: {error}"
         ) from error
 
 

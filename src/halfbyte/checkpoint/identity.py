@@ -1,9 +1,9 @@
-"""What an adapter was trained on, recorded so that it is not used on anything else unnoticed.
+"""Records what an adapter was trained on, so that it is not used with anything else by mistake.
 
-An adapter is an answer to one base: its weights as they were decoded, its tokenizer, its chat
-template. The card beside it (``halfbyte.json``) names all three by digest, and the recipe of the
-packing. The base may come in other files, say as a copy that is packed already: the files'
-fingerprint then differs, and the packed weights decide.
+An adapter belongs to one base model: its weights as decoded, its tokenizer, its chat template.
+``halfbyte.json`` next to it has a digest of each, and the quantisation options. The base model may
+come in other files, for example as a packed copy: then the files' fingerprint differs, and the
+packed weights decide.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ _SAMPLES = 4096
 
 
 def identity_of(base: LoadedBase) -> dict[str, Any]:
-    """Return what ``halfbyte.json`` says of a base; JSON values."""
+    """Return a base model's record for ``halfbyte.json``, as JSON values."""
     return {
         "name": base.name,
         "fingerprint": base.fingerprint,
@@ -78,7 +78,7 @@ def _digest(value: Any) -> str:
 
 
 def differences(card: Mapping[str, Any], base: LoadedBase) -> list[str]:
-    """Return in what ``base`` is not what ``card`` records; what it does not record is let pass.
+    """Return how ``base`` differs from ``card``; what the card does not record is not compared.
 
     Args:
         card: The content of ``halfbyte.json``; empty for an adapter of PEFT.
@@ -102,9 +102,9 @@ def differences(card: Mapping[str, Any], base: LoadedBase) -> list[str]:
     # The same files, packed by the same recipe, may differ in the last bit of a scale from one
     # device to another: that is no other base.
     if not same_files and (found or not same_weights):
-        found.append("the weights are others")
+        found.append("the weights differ")
     if recorded.get("tokenizer", tokens := tokenizer_digest(base.tokenizer)) != tokens:
-        found.append("the tokenizer is another")
+        found.append("the tokenizer differs")
     if recorded.get("chat_template", template := _digest(base.tokenizer.chat_template)) != template:
-        found.append("the chat template is another")
+        found.append("the chat template differs")
     return found

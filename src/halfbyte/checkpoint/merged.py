@@ -1,15 +1,15 @@
-"""A trained adapter merged into its base: a model of its own, for any program that loads one.
+"""A trained adapter merged into its base model, as a model for any program.
 
-W is a weight of the model's files, D what its 4-bit form decodes to, Δ = s·B·A what was trained
-beside D. There are three things to write, and each loses something else:
+W is a weight of the model's files, D its dequantised 4-bit form, Δ = s·B·A the update trained on D.
+There are three ways to merge, and each loses something else:
 
     decoded     D + Δ, in 16 bits      what was trained, rounded once
     original    W + Δ, in 16 bits      adds W − D, which training never saw
     nf4         D + Δ, packed again    small updates are rounded away; a quarter of the size
 
-``Merged`` is any of them as a source of tensors, made from the model in memory when they are asked
-for, in the form in which they will be read: so a merge can be measured before it is written
-(``tools.merge_evaluation``). Sums are made in float32, one linear layer at a time.
+``Merged`` is any of them as a source of tensors, computed on demand from the model in memory, in
+the form in which they will be read: so a merge can be measured before it is written
+(``tools.merge_evaluation``). Sums are computed in float32, one linear layer at a time.
 """
 
 import copy
@@ -46,7 +46,7 @@ def ways(base: BaseSource, model: PreTrainedModel) -> list[Into]:
 
 
 class Merged(BaseSource):
-    """A base model with its adapters merged in: what ``write_merged`` writes.
+    """A base model with its adapters merged in, written by ``write_merged``.
 
     Args:
         base: The files the model was loaded from.
@@ -55,7 +55,7 @@ class Merged(BaseSource):
         dtype: What is not packed is held in, and what is packed decodes to.
 
     Raises:
-        CheckpointError: If the original weights are asked for, and the files hold packed ones.
+        CheckpointError: If the original weights are requested, and the files have packed ones.
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class Merged(BaseSource):
         self._packed = packed if into == "nf4" else set()
         if into == "original" and any(parameter.packed for parameter in base.parameters):
             raise CheckpointError(
-                f"{base.name} is packed in 4 bits: its original weights are not there. Merge into "
-                "decoded, or give the model it was made from"
+                f"{base.name} is packed in 4 bits: its original weights are not available. Merge "
+                "into decoded, or give the model it was made from"
             )
         self.parameters = tuple(
             parameter._replace(
@@ -113,7 +113,7 @@ class Merged(BaseSource):
         return held
 
     def plan(self) -> list[Planned]:
-        """Return what will be written, in its order."""
+        """Return the tensors to write, in order."""
         plan: list[Planned] = []
         for parameter in self.parameters:
             if parameter.packed:
@@ -131,7 +131,7 @@ class Merged(BaseSource):
 
     @property
     def written_bytes(self) -> int:
-        """The most bytes that the tensors will take."""
+        """The maximum bytes of the tensors."""
         return sum(planned.nbytes for planned in self.plan())
 
     def packing(self) -> dict[str, object] | None:
@@ -146,7 +146,7 @@ class Merged(BaseSource):
 
         Raises:
             CheckpointError: If a file of the base ends early.
-            WeightError: If a merged weight holds NaN or infinity, and should be packed.
+            WeightError: If a merged weight contains NaN or infinity, and should be packed.
         """
         linear = self._linears.get(name)
         if linear is None:
@@ -197,7 +197,7 @@ def write_merged(
     progress: Callable[[int, int], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write a merged model; the one in memory is left as it is.
+    """Write a merged model; the one in memory does not change.
 
     Beside the model, memory holds one layer's weight in float32, twice.
 

@@ -1,8 +1,8 @@
-"""Ollama's Modelfile: which file, which template, where to stop.
+"""Ollama's Modelfile: the model file, the chat template, the stop tokens.
 
-Ollama's templates are Go's, a model's are Jinja's, and none can be made of the other. Two families
-are written as Go templates, and used only where the model's own template, rendered, gives the same
-text for the same conversations; else TEMPLATE is left out, and the Modelfile says so.
+Ollama's templates are in Go, a model's in Jinja, and there is no translation. Two families are
+available as Go templates, and used only if the model's own template renders the same text for the
+same conversations; otherwise TEMPLATE is left out, and the Modelfile says so.
 """
 
 import re
@@ -24,7 +24,7 @@ _SYSTEM = [{"role": "system", "content": "zero"}]
 
 
 def go_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None] | None:
-    """Return the chat template in Go, and the system message it gives where there is none.
+    """Return the chat template in Go, and its default system message.
 
     None if the model has no template, or one of another family.
     """
@@ -72,7 +72,7 @@ def modelfile(
     Args:
         base: What stands after FROM.
         tokenizer: The model's.
-        stops: Tokens that end an answer, beside the tokenizer's own end.
+        stops: Tokens that end an answer, in addition to the tokenizer's EOS.
         adapter: What stands after ADAPTER.
     """
     lines = [f"FROM {base}"]

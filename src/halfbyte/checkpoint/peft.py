@@ -1,13 +1,13 @@
-"""Adapters on disk, as PEFT writes and reads them.
+"""Adapters on disk, in PEFT's format.
 
-An adapter is a directory: ``adapter_config.json`` (what to attach to what), ``adapter_model
+An adapter is a directory: ``adapter_config.json`` (targets and options), ``adapter_model
 .safetensors`` (``base_model.model.<module path>.lora_A.weight`` [r, in] and ``.lora_B.weight``
-[out, r], with DoRA ``.lora_magnitude_vector`` [out]) and, from us, ``halfbyte.json``: which base it
-was trained on, bit for bit, and how that base was held. PEFT ignores the third file; without it
-(PEFT's own adapters) nothing is known of the base but its name.
+[out, r], with DoRA ``.lora_magnitude_vector`` [out]) and, from us, ``halfbyte.json``: the exact
+base model it was trained on, and its quantisation. PEFT ignores the third file; without it (PEFT's
+own adapters) only the name of the base model is known.
 
-PEFT trains some modules whole, next to the matrices (``modules_to_save``). Their tensors lie in the
-same file under the names they have in the model, and take the place of the model's. So do ours.
+Modules trained in full (``modules_to_save``) are stored in the same file under their names in the
+model, and replace the model's tensors, in PEFT's adapters as in ours.
 """
 
 import json
@@ -63,7 +63,7 @@ _BEYOND_US: dict[str, tuple[Any, ...]] = {
 
 
 class LoadedAdapter(NamedTuple):
-    """An adapter that was read from disk.
+    """An adapter read from disk.
 
     Attributes:
         config: What to attach; its targets are the paths of the modules that have tensors.
@@ -124,12 +124,12 @@ def _place_of(model: nn.Module, name: str, tensor: Tensor) -> tuple[nn.Module, n
     held = owner._parameters.get(leaf)
     if held is None or isinstance(owner, FrozenLinear):
         raise CheckpointError(
-            f"the adapter holds {name} whole; that is supported for embeddings, norms and the "
-            "output head where they are not packed. Merge it with PEFT, and use the merged model"
+            f"the adapter replaces {name}, which is supported only for embeddings, norms and the "
+            "output head, if they are not packed. Merge it with PEFT, and use the merged model"
         )
     if held.shape != tensor.shape:
         raise CheckpointError(
-            f"the adapter holds {name} of shape {list(tensor.shape)}, the model of "
+            f"the adapter has {name} of shape {list(tensor.shape)}, the model of "
             f"{list(held.shape)}: it was trained with another vocabulary or model"
         )
     return owner, held
@@ -151,8 +151,8 @@ def save_adapter(
         state: What ``lora.adapter_state`` returns.
         config: What it was attached with.
         base: What ``identity_of`` says of the base; at least its ``name``.
-        recipe: How the base was held in training (JSON values), for whoever loads the adapter.
-        tokenizer: Saved beside it if given, with its chat template.
+        recipe: The base model's quantisation in training (JSON values), for loading.
+        tokenizer: Saved with it if given, with its chat template.
 
     Returns:
         The directory.
@@ -334,9 +334,7 @@ def _read_state(
             ):
                 came = "is missing" if entry is None else f"has the shape {list(entry.shape)}"
                 want = [f"rank {rank}" if size else "any" for size in shape]
-                raise CheckpointError(
-                    f"{file.path}: {name} {came}; expected is [{', '.join(want)}]"
-                )
+                raise CheckpointError(f"{file.path}: {name} {came}; expected [{', '.join(want)}]")
             state[name] = _numbers(file, entry.name).to(torch.float32)
     if surplus := [name for name in pairs if name not in state]:
         raise CheckpointError(
@@ -352,7 +350,7 @@ def _numbers(file: SafetensorsFile, name: str) -> Tensor:
         raise CheckpointError(f"{file.path}: {name} is {tensor.dtype}; expected are floats")
     if not tensor.isfinite().all():
         raise CheckpointError(
-            f"{file.path}: {name} holds NaN or infinity; its training diverged, or the file is "
+            f"{file.path}: {name} contains NaN or infinity; its training diverged, or the file is "
             "damaged. Use an earlier checkpoint"
         )
     return tensor

@@ -1,7 +1,7 @@
-"""Plain reads of foreign files, with errors that name the file.
+"""Plain reads of files, with errors that name the file.
 
 Nothing is mapped into memory: pages of a mapped file count as memory of the process, and a file
-that shrinks under a mapping kills it.
+that shrinks while mapped kills it.
 """
 
 import json

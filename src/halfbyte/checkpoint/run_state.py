@@ -1,10 +1,10 @@
-"""Where a run was: written so that a kill at any moment loses at most the steps since.
+"""The state of a run, written so that a kill at any moment loses at most the steps since.
 
-``checkpoint-<step>/`` holds ``adapter_model.safetensors`` (PEFT's names, so with its card it is an
-adapter like any other), ``optimizer.safetensors`` and ``run_state.json``, which carries the
-progress and the size and SHA-256 of the other files. The directory is written under a hidden name,
-flushed, and renamed; older ones are removed only after that. So the newest directory that agrees
-with its own ``run_state.json`` is always a whole checkpoint.
+``checkpoint-<step>/`` contains ``adapter_model.safetensors`` (with PEFT's names, so it can be used
+as an adapter), ``optimizer.safetensors`` and ``run_state.json``, which has the progress and the
+size and SHA-256 of the other files. The directory is written under a hidden name, flushed, and
+renamed; older ones are removed only after that. So the newest directory that agrees with its own
+``run_state.json`` is always a complete checkpoint.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ logger = logging.getLogger("halfbyte")
 
 
 class RunState(NamedTuple):
-    """What a run needs to go on.
+    """The state that a run resumes from.
 
     Attributes:
         adapter: The adapter's tensors, bit for bit as they were given.
@@ -109,7 +109,7 @@ def save_run(
 
 
 def latest_run(output_dir: str | Path) -> Path | None:
-    """Return the newest whole checkpoint of a run, or None if it has none.
+    """Return the newest complete checkpoint of a run, or None if it has none.
 
     Damaged ones are passed over, with a warning that says what is wrong with each.
     """
@@ -117,7 +117,7 @@ def latest_run(output_dir: str | Path) -> Path | None:
         try:
             _read_state(path)
         except CheckpointError as error:
-            logger.warning("passing over a damaged checkpoint: %s", error)
+            logger.warning("skipping a damaged checkpoint: %s", error)
         else:
             return path
     return None

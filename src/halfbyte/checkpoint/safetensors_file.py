@@ -1,16 +1,16 @@
-"""Safetensors files, read one tensor at a time and written in a stream.
+"""Safetensors files, read one tensor at a time and written as a stream.
 
 A file is ``N (u64, little-endian) | N bytes of JSON | tensor bytes``; the JSON maps each name to
-its dtype, shape and place among the tensor bytes, and every byte belongs to exactly one tensor.
+its dtype, shape and offsets, and every byte belongs to exactly one tensor.
 
 The ``safetensors`` package maps the file into memory. We do not, for two reasons. Pages of a
 mapped file count as resident memory of the process: loading a model would show twice its size.
-And a file that shrinks under a mapping kills the process, where a short read is an error that can
-be told. So ``SafetensorsFile`` reads the header, checks every claim it makes against the size of
-the file before anything is allocated, and then reads plainly into the tensor's own memory.
+And a file that shrinks while mapped kills the process, where a short read is an error that can be
+reported. So ``SafetensorsFile`` reads the header, checks every value in it against the size of the
+file before anything is allocated, and then reads directly into the tensor's own memory.
 
-``write_model`` streams the other way: sizes are planned first, so each tensor has its place before
-the first one is computed, and none is held longer than it takes to write it.
+``write_model`` plans all sizes first, so the offset of each tensor is known before the first one is
+computed, and none is kept after it is written.
 """
 
 import json
@@ -48,7 +48,7 @@ _MAX_EXTENT = 2**50  # a shape whose dimensions (zeros as ones) multiply to more
 
 
 class Entry(NamedTuple):
-    """One tensor of a file: what it is, and which bytes of the file it takes."""
+    """One tensor of a file: its dtype, shape and bytes in the file."""
 
     name: str
     dtype: torch.dtype
@@ -81,7 +81,7 @@ class SafetensorsFile:
 
     @property
     def data_start(self) -> int:
-        """Where the tensor bytes begin."""
+        """Offset of the first tensor byte."""
         return 8 + len(self.header)
 
     def _damaged(self, what: str) -> CheckpointError:
@@ -134,7 +134,7 @@ class SafetensorsFile:
             case _:
                 raise self._damaged(f"the header's entry of {name!r} lacks dtype, shape or offsets")
         if not all(type(number) is int and number >= 0 for number in numbers):
-            raise self._damaged(f"the header's entry of {name!r} holds what is not a size")
+            raise self._damaged(f"the header's entry of {name!r} has an invalid size")
         if kind not in DTYPES:
             raise CheckpointError(
                 f"{self.path} holds {name} as {kind}; supported are {', '.join(DTYPES)}. "
@@ -152,7 +152,7 @@ class SafetensorsFile:
         return Entry(name, dtype, tuple(shape), data_start + begin, nbytes)
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor, in memory of its own.
+        """Return one tensor, in newly allocated memory.
 
         Raises:
             CheckpointError: If the file ends early (it was cut while we looked).
@@ -249,9 +249,9 @@ def write_model(
 
 
 class _Writer:
-    """One file being written: every tensor has its place from the start, the header comes last.
+    """A file being written: offsets of tensors are known from the start, the header is last.
 
-    Readers view tensor bytes where they lie, so a float32 must start at a multiple of 4. Nothing
+    Readers view tensor bytes in place, so a float32 must start at a multiple of 4. Nothing
     may be left empty between tensors, hence the order: wider dtypes first, flexible tensors last.
     The header's room is that of the longest header the plan allows; what is left over are spaces.
     """

@@ -1,8 +1,8 @@
-"""What a base model is made of, independent of the files it comes in.
+"""The parameters of a base model, independent of the files they come from.
 
-A source is opened by reading headers only, and is settled then: its files hold every parameter of
-the model once, under transformers' names, and nothing else. What does not fit is an error before
-the first weight is read.
+Opening a source reads headers only and checks everything: that the files contain every parameter of
+the model once, under transformers' names, and nothing else. A mismatch is an error before the first
+weight is read.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ class Parameter(NamedTuple):
 
 
 class BaseSource(ABC):
-    """What a base model is made of, independent of the file format.
+    """The parameters of a base model, independent of the file format.
 
     Attributes:
         name: What the user called it.
@@ -139,7 +139,7 @@ class BaseSource(ABC):
         return None
 
     def fitted(self, recipe: BaseRecipe) -> BaseRecipe:
-        """Return ``recipe`` as this model can follow it."""
+        """Return ``recipe`` adapted to this model."""
         return recipe
 
 
@@ -160,7 +160,7 @@ _FOREIGN = (
 
 @contextlib.contextmanager
 def foreign_reader(trouble: str) -> Iterator[None]:
-    """Run a library's reader of the user's files: what it raises is trouble with the files.
+    """Run a library's reader of the user's files; its exceptions become errors about the files.
 
     Raises:
         CheckpointError: ``trouble``, and what the library said.

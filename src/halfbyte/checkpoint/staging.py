@@ -1,22 +1,22 @@
-"""Tensors of files on a device, at the speed of the bus: read ahead by threads, copied in pieces.
+"""Reads tensors of files onto a device at the speed of the bus: read ahead by threads, in chunks.
 
-One thread copies a file out of the page cache at a few GB/s, and a copy from ordinary memory goes
-through a small buffer of the driver, with everybody waiting. So files are read in pieces, by
-several threads, into a *ring* of page-locked buffers, from which a device copies by itself:
+One thread reads the page cache at a few GB/s, and a copy from ordinary memory goes through a small
+buffer of the driver and blocks. So files are read in chunks, by several threads, into a *ring* of
+page-locked buffers, from which the device copies asynchronously:
 
-    reader threads     wait until the buffer's last copy is done | read the next piece into it
-    whoever asks       take the oldest piece | start its copy | hand its buffer back to the readers
+    reader threads     wait until the buffer's last copy is done | read the next chunk into it
+    caller             take the oldest chunk | start its copy | return its buffer to the readers
 
-The readers are a ring ahead also while the caller works on a tensor, and nobody waits for a copy
-but the reader that wants its buffer. Host memory is the ring (which torch keeps page-locked for its
-next use) and device memory the tensor that is being filled: a tensor is allocated when it is asked
-for, and nothing here refers to it once it is handed over.
+The readers stay a ring ahead even while the caller processes a tensor, and only a reader that needs
+a buffer waits for a copy. Host memory is the ring (which torch keeps page-locked for later use) and
+device memory the tensor being filled: a tensor is allocated when it is requested, and no reference
+to it remains here once it is returned.
 
-A buffer goes back to the readers when its copy has been started, with the next piece in order. So a
-reader waits for the device alone, never for the caller or another reader: no standstill can come.
+A buffer is returned to the readers, in order, when its copy has been started. So a reader waits for
+the device only, never for the caller or another reader: there can be no deadlock.
 
-On a CPU all of this works, with ordinary buffers, and is no gain over reading into a tensor's own
-memory, which is what ``SafetensorsFile.read`` does.
+All of this also works on a CPU, with ordinary buffers, but gains nothing over reading into a
+tensor's own memory, which is what ``SafetensorsFile.read`` does.
 """
 
 import os
@@ -38,7 +38,7 @@ _MAX_READERS = 8
 
 
 class Request(NamedTuple):
-    """One tensor to read: which bytes of a file it takes, and what they are."""
+    """One tensor to read: its bytes in a file, dtype and shape."""
 
     path: Path
     start: int
@@ -48,7 +48,7 @@ class Request(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """Some bytes of a file, no more than a buffer holds."""
+    """A chunk of a file, at most the size of a buffer."""
 
     path: Path
     start: int
@@ -64,7 +64,7 @@ def read_to_device(
 ) -> Generator[Tensor, None, None]:
     """Yield the tensor of each request on ``device``, in order.
 
-    Copies are queued on the stream that is current when a tensor is asked for: what the caller
+    Copies are queued on the stream that is current when a tensor is requested: what the caller
     queues there next comes after them, and need not wait. Nothing is kept: what the caller drops
     is freed. Threads are started with the first tensor, and are gone when the generator ends, is
     closed, or raises.
@@ -102,7 +102,7 @@ class _Stage:
         self._ahead: deque[Future[Tensor]] = deque()  # the oldest piece first
 
     def start(self, ring: int) -> None:
-        """Begin to read, into ``ring`` buffers at most."""
+        """Start reading, into at most ``ring`` buffers."""
         for _ in range(ring):
             self._read_ahead(None, None)
 
@@ -149,7 +149,7 @@ class _Stage:
         return tensor
 
     def close(self) -> None:
-        """Stop the readers; what they have not begun is never read."""
+        """Stop the readers; remaining chunks are not read."""
         self._readers.shutdown(cancel_futures=True)
 
 

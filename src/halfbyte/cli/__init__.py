@@ -1,8 +1,8 @@
-"""``halfbyte COMMAND …``: finds the command, runs it, and says what went wrong in one message.
+"""``halfbyte COMMAND …``: finds the command, runs it, and reports errors in one message.
 
 Each command is a module of this package, imported only when it is called, so that ``--help`` and
-mistakes are answered without torch. Exit codes: 0 done; 2 wrong use or bad input, with a
-message; 1 anything else, with a traceback where it is a bug of ours; 130 interrupted.
+errors in options need no torch. Exit codes: 0 success; 2 wrong use or bad input, with a message;
+1 anything else, with a traceback if it is a bug of ours; 130 interrupted.
 """
 
 import importlib
@@ -15,25 +15,25 @@ from halfbyte.errors import ConfigError, HalfbyteError, UserError
 from halfbyte.version import __version__
 
 COMMANDS = {
-    "plan": "bytes and seconds of a run, before anything is downloaded; LoRA or QLoRA",
+    "plan": "predict memory and time of LoRA and QLoRA, before any download",
     "train": "fine-tune a model on your data",
-    "eval": "loss, perplexity and exact-match accuracy on a data file",
+    "eval": "measure loss, perplexity and exact-match accuracy on a data file",
     "generate": "answer one prompt",
-    "chat": "talk to a model",
-    "compare": "LoRA or QLoRA: train both on your data, and see memory, speed and quality",
-    "report": "a page about a run, or about several side by side",
+    "chat": "chat with a model",
+    "compare": "train LoRA and QLoRA on your data and compare memory, speed and quality",
+    "report": "write an HTML page about one or more runs",
     "quantize": "write a 4-bit checkpoint that transformers, PEFT and vLLM load",
-    "merge": "write a model with an adapter merged into it",
+    "merge": "merge an adapter into its base model",
     "export": "write a GGUF file for llama.cpp and Ollama",
-    "demo": "see a small model learn a task in minutes, on a CPU",
-    "doctor": "what this machine can do, and whether the kernels compute rightly",
+    "demo": "fine-tune a small model on an example task, in minutes on a CPU",
+    "doctor": "show what this machine has and test the kernels",
 }
 
 _CLOSED_PIPE = 141  # 128 + SIGPIPE, what a shell shows for a program that dies of it
 
 
 def overview() -> str:
-    """What ``halfbyte --help`` prints."""
+    """The output of ``halfbyte --help``."""
     return "\n".join(
         [
             "usage: halfbyte COMMAND [options]",
@@ -65,7 +65,7 @@ def _run(argv: list[str]) -> None:
 
 
 def _memory_problem(error: Exception) -> str | None:
-    """What to say if an error is that the GPU's memory does not suffice; None if it is another."""
+    """The message for an error if the GPU is out of memory; None for other errors."""
     if "torch" not in sys.modules:
         return None
     from halfbyte.runtime.device import is_out_of_memory
@@ -74,8 +74,8 @@ def _memory_problem(error: Exception) -> str | None:
         return None
     said = str(error).partition(". Process ")[0].partition("\n")[0]  # without torch's own advice
     return (
-        f"the GPU's memory does not suffice: {said}. End other programs on the GPU, or take a "
-        "smaller model; `halfbyte plan MODEL` says what it takes, and --device cpu uses none of it"
+        f"out of GPU memory: {said}. End other programs on the GPU or use a smaller model; "
+        "`halfbyte plan MODEL` predicts the memory needed, and --device cpu uses no GPU memory"
     )
 
 
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command line.
 
     Args:
-        argv: The words after ``halfbyte``; those of this process if None.
+        argv: The arguments after ``halfbyte``; those of this process if None.
 
     Returns:
         The exit code.
@@ -104,11 +104,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n{name}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read our output has left, as `head` does. Python would complain once more when
-        # it flushes at exit, hence the other end for standard output.
+        # The reader of our output has exited, as `head` does. Python would report it again when it
+        # flushes standard output at exit, so that is redirected.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _CLOSED_PIPE
-    except Exception as error:  # the one place that may: it tells bugs from mistakes, hides nothing
+    except Exception as error:  # the only place that catches all: it hides nothing
         if (problem := _memory_problem(error)) is not None:
             print(f"{name}: {problem}", file=sys.stderr)
             return 2

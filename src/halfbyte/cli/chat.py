@@ -1,7 +1,7 @@
-"""``halfbyte chat``: talk to a model in the terminal.
+"""``halfbyte chat``: chat with a model in the terminal.
 
-``/reset`` forgets the conversation, ``/exit`` or the end of input leaves. Ctrl-C stops an
-answer, which stays in the conversation as far as it came; at the prompt it only says how to leave.
+``/reset`` starts a new conversation, ``/exit`` or the end of input quits. Ctrl-C stops an answer,
+which stays in the conversation as far as it was generated; at the prompt it prints these commands.
 """
 
 import contextlib
@@ -14,12 +14,12 @@ from halfbyte.config.command_line import Command
 COMMAND = Command(
     "chat",
     SamplingOptions,
-    about="Talk to a model. /reset forgets the conversation, /exit or Ctrl-D leaves, and Ctrl-C "
+    about="Chat with a model. /reset starts a new conversation, /exit or Ctrl-D quits, and Ctrl-C "
     "stops an answer.",
     example="halfbyte chat --model model.gguf --adapter out",
     has_json=False,
 )
-_COMMANDS = "/reset forgets the conversation, /exit leaves"
+_COMMANDS = "/reset starts a new conversation, /exit quits"
 
 
 def main(argv: list[str]) -> None:
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
         model, tokenizer = open_model(options, report)
         report.note(_COMMANDS)
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 (its import is what gives input() a history and editing)
+        import readline  # noqa: F401 (its import gives input() a history and line editing)
 
     start = [] if options.system is None else [{"role": "system", "content": options.system}]
     conversation = list(start)
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
             return
         if line == "/reset":
             conversation = list(start)
-            print("forgotten")
+            print("new conversation")
         elif line.startswith("/"):
             print(_COMMANDS)
         elif line:

@@ -1,4 +1,4 @@
-"""``halfbyte compare``: LoRA or QLoRA? Both, measured side by side on your model and data."""
+"""``halfbyte compare``: trains LoRA, QLoRA and other variants and compares them."""
 
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
@@ -11,8 +11,8 @@ from halfbyte.config.schema import TrainConfig, parse_names
 _VARIED = ("quant", "double_quant", "seed", "resume")
 _OWN = ("variants", "seeds", "shape", "exact_match", "max_new_tokens")
 
-# Of runs with random weights: enough steps to time, at the size and in the way that most published
-# figures are for.
+# For runs with random weights: enough steps to time, with the size and options of most published
+# measurements.
 _SHAPE_RUN: dict[str, Any] = {
     "batch_size": 2,
     "max_length": 512,
@@ -23,7 +23,7 @@ _SHAPE_RUN: dict[str, Any] = {
 
 
 class CompareOptions(TrainConfig):
-    """What is compared; everything that can be said of training can be said of all variants."""
+    """The options of the comparison; those of training apply to all variants."""
 
     model: str = Field("", description="base model, as for train")
     data: str = Field("", description="training data, as for train")
@@ -35,15 +35,17 @@ class CompareOptions(TrainConfig):
     seeds: Annotated[tuple[NonNegativeInt, ...], BeforeValidator(parse_names)] = Field(
         (0,), min_length=1, description="seeds to train each variant from, such as 0,1,2"
     )
-    exact_match: bool = Field(True, description="have eval_data answered and compare the answers")
-    max_new_tokens: PositiveInt = Field(256, description="longest of these answers, in tokens")
+    exact_match: bool = Field(
+        True, description="generate answers to eval_data and compare them with the expected ones"
+    )
+    max_new_tokens: PositiveInt = Field(256, description="longest answer, in tokens")
     shape: str | None = Field(
         None,
         min_length=1,
         description="instead of model and data: random weights of a known shape, such as "
-        "llama2-7b; memory and speed only",
+        "llama2-7b; measures memory and speed only",
     )
-    samples: int = Field(0, ge=0, description="prompts answered before and after, in each run")
+    samples: int = Field(0, ge=0, description="prompts to answer before and after each run")
 
     sections: ClassVar[dict[str, str]] = TrainConfig.sections | {"variants": "the comparison"}
 
@@ -51,22 +53,22 @@ class CompareOptions(TrainConfig):
     def _what_is_compared(self) -> Self:
         varied = [f"`{name}`" for name in _VARIED if name in self.model_fields_set]
         if varied:
-            raise ValueError(f"{', '.join(varied)}: say it with `variants` and `seeds`")
+            raise ValueError(f"{', '.join(varied)}: use `variants` and `seeds` instead")
         if self.shape is None:
             missing = [f"`{name}`" for name in ("model", "data") if not getattr(self, name)]
             if missing:
-                raise ValueError(f"{' and '.join(missing)} missing: what to train; or give `shape`")
+                raise ValueError(f"{' and '.join(missing)} missing; give them, or `shape`")
         elif self.model or self.data or self.eval_data:
-            raise ValueError("`shape` stands instead of `model`, `data` and `eval_data`")
+            raise ValueError("`shape` cannot be combined with `model`, `data` or `eval_data`")
         return self
 
 
 COMMAND = Command(
     "compare",
     CompareOptions,
-    about="Train variants from the same seeds and data, each in a process of its own, and see "
-    "memory, speed, held-out loss, exact matches and sizes in one table. What is finished is not "
-    "trained again.",
+    about="Train variants with the same seeds and data, each in its own process, and print one "
+    "table of memory, speed, held-out loss, exact matches and sizes. Finished runs are not "
+    "repeated.",
     example="halfbyte compare --model M --data a.jsonl --eval-data b.jsonl --output cmp",
 )
 
@@ -75,7 +77,7 @@ def main(argv: list[str]) -> None:
     """Run the command.
 
     Raises:
-        HalfbyteError: A run has no result; the others are written all the same.
+        HalfbyteError: A run has no result; the results of the others are still written.
     """
     options, notes, as_json = COMMAND.read(argv)
 
@@ -107,7 +109,7 @@ def main(argv: list[str]) -> None:
             for note in notes:
                 report.note(note)
             if options.eval_data is None and options.shape is None:
-                report.note("without --eval-data there is no held-out loss: memory and speed only")
+                report.note("no --eval-data: only memory and speed are compared")
             for count, job in enumerate(todo, 1):
                 message = f"{job.variant}, seed {job.config.seed} ({count} of {len(todo)})"
                 if job.finished():
@@ -133,7 +135,7 @@ def main(argv: list[str]) -> None:
 
 
 def _evaluation(options: CompareOptions, config: TrainConfig) -> tuple[str, ...]:
-    """The words of ``halfbyte eval`` for the adapter of a run."""
+    """The arguments of ``halfbyte eval`` for the adapter of a run."""
     if options.eval_data is None or not options.exact_match:
         return ()
     words = ["--model", config.model, "--adapter", str(config.output), "--data", options.eval_data]

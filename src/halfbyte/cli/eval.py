@@ -1,4 +1,4 @@
-"""``halfbyte eval``: how well a model, with or without an adapter, does on a data file."""
+"""``halfbyte eval``: evaluates a model, with or without an adapter, on a data file."""
 
 import dataclasses
 from typing import Any, ClassVar, Literal
@@ -16,12 +16,14 @@ class EvalOptions(ReadModelOptions):
     """What to evaluate on, and how."""
 
     data: str = Field(min_length=1, description="a .jsonl or .json file, a directory, or a hub id")
-    max_length: int = Field(1024, ge=2, description="tokens of an example; longer ones are cut")
+    max_length: int = Field(
+        1024, ge=2, description="longest example, in tokens; longer ones are truncated"
+    )
     train_on: Literal["assistant", "all"] = Field(
-        "assistant", description="tokens whose loss is counted: the assistant's, or all"
+        "assistant", description="tokens of the loss: the assistant's, or all"
     )
     batch_size: PositiveInt | None = Field(
-        None, description="examples that go through the model together; not given: what suits it"
+        None, description="examples per batch (default: chosen automatically)"
     )
     exact_match: bool = Field(True, description="generate answers and compare them")
     max_new_tokens: PositiveInt = Field(256, description="longest answer, in tokens")
@@ -32,7 +34,7 @@ class EvalOptions(ReadModelOptions):
 COMMAND = Command(
     "eval",
     EvalOptions,
-    about="Loss, perplexity and exact-match accuracy on a data file.",
+    about="Measure loss, perplexity and exact-match accuracy on a data file.",
     example="halfbyte eval --model model.gguf --adapter out --data test.jsonl",
 )
 

@@ -1,7 +1,7 @@
-"""``halfbyte export M [ADAPTER] OUT``: a GGUF file for llama.cpp and Ollama, with a Modelfile.
+"""``halfbyte export M [ADAPTER] OUT``: writes a GGUF file and a Modelfile for llama.cpp and Ollama.
 
-With an adapter, it is added to the decoded weights that it was trained on, as in ``merge``, and the
-sum is rounded once. What was written is read back and compared before anyone relies on it.
+An adapter is added to the decoded weights that it was trained on, as in ``merge``, and the sum is
+rounded once. The file is read back and compared.
 """
 
 import dataclasses
@@ -22,38 +22,38 @@ if TYPE_CHECKING:
 
 
 class ExportOptions(BaseOptions):
-    """What to export, in which form, and where to."""
+    """The model to export, the format and the output."""
 
     adapter: str | None = Field(
         None,
         min_length=1,
-        description="directory of an adapter; the base is then quantised as in its training, "
-        "unless said otherwise. Without one, the weights are taken as the files hold them",
+        description="directory of an adapter; the base model is quantised as in its training, "
+        "unless set otherwise. Without one, the weights of the files are written",
     )
     out: Path = Field(description="directory to write: model.gguf or adapter.gguf, and Modelfile")
     format: Literal["gguf", "gguf-lora"] = Field(
-        "gguf", description="the model with the adapter merged into it, or the adapter alone"
+        "gguf", description="the model with the adapter merged into it, or only the adapter"
     )
     type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] = Field(
-        "f16", description="type of the matrices; in q4_0, embedding and head are in q8_0"
+        "f16", description="type of the matrices; with q4_0, embedding and head are in q8_0"
     )
-    overwrite: bool = Field(False, description="replace the directory if it holds an export")
+    overwrite: bool = Field(False, description="replace the directory if it contains an export")
     verify: bool = Field(
-        True, description="read what was written, compare it, and exit with 1 if it is wrong"
+        True, description="read the file back, compare it, and exit with 1 if it is wrong"
     )
     min_agreement: float | None = Field(
         None,
         ge=0,
         le=1,
-        description="least top-1 agreement with the adapter that verify accepts; by default 0.95 "
-        "for f32, f16 and bf16, 0.8 for q8_0, none for q4_0, whose rounding alone may cost more",
+        description="smallest top-1 agreement with the adapter that verify accepts (default: 0.95 "
+        "for f32, f16 and bf16, 0.8 for q8_0, none for q4_0, whose rounding alone may cost more)",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
     allow_mismatch: bool = Field(
-        False, description="use an adapter on another base, tokenizer or template than its own"
+        False, description="use an adapter with a base model, tokenizer or template not its own"
     )
 
-    sections: ClassVar[dict[str, str]] = {"model": "the base", "adapter": "the export"}
+    sections: ClassVar[dict[str, str]] = {"model": "the base model", "adapter": "the export"}
 
     @model_validator(mode="before")
     @classmethod
@@ -79,8 +79,8 @@ _LEAST_AGREEMENT = {"f32": 0.95, "f16": 0.95, "bf16": 0.95, "q8_0": 0.8, "q4_0":
 COMMAND = Command(
     "export",
     ExportOptions,
-    about="Write a GGUF file for llama.cpp and Ollama: a model, with an adapter merged into it, "
-    "or the adapter alone. The adapter may be left out.",
+    about="Write a GGUF file for llama.cpp and Ollama: a model, a model with an adapter merged "
+    "into it, or only the adapter.",
     example="halfbyte export model out exported --type q8_0",
     positional=("model", "adapter", "out"),
 )
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
     """Run the command.
 
     Raises:
-        HalfbyteError: What was written is not what it was made of, and was to be verified.
+        HalfbyteError: Verification failed.
     """
     options, notes, as_json = COMMAND.read(argv)
     require_free(options.out, overwrite=options.overwrite, sign="*.gguf")
@@ -113,20 +113,20 @@ def main(argv: list[str]) -> None:
     share = result.get("verified", {}).get("worst_share", 0.0)
     if not share <= 1:
         raise HalfbyteError(
-            f"{options.out} was written, and is wrong: a number in it is {share:.3g} times as far "
-            f"off as rounding to {options.type} may put it. This is a bug in halfbyte"
+            f"{options.out} was written, but is wrong: the error of a value is {share:.3g} times "
+            f"the largest that rounding to {options.type} can cause. This is a bug in halfbyte"
         )
     least, agreement = options.min_agreement, result.get("distance", {}).get("top1_agreement", 1.0)
     if agreement < (_LEAST_AGREEMENT[options.type] if least is None else least):
         raise HalfbyteError(
-            f"{options.out} was written, and does not answer as the adapter does: its likeliest "
-            f"token is the same in {100 * agreement:.2f} % of the positions (--min-agreement). "
-            "--type f16 loses less"
+            f"{options.out} was written, but its outputs differ from the adapter's: the most "
+            f"likely token is the same in {100 * agreement:.2f} % of the positions "
+            "(--min-agreement). --type f16 loses less"
         )
 
 
 def _opened(options: ExportOptions, report: "RunReport") -> tuple[Any, dict[str, Any]]:
-    """Return the model with its adapter, if there is one, and how its base is quantised.
+    """Return the model with its adapter, if there is one, and how the base model is quantised.
 
     Raises:
         UserError: One of them is missing or damaged, or the adapter belongs to another base.
@@ -163,7 +163,7 @@ def _export_adapter(
     modules = base.skeleton.named_modules()
     adapter.require_layers([path for path, m in modules if isinstance(m, nn.Linear)])
     if adapter.info.get("base", {}).get("fingerprint", base.fingerprint) != base.fingerprint:
-        _opened(options, report)  # other files may hold the same weights: that takes reading them
+        _opened(options, report)  # other files may contain the same weights, so these are read
     where = Path(options.model)
     origin = str(where.resolve()) if where.exists() else options.model
     with new_directory(options.out, replace=options.overwrite) as directory:
@@ -173,13 +173,13 @@ def _export_adapter(
     path = options.out / "adapter.gguf"
     begun = adapter.info.get("recipe", {}).get("init_lora_weights") == "qera"
     show.paragraph(
-        f"{path}: the adapter alone, for llama.cpp's --lora. It was trained beside the decoded "
-        "4-bit base; on another quantisation of the base it computes "
+        f"{path}: only the adapter, for llama.cpp's --lora. It was trained on the dequantised "
+        "4-bit base model; on another quantisation of the base its outputs differ"
         + (
-            "something else: it holds what packing that base lost (qera). Export the model with it "
-            "instead."
+            ", since it compensates for the quantisation error of that base (qera). Export the "
+            "merged model instead."
             if begun
-            else "a little else."
+            else " slightly."
         )
     )
     found: dict[str, Any] = {"file": str(path), "bytes": path.stat().st_size}
@@ -238,16 +238,16 @@ def _told(verified: Any) -> dict[str, Any]:
 
     show.paragraph(
         f"Read back: {verified.tensors} tensors, largest error {verified.largest_error:.2g}, at "
-        f"most {100 * verified.worst_share:.0f} % of what rounding may do."
+        f"most {100 * verified.worst_share:.0f} % of the largest possible rounding error."
     )
     return dict(verified._asdict())
 
 
-_FAR = 0.9  # share of equal likeliest tokens below which the user is told what is better
+_FAR = 0.9  # top-1 agreement below which a better type is suggested
 
 
 def _distance(model: Any, tokenizer: Any, written: "BaseSource", file_type: str) -> dict[str, Any]:
-    """How far the written file's answers are from the live model's, on a few prompts."""
+    """Compare the written file's outputs with the live model's, on a few prompts."""
     from halfbyte.data import load_dataset
     from halfbyte.report import show
     from halfbyte.tools.merge_evaluation import HELD_OUT, distance, reference
@@ -256,12 +256,12 @@ def _distance(model: Any, tokenizer: Any, written: "BaseSource", file_type: str)
     live = reference(model, text.examples[:4])
     found = distance(model, written, live)
     show.paragraph(
-        f"Its likeliest token is the live model's in {100 * found.top1_agreement:.2f} % of "
+        f"Its most likely token is the live model's in {100 * found.top1_agreement:.2f} % of "
         f"{live.positions:,} positions (KL {found.kl:.2g}, largest gap {found.largest_gap:.3g})."
     )
     if found.top1_agreement < _FAR and file_type == "q4_0":
         show.paragraph(
-            "That is far off: weights that were decoded from 4 bits have been rounded to 4 bits "
-            "again. --type q8_0 or f16 stays near."
+            "That is a large difference: weights that were decoded from 4 bits have been rounded "
+            "to 4 bits again. --type q8_0 or f16 stays close."
         )
     return dataclasses.asdict(found) | {"positions": live.positions}

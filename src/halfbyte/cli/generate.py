@@ -12,11 +12,11 @@ from halfbyte.errors import ConfigError
 
 
 class SamplingOptions(ReadModelOptions):
-    """How answers are made."""
+    """How answers are generated."""
 
-    system: str | None = Field(None, description="system message before the conversation")
+    system: str | None = Field(None, description="system message of the conversation")
     max_new_tokens: PositiveInt = Field(256, description="longest answer, in tokens")
-    temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token each time")
+    temperature: float = Field(0.0, ge=0, description="sampling temperature; 0: greedy decoding")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the sampling")
 
     sections: ClassVar[dict[str, str]] = {"model": "the model", "system": "the answer"}
@@ -25,7 +25,7 @@ class SamplingOptions(ReadModelOptions):
 class GenerateOptions(SamplingOptions):
     """One prompt."""
 
-    prompt: str | None = Field(None, description="what to answer; standard input if not given")
+    prompt: str | None = Field(None, description="the prompt (default: standard input)")
 
 
 COMMAND = Command(
@@ -73,6 +73,6 @@ def main(argv: list[str]) -> None:
 
 
 def write(text: str) -> None:
-    """A piece of an answer, as it comes."""
+    """Print a piece of an answer as it is generated."""
     sys.stdout.write(text)
     sys.stdout.flush()

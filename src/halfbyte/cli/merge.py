@@ -1,7 +1,8 @@
-"""``halfbyte merge M ADAPTER OUT``: base and adapter as one model, in the way that loses least.
+"""``halfbyte merge M ADAPTER OUT``: merges an adapter into its base model, losing least.
 
-Into which base an adapter may be merged is disputed between trainers. So it is measured: each way
-answers held-out text beside the live adapter, before anything is written.
+Trainers disagree on which form of the base model an adapter should be merged into. So it is
+measured: each way of merging is compared with the live adapter on held-out text, before anything is
+written.
 """
 
 import dataclasses
@@ -23,54 +24,56 @@ if TYPE_CHECKING:
 
 
 class MergeOptions(BaseOptions):
-    """What to merge, into what, and where to."""
+    """The adapter to merge, how, and the output."""
 
     adapter: str = Field(
         min_length=1,
-        description="directory of an adapter; the base is then quantised as in its training, "
-        "unless said otherwise",
+        description="directory of an adapter; the base model is quantised as in its training, "
+        "unless set otherwise",
     )
     out: Path = Field(description="directory to write")
     into: Literal["best", "decoded", "original", "nf4"] = Field(
         "best",
-        description="what the adapter is added to: the decoded 4-bit base it was trained on, the "
-        "original weights of the files, or the decoded base with the sum packed in NF4 again "
-        "(bitsandbytes); best takes the one whose answers are nearest to the adapter's",
+        description="what the adapter is added to: decoded: the dequantised 4-bit base it was "
+        "trained on; original: the weights of the files; nf4: as decoded, with the sum quantised "
+        "to NF4 again (bitsandbytes); best: the one closest to the adapter",
     )
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        "bfloat16", description="type of the merged weights"
+        "bfloat16", description="dtype of the merged weights"
     )
-    overwrite: bool = Field(False, description="replace the directory if it is there")
-    measure: bool = Field(True, description="compare the ways on held-out text")
+    overwrite: bool = Field(False, description="replace the directory if it exists")
+    measure: bool = Field(True, description="compare the ways of merging on held-out text")
     verify: bool = Field(
         False,
-        description="read what was written, compare it too, ask for what the adapter knows by "
-        "heart of its own data, and exit with 1 if it fails",
+        description="read the model back, compare it, check that training rows the adapter has "
+        "memorised are still reproduced, and exit with 1 if not",
     )
     min_agreement: float = Field(
         0.95,
         ge=0,
         le=1,
-        description="least top-1 agreement with the adapter, and least share of what it knows by "
-        "heart, that verify accepts",
+        description="smallest top-1 agreement with the adapter, and smallest share of memorised "
+        "rows, that verify accepts",
     )
     data: str | None = Field(
         None,
         min_length=1,
-        description="held-out text: a .jsonl or .json file, a directory, or a hub id; without it, "
-        "32 questions and answers that come with halfbyte",
+        description="held-out text: a .jsonl or .json file, a directory, or a hub id (default: 32 "
+        "questions and answers that come with halfbyte)",
     )
-    max_length: int = Field(1024, ge=2, description="tokens of an example; longer ones are cut")
+    max_length: int = Field(
+        1024, ge=2, description="longest example, in tokens; longer ones are truncated"
+    )
     train_on: Literal["assistant", "all"] = Field(
-        "assistant", description="tokens that are compared: the assistant's, or all"
+        "assistant", description="tokens to compare: the assistant's, or all"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
     allow_mismatch: bool = Field(
-        False, description="use an adapter on another base, tokenizer or template than its own"
+        False, description="use an adapter with a base model, tokenizer or template not its own"
     )
 
     sections: ClassVar[dict[str, str]] = {
-        "model": "the base, as the adapter saw it",
+        "model": "the base model",
         "adapter": "the merge",
         "measure": "the comparison",
     }
@@ -78,15 +81,15 @@ class MergeOptions(BaseOptions):
     @model_validator(mode="after")
     def _best_is_measured(self) -> Self:
         if self.into == "best" and not self.measure:
-            raise ValueError("`into` best needs `measure`: say which way, or leave it on")
+            raise ValueError("`into` best needs `measure`: choose another `into`, or leave it on")
         return self
 
 
 COMMAND = Command(
     "merge",
     MergeOptions,
-    about="Write a model with an adapter merged into it. Each way of merging is first compared "
-    "with the live adapter on held-out text.",
+    about="Merge an adapter into its base model. Each way of merging is first compared with the "
+    "live adapter on held-out text.",
     example="halfbyte merge model.gguf out merged",
     positional=("model", "adapter", "out"),
 )
@@ -96,7 +99,7 @@ def main(argv: list[str]) -> None:
     """Run the command.
 
     Raises:
-        HalfbyteError: What was written does not agree with the adapter, and was to be verified.
+        HalfbyteError: Verification failed.
     """
     options, notes, as_json = COMMAND.read(argv)
     require_free(options.out, overwrite=options.overwrite)
@@ -170,7 +173,7 @@ def main(argv: list[str]) -> None:
                 result["verified"], problem = _verified(options, model, live, taught)
     if problem:
         raise HalfbyteError(
-            f"{out} was written, and is not what was trained: {problem}, expected were at least "
+            f"{out} was written, but differs from what was trained: {problem}, expected at least "
             f"{100 * options.min_agreement:g} % (--min-agreement). "
             "--into decoded --dtype float32 loses least"
         )
@@ -179,7 +182,7 @@ def main(argv: list[str]) -> None:
 def _verified(
     options: MergeOptions, model: Any, live: "Reference", taught: "Reference | None"
 ) -> tuple[dict[str, Any], str]:
-    """Read back what was written: what was found, and what is wrong with it, if anything is."""
+    """Read the merged model back: return the comparison, and what is wrong, or an empty string."""
     from halfbyte.checkpoint.base_model import open_base
     from halfbyte.report import show
     from halfbyte.tools.merge_evaluation import distance
@@ -192,7 +195,7 @@ def _verified(
     )
     if agreement < options.min_agreement:
         problem = (
-            f"its likeliest token is the adapter's in {100 * agreement:.2f} % of the positions"
+            f"its most likely token is the adapter's in {100 * agreement:.2f} % of the positions"
         )
     answer = dataclasses.asdict(found) | {"by_heart": 0}
     if taught is not None:
@@ -203,11 +206,13 @@ def _verified(
         answer |= {"by_heart": known, "forgotten": lost}
         count = sum(len(batch.labels) for batch in taught.batches)
         show.paragraph(
-            f"Of {count} rows the adapter knows {known} by heart, and the merged model "
-            f"{known - lost} of these."
+            f"Of {count} training rows the adapter reproduces {known} exactly, and the merged "
+            f"model {known - lost} of those."
         )
         if not problem and known - lost < options.min_agreement * known:
-            problem = f"of {known} rows that the adapter knows by heart, {known - lost} are left"
+            problem = (
+                f"of {known} rows that the adapter reproduces exactly, it reproduces {known - lost}"
+            )
     return answer, problem
 
 
@@ -215,8 +220,8 @@ _LOSSES = {
     "decoded": "The adapter was added to the {base} that it was trained on, so this model computes "
     "what was trained.",
     "original": "The adapter was added to the original weights, which it was not trained on.",
-    "nf4": "The adapter was added to the {base} that it was trained on, and the sum packed in 4 "
-    "bits again: small updates are lost to rounding.",
+    "nf4": "The adapter was added to the {base} that it was trained on, and the sum quantised to "
+    "4 bits again: small updates are lost to rounding.",
 }
 
 
@@ -238,18 +243,18 @@ def _held_out(
     if live.left_out:
         report.note(
             f"compared on {live.positions:,} positions; {live.left_out:,} examples are left out, "
-            "there is no room for their logits"
+            "since their logits do not fit into memory"
         )
     return live
 
 
-_TAUGHT = 64  # rows of the adapter's own data that verify asks for
+_TAUGHT = 64  # training rows that verify checks
 
 
 def _taught(
     options: MergeOptions, model: Any, tokenizer: Any, report: "RunReport"
 ) -> "Reference | None":
-    """What the adapter makes of the data it was trained on, if that is still there."""
+    """The adapter's outputs on its training data, if that still exists."""
     from halfbyte.config.schema import read_yaml
     from halfbyte.data import load_dataset
     from halfbyte.tools.merge_evaluation import reference
@@ -258,7 +263,7 @@ def _taught(
     data = str(read_yaml(run).get("data", "")) if run.exists() else ""
     if not data or not Path(data).exists():
         report.note(
-            f"whether what was taught survives is not asked: {data or run} is not there; name the "
+            f"memorised training rows are not checked: {data or run} does not exist; give the "
             "adapter's data (--data)"
         )
         return None

@@ -1,4 +1,4 @@
-"""The options of a command that reads a model, with or without an adapter, and how it is opened."""
+"""Options of commands that read a model, with or without an adapter, and opening it."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -27,21 +27,21 @@ class ReadModelOptions(ModelOptions):
     adapter: str | None = Field(
         None,
         min_length=1,
-        description="directory of an adapter; the base is then quantised as in its training, "
-        "unless said otherwise",
+        description="directory of an adapter; the base model is quantised as in its training, "
+        "unless set otherwise",
     )
     allow_mismatch: bool = Field(
-        False, description="use an adapter on another base, tokenizer or template than its own"
+        False, description="use an adapter with a base model, tokenizer or template not its own"
     )
 
     sections: ClassVar[dict[str, str]] = {"model": "the model"}
 
 
 def as_trained(options: BaseOptions, adapter: str | Path | None) -> dict[str, Any]:
-    """How the base is to be quantised: as asked for, or else as the adapter was trained on it.
+    """How to quantise the base model: as given by the options, otherwise as in training.
 
     Returns:
-        The fields of ``BaseRecipe`` that say how weights are packed.
+        The fields of ``BaseRecipe`` that describe the quantisation.
 
     Raises:
         CheckpointError: The adapter is missing or damaged.
@@ -57,30 +57,31 @@ def as_trained(options: BaseOptions, adapter: str | Path | None) -> dict[str, An
 
 
 def require_free(directory: Path, *, overwrite: bool, sign: str = "config.json") -> None:
-    """Make sure that a model may be written to ``directory``, before any work is done.
+    """Check that a model may be written to ``directory``, before any work is done.
 
-    A directory is replaced only if it holds a file that matches ``sign``.
+    A directory is replaced only if it contains a file that matches ``sign``.
 
     Raises:
-        OutputError: Something is there that is not to be replaced, or is no model.
+        OutputError: It exists and may not be replaced, or contains no model.
     """
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
     if not overwrite:
         raise OutputError(
-            f"{directory} is there already: give --overwrite to replace it, or another directory"
+            f"{directory} already exists: use --overwrite to replace it, or give another directory"
         )
     if not any(directory.glob(sign)):
         raise OutputError(
-            f"{directory} holds no model, so --overwrite does not remove it: give another directory"
+            f"{directory} contains no model, so --overwrite does not replace it: give another "
+            "directory"
         )
 
 
 def open_model(options: ReadModelOptions, report: "RunReport") -> tuple[Any, Any]:
-    """The model with its adapter, and its tokenizer.
+    """Open the model with its adapter, and its tokenizer.
 
     Raises:
-        UserError: One of them is missing or damaged, or the adapter belongs to another base.
+        UserError: One of them is missing or damaged, or the adapter belongs to another base model.
     """
     from halfbyte.train.loading import open_model
 

@@ -1,4 +1,4 @@
-"""``halfbyte plan``: bytes and seconds of a run before anything is downloaded; LoRA or QLoRA."""
+"""``halfbyte plan``: predicts memory and time of LoRA and QLoRA before any download."""
 
 import tempfile
 from dataclasses import replace
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 class PlanOptions(Options):
-    """What would be trained, and where."""
+    """The model, the device and the run to predict."""
 
     model: str | None = Field(
         None,
         min_length=1,
-        description="base model: a directory (config.json alone will do), a .gguf file, or a hub "
-        "id, of which only config.json and the headers are fetched",
+        description="base model: a directory (config.json is enough), a .gguf file, or a hub id, "
+        "of which only config.json and file headers are downloaded",
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     shape: str | None = Field(
@@ -34,7 +34,7 @@ class PlanOptions(Options):
         "config.json (model_type=llama,hidden_size=2048,…)",
     )
     quant: Literal["nf4", "fp4"] = Field("nf4", description="4-bit type of QLoRA's base")
-    double_quant: bool = Field(True, description="quantise the scales once more")
+    double_quant: bool = Field(True, description="quantise the scales (double quantisation)")
     block_size: BlockSize = Field(64, description="weights that share a scale")
 
     card: str | None = Field(
@@ -43,19 +43,21 @@ class PlanOptions(Options):
         "which is measured (default)",
     )
     gpu_memory: Annotated[PositiveInt | None, BeforeValidator(parse_bytes)] = Field(
-        None, description="memory there is, such as 24GB (default: the card's)"
+        None, description="available memory, such as 24GB (default: the card's)"
     )
 
     lora_r: PositiveInt = Field(16, description="rank of the adapters")
     target_modules: Annotated[tuple[str, ...], BeforeValidator(parse_names)] = Field(
-        ("all-linear",), description="linears that get an adapter: all-linear, or q_proj,v_proj …"
+        ("all-linear",), description="linear layers with an adapter: all-linear, or q_proj,v_proj …"
     )
     optim: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = Field(
         "adamw", description="optimizer"
     )
-    batch_size: PositiveInt = Field(1, description="examples that go through the model together")
-    gradient_accumulation_steps: PositiveInt = Field(8, description="batches in an optimizer step")
-    max_length: int = Field(1024, ge=2, description="tokens of an example")
+    batch_size: PositiveInt = Field(1, description="examples per micro-batch")
+    gradient_accumulation_steps: PositiveInt = Field(
+        8, description="micro-batches per optimizer step"
+    )
+    max_length: int = Field(1024, ge=2, description="tokens per example")
 
     sections: ClassVar[dict[str, str]] = {
         "model": "the base model",
@@ -73,9 +75,9 @@ class PlanOptions(Options):
 COMMAND = Command(
     "plan",
     PlanOptions,
-    about="What a run will take, in bytes and seconds, before anything is downloaded: 16-bit LoRA "
-    "and QLoRA side by side, which fit, what is the longest sequence, the largest batch and the "
-    "largest model that do, and which to take.",
+    about="Predict memory and time of a run before any download: 16-bit LoRA and QLoRA side by "
+    "side, which of them fit, the longest sequence, the largest batch and the largest model that "
+    "fit, and a recommendation.",
     example="halfbyte plan --model meta-llama/Llama-2-7b-hf --gpu-memory 24GB",
     positional=("model",),
 )
@@ -134,7 +136,7 @@ def _card(options: PlanOptions) -> "GpuSpec":
 
     if options.card is not None:
         return card_named(options.card)
-    import torch  # it takes a second, and a card that is named needs none
+    import torch  # takes a second, and is not needed if the card is named
 
     if options.gpu_memory is None or torch.cuda.is_available():
         return card_named(HERE)
@@ -143,7 +145,7 @@ def _card(options: PlanOptions) -> "GpuSpec":
 
 
 def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Holding"]:
-    """Return the model's shape, and how it is held: what is packed already stays as it is."""
+    """Return the model's shape and how it is held: tensors already packed stay packed."""
     from halfbyte.plan.model_shape import config_of, shape_of_config, shape_of_known
 
     if options.shape is not None and (shape := shape_of_known(options.shape)) is not None:
@@ -178,7 +180,7 @@ def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Hol
 
 
 def _batch(most: int | None) -> str:
-    """Return the largest batch in words: a packed step goes through the layers part by part."""
+    """Return the largest batch as text; packed steps are split, so there any batch fits."""
     from halfbyte.plan.advice import MOST
 
     return "–" if most is None else "any" if most == MOST else f"{most:,}"

@@ -1,4 +1,4 @@
-"""``halfbyte quantize M OUT``: a 4-bit checkpoint that transformers, PEFT and vLLM load."""
+"""``halfbyte quantize M OUT``: writes a 4-bit checkpoint for transformers, PEFT and vLLM."""
 
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -12,25 +12,25 @@ from halfbyte.config.schema import BaseOptions
 
 
 class QuantizeOptions(BaseOptions):
-    """What to quantise, how, and where to."""
+    """The model to quantise, how, and the output."""
 
     quant: Literal["nf4", "fp4"] = Field("nf4", description="4-bit type of the weights")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto",
-        description="where to pack; rounding differs in rare bits, so an adapter that was trained "
-        "on one kind of device wants its packed base from there",
+        description="where to quantise; CPU and GPU round differently in rare cases, so an adapter "
+        "needs a base model quantised on the kind of device it was trained on",
     )
     out: Path = Field(description="directory to write")
-    overwrite: bool = Field(False, description="replace the directory if it is there")
+    overwrite: bool = Field(False, description="replace the directory if it exists")
 
-    sections: ClassVar[dict[str, str]] = {"model": "what, how, and where to"}
+    sections: ClassVar[dict[str, str]] = {"model": "options"}
 
 
 COMMAND = Command(
     "quantize",
     QuantizeOptions,
-    about="Write a model in 4 bits, in the format of bitsandbytes: transformers, PEFT and vLLM "
-    "load it. One tensor is held at a time.",
+    about="Write a 4-bit checkpoint in bitsandbytes' format, which transformers, PEFT and vLLM "
+    "load. Only one tensor is in memory at a time.",
     example="halfbyte quantize model.gguf model-nf4",
     positional=("model", "out"),
 )
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
     with results(as_json=as_json) as result, open_report() as report:
         for note in notes:
             report.note(note)
-        report.note(f"packing on {device}")
+        report.note(f"quantising on {device}")
         source = open_base(options.model, revision=options.revision)
         with report.task(f"quantising {options.model}", None) as progress:
             out = write_quantized(

@@ -1,4 +1,4 @@
-"""``halfbyte report RUN [RUN …]``: the page about a run, or about several side by side."""
+"""``halfbyte report RUN [RUN …]``: writes an HTML page about one or more runs."""
 
 from pathlib import Path
 from typing import ClassVar
@@ -12,7 +12,7 @@ _PAGE = "report.html"
 
 
 class ReportOptions(Options):
-    """Where the page goes."""
+    """The runs, and the page to write."""
 
     runs: tuple[Path, ...] = Field(min_length=1, description="directories of runs, or journals")
     output: Path | None = Field(
@@ -25,9 +25,9 @@ class ReportOptions(Options):
 COMMAND = Command(
     "report",
     ReportOptions,
-    about="Write one self-contained HTML page from the journal of a run: losses, speed, memory, "
-    "time, answers before and after, data and options. With several runs, they share each chart. "
-    "A run that is still going, or was killed, has a page too.",
+    about="Write a self-contained HTML page from the journal of a run: losses, speed, memory, "
+    "time, answers before and after, data and options. Several runs are drawn in the same charts. "
+    "The run may still be in progress, or have been killed.",
     example="halfbyte report out",
     positional=("runs",),
     many="runs",

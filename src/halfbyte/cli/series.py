@@ -1,11 +1,11 @@
-"""Command lines one after the other in one process: what one has imported serves the next.
+"""Runs several command lines in one process, so that imports and compiled kernels are shared.
 
     python -m halfbyte.cli.series '[["train", "run.yaml"], ["eval", "--model", "m", "--json"]]'
 
-``halfbyte compare`` trains a variant and evaluates it so. Importing torch and transformers,
-starting CUDA and compiling kernels takes ten seconds, and is done once. Standard output is the last
-command's, what the others print goes to standard error. The first command that fails ends it, with
-its exit code.
+``halfbyte compare`` trains and evaluates a variant this way. Importing torch and transformers,
+starting CUDA and compiling kernels takes ten seconds, and is done once. Only the last command
+prints to standard output, the others to standard error. The first command that fails ends the
+series with its exit code.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ def run(commands: Sequence[list[str]]) -> int:
             code = cli.main(command)
         if code:
             return code
-        gc.collect()  # a model is full of circles; the next command's must not lie beside it
+        gc.collect()  # models have reference cycles; free this one before the next is loaded
     return cli.main(commands[-1])
 
 

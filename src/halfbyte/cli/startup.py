@@ -30,7 +30,7 @@ from typing import Any
 
 logger = logging.getLogger("halfbyte")
 
-# What transformers is told is not installed. It asks as it is imported, and does without.
+# What transformers is told is not installed: it checks on import, and does not need it.
 _UNUSED = (
     "is_accelerate_available",
     "is_kernels_available",
@@ -148,7 +148,7 @@ def _absent(*_: Any, **__: Any) -> bool:
 
 
 class _Distributions(Mapping[str, list[str]]):
-    """As importlib.metadata.packages_distributions() has them, looked up when they are asked for.
+    """As importlib.metadata.packages_distributions() has them, looked up on demand.
 
     To list all, it reads files of every package that is installed, which takes a second where there
     are many. Older versions of transformers (5.21 and before) list all to look up a few.

@@ -9,8 +9,8 @@ from halfbyte.config.schema import TrainConfig, load_config
 COMMAND = Command(
     "train",
     TrainConfig,
-    about="Fine-tune a model on your data. Options may stand in a YAML file, under the same names "
-    "and under those that axolotl, LLaMA-Factory and TRL use; the command line wins.",
+    about="Fine-tune a model on your data. Options can be given in a YAML file, under the same "
+    "names or those of axolotl, LLaMA-Factory and TRL; the command line takes precedence.",
     example="halfbyte train --model model.gguf --data train.jsonl --output out",
     positional=("config",),
 )
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
             for note in notes:
                 report.note(note)
             trained = train(config, report)
-        show.paragraph("The adapter is written. To try it:")
+        show.paragraph("The adapter has been written. To try it:")
         adapter = str(trained.adapter_dir)
         show.command(invocation("chat", "--model", config.model, "--adapter", adapter))
         result |= dataclasses.asdict(trained)

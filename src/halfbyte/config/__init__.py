@@ -1,1 +1,1 @@
-"""Options: what they are, what other programs call them, and how they are read."""
+"""Options: the schema, the names of other trainers, and the command line's parser."""

@@ -1,7 +1,6 @@
-"""Names that people already type: what other projects call our options, and how they read here.
+"""The option names of axolotl, LLaMA-Factory and TRL, translated to ours.
 
-A known foreign name is translated and a note says so; a name nobody knows is a problem, and the
-nearest name is suggested.
+The translation is logged; an unknown name is an error, and the nearest name is suggested.
 Nothing here imports torch.
 """
 
@@ -13,33 +12,33 @@ from pydantic import BaseModel
 
 
 class Alias(NamedTuple):
-    """Another project's name for one of our fields, and how its values read here."""
+    """Another project's name for one of our fields, and how its values are translated."""
 
     field: str
     meanings: Mapping[str, str] = {}
-    """Values, in lower case, that say something else here; the others are handed on."""
+    """Values, in lower case, and their translations; other values are unchanged."""
     yields: frozenset[str] = frozenset()
-    """Values, in lower case, that only say what the field is not: any other name for it wins."""
+    """Values, in lower case, that only exclude a choice: any other name for the field overrides."""
 
     def read(self, value: Any) -> Any:
-        """The value as the field takes it."""
+        """The value in our terms."""
         match value:
-            case [{"path": str(path)}]:  # axolotl's list of data sets, with one in it
+            case [{"path": str(path)}]:  # axolotl's list of data sets, with one entry
                 return path
         return self.meanings.get(str(value).lower(), value)
 
     @property
     def is_flag(self) -> bool:
-        """Whether the bare name, without a value, makes sense on the command line."""
+        """Whether the name can be used without a value on the command line."""
         return "true" in self.meanings
 
     def gives_way(self, value: Any) -> bool:
-        """Whether the value only says what the field is not."""
+        """Whether the value only excludes a choice."""
         return str(value).lower() in self.yields
 
 
 _ALL = {"all": "all-linear"}
-# Files have both names, one of them false, or left empty, which YAML reads as None.
+# Files often have both names, one of them false or empty, which YAML reads as None.
 _NOT_THIS = frozenset(("false", "none"))
 _ADAMW = {
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_32bit"), "adamw"),
@@ -93,7 +92,7 @@ ALIASES: dict[str, Alias] = {
 
 
 class Translation(NamedTuple):
-    """Options under our own names, what to tell the user, and what is wrong."""
+    """Options under our names, messages for the user, and errors."""
 
     values: dict[str, Any]
     notes: list[str]
@@ -101,13 +100,13 @@ class Translation(NamedTuple):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``; did you mean `learning_rate`?``, or nothing where no known name is near."""
+    """``; did you mean `learning_rate`?``, or an empty string if no known name is similar."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
     return f"; did you mean `{near[0]}`?" if near else ""
 
 
 def aliases_of(options: type[BaseModel]) -> dict[str, Alias]:
-    """The foreign names that mean something among these options."""
+    """The aliases that apply to these options."""
     fields = options.model_fields
     return {
         name: alias
@@ -117,7 +116,7 @@ def aliases_of(options: type[BaseModel]) -> dict[str, Alias]:
 
 
 def translate(given: Mapping[str, Any], options: type[BaseModel]) -> Translation:
-    """Translate known foreign names into ours; collect the names nobody knows."""
+    """Translate aliases into our names; collect unknown names as errors."""
     aliases = aliases_of(options)
     values: dict[str, Any] = {}
     given_as: dict[str, str] = {}
@@ -132,7 +131,7 @@ def translate(given: Mapping[str, Any], options: type[BaseModel]) -> Translation
             if value is None:
                 continue
             if (field := aliases[name].field) in sure:
-                notes.append(f"`{name}: {value}` is not used: another name says `{field}`")
+                notes.append(f"`{name}: {value}` is ignored: `{field}` is set by another name")
                 continue
         if name in aliases:
             field, read = aliases[name].field, aliases[name].read(value)
@@ -145,7 +144,7 @@ def translate(given: Mapping[str, Any], options: type[BaseModel]) -> Translation
         if field in values and values[field] != read:
             problems.append(
                 f"`{field}` is given twice, as `{given_as[field]}` ({values[field]}) and as "
-                f"`{name}` ({read}); keep one"
+                f"`{name}` ({read}); remove one"
             )
         if (field, read) != (name, value):
             notes.append(f"`{name}: {value}` read as `{field}: {read}`")

@@ -1,10 +1,10 @@
-"""From words on the command line to checked options, and from options to ``--help``.
+"""Parses the command line into validated options, and prints ``--help``.
 
-A command's options are a class of ``halfbyte.config.schema``: names, types, defaults and help stand
-there and nowhere else. Words are only sorted here: each value stays text until pydantic checks
-it, together with what a YAML file gave, so that one message lists everything that is wrong and
-an option is known to have been given or not. A parser that converts as it goes, and stops at
-the first mistake in a voice of its own, cannot do that; hence these few lines instead of one.
+A command's options are a class of ``halfbyte.config.schema``, which alone defines names, types,
+defaults and help. Here arguments are only assigned to options: each value stays text until pydantic
+validates it together with the values from a YAML file, so that one message lists all errors and it
+is known whether an option was given. A parser that converts as it goes and stops at the first error
+cannot do that.
 """
 
 import json
@@ -41,7 +41,7 @@ _TRUTH_WORDS = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 
 
 class ParsedArgs(NamedTuple):
-    """What stands on a command line."""
+    """The arguments of a command line, assigned to options but not yet validated."""
 
     given: dict[str, Any]
     positional: dict[str, str]
@@ -50,7 +50,7 @@ class ParsedArgs(NamedTuple):
 
 
 class Request(NamedTuple, Generic[OptionsT]):
-    """Checked options, what to tell the user about them, and whether the answer is JSON."""
+    """Validated options, messages about them, and whether to print JSON."""
 
     options: OptionsT
     notes: list[str]
@@ -59,20 +59,20 @@ class Request(NamedTuple, Generic[OptionsT]):
 
 @dataclass(frozen=True)
 class Command(Generic[OptionsT]):
-    """One ``halfbyte COMMAND``: its options, and what ``--help`` says about it."""
+    """One ``halfbyte COMMAND``: its options and help."""
 
     name: str
     options: type[OptionsT]
     about: str
     example: str
     positional: tuple[str, ...] = ()
-    """Fields whose values stand without a name; ``config`` is the only one that is no field."""
+    """Fields that are positional arguments; only ``config`` is not a field."""
     many: str = ""
-    """The last of them, if it takes any number of words."""
+    """The last of them, if it takes any number of arguments."""
     has_json: bool = True
 
     def words(self, argv: list[str]) -> ParsedArgs:
-        """Sort words by option; prints the help and leaves when it is asked for."""
+        """Assign arguments to options; with ``--help``, print the help and exit."""
         if "--help" in argv or "-h" in argv:
             _leave_with(self.help())
         aliases = aliases_of(self.options)
@@ -90,7 +90,7 @@ class Command(Generic[OptionsT]):
                 elif free:
                     found.positional[free.popleft()] = word
                 else:
-                    found.problems.append(f"`{word}` is one word too many")
+                    found.problems.append(f"unexpected argument `{word}`")
             elif name == "json" and self.has_json and not equals:
                 found = found._replace(json=True)
             elif equals:
@@ -112,7 +112,7 @@ class Command(Generic[OptionsT]):
         """Check the options on a command line.
 
         Raises:
-            ConfigError: All that is wrong with them, in one message.
+            ConfigError: All errors, in one message.
         """
         words = self.words(argv)
         ours = translate(words.positional | words.given, self.options)
@@ -120,7 +120,7 @@ class Command(Generic[OptionsT]):
         return Request(options, ours.notes, words.json)
 
     def help(self) -> str:
-        """Usage, what the command does, an example, and every option under its heading."""
+        """Usage, description, an example, and every option under its heading."""
         width = min(shutil.get_terminal_size().columns, 100)
         fields = self.options.model_fields
         usage = [
@@ -150,10 +150,10 @@ class Command(Generic[OptionsT]):
                 lines += ["", self.options.sections[name]]
             form = name.upper() if name in self.positional else _option(name, field)
             lines += _row(form, _effect(field), width)
-        lines += ["", "and"]
+        lines += ["", "general"]
         if self.has_json:
-            lines += _row("--json", "print the result as one JSON object, and nothing else", width)
-        lines += _row("-h, --help", "print this", width)
+            lines += _row("--json", "print only the result, as one JSON object", width)
+        lines += _row("-h, --help", "print this help", width)
         return "\n".join(lines)
 
 
@@ -161,7 +161,7 @@ _HELP_COLUMN = 26
 
 
 def _row(form: str, text: str, width: int) -> list[str]:
-    """An option and what it does, side by side, or below each other where the option is long."""
+    """An option and its description, in one row, or in two if the option is long."""
     indent = " " * _HELP_COLUMN
     below = textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent)
     if len(form) + 4 > _HELP_COLUMN:
@@ -174,7 +174,7 @@ def _is_flag(field: FieldInfo) -> bool:
 
 
 def _kind(field: FieldInfo) -> str:
-    """What a value looks like: its choices, or a word for its type."""
+    """Placeholder of a value: its choices, or its type."""
     kind: Any = field.annotation
     if get_origin(kind) in (Union, UnionType):  # the first member: `int | None` takes an int
         kind = get_args(kind)[0]
@@ -208,15 +208,15 @@ def _effect(field: FieldInfo) -> str:
 
 
 def _leave_with(text: str) -> NoReturn:
-    print(text, flush=True)  # here, where a closed pipe is still answered for
+    print(text, flush=True)  # flushed here, where a closed pipe is still handled
     raise SystemExit(0)
 
 
 @contextmanager
 def results(*, as_json: bool) -> Iterator[dict[str, Any]]:
-    """Where a command puts its results, printed as one JSON object at the end if ``as_json``.
+    """Collect a command's results; if ``as_json``, print them as one JSON object at the end.
 
-    All else that is printed meanwhile, by us or by a library, then goes to standard error.
+    Everything else that is printed meanwhile, by us or by a library, then goes to standard error.
     """
     result: dict[str, Any] = {}
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
@@ -230,7 +230,7 @@ def results(*, as_json: bool) -> Iterator[dict[str, Any]]:
 
 
 def invocation(*words: str) -> str:
-    """A command to type, in the form in which this program can be called from this shell."""
+    """A command line that calls this program from the user's shell."""
     program = "halfbyte"
     if shutil.which(program) is None:
         beside = Path(sys.executable).with_name(program)

@@ -1,15 +1,15 @@
-"""The configuration of a run: one flat, frozen model, the only home of names, defaults and help.
+"""The configuration of a run: one flat, frozen model with all names, defaults and help.
 
-The same names serve the YAML file, the command line (``--learning-rate`` or
-``--learning_rate``) and Python. A value goes through three stages:
+The same names are used in the YAML file, on the command line (``--learning-rate`` or
+``--learning_rate``) and in Python. A value goes through three stages:
 
-1. *aliases* (``aliases.py``): a name that axolotl, LLaMA-Factory or TRL use for the same thing is
-   translated and a note says so; a name nobody knows is a problem, and the nearest is suggested;
-2. *layers*: what the command line gives lies on top of what the file gives;
-3. *checking*: pydantic checks every value and the rules between them.
+1. *aliases* (``aliases.py``): option names of axolotl, LLaMA-Factory and TRL are translated, and
+   the translation is logged; an unknown name is an error, and the nearest name is suggested;
+2. *merging*: options on the command line override those of the file;
+3. *validation*: pydantic checks every value and the rules between them.
 
-All problems of all stages are reported together, in one ``ConfigError``. Nothing here imports
-torch, so a mistake in the configuration is answered at once.
+All errors of all stages are reported together, in one ``ConfigError``. Nothing here imports torch,
+so errors in the configuration are reported immediately.
 """
 
 import re
@@ -41,10 +41,10 @@ _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 def parse_bytes(value: Any) -> Any:
     """Read a size such as ``16GB`` (10^9), ``16GiB`` (2^30) or a plain number of bytes.
 
-    Anything but a string is handed on for pydantic to judge.
+    Anything but a string is returned unchanged, for pydantic to validate.
 
     Raises:
-        ValueError: the string is no size.
+        ValueError: the string is not a size.
     """
     if not isinstance(value, str):
         return value
@@ -56,10 +56,10 @@ def parse_bytes(value: Any) -> Any:
 
 
 def parse_pairs(value: Any) -> Any:
-    """Read ``name=value,name=value``; anything but a string is handed on for pydantic to judge.
+    """Read ``name=value,name=value``; anything but a string is returned unchanged.
 
     Raises:
-        ValueError: the string is no list of pairs.
+        ValueError: the string is not a list of pairs.
     """
     if not isinstance(value, str):
         return value
@@ -70,14 +70,14 @@ def parse_pairs(value: Any) -> Any:
 
 
 def parse_names(value: Any) -> Any:
-    """Read ``name,name``; anything but a string is handed on for pydantic to judge."""
+    """Read ``name,name``; anything but a string is returned unchanged."""
     if not isinstance(value, str):
         return value
     return [name.strip() for name in value.split(",") if name.strip()]
 
 
 def parse_trackers(value: Any) -> Any:
-    """Read ``name,name`` as ``parse_names`` does; ``none``, as transformers has it, is no name."""
+    """Read ``name,name`` as ``parse_names`` does, without transformers' ``none``."""
     names = parse_names(value)
     return [name for name in names if name != "none"] if isinstance(names, list) else names
 
@@ -93,18 +93,18 @@ BlockSize = Annotated[int, AfterValidator(_known_block_size)]
 
 
 class Options(BaseModel):
-    """What every set of options has in common: frozen, no unknown names, no NaN or infinity."""
+    """Base class of all options: frozen, no unknown names, no NaN or infinity."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
     )
     sections: ClassVar[dict[str, str]] = {}
-    """For ``--help``: headings, each under the name of the field it stands before."""
+    """Headings of ``--help``, keyed by the field that each precedes."""
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # YAML reads `yes` and `on` as true, and pydantic would take true for the number 1.
+        # YAML reads `yes` and `on` as true, which pydantic would convert to the number 1.
         field = cls.model_fields[info.field_name or ""]
         if isinstance(value, bool) and field.annotation is not bool:
             raise ValueError("expected a value")
@@ -112,7 +112,7 @@ class Options(BaseModel):
 
 
 class BaseOptions(Options):
-    """Which base model, and how its weights are held."""
+    """The base model, and how its weights are stored."""
 
     model: str = Field(
         min_length=1,
@@ -122,18 +122,20 @@ class BaseOptions(Options):
     quant: Literal["nf4", "fp4", "none"] = Field(
         "nf4", description="4-bit type of the frozen weights; none keeps 16 or 32 bits (plain LoRA)"
     )
-    double_quant: bool = Field(True, description="quantise the scales once more")
+    double_quant: bool = Field(True, description="quantise the scales (double quantisation)")
     block_size: BlockSize = Field(
         64, description="weights that share a scale: a power of 2, 32 to 4096"
     )
     quantize_head: bool = Field(
-        False, description="pack the output head too; if tied to the embedding, both"
+        False, description="quantise the output head too; if it is tied to the embedding, both"
     )
     quantize_embeddings: bool = Field(
-        False, description="pack the embedding too; transformers cannot load it so"
+        False, description="quantise the embedding too; transformers cannot load such a model"
     )
     quant_search: bool = Field(
-        False, description="search for scales that lose less, in the same format; reads it twice"
+        False,
+        description="search for scales with a smaller error, in the same format; the model is read "
+        "twice",
     )
 
     @model_validator(mode="after")
@@ -146,21 +148,21 @@ class BaseOptions(Options):
 
 
 class ModelOptions(BaseOptions):
-    """A base model that computes."""
+    """A base model to run: dtype, device and cache."""
 
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="type in which matrices are multiplied; auto asks the hardware; float16 is for "
-        "a GPU, and scales the loss",
+        description="dtype of matrix products; auto chooses by hardware; float16 is for GPUs only, "
+        "with loss scaling",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
     cache_quantized: bool = Field(
-        False, description="keep the packed base in ~/.cache, and start from that the next time"
+        False, description="cache the quantised base model in ~/.cache and load it from there"
     )
 
 
 class TrainConfig(ModelOptions):
-    """Everything that decides what a training run does."""
+    """All options of a training run."""
 
     sections: ClassVar[dict[str, str]] = {
         "model": "the base model",
@@ -176,104 +178,108 @@ class TrainConfig(ModelOptions):
         min_length=1,
         description="training data: a .jsonl or .json file, a directory of them, or a hub id",
     )
-    max_length: int = Field(1024, ge=2, description="tokens of an example; longer ones are cut")
+    max_length: int = Field(
+        1024, ge=2, description="longest example, in tokens; longer ones are truncated"
+    )
     train_on: Literal["assistant", "all"] = Field(
-        "assistant", description="tokens that count for the loss: the assistant's, or all"
+        "assistant", description="supervised tokens: the assistant's, or all"
     )
     eval_data: str | None = Field(None, min_length=1, description="data to evaluate on")
 
     lora_r: PositiveInt = Field(16, description="rank of the adapters")
     lora_alpha: float = Field(16.0, gt=0, description="adapters are scaled by alpha / r")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
-    use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
-    use_dora: bool = Field(False, description="train the lengths of the weights' rows too (DoRA)")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapters' input")
+    use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead (rsLoRA)")
+    use_dora: bool = Field(False, description="also train the norms of the weights' rows (DoRA)")
     init_lora_weights: Literal["kaiming", "qera"] = Field(
         "kaiming",
-        description="adapters begin with nothing, or with the most of what packing lost (QERA), "
-        "for which the base is read twice",
+        description="initial adapters: zero (B is 0), or an approximation of the quantisation "
+        "error (QERA), for which the base model is read twice",
     )
     target_modules: str | tuple[str, ...] = Field(
         "all-linear",
-        description="linears that get an adapter: all-linear, names (q_proj,v_proj), or a regular "
-        "expression",
+        description="linear layers with an adapter: all-linear, names (q_proj,v_proj), or a "
+        "regular expression",
     )
     rank_pattern: Annotated[dict[str, PositiveInt], BeforeValidator(parse_pairs)] = Field(
-        {}, description="another lora_r for some layers, such as v_proj=32,layers.0.mlp.up_proj=4"
+        {}, description="per-layer lora_r, such as v_proj=32,layers.0.mlp.up_proj=4"
     )
     alpha_pattern: Annotated[dict[str, Positive], BeforeValidator(parse_pairs)] = Field(
-        {}, description="another lora_alpha, likewise; the names may be regular expressions"
+        {}, description="per-layer lora_alpha; in both, names may be regular expressions"
     )
 
     modules_to_save: Annotated[tuple[str, ...], BeforeValidator(parse_names)] = Field(
-        (), description="modules trained whole, such as embed_tokens,lm_head,norm"
+        (), description="modules to train in full, such as embed_tokens,lm_head,norm"
     )
 
-    batch_size: PositiveInt = Field(1, description="examples that go through the model together")
-    gradient_accumulation_steps: PositiveInt = Field(8, description="batches in an optimizer step")
+    batch_size: PositiveInt = Field(1, description="examples per micro-batch")
+    gradient_accumulation_steps: PositiveInt = Field(
+        8, description="micro-batches per optimizer step"
+    )
     epochs: float = Field(1.0, gt=0, description="passes over the data")
     max_steps: PositiveInt | None = Field(
-        None, description="optimizer steps to make, whatever epochs says"
+        None, description="number of optimizer steps; overrides epochs"
     )
 
-    learning_rate: float = Field(2e-4, gt=0, description="highest learning rate of the schedule")
+    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate")
     loraplus_lr_ratio: float = Field(
-        1.0, gt=0, description="LoRA+: learning rate of B over that of A"
+        1.0, gt=0, description="LoRA+: learning rate of B relative to that of A"
     )
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="how the learning rate falls after the warm-up"
+        "cosine", description="decay of the learning rate after the warm-up"
     )
-    warmup_ratio: float = Field(0.03, ge=0, le=1, description="part of the steps that warms up")
+    warmup_ratio: float = Field(0.03, ge=0, le=1, description="fraction of steps for the warm-up")
     warmup_steps: int | None = Field(
-        None, ge=0, description="steps that warm up, whatever warmup_ratio says"
+        None, ge=0, description="steps for the warm-up; overrides warmup_ratio"
     )
     optim: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = Field(
         "adamw",
-        description="optimizer: moments of 32 or 8 bits; those of paged_ leave a GPU that is short "
-        "of memory",
+        description="optimizer: AdamW with 32- or 8-bit state; paged_ moves it to host memory when "
+        "the GPU is short of memory",
     )
     paging: Literal["auto", "explicit", "managed"] = Field(
         "auto",
-        description="how paged_ does it: ahead of a step that is short, by copies (auto) or as "
-        "managed memory; or explicit, always on the host",
+        description="how paged_ state is stored: on the GPU, copied to the host before steps short "
+        "of memory (auto); the same with CUDA managed memory; or always on the host (explicit)",
     )
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of AdamW")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of AdamW's first moment")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of AdamW's second moment")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
-    max_grad_norm: float = Field(1.0, ge=0, description="clip the gradient's norm here; 0 does not")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="clip the norm of all gradients to this; 0: no clipping"
+    )
 
     activations: Literal["auto", "save", "recompute", "offload"] = Field(
         "auto",
-        description="keep activations for backward, or compute them again (offload: from inputs "
-        "that wait in host memory); on a GPU, auto and save keep decoded weights in what is left",
+        description="save activations for backward, or recompute them (offload: from layer inputs "
+        "in host memory); on a GPU, auto and save also keep decoded weights if memory is left",
     )
     memory_budget: Annotated[PositiveInt | None, BeforeValidator(parse_bytes)] = Field(
-        None, description="memory that may be used, such as 16GB (10^9) or 16GiB (2^30)"
+        None, description="memory limit, such as 16GB (10^9) or 16GiB (2^30)"
     )
     cuda_graphs: bool = Field(
-        True, description="record the passes of a step on a GPU, and play them again"
+        True, description="capture forward and backward as CUDA graphs on a GPU"
     )
 
-    deterministic: bool = Field(
-        False, description="add up in a fixed order on a GPU, too: the same bits each time, slower"
-    )
+    deterministic: bool = Field(False, description="bit-identical results on a GPU, at lower speed")
 
     output: Path = Field(description="directory for the adapter, checkpoints and journal")
     eval_steps: PositiveInt | None = Field(
         None, description="evaluate every N steps (default: only at the end)"
     )
     save_steps: PositiveInt | None = Field(
-        None, description="save a checkpoint every N steps (default: ten times a run)"
+        None, description="save a checkpoint every N steps (default: ten times per run)"
     )
-    save_total_limit: PositiveInt = Field(2, description="checkpoints to keep")
-    resume: bool = Field(False, description="go on from the newest checkpoint in output")
-    logging_steps: PositiveInt = Field(1, description="report every N steps")
+    save_total_limit: PositiveInt = Field(2, description="number of checkpoints to keep")
+    resume: bool = Field(False, description="continue from the newest checkpoint in output")
+    logging_steps: PositiveInt = Field(1, description="log every N steps")
     samples: int = Field(
-        3, ge=0, description="prompts answered before and after training, for report.html"
+        3, ge=0, description="prompts to answer before and after training, for report.html"
     )
     report_to: Annotated[
         tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(parse_trackers)
-    ] = Field((), description="trackers to send numbers to: tensorboard, wandb, trackio")
+    ] = Field((), description="trackers to log to: tensorboard, wandb, trackio")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the adapters and the data's order")
 
     @field_validator("target_modules", mode="before")
@@ -294,10 +300,11 @@ class TrainConfig(ModelOptions):
             raise ValueError("`eval_steps` needs `eval_data`: the data to evaluate on")
         if self.init_lora_weights == "qera" and self.quant == "none":
             raise ValueError(
-                "`init_lora_weights` qera needs `quant` nf4 or fp4: a plain base has lost nothing"
+                "`init_lora_weights` qera needs `quant` nf4 or fp4: without quantisation there is "
+                "no error to approximate"
             )
         if self.init_lora_weights == "qera" and self.use_dora:
-            raise ValueError("`init_lora_weights` qera and `use_dora` do not go together")
+            raise ValueError("`init_lora_weights` qera cannot be combined with `use_dora`")
         if self.paging != "auto" and not self.optim.startswith("paged_"):
             raise ValueError("`paging` needs `optim` paged_adamw_32bit or paged_adamw_8bit")
         return self
@@ -322,7 +329,7 @@ def _number(value: Any) -> str:
 
 
 def _in_words(error: Mapping[str, Any], options: type[Options]) -> str:
-    """One pydantic error as a sentence: which option, what was expected, what came."""
+    """One pydantic error as a sentence: which option, what was expected, what was given."""
     kind, context = error["type"], error.get("ctx", {})
     if not error["loc"]:  # a rule between options: its message names them
         return str(context["error"])
@@ -359,24 +366,24 @@ def check(
     Args:
         options: The class to build.
         values: Values by field name.
-        problems: What is known to be wrong already; reported with what is found here.
+        problems: Errors found before; reported together with those found here.
 
     Raises:
-        ConfigError: All problems, in one message.
+        ConfigError: All errors, in one message.
     """
     found = list(problems)
     result = None
     try:
         result = options(**values)
     except ValidationError as error:
-        # A union reports once for each of its members: one sentence for each option is enough.
+        # A union reports one error per member: one sentence per option is enough.
         sentences = {
             str(one["loc"][0]) if one["loc"] else one["msg"]: _in_words(one, options)
             for one in reversed(error.errors(include_url=False))
         }
         found += reversed(sentences.values())
     if result is None or found:
-        several = f"{len(found)} things are wrong\n  " if len(found) > 1 else ""
+        several = f"{len(found)} errors\n  " if len(found) > 1 else ""
         raise ConfigError(several + "\n  ".join(found))
     return result
 
@@ -385,22 +392,22 @@ def check(
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML's safe subset, where a key that is there twice is an error instead of a loss."""
+    """YAML's safe subset, in which a duplicate key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
         if twice := {key for key in keys if keys.count(key) > 1}:
             raise yaml.constructor.ConstructorError(
-                None, None, f"`{min(twice)}` is there twice", node.start_mark
+                None, None, f"`{min(twice)}` is given twice", node.start_mark
             )
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file, dashes in its keys read as underscores.
+    """Read the mapping in a YAML file; dashes in its keys become underscores.
 
     Raises:
-        ConfigError: No such file, not text, not YAML, or not a mapping of names to values.
+        ConfigError: No such file, not text, not YAML, or not a mapping.
     """
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
@@ -427,18 +434,18 @@ def load_config(
     *,
     problems: Iterable[str] = (),
 ) -> tuple[TrainConfig, list[str]]:
-    """Read a YAML file, lay ``overrides`` on top, and check the result.
+    """Read a YAML file, apply ``overrides``, and check the result.
 
     Args:
         yaml_path: A configuration file, or None.
         overrides: Options by name, ours or a known alias; values may be strings.
-        problems: What is known to be wrong already; reported with what is found here.
+        problems: Errors found before; reported together with those found here.
 
     Returns:
         The configuration, and messages about it for the user.
 
     Raises:
-        ConfigError: All problems, in one message.
+        ConfigError: All errors, in one message.
     """
     in_file = translate(read_yaml(yaml_path) if yaml_path is not None else {}, TrainConfig)
     on_top = translate(overrides, TrainConfig)
@@ -450,10 +457,10 @@ def load_config(
     notes = in_file.notes + on_top.notes
     for winner, loser in (("max_steps", "epochs"), ("warmup_steps", "warmup_ratio")):
         if getattr(config, winner) is not None and loser in config.model_fields_set:
-            notes.append(f"`{winner}` is given, so `{loser}` is not used")
+            notes.append(f"`{loser}` is ignored, since `{winner}` is given")
     return config, notes
 
 
 def to_yaml(config: TrainConfig) -> str:
-    """The whole configuration, defaults included, as a file that ``load_config`` reads."""
+    """The whole configuration, including defaults, as YAML that ``load_config`` reads."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -2,12 +2,12 @@
 
     sources         rows with line numbers, from a file, a directory or the hub
     formats         rows to conversations
-    templates       conversations to token ids, and which of them are learned
+    templates       conversations to token ids and loss masks
     batching        examples to micro-batches
-    dataset_report  what became of each row
+    dataset_report  which rows were used, truncated or rejected
 
-Nothing is dropped silently: a row that cannot be used is counted under its reason with its line,
-and a source without a single usable row is an error that shows the reasons.
+Nothing is dropped silently: rows that cannot be used are counted by reason, with their lines, and a
+source without a single usable row is an error that lists the reasons.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """What can be trained on, and the report on what could not.
+    """The usable rows of a data set, and a report on all rows.
 
-    ``examples`` and ``rows`` go together, one of each for each usable row.
+    ``examples`` and ``rows`` have one element for each usable row, in the same order.
     """
 
     examples: list[Example]
@@ -71,13 +71,13 @@ def load_dataset(
 
     Args:
         source: A file, a directory or a hub id; see `halfbyte.data.sources`.
-        tokenizer: Whose chat template is used.
-        max_length: Longer rows are cut to so many tokens, and counted.
-        train_on: The assistant's tokens, or all.
-        progress: Called with the rows done and their number.
+        tokenizer: The tokenizer, with its chat template.
+        max_length: Longer rows are truncated to this many tokens, and counted.
+        train_on: Supervised tokens: the assistant's, or all.
+        progress: Called with (rows done, total rows).
 
     Raises:
-        DataError: There is no data, or not one usable row.
+        DataError: There is no data, or no usable row.
     """
     read = _read(source)
     encoder = Encoder(tokenizer, train_on)
@@ -122,14 +122,14 @@ def load_dataset(
 
 
 def conversations(source: str | Path) -> list[Conversation]:
-    """The usable rows as messages: what a model is asked, and what it should reply.
+    """The usable rows as conversations: prompts and expected replies.
 
     Raises:
-        DataError: There is no data, not one usable row, or plain text, which asks nothing.
+        DataError: There is no data, no usable row, or the data is plain text, without prompts.
     """
     read = _read(source)
     if read.format == "text":
-        raise DataError(f"{source} holds plain text: expected conversations, with replies.")
+        raise DataError(f"{source} is plain text: expected conversations with replies.")
     return read.conversations
 
 

@@ -1,12 +1,12 @@
-"""From examples to the micro-batches of each optimizer step.
+"""Splits examples into the micro-batches of each optimizer step.
 
 An optimizer step takes ``batch_size * gradient_accumulation_steps`` examples of a shuffled epoch,
-sorts them by length, longest first, and cuts them into micro-batches. Sorting *within* the step
+sorts them by length, longest first, and splits them into micro-batches. Sorting *within* the step
 saves most of the padding and changes nothing else: the step's gradient is a sum over the same
-examples in any order. The longest come first, so that a step too big for memory fails at once.
+examples in any order. The longest come first, so that a step too large for memory fails early.
 
-The order is a pure function of (seed, epoch), and any step can be asked for by its number:
-a resumed run needs no more than the step it had reached.
+The order is a pure function of (seed, epoch), and any step can be computed from its number: a run
+resumes from the step alone.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ IGNORED = -100
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """A few examples side by side, padded on the right.
+    """A batch of examples, padded on the right.
 
-    A decoder is causal, so what is to the right of a token cannot reach it: padding needs neither
-    an attention mask nor a padding token of its own. Labels come from each example's mask, never
-    from comparing with the padding id, so an end-of-turn token that doubles as padding is learned.
+    A decoder is causal, so padding on the right does not affect any token: it needs neither an
+    attention mask nor a dedicated padding token. Labels come from each example's mask, never from
+    comparison with the padding id, so an end-of-turn token that is also used as padding is learned.
 
     Attributes:
-        input_ids: int64 [B, T], T being the longest example of the micro-batch.
-        labels: int64 [B, T], shifted already: ``labels[b, t]`` is the token to be predicted from
-            position t, or -100. The last position is -100.
-        lengths: int64 [B], the tokens of each example before padding.
+        input_ids: int64 [B, T], T being the length of the longest example.
+        labels: int64 [B, T], already shifted: ``labels[b, t]`` is the token to predict at position
+            t, or -100. The last position is -100.
+        lengths: int64 [B], the tokens of each example without padding.
     """
 
     input_ids: NDArray[np.int64]
@@ -45,17 +45,17 @@ class MicroBatch:
 
     @property
     def tokens(self) -> int:
-        """Tokens without the padding."""
+        """Number of tokens without padding."""
         return int(self.lengths.sum())
 
     @property
     def supervised_tokens(self) -> int:
-        """Positions that have a label."""
+        """Number of positions with a label."""
         return int(np.count_nonzero(self.labels != IGNORED))
 
 
 def collate(examples: Sequence[Example], *, pad_id: int = 0) -> MicroBatch:
-    """Sets examples side by side; see `MicroBatch`. ``pad_id`` may be any token."""
+    """Pads examples to a `MicroBatch`. ``pad_id`` may be any token."""
     lengths = np.array([len(example.tokens) for example in examples], dtype=np.int64)
     input_ids = np.full((len(examples), int(lengths.max())), pad_id, dtype=np.int64)
     labels = np.full_like(input_ids, IGNORED)
@@ -66,7 +66,7 @@ def collate(examples: Sequence[Example], *, pad_id: int = 0) -> MicroBatch:
 
 
 class StepPlan(Sequence[list[MicroBatch]]):
-    """The optimizer steps of one epoch, each made when it is asked for."""
+    """The optimizer steps of one epoch, computed on access."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class StepPlan(Sequence[list[MicroBatch]]):
         ]
 
     def lengths(self, step: int) -> list[list[int]]:
-        """The tokens of each example, micro-batch by micro-batch; nothing is collated for it."""
+        """The number of tokens of each example, by micro-batch, without collating them."""
         lengths = [len(example.tokens) for example in self._chosen(step)]
         size = self._batch_size
         return [lengths[first : first + size] for first in range(0, len(lengths), size)]
@@ -127,15 +127,15 @@ def steps(
 ) -> StepPlan:
     """The optimizer steps of an epoch.
 
-    Every example comes once; the last step may be smaller than the others.
+    Every example occurs once; the last step may be smaller than the others.
 
     Args:
-        examples: What is trained on.
-        batch_size: Examples in a micro-batch, at most.
-        gradient_accumulation_steps: Micro-batches in an optimizer step, at most.
-        seed: Of the run, non-negative.
-        epoch: Counted from 0; with ``seed`` it decides the order and nothing else does.
-        pad_id: The token written to the right of shorter examples.
+        examples: The training examples.
+        batch_size: Examples per micro-batch, at most.
+        gradient_accumulation_steps: Micro-batches per optimizer step, at most.
+        seed: Seed of the run, non-negative.
+        epoch: 0-based; the order depends on it and ``seed`` only.
+        pad_id: The padding token.
 
     Returns:
         A sequence with one list of micro-batches for each optimizer step.

@@ -1,4 +1,4 @@
-"""What became of each row of a data set, so that nothing is dropped silently."""
+"""The report on a data set: which rows were used, truncated or rejected, and why."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 _SHOWN = 5
-"""Line numbers, and reasons, that are shown before the rest is only counted."""
+"""Line numbers and reasons to list; the rest is only counted."""
 
 
 class RowRejected(Exception):
-    """One row cannot be used; its text is the reason, under which rows are counted together."""
+    """A row cannot be used; the message is the reason, by which rejected rows are counted."""
 
 
 @dataclass(frozen=True)
 class DatasetReport:
     """The report on a data set.
 
-    Lines are strings: a line number of the file, or ``name:number`` where several files were read.
+    Lines are strings: a line number of the file, or ``name:number`` if several files were read.
 
     Attributes:
-        source: What was read, as the user wrote it.
-        format: Which of the row formats it is in.
-        rows: Rows read, blank lines not counted.
+        source: The source, as given by the user.
+        format: The detected row format.
+        rows: Rows read, without blank lines.
         usable: Rows that became examples.
-        rejected: For each reason, the lines of the rows that were left out for it.
-        max_length: The most tokens that an example may have.
-        truncated_lines: Lines of the usable rows that were cut to ``max_length``.
-        tokens: Tokens of all examples, after cutting.
-        supervised_tokens: Those of them that are trained on.
-        longest: Tokens of the longest usable row, before cutting.
-        notes: What a person should know besides.
+        rejected: For each reason, the lines of the rejected rows.
+        max_length: The maximum number of tokens of an example.
+        truncated_lines: Lines of the usable rows that were truncated to ``max_length``.
+        tokens: Tokens of all examples, after truncation.
+        supervised_tokens: Supervised tokens among them.
+        longest: Tokens of the longest usable row, before truncation.
+        notes: Further messages for the user.
     """
 
     source: str
@@ -47,18 +47,18 @@ class DatasetReport:
 
     @property
     def truncated(self) -> int:
-        """How many rows were cut."""
+        """Number of truncated rows."""
         return len(self.truncated_lines)
 
     def lines(self) -> list[str]:
-        """Lines for a person, a statement each."""
+        """The report as lines of text."""
         lines = [
             f"{self.source}: {self.usable:,} of {self.rows:,} rows usable, read as {self.format}"
         ]
         lines += describe_rejected(self.rejected)
         if self.truncated_lines:
             lines.append(
-                f"cut to max_length {self.max_length}: {counted(self.truncated_lines)}; "
+                f"truncated to max_length {self.max_length}: {counted(self.truncated_lines)}; "
                 f"the longest has {self.longest:,} tokens"
             )
         share = self.supervised_tokens / max(self.tokens, 1)
@@ -67,14 +67,14 @@ class DatasetReport:
 
 
 def counted(lines: Sequence[str]) -> str:
-    """``3 rows (lines 4, 7, 9)``, with no more than the first few lines."""
+    """``3 rows (lines 4, 7, 9)``, listing only the first few lines."""
     shown = ", ".join(lines[:_SHOWN]) + (", …" if len(lines) > _SHOWN else "")
     plural = "s" if len(lines) > 1 else ""
     return f"{len(lines):,} row{plural} (line{plural} {shown})"
 
 
 def describe_rejected(rejected: Mapping[str, Sequence[str]]) -> list[str]:
-    """A line for each reason, the most frequent first."""
+    """One line per reason, the most frequent first."""
     reasons = sorted(rejected, key=lambda reason: -len(rejected[reason]))
     lines = [f"left out, {reason}: {counted(rejected[reason])}" for reason in reasons[:_SHOWN]]
     if others := reasons[_SHOWN:]:

@@ -1,4 +1,4 @@
-"""The five ways a row may be written, all turned into messages.
+"""The five row formats, all converted to messages.
 
     messages            {"messages": [{"role": …, "content": …}, …]}
     conversations       {"conversations": [{"from": "human" | "gpt" | …, "value": …}, …]}
@@ -6,12 +6,12 @@
     instruction/output  {"instruction": text, "input": text, "output": text}
     text                {"text": text}
 
-``conversations`` is ShareGPT's, ``instruction/output`` is Alpaca's, whose ``input`` may be absent.
-The format of a source is the one that most of its rows have the keys of, the upper one if equal;
-a row without these keys is left out and counted. In the first two, either pair of names is
-understood. ``instruction`` and ``input`` make one user turn, with a blank line between them. A
-``system`` key beside the conversation is its system message; ``tools`` go to the chat template.
-An assistant message with ``"weight": 0``, as OpenAI writes it, is read and not learned.
+``conversations`` is ShareGPT's format, ``instruction/output`` is Alpaca's; its ``input`` is
+optional. The format of a source is the one whose keys most of its rows have, the first of these in
+a tie; a row without these keys is rejected and counted. The first two formats accept both pairs of
+key names. ``instruction`` and ``input`` become one user turn, separated by a blank line. A
+``system`` key next to the conversation is its system message; ``tools`` are passed to the chat
+template. An assistant message with ``"weight": 0`` (OpenAI's format) is not supervised.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from halfbyte.data.dataset_report import RowRejected
 from halfbyte.errors import DataError
 
 Message = dict[str, Any]
-"""``role``, ``content``, and whatever else the chat template may read, such as tool calls."""
+"""``role``, ``content``, and other keys that the chat template may use, such as tool calls."""
 
 _ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
 _ROLES |= {"human": "user", "gpt": "assistant", "function": "tool", "observation": "tool"}
@@ -33,15 +33,15 @@ _ROLES |= {"human": "user", "gpt": "assistant", "function": "tool", "observation
 
 @dataclass(frozen=True)
 class Conversation:
-    """A row, whatever it was written as.
+    """A row, independent of its format.
 
     Attributes:
-        line: Where it stands in its source.
+        line: Its line in the source.
         messages: The conversation; empty for a row of plain text.
-        given: How many messages at the start are only ever read, never learned: those of
-            ``prompt``, which may hold assistant turns.
+        given: Number of messages at the start that are never supervised: those of ``prompt``,
+            which may contain assistant turns.
         tools: Descriptions of tools for the chat template.
-        text: The text of a row of plain text, which is learned whole.
+        text: The text of a row of plain text, which is supervised as a whole.
     """
 
     line: str
@@ -51,7 +51,7 @@ class Conversation:
     text: str | None = None
 
     def learns(self, index: int) -> bool:
-        """Whether the message is a reply to be learned."""
+        """Whether the message is a supervised reply."""
         message = self.messages[index]
         return (
             index >= self.given and message["role"] == "assistant" and message.get("weight", 1) != 0
@@ -59,12 +59,12 @@ class Conversation:
 
     @property
     def prompt(self) -> list[Message]:
-        """The messages before the last reply: what a model is asked."""
+        """The messages before the last reply."""
         return self.messages[: self._last_reply]
 
     @property
     def expected(self) -> str:
-        """The last reply: what it should answer."""
+        """The last reply, which the model should give."""
         return str(self.messages[self._last_reply].get("content") or "")
 
     @property
@@ -74,10 +74,10 @@ class Conversation:
 
 
 def detect_format(values: Iterable[object]) -> str:
-    """The name of the format that most of the rows have the keys of.
+    """The name of the format whose keys most rows have.
 
     Raises:
-        DataError: No row has the keys of any.
+        DataError: No row has the keys of any format.
     """
     votes: Counter[str] = Counter()
     seen: Mapping[Any, Any] = {}
@@ -96,10 +96,10 @@ def detect_format(values: Iterable[object]) -> str:
 
 
 def to_conversation(value: object, line: str, name: str) -> Conversation:
-    """Reads a row in the format ``name``.
+    """Converts a row of the format ``name``.
 
     Raises:
-        RowRejected: It is not in that format, or holds nothing to learn.
+        RowRejected: It is not in that format, or has nothing to supervise.
     """
     if not isinstance(value, Mapping):
         raise RowRejected("not a JSON object")
@@ -204,7 +204,7 @@ def _message(item: object) -> Message:
 
 
 def _text(value: object) -> str:
-    """A string, or a list of parts that are all text, which are joined."""
+    """A string, or the joined parts of a list of text parts."""
     if isinstance(value, list) and value:
         parts = [part.get("text") if isinstance(part, Mapping) else None for part in value]
         if all(isinstance(part, str) for part in parts):

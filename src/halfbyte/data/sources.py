@@ -1,8 +1,8 @@
-"""Reads rows, each with its line, from a file, a directory or the hub.
+"""Reads rows, with their line numbers, from a file, a directory or the hub.
 
-A bad line is a row with a problem, to be counted with the others; only a source that holds no rows
-at all, or cannot be read, is an error. A file is JSONL (one object a line) or one JSON array of
-objects; its first character tells which, not its suffix.
+A malformed line is a row with a problem, counted with the others; only a source without any rows,
+or one that cannot be read, is an error. A file is JSONL (one object per line) or a JSON array of
+objects, which is decided by its first character, not its suffix.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import NamedTuple
 from halfbyte.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".ndjson")
-"""Names of the files that are looked for in a directory."""
+"""Suffixes of data files in a directory."""
 
 _OTHER_KINDS = (".parquet", ".csv", ".tsv", ".txt", ".xlsx", ".arrow", ".gz", ".zst", ".zip")
 _BOM = b"\xef\xbb\xbf"
@@ -29,7 +29,7 @@ _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 class Row(NamedTuple):
-    """One row: where it stands, and what it holds or why it could not be read."""
+    """A row: its line, and its value or the reason it could not be read."""
 
     line: str
     value: object
@@ -37,7 +37,7 @@ class Row(NamedTuple):
 
 
 class Source(NamedTuple):
-    """The rows of a source, and what should be said about how they were found."""
+    """The rows of a source, and messages about how they were found."""
 
     rows: list[Row]
     notes: tuple[str, ...]
@@ -48,11 +48,11 @@ def read_source(source: str | Path) -> Source:
 
     Args:
         source: A ``.jsonl`` or ``.json`` file; a directory, of which ``train.jsonl`` (or
-            ``train.json``) is read, or else every such file in the order of their names; or the
-            id of a data set on the hub, ``owner/name``.
+            ``train.json``) is read if it exists, otherwise every such file in alphabetical order;
+            or the id of a data set on the hub, ``owner/name``.
 
     Raises:
-        DataError: Nothing is there, it is of another kind, or it holds no rows.
+        DataError: It does not exist, is of another kind, or has no rows.
     """
     path = Path(source)
     notes: tuple[str, ...] = ()
@@ -73,7 +73,7 @@ def read_source(source: str | Path) -> Source:
     except OSError as error:
         raise DataError(f"{source} cannot be read: {error.strerror or error}.") from error
     if not rows:
-        raise DataError(f"{source} is empty: expected rows, one JSON object a line.")
+        raise DataError(f"{source} is empty: expected rows, one JSON object per line.")
     return Source(rows, notes)
 
 
@@ -81,7 +81,7 @@ def _files_of(directory: Path) -> tuple[list[Path], tuple[str, ...]]:
     every = sorted(file for file in directory.iterdir() if file.suffix.lower() in SUFFIXES)
     if not every:
         raise DataError(
-            f"{directory} holds no data: expected train.jsonl, or other files named "
+            f"{directory} contains no data: expected train.jsonl, or other files named "
             f"{', '.join('*' + suffix for suffix in SUFFIXES)}."
         )
     train = [file for file in every if file.stem.lower() == "train"]
@@ -95,8 +95,8 @@ def _files_of(directory: Path) -> tuple[list[Path], tuple[str, ...]]:
 def _read_file(path: Path) -> Iterator[Row]:
     if path.suffix.lower() in _OTHER_KINDS:
         raise DataError(
-            f"{path} is a {path.suffix} file: expected JSONL, one JSON object a line. "
-            "Convert it first; pandas' DataFrame.to_json(path, orient='records', lines=True) does."
+            f"{path} is a {path.suffix} file: expected JSONL, one JSON object per line. Convert it "
+            "first, e.g. with pandas' DataFrame.to_json(path, orient='records', lines=True)."
         )
     raw = path.read_bytes()
     if raw.startswith(_UTF16):
@@ -123,14 +123,14 @@ def _parse(number: str, line: bytes) -> Row:
 
 
 def _checked(number: str, value: object) -> Row:
-    """JSON can spell half a surrogate pair, which is no character and cannot be tokenised."""
+    """Reject half a surrogate pair, which JSON allows but which cannot be tokenised."""
     if _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
         return Row(number, None, "text that is not valid Unicode (half a surrogate pair)")
     return Row(number, value)
 
 
 def _read_array(raw: bytes) -> Iterator[Row]:
-    """Walks the elements of an array one by one, so that each has its line."""
+    """Reads the elements of an array one by one, to know the line of each."""
     decoder, space = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
     try:
         text = raw.decode("utf-8")
@@ -153,7 +153,7 @@ def _read_array(raw: bytes) -> Iterator[Row]:
                 raise ValueError("neither a comma nor the end of the array")
             row = _checked(str(line), value)
         except (ValueError, RecursionError):
-            yield Row(str(line), None, "malformed JSON, and the array is not read beyond it")
+            yield Row(str(line), None, "malformed JSON; the rest of the array is not read")
             return
         yield row
         if text[position] == ",":
@@ -161,7 +161,7 @@ def _read_array(raw: bytes) -> Iterator[Row]:
 
 
 def _is_hub_id(source: str | Path) -> bool:
-    """Whether it can be no path that was mistyped: ``owner/name``, and no directory ``owner``."""
+    """Whether it is a hub id, not a mistyped path: ``owner/name``, and no directory ``owner``."""
     named = isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)
     path = Path(source)
     known = path.suffix.lower() in (*SUFFIXES, *_OTHER_KINDS)
@@ -171,8 +171,8 @@ def _is_hub_id(source: str | Path) -> bool:
 def _read_hub(name: str) -> Iterator[Row]:
     if importlib.util.find_spec("datasets") is None:
         raise DataError(
-            f"{name} is neither a file nor a directory here. If it is a data set on the hub, "
-            "the optional package 'datasets' reads it: pip install datasets."
+            f"{name} is neither a file nor a directory. To read a data set from the hub, install "
+            "the optional package 'datasets': pip install datasets."
         )
     datasets = importlib.import_module("datasets")
     try:

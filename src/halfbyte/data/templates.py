@@ -1,26 +1,27 @@
-"""Conversations to token ids, and which of the tokens are learned.
+"""Converts conversations to token ids and masks of the supervised tokens.
 
 The ids are those of transformers' ``apply_chat_template``: the template is rendered by transformers
-and its text tokenised without adding special tokens, so that BOS is there exactly if the template
-wrote it. What is learned of an assistant turn is **what a model must write, given the prompt that
-inference would render**: all that follows the rendered prompt, up to and including the token that
-closes the turn. The line break many templates put after that token is not learned.
+and its text tokenised without adding special tokens, so BOS is present exactly if the template
+writes it. The supervised tokens of an assistant turn are **what the model must generate, given the
+prompt rendered at inference**: everything after the rendered prompt, up to and including the token
+that ends the turn. The line break that many templates put after that token is not supervised.
 
 Finding these tokens:
 
-1. A template that marks the assistant's text with ``{% generation %}`` is taken at its word; if its
-   mark stops just before the closing token, that token is added.
+1. If a template marks the assistant's text with ``{% generation %}``, its mask is used; if the mask
+   ends just before the end-of-turn token, that token is added.
 2. Otherwise, for each assistant turn, the messages before it are rendered as a prompt, and again
-   with the turn. Where the full text begins with these two renderings, the turn is what lies
-   between their ends. Where it does not, because the template rewrites earlier turns (dropping
-   their thinking, say), the turn is the message's own words, if they are where they must be. A
-   turn that cannot be located surely is not learned, and that is said.
+   with the turn. If the full text starts with both renderings, the turn is the text between their
+   ends. If it does not, because the template rewrites earlier turns (for example, drops their
+   thinking), the turn is the message's own text, if it is found where it must be. A turn that
+   cannot be located reliably is not supervised, and this is logged.
 
-Characters become tokens by the tokenizer's offsets. A token that merges the end of the prompt with
-the start of the reply counts as reply, and that is said too.
+Characters are mapped to tokens by the tokenizer's offsets. A token that merges the end of the
+prompt with the start of the reply counts as reply, which is logged too.
 
-A tokenizer without a chat template gets plain text: each message on a line of its own, each reply
-closed by EOS; BOS first if the tokenizer puts it. A row of plain text is learned whole, with EOS.
+With a tokenizer without a chat template, conversations become plain text: one line per message,
+each reply ending with EOS, starting with BOS if the tokenizer adds it. A row of plain text is
+supervised as a whole, including EOS.
 """
 
 from __future__ import annotations
@@ -50,13 +51,13 @@ Tools = list[Any] | None
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A row as the model sees it.
+    """A tokenised row.
 
     Attributes:
         tokens: int32 [n], the token ids.
-        labels_mask: bool [n], true where the token is learned. Never true for the first token,
-            which nothing predicts.
-        prompt_length: Tokens before the first learned one.
+        labels_mask: bool [n], true for supervised tokens. Never true for the first token, which
+            nothing predicts.
+        prompt_length: Tokens before the first supervised one.
     """
 
     tokens: NDArray[np.int32]
@@ -64,7 +65,7 @@ class Example:
     prompt_length: int
 
 
-# Rows whose texts are tokenized together.
+# Rows that are tokenised together.
 _AT_ONCE = 512
 _OFFSET_NAMES = ("input_ids", "offset_mapping")
 _WITH_OFFSETS: dict[str, Any] = {
@@ -76,7 +77,7 @@ _WITH_OFFSETS: dict[str, Any] = {
 
 
 class Encoder:
-    """Encodes for one tokenizer, and remembers what should be said about it."""
+    """Encodes rows with one tokenizer, and collects messages about it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "assistant") -> None:
         self._tokenizer = tokenizer
@@ -88,7 +89,7 @@ class Encoder:
     def encode_all(self, rows: Sequence[Conversation]) -> Iterator[Example | RowRejected]:
         """Yield each row encoded, or why it is rejected.
 
-        Many texts are tokenized at once, which a fast tokenizer does on all processors.
+        Texts are tokenised in batches, which a fast tokenizer does on all processors.
         """
         for start in range(0, len(rows), _AT_ONCE):
             some = rows[start : start + _AT_ONCE]
@@ -106,7 +107,7 @@ class Encoder:
         texts: dict[int, str] = {}
         for row in rows:
             if row.text is None:
-                with suppress(RowRejected):  # which is said when its turn comes
+                with suppress(RowRejected):  # raised again by `encode`
                     texts[id(row)] = self._render(row.messages, row.tools, prompt=False)
         if texts:
             found = self._tokenizer(list(texts.values()), **_WITH_OFFSETS)
@@ -114,21 +115,21 @@ class Encoder:
                 self._ahead[key] = text, {name: found[name][i] for name in _OFFSET_NAMES}
 
     def prompt(self, messages: list[Message], tools: Tools = None) -> list[int]:
-        """The token ids from which a model should answer ``messages``.
+        """The token ids of the prompt for ``messages``.
 
         Raises:
-            DataError: The chat template refuses the messages.
+            DataError: The chat template rejects the messages.
         """
         try:
             return self._ids(self._render(messages, tools, prompt=True))
         except RowRejected as error:
-            raise DataError(f"The messages cannot be made a prompt: {error}.") from error
+            raise DataError(f"The messages cannot be rendered as a prompt: {error}.") from error
 
     def encode(self, row: Conversation) -> Example:
-        """Encodes a row, however long it is.
+        """Encodes a row, without truncation.
 
         Raises:
-            RowRejected: The chat template refuses it, or nothing of it can be learned.
+            RowRejected: The chat template rejects it, or nothing of it can be supervised.
         """
         if row.text is not None:
             tokens = np.array(self._text_ids(row.text), dtype=np.int32)
@@ -139,12 +140,12 @@ class Encoder:
         return Example(tokens, mask, int(mask.argmax()) if mask.any() else len(mask))
 
     def notes(self) -> tuple[str, ...]:
-        """What a person should know of how the rows were encoded."""
+        """Messages for the user about how the rows were encoded."""
         notes = [
             f"{note}: {counted(lines)}" if lines else note for note, lines in self._said.items()
         ]
         if self._plain:
-            notes.insert(0, "the tokenizer has no chat template: plain text, a line a message")
+            notes.insert(0, "the tokenizer has no chat template: plain text, one line per message")
         return tuple(notes)
 
     # Rendering
@@ -156,10 +157,10 @@ class Encoder:
             text: str = self._tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=False, add_generation_prompt=prompt
             )
-        # A template is a program of the model's author: besides refusing messages on purpose it
-        # fails in Python's own ways on a message that lacks what it counts on.
+        # A template is a program: besides rejecting messages deliberately, it raises Python's own
+        # errors for a message without the keys it expects.
         except (TemplateError, TypeError, ValueError) as error:
-            raise RowRejected(f"the chat template refuses it ({error})") from error
+            raise RowRejected(f"the chat template rejects it ({error})") from error
         return text
 
     def _line(self, message: Message) -> str:
@@ -170,7 +171,7 @@ class Encoder:
 
     @cached_property
     def _leading(self) -> list[int]:
-        """What the tokenizer itself puts before a text: BOS, or nothing."""
+        """The tokens that the tokenizer adds before a text: BOS, or none."""
         whole = self._tokenizer("a").input_ids
         bare = self._tokenizer("a", add_special_tokens=False).input_ids
         starts = range(len(whole) - len(bare) + 1)
@@ -178,7 +179,7 @@ class Encoder:
 
     @cached_property
     def control_tokens(self) -> NDArray[np.int32]:
-        """Tokens that stand apart from text, among them every one that closes a turn."""
+        """Special and added tokens, including every token that ends a turn."""
         added = self._tokenizer.added_tokens_decoder
         ids = {index for index, token in added.items() if token.content.strip()}
         return np.array(sorted(ids | set(self._tokenizer.all_special_ids)), dtype=np.int32)
@@ -209,9 +210,9 @@ class Encoder:
             return ids, np.ones(len(ids), dtype=np.bool_)
         if not self._tokenizer.is_fast:
             raise DataError(
-                f"{type(self._tokenizer).__name__} does not tell which characters a token stands "
-                "for, so the assistant's tokens cannot be found: use a fast tokenizer "
-                "(tokenizer.json), or train on all tokens (train_on: all)."
+                f"{type(self._tokenizer).__name__} does not map tokens to characters, so the "
+                "assistant's tokens cannot be found: use a fast tokenizer (tokenizer.json), or "
+                "train on all tokens (train_on: all)."
             )
         encoding = encoding or self._tokenizer(text, **_WITH_OFFSETS)
         ids = np.array(encoding["input_ids"], dtype=np.int32)
@@ -222,7 +223,7 @@ class Encoder:
             for start, end in self._spans(row, text):
                 mask |= self._turn(ids, offsets, start, end, row)
         if not mask.any():
-            raise RowRejected("no assistant turn could be located in what the template renders")
+            raise RowRejected("no assistant turn could be located in the rendered template")
         if self._plain:
             ids = np.concatenate([np.array(self._leading, dtype=np.int32), ids])
             mask = np.concatenate([np.zeros(len(self._leading), dtype=np.bool_), mask])
@@ -240,7 +241,7 @@ class Encoder:
     # Finding the assistant's turns
 
     def _marked(self, row: Conversation, ids: NDArray[np.int32]) -> NDArray[np.bool_] | None:
-        """The mask of a template with ``{% generation %}``; None where it has or gives none."""
+        """The mask from a template with ``{% generation %}``; None if it has no such mark."""
         replies = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
         if self._plain or not all(row.learns(index) for index in replies):
             return None
@@ -261,12 +262,12 @@ class Encoder:
         return mask if mask.any() else None
 
     def _spans(self, row: Conversation, text: str) -> list[tuple[int, int]]:
-        """Where in ``text`` the assistant's turns lie, so far as that is sure."""
+        """The spans of the assistant's turns in ``text`` that can be located reliably."""
         spans = []
         for index in filter(row.learns, range(len(row.messages))):
             span = self._span(row, index, text)
             if span is None:
-                self._say("a reply that cannot be located in the rendered text is not learned", row)
+                self._say("a reply that cannot be located in the rendered text is ignored", row)
             else:
                 spans.append(span)
         return spans
@@ -285,7 +286,7 @@ class Encoder:
                 at = text.find(words, len(bare))
                 if not text.startswith(bare) or not words or at < 0:
                     return None
-                self._say("the prompt that inference renders ends otherwise than in training", row)
+                self._say("the prompt rendered at inference ends differently than in training", row)
                 start = min(_shared(before, text), at)
         except RowRejected:
             return None
@@ -304,7 +305,7 @@ class Encoder:
         end: int,
         row: Conversation,
     ) -> NDArray[np.bool_]:
-        """The mask of one turn: its tokens, up to and including the one that closes it."""
+        """The mask of one turn: its tokens, up to and including the one that ends it."""
         mask = (offsets[:, 0] < end) & (offsets[:, 1] > start)
         within = np.flatnonzero(mask)
         if not within.size:
@@ -318,7 +319,7 @@ class Encoder:
         elif last + 1 < len(ids) and ids[last + 1] in self.control_tokens:
             mask[last + 1] = True
         else:
-            self._say("no token closes the reply: a model will not learn to stop", row)
+            self._say("no token ends the reply: the model will not learn to stop", row)
         return mask
 
     def _say(self, note: str, row: Conversation) -> None:
@@ -327,7 +328,7 @@ class Encoder:
 
 
 def _shared(one: str, other: str) -> int:
-    """How many characters both begin with."""
+    """Length of the common prefix."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
@@ -335,18 +336,18 @@ def _shared(one: str, other: str) -> int:
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Tools = None
 ) -> list[int]:
-    """The token ids from which a model should answer: what training put before the reply.
+    """The token ids of a prompt, as rendered before the reply in training.
 
     Raises:
-        DataError: The chat template refuses the messages.
+        DataError: The chat template rejects the messages.
     """
     return Encoder(tokenizer).prompt(messages, tools)
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that closes a reply, at which generation must stop; None if nothing does.
+    """The token that ends a reply, at which generation must stop; None if there is none.
 
-    It is not always the tokenizer's EOS: many a chat template closes turns with another token.
+    It is not always the tokenizer's EOS: many chat templates end turns with another token.
 
     Raises:
         DataError: The tokenizer is not a fast one.

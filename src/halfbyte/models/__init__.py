@@ -1,1 +1,1 @@
-"""Models of transformers, built with frozen linears, and their answers."""
+"""transformers' models, built with frozen linears, and text generation."""

@@ -1,11 +1,11 @@
-"""A transformers decoder with frozen, packed linears, built without ever holding it in 16 bits.
+"""Builds a transformers decoder with frozen, packed linears, without ever holding it in 16 bits.
 
     build    the architecture on the meta device (no memory), every ``nn.Linear`` but the output
              head replaced by a ``FrozenLinear``; head and embedding too, if the recipe says so
-    load_tensor  one tensor of the checkpoint, quantised or cast the moment it comes
-    finalize     ties, computed buffers, and a report: what stays in 16 or 32 bits, and its bytes
+    load_tensor  one tensor of the checkpoint, quantised or cast immediately
+    finalize     ties, computed buffers, and a report of the bytes, and of what is not in 4 bits
 
-``load_tensor`` never needs another tensor, so whoever reads the checkpoint can hold one at a time.
+``load_tensor`` never needs another tensor, so a checkpoint can be read one tensor at a time.
 """
 
 from collections.abc import Collection
@@ -40,31 +40,31 @@ __all__ = [
     "share_inputs",
 ]
 
-# Linears that transformers' decoders call with the same input, one after the other.
+# Linears that transformers' decoders call with the same input.
 _SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
-# Bytes. Sizes of computed buffers are nowhere but in the configuration; real ones take megabytes.
+# Bytes. Sizes of computed buffers come from the configuration alone; real ones take megabytes.
 _LARGEST_BUFFER = 2**30
 
-_NAMED = 8  # so many of them are listed by name
+_NAMED = 8  # number of tensors listed by name
 
-AUDIT_THRESHOLD = 1_000_000  # bytes; what is smaller (norms, biases) is only summed
+AUDIT_THRESHOLD = 1_000_000  # bytes; smaller tensors (norms, biases) are only summed
 
 
 @dataclass(frozen=True)
 class BaseRecipe:
-    """How a base model is held.
+    """How a base model is stored.
 
     Attributes:
-        quant: ``nf4``, ``fp4``, or ``none`` for a plain 16/32-bit base.
-        double_quant: Whether the scales are quantised once more.
+        quant: ``nf4``, ``fp4``, or ``none`` for a plain 16/32-bit base model.
+        double_quant: Whether the scales are quantised as well.
         block_size: Weights that share a scale.
-        compute_dtype: dtype of activations, products and whatever is not packed.
-        device: Where it is held.
-        quantize_head: Whether the output head is packed too (where linears are at all).
-        quantize_embeddings: Whether the embedding is. Where the two are tied, one asks for both.
-        quant_search: Whether scales are searched for the least error (`nf4.search`) instead of
-            being those of bitsandbytes.
+        compute_dtype: dtype of activations, products and unpacked weights.
+        device: The device.
+        quantize_head: Whether the output head is packed too (if linears are).
+        quantize_embeddings: Whether the embedding is. If the two are tied, one option packs both.
+        quant_search: Whether scales are searched for the least error (`quant.scale_search`)
+            instead of being those of bitsandbytes.
     """
 
     quant: Literal["nf4", "fp4", "none"] = "nf4"
@@ -79,12 +79,12 @@ class BaseRecipe:
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """What the base model is made of, in bytes.
+    """The memory of the base model, in bytes.
 
     Attributes:
-        quantized_parameters: Weights that are packed.
-        quantized_bytes: Their bytes, scales included.
-        kept: (name, dtype, bytes) of every tensor over 1 MB that is held in 16 or 32 bits.
+        quantized_parameters: Number of packed weights.
+        quantized_bytes: Their bytes, including scales.
+        kept: (name, dtype, bytes) of every tensor over 1 MB in 16 or 32 bits.
         total_bytes: Everything, tied tensors counted once.
     """
 
@@ -94,15 +94,15 @@ class MemoryReport:
     total_bytes: int
 
     def lines(self) -> list[str]:
-        """Return lines for a person."""
+        """Return the report as lines of text."""
         lines = []
         if self.quantized_parameters:
             bits = 8 * self.quantized_bytes / self.quantized_parameters
             lines.append(
                 f"{self.quantized_parameters / 1e6:.1f} M weights in 4 bits: "
-                f"{self.quantized_bytes / 1e6:.1f} MB ({bits:.3f} bits a weight, scales included)"
+                f"{self.quantized_bytes / 1e6:.1f} MB ({bits:.3f} bits per weight with scales)"
             )
-        # Of a plain model all is kept: the largest are named, the rest is counted.
+        # In a plain model every tensor is kept: the largest are named, the rest is counted.
         named = self.kept if len(self.kept) <= _NAMED else self.kept[: _NAMED // 2]
         rest = self.kept[len(named) :]
         lines += [f"kept in {dtype}: {name}, {size / 1e6:.1f} MB" for name, dtype, size in named]
@@ -118,13 +118,13 @@ def build(
     """Return the architecture of ``config`` on the meta device, its linears replaced.
 
     Args:
-        config: Of a causal language model.
-        recipe: How it will be held.
-        plain: Paths of linears that are not packed, whatever the recipe says of linears.
+        config: Configuration of a causal language model.
+        recipe: How its weights will be stored.
+        plain: Paths of linears that are not packed, overriding the recipe.
 
     Raises:
         CheckpointError: If transformers has no causal language model for this configuration.
-        ConfigError: If its head or embedding is to be packed, and does more than others do.
+        ConfigError: If its head or embedding is to be packed, but is of an unsupported kind.
     """
     try:
         with torch.device("meta"):
@@ -218,7 +218,7 @@ def _owner(model: PreTrainedModel, name: str) -> tuple[nn.Module, str]:
 def _check_shape(name: str, expected: tuple[int, ...], came: tuple[int, ...]) -> None:
     if expected != came:
         raise CheckpointError(
-            f"{name}: the configuration asks for shape {list(expected)}, "
+            f"{name}: the configuration requires shape {list(expected)}, "
             f"the checkpoint has {list(came)}"
         )
 
@@ -282,7 +282,7 @@ def load_tensor(
         # Two numbers instead of a mask: no temporary of the size of the tensor.
         low, high = torch.aminmax(tensor.reshape(-1))
         if not bool(torch.isfinite(low) and torch.isfinite(high)):
-            raise WeightError(f"{name} holds NaN or infinity; the checkpoint is damaged")
+            raise WeightError(f"{name} contains NaN or infinity; the checkpoint is damaged")
     held = tensor.to(device=recipe.device, dtype=slot.dtype)
     if parameter is not None:
         owner._parameters[leaf] = nn.Parameter(held, requires_grad=False)
@@ -304,7 +304,7 @@ def place_quantized(model: PreTrainedModel, name: str, quantized: QuantizedWeigh
 
 
 def _beside_others(model: PreTrainedModel, quantized: QuantizedWeight) -> QuantizedWeight:
-    """Return a packed weight where the model's others lie, on a GPU in one tensor."""
+    """Return a packed weight in the arena of the model's others, one tensor on a GPU."""
     if not quantized.codes.is_cuda:
         return quantized
     arena: Arena | None = getattr(model, "halfbyte_arena", None)
@@ -339,7 +339,7 @@ def finalize(model: PreTrainedModel) -> MemoryReport:
             f"the checkpoint lacks {len(missing)} of the model's tensors: {shown}"
         )
     model.requires_grad_(False).eval()
-    model.halfbyte_arena = None  # it is full; what lies in it keeps it
+    model.halfbyte_arena = None  # it is full; its tensors keep it alive
     return memory_report(model)
 
 
@@ -367,7 +367,7 @@ def memory_report(model: nn.Module) -> MemoryReport:
 def _compute_buffers(model: PreTrainedModel, device: str) -> None:
     """Fill the buffers no checkpoint holds (rotary frequencies), as transformers computes them.
 
-    They start as NaN, so that one that transformers' own initialisation does not know is found.
+    They start as NaN, so that one missing in transformers' own initialisation is detected.
     """
     for parameter in model.parameters():
         parameter._is_hf_initialized = True  # or transformers would draw it anew
@@ -381,7 +381,7 @@ def _compute_buffers(model: PreTrainedModel, device: str) -> None:
             assert held is not None
             if held.nbytes > _LARGEST_BUFFER:
                 raise CheckpointError(
-                    f"its config.json asks for a buffer {path}.{name} of {held.nbytes / 1e9:.0f} "
+                    f"its config.json requires a buffer {path}.{name} of {held.nbytes / 1e9:.0f} "
                     "GB, and cannot be right"
                 )
             fresh = torch.empty_like(held, device=device)

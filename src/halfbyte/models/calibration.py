@@ -1,8 +1,8 @@
-"""How large each linear's inputs are, on a little text: what an error in a weight costs.
+"""The size of each linear's inputs on a short text, which determines the cost of a weight's error.
 
-The output of a linear is off by Σⱼ error[j] · input[j]. If errors are independent, the square of
-that is on average Σⱼ error[j]² · mean(input[j]²). A few inputs of a trained model are a hundred
-times larger than others, whatever the text is about, so a page of mixed prose is enough.
+The error of a linear's output is Σⱼ error[j] · input[j]. If errors are independent, its square is
+on average Σⱼ error[j]² · mean(input[j]²). A few inputs of a trained model are a hundred times
+larger than others, whatever the text is about, so a page of mixed prose is enough.
 """
 
 from collections.abc import Callable

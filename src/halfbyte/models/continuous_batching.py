@@ -1,11 +1,10 @@
-"""Continuous batching: the slots of a cache are filled again as soon as their answers have ended.
+"""Continuous batching: slots of the KV cache are refilled as soon as their answers have ended.
 
-A step (decoding.py) makes one token in every slot, whether anybody wants it or not. Prompts wait in
-line; when enough slots are free, some are prefilled into them between two steps, and the steps go
-on. On a GPU a step is captured as a CUDA graph, and the host is a few steps ahead of it: what
-the steps chose is copied to it behind their back, and looked at while the next ones run. So an
-answer is seen to end a few steps late; its slot, which the GPU itself has put to rest, makes
-nothing in the meantime.
+A step (decoding.py) generates one token in every slot, needed or not. Prompts wait in a queue; when
+enough slots are free, some are prefilled into them between two steps. On a GPU a step is captured
+as a CUDA graph, and the host runs a few steps ahead of the device: the chosen tokens are copied to
+the host asynchronously, and read while the next steps run. So the end of an answer is noticed a few
+steps late; its slot, which the device itself has deactivated, generates nothing in the meantime.
 """
 
 from collections import deque
@@ -128,7 +127,7 @@ class Batcher:
         finally:
             self._graph = None
             if self._on_gpu:
-                # A workspace of the stream of capture lies in the graph's memory, and keeps it.
+                # A workspace of the capture stream is in the graph's memory, and keeps it alive.
                 torch.cuda.synchronize(self._decoder.device)
                 torch._C._cuda_clearCublasWorkspaces()
 
@@ -219,7 +218,7 @@ class Batcher:
         return graph
 
     def _compute(self) -> None:
-        """Make a token in every slot, from its embedding; nothing here waits for the GPU."""
+        """Generate a token in every slot, from its embedding, without synchronisation."""
         chosen = self._choose(self._decoder.step(self._x, self._positions))
         active = self._left > 0
         self._chosen.copy_(chosen.masked_fill(~active, _NOTHING))
@@ -254,7 +253,7 @@ class _Round:
         self._event: torch.cuda.Event | None = None
 
     def close(self) -> None:
-        """Say that all copies have been asked for."""
+        """Mark all copies as queued."""
         if self._on_gpu:
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()

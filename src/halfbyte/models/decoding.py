@@ -1,16 +1,16 @@
-"""The decoders of the known families, run token by token over a cache.
+"""Runs the decoders of known families token by token, with a KV cache.
 
-transformers' layers are right for every model and cost a hundred launches a token; these are the
-same modules (layers/decoder_layer.py says which), called as inference wants it: linears of one
-input as one product (projections.py), what lies between them fused (elementwise.py), keys and
-values in fixed places (kv_cache.py). Two ways through the same layers:
+transformers' layers work for every model and need a hundred launches per token; these are the same
+modules (layers/decoder_layer.py says which), run for inference: linears of one input as one product
+(projections.py), fused elementwise operations (elementwise.py), keys and values at fixed addresses
+(kv_cache.py). The same layers run in two modes:
 
-    prefill    prompts packed into a row, without padding; logits of each one's last
-    step       one token of every slot; with nothing the host has to know, so it can be a CUDA graph
+    prefill    prompts packed into a row, without padding; logits of the last token of each
+    step       one token of every slot; it needs nothing from the host, so it can be a CUDA graph
 
-How weights are held is decided for a number of rows (`hold`). Decoded once and kept, as stacks,
-where there is memory for it. For one row of a large model they stay packed: reading 4 bits instead
-of 16 is what counts then. Elsewhere each layer is decoded when its turn comes, into one buffer.
+How weights are stored is decided for a number of rows (`hold`): decoded once and kept, as stacks,
+if there is memory for it. For one row of a large model they stay packed, since reading 4 bits
+instead of 16 is what counts. Otherwise each layer is decoded in its turn, into one buffer.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,7 +53,7 @@ def why_not(model: PreTrainedModel) -> str | None:
     if name not in known or not type(model).__module__.startswith("transformers.models."):
         return f"{name} is none of {', '.join(known)}"
     if model.device.type == "cuda" and gpu_kernels() is None:
-        return "there is no Triton"
+        return "Triton is not available"
     decoder: Any = model.get_decoder()
     kind = decoder.rotary_emb.rope_type
     if kind not in _ROTARY:

@@ -1,8 +1,8 @@
-"""Text from a model: prompts rendered by the chat template, answered, and decoded to text.
+"""Text generation: renders prompts with the chat template, generates, and decodes to text.
 
-Models of the known families are run by our own loop (decoding.py, continuous_batching.py): several
-prompts at once without padding, on a GPU in CUDA graphs. Others go through transformers'
-``generate``, padded on the left; why is logged once.
+Models of known families use our own loop (decoding.py, continuous_batching.py): several prompts at
+once without padding, on a GPU in CUDA graphs. Others use transformers' ``generate``, padded on the
+left; the reason is logged once.
 """
 
 import logging
@@ -139,7 +139,7 @@ def generate(
 
 @cache
 def _tell(why: str, level: int) -> None:
-    logger.log(level, "answers are transformers' own generate, not the faster loop: %s", why)
+    logger.log(level, "using transformers' generate instead of the faster loop: %s", why)
 
 
 def chooser(temperature: float) -> Choose:

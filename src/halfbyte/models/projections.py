@@ -1,16 +1,16 @@
-"""Linears of one input as inference multiplies with them: stacked, and their adapters with them.
+"""Linears of one input in inference: their weights stacked, and their adapters too.
 
-A step of decoding has a few rows, so its products are bytes and launches, nothing else. Linears
-that are called with the same x are one product of a matrix whose rows are
+A decoding step has a few rows, so the cost of its products is bytes and launches. Linears that are
+called with the same x are one product with a matrix whose rows are
 
     W of the first, W of the second, …                      y = x Wᵀ of each, side by side
-    A of the first, A of the second, … (if several share)   p = x Aᵀ, from the same launch
+    A of the first, A of the second, … (if several share)   p = x Aᵀ, in the same launch
 
-and what adapters add, p (s B)ᵀ, is one more. A is rounded to the dtype of the products once, and so
-is s·B; the base and what is added to it are never one matrix, so no update is rounded away.
+and the adapters' update, p (s B)ᵀ, is another. A is rounded to the dtype of the products once, and
+so is s·B; base and update are never added into one matrix, so no update is rounded away.
 
 For one row the packed weights are read instead of a stack, if they are large enough for bytes to
-count; see `decoding.py`, which decides.
+matter; `decoding.py` decides.
 """
 
 from collections.abc import Sequence

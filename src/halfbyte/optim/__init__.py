@@ -1,4 +1,4 @@
-"""AdamW whose state may be 8 bits wide and may leave the GPU; see docs/optimizers.md."""
+"""AdamW with 32- or 8-bit state that can be paged to host memory; see docs/optimizers.md."""
 
 from halfbyte.optim.adamw import AdamW
 

@@ -1,13 +1,12 @@
-"""AdamW as an optimizer of torch: groups, steps, and a state that has one form wherever it lives.
+"""AdamW as a torch optimizer: parameter groups, steps, and state that may be stored anywhere.
 
-The rule is in reference.py and, for a GPU, in triton_adamw.py; where the state lives is paging.py's
-matter. This file knows which parameters there are, what their update depends on, and when it
-happens.
+The update rule is in reference.py and, for a GPU, in triton_adamw.py; paging.py decides where the
+state is stored. This file defines the parameters, the inputs of their update, and when it happens.
 
-A step asks nothing of the host: learning rates, step counts and the gradient's scale are on the
-device. The scale is where clipping goes (min(1, limit / norm)), and where it is NaN or infinite,
-since a loss or a gradient was, neither parameters nor state nor step counts change. So a step can
-be queued behind its backward before anyone has looked at the loss, and captured in a CUDA graph.
+A step needs nothing from the host: learning rates, step counts and the gradient's scale are on the
+device. The scale carries clipping (min(1, limit / norm)); if it is NaN or infinite, because a loss
+or a gradient was, neither parameters nor state nor step counts change. So a step can be queued
+behind its backward before the host has read the loss, and captured in a CUDA graph.
 """
 
 import math
@@ -38,26 +37,26 @@ def _gpu_kernels() -> ModuleType | None:
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW with state of 32 or 8 bits, in memory of the device or paged to the host's.
+    """AdamW with 32- or 8-bit state, on the device or paged to host memory.
 
     Args:
-        params: Parameters, or groups of them, as for every optimizer of torch: float32, bfloat16
-            or float16, contiguous, all on one device.
+        params: Parameters or parameter groups, as for every torch optimizer: float32, bfloat16 or
+            float16, contiguous, all on one device.
         lr: Learning rate; a scalar tensor is read on the device at every step.
         betas: Decays of the two moments.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled decay.
-        state_bits: Width of the moments. With 8, parameters of fewer than 4096 elements keep 32.
-        paging: Where the state lives: ``off``, ``explicit``, ``auto`` or ``managed``, as paging.py
-            has them. Results are the same. On a CPU it is ``off``: there is nothing to page from.
+        state_bits: Bits of the moments. With 8, parameters of fewer than 4096 elements keep 32.
+        paging: Where the state is stored: ``off``, ``explicit``, ``auto`` or ``managed``, see
+            paging.py. Results are the same. On a CPU it is ``off``.
         bfloat16: How a bfloat16 parameter keeps small updates: a float32 ``master`` copy in the
             state, or ``stochastic`` rounding.
         impl: ``gpu`` for Triton, ``torch`` for plain PyTorch; ``auto`` for Triton on a GPU that it
-            compiles for.
+            supports.
 
     Raises:
-        ConfigError: If an argument, or a parameter's type, device or layout, is not as above, or
-            the device cannot page so, or has no Triton where ``impl`` is ``gpu``.
+        ConfigError: If an argument, or a parameter's type, device or layout, is not as above, the
+            device does not support this paging, or ``impl`` is ``gpu`` without Triton.
     """
 
     def __init__(
@@ -94,11 +93,11 @@ class AdamW(torch.optim.Optimizer):
         self._wants_paging = paging != "off"
         self.paging = paging if self._device.type == "cuda" else "off"
         if self.paging == "managed" and (reason := why_not(self._device)) is not None:
-            raise ConfigError(f'paging "managed" is impossible: {reason}. Use paging "explicit"')
+            raise ConfigError(f'paging "managed" is not possible: {reason}. Use paging "explicit"')
         wants_gpu = impl == "gpu" or (impl == "auto" and self._device.type == "cuda")
         self._gpu = _gpu_kernels() if wants_gpu else None
         if impl == "gpu" and self._gpu is None:
-            raise ConfigError('impl "gpu" is impossible: there is no Triton here. Use impl "auto"')
+            raise ConfigError('impl "gpu" needs Triton, which is not available. Use impl "auto"')
         self._steps = self._vector(torch.float32)
         self._lr = self._vector(torch.float32)
         self._one = torch.ones((), device=self._device)
@@ -166,7 +165,7 @@ class AdamW(torch.optim.Optimizer):
     ) -> None:
         """Update some parameters before the others, since their gradients are final.
 
-        So the update of a layer and its paging can run beside the backward of the layer before it.
+        So a layer's update and its paging can overlap with the backward of the layer before it.
         `step` ends the step. All parameters must have a gradient (of zeros, at first). State on the
         host is updated in groups of at most 16 MiB, each when all of it is ready; state on the
         device is updated by `step`.
@@ -219,7 +218,7 @@ class AdamW(torch.optim.Optimizer):
         return 0 if tight and self.paging != "off" else self.state_bytes
 
     def describe(self) -> str:
-        """Return one line for a person."""
+        """Return a one-line description."""
         where = {
             "off": "on the GPU",
             "explicit": "in the host's memory, streamed through the GPU at each update",
@@ -402,7 +401,7 @@ class AdamW(torch.optim.Optimizer):
         """
         groups = state_dict["param_groups"]
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
-            raise CheckpointError("the optimizer's state is of other groups of parameters")
+            raise CheckpointError("the optimizer state has other parameter groups")
         for mine, theirs in zip(self.param_groups, groups, strict=True):
             mine.update({key: value for key, value in theirs.items() if key != "params"})
         self._seen.clear()
@@ -419,7 +418,7 @@ class AdamW(torch.optim.Optimizer):
                     raise CheckpointError(
                         f"the optimizer's state of parameter {piece.index} has no {name} of "
                         f"{count} {str(view.dtype).removeprefix('torch.')}: it is of another "
-                        "parameter, or of another width than optim asks for"
+                        "parameter, or has another precision than optim"
                     )
                 start = piece.start // reference.BLOCK if name.endswith("_scales") else piece.start
                 view.copy_(value.reshape(-1)[start : start + view.numel()])

@@ -1,9 +1,9 @@
-"""How the state of all parameters lies in one run of bytes.
+"""The layout of all optimizer state in one contiguous range of bytes.
 
-Paging moves bytes, and cares nothing for parameters. So all state is one run of bytes, cut into
-*pieces* (a parameter's elements, or 4 M of them where it has more), each whole in itself: first
-moments, second moments, their scales, master copy. Neighbouring pieces make a *group*: what is
-moved and updated at once.
+Paging moves bytes, regardless of parameters. So all state is one range of bytes, split into
+*chunks* (a parameter's elements, or 4 M of them if it has more), each contiguous: first moments,
+second moments, their scales, master copy. Neighbouring chunks form a *bucket*, which is moved and
+updated at once.
 """
 
 from collections.abc import Sequence

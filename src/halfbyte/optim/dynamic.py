@@ -1,18 +1,19 @@
-"""The dynamic tables as arithmetic: what a code means, and which code is nearest, without a search.
+"""The dynamic 8-bit tables as arithmetic: level of a code, and nearest code, without a search.
 
-Positions count levels from zero on: |code - 127| in the signed table, code + 1 in the unsigned one.
-Those from 2ᵈ up to 2ᵈ⁺¹ divide a decade, from *s* up to 10·s, into equal parts and stand for their
-middles. So, with f the fraction in [1, 2) of the number 2·position + 1,
+Positions count levels from zero: |code - 127| in the signed table, code + 1 in the unsigned one.
+Those from 2ᵈ up to 2ᵈ⁺¹ divide a decade, from *s* up to 10·s, into equal parts and represent their
+midpoints. So, with f the fraction in [1, 2) of the number 2·position + 1,
 
     level    = s · (9·f - 8)
     position = 2ᵈ/(9·s) · y + (8/9 · 2ᵈ - 1/2), rounded, and at most 2ᵈ⁺¹ - 1
 
-What depends on the decade comes out of tables of 32 entries by the last five bits of an exponent: a
-warp of a GPU has such a table in one register, an entry a lane. Where the next decade begins within
-a binade, a number added to y's bits carries all beyond the bound into the next exponent.
+The constants of a decade come from tables of 32 entries, indexed by the last five bits of an
+exponent: a warp of a GPU has such a table in one register, an entry per lane. If the next decade
+begins within a binade, a number added to y's bits carries all values beyond the bound into the next
+exponent.
 
-Products and sums are rounded to float32 one by one, and a bound between two levels is where that
-has it: within 10⁻⁶ of their midpoint. The levels are bitsandbytes' to two units in the last digit.
+Products and sums are each rounded to float32, and a bound between two levels is where this puts it:
+within 10⁻⁶ of their midpoint. The levels are bitsandbytes' to two units in the last digit.
 """
 
 from functools import cache

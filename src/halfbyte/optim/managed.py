@@ -1,15 +1,15 @@
-"""State in CUDA's managed memory: one address, pages that the driver moves between device and host.
+"""State in CUDA managed memory: fixed addresses, pages moved between device and host by the driver.
 
-The runtime that torch has loaded is called through ctypes, so nothing has to be compiled, and the
-memory is seen as an ordinary CUDA tensor. The pages are not left to the driver: ahead of a tight
-step they are sent to the host, before the update they are fetched, and advice says where they
-belong in between, so that a page that is touched early is read over the bus and not moved back.
+The runtime loaded by torch is called through ctypes, so nothing has to be compiled, and the memory
+is viewed as an ordinary CUDA tensor. The pages are not left to the driver: before a step short of
+memory they are moved to the host, before the update they are fetched, and advice tells where they
+should be in between, so that a page accessed early is read over the bus and not moved back.
 
-Managed memory can be asked for beyond what a GPU has, and then every access may wait for another
-page to leave: a GPU can hang so, for everyone who uses it. So no more is asked for than is free,
-and it is refused where host and device may not touch it at the same time: where
-``concurrentManagedAccess`` is 0 (Windows, WSL, some virtual GPUs) it is neither moved ahead nor
-evicted.
+Managed memory can be allocated beyond what a GPU has, and then every access may wait for another
+page to be evicted: this can hang the GPU for all its users. So no more than the free memory is
+allocated, and it is refused if host and device may not access it at the same time: if
+``concurrentManagedAccess`` is 0 (Windows, WSL, some virtual GPUs), it can be neither moved ahead
+nor evicted.
 """
 
 import ctypes
@@ -122,11 +122,11 @@ def runtime() -> Runtime:
 def why_not(device: torch.device) -> str | None:
     """Return the reason why managed paging is impossible on a device, or None."""
     if device.type != "cuda":
-        return f"{device} is no CUDA device"
+        return f"{device} is not a CUDA device"
     try:
         library = runtime()
     except OSError as error:
-        return f"the CUDA runtime library is not to be found ({error})"
+        return f"the CUDA runtime library was not found ({error})"
     index = _index(device)
     if not library.attribute(_MANAGED_MEMORY, index):
         return "the device has no managed memory"
@@ -172,7 +172,7 @@ class Managed:
         self._device, self._index = device, _index(device)
         nbytes = self._whole.nbytes
         if (reason := why_not(device)) is not None:
-            raise ConfigError(f'paging "managed" is impossible: {reason}. Use paging "explicit"')
+            raise ConfigError(f'paging "managed" is not possible: {reason}. Use paging "explicit"')
         free = torch.cuda.mem_get_info(device)[0]
         if nbytes > free:
             raise ConfigError(

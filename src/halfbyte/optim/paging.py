@@ -1,14 +1,14 @@
-"""Where the state lives: on the device, or in page-locked memory of the host and streamed through.
+"""Where the state is stored: on the device, or in page-locked host memory and streamed.
 
-Streaming is by groups of at most 16 MiB, through two buffers on the device: while one group is
-updated and goes back, the next one comes in, so that both directions of the bus are busy. All of it
-is on streams of its own, and the current one waits where a step ends: a layer's state comes, is
-updated and goes beside the backward of the layers below it. That wait is measured with events.
+Streaming is by buckets of at most 16 MiB, through two buffers on the device: while one bucket is
+updated and sent back, the next is fetched, so both directions of the bus are busy. This uses its
+own streams, and the current stream waits at the end of a step: a layer's state is fetched, updated
+and sent back during the backward of the layers below it. That wait is measured with events.
 
     off       all of it on the device, always
     explicit  all of it on the host, always
-    auto      on the device; to the host ahead of a step that is known to be tight, and back before
-              the update of that step, when activations are gone
+    auto      on the device; moved to the host before a step known to be short of memory, and back
+              before that step's update, when activations are freed
     managed   the same with memory that the driver can move, too (managed.py)
 """
 
@@ -22,17 +22,17 @@ from torch import Tensor
 from halfbyte.optim.buckets import Bucket, StateChunk, groups_of
 
 Update = Callable[[Bucket, Tensor, int], None]
-"""Updates the pieces of a group whose state is in memory that begins at byte `int` of the run."""
+"""Updates the chunks of a bucket; its state is in the tensor, which starts at byte `int` of all."""
 
 
 class Paging(NamedTuple):
-    """What paging did since it was last asked.
+    """Statistics of paging since the last report.
 
     Attributes:
         optimizer_device_bytes: State, and buffers for it, on the device.
         optimizer_host_bytes: State on the host.
-        paged_bytes: Bytes moved, both directions together.
-        paging_ms: Milliseconds for which the device waited for them, and for updates that had to
+        paged_bytes: Bytes moved in both directions.
+        paging_ms: Milliseconds that the device waited for transfers, and for updates that had to
             wait for them.
     """
 
@@ -43,38 +43,38 @@ class Paging(NamedTuple):
 
 
 class Store(Protocol):
-    """State in one place."""
+    """Storage of the state."""
 
     def units(self) -> Sequence[Bucket]:
-        """Return the groups that are updated one by one."""
+        """Return the buckets that are updated one by one."""
         ...
 
     def visit(self, groups: Sequence[Bucket], update: Update, *, last: bool) -> None:
-        """Call ``update`` for groups among `units`, in their order.
+        """Call ``update`` for some of `units`, in their order.
 
-        Unless they are the ``last`` of a step, updates may be under way when this returns, on
-        another stream; then the current stream waits for all.
+        Updates may still run on another stream when this returns, unless they are the ``last`` of
+        a step, when the current stream waits for all.
         """
         ...
 
     def parts(self) -> Iterator[tuple[Bucket, Tensor, int]]:
-        """Return all state for the host to read or write: group, its memory, where that begins."""
+        """Return all state for the host to read or write: bucket, its memory, its first byte."""
         ...
 
     def prefetch(self) -> None:
-        """Begin to bring in what is updated first."""
+        """Start to fetch the state that is updated first."""
         ...
 
     def page_out(self) -> None:
-        """Leave the device, where that is possible."""
+        """Move the state to the host, if possible."""
         ...
 
     def page_in(self) -> None:
-        """Come back."""
+        """Move the state back to the device."""
         ...
 
     def report(self) -> Paging:
-        """Return what happened since the last call; waits for nothing that the update did not."""
+        """Return statistics since the last call, without additional synchronisation."""
         ...
 
 

@@ -4,20 +4,20 @@
     p ← p·(1 - lr·λ) - lr / (1 - β1ᵗ) · m / (√v / √(1 - β2ᵗ) + ε)
 
 (Kingma and Ba 2015; decoupled decay λ of Loshchilov and Hutter 2019.) Every sum and product is
-rounded to float32 by itself, in this order, and the corrections are made in float64:
-triton_adamw.py does the same, and gets the same bits wherever it has the time for exact roots and
-quotients.
+rounded to float32 separately, in this order, and the corrections are computed in float64.
+triton_adamw.py does the same, with the same bits wherever exact roots and quotients are affordable.
 
-State of 8 bits (Dettmers et al. 2022, arXiv 2110.02861): m and v are held in blocks of 256 as the
-nearest level of a dynamic table, times the block's largest magnitude; m over the signed table, v
-over the unsigned one. They are decoded, updated in float32, used, and encoded again. The tables are
-bitsandbytes' (dynamic.py), and a tensor under 4096 elements keeps 32 bits, as there. One thing
-differs: a v above zero never becomes zero. The largest of its block may be 10⁷ times larger, and
-m / (0 + ε) is a step of thousands of learning rates when the next gradient happens to be small.
+8-bit state (Dettmers et al. 2022, arXiv 2110.02861): m and v are stored in blocks of 256 as the
+nearest level of a dynamic table, times the block's largest magnitude; m with the signed table, v
+with the unsigned one. They are decoded, updated in float32, used, and encoded again. The tables are
+bitsandbytes' (dynamic.py), and a tensor of fewer than 4096 elements keeps 32 bits, as there. There
+is one difference: a v above zero never becomes zero. The largest of its block may be 10⁷ times
+larger, and m / (0 + ε) is a step of thousands of learning rates if the next gradient happens to be
+small.
 
-A bfloat16 parameter loses an update that is below half its last digit. Either a float32 *master*
-copy is part of the state, or the result is rounded up or down at random with the odds that keep its
-mean (*stochastic* rounding), from a hash of seed, step and place.
+A bfloat16 parameter loses updates below half its last digit. Either a float32 *master* copy is part
+of the state, or the result is rounded up or down at random such that its mean is preserved
+(*stochastic* rounding), from a hash of seed, step and index.
 """
 
 from collections.abc import Mapping

@@ -1,21 +1,21 @@
-"""The rule on a GPU, in Triton: one launch for all parameters.
+"""The AdamW update on a GPU, in Triton: one launch for all parameters.
 
-An update moves bytes, 16 for a float32 parameter with 8-bit state and 28 with 32-bit state. So
-there is one kernel, started once; each program finds its parameter in a table of addresses, and
-what depends on parameter and step in a row of `Scalars` that a first, tiny launch computes on the
-device. Nothing waits for the host: the gradient's scale is read from memory, and one that is not
-finite makes both launches change nothing.
+An update moves 16 bytes per float32 parameter with 8-bit state and 28 with 32-bit state. So there
+is one kernel, launched once; each program finds its parameter in a table of addresses, and the
+values that depend on parameter and step in a row of `Scalars`, which a first, tiny launch computes
+on the device. Nothing waits for the host: the gradient's scale is read from memory, and if it is
+not finite both launches change nothing.
 
-With 8-bit state it is instructions that take time: memory leaves 185 an element on an H100. A look
-into a table in memory costs the load unit more than the table saves, so levels and codes are
-computed (dynamic.py), and what depends on a decade is shuffled out of a register of the warp. It
-comes to 90, loads and stores included. A block of 256 is eight elements a lane of one warp, in
-vectors of four; a chunk that is not whole, or not aligned, is loaded and stored one by one.
+With 8-bit state the update is bound by instructions: the memory bandwidth of an H100 allows 185 per
+element. A lookup in a table in memory costs more in the load unit than it saves, so levels and
+codes are computed (dynamic.py), and the constants of a decade are shuffled out of a register of the
+warp. This takes 90, including loads and stores. A block of 256 is eight elements per lane of one
+warp, in vectors of four; a chunk that is incomplete or not aligned is loaded and stored one by one.
 
 Moments have the bits of reference.py, and with 32-bit state parameters, too: products and sums are
-not fused (``enable_fp_fusion=False``), quotients and roots are those of IEEE 754. Under 8-bit state
-root and reciprocal are the processor's approximations, since exact ones take 40 instructions: an
-update is within 10⁻⁶ of itself of the rule's, a thousandth of what eight bits lose.
+not fused (``enable_fp_fusion=False``), quotients and roots are those of IEEE 754. With 8-bit state
+root and reciprocal are the hardware's approximations, since exact ones take 40 instructions: the
+relative difference of an update is within 10⁻⁶, a thousandth of the error of eight bits.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What a run will take, from names and shapes alone: bytes, seconds, and advice."""
+"""Predicts a run's memory and time, and recommends options, from names and shapes alone."""

@@ -1,54 +1,53 @@
-"""What a decoder layer keeps for backward, in bytes a token, and what backward has beside it.
+"""The activations a decoder layer keeps for backward, in bytes per token, and the peak of backward.
 
 The terms are those of ``linear.group``, ``layers.elementwise`` and ``layers.decoder_layer``,
 function by function. H is the width of the residual stream, Q of all queries, K of all keys, I of
 the MLP, e the bytes of an activation:
 
     recompute   the layer's input                                             e·H
-    save        beside it:
+    save        in addition:
       norms       their outputs, and the sum between them                      3·e·H
-      projected   q, k, v as they are projected (one product: one tensor)      e·(Q + 2K)
-      attention   q and k turned, what attention gives                        e·(2Q + K)
+      projected   q, k, v after the projection (one product: one tensor)       e·(Q + 2K)
+      attention   rotated q and k, the output of attention                     e·(2Q + K)
       mlp         gate, up, and their product (on a GPU made in backward)      3·e·I or 2·e·I
       adapters    x Aᵀ of each linear                                          e·Σr
       statistics  of norms and of attention, float32                           4·(2 + heads)
-    offload     nothing on the card, but for what is under way: inputs and, of wide models, what
-                  spares computing attention again                         e·(H + Q) + 4·heads
+    offload     nothing on the device but what is being transferred: inputs and, in wide models,
+                  the attention checkpoint                                   e·(H + Q) + 4·heads
 
-On a GPU recomputed layers keep `adapters` beside their input, on the card wherever that
-waits; x is read once for them. There r is what the copies of adapters are filled up to.
+On a GPU recomputed layers keep `adapters` with their input, on the device even if the input is
+offloaded, so that x is read only once for them. There r is the padded rank of the adapters' copies.
 
-Layers that are run as transformers has them keep more: norms keep the float32 copy they compute in
-(in place of what it is a copy of), and the MLP silu(gate). Where heads are normed, q and k are kept
-as they were before, too.
+Layers run by transformers' own code keep more: norms keep the float32 copy they compute in (instead
+of what it is a copy of), and the MLP silu(gate). If heads have norms, q and k before these are kept
+too.
 
-In backward the layer's own activations are there in any case (kept, or recomputed), and at the
-peak, in the middle of the MLP, the gradients of gate and up beside them. Fused on a GPU these are
-written over gate and up, and the peak is the moment that happens: there is the gradient of their
-product, and on Hopper up to a rank of `GATED_RANK` what tiles and spans have summed for the
-adapters, each apart (`linear.triton_swiglu`). Where the MLP is narrow the peak is attention's
-backward. What the MLP kept is gone by then, and there are
+In backward the layer's own activations exist in any case (saved, or recomputed), and at the peak,
+in the middle of the MLP, also the gradients of gate and up. Fused on a GPU these overwrite gate and
+up, and the peak is at that moment: the gradient of their product exists and, on Hopper up to a rank
+of `GATED_RANK`, the separate partial sums of tiles and spans for the adapters
+(`linear.triton_swiglu`). If the MLP is narrow the peak is in attention's backward. The MLP's
+activations are freed by then, and there are
 
-    gradients   of the stream beside, of what attention gave, of q, k and v   e·(H + 2Q + 2K)
-    float32     of q, added up there                                          4·Q
+    gradients   of the stream, of attention's output, of q, k and v           e·(H + 2Q + 2K)
+    float32     of q, accumulated                                             4·Q
     all heads   of k and v, for each of the queries' heads, if fewer          2·e·Q
 
-Where a GPU has no flash attention (before Ampere), k and v are copied for each of the queries'
-heads in forward, too, and the copies kept; an attention that keeps to documents there is none, so
-micro-batches stay as they are.
+On a GPU without flash attention (before Ampere), k and v are copied for each of the queries' heads
+in forward, too, and the copies are kept. There is no varlen attention there, so micro-batches are
+not packed.
 
-Beside what layers keep there is the stream itself, as wide as a layer's input, several times over.
-On a CPU that is its gradient, on its way down. CUDA graphs have tensors of their own, and so, while
-they are captured, there are
+In addition there is the residual stream itself, as wide as a layer's input, several times. On a CPU
+this is its gradient. CUDA graphs have tensors of their own, so while they are captured there are
 
-    the entry, which is what layer 0 keeps, whether it waits on the host or not
-    the last output, whose place its gradient takes
+    the entry, which is layer 0's input, whether or not it is offloaded
+    the last output, whose memory is reused for its gradient
     the gradient of the layer before, from the second layer on
 
-Saved layers keep the copies of their adapters that they multiplied with, too, whatever the tokens.
+Saved layers also keep the copies of their adapters used in products, independent of the tokens.
 
-On a GPU a layer may keep its decoded weights besides, from step to step, in place of the buffer
-that the others are decoded to in turn.
+On a GPU a layer may also keep its decoded weights from step to step, instead of the shared buffer
+into which the others are decoded in turn.
 """
 
 from dataclasses import dataclass
@@ -117,11 +116,11 @@ class LayerActivations:
 
     @property
     def lora(self) -> int:
-        """What a recomputed layer keeps beside its input: x Aᵀ of each linear."""
+        """What a recomputed layer keeps with its input: x Aᵀ of each linear."""
         return self.itemsize * self.ranks if self.on_gpu and self.itemsize == 2 else 0
 
     def kept(self) -> dict[str, int]:
-        """Return what the functions of a layer keep beside its input, by term."""
+        """Return the bytes that a layer keeps in addition to its input, by term."""
         s, e = self.shape, self.itemsize
         wide = e if self.fused else 4  # norms keep what they compute in
         norms = 2 * e * s.hidden + (e * s.hidden if wide == e else 2 * wide * s.hidden)

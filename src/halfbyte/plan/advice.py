@@ -1,9 +1,8 @@
-"""LoRA or QLoRA, and how: the ways to train a model on a card, what each costs, and which to take.
+"""LoRA or QLoRA: the ways to train a model on a GPU, their costs, and which one to use.
 
-Every way is given the policy that keeps most activations within the card's memory; where even
-recomputing every layer does not fit, it does not fit. The advice prefers what changes the model
-least: a 16-bit base, then 4 bits, then what is slower (offloading), then what costs quality (a
-packed head).
+Each way gets the policy that keeps the most activations within the GPU's memory; it does not fit if
+even recomputing every layer does not. The advice prefers what changes the model least: a 16-bit
+base model, then 4 bits, then what is slower (offloading), then what costs quality (a packed head).
 """
 
 from collections.abc import Sequence
@@ -26,12 +25,12 @@ from halfbyte.plan.model_shape import ModelShape
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.plan.roofline import GpuSpec, Seconds, step_seconds
 
-# Of a card's memory, what is not there for tensors: the CUDA context, and what torch's allocator
-# reserves beyond what it hands out (0.2 GB after loading a 7B: 2026-11-24_gpu_load.json).
+# GPU memory not available to tensors: the CUDA context, and what torch's allocator reserves beyond
+# what it allocates (0.2 GB after loading a 7B model: 2026-11-24_gpu_load.json).
 CONTEXT = 0.6e9
 RESERVED_SHARE = 0.02
 
-# Steps that differ by less take the same time: predictions are no better.
+# Times of steps that differ by less count as equal: predictions are not more accurate.
 _SAME_TIME = 0.03
 _LONGEST = 2**22  # tokens
 MOST = 2**16  # examples
@@ -45,13 +44,13 @@ class Way:
         name: Its name.
         run: The run, with the policy that fits; every layer recomputed if none does.
         fits: Whether it fits.
-        ledger: What it holds.
-        least: What it needs with every layer recomputed.
-        seconds: Where its step's time goes.
+        ledger: Its memory.
+        least: The memory needed with every layer recomputed.
+        seconds: The time of a step by part.
         longest: Tokens of the longest single sequence that fits; None if not even one does.
-        most: The largest micro-batch of the length asked for that fits.
-        parameters: How large a model of this family's proportions may be, with every layer run
-            again and the batch asked for.
+        most: The largest micro-batch of the given length that fits.
+        parameters: Size of the largest model of these proportions that fits, with every layer
+            recomputed and the given batch.
     """
 
     name: str
@@ -66,13 +65,13 @@ class Way:
 
 
 class Choice(NamedTuple):
-    """One setting of a run, and what it alone takes.
+    """A value of an option, and its memory.
 
     Attributes:
-        option: Which option it is of.
+        option: The option.
         value: Its value.
-        nbytes: What is kept for backward, or the optimizer's state, on the device.
-        on_host: The same, in host memory.
+        nbytes: Bytes kept for backward, or of the optimizer state, on the device.
+        on_host: The same in host memory.
         peak: The peak of training.
     """
 
@@ -84,7 +83,7 @@ class Choice(NamedTuple):
 
 
 def choices(shape: ModelShape, run: Run) -> list[Choice]:
-    """Return what each way to keep activations takes, and each optimizer; all else is ``run``."""
+    """Return the memory of each activation option and each optimizer; all else is ``run``."""
     policies = {"save": ActivationPolicy(shape.layers), "recompute": ActivationPolicy()}
     if run.device == "cuda":
         policies["offload"] = policy_of(shape, run, 0, offload=True)
@@ -101,7 +100,7 @@ def choices(shape: ModelShape, run: Run) -> list[Choice]:
 
 
 def usable(memory: float, device: str) -> float:
-    """Return the bytes of ``memory`` that tensors may take."""
+    """Return the bytes of ``memory`` available to tensors."""
     return memory * (1 - RESERVED_SHARE) - CONTEXT if device == "cuda" else memory
 
 
@@ -110,9 +109,9 @@ def ways(shape: ModelShape, run: Run, card: GpuSpec, memory: float) -> list[Way]
 
     Args:
         shape: The model.
-        run: The batch, the adapters and the optimizer; how 4-bit weights would be held.
-        card: Where.
-        memory: Its bytes.
+        run: The batch, the adapters and the optimizer; the format of 4-bit weights.
+        card: The device.
+        memory: Its memory in bytes.
     """
     budget = usable(memory, card.device)
     qlora = run.holding
@@ -158,7 +157,7 @@ def _way(
 
 
 def _smallest_parts(run: Run) -> Run:
-    """Return it with parts as small as a run makes them before it gives up."""
+    """Return the run with the smallest parts that a run falls back to."""
     smaller = run.with_smaller_parts()
     return run if smaller is None else _smallest_parts(smaller)
 
@@ -166,7 +165,7 @@ def _smallest_parts(run: Run) -> Run:
 def _largest_model(shape: ModelShape, run: Run, budget: float) -> float:
     """Return the parameters of the largest model of these proportions that fits.
 
-    Its widths and its depth grow alike, by s. So linear layers grow by s³, what is per layer and
+    Its widths and its depth are scaled by s. So linear layers grow by s³, everything per layer and
     width (adapters, inputs, one layer's weights) by s², and rows of the vocabulary by s.
     """
     entries = ledger(shape, run)
@@ -186,7 +185,7 @@ def _largest_model(shape: ModelShape, run: Run, budget: float) -> float:
 
 
 def advice(found: Sequence[Way], memory: float) -> str:
-    """Return which way to take, and why, in a sentence or two."""
+    """Return a recommendation and its reason, in a sentence or two."""
     named = {way.name: way for way in found}
     plain, qlora = found[0], named["QLoRA"]
     if plain.fits and qlora.fits:

@@ -1,4 +1,4 @@
-"""The ledger: every byte a run will hold, by name. Arithmetic on shapes; no torch, no weights.
+"""The ledger: every byte of a run, by name. Arithmetic on shapes; needs no torch and no weights.
 
 A packed weight of n elements in blocks of b is
 
@@ -8,11 +8,11 @@ A packed weight of n elements in blocks of b is
     nested scales  4·⌈⌈n / b⌉ / 256⌉    one float32 for 256 of them
     offset         4
 
-What is packed is what ``models.build`` packs, and what that builds has these bytes, to the byte.
-Adapters, gradients and moments are float32, whatever the base is held in.
+``models.build`` packs the same tensors into exactly these bytes. Adapters, gradients and moments
+are float32, whatever the base model's dtype.
 
     peak of training = base + adapters + gradients + optimizer + the peak of a step (policy.py)
-    peak of loading  = what is placed, and the tensor in flight beside what it becomes
+    peak of loading  = tensors loaded so far, and the current tensor before and after packing
 """
 
 from collections.abc import Callable, Sequence
@@ -25,9 +25,9 @@ from halfbyte.plan.model_shape import ModelShape, Weight
 from halfbyte.plan.policy import ActivationPolicy, Peak, StepCost, peak
 from halfbyte.runtime.device import DeviceSpec
 
-# Tokens of a part of packed documents; more make no product faster (engine/buckets.py).
+# Tokens of a part of packed documents; more do not make products faster (engine/buckets.py).
 PART_TOKENS = 8192
-# Where memory is short they are halved, but not below so many: too few rows for a product.
+# If memory is short parts are halved, but not below this size: too few rows for a product.
 SMALLEST_PART = 512
 
 OptimizerMode = Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
@@ -37,22 +37,22 @@ MOMENTS = "AdamW's moments"  # how the line of the optimizer's state begins
 SCALE_BLOCK = 256
 STATE_BLOCK = 256  # elements of 8-bit optimizer state that share a scale
 SMALLEST_8BIT = 4096  # tensors of fewer elements keep 32-bit state
-STATE_CHUNK = 1 << 22  # elements of a parameter whose state lies together
+STATE_CHUNK = 1 << 22  # elements of a parameter whose state is contiguous
 _ALIGNMENT = 256  # of each tensor of the state
-# Bytes of logits, and of a packed head decoded, there are at a time: layers/cross_entropy.py.
+# Bytes of logits, and of the decoded part of a packed head, at a time: layers/cross_entropy.py.
 LOGITS = {"cpu": 32 << 20, "cuda": 128 << 20}
 # On a CPU the whole process counts: Python, torch and transformers. On a GPU cuBLAS has a workspace
-# of 32 MiB in the stream of plain steps, and where graphs are captured in theirs instead.
+# of 32 MiB in the stream of eager steps, or in that of graphs if they are captured.
 OVERHEAD = {"cpu": 0.525e9, "cuda": 33.6e6}
-# Of it, what a process has not yet touched when the base is loaded: code of products, their stacks.
+# The part of it not yet touched when the base model is loaded: code of products, their stacks.
 TOUCHED_LATER = 25e6
-# What a byte of kept activations takes: malloc.cpp leaves few holes in glibc's heap, 1 % where all
+# Heap bytes per byte of kept activations: with malloc.cpp glibc's heap fragments little, 1 % if all
 # micro-batches have one shape, up to 8 after 25 steps of many (2026-11-24_cpu_memory.json).
 FRAGMENTATION = {"cpu": 1.04, "cuda": 1.0}
-# oneDNN keeps products as it has compiled them, the newest; bytes of each, by those of an element.
+# oneDNN caches the newest compiled products; bytes of each, by the bytes of an element.
 PRODUCT = {2: 0.31e6, 4: 0.62e6}
-# A shape of a micro-batch has so many with weights and adapters; and, where they are bfloat16, so
-# many with each block of 64 queries in attention. Counted by oneDNN's own log, for SmolLM2.
+# Number of products with weights and adapters per shape of a micro-batch and, in bfloat16, per
+# block of 64 queries in attention. Counted in oneDNN's log, for SmolLM2.
 PRODUCTS_A_SHAPE, PRODUCTS_A_BLOCK, QUERY_BLOCK = 17, 5, 64
 
 
@@ -66,7 +66,7 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Holding:
-    """How the base is held: ``models.build.BaseRecipe``, with the bytes of the compute dtype."""
+    """How the base model is stored: ``models.build.BaseRecipe``, with the dtype's bytes."""
 
     quant: str = "nf4"
     double_quant: bool = True
@@ -88,7 +88,7 @@ class Holding:
         )
 
     def packs(self, weight: Weight, *, tied: bool) -> bool:
-        """Return whether ``weight`` is held in 4 bits."""
+        """Return whether ``weight`` is stored in 4 bits."""
         if self.quant == "none" or not weight.packs:
             return False
         vocabulary = self.quantize_head or self.quantize_embeddings
@@ -134,32 +134,31 @@ def smaller_part(tokens: int) -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """What is to be run, as far as memory and time depend on it.
+    """A run, as far as memory and time depend on it.
 
     Attributes:
-        holding: How the base is held.
-        rank: Of the adapters.
-        targets: Ends of the names of the linears that get one; empty for all.
-        batch: Examples of a micro-batch.
-        length: Tokens of an example.
-        micro_batches: Micro-batches of an optimizer step.
-        optimizer: Which AdamW.
-        fused: Whether layers are run by ``layers.decoder_layer``; `ledger` asks whether it knows
-            them.
+        holding: How the base model is stored.
+        rank: The rank of the adapters.
+        targets: Last parts of the names of linears with an adapter; empty for all.
+        batch: Examples per micro-batch.
+        length: Tokens per example.
+        micro_batches: Micro-batches per optimizer step.
+        optimizer: The optimizer.
+        fused: Whether layers are run by ``layers.decoder_layer``, if it supports them.
         device: ``cuda`` or ``cpu``.
         policy: What is kept for backward.
-        checkpoint_width: Of models as wide, offloaded layers keep their attention on the host, too.
-        gpu: Which GPU, if it is one.
-        graphs: Whether CUDA graphs are asked for, on a GPU.
-        embedding_on_host: Whether an embedding that is neither packed nor the head's is kept there,
-            on a GPU.
-        trained: Elements of every trained tensor, where they are known; else all adapters have one
-            rank, and nothing else is trained.
-        step_tokens: Tokens of an optimizer step, where micro-batches differ.
-        part_size: Tokens at which packed parts are divided.
-        largest_part: Tokens of the largest part, filled up, where it is known; see `packs`.
-        shapes: The (B, T) of micro-batches, step by step; one, if not given. For a CPU.
-        process: Bytes of the process without the run, where they are known. For a CPU.
+        checkpoint_width: Width from which offloaded layers also offload an attention checkpoint.
+        gpu: The GPU, if it is one.
+        graphs: Whether CUDA graphs are enabled, on a GPU.
+        embedding_on_host: Whether an embedding that is neither packed nor tied is kept in host
+            memory, on a GPU.
+        trained: Elements of every trained tensor, if known; otherwise all adapters have one rank,
+            and nothing else is trained.
+        step_tokens: Tokens of an optimizer step, if micro-batches differ.
+        part_size: Approximate size of packed parts, in tokens.
+        largest_part: Size of the largest part in tokens, if known; see `packs`.
+        shapes: The (B, T) of micro-batches, step by step; by default a single one. For a CPU.
+        process: Bytes of the process without the run, if known. For a CPU.
     """
 
     holding: Holding = field(default_factory=Holding)
@@ -185,20 +184,20 @@ class Run:
 
     @property
     def packs(self) -> bool:
-        """Whether examples of several micro-batches share parts, one part after the other."""
+        """Whether the examples of a step are packed into parts."""
         on_gpu = self.device == "cuda" and self.gpu.has_flash_attention
         return self.fused and on_gpu and self.holding.itemsize == 2
 
     @property
     def parts(self) -> int:
-        """How many parts a step is divided into, all alike; micro-batches, where none are made."""
+        """The number of equal parts of a step, or of micro-batches if it is not packed."""
         if not self.packs:
             return self.micro_batches
         return min(self.batch * self.micro_batches, -(-self.tokens // self.part_size))
 
     @property
     def part_tokens(self) -> int:
-        """Tokens that pass through a layer together: a micro-batch, or examples of several."""
+        """Tokens that go through a layer together: of a micro-batch, or of a part."""
         if self.largest_part is not None:
             return self.largest_part
         if not self.packs:
@@ -206,7 +205,7 @@ class Run:
         return -(-self.batch * self.micro_batches // self.parts) * self.length
 
     def with_smaller_parts(self) -> "Run | None":
-        """Return it with smaller parts, or None: as ``Trainer.fit`` does where none fit."""
+        """Return the run with smaller parts, or None if there are none, as ``Trainer.fit`` does."""
         if not self.packs or self.part_tokens <= 1.25 * max(self.length, SMALLEST_PART):
             return None
         smaller = replace(self, part_size=smaller_part(self.part_tokens))
@@ -216,7 +215,7 @@ class Run:
 
     @property
     def tokens_under_way(self) -> int:
-        """Tokens that wait for their backward together: a part, or the whole step."""
+        """Tokens whose activations are kept at once: of a part, or of the whole step."""
         return self.part_tokens if self.packs else self.tokens
 
     @property
@@ -225,10 +224,10 @@ class Run:
         return self.step_tokens or self.batch * self.length * self.micro_batches
 
     def adapted(self, shape: ModelShape) -> list[Weight]:
-        """Return the linears that get an adapter.
+        """Return the linears with an adapter.
 
         Raises:
-            ConfigError: If a target is none of them.
+            ConfigError: If a target matches no linear.
         """
         linears = shape.linears()
         chosen = {
@@ -244,11 +243,11 @@ class Run:
         return [w for w in linears if not self.targets or any(w in f for f in chosen.values())]
 
     def layer(self, shape: ModelShape) -> LayerActivations:
-        """Return what one layer keeps."""
+        """Return the activations of one layer."""
         adapted, layers = self.adapted(shape), max(1, shape.layers)
         fused = self.fused and shape.fusable
         on_gpu = self.device == "cuda"
-        # Copies of adapters are filled up to a power of two.
+        # Copies of adapters are padded to a power of two.
         filled = max(16, 1 << (self.rank - 1).bit_length())
         copied = filled * sum(sum(weight.shape) for weight in adapted) // layers
         multiplied = filled if on_gpu and self.holding.itemsize == 2 else self.rank
@@ -282,15 +281,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Ledger:
-    """What a run holds.
+    """The memory of a run.
 
     Attributes:
-        lines: What is resident all through training, by name.
-        cost: What a step has.
+        lines: Resident throughout training, by name.
+        cost: The bytes of a step.
         policy: What is kept for backward.
         graphs: Whether passes over the layers are CUDA graphs.
-        overhead: What is in no tensor.
-        load_peak: The highest number of bytes while the base is read.
+        overhead: Bytes outside tensors.
+        load_peak: Peak bytes while the base model is loaded.
     """
 
     lines: tuple[Line, ...]
@@ -311,42 +310,42 @@ class Ledger:
 
     @property
     def waiting(self) -> int:
-        """What waits on the host for backward."""
+        """Bytes of offloaded activations in host memory."""
         return self.cost.host_bytes(self.policy)
 
     @property
     def on_host(self) -> int:
-        """What is in page-locked host memory."""
+        """Bytes in page-locked host memory."""
         return self.total("host") + self.waiting
 
     @property
     def resident(self) -> int:
-        """What is there from the first step on, between steps."""
+        """Bytes allocated between steps."""
         return self.base + self.total("trained") + self.overhead
 
     @property
     def decoded_cache(self) -> int:
-        """Decoded weights: of one layer, and of those that keep theirs."""
+        """Bytes of decoded weights: of layers that keep theirs, and a shared buffer."""
         return self.cost.buffers(self.policy)
 
     @property
     def kept(self) -> int:
-        """What all layers keep on the device for backward."""
+        """Bytes that all layers keep on the device for backward."""
         return self.cost.kept(self.policy)
 
     @property
     def step(self) -> Peak:
-        """The most that a step has beside what is resident."""
+        """The peak of a step, in addition to resident bytes."""
         return peak(self.cost, self.policy, graphs=self.graphs)
 
     @property
     def peak(self) -> int:
-        """The most there is at once: in training, or while loading."""
+        """The peak of the run, in training or while loading."""
         return max(self.resident + self.step.allocated, self.load_peak + self.overhead)
 
     @property
     def needed(self) -> int:
-        """What there must be room for; more than the peak where graphs keep their memory."""
+        """The memory needed; more than the peak if graphs keep their memory."""
         return max(self.peak, self.resident + self.step.reserved)
 
     def all_lines(self) -> list[Line]:
@@ -361,14 +360,14 @@ class Ledger:
 
 
 def held(weight: Weight, shape: ModelShape, holding: Holding) -> Packed | int:
-    """Return the bytes of a base weight: packed, or as it is."""
+    """Return the bytes of a weight of the base model: packed, or plain."""
     if holding.packs(weight, tied=shape.tied):
         return Packed.of(weight.numel, holding.block_size, double_quant=holding.double_quant)
     return weight.numel * holding.itemsize
 
 
 def nbytes_of(weight: Weight, shape: ModelShape, holding: Holding) -> int:
-    """Return the bytes of a base weight in all."""
+    """Return the total bytes of a weight of the base model."""
     size = held(weight, shape, holding)
     return sum(size) if isinstance(size, Packed) else size
 
@@ -419,7 +418,7 @@ def _trained(shape: ModelShape, run: Run) -> list[Line]:
     numels = list(adapters if run.trained is None else run.trained)
     count = sum(numels)
     name = f"{MOMENTS}, {'8' if run.optimizer.endswith('8bit') else '32'} bits"
-    # What pages is on the host whenever memory is short, which is when it counts.
+    # Paged state is on the host whenever memory is short, which is when it matters.
     pages = run.optimizer.startswith("paged") and run.device == "cuda"
     return [
         Line("trained", f"adapters, {count / 1e6:.1f} M in float32", 4 * count),
@@ -429,7 +428,7 @@ def _trained(shape: ModelShape, run: Run) -> list[Line]:
 
 
 def _decoded(shape: ModelShape, run: Run) -> int:
-    """Return what the decoded weights of the largest layer take."""
+    """Return the bytes of the decoded weights of the largest layer."""
     if run.holding.quant == "none":
         return 0
     sizes: dict[int | None, int] = {}
@@ -440,7 +439,7 @@ def _decoded(shape: ModelShape, run: Run) -> int:
 
 
 def _loss(shape: ModelShape, run: Run) -> int:
-    """Return what the loss of a part takes beside the part, each position supervised."""
+    """Return the bytes of a part's loss, without its input, with every position supervised."""
     e = run.holding.itemsize
     head = next((w for w in shape.weights if w.role == "head"), None)
     packed = head is not None and run.holding.packs(head, tied=shape.tied)

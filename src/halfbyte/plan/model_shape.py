@@ -1,9 +1,9 @@
-"""A model as the plan sees it: every weight's name, shape and role, and no weight.
+"""A model for the plan: every weight's name, shape and role, without the weights.
 
-A `ModelShape` comes from a model of transformers on the meta device, so what is a linear layer and
-what is tied is what transformers says. Of the models of `KNOWN` it is arithmetic on a few numbers,
-and needs neither transformers nor torch, which take seconds to import; a test holds it to what
-transformers says. What else is known of the files (bytes, what is packed already) can be added.
+A `ModelShape` comes from a transformers model on the meta device, so transformers decides what is a
+linear layer and what is tied. For the models of `KNOWN` it is computed from a few numbers and needs
+neither transformers nor torch, which take seconds to import; a test compares it with transformers.
+Information about the files (bytes, tensors packed already) can be added.
 """
 
 from collections.abc import Mapping

@@ -1,49 +1,48 @@
-"""What is kept for backward, layer by layer, and the peak of memory that follows.
+"""The activation policy of each layer, and the peak memory that follows from it.
 
 Every layer is treated in one of three ways between forward and backward:
 
-    saved        keeps all that its backward needs
-    recomputed   keeps its input, and is computed again in backward
-    offloaded    recomputed, and its input waits in host memory until backward asks for it
+    saved        keeps all activations its backward needs
+    recomputed   keeps its input, and is recomputed in backward
+    offloaded    recomputed, with its input in host memory until backward needs it
 
-`ActivationPolicy` says which layers are which. `StepCost` holds the bytes that a step has under
-each, either counted from shapes (``plan.ledger``) or measured on the device
-(``engine.memory_profile``), and `peak` adds them up. It is the only place where that is done, so
-what ``halfbyte plan`` predicts, what a run decides by and what is tried next when memory runs out
-agree.
+`ActivationPolicy` says which layers are which. `StepCost` has the bytes of a step under each,
+calculated from shapes (``plan.ledger``) or measured on the device (``engine.memory_profile``), and
+`peak` adds them up. Nothing else does, so the forecast of ``halfbyte plan``, the choice made by a
+run and its fallbacks on out of memory agree.
 
-The moments that can be the peak, with s the bytes of the residual stream (a layer's input):
+The candidates for the peak, with s the bytes of the residual stream (a layer's input):
 
-    forward    what layers keep, and what the last layer has beside that
-    loss       the last output, and the loss at its worst
+    forward    what layers keep, and the temporary tensors of the last layer
+    loss       the last output, and the peak of the loss
     backward   of the last saved layer: what layers keep, s for the gradient, the layer's gradients;
-               of the last recomputed one: that without what saved layers kept, its own activations
-               in place of it
+               of the last recomputed one: the same without what saved layers kept, with its own
+               activations instead
 
-CUDA graphs read their input from a tensor of their own, and hand their output over in another,
-whose place the output's gradient takes. Their memory stays theirs between steps, so the loss needs
-room beside it; in eager steps it does not.
+CUDA graphs read their input from a tensor of their own and write their output to another, whose
+memory is reused for the output's gradient. They keep their memory between steps, so the loss needs
+additional memory; in eager steps it does not.
 """
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# Of the recomputed layers, so many before the first saved one stay on the device: backward asks for
-# them first. Of the others', so many inputs are there at a time, sent or fetched.
+# Number of recomputed layers before the first saved one that are not offloaded, since backward
+# needs them first; and number of offloaded inputs on the device at a time, sent or fetched.
 NEAR_LAYERS = 1
 UNDER_WAY = 1
 
 
 @dataclass(frozen=True)
 class ActivationPolicy:
-    """What is done with a layer's activations, for all layers of a model.
+    """How the activations of each layer of a model are treated.
 
     Attributes:
-        saved: Layers, counted from the last, that keep what backward needs.
-        offloaded: Layers, counted from the first, whose input waits in host memory.
-        attention_checkpoint: Whether these keep attention's output and the stream after it there,
-            too, so that neither is computed again.
-        decoded: Layers, counted from the last, whose 4-bit weights stay decoded between steps.
+        saved: Number of layers, counted from the last, that keep all their activations.
+        offloaded: Number of layers, counted from the first, whose input is in host memory.
+        attention_checkpoint: Whether these also store attention's output and the residual stream
+            after it on the host, so that neither is recomputed.
+        decoded: Number of layers, counted from the last, whose 4-bit weights stay decoded.
     """
 
     saved: int = 0
@@ -55,12 +54,12 @@ class ActivationPolicy:
     def offloading(
         cls, layers: int, saved: int = 0, *, attention_checkpoint: bool = False
     ) -> "ActivationPolicy":
-        """Return the policy with ``saved`` layers, others offloaded but for those near them."""
+        """Return the policy with ``saved`` layers and the others offloaded, except the nearest."""
         away = max(0, layers - saved - NEAR_LAYERS)
         return cls(saved, away, attention_checkpoint and away > 0)
 
     def summary(self, layers: int) -> str:
-        """Return it in a few words, for tables."""
+        """Return a short description, for tables."""
         if self.saved == layers:
             return "all saved" + f", {self.decoded} decoded" * (self.decoded > 0)
         if self.offloaded:
@@ -70,28 +69,27 @@ class ActivationPolicy:
 
 @dataclass(frozen=True)
 class StepCost:
-    """Bytes of what goes through the layers together, and of the loss.
+    """Bytes of one layer, for the tokens that go through the layers together, and of the loss.
 
-    That is one part of a step where examples are packed into parts, and all micro-batches of a step
-    where they are not. Each of these is of one layer.
+    These tokens are one part of a step if examples are packed into parts, otherwise all
+    micro-batches of a step.
 
     Attributes:
-        layers: Layers of the model.
+        layers: Number of layers of the model.
         input: A layer's input, of all parts together.
         part_input: The same of the largest part.
-        lora: What a recomputed layer keeps beside it on the device: x Aᵀ of its linears.
-        saved: What a saved layer keeps, its input included.
+        lora: What a recomputed layer keeps with it on the device: x Aᵀ of its linears.
+        saved: What a saved layer keeps, including its input.
         attention: What ``attention_checkpoint`` adds to an offloaded input.
         attention_part: The same of the largest part.
-        forward: What the forward of a recomputed layer has beside its input and output when it has
-            most, of a part.
-        forward_saved: What that of a saved layer has beside what it keeps, of a part.
-        backward: What the backward of a recomputed layer has when it has most, of a part: its
-            activations and its gradients, without its input, output and ``lora``.
-        saved_part: What of ``backward`` a saved layer has kept.
-        loss: What a part's loss has beside its input when it has most.
-        layer_args: What layers are called with besides their input: rotary tables, sequence starts.
-        decoded: A layer's decoded weights; 0 where none are packed.
+        forward: Peak of a recomputed layer's forward, for a part, without its input and output.
+        forward_saved: Peak of a saved layer's forward, for a part, without what it keeps.
+        backward: Peak of a recomputed layer's backward, for a part: its activations and gradients,
+            without its input, output and ``lora``.
+        saved_part: The part of ``backward`` that a saved layer has kept.
+        loss: Peak of a part's loss, without its input.
+        layer_args: Arguments of layers other than the input: rotary tables, sequence starts.
+        decoded: A layer's decoded weights; 0 if none are packed.
     """
 
     layers: int
@@ -110,31 +108,31 @@ class StepCost:
     decoded: int
 
     def buffers(self, policy: ActivationPolicy) -> int:
-        """Return what decoded weights take: one shared buffer, unless all layers have their own."""
+        """Return the bytes of decoded weights: of layers that keep theirs, and a shared buffer."""
         return (policy.decoded + (policy.decoded < self.layers)) * self.decoded
 
     def waiting(self, policy: ActivationPolicy) -> int:
-        """Return what recomputed layers keep on the device between forward and backward."""
+        """Return the bytes recomputed layers keep on the device between forward and backward."""
         recomputed = self.layers - policy.saved
         near = recomputed - policy.offloaded + min(policy.offloaded, UNDER_WAY)
         return near * self.input + recomputed * self.lora
 
     def kept(self, policy: ActivationPolicy) -> int:
-        """Return what all layers keep on the device between forward and backward."""
+        """Return the bytes all layers keep on the device between forward and backward."""
         return self.waiting(policy) + policy.saved * self.saved
 
     def host_bytes(self, policy: ActivationPolicy) -> int:
-        """Return what waits in page-locked host memory."""
+        """Return the bytes in page-locked host memory."""
         return policy.offloaded * (self.input + self.attention * policy.attention_checkpoint)
 
 
 class Peak(NamedTuple):
-    """The most bytes of a step, beside what is resident.
+    """The peak bytes of a step, in addition to what is resident.
 
     Attributes:
-        allocated: In tensors at once, as ``torch.cuda.max_memory_allocated`` counts.
-        reserved: That there must be room for. More where CUDA graphs keep the memory of the layers
-            while the loss is computed.
+        allocated: In tensors, as counted by ``torch.cuda.max_memory_allocated``.
+        reserved: The memory needed. More than allocated if CUDA graphs keep the memory of the
+            layers while the loss is computed.
     """
 
     allocated: int
@@ -145,18 +143,18 @@ def peak(cost: StepCost, policy: ActivationPolicy, *, graphs: bool) -> Peak:
     """Return the peak of a step under a policy.
 
     Args:
-        cost: What a step has.
-        policy: What is kept.
+        cost: The bytes of a step.
+        policy: The activation policy.
         graphs: Whether the passes over the layers are CUDA graphs.
     """
     stream, waiting, kept = cost.input, cost.waiting(policy), cost.kept(policy)
     recomputed = cost.layers - policy.saved
     checkpoint = cost.attention * policy.attention_checkpoint
-    # What enters layer 0 is there as long as the pass, whether layer 0 keeps it or the host does.
+    # Layer 0's input exists during the whole pass, whether or not it is offloaded.
     entry = stream if policy.offloaded else 0
-    # Graphs have a place for the last output, beside it.
+    # Graphs have a separate tensor for the last output.
     own = stream if graphs else 0
-    leaving = min(policy.offloaded, UNDER_WAY)  # has left before the first saved layer
+    leaving = min(policy.offloaded, UNDER_WAY)  # is offloaded before the first saved layer
     if policy.saved:
         passes = [kept - leaving * stream + entry + own + cost.forward_saved + stream]
     else:
@@ -164,19 +162,19 @@ def peak(cost: StepCost, policy: ActivationPolicy, *, graphs: bool) -> Peak:
     if policy.saved:
         passes.append(kept + entry + stream + cost.backward - cost.saved_part)
     if recomputed:
-        # The last output's place is no gradient's any more, once one has come through a layer.
+        # After the first layer's backward the tensor of the last output no longer has a gradient.
         last = stream if graphs and (policy.saved or policy.offloaded) else 0
         beside = policy.attention_checkpoint * (
             (1 + UNDER_WAY) * cost.attention - cost.attention_part
         )
         passes.append(waiting + entry + last + stream + cost.backward + beside)
-    # Each part's last output, and the gradients of those before the one under way.
+    # Each part's last output, and the gradients of the parts before the current one.
     loss = 2 * stream - cost.part_input + cost.loss
     buffers = cost.buffers(policy)
     if not graphs:
         both = buffers + max(*passes, kept + loss)
         return Peak(both, both)
     captured = max(passes) + cost.layer_args
-    # The loss, while graphs hold no tensor but their first input and their last output.
+    # During the loss, graphs have no live tensors but their first input and last output.
     alone = cost.input + cost.layer_args + loss
     return Peak(buffers + max(captured, alone), buffers + captured + cost.loss)

@@ -1,30 +1,30 @@
-"""Seconds of an optimizer step: a roofline, with the shares of it that were measured.
+"""Predicts the time of an optimizer step with a roofline model, at measured fractions of the peak.
 
-A step is matrix products, which take the time of their operations, and everything else, which
-takes the time of its bytes. With P weights in linear layers, N tokens a step, and a the part of the
-layers that is recomputed in backward:
+A step is matrix products, whose time is that of their operations, and everything else, whose time
+is that of its bytes. With P weights in linear layers, N tokens per step, and a the fraction of
+layers recomputed in backward:
 
-    products     2·N·(2·P + a·R)         forward, the input's gradient, and forward again; of fused
-                                         layers without the last product (R weights instead of P),
-                                         whose result nobody reads, and where attention is kept
-                                         without that of attention's output
+    products     2·N·(2·P + a·R)         forward, the input's gradient, and recomputed forward; in
+                                         fused layers without the last product (R weights instead
+                                         of P), whose result is not needed, and with an attention
+                                         checkpoint without attention's output projection
     head         2·V·H·N·2
-    attention    2·T·Q·N a layer         forward, causal, and again but where it is kept;
+    attention    2·T·Q·N per layer       forward, causal, and recomputed unless checkpointed;
                                          backward takes 2.5 times that
-    decoding     2·(packed + decoded)    bytes: once a direction for what goes through the layers
-                                         together (a packed part, else all micro-batches of a
-                                         step), of layers whose decoded weights do not stay
+    decoding     2·(packed + decoded)    bytes: once per direction for tokens that go through the
+                                         layers together (a packed part, else all micro-batches of
+                                         a step), for layers whose decoded weights are not kept
     elementwise  (3 + 0.3·a)·kept        bytes, as measured (`MOVED`); and 2 + a times the copies of
                                          adapters
-    optimizer    12 + 2·moments          bytes a trained parameter
+    optimizer    12 + 2·moments          bytes per trained parameter
 
-Layers on the host are fetched while others compute; only what takes longer than that counts. On a
-GPU the kernels have to be launched, too. Fused layers are launched as CUDA graphs; where Python
-launches each kernel, and is slower than the card, it is the host's time that counts.
+Transfers of offloaded layers overlap with computation; only the excess counts. On a GPU kernels
+also have to be launched. Fused layers are launched as CUDA graphs; if Python launches each kernel,
+and is slower than the GPU, the host's time counts.
 
-Shares. On an H100 the bare products of a Llama-2-7B layer reach 688 of 989 TFLOP/s at 8192 tokens,
-at the card's power limit (benchmarks/results/2026-11-24_gpu_linear.json), and a copy moves 3.02 of
-3.35 TB/s. Other cards are taken to reach the same shares, which was not measured.
+Fractions of the peak. On an H100 the bare products of a Llama-2-7B layer reach 688 of 989 TFLOP/s
+at 8192 tokens, at the power limit (benchmarks/results/2026-11-24_gpu_linear.json), and a copy moves
+3.02 of 3.35 TB/s. Other GPUs are assumed to reach the same fractions, which was not measured.
 """
 
 import os
@@ -60,7 +60,7 @@ CPU_SHARE = 0.8
 LAUNCH_SECONDS = 3.441 / 16 / 32
 
 
-# A kernel takes 3 µs on a GPU however little it does, and a layer's forward, rerun and backward are
+# A kernel takes at least 3 µs on a GPU, and a layer's forward, recomputation and backward launch
 # about 80 besides the products.
 _SMALL_KERNELS = 80 * 3e-6
 
@@ -74,15 +74,15 @@ class GpuSpec(NamedTuple):
 
     Attributes:
         name: Its name.
-        memory: Bytes a process finds.
-        flops: Operations a second that its products reach in the dtype it trains in.
-        bandwidth: Bytes a second that a copy reads and writes.
-        link: Bytes a second to and from the host.
-        itemsize: Bytes of that dtype.
+        memory: Bytes available to a process.
+        flops: Operations per second of products in the training dtype, as reached in practice.
+        bandwidth: Bytes per second that a copy reads and writes.
+        link: Bytes per second to and from the host.
+        itemsize: Bytes of the training dtype.
         device: ``cuda`` or ``cpu``.
-        measured: Whether these were measured, here and now.
+        measured: Whether these were measured on this machine.
         capability: CUDA compute capability of a GPU.
-        num_sms: Its streaming multiprocessors.
+        num_sms: Number of its streaming multiprocessors.
     """
 
     name: str
@@ -98,17 +98,17 @@ class GpuSpec(NamedTuple):
 
     @property
     def gpu(self) -> DeviceSpec:
-        """What of it kernels, and so the memory of a step, depend on."""
+        """The properties that kernels, and so the memory of a step, depend on."""
         return DeviceSpec(self.name, self.capability, self.num_sms, int(self.memory))
 
     @property
     def checkpoint_width(self) -> int:
-        """The width from which a layer runs as long as its input and attention take to leave.
+        """The width from which a layer takes as long as offloading its input and attention.
 
-        These are three streams, 6 bytes a token and width in 16 bits. A layer of a Llama has
-        12 weights for each square of its width, and forward multiplies with each. What is not
-        flash attention keeps more than its output, in 32 bits all its weights, too much to send
-        away: no width will do.
+        These are three activations as wide as the residual stream, 6 bytes per token and width in
+        16 bits. A Llama layer has 12 weights per square of its width, each used once in forward.
+        Without flash attention more than its output is kept, in 32 bits all attention weights,
+        which is too much to offload at any width.
         """
         flash = self.itemsize == 2 and self.gpu.has_flash_attention
         return int(self.flops / (4 * self.link)) if flash else sys.maxsize
@@ -134,9 +134,9 @@ def _of_table(
     )
 
 
-# The makers' figures: memory as a program finds it, dense bfloat16 products with float32 sums,
-# memory bandwidth, what of PCIe is left for page-locked copies, compute capability and streaming
-# multiprocessors. The T4 has no bfloat16 units, so its products are those of float16.
+# The manufacturers' figures: memory available to a program, dense bfloat16 products with float32
+# sums, memory bandwidth, effective PCIe bandwidth of page-locked copies, compute capability and
+# streaming multiprocessors. The T4 has no bfloat16 units, so its products are those of float16.
 CARDS = {
     "t4": _of_table("T4", 15.6, 65, 320, 12, (7, 5), 40),
     "3090": _of_table("RTX 3090", 25.3, 71, 936, 25, (8, 6), 82),
@@ -153,10 +153,10 @@ HERE = "this-machine"
 
 
 def card_named(name: str) -> GpuSpec:
-    """Return a card of the table, or this machine as it is measured now.
+    """Return a GPU of the table, or this machine, which is measured.
 
     Raises:
-        ConfigError: If there is no such card in the table.
+        ConfigError: If there is no such GPU in the table.
     """
     key = name.lower().replace(" ", "-").removeprefix("rtx-").removesuffix("-sxm")
     if key == HERE:
@@ -168,7 +168,7 @@ def card_named(name: str) -> GpuSpec:
 
 
 def gpu_of_driver(name: str) -> GpuSpec | None:
-    """Return the card of the table that a driver calls ``name``, if it is one."""
+    """Return the GPU of the table whose name in the driver is ``name``, or None."""
     words = set(re.split(r"[\s-]+", name.lower()))
     for key, card in CARDS.items():
         kind, _, gigabytes = key.partition("-")
@@ -178,17 +178,17 @@ def gpu_of_driver(name: str) -> GpuSpec | None:
 
 
 class Seconds(NamedTuple):
-    """Where a step's time goes, in seconds.
+    """The time of a step by part, in seconds.
 
     Attributes:
-        products: Of the linear layers.
+        products: Products of the linear layers.
         head: Products of the output head.
         attention: Its two products, forward and backward.
-        decoding: From 4 bits.
-        elementwise: Everything between the products, adapters included.
+        decoding: Decoding 4-bit weights.
+        elementwise: Elementwise operations and adapters.
         optimizer: The update.
-        waiting: For what comes from the host.
-        launching: The host's time for launching all of it; it runs beside the rest.
+        waiting: Waiting for transfers from the host.
+        launching: The host's time for launching all of it, in parallel to the rest.
     """
 
     products: float
@@ -202,34 +202,34 @@ class Seconds(NamedTuple):
 
     @property
     def total(self) -> float:
-        """A step."""
+        """The time of a step."""
         return max(sum(self[:-1]), self.launching)
 
 
 def step_seconds(
     shape: ModelShape, run: Run, card: GpuSpec, *, launch: float | None = None
 ) -> Seconds:
-    """Return where the time of one optimizer step goes.
+    """Predict the time of one optimizer step.
 
     Args:
         shape: The model.
         run: The step; its policy says how many layers are recomputed.
-        card: Where.
-        launch: Seconds of the host for a layer and part; if not given, 0 where passes are CUDA
-            graphs, which takes packed examples, and else `LAUNCH_SECONDS`.
+        card: The device.
+        launch: Host time per layer and part, in seconds; by default 0 if passes are CUDA graphs,
+            which requires packed examples, otherwise `LAUNCH_SECONDS`.
     """
     run = replace(run, fused=run.fused and shape.fusable)
     if launch is None:
         launch = 0.0 if run.graphs and run.packs else LAUNCH_SECONDS
     tokens, layer, e = run.tokens, run.layer(shape), run.holding.itemsize
-    # Weights are decoded, and inputs go to the host and back, once for what goes through together.
+    # Weights are decoded, and inputs are offloaded and fetched, once per part.
     cost, passes = run.step_cost(shape), tokens / max(1, run.tokens_under_way)
     again = 1 - run.policy.saved / max(1, shape.layers)
     linears = shape.linears()
     numel = sum(weight.numel for weight in linears)
     last = sum(weight.numel for weight in linears if weight.name.endswith(".down_proj.weight"))
     rerun = numel - last if run.fused else numel
-    # Where attention is kept, neither it nor what follows it is computed again.
+    # With an attention checkpoint, neither attention nor its output projection is recomputed.
     attention_kept = (
         run.policy.offloaded / max(1, shape.layers) if run.policy.attention_checkpoint else 0.0
     )
@@ -266,21 +266,21 @@ def step_seconds(
         waiting=0.0,
         launching=launch * shape.layers * parts,
     )
-    # Out in forward and back in backward, beside the products of either.
+    # Transfers to the host in forward and back in backward overlap with the products.
     away = 2 * cost.host_bytes(run.policy) * passes / card.link
     return found._replace(waiting=max(0.0, away - found.total))
 
 
 def measure_machine() -> GpuSpec:
-    """Return this machine: products and a copy timed for a second or so."""
+    """Measure this machine: times products and a copy for about a second."""
     import torch
 
     from halfbyte.runtime.precision import choose_device_and_dtype
 
     device, dtype, _ = choose_device_and_dtype("auto", "auto")
     on_gpu = device == "cuda"
-    # On a CPU what a run's loss has left on the heap has room for both sides of the copy: a run
-    # that measures this grew by 67 MB, in its middle, with 2**24.
+    # On a CPU both sides of the copy must fit into heap memory freed by the loss: with 2**24, a run
+    # that measures this in the middle grew by 67 MB.
     size, count = (8192, 2**28) if on_gpu else (1024, 3 * 2**21)
     from halfbyte.runtime.matmul import product
 
@@ -303,7 +303,7 @@ def measure_machine() -> GpuSpec:
 
 
 def _available() -> float:
-    """Return the bytes of memory that a new process could take: the page cache gives way."""
+    """Return the bytes of memory available to a new process, including reclaimable page cache."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return 1024.0 * int(line.split()[1])
@@ -311,7 +311,7 @@ def _available() -> float:
 
 
 def _fastest(work: Callable[[], object], on_gpu: bool) -> float:
-    """Return the seconds of the fastest of ten, the first two not counted."""
+    """Return the seconds of the fastest of ten calls, after two for warm-up."""
     import time
 
     import torch

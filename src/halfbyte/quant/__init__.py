@@ -1,8 +1,8 @@
-"""Weights in four bits: a code of NF4 or FP4 for each, a scale for each block of them.
+"""4-bit weights: a code of NF4 or FP4 for each weight, and a scale for each block.
 
-`quantize` makes a `QuantizedWeight` of a tensor and `dequantize` a tensor of that again; the
-bytes are those of bitsandbytes. README.md beside this file derives the levels, draws the bytes
-and measures the error.
+`quantize` packs a tensor into a `QuantizedWeight`, `dequantize` decodes it; the bytes are those of
+bitsandbytes. README.md in this directory derives the levels, shows the layout and measures the
+error.
 """
 
 from halfbyte.quant.format import dequantize, dequantize_all, quantize

@@ -1,13 +1,13 @@
-"""Blockwise quantisation: the nearest level of a sorted table, one scale a block.
+"""Blockwise quantisation: the nearest level of a sorted table, one scale per block.
 
-Every low-bit format of halfbyte is this one algorithm over a table of levels in [-1, 1]: cut the
-values into blocks, divide each block by its largest magnitude (its *scale*), and keep the number
+Every low-bit format of halfbyte is this one algorithm with a table of levels in [-1, 1]: split the
+values into blocks, divide each block by its largest magnitude (its *scale*), and store the index
 of the nearest level. The tables are data: NF4 and FP4 for weights, the dynamic 8-bit table for
 the scales of weights (and, unsigned, for optimizer state).
 
-Where rounding or the treatment of zeros is a matter of choice, the choice is that of
-bitsandbytes' CPU code, so that our bytes are its bytes; each such place says so. What is here is
-plain PyTorch, runs on any device, and is the specification the kernels are tested against.
+Wherever rounding or the treatment of zeros is a choice, it follows bitsandbytes' CPU code, so that
+the bytes are the same; comments mark these places. The code here is plain PyTorch, runs on any
+device, and is the specification that the kernels are tested against.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The C++ kernels of cpu.cpp, compiled at first use (runtime/native.py) and chosen by processor.
+"""The C++ kernels of cpu.cpp, compiled on first use (runtime/native.py) for the processor.
 
-Where there is no compiler, `kernels` says so once and plain PyTorch does the work.
+Without a compiler, `kernels` logs this once, and plain PyTorch is used.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Weights to 4 bits and back: the plain PyTorch, which is the specification, and who does it.
+"""Packs weights to 4 bits and decodes them: the specification in plain PyTorch, and the dispatch.
 
-`quantize` and `dequantize` choose between implementations: the C++ kernels of cpu.py, the Triton
-kernels of triton_blockwise.py, and the plain PyTorch here, which is the specification. They agree
-bit for bit, but for encoding on a GPU: reciprocals are approximate there, as they are in
-bitsandbytes, so where a quotient is a bound but for its last bit, the code may be the neighbour's.
+`quantize` and `dequantize` choose between the C++ kernels of cpu.py, the Triton kernels of
+triton_blockwise.py, and the plain PyTorch here, which is the specification. They agree bit for bit,
+except for encoding on a GPU: reciprocals are approximate there, as in bitsandbytes, so a quotient
+within one bit of a bound may get the neighbouring code.
 
 Decoding is the same everywhere. Encoding gives the bytes of bitsandbytes on the same kind of
-device, and its CPU and CUDA code differ: in the rounding of scale codes, in FP4's bounds, and in a
-short last block. One thing is ours on both: a block of zeros gets the code of zero, where
+device; its CPU and CUDA code differ in the rounding of scale codes, in FP4's bounds, and in a short
+last block. We differ from it in one case: a block of zeros gets the code of zero, where
 bitsandbytes' CUDA code gives it that of -1, which with double quantisation decodes to a few
 millionths instead of to 0.
 """
@@ -58,7 +58,7 @@ def quantize(
 ) -> QuantizedWeight:
     """Quantises a weight to 4 bits.
 
-    Needs a few tens of MB beside the result, and a copy of the weight if that is not contiguous.
+    Needs a few tens of MB in addition to the result, and a copy of a weight that is not contiguous.
 
     Args:
         weight: float32, bfloat16 or float16, any shape, finite.
@@ -228,7 +228,7 @@ def _backend(impl: Implementation, device: torch.device) -> _Backend:
     if impl in ("cpu", "gpu"):
         why = cpu.describe() if impl == "cpu" else "Triton on a CUDA device"
         raise ConfigError(
-            f'impl "{impl}" cannot be had for a tensor on {device} ({why}): use "auto"'
+            f'impl "{impl}" is not available for a tensor on {device} ({why}): use "auto"'
         )
     encode = partial(_encode, cuda=device.type == "cuda")
     return _Backend(encode, _encode_scales, _each(_decode), empty)
@@ -265,9 +265,7 @@ def gpu_kernels() -> ModuleType | None:
     try:
         from halfbyte.quant import triton_blockwise
     except ImportError as error:
-        logger.warning(
-            "no Triton (%s): what runs on a GPU is plain PyTorch, which is slower", error
-        )
+        logger.warning("no Triton (%s): plain PyTorch is used on the GPU, which is slower", error)
         return None
     return triton_blockwise
 

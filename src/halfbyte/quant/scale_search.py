@@ -1,19 +1,20 @@
-"""Scales and codes chosen for the least squared error, in the same bytes.
+"""Searches for the scales and codes of least squared error, in the same format.
 
-The format asks only that a weight be ``level[code] × scale``. Taking a block's largest magnitude
-for its scale makes one element exact and lets the others fall where they may. Here a few scales
-are tried on each block and the best is kept. What counts is what the layer's output loses, so an
-element may be weighted by how large its input is on average:
+The format only requires that a weight be ``level[code] × scale``. With a block's largest magnitude
+as its scale, one element is exact and the others are not considered. Here several scales are tried
+on each block and the best is kept. What matters is the error of the layer's output, so an element
+can be weighted by the mean square of its input:
 
     error of a block = Σ importance · (x − scale · level[code])²,  importance[j]: mean of input[j]²
 
 1. For each of ``FRACTIONS`` of the largest magnitude: the nearest codes, and for these codes the
-   scale of least error, ``s = Σ importance·x·level / Σ importance·level²``. What is left is
+   scale of least error, ``s = Σ importance·x·level / Σ importance·level²``. The remaining error is
    ``Σ importance·x² − s² · Σ importance·level²``, so the best has the largest ``s² · Σ …``.
-2. With double quantisation these scales are coded.
-3. The nearest codes are taken for the scale as it will be decoded.
+2. With double quantisation these scales are quantised.
+3. Codes are chosen again for the scale as it will be decoded.
 
-The result is of bitsandbytes' format, but not the bytes that it would make; those `quantize` makes.
+The result has bitsandbytes' format, but not the bytes that bitsandbytes would choose; `quantize`
+gives those.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def normalised(importance: Tensor, weight: Tensor) -> Tensor:
     """
     if importance.shape != weight.shape[-1:]:
         raise ValueError(
-            f"importance is one number for each of {weight.shape[-1]} columns, and came in shape"
+            f"expected an importance for each of {weight.shape[-1]} columns, got shape"
             f" {tuple(importance.shape)}"
         )
     importance = importance.to(weight.device, torch.float32)

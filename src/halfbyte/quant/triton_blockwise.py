@@ -1,22 +1,22 @@
 """The 4-bit format on a GPU, in Triton: decode and encode.
 
-All of these move bytes: the least a decode can take is the time to read 0.516 bytes a weight and
-write 2. So the kernels are shaped by how memory wants to be asked.
+These kernels are memory-bound: a decode takes at least the time to read 0.516 bytes per weight and
+write 2. So their structure follows the memory accesses.
 
     decode     A lane reads one 32-bit word, 8 codes, and writes 16 bytes of 16-bit weights, so a
-               warp reads 128 and writes 512 bytes in a row. Levels come from a 64-byte table that
-               stays in the first cache; scales are decoded on the way, from their 8-bit codes.
+               warp reads 128 and writes 512 contiguous bytes. Levels come from a 64-byte table that
+               stays in the L1 cache; scales are decoded on the fly, from their 8-bit codes.
                Many weights go in one launch: a small one alone cannot fill the GPU.
     encode     A lane holds 8 neighbours; the largest of a block is found by shuffles. The level
-               is found with two loads and one comparison: cut in cells of 1/16, no cell has more
+               is found with two loads and one comparison: in cells of 1/16, no cell has more
                than one bound.
 
-Decoding is bit for bit the plain PyTorch of format.py, encoding that with ``cuda=True`` but for
-an approximate reciprocal: the bytes of bitsandbytes' CUDA code. Scales are multiplied, rounded,
-and added to: one fused operation would change the last bit of many, so the compiler may not fuse
-(``enable_fp_fusion=False``).
+Decoding equals the plain PyTorch of format.py bit for bit, and encoding that with ``cuda=True``
+except for an approximate reciprocal: the bytes of bitsandbytes' CUDA code. Scales are multiplied,
+rounded, and added to: a fused operation would change the last bit of many, so the compiler may not
+fuse (``enable_fp_fusion=False``).
 
-What was measured is in benchmarks/results, what did not help in LAB.md.
+Measurements are in benchmarks/results, failed experiments in LAB.md.
 """
 
 from __future__ import annotations

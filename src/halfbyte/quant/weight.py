@@ -1,9 +1,9 @@
-"""What a weight in 4 bits is: its tensors, their layout, and the levels of its codes.
+"""The 4-bit format: the tensors of a weight, their layout, and the levels of its codes.
 
-A weight is flattened in row-major order and cut into blocks, without regard to its rows. Two
-4-bit codes share a byte, the earlier in the high nibble. Each block has a float32 scale; with
-double quantisation the scales are 8-bit codes themselves, in blocks of `SCALE_BLOCK`, after the
-mean of all (the *offset*) is taken away.
+A weight is flattened in row-major order and split into blocks, which may cross rows. Two 4-bit
+codes share a byte, the first in the high nibble. Each block has a float32 scale; with double
+quantisation the scales are themselves 8-bit codes, in blocks of `SCALE_BLOCK`, after subtracting
+the mean of all scales (the *offset*).
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""What a run reports: one object with a few methods, called by whoever does the work.
+"""What a run reports: one object with a few methods, called by the code that does the work.
 
-Whatever is reported goes to two places. The *journal* is the record (``report.journal``). The
-*screen* (``report.live``) is standard error: a live display where that is a terminal, plain
-lines where it is a file or a pipe. Standard output is left to results (``report.show``), so
-that ``halfbyte … --json > result.json`` holds one JSON object and nothing else.
+Reports go to two places. The *journal* is the record (``report.journal``). The *screen*
+(``report.live``) is standard error: a live display on a terminal, plain lines in a file or a pipe.
+Standard output is used for results only (``report.show``), so that ``halfbyte … --json >
+result.json`` contains one JSON object and nothing else.
 
-When training ends, however it ends, the journal becomes a page beside it (``report.page``).
-Numbers also go to *trackers*, where a run asks for them (``report.trackers``).
+When training ends, successfully or not, an HTML page is generated from the journal
+(``report.page``). Numbers are also sent to *trackers* if the run has any (``report.trackers``).
 """
 
 import logging
@@ -27,7 +27,7 @@ __all__ = ["RunReport", "open_report"]
 
 
 class RunReport:
-    """What is called during a run. As a context manager it closes itself, whatever happens."""
+    """Reports a run. A context manager, which always closes it."""
 
     def __init__(self, screen: "Screen", output_dir: Path | None) -> None:
         """Report to ``screen``, and to ``journal.jsonl`` in ``output_dir`` once a run begins."""
@@ -40,12 +40,12 @@ class RunReport:
         logging.getLogger("halfbyte").addHandler(self._log_handler)
 
     def note(self, text: str) -> None:
-        """Announce something in one line."""
+        """Log a message of one line."""
         self.record("note", {"text": text})
         self._screen.note(text)
 
     def track(self, names: Sequence[str]) -> None:
-        """Send what follows to these trackers, too; called before anything is loaded.
+        """Also report to these trackers from now on; called before anything is loaded.
 
         Raises:
             ConfigError: A tracker's library is not installed.
@@ -57,18 +57,18 @@ class RunReport:
     def task(
         self, description: str, total: int | None = None
     ) -> AbstractContextManager[Callable[[int, int], None]]:
-        """Show that something takes a while; the value is called with (done, total)."""
+        """Show progress of a task; the value is called with (done, total)."""
         return self._screen.task(description, total)
 
     def begin(self, *, total_steps: int, start_step: int, metadata: dict[str, Any]) -> None:
-        """Training begins: the journal is opened, and cut back to ``start_step``.
+        """Training begins: the journal is opened, and truncated to ``start_step``.
 
         Only now, so that a run that fails before its first step leaves no file behind.
 
         Args:
             total_steps: The step after which training ends.
             start_step: Steps made before, by the run that this one goes on with.
-            metadata: What the journal should know of the run; people have seen it by ``note``.
+            metadata: The journal's record of the run; the user has seen it in messages.
 
         Raises:
             OutputError: The journal cannot be written.
@@ -115,7 +115,7 @@ class RunReport:
         self._screen.finish(record)
 
     def record(self, event: str, record: dict[str, Any]) -> None:
-        """A record for the journal alone."""
+        """Write a record to the journal only."""
         if self._journal is not None:
             self._journal.write(event, record)
         elif self._before_begin is not None:
@@ -173,7 +173,7 @@ class RunReport:
 
 
 class _NotesFromLogging(logging.Handler):
-    """Turns warnings of our own modules, such as a missing compiler, into notes of the run."""
+    """Turns our own modules' warnings, such as a missing compiler, into notes of the run."""
 
     def __init__(self, report: RunReport) -> None:
         super().__init__(logging.WARNING)

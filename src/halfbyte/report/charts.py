@@ -1,9 +1,9 @@
-"""Charts without a library: SVG for what has a shape, HTML for what is read.
+"""Charts without a library: SVG for shapes, HTML for text.
 
-A drawing is a square of 1000 x 1000 that is stretched to whatever room there is, with lines that
-keep their width; names and numbers stand beside it as HTML at percentages. So a chart is as sharp
-and as legible on a phone as on a desk, without a script. Each has a sentence for those who do not
-see it, and its values in a table. A script (``page.js``) adds a value under the pointer.
+A drawing is a square of 1000 x 1000 that is stretched to the available space, with lines of
+constant width; names and numbers are HTML next to it, positioned in percent. So charts are sharp
+and legible on a phone as on a desktop, without a script. Each has a text description for screen
+readers and a table of its values. A script (``page.js``) shows the value under the pointer.
 """
 
 import json
@@ -27,7 +27,7 @@ Say = Callable[[float], str]
 
 
 def plain(value: float) -> str:
-    """Four significant digits, without an exponent where people write none."""
+    """Four significant digits, with an exponent only for very large or small numbers."""
     if value == 0 or 1e-3 <= abs(value) < 1e7:
         shown = f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
         return shown
@@ -57,7 +57,7 @@ class Series:
 
 
 def thinned(points: Sequence[Point], limit: int = _DRAWN) -> list[Point]:
-    """At most ``limit`` points, each the mean of its share of them."""
+    """At most ``limit`` points, each the mean of several."""
     if len(points) <= limit:
         return list(points)
     edges = [len(points) * i // limit for i in range(limit + 1)]
@@ -91,7 +91,7 @@ def ticks(low: float, high: float, count: int = _TICKS) -> list[float]:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
-    """A table that scrolls by itself where it is too wide; the first cell of a row is its head."""
+    """A table that scrolls if it is too wide; the first cell of a row is its header."""
     head = "".join(f'<th scope="col">{escape(one)}</th>' for one in heads)
     body = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>'
@@ -127,7 +127,7 @@ def line_chart(
     Args:
         title: What is drawn.
         unit: Of y.
-        series: The curves; later ones lie on top.
+        series: The curves; later ones are drawn on top.
         say: Writes a value of y.
         from_zero: Whether the axis starts at zero.
     """
@@ -201,7 +201,7 @@ def _values(series: Sequence[Series], say: Say) -> str:
 
 @dataclass(frozen=True)
 class Bar:
-    """A row of a bar chart: its name, and parts that lie one after the other."""
+    """A row of a bar chart: its name, and stacked parts."""
 
     name: str
     parts: Sequence[tuple[str, float]]

@@ -1,7 +1,7 @@
-"""What a comparison came to: results of each variant and seed, a table, a sentence, a page.
+"""The result of a comparison: values of each variant and seed, a table, a sentence, a page.
 
-Everything is read from the runs' own files, so a comparison that was broken off, or whose runs
-were made at different times, is put together in the same way.
+Everything is read from the runs' own files, so it does not matter whether a comparison was
+interrupted, or its runs were made at different times.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ _T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 @dataclass(frozen=True)
 class Result:
-    """One variant trained from one seed. What was not measured is None.
+    """One variant trained with one seed. Values not measured are None.
 
     Attributes:
         variant: Its name.
@@ -60,7 +60,7 @@ class Result:
 
 
 def read_result(variant: str, seed: int, run: Run) -> Result:
-    """Return what the files of a finished run say."""
+    """Read the files of a finished run."""
     file, adapter = run.path / EVALUATION, run.path / _ADAPTER
     evaluated = json.loads(file.read_text("utf-8")) if file.exists() else {}
     return Result(
@@ -107,7 +107,7 @@ MEASURES = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """All results, in the order in which the variants were named."""
+    """All results, in the order of the variants."""
 
     results: tuple[Result, ...]
 
@@ -117,18 +117,18 @@ class Comparison:
         return list(dict.fromkeys(result.variant for result in self.results))
 
     def values(self, variant: str, field: str) -> list[float]:
-        """A measurement of a variant, seed by seed, where there is one."""
+        """The values of a measurement of a variant, by seed."""
         found = [getattr(one, field) for one in self.results if one.variant == variant]
         return [value for value in found if value is not None]
 
     def typical(self, variant: str, field: str) -> float | None:
-        """The mean over seeds, or the largest where the worst counts."""
+        """The mean over seeds, or the maximum if the worst counts."""
         values = self.values(variant, field)
         worst = next(measure.worst for measure in MEASURES if measure.field == field)
         return None if not values else max(values) if worst else fmean(values)
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
-        """The heads and the rows of the table, without rows that nothing was measured for."""
+        """The header and the rows of the table, without empty rows."""
         return ["", *self.variants], [
             [measure.name, *(self._cell(variant, measure) for variant in self.variants)]
             for measure in MEASURES
@@ -242,7 +242,7 @@ def _joined(parts: Sequence[str]) -> str:
 def comparison_page(
     found: Comparison, runs: Sequence[Run], title: str, about: str, links: Mapping[str, str]
 ) -> str:
-    """A page: the sentence, the table, and what is in it as pictures.
+    """A page with the sentence, the table, and charts of its values.
 
     Args:
         found: The results.
@@ -305,7 +305,7 @@ def _dots(found: Comparison, field: str) -> list[tuple[str, list[float]]]:
 
 
 def finished_run(directory: Path, *, evaluated: bool) -> Run | None:
-    """The run in ``directory`` if it came to its end, and was evaluated if it should be."""
+    """The run in ``directory`` if it has finished, and was evaluated if requested."""
     if not (directory / "journal.jsonl").exists():
         return None
     run = read_run(directory)

@@ -1,14 +1,14 @@
-"""The record of a run: ``journal.jsonl``, one JSON object a line, appended as things happen.
+"""The record of a run: ``journal.jsonl``, one JSON object per line, appended as events happen.
 
 Every line has ``event`` and ``time`` (UTC, ISO 8601). Events are ``note``, ``loaded``, ``begin``,
 ``samples``, ``captured``, ``step``, ``fallback``, ``memory``, ``evaluation``, ``saved``, and at the
-end ``finish`` or ``stopped``; a run that was killed has neither. Lines go straight to the operating
-system, so a killed run loses nothing that was reported; only a full disk or a power cut can tear a
-line, and then only the last. Readers leave a torn line out. A resumed run cuts it off, together
-with everything that lies after the checkpoint it goes on from, so that each step is there once.
+end ``finish`` or ``stopped``; a killed run has neither. Lines are passed to the operating system at
+once, so a killed run loses nothing that was reported; only a full disk or a power failure can
+truncate a line, and only the last one. Readers ignore a truncated line. A resumed run removes it,
+together with everything after the checkpoint it resumes from, so that each step occurs once.
 
-JSON has no NaN and no infinity. Such a value is written as null, and what it was stands in
-``non_finite`` of the same line: ``{"loss": null, "non_finite": {"loss": "nan"}}``.
+JSON has no NaN and no infinity. Such a value is written as null, and its text in ``non_finite`` of
+the same line: ``{"loss": null, "non_finite": {"loss": "nan"}}``.
 """
 
 import json
@@ -25,7 +25,7 @@ class Journal:
     """An append-only JSONL file."""
 
     def __init__(self, path: str | Path) -> None:
-        """Open ``path`` for appending; its directory is made, and a torn last line cut off.
+        """Open ``path`` for appending; create its directory, and remove a truncated last line.
 
         Raises:
             OutputError: The file cannot be written.
@@ -88,7 +88,7 @@ class Journal:
 
 
 def read_journal(path: str | Path) -> list[dict[str, Any]]:
-    """The whole lines of a journal, as objects.
+    """The complete lines of a journal, as objects.
 
     Raises:
         OSError: The file cannot be read.
@@ -98,7 +98,7 @@ def read_journal(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """The object on a line; None when the line is torn."""
+    """The object on a line; None if the line is truncated."""
     try:
         record = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:

@@ -1,13 +1,12 @@
 """The screen of a run: a live display on a terminal, plain lines anywhere else.
 
-On a terminal two lines stand below everything that is announced, and are drawn anew at most
-four times a second by a thread of their own, so that a step costs the loop no more than
-storing its numbers::
+On a terminal two lines below all messages are redrawn at most four times a second by a separate
+thread, so that a step costs the loop no more than storing its numbers::
 
     training ━━━━━━━━━━━━━━━━━━╸━━━━━━━━━━━━━━━━━━━━━━━━━━━━━   34/120   1:02 left
     loss 0.4123 █▇▅▄▃▂▂▁▁   rate 8.10e-04   612 tokens/s   memory 1.12 GB
 
-In a file or a pipe the same numbers are one line for each report, without control characters.
+In a file or a pipe the same numbers are one line per report, without control characters.
 """
 
 import sys
@@ -32,7 +31,7 @@ _HISTORY = 256
 _SECONDS_BETWEEN_PLAIN_LINES = 15.0
 
 
-# --- numbers as a person reads them -------------------------------------------------------------
+# --- numbers for the user -----------------------------------------------------------------------
 
 
 def duration(seconds: float) -> str:
@@ -54,7 +53,7 @@ def size(count: float) -> str:
 
 
 def sparkline(values: list[float], width: int) -> str:
-    """``values`` as a row of at most ``width`` bars, each the mean of its share of them."""
+    """``values`` as a row of at most ``width`` bars, each the mean of several."""
     finite = [value for value in values if value == value and abs(value) != float("inf")]
     if not finite or width < 1:
         return ""
@@ -66,7 +65,7 @@ def sparkline(values: list[float], width: int) -> str:
 
 
 def _figures(record: dict[str, Any]) -> list[str]:
-    """The numbers of a step, of an evaluation or of the end, each in words."""
+    """The numbers of a step, of an evaluation or of the end, formatted."""
     say: dict[str, Callable[[Any], str]] = {
         "loss": lambda loss: f"loss {loss:.4f}",
         "final_loss": lambda loss: f"loss {loss:.4f}",
@@ -85,10 +84,10 @@ def _figures(record: dict[str, Any]) -> list[str]:
 
 
 class Pace:
-    """Where a run stands: smoothed loss and time left."""
+    """Progress of a run: smoothed loss and remaining time."""
 
     def __init__(self, total_steps: int, start_step: int) -> None:
-        """Nothing is known but how many steps there are."""
+        """Start with the number of steps."""
         self.total = total_steps
         self.step = start_step
         self.start = start_step
@@ -103,7 +102,7 @@ class Pace:
         self._began = self._last = time.monotonic()
 
     def update(self, record: dict[str, Any]) -> None:
-        """Take in a step."""
+        """Add a step."""
         self.step = record["step"]
         self.record = record
         self._tokens += record.get("tokens", 0)
@@ -121,17 +120,17 @@ class Pace:
 
     @property
     def loss(self) -> float:
-        """The exponential mean of the losses, without the pull to zero of its start."""
+        """The exponential mean of the losses, with bias correction."""
         return self._smoothed / (1 - _SMOOTHING**self._updates)
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Over all steps of this session; None where the records do not tell."""
+        """Over all steps of this session; None if the records have no times."""
         return self._tokens / self._seconds if self._seconds else None
 
     @property
     def seconds_left(self) -> float | None:
-        """At the mean pace until now; None before the first step."""
+        """At the mean speed so far; None before the first step."""
         if self.step == self.start:
             return None
         each = (self._last - self._began) / (self.step - self.start)
@@ -158,7 +157,7 @@ class Screen:
     def task(
         self, description: str, total: int | None
     ) -> AbstractContextManager[Callable[[int, int], None]]:
-        """Show that something is being done."""
+        """Show the progress of a task."""
         return nullcontext(lambda done, total: None)
 
     def begin(self, *, total_steps: int, start_step: int, metadata: dict[str, Any]) -> None:
@@ -181,7 +180,7 @@ class Screen:
 
 
 class PlainScreen(Screen):
-    """Lines of text, for a file, a pipe or a terminal that can do no more."""
+    """Lines of text, for a file, a pipe or a simple terminal."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         """Write to ``stream``, standard error if None."""
@@ -194,7 +193,7 @@ class PlainScreen(Screen):
 
     @contextmanager
     def task(self, description: str, total: int | None) -> Iterator[Callable[[int, int], None]]:
-        """A line now and then while it lasts, and one when it is done."""
+        """A line now and then during the task, and one at its end."""
         began = shown = time.monotonic()
 
         def progress(done: int, total: int) -> None:
@@ -237,7 +236,7 @@ class LiveScreen(Screen):
     """The live display of a terminal."""
 
     def __init__(self, console: Console) -> None:
-        """Draw on ``console``; nothing is drawn before something goes on."""
+        """Draw on ``console``; nothing is drawn before a task or training begins."""
         self._console = console
         self._pace: Pace | None = None
         self._live: Live | None = None
@@ -264,7 +263,7 @@ class LiveScreen(Screen):
 
     @contextmanager
     def task(self, description: str, total: int | None) -> Iterator[Callable[[int, int], None]]:
-        """A bar while it lasts, a line when it is done."""
+        """A bar during the task, a line at its end."""
         began = time.monotonic()
         task = self._tasks.add_task(description, total=total)
         self._show()
@@ -295,7 +294,7 @@ class LiveScreen(Screen):
         self._print(Text(f"saved {path}", style="dim"))
 
     def finish(self, record: dict[str, Any]) -> None:
-        """The display goes, a line with its last numbers stays."""
+        """Remove the display and print a line with its last numbers."""
         losses = self._pace.losses if self._pace else []
         self._pace = None
         self._hide_if_idle()
@@ -310,7 +309,7 @@ class LiveScreen(Screen):
             self._live = None
 
     def __rich__(self) -> RenderableType:
-        """What stands below the announcements at this moment."""
+        """The current display below the messages."""
         parts: list[RenderableType] = []
         if self._tasks.task_ids:
             parts.append(self._tasks)
@@ -371,7 +370,7 @@ def finish_line(record: dict[str, Any]) -> str:
 
 
 def open_screen(*, quiet: bool = False) -> Screen:
-    """The screen that suits standard error; one that shows nothing if ``quiet``."""
+    """The screen for standard error; one that shows nothing if ``quiet``."""
     if quiet:
         return Screen()
     console = Console(stderr=True, highlight=False)

@@ -1,8 +1,8 @@
-"""One page about one run, or about several side by side: a file that needs nothing but itself.
+"""An HTML page about one or more runs: a single, self-contained file.
 
-Style and script are inside, nothing is fetched, and a policy in the page forbids it to fetch
-anything or to run a script other than ours (by its hash), whatever a journal says. All text goes
-through ``html.escape``.
+Style and script are inlined and nothing is loaded; a content security policy forbids the page to
+load anything or to run any other script (by the hash of ours), whatever a journal contains. All
+text is passed through ``html.escape``.
 """
 
 import base64
@@ -87,12 +87,12 @@ def page(runs: Sequence[Run]) -> str:
 
 
 def section(title: str, body: str) -> str:
-    """A part of the page; nothing where there is nothing in it."""
+    """A section of the page; empty without content."""
     return f"<section><h2>{escape(title)}</h2>{body}</section>" if body else ""
 
 
 def key_figures(figures: Iterable[tuple[str, str | None]]) -> str:
-    """Names and values that are to be seen first; those without a value are left out."""
+    """The most important names and values; those without a value are left out."""
     cells = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
         for name, value in figures
@@ -120,7 +120,7 @@ def curves(runs: Sequence[Run]) -> str:
         ]
 
     charts = [
-        line_chart("Loss", f"nats a token, smoothed{'' if alone else '; dots: held-out'}", loss),
+        line_chart("Loss", f"nats per token, smoothed{'' if alone else '; dots: held-out'}", loss),
         line_chart("Speed", "tokens a second", of("tokens_per_second"), from_zero=True),
         line_chart("Learning rate", "of the update", of("learning_rate"), from_zero=True),
         line_chart("Gradient norm", "before clipping", of("grad_norm"), from_zero=True),
@@ -178,7 +178,7 @@ def _head(run: Run) -> str:
 def _overview(runs: Sequence[Run]) -> str:
     heads = ["run", *(name for name, _ in _figures(runs[0])), "state"]
     rows = [[run.name, *(value or "–" for _, value in _figures(run)), run.state] for run in runs]
-    return section("At a glance", table(heads, rows, "one run a row"))
+    return section("At a glance", table(heads, rows, "one run per row"))
 
 
 def _memory(runs: Sequence[Run]) -> str:
@@ -297,7 +297,7 @@ def _again(run: Run) -> str:
         body += "<details><summary>All options</summary>" + _options(config, given) + "</details>"
     if versions:
         body += "<details><summary>Versions</summary>" + _options(versions, set()) + "</details>"
-    return section("How to do it again", body)
+    return section("How to reproduce it", body)
 
 
 def _options(values: dict[str, Any], given: set[str]) -> str:
@@ -329,7 +329,7 @@ def _differences(runs: Sequence[Run]) -> str:
     ]
     if not rows:
         return "<p>They were run with the same options.</p>" if names else ""
-    return table(["option", *(run.name for run in runs)], rows, "options that are not the same")
+    return table(["option", *(run.name for run in runs)], rows, "options that differ")
 
 
 def _notes(run: Run) -> str:
@@ -339,7 +339,7 @@ def _notes(run: Run) -> str:
 
 
 def _name_apart(runs: Sequence[Run]) -> None:
-    """Name runs by as much of their paths as tells them apart."""
+    """Name runs by the shortest unique parts of their paths."""
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         paths = [os.path.abspath(run.path) for run in runs]

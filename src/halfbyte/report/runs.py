@@ -1,8 +1,8 @@
-"""A run as its journal tells it, for whoever draws or compares runs.
+"""A run as read from its journal, for drawing and comparing runs.
 
-A journal may come from anywhere, so nothing in it is believed: what should be a number is one, or
-is None; what should be a text is made one; a field that is missing, or of another kind, is left
-out. Text stays raw here and is escaped where it is written into a page.
+A journal may come from anywhere, so nothing in it is trusted: a number is a number or None, text is
+converted to a string, and fields that are missing or of another type are dropped. Text is raw here
+and escaped when it is written into a page.
 """
 
 import math
@@ -36,7 +36,7 @@ _CURVES = (
 
 
 def number(value: Any) -> float | None:
-    """``value`` if it is a finite number of a size that can be drawn; else None."""
+    """``value`` if it is a finite number that can be drawn; else None."""
     plain = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
     return float(value) if plain and math.isfinite(value) else None
 
@@ -47,13 +47,13 @@ def mapping(value: Any) -> dict[str, Any]:
 
 
 def texts(value: Any) -> list[str]:
-    """The items of a list as texts; nothing of anything else."""
+    """The items of a list as strings; empty for anything else."""
     return [str(one) for one in value] if isinstance(value, list) else []
 
 
 @dataclass
 class Run:
-    """What a journal says.
+    """A run as read from its journal.
 
     Attributes:
         name: What the run is called on a page.
@@ -87,7 +87,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether it came to its end."""
+        """Whether the run has finished."""
         return bool(self.finish)
 
     @property
@@ -102,13 +102,13 @@ class Run:
 
     @property
     def step_seconds(self) -> dict[str, float]:
-        """Where the time of an average step went."""
+        """The mean time of each part of a step."""
         parts = (_WHOLE_STEP, *_STEP_PARTS.values(), _REST_OF_STEP)
         return {name: self.seconds[name] / self.steps for name in parts if name in self.seconds}
 
     @property
     def predicted(self) -> list[tuple[str, float]]:
-        """The parts of the peak that was predicted, in bytes; a step's own as one of them."""
+        """The parts of the predicted peak, in bytes, those of a step as one."""
         total = number(self.memory.get("predicted_bytes"))
         ledger = self.memory.get("ledger")
         parts: dict[str, float] = {}
@@ -123,7 +123,7 @@ class Run:
 
     @property
     def peak_bytes(self) -> float | None:
-        """The most memory that was in use."""
+        """Peak memory."""
         measured = number(self.finish.get("peak_memory_bytes"))
         curve = [value for _, value in self.curves["peak_memory_bytes"]]
         return max([*curve, *([] if measured is None else [measured])], default=None)
@@ -144,7 +144,7 @@ def read_run(directory: str | Path) -> Run:
         lines = read_journal(file)
     except OSError as error:
         raise ConfigError(
-            f"{directory} holds no journal of a run: expected {file} ({error.strerror})"
+            f"{directory} contains no journal of a run: expected {file} ({error.strerror})"
         ) from error
     run = Run(name=file.resolve().parent.name, path=file.parent)
     speeds: list[tuple[float, float]] = []
@@ -162,7 +162,7 @@ def read_run(directory: str | Path) -> Run:
         run.state = "finished"
     elif not run.state:
         heard = str(lines[-1].get("time", ""))[:19].replace("T", " ") if lines else ""
-        run.state = f"not finished: still going, or killed; last heard of {heard} UTC"
+        run.state = f"not finished: in progress, or killed; last update {heard} UTC"
     return run
 
 
@@ -219,7 +219,7 @@ def _spend(run: Run, activity: str, seconds: Any) -> None:
 
 
 def started(run: Run) -> str:
-    """When the run began, as ``2026-11-24 12:30 UTC``; nothing if the journal does not say."""
+    """Start time, as ``2026-11-24 12:30 UTC``; empty if the journal has none."""
     try:
         return datetime.fromisoformat(str(run.begin.get("time"))).strftime("%Y-%m-%d %H:%M UTC")
     except ValueError:

@@ -1,4 +1,4 @@
-"""Results, as a person reads them: on standard output, in colour where that is a terminal."""
+"""Prints results for the user on standard output, in colour on a terminal."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -21,19 +21,19 @@ def _console() -> Console:
 
 
 def heading(text: str) -> None:
-    """A line that starts a part."""
+    """Print a heading."""
     console = _console()
     console.print()
     console.print(Rule(Text(text, style="bold"), align="left", style="dim"))
 
 
 def paragraph(text: str) -> None:
-    """Prose, broken at the terminal's width."""
+    """Print a paragraph, wrapped at the terminal's width."""
     _console().print(Text(text))
 
 
 def command(text: str) -> None:
-    """Something to type, on one line however long it is, so that it can be copied."""
+    """Print a command on one line, so that it can be copied."""
     _console().print(Text(f"  {text}", style="cyan"), soft_wrap=True)
 
 
@@ -60,7 +60,7 @@ def answer(prompt: str, texts: Mapping[str, str]) -> None:
 
 
 def outcome(passed: bool, text: str) -> None:
-    """One thing that was tried, and whether it is right."""
+    """Print the outcome of a test."""
     grid = Table.grid(padding=(0, 1))
     mark = Text("✓", style="green") if passed else Text("✗", style="red")
     grid.add_row(mark, Text(text))
@@ -68,7 +68,7 @@ def outcome(passed: bool, text: str) -> None:
 
 
 def table(rows: Mapping[str, Any]) -> None:
-    """Names and values, in two columns."""
+    """Print names and values in two columns."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -78,7 +78,7 @@ def table(rows: Mapping[str, Any]) -> None:
 
 
 def columns(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table with a head, numbers to the right."""
+    """Print a table with a header, numbers aligned to the right."""
     shown = Table(box=None, padding=(0, 2), header_style="dim")
     for number, head in enumerate(heads):
         # Names stay on one line, and where it is narrow, values break.

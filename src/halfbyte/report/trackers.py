@@ -1,8 +1,8 @@
 """Experiment trackers: TensorBoard, Weights & Biases and trackio, behind three methods.
 
-The journal is the record of a run; a tracker is one more place that its numbers go to, under the
-names that transformers' Trainer made usual (``train/loss``, ``eval/loss``). Each library is an
-extra and imported only when a run asks for it, before anything is loaded.
+The journal is the record of a run; a tracker gets the same numbers under the names used by
+transformers' Trainer (``train/loss``, ``eval/loss``). Each library is optional and imported only
+if a run uses it, before anything is loaded.
 """
 
 import importlib
@@ -19,13 +19,13 @@ Values = Mapping[str, float]
 
 
 class Tracker(Protocol):
-    """Whoever follows a run's numbers."""
+    """The interface of a tracker."""
 
     def begin(self, name: str, start_step: int, metadata: Mapping[str, Any]) -> None:
         """Training begins after ``start_step``; ``metadata`` are plain values that describe it."""
 
     def log(self, step: int, values: Values) -> None:
-        """Take in numbers by name, after ``step``."""
+        """Log numbers by name, after ``step``."""
 
     def close(self) -> None:
         """No more will come; called whatever happened, also when nothing began."""
@@ -40,7 +40,7 @@ class TensorBoard:
         self._writer: Any = None
 
     def begin(self, name: str, start_step: int, metadata: Mapping[str, Any]) -> None:
-        """Write the metadata as a text; what a resumed run makes anew is hidden by TensorBoard."""
+        """Write the metadata as text; TensorBoard hides steps that a resumed run repeats."""
         self._writer = self._module.SummaryWriter(
             str(self._directory / "tensorboard"), purge_step=start_step + 1
         )
@@ -73,7 +73,7 @@ class WandbLike:
         """Start a run of that name.
 
         Raises:
-            ConfigError: The library refuses, as wandb does where nobody is logged in.
+            ConfigError: The library fails, as wandb does if no user is logged in.
         """
         library = self._module.__name__
         project = os.environ.get(f"{library.upper()}_PROJECT", "halfbyte")
@@ -104,7 +104,7 @@ TRACKERS: dict[str, tuple[str, str, Callable[[ModuleType, Path], Tracker]]] = {
 
 
 def open_trackers(names: Sequence[str], directory: Path) -> list[Tracker]:
-    """Import what is asked for.
+    """Import the libraries of the given trackers.
 
     Args:
         names: Keys of ``TRACKERS``.

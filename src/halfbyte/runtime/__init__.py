@@ -1,1 +1,1 @@
-"""The machine: what a device can do, which dtype it multiplies, compilers, the C heap, products."""
+"""The machine: device properties, dtype of products, C++ builds, the C heap, matrix products."""

@@ -1,9 +1,9 @@
-"""Triton kernels compiled side by side, before they are needed.
+"""Compiles Triton kernels in parallel, before they are needed.
 
-A kernel is compiled at its first launch, which takes 0.1 to 1.6 s, and as long again where Triton
-has the C compiler build its launcher. The first step of a first start launches some forty different
-ones: one after the other they took 20 s (LAB.md). All but a little of that leaves Python's lock to
-others, so threads help. Where Triton has them on disk, there is nothing to be gained.
+A kernel is compiled at its first launch, which takes 0.1 to 1.6 s, and as long again if Triton has
+the C compiler build its launcher. The first step after installation launches about forty different
+ones: in sequence they took 20 s (LAB.md). Most of that time does not hold the GIL, so threads help.
+If Triton has the kernels in its cache, there is nothing to gain.
 """
 
 import os

@@ -1,10 +1,10 @@
-"""What a GPU is, as far as a choice of ours depends on it: asked once, in one place.
+"""The properties of a GPU that decisions depend on, queried once and in one place.
 
-Whoever decides by the device (which dtype, which kernel, how many programs) asks `spec_of` for a
-`DeviceSpec` and looks at nothing else: no other file asks the driver or torch for a property
-(`tests/runtime/test_device.py` looks for that). So what a T4 or an RTX 4090 would be given can be
-seen, and compiled, where there is no GPU at all: a test gives another spec. What `plan` predicts
-follows from the same class, so torch is imported only where it is asked.
+Code that chooses by device (dtype, kernel, number of programs) uses `spec_of`'s `DeviceSpec` and
+nothing else: no other file asks the driver or torch for a property (`tests/runtime/test_device.py`
+checks this). So what a T4 or an RTX 4090 would use can be tested, and compiled, on a machine
+without a GPU: a test passes another spec. What `plan` predicts follows from the same class, so
+torch is imported only where it is needed.
 """
 
 from dataclasses import dataclass
@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# Bytes of shared memory a block may have at most (CUDA C++ Programming Guide, "Technical
-# Specifications per Compute Capability"). The driver knows, but torch tells only of the 48 KB that
-# need not be asked for.
+# Maximum shared memory of a block, in bytes (CUDA C++ Programming Guide, "Technical Specifications
+# per Compute Capability"). torch reports only the 48 KB available without opting in.
 _SHARED_MEMORY = {
     (5, 0): 49152,
     (7, 0): 98304,
@@ -35,10 +34,10 @@ class DeviceSpec:
     """A GPU: what kernels can do on it. How fast it is, is in `plan.roofline.GpuSpec`.
 
     Attributes:
-        name: What its driver calls it.
+        name: Its name in the driver.
         capability: CUDA compute capability, (major, minor).
-        num_sms: Streaming multiprocessors.
-        memory: Bytes of its memory, the driver's share included.
+        num_sms: Number of streaming multiprocessors.
+        memory: Bytes of GPU memory, including the driver's share.
     """
 
     name: str
@@ -48,18 +47,18 @@ class DeviceSpec:
 
     @property
     def shared_memory(self) -> int:
-        """Bytes of shared memory that a block may have: the capability's, or the last before it."""
+        """Maximum shared memory of a block, in bytes: of the nearest known capability below."""
         known = max(known for known in _SHARED_MEMORY if known <= max(self.capability, (5, 0)))
         return _SHARED_MEMORY[known]
 
     @property
     def runs_triton(self) -> bool:
-        """Whether Triton compiles for it: from Turing (T4, RTX 20) on; it left Volta behind."""
+        """Whether Triton compiles for it: from Turing (T4, RTX 20) on, not for Volta."""
         return self.capability >= (7, 5)
 
     @property
     def has_tensor_cores(self) -> bool:
-        """Whether a kernel of Triton's multiplies on tensor cores: on Turing only cuBLAS does."""
+        """Whether Triton's kernels use its tensor cores: on Turing only cuBLAS does."""
         return self.capability >= (8, 0)
 
     @property
@@ -69,7 +68,7 @@ class DeviceSpec:
 
     @property
     def is_hopper(self) -> bool:
-        """Whether a kernel tuned to Hopper's TMA and registers may run there."""
+        """Whether kernels tuned to Hopper's TMA and registers run on it."""
         return self.capability[0] == 9
 
     @property
@@ -78,9 +77,9 @@ class DeviceSpec:
         return self.capability >= (8, 0)
 
     def runs_flash_attention(self, head_dim: int) -> bool:
-        """Return whether torch's flash attention runs there, in 16 bits, forward and backward.
+        """Return whether torch's flash attention runs on it, in 16 bits, forward and backward.
 
-        Its backward of heads wider than 192 wants more shared memory than a block has on GeForce
+        With heads wider than 192 its backward needs more shared memory than a block has on GeForce
         GPUs.
         """
         roomy = self.shared_memory >= _SHARED_MEMORY[8, 0]
@@ -93,9 +92,9 @@ INTERPRETER = DeviceSpec("Triton's interpreter", (9, 0), num_sms=3, memory=0)
 
 @cache
 def spec_of(device: "torch.device") -> DeviceSpec:
-    """Return what a device is; of one that is no GPU, `INTERPRETER`.
+    """Return the properties of a device; `INTERPRETER` if it is not a GPU.
 
-    The driver is asked at the first call for a device. No call waits for the GPU.
+    The driver is queried at the first call for a device. No call waits for the GPU.
     """
     if device.type != "cuda":
         return INTERPRETER
@@ -111,7 +110,7 @@ def spec_of(device: "torch.device") -> DeviceSpec:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that a GPU's memory, or page-locked memory, is used up."""
+    """Return whether an error means out of GPU memory or of page-locked memory."""
     import torch
 
     if isinstance(error, torch.OutOfMemoryError):

@@ -1,13 +1,13 @@
-"""Where a CPU's tensors lie: the C library's heap, told to keep, to fill its holes, to give back.
+"""Tunes glibc's heap for tensors on a CPU: keep freed memory, avoid fragmentation, return it.
 
-A training step frees and takes the same activations again and again. glibc, as it comes, returns
-blocks over 128 kB to the system at once, and every page of the next one is faulted in anew. Told to
-keep them, it leaves holes: torch asks for blocks at multiples of 64 bytes (``posix_memalign``), for
-which glibc looks for 96 bytes more than the block has. So a hole between two tensors that are kept
-is never filled by a tensor of its size, and all layers' temporaries lie beside each other. Of
-SmolLM2's heap in float32, 476 MiB were such holes beside 1255 that are kept. malloc.cpp asks for
-the size itself first (``malloc``), and has the aligned block where that is aligned by chance, which
-between tensors it always is: 16 MiB (2026-11-24_cpu_memory.json).
+A training step frees and allocates the same activations again and again. By default glibc returns
+blocks over 128 kB to the system at once, and every page of the next block faults again. If it keeps
+them, the heap fragments: torch requests blocks aligned to 64 bytes (``posix_memalign``), for which
+glibc searches for 96 bytes more than the block has. So a gap between two kept tensors is never
+filled by a tensor of its size, and the temporaries of all layers are stored side by side. Of
+SmolLM2's heap in float32, 476 MiB were such gaps, next to 1255 MiB in use. malloc.cpp first
+requests the exact size (``malloc``) and uses the block if it is aligned by chance, which between
+tensors it always is: 16 MiB (2026-11-24_cpu_memory.json).
 """
 
 import ctypes

@@ -1,13 +1,13 @@
-"""The product of two matrices, by whichever of torch's libraries is faster on this processor.
+"""Matrix products by whichever of torch's CPU libraries is faster on this processor.
 
-PyTorch multiplies float32 matrices on x86 with MKL, and bfloat16 ones with oneDNN. MKL keeps its
-AVX-512 code to Intel's processors: elsewhere it takes its AVX2 code, and float32 products run at
-less than half of what the processor can do. oneDNN asks the processor, not its maker. Measured on
-one core of an AMD EPYC 9005, 1024x576x1536, float32: MKL 117 GFLOP/s, oneDNN 265.
+On x86, PyTorch multiplies float32 matrices with MKL, and bfloat16 ones with oneDNN. MKL uses its
+AVX-512 code on Intel processors only: on others it uses AVX2, and float32 products run at less than
+half of the processor's speed. oneDNN decides by the instruction set. Measured on one core of an AMD
+EPYC 9005, 1024x576x1536, float32: MKL 117 GFLOP/s, oneDNN 265.
 
-So float32 products go to oneDNN on a CPU that has AVX-512 and is not Intel's, and to ``torch.mm``
-otherwise. The rule looks at the processor only, never at a stopwatch: a run that is resumed must
-round as it did before.
+So on a CPU that has AVX-512 and is not Intel's, float32 products use oneDNN, otherwise
+``torch.mm``. The rule depends on the processor only, never on a timing: a resumed run must round as
+before.
 """
 
 from functools import cache
@@ -24,12 +24,12 @@ def float32_library() -> tuple[str, str]:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     vendor = next((line.split(":")[1].strip() for line in lines if "vendor_id" in line), "")
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return "torch", "this build of torch offers no oneDNN product"
+        return "torch", "this build of torch has no oneDNN product"
     if vendor in ("", "GenuineIntel"):
         return "torch", "MKL uses all of this processor" if vendor else "the processor is not known"
     if "AVX512" not in torch.backends.cpu.get_cpu_capability():
-        return "torch", "no AVX-512, so MKL's AVX2 code is the best there is"
-    return "onednn", "MKL keeps its AVX-512 code to Intel's processors"
+        return "torch", "no AVX-512, so MKL's AVX2 code is used"
+    return "onednn", "MKL uses AVX-512 on Intel's processors only"
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

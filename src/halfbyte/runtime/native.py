@@ -1,9 +1,9 @@
-"""C++ files compiled at first use, kept for the next time.
+"""Compiles C++ files on first use, and caches the result.
 
-A build is one compiler call of a second or two. Its result lies in the user's cache directory under
-a hash of everything it depends on, so a new version or another compiler builds anew and nothing is
-ever stale. It is written beside its place and renamed, so processes that build at the same time do
-no harm.
+A build is one compiler call of a second or two. The library is stored in the user's cache directory
+under a hash of everything it depends on, so a new version or another compiler builds again and
+nothing is ever stale. It is written to a temporary name and renamed, so processes may build at the
+same time.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from halfbyte.errors import HalfbyteError
 
 
 class Unavailable(HalfbyteError):
-    """Why a library could not be built; whoever asked for it does without."""
+    """A library could not be built, with the reason; callers use their fallback."""
 
 
 def shared_object(source: Path, flags: Sequence[str]) -> Path:
@@ -54,7 +54,7 @@ def _compiler() -> list[str]:
         command = shlex.split(named)
         if shutil.which(command[0]):
             return command
-        raise Unavailable(f"the compiler that $CXX names, {named!r}, is not there: correct it")
+        raise Unavailable(f"$CXX names a compiler that does not exist, {named!r}: correct it")
     for name in ("c++", "g++", "clang++"):
         if shutil.which(name):
             return [name]

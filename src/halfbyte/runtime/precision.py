@@ -1,14 +1,14 @@
-"""Which device, which dtype to multiply in, in which order to add: decided once, with the reason.
+"""Chooses the device, the dtype of products and deterministic summation, once, with the reason.
 
-On a CPU the answer turns on one instruction set. Without AVX512-BF16 or AMX a bfloat16 matrix
+On a CPU the dtype depends on the instruction set. Without AVX512-BF16 or AMX a bfloat16 matrix
 product is emulated and 5 to 7 times slower than float32; with it, it is about 4 times faster
-(measured on two cores: 850 against 225 GFLOP/s at 1024x1536x576). The adapters, the gradients and
-the optimizer stay float32 in either case.
+(measured on two cores: 850 against 225 GFLOP/s at 1024x1536x576). Adapters, gradients and the
+optimizer are float32 in either case.
 
-On a GPU it turns on the generation. From Ampere on products are bfloat16. Turing (T4, RTX 20) has
-no units for that: there they are float16, which has eight times the precision and hardly any range,
-so that the gradient of the loss must be scaled (train/loss_scale.py). Float32 is an eighth as fast
-on a T4 (8.1 against 65 TFLOP/s, the maker's figures), and takes twice the memory.
+On a GPU it depends on the generation. From Ampere on products are bfloat16. Turing (T4, RTX 20) has
+no hardware for that: there they are float16, which has eight times the precision but a small range,
+so the gradient of the loss must be scaled (train/loss_scale.py). Float32 is an eighth as fast on a
+T4 (8.1 against 65 TFLOP/s, the manufacturer's figures), and takes twice the memory.
 """
 
 import os
@@ -36,7 +36,7 @@ def configure_allocators() -> None:
     newer = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
     name = "PYTORCH_ALLOC_CONF" if newer else "PYTORCH_CUDA_ALLOC_CONF"
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
-        threads = 1 << min(4, (os.cpu_count() or 1).bit_length() - 1)  # torch wants a power of two
+        threads = 1 << min(4, (os.cpu_count() or 1).bit_length() - 1)  # torch needs a power of 2
         os.environ[name] = (
             "expandable_segments:True,pinned_use_cuda_host_register:True,"
             f"pinned_num_register_threads:{threads}"
@@ -66,7 +66,7 @@ def choose_device_and_dtype(device: str, compute_dtype: str) -> tuple[str, torch
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
         raise ConfigError(
-            "device cuda was asked for, but torch sees no CUDA device; use --device cpu"
+            "device cuda was requested, but torch finds no CUDA device; use --device cpu"
         )
     if device == "auto":
         device = "cuda" if has_cuda else "cpu"
@@ -78,7 +78,7 @@ def choose_device_and_dtype(device: str, compute_dtype: str) -> tuple[str, torch
             "compute_dtype float16 is for a GPU; use auto, bfloat16 or float32 on a CPU"
         )
     if compute_dtype != "auto":
-        return device, _DTYPES[compute_dtype], "as asked for"
+        return device, _DTYPES[compute_dtype], "as requested"
     for name, present in cpu_matrix_units().items():
         if present:
             return device, torch.bfloat16, f"this CPU has {name}"
@@ -93,7 +93,7 @@ def _gpu_dtype(spec: DeviceSpec, compute_dtype: str) -> tuple[torch.dtype, str]:
             "use auto, float16 or float32"
         )
     if compute_dtype != "auto":
-        return _DTYPES[compute_dtype], "as asked for"
+        return _DTYPES[compute_dtype], "as requested"
     if spec.has_bfloat16:
         return torch.bfloat16, "this GPU multiplies bfloat16"
     if spec.runs_triton:

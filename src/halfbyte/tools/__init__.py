@@ -1,1 +1,1 @@
-"""What is made of whole runs: comparison, merging measured, self-test, the demo."""
+"""Tools built on whole runs: comparison, merge evaluation, self-test, the demo."""

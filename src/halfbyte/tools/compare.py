@@ -1,12 +1,12 @@
-"""Variants of a run, trained side by side: each from the same seeds and data, each in a process.
+"""Trains variants of a run: each with the same seeds and data, each in its own process.
 
-A variant is a few words: ``lora``, ``qlora``, ``fp4``, ``no-double-quant``, or any option of
-training as ``name=value``; ``lora+r=64`` joins them. A process of its own makes a run's memory its
-own, and is ``halfbyte train`` with a configuration file, then ``halfbyte eval``: what a person
-could have typed, but that both run in that process, which starts and compiles once. Seeds are the
-outer loop, so that a machine that slows down slows all variants.
+A variant is ``lora``, ``qlora``, ``fp4``, ``no-double-quant``, any option of training as
+``name=value``, or several joined by ``+``, such as ``lora+r=64``. In its own process, a run's
+memory is its own. It runs ``halfbyte train`` with a configuration file, then ``halfbyte eval``, as
+a user would, except that both share the process, which imports and compiles once. Seeds are the
+outer loop, so that a slower phase of the machine affects all variants.
 
-What is finished is not done again, and what was begun goes on from its checkpoint.
+Finished runs are not repeated, and unfinished ones resume from their checkpoint.
 """
 
 import json
@@ -48,7 +48,7 @@ Progress = Callable[[int, int], None]
 
 
 class Variant(NamedTuple):
-    """Its name, as it was typed, and the options that make it."""
+    """The name of a variant, as given, and its options."""
 
     name: str
     options: dict[str, Any]
@@ -58,7 +58,7 @@ def parse_variants(names: Sequence[str]) -> list[Variant]:
     """Read variants.
 
     Raises:
-        ConfigError: A word is unknown, a name is there twice, or nothing is named.
+        ConfigError: A word is unknown, a name is given twice, or none is given.
     """
     found: list[Variant] = []
     problems: list[str] = []
@@ -78,7 +78,7 @@ def parse_variants(names: Sequence[str]) -> list[Variant]:
                     "such as r=64, or several joined by +"
                 )
         if any(variant.name == name for variant in found):
-            problems.append(f"`variants`: {name!r} is there twice")
+            problems.append(f"`variants`: {name!r} is given twice")
         found.append(Variant(name, options))
     if problems or not found:
         raise ConfigError("; ".join(problems) or "`variants` names nothing to train")
@@ -87,7 +87,7 @@ def parse_variants(names: Sequence[str]) -> list[Variant]:
 
 @dataclass(frozen=True)
 class Job:
-    """One variant from one seed.
+    """One variant with one seed.
 
     Attributes:
         variant: Its name.
@@ -103,12 +103,12 @@ class Job:
 
     @property
     def file(self) -> Path:
-        """Its configuration file, beside its output."""
+        """Its configuration file, next to its output."""
         return self.config.output.with_name(self.config.output.name + ".yaml")
 
     @property
     def log(self) -> Path:
-        """What its processes say on standard error."""
+        """The file for its processes' standard error."""
         return self.file.with_suffix(".log")
 
     def finished(self) -> Run | None:
@@ -125,7 +125,7 @@ def jobs(
     evaluation: Callable[[TrainConfig], tuple[str, ...]],
     module: tuple[str, ...] = ("halfbyte", "train"),
 ) -> list[Job]:
-    """Lay out every run, seeds outside, and check all their options.
+    """Return all runs, seeds as the outer loop, after checking their options.
 
     Args:
         variants: What differs.
@@ -172,7 +172,7 @@ def _require_same(job: Job) -> None:
 
 
 def run(job: Job, progress: Progress | None = None) -> Result:
-    """Do what is left of a job.
+    """Run the remaining steps of a job.
 
     Args:
         job: What to do.
@@ -202,7 +202,7 @@ def run(job: Job, progress: Progress | None = None) -> Result:
 
 
 def _words(job: Job, *, trained: bool) -> list[str]:
-    """What follows ``python -m`` to do what is left of a job."""
+    """The arguments of ``python -m`` for the remaining steps of a job."""
     evaluate = ["eval", *job.evaluation, "--json"]
     if trained:
         return ["halfbyte", *evaluate]
@@ -240,8 +240,8 @@ def _process(
         raise ConfigError(f"{job.variant}: " + "\n".join(said[message:]).partition(": ")[2])
     if process.returncode < 0:
         name = signal.Signals(-process.returncode).name
-        memory = ", as happens where memory runs out" if name == "SIGKILL" else ""
-        return output, f"it was ended by {name}{memory}; see {job.log}"
+        memory = ", as happens when memory runs out" if name == "SIGKILL" else ""
+        return output, f"it was killed by {name}{memory}; see {job.log}"
     errors = [line for line in said if "Error" in line.partition(":")[0]]
     return output, f"{errors[-1] if errors else last}; see {job.log}"
 
@@ -298,7 +298,7 @@ def write_results(
 
 
 def require_results(found: Comparison) -> None:
-    """Complain, once everything is written, if a run has no result.
+    """Raise an error, after everything is written, if a run has no result.
 
     Raises:
         HalfbyteError: Names every run without one.

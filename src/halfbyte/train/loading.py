@@ -1,4 +1,4 @@
-"""A base model opened for use: device and dtype chosen, loaded, adapter attached, all logged."""
+"""Opens a base model: chooses device and dtype, loads it, attaches an adapter, and logs it all."""
 
 import dataclasses
 import logging
@@ -29,18 +29,18 @@ logger = logging.getLogger("halfbyte")
 
 
 class Loading:
-    """A base model that is loaded: in a thread, once `start` is called, or when it is asked for.
+    """Loads a base model: in a thread if `start` is called, otherwise in `result`.
 
-    A context, which stops the thread where nobody has asked.
+    A context manager, which stops the thread on exit.
 
     Args:
         source: The model.
-        recipe: How to hold it.
+        recipe: How to store its weights.
         tokenizer: The source's, if it has been read before.
         cache: Whether to load from a packed copy in the user's cache.
 
     Attributes:
-        seconds: How long it took.
+        seconds: How long loading took.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class Loading:
         self._loaded: Future[LoadedBase] | None = None
 
     def start(self) -> None:
-        """Begin, in a thread."""
+        """Start loading in a thread."""
         self._loaded = self._thread.submit(self._timed)
 
     def result(self, report: "RunReport | None") -> LoadedBase:
-        """Return the model; progress is shown, and what was packed and what was not is said.
+        """Return the model; show progress, and log what was packed and what was not.
 
         Raises:
             UserError: As `load_base`.
@@ -104,7 +104,7 @@ class Loading:
 
 
 class _Stopped(Exception):
-    """Nobody needs the model any more."""
+    """The model is no longer needed."""
 
 
 def open_model(
@@ -124,12 +124,12 @@ def open_model(
     allow_mismatch: bool = False,
     report: "RunReport | None" = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, LoadedBase]:
-    """Open a base model, with an adapter if one is named, ready to answer or to be evaluated.
+    """Open a base model, optionally with an adapter, for generation or evaluation.
 
     Args:
         model: A directory of safetensors, a GGUF file, or a hub id.
-        adapter: Directory of an adapter that was trained on this base.
-        quant: How to hold the linears: ``nf4``, ``fp4`` or ``none``.
+        adapter: Directory of an adapter that was trained on this base model.
+        quant: How to store the linears: ``nf4``, ``fp4`` or ``none``.
         double_quant: Whether to quantise the scales.
         block_size: Weights that share a scale.
         quantize_head: Whether to pack the output head too.
@@ -138,19 +138,19 @@ def open_model(
         compute_dtype: ``auto``, ``float32``, ``bfloat16`` or, on a GPU, ``float16``.
         device: ``auto``, ``cpu`` or ``cuda``.
         revision: Branch, tag or commit of a hub model.
-        cache_quantized: Whether to load from a packed copy in the user's cache, made at need.
-        allow_mismatch: Whether to use the adapter, with a warning, on a base, a tokenizer or a
-            template that is not the one it was trained with.
+        cache_quantized: Whether to load from a packed copy in the user's cache, created if needed.
+        allow_mismatch: Whether to use the adapter, with a warning, with a base model, tokenizer or
+            template other than the one it was trained with.
         report: Logs, and shows progress.
 
     Raises:
-        UserError: If the model or the adapter is missing, damaged, or they do not belong together.
+        UserError: If the model or the adapter is missing or damaged, or they do not match.
     """
     resolved, dtype, why = choose_device_and_dtype(device, compute_dtype)
     source = open_base(model, revision=revision)
     loaded = None if adapter is None else load_adapter(adapter)
     if loaded is not None:
-        # Now, before gigabytes are read.
+        # Checked now, before gigabytes are read.
         modules = source.skeleton.named_modules()
         loaded.require_layers([path for path, m in modules if isinstance(m, nn.Linear)])
     recipe = BaseRecipe(
@@ -178,19 +178,19 @@ def _compare(adapter: LoadedAdapter, base: LoadedBase, *, allow_mismatch: bool) 
     if not found:
         return
     message = (
-        f"the adapter was trained on {adapter.base_name!r}, and this is not it: {'; '.join(found)}"
+        f"the adapter was trained on {adapter.base_name!r}, this model differs: {'; '.join(found)}"
     )
     if not allow_mismatch:
         raise CheckpointError(
-            f"{message}. Give the model it was trained on, held as it was then (a packed copy: "
-            "packed on the same kind of device, halfbyte quantize --device), or allow the mismatch "
-            "(--allow-mismatch)"
+            f"{message}. Use the model it was trained on, with the same quantisation (a quantised "
+            "copy must come from the same kind of device, halfbyte quantize --device), or allow "
+            "the mismatch (--allow-mismatch)"
         )
-    logger.warning("%s; used all the same, as allowed", message)
+    logger.warning("%s; used anyway, as --allow-mismatch is set", message)
 
 
 def recipe_of(config: TrainConfig, dtype: torch.dtype, device: str) -> BaseRecipe:
-    """Return how a run holds its base."""
+    """Return how a run stores its base model."""
     return BaseRecipe(
         quant=config.quant,
         double_quant=config.double_quant,
@@ -219,7 +219,7 @@ def lora_of(config: TrainConfig) -> LoRAConfig:
 
 
 def recipe_metadata(recipe: BaseRecipe) -> dict[str, Any]:
-    """Return ``recipe`` as JSON values, for the adapter's card."""
+    """Return ``recipe`` as JSON values, for the adapter's ``halfbyte.json``."""
     found = dataclasses.asdict(recipe)
     del found["device"]  # where, not how
     return found | {"compute_dtype": str(recipe.compute_dtype).removeprefix("torch.")}

@@ -1,10 +1,10 @@
-"""A run's memory and time as the plan predicts them, held against what is measured.
+"""Compares a run's memory and time with the plan's prediction.
 
-Bytes are predicted from the files' headers, the trained tensors' sizes, the shapes of the steps
-made so far, and what the plan does with activations: nothing of it is measured, but for what Python
-and its libraries take on a CPU, before there is a model. Where they are off
-by more than ``TOLERANCE``, that is said. Seconds come from the table of cards, or on a CPU from a
-short timing of its products; the first steps compile and capture, and are left out.
+Bytes are predicted from the files' headers, the sizes of trained tensors, the shapes of the steps
+so far and the activation policy. Nothing is measured except, on a CPU, the memory of Python and its
+libraries before the model is loaded. An error of more than ``TOLERANCE`` is logged. Seconds come
+from the table of GPUs, or on a CPU from a short timing of its products; the first steps, which
+compile and capture, are not compared.
 """
 
 import math
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from halfbyte.report import RunReport
 
 TOLERANCE = 0.05
-FIRST_LOOK = 5  # steps: by then, everything that stays has been allocated
+FIRST_LOOK = 5  # steps, after which all permanent tensors have been allocated
 _UNTIMED = 2
 
 
 def shape_of_source(source: BaseSource) -> ModelShape:
-    """Return the shape of the model in ``source``; only headers have been read for it."""
+    """Return the shape of the model in ``source``, from its headers."""
     files = {
         p.name: (p.nbytes if p.packed else math.prod(p.shape) * p.dtype.itemsize, p.packed)
         for p in source.parameters
@@ -41,7 +41,7 @@ def shape_of_source(source: BaseSource) -> ModelShape:
 
 
 class _Seen(NamedTuple):
-    """A step that was made: its parts, the length attention sees on average, its seconds."""
+    """A finished step: its parts, the mean sequence length in attention, its seconds."""
 
     largest: int
     tokens: int
@@ -51,20 +51,20 @@ class _Seen(NamedTuple):
 
 
 class Prediction:
-    """What a run is predicted to hold.
+    """The predicted memory and time of a run.
 
     Args:
         source: The base model's files.
-        recipe: How it is held.
-        parameters: What is trained, by name.
-        rank: Of most adapters.
-        optimizer: Which AdamW.
+        recipe: How its weights are stored.
+        parameters: The trained parameters, by name.
+        rank: The rank of most adapters.
+        optimizer: The optimizer's name.
         pages: Whether its state is always on the host.
         fused: Whether layers are run by ``layers.decoder_layer``.
         policy: What is kept for backward.
         graphs: Whether passes are CUDA graphs.
-        embedding_on_host: Whether the embedding waits there.
-        process: Bytes of the process before the base was loaded; for a CPU.
+        embedding_on_host: Whether the embedding is in host memory.
+        process: Bytes of the process before the base model was loaded (CPU).
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Prediction:
         self._measured: GpuSpec | None = None
 
     def use(self, policy: ActivationPolicy, *, graphs: bool) -> None:
-        """Go on with another policy, because memory ran out."""
+        """Predict for another policy from now on, after memory ran out."""
         self._run = replace(self._run, policy=policy, graphs=graphs)
 
     def see(
@@ -116,13 +116,13 @@ class Prediction:
         lengths: Sequence[int],
         parts: Sequence[int] | None = None,
     ) -> None:
-        """Take note of a step.
+        """Record a finished step.
 
         Args:
             shapes: The (B, T) of its micro-batches.
             seconds: How long it took.
-            lengths: The tokens of each of its documents; of each row, where rows are padded.
-            parts: The tokens of each part, filled up, where documents are packed.
+            lengths: The tokens of each document or, if rows are padded, of each row.
+            parts: If documents are packed, the size of each part in tokens.
         """
         step = tuple((batch, length) for batch, length in shapes)
         self._shapes[step] = None
@@ -133,7 +133,7 @@ class Prediction:
 
     @property
     def ledger(self) -> Ledger:
-        """The ledger of the largest step seen."""
+        """The ledger of the largest step so far."""
         largest = max(seen.largest for seen in self._steps)
         tokens = max(seen.tokens for seen in self._steps)
         run = replace(
@@ -161,18 +161,18 @@ class Prediction:
     def tell(
         self, report: "RunReport", measured: int, step: int, *, reserved: int | None = None
     ) -> None:
-        """Hold the prediction against what was measured, and tell the journal and people.
+        """Compare the prediction with the measurement, and log both.
 
         Args:
             report: Where to log.
-            measured: Peak of the memory in use, in bytes.
-            step: The steps made so far.
-            reserved: Peak of what torch has reserved on a GPU, in bytes.
+            measured: Peak memory, in bytes.
+            step: The number of steps so far.
+            reserved: Peak of the memory torch has reserved on a GPU, in bytes.
         """
         entries = self.ledger
         off = measured / entries.peak - 1
         line = (
-            f"memory: {measured / 1e9:.2f} GB at the peak of {step} steps, "
+            f"memory: peak {measured / 1e9:.2f} GB in {step} steps, "
             f"{entries.peak / 1e9:.2f} GB predicted ({100 * off:+.1f} %)"
         )
         if abs(off) > TOLERANCE:
@@ -195,5 +195,5 @@ class Prediction:
         if self._run.device == "cpu":
             self._measured = self._measured or measure_machine()
             return self._measured
-        # Not measured: the buffers would count to the peak.
+        # Not measured, since the buffers would count towards the peak.
         return gpu_of_driver(self._run.gpu.name)

@@ -1,6 +1,6 @@
-"""What a run writes down about itself, so that its journal is complete by itself.
+"""What a run records about itself, so that its journal is self-contained.
 
-Versions, machine, options, the report on the data, the time of a step's parts, and what the model
+Versions, machine, options, the report on the data, the time of each part of a step, and the model's
 answers before and after. None of it is used for training.
 """
 
@@ -24,13 +24,13 @@ from halfbyte.version import __version__
 
 _PACKAGES = ("torch", "transformers", "triton")
 
-# Prompts for samples have no more tokens, answers neither.
+# Limits of sample prompts and answers, in tokens.
 _LONGEST_PROMPT = 512
 _LONGEST_ANSWER = 48
 
 
 def versions() -> dict[str, str]:
-    """Return what would have to be installed to do the run again."""
+    """Return the versions of the packages that matter to a run."""
     found = {"halfbyte": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -54,12 +54,12 @@ def machine(device: str) -> str:
 
 
 def options(config: TrainConfig) -> dict[str, Any]:
-    """Return every option, and the names of those that were given."""
+    """Return all options, and the names of those that were set."""
     return {"config": config.model_dump(mode="json"), "given": sorted(config.model_fields_set)}
 
 
 def dataset_report(dataset: Dataset) -> dict[str, Any]:
-    """Return the report on a data set, in plain values."""
+    """Return the report on a data set as JSON values."""
     report = dataset.report
     return {
         "source": report.source,
@@ -76,14 +76,14 @@ def dataset_report(dataset: Dataset) -> dict[str, Any]:
 
 
 def memory_now(device: str) -> dict[str, int]:
-    """Return bytes in use and their peak: of the process, or of torch on the GPU."""
+    """Return the bytes in use and their peak: of the process, or of torch on a GPU."""
     found = {"memory_bytes": used_memory(device), "peak_memory_bytes": peak_memory(device)}
     taken = reserved(device)
     return found if taken is None else found | {"reserved_bytes": taken}
 
 
 def reserved(device: str) -> int | None:
-    """Return the peak of what torch has reserved on a GPU; None on a CPU."""
+    """Return the peak of the memory torch has reserved on a GPU; None on a CPU."""
     return int(torch.cuda.max_memory_reserved()) if device == "cuda" else None
 
 
@@ -91,8 +91,8 @@ class StepClock:
     """Times the parts of steps, without making the host wait for a GPU.
 
     Args:
-        optimizer: Whose ``step`` is the part ``update``.
-        engine: What tells of the other parts, if it knows them.
+        optimizer: Its ``step`` is the part ``update``.
+        engine: Marks the other parts, if it is a `LayerEngine`.
         device: ``cpu`` or ``cuda``.
     """
 
@@ -115,7 +115,7 @@ class StepClock:
         self._marks.append((part, now))
 
     def seconds(self) -> dict[str, float]:
-        """Return the time of each part since last asked; on a GPU, once it has made the update."""
+        """Return the time of each part since the last call; on a GPU, after the update is done."""
         found: dict[str, float] = {}
         for (part, start), (_, end) in pairwise(self._marks):
             taken = float(start.elapsed_time(end)) / 1e3 if self._on_gpu else end - start
@@ -125,10 +125,10 @@ class StepClock:
 
 
 class Samples:
-    """A few prompts of a data set, to be answered greedily again and again."""
+    """A few prompts of a data set, answered greedily before and after training."""
 
     def __init__(self, dataset: Dataset, count: int) -> None:
-        """Choose ``count`` prompts, spread over the data; long ones and plain text are not."""
+        """Choose ``count`` prompts, spread over the data, without long ones and plain text."""
         pairs = zip(dataset.rows, dataset.examples, strict=True)
         rows = [
             row for row, ex in pairs if row.text is None and ex.prompt_length <= _LONGEST_PROMPT
@@ -148,10 +148,10 @@ class Samples:
         """Return the journal's record of the model's answers after ``step``.
 
         Args:
-            model: What answers.
+            model: The model.
             tokenizer: Its tokenizer.
-            step: Of the run.
-            memory_limit: Bytes of a GPU that torch may have reserved in all.
+            step: The step of the run.
+            memory_limit: Largest number of bytes that torch may reserve on a GPU, in total.
         """
         began = time.perf_counter()
         answers = generate(

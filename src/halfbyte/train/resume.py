@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint: the same base, the same data, the same options."""
+"""Checks whether a run may resume from a checkpoint: same base model, data and options."""
 
 import hashlib
 from pathlib import Path
@@ -16,7 +16,7 @@ from halfbyte.errors import CheckpointError, ConfigError, OutputError
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
 
-# What may differ between a run and its continuation, because no result depends on it.
+# Options that may change when a run is resumed, since the result does not depend on them.
 _FREE_TO_CHANGE = {
     "output",
     "resume",
@@ -29,7 +29,7 @@ _FREE_TO_CHANGE = {
     "memory_budget",
     "samples",
     "report_to",
-    "model",  # the base's fingerprint is compared instead
+    "model",  # the base model's fingerprint is compared instead
     "data",  # the tokens' digest is compared instead
     "revision",
     "cache_quantized",
@@ -40,28 +40,28 @@ _FREE_TO_CHANGE = {
 
 
 def resume_from(config: TrainConfig, output: Path, report: "RunReport") -> RunState | None:
-    """Return the newest checkpoint of a run that is to go on, or None where it begins.
+    """Return the newest checkpoint if the run is to be resumed and has one, or None.
 
     Raises:
-        OutputError: If there is a run in ``output``, and it is not to be resumed.
+        OutputError: If ``output`` contains a run and ``resume`` is not set.
     """
     newest = latest_run(output)
     if config.resume:
         if newest is None:
             report.note(f"no checkpoint in {output}: starting from the beginning")
             return None
-        report.note(f"going on from {newest}")
+        report.note(f"resuming from {newest}")
         return load_run(newest)
     if newest is not None or (output / CONFIG_NAME).exists():
         raise OutputError(
-            f"{output} holds a run already. Give --resume to go on with it, another --output, "
+            f"{output} already contains a run. Use --resume to continue it, give another --output, "
             "or remove it"
         )
     return None
 
 
 def identity_of_run(config: TrainConfig, source: BaseSource, dataset: Dataset) -> dict[str, Any]:
-    """Return what makes two runs the same run: options, base and tokens."""
+    """Return what must be equal to resume a run: options, base model and tokens."""
     digest = hashlib.sha256()
     for example in dataset.examples:
         digest.update(np.asarray(example.tokens).tobytes())
@@ -73,26 +73,25 @@ def identity_of_run(config: TrainConfig, source: BaseSource, dataset: Dataset) -
 def _options(config: TrainConfig) -> dict[str, Any]:
     """Return the options that a run's result depends on."""
     options = config.model_dump(mode="json", exclude=_FREE_TO_CHANGE)
-    # Where the moments live changes nothing; how wide they are does.
+    # Paging does not change the result; the precision of the moments does.
     options["optim"] = config.optim.removeprefix("paged_").removesuffix("_32bit")
     return options
 
 
 def check_same_run(resumed: RunState, identity: dict[str, Any]) -> None:
-    """Refuse to go on with another base, other data or other options.
+    """Refuse to resume with another base model, other data or other options.
 
     Raises:
-        CheckpointError: The base or the data has changed.
-        ConfigError: An option has changed on which the result depends; all are named.
+        CheckpointError: The base model or the data has changed.
+        ConfigError: Options on which the result depends have changed; all are named.
     """
     for what in ("base", "data"):
         if resumed.progress.get(what) != identity[what]:
             raise CheckpointError(
-                f"the {what} is not what the interrupted run was training "
-                f"{'on' if what == 'base' else 'with'}; give the same, or start anew in another "
-                "--output"
+                f"the {'base model' if what == 'base' else what} is not that of the interrupted "
+                "run; use the same, or start a new run with another --output"
             )
-    # An option that is younger than the run was as it is by default.
+    # An option added since the run began had its default value.
     defaults = _options(TrainConfig.model_validate({"model": "-", "data": "-", "output": "-"}))
     before, now = defaults | resumed.progress.get("options", {}), identity["options"]
     changed = [
@@ -102,6 +101,5 @@ def check_same_run(resumed: RunState, identity: dict[str, Any]) -> None:
     ]
     if changed:
         raise ConfigError(
-            "a resumed run must keep the options it began with, or it is another run:\n  "
-            + "\n  ".join(changed)
+            "a resumed run must keep its original options:\n  " + "\n  ".join(changed)
         )

@@ -1,11 +1,11 @@
-"""A run, from a configuration to an adapter: read, check, load, train, save; decisions are logged.
+"""A training run, from a configuration to an adapter: read, check, load, train, save.
 
-What can fail for the user's sake fails before the model is loaded, or, on a GPU, while it is; and
-nothing is written into the output directory until the data and the model are known to be good.
+Errors in the user's input are raised before the model is loaded, or on a GPU while it is loading.
+Nothing is written into the output directory until data and model have been checked.
 
-A checkpoint holds the adapter, the optimizer's moments and the step; the order of the data, the
-learning rate and the dropout masks are functions of the step and the seed. So a run that is
-resumed is, on a CPU, the run that was not interrupted, byte for byte.
+A checkpoint contains the adapter, the optimizer state and the step; the order of the data, the
+learning rate and the dropout masks are functions of the step and the seed. So on a CPU a resumed
+run is identical to an uninterrupted one, byte for byte.
 """
 
 import math
@@ -62,21 +62,21 @@ if TYPE_CHECKING:
 
 SAVES_PER_RUN = 10  # if save_steps is not given
 
-# Of a long run, so many steps are looked at for the shapes of their parts, or one epoch.
+# In a long run, the lengths of this many steps, or of one epoch, determine the shapes of its parts.
 _LOOK_AHEAD = 4096
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
-        adapter_dir: Where the adapter is.
-        steps: Optimizer steps of the run, those before a resume included.
+        adapter_dir: Directory of the adapter.
+        steps: Optimizer steps of the run, including those before a resume.
         final_loss: Loss of the last step; NaN if this call made none.
         peak_memory_bytes: Peak of the process (on a GPU: of allocations in training).
         seconds: Time spent in steps, by this call.
-        tokens_per_second: Tokens, padding not counted, over that time.
+        tokens_per_second: Tokens, without padding, divided by that time.
     """
 
     adapter_dir: Path
@@ -88,7 +88,7 @@ class TrainResult:
 
 
 class _Steps:
-    """The micro-batches of any step of the run, from its number alone."""
+    """The micro-batches of any step of the run, as a function of its number."""
 
     def __init__(self, examples: Sequence[Example], config: TrainConfig, pad_id: int) -> None:
         self._examples, self._config, self._pad_id = examples, config, pad_id
@@ -114,7 +114,7 @@ class _Steps:
     def lengths(self) -> list[list[list[int]]]:
         """Return the tokens of each example, by step and micro-batch.
 
-        Of the whole run, or of the first steps of it that show all there is to see.
+        Of the whole run, or of its first epoch or `_LOOK_AHEAD` steps, whichever is more.
         """
         found = []
         for step in range(min(self.total, max(self.per_epoch, _LOOK_AHEAD))):
@@ -132,11 +132,11 @@ def train(config: TrainConfig, report: "RunReport") -> TrainResult:
     """Fine-tune, from a configuration to an adapter on disk.
 
     Args:
-        config: What to do.
+        config: The options.
         report: Where to log.
 
     Raises:
-        UserError: For whatever the user can mend; nothing half-written is left behind.
+        UserError: For errors the user can fix; no incomplete output is left behind.
         NonFiniteLossError: If training diverges; the last checkpoint is kept.
     """
     existed = config.output.exists()
@@ -158,7 +158,7 @@ def train(config: TrainConfig, report: "RunReport") -> TrainResult:
 
 
 class _Run:
-    """A run: what it needs, made ready in turn, and what is done around its steps."""
+    """A run: prepares everything it needs in order, then logs, evaluates and saves around steps."""
 
     source: BaseSource
     tokenizer: PreTrainedTokenizerBase
@@ -195,7 +195,7 @@ class _Run:
     # --- before the first step ------------------------------------------------------------------
 
     def load(self, why: str) -> None:
-        """Read the data and the base; ``why`` says why its products have their dtype."""
+        """Read the data and the base model; ``why`` is the logged reason for the dtype."""
         config, report, device = self.config, self.report, self.device
         self.resumed = resume_from(config, self.output, report)
         report.track(config.report_to)
@@ -207,7 +207,7 @@ class _Run:
         cache, tokenizer = config.cache_quantized, self.tokenizer
         with Loading(self.source, recipe, tokenizer=tokenizer, cache=cache) as loading:
             if device == "cuda":
-                loading.start()  # beside the data: what is wrong with these ends it
+                loading.start()  # while the data is read; an error in the data stops it
             self._read_data()
             report.note(f"on {device}, products in {str(self.dtype).removeprefix('torch.')}: {why}")
             if device == "cpu":
@@ -247,15 +247,15 @@ class _Run:
         whole = dict.fromkeys(name.split(".")[-2] for name in names)
         report.note(
             f"{self.trained / 1e6:.2f} M parameters trained, on {len(adapted)} linear layers"
-            + (f"; trained whole: {', '.join(whole)}" if whole else "")
+            + (f"; trained in full: {', '.join(whole)}" if whole else "")
         )
         if config.init_lora_weights == "qera" and self.resumed is None:
-            with report.task("what packing lost") as progress:
+            with report.task("initialising adapters (QERA)") as progress:
                 back = begin_with_error(self.base, self.source, progress=progress)
-            report.note(f"adapters begin with {back:.0%} of what packing lost")
+            report.note(f"adapters initialised with {back:.0%} of the quantisation error")
         if moved := embedding_to_host(model):
             self.embedding_on_host = True
-            report.note(f"the embedding waits in host memory: {moved / 1e6:.0f} MB less on the GPU")
+            report.note(f"the embedding is in host memory: {moved / 1e6:.0f} MB less on the GPU")
         self.engine, self.engine_summary = choose_engine(
             model,
             self.device,
@@ -284,13 +284,11 @@ class _Run:
         config, report, engine = self.config, self.report, self.engine
         self.memory = self.trainer.fit(self.shapes, self.lengths)
         if config.activations == "offload" and self.device == "cpu":
-            report.note(
-                "activations: there is nowhere to offload to from a CPU; layers are recomputed"
-            )
+            report.note("activations: offloading needs a GPU; on a CPU layers are recomputed")
         report.note(self.memory.summary())
         if self.device == "cpu" and isinstance(engine, LayerEngine):
             engine.passes.before_layer = HeapTrimmer(self.memory)
-        if self.resumed is not None:  # after planning, which counts its bytes
+        if self.resumed is not None:  # after planning, which includes its bytes
             self.trainer.load_optimizer_state(self.resumed.optimizer)
         self.prediction = Prediction(
             self.source,
@@ -307,7 +305,7 @@ class _Run:
         )
 
     def begin(self) -> None:
-        """Write config.yaml and the journal's first line."""
+        """Write config.yaml and the first line of the journal."""
         config, recipe = self.config, self.base.model.halfbyte_recipe
         with new_file(self.output / "config.yaml") as file:
             file.write(to_yaml(config).encode())
@@ -340,7 +338,7 @@ class _Run:
     # --- steps ----------------------------------------------------------------------------------
 
     def run(self) -> TrainResult:
-        """Make the steps, and write the adapter."""
+        """Train, and write the adapter."""
         trainer, report, total = self.trainer, self.report, self.plan.total
         if self.start == 0:
             self.sample(0)
@@ -398,7 +396,7 @@ class _Run:
         return [as_batch(batch) for batch in self._batches[step]]
 
     def finished(self, step: int, result: StepResult) -> None:
-        """Log a finished step (0-based); evaluate and save if it is time."""
+        """Log a finished step (0-based); evaluate and save if due."""
         batches, done, config = self._batches.pop(step), step + 1, self.config
         times = self.clock.seconds()
         self.loss, self.seconds = result.loss, self.seconds + result.seconds
@@ -423,7 +421,7 @@ class _Run:
     def _record(
         self, done: int, result: StepResult, batches: list[MicroBatch], times: dict[str, float]
     ) -> dict[str, Any]:
-        """Return what the journal says of a step."""
+        """Return the journal's record of a step."""
         tokens = sum(batch.tokens for batch in batches)
         return {
             "step": done,
@@ -443,7 +441,7 @@ class _Run:
         }
 
     def report_engine(self) -> None:
-        """Log what the engine has to say, and what was done where memory ran out."""
+        """Log the engine's messages, and the fallbacks taken when memory ran out."""
         for record in self.trainer.fallbacks:
             self.report.record("fallback", record)
         if self.trainer.fallbacks:
@@ -463,7 +461,7 @@ class _Run:
             return
         model, tokenizer = self.base.model, self.base.tokenizer
         self.trainer.free_buffer()  # generation has one of its own
-        # Within what is planned for training, or its forecast would be of no use.
+        # Within the memory planned for training, so that its forecast stays valid.
         limit = max(self.memory.predicted_bytes, self.memory.reserved_bytes)
         try:
             with self.report.task(f"answering a few prompts, step {step}"):
@@ -471,7 +469,7 @@ class _Run:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            self.report.note("no answers: there is too little GPU memory for them beside the run")
+            self.report.note("no answers: there is not enough GPU memory left for them")
         else:
             self.report.record("samples", answers)
 
@@ -493,13 +491,13 @@ class _Run:
 
     @cached_property
     def card(self) -> dict[str, Any]:
-        """The base's digests and the recipe; they take 0.2 s, and the first step need not wait."""
+        """The base model's digests and quantisation options; takes 0.2 s, so computed on demand."""
         recipe = recipe_metadata(self.base.model.halfbyte_recipe)
         recipe |= {"init_lora_weights": self.config.init_lora_weights}
         return {"base": identity_of(self.base), "recipe": recipe}
 
     def save(self, step: int) -> None:
-        """Write a checkpoint, on a GPU beside the next steps."""
+        """Write a checkpoint; on a GPU in the background."""
         state = adapter_state(self.base.model)
         write = partial(
             save_run,
@@ -515,7 +513,7 @@ class _Run:
 
 
 def _sizes(engine: LayerEngine | AutogradEngine, batches: Sequence[MicroBatch]) -> dict[str, Any]:
-    """Return the lengths of what attention sees, and of the parts a step was made of."""
+    """Return the lengths of a step's sequences in attention, and the sizes of its parts."""
     if not (isinstance(engine, LayerEngine) and engine.packs):
         return {"lengths": [n for b in batches for n in [b.input_ids.shape[1]] * len(b.lengths)]}
     lengths = [int(n) for batch in batches for n in batch.lengths]

@@ -1,8 +1,7 @@
-"""Checkpoints are written while a GPU makes the next steps.
+"""Writes checkpoints in the background, during the next steps of a GPU.
 
-What belongs to a checkpoint is copied to the host between two steps. Writing it, computing digests
-and flushing it to the disk took a 7B model's run a second for each checkpoint (LAB.md), for which
-no step has to wait.
+The tensors of a checkpoint are copied to the host between two steps. Writing them, computing
+digests and flushing to disk takes a second for a 7B model's run (LAB.md); no step waits for it.
 """
 
 import logging
@@ -17,10 +16,10 @@ logger = logging.getLogger("halfbyte")
 
 
 class CheckpointWriter:
-    """Writes one checkpoint after the other. A context: when it ends, all are written.
+    """Writes checkpoints one after the other. A context manager, which waits for all on exit.
 
     Args:
-        saved: Called with the path of each that is on the disk, by whoever calls a method.
+        saved: Called with the path of each written checkpoint, in the thread that calls a method.
         background: Whether to write in a thread; otherwise `write` returns when it is done.
     """
 
@@ -30,10 +29,10 @@ class CheckpointWriter:
         self._writing: Future[Path] | None = None
 
     def write(self, checkpoint: Callable[[], Path]) -> None:
-        """Have ``checkpoint`` called, which writes one and returns its path.
+        """Call ``checkpoint``, which writes one and returns its path; in the thread, if any.
 
         Raises:
-            OutputError: If the one before could not be written, or, without a thread, this one.
+            OutputError: If the previous one, or without a thread this one, could not be written.
         """
         self.wait()
         self._writing = self._thread.submit(checkpoint)
@@ -41,15 +40,15 @@ class CheckpointWriter:
             self.wait()
 
     def look(self) -> None:
-        """Say what has been written since; raises as `wait`, and does not wait."""
+        """Report a checkpoint that has been written since; raises like `wait`, without waiting."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait for what is being written.
+        """Wait for the checkpoint being written.
 
         Raises:
-            OutputError: If it cannot be.
+            OutputError: If it could not be written.
         """
         writing, self._writing = self._writing, None
         if writing is not None:

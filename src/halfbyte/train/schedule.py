@@ -12,8 +12,8 @@ class Schedule:
 
     Attributes:
         peak: Highest learning rate.
-        kind: ``cosine`` or ``linear`` fall to 0 at ``total_steps``; ``constant`` stays.
-        warmup_steps: Steps in which it rises linearly from 0.
+        kind: ``cosine`` and ``linear`` decay to 0 at ``total_steps``; ``constant`` does not.
+        warmup_steps: Steps in which it increases linearly from 0.
         total_steps: Optimizer steps of the run.
     """
 
@@ -24,7 +24,7 @@ class Schedule:
 
     @classmethod
     def of(cls, config: TrainConfig, total_steps: int) -> "Schedule":
-        """Return the schedule ``config`` asks for."""
+        """Return the schedule given by ``config``."""
         warmup = config.warmup_steps
         if warmup is None:
             warmup = math.ceil(config.warmup_ratio * total_steps)

@@ -1,22 +1,22 @@
-"""The training loop: micro-batches to gradients, clip, update, and what is done when memory ends.
+"""The training loop: micro-batches to gradients, clipping, update, and fallbacks on out of memory.
 
-Every step that halfbyte makes is made here: those of a run, of a model of random weights, of the
-benchmarks and of the self-test. No input or output.
+Every optimizer step of halfbyte is made here: in runs, with the synthetic model, in benchmarks and
+in the self-test. No input or output.
 
 The loss of a step is the sum of its token losses divided by the supervised tokens of the *whole*
-step, so how its examples are split into micro-batches (1x8, 2x4, 8x1) changes nothing but rounding.
+step, so splitting its examples into micro-batches (1x8, 2x4, 8x1) changes only rounding.
 
     g ← Σ over micro-batches of d(Σ token losses / N)      N: supervised tokens of the step
     g ← g · min(1, max_grad_norm / ‖g‖)                     norm over all adapters together
     AdamW (Loshchilov and Hutter 2019), learning rate from the schedule; for B and magnitudes
     times ``loraplus_lr_ratio`` (LoRA+, Hayou et al. 2024)
 
-In float16 the gradients are scaled, and a step whose gradients overflow is left out
+In float16 the loss is scaled, and a step whose gradients overflow is skipped
 (``train.loss_scale``).
 
-A step that runs out of memory is repeated with less, one fallback after the other
-(`Trainer.fall_back`), until it succeeds. Its gradients are a sum over the same tokens in any case,
-and nothing is updated before they are complete, so the result is the same to rounding.
+A step that runs out of memory is repeated with one fallback after the other (`Trainer.fall_back`)
+until it succeeds. Its gradients are a sum over the same tokens in any case, and nothing is updated
+before they are complete, so the result is the same up to rounding.
 """
 
 import gc
@@ -53,23 +53,23 @@ from halfbyte.runtime.device import is_out_of_memory
 from halfbyte.train.loss_scale import LossScale, too_large
 from halfbyte.train.schedule import Schedule
 
-# Parts are not made smaller than this: there are too few rows for a product by then.
+# Parts are not made smaller than this, since products of fewer rows are inefficient.
 SMALLEST_PART = 512
 
 Progress = Callable[[int, int], None]
 
 
 class StepResult(NamedTuple):
-    """What a step measured.
+    """The result of a step.
 
     Attributes:
         loss: Mean token loss.
         grad_norm: Norm of all gradients before clipping.
         learning_rate: That of A.
-        paging: What paging the optimizer's state did; None where it is off.
-        seconds: From its first operation to the last; repeated attempts included.
-        data_seconds: How long its micro-batches took to make; a GPU is at work meanwhile.
-        skipped: Whether nothing was updated, because gradients overflowed in float16.
+        paging: Statistics of paging the optimizer state; None if it is off.
+        seconds: From its first operation to the last, including repeated attempts.
+        data_seconds: Time to prepare its micro-batches, during which a GPU is busy.
+        skipped: Whether the update was skipped, because gradients overflowed in float16.
     """
 
     loss: float
@@ -82,12 +82,12 @@ class StepResult(NamedTuple):
 
 
 class _Queued(NamedTuple):
-    """A step whose work the device has been given: its loss and norm there, and its learning rate.
+    """A step that has been queued on the device.
 
     Attributes:
-        seen: float32 [2].
+        seen: float32 [2] on the device: loss and gradient norm.
         rate: The learning rate.
-        began: When it did.
+        began: Start time.
     """
 
     seen: Tensor
@@ -96,10 +96,10 @@ class _Queued(NamedTuple):
 
 
 def _only_said(error: RuntimeError) -> RuntimeError:
-    """Return the error without the frames it came through, which hold tensors.
+    """Return an out-of-memory error without its traceback, whose frames keep tensors alive.
 
     Raises:
-        RuntimeError: The error, if it is of another kind than memory that is used up.
+        RuntimeError: The error itself, if it is of another kind.
     """
     if not is_out_of_memory(error):
         raise error
@@ -108,11 +108,11 @@ def _only_said(error: RuntimeError) -> RuntimeError:
 
 
 def _side_by_side(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Give each parameter a gradient of zeros, all in one tensor, and return that.
+    """Allocate the gradients of all parameters, zeros, in one tensor, and return it.
 
-    Gradients are added into memory that is there from the start, so that the first step of a
-    resumed run adds as every other step does. Together, their norm is one reduction, and setting
-    them to zero is one launch instead of hundreds. Each begins at a multiple of 256 bytes.
+    Gradients are accumulated into existing memory from the start, so that the first step of a
+    resumed run adds like every other step. In one tensor, their norm is one reduction, and setting
+    them to zero is one launch instead of hundreds. Each starts at a multiple of 256 bytes.
     """
     sizes = [-(-parameter.numel() // 64) * 64 for parameter in parameters]
     together = torch.zeros(sum(sizes), dtype=torch.float32, device=parameters[0].device)
@@ -124,21 +124,20 @@ def _side_by_side(parameters: Sequence[nn.Parameter]) -> Tensor:
 class Trainer:
     """Makes optimizer steps.
 
-    `fit` chooses the shapes of parts and the activation policy from the data at hand, `capture`
-    captures CUDA graphs; without them steps are made by ``policy``, eagerly.
+    `fit` chooses the shapes of parts and the activation policy from the data, `capture` captures
+    CUDA graphs; without them steps use ``policy`` and run eagerly.
 
     Args:
         engine: Computes gradients.
-        parameters: What is trained, by name; float32.
+        parameters: The trained parameters, by name; float32.
         config: Learning rate, betas, clipping, optimizer, memory.
         schedule: The learning rate per step.
 
     Attributes:
         policy: What is kept for backward.
         steps_made: Steps made so far.
-        updating: Whether an update has begun and not ended: parameters are in between then.
-        fallbacks: What was done when memory ran out, for the journal; whoever records it empties
-            the list.
+        updating: Whether an update is in progress, so that parameters are partly updated.
+        fallbacks: Fallbacks applied when memory ran out; cleared once they are in the journal.
     """
 
     def __init__(
@@ -176,8 +175,8 @@ class Trainer:
             state_bits=config.state_bits,
             paging=config.paging if config.optim.startswith("paged_") else "off",
         )
-        # Without clipping, a layer's update need not wait for the others' gradients, and its state
-        # goes to the device and back beside their backward.
+        # Without clipping, a layer's update need not wait for the gradients of the others, and
+        # transfers of its state overlap with their backward.
         self._early = (
             self.optimizer.paging == "explicit"
             and not self.max_grad_norm
@@ -207,7 +206,7 @@ class Trainer:
             lengths: For each, the tokens of its examples.
 
         Raises:
-            ConfigError: If the memory budget is too small, whatever is done.
+            ConfigError: If the memory budget is too small for any policy.
             OutOfMemoryError: If not even one layer can be run.
         """
         self._lengths = lengths
@@ -237,14 +236,13 @@ class Trainer:
             part_tokens = self._shrunk()
         if part_tokens is not None:
             engine.messages.append(
-                f"parts have at most {self._largest_part} tokens: larger ones need more memory "
-                "than there is"
+                f"parts have at most {self._largest_part} tokens: larger ones do not fit"
             )
         self.plan = plan
         return plan
 
     def _planned(self, shapes: Shapes) -> MemoryPlan:
-        """Plan with the optimizer's state on the device; where that cannot be, without it."""
+        """Plan with the optimizer state on the device or, if that does not fit, without it."""
         optimizer, config = self.optimizer, self.config
 
         def plan(state_bytes: int) -> MemoryPlan:
@@ -266,7 +264,7 @@ class Trainer:
         return replace(plan(tight), state_off_device=usual - tight)
 
     def use(self, policy: ActivationPolicy) -> None:
-        """Make steps by this policy from now on."""
+        """Use this policy from now on."""
         self.policy = policy
         self.engine.keep_decoded(policy.decoded)
         if isinstance(self.engine, LayerEngine):
@@ -276,7 +274,7 @@ class Trainer:
         """Allocate the optimizer's state, and capture CUDA graphs of all shapes that `fit` chose.
 
         Raises:
-            OutOfMemoryError: If there is too little memory, whatever is done.
+            OutOfMemoryError: If it does not fit into memory, after all fallbacks.
         """
         self._captured = True
         while True:
@@ -291,7 +289,7 @@ class Trainer:
             self.fall_back(0, failed)
 
     def release(self) -> None:
-        """Let go of CUDA graphs and of weights that stay decoded; no step will follow."""
+        """Free CUDA graphs and decoded weights, after the last step."""
         self.use(replace(self.policy, decoded=0))
 
     def free_buffer(self) -> None:
@@ -310,13 +308,13 @@ class Trainer:
         batches: Callable[[int], Sequence[Batch]],
         done: Callable[[int, StepResult], None],
     ) -> None:
-        """Make steps one after the other.
+        """Make several steps.
 
         Args:
             steps: Their numbers (0-based).
-            batches: Returns the micro-batches of a step. Those of the next are asked for while a
-                GPU is at work.
-            done: Called after each.
+            batches: Returns the micro-batches of a step. On a GPU it is called for the next step
+                while the current one runs.
+            done: Called after each step.
 
         Raises:
             NonFiniteLossError: As `step`.
@@ -326,7 +324,7 @@ class Trainer:
         waited, given = _timed(batches, numbers[0]) if numbers else (0.0, ())
         for place, number in enumerate(numbers):
             queued, own, last = self._queue(number, given), waited, place + 1 == len(numbers)
-            if not last and self._device == "cuda":  # which is at work on this one
+            if not last and self._device == "cuda":  # while the device runs this step
                 waited, given = _timed(batches, numbers[place + 1])
             done(number, self._finished(number, queued)._replace(data_seconds=own))
             if not last and self._device != "cuda":
@@ -337,9 +335,10 @@ class Trainer:
 
         Raises:
             NonFiniteLossError: If the loss or the gradient is NaN or infinite; no parameter has
-                been changed then, unless layers are updated while backward is under way (explicit
-                paging without clipping).
-            OutOfMemoryError: If there is too little memory, whatever is done. Nothing was updated.
+                been changed then, unless layers are updated during backward (explicit paging
+                without clipping).
+            OutOfMemoryError: If it does not fit into memory, after all fallbacks. Nothing was
+                updated.
         """
         return self._finished(step, self._queue(step, batches))
 
@@ -358,7 +357,7 @@ class Trainer:
         if self._tight(batches):
             self.optimizer.page_out()
         else:
-            self.optimizer.allocate()  # an update that has begun cannot be repeated
+            self.optimizer.allocate()  # now, since an update in progress cannot be repeated
             self.optimizer.prefetch()
         rate = self.schedule.at(step)
         for group in self.optimizer.param_groups:
@@ -376,7 +375,7 @@ class Trainer:
         finally:
             if clock is not None:
                 clock.running = False
-        # Norm, clipping and update are queued behind backward, and only then does the host look: an
+        # Norm, clipping and update are queued behind backward before the host reads anything: an
         # update whose scale is not finite changes nothing.
         loss, norm = loss * unscale, torch.linalg.vector_norm(self._gradients) * unscale
         clip = torch.ones_like(norm)
@@ -411,7 +410,7 @@ class Trainer:
         return StepResult(loss, norm, queued.rate, paging, seconds, skipped=skipped)
 
     def _tight(self, batches: Sequence[Batch]) -> bool:
-        """Return whether a step needs more than there is: what it takes grows with its tokens."""
+        """Return whether a step is short of memory, which grows with its tokens."""
         plan, buckets = self.plan, getattr(self.engine, "buckets", None)
         if plan is None or self.optimizer.paging not in ("auto", "managed"):
             return False
@@ -429,13 +428,13 @@ class Trainer:
     def fall_back(self, step: int, error: BaseException) -> None:
         """Apply the next fallback, so that steps need less memory.
 
-        In this order: no decoded weights kept; fewer layers saved, as many as fit into what there
-        is now; every layer recomputed; their inputs offloaded to the host; attention recomputed
-        where it was not; smaller parts; no CUDA graphs.
+        In this order: no decoded weights kept; fewer layers saved, as many as fit into the memory
+        now free; every layer recomputed; their inputs offloaded to the host; attention recomputed
+        if it was checkpointed; smaller parts; no CUDA graphs.
 
         Args:
             step: The step that failed (0-based).
-            error: What it failed with.
+            error: The out-of-memory error.
 
         Raises:
             OutOfMemoryError: If there is no further fallback, or the step has begun to update.
@@ -488,12 +487,12 @@ class Trainer:
         return None
 
     def _saving_less(self) -> ActivationPolicy:
-        """Return the policy with fewer layers saved, as many as there is memory for now."""
+        """Return the policy with fewer layers saved, as many as fit into the memory now free."""
         assert isinstance(self.engine, LayerEngine)
         policy, graphs = self.policy, self.engine.captures
 
         def of(saved: int) -> ActivationPolicy:
-            # What is offloaded stays so, and what is saved no longer is, too.
+            # If layers are offloaded, those no longer saved are offloaded too.
             more = policy.saved - saved if policy.offloaded else 0
             return replace(policy, saved=saved, offloaded=policy.offloaded + more)
 
@@ -501,7 +500,7 @@ class Trainer:
             return of((policy.saved - 1) // 2)
         used = used_memory(self._device) - self.engine.weights.nbytes
         room = (used + free_memory(self._device)) / MARGIN
-        # A limit that the driver does not know of is reached in a few tries, too.
+        # A quarter fewer at first, so a limit unknown to the driver is met after a few tries, too.
         for saved in range(3 * policy.saved // 4, 0, -1):
             if used + peak(self.plan.cost, of(saved), graphs=graphs).reserved <= room:
                 return of(saved)
@@ -512,7 +511,7 @@ class Trainer:
         return cost is None or cost.host_bytes(policy) <= HOST_SHARE * free_memory("cpu")
 
     def _may_shrink(self) -> bool:
-        """Return whether parts can be of fewer tokens: the longest document has to fit."""
+        """Return whether parts can have fewer tokens and still fit the longest document."""
         if not self._lengths:
             return False
         longest = max(map(max, self._lengths))
@@ -525,20 +524,20 @@ class Trainer:
         return 0 if buckets is None else int(buckets.largest.numel)
 
     def _shrunk(self) -> int:
-        """Divide steps into smaller parts; return about how many tokens these have."""
+        """Split steps into smaller parts; return their approximate size in tokens."""
         assert isinstance(self.engine, LayerEngine)
         assert self.engine.buckets is not None
         before = self.engine.buckets.largest.numel
         most = min(before, self.engine.buckets.part_tokens)
         self.engine.forget_graphs()
-        # Two documents of a bit less than half a part stay together until there are more parts.
+        # Halving once may not be enough: two documents of just under half a part stay together.
         while most > 1 and self.engine.buckets.largest.numel >= before:
             most = smaller_part(most)
             self.engine.buckets = buckets_of(self.engine, self._lengths, most)
         return most
 
     def _clear(self) -> None:
-        """Let go of what an attempt has left."""
+        """Free what a failed attempt has left."""
         if isinstance(self.engine, LayerEngine):
             self.engine.passes.forget()
             self.engine.forget_graphs()
@@ -552,32 +551,32 @@ class Trainer:
         tried = "; ".join(dict.fromkeys(record["action"] for record in self.fallbacks))
         free, budget = free_memory(self._device) / 1e9, self.config.memory_budget
         where = f"the memory of this GPU, of which {free:.2f} GB are free"
-        if budget is not None:  # torch is held to it (memory_policy.py)
+        if budget is not None:  # the limit of torch's allocator (memory_policy.py)
             where = f"memory_budget {budget / 1e9:.2f} GB"
         return OutOfMemoryError(
             f"step {step + 1} does not fit into {where}. "
-            f"Tried: {tried or 'nothing was left to try'}. {changed} in this step. "
+            f"Tried: {tried or 'there was no fallback left'}. {changed} in this step. "
             "End other programs on the GPU, or lower max_length; --optim paged_adamw_8bit and "
-            "--quantize-head take less, too"
+            "--quantize-head also need less"
         )
 
     # --- state ----------------------------------------------------------------------------------
 
     def progress(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold besides tensors: JSON values."""
+        """Return the state for a checkpoint other than tensors, as JSON values."""
         return {} if self.loss_scale is None else {"loss_scale": self.loss_scale.state()}
 
     def load_progress(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `progress` returned.
+        """Restore what `progress` returned.
 
         Raises:
-            CheckpointError: If it is not that.
+            CheckpointError: If it is invalid.
         """
         if self.loss_scale is not None and "loss_scale" in state:
             self.loss_scale.load(state["loss_scale"])
 
     def clear_gradients(self) -> None:
-        """Set the gradients to zero where they are: the next step adds into the same memory."""
+        """Set the gradients to zero in place: the next step adds into the same memory."""
         self._gradients.zero_()
 
     def optimizer_state(self) -> dict[str, Tensor]:
@@ -592,7 +591,7 @@ class Trainer:
         """Restore what ``optimizer_state`` returned, bit for bit.
 
         Raises:
-            CheckpointError: If a parameter's moments are not in ``state``, or are of another width.
+            CheckpointError: If a parameter's moments are missing, or have another precision.
         """
         parts = {name: number for number, name in enumerate(self._names)}
         found: dict[int, dict[str, Tensor]] = {number: {} for number in parts.values()}
