@@ -16,7 +16,7 @@ from halfbyte import cli
 from halfbyte.cli import doctor
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.layers import attention_cpu
-from halfbyte.linear.frozen import FrozenLinear
+from halfbyte.linear.decoded_weight import DENSE, DecodedWeight
 from halfbyte.quant import QuantType, cpu, dequantize, quantize
 from halfbyte.quant.blockwise import cuda_bounds
 from halfbyte.tools import self_test
@@ -84,13 +84,15 @@ def test_a_decoder_that_is_wrong_is_found(
 def test_a_linear_layer_that_is_wrong_is_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = FrozenLinear.decode
+    right = DENSE.decode
 
-    def wrong(self: FrozenLinear, *args: Any, **named: Any) -> torch.Tensor:
-        weight = right(self, *args, **named)
-        return weight.index_fill(0, torch.tensor([3]), 0.0)
+    def wrong(*args: Any) -> list[DecodedWeight]:
+        weights = right(*args)
+        for weight in weights:
+            weight.data[3] = 0.0
+        return weights
 
-    monkeypatch.setattr(FrozenLinear, "decode", wrong)
+    monkeypatch.setattr(DENSE, "decode", wrong)
     assert "a 4-bit linear layer with adapter" in failed(checked(capsys, 1))
 
 
