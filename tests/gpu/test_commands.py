@@ -255,7 +255,7 @@ def test_a_chat_from_a_pipe_says_what_generate_says(jobs: Jobs) -> None:
     answer = jobs.answer("generate")["answer"].strip()
     said = jobs.done("chat").out
     assert said.count(answer) == 2, said
-    assert "forgotten" in said
+    assert "new conversation" in said
 
 
 @pytest.mark.parametrize("name", ["few base", "few"])
