@@ -229,7 +229,7 @@ def _fits(lengths: Sequence[int], shape: PartShape) -> bool:
 
 
 def fillers(tokens: int, max_seqlen: int) -> list[int]:
-    """Return the lengths of the documents that fill up a part: none longer than ``longest``."""
+    """Return the lengths of the documents that pad a part, at most ``max_seqlen`` each."""
     whole, rest = divmod(tokens, max_seqlen)
     return [max_seqlen] * whole + [rest] * (rest > 0)
 
