@@ -344,7 +344,7 @@ class LiveScreen(Screen):
                 console=self._console,
                 refresh_per_second=_REFRESHES_PER_SECOND,
                 transient=True,
-                # What goes to a file must not be caught and drawn above the bars.
+                # Output to a file must not be captured and drawn above the bars.
                 redirect_stdout=sys.stdout.isatty(),
             )
             self._live.start()
