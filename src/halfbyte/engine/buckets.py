@@ -3,7 +3,7 @@
 The documents of a step are packed into parts of about `PART_TOKENS` tokens, each padded to one of a
 few sizes. The sizes are chosen before the first step from the lengths of the data, so every kernel
 can be compiled and every CUDA graph captured ahead, and no step has a new shape. The maximum number
-of documents and their maximum length are the same for all sizes: attention skips empty documents.
+of documents and their maximum length are the same for all sizes: attention skips unused ones.
 
 More sizes reduce padding, but each costs the capture of a graph. The sizes that minimise
 

@@ -97,7 +97,7 @@ class CapturedPasses:
                 self._passes.backward([static], [output])
         except RuntimeError:
             self._passes.forget()
-            # torch restores its random number generator only after a successful capture.
+            # torch's random number generator is usable again only after a successful capture.
             with torch.cuda.graph(torch.cuda.CUDAGraph()):
                 torch.zeros(1, device="cuda").add_(1)
             raise

@@ -283,7 +283,7 @@ def _modules_to_save(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module
                 why = "its weight is frozen; give it an adapter (target_modules)"
             elif isinstance(module, FrozenLinear):
                 why = "it is packed in 4 bits; leave out quantize_head and quantize_embeddings"
-            raise ConfigError(f"modules_to_save: {path} cannot be trained whole, {why}")
+            raise ConfigError(f"modules_to_save: {path} cannot be trained in full, {why}")
     if unknown := [name for name in names if not any(path.endswith(name) for path in chosen)]:
         kinds = ", ".join(sorted({path.rpartition(".")[2] for path in able}))
         raise ConfigError(

@@ -350,8 +350,8 @@ class LiveScreen(Screen):
             self._live.start()
 
     def _hide_if_idle(self) -> None:
-        # The display is taken down between two things that go on, so that whoever writes to
-        # standard output there finds the terminal free.
+        # The display is closed between tasks, so that code that writes to standard output there
+        # has the terminal to itself.
         if self._pace is None and not self._tasks.task_ids:
             self.close()
 
