@@ -91,5 +91,5 @@ def test_inputs_that_lie_otherwise_are_refused():
     attended = CheckpointedAttention(*inputs(), None, 0.25)
     q, k, v = (x.contiguous().requires_grad_() for x in inputs())
     out = attended.again(q, k, v, attended.tensors)
-    with pytest.raises(RuntimeError, match="lie otherwise"):
+    with pytest.raises(RuntimeError, match="strides of q, k, v have changed"):
         out.sum().backward()

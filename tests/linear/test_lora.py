@@ -224,7 +224,7 @@ def test_a_module_trained_whole_computes_in_its_own_dtype_and_leaves_the_base_al
     ("names", "message"),
     [
         (("embed", "heads"), "does not have: heads; it has: embed, head, last_norm, norm"),
-        (("q_proj",), r"layers.0.q_proj cannot be trained whole.*give it an adapter"),
+        (("q_proj",), r"layers.0.q_proj cannot be trained in full.*give it an adapter"),
         (("layers.0",), "layers.0 cannot be .* made of other modules"),
     ],
 )

@@ -41,7 +41,7 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 logger = logging.getLogger("halfbyte")
 
 
-# From a source, a recipe and who is shown the progress.
+# Maps a source, a recipe and a progress callback to a packed copy.
 PackedCopy = Callable[[BaseSource, BaseRecipe, Callable[[int, int], None] | None], BaseSource]
 
 
@@ -49,11 +49,11 @@ class LoadedBase(NamedTuple):
     """A base model in memory.
 
     Attributes:
-        model: Its weights packed as the recipe says.
+        model: The model, packed according to the recipe.
         tokenizer: Its tokenizer.
-        memory_report: What the model is made of, in bytes.
+        memory_report: The memory of the model.
         fingerprint: ``BaseSource.fingerprint`` of its files.
-        name: What the user called it.
+        name: The name given by the user.
     """
 
     model: PreTrainedModel
@@ -64,7 +64,7 @@ class LoadedBase(NamedTuple):
 
 
 def open_base(source: str | Path, *, revision: str | None = None) -> BaseSource:
-    """Open a base model; only headers are read (and files fetched, if it is on the hub).
+    """Open a base model; only headers are read (and files downloaded, if it is on the hub).
 
     Args:
         source: A directory with ``config.json`` and safetensors files (plain, or packed in 4 bits
@@ -112,16 +112,16 @@ def load_base(
 ) -> LoadedBase:
     """Load a base model, packing each tensor as it is read.
 
-    Beside the finished model, memory holds one tensor of the files (GGUF blocks decoded to
-    float32) and what packing it takes. On a GPU that is the GPU's memory; the host's holds the ring
-    of ``staging`` for files of plain tensors, and one tensor of others.
+    In addition to the model, memory holds one tensor of the files (GGUF blocks decoded to float32)
+    and temporaries of packing it. On a GPU this is GPU memory; host memory holds the ring of
+    ``staging`` for files of plain tensors, and one tensor of others.
 
     Args:
-        source: What ``open_base`` takes, or has returned.
-        recipe: How to hold it. Files that are packed already stay as they are, which is logged.
-        tokenizer: The source's, if it has been read before.
-        progress: Called with (bytes read, bytes in all) after each tensor.
-        packed_copy: Returns a source of packed weights to read in place of the source, such as
+        source: An argument or the result of ``open_base``.
+        recipe: How to store it. Files that are already packed stay unchanged, which is logged.
+        tokenizer: The source's tokenizer, if it has been read before.
+        progress: Called with (bytes read, total bytes) after each tensor.
+        packed_copy: Returns a source of packed weights to read instead of the source, such as
             ``checkpoint.cache.cached``.
 
     Raises:
@@ -148,7 +148,7 @@ def load_base(
             place_quantized(model, name, value)
         else:
             load_tensor(model, name, dequantize(value))
-        del value  # before the next one is read
+        del value  # freed before the next one is read
         done += sizes[name]
         if progress is not None:
             progress(done, total)
@@ -162,7 +162,7 @@ def importances(source: BaseSource, recipe: BaseRecipe) -> dict[str, Tensor]:
     """Return the importance of errors in the columns of each linear, by its weight's name.
 
     The model is loaded once, packed without a search, to read the calibration text, and dropped.
-    Empty if ``recipe`` asks for no search, or there is nothing to pack.
+    Empty if ``recipe`` does not search, or there is nothing to pack.
 
     Raises:
         CheckpointError: See ``open_base``.
@@ -171,7 +171,7 @@ def importances(source: BaseSource, recipe: BaseRecipe) -> dict[str, Tensor]:
     nothing = recipe.quant == "none" or any(parameter.packed for parameter in source.parameters)
     if nothing or not recipe.quant_search:
         return {}
-    # In float32, so that whatever a run computes in, the bytes are the same.
+    # In float32, so that the bytes do not depend on the compute dtype of a run.
     plain = replace(
         recipe,
         quant_search=False,
@@ -184,7 +184,7 @@ def importances(source: BaseSource, recipe: BaseRecipe) -> dict[str, Tensor]:
 
 
 def _left_plain(source: BaseSource, recipe: BaseRecipe) -> list[str]:
-    """Return the paths of the linears that a packed model holds in 16 or 32 bits: they stay so."""
+    """Return the paths of linears that a packed model stores in 16 or 32 bits; they stay so."""
     packed = any(parameter.packed for parameter in source.parameters)
     if not packed or recipe.quant == "none":
         return []

@@ -38,27 +38,27 @@ def write_quantized(
     progress: Callable[[int, int], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write ``source`` packed as ``recipe`` says, in the layout of bitsandbytes.
+    """Write ``source`` packed according to ``recipe``, in the layout of bitsandbytes.
 
     Args:
-        source: What ``open_base`` takes, or has returned.
-        out_dir: Where to.
-        recipe: How to pack, and on which device; its compute dtype plays no part.
-        dtype: What is not packed is held in, and what is packed decodes to; by default what the
-            source holds its matrices in (bfloat16 for a GGUF file of blocks).
-        exact: Whether what is not packed keeps each its own dtype instead, and what is packed the
-            memory of it. What transformers makes of such a mixture is not tested.
-        replace: Whether ``out_dir`` may be there already; it goes when the new one is whole.
-        progress: Called with (bytes read, bytes in all) after each tensor.
-        shard_bytes: The most tensor bytes in a file.
+        source: An argument or the result of ``open_base``.
+        out_dir: The output directory.
+        recipe: How to pack, and on which device; its compute dtype is ignored.
+        dtype: dtype of unpacked tensors, and of decoded ones; by default that of the source's
+            matrices (bfloat16 for a GGUF file of blocks).
+        exact: Whether unpacked tensors keep their own dtypes instead, and packed ones record
+            theirs. Loading such a mixture with transformers is not tested.
+        replace: Whether ``out_dir`` may exist; it is removed once the new one is complete.
+        progress: Called with (bytes read, total bytes) after each tensor.
+        shard_bytes: Maximum tensor bytes per file.
 
     Returns:
         ``out_dir``.
 
     Raises:
         CheckpointError: See ``open_base``; also if the source is packed already.
-        OutputError: If ``out_dir`` is there and is not to be replaced, cannot be written, or there
-            is no space.
+        OutputError: If ``out_dir`` exists and must not be replaced, cannot be written, or there is
+            no space.
         WeightError: If a weight contains NaN or infinity.
     """
     if recipe.quant == "none":
@@ -67,7 +67,7 @@ def write_quantized(
         source = open_base(source)
     if any(parameter.packed for parameter in source.parameters):
         raise CheckpointError(f"{source.name} is already packed in 4 bits; copy it instead")
-    if not exact:  # such a copy is made while the model is loaded, which tells
+    if not exact:  # exact copies are made while a model is loaded, which warns
         warn_of_packing_again(source, recipe)
     out_dir, dtype = Path(out_dir), dtype or source.dtype
     tokenizer = source.tokenizer()
@@ -129,7 +129,7 @@ def _packed(
             q = dataclasses.replace(q.to("cpu"), dtype=held[name])
             yield from encode_keys(name, q).items()
         else:
-            # Norms too: transformers multiplies by what it finds, and cannot mix dtypes.
+            # Norms too: transformers multiplies by them as stored, and cannot mix dtypes.
             yield name, value.to("cpu", held[name])
             del value
         done += sizes[name]

@@ -25,7 +25,7 @@ from halfbyte.checkpoint.source import BaseSource
 from halfbyte.errors import CheckpointError, OutputError
 from halfbyte.models.build import BaseRecipe
 
-_FORMAT = 1  # counts what changes the bytes of a copy
+_FORMAT = 1  # incremented when the bytes of a copy change
 _CARD = "halfbyte_cache.json"
 
 logger = logging.getLogger("halfbyte")
@@ -38,8 +38,8 @@ def cached(
 
     Args:
         source: Any base model.
-        recipe: How it will be held.
-        progress: Called with (bytes read, bytes in all) while a copy is made.
+        recipe: How it will be stored.
+        progress: Called with (bytes read, total bytes) while a copy is created.
 
     Returns:
         A source of packed weights; ``source`` itself if there is nothing to pack in it, or the
@@ -75,7 +75,7 @@ def cached(
             (fresh / _CARD).write_text(json.dumps(card, indent=2))
         copy = DirectorySource(directory, source.name)
     except (OutputError, CheckpointError) as error:
-        # Two that begin at once take each other's unfinished directory for a dead one's.
+        # Concurrent processes may mistake each other's unfinished directory for an abandoned one.
         logger.warning("no packed copy of %s is kept: %s", source.name, error)
         return source
     size = copy.total_bytes / 1e9

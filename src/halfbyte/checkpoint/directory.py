@@ -1,7 +1,7 @@
 """A model in a directory, as written by ``save_pretrained``: plain, or packed by bitsandbytes.
 
 Names of older or other layouts are translated by transformers' own tables. Tensors that would have
-to be fused with others (experts in one tensor) are refused by name.
+to be fused with others (experts in one tensor) are rejected by name.
 """
 
 import contextlib
@@ -35,11 +35,11 @@ from halfbyte.errors import CheckpointError
 from halfbyte.models.build import BaseRecipe
 from halfbyte.quant import QuantizedWeight
 
-# Buffers of older transformers, which it computes by now: in files, but no part of the model.
+# Buffers of older transformers, which are computed today: in files, but not part of the model.
 _OBSOLETE = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 
-# Of a token's number libraries make a table, however few tokens there are; the largest
-# vocabularies have 2**18.
+# Maximum token id: libraries allocate a table up to the largest id, however few tokens there are;
+# the largest vocabularies have 2**18.
 _MAX_TOKENS = 2**24
 
 logger = logging.getLogger("halfbyte")
@@ -90,10 +90,10 @@ class DirectorySource(BaseSource):
         return Parameter(name, shape, entry.dtype, nbytes, packed)
 
     def _settle(self, keys: list[str]) -> dict[str, str]:
-        """Return, for each parameter of the model, the key the files have it under.
+        """Return, for each parameter of the model, its key in the files.
 
         Raises:
-            CheckpointError: If a parameter is missing or there twice, or a key is none.
+            CheckpointError: If a parameter is missing or duplicate, or a key is no parameter.
         """
         model = self.skeleton
         expected = model.state_dict()
@@ -137,7 +137,7 @@ class DirectorySource(BaseSource):
         return settled
 
     def _settle_ties(self, settled: dict[str, str]) -> set[str]:
-        """Drop from ``settled`` what is tied to another parameter; return all tied names."""
+        """Drop parameters tied to another one from ``settled``; return all tied names."""
         tied: dict[str, str] = self.skeleton.all_tied_weights_keys
         for target, source in tied.items():
             if target in settled and source not in settled:
@@ -186,7 +186,7 @@ class DirectorySource(BaseSource):
         device = torch.device(device)
         staged: list[str] = []
         if device.type != "cpu":
-            # A packed weight is a quarter of the bytes, and its JSON and tables are wanted here.
+            # A packed weight is a quarter of the bytes, and its JSON and tables are needed here.
             staged = [key for key in self._stored.values() if key not in self._packed]
         ahead = set(staged)
         with contextlib.closing(read_to_device(list(map(self._request, staged)), device)) as stream:
@@ -213,7 +213,7 @@ class DirectorySource(BaseSource):
             return GenerationConfig.from_pretrained(self._directory)
 
     def fitted(self, recipe: BaseRecipe) -> BaseRecipe:
-        """Return ``recipe``, packed as the files are if they are packed; a change is logged."""
+        """Return ``recipe`` with the packing of the files, if packed; changes are logged."""
         if not self._packed:
             return recipe
         first = self._read(next(iter(self._packed)))
@@ -293,13 +293,13 @@ def write_description(
         directory: It must exist.
         config: Its configuration; not changed.
         model_class: Name of its class in transformers.
-        dtype: What its weights are held in (when packed: what they decode to).
+        dtype: dtype of its weights (if packed: after decoding).
         tokenizer: Its tokenizer.
         generation_config: Its defaults for generation.
         packing: ``quantization_config``, if its weights are packed.
 
     Raises:
-        OSError: If the directory cannot take it.
+        OSError: If the directory cannot be written.
     """
     described = copy.deepcopy(config)
     described.architectures = [model_class]
@@ -313,7 +313,7 @@ def write_description(
 
 
 def _open_shards(directory: Path) -> tuple[list[SafetensorsFile], dict[str, SafetensorsFile]]:
-    """Return the files of weights, and in which of them each key is."""
+    """Return the files of weights, and the file of each key."""
     weight_map: dict[str, str] = {}
     if (directory / INDEX_NAME).exists():
         index = read_json(directory / INDEX_NAME, "it names the shards").get("weight_map")

@@ -1,4 +1,4 @@
-"""GGUF files as base models: the model that transformers makes of one, one tensor at a time.
+"""GGUF files as base models, converted as in transformers, one tensor at a time.
 
 The translation of keys to a configuration and a tokenizer, of tensor names, and of llama.cpp's
 rearrangements is transformers' (``modeling_gguf_pytorch_utils``), used unchanged. Only the order of
@@ -51,14 +51,14 @@ from halfbyte.checkpoint.source import BaseSource, Parameter, foreign_reader, sk
 from halfbyte.errors import CheckpointError
 from halfbyte.quant import QuantizedWeight
 
-# Rotary frequencies scaled one by one (Llama 3.1): transformers' reading of GGUF leaves them out.
+# Individually scaled rotary frequencies (Llama 3.1), which transformers' GGUF reader omits.
 _ROPE_TABLE = re.compile(r"rope_(freqs|factors_long|factors_short)\.weight")
 
 logger = logging.getLogger("halfbyte")
 
 
 def read_config(file: GGUFFile) -> PretrainedConfig:
-    """Return the configuration, as transformers makes it from the keys.
+    """Return the configuration that transformers derives from the keys.
 
     Raises:
         CheckpointError: If transformers does not know the architecture, or a key is missing.
@@ -85,7 +85,7 @@ def read_config(file: GGUFFile) -> PretrainedConfig:
 
 
 def _without_arrays(file: GGUFFile, vocabulary: int) -> bytes:
-    """Return a GGUF file of the same keys, without the vocabulary's arrays, of empty tensors."""
+    """Return a GGUF file with the same keys and empty tensors, without the vocabulary's arrays."""
     replaced = {f"{file.architecture}.vocab_size", "general.alignment"}
     kept = [
         key
@@ -119,12 +119,11 @@ _ROLES = {
 def read_tokenizer(file: GGUFFile) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a file.
 
-    Byte-level BPE of rules that we know is put together by ourselves, in 0.35 s of one core:
-    transformers reads the vocabulary element by element (0.9 s for 49 thousand tokens; 5.17, 4 s),
-    and cuts the texts of all files alike, whatever rules a file names. All others are as
-    transformers makes them. Special tokens are those the file names by number: transformers 5.17
-    takes others for some files (BOS for EOS in SmolLM2's), and a model that is taught the wrong end
-    never stops.
+    Byte-level BPE with known rules is built by our own code, in 0.35 s of one core: transformers
+    reads the vocabulary element by element (0.9 s for 49 thousand tokens; 5.17, 4 s) and splits
+    text in the same way for all files, whatever rules a file names. Others are built by
+    transformers. Special tokens are those the file specifies by id: transformers 5.17 uses others
+    for some files (BOS for EOS in SmolLM2's), and a model trained with the wrong end never stops.
 
     Raises:
         CheckpointError: If the file has none, or one transformers cannot read.
@@ -155,7 +154,7 @@ def read_tokenizer(file: GGUFFile) -> PreTrainedTokenizerBase:
 
 
 def _special_tokens(file: GGUFFile, spelled: Callable[[int], str | None]) -> dict[str, str]:
-    """Return the special tokens that a file names by number, by their roles in transformers."""
+    """Return the special tokens that a file specifies by id, by their roles in transformers."""
     named = {role: file.keys.get(f"tokenizer.ggml.{key}_token_id") for role, key in _ROLES.items()}
     found = {
         role: spelled(key.value)
@@ -166,32 +165,32 @@ def _special_tokens(file: GGUFFile, spelled: Callable[[int], str | None]) -> dic
 
 
 def _tokenizer_keys(file: GGUFFile) -> dict[str, Any]:
-    """Return what a file says of its tokenizer besides the vocabulary, as transformers calls it."""
+    """Return a file's tokenizer options other than the vocabulary, by transformers' names."""
     names = GGUF_TO_TRANSFORMERS_MAPPING["tokenizer_config"]["tokenizer"]
     keys = {name: file.keys.get(f"tokenizer.{key}") for key, name in names.items()}
     return {name: key.value for name, key in keys.items() if key is not None}
 
 
 class Arrangement:
-    """Which tensors of a GGUF file make up which parameter of a model of transformers, and how.
+    """The mapping from tensors of a GGUF file to parameters of a transformers model.
 
     Attributes:
-        parts: By the parameter's name, the tensors it is made of; in the order of the file.
+        parts: The tensors of each parameter, by its name; in the order of the file.
 
     Args:
         file: The file.
         skeleton: A model of its configuration; it may be on the meta device.
 
     Raises:
-        CheckpointError: If there are tensors for which the model has no place, or of a type that
-            the gguf package does not decode.
+        CheckpointError: If there are tensors that the model does not have, or of a type that the
+            gguf package does not decode.
     """
 
     def __init__(self, file: GGUFFile, skeleton: PreTrainedModel) -> None:
         self._file = file
         processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)
         self._processor = processor(config=skeleton.config.to_dict())
-        # What these do to a matrix does not look into its rows.
+        # These rearrange the rows of a matrix, but not within rows.
         self._moves_rows = processor in (TensorProcessor, LlamaTensorProcessor)
         base = skeleton.base_model_prefix
         inner = _Names(skeleton.config, getattr(skeleton, base).state_dict(), [])
@@ -236,21 +235,21 @@ class Arrangement:
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield (parameter's name, value), one at a time, in the order of ``parts``.
 
-        Block types come as float32. Of the 16-bit types, matrices keep their type.
+        Block types are decoded to float32. Matrices of 16-bit types keep their type.
 
         Args:
             targets: Only these parameters, in this order.
-            device: Where the blocks of matrices are decoded; other values come on the CPU.
+            device: Device to decode the blocks of matrices on; other values are on the CPU.
 
         Raises:
             CheckpointError: If the file ends early.
         """
         for target in self.parts if targets is None else targets:
             tensors = self.parts[target]
-            # Experts' matrices are put together by the processor itself, in `finished`.
+            # Experts' matrices are combined by the processor itself, in `finished`.
             finished: dict[str, Tensor] = {}
             for tensor in tensors:
-                # Moved as blocks, a matrix is a quarter as large, and can be decoded on a GPU.
+                # As blocks, a matrix is a quarter as large to move, and can be decoded on a GPU.
                 as_blocks = self._moves_rows and _has_rows_of_blocks(tensor)
                 result = self._processor.process(
                     weights=self._file.raw(tensor) if as_blocks else self._file.read(tensor),
@@ -277,10 +276,10 @@ def _has_rows_of_blocks(tensor: Stored) -> bool:
 
 
 class _Names(NamedTuple):
-    """As much of a model as transformers needs to map its names.
+    """The part of a model that transformers needs to map its names.
 
-    Given the model, it asks for the names of every module in it down to the last norm, and builds
-    its tables anew each time: 7 s for 30 layers. All it finds is in the first two levels.
+    With the whole model, it lists the names of every module down to the last norm and rebuilds its
+    tables each time: 7 s for 30 layers. All results come from the first two levels.
     """
 
     config: PretrainedConfig

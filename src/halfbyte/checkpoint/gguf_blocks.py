@@ -26,13 +26,13 @@ def decode(raw: Tensor, kind: GGMLQuantizationType) -> Tensor:
 
     Args:
         raw: uint8 [bytes], contiguous, on any device.
-        kind: What they are.
+        kind: Type of the blocks.
 
     Returns:
-        float32 [numbers], on the device of ``raw``. A damaged scale makes infinities or NaN.
+        float32 [numbers], on the device of ``raw``. A damaged scale gives infinities or NaN.
 
     Raises:
-        NotImplementedError: If neither we nor the gguf package know how to decode this type.
+        NotImplementedError: If neither we nor the gguf package can decode this type.
     """
     numbers, nbytes = GGML_QUANT_SIZES[kind]
     if kind not in _DECODERS:
@@ -53,7 +53,7 @@ def _by_package(raw: Tensor, kind: GGMLQuantizationType) -> Tensor:
     parts = zip(pieces, torch.split(out, step * numbers), strict=True)
     with np.errstate(all="ignore"):
         for some, target in parts:
-            # As one row: the package works through 16 rows at a time, however short they are.
+            # As one row: the package processes 16 rows at a time, however short they are.
             target.numpy()[:] = gguf.dequantize(some.numpy().reshape(1, -1), kind).reshape(-1)
     return out.to(raw.device)
 
@@ -64,7 +64,7 @@ def _half(blocks: Tensor, at: int) -> Tensor:
 
 
 def _fields(packed: Tensor, width: int, bits: int, count: int | None = None) -> Tensor:
-    """Take bytes apart: of each ``width`` of them all lowest fields of ``bits``, then the next.
+    """Unpack bytes: for each ``width`` of them, all lowest fields of ``bits`` bits, then the next.
 
     Returns:
         uint8 [N, groups, fields of a byte, width].
@@ -118,7 +118,7 @@ def _q3_k(blocks: Tensor) -> Tensor:
     high = _fields(blocks[:, 104:108], 4, 2).reshape(-1, 16)
     scales = (low | (high << 4)).float().sub_(32).mul_(_half(blocks, 108))[:, :, None]
     codes = _fields(blocks[:, 32:96], 32, 2).reshape(-1, 16, 16)
-    # The third bit, where it is not set, takes 4 away.
+    # 4 is subtracted if the third bit is not set.
     unset = 1 - _fields(blocks[:, :32], 32, 1).reshape(-1, 16, 16)
     return codes.float().sub_((unset << 2).float()).mul_(scales)
 
@@ -174,17 +174,17 @@ _PLAIN = {
 
 
 def encode(value: Tensor, kind: GGMLQuantizationType) -> Tensor:
-    """Round numbers to a type of the format, with the bits that the gguf package gives them.
+    """Round numbers to a type of the format, bit-identical to the gguf package.
 
     Args:
         value: float32 [..., columns], finite; whole blocks in a row. On any device.
         kind: F32, F16, BF16, Q8_0 or Q4_0.
 
     Returns:
-        uint8, its rows one behind the other, on the device of ``value``.
+        uint8, with contiguous rows, on the device of ``value``.
 
     Raises:
-        KeyError: If we do not write this type.
+        KeyError: If this type is not supported.
     """
     if kind in _PLAIN:
         return value.to(_PLAIN[kind]).contiguous().view(torch.uint8).reshape(-1)
@@ -195,7 +195,7 @@ def encode(value: Tensor, kind: GGMLQuantizationType) -> Tensor:
 
 
 def _quotients(blocks: Tensor, step: Tensor) -> Tensor:
-    # A block of numbers so small that its step is 0 is divided by it, and becomes zeros.
+    # A block whose numbers are so small that its step is 0 becomes zeros.
     return blocks * torch.where(step == 0, torch.zeros_like(step), step.reciprocal())
 
 

@@ -2,8 +2,8 @@
 
 It is the inverse of ``gguf.py``: transformers' names become llama.cpp's, the rows of queries and
 keys are put in its order, each value is rounded once from float32 to the type of the file. One
-tensor is in memory at a time. A configuration that cannot be expressed completely in keys is
-refused: a file that loads but computes something else is worse than none.
+tensor is in memory at a time. A configuration that cannot be expressed completely in keys is an
+error: a file that loads but computes something else is worse than none.
 """
 
 import json
@@ -43,10 +43,10 @@ _VOCABULARY = ("token_embd.weight", "output.weight")
 
 
 class Layout:
-    """What llama.cpp calls the parameters of a model, and how it orders their rows.
+    """llama.cpp's names of a model's parameters, and its order of their rows.
 
     Raises:
-        CheckpointError: If the configuration has something that a GGUF file cannot say.
+        CheckpointError: If the configuration cannot be expressed in a GGUF file.
     """
 
     def __init__(self, config: PretrainedConfig) -> None:
@@ -72,7 +72,7 @@ class Layout:
             raise _unsaid("rotary embeddings of a part of each head")
         if config.hidden_act != "silu":
             raise _unsaid(f"the activation {config.hidden_act!r}")
-        # llama.cpp has places for them; transformers reads none, so nothing could be verified.
+        # llama.cpp supports them, but transformers reads none, so nothing could be verified.
         if any(getattr(config, name, False) for name in ("attention_bias", "mlp_bias")):
             raise _unsaid(f"biases of the linear layers in {config.model_type}")
 
@@ -88,7 +88,7 @@ class Layout:
         return found
 
     def ordered(self, parameter: str, value: Tensor) -> Tensor:
-        """Return a value with its rows in llama.cpp's order: each rotary pair side by side."""
+        """Return a value with its rows in llama.cpp's order: rotary pairs adjacent."""
         module = parameter.split(".")[-2]
         if self.architecture != "llama" or module not in ("q_proj", "k_proj"):
             return value
@@ -98,7 +98,7 @@ class Layout:
         return halves.transpose(1, 2).reshape(value.shape)
 
     def frequencies(self) -> Tensor | None:
-        """Return what each rotary frequency is divided by, float32 [head_dim / 2], if scaled."""
+        """Return the divisor of each rotary frequency, float32 [head_dim / 2], if scaled."""
         if self.rope.get("rope_type", "default") == "default":
             return None
         scaled: Tensor
@@ -108,11 +108,11 @@ class Layout:
         return plain / scaled.float()
 
     def add_keys(self, writer: GGUFWriter, rows: int) -> None:
-        """Add the architecture's keys; ``rows`` are the embedding's."""
+        """Add the architecture's keys; ``rows`` is the number of rows of the embedding."""
         config = self.config
         context: int = config.max_position_embeddings
-        # The layers of these architectures have no window in llama.cpp; up to its length none is
-        # needed.
+        # The layers of these architectures have no attention window in llama.cpp; contexts up to
+        # its length need none.
         if getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None):
             context = min(context, config.sliding_window)
         writer.add_context_length(context)
@@ -182,9 +182,9 @@ class _Planned(NamedTuple):
 
 
 def _kind_of(name: str, shape: tuple[int, ...], file_type: FileType) -> GGMLQuantizationType:
-    """Return how a tensor is stored: vectors in float32, what no block fits in float16.
+    """Return how a tensor is stored: vectors in float32, matrices that fit no block in float16.
 
-    The embedding and the head of a q4_0 file are in q8_0: most is lost there.
+    The embedding and the head of a q4_0 file are q8_0, because their loss is largest.
     """
     if len(shape) < 2:
         return GGMLQuantizationType.F32
@@ -195,7 +195,7 @@ def _kind_of(name: str, shape: tuple[int, ...], file_type: FileType) -> GGMLQuan
 
 
 def value_of(source: BaseSource, name: str) -> Tensor:
-    """Return a parameter of ``source`` in float32, where it is; packed ones are decoded."""
+    """Return a parameter of ``source`` in float32, on its device; packed ones are decoded."""
     value = source.tensor(name)
     dense = dequantize(value, torch.float32) if isinstance(value, QuantizedWeight) else value
     return dense.detach().float()
@@ -219,8 +219,8 @@ def write_gguf(
         progress: Called with (bytes written, bytes in all) after each tensor.
 
     Raises:
-        CheckpointError: If the model or its tokenizer has something that the file cannot say, or a
-            file of the source ends early.
+        CheckpointError: If the model or its tokenizer cannot be expressed in the file, or a file of
+            the source ends early.
         WeightError: If a weight is NaN or infinite, or is in the file's type.
     """
     layout = Layout(source.config)
@@ -251,11 +251,11 @@ def write_gguf_lora(
 ) -> None:
     """Write only the adapter, as llama.cpp loads it with ``--lora``.
 
-    One alpha holds for the file, and llama.cpp scales by alpha / r: where modules differ, what is
-    left of the scale goes into B.
+    A file has a single alpha, and llama.cpp scales by alpha / r: if modules differ, the rest of the
+    scale goes into B.
 
     Args:
-        source: Its base, of which only names and shapes are needed.
+        source: Its base model, of which only names and shapes are needed.
         adapter: The adapter.
         path: The file; its name is taken at once, so let it be in a ``new_directory``.
         file_type: What A and B are rounded to; block types do not fit them.
@@ -347,9 +347,9 @@ class Verified(NamedTuple):
     """The result of reading a file back.
 
     Attributes:
-        tensors: How many were compared, all of them.
+        tensors: Number of tensors compared, which is all of them.
         largest_error: The largest difference of two numbers.
-        worst_share: The largest difference as a share of what its type's rounding may do; beyond 1
+        worst_share: The largest difference as a share of the rounding error of its type; above 1
             the file is wrong.
     """
 
@@ -378,7 +378,7 @@ def verify_gguf(source: BaseSource, written: BaseSource, path: Path) -> Verified
     """Compare a written file with its source, one tensor at a time.
 
     Args:
-        source: What it was made of.
+        source: The source of the file.
         written: The file as a base model.
         path: The file.
 
@@ -410,7 +410,7 @@ def verify_gguf(source: BaseSource, written: BaseSource, path: Path) -> Verified
 
 
 def _rules_of(tokenizer: Any) -> Any:
-    """Return what a tokenizer does to a text; how it cuts it first, transformers does not read."""
+    """Return a tokenizer's rules, except for splitting, which transformers does not read."""
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     return merges, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.chat_template
 

@@ -25,7 +25,7 @@ _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=
 U32, STRING, ARRAY = 4, 8, 9
 _MAX_STRING = 2**26  # bytes; a chat template has 2**14
 _MAX_EXTENT = 2**50
-_AHEAD = 2**20  # bytes of the header that are read together
+_AHEAD = 2**20  # bytes of the header read at once
 
 
 class Key(NamedTuple):
@@ -52,11 +52,11 @@ class GGUFFile:
 
     Attributes:
         path: The file.
-        size: Its bytes.
+        size: Its size in bytes.
         architecture: llama.cpp's name of the architecture.
         keys: The header's key-value pairs.
         tensors: Its tensors by name, in the order of the table.
-        data_start: Where the tensor bytes begin.
+        data_start: Offset of the tensor bytes.
 
     Raises:
         CheckpointError: If the file cannot be read, or a claim of its header does not hold.
@@ -128,10 +128,10 @@ class GGUFFile:
         return Stored(name, kind, shape, offset, math.prod(shape) // block * block_bytes)
 
     def array(self, name: str) -> tuple[int, list[Any]]:
-        """Return the type of the values of a key that is an array, and these.
+        """Return the type of the values of an array, and the values.
 
         Raises:
-            CheckpointError: If it is none, its texts are not UTF-8, or the file ends early.
+            CheckpointError: If it is no array, its texts are not UTF-8, or the file ends early.
         """
         key = self.keys[name]
         if key.kind != ARRAY:
@@ -163,7 +163,7 @@ class GGUFFile:
         return out.reshape(*rows, tensor.nbytes // max(1, math.prod(rows)))
 
     def read(self, tensor: Stored) -> np.ndarray[Any, Any]:
-        """Return one tensor as the file means it: float32, or the type of `held_as`."""
+        """Return one tensor, decoded: float32, or the type of `held_as`."""
         held = np.dtype(held_as(tensor))
         block, block_bytes = GGML_QUANT_SIZES[tensor.kind]
         raw = self.raw(tensor).reshape(-1)
@@ -173,10 +173,10 @@ class GGUFFile:
 
 
 def held_as(tensor: Stored) -> type[np.generic]:
-    """Return the numpy type a tensor is read as; bfloat16, which numpy lacks, moves as uint16.
+    """Return the numpy type a tensor is read as; bfloat16, which numpy lacks, is read as uint16.
 
-    llama.cpp's rearrangements of matrices only move numbers, so 16 bits may stay 16 bits. What is
-    computed with (norms; Mamba's A) is decoded to float32, as transformers does for all.
+    llama.cpp's rearrangements of matrices only permute, so 16-bit values stay as they are. Tensors
+    used in arithmetic (norms; Mamba's A) are decoded to float32, as transformers does for all.
     """
     if len(tensor.shape) < 2 or tensor.name.endswith("ssm_a"):
         return np.float32
@@ -185,12 +185,12 @@ def held_as(tensor: Stored) -> type[np.generic]:
 
 
 class _Header:
-    """A position in the header; whatever would lead past the end of the file is an error."""
+    """A position in the header; reading past the end of the file is an error."""
 
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
         self.path, self.size = path, size
         self.position = 0
-        # What has been read of the file from ``_start`` on: 100 thousand small reads take 0.4 s.
+        # The buffered part of the file from ``_start`` on: 100 thousand small reads take 0.4 s.
         self._file, self._buffer, self._start = file, b"", 0
 
     def damaged(self, what: str) -> CheckpointError:
@@ -206,7 +206,7 @@ class _Header:
             )
 
     def _at(self, length: int) -> int:
-        """Return where in the buffer the position is, with so many bytes behind it."""
+        """Return the offset in the buffer of the next ``length`` bytes, after reading them."""
         self._check(length)
         at = self.position - self._start
         if at + length > len(self._buffer):
@@ -228,7 +228,7 @@ class _Header:
         self.position += length
 
     def skip_texts(self, count: int) -> None:
-        """Skip ``count`` texts, each after its length."""
+        """Skip ``count`` length-prefixed texts."""
         length_at = struct.Struct("<Q").unpack_from
         while count:
             start = at = self._at(8)
@@ -245,7 +245,7 @@ class _Header:
         return struct.unpack_from("<" + code, self._buffer, at)[0]
 
     def count(self, least: int) -> int:
-        """Read how many things of at least ``least`` bytes follow."""
+        """Read the number of following items, of at least ``least`` bytes each."""
         count = int(self.number("Q"))
         if count * least > self.size - self.position:
             raise self.damaged(f"it should have {count} entries, the file has {self.size} bytes")
@@ -261,7 +261,7 @@ class _Header:
             raise self.damaged("its header contains text that is not UTF-8") from None
 
     def value(self, kind: int) -> Any:
-        """Read a value; of an array, only its length is kept."""
+        """Read a value; for an array, return its length."""
         if kind in _SCALARS:
             return self.number(_SCALARS[kind])
         if kind == STRING:

@@ -1,8 +1,8 @@
-"""A tokenizer as the keys of a GGUF file, with which llama.cpp tokenises as transformers does.
+"""A tokenizer as the keys of a GGUF file, with which llama.cpp tokenises like transformers.
 
 llama.cpp does not read a tokenizer's rules: it has the rules of each family by name
 (``tokenizer.ggml.pre``). So a name is written only if the tokenizer's own rules, from its
-``tokenizer.json``, are those of that name; any other tokenizer is refused.
+``tokenizer.json``, are those of that name; any other tokenizer is rejected.
 
 The inverse is ``byte_level``: a tokenizer with a known name, from the keys of a file.
 """
@@ -28,7 +28,7 @@ _UNSPLIT = "an exported GGUF file would tokenise text differently"
 
 
 def add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """Add a tokenizer's keys to a file that is being written.
+    """Add a tokenizer's keys to a file being written.
 
     Args:
         writer: The file.
@@ -94,9 +94,9 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows:
 
 
 def copy_vocabulary(writer: GGUFWriter, file: GGUFFile) -> None:
-    """Add the tokenizer's keys of a file, as they stand there.
+    """Copy the tokenizer's keys of a file unchanged.
 
-    What transformers makes of them has lost how text is cut.
+    The tokenizer that transformers builds from them has lost the rules for splitting text.
 
     Raises:
         CheckpointError: If there are none.
@@ -115,7 +115,7 @@ def copy_vocabulary(writer: GGUFWriter, file: GGUFFile) -> None:
 
 
 def pre_tokenizer(rules: dict[str, Any]) -> str:
-    """Return llama.cpp's name for how a byte-level BPE tokenizer cuts text before merging.
+    """Return llama.cpp's name for the pre-tokenizer of a byte-level BPE tokenizer.
 
     Args:
         rules: The content of ``tokenizer.json``.
@@ -123,13 +123,13 @@ def pre_tokenizer(rules: dict[str, Any]) -> str:
     Raises:
         CheckpointError: If it has none.
     """
-    # NFC, which Qwen's tokenizers apply, llama.cpp leaves out for every family.
+    # llama.cpp omits NFC, which Qwen's tokenizers apply, for every family.
     normalizer = (rules.get("normalizer") or {}).get("type", "NFC")
     pre = rules.get("pre_tokenizer") or {}
     steps = pre.get("pretokenizers", [pre])
     *cuts, last = steps
     if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
-        # GPT-2's own cut is a part of its ByteLevel.
+        # GPT-2's splitting is part of its ByteLevel.
         own = bool(last.get("use_regex", True))
         whole = bool(rules["model"].get("ignore_merges"))
         name = None
@@ -150,13 +150,13 @@ def pre_tokenizer(rules: dict[str, Any]) -> str:
 
 
 def byte_level(file: GGUFFile) -> Tokenizer | None:
-    """Return the byte-level BPE tokenizer of a file, if its name of the rules is one we know.
+    """Return the byte-level BPE tokenizer of a file, if the name of its rules is known.
 
-    Tokens that the file marks as control or user-defined are found whole in a text, unless they are
-    not spelled in the alphabet of bytes: as transformers has it, that is a converter's mistake.
+    Tokens marked as control or user-defined are matched as a whole, unless they are not spelled in
+    the byte alphabet, which is a mistake of the converter, as in transformers.
 
     Raises:
-        CheckpointError: If an array of the file is no list of what it should hold.
+        CheckpointError: If an array of the file has the wrong type.
     """
     named = {name: key.value for name, key in file.keys.items() if key.kind == STRING}
     name, arrays = named.get(Keys.Tokenizer.PRE), (Keys.Tokenizer.LIST, Keys.Tokenizer.MERGES)
@@ -209,7 +209,7 @@ def _texts(file: GGUFFile, name: str) -> list[str]:
 
 
 def _alphabet() -> list[str]:
-    """Return the letter that byte-level BPE writes for each byte: itself where it is printable."""
+    """Return the character that byte-level BPE uses for each byte: itself if printable."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = dict(zip(printable, printable, strict=True))
@@ -218,7 +218,7 @@ def _alphabet() -> list[str]:
 
 
 def _scores(merges: list[Any], ids: dict[str, int], rows: int) -> list[float]:
-    """Return SentencePiece's scores: of two pairs, the one whose result scores higher goes first.
+    """Return SentencePiece's scores: the pair whose result has the higher score is merged first.
 
     Raises:
         CheckpointError: If no scores give the order of the merges.
@@ -238,10 +238,10 @@ def _scores(merges: list[Any], ids: dict[str, int], rows: int) -> list[float]:
 
 
 def _adds_space(rules: dict[str, Any]) -> bool:
-    """Return whether a space is put before a text; of SentencePiece's rules nothing else differs.
+    """Return whether a space is prepended to text, the only rule of SentencePiece that may differ.
 
     Raises:
-        CheckpointError: If the rules are others.
+        CheckpointError: If other rules differ.
     """
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     normalizer, pre = rules.get("normalizer") or {}, rules.get("pre_tokenizer")

@@ -25,7 +25,7 @@ PACKING = (
     "quantize_embeddings",
     "quant_search",
 )
-"""The fields of ``BaseRecipe`` that say how weights are packed."""
+"""The fields of ``BaseRecipe`` that determine the packing of weights."""
 
 _SAMPLES = 4096
 
@@ -44,9 +44,9 @@ def identity_of(base: LoadedBase) -> dict[str, Any]:
 def weights_digest(model: PreTrainedModel) -> str:
     """Return the SHA-256 of samples of each frozen linear: as packed, or in bfloat16 if plain.
 
-    Of each tensor some 4096 elements at even distances, and its size: a fraction of a second for
-    billions of weights, and another for any other training run. What a few weights changed by hand
-    make of it is chance.
+    Of each tensor about 4096 evenly spaced elements and its size: takes a fraction of a second for
+    billions of weights, and differs for any other training run. A few weights changed by hand may
+    go unnoticed.
     """
     digest = hashlib.sha256()
     for path, linear in frozen_linears(model).items():
@@ -67,7 +67,7 @@ def weights_digest(model: PreTrainedModel) -> str:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the SHA-256 of the vocabulary, added tokens included, and of the merges."""
+    """Return the SHA-256 of the vocabulary, including added tokens, and of the merges."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     merges = json.loads(backend.to_str())["model"].get("merges") if backend is not None else None
     return _digest([sorted(tokenizer.get_vocab().items()), merges])
@@ -78,7 +78,7 @@ def _digest(value: Any) -> str:
 
 
 def differences(card: Mapping[str, Any], base: LoadedBase) -> list[str]:
-    """Return how ``base`` differs from ``card``; what the card does not record is not compared.
+    """Return how ``base`` differs from ``card``; fields missing in the card are not compared.
 
     Args:
         card: The content of ``halfbyte.json``; empty for an adapter of PEFT.
@@ -93,14 +93,14 @@ def differences(card: Mapping[str, Any], base: LoadedBase) -> list[str]:
         f"{name} was {recipe[name]!r}, now it is {getattr(now, name)!r}"
         for name in PACKING
         if hasattr(now, name) and recipe.get(name, getattr(now, name)) != getattr(now, name)
-        # Of a plain base, there is no more to say than that it is plain.
+        # A plain base model has no further options.
         if name == "quant" or now.quant != "none"
-        # A packed copy does not say how its scales were found.
+        # A packed copy does not record how its scales were chosen.
         if not (name == "quant_search" and same_weights)
     ]
     same_files = recorded.get("fingerprint", base.fingerprint) == base.fingerprint
-    # The same files, packed by the same recipe, may differ in the last bit of a scale from one
-    # device to another: that is no other base.
+    # The same files, packed by the same recipe, may differ in the last bit of a scale between
+    # devices; that is still the same base model.
     if not same_files and (found or not same_weights):
         found.append("the weights differ")
     if recorded.get("tokenizer", tokens := tokenizer_digest(base.tokenizer)) != tokens:

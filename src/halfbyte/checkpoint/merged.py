@@ -1,9 +1,9 @@
 """A trained adapter merged into its base model, as a model for any program.
 
 W is a weight of the model's files, D its dequantised 4-bit form, Δ = s·B·A the update trained on D.
-There are three ways to merge, and each loses something else:
+There are three ways to merge, and each has a different loss:
 
-    decoded     D + Δ, in 16 bits      what was trained, rounded once
+    decoded     D + Δ, in 16 bits      the trained weight, rounded once
     original    W + Δ, in 16 bits      adds W − D, which training never saw
     nf4         D + Δ, packed again    small updates are rounded away; a quarter of the size
 
@@ -52,7 +52,7 @@ class Merged(BaseSource):
         base: The files the model was loaded from.
         model: A model of ``load_base``, with or without adapters; nothing is copied from it.
         into: What the adapters are added to.
-        dtype: What is not packed is held in, and what is packed decodes to.
+        dtype: dtype of unpacked tensors, and of decoded ones.
 
     Raises:
         CheckpointError: If the original weights are requested, and the files have packed ones.
@@ -70,7 +70,7 @@ class Merged(BaseSource):
         self._linears = {f"{path}.weight": m for path, m in frozen_linears(model).items()}
         held: BaseRecipe = model.halfbyte_recipe
         self._recipe = dataclasses.replace(held, quant="nf4")
-        # Other programs have no packed embedding, nor all of them a packed head.
+        # Other programs do not support a packed embedding, and not all support a packed head.
         packed = {n for n, m in self._linears.items() if type(m) is FrozenLinear}
         self._packed = packed if into == "nf4" else set()
         if into == "original" and any(parameter.packed for parameter in base.parameters):
@@ -98,7 +98,7 @@ class Merged(BaseSource):
             self.config.get_text_config().tie_word_embeddings = False
 
     def _untied(self) -> Iterator[Parameter]:
-        """Yield what is tied in the files, and no more where an adapter has replaced one of two."""
+        """Yield parameters tied in the files, but not if an adapter has replaced one of them."""
         names = {parameter.name for parameter in self._base.parameters}
         tied: dict[str, str] = self.skeleton.all_tied_weights_keys
         for name, of in tied.items():
@@ -135,14 +135,14 @@ class Merged(BaseSource):
         return sum(planned.nbytes for planned in self.plan())
 
     def packing(self) -> dict[str, object] | None:
-        """Return the ``quantization_config`` of what is written, if it is packed."""
+        """Return the ``quantization_config`` of the written model, if it is packed."""
         if self.into != "nf4":
             return None
         return quantization_config(self, self._recipe, self._packed, self.dtype)
 
     @torch.no_grad()
     def tensor(self, name: str) -> Tensor | QuantizedWeight:
-        """Return one value, made now: floating in ``dtype``, or packed; on the model's device.
+        """Compute and return one value: floating in ``dtype``, or packed; on the model's device.
 
         Raises:
             CheckpointError: If a file of the base ends early.
@@ -199,22 +199,22 @@ def write_merged(
 ) -> Path:
     """Write a merged model; the one in memory does not change.
 
-    Beside the model, memory holds one layer's weight in float32, twice.
+    In addition to the model, memory holds one layer's weight in float32, twice.
 
     Args:
-        merged: What to write.
-        out_dir: Where to.
-        replace: Whether ``out_dir`` may be there already; it goes when the new one is whole.
-        progress: Called with (bytes written, bytes in all) after each tensor.
-        shard_bytes: The most tensor bytes in a file.
+        merged: The model to write.
+        out_dir: The output directory.
+        replace: Whether ``out_dir`` may exist; it is removed once the new one is complete.
+        progress: Called with (bytes written, total bytes) after each tensor.
+        shard_bytes: Maximum tensor bytes per file.
 
     Returns:
         ``out_dir``.
 
     Raises:
         CheckpointError: If a file of the base ends early.
-        OutputError: If ``out_dir`` is there and is not to be replaced, cannot be written, or there
-            is no space.
+        OutputError: If ``out_dir`` exists and must not be replaced, cannot be written, or there is
+            no space.
     """
     out_dir, plan = Path(out_dir), merged.plan()
     require_writable(out_dir.absolute().parent, merged.written_bytes)

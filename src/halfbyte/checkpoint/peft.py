@@ -66,12 +66,12 @@ class LoadedAdapter(NamedTuple):
     """An adapter read from disk.
 
     Attributes:
-        config: What to attach; its targets are the paths of the modules that have tensors.
+        config: The adapter's configuration; its targets are the paths of the modules with tensors.
         state: ``<module path>.lora_A.weight``, ``.lora_B.weight`` and, with DoRA,
             ``.lora_magnitude_vector``, float32.
-        saved: Tensors that take the place of the base's, by their names there.
-        base_name: The base model as the one who trained it named it; "" if unknown.
-        info: What ``halfbyte.json`` says; empty for an adapter that halfbyte did not write.
+        saved: Tensors that replace the base model's, by their names there.
+        base_name: The name of the base model in training; "" if unknown.
+        info: The content of ``halfbyte.json``; empty for an adapter not written by halfbyte.
     """
 
     config: LoRAConfig
@@ -84,7 +84,7 @@ class LoadedAdapter(NamedTuple):
         """Compare the adapter's layers with the paths of a model's linear layers.
 
         Raises:
-            CheckpointError: If one of the adapter's is not among them.
+            CheckpointError: If a layer of the adapter is not among them.
         """
         wanted = tuple(self.config.target_modules)
         if missing := [path for path in wanted if path not in linears]:
@@ -110,7 +110,7 @@ class LoadedAdapter(NamedTuple):
             detach(model)
             raise
         for name, (owner, held) in places.items():
-            # A parameter of its own: one that was tied to it stays what it was, as in PEFT.
+            # A separate parameter: one that was tied to it does not change, as in PEFT.
             fresh = self.saved[name].to(held.device, held.dtype)
             setattr(owner, name.rpartition(".")[2], nn.Parameter(fresh, requires_grad=False))
 
@@ -147,10 +147,10 @@ def save_adapter(
     """Write an adapter that PEFT and halfbyte load. Each file is replaced in one step.
 
     Args:
-        directory: Where to; created if need be, other files in it are left alone.
-        state: What ``lora.adapter_state`` returns.
-        config: What it was attached with.
-        base: What ``identity_of`` says of the base; at least its ``name``.
+        directory: The directory; created if necessary, other files in it are kept.
+        state: The result of ``lora.adapter_state``.
+        config: The configuration it was attached with.
+        base: The result of ``identity_of`` for the base model; at least its ``name``.
         recipe: The base model's quantisation in training (JSON values), for loading.
         tokenizer: Saved with it if given, with its chat template.
 
@@ -178,7 +178,7 @@ def write_card(
     base: Mapping[str, Any],
     recipe: Mapping[str, Any],
 ) -> None:
-    """Write what describes an adapter, its tensors' names being ``names``; see ``save_adapter``.
+    """Write the description of an adapter with tensors ``names``; see ``save_adapter``.
 
     Raises:
         OutputError: If the directory cannot be written.
@@ -194,7 +194,7 @@ def write_card(
 
 
 def _is_of(name: str, whole: Sequence[str]) -> bool:
-    """Whether the parameter is one of the modules to save: PEFT's rule, a path ends so."""
+    """Whether the parameter belongs to a module to save: its path ends with it (PEFT's rule)."""
     return name.rpartition(".")[0].endswith(tuple(whole))
 
 
@@ -236,9 +236,9 @@ def _number(value: float) -> float:
 def _peft_targets(targets: str | tuple[str, ...], modules: list[str]) -> str | list[str]:
     """Return the targets in PEFT's terms, which must mean exactly ``modules``.
 
-    PEFT's own ``all-linear`` is a question asked of the model it loads, and it may answer
-    differently than ours did, so the names are written out. A name matches the end of a path in
-    PEFT only if it stands in a list, a lone string is always an expression.
+    PEFT resolves its own ``all-linear`` with the model it loads, and possibly differently from
+    ours, so the names are written out. In PEFT a name matches the end of a path only in a list; a
+    single string is always an expression.
     """
     if targets == ALL_LINEAR:
         return sorted({module.rpartition(".")[2] for module in modules})
@@ -250,11 +250,11 @@ def _peft_targets(targets: str | tuple[str, ...], modules: list[str]) -> str | l
 
 
 def load_adapter(directory: str | Path) -> LoadedAdapter:
-    """Read an adapter that halfbyte or PEFT wrote; what it fits is for ``identity`` to say.
+    """Read an adapter written by halfbyte or PEFT; ``identity`` checks whether it fits a model.
 
     Raises:
         CheckpointError: If a file is missing or damaged, or if the adapter is more than LoRA or
-            DoRA beside modules that were trained whole.
+            DoRA and modules trained in full.
     """
     directory = Path(directory)
     fields = read_json(directory / CONFIG_NAME, "an adapter's directory holds one")
@@ -344,7 +344,7 @@ def _read_state(
 
 
 def _numbers(file: SafetensorsFile, name: str) -> Tensor:
-    """Return a tensor of an adapter, of finite numbers."""
+    """Return a tensor of an adapter, checked to be finite."""
     tensor = file.read(name)
     if not tensor.is_floating_point():
         raise CheckpointError(f"{file.path}: {name} is {tensor.dtype}; expected are floats")
@@ -361,7 +361,7 @@ _Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
 class _Numbers(BaseModel):
-    """The fields of ``adapter_config.json`` that are arithmetic."""
+    """The numeric fields of ``adapter_config.json``."""
 
     r: _Rank
     lora_alpha: _Number
@@ -373,10 +373,10 @@ class _Numbers(BaseModel):
 
 
 def _config_of(path: Path, fields: dict[str, Any], modules: list[str]) -> LoRAConfig:
-    """Return the configuration of an adapter of ``modules``, patterns for others left out.
+    """Return the configuration of an adapter of ``modules``, without patterns for other modules.
 
     Raises:
-        CheckpointError: If a number is none, or a pattern no regular expression.
+        CheckpointError: If a number or a pattern is invalid.
     """
     try:
         numbers = _Numbers.model_validate(fields)

@@ -42,10 +42,10 @@ class RunState(NamedTuple):
     """The state that a run resumes from.
 
     Attributes:
-        adapter: The adapter's tensors, bit for bit as they were given.
+        adapter: The adapter's tensors, bit-identical to those saved.
         optimizer: The optimizer's tensors, likewise.
-        progress: Whatever else the run wanted to remember (JSON values).
-        step: Optimizer steps done.
+        progress: Other state of the run (JSON values).
+        step: Number of optimizer steps done.
     """
 
     adapter: dict[str, Tensor]
@@ -72,15 +72,15 @@ def save_run(
         adapter: ``lora.adapter_state``.
         optimizer: The optimizer's tensors by name.
         progress: JSON values.
-        keep: How many checkpoints stay, this one included; at least 1.
-        card: Called with the directory before it gets its name, to add files that describe the
+        keep: Number of checkpoints to keep, including this one; at least 1.
+        card: Called with the directory before it is renamed, to add files that describe the
             adapter.
 
     Returns:
         The checkpoint's directory.
 
     Raises:
-        OutputError: If it cannot be written; the checkpoints that were there still are.
+        OutputError: If it cannot be written; existing checkpoints are kept.
     """
     output_dir = Path(output_dir)
     remove_partial(output_dir, "checkpoint-*")
@@ -111,7 +111,7 @@ def save_run(
 def latest_run(output_dir: str | Path) -> Path | None:
     """Return the newest complete checkpoint of a run, or None if it has none.
 
-    Damaged ones are passed over, with a warning that says what is wrong with each.
+    Damaged ones are skipped, with a warning that says what is wrong with each.
     """
     for path in _checkpoints(Path(output_dir)):
         try:
@@ -124,7 +124,7 @@ def latest_run(output_dir: str | Path) -> Path | None:
 
 
 def load_run(path: str | Path) -> RunState:
-    """Read a checkpoint that ``save_run`` wrote.
+    """Read a checkpoint written by ``save_run``.
 
     Raises:
         CheckpointError: If it is missing or damaged; the message names the file.
@@ -141,7 +141,7 @@ def load_run(path: str | Path) -> RunState:
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
-    """Return the directories named as checkpoints are, newest first."""
+    """Return the directories with names of checkpoints, newest first."""
     found = [path for path in output_dir.glob("checkpoint-*") if _DIRECTORY.fullmatch(path.name)]
     return sorted(found, key=_step_of, reverse=True)
 

@@ -155,7 +155,7 @@ class SafetensorsFile:
         """Return one tensor, in newly allocated memory.
 
         Raises:
-            CheckpointError: If the file ends early (it was cut while we looked).
+            CheckpointError: If the file ends early (truncated since it was opened).
         """
         entry = self.entries[name]
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
@@ -176,7 +176,7 @@ def memory(tensor: Tensor) -> memoryview:
 
 
 class Planned(NamedTuple):
-    """A tensor to come. If ``flexible``, it is 1-D and may turn out shorter than ``shape``."""
+    """A tensor to be written. If ``flexible``, it is 1-D and may be shorter than ``shape``."""
 
     name: str
     dtype: torch.dtype
@@ -185,7 +185,7 @@ class Planned(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """The most bytes it takes."""
+        """Maximum bytes it takes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -195,7 +195,7 @@ def write_safetensors(
     """Write ``tensors`` as a safetensors file.
 
     Raises:
-        OSError: If the file cannot take them.
+        OSError: If the file cannot be written.
     """
     plan = [Planned(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     writer = _Writer(file, plan, metadata)
@@ -214,13 +214,13 @@ def write_model(
     """Write a model's tensors as transformers names its files: one, or shards and an index.
 
     Args:
-        directory: Where to; it must exist.
-        plan: What will come, in the order in which it will come.
+        directory: The directory; it must exist.
+        plan: The tensors, in the order of ``tensors``.
         tensors: Name and tensor, each as planned; one is held at a time.
-        shard_bytes: The most tensor bytes in a file (a single larger tensor gets its own).
+        shard_bytes: Maximum tensor bytes per file (a single larger tensor gets its own).
 
     Raises:
-        OSError: If the directory cannot take them.
+        OSError: If the directory cannot be written.
         ValueError: If a tensor is not the one planned.
     """
     shards: list[list[Planned]] = [[]]
@@ -241,7 +241,7 @@ def write_model(
                 writer.write(*next(stream))
             total += writer.close()
         weight_map.update({planned.name: file_name for planned in shard})
-    for name, _ in stream:  # there should be none; and a generator wants to be told of the end
+    for name, _ in stream:  # should be empty; also runs the generator to its end
         raise ValueError(f"{name} came, nothing more was planned")
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -253,7 +253,7 @@ class _Writer:
 
     Readers view tensor bytes in place, so a float32 must start at a multiple of 4. Nothing
     may be left empty between tensors, hence the order: wider dtypes first, flexible tensors last.
-    The header's room is that of the longest header the plan allows; what is left over are spaces.
+    Space is reserved for the longest header the plan allows, and padded with spaces.
     """
 
     def __init__(
@@ -263,7 +263,7 @@ class _Writer:
         self._plan = {planned.name: planned for planned in plan}
         self._written: dict[str, dict[str, Any]] = {}
         self._starts: dict[str, int] = {}
-        self._end = 0  # of the tensors that have a place; flexible ones are appended here
+        self._end = 0  # end of the tensors with fixed offsets; flexible ones are appended here
         bound = 0
         for planned in sorted(plan, key=lambda p: (p.flexible, -p.dtype.itemsize)):
             self._written[planned.name] = _field(planned.dtype, planned.shape, bound)
@@ -293,7 +293,7 @@ class _Writer:
         self._file.write(memory(tensor.cpu().contiguous()))
 
     def close(self) -> int:
-        """Write the header and return how many tensor bytes there are."""
+        """Write the header and return the number of tensor bytes."""
         if self._plan:
             raise ValueError(f"planned, but never came: {', '.join(self._plan)}")
         self._file.seek(0)

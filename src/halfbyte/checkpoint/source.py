@@ -31,7 +31,7 @@ from halfbyte.models.build import BaseRecipe
 from halfbyte.quant import QuantizedWeight
 
 DECODED_FROM = "halfbyte_decoded_from"
-"""The field of ``config.json`` that names the 4-bit type that a merged model's weights had."""
+"""The field of ``config.json`` with the former 4-bit type of a merged model's weights."""
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
@@ -44,9 +44,9 @@ class Parameter(NamedTuple):
     Attributes:
         name: Its name in transformers.
         shape: Its shape.
-        dtype: The dtype it will come in; of a packed weight, the one it was packed from.
-        nbytes: What it takes in the files.
-        packed: Whether it will come as a ``QuantizedWeight``.
+        dtype: Its dtype; for a packed weight, the one it was packed from.
+        nbytes: Its bytes in the files.
+        packed: Whether it is a ``QuantizedWeight``.
     """
 
     name: str
@@ -60,11 +60,11 @@ class BaseSource(ABC):
     """The parameters of a base model, independent of the file format.
 
     Attributes:
-        name: What the user called it.
+        name: The name given by the user.
         config: Its configuration, without any ``quantization_config``.
         skeleton: The model of transformers on the meta device: names and shapes, no memory.
-        parameters: What ``tensors`` will yield, in that order.
-        dtype: What a 16-bit copy of its matrices is held in.
+        parameters: The parameters that ``tensors`` yields, in order.
+        dtype: The dtype of a 16-bit copy of its matrices.
     """
 
     name: str
@@ -82,8 +82,8 @@ class BaseSource(ABC):
     def fingerprint(self) -> str:
         """SHA-256 over sizes, headers and 64 samples of 4 KiB of each file.
 
-        Cheap, the same for a copy, and another for any other training run, which changes all
-        weights; a few bytes changed by hand it may not see.
+        Cheap, the same for a copy, and different for any other training run, which changes all
+        weights; it may miss a few bytes changed by hand.
         """
         digest = hashlib.sha256()
         for path, size, data_start in self._files():
@@ -107,12 +107,12 @@ class BaseSource(ABC):
     ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
         """Yield (name, value) as in ``parameters``, one at a time.
 
-        Nothing is kept: what the caller drops is freed. (``zip`` and ``enumerate`` do not drop
-        their last item before they ask for the next.)
+        Nothing is kept: what the caller drops is freed. (``zip`` and ``enumerate`` hold their last
+        item until they have the next.)
 
         Args:
-            device: Where the caller will hold them. What the source reads there faster than it
-                could be moved comes on this device, the rest on the CPU.
+            device: Target device. Tensors that are faster to read to it than to move are yielded on
+                it, the others on the CPU.
 
         Raises:
             CheckpointError: If a file ends early, or a packed weight is damaged.
@@ -143,7 +143,7 @@ class BaseSource(ABC):
         return recipe
 
 
-# What transformers raises for files it cannot make sense of: it reads them without checking.
+# Exceptions of transformers for invalid files, which it reads without checking.
 _FOREIGN = (
     ArithmeticError,
     AssertionError,
@@ -160,31 +160,31 @@ _FOREIGN = (
 
 @contextlib.contextmanager
 def foreign_reader(trouble: str) -> Iterator[None]:
-    """Run a library's reader of the user's files; its exceptions become errors about the files.
+    """Convert exceptions of a library that reads the user's files into errors about the files.
 
     Raises:
-        CheckpointError: ``trouble``, and what the library said.
+        CheckpointError: ``trouble``, and the message of the library.
     """
     try:
         yield
     except CheckpointError:
         raise
     except Exception as error:
-        # The tokenizers library raises Exception itself, and nothing narrower.
+        # The tokenizers library raises plain Exception.
         if not isinstance(error, _FOREIGN) and type(error) is not Exception:
             raise
         raise CheckpointError(f"{trouble}: {error}") from error
 
 
 def warn_of_packing_again(source: BaseSource, recipe: BaseRecipe) -> None:
-    """Warn where weights that were decoded from 4 bits, and changed since, are to be packed.
+    """Warn if weights that were decoded from 4 bits and then changed are to be packed.
 
-    What an adapter added to them is mostly less than half the distance of two levels: packing
-    rounds it away, and the model has forgotten what it was trained for.
+    The update of an adapter is mostly less than half the distance between two levels: packing
+    rounds it away, and with it the effect of training.
     """
     was = getattr(source.config, DECODED_FROM, None)
     packed = any(parameter.packed for parameter in source.parameters)
-    # A search loads the model first, without one: that tells.
+    # A search first loads the model without searching, which warns.
     if was is None or packed or recipe.quant == "none" or recipe.quant_search:
         return
     logger.warning(
@@ -202,8 +202,8 @@ def skeleton_of(config: PretrainedConfig, name: str, tensors: int) -> PreTrained
 
     Args:
         config: Its configuration.
-        name: What error messages call it.
-        tensors: How many tensors there are: a model of more layers is not even begun.
+        name: Its name in error messages.
+        tensors: Number of tensors in the files; models with more layers are rejected early.
 
     Raises:
         CheckpointError: If transformers has no causal language model for it.

@@ -66,17 +66,17 @@ def read_to_device(
 
     Copies are queued on the stream that is current when a tensor is requested: what the caller
     queues there next comes after them, and need not wait. Nothing is kept: what the caller drops
-    is freed. Threads are started with the first tensor, and are gone when the generator ends, is
-    closed, or raises.
+    is freed. Threads are started with the first tensor and end when the generator ends, is closed
+    or raises.
 
     Args:
-        requests: What to read; a tensor of no bytes is fine.
-        device: Where to.
-        piece_bytes: The most that is read and copied at a time.
-        ring: How many pieces are in host memory at most.
+        requests: The tensors to read; they may be empty.
+        device: Device of the tensors.
+        piece_bytes: Maximum size of a chunk.
+        ring: Maximum number of chunks in host memory.
 
     Raises:
-        CheckpointError: If a file cannot be read or ends early; the tensors before are whole.
+        CheckpointError: If a file cannot be read or ends early; earlier tensors are complete.
     """
     largest = max((request.nbytes for request in requests), default=0)
     stage = _Stage(requests, device, max(1, min(piece_bytes, largest)))
@@ -93,7 +93,7 @@ class _Stage:
 
     def __init__(self, requests: Sequence[Request], device: torch.device, piece_bytes: int) -> None:
         self._device, self._piece_bytes = device, piece_bytes
-        # Only CUDA is promised to copy from page-locked memory in the order of a stream.
+        # Only CUDA guarantees that copies from page-locked memory are ordered by a stream.
         self._locked = device.type == "cuda"
         self._readers = ThreadPoolExecutor(
             min(_MAX_READERS, len(os.sched_getaffinity(0))), thread_name_prefix="halfbyte-reader"
@@ -113,7 +113,7 @@ class _Stage:
                 yield _Piece(request.path, request.start + done, count)
 
     def _read_ahead(self, buffer: Tensor | None, copied: torch.cuda.Event | None) -> None:
-        """Have the next piece, if there is one, read into ``buffer`` once that is ``copied``."""
+        """Queue reading the next piece, if any, into ``buffer`` after the event ``copied``."""
         piece = next(self._pieces, None)
         if piece is not None:
             self._ahead.append(self._readers.submit(self._fill, piece, buffer, copied))
@@ -121,9 +121,9 @@ class _Stage:
     def _fill(
         self, piece: _Piece, buffer: Tensor | None, copied: torch.cuda.Event | None
     ) -> Tensor:
-        """Return ``buffer``, or a new one, with a piece in it; runs in a reader.
+        """Read a piece into ``buffer`` or a new one, and return that; runs in a reader.
 
-        The three that take time (waiting, locking pages, reading) let go of Python's lock.
+        The slow operations (waiting, locking pages, reading) release the GIL.
         """
         if copied is not None:
             copied.synchronize()
@@ -142,7 +142,7 @@ class _Stage:
             part.copy_(buffer[: len(part)], non_blocking=self._locked)
             copied = None
             if self._locked:
-                # Not blocking means spinning, and eight readers may be waiting.
+                # Without blocking, wait spins, and eight readers may be waiting.
                 copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
                 copied.record(torch.cuda.current_stream(self._device))
             self._read_ahead(buffer, copied)

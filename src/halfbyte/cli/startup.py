@@ -1,13 +1,13 @@
-"""What is imported of transformers: the modelling code, and not what that imports for others.
+"""Fast start: imports the modelling code of transformers without unused dependencies.
 
 Importing one model of transformers imports torch._dynamo (with sympy), torch.distributed with
 DTensor and FSDP, and whichever of accelerate, scipy, scikit-learn, torchvision and torchao are
 installed: for compiled, sharded and quantised models, for vision, and for assisted generation. No
-command of ours uses any of it, and each would wait for it, longer than for torch itself (LAB.md).
+halfbyte command uses any of it, and importing it takes longer than importing torch (LAB.md).
 
-`import_transformers` does it once, before anything else of ours is imported. It acts only in a
-process that is a command of ours (`claim_process`): a program that calls us as a library may use
-transformers for all that, and so may our tests.
+`import_transformers` must run before any other import of halfbyte. It acts only in a process that
+runs a halfbyte command (`claim_process`): programs that use halfbyte as a library, and our tests,
+may need those parts of transformers.
 """
 
 import ctypes
@@ -30,7 +30,7 @@ from typing import Any
 
 logger = logging.getLogger("halfbyte")
 
-# What transformers is told is not installed: it checks on import, and does not need it.
+# Reported to transformers as not installed: it checks them on import, but does not need them.
 _UNUSED = (
     "is_accelerate_available",
     "is_kernels_available",
@@ -41,7 +41,7 @@ _UNUSED = (
     "is_torchaudio_available",
     "is_torchvision_available",
 )
-# What every family's modelling file imports; the file itself is imported when its model is built.
+# Imported by every family's modelling file, which itself is imported when its model is built.
 _COMMON = (
     "transformers.modeling_utils",
     "transformers.modeling_layers",
@@ -60,19 +60,19 @@ _ours = False
 
 
 def claim_process() -> None:
-    """Say that this process runs commands of ours, and nothing else."""
+    """Declare that this process runs only halfbyte commands."""
     global _ours
     _ours = True
 
 
 def import_transformers(*, gpu: bool = False) -> None:
-    """Import torch, and what every model of transformers needs.
+    """Import torch, and the modules that every model of transformers needs.
 
-    Does nothing in a process of others, or where a model was imported before.
+    No effect in processes of other programs, or if a model was imported before.
 
     Args:
-        gpu: Whether to make a GPU ready meanwhile, if there is one: a context takes a second or so
-            in which Python is free to import.
+        gpu: Whether to create the CUDA context at the same time, if there is a GPU: it takes about
+            a second, during which Python is free to import.
     """
     if not _ours or _COMMON[0] in sys.modules:
         return
@@ -80,7 +80,7 @@ def import_transformers(*, gpu: bool = False) -> None:
     if gpu:
         context = threading.Thread(target=_make_context, name="make-context", daemon=True)
         context.start()
-    # Nothing of what is imported is garbage, and looking for some takes a fifth of the time.
+    # Imports create no garbage, and garbage collection would take a fifth of the time.
     gc.disable()
     try:
         _import_all(context)
@@ -90,7 +90,7 @@ def import_transformers(*, gpu: bool = False) -> None:
 
 
 def _import_all(context: threading.Thread | None) -> None:
-    import torch  # noqa: F401 (imports torch._dynamo itself, if it is a torch that does)
+    import torch  # noqa: F401 (some versions import torch._dynamo here)
 
     if context is not None:
         _wake_torch(context)
@@ -111,11 +111,11 @@ def _import_all(context: threading.Thread | None) -> None:
 
 
 def _make_context() -> None:
-    """Make the CUDA context that torch will find, by the driver alone.
+    """Create the CUDA context for torch, through the driver API.
 
-    ctypes leaves Python's lock to others meanwhile, where torch's own calls keep it.
+    ctypes releases the GIL during the call; torch's own calls hold it.
     """
-    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # as torch has it
+    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # as torch does
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:  # no driver, no GPU
@@ -126,17 +126,17 @@ def _make_context() -> None:
 
 
 def _wake_torch(context: threading.Thread) -> None:
-    """Begin to have torch use the context when it is made, in a thread of its own."""
+    """Start a thread that initialises torch's CUDA once the context exists."""
     import torch
 
     from halfbyte.runtime.precision import configure_allocators
 
-    configure_allocators()  # is looked at when there is a context
+    configure_allocators()  # read when torch initialises CUDA
 
     def wake() -> None:
         context.join()
-        # No product: at the first of a process cuBLAS looks whether it has to be deterministic, and
-        # that is not yet said.
+        # No matrix product: the first of a process fixes whether cuBLAS is deterministic, which is
+        # not known yet.
         if torch.cuda.is_available():
             torch.zeros(1, device="cuda")
 
@@ -148,10 +148,10 @@ def _absent(*_: Any, **__: Any) -> bool:
 
 
 class _Distributions(Mapping[str, list[str]]):
-    """As importlib.metadata.packages_distributions() has them, looked up on demand.
+    """The result of importlib.metadata.packages_distributions(), looked up on demand.
 
-    To list all, it reads files of every package that is installed, which takes a second where there
-    are many. Older versions of transformers (5.21 and before) list all to look up a few.
+    Listing all reads files of every installed package, which takes a second if there are many.
+    Older versions of transformers (5.21 and before) list all to look up a few.
     """
 
     def __init__(self, every: Callable[[], Mapping[str, list[str]]]) -> None:
@@ -188,9 +188,9 @@ def _distributions_by_name() -> Iterator[None]:
 
 @contextmanager
 def _one_survey_of_models(import_utils: ModuleType) -> Iterator[None]:
-    """Let the package transformers.models have the list of models that transformers has made.
+    """Let the package transformers.models reuse the list of models built by transformers.
 
-    Either makes it by reading the text of 2000 files, which takes 0.4 s.
+    Each would build it by reading 2000 files, which takes 0.4 s.
     """
     survey = import_utils.define_import_structure
     models = Path(sys.modules["transformers"].__path__[0]) / "models"
@@ -219,11 +219,11 @@ def _one_survey_of_models(import_utils: ModuleType) -> Iterator[None]:
 
 
 def _postpone_dynamo() -> None:
-    """Put a module in the place of torch._dynamo that is replaced by it when it is used.
+    """Replace torch._dynamo by a placeholder that imports it on first use.
 
-    Until then its decorators, which tell torch.compile what to leave alone, leave functions as they
-    are: nothing is compiled. torch and transformers decorate with them as they are imported, and
-    torch imports it all to call a function of its own on the meta device.
+    Until then its decorators, which exclude functions from torch.compile, return functions
+    unchanged, as nothing is compiled. torch and transformers apply them on import, and torch
+    imports all of it to call a function of its own on the meta device.
     """
     spec = importlib.util.find_spec(_DYNAMO)
     if spec is None:
@@ -250,13 +250,13 @@ def _dynamo() -> ModuleType:
 
 class _Postponed(ModuleType):
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # Python's own looking about
+        if name.startswith("__"):  # Python's own introspection
             raise AttributeError(name)
         return getattr(_dynamo(), name)
 
 
 class _Parts(MetaPathFinder):
-    """Imports torch._dynamo before a module of it, whose import would find it there already."""
+    """Imports torch._dynamo before its submodules; one it has imported is not loaded again."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -267,13 +267,13 @@ class _Parts(MetaPathFinder):
         found = sys.modules.get(name)
         if found is None:
             return None
-        # Python takes the module's own, where the import of the package has brought the module.
+        # importlib uses the spec of a module that importing the package has imported.
         found.__spec__ = ModuleSpec(name, _Found(found))
         return found.__spec__
 
 
 class _Found(Loader):
-    """Loads a module that is there."""
+    """Loads a module that is already imported."""
 
     def __init__(self, module: ModuleType) -> None:
         self._module, self._spec = module, module.__spec__

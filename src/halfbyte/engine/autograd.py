@@ -1,7 +1,7 @@
 """Optimizer steps under plain autograd over the whole model.
 
-For the models `LayerEngine` cannot take apart. Layers are checkpointed by transformers where it
-can, and each micro-batch decodes the weights anew.
+For models that `LayerEngine` does not support. Layers are checkpointed by transformers if it can,
+and each micro-batch decodes all weights.
 """
 
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ from halfbyte.plan.policy import ActivationPolicy
 
 
 class AutogradEngine:
-    """Runs optimizer steps as `LayerEngine` does, one micro-batch at a time.
+    """Runs optimizer steps like `LayerEngine`, one micro-batch at a time.
 
     Attributes:
-        objective: What steps minimise; each micro-batch is a part.
-        messages: Messages for a person; whoever logs them empties the list.
+        objective: The objective that steps minimise; each micro-batch is a part.
+        messages: Messages for the user; cleared by the code that logs them.
     """
 
     name = "plain autograd"
@@ -35,17 +35,17 @@ class AutogradEngine:
         self.objective: Objective = CROSS_ENTROPY
         self.clock = dropout_clock(model)
         if model.supports_gradient_checkpointing:
-            # Renamed in transformers 5.23; the older name warns there.
+            # Renamed in transformers 5.23, where the old name warns.
             newer = getattr(model, "activation_checkpointing_enable", None)
             (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
             for module in model.modules():
-                # Checkpointing asks the layer whether it trains; what is inside it (dropout of the
-                # base model) stays in eval mode.
+                # Checkpointing requires the layer to be in training mode; its submodules (dropout
+                # of the base model) stay in eval mode.
                 if isinstance(module, GradientCheckpointingLayer):
                     module.training = True
 
     def keep_decoded(self, layers: int) -> None:
-        """Do nothing: here every product decodes its weight."""
+        """Do nothing: every product decodes its weight."""
 
     def step(self, batches: Sequence[Batch], normaliser: float, policy: ActivationPolicy) -> Tensor:
         """Add the gradients of one optimizer step; see ``LayerEngine.step``."""
@@ -66,7 +66,7 @@ class AutogradEngine:
         return torch.stack(losses).sum()
 
     def _loss(self, batch: Batch, first: int, objective: Objective) -> Tensor:
-        """Return the loss of a micro-batch, whose first row is number ``first`` of the step."""
+        """Return the loss of a micro-batch whose first row has index ``first`` in the step."""
         ids, labels = (tensor.to(self.model.device) for tensor in batch[:2])
         logits = self.model(input_ids=ids, use_cache=False).logits
         supervised = labels != -100

@@ -1,23 +1,22 @@
-"""The few shapes in which all of a run's tokens pass through the layers.
+"""Buckets: the few shapes of parts in which a run's tokens pass through the layers.
 
-Examples are packed: the documents of a step are packed one after the other into parts of about
-`PART_TOKENS` tokens, each filled up to one of a few sizes. The sizes are chosen before the first
-step, from the lengths of the data at hand, so every kernel can be compiled and every CUDA graph
-captured ahead, and no step meets a new shape. How many documents a part may have, and how long the
-longest may be, is the same for all sizes: attention skips what is not there.
+The documents of a step are packed into parts of about `PART_TOKENS` tokens, each padded to one of a
+few sizes. The sizes are chosen before the first step from the lengths of the data, so every kernel
+can be compiled and every CUDA graph captured ahead, and no step has a new shape. The maximum number
+of documents and their maximum length are the same for all sizes: attention skips unused ones.
 
-More sizes waste less on filling up, and each costs the capture of a graph. The sizes that minimise
+More sizes reduce padding, but each costs the capture of a graph. The sizes that minimise
 
     Σ over parts of (size − tokens)  +  price · number of sizes
 
 are found exactly (`_sizes`, dynamic programming over the sorted token counts).
 
-A product of m rows is computed in tiles, one on each multiprocessor at a time, so its time is a
-staircase in m. Of a 7B model on an H200 a step is 1024 rows: 3072 tokens take a layer 6.5 ms, 3328
-take 7.3 (gpu_part_sizes.json). So a step that is divided has all parts but the last filled to such
-a multiple (`divide`).
+A product of m rows is computed in tiles, one per streaming multiprocessor (SM) at a time, so its
+time is a step function of m. For a 7B model on an H200 a step is 1024 rows: 3072 tokens take a
+layer 6.5 ms, 3328 take 7.3 (gpu_part_sizes.json). So if a training step is divided, all parts but
+the last are filled to such a multiple (`divide`).
 
-Where all parts of a run are the same rows of one length, as in a benchmark, they stay rows.
+If all parts of a run consist of rows of one length, as in a benchmark, they are not packed.
 """
 
 from collections import Counter
@@ -27,24 +26,24 @@ from typing import NamedTuple
 
 from halfbyte.plan.ledger import PART_TOKENS
 
-# Sizes are multiples of this, so that kernels see strides of one alignment; rows of a length that
-# is a multiple of half of it may stay rows.
+# Sizes are multiples of this, so that strides have one alignment; rows whose length is a multiple
+# of half of it need not be packed.
 ROUND = 128
 MOST_SIZES = 16
 
-# Tokens that a further size must save in a run, times the width of the model: capturing a graph
+# Tokens that an additional size must save in a run, times the width of the model: capturing a graph
 # takes 0.3 s whatever the width, in which an H200 trains 5400 tokens of width 4096.
 PRICE = 2.2e7
 
 
 class PartShape(NamedTuple):
-    """What is equal for parts that layers are called with in the same way.
+    """The shape of a part, which decides how layers are called.
 
     Attributes:
-        rows: Rows of the batch; 1 where documents are packed.
+        rows: Rows of the batch; 1 if documents are packed.
         tokens: Tokens of a row.
-        documents: How many documents there is room for in a packed row; 0 where rows are documents.
-        max_seqlen: No document has more tokens.
+        documents: Maximum number of documents in a packed row; 0 if rows are documents.
+        max_seqlen: Upper bound on the tokens of a document.
     """
 
     rows: int
@@ -59,11 +58,11 @@ class PartShape(NamedTuple):
 
 
 def wave_tokens(width: int, num_sms: int) -> int:
-    """Return the rows of a product [rows, width] whose tiles fill a GPU once; 0 where none do.
+    """Return the rows of a product [rows, width] whose tiles fill the GPU once; 0 if none do.
 
     Args:
         width: Columns of the product.
-        num_sms: The GPU's multiprocessors; each computes a tile of 128 x 256 at a time.
+        num_sms: Number of SMs of the GPU; each computes a tile of 128 x 256 at a time.
     """
     return num_sms // -(-width // 256) * 128
 
@@ -71,11 +70,11 @@ def wave_tokens(width: int, num_sms: int) -> int:
 def divide(
     lengths: Sequence[int], part_tokens: int | None = None, wave: int = 0
 ) -> list[list[int]]:
-    """Return the documents of a step, by number, divided into parts of about ``part_tokens``.
+    """Return the documents of a step, by index, divided into parts of about ``part_tokens``.
 
-    Parts are as few as can be and of about as many tokens each: the longest first, each document
-    goes to the part with the fewest so far. Where parts have room for two multiples of ``wave``
-    tokens, all but the last are filled to one as closely as documents allow.
+    There are as few parts as possible, of similar size: starting with the longest, each document
+    goes to the part with the fewest tokens so far. If parts can hold two multiples of ``wave``
+    tokens, all but the last are filled to a multiple as closely as possible.
     """
     most = part_tokens or PART_TOKENS
     count = min(len(lengths), -(-sum(lengths) // most))
@@ -97,7 +96,7 @@ def _divide_at_waves(lengths: Sequence[int], most: int, wave: int, count: int) -
     for left in range(count, 1, -1):
         tokens = sum(lengths[i] for i in rest)
         even = -(-tokens // (left * wave)) * wave
-        # What remains must fit into the others.
+        # The remainder must fit into the other parts.
         aim = max(min(even, most // wave * wave), min(most, tokens - (left - 1) * most))
         part = _fullest([lengths[i] for i in rest], aim)
         parts.append([rest[i] for i in sorted(part)])
@@ -106,10 +105,10 @@ def _divide_at_waves(lengths: Sequence[int], most: int, wave: int, count: int) -
 
 
 def _fullest(lengths: Sequence[int], most: int) -> set[int]:
-    """Return the numbers of the lengths whose sum is closest to ``most`` from below.
+    """Return the indices of the lengths whose sum is closest to ``most`` from below.
 
-    Subset sum by the sums that can be reached, as bits of an integer. Of one length that alone is
-    more, it is the first.
+    Subset sum, with the reachable sums as bits of an integer. If every length exceeds ``most``, it
+    is the first.
     """
     reached = [1]
     for n in lengths:
@@ -123,7 +122,7 @@ def _fullest(lengths: Sequence[int], most: int) -> set[int]:
 
 
 def as_rows(lengths: Sequence[int]) -> PartShape | None:
-    """Return the shape of documents that can stay rows, or None."""
+    """Return the shape of documents that need not be packed, or None."""
     if len(set(lengths)) == 1 and lengths[0] % (ROUND // 2) == 0:
         return PartShape(len(lengths), lengths[0], 0, lengths[0])
     return None
@@ -135,7 +134,7 @@ class Buckets:
 
     Attributes:
         shapes: All of them, the largest first.
-        part_tokens: What a part is divided at.
+        part_tokens: Size in tokens at which parts are divided.
         wave: See `divide`.
     """
 
@@ -156,9 +155,9 @@ class Buckets:
 
         Args:
             steps: The lengths of each step's documents, in tokens.
-            width: Of the model's residual stream; decides what a further size may cost.
-            part_tokens: About how many tokens a part should have; `PART_TOKENS` if not given.
-            num_sms: Multiprocessors of the GPU; 0 where it has no part in the choice.
+            width: Width of the residual stream, which determines the price of a size.
+            part_tokens: Approximate tokens of a part; `PART_TOKENS` by default.
+            num_sms: Number of SMs of the GPU; 0 to ignore it.
         """
         most, wave = part_tokens or PART_TOKENS, wave_tokens(width, num_sms)
         parts = [[step[i] for i in part] for step in steps for part in divide(step, most, wave)]
@@ -169,7 +168,7 @@ class Buckets:
         tokens = Counter(_rounded(sum(part)) for part in parts)
         sizes = _sizes(tokens, PRICE / max(1, width))
         max_seqlen = _max_seqlen(max(map(max, parts)))
-        # What fills a part up are documents, too.
+        # Padding consists of documents as well.
         gaps = [next(n for n in sizes if n >= sum(part)) - sum(part) for part in parts]
         counts = [
             len(p) + len(fillers(gap, max_seqlen)) for p, gap in zip(parts, gaps, strict=True)
@@ -188,13 +187,13 @@ class Buckets:
         return self.shapes[-1]
 
     def divide(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Return the documents of a step, by number, in the parts that they are packed into."""
+        """Return the documents of a step, by index, for each part."""
         return divide(lengths, self.part_tokens, self.wave)
 
     def fit(self, lengths: Sequence[int]) -> PartShape:
         """Return the shape for a part of these documents.
 
-        A part that is larger than all of them, which no step of the run has, gets one of its own.
+        A part larger than all shapes, which no step of the run has, gets its own.
         """
         rows = as_rows(lengths)
         if rows is not None and rows in self.shapes:
@@ -203,10 +202,10 @@ class Buckets:
 
 
 def own_shape(lengths: Sequence[int]) -> PartShape:
-    """Return the shape of a part by itself, where there is no run to choose shapes for.
+    """Return the shape of a single part, outside of a run.
 
-    Packed rows are filled up to an eighth of the power of two below their length, so that there are
-    not many of these, either.
+    Packed rows are padded to an eighth of the power of two below their length, which limits the
+    number of shapes.
     """
     rows = as_rows(lengths)
     if rows is not None:
@@ -220,7 +219,7 @@ def own_shape(lengths: Sequence[int]) -> PartShape:
 
 
 def _fits(lengths: Sequence[int], shape: PartShape) -> bool:
-    """Whether the documents, and those that fill the part up, go into a part of this shape."""
+    """Whether the documents and the padding documents fit a part of this shape."""
     if not shape.documents or max(lengths) > shape.max_seqlen or sum(lengths) > shape.tokens:
         return False
     return (
@@ -230,19 +229,19 @@ def _fits(lengths: Sequence[int], shape: PartShape) -> bool:
 
 
 def fillers(tokens: int, max_seqlen: int) -> list[int]:
-    """Return the lengths of the documents that fill up a part: none longer than ``longest``."""
+    """Return the lengths of the documents that pad a part, at most ``max_seqlen`` each."""
     whole, rest = divmod(tokens, max_seqlen)
     return [max_seqlen] * whole + [rest] * (rest > 0)
 
 
 def _rounded(tokens: int) -> int:
-    # For very long parts, coarser: what is tried grows with the square of the number of counts.
+    # Coarser for very long parts: the search is quadratic in the number of counts.
     unit = max(ROUND, _power_of_two(tokens) // 64)
     return -(-tokens // unit) * unit
 
 
 def _max_seqlen(tokens: int) -> int:
-    """Return a length for which attention is compiled; what there is not costs it nothing."""
+    """Return a length to compile attention for; unused length costs nothing."""
     max_seqlen = ROUND
     while max_seqlen < tokens:
         max_seqlen *= 4
@@ -254,9 +253,9 @@ def _power_of_two(number: int) -> int:
 
 
 def _sizes(tokens: Counter[int], price: float) -> list[int]:
-    """Return the sizes, ascending, that waste least; at most `MOST_SIZES`."""
+    """Return the sizes, ascending, with the least padding; at most `MOST_SIZES`."""
     counts = sorted(tokens)
-    # best[k][j]: the least waste of the first j counts with k sizes, the last of them counts[j-1].
+    # best[k][j]: the least padding of the first j counts with k sizes, the last being counts[j-1].
     best: list[list[tuple[float, int]]] = [[(0.0, 0)] + [(float("inf"), 0)] * len(counts)]
     for _ in range(min(MOST_SIZES, len(counts))):
         row = [(float("inf"), 0)] * (len(counts) + 1)

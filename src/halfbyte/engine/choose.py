@@ -1,8 +1,8 @@
-"""Which engine makes a model's steps: `LayerEngine` where it computes what the model computes.
+"""Selection of the engine for a model: `LayerEngine` if it reproduces the model's loss.
 
-On a GPU all kernels of a step are compiled ahead, side by side, by a dry run of its parts
-(runtime/compile_ahead.py). A model whose loss `LayerEngine` does not reproduce trains under
-`AutogradEngine`, and the reason is announced.
+On a GPU all kernels of a step are compiled ahead in parallel, by a dry run of its parts
+(runtime/compile_ahead.py). A model whose loss `LayerEngine` does not reproduce is trained by
+`AutogradEngine`, and the reason is reported.
 """
 
 import logging
@@ -35,15 +35,15 @@ def choose_engine(
     lengths: Sequence[Sequence[int]] = (),
     state_bits: Literal[8, 32] | None = None,
 ) -> tuple[LayerEngine | AutogradEngine, str]:
-    """Return the engine for ``model`` and one line that says which, and why.
+    """Return the engine for ``model`` and a one-line description with the reason.
 
     Args:
         model: A model of ``models.build``, adapters attached.
         device: ``cpu`` or ``cuda``. On a GPU with kernels, layers are fused.
         graphs: Whether passes may be CUDA graphs there.
-        lengths: For each step of a run, the tokens of its documents: what these steps launch is
+        lengths: For each step of a run, the tokens of its documents; the kernels of these steps are
             compiled ahead.
-        state_bits: Of an optimizer's state, if its update is to be compiled with all else.
+        state_bits: Precision of the optimizer state, to compile its update as well.
     """
     on_gpu = device.startswith("cuda") and gpu_kernels() is not None
     vocabulary = int(model.config.get_text_config().vocab_size)
@@ -67,14 +67,14 @@ def probe(engine: LayerEngine, vocabulary: int, device: str) -> None:
         EngineError: If they differ by more than rounding, or the layers cannot be called.
     """
     got, wanted = _probe_losses(engine, vocabulary, device)
-    # Same products in the same dtype; only the order of sums differs.
+    # The same products in the same dtype; only the summation order differs.
     if not torch.allclose(got, wanted, rtol=1e-4 if engine.dtype == torch.float32 else 2e-2):
         raise EngineError(f"run layer by layer, the loss of a probe is {got:.6f}, not {wanted:.6f}")
 
 
 @torch.no_grad()
 def _probe_losses(engine: LayerEngine, vocabulary: int, device: str) -> tuple[Tensor, Tensor]:
-    """Return the loss of a few tokens as an engine computes it, and as its model does.
+    """Return the loss of a few tokens as computed by an engine and by its model.
 
     Raises:
         EngineError: If the layers cannot be called.
@@ -113,14 +113,14 @@ def compile_ahead(
     vocabulary: int | None = None,
     state_bits: Literal[8, 32] | None = None,
 ) -> None:
-    """Compile the kernels of steps side by side, if Triton has not compiled them before.
+    """Compile the kernels of steps in parallel, if they are not in Triton's cache.
 
-    What cannot be compiled so is compiled when it is launched.
+    Kernels that cannot be compiled ahead are compiled on launch.
 
     Args:
         engine: On a CPU there is nothing to compile.
         buckets: The shapes of parts.
-        vocabulary: Size of the vocabulary, if `probe` is to be compiled, too.
+        vocabulary: Size of the vocabulary, to compile the kernels of `probe` as well.
         state_bits: As in `choose_engine`.
     """
     if engine.model.device.type != "cuda":
@@ -142,7 +142,7 @@ def compile_ahead(
             if state_bits is not None and not ahead.needless:
                 _run_update(state_bits, engine.model.device)
     except (RuntimeError, EngineError) as error:
-        # CUDA's, torch's or the engine's: it is raised again where a result is wanted.
+        # An error of CUDA, torch or the engine is raised again when the result is needed.
         logger.info("kernels are compiled one by one, as a dry run failed: %s", error)
     finally:
         engine.passes.forget()
@@ -157,10 +157,10 @@ def compile_ahead(
 
 
 def _run_passes(engine: LayerEngine, shape: PartShape) -> None:
-    """Run two layers forward and backward, and the loss, as `LayerEngine.capture` will."""
+    """Run two layers forward and backward, and the loss, like `LayerEngine.capture`."""
     (layer_input,) = engine.embed([part_of_shape(shape, engine.model.device)])
     engine.passes.warm_up(layer_input, ActivationPolicy(len(engine.layers)), whole=False)
-    for supervised in {min(17, shape.numel), shape.numel}:  # pointers aligned, and not
+    for supervised in {min(17, shape.numel), shape.numel}:  # aligned and unaligned pointers
         engine.loss_and_grad(
             layer_input.x, part_of_shape(shape, engine.model.device, supervised), 1.0
         )

@@ -1,8 +1,8 @@
 """The passes over parts of known shapes, captured as CUDA graphs.
 
-Launched from Python, a pass of a 7B model is some thousand launches, and the GPU waits for the host
-below ten thousand tokens; captured ahead, it is one. What is captured is what is run without graphs
-(engine/forward_backward.py): there is no other code for it.
+Launched from Python, a pass of a 7B model is some thousand launches, and below ten thousand tokens
+the GPU waits for the host; a captured pass is one launch. The captured code is the same that runs
+without graphs (engine/forward_backward.py).
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from halfbyte.plan.policy import ActivationPolicy
 
 
 class _Captured(NamedTuple):
-    """Both passes over a part of one shape, their input and their output, which are static."""
+    """Both passes over a part of one shape, and their static input and output."""
 
     input: LayerInput
     output: Tensor
@@ -28,13 +28,13 @@ class _Captured(NamedTuple):
 class CapturedPasses:
     """Runs the passes over parts of known shapes as CUDA graphs.
 
-    All graphs share one pool of memory, and read from and write to the same few tensors: one part
-    is done when the next begins. So they take what the largest takes. It has to be captured first.
+    All graphs share one memory pool and the same static tensors, since a part is complete when the
+    next starts. So they take the memory of the largest, which must be captured first.
 
     Args:
-        passes: What is captured. Nothing in it may depend on what the host knows at the time.
-        parameters: What is trained. Gradients are added to the very tensors that ``.grad`` are
-            when a shape is captured; if they have been replaced since, no graph is used.
+        passes: The passes to capture. They must not depend on host state that changes.
+        parameters: The trained parameters. Gradients are added to the tensors that ``.grad`` holds
+            at capture; if these have been replaced, no graph is used.
     """
 
     def __init__(self, passes: Passes, parameters: Sequence[nn.Parameter]) -> None:
@@ -49,16 +49,16 @@ class CapturedPasses:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the static tensors; there are none before the first `to_static`."""
+        """Bytes of the static tensors, which the first `to_static` allocates."""
         return sum(tensor.nbytes for tensor in self._static.values())
 
     def forget(self) -> None:
-        """Let go of all graphs, and of their memory."""
+        """Free all graphs and their memory."""
         self._captured, self._static = {}, {}
         self._pool = torch.cuda.graph_pool_handle()
 
     def to_static(self, layer_input: LayerInput) -> LayerInput:
-        """Return the input with its tensors copied to where graphs read them."""
+        """Return the input with its tensors copied to the static tensors."""
         layer_args = tuple(
             self._static_view(f"layer argument {i}", t)
             for i, t in enumerate(layer_input.layer_args)
@@ -71,9 +71,9 @@ class CapturedPasses:
         """Capture the passes over a part.
 
         Args:
-            shape: Of the part; of no more tokens than any before.
-            static: The part, by `to_static`.
-            policy: What is kept.
+            shape: Shape of the part; at most as many tokens as any before.
+            static: The part, from `to_static`.
+            policy: The activation policy.
 
         Raises:
             RuntimeError: If they cannot be captured; nothing has been computed then.
@@ -82,8 +82,8 @@ class CapturedPasses:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         self._gradients = [parameter.grad for parameter in self._parameters]
-        # What eager steps left in the allocator's cache is of no use to the graphs' own pool, nor
-        # are the workspaces cuBLAS has in their stream.
+        # The graphs' own pool can use neither memory that eager steps left in the allocator's cache
+        # nor the cuBLAS workspaces of their stream.
         torch._C._cuda_clearCublasWorkspaces()
         output = self._static_view("y", static.x)
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
@@ -92,12 +92,12 @@ class CapturedPasses:
                 (hidden,) = self._passes.forward([static], policy)
                 output.copy_(hidden)
                 del hidden
-            # Nobody reads the last output any more: its gradient takes its place.
+            # The last output is not read again: its gradient overwrites it.
             with torch.cuda.graph(backward, pool=self._pool, capture_error_mode="thread_local"):
                 self._passes.backward([static], [output])
         except RuntimeError:
             self._passes.forget()
-            # torch's random numbers go on only after a capture that ends well.
+            # torch's random number generator is usable again only after a successful capture.
             with torch.cuda.graph(torch.cuda.CUDAGraph()):
                 torch.zeros(1, device="cuda").add_(1)
             raise
@@ -111,20 +111,20 @@ class CapturedPasses:
         return all(parameter.grad is grad for parameter, grad in pairs)
 
     def forward(self, shape: PartShape, layer_input: LayerInput) -> Tensor:
-        """As `Passes.forward`; the next part writes over the result."""
+        """`Passes.forward`; the result is overwritten by the next part."""
         captured = self._captured[shape]
         _copy(layer_input, captured.input)
         captured.forward.replay()
         return captured.output
 
     def backward(self, shape: PartShape, grad: Tensor) -> None:
-        """As `Passes.backward`, after `forward` of the same part."""
+        """`Passes.backward`, after `forward` of the same part."""
         captured = self._captured[shape]
         captured.output.copy_(grad)
         captured.backward.replay()
 
     def _static_view(self, name: str, like: Tensor) -> Tensor:
-        """Return a view of a static tensor, which is made as large as the first that asks."""
+        """Return a view of a static tensor, allocated with the size of the first request."""
         static = self._static.get(name)
         if static is None:
             static = self._static[name] = torch.zeros_like(like.detach()).flatten()

@@ -1,11 +1,11 @@
 """The forward and backward pass over the layers.
 
-    forward     layer by layer: what backward needs is kept, as an `ActivationPolicy` says
+    forward     layer by layer: keep tensors for backward according to an `ActivationPolicy`
     backward    last layer first: recompute what is missing, run the layer's own small autograd
-                graph, hand the gradient to the layer before
+                graph, pass the gradient to the previous layer
 
-Between them is the loss, whose shapes differ from step to step. The passes themselves have few
-shapes (engine/buckets.py), and can be captured as CUDA graphs (engine/cuda_graphs.py).
+The loss is computed in between, and its shapes differ from step to step. The passes themselves have
+few shapes (engine/buckets.py) and can be captured as CUDA graphs (engine/cuda_graphs.py).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,15 +34,15 @@ class Run(Protocol):
         read: bool,
         checkpoint: AttentionCheckpoint | None = None,
     ) -> Tensor:
-        """Return the layer's output [B, T, hidden]; ``read``: whether anybody reads its values."""
+        """Return the layer's output [B, T, hidden]; ``read``: whether its values are read."""
 
 
 class LayerInput(NamedTuple):
-    """A part on its way.
+    """A part, as passed to the layers.
 
     Attributes:
-        x: What goes into layer 0, [B, T, hidden].
-        layer_args: Tensors that layers are called with besides.
+        x: The input of layer 0, [B, T, hidden].
+        layer_args: Further tensor arguments of layers.
         run: Calls a layer.
     """
 
@@ -53,14 +53,14 @@ class LayerInput(NamedTuple):
 
 @dataclass
 class _Kept:
-    """What a layer left for one part.
+    """Tensors that a layer keeps for backward, for one part.
 
     Attributes:
         x: Its input, unless that is offloaded.
-        y: Where its output is in the autograd graph, if it is saved. Not the output itself: the
-            last layer's would stay for nothing.
-        lora_activations: What is not recomputed.
-        checkpoint: Its attention checkpoint, whose tensors are where x is.
+        y: The autograd edge of its output, if the layer is saved. Not the output itself, as the
+            last layer's would be kept unnecessarily.
+        lora_activations: x Aᵀ of its adapters, which is not recomputed.
+        checkpoint: Its attention checkpoint, whose tensors are offloaded together with x.
     """
 
     x: Tensor | None = None
@@ -69,7 +69,7 @@ class _Kept:
     checkpoint: AttentionCheckpoint | None = None
 
     def pop_tensors(self) -> list[Tensor]:
-        """Return the tensors to be offloaded, and let go of them."""
+        """Return the tensors to offload, and drop them here."""
         assert self.x is not None
         tensors, self.x = [self.x.detach()], None
         if self.checkpoint is not None:
@@ -78,7 +78,7 @@ class _Kept:
         return tensors
 
     def set_tensors(self, tensors: list[Tensor], *, requires_grad: bool) -> None:
-        """Take the tensors of `pop_tensors`; ``requires_grad``: whether the input does."""
+        """Restore the tensors of `pop_tensors`; ``requires_grad`` is that of the input."""
         x, *rest = tensors
         self.x = x.requires_grad_(requires_grad)
         if self.checkpoint is not None:
@@ -89,15 +89,15 @@ class Passes:
     """Runs both passes.
 
     Args:
-        trained: For each layer, what is trained in it.
+        trained: The trained parameters of each layer.
         first_trained: The first layer that backward has to reach.
-        entry_trained: Whether what goes into layer 0 wants a gradient.
-        weights: Makes the weights of layers ready.
+        entry_trained: Whether the input of layer 0 requires a gradient.
+        weights: Provides the weights of layers.
 
     Attributes:
-        weights: As given; another may be set between steps.
+        weights: As given; can be replaced between steps.
         before_layer: Called before each layer, in both passes, and by the engine before the loss;
-            not where CUDA graphs are replayed.
+            not when CUDA graphs are replayed.
     """
 
     def __init__(
@@ -163,10 +163,10 @@ class Passes:
         grads: list[Tensor],
         on_layer_backward: Callable[[int], None] | None = None,
     ) -> None:
-        """Turn gradients of `forward`'s outputs into those of its inputs, in place of them.
+        """Compute gradients of `forward`'s inputs from those of its outputs, in place.
 
-        The layers' own go to ``.grad`` of what is trained; ``on_layer_backward`` is called with a
-        layer's number when they are final.
+        Gradients of trained parameters are added to ``.grad``; ``on_layer_backward`` is called with
+        the index of a layer once its gradients are final.
         """
         self._prefetch(self.layers - 1)
         for index in reversed(range(self.first_trained, self.layers)):
@@ -196,7 +196,7 @@ class Passes:
                                 checkpoint=kept.checkpoint,
                             )
                     leaves = [x] * x.requires_grad + self._trained[index]
-                    # In this thread: one more would have a cuBLAS workspace of its own.
+                    # In this thread, as another would have its own cuBLAS workspace.
                     with torch.autograd.set_multithreading_enabled(False):
                         found = torch.autograd.grad(output, leaves, grads[i], allow_unused=True)
                     del output
@@ -210,30 +210,30 @@ class Passes:
                 on_layer_backward(index)
 
     def _restore(self, index: int, row: Sequence[_Kept]) -> None:
-        """Give the parts of a layer their tensors that were offloaded."""
+        """Restore the offloaded tensors of a layer's parts."""
         assert self._offloader is not None
         requires_grad = self.entry_trained or index > self.first_trained
         for kept, tensors in zip(row, self._offloader.get(index), strict=True):
             kept.set_tensors(tensors, requires_grad=requires_grad)
 
     def warm_up(self, layer_input: LayerInput, policy: ActivationPolicy, *, whole: bool) -> None:
-        """Run both passes on a part, with gradients of zero.
+        """Run both passes on a part, with zero gradients.
 
-        So a capture finds every kernel compiled, the addresses of every layer's weights on the
-        device and, where layers are offloaded, host memory allocated.
+        After it, every kernel is compiled, the addresses of all weights are on the device and, if
+        layers are offloaded, host memory is allocated, as capture requires.
 
         Args:
             layer_input: The part.
-            policy: What is kept.
-            whole: Whether to run all layers. Once that was done, two show what is new of another
-                shape: the first, whose input may want no gradient, and another, recomputed and, if
-                any are, saved.
+            policy: The activation policy.
+            whole: Whether to run all layers. After that, two layers suffice for another shape: the
+                first, whose input may not require a gradient, and another, recomputed and, if the
+                policy saves any, saved.
         """
         if whole or self.first_trained or self.layers <= 2:
             self._run(layer_input, policy)
             return
         few = Passes(self._trained[:2], 0, self.entry_trained, self.weights)
-        for saved in {0, min(2, policy.saved)}:  # saved ones may be more than there is room for
+        for saved in {0, min(2, policy.saved)}:  # saving more might not fit into memory
             few._run(layer_input, ActivationPolicy(saved))
 
     def _run(self, layer_input: LayerInput, policy: ActivationPolicy) -> None:
@@ -243,7 +243,7 @@ class Passes:
         self.backward([layer_input], [grad])
 
     def forget(self) -> None:
-        """Let go of what `forward` has kept; for when no `backward` will follow."""
+        """Free what `forward` has kept, if no `backward` follows."""
         self._kept = []
         self._offloader = None
 
@@ -253,7 +253,7 @@ class Passes:
 
 
 def _accumulate(gradients: Mapping[Tensor, Tensor | None]) -> None:
-    """Add gradients to ``.grad``: those of a layer together, where autograd would go one by one."""
+    """Add gradients to ``.grad``, all of a layer in one operation instead of one by one."""
     olds, news = [], []
     for parameter, new in gradients.items():
         if new is None:

@@ -1,34 +1,32 @@
-"""The layer engine: we own the loop over a decoder's layers.
+"""The layer engine: an explicit loop over a decoder's layers.
 
-A decoder is a list of layers. On a GPU, layers that are known (layers/decoder_layer.py) are run
-fused; then the examples of a step are packed into a few parts (engine/packing.py), which go through
-forward, loss and backward one after the other, as CUDA graphs where they can be captured
-(engine/forward_backward.py). So memory is that of a part, whatever the step. Elsewhere every
-micro-batch of an optimizer step passes through layer l before any goes through layer l + 1
-(layer-major accumulation). With either,
+On a GPU, supported layers (layers/decoder_layer.py) are run fused, and the examples of a step are
+packed into a few parts (engine/packing.py), which go through forward, loss and backward one after
+the other, as CUDA graphs if they can be captured (engine/forward_backward.py). So memory depends on
+the size of a part, not of a step. Otherwise every micro-batch of an optimizer step passes through
+layer l before any passes through layer l + 1 (layer-major accumulation). In both cases,
 
     forward    for l: decode layer l's weights once; for each micro-batch: run it; keep the layer's
-               input and, on a GPU, x Aᵀ of its adapters, or all that its backward needs
+               input and, on a GPU, x Aᵀ of its adapters, or everything its backward needs
     loss       for each micro-batch: final norm and head over its supervised positions only
     backward   for l, last first: decode once; for each micro-batch: recompute what is missing, run
-               the layer's own small autograd graph, hand the gradient to the layer before
+               the layer's own small autograd graph, pass the gradient to the previous layer
 
-A module that is trained whole gets its gradient where it stands: norms within their layer's graph,
-the head from the loss, the embedding from a graph around the decoder's entry.
+Modules that are trained in full get their gradients in place: norms within their layer's graph, the
+head from the loss, the embedding from a graph around the decoder's input.
 
-What is kept is chosen layer by layer to fit a memory budget (`ActivationPolicy`), last of all the
-decoded weights themselves. The arithmetic is the same under every policy, and so are the results,
-bit for bit.
+Which tensors are kept is chosen per layer to fit a memory budget (`ActivationPolicy`); decoded
+weights come last. Results are bit-identical under every policy, since the arithmetic is the same.
 
-It works for any transformers decoder: the decoder is run with its layers stubbed, which records
-the keyword arguments (masks, positions, rotary tables) each layer would be called with; then the
-layers are called with them, here. Before the engine is used, its loss on a few tokens is compared
-with the model's own (engine/choose.py).
+Any transformers decoder is supported: it is run with its layers stubbed, which records the keyword
+arguments (masks, positions, rotary tables) of each layer, and then the layers are called with these
+here. Before the engine is used, its loss on a few tokens is compared with the model's own
+(engine/choose.py).
 
-What is minimised is an `Objective` (engine/objective.py): cross entropy, until another is set.
+Steps minimise an `Objective` (engine/objective.py), cross entropy by default.
 
-Right padding needs no mask: with causal attention a position never sees what comes after it, and
-the padding's own positions are not supervised.
+Right padding needs no mask: with causal attention no position attends to later ones, and padding
+positions are not supervised.
 """
 
 from collections.abc import Callable, Sequence
@@ -61,18 +59,18 @@ from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.quant import QuantizedWeight
 from halfbyte.runtime.device import is_out_of_memory
 
-# Lengths of rows whose rotary tables are kept: one of 2048 tokens takes 1 MB, and data that cannot
-# be packed may have as many lengths.
+# Number of row lengths whose rotary tables are cached: a table of 2048 tokens takes 1 MB, and data
+# that cannot be packed may have as many lengths.
 _MOST_TABLES = 16
 _FINAL_NORMS = ("norm", "final_layernorm", "ln_f", "final_layer_norm", "final_norm")
 
 
 class EngineError(Exception):
-    """The model's layers cannot be called one by one; says why."""
+    """The model's layers cannot be called one by one; the message says why."""
 
 
 class _Stop(Exception):
-    """Raised by the last stub: what follows the layers is not run."""
+    """Raised by the last stub, to skip everything after the layers."""
 
 
 class LayerEngine:
@@ -80,28 +78,28 @@ class LayerEngine:
 
     Args:
         model: A model of ``models.build``, adapters attached.
-        fuse: Whether to run layers with the fused operations of layers/decoder_layer.py, if it
-            knows all.
+        fuse: Whether to run layers with the fused operations of layers/decoder_layer.py, if all are
+            supported.
         graphs: Whether passes may be captured as CUDA graphs.
 
     Attributes:
-        tuple_output: Whether layers return tuples; the probe finds out (engine/choose.py).
-        fused: How many layers are run fused: all or none.
+        tuple_output: Whether layers return tuples; set by the probe (engine/choose.py).
+        fused: Number of fused layers: all or none.
         width: The width of the residual stream.
         dtype: The dtype of activations and products.
-        decoded_bytes: What the decoded weights of a layer take; 0 where they are not packed.
-        trained: For each layer, the parameters that are trained in it.
-        objective: What steps minimise.
+        decoded_bytes: Size of a layer's decoded weights; 0 if they are not packed.
+        trained: The trained parameters of each layer.
+        objective: The objective that steps minimise.
         buckets: The shapes of parts, if a run has chosen any.
-        max_seqlen: Tokens of the longest document that will come, where that is known: a run with
-            one that is longer than an attention window is not packed.
-        on_layer_backward: Called with a layer's number and the loss when the layer's gradients are
-            final, while those below it are still to come. With it there are no CUDA graphs.
-        on_phase: Called with ``forward``, ``loss`` and ``backward`` as a step comes to each.
-        messages: Messages for a person; whoever logs them empties the list.
+        max_seqlen: Tokens of the longest document of a run, if known: if it is longer than an
+            attention window, the run is not packed.
+        on_layer_backward: Called with a layer's index and the loss once the layer's gradients are
+            final, before backward of the layers below. Disables CUDA graphs.
+        on_phase: Called with ``forward``, ``loss`` and ``backward`` when a step starts each.
+        messages: Messages for the user; cleared by the code that logs them.
 
     Raises:
-        EngineError: If the decoder's layers, final norm or head are not where they should be.
+        EngineError: If the decoder's layers, final norm or head cannot be identified.
     """
 
     name = "layer engine"
@@ -141,7 +139,7 @@ class LayerEngine:
         self.linears = [list(frozen_linears(layer).values()) for layer in self.layers]
         packed = (linear.quantized for linear in self.linears[-1])
         self.decoded_bytes = self.dtype.itemsize * sum(q.numel for q in packed if q is not None)
-        # Nothing before the lowest trained layer wants a gradient: backward ends there.
+        # Nothing before the lowest trained layer requires a gradient: backward ends there.
         trained = [[p for p in layer.parameters() if p.requires_grad] for layer in self.layers]
         after_entry = {*lists[0].parameters(), *self.norm.parameters()}
         self.entry_trained = any(
@@ -170,7 +168,7 @@ class LayerEngine:
             self._graphs, self.why_no_graphs = None, why
 
     def _why_not_captured(self) -> str:
-        """Return what the host does anew in each step, so that passes cannot be captured, or ""."""
+        """Return why passes cannot be captured (host work in each step), or ""."""
         if not self._fused:
             return "its layers are not fused"
         if self._drops:
@@ -182,7 +180,7 @@ class LayerEngine:
         return ""
 
     def summary(self) -> str:
-        """Return how steps are run, for a person."""
+        """Return a description of how steps are run, for the user."""
         message = f"layer engine over {len(self.layers)} layers"
         if self.fused:
             message += ", fused"
@@ -198,32 +196,32 @@ class LayerEngine:
 
     @property
     def num_graphs(self) -> int:
-        """How many shapes of parts are CUDA graphs."""
+        """Number of shapes captured as CUDA graphs."""
         return 0 if self._graphs is None else len(self._graphs)
 
     def stop_capturing(self, why: str) -> None:
-        """Use no CUDA graphs from now on."""
+        """Disable CUDA graphs."""
         if self._graphs is not None:
             self.forget_graphs()
             self._graphs, self.why_no_graphs = None, why
             self.messages.append(f"no CUDA graphs from here on: {why}")
 
     def forget_graphs(self) -> None:
-        """Let go of all graphs that were captured, and of their memory."""
+        """Free all captured graphs and their memory."""
         if self._graphs is not None and self._graphs.nbytes:
             self._graphs.forget()
             torch.cuda.empty_cache()
 
     @property
     def packs(self) -> bool:
-        """Whether the documents of a step are packed, whatever micro-batches they came in."""
+        """Whether the documents of a step are packed, across micro-batches."""
         if not self._fused or self._drops or not self.objective.separable:
             return False
         flash = can_pack(self.dtype, self.model.device, self._fused[0].head_dim)
         return flash and self._sees_all(self.max_seqlen)
 
     def keep_decoded(self, layers: int) -> None:
-        """Keep the weights of the last ``layers`` layers decoded from now on."""
+        """Keep the weights of the last ``layers`` layers decoded."""
         if layers == self._decoded:
             return
         self._decoded = layers
@@ -232,7 +230,7 @@ class LayerEngine:
 
     @property
     def weights(self) -> WeightProvider:
-        """What makes the weights of layers ready; another may be set between steps."""
+        """The provider of the layers' weights; can be replaced between steps."""
         return self.passes.weights
 
     @weights.setter
@@ -242,7 +240,7 @@ class LayerEngine:
 
     @property
     def head_weight(self) -> Tensor | QuantizedWeight:
-        """The output head's weight [V, H], as it is held."""
+        """The output head's weight [V, H], packed or not."""
         packed = self.head.quantized if isinstance(self.head, FrozenHead) else None
         if packed is not None:
             return packed
@@ -254,15 +252,15 @@ class LayerEngine:
 
         Args:
             batches: The step's micro-batches.
-            normaliser: What the loss is divided by: ``objective.count_terms(batches)``.
-            policy: What is kept for backward.
+            normaliser: Divisor of the loss: ``objective.count_terms(batches)``.
+            policy: The activation policy.
 
         Returns:
             The loss: float32 scalar on the device, summed over parts and divided.
         """
         parts = self.make_parts(batches, self.objective)
         total = torch.zeros((), dtype=torch.float32, device=self.model.device)
-        # Packed parts go one after the other, micro-batches through each layer together.
+        # Packed parts run one after the other, micro-batches together layer by layer.
         together = [[part] for part in parts] if self._packed(parts) else [parts]
         for number, group in enumerate(together, start=1):
             self._forward_backward(group, normaliser, policy, total, last=number == len(together))
@@ -299,7 +297,7 @@ class LayerEngine:
         if graphs is not None:
             graphs.backward(shape, grads[0])
             return
-        del hidden, x, grad  # the passes let go of theirs, layer by layer
+        del hidden, x, grad  # the passes free theirs layer by layer
         entries = [layer_input.x for layer_input in layer_inputs] if self.entry_trained else []
         done = self.on_layer_backward if last else None
         self.passes.backward(
@@ -313,12 +311,11 @@ class LayerEngine:
     ) -> None:
         """Capture the passes over parts of every planned shape as CUDA graphs, the largest first.
 
-        Everything that a step runs is compiled by that, too. Gradients must be zero, and still are
-        then.
+        This also compiles every kernel of a step. Gradients must be zero, and are still zero after.
 
         Args:
-            policy: What is kept for backward.
-            progress: Called with (done, total): each shape is compiled, and captured.
+            policy: The activation policy.
+            progress: Called with (done, total); each shape is compiled and captured.
 
         Raises:
             torch.OutOfMemoryError: If there is too little memory.
@@ -329,12 +326,12 @@ class LayerEngine:
         self.forget_graphs()
         shapes, progress = self.buckets.shapes, progress or (lambda done, total: None)
         try:
-            # All are compiled before the first is captured: compiling takes memory, too, which
-            # graphs do not take yet.
+            # All shapes are compiled before the first is captured, because compiling takes memory
+            # as well, before graphs hold theirs.
             for number, shape in enumerate(shapes):
                 static = graphs.to_static(self.embed([part_of_shape(shape, self.model.device)])[0])
                 self.passes.warm_up(static, policy, whole=number == 0)
-                for supervised in {min(17, shape.numel), shape.numel}:  # aligned and not
+                for supervised in {min(17, shape.numel), shape.numel}:  # aligned and unaligned
                     self.loss_and_grad(
                         static.x, part_of_shape(shape, self.model.device, supervised), 1.0
                     )
@@ -350,7 +347,7 @@ class LayerEngine:
                     return
                 progress(len(shapes) + number, 2 * len(shapes))
         finally:
-            for parameter in self.model.parameters():  # the loss adds to a head that is trained
+            for parameter in self.model.parameters():  # the loss adds to the grad of a trained head
                 if parameter.grad is not None:
                     parameter.grad.zero_()
 
@@ -360,7 +357,7 @@ class LayerEngine:
 
         Args:
             batches: Micro-batches, as of a step.
-            objective: Whose loss; that of tokens, whatever steps minimise, if it is not given.
+            objective: The objective to evaluate; by default cross entropy, whatever steps minimise.
         """
         parts = self.make_parts(batches, objective)
         layer_inputs = self.embed(parts)
@@ -382,7 +379,7 @@ class LayerEngine:
         normaliser: float,
         objective: Objective = CROSS_ENTROPY,
     ) -> tuple[Tensor, Tensor]:
-        """Return the loss of a part, divided, and its gradient by the last layer's output."""
+        """Return the loss of a part, divided, and its gradient w.r.t. the last layer's output."""
         rows = hidden.flatten(0, 1).index_select(0, part.rows).requires_grad_()
         loss = self._loss_of_rows(rows, part, objective) / normaliser
         loss.backward()  # type: ignore[no-untyped-call]
@@ -410,7 +407,7 @@ class LayerEngine:
     def make_parts(
         self, batches: Sequence[Batch], objective: Objective = CROSS_ENTROPY
     ) -> list[PackedBatch]:
-        """Return the parts of a step, on the device, with what an objective needs of them."""
+        """Return the parts of a step on the device, with the inputs of an objective."""
         pack = self.packs and objective.separable
         if self._fused and not self._sees_all(max(lengths_of(batches))):
             pack = False
@@ -426,28 +423,28 @@ class LayerEngine:
         )
 
     def part_sizes(self, lengths: Sequence[int]) -> list[int]:
-        """Return the tokens of the parts that documents of these lengths are packed into."""
+        """Return the tokens of each part that documents of these lengths are packed into."""
         if self.buckets is None:
             return [own_shape([lengths[i] for i in part]).numel for part in divide(lengths)]
         parts = self.buckets.divide(lengths)
         return [self.buckets.fit([lengths[i] for i in part]).numel for part in parts]
 
     def _sees_all(self, max_seqlen: int) -> bool:
-        """Return whether attention of fused layers sees all of a document of so many tokens."""
+        """Return whether a document of ``max_seqlen`` tokens fits the layers' attention windows."""
         return all(max_seqlen <= (layer.window or max_seqlen) for layer in self._fused)
 
     def _packed(self, parts: Sequence[PackedBatch]) -> bool:
-        """Return whether parts were packed, so that they are independent of micro-batches."""
+        """Return whether parts were packed, i.e. do not correspond to micro-batches."""
         max_seqlen = max(p.max_seqlen if p.documents is None else 0 for p in parts)
         return self.packs and self._sees_all(max_seqlen)
 
     def embed(self, parts: Sequence[PackedBatch]) -> list[LayerInput]:
-        """Return the parts as they enter layer 0."""
+        """Return the inputs of layer 0 for each part."""
         if self._fused and (
             self._packed(parts) or self._sees_all(max(p.max_seqlen for p in parts))
         ):
             return [self._fused_input(i, part) for i, part in enumerate(parts)]
-        # The arguments depend on the shape of the micro-batch alone, so equal shapes share them.
+        # The arguments depend only on the shape of the micro-batch, so equal shapes share them.
         by_shape: dict[tuple[int, ...], list[dict[str, Any]]] = {}
         layer_inputs = []
         for i, part in enumerate(parts):
@@ -481,7 +478,7 @@ class LayerEngine:
         tables = self._rotary_tables(x, part)
         layer_args = tables if part.documents is None else (*tables, part.documents.cu_seqlens)
 
-        # Not `self`: what is captured is kept by the engine, and a cycle keeps its memory too long.
+        # Not `self`: the engine keeps captures, and a reference cycle would delay freeing memory.
         clock, layers, max_seqlen = self.clock, self._fused, part.max_seqlen
 
         def run(

@@ -1,12 +1,12 @@
-"""How much memory there is, and which activation policy fits into it.
+"""Available memory, and the activation policy that fits into it.
 
-Keeping what a layer's backward needs costs memory; recomputing the layer costs time (a third of
-the matrix products of a step). The choice is made layer by layer, from measured bytes
-(``engine.memory_profile``; on a CPU, one layer is run once on the largest micro-batch and what
-autograd keeps is counted), added up by ``plan.policy.peak``. On a GPU the inputs of recomputed
-layers may wait in host memory. Where all layers keep their activations there and memory is left,
-layers keep their decoded weights as well, from step to step. A byte of these buys less: of a 7B
-model on an H100 a gigabyte saves 0.9 ms a step, one of activations 4 (gpu_step_final.json: 2 % of
+Keeping a layer's activations for backward costs memory; recomputing them costs time (a third of the
+matrix products of a step). The choice is made layer by layer, from measured bytes
+(``engine.memory_profile``; on a CPU, one layer is run once on the largest micro-batch, counting
+what autograd saves), added up by ``plan.policy.peak``. On a GPU the inputs of recomputed layers can
+be offloaded to host memory. If all layers keep their activations on the GPU and memory is left,
+layers also keep their decoded weights across steps. That saves less time per byte: for a 7B model
+on an H100 a gigabyte of it saves 0.9 ms a step, one of activations 4 (gpu_step_final.json: 2 % of
 535 ms for 12.5 GB; gpu_step_notes.json and gpu_step_forms.json: 541 and 430 ms with 6 and 33.8 GB).
 """
 
@@ -37,17 +37,17 @@ from halfbyte.quant import QuantizedWeight
 from halfbyte.runtime import device as devices
 from halfbyte.runtime.malloc import give_back
 
-# Without a budget, this part of the memory that is free when training starts may be used.
+# Without a budget, this share of the memory that is free when training starts may be used.
 FREE_SHARE = 0.8
 
-# A budget is never exceeded, and predictions on a GPU were up to 2 % low (gpu_step_offload.json).
+# Budgets must not be exceeded, and predictions on a GPU were up to 2 % low (gpu_step_offload.json).
 MARGIN = 1.03
 
-# So much of the host's free memory may hold the inputs of recomputed layers, page-locked.
+# Share of the host's free memory for page-locked inputs of recomputed layers.
 HOST_SHARE = 0.5
 
 
-# Steps as they come from the data: (B, T) of each micro-batch.
+# Shapes of a run's steps: (B, T) of each micro-batch.
 Shapes = Sequence[Sequence[tuple[int, int]]]
 
 
@@ -56,17 +56,17 @@ class MemoryPlan:
     """The policy of a run, and the memory it is predicted to take.
 
     Attributes:
-        policy: What is kept for backward.
-        layers: All layers; 0 where that is up to transformers.
-        saved_bytes: What a saved layer keeps of what goes through the layers together.
+        policy: The activation policy.
+        layers: Number of layers; 0 if transformers does the checkpointing.
+        saved_bytes: Bytes that a saved layer keeps for a part or the micro-batches of a step.
         budget: Bytes the process (on a GPU: the device) may use.
-        predicted_bytes: Estimated peak of what is allocated.
-        reserved_bytes: Estimated peak of what there must be room for.
-        host_bytes: What waits in page-locked host memory.
-        room: On a CPU, the most that is taken between two layers.
+        predicted_bytes: Estimated peak of allocated memory.
+        reserved_bytes: Estimated peak of reserved memory.
+        host_bytes: Bytes offloaded to page-locked host memory.
+        room: On a CPU, the maximum taken between two layers.
         used: Bytes in use before the first step.
-        state_off_device: Bytes of optimizer state that are not counted, because they can leave.
-        cost: What it was added up from.
+        state_off_device: Bytes of optimizer state not counted, because they can be paged out.
+        cost: The costs it was computed from.
     """
 
     policy: ActivationPolicy
@@ -82,7 +82,7 @@ class MemoryPlan:
     cost: StepCost | None = None
 
     def summary(self) -> str:
-        """Return a summary for a person."""
+        """Return a summary for the user."""
         if not self.layers:
             return "what is kept for backward is up to transformers' checkpointing"
         policy, recomputed = self.policy, self.layers - self.policy.saved
@@ -110,7 +110,7 @@ def used_memory(device: str) -> int:
 
 
 def peak_memory(device: str) -> int:
-    """Return the highest number of bytes that were in use at once."""
+    """Return the peak of the bytes in use."""
     if device == "cuda":
         return int(torch.cuda.max_memory_allocated())
     # Not getrusage's ru_maxrss, which a process inherits from the one that started it.
@@ -121,7 +121,7 @@ def peak_memory(device: str) -> int:
 
 
 def free_memory(device: str) -> int:
-    """Return the bytes that could still be taken; on a GPU, what torch has cached included."""
+    """Return the bytes still available; on a GPU including torch's cache."""
     if device == "cuda":
         cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return int(torch.cuda.mem_get_info()[0] + cached)
@@ -133,10 +133,10 @@ def free_memory(device: str) -> int:
 
 @contextmanager
 def memory_limit(device: str, budget: int | None) -> Iterator[None]:
-    """Have torch take at most ``budget`` bytes of a GPU inside, its cache included.
+    """Limit torch to ``budget`` bytes of a GPU inside the context, including its cache.
 
-    What would be more is out of memory, though the card had it: before the first step a smaller
-    part is tried then, in a step there is a ladder (``Trainer.fall_back``).
+    Exceeding it is out of memory, even if the GPU has more: before the first step a smaller part is
+    tried, during a step the fallbacks of ``Trainer.fall_back``.
     """
     if device != "cuda" or budget is None:
         yield
@@ -161,21 +161,21 @@ def plan_memory(
     """Choose the policy of a run.
 
     Args:
-        engine: What will run the steps, its ``buckets`` chosen, gradients there and the optimizer's
-            state not.
+        engine: The engine that will run the steps, with ``buckets`` chosen and gradients allocated,
+            but not the optimizer state.
         shapes: For each optimizer step of the run, the (B, T) of its micro-batches.
         activations: ``save``, ``recompute``, ``offload``, or ``auto`` for what fits.
-        memory_budget: Bytes in all, or None for most of what is free.
+        memory_budget: Total bytes, or None for most of the free memory.
         device: ``cpu`` or ``cuda``.
-        state_bytes: What the optimizer's state will take on the device; AdamW's two moments in
-            float32, if not given.
+        state_bytes: Size of the optimizer state on the device; by default AdamW's two moments in
+            float32.
 
     Raises:
-        ConfigError: If the budget is too small for the activations that were asked for, with
-            ``auto`` even when every layer is recomputed; says the least that would do.
+        ConfigError: If the budget is too small for the requested activations, with ``auto`` even if
+            every layer is recomputed; the message says the minimum.
     """
     if device == "cpu":
-        give_back()  # what loading has left
+        give_back()  # free memory left over from loading
     used = used_memory(device)
     budget = memory_budget or int(used + FREE_SHARE * free_memory(device))
     if isinstance(engine, AutogradEngine):
@@ -188,7 +188,7 @@ def plan_memory(
         beside = state_bytes + int(OVERHEAD["cuda"]) * engine.captures
     else:
         cost = _cost_on_cpu(engine, shapes)
-        # A gradient is new before it is added: the widest of those trained whole, in two copies.
+        # A gradient is a temporary before it is added: the largest of those trained in full, twice.
         whole = [p.nbytes for m in engine.model.modules() for p in trained_whole(m).values()]
         beside = state_bytes + 2 * max(whole, default=0)
         beside += int(TOUCHED_LATER) + product_bytes(shapes, engine.dtype.itemsize)
@@ -198,7 +198,7 @@ def plan_memory(
 
 
 def _largest(engine: LayerEngine, shapes: Shapes, device: str) -> list[PackedBatch]:
-    """Return what goes through the layers together when that is most."""
+    """Return the largest part, or the largest micro-batches of a step."""
     if engine.packs and engine.buckets is not None:
         shape = engine.buckets.largest
         return [part_of_shape(shape, device, supervised=shape.numel)]
@@ -216,7 +216,7 @@ def _cost_on_cpu(engine: LayerEngine, shapes: Shapes) -> StepCost:
     saved, kept = saved_bytes(engine, layer_input)
     share = FRAGMENTATION["cpu"] * tokens_per_step / tokens
     stream = int(kept * share)
-    # The loss: two copies of a chunk of logits, what goes into them, its gradient.
+    # The loss: two copies of a chunk of logits, their input, its gradient.
     head = engine.head_weight
     vocabulary, packed = head.shape[0], isinstance(head, QuantizedWeight)
     rows = min(tokens, max(16, CHUNK_BYTES["cpu"] // (4 * vocabulary)))
@@ -232,7 +232,7 @@ def _cost_on_cpu(engine: LayerEngine, shapes: Shapes) -> StepCost:
         attention_part=0,
         forward=0,
         forward_saved=0,
-        # One layer of the widest micro-batch alive, and its gradients.
+        # One layer of the widest micro-batch, and its gradients.
         backward=max(0, 2 * saved - stream),
         saved_part=0,
         loss=chunks + 3 * kept,
@@ -243,10 +243,10 @@ def _cost_on_cpu(engine: LayerEngine, shapes: Shapes) -> StepCost:
 
 @dataclass(frozen=True)
 class _Planner:
-    """Chooses a policy: as many layers are saved as fit, others offloaded where that helps.
+    """Chooses a policy: as many layers are saved as fit, others are offloaded if that helps.
 
-    Decoded weights stay where all activations do, and only within the budget: they are never asked
-    for.
+    Decoded weights are kept only if all activations are, and only within the budget; users cannot
+    request it.
     """
 
     cost: StepCost
@@ -267,7 +267,7 @@ class _Planner:
             base + step.allocated,
             base + step.reserved,
             self.cost.host_bytes(policy),
-            # On a CPU, between two layers: one is saved, or in backward.
+            # On a CPU, between two layers: one is saved, or runs backward.
             room=self.cost.saved + step.allocated - self.cost.kept(policy),
             used=self.used,
             cost=self.cost,
@@ -306,7 +306,7 @@ class _Planner:
         )
 
     def choices(self, activations: str) -> list[MemoryPlan]:
-        """Return the plans to choose from, decoded weights aside."""
+        """Return the candidate plans, without decoded weights."""
         layers, attention = self.cost.layers, self.cost.attention > 0
         saved = {"save": [layers], "auto": range(layers + 1), "recompute": [0], "offload": []}
         plans = [self.of(ActivationPolicy(count)) for count in saved[activations]]
@@ -317,7 +317,7 @@ class _Planner:
         return plans
 
     def with_decoded(self, plan_of_all: MemoryPlan) -> MemoryPlan:
-        """Return the plan with as many decoded layers as fit beside all activations."""
+        """Return the plan with as many decoded layers as fit in addition to all activations."""
         layers = self.cost.layers
         counts = range(layers, 0, -1) if self.cost.decoded and self.device == "cuda" else ()
         more = (self.of(ActivationPolicy(layers, decoded=count)) for count in counts)
@@ -330,30 +330,30 @@ def _preference(plan: MemoryPlan) -> tuple[int, int, bool]:
 
 
 class HeapTrimmer:
-    """Gives the heap's holes back before a layer that might pass what was promised; on a CPU.
+    """On a CPU, trims the heap before a layer that might exceed the predicted memory.
 
-    What is predicted counts some holes, and a run of many lengths makes more of them the longer it
-    lasts. It is held to the prediction and a little, and to the budget. Pages that were given back
-    are faulted in anew, which shows only far below: a step of SmolLM2 that was held to nine tenths
-    of what it would have taken took a fifth longer.
+    The prediction includes some fragmentation, but over a run of many lengths it increases. Memory
+    is limited to the budget, and to slightly above the prediction. Trimmed pages are faulted in
+    again, which matters only far below the prediction: a step of SmolLM2 limited to nine tenths of
+    the memory it would have taken took a fifth longer.
     """
 
     def __init__(self, plan: MemoryPlan) -> None:
         self._ceiling = min(plan.budget, int(MARGIN * plan.predicted_bytes)) - plan.room
 
     def __call__(self) -> None:
-        """Look, and give back if need be."""
+        """Check memory use, and trim if necessary."""
         if used_memory("cpu") > self._ceiling:
             give_back()
 
 
 def keep_few_products(steps: Sequence[Sequence[tuple[int, int]]]) -> None:
-    """Tell oneDNN how many compiled products to keep; before its first, and unless a user has.
+    """Limit oneDNN's cache of compiled products, before its first use, unless the user has.
 
-    It keeps one for each shape it has met, 1024 of them, and on a CPU a run of examples of many
-    lengths fills that: 8 steps of 8 lengths took 2.65 GB so, 2.37 with 256, in the same time
-    (2026-11-24_cpu_onednn_cache.json). With too few, a step compiles its own again and again.
-    torch keeps as many once more for itself, which saves no time where oneDNN has them: 600 kB a
+    It caches one per shape, up to 1024, and on a CPU a run with examples of many lengths fills it:
+    8 steps of 8 lengths took 2.65 GB, and 2.37 with 256 entries, in the same time
+    (2026-11-24_cpu_onednn_cache.json). With too few entries, a step recompiles its products.
+    torch has a cache of the same size, which saves no time if oneDNN has the product: 600 kB per
     product with both, 310 with one (2026-11-24_cpu_memory.json).
 
     Args:

@@ -1,8 +1,8 @@
-"""What a step will take of a GPU's memory, measured on one layer before the first step.
+"""The GPU memory of a step, measured on one layer before the first step.
 
-A layer is a layer: what one keeps, and what its backward has alive at the worst moment, the others
-do too. So one layer is run forward and backward on the largest part, and so is the loss, while the
-allocator watches its peak. ``plan.policy.peak`` adds up what all layers take under a policy.
+All layers keep the same amount of memory, and their backwards have the same peak. So one layer is
+run forward and backward on the largest part, and so is the loss, while the allocator records its
+peak. ``plan.policy.peak`` adds up the memory of all layers under a policy.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,11 +22,11 @@ from halfbyte.runtime import device as devices
 
 
 def measured_cost(engine: LayerEngine, parts: Sequence[PackedBatch]) -> StepCost:
-    """Measure what goes through the layers together: a packed part, or the micro-batches of a step.
+    """Measure a packed part, or the micro-batches of a step, which run through layers together.
 
-    Gradients of what is trained must be there already; they are left as they were.
+    Gradients of trained parameters must be allocated; their values do not change.
     """
-    # The loss adds to those of a head or a norm that is trained whole.
+    # The loss adds to those of a head or norm that is trained in full.
     gradients = [(p, p.grad) for p in engine.model.parameters() if p.requires_grad]
     for parameter, _ in gradients:
         parameter.grad = None
@@ -68,7 +68,7 @@ def _measured(engine: LayerEngine, parts: Sequence[PackedBatch]) -> StepCost:
         return engine.loss_and_grad(layer_input.x.detach(), part, 1.0)
 
     with acquired(engine.weights, index) as lora_cache:
-        backward()  # the first time, kernels are compiled and buffers made
+        backward()  # the first call compiles kernels and allocates buffers
         loss_and_grad()
         lora_cache.record()
         in_forward = _peak(forward)
@@ -80,7 +80,7 @@ def _measured(engine: LayerEngine, parts: Sequence[PackedBatch]) -> StepCost:
             forward(checkpoint)
         attention = sum(x.nbytes for x in checkpoint.tensors)
     saved = [saved_bytes(engine, p)[0] for p in layer_inputs]
-    # Where base and adapters are multiplied together, copies of these are kept, by no hook seen.
+    # Fused products of base and adapters keep cast copies of the adapters, invisible to hooks.
     copies = layer_input.x.itemsize * sum(p.numel() for p in trained) if lora else 0
     stream, own = sum(p.x.nbytes for p in layer_inputs), layer_input.x.nbytes
     saved_part = saved[largest] - own
@@ -89,12 +89,12 @@ def _measured(engine: LayerEngine, parts: Sequence[PackedBatch]) -> StepCost:
         layers=len(engine.layers),
         input=stream,
         part_input=own,
-        # As many bytes a token in every part.
+        # The same number of bytes per token in every part.
         lora=lora * stream // own,
         saved=sum(saved) + copies,
         attention=attention * stream // own,
         attention_part=attention,
-        forward=max(0, in_forward - own),  # its output is the stream
+        forward=max(0, in_forward - own),  # its output is the residual stream
         forward_saved=max(0, in_saved_forward - own - saved_part),
         backward=in_backward - lora,
         saved_part=min(saved_part, in_backward - lora),
@@ -105,7 +105,7 @@ def _measured(engine: LayerEngine, parts: Sequence[PackedBatch]) -> StepCost:
 
 
 def saved_bytes(engine: LayerEngine, layer_input: LayerInput) -> tuple[int, int]:
-    """Count what one layer keeps for a part: (bytes when saved, bytes when recomputed)."""
+    """Return the bytes one layer keeps for a part: (when saved, when recomputed)."""
     seen: dict[int, int] = {}
     there = [*engine.layers[-1].parameters(), *layer_input.layer_args]
     weights = {tensor.untyped_storage().data_ptr() for tensor in there}
@@ -114,7 +114,7 @@ def saved_bytes(engine: LayerEngine, layer_input: LayerInput) -> tuple[int, int]
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             seen[storage.data_ptr()] = storage.nbytes()
-        # As it is, an output that is saved would keep the graph it is saved in, for good.
+        # Detached, since a saved output would keep its own graph alive forever.
         return tensor.detach()
 
     index = len(engine.layers) - 1
@@ -126,15 +126,15 @@ def saved_bytes(engine: LayerEngine, layer_input: LayerInput) -> tuple[int, int]
 
 
 def _offloads_attention(x: Tensor) -> bool:
-    """Return whether an offloaded layer with this input leaves attention's output on the host."""
+    """Return whether an offloaded layer with this input also offloads the attention output."""
     if not x.is_cuda or x.itemsize != 2:
-        return False  # in 32 bits torch's attention may keep all its weights: too much to send away
+        return False  # in float32 torch's attention may keep all its weights: too much to offload
     known = gpu_of_driver(devices.spec_of(x.device).name)
     return x.shape[-1] >= (CHECKPOINT_WIDTH if known is None else known.checkpoint_width)
 
 
 def _peak(run: Callable[[], object]) -> int:
-    """Return how far above what was allocated before ``run`` went."""
+    """Return the peak memory of ``run`` above what was allocated before it."""
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     run()

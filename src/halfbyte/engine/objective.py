@@ -1,15 +1,15 @@
-"""What a step minimises: a function of the log-probabilities of the supervised tokens.
+"""Training objectives: functions of the log-probabilities of the supervised tokens.
 
-An objective is given them with the sequence each belongs to, and returns its loss. The gradient by
-the log-probabilities is autograd's, and the engines take it on through head and layers. Logits
-exist a chunk at a time, whatever the objective (layers/cross_entropy.py).
+An objective maps these, and the sequence each belongs to, to a loss. Its gradient with respect to
+the log-probabilities comes from autograd, and the engines propagate it through head and layers.
+Logits exist one chunk at a time, whatever the objective (layers/cross_entropy.py).
 
-It sees one part of a step at a time: a micro-batch, or what the layer engine has packed of several
+It is called for one part of a step at a time: a micro-batch, or several packed by the layer engine
 (engine/packing.py). So the loss of a step is a sum over parts. For a sum over sequences
-(``separable``) it does not matter how they are packed. A loss over pairs of sequences, such as
-DPO's, needs both of a pair in one part: they have to be of one micro-batch, and the engine packs
-nothing. What couples the sequences of a whole step can be had from a pass before, by
-`LayerEngine.loss` and an objective that records, and be a constant in the step.
+(``separable``) packing makes no difference. A loss over pairs of sequences, such as DPO's, needs
+both of a pair in one part: they must be in one micro-batch, and the engine does not pack. A
+quantity that couples all sequences of a step can be computed in an earlier pass, with
+`LayerEngine.loss` and a recording objective, and be a constant in the step.
 """
 
 from abc import ABC, abstractmethod
@@ -24,13 +24,13 @@ from halfbyte.quant import QuantizedWeight
 
 
 class Objective(ABC):
-    """What is minimised; an engine's ``objective`` is `CrossEntropy` until it is set to another.
+    """A function to minimise; the default ``objective`` of an engine is `CrossEntropy`.
 
     Attributes:
-        separable: Whether the loss is a sum over sequences. If it is not, micro-batches are not
-            packed; set the objective before the shapes of parts are chosen (``Trainer.fit``).
-        needs_segments: Whether segments are made for it: not for one that overrides
-            `loss_of_hidden` and `loss_of_logits` and does without.
+        separable: Whether the loss is a sum over sequences. If not, micro-batches are not packed;
+            set the objective before the shapes of parts are chosen (``Trainer.fit``).
+        needs_segments: Whether it needs segments; False is possible if `loss_of_hidden` and
+            `loss_of_logits` are overridden.
     """
 
     separable = True
@@ -40,17 +40,17 @@ class Objective(ABC):
     def loss(self, logps: Tensor, segments: Tensor) -> Tensor:
         """Return the loss of a part: a scalar, the sum of its terms.
 
-        It should not make the host wait for a GPU, as ``.item()`` and boolean indices do.
+        It should not synchronise with the GPU, as ``.item()`` and boolean indexing do.
 
         Args:
             logps: float32 [S], the log-probabilities of the supervised tokens, each given the
-                tokens before it. Autograd differentiates the loss by them.
-            segments: int64 [S], the sequence that each belongs to: the number of its row, counted
-                through the micro-batches of the step. Those of one sequence are adjacent.
+                tokens before it. Autograd differentiates the loss with respect to them.
+            segments: int64 [S], the sequence of each: its row index over all micro-batches of the
+                step. Tokens of one sequence are adjacent.
         """
 
     def count_terms(self, batches: Sequence[Batch]) -> float:
-        """Return the number of terms in a step, which its loss is divided by: supervised tokens."""
+        """Return the divisor of a step's loss: the number of terms, here supervised tokens."""
         return float(sum(int((batch.labels != -100).sum()) for batch in batches))
 
     def loss_of_hidden(
@@ -77,8 +77,8 @@ class Objective(ABC):
 class CrossEntropy(Objective):
     """The negative log-probability of all supervised tokens.
 
-    Every token counts the same, so its gradient by the logits needs no log-probability of another:
-    loss and gradient are made in one go, and summed chunk by chunk.
+    All tokens have equal weight, so the gradient w.r.t. a token's logits is independent of other
+    tokens: loss and gradient are computed together and summed over chunks.
     """
 
     needs_segments = False
@@ -97,7 +97,7 @@ class CrossEntropy(Objective):
         softcap: float = 0.0,
         trained: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss of final hidden states, by `head_loss`."""
+        """Return the loss of final hidden states with `head_loss`."""
         return head_loss(hidden, head, targets, softcap=softcap, trained=trained)
 
     def loss_of_logits(self, logits: Tensor, targets: Tensor, segments: Tensor | None) -> Tensor:

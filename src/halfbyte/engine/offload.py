@@ -1,10 +1,10 @@
-"""Inputs of recomputed layers, in host memory while the layers above them are at work.
+"""Offloading of the inputs of recomputed layers to host memory.
 
-A layer that is recomputed in backward needs its input, 8 kB a token and layer in a 7B model, and is
-faster with its attention checkpoint (layers/decoder_layer.py), twice as much. Copied to page-locked
-memory by the card's copy engines, beside the products, they take no time that anybody waits for,
-and those of two layers are on the card at a time instead of all: a layer's leave while the next one
-runs.
+A layer that is recomputed in backward needs its input, 8 kB per token and layer in a 7B model. With
+its attention checkpoint (layers/decoder_layer.py), twice as much, recomputation is faster. Copies
+to page-locked memory by the GPU's copy engines overlap with the products and cost no time, and the
+GPU holds the tensors of two layers instead of all: those of a layer are copied out while the next
+one runs.
 """
 
 from collections.abc import Sequence
@@ -15,25 +15,25 @@ from torch import Tensor
 
 
 class _Copy(NamedTuple):
-    """A copy under way: what it reads or writes on the card, part by part, and when it is done."""
+    """A copy in progress: the GPU tensors it reads or writes, by part, and its end event."""
 
     parts: list[list[Tensor]]
     done: torch.cuda.Event
 
 
 class ActivationOffloader:
-    """Puts tensors of layers away, and brings them back in time.
+    """Copies tensors of layers to host memory and back.
 
-    Everything is ordered by events between two streams, so it can be captured in a CUDA graph. Host
-    memory is allocated when a shape first comes, and kept; that cannot be captured.
+    All work is ordered by events between two streams, so it can be captured in a CUDA graph. Host
+    memory is allocated for the first part of a shape and kept; that cannot be captured.
 
     Attributes:
-        nbytes: Bytes of page-locked memory that are held.
+        nbytes: Bytes of page-locked memory allocated.
     """
 
     def __init__(self) -> None:
         self._side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        # By dtype, too: what a checkpoint holds differs from shape to shape.
+        # Also by dtype: the tensors of a checkpoint differ between shapes.
         self._host: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
         self._places: dict[int, list[list[Tensor]]] = {}
         self._leaving: _Copy | None = None
@@ -42,7 +42,7 @@ class ActivationOffloader:
         self.nbytes = 0
 
     def offload(self, layer: int, parts: Sequence[list[Tensor]]) -> None:
-        """Copy what a layer has of each part to the host; it may be forgotten at once."""
+        """Copy a layer's tensors of each part to the host; the caller may drop them immediately."""
         self.wait()
         places = [
             [self._place((layer, i, j, x.dtype), x) for j, x in enumerate(part)]
@@ -56,13 +56,13 @@ class ActivationOffloader:
         self._leaving = _Copy(list(parts), self._side.record_event())
 
     def wait(self) -> None:
-        """Wait, on the card, until what was put away last is; its place there is free then."""
+        """Make the GPU stream wait for the last offload, after which its GPU memory is free."""
         if self._leaving is not None:
             self._wait_for(self._leaving)
             self._leaving = None
 
     def prefetch(self, layer: int) -> None:
-        """Begin to bring back what of a layer was put away, if anything was."""
+        """Start to copy a layer's tensors back, if any were offloaded."""
         places = self._places.pop(layer, None)
         if places is None:
             return
@@ -77,7 +77,7 @@ class ActivationOffloader:
         self._coming[layer] = _Copy(parts, self._side.record_event())
 
     def get(self, layer: int) -> list[list[Tensor]]:
-        """Return what was fetched."""
+        """Return the tensors that were copied back."""
         coming = self._coming.pop(layer)
         self._wait_for(coming)
         return coming.parts
@@ -99,6 +99,6 @@ class ActivationOffloader:
 def _pairs(
     places: Sequence[Sequence[Tensor]], parts: Sequence[Sequence[Tensor]]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return each tensor beside its place."""
+    """Return each tensor with its host tensor."""
     rows = zip(places, parts, strict=True)
     return [pair for place, part in rows for pair in zip(place, part, strict=True)]

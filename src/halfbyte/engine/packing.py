@@ -1,12 +1,12 @@
-"""What passes through the layers together: micro-batches, or the documents of several in one row.
+"""Batches for the layers: micro-batches, or documents of several packed into one row.
 
-Attention aside, a layer does the same to every token, whatever example it is of. So where attention
-can be kept within documents (layers/attention.py), the examples of a step need not stay the
-micro-batches they came as: they are packed, without padding, into parts of a few thousand tokens
-and few shapes (engine/buckets.py).
+Except for attention, a layer treats every token alike, whatever its example. So if attention can be
+restricted to documents (layers/attention.py), the examples of a step are not tied to their
+micro-batches: they are packed, without padding, into parts of a few thousand tokens and few shapes
+(engine/buckets.py).
 
-Everything here happens on the host, before the GPU is asked for anything: a part goes over in one
-copy, and its supervised positions are known by their number, so nothing has to wait.
+All of this runs on the host, before any GPU work: a part is transferred in one copy, and its
+supervised positions are passed as indices, so nothing synchronises with the GPU.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,8 +19,8 @@ from torch import Tensor
 from halfbyte.engine.buckets import Buckets, PartShape, divide, fillers, own_shape
 from halfbyte.layers.attention import Documents
 
-# Elements of which a multiple lies before each tensor of a part: kernels are compiled for pointers
-# that are a multiple of 16 bytes, and again for those that are not.
+# Alignment of the tensors of a part in elements: kernels are specialised for pointers that are a
+# multiple of 16 bytes.
 _ALIGNED = 16
 
 
@@ -29,8 +29,8 @@ class Batch(NamedTuple):
 
     Attributes:
         input_ids: int64 [B, T], right padded.
-        labels: int64 [B, T], already shifted; -100 where nothing is supervised.
-        lengths: Tokens of each row before the padding; T of all, if not given.
+        labels: int64 [B, T], already shifted; -100 for unsupervised positions.
+        lengths: Tokens of each row without padding; T for all by default.
     """
 
     input_ids: Tensor
@@ -44,13 +44,13 @@ class PackedBatch:
 
     Attributes:
         ids: int64 [B, T].
-        rows: int64 [S], the supervised positions, counted through all rows.
-        targets: int64 [S], what they should predict.
+        rows: int64 [S], the supervised positions, as indices into the flattened rows.
+        targets: int64 [S], the tokens they should predict.
         positions: int64 [1, T], the position of each token in its document.
-        documents: How the only row is divided, or None if every row is a document.
-        max_seqlen: No document has more tokens.
-        segments: int64 [S], the number of the document that each supervised position belongs to,
-            in the step (rows of its micro-batches, one after the other); if it was asked for.
+        documents: The documents packed into the only row, or None if every row is a document.
+        max_seqlen: Upper bound on the tokens of a document.
+        segments: int64 [S], if requested: the document of each supervised position, as its row
+            index in the step (rows of all micro-batches concatenated).
     """
 
     ids: Tensor
@@ -63,7 +63,7 @@ class PackedBatch:
 
     @property
     def shape(self) -> PartShape:
-        """What is equal for parts that layers are called with in the same way."""
+        """The shape that decides how layers are called."""
         documents = 0 if self.documents is None else len(self.documents.cu_seqlens) - 1
         rows, tokens = self.ids.shape
         return PartShape(rows, tokens, documents, self.max_seqlen)
@@ -75,7 +75,7 @@ def lengths_of(batches: Sequence[Batch]) -> list[int]:
 
 
 def with_first_row(batches: Sequence[Batch]) -> Iterator[tuple[Batch, int]]:
-    """Yield each micro-batch with the number that its first row has in the step."""
+    """Yield each micro-batch with the index of its first row in the step."""
     first = 0
     for batch in batches:
         yield batch, first
@@ -94,10 +94,10 @@ def parts_of(
 
     Args:
         batches: Its micro-batches, on any device.
-        device: Where the parts go.
+        device: Device of the parts.
         pack: Whether documents may share a row, and micro-batches a part. Otherwise each
-            micro-batch is a part, as it is.
-        buckets: The shapes that parts may have; if not given, each has one of its own.
+            micro-batch is a part, unchanged.
+        buckets: The allowed shapes of parts; by default each part has its own.
         segments: Whether parts have `PackedBatch.segments`.
     """
     if not pack:
@@ -117,7 +117,7 @@ def parts_of(
 
 
 def part_of_shape(shape: PartShape, device: str | torch.device, supervised: int = 0) -> PackedBatch:
-    """Return a part of this shape, of token 0 only, with so many supervised positions."""
+    """Return a part of this shape that contains only token 0, with ``supervised`` positions."""
     if not shape.documents:
         row = torch.zeros(shape.tokens, dtype=torch.int64)
         rows = [(row, torch.full_like(row, -100)) for _ in range(shape.rows)]
@@ -164,7 +164,7 @@ def _packed(
         positions = torch.arange(shape.max_seqlen)
         return _sent(ids, labels.flatten(), positions, None, owners, shape.max_seqlen, device)
     fill = shape.tokens - sum(lengths)
-    # What fills up are documents that predict nothing.
+    # Padding consists of documents without supervised positions.
     ids = torch.cat([*(ids for ids, _ in rows), torch.zeros(fill, dtype=torch.int64)])
     labels = torch.cat([*(labels for _, labels in rows), torch.full((fill,), -100)])
     lengths += fillers(fill, shape.max_seqlen)
@@ -185,7 +185,7 @@ def _sent(
     max_seqlen: int,
     device: str | torch.device,
 ) -> PackedBatch:
-    """Return a part on the device, by one copy; ``owners``: the document of each token."""
+    """Return a part on the device, transferred in one copy; ``owners``: document of each token."""
     rows = (labels != -100).nonzero()[:, 0]
     pieces = {"ids": ids.flatten(), "rows": rows, "targets": labels[rows], "positions": positions}
     if cu_seqlens is not None:

@@ -1,9 +1,9 @@
-"""Where the weights of a layer come from when it is run.
+"""Providers of the layers' weights.
 
-The engine asks a `WeightProvider` for one layer after the other, and says beforehand which will be
-next. Today all weights are on the device, packed, and are decoded when they are asked for
-(`ResidentWeights`). Weights that wait in host memory, on disk or on other GPUs would be brought by
-another provider, with no change in the engine.
+The engine acquires one layer after the other from a `WeightProvider`, and announces the next for
+prefetching. Today all weights are packed on the device and decoded on demand (`ResidentWeights`).
+Another provider could load them from host memory, disk or other GPUs, without changes to the
+engine.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,30 +18,30 @@ from halfbyte.linear.group import OpenLayer
 
 
 class WeightProvider(Protocol):
-    """Makes the weights of layers ready, one layer at a time."""
+    """Provides the weights of one layer at a time."""
 
     def prefetch(self, layer: int) -> None:
-        """Begin to make a layer ready that will be acquired next, without waiting for it."""
+        """Start to load the layer that will be acquired next, without waiting."""
 
     def acquire(self, layer: int, *, again: bool = False) -> OpenLayer:
-        """Make a layer's linears ready to multiply, until `release`.
+        """Make a layer's weights available until `release`.
 
         Args:
-            layer: Its number.
-            again: Whether it is the one that was released last, with the same weights.
+            layer: Index of the layer.
+            again: Whether it is the layer that was released last, with unchanged weights.
 
         Returns:
-            What carries the products of its adapters' A from one run of the layer to another.
+            The state shared by its products, including x Aᵀ to reuse in recomputation.
         """
 
     def release(self, layer: int) -> None:
-        """Let go of a layer that was acquired."""
+        """Release an acquired layer."""
 
     def keep(self, layers: int) -> None:
-        """Have the last ``layers`` layers stay ready from now on, where that costs memory."""
+        """Keep the last ``layers`` layers available, at the cost of memory."""
 
     def forget(self) -> None:
-        """Take nothing to be ready: what was acquired in a dry run was not."""
+        """Mark all layers as not loaded, after a dry run."""
 
     @property
     def nbytes(self) -> int:
@@ -53,7 +53,7 @@ class ResidentWeights:
 
     Args:
         linears: The linears of each layer.
-        dtype: What to decode to.
+        dtype: dtype of the decoded weights.
     """
 
     def __init__(self, linears: Sequence[Sequence[FrozenLinear]], dtype: torch.dtype) -> None:
@@ -62,7 +62,7 @@ class ResidentWeights:
         self._acquired: dict[int, AbstractContextManager[OpenLayer]] = {}
 
     def prefetch(self, layer: int) -> None:
-        """Do nothing: the weights are there."""
+        """Do nothing: the weights are resident."""
 
     def acquire(self, layer: int, *, again: bool = False) -> OpenLayer:
         """Decode a layer's weights; see `WeightProvider`."""
@@ -72,7 +72,7 @@ class ResidentWeights:
         return lora_activations
 
     def release(self, layer: int) -> None:
-        """Leave the decoded weights to be written over."""
+        """Allow the decoded weights to be overwritten."""
         self._acquired.pop(layer).__exit__(None, None, None)
 
     def keep(self, layers: int) -> None:
@@ -80,7 +80,7 @@ class ResidentWeights:
         self._cache.keep(self._linears[len(self._linears) - layers :], self._dtype)
 
     def forget(self) -> None:
-        """Take nothing to be decoded."""
+        """Mark all weights as not decoded."""
         self._cache.forget()
 
     @property
@@ -90,13 +90,13 @@ class ResidentWeights:
 
     @property
     def decodes(self) -> int:
-        """How many weights have been decoded so far."""
+        """Number of weights decoded so far."""
         return self._cache.decodes
 
 
 @contextmanager
 def acquired(weights: WeightProvider, layer: int, *, again: bool = False) -> Iterator[OpenLayer]:
-    """Acquire a layer's weights for as long as the context lasts."""
+    """Acquire a layer's weights for the duration of the context."""
     lora_activations = weights.acquire(layer, again=again)
     try:
         yield lora_activations

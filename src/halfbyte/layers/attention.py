@@ -1,16 +1,16 @@
-"""Causal attention for training, where several documents may share a row.
+"""Causal attention for training, with several documents packed into a row (varlen).
 
-Examples differ in length. Side by side they need padding; packed into a single row
-they need none, if attention stays within each of them. `Documents` says where they begin, and
-`attend` keeps to it:
+Examples differ in length. A batch of them needs padding; packed into a single row they need none if
+attention is restricted to each of them. `Documents` holds their boundaries, which `attend`
+respects:
 
-    no documents    every row of the batch is one: torch's attention, ours on a CPU
-    documents       on a GPU by torch's attention over sequences of any lengths; else one by one
+    no documents    each row of the batch is a document: torch's attention, ours on a CPU
+    documents       torch's variable-length attention on a GPU; otherwise one at a time
 
-What takes sequences of any lengths is flash attention, which begins with Ampere. A Turing GPU has
-torch's memory-efficient attention: it wants as many heads of keys and values as of queries, and so
-is given copies. Told of groups it would be passed over for one that writes out all weights, and
-takes T² memory for T tokens.
+Variable-length attention is flash attention, which requires Ampere. A Turing GPU has torch's
+memory-efficient attention. It needs as many heads of keys and values as of queries, so these are
+copied: with grouped heads, torch would select a kernel that materialises all weights, which takes
+T² memory for T tokens.
 """
 
 from collections.abc import Callable
@@ -31,9 +31,9 @@ class Documents(NamedTuple):
     """Documents packed into the only row of a batch (varlen).
 
     Attributes:
-        cu_seqlens: int32 [documents + 1], where each begins, and the end of the last, which is the
+        cu_seqlens: int32 [documents + 1], the start of each and the end of the last, which is the
             length of the row. A document may be empty.
-        max_seqlen: No document has more tokens.
+        max_seqlen: Upper bound on the tokens of a document.
     """
 
     cu_seqlens: Tensor
@@ -42,7 +42,7 @@ class Documents(NamedTuple):
 
 @cache
 def _over_sequences() -> tuple[Callable[..., Any], dict[str, Any]] | None:
-    """Torch's attention over sequences of any lengths, and how to make it causal; since 2.10."""
+    """Torch's variable-length attention and the arguments to make it causal; since 2.10."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -57,7 +57,7 @@ def _over_sequences() -> tuple[Callable[..., Any], dict[str, Any]] | None:
 
 
 def can_pack(dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
-    """Return whether `attend` takes documents without going through them one by one."""
+    """Return whether `attend` processes packed documents in one call, not one at a time."""
     return (
         device.type == "cuda"
         and dtype in (torch.bfloat16, torch.float16)
@@ -74,7 +74,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, scale: 
         q: [B, T, H, D].
         k: [B, T, G, D], G a divisor of H.
         v: Like k.
-        documents: None, or how the only row (B = 1) is divided.
+        documents: None, or the documents packed into the only row (B = 1).
         scale: Factor of the scores.
 
     Returns:
@@ -100,7 +100,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, scale: 
 
 
 def for_each_head(x: Tensor, heads: int) -> Tensor:
-    """Return [B, T, heads, D] of x [B, T, G, D]: each group's for all heads of queries in it."""
+    """Return [B, T, heads, D] for x [B, T, G, D], repeated for the query heads of each group."""
     groups = x.shape[2]
     if groups == heads:
         return x

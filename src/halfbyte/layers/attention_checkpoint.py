@@ -1,14 +1,14 @@
-"""Attention that is computed once, and differentiated with its inputs recomputed.
+"""Attention checkpointing: computed once, differentiated with recomputed inputs.
 
-A layer that is recomputed for its backward recomputes q, k and v, because they are wide. What
-attention made of them is one of them wide and took longer than any: so it may wait in host memory
-(engine/offload.py), and is not recomputed. Which kernel torch takes, and what that needs for its
-backward, is torch's affair: the graph of the first run is kept without the tensors in it, and when
-its turn comes each is handed what takes its place.
+A layer recomputed for backward recomputes q, k and v, which are large. The output of attention is
+as large as one of them but costs more time than any, so it can be offloaded to host memory
+(engine/offload.py) instead of being recomputed. To be independent of torch's choice of kernel and
+of what that saves for backward, the autograd graph of the first forward is kept without its
+tensors, and backward substitutes:
 
-    q, k, v    those of the second run: the same bits, made the same way
-    output     as it came back
-    the rest   likewise (flash attention's logarithms of sums, 4 bytes a query and head)
+    q, k, v    recomputed, bit-identical to the first
+    output     the offloaded tensor
+    the rest   likewise (flash attention's logsumexp, 4 bytes per query and head)
 """
 
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from halfbyte.layers.attention import Documents, attend
 
-# Tensors of so few elements (states of generators) stay in the graph.
+# Tensors of at most this many elements (generator states) stay in the graph.
 _SMALL = 64
 
 
 @dataclass
 class _Saved:
-    """What stands in a graph for a tensor: whose it is a view of, and which."""
+    """Placeholder for a saved tensor: the tensor it is a view of, and its geometry."""
 
     source: int
     size: torch.Size
@@ -37,7 +37,7 @@ class _Saved:
 
 @dataclass
 class _Box:
-    """Through which the graph is given tensors, and gives gradients."""
+    """Passes tensors to the graph and gradients from it."""
 
     sources: list[Tensor] = field(default_factory=list)
     given: Tensor | None = None
@@ -45,7 +45,7 @@ class _Box:
 
 
 class _Enter(torch.autograd.Function):
-    """A beginning of the graph that does not hold what enters."""
+    """Input of the graph; does not hold the tensor."""
 
     @staticmethod
     def forward(ctx: Any, _proxy: Tensor, x: Tensor, box: _Box, index: int) -> Tensor:
@@ -59,7 +59,7 @@ class _Enter(torch.autograd.Function):
 
 
 class _Leave(torch.autograd.Function):
-    """An end of the graph that does not hold what leaves."""
+    """Output of the graph; does not hold the tensor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, box: _Box) -> Tensor:
@@ -75,15 +75,15 @@ class CheckpointedAttention:
     """See the top of this file.
 
     Args:
-        q: As for `attend`, and so are the others.
+        q: As for `attend`, like the others.
         k: Likewise.
         v: Likewise.
         documents: Likewise.
         scale: Likewise.
 
     Attributes:
-        tensors: The output [B, T, H · D] and what else backward needs; `again` may be given others
-            of the same values.
+        tensors: The output [B, T, H · D] and the other tensors backward needs; `again` also accepts
+            copies of them.
     """
 
     def __init__(
@@ -122,28 +122,28 @@ class CheckpointedAttention:
                 saved.offset = int(x.storage_offset()) - int(out.storage_offset())
             else:
                 saved.source = 3 + len(self.tensors)
-                # Copies of it are laid out anew (engine/offload.py), so it lies as they will.
+                # Copies of it are contiguous (engine/offload.py), so it must be as well.
                 x = x.contiguous()
                 saved.stride = x.stride()
                 self.tensors.append(x)
         kept.clear()
 
     def again(self, q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-        """Return the output, differentiable in q, k and v; once.
+        """Return the output, differentiable in q, k and v; can be called once.
 
         Args:
-            q: As it was.
+            q: The values passed to the constructor.
             k: Likewise.
             v: Likewise.
-            tensors: Those of the attribute, or copies of them.
+            tensors: The attribute of that name, or copies of its tensors.
         """
         return _Again.apply(q, k, v, self, *tensors)  # type: ignore[no-any-return, no-untyped-call]
 
     def gradients(self, sources: Sequence[Tensor], dy: Tensor) -> list[Tensor]:
-        """Return dq, dk and dv for q, k, v and `tensors`, and the gradient of the output."""
+        """Return dq, dk and dv, given q, k, v and `tensors`, and the gradient of the output."""
         strides = [x.stride() for x in sources[:3]]
         if strides != self._strides:
-            raise RuntimeError(f"q, k, v lie otherwise than they did: {strides}, {self._strides}")
+            raise RuntimeError(f"the strides of q, k, v have changed: {strides}, {self._strides}")
         box = self._box
         box.sources, box.given = list(sources), dy
         with torch.autograd.set_multithreading_enabled(False):
@@ -170,8 +170,7 @@ class _Again(torch.autograd.Function):
 
 
 def _storage(x: Tensor) -> int:
-    # Of a storage without bytes it is 0: never that of a tensor that is asked about, as those of no
-    # elements stay in the graph.
+    # 0 for an empty storage. That is never compared, as tensors without elements stay in the graph.
     return x.untyped_storage().data_ptr()
 
 

@@ -1,23 +1,22 @@
 """Causal attention on a CPU, in blocks of queries, for training.
 
-For queries q [B, H, T, D] and grouped keys and values k, v [B, G, T, D] (H / G queries to a group):
+For queries q [B, H, T, D] and grouped keys and values k, v [B, G, T, D] (H / G queries per group):
 
-    S = scale · q kᵀ, only what lies in the past        P = softmax(S)        o = P v
+    S = scale · q kᵀ, causally masked                   P = softmax(S)        o = P v
     backward, with Δ = rowsum(dO ∘ o):  dv = Pᵀ dO     dS = P ∘ (dO vᵀ − Δ)
                                         dq = scale · dS k     dk = scale · dSᵀ q
 
 torch's CPU flash attention does not use the bfloat16 matrix instructions of the processor: at
 4x9x256x64, 3 groups, it takes 6.8 ms forward and 14.5 ms backward on one core in bfloat16. These
 batched products take 2.3 and 6.2 ms (float32: 4.9 and 12.6, against 6.2 and 15.0), because the
-instructions are used and because a block of queries meets only the keys before its end. As in
-flash attention (Dao et al. 2022), P is not kept: backward makes it again from q and k, so what is
-kept grows with T, not with T².
+instructions are used and because a block of queries is multiplied only with the keys before its
+end. As in flash attention (Dao et al. 2022), P is not kept: backward recomputes it from q and k, so
+saved memory grows with T, not with T².
 
-The queries of a group share keys, so they are laid side by side as rows of one product and the
-keys are never copied.
+The queries of a group share keys, so they are the rows of one product and keys are never copied.
 
-It goes into transformers by its ``AttentionInterface``, under the name ``halfbyte``; whatever is
-not plain causal attention without a mask is handed to transformers' own ``sdpa``.
+It is registered with transformers' ``AttentionInterface`` under the name ``halfbyte``. Everything
+but plain causal attention without a mask is passed to transformers' own ``sdpa``.
 """
 
 from typing import Any
@@ -43,7 +42,7 @@ def _weights(q: Tensor, k: Tensor, start: int, stop: int, scale: float) -> Tenso
     size = stop - start
     rows = q[:, :, start:stop].reshape(groups, repeat * size, width)
     scores = torch.bmm(rows, k[:, :stop].transpose(1, 2)).view(groups, repeat, size, stop)
-    # Only the last `size` keys can lie in the future of a query of this block.
+    # Only the last `size` keys can be in the future of a query of this block.
     future = torch.ones(size, size, dtype=torch.bool).triu_(1)
     scores[..., start:].masked_fill_(future, -torch.inf)
     return torch.softmax(scores.float().mul_(scale), dim=-1)
@@ -142,12 +141,12 @@ def _interface(
     return result
 
 
-# Arguments some architectures hand to their attention, which change what it computes.
+# Arguments of some architectures' attention that change the result.
 _UNUSUAL = ("softcap", "s_aux", "position_bias", "cache", "output_attentions")
 
 
 def register() -> str:
-    """Make the attention known to transformers; returns the name to ask for."""
+    """Register the attention with transformers; returns its name."""
     AttentionInterface.register(NAME, _interface)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     return NAME

@@ -1,23 +1,23 @@
 """Cross-entropy over an output head, without the logits of the whole sequence.
 
 For hidden states h [S, H] of the supervised positions only, a head W [V, H] and targets [S], the
-loss is a sum (not a mean): whoever calls divides by the supervised tokens of the whole optimizer
-step, so that 1x8, 2x4 and 8x1 sequences give the same gradient.
+loss is a sum, not a mean: the caller divides by the supervised tokens of the whole optimizer step,
+so that 1x8, 2x4 and 8x1 sequences give the same gradient.
 
     z = h Wᵀ;  loss = Σ logsumexp(z) − z[target];  dL/dz = softmax(z) − onehot;  dL/dh = dL/dz W
 
-The gradient is computed in forward, a chunk of rows at a time, in place of the logits: the logits
-of at most ``CHUNK_BYTES`` exist at any time. Softmax and sum are float32 whatever the dtype of the
-products; on a GPU one kernel does all between the two products, in their dtype
-(layers/triton_elementwise.py). Where the head is trained, dL/dW = dL/dzᵀ h is added up over the
+The gradient is computed in forward, one chunk of rows at a time, and overwrites the logits: at most
+``CHUNK_BYTES`` of logits exist at any time. Softmax and sum are float32 whatever the dtype of the
+products; on a GPU one kernel does everything between the two products, in their dtype
+(layers/triton_elementwise.py). If the head is trained, dL/dW = dL/dzᵀ h is accumulated over the
 chunks in float32.
 
 `head_logps` returns log p = z[target] − logsumexp(z) of each position, for losses other than their
-sum. In dL/dh, the derivative by a position's log p is a factor of its row, so the rows are computed
-in forward, too, and multiplied in backward. dL/dW mixes positions: where the head is trained,
+sum. In dL/dh, the derivative with respect to a position's log p scales its row, so the rows are
+also computed in forward, and scaled in backward. dL/dW mixes positions: if the head is trained,
 logits are recomputed in backward.
 
-A packed head is decoded in pieces of ``CHUNK_BYTES`` too, once for the logits of a chunk of rows
+A packed head is also decoded in pieces of ``CHUNK_BYTES``, once for the logits of a chunk of rows
 and once for their gradient.
 """
 
@@ -33,7 +33,7 @@ from halfbyte.quant.format import gpu_kernels
 from halfbyte.runtime.matmul import product
 
 # 32 MB of float32 logits: 170 rows of a 49k vocabulary, 65 rows of a 128k one. On a GPU the
-# product wants more rows to be efficient: 128 MB of logits there, 2000 rows of a 32k vocabulary in
+# product needs more rows to be efficient: 128 MB of logits there, 2000 rows of a 32k vocabulary in
 # bfloat16, 500 of a 128k one.
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 128 << 20}
 
@@ -85,7 +85,7 @@ def _fused_chunk(
     _weight_grad: Tensor | None,
     _factors: Tensor | None,
 ) -> Tensor:
-    """As `_chunk`, in one kernel between the products."""
+    """`_chunk` with one kernel between the products."""
     from halfbyte.layers.triton_elementwise import (
         cross_entropy_forward_backward,  # it imports triton
     )
@@ -107,10 +107,10 @@ def _chunk(
     weight_grad: Tensor | None,
     factors: Tensor | None,
 ) -> Tensor:
-    """Return the loss of each of some rows.
+    """Return the loss of each row of a chunk.
 
-    The gradient of their sum, or of their sum weighted with ``factors``, goes to ``grad`` and adds
-    to ``weight_grad``.
+    The gradient of their sum, weighted by ``factors`` if given, is written to ``grad`` and added to
+    ``weight_grad``.
     """
     logits, wanted = _logits(hidden, head), targets[:, None]
     if softcap:
@@ -141,7 +141,7 @@ def _chunks(
     weight_grad: Tensor | None,
     factors: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """Yield what `_chunk` returns for the rows of one chunk after the other."""
+    """Yield the result of `_chunk` for each chunk of rows."""
     fused = _kernels(hidden, head) if weight_grad is None and factors is None else None
     step = _fused_chunk if fused is not None else _chunk
     size = hidden.element_size() if fused is not None else 4
@@ -200,7 +200,7 @@ class _HeadLogps(torch.autograd.Function):
         grad = torch.empty_like(hidden) if need_grad and not ctx.need_weight else None
         none = hidden.new_empty(0, dtype=torch.float32)
         losses = torch.cat([none, *_chunks(hidden, head, targets, softcap, grad, None)])
-        # Either the rows of the gradient, or what they are computed from.
+        # Either the rows of the gradient, or the inputs to recompute them from.
         ctx.save_for_backward(*((hidden, targets) if ctx.need_weight else (grad,)))
         ctx.head, ctx.softcap = head, softcap
         return losses.neg_()
@@ -219,11 +219,11 @@ class _HeadLogps(torch.autograd.Function):
 
 
 def _times(grad: Tensor, factor: Tensor) -> Tensor:
-    """Return grad · factor, in the dtype of ``grad``; a float32 scalar, or one factor a row.
+    """Return grad · factor in the dtype of ``grad``; a float32 scalar, or one factor per row.
 
-    As float16 the factor, 1 / tokens perhaps, would be a subnormal number of a few bits: there the
-    product is that of float32, rounded once, as it is for factors of rows. A vector keeps its
-    dtype, where a scalar is converted first.
+    In float16 a factor such as 1 / tokens would be subnormal, with few bits left: there the product
+    is computed in float32 and rounded once, as for factors of rows. torch converts a scalar to the
+    dtype of ``grad`` first, but not a vector.
     """
     if grad.dtype != torch.float16 and not factor.dim():
         return grad * factor.to(grad.dtype)
@@ -242,10 +242,10 @@ def head_loss(
 
     Args:
         hidden: [S, H], the final hidden states of the supervised positions.
-        head: [V, H], the output head's weight; dtype of ``hidden``, or packed. It gets no gradient.
-        targets: int64 [S], what each position should predict.
+        head: [V, H], weight of the output head; dtype of ``hidden``, or packed. Gets no gradient.
+        targets: int64 [S], the token each position should predict.
         softcap: Gemma's cap c on the logits, z ← c·tanh(z / c); 0 for none.
-        trained: float32 [V, H], what ``head`` is cast from where the head is trained: it gets one.
+        trained: float32 [V, H], the weight ``head`` is cast from if trained; it gets the gradient.
     """
     return _apply(_HeadLoss, hidden, head, targets, softcap, trained)
 
@@ -260,8 +260,8 @@ def head_logps(
 ) -> Tensor:
     """Return the log-probability of each target, float32 [S].
 
-    Arguments and memory are those of `head_loss`. Where the head is trained, logits are recomputed
-    in backward: one product more.
+    Arguments and memory are those of `head_loss`. If the head is trained, logits are recomputed in
+    backward, which takes one more product.
     """
     return _apply(_HeadLogps, hidden, head, targets, softcap, trained)
 
@@ -274,7 +274,7 @@ def _apply(
     softcap: float,
     trained: Tensor | None,
 ) -> Tensor:
-    if not torch.is_grad_enabled():  # a Function does not learn of it
+    if not torch.is_grad_enabled():  # not visible inside a Function
         hidden, trained = hidden.detach(), None
     result: Tensor = function.apply(hidden, head, targets, softcap, trained)  # type: ignore[no-untyped-call]
     return result

@@ -1,12 +1,12 @@
-"""A decoder layer of the Llama family, with everything between its products fused.
+"""A decoder layer of the Llama family with fused elementwise operations.
 
-transformers' layers are right for every model and made of small operations: a norm is six of them,
-a rotary turn eight. For the families most people train, the same layer is run here with the
-operations of elementwise.py, over the very same modules: nothing is copied, renamed or replaced,
-so adapters, checkpoints and generation see the layer they know.
+transformers' layers consist of small operations: a norm is six of them, a rotary embedding eight.
+For the most common families, the layer is run here with the operations of elementwise.py on the
+same modules. Nothing is copied, renamed or replaced, so adapters, checkpoints and generation are
+not affected.
 
-`fused` says whether a layer is one of these; what it returns computes what the layer's own forward
-computes, but for rounding (it rounds less often).
+`fused` returns a callable that computes the same as the layer's own forward up to rounding (it
+rounds less often), or None if the layer is not supported.
 """
 
 from typing import Any
@@ -28,11 +28,11 @@ from halfbyte.layers.qkv import turned_heads
 
 
 class AttentionCheckpoint:
-    """What a layer's first run leaves for its second, so that less is recomputed.
+    """Tensors that a layer's forward leaves for its recomputation, so that less is recomputed.
 
     Attributes:
-        tensors: The stream between attention and MLP, then those of `CheckpointedAttention`. They
-            may be others of the same values by the second run, which takes them.
+        tensors: The residual stream between attention and MLP, then the tensors of
+            `CheckpointedAttention`. They may be replaced by copies before recomputation.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class AttentionCheckpoint:
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, scale: float
     ) -> tuple[Tensor, Tensor | None]:
-        """Return what attention gives, [B, T, H · D], and in the second run the stream after it."""
+        """Return the attention output [B, T, H · D] and, when recomputing, the stream after it."""
         if self._attended is None:
             self._attended = CheckpointedAttention(q, k, v, documents, scale)
             return self._attended.tensors[0], None
@@ -50,7 +50,7 @@ class AttentionCheckpoint:
         return self._attended.again(q, k, v, rest), h
 
     def leave(self, h: Tensor) -> None:
-        """Note the stream after attention, [B, T, hidden], in the first run."""
+        """Store the stream after attention, [B, T, hidden], in the first forward."""
         assert self._attended is not None
         self.tensors, self._attended.tensors = [h, *self._attended.tensors], []
 
@@ -59,7 +59,7 @@ class FusedLayer:
     """Runs a decoder layer; see `fused`.
 
     Attributes:
-        window: How far back attention sees at most, or None for all the way.
+        window: Size of the sliding attention window, or None without one.
         head_dim: Width of a head.
     """
 
@@ -91,11 +91,11 @@ class FusedLayer:
             x: [B, T, hidden].
             cos: [1 or B, T, head_dim], of the positions.
             sin: Likewise.
-            documents: See `attend`. Nobody's longer than ``window``.
-            read: Whether anybody reads the values of the output. If not, it is a stand-in with
-                the backward of the real one, and saves the last product of the layer.
-            checkpoint: Empty, what is left there for the next run on the same input; else what the
-                last run left, which saves attention and its output projection.
+            documents: See `attend`. None may be longer than ``window``.
+            read: Whether the values of the output are read. If not, it is a placeholder with the
+                same backward, which saves the last product of the layer.
+            checkpoint: If empty, it is filled for the next run on the same input; otherwise it
+                replaces the computation of attention and its output projection.
         """
         y, residual = rms_norm_beside(x, self._first.weight, self._first.variance_epsilon)
         q, k, v = self._heads(y, cos, sin)
@@ -114,7 +114,7 @@ class FusedLayer:
         return result
 
     def _heads(self, y: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q, k and v as attention wants them, [B, T, heads, n]."""
+        """Return q, k and v, rotated, [B, T, heads, n]."""
         projections = self._projections
         if not self._head_norms:
             q, k, v = turned_heads(y, projections, cos, sin)
@@ -128,11 +128,11 @@ class FusedLayer:
 
 
 def fused(layer: nn.Module) -> FusedLayer | None:
-    """Return what runs ``layer`` fused, or None if it is not one that is known."""
+    """Return a fused forward of ``layer``, or None if it is not supported."""
     spec = spec_of(layer)
     if spec is None or spec.why_not(layer) is not None:
         return None
-    # A norm that is trained whole wants a gradient, which the fused operations do not compute.
+    # The fused operations compute no gradient for the weight of a norm that is trained in full.
     if any(type(n).__name__ != spec.norm or n.weight.requires_grad for n in spec.norms_of(layer)):
         return None
     return FusedLayer(layer, spec)

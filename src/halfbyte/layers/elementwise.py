@@ -1,14 +1,13 @@
-"""What lies between the products of a decoder layer: norms, rotary positions, gated activations.
+"""The elementwise operations of a decoder layer: norms, rotary embeddings, gated activations.
 
-In these everything is memory: each reads and writes all activations, and done as a chain of plain
-operations reads and writes them several times over. Each is one operation here, forward and
-backward, in float32 inside:
+All are bound by memory bandwidth: each reads and writes all activations, several times if composed
+of plain operations. Here each is one operation, forward and backward, in float32 internally:
 
-    add_rms_norm    h = x + r, y = norm(h) · w        dh = dnorm(dy) + what came for h
+    add_rms_norm    h = x + r, y = norm(h) · w        dh = dnorm(dy) + gradient of h
     rms_norm        y = norm(x) · w                   (Zhang and Sennrich 2019)
-    rms_norm_beside the same, and x: what comes for x is added in the same pass
-    rotary          pairs of q and k turned by their position, in place (Su et al. 2021)
-    swiglu          silu(g) · u                       (Shazeer 2020), dg and du in place of g, u
+    rms_norm_beside the same, and x: the gradient of x is added in the same pass
+    rotary          pairs of q and k rotated by their position, in place (Su et al. 2021)
+    swiglu          silu(g) · u                       (Shazeer 2020), dg and du overwrite g, u
 
 Weights of norms are frozen, so they get no gradient. On a GPU each direction is one Triton kernel
 (triton_elementwise.py); the functions named ``plain_*`` are the specification, and run elsewhere.
@@ -23,7 +22,7 @@ from halfbyte.quant.format import gpu_kernels
 
 
 def _kernels(tensor: Tensor) -> Any:
-    """The Triton kernels, or None where the plain versions run."""
+    """The Triton kernels, or None if the plain versions run."""
     if not tensor.is_cuda or gpu_kernels() is None:
         return None
     from halfbyte.layers import triton_elementwise
@@ -35,7 +34,7 @@ def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tenso
     """Return y [..., n] and the reciprocal root mean squares, float32 [...]."""
     wide = x.float()
     rstd = torch.rsqrt(wide.pow(2).mean(-1) + eps)
-    # transformers rounds before it multiplies with the weight.
+    # transformers rounds before multiplying with the weight.
     return (wide * rstd[..., None]).to(x.dtype) * weight, rstd
 
 
@@ -47,7 +46,7 @@ def plain_rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor)
 
 
 def plain_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return x [B, T, heads, n] turned by cos, sin [1 or B, T, n], float32; n halves are pairs."""
+    """Return x [B, T, heads, n] rotated by cos, sin [1 or B, T, n], float32; halves are pairs."""
     first, second = x.float().chunk(2, -1)
     turned = torch.cat([-second, first], -1)
     return x.float() * cos[:, :, None].float() + turned * sin[:, :, None].float()
@@ -93,7 +92,7 @@ class _RMSNormBeside(torch.autograd.Function):
 def _norm_and_sum_backward(
     dy: Tensor, dh: Tensor, h: Tensor, weight: Tensor, rstd: Tensor
 ) -> Tensor:
-    """Return what comes for h through its norm and beside it."""
+    """Return the gradient of h: through its norm plus directly."""
     kernels = _kernels(h)
     if kernels:
         result: Tensor = kernels.rms_norm_backward(dy, dh, h, weight, rstd)
@@ -175,7 +174,7 @@ class _SwiGLU(torch.autograd.Function):
         kernels = _kernels(gate)
         if kernels:
             if ctx.written:
-                raise RuntimeError("backward of swiglu writes over gate and up: it runs once")
+                raise RuntimeError("backward of swiglu overwrites gate and up: it runs once")
             ctx.written = True
             d_gate, d_up = kernels.swiglu_backward(grads[0], gate, up)
             return d_gate, d_up
@@ -195,7 +194,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm_beside(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return `rms_norm` of x, and x for whoever goes on with it beside the norm."""
+    """Return `rms_norm` of x, and x for uses of it other than the norm."""
     return _RMSNormBeside.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -209,22 +208,22 @@ def add_rms_norm(
         residual: Likewise.
         weight: [n], frozen.
         eps: Added to the mean of squares.
-        known: The sum, if somebody has kept it; then nobody reads x and residual.
+        known: The sum, if it has been kept; x and residual are not read then.
     """
     return _AddRMSNorm.apply(x, residual, weight, eps, known)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Return q and k turned by their positions.
+    """Return q and k rotated by their positions.
 
-    On a GPU they are written over: q, k and v are columns of one product, which v keeps alive, and
-    nobody reads q and k as they were.
+    On a GPU they are overwritten: q, k and v are columns of one product, which v keeps alive, and
+    the original q and k are not read again.
 
     Args:
-        q: [B, T, heads, n]; element i and i + n/2 are a pair. Tokens may be apart, as those of
-            columns of one product are.
+        q: [B, T, heads, n]; element i and i + n/2 are a pair. Tokens may be strided, as in columns
+            of one product.
         k: Likewise, with as many heads or fewer.
-        cos: [1 or B, T, n], as transformers' rotary embeddings give it: both halves are equal.
+        cos: [1 or B, T, n], as returned by transformers' rotary embeddings: both halves are equal.
         sin: Likewise.
 
     Returns:
@@ -234,13 +233,13 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Return silu(gate) · up, [..., n] of two such; rounded once.
+    """Return silu(gate) · up, [..., n] like both, rounded once.
 
-    On a GPU backward writes over both, which nobody else may need by then, and cannot run twice.
+    On a GPU backward overwrites both, so they must not be used elsewhere, and cannot run twice.
     """
     return _SwiGLU.apply(gate, up)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def unread_sum(x: Tensor, y: Tensor) -> Tensor:
-    """Return a stand-in for x + y of which nobody reads the values; its backward is the sum's."""
+    """Return a placeholder for x + y whose values are not read, with the backward of the sum."""
     return _UnreadSum.apply(x, y)  # type: ignore[no-any-return, no-untyped-call]

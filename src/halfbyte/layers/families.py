@@ -1,9 +1,9 @@
-"""The families whose decoder layers are run by operations of ours: one row each.
+"""The model families whose decoder layers are run by our own operations, one row each.
 
-A row names transformers' classes, and the attributes under which a layer holds its norms and
-linears. Training (decoder_layer.py), decoding (models/decoding.py) and the plan
-(plan/model_shape.py) all ask this table. Other classes, derived from these or not, may do more than
-these, so they are run by their own forward.
+A row names transformers' classes and the attributes of a layer that hold its norms and linears.
+Training (decoder_layer.py), decoding (models/decoding.py) and the plan (plan/model_shape.py) use
+this table. Other classes, including subclasses, may compute something else, so they are run by
+their own forward.
 """
 
 from operator import attrgetter
@@ -15,15 +15,15 @@ from halfbyte.linear.frozen import FrozenLinear
 
 
 class LayerSpec(NamedTuple):
-    """What a decoder layer of a family is made of.
+    """The parts of a decoder layer of a family.
 
     Attributes:
         model: Class of the causal language model.
         layer: Class of its decoder layers.
         norm: Class of all its norms, an RMSNorm with ``weight`` and ``variance_epsilon``.
         norms: Attributes of the layer: before attention, before the MLP.
-        head_norms: Those of queries and keys; a layer may have none.
-        linears: Those of the linears: q, k, v, o, gate, up, down.
+        head_norms: Attributes of the norms of queries and keys; a layer may have none.
+        linears: Attributes of the linears: q, k, v, o, gate, up, down.
     """
 
     model: str
@@ -42,7 +42,7 @@ class LayerSpec(NamedTuple):
     )
 
     def norms_of(self, layer: nn.Module) -> list[Any]:
-        """Return the norms of a layer: the two of the stream, then those of queries and keys."""
+        """Return the norms of a layer: the two of the residual stream, then of queries and keys."""
         return [attrgetter(name)(layer) for name in (*self.norms, *self.head_norms)]
 
     def linears_of(self, layer: nn.Module) -> list[Any]:
@@ -50,7 +50,7 @@ class LayerSpec(NamedTuple):
         return [attrgetter(name)(layer) for name in self.linears]
 
     def why_not(self, layer: nn.Module) -> str | None:
-        """Return why a layer of this class is not as the table says, or None."""
+        """Return why a layer of this class deviates from the table, or None."""
         for norm in self.norms_of(layer):
             if type(norm).__name__.removeprefix("Parametrized") != self.norm:
                 return f"a norm of a layer is no {self.norm}"
@@ -70,7 +70,7 @@ FAMILIES = (
 
 
 def spec_of(layer: nn.Module) -> LayerSpec | None:
-    """Return the row of a decoder layer of transformers, or None if it has none."""
+    """Return the row of a transformers decoder layer, or None."""
     kind = type(layer)
     if not kind.__module__.startswith("transformers.models."):
         return None
@@ -78,5 +78,5 @@ def spec_of(layer: nn.Module) -> LayerSpec | None:
 
 
 def is_known_norm(norm: nn.Module) -> bool:
-    """Return whether a norm is of a class of the table."""
+    """Return whether the class of a norm is in the table."""
     return type(norm).__name__ in {spec.norm for spec in FAMILIES}

@@ -1,12 +1,12 @@
-"""Keys and values of the tokens so far, and attention of one new token a sequence over them.
+"""The KV cache, and attention of one new token per sequence over it.
 
-The cache has a fixed number of slots, one a sequence, and room for so many tokens in each: tensors
-that stay where they are, so that a step of decoding can be a CUDA graph. A sequence is known by its
-position alone: the new token's, and that of the last key it sees. What lies behind that in a slot
-is of an earlier sequence, and not looked at.
+The cache has a fixed number of slots, one per sequence, with a fixed capacity in tokens. Its
+tensors keep their addresses, so that a decoding step can be a CUDA graph. The only state of a
+sequence is its position: that of the new token and the last key it attends to. Later entries of a
+slot are from an earlier sequence and are not read.
 
-On a GPU each operation is few Triton kernels (triton_kv_cache.py); the functions named ``plain_*``
-are the specification, and run elsewhere.
+On a GPU each operation is a few Triton kernels (triton_kv_cache.py); the functions named
+``plain_*`` are the specification, and run elsewhere.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from halfbyte.quant.format import gpu_kernels
 
 
 def _kernels(tensor: Tensor) -> Any:
-    """The Triton kernels, or None where the plain versions run."""
+    """The Triton kernels, or None if the plain versions run."""
     if not tensor.is_cuda or gpu_kernels() is None:
         return None
     from halfbyte.layers import triton_kv_cache
@@ -31,13 +31,13 @@ class KVCache:
     """Keys and values of all layers.
 
     Args:
-        layers: How many layers there are.
-        slots: Sequences at once.
+        layers: Number of layers.
+        slots: Number of concurrent sequences.
         heads: Heads of keys and values.
-        capacity: Tokens of a slot.
-        width: Of a head.
-        dtype: Of keys and values.
-        device: Where they are.
+        capacity: Tokens per slot.
+        width: Width of a head.
+        dtype: dtype of keys and values.
+        device: Device of keys and values.
 
     Attributes:
         keys: [layers, slots, heads, capacity, width].
@@ -54,14 +54,14 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        # Zeros, because what is masked is still multiplied by zero, and memory may hold NaN.
+        # Zeros, because masked values are still multiplied by zero, and memory may contain NaN.
         shape = (layers, slots, heads, capacity, width)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
 
     @property
     def capacity(self) -> int:
-        """Tokens there is room for in each slot."""
+        """Capacity of each slot in tokens."""
         return self.keys.shape[3]
 
     def clear(self) -> None:
@@ -70,23 +70,23 @@ class KVCache:
         self.values.zero_()
 
     def grow(self, capacity: int) -> None:
-        """Move to tensors with room for ``capacity`` tokens a slot, at least as many as before."""
+        """Reallocate with ``capacity`` tokens per slot, at least as many as before."""
         for name in ("keys", "values"):
             old = getattr(self, name)
             new = old.new_zeros((*old.shape[:3], capacity, old.shape[4]))
             new[:, :, :, : old.shape[3]] = old
             setattr(self, name, new)
-            del old, new  # before the second comes
+            del old, new  # freed before the second is allocated
 
     def store(self, layer: int, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor) -> None:
-        """Store keys, turned, and values of the tokens of prompts.
+        """Store rotated keys, and values, of prompt tokens.
 
         Args:
-            layer: Whose they are.
+            layer: Index of the layer.
             k: [T, heads, width].
             v: Likewise.
             slots: int64 [T], the slot of each token.
-            positions: int64 [T], its place there.
+            positions: int64 [T], the position of each token in its slot.
         """
         self.keys[layer][slots, :, positions] = k
         self.values[layer][slots, :, positions] = v
@@ -134,12 +134,12 @@ def turn_and_store(
     keys: Tensor,
     values: Tensor,
 ) -> Tensor:
-    """Turn the new tokens' q and k by their positions, and store k and v.
+    """Rotate q and k of the new tokens by their positions, and store k and v.
 
     Args:
-        q: [slots, query heads, width], of one new token a slot; rows may be apart. On a GPU it is
-            written over.
-        k: [slots, heads, width], likewise, but left as it is.
+        q: [slots, query heads, width], one new token per slot; rows may be strided. Overwritten on
+            a GPU.
+        k: [slots, heads, width], likewise, but not modified.
         v: Likewise.
         turn: Tables of cosines and sines, [any, width]; both halves of a row are equal.
         positions: int64 [slots], the position of each new token.
@@ -147,7 +147,7 @@ def turn_and_store(
         values: Likewise.
 
     Returns:
-        q turned, of its shape.
+        Rotated q, in its shape.
     """
     kernels = _kernels(q)
     done = (kernels.turn_and_store if kernels else plain_turn_and_store)(
@@ -163,12 +163,12 @@ def attend_cached(
     """Return softmax(scale · q kᵀ) v over the keys up to each new token's own.
 
     Args:
-        q: [slots, query heads, width], turned; heads lie together, rows may be apart.
+        q: [slots, query heads, width], rotated; heads are contiguous, rows may be strided.
         keys: [slots, heads, capacity, width], heads a divisor of the query heads.
         values: Likewise.
-        positions: int64 [slots]: the last key that is seen.
+        positions: int64 [slots], the last key attended to.
         scale: Factor of the scores.
-        window: How many keys are seen at most, counted from the last; None for all.
+        window: Maximum number of keys attended to, counted from the last; None for all.
 
     Returns:
         [slots, query heads · width].

@@ -1,18 +1,18 @@
 """The gated MLP of a decoder layer, down(silu(gate(x)) · up(x)), as one operation on a GPU.
 
-What lies between its products is the widest of a layer: 22 kB a token each for gate, up and their
-product in a 7B model. As a chain of operations all three are written by forward, by forward again
-and kept for backward, for the sake of one in three: inner = silu(gate) · up is wanted by the last
-product, and by its adapter's dA. Seen as one,
+Its intermediates are the widest activations of a layer: 22 kB per token each for gate, up and their
+product in a 7B model. Separate operations write all three in forward and in recomputation and keep
+them for backward, although only inner = silu(gate) · up is needed, by the last product and by its
+adapter's dA. As one operation,
 
-    forward         writes inner only, if no backward will come of it
-    forward again   makes gate and up only: its own output is read by nobody, and the adapter's
-                    inner Aᵀ is remembered (`OpenLayer`)
-    backward        makes inner once more, in registers, in the pass that turns its gradient into
-                    those of gate and up, in place of these
+    forward         writes only inner if there is no backward
+    recomputation   computes only gate and up: its output is not read, and inner Aᵀ of the adapter
+                    is kept from forward (`OpenLayer`)
+    backward        recomputes inner in registers, in the kernel that overwrites gate and up with
+                    their gradients
 
-The products are linear/fused_lora.py's. The plain version, which runs elsewhere and is the
-specification, is the chain.
+The products are those of linear/fused_lora.py. Separate operations are the specification, and run
+everywhere else.
 """
 
 from typing import Any
@@ -31,22 +31,22 @@ def gated_mlp(
 ) -> Tensor:
     """Return down(silu(gate(x)) · up(x)), [..., H] for x [..., H].
 
-    On a GPU backward writes over what was kept, and cannot run twice.
+    On a GPU backward overwrites the saved tensors and cannot run twice.
 
     Args:
         x: In a dtype of the products.
         gate: [I, H].
         up: [I, H].
         down: [H, I].
-        read: Whether anybody reads the values. If not, it is a stand-in with the same backward.
+        read: Whether the values are read. If not, it is a placeholder with the same backward.
     """
     both, last = gate.group.fused_alone(x, (gate, up)), down.group.fused_alone(x, (down,))
     if both is None or last is None:
         inner = swiglu(gate(x), up(x))
         return down(inner) if read else down.unread(inner)
     if not read and not down.group.has_lora_activation:
-        read = True  # p of the last product is wanted, and so is inner
-    gradients = torch.is_grad_enabled()  # inside forward it always says no
+        read = True  # p of the last product is needed, and so is inner
+    gradients = torch.is_grad_enabled()  # always False inside forward
     factors = factors_of([*both.updates, *last.updates])
     return _GatedMLP.apply(x, both, last, gradients, read, *factors)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -70,7 +70,7 @@ class _GatedMLP(torch.autograd.Function):
         between: Tensor | None
         if not read:
             between = both.forward(rows, p)
-            q = last.into_a(rows)  # remembered: nothing is made of them
+            q = last.into_a(rows)  # restored; rows are not read
             y = rows.new_zeros(1, 1).expand(len(rows), *last.outputs)
         else:
             if triton_matmul.fits(rows, both.outputs):
@@ -93,7 +93,7 @@ class _GatedMLP(torch.autograd.Function):
         from halfbyte.linear import triton_swiglu
 
         if ctx.written:
-            raise RuntimeError("backward of a gated MLP writes over what it kept: it runs once")
+            raise RuntimeError("backward of a gated MLP overwrites its saved tensors: it runs once")
         ctx.written = True
         rows, between, p, q = ctx.saved_tensors
         gate, up = between.chunk(2, 1)
@@ -112,7 +112,7 @@ class _GatedMLP(torch.autograd.Function):
         else:
             triton_elementwise.swiglu_backward(d_inner, gate, up, remake=True)
             of_last = last.factor_gradients(d_inner, g, d_bs)
-            del d_inner  # before there are sums of tiles
+            del d_inner  # freed before the partial sums are allocated
             g, d_bs = both.through_b([gate, up], p)
         of_both = both.factor_gradients(rows, g, d_bs)
         dx = None

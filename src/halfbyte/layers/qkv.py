@@ -1,11 +1,11 @@
-"""The projections of attention and the rotary turn, as one operation on a GPU.
+"""The attention projections and rotary embeddings, as one operation on a GPU.
 
-q, k and v of one x are one product (linear/group.py). q and k are turned by their positions before
-anybody reads them, and a kernel that reads and writes both for that takes a tenth of the time of
-the product. From some rows on they are turned in it, before a tile is written; below, by a kernel
-of its own, in place. Backward turns their gradients the other way, and goes on as any product.
+q, k and v of one x are one product (linear/group.py). q and k are then rotated by their positions,
+and a separate kernel that reads and writes both takes a tenth of the time of the product. With
+enough rows they are rotated in the product before a tile is written, otherwise by a kernel of its
+own, in place. Backward rotates the gradients back and continues as any product.
 
-The plain version, which runs elsewhere and is the specification, is one after the other.
+The specification is the sequence of both operations, which runs everywhere else.
 """
 
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ from halfbyte.linear.group import factors_of
 def turned_heads(
     x: Tensor, projections: Sequence[FrozenLinear], cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q and k turned by their positions, and v: [B, T, heads, n] of each.
+    """Return q and k rotated by their positions, and v, [B, T, heads, n] each.
 
     Args:
         x: [B, T, H], in a dtype of the products.
-        projections: Of q, k and v.
+        projections: The linears of q, k and v.
         cos: [1 or B, T, n]; see `elementwise.rotary`.
         sin: Likewise.
     """

@@ -1,9 +1,9 @@
 """The operations of elementwise.py in Triton: one launch and one pass over memory each.
 
-A program of the norms and of the loss has a row, of the rotary turn a token's heads, of the gated
-activation a piece of a row. All read in the dtype of the tensors, compute in float32 and round
-once, but where transformers rounds in between (`plain_rms_norm`). Rows may be apart: q, k, v and
-gate, up are columns of one product.
+A program of the norms and of the loss handles a row, of the rotary embedding the heads of a token,
+of the gated activation a part of a row. All read in the dtype of the tensors, compute in float32
+and round once, except where transformers rounds in between (`plain_rms_norm`). Rows may be strided:
+q, k, v and gate, up are columns of one product.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def _cross_entropy(
     logits += row * size
     target = tl.load(targets + row)
     at = tl.arange(0, lanes)
-    # So low that its exponential is nothing, and finite: lanes beyond the row count for nothing.
+    # Its exponential is 0, but it is finite: lanes beyond the row do not contribute.
     lowest = -1e30
     largest = tl.full((lanes,), lowest, tl.float32)
     total = tl.zeros((lanes,), tl.float32)
@@ -198,7 +198,7 @@ def _cross_entropy(
         mine = softcap * (2.0 * tl.sigmoid(2.0 * mine / softcap) - 1.0)
     tl.store(losses + row, normaliser - mine)
     if with_grad:
-        tl.debug_barrier()  # all have read the target's logit, which is written over now
+        tl.debug_barrier()  # all have read the target's logit, which is overwritten now
         for start in range(0, size, lanes):
             inside = start + at < size
             z = tl.load(logits + start + at, mask=inside, other=0.0).to(tl.float32)
@@ -221,14 +221,14 @@ def _look_up(out, table, ids, size, lanes: tl.constexpr):
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int, int, int, int]:
-    """X with contiguous rows, how many they are, and where: inner count, outer and inner stride."""
+    """X with contiguous rows, their number, the inner count, and the outer and inner stride."""
     if x.stride(-1) != 1:
         x = x.contiguous()
     size = x.shape[-1]
     rows = x.numel() // size
     if x.is_contiguous():
         return x, rows, rows, 0, size
-    # [B, T, heads, n] of which a token's heads lie together.
+    # [B, T, heads, n] with the heads of a token contiguous.
     heads = x.shape[-2]
     even = x.dim() == 4 and x.stride(0) == x.shape[1] * x.stride(1)
     if even and x.stride(2) == size:
@@ -237,7 +237,7 @@ def _rows(x: Tensor) -> tuple[Tensor, int, int, int, int]:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As `elementwise.plain_rms_norm`."""
+    """`elementwise.plain_rms_norm` as a kernel."""
     y, rstd, _ = _norm_rows(x, None, weight, eps)
     return y, rstd
 
@@ -283,7 +283,7 @@ def _norm_rows(
 def rms_norm_backward(
     dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor
 ) -> Tensor:
-    """As `elementwise.plain_rms_norm_backward`, plus ``dh``, in the dtype of h."""
+    """`elementwise.plain_rms_norm_backward` plus ``dh``, in the dtype of h."""
     shape = h.shape
     h, rows, inner, outer_stride, inner_stride = _rows(h)
     dx = torch.empty(shape, dtype=h.dtype, device=h.device)
@@ -312,10 +312,10 @@ def rms_norm_backward(
 def rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """As `elementwise.plain_rotary` of q and of k, each in its dtype, in one launch.
+    """`elementwise.plain_rotary` of q and k, each in its dtype, in one launch.
 
-    Forward writes over q and k where their heads lie together, and returns new tensors where they
-    do not; ``backward`` turns the other way and leaves what it is given as it is.
+    Forward overwrites q and k if their heads are contiguous and returns new tensors otherwise;
+    ``backward`` rotates in the other direction and does not modify its inputs.
     """
     q, k = (x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous() for x in (q, k))
     if backward:
@@ -359,7 +359,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """As `elementwise.swiglu`."""
+    """`elementwise.swiglu` as a kernel."""
     g, u = _flat(gate), _flat(up)
     y = torch.empty(g.shape, dtype=g.dtype, device=g.device)
     if y.numel():
@@ -373,11 +373,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def swiglu_backward(
     dy: Tensor, gate: Tensor, up: Tensor, *, remake: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """As `elementwise.plain_swiglu_backward`, in the dtype of gate and up and in place of them.
+    """`elementwise.plain_swiglu_backward` in the dtype of gate and up, overwriting them.
 
-    So the widest activations of a layer and their gradients are never there together, and gradients
-    of what were columns of one product are columns of one tensor. Rows must be contiguous.
-    To ``remake`` is to write silu(gate) · up over dy, [rows, n] and contiguous, too.
+    So the widest activations of a layer and their gradients never exist at the same time, and
+    gradients of columns of one product are columns of one tensor. Rows must be contiguous.
+    With ``remake``, dy, [rows, n] and contiguous, is overwritten by silu(gate) · up.
     """
     g, u = _flat(gate), _flat(up)
     if g.numel():
@@ -402,10 +402,10 @@ def cross_entropy_forward_backward(
     """Cross-entropy of rows, and its gradient in place of the logits.
 
     Args:
-        logits: [S, V], contiguous; with ``with_grad`` it is written over with dL/dz.
-        targets: int64 [S], each a column.
+        logits: [S, V], contiguous; with ``with_grad`` it is overwritten by dL/dz.
+        targets: int64 [S], column indices.
         softcap: Gemma's cap on the logits; 0 for none.
-        with_grad: Whether the gradient is wanted.
+        with_grad: Whether to compute the gradient.
 
     Returns:
         The losses, float32 [S].

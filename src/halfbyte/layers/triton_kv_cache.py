@@ -1,13 +1,13 @@
-"""What a step of decoding does with its cache of keys and values (kv_cache.py), in Triton.
+"""The Triton kernels of a decoding step on the KV cache (kv_cache.py).
 
-    turn_and_store   q and k of one token a slot are turned, k and v go where they belong: a launch
-    attend_cached    the keys of a slot are divided among programs, because a slot and head alone
-                     read with a small part of the GPU; a second launch joins what they found
+    turn_and_store   rotates q and k of one token per slot and stores k and v, in one launch
+    attend_cached    splits the keys of a slot over programs, since one program per slot and head
+                     would leave most of the GPU idle; a second launch combines their results
 
-Work follows the positions, not the capacity of the cache, so one CUDA graph serves any length: a
-program reads where its slot is, and takes its share of what is there. Heads that share keys are the
-rows of one product, filled up to the 16 that tensor cores ask for. As flash attention does
-(Dao et al. 2022), a program keeps the largest score, the sum of exponentials and the sum of values.
+The work depends on positions, not on the capacity, so one CUDA graph serves any length: a program
+reads the position of its slot and processes its share of the keys. Heads that share keys are the
+rows of one product, padded to the 16 that tensor cores need. As in flash attention (Dao et al.
+2022), a program keeps the largest score and the sums of exponentials and values.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 from halfbyte.quant.triton_blockwise import on_device
 from halfbyte.runtime import device as devices
 
-# Programs an SM that are enough to read with all of the GPU, and the most parts.
+# Programs per SM that saturate memory bandwidth, and the maximum number of parts.
 _PROGRAMS, _MOST_PARTS = 2, 16
-# Heads that one program turns.
+# Heads rotated by one program.
 TURNED = 8
 
 
@@ -116,7 +116,7 @@ def _attend_part(
     )
     keys += (slot * heads + group) * capacity * width
     values += (slot * heads + group) * capacity * width
-    # So low that its exponential is nothing, and finite: a part may have no key at all.
+    # Its exponential is 0, but it is finite: a part may have no keys.
     lowest = -1e30
     largest = tl.full((rows,), lowest, tl.float32)
     total = tl.zeros((rows,), tl.float32)
@@ -164,7 +164,7 @@ def turn_and_store(
     keys: Tensor,
     values: Tensor,
 ) -> Tensor:
-    """As `kv_cache.turn_and_store`, q in place."""
+    """`kv_cache.turn_and_store`, with q in place."""
     (slots, q_heads, width), heads = q.shape, keys.shape[1]
     q, k, v = (x if _heads_together(x) else x.contiguous() for x in (q, k, v))
     with on_device(q):
@@ -195,7 +195,7 @@ def _heads_together(x: Tensor) -> bool:
 
 
 def parts_of(programs: int, capacity: int, device: torch.device) -> int:
-    """Returns among how many programs the keys of a slot and head are divided; a power of two."""
+    """Returns the number of programs that share the keys of a slot and head; a power of two."""
     wanted = triton.cdiv(_PROGRAMS * devices.spec_of(device).num_sms, programs)
     return int(triton.next_power_of_2(max(1, min(wanted, _MOST_PARTS, capacity // 64))))
 
@@ -204,13 +204,13 @@ def shape_of(repeat: int, width: int, itemsize: int) -> tuple[dict[str, int], di
     """Returns the constants of `_attend_part`, and how it is compiled.
 
     Args:
-        repeat: Query heads to a head of keys.
-        width: Of a head.
-        itemsize: Bytes of a number.
+        repeat: Query heads per head of keys.
+        width: Width of a head.
+        itemsize: Bytes per element.
     """
     lanes = max(16, triton.next_power_of_2(width))
     shape = {"repeat": repeat, "rows": max(16, triton.next_power_of_2(repeat))}
-    # 16 kB each of keys and values, which are read ahead once: a Turing GPU has 64 of them.
+    # 16 kB each of keys and values, double-buffered: a Turing GPU has 64 kB.
     shape |= {"width": width, "lanes": lanes, "tile": max(16, 16384 // (lanes * itemsize))}
     return shape, {"num_warps": 4, "num_stages": 2}
 
@@ -218,7 +218,7 @@ def shape_of(repeat: int, width: int, itemsize: int) -> tuple[dict[str, int], di
 def attend_cached(
     q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: float, window: int | None
 ) -> Tensor:
-    """As `kv_cache.attend_cached`; sums are float32, and weights rounded to the dtype of values."""
+    """`kv_cache.attend_cached` with float32 sums and weights rounded to the dtype of the values."""
     (slots, q_heads, width), (heads, capacity) = q.shape, keys.shape[1:3]
     q = q if _heads_together(q) else q.contiguous()
     shape, options = shape_of(q_heads // heads, width, q.element_size())

@@ -1,12 +1,12 @@
-"""The two matrices with a row for each token, packed: the embedding and the output head.
+"""Packed vocabulary matrices: the embedding and the output head.
 
-Both are `FrozenLinear`s in all but their use: the same packed weight [V, H], the same buffers, so
-what reads, writes, counts and merges packed linears does the same for them. They take no adapter.
-An embedding decodes the rows that are looked up. A head is decoded a few rows of the vocabulary at
-a time for the loss (`pieces`), so the decoded whole never exists in training.
+Both derive from `FrozenLinear`: with the same packed weight [V, H] and buffers, they are loaded,
+saved, counted and merged like packed linears. They take no adapter. An embedding decodes the rows
+that are looked up. A head is decoded a few rows of the vocabulary at a time for the loss
+(`pieces`), so the whole decoded matrix never exists in training.
 
-An embedding that is not packed need not be on the GPU at all (`HostEmbedding`): a token looks up
-one row of it, 8 kB for a 7B model, and the rest of its 0.3 to 1 GB only lies there.
+An embedding that is not packed can stay in host memory (`HostEmbedding`): a token reads one row of
+it, 8 kB for a 7B model, and the rest of its 0.3 to 1 GB would be idle on the GPU.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from halfbyte.quant.blockwise import DYNAMIC_SIGNED
 from halfbyte.quant.format import gpu_kernels
 from halfbyte.quant.weight import levels_of
 
-_CHUNK = 2**20  # elements of looked-up rows that are decoded at a time
+_CHUNK = 2**20  # elements of looked-up rows decoded at a time
 
 
 class FrozenHead(FrozenLinear):
@@ -48,16 +48,16 @@ class FrozenEmbedding(FrozenLinear):
         """Return rows [..., H] for token ids int64 [...].
 
         Raises:
-            IndexError: If an id is negative, or no row's.
+            IndexError: If an id is negative or too large.
         """
         assert self.quantized is not None
         return decode_rows(self.quantized, ids, self.dtype)
 
 
 class HostEmbedding(nn.Module):
-    """A frozen embedding whose weight stays in page-locked host memory, where the GPU reads rows.
+    """A frozen embedding whose weight stays in page-locked host memory; the GPU reads rows there.
 
-    The weight is no parameter and no buffer, so that nothing moves it to the GPU.
+    The weight is neither a parameter nor a buffer, so that nothing moves it to the GPU.
 
     Args:
         weight: [V, H], any dtype, on any device; it is copied.
@@ -78,13 +78,13 @@ class HostEmbedding(nn.Module):
 
 
 def embedding_to_host(model: PreTrainedModel) -> int:
-    """Move the embedding of a model on a GPU to the host, if all else can stay as it is.
+    """Move the embedding of a model on a GPU to host memory, if possible.
 
-    It cannot where it is trained, packed, tied to the head, or does more than look rows up, and
-    where there are no kernels to read it with.
+    It is not possible if the embedding is trained, packed, tied to the head or does more than look
+    up rows, or if there are no kernels to read it.
 
     Returns:
-        The bytes that are no longer on the GPU.
+        The number of bytes freed on the GPU.
     """
     embedding = model.get_input_embeddings()
     plain = type(embedding) is nn.Embedding and embedding.weight.is_cuda
@@ -97,18 +97,18 @@ def embedding_to_host(model: PreTrainedModel) -> int:
 
 @torch.no_grad()
 def decode_rows(q: QuantizedWeight, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return rows ``ids`` of a packed matrix: the bits that `dequantize` has there.
+    """Return rows ``ids`` of a packed matrix, bit-identical to those of `dequantize`.
 
     Args:
         q: [V, H], H even. Blocks may cross rows.
         ids: int64 [...], on the device of ``q``.
-        dtype: Of the result, [..., H].
+        dtype: dtype of the result, [..., H].
 
     Raises:
-        IndexError: If an id is negative, or no row's.
+        IndexError: If an id is negative or too large.
     """
     width = q.shape[1]
-    run = gcd(width, q.block_size)  # so many elements of a row, from a multiple on, share a block
+    run = gcd(width, q.block_size)  # each aligned run of this many elements shares a block
     runs = torch.arange(width // run, device=ids.device)
     levels = levels_of(q.quant_type)
     pairs = torch.cartesian_prod(levels, levels).to(ids.device)
@@ -118,7 +118,7 @@ def decode_rows(q: QuantizedWeight, ids: Tensor, dtype: torch.dtype) -> Tensor:
     parts = zip(torch.split(ids.reshape(-1), rows), torch.split(out, rows), strict=True)
     for some, target in parts:
         which = (some[:, None] * len(runs) + runs).reshape(-1)
-        # Not by brackets, which would take a negative id for one from the end.
+        # Not by indexing, which would accept a negative id and count from the end.
         packed = codes.index_select(0, which).int()
         values = pairs[packed].view(len(which), run)
         scales = _scales_of(q, which * run // q.block_size)
@@ -142,12 +142,12 @@ def pieces(q: QuantizedWeight, dtype: torch.dtype, nbytes: int) -> Iterator[tupl
 
     Args:
         q: The matrix.
-        dtype: What to decode to.
-        nbytes: About how large a decoded piece may be. Pieces begin where a block (with double
-            quantisation, a block of scales) does, so unusual sizes can make larger ones.
+        dtype: dtype of the decoded pieces.
+        nbytes: Approximate size of a decoded piece. Pieces start at block boundaries (with double
+            quantisation, of blocks of scales), so unusual sizes can require larger ones.
 
     Yields:
-        The first row of a piece, and its rows [·, H], which the next piece overwrites.
+        Index of the first row of a piece, and its rows [·, H], overwritten by the next piece.
     """
     rows, width = q.shape
     span = q.block_size * (SCALE_BLOCK if q.double_quant else 1)
@@ -160,7 +160,7 @@ def pieces(q: QuantizedWeight, dtype: torch.dtype, nbytes: int) -> Iterator[tupl
 
 
 def _rows_between(q: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
-    """Return rows of ``q`` as a view; the first must begin a block, and a block of scales."""
+    """Return rows of ``q`` as a view; the first must start a block, and a block of scales."""
     width = q.shape[1]
     first, last = start * width, stop * width
 

@@ -1,9 +1,9 @@
-"""One tensor on a GPU for all packed weights of a model.
+"""One allocation on a GPU for all packed weights of a model.
 
-torch's allocator takes memory from the driver in pieces: 20 MB for what is smaller than 10, a piece
-of its own for what is larger, and what is left of a piece is used by what happens to fit. The
-thousand tensors of a packed 7B model so leave 0.15 GB that nothing fits in. In one tensor they
-leave none: training at 2x512 tokens holds 4.85 GB reserved instead of 4.99.
+torch's allocator requests memory from the driver in segments: 20 MB for tensors below 10 MB, a
+segment each for larger ones. With the thousand tensors of a packed 7B model, 0.15 GB of these
+segments stays unusable. One allocation avoids that: training at 2x512 tokens reserves 4.85 GB
+instead of 4.99.
 """
 
 from collections.abc import Iterable
@@ -14,16 +14,16 @@ import torch
 
 from halfbyte.quant.weight import QuantizedWeight
 
-# Where a tensor may begin: what the allocator aligns to, at least, and all that kernels ask for.
+# Alignment of each tensor in bytes: at least the allocator's, and sufficient for all kernels.
 _ALIGNED = 256
 
 
 class Arena:
-    """Memory for packed weights, side by side.
+    """Contiguous memory for packed weights.
 
     Args:
-        weights: What there must be room for; their tensors may be on the meta device.
-        device: Where it is.
+        weights: The weights to reserve memory for; their tensors may be on the meta device.
+        device: Device of the memory.
     """
 
     def __init__(self, weights: Iterable[QuantizedWeight], device: torch.device | str) -> None:
@@ -32,9 +32,9 @@ class Arena:
         self._used = 0
 
     def hold(self, weight: QuantizedWeight) -> QuantizedWeight:
-        """Return ``weight``, its tensors copied to the next free place.
+        """Return ``weight`` with its tensors copied into the arena.
 
-        Where there is no room, because more comes than was said, it is returned as it is.
+        If the remaining memory is too small, it is returned unchanged.
         """
         tensors = weight.tensors()
         if self._used + sum(map(_padded, tensors.values())) > len(self._memory):

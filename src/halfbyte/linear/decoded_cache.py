@@ -1,10 +1,10 @@
-"""Where the weights of one decoder layer are decoded to, once for all that multiply with them.
+"""A cache of decoded weights: each decoder layer is decoded once for all its products.
 
-Called alone, a linear decodes its weight for each product. Inside ``DecodedWeightCache.opened`` the
-weights of a whole decoder layer are decoded once, into a buffer that every decoder layer shares,
-and all micro-batches multiply with them. Where memory is left, decoder layers may have a buffer of
-their own and stay decoded from step to step (``DecodedWeightCache.keep``): their products then cost
-what those of 16-bit weights cost.
+Outside of it, a linear decodes its weight for each product. Inside ``DecodedWeightCache.opened``
+the weights of a whole decoder layer are decoded once, into a buffer shared by all decoder layers,
+and all micro-batches use them. If memory allows, decoder layers get buffers of their own and stay
+decoded across steps (``DecodedWeightCache.keep``): their products then cost the same as with
+16-bit weights.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from halfbyte.linear.decoded_weight import DecodedWeight, WeightLayout
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.group import LinearGroup, OpenLayer, decode_together
 
-# Bytes of which a multiple lies before each group: what TMA and wide stores ask for.
+# Alignment of each group in bytes: required by TMA and wide stores.
 _ALIGNED = 256
 
 
@@ -27,10 +27,10 @@ class _Place:
     """Memory for the decoded weights of a decoder layer.
 
     Attributes:
-        buffer: The memory, uint8, as large as the largest layer that was here.
+        buffer: The memory, uint8, as large as the largest layer decoded into it so far.
         weights: The decoded weights in it.
-        holds: Of each where the packed weight is, its version, its layout, the dtype of the
-            products, and where in the memory it is.
+        holds: For each: address and version of the packed weight, its layout, the dtype of the
+            products, and its offset in the memory.
     """
 
     buffer: Tensor | None = None
@@ -38,10 +38,10 @@ class _Place:
     holds: list[tuple[int, int, WeightLayout, torch.dtype, int]] = field(default_factory=list)
 
     def room(self, nbytes: int, device: torch.device) -> Tensor:
-        """Return the memory, made anew if it is too small or elsewhere."""
+        """Return the memory, reallocated if it is too small or on another device."""
         held = self.buffer
         if held is None or held.numel() < nbytes or held.device != device:
-            self.buffer = held = None  # before there are two
+            self.buffer = held = None  # freed first, so that two never exist at once
             self.weights, self.holds = [], []
             self.buffer = held = torch.empty(nbytes, dtype=torch.uint8, device=device)
         return held
@@ -50,13 +50,13 @@ class _Place:
 class DecodedWeightCache:
     """A buffer into which one decoder layer after another is decoded.
 
-    A larger layer makes it grow. So the decoded weights alive at any time are those of one layer
-    (and of those that are kept), and on a CPU the pages are touched once per run instead of once a
-    product (a fresh 64 MB buffer costs about 12 ms of page faults, the decoding into it about 4).
-    On a GPU all weights of a layer are one launch.
+    It grows to the size of the largest layer. At any time only the weights of one layer (and of the
+    kept ones) are decoded, and on a CPU the pages are faulted in once per run instead of once per
+    product (a fresh 64 MB buffer costs about 12 ms of page faults, decoding into it about 4).
+    On a GPU all weights of a layer are decoded in one launch.
 
     Attributes:
-        decodes: How many weights have been decoded so far.
+        decodes: Number of weights decoded so far.
     """
 
     def __init__(self) -> None:
@@ -66,20 +66,20 @@ class DecodedWeightCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers."""
+        """Size of all buffers in bytes."""
         places = [self._shared, *self._own.values()]
         return sum(place.buffer.nbytes for place in places if place.buffer is not None)
 
     def keep(self, layers: Sequence[Sequence[FrozenLinear]], dtype: torch.dtype) -> None:
-        """Decode these decoder layers now, and keep them so; no others any more.
+        """Decode these decoder layers and keep them decoded, instead of any kept before.
 
-        It is done now, and not when they are opened, because a layer may be opened while a CUDA
-        graph is captured, where nothing is computed. The shared buffer is let go of, and comes back
-        with the first layer that is not kept.
+        They are decoded immediately, not when they are opened, because that may happen during CUDA
+        graph capture, where nothing is computed. The shared buffer is freed, and allocated again
+        for the first layer that is not kept.
 
         Args:
-            layers: The linears of each.
-            dtype: What to decode to.
+            layers: The linears of each layer.
+            dtype: dtype of the products.
         """
         wanted = {linears[0]: linears for linears in layers if linears}
         self._shared = _Place()
@@ -90,22 +90,22 @@ class DecodedWeightCache:
                 pass
 
     def forget(self) -> None:
-        """Take the shared buffer to hold nothing: in a dry run nothing is decoded into it."""
+        """Mark the shared buffer as empty: a dry run decodes nothing into it."""
         self._shared.holds = []
 
     @contextmanager
     def opened(
         self, linears: Sequence[FrozenLinear], dtype: torch.dtype, *, again: bool = False
     ) -> Iterator[OpenLayer]:
-        """Decode ``linears`` once; inside, their ``dense(dtype)`` costs nothing.
+        """Decode ``linears`` once; inside the context, their ``dense(dtype)`` is free.
 
-        Yields what their products share.
+        Yields the state shared by their products.
 
         Args:
-            linears: Of one device.
-            dtype: What to decode to.
-            again: Whether they need not be decoded if they were the last that were. Those that are
-                kept never need be, unless their packed weights have changed.
+            linears: Linears on one device.
+            dtype: dtype of the products.
+            again: Whether to reuse the buffer if it already holds these linears. Kept ones are
+                always reused, unless their packed weights have changed.
         """
         place = self._own.get(linears[0], self._shared) if linears else self._shared
         layer = OpenLayer(self._decoded(linears, dtype, place, again), dtype)
@@ -118,7 +118,7 @@ class DecodedWeightCache:
     def _decoded(
         self, linears: Sequence[FrozenLinear], dtype: torch.dtype, place: _Place, again: bool
     ) -> dict[FrozenLinear, DecodedWeight]:
-        """Return W of each linear, decoded now or still in its place."""
+        """Return W of each linear, newly decoded or reused from the buffer."""
         groups: dict[LinearGroup, list[FrozenLinear]] = {}
         for linear in linears:
             groups.setdefault(linear.group, []).append(linear)
@@ -134,7 +134,7 @@ class DecodedWeightCache:
                 kind = kinds[linear]
                 start += -start % kind.itemsize
                 stop = start + q.numel * kind.itemsize
-                # Below the last of its group, so that their product with one x can be one.
+                # Stacked with its group, so that one product with x can cover all of them.
                 outs[linear] = whole[start:stop].view(kind).view(q.shape)
                 start = stop
             start += -start % _ALIGNED

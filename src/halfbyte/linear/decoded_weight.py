@@ -1,9 +1,9 @@
-"""A weight as it is multiplied with: what the packed one is decoded to, and the products of that.
+"""Decoded weights: the layout a packed weight is decoded to, and the products computed with it.
 
-Which numbers a weight is decoded to, and how one multiplies with them, is its layout's to say. So
-whoever has weights decoded (group.py, decoded_cache.py) and multiplies knows of no layout, and a
-linear whose ``layout`` is another trains by another's products. ``DENSE`` is that of all linears
-today; docs/extending.md adds one of int8 rows.
+The numeric format of a decoded weight and the way to multiply with it are defined by its layout.
+Code that decodes and multiplies (group.py, decoded_cache.py) is independent of it, and a linear
+with another ``layout`` trains with that layout's products. All linears use ``DENSE`` today;
+docs/extending.md adds a layout of int8 rows.
 """
 
 from collections.abc import Sequence
@@ -23,9 +23,9 @@ class DecodedWeight:
     """W [out, in], decoded.
 
     Attributes:
-        data: Its numbers, as the layout has them.
-        scale: What they are multiplied by, as the layout has it, or None.
-        layout: What decoded it, and multiplies with it.
+        data: The values, in the format of the layout.
+        scale: The factors of the values, in the format of the layout, or None.
+        layout: The layout that decoded it and multiplies with it.
     """
 
     data: Tensor
@@ -34,7 +34,7 @@ class DecodedWeight:
 
 
 class WeightLayout(Protocol):
-    """What weights are decoded to, and the products with them. It has no state."""
+    """The format that weights are decoded to, and the products with them; stateless."""
 
     def data_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype of ``data`` for products in ``dtype``."""
@@ -48,25 +48,25 @@ class WeightLayout(Protocol):
         """Decode packed weights of one device.
 
         Args:
-            packed: At least one.
-            dtype: That of the products.
-            outs: Where the ``data`` of each goes, of `data_dtype`, [out, in]; or in new tensors.
+            packed: At least one weight.
+            dtype: dtype of the products.
+            outs: Destination of the ``data`` of each, `data_dtype`, [out, in]; None allocates.
         """
 
     def from_dense(self, weight: Tensor) -> DecodedWeight:
-        """Return what a weight becomes that is not packed: [out, in], dtype of the products."""
+        """Convert a weight that is not packed: [out, in], in the dtype of the products."""
 
     def product(self, x: Tensor, weight: DecodedWeight) -> Tensor:
         """Return x Wᵀ [rows, out], for x [rows, in], in the dtype of x."""
 
     def input_gradient(self, dy: Tensor, weight: DecodedWeight, dx: Tensor | None = None) -> Tensor:
-        """Return dy W [rows, in], for dy [rows, out]; or ``dx``, to which that was added."""
+        """Return dy W [rows, in] for dy [rows, out], added to ``dx`` in place if that is given."""
 
 
 class _Dense:
-    """W itself, row by row, in the dtype of the products; there is no scale.
+    """W itself, row-major, in the dtype of the products, without a scale.
 
-    On a GPU these are what `FusedLoraLinear` multiplies with, too, base and adapter together.
+    On a GPU, `FusedLoraLinear` reads this layout too, for base and adapter together.
     """
 
     def data_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -80,7 +80,7 @@ class _Dense:
     ) -> list[DecodedWeight]:
         if outs is not None or len(packed) < 2 or packed[0].codes.device.type != "cuda":
             decoded = dequantize_all(packed, dtype, outs=outs)
-        else:  # each below the last, so that their product with one x can be one
+        else:  # stacked in memory, so that one product with x can cover all of them
             sizes = [q.numel for q in packed]
             whole = torch.empty(sum(sizes), dtype=dtype, device=packed[0].codes.device)
             pieces = torch.split(whole, sizes)

@@ -1,9 +1,9 @@
-"""The frozen linear layer: a weight, packed or plain, that is not trained; a slot for an adapter.
+"""The frozen linear layer: a packed or plain weight that is not trained, and an adapter slot.
 
 Whether this is QLoRA or LoRA is a property of the weight: ``FrozenLinear`` holds either packed
-4-bit tensors or a plain 16/32-bit weight, and ``dense`` gives W in the dtype of the product. How it
-is multiplied with, alone or together with linears of the same input, is in group.py; who decodes,
-and how often, is up to the caller (decoded_cache.py).
+4-bit tensors or a plain 16/32-bit weight, and ``dense`` returns W in the dtype of the product. The
+products, of one linear or of several with the same input, are in group.py; when weights are decoded
+is up to the caller (decoded_cache.py).
 """
 
 from dataclasses import replace
@@ -25,10 +25,10 @@ class FrozenLinear(nn.Module):
     """A linear layer whose weight is not trained: packed 4-bit, or plain 16/32-bit.
 
     A 4-bit weight is held as plain buffers (``codes``, ``scales`` …; no tensor or parameter
-    subclass, no second copy of the state) and seen through ``quantized``. A plain one is held as
-    the parameter ``weight``, without gradient. ``adapter`` is a slot: None, or what ``lora.attach``
-    put there. ``group`` is the set of linears it is multiplied together with, ``layout`` what its
-    weight is decoded to for that.
+    subclass, no second copy of the state) and accessed through ``quantized``. A plain one is held
+    as the parameter ``weight``, without gradient. ``adapter`` is None or the adapter set by
+    ``lora.attach``. ``group`` is the set of linears it is multiplied together with, ``layout`` the
+    format its weight is decoded to.
 
     Args:
         in_features: Size of the last dimension of the input.
@@ -102,7 +102,7 @@ class FrozenLinear(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weight is."""
+        """Device of the weight."""
         held = self._buffers["codes"] if self.weight is None else self.weight
         assert held is not None
         return held.device
@@ -113,7 +113,7 @@ class FrozenLinear(nn.Module):
         return self._quantized
 
     def set_quantized(self, quantized: QuantizedWeight) -> None:
-        """Hold ``quantized`` from now on; its tensors become this module's buffers.
+        """Replace the packed weight; its tensors become this module's buffers.
 
         Raises:
             ValueError: If its shape is not [out_features, in_features].
@@ -129,17 +129,17 @@ class FrozenLinear(nn.Module):
         self._quantized = quantized
 
     def opened(self, dtype: torch.dtype) -> DecodedWeight | None:
-        """Return W [out, in] if a `DecodedWeightCache` has it decoded for products in ``dtype``."""
+        """Return W [out, in] if a `DecodedWeightCache` holds it for ``dtype``, else None."""
         layer = self.group.open_layer
         return layer.weights.get(self) if layer is not None and layer.dtype == dtype else None
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """Return W [out, in] in ``dtype``: the opened copy if there is one, else decoded anew."""
+        """Return W [out, in] in ``dtype``: the cached copy if there is one, else newly decoded."""
         held = self.opened(dtype)
         return held.data if held is not None and held.layout is DENSE else self.decode(dtype)
 
     def decode(self, dtype: torch.dtype) -> Tensor:
-        """Return W [out, in] in ``dtype``, decoded anew if it is packed."""
+        """Return W [out, in] in ``dtype``, bypassing the cache: a packed weight is decoded."""
         if self.quantized is not None:
             return dequantize(self.quantized, dtype)
         assert self.weight is not None
@@ -148,23 +148,23 @@ class FrozenLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return y [..., out] for x [..., in], in the dtype of x."""
         y = self.group.output(self, x)
-        # An adapter may go on from the product, whichever way that was computed (DoRA does).
+        # An adapter may post-process the product, however that was computed (DoRA does).
         adapter: Any = self.adapter
         rescaled: Tensor = adapter.rescale(y) if getattr(adapter, "rescales", False) else y
         return rescaled
 
     def unread(self, x: Tensor) -> Tensor:
-        """Return a stand-in for y [..., out] of which nobody reads the values.
+        """Return a placeholder for y [..., out] whose values are not read.
 
-        Its backward is that of y. Where y is needed for that, or comes with others, it is y.
+        It has the backward of y. If that needs y, or y is computed with other outputs, it is y.
         """
         if getattr(self.adapter, "rescales", False):
             return self(x)  # type: ignore[no-any-return]
         return self.group.output(self, x, read=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FrozenLinear":
-        # `module.to(bfloat16)` and `.half()` cast every floating tensor they find, and scales in
-        # bfloat16 are another weight. Seen as integers, the packed tensors move but are not cast.
+        # `module.to(bfloat16)` and `.half()` cast every floating tensor, and rounding the scales to
+        # bfloat16 would change the weight. Viewed as integers, packed tensors are moved, not cast.
         buffers = self._buffers
         floats = {name: held for name in _PACKED if (held := buffers.get(name)) is not None}
         floats = {name: held for name, held in floats.items() if held.is_floating_point()}
@@ -179,7 +179,7 @@ class FrozenLinear(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._see_buffers()  # load_state_dict(assign=True) puts others in their place
+        self._see_buffers()  # load_state_dict(assign=True) replaces the buffers
 
     def _see_buffers(self) -> None:
         if self._quantized is not None:

@@ -1,8 +1,8 @@
-"""One call of linears that share an input, by the kernels for training on a GPU.
+"""One call of linears that share an input, computed by the kernels for training on a GPU.
 
-It is made when they are called and kept for backward, since what the products there are made with
-must be what was used here. The pieces are given one by one, because what is around them differs:
-group.py takes them in a row, layers/mlp.py and layers/qkv.py with other work in between.
+The object is created in forward and kept for backward, which must use the same operands. The steps
+are separate methods because callers differ: group.py calls them in sequence, layers/mlp.py and
+layers/qkv.py with other work in between.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from halfbyte.linear.decoded_weight import DecodedWeight
 
 
 class LowRank(NamedTuple):
-    """A trained update s·B·A of a frozen weight, as one product sees it.
+    """A trained update s·B·A of a frozen weight, as used by one product.
 
     Attributes:
         a: [r, in], any floating dtype; cast to the dtype of x for the product.
@@ -32,7 +32,7 @@ class LowRank(NamedTuple):
 
 
 class _Group(Protocol):
-    """Linears of one input, which decode their weights; see `group.LinearGroup`."""
+    """Linears that share an input and decode their weights; see `group.LinearGroup`."""
 
     outputs: list[int]
 
@@ -45,9 +45,9 @@ class FusedLoraLinear:
     """Products of base and adapter together.
 
     Args:
-        group: The linears: a `group.LinearGroup`, of the layout ``DENSE``.
+        group: The linears: a `group.LinearGroup` with the layout ``DENSE``.
         updates: Their adapters, without dropout; at least one.
-        dtype: Of x: bfloat16 or float16.
+        dtype: dtype of x: bfloat16 or float16.
 
     Attributes:
         updates: As given.
@@ -67,11 +67,11 @@ class FusedLoraLinear:
 
     @property
     def scalings(self) -> list[float]:
-        """Scaling of each adapter; 0 where there is none."""
+        """Scaling of each adapter; 0 for a linear without one."""
         return [update.scaling if update else 0.0 for update in self.updates]
 
     def weights(self) -> list[Tensor]:
-        """Return W [out, in] of each, as the kernels take it."""
+        """Return W [out, in] of each linear, in the form the kernels expect."""
         return [weight.data for weight in self._group.weights(self._dtype)]
 
     def into_a(self, x: Tensor) -> Tensor:
@@ -85,11 +85,11 @@ class FusedLoraLinear:
         return triton_matmul.forward(x, self.weights(), p, self.cast_adapters, self.outputs, turn)
 
     def through_b(self, dys: Sequence[Tensor], p: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        """Return what adapters need of dy, which is read once.
+        """Return the products of the adapters with dy, which is read once.
 
         Args:
             dys: [rows, out] of each linear, contiguous rows.
-            p: What `into_a` returned.
+            p: The result of `into_a`.
 
         Returns:
             dy (s B) of all, [rows, members · rank], and dB of each, float32 [out, rank].
@@ -102,7 +102,7 @@ class FusedLoraLinear:
         )
 
     def input_gradient(self, dys: Sequence[Tensor], g: Tensor) -> Tensor:
-        """Return dx [rows, in]; ``g`` is the first of what `through_b` returned."""
+        """Return dx [rows, in]; ``g`` is the first result of `through_b`."""
         from halfbyte.linear import triton_matmul
 
         return triton_matmul.backward(dys, self.weights(), g, self.cast_adapters)
@@ -113,10 +113,10 @@ class FusedLoraLinear:
         return self.trained(d_as, d_bs)
 
     def trained(self, d_as: Sequence[Tensor], d_bs: Sequence[Tensor]) -> list[Tensor | None]:
-        """Return dA [r, in] and dB [out, r] of each linear in turn, in the dtype it is trained in.
+        """Return dA [r, in] and dB [out, r] of each linear in turn, in the dtype of the parameter.
 
         Args:
-            d_as: Of each, float32 [rank, in]: of the rank it was filled up to.
+            d_as: For each linear float32 [rank, in], with the padded rank.
             d_bs: Likewise, [out, rank].
         """
         gradients: list[Tensor | None] = []
@@ -131,7 +131,7 @@ class FusedLoraLinear:
     def backward(
         self, dys: Sequence[Tensor], x: Tensor, p: Tensor, *, dx: bool
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Return dx [rows, in], if it is wanted, and dA and dB of each linear in turn."""
+        """Return dx [rows, in], or None if not needed, and dA and dB of each linear in turn."""
         g, d_bs = self.through_b(dys, p)
         gradients = self.factor_gradients(x, g, d_bs)
         return self.input_gradient(dys, g) if dx else None, gradients

@@ -1,4 +1,4 @@
-"""The products of frozen linears: decode the weight, multiply, forget the decoded weight.
+"""The products of frozen linears: decode the weight, multiply, free the decoded weight.
 
 For a frozen weight W [out, in], an optional bias b and an optional trained low-rank update
 (A [r, in], B [out, r], scaling s; LoRA, Hu et al. 2021, eq. 3), over x [..., in]:
@@ -7,19 +7,19 @@ For a frozen weight W [out, in], an optional bias b and an optional trained low-
     backward    dx = dy W + s · dropout'((dy B) A)
                 dA = s · (dy B)ᵀ x̃          dB = s · dyᵀ (x̃ Aᵀ)          no dW: W is frozen
 
-One ``autograd.Function`` does all of it, because three things follow that a chain of plain
-operations cannot have. W is decoded from 4 bits in forward and again in backward, and is not kept
-in between. x is kept once for the base and the adapter together. And linears that are called with
-the same x (q, k, v; gate, up) are one product: x is read once, and dx is not written for each and
-added up. ``LinearGroup`` is such a set; a linear alone is a set of one.
+A single ``autograd.Function`` does this, for three reasons that separate operations cannot offer. W
+is decoded from 4 bits in forward and again in backward, and not kept in between. x is saved once
+for base and adapter. And linears that are called with the same x (q, k, v; gate, up) are one
+product: x is read once, and dx is not written for each and summed. ``LinearGroup`` is such a set; a
+single linear is a set of one.
 
-There are three ways to the same numbers. A few rows without gradients (generation) are multiplied
-with the packed weight on a GPU that can. Training on a GPU goes through fused_lora.py, which takes
-linears and adapters of one input together. All else is decoding and torch's products.
+There are three implementations. A few rows without gradients (generation) are multiplied with the
+packed weight on GPUs that support it. Training on a GPU uses fused_lora.py, which combines linears
+and adapters of one input. Everything else is decoding and torch's products.
 
-Backward wants nothing of a product but what went into it. So the last product of a layer that is
-recomputed for its backward alone need not be made (`FrozenLinear.unread`). And x Aᵀ, for which all
-of x is read, is so narrow that it is kept from the first run where all else is forgotten
+Backward needs the inputs of a product, not its output. So when a layer is recomputed for backward,
+its last product can be skipped (`FrozenLinear.unread`). And x Aᵀ, which requires reading all of x,
+is so narrow that it is kept from the first forward when all other activations are recomputed
 (`OpenLayer`).
 """
 
@@ -35,12 +35,12 @@ from halfbyte.quant.format import gpu_kernels
 from halfbyte.quant.weight import QuantizedWeight
 from halfbyte.runtime.matmul import product
 
-# Linears of one input that triton_lora.py can take together.
+# Maximum number of linears with one input in triton_lora.py.
 _MOST_TOGETHER = 3
 
 
 class _Member(Protocol):
-    """What products ask of a linear; see `frozen.FrozenLinear`."""
+    """The interface of a linear as used by products; see `frozen.FrozenLinear`."""
 
     in_features: int
     out_features: int
@@ -132,7 +132,7 @@ def _plain_forward(
     updates: Sequence[LowRank | None],
     gradients: bool,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Return y and x̃ Aᵀ of each linear, the base's product first and the update added to it."""
+    """Return y and x̃ Aᵀ of each linear; the update is added to the base's product."""
     if not gradients and _packed_is_faster(rows, group.members):
         ys = _packed_products(rows, group.members)
     else:
@@ -148,7 +148,7 @@ def _plain_forward(
 
 
 def _packed_is_faster(rows: Tensor, members: Sequence[_Member]) -> bool:
-    """Return whether x Wᵀ is faster without decoding W, for all of the linears."""
+    """Return whether x Wᵀ is faster without decoding W for all of the linears."""
     if not rows.is_cuda or gpu_kernels() is None:
         return False
     if any(member.opened(rows.dtype) is not None for member in members):
@@ -211,7 +211,7 @@ def _fused_backward(
     updates: Sequence[LowRank | None],
     dys: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """As `_plain_backward`, by fused_lora.py."""
+    """`_plain_backward` with fused_lora.py."""
     whole = []
     for dy, out in zip(dys, ctx.fused.outputs, strict=True):
         if dy is None:  # this output was not used
@@ -221,7 +221,7 @@ def _fused_backward(
 
 
 class _Waiting(NamedTuple):
-    """Outputs that have been computed and not yet been asked for, and what they were made from."""
+    """Outputs that have been computed but not yet requested, and their inputs."""
 
     x: Tensor
     version: int
@@ -229,24 +229,24 @@ class _Waiting(NamedTuple):
     outputs: dict[_Member, Tensor]
 
     def fits(self, linear: _Member, x: Tensor) -> bool:
-        """Return whether they hold what ``linear`` would compute of x now."""
+        """Return whether they contain the current output of ``linear`` for x."""
         made = (self.version, self.gradients) == (x._version, torch.is_grad_enabled())
         return self.x is x and made and linear in self.outputs
 
 
 class LinearGroup:
-    """Linears that are called with the same x, one after the other: then they are one product.
+    """Linears called in sequence with the same x, which are computed as one product.
 
-    Called with x, the first computes the output of all, and the others find theirs ready. That
-    they are called so is looked at each time, never taken for granted. A set whose first x was
-    not the x of all is dissolved: its linears work alone from then on.
+    The call of the first computes the outputs of all, and the calls of the others return theirs.
+    Whether x is the same is checked on every call. A group whose members were called with different
+    inputs is dissolved: its linears are computed separately from then on.
 
     Args:
         members: The linears, in the order of their calls.
 
     Attributes:
         outputs: Rows of each weight.
-        open_layer: The decoder layer that is open and has the members, or None.
+        open_layer: The open decoder layer that contains the members, or None.
     """
 
     def __init__(self, members: Sequence[_Member]) -> None:
@@ -281,25 +281,25 @@ class LinearGroup:
         return y
 
     def forget(self) -> None:
-        """Let go of outputs that nobody has asked for, as after a run that was broken off."""
+        """Free outputs that were not requested, e.g. after an interrupted forward."""
         self._waiting = None
 
     def _products(self, x: Tensor, *, read: bool = True) -> tuple[Tensor, ...]:
         updates = tuple(
             None if member.adapter is None else member.adapter.update(x) for member in self.members
         )
-        gradients = torch.is_grad_enabled()  # inside forward it always says no
+        gradients = torch.is_grad_enabled()  # always False inside forward
         return _GroupProduct.apply(x, self, updates, gradients, read, *factors_of(updates))  # type: ignore[no-any-return, no-untyped-call]
 
     def weights(self, dtype: torch.dtype) -> list[DecodedWeight]:
-        """Return W [out, in] of each for ``dtype``: the opened ones, or decoded anew, together."""
+        """Return W [out, in] of each for ``dtype``, cached or decoded together."""
         opened = [weight for member in self.members if (weight := member.opened(dtype))]
         if len(opened) == len(self.members):
             return opened
         return list(decode_together(self.members, dtype).values())
 
     def fused(self, x: Tensor, updates: Sequence[LowRank | None]) -> FusedLoraLinear | None:
-        """Return what makes the products of x [..., in] in fused_lora.py's way, if that can be."""
+        """Return the fused products for x [..., in], or None if they do not support x."""
         given = [update for update in updates if update is not None]
         if not given or any(update.keep is not None for update in given):
             return None
@@ -310,10 +310,10 @@ class LinearGroup:
         return FusedLoraLinear(self, updates, x.dtype)
 
     def fused_alone(self, x: Tensor, members: Sequence[_Member]) -> FusedLoraLinear | None:
-        """Return `fused` for whoever does more than to call ``members`` with x.
+        """Return `fused` for callers that fuse more than the calls of ``members`` with x.
 
-        None, too, where these are not the members, or where something else belongs to what the
-        products give: a bias, dropout, DoRA's norms.
+        Also None if these are not the members of the group, or if the output is more than the
+        products: with a bias, dropout or DoRA's norms.
         """
         if self.members != tuple(members):
             return None
@@ -326,18 +326,18 @@ class LinearGroup:
         return self.fused(x, updates)
 
     def cast_adapters(self, dtype: torch.dtype) -> Any:
-        """Return the adapters as `triton_lora.CastAdapters`, made once where a layer is open."""
+        """Return the adapters as `triton_lora.CastAdapters`, cast once while a layer is open."""
         if self.open_layer is not None and self in self.open_layer.groups:
             return self.open_layer.cast_adapters(self, dtype)
         return _cast_adapters_of([self], dtype)[self]
 
     @property
     def has_lora_activation(self) -> bool:
-        """Whether x Aᵀ of the next call is here, from a run of the layer with the same input."""
+        """Whether x Aᵀ of the next call was restored from a forward with the same input."""
         return self.open_layer is not None and self in self.open_layer.restored
 
     def into_a(self, rows: Tensor, cast_adapters: Any) -> Tensor:
-        """Return x Aᵀ [rows, members · rank]: what is restored for this call, or made now.
+        """Return x Aᵀ [rows, members · rank], restored or computed.
 
         Args:
             rows: x [rows, in].
@@ -359,25 +359,25 @@ class LinearGroup:
 
 
 class OpenLayer:
-    """What the products of a decoder layer share while a `DecodedWeightCache` holds it open.
+    """State shared by the products of a decoder layer while a `DecodedWeightCache` holds it open.
 
-    The groups of its linears point at it from `open` to `close`, and all that is right only in
-    between is here: the decoded weights, the adapters cast for the products, and x Aᵀ on its way
-    from one run of the layer to another with the same input. For the last, whoever runs the layer
-    takes what was recorded in one run of one part, holds it, and gives it back right before the
-    other. Only `FusedLoraLinear` records; elsewhere there is nothing to take.
+    The groups of its linears refer to it from `open` to `close`. It holds everything that is valid
+    only in between: decoded weights, adapters cast for the products, and x Aᵀ, passed from one
+    forward of the layer to another with the same input. To pass x Aᵀ, the caller takes what one
+    forward of a part recorded, holds it, and restores it right before the other forward. Only
+    `FusedLoraLinear` records; otherwise the result is empty.
 
     Args:
         weights: W [out, in] of each linear, decoded.
-        dtype: That of the products.
+        dtype: dtype of the products.
 
     Attributes:
         weights: As given.
         dtype: As given.
-        groups: Those the linears were in when it was opened. A group that is dissolved meanwhile
-            leaves others, which use the weights and nothing else.
-        restored: x Aᵀ [rows, members · rank] that the next call of a group takes.
-        recorded: What groups computed since `record`; empty if nothing is to be.
+        groups: The groups of the linears at the time of opening. If one is dissolved, its
+            successors use the weights and nothing else.
+        restored: x Aᵀ [rows, members · rank] for the next call of a group.
+        recorded: x Aᵀ computed by groups since `record`; empty if not recording.
     """
 
     def __init__(self, weights: Mapping[Any, DecodedWeight], dtype: torch.dtype) -> None:
@@ -388,42 +388,42 @@ class OpenLayer:
         self._cast_adapters: dict[LinearGroup, Any] = {}
 
     def open(self) -> None:
-        """Have the groups of its linears use it."""
+        """Attach it to the groups of its linears."""
         for linear in self.weights:
             linear.group.open_layer = self
 
     def close(self) -> None:
-        """Have no group use it any more, and hold nothing."""
+        """Detach it from all groups and free its tensors."""
         for group in (*self.groups, *(linear.group for linear in self.weights)):
             group.open_layer = None
         self.weights, self.restored, self.recorded, self._cast_adapters = {}, {}, {}, {}
 
     def cast_adapters(self, group: LinearGroup, dtype: torch.dtype) -> Any:
-        """Return those of a group; those of all are made at once, for all micro-batches.
+        """Return the adapters of a group; those of all groups are cast once for all micro-batches.
 
-        They are kept no longer than the layer is open: an optimizer may write to adapters without
-        their telling (torch's fused AdamW counts no version), and products with old ones would be
-        wrong in silence.
+        They are kept only while the layer is open: an optimizer may change adapters undetected
+        (torch's fused AdamW does not increment the version counter), and products with stale ones
+        would be silently wrong.
         """
         if group not in self._cast_adapters:
             self._cast_adapters = _cast_adapters_of(self.groups, dtype)
         return self._cast_adapters[group]
 
     def record(self) -> None:
-        """Record what the groups compute from now on."""
+        """Start to record x Aᵀ of the groups."""
         self.recorded = {group: [] for group in self.groups}
 
     def pop(self) -> dict[LinearGroup, Tensor]:
-        """Return x Aᵀ [rows, members · rank] of the groups that made one since `record`; then stop.
+        """Return x Aᵀ [rows, members · rank] by group, as recorded since `record`, and stop.
 
-        By group, because one may be dissolved before the layer is recomputed. One that was called
-        with several inputs is left out: which call is which would be a guess.
+        Keyed by group, because one may be dissolved before the layer is recomputed. Groups called
+        with several inputs are left out, since their calls cannot be told apart.
         """
         recorded, self.recorded = self.recorded, {}
         return {group: made[0] for group, made in recorded.items() if len(made) == 1}
 
     def restore(self, taken: Mapping[LinearGroup, Tensor]) -> None:
-        """Have the next call of each group take what was taken from one with the same input."""
+        """Have the next call of each group reuse x Aᵀ of an earlier call with the same input."""
         self.restored = {group: taken[group] for group in self.groups if group in taken}
 
 
@@ -438,12 +438,12 @@ def _cast_adapters_of(groups: Sequence[LinearGroup], dtype: torch.dtype) -> dict
 
 
 def factors_of(updates: Sequence[LowRank | None]) -> list[Tensor | None]:
-    """Return A and B of each in turn: what autograd must be told that a product depends on."""
+    """Return A and B of each in turn, which autograd must see as inputs of a product."""
     return [tensor for u in updates for tensor in ((u.a, u.b) if u else (None, None))]
 
 
 def _for_kernels(x: Tensor) -> bool:
-    """Return whether x is where the GPU's kernels are, and in a dtype they multiply."""
+    """Return whether the device and dtype of x are supported by the GPU kernels."""
     sixteen = x.dtype in (torch.bfloat16, torch.float16)
     return x.is_cuda and sixteen and gpu_kernels() is not None
 
@@ -451,18 +451,18 @@ def _for_kernels(x: Tensor) -> bool:
 def decode_together(
     linears: Sequence[_Member], dtype: torch.dtype, outs: Mapping[Any, Tensor] | None = None
 ) -> dict[Any, DecodedWeight]:
-    """Return W [out, in] of each for products in ``dtype``, those of one layout decoded together.
+    """Return W [out, in] of each for products in ``dtype``, decoded together per layout.
 
     Args:
-        linears: Of one device.
-        dtype: That of the products.
-        outs: Where that of each packed one goes; see `WeightLayout.decode`.
+        linears: Linears on one device.
+        dtype: dtype of the products.
+        outs: Destination of each packed weight; see `WeightLayout.decode`.
     """
     weights: dict[Any, Any] = dict.fromkeys(linears)  # in their order
     packed: dict[WeightLayout, dict[_Member, QuantizedWeight]] = {}
     for linear in linears:
         if (q := linear.quantized) is None:
-            # A plain weight in the dtype of the products is used where it lies.
+            # A plain weight in the dtype of the products is used in place.
             weights[linear] = linear.layout.from_dense(linear.decode(dtype))
         else:
             packed.setdefault(linear.layout, {})[linear] = q

@@ -1,26 +1,25 @@
-"""Low-rank adapters: which layers get one, what it holds, and how it goes in and out by name.
+"""Low-rank adapters: configuration, parameters, attaching, and saving and loading by name.
 
-LoRA (Hu et al. 2021) leaves a weight W alone and trains W + s·B·A with A [r, in], B [out, r].
+LoRA (Hu et al. 2021) keeps a weight W frozen and trains W + s·B·A with A [r, in], B [out, r].
 A starts as Kaiming-uniform noise and B as zero, so an attached adapter changes nothing at first.
 The scaling is s = alpha / r, or alpha / √r with rank-stabilised LoRA (Kalajdzievski 2023). It is
-applied in one place: the product in ``linear/group.py``. Patterns give
-some layers another r or alpha.
+applied in one place: the product in ``linear/group.py``. Patterns override r or alpha per layer.
 
-DoRA (Liu et al. 2024) trains the length of each row of the weight apart from its direction: the
-layer's weight is m ∘ (W + s·B·A) / ‖W + s·B·A‖, with norms of rows, m [out] trained and ‖W‖ at
-first. The norm counts as a constant in backward, as the paper proposes and PEFT does. All of it is
-a factor on each output of the ordinary product, c = m / ‖W + s·B·A‖.
+DoRA (Liu et al. 2024) trains the norm of each row of the weight separately from its direction: the
+layer's weight is m ∘ (W + s·B·A) / ‖W + s·B·A‖, with row norms; m [out] is trained and starts as
+‖W‖. The norm is a constant in backward, as the paper proposes and PEFT does. All of this is a
+factor on each output of the ordinary product, c = m / ‖W + s·B·A‖.
 
 A and B are float32 whatever the dtype of the product: a bfloat16 adapter stops learning when
-learning rate x update falls under half a unit in its last place (at |w| = 0.01 that is 3e-5).
+learning rate x update falls below half a unit in its last place (at |w| = 0.01 that is 3e-5).
 
-Beside the pairs, modules that are no frozen linears (embedding, head, norms) can be trained whole:
-PEFT's ``modules_to_save``. A float32 copy takes the place of the base's parameter and is cast at
-use. The base's own is kept for ``detach``, and whatever was tied to it stays tied to it.
+In addition, modules other than frozen linears (embedding, head, norms) can be trained in full:
+PEFT's ``modules_to_save``. A float32 copy replaces the base model's parameter and is cast at use.
+The original is kept for ``detach``, and parameters tied to it stay tied to it.
 
 Dropout acts on the adapter's input only. Its masks are a function of (seed, step, micro-batch,
-layer), not of a generator's state, so that a layer that is recomputed in backward, a micro-batch
-that is run in another order, and a run that is resumed all see the same masks.
+layer), not of a generator's state, so recomputed layers, reordered micro-batches and resumed runs
+all see the same masks.
 """
 
 import math
@@ -44,7 +43,7 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What to attach, and how.
+    """Configuration of the adapters to attach.
 
     Attributes:
         r: Rank of the update.
@@ -54,12 +53,12 @@ class LoRAConfig:
         target_modules: ``"all-linear"`` (every frozen linear, so not the output head), names as
             PEFT takes them (a module matches when its path is the name or ends with ``.name``), or
             one regular expression that must match the whole path.
-        rank_pattern: Another ``r`` for the modules a key matches. A key is a regular expression
-            that must match the whole path, or its end after a dot; the first that matches counts
-            (PEFT's rule).
-        alpha_pattern: Another ``alpha``, likewise.
-        use_dora: Train the lengths of the weight's rows too.
-        modules_to_save: Modules to train whole: all whose path ends so (PEFT's rule).
+        rank_pattern: Overrides ``r`` for modules that match a key. A key is a regular expression
+            that must match the whole path, or its end after a dot; the first match wins (PEFT's
+            rule).
+        alpha_pattern: Overrides ``alpha``, likewise.
+        use_dora: Also train the norms of the weight's rows.
+        modules_to_save: Modules to train in full: all whose path ends with the name (PEFT's rule).
     """
 
     r: int = 16
@@ -92,7 +91,7 @@ class LoRAConfig:
         return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def at(self, path: str) -> "LoRAConfig":
-        """Return what holds for the module at ``path``: the patterns applied, and gone."""
+        """Return the configuration of the module at ``path``, with the patterns resolved."""
         return replace(
             self,
             r=next((v for k, v in self.rank_pattern.items() if at_end(k, path)), self.r),
@@ -103,12 +102,12 @@ class LoRAConfig:
 
 
 def at_end(pattern: str, path: str) -> bool:
-    """Whether the expression matches ``path``, or what follows one of its dots, to the end."""
+    """Whether the expression matches the whole ``path``, or its end after a dot."""
     return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 
 class DropoutClock:
-    """Where training is, as the dropout masks see it; one for all adapters of a model."""
+    """Training position that the dropout masks depend on; shared by all adapters of a model."""
 
     def __init__(self, seed: int) -> None:
         self.seed, self.step, self.micro_batch = seed, 0, 0
@@ -126,13 +125,13 @@ class DropoutClock:
 class LoRA(nn.Module):
     """One adapter: ``lora_A`` [r, in] and ``lora_B`` [out, r], float32, and how to apply them.
 
-    With DoRA there is ``lora_magnitude_vector`` [out], float32, too; else it is None.
+    With DoRA there is also ``lora_magnitude_vector`` [out], float32; otherwise it is None.
 
     Args:
-        linear: What it is for, its weight in place; its device is the adapter's.
-        config: What holds for this module, see ``LoRAConfig.at``.
-        index: The place among the adapters of the model, for the dropout masks.
-        clock: The model's.
+        linear: The adapted layer, with its weight loaded; the adapter is on its device.
+        config: The configuration of this module, see ``LoRAConfig.at``.
+        index: Index among the adapters of the model, for the dropout masks.
+        clock: The clock of the model.
     """
 
     def __init__(
@@ -147,13 +146,13 @@ class LoRA(nn.Module):
         if config.use_dora:
             norms = torch.linalg.vector_norm(linear.dense(torch.float32), dim=1)
             self.lora_magnitude_vector = nn.Parameter(norms)
-        self._linear = (linear,)  # in a tuple, or it would be a child of its own child
+        self._linear = (linear,)  # in a tuple, so that it is not registered as a submodule
         self._norms: tuple[Any, Tensor] | None = None
 
     def reset(self, seed: int) -> None:
-        """Draw ``lora_A`` anew (Kaiming uniform, a = √5, as PEFT does) and set ``lora_B`` to 0."""
+        """Initialise ``lora_A`` (Kaiming uniform, a = √5, as PEFT does) and set ``lora_B`` to 0."""
         bound = 1.0 / math.sqrt(self.lora_A.shape[1])
-        # Drawn on the CPU, so that a seed means the same adapter on every device.
+        # Sampled on the CPU, so that a seed gives the same adapter on every device.
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator)
         with torch.no_grad():
@@ -162,9 +161,9 @@ class LoRA(nn.Module):
 
     @torch.no_grad()
     def begin(self, a: Tensor, b: Tensor) -> None:
-        """Begin with the update b·a instead of with none: a [k, in], b [out, k], k at most r.
+        """Start from the update b·a instead of zero: a [k, in], b [out, k], k at most r.
 
-        ``lora_A`` gets the size of a fresh one, so that one learning rate suits both beginnings.
+        ``lora_A`` is scaled to the norm of a random one, so that the same learning rate suits both.
         """
         size = a.square().mean().sqrt() * math.sqrt(3 * a.shape[1])
         if size > 0:
@@ -173,7 +172,7 @@ class LoRA(nn.Module):
 
     @property
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """A [r, in], B [out, r] and the scaling s."""
+        """Return A [r, in], B [out, r] and the scaling s."""
         return self.lora_A, self.lora_B, self.config.scaling
 
     def update(self, x: Tensor) -> LowRank:
@@ -183,18 +182,18 @@ class LoRA(nn.Module):
 
     @property
     def drops(self) -> bool:
-        """Whether `update` draws a dropout mask."""
+        """Whether `update` applies a dropout mask."""
         return self.clock.running and self.config.dropout > 0.0
 
     @property
     def rescales(self) -> bool:
-        """Whether `rescale` does anything: with DoRA."""
+        """Whether `rescale` changes y, as with DoRA."""
         return self.lora_magnitude_vector is not None
 
     def rescale(self, y: Tensor) -> Tensor:
         """Return the layer's output for y = x(W + s·B·A)ᵀ + b: with DoRA c·(y - b) + b.
 
-        As y + (c - 1)·(y - b), because bfloat16 has no number between 1 and 1.0078.
+        Computed as y + (c - 1)·(y - b), since bfloat16 has no value between 1 and 1.0078.
         """
         if self.lora_magnitude_vector is None:
             return y
@@ -206,9 +205,9 @@ class LoRA(nn.Module):
     def _row_norms(self, dtype: torch.dtype) -> Tensor:
         """Return ‖W + s·B·A‖ of each row [out], W in ``dtype``, float32 or wider.
 
-        The square is multiplied out, so that no second matrix of the size of W is made. What it
-        depends on changes once in an optimizer step, so it is computed once for all micro-batches,
-        and for generation once at all.
+        The square is expanded, which avoids a second matrix of the size of W. Its inputs change
+        once per optimizer step, so it is computed once for all micro-batches, and only once for
+        generation.
         """
         linear, s = self._linear[0], self.config.scaling
         held = (
@@ -224,29 +223,29 @@ class LoRA(nn.Module):
             a, b = self.lora_A.to(wide), self.lora_B.to(wide)
             across = product(weight, a.to(dtype)).to(wide)
             square += (b * (2.0 * s * across + s * s * (b @ (a @ a.t())))).sum(1)
-            # A row of zeros stays one, instead of becoming 0/0.
+            # Avoids 0/0 for a row of zeros.
             smallest = torch.finfo(wide).tiny
             self._norms = key, square.clamp_(min=smallest).sqrt_()
         return self._norms[1]
 
     def forget(self) -> None:
-        """Let go of DoRA's norms, if they were computed in a dry run, of weights nobody decoded."""
+        """Drop DoRA's cached norms; after a dry run they come from weights never decoded."""
         self._norms = None
 
 
 class _Cast(nn.Module):
-    """What stands between a parameter that is trained whole and its module: a cast."""
+    """Casts a parameter that is trained in full to the dtype its module expects."""
 
     def __init__(self, base: nn.Parameter) -> None:
         super().__init__()
-        self.base = (base,)  # in a tuple, or it would be a parameter of the model still
+        self.base = (base,)  # in a tuple, so that it is not registered as a parameter
 
     def forward(self, trained: Tensor) -> Tensor:
         return trained.to(self.base[0].dtype)
 
 
 def trained_whole(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return what is trained in place of the module's own parameters, by their names; float32."""
+    """Return the float32 copies trained in place of the module's parameters, by name."""
     lists: Any = getattr(module, "parametrizations", {})
     return {leaf: one.original for leaf, one in lists.items() if isinstance(one[0], _Cast)}
 
@@ -255,7 +254,7 @@ def _train_whole(module: nn.Module) -> None:
     for leaf, base in list(module.named_parameters(recurse=False)):
         copy = base.detach().to(torch.float32, copy=True)
         setattr(module, leaf, nn.Parameter(copy))
-        # "unsafe" is torch's word for a dtype that changes.
+        # torch requires unsafe=True for a parametrization that changes the dtype.
         parametrize.register_parametrization(module, leaf, _Cast(base), unsafe=True)
 
 
@@ -284,7 +283,7 @@ def _modules_to_save(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module
                 why = "its weight is frozen; give it an adapter (target_modules)"
             elif isinstance(module, FrozenLinear):
                 why = "it is packed in 4 bits; leave out quantize_head and quantize_embeddings"
-            raise ConfigError(f"modules_to_save: {path} cannot be trained whole, {why}")
+            raise ConfigError(f"modules_to_save: {path} cannot be trained in full, {why}")
     if unknown := [name for name in names if not any(path.endswith(name) for path in chosen)]:
         kinds = ", ".join(sorted({path.rpartition(".")[2] for path in able}))
         raise ConfigError(
@@ -311,12 +310,12 @@ def attach(model: nn.Module, config: LoRAConfig, *, seed: int) -> list[str]:
         The paths of the adapted modules, in the model's order.
 
     Raises:
-        ConfigError: If a name or an expression matches no module; the message lists what there is.
-            If a module cannot be trained whole, or there is nothing to train.
+        ConfigError: If a name or expression matches no module (the message lists the modules), if a
+            module cannot be trained in full, or if there is nothing to train.
     """
     _restore(model)
     whole = _modules_to_save(model, config.modules_to_save)
-    # A packed head or embedding is a subclass, and takes none.
+    # A packed head or embedding is a subclass and takes no adapter.
     linears = {n: m for n, m in frozen_linears(model).items() if type(m) is FrozenLinear}
     if not linears and not whole:
         raise ConfigError(
@@ -374,14 +373,14 @@ def _ends_with(path: str, name: str) -> bool:
 
 
 def detach(model: nn.Module) -> None:
-    """Take every adapter off; the base model is what it was."""
+    """Remove every adapter and restore the base model."""
     for linear in frozen_linears(model).values():
         linear.adapter = None
     _restore(model)
 
 
 def adapters(model: nn.Module) -> dict[str, LoRA]:
-    """Return the attached adapters by the path of the module they sit on."""
+    """Return the attached adapters by module path."""
     return {
         name: linear.adapter
         for name, linear in frozen_linears(model).items()
@@ -390,10 +389,10 @@ def adapters(model: nn.Module) -> dict[str, LoRA]:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return what is trained, by name.
+    """Return the trained parameters by name.
 
     The names are ``<module path>.lora_A.weight``, ``….lora_B.weight`` and, with DoRA,
-    ``….lora_magnitude_vector``; of modules that are trained whole, those of their parameters.
+    ``….lora_magnitude_vector``; modules trained in full keep the names of their parameters.
     """
     found: dict[str, nn.Parameter] = {}
     for name, adapter in adapters(model).items():
@@ -415,8 +414,8 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Copy ``state`` into the attached adapters.
 
     Raises:
-        CheckpointError: If a tensor is missing, unexpected or of another shape: all are listed,
-            and nothing has been copied.
+        CheckpointError: If a tensor is missing, unexpected or has another shape. All of them are
+            listed, and nothing is copied.
     """
     own = adapter_parameters(model)
     faults = [f"missing: {name}" for name in own if name not in state]
@@ -435,13 +434,13 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def dropout_clock(model: nn.Module) -> DropoutClock | None:
-    """Return the clock the adapters of ``model`` share, or None if there are none."""
+    """Return the clock shared by the adapters of ``model``, or None if it has none."""
     return next((adapter.clock for adapter in adapters(model).values()), None)
 
 
 @torch.no_grad()
 def delta(linear: FrozenLinear) -> Tensor:
-    """Return what the adapter adds to the weight: s·B·A, or with DoRA c·(W + s·B·A) - W.
+    """Return the adapter's change of the weight: s·B·A, or with DoRA c·(W + s·B·A) - W.
 
     Float32 [out, in].
 

@@ -1,14 +1,14 @@
-"""The product of a few rows with a weight that stays packed: generation on a GPU.
+"""The product of a few rows with a packed weight: generation on a GPU.
 
-A token's products read every weight once, so what counts is how few bytes that is: the weight is
-read in 4 bits and never written out. One row of x is multiplied in registers. From two rows to
-`SMALL_ROWS`, decoded tiles go to the tensor cores. With more, decoding and cuBLAS are faster.
+Generating a token reads every weight once, so the bytes read are the cost: weights are read in 4
+bits, and decoded ones are not written to memory. One row of x is multiplied in registers. From two
+rows to `SMALL_ROWS`, decoded tiles go to the tensor cores. Above, decoding and cuBLAS are faster.
 
-With one row it is not memory that is the limit but the lookup of levels; see `_unpacking`.
+With one row the limit is not memory but the lookup of levels; see `_unpacking`.
 
-Turing (T4, RTX 20) is given the product of one row only, in float16. Triton multiplies tiles there
-without tensor cores: ptxas counts 4096 multiplications a thread and spills 4 to 8 KB of each
-thread's registers, where it is 0 to 0.5 KB for an A100.
+Turing (T4, RTX 20) supports the product of one row only, in float16. Triton multiplies tiles there
+without tensor cores: ptxas counts 4096 multiplications per thread and spills 4 to 8 KB of each
+thread's registers, compared with 0 to 0.5 KB on an A100.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from halfbyte.runtime import device as devices
 SMALL_ROWS = 64
 
 
-# Eight codes of a word to eight levels, without a table in memory: a lookup there takes the load
-# unit four cycles a warp, and there are 45 million in an 11008x4096 weight. PRMT picks bytes of
-# registers by the low three bits of a nibble; the fourth chooses between two picks. One pass gives
-# the low bytes of bfloat16 levels, one the high ones, and they are put together as float32.
+# Maps the eight codes of a word to levels without a table in memory: a lookup there takes the load
+# unit four cycles per warp, and an 11008x4096 weight needs 45 million. PRMT selects bytes of
+# registers by the low three bits of a nibble; the fourth selects one of two results. One pass gives
+# the low bytes of bfloat16 levels, one the high bytes, which are combined as float32.
 # Operands: 0 to 7 the levels, 8 the word, 9 to 12 and 13 to 16 the low and high bytes by code.
 def _unpacking() -> str:
     lines = [
@@ -74,7 +74,7 @@ def _float(bits):
 
 @triton.jit
 def _multiply_word(total, word, x, planes, levels, rounded: tl.constexpr):
-    # Adds the products of eight weights a lane with eight elements of x.
+    # Adds the products of eight weights per lane with eight elements of x.
     if rounded:
         p = planes
         a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
@@ -147,7 +147,7 @@ def _quarters(x):
 
 @triton.jit
 def _pair(bits, dtype: tl.constexpr):
-    # Two 16-bit numbers of a word, the earlier in its low half.
+    # Two 16-bit values of a word, the first in its low half.
     low = bits.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
     high = (bits >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
     return low, high
@@ -191,12 +191,12 @@ def _product_row(
     lanes: tl.constexpr,
     rounded: tl.constexpr,
 ):
-    # A program has four rows. A lane has 32 neighbouring weights of each: one load of codes, one
-    # scale, and 32 elements of x that it keeps for all four. Rows are variables of their own, not
-    # a dimension: the compiler would spread that over warps, and x with it.
+    # A program computes four rows. A lane takes 32 adjacent weights of each: one load of codes, one
+    # scale, and 32 elements of x reused for all four. The rows are separate variables, since the
+    # compiler would distribute a dimension, and x with it, over warps.
     row = tl.program_id(0) * 4
     if members > 1:
-        # The second weight begins in y at `second`, the third at `third`, both multiples of four.
+        # In y, the second weight starts at `second`, the third at `third`, both multiples of four.
         in1, in2 = row >= second, row >= third
         codes = tl.where(in2, codes2, tl.where(in1, codes1, codes))
         scales = tl.where(in2, scales2, tl.where(in1, scales1, scales))
@@ -215,7 +215,7 @@ def _product_row(
     row2 = tl.minimum(row + 2, outputs - 1)
     row3 = tl.minimum(row + 3, outputs - 1)
     p = (0, 0, 0, 0, 0, 0, 0, 0)
-    if rounded:  # from memory, or every word would have the constants moved to registers again
+    if rounded:  # from memory; constants would be moved to registers again for every word
         p = (
             tl.load(planes),
             tl.load(planes + 1),
@@ -310,7 +310,7 @@ def _product_tile(
         )
         code = (packed[:, :, None] >> shift[None, None, :]) & 15
         weight = tl.load(levels + code) * scale[:, :, None]
-        # The next codes are asked for before these are multiplied.
+        # The next codes are loaded before these are multiplied.
         word = start + step * split + tl.arange(0, step)
         inside = (word < row_words)[None, :]
         index = held[:, None] * row_words + word[None, :]
@@ -334,22 +334,22 @@ def _sum_products(y, parts, numel, split: tl.constexpr, lanes: tl.constexpr):
 
 @cache
 def _planes(quant_type: QuantType, device: torch.device) -> Tensor:
-    """The low bytes of the 16 levels in bfloat16, four to an int32, and the high bytes."""
+    """Low and high bytes of the 16 levels in bfloat16, four bytes per int32."""
     pairs = levels_of(quant_type).bfloat16().view(torch.uint8).view(16, 2)
     return pairs.t().contiguous().view(-1).view(torch.int32).to(device)
 
 
 def _accepted(device: torch.device) -> tuple[int, tuple[torch.dtype, ...]]:
-    """The most rows that are multiplied on a device, and in which types."""
+    """Maximum number of rows on a device, and the supported dtypes."""
     spec = devices.spec_of(device)
     types = (torch.bfloat16, torch.float16) if spec.has_bfloat16 else (torch.float16,)
     return SMALL_ROWS if spec.has_tensor_cores else 1, types
 
 
 def most_rows(dtype: torch.dtype, q: QuantizedWeight) -> int:
-    """Returns up to how many rows `small_products` is faster than decoding and cuBLAS.
+    """Returns the maximum number of rows for which `small_products` beats decoding and cuBLAS.
 
-    It is 0 where the weight, or the type of the rows, is none that it multiplies.
+    It is 0 if the weight or the dtype of the rows is not supported.
     """
     rows, types = _accepted(q.codes.device)
     fits = q.shape[1] % 32 == 0 and q.numel < 2**31 and q.codes.data_ptr() % 16 == 0
@@ -357,31 +357,31 @@ def most_rows(dtype: torch.dtype, q: QuantizedWeight) -> int:
 
 
 def can_multiply(x: Tensor, q: QuantizedWeight) -> bool:
-    """Returns whether `small_products` can do it, and is faster than decoding and cuBLAS."""
+    """Returns whether `small_products` supports this and is faster than decoding and cuBLAS."""
     return x.shape[0] <= most_rows(x.dtype, q)
 
 
 def small_product(x: Tensor, q: QuantizedWeight) -> Tensor:
-    """Returns x·Wᵀ without writing W out; see `small_products`."""
+    """Returns x·Wᵀ without decoding W to memory; see `small_products`."""
     return small_products(x, [q])
 
 
 def small_products(x: Tensor, weights: Sequence[QuantizedWeight]) -> Tensor:
-    """Returns x·Wᵀ of each weight, side by side, without writing W out: for generation's few rows.
+    """Returns x·Wᵀ of each weight, concatenated, without decoding W to memory; for generation.
 
-    A single row is multiplied by the levels (with bfloat16: rounded to that) and the sum of each
-    32 by their scale, in float32; more rows by the weight rounded to the type of x, as `dequantize`
-    rounds it.
+    A single row is multiplied by the levels (for bfloat16: rounded to bfloat16), and the sum of
+    each 32 products by their scale, in float32. More rows are multiplied by the weight rounded to
+    the dtype of x, as `dequantize` does.
 
     Args:
-        x: [rows, in], of a type and of at most as many rows as `most_rows` has for each weight.
+        x: [rows, in], with at most `most_rows` rows for each weight.
         weights: Each [out, in] with in a multiple of 32.
 
     Returns:
         [rows, sum of out] in the dtype of x.
 
     Raises:
-        ValueError: If ``can_multiply(x, q)`` is not so for one of them.
+        ValueError: If ``can_multiply(x, q)`` is False for one of them.
     """
     for q in weights:
         if not can_multiply(x, q):
@@ -403,7 +403,7 @@ def small_products(x: Tensor, weights: Sequence[QuantizedWeight]) -> Tensor:
 
 
 def _operands(q: QuantizedWeight) -> tuple[Tensor | None, ...]:
-    """What a kernel reads of a weight: codes, scales, their codes, their offset."""
+    """The tensors of a weight that a kernel reads: codes, scales, their codes, their offset."""
     scales = q.scales if q.scales is not None else q.scale_scales
     return q.codes.view(torch.int32), scales, q.scale_codes, q.scale_offset
 
@@ -445,7 +445,7 @@ def _launch_row(y: Tensor, x: Tensor, weights: Sequence[QuantizedWeight]) -> Non
 def _launch_tiles(y: Tensor, x: Tensor, weights: Sequence[QuantizedWeight]) -> None:
     """Writes the products of rows, [rows, in], to y [rows, sum of out]."""
     rows, width = y.shape
-    # Parts of the sum over a row go to programs of their own, or there are too few.
+    # The sum over a row is split across programs; otherwise there are too few.
     split = 4
     parts = torch.empty(split, rows, width, dtype=torch.float32, device=x.device)
     sizes = [q.shape[0] for q in weights]

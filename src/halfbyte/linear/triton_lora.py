@@ -1,15 +1,16 @@
-"""The thin products of adapters on a GPU: few launches, and nothing wide read more than once.
+"""The low-rank products of adapters on a GPU: few launches, and wide operands are read only once.
 
-An adapter's products have a side of 8 to 64 numbers; they are bytes and launches, not arithmetic.
+An adapter's products have one dimension of 8 to 64; memory traffic and launches dominate, not
+arithmetic.
 
-    cast_adapters_of      Adapters are trained in float32 and multiplied in the dtype of the
-    activations,
-                    side by side for linears that share an input. So they are copied, scaled and
-                    cast: all of a decoder layer in one launch.
-    add_thin        What a base's product has left, plus an adapter's: y += p (s B)ᵀ for linears
-                    that share an input, dx += g A for all of them.
-    adapter_pass    What adapters need of dy, for linears that share an input: g = dy (s B) and
-                    dB = s dyᵀ p, in one reading of it.
+    cast_adapters_of
+                    Copies, scales and casts the adapters of a decoder layer in one launch. They are
+                    trained in float32 and multiplied in the dtype of the activations, stacked for
+                    linears that share an input.
+    add_thin        Adds an adapter's product to the base's: y += p (s B)ᵀ for linears that share an
+                    input, dx += g A for all of them.
+    adapter_pass    Reads dy once for both adapter products of linears that share an input:
+                    g = dy (s B) and dB = s dyᵀ p.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ from halfbyte.runtime import device as devices
 
 # The tile of `_adapter_pass`, and the most rows of dy that one program sums over.
 _PASS_ROWS, _PASS_COLUMNS, _LONGEST_SPAN = 64, 256, 1024
-# A higher rank takes more registers than there are, and its products are no longer all bytes.
+# A higher rank exceeds the registers, and its products are no longer bound by memory.
 _PASS_RANK = 64
 # The tile of `_add_thin`, and its warps.
 _THIN_ROWS, _THIN_COLUMNS, _THIN_WARPS = 64, 128, 4
-# Without tensor cores a higher rank takes longer to multiply than the result to read and write: on
-# a T4, 64 operations an element at 8.1 TFLOP/s are 8 ps, 4 bytes at 320 GB/s are 12.
+# Without tensor cores, multiplying with a higher rank takes longer than reading and writing the
+# result: on a T4, 64 operations per element at 8.1 TFLOP/s are 8 ps, 4 bytes at 320 GB/s are 12.
 _SCALAR_RANK = 32
 _LANES = 1024
-# Pieces of a buffer begin at multiples of so many elements, for TMA.
+# Alignment of the parts of a buffer in elements, for TMA.
 _ALIGNED = 128
 
 
@@ -45,8 +46,8 @@ class CastAdapters(NamedTuple):
     """The adapters of linears that share an input, in the dtype of the products.
 
     Attributes:
-        a: [members · rank, in], each A below the last; rows that fill up the rank are 0.
-        b: [sum of out, rank], each s·B below the last; columns likewise.
+        a: [members · rank, in], the A stacked; rows that pad the rank are 0.
+        b: [sum of out, rank], the s·B stacked; columns likewise.
         rank: A power of two, at least 16.
     """
 
@@ -56,10 +57,10 @@ class CastAdapters(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """The adapters of linears that share an input, as they are trained.
+    """The adapters of linears that share an input, in their trained form.
 
     Attributes:
-        pairs: For each linear None, or A [r, in], B [out, r] and the scaling s; one at least.
+        pairs: For each linear None, or A [r, in], B [out, r] and the scaling s; not all None.
         outputs: Rows of each weight.
         inputs: Columns of all.
     """
@@ -72,7 +73,7 @@ class Factors(NamedTuple):
 @triton.jit
 def _lay_out(out, table, kind: tl.constexpr, count: tl.constexpr, lanes: tl.constexpr):
     # A row of the table: first program, source, its rows and columns, columns and elements of the
-    # result, where it begins in `out`, and the bits of a float32 that all is multiplied by.
+    # result, its offset in `out`, and the bits of the float32 scale.
     program = tl.program_id(0)
     mine = 0
     for i in tl.static_range(1, count):
@@ -85,7 +86,7 @@ def _lay_out(out, table, kind: tl.constexpr, count: tl.constexpr, lanes: tl.cons
     at = (program - tl.load(row).to(tl.int32)) * lanes + tl.arange(0, lanes)
     i, j = at // width, at % width
     x = tl.load(source + i * columns + j, mask=(i < rows) & (j < columns), other=0.0)
-    # Scaled before it is rounded: one rounding, and s is nowhere else in dx and dA.
+    # Scaled before rounding: rounded once, and s appears nowhere else in dx and dA.
     x = x.to(tl.float32) * scale
     tl.store(out + tl.load(row + 6) + at, x.to(out.dtype.element_ty), mask=at < numel)
 
@@ -108,7 +109,7 @@ def _add_thin(
     tile_m: tl.constexpr,
     tile_n: tl.constexpr,
 ):
-    # Columns of one linear: no tile has those of two, since each has a part of `left` of its own.
+    # Columns of one linear: no tile spans two, since each has its own part of `left`.
     two, three = tl.cdiv(second, tile_n), tl.cdiv(second, tile_n) + tl.cdiv(third - second, tile_n)
     tile = tl.program_id(0)
     member = (tile >= two).to(tl.int32) + (tile >= three).to(tl.int32)
@@ -156,7 +157,7 @@ def _adapter_pass(
     tile_m: tl.constexpr,
     tile_n: tl.constexpr,
 ):
-    # As in `_add_thin`, a tile has columns of one linear.
+    # As in `_add_thin`, a tile covers columns of one linear.
     two, three = tl.cdiv(second, tile_n), tl.cdiv(second, tile_n) + tl.cdiv(third - second, tile_n)
     tile = tl.program_id(0)
     member = (tile >= two).to(tl.int32) + (tile >= three).to(tl.int32)
@@ -232,7 +233,7 @@ def _sum_parts(
         for _ in range(spans):
             total += tl.load(b_parts + at, mask=inside, other=0.0)
             b_parts += outputs * rank
-        row = at // rank  # of the linear whose it is, whichever way that lies
+        row = at // rank  # of its linear, in either orientation
         scaling = tl.where(row < second, scaling0, tl.where(row < third, scaling1, scaling2))
         if flipped:
             start = tl.where(row < second, 0, second)
@@ -242,20 +243,20 @@ def _sum_parts(
 
 
 def rank_of(pairs: Sequence[tuple[Tensor, Tensor, float] | None]) -> int:
-    """Returns what adapters of linears that share an input are filled up to."""
+    """Returns the padded rank of the adapters of linears that share an input."""
     return int(triton.next_power_of_2(max(16, *(len(pair[0]) for pair in pairs if pair))))
 
 
 def cast_adapters_of(sets: Sequence[Factors], dtype: torch.dtype) -> list[CastAdapters]:
-    """Returns the adapters of each set as `forward` and `backward` want them, from one launch.
+    """Returns the adapters of each set in the form of `forward` and `backward`, in one launch.
 
     Args:
-        sets: Adapters of linears that share an input; all contiguous, of one dtype and device.
-        dtype: That of the products.
+        sets: Adapters of linears that share an input; all contiguous, with one dtype and device.
+        dtype: dtype of the products.
     """
     given = next(pair for one in sets for pair in one.pairs if pair is not None)
     device, kind = given[0].device, given[0].dtype
-    nothing = (0, 0, 1)  # of which no number is read
+    nothing = (0, 0, 1)  # no element of it is read
     jobs: list[tuple[int, ...]] = []
     places, size = [], 0
     for one in sets:
@@ -291,7 +292,7 @@ def _aligned(numel: int) -> int:
 
 
 def _source(factor: Tensor) -> tuple[int, int, int]:
-    """Where a factor lies, its rows and its columns."""
+    """Address, rows and columns of a factor."""
     rows, columns = factor.shape
     return factor.data_ptr(), rows, columns
 
@@ -306,7 +307,7 @@ def _bits(x: float) -> int:
 
 @lru_cache(maxsize=1024)
 def _table(jobs: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, int]:
-    """The table of `_lay_out`, and how many programs it takes; as `gpu._launch_table`."""
+    """The table of `_lay_out` and its number of programs; as `gpu._launch_table`."""
     rows, programs = [], 0
     for source, height, columns, width, numel, start, scale in jobs:
         rows.append([programs, source, height, columns, width, numel, start, scale])
@@ -315,14 +316,14 @@ def _table(jobs: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Ten
 
 
 def add_thin(out: Tensor, left: Tensor, right: Tensor, outputs: Sequence[int] | None) -> None:
-    """Adds a product with few numbers in the middle to ``out`` [rows, columns], in place.
+    """Adds a product with a small inner dimension to ``out`` [rows, columns], in place.
 
     Args:
         out: Contiguous rows.
         left: [rows, members · rank], contiguous rows.
-        right: For linears that share an input [columns, rank], and their columns are added the
-            product of their own part of ``left`` with its transpose. Without ``outputs``
-            [members · rank, columns].
+        right: For linears that share an input [columns, rank]; the columns of each get the product
+            of its part of ``left`` with the transpose. Without ``outputs`` [members · rank,
+            columns].
         outputs: Columns of each linear, at most three; or None.
     """
     (rows, columns), wide = out.shape, left.shape[1]
@@ -362,17 +363,17 @@ def add_thin(out: Tensor, left: Tensor, right: Tensor, outputs: Sequence[int] | 
 def adapter_pass(
     dys: Sequence[Tensor], p: Tensor, b: Tensor, scalings: Sequence[float], g: Tensor
 ) -> Tensor:
-    """Reads each dy once for both products it is needed in beside dx.
+    """Computes both adapter products of dy, reading each dy once.
 
-    The sums over tiles are kept apart and added up in their order, so the result does not depend
-    on the order in which programs run.
+    Partial sums of tiles are added in a fixed order, so the result does not depend on the order in
+    which programs run.
 
     Args:
         dys: For each of at most three linears that share an input [rows, out], contiguous rows.
         p: x Aᵀ of all, [rows, members · rank], contiguous rows.
         b: s·B of all, [sum of out, rank].
         scalings: s of each.
-        g: Where dy·b of all goes, [rows, members · rank], contiguous rows.
+        g: Output: dy·b of all, [rows, members · rank], contiguous rows.
 
     Returns:
         dB = s · dyᵀ p of all, float32 [sum of out, rank].
@@ -418,13 +419,12 @@ def adapter_pass(
 def _summed(dy: Tensor, p: Tensor) -> Tensor:
     """dyᵀ p in float32.
 
-    Rounded to bfloat16 on Hopper, as ever: a rank that is too high for `_adapter_pass` has the same
-    bits as before. Elsewhere it never is 16 bits: in float16 a sum over thousands of rows may be
-    more than that holds.
+    Rounded to bfloat16 on Hopper, so that a rank too high for `_adapter_pass` keeps its bits.
+    Elsewhere never rounded to 16 bits: a sum over thousands of rows may overflow float16.
     """
     if dy.dtype == torch.bfloat16 and devices.spec_of(dy.device).is_hopper:
         return torch.mm(dy.t(), p).float()
-    if dy.device.type == "cpu":  # where there is no such product
+    if dy.device.type == "cpu":  # which has no such product
         return torch.mm(dy.t().float(), p.float())
     return torch.mm(dy.t(), p, out_dtype=torch.float32)
 
@@ -439,7 +439,7 @@ def pass_span(sizes: Sequence[int], p: Tensor) -> int:
     tiles, span = sum(triton.cdiv(size, _PASS_COLUMNS) for size in sizes), _LONGEST_SPAN
     fewest = devices.spec_of(p.device).num_sms * 7 // 8
     while span > 2 * _PASS_ROWS and tiles * triton.cdiv(len(p), span) < fewest:
-        span //= 2  # fewer programs than SMs read with a part of the GPU
+        span //= 2  # fewer programs than SMs leave a part of the GPU idle
     return span
 
 
@@ -453,20 +453,19 @@ def sum_parts(
     *,
     flipped: bool = False,
 ) -> Tensor:
-    """Adds up what tiles and spans have summed apart, in their order.
+    """Adds the partial sums of tiles and spans in a fixed order.
 
     Args:
-        g: Where the sums of the first go, [rows, members · rank], contiguous rows.
-        g_parts: [tiles, rows, rank]; tiles of one linear after those of another.
-        b_parts: float32 [spans, sum of sizes · rank]: of each linear [size, rank].
-        sizes: Columns of each linear; of one more than g has members, maybe.
-        scalings: What the second sums of each are multiplied by.
+        g: Output: the sums of ``g_parts``, [rows, members · rank], contiguous rows.
+        g_parts: [tiles, rows, rank]; the tiles of one linear follow those of another.
+        b_parts: float32 [spans, sum of sizes · rank]: for each linear [size, rank].
+        sizes: Columns of each linear; possibly of one more than g has members.
+        scalings: Factors of the sums of ``b_parts`` of each linear.
         tile_n: Columns of a tile.
-        flipped: Whether b_parts has [rank, size] of each linear, and so has the result of the
-            third.
+        flipped: Whether b_parts is [rank, size] for each linear, and so is the result of the third.
 
     Returns:
-        The second sums, float32 [sum of sizes, rank].
+        The sums of ``b_parts``, float32 [sum of sizes, rank].
     """
     (tiles, rows, rank), spans, outputs = g_parts.shape, len(b_parts), sum(sizes)
     d_b = torch.empty(outputs, rank, dtype=torch.float32, device=g.device)

@@ -1,23 +1,23 @@
-"""The products of training on a GPU: base and adapter together, linears of one input together.
+"""The products of training on a GPU: base and adapter fused, linears that share an input fused.
 
-An adapter's arithmetic is nothing beside the base's, but its bytes are not: adding x Aᵀ Bᵀ to y
-reads and writes all of y, which at 8192 tokens takes a sixth of the time of the product itself.
-So the adapter is the last step of the same contraction. A tile of y gathers x Wᵀ and then, in the
-same registers, (x Aᵀ)(s B)ᵀ; a tile of dx gathers dy W and then (dy s B) A. Nothing is written that
-is not a result, and there is one rounding where there were two.
+An adapter's FLOPs are negligible beside the base's, but its memory traffic is not: adding x Aᵀ Bᵀ
+to y reads and writes all of y, which at 8192 tokens takes a sixth of the time of the product. So
+the adapter is the last step of the same contraction. A tile of y accumulates x Wᵀ and then, in the
+same registers, (x Aᵀ)(s B)ᵀ; a tile of dx accumulates dy W and then (dy s B) A. No intermediate is
+written, and the result is rounded once instead of twice.
 
-Linears that read the same x (q, k, v; gate, up) are one product: their decoded weights lie one
-below the other, so x is read once, and dx gathers the gradients of all of them without being
-written in between.
+Linears that read the same x (q, k, v; gate, up) are one product: their decoded weights are stacked
+in memory, so x is read once, and dx accumulates the gradients of all of them without intermediate
+writes.
 
     forward     p = x [A₁ A₂ …]ᵀ          y = x Wᵀ + pᵢ (s Bᵢ)ᵀ                    2 launches
     backward    gᵢ = dyᵢ (s Bᵢ) and dBᵢ = s dyᵢᵀ pᵢ, in one reading of dyᵢ         2
                 dx = Σ dyᵢ Wᵢ + g [A₁ A₂ …]          dA = gᵀ x                       2
 
-The contraction runs on tiles loaded by Hopper's TMA, one program an SM, and
-takes what cuBLAS takes for the bare product (benchmarks/results). It is tuned to Hopper, compute
-capability 9.0, and needs enough rows to fill the GPU; `fits` says so. Elsewhere the same is done
-by cuBLAS, the adapter added to what the base gave (`plain_forward`, `plain_backward`).
+The contraction is a persistent kernel (one program per SM) on tiles loaded by Hopper's TMA, and
+takes as long as the bare product in cuBLAS (benchmarks/results). It is tuned to Hopper, compute
+capability 9.0, and needs enough rows to fill the GPU (see `fits`). Otherwise cuBLAS is used, and
+the adapter is added to the base's output (`plain_forward`, `plain_backward`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from halfbyte.linear.triton_lora import CastAdapters, add_thin
 from halfbyte.quant.triton_blockwise import on_device
 from halfbyte.runtime import device as devices
 
-# Rows from which one tile an SM is enough work; below, cuBLAS splits better.
+# Minimum rows for one tile per SM to be enough work; below, cuBLAS splits better.
 FEWEST_ROWS = 2048
 
 TILE_M, TILE_K = 128, 64
@@ -74,14 +74,14 @@ def _forward(
             left = x.load([m * tile_m, k * tile_k])
             right = weight.load([n * tile_n, k * tile_k])
             total = tl.dot(left, right.T, total)
-        # Which linear the columns belong to; no tile has columns of two.
+        # The linear that the columns belong to; no tile spans two.
         member = (n * tile_n >= second).to(tl.int32) + (n * tile_n >= third).to(tl.int32)
         for r in tl.static_range(0, rank, part):
             left = p.load([m * tile_m, member * rank + r])
             right = b.load([n * tile_n, r])
             total = tl.dot(left, right.T, total)
         if half:
-            # Heads of 2 · half columns, of whose halves a lane has the same columns of both.
+            # Heads have 2 · half columns; a lane holds the same columns of both halves.
             row = m * tile_m + tl.arange(0, tile_m)
             at = (row % tokens)[:, None] * (2 * half) + tl.arange(0, half)[None, :]
             inside = row[:, None] < tl.where(n * tile_n < turned, rows, 0)
@@ -143,7 +143,7 @@ def _backward(
 
 @triton.jit
 def place(tile, tiles_m, tiles_n):
-    """Where a tile is: eight rows of them at a time, so neighbours read what is in the cache."""
+    """Position of a tile: tile rows are grouped by eight, so neighbours share data in the cache."""
     strip = 8 * tiles_n
     first = tile // strip * 8
     height = tl.minimum(tiles_m - first, 8)
@@ -151,12 +151,12 @@ def place(tile, tiles_m, tiles_n):
 
 
 def copyable(x: Tensor) -> bool:
-    """Returns whether TMA can read x [rows, n], of 16-bit numbers, where it lies."""
+    """Returns whether TMA can read x [rows, n], 16-bit, in place."""
     return x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
 
 
 def fits(x: Tensor, outputs: Sequence[int]) -> bool:
-    """Returns whether one contraction pays for ``x`` [rows, in], and can be done."""
+    """Returns whether the fused contraction supports ``x`` [rows, in] and is faster for it."""
     return (
         x.is_cuda
         and x.shape[0] >= FEWEST_ROWS
@@ -172,17 +172,17 @@ def movable(x: Tensor) -> Tensor:
 
 
 def flat_of(members: int, ranks: int) -> tuple[bool, int]:
-    """Whether a program's tiles and their steps are one loop, and how much rank a step takes.
+    """Whether a program's tiles and their steps form one loop, and the rank covered by a step.
 
-    One loop has the next tile's first step under way while a tile is written (2 to 5 % of the
-    time), but what is being written then needs room of its own: beside it there is none left for
-    more than thin steps over a small rank.
+    One loop starts the next tile's first step while a tile is written (2 to 5 % of the time), but
+    the tile being written then needs shared memory of its own, which leaves enough only for narrow
+    steps over a small rank.
     """
     return (True, 16) if members == 1 and ranks <= 64 else (False, 16 if ranks % 64 else 64)
 
 
 def _adjacent(parts: Sequence[Tensor], dim: int) -> bool:
-    """Whether matrices lie side by side in one, along ``dim``, in their order."""
+    """Whether matrices are adjacent in memory along ``dim``, in the given order."""
     first, at = parts[0], parts[0].storage_offset()
     storage = first.untyped_storage().data_ptr()
     for part in parts:
@@ -194,7 +194,7 @@ def _adjacent(parts: Sequence[Tensor], dim: int) -> bool:
 
 
 def _as_one(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """The matrix of which adjacent ``parts`` are parts."""
+    """View adjacent ``parts`` as one matrix."""
     shape = list(parts[0].shape)
     shape[dim] = sum(part.shape[dim] for part in parts)
     return parts[0].as_strided(shape, parts[0].stride())
@@ -207,7 +207,7 @@ def plain_forward(
     cast_adapters: CastAdapters,
     outputs: Sequence[int],
 ) -> Tensor:
-    """As `forward`, by torch's products."""
+    """`forward` with torch's products."""
     y = x.new_empty(x.shape[0], sum(outputs))
     parts = y.split(list(outputs), 1)
     if _adjacent(weights, 0):
@@ -222,7 +222,7 @@ def plain_forward(
 def plain_backward(
     dys: Sequence[Tensor], weights: Sequence[Tensor], g: Tensor, cast_adapters: CastAdapters
 ) -> Tensor:
-    """As `backward`, by torch's products."""
+    """`backward` with torch's products."""
     if len(dys) > 1 and _adjacent(dys, 1) and _adjacent(weights, 0):
         dys, weights = [_as_one(dys, 1)], [_as_one(weights, 0)]
     dx = torch.mm(dys[0], weights[0])
@@ -233,12 +233,12 @@ def plain_backward(
 
 
 class Turn(NamedTuple):
-    """A rotary turn of the first columns of a product.
+    """A rotary embedding of the first columns of a product.
 
     Attributes:
         cos: [1 or B, T, n], contiguous, for rows of B · T.
         sin: Likewise.
-        columns: So many are heads of n columns that are turned.
+        columns: Number of columns to rotate, in heads of n columns.
     """
 
     cos: Tensor
@@ -247,7 +247,7 @@ class Turn(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether heads do not lie across tiles, and halves of them in the lanes of both."""
+        """Whether no head spans two tiles, and a lane holds the same columns of both halves."""
         return self.cos.shape[2] in (32, 64, 128, 256)
 
 
@@ -263,11 +263,11 @@ def forward(
 
     Args:
         x: [rows, in], contiguous rows.
-        weights: [out, in] of each. Where one lies below the other in memory, they are one product.
+        weights: [out, in] of each. Weights adjacent in memory are one product.
         p: x Aᵀ, [rows, members · rank].
         cast_adapters: The adapters.
         outputs: Rows of each weight, at most three.
-        turn: What is done to the first of them, rounded before; for x that `fits`.
+        turn: Rotary embedding of the first columns, applied after rounding; requires `fits`.
 
     Returns:
         [rows, sum of outputs].
@@ -281,7 +281,7 @@ def forward(
     whole = _adjacent(weights, 0) and all(size % 256 == 0 for size in outputs[:-1])
     if whole:
         parts = [(0, sum(outputs), starts[1:])]
-    else:  # or a tile would have columns of two linears
+    else:  # otherwise a tile would span two linears
         parts = [(start, size, []) for start, size in zip(starts, outputs, strict=True)]
     tile_n, programs = 256, devices.spec_of(x.device).num_sms
     for i, (start, size, others) in enumerate(parts):

@@ -1,20 +1,19 @@
-"""A gate between products: inner = silu(x Gᵀ) · (x Uᵀ), forward and backward.
+"""SwiGLU fused into the products: inner = silu(x Gᵀ) · (x Uᵀ), forward and backward.
 
-Between the products of an MLP lie the widest activations of a layer, and a kernel that reads and
-writes them takes as long as a sixth of the product before it. So in forward the gate is done in
-registers, before a tile is written, and gate and up are written only if backward will come, which
-wants them.
+The widest activations of a layer are those inside an MLP, and a separate kernel that reads and
+writes them takes a sixth of the time of the product before it. So in forward the gate is applied in
+registers before a tile is written, and gate and up are written only if backward needs them.
 
-The contraction is that of triton_matmul.py, rounded where it is rounded there, so results are the
-same bits as with a kernel of its own for the gate (layers/triton_elementwise.py). A tile gathers
-128 columns of gate and the same 128 of up, from one block of two pages: two matrices of one shape
-are one of two pages, wherever they lie.
+The contraction is that of triton_matmul.py with the same rounding, so results are bit-identical to
+a separate kernel for the gate (layers/triton_elementwise.py). A tile accumulates 128 columns of
+gate and the same 128 of up, from one TMA block of two pages: two matrices of one shape can be
+addressed as two pages, wherever they are in memory.
 
-In backward three tiles read and written for one in registers were tried, and take longer in the
-product than in a kernel of their own (LAB.md). That kernel does all that is between the products:
-it turns the gradient of inner into those of gate and up, in their place, and while these and inner
-are in registers makes of them what the adapters of all three linears need. So inner is never
-written, and nothing is read twice.
+Fusing backward the same way, with three tiles read and written for one in registers, was tried and
+is slower than a separate kernel (LAB.md). That kernel does everything between the products: it
+replaces the gradient of inner by those of gate and up in place, and computes the adapter products
+of all three linears while these and inner are in registers. So inner is never written, and nothing
+is read twice.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ from halfbyte.linear.triton_matmul import TILE_K, TILE_M, flat_of, movable, plac
 from halfbyte.quant.triton_blockwise import on_device
 from halfbyte.runtime import device as devices
 
-# Columns of gate, and as many of up.
+# Columns of gate, and the same number of up.
 _TILE_N = 128
 
-# The tile of `_gated_backward`, the most rows that one program sums over, and how many programs an
-# SM is given at least. A higher rank takes more registers than there are.
+# Tile of `_gated_backward`, maximum rows summed by one program, minimum programs per SM, and the
+# maximum rank: a higher one exceeds the registers.
 _PASS_ROWS, _PASS_COLUMNS, _LONGEST_SPAN, _PROGRAMS, _PASS_RANK = 16, 128, 1024, 3, 32
 
 
@@ -73,7 +72,7 @@ def _gated_forward(
             right = weights.load([0, n * tile_n, k * tile_k]).reshape(2 * tile_n, tile_k)
             total = tl.dot(left, right.T, total)
         for r in tl.static_range(0, rank, part):
-            # Each has a p of its own. What lies beside a matrix of one page reads as zeros.
+            # Each has its own p. Reads outside a matrix of one page return zeros.
             right = b0.load([0, n * tile_n, r]).reshape(2 * tile_n, part)
             left = p.load([m * tile_m, (rank if swapped else 0) + r])
             total = tl.dot(left, right.T, total)
@@ -94,9 +93,9 @@ def _gated_forward(
 
 @triton.jit
 def _settled(x, compiled: tl.constexpr):
-    # Left to itself, the compiler would rather make what two products read twice, and once more to
-    # store it, each time in the registers of others, than move it through shared memory: there are
-    # not so many registers. What has been in assembly is not made twice.
+    # Without this, the compiler computes operands of two products once for each, and once more for
+    # the store, instead of moving them through shared memory, and runs out of registers. It does
+    # not duplicate inline assembly.
     if compiled:
         return tl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
@@ -153,7 +152,7 @@ def _gated_backward(
         kind = one.dtype
         d, one, two = d.to(tl.float32), one.to(tl.float32), two.to(tl.float32)
         s = tl.sigmoid(one)
-        # One after the other, so that not all are in registers at a time.
+        # Sequential, so that not all are in registers at the same time.
         d_gate = _settled((d * two * s * (1.0 + one * (1.0 - s))).to(kind), compiled)
         tl.store(gate_at, d_gate, mask=inside)
         of_gate = tl.dot(p_gate, d_gate, of_gate)
@@ -179,11 +178,11 @@ def gated_forward(
     """Returns silu(gate) · up for two linears that share x, and both as they are if they are kept.
 
     Args:
-        x: [rows, in], contiguous rows; such that `triton_matmul.fits`.
+        x: [rows, in], contiguous rows; requires `triton_matmul.fits`.
         weights: Of gate and of up, [out, in] each, contiguous.
         p: x Aᵀ, [rows, 2 · rank].
         cast_adapters: The adapters of both.
-        keep: Whether gate and up are wanted.
+        keep: Whether to return gate and up.
 
     Returns:
         inner [rows, out], and [rows, 2 · out], gate beside up, or None.
@@ -227,7 +226,7 @@ def gated_forward(
 
 
 class Gated(NamedTuple):
-    """What adapters need of a gate's backward.
+    """Adapter products from the backward of a gate.
 
     Attributes:
         g: dy (s B) of gate and of up, side by side, [rows, 2 · rank].
@@ -241,7 +240,7 @@ class Gated(NamedTuple):
 
 
 def backward_fits(cast_adapters: CastAdapters, last: CastAdapters, device: torch.device) -> bool:
-    """Returns whether `gated_backward` pays for these adapters, of gate and up and of the last."""
+    """Returns whether `gated_backward` is faster with these adapters: gate and up, and the last."""
     return cast_adapters.rank == last.rank <= _PASS_RANK and devices.spec_of(device).is_hopper
 
 
@@ -250,7 +249,7 @@ def backward_span(rows: int, outputs: int, device: torch.device) -> int:
     tiles, span = triton.cdiv(outputs, _PASS_COLUMNS), _LONGEST_SPAN
     fewest = _PROGRAMS * devices.spec_of(device).num_sms
     while span > 2 * _PASS_ROWS and tiles * triton.cdiv(rows, span) < fewest:
-        span //= 2  # fewer read with a part of the GPU
+        span //= 2  # fewer programs leave a part of the GPU idle
     return span
 
 
@@ -263,23 +262,23 @@ def gated_backward(
     scalings: Sequence[float],
     g_last: Tensor,
 ) -> Gated:
-    """Turns the gradient of inner into those of gate and up, in their place.
+    """Computes the gradients of gate and up from that of inner, overwriting gate and up.
 
-    The sums over tiles are kept apart and added up in their order (`triton_lora.sum_parts`).
+    Partial sums of tiles are added in a fixed order (`triton_lora.sum_parts`).
 
     Args:
-        d_inner: [rows, out], contiguous rows; it is not written to.
+        d_inner: [rows, out], contiguous rows; not modified.
         gate: [rows, out], contiguous rows.
         up: Likewise.
         p: x Aᵀ of both, [rows, 2 · rank], contiguous rows.
-        cast_adapters: The adapters of both; such that `backward_fits`.
+        cast_adapters: The adapters of both; requires `backward_fits`.
         scalings: s of each.
         g_last: dy (s B) of the linear that reads inner, [rows, rank], contiguous rows.
     """
     (rows, outputs), rank, device = gate.shape, cast_adapters.rank, gate.device
     tiles, span = triton.cdiv(outputs, _PASS_COLUMNS), backward_span(rows, outputs, device)
     spans = triton.cdiv(rows, span)
-    # In 16 bits, as their sum will be: that rounds it as much once more, and is half the bytes.
+    # In 16 bits, like their sum: one more rounding of that size, half the bytes.
     g_parts = p.new_empty(2 * tiles, rows, rank)
     b_parts = torch.empty(spans, 3 * rank * outputs, dtype=torch.float32, device=device)
     with on_device(gate):

@@ -131,7 +131,7 @@ def build(
             model = AutoModelForCausalLM.from_config(config, dtype=recipe.compute_dtype)
     except ValueError as error:
         raise CheckpointError(f"not a causal language model transformers knows: {error}") from error
-    # Where transformers would not choose sdpa (ALiBi, capped scores), ours is not right either.
+    # If transformers would not choose sdpa (ALiBi, capped scores), ours is not correct either.
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(attention_cpu.register())
     if recipe.quant == "none":
@@ -167,7 +167,7 @@ def build(
 
 def _packed_embedding(model: PreTrainedModel, recipe: BaseRecipe) -> FrozenEmbedding:
     embedding = model.get_input_embeddings()
-    # Subclasses do more than look rows up (Gemma 3's scales them), and that must not get lost.
+    # Subclasses do more than look up rows (Gemma 3's scales them), which must be preserved.
     if type(embedding) is not nn.Embedding or embedding.embedding_dim % 2:
         raise ConfigError(
             f"quantize_embeddings: the embedding of {type(model).__name__}, {embedding}, cannot be "
@@ -186,7 +186,7 @@ def _packed_embedding(model: PreTrainedModel, recipe: BaseRecipe) -> FrozenEmbed
 
 
 def share_inputs(model: nn.Module) -> None:
-    """Make one product of the linears that are known to be called with the same input."""
+    """Group the linears that are known to be called with the same input into one product."""
     for module in model.modules():
         for names in _SHARED_INPUTS:
             linears = [getattr(module, name, None) for name in names]
@@ -196,7 +196,7 @@ def share_inputs(model: nn.Module) -> None:
 
 
 def _contiguous(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Copy the few rows that generation takes out of many.
+    """Copy the few rows that generation selects from many.
 
     Given such a strided [B, 1, H], torch's linear expands the head to B copies: 1.7 GB for
     SmolLM2's and 32 prompts.
@@ -226,13 +226,13 @@ def _check_shape(name: str, expected: tuple[int, ...], came: tuple[int, ...]) ->
 def pack(
     weight: Tensor, recipe: BaseRecipe, name: str, importance: Tensor | None = None
 ) -> QuantizedWeight:
-    """Return a weight packed as ``recipe`` says, on its device.
+    """Return a weight packed according to ``recipe``, on its device.
 
     Args:
-        weight: In any floating dtype.
-        recipe: How; its ``quant`` is not ``none``.
-        name: What error messages call the weight.
-        importance: For a search, what an error counts in each column (`nf4.search`).
+        weight: The weight, in any floating dtype.
+        recipe: The recipe; its ``quant`` is not ``none``.
+        name: Name of the weight in error messages.
+        importance: For a search, the weight of errors in each column (`nf4.search`).
 
     Raises:
         WeightError: If a value is NaN or infinite.
@@ -251,16 +251,16 @@ def pack(
 def load_tensor(
     model: PreTrainedModel, name: str, tensor: Tensor, importance: Tensor | None = None
 ) -> None:
-    """Put one tensor of the checkpoint where it belongs: packed if a linear's weight, else cast.
+    """Load one tensor of the checkpoint into the model: packed if a linear's weight, else cast.
 
     Args:
-        model: What ``build`` returned.
+        model: The result of ``build``.
         name: The parameter's name in transformers.
         tensor: Its value, in any floating dtype, on any device; it may be kept as it is.
         importance: As for ``pack``.
 
     Raises:
-        CheckpointError: If the model has no such parameter, or its shape is another.
+        CheckpointError: If the model has no such parameter, or it has another shape.
         WeightError: If a value is NaN or infinite.
     """
     recipe: BaseRecipe = model.halfbyte_recipe
@@ -291,10 +291,10 @@ def load_tensor(
 
 
 def place_quantized(model: PreTrainedModel, name: str, quantized: QuantizedWeight) -> None:
-    """Put a weight that is packed already where it belongs, bytes as they are.
+    """Load a weight that is already packed, with unchanged bytes.
 
     Raises:
-        CheckpointError: If ``name`` is not the weight of a frozen linear, or its shape is another.
+        CheckpointError: If ``name`` is not the weight of a frozen linear, or has another shape.
     """
     owner, leaf = _owner(model, name)
     if not isinstance(owner, FrozenLinear) or leaf != "weight":
@@ -304,7 +304,7 @@ def place_quantized(model: PreTrainedModel, name: str, quantized: QuantizedWeigh
 
 
 def _beside_others(model: PreTrainedModel, quantized: QuantizedWeight) -> QuantizedWeight:
-    """Return a packed weight in the arena of the model's others, one tensor on a GPU."""
+    """Return a packed weight in the model's arena, one allocation on a GPU."""
     if not quantized.codes.is_cuda:
         return quantized
     arena: Arena | None = getattr(model, "halfbyte_arena", None)
@@ -318,11 +318,10 @@ def _beside_others(model: PreTrainedModel, quantized: QuantizedWeight) -> Quanti
 
 
 def finalize(model: PreTrainedModel) -> MemoryReport:
-    """Tie what is tied, compute what is computed, and account for every byte.
+    """Tie weights, compute buffers, and report the memory.
 
     Raises:
-        CheckpointError: If a parameter never came (all of them are named), or a buffer cannot be
-            computed.
+        CheckpointError: If parameters are missing (all are named), or a buffer cannot be computed.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = model.config.get_text_config().tie_word_embeddings
@@ -344,7 +343,7 @@ def finalize(model: PreTrainedModel) -> MemoryReport:
 
 
 def memory_report(model: nn.Module) -> MemoryReport:
-    """Return what ``model`` is made of; adapters are not counted."""
+    """Return the memory of ``model`` without adapters."""
     held = [q for m in frozen_linears(model).values() if (q := m.quantized) is not None]
     packed = {id(q.codes): q for q in held}.values()  # a tied head holds the embedding's tensors
     quantized_bytes = sum(q.nbytes for q in packed)
@@ -370,7 +369,7 @@ def _compute_buffers(model: PreTrainedModel, device: str) -> None:
     They start as NaN, so that one missing in transformers' own initialisation is detected.
     """
     for parameter in model.parameters():
-        parameter._is_hf_initialized = True  # or transformers would draw it anew
+        parameter._is_hf_initialized = True  # otherwise transformers would initialise it again
     for path, module in model.named_modules():
         empty = [n for n, b in module.named_buffers(recurse=False) if b.is_meta]
         empty = [n for n in empty if not isinstance(module, FrozenLinear)]

@@ -16,15 +16,15 @@ from torch import Tensor
 
 from halfbyte.models.decoding import Decoder, free_bytes
 
-# Steps after which the host looks, on a GPU. Two rounds are in flight: at 4 ms a step text comes
-# 30 ms late.
+# Steps between reads by the host, on a GPU. Two rounds are in flight: at 4 ms a step text is
+# delayed by 30 ms.
 _LOOK = 4
-# Prompts are prefilled together up to so many tokens, on a GPU and elsewhere: more make no product
-# faster.
+# Maximum tokens of prompts prefilled together, on a GPU and elsewhere: products do not become
+# faster with more.
 _PREFILL_TOKENS = {True: 8192, False: 2048}
-# The first steps are launched one by one: that compiles kernels, and answers may be as short.
+# The first steps are not captured: they compile kernels, and all answers may be this short.
 _FEW_STEPS = 4
-# Capacity of a slot is a multiple of this; more is made in advance up to so many new tokens.
+# A slot's capacity is a multiple of this; it is allocated ahead for up to this many new tokens.
 _UNIT, _ADVANCE = 64, 512
 # Share of a GPU's free memory that the cache may take, and the most slots.
 _CACHE_SHARE, MOST_SLOTS = 0.4, 128
@@ -35,13 +35,13 @@ Choose = Callable[[Tensor], Tensor]
 
 @dataclass
 class _Slot:
-    """A slot that is answering.
+    """An active slot.
 
     Attributes:
-        prompt: Which prompt.
-        position: Where its next token goes, at most: steps in flight are counted.
-        limit: Where its last token goes.
-        tokens: The answer so far, as far as the host has seen.
+        prompt: Index of the prompt.
+        position: Upper bound on the position of its next token, including steps in flight.
+        limit: Position of its last token.
+        tokens: The part of the answer that the host has read.
     """
 
     prompt: int
@@ -54,12 +54,12 @@ class Batcher:
     """Answers prompts, greedily or by sampling.
 
     Args:
-        decoder: The model; its cache is made here.
+        decoder: The model; its cache is allocated here.
         prompts: Token ids of each, at least one token.
-        slots: How many are answered together; on a GPU fewer if memory is short.
-        max_new_tokens: Longest answer.
-        ends: Tokens that end an answer, and belong to it.
-        choose: Gives int64 [rows] for logits [rows, vocabulary]; on a GPU it may be captured.
+        slots: Number of concurrent answers; on a GPU fewer if memory is short.
+        max_new_tokens: Maximum length of an answer.
+        ends: Tokens that end an answer and are part of it.
+        choose: Maps logits [rows, vocabulary] to int64 [rows]; on a GPU it may be captured.
         graphs: Whether steps may be a CUDA graph there.
     """
 
@@ -85,7 +85,7 @@ class Batcher:
         slots = min(slots, len(prompts), self._slots_that_fit(self._capacity_wanted))
         decoder.open(slots, capacity, self._capacity_wanted)
         decoder.compile_ahead()
-        # Longest first: what memory is needed shows at once. Of equals, in their order.
+        # Longest first, so that the memory needed is known from the start; ties in order.
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         self._waiting = deque(order)
         self._running: dict[int, _Slot] = {}
@@ -112,8 +112,8 @@ class Batcher:
         """Answer everything.
 
         Args:
-            finished: Called with a prompt's number and its answer, end token included.
-            heard: Called with each token as it comes, of a single prompt.
+            finished: Called with a prompt's index and its answer, including the end token.
+            heard: For a single prompt: called with each token as it is read.
         """
         flying: deque[_Round] = deque()
         try:
@@ -121,13 +121,13 @@ class Batcher:
                 self._admit(finished, heard)
                 if self._running:
                     flying.append(self._launch())
-                # One round stays in flight behind the one that is looked at.
+                # One round stays in flight while the previous one is read.
                 if flying and (len(flying) > self._on_gpu or not self._running):
                     self._read(flying.popleft(), finished, heard)
         finally:
             self._graph = None
             if self._on_gpu:
-                # A workspace of the capture stream is in the graph's memory, and keeps it alive.
+                # The capture stream's cuBLAS workspace keeps the graph's memory pool alive.
                 torch.cuda.synchronize(self._decoder.device)
                 torch._C._cuda_clearCublasWorkspaces()
 
@@ -136,7 +136,7 @@ class Batcher:
         finished: Callable[[int, list[int]], None],
         heard: Callable[[int], None] | None,
     ) -> None:
-        """Prefill waiting prompts into free slots, if that is worth the interruption."""
+        """Prefill waiting prompts into free slots, if enough are free."""
         free = [i for i in range(len(self._tokens)) if i not in self._running]
         while self._waiting and free and (len(free) * 4 >= len(self._tokens)):
             chosen: list[int] = []
@@ -171,7 +171,7 @@ class Batcher:
         self._first: list[int] = first.tolist()
 
     def _take(self, slot: int, token: int, finished: Callable[[int, list[int]], None]) -> None:
-        """Note a token of an answer; the last one frees its slot."""
+        """Append a token to an answer; the last one frees its slot."""
         held = self._running[slot]
         held.tokens.append(token)
         if token in self._ends or len(held.tokens) == self._most:
@@ -179,7 +179,7 @@ class Batcher:
             finished(held.prompt, held.tokens)
 
     def _launch(self) -> "_Round":
-        """Make a few steps; on a GPU without waiting for them."""
+        """Run a few steps; on a GPU asynchronously."""
         steps = _LOOK if self._on_gpu else 1
         furthest = max(min(slot.position + steps, slot.limit) for slot in self._running.values())
         if furthest > self._decoder.cache.capacity:
@@ -194,7 +194,7 @@ class Batcher:
         return made
 
     def _grow(self, needed: int) -> None:
-        if self._graph is not None:  # it reads keys where they were, and is still running
+        if self._graph is not None:  # it reads the old cache, and may still be running
             torch.cuda.synchronize(self._decoder.device)
             self._graph = None
         doubled = min(2 * self._decoder.cache.capacity, self._capacity_wanted)
@@ -226,7 +226,7 @@ class Batcher:
         self._left.sub_(1).clamp_(min=0).masked_fill_(ended, 0)
         active = self._left > 0
         self._tokens.copy_(chosen.masked_fill(~active, 0))
-        # A slot at rest attends to one key.
+        # An inactive slot attends to one key.
         self._positions.add_(1).mul_(active)
 
     def _read(
@@ -259,7 +259,7 @@ class _Round:
             self._event.record()
 
     def wait(self) -> list[list[int]]:
-        """Return the tokens, when they are there."""
+        """Wait for the tokens and return them."""
         if self._event is not None:
             self._event.synchronize()
         rows: list[list[int]] = self.tokens.tolist()

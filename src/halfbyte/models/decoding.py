@@ -8,9 +8,9 @@ modules (layers/decoder_layer.py says which), run for inference: linears of one 
     prefill    prompts packed into a row, without padding; logits of the last token of each
     step       one token of every slot; it needs nothing from the host, so it can be a CUDA graph
 
-How weights are stored is decided for a number of rows (`hold`): decoded once and kept, as stacks,
-if there is memory for it. For one row of a large model they stay packed, since reading 4 bits
-instead of 16 is what counts. Otherwise each layer is decoded in its turn, into one buffer.
+How weights are stored depends on the rows of a step (`open`): decoded once and kept, as stacks, if
+memory allows. For one row of a large model they stay packed, since reading 4 bits instead of 16
+decides the speed. Otherwise each layer is decoded when it runs, into one buffer.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,15 +32,15 @@ from halfbyte.models.projections import Projections, stacked
 from halfbyte.quant.format import gpu_kernels
 from halfbyte.runtime.matmul import product
 
-# Positions alone say how these turn; of others, so does the length of the sequence.
+# Rotary embeddings that depend on positions only; others also depend on the sequence length.
 _ROTARY = ("default", "linear", "llama3", "yarn")
-# Elements of a layer from which its products for one row are bytes. Below they are launches, of
-# which a stack needs fewer.
+# Elements of a layer from which its products with one row are bound by memory. Below, launches
+# dominate, and a stack needs fewer.
 _LARGE_LAYER = 2**24
-# A prompt row is filled up to a multiple of so many tokens: Triton compiles once more for numbers
-# that are no multiple of 16.
+# A prompt row is padded to a multiple of this many tokens: Triton specialises kernels for multiples
+# of 16.
 _ROUND = 16
-# Bytes of a GPU that are left alone when room for decoded weights is looked for.
+# Bytes of a GPU that are left free of decoded weights.
 _HEADROOM = 2 * 10**9
 
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -69,7 +69,7 @@ def _why_not_layer(layer: nn.Module) -> str | None:
 
 
 class _Norm(NamedTuple):
-    """A norm's weight, read once: one that is trained whole is cast at each reading."""
+    """A norm's weight, read once, since one that is trained in full is cast on each access."""
 
     weight: Tensor
     eps: float
@@ -80,7 +80,7 @@ class _Norm(NamedTuple):
 
 
 class _Layer:
-    """A decoder layer; see `fused` in decoder_layer.py for the same in training."""
+    """A decoder layer for inference; for training see `fused` in decoder_layer.py."""
 
     def __init__(self, layer: Any, spec: LayerSpec, dtype: torch.dtype) -> None:
         attention = layer.self_attn
@@ -106,13 +106,13 @@ class _Layer:
         attention: Callable[[Tensor, Tensor, Tensor], Tensor],
         stacks: Sequence[Tensor | None],
     ) -> tuple[Tensor, Tensor]:
-        """Return what the layer adds to the residual stream last, and the stream before that.
+        """Return the MLP output and the residual stream it has yet to be added to.
 
         Args:
-            delta: What the layer before added last, [rows, hidden].
-            stream: The stream before that, or None for the first layer.
-            attention: Gives [rows, H · width] for q, k and v [rows, heads, width].
-            stacks: Of `sets`.
+            delta: The MLP output of the previous layer, [rows, hidden].
+            stream: The stream without it, or None for the first layer.
+            attention: Returns [rows, H · width] for q, k and v [rows, heads, width].
+            stacks: The stacks of `sets`.
         """
         if stream is None:
             stream, y = delta, rms_norm(delta, *self._first)
@@ -130,15 +130,15 @@ class _Layer:
 
 
 class Decoder:
-    """Runs a model of a known family; nothing about the model may change in the meantime.
+    """Runs a model of a supported family, which must not change in the meantime.
 
     Args:
-        model: One for which `why_not` returns None.
-        memory_limit: Bytes of a GPU that torch may have reserved in all; None for what is free.
+        model: A model for which `why_not` returns None.
+        memory_limit: Total bytes of a GPU that torch may reserve; None for the free memory.
 
     Attributes:
-        cache: Keys and values; `open` makes it.
-        device: Where everything is.
+        cache: The KV cache, allocated by `open`.
+        device: Device of the model and the cache.
     """
 
     cache: KVCache
@@ -150,7 +150,7 @@ class Decoder:
         self._layers = []
         for layer in decoder.layers:
             spec = spec_of(layer)
-            assert spec is not None  # or `why_not` would have said so
+            assert spec is not None  # checked by `why_not`
             self._layers.append(_Layer(layer, spec, self._dtype))
         self._adapters = list(adapters(model).values())
         self._norm = _Norm.of(decoder.norm)
@@ -168,17 +168,17 @@ class Decoder:
 
     @property
     def slot_bytes(self) -> int:
-        """What a token of one slot takes in the cache, keys and values of all layers."""
+        """Bytes per token of a slot in the cache: keys and values of all layers."""
         width = self._layers[0].width
         return 2 * len(self._layers) * self._groups * width * self._dtype.itemsize
 
     def open(self, slots: int, capacity: int, most: int = 0) -> None:
-        """Make the cache, and hold the weights so that steps of so many rows are fast.
+        """Allocate the cache, and store weights in the fastest form for steps of ``slots`` rows.
 
         Args:
-            slots: Sequences at once.
-            capacity: Tokens of a slot.
-            most: What the capacity may grow to; weights are kept only beside memory for that.
+            slots: Number of concurrent sequences.
+            capacity: Tokens per slot.
+            most: Maximum later capacity; memory for it is reserved when weights are stored.
         """
         self.cache = KVCache(
             len(self._layers),
@@ -190,12 +190,12 @@ class Decoder:
             self.device,
         )
         self._set_turn()
-        # While keys grow, both old ones and both new ones are there, or old values and all new.
+        # While the cache grows, old and new keys, or old values and all new tensors, coexist.
         growth = max(0, 3 * most // 2 - capacity) if most > capacity else 0
         self._hold(slots, growth * slots * self.slot_bytes)
 
     def grow(self, capacity: int) -> None:
-        """Make room for more tokens in each slot; tensors move."""
+        """Increase the capacity of each slot, which reallocates the cache."""
         self.cache.grow(capacity)
         self._set_turn()
 
@@ -206,7 +206,7 @@ class Decoder:
         self._turn = cos[0].contiguous(), sin[0].contiguous()
 
     def compile_ahead(self) -> None:
-        """Compile the kernels of prefill and of a step side by side; the cache is empty then."""
+        """Compile the kernels of prefill and of a step in parallel; leaves the cache empty."""
         if self.device.type != "cuda":
             return
         from halfbyte.runtime.compile_ahead import compiling_ahead  # it imports triton
@@ -227,11 +227,11 @@ class Decoder:
         return self._embedding(tokens)  # type: ignore[no-any-return]
 
     def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
-        """Store the keys and values of prompts, and return the logits of each one's last token.
+        """Store the keys and values of prompts, and return the logits of each last token.
 
         Args:
-            prompts: Token ids, at least one each; together no more than fit in memory.
-            slots: Where each goes.
+            prompts: Token ids, at least one each; all of them together must fit in memory.
+            slots: The slot of each.
 
         Returns:
             [prompts, vocabulary].
@@ -277,9 +277,9 @@ class Decoder:
         return self._logits(self._run(x, attention))
 
     def _run(self, x: Tensor, attention: Attention, rows: Tensor | None = None) -> Tensor:
-        """Return what the final norm gives of all rows, or of some."""
+        """Return the output of the final norm for all rows, or for some."""
         delta, stream = x, None
-        # A prompt's rows are worth decoding for, and kernels for so many would have to be compiled.
+        # For the rows of prompts decoding pays off, and packed kernels would have to be compiled.
         packed = rows is None and len(x) <= self._packed_rows
         for index, layer in enumerate(self._layers):
 
@@ -298,11 +298,11 @@ class Decoder:
         return self._head(hidden)  # type: ignore[no-any-return]
 
     def _hold(self, rows: int, reserved: int) -> None:
-        """Decide how weights are held; see the top of this file.
+        """Decide how weights are stored; see the top of this file.
 
         Args:
-            rows: Of a step.
-            reserved: Bytes of the GPU that others will need.
+            rows: Rows of a step.
+            reserved: Bytes of the GPU needed for other purposes.
         """
         self._kept, self._buffer = [], None
         self._packed_rows = self._most_packed_rows()
@@ -325,7 +325,7 @@ class Decoder:
             ]
 
     def _most_packed_rows(self) -> int:
-        """Return for how many rows packed weights can be multiplied with as they are."""
+        """Return the maximum rows for which packed weights can be multiplied without decoding."""
         sets = [one for layer in self._layers for one in layer.sets]
         if self.device.type != "cuda" or not any(one.packed for one in sets):
             return 0
@@ -334,7 +334,7 @@ class Decoder:
         return min(most_rows(self._dtype, q) for one in sets for q in one.packed)
 
     def _stacks(self, index: int, *, packed: bool) -> Sequence[Tensor | None]:
-        """Return the stacks of a layer's sets, none where weights are multiplied packed."""
+        """Return the stacks of a layer's sets, None for weights that stay packed."""
         if self._kept:
             return self._kept[index]
         sets = self._layers[index].sets
@@ -351,11 +351,11 @@ def _elements(layer: _Layer) -> int:
 
 
 def free_bytes(device: torch.device, limit: int | None = None) -> int:
-    """Return what can still be allocated on a GPU, torch's own cache included.
+    """Return the bytes that can still be allocated on a GPU, including torch's cache.
 
     Args:
-        device: Which.
-        limit: Bytes that torch may have reserved in all, or None for as many as there are.
+        device: The GPU.
+        limit: Total bytes that torch may reserve, or None for no limit.
     """
     free, _ = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device)
@@ -365,7 +365,7 @@ def free_bytes(device: torch.device, limit: int | None = None) -> int:
 
 
 def _read_once(module: Any, plain: type[nn.Module]) -> Tensor | None:
-    """Return the weight of a plain module, cast if it is trained whole; None of any other."""
+    """Return the weight of a plain module, cast if it is trained in full; None for any other."""
     names = (plain.__name__, f"Parametrized{plain.__name__}")
     if isinstance(module, FrozenHead) or type(module).__name__ not in names:
         return None
@@ -384,15 +384,15 @@ def _sums(numbers: Sequence[int]) -> list[int]:
 def _attend_windows(
     q: Tensor, k: Tensor, v: Tensor, bounds: Sequence[int], scale: float, window: int
 ) -> Tensor:
-    """Return [T, H · width]: causal attention within documents that sees ``window`` keys at most.
+    """Return [T, H · width]: causal sliding-window attention within documents.
 
     Args:
         q: [T, H, width].
         k: [T, G, width].
         v: Likewise.
-        bounds: Where each document begins, and the end of the last.
+        bounds: The start of each document, and the end of the last.
         scale: Factor of the scores.
-        window: Keys that are seen, counted from the query's own.
+        window: Maximum keys attended to, including the query's own.
     """
     parts = []
     for start, stop in pairwise(bounds):

@@ -20,7 +20,7 @@ from halfbyte.models.decoding import Decoder, why_not
 
 logger = logging.getLogger("halfbyte")
 
-# Prompts that are answered together on a CPU, and where transformers answers.
+# Batch size on a CPU, and with transformers' generate.
 _BATCH = 8
 
 
@@ -42,7 +42,7 @@ class _Callback(TextStreamer):  # type: ignore[misc]
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that end an answer: what the template closes a turn with, and every EOS."""
+    """Return the ids that end an answer: the template's end of turn, and every EOS token."""
     ids: set[int] = set()
     for value in (
         end_of_turn(tokenizer),
@@ -77,15 +77,15 @@ def generate(
     Args:
         model: A model of ``models.build``, with or without adapters.
         tokenizer: Its tokenizer.
-        prompts: Conversations that wait for the assistant, each a list of messages.
-        tools: For each prompt the tools its template is told of, or None; None if there are none.
-        max_new_tokens: Longest answer, in tokens.
-        temperature: 0 takes the likeliest token; above, tokens are sampled.
+        prompts: Conversations to be continued by the assistant, each a list of messages.
+        tools: For each prompt the tools passed to its template, or None; None if there are none.
+        max_new_tokens: Maximum length of an answer in tokens.
+        temperature: 0 selects the likeliest token; above, tokens are sampled.
         seed: Fixes the sampling, together with the prompts and the batch size.
-        batch_size: Prompts that are answered together; None for as many as suit the device.
-        memory_limit: Bytes of a GPU that torch may have reserved in all; None for what is free.
+        batch_size: Number of concurrent prompts; None for a default that suits the device.
+        memory_limit: Total bytes of a GPU that torch may reserve; None for the free memory.
         progress: Called with (prompts answered, prompts).
-        on_text: Called with each piece of text as it comes; for a single prompt.
+        on_text: For a single prompt: called with each piece of text as it is generated.
 
     Returns:
         The answers without special tokens, in the order of the prompts.
@@ -143,7 +143,7 @@ def _tell(why: str, level: int) -> None:
 
 
 def chooser(temperature: float) -> Choose:
-    """Return what chooses tokens int64 [rows] by logits [rows, vocabulary]."""
+    """Return a function that maps logits [rows, vocabulary] to tokens int64 [rows]."""
 
     def likeliest(logits: Tensor) -> Tensor:
         return logits.argmax(-1)
@@ -202,7 +202,7 @@ def _by_transformers(
         max_new_tokens=max_new_tokens,
         eos_token_id=ends or None,
         pad_token_id=pad,
-        # Or transformers takes the checkpoint's, which are for its own way of sampling.
+        # Otherwise transformers uses the checkpoint's, which are for its own way of sampling.
         repetition_penalty=1.0,
         **how,
     )

@@ -1,16 +1,16 @@
-"""Linears of one input in inference: their weights stacked, and their adapters too.
+"""Linears of one input in inference, with stacked weights and adapters.
 
-A decoding step has a few rows, so the cost of its products is bytes and launches. Linears that are
+A decoding step has few rows, so its products cost memory traffic and launches. Linears that are
 called with the same x are one product with a matrix whose rows are
 
-    W of the first, W of the second, …                      y = x Wᵀ of each, side by side
+    W of the first, W of the second, …                      y = x Wᵀ of each, concatenated
     A of the first, A of the second, … (if several share)   p = x Aᵀ, in the same launch
 
-and the adapters' update, p (s B)ᵀ, is another. A is rounded to the dtype of the products once, and
-so is s·B; base and update are never added into one matrix, so no update is rounded away.
+and the adapters' update, p (s B)ᵀ, is another. A and s·B are rounded once to the dtype of the
+products; base and update are never merged into one matrix, so no update is rounded away.
 
-For one row the packed weights are read instead of a stack, if they are large enough for bytes to
-matter; `decoding.py` decides.
+For one row, weights large enough to be bound by memory are read packed instead of stacked;
+`decoding.py` decides.
 """
 
 from collections.abc import Sequence
@@ -24,20 +24,20 @@ from halfbyte.quant import QuantizedWeight
 from halfbyte.quant.format import dequantize_all, gpu_kernels
 from halfbyte.runtime.matmul import product
 
-# Rank to which adapters are filled up: what the kernels' smallest tile is.
+# Rank to which adapters are padded: the smallest tile of the kernels.
 _LEAST_RANK = 16
 
 
 class Projections:
-    """Linears of one input, ready to be multiplied with while nothing about them changes.
+    """Linears of one input, prepared for products; they must not change afterwards.
 
     Args:
-        linears: With their adapters.
-        dtype: Of activations and products.
+        linears: The linears, with their adapters.
+        dtype: dtype of activations and products.
 
     Attributes:
         packed: The packed weights, or none if any linear is plain.
-        elements: Of the stack that `stacked` writes.
+        elements: Number of elements of the stack that `stacked` writes.
     """
 
     def __init__(self, linears: Sequence[FrozenLinear], dtype: torch.dtype) -> None:
@@ -56,7 +56,7 @@ class Projections:
         self.elements = (sum(self._outputs) + self._tail) * self._inputs
 
     def _places(self, memory: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the stack [rows, in] as a view of flat memory, and where each W goes in it."""
+        """Return the stack [rows, in] as a view of flat memory, and the view of each W in it."""
         stack = memory[: self.elements].view(-1, self._inputs)
         width = sum(self._outputs)
         if self._tail and self._a is not None:
@@ -68,11 +68,11 @@ class Projections:
             out.copy_(linear.decode(self._dtype))
 
     def __call__(self, x: Tensor, stack: Tensor | None = None) -> list[Tensor]:
-        """Return y [rows, out] of each linear, bias and adapter included; rows may be apart.
+        """Return y [rows, out] of each linear, with bias and adapter; rows may be strided.
 
         Args:
             x: [rows, in].
-            stack: Of `stacked`, if there is one; else weights are used as they are.
+            stack: The stack written by `stacked`; without it the linears' own weights are used.
         """
         width, p = sum(self._outputs), None
         if stack is not None:
@@ -118,12 +118,12 @@ class Projections:
 def stacked(
     sets: Sequence[Projections], sizes: Sequence[int], memory: Tensor
 ) -> list[Tensor | None]:
-    """Write the stacks of sets, [rows, in] each: what is packed is decoded in one launch.
+    """Write the stacks of sets, [rows, in] each; packed weights are decoded in one launch.
 
     Args:
-        sets: Of one layer.
-        sizes: Elements of each one's stack, or 0 for none.
-        memory: Flat, of all these.
+        sets: The sets of one layer.
+        sizes: Elements of each stack, or 0 for none.
+        memory: Flat memory for all stacks.
     """
     stacks: list[Tensor | None] = []
     packed: list[QuantizedWeight] = []
@@ -151,7 +151,7 @@ def _packed_products(x: Tensor, packed: Sequence[QuantizedWeight]) -> Tensor:
 
 
 def _stacked_bias(linears: Sequence[FrozenLinear], dtype: torch.dtype) -> Tensor | None:
-    """Return the biases side by side, [sum of out], or None if no linear has one."""
+    """Return the concatenated biases, [sum of out], or None if no linear has one."""
     if all(linear.bias is None for linear in linears):
         return None
     parts = [
@@ -166,7 +166,7 @@ def _stacked_bias(linears: Sequence[FrozenLinear], dtype: torch.dtype) -> Tensor
 def _stacked_adapters(
     linears: Sequence[FrozenLinear], dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return all A, [members · rank, in], and all s·B, [sum of out, rank], filled up with zeros."""
+    """Return all A, [members · rank, in], and all s·B, [sum of out, rank], padded with zeros."""
     adapters: list[Any] = [linear.adapter for linear in linears]
     ranks = [len(adapter.factors[0]) for adapter in adapters if adapter is not None]
     if not ranks:

@@ -1,11 +1,11 @@
-"""AdamW as a torch optimizer: parameter groups, steps, and state that may be stored anywhere.
+"""AdamW as a torch optimizer: parameter groups, steps, and state on the device or the host.
 
 The update rule is in reference.py and, for a GPU, in triton_adamw.py; paging.py decides where the
-state is stored. This file defines the parameters, the inputs of their update, and when it happens.
+state is stored. This file defines the parameters, the inputs of their update, and its timing.
 
 A step needs nothing from the host: learning rates, step counts and the gradient's scale are on the
-device. The scale carries clipping (min(1, limit / norm)); if it is NaN or infinite, because a loss
-or a gradient was, neither parameters nor state nor step counts change. So a step can be queued
+device. The scale implements clipping (min(1, limit / norm)); if it is NaN or infinite, because the
+loss or a gradient is, neither parameters nor state nor step counts change. So a step can be queued
 behind its backward before the host has read the loss, and captured in a CUDA graph.
 """
 
@@ -28,7 +28,7 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _gpu_kernels() -> ModuleType | None:
-    """Return the Triton kernels, or None where there are none for the GPU; that was announced."""
+    """Return the Triton kernels, or None if the GPU is not supported, which has been logged."""
     if gpu_kernels() is None:
         return None
     from halfbyte.optim import triton_adamw
@@ -40,7 +40,7 @@ class AdamW(torch.optim.Optimizer):
     """AdamW with 32- or 8-bit state, on the device or paged to host memory.
 
     Args:
-        params: Parameters or parameter groups, as for every torch optimizer: float32, bfloat16 or
+        params: Parameters or parameter groups, as for any torch optimizer: float32, bfloat16 or
             float16, contiguous, all on one device.
         lr: Learning rate; a scalar tensor is read on the device at every step.
         betas: Decays of the two moments.
@@ -48,7 +48,7 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: Decoupled decay.
         state_bits: Bits of the moments. With 8, parameters of fewer than 4096 elements keep 32.
         paging: Where the state is stored: ``off``, ``explicit``, ``auto`` or ``managed``, see
-            paging.py. Results are the same. On a CPU it is ``off``.
+            paging.py. Results are identical. On a CPU it is ``off``.
         bfloat16: How a bfloat16 parameter keeps small updates: a float32 ``master`` copy in the
             state, or ``stochastic`` rounding.
         impl: ``gpu`` for Triton, ``torch`` for plain PyTorch; ``auto`` for Triton on a GPU that it
@@ -114,8 +114,8 @@ class AdamW(torch.optim.Optimizer):
         """Add parameters, before the first step.
 
         Raises:
-            ConfigError: If a parameter is of a type or layout that is not supported, or there has
-                been a step.
+            ConfigError: If the dtype or layout of a parameter is not supported, or after the first
+                step.
         """
         if self._store is not None:
             raise ConfigError("parameters cannot be added to AdamW after its first step")
@@ -141,12 +141,12 @@ class AdamW(torch.optim.Optimizer):
         """Update every parameter that has a gradient.
 
         Args:
-            closure: Called first, with gradients enabled, as torch has it.
-            grad_scale: float32 scalar on the device, by which gradients are multiplied. If it is
-                not finite, nothing changes.
+            closure: Called first, with gradients enabled, as in torch.
+            grad_scale: float32 scalar on the device, factor of all gradients. If it is not finite,
+                nothing changes.
 
         Returns:
-            What ``closure`` returned.
+            The result of ``closure``.
         """
         result = None
         if closure is not None:
@@ -163,18 +163,18 @@ class AdamW(torch.optim.Optimizer):
     def step_parameters(
         self, parameters: Iterable[Tensor], *, grad_scale: Tensor | None = None
     ) -> None:
-        """Update some parameters before the others, since their gradients are final.
+        """Update some parameters early, once their gradients are final.
 
-        So a layer's update and its paging can overlap with the backward of the layer before it.
-        `step` ends the step. All parameters must have a gradient (of zeros, at first). State on the
+        So a layer's update and its paging can overlap with the backward of the layers below it.
+        `step` ends the step. All parameters must have a gradient (zeros at first). State on the
         host is updated in groups of at most 16 MiB, each when all of it is ready; state on the
         device is updated by `step`.
 
-        With clipping by the global norm this cannot be used, since no gradient may be used before
-        the last one is known; only `prefetch` can run early then.
+        This cannot be combined with clipping by the global norm, which requires all gradients
+        before the first update; then only `prefetch` can run early.
 
         Args:
-            parameters: Those that are ready.
+            parameters: The parameters with final gradients.
             grad_scale: As for `step`; the first call of a step decides.
         """
         if self._begun is None:
@@ -184,7 +184,7 @@ class AdamW(torch.optim.Optimizer):
         self._visit_ready(last=False)
 
     def _visit_ready(self, *, last: bool) -> None:
-        """Update the groups all of whose parameters are ready, and have not been updated."""
+        """Update the groups whose parameters are all ready and that have not been updated."""
         assert self._begun is not None
         scalars, scale = self._begun
         waiting = set(self._seen["active"]) - self._ready
@@ -199,8 +199,8 @@ class AdamW(torch.optim.Optimizer):
             lambda group, memory, base: self._update(group, memory, base, scalars, scale),
             last=last,
         )
-        # A kernel writes without counting it, and what is derived from a parameter is derived anew
-        # when the count has changed.
+        # Kernels do not increment the version counters of parameters, from which caches of derived
+        # tensors detect changes.
         done = {piece.index for group in due for piece in group.pieces}
         torch.autograd.graph.increment_version([self._parameters[i] for i in done])
 
@@ -208,11 +208,11 @@ class AdamW(torch.optim.Optimizer):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of all state, wherever it is."""
+        """Bytes of all state, on the device and the host."""
         return sum(piece.nbytes for piece in self.pieces)
 
     def device_bytes(self, *, tight: bool = False) -> int:
-        """Return how much of the state is on the device during a step, or during a tight one."""
+        """Return the bytes of state on the device during a step; ``tight``: one short of memory."""
         if self.paging == "explicit":
             return sum(sorted(group.nbytes for group in groups_of(self.pieces))[-2:])
         return 0 if tight and self.paging != "off" else self.state_bytes
@@ -232,14 +232,14 @@ class AdamW(torch.optim.Optimizer):
         return f"AdamW, state of {self._bits} bits: {self.state_bytes / 1e6:.0f} MB, {where}"
 
     def allocate(self) -> None:
-        """Make the state now, and not in the first step."""
+        """Allocate the state now instead of in the first step."""
         self._state_store()
 
     def page_out(self) -> None:
         """Move the state to the host, ahead of a step that is short of memory.
 
-        `step` brings it back before the update. Without effect where paging is ``off``, and in
-        ``explicit``, where it is there already.
+        `step` moves it back before the update. No effect if paging is ``off``, or ``explicit``,
+        which always has it on the host.
         """
         if self.paging in ("auto", "managed"):
             if self._store is None and self.paging == "auto":
@@ -248,18 +248,18 @@ class AdamW(torch.optim.Optimizer):
             self._launches.clear()
 
     def prefetch(self) -> None:
-        """Begin to bring in the state that is updated first; before backward, say."""
+        """Start to fetch the state that is updated first, e.g. before backward."""
         if self._store is not None:
             self._store.prefetch()
 
     def report(self) -> Paging | None:
-        """Return what paging did since the last call; None where it is ``off``."""
+        """Return statistics of paging since the last call; None if it is ``off``."""
         return None if self._store is None or self.paging == "off" else self._store.report()
 
     # --- parts of a step ------------------------------------------------------------------------
 
     def _begin(self, grad_scale: Tensor | None) -> None:
-        """Count the step, and compute what the update depends on besides tensors."""
+        """Count the step and compute the scalars of the update."""
         if self._begun is not None:
             return
         scale = self._one if grad_scale is None else grad_scale
@@ -303,7 +303,7 @@ class AdamW(torch.optim.Optimizer):
     def _update(
         self, group: Bucket, memory: Tensor, base: int, scalars: Any, scale: Tensor
     ) -> None:
-        """Update the pieces of a group, whose state is ``memory`` from byte ``base`` on."""
+        """Update the pieces of a group; ``memory`` holds the state from byte ``base`` on."""
         if self._gpu is not None:
             key = group.offset, memory.data_ptr()
             if key not in self._launches:
@@ -341,11 +341,11 @@ class AdamW(torch.optim.Optimizer):
 
     @property
     def pieces(self) -> list[StateChunk]:
-        """How the state is laid out."""
+        """The layout of the state."""
         return pieces_of(self._parameters, bits=self._bits, master=self._master)
 
     def _made(self, *, away: bool) -> Store:
-        """Make the state, as it is before the first step."""
+        """Allocate the initial state."""
         pieces = self.pieces
         if self.paging == "managed":
             store: Store = Managed(pieces, self._device)
@@ -358,17 +358,17 @@ class AdamW(torch.optim.Optimizer):
         return store
 
     def _state_store(self) -> Store:
-        """Return where the state is, making it the first time."""
+        """Return the storage of the state, allocated on the first call."""
         if self._store is None:
             self._store = self._made(away=self.paging == "explicit")
         return self._store
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state in the form that every mode of paging shares, on the CPU.
+        """Return the state on the CPU, in a form independent of the mode of paging.
 
-        ``state`` has, by number of the parameter, ``step``, and ``exp_avg`` and ``exp_avg_sq`` in
+        ``state`` has, by index of the parameter, ``step``, and ``exp_avg`` and ``exp_avg_sq`` in
         the parameter's shape: float32, or uint8 with ``exp_avg_scales`` and ``exp_avg_sq_scales``
-        (float32, one for 256 elements in a row); and ``master`` where there is such a copy. It is
+        (float32, one per 256 contiguous elements); and ``master`` if there is a master copy. It is
         empty before the first step.
         """
         groups, place = [], 0
@@ -394,10 +394,10 @@ class AdamW(torch.optim.Optimizer):
         return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned, bit for bit, whatever the paging was.
+        """Restore the result of `state_dict`, bit for bit, whatever the mode of paging.
 
         Raises:
-            CheckpointError: If it is of other parameters, or of another width.
+            CheckpointError: If it belongs to other parameters, or has another precision.
         """
         groups = state_dict["param_groups"]
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
@@ -428,7 +428,7 @@ class AdamW(torch.optim.Optimizer):
 
 
 def _state_of(store: Store) -> Iterator[tuple[StateChunk, dict[str, Tensor]]]:
-    """Return every piece with its state, to be read or written by the host."""
+    """Yield every piece with its state, for the host to read or write."""
     for group, memory, base in store.parts():
         for piece in group.pieces:
             yield piece, piece.views(memory, base)

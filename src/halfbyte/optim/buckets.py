@@ -2,8 +2,8 @@
 
 Paging moves bytes, regardless of parameters. So all state is one range of bytes, split into
 *chunks* (a parameter's elements, or 4 M of them if it has more), each contiguous: first moments,
-second moments, their scales, master copy. Neighbouring chunks form a *bucket*, which is moved and
-updated at once.
+second moments, their scales, master copy. Adjacent chunks form a *bucket*, which is moved and
+updated together.
 """
 
 from collections.abc import Sequence
@@ -23,13 +23,13 @@ STATE_BYTES = {torch.float32: 4, torch.uint8: 1}
 
 @dataclass(frozen=True)
 class StateChunk:
-    """Elements of one parameter, and where their state is.
+    """Elements of one parameter, and the location of their state.
 
     Attributes:
-        index: Number of the parameter.
-        start: Its first element here.
-        count: Elements.
-        offset: Where the state begins, in bytes.
+        index: Index of the parameter.
+        start: Index of the first element.
+        count: Number of elements.
+        offset: Offset of the state in bytes.
         coded: Whether moments are 8 bits wide.
         master: Whether there is a float32 copy of the parameter.
     """
@@ -42,7 +42,7 @@ class StateChunk:
     master: bool
 
     def fields(self) -> dict[str, tuple[torch.dtype, int]]:
-        """Return type and elements of every tensor of the state, in their order."""
+        """Return dtype and number of elements of every tensor of the state, in order."""
         kind = torch.uint8 if self.coded else torch.float32
         names = {"exp_avg": (kind, self.count), "exp_avg_sq": (kind, self.count)}
         if self.coded:
@@ -54,15 +54,15 @@ class StateChunk:
 
     @property
     def nbytes(self) -> int:
-        """Bytes, gaps included."""
+        """Bytes, including padding."""
         return sum(_aligned(STATE_BYTES[kind] * count) for kind, count in self.fields().values())
 
     def views(self, memory: Tensor, base: int = 0) -> dict[str, Tensor]:
         """Return the state's tensors.
 
         Args:
-            memory: uint8, the run of bytes from ``base`` on.
-            base: Where ``memory`` begins.
+            memory: uint8, the range of bytes from ``base`` on.
+            base: Offset of ``memory`` in bytes.
         """
         found, place = {}, self.offset - base
         for name, (kind, count) in self.fields().items():
@@ -74,13 +74,13 @@ class StateChunk:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Neighbouring pieces, moved and updated at once."""
+    """Adjacent pieces, moved and updated together."""
 
     pieces: tuple[StateChunk, ...]
 
     @property
     def offset(self) -> int:
-        """Where its state begins, in bytes."""
+        """Offset of its state in bytes."""
         return self.pieces[0].offset
 
     @property
@@ -113,9 +113,9 @@ def pieces_of(parameters: Sequence[Tensor], *, bits: int, master: bool) -> list[
 
 
 def groups_of(pieces: Sequence[StateChunk]) -> list[Bucket]:
-    """Cut pieces into groups of 16 MiB or an eighth of all, whichever is less; one piece at least.
+    """Split pieces into groups of 16 MiB or an eighth of all, whichever is less; at least a piece.
 
-    Two of them are on the device at a time while the state is on the host.
+    While the state is on the host, two groups are on the device at a time.
     """
     limit = min(GROUP_BYTES, sum(piece.nbytes for piece in pieces) // 8)
     groups: list[list[StateChunk]] = []

@@ -12,8 +12,8 @@ exponent: a warp of a GPU has such a table in one register, an entry per lane. I
 begins within a binade, a number added to y's bits carries all values beyond the bound into the next
 exponent.
 
-Products and sums are each rounded to float32, and a bound between two levels is where this puts it:
-within 10⁻⁶ of their midpoint. The levels are bitsandbytes' to two units in the last digit.
+Products and sums are each rounded to float32, which determines the bound between two levels: within
+10⁻⁶ of their midpoint. The levels are bitsandbytes' to two units in the last digit.
 """
 
 from functools import cache
@@ -39,9 +39,9 @@ def _scales(*, signed: bool) -> Tensor:
 
 
 def _regions(*, signed: bool) -> Tensor:
-    """Return by exponent what is added to bits, and factor and summand as bits, ``[3, 32]``."""
+    """Return by exponent: the number added to bits, factor and summand as bits, ``[3, 32]``."""
     first = 0 if signed else 1  # d of the first decade
-    # (From which magnitude on, factor, summand). All that is under the first decade is zero; for
+    # (Lower bound of the magnitude, factor, summand). Everything below the first decade is zero; in
     # the unsigned table it is the smallest level above zero.
     regions = [(0.0, 0.0, 2.0 * first)]
     for number, s in enumerate(10.0**exponent for exponent in range(-7, 0)):
@@ -66,12 +66,12 @@ def _regions(*, signed: bool) -> Tensor:
 
 @cache
 def tables(device: torch.device) -> Tensor:
-    """Return all that depends on a decade, int32 ``[7, 32]``.
+    """Return the constants that depend on a decade, int32 ``[7, 32]``.
 
     Returns:
         Row 0: *s*, by the exponent of 2·position + 1: from 6 on for the signed table, from 14 on
         for the unsigned one; and a one, at 31. Rows 1 to 3 for signed values and 4 to 6 for
-        unsigned ones, by exponent fields modulo 32: what is added to a value's bits; then, by the
+        unsigned ones, by exponent fields modulo 32: the number added to a value's bits; then by the
         exponent of the sum, factor and summand of its position. All but 1 and 4 are float32's bits.
     """
     scales = torch.zeros(32, dtype=torch.int32, device="cpu")
@@ -109,10 +109,10 @@ def _position(y: Tensor, *, signed: bool) -> Tensor:
 
 @cache
 def bounds(signed: bool, device: torch.device) -> Tensor:
-    """Return between which values the nearest code changes, float32 ``[255]``, ascending.
+    """Return the bounds between nearest codes, float32 ``[255]``, ascending.
 
-    Values above bound number i have codes above i. They are found by bisection, so that a search
-    of them and the arithmetic above agree on every float32.
+    Values above bound i have codes above i. They are found by bisection, so that a search of them
+    and the arithmetic above agree for every float32.
     """
     wanted = torch.arange(1 if signed else 3, 129 if signed else 257, device="cpu")
     # As bits: floats above zero are in their order.

@@ -1,15 +1,15 @@
 """State in CUDA managed memory: fixed addresses, pages moved between device and host by the driver.
 
 The runtime loaded by torch is called through ctypes, so nothing has to be compiled, and the memory
-is viewed as an ordinary CUDA tensor. The pages are not left to the driver: before a step short of
-memory they are moved to the host, before the update they are fetched, and advice tells where they
-should be in between, so that a page accessed early is read over the bus and not moved back.
+is viewed as an ordinary CUDA tensor. Pages are moved explicitly: to the host before a step short of
+memory, and back before the update. In between, advice to the driver keeps them on the host, so that
+a page accessed early is read over the bus and not moved back.
 
-Managed memory can be allocated beyond what a GPU has, and then every access may wait for another
-page to be evicted: this can hang the GPU for all its users. So no more than the free memory is
-allocated, and it is refused if host and device may not access it at the same time: if
-``concurrentManagedAccess`` is 0 (Windows, WSL, some virtual GPUs), it can be neither moved ahead
-nor evicted.
+Managed memory can exceed the memory of a GPU, and then every access may wait for the eviction of
+another page, which can hang the GPU for all its users. So no more than the free memory is
+allocated. Managed memory is rejected if host and device cannot access it concurrently: if
+``concurrentManagedAccess`` is 0 (Windows, WSL, some virtual GPUs), it can be neither prefetched nor
+evicted.
 """
 
 import ctypes
@@ -61,7 +61,7 @@ class Runtime:
         if error:
             text = self._library.cudaGetErrorString
             text.restype = ctypes.c_char_p
-            self._library.cudaGetLastError()  # or torch's next launch would report it as its own
+            self._library.cudaGetLastError()  # clears it; else torch's next launch would report it
             raise RuntimeError(f"{name}: {text(error).decode()}")
 
     def attribute(self, which: int, device: int) -> int:
@@ -79,11 +79,11 @@ class Runtime:
         return pointer.value
 
     def free(self, address: int) -> None:
-        """Free managed memory; without effect when the context is gone, at the end of a process."""
+        """Free managed memory; no effect once the context is destroyed, at process exit."""
         self._library.cudaFree(ctypes.c_void_p(address))
 
     def advise(self, address: int, nbytes: int, advice: int, place: int) -> None:
-        """Say where pages belong, or who reads them; ``place`` is a device or `HOST`."""
+        """Advise the driver on location or access of pages; ``place`` is a device or `HOST`."""
         self._call("cudaMemAdvise", *self._range(address, nbytes), advice, self._place(place))
 
     def prefetch(self, address: int, nbytes: int, place: int, stream: int) -> None:
@@ -93,7 +93,7 @@ class Runtime:
         self._call("cudaMemPrefetchAsync", *self._range(address, nbytes), *where)
 
     def last_prefetch(self, address: int, nbytes: int) -> int:
-        """Return where all pages were last sent: a device, `HOST`, or -2 where they differ."""
+        """Return the last prefetch target of all pages: a device, `HOST`, or -2 if they differ."""
         value = ctypes.c_int()
         self._call(
             "cudaMemRangeGetAttribute",
@@ -115,7 +115,7 @@ class Runtime:
 
 @cache
 def runtime() -> Runtime:
-    """Return the runtime; kept."""
+    """Return the runtime; cached."""
     return Runtime()
 
 
@@ -143,7 +143,7 @@ def _index(device: torch.device) -> int:
 
 
 class _Interface:
-    """What torch makes a CUDA tensor of; frees the memory when the tensor is gone."""
+    """Array interface for torch to create a CUDA tensor; frees the memory with the tensor."""
 
     def __init__(self, address: int, nbytes: int) -> None:
         self.__cuda_array_interface__ = {
@@ -163,11 +163,11 @@ class Managed:
         device: A CUDA device.
 
     Raises:
-        ConfigError: If the device cannot, or has less memory free than that.
+        ConfigError: If the device does not support it, or has too little free memory.
     """
 
     def __init__(self, pieces: Sequence[StateChunk], device: torch.device) -> None:
-        """Allocate it, zero, on the device."""
+        """Allocate zeros on the device."""
         self._whole = Bucket(tuple(pieces))
         self._device, self._index = device, _index(device)
         nbytes = self._whole.nbytes
@@ -190,30 +190,30 @@ class Managed:
         self._moved = 0
 
     def units(self) -> Sequence[Bucket]:
-        """Return all in one."""
+        """Return one bucket with all state."""
         return [self._whole]
 
     def visit(self, groups: Sequence[Bucket], update: Update, *, last: bool) -> None:
-        """Update all of it."""
+        """Update all state."""
         for group in groups:
             update(group, self.memory, 0)
 
     def prefetch(self) -> None:
-        """Nothing: what is on the host is there for a reason until the update."""
+        """Do nothing: paged-out state stays on the host until the update."""
 
     def parts(self) -> Iterator[tuple[Bucket, Tensor, int]]:
         """Return all state."""
         yield self._whole, self.memory, 0
 
     def page_out(self) -> None:
-        """Send the pages to the host, and say that they belong there."""
+        """Move the pages to the host, and advise the driver to keep them there."""
         if not self.away:
             with self._waits:
                 self._send(HOST)
             self.away = True
 
     def page_in(self) -> None:
-        """Fetch the pages; where there is no room, the update reads them over the bus."""
+        """Fetch the pages; if memory is short, the update reads them over the bus."""
         if not self.away:
             return
         if torch.cuda.mem_get_info(self._device)[0] < self._whole.nbytes:
@@ -224,7 +224,7 @@ class Managed:
             self.away = False
 
     def last_prefetch(self) -> int:
-        """Return where the driver says that all pages were last sent: a device or `HOST`."""
+        """Return the last prefetch target of all pages according to the driver."""
         return runtime().last_prefetch(self.address, self._whole.nbytes)
 
     def report(self) -> Paging:

@@ -83,7 +83,7 @@ class Waits:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # Nobody has to ask.
+        # Bounded, as it may never be read.
         self._pairs: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=1024)
 
     def __enter__(self) -> None:
@@ -114,7 +114,7 @@ class _Slot:
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self.buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self.holds = -1  # the number of the group that came, and has not been updated
+        self.holds = -1  # index of the fetched group that has not been updated
         cuda = device.type == "cuda"
         self.came, self.updated, self.left = (_event() if cuda else None for _ in range(3))
 
@@ -126,13 +126,13 @@ class Streamed:
         pieces: Its layout.
         device: The device of the update. On a CPU, "host" and "device" are the same memory, and
             copies are not overlapped.
-        away: Whether it begins on the host.
+        away: Whether it starts on the host.
     """
 
     def __init__(
         self, pieces: Sequence[StateChunk], device: torch.device, *, away: bool = False
     ) -> None:
-        """Allocate it, zero."""
+        """Allocate zeros."""
         self._device = device
         self._whole = Bucket(tuple(pieces))
         self._groups = groups_of(pieces)
@@ -155,7 +155,7 @@ class Streamed:
         return self._memory is None
 
     def units(self) -> Sequence[Bucket]:
-        """Return all in one while on the device, else its groups as backward ends: last first."""
+        """Return one bucket while on the device, else groups in the order of backward."""
         return self._groups[::-1] if self.away else [self._whole]
 
     def visit(self, groups: Sequence[Bucket], update: Update, *, last: bool) -> None:
@@ -166,12 +166,12 @@ class Streamed:
             return
         current = current_stream(self._device)
         if groups:
-            _meet(self._outward, current)  # gradients are there
+            _meet(self._outward, current)  # gradients are complete
         for group in groups:
             number = self._numbers[group.offset]
             slot = self._fetch(number)
             if number:
-                # Its buffer is the other one, and it is the next: now, or when its layer is done.
+                # The other buffer is for the next group, updated now or when its layer is done.
                 self._fetch(number - 1)
             with torch.cuda.stream(self._outward):
                 _wait(self._outward, slot.came)
@@ -187,13 +187,13 @@ class Streamed:
                     _wait(current, slot.updated)
 
     def prefetch(self) -> None:
-        """Begin to bring in what is updated first, while the device does other work."""
+        """Start to fetch the state that is updated first, while the device does other work."""
         if self.away:
             for number in range(len(self._groups))[-2:]:
                 self._fetch(number)
 
     def _fetch(self, number: int) -> _Slot:
-        """Begin to copy a group to the device, unless it is there."""
+        """Start to copy a group to the device, unless it is there already."""
         if not self._slots:
             self._slots = self._buffers()
         slot, host = self._slots[number % len(self._slots)], self._host[number]
@@ -207,7 +207,7 @@ class Streamed:
         return slot
 
     def parts(self) -> Iterator[tuple[Bucket, Tensor, int]]:
-        """Return all state, wherever it is."""
+        """Return all state, on the device or the host."""
         if self._memory is not None:
             yield self._whole, self._memory, 0
             return
@@ -232,7 +232,7 @@ class Streamed:
         self._moved += self._whole.nbytes
 
     def page_in(self) -> None:
-        """Copy all state back to the device; it stays on the host where there is no room."""
+        """Copy all state back to the device; it stays on the host if memory is short."""
         if self._memory is not None:
             return
         try:
@@ -256,7 +256,7 @@ class Streamed:
         return Paging(here, there, moved, self._waits.milliseconds())
 
     def _go(self) -> None:
-        """Have memory on the host."""
+        """Allocate memory on the host."""
         locked = self._device.type == "cuda"
         if not self._host:
             self._host = [
@@ -271,7 +271,7 @@ class Streamed:
             if stream is not None:
                 for slot in slots:
                     slot.buffer.record_stream(stream)
-        # What their memory held before may be in use on the current stream until now.
+        # The current stream may have used their memory until now.
         _meet(self._inward, current_stream(self._device))
         return slots
 
@@ -295,6 +295,6 @@ def _record(event: torch.cuda.Event | None, stream: torch.cuda.Stream | None) ->
 
 
 def _meet(one: torch.cuda.Stream | None, other: torch.cuda.Stream | None) -> None:
-    """Let a stream wait for all that another has been given."""
+    """Let one stream wait for all work queued on the other."""
     if one is not None and other is not None:
         one.wait_stream(other)

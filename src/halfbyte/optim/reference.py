@@ -33,12 +33,12 @@ from halfbyte.quant.blockwise import SMALLEST_SCALE, block_maxima
 BLOCK = 256
 SMALLEST_8BIT = 4096
 
-# Elements that one pass of the plain rule handles: what it makes on the way stays in the cache.
+# Elements per pass of the plain rule, so that its temporaries stay in the cache.
 _PASS = 1 << 16
 
 
 class Scalars(NamedTuple):
-    """What a parameter's update depends on besides tensors; float32, in this order on a GPU.
+    """The scalars of a parameter's update; float32, in this order on a GPU.
 
     Attributes:
         decay: 1 - lr·λ.
@@ -76,7 +76,7 @@ def scalars_of(steps: Tensor, lr: Tensor, constants: Tensor) -> Tensor:
     """
     beta1, beta2, eps, weight_decay = constants.unbind(1)
     step, rate = steps.double(), lr.double()
-    # exp(t·log β) and not a power: Triton has no other.
+    # exp(t·log β) instead of a power, which Triton does not have.
     size = rate / (1 - (step * beta1.log()).exp())
     root = (1 - (step * beta2.log()).exp()).sqrt()
     columns = [1 - rate * weight_decay, size, 1 / root]
@@ -84,19 +84,19 @@ def scalars_of(steps: Tensor, lr: Tensor, constants: Tensor) -> Tensor:
     return torch.stack(columns, 1).float()
 
 
-# The number of a cell (`cells`) is that of its values' leading digits, less those of 2⁻²³; the last
-# one is that of 1.
+# The index of a cell (`cells`) is the leading digits of its values, minus those of 2⁻²³; the last
+# cell is that of 1.
 FIRST_CELL = (127 - 23) << 7
 LAST_CELL = (127 << 7) - FIRST_CELL
 
 
 @cache
 def cells(signed: bool, device: torch.device) -> Tensor:
-    """Return where the search for the nearest level begins, by the leading digits of a value.
+    """Return the start of the search for the nearest level, by the leading digits of a value.
 
-    A cell is the magnitudes that share exponent and seven binary digits; the first one is all below
-    2⁻²³, too. No cell has more than one bound between levels, so one comparison is left: thirty
-    times faster on a CPU than a search of the whole table.
+    A cell contains the magnitudes that share exponent and seven binary digits, the first also those
+    below 2⁻²³. No cell has more than one bound between levels, so one comparison remains, which is
+    thirty times faster on a CPU than a search of the whole table.
 
     Returns:
         int32 ``[2945]``: the level (from zero on) below every bound in the cell.
@@ -105,16 +105,16 @@ def cells(signed: bool, device: torch.device) -> Tensor:
     lows = ((numbers + FIRST_CELL) << 16).view(torch.float32)
     lows[0] = 0.0
     upwards = bounds(signed, torch.device("cpu"))[127 if signed else 0 :]
-    # The last level has no bound above it: a search for it begins at the one before.
+    # The last level has no upper bound: a search for it starts at the previous one.
     return torch.bucketize(lows, upwards[:-1], out_int32=True).to(device)
 
 
 def encode(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
-    """Quantise values to 8 bits, in blocks of 256: as blockwise.nearest does, but for a tiny v.
+    """Quantise values to 8 bits in blocks of 256, as blockwise.nearest does except for a tiny v.
 
     Args:
         values: float32 ``[n]``, finite; not negative unless ``signed``.
-        signed: Which table.
+        signed: Whether to use the signed table.
 
     Returns:
         Codes, uint8 ``[n]``, and scales, float32 ``[ceil(n / 256)]``.
@@ -127,7 +127,7 @@ def encode(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     cell = ((bits & 0x7FFFFFFF) >> 16).sub_(FIRST_CELL).clamp_(0, LAST_CELL)
     below = cells(signed, device).index_select(0, cell)
     if signed:
-        # Zero is 127, and the level below a value under zero is the one with more magnitude.
+        # Zero is 127, and the next lower level of a negative value has the larger magnitude.
         below = (below ^ (bits >> 31)).add_(127).clamp_(min=0)
     codes = below + (x > bounds(signed, device).index_select(0, below))
     if not signed:
@@ -136,7 +136,7 @@ def encode(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
 
 
 def decode(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
-    """Return float32 ``[n]``, level times scale: what `encode` made codes of, rounded."""
+    """Decode the result of `encode`: level times scale, float32 ``[n]``."""
     found = levels(signed, codes.device).index_select(0, codes.int())
     return found * scales.repeat_interleave(BLOCK)[: codes.numel()]
 
@@ -150,13 +150,13 @@ def _hash(x: Tensor) -> Tensor:
 
 
 def round_stochastically(values: Tensor, *, seed: int, step: int, start: int) -> Tensor:
-    """Round float32 ``[n]`` to bfloat16: up or down, as the bits that go are likely to carry.
+    """Round float32 ``[n]`` to bfloat16, up with the probability given by the discarded bits.
 
     Args:
         values: float32 ``[n]``, finite.
-        seed: The parameter's own.
-        step: Updates done.
-        start: Number of the first value within the parameter.
+        seed: Seed of the parameter.
+        step: Number of updates done.
+        start: Index of the first value within the parameter.
     """
     place = torch.arange(start, start + values.numel(), device=values.device)
     key = _hash(torch.tensor(step * 0x9E3779B9 + seed, device=values.device))
@@ -179,14 +179,14 @@ def update(
 
     Args:
         parameter: ``[n]``: float32, bfloat16 or float16.
-        grad: ``[n]``, of the parameter's type.
+        grad: ``[n]``, with the parameter's dtype.
         state: ``exp_avg`` and ``exp_avg_sq``, float32 ``[n]``, or uint8 ``[n]`` with
             ``exp_avg_scales`` and ``exp_avg_sq_scales``, float32 ``[ceil(n / 256)]``; with
-            ``master``, float32 ``[n]``, where there is such a copy.
-        scalars: This step's.
-        scale: The gradient is multiplied by this first.
-        seed: For stochastic rounding, where a bfloat16 parameter has no master copy.
-        start: Number of the first element within the parameter; a multiple of 256.
+            ``master``, float32 ``[n]``, if there is a master copy.
+        scalars: The scalars of this step.
+        scale: Factor of the gradient.
+        seed: For stochastic rounding of a bfloat16 parameter without master copy.
+        start: Index of the first element within the parameter; a multiple of 256.
     """
     for first in range(0, parameter.numel(), _PASS):
         part = slice(first, first + _PASS)
@@ -213,7 +213,7 @@ def _update(
     p = state.get("master", parameter).float()
     m.mul_(scalars.beta1).add_(g * scalars.rest1)
     v.mul_(scalars.beta2).add_(g.mul_(g).mul_(scalars.rest2))
-    # In float64, since torch's root of float32 on a CPU is off by a last digit now and then.
+    # In float64, since torch's float32 root on a CPU is occasionally off in the last digit.
     root = v.double().sqrt().float()
     step = m / root.mul_(scalars.inverse_root).add_(scalars.eps)
     p.mul_(scalars.decay).sub_(step.mul_(scalars.size))

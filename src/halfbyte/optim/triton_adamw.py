@@ -34,7 +34,7 @@ from halfbyte.optim.dynamic import LEAST, ZERO_SIGNED, ZERO_UNSIGNED, tables
 from halfbyte.optim.reference import BLOCK, Scalars
 from halfbyte.quant.blockwise import SMALLEST_SCALE
 
-# Blocks of 256 elements, and warps, in a program; registers of a lane.
+# Blocks of 256 elements and warps per program; registers per lane.
 BLOCKS, WARPS, REGISTERS = 4, 4, 64
 _COLUMNS = tl.constexpr(11)
 _SCALARS = tl.constexpr(len(Scalars._fields))
@@ -97,7 +97,7 @@ def _hash(x):
 
 @triton.jit
 def _rows(tables, shuffled: tl.constexpr):
-    """The seven tables to pick from: where they are, or a register each, an entry a lane."""
+    """The seven tables: their addresses, or one register each, with one entry per lane."""
     if shuffled:
         return tl.inline_asm_elementwise(
             _LOADING, _LOADED, [tables.to(tl.int64)], dtype=_SEVEN_INTEGERS, is_pure=True, pack=1
@@ -109,7 +109,7 @@ def _rows(tables, shuffled: tl.constexpr):
 
 @triton.jit
 def _pick(row, index, shuffled: tl.constexpr):
-    """The entry whose number is the last five bits of the index, int32."""
+    """The entry selected by the last five bits of the index, int32."""
     if shuffled:
         return tl.inline_asm_elementwise(
             "shfl.sync.idx.b32 $0, $1, $2, 31, -1;",
@@ -203,7 +203,7 @@ def _advance(p, g, m, v, own, exact: tl.constexpr, shuffled: tl.constexpr):
 
 @triton.jit
 def _at(column, start, dtype: tl.constexpr, whole: tl.constexpr):
-    """Where a chunk begins, given where its piece does; aligned to four elements, if whole."""
+    """Address of a chunk, given that of its piece; aligned to four elements if whole."""
     at = tl.load(column).to(tl.pointer_type(dtype))
     if whole:
         at = tl.multiple_of(at, 4 * (dtype.primitive_bitwidth // 8))
@@ -242,7 +242,7 @@ def _apply(
     blocks: tl.constexpr,
 ):
     """The rule for the `count` elements from `start` on of a piece, in 8 bits (coded) or 32."""
-    # A block is in one warp: two times four neighbours a lane.
+    # A block is in one warp: two times four adjacent elements per lane.
     block = tl.arange(0, blocks)[:, None, None]
     where = block * 256 + tl.arange(0, 2)[None, :, None] * 128 + tl.arange(0, 128)[None, None, :]
     kind: tl.constexpr = tl.uint8 if coded else tl.float32
@@ -262,7 +262,7 @@ def _apply(
         m_scale = tl.load(m_scales, mask=has, other=0.0)
         v_scale = tl.load(v_scales, mask=has, other=0.0)
     if shuffled:
-        # No load may sink below this to where it is wanted: all are under way together.
+        # Prevents the compiler from moving loads below this, so that all are in flight together.
         tl.inline_asm_elementwise(
             "bar.warp.sync -1; mov.b32 $0, $1;", "=r,r", [count], tl.int32, is_pure=False, pack=1
         )
@@ -320,13 +320,13 @@ def _update(
     blocks: tl.constexpr,
 ):
     # A row is a piece: first program, elements, parameter, gradient, both moments, their scales
-    # (zero where they are not coded), master copy, number of the parameter, first element.
+    # (zero if not coded), master copy, index of the parameter, first element.
     program = tl.program_id(0)
     row = rows + tl.load(owners + program) * _COLUMNS
     start = (program - tl.load(row).to(tl.int32)) * (blocks * 256)
     own = scalars + tl.load(row + 9) * _SCALARS
     factor = tl.load(scale)
-    # Nothing is inside when the gradient's scale is not finite.
+    # The mask is empty if the gradient's scale is not finite.
     count = tl.where(factor - factor == 0.0, tl.load(row + 1).to(tl.int32) - start, 0)
     whole = (count >= blocks * 256) & (((tl.load(row + 2) | tl.load(row + 3)) & 15) == 0)
     coded = tl.load(row + 6) != 0
@@ -352,7 +352,7 @@ def prepare(steps: Tensor, active: Tensor, lr: Tensor, constants: Tensor, scale:
 
     Args:
         steps: float32 ``[n]``, counted up where ``active``, unless ``scale`` is not finite.
-        active: float32 ``[n]``, 1 for parameters that are about to be updated, else 0.
+        active: float32 ``[n]``, 1 for parameters to be updated, else 0.
         lr: float32 ``[n]``.
         constants: float64 ``[n, 6]``: β1, β2, ε, λ, log β1, log β2.
         scale: float32 scalar.
@@ -370,13 +370,13 @@ def prepare(steps: Tensor, active: Tensor, lr: Tensor, constants: Tensor, scale:
 
 
 class Launch:
-    """One launch over the pieces of one group whose parameters have one type.
+    """One launch over the pieces of one group whose parameters have one dtype.
 
-    Its table is on the device, and is sent anew, without waiting, when an address has changed.
+    Its table is on the device, and is copied again, asynchronously, when an address has changed.
     """
 
     def __init__(self, pieces: Sequence[StateChunk], memory: Tensor, base: int) -> None:
-        """Note where the state is: ``memory`` is the run of bytes from ``base`` on."""
+        """Store the location of the state: ``memory`` is the range of bytes from ``base`` on."""
         self._pieces = pieces
         self._state = [
             {name: view.data_ptr() for name, view in piece.views(memory, base).items()}
@@ -399,7 +399,7 @@ class Launch:
         scalars: Tensor,
         scale: Tensor,
     ) -> None:
-        """Update; parameters and gradients by number, `Scalars` from `prepare`."""
+        """Update; parameters and gradients by index, `Scalars` from `prepare`."""
         numbers = [piece.index for piece in self._pieces]
         addresses = [(parameters[i].data_ptr(), grads[i].data_ptr()) for i in numbers]
         if addresses != self._addresses:
@@ -438,5 +438,5 @@ class Launch:
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device; the host does not wait."""
+    """The tensor on a device, copied asynchronously."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

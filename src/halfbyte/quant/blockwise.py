@@ -17,8 +17,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# Everything here names its device: models are built, and modules imported, under
-# torch.device("meta"), where a tensor that names none holds no numbers.
+# Devices are always explicit here: models are built, and modules imported, under
+# torch.device("meta"), where a tensor without an explicit device has no data.
 
 # The quantiles of a normal distribution that quant/README.md derives, as float32, by code.
 NF4_LEVELS = torch.tensor(
@@ -59,14 +59,14 @@ SMALLEST_SCALE = 1e-38
 
 
 def dynamic_levels(*, signed: bool) -> Tensor:
-    """Builds the dynamic 8-bit table: one decade a leading bit, finer steps in larger decades.
+    """Builds the dynamic 8-bit table: one decade per leading bit, finer steps in larger decades.
 
     Decade i of 7 (0 is the smallest) covers ``[0.1, 1] * 10**(i - 6)`` in ``2**i`` equal parts
     (twice as many without a sign) and holds their midpoints; zero and one complete the table.
-    There is a +1 and no -1. Method: Dettmers 2016, arXiv 1511.04561.
+    There is a +1 but no -1. Method: Dettmers 2016, arXiv 1511.04561.
 
     Args:
-        signed: Whether each decade is there with both signs.
+        signed: Whether each decade has both signs.
 
     Returns:
         float32 ``[256]``, ascending.
@@ -91,7 +91,7 @@ _FP4_CUDA_BOUNDS = torch.tensor(
 
 
 def cuda_bounds(quant_type: str) -> tuple[Tensor, Tensor]:
-    """Returns between which values bitsandbytes' CUDA code changes from one code to the next.
+    """Returns the bounds between the codes of bitsandbytes' CUDA code.
 
     Returns:
         Bounds, float32 ``[n]`` ascending, and codes, int64 ``[n + 1]``, on the CPU. For FP4 both
@@ -103,9 +103,9 @@ def cuda_bounds(quant_type: str) -> tuple[Tensor, Tensor]:
 
 
 def midpoints(levels: Tensor) -> Tensor:
-    """Returns the float32 midpoints between neighbours of an ascending table, ``[len - 1]``.
+    """Returns the float32 midpoints between adjacent levels of an ascending table, ``[len - 1]``.
 
-    A value belongs to the level whose number is the count of midpoints strictly below it, so a
+    The level of a value has the number of midpoints strictly below the value as its index, so a
     value exactly between two levels takes the lower one.
     """
     return (levels[:-1] + levels[1:]) / 2
@@ -121,14 +121,14 @@ def nearest(blocks: Tensor, scales: Tensor, bounds: Tensor, *, divide: bool = Fa
 
     Args:
         blocks: float32 ``[rows, block]``, finite.
-        scales: float32 ``[rows]``, not negative; one below ``SMALLEST_SCALE`` counts as that.
+        scales: float32 ``[rows]``, not negative; raised to ``SMALLEST_SCALE`` if below.
         bounds: float32 ``[levels - 1]``, the `midpoints` of an ascending table with levels in
             [-1, 1].
-        divide: Divide by the scale where otherwise its reciprocal is multiplied by. The two
-            differ in the last bit; bitsandbytes divides in the short last block only.
+        divide: Divide by the scale instead of multiplying by its reciprocal. The results differ in
+            the last bit; bitsandbytes divides in the short last block only.
 
     Returns:
-        int32 ``[rows, block]``: numbers of levels in ascending order.
+        int32 ``[rows, block]``: indices of levels in ascending order.
     """
     scales = scales.clamp(min=SMALLEST_SCALE)[:, None]
     scaled = blocks / scales if divide else blocks * (1 / scales)
@@ -145,7 +145,7 @@ def _dynamic_grid(device: torch.device) -> Tensor:
 def _search(values: Tensor, levels: Tensor) -> Tensor:
     """The nearest of 256 ascending levels, int64, by the binary search of bitsandbytes' CUDA code.
 
-    A value halfway between two levels keeps the one at which the search ended.
+    A value halfway between two levels gets the one at which the search ended.
     """
     pivot = torch.full(values.shape, 127, device=values.device)
     lower, upper = torch.zeros_like(pivot), torch.full_like(pivot, 255)
@@ -170,7 +170,7 @@ def encode_dynamic(values: Tensor, block_size: int, *, cuda: bool = False) -> tu
     Args:
         values: float32 ``[n]``, finite.
         block_size: Values that share one scale; the last block may be short.
-        cuda: Whether to give the codes of bitsandbytes' CUDA code.
+        cuda: Whether to return the codes of bitsandbytes' CUDA code.
 
     Returns:
         Codes, uint8 ``[n]``, and scales, float32 ``[ceil(n / block_size)]``.
@@ -189,6 +189,6 @@ def encode_dynamic(values: Tensor, block_size: int, *, cuda: bool = False) -> tu
 
 
 def decode_dynamic(codes: Tensor, scales: Tensor, block_size: int) -> Tensor:
-    """Returns float32 ``[n]``, what `encode_dynamic` made codes of: level times scale, rounded."""
+    """Decodes the result of `encode_dynamic`: level times scale, rounded, float32 ``[n]``."""
     levels = DYNAMIC_SIGNED.to(codes.device)[codes.int()]
     return levels * scales.repeat_interleave(block_size)[: codes.numel()]

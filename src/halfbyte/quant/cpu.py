@@ -22,17 +22,17 @@ from halfbyte.runtime.native import Unavailable, shared_object
 Variant = Literal["scalar", "avx2", "avx512"]  # in the order of cpu.cpp's enum
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
-# No -march=native: functions of cpu.cpp name their instruction sets themselves. No contraction:
-# a multiplication and an addition fused into one would round once where the format rounds twice.
+# No -march=native: functions of cpu.cpp declare their instruction sets. No contraction: a fused
+# multiplication and addition rounds once, and the format rounds twice.
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=off")
 
-# Elements that are worth another thread: some 50 microseconds of work on a current core, against
-# 5 to wake a thread that spins and 50 for one that sleeps.
+# Elements that justify another thread: some 50 microseconds of work on a current core, compared
+# with 5 to wake a spinning thread and 50 for a sleeping one.
 _DECODE_SHARE = 2**19
 _ENCODE_SHARE = 2**16
 
-# From this size malloc maps fresh pages for every allocation. To fault them in by 4 KB takes
-# 10 ms for 64 MB, several times what decoding does; by 2 MB, about as long as that.
+# From this size on malloc maps new pages for every allocation. Faulting them in by 4 KB takes
+# 10 ms for 64 MB, several times as long as decoding; by 2 MB, about as long as decoding.
 _LARGE_RESULT = 2**25
 _LARGE_PAGE = 2**21
 
@@ -44,7 +44,7 @@ class Kernels:
 
     Attributes:
         variants: The variants this CPU can run, the fastest last.
-        threading: What runs the threads, for people to read.
+        threading: Description of the thread pool, for the user.
     """
 
     def __init__(self, library: Path) -> None:
@@ -68,8 +68,8 @@ class Kernels:
         self._use_large_pages.argtypes = [pointer, size]
         self._use_large_pages.restype = None
         self.variants: tuple[Variant, ...] = get_args(Variant)[: loaded.halfbyte_best_variant() + 1]
-        # Looked up through torch's own extension module, a symbol comes from the very OpenMP
-        # runtime torch uses, whatever its file is called and whatever others are loaded.
+        # Looked up through torch's extension module, a symbol comes from the OpenMP runtime that
+        # torch uses, whatever its file name and whatever others are loaded.
         fork = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
         self._fork = ctypes.cast(fork, pointer) if fork else None
         self.threading = "torch's OpenMP threads" if fork else "threads of their own"
@@ -86,7 +86,7 @@ class Kernels:
 
         Args:
             q: The weight, on the CPU.
-            out: Where to write, ``q.numel`` elements.
+            out: The output, ``q.numel`` elements.
             variant: One of `variants`; the fastest by default.
             threads: Threads to use, at most; as many as torch by default.
         """
@@ -153,11 +153,11 @@ class Kernels:
         size = prod(shape) * dtype.itemsize
         if size < _LARGE_RESULT:
             return torch.empty(shape, dtype=dtype, device="cpu")
-        # Starts on a large page, or the first and last 2 MB would come in small ones.
+        # Aligned to a large page; otherwise the first and last 2 MB would be small pages.
         storage = torch.empty(size + _LARGE_PAGE, dtype=torch.uint8, device="cpu")
         start = -storage.data_ptr() % _LARGE_PAGE
         self._use_large_pages(storage.data_ptr() + start, storage.nbytes - start)
-        # Not a slice: a view made without gradients refuses to be written to with them.
+        # Not a slice: a view created without gradients cannot be written to with them enabled.
         flat = torch.empty(0, dtype=dtype, device="cpu")
         offset = start // dtype.itemsize
         flat.set_(storage.untyped_storage(), offset, (prod(shape),), (1,))
@@ -172,13 +172,13 @@ class Kernels:
 
 
 def kernels() -> Kernels | None:
-    """Returns the kernels, built if need be, or None, having announced why, once."""
+    """Returns the kernels, built if necessary, or None after logging the reason once."""
     found = _find()
     return found if isinstance(found, Kernels) else None
 
 
 def describe() -> str:
-    """Says in a line which implementation runs on the CPU, and why."""
+    """Returns one line that says which implementation runs on the CPU, and why."""
     found = _find()
     if isinstance(found, Kernels):
         return f"C++ kernels ({found.variants[-1]}, {found.threading})"
@@ -187,7 +187,7 @@ def describe() -> str:
 
 @cache
 def _find() -> Kernels | str:
-    """The kernels, or why there are none; announces that."""
+    """The kernels, or the reason why there are none, which is logged."""
     try:
         return Kernels(shared_object(_SOURCE, _FLAGS))
     except (Unavailable, OSError, RuntimeError) as error:  # the last: no home directory

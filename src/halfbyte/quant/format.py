@@ -7,9 +7,9 @@ within one bit of a bound may get the neighbouring code.
 
 Decoding is the same everywhere. Encoding gives the bytes of bitsandbytes on the same kind of
 device; its CPU and CUDA code differ in the rounding of scale codes, in FP4's bounds, and in a short
-last block. We differ from it in one case: a block of zeros gets the code of zero, where
-bitsandbytes' CUDA code gives it that of -1, which with double quantisation decodes to a few
-millionths instead of to 0.
+last block. There is one difference: a block of zeros gets the code of zero, whereas bitsandbytes'
+CUDA code gives it that of -1, which with double quantisation decodes to a few millionths instead of
+to 0.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Implementation = Literal["auto", "cpu", "gpu", "torch"]
 
 logger = logging.getLogger("halfbyte")
 
-# Elements the plain versions work on at a time: bounds their temporaries to a few tens of MB.
+# Elements the plain versions process at a time: limits their temporaries to a few tens of MB.
 _CHUNK = 2**20
 
 
@@ -64,19 +64,19 @@ def quantize(
         weight: float32, bfloat16 or float16, any shape, finite.
         quant_type: Table of levels, ``"nf4"`` or ``"fp4"``.
         block_size: Elements that share one scale: a power of two from 32 to 4096.
-        double_quant: Whether to quantise the scales too (4.127 bits a weight instead of 4.5).
-        name: What error messages call the weight.
+        double_quant: Whether to quantise the scales too (4.127 bits per weight instead of 4.5).
+        name: Name of the weight in error messages.
         impl: ``"torch"`` for plain PyTorch, ``"cpu"`` for the C++ kernels, ``"gpu"`` for Triton's,
-            ``"auto"`` for the kernels of the device where they can be had. See the top of this file
-            for where their bytes may differ.
+            ``"auto"`` for the kernels of the device if available. The top of this file says where
+            their bytes may differ.
 
     Returns:
         The quantised weight, on the device of `weight`.
 
     Raises:
         ConfigError: Unknown `quant_type`, `block_size` or `impl`.
-        WeightError: NaN or infinity in `weight`, another type of numbers, or scales so large that
-            their mean cannot be computed.
+        WeightError: NaN or infinity in `weight`, another dtype, or scales so large that their mean
+            cannot be computed.
     """
     check_format(quant_type, block_size)
     called = f"weight {name!r}" if name else "the weight"
@@ -94,11 +94,11 @@ def quantize(
     if not double_quant:
         _check_finite(weight, scales, scales, called)
         return single
-    # torch adds up in an order that depends on its number of threads, and so, in the last bit,
-    # may the offset. It is the order bitsandbytes takes.
+    # torch's summation order, and so the last bit of the offset, depends on its number of threads.
+    # bitsandbytes uses the same order.
     offset = scales.mean() if len(scales) else scales.new_zeros(())
     scale_codes, scale_scales = backend.encode_scales(scales, offset)
-    # Asked last: on a GPU the answer is waited for, and there is nothing left to launch.
+    # Last, since on a GPU this synchronises and there is nothing left to launch.
     _check_finite(weight, scales, offset, called)
     return replace(
         single,
@@ -139,16 +139,16 @@ def dequantize(
     Args:
         q: The weight.
         dtype: Type of the result: float32, bfloat16, float16 or float64; `q.dtype` by default.
-        out: Where to write, instead of a new tensor, on the device of `q`: contiguous and of as
-            many elements, in any shape; or of the shape of a matrix `q`, with a stride of 1 along
-            one dimension, so rows with gaps between them or a transposed view.
+        out: Output instead of a new tensor, on the device of `q`: contiguous with the same number
+            of elements, in any shape; or with the shape of a matrix `q` and a stride of 1 along one
+            dimension, such as strided rows or a transposed view.
         impl: As for `quantize`.
 
     Returns:
         `out`, or a new tensor of `q.shape`.
 
     Raises:
-        ValueError: `dtype` or `out` is unfit.
+        ValueError: `dtype` or `out` is not supported.
         ConfigError: Unknown `impl`.
     """
     if dtype is None:
@@ -166,7 +166,7 @@ def dequantize_all(
     outs: Sequence[Tensor] | None = None,
     impl: Implementation = "auto",
 ) -> list[Tensor]:
-    """Decodes several weights of one device to one type: on a GPU in one launch.
+    """Decodes several weights on one device to one dtype; on a GPU in one launch.
 
     Args:
         weights: The weights, at least one.
@@ -175,7 +175,7 @@ def dequantize_all(
         impl: As for `quantize`.
 
     Raises:
-        ValueError: `dtype` or one of `outs` is unfit.
+        ValueError: `dtype` or one of `outs` is not supported.
         ConfigError: Unknown `impl`.
     """
     backend = _backend(impl, weights[0].codes.device)
@@ -206,7 +206,7 @@ def _check_out(q: QuantizedWeight, dtype: torch.dtype, out: Tensor) -> None:
 
 
 class _Backend(NamedTuple):
-    """The four things that `quantize` and `dequantize` leave to an implementation."""
+    """The four functions of an implementation of `quantize` and `dequantize`."""
 
     encode: Callable[[Tensor, QuantType, int], tuple[Tensor, Tensor]]
     encode_scales: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -237,7 +237,7 @@ def _backend(impl: Implementation, device: torch.device) -> _Backend:
 def _each(
     decode: Callable[[QuantizedWeight, Tensor], None],
 ) -> Callable[[Sequence[QuantizedWeight], Sequence[Tensor]], None]:
-    """Makes of a `decode` of one weight, to contiguous memory, one of several to any."""
+    """Turns a `decode` of one weight to contiguous memory into one of several to any memory."""
 
     def decode_all(weights: Sequence[QuantizedWeight], outs: Sequence[Tensor]) -> None:
         for q, out in zip(weights, outs, strict=True):
@@ -251,7 +251,7 @@ def _each(
 
 @cache
 def gpu_kernels() -> ModuleType | None:
-    """Returns the Triton kernels, or None where there are none for the GPU; why is announced."""
+    """Returns the Triton kernels, or None if the GPU is not supported; the reason is logged."""
     if torch.cuda.is_available():
         spec = devices.spec_of(torch.device("cuda"))
         if not spec.runs_triton:
@@ -301,7 +301,7 @@ def _encode(
         values = flat[elements].float().view(blocks.stop - blocks.start, -1)
         short = values.shape[1] < block_size and not cuda
         maxima = blockwise.block_maxima(values)
-        # bitsandbytes stores the raised scale of a short block, and the true one of others.
+        # bitsandbytes stores the raised scale for a short block, and the true one for others.
         scales[blocks] = maxima.clamp(min=blockwise.SMALLEST_SCALE) if short else maxima
         levels = values.abs() if by_magnitude else values
         ranks = blockwise.nearest(levels, maxima, bounds, divide=short)
@@ -315,7 +315,7 @@ def _encode(
 
 
 def _encode_scales(scales: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of ``scales - offset``, and the scales of these."""
+    """Codes of ``scales - offset``, and their scales."""
     return blockwise.encode_dynamic(scales - offset, SCALE_BLOCK, cuda=scales.is_cuda)
 
 

@@ -34,10 +34,10 @@ from halfbyte.quant.weight import SCALE_BLOCK, QuantizedWeight, QuantType, code_
 FRACTIONS = (1.0, 0.7, 0.8, 0.9, 1.1, 1.2, 1.3, 1.4)
 """First the scale that `quantize` takes, so that no block comes out worse."""
 
-# An input that the calibration text hardly moved still counts for so much of an average one.
+# Minimum importance of an input, relative to the mean: some are near zero in the calibration text.
 _LEAST_IMPORTANCE = 1e-4
 
-# Elements at a time: on a CPU the temporaries stay in its cache, on a GPU they take 0.2 GB.
+# Elements at a time: on a CPU temporaries stay in the cache, on a GPU they take 0.2 GB.
 _CHUNK = {"cpu": 2**18, "cuda": 2**22}
 
 
@@ -49,7 +49,7 @@ class _Table(NamedTuple):
     codes: Tensor
 
     def nearest(self, x: Tensor, scales: Tensor) -> Tensor:
-        """Numbers of the levels nearest to `x` [n, block] on scales [n] of any sign."""
+        """Indices of the levels nearest to `x` [n, block], with scales [n] of any sign."""
         tiny = scales.abs() < blockwise.SMALLEST_SCALE
         inverse = (1 / scales).masked_fill(tiny, 0)
         return torch.bucketize(x * inverse[:, None], self.bounds, out_int32=True)
@@ -65,16 +65,16 @@ def search(
     importance: Tensor | None = None,
     name: str | None = None,
 ) -> QuantizedWeight:
-    """Quantises a weight to 4 bits with the least squared error that a few tries find.
+    """Quantises a weight to 4 bits with the least squared error found in a few tries.
 
     Args:
         weight: As for `quantize`.
         quant_type: As for `quantize`.
         block_size: As for `quantize`.
         double_quant: As for `quantize`.
-        importance: What a squared error counts in each column: float ``[weight.shape[-1]]``, not
-            negative. All the same if None.
-        name: What error messages call the weight.
+        importance: Weight of the squared error of each column: float ``[weight.shape[-1]]``, not
+            negative; uniform if None.
+        name: Name of the weight in error messages.
 
     Returns:
         The quantised weight, on the device of `weight`.
@@ -116,11 +116,11 @@ def search(
 
 
 def normalised(importance: Tensor, weight: Tensor) -> Tensor:
-    """Makes importances of mean 1, and none of them negligible.
+    """Normalises importances to mean 1, with a lower bound.
 
     Args:
         importance: One for each column of `weight`, not negative.
-        weight: What it is for, on the device of the result.
+        weight: The weight, on the device of the result.
 
     Returns:
         float32 ``[weight.shape[-1]]``.
@@ -141,9 +141,9 @@ def normalised(importance: Tensor, weight: Tensor) -> Tensor:
 
 
 class _Pieces:
-    """A weight as pieces of whole blocks, float32 [n, block], each with its importances.
+    """A weight in pieces of whole blocks, float32 [n, block], each with its importances.
 
-    The last block is filled up with zeros, whose code is that of zero and which weigh nothing.
+    The last block is padded with zeros, which have the code of zero and importance 0.
     """
 
     def __init__(self, weight: Tensor, importance: Tensor | None, block_size: int) -> None:
@@ -153,7 +153,7 @@ class _Pieces:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         size = self.blocks * self.block_size
-        # An empty weight is one piece of no blocks, so that there is something to join.
+        # An empty weight is one piece without blocks, so that there is something to concatenate.
         for start in range(0, max(1, len(self.flat)), size):
             x = self.flat[start : start + size].float()
             rest = (0, -len(x) % self.block_size)
@@ -166,7 +166,7 @@ class _Pieces:
 
 
 def _best_scales(table: _Table, x: Tensor, importance: Tensor | None) -> Tensor:
-    """Scales [n] of least error of blocks [n, block]."""
+    """Scales [n] with the least error, of blocks [n, block]."""
     maxima = blockwise.block_maxima(x)
     best, most = maxima, torch.full_like(maxima, -torch.inf)
     for fraction in FRACTIONS:

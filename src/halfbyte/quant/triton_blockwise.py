@@ -5,10 +5,10 @@ write 2. So their structure follows the memory accesses.
 
     decode     A lane reads one 32-bit word, 8 codes, and writes 16 bytes of 16-bit weights, so a
                warp reads 128 and writes 512 contiguous bytes. Levels come from a 64-byte table that
-               stays in the L1 cache; scales are decoded on the fly, from their 8-bit codes.
-               Many weights go in one launch: a small one alone cannot fill the GPU.
-    encode     A lane holds 8 neighbours; the largest of a block is found by shuffles. The level
-               is found with two loads and one comparison: in cells of 1/16, no cell has more
+               stays in the L1 cache; scales are decoded on the fly from their 8-bit codes.
+               Many weights share a launch, since a small one cannot fill the GPU.
+    encode     A lane holds 8 adjacent weights; the maximum of a block is found by shuffles. The
+               level is found with two loads and one comparison: in cells of 1/16, no cell has more
                than one bound.
 
 Decoding equals the plain PyTorch of format.py bit for bit, and encoding that with ``cuda=True``
@@ -36,7 +36,7 @@ from torch import Tensor
 from halfbyte.quant import blockwise
 from halfbyte.quant.weight import SCALE_BLOCK, QuantizedWeight, QuantType, levels_of
 
-# Weights in one launch of `_decode_flat`; the kernel finds its own by looking at every start.
+# Maximum weights in one launch of `_decode_flat`; a program finds its own by testing every start.
 _WEIGHTS_A_LAUNCH = 16
 _LANES, _UNROLL = 256, 2
 
@@ -64,8 +64,8 @@ def _decode_flat(
     lanes: tl.constexpr,
     unroll: tl.constexpr,
 ):
-    # A row of the table: first program, words, codes, scales, scale codes, offset, and where the
-    # result goes, in words after `out`.
+    # A row of the table: first program, words, codes, scales, scale codes, offset, and the offset
+    # of the result in words after `out`.
     program = tl.program_id(0)
     mine = 0
     for i in tl.static_range(1, count):
@@ -79,7 +79,7 @@ def _decode_flat(
     offset = 0.0
     if double:
         offset = tl.load(tl.load(row + 5).to(tl.pointer_type(tl.float32)))
-    # Elements may be more than 2**31, words are not: an eighth of them.
+    # There may be more than 2**31 elements, but not words: an eighth of that.
     out += (tl.load(row + 6) + first) * 8
     element = tl.arange(0, 8)
     shift = (element >> 1) * 8 + (1 - (element & 1)) * 4
@@ -158,7 +158,7 @@ def _encode_blocks(
     start = first * block_size
     where = row[:, None] * block_size + tl.arange(0, block_size)[None, :]
     x = tl.load(weight + start + where, mask=where < numel - start, other=0.0).to(tl.float32)
-    # The largest magnitude as an integer: NaN is larger than all, and is not lost.
+    # The maximum as an integer: NaN is larger than all values, and so is preserved.
     magnitude = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
     largest = magnitude.to(tl.float32, bitcast=True)
     tl.store(scales + first + row, largest, mask=first + row < blocks)
@@ -236,14 +236,14 @@ def dynamic_on(device: torch.device) -> Tensor:
 
 @cache
 def encode_cells(quant_type: QuantType) -> tuple[Tensor, Tensor]:
-    """Returns the tables `encode` looks codes up in, on the CPU.
+    """Returns the code tables of `encode`, on the CPU.
 
-    Cell c of 64 is what rounds to the integer c (from 32 on: c - 64) when multiplied by 16. FP4 is
-    looked up by magnitude.
+    Cell c of 64 contains the values that, times 16, round to the integer c (from 32 on: c - 64).
+    FP4 is looked up by magnitude.
 
     Returns:
-        int32 ``[64]``: the code below the cell's bound, and sixteen times the one above;
-        float32 ``[64]``: the bound, infinite in a cell that has none.
+        int32 ``[64]``: the code below the cell's bound, plus sixteen times the one above;
+        float32 ``[64]``: the bound, infinite in a cell without one.
     """
     bounds, codes = blockwise.cuda_bounds(quant_type)
     middles = torch.arange(64, device="cpu").float()
@@ -314,8 +314,8 @@ def decode_all(weights: Sequence[QuantizedWeight], outs: Sequence[Tensor]) -> No
 
     Args:
         weights: The weights.
-        outs: For each, where it goes: float32, bfloat16 or float16, either contiguous and of as
-            many elements, or ``[rows, columns]`` of a weight that is, with one stride of 1.
+        outs: The output of each: float32, bfloat16 or float16, either contiguous with the same
+            number of elements, or ``[rows, columns]`` for such a weight, with one stride of 1.
     """
     flat: list[tuple[QuantizedWeight, Tensor]] = []
     others: list[tuple[QuantizedWeight, Tensor]] = []
@@ -333,14 +333,14 @@ def decode_all(weights: Sequence[QuantizedWeight], outs: Sequence[Tensor]) -> No
 
 
 def _launch(pair: tuple[QuantizedWeight, Tensor]) -> tuple[Any, ...]:
-    """What weights of one launch have in common."""
+    """Key of the weights that can share a launch."""
     q, out = pair
     return q.quant_type, q.block_size, q.double_quant, out.dtype, out.untyped_storage().data_ptr()
 
 
 def _decode_flat_ones(pairs: Sequence[tuple[QuantizedWeight, Tensor]]) -> None:
     (q, out), device = pairs[0], pairs[0][1].device
-    # Places after the first result, so that the table of a layer is the same wherever it goes.
+    # Offsets from the first result, so that a layer's table does not depend on the address.
     places = [(o.data_ptr() - out.data_ptr()) // (8 * o.itemsize) for _, o in pairs]
     rows = ((q.numel // 8, *_pointers(q), p) for (q, _), p in zip(pairs, places, strict=True))
     table, programs = _launch_table(tuple(rows), device)
@@ -361,7 +361,7 @@ def _decode_flat_ones(pairs: Sequence[tuple[QuantizedWeight, Tensor]]) -> None:
 
 
 def _pointers(q: QuantizedWeight) -> tuple[int, int, int, int]:
-    """Codes, (nested) scales, scale codes, offset; zero for what there is not."""
+    """Pointers of codes, (nested) scales, scale codes, offset; zero for those that are None."""
     scales = q.scales if q.scales is not None else q.scale_scales
     held = (q.codes, scales, q.scale_codes, q.scale_offset)
     codes, scale, scale_codes, offset = (0 if t is None else t.data_ptr() for t in held)
@@ -370,10 +370,10 @@ def _pointers(q: QuantizedWeight) -> tuple[int, int, int, int]:
 
 @lru_cache(maxsize=1024)
 def _launch_table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, int]:
-    """The table of `_decode_flat`, and how many programs it takes.
+    """The table of `_decode_flat` and its number of programs.
 
-    It says nothing that its key does not, so one that is kept is never wrong. Building it waits for
-    the device, and cannot be part of a CUDA graph; a layer's is built when it is first decoded.
+    It depends only on its key, so a cached one is always valid. Building it synchronises with the
+    device and cannot be captured in a CUDA graph; it is built when a layer is first decoded.
     """
     table, programs = [], 0
     for words, *pointers in rows:
@@ -383,7 +383,7 @@ def _launch_table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> tu
 
 
 def _decode_other(q: QuantizedWeight, out: Tensor) -> None:
-    """Decodes to any two strides of which one is 1, and from any alignment."""
+    """Decodes to any two strides, one of them 1, and from any alignment."""
     if out.is_contiguous() and out.shape != q.shape:
         out = out.view(q.shape)
     if out.dim() != 2:

@@ -30,10 +30,9 @@ _TENSORS = ("codes", "scales", "scale_codes", "scale_scales", "scale_offset")
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """A weight in 4 bits: its tensors, and what is needed to read them.
+    """A weight in 4 bits: its tensors, and the metadata to decode them.
 
-    Tensors that do not fit together are refused (WeightError), so those who read one need not
-    look again.
+    Inconsistent tensors are rejected (WeightError), so consumers need no further checks.
 
     Attributes:
         codes: uint8 ``[ceil(numel / 2)]``; element 2i in the high nibble, 2i + 1 in the low one.
@@ -92,20 +91,20 @@ class QuantizedWeight:
         return 8 * self.nbytes / self.numel if self.numel else 0.0
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns the tensors there are, by field name."""
+        """Returns the tensors that are not None, by field name."""
         named = ((name, getattr(self, name)) for name in _TENSORS)
         return {name: tensor for name, tensor in named if tensor is not None}
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
-        """Returns this weight with its tensors on `device`; no type ever changes."""
+        """Returns this weight with its tensors on `device`, with unchanged dtypes."""
         moved: dict[str, Any] = {name: t.to(device) for name, t in self.tensors().items()}
         return replace(self, **moved)
 
     def block_scales(self) -> Tensor:
         """Returns the scale of every block, decoded: float32 ``[blocks]``.
 
-        Coded scales are multiplied by their block's scale, rounded, and the offset is added, and
-        rounded again. One fused operation would change the last bit of many a scale.
+        Coded scales are multiplied by their block's scale and rounded; then the offset is added,
+        and the sum rounded. A fused operation would change the last bit of many scales.
         """
         if self.scales is not None:
             return self.scales
@@ -148,7 +147,7 @@ def empty_like_quantized(
         quant_type: As for `quantize`.
         block_size: As for `quantize`.
         double_quant: As for `quantize`.
-        device: Where the tensors are; ``"meta"`` for no memory at all.
+        device: Device of the tensors; ``"meta"`` allocates no memory.
 
     Raises:
         ConfigError: Unknown `quant_type` or `block_size`.
@@ -163,7 +162,7 @@ def empty_like_quantized(
 
 
 def check_format(quant_type: str, block_size: int) -> None:
-    """Raises ConfigError unless the two are of the format."""
+    """Raises ConfigError unless both are valid for the format."""
     if quant_type not in get_args(QuantType):
         raise ConfigError(f'quant_type must be "nf4" or "fp4", not {quant_type!r}')
     if block_size not in BLOCK_SIZES:

@@ -1,4 +1,4 @@
-"""What a run reports: one object with a few methods, called by the code that does the work.
+"""Reporting of a run: one object with a few methods, called by the code that does the work.
 
 Reports go to two places. The *journal* is the record (``report.journal``). The *screen*
 (``report.live``) is standard error: a live display on a terminal, plain lines in a file or a pipe.
@@ -188,7 +188,7 @@ def open_report(output_dir: str | Path | None = None, *, quiet: bool = False) ->
 
     Args:
         output_dir: The run's directory; None keeps no journal.
-        quiet: Show nothing; the journal is kept all the same.
+        quiet: Show nothing; the journal is written anyway.
     """
     from halfbyte.report.live import open_screen
 

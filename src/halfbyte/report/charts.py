@@ -71,7 +71,7 @@ def smoothed(points: Sequence[Point]) -> list[Point]:
     weight = 1 - 1 / min(20.0, max(1.0, len(points) / 16))
     for count, (x, y) in enumerate(points, 1):
         mean = weight * mean + (1 - weight) * y
-        found.append((x, mean / (1 - weight**count)))  # without the pull to zero of its start
+        found.append((x, mean / (1 - weight**count)))  # with bias correction
     return found
 
 
@@ -125,8 +125,8 @@ def line_chart(
     """Curves over steps; nothing where there is no point.
 
     Args:
-        title: What is drawn.
-        unit: Of y.
+        title: The quantity drawn.
+        unit: Unit of y.
         series: The curves; later ones are drawn on top.
         say: Writes a value of y.
         from_zero: Whether the axis starts at zero.
@@ -150,7 +150,7 @@ def line_chart(
     paths = []
     for one in drawn:
         places = [f"{x_at(x):.1f} {y_at(y):.1f}" for x, y in one.points]
-        # A dot is a line of no length with round ends, which stretching leaves round.
+        # A dot is a line of length 0 with round ends, which stay round when stretched.
         line = "".join(f"M{at}h0" for at in places)
         if one.style != "dots" and len(places) > 1:
             line = "M" + "L".join(places)
@@ -251,7 +251,7 @@ def bar_chart(title: str, unit: str, bars: Sequence[Bar], *, say: Say = plain) -
 def dot_chart(
     title: str, unit: str, rows: Sequence[tuple[str, Sequence[float]]], *, say: Say = plain
 ) -> str:
-    """A row of dots for each name, one a seed, and their mean as a bar across."""
+    """A row of dots for each name, one per seed, and a bar at their mean."""
     values = [value for _, found in rows for value in found]
     if not values:
         return ""

@@ -33,16 +33,16 @@ class Result:
     Attributes:
         variant: Its name.
         seed: Its seed.
-        load_peak: Most bytes in use while the base was loaded: of the process, or on the GPU.
-        load_reserved: Bytes that torch had reserved on the GPU by then.
-        train_peak: Most bytes in use until the end.
-        train_reserved: Most bytes that torch had reserved on the GPU.
+        load_peak: Peak of bytes in use while loading the base model: of the process, or on the GPU.
+        load_reserved: Bytes reserved by torch on the GPU at that point.
+        train_peak: Peak of bytes in use until the end.
+        train_reserved: Peak of bytes reserved by torch on the GPU.
         tokens_per_second: Without the first few steps.
         held_out_loss: At the end.
         exact_match: Share of held-out cases answered exactly.
         adapter_bytes: The adapter on disk.
-        base_bytes: The base as it is held, which is what it takes on disk in that form.
-        failure: Why there is no result, if there is none.
+        base_bytes: The base model in its stored form, in memory or on disk.
+        failure: The reason if there is no result.
     """
 
     variant: str
@@ -160,7 +160,7 @@ class Comparison:
         }
 
     def sentence(self) -> str:
-        """What the first two variants show, LoRA and QLoRA where both are there."""
+        """The comparison of the first two variants, or of LoRA and QLoRA if both exist."""
         usual = ("lora", "qlora")
         names = [*filter(self.variants.__contains__, usual)]
         names += [name for name in self.variants if name not in usual]
@@ -247,7 +247,7 @@ def comparison_page(
     Args:
         found: The results.
         runs: A run of each variant, named as it is, for the curves.
-        title: What was compared, plain text.
+        title: The models or options compared, plain text.
         about: Model, data and machine, plain text.
         links: The pages of the runs by name, as paths from this one.
     """

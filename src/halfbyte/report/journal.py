@@ -43,7 +43,7 @@ class Journal:
 
         Args:
             event: What happened.
-            record: What is known about it. What JSON has no form for is written as text.
+            record: Its data. Values that JSON cannot represent are written as text.
 
         Raises:
             OutputError: The line cannot be written.
@@ -59,13 +59,13 @@ class Journal:
             line["non_finite"] = strange
         left = (json.dumps(line, ensure_ascii=False, allow_nan=False, default=str) + "\n").encode()
         try:
-            while left:  # a disk that is nearly full takes a part first, and then says so
+            while left:  # a nearly full disk accepts a part before it reports an error
                 left = left[os.write(self._file, left) :]
         except OSError as error:
             raise self._cannot_write(error) from error
 
     def truncate_after(self, step: int) -> None:
-        """Cut the file before the first line about a later step; 0 empties it."""
+        """Truncate the file before the first line about a later step; 0 empties it."""
         end = 0
         for line in self.path.read_bytes().splitlines(keepends=True):
             if step == 0 or (_parse(line) or {}).get("step", 0) > step:

@@ -344,14 +344,14 @@ class LiveScreen(Screen):
                 console=self._console,
                 refresh_per_second=_REFRESHES_PER_SECOND,
                 transient=True,
-                # What goes to a file must not be caught and drawn above the bars.
+                # Output to a file must not be captured and drawn above the bars.
                 redirect_stdout=sys.stdout.isatty(),
             )
             self._live.start()
 
     def _hide_if_idle(self) -> None:
-        # The display is taken down between two things that go on, so that whoever writes to
-        # standard output there finds the terminal free.
+        # The display is closed between tasks, so that code that writes to standard output there
+        # has the terminal to itself.
         if self._pace is None and not self._tasks.task_ids:
             self.close()
 

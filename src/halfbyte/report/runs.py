@@ -23,7 +23,7 @@ _STEP_PARTS = {
     "backward": "backward",
     "update": "optimizer",
 }
-# What is left of a step: where an engine gave no parts, that is all of them.
+# The rest of a step: all of it if an engine reports no parts.
 _WHOLE_STEP, _REST_OF_STEP = "forward and backward", "rest of a step"
 
 _MOST_STEPS = 1e12
@@ -56,11 +56,11 @@ class Run:
     """A run as read from its journal.
 
     Attributes:
-        name: What the run is called on a page.
+        name: Name of the run on a page.
         path: Its directory.
         begin: The metadata of the last ``begin`` line.
         loaded: The last ``loaded`` line.
-        memory: The last ``memory`` line, which holds the ledger against what was measured.
+        memory: The last ``memory`` line, which compares the ledger with measurements.
         finish: The ``finish`` line, or nothing while there is none.
         state: ``finished``, or in words why not.
         curves: For each field of a step's line, (step, value).

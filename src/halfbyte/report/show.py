@@ -13,7 +13,7 @@ _WIDEST = 100
 
 
 def _console() -> Console:
-    # Made anew each time: standard output may have been redirected since.
+    # Created on each call, since standard output may have been redirected.
     console = Console(highlight=False)
     if console.width > _WIDEST:
         console.width = _WIDEST
@@ -38,10 +38,10 @@ def command(text: str) -> None:
 
 
 def answer(prompt: str, texts: Mapping[str, str]) -> None:
-    """A prompt, and below it what was said to it.
+    """A prompt and the answers to it.
 
     Args:
-        prompt: What was asked.
+        prompt: The prompt.
         texts: Who or when, and the answer.
     """
     console = _console()

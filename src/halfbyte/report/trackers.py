@@ -100,7 +100,7 @@ TRACKERS: dict[str, tuple[str, str, Callable[[ModuleType, Path], Tracker]]] = {
     "wandb": ("wandb", "wandb", WandbLike),
     "trackio": ("trackio", "trackio", WandbLike),
 }
-"""By the name people type: the module, the package to install, and what is made of it."""
+"""By option name: the module, the package to install, and the class that reports to it."""
 
 
 def open_trackers(names: Sequence[str], directory: Path) -> list[Tracker]:

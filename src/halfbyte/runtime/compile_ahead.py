@@ -18,7 +18,7 @@ from triton import knobs
 from triton.runtime.jit import JITFunction
 
 _MOST_THREADS = 16
-# If so many kernels are found on disk and none has to be compiled, the others are there, too.
+# If this many kernels are in the cache and none has to be compiled, the others are assumed cached.
 _ENOUGH = 8
 
 
@@ -26,7 +26,7 @@ class Ahead(ThreadPoolExecutor):
     """Compiles kernels, builds their launchers and loads them, in threads.
 
     Attributes:
-        needless: Whether Triton turned out to have the kernels on disk: nothing more is compiled.
+        needless: Whether Triton's cache turned out to have the kernels; compiling stops then.
     """
 
     def __init__(self) -> None:
@@ -40,14 +40,14 @@ class Ahead(ThreadPoolExecutor):
 
         def ready() -> Any:
             kernel = call(*args, **options)
-            kernel.run  # noqa: B018 (a property, which does the rest)
+            kernel.run  # noqa: B018 (a property with side effects)
             return kernel
 
         self._futures.append(super().submit(ready))
         return self._futures[-1]
 
     def compiled(self, *, found: bool) -> None:
-        """Take note that a kernel was compiled, or found on disk."""
+        """Record that a kernel was compiled, or found in the cache."""
         self._found_all &= found
 
     def look(self) -> None:
@@ -63,13 +63,13 @@ class Ahead(ThreadPoolExecutor):
 
 @contextmanager
 def compiling_ahead() -> Iterator[Ahead]:
-    """Compile what this thread launches inside, all at the same time, and run none of it.
+    """Compile the kernels this thread launches inside the context, in parallel; run none of them.
 
-    Everything else does run: allocations, torch's own operations, what the host remembers. They see
-    tensors that nobody has written to, so results mean nothing, may be NaN, and whoever enters this
-    must forget them. Autograd has to stay in this thread (``set_multithreading_enabled(False)``).
+    Everything else runs: allocations, torch's own operations, changes of host state. They read
+    uninitialised tensors, so results are meaningless, may be NaN, and must be discarded by the
+    caller. Autograd must stay in this thread (``set_multithreading_enabled(False)``).
 
-    A kernel that cannot be compiled says so when it is launched, not here.
+    A kernel that cannot be compiled raises when it is launched, not here.
     """
     launch, listener, thread = JITFunction.run, knobs.compilation.listener, threading.get_ident()
     with Ahead() as ahead:

@@ -31,7 +31,7 @@ _SHARED_MEMORY = {
 
 @dataclass(frozen=True)
 class DeviceSpec:
-    """A GPU: what kernels can do on it. How fast it is, is in `plan.roofline.GpuSpec`.
+    """The capabilities of a GPU for kernels; its speed is in `plan.roofline.GpuSpec`.
 
     Attributes:
         name: Its name in the driver.
@@ -73,7 +73,7 @@ class DeviceSpec:
 
     @property
     def has_flash_attention(self) -> bool:
-        """Whether torch's flash attention runs there, of heads of usual width: from Ampere on."""
+        """Whether torch's flash attention runs on it, with usual head widths: from Ampere on."""
         return self.capability >= (8, 0)
 
     def runs_flash_attention(self, head_dim: int) -> bool:
@@ -94,7 +94,7 @@ INTERPRETER = DeviceSpec("Triton's interpreter", (9, 0), num_sms=3, memory=0)
 def spec_of(device: "torch.device") -> DeviceSpec:
     """Return the properties of a device; `INTERPRETER` if it is not a GPU.
 
-    The driver is queried at the first call for a device. No call waits for the GPU.
+    The driver is queried at the first call for a device. No call synchronises with the GPU.
     """
     if device.type != "cuda":
         return INTERPRETER

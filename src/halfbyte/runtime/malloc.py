@@ -25,10 +25,10 @@ _log = logging.getLogger("halfbyte")
 
 
 def keep_freed_memory() -> bool:
-    """Have what is freed kept for the next tensor of its size, from now on and for all tensors.
+    """Keep freed memory for later tensors of the same size, process-wide.
 
     Returns:
-        Whether the C library understood (glibc does).
+        Whether the C library supports it (glibc does).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -55,7 +55,7 @@ def _fill_holes() -> None:
 
 
 def give_back() -> None:
-    """Give the heap's holes back to the system."""
+    """Return free heap memory to the system."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

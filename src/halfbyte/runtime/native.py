@@ -24,18 +24,18 @@ class Unavailable(HalfbyteError):
 
 
 def shared_object(source: Path, flags: Sequence[str]) -> Path:
-    """Returns the shared library of a C++ file, after compiling it unless that was done before.
+    """Returns the shared library of a C++ file, compiling it if it is not in the cache.
 
     Args:
         source: The file.
-        flags: Of the compiler.
+        flags: Compiler flags.
 
     Raises:
-        Unavailable: If there is no compiler, or it does not compile it.
+        Unavailable: If there is no compiler, or compilation fails.
     """
     compiler = _compiler()
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=False)
-    # The CPU's architecture and not its model: one build is right for all of an architecture.
+    # The CPU's architecture, not its model: a build works for every CPU of an architecture.
     parts = (*compiler, version.stdout, *flags, platform.machine(), source.read_bytes())
     digest = hashlib.sha256(repr(parts).encode())
     directory = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
@@ -64,7 +64,7 @@ def _compiler() -> list[str]:
 
 
 def _build(command: list[str], library: Path) -> None:
-    """Compiles to `library`, which appears whole or not at all."""
+    """Compiles to `library` atomically."""
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as directory:
         built = Path(directory, library.name)
         result = subprocess.run(

@@ -26,12 +26,12 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def configure_allocators() -> None:
-    """Set up torch's allocators for a GPU, unless a user has; no effect once there is a context.
+    """Configure torch's allocators for a GPU, unless the user has; only before a context exists.
 
-    Segments that grow: those of fixed size leave holes that nothing fits into. A 7B model on chats
-    of many lengths reserved 47 to 82 GB with them, 40 to 53 without. Page-locked memory that
-    threads touch first: 5.7 GB, in which the inputs of a 7B's layers wait, took 1.7 s by 8 threads
-    and 3.6 s by the driver alone, and are copied as fast (2026-11-29_gpu_page_locked.json).
+    Expandable segments, since those of fixed size cause fragmentation: a 7B model on chats of many
+    lengths reserved 47 to 82 GB with fixed ones, 40 to 53 without. Page-locked memory touched by
+    threads: 5.7 GB, for the offloaded inputs of a 7B's layers, took 1.7 s with 8 threads and 3.6 s
+    by the driver alone; copies are as fast (2026-11-29_gpu_page_locked.json).
     """
     newer = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
     name = "PYTORCH_ALLOC_CONF" if newer else "PYTORCH_CUDA_ALLOC_CONF"
@@ -54,8 +54,8 @@ def choose_device_and_dtype(device: str, compute_dtype: str) -> tuple[str, torch
         The device, the dtype of activations and products, and the reason in one line.
 
     Raises:
-        ConfigError: If the device is not there, a name is unknown, or the device does not multiply
-            what is asked for.
+        ConfigError: If the device is not available, a name is unknown, or the device does not
+            support the dtype.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device must be auto, cpu or cuda, got {device!r}")
@@ -102,7 +102,7 @@ def _gpu_dtype(spec: DeviceSpec, compute_dtype: str) -> tuple[torch.dtype, str]:
 
 
 def cpu_matrix_units() -> dict[str, bool]:
-    """Return which of the CPU's bfloat16 matrix instructions are there, by name."""
+    """Return which bfloat16 matrix instructions the CPU has, by name."""
     return {
         "AMX": torch.cpu._is_amx_tile_supported(),
         "AVX512-BF16": torch.cpu._is_avx512_bf16_supported(),
@@ -111,17 +111,17 @@ def cpu_matrix_units() -> dict[str, bool]:
 
 @contextmanager
 def deterministic(wanted: bool = True) -> Iterator[None]:
-    """Have torch add up in a fixed order on a GPU: what is run twice gives the same bits.
+    """Make torch's sums on a GPU deterministic, so that repeated runs give the same bits.
 
-    Attention's backward, above all, adds up in whatever order its programs come; in a fixed one it
-    is slower. cuBLAS is told by CUBLAS_WORKSPACE_CONFIG, which it looks at in its first product: so
-    this is to be entered before that. A CPU adds in a fixed order as it is.
+    By default the backward of attention, in particular, sums in the order in which its programs
+    run; the deterministic one is slower. cuBLAS reads CUBLAS_WORKSPACE_CONFIG at its first product,
+    so the context must be entered before. A CPU is deterministic anyway.
 
     Args:
-        wanted: Whether to.
+        wanted: Whether to enable it.
 
     Raises:
-        RuntimeError: By torch, inside, for what it cannot do so, and says what.
+        RuntimeError: By torch, inside, for operations without a deterministic implementation.
     """
     if not wanted or not torch.cuda.is_available():
         yield
@@ -131,7 +131,7 @@ def deterministic(wanted: bool = True) -> Iterator[None]:
     switches: Any = torch.utils.deterministic
     filled = switches.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    # Nothing here reads what it has not written (tests poison it), and filling takes time.
+    # No code here reads uninitialised memory (tests poison it), and filling it takes time.
     switches.fill_uninitialized_memory = False
     try:
         yield

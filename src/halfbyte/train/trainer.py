@@ -1,22 +1,17 @@
 """The training loop: micro-batches to gradients, clipping, update, and fallbacks on out of memory.
 
-Every optimizer step of halfbyte is made here: in runs, with the synthetic model, in benchmarks and
-in the self-test. No input or output.
-
-The loss of a step is the sum of its token losses divided by the supervised tokens of the *whole*
-step, so splitting its examples into micro-batches (1x8, 2x4, 8x1) changes only rounding.
+All optimizer steps of halfbyte, including benchmarks and the self-test, run here; no input or
+output. The loss of a step is the sum of its token losses divided by the supervised tokens of the
+*whole* step, so splitting its examples into micro-batches (1x8, 2x4, 8x1) changes only rounding.
 
     g ← Σ over micro-batches of d(Σ token losses / N)      N: supervised tokens of the step
     g ← g · min(1, max_grad_norm / ‖g‖)                     norm over all adapters together
     AdamW (Loshchilov and Hutter 2019), learning rate from the schedule; for B and magnitudes
     times ``loraplus_lr_ratio`` (LoRA+, Hayou et al. 2024)
 
-In float16 the loss is scaled, and a step whose gradients overflow is skipped
-(``train.loss_scale``).
-
-A step that runs out of memory is repeated with one fallback after the other (`Trainer.fall_back`)
-until it succeeds. Its gradients are a sum over the same tokens in any case, and nothing is updated
-before they are complete, so the result is the same up to rounding.
+In float16 the loss is scaled, and steps whose gradients overflow are skipped (train/loss_scale.py).
+A step that runs out of memory is repeated with further fallbacks (`Trainer.fall_back`). Gradients
+sum over the same tokens and precede any update, so the result is the same up to rounding.
 """
 
 import gc
@@ -65,7 +60,7 @@ class StepResult(NamedTuple):
     Attributes:
         loss: Mean token loss.
         grad_norm: Norm of all gradients before clipping.
-        learning_rate: That of A.
+        learning_rate: Learning rate of A.
         paging: Statistics of paging the optimizer state; None if it is off.
         seconds: From its first operation to the last, including repeated attempts.
         data_seconds: Time to prepare its micro-batches, during which a GPU is busy.
@@ -110,9 +105,8 @@ def _only_said(error: RuntimeError) -> RuntimeError:
 def _side_by_side(parameters: Sequence[nn.Parameter]) -> Tensor:
     """Allocate the gradients of all parameters, zeros, in one tensor, and return it.
 
-    Gradients are accumulated into existing memory from the start, so that the first step of a
-    resumed run adds like every other step. In one tensor, their norm is one reduction, and setting
-    them to zero is one launch instead of hundreds. Each starts at a multiple of 256 bytes.
+    With existing gradients, the first step of a resumed run accumulates like every other. In one
+    tensor, their norm is one reduction and zeroing is one launch. Each is aligned to 256 bytes.
     """
     sizes = [-(-parameter.numel() // 64) * 64 for parameter in parameters]
     together = torch.zeros(sum(sizes), dtype=torch.float32, device=parameters[0].device)
@@ -134,7 +128,7 @@ class Trainer:
         schedule: The learning rate per step.
 
     Attributes:
-        policy: What is kept for backward.
+        policy: The activation policy.
         steps_made: Steps made so far.
         updating: Whether an update is in progress, so that parameters are partly updated.
         fallbacks: Fallbacks applied when memory ran out; cleared once they are in the journal.
@@ -199,7 +193,7 @@ class Trainer:
     # --- before the first step ------------------------------------------------------------------
 
     def fit(self, shapes: Shapes, lengths: Sequence[Sequence[int]]) -> MemoryPlan:
-        """Choose the shapes of parts, and what is kept for backward, from a run's steps.
+        """Choose the shapes of parts and the activation policy from a run's steps.
 
         Args:
             shapes: For each optimizer step, the (B, T) of its micro-batches.
@@ -293,10 +287,7 @@ class Trainer:
         self.use(replace(self.policy, decoded=0))
 
     def free_buffer(self) -> None:
-        """Free the buffer that layers are decoded into, until it is needed again.
-
-        Only while there are no CUDA graphs: they read it where it was.
-        """
+        """Free the buffer that layers are decoded into; only without CUDA graphs, which read it."""
         if isinstance(self.engine, LayerEngine):
             self.engine.weights.keep(self.policy.decoded)
 
@@ -317,8 +308,7 @@ class Trainer:
             done: Called after each step.
 
         Raises:
-            NonFiniteLossError: As `step`.
-            OutOfMemoryError: As `step`.
+            NonFiniteLossError, OutOfMemoryError: As `step`.
         """
         numbers = list(steps)
         waited, given = _timed(batches, numbers[0]) if numbers else (0.0, ())
@@ -334,11 +324,9 @@ class Trainer:
         """Make step ``step`` (0-based).
 
         Raises:
-            NonFiniteLossError: If the loss or the gradient is NaN or infinite; no parameter has
-                been changed then, unless layers are updated during backward (explicit paging
-                without clipping).
-            OutOfMemoryError: If it does not fit into memory, after all fallbacks. Nothing was
-                updated.
+            NonFiniteLossError: If the loss or gradient is NaN or infinite. No parameter is changed
+                unless layers are updated during backward (explicit paging without clipping).
+            OutOfMemoryError: If it does not fit after all fallbacks. Nothing was updated.
         """
         return self._finished(step, self._queue(step, batches))
 
@@ -375,8 +363,7 @@ class Trainer:
         finally:
             if clock is not None:
                 clock.running = False
-        # Norm, clipping and update are queued behind backward before the host reads anything: an
-        # update whose scale is not finite changes nothing.
+        # Queued behind backward, without host reads: a non-finite scale makes the update a no-op.
         loss, norm = loss * unscale, torch.linalg.vector_norm(self._gradients) * unscale
         clip = torch.ones_like(norm)
         if self.max_grad_norm:
@@ -428,16 +415,16 @@ class Trainer:
     def fall_back(self, step: int, error: BaseException) -> None:
         """Apply the next fallback, so that steps need less memory.
 
-        In this order: no decoded weights kept; fewer layers saved, as many as fit into the memory
-        now free; every layer recomputed; their inputs offloaded to the host; attention recomputed
-        if it was checkpointed; smaller parts; no CUDA graphs.
+        In this order: no decoded weights kept; as many layers saved as fit into the free memory;
+        every layer recomputed; their inputs offloaded to the host; checkpointed attention
+        recomputed; smaller parts; no CUDA graphs.
 
         Args:
             step: The step that failed (0-based).
             error: The out-of-memory error.
 
         Raises:
-            OutOfMemoryError: If there is no further fallback, or the step has begun to update.
+            OutOfMemoryError: If there is no further fallback, or the update has begun.
         """
         self._clear()
         if self.updating:
@@ -500,7 +487,7 @@ class Trainer:
             return of((policy.saved - 1) // 2)
         used = used_memory(self._device) - self.engine.weights.nbytes
         room = (used + free_memory(self._device)) / MARGIN
-        # A quarter fewer at first, so a limit unknown to the driver is met after a few tries, too.
+        # At least a quarter fewer, so that a few tries reach a limit the driver does not know.
         for saved in range(3 * policy.saved // 4, 0, -1):
             if used + peak(self.plan.cost, of(saved), graphs=graphs).reserved <= room:
                 return of(saved)
@@ -576,7 +563,7 @@ class Trainer:
             self.loss_scale.load(state["loss_scale"])
 
     def clear_gradients(self) -> None:
-        """Set the gradients to zero in place: the next step adds into the same memory."""
+        """Set the gradients to zero in place."""
         self._gradients.zero_()
 
     def optimizer_state(self) -> dict[str, Tensor]:
