@@ -253,7 +253,7 @@ def shares(step: Callable[[], Any]) -> Row:
         end = max(end, stop)
 
     def adapters(name: str) -> bool:
-        if name.startswith(("_add_thin", "_adapter_pass", "_sum_parts", "_lay_out")):
+        if name.startswith(("_add_low_rank", "_adapter_pass", "_sum_parts", "_lay_out")):
             return True
         tile = re.match(r"nvjet_\w+?_(\d+)x(\d+)_", name)
         return "splitKreduce" in name or (tile is not None and min(map(int, tile.groups())) <= 32)

@@ -174,9 +174,9 @@ def adapter_kernels(kind: str):
         sizes = [(one, rank) for one, rank in sizes if rank <= triton_lora._SCALAR_RANK]
     for transposed, ranks in sizes:
         tile = {"rank": ranks, "ranks": ranks, "part": min(64, ranks & -ranks)}
-        tile |= {"transposed": transposed, "tile_m": triton_lora._THIN_ROWS}
-        tile |= {"tile_n": triton_lora._THIN_COLUMNS}
-        yield triton_lora._add_thin, types, tile, {"num_warps": triton_lora._THIN_WARPS}
+        tile |= {"transposed": transposed, "tile_m": triton_lora._LOW_RANK_ROWS}
+        tile |= {"tile_n": triton_lora._LOW_RANK_COLUMNS}
+        yield triton_lora._add_low_rank, types, tile, {"num_warps": triton_lora._LOW_RANK_WARPS}
 
 
 def hopper_kernels(kind: str):

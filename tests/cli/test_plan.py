@@ -125,6 +125,7 @@ def test_a_gpu_that_packs_takes_any_batch_and_needs_more_than_the_peak(
         (["here", "--shape", "llama2-7b"], "give either `model` or `shape`"),
         (["--shape", "llama2-7b", "--card", "abacus"], "--card: expected one of"),
         (["--shape", "llama2-7b", "--gpu-memory", "much"], "expected a size such as 16GB"),
+        (["--shape", "llama2-7b", "--gpu-memory", "24"], "24 has no unit; write 24GB or 24GiB"),
         (["--shape", "llama0"], "is not known"),
         (["--shape", "llama2-7b", "--block-size", "100"], "100"),
         (["--shape", "llama2-7b", "--target-modules", "q_proj,qkv"], "not have: qkv; it has: down"),

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from halfbyte.config.aliases import ALIASES
@@ -207,6 +207,8 @@ def test_two_names_that_agree_are_fine_and_two_that_do_not_are_a_mistake() -> No
         ({"double_quant": "perhaps"}, "`double_quant`: expected true or false, got 'perhaps'"),
         ({"block_size": 65}, "`block_size`: expected a power of 2 from 32 to 4096, got 65"),
         ({"memory_budget": "12 parsecs"}, "expected a size such as 16GB or 12.5GiB"),
+        ({"memory_budget": "24"}, "24 has no unit; write 24GB or 24GiB"),
+        ({"memory_budget": 12.5}, "12.5 has no unit; write 12.5GB or 12.5GiB"),
         ({"memory_budget": 0}, "`memory_budget`: expected more than 0, got 0"),
         ({"target_modules": 3}, "`target_modules`: expected text, got 3"),
         ({"quant": "none", "quant_search": True}, "`quant_search` needs `quant` nf4 or fp4"),
@@ -273,7 +275,7 @@ def test_what_is_not_used_is_said() -> None:
             "target_modules": st.one_of(
                 st.text("abc_.*|", min_size=1), st.lists(st.text("abc_", min_size=1), min_size=1)
             ),
-            "memory_budget": st.none() | st.integers(1, 2**50),
+            "memory_budget": st.none() | st.integers(10_000, 2**50),
             "max_steps": st.none() | st.integers(1, 10**9),
             "resume": st.booleans(),
             "seed": st.integers(0, 2**63 - 1),
@@ -296,6 +298,7 @@ def test_every_field_has_a_help_text_of_its_own() -> None:
 @given(st.floats(0.001, 1e6), st.sampled_from(["", "k", "M", "GB", "GiB", "Ti"]))
 def test_sizes(number: float, unit: str) -> None:
     scale = {"": 1, "k": 1e3, "M": 1e6, "GB": 1e9, "GiB": 2**30, "Ti": 2**40}[unit]
+    assume(unit or number >= 10_000)  # fewer bytes than that are no memory
     assert parse_bytes(f"{number:.3f}{unit}") == int(float(f"{number:.3f}") * scale)
 
 

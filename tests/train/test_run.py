@@ -256,6 +256,17 @@ def test_a_finished_run_is_not_overwritten(model, data, tmp_path):
     assert (tmp_path / "run" / "adapter_model.safetensors").read_bytes() == before
 
 
+def test_a_mistyped_output_is_not_resumed_from_the_beginning(model, data, tmp_path):
+    made = config(model, data, tmp_path / "invoices", max_steps=1)
+    run(made)
+    mistyped = made.model_copy(update={"resume": True, "output": tmp_path / "invioces"})
+    with pytest.raises(OutputError, match=r"invioces contains no checkpoint, but .*/invoices does"):
+        run(mistyped)
+    assert not (tmp_path / "invioces" / "adapter_model.safetensors").exists()
+    # A job that may be restarted always passes --resume: nothing is near, so it is a first start.
+    run(made.model_copy(update={"resume": True, "output": tmp_path / "receipts"}))
+
+
 def test_going_on_with_something_else_is_refused(model, data, tmp_path):
     made = config(model, data, tmp_path / "run", max_steps=2)
     run(made)

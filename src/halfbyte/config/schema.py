@@ -41,11 +41,14 @@ _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 def parse_bytes(value: Any) -> Any:
     """Read a size such as ``16GB`` (10^9), ``16GiB`` (2^30) or a plain number of bytes.
 
-    Anything but a string is returned unchanged, for pydantic to validate.
+    Anything but a string or a number is returned unchanged, for pydantic to validate.
 
     Raises:
-        ValueError: the string is not a size.
+        ValueError: It is not a size, or a number without a unit that cannot be meant as bytes.
     """
+    number = str(value).strip()
+    if re.fullmatch(r"\d{1,4}(\.\d+)?", number) and float(number):
+        raise ValueError(f"{number} has no unit; write {number}GB or {number}GiB")
     if not isinstance(value, str):
         return value
     match = re.fullmatch(r"([\d.]+(?:e\d+)?)\s*([kmgt]?i?)b?", value.strip().lower())

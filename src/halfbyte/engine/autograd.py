@@ -1,13 +1,19 @@
 """Optimizer steps under plain autograd over the whole model.
 
-For models that `LayerEngine` does not support. Layers are checkpointed by transformers if it can,
-and each micro-batch decodes all weights.
+For models that `LayerEngine` does not support. Layers are recomputed in backward where transformers
+says that they can be, and each micro-batch decodes all weights.
+
+transformers' own gradient checkpointing depends on a layer being in training mode, in which its
+dropout is active and generation has no KV cache. The base model is always in eval mode here, so
+the layers are checkpointed by ourselves.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -35,14 +41,9 @@ class AutogradEngine:
         self.objective: Objective = CROSS_ENTROPY
         self.clock = dropout_clock(model)
         if model.supports_gradient_checkpointing:
-            # Renamed in transformers 5.23, where the old name warns.
-            newer = getattr(model, "activation_checkpointing_enable", None)
-            (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
             for module in model.modules():
-                # Checkpointing requires the layer to be in training mode; its submodules (dropout
-                # of the base model) stay in eval mode.
                 if isinstance(module, GradientCheckpointingLayer):
-                    module.training = True
+                    _recompute_in_backward(module)
 
     def keep_decoded(self, layers: int) -> None:
         """Do nothing: every product decodes its weight."""
@@ -72,3 +73,15 @@ class AutogradEngine:
         supervised = labels != -100
         segments = supervised.nonzero()[:, 0] + first if objective.needs_segments else None
         return objective.loss_of_logits(logits[supervised].float(), labels[supervised], segments)
+
+
+def _recompute_in_backward(layer: nn.Module) -> None:
+    """Have a layer keep only its inputs for backward, wherever gradients are enabled."""
+    forward = type(layer).forward.__get__(layer)  # a second engine does not wrap the first one's
+
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    layer.forward = checkpointed

@@ -13,7 +13,7 @@ are found exactly (`_sizes`, dynamic programming over the sorted token counts).
 
 A product of m rows is computed in tiles, one per streaming multiprocessor (SM) at a time, so its
 time is a step function of m. For a 7B model on an H200 a step is 1024 rows: 3072 tokens take a
-layer 6.5 ms, 3328 take 7.3 (gpu_part_sizes.json). So if a training step is divided, all parts but
+layer 6.6 ms, 3328 take 7.5 (gpu_part_sizes.json). So if a training step is divided, all parts but
 the last are filled to such a multiple (`divide`).
 
 If all parts of a run consist of rows of one length, as in a benchmark, they are not packed.

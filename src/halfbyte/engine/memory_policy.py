@@ -84,7 +84,7 @@ class MemoryPlan:
     def summary(self) -> str:
         """Return a summary for the user."""
         if not self.layers:
-            return "what is kept for backward is up to transformers' checkpointing"
+            return "plain autograd: layers are recomputed in backward where transformers allows it"
         policy, recomputed = self.policy, self.layers - self.policy.saved
         how = f"{policy.saved} of {self.layers} layers keep their activations"
         if recomputed:

@@ -7,7 +7,7 @@ arithmetic.
                     Copies, scales and casts the adapters of a decoder layer in one launch. They are
                     trained in float32 and multiplied in the dtype of the activations, stacked for
                     linears that share an input.
-    add_thin        Adds an adapter's product to the base's: y += p (s B)ᵀ for linears that share an
+    add_low_rank        Adds an adapter's product to the base's: y += p (s B)ᵀ for linears that share an
                     input, dx += g A for all of them.
     adapter_pass    Reads dy once for both adapter products of linears that share an input:
                     g = dy (s B) and dB = s dyᵀ p.
@@ -32,8 +32,8 @@ from halfbyte.runtime import device as devices
 _PASS_ROWS, _PASS_COLUMNS, _LONGEST_SPAN = 64, 256, 1024
 # A higher rank exceeds the registers, and its products are no longer bound by memory.
 _PASS_RANK = 64
-# The tile of `_add_thin`, and its warps.
-_THIN_ROWS, _THIN_COLUMNS, _THIN_WARPS = 64, 128, 4
+# The tile of `_add_low_rank`, and its warps.
+_LOW_RANK_ROWS, _LOW_RANK_COLUMNS, _LOW_RANK_WARPS = 64, 128, 4
 # Without tensor cores, multiplying with a higher rank takes longer than reading and writing the
 # result: on a T4, 64 operations per element at 8.1 TFLOP/s are 8 ps, 4 bytes at 320 GB/s are 12.
 _SCALAR_RANK = 32
@@ -92,7 +92,7 @@ def _lay_out(out, table, kind: tl.constexpr, count: tl.constexpr, lanes: tl.cons
 
 
 @triton.jit
-def _add_thin(
+def _add_low_rank(
     out,
     left,
     right,
@@ -157,7 +157,7 @@ def _adapter_pass(
     tile_m: tl.constexpr,
     tile_n: tl.constexpr,
 ):
-    # As in `_add_thin`, a tile covers columns of one linear.
+    # As in `_add_low_rank`, a tile covers columns of one linear.
     two, three = tl.cdiv(second, tile_n), tl.cdiv(second, tile_n) + tl.cdiv(third - second, tile_n)
     tile = tl.program_id(0)
     member = (tile >= two).to(tl.int32) + (tile >= three).to(tl.int32)
@@ -315,7 +315,7 @@ def _table(jobs: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Ten
     return torch.tensor(rows, dtype=torch.int64, device="cpu").to(device), programs
 
 
-def add_thin(out: Tensor, left: Tensor, right: Tensor, outputs: Sequence[int] | None) -> None:
+def add_low_rank(out: Tensor, left: Tensor, right: Tensor, outputs: Sequence[int] | None) -> None:
     """Adds a product with a small inner dimension to ``out`` [rows, columns], in place.
 
     Args:
@@ -334,13 +334,13 @@ def add_thin(out: Tensor, left: Tensor, right: Tensor, outputs: Sequence[int] | 
             out.addmm_(left, right)
             return
         parts = zip(out.split(sizes, 1), left.split(rank, 1), right.split(sizes), strict=True)
-        for own, thin, factor in parts:
-            own.addmm_(thin, factor.t())
+        for own, product, factor in parts:
+            own.addmm_(product, factor.t())
         return
     second, third = sizes[0], sum(sizes[:2])
-    tiles = sum(triton.cdiv(size, _THIN_COLUMNS) for size in sizes)
+    tiles = sum(triton.cdiv(size, _LOW_RANK_COLUMNS) for size in sizes)
     with on_device(out):
-        _add_thin[(tiles, triton.cdiv(rows, _THIN_ROWS))](
+        _add_low_rank[(tiles, triton.cdiv(rows, _LOW_RANK_ROWS))](
             out,
             left,
             right,
@@ -354,9 +354,9 @@ def add_thin(out: Tensor, left: Tensor, right: Tensor, outputs: Sequence[int] | 
             ranks=rank,
             part=min(64, rank & -rank),
             transposed=outputs is not None,
-            tile_m=_THIN_ROWS,
-            tile_n=_THIN_COLUMNS,
-            num_warps=_THIN_WARPS,
+            tile_m=_LOW_RANK_ROWS,
+            tile_n=_LOW_RANK_COLUMNS,
+            num_warps=_LOW_RANK_WARPS,
         )
 
 

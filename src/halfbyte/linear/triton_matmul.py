@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from halfbyte.linear.triton_lora import CastAdapters, add_thin
+from halfbyte.linear.triton_lora import CastAdapters, add_low_rank
 from halfbyte.quant.triton_blockwise import on_device
 from halfbyte.runtime import device as devices
 
@@ -215,7 +215,7 @@ def plain_forward(
     else:
         for part, weight in zip(parts, weights, strict=True):
             torch.mm(x, weight.t(), out=part)
-    add_thin(y, p, cast_adapters.b, outputs)
+    add_low_rank(y, p, cast_adapters.b, outputs)
     return y
 
 
@@ -228,7 +228,7 @@ def plain_backward(
     dx = torch.mm(dys[0], weights[0])
     for dy, weight in zip(dys[1:], weights[1:], strict=True):
         dx.addmm_(dy, weight)
-    add_thin(dx, g, cast_adapters.a, None)
+    add_low_rank(dx, g, cast_adapters.a, None)
     return dx
 
 

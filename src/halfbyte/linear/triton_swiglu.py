@@ -139,16 +139,16 @@ def _gated_backward(
     of_inner = tl.zeros((rank, tile_n), tl.float32)
     for first in range(tl.program_id(1) * span, (tl.program_id(1) + 1) * span, tile_m):
         row = first + tl.arange(0, tile_m)
-        there, thin = (row < rows)[:, None], (row < rows)[None, :]
+        there, in_rows = (row < rows)[:, None], (row < rows)[None, :]
         inside = there & has[None, :]
         at, across = row.to(tl.int64)[:, None], row.to(tl.int64)[None, :]
         gate_at = gate + at * gate_stride + column[None, :]
         up_at = up + at * up_stride + column[None, :]
         d = tl.load(d_inner + at * inner_stride + column[None, :], mask=inside, other=0.0)
         one, two = tl.load(gate_at, mask=inside, other=0.0), tl.load(up_at, mask=inside, other=0.0)
-        p_gate = tl.load(p + across * p_stride + r[:, None], mask=thin, other=0.0)
-        p_up = tl.load(p + across * p_stride + rank + r[:, None], mask=thin, other=0.0)
-        g_inner = tl.load(g_last + across * g_stride + r[:, None], mask=thin, other=0.0)
+        p_gate = tl.load(p + across * p_stride + r[:, None], mask=in_rows, other=0.0)
+        p_up = tl.load(p + across * p_stride + rank + r[:, None], mask=in_rows, other=0.0)
+        g_inner = tl.load(g_last + across * g_stride + r[:, None], mask=in_rows, other=0.0)
         kind = one.dtype
         d, one, two = d.to(tl.float32), one.to(tl.float32), two.to(tl.float32)
         s = tl.sigmoid(one)

@@ -96,9 +96,9 @@ class Projections:
     def _add(self, y: Tensor, p: Tensor, b: Tensor) -> None:
         """Add the product of each linear's part of p with its s·B, in place."""
         if y.is_cuda and y.dtype in (torch.bfloat16, torch.float16) and gpu_kernels() is not None:
-            from halfbyte.linear.triton_lora import add_thin  # it imports triton
+            from halfbyte.linear.triton_lora import add_low_rank  # it imports triton
 
-            add_thin(y, p, b, self._outputs)
+            add_low_rank(y, p, b, self._outputs)
             return
         ys, bs = torch.split(y, self._outputs, 1), torch.split(b, self._outputs)
         for linear, own, left, right in zip(

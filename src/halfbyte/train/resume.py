@@ -1,5 +1,6 @@
 """Checks whether a run may resume from a checkpoint: same base model, data and options."""
 
+import difflib
 import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,15 +40,29 @@ _FREE_TO_CHANGE = {
 }
 
 
+def _runs_named_like(output: Path) -> list[str]:
+    """Return the directories beside ``output`` that have a checkpoint and a similar name."""
+    output = output.absolute()
+    beside = [path for path in output.parent.glob("*") if path.is_dir() and path != output]
+    names = difflib.get_close_matches(output.name, [path.name for path in beside], cutoff=0.8)
+    return [str(output.parent / name) for name in names if latest_run(output.parent / name)]
+
+
 def resume_from(config: TrainConfig, output: Path, report: "RunReport") -> RunState | None:
     """Return the newest checkpoint if the run is to be resumed and has one, or None.
 
     Raises:
-        OutputError: If ``output`` contains a run and ``resume`` is not set.
+        OutputError: If ``output`` contains a run and ``resume`` is not set, or contains none and
+            its name is nearly that of one that does.
     """
     newest = latest_run(output)
     if config.resume:
         if newest is None:
+            if near := _runs_named_like(output):
+                raise OutputError(
+                    f"--resume: {output} contains no checkpoint, but {', '.join(near)} does. Give "
+                    "that --output to continue it, or leave --resume out to start a new run"
+                )
             report.note(f"no checkpoint in {output}: starting from the beginning")
             return None
         report.note(f"resuming from {newest}")
