@@ -7,8 +7,8 @@ arithmetic.
                     Copies, scales and casts the adapters of a decoder layer in one launch. They are
                     trained in float32 and multiplied in the dtype of the activations, stacked for
                     linears that share an input.
-    add_low_rank        Adds an adapter's product to the base's: y += p (s B)ᵀ for linears that share an
-                    input, dx += g A for all of them.
+    add_low_rank    Adds an adapter's product to the base's: y += p (s B)ᵀ for linears that share
+                    an input, dx += g A for all of them.
     adapter_pass    Reads dy once for both adapter products of linears that share an input:
                     g = dy (s B) and dB = s dyᵀ p.
 """
