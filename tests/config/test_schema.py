@@ -262,6 +262,12 @@ def test_an_empty_file_gives_nothing(tmp_path: Path) -> None:
     assert load_config(written(tmp_path, "# nothing yet\n"), REQUIRED)[0] == configured()
 
 
+def test_a_learning_rate_that_cannot_be_meant_is_noted() -> None:
+    (note,) = load_config(None, REQUIRED | {"learning_rate": "1e9"})[1]
+    assert "`learning_rate` 1e+09 is very high" in note
+    assert load_config(None, REQUIRED | {"learning_rate": 1e-2})[1] == []
+
+
 def test_what_is_not_used_is_said() -> None:
     _, notes = load_config(None, REQUIRED | {"max_steps": 5, "epochs": 2})
     assert notes == ["`epochs` is ignored, since `max_steps` is given"]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halfbyte import cli
-from halfbyte.errors import ConfigError
+from halfbyte.errors import ConfigError, OutputError
 from halfbyte.report import open_report
 from halfbyte.report.page import page, write_page
 from halfbyte.report.runs import read_run
@@ -328,6 +328,18 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert cli.main(["report", str(first), str(second / "journal.jsonl"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"page": "report.html"}
     assert "2 runs" in Path("report.html").read_text()
+
+
+def test_only_a_page_is_replaced(tmp_path: Path) -> None:
+    write_journal(tmp_path, journal_lines())
+    mine = tmp_path / "index.html"
+    mine.write_text("<title>mine</title>")
+    with pytest.raises(OutputError, match="is not a page of halfbyte"):
+        write_page([tmp_path], mine)
+    assert mine.read_text() == "<title>mine</title>"
+    page = tmp_path / "report.html"
+    first = write_page([tmp_path], page).read_bytes()
+    assert write_page([tmp_path], page).read_bytes() == first
 
 
 def test_the_verb_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

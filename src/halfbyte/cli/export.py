@@ -93,7 +93,9 @@ def main(argv: list[str]) -> None:
         HalfbyteError: Verification failed.
     """
     options, notes, as_json = COMMAND.read(argv)
-    require_free(options.out, overwrite=options.overwrite, sign="*.gguf")
+    require_free(
+        options.out, options.model, options.adapter, overwrite=options.overwrite, sign="*.gguf"
+    )
 
     import_transformers(gpu=options.device != "cpu")
     from halfbyte.checkpoint.base_model import open_base

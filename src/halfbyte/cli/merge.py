@@ -102,7 +102,9 @@ def main(argv: list[str]) -> None:
         HalfbyteError: Verification failed.
     """
     options, notes, as_json = COMMAND.read(argv)
-    require_free(options.out, overwrite=options.overwrite)
+    require_free(
+        options.out, options.model, options.adapter, options.data, overwrite=options.overwrite
+    )
 
     import_transformers(gpu=options.device != "cpu")
     import torch

@@ -56,14 +56,24 @@ def as_trained(options: BaseOptions, adapter: str | Path | None) -> dict[str, An
     return recipe
 
 
-def require_free(directory: Path, *, overwrite: bool, sign: str = "config.json") -> None:
+def require_free(
+    directory: Path,
+    *inputs: str | Path | None,
+    overwrite: bool,
+    sign: str = "config.json",
+) -> None:
     """Check that a model may be written to ``directory``, before any work is done.
 
-    A directory is replaced only if it contains a file that matches ``sign``.
+    A directory is replaced only if it contains a file that matches ``sign``, and none of the
+    ``inputs``.
 
     Raises:
         OutputError: It exists and may not be replaced, or contains no model.
     """
+    place = directory.resolve()
+    for path in (Path(given) for given in inputs if given is not None):
+        if path.exists() and place in (path.resolve(), *path.resolve().parents):
+            raise OutputError(f"{path} is read, so {directory} is not replaced: give another")
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
     if not overwrite:

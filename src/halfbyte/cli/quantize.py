@@ -39,7 +39,7 @@ COMMAND = Command(
 def main(argv: list[str]) -> None:
     """Run the command."""
     options, notes, as_json = COMMAND.read(argv)
-    require_free(options.out, overwrite=options.overwrite)
+    require_free(options.out, options.model, overwrite=options.overwrite)
 
     import_transformers()
     from halfbyte.checkpoint.base_model import open_base

@@ -34,6 +34,8 @@ from pydantic import (
 from halfbyte.config.aliases import nearest, translate
 from halfbyte.errors import ConfigError
 
+_HIGH_RATE = 0.05  # far above what adapters train with, also tiny models'
+
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -461,6 +463,11 @@ def load_config(
     for winner, loser in (("max_steps", "epochs"), ("warmup_steps", "warmup_ratio")):
         if getattr(config, winner) is not None and loser in config.model_fields_set:
             notes.append(f"`{loser}` is ignored, since `{winner}` is given")
+    if config.learning_rate > _HIGH_RATE:
+        notes.append(
+            f"`learning_rate` {config.learning_rate:g} is very high; adapters usually train at 1e-5 to "
+            "1e-3"
+        )
     return config, notes
 
 

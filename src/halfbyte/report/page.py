@@ -15,7 +15,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from halfbyte.checkpoint.atomic import new_file
+from halfbyte.checkpoint.atomic import new_file, output_errors
+from halfbyte.errors import OutputError
 from halfbyte.report.charts import (
     Bar,
     Series,
@@ -57,12 +58,22 @@ def write_page(directories: Sequence[str | Path], output: Path) -> Path:
 
     Raises:
         ConfigError: A directory holds no journal.
-        OutputError: The page cannot be written.
+        OutputError: The page cannot be written, or another file has its name.
     """
+    if output.exists() and not _is_page(output):
+        raise OutputError(
+            f"{output} is not a page of halfbyte, so it is not replaced: give another"
+        )
     with new_file(output) as file:
         # A journal may hold half a surrogate pair, which JSON can say and UTF-8 cannot.
         file.write(page([read_run(one) for one in directories]).encode(errors="replace"))
     return output
+
+
+def _is_page(path: Path) -> bool:
+    """Return whether a file is what `document` returned."""
+    with output_errors(path), path.open("rb") as file:
+        return b"halfbyte</title>" in file.read(4096)
 
 
 def page(runs: Sequence[Run]) -> str:
