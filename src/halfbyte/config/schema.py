@@ -465,8 +465,8 @@ def load_config(
             notes.append(f"`{loser}` is ignored, since `{winner}` is given")
     if config.learning_rate > _HIGH_RATE:
         notes.append(
-            f"`learning_rate` {config.learning_rate:g} is very high; adapters usually train at 1e-5 to "
-            "1e-3"
+            f"`learning_rate` {config.learning_rate:g} is very high; adapters usually train at "
+            "1e-5 to 1e-3"
         )
     return config, notes
 
