@@ -272,6 +272,15 @@ def test_a_run_makes_the_steps_that_are_made_one_by_one():
     assert same(kept_of(one), kept_of(other))
 
 
+def test_the_buffer_of_decoded_weights_is_freed_until_the_next_step():
+    one, other = (trainer(model_of(FAMILIES["llama"]), learning_rate=1e-2) for _ in range(2))
+    for number, shapes in enumerate(RUN):
+        wanted = one.step(number, batches_of(shapes))
+        other.free_buffer()
+        assert other.engine.weights.nbytes == 0 < one.engine.weights.nbytes
+        assert other.step(number, batches_of(shapes))[:4] == wanted[:4]
+
+
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_the_next_step_s_batches_are_made_while_a_gpu_is_at_work(monkeypatch, device):
     made, events = trainer(model_of(FAMILIES["llama"])), []

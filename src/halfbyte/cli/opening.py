@@ -73,7 +73,9 @@ def require_free(
     place = directory.resolve()
     for path in (Path(given) for given in inputs if given is not None):
         if path.exists() and place in (path.resolve(), *path.resolve().parents):
-            raise OutputError(f"{path} is read, so {directory} is not replaced: give another")
+            raise OutputError(
+                f"{path} is read, so {directory} is not replaced: give another directory"
+            )
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
     if not overwrite:

@@ -62,7 +62,7 @@ def write_page(directories: Sequence[str | Path], output: Path) -> Path:
     """
     if output.exists() and not _is_page(output):
         raise OutputError(
-            f"{output} is not a page of halfbyte, so it is not replaced: give another"
+            f"{output} is not a page of halfbyte, so it is not replaced: give another file"
         )
     with new_file(output) as file:
         # A journal may hold half a surrogate pair, which JSON can say and UTF-8 cannot.
