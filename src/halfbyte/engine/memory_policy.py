@@ -57,7 +57,7 @@ class MemoryPlan:
 
     Attributes:
         policy: The activation policy.
-        layers: Number of layers; 0 if transformers does the checkpointing.
+        layers: Number of layers; 0 under plain autograd, which recomputes all it can.
         saved_bytes: Bytes that a saved layer keeps for a part or the micro-batches of a step.
         budget: Bytes the process (on a GPU: the device) may use.
         predicted_bytes: Estimated peak of allocated memory.

@@ -60,8 +60,8 @@ def resume_from(config: TrainConfig, output: Path, report: "RunReport") -> RunSt
         if newest is None:
             if near := _runs_named_like(output):
                 raise OutputError(
-                    f"--resume: {output} contains no checkpoint, but {', '.join(near)} does. Give "
-                    "that --output to continue it, or leave --resume out to start a new run"
+                    f"--resume: {output} contains no checkpoint; did you mean {' or '.join(near)}? "
+                    "Leave --resume out to start a new run"
                 )
             report.note(f"no checkpoint in {output}: starting from the beginning")
             return None
