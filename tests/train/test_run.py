@@ -260,7 +260,9 @@ def test_a_mistyped_output_is_not_resumed_from_the_beginning(model, data, tmp_pa
     made = config(model, data, tmp_path / "invoices", max_steps=1)
     run(made)
     mistyped = made.model_copy(update={"resume": True, "output": tmp_path / "invioces"})
-    with pytest.raises(OutputError, match=r"invioces contains no checkpoint; did you mean .*/invoices\?"):
+    with pytest.raises(
+        OutputError, match=r"invioces contains no checkpoint; did you mean .*/invoices\?"
+    ):
         run(mistyped)
     assert not (tmp_path / "invioces" / "adapter_model.safetensors").exists()
     # A job that may be restarted always passes --resume: nothing is near, so it is a first start.
