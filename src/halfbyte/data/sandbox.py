@@ -214,9 +214,9 @@ def _is_constant(node: nodes.Expr, frame: Frame) -> bool:
     return True
 
 
-# Filters and tests that take the same time whatever their operand is.
-_CONSTANT_TIME = re.compile(
-    "attr|count|d|default|first|items|last|length|"
+# Those that take the same time whatever their operand is.
+_FAST_FILTERS = re.compile("attr|count|d|default|first|items|last|length")
+_FAST_TESTS = re.compile(
     "boolean|callable|defined|divisibleby|even|false|filter|float|integer|iterable|mapping|none|"
     "number|odd|sameas|sequence|string|test|true|undefined"
 )
@@ -239,8 +239,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         )
         self.globals |= theirs.globals | {"namespace": _namespace(theirs)}
         del self.globals["lipsum"]  # random text, any amount of it
-        self.filters = {name: self._limited(name, f) for name, f in theirs.filters.items()}
-        self.tests = {name: self._limited(name, f) for name, f in theirs.tests.items()}
+        self.filters = self._limited(theirs.filters, _FAST_FILTERS)
+        self.tests = self._limited(theirs.tests, _FAST_TESTS)
         self.start()
 
     def start(self) -> None:
@@ -308,10 +308,14 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     # Filters and tests
 
-    def _limited(self, name: str, function: Any) -> Any:
-        """The filter or test, made to count its steps."""
-        if _CONSTANT_TIME.fullmatch(name):
-            return function
+    def _limited(self, functions: Mapping[str, Any], fast: re.Pattern[str]) -> dict[str, Any]:
+        """The filters or tests, made to count their steps unless they are fast."""
+        return {
+            name: function if fast.fullmatch(name) else self._counting(name, function)
+            for name, function in functions.items()
+        }
+
+    def _counting(self, name: str, function: Any) -> Any:
         # Some are passed the context, the environment or such first.
         first = int(hasattr(function, "jinja_pass_arg"))
 

@@ -309,7 +309,9 @@ class Encoder:
                 self._say(note, row)
             spans.append((turn.start, turn.stop))
             written = rendered.text[turn.start : turn.stop]
-            if (index, CONTENT) not in losses and not _contains(written, row.messages[index]["content"]):
+            if (index, CONTENT) not in losses and not _contains(
+                written, row.messages[index]["content"]
+            ):
                 self._say("the chat template changes the text of a reply", row)
         if not spans:
             raise RowRejected(f"no reply can be supervised: {reasons[0]}")
