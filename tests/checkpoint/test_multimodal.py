@@ -209,9 +209,7 @@ def test_a_merge_is_the_whole_model_with_its_encoders(
         require_same_codes(merged, load_base(out, BaseRecipe()))
 
 
-def test_a_packed_model_keeps_its_encoders_in_16_bits(
-    tmp_path: Path, checkpoint: Checkpoint
-) -> None:
+def test_a_packed_model_keeps_its_encoders_unpacked(tmp_path: Path, checkpoint: Checkpoint) -> None:
     out = write_quantized(checkpoint.directory, tmp_path / "out", BaseRecipe())
     theirs, _ = checkpoint.reload(out)
     ours = load_base(checkpoint.directory, BaseRecipe())

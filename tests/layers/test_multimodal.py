@@ -91,8 +91,11 @@ def test_the_class_is_the_one_config_json_names(config: Any, expected: str | Non
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (named("paligemma"), "PaliGemmaForConditionalGeneration is a model of more than text, and"),
-        (named("llama4", "Llama4ForConditionalGeneration"), "some can be trained: AyaVision, Coh"),
+        (named("paligemma"), "PaliGemmaForConditionalGeneration is a model of more than text; of"),
+        (
+            named("llama4", "Llama4ForConditionalGeneration"),
+            "are supported: AyaVision, Cohere2Vision, Ge",
+        ),
         (named("gemma3n"), "Gemma3nForConditionalGeneration is a model of more than text"),
         (named("phi4_multimodal"), "Phi4MultimodalForCausalLM is a model of more than text"),
         (named("qwen3_omni_moe"), "Qwen3OmniMoeForConditionalGeneration is a model of more than"),

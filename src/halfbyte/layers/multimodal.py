@@ -85,8 +85,8 @@ def why_unsupported(config: PretrainedConfig) -> str | None:
     if _is_multimodal(config, name) and name not in SUPPORTED:
         families = ", ".join(each.removesuffix("ForConditionalGeneration") for each in SUPPORTED)
         return (
-            f"{name} is a model of more than text, and of these only the text decoder of some can "
-            f"be trained: {families}"
+            f"{name} is a model of more than text; of those, only the text decoders of these "
+            f"families are supported: {families}"
         )
     return None
 
