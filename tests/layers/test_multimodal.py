@@ -1,6 +1,7 @@
 """Models of more than text: the class of a checkpoint, and a decoder that computes what it did."""
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -113,6 +114,8 @@ def test_what_is_not_supported_has_a_reason(config: Any, reason: str) -> None:
     found = why_unsupported(config)
     assert found is not None
     assert reason in found
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        build_decoder(config)
     assert len(found) < 500
 
 

@@ -107,15 +107,17 @@ def build_whole(config: PretrainedConfig, dtype: torch.dtype | None = None) -> P
     """Return the whole model of a configuration, on the meta device.
 
     Args:
-        config: A configuration for which `why_unsupported` returns None.
+        config: The configuration.
         dtype: dtype of its parameters; by default that of the configuration.
 
     Raises:
-        ValueError: If transformers cannot build it; or others, as its code does not check all.
+        ValueError: If it is not supported, or transformers cannot build it; or others, as its code
+            does not check all of a configuration.
     """
+    if reason := why_unsupported(config):
+        raise ValueError(reason)
     name = class_name(config)
-    if name is None:
-        raise ValueError(why_unsupported(config))
+    assert name is not None
     with torch.device("meta"):
         model: PreTrainedModel = _classes(config, _AUTO_CLASSES)[name].from_config(
             config, **({} if dtype is None else {"dtype": dtype})
