@@ -100,7 +100,9 @@ def main(argv: list[str]) -> None:
         holding = Holding(
             options.quant, options.double_quant, options.block_size, itemsize=card.itemsize
         )
-        shape, holding = _shape(options, holding)
+        shape, holding, left_out = _shape(options, holding)
+        if left_out is not None:
+            report.note(left_out)
         memory = float(options.gpu_memory or card.memory)
         run = Run(
             holding,
@@ -144,12 +146,15 @@ def _card(options: PlanOptions) -> "GpuSpec":
     return min(CARDS.values(), key=lambda card: abs(card.memory - wanted))
 
 
-def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Holding"]:
-    """Return the model's shape and how it is held: tensors already packed stay packed."""
+def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Holding", str | None]:
+    """Return the model's shape, how it is held, and what is not loaded.
+
+    Tensors already packed stay packed.
+    """
     from halfbyte.plan.model_shape import config_of, shape_of_config, shape_of_known
 
     if options.shape is not None and (shape := shape_of_known(options.shape)) is not None:
-        return shape, holding
+        return shape, holding, None
     import torch
     from transformers import AutoConfig
 
@@ -161,7 +166,7 @@ def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Hol
     from halfbyte.train.memory_check import shape_of_source
 
     if options.shape is not None:
-        return shape_of_config(config_of(options.shape), options.shape), holding
+        return shape_of_config(config_of(options.shape), options.shape), holding, None
     assert options.model is not None
     path = Path(options.model).expanduser()
     with tempfile.TemporaryDirectory() as directory:
@@ -171,12 +176,12 @@ def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Hol
         elif (path / "config.json").exists() and not any(path.glob("*.safetensors")):
             with foreign_reader(f"{path}: transformers cannot read config.json"):
                 config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-            return shape_of_config(config, options.model), holding
+            return shape_of_config(config, options.model), holding, None
         source = open_base(path)
         shape = replace(shape_of_source(source), name=options.model)
         dtype = torch.bfloat16 if holding.itemsize == 2 else torch.float32
         recipe = BaseRecipe(options.quant, options.double_quant, options.block_size, dtype)
-        return shape, Holding.of(source.fitted(recipe))
+        return shape, Holding.of(source.fitted(recipe)), source.left_out
 
 
 def _batch(most: int | None) -> str:

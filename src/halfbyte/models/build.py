@@ -15,10 +15,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from halfbyte.errors import CheckpointError, ConfigError, WeightError
 from halfbyte.layers import attention_cpu
+from halfbyte.layers.multimodal import build_decoder, removed_modules, ties_head
 from halfbyte.layers.vocabulary import FrozenEmbedding, FrozenHead
 from halfbyte.linear.arena import Arena
 from halfbyte.linear.frozen import FrozenLinear
@@ -118,7 +119,8 @@ def build(
     """Return the architecture of ``config`` on the meta device, its linears replaced.
 
     Args:
-        config: Configuration of a causal language model.
+        config: Configuration of a causal language model, or of a model of more than text, of which
+            only the text decoder is built (`layers.multimodal`).
         recipe: How its weights will be stored.
         plain: Paths of linears that are not packed, overriding the recipe.
 
@@ -127,16 +129,16 @@ def build(
         ConfigError: If its head or embedding is to be packed, but is of an unsupported kind.
     """
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=recipe.compute_dtype)
+        model = build_decoder(config, recipe.compute_dtype)
     except ValueError as error:
         raise CheckpointError(f"not a causal language model transformers knows: {error}") from error
     # If transformers would not choose sdpa (ALiBi, capped scores), ours is not correct either.
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(attention_cpu.register())
+    decoder = model.get_decoder() if removed_modules(model) else model
+    if decoder.config._attn_implementation == "sdpa":
+        decoder.set_attn_implementation(attention_cpu.register())
     if recipe.quant == "none":
         recipe = replace(recipe, quantize_head=False, quantize_embeddings=False)
-    elif model.config.get_text_config().tie_word_embeddings:
+    elif ties_head(model):
         both = recipe.quantize_head or recipe.quantize_embeddings
         recipe = replace(recipe, quantize_head=both, quantize_embeddings=both)
     head = model.get_output_embeddings()
@@ -310,7 +312,7 @@ def _beside_others(model: PreTrainedModel, quantized: QuantizedWeight) -> Quanti
     arena: Arena | None = getattr(model, "halfbyte_arena", None)
     if arena is None:
         linears = set(frozen_linears(model).values())
-        if model.config.get_text_config().tie_word_embeddings:
+        if ties_head(model):
             linears.discard(model.get_output_embeddings())  # the embedding's will be its own
         to_come = (q for linear in linears if (q := linear.quantized) is not None)
         arena = model.halfbyte_arena = Arena(to_come, quantized.codes.device)
@@ -324,7 +326,7 @@ def finalize(model: PreTrainedModel) -> MemoryReport:
         CheckpointError: If parameters are missing (all are named), or a buffer cannot be computed.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = model.config.get_text_config().tie_word_embeddings
+    tied = ties_head(model)
     if tied and isinstance(head, FrozenHead) and head.device.type == "meta":
         head.set_quantized(embedding.quantized)
     elif tied and isinstance(head, nn.Linear) and head.weight.is_meta:
