@@ -157,6 +157,7 @@ def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Hol
     from halfbyte.checkpoint.hub_headers import fetch_headers
     from halfbyte.checkpoint.source import foreign_reader
     from halfbyte.models.build import BaseRecipe
+    from halfbyte.models.support import require_trainable
     from halfbyte.plan.ledger import Holding
     from halfbyte.train.memory_check import shape_of_source
 
@@ -173,6 +174,7 @@ def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Hol
                 config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             return shape_of_config(config, options.model), holding
         source = open_base(path)
+        require_trainable(source.skeleton)
         shape = replace(shape_of_source(source), name=options.model)
         dtype = torch.bfloat16 if holding.itemsize == 2 else torch.float32
         recipe = BaseRecipe(options.quant, options.double_quant, options.block_size, dtype)
