@@ -54,9 +54,9 @@ _SMALL: dict[str, Any] = {
     "num_layers": 4,
     "n_layer": 4,
     "n_layers": 4,
-    "decoder_layers": 3,
+    "decoder_layers": 2,
     "encoder_layers": 2,
-    "num_decoder_layers": 3,
+    "num_decoder_layers": 2,
     "num_encoder_layers": 2,
     "num_attention_heads": 4,
     "n_head": 4,
@@ -128,6 +128,9 @@ _INDEXER = {
     "indexer_compress_ratio": 2,
 }
 CHANGES: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "blt": {
         "encoder_hash_byte_group_vocab": 64,
         **{f"{part}_config": {"hidden_size_global": 64} for part in ("encoder", "decoder")},
@@ -230,4 +233,7 @@ def tiny_model(row: str) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(tiny_config(row), dtype=torch.float32)
     for parameter in model.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
+    for module in model.modules():  # rows of padding are zero, as in any model that was trained
+        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+            module.weight.data[module.padding_idx] = 0
     return model.eval()
