@@ -65,7 +65,8 @@ def write_quantized(
         raise ConfigError("quantize needs quant nf4 or fp4, got none")
     if not isinstance(source, BaseSource):
         source = open_base(source)
-    if any(parameter.packed for parameter in source.parameters):
+    written = (*source.parameters, *source.encoders)
+    if any(parameter.packed for parameter in written):
         raise CheckpointError(f"{source.name} is already packed in 4 bits; copy it instead")
     if not exact:  # exact copies are made while a model is loaded, which warns
         warn_of_packing_again(source, recipe)
@@ -77,9 +78,9 @@ def write_quantized(
         logger.warning(
             "the embedding is packed too: halfbyte loads what is written, transformers does not"
         )
-    held = {p.name: _held(p.dtype, None if exact else dtype) for p in source.parameters}
+    held = {p.name: _held(p.dtype, None if exact else dtype) for p in written}
     plan: list[Planned] = []
-    for parameter in source.parameters:
+    for parameter in written:
         if parameter.name in linears:
             empty = empty_like_quantized(
                 parameter.shape,
@@ -102,6 +103,7 @@ def write_quantized(
             dtype=dtype,
             tokenizer=tokenizer,
             generation_config=source.generation_config(),
+            processor=source.processor_files(),
             packing=quantization_config(source, recipe, linears, dtype),
         )
     return out_dir
@@ -135,6 +137,10 @@ def _packed(
         done += sizes[name]
         if progress is not None:
             progress(done, source.total_bytes)
+    for parameter in source.encoders:
+        value = source.tensor(parameter.name)
+        assert isinstance(value, Tensor)
+        yield parameter.name, value.to(held[parameter.name])
 
 
 def quantization_config(
@@ -145,6 +151,11 @@ def quantization_config(
         name
         for name, module in source.skeleton.named_modules()
         if isinstance(module, nn.Linear) and f"{name}.weight" not in linears
+    ]
+    skipped += [
+        parameter.name.removesuffix(".weight")
+        for parameter in source.encoders
+        if parameter.name.endswith(".weight") and len(parameter.shape) == 2
     ]
     return {
         "quant_method": "bitsandbytes",

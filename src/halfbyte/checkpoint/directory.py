@@ -31,11 +31,20 @@ from halfbyte.checkpoint.safetensors_file import INDEX_NAME, Entry, SafetensorsF
 from halfbyte.checkpoint.source import BaseSource, Parameter, foreign_reader, skeleton_of
 from halfbyte.checkpoint.staging import Request, read_to_device
 from halfbyte.errors import CheckpointError
+from halfbyte.layers.multimodal import remove_encoders
 from halfbyte.models.build import BaseRecipe
 from halfbyte.quant import QuantizedWeight
 
 # Buffers of older transformers, which are computed today: in files, but not part of the model.
 _OBSOLETE = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+
+# Of a processor, which prepares images and sound; its tokenizer is written anew.
+_PROCESSOR = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
 
 # Maximum token id: libraries allocate a table up to the largest id, however few tokens there are;
 # the largest vocabularies have 2**18.
@@ -60,7 +69,11 @@ class DirectorySource(BaseSource):
         self._packed = packed_weights(self._homes)
         members = {key for owner, keys in self._packed.items() for key in keys if key != owner}
         self._stored = self._settle([key for key in self._homes if key not in members])
-        self.parameters = tuple(map(self._parameter, self._stored))
+        found = [self._parameter(name) for name in self._stored]
+        remove_encoders(self.skeleton)
+        loaded = self.skeleton.state_dict().keys()
+        self.parameters = tuple(parameter for parameter in found if parameter.name in loaded)
+        self.encoders = tuple(parameter for parameter in found if parameter.name not in loaded)
         sizes: Counter[torch.dtype] = Counter()
         for parameter in self.parameters:
             if len(parameter.shape) > 1 and parameter.dtype.is_floating_point:
@@ -194,15 +207,16 @@ class DirectorySource(BaseSource):
         self, device: torch.device | str = "cpu"
     ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
         device = torch.device(device)
+        stored_of = {parameter.name: self._stored[parameter.name] for parameter in self.parameters}
         staged: list[str] = []
         if device.type != "cpu":
             # A packed weight is a quarter of the bytes, and its JSON and tables are needed here.
-            plain = (key for key in self._stored.values() if isinstance(key, str))
+            plain = (key for key in stored_of.values() if isinstance(key, str))
             staged = [key for key in plain if key not in self._packed]
         ahead = set(staged)
         made: dict[str, Tensor] = {}
         with contextlib.closing(read_to_device(list(map(self._request, staged)), device)) as stream:
-            for name, stored in self._stored.items():
+            for name, stored in stored_of.items():
                 if isinstance(stored, str):
                     yield name, next(stream) if stored in ahead else self._read(stored)
                     continue
@@ -233,16 +247,16 @@ class DirectorySource(BaseSource):
         with foreign_reader(f"{self._directory}: generation_config.json cannot be read"):
             return GenerationConfig.from_pretrained(self._directory)
 
+    def processor_files(self) -> list[Path]:  # noqa: D102
+        return [path for name in _PROCESSOR if (path := self._directory / name).is_file()]
+
     def fitted(self, recipe: BaseRecipe) -> BaseRecipe:
         """Return ``recipe`` with the packing of the files, if packed; changes are logged."""
-        if not self._packed:
+        packed = [parameter.name for parameter in self.parameters if parameter.packed]
+        if not packed:
             return recipe
-        first = self._read(next(iter(self._packed)))
-        owners = [
-            self.skeleton.get_submodule(parameter.name.removesuffix(".weight"))
-            for parameter in self.parameters
-            if parameter.packed
-        ]
+        first = self.tensor(packed[0])
+        owners = [self.skeleton.get_submodule(name.removesuffix(".weight")) for name in packed]
         embedding, head = (
             self.skeleton.get_input_embeddings(),
             self.skeleton.get_output_embeddings(),
@@ -306,6 +320,7 @@ def write_description(
     dtype: torch.dtype,
     tokenizer: PreTrainedTokenizerBase,
     generation_config: GenerationConfig | None,
+    processor: Iterable[Path] = (),
     packing: dict[str, Any] | None = None,
 ) -> None:
     """Write everything in a model's directory except the weights.
@@ -317,6 +332,7 @@ def write_description(
         dtype: dtype of its weights (if packed: after decoding).
         tokenizer: Its tokenizer.
         generation_config: Its defaults for generation.
+        processor: Files to copy, see ``BaseSource.processor_files``.
         packing: ``quantization_config``, if its weights are packed.
 
     Raises:
@@ -329,6 +345,8 @@ def write_description(
         described.quantization_config = packing
     described.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    for path in processor:
+        (directory / path.name).write_bytes(path.read_bytes())
     if generation_config is not None:
         generation_config.to_json_file(directory / "generation_config.json")
 

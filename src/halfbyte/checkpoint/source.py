@@ -18,7 +18,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -27,6 +26,7 @@ from transformers import (
 
 from halfbyte.checkpoint.reading import read_into
 from halfbyte.errors import CheckpointError
+from halfbyte.layers.multimodal import build_whole, unknown_class, why_unsupported
 from halfbyte.models.build import BaseRecipe
 from halfbyte.quant import QuantizedWeight
 
@@ -64,6 +64,8 @@ class BaseSource(ABC):
         config: Its configuration, without any ``quantization_config``.
         skeleton: The model of transformers on the meta device: names and shapes, no memory.
         parameters: The parameters that ``tensors`` yields, in order.
+        encoders: Those of a model of more than text that are not loaded. Only ``tensor`` reads
+            them, to write them as they are.
         dtype: The dtype of a 16-bit copy of its matrices.
     """
 
@@ -71,11 +73,12 @@ class BaseSource(ABC):
     config: PretrainedConfig
     skeleton: PreTrainedModel
     parameters: tuple[Parameter, ...]
+    encoders: tuple[Parameter, ...] = ()
     dtype: torch.dtype
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all tensors in the files."""
+        """Bytes of ``parameters`` in the files."""
         return sum(parameter.nbytes for parameter in self.parameters)
 
     @cached_property
@@ -120,7 +123,7 @@ class BaseSource(ABC):
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor | QuantizedWeight:
-        """Return one value of ``tensors``, on the CPU, out of order.
+        """Return one value of ``parameters`` or ``encoders``, on the CPU, out of order.
 
         Raises:
             CheckpointError: If a file ends early, or a packed weight is damaged.
@@ -137,6 +140,10 @@ class BaseSource(ABC):
     def generation_config(self) -> GenerationConfig | None:
         """Return the defaults for generation that came with the model, if any."""
         return None
+
+    def processor_files(self) -> list[Path]:
+        """Return the files that describe how images and sound are prepared for the encoders."""
+        return []
 
     def fitted(self, recipe: BaseRecipe) -> BaseRecipe:
         """Return ``recipe`` adapted to this model."""
@@ -198,7 +205,7 @@ def warn_of_packing_again(source: BaseSource, recipe: BaseRecipe) -> None:
 
 
 def skeleton_of(config: PretrainedConfig, name: str, tensors: int) -> PreTrainedModel:
-    """Return the model of ``config`` on the meta device.
+    """Return the whole model of ``config`` on the meta device, encoders included.
 
     Args:
         config: Its configuration.
@@ -206,11 +213,21 @@ def skeleton_of(config: PretrainedConfig, name: str, tensors: int) -> PreTrained
         tensors: Number of tensors in the files; models with more layers are rejected early.
 
     Raises:
-        CheckpointError: If transformers has no causal language model for it.
+        CheckpointError: If it is not supported, or transformers cannot build it.
     """
+    if reason := why_unsupported(config):
+        raise CheckpointError(f"{name} cannot be used: {reason}")
     with foreign_reader(f"{name} is not a causal language model that transformers can build"):
         layers = config.get_text_config().num_hidden_layers
         if layers > tensors:
             raise CheckpointError(f"{name} should have {layers} layers, and has {tensors} tensors")
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+        model = build_whole(config)
+    if unknown := unknown_class(config):
+        logger.warning(
+            "%s: its config.json names the class %s, which this transformers does not have; it is "
+            "read as %s",
+            name,
+            unknown,
+            type(model).__name__,
+        )
+    return model

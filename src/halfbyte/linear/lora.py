@@ -276,6 +276,13 @@ def _modules_to_save(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module
         and not any(True for _ in module.children())
     }
     chosen = {path: module for path, module in modules.items() if path.endswith(names)}
+    # PEFT would make copies of these as well, which the adapter does not hold.
+    unloaded = [path for path in getattr(model, "halfbyte_removed", ()) if path.endswith(names)]
+    if unloaded:
+        raise ConfigError(
+            f"modules_to_save: {', '.join(names)} also matches {unloaded[0]}, and encoders are not "
+            f"trained; write more of the path, as in {next(iter(chosen), 'model.norm')}"
+        )
     for path, module in chosen.items():
         if path not in able:
             why = "it is made of other modules, or has no parameters"

@@ -15,10 +15,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from halfbyte.errors import CheckpointError, ConfigError, WeightError
 from halfbyte.layers import attention_cpu
+from halfbyte.layers.multimodal import build_decoder, removed_modules, ties_head
 from halfbyte.layers.vocabulary import FrozenEmbedding, FrozenHead
 from halfbyte.linear.arena import Arena
 from halfbyte.linear.frozen import FrozenLinear
@@ -117,7 +118,8 @@ def build(
     """Return the architecture of ``config`` on the meta device, its linears replaced.
 
     Args:
-        config: Configuration of a causal language model.
+        config: Configuration of a causal language model, or of a model of more than text, of which
+            only the text decoder is built (`layers.multimodal`).
         recipe: How its weights will be stored.
         plain: Paths of linears that are not packed, overriding the recipe.
 
@@ -126,16 +128,16 @@ def build(
         ConfigError: If its head or embedding is to be packed, but is of an unsupported kind.
     """
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=recipe.compute_dtype)
+        model = build_decoder(config, recipe.compute_dtype)
     except ValueError as error:
         raise CheckpointError(f"not a causal language model transformers knows: {error}") from error
     # If transformers would not choose sdpa (ALiBi, capped scores), ours is not correct either.
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(attention_cpu.register())
+    decoder = model.get_decoder() if removed_modules(model) else model
+    if decoder.config._attn_implementation == "sdpa":
+        decoder.set_attn_implementation(attention_cpu.register())
     if recipe.quant == "none":
         recipe = replace(recipe, quantize_head=False, quantize_embeddings=False)
-    elif ties_embeddings(model):
+    elif ties_head(model):
         both = recipe.quantize_head or recipe.quantize_embeddings
         recipe = replace(recipe, quantize_head=both, quantize_embeddings=both)
     head = model.get_output_embeddings()
@@ -184,12 +186,6 @@ def _packed_embedding(model: PreTrainedModel, recipe: BaseRecipe) -> FrozenEmbed
         double_quant=recipe.double_quant,
     )
     return FrozenEmbedding(quantized, recipe.compute_dtype)
-
-
-def ties_embeddings(model: PreTrainedModel) -> bool:
-    """Return whether the output head's weight is tied to another one."""
-    head, tied = model.get_output_embeddings(), model.all_tied_weights_keys
-    return any(f"{path}.weight" in tied for path, m in model.named_modules() if m is head)
 
 
 def share_inputs(model: nn.Module) -> None:
@@ -324,7 +320,7 @@ def _beside_others(model: PreTrainedModel, quantized: QuantizedWeight) -> Quanti
     arena: Arena | None = getattr(model, "halfbyte_arena", None)
     if arena is None:
         linears = set(frozen_linears(model).values())
-        if ties_embeddings(model):
+        if ties_head(model):
             linears.discard(model.get_output_embeddings())  # the embedding's will be its own
         to_come = (q for linear in linears if (q := linear.quantized) is not None)
         arena = model.halfbyte_arena = Arena(to_come, quantized.codes.device)
@@ -353,7 +349,10 @@ def finalize(model: PreTrainedModel) -> MemoryReport:
 
 def _tie(model: PreTrainedModel) -> None:
     """Give what is tied, and not in the checkpoint, the value it is tied to."""
+    modules = dict(model.named_modules())
     for name, source in model.all_tied_weights_keys.items():
+        if name.rpartition(".")[0] not in modules:
+            continue  # of an encoder
         (owner, leaf), (origin, held) = _owner(model, name), _owner(model, source)
         if isinstance(owner, FrozenLinear) and owner.quantized is not None and leaf == "weight":
             if owner.device.type == "meta":

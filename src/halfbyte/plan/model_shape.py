@@ -229,8 +229,9 @@ def shape_of(
     from torch import nn
 
     from halfbyte.layers.families import FAMILIES
+    from halfbyte.layers.multimodal import ties_head
 
-    config = model.config.get_text_config()
+    config, tied = model.config.get_text_config(), ties_head(model)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     roles: dict[str, Role] = {}
     for path, module in model.named_modules():
@@ -294,14 +295,14 @@ def shape_of_config(config: Any, name: str) -> ModelShape:
     """Return the shape of the model that a configuration describes; no memory is taken.
 
     Raises:
-        ConfigError: If transformers cannot build it.
+        ConfigError: If it is not supported, or transformers cannot build it.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
+    from halfbyte.layers.multimodal import build_decoder, why_unsupported
 
+    if reason := why_unsupported(config):
+        raise ConfigError(f"{name}: {reason}")
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+        model = build_decoder(config)
     except (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ConfigError(f"{name}: transformers cannot build it: {error}") from error
     return shape_of(model, name)

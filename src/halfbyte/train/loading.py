@@ -18,6 +18,7 @@ from halfbyte.checkpoint.identity import differences
 from halfbyte.checkpoint.peft import LoadedAdapter, load_adapter
 from halfbyte.config.schema import TrainConfig
 from halfbyte.errors import CheckpointError
+from halfbyte.layers.multimodal import removed_modules
 from halfbyte.linear.lora import LoRAConfig
 from halfbyte.models.build import BaseRecipe
 from halfbyte.runtime.precision import choose_device_and_dtype
@@ -151,8 +152,9 @@ def open_model(
     loaded = None if adapter is None else load_adapter(adapter)
     if loaded is not None:
         # Checked now, before gigabytes are read.
-        modules = source.skeleton.named_modules()
-        loaded.require_layers([path for path, m in modules if isinstance(m, nn.Linear)])
+        skeleton = source.skeleton
+        linears = [path for path, m in skeleton.named_modules() if isinstance(m, nn.Linear)]
+        loaded.require_layers(linears, removed_modules(skeleton))
     recipe = BaseRecipe(
         quant,
         double_quant,

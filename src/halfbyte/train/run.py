@@ -41,6 +41,7 @@ from halfbyte.engine.memory_policy import (
 )
 from halfbyte.engine.packing import Batch
 from halfbyte.errors import OutOfMemoryError
+from halfbyte.layers.multimodal import removed_modules
 from halfbyte.layers.vocabulary import embedding_to_host
 from halfbyte.linear.lora import (
     ALL_LINEAR,
@@ -502,10 +503,11 @@ class _Run:
 
     @cached_property
     def card(self) -> dict[str, Any]:
-        """The base model's digests and quantisation options; takes 0.2 s, so computed on demand."""
+        """What an adapter's files say of the base model; takes 0.2 s, so computed on demand."""
         recipe = recipe_metadata(self.base.model.halfbyte_recipe)
         recipe |= {"init_lora_weights": self.config.init_lora_weights}
-        return {"base": identity_of(self.base), "recipe": recipe}
+        removed = removed_modules(self.base.model)
+        return {"base": identity_of(self.base), "recipe": recipe, "removed": removed}
 
     def save(self, step: int) -> None:
         """Write a checkpoint; on a GPU in the background."""
