@@ -324,9 +324,13 @@ def attach(model: nn.Module, config: LoRAConfig, *, seed: int) -> list[str]:
     whole = _modules_to_save(model, config.modules_to_save)
     # A packed head or embedding is a subclass and takes no adapter.
     linears = {n: m for n, m in frozen_linears(model).items() if type(m) is FrozenLinear}
-    names = _targets(linears, config.target_modules)
+    refused = {path: why for path, linear in linears.items() if (why := linear.why_no_adapter)}
+    names = choose_targets(list(linears), refused, config.target_modules)
     if not names and not whole:
-        raise ConfigError(f"{type(model).__name__} has no linear layer that could get an adapter")
+        raise ConfigError(
+            f"{type(model).__name__} has no linear layer (torch.nn.Linear) that could get an "
+            "adapter; a model made of others, such as GPT-2's Conv1D, cannot be trained"
+        )
     for option in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, option):
             if not any(at_end(key, name) for name in names):
@@ -345,12 +349,22 @@ def attach(model: nn.Module, config: LoRAConfig, *, seed: int) -> list[str]:
     return names
 
 
-def _targets(linears: Mapping[str, FrozenLinear], wanted: str | tuple[str, ...]) -> list[str]:
-    refused = {path: why for path, linear in linears.items() if (why := linear.why_no_adapter)}
-    able = [path for path in linears if path not in refused]
+def choose_targets(
+    paths: Sequence[str], refused: Mapping[str, str], wanted: str | tuple[str, ...]
+) -> list[str]:
+    """Return the paths of the linears that get an adapter, in the model's order.
+
+    Args:
+        paths: The paths of the linears.
+        refused: Why some of them must not get one.
+        wanted: ``LoRAConfig.target_modules``.
+
+    Raises:
+        ConfigError: If ``wanted`` names one of these, or what matches no linear.
+    """
     if wanted == ALL_LINEAR:
-        return able
-    chosen = _named(list(linears), wanted)
+        return [path for path in paths if path not in refused]
+    chosen = _named(paths, wanted)
     if unable := [path for path in chosen if path in refused]:
         raise ConfigError(
             f"target_modules includes {unable[0]}, which cannot get an adapter: "
@@ -359,7 +373,7 @@ def _targets(linears: Mapping[str, FrozenLinear], wanted: str | tuple[str, ...])
     return chosen
 
 
-def _named(paths: list[str], wanted: str | tuple[str, ...]) -> list[str]:
+def _named(paths: Sequence[str], wanted: str | tuple[str, ...]) -> list[str]:
     """Return the paths that names, or an expression, match."""
     kinds = ", ".join(sorted({path.rsplit(".", 1)[-1] for path in paths}))
     if isinstance(wanted, str):

@@ -5,7 +5,7 @@ say what it has set. So each buffer is filled with two different values in turn 
 each: it is computed if both results are the same.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +18,20 @@ from halfbyte.linear.frozen import FrozenLinear
 _LARGEST_BUFFER = 2**30
 
 
-def compute_buffers(model: PreTrainedModel, device: str) -> None:
+def compute_buffers(model: PreTrainedModel, device: str, *, stored: Collection[str] = ()) -> None:
     """Fill the buffers that are on the meta device, as transformers computes them.
 
     Args:
         model: A model; its parameters are not changed.
         device: Where the buffers will be.
+        stored: Names of buffers that will come from a checkpoint, and are left alone.
 
     Raises:
         CheckpointError: If transformers does not say how to compute one, or it is too large.
     """
     for parameter in model.parameters():
         parameter._is_hf_initialized = True  # otherwise transformers would initialise it again
-    places = list(_empty_buffers(model))
+    places = [place for place in _empty_buffers(model) if place[0] not in stored]
     for path, held in places:
         if held.nbytes > _LARGEST_BUFFER:
             raise CheckpointError(
@@ -53,7 +54,7 @@ def _empty_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if not isinstance(module, FrozenLinear):
             for name, held in module.named_buffers(recurse=False):
                 if held.is_meta:
-                    yield f"{path}.{name}", held
+                    yield f"{path}.{name}" if path else name, held
 
 
 def _fill(

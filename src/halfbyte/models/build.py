@@ -86,12 +86,14 @@ class MemoryReport:
         quantized_bytes: Their bytes, including scales.
         kept: (name, dtype, bytes) of every tensor over 1 MB in 16 or 32 bits.
         total_bytes: Everything, tied tensors counted once.
+        expert_bytes: Experts that are one tensor per layer, which is not packed.
     """
 
     quantized_parameters: int
     quantized_bytes: int
     kept: tuple[tuple[str, str, int], ...]
     total_bytes: int
+    expert_bytes: int = 0
 
     def lines(self) -> list[str]:
         """Return the report as lines of text."""
@@ -102,6 +104,11 @@ class MemoryReport:
                 f"{self.quantized_parameters / 1e6:.1f} M weights in 4 bits: "
                 f"{self.quantized_bytes / 1e6:.1f} MB ({bits:.3f} bits per weight with scales)"
             )
+            if self.expert_bytes:
+                lines.append(
+                    f"experts are tensors of a whole layer and not linear layers, so they are not "
+                    f"packed: {self.expert_bytes / 1e6:.1f} MB"
+                )
         # In a plain model every tensor is kept: the largest are named, the rest is counted.
         named = self.kept if len(self.kept) <= _NAMED else self.kept[: _NAMED // 2]
         rest = self.kept[len(named) :]
@@ -379,4 +386,5 @@ def memory_report(model: nn.Module) -> MemoryReport:
         quantized_bytes=quantized_bytes,
         kept=tuple(large),
         total_bytes=quantized_bytes + plain_bytes,
+        expert_bytes=sum(p.nbytes for n, p in kept if p.dim() == 3 and ".experts." in n),
     )

@@ -8,6 +8,7 @@ left; the reason is logged once.
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from inspect import signature
 from itertools import groupby
 from typing import Any
 
@@ -207,7 +208,7 @@ def _by_transformers(
         repetition_penalty=1.0,
         **how,
     )
-    for chosen in _together(encoded, batch_size or _BATCH, pads=not model._is_stateful):
+    for chosen in _together(encoded, batch_size or _BATCH, pads=_ignores_padding(model)):
         ids, mask = _left_padded([encoded[i] for i in chosen], pad, model.device)
         output = model.generate(
             input_ids=ids, attention_mask=mask, generation_config=settings, streamer=streamer
@@ -217,11 +218,19 @@ def _by_transformers(
             finished(i, row[: last + 1])
 
 
+def _ignores_padding(model: PreTrainedModel) -> bool:
+    """Return whether answers are the same with padding on the left.
+
+    The state of a recurrent model goes through it (RWKV), and a model that is not given positions
+    counts it (Blenderbot).
+    """
+    return not model._is_stateful and "position_ids" in signature(model.forward).parameters
+
+
 def _together(encoded: Sequence[list[int]], size: int, *, pads: bool) -> Iterator[list[int]]:
     """Yield which prompts are answered at once, by length.
 
-    Padding on the left must not be seen. Attention masks it, but the state of a recurrent model
-    (Mamba, RWKV) goes through it: there, only prompts of one length are answered at once.
+    Unless the model ignores padding on the left, only prompts of one length are.
     """
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     for _, alike in groupby(order, key=lambda i: 0 if pads else len(encoded[i])):

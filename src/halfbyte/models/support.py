@@ -19,6 +19,7 @@ from transformers.conversion_mapping import (
 )
 
 from halfbyte.errors import CheckpointError
+from halfbyte.linear.lora import LoRAConfig, choose_targets
 from halfbyte.models.buffers import compute_buffers
 
 # Subclasses of nn.Linear that compute the same.
@@ -36,7 +37,10 @@ _EXPERT_NAMES = {
 }
 
 # What is not trained, by the class of the model, and why.
-_REFUSED: dict[str, str] = {}
+_REFUSED = {
+    "CpmAntForCausalLM": "its logits depend on later tokens, which it should predict",
+    "XLNetLMHeadModel": "its logits depend on later tokens, which it should predict",
+}
 
 
 def linears_to_freeze(model: PreTrainedModel) -> dict[str, nn.Linear]:
@@ -84,33 +88,37 @@ def why_no_adapter(model: PreTrainedModel) -> dict[str, str]:
     }
 
 
-def require_trainable(model: PreTrainedModel) -> None:
+def require_trainable(model: PreTrainedModel, config: LoRAConfig) -> None:
     """Check that adapters of a model can be trained.
 
     Args:
-        model: The model of transformers, on the meta device; its buffers are computed.
+        model: The model of transformers, on the meta device.
+        config: The adapters.
 
     Raises:
-        CheckpointError: If it cannot; the message says why.
+        CheckpointError: If they cannot; the message says why.
+        ConfigError: If the targets are no linear layers of the model, or cannot get an adapter.
     """
-    name = type(model).__name__
+    name, decoder = type(model).__name__, model.config.get_text_config()
     if name in _REFUSED:
         raise CheckpointError(f"{name} cannot be trained: {_REFUSED[name]}")
-    config = model.config.get_text_config()
-    if getattr(config, "is_decoder", True) is False:
+    if getattr(decoder, "is_decoder", True) is False:
         raise CheckpointError(
             f"{name} cannot be trained: with is_decoder false in its config.json it sees the "
             "tokens it should predict"
         )
     head = model.get_output_embeddings()
+    linears = [path for path, one in linears_to_freeze(model).items() if one is not head]
     refused = why_no_adapter(model)
-    if not any(
-        linear is not head and path not in refused
-        for path, linear in linears_to_freeze(model).items()
-    ):
-        kinds = {type(module).__name__ for module in model.modules()}
-        made = "Conv1D instead of torch.nn.Linear" if "Conv1D" in kinds else "other modules"
+    if len(refused) == len(linears) and not config.modules_to_save:
         raise CheckpointError(
-            f"{name} has no linear layer that could get an adapter: it is made of {made}"
+            f"{name} has no linear layer (torch.nn.Linear) that could get an adapter; a model made "
+            "of others, such as GPT-2's Conv1D, cannot be trained"
         )
-    compute_buffers(model, "cpu")
+    choose_targets(linears, refused, config.target_modules)
+    stored = model.state_dict().keys()
+    computed = [path for path, _ in model.named_buffers() if path not in stored]
+    compute_buffers(model, "cpu", stored=stored)
+    for path in computed:  # only to see that they can be
+        owner, _, leaf = path.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = model.get_buffer(path).to("meta")

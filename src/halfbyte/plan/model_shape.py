@@ -69,6 +69,11 @@ class Weight(NamedTuple):
         return count
 
 
+def is_experts(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter is the experts of a layer, as transformers holds them."""
+    return len(shape) == 3 and ".experts." in name
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """A model's weights and the widths of its layers.
@@ -109,6 +114,11 @@ class ModelShape:
     def parameters(self) -> int:
         """All its parameters, tied ones counted once."""
         return sum(weight.numel for weight in self.weights)
+
+    @property
+    def expert_parameters(self) -> int:
+        """Those of experts that are one tensor per layer, which is never packed."""
+        return sum(weight.numel for weight in self.weights if is_experts(weight.name, weight.shape))
 
     def linears(self, layer: int | None = None) -> list[Weight]:
         """Return the matrices of its linear layers, or of those in one decoder layer."""

@@ -209,7 +209,7 @@ class _Run:
         self.resumed = resume_from(config, self.output, report)
         report.track(config.report_to)
         self.source = open_base(config.model, revision=config.revision)
-        require_trainable(self.source.skeleton)
+        require_trainable(self.source.skeleton, self.lora)
         if config.init_lora_weights == "qera":
             require_plain(self.source)
         self.tokenizer = self.source.tokenizer()
