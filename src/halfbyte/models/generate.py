@@ -221,8 +221,8 @@ def _by_transformers(
 def _ignores_padding(model: PreTrainedModel) -> bool:
     """Return whether answers are the same with padding on the left.
 
-    The state of a recurrent model goes through it (RWKV), and a model that is not given positions
-    counts it (Blenderbot).
+    The state of a recurrent model goes through it, and a model that is not given positions counts
+    it (Blenderbot).
     """
     return not model._is_stateful and "position_ids" in signature(model.forward).parameters
 

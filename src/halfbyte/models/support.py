@@ -39,6 +39,7 @@ _EXPERT_NAMES = {
 # What is not trained, by the class of the model, and why.
 _REFUSED = {
     "CpmAntForCausalLM": "its logits depend on later tokens, which it should predict",
+    "RwkvForCausalLM": "transformers divides its weights in place when it is called",
     "XLNetLMHeadModel": "its logits depend on later tokens, which it should predict",
 }
 
