@@ -32,3 +32,12 @@ def test_experts_of_another_family_are_no_reason() -> None:
     # PEFT knows Mixtral's names w1, w2, w3, and its router; these are Llama's.
     assert why_no_adapter(skeleton("llama")) == {}
     require_trainable(skeleton("llama"), LoRAConfig(target_modules=("down_proj",)))
+
+
+def test_a_linear_whose_key_peft_would_rename_gets_no_adapter() -> None:
+    """Laguna's older checkpoints have ``shared_expert``, and PEFT makes one more s of it."""
+    model = skeleton("laguna", num_experts=4, moe_intermediate_size=16, num_experts_per_tok=2)
+    refused = why_no_adapter(model)
+    assert refused
+    assert all(".shared_experts." in path for path in refused)
+    assert any(path.endswith("mlp.gate_proj") for path in linears_to_freeze(model))

@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import (
     _MODEL_TO_CONVERSION_PATTERN,
     get_checkpoint_conversion_mapping,
+    get_model_conversion_mapping,
 )
+from transformers.core_model_loading import WeightRenaming, apply_renamings
 
 # Subclasses of nn.Linear that compute the same.
 _SAME_AS_LINEAR = {"FalconLinear"}
@@ -66,9 +68,17 @@ def why_no_adapter(model: PreTrainedModel) -> dict[str, str]:
     elif get_checkpoint_conversion_mapping(kind) is not None:
         family = "mixtral" if kind == "mixtral" else _MODEL_TO_CONVERSION_PATTERN.get(kind, "")
         names = _EXPERT_NAMES.get(family, names)
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+
+    def is_renamed(path: str) -> bool:
+        """Whether PEFT takes the key of an adapter for one of an older checkpoint."""
+        key = f"{path}.lora_A.weight"
+        return apply_renamings(key, renamings) != key
+
     reason = f"PEFT loads no adapter of it in models of type {kind}"
     return {
         path: reason
         for path, linear in linears_to_freeze(model).items()
-        if linear is not model.get_output_embeddings() and path.rpartition(".")[2] in names
+        if linear is not model.get_output_embeddings()
+        and (path.rpartition(".")[2] in names or is_renamed(path))
     }
