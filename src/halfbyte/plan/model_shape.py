@@ -69,6 +69,11 @@ class Weight(NamedTuple):
         return count
 
 
+def is_experts(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter is the experts of a layer, as transformers holds them."""
+    return len(shape) == 3 and ".experts." in name
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """A model's weights and the widths of its layers.
@@ -109,6 +114,11 @@ class ModelShape:
     def parameters(self) -> int:
         """All its parameters, tied ones counted once."""
         return sum(weight.numel for weight in self.weights)
+
+    @property
+    def expert_parameters(self) -> int:
+        """Those of experts that are one tensor per layer, which is never packed."""
+        return sum(weight.numel for weight in self.weights if is_experts(weight.name, weight.shape))
 
     def linears(self, layer: int | None = None) -> list[Weight]:
         """Return the matrices of its linear layers, or of those in one decoder layer."""
@@ -256,21 +266,22 @@ def shape_of(
         )
     out = {path.rsplit(".", 2)[-2]: shape[0] for path, shape in shapes.items() if len(shape) == 2}
     kinds = {type(module).__name__ for module in model.modules()}
+    tied = bool(getattr(config, "tie_word_embeddings", False))
     # What does not say how wide it is has no attention, or one of its own: an estimate then.
-    hidden = int(getattr(config, "hidden_size", None) or embedding.weight.shape[1])
-    heads = int(getattr(config, "num_attention_heads", None) or 1)
-    width = getattr(config, "head_dim", None) or hidden // heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
+    hidden = _number(config, "hidden_size") or int(embedding.weight.shape[1])
+    heads = _number(config, "num_attention_heads") or 1
+    width = _number(config, "head_dim") or hidden // heads
+    groups = _number(config, "num_key_value_heads") or heads
+    intermediate = _number(config, "intermediate_size") or 4 * hidden
     return ModelShape(
         name=name,
         weights=tuple(weights),
         tied=tied,
         layers=int(config.num_hidden_layers),
         hidden=hidden,
-        query=out.get("q_proj", heads * int(width)),
-        key_value=out.get("k_proj", int(groups) * int(width)),
-        intermediate=out.get("gate_proj", int(intermediate)),
+        query=out.get("q_proj", heads * width),
+        key_value=out.get("k_proj", groups * width),
+        intermediate=out.get("gate_proj", intermediate),
         heads=heads,
         vocabulary=int(config.vocab_size),
         positions=getattr(config, "max_position_embeddings", None),
@@ -278,6 +289,16 @@ def shape_of(
         fusable=any(spec.layer in kinds for spec in FAMILIES),
         vocabulary_packs=type(head) is nn.Linear and (not tied or type(embedding) is nn.Embedding),
     )
+
+
+def _number(config: Any, name: str) -> int | None:
+    """Return a field of a configuration, the largest if its layers differ, or None."""
+    each = [config]
+    if getattr(config, "is_heterogeneous", False):  # it refuses to name one for all its layers
+        each = [config.per_layer_config[i] for i in range(config.num_hidden_layers)]
+    values = [getattr(layer, name, None) for layer in each]
+    flat = [n for v in values for n in (v if isinstance(v, list | tuple) else [v])]
+    return max((int(n) for n in flat if isinstance(n, int)), default=None)
 
 
 def shape_of_config(config: Any, name: str) -> ModelShape:

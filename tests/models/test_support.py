@@ -1,0 +1,96 @@
+"""Which models can be trained, and on which linears, from the architecture alone."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from halfbyte.errors import CheckpointError, ConfigError
+from halfbyte.linear.lora import LoRAConfig, attach, frozen_linears
+from halfbyte.models.build import BaseRecipe, build
+from halfbyte.models.support import linears_to_freeze, require_trainable, why_no_adapter
+from tests.checkpoint.families import SIZES
+
+DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 16,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+}
+
+
+def skeleton(family: str, **changes: object) -> PreTrainedModel:
+    fields = {**SIZES, **changes}
+    config = AutoConfig.for_model(family, **fields)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def leaves(paths: object) -> set[str]:
+    return {str(path).rpartition(".")[2] for path in paths}  # type: ignore[attr-defined]
+
+
+def test_a_linear_whose_weight_the_model_reads_stays_as_it_is() -> None:
+    model = skeleton("mamba", time_step_rank=8, state_size=8)
+    # transformers' scan reads the weights of the other three, on a GPU or everywhere.
+    assert leaves(linears_to_freeze(model)) == {"in_proj", "lm_head"}
+    built = build(model.config, BaseRecipe())
+    assert leaves(frozen_linears(built)) == {"in_proj"}
+    assert type(built.backbone.layers[0].mixer.dt_proj) is torch.nn.Linear
+
+
+def test_a_linear_of_another_name_is_one_too() -> None:
+    model = skeleton("falcon")
+    assert {"query_key_value", "dense"} <= leaves(linears_to_freeze(model))
+    require_trainable(model, LoRAConfig())
+
+
+def test_what_peft_does_not_load_gets_no_adapter() -> None:
+    model = skeleton("deepseek_v3", **DEEPSEEK)
+    assert leaves(why_no_adapter(model)) == {"gate_proj", "up_proj", "down_proj"}
+    require_trainable(model, LoRAConfig())
+    wanted = LoRAConfig(target_modules=("o_proj", "down_proj"))
+    with pytest.raises(ConfigError, match=r"down_proj, which cannot get an adapter: PEFT loads no"):
+        require_trainable(model, wanted)
+    built = build(model.config, BaseRecipe(quant="none"))
+    with pytest.raises(ConfigError, match="which cannot get an adapter: PEFT"):
+        attach(built, wanted, seed=0)
+
+
+def test_experts_of_another_family_are_no_reason() -> None:
+    # PEFT knows Mixtral's names w1, w2, w3, and its router; these are Llama's.
+    assert why_no_adapter(skeleton("llama")) == {}
+    require_trainable(skeleton("llama"), LoRAConfig(target_modules=("down_proj",)))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("gpt2", {}, r"GPT2LMHeadModel has no linear layer .*Conv1D, cannot be trained"),
+        ("bert", {}, "is_decoder false in its config.json it sees the tokens it should predict"),
+        ("rwkv", {"attention_hidden_size": 64}, "divides its weights in place when it is called"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(
+    family: str, changes: dict[str, object], reason: str
+) -> None:
+    with pytest.raises(CheckpointError, match=reason):
+        require_trainable(skeleton(family, **changes), LoRAConfig())
+
+
+def test_a_decoder_of_the_same_class_is_trained() -> None:
+    model = skeleton("bert", is_decoder=True)
+    require_trainable(model, LoRAConfig())
+    assert {tensor.device.type for tensor in model.buffers()} == {"meta"}
+
+
+def test_targets_are_compared_with_the_model_before_it_is_loaded() -> None:
+    with pytest.raises(ConfigError, match="target_modules names what this model does not have"):
+        require_trainable(skeleton("llama"), LoRAConfig(target_modules=("query_key_value",)))
