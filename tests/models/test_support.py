@@ -85,8 +85,11 @@ def test_what_cannot_be_trained_is_refused(
         require_trainable(skeleton(family, **changes), LoRAConfig())
 
 
-def test_a_decoder_of_the_same_class_is_trained() -> None:
-    model = skeleton("bert", is_decoder=True)
+@pytest.mark.parametrize(
+    ("family", "changes"), [("bert", {"is_decoder": True}), ("gpt_neox", {"is_decoder": False})]
+)
+def test_a_decoder_is_trained(family: str, changes: dict[str, object]) -> None:
+    model = skeleton(family, **changes)
     require_trainable(model, LoRAConfig())
     assert {tensor.device.type for tensor in model.buffers()} == {"meta"}
 

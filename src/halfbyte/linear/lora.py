@@ -399,18 +399,26 @@ def _named(paths: Sequence[str], wanted: str | tuple[str, ...]) -> list[str]:
     return [path for path in paths if any(_ends_with(path, name) for name in wanted)]
 
 
-def exact_targets(model: nn.Module, adapted: Sequence[str]) -> tuple[str, ...]:
-    """Return names that match the modules ``adapted`` and no others, in PEFT's terms.
+def exact_targets(
+    model: nn.Module, adapted: Sequence[str], wanted: str | tuple[str, ...]
+) -> str | tuple[str, ...]:
+    """Return targets that match the modules ``adapted`` and no others of the model, as PEFT does.
 
-    These are the last parts of their paths, or, where another module of the model has such a name,
-    the paths themselves.
+    These are ``wanted`` (for all-linear, the last parts of the paths) unless they also match a
+    module that has no adapter, such as a linear that is not frozen; then the paths are named.
     """
     chosen = set(adapted)
-    others = [path for path, _ in model.named_modules() if path not in chosen]
-    others = [path for path in others if not any(path.startswith(f"{own}.") for own in chosen)]
-    taken = {path.rpartition(".")[2] for path in others}
-    names = {path: path.rpartition(".")[2] for path in adapted}
-    return tuple(sorted({path if name in taken else name for path, name in names.items()}))
+    parts = tuple(f"{path}." for path in adapted)  # of the adapted modules themselves
+    others = [p for p, _ in model.named_modules() if p not in chosen and not p.startswith(parts)]
+    if wanted == ALL_LINEAR:
+        taken = {path.rpartition(".")[2] for path in others}
+        names = {path: path.rpartition(".")[2] for path in adapted}
+        return tuple(sorted({path if name in taken else name for path, name in names.items()}))
+    if isinstance(wanted, str):
+        ambiguous = any(re.fullmatch(wanted, path) for path in others)
+    else:
+        ambiguous = any(_ends_with(path, name) for path in others for name in wanted)
+    return tuple(adapted) if ambiguous else wanted
 
 
 def _ends_with(path: str, name: str) -> bool:

@@ -100,10 +100,11 @@ def require_trainable(model: PreTrainedModel, config: LoRAConfig) -> None:
         CheckpointError: If they cannot; the message says why.
         ConfigError: If the targets are no linear layers of the model, or cannot get an adapter.
     """
-    name, decoder = type(model).__name__, model.config.get_text_config()
+    name = type(model).__name__
     if name in _REFUSED:
         raise CheckpointError(f"{name} cannot be trained: {_REFUSED[name]}")
-    if getattr(decoder, "is_decoder", True) is False:
+    # A field of that name is in other configurations too, of models that do not read it (GPT-NeoX).
+    if any(getattr(module, "is_decoder", True) is False for module in model.modules()):
         raise CheckpointError(
             f"{name} cannot be trained: with is_decoder false in its config.json it sees the "
             "tokens it should predict"

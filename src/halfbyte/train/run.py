@@ -44,7 +44,6 @@ from halfbyte.errors import OutOfMemoryError
 from halfbyte.layers.multimodal import removed_modules
 from halfbyte.layers.vocabulary import embedding_to_host
 from halfbyte.linear.lora import (
-    ALL_LINEAR,
     adapter_parameters,
     adapter_state,
     attach,
@@ -252,8 +251,8 @@ class _Run:
         """Attach the adapters, and choose the engine and the trainer."""
         config, report, model = self.config, self.report, self.base.model
         adapted = attach(model, self.lora, seed=config.seed)
-        if self.lora.target_modules == ALL_LINEAR:
-            self.lora = replace(self.lora, target_modules=exact_targets(model, adapted))
+        targets = exact_targets(model, adapted, self.lora.target_modules)
+        self.lora = replace(self.lora, target_modules=targets)
         self.parameters = adapter_parameters(model)
         names = [name for name in self.parameters if ".lora_" not in name]
         whole = dict.fromkeys(name.split(".")[-2] for name in names)
