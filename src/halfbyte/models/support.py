@@ -82,11 +82,15 @@ def why_no_adapter(model: PreTrainedModel) -> dict[str, str]:
         if kind == "qwen2_moe":  # PEFT looks up what the type refers to; this one only to itself
             names = set()
     reason = f"PEFT loads no adapter of it in models of type {kind}"
-    return {
-        path: reason
-        for path, linear in linears_to_freeze(model).items()
-        if linear is not model.get_output_embeddings() and path.rpartition(".")[2] in names
-    }
+    head = model.get_output_embeddings()
+    linears = [path for path, linear in linears_to_freeze(model).items() if linear is not head]
+    refused = {path: reason for path in linears if path.rpartition(".")[2] in names}
+    # Layers of cross-attention to an image (Mllama), which are skipped where there is none.
+    skipped = getattr(model.config.get_text_config(), "cross_attention_layers", None) or ()
+    for layer in skipped:
+        inside = (path for path in linears if f".layers.{layer}." in path)
+        refused |= dict.fromkeys(inside, "text does not pass through this layer")
+    return refused
 
 
 def require_trainable(model: PreTrainedModel, config: LoRAConfig) -> None:
