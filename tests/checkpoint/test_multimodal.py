@@ -209,9 +209,7 @@ def test_a_merge_is_the_whole_model_with_its_encoders(
         require_same_codes(merged, load_base(out, BaseRecipe()))
 
 
-def test_a_packed_model_keeps_its_encoders_in_16_bits(
-    tmp_path: Path, checkpoint: Checkpoint
-) -> None:
+def test_a_packed_model_keeps_its_encoders_unpacked(tmp_path: Path, checkpoint: Checkpoint) -> None:
     out = write_quantized(checkpoint.directory, tmp_path / "out", BaseRecipe())
     theirs, _ = checkpoint.reload(out)
     ours = load_base(checkpoint.directory, BaseRecipe())
@@ -275,6 +273,29 @@ def test_an_adapter_of_encoders_is_refused(tmp_path: Path, gemma: Checkpoint) ->
     base = load_base(gemma.directory, BaseRecipe(quant="none"))
     with pytest.raises(CheckpointError, match=r"changes 1 layers of the model's encoders, such as"):
         load_adapter(tmp_path).put_on(base.model)
+
+
+def test_a_template_of_parts_takes_text(
+    tmp_path: Path, gemma: Checkpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    for path in gemma.directory.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    template = (
+        "{% for message in messages %}{% for part in message['content'] %}"
+        "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    # As processors have been saved; a tokenizer reads chat_template.jinja alone.
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    source = open_base(tmp_path)
+    tokenizer = source.tokenizer()
+    assert "would drop text; it is extended" in caplog.text
+    talk = [{"role": "user", "content": "Where?"}]
+    assert tokenizer.apply_chat_template(talk, tokenize=False) == "Where?"
+    caplog.clear()
+    out = write_quantized(source, tmp_path / "out", BaseRecipe())
+    assert open_base(out).tokenizer().chat_template == tokenizer.chat_template
+    assert caplog.text.count("would drop text") == 1  # by the first of the two alone
 
 
 def test_a_gguf_file_is_refused_in_one_sentence(checkpoint: Checkpoint) -> None:

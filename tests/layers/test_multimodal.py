@@ -1,6 +1,7 @@
 """Models of more than text: the class of a checkpoint, and a decoder that computes what it did."""
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -91,8 +92,11 @@ def test_the_class_is_the_one_config_json_names(config: Any, expected: str | Non
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (named("paligemma"), "PaliGemmaForConditionalGeneration is a model of more than text, and"),
-        (named("llama4", "Llama4ForConditionalGeneration"), "some can be trained: AyaVision, Coh"),
+        (named("paligemma"), "PaliGemmaForConditionalGeneration is a model of more than text; of"),
+        (
+            named("emu3", "Emu3ForConditionalGeneration"),
+            "are supported: AyaVision, Cohere2Vision, Ge",
+        ),
         (named("gemma3n"), "Gemma3nForConditionalGeneration is a model of more than text"),
         (named("phi4_multimodal"), "Phi4MultimodalForCausalLM is a model of more than text"),
         (named("qwen3_omni_moe"), "Qwen3OmniMoeForConditionalGeneration is a model of more than"),
@@ -110,6 +114,8 @@ def test_what_is_not_supported_has_a_reason(config: Any, reason: str) -> None:
     found = why_unsupported(config)
     assert found is not None
     assert reason in found
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        build_decoder(config)
     assert len(found) < 500
 
 

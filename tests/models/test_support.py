@@ -3,11 +3,13 @@
 import pytest
 
 from halfbyte.errors import CheckpointError, ConfigError
+from halfbyte.layers.multimodal import build_decoder
 from halfbyte.layers.targets import why_no_adapter
 from halfbyte.linear.lora import LoRAConfig, attach
 from halfbyte.models.build import BaseRecipe, build
 from halfbyte.models.support import require_trainable
 from tests.checkpoint.families import skeleton
+from tests.multimodal import tiny_config
 
 DEEPSEEK = {
     "num_key_value_heads": 4,
@@ -38,6 +40,25 @@ def test_what_peft_does_not_load_gets_no_adapter() -> None:
     built = build(model.config, BaseRecipe(quant="none"))
     with pytest.raises(ConfigError, match="which cannot get an adapter: PEFT"):
         attach(built, wanted, seed=0)
+
+
+def test_layers_that_text_skips_get_no_adapter() -> None:
+    model = build_decoder(tiny_config("mllama"))
+    refused = why_no_adapter(model)
+    assert leaves(refused) == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
+    assert {path.split(".")[3] for path in refused} == {"1"}  # the layer of cross-attention
+    base = build(model.config, BaseRecipe(quant="none"))
+    assert {path.split(".")[3] for path in attach(base, LoRAConfig(), seed=0)} == {"0"}
+    with pytest.raises(ConfigError, match="text does not pass through this layer"):
+        require_trainable(model, LoRAConfig(target_modules=("layers.1.mlp.up_proj",)))
 
 
 @pytest.mark.parametrize(

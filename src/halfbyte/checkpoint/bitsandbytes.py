@@ -8,6 +8,7 @@ it is tied to the embedding; a packed embedding is our extension, which only hal
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +122,10 @@ def _packed(
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[str, Tensor]]:
     importance = importances(source, recipe)
-    sizes = {parameter.name: parameter.nbytes for parameter in source.parameters}
+    sizes = {p.name: p.nbytes for p in (*source.parameters, *source.encoders)}
     done = 0
-    for name, value in source.tensors(recipe.device):
+    encoders = ((parameter.name, source.tensor(parameter.name)) for parameter in source.encoders)
+    for name, value in chain(source.tensors(recipe.device), encoders):
         assert isinstance(value, Tensor)
         if name in linears:
             q = pack(value, recipe, name, importance.get(name))
@@ -136,11 +138,7 @@ def _packed(
             del value
         done += sizes[name]
         if progress is not None:
-            progress(done, source.total_bytes)
-    for parameter in source.encoders:
-        value = source.tensor(parameter.name)
-        assert isinstance(value, Tensor)
-        yield parameter.name, value.to(held[parameter.name])
+            progress(done, source.file_bytes)
 
 
 def quantization_config(

@@ -78,7 +78,7 @@ def cached(
         # Concurrent processes may mistake each other's unfinished directory for an abandoned one.
         logger.warning("no packed copy of %s is kept: %s", source.name, error)
         return source
-    size = copy.total_bytes / 1e9
+    size = copy.file_bytes / 1e9
     logger.warning("the packed copy of %s (%.2f GB) is kept in %s", source.name, size, directory)
     return copy
 

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from halfbyte.checkpoint.bitsandbytes_keys import decode_keys, packed_weights
+from halfbyte.checkpoint.content_parts import taking_text
 from halfbyte.checkpoint.conversion import Conversion, empty_like, settle_keys
 from halfbyte.checkpoint.reading import read_into, read_json
 from halfbyte.checkpoint.safetensors_file import INDEX_NAME, Entry, SafetensorsFile
@@ -239,7 +240,23 @@ class DirectorySource(BaseSource):
             found("a")  # some damage shows in use alone
             for kind in ("bos", "eos", "unk", "pad"):
                 getattr(found, f"{kind}_token_id")
-            return found
+        self._take_template(found)
+        return found
+
+    def _take_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Give a tokenizer the processor's template if it has none, and have it take text."""
+        path = self._directory / "chat_template.json"
+        if tokenizer.chat_template is None and path.is_file():
+            template = read_json(path, "a processor's template").get("chat_template")
+            tokenizer.chat_template = template if isinstance(template, str) else None
+        given = tokenizer.chat_template
+        if isinstance(given, str) and (able := taking_text(given)) != given:
+            tokenizer.chat_template = able
+            logger.warning(
+                "%s: its chat template loops over the parts of a message and would drop text; it "
+                "is extended to take text as one part, and is saved so",
+                self.name,
+            )
 
     def generation_config(self) -> GenerationConfig | None:  # noqa: D102
         if not (self._directory / "generation_config.json").exists():

@@ -81,6 +81,22 @@ class BaseSource(ABC):
         """Bytes of ``parameters`` in the files."""
         return sum(parameter.nbytes for parameter in self.parameters)
 
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all tensors in the files."""
+        return self.total_bytes + sum(parameter.nbytes for parameter in self.encoders)
+
+    @property
+    def left_out(self) -> str | None:
+        """A sentence on what is not loaded, or None."""
+        if not self.encoders:
+            return None
+        nbytes = self.file_bytes - self.total_bytes
+        return (
+            f"only the text decoder of {type(self.skeleton).__name__} is loaded; its encoders of "
+            f"other inputs ({nbytes / 1e6:.1f} MB) are not, and do not change"
+        )
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over sizes, headers and 64 samples of 4 KiB of each file.
@@ -150,6 +166,9 @@ class BaseSource(ABC):
         return recipe
 
 
+# What configurations call the number of layers.
+_LAYERS = ("num_hidden_layers", "depth")
+
 # Exceptions of transformers for invalid files, which it reads without checking.
 _FOREIGN = (
     ArithmeticError,
@@ -218,7 +237,9 @@ def skeleton_of(config: PretrainedConfig, name: str, tensors: int) -> PreTrained
     if reason := why_unsupported(config):
         raise CheckpointError(f"{name} cannot be used: {reason}")
     with foreign_reader(f"{name} is not a causal language model that transformers can build"):
-        layers = config.get_text_config().num_hidden_layers
+        parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+        counts = [getattr(part, name, 0) for part in parts for name in _LAYERS]
+        layers = max(count for count in counts if isinstance(count, int))
         if layers > tensors:
             raise CheckpointError(f"{name} should have {layers} layers, and has {tensors} tensors")
         model = build_whole(config)

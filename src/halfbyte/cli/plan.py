@@ -100,7 +100,9 @@ def main(argv: list[str]) -> None:
         holding = Holding(
             options.quant, options.double_quant, options.block_size, itemsize=card.itemsize
         )
-        shape, holding = _shape(options, holding)
+        shape, holding, left_out = _shape(options, holding)
+        if left_out is not None:
+            report.note(left_out)
         memory = float(options.gpu_memory or card.memory)
         run = Run(
             holding,
@@ -144,12 +146,15 @@ def _card(options: PlanOptions) -> "GpuSpec":
     return min(CARDS.values(), key=lambda card: abs(card.memory - wanted))
 
 
-def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Holding"]:
-    """Return the model's shape and how it is held: tensors already packed stay packed."""
+def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Holding", str | None]:
+    """Return the model's shape, how it is held, and what is not loaded.
+
+    Tensors already packed stay packed.
+    """
     from halfbyte.plan.model_shape import config_of, shape_of_config, shape_of_known
 
     if options.shape is not None and (shape := shape_of_known(options.shape)) is not None:
-        return shape, holding
+        return shape, holding, None
     import torch
     from transformers import AutoConfig
 
@@ -163,10 +168,10 @@ def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Hol
     from halfbyte.plan.ledger import Holding
     from halfbyte.train.memory_check import shape_of_source
 
-    def of_config(config: Any, name: str) -> tuple["ModelShape", "Holding"]:
+    def of_config(config: Any, name: str) -> tuple["ModelShape", "Holding", None]:
         shape = shape_of_config(config, name)
         require_trainable(build_decoder(config), adapters)
-        return shape, holding
+        return shape, holding, None
 
     adapters = LoRAConfig(target_modules=_targets(options))
     if options.shape is not None:
@@ -186,7 +191,7 @@ def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Hol
         shape = replace(shape_of_source(source), name=options.model)
         dtype = torch.bfloat16 if holding.itemsize == 2 else torch.float32
         recipe = BaseRecipe(options.quant, options.double_quant, options.block_size, dtype)
-        return shape, Holding.of(source.fitted(recipe))
+        return shape, Holding.of(source.fitted(recipe)), source.left_out
 
 
 def _targets(options: PlanOptions) -> str | tuple[str, ...]:

@@ -69,5 +69,5 @@ def main(argv: list[str]) -> None:
                 source, options.out, recipe, replace=options.overwrite, progress=progress
             )
         written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-        show.paragraph(f"{out}: {size(written)}, from {size(source.total_bytes)}.")
-        result |= {"directory": str(out), "bytes": written, "source_bytes": source.total_bytes}
+        show.paragraph(f"{out}: {size(written)}, from {size(source.file_bytes)}.")
+        result |= {"directory": str(out), "bytes": written, "source_bytes": source.file_bytes}

@@ -28,14 +28,18 @@ SUPPORTED = (
     "Idefics3ForConditionalGeneration",
     "InternVLForConditionalGeneration",
     "Lfm2VlForConditionalGeneration",
+    "Llama4ForConditionalGeneration",
     "LlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration",
     "LlavaOnevisionForConditionalGeneration",
     "Mistral3ForConditionalGeneration",
+    "MllamaForConditionalGeneration",
     "Qwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
     "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
     "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForConditionalGeneration",
     "SmolVLMForConditionalGeneration",
     "VoxtralForConditionalGeneration",
 )
@@ -85,8 +89,8 @@ def why_unsupported(config: PretrainedConfig) -> str | None:
     if _is_multimodal(config, name) and name not in SUPPORTED:
         families = ", ".join(each.removesuffix("ForConditionalGeneration") for each in SUPPORTED)
         return (
-            f"{name} is a model of more than text, and of these only the text decoder of some can "
-            f"be trained: {families}"
+            f"{name} is a model of more than text; of those, only the text decoders of these "
+            f"families are supported: {families}"
         )
     return None
 
@@ -107,15 +111,17 @@ def build_whole(config: PretrainedConfig, dtype: torch.dtype | None = None) -> P
     """Return the whole model of a configuration, on the meta device.
 
     Args:
-        config: A configuration for which `why_unsupported` returns None.
+        config: The configuration.
         dtype: dtype of its parameters; by default that of the configuration.
 
     Raises:
-        ValueError: If transformers cannot build it; or others, as its code does not check all.
+        ValueError: If it is not supported, or transformers cannot build it; or others, as its code
+            does not check all of a configuration.
     """
+    if reason := why_unsupported(config):
+        raise ValueError(reason)
     name = class_name(config)
-    if name is None:
-        raise ValueError(why_unsupported(config))
+    assert name is not None
     with torch.device("meta"):
         model: PreTrainedModel = _classes(config, _AUTO_CLASSES)[name].from_config(
             config, **({} if dtype is None else {"dtype": dtype})

@@ -73,12 +73,14 @@ def why_no_adapter(model: PreTrainedModel) -> dict[str, str]:
     def is_renamed(path: str) -> bool:
         """Whether PEFT takes the key of an adapter for one of an older checkpoint."""
         key = f"{path}.lora_A.weight"
-        return apply_renamings(key, renamings) != key
+        return bool(apply_renamings(key, renamings) != key)
 
-    reason = f"PEFT loads no adapter of it in models of type {kind}"
-    return {
-        path: reason
-        for path, linear in linears_to_freeze(model).items()
-        if linear is not model.get_output_embeddings()
-        and (path.rpartition(".")[2] in names or is_renamed(path))
-    }
+    head = model.get_output_embeddings()
+    linears = [path for path, linear in linears_to_freeze(model).items() if linear is not head]
+    taken = [path for path in linears if path.rpartition(".")[2] in names or is_renamed(path)]
+    refused = dict.fromkeys(taken, f"PEFT loads no adapter of it in models of type {kind}")
+    # Layers of cross-attention to an image (Mllama), which are skipped where there is none.
+    for layer in getattr(model.config.get_text_config(), "cross_attention_layers", None) or ():
+        inside = (path for path in linears if f".layers.{layer}." in path)
+        refused |= dict.fromkeys(inside, "text does not pass through this layer")
+    return refused

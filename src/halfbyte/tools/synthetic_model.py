@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from halfbyte.config.schema import TrainConfig, load_config
 from halfbyte.engine.choose import choose_engine
 from halfbyte.engine.packing import Batch
 from halfbyte.errors import UserError
+from halfbyte.layers.multimodal import build_decoder
 from halfbyte.layers.vocabulary import embedding_to_host
 from halfbyte.linear.lora import adapter_parameters, attach
 from halfbyte.models.build import build, finalize, load_tensor
@@ -52,8 +52,7 @@ def run(config: TrainConfig, report: "RunReport") -> None:
     began = time.perf_counter()
     model = build(architecture, recipe_of(config, dtype, device))
     torch.manual_seed(config.seed)
-    with torch.device("meta"):
-        shapes = AutoModelForCausalLM.from_config(architecture)
+    shapes = build_decoder(architecture)
     for name, parameter in shapes.named_parameters():  # a tied head is not among them
         load_tensor(model, name, _random(tuple(parameter.shape), dtype, device))
     base_report = finalize(model)

@@ -52,7 +52,7 @@ class Loading:
         tokenizer: PreTrainedTokenizerBase | None = None,
         cache: bool = False,
     ) -> None:
-        self._name, self.seconds = source.name, 0.0
+        self._name, self._left_out, self.seconds = source.name, source.left_out, 0.0
         self._load = partial(
             load_base,
             source,
@@ -80,8 +80,9 @@ class Loading:
             return self._timed() if self._loaded is None else self._loaded.result()
         with report.task(f"loading {self._name}") as self._progress:
             base = self._timed() if self._loaded is None else self._loaded.result()
-        for line in base.memory_report.lines():
-            report.note(line)
+        for line in (self._left_out, *base.memory_report.lines()):
+            if line is not None:
+                report.note(line)
         return base
 
     def _timed(self) -> LoadedBase:
