@@ -171,6 +171,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": _INDEXER,
     "qwen4_exp": {"text_config": _INDEXER},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": (16, 48), "axial_pos_shape": (16, 16)},
+    "xlstm": {"hidden_size": 128},  # queries and keys are a multiple of 64 wide
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
     "zamba": {"layers_block_type": ["mamba", "hybrid", "hybrid", "mamba"]},
     "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_mem_blocks": 1},

@@ -14,6 +14,7 @@ from halfbyte.models.buffers import compute_buffers
 # What is not trained, by the class of the model, and why.
 _REFUSED = {
     "CpmAntForCausalLM": "its logits depend on later tokens, which it should predict",
+    "ProphetNetForCausalLM": "transformers' own generate, which answers prompts, fails with it",
     "RwkvForCausalLM": "transformers divides its weights in place when it is called",
     "XLNetLMHeadModel": "its logits depend on later tokens, which it should predict",
 }
