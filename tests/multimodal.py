@@ -69,6 +69,16 @@ def _llava(text: str, vision: str, token: str = "image_token_index", **more: Any
     }
 
 
+_EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+_LINEAR_ATTENTION = {
+    **_rope(1, 0, 0, partial_rotary_factor=0.25),
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "aya_vision": _llava("cohere2", "siglip_vision_model", alignment_intermediate_size=32),
     "cohere2_vision": _llava(
@@ -111,10 +121,36 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "image_token_id": 390,
         "projector_hidden_size": 16,
     },
+    "llama4": {
+        "text_config": TEXT | {"intermediate_size_mlp": 48, "num_local_experts": 2},
+        "vision_config": _VISION
+        | {"intermediate_size": 64, "vision_output_dim": 16}
+        | {"projector_input_dim": 16, "projector_output_dim": 16},
+        **_GEMMA_TOKENS,
+    },
     "llava": _llava("llama", "clip_vision_model"),
     "llava_next": _llava("mistral", "clip_vision_model"),
     "llava_onevision": _llava("qwen2", "siglip_vision_model"),
     "mistral3": _llava("mistral", "pixtral"),
+    "mllama": {
+        "text_config": TEXT
+        | {"cross_attention_layers": [1]}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 1,
+            "num_global_layers": 1,
+            "attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+            "vision_output_dim": 32,
+            "intermediate_layers_indices": [0],
+            "max_num_tiles": 2,
+            "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+        },
+        "image_token_id": 390,
+    },
     "qwen2_vl": {
         "text_config": TEXT | _rope(1, 1, 2),
         "vision_config": {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2},
@@ -130,12 +166,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "vision_config": _QWEN_VISION | {"deepstack_visual_indexes": [0]},
         **_QWEN_TOKENS,
     },
+    "qwen3_vl_moe": {
+        "text_config": TEXT | _EXPERTS | _rope(1, 1, 2),
+        "vision_config": _QWEN_VISION | {"deepstack_visual_indexes": [0]},
+        **_QWEN_TOKENS,
+    },
     "qwen3_5": {
+        "text_config": TEXT | _LINEAR_ATTENTION,
+        "vision_config": _QWEN_VISION,
+        **_QWEN_TOKENS,
+    },
+    "qwen3_5_moe": {
         "text_config": TEXT
-        | _rope(1, 0, 0, partial_rotary_factor=0.25)
-        | {"layer_types": ["linear_attention", "full_attention"]}
-        | {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
-        | {"linear_key_head_dim": 8, "linear_value_head_dim": 8},
+        | _EXPERTS
+        | _LINEAR_ATTENTION
+        | {"shared_expert_intermediate_size": 16},
         "vision_config": _QWEN_VISION,
         **_QWEN_TOKENS,
     },

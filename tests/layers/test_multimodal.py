@@ -94,7 +94,7 @@ def test_the_class_is_the_one_config_json_names(config: Any, expected: str | Non
     [
         (named("paligemma"), "PaliGemmaForConditionalGeneration is a model of more than text; of"),
         (
-            named("llama4", "Llama4ForConditionalGeneration"),
+            named("emu3", "Emu3ForConditionalGeneration"),
             "are supported: AyaVision, Cohere2Vision, Ge",
         ),
         (named("gemma3n"), "Gemma3nForConditionalGeneration is a model of more than text"),

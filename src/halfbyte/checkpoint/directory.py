@@ -1,7 +1,7 @@
 """A model in a directory, as written by ``save_pretrained``: plain, or packed by bitsandbytes.
 
-Names of older or other layouts are translated by transformers' own tables. Tensors that would have
-to be fused with others (experts in one tensor) are rejected by name.
+Names of older or other layouts are translated by transformers' own tables, and what it stores in
+another form (experts one by one) is converted as it does (conversion.py).
 """
 
 import contextlib
@@ -23,11 +23,10 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from halfbyte.checkpoint.bitsandbytes_keys import decode_keys, packed_weights
 from halfbyte.checkpoint.content_parts import taking_text
+from halfbyte.checkpoint.conversion import Conversion, empty_like, settle_keys
 from halfbyte.checkpoint.reading import read_into, read_json
 from halfbyte.checkpoint.safetensors_file import INDEX_NAME, Entry, SafetensorsFile
 from halfbyte.checkpoint.source import BaseSource, Parameter, foreign_reader, skeleton_of
@@ -86,54 +85,51 @@ class DirectorySource(BaseSource):
         return self._homes[key].entries[key]
 
     def _parameter(self, name: str) -> Parameter:
-        key, expected = self._stored[name], self._expected[name]
-        shape = tuple(expected.shape)
-        entry, packed = self._entry(key), key in self._packed
-        if not packed and entry.shape != shape:
+        stored, expected = self._stored[name], self._expected[name]
+        shape, packed = tuple(expected.shape), stored in self._packed
+        if isinstance(stored, Conversion):
+            where, came = stored.keys[0][0], stored.outputs[name]
+            home, came_shape, dtype = self._homes[where].path, tuple(came.shape), came.dtype
+            nbytes = came.nbytes
+        else:
+            where, entry = stored, self._entry(stored)
+            home, came_shape, dtype = self._homes[where].path, entry.shape, entry.dtype
+            nbytes = sum(self._entry(member).nbytes for member in self._packed.get(where, [where]))
+        if not packed and came_shape != shape:
             raise CheckpointError(
-                f"{self._homes[key].path}: {key} has shape {list(entry.shape)}, the configuration "
+                f"{home}: {where} has shape {list(came_shape)}, the configuration "
                 f"requires {list(shape)}; is config.json of another model?"
             )
-        if not packed and entry.dtype.is_floating_point != expected.is_floating_point():
+        if not packed and dtype.is_floating_point != expected.is_floating_point():
             raise CheckpointError(
-                f"{self._homes[key].path}: {key} is {entry.dtype}, expected are "
+                f"{home}: {where} is {dtype}, expected are "
                 f"{'floating' if expected.is_floating_point() else 'whole'} numbers; is it "
                 "quantised in a way that config.json does not mention?"
             )
-        nbytes = sum(self._entry(member).nbytes for member in self._packed.get(key, [key]))
-        return Parameter(name, shape, entry.dtype, nbytes, packed)
+        return Parameter(name, shape, dtype, nbytes, packed)
 
-    def _settle(self, keys: list[str]) -> dict[str, str]:
-        """Return, for each parameter of the model, its key in the files.
+    def _settle(self, keys: list[str]) -> dict[str, str | Conversion]:
+        """Return, for each parameter of the model, its key in the files, or how it is made.
 
         Raises:
             CheckpointError: If a parameter is missing or duplicate, or a key is no parameter.
         """
-        model = self.skeleton
-        expected = model.state_dict()
-        settled: dict[str, str] = {}
-        faults: list[str] = []
+        model, expected = self.skeleton, self._expected
+        found = settle_keys(model, expected, keys)
         obsolete = [*_OBSOLETE, *(model._keys_to_ignore_on_load_unexpected or ())]
-        transforms = []
-        if not all(key in expected for key in keys):
-            transforms = get_model_conversion_mapping(model)
-        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        for key in keys:
-            name, converter = key, None
-            if key not in expected:
-                name, converter = rename_source_key(
-                    key, renamings, converters, model.base_model_prefix, expected
-                )
-            if converter is not None:
-                faults.append(f"{key}: transformers fuses this with others, which is not supported")
-            elif name in settled:
-                faults.append(f"{key}: the same parameter as {settled[name]}")
-            elif name in expected:
-                settled[name] = key
-            elif not any(re.search(pattern, key) for pattern in obsolete):
-                faults.append(f"{key}: unknown to {type(model).__name__}")
-        tied = self._settle_ties(settled)
+        faults = [f"{key}: the same parameter as {other}" for key, other in found.duplicates]
+        faults += [
+            f"{key}: unknown to {type(model).__name__}"
+            for key in found.unknown
+            if not any(re.search(pattern, key) for pattern in obsolete)
+        ]
+        tied = self._settle_ties(found.keys)
+        settled: dict[str, str | Conversion] = {**found.keys}
+        for conversion in found.conversions:
+            for name in self._infer(conversion):
+                if name in settled or name not in expected:
+                    faults.append(f"{conversion.keys[0][0]}: becomes {name}, which is no parameter")
+                settled[name] = conversion
         optional = model._keys_to_ignore_on_load_missing or ()
         faults += [
             f"{name}: missing"
@@ -149,6 +145,20 @@ class DirectorySource(BaseSource):
                 f"({type(model).__name__}):\n  " + "\n  ".join(faults[:8]) + more
             )
         return settled
+
+    def _infer(self, conversion: Conversion) -> Iterable[str]:
+        """Return the names of the parameters that a conversion makes."""
+        for key, _ in conversion.keys:
+            if key in self._packed:
+                raise CheckpointError(
+                    f"{self._homes[key].path}: {key} is packed in 4 bits, and {conversion.target} "
+                    "is made of it in 16 bits alone; use the model it was made from"
+                )
+        entries = {key: self._entry(key) for key, _ in conversion.keys}
+        conversion.infer(
+            self.skeleton, lambda key: empty_like(entries[key].shape, entries[key].dtype)
+        )
+        return conversion.outputs
 
     def _settle_ties(self, settled: dict[str, str]) -> set[str]:
         """Drop parameters tied to another one from ``settled``; return all tied names."""
@@ -198,18 +208,29 @@ class DirectorySource(BaseSource):
         self, device: torch.device | str = "cpu"
     ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
         device = torch.device(device)
-        keys = {parameter.name: self._stored[parameter.name] for parameter in self.parameters}
+        stored_of = {parameter.name: self._stored[parameter.name] for parameter in self.parameters}
         staged: list[str] = []
         if device.type != "cpu":
             # A packed weight is a quarter of the bytes, and its JSON and tables are needed here.
-            staged = [key for key in keys.values() if key not in self._packed]
+            plain = (key for key in stored_of.values() if isinstance(key, str))
+            staged = [key for key in plain if key not in self._packed]
         ahead = set(staged)
+        made: dict[str, Tensor] = {}
         with contextlib.closing(read_to_device(list(map(self._request, staged)), device)) as stream:
-            for name, key in keys.items():
-                yield name, next(stream) if key in ahead else self._read(key)
+            for name, stored in stored_of.items():
+                if isinstance(stored, str):
+                    yield name, next(stream) if stored in ahead else self._read(stored)
+                    continue
+                if name not in made:
+                    made = self._convert(stored)
+                yield name, made.pop(name)
 
     def tensor(self, name: str) -> Tensor | QuantizedWeight:  # noqa: D102
-        return self._read(self._stored[name])
+        stored = self._stored[name]
+        return self._read(stored) if isinstance(stored, str) else self._convert(stored)[name]
+
+    def _convert(self, conversion: Conversion) -> dict[str, Tensor]:
+        return conversion.apply(self.skeleton, lambda key: self._homes[key].read(key))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:  # noqa: D102
         with foreign_reader(f"{self._directory} has no tokenizer that transformers can read"):

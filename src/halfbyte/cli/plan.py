@@ -107,7 +107,7 @@ def main(argv: list[str]) -> None:
         run = Run(
             holding,
             options.lora_r,
-            () if options.target_modules == ("all-linear",) else options.target_modules,
+            () if _targets(options) == "all-linear" else options.target_modules,
             options.batch_size,
             options.max_length,
             options.gradient_accumulation_steps,
@@ -161,12 +161,21 @@ def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Hol
     from halfbyte.checkpoint.base_model import open_base
     from halfbyte.checkpoint.hub_headers import fetch_headers
     from halfbyte.checkpoint.source import foreign_reader
+    from halfbyte.layers.multimodal import build_decoder
+    from halfbyte.linear.lora import LoRAConfig
     from halfbyte.models.build import BaseRecipe
+    from halfbyte.models.support import require_trainable
     from halfbyte.plan.ledger import Holding
     from halfbyte.train.memory_check import shape_of_source
 
+    def of_config(config: Any, name: str) -> tuple["ModelShape", "Holding", None]:
+        shape = shape_of_config(config, name)
+        require_trainable(build_decoder(config), adapters)
+        return shape, holding, None
+
+    adapters = LoRAConfig(target_modules=_targets(options))
     if options.shape is not None:
-        return shape_of_config(config_of(options.shape), options.shape), holding, None
+        return of_config(config_of(options.shape), options.shape)
     assert options.model is not None
     path = Path(options.model).expanduser()
     with tempfile.TemporaryDirectory() as directory:
@@ -176,12 +185,18 @@ def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Hol
         elif (path / "config.json").exists() and not any(path.glob("*.safetensors")):
             with foreign_reader(f"{path}: transformers cannot read config.json"):
                 config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-            return shape_of_config(config, options.model), holding, None
+            return of_config(config, options.model)
         source = open_base(path)
+        require_trainable(source.skeleton, adapters)
         shape = replace(shape_of_source(source), name=options.model)
         dtype = torch.bfloat16 if holding.itemsize == 2 else torch.float32
         recipe = BaseRecipe(options.quant, options.double_quant, options.block_size, dtype)
         return shape, Holding.of(source.fitted(recipe)), source.left_out
+
+
+def _targets(options: PlanOptions) -> str | tuple[str, ...]:
+    given = options.target_modules
+    return "all-linear" if given == ("all-linear",) else given
 
 
 def _batch(most: int | None) -> str:
@@ -267,6 +282,11 @@ def _show(
         )
     if any(way.seconds.launching == way.seconds.total for way in found):
         show.paragraph("Where a step is short, it is Python's launching that takes the time.")
+    if experts := shape.expert_parameters:
+        show.paragraph(
+            f"Its experts, {_count(experts)} parameters, are tensors of a whole layer and not "
+            "linear layers: they are neither packed nor trained."
+        )
     if not shape.fusable:
         show.paragraph(
             "The layers of this family are run as transformers has them: what they keep for "

@@ -11,7 +11,7 @@ run is identical to an uninterrupted one, byte for byte.
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,14 @@ from halfbyte.engine.packing import Batch
 from halfbyte.errors import OutOfMemoryError
 from halfbyte.layers.multimodal import removed_modules
 from halfbyte.layers.vocabulary import embedding_to_host
-from halfbyte.linear.lora import adapter_parameters, adapter_state, attach, load_adapter_state
+from halfbyte.linear.lora import (
+    adapter_parameters,
+    adapter_state,
+    attach,
+    exact_targets,
+    load_adapter_state,
+)
+from halfbyte.models.support import require_trainable
 from halfbyte.runtime.device import is_out_of_memory
 from halfbyte.runtime.malloc import give_back, keep_freed_memory
 from halfbyte.runtime.matmul import float32_library
@@ -201,6 +208,7 @@ class _Run:
         self.resumed = resume_from(config, self.output, report)
         report.track(config.report_to)
         self.source = open_base(config.model, revision=config.revision)
+        require_trainable(self.source.skeleton, self.lora)
         if config.init_lora_weights == "qera":
             require_plain(self.source)
         self.tokenizer = self.source.tokenizer()
@@ -243,6 +251,8 @@ class _Run:
         """Attach the adapters, and choose the engine and the trainer."""
         config, report, model = self.config, self.report, self.base.model
         adapted = attach(model, self.lora, seed=config.seed)
+        targets = exact_targets(model, adapted, self.lora.target_modules)
+        self.lora = replace(self.lora, target_modules=targets)
         self.parameters = adapter_parameters(model)
         names = [name for name in self.parameters if ".lora_" not in name]
         whole = dict.fromkeys(name.split(".")[-2] for name in names)
