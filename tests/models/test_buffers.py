@@ -6,7 +6,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from halfbyte.errors import CheckpointError
+from halfbyte.layers.multimodal import build_decoder
 from halfbyte.models.buffers import compute_buffers
+from tests import multimodal
 from tests.checkpoint.families import SIZES
 
 FAMILIES = {
@@ -50,3 +52,15 @@ def test_one_that_will_come_from_files_is_left_alone() -> None:
         model.register_buffer("threshold", nn.Parameter(torch.ones(3)).data)
     compute_buffers(model, "cpu", stored={"threshold"})
     assert model.threshold.is_meta
+
+
+@pytest.mark.parametrize("family", multimodal.FAMILIES)
+def test_a_decoder_without_its_encoders_has_all_of_its_buffers(family: str) -> None:
+    model = build_decoder(multimodal.tiny_config(family))
+    stored = model.state_dict().keys()
+    compute_buffers(model, "cpu", stored=stored)
+    whole = dict(multimodal.tiny_multimodal(family).named_buffers())
+    computed = {path: held for path, held in model.named_buffers() if path not in stored}
+    assert computed
+    for path, held in computed.items():
+        assert held.equal(whole[path]), path

@@ -137,10 +137,11 @@ def build_decoder(config: PretrainedConfig, dtype: torch.dtype | None = None) ->
 
 
 def remove_encoders(model: PreTrainedModel) -> None:
-    """Remove every parameter that text does not pass through, and the modules that hold them.
+    """Remove the modules with parameters that text does not pass through.
 
-    The paths of these modules are stored in ``model.halfbyte_removed``. Other paths do not change,
-    and a model of text only is unchanged.
+    Their paths are stored in ``model.halfbyte_removed``. Other paths do not change, and a model of
+    text only is unchanged. A parameter of a module around the decoder stays (LLaVA-NeXT has one
+    vector there), since transformers' initialisation needs it.
     """
     model.halfbyte_removed = ()
     if type(model).__name__ not in SUPPORTED:
@@ -149,8 +150,6 @@ def remove_encoders(model: PreTrainedModel) -> None:
     removed: list[str] = []
 
     def prune(owner: nn.Module, path: str) -> None:
-        for name in list(owner._parameters):
-            owner._parameters[name] = None
         for name, child in list(owner.named_children()):
             child_path = f"{path}{name}"
             if child in kept:
