@@ -108,6 +108,6 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     """The object on a line; None if the line is truncated."""
     try:
         record = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None

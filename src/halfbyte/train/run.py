@@ -51,6 +51,7 @@ from halfbyte.train import metadata
 from halfbyte.train.evaluate import as_batch, evaluate_loss
 from halfbyte.train.loading import Loading, lora_of, recipe_metadata, recipe_of
 from halfbyte.train.memory_check import FIRST_LOOK, Prediction
+from halfbyte.train.output import claim_output
 from halfbyte.train.qera import begin_with_error, require_plain
 from halfbyte.train.resume import check_same_run, identity_of_run, resume_from
 from halfbyte.train.saving import CheckpointWriter
@@ -139,6 +140,11 @@ def train(config: TrainConfig, report: "RunReport") -> TrainResult:
         UserError: For errors the user can fix; no incomplete output is left behind.
         NonFiniteLossError: If training diverges; the last checkpoint is kept.
     """
+    with claim_output(config):
+        return _train(config, report)
+
+
+def _train(config: TrainConfig, report: "RunReport") -> TrainResult:
     existed = config.output.exists()
     output = require_writable(config.output)
     try:
