@@ -37,7 +37,7 @@ def output_lock(directory: str | Path) -> Iterator[None]:
     """
     directory = Path(directory)
     with output_errors(directory):
-        place = directory.resolve()
+        place = Path(os.path.realpath(directory))  # Path.resolve raises for a loop of links
         if place.exists() and not place.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         place.parent.mkdir(parents=True, exist_ok=True)
