@@ -11,21 +11,30 @@ model, and replace the model's tensors, in PEFT's adapters as in ours.
 """
 
 import json
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 
-from halfbyte.checkpoint.atomic import new_file, output_errors, require_writable
+from halfbyte.checkpoint.atomic import (
+    new_file,
+    output_errors,
+    remove_directory,
+    remove_partial,
+    require_writable,
+)
 from halfbyte.checkpoint.reading import read_json
 from halfbyte.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
 from halfbyte.errors import CheckpointError, ConfigError
+from halfbyte.foreign_text import quote
 from halfbyte.layers.multimodal import removed_modules
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.lora import (
@@ -181,8 +190,20 @@ def save_adapter(
     write_card(directory, state, config, base=base, recipe=recipe, removed=removed)
     if tokenizer is not None:
         with output_errors(directory):
-            tokenizer.save_pretrained(directory)
+            _save_tokenizer(tokenizer, directory)
     return directory
+
+
+def _save_tokenizer(tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
+    """Write a tokenizer's files, not in place: one may be a link to the base model's."""
+    remove_partial(directory, "tokenizer")
+    with TemporaryDirectory(dir=directory, prefix=".tokenizer.partial-") as fresh:
+        tokenizer.save_pretrained(fresh)
+        for entry in Path(fresh).iterdir():
+            place = directory / entry.name
+            if place.is_dir() and not place.is_symlink():  # of further templates
+                remove_directory(place)
+            os.replace(entry, place)
 
 
 def write_card(
@@ -287,6 +308,8 @@ def load_adapter(directory: str | Path) -> LoadedAdapter:
             DoRA and modules trained in full.
     """
     directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory} is no directory; expected the directory of an adapter")
     fields = read_json(directory / CONFIG_NAME, "an adapter's directory holds one")
     _check_plain(directory, fields)
     info: dict[str, Any] = {}
@@ -309,10 +332,10 @@ def _check_plain(directory: Path, fields: dict[str, Any]) -> None:
     kind = fields.get("peft_type")
     if kind != "LORA":
         raise CheckpointError(
-            f"{directory} is a PEFT adapter of type {kind!r}; only LORA is supported"
+            f"{directory} is a PEFT adapter of type {quote(kind)}; only LORA is supported"
         )
     beyond = [
-        f"{key}={fields[key]!r}"
+        f"{key}={quote(fields[key])}"
         for key, harmless in _BEYOND_US.items()
         if key in fields and fields[key] not in harmless
     ]
@@ -422,7 +445,7 @@ def _config_of(path: Path, fields: dict[str, Any], modules: list[str]) -> LoRACo
         )
     except ValidationError as error:
         names = dict.fromkeys(str(e["loc"][0]) for e in error.errors())
-        wrong = [f"{name}={fields.get(name)!r}" for name in names]
+        wrong = [f"{name}={quote(fields.get(name))}" for name in names]
         raise CheckpointError(
             f"{path}: {', '.join(wrong)} are not the numbers of an adapter"
         ) from None

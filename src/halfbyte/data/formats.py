@@ -23,6 +23,7 @@ from typing import Any
 
 from halfbyte.data.dataset_report import RowRejected
 from halfbyte.errors import DataError
+from halfbyte.foreign_text import quote
 
 Message = dict[str, Any]
 """``role``, ``content``, and other keys that the chat template may use, such as tool calls."""
@@ -86,7 +87,7 @@ def detect_format(values: Iterable[object]) -> str:
             seen = seen or value
             votes.update([name for name in _FORMATS if _has_keys(value, name)][:1])
     if not votes:
-        keys = ", ".join(repr(key) for key in list(seen)[:12]) or "none"
+        keys = ", ".join(map(quote, list(seen)[:12])) or "none"
         known = "; ".join(" and ".join(keys) for keys, _ in _FORMATS.values())
         raise DataError(
             f"no row is in a known format. The first has the keys: {keys}. "

@@ -18,11 +18,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from halfbyte.errors import DataError
+from halfbyte.input_files import read_file
 
 SUFFIXES = (".jsonl", ".json", ".ndjson")
 """Suffixes of data files in a directory."""
 
 _OTHER_KINDS = (".parquet", ".csv", ".tsv", ".txt", ".xlsx", ".arrow", ".gz", ".zst", ".zip")
+LONGEST_ROW = 8_000_000
+"""Longest row of a file, in bytes: some two million tokens, which take ten seconds to encode."""
+
+_TOO_LONG = f"longer than {LONGEST_ROW // 10**6} MB; divide it"
 _BOM = b"\xef\xbb\xbf"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -98,16 +103,18 @@ def _read_file(path: Path) -> Iterator[Row]:
             f"{path} is a {path.suffix} file: expected JSONL, one JSON object per line. Convert it "
             "first, e.g. with pandas' DataFrame.to_json(path, orient='records', lines=True)."
         )
-    raw = path.read_bytes()
+    raw = read_file(path)
     if raw.startswith(_UTF16):
         raise DataError(f"{path} is in UTF-16: expected UTF-8. Save it as UTF-8.")
     raw = raw.removeprefix(_BOM)
     if raw.lstrip().startswith(b"["):
         yield from _read_array(raw)
         return
-    if path.suffix.lower() == ".json" and (row := _parse("1", raw)).problem is None:
-        yield row
-        return
+    if path.suffix.lower() == ".json":
+        row = _parse("1", raw)
+        if row.problem in (None, _TOO_LONG):  # the whole file is one object
+            yield row
+            return
     for number, line in enumerate(io.BytesIO(raw), 1):
         if line.strip():
             yield _parse(str(number), line)
@@ -115,7 +122,8 @@ def _read_file(path: Path) -> Iterator[Row]:
 
 def _parse(number: str, line: bytes) -> Row:
     try:
-        return _checked(number, json.loads(line.decode("utf-8")))
+        row = _checked(number, json.loads(line.decode("utf-8")))
+        return row if len(line) <= LONGEST_ROW else Row(number, None, _TOO_LONG)
     except UnicodeDecodeError:
         return Row(number, None, "not UTF-8")
     except (ValueError, RecursionError):
@@ -152,6 +160,8 @@ def _read_array(raw: bytes) -> Iterator[Row]:
             if text[position : position + 1] not in (",", "]"):
                 raise ValueError("neither a comma nor the end of the array")
             row = _checked(str(line), value)
+            if position - counted_to > LONGEST_ROW:
+                row = Row(row.line, None, _TOO_LONG)
         except (ValueError, RecursionError):
             yield Row(str(line), None, "malformed JSON; the rest of the array is not read")
             return

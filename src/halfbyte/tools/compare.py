@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 from halfbyte.checkpoint.atomic import new_file, require_writable
 from halfbyte.config.aliases import translate
 from halfbyte.config.schema import TrainConfig, check, load_config, to_yaml
-from halfbyte.errors import ConfigError, HalfbyteError
+from halfbyte.errors import ConfigError, HalfbyteError, OutputError
+from halfbyte.foreign_text import quote
 from halfbyte.report.comparison import (
     EVALUATION,
     Comparison,
@@ -32,6 +33,7 @@ from halfbyte.report.comparison import (
     finished_run,
     read_result,
 )
+from halfbyte.report.page import require_page
 from halfbyte.report.runs import Run, number, read_run
 
 KNOWN: dict[str, dict[str, Any]] = {
@@ -74,11 +76,11 @@ def parse_variants(names: Sequence[str]) -> list[Variant]:
                 options |= KNOWN[option]
             else:
                 problems.append(
-                    f"`variants`: {word!r} is not known; expected {', '.join(KNOWN)}, an option "
-                    "such as r=64, or several joined by +"
+                    f"`variants`: {quote(word)} is not known; expected {', '.join(KNOWN)}, an "
+                    "option such as r=64, or several joined by +"
                 )
         if any(variant.name == name for variant in found):
-            problems.append(f"`variants`: {name!r} is given twice")
+            problems.append(f"`variants`: {quote(name)} is given twice")
         found.append(Variant(name, options))
     if problems or not found:
         raise ConfigError("; ".join(problems) or "`variants` names nothing to train")
@@ -160,7 +162,7 @@ def _require_same(job: Job) -> None:
     now = job.config.model_dump(mode="json")
     places = {"output", "memory_budget", "save_steps", "save_total_limit", "logging_steps"}
     changed = [
-        f"{name} was {before[name]!r}, is {value!r}"
+        f"{name} was {quote(before[name])}, is {quote(value)}"
         for name, value in now.items()
         if name not in places and before[name] != value
     ]
@@ -264,6 +266,21 @@ def first_runs(done: Sequence[Job]) -> Iterator[Run]:
             yield one
 
 
+def require_free(output: Path) -> None:
+    """Check, before anything is trained, that `write_results` will replace no file of others.
+
+    Raises:
+        OutputError: It would.
+    """
+    table, page = output / "compare.json", output / "compare.html"
+    require_page(page)
+    if table.exists() and not page.exists():
+        raise OutputError(
+            f"{table} was not written by a comparison, so it is not replaced: move it, or give "
+            "another --output"
+        )
+
+
 def write_results(
     found: Comparison, done: Sequence[Job], output: Path, *, title: str, about: str, curves: bool
 ) -> None:
@@ -291,10 +308,10 @@ def write_results(
         if job.finished()
     }
     page = comparison_page(found, runs if curves else [], title, about, links)
-    with new_file(output / "compare.json") as file:
-        file.write(json.dumps(found.as_json(), indent=2, ensure_ascii=False).encode())
     with new_file(output / "compare.html") as file:
         file.write(page.encode(errors="replace"))
+    with new_file(output / "compare.json") as file:
+        file.write(json.dumps(found.as_json(), indent=2).encode())
 
 
 def require_results(found: Comparison) -> None:

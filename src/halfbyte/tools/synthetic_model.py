@@ -19,6 +19,7 @@ from halfbyte.config.schema import TrainConfig, load_config
 from halfbyte.engine.choose import choose_engine
 from halfbyte.engine.packing import Batch
 from halfbyte.errors import UserError
+from halfbyte.foreign_text import as_message
 from halfbyte.layers.multimodal import build_decoder
 from halfbyte.layers.vocabulary import embedding_to_host
 from halfbyte.linear.lora import adapter_parameters, attach
@@ -29,6 +30,7 @@ from halfbyte.runtime.malloc import keep_freed_memory
 from halfbyte.runtime.precision import choose_device_and_dtype
 from halfbyte.train import metadata
 from halfbyte.train.loading import lora_of, recipe_of
+from halfbyte.train.output import claim_output
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.trainer import StepResult, Trainer
 
@@ -126,10 +128,10 @@ def main(file: str) -> int:
     """Run a configuration file; return the exit code."""
     try:
         config, _ = load_config(Path(file), {})
-        with open_report(config.output) as report:
+        with open_report(config.output) as report, claim_output(config):
             run(config, report)
     except UserError as error:
-        print(f"halfbyte compare: {error}", file=sys.stderr)
+        print(as_message(f"halfbyte compare: {error}"), file=sys.stderr)
         return 2
     return 0
 

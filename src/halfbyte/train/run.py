@@ -59,6 +59,7 @@ from halfbyte.train import metadata
 from halfbyte.train.evaluate import as_batch, evaluate_loss
 from halfbyte.train.loading import Loading, lora_of, recipe_metadata, recipe_of
 from halfbyte.train.memory_check import FIRST_LOOK, Prediction
+from halfbyte.train.output import claim_output
 from halfbyte.train.qera import begin_with_error, require_plain
 from halfbyte.train.resume import check_same_run, identity_of_run, resume_from
 from halfbyte.train.saving import CheckpointWriter
@@ -147,6 +148,11 @@ def train(config: TrainConfig, report: "RunReport") -> TrainResult:
         UserError: For errors the user can fix; no incomplete output is left behind.
         NonFiniteLossError: If training diverges; the last checkpoint is kept.
     """
+    with claim_output(config):
+        return _train(config, report)
+
+
+def _train(config: TrainConfig, report: "RunReport") -> TrainResult:
     existed = config.output.exists()
     output = require_writable(config.output)
     try:
@@ -236,7 +242,7 @@ class _Run:
         self.lengths = [[n for batch in step for n in batch] for step in lengths]
         self.identity = identity_of_run(config, self.source, self.dataset)
         if self.resumed is not None:
-            check_same_run(self.resumed, self.identity)
+            check_same_run(self.resumed, self.identity, self.plan.total)
 
     def _prepare_cpu(self) -> None:
         if self.dtype == torch.float32:
