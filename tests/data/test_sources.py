@@ -76,14 +76,17 @@ def test_a_line_separator_inside_a_string_ends_no_line(tmp_path):
         (b'{"a": ', "malformed JSON"),
         (b"caf\xe9", "not UTF-8"),
         (b'{"a": "\\ud800"}', "half a surrogate pair"),
-        (b"[" * 100_000, "malformed JSON"),
+        (b'{"a":' * 100_000, "malformed JSON"),
+        (b'{"a":' * 101 + b"1" + b"}" * 101, "nested more than 100 levels deep"),
     ],
-    ids=["cut", "latin-1", "surrogate", "deep"],
+    ids=["cut", "latin-1", "surrogate", "too deep for Python", "deep"],
 )
 def test_a_bad_line_is_a_problem_and_the_next_is_read(tmp_path, line, problem):
     rows = read(tmp_path / "a.jsonl", b'{"a": 1}\n' + line + b'\n{"a": 3}\n')
     assert [row.line for row in rows] == ["1", "2", "3"]
     assert problem in rows[1].problem
+    assert rows[1].value
+    assert rows[1].value.encode()[:3] == line[:3]
     assert rows[2].value == {"a": 3}
 
 
