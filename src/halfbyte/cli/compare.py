@@ -118,6 +118,8 @@ def main(argv: list[str]) -> None:
                     continue
                 with report.task(message, None) as progress:
                     found.append(compare.run(job, progress))
+            if found[0].failure is None and (left := compare.rows_left_out(todo[0])):
+                report.note(left)
         comparison = Comparison(tuple(found))
         compare.write_results(
             comparison,
