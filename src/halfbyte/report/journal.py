@@ -98,9 +98,9 @@ def read_journal(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """The object on a line; None if the line is truncated."""
+    """The object on a line; None if the line is truncated, or too deeply nested for Python."""
     try:
         record = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
