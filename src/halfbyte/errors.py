@@ -14,9 +14,19 @@ A message says what was expected, what was found, and what to do. Anything that 
 ``HalfbyteError`` is a bug of ours and is shown with its traceback (exit code 1).
 """
 
+from halfbyte.foreign_text import LONGEST_MESSAGE, shorten
+
 
 class HalfbyteError(Exception):
-    """Base class of all exceptions that halfbyte raises deliberately."""
+    """Base class of all exceptions that halfbyte raises deliberately.
+
+    Args:
+        message: For the user. Its middle is left out if it is very long: whatever a message quotes,
+            it stays one that can be read.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shorten(message, LONGEST_MESSAGE))
 
 
 class UserError(HalfbyteError):

@@ -101,12 +101,14 @@ def test_mixed_formats_are_all_read_and_counted(tmp_path):
 
 
 def test_keys_that_nothing_reads_are_said_once(tmp_path):
-    rows = [{**GOOD, "id": 1, "x" * 99: 1}, {**GOOD, "id": 2}, {**GOOD, "\nid": 3}]
+    rows = [{**GOOD, "id": 1, "x" * 999: 1}, {**GOOD, "id": 2}, {**GOOD, "\nid": 3}]
     report = load_dataset(
         write(tmp_path / "a.jsonl", *rows), tiny_tokenizer(), max_length=40
     ).report
-    said = f"keys that are not used: 'id' (2 rows), '{'x' * 39}…' (1 row), '\\nid' (1 row)"
-    assert report.notes[0] == said
+    said = report.notes[0]
+    assert said.startswith("keys that are not used: 'id' (2 rows), 'xxx")
+    assert said.endswith(" (1 row), '\\nid' (1 row)")
+    assert len(said) < 200
     many = describe_unused({f"k{at}": 1 for at in range(100_000)})
     assert len(many) == 1
     assert many[0].endswith("'k4' (1 row), 99995 more")

@@ -11,7 +11,9 @@ import sys
 import traceback
 
 from halfbyte.cli import startup
+from halfbyte.cli.streams import prepare_streams
 from halfbyte.errors import ConfigError, HalfbyteError, UserError
+from halfbyte.foreign_text import as_message, printable, shorten
 from halfbyte.version import __version__
 
 COMMANDS = {
@@ -58,8 +60,8 @@ def _run(argv: list[str]) -> None:
         from halfbyte.config.aliases import nearest
 
         raise ConfigError(
-            f"unknown command `{argv[0]}`{nearest(argv[0], COMMANDS) or ';'} expected one of "
-            + ", ".join(COMMANDS)
+            f"unknown command `{shorten(argv[0])}`{nearest(argv[0], COMMANDS) or ';'} expected one "
+            "of " + ", ".join(COMMANDS)
         )
     sys.stdout.flush()
 
@@ -79,6 +81,10 @@ def _memory_problem(error: Exception) -> str | None:
     )
 
 
+def _complain(text: str) -> None:
+    print(as_message(text), file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command line.
 
@@ -90,18 +96,19 @@ def main(argv: list[str] | None = None) -> int:
     """
     if argv is None:
         startup.claim_process()
+        prepare_streams()
         argv = sys.argv[1:]
     name = f"halfbyte {argv[0]}" if argv and argv[0] in COMMANDS else "halfbyte"
     try:
         _run(argv)
     except UserError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        _complain(f"{name}: {error}")
         return 2
     except HalfbyteError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        _complain(f"{name}: {error}")
         return 1
     except KeyboardInterrupt:
-        print(f"\n{name}: interrupted", file=sys.stderr)
+        _complain(f"\n{name}: interrupted")
         return 130
     except BrokenPipeError:
         # The reader of our output has exited, as `head` does. Python would report it again when it
@@ -110,13 +117,12 @@ def main(argv: list[str] | None = None) -> int:
         return _CLOSED_PIPE
     except Exception as error:  # the only place that catches all: it hides nothing
         if (problem := _memory_problem(error)) is not None:
-            print(f"{name}: {problem}", file=sys.stderr)
+            _complain(f"{name}: {problem}")
             return 2
-        traceback.print_exc()
-        print(
+        print(printable(traceback.format_exc()), end="", file=sys.stderr)
+        _complain(
             f"{name}: this is a bug in halfbyte; please report it with the lines above and what "
-            "`halfbyte doctor` prints",
-            file=sys.stderr,
+            "`halfbyte doctor` prints"
         )
         return 1
     return 0

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from halfbyte.data.batching import IGNORED, MicroBatch, StepPlan, collate, steps
 from halfbyte.data.dataset_report import (
+    LONGEST_REASON,
     DatasetReport,
     Rejection,
     RowRejected,
@@ -29,7 +30,6 @@ from halfbyte.data.dataset_report import (
     describe_rejected,
     describe_unused,
     in_words,
-    shortened,
 )
 from halfbyte.data.formats import (
     Conversation,
@@ -41,6 +41,7 @@ from halfbyte.data.formats import (
 from halfbyte.data.sources import Row, read_source
 from halfbyte.data.templates import Encoder, Example, TrainOn, end_of_turn, prompt_ids
 from halfbyte.errors import DataError
+from halfbyte.foreign_text import shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -192,8 +193,8 @@ class _Read:
         text = row.value
         if not isinstance(text, str):
             text = json.dumps(text, ensure_ascii=False, default=str)
-        beginning = shortened(text.strip(), _BEGINNING)
-        self.rejections.append(Rejection(row.line, shortened(reason), beginning))
+        beginning = text.strip()[:_BEGINNING]
+        self.rejections.append(Rejection(row.line, shorten(reason, LONGEST_REASON), beginning))
 
 
 def _read(source: str | Path) -> _Read:

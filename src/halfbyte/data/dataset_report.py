@@ -10,10 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from halfbyte.foreign_text import quote
+
 _SHOWN = 5
 """Line numbers, reasons and keys to show; the rest is only counted."""
 
-_LONGEST_REASON = 160
+LONGEST_REASON = 160
+"""Characters of a reason."""
+
 _MOST_REASONS = 100
 _OTHER_REASONS = "other reasons"
 
@@ -109,11 +113,6 @@ def by_reason(rejections: Sequence[Rejection]) -> dict[str, list[str]]:
     return dict(found)
 
 
-def shortened(text: str, length: int = _LONGEST_REASON) -> str:
-    """Return ``text``, or its beginning and ``…`` if it is longer than ``length``."""
-    return text if len(text) <= length else f"{text[: length - 1]}…"
-
-
 def counted(lines: Sequence[str]) -> str:
     """``3 rows (lines 4, 7, 9)``, listing only the first few lines."""
     shown = ", ".join(lines[:_SHOWN]) + (", …" if len(lines) > _SHOWN else "")
@@ -137,6 +136,6 @@ def describe_rejected(rejected: Mapping[str, Sequence[str]]) -> list[str]:
 def describe_unused(unused: Mapping[str, int]) -> list[str]:
     """One line that names the keys of rows which nothing reads, the most frequent first."""
     keys = sorted(unused, key=lambda key: -unused[key])
-    named = [f"{shortened(key, 40)!r} ({_rows(unused[key])})" for key in keys[:_SHOWN]]
+    named = [f"{quote(key)} ({_rows(unused[key])})" for key in keys[:_SHOWN]]
     more = [f"{len(keys) - _SHOWN} more"] if len(keys) > _SHOWN else []
     return [f"keys that are not used: {', '.join([*named, *more])}"] if keys else []

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 from halfbyte.data.dataset_report import RowRejected
 from halfbyte.data.messages import Message, is_supervised, messages_of, text_of, tools_of
 from halfbyte.errors import DataError
+from halfbyte.foreign_text import quote
 
 __all__ = ["Conversation", "Message", "format_of", "preferred_formats", "to_conversation"]
 
@@ -95,7 +96,7 @@ def preferred_formats(values: Iterable[object]) -> tuple[str, ...]:
         else:
             votes[found] += 1
     if unknown is not None and not votes and not refused:
-        keys = ", ".join(repr(str(key)[:40]) for key in list(unknown)[:12]) or "none"
+        keys = ", ".join(map(quote, list(unknown)[:12])) or "none"
         known = "; ".join(" and ".join(known.keys) for known in _FORMATS.values())
         raise DataError(
             f"no row is in a known format. The first has the keys: {keys}. "

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from halfbyte.data.dataset_report import RowRejected
+from halfbyte.foreign_text import quote
 
 Message = dict[str, Any]
 """``role``, ``content``, and other keys that the chat template may use, such as tool calls."""
@@ -97,7 +98,7 @@ def _message(item: object) -> Message:
         raise RowRejected("a message without a role")
     role = "assistant" if written == _CALL else _ROLES.get(written)
     if role is None:
-        raise RowRejected(f"unknown role {written[:40]!r}, not one of {', '.join(_ROLES)}")
+        raise RowRejected(f"unknown role {quote(written)}, not one of {', '.join(_ROLES)}")
     content, calls = item.get("content", item.get("value")), _calls(item)
     if written == _CALL:
         content, calls = "", _calls({_CALL: _json(text_of(content), _CALL)})

@@ -18,7 +18,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
+from halfbyte.checkpoint.atomic import new_file
 from halfbyte.errors import OutputError
+from halfbyte.foreign_text import to_json
+from halfbyte.input_files import read_file
 
 
 class Journal:
@@ -33,8 +36,12 @@ class Journal:
         self.path = Path(path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            content = read_file(self.path) if self.path.exists() else b""
+            if self.path.is_symlink() or (content and self.path.stat().st_nlink > 1):
+                with new_file(self.path) as copy:  # the file under the other name stays as it is
+                    copy.write(content)
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-            os.ftruncate(self._file, self.path.read_bytes().rfind(b"\n") + 1)
+            os.ftruncate(self._file, content.rfind(b"\n") + 1)
         except OSError as error:
             raise self._cannot_write(error) from error
 
@@ -57,7 +64,7 @@ class Journal:
         line |= record | dict.fromkeys(strange)
         if strange:
             line["non_finite"] = strange
-        left = (json.dumps(line, ensure_ascii=False, allow_nan=False, default=str) + "\n").encode()
+        left = (to_json(line) + "\n").encode()
         try:
             while left:  # a nearly full disk accepts a part before it reports an error
                 left = left[os.write(self._file, left) :]
@@ -93,7 +100,7 @@ def read_journal(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         OSError: The file cannot be read.
     """
-    lines = Path(path).read_bytes().splitlines(keepends=True)
+    lines = read_file(path).splitlines(keepends=True)
     return [record for record in map(_parse, lines) if record is not None]
 
 

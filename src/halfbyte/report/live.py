@@ -24,6 +24,8 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
+from halfbyte.foreign_text import as_message, printable, shorten
+
 _WIDEST = 100
 _REFRESHES_PER_SECOND = 4
 _SMOOTHING = 0.9
@@ -229,7 +231,7 @@ class PlainScreen(Screen):
         self._line(finish_line(record))
 
     def _line(self, text: str) -> None:
-        print(text.rstrip(), file=self._stream or sys.stderr, flush=True)
+        print(as_message(text.rstrip()), file=self._stream or sys.stderr, flush=True)
 
 
 class LiveScreen(Screen):
@@ -250,7 +252,7 @@ class LiveScreen(Screen):
             expand=True,
         )
         self._tasks = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             bar,
             TaskProgressColumn(),
             console=console,
@@ -259,20 +261,20 @@ class LiveScreen(Screen):
 
     def note(self, text: str) -> None:
         """One line above the display."""
-        self._print(Text(text, style="dim"))
+        self._print(text, "dim")
 
     @contextmanager
     def task(self, description: str, total: int | None) -> Iterator[Callable[[int, int], None]]:
         """A bar during the task, a line at its end."""
         began = time.monotonic()
-        task = self._tasks.add_task(description, total=total)
+        task = self._tasks.add_task(_on_one_line(description), total=total)
         self._show()
         try:
             yield lambda done, total: self._tasks.update(task, completed=done, total=total)
         finally:
             self._tasks.remove_task(task)
             self._hide_if_idle()
-        self._print(Text(f"{description}: {duration(time.monotonic() - began)}", style="dim"))
+        self._print(f"{description}: {duration(time.monotonic() - began)}", "dim")
 
     def begin(self, *, total_steps: int, start_step: int, metadata: dict[str, Any]) -> None:
         """The bar appears."""
@@ -287,20 +289,20 @@ class LiveScreen(Screen):
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """One line above the display."""
-        self._print(Text(evaluation_line(record), style="green"))
+        self._print(evaluation_line(record), "green")
 
     def saved(self, path: str | Path) -> None:
         """One line above the display."""
-        self._print(Text(f"saved {path}", style="dim"))
+        self._print(f"saved {path}", "dim")
 
     def finish(self, record: dict[str, Any]) -> None:
         """Remove the display and print a line with its last numbers."""
         losses = self._pace.losses if self._pace else []
         self._pace = None
         self._hide_if_idle()
-        self._print(
-            Text.assemble((finish_line(record), "bold"), ("  " + sparkline(losses, 16), "cyan"))
-        )
+        ended, curve = finish_line(record), "  " + sparkline(losses, 16)
+        line = Text.assemble((ended, "bold"), (curve, "cyan"))
+        self._console.print(Constrain(line, _WIDEST))
 
     def close(self) -> None:
         """Stop drawing and show the cursor again."""
@@ -334,8 +336,8 @@ class LiveScreen(Screen):
             overflow="ellipsis",
         )
 
-    def _print(self, line: RenderableType) -> None:
-        self._console.print(Constrain(line, _WIDEST))
+    def _print(self, line: str, style: str) -> None:
+        self._console.print(Constrain(Text(as_message(line), style=style), _WIDEST))
 
     def _show(self) -> None:
         if self._live is None:
@@ -356,6 +358,10 @@ class LiveScreen(Screen):
             self.close()
 
 
+def _on_one_line(text: str) -> str:
+    return printable(shorten(text), lines=False)
+
+
 def evaluation_line(record: dict[str, Any]) -> str:
     """An evaluation in one line."""
     after = f"step {record['step']}, " if "step" in record else ""
@@ -374,6 +380,7 @@ def open_screen(*, quiet: bool = False) -> Screen:
     if quiet:
         return Screen()
     console = Console(stderr=True, highlight=False)
-    if console.is_terminal and not console.is_dumb_terminal:
+    drawable = console.encoding.lower().startswith("utf")  # bars and curves need Unicode
+    if console.is_terminal and not console.is_dumb_terminal and drawable:
         return LiveScreen(console)
     return PlainScreen()

@@ -17,6 +17,7 @@ from typing import Any
 
 from halfbyte.checkpoint.atomic import new_file, output_errors
 from halfbyte.errors import OutputError
+from halfbyte.input_files import open_file
 from halfbyte.report.charts import (
     Bar,
     Series,
@@ -64,15 +65,16 @@ def write_page(directories: Sequence[str | Path], output: Path) -> Path:
         raise OutputError(
             f"{output} is not a page of halfbyte, so it is not replaced: give another file"
         )
+    # A journal may hold half a surrogate pair, which JSON can say and UTF-8 cannot.
+    content = page([read_run(one) for one in directories]).encode(errors="replace")
     with new_file(output) as file:
-        # A journal may hold half a surrogate pair, which JSON can say and UTF-8 cannot.
-        file.write(page([read_run(one) for one in directories]).encode(errors="replace"))
+        file.write(content)
     return output
 
 
 def _is_page(path: Path) -> bool:
     """Return whether a file is what `document` returned."""
-    with output_errors(path), path.open("rb") as file:
+    with output_errors(path), open_file(path) as file:
         return b"halfbyte</title>" in file.read(4096)
 
 

@@ -24,6 +24,7 @@ from halfbyte.checkpoint.atomic import new_file, require_writable
 from halfbyte.config.aliases import translate
 from halfbyte.config.schema import TrainConfig, check, load_config, to_yaml
 from halfbyte.errors import ConfigError, HalfbyteError
+from halfbyte.foreign_text import quote
 from halfbyte.report.comparison import (
     EVALUATION,
     Comparison,
@@ -75,11 +76,11 @@ def parse_variants(names: Sequence[str]) -> list[Variant]:
                 options |= KNOWN[option]
             else:
                 problems.append(
-                    f"`variants`: {word!r} is not known; expected {', '.join(KNOWN)}, an option "
-                    "such as r=64, or several joined by +"
+                    f"`variants`: {quote(word)} is not known; expected {', '.join(KNOWN)}, an "
+                    "option such as r=64, or several joined by +"
                 )
         if any(variant.name == name for variant in found):
-            problems.append(f"`variants`: {name!r} is given twice")
+            problems.append(f"`variants`: {quote(name)} is given twice")
         found.append(Variant(name, options))
     if problems or not found:
         raise ConfigError("; ".join(problems) or "`variants` names nothing to train")
@@ -169,7 +170,7 @@ def _require_same(job: Job) -> None:
     now = job.config.model_dump(mode="json")
     places = {"output", "memory_budget", "save_steps", "save_total_limit", "logging_steps"}
     changed = [
-        f"{name} was {before[name]!r}, is {value!r}"
+        f"{name} was {quote(before[name])}, is {quote(value)}"
         for name, value in now.items()
         if name not in places and before[name] != value
     ]

@@ -20,6 +20,7 @@ from halfbyte.config.schema import TrainConfig, load_config
 from halfbyte.engine.choose import choose_engine
 from halfbyte.engine.packing import Batch
 from halfbyte.errors import UserError
+from halfbyte.foreign_text import as_message
 from halfbyte.layers.vocabulary import embedding_to_host
 from halfbyte.linear.lora import adapter_parameters, attach
 from halfbyte.models.build import build, finalize, load_tensor
@@ -130,7 +131,7 @@ def main(file: str) -> int:
         with open_report(config.output) as report:
             run(config, report)
     except UserError as error:
-        print(f"halfbyte compare: {error}", file=sys.stderr)
+        print(as_message(f"halfbyte compare: {error}"), file=sys.stderr)
         return 2
     return 0
 

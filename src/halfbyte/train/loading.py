@@ -18,6 +18,7 @@ from halfbyte.checkpoint.identity import differences
 from halfbyte.checkpoint.peft import LoadedAdapter, load_adapter
 from halfbyte.config.schema import TrainConfig
 from halfbyte.errors import CheckpointError
+from halfbyte.foreign_text import quote
 from halfbyte.linear.lora import LoRAConfig
 from halfbyte.models.build import BaseRecipe
 from halfbyte.runtime.precision import choose_device_and_dtype
@@ -178,7 +179,8 @@ def _compare(adapter: LoadedAdapter, base: LoadedBase, *, allow_mismatch: bool) 
     if not found:
         return
     message = (
-        f"the adapter was trained on {adapter.base_name!r}, this model differs: {'; '.join(found)}"
+        f"the adapter was trained on {quote(adapter.base_name)}, this model differs: "
+        f"{'; '.join(found)}"
     )
     if not allow_mismatch:
         raise CheckpointError(
