@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from halfbyte.checkpoint.base_model import load_base, open_base
+from halfbyte.checkpoint.bitsandbytes import write_quantized
 from halfbyte.checkpoint.gguf_file import ARRAY, GGUFFile
 from halfbyte.checkpoint.peft import load_adapter, save_adapter
 from halfbyte.checkpoint.run_state import OPTIMIZER_NAME, STATE_NAME, latest_run, load_run, save_run
@@ -24,6 +25,8 @@ from halfbyte.config.schema import check, load_config, to_yaml
 from halfbyte.data import Encoder, load_dataset
 from halfbyte.linear.lora import LoRAConfig
 from halfbyte.models.build import BaseRecipe
+from halfbyte.report.comparison import Comparison, finished_run, read_result
+from halfbyte.report.journal import Journal
 from halfbyte.report.page import write_page
 from tests.checkpoint.gguf_models import write_gguf
 from tests.fuzz import mutation
@@ -341,6 +344,15 @@ def _model(file: str, case: Path) -> list[bytes]:
     return [(case / file).read_bytes()]
 
 
+def _packed(case: Path) -> list[bytes]:
+    write_tiny_model(case / "plain", layers=1, hidden=32)
+    write_quantized(case / "plain", case / "packed", BaseRecipe())
+    shutil.rmtree(case / "plain")
+    shutil.copytree(case / "packed", case, dirs_exist_ok=True)
+    shutil.rmtree(case / "packed")
+    return [(case / "model.safetensors").read_bytes()]
+
+
 def _read_model(case: Path) -> None:
     source = open_base(case)
     source.tokenizer()
@@ -393,6 +405,24 @@ def _report(case: Path) -> None:
     write_page([case / "journal.jsonl", case], page)
 
 
+def _go_on(case: Path) -> None:
+    with Journal(case / "out" / "journal.jsonl") as journal:
+        journal.truncate_after(2)
+        journal.write("step", {"step": 3})
+
+
+def _evaluation(case: Path) -> list[bytes]:
+    (case / "journal.jsonl").write_bytes(_journal(case)[0])
+    samples = [{"prompt": "a", "expected": "b", "got": "c"}]
+    return [json.dumps({"loss": 1.0, "exact_match": 0.5, "samples": samples}).encode()]
+
+
+def _compare(case: Path) -> None:
+    run = finished_run(case, evaluated=True)
+    if run is not None:
+        Comparison((read_result("lora", 0, run),)).rows()
+
+
 # --- all of them ----------------------------------------------------------------------------------
 
 _WHOLE = partial(Target, read=_read_model, mutations=JSON, share=0.5)
@@ -436,6 +466,9 @@ TARGETS: dict[str, Target] = {
         (mutation.change_words(_JINJA), mutation.change_bytes),
     ),
     "journal": Target("journal.jsonl", _journal, _report, LINES),
+    "journal-resumed": Target("out/journal.jsonl", _journal, _go_on, LINES),
+    "evaluation": Target("eval.json", _evaluation, _compare, JSON),
+    "packed": Target("model.safetensors", _packed, _load_model, HEADER, 0.5),
     "config": _WHOLE("config.json", partial(_model, "config.json"), read=_load_model),
     "plan": _WHOLE("config.json", partial(_model, "config.json"), read=_plan),
     "tokenizer": _WHOLE("tokenizer.json", partial(_model, "tokenizer.json")),

@@ -75,7 +75,8 @@ class Journal:
         """Truncate the file before the first line about a later step; 0 empties it."""
         end = 0
         for line in self.path.read_bytes().splitlines(keepends=True):
-            if step == 0 or (_parse(line) or {}).get("step", 0) > step:
+            said = (_parse(line) or {}).get("step")
+            if step == 0 or (isinstance(said, int | float) and said > step):
                 break
             end += len(line)
         os.ftruncate(self._file, end)
