@@ -241,6 +241,14 @@ def test_state_round_trip_continues_bit_for_bit(ratio):
         assert torch.equal(parameter, adapter_parameters(straight)[name])
 
 
+def test_a_state_of_another_parameter_is_refused():
+    made = trainer(model_of(FAMILIES["llama"]))
+    made.step(0, batches_of([(2, 13)]))
+    state = made.optimizer_state() | {"model.other.lora_A.weight.exp_avg": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match=r"'model\.other\.lora_A\.weight\.exp_avg', of no"):
+        made.load_optimizer_state(state)
+
+
 def kept_of(made):
     """All that a step may change, copied."""
     state = {name: value.clone() for name, value in made.optimizer_state().items()}

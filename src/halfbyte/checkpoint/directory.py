@@ -32,6 +32,7 @@ from halfbyte.checkpoint.safetensors_file import INDEX_NAME, Entry, SafetensorsF
 from halfbyte.checkpoint.source import BaseSource, Parameter, foreign_reader, skeleton_of
 from halfbyte.checkpoint.staging import Request, read_to_device
 from halfbyte.errors import CheckpointError
+from halfbyte.foreign_text import quote
 from halfbyte.models.build import BaseRecipe
 from halfbyte.quant import QuantizedWeight
 
@@ -54,6 +55,7 @@ class DirectorySource(BaseSource):
 
     def __init__(self, directory: Path, name: str) -> None:
         self.name, self._directory = name, directory
+        require_files(directory)
         self.config = _read_config(directory)
         self._shards, self._homes = _open_shards(directory)
         self.skeleton = skeleton_of(self.config, name, len(self._homes))
@@ -254,6 +256,21 @@ class DirectorySource(BaseSource):
         )
 
 
+def require_files(directory: Path) -> None:
+    """Check that no entry is a pipe or a device, before transformers opens any: it would wait.
+
+    Raises:
+        CheckpointError: An entry is, or the directory cannot be read.
+    """
+    try:
+        entries = list(directory.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"cannot read {directory}: {error.strerror}") from error
+    for entry in entries:
+        if entry.exists() and not entry.is_file() and not entry.is_dir():
+            raise CheckpointError(f"{entry} is a pipe, a socket or a device; expected a file")
+
+
 def _read_config(directory: Path) -> PretrainedConfig:
     """Return the configuration, its ``quantization_config`` checked and taken off."""
     if not (directory / "config.json").exists():
@@ -270,8 +287,8 @@ def _read_config(directory: Path) -> PretrainedConfig:
         if not isinstance(packing, dict) or not packing.get("load_in_4bit"):
             method = packing.get("quant_method") if isinstance(packing, dict) else packing
             raise CheckpointError(
-                f"{directory} is quantised by {method!r}; of quantised models only bitsandbytes' "
-                "4-bit ones are supported. Use the model it was made from"
+                f"{directory} is quantised by {quote(method)}; of quantised models only "
+                "bitsandbytes' 4-bit ones are supported. Use the model it was made from"
             )
         del config.quantization_config
     return config

@@ -25,6 +25,7 @@ from halfbyte.checkpoint.atomic import new_file, output_errors, require_writable
 from halfbyte.checkpoint.reading import read_json
 from halfbyte.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
 from halfbyte.errors import CheckpointError, ConfigError
+from halfbyte.foreign_text import quote
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.lora import (
     ALL_LINEAR,
@@ -257,6 +258,8 @@ def load_adapter(directory: str | Path) -> LoadedAdapter:
             DoRA and modules trained in full.
     """
     directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory} is no directory; expected the directory of an adapter")
     fields = read_json(directory / CONFIG_NAME, "an adapter's directory holds one")
     _check_plain(directory, fields)
     info: dict[str, Any] = {}
@@ -279,10 +282,10 @@ def _check_plain(directory: Path, fields: dict[str, Any]) -> None:
     kind = fields.get("peft_type")
     if kind != "LORA":
         raise CheckpointError(
-            f"{directory} is a PEFT adapter of type {kind!r}; only LORA is supported"
+            f"{directory} is a PEFT adapter of type {quote(kind)}; only LORA is supported"
         )
     beyond = [
-        f"{key}={fields[key]!r}"
+        f"{key}={quote(fields[key])}"
         for key, harmless in _BEYOND_US.items()
         if key in fields and fields[key] not in harmless
     ]
@@ -392,7 +395,7 @@ def _config_of(path: Path, fields: dict[str, Any], modules: list[str]) -> LoRACo
         )
     except ValidationError as error:
         names = dict.fromkeys(str(e["loc"][0]) for e in error.errors())
-        wrong = [f"{name}={fields.get(name)!r}" for name in names]
+        wrong = [f"{name}={quote(fields.get(name))}" for name in names]
         raise CheckpointError(
             f"{path}: {', '.join(wrong)} are not the numbers of an adapter"
         ) from None

@@ -173,6 +173,11 @@ def foreign_reader(trouble: str) -> Iterator[None]:
         # The tokenizers library raises plain Exception.
         if not isinstance(error, _FOREIGN) and type(error) is not Exception:
             raise
+        if "trust_remote_code" in str(error):  # transformers' advice, which cannot be followed here
+            raise CheckpointError(
+                f"{trouble}: it needs Python code of its own (`auto_map`), and halfbyte never runs "
+                "code that comes with a model. Use a model of a family that transformers itself has"
+            ) from error
         raise CheckpointError(f"{trouble}: {error}") from error
 
 

@@ -87,6 +87,7 @@ def main(argv: list[str]) -> None:
 
     import_transformers(gpu=True)
     from halfbyte.checkpoint.atomic import require_writable
+    from halfbyte.checkpoint.base_model import open_base
     from halfbyte.checkpoint.peft import load_adapter
     from halfbyte.engine.memory_policy import peak_memory, used_memory
     from halfbyte.report import open_report, show
@@ -96,6 +97,8 @@ def main(argv: list[str]) -> None:
 
     if options.model is None:  # the memory another model needs is not known
         config = config.model_copy(update={"memory_budget": used_memory("cpu") + _ROOM})
+    else:  # before anything is written
+        open_base(options.model)
     require_writable(options.output)
     if (options.output / "orders.train.jsonl").exists():  # from an earlier demo, as is the adapter
         shutil.rmtree(adapter, ignore_errors=True)

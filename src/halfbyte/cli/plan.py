@@ -153,7 +153,8 @@ def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Hol
     import torch
     from transformers import AutoConfig
 
-    from halfbyte.checkpoint.base_model import open_base
+    from halfbyte.checkpoint.base_model import is_hub_id, open_base
+    from halfbyte.checkpoint.directory import require_files
     from halfbyte.checkpoint.hub_headers import fetch_headers
     from halfbyte.checkpoint.source import foreign_reader
     from halfbyte.models.build import BaseRecipe
@@ -165,10 +166,11 @@ def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Hol
     assert options.model is not None
     path = Path(options.model).expanduser()
     with tempfile.TemporaryDirectory() as directory:
-        if not path.exists():
+        if not path.exists() and is_hub_id(options.model):
             path = Path(directory)
             fetch_headers(options.model, path, revision=options.revision)
         elif (path / "config.json").exists() and not any(path.glob("*.safetensors")):
+            require_files(path)
             with foreign_reader(f"{path}: transformers cannot read config.json"):
                 config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             return shape_of_config(config, options.model), holding

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from halfbyte.errors import DataError
+from halfbyte.input_files import read_file
 
 SUFFIXES = (".jsonl", ".json", ".ndjson")
 """Suffixes of data files in a directory."""
@@ -100,7 +101,7 @@ def _read_file(path: Path) -> Iterator[Row]:
             f"{path} is a {path.suffix} file: expected JSONL, one JSON object per line. Convert it "
             "first, e.g. with pandas' DataFrame.to_json(path, orient='records', lines=True)."
         )
-    raw = path.read_bytes()
+    raw = read_file(path)
     if raw.startswith(_UTF16):
         raise DataError(f"{path} is in UTF-16: expected UTF-8. Save it as UTF-8.")
     raw = raw.removeprefix(_BOM)

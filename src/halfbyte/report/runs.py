@@ -146,6 +146,8 @@ def read_run(directory: str | Path) -> Run:
         raise ConfigError(
             f"{directory} contains no journal of a run: expected {file} ({error.strerror})"
         ) from error
+    if not lines and file.stat().st_size:
+        raise ConfigError(f"{file} is not the journal of a run: no line of it is a JSON object")
     run = Run(name=file.resolve().parent.name, path=file.parent)
     speeds: list[tuple[float, float]] = []
     answers: dict[str, dict[str, Any]] = {}

@@ -232,7 +232,7 @@ class _Run:
         self.lengths = [[n for batch in step for n in batch] for step in lengths]
         self.identity = identity_of_run(config, self.source, self.dataset)
         if self.resumed is not None:
-            check_same_run(self.resumed, self.identity)
+            check_same_run(self.resumed, self.identity, self.plan.total)
 
     def _prepare_cpu(self) -> None:
         if self.dtype == torch.float32:

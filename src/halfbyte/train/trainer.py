@@ -39,7 +39,8 @@ from halfbyte.engine.memory_policy import (
     used_memory,
 )
 from halfbyte.engine.packing import Batch, lengths_of
-from halfbyte.errors import ConfigError, NonFiniteLossError, OutOfMemoryError
+from halfbyte.errors import CheckpointError, ConfigError, NonFiniteLossError, OutOfMemoryError
+from halfbyte.foreign_text import quote
 from halfbyte.optim import AdamW
 from halfbyte.optim.paging import Paging
 from halfbyte.plan.ledger import smaller_part
@@ -584,6 +585,8 @@ class Trainer:
         found: dict[int, dict[str, Tensor]] = {number: {} for number in parts.values()}
         for key, value in state.items():
             name, _, field = key.rpartition(".")
+            if name not in parts:
+                raise CheckpointError(f"the optimizer's state has {quote(key)}, of no parameter")
             found[parts[name]][field] = value
         groups = [{"params": group["params"]} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict({"state": found, "param_groups": groups})
