@@ -132,8 +132,8 @@ class _Worker:
         for done, index in enumerate(self.indices):
             if time.monotonic() > self.deadline:
                 break
-            self.memory[:] = _NOW.pack(done, index, time.monotonic())
             data = self.of(index)
+            self.memory[:] = _NOW.pack(done, index, time.monotonic())
             signal.setitimer(signal.ITIMER_PROF, PROCESSOR_SECONDS)
             failure = examine(self.target, home, data)
             signal.setitimer(signal.ITIMER_PROF, 0)

@@ -145,7 +145,7 @@ def change_header(draw: Random, data: bytes) -> bytes:
     if not 8 <= 8 + length <= len(data):
         return change_bytes(draw, data)
     header = change_json(draw, data[8 : 8 + length])
-    said = len(header) if draw.random() < 0.9 else draw.choice(_BOUNDARIES)
+    said = len(header) if draw.random() < 0.9 else draw.choice(_BOUNDARIES) % 2**64
     return said.to_bytes(8, "little") + header + data[8 + length :]
 
 
