@@ -137,7 +137,8 @@ def _read_run(case: Path) -> None:
     from halfbyte.train.resume import check_same_run
 
     if (newest := latest_run(case)) is not None:
-        check_same_run(load_run(newest), {"base": "b", "data": "d", "options": {"lora_r": 4}})
+        identity = {"base": "b", "data": "d", "options": {"lora_r": 4}}
+        check_same_run(load_run(newest), identity, total_steps=3)
 
 
 def _optimizer(case: Path) -> list[bytes]:
