@@ -3,10 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from halfbyte.checkpoint.peft import save_adapter
 from halfbyte.cli import main
-from halfbyte.cli.opening import require_free
-from halfbyte.errors import OutputError
+from halfbyte.cli.opening import as_trained, require_free
+from halfbyte.config.schema import BaseOptions
+from halfbyte.errors import CheckpointError, OutputError
+from halfbyte.linear.lora import LoRAConfig
 
 
 @pytest.mark.parametrize("out", ["base", "models", "link", "models/../base"])
@@ -40,3 +44,19 @@ def test_commands_do_not_replace_their_base(
     assert code == 2
     assert "is read, so" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"quant": "int8"}, "`quant`: expected 'nf4', 'fp4' or 'none', got 'int8'"),
+        ({"block_size": 65}, "`block_size`: expected a power of 2"),
+        ({"double_quant": [1]}, "`double_quant`: expected true or false"),
+        ({"quant": "none", "quantize_head": True}, "need `quant` nf4 or fp4"),
+    ],
+)
+def test_a_recorded_recipe_is_checked(tmp_path: Path, recipe: object, message: str) -> None:
+    pair = {f"q.lora_{name}.weight": torch.ones(2, 2) for name in "AB"}
+    save_adapter(tmp_path, pair, LoRAConfig(r=2), base={"name": "m"}, recipe=recipe)
+    with pytest.raises(CheckpointError, match=f"recipe in halfbyte.json: .*{message}"):
+        as_trained(BaseOptions(model="m"), tmp_path)

@@ -192,7 +192,9 @@ def test_rows_of_which_no_reply_can_be_located_or_that_are_refused_are_rejected(
     with pytest.raises(RowRejected, match="before which there is nothing"):
         learned(TOKENIZERS["chatml"], Conversation("1", [turn("assistant", "Hello!")]))
     system = [turn("system", "Be brief."), *talk("Hi", "Yes.").messages]
-    with pytest.raises(RowRejected, match=r"rejects it \(roles must be user and assistant, line 1\)"):
+    with pytest.raises(
+        RowRejected, match=r"rejects it \(roles must be user and assistant, line 1\)"
+    ):
         learned(TOKENIZERS["llama2"], Conversation("1", system))
     with pytest.raises(DataError, match=r"cannot be rendered as a prompt.*roles must be"):
         prompt_ids(TOKENIZERS["llama2"], system)

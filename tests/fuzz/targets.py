@@ -21,13 +21,15 @@ from halfbyte.checkpoint.peft import load_adapter, save_adapter
 from halfbyte.checkpoint.run_state import OPTIMIZER_NAME, STATE_NAME, latest_run, load_run, save_run
 from halfbyte.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
 from halfbyte.cli import COMMANDS
-from halfbyte.config.schema import check, load_config, to_yaml
+from halfbyte.cli.opening import as_trained
+from halfbyte.config.schema import BaseOptions, check, load_config, to_yaml
 from halfbyte.data import Encoder, load_dataset
 from halfbyte.linear.lora import LoRAConfig
 from halfbyte.models.build import BaseRecipe
 from halfbyte.report.comparison import Comparison, finished_run, read_result
 from halfbyte.report.journal import Journal
 from halfbyte.report.page import write_page
+from halfbyte.train.loss_scale import LossScale
 from tests.checkpoint.gguf_models import write_gguf
 from tests.fuzz import mutation
 from tests.fuzz.mutation import Mutation
@@ -123,12 +125,19 @@ def _adapter(file: str, case: Path) -> list[bytes]:
     return found
 
 
+def _as_trained(case: Path) -> None:
+    recipe = as_trained(BaseOptions(model="m"), case)
+    assert recipe["quant"] in ("nf4", "fp4", "none")
+    assert type(recipe["block_size"]) is int
+
+
 _ADAPTER, _OPTIMIZER = {"x.lora_A.weight": torch.ones(2, 3)}, {"exp_avg/x": torch.zeros(2, 3)}
 _STEP = "checkpoint-3"
 
 
 def _run_state(case: Path) -> list[bytes]:
-    progress = {"base": "b", "data": "d", "options": {"lora_r": 4}, "loss_scale": None}
+    progress = {"base": "b", "data": "d", "options": {"lora_r": 4}}
+    progress |= {"loss_scale": LossScale().state()}
     save_run(case, 3, adapter=_ADAPTER, optimizer=_OPTIMIZER, progress=progress)
     return [(case / _STEP / STATE_NAME).read_bytes()]
 
@@ -136,9 +145,12 @@ def _run_state(case: Path) -> list[bytes]:
 def _read_run(case: Path) -> None:
     from halfbyte.train.resume import check_same_run
 
-    if (newest := latest_run(case)) is not None:
-        identity = {"base": "b", "data": "d", "options": {"lora_r": 4}}
-        check_same_run(load_run(newest), identity, total_steps=3)
+    if (newest := latest_run(case)) is None:
+        return
+    state = load_run(newest)
+    identity = {"base": "b", "data": "d", "options": {"lora_r": 4}}
+    check_same_run(state, identity, total_steps=3)
+    LossScale().load(state.progress.get("loss_scale"))
 
 
 def _optimizer(case: Path) -> list[bytes]:
@@ -441,7 +453,7 @@ TARGETS: dict[str, Target] = {
         load_adapter,
         HEADER,
     ),
-    "adapter-card": Target("halfbyte.json", partial(_adapter, "halfbyte.json"), load_adapter, JSON),
+    "adapter-card": Target("halfbyte.json", partial(_adapter, "halfbyte.json"), _as_trained, JSON),
     "run-state": Target(f"{_STEP}/{STATE_NAME}", _run_state, _read_run, JSON),
     "run-optimizer": Target(f"{_STEP}/{OPTIMIZER_NAME}", _optimizer, _read_optimizer, HEADER),
     "yaml": Target(

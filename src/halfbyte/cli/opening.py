@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from halfbyte.config.schema import BaseOptions, ModelOptions
-from halfbyte.errors import OutputError
+from halfbyte.config.schema import BaseOptions, ModelOptions, check
+from halfbyte.errors import CheckpointError, ConfigError, OutputError
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
@@ -51,8 +51,13 @@ def as_trained(options: BaseOptions, adapter: str | Path | None) -> dict[str, An
         from halfbyte.checkpoint.peft import load_adapter
 
         recorded = load_adapter(adapter).info.get("recipe", {})
-        for name in set(RECIPE_FIELDS) - options.model_fields_set:
-            recipe[name] = recorded.get(name, recipe[name])
+        known = {name: recorded[name] for name in RECIPE_FIELDS if name in recorded}
+        try:
+            trained = check(BaseOptions, {"model": str(adapter)} | known)
+        except ConfigError as error:
+            raise CheckpointError(f"{adapter}: the recipe in halfbyte.json: {error}") from error
+        for name in known.keys() - options.model_fields_set:
+            recipe[name] = getattr(trained, name)
     return recipe
 
 
