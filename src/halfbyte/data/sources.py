@@ -142,10 +142,11 @@ def _checked(number: str, value: object) -> Row:
 
 
 def _is_deeper(value: object, depth: int) -> bool:
-    level = [value] if isinstance(value, dict | list) else []
-    for _ in range(depth):
+    level = [value]
+    while depth >= 0 and (level := [one for one in level if isinstance(one, dict | list)]):
         lists = [one.values() if isinstance(one, dict) else one for one in level]
-        level = [inner for one in lists for inner in one if isinstance(inner, dict | list)]
+        level = [inner for one in lists for inner in one]
+        depth -= 1
     return bool(level)
 
 
