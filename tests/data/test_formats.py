@@ -132,6 +132,7 @@ def test_parts_of_text_are_joined_and_other_keys_kept():
         ([{"role": "user", "content": 3}], "not text"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "content with image; only text"),
         ([{"role": "user", "content": [{"type": "input_audio"}, {"text": "Hm?"}]}], "with audio"),
+        ([{**USER, "images": ["a.png"]}, REPLY], "it has 'images'; only text is trained"),
         ([{"role": "user", "content": [{"type": "file"}]}], "not text"),
         ([{"role": "user", "content": []}], "not text"),
         ([{"role": "user", "content": " \n"}, REPLY], "empty content in a message of the user"),
@@ -213,6 +214,15 @@ def test_sharegpt_s_tool_calls_and_tools_in_text_become_openai_s(text):
     assert conversation.tools == [{"type": "function", "function": TOOL}]
     assert [i for i in range(4) if conversation.learns(i)] == [1, 3]
     assert convert({"conversations": turns, "tools": " "}).tools is None
+
+
+def test_null_is_as_good_as_no_key():
+    table = [
+        {"role": None, "from": "human", "content": None, "value": "Why?", "images": None},
+        {"role": "assistant", "from": None, "content": "Because.", "value": None, "images": []},
+    ]
+    assert convert({"conversations": table, "images": []}).messages[0] == USER
+    assert convert({"messages": table}).messages[1]["content"] == "Because."
 
 
 def test_openai_s_former_functions_become_tools():

@@ -192,8 +192,10 @@ def _fork(work: Callable[[], None]) -> int:
 
 
 def _limit(home: Path) -> None:
-    """Give this process a home that is watched, no output, and little memory."""
-    os.environ |= {"HOME": str(home), "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    """Give this process a home and temporary files that are watched, no output, little memory."""
+    here = str(home)
+    os.environ |= {"HOME": here, "HF_HOME": here, "HF_HUB_OFFLINE": "1", "TMPDIR": here}
+    tempfile.tempdir = None
     os.chdir(home)
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):

@@ -26,7 +26,14 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from halfbyte.data.dataset_report import RowRejected
-from halfbyte.data.messages import Message, is_supervised, messages_of, text_of, tools_of
+from halfbyte.data.messages import (
+    Message,
+    is_supervised,
+    messages_of,
+    reject_media,
+    text_of,
+    tools_of,
+)
 from halfbyte.errors import DataError
 from halfbyte.foreign_text import quote
 
@@ -122,6 +129,7 @@ def to_conversation(value: object, line: str, preferred: Sequence[str]) -> Conve
         raise RowRejected("not a JSON object")
     if (reason := _refusal(value)) is not None:
         raise RowRejected(reason)
+    reject_media(value)
     if (name := format_of(value, preferred)) is None:
         expected = _FORMATS[preferred[0]].keys if preferred else ()
         missing = [repr(key) for key in expected if value.get(key) is None]
@@ -137,9 +145,6 @@ def _refusal(row: Mapping[Any, Any]) -> str | None:
     for key in ("label", "kto_tag"):
         if isinstance(row.get(key), bool) and not _has_keys(row, "text"):
             return f"preference data ({key!r}), which is not for supervised fine-tuning"
-    for key in ("image", "images", "video", "videos", "audio", "audios"):
-        if row.get(key):
-            return f"it has {key!r}; only text is trained"
     if (weight := row.get("weight")) is not None and weight != 1:
         return f"the row's weight is {'0' if weight == 0 else 'neither 0 nor 1'}"
     return None

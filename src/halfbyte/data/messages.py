@@ -29,7 +29,8 @@ _ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
 _ROLES |= {"human": "user", "gpt": "assistant", "function": "tool", "observation": "tool"}
 _CALL = "function_call"  # a role in ShareGPT's format, a key in OpenAI's
 _CONVERTED = ("role", "from", "content", "value", _CALL, "tool_calls", "train", "training")
-_MEDIA = ("image", "audio", "video")
+_MEDIA = ("image", "video", "audio")
+_MEDIA_KEYS = tuple(name + s for name in _MEDIA for s in ("", "s"))
 
 
 def messages_of(value: object, key: str) -> list[Message]:
@@ -85,6 +86,16 @@ def tools_of(row: Mapping[str, Any]) -> list[Any] | None:
     return [{"type": "function", "function": tool} if one else tool for tool, one in pairs] or None
 
 
+def reject_media(item: Mapping[Any, Any]) -> None:
+    """Reject a row or a message with images, video or audio beside its text.
+
+    Raises:
+        RowRejected: It has some.
+    """
+    if found := next((key for key in _MEDIA_KEYS if item.get(key)), None):
+        raise RowRejected(f"it has {found!r}; only text is trained")
+
+
 def is_supervised(message: Message) -> bool:
     """Return whether a message is a reply without the mark that it is not supervised."""
     return message["role"] == "assistant" and bool(message.get("weight", 1))
@@ -93,13 +104,14 @@ def is_supervised(message: Message) -> bool:
 def _message(item: object) -> Message:
     if not isinstance(item, Mapping):
         raise RowRejected("a message is not a JSON object")
-    written = item.get("role", item.get("from"))
+    reject_media(item)
+    written = _first(item, "role", "from")
     if not isinstance(written, str):
         raise RowRejected("a message without a role")
     role = "assistant" if written == _CALL else _ROLES.get(written)
     if role is None:
         raise RowRejected(f"unknown role {quote(written)}, not one of {', '.join(_ROLES)}")
-    content, calls = item.get("content", item.get("value")), _calls(item)
+    content, calls = _first(item, "content", "value"), _calls(item)
     if written == _CALL:
         content, calls = "", _calls({_CALL: _json(text_of(content), _CALL)})
     elif content is None and calls:
@@ -113,6 +125,11 @@ def _message(item: object) -> Message:
     if message.get("weight", 1) not in (0, 1):
         raise RowRejected("a message's weight is neither 0 nor 1")
     return message
+
+
+def _first(item: Mapping[Any, Any], *keys: str) -> Any:
+    """Return the value of the first key that is there; tables write null for one that is not."""
+    return next((item[key] for key in keys if item.get(key) is not None), None)
 
 
 def _calls(item: Mapping[str, Any]) -> list[Any]:
