@@ -17,6 +17,7 @@ from halfbyte import cli
 from halfbyte.checkpoint.peft import save_adapter
 from halfbyte.linear.lora import LoRAConfig
 from halfbyte.report.journal import read_journal
+from halfbyte.tools.demo_task import write_task
 
 SAMPLES = [
     {"prompt": "1 + 1?", "expected": "2", "got": "2"},
@@ -364,6 +365,7 @@ def demo_seam(seam: Seam, monkeypatch: pytest.MonkeyPatch) -> Seam:
         return SimpleNamespace(put_on=put_on)
 
     monkeypatch.setattr("halfbyte.checkpoint.peft.load_adapter", load_adapter)
+    monkeypatch.setattr("halfbyte.checkpoint.base_model.open_base", lambda name: None)
     return seam
 
 
@@ -375,7 +377,8 @@ def test_the_demo_tells_its_story(
     earlier = output / "adapter" / "adapter_model.safetensors"
     earlier.parent.mkdir(parents=True)
     earlier.write_text("of an earlier demo")
-    (output / "orders.train.jsonl").write_text("")
+    (earlier.parent / "journal.jsonl").write_text('{"event": "begin"}\n')
+    write_task(output, seed=1)
     assert cli.main(["demo", "--model", "m.gguf", "--output", str(output), "--seed", "2"]) == 0
     assert [name for name, _ in seam.calls] == ["open", "evaluate", "train", "put_on", "evaluate"]
     assert seam.named("open") == [{"model": "m.gguf"}]
@@ -409,12 +412,16 @@ def test_the_demos_budget_is_beside_what_libraries_take(
     assert named is None
 
 
-def test_the_demo_removes_nothing_that_it_did_not_write(seam: Seam, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("demo_seam")
+def test_the_demo_removes_nothing_that_it_did_not_write(tmp_path: Path) -> None:
     mine = tmp_path / "adapter" / "adapter_model.safetensors"
     mine.parent.mkdir()
     mine.write_text("weeks of work")
     cli.main(["demo", "--model", "m", "--output", str(tmp_path)])
     assert mine.read_text() == "weeks of work"
+    (tmp_path / "orders.train.jsonl").write_text("mine")
+    assert cli.main(["demo", "--model", "m", "--output", str(tmp_path)]) == 2
+    assert (tmp_path / "orders.train.jsonl").read_text() == "mine"
 
 
 def test_the_demo_as_json(

@@ -239,6 +239,17 @@ def test_random_weights_of_a_shape(tmp_path: Path) -> None:
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.parametrize("name", ["compare.html", "compare.json"])
+def test_results_of_somebody_else_are_not_replaced(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text("mine")
+    words = ["compare", "--model", "m", "--data", "d", "--output", str(tmp_path)]
+    assert cli.main(words) == 2
+    assert "so it is not replaced" in capsys.readouterr().err
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
+
+
 @pytest.mark.slow
 def test_the_whole_thing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write_tiny_model(tmp_path / "model")

@@ -145,6 +145,7 @@ def test_every_rejected_row_is_in_the_file_the_journal_and_the_page(
 def test_without_rejected_rows_there_is_no_file_of_them(base: Path, tmp_path: Path) -> None:
     output = tmp_path / "r"
     output.mkdir()
+    (output / "journal.jsonl").write_text('{"event": "begin"}\n')
     (output / "rejected.jsonl").write_text("of a run that was killed before its first step\n")
     run(base, output, max_steps=1, samples=0)
     assert not (output / "rejected.jsonl").exists()

@@ -35,6 +35,7 @@ from halfbyte.errors import CheckpointError
 from halfbyte.foreign_text import quote
 from halfbyte.models.build import BaseRecipe
 from halfbyte.quant import QuantizedWeight
+from halfbyte.version import VERSION_KEY, __version__
 
 # Buffers of older transformers, which are computed today: in files, but not part of the model.
 _OBSOLETE = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
@@ -320,6 +321,7 @@ def write_description(
     """
     described = copy.deepcopy(config)
     described.architectures = [model_class]
+    setattr(described, VERSION_KEY, __version__)
     described.dtype = dtype
     if packing is not None:
         described.quantization_config = packing

@@ -11,17 +11,25 @@ model, and replace the model's tensors, in PEFT's adapters as in ours.
 """
 
 import json
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 
-from halfbyte.checkpoint.atomic import new_file, output_errors, require_writable
+from halfbyte.checkpoint.atomic import (
+    new_file,
+    output_errors,
+    remove_directory,
+    remove_partial,
+    require_writable,
+)
 from halfbyte.checkpoint.reading import read_json
 from halfbyte.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
 from halfbyte.errors import CheckpointError, ConfigError
@@ -167,8 +175,20 @@ def save_adapter(
     write_card(directory, state, config, base=base, recipe=recipe)
     if tokenizer is not None:
         with output_errors(directory):
-            tokenizer.save_pretrained(directory)
+            _save_tokenizer(tokenizer, directory)
     return directory
+
+
+def _save_tokenizer(tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
+    """Write a tokenizer's files, not in place: one may be a link to the base model's."""
+    remove_partial(directory, "tokenizer")
+    with TemporaryDirectory(dir=directory, prefix=".tokenizer.partial-") as fresh:
+        tokenizer.save_pretrained(fresh)
+        for entry in Path(fresh).iterdir():
+            place = directory / entry.name
+            if place.is_dir() and not place.is_symlink():  # of further templates
+                remove_directory(place)
+            os.replace(entry, place)
 
 
 def write_card(

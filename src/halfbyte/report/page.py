@@ -61,10 +61,7 @@ def write_page(directories: Sequence[str | Path], output: Path) -> Path:
         ConfigError: A directory holds no journal.
         OutputError: The page cannot be written, or another file has its name.
     """
-    if output.exists() and not _is_page(output):
-        raise OutputError(
-            f"{output} is not a page of halfbyte, so it is not replaced: give another file"
-        )
+    require_page(output)
     # A journal may hold half a surrogate pair, which JSON can say and UTF-8 cannot.
     content = page([read_run(one) for one in directories]).encode(errors="replace")
     with new_file(output) as file:
@@ -72,10 +69,20 @@ def write_page(directories: Sequence[str | Path], output: Path) -> Path:
     return output
 
 
-def _is_page(path: Path) -> bool:
-    """Return whether a file is what `document` returned."""
+def require_page(path: Path) -> None:
+    """Check that a page may be written to ``path``: there is no file, or one of `document`.
+
+    Raises:
+        OutputError: There is another file.
+    """
+    if not path.exists():
+        return
     with output_errors(path), open_file(path) as file:
-        return b"halfbyte</title>" in file.read(4096)
+        ours = b"halfbyte</title>" in file.read(4096)
+    if not ours:
+        raise OutputError(
+            f"{path} is not a page of halfbyte, so it is not replaced: give another file"
+        )
 
 
 def page(runs: Sequence[Run]) -> str:

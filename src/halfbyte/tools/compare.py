@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from halfbyte.checkpoint.atomic import new_file, require_writable
 from halfbyte.config.aliases import translate
 from halfbyte.config.schema import TrainConfig, check, load_config, to_yaml
-from halfbyte.errors import ConfigError, HalfbyteError
+from halfbyte.errors import ConfigError, HalfbyteError, OutputError
 from halfbyte.foreign_text import quote
 from halfbyte.report.comparison import (
     EVALUATION,
@@ -33,6 +33,7 @@ from halfbyte.report.comparison import (
     finished_run,
     read_result,
 )
+from halfbyte.report.page import require_page
 from halfbyte.report.rejected import REJECTED_NAME
 from halfbyte.report.runs import Run, mapping, number, read_run
 
@@ -274,6 +275,21 @@ def first_runs(done: Sequence[Job]) -> Iterator[Run]:
             yield one
 
 
+def require_free(output: Path) -> None:
+    """Check, before anything is trained, that `write_results` will replace no file of others.
+
+    Raises:
+        OutputError: It would.
+    """
+    table, page = output / "compare.json", output / "compare.html"
+    require_page(page)
+    if table.exists() and not page.exists():
+        raise OutputError(
+            f"{table} was not written by a comparison, so it is not replaced: move it, or give "
+            "another --output"
+        )
+
+
 def write_results(
     found: Comparison, done: Sequence[Job], output: Path, *, title: str, about: str, curves: bool
 ) -> None:
@@ -301,10 +317,10 @@ def write_results(
         if job.finished()
     }
     page = comparison_page(found, runs if curves else [], title, about, links)
-    with new_file(output / "compare.json") as file:
-        file.write(json.dumps(found.as_json(), indent=2, ensure_ascii=False).encode())
     with new_file(output / "compare.html") as file:
         file.write(page.encode(errors="replace"))
+    with new_file(output / "compare.json") as file:
+        file.write(json.dumps(found.as_json(), indent=2).encode())
 
 
 def require_results(found: Comparison) -> None:

@@ -30,6 +30,7 @@ from halfbyte.runtime.malloc import keep_freed_memory
 from halfbyte.runtime.precision import choose_device_and_dtype
 from halfbyte.train import metadata
 from halfbyte.train.loading import lora_of, recipe_of
+from halfbyte.train.output import claim_output
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.trainer import StepResult, Trainer
 
@@ -128,7 +129,7 @@ def main(file: str) -> int:
     """Run a configuration file; return the exit code."""
     try:
         config, _ = load_config(Path(file), {})
-        with open_report(config.output) as report:
+        with open_report(config.output) as report, claim_output(config):
             run(config, report)
     except UserError as error:
         print(as_message(f"halfbyte compare: {error}"), file=sys.stderr)

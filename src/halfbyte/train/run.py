@@ -52,6 +52,7 @@ from halfbyte.train import metadata
 from halfbyte.train.evaluate import as_batch, evaluate_loss
 from halfbyte.train.loading import Loading, lora_of, recipe_metadata, recipe_of
 from halfbyte.train.memory_check import FIRST_LOOK, Prediction
+from halfbyte.train.output import claim_output
 from halfbyte.train.plausibility import implausible
 from halfbyte.train.qera import begin_with_error, require_plain
 from halfbyte.train.resume import check_same_run, identity_of_run, resume_from
@@ -141,6 +142,11 @@ def train(config: TrainConfig, report: "RunReport") -> TrainResult:
         UserError: For errors the user can fix; no incomplete output is left behind.
         NonFiniteLossError: If training diverges; the last checkpoint is kept.
     """
+    with claim_output(config):
+        return _train(config, report)
+
+
+def _train(config: TrainConfig, report: "RunReport") -> TrainResult:
     existed = config.output.exists()
     output = require_writable(config.output)
     try:
@@ -314,9 +320,6 @@ class _Run:
         config, recipe = self.config, self.base.model.halfbyte_recipe
         with new_file(self.output / "config.yaml") as file:
             file.write(to_yaml(config).encode())
-        reports = [one.report for one in (self.dataset, self.held_out) if one is not None]
-        if rejected := write_rejected(self.output, reports):
-            self.report.note(f"every row left out, with its line and the reason: {rejected}")
         self.report.begin(
             total_steps=self.plan.total,
             start_step=self.start,
@@ -340,6 +343,9 @@ class _Run:
             }
             | metadata.options(config),
         )
+        reports = [one.report for one in (self.dataset, self.held_out) if one is not None]
+        if rejected := write_rejected(self.output, reports):
+            self.report.note(f"every row left out, with its line and the reason: {rejected}")
         self.samples = metadata.Samples(self.held_out or self.dataset, config.samples)
         self.save_every = config.save_steps or max(1, math.ceil(self.plan.total / SAVES_PER_RUN))
 
