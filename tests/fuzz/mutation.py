@@ -91,7 +91,7 @@ def change_json(draw: Random, data: bytes) -> bytes:
         case 2:
             return _repeated_key(holder, key, document, draw)
         case 3:
-            depth = draw.choice((5, 120, 900, 20_000))
+            depth = draw.choice((5, 120, 850, 20_000))
             marker = "\0deep\0"
             holder[key] = marker
             inner = "[" * depth + "]" * draw.choice((0, depth))

@@ -96,7 +96,7 @@ def of(read: Callable[[Path], None]) -> Target:
         (raise_error, "KeyError: outside halfbyte"),
         (talk, "a message of more than 2000 characters"),
         (loop, "no end after 0.2 s of processor time"),
-        (wait, "no end after 0.5 s"),
+        (wait, "no end after 1 s"),
         (allocate, "MemoryError"),
         (die, "the process died of SIGUSR1"),
         (leave, "files outside the output"),
@@ -108,7 +108,7 @@ def test_each_kind_of_failure_is_found(
 ) -> None:
     monkeypatch.setattr(campaign, "PROCESSOR_SECONDS", 0.2)
     if read is wait:
-        monkeypatch.setattr(campaign, "WALL_SECONDS", 0.5)
+        monkeypatch.setattr(campaign, "WALL_SECONDS", 1.0)
     outcome = run("it", of(read), seed=0, inputs=4, processes=1)
     assert outcome.inputs == 4
     [found] = outcome.found.values()
