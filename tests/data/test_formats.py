@@ -254,7 +254,7 @@ def test_axolotl_s_mark_of_a_turn_that_is_not_trained(mark):
 
 
 def test_keys_that_nothing_reads_are_named():
-    row = {**ROWS["messages"], "id": 1, "text": "rendered", "weight": 1, "source": None}
+    row = {**ROWS["messages"], "id": 0, "text": "rendered", "weight": 1, "source": None, "a": []}
     assert convert(row).unused == ("id", "text")
     own = {"messages": [SYSTEM, USER, REPLY]}
     assert convert({**own, "system": "Be brief."}).unused == ()

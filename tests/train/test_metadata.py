@@ -114,7 +114,7 @@ def test_without_held_out_data_samples_are_of_the_training_data(base: Path, tmp_
 def test_every_rejected_row_is_in_the_file_the_journal_and_the_page(
     base: Path, tmp_path: Path
 ) -> None:
-    good, hostile = '{"text": "Paris."}', '{"messages": [{"role": "<script>"}]}'
+    good, hostile = '{"text": "Paris."}', '{"messages": [{"role": "<script>\u202e"}]}'
     (tmp_path / "train.jsonl").write_text("\n".join([good, "{", hostile, good, '{"a": 1}']))
     (tmp_path / "held.jsonl").write_text("\n".join([good, '{"text": " "}']))
     data, held = str(tmp_path / "train.jsonl"), str(tmp_path / "held.jsonl")
@@ -134,6 +134,7 @@ def test_every_rejected_row_is_in_the_file_the_journal_and_the_page(
         "no 'text'": ["5"],
         rejected[1]["reason"]: ["3"],
     }
+    assert "\u202e" not in (output / "rejected.jsonl").read_text()
     said = [note["text"] for note in lines(output, "note")]
     assert f"every row left out, with its line and the reason: {output}/rejected.jsonl" in said
     page = (output / "report.html").read_text()

@@ -160,7 +160,8 @@ def _unused(row: Mapping[Any, Any], name: str, found: Conversation) -> tuple[str
     if found.messages:
         used |= {"functions" if row.get("tools") is None else "tools"}
         used |= {"system"} if found.messages[0]["content"] == row.get("system") else set()
-    return tuple(str(key) for key, value in row.items() if key not in used and value)
+    nothing = (None, "", [], {})
+    return tuple(str(key) for key, value in row.items() if key not in used and value not in nothing)
 
 
 def _from_messages(row: Mapping[str, Any], line: str) -> Conversation:

@@ -4,12 +4,12 @@ One JSON object per row: ``source``, ``line``, ``reason``, and the beginning of 
 journal has the same reasons, with a limited number of lines for each.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfbyte.checkpoint.atomic import new_file, output_errors
+from halfbyte.foreign_text import to_json
 
 if TYPE_CHECKING:
     from halfbyte.data import DatasetReport
@@ -38,5 +38,5 @@ def write_rejected(output: Path, reports: Iterable["DatasetReport"]) -> Path | N
         return None
     with new_file(path) as file:
         for record in records:
-            file.write(json.dumps(record, ensure_ascii=False).encode(errors="replace") + b"\n")
+            file.write(to_json(record).encode() + b"\n")
     return path
