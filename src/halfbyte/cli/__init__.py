@@ -31,6 +31,7 @@ COMMANDS = {
     "doctor": "show what this machine has and test the kernels",
 }
 
+_LONGEST_TRACEBACK = 20_000  # characters; its exception may quote anything
 _CLOSED_PIPE = 141  # 128 + SIGPIPE, what a shell shows for a program that dies of it
 
 
@@ -119,7 +120,8 @@ def main(argv: list[str] | None = None) -> int:
         if (problem := _memory_problem(error)) is not None:
             _complain(f"{name}: {problem}")
             return 2
-        print(printable(traceback.format_exc()), end="", file=sys.stderr)
+        said = shorten(traceback.format_exc(), _LONGEST_TRACEBACK)
+        print(printable(said), end="", file=sys.stderr)
         _complain(
             f"{name}: this is a bug in halfbyte; please report it with the lines above and what "
             "`halfbyte doctor` prints"

@@ -24,6 +24,10 @@ SUFFIXES = (".jsonl", ".json", ".ndjson")
 """Suffixes of data files in a directory."""
 
 _OTHER_KINDS = (".parquet", ".csv", ".tsv", ".txt", ".xlsx", ".arrow", ".gz", ".zst", ".zip")
+LONGEST_ROW = 8_000_000
+"""Longest row of a file, in bytes: some two million tokens, which take ten seconds to encode."""
+
+_TOO_LONG = f"longer than {LONGEST_ROW // 10**6} MB; divide it"
 _BEGINNING = 1000  # bytes that are kept of a row that cannot be read
 _DEEPEST = 100  # levels of lists and objects; beyond about 1000, Python's functions on them fail
 _BOM = b"\xef\xbb\xbf"
@@ -108,9 +112,11 @@ def _read_file(path: Path) -> Iterator[Row]:
     if raw.lstrip().startswith(b"["):
         yield from _read_array(raw)
         return
-    if path.suffix.lower() == ".json" and (row := _parse("1", raw)).problem is None:
-        yield row
-        return
+    if path.suffix.lower() == ".json":
+        row = _parse("1", raw)
+        if row.problem in (None, _TOO_LONG):  # the whole file is one object
+            yield row
+            return
     for number, line in enumerate(io.BytesIO(raw), 1):
         if line.strip():
             yield _parse(str(number), line)
@@ -118,7 +124,8 @@ def _read_file(path: Path) -> Iterator[Row]:
 
 def _parse(number: str, line: bytes) -> Row:
     try:
-        return _checked(number, json.loads(line.decode("utf-8")))
+        row = _checked(number, json.loads(line.decode("utf-8")))
+        return row if len(line) <= LONGEST_ROW else Row(number, _beginning(line), _TOO_LONG)
     except UnicodeDecodeError:
         return Row(number, _beginning(line), "not UTF-8")
     except (ValueError, RecursionError):
@@ -169,16 +176,17 @@ def _read_array(raw: bytes) -> Iterator[Row]:
     position = skip(skip(0) + 1)
     while text[position : position + 1] != "]":
         line, counted_to = line + text.count("\n", counted_to, position), position
-        start = position
+        beginning = text[position : position + _BEGINNING]
         try:
             value, position = decoder.raw_decode(text, position)
             position = skip(position)
             if text[position : position + 1] not in (",", "]"):
                 raise ValueError("neither a comma nor the end of the array")
             row = _checked(str(line), value)
+            if position - counted_to > LONGEST_ROW:
+                row = Row(row.line, beginning, _TOO_LONG)
         except (ValueError, RecursionError):
-            rest = text[start : start + _BEGINNING]
-            yield Row(str(line), rest, "malformed JSON; the rest of the array is not read")
+            yield Row(str(line), beginning, "malformed JSON; the rest of the array is not read")
             return
         yield row
         if text[position] == ",":

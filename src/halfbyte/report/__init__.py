@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from halfbyte.errors import OutputError
+from halfbyte.foreign_text import LONGEST_MESSAGE, shorten
 
 if TYPE_CHECKING:
     from halfbyte.report.journal import Journal
@@ -40,7 +41,8 @@ class RunReport:
         logging.getLogger("halfbyte").addHandler(self._log_handler)
 
     def note(self, text: str) -> None:
-        """Log a message of one line."""
+        """Log a message of one line; one that is too long to read is shortened."""
+        text = shorten(text, LONGEST_MESSAGE)
         self.record("note", {"text": text})
         self._screen.note(text)
 
@@ -144,7 +146,7 @@ class RunReport:
         try:
             if kind is not None and self._journal is not None:
                 reason = "interrupted" if kind is KeyboardInterrupt else f"{kind.__name__}: {error}"
-                self.record("stopped", {"reason": reason})
+                self.record("stopped", {"reason": shorten(reason, LONGEST_MESSAGE)})
                 self._write_page()
         finally:
             self.close()
