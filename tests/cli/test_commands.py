@@ -65,6 +65,7 @@ class Seam:
     def evaluate(self, model: Any, tokenizer: str, data: Any, **options: Any) -> Evaluated:
         self.calls.append(("evaluate", {"data": data} | options))
         options["progress"](1, 2)
+        options.get("note", print)("d: 2 of 3 rows usable")
         if not options["exact_match"]:
             return Evaluated(exact_match=None, samples=[])
         return Evaluated()
@@ -172,7 +173,8 @@ def test_eval_prints_figures_and_what_was_missed(
     assert run("eval --model m --data d.jsonl --max-length 64") == 0
     [call] = seam.named("evaluate")
     assert (call["data"], call["max_length"], call["exact_match"]) == ("d.jsonl", 64, True)
-    assert lines(capsys.readouterr().out) == [
+    printed = capsys.readouterr()
+    assert lines(printed.out) == [
         "  loss               0.5000",
         "  perplexity         1.649",
         "  supervised tokens  1,234",
@@ -182,6 +184,7 @@ def test_eval_prints_figures_and_what_was_missed(
         "  expected  3",
         "  got       fish",
     ]
+    assert "d: 2 of 3 rows usable" in printed.err
 
 
 def test_eval_without_exact_match_and_as_json(

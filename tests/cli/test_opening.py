@@ -6,10 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from halfbyte.checkpoint.peft import save_adapter
 from halfbyte.cli import main
-from halfbyte.cli.opening import claim_directory
-from halfbyte.errors import OutputError
+from halfbyte.cli.opening import as_trained, claim_directory
+from halfbyte.config.schema import BaseOptions
+from halfbyte.errors import CheckpointError, OutputError
+from halfbyte.linear.lora import LoRAConfig
 
 
 def claim(directory: Path, *inputs: str | Path | None, **options: bool | str) -> None:
@@ -93,18 +97,17 @@ def test_commands_do_not_replace_their_base(
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-@pytest.mark.parametrize("command", ["merge", "export", "quantize", "compare", "demo", "train"])
-def test_no_command_writes_what_another_process_is_writing(
-    tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = str(tmp_path / "out")
-    words = {
-        "merge": ["merge", "m", "a", out],
-        "export": ["export", "m", "a", out],
-        "quantize": ["quantize", "m", out],
-        "demo": ["demo", "--output", out],
-    }.get(command, [command, "--model", "m", "--data", "d", "--output", out])
-    with claim_directory(tmp_path / "out", overwrite=False):
-        assert main(words) == 2
-    assert f"is being written by process {os.getpid()} on " in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"quant": "int8"}, "`quant`: expected 'nf4', 'fp4' or 'none', got 'int8'"),
+        ({"block_size": 65}, "`block_size`: expected a power of 2"),
+        ({"double_quant": [1]}, "`double_quant`: expected true or false"),
+        ({"quant": "none", "quantize_head": True}, "need `quant` nf4 or fp4"),
+    ],
+)
+def test_a_recorded_recipe_is_checked(tmp_path: Path, recipe: object, message: str) -> None:
+    pair = {f"q.lora_{name}.weight": torch.ones(2, 2) for name in "AB"}
+    save_adapter(tmp_path, pair, LoRAConfig(r=2), base={"name": "m"}, recipe=recipe)
+    with pytest.raises(CheckpointError, match=f"recipe in halfbyte.json: .*{message}"):
+        as_trained(BaseOptions(model="m"), tmp_path)

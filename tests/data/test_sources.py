@@ -77,14 +77,17 @@ def test_a_line_separator_inside_a_string_ends_no_line(tmp_path):
         (b'{"a": ', "malformed JSON"),
         (b"caf\xe9", "not UTF-8"),
         (b'{"a": "\\ud800"}', "half a surrogate pair"),
-        (b"[" * 100_000, "malformed JSON"),
+        (b'{"a":' * 100_000, "malformed JSON"),
+        (b'{"a":' * 101 + b"1" + b"}" * 101, "nested more than 100 levels deep"),
     ],
-    ids=["cut", "latin-1", "surrogate", "deep"],
+    ids=["cut", "latin-1", "surrogate", "too deep for Python", "deep"],
 )
 def test_a_bad_line_is_a_problem_and_the_next_is_read(tmp_path, line, problem):
     rows = read(tmp_path / "a.jsonl", b'{"a": 1}\n' + line + b'\n{"a": 3}\n')
     assert [row.line for row in rows] == ["1", "2", "3"]
     assert problem in rows[1].problem
+    assert rows[1].value
+    assert rows[1].value.encode()[:3] == line[:3]
     assert rows[2].value == {"a": 3}
 
 
@@ -98,7 +101,13 @@ def test_a_row_that_takes_minutes_to_encode_is_a_problem(tmp_path, monkeypatch, 
     assert [row.problem for row in found] == [None, "longer than 8 MB; divide it", None]
     assert found[2].value == {"a": "xxx"}
     one = json.dumps({"a": ["x" * 200]}, indent=1)
-    assert read(tmp_path / "one.json", one) == [("1", None, "longer than 8 MB; divide it")]
+    assert read(tmp_path / "one.json", one) == [("1", one, "longer than 8 MB; divide it")]
+
+
+def test_nesting_has_a_limit(tmp_path):
+    lines = [b'{"a":' * depth + b"1" + b"}" * depth for depth in (100, 101)]
+    rows = read(tmp_path / "a.jsonl", b"\n".join(lines))
+    assert [row.problem for row in rows] == [None, "nested more than 100 levels deep"]
 
 
 def test_an_array_is_read_up_to_where_it_breaks(tmp_path):

@@ -114,14 +114,17 @@ def test_all_tokens_are_learned_on_request_but_the_first():
     assert example.labels_mask.tolist() == [False] + [True] * (len(example.tokens) - 1)
 
 
-def test_thinking_that_is_dropped_from_earlier_turns_leaves_their_words_learned():
+REWRITTEN = "a reply that the chat template renders otherwise than at inference is not supervised"
+
+
+def test_a_reply_that_would_think_at_inference_but_not_in_training_is_not_learned():
     text = template(
         "{% if loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
         "{{ message['content'] + '<|im_end|>\n' }}"
     )
     replies, notes = learned(tiny_tokenizer(text), talk("Hi", "Yes.", "So?", "No."))
-    assert replies == [f"Yes.{END}", f"<think>\n\n</think>\n\nNo.{END}"]
-    assert notes == ()
+    assert replies == [f"<think>\n\n</think>\n\nNo.{END}"]
+    assert notes == (f"{REWRITTEN}: 1 row (line 1)",)
 
 
 def test_a_reply_that_is_rewritten_is_not_learned_and_that_is_said():
@@ -132,31 +135,37 @@ def test_a_reply_that_is_rewritten_is_not_learned_and_that_is_said():
     row = talk("Hi", "<think>hm</think>Yes.", "So?", "<think>hm</think>No.")
     replies, notes = learned(tiny_tokenizer(text), row)
     assert replies == [f"<think>hm</think>No.{END}"]
-    assert notes == (
-        "a reply that cannot be located in the rendered text is ignored: 1 row (line 1)",
-    )
+    assert notes == (f"{REWRITTEN}: 1 row (line 1)",)
 
 
-def test_a_reply_that_closes_otherwise_at_the_end_is_learned_with_its_own_close():
+def test_a_reply_whose_text_is_changed_is_learned_and_that_is_said():
+    text = template("{{ message['content'].split('</think>')[-1] + '<|im_end|>\n' }}")
+    replies, notes = learned(tiny_tokenizer(text), talk("Hi", "<think>hm</think>Yes."))
+    assert replies == [f"Yes.{END}"]
+    assert notes == ("the chat template changes the text of a reply: 1 row (line 1)",)
+
+
+def test_only_the_token_that_ends_a_reply_at_inference_is_learned():
     text = template(
         "{{ 'final:' + message['content'] }}"
         "{% if loop.last %}<|endoftext|>{% else %}<|im_end|>{% endif %}",
         before="<|im_start|>assistant",
         prompt="<|im_start|>assistant",
     )
-    replies, _ = learned(tiny_tokenizer(text), talk("Hi", "final", "So?", "No."))
-    assert replies == [f"final:final{END}", "final:No.<|endoftext|>"]
+    replies, notes = learned(tiny_tokenizer(text), talk("Hi", "final", "So?", "No."))
+    assert replies == ["final:final", "final:No.<|endoftext|>"]
+    assert notes == (
+        "the token that ends an earlier reply is not the one that ends a reply at inference, and is"
+        " not supervised: 1 row (line 1)",
+    )
 
 
-def test_a_prompt_that_opens_thinking_which_training_lacks_is_said():
+def test_a_prompt_that_opens_thinking_which_training_lacks_is_a_reason_for_rejection():
     text = template(
         "{{ message['content'] + '<|im_end|>\n' }}", prompt="<|im_start|>assistant\n<think>\n"
     )
-    replies, notes = learned(tiny_tokenizer(text), talk("Hi", "Yes.", "So?", "<No."))
-    assert replies == [f"Yes.{END}", f"<No.{END}"]
-    assert notes == (
-        "the prompt rendered at inference ends differently than in training: 1 row (line 1)",
-    )
+    with pytest.raises(RowRejected, match=r"the prompt at inference ends in '<think>\\n', which"):
+        learned(tiny_tokenizer(text), talk("Hi", "Yes.", "So?", "<No."))
 
 
 def test_a_header_that_inference_leaves_to_the_model_is_learned():
@@ -176,16 +185,16 @@ def test_a_conversation_that_begins_with_a_reply_is_learned_from_the_second():
     row = Conversation("4", [turn("assistant", "Hello!"), *talk("Hi", "Yes.").messages])
     replies, notes = learned(TOKENIZERS["chatml"], row)
     assert replies == [f"Yes.{END}"]
-    assert notes == (
-        "a reply that cannot be located in the rendered text is ignored: 1 row (line 4)",
-    )
+    assert notes == ("a reply before which there is nothing is not supervised: 1 row (line 4)",)
 
 
 def test_rows_of_which_no_reply_can_be_located_or_that_are_refused_are_rejected():
-    with pytest.raises(RowRejected, match="no assistant turn could be located"):
+    with pytest.raises(RowRejected, match="before which there is nothing"):
         learned(TOKENIZERS["chatml"], Conversation("1", [turn("assistant", "Hello!")]))
     system = [turn("system", "Be brief."), *talk("Hi", "Yes.").messages]
-    with pytest.raises(RowRejected, match=r"rejects it \(roles must be user and assistant"):
+    with pytest.raises(
+        RowRejected, match=r"rejects it \(roles must be user and assistant, line 1\)"
+    ):
         learned(TOKENIZERS["llama2"], Conversation("1", system))
     with pytest.raises(DataError, match=r"cannot be rendered as a prompt.*roles must be"):
         prompt_ids(TOKENIZERS["llama2"], system)
@@ -281,12 +290,20 @@ def test_a_tokenizer_without_offsets_is_refused_unless_all_is_learned(monkeypatc
 
 
 def test_the_token_at_which_generation_stops():
-    assert end_of_turn(tiny_tokenizer(CHATML)) == tiny_tokenizer().eos_token_id
+    assert end_of_turn(tiny_tokenizer(CHATML)) == (tiny_tokenizer().eos_token_id,)
     other = tiny_tokenizer(CHATML)
     other.eos_token = "<|endoftext|>"
-    assert other.decode([end_of_turn(other)]) == END
-    assert end_of_turn(tiny_tokenizer(template("{{ message['content'] + '\n' }}"))) is None
-    assert end_of_turn(tiny_tokenizer("{{ raise_exception('no') }}")) is None
+    assert other.decode(end_of_turn(other)) == END
+    assert end_of_turn(tiny_tokenizer("{{ raise_exception('no') }}")) == ()
+    assert end_of_turn(tiny_tokenizer(None)) == (tiny_tokenizer().eos_token_id,)
+
+
+def test_where_nothing_ends_a_reply_the_token_that_begins_the_next_turn_does():
+    tokenizer = tiny_tokenizer(template("{{ message['content'] + '\n' }}"))
+    assert tokenizer.decode(end_of_turn(tokenizer)) == "<|im_start|>"
+    replies, notes = learned(tokenizer, talk("Hi", "Yes.", "So?", "No."))
+    assert replies == ["Yes.\n<|im_start|>", "No.\n"]
+    assert notes == ("no token ends the reply: the model will not learn to stop: 1 row (line 1)",)
 
 
 def rejected(encode):

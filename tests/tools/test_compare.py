@@ -101,6 +101,17 @@ def test_runs_differ_in_variant_and_seed_alone_and_seeds_are_outside(tmp_path: P
         laid_out(tmp_path, names=("r=0",))
 
 
+def test_rows_that_a_run_left_out_are_counted(tmp_path: Path) -> None:
+    [job] = laid_out(tmp_path, names=("lora",), seeds=(0,))
+    job.config.output.mkdir(parents=True)
+    begin = {"event": "begin", "held_out_verdict": None}
+    said = f"3 rows left out: {job.config.output}/rejected.jsonl"
+    for usable, expected in ((9, said), (12, None)):
+        line = json.dumps(begin | {"data_verdict": {"rows": 12, "usable": usable}})
+        (job.config.output / "journal.jsonl").write_text(line + "\n")
+        assert compare.rows_left_out(job) == expected
+
+
 def test_a_run_and_its_evaluation_are_one_process(tmp_path: Path) -> None:
     words = ("--model", "m", "--adapter", "a")
     [job] = laid_out(tmp_path, ("halfbyte", "train"), names=("lora",), seeds=(0,))

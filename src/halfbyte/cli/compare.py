@@ -124,6 +124,8 @@ def _compare(options: CompareOptions, notes: list[str], *, as_json: bool) -> Non
                     continue
                 with report.task(message, None) as progress:
                     found.append(compare.run(job, progress))
+            if found[0].failure is None and (left := compare.rows_left_out(todo[0])):
+                report.note(left)
         comparison = Comparison(tuple(found))
         compare.write_results(
             comparison,

@@ -41,7 +41,12 @@ _MAX_YAML = 100_000  # bytes; PyYAML reads them in a second, and all options tak
 # Python writes bytes of a path that are not UTF-8 as U+DC80 to U+DCFF.
 _NOT_IN_PATHS = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
 
-_HIGH_RATE = 0.05  # far above what adapters train with, also tiny models'
+# Values far above what adapters train with, also those of tiny models, and what is usual.
+_HARDLY_MEANT = {
+    "learning_rate": (0.05, "adapters usually train at 1e-5 to 1e-3"),
+    "lora_r": (1024, "adapters usually have a rank of 4 to 256"),
+    "epochs": (100, "adapters usually train for 1 to 5"),
+}
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -487,11 +492,9 @@ def load_config(
     for winner, loser in (("max_steps", "epochs"), ("warmup_steps", "warmup_ratio")):
         if getattr(config, winner) is not None and loser in config.model_fields_set:
             notes.append(f"`{loser}` is ignored, since `{winner}` is given")
-    if config.learning_rate > _HIGH_RATE:
-        notes.append(
-            f"`learning_rate` {config.learning_rate:g} is very high; adapters usually train at "
-            "1e-5 to 1e-3"
-        )
+    for name, (limit, usual) in _HARDLY_MEANT.items():
+        if (value := getattr(config, name)) > limit:
+            notes.append(f"`{name}` {value:g} is very high; {usual}")
     return config, notes
 
 

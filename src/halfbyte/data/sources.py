@@ -28,13 +28,15 @@ LONGEST_ROW = 8_000_000
 """Longest row of a file, in bytes: some two million tokens, which take ten seconds to encode."""
 
 _TOO_LONG = f"longer than {LONGEST_ROW // 10**6} MB; divide it"
+_BEGINNING = 1000  # bytes that are kept of a row that cannot be read
+_DEEPEST = 100  # levels of lists and objects; beyond about 1000, Python's functions on them fail
 _BOM = b"\xef\xbb\xbf"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 class Row(NamedTuple):
-    """A row: its line, and its value or the reason it could not be read."""
+    """A row: its line and its value; or the reason it could not be read, and its beginning."""
 
     line: str
     value: object
@@ -123,18 +125,36 @@ def _read_file(path: Path) -> Iterator[Row]:
 def _parse(number: str, line: bytes) -> Row:
     try:
         row = _checked(number, json.loads(line.decode("utf-8")))
-        return row if len(line) <= LONGEST_ROW else Row(number, None, _TOO_LONG)
+        return row if len(line) <= LONGEST_ROW else Row(number, _beginning(line), _TOO_LONG)
     except UnicodeDecodeError:
-        return Row(number, None, "not UTF-8")
+        return Row(number, _beginning(line), "not UTF-8")
     except (ValueError, RecursionError):
-        return Row(number, None, "malformed JSON")
+        return Row(number, _beginning(line), "malformed JSON")
+
+
+def _beginning(raw: bytes) -> str:
+    return raw[:_BEGINNING].decode("utf-8", errors="replace")
 
 
 def _checked(number: str, value: object) -> Row:
-    """Reject half a surrogate pair, which JSON allows but which cannot be tokenised."""
-    if _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
-        return Row(number, None, "text that is not valid Unicode (half a surrogate pair)")
-    return Row(number, value)
+    """Reject what JSON allows but what cannot be tokenised, or printed by a template."""
+    text = json.dumps(value, ensure_ascii=False)
+    if _SURROGATE.search(text):
+        problem = "text that is not valid Unicode (half a surrogate pair)"
+    elif text.count("[") + text.count("{") > _DEEPEST and _is_deeper(value, _DEEPEST):
+        problem = f"nested more than {_DEEPEST} levels deep"
+    else:
+        return Row(number, value)
+    return Row(number, json.dumps(value)[:_BEGINNING], problem)
+
+
+def _is_deeper(value: object, depth: int) -> bool:
+    level = [value]
+    while depth >= 0 and (level := [one for one in level if isinstance(one, dict | list)]):
+        lists = [one.values() if isinstance(one, dict) else one for one in level]
+        level = [inner for one in lists for inner in one]
+        depth -= 1
+    return bool(level)
 
 
 def _read_array(raw: bytes) -> Iterator[Row]:
@@ -143,7 +163,9 @@ def _read_array(raw: bytes) -> Iterator[Row]:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        yield Row(str(raw.count(b"\n", 0, error.start) + 1), None, "not UTF-8")
+        start = raw.rfind(b"\n", 0, error.start) + 1
+        number = str(raw.count(b"\n", 0, start) + 1)
+        yield Row(number, _beginning(raw[start : start + _BEGINNING]), "not UTF-8")
         return
     line, counted_to = 1, 0
 
@@ -154,6 +176,7 @@ def _read_array(raw: bytes) -> Iterator[Row]:
     position = skip(skip(0) + 1)
     while text[position : position + 1] != "]":
         line, counted_to = line + text.count("\n", counted_to, position), position
+        beginning = text[position : position + _BEGINNING]
         try:
             value, position = decoder.raw_decode(text, position)
             position = skip(position)
@@ -161,9 +184,9 @@ def _read_array(raw: bytes) -> Iterator[Row]:
                 raise ValueError("neither a comma nor the end of the array")
             row = _checked(str(line), value)
             if position - counted_to > LONGEST_ROW:
-                row = Row(row.line, None, _TOO_LONG)
+                row = Row(row.line, beginning, _TOO_LONG)
         except (ValueError, RecursionError):
-            yield Row(str(line), None, "malformed JSON; the rest of the array is not read")
+            yield Row(str(line), beginning, "malformed JSON; the rest of the array is not read")
             return
         yield row
         if text[position] == ",":

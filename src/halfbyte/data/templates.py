@@ -1,23 +1,19 @@
 """Converts conversations to token ids and masks of the supervised tokens.
 
-The ids are those of transformers' ``apply_chat_template``: the template is rendered by transformers
-and its text tokenised without adding special tokens, so BOS is present exactly if the template
-writes it. The supervised tokens of an assistant turn are **what the model must generate, given the
-prompt rendered at inference**: everything after the rendered prompt, up to and including the token
-that ends the turn. The line break that many templates put after that token is not supervised.
+The ids are those of transformers' ``apply_chat_template``: the template's text (`rendering`) is
+tokenised without adding special tokens, so BOS is present exactly if the template writes it. The
+supervised tokens of an assistant turn are **what the model must generate, given the prompt rendered
+at inference**: everything after the rendered prompt, up to and including the token that ends the
+turn (`turns`). The line break that many templates put after that token is not supervised.
 
-Finding these tokens:
+If a template marks the assistant's text with ``{% generation %}``, and all replies are supervised,
+its mask is used; if it ends just before the token that ends the turn, that token is added.
 
-1. If a template marks the assistant's text with ``{% generation %}``, its mask is used; if the mask
-   ends just before the end-of-turn token, that token is added.
-2. Otherwise, for each assistant turn, the messages before it are rendered as a prompt, and again
-   with the turn. If the full text starts with both renderings, the turn is the text between their
-   ends. If it does not, because the template rewrites earlier turns (for example, drops their
-   thinking), the turn is the message's own text, if it is found where it must be. A turn that
-   cannot be located reliably is not supervised, and this is logged.
+A row is rejected if none of its replies can be supervised, or if the template drops the tool calls
+of one that should be. Whatever else a template drops, adds or changes is said in a note.
 
 Characters are mapped to tokens by the tokenizer's offsets. A token that merges the end of the
-prompt with the start of the reply counts as reply, which is logged too.
+prompt with the start of the reply counts as reply, which is noted too.
 
 With a tokenizer without a chat template, conversations become plain text: one line per message,
 each reply ending with EOS, starting with BOS if the tokenizer adds it. A row of plain text is
@@ -28,25 +24,26 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from halfbyte.data.dataset_report import RowRejected, counted
 from halfbyte.data.formats import Conversation, Message
+from halfbyte.data.rendering import Chat, Renderer, Tools
+from halfbyte.data.template_effects import TOOL_CALLS, Losses, Lost, added_text, losses_of_text
+from halfbyte.data.turns import Controls, TurnEnds, find_ends, find_turn
 from halfbyte.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TrainOn = Literal["assistant", "all"]
-Tools = list[Any] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +80,12 @@ class Encoder:
         self._tokenizer = tokenizer
         self._plain = tokenizer.chat_template is None
         self._train_on = train_on
-        self._said: defaultdict[str, list[str]] = defaultdict(list)
-        self._ahead: dict[int, tuple[str, Any]] = {}  # by the identity of a row
+        self._renderer = Renderer(tokenizer)
+        self._losses = Losses()
+        self._said: defaultdict[str, dict[str, None]] = defaultdict(
+            dict
+        )  # in order, without repeats
+        self._ahead: dict[int, tuple[_Rendered, Any]] = {}  # by the identity of a row
 
     def encode_all(self, rows: Sequence[Conversation]) -> Iterator[Example | RowRejected]:
         """Yield each row encoded, or why it is rejected.
@@ -104,24 +105,27 @@ class Encoder:
     def _tokenize_ahead(self, rows: Sequence[Conversation]) -> None:
         if self._train_on == "all" or not self._tokenizer.is_fast:
             return
-        texts: dict[int, str] = {}
+        rendered: dict[int, _Rendered] = {}
         for row in rows:
             if row.text is None:
                 with suppress(RowRejected):  # raised again by `encode`
-                    texts[id(row)] = self._render(row.messages, row.tools, prompt=False)
-        if texts:
-            found = self._tokenizer(list(texts.values()), **_WITH_OFFSETS)
-            for i, (key, text) in enumerate(texts.items()):
-                self._ahead[key] = text, {name: found[name][i] for name in _OFFSET_NAMES}
+                    rendered[id(row)] = self._render(row)
+        if rendered:
+            found = self._tokenizer([one.text for one in rendered.values()], **_WITH_OFFSETS)
+            for i, (key, one) in enumerate(rendered.items()):
+                self._ahead[key] = one, {name: found[name][i] for name in _OFFSET_NAMES}
 
     def prompt(self, messages: list[Message], tools: Tools = None) -> list[int]:
         """The token ids of the prompt for ``messages``.
 
         Raises:
-            DataError: The chat template rejects the messages.
+            DataError: The chat template is not valid, or rejects the messages.
         """
+        if self._plain:
+            return self._ids("".join(map(self._line, messages)))
         try:
-            return self._ids(self._render(messages, tools, prompt=True))
+            chat, _ = self._renderer.conversation(messages, tools)
+            return self._ids(chat.text(len(messages), prompt=True))
         except RowRejected as error:
             raise DataError(f"The messages cannot be rendered as a prompt: {error}.") from error
 
@@ -130,6 +134,7 @@ class Encoder:
 
         Raises:
             RowRejected: The chat template rejects it, or nothing of it can be supervised.
+            DataError: The chat template is not valid, or the tokenizer cannot be used for it.
         """
         if row.text is not None:
             tokens = np.array(self._text_ids(row.text), dtype=np.int32)
@@ -142,7 +147,8 @@ class Encoder:
     def notes(self) -> tuple[str, ...]:
         """Messages for the user about how the rows were encoded."""
         notes = [
-            f"{note}: {counted(lines)}" if lines else note for note, lines in self._said.items()
+            f"{note}: {counted(list(lines))}" if lines else note
+            for note, lines in self._said.items()
         ]
         if self._plain:
             notes.insert(0, "the tokenizer has no chat template: plain text, one line per message")
@@ -150,22 +156,47 @@ class Encoder:
 
     # Rendering
 
-    def _render(self, messages: list[Message], tools: Tools, *, prompt: bool) -> str:
+    def _render(self, row: Conversation) -> _Rendered:
         if self._plain:
-            return "".join(self._line(message) for message in messages)
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=prompt
+            self._check_losses(row, losses_of_text(row.messages, row.tools))
+            return _Rendered(None, "".join(map(self._line, row.messages)))
+        chat, converted = self._renderer.conversation(row.messages, row.tools)
+        rendered = _Rendered(chat, chat.text())
+        self._check_losses(row, self._losses.of(chat))
+        if converted:
+            self._say(
+                "arguments of tool calls are given to the chat template as it needs them", row
             )
-        # A template is a program: besides rejecting messages deliberately, it raises Python's own
-        # errors for a message without the keys it expects.
-        except (TemplateError, TypeError, ValueError) as error:
-            raise RowRejected(f"the chat template rejects it ({error})") from error
-        return text
+        if self._added and not any(message["role"] == "system" for message in row.messages):
+            self._say(
+                f"the chat template adds to rows without a system prompt: {self._added!r}", row
+            )
+        if "strftime_now" in chat.source:
+            self._said["the chat template writes today's date: tokens differ from day to day"] = {}
+        return rendered
 
     def _line(self, message: Message) -> str:
         end = self._tokenizer.eos_token if message["role"] == "assistant" else None
         return str(message["content"]) + (end or "\n")
+
+    def _check_losses(self, row: Conversation, losses: Iterable[Lost]) -> None:
+        """Note what is dropped of a row.
+
+        Raises:
+            RowRejected: It is tool calls that should be learned.
+        """
+        for index, what in losses:
+            if index < 0:
+                self._say(f"the chat template drops the {what}", row)
+            elif what == TOOL_CALLS and row.learns(index):
+                raise RowRejected("the chat template drops the tool calls of a reply")
+            else:
+                role = row.messages[index]["role"]
+                self._say(f"the chat template drops the {what} of a message of the {role}", row)
+
+    @cached_property
+    def _added(self) -> str:
+        return added_text(self._renderer, self._controls)
 
     # Tokens
 
@@ -177,13 +208,6 @@ class Encoder:
         starts = range(len(whole) - len(bare) + 1)
         return next((whole[:i] for i in starts if whole[i : i + len(bare)] == bare), [])
 
-    @cached_property
-    def control_tokens(self) -> NDArray[np.int32]:
-        """Special and added tokens, including every token that ends a turn."""
-        added = self._tokenizer.added_tokens_decoder
-        ids = {index for index, token in added.items() if token.content.strip()}
-        return np.array(sorted(ids | set(self._tokenizer.all_special_ids)), dtype=np.int32)
-
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         return [*self._leading, *ids] if self._plain else ids
@@ -194,16 +218,14 @@ class Encoder:
             ids = [*self._leading, *ids]
         end = self._tokenizer.eos_token_id
         if end is None:
-            self._said["the tokenizer has no EOS: a model will not learn where a text ends"] = []
+            self._said["the tokenizer has no EOS: a model will not learn where a text ends"] = {}
         elif ids[-1:] != [end]:
             ids.append(end)
         return ids
 
     def _conversation(self, row: Conversation) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        text, encoding = self._ahead.get(id(row)) or (
-            self._render(row.messages, row.tools, prompt=False),
-            None,
-        )
+        rendered, encoding = self._ahead.get(id(row)) or (self._render(row), None)
+        text = rendered.text
         if self._train_on == "all":
             ids = np.array(self._ids(text), dtype=np.int32)
             self._check_bos(ids)
@@ -217,13 +239,12 @@ class Encoder:
         encoding = encoding or self._tokenizer(text, **_WITH_OFFSETS)
         ids = np.array(encoding["input_ids"], dtype=np.int32)
         offsets = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(len(ids), 2)
-        mask = self._marked(row, ids)
-        if mask is None:
-            mask = np.zeros(len(ids), dtype=np.bool_)
-            for start, end in self._spans(row, text):
-                mask |= self._turn(ids, offsets, start, end, row)
-        if not mask.any():
-            raise RowRejected("no assistant turn could be located in the rendered template")
+        mask = np.zeros(len(ids), dtype=np.bool_)
+        for start, stop in self._spans(row, rendered):
+            turn = (offsets[:, 0] < stop) & (offsets[:, 1] > start)
+            if turn.any() and offsets[turn.argmax(), 0] < start:
+                self._say("a token merges the prompt's end with the reply's start", row)
+            mask |= turn
         if self._plain:
             ids = np.concatenate([np.array(self._leading, dtype=np.int32), ids])
             mask = np.concatenate([np.zeros(len(self._leading), dtype=np.bool_), mask])
@@ -234,103 +255,86 @@ class Encoder:
         bos = self._leading[:1]
         if bos and ids[:1].tolist() != bos:
             note = "the chat template writes no BOS though the tokenizer would; none is added"
-            self._said[note] = []
+            self._said[note] = {}
         elif bos and ids[:2].tolist() == bos * 2:
-            self._said["the chat template itself writes BOS twice; left as it is"] = []
+            self._said["the chat template itself writes BOS twice; left as it is"] = {}
 
-    # Finding the assistant's turns
+    # The assistant's turns
 
-    def _marked(self, row: Conversation, ids: NDArray[np.int32]) -> NDArray[np.bool_] | None:
-        """The mask from a template with ``{% generation %}``; None if it has no such mark."""
-        replies = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
-        if self._plain or not all(row.learns(index) for index in replies):
-            return None
-        template = self._tokenizer.get_chat_template(None, row.tools)
-        if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
-            return None
-        encoding = self._tokenizer.apply_chat_template(
-            row.messages,
-            tools=row.tools,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"verbose": False},
-        )
-        mask = np.array(encoding["assistant_masks"], dtype=np.bool_)
-        control = np.isin(ids, self.control_tokens)
-        after = np.flatnonzero(mask[:-1] & ~mask[1:]) + 1
-        mask[after[control[after] & ~control[after - 1]]] = True
-        return mask if mask.any() else None
+    @cached_property
+    def _controls(self) -> Controls:
+        """Matches control tokens, the longer of two first."""
+        added = [token.content for token in self._tokenizer.added_tokens_decoder.values()]
+        texts = {text for text in added + self._tokenizer.all_special_tokens if text.strip()}
+        return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
-    def _spans(self, row: Conversation, text: str) -> list[tuple[int, int]]:
-        """The spans of the assistant's turns in ``text`` that can be located reliably."""
-        spans = []
-        for index in filter(row.learns, range(len(row.messages))):
-            span = self._span(row, index, text)
-            if span is None:
-                self._say("a reply that cannot be located in the rendered text is ignored", row)
-            else:
-                spans.append(span)
+    @cached_property
+    def ends(self) -> TurnEnds:
+        """How the replies of the chat template end."""
+        if self._plain:
+            eos = self._tokenizer.eos_token
+            return TurnEnds(tokens=(str(eos),) if eos else ())
+        return find_ends(self._renderer, self._controls)
+
+    def _spans(self, row: Conversation, rendered: _Rendered) -> list[tuple[int, int]]:
+        """The supervised characters of a row.
+
+        Raises:
+            RowRejected: There are none.
+        """
+        replies = [index for index in range(len(row.messages)) if row.learns(index)]
+        if not replies:
+            raise RowRejected("no assistant turn to learn")
+        if rendered.chat is None:
+            return self._lines(row, replies)
+        marked = rendered.chat.whole[1]
+        if marked and len(replies) == sum(m["role"] == "assistant" for m in row.messages):
+            return [self._with_end(span, rendered.text) for span in marked]
+        spans, reasons = [], []
+        for index in replies:
+            try:
+                turn = find_turn(rendered.chat, index, self.ends, self._controls)
+            except RowRejected as rejection:
+                reasons.append(str(rejection))
+                continue
+            for note in turn.notes:
+                self._say(note, row)
+            spans.append((turn.start, turn.stop))
+            if not _contains(rendered.text[turn.start : turn.stop], row.messages[index]["content"]):
+                self._say("the chat template changes the text of a reply", row)
+        if not spans:
+            raise RowRejected(reasons[0])
+        for reason in reasons:
+            self._say(reason, row)
         return spans
 
-    def _span(self, row: Conversation, index: int, text: str) -> tuple[int, int] | None:
-        earlier, words = row.messages[:index], str(row.messages[index]["content"]).strip()
-        try:
-            before = self._render(earlier, row.tools, prompt=True)
-            until = text
-            if index + 1 < len(row.messages):
-                until = self._render(row.messages[: index + 1], row.tools, prompt=False)
-            if text.startswith(before):
-                start = len(before)
-            else:
-                bare = self._render(earlier, row.tools, prompt=False)
-                at = text.find(words, len(bare))
-                if not text.startswith(bare) or not words or at < 0:
-                    return None
-                self._say("the prompt rendered at inference ends differently than in training", row)
-                start = min(_shared(before, text), at)
-        except RowRejected:
-            return None
-        if text.startswith(until) and len(until) > start:
-            return start, len(until)
-        at = text.rfind(words, start, max(_shared(until, text), start))
-        if at < 0 and text[start:].lstrip().startswith(words):
-            at = text.index(words, start)
-        return (start, at + len(words)) if words and at >= 0 else None
+    def _lines(self, row: Conversation, replies: list[int]) -> list[tuple[int, int]]:
+        """The replies in plain text."""
+        ends = np.cumsum([len(self._line(message)) for message in row.messages]).tolist()
+        return [(ends[index - 1] if index else 0, ends[index]) for index in replies]
 
-    def _turn(
-        self,
-        ids: NDArray[np.int32],
-        offsets: NDArray[np.int64],
-        start: int,
-        end: int,
-        row: Conversation,
-    ) -> NDArray[np.bool_]:
-        """The mask of one turn: its tokens, up to and including the one that ends it."""
-        mask = (offsets[:, 0] < end) & (offsets[:, 1] > start)
-        within = np.flatnonzero(mask)
-        if not within.size:
-            return mask
-        first, last = int(within[0]), int(within[-1])
-        if offsets[first, 0] < start:
-            self._say("a token merges the prompt's end with the reply's start", row)
-        closing = within[np.isin(ids[within], self.control_tokens)]
-        if closing.size and closing[-1] > first:
-            mask[closing[-1] + 1 :] = False
-        elif last + 1 < len(ids) and ids[last + 1] in self.control_tokens:
-            mask[last + 1] = True
-        else:
-            self._say("no token ends the reply: the model will not learn to stop", row)
-        return mask
+    def _with_end(self, span: tuple[int, int], text: str) -> tuple[int, int]:
+        """A span that the template marks, with the token that ends the turn, if it is next."""
+        start, stop = span
+        end = self._controls.match(text, stop)
+        ended = any(text.endswith(token, start, stop) for token in self.ends.tokens)
+        return (start, end.end()) if end and end[0] in self.ends.tokens and not ended else span
 
     def _say(self, note: str, row: Conversation) -> None:
-        if row.line not in self._said[note]:
-            self._said[note].append(row.line)
+        self._said[note][row.line] = None
 
 
-def _shared(one: str, other: str) -> int:
-    """Length of the common prefix."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+@dataclass(frozen=True)
+class _Rendered:
+    """A row as text; ``chat`` is None without a chat template."""
+
+    chat: Chat | None
+    text: str
+
+
+def _contains(text: str, content: object) -> bool:
+    """Whether the text has the content of a message, up to whitespace."""
+    return "".join(str(content or "").split()) in "".join(text.split())
 
 
 def prompt_ids(
@@ -344,22 +348,14 @@ def prompt_ids(
     return Encoder(tokenizer).prompt(messages, tools)
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that ends a reply, at which generation must stop; None if there is none.
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end a reply, at which generation must stop; none if nothing ends it.
 
-    It is not always the tokenizer's EOS: many chat templates end turns with another token.
+    They are not always the tokenizer's EOS: many chat templates end turns with another token, and
+    some end a turn that calls a tool with yet another.
 
     Raises:
-        DataError: The tokenizer is not a fast one.
+        DataError: The chat template is not valid.
     """
-    probe: list[Message] = [
-        {"role": "user", "content": "Hello"},
-        {"role": "assistant", "content": "Hello"},
-    ]
-    encoder = Encoder(tokenizer)
-    try:
-        example = encoder.encode(Conversation("1", probe))
-    except RowRejected:
-        return None
-    last = int(example.tokens[np.flatnonzero(example.labels_mask)[-1]])
-    return last if last in encoder.control_tokens else None
+    tokens = Encoder(tokenizer).ends.tokens
+    return tuple(int(tokenizer.convert_tokens_to_ids(token)) for token in tokens)

@@ -75,7 +75,8 @@ class Journal:
         """Truncate the file before the first line about a later step; 0 empties it."""
         end = 0
         for line in self.path.read_bytes().splitlines(keepends=True):
-            if step == 0 or (_parse(line) or {}).get("step", 0) > step:
+            said = (_parse(line) or {}).get("step")
+            if step == 0 or (isinstance(said, int | float) and said > step):
                 break
             end += len(line)
         os.ftruncate(self._file, end)
@@ -105,7 +106,7 @@ def read_journal(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """The object on a line; None if the line is truncated."""
+    """The object on a line; None if the line is truncated, or too deeply nested for Python."""
     try:
         record = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):

@@ -291,11 +291,24 @@ def _text(text: str) -> str:
 def _data(run: Run) -> str:
     body = ""
     for name, field in (("Training", "data_verdict"), ("Held out", "held_out_verdict")):
-        lines = texts(mapping(run.begin.get(field)).get("lines"))
-        if lines:
+        report = mapping(run.begin.get(field))
+        if lines := texts(report.get("lines")):
             items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-            body += f'<h3>{name}</h3><ul class="notes">{items}</ul>'
+            body += f'<h3>{name}</h3><ul class="notes">{items}</ul>{_rejected(report)}'
     return section("Data", body)
+
+
+def _rejected(report: dict[str, Any]) -> str:
+    """Every reason for which rows were left out, with their first lines."""
+    found = report.get("rejected")
+    rows = [
+        [str(one.get("reason")), _value(one.get("rows")), ", ".join(texts(one.get("lines")))]
+        for one in map(mapping, found if isinstance(found, list) else [])
+    ]
+    if not rows:
+        return ""
+    listed = table(["reason", "rows", "first lines"], rows, "rows that were left out")
+    return f"<details><summary>Rows left out</summary>{listed}</details>"
 
 
 def _again(run: Run) -> str:

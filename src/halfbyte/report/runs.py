@@ -155,7 +155,7 @@ def read_run(directory: str | Path) -> Run:
         _take(run, line, speeds, answers)
     run.samples = list(answers.values())
     for activity in (_WHOLE_STEP, *_STEP_PARTS.values(), _REST_OF_STEP):
-        if activity in run.seconds:  # of the steps that were reported, which may be one in many
+        if activity in run.seconds and speeds:  # of the steps reported, which may be one in many
             run.seconds[activity] *= max(1.0, run.steps / len(speeds))
     del speeds[: min(5, len(speeds) // 4)]
     seconds = sum(taken for _, taken in speeds)

@@ -34,7 +34,8 @@ from halfbyte.report.comparison import (
     read_result,
 )
 from halfbyte.report.page import require_page
-from halfbyte.report.runs import Run, number, read_run
+from halfbyte.report.rejected import REJECTED_NAME
+from halfbyte.report.runs import Run, mapping, number, read_run
 
 KNOWN: dict[str, dict[str, Any]] = {
     "lora": {"quant": "none"},
@@ -150,6 +151,14 @@ def jobs(
                 _require_same(job)
             found.append(job)
     return found
+
+
+def rows_left_out(job: Job) -> str | None:
+    """Return a sentence on the rows of the data that a finished run left out; None if none."""
+    begin = read_run(job.config.output).begin
+    verdicts = [mapping(begin.get(name)) for name in ("data_verdict", "held_out_verdict")]
+    count = sum((number(v.get("rows")) or 0) - (number(v.get("usable")) or 0) for v in verdicts)
+    return f"{count:,.0f} rows left out: {job.config.output / REJECTED_NAME}" if count else None
 
 
 def _directory(name: str) -> str:

@@ -11,13 +11,14 @@ from halfbyte.checkpoint.run_state import STATE_NAME
 from halfbyte.config.schema import TrainConfig
 from halfbyte.errors import OutputError
 from halfbyte.input_files import open_file
+from halfbyte.report.rejected import REJECTED_NAME
 
 _JOURNAL = "journal.jsonl"
 _FIRST_LINE = 2**20
 
 # The names that a run writes in its directory, its tokenizer's files included.
 _WRITTEN = (
-    *(_JOURNAL, "config.yaml", "report.html", "checkpoint-*"),
+    *(_JOURNAL, REJECTED_NAME, "config.yaml", "report.html", "checkpoint-*"),
     *("adapter_config.json", "adapter_model.safetensors", "halfbyte.json"),
     *("tokenizer*.json", "tokenizer*.model", "chat_template*", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.*", "merges.txt", "*.model"),

@@ -51,6 +51,7 @@ from halfbyte.linear.lora import (
     load_adapter_state,
 )
 from halfbyte.models.support import require_trainable
+from halfbyte.report.rejected import write_rejected
 from halfbyte.runtime.device import is_out_of_memory
 from halfbyte.runtime.malloc import give_back, keep_freed_memory
 from halfbyte.runtime.matmul import float32_library
@@ -60,6 +61,7 @@ from halfbyte.train.evaluate import as_batch, evaluate_loss
 from halfbyte.train.loading import Loading, lora_of, recipe_metadata, recipe_of
 from halfbyte.train.memory_check import FIRST_LOOK, Prediction
 from halfbyte.train.output import claim_output
+from halfbyte.train.plausibility import implausible
 from halfbyte.train.qera import begin_with_error, require_plain
 from halfbyte.train.resume import check_same_run, identity_of_run, resume_from
 from halfbyte.train.saving import CheckpointWriter
@@ -237,6 +239,9 @@ class _Run:
         if config.eval_data:
             self.held_out = _read(config.eval_data, self.tokenizer, config, self.report)
         self.plan = _Steps(self.dataset.examples, config, self.tokenizer.pad_token_id or 0)
+        examples, model_config = self.dataset.examples, self.source.config
+        for line in implausible(config, examples, self.plan.total, model_config):
+            self.report.note(line)
         lengths = self.plan.lengths()
         self.shapes = [[(len(batch), batch[0]) for batch in step] for step in lengths]
         self.lengths = [[n for batch in step for n in batch] for step in lengths]
@@ -322,7 +327,7 @@ class _Run:
         )
 
     def begin(self) -> None:
-        """Write config.yaml and the first line of the journal."""
+        """Write config.yaml, rejected.jsonl and the first line of the journal."""
         config, recipe = self.config, self.base.model.halfbyte_recipe
         with new_file(self.output / "config.yaml") as file:
             file.write(to_yaml(config).encode())
@@ -349,6 +354,9 @@ class _Run:
             }
             | metadata.options(config),
         )
+        reports = [one.report for one in (self.dataset, self.held_out) if one is not None]
+        if rejected := write_rejected(self.output, reports):
+            self.report.note(f"every row left out, with its line and the reason: {rejected}")
         self.samples = metadata.Samples(self.held_out or self.dataset, config.samples)
         self.save_every = config.save_steps or max(1, math.ceil(self.plan.total / SAVES_PER_RUN))
 

@@ -1,0 +1,182 @@
+"""Finds the assistant's turns in a rendered conversation.
+
+A reply is supervised if the model would have to write it at inference, exactly as it stands in the
+training text. At inference the model sees the messages before the reply, rendered as a prompt; what
+it has to add is whatever makes that the rendering of these messages and the reply, up to the token
+that ends the turn. The training text, the rendering of all messages, must start with both. It does
+not if the template renders earlier turns otherwise than the last: drops their thinking, or moves
+the tools to the last question. Such a reply is not supervised.
+
+Which token ends a turn is found once for a template, by rendering probes (`find_ends`). It is not
+simply the last special token: many templates write others after it, or before it, such as those
+around a tool call. Some do not end a turn at all (GLM's), so that the model stops by writing the
+token that begins the next.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from halfbyte.data.dataset_report import RowRejected
+from halfbyte.data.formats import Message
+from halfbyte.data.rendering import Chat, Renderer, Tools, tool, tool_call
+
+Controls = re.Pattern[str]
+"""Matches the special and added tokens of a tokenizer in a text."""
+
+REWRITTEN = "a reply that the chat template renders otherwise than at inference is not supervised"
+ENDS_OTHERWISE = (
+    "the token that ends an earlier reply is not the one that ends a reply at inference, and is not"
+    " supervised"
+)
+NO_PROMPT = "a reply before which there is nothing is not supervised"
+NO_END = "no token ends the reply: the model will not learn to stop"
+
+
+@dataclass(frozen=True)
+class TurnEnds:
+    """How the replies of a chat template end.
+
+    Attributes:
+        closings: What can end the last reply of a text: the token that ends the turn and all that
+            follows it. The longest first; none if the template does not end turns.
+        tokens: The tokens that end a turn.
+    """
+
+    closings: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
+
+    def locate(self, text: str, controls: Controls) -> tuple[int, int]:
+        """Return where, in a text that ends with a reply, the token that ends it starts and stops.
+
+        Both are the length of the text if there is none.
+        """
+        for closing in self.closings:
+            if text.endswith(closing) and (token := controls.match(closing)):
+                start = len(text) - len(closing)
+                return start, start + token.end()
+        found = [match for match in controls.finditer(text) if match[0] in self.tokens]
+        if self.closings and found and not text[found[-1].end() :].strip():
+            return found[-1].span()
+        return len(text), len(text)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The supervised characters of a reply, and what the user should know about it."""
+
+    start: int
+    stop: int
+    notes: tuple[str, ...] = ()
+
+
+def find_turn(chat: Chat, index: int, ends: TurnEnds, controls: Controls) -> Turn:
+    """Return the characters of the reply with this index that are supervised.
+
+    Raises:
+        RowRejected: The reply cannot be supervised; the message is the reason.
+    """
+    if not index:
+        raise RowRejected(NO_PROMPT)
+    text = chat.text()
+    prompt, reply = chat.text(index, prompt=True), chat.text(index + 1)
+    if not reply.startswith(prompt):
+        ending = prompt[shared(prompt, reply) :]
+        raise RowRejected(
+            f"the prompt at inference ends in {ending[-40:]!r}, which the chat template leaves out"
+            " before the reply"
+        )
+    end, stop = ends.locate(reply, controls)
+    if not text.startswith(reply[:end]):
+        raise RowRejected(REWRITTEN)
+    if end < stop:
+        if text.startswith(reply[:stop]):
+            return Turn(len(prompt), stop)
+        return Turn(len(prompt), end, (ENDS_OTHERWISE,))
+    following = controls.match(text, end)
+    if following and following[0] in ends.tokens:
+        return Turn(len(prompt), following.end())
+    return Turn(len(prompt), end, (NO_END,))
+
+
+def shared(one: Sequence[str], other: Sequence[str]) -> int:
+    """Length of the common prefix."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+# Probes
+
+_FIRST, _SECOND, _THIRD = "zqfirst", "zqsecond", "zqthird"
+_USER: Message = {"role": "user", "content": _FIRST}
+_REPLY: Message = {"role": "assistant", "content": _SECOND}
+_RESULT: Message = {"role": "tool", "tool_call_id": "call00000", "content": _THIRD}
+
+
+def find_ends(renderer: Renderer, controls: Controls) -> TurnEnds:
+    """Find how replies end: those with text, and those that call a tool."""
+    closings: dict[str, None] = {}
+    tokens: dict[str, None] = {}
+    last = _tail(renderer, [_USER, _REPLY], controls)
+    between = _tail(renderer, [_USER, _REPLY, {"role": "user", "content": _THIRD}], controls)
+    if last and last.matches:
+        # The tokens that follow a reply wherever it is, such as Command's <|END_RESPONSE|>, end
+        # with the one that ends the turn. If there are none, as in gpt-oss, it is the last reply's.
+        end = last.matches[max(shared(last.tokens, between.tokens if between else []), 1) - 1]
+        closings[last.text[end.start() :]] = tokens[end[0]] = None
+    elif last and between and between.matches:
+        tokens[between.tokens[0]] = None
+    token, closing = _end_of_call(renderer, controls, tuple(closings))
+    if token:
+        tokens[token] = None
+    if closing:
+        closings[closing] = None
+    return TurnEnds(tuple(sorted(closings, key=len, reverse=True)), tuple(tokens))
+
+
+@dataclass(frozen=True)
+class _Tail:
+    """What is rendered after ``_SECOND``, and the control tokens in it."""
+
+    text: str
+    matches: list[re.Match[str]]
+
+    @property
+    def tokens(self) -> list[str]:
+        return [match[0] for match in self.matches]
+
+
+def _tail(
+    renderer: Renderer, messages: list[Message], controls: Controls, tools: Tools = None
+) -> _Tail | None:
+    try:
+        text = renderer.conversation(messages, tools)[0].text()
+    except RowRejected:
+        return None
+    _, found, tail = text.rpartition(_SECOND)
+    return _Tail(tail, list(controls.finditer(tail))) if found else None
+
+
+def _end_of_call(
+    renderer: Renderer, controls: Controls, closings: tuple[str, ...]
+) -> tuple[str, str]:
+    """The token that ends the turn of a tool call, and the closing, where they are others."""
+    calls = [tool_call("zqname", {"zqkey": value}) for value in (_SECOND, _THIRD)]
+    one, two = ({**_REPLY, "content": "", "tool_calls": calls[:n]} for n in (1, 2))
+    tools = [tool("zqname")]
+    last = _tail(renderer, [_USER, one], controls, tools)
+    if last is None or last.text.endswith(closings or "\0"):
+        return "", ""
+    if not closings:  # nor will this turn be ended by a token of its own
+        between = _tail(renderer, [_USER, one, _RESULT], controls, tools)
+        following = between.tokens[len(last.tokens) :] if between else []
+        return (following[0] if following else ""), ""
+    if not last.matches or last.text[last.matches[-1].end() :].strip():
+        return "", ""
+    end = last.matches[-1]
+    parallel = _tail(renderer, [_USER, two], controls, tools)
+    if parallel and parallel.tokens.count(end[0]) > 1:
+        return "", ""  # it ends a call, not the turn
+    return end[0], last.text[end.start() :]
