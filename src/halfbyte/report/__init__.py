@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from halfbyte.errors import OutputError
+from halfbyte.errors import OutputError, RunStopped
 
 if TYPE_CHECKING:
     from halfbyte.report.journal import Journal
@@ -103,6 +103,11 @@ class RunReport:
         self._track("evaluation", record)
         self._screen.evaluation(record)
 
+    def stopping(self, text: str) -> None:
+        """The run has been asked to stop; called in another thread."""
+        self.record("note", {"text": text})
+        self._screen.stopping(text)
+
     def saved(self, path: str | Path) -> None:
         """A checkpoint or an adapter is on disk."""
         self.record("saved", {"path": str(path)})
@@ -143,7 +148,11 @@ class RunReport:
     ) -> None:
         try:
             if kind is not None and self._journal is not None:
-                reason = "interrupted" if kind is KeyboardInterrupt else f"{kind.__name__}: {error}"
+                reason = f"{kind.__name__}: {error}"
+                if issubclass(kind, KeyboardInterrupt):
+                    reason = "interrupted"
+                elif issubclass(kind, RunStopped):
+                    reason = str(error)
                 self.record("stopped", {"reason": reason})
                 self._write_page()
         finally:

@@ -169,6 +169,10 @@ class Screen:
     def evaluation(self, record: dict[str, Any]) -> None:
         """Show an evaluation."""
 
+    def stopping(self, text: str) -> None:
+        """Show that the run has been asked to stop."""
+        self.note(text)
+
     def saved(self, path: str | Path) -> None:
         """Show that something is on disk."""
 
@@ -292,6 +296,11 @@ class LiveScreen(Screen):
     def saved(self, path: str | Path) -> None:
         """One line above the display."""
         self._print(Text(f"saved {path}", style="dim"))
+
+    def stopping(self, text: str) -> None:
+        """One line, and the cursor, since a second signal leaves the terminal as it is."""
+        self._print(Text(text, style="bold"))
+        self._console.show_cursor(True)
 
     def finish(self, record: dict[str, Any]) -> None:
         """Remove the display and print a line with its last numbers."""

@@ -298,6 +298,7 @@ class Trainer:
         steps: Iterable[int],
         batches: Callable[[int], Sequence[Batch]],
         done: Callable[[int, StepResult], None],
+        stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         """Make several steps.
 
@@ -306,6 +307,7 @@ class Trainer:
             batches: Returns the micro-batches of a step. On a GPU it is called for the next step
                 while the current one runs.
             done: Called after each step.
+            stopped: Asked before each step; if true, no more are made.
 
         Raises:
             NonFiniteLossError, OutOfMemoryError: As `step`.
@@ -313,6 +315,8 @@ class Trainer:
         numbers = list(steps)
         waited, given = _timed(batches, numbers[0]) if numbers else (0.0, ())
         for place, number in enumerate(numbers):
+            if stopped():
+                return
             queued, own, last = self._queue(number, given), waited, place + 1 == len(numbers)
             if not last and self._device == "cuda":  # while the device runs this step
                 waited, given = _timed(batches, numbers[place + 1])
