@@ -103,6 +103,17 @@ class RunReport:
         self._track("evaluation", record)
         self._screen.evaluation(record)
 
+    def warning(self, step: int, kind: str, text: str) -> None:
+        """Something is wrong with a step; ``text`` says what, and what to look at.
+
+        Args:
+            step: The step (1-based).
+            kind: ``nonfinite``, or one of ``train/loss_watch.py``.
+            text: For the user.
+        """
+        self.record("warning", {"step": step, "kind": kind, "text": text})
+        self._screen.warning(text)
+
     def stopping(self, text: str) -> None:
         """The run has been asked to stop; called in another thread."""
         self.record("note", {"text": text})

@@ -10,7 +10,6 @@ run is identical to an uninterrupted one, byte for byte, also if it was stopped 
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -40,6 +39,7 @@ from halfbyte.engine.packing import Batch
 from halfbyte.errors import Interrupted, OutOfMemoryError, RunStopped
 from halfbyte.layers.vocabulary import embedding_to_host
 from halfbyte.linear.lora import adapter_parameters, adapter_state, attach, load_adapter_state
+from halfbyte.report.journal import read_journal
 from halfbyte.runtime.device import is_out_of_memory
 from halfbyte.runtime.malloc import give_back, keep_freed_memory
 from halfbyte.runtime.matmul import float32_library
@@ -47,7 +47,9 @@ from halfbyte.runtime.precision import choose_device_and_dtype, deterministic
 from halfbyte.train import metadata
 from halfbyte.train.evaluate import as_batch, evaluate_loss
 from halfbyte.train.loading import Loading, lora_of, recipe_of
-from halfbyte.train.memory_check import FIRST_LOOK, Prediction
+from halfbyte.train.loss_watch import LossWatch
+from halfbyte.train.memory_check import FIRST_LOOK, Prediction, sizes_of
+from halfbyte.train.nonfinite import NonFiniteSteps, rows_in_words
 from halfbyte.train.qera import begin_with_error, require_plain
 from halfbyte.train.resume import check_same_run, identity_of_run, resume_from
 from halfbyte.train.run_steps import RunSteps
@@ -71,6 +73,7 @@ class TrainResult:
         peak_memory_bytes: Peak of the process (on a GPU: of allocations in training).
         seconds: Time spent in steps, by this call.
         tokens_per_second: Tokens, without padding, divided by that time.
+        skipped_steps: Steps left out, because their loss or a gradient was not finite.
     """
 
     adapter_dir: Path
@@ -79,6 +82,7 @@ class TrainResult:
     peak_memory_bytes: int
     seconds: float
     tokens_per_second: float
+    skipped_steps: int = 0
 
 
 def train(config: TrainConfig, report: "RunReport", stop: StopRequest | None = None) -> TrainResult:
@@ -230,11 +234,22 @@ class _Run:
         self.checkpoints = Checkpoints(
             config, self.base, self.lora, self.trainer, self.writer, self.identity, self.plan.total
         )
+        self.watch = LossWatch(config.learning_rate)
+        self.nonfinite = self.trainer.on_nonfinite = NonFiniteSteps(
+            config,
+            self.engine,
+            self.parameters,
+            checkpoints=self.checkpoints,
+            save=self.save,
+            lines=self._lines,
+            report=report,
+        )
         if self.resumed is not None:
             load_adapter_state(model, self.resumed.adapter)
             self.trainer.load_progress(self.resumed.progress)
             self.start = self.done = self.resumed.step
             self.checkpoints.saved = self.start
+            self.nonfinite.load(self.resumed.progress.get("nonfinite", self.nonfinite.state()))
             self.evaluated = self.resumed.progress.get("evaluated", self.start)
 
     @property
@@ -295,6 +310,9 @@ class _Run:
             }
             | metadata.options(config),
         )
+        journal = self.output / "journal.jsonl"
+        if self.resumed is not None and journal.exists():
+            self.watch.replay(read_journal(journal))
         self.samples = metadata.Samples(self.held_out or self.dataset, config.samples)
 
     # --- steps ----------------------------------------------------------------------------------
@@ -330,6 +348,9 @@ class _Run:
             RunStopped: A stop was requested.
         """
         trainer, total, stop = self.trainer, self.plan.total, self.stop
+        if self.config.on_nonfinite == "rewind" and self.checkpoints.saved is None:
+            trainer.optimizer.allocate()  # its state is part of a checkpoint
+            self.save(0)  # to rewind to
         with stop.between_steps(self._announce_stop):
             if self._evaluates_after(self.start) and self.evaluated != self.start:
                 self.evaluate(self.start)  # it was stopped before that
@@ -370,7 +391,7 @@ class _Run:
 
     def _save_made(self) -> None:
         """Save the steps made since the last checkpoint, if there are any."""
-        if self.done > self.checkpoints.saved:
+        if self.done > (self.checkpoints.saved or 0):
             self.save(self.done)
 
     def _capture(self) -> None:
@@ -389,13 +410,17 @@ class _Run:
             peak_memory_bytes=peak_memory(self.device),
             seconds=self.seconds,
             tokens_per_second=self.tokens / self.seconds if self.seconds else 0.0,
+            skipped_steps=self.nonfinite.skipped,
         )
+        if skipped := outcome.skipped_steps:
+            self.report.note(f"{skipped} of {outcome.steps} steps were left out as not finite")
         self.report.finish(
             {
                 "steps": outcome.steps,
                 "seconds": outcome.seconds,
                 "final_loss": None if math.isnan(self.loss) else self.loss,
                 "tokens_per_second": outcome.tokens_per_second,
+                "skipped_steps": outcome.skipped_steps,
             }
             | metadata.memory_now(self.device)
         )
@@ -410,12 +435,14 @@ class _Run:
         """Log a finished step (0-based); evaluate and save if due."""
         batches, done, config = self._batches.pop(step), step + 1, self.config
         times = self.clock.seconds()
-        self.loss, self.seconds = result.loss, self.seconds + result.seconds
+        self.seconds += result.seconds
+        if math.isfinite(result.loss):
+            self.loss = result.loss
         self.tokens += sum(batch.tokens for batch in batches)
         self.prediction.see(
             (batch.input_ids.shape for batch in batches),
             result.seconds,
-            **_sizes(self.engine, batches),
+            **sizes_of(self.engine, batches),
         )
         self.report_engine()
         self.writer.look()
@@ -425,10 +452,26 @@ class _Run:
         if done % config.logging_steps == 0 or last:
             self.report.step(self._record(done, result, batches, times))
         self.done = done
+        if not result.skipped:
+            self._watch(done, result)
         if self._evaluates_after(done):
             self.evaluate(done)
         if self.checkpoints.due(done):
             self.save(done)
+
+    def _watch(self, done: int, result: StepResult) -> None:
+        """Warn of a loss that a healthy run does not have."""
+        found = self.watch.see(result.loss, result.grad_norm, result.learning_rate)
+        if found is not None:
+            text = f"step {done}: {found.text}"
+            if found.kind == "spike":
+                lines = [line for lines in self._lines(done - 1) for line in lines]
+                text += f" ({rows_in_words(lines, self.config.data)})"
+            self.report.warning(done, found.kind, text)
+
+    def _lines(self, step: int) -> list[list[str]]:
+        """Return the lines of the rows of a step (0-based) in the data, by micro-batch."""
+        return [[self.dataset.rows[row].line for row in rows] for rows in self.plan.rows(step)]
 
     def _record(
         self, done: int, result: StepResult, batches: list[MicroBatch], times: dict[str, float]
@@ -521,19 +564,12 @@ class _Run:
 
     def save(self, step: int) -> None:
         """Write a checkpoint; on a GPU in the background."""
-        self.checkpoints.save(step, {"evaluated": self.evaluated})
+        counts = {"evaluated": self.evaluated, "nonfinite": self.nonfinite.state()}
+        self.checkpoints.save(step, counts)
 
 
 class _StopRequested(Exception):
     """An evaluation is broken off."""
-
-
-def _sizes(engine: LayerEngine | AutogradEngine, batches: Sequence[MicroBatch]) -> dict[str, Any]:
-    """Return the lengths of a step's sequences in attention, and the sizes of its parts."""
-    if not (isinstance(engine, LayerEngine) and engine.packs):
-        return {"lengths": [n for b in batches for n in [b.input_ids.shape[1]] * len(b.lengths)]}
-    lengths = [int(n) for batch in batches for n in batch.lengths]
-    return {"lengths": lengths, "parts": engine.part_sizes(lengths)}
 
 
 def _read(

@@ -15,11 +15,11 @@ from typing import Any, Self
 from halfbyte.checkpoint.base_model import LoadedBase
 from halfbyte.checkpoint.identity import identity_of
 from halfbyte.checkpoint.peft import write_card
-from halfbyte.checkpoint.run_state import save_run
+from halfbyte.checkpoint.run_state import latest_run, load_run, save_run
 from halfbyte.config.command_line import invocation
 from halfbyte.config.schema import TrainConfig
-from halfbyte.errors import HalfbyteError
-from halfbyte.linear.lora import LoRAConfig, adapter_state
+from halfbyte.errors import CheckpointError, HalfbyteError
+from halfbyte.linear.lora import LoRAConfig, adapter_state, load_adapter_state
 from halfbyte.train.loading import recipe_metadata
 from halfbyte.train.trainer import Trainer
 
@@ -41,7 +41,7 @@ class Checkpoints:
         total: Steps of the run.
 
     Attributes:
-        saved: The step of the newest one, which may still be being written; 0 if there is none.
+        saved: The step of the newest one, which may still be being written; None if there is none.
     """
 
     def __init__(
@@ -56,7 +56,8 @@ class Checkpoints:
     ) -> None:
         self._config, self._base, self._lora = config, base, lora
         self._trainer, self._writer, self._identity = trainer, writer, dict(identity)
-        self._total, self.saved = total, 0
+        self._total = total
+        self.saved: int | None = None
         self._every = config.save_steps or max(1, math.ceil(total / SAVES_PER_RUN))
 
     def due(self, step: int) -> bool:
@@ -83,6 +84,23 @@ class Checkpoints:
             card=partial(write_card, names=trainer.parameters, config=self._lora, **self.card),
         )
         self._writer.write(write)
+
+    def rewind(self) -> int:
+        """Restore adapters and optimizer from the newest checkpoint; return its step.
+
+        Raises:
+            CheckpointError: There is none.
+            OutputError: It could not be written.
+        """
+        self._writer.wait()
+        newest = latest_run(self._config.output)
+        if newest is None:
+            raise CheckpointError(f"{self._config.output} has no checkpoint to go back to")
+        state = load_run(newest)
+        load_adapter_state(self._base.model, state.adapter)
+        self._trainer.load_progress(state.progress)
+        self._trainer.load_optimizer_state(state.optimizer)
+        return state.step
 
     @cached_property
     def card(self) -> dict[str, Any]:
