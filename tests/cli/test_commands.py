@@ -3,6 +3,8 @@
 import builtins
 import io
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +19,7 @@ from halfbyte import cli
 from halfbyte.checkpoint.peft import save_adapter
 from halfbyte.linear.lora import LoRAConfig
 from halfbyte.report.journal import read_journal
+from halfbyte.runtime.signals import SIGNALS
 from halfbyte.tools.demo_task import write_task
 
 SAMPLES = [
@@ -52,7 +55,7 @@ class Seam:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.answer: Callable[[list[dict[str, str]]], str] = lambda messages: "Hello there"
 
-    def train(self, config: Any, report: Any) -> Trained:
+    def train(self, config: Any, report: Any, stop: Any) -> Trained:
         self.calls.append(("train", {"config": config}))
         report.begin(total_steps=1, start_step=0, metadata={"base": "tiny"})
         report.step({"step": 1, "loss": 0.25})
@@ -349,6 +352,27 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(
     out = capsys.readouterr().out
     assert out.count("Once upon  …\n") == 2
     assert out.count("/reset starts a new conversation, /exit quits\n") == 2
+
+
+def test_in_a_chat_ctrl_c_works_each_time_and_other_signals_end_it(
+    seam: Seam, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pending = iter([signal.SIGINT, signal.SIGINT, signal.SIGTERM])
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def read(prompt: str) -> str:
+        os.kill(os.getpid(), next(pending))
+        return "/exit"
+
+    monkeypatch.setattr(builtins, "input", read)
+    try:
+        assert cli.main(["chat", "--model", "m"]) == 143
+    finally:
+        for number, known in before.items():
+            signal.signal(number, known)
+    out, err = capsys.readouterr()
+    assert out.count("/reset starts a new conversation, /exit quits\n") == 2
+    assert err.endswith("\nhalfbyte chat: interrupted by SIGTERM\n")
 
 
 # --- demo ---------------------------------------------------------------------------------------

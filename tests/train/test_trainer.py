@@ -321,6 +321,21 @@ def test_the_next_step_s_batches_are_made_while_a_gpu_is_at_work(monkeypatch, de
     assert events == (ahead if device == "cuda" else in_turn)
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_run_that_is_stopped_has_made_the_steps_it_reported(monkeypatch, device):
+    made, other = (trainer(model_of(FAMILIES["llama"]), learning_rate=1e-2) for _ in range(2))
+    monkeypatch.setattr(made, "_device", device)
+    found = {}
+    made.train(
+        range(4), lambda n: batches_of(RUN[n]), found.__setitem__, stopped=lambda: len(found) == 2
+    )
+    assert list(found) == [0, 1]
+    for number in found:
+        other.step(number, batches_of(RUN[number]))
+    assert same(kept_of(made), kept_of(other))
+    assert not made._gradients.any()
+
+
 def test_a_run_of_no_steps_asks_for_nothing():
     trainer(model_of(FAMILIES["llama"])).train([], pytest.fail, pytest.fail)
 

@@ -2,19 +2,22 @@
 
 Each command is a module of this package, imported only when it is called, so that ``--help`` and
 errors in options need no torch. Exit codes: 0 success; 2 wrong use or bad input, with a message;
-1 anything else, with a traceback if it is a bug of ours; 130 interrupted.
+1 anything else, with a traceback if it is a bug of ours; 128 and the number of the signal that
+ended it: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
 """
 
 import errno
 import importlib
 import os
+import signal
 import sys
 import traceback
 
 from halfbyte.cli import startup
 from halfbyte.cli.streams import prepare_streams
-from halfbyte.errors import ConfigError, HalfbyteError, UserError
+from halfbyte.errors import ConfigError, HalfbyteError, Interrupted, RunStopped, UserError
 from halfbyte.foreign_text import as_message, printable, shorten
+from halfbyte.runtime.signals import first_signal, interrupt
 from halfbyte.version import __version__
 
 COMMANDS = {
@@ -110,16 +113,22 @@ def main(argv: list[str] | None = None) -> int:
         argv = sys.argv[1:]
     name = f"halfbyte {argv[0]}" if argv and argv[0] in COMMANDS else "halfbyte"
     try:
-        _run(argv)
+        with first_signal(interrupt):
+            _run(argv)
+    except RunStopped as stopped:
+        _complain(f"{name}: {stopped}")
+        return 1 if stopped.signal is None else 128 + stopped.signal
     except UserError as error:
         _complain(f"{name}: {error}")
         return 2
     except HalfbyteError as error:
         _complain(f"{name}: {error}")
         return 1
-    except KeyboardInterrupt:
-        _complain(f"\n{name}: interrupted")
-        return 130
+    except KeyboardInterrupt as error:
+        number = error.signal if isinstance(error, Interrupted) else signal.SIGINT
+        by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+        _complain(f"\n{name}: interrupted{by}")
+        return 128 + number
     except BrokenPipeError:
         # The reader of our output has exited, as `head` does. Python would report it again when it
         # flushes standard output at exit, so that is redirected.

@@ -96,10 +96,12 @@ def _demo(options: DemoOptions, notes: list[str], *, as_json: bool) -> None:
     from halfbyte.checkpoint.peft import load_adapter
     from halfbyte.engine.memory_policy import peak_memory, used_memory
     from halfbyte.report import open_report, show
+    from halfbyte.runtime.signals import first_signal
     from halfbyte.tools.demo_task import write_task
     from halfbyte.train.loading import open_model
     from halfbyte.train.output import remove_run
     from halfbyte.train.run import train
+    from halfbyte.train.stopping import StopRequest
 
     if options.model is None:  # the memory another model needs is not known
         config = config.model_copy(update={"memory_budget": used_memory("cpu") + _ROOM})
@@ -130,7 +132,9 @@ def _demo(options: DemoOptions, notes: list[str], *, as_json: bool) -> None:
             "QLoRA: the model's weights are frozen in 4 bits, and a pair of small matrices is "
             "trained for each of its linear layers."
         )
-        trained = train(config, report)
+        stop = StopRequest()
+        with first_signal(stop.on_signal):
+            trained = train(config, report, stop)
         load_adapter(adapter).put_on(opened)
         after = _examine(opened, tokenizer, task.test, report)
         peak = peak_memory("cpu")

@@ -270,6 +270,11 @@ class TrainConfig(ModelOptions):
     max_grad_norm: float = Field(
         1.0, ge=0, description="clip the norm of all gradients to this; 0: no clipping"
     )
+    on_nonfinite: Literal["stop", "skip", "rewind"] = Field(
+        "stop",
+        description="if a step's loss or gradient is NaN or infinite: stop, with the state before "
+        "it saved; skip the step; or rewind to the newest checkpoint and go on after the step",
+    )
 
     activations: Literal["auto", "save", "recompute", "offload"] = Field(
         "auto",
@@ -328,6 +333,11 @@ class TrainConfig(ModelOptions):
             raise ValueError("`init_lora_weights` qera cannot be combined with `use_dora`")
         if self.paging != "auto" and not self.optim.startswith("paged_"):
             raise ValueError("`paging` needs `optim` paged_adamw_32bit or paged_adamw_8bit")
+        if self.paging == "explicit" and not self.max_grad_norm and self.on_nonfinite == "skip":
+            raise ValueError(
+                "`on_nonfinite` skip needs `max_grad_norm` with `paging` explicit: without "
+                "clipping, layers are updated before the gradients of others are known; use rewind"
+            )
         return self
 
 

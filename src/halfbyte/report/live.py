@@ -9,6 +9,7 @@ thread, so that a step costs the loop no more than storing its numbers::
 In a file or a pipe the same numbers are one line per report, without control characters.
 """
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -109,9 +110,11 @@ class Pace:
         self.record = record
         self._tokens += record.get("tokens", 0)
         self._seconds += record.get("seconds", 0.0)
+        self._last = time.monotonic()
+        if not math.isfinite(record["loss"]):  # of a step that was left out
+            return
         self._updates += 1
         self._smoothed = _SMOOTHING * self._smoothed + (1 - _SMOOTHING) * record["loss"]
-        self._last = time.monotonic()
         self._share.append(record["loss"])
         if len(self._share) == self._steps_a_share:
             self.losses.append(fmean(self._share))
@@ -123,7 +126,7 @@ class Pace:
     @property
     def loss(self) -> float:
         """The exponential mean of the losses, with bias correction."""
-        return self._smoothed / (1 - _SMOOTHING**self._updates)
+        return self._smoothed / (1 - _SMOOTHING**self._updates) if self._updates else math.nan
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -170,6 +173,14 @@ class Screen:
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """Show an evaluation."""
+
+    def warning(self, text: str) -> None:
+        """Show that something is wrong."""
+        self.note(f"warning: {text}")
+
+    def stopping(self, text: str) -> None:
+        """Show that the run has been asked to stop."""
+        self.note(text)
 
     def saved(self, path: str | Path) -> None:
         """Show that something is on disk."""
@@ -294,6 +305,15 @@ class LiveScreen(Screen):
     def saved(self, path: str | Path) -> None:
         """One line above the display."""
         self._print(f"saved {path}", "dim")
+
+    def warning(self, text: str) -> None:
+        """One line above the display that stands out."""
+        self._print(f"warning: {text}", "yellow")
+
+    def stopping(self, text: str) -> None:
+        """One line, and the cursor, since a second signal leaves the terminal as it is."""
+        self._print(text, "bold")
+        self._console.show_cursor(True)
 
     def finish(self, record: dict[str, Any]) -> None:
         """Remove the display and print a line with its last numbers."""

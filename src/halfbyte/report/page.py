@@ -31,6 +31,7 @@ from halfbyte.report.charts import (
 from halfbyte.report.live import duration
 from halfbyte.report.runs import Run, mapping, number, read_run, started, texts
 
+_SHOWN_WARNINGS = 8
 _KINDS = {"nf4": "QLoRA, NF4", "fp4": "QLoRA, FP4", "none": "LoRA, 16 or 32 bits"}
 
 
@@ -99,7 +100,7 @@ def page(runs: Sequence[Run]) -> str:
         section("Where their options differ", _differences(runs)),
         *(
             f"<details><summary><strong>{escape(run.name)}</strong></summary>"
-            f"{_answers(run)}{_data(run)}{_again(run)}{_notes(run)}</details>"
+            f"{_warnings(run)}{_answers(run)}{_data(run)}{_again(run)}{_notes(run)}</details>"
             for run in runs
         ),
     ]
@@ -188,11 +189,21 @@ def _head(run: Run) -> str:
     kind = _KINDS.get(str(begin.get("quant")), "")
     said = [begin.get("model"), kind, begin.get("machine") or begin.get("device"), started(run)]
     state = "" if run.finished else f'<p class="warning" role="status">{escape(run.state)}</p>'
+    state += _warnings(run)
     return (
         f'<header><h1>{escape(run.name)}</h1><p class="soft">'
         + " · ".join(escape(str(one)) for one in said if one)
         + f"</p>{state}{key_figures(_figures(run))}</header>"
     )
+
+
+def _warnings(run: Run) -> str:
+    """The first warnings of a run; the journal has the others."""
+    shown = "".join(
+        f'<p class="warning">{escape(one)}</p>' for one in run.warnings[:_SHOWN_WARNINGS]
+    )
+    more = len(run.warnings) - _SHOWN_WARNINGS
+    return shown + (f'<p class="warning">and {more} more, in the journal</p>' if more > 0 else "")
 
 
 def _overview(runs: Sequence[Run]) -> str:

@@ -69,6 +69,7 @@ class Run:
         tokens_per_second: Without the first few steps, which build what later ones reuse.
         samples: For each prompt ``prompt``, ``expected``, and ``answers`` by step.
         notes: Everything that was announced.
+        warnings: What went wrong in its steps.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Run:
     tokens_per_second: float | None = None
     samples: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
@@ -187,6 +189,8 @@ def _take(
         run.state = f"stopped: {line.get('reason')}"
     elif event == "note":
         run.notes.append(str(line.get("text")))
+    elif event == "warning":
+        run.warnings.append(str(line.get("text")))
     elif event == "step" and step is not None:
         for name, curve in run.curves.items():
             if (value := number(line.get(name))) is not None:

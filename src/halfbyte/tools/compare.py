@@ -10,6 +10,7 @@ Finished runs are not repeated, and unfinished ones resume from their checkpoint
 """
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 from halfbyte.checkpoint.atomic import new_file, require_writable
 from halfbyte.config.aliases import translate
 from halfbyte.config.schema import TrainConfig, check, load_config, to_yaml
-from halfbyte.errors import ConfigError, HalfbyteError, OutputError
+from halfbyte.errors import ConfigError, HalfbyteError, Interrupted, OutputError
 from halfbyte.foreign_text import quote
 from halfbyte.report.comparison import (
     EVALUATION,
@@ -36,6 +37,7 @@ from halfbyte.report.comparison import (
 from halfbyte.report.page import require_page
 from halfbyte.report.rejected import REJECTED_NAME
 from halfbyte.report.runs import Run, mapping, number, read_run
+from halfbyte.runtime.signals import first_signal
 
 KNOWN: dict[str, dict[str, Any]] = {
     "lora": {"quant": "none"},
@@ -48,6 +50,8 @@ KNOWN: dict[str, dict[str, Any]] = {
 _SECONDS_BETWEEN_LOOKS = 0.5
 
 Progress = Callable[[int, int], None]
+
+logger = logging.getLogger("halfbyte")
 
 
 class Variant(NamedTuple):
@@ -230,13 +234,19 @@ def _process(
     with open(job.log, "ab") as log, open(answer, "wb") as out:
         began = log.tell()
         call = [sys.executable, "-m", *words]
-        with subprocess.Popen(call, stdout=out, stderr=log, env=os.environ) as process:
+        # In its own process group, so that Ctrl-C reaches it through `_end` only, and once.
+        with subprocess.Popen(
+            call, stdout=out, stderr=log, env=os.environ, process_group=0
+        ) as process:
             try:
                 while process.returncode is None:
                     with suppress(subprocess.TimeoutExpired):
                         process.wait(_SECONDS_BETWEEN_LOOKS)
                     if progress is not None:
                         progress(*_steps(job.config.output))
+            except Interrupted as interrupted:
+                _end(process, interrupted.signal)
+                raise
             except BaseException:
                 process.kill()
                 raise
@@ -255,6 +265,17 @@ def _process(
         return output, f"it was killed by {name}{memory}; see {job.log}"
     errors = [line for line in said if "Error" in line.partition(":")[0]]
     return output, f"{errors[-1] if errors else last}; see {job.log}"
+
+
+def _end(process: "subprocess.Popen[bytes]", number: int) -> None:
+    """Pass a signal on to a run, which finishes its step and saves; a second one kills it."""
+    logger.warning(
+        "stopping: the run finishes its step and saves first; a second signal ends it at once. "
+        "The same command goes on from there"
+    )
+    process.send_signal(number)
+    with first_signal(lambda _: process.kill()):
+        process.wait()
 
 
 def _steps(directory: Path) -> tuple[int, int]:

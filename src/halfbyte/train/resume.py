@@ -25,6 +25,7 @@ _FREE_TO_CHANGE = {
     "save_steps",
     "save_total_limit",
     "logging_steps",
+    "on_nonfinite",
     "eval_data",
     "eval_steps",
     "activations",
