@@ -2,6 +2,7 @@
 #
 #   make demo     a small model learns a task in minutes, on a CPU
 #   make test     the tests
+#   make fuzz     damaged files for everything that reads files, for FUZZ_SECONDS
 #   make check    style, types, layers of imports, dependencies
 #   make bench    speed, memory and losses against PEFT + bitsandbytes
 #   make clean    remove what the above made
@@ -16,13 +17,16 @@ TORCH  ?=
 # What `make demo` and `make bench` use; without it, halfbyte fetches the demo's model.
 MODEL  ?=
 SEED   ?= 0
+# How long `make fuzz` runs, and from which seed: by default another one each time.
+FUZZ_SECONDS ?= 600
+FUZZ_SEED    ?= $(shell date +%s)
 
 VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 BIN := $(VENV)/bin
 FREE := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PIP := $(FREE) --constraint constraints.txt
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test fuzz check bench clean
 
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "halfbyte needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12")'
@@ -54,6 +58,9 @@ demo: $(VENV)/.halfbyte
 test: $(VENV)/.development
 	$(BIN)/python -m pytest --numprocesses 2
 
+fuzz: $(VENV)/.development
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
+
 check: $(VENV)/.development
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -66,4 +73,4 @@ bench: $(VENV)/.development
 	$(BIN)/python benchmarks/cpu_step.py --model "$(or $(MODEL),$$($(BIN)/python -m halfbyte.tools.demo_model))"
 
 clean:
-	rm -rf $(VENV) demo-out
+	rm -rf $(VENV) demo-out fuzz-failures

@@ -114,7 +114,7 @@ def test_a_data_format(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "_FORMATS", dict(formats._FORMATS))
     block("A data format")
     row = {"question": "Two and two?", "answer": "Four."}
-    name = formats.detect_format([row])
-    assert name == "question/answer"
-    read = formats.to_conversation(row, "1", name)
+    preferred = formats.preferred_formats([row])
+    assert preferred == ("question/answer",)
+    read = formats.to_conversation(row, "1", preferred)
     assert (read.prompt, read.expected) == ([{"role": "user", "content": "Two and two?"}], "Four.")

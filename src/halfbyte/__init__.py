@@ -30,10 +30,12 @@ if TYPE_CHECKING:
     from halfbyte.train.evaluate import evaluate
     from halfbyte.train.loading import open_model as load
     from halfbyte.train.run import train as fine_tune
+    from halfbyte.train.stopping import StopRequest
 
 __all__ = [
     "HalfbyteError",
     "LoRAConfig",
+    "StopRequest",
     "TrainConfig",
     "UserError",
     "__version__",
@@ -52,6 +54,7 @@ _PACKAGES = {"nf4": "quant", "optim": "optim", "quant": "quant"}  # nf4 is quant
 _HOMES = {
     "HalfbyteError": "errors:HalfbyteError",
     "LoRAConfig": "linear.lora:LoRAConfig",
+    "StopRequest": "train.stopping:StopRequest",
     "TrainConfig": "config.schema:TrainConfig",
     "UserError": "errors:UserError",
     "evaluate": "train.evaluate:evaluate",

@@ -8,15 +8,28 @@
     │   ├── WeightError        a weight cannot be quantised (NaN, infinity); names the tensor
     │   ├── OutputError        the output cannot be written: no permission, no space, in use
     │   └── OutOfMemoryError   a step does not fit into GPU memory, after all fallbacks
-    └── NonFiniteLossError     training diverged: the loss or a gradient is NaN or infinite
+    ├── NonFiniteLossError     training diverged: the loss or a gradient is NaN or infinite
+    └── RunStopped             a run was asked to stop, and has saved its state
+
+    Interrupted                a signal ends the command; a KeyboardInterrupt, not an error
 
 A message says what was expected, what was found, and what to do. Anything that is not a
 ``HalfbyteError`` is a bug of ours and is shown with its traceback (exit code 1).
 """
 
+from halfbyte.foreign_text import LONGEST_MESSAGE, shorten
+
 
 class HalfbyteError(Exception):
-    """Base class of all exceptions that halfbyte raises deliberately."""
+    """Base class of all exceptions that halfbyte raises deliberately.
+
+    Args:
+        message: For the user. Its middle is left out if it is very long: whatever a message quotes,
+            it stays one that can be read.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shorten(message, LONGEST_MESSAGE))
 
 
 class UserError(HalfbyteError):
@@ -49,3 +62,27 @@ class WeightError(UserError):
 
 class NonFiniteLossError(HalfbyteError):
     """The loss or a gradient became NaN or infinite."""
+
+
+class RunStopped(HalfbyteError):
+    """A run was asked to stop, and has saved its state; the message says how to go on.
+
+    Attributes:
+        signal: Number of the signal that asked, or None.
+    """
+
+    def __init__(self, message: str, signal: int | None = None) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ends the command.
+
+    Attributes:
+        signal: Its number.
+    """
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(signal)
+        self.signal = signal

@@ -4,15 +4,18 @@ import contextlib
 import errno
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from halfbyte.checkpoint import atomic
 from halfbyte.checkpoint.atomic import (
+    lock,
     new_directory,
     new_file,
     remove_directory,
+    remove_partial,
     require_writable,
 )
 from halfbyte.errors import OutputError
@@ -118,6 +121,101 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> No
     with new_directory(tmp_path / "out"):
         pass
     assert names(tmp_path) == [".other.partial-1", "out"]
+
+
+def test_what_a_living_process_is_writing_stays(tmp_path: Path) -> None:
+    for name, holds in ((".out.partial-1", True), (".out.partial-2", False)):
+        (tmp_path / name).write_text("half")
+        if holds:
+            process = open(tmp_path / name, "rb")  # noqa: SIM115
+            assert lock(process.fileno())
+    with new_file(tmp_path / "out") as file:
+        file.write(b"whole")
+        remove_partial(tmp_path, "out")  # as another process does
+    assert names(tmp_path) == [".out.partial-1", "out"]
+    process.close()
+    with new_directory(tmp_path / "deep") as partial:
+        (partial / "x").write_text("1")
+        remove_partial(tmp_path, "deep")
+        assert (partial / "x").exists()
+    remove_partial(tmp_path, "out")
+    assert names(tmp_path) == ["deep", "out"]
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_directory_is_replaced_in_one_step_or_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool
+) -> None:
+    replaced = []
+    real = os.replace
+
+    def replace(old: Path, new: Path) -> None:
+        replaced.append(old)
+        real(old, new)
+
+    monkeypatch.setattr(os, "replace", replace)
+    if not can_exchange:
+        monkeypatch.setattr(atomic.ctypes, "CDLL", lambda *_, **__: None)
+    path = tmp_path / "out"
+    for content in "ab":
+        with new_directory(path, replace=True) as partial:
+            (partial / content).write_text(content)
+    assert names(path) == ["b"]
+    assert names(tmp_path) == ["out"]
+    assert len(replaced) == (1 if can_exchange else 3)
+
+
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "x").write_text("mine")
+    (tmp_path / "out").symlink_to("other")
+    with new_directory(tmp_path / "out", replace=True) as partial:
+        (partial / "y").write_text("new")
+    assert names(tmp_path) == ["other", "out"]
+    assert names(tmp_path / "other") == ["x"]
+    assert names(tmp_path / "out") == ["y"]
+
+
+def another_file(path: Path) -> None:
+    (path / "mine").write_text("1")
+
+
+def another_directory(path: Path) -> None:
+    path.rename(path.with_name("moved"))
+    path.mkdir()
+    (path / "x").write_text("mine")
+
+
+@pytest.mark.parametrize("change", [another_file, another_directory])
+def test_a_directory_that_changed_meanwhile_is_not_replaced(
+    tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    path = tmp_path / "out"
+    path.mkdir()
+    (path / "x").write_text("old")
+
+    def replace() -> None:
+        with new_directory(path, replace=True) as partial:
+            (partial / "y").write_text("new")
+            change(path)
+
+    with pytest.raises(OutputError, match="has changed in the meantime, so it is not replaced"):
+        replace()
+    assert "y" not in names(path)
+    assert not [name for name in names(tmp_path) if name.startswith(".")]
+
+
+def test_a_directory_that_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    def write(path: Path, *, replace: bool) -> None:
+        with new_directory(path, replace=replace):
+            path.mkdir()
+            (path / "mine").write_text("1")
+
+    for replace in (True, False):
+        path = tmp_path / f"out-{replace}"
+        with pytest.raises(OutputError, match="it exists since a moment ago"):
+            write(path, replace=replace)
+        assert names(path) == ["mine"]
 
 
 def test_names_with_wildcards_are_names(tmp_path: Path) -> None:

@@ -292,23 +292,6 @@ def test_shards_that_do_not_fit_are_told(sharded_dir: Path, wrong: str) -> None:
         open_base(sharded_dir)
 
 
-def test_experts_that_would_be_fused_are_named(tmp_path: Path) -> None:
-    from transformers import MixtralConfig
-
-    config = MixtralConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=2,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="transformers fuses this with others"):
-        open_base(tmp_path)
-
-
 @pytest.mark.parametrize("kind", ["directory", "packed", "gguf"])
 def test_one_tensor_can_be_had_out_of_order(tmp_path: Path, model_dir: Path, kind: str) -> None:
     path = model_dir

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 
 from halfbyte.checkpoint import cache
-from halfbyte.checkpoint.base_model import LoadedBase, load_base
+from halfbyte.checkpoint.base_model import BaseSource, LoadedBase, load_base, open_base
 from halfbyte.checkpoint.cache import cached
 from halfbyte.checkpoint.directory import DirectorySource
+from halfbyte.checkpoint.output_lock import output_lock
 from halfbyte.checkpoint.safetensors_file import SafetensorsFile
 from halfbyte.models.build import BaseRecipe
 from tests.checkpoint.gguf_models import write_gguf
@@ -44,6 +46,23 @@ def assert_same(one: LoadedBase, other: LoadedBase) -> None:
         other.fingerprint,
         other.memory_report,
     )
+
+
+def test_a_copy_that_another_process_is_writing_is_left_to_it(
+    home: Path, model_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, recipe = open_base(model_dir), BaseRecipe(block_size=128)
+    copy = cached(source, recipe)
+    shutil.rmtree(copies(home)[0])
+    with output_lock(home / "halfbyte" / "models" / copies_name(copy)):
+        assert cached(source, recipe) is source
+        assert "is being written by process" in caplog.text
+        assert [path.name for path in copies(home) if path.is_dir()] == []
+    assert cached(source, recipe) is not source
+
+
+def copies_name(copy: BaseSource) -> str:
+    return copy._directory.name  # type: ignore[attr-defined, no-any-return]
 
 
 @pytest.mark.parametrize("packed_head", [False, True])

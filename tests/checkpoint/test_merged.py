@@ -20,8 +20,9 @@ from halfbyte.errors import CheckpointError, OutputError
 from halfbyte.linear.lora import LoRAConfig, adapter_state, attach, delta, load_adapter_state
 from halfbyte.models.build import BaseRecipe, frozen_linears
 from halfbyte.quant import QuantizedWeight
+from tests.checkpoint.families import tiny_model
 from tests.checkpoint.gguf_models import write_gguf
-from tests.tiny import write_tiny_model
+from tests.tiny import tiny_tokenizer, write_tiny_model
 
 PROMPT = torch.arange(3, 43)[None]
 PATH = "model.layers.1.mlp.down_proj"
@@ -37,10 +38,12 @@ def logits(model: Any) -> Tensor:
         return model(PROMPT).logits.float()  # type: ignore[no-any-return]
 
 
-def adapted(path: Path, *, quant: Any = "nf4") -> Adapted:
+def adapted(
+    path: Path, *, quant: Any = "nf4", targets: tuple[str, ...] = ("q_proj", "down_proj")
+) -> Adapted:
     source = open_base(path)
     model = load_base(source, BaseRecipe(quant=quant)).model
-    attach(model, LoRAConfig(r=4, target_modules=("q_proj", "down_proj")), seed=0)
+    attach(model, LoRAConfig(r=4, target_modules=targets), seed=0)
     generator = torch.Generator().manual_seed(1)
     state = {
         name: 0.1 * torch.randn(tensor.shape, generator=generator)
@@ -302,3 +305,14 @@ def test_who_packs_a_decoded_merge_again_is_warned_once(
     config = AutoConfig.from_pretrained(out)  # others read it as before
     assert config.halfbyte_decoded_from == "nf4"
     assert not hasattr(source.config, "halfbyte_decoded_from")
+
+
+def test_experts_that_were_fused_load_in_transformers(tmp_path: Path) -> None:
+    tiny_model("mixtral", num_local_experts=4).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    source, model = adapted(tmp_path / "base", quant="none", targets=("q_proj", "o_proj"))
+    merged = write_merged(Merged(source, model, dtype=torch.float32), tmp_path / "out")
+    loaded, told = AutoModelForCausalLM.from_pretrained(merged, output_loading_info=True)
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert logits(loaded).sub(logits(model)).abs().max() < 1e-5
+    assert logits(load_base(merged, BaseRecipe("none")).model).sub(logits(model)).abs().max() < 1e-5

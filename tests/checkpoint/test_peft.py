@@ -92,6 +92,23 @@ CONFIGS = {
 }
 
 
+def test_a_tokenizer_that_is_linked_to_stays_as_it_is(tmp_path: Path, model_dir: Path) -> None:
+    base = base_of(model_dir)
+    config = CONFIGS["dora"]
+    state = filled(base.model, config)
+    for name, link in (("tokenizer.json", os.link), ("tokenizer_config.json", os.symlink)):
+        (tmp_path / name).write_text("the base model's")
+        (tmp_path / "out").mkdir(exist_ok=True)
+        link(tmp_path / name, tmp_path / "out" / name)
+    (tmp_path / "out" / ".tokenizer.partial-x").mkdir()  # of a killed process
+    card = {"base": {"name": "m", "fingerprint": "f"}, "recipe": {"quant": "none"}}
+    save_adapter(tmp_path / "out", state, config, **card, tokenizer=base.tokenizer)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_text() == "the base model's"
+        assert json.loads((tmp_path / "out" / name).read_text())
+    assert not list((tmp_path / "out").glob(".*"))
+
+
 @pytest.mark.parametrize("case", CONFIGS)
 def test_peft_loads_ours_with_the_same_logits(tmp_path: Path, model_dir: Path, case: str) -> None:
     config = CONFIGS[case]

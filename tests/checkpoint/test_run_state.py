@@ -119,7 +119,25 @@ DAMAGE = {
     "cut state": lambda path: os.truncate(path / "run_state.json", 50),
     "other state": lambda path: (path / "run_state.json").write_text('{"format": 2}'),
     "no object": lambda path: (path / "run_state.json").write_text("[]"),
+    "negative step": lambda path: change(path, step=-5),
+    "another step": lambda path: change(path, step=3),
+    "no step": lambda path: change(path, step=True),
+    "half a step": lambda path: change(path, step=2.5),
+    "no progress": lambda path: change(path, progress=[]),
+    "long": lambda path: change(path, files={"optimizer.safetensors": "x" * 10**6}),
+    "a pipe": lambda path: to_pipe(path / "optimizer.safetensors"),
+    "state as a pipe": lambda path: to_pipe(path / "run_state.json"),
 }
+
+
+def change(path: Path, **fields: Any) -> None:
+    state = json.loads((path / "run_state.json").read_text())
+    (path / "run_state.json").write_text(json.dumps(state | fields))
+
+
+def to_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
 
 
 def flip(path: Path, at: int) -> None:
@@ -138,8 +156,9 @@ def test_damaged_checkpoints_are_passed_over_and_named(
     with caplog.at_level(logging.WARNING, logger="halfbyte"):
         assert latest_run(tmp_path) == tmp_path / "checkpoint-1"
     assert "checkpoint-2" in caplog.text
-    with pytest.raises(CheckpointError, match="checkpoint-2"):
+    with pytest.raises(CheckpointError, match="checkpoint-2") as caught:
         load_run(path)
+    assert len(str(caught.value)) < 500
 
 
 def test_a_full_disk_costs_nothing_that_was_there(

@@ -3,6 +3,8 @@
 import builtins
 import io
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +19,8 @@ from halfbyte import cli
 from halfbyte.checkpoint.peft import save_adapter
 from halfbyte.linear.lora import LoRAConfig
 from halfbyte.report.journal import read_journal
+from halfbyte.runtime.signals import SIGNALS
+from halfbyte.tools.demo_task import write_task
 
 SAMPLES = [
     {"prompt": "1 + 1?", "expected": "2", "got": "2"},
@@ -51,7 +55,7 @@ class Seam:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.answer: Callable[[list[dict[str, str]]], str] = lambda messages: "Hello there"
 
-    def train(self, config: Any, report: Any) -> Trained:
+    def train(self, config: Any, report: Any, stop: Any) -> Trained:
         self.calls.append(("train", {"config": config}))
         report.begin(total_steps=1, start_step=0, metadata={"base": "tiny"})
         report.step({"step": 1, "loss": 0.25})
@@ -64,6 +68,7 @@ class Seam:
     def evaluate(self, model: Any, tokenizer: str, data: Any, **options: Any) -> Evaluated:
         self.calls.append(("evaluate", {"data": data} | options))
         options["progress"](1, 2)
+        options.get("note", print)("d: 2 of 3 rows usable")
         if not options["exact_match"]:
             return Evaluated(exact_match=None, samples=[])
         return Evaluated()
@@ -171,7 +176,8 @@ def test_eval_prints_figures_and_what_was_missed(
     assert run("eval --model m --data d.jsonl --max-length 64") == 0
     [call] = seam.named("evaluate")
     assert (call["data"], call["max_length"], call["exact_match"]) == ("d.jsonl", 64, True)
-    assert lines(capsys.readouterr().out) == [
+    printed = capsys.readouterr()
+    assert lines(printed.out) == [
         "  loss               0.5000",
         "  perplexity         1.649",
         "  supervised tokens  1,234",
@@ -181,6 +187,7 @@ def test_eval_prints_figures_and_what_was_missed(
         "  expected  3",
         "  got       fish",
     ]
+    assert "d: 2 of 3 rows usable" in printed.err
 
 
 def test_eval_without_exact_match_and_as_json(
@@ -347,6 +354,27 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(
     assert out.count("/reset starts a new conversation, /exit quits\n") == 2
 
 
+def test_in_a_chat_ctrl_c_works_each_time_and_other_signals_end_it(
+    seam: Seam, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pending = iter([signal.SIGINT, signal.SIGINT, signal.SIGTERM])
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def read(prompt: str) -> str:
+        os.kill(os.getpid(), next(pending))
+        return "/exit"
+
+    monkeypatch.setattr(builtins, "input", read)
+    try:
+        assert cli.main(["chat", "--model", "m"]) == 143
+    finally:
+        for number, known in before.items():
+            signal.signal(number, known)
+    out, err = capsys.readouterr()
+    assert out.count("/reset starts a new conversation, /exit quits\n") == 2
+    assert err.endswith("\nhalfbyte chat: interrupted by SIGTERM\n")
+
+
 # --- demo ---------------------------------------------------------------------------------------
 
 
@@ -361,6 +389,7 @@ def demo_seam(seam: Seam, monkeypatch: pytest.MonkeyPatch) -> Seam:
         return SimpleNamespace(put_on=put_on)
 
     monkeypatch.setattr("halfbyte.checkpoint.peft.load_adapter", load_adapter)
+    monkeypatch.setattr("halfbyte.checkpoint.base_model.open_base", lambda name: None)
     return seam
 
 
@@ -372,7 +401,8 @@ def test_the_demo_tells_its_story(
     earlier = output / "adapter" / "adapter_model.safetensors"
     earlier.parent.mkdir(parents=True)
     earlier.write_text("of an earlier demo")
-    (output / "orders.train.jsonl").write_text("")
+    (earlier.parent / "journal.jsonl").write_text('{"event": "begin"}\n')
+    write_task(output, seed=1)
     assert cli.main(["demo", "--model", "m.gguf", "--output", str(output), "--seed", "2"]) == 0
     assert [name for name, _ in seam.calls] == ["open", "evaluate", "train", "put_on", "evaluate"]
     assert seam.named("open") == [{"model": "m.gguf"}]
@@ -406,12 +436,16 @@ def test_the_demos_budget_is_beside_what_libraries_take(
     assert named is None
 
 
-def test_the_demo_removes_nothing_that_it_did_not_write(seam: Seam, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("demo_seam")
+def test_the_demo_removes_nothing_that_it_did_not_write(tmp_path: Path) -> None:
     mine = tmp_path / "adapter" / "adapter_model.safetensors"
     mine.parent.mkdir()
     mine.write_text("weeks of work")
     cli.main(["demo", "--model", "m", "--output", str(tmp_path)])
     assert mine.read_text() == "weeks of work"
+    (tmp_path / "orders.train.jsonl").write_text("mine")
+    assert cli.main(["demo", "--model", "m", "--output", str(tmp_path)]) == 2
+    assert (tmp_path / "orders.train.jsonl").read_text() == "mine"
 
 
 def test_the_demo_as_json(

@@ -182,9 +182,13 @@ def test_only_an_export_is_replaced(model: Path, tmp_path: Path, answer: Any) ->
     for words in ([], ["--overwrite"]):
         assert answer(model, out, *words)[0] == 2
     assert (out / "notes.txt").read_text() == "mine"
-    (out / "notes.txt").rename(out / "old.gguf")
+    (out / "notes.txt").rename(out / "model.gguf")
+    assert answer(model, out, "--overwrite")[0] == 2
+    assert (out / "model.gguf").read_text() == "mine"
+    (out / "model.gguf").write_bytes(b"GGUF")  # of an export that was cut
     assert answer(model, out, "--overwrite")[0] == 0
-    assert not (out / "old.gguf").exists()
+    assert (out / "model.gguf").stat().st_size > 4
+    assert answer(model, out, "--overwrite")[0] == 0
 
 
 def test_a_model_that_cannot_be_exported_leaves_nothing(

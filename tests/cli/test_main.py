@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 
 from halfbyte import cli
-from halfbyte.errors import DataError, NonFiniteLossError, WeightError
+from halfbyte.checkpoint.atomic import new_directory
+from halfbyte.errors import (
+    DataError,
+    Interrupted,
+    NonFiniteLossError,
+    RunStopped,
+    WeightError,
+)
+from halfbyte.runtime.signals import SIGNALS
 
 SOURCE = Path(cli.__file__).parents[2]
 
@@ -158,6 +166,11 @@ def command(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         (WeightError("w holds NaN"), 2, "halfbyte doctor: w holds NaN\n"),
         (NonFiniteLossError("the loss is nan"), 1, "halfbyte doctor: the loss is nan\n"),
         (KeyboardInterrupt(), 130, "\nhalfbyte doctor: interrupted\n"),
+        (Interrupted(signal.SIGINT), 130, "\nhalfbyte doctor: interrupted\n"),
+        (Interrupted(signal.SIGTERM), 143, "\nhalfbyte doctor: interrupted by SIGTERM\n"),
+        (Interrupted(signal.SIGHUP), 129, "\nhalfbyte doctor: interrupted by SIGHUP\n"),
+        (RunStopped("saved", signal.SIGTERM), 143, "halfbyte doctor: saved\n"),
+        (RunStopped("saved"), 1, "halfbyte doctor: saved\n"),
     ],
 )
 def test_exit_codes(
@@ -173,6 +186,29 @@ def test_exit_codes(
     command.main = fail  # type: ignore[attr-defined]
     assert cli.main(["doctor"]) == code
     assert capsys.readouterr() == ("", said)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing_half_written(
+    command: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+) -> None:
+    def write(argv: list[str]) -> None:
+        with new_directory(tmp_path / "model") as directory:
+            (directory / "half").write_text("")
+            os.kill(os.getpid(), number)
+
+    command.main = write  # type: ignore[attr-defined]
+    before = {known: signal.getsignal(known) for known in SIGNALS}
+    try:
+        assert cli.main(["doctor"]) == 128 + number
+    finally:
+        for known, handler in before.items():
+            signal.signal(known, handler)
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err == f"\nhalfbyte doctor: interrupted by {number.name}\n"
 
 
 def test_too_little_memory_is_no_bug(

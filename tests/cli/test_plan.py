@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+from transformers import GPT2Config, LlamaConfig
 
 from halfbyte import cli
 from halfbyte.checkpoint.base_model import load_base
@@ -136,3 +136,25 @@ def test_what_cannot_be_planned_is_told(
 ) -> None:
     assert cli.main(["plan", *words]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_what_train_refuses_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32).save_pretrained(tmp_path / "gpt2")
+    assert cli.main(["plan", str(tmp_path / "gpt2"), "--card", "4090"]) == 2
+    assert "Conv1D, cannot be trained" in capsys.readouterr().err
+    shape = "model_type=bert,hidden_size=64,num_hidden_layers=1,num_attention_heads=2"
+    assert cli.main(["plan", "--shape", shape, "--card", "4090"]) == 2
+    assert "it sees the tokens it should predict" in capsys.readouterr().err
+    model = write_tiny_model(tmp_path / "model")
+    words = ["plan", str(model), "--card", "4090", "--target-modules", "query_key_value"]
+    assert cli.main(words) == 2
+    assert "target_modules names what this model does not have" in capsys.readouterr().err
+
+
+def test_experts_that_are_not_packed_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    shape = "model_type=mixtral,hidden_size=64,intermediate_size=96,num_hidden_layers=2"
+    assert cli.main(["plan", "--shape", shape, "--card", "4090"]) == 0
+    # 2 layers of 8 experts, each 3 matrices of 64 x 96
+    assert "Its experts, 0.3 M parameters, are tensors of a whole layer" in " ".join(
+        capsys.readouterr().out.split()
+    )

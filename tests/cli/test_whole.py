@@ -12,6 +12,7 @@ import pytest
 from halfbyte import cli
 from halfbyte.linear.lora import delta
 from halfbyte.report.journal import read_journal
+from halfbyte.version import __version__
 from tests.tiny import tiny_llama, tiny_tokenizer, write_tiny_model
 
 
@@ -341,8 +342,21 @@ def test_an_output_that_is_taken(
 def test_a_model_is_overwritten_when_asked(
     ground: Ground, ask: Callable[..., Any], tmp_path: Path
 ) -> None:
+    words = ("quantize", ground.model, tmp_path / "m")
+    ask(*words)
+    (tmp_path / "m" / "left-over.safetensors").write_text("")
+    ask(*words, "--quant", "fp4", "--overwrite")
+    assert not (tmp_path / "m" / "left-over.safetensors").exists()
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert config["quantization_config"]["bnb_4bit_quant_type"] == "fp4"
+    assert config["halfbyte_version"] == __version__
+
+
+def test_a_model_of_somebody_else_is_not_overwritten(
+    ground: Ground, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(ground.model, tmp_path / "m")
-    (tmp_path / "m" / "left-over.txt").write_text("")
-    ask("quantize", ground.model, tmp_path / "m", "--overwrite")
-    assert not (tmp_path / "m" / "left-over.txt").exists()
-    assert "quantization_config" in json.loads((tmp_path / "m" / "config.json").read_text())
+    words = ["quantize", str(ground.model), str(tmp_path / "m"), "--overwrite"]
+    assert "was not written by halfbyte, so --overwrite does not" in refused(words, capsys)
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "m" / name).read_bytes() == (ground.model / name).read_bytes()

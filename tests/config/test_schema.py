@@ -262,10 +262,14 @@ def test_an_empty_file_gives_nothing(tmp_path: Path) -> None:
     assert load_config(written(tmp_path, "# nothing yet\n"), REQUIRED)[0] == configured()
 
 
-def test_a_learning_rate_that_cannot_be_meant_is_noted() -> None:
-    (note,) = load_config(None, REQUIRED | {"learning_rate": "1e9"})[1]
-    assert "`learning_rate` 1e+09 is very high" in note
-    assert load_config(None, REQUIRED | {"learning_rate": 1e-2})[1] == []
+@pytest.mark.parametrize(
+    ("name", "high", "usual"),
+    [("learning_rate", "1e9", "1e-2"), ("lora_r", "2048", "1024"), ("epochs", "1e6", "100")],
+)
+def test_values_that_cannot_be_meant_are_noted(name: str, high: str, usual: str) -> None:
+    (note,) = load_config(None, REQUIRED | {name: high})[1]
+    assert f"`{name}` {float(high):g} is very high" in note
+    assert load_config(None, REQUIRED | {name: usual})[1] == []
 
 
 def test_what_is_not_used_is_said() -> None:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from halfbyte.data import conversations, load_dataset
-from halfbyte.data.dataset_report import describe_rejected
+from halfbyte.data.dataset_report import describe_rejected, describe_unused
 from halfbyte.errors import DataError
 from tests.tiny import tiny_tokenizer
 
@@ -32,7 +32,7 @@ def write(path, *rows):
 
 def test_every_row_is_an_example_or_counted_under_its_reason(tmp_path):
     bad = {"messages": [{"role": "user", "content": "Hi"}]}
-    file = write(tmp_path / "a.jsonl", GOOD, "{", bad, "", GOOD, {"text": "x"}, bad, LONG, FAR)
+    file = write(tmp_path / "a.jsonl", GOOD, "{", bad, "", GOOD, {"t": "x"}, bad, LONG, FAR)
     done = []
     data = load_dataset(
         file, tiny_tokenizer(), max_length=40, progress=lambda *count: done.append(count)
@@ -46,6 +46,13 @@ def test_every_row_is_an_example_or_counted_under_its_reason(tmp_path):
     }
     assert (report.format, report.rows, report.usable) == ("messages", 8, 3)
     assert [row.line for row in data.rows] == ["1", "5", "8"]
+    assert sum(map(len, report.rejected.values())) == len(report.rejections) == 5
+    assert report.rejections[:2] == [
+        ("2", "malformed JSON", "{"),
+        ("3", "no assistant turn to learn", json.dumps(bad)),
+    ]
+    assert report.rejections[-1].line == "9"
+    assert len(report.rejections[-1].row) == 200
     assert (report.truncated, report.truncated_lines) == (1, ("8",))
     assert max(len(example.tokens) for example in data.examples) == 40 < report.longest
     assert report.tokens == sum(len(example.tokens) for example in data.examples)
@@ -71,6 +78,40 @@ def test_many_reasons_are_cut_short():
     assert lines[0] == "left out, reason 7: 8 rows (lines 1, 1, 1, 1, 1, …)"
     assert lines[-1] == "left out for 3 other reasons: 6 rows"
     assert len(lines) == 6
+
+
+def test_reasons_that_quote_the_data_are_bounded_in_length_and_number(tmp_path):
+    turns = [{"messages": [{"role": f"{at:03}" * 300, "content": ""}]} for at in range(300)]
+    file = write(tmp_path / "a.jsonl", GOOD, *turns)
+    report = load_dataset(file, tiny_tokenizer(), max_length=40).report
+    assert len(report.rejections) == 300
+    assert len(report.rejected) == 101
+    assert len(report.rejected["other reasons"]) == 200
+    assert max(map(len, report.rejected)) <= 160
+
+
+def test_mixed_formats_are_all_read_and_counted(tmp_path):
+    rows = [GOOD, {"text": "x"}, {"instruction": "a", "output": "b"}, GOOD, {"question": "a"}]
+    report = load_dataset(
+        write(tmp_path / "a.jsonl", *rows), tiny_tokenizer(), max_length=40
+    ).report
+    assert report.formats == {"messages": 2, "text": 1, "instruction/output": 1}
+    assert report.format == "messages (2 rows), text (1 row), instruction/output (1 row)"
+    assert report.rejected == {"no 'messages'": ["5"]}
+
+
+def test_keys_that_nothing_reads_are_said_once(tmp_path):
+    rows = [{**GOOD, "id": 1, "x" * 999: 1}, {**GOOD, "id": 2}, {**GOOD, "\nid": 3}]
+    report = load_dataset(
+        write(tmp_path / "a.jsonl", *rows), tiny_tokenizer(), max_length=40
+    ).report
+    said = report.notes[0]
+    assert said.startswith("keys that are not used: 'id' (2 rows), 'xxx")
+    assert said.endswith(" (1 row), '\\nid' (1 row)")
+    assert len(said) < 200
+    many = describe_unused({f"k{at}": 1 for at in range(100_000)})
+    assert len(many) == 1
+    assert many[0].endswith("'k4' (1 row), 99995 more")
 
 
 def test_a_row_that_fits_exactly_is_not_cut(tmp_path):
@@ -113,5 +154,12 @@ def test_conversations_need_no_tokenizer(tmp_path):
     file = write(tmp_path / "a.jsonl", GOOD, "{", {"messages": []})
     (row,) = conversations(file)
     assert (row.prompt, row.expected) == (GOOD["messages"][:1], "Yes.")
-    with pytest.raises(DataError, match="plain text"):
-        conversations(write(file, {"text": "Once."}))
+    with pytest.raises(DataError, match="plain text in 1 of its 2 rows"):
+        conversations(write(file, GOOD, {"text": "Once."}))
+
+
+def test_data_of_another_kind_is_an_error_that_says_so(tmp_path):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    file = write(tmp_path / "a.jsonl", row, row)
+    with pytest.raises(DataError, match=r"none of the 2 rows .*\n.* preference data .*lines 1, 2"):
+        conversations(file)

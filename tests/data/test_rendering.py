@@ -18,7 +18,7 @@ from tests.data.chats import (
     user,
     with_json_text,
 )
-from tests.tiny import tiny_tokenizer
+from tests.tiny import CHATML, tiny_tokenizer
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -59,7 +59,7 @@ def with_arguments(text):
 
 
 def test_arguments_that_are_not_a_json_object_are_a_reason_for_rejection():
-    for text in ("{", "[1]", '"city"'):
+    for text in ("{", "[1]", '"city"', "[" * 5000):
         with pytest.raises(RowRejected, match="arguments of a tool call are not a JSON object"):
             Encoder(tokenizer_of("qwen2_5")).encode(Conversation("1", with_arguments(text)))
 
@@ -85,3 +85,9 @@ def test_a_template_that_is_not_valid_is_one_error():
         Encoder(tokenizer).encode(Conversation("1", CONVERSATIONS["plain"]))
     with pytest.raises(DataError, match="not valid"):
         prompt_ids(tokenizer, CONVERSATIONS["plain"])
+
+
+def test_a_template_that_writes_half_a_surrogate_pair_rejects_the_row():
+    encoder = Encoder(tiny_tokenizer(CHATML + "{{ '\\ud80a' }}"))
+    with pytest.raises(RowRejected, match="text that is not valid Unicode"):
+        encoder.encode(Conversation("1", CONVERSATIONS["plain"]))

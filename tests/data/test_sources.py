@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from halfbyte.data import sources
 from halfbyte.data.sources import read_source
 from halfbyte.errors import DataError
 
@@ -76,15 +77,37 @@ def test_a_line_separator_inside_a_string_ends_no_line(tmp_path):
         (b'{"a": ', "malformed JSON"),
         (b"caf\xe9", "not UTF-8"),
         (b'{"a": "\\ud800"}', "half a surrogate pair"),
-        (b"[" * 100_000, "malformed JSON"),
+        (b'{"a":' * 100_000, "malformed JSON"),
+        (b'{"a":' * 101 + b"1" + b"}" * 101, "nested more than 100 levels deep"),
     ],
-    ids=["cut", "latin-1", "surrogate", "deep"],
+    ids=["cut", "latin-1", "surrogate", "too deep for Python", "deep"],
 )
 def test_a_bad_line_is_a_problem_and_the_next_is_read(tmp_path, line, problem):
     rows = read(tmp_path / "a.jsonl", b'{"a": 1}\n' + line + b'\n{"a": 3}\n')
     assert [row.line for row in rows] == ["1", "2", "3"]
     assert problem in rows[1].problem
+    assert rows[1].value
+    assert rows[1].value.encode()[:3] == line[:3]
     assert rows[2].value == {"a": 3}
+
+
+@pytest.mark.parametrize("end", ["jsonl", "json"])
+def test_a_row_that_takes_minutes_to_encode_is_a_problem(tmp_path, monkeypatch, end):
+    monkeypatch.setattr(sources, "LONGEST_ROW", 100)
+    rows = [json.dumps({"a": "x" * count}) for count in (80, 200, 3)]
+    text = "\n".join(rows) if end == "jsonl" else "[" + ",\n".join(rows) + "]"
+    found = read(tmp_path / f"a.{end}", text)
+    assert [row.line for row in found] == ["1", "2", "3"]
+    assert [row.problem for row in found] == [None, "longer than 8 MB; divide it", None]
+    assert found[2].value == {"a": "xxx"}
+    one = json.dumps({"a": ["x" * 200]}, indent=1)
+    assert read(tmp_path / "one.json", one) == [("1", one, "longer than 8 MB; divide it")]
+
+
+def test_nesting_has_a_limit(tmp_path):
+    lines = [b'{"a":' * depth + b"1" + b"}" * depth for depth in (100, 101)]
+    rows = read(tmp_path / "a.jsonl", b"\n".join(lines))
+    assert [row.problem for row in rows] == [None, "nested more than 100 levels deep"]
 
 
 def test_an_array_is_read_up_to_where_it_breaks(tmp_path):

@@ -265,3 +265,21 @@ def test_adapters_are_cast_once_while_a_layer_is_open(monkeypatch):
             assert groups[0].cast_adapters(dtype) is first
             assert groups[2].cast_adapters(dtype) is not first
         assert casts == [2]  # of both groups that have any
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_outputs_may_be_changed_in_place(together):
+    """OLMo and Llama 4 clip queries, keys and values in place."""
+    linears = adapted()
+    if together:
+        LinearGroup(linears)
+    x = torch.randn(2, 4, 10, dtype=torch.float64, requires_grad=True)
+
+    def gradients(clamp):
+        ys = [clamp(linear(x)) for linear in linears]
+        wanted = [x] + [t for m in linears for t in (m.adapter.a, m.adapter.b)]
+        return torch.autograd.grad(sum((y * y).sum() for y in ys), wanted)
+
+    in_place = gradients(lambda y: y.clamp_(-0.5, 0.5))
+    apart = gradients(lambda y: y.clamp(-0.5, 0.5))
+    assert all(torch.equal(a, b) for a, b in zip(in_place, apart, strict=True))

@@ -14,6 +14,7 @@ from transformers import GPT2Config
 from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.lora import (
+    ALL_LINEAR,
     LoRAConfig,
     adapter_parameters,
     adapter_state,
@@ -23,6 +24,7 @@ from halfbyte.linear.lora import (
     delta,
     detach,
     dropout_clock,
+    exact_targets,
     load_adapter_state,
 )
 from halfbyte.models.build import BaseRecipe, build
@@ -388,3 +390,18 @@ def test_a_model_without_linears_is_refused():
     model = build(config, BaseRecipe())
     with pytest.raises(ConfigError, match=r"GPT2LMHeadModel has no linear layer .*Conv1D"):
         attach(model, LoRAConfig(), seed=0)
+
+
+def test_targets_are_named_so_that_peft_adapts_no_other_module():
+    """A head, or a linear that is not frozen, may end with the name of one that is adapted."""
+    model = nn.ModuleDict(
+        {"block": nn.ModuleDict({"proj": nn.Linear(2, 2), "out": nn.Linear(2, 2)})}
+    )
+    assert exact_targets(model, ["block.proj", "block.out"], ALL_LINEAR) == ("out", "proj")
+    model["head"] = nn.ModuleDict({"out": nn.Linear(2, 2)})
+    paths = ["block.proj", "block.out"]
+    assert exact_targets(model, paths, ALL_LINEAR) == ("block.out", "proj")
+    assert exact_targets(model, ["block.proj"], ("proj",)) == ("proj",)
+    assert exact_targets(model, paths, ("proj", "out")) == tuple(paths)
+    assert exact_targets(model, ["block.out"], r".*\.out") == ("block.out",)
+    assert exact_targets(model, ["block.out"], r"block\.out") == r"block\.out"

@@ -7,6 +7,7 @@ from halfbyte.models import generate as halfbyte_generate
 from halfbyte.models.build import BaseRecipe, build, finalize, load_tensor
 from halfbyte.models.decoding import Decoder
 from halfbyte.models.generate import end_tokens, generate
+from tests.checkpoint.families import tiny_model
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 PROMPTS = [
@@ -133,3 +134,14 @@ def test_every_end_token_counts(model, tokenizer):
     model.generation_config.eos_token_id = [7, 9]
     assert {7, 9, tokenizer.eos_token_id} <= set(end_tokens(model, tokenizer))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
+
+
+def test_padding_that_a_model_would_see_is_not_used(tokenizer):
+    """Blenderbot is not given positions, and counts padding on the left."""
+    sizes = {"decoder_layers": 1, "encoder_layers": 1, "decoder_attention_heads": 4}
+    model = tiny_model("blenderbot", d_model=64, decoder_ffn_dim=96, encoder_ffn_dim=96, **sizes)
+    for parameter in model.parameters():
+        parameter.data.mul_(3)
+    together = generate(model, tokenizer, PROMPTS, max_new_tokens=6)
+    alone = [generate(model, tokenizer, [prompt], max_new_tokens=6)[0] for prompt in PROMPTS]
+    assert together == alone

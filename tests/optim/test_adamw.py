@@ -234,6 +234,20 @@ def test_what_cannot_be_is_said():
         optimizer.add_param_group({"params": [torch.zeros(3)]})
 
 
+@pytest.mark.parametrize(
+    "step", [None, torch.tensor(-1.0), torch.tensor(torch.nan), torch.tensor([1.0, 2.0])]
+)
+def test_a_state_needs_its_number_of_steps(step):
+    start = parameters([(9,)])
+    _, optimizer = follow(AdamW, start, gradients(start, 1))
+    state = optimizer.state_dict()
+    state["state"][0]["step"] = step
+    if step is None:
+        del state["state"][0]["step"]
+    with pytest.raises(CheckpointError, match="parameter 0 has no number of steps"):
+        optimizer.load_state_dict(state)
+
+
 def test_state_is_one_run_of_bytes_without_overlaps():
     start = [*parameters(), torch.zeros(9_000_000)]
     for bits in (32, 8):

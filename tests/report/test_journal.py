@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -52,6 +53,35 @@ def test_what_is_no_number_stays_json(tmp_path: Path, value: float) -> None:
     assert record["loss"] is None
     assert record["non_finite"] == {"loss": str(value)}
     assert record["grad_norm"] == 2.0
+
+
+def test_it_can_be_printed_and_holds_any_text(tmp_path: Path) -> None:
+    text = "\x1b[31m \x9b \u202e \udcff é"
+    with Journal(tmp_path / "j") as journal:
+        journal.write("note", {"text": text})
+    printed = (tmp_path / "j").read_text(encoding="utf-8")
+    assert not set(printed) & set("\x1b\x9b\u202e")
+    assert read_journal(tmp_path / "j")[0]["text"] == text
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_another_file_that_is_linked_to_is_not_written(tmp_path: Path, link: Any) -> None:
+    other = with_steps(tmp_path / "other", 3)
+    before = other.read_bytes()
+    link(other, tmp_path / "j")
+    with Journal(tmp_path / "j") as journal:
+        journal.truncate_after(2)
+        journal.write("step", {"step": 3, "loss": 0.5})
+    assert other.read_bytes() == before
+    assert steps(tmp_path / "j") == [1, 2, 3]
+
+
+def test_a_pipe_is_no_journal(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "j")
+    with pytest.raises(OutputError, match="expected a file, found a pipe"):
+        Journal(tmp_path / "j")
+    with pytest.raises(OSError, match="expected a file, found a pipe"):
+        read_journal(tmp_path / "j")
 
 
 @given(st.integers(0, 300))

@@ -203,6 +203,23 @@ def test_a_terminal_keeps_what_was_announced() -> None:
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h")  # each hidden cursor comes back
 
 
+def test_what_goes_wrong_and_a_stop_stay_on_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stream = io.StringIO()
+    screen = LiveScreen(Console(file=stream, force_terminal=True, width=80))
+    screen.warning("the loss jumped")
+    screen.stopping("step 3 is saved first")
+    shown = stream.getvalue()
+    assert "warning: the loss jumped" in shown
+    assert "step 3 is saved first" in shown
+    assert shown.endswith("\x1b[?25h")  # the cursor
+    plain = PlainScreen()
+    plain.warning("the loss jumped")
+    plain.stopping("step 3 is saved first")
+    assert capsys.readouterr().err == "warning: the loss jumped\nstep 3 is saved first\n"
+
+
 def test_notes_are_not_taken_for_markup() -> None:
     console = terminal()
     LiveScreen(console).note("target_modules [bold]q_proj[/bold] :smile:")
@@ -237,6 +254,17 @@ def test_the_smoothed_loss_begins_at_the_loss() -> None:
     assert pace.loss == pytest.approx(3.0)
     pace.update(record(2, 1.0))
     assert pace.loss == pytest.approx((0.9 * 0.1 * 3.0 + 0.1 * 1.0) / 0.19)
+
+
+def test_a_step_that_was_left_out_is_not_part_of_the_smoothed_loss() -> None:
+    pace = Pace(10, 0)
+    pace.update({"step": 1, "loss": math.nan})
+    assert math.isnan(pace.loss)
+    for step, loss in ((2, 2.0), (3, math.inf), (4, 2.0)):
+        pace.update({"step": step, "loss": loss})
+    assert pace.loss == pytest.approx(2.0)
+    assert pace.losses == [2.0, 2.0]
+    assert pace.step == 4
 
 
 def test_time_left_is_at_the_pace_of_this_session(monkeypatch: pytest.MonkeyPatch) -> None:

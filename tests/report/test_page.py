@@ -211,6 +211,18 @@ def test_a_torn_journal_is_read_to_its_last_whole_line(tmp_path: Path) -> None:
     assert read_run(directory).steps == 3
 
 
+def test_warnings_are_at_the_top_and_not_endless(tmp_path: Path) -> None:
+    warnings = [{"event": "warning", "step": n, "text": f"<b>{n}</b> jumped"} for n in range(10)]
+    run = read_run(write_journal(tmp_path / "odd", [*journal_lines(), *warnings]))
+    assert run.warnings == [f"<b>{n}</b> jumped" for n in range(10)]
+    html = page([run])
+    read = Checked(html)
+    assert "<b>7</b> jumped" in read.text
+    assert "<b>8</b> jumped" not in read.text
+    assert "and 2 more, in the journal" in read.text
+    assert html.index("jumped") < html.index("<section>")
+
+
 def test_runs_side_by_side(tmp_path: Path) -> None:
     first = write_journal(tmp_path / "a" / "run", journal_lines(lora_r=8))
     second = write_journal(tmp_path / "b" / "run", journal_lines(lora_r=64))

@@ -4,8 +4,13 @@ The processes here are a stand-in that writes a journal; one test, in the end, t
 """
 
 import json
+import os
 import re
+import signal
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +18,10 @@ from typing import Any
 import pytest
 
 from halfbyte import cli
-from halfbyte.errors import ConfigError
+from halfbyte.errors import ConfigError, Interrupted
 from halfbyte.report.journal import read_journal
 from halfbyte.report.runs import read_run
+from halfbyte.runtime.signals import SIGNALS, first_signal, interrupt
 from halfbyte.tools import compare
 from halfbyte.tools.compare import Job, jobs, parse_variants, run
 from tests.tiny import write_tiny_model
@@ -36,10 +42,29 @@ if how == "bug":
 if how == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 output.mkdir(parents=True, exist_ok=True)
+if how == "slow":
+    import time
+    def save(number, _):
+        (output / "saved").write_text(str(number))
+        if lines["lora_r"] != "1":
+            sys.exit(128 + number)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, save)
+    (output / "ready").touch()
+    time.sleep(60)
+    time.sleep(60)
 steps = [{"event": "step", "step": i, "loss": 1.0, "tokens": 9, "seconds": 1} for i in (1, 2)]
 events = [{"event": "begin", "total_steps": 2}, *steps, {"event": "finish", "steps": 2}]
 (output / "journal.jsonl").write_text("".join(json.dumps(e) + "\\n" for e in events))
 """
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, known in before.items():
+        signal.signal(number, known)
 
 
 @pytest.fixture
@@ -99,6 +124,17 @@ def test_runs_differ_in_variant_and_seed_alone_and_seeds_are_outside(tmp_path: P
     assert found[1].config.output == tmp_path / "qlora" / "seed-0"
     with pytest.raises(ConfigError, match="`lora_r`: expected more than 0, got '0'"):
         laid_out(tmp_path, names=("r=0",))
+
+
+def test_rows_that_a_run_left_out_are_counted(tmp_path: Path) -> None:
+    [job] = laid_out(tmp_path, names=("lora",), seeds=(0,))
+    job.config.output.mkdir(parents=True)
+    begin = {"event": "begin", "held_out_verdict": None}
+    said = f"3 rows left out: {job.config.output}/rejected.jsonl"
+    for usable, expected in ((9, said), (12, None)):
+        line = json.dumps(begin | {"data_verdict": {"rows": 12, "usable": usable}})
+        (job.config.output / "journal.jsonl").write_text(line + "\n")
+        assert compare.rows_left_out(job) == expected
 
 
 def test_a_run_and_its_evaluation_are_one_process(tmp_path: Path) -> None:
@@ -161,6 +197,46 @@ def test_a_run_that_dies_is_a_result_that_says_so(
     assert result.failure is not None
     assert result.failure.startswith(message)
     assert job.finished() is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_has_the_run_save_before_the_comparison_ends(
+    tmp_path: Path,
+    stand_in: tuple[str],
+    caplog: pytest.LogCaptureFixture,
+    number: signal.Signals,
+) -> None:
+    [job] = laid_out(tmp_path, stand_in, names=("lora",), seeds=(0,), data="slow")
+
+    def send(*_: int) -> None:
+        if (job.config.output / "ready").exists():
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(Interrupted) as caught, first_signal(interrupt):
+        run(job, send)
+    assert caught.value.signal == number
+    assert (job.config.output / "saved").read_text() == str(int(number))
+    assert "The same command goes on from there" in caplog.text
+
+
+def test_a_second_signal_ends_the_run_at_once(tmp_path: Path, stand_in: tuple[str]) -> None:
+    [job] = laid_out(tmp_path, stand_in, names=("lora",), seeds=(0,), data="slow", lora_r=1)
+
+    def send_twice() -> None:
+        saved, deadline = job.config.output / "saved", time.monotonic() + 30
+        while not saved.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def send(*_: int) -> None:
+        if (job.config.output / "ready").exists():
+            threading.Thread(target=send_twice).start()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    began = time.monotonic()
+    with pytest.raises(Interrupted), first_signal(interrupt):
+        run(job, send)
+    assert time.monotonic() - began < 30  # it would sleep for a minute
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -226,6 +302,17 @@ def test_random_weights_of_a_shape(tmp_path: Path) -> None:
     file.write_text(json.dumps(settings | {"model": "shape:llama9", "output": str(tmp_path / "s")}))
     assert main(str(file)) == 2
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("name", ["compare.html", "compare.json"])
+def test_results_of_somebody_else_are_not_replaced(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text("mine")
+    words = ["compare", "--model", "m", "--data", "d", "--output", str(tmp_path)]
+    assert cli.main(words) == 2
+    assert "so it is not replaced" in capsys.readouterr().err
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
 
 
 @pytest.mark.slow

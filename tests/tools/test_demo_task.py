@@ -88,6 +88,25 @@ def test_the_sentence_begins_with_a_capital():
         assert order.sentence[0].isupper() or order.sentence[0].isdigit()
 
 
+def test_a_file_of_somebody_else_is_not_replaced(tmp_path):
+    write_task(tmp_path, seed=1)
+    write_task(tmp_path, seed=2)
+    (tmp_path / "orders.test.jsonl").write_text("mine\n")
+    with pytest.raises(OutputError, match=r"orders\.test\.jsonl was not written by the demo"):
+        write_task(tmp_path, seed=3)
+    assert (tmp_path / "orders.test.jsonl").read_text() == "mine\n"
+
+
+def test_a_file_that_is_linked_to_stays(tmp_path):
+    (tmp_path / "a").mkdir()
+    files = write_task(tmp_path / "a", seed=1)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / files.train.name).hardlink_to(files.train)
+    before = files.train.read_bytes()
+    assert write_task(tmp_path / "b", seed=2).train.read_bytes() != before
+    assert files.train.read_bytes() == before
+
+
 def test_a_directory_that_cannot_be_made_is_an_output_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):

@@ -82,6 +82,8 @@ def test_its_state_goes_through_json():
         ({}, "clean and skipped"),
         ({"factor": 1.0, "clean": 0}, "clean and skipped"),
         ({"factor": "1", "clean": 0, "skipped": 0}, "clean and skipped"),
+        ([], r"got \[\]"),
+        ({"factor": 1.0, "clean": -1, "skipped": 0}, "clean and skipped"),
         ({"factor": 2.0**40, "clean": 0, "skipped": 0}, "got 1099511627776.0"),
         ({"factor": math.nan, "clean": 0, "skipped": 0}, "got nan"),
     ],

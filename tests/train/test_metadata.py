@@ -109,3 +109,44 @@ def test_a_resumed_run_keeps_what_was_answered_before(base: Path, tmp_path: Path
 def test_without_held_out_data_samples_are_of_the_training_data(base: Path, tmp_path: Path) -> None:
     run(base, tmp_path / "r", eval_data=None, samples=1)
     assert lines(tmp_path / "r", "samples")[0]["samples"][0]["prompt"] == "train 0?"
+
+
+def test_every_rejected_row_is_in_the_file_the_journal_and_the_page(
+    base: Path, tmp_path: Path
+) -> None:
+    good, hostile = '{"text": "Paris."}', '{"messages": [{"role": "<script>\u202e"}]}'
+    (tmp_path / "train.jsonl").write_text("\n".join([good, "{", hostile, good, '{"a": 1}']))
+    (tmp_path / "held.jsonl").write_text("\n".join([good, '{"text": " "}']))
+    data, held = str(tmp_path / "train.jsonl"), str(tmp_path / "held.jsonl")
+    output = tmp_path / "r"
+    run(base, output, data=data, eval_data=held, max_steps=1, samples=0)
+    rejected = [json.loads(line) for line in (output / "rejected.jsonl").read_text().splitlines()]
+    assert [(one["source"], one["line"], one["row"]) for one in rejected] == [
+        (data, "2", "{"),
+        (data, "3", hostile),
+        (data, "5", '{"a": 1}'),
+        (held, "2", '{"text": " "}'),
+    ]
+    [begin] = lines(output, "begin")
+    verdict = begin["data_verdict"]["rejected"]
+    assert {one["reason"]: one["lines"] for one in verdict} == {
+        "malformed JSON": ["2"],
+        "no 'text'": ["5"],
+        rejected[1]["reason"]: ["3"],
+    }
+    assert "\u202e" not in (output / "rejected.jsonl").read_text()
+    said = [note["text"] for note in lines(output, "note")]
+    assert f"every row left out, with its line and the reason: {output}/rejected.jsonl" in said
+    page = (output / "report.html").read_text()
+    assert "rows that were left out" in page
+    assert "&lt;script&gt;" in page
+    assert "<script>'" not in page
+
+
+def test_without_rejected_rows_there_is_no_file_of_them(base: Path, tmp_path: Path) -> None:
+    output = tmp_path / "r"
+    output.mkdir()
+    (output / "journal.jsonl").write_text('{"event": "begin"}\n')
+    (output / "rejected.jsonl").write_text("of a run that was killed before its first step\n")
+    run(base, output, max_steps=1, samples=0)
+    assert not (output / "rejected.jsonl").exists()

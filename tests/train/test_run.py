@@ -106,7 +106,9 @@ def test_a_run_learns_and_leaves_what_it_should(model, data, tmp_path):
     opened, tokenizer, _ = open_model(
         str(model), adapter=str(output), compute_dtype="float32", device="cpu"
     )
-    measured = evaluate(opened, tokenizer, data, max_new_tokens=4)
+    said: list[str] = []
+    measured = evaluate(opened, tokenizer, data, max_new_tokens=4, note=said.append)
+    assert said == measured.data["lines"]
     assert measured.loss == pytest.approx(evaluations[-1]["loss"], rel=1e-5)
     assert measured.cases == 24
 

@@ -241,6 +241,14 @@ def test_state_round_trip_continues_bit_for_bit(ratio):
         assert torch.equal(parameter, adapter_parameters(straight)[name])
 
 
+def test_a_state_of_another_parameter_is_refused():
+    made = trainer(model_of(FAMILIES["llama"]))
+    made.step(0, batches_of([(2, 13)]))
+    state = made.optimizer_state() | {"model.other.lora_A.weight.exp_avg": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match=r"'model\.other\.lora_A\.weight\.exp_avg', of no"):
+        made.load_optimizer_state(state)
+
+
 def kept_of(made):
     """All that a step may change, copied."""
     state = {name: value.clone() for name, value in made.optimizer_state().items()}
@@ -311,6 +319,21 @@ def test_the_next_step_s_batches_are_made_while_a_gpu_is_at_work(monkeypatch, de
     in_turn = [f"{what} {n}" for n in (1, 2, 3) for what in ("batches", "queued", "result", "done")]
     in_turn = ["queued" if event.startswith("queued") else event for event in in_turn]
     assert events == (ahead if device == "cuda" else in_turn)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_run_that_is_stopped_has_made_the_steps_it_reported(monkeypatch, device):
+    made, other = (trainer(model_of(FAMILIES["llama"]), learning_rate=1e-2) for _ in range(2))
+    monkeypatch.setattr(made, "_device", device)
+    found = {}
+    made.train(
+        range(4), lambda n: batches_of(RUN[n]), found.__setitem__, stopped=lambda: len(found) == 2
+    )
+    assert list(found) == [0, 1]
+    for number in found:
+        other.step(number, batches_of(RUN[number]))
+    assert same(kept_of(made), kept_of(other))
+    assert not made._gradients.any()
 
 
 def test_a_run_of_no_steps_asks_for_nothing():

@@ -6,6 +6,7 @@
     bitsandbytes   write_quantized: a 4-bit checkpoint in bitsandbytes' format
     merged         Merged, write_merged: base and adapter as one model
     atomic         atomic writes of files and directories
+    output_lock    one process at a time writes a directory
 
 README.md in this directory documents the formats. Import from the module you need: reading a run's
 state should not import transformers.

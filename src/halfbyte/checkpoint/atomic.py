@@ -4,10 +4,16 @@ Data is written to a hidden sibling (``.NAME.partial-PID``), flushed to disk, an
 step. A process killed at any moment leaves the old content or the new, and at worst a hidden
 sibling, which the next writer of that name removes. An error on the way (no space, no permission)
 removes the sibling at once and becomes an ``OutputError``.
+
+A sibling is locked (``flock``) while it is written, so that a process that writes the same name at
+the same time does not take it for one that was left behind. The last to finish determines the
+content. Where the file system has no such locks, only one process may write a name at a time.
 """
 
 import contextlib
+import ctypes
 import errno
+import fcntl
 import glob
 import os
 import shutil
@@ -26,6 +32,7 @@ _REASONS = {
     errno.EPERM: "permission denied; choose a directory you may write to",
     errno.EROFS: "the file system is read-only; choose another directory",
     errno.ENOTDIR: "a part of this path is a file, not a directory; choose another directory",
+    errno.ENOTEMPTY: "it exists since a moment ago; remove it, or choose another directory",
     errno.EEXIST: "a part of this path is a file, not a directory; choose another directory",
 }
 
@@ -85,10 +92,11 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         partial = _fresh_sibling(path)
         try:
             with open(partial, "xb") as file:
+                lock(file.fileno())
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, path)
+                os.replace(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
@@ -104,8 +112,8 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
         replace: Whether a directory of that name may be there; it goes when the new one is whole.
 
     Raises:
-        OutputError: If ``path`` exists, is not an empty directory and must not be replaced, or
-            cannot be written; then nothing is left behind.
+        OutputError: If ``path`` exists, is not an empty directory and must not be replaced, or has
+            changed since the beginning, or cannot be written; then nothing is left behind.
     """
     path = Path(os.path.abspath(path))
     with output_errors(path):
@@ -115,20 +123,33 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
             raise OutputError(
                 f"cannot write {path}: it exists already; remove it, or choose another directory"
             )
+        before = _entries(path) if taken else None
         partial = _fresh_sibling(path)
+        held = None
         try:
             partial.mkdir()
+            held = os.open(partial, os.O_RDONLY)
+            lock(held)
             yield partial
             for directory, _, files in os.walk(partial):
                 for name in files:
                     _flush(Path(directory, name))
                 _flush_directory(Path(directory))
-            if taken:
-                os.replace(path, partial.with_name(partial.name + "-old"))
-            os.replace(partial, path)
+            if before is None:
+                os.replace(partial, path)
+            elif _entries(path) == before:
+                _exchange(partial, path)
+            else:
+                raise OutputError(
+                    f"{path} has changed in the meantime, so it is not replaced; choose another "
+                    "directory"
+                )
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        finally:
+            if held is not None:
+                os.close(held)
         _flush_directory(path.parent)
         remove_partial(path.parent, glob.escape(path.name))
 
@@ -146,12 +167,62 @@ def remove_directory(path: Path) -> None:
 
 
 def remove_partial(parent: Path, pattern: str) -> None:
-    """Remove files of killed processes in ``parent`` for names that match the glob ``pattern``."""
+    """Remove what killed processes left in ``parent`` for names that match the glob ``pattern``."""
     for path in parent.glob(f".{pattern}.partial-*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another process was faster, or nobody may
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            try:
+                if lock(descriptor):
+                    _remove(path)
+            finally:
+                os.close(descriptor)
+
+
+def lock(descriptor: int) -> bool:
+    """Lock an open file or directory until it is closed; return False if another process has it.
+
+    True where the file system has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _entries(directory: Path) -> tuple[int, list[str]]:
+    """Return what identifies a directory, and the names in it."""
+    return os.stat(directory).st_ino, sorted(os.listdir(directory))
+
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Put ``new`` in the place of ``old``, and remove that.
+
+    In one step if kernel and file system can exchange names (Linux has renameat2); otherwise there
+    is a moment in which neither has the name.
+    """
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    names = os.fsencode(new), os.fsencode(old)
+    if rename is not None and not rename(
+        _AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE
+    ):
+        _remove(new)
+        return
+    os.replace(old, aside := new.with_name(new.name + "-old"))
+    os.replace(new, old)
+    _remove(aside)
 
 
 def _fresh_sibling(path: Path) -> Path:

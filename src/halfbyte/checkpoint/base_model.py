@@ -33,7 +33,7 @@ from halfbyte.models.build import (
 from halfbyte.models.calibration import input_moments
 from halfbyte.quant import QuantizedWeight, dequantize
 
-__all__ = ["BaseSource", "LoadedBase", "importances", "load_base", "open_base"]
+__all__ = ["BaseSource", "LoadedBase", "importances", "is_hub_id", "load_base", "open_base"]
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -81,6 +81,11 @@ def open_base(source: str | Path, *, revision: str | None = None) -> BaseSource:
         if path.suffix == ".safetensors":
             raise CheckpointError(f"{path} is a file of weights; give its directory, {path.parent}")
         return GGUFSource(path, str(source))
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(
+            f"{path} is neither a directory nor a file, but a pipe, a socket or a device: expected "
+            "a model's directory, or a GGUF file"
+        )
     if not path.is_dir():
         path = _download(str(source), revision)
     if (path / "config.json").exists() or not (files := sorted(path.glob("*.gguf"))):
@@ -90,14 +95,19 @@ def open_base(source: str | Path, *, revision: str | None = None) -> BaseSource:
     return GGUFSource(files[0], str(source))
 
 
+def is_hub_id(name: str) -> bool:
+    """Return whether ``name`` can be a model of the hub: ``model`` or ``owner/model``."""
+    return bool(_HUB_ID.fullmatch(name)) and not name.endswith(".gguf")
+
+
 def _download(name: str, revision: str | None) -> Path:
-    if not _HUB_ID.fullmatch(name) or name.endswith(".gguf"):
+    if not is_hub_id(name):
         raise CheckpointError(f"{name} does not exist: there is no such directory or GGUF file")
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{name}  is no local directory or file, and not available on the Hugging Face hub: "
+            f"{name} is no local directory or file, and not available on the Hugging Face hub: "
             f"{error}"
         ) from error
 

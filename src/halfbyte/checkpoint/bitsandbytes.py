@@ -8,6 +8,7 @@ it is tied to the embedding; a packed embedding is our extension, which only hal
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ def write_quantized(
         raise ConfigError("quantize needs quant nf4 or fp4, got none")
     if not isinstance(source, BaseSource):
         source = open_base(source)
-    if any(parameter.packed for parameter in source.parameters):
+    written = (*source.parameters, *source.encoders)
+    if any(parameter.packed for parameter in written):
         raise CheckpointError(f"{source.name} is already packed in 4 bits; copy it instead")
     if not exact:  # exact copies are made while a model is loaded, which warns
         warn_of_packing_again(source, recipe)
@@ -77,9 +79,9 @@ def write_quantized(
         logger.warning(
             "the embedding is packed too: halfbyte loads what is written, transformers does not"
         )
-    held = {p.name: _held(p.dtype, None if exact else dtype) for p in source.parameters}
+    held = {p.name: _held(p.dtype, None if exact else dtype) for p in written}
     plan: list[Planned] = []
-    for parameter in source.parameters:
+    for parameter in written:
         if parameter.name in linears:
             empty = empty_like_quantized(
                 parameter.shape,
@@ -102,6 +104,7 @@ def write_quantized(
             dtype=dtype,
             tokenizer=tokenizer,
             generation_config=source.generation_config(),
+            processor=source.processor_files(),
             packing=quantization_config(source, recipe, linears, dtype),
         )
     return out_dir
@@ -119,9 +122,10 @@ def _packed(
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[str, Tensor]]:
     importance = importances(source, recipe)
-    sizes = {parameter.name: parameter.nbytes for parameter in source.parameters}
+    sizes = {p.name: p.nbytes for p in (*source.parameters, *source.encoders)}
     done = 0
-    for name, value in source.tensors(recipe.device):
+    encoders = ((parameter.name, source.tensor(parameter.name)) for parameter in source.encoders)
+    for name, value in chain(source.tensors(recipe.device), encoders):
         assert isinstance(value, Tensor)
         if name in linears:
             q = pack(value, recipe, name, importance.get(name))
@@ -134,7 +138,7 @@ def _packed(
             del value
         done += sizes[name]
         if progress is not None:
-            progress(done, source.total_bytes)
+            progress(done, source.file_bytes)
 
 
 def quantization_config(
@@ -145,6 +149,11 @@ def quantization_config(
         name
         for name, module in source.skeleton.named_modules()
         if isinstance(module, nn.Linear) and f"{name}.weight" not in linears
+    ]
+    skipped += [
+        parameter.name.removesuffix(".weight")
+        for parameter in source.encoders
+        if parameter.name.endswith(".weight") and len(parameter.shape) == 2
     ]
     return {
         "quant_method": "bitsandbytes",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from halfbyte.checkpoint.safetensors_file import Planned
 from halfbyte.errors import CheckpointError
+from halfbyte.foreign_text import quote
 from halfbyte.quant import BLOCK_SIZES, SCALE_BLOCK, QuantizedWeight, empty_like_quantized
 from halfbyte.quant.blockwise import DYNAMIC_SIGNED, FP4_LEVELS, NF4_LEVELS
 from halfbyte.quant.weight import FLOAT_TYPES
@@ -73,7 +74,7 @@ def decode_keys(name: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
     try:
         expected, offset = _expected(json.loads(bytes(states[0].tolist())))
     except _NOT_A_STATE as error:
-        raise wrong(f"its quant_state cannot be read ({error!r})") from error
+        raise wrong(f"its quant_state cannot be read ({quote(error)})") from error
 
     def taken(suffix: str, like: Tensor) -> Tensor:
         tensor = tensors.get(name + suffix)

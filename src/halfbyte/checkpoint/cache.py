@@ -20,6 +20,7 @@ import torch
 from halfbyte.checkpoint.atomic import new_directory
 from halfbyte.checkpoint.bitsandbytes import write_quantized
 from halfbyte.checkpoint.directory import DirectorySource
+from halfbyte.checkpoint.output_lock import output_lock
 from halfbyte.checkpoint.reading import read_json
 from halfbyte.checkpoint.source import BaseSource
 from halfbyte.errors import CheckpointError, OutputError
@@ -69,16 +70,16 @@ def cached(
         except CheckpointError as error:
             logger.warning("the packed copy of %s is damaged, repacking: %s", source.name, error)
     try:
-        with new_directory(directory, replace=True) as fresh:
+        with output_lock(directory), new_directory(directory, replace=True) as fresh:
             write_quantized(source, fresh, recipe, exact=True, progress=progress)
             card = made_from | {"copy": DirectorySource(fresh, source.name).fingerprint}
             (fresh / _CARD).write_text(json.dumps(card, indent=2))
         copy = DirectorySource(directory, source.name)
     except (OutputError, CheckpointError) as error:
-        # Concurrent processes may mistake each other's unfinished directory for an abandoned one.
+        # No space, perhaps, or another process is writing the same copy.
         logger.warning("no packed copy of %s is kept: %s", source.name, error)
         return source
-    size = copy.total_bytes / 1e9
+    size = copy.file_bytes / 1e9
     logger.warning("the packed copy of %s (%.2f GB) is kept in %s", source.name, size, directory)
     return copy
 

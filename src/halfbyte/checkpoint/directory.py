@@ -1,7 +1,7 @@
 """A model in a directory, as written by ``save_pretrained``: plain, or packed by bitsandbytes.
 
-Names of older or other layouts are translated by transformers' own tables. Tensors that would have
-to be fused with others (experts in one tensor) are rejected by name.
+Names of older or other layouts are translated by transformers' own tables, and what it stores in
+another form (experts one by one) is converted as it does (conversion.py).
 """
 
 import contextlib
@@ -23,20 +23,31 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from halfbyte.checkpoint.bitsandbytes_keys import decode_keys, packed_weights
+from halfbyte.checkpoint.content_parts import taking_text
+from halfbyte.checkpoint.conversion import Conversion, empty_like, settle_keys
 from halfbyte.checkpoint.reading import read_into, read_json
 from halfbyte.checkpoint.safetensors_file import INDEX_NAME, Entry, SafetensorsFile
 from halfbyte.checkpoint.source import BaseSource, Parameter, foreign_reader, skeleton_of
 from halfbyte.checkpoint.staging import Request, read_to_device
 from halfbyte.errors import CheckpointError
+from halfbyte.foreign_text import quote
+from halfbyte.layers.multimodal import remove_encoders
 from halfbyte.models.build import BaseRecipe
 from halfbyte.quant import QuantizedWeight
+from halfbyte.version import VERSION_KEY, __version__
 
 # Buffers of older transformers, which are computed today: in files, but not part of the model.
 _OBSOLETE = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+
+# Of a processor, which prepares images and sound; its tokenizer is written anew.
+_PROCESSOR = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
 
 # Maximum token id: libraries allocate a table up to the largest id, however few tokens there are;
 # the largest vocabularies have 2**18.
@@ -54,6 +65,7 @@ class DirectorySource(BaseSource):
 
     def __init__(self, directory: Path, name: str) -> None:
         self.name, self._directory = name, directory
+        require_files(directory)
         self.config = _read_config(directory)
         self._shards, self._homes = _open_shards(directory)
         self.skeleton = skeleton_of(self.config, name, len(self._homes))
@@ -61,7 +73,11 @@ class DirectorySource(BaseSource):
         self._packed = packed_weights(self._homes)
         members = {key for owner, keys in self._packed.items() for key in keys if key != owner}
         self._stored = self._settle([key for key in self._homes if key not in members])
-        self.parameters = tuple(self._parameter(name) for name in self._stored)
+        found = [self._parameter(name) for name in self._stored]
+        remove_encoders(self.skeleton)
+        loaded = self.skeleton.state_dict().keys()
+        self.parameters = tuple(parameter for parameter in found if parameter.name in loaded)
+        self.encoders = tuple(parameter for parameter in found if parameter.name not in loaded)
         sizes: Counter[torch.dtype] = Counter()
         for parameter in self.parameters:
             if len(parameter.shape) > 1 and parameter.dtype.is_floating_point:
@@ -72,54 +88,51 @@ class DirectorySource(BaseSource):
         return self._homes[key].entries[key]
 
     def _parameter(self, name: str) -> Parameter:
-        key, expected = self._stored[name], self._expected[name]
-        shape = tuple(expected.shape)
-        entry, packed = self._entry(key), key in self._packed
-        if not packed and entry.shape != shape:
+        stored, expected = self._stored[name], self._expected[name]
+        shape, packed = tuple(expected.shape), stored in self._packed
+        if isinstance(stored, Conversion):
+            where, came = stored.keys[0][0], stored.outputs[name]
+            home, came_shape, dtype = self._homes[where].path, tuple(came.shape), came.dtype
+            nbytes = came.nbytes
+        else:
+            where, entry = stored, self._entry(stored)
+            home, came_shape, dtype = self._homes[where].path, entry.shape, entry.dtype
+            nbytes = sum(self._entry(member).nbytes for member in self._packed.get(where, [where]))
+        if not packed and came_shape != shape:
             raise CheckpointError(
-                f"{self._homes[key].path}: {key} has shape {list(entry.shape)}, the configuration "
+                f"{home}: {where} has shape {list(came_shape)}, the configuration "
                 f"requires {list(shape)}; is config.json of another model?"
             )
-        if not packed and entry.dtype.is_floating_point != expected.is_floating_point():
+        if not packed and dtype.is_floating_point != expected.is_floating_point():
             raise CheckpointError(
-                f"{self._homes[key].path}: {key} is {entry.dtype}, expected are "
+                f"{home}: {where} is {dtype}, expected are "
                 f"{'floating' if expected.is_floating_point() else 'whole'} numbers; is it "
                 "quantised in a way that config.json does not mention?"
             )
-        nbytes = sum(self._entry(member).nbytes for member in self._packed.get(key, [key]))
-        return Parameter(name, shape, entry.dtype, nbytes, packed)
+        return Parameter(name, shape, dtype, nbytes, packed)
 
-    def _settle(self, keys: list[str]) -> dict[str, str]:
-        """Return, for each parameter of the model, its key in the files.
+    def _settle(self, keys: list[str]) -> dict[str, str | Conversion]:
+        """Return, for each parameter of the model, its key in the files, or how it is made.
 
         Raises:
             CheckpointError: If a parameter is missing or duplicate, or a key is no parameter.
         """
-        model = self.skeleton
-        expected = model.state_dict()
-        settled: dict[str, str] = {}
-        faults: list[str] = []
+        model, expected = self.skeleton, self._expected
+        found = settle_keys(model, expected, keys)
         obsolete = [*_OBSOLETE, *(model._keys_to_ignore_on_load_unexpected or ())]
-        transforms = []
-        if not all(key in expected for key in keys):
-            transforms = get_model_conversion_mapping(model)
-        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        for key in keys:
-            name, converter = key, None
-            if key not in expected:
-                name, converter = rename_source_key(
-                    key, renamings, converters, model.base_model_prefix, expected
-                )
-            if converter is not None:
-                faults.append(f"{key}: transformers fuses this with others, which is not supported")
-            elif name in settled:
-                faults.append(f"{key}: the same parameter as {settled[name]}")
-            elif name in expected:
-                settled[name] = key
-            elif not any(re.search(pattern, key) for pattern in obsolete):
-                faults.append(f"{key}: unknown to {type(model).__name__}")
-        tied = self._settle_ties(settled)
+        faults = [f"{key}: the same parameter as {other}" for key, other in found.duplicates]
+        faults += [
+            f"{key}: unknown to {type(model).__name__}"
+            for key in found.unknown
+            if not any(re.search(pattern, key) for pattern in obsolete)
+        ]
+        tied = self._settle_ties(found.keys)
+        settled: dict[str, str | Conversion] = {**found.keys}
+        for conversion in found.conversions:
+            for name in self._infer(conversion):
+                if name in settled or name not in expected:
+                    faults.append(f"{conversion.keys[0][0]}: becomes {name}, which is no parameter")
+                settled[name] = conversion
         optional = model._keys_to_ignore_on_load_missing or ()
         faults += [
             f"{name}: missing"
@@ -135,6 +148,20 @@ class DirectorySource(BaseSource):
                 f"({type(model).__name__}):\n  " + "\n  ".join(faults[:8]) + more
             )
         return settled
+
+    def _infer(self, conversion: Conversion) -> Iterable[str]:
+        """Return the names of the parameters that a conversion makes."""
+        for key, _ in conversion.keys:
+            if key in self._packed:
+                raise CheckpointError(
+                    f"{self._homes[key].path}: {key} is packed in 4 bits, and {conversion.target} "
+                    "is made of it in 16 bits alone; use the model it was made from"
+                )
+        entries = {key: self._entry(key) for key, _ in conversion.keys}
+        conversion.infer(
+            self.skeleton, lambda key: empty_like(entries[key].shape, entries[key].dtype)
+        )
+        return conversion.outputs
 
     def _settle_ties(self, settled: dict[str, str]) -> set[str]:
         """Drop parameters tied to another one from ``settled``; return all tied names."""
@@ -184,17 +211,29 @@ class DirectorySource(BaseSource):
         self, device: torch.device | str = "cpu"
     ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
         device = torch.device(device)
+        stored_of = {parameter.name: self._stored[parameter.name] for parameter in self.parameters}
         staged: list[str] = []
         if device.type != "cpu":
             # A packed weight is a quarter of the bytes, and its JSON and tables are needed here.
-            staged = [key for key in self._stored.values() if key not in self._packed]
+            plain = (key for key in stored_of.values() if isinstance(key, str))
+            staged = [key for key in plain if key not in self._packed]
         ahead = set(staged)
+        made: dict[str, Tensor] = {}
         with contextlib.closing(read_to_device(list(map(self._request, staged)), device)) as stream:
-            for name, key in self._stored.items():
-                yield name, next(stream) if key in ahead else self._read(key)
+            for name, stored in stored_of.items():
+                if isinstance(stored, str):
+                    yield name, next(stream) if stored in ahead else self._read(stored)
+                    continue
+                if name not in made:
+                    made = self._convert(stored)
+                yield name, made.pop(name)
 
     def tensor(self, name: str) -> Tensor | QuantizedWeight:  # noqa: D102
-        return self._read(self._stored[name])
+        stored = self._stored[name]
+        return self._read(stored) if isinstance(stored, str) else self._convert(stored)[name]
+
+    def _convert(self, conversion: Conversion) -> dict[str, Tensor]:
+        return conversion.apply(self.skeleton, lambda key: self._homes[key].read(key))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:  # noqa: D102
         with foreign_reader(f"{self._directory} has no tokenizer that transformers can read"):
@@ -204,7 +243,23 @@ class DirectorySource(BaseSource):
             found("a")  # some damage shows in use alone
             for kind in ("bos", "eos", "unk", "pad"):
                 getattr(found, f"{kind}_token_id")
-            return found
+        self._take_template(found)
+        return found
+
+    def _take_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Give a tokenizer the processor's template if it has none, and have it take text."""
+        path = self._directory / "chat_template.json"
+        if tokenizer.chat_template is None and path.is_file():
+            template = read_json(path, "a processor's template").get("chat_template")
+            tokenizer.chat_template = template if isinstance(template, str) else None
+        given = tokenizer.chat_template
+        if isinstance(given, str) and (able := taking_text(given)) != given:
+            tokenizer.chat_template = able
+            logger.warning(
+                "%s: its chat template loops over the parts of a message and would drop text; it "
+                "is extended to take text as one part, and is saved so",
+                self.name,
+            )
 
     def generation_config(self) -> GenerationConfig | None:  # noqa: D102
         if not (self._directory / "generation_config.json").exists():
@@ -212,16 +267,16 @@ class DirectorySource(BaseSource):
         with foreign_reader(f"{self._directory}: generation_config.json cannot be read"):
             return GenerationConfig.from_pretrained(self._directory)
 
+    def processor_files(self) -> list[Path]:  # noqa: D102
+        return [path for name in _PROCESSOR if (path := self._directory / name).is_file()]
+
     def fitted(self, recipe: BaseRecipe) -> BaseRecipe:
         """Return ``recipe`` with the packing of the files, if packed; changes are logged."""
-        if not self._packed:
+        packed = [parameter.name for parameter in self.parameters if parameter.packed]
+        if not packed:
             return recipe
-        first = self._read(next(iter(self._packed)))
-        owners = [
-            self.skeleton.get_submodule(parameter.name.removesuffix(".weight"))
-            for parameter in self.parameters
-            if parameter.packed
-        ]
+        first = self.tensor(packed[0])
+        owners = [self.skeleton.get_submodule(name.removesuffix(".weight")) for name in packed]
         embedding, head = (
             self.skeleton.get_input_embeddings(),
             self.skeleton.get_output_embeddings(),
@@ -254,6 +309,21 @@ class DirectorySource(BaseSource):
         )
 
 
+def require_files(directory: Path) -> None:
+    """Check that no entry is a pipe or a device, before transformers opens any: it would wait.
+
+    Raises:
+        CheckpointError: An entry is, or the directory cannot be read.
+    """
+    try:
+        entries = list(directory.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"cannot read {directory}: {error.strerror}") from error
+    for entry in entries:
+        if entry.exists() and not entry.is_file() and not entry.is_dir():
+            raise CheckpointError(f"{entry} is a pipe, a socket or a device; expected a file")
+
+
 def _read_config(directory: Path) -> PretrainedConfig:
     """Return the configuration, its ``quantization_config`` checked and taken off."""
     if not (directory / "config.json").exists():
@@ -270,8 +340,8 @@ def _read_config(directory: Path) -> PretrainedConfig:
         if not isinstance(packing, dict) or not packing.get("load_in_4bit"):
             method = packing.get("quant_method") if isinstance(packing, dict) else packing
             raise CheckpointError(
-                f"{directory} is quantised by {method!r}; of quantised models only bitsandbytes' "
-                "4-bit ones are supported. Use the model it was made from"
+                f"{directory} is quantised by {quote(method)}; of quantised models only "
+                "bitsandbytes' 4-bit ones are supported. Use the model it was made from"
             )
         del config.quantization_config
     return config
@@ -285,6 +355,7 @@ def write_description(
     dtype: torch.dtype,
     tokenizer: PreTrainedTokenizerBase,
     generation_config: GenerationConfig | None,
+    processor: Iterable[Path] = (),
     packing: dict[str, Any] | None = None,
 ) -> None:
     """Write everything in a model's directory except the weights.
@@ -296,6 +367,7 @@ def write_description(
         dtype: dtype of its weights (if packed: after decoding).
         tokenizer: Its tokenizer.
         generation_config: Its defaults for generation.
+        processor: Files to copy, see ``BaseSource.processor_files``.
         packing: ``quantization_config``, if its weights are packed.
 
     Raises:
@@ -303,11 +375,14 @@ def write_description(
     """
     described = copy.deepcopy(config)
     described.architectures = [model_class]
+    setattr(described, VERSION_KEY, __version__)
     described.dtype = dtype
     if packing is not None:
         described.quantization_config = packing
     described.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    for path in processor:
+        (directory / path.name).write_bytes(path.read_bytes())
     if generation_config is not None:
         generation_config.to_json_file(directory / "generation_config.json")
 

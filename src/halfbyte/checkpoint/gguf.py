@@ -49,6 +49,7 @@ from halfbyte.checkpoint.gguf_vocabulary import byte_level
 from halfbyte.checkpoint.reading import read_into
 from halfbyte.checkpoint.source import BaseSource, Parameter, foreign_reader, skeleton_of
 from halfbyte.errors import CheckpointError
+from halfbyte.foreign_text import quote
 from halfbyte.quant import QuantizedWeight
 
 # Individually scaled rotary frequencies (Llama 3.1), which transformers' GGUF reader omits.
@@ -69,7 +70,7 @@ def read_config(file: GGUFFile) -> PretrainedConfig:
     rows = embedding.shape[0]
     trouble = (
         f"{file.path}: transformers cannot make a configuration of architecture "
-        f"{file.architecture!r} from its keys"
+        f"{quote(file.architecture)} from its keys"
     )
     with tempfile.TemporaryDirectory() as directory, foreign_reader(trouble):
         Path(directory, "keys.gguf").write_bytes(_without_arrays(file, rows))
@@ -77,8 +78,8 @@ def read_config(file: GGUFFile) -> PretrainedConfig:
     known = GGUF_SUPPORTED_ARCHITECTURES
     if not {file.architecture, config.model_type.removesuffix("_text")} & set(known):
         raise CheckpointError(
-            f"{file.path}: GGUF files of architecture {file.architecture!r} are not supported; "
-            f"supported are {', '.join(known)}. Use the model's safetensors files"
+            f"{file.path}: GGUF files of architecture {quote(file.architecture)} are not "
+            f"supported; supported are {', '.join(known)}. Use the model's safetensors files"
         )
     config.name_or_path = str(file.path)
     return config

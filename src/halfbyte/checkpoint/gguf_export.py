@@ -27,6 +27,7 @@ from halfbyte.checkpoint.gguf_vocabulary import add_vocabulary, copy_vocabulary
 from halfbyte.checkpoint.peft import LoadedAdapter
 from halfbyte.checkpoint.source import BaseSource
 from halfbyte.errors import CheckpointError, HalfbyteError, WeightError
+from halfbyte.foreign_text import quote
 from halfbyte.quant import QuantizedWeight, dequantize
 
 FileType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
@@ -65,13 +66,13 @@ class Layout:
         self.rope: dict[str, Any] = dict(config.rope_parameters)
         scaling = self.rope.get("rope_type", "default")
         if scaling not in ("default", "llama3"):
-            raise _unsaid(f"rotary frequencies scaled by {scaling!r}")
+            raise _unsaid(f"rotary frequencies scaled by {quote(scaling)}")
         if scaling == "llama3" and self.architecture != "llama":
-            raise _unsaid(f"rotary frequencies scaled by {scaling!r} in {config.model_type}")
+            raise _unsaid(f"rotary frequencies scaled by {quote(scaling)} in {config.model_type}")
         if self.rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise _unsaid("rotary embeddings of a part of each head")
         if config.hidden_act != "silu":
-            raise _unsaid(f"the activation {config.hidden_act!r}")
+            raise _unsaid(f"the activation {quote(config.hidden_act)}")
         # llama.cpp supports them, but transformers reads none, so nothing could be verified.
         if any(getattr(config, name, False) for name in ("attention_bias", "mlp_bias")):
             raise _unsaid(f"biases of the linear layers in {config.model_type}")

@@ -19,6 +19,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from halfbyte.checkpoint.gguf_blocks import decode
 from halfbyte.checkpoint.reading import read_into
 from halfbyte.errors import CheckpointError
+from halfbyte.input_files import open_file
 
 TORCH_DTYPES = {np.float32: torch.float32, np.float16: torch.float16, np.uint16: torch.bfloat16}
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))  # as struct
@@ -65,7 +66,7 @@ class GGUFFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with open(path, "rb") as file:
+            with open_file(path) as file:
                 self.size = os.fstat(file.fileno()).st_size
                 self._parse(_Header(path, file, self.size))
         except OSError as error:

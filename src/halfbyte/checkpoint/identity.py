@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.checkpoint.base_model import LoadedBase
+from halfbyte.foreign_text import quote
 from halfbyte.models.build import frozen_linears
 
 PACKING = (
@@ -90,7 +91,7 @@ def differences(card: Mapping[str, Any], base: LoadedBase) -> list[str]:
     recorded = card.get("base") or {}
     same_weights = recorded.get("weights") == weights_digest(base.model)
     found = [
-        f"{name} was {recipe[name]!r}, now it is {getattr(now, name)!r}"
+        f"{name} was {quote(recipe[name])}, now it is {quote(getattr(now, name))}"
         for name in PACKING
         if hasattr(now, name) and recipe.get(name, getattr(now, name)) != getattr(now, name)
         # A plain base model has no further options.

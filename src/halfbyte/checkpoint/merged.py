@@ -15,6 +15,7 @@ the form in which they will be read: so a merge can be measured before it is wri
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +33,7 @@ from halfbyte.errors import CheckpointError
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.lora import delta
 from halfbyte.models.build import BaseRecipe, frozen_linears
-from halfbyte.quant import QuantizedWeight, empty_like_quantized, quantize
+from halfbyte.quant import QuantizedWeight, dequantize, empty_like_quantized, quantize
 
 Into = Literal["decoded", "original", "nf4"]
 
@@ -72,6 +73,7 @@ class Merged(BaseSource):
         self._recipe = dataclasses.replace(held, quant="nf4")
         # Other programs do not support a packed embedding, and not all support a packed head.
         packed = {n for n, m in self._linears.items() if type(m) is FrozenLinear}
+        self._unloaded = {parameter.name for parameter in base.encoders}
         self._packed = packed if into == "nf4" else set()
         if into == "original" and any(parameter.packed for parameter in base.parameters):
             raise CheckpointError(
@@ -88,14 +90,20 @@ class Merged(BaseSource):
             )
             for parameter in (*base.parameters, *self._untied())
         )
+        self.encoders = tuple(
+            parameter._replace(dtype=dtype, packed=False)
+            if parameter.packed or parameter.dtype.is_floating_point
+            else parameter
+            for parameter in base.encoders
+        )
         untied = len(self.parameters) > len(base.parameters)
         if untied or (into == "decoded" and held.quant != "none"):
             self.config = copy.deepcopy(base.config)
         if into == "decoded" and held.quant != "none":
             setattr(self.config, DECODED_FROM, held.quant)
         if untied:
-            self.config.tie_word_embeddings = False
-            self.config.get_text_config().tie_word_embeddings = False
+            for config in (self.config, self.config.get_text_config()):
+                config.tie_word_embeddings = False
 
     def _untied(self) -> Iterator[Parameter]:
         """Yield parameters tied in the files, but not if an adapter has replaced one of them."""
@@ -115,7 +123,7 @@ class Merged(BaseSource):
     def plan(self) -> list[Planned]:
         """Return the tensors to write, in order."""
         plan: list[Planned] = []
-        for parameter in self.parameters:
+        for parameter in (*self.parameters, *self.encoders):
             if parameter.packed:
                 empty = empty_like_quantized(
                     parameter.shape,
@@ -150,7 +158,9 @@ class Merged(BaseSource):
         """
         linear = self._linears.get(name)
         if linear is None:
-            value = self._held(name)
+            value = self._base.tensor(name) if name in self._unloaded else self._held(name)
+            if isinstance(value, QuantizedWeight):
+                value = dequantize(value)
             assert value is not None
             return value.to(self.dtype) if value.is_floating_point() else value
         if self.into == "original":
@@ -183,6 +193,9 @@ class Merged(BaseSource):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:  # noqa: D102
         return self._base.tokenizer()
+
+    def processor_files(self) -> list[Path]:  # noqa: D102
+        return self._base.processor_files()
 
     def generation_config(self) -> GenerationConfig | None:  # noqa: D102
         defaults: GenerationConfig | None = self._model.generation_config
@@ -227,6 +240,7 @@ def write_merged(
             dtype=merged.dtype,
             tokenizer=merged.tokenizer(),
             generation_config=merged.generation_config(),
+            processor=merged.processor_files(),
             packing=merged.packing(),
         )
     return out_dir
@@ -237,7 +251,8 @@ def _keys(
 ) -> Iterator[tuple[str, Tensor]]:
     sizes = {planned.name: planned.nbytes for planned in plan}
     done, total = 0, sum(sizes.values())
-    for name, value in merged.tensors():
+    encoders = ((parameter.name, merged.tensor(parameter.name)) for parameter in merged.encoders)
+    for name, value in chain(merged.tensors(), encoders):
         keys = encode_keys(name, value) if isinstance(value, QuantizedWeight) else {name: value}
         del value
         yield from keys.items()

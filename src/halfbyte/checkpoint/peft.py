@@ -11,20 +11,31 @@ model, and replace the model's tensors, in PEFT's adapters as in ours.
 """
 
 import json
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 
-from halfbyte.checkpoint.atomic import new_file, output_errors, require_writable
+from halfbyte.checkpoint.atomic import (
+    new_file,
+    output_errors,
+    remove_directory,
+    remove_partial,
+    require_writable,
+)
 from halfbyte.checkpoint.reading import read_json
 from halfbyte.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
 from halfbyte.errors import CheckpointError, ConfigError
+from halfbyte.foreign_text import quote
+from halfbyte.layers.multimodal import removed_modules
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.lora import (
     ALL_LINEAR,
@@ -80,13 +91,23 @@ class LoadedAdapter(NamedTuple):
     base_name: str
     info: dict[str, Any]
 
-    def require_layers(self, linears: Collection[str]) -> None:
+    def require_layers(self, linears: Collection[str], removed: Collection[str] = ()) -> None:
         """Compare the adapter's layers with the paths of a model's linear layers.
+
+        Args:
+            linears: The paths.
+            removed: Paths of the modules that are not loaded (`layers.multimodal`).
 
         Raises:
             CheckpointError: If a layer of the adapter is not among them.
         """
         wanted = tuple(self.config.target_modules)
+        if encoders := sorted({*wanted} & {*removed}):
+            raise CheckpointError(
+                f"the adapter changes {len(encoders)} layers of the model's encoders, such as "
+                f"{encoders[0]}, and only the text decoder is loaded: merge it with PEFT, and use "
+                "the merged model"
+            )
         if missing := [path for path in wanted if path not in linears]:
             count = "none" if len(missing) == len(wanted) else len(wanted) - len(missing)
             raise CheckpointError(
@@ -101,7 +122,7 @@ class LoadedAdapter(NamedTuple):
         Raises:
             CheckpointError: If any of its tensors has no place there; nothing is attached then.
         """
-        self.require_layers(frozen_linears(model))
+        self.require_layers(frozen_linears(model), removed_modules(model))
         places = {name: _place_of(model, name, tensor) for name, tensor in self.saved.items()}
         attach(model, self.config, seed=0)
         try:
@@ -142,6 +163,7 @@ def save_adapter(
     *,
     base: Mapping[str, Any],
     recipe: Mapping[str, Any],
+    removed: Collection[str] = (),
     tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> Path:
     """Write an adapter that PEFT and halfbyte load. Each file is replaced in one step.
@@ -152,6 +174,8 @@ def save_adapter(
         config: The configuration it was attached with.
         base: The result of ``identity_of`` for the base model; at least its ``name``.
         recipe: The base model's quantisation in training (JSON values), for loading.
+        removed: Paths of modules that the base model has in other programs and did not have in
+            training (`layers.multimodal.remove_encoders`); the targets do not match them.
         tokenizer: Saved with it if given, with its chat template.
 
     Returns:
@@ -163,11 +187,23 @@ def save_adapter(
     directory = require_writable(directory, sum(tensor.nbytes for tensor in state.values()))
     with new_file(directory / WEIGHTS_NAME) as file:
         write_safetensors(file, {PREFIX + name: tensor for name, tensor in state.items()})
-    write_card(directory, state, config, base=base, recipe=recipe)
+    write_card(directory, state, config, base=base, recipe=recipe, removed=removed)
     if tokenizer is not None:
         with output_errors(directory):
-            tokenizer.save_pretrained(directory)
+            _save_tokenizer(tokenizer, directory)
     return directory
+
+
+def _save_tokenizer(tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
+    """Write a tokenizer's files, not in place: one may be a link to the base model's."""
+    remove_partial(directory, "tokenizer")
+    with TemporaryDirectory(dir=directory, prefix=".tokenizer.partial-") as fresh:
+        tokenizer.save_pretrained(fresh)
+        for entry in Path(fresh).iterdir():
+            place = directory / entry.name
+            if place.is_dir() and not place.is_symlink():  # of further templates
+                remove_directory(place)
+            os.replace(entry, place)
 
 
 def write_card(
@@ -177,6 +213,7 @@ def write_card(
     *,
     base: Mapping[str, Any],
     recipe: Mapping[str, Any],
+    removed: Collection[str] = (),
 ) -> None:
     """Write the description of an adapter with tensors ``names``; see ``save_adapter``.
 
@@ -187,7 +224,8 @@ def write_card(
     pairs = [name for name in names if _TENSOR.fullmatch(name) or not _is_of(name, whole)]
     modules = sorted({_module_of(name) for name in pairs})
     card = {"format": 1, "base": dict(base), "recipe": dict(recipe)}
-    peft_config = _peft_config(config, modules, base["name"])
+    targets = _peft_targets(config.target_modules, modules, removed)
+    peft_config = _peft_config(config, targets, base["name"])
     for name, fields in ((CARD_NAME, card), (CONFIG_NAME, peft_config)):
         with new_file(directory / name) as file:
             file.write(json.dumps(fields, indent=2).encode() + b"\n")
@@ -205,7 +243,7 @@ def _module_of(name: str) -> str:
     return match["module"]
 
 
-def _peft_config(config: LoRAConfig, modules: list[str], base_name: str) -> dict[str, Any]:
+def _peft_config(config: LoRAConfig, targets: str | list[str], base_name: str) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -214,7 +252,7 @@ def _peft_config(config: LoRAConfig, modules: list[str], base_name: str) -> dict
         "lora_alpha": _number(config.alpha),
         "lora_dropout": config.dropout,
         "use_rslora": config.use_rslora,
-        "target_modules": _peft_targets(config.target_modules, modules),
+        "target_modules": targets,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -233,20 +271,33 @@ def _number(value: float) -> float:
     return int(value) if float(value).is_integer() else value
 
 
-def _peft_targets(targets: str | tuple[str, ...], modules: list[str]) -> str | list[str]:
+def _peft_targets(
+    targets: str | tuple[str, ...], modules: list[str], removed: Collection[str]
+) -> str | list[str]:
     """Return the targets in PEFT's terms, which must mean exactly ``modules``.
 
     PEFT resolves its own ``all-linear`` with the model it loads, and possibly differently from
     ours, so the names are written out. In PEFT a name matches the end of a path only in a list; a
-    single string is always an expression.
+    single string is always an expression. Names that would also match ``removed`` modules become
+    an expression of whole paths.
     """
     if targets == ALL_LINEAR:
-        return sorted({module.rpartition(".")[2] for module in modules})
+        targets = tuple(sorted({module.rpartition(".")[2] for module in modules}))
     if not isinstance(targets, str):
-        return list(targets)
-    if all(re.fullmatch(targets, module) for module in modules):
-        return targets
-    return modules
+        ends = tuple(f".{name}" for name in targets)
+        if not any(f".{path}".endswith(ends) for path in removed):
+            return list(targets)
+        targets = _below_common_path(targets, modules)
+    exact = all(re.fullmatch(targets, module) for module in modules)
+    return targets if exact and not any(re.fullmatch(targets, r) for r in removed) else modules
+
+
+def _below_common_path(names: Iterable[str], modules: Iterable[str]) -> str:
+    """Return an expression of what ends with one of the names, where all ``modules`` are."""
+    parts = zip(*(module.split(".")[:-1] for module in modules), strict=False)
+    common = [part[0] for part in takewhile(lambda part: len(set(part)) == 1, parts)]
+    root = "".join(re.escape(f"{part}.") for part in common)
+    return rf"{root}(.*\.)?({'|'.join(map(re.escape, names))})"
 
 
 def load_adapter(directory: str | Path) -> LoadedAdapter:
@@ -257,6 +308,8 @@ def load_adapter(directory: str | Path) -> LoadedAdapter:
             DoRA and modules trained in full.
     """
     directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory} is no directory; expected the directory of an adapter")
     fields = read_json(directory / CONFIG_NAME, "an adapter's directory holds one")
     _check_plain(directory, fields)
     info: dict[str, Any] = {}
@@ -279,10 +332,10 @@ def _check_plain(directory: Path, fields: dict[str, Any]) -> None:
     kind = fields.get("peft_type")
     if kind != "LORA":
         raise CheckpointError(
-            f"{directory} is a PEFT adapter of type {kind!r}; only LORA is supported"
+            f"{directory} is a PEFT adapter of type {quote(kind)}; only LORA is supported"
         )
     beyond = [
-        f"{key}={fields[key]!r}"
+        f"{key}={quote(fields[key])}"
         for key, harmless in _BEYOND_US.items()
         if key in fields and fields[key] not in harmless
     ]
@@ -392,7 +445,7 @@ def _config_of(path: Path, fields: dict[str, Any], modules: list[str]) -> LoRACo
         )
     except ValidationError as error:
         names = dict.fromkeys(str(e["loc"][0]) for e in error.errors())
-        wrong = [f"{name}={fields.get(name)!r}" for name in names]
+        wrong = [f"{name}={quote(fields.get(name))}" for name in names]
         raise CheckpointError(
             f"{path}: {', '.join(wrong)} are not the numbers of an adapter"
         ) from None

@@ -1,4 +1,4 @@
-"""Plain reads of files, with errors that name the file.
+"""Plain reads of regular files, with errors that name the file.
 
 Nothing is mapped into memory: pages of a mapped file count as memory of the process, and a file
 that shrinks while mapped kills it.
@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import CheckpointError
+from halfbyte.foreign_text import shorten
+from halfbyte.input_files import open_file, read_file
+
+_MAX_JSON = 100_000_000  # bytes; the index of a model of 60 layers and 256 experts takes 2**22
 
 
 def read_into(path: Path, start: int, target: memoryview) -> None:
@@ -19,7 +23,7 @@ def read_into(path: Path, start: int, target: memoryview) -> None:
     """
     done = 0
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open_file(path) as file:
             file.seek(start)
             while done < len(target):
                 count = file.readinto(target[done:])
@@ -40,13 +44,15 @@ def read_json(path: Path, why: str) -> dict[str, Any]:
         CheckpointError: If it is missing, unreadable or something else.
     """
     try:
-        fields = json.loads(path.read_bytes())
+        fields = json.loads(read_file(path, _MAX_JSON))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; {why}") from None
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); copy the directory again") from error
+        raise CheckpointError(
+            f"{path} is not JSON ({shorten(str(error))}); copy the directory again"
+        ) from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path} should hold a JSON object, not a {type(fields).__name__}")
     return fields

@@ -27,13 +27,15 @@ from halfbyte.checkpoint.peft import PREFIX, WEIGHTS_NAME
 from halfbyte.checkpoint.reading import read_json
 from halfbyte.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
 from halfbyte.errors import CheckpointError
+from halfbyte.foreign_text import quote
+from halfbyte.input_files import open_file
 
 __all__ = ["RunState", "latest_run", "load_run", "require_writable", "save_run"]
 
 OPTIMIZER_NAME = "optimizer.safetensors"
 STATE_NAME = "run_state.json"
 
-_DIRECTORY = re.compile(r"checkpoint-(\d+)")
+_DIRECTORY = re.compile(r"checkpoint-([0-9]{1,18})")
 
 logger = logging.getLogger("halfbyte")
 
@@ -154,10 +156,14 @@ def _read_state(path: Path) -> dict[str, Any]:
     """Return ``run_state.json``, after comparing the other files with it."""
     state = read_json(path / STATE_NAME, "a checkpoint of a run holds one")
     match state:
-        case {"format": 1, "step": int(), "progress": dict(), "files": dict(files)}:
+        case {"format": 1, "step": step, "progress": dict(), "files": dict(files)}:
             pass
         case _:
             raise CheckpointError(f"{path / STATE_NAME} is not a run's state of format 1")
+    named = _DIRECTORY.fullmatch(path.name)
+    if type(step) is not int or step < 0 or (named and step != int(named[1])):
+        expected = named[1] if named else "a whole number from 0"
+        raise CheckpointError(f"{path / STATE_NAME}: step: expected {expected}, got {quote(step)}")
     for name in (WEIGHTS_NAME, OPTIMIZER_NAME):
         try:
             found = _digest(path / name)
@@ -166,7 +172,7 @@ def _read_state(path: Path) -> dict[str, Any]:
         if files.get(name) != found:
             raise CheckpointError(
                 f"{path / name} is not the file that was saved ({found['bytes']} bytes, "
-                f"{STATE_NAME} says {files.get(name)})"
+                f"{STATE_NAME} says {quote(files.get(name))})"
             )
     return state
 
@@ -177,6 +183,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _digest(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         digest = hashlib.file_digest(file, "sha256")
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}

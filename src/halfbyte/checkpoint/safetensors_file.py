@@ -25,6 +25,8 @@ from torch import Tensor
 
 from halfbyte.checkpoint.reading import read_into
 from halfbyte.errors import CheckpointError
+from halfbyte.foreign_text import quote
+from halfbyte.input_files import open_file
 
 DTYPES = {
     "F64": torch.float64,
@@ -72,7 +74,7 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with open(path, "rb") as file:
+            with open_file(path) as file:
                 self.size = os.fstat(file.fileno()).st_size
                 self.header = self._read_header(file)
         except OSError as error:
@@ -132,9 +134,11 @@ class SafetensorsFile:
             case {"dtype": str(kind), "shape": list(shape), "data_offsets": [begin, end]}:
                 numbers = [*shape, begin, end]
             case _:
-                raise self._damaged(f"the header's entry of {name!r} lacks dtype, shape or offsets")
+                raise self._damaged(
+                    f"the header's entry of {quote(name)} lacks dtype, shape or offsets"
+                )
         if not all(type(number) is int and number >= 0 for number in numbers):
-            raise self._damaged(f"the header's entry of {name!r} has an invalid size")
+            raise self._damaged(f"the header's entry of {quote(name)} has an invalid size")
         if kind not in DTYPES:
             raise CheckpointError(
                 f"{self.path} holds {name} as {kind}; supported are {', '.join(DTYPES)}. "

@@ -18,7 +18,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -27,6 +26,7 @@ from transformers import (
 
 from halfbyte.checkpoint.reading import read_into
 from halfbyte.errors import CheckpointError
+from halfbyte.layers.multimodal import build_whole, unknown_class, why_unsupported
 from halfbyte.models.build import BaseRecipe
 from halfbyte.quant import QuantizedWeight
 
@@ -64,6 +64,8 @@ class BaseSource(ABC):
         config: Its configuration, without any ``quantization_config``.
         skeleton: The model of transformers on the meta device: names and shapes, no memory.
         parameters: The parameters that ``tensors`` yields, in order.
+        encoders: Those of a model of more than text that are not loaded. Only ``tensor`` reads
+            them, to write them as they are.
         dtype: The dtype of a 16-bit copy of its matrices.
     """
 
@@ -71,12 +73,29 @@ class BaseSource(ABC):
     config: PretrainedConfig
     skeleton: PreTrainedModel
     parameters: tuple[Parameter, ...]
+    encoders: tuple[Parameter, ...] = ()
     dtype: torch.dtype
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all tensors in the files."""
+        """Bytes of ``parameters`` in the files."""
         return sum(parameter.nbytes for parameter in self.parameters)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all tensors in the files."""
+        return self.total_bytes + sum(parameter.nbytes for parameter in self.encoders)
+
+    @property
+    def left_out(self) -> str | None:
+        """A sentence on what is not loaded, or None."""
+        if not self.encoders:
+            return None
+        nbytes = self.file_bytes - self.total_bytes
+        return (
+            f"only the text decoder of {type(self.skeleton).__name__} is loaded; its encoders of "
+            f"other inputs ({nbytes / 1e6:.1f} MB) are not, and do not change"
+        )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -120,7 +139,7 @@ class BaseSource(ABC):
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor | QuantizedWeight:
-        """Return one value of ``tensors``, on the CPU, out of order.
+        """Return one value of ``parameters`` or ``encoders``, on the CPU, out of order.
 
         Raises:
             CheckpointError: If a file ends early, or a packed weight is damaged.
@@ -138,10 +157,17 @@ class BaseSource(ABC):
         """Return the defaults for generation that came with the model, if any."""
         return None
 
+    def processor_files(self) -> list[Path]:
+        """Return the files that describe how images and sound are prepared for the encoders."""
+        return []
+
     def fitted(self, recipe: BaseRecipe) -> BaseRecipe:
         """Return ``recipe`` adapted to this model."""
         return recipe
 
+
+# What configurations call the number of layers.
+_LAYERS = ("num_hidden_layers", "depth")
 
 # Exceptions of transformers for invalid files, which it reads without checking.
 _FOREIGN = (
@@ -173,6 +199,11 @@ def foreign_reader(trouble: str) -> Iterator[None]:
         # The tokenizers library raises plain Exception.
         if not isinstance(error, _FOREIGN) and type(error) is not Exception:
             raise
+        if "trust_remote_code" in str(error):  # transformers' advice, which cannot be followed here
+            raise CheckpointError(
+                f"{trouble}: it needs Python code of its own (`auto_map`), and halfbyte never runs "
+                "code that comes with a model. Use a model of a family that transformers itself has"
+            ) from error
         raise CheckpointError(f"{trouble}: {error}") from error
 
 
@@ -198,7 +229,7 @@ def warn_of_packing_again(source: BaseSource, recipe: BaseRecipe) -> None:
 
 
 def skeleton_of(config: PretrainedConfig, name: str, tensors: int) -> PreTrainedModel:
-    """Return the model of ``config`` on the meta device.
+    """Return the whole model of ``config`` on the meta device, encoders included.
 
     Args:
         config: Its configuration.
@@ -206,11 +237,23 @@ def skeleton_of(config: PretrainedConfig, name: str, tensors: int) -> PreTrained
         tensors: Number of tensors in the files; models with more layers are rejected early.
 
     Raises:
-        CheckpointError: If transformers has no causal language model for it.
+        CheckpointError: If it is not supported, or transformers cannot build it.
     """
+    if reason := why_unsupported(config):
+        raise CheckpointError(f"{name} cannot be used: {reason}")
     with foreign_reader(f"{name} is not a causal language model that transformers can build"):
-        layers = config.get_text_config().num_hidden_layers
+        parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+        counts = [getattr(part, name, 0) for part in parts for name in _LAYERS]
+        layers = max(count for count in counts if isinstance(count, int))
         if layers > tensors:
             raise CheckpointError(f"{name} should have {layers} layers, and has {tensors} tensors")
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+        model = build_whole(config)
+    if unknown := unknown_class(config):
+        logger.warning(
+            "%s: its config.json names the class %s, which this transformers does not have; it is "
+            "read as %s",
+            name,
+            unknown,
+            type(model).__name__,
+        )
+    return model

@@ -2,16 +2,22 @@
 
 Each command is a module of this package, imported only when it is called, so that ``--help`` and
 errors in options need no torch. Exit codes: 0 success; 2 wrong use or bad input, with a message;
-1 anything else, with a traceback if it is a bug of ours; 130 interrupted.
+1 anything else, with a traceback if it is a bug of ours; 128 and the number of the signal that
+ended it: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
 """
 
+import errno
 import importlib
 import os
+import signal
 import sys
 import traceback
 
 from halfbyte.cli import startup
-from halfbyte.errors import ConfigError, HalfbyteError, UserError
+from halfbyte.cli.streams import prepare_streams
+from halfbyte.errors import ConfigError, HalfbyteError, Interrupted, RunStopped, UserError
+from halfbyte.foreign_text import as_message, printable, shorten
+from halfbyte.runtime.signals import first_signal, interrupt
 from halfbyte.version import __version__
 
 COMMANDS = {
@@ -29,6 +35,7 @@ COMMANDS = {
     "doctor": "show what this machine has and test the kernels",
 }
 
+_LONGEST_TRACEBACK = 20_000  # characters; its exception may quote anything
 _CLOSED_PIPE = 141  # 128 + SIGPIPE, what a shell shows for a program that dies of it
 
 
@@ -58,8 +65,8 @@ def _run(argv: list[str]) -> None:
         from halfbyte.config.aliases import nearest
 
         raise ConfigError(
-            f"unknown command `{argv[0]}`{nearest(argv[0], COMMANDS) or ';'} expected one of "
-            + ", ".join(COMMANDS)
+            f"unknown command `{shorten(argv[0])}`{nearest(argv[0], COMMANDS) or ';'} expected one "
+            "of " + ", ".join(COMMANDS)
         )
     sys.stdout.flush()
 
@@ -79,6 +86,18 @@ def _memory_problem(error: Exception) -> str | None:
     )
 
 
+def _path_problem(error: Exception) -> str | None:
+    """The message for a path that cannot exist; None for other errors."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+        return None
+    name = shorten(str(error.filename))
+    return f"{name}: {error.strerror}; expected the path of a file or a directory"
+
+
+def _complain(text: str) -> None:
+    print(as_message(text), file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command line.
 
@@ -90,33 +109,40 @@ def main(argv: list[str] | None = None) -> int:
     """
     if argv is None:
         startup.claim_process()
+        prepare_streams()
         argv = sys.argv[1:]
     name = f"halfbyte {argv[0]}" if argv and argv[0] in COMMANDS else "halfbyte"
     try:
-        _run(argv)
+        with first_signal(interrupt):
+            _run(argv)
+    except RunStopped as stopped:
+        _complain(f"{name}: {stopped}")
+        return 1 if stopped.signal is None else 128 + stopped.signal
     except UserError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        _complain(f"{name}: {error}")
         return 2
     except HalfbyteError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        _complain(f"{name}: {error}")
         return 1
-    except KeyboardInterrupt:
-        print(f"\n{name}: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        number = error.signal if isinstance(error, Interrupted) else signal.SIGINT
+        by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+        _complain(f"\n{name}: interrupted{by}")
+        return 128 + number
     except BrokenPipeError:
         # The reader of our output has exited, as `head` does. Python would report it again when it
         # flushes standard output at exit, so that is redirected.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _CLOSED_PIPE
     except Exception as error:  # the only place that catches all: it hides nothing
-        if (problem := _memory_problem(error)) is not None:
-            print(f"{name}: {problem}", file=sys.stderr)
+        if (problem := _path_problem(error) or _memory_problem(error)) is not None:
+            _complain(f"{name}: {problem}")
             return 2
-        traceback.print_exc()
-        print(
+        said = shorten(traceback.format_exc(), _LONGEST_TRACEBACK)
+        print(printable(said), end="", file=sys.stderr)
+        _complain(
             f"{name}: this is a bug in halfbyte; please report it with the lines above and what "
-            "`halfbyte doctor` prints",
-            file=sys.stderr,
+            "`halfbyte doctor` prints"
         )
         return 1
     return 0

@@ -10,6 +10,7 @@ from halfbyte.cli.generate import SamplingOptions, write
 from halfbyte.cli.opening import open_model
 from halfbyte.cli.startup import import_transformers
 from halfbyte.config.command_line import Command
+from halfbyte.errors import Interrupted
 
 COMMAND = Command(
     "chat",
@@ -29,6 +30,7 @@ def main(argv: list[str]) -> None:
     import_transformers(gpu=options.device != "cpu")
     from halfbyte.models.generate import generate
     from halfbyte.report import open_report
+    from halfbyte.runtime.signals import repeat_ctrl_c
 
     with open_report() as report:
         for note in notes:
@@ -38,11 +40,14 @@ def main(argv: list[str]) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (its import gives input() a history and line editing)
 
+    repeat_ctrl_c()  # it ends an answer, not the conversation
     start = [] if options.system is None else [{"role": "system", "content": options.system}]
     conversation = list(start)
     while True:
         try:
             line = input("\n› ").strip()
+        except Interrupted:  # another signal
+            raise
         except KeyboardInterrupt:
             print(f"\n{_COMMANDS}")
             continue
@@ -74,6 +79,8 @@ def main(argv: list[str]) -> None:
                     seed=options.seed,
                     on_text=hear,
                 )
+            except Interrupted:
+                raise
             except KeyboardInterrupt:
                 write(" …")
             print()

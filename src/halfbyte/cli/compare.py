@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
+from halfbyte.checkpoint.output_lock import output_lock
 from halfbyte.config.command_line import Command, results
 from halfbyte.config.schema import TrainConfig, parse_names
 
@@ -80,7 +81,11 @@ def main(argv: list[str]) -> None:
         HalfbyteError: A run has no result; the results of the others are still written.
     """
     options, notes, as_json = COMMAND.read(argv)
+    with output_lock(options.output):
+        _compare(options, notes, as_json=as_json)
 
+
+def _compare(options: CompareOptions, notes: list[str], *, as_json: bool) -> None:
     from halfbyte.checkpoint.atomic import require_writable
     from halfbyte.report import open_report, show
     from halfbyte.report.comparison import Comparison
@@ -103,6 +108,7 @@ def main(argv: list[str]) -> None:
         variants, options.seeds, given, options.output, evaluation=evaluation, module=module
     )
     output = require_writable(options.output)
+    compare.require_free(output)
     found = []
     with results(as_json=as_json) as result:
         with open_report() as report:
@@ -118,6 +124,8 @@ def main(argv: list[str]) -> None:
                     continue
                 with report.task(message, None) as progress:
                     found.append(compare.run(job, progress))
+            if found[0].failure is None and (left := compare.rows_left_out(todo[0])):
+                report.note(left)
         comparison = Comparison(tuple(found))
         compare.write_results(
             comparison,

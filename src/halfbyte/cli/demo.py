@@ -4,7 +4,6 @@ The model answers the same held-out orders before and after training, first with
 the adapter that training wrote. Training loads the base model for itself.
 """
 
-import shutil
 import textwrap
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from halfbyte.checkpoint.output_lock import output_lock
 from halfbyte.cli.startup import import_transformers
 from halfbyte.config.command_line import Command, invocation, results
 from halfbyte.config.schema import Options, TrainConfig, check
@@ -70,6 +70,11 @@ COMMAND = Command(
 def main(argv: list[str]) -> None:
     """Run the command."""
     options, notes, as_json = COMMAND.read(argv)
+    with output_lock(options.output):
+        _demo(options, notes, as_json=as_json)
+
+
+def _demo(options: DemoOptions, notes: list[str], *, as_json: bool) -> None:
     from halfbyte.tools.demo_model import demo_model
 
     model = options.model or str(demo_model())
@@ -87,19 +92,24 @@ def main(argv: list[str]) -> None:
 
     import_transformers(gpu=True)
     from halfbyte.checkpoint.atomic import require_writable
+    from halfbyte.checkpoint.base_model import open_base
     from halfbyte.checkpoint.peft import load_adapter
     from halfbyte.engine.memory_policy import peak_memory, used_memory
     from halfbyte.report import open_report, show
+    from halfbyte.runtime.signals import first_signal
     from halfbyte.tools.demo_task import write_task
     from halfbyte.train.loading import open_model
+    from halfbyte.train.output import remove_run
     from halfbyte.train.run import train
+    from halfbyte.train.stopping import StopRequest
 
     if options.model is None:  # the memory another model needs is not known
         config = config.model_copy(update={"memory_budget": used_memory("cpu") + _ROOM})
+    else:  # before anything is written
+        open_base(options.model)
     require_writable(options.output)
-    if (options.output / "orders.train.jsonl").exists():  # from an earlier demo, as is the adapter
-        shutil.rmtree(adapter, ignore_errors=True)
     task = write_task(options.output, seed=options.seed)
+    remove_run(adapter)  # of an earlier demo
     began = time.monotonic()
     with results(as_json=as_json) as result, open_report(adapter) as report:
         for note in notes:
@@ -122,7 +132,9 @@ def main(argv: list[str]) -> None:
             "QLoRA: the model's weights are frozen in 4 bits, and a pair of small matrices is "
             "trained for each of its linear layers."
         )
-        trained = train(config, report)
+        stop = StopRequest()
+        with first_signal(stop.on_signal):
+            trained = train(config, report, stop)
         load_adapter(adapter).put_on(opened)
         after = _examine(opened, tokenizer, task.test, report)
         peak = peak_memory("cpu")

@@ -63,6 +63,7 @@ def main(argv: list[str]) -> None:
                     exact_match=options.exact_match,
                     max_new_tokens=options.max_new_tokens,
                     progress=progress,
+                    note=report.note,
                 )
         rows: dict[str, Any] = {
             "loss": f"{result.loss:.4f}",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from halfbyte.cli.opening import RECIPE_FIELDS, as_trained, require_free
+from halfbyte.cli.opening import RECIPE_FIELDS, as_trained, claim_directory
 from halfbyte.cli.startup import import_transformers
 from halfbyte.config.command_line import Command, results
 from halfbyte.config.schema import BaseOptions
@@ -93,10 +93,12 @@ def main(argv: list[str]) -> None:
         HalfbyteError: Verification failed.
     """
     options, notes, as_json = COMMAND.read(argv)
-    require_free(
-        options.out, options.model, options.adapter, overwrite=options.overwrite, sign="*.gguf"
-    )
+    inputs = options.model, options.adapter
+    with claim_directory(options.out, *inputs, overwrite=options.overwrite, kind="export"):
+        _export(options, notes, as_json=as_json)
 
+
+def _export(options: ExportOptions, notes: list[str], *, as_json: bool) -> None:
     import_transformers(gpu=options.device != "cpu")
     from halfbyte.checkpoint.base_model import open_base
     from halfbyte.checkpoint.gguf_export import require_expressible

@@ -9,6 +9,9 @@ from halfbyte.cli.opening import ReadModelOptions, open_model
 from halfbyte.cli.startup import import_transformers
 from halfbyte.config.command_line import Command, results
 from halfbyte.errors import ConfigError
+from halfbyte.foreign_text import printable
+
+_LONGEST_PROMPT = 10**7  # characters; no context is as long
 
 
 class SamplingOptions(ReadModelOptions):
@@ -43,7 +46,12 @@ def main(argv: list[str]) -> None:
     if prompt is None:
         if sys.stdin.isatty():
             raise ConfigError("`prompt` is missing: give --prompt TEXT, or pipe the text in")
-        prompt = sys.stdin.read().strip()
+        prompt = sys.stdin.read(_LONGEST_PROMPT + 1).strip()
+        if len(prompt) > _LONGEST_PROMPT:
+            raise ConfigError(
+                f"the prompt on standard input is longer than {_LONGEST_PROMPT:,} characters: "
+                "expected one prompt; `halfbyte eval` answers a file of them"
+            )
     if not prompt:
         raise ConfigError("`prompt`: expected some text, got none")
 
@@ -73,6 +81,10 @@ def main(argv: list[str]) -> None:
 
 
 def write(text: str) -> None:
-    """Print a piece of an answer as it is generated."""
-    sys.stdout.write(text)
+    """Print a piece of an answer as it is generated.
+
+    A model may generate any character. On a terminal, controls are shown as escapes. A file or a
+    pipe gets the answer as it is.
+    """
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()

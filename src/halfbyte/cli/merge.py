@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from halfbyte.cli.opening import as_trained, require_free
+from halfbyte.cli.opening import as_trained, claim_directory
 from halfbyte.cli.startup import import_transformers
 from halfbyte.config.command_line import Command, results
 from halfbyte.config.schema import BaseOptions
@@ -102,10 +102,12 @@ def main(argv: list[str]) -> None:
         HalfbyteError: Verification failed.
     """
     options, notes, as_json = COMMAND.read(argv)
-    require_free(
-        options.out, options.model, options.adapter, options.data, overwrite=options.overwrite
-    )
+    inputs = options.model, options.adapter, options.data
+    with claim_directory(options.out, *inputs, overwrite=options.overwrite):
+        _merge(options, notes, as_json=as_json)
 
+
+def _merge(options: MergeOptions, notes: list[str], *, as_json: bool) -> None:
     import_transformers(gpu=options.device != "cpu")
     import torch
 

@@ -1,12 +1,20 @@
 """Options of commands that read a model, with or without an adapter, and opening it."""
 
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from halfbyte.config.schema import BaseOptions, ModelOptions
-from halfbyte.errors import OutputError
+from halfbyte.checkpoint.output_lock import output_lock
+from halfbyte.config.schema import BaseOptions, ModelOptions, check
+from halfbyte.errors import CheckpointError, ConfigError, OutputError
+from halfbyte.foreign_text import shorten
+from halfbyte.input_files import open_file, read_file
+from halfbyte.version import VERSION_KEY
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
@@ -51,42 +59,90 @@ def as_trained(options: BaseOptions, adapter: str | Path | None) -> dict[str, An
         from halfbyte.checkpoint.peft import load_adapter
 
         recorded = load_adapter(adapter).info.get("recipe", {})
-        for name in set(RECIPE_FIELDS) - options.model_fields_set:
-            recipe[name] = recorded.get(name, recipe[name])
+        known = {name: recorded[name] for name in RECIPE_FIELDS if name in recorded}
+        try:
+            trained = check(BaseOptions, {"model": str(adapter)} | known)
+        except ConfigError as error:
+            raise CheckpointError(f"{adapter}: the recipe in halfbyte.json: {error}") from error
+        for name in known.keys() - options.model_fields_set:
+            recipe[name] = getattr(trained, name)
     return recipe
 
 
-def require_free(
+@contextmanager
+def claim_directory(
     directory: Path,
     *inputs: str | Path | None,
     overwrite: bool,
-    sign: str = "config.json",
-) -> None:
-    """Check that a model may be written to ``directory``, before any work is done.
+    kind: Literal["model", "export"] = "model",
+) -> Iterator[None]:
+    """Hold the directory that a command writes, and check that it may, before any work is done.
 
-    A directory is replaced only if it contains a file that matches ``sign``, and none of the
-    ``inputs``.
+    Args:
+        directory: The directory.
+        inputs: What the command reads: paths, or names on the hub.
+        overwrite: Whether to replace what a command of the same kind has written there.
+        kind: What is written.
 
     Raises:
-        OutputError: It exists and may not be replaced, or contains no model.
+        OutputError: Another process writes it, the command reads it, or it exists and may not be
+            replaced.
     """
-    place = directory.resolve()
-    for path in (Path(given) for given in inputs if given is not None):
-        if path.exists() and place in (path.resolve(), *path.resolve().parents):
-            raise OutputError(
-                f"{path} is read, so {directory} is not replaced: give another directory"
-            )
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
-        return
-    if not overwrite:
-        raise OutputError(
-            f"{directory} already exists: use --overwrite to replace it, or give another directory"
-        )
-    if not any(directory.glob(sign)):
-        raise OutputError(
-            f"{directory} contains no model, so --overwrite does not replace it: give another "
-            "directory"
-        )
+    with output_lock(directory):
+        place = Path(os.path.realpath(directory))
+        for path in (Path(given) for given in inputs if given is not None):
+            if path.exists() and place in (path.resolve(), *path.resolve().parents):
+                raise OutputError(
+                    f"{path} is read, so {directory} is not replaced: give another directory"
+                )
+        if directory.exists() and any(directory.iterdir()):
+            if not overwrite:
+                raise OutputError(
+                    f"{directory} already exists: use --overwrite to replace it, or give another "
+                    "directory"
+                )
+            if problem := _not_ours(directory, kind):
+                raise OutputError(
+                    f"{directory} {problem}, so --overwrite does not replace it: give another "
+                    "directory"
+                )
+        yield
+
+
+_TEMPLATES = "additional_chat_templates"  # a directory of transformers
+_KINDS = {
+    "model": (
+        *("config.json", "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", _TEMPLATES),
+    ),
+    "export": ("*.gguf", "Modelfile"),
+}
+"""The files of each kind, first one that is always there."""
+
+
+def _not_ours(directory: Path, kind: str) -> str:
+    """Return why a directory is not what a command of ours wrote, or an empty string."""
+    required, *_ = known = _KINDS[kind]
+    if not any(directory.glob(required)):
+        return "contains no model"
+    for entry in sorted(directory.iterdir()):
+        if (entry.is_dir() and entry.name != _TEMPLATES) or not any(map(entry.match, known)):
+            return f"contains {shorten(entry.name)}, which halfbyte did not write"
+    try:
+        if kind == "model":
+            ours = VERSION_KEY in json.loads(read_file(directory / required, _MOST_CONFIG))
+        else:
+            ours = all(_is_gguf(file) for file in directory.glob(required))
+    except (OSError, ValueError, RecursionError, TypeError):
+        ours = False
+    return "" if ours else "was not written by halfbyte"
+
+
+_MOST_CONFIG = 10**7  # bytes
+
+
+def _is_gguf(path: Path) -> bool:
+    with open_file(path) as file:
+        return file.read(4) == b"GGUF"
 
 
 def open_model(options: ReadModelOptions, report: "RunReport") -> tuple[Any, Any]:

@@ -100,12 +100,14 @@ def main(argv: list[str]) -> None:
         holding = Holding(
             options.quant, options.double_quant, options.block_size, itemsize=card.itemsize
         )
-        shape, holding = _shape(options, holding)
+        shape, holding, left_out = _shape(options, holding)
+        if left_out is not None:
+            report.note(left_out)
         memory = float(options.gpu_memory or card.memory)
         run = Run(
             holding,
             options.lora_r,
-            () if options.target_modules == ("all-linear",) else options.target_modules,
+            () if _targets(options) == "all-linear" else options.target_modules,
             options.batch_size,
             options.max_length,
             options.gradient_accumulation_steps,
@@ -144,39 +146,59 @@ def _card(options: PlanOptions) -> "GpuSpec":
     return min(CARDS.values(), key=lambda card: abs(card.memory - wanted))
 
 
-def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Holding"]:
-    """Return the model's shape and how it is held: tensors already packed stay packed."""
+def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Holding", str | None]:
+    """Return the model's shape, how it is held, and what is not loaded.
+
+    Tensors already packed stay packed.
+    """
     from halfbyte.plan.model_shape import config_of, shape_of_config, shape_of_known
 
     if options.shape is not None and (shape := shape_of_known(options.shape)) is not None:
-        return shape, holding
+        return shape, holding, None
     import torch
     from transformers import AutoConfig
 
-    from halfbyte.checkpoint.base_model import open_base
+    from halfbyte.checkpoint.base_model import is_hub_id, open_base
+    from halfbyte.checkpoint.directory import require_files
     from halfbyte.checkpoint.hub_headers import fetch_headers
     from halfbyte.checkpoint.source import foreign_reader
+    from halfbyte.layers.multimodal import build_decoder
+    from halfbyte.linear.lora import LoRAConfig
     from halfbyte.models.build import BaseRecipe
+    from halfbyte.models.support import require_trainable
     from halfbyte.plan.ledger import Holding
     from halfbyte.train.memory_check import shape_of_source
 
+    def of_config(config: Any, name: str) -> tuple["ModelShape", "Holding", None]:
+        shape = shape_of_config(config, name)
+        require_trainable(build_decoder(config), adapters)
+        return shape, holding, None
+
+    adapters = LoRAConfig(target_modules=_targets(options))
     if options.shape is not None:
-        return shape_of_config(config_of(options.shape), options.shape), holding
+        return of_config(config_of(options.shape), options.shape)
     assert options.model is not None
     path = Path(options.model).expanduser()
     with tempfile.TemporaryDirectory() as directory:
-        if not path.exists():
+        if not path.exists() and is_hub_id(options.model):
             path = Path(directory)
             fetch_headers(options.model, path, revision=options.revision)
         elif (path / "config.json").exists() and not any(path.glob("*.safetensors")):
+            require_files(path)
             with foreign_reader(f"{path}: transformers cannot read config.json"):
                 config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-            return shape_of_config(config, options.model), holding
+            return of_config(config, options.model)
         source = open_base(path)
+        require_trainable(source.skeleton, adapters)
         shape = replace(shape_of_source(source), name=options.model)
         dtype = torch.bfloat16 if holding.itemsize == 2 else torch.float32
         recipe = BaseRecipe(options.quant, options.double_quant, options.block_size, dtype)
-        return shape, Holding.of(source.fitted(recipe))
+        return shape, Holding.of(source.fitted(recipe)), source.left_out
+
+
+def _targets(options: PlanOptions) -> str | tuple[str, ...]:
+    given = options.target_modules
+    return "all-linear" if given == ("all-linear",) else given
 
 
 def _batch(most: int | None) -> str:
@@ -262,6 +284,11 @@ def _show(
         )
     if any(way.seconds.launching == way.seconds.total for way in found):
         show.paragraph("Where a step is short, it is Python's launching that takes the time.")
+    if experts := shape.expert_parameters:
+        show.paragraph(
+            f"Its experts, {_count(experts)} parameters, are tensors of a whole layer and not "
+            "linear layers: they are neither packed nor trained."
+        )
     if not shape.fusable:
         show.paragraph(
             "The layers of this family are run as transformers has them: what they keep for "

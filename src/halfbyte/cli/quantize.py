@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from halfbyte.cli.opening import require_free
+from halfbyte.cli.opening import claim_directory
 from halfbyte.cli.startup import import_transformers
 from halfbyte.config.command_line import Command, results
 from halfbyte.config.schema import BaseOptions
@@ -39,8 +39,11 @@ COMMAND = Command(
 def main(argv: list[str]) -> None:
     """Run the command."""
     options, notes, as_json = COMMAND.read(argv)
-    require_free(options.out, options.model, overwrite=options.overwrite)
+    with claim_directory(options.out, options.model, overwrite=options.overwrite):
+        _quantize(options, notes, as_json=as_json)
 
+
+def _quantize(options: QuantizeOptions, notes: list[str], *, as_json: bool) -> None:
     import_transformers()
     from halfbyte.checkpoint.base_model import open_base
     from halfbyte.checkpoint.bitsandbytes import write_quantized
@@ -69,5 +72,5 @@ def main(argv: list[str]) -> None:
                 source, options.out, recipe, replace=options.overwrite, progress=progress
             )
         written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-        show.paragraph(f"{out}: {size(written)}, from {size(source.total_bytes)}.")
-        result |= {"directory": str(out), "bytes": written, "source_bytes": source.total_bytes}
+        show.paragraph(f"{out}: {size(written)}, from {size(source.file_bytes)}.")
+        result |= {"directory": str(out), "bytes": written, "source_bytes": source.file_bytes}

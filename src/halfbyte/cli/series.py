@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from halfbyte import cli
 from halfbyte.cli import startup
+from halfbyte.cli.streams import prepare_streams
 
 
 def run(commands: Sequence[list[str]]) -> int:
@@ -31,4 +32,5 @@ def run(commands: Sequence[list[str]]) -> int:
 
 if __name__ == "__main__":
     startup.claim_process()
+    prepare_streams()
     sys.exit(run(json.loads(sys.argv[1])))

@@ -24,13 +24,16 @@ def main(argv: list[str]) -> None:
 
     import_transformers(gpu=config.device != "cpu")
     from halfbyte.report import open_report, show
+    from halfbyte.runtime.signals import first_signal
     from halfbyte.train.run import train
+    from halfbyte.train.stopping import StopRequest
 
+    stop = StopRequest()
     with results(as_json=words.json) as result:
-        with open_report(config.output) as report:
+        with first_signal(stop.on_signal), open_report(config.output) as report:
             for note in notes:
                 report.note(note)
-            trained = train(config, report)
+            trained = train(config, report, stop)
         show.paragraph("The adapter has been written. To try it:")
         adapter = str(trained.adapter_dir)
         show.command(invocation("chat", "--model", config.model, "--adapter", adapter))

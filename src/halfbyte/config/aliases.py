@@ -1,6 +1,7 @@
 """The option names of axolotl, LLaMA-Factory and TRL, translated to ours.
 
-The translation is logged; an unknown name is an error, and the nearest name is suggested.
+The translation is logged; an unknown name is an error, and the nearest name is suggested. A value
+that means something else there is converted, or refused: it is never taken as it is.
 Nothing here imports torch.
 """
 
@@ -10,22 +11,40 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
+from halfbyte.foreign_text import quote, shorten
+
+
+def _word(value: Any) -> str:
+    """A plain value in lower case; an empty string for a list or a mapping."""
+    return str(value).lower() if isinstance(value, str | int | float | None) else ""
+
 
 class Alias(NamedTuple):
     """Another project's name for one of our fields, and how its values are translated."""
 
     field: str
-    meanings: Mapping[str, str] = {}
+    meanings: Mapping[str, str | None] = {}
     """Values, in lower case, and their translations; other values are unchanged."""
     yields: frozenset[str] = frozenset()
     """Values, in lower case, that only exclude a choice: any other name for the field overrides."""
+    only: str | None = None
+    """If not None, values without a translation are refused, and the message ends with this."""
 
     def read(self, value: Any) -> Any:
-        """The value in our terms."""
+        """The value in our terms.
+
+        Raises:
+            ValueError: It has no equivalent; the message says what is expected.
+        """
         match value:
-            case [{"path": str(path)}]:  # axolotl's list of data sets, with one entry
+            case [{"path": str(path), **more}]:  # axolotl's list of data sets, with one entry
+                # `type` is the format, which is found from the keys of the rows.
+                if other := sorted(map(str, more.keys() - {"type", "ds_type"})):
+                    raise ValueError(f"expected `path` only; {shorten(other[0])} is not supported")
                 return path
-        return self.meanings.get(str(value).lower(), value)
+        if self.only is not None and _word(value) not in self.meanings:
+            raise ValueError(f"expected {' or '.join(self.meanings)}")
+        return self.meanings.get(_word(value), value)
 
     @property
     def is_flag(self) -> bool:
@@ -34,10 +53,21 @@ class Alias(NamedTuple):
 
     def gives_way(self, value: Any) -> bool:
         """Whether the value only excludes a choice."""
-        return str(value).lower() in self.yields
+        return _word(value) in self.yields
+
+
+class Refusal(NamedTuple):
+    """Another project's option that has no equivalent."""
+
+    harmless: str
+    """The value, in lower case, that asks for nothing else than what is done."""
+    reason: str
 
 
 _ALL = {"all": "all-linear"}
+_SWITCH = {"true": "true", "false": "false"}
+_AFTER_WARMUP = {"constant_with_warmup": "constant"}  # ours has a warm-up with any decay
+_INPUTS_TOO = {"true": "all", "false": "assistant"}
 # Files often have both names, one of them false or empty, which YAML reads as None.
 _NOT_THIS = frozenset(("false", "none"))
 _ADAMW = {
@@ -52,15 +82,22 @@ _ADAMW = {
 ALIASES: dict[str, Alias] = {
     "base_model": Alias("model"),
     "model_name_or_path": Alias("model"),
+    "model_revision": Alias("revision"),
     "dataset": Alias("data"),
     "dataset_name": Alias("data"),
     "datasets": Alias("data"),
     "output_dir": Alias("output"),
-    "adapter": Alias("quant", {"qlora": "nf4", "lora": "none"}),
-    "load_in_4bit": Alias("quant", {"true": "nf4", "false": "none"}),
-    "quantization_bit": Alias("quant", {"4": "nf4"}),
-    "bnb_4bit_quant_type": Alias("quant"),
-    "bnb_4bit_use_double_quant": Alias("double_quant", {"true": "true", "false": "false"}),
+    "adapter": Alias(
+        "quant",
+        {"qlora": "nf4", "lora": "none"},
+        only="; it is axolotl's name for `quant`, and a run is continued by --resume alone",
+    ),
+    "load_in_4bit": Alias("quant", {"true": "nf4", "false": "none"}, only=""),
+    "quantization_bit": Alias("quant", {"4": "nf4"}, only=""),
+    "quantization_type": Alias("quant", {"nf4": "nf4", "fp4": "fp4"}, only=""),
+    "bnb_4bit_quant_type": Alias("quant", {"nf4": "nf4", "fp4": "fp4"}, only=""),
+    "bnb_4bit_use_double_quant": Alias("double_quant", _SWITCH, only=""),
+    "double_quantization": Alias("double_quant", _SWITCH, only=""),
     "bnb_4bit_compute_dtype": Alias("compute_dtype"),
     "bf16": Alias("compute_dtype", {"true": "bfloat16", "false": "float32"}, _NOT_THIS),
     "fp16": Alias("compute_dtype", {"true": "float16", "false": "float32"}, _NOT_THIS),
@@ -70,24 +107,45 @@ ALIASES: dict[str, Alias] = {
     "peft_use_rslora": Alias("use_rslora"),
     "lora_target": Alias("target_modules", _ALL),
     "lora_target_modules": Alias("target_modules", _ALL),
-    "lora_target_linear": Alias("target_modules", {"true": "all-linear"}),
+    "lora_target_linear": Alias("target_modules", {"true": "all-linear"}, _NOT_THIS, only=""),
     "lora_modules_to_save": Alias("modules_to_save"),
     "additional_target": Alias("modules_to_save"),
     "cutoff_len": Alias("max_length"),
     "sequence_len": Alias("max_length"),
     "max_seq_length": Alias("max_length"),
-    "assistant_only_loss": Alias("train_on", {"true": "assistant", "false": "all"}),
-    "train_on_inputs": Alias("train_on", {"true": "all", "false": "assistant"}),
+    "assistant_only_loss": Alias("train_on", {"true": "assistant", "false": "all"}, only=""),
+    "train_on_inputs": Alias("train_on", _INPUTS_TOO, only=""),
+    "train_on_prompt": Alias("train_on", _INPUTS_TOO, only=""),
     "micro_batch_size": Alias("batch_size"),
     "per_device_train_batch_size": Alias("batch_size"),
     "num_epochs": Alias("epochs"),
     "num_train_epochs": Alias("epochs"),
-    "lr_scheduler": Alias("lr_scheduler_type"),
+    "max_steps": Alias("max_steps", {"-1": None}),
+    "lr": Alias("learning_rate"),
+    "lr_scheduler": Alias("lr_scheduler_type", _AFTER_WARMUP),
+    "lr_scheduler_type": Alias("lr_scheduler_type", _AFTER_WARMUP),
     "optimizer": Alias("optim", _ADAMW),
     "optim": Alias("optim", _ADAMW),
-    "gradient_checkpointing": Alias("activations", {"true": "recompute", "false": "save"}),
+    "gradient_checkpointing": Alias(
+        "activations", {"true": "recompute", "false": "save", "offload": "offload"}, only=""
+    ),
     "eval_dataset": Alias("eval_data"),
-    "resume_from_checkpoint": Alias("resume", {"true": "true", "false": "false"}),
+    "resume_from_checkpoint": Alias(
+        "resume", _SWITCH, only="; a run goes on from the newest checkpoint in its `output`"
+    ),
+}
+
+REFUSED: dict[str, Refusal] = {
+    "trust_remote_code": Refusal(
+        "false",
+        "code that comes with a model is never run; leave it out, and use a model of a family that "
+        "transformers itself has",
+    ),
+    "load_in_8bit": Refusal(
+        "false", "8-bit base weights are not supported; use `quant` nf4 (4 bits) or none (16 or 32)"
+    ),
+    "finetuning_type": Refusal("lora", "only LoRA and QLoRA are trained"),
+    "stage": Refusal("sft", "only supervised fine-tuning is done"),
 }
 
 
@@ -101,7 +159,7 @@ class Translation(NamedTuple):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """``; did you mean `learning_rate`?``, or an empty string if no known name is similar."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
+    near = difflib.get_close_matches(shorten(name), list(known), n=1, cutoff=0.7)
     return f"; did you mean `{near[0]}`?" if near else ""
 
 
@@ -116,7 +174,7 @@ def aliases_of(options: type[BaseModel]) -> dict[str, Alias]:
 
 
 def translate(given: Mapping[str, Any], options: type[BaseModel]) -> Translation:
-    """Translate aliases into our names; collect unknown names as errors."""
+    """Translate aliases into our names; collect unknown names and refused values as errors."""
     aliases = aliases_of(options)
     values: dict[str, Any] = {}
     given_as: dict[str, str] = {}
@@ -127,26 +185,39 @@ def translate(given: Mapping[str, Any], options: type[BaseModel]) -> Translation
         if name not in aliases or not aliases[name].gives_way(value)
     }
     for name, value in given.items():
-        if name in aliases and aliases[name].gives_way(value):
-            if value is None:
-                continue
-            if (field := aliases[name].field) in sure:
-                notes.append(f"`{name}: {value}` is ignored: `{field}` is set by another name")
-                continue
+        pair = f"`{shorten(name)}: {_shown(value)}`"
         if name in aliases:
-            field, read = aliases[name].field, aliases[name].read(value)
+            alias = aliases[name]
+            if value is None and name != "adapter":  # without a value, that is full fine-tuning
+                continue
+            if alias.gives_way(value) and alias.field in sure:
+                notes.append(f"{pair} is ignored: `{alias.field}` is set by another name")
+                continue
+            try:
+                field, read = alias.field, alias.read(value)
+            except ValueError as error:
+                problems.append(f"`{name}`: {error}, got {quote(value)}{alias.only or ''}")
+                continue
         elif name in options.model_fields:
             field, read = name, value
+        elif name in REFUSED:
+            if _word(value) not in (REFUSED[name].harmless, "none"):
+                problems.append(f"`{name}`: {REFUSED[name].reason}")
+            continue
         else:
             known = [*options.model_fields, *aliases]
-            problems.append(f"unknown option `{name}`{nearest(name, known)}")
+            problems.append(f"unknown option `{shorten(name)}`{nearest(name, known)}")
             continue
         if field in values and values[field] != read:
             problems.append(
-                f"`{field}` is given twice, as `{given_as[field]}` ({values[field]}) and as "
-                f"`{name}` ({read}); remove one"
+                f"`{field}` is given twice, as `{given_as[field]}` ({_shown(values[field])}) and "
+                f"as `{name}` ({_shown(read)}); remove one"
             )
         if (field, read) != (name, value):
-            notes.append(f"`{name}: {value}` read as `{field}: {read}`")
+            notes.append(f"{pair} read as `{field}: {_shown(read)}`")
         values[field], given_as[field] = read, name
     return Translation(values, notes, problems)
+
+
+def _shown(value: Any) -> str:
+    return shorten(value) if isinstance(value, str) else quote(value)

@@ -7,7 +7,6 @@ is known whether an option was given. A parser that converts as it goes and stop
 cannot do that.
 """
 
-import json
 import math
 import os
 import shlex
@@ -27,6 +26,7 @@ from typing import (
     Literal,
     NamedTuple,
     NoReturn,
+    TextIO,
     Union,
     get_args,
     get_origin,
@@ -36,6 +36,7 @@ from pydantic.fields import FieldInfo
 
 from halfbyte.config.aliases import aliases_of, translate
 from halfbyte.config.schema import OptionsT, check
+from halfbyte.foreign_text import shorten, to_json
 
 _TRUTH_WORDS = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 
@@ -84,13 +85,20 @@ class Command(Generic[OptionsT]):
             word = words.popleft()
             name, equals, value = word.removeprefix("--").partition("=")
             name = name.replace("-", "_")
-            if not word.startswith("--"):
+            if word.startswith("-") and not word.startswith("--"):
+                short = name.removeprefix("_")
+                known = short in self.options.model_fields or short in aliases
+                hint = f"; did you mean `-{word}`?" if known else ""
+                found.problems.append(f"unexpected argument `{shorten(word)}`{hint}")
+                if known and short not in flags and words:
+                    words.popleft()  # its value
+            elif not word.startswith("--"):
                 if free and free[0] == self.many:
                     found.given.setdefault(self.many, []).append(word)
                 elif free:
                     found.positional[free.popleft()] = word
                 else:
-                    found.problems.append(f"unexpected argument `{word}`")
+                    found.problems.append(f"unexpected argument `{shorten(word)}`")
             elif name == "json" and self.has_json and not equals:
                 found = found._replace(json=True)
             elif equals:
@@ -226,7 +234,11 @@ def results(*, as_json: bool) -> Iterator[dict[str, Any]]:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in result.items()
         }
-        print(json.dumps(plain, ensure_ascii=False, allow_nan=False, default=str))
+        print(to_json(plain, ascii_only=not _writes_unicode(sys.stdout)))
+
+
+def _writes_unicode(stream: TextIO) -> bool:
+    return (stream.encoding or "utf-8").lower().startswith("utf")
 
 
 def invocation(*words: str) -> str:

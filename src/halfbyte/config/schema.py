@@ -33,8 +33,20 @@ from pydantic import (
 
 from halfbyte.config.aliases import nearest, translate
 from halfbyte.errors import ConfigError
+from halfbyte.foreign_text import quote, shorten
+from halfbyte.input_files import read_file
 
-_HIGH_RATE = 0.05  # far above what adapters train with, also tiny models'
+_MAX_YAML = 100_000  # bytes; PyYAML reads them in a second, and all options take 3,000
+
+# Python writes bytes of a path that are not UTF-8 as U+DC80 to U+DCFF.
+_NOT_IN_PATHS = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
+
+# Values far above what adapters train with, also those of tiny models, and what is usual.
+_HARDLY_MEANT = {
+    "learning_rate": (0.05, "adapters usually train at 1e-5 to 1e-3"),
+    "lora_r": (1024, "adapters usually have a rank of 4 to 256"),
+    "epochs": (100, "adapters usually train for 1 to 5"),
+}
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -48,6 +60,8 @@ def parse_bytes(value: Any) -> Any:
     Raises:
         ValueError: It is not a size, or a number without a unit that cannot be meant as bytes.
     """
+    if not isinstance(value, str | int | float):
+        return value
     number = str(value).strip()
     if re.fullmatch(r"\d{1,4}(\.\d+)?", number) and float(number):
         raise ValueError(f"{number} has no unit; write {number}GB or {number}GiB")
@@ -57,7 +71,7 @@ def parse_bytes(value: Any) -> Any:
     scale = (_UNITS | _BINARY_UNITS).get(match[2]) if match else None
     if match is None or scale is None or match[1].count(".") > 1:
         raise ValueError("expected a size such as 16GB or 12.5GiB")
-    return int(float(match[1]) * scale)
+    return int(min(float(match[1]) * scale, 2.0**63))
 
 
 def parse_pairs(value: Any) -> Any:
@@ -113,6 +127,8 @@ class Options(BaseModel):
         field = cls.model_fields[info.field_name or ""]
         if isinstance(value, bool) and field.annotation is not bool:
             raise ValueError("expected a value")
+        if isinstance(value, str) and _NOT_IN_PATHS.search(value):
+            raise ValueError("expected text without null characters and halves of surrogate pairs")
         return value
 
 
@@ -221,7 +237,7 @@ class TrainConfig(ModelOptions):
     gradient_accumulation_steps: PositiveInt = Field(
         8, description="micro-batches per optimizer step"
     )
-    epochs: float = Field(1.0, gt=0, description="passes over the data")
+    epochs: float = Field(1.0, gt=0, le=10**6, description="passes over the data")
     max_steps: PositiveInt | None = Field(
         None, description="number of optimizer steps; overrides epochs"
     )
@@ -254,6 +270,11 @@ class TrainConfig(ModelOptions):
     max_grad_norm: float = Field(
         1.0, ge=0, description="clip the norm of all gradients to this; 0: no clipping"
     )
+    on_nonfinite: Literal["stop", "skip", "rewind"] = Field(
+        "stop",
+        description="if a step's loss or gradient is NaN or infinite: stop, with the state before "
+        "it saved; skip the step; or rewind to the newest checkpoint and go on after the step",
+    )
 
     activations: Literal["auto", "save", "recompute", "offload"] = Field(
         "auto",
@@ -261,7 +282,7 @@ class TrainConfig(ModelOptions):
         "in host memory); on a GPU, auto and save also keep decoded weights if memory is left",
     )
     memory_budget: Annotated[PositiveInt | None, BeforeValidator(parse_bytes)] = Field(
-        None, description="memory limit, such as 16GB (10^9) or 16GiB (2^30)"
+        None, lt=2**63, description="memory limit, such as 16GB (10^9) or 16GiB (2^30)"
     )
     cuda_graphs: bool = Field(
         True, description="capture forward and backward as CUDA graphs on a GPU"
@@ -312,6 +333,11 @@ class TrainConfig(ModelOptions):
             raise ValueError("`init_lora_weights` qera cannot be combined with `use_dora`")
         if self.paging != "auto" and not self.optim.startswith("paged_"):
             raise ValueError("`paging` needs `optim` paged_adamw_32bit or paged_adamw_8bit")
+        if self.paging == "explicit" and not self.max_grad_norm and self.on_nonfinite == "skip":
+            raise ValueError(
+                "`on_nonfinite` skip needs `max_grad_norm` with `paging` explicit: without "
+                "clipping, layers are updated before the gradients of others are known; use rewind"
+            )
         return self
 
 
@@ -342,7 +368,7 @@ def _in_words(error: Mapping[str, Any], options: type[Options]) -> str:
     if kind == "missing":
         return f"`{name}` is missing: {options.model_fields[name].description}"
     if kind == "extra_forbidden":
-        return f"unknown option `{name}`{nearest(name, options.model_fields)}"
+        return f"unknown option `{shorten(name)}`{nearest(name, options.model_fields)}"
     bounds = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
     bound = next(
         (f"{words} {_number(context[key])}" for key, words in bounds.items() if key in context), ""
@@ -360,7 +386,9 @@ def _in_words(error: Mapping[str, Any], options: type[Options]) -> str:
     else:
         thing = _EXPECTED.get(kind.split("_")[0])
         expected = f"expected {thing}" if thing else error["msg"]
-    return f"`{name}`: {expected}, got {error['input']!r}"
+        if thing and name.endswith("_steps"):
+            expected += " of steps, not a share of the run"
+    return f"`{name}`: {expected}, got {quote(error['input'])}"
 
 
 def check(
@@ -400,11 +428,15 @@ class _UniqueKeys(yaml.SafeLoader):
     """YAML's safe subset, in which a duplicate key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        if twice := {key for key in keys if keys.count(key) > 1}:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"`{min(twice)}` is given twice", node.start_mark
-            )
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"`{shorten(key.value)}` is given twice", node.start_mark
+                )
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -415,12 +447,19 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ConfigError: No such file, not text, not YAML, or not a mapping.
     """
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
+        content = yaml.load(read_file(path, _MAX_YAML).decode("utf-8"), _UniqueKeys)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
         raise ConfigError(f"cannot read the configuration file {path}: {reason}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: its lists or mappings are nested too deeply") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # What PyYAML's constructors raise for a date that does not exist, or `!!int x`.
+        raise ConfigError(
+            f"{path}: a value that YAML cannot read: {shorten(str(error))}"
+        ) from error
     except yaml.YAMLError as error:
-        problem = getattr(error, "problem", None) or "not valid YAML"
+        problem = shorten(getattr(error, "problem", None) or "not valid YAML")
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}{line}: {problem}") from error
@@ -463,11 +502,9 @@ def load_config(
     for winner, loser in (("max_steps", "epochs"), ("warmup_steps", "warmup_ratio")):
         if getattr(config, winner) is not None and loser in config.model_fields_set:
             notes.append(f"`{loser}` is ignored, since `{winner}` is given")
-    if config.learning_rate > _HIGH_RATE:
-        notes.append(
-            f"`learning_rate` {config.learning_rate:g} is very high; adapters usually train at "
-            "1e-5 to 1e-3"
-        )
+    for name, (limit, usual) in _HARDLY_MEANT.items():
+        if (value := getattr(config, name)) > limit:
+            notes.append(f"`{name}` {value:g} is very high; {usual}")
     return config, notes
 
 

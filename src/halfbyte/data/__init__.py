@@ -2,6 +2,7 @@
 
     sources         rows with line numbers, from a file, a directory or the hub
     formats         rows to conversations
+    messages        the messages of a conversation
     templates       conversations to token ids and loss masks
     batching        examples to micro-batches
     dataset_report  which rows were used, truncated or rejected
@@ -12,18 +13,35 @@ source without a single usable row is an error that lists the reasons.
 
 from __future__ import annotations
 
-from collections import defaultdict
+import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfbyte.data.batching import IGNORED, MicroBatch, StepPlan, collate, steps
-from halfbyte.data.dataset_report import DatasetReport, RowRejected, describe_rejected
-from halfbyte.data.formats import Conversation, Message, detect_format, to_conversation
-from halfbyte.data.sources import read_source
+from halfbyte.data.dataset_report import (
+    LONGEST_REASON,
+    DatasetReport,
+    Rejection,
+    RowRejected,
+    by_reason,
+    describe_rejected,
+    describe_unused,
+    in_words,
+)
+from halfbyte.data.formats import (
+    Conversation,
+    Message,
+    format_of,
+    preferred_formats,
+    to_conversation,
+)
+from halfbyte.data.sources import Row, read_source
 from halfbyte.data.templates import Encoder, Example, TrainOn, end_of_turn, prompt_ids
 from halfbyte.errors import DataError
+from halfbyte.foreign_text import shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,8 +103,10 @@ def load_dataset(
     rows: list[Conversation] = []
     cut: list[str] = []
     longest = 0
-    encoded = zip(read.conversations, encoder.encode_all(read.conversations), strict=True)
-    for done, (row, whole) in enumerate(encoded, 1):
+    encoded = zip(
+        read.conversations, read.sources, encoder.encode_all(read.conversations), strict=True
+    )
+    for done, (row, raw, whole) in enumerate(encoded, 1):
         try:
             if isinstance(whole, RowRejected):
                 raise whole
@@ -94,7 +114,7 @@ def load_dataset(
                 within = f" within max_length {max_length}" if whole.labels_mask.any() else ""
                 raise RowRejected(f"nothing supervised{within}")
         except RowRejected as rejection:
-            read.rejected[str(rejection)].append(row.line)
+            read.reject(raw, str(rejection))
         else:
             longest = max(longest, len(whole.tokens))
             if len(whole.tokens) > max_length:
@@ -107,10 +127,10 @@ def load_dataset(
         raise DataError(_nothing_usable(read))
     report = DatasetReport(
         source=str(source),
-        format=read.format,
+        formats=read.formats,
         rows=read.rows,
         usable=len(examples),
-        rejected=dict(read.rejected),
+        rejections=read.rejections,
         max_length=max_length,
         truncated_lines=tuple(cut),
         tokens=sum(len(example.tokens) for example in examples),
@@ -125,54 +145,69 @@ def conversations(source: str | Path) -> list[Conversation]:
     """The usable rows as conversations: prompts and expected replies.
 
     Raises:
-        DataError: There is no data, no usable row, or the data is plain text, without prompts.
+        DataError: There is no data, no usable row, or a row is plain text, without a prompt.
     """
     read = _read(source)
-    if read.format == "text":
-        raise DataError(f"{source} is plain text: expected conversations with replies.")
+    if "text" in read.formats:
+        raise DataError(
+            f"{source} has plain text in {read.formats['text']:,} of its {read.rows:,} rows: "
+            "expected conversations with replies."
+        )
     return read.conversations
 
 
-@dataclass(frozen=True)
+_BEGINNING = 200  # characters of a rejected row that are reported
+
+
 class _Read:
-    source: str
-    format: str
-    rows: int
-    conversations: list[Conversation]
-    rejected: defaultdict[str, list[str]]
-    notes: tuple[str, ...]
+    """The rows of a source: as conversations with their sources, or rejected."""
+
+    def __init__(self, source: str | Path) -> None:
+        rows, self.notes = read_source(source)
+        self.source, self.rows = str(source), len(rows)
+        self.conversations: list[Conversation] = []
+        self.sources: list[Row] = []
+        self.rejections: list[Rejection] = []
+        try:
+            preferred = preferred_formats(row.value for row in rows if row.problem is None)
+        except DataError as error:
+            raise DataError(f"{source}: {error}") from error
+        unused: Counter[str] = Counter()
+        for row in rows:
+            try:
+                if row.problem is not None:
+                    raise RowRejected(row.problem)
+                found = to_conversation(row.value, row.line, preferred)
+            except RowRejected as rejection:
+                self.reject(row, str(rejection))
+            else:
+                unused.update(found.unused)
+                self.conversations.append(found)
+                self.sources.append(row)
+        formats = [format_of(row.value, preferred) for row in rows if row.problem is None]
+        self.formats = dict(Counter(filter(None, formats)).most_common())
+        self.notes += tuple(describe_unused(unused))
+
+    def reject(self, row: Row, reason: str) -> None:
+        """Record that a row cannot be used."""
+        text = row.value
+        if not isinstance(text, str):
+            text = json.dumps(text, ensure_ascii=False, default=str)
+        beginning = text.strip()[:_BEGINNING]
+        self.rejections.append(Rejection(row.line, shorten(reason, LONGEST_REASON), beginning))
 
 
 def _read(source: str | Path) -> _Read:
-    rows, notes = read_source(source)
-    rejected: defaultdict[str, list[str]] = defaultdict(list)
-    for row in rows:
-        if row.problem is not None:
-            rejected[row.problem].append(row.line)
-    sound = [row for row in rows if row.problem is None]
-    found: list[Conversation] = []
-    name = "nothing"
-    if sound:
-        try:
-            name = detect_format(row.value for row in sound)
-        except DataError as error:
-            raise DataError(f"{source}: {error}") from error
-    for row in sound:
-        try:
-            found.append(to_conversation(row.value, row.line, name))
-        except RowRejected as rejection:
-            rejected[str(rejection)].append(row.line)
-    read = _Read(str(source), name, len(rows), found, rejected, notes)
-    if not found:
+    read = _Read(source)
+    if not read.conversations:
         raise DataError(_nothing_usable(read))
     return read
 
 
 def _nothing_usable(read: _Read) -> str:
-    reasons = "".join(f"\n  {line}" for line in describe_rejected(read.rejected))
-    return (
-        f"{read.source}: none of the {read.rows:,} rows (read as {read.format}) is usable.{reasons}"
-    )
+    listed = "".join(f"\n  {line}" for line in describe_rejected(by_reason(read.rejections)))
+    read_as = f" (read as {in_words(read.formats)})" if read.formats else ""
+    return f"{read.source}: none of the {read.rows:,} rows{read_as} is usable.{listed}"
 
 
 def _cut(example: Example, length: int) -> Example:

@@ -97,23 +97,25 @@ class StepPlan(Sequence[list[MicroBatch]]):
     def __getitem__(self, step: int | slice) -> list[MicroBatch] | list[list[MicroBatch]]:
         if isinstance(step, slice):
             return [self[index] for index in range(*step.indices(len(self)))]
-        chosen = self._chosen(step)
         return [
-            collate(chosen[first : first + self._batch_size], pad_id=self._pad_id)
-            for first in range(0, len(chosen), self._batch_size)
+            collate([self._examples[index] for index in batch], pad_id=self._pad_id)
+            for batch in self.rows(step)
         ]
 
     def lengths(self, step: int) -> list[list[int]]:
         """The number of tokens of each example, by micro-batch, without collating them."""
-        lengths = [len(example.tokens) for example in self._chosen(step)]
-        size = self._batch_size
-        return [lengths[first : first + size] for first in range(0, len(lengths), size)]
+        return [[self._length(index) for index in batch] for batch in self.rows(step)]
 
-    def _chosen(self, step: int) -> list[Example]:
-        """The examples of a step, the longest first."""
+    def rows(self, step: int) -> list[list[int]]:
+        """The indices of a step's examples, by micro-batch, the longest first."""
         start = range(len(self))[step] * self._per_step
-        chosen = [self._examples[index] for index in self._order[start : start + self._per_step]]
-        return sorted(chosen, key=lambda example: len(example.tokens), reverse=True)
+        chosen = self._order[start : start + self._per_step].tolist()
+        chosen.sort(key=self._length, reverse=True)
+        size = self._batch_size
+        return [chosen[first : first + size] for first in range(0, len(chosen), size)]
+
+    def _length(self, index: int) -> int:
+        return len(self._examples[index].tokens)
 
 
 def steps(

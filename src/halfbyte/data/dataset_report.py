@@ -1,16 +1,37 @@
-"""The report on a data set: which rows were used, truncated or rejected, and why."""
+"""The report on a data set: which rows were used, truncated or rejected, and why.
+
+Reasons may quote the data, so their length and the number of those that are listed have limits.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from halfbyte.foreign_text import quote
 
 _SHOWN = 5
-"""Line numbers and reasons to list; the rest is only counted."""
+"""Line numbers, reasons and keys to show; the rest is only counted."""
+
+LONGEST_REASON = 160
+"""Characters of a reason."""
+
+_MOST_REASONS = 100
+_OTHER_REASONS = "other reasons"
 
 
 class RowRejected(Exception):
     """A row cannot be used; the message is the reason, by which rejected rows are counted."""
+
+
+class Rejection(NamedTuple):
+    """A rejected row: its line, the reason, and the beginning of the row."""
+
+    line: str
+    reason: str
+    row: str
 
 
 @dataclass(frozen=True)
@@ -21,10 +42,10 @@ class DatasetReport:
 
     Attributes:
         source: The source, as given by the user.
-        format: The detected row format.
+        formats: The number of rows in each row format, the most frequent first.
         rows: Rows read, without blank lines.
         usable: Rows that became examples.
-        rejected: For each reason, the lines of the rejected rows.
+        rejections: Every rejected row.
         max_length: The maximum number of tokens of an example.
         truncated_lines: Lines of the usable rows that were truncated to ``max_length``.
         tokens: Tokens of all examples, after truncation.
@@ -34,16 +55,26 @@ class DatasetReport:
     """
 
     source: str
-    format: str
+    formats: Mapping[str, int]
     rows: int
     usable: int
-    rejected: Mapping[str, Sequence[str]]
+    rejections: Sequence[Rejection]
     max_length: int
     truncated_lines: tuple[str, ...]
     tokens: int
     supervised_tokens: int
     longest: int
     notes: tuple[str, ...] = ()
+
+    @property
+    def format(self) -> str:
+        """The row formats in words, with counts if there are several."""
+        return in_words(self.formats)
+
+    @property
+    def rejected(self) -> dict[str, list[str]]:
+        """For each reason, the lines of the rejected rows."""
+        return by_reason(self.rejections)
 
     @property
     def truncated(self) -> int:
@@ -66,11 +97,30 @@ class DatasetReport:
         return [*lines, *self.notes]
 
 
+def in_words(formats: Mapping[str, int]) -> str:
+    """``messages``, or ``messages (7 rows), text (1 row)``."""
+    if len(formats) < 2:
+        return "".join(formats)
+    return ", ".join(f"{name} ({_rows(count)})" for name, count in formats.items())
+
+
+def by_reason(rejections: Sequence[Rejection]) -> dict[str, list[str]]:
+    """Return for each reason the lines of the rows; beyond 100 reasons, the others as one."""
+    found: defaultdict[str, list[str]] = defaultdict(list)
+    for line, reason, _ in rejections:
+        listed = reason in found or len(found) < _MOST_REASONS
+        found[reason if listed else _OTHER_REASONS].append(line)
+    return dict(found)
+
+
 def counted(lines: Sequence[str]) -> str:
     """``3 rows (lines 4, 7, 9)``, listing only the first few lines."""
     shown = ", ".join(lines[:_SHOWN]) + (", …" if len(lines) > _SHOWN else "")
-    plural = "s" if len(lines) > 1 else ""
-    return f"{len(lines):,} row{plural} (line{plural} {shown})"
+    return f"{_rows(len(lines))} (line{'s' if len(lines) > 1 else ''} {shown})"
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'s' if count != 1 else ''}"
 
 
 def describe_rejected(rejected: Mapping[str, Sequence[str]]) -> list[str]:
@@ -79,5 +129,13 @@ def describe_rejected(rejected: Mapping[str, Sequence[str]]) -> list[str]:
     lines = [f"left out, {reason}: {counted(rejected[reason])}" for reason in reasons[:_SHOWN]]
     if others := reasons[_SHOWN:]:
         rows = sum(len(rejected[reason]) for reason in others)
-        lines.append(f"left out for {len(others)} other reasons: {rows:,} rows")
+        lines.append(f"left out for {len(others)} other reasons: {_rows(rows)}")
     return lines
+
+
+def describe_unused(unused: Mapping[str, int]) -> list[str]:
+    """One line that names the keys of rows which nothing reads, the most frequent first."""
+    keys = sorted(unused, key=lambda key: -unused[key])
+    named = [f"{quote(key)} ({_rows(unused[key])})" for key in keys[:_SHOWN]]
+    more = [f"{len(keys) - _SHOWN} more"] if len(keys) > _SHOWN else []
+    return [f"keys that are not used: {', '.join([*named, *more])}"] if keys else []

@@ -3,32 +3,41 @@
     messages            {"messages": [{"role": …, "content": …}, …]}
     conversations       {"conversations": [{"from": "human" | "gpt" | …, "value": …}, …]}
     prompt/completion   {"prompt": text or messages, "completion": text or messages}
-    instruction/output  {"instruction": text, "input": text, "output": text}
+    instruction/output  {"instruction": text, "input": text, "output": text, "history": pairs}
     text                {"text": text}
 
 ``conversations`` is ShareGPT's format, ``instruction/output`` is Alpaca's; its ``input`` is
-optional. The format of a source is the one whose keys most of its rows have, the first of these in
-a tie; a row without these keys is rejected and counted. The first two formats accept both pairs of
-key names. ``instruction`` and ``input`` become one user turn, separated by a blank line. A
-``system`` key next to the conversation is its system message; ``tools`` are passed to the chat
-template. An assistant message with ``"weight": 0`` (OpenAI's format) is not supervised.
+optional, and so is LLaMA-Factory's ``history``, a list of ``[question, answer]`` pairs. These are
+the earlier turns; as in LLaMA-Factory, their answers are supervised like the last one.
+``instruction`` and ``input`` become one user turn, separated by a blank line.
+
+Each row is read in its own format, so a file may mix them. A row with the keys of several formats
+(often ``text`` is a rendered copy of ``messages``) is read in the one that most rows are in; a row
+with the keys of none is rejected and counted. ``system`` next to the conversation is its system
+message; ``tools`` (or OpenAI's ``functions``) are passed to the chat template. Keys that nothing
+reads are reported, once. Preference data, and rows with images, audio or video, are rejected.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from halfbyte.data.dataset_report import RowRejected
+from halfbyte.data.messages import (
+    Message,
+    is_supervised,
+    messages_of,
+    reject_media,
+    text_of,
+    tools_of,
+)
 from halfbyte.errors import DataError
+from halfbyte.foreign_text import quote
 
-Message = dict[str, Any]
-"""``role``, ``content``, and other keys that the chat template may use, such as tool calls."""
-
-_ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
-_ROLES |= {"human": "user", "gpt": "assistant", "function": "tool", "observation": "tool"}
+__all__ = ["Conversation", "Message", "format_of", "preferred_formats", "to_conversation"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,7 @@ class Conversation:
             which may contain assistant turns.
         tools: Descriptions of tools for the chat template.
         text: The text of a row of plain text, which is supervised as a whole.
+        unused: Keys of the row that nothing read.
     """
 
     line: str
@@ -49,13 +59,11 @@ class Conversation:
     given: int = 0
     tools: list[Any] | None = None
     text: str | None = None
+    unused: tuple[str, ...] = ()
 
     def learns(self, index: int) -> bool:
         """Whether the message is a supervised reply."""
-        message = self.messages[index]
-        return (
-            index >= self.given and message["role"] == "assistant" and message.get("weight", 1) != 0
-        )
+        return index >= self.given and is_supervised(self.messages[index])
 
     @property
     def prompt(self) -> list[Message]:
@@ -73,52 +81,95 @@ class Conversation:
         return len(roles) - 1 - roles[::-1].index("assistant")
 
 
-def detect_format(values: Iterable[object]) -> str:
-    """The name of the format whose keys most rows have.
+def preferred_formats(values: Iterable[object]) -> tuple[str, ...]:
+    """Return the formats of the rows, the most frequent first; a tie is broken by their order.
+
+    A row with the keys of several counts for the first of these. Rows of data that is not for
+    supervised fine-tuning do not count; if all are such rows, the result is empty.
 
     Raises:
         DataError: No row has the keys of any format.
     """
     votes: Counter[str] = Counter()
-    seen: Mapping[Any, Any] = {}
+    unknown: Mapping[Any, Any] | None = None
+    refused = 0
     for value in values:
-        if isinstance(value, Mapping):
-            seen = seen or value
-            votes.update([name for name in _FORMATS if _has_keys(value, name)][:1])
-    if not votes:
-        keys = ", ".join(repr(key) for key in list(seen)[:12]) or "none"
-        known = "; ".join(" and ".join(keys) for keys, _ in _FORMATS.values())
+        if not isinstance(value, Mapping):
+            unknown = unknown or {}
+        elif _refusal(value) is not None:
+            refused += 1
+        elif (found := format_of(value, tuple(_FORMATS))) is None:
+            unknown = unknown or value
+        else:
+            votes[found] += 1
+    if unknown is not None and not votes and not refused:
+        keys = ", ".join(map(quote, list(unknown)[:12])) or "none"
+        known = "; ".join(" and ".join(known.keys) for known in _FORMATS.values())
         raise DataError(
             f"no row is in a known format. The first has the keys: {keys}. "
             f"Expected one of: {known}."
         )
-    return max(_FORMATS, key=lambda name: votes[name])
+    return tuple(sorted(votes, key=lambda name: (-votes[name], [*_FORMATS].index(name))))
 
 
-def to_conversation(value: object, line: str, name: str) -> Conversation:
-    """Converts a row of the format ``name``.
+def format_of(value: object, preferred: Sequence[str]) -> str | None:
+    """Return the first of the ``preferred`` formats whose keys a row has, or None."""
+    if not isinstance(value, Mapping):
+        return None
+    return next((name for name in preferred if _has_keys(value, name)), None)
+
+
+def to_conversation(value: object, line: str, preferred: Sequence[str]) -> Conversation:
+    """Convert a row, in the first of the ``preferred`` formats whose keys it has.
 
     Raises:
-        RowRejected: It is not in that format, or has nothing to supervise.
+        RowRejected: It has the keys of none of them, or nothing to supervise.
     """
     if not isinstance(value, Mapping):
         raise RowRejected("not a JSON object")
-    if not _has_keys(value, name):
-        missing = [key for key in _FORMATS[name][0] if value.get(key) is None]
-        raise RowRejected(f"no {' and no '.join(repr(key) for key in missing)}")
-    return _FORMATS[name][1](value, line)
+    if (reason := _refusal(value)) is not None:
+        raise RowRejected(reason)
+    reject_media(value)
+    if (name := format_of(value, preferred)) is None:
+        expected = _FORMATS[preferred[0]].keys if preferred else ()
+        missing = [repr(key) for key in expected if value.get(key) is None]
+        raise RowRejected(f"no {' and no '.join(missing)}" if missing else "in no known format")
+    found = _FORMATS[name].parse(value, line)
+    return replace(found, unused=_unused(value, name, found))
 
 
-def _has_keys(value: Mapping[Any, Any], name: str) -> bool:
-    return all(value.get(key) is not None for key in _FORMATS[name][0])
+def _refusal(row: Mapping[Any, Any]) -> str | None:
+    """Return why a row is not data for supervised fine-tuning of text, or None if it may be."""
+    if row.get("chosen") is not None and row.get("rejected") is not None:
+        return "preference data ('chosen' and 'rejected'), which is not for supervised fine-tuning"
+    for key in ("label", "kto_tag"):
+        if isinstance(row.get(key), bool) and not _has_keys(row, "text"):
+            return f"preference data ({key!r}), which is not for supervised fine-tuning"
+    if (weight := row.get("weight")) is not None and weight != 1:
+        return f"the row's weight is {'0' if weight == 0 else 'neither 0 nor 1'}"
+    return None
+
+
+def _has_keys(row: Mapping[Any, Any], name: str) -> bool:
+    return all(row.get(key) is not None for key in _FORMATS[name].keys)
+
+
+def _unused(row: Mapping[Any, Any], name: str, found: Conversation) -> tuple[str, ...]:
+    """Return the keys of a row that hold something which ``found`` does not have."""
+    used = {*_FORMATS[name].keys, *_FORMATS[name].optional, "weight"}
+    if found.messages:
+        used |= {"functions" if row.get("tools") is None else "tools"}
+        used |= {"system"} if found.messages[0]["content"] == row.get("system") else set()
+    nothing: tuple[object, ...] = (None, "", [], {})
+    return tuple(str(key) for key, value in row.items() if key not in used and value not in nothing)
 
 
 def _from_messages(row: Mapping[str, Any], line: str) -> Conversation:
-    return _conversation(row, line, _messages(row["messages"], "messages"))
+    return _conversation(row, line, messages_of(row["messages"], "messages"))
 
 
 def _from_conversations(row: Mapping[str, Any], line: str) -> Conversation:
-    return _conversation(row, line, _messages(row["conversations"], "conversations"))
+    return _conversation(row, line, messages_of(row["conversations"], "conversations"))
 
 
 def _from_completion(row: Mapping[str, Any], line: str) -> Conversation:
@@ -129,26 +180,47 @@ def _from_completion(row: Mapping[str, Any], line: str) -> Conversation:
 
 def _from_instruction(row: Mapping[str, Any], line: str) -> Conversation:
     parts = [row["instruction"], row.get("input") or ""]
-    question = "\n\n".join(part for part in (_text(part) for part in parts) if part.strip())
-    user: Message = {"role": "user", "content": question}
-    reply: Message = {"role": "assistant", "content": _text(row["output"])}
-    return _conversation(row, line, [user, reply])
+    question = "\n\n".join(part for part in map(text_of, parts) if part.strip())
+    messages: list[Message] = []
+    for asked, answer in (*_history(row.get("history")), (question, text_of(row["output"]))):
+        messages.append({"role": "user", "content": asked})
+        messages.append({"role": "assistant", "content": answer})
+    return _conversation(row, line, messages)
+
+
+def _history(value: object) -> list[list[str]]:
+    pairs = value or []
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+        for pair in pairs
+    ):
+        raise RowRejected("'history' is not a list of [question, answer] pairs")
+    return pairs
 
 
 def _from_text(row: Mapping[str, Any], line: str) -> Conversation:
-    text = _text(row["text"])
+    text = text_of(row["text"])
     if not text.strip():
         raise RowRejected("empty text")
     return Conversation(line, [], text=text)
 
 
-_Parser = Callable[[Mapping[str, Any], str], Conversation]
-_FORMATS: dict[str, tuple[tuple[str, ...], _Parser]] = {
-    "messages": (("messages",), _from_messages),
-    "conversations": (("conversations",), _from_conversations),
-    "prompt/completion": (("prompt", "completion"), _from_completion),
-    "instruction/output": (("instruction", "output"), _from_instruction),
-    "text": (("text",), _from_text),
+class Format(NamedTuple):
+    """A row format: the keys of a row, the function that converts it, and optional keys."""
+
+    keys: tuple[str, ...]
+    parse: Callable[[Mapping[str, Any], str], Conversation]
+    optional: tuple[str, ...] = ()
+
+
+_FORMATS = {
+    "messages": Format(("messages",), _from_messages),
+    "conversations": Format(("conversations",), _from_conversations),
+    "prompt/completion": Format(("prompt", "completion"), _from_completion),
+    "instruction/output": Format(
+        ("instruction", "output"), _from_instruction, optional=("input", "history")
+    ),
+    "text": Format(("text",), _from_text),
 }
 
 
@@ -157,16 +229,13 @@ def _conversation(
 ) -> Conversation:
     system = row.get("system")
     if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": _text(system)}, *messages]
+        messages = [{"role": "system", "content": system}, *messages]
         given += bool(given)
     for message in messages:
         content_needed = message["role"] in ("user", "assistant") and not message.get("tool_calls")
         if content_needed and not message["content"].strip():
             raise RowRejected(f"empty content in a message of the {message['role']}")
-    tools = row.get("tools")
-    if tools is not None and not isinstance(tools, list):
-        raise RowRejected("'tools' is not a list")
-    conversation = Conversation(line, messages, given, tools)
+    conversation = Conversation(line, messages, given, tools_of(row))
     if not any(conversation.learns(index) for index in range(len(messages))):
         raise RowRejected("no assistant turn to learn")
     return conversation
@@ -174,43 +243,5 @@ def _conversation(
 
 def _turns(value: object, key: str, role: str) -> list[Message]:
     if isinstance(value, str):
-        return [{"role": role, "content": _text(value)}]
-    return _messages(value, key)
-
-
-def _messages(value: object, key: str) -> list[Message]:
-    if not isinstance(value, list):
-        raise RowRejected(f"{key!r} is not a list of messages")
-    if not value:
-        raise RowRejected(f"{key!r} is empty")
-    return [_message(item) for item in value]
-
-
-def _message(item: object) -> Message:
-    if not isinstance(item, Mapping):
-        raise RowRejected("a message is not a JSON object")
-    written = item.get("role", item.get("from"))
-    if not isinstance(written, str):
-        raise RowRejected("a message without a role")
-    role = _ROLES.get(written)
-    if role is None:
-        raise RowRejected(f"unknown role {written[:40]!r}, not one of {', '.join(_ROLES)}")
-    content = item.get("content", item.get("value"))
-    if content is None and item.get("tool_calls"):
-        content = ""
-    known = ("role", "from", "content", "value")
-    rest = {key: value for key, value in item.items() if key not in known}
-    return {"role": role, "content": _text(content), **rest}
-
-
-def _text(value: object) -> str:
-    """A string, or the joined parts of a list of text parts."""
-    if isinstance(value, list) and value:
-        parts = [part.get("text") if isinstance(part, Mapping) else None for part in value]
-        if all(isinstance(part, str) for part in parts):
-            value = "".join(str(part) for part in parts)
-    if value is None:
-        raise RowRejected("a message without content")
-    if not isinstance(value, str):
-        raise RowRejected("content that is not text")
-    return value
+        return [{"role": role, "content": value}]
+    return messages_of(value, key)

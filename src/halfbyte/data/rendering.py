@@ -148,9 +148,14 @@ class Chat:
             **self._special_tokens,
         }
         try:
-            return self._template.render(variables)
+            text, spans = self._template.render(variables)
+            text.encode()
         except TemplateFailed as error:
             raise RowRejected(f"the chat template rejects it ({error})") from error
+        except UnicodeEncodeError as error:
+            # A template can write what no row may have: half a surrogate pair, from an escape.
+            raise RowRejected("the chat template writes text that is not valid Unicode") from error
+        return text, spans
 
 
 def _compiled(source: str) -> ChatTemplate:
@@ -195,7 +200,7 @@ def _convert(function: dict[str, Any], kind: _Arguments) -> bool:
     if kind == "objects" and isinstance(arguments, str):
         try:
             function["arguments"] = json.loads(arguments or "{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             function["arguments"] = None
         if not isinstance(function["arguments"], dict):
             raise RowRejected("the arguments of a tool call are not a JSON object")

@@ -18,18 +18,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 from halfbyte.errors import DataError
+from halfbyte.input_files import read_file
 
 SUFFIXES = (".jsonl", ".json", ".ndjson")
 """Suffixes of data files in a directory."""
 
 _OTHER_KINDS = (".parquet", ".csv", ".tsv", ".txt", ".xlsx", ".arrow", ".gz", ".zst", ".zip")
+LONGEST_ROW = 8_000_000
+"""Longest row of a file, in bytes: some two million tokens, which take ten seconds to encode."""
+
+_TOO_LONG = f"longer than {LONGEST_ROW // 10**6} MB; divide it"
+_BEGINNING = 1000  # bytes that are kept of a row that cannot be read
+_DEEPEST = 100  # levels of lists and objects; beyond about 1000, Python's functions on them fail
 _BOM = b"\xef\xbb\xbf"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 class Row(NamedTuple):
-    """A row: its line, and its value or the reason it could not be read."""
+    """A row: its line and its value; or the reason it could not be read, and its beginning."""
 
     line: str
     value: object
@@ -98,16 +105,18 @@ def _read_file(path: Path) -> Iterator[Row]:
             f"{path} is a {path.suffix} file: expected JSONL, one JSON object per line. Convert it "
             "first, e.g. with pandas' DataFrame.to_json(path, orient='records', lines=True)."
         )
-    raw = path.read_bytes()
+    raw = read_file(path)
     if raw.startswith(_UTF16):
         raise DataError(f"{path} is in UTF-16: expected UTF-8. Save it as UTF-8.")
     raw = raw.removeprefix(_BOM)
     if raw.lstrip().startswith(b"["):
         yield from _read_array(raw)
         return
-    if path.suffix.lower() == ".json" and (row := _parse("1", raw)).problem is None:
-        yield row
-        return
+    if path.suffix.lower() == ".json":
+        row = _parse("1", raw)
+        if row.problem in (None, _TOO_LONG):  # the whole file is one object
+            yield row
+            return
     for number, line in enumerate(io.BytesIO(raw), 1):
         if line.strip():
             yield _parse(str(number), line)
@@ -115,18 +124,37 @@ def _read_file(path: Path) -> Iterator[Row]:
 
 def _parse(number: str, line: bytes) -> Row:
     try:
-        return _checked(number, json.loads(line.decode("utf-8")))
+        row = _checked(number, json.loads(line.decode("utf-8")))
+        return row if len(line) <= LONGEST_ROW else Row(number, _beginning(line), _TOO_LONG)
     except UnicodeDecodeError:
-        return Row(number, None, "not UTF-8")
+        return Row(number, _beginning(line), "not UTF-8")
     except (ValueError, RecursionError):
-        return Row(number, None, "malformed JSON")
+        return Row(number, _beginning(line), "malformed JSON")
+
+
+def _beginning(raw: bytes) -> str:
+    return raw[:_BEGINNING].decode("utf-8", errors="replace")
 
 
 def _checked(number: str, value: object) -> Row:
-    """Reject half a surrogate pair, which JSON allows but which cannot be tokenised."""
-    if _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
-        return Row(number, None, "text that is not valid Unicode (half a surrogate pair)")
-    return Row(number, value)
+    """Reject what JSON allows but what cannot be tokenised, or printed by a template."""
+    text = json.dumps(value, ensure_ascii=False)
+    if _SURROGATE.search(text):
+        problem = "text that is not valid Unicode (half a surrogate pair)"
+    elif text.count("[") + text.count("{") > _DEEPEST and _is_deeper(value, _DEEPEST):
+        problem = f"nested more than {_DEEPEST} levels deep"
+    else:
+        return Row(number, value)
+    return Row(number, json.dumps(value)[:_BEGINNING], problem)
+
+
+def _is_deeper(value: object, depth: int) -> bool:
+    level = [value]
+    while depth >= 0 and (level := [one for one in level if isinstance(one, dict | list)]):
+        lists = [one.values() if isinstance(one, dict) else one for one in level]
+        level = [inner for one in lists for inner in one]
+        depth -= 1
+    return bool(level)
 
 
 def _read_array(raw: bytes) -> Iterator[Row]:
@@ -135,7 +163,9 @@ def _read_array(raw: bytes) -> Iterator[Row]:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        yield Row(str(raw.count(b"\n", 0, error.start) + 1), None, "not UTF-8")
+        start = raw.rfind(b"\n", 0, error.start) + 1
+        number = str(raw.count(b"\n", 0, start) + 1)
+        yield Row(number, _beginning(raw[start : start + _BEGINNING]), "not UTF-8")
         return
     line, counted_to = 1, 0
 
@@ -146,14 +176,17 @@ def _read_array(raw: bytes) -> Iterator[Row]:
     position = skip(skip(0) + 1)
     while text[position : position + 1] != "]":
         line, counted_to = line + text.count("\n", counted_to, position), position
+        beginning = text[position : position + _BEGINNING]
         try:
             value, position = decoder.raw_decode(text, position)
             position = skip(position)
             if text[position : position + 1] not in (",", "]"):
                 raise ValueError("neither a comma nor the end of the array")
             row = _checked(str(line), value)
+            if position - counted_to > LONGEST_ROW:
+                row = Row(row.line, beginning, _TOO_LONG)
         except (ValueError, RecursionError):
-            yield Row(str(line), None, "malformed JSON; the rest of the array is not read")
+            yield Row(str(line), beginning, "malformed JSON; the rest of the array is not read")
             return
         yield row
         if text[position] == ",":

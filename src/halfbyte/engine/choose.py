@@ -94,7 +94,7 @@ def _probe_losses(engine: LayerEngine, vocabulary: int, device: str) -> tuple[Te
     wanted = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
     try:
         return engine.loss([Batch(ids[:, :-1], targets)]), wanted
-    except (TypeError, AttributeError, RuntimeError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
         raise EngineError(f"its layers cannot be called one by one: {error}") from error
 
 

@@ -58,7 +58,11 @@ class _Member(Protocol):
 
 
 class _GroupProduct(torch.autograd.Function):
-    """The products at the top of this file, for linears that share x; returns y of each."""
+    """The products at the top of this file, for linears that share x.
+
+    Returns y [rows, out] of each, which may be changed in place (OLMo's clipping): they are no
+    views, except of the fused product of several.
+    """
 
     @staticmethod
     def forward(
@@ -73,6 +77,7 @@ class _GroupProduct(torch.autograd.Function):
         rows, members = x.reshape(-1, x.shape[-1]), group.members
         trained = any(update is not None for update in updates)
         fused = group.fused(rows, updates)
+        ctx.shape = x.shape
         if fused is not None and not gradients and _packed_is_faster(rows, members):
             fused = None
         p: list[Tensor | None]
@@ -80,7 +85,8 @@ class _GroupProduct(torch.autograd.Function):
             x_a = fused.into_a(rows)
             p = [x_a]
             if read:
-                ys = list(torch.split(fused.forward(rows, x_a), group.outputs, 1))
+                y = fused.forward(rows, x_a)
+                ys = [y] if len(members) == 1 else list(torch.split(y, group.outputs, 1))
         elif read:
             ys, p = _plain_forward(rows, group, updates, gradients)
         else:
@@ -95,7 +101,7 @@ class _GroupProduct(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         factors = [tensor for u in updates for tensor in (u and u.a, u and u.b, u and u.keep)]
         ctx.save_for_backward(rows if trained else None, *p, *factors)
-        return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys)
+        return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -107,14 +113,12 @@ class _GroupProduct(torch.autograd.Function):
                 ctx.scalings, factors[0::3], factors[1::3], factors[2::3], strict=True
             )
         ]
-        given = next((dy for dy in grad_outputs if dy is not None), None)
-        if given is None:
+        if all(dy is None for dy in grad_outputs):
             return (None,) * len(ctx.needs_input_grad)
-        dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in grad_outputs]
         backward = _plain_backward if ctx.fused is None else _fused_backward
-        dx, gradients = backward(ctx, rows, p, updates, dys)
+        dx, gradients = backward(ctx, rows, p, updates, grad_outputs)
         if dx is not None:
-            dx = dx.reshape(*given.shape[:-1], dx.shape[-1])
+            dx = dx.reshape(ctx.shape)
         return dx, None, None, None, None, *gradients
 
 
@@ -289,7 +293,8 @@ class LinearGroup:
             None if member.adapter is None else member.adapter.update(x) for member in self.members
         )
         gradients = torch.is_grad_enabled()  # always False inside forward
-        return _GroupProduct.apply(x, self, updates, gradients, read, *factors_of(updates))  # type: ignore[no-any-return, no-untyped-call]
+        ys = _GroupProduct.apply(x, self, updates, gradients, read, *factors_of(updates))  # type: ignore[no-untyped-call]
+        return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys)
 
     def weights(self, dtype: torch.dtype) -> list[DecodedWeight]:
         """Return W [out, in] of each for ``dtype``, cached or decoded together."""

@@ -24,7 +24,7 @@ all see the same masks.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
@@ -276,6 +276,13 @@ def _modules_to_save(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module
         and not any(True for _ in module.children())
     }
     chosen = {path: module for path, module in modules.items() if path.endswith(names)}
+    # PEFT would make copies of these as well, which the adapter does not hold.
+    unloaded = [path for path in getattr(model, "halfbyte_removed", ()) if path.endswith(names)]
+    if unloaded:
+        raise ConfigError(
+            f"modules_to_save: {', '.join(names)} also matches {unloaded[0]}, and encoders are not "
+            f"trained; write more of the path, as in {next(iter(chosen), 'model.norm')}"
+        )
     for path, module in chosen.items():
         if path not in able:
             why = "it is made of other modules, or has no parameters"
@@ -317,12 +324,13 @@ def attach(model: nn.Module, config: LoRAConfig, *, seed: int) -> list[str]:
     whole = _modules_to_save(model, config.modules_to_save)
     # A packed head or embedding is a subclass and takes no adapter.
     linears = {n: m for n, m in frozen_linears(model).items() if type(m) is FrozenLinear}
-    if not linears and not whole:
+    refused = {path: why for path, linear in linears.items() if (why := linear.why_no_adapter)}
+    names = choose_targets(list(linears), refused, config.target_modules)
+    if not names and not whole:
         raise ConfigError(
             f"{type(model).__name__} has no linear layer (torch.nn.Linear) that could get an "
             "adapter; a model made of others, such as GPT-2's Conv1D, cannot be trained"
         )
-    names = _targets(list(linears), config.target_modules)
     for option in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, option):
             if not any(at_end(key, name) for name in names):
@@ -341,9 +349,32 @@ def attach(model: nn.Module, config: LoRAConfig, *, seed: int) -> list[str]:
     return names
 
 
-def _targets(paths: list[str], wanted: str | tuple[str, ...]) -> list[str]:
+def choose_targets(
+    paths: Sequence[str], refused: Mapping[str, str], wanted: str | tuple[str, ...]
+) -> list[str]:
+    """Return the paths of the linears that get an adapter, in the model's order.
+
+    Args:
+        paths: The paths of the linears.
+        refused: Why some of them must not get one.
+        wanted: ``LoRAConfig.target_modules``.
+
+    Raises:
+        ConfigError: If ``wanted`` names one of these, or what matches no linear.
+    """
     if wanted == ALL_LINEAR:
-        return paths
+        return [path for path in paths if path not in refused]
+    chosen = _named(paths, wanted)
+    if unable := [path for path in chosen if path in refused]:
+        raise ConfigError(
+            f"target_modules includes {unable[0]}, which cannot get an adapter: "
+            f"{refused[unable[0]]}; all-linear leaves it out"
+        )
+    return chosen
+
+
+def _named(paths: Sequence[str], wanted: str | tuple[str, ...]) -> list[str]:
+    """Return the paths that names, or an expression, match."""
     kinds = ", ".join(sorted({path.rsplit(".", 1)[-1] for path in paths}))
     if isinstance(wanted, str):
         try:
@@ -366,6 +397,28 @@ def _targets(paths: list[str], wanted: str | tuple[str, ...]) -> list[str]:
             f"{', '.join(unknown) or '(nothing)'}; it has: {kinds}"
         )
     return [path for path in paths if any(_ends_with(path, name) for name in wanted)]
+
+
+def exact_targets(
+    model: nn.Module, adapted: Sequence[str], wanted: str | tuple[str, ...]
+) -> str | tuple[str, ...]:
+    """Return targets that match the modules ``adapted`` and no others of the model, as PEFT does.
+
+    These are ``wanted`` (for all-linear, the last parts of the paths) unless they also match a
+    module that has no adapter, such as a linear that is not frozen; then the paths are named.
+    """
+    chosen = set(adapted)
+    parts = tuple(f"{path}." for path in adapted)  # of the adapted modules themselves
+    others = [p for p, _ in model.named_modules() if p not in chosen and not p.startswith(parts)]
+    if wanted == ALL_LINEAR:
+        taken = {path.rpartition(".")[2] for path in others}
+        names = {path: path.rpartition(".")[2] for path in adapted}
+        return tuple(sorted({path if name in taken else name for path, name in names.items()}))
+    if isinstance(wanted, str):
+        ambiguous = any(re.fullmatch(wanted, path) for path in others)
+    else:
+        ambiguous = any(_ends_with(path, name) for path in others for name in wanted)
+    return tuple(adapted) if ambiguous else wanted
 
 
 def _ends_with(path: str, name: str) -> bool:

@@ -11,19 +11,22 @@
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from halfbyte.errors import CheckpointError, ConfigError, WeightError
 from halfbyte.layers import attention_cpu
+from halfbyte.layers.multimodal import build_decoder, removed_modules, ties_head
+from halfbyte.layers.targets import linears_to_freeze, why_no_adapter
 from halfbyte.layers.vocabulary import FrozenEmbedding, FrozenHead
 from halfbyte.linear.arena import Arena
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.group import LinearGroup
 from halfbyte.linear.lora import frozen_linears
+from halfbyte.models.buffers import compute_buffers
 from halfbyte.quant.format import quantize
 from halfbyte.quant.scale_search import search
 from halfbyte.quant.weight import QuantizedWeight, empty_like_quantized
@@ -42,9 +45,6 @@ __all__ = [
 
 # Linears that transformers' decoders call with the same input.
 _SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
-
-# Bytes. Sizes of computed buffers come from the configuration alone; real ones take megabytes.
-_LARGEST_BUFFER = 2**30
 
 _NAMED = 8  # number of tensors listed by name
 
@@ -86,12 +86,14 @@ class MemoryReport:
         quantized_bytes: Their bytes, including scales.
         kept: (name, dtype, bytes) of every tensor over 1 MB in 16 or 32 bits.
         total_bytes: Everything, tied tensors counted once.
+        expert_bytes: Experts that are one tensor per layer, which is not packed.
     """
 
     quantized_parameters: int
     quantized_bytes: int
     kept: tuple[tuple[str, str, int], ...]
     total_bytes: int
+    expert_bytes: int = 0
 
     def lines(self) -> list[str]:
         """Return the report as lines of text."""
@@ -102,6 +104,11 @@ class MemoryReport:
                 f"{self.quantized_parameters / 1e6:.1f} M weights in 4 bits: "
                 f"{self.quantized_bytes / 1e6:.1f} MB ({bits:.3f} bits per weight with scales)"
             )
+            if self.expert_bytes:
+                lines.append(
+                    f"experts are tensors of a whole layer and not linear layers, so they are not "
+                    f"packed: {self.expert_bytes / 1e6:.1f} MB"
+                )
         # In a plain model every tensor is kept: the largest are named, the rest is counted.
         named = self.kept if len(self.kept) <= _NAMED else self.kept[: _NAMED // 2]
         rest = self.kept[len(named) :]
@@ -118,7 +125,8 @@ def build(
     """Return the architecture of ``config`` on the meta device, its linears replaced.
 
     Args:
-        config: Configuration of a causal language model.
+        config: Configuration of a causal language model, or of a model of more than text, of which
+            only the text decoder is built (`layers.multimodal`).
         recipe: How its weights will be stored.
         plain: Paths of linears that are not packed, overriding the recipe.
 
@@ -127,24 +135,25 @@ def build(
         ConfigError: If its head or embedding is to be packed, but is of an unsupported kind.
     """
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=recipe.compute_dtype)
+        model = build_decoder(config, recipe.compute_dtype)
     except ValueError as error:
         raise CheckpointError(f"not a causal language model transformers knows: {error}") from error
     # If transformers would not choose sdpa (ALiBi, capped scores), ours is not correct either.
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(attention_cpu.register())
+    decoder = model.get_decoder() if removed_modules(model) else model
+    if decoder.config._attn_implementation == "sdpa":
+        decoder.set_attn_implementation(attention_cpu.register())
     if recipe.quant == "none":
         recipe = replace(recipe, quantize_head=False, quantize_embeddings=False)
-    elif model.config.get_text_config().tie_word_embeddings:
+    elif ties_head(model):
         both = recipe.quantize_head or recipe.quantize_embeddings
         recipe = replace(recipe, quantize_head=both, quantize_embeddings=both)
     head = model.get_output_embeddings()
     if head is not None and not recipe.quantize_head:
         head.register_forward_pre_hook(_contiguous)
-    for name, linear in list(model.named_modules()):
+    refused = why_no_adapter(model)
+    for name, linear in linears_to_freeze(model).items():
         is_head = linear is head
-        if type(linear) is not nn.Linear or (is_head and not recipe.quantize_head):
+        if is_head and not recipe.quantize_head:
             continue
         parent, _, leaf = name.rpartition(".")
         frozen = (FrozenHead if is_head else FrozenLinear).like(
@@ -154,6 +163,7 @@ def build(
             double_quant=recipe.double_quant,
             dtype=recipe.compute_dtype,
         )
+        frozen.why_no_adapter = refused.get(name)
         setattr(model.get_submodule(parent), leaf, frozen)
     if recipe.quantize_head and not isinstance(model.get_output_embeddings(), FrozenHead):
         raise ConfigError(f"quantize_head: {type(model).__name__} has no plain linear head to pack")
@@ -186,7 +196,14 @@ def _packed_embedding(model: PreTrainedModel, recipe: BaseRecipe) -> FrozenEmbed
 
 
 def share_inputs(model: nn.Module) -> None:
-    """Group the linears that are known to be called with the same input into one product."""
+    """Group the linears that are known to be called with the same input into one product.
+
+    Not if the model clips their outputs in place: autograd does not allow that for parts of one
+    product.
+    """
+    config: Any = getattr(model, "config", None)
+    if config is not None and getattr(config.get_text_config(), "clip_qkv", None) is not None:
+        return
     for module in model.modules():
         for names in _SHARED_INPUTS:
             linears = [getattr(module, name, None) for name in names]
@@ -310,7 +327,7 @@ def _beside_others(model: PreTrainedModel, quantized: QuantizedWeight) -> Quanti
     arena: Arena | None = getattr(model, "halfbyte_arena", None)
     if arena is None:
         linears = set(frozen_linears(model).values())
-        if model.config.get_text_config().tie_word_embeddings:
+        if ties_head(model):
             linears.discard(model.get_output_embeddings())  # the embedding's will be its own
         to_come = (q for linear in linears if (q := linear.quantized) is not None)
         arena = model.halfbyte_arena = Arena(to_come, quantized.codes.device)
@@ -323,13 +340,8 @@ def finalize(model: PreTrainedModel) -> MemoryReport:
     Raises:
         CheckpointError: If parameters are missing (all are named), or a buffer cannot be computed.
     """
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = model.config.get_text_config().tie_word_embeddings
-    if tied and isinstance(head, FrozenHead) and head.device.type == "meta":
-        head.set_quantized(embedding.quantized)
-    elif tied and isinstance(head, nn.Linear) and head.weight.is_meta:
-        head.weight = embedding.weight
-    _compute_buffers(model, model.halfbyte_recipe.device)
+    _tie(model)
+    compute_buffers(model, model.halfbyte_recipe.device)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     missing = sorted(name for name, tensor in tensors.items() if tensor.is_meta)
     if missing:
@@ -340,6 +352,20 @@ def finalize(model: PreTrainedModel) -> MemoryReport:
     model.requires_grad_(False).eval()
     model.halfbyte_arena = None  # it is full; its tensors keep it alive
     return memory_report(model)
+
+
+def _tie(model: PreTrainedModel) -> None:
+    """Give what is tied, and not in the checkpoint, the value it is tied to."""
+    modules = dict(model.named_modules())
+    for name, source in model.all_tied_weights_keys.items():
+        if name.rpartition(".")[0] not in modules:
+            continue  # of an encoder
+        (owner, leaf), (origin, held) = _owner(model, name), _owner(model, source)
+        if isinstance(owner, FrozenLinear) and owner.quantized is not None and leaf == "weight":
+            if owner.device.type == "meta":
+                owner.set_quantized(origin.quantized)  # type: ignore[arg-type]
+        elif (empty := owner._parameters.get(leaf)) is not None and empty.is_meta:
+            owner._parameters[leaf] = origin._parameters[held]
 
 
 def memory_report(model: nn.Module) -> MemoryReport:
@@ -360,37 +386,5 @@ def memory_report(model: nn.Module) -> MemoryReport:
         quantized_bytes=quantized_bytes,
         kept=tuple(large),
         total_bytes=quantized_bytes + plain_bytes,
+        expert_bytes=sum(p.nbytes for n, p in kept if p.dim() == 3 and ".experts." in n),
     )
-
-
-def _compute_buffers(model: PreTrainedModel, device: str) -> None:
-    """Fill the buffers no checkpoint holds (rotary frequencies), as transformers computes them.
-
-    They start as NaN, so that one missing in transformers' own initialisation is detected.
-    """
-    for parameter in model.parameters():
-        parameter._is_hf_initialized = True  # otherwise transformers would initialise it again
-    for path, module in model.named_modules():
-        empty = [n for n, b in module.named_buffers(recurse=False) if b.is_meta]
-        empty = [n for n in empty if not isinstance(module, FrozenLinear)]
-        if not empty:
-            continue
-        for name in empty:
-            held = module._buffers[name]
-            assert held is not None
-            if held.nbytes > _LARGEST_BUFFER:
-                raise CheckpointError(
-                    f"its config.json requires a buffer {path}.{name} of {held.nbytes / 1e9:.0f} "
-                    "GB, and cannot be right"
-                )
-            fresh = torch.empty_like(held, device=device)
-            module._buffers[name] = fresh.fill_(torch.nan) if fresh.is_floating_point() else fresh
-        model._init_weights(module)
-        for name in empty:
-            filled = module._buffers[name]
-            assert filled is not None
-            if not filled.is_floating_point() or bool(torch.isnan(filled).any()):
-                raise CheckpointError(
-                    f"the buffer {path}.{name} is in no checkpoint and transformers does not say "
-                    f"how to compute it: {type(model).__name__} is not supported"
-                )

@@ -6,8 +6,10 @@ left; the reason is logged once.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from inspect import signature
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -48,7 +50,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
         end_of_turn(tokenizer),
         tokenizer.eos_token_id,
         model.generation_config.eos_token_id if model.generation_config is not None else None,
-        model.config.get_text_config().eos_token_id,
+        getattr(model.config.get_text_config(), "eos_token_id", None),
     ):
         if isinstance(value, int):
             ids.add(value)
@@ -206,10 +208,7 @@ def _by_transformers(
         repetition_penalty=1.0,
         **how,
     )
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    size = batch_size or _BATCH
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
+    for chosen in _together(encoded, batch_size or _BATCH, pads=_ignores_padding(model)):
         ids, mask = _left_padded([encoded[i] for i in chosen], pad, model.device)
         output = model.generate(
             input_ids=ids, attention_mask=mask, generation_config=settings, streamer=streamer
@@ -217,6 +216,27 @@ def _by_transformers(
         for i, row in zip(chosen, output[:, ids.shape[1] :].tolist(), strict=True):
             last = next((at for at, token in enumerate(row) if token in ends), len(row))
             finished(i, row[: last + 1])
+
+
+def _ignores_padding(model: PreTrainedModel) -> bool:
+    """Return whether answers are the same with padding on the left.
+
+    The state of a recurrent model goes through it, and a model that is not given positions counts
+    it (Blenderbot).
+    """
+    return not model._is_stateful and "position_ids" in signature(model.forward).parameters
+
+
+def _together(encoded: Sequence[list[int]], size: int, *, pads: bool) -> Iterator[list[int]]:
+    """Yield which prompts are answered at once, by length.
+
+    Unless the model ignores padding on the left, only prompts of one length are.
+    """
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    for _, alike in groupby(order, key=lambda i: 0 if pads else len(encoded[i])):
+        members = list(alike)
+        for start in range(0, len(members), size):
+            yield members[start : start + size]
 
 
 def _left_padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -422,9 +422,13 @@ class AdamW(torch.optim.Optimizer):
                     )
                 start = piece.start // reference.BLOCK if name.endswith("_scales") else piece.start
                 view.copy_(value.reshape(-1)[start : start + view.numel()])
-        self._steps.copy_(
-            torch.stack([state_dict["state"][i]["step"] for i in range(len(self._parameters))])
-        )
+        steps = [state_dict["state"][i].get("step") for i in range(len(self._parameters))]
+        for number, step in enumerate(steps):
+            if step is None or step.shape != () or not 0 <= step.item() < 2**53:
+                raise CheckpointError(
+                    f"the optimizer's state of parameter {number} has no number of steps"
+                )
+        self._steps.copy_(torch.stack(steps))
 
 
 def _state_of(store: Store) -> Iterator[tuple[StateChunk, dict[str, Tensor]]]:

@@ -3,14 +3,14 @@
 Paging moves bytes, regardless of parameters. So all state is one range of bytes, split into
 *chunks* (a parameter's elements, or 4 M of them if it has more), each contiguous: first moments,
 second moments, their scales, master copy. Adjacent chunks form a *bucket*, which is moved and
-updated together.
+updated together. Gradients are one tensor, too.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from halfbyte.optim.reference import BLOCK, SMALLEST_8BIT
 
@@ -127,3 +127,16 @@ def groups_of(pieces: Sequence[StateChunk]) -> list[Bucket]:
         groups[-1].append(piece)
         size += piece.nbytes
     return [Bucket(tuple(members)) for members in groups]
+
+
+def gradients_in_one(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Allocate the gradients of all parameters, zeros, in one tensor, and return it.
+
+    With existing gradients, the first step of a resumed run accumulates like every other. In one
+    tensor, their norm is one reduction and zeroing is one launch. Each is aligned to 256 bytes.
+    """
+    sizes = [-(-parameter.numel() // 64) * 64 for parameter in parameters]
+    together = torch.zeros(sum(sizes), dtype=torch.float32, device=parameters[0].device)
+    for parameter, part in zip(parameters, torch.split(together, sizes), strict=True):
+        parameter.grad = part[: parameter.numel()].view_as(parameter)
+    return together

@@ -51,6 +51,7 @@ class Weight(NamedTuple):
         layer: The decoder layer it belongs to, or None.
         packs: Whether it is packed where weights of its role are.
         comes: The bytes it takes as it comes out of the files, or None if there are none.
+        adapts: Whether all-linear gives it an adapter, if it is a linear layer's.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Weight(NamedTuple):
     layer: int | None
     packs: bool = True
     comes: int | None = None
+    adapts: bool = True
 
     @property
     def numel(self) -> int:
@@ -67,6 +69,11 @@ class Weight(NamedTuple):
         for extent in self.shape:
             count *= extent
         return count
+
+
+def is_experts(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter is the experts of a layer, as transformers holds them."""
+    return len(shape) == 3 and ".experts." in name
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,11 @@ class ModelShape:
     def parameters(self) -> int:
         """All its parameters, tied ones counted once."""
         return sum(weight.numel for weight in self.weights)
+
+    @property
+    def expert_parameters(self) -> int:
+        """Those of experts that are one tensor per layer, which is never packed."""
+        return sum(weight.numel for weight in self.weights if is_experts(weight.name, weight.shape))
 
     def linears(self, layer: int | None = None) -> list[Weight]:
         """Return the matrices of its linear layers, or of those in one decoder layer."""
@@ -229,15 +241,16 @@ def shape_of(
     from torch import nn
 
     from halfbyte.layers.families import FAMILIES
+    from halfbyte.layers.multimodal import ties_head
+    from halfbyte.layers.targets import linears_to_freeze, why_no_adapter
 
-    config = model.config.get_text_config()
+    config, tied = model.config.get_text_config(), ties_head(model)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    roles: dict[str, Role] = {}
+    roles: dict[str, Role] = {f"{path}.weight": "linear" for path in linears_to_freeze(model)}
     for path, module in model.named_modules():
         if module is head or module is embedding:
             roles[f"{path}.weight"] = "head" if module is head else "embedding"
-        elif type(module) is nn.Linear:
-            roles[f"{path}.weight"] = "linear"
+    refused = why_no_adapter(model)
     shapes = {path: tuple(parameter.shape) for path, parameter in model.named_parameters()}
     if files is not None:
         # The files may hold apart what the configuration ties.
@@ -250,48 +263,56 @@ def shape_of(
         numbers = [part for part in path.split(".") if part.isdecimal()]
         role = roles.get(path, "other")
         packs = role != "linear" or is_packed or not packed
-        weights.append(
-            Weight(path, shape, role, int(numbers[0]) if numbers else None, packs, comes)
-        )
+        layer, adapts = int(numbers[0]) if numbers else None, path[: -len(".weight")] not in refused
+        weights.append(Weight(path, shape, role, layer, packs, comes, adapts))
     out = {path.rsplit(".", 2)[-2]: shape[0] for path, shape in shapes.items() if len(shape) == 2}
     kinds = {type(module).__name__ for module in model.modules()}
     # What does not say how wide it is has no attention, or one of its own: an estimate then.
-    hidden = int(getattr(config, "hidden_size", None) or embedding.weight.shape[1])
-    heads = int(getattr(config, "num_attention_heads", None) or 1)
-    width = getattr(config, "head_dim", None) or hidden // heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
+    hidden = _number(config, "hidden_size") or int(embedding.weight.shape[1])
+    heads = _number(config, "num_attention_heads") or 1
+    width = _number(config, "head_dim") or hidden // heads
+    groups = _number(config, "num_key_value_heads") or heads
+    intermediate = _number(config, "intermediate_size") or 4 * hidden
     return ModelShape(
         name=name,
         weights=tuple(weights),
-        tied=bool(config.tie_word_embeddings),
+        tied=tied,
         layers=int(config.num_hidden_layers),
         hidden=hidden,
-        query=out.get("q_proj", heads * int(width)),
-        key_value=out.get("k_proj", int(groups) * int(width)),
-        intermediate=out.get("gate_proj", int(intermediate)),
+        query=out.get("q_proj", heads * width),
+        key_value=out.get("k_proj", groups * width),
+        intermediate=out.get("gate_proj", intermediate),
         heads=heads,
         vocabulary=int(config.vocab_size),
         positions=getattr(config, "max_position_embeddings", None),
         head_norms=any(".q_norm." in path for path in shapes),
         fusable=any(spec.layer in kinds for spec in FAMILIES),
-        vocabulary_packs=type(head) is nn.Linear
-        and (not config.tie_word_embeddings or type(embedding) is nn.Embedding),
+        vocabulary_packs=type(head) is nn.Linear and (not tied or type(embedding) is nn.Embedding),
     )
+
+
+def _number(config: Any, name: str) -> int | None:
+    """Return a field of a configuration, the largest if its layers differ, or None."""
+    each = [config]
+    if getattr(config, "is_heterogeneous", False):  # it refuses to name one for all its layers
+        each = [config.per_layer_config[i] for i in range(config.num_hidden_layers)]
+    values = [getattr(layer, name, None) for layer in each]
+    flat = [n for v in values for n in (v if isinstance(v, list | tuple) else [v])]
+    return max((int(n) for n in flat if isinstance(n, int)), default=None)
 
 
 def shape_of_config(config: Any, name: str) -> ModelShape:
     """Return the shape of the model that a configuration describes; no memory is taken.
 
     Raises:
-        ConfigError: If transformers cannot build it.
+        ConfigError: If it is not supported, or transformers cannot build it.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
+    from halfbyte.layers.multimodal import build_decoder, why_unsupported
 
+    if reason := why_unsupported(config):
+        raise ConfigError(f"{name}: {reason}")
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+        model = build_decoder(config)
     except (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ConfigError(f"{name}: transformers cannot build it: {error}") from error
     return shape_of(model, name)

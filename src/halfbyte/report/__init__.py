@@ -16,7 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from halfbyte.errors import OutputError
+from halfbyte.errors import OutputError, RunStopped
+from halfbyte.foreign_text import LONGEST_MESSAGE, shorten
 
 if TYPE_CHECKING:
     from halfbyte.report.journal import Journal
@@ -40,7 +41,8 @@ class RunReport:
         logging.getLogger("halfbyte").addHandler(self._log_handler)
 
     def note(self, text: str) -> None:
-        """Log a message of one line."""
+        """Log a message of one line; one that is too long to read is shortened."""
+        text = shorten(text, LONGEST_MESSAGE)
         self.record("note", {"text": text})
         self._screen.note(text)
 
@@ -103,6 +105,22 @@ class RunReport:
         self._track("evaluation", record)
         self._screen.evaluation(record)
 
+    def warning(self, step: int, kind: str, text: str) -> None:
+        """Something is wrong with a step; ``text`` says what, and what to look at.
+
+        Args:
+            step: The step (1-based).
+            kind: ``nonfinite``, or one of ``train/loss_watch.py``.
+            text: For the user.
+        """
+        self.record("warning", {"step": step, "kind": kind, "text": text})
+        self._screen.warning(text)
+
+    def stopping(self, text: str) -> None:
+        """The run has been asked to stop; called in another thread."""
+        self.record("note", {"text": text})
+        self._screen.stopping(text)
+
     def saved(self, path: str | Path) -> None:
         """A checkpoint or an adapter is on disk."""
         self.record("saved", {"path": str(path)})
@@ -143,8 +161,12 @@ class RunReport:
     ) -> None:
         try:
             if kind is not None and self._journal is not None:
-                reason = "interrupted" if kind is KeyboardInterrupt else f"{kind.__name__}: {error}"
-                self.record("stopped", {"reason": reason})
+                reason = f"{kind.__name__}: {error}"
+                if issubclass(kind, KeyboardInterrupt):
+                    reason = "interrupted"
+                elif issubclass(kind, RunStopped):
+                    reason = str(error)
+                self.record("stopped", {"reason": shorten(reason, LONGEST_MESSAGE)})
                 self._write_page()
         finally:
             self.close()

@@ -5,7 +5,6 @@ interrupted, or its runs were made at different times.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from statistics import fmean, stdev
 from typing import Any
 from urllib.parse import quote
 
+from halfbyte.checkpoint.reading import read_json
 from halfbyte.report.charts import Bar, bar_chart, dot_chart, memory, table
 from halfbyte.report.page import curves, document, section
 from halfbyte.report.runs import Run, number, read_run
@@ -62,7 +62,7 @@ class Result:
 def read_result(variant: str, seed: int, run: Run) -> Result:
     """Read the files of a finished run."""
     file, adapter = run.path / EVALUATION, run.path / _ADAPTER
-    evaluated = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    evaluated = read_json(file, "`eval --json` writes it") if file.exists() else {}
     return Result(
         variant=variant,
         seed=seed,

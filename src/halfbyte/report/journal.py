@@ -1,11 +1,12 @@
 """The record of a run: ``journal.jsonl``, one JSON object per line, appended as events happen.
 
 Every line has ``event`` and ``time`` (UTC, ISO 8601). Events are ``note``, ``loaded``, ``begin``,
-``samples``, ``captured``, ``step``, ``fallback``, ``memory``, ``evaluation``, ``saved``, and at the
-end ``finish`` or ``stopped``; a killed run has neither. Lines are passed to the operating system at
-once, so a killed run loses nothing that was reported; only a full disk or a power failure can
-truncate a line, and only the last one. Readers ignore a truncated line. A resumed run removes it,
-together with everything after the checkpoint it resumes from, so that each step occurs once.
+``samples``, ``captured``, ``step``, ``warning``, ``fallback``, ``memory``, ``evaluation``,
+``saved``, and at the end ``finish`` or ``stopped``; a killed run has neither. Lines are passed to
+the operating system at once, so a killed run loses nothing that was reported; only a full disk or a
+power failure can truncate a line, and only the last one. Readers ignore a truncated line. A resumed
+run removes it, together with everything after the checkpoint it resumes from, so that each step
+occurs once.
 
 JSON has no NaN and no infinity. Such a value is written as null, and its text in ``non_finite`` of
 the same line: ``{"loss": null, "non_finite": {"loss": "nan"}}``.
@@ -18,7 +19,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
+from halfbyte.checkpoint.atomic import new_file
 from halfbyte.errors import OutputError
+from halfbyte.foreign_text import to_json
+from halfbyte.input_files import read_file
 
 
 class Journal:
@@ -33,8 +37,12 @@ class Journal:
         self.path = Path(path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            content = read_file(self.path) if self.path.exists() else b""
+            if self.path.is_symlink() or (content and self.path.stat().st_nlink > 1):
+                with new_file(self.path) as copy:  # the file under the other name stays as it is
+                    copy.write(content)
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-            os.ftruncate(self._file, self.path.read_bytes().rfind(b"\n") + 1)
+            os.ftruncate(self._file, content.rfind(b"\n") + 1)
         except OSError as error:
             raise self._cannot_write(error) from error
 
@@ -57,7 +65,7 @@ class Journal:
         line |= record | dict.fromkeys(strange)
         if strange:
             line["non_finite"] = strange
-        left = (json.dumps(line, ensure_ascii=False, allow_nan=False, default=str) + "\n").encode()
+        left = (to_json(line) + "\n").encode()
         try:
             while left:  # a nearly full disk accepts a part before it reports an error
                 left = left[os.write(self._file, left) :]
@@ -68,7 +76,8 @@ class Journal:
         """Truncate the file before the first line about a later step; 0 empties it."""
         end = 0
         for line in self.path.read_bytes().splitlines(keepends=True):
-            if step == 0 or (_parse(line) or {}).get("step", 0) > step:
+            said = (_parse(line) or {}).get("step")
+            if step == 0 or (isinstance(said, int | float) and said > step):
                 break
             end += len(line)
         os.ftruncate(self._file, end)
@@ -93,14 +102,14 @@ def read_journal(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         OSError: The file cannot be read.
     """
-    lines = Path(path).read_bytes().splitlines(keepends=True)
+    lines = read_file(path).splitlines(keepends=True)
     return [record for record in map(_parse, lines) if record is not None]
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """The object on a line; None if the line is truncated."""
+    """The object on a line; None if the line is truncated, or too deeply nested for Python."""
     try:
         record = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None

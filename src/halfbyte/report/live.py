@@ -9,6 +9,7 @@ thread, so that a step costs the loop no more than storing its numbers::
 In a file or a pipe the same numbers are one line per report, without control characters.
 """
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from rich.constrain import Constrain
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
+
+from halfbyte.foreign_text import as_message, printable, shorten
 
 _WIDEST = 100
 _REFRESHES_PER_SECOND = 4
@@ -107,9 +110,11 @@ class Pace:
         self.record = record
         self._tokens += record.get("tokens", 0)
         self._seconds += record.get("seconds", 0.0)
+        self._last = time.monotonic()
+        if not math.isfinite(record["loss"]):  # of a step that was left out
+            return
         self._updates += 1
         self._smoothed = _SMOOTHING * self._smoothed + (1 - _SMOOTHING) * record["loss"]
-        self._last = time.monotonic()
         self._share.append(record["loss"])
         if len(self._share) == self._steps_a_share:
             self.losses.append(fmean(self._share))
@@ -121,7 +126,7 @@ class Pace:
     @property
     def loss(self) -> float:
         """The exponential mean of the losses, with bias correction."""
-        return self._smoothed / (1 - _SMOOTHING**self._updates)
+        return self._smoothed / (1 - _SMOOTHING**self._updates) if self._updates else math.nan
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -168,6 +173,14 @@ class Screen:
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """Show an evaluation."""
+
+    def warning(self, text: str) -> None:
+        """Show that something is wrong."""
+        self.note(f"warning: {text}")
+
+    def stopping(self, text: str) -> None:
+        """Show that the run has been asked to stop."""
+        self.note(text)
 
     def saved(self, path: str | Path) -> None:
         """Show that something is on disk."""
@@ -229,7 +242,7 @@ class PlainScreen(Screen):
         self._line(finish_line(record))
 
     def _line(self, text: str) -> None:
-        print(text.rstrip(), file=self._stream or sys.stderr, flush=True)
+        print(as_message(text.rstrip()), file=self._stream or sys.stderr, flush=True)
 
 
 class LiveScreen(Screen):
@@ -250,7 +263,7 @@ class LiveScreen(Screen):
             expand=True,
         )
         self._tasks = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             bar,
             TaskProgressColumn(),
             console=console,
@@ -259,20 +272,20 @@ class LiveScreen(Screen):
 
     def note(self, text: str) -> None:
         """One line above the display."""
-        self._print(Text(text, style="dim"))
+        self._print(text, "dim")
 
     @contextmanager
     def task(self, description: str, total: int | None) -> Iterator[Callable[[int, int], None]]:
         """A bar during the task, a line at its end."""
         began = time.monotonic()
-        task = self._tasks.add_task(description, total=total)
+        task = self._tasks.add_task(_on_one_line(description), total=total)
         self._show()
         try:
             yield lambda done, total: self._tasks.update(task, completed=done, total=total)
         finally:
             self._tasks.remove_task(task)
             self._hide_if_idle()
-        self._print(Text(f"{description}: {duration(time.monotonic() - began)}", style="dim"))
+        self._print(f"{description}: {duration(time.monotonic() - began)}", "dim")
 
     def begin(self, *, total_steps: int, start_step: int, metadata: dict[str, Any]) -> None:
         """The bar appears."""
@@ -287,20 +300,29 @@ class LiveScreen(Screen):
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """One line above the display."""
-        self._print(Text(evaluation_line(record), style="green"))
+        self._print(evaluation_line(record), "green")
 
     def saved(self, path: str | Path) -> None:
         """One line above the display."""
-        self._print(Text(f"saved {path}", style="dim"))
+        self._print(f"saved {path}", "dim")
+
+    def warning(self, text: str) -> None:
+        """One line above the display that stands out."""
+        self._print(f"warning: {text}", "yellow")
+
+    def stopping(self, text: str) -> None:
+        """One line, and the cursor, since a second signal leaves the terminal as it is."""
+        self._print(text, "bold")
+        self._console.show_cursor(True)
 
     def finish(self, record: dict[str, Any]) -> None:
         """Remove the display and print a line with its last numbers."""
         losses = self._pace.losses if self._pace else []
         self._pace = None
         self._hide_if_idle()
-        self._print(
-            Text.assemble((finish_line(record), "bold"), ("  " + sparkline(losses, 16), "cyan"))
-        )
+        ended, curve = finish_line(record), "  " + sparkline(losses, 16)
+        line = Text.assemble((ended, "bold"), (curve, "cyan"))
+        self._console.print(Constrain(line, _WIDEST))
 
     def close(self) -> None:
         """Stop drawing and show the cursor again."""
@@ -334,8 +356,8 @@ class LiveScreen(Screen):
             overflow="ellipsis",
         )
 
-    def _print(self, line: RenderableType) -> None:
-        self._console.print(Constrain(line, _WIDEST))
+    def _print(self, line: str, style: str) -> None:
+        self._console.print(Constrain(Text(as_message(line), style=style), _WIDEST))
 
     def _show(self) -> None:
         if self._live is None:
@@ -356,6 +378,10 @@ class LiveScreen(Screen):
             self.close()
 
 
+def _on_one_line(text: str) -> str:
+    return printable(shorten(text), lines=False)
+
+
 def evaluation_line(record: dict[str, Any]) -> str:
     """An evaluation in one line."""
     after = f"step {record['step']}, " if "step" in record else ""
@@ -374,6 +400,7 @@ def open_screen(*, quiet: bool = False) -> Screen:
     if quiet:
         return Screen()
     console = Console(stderr=True, highlight=False)
-    if console.is_terminal and not console.is_dumb_terminal:
+    drawable = console.encoding.lower().startswith("utf")  # bars and curves need Unicode
+    if console.is_terminal and not console.is_dumb_terminal and drawable:
         return LiveScreen(console)
     return PlainScreen()

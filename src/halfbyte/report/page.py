@@ -17,6 +17,7 @@ from typing import Any
 
 from halfbyte.checkpoint.atomic import new_file, output_errors
 from halfbyte.errors import OutputError
+from halfbyte.input_files import open_file
 from halfbyte.report.charts import (
     Bar,
     Series,
@@ -30,6 +31,7 @@ from halfbyte.report.charts import (
 from halfbyte.report.live import duration
 from halfbyte.report.runs import Run, mapping, number, read_run, started, texts
 
+_SHOWN_WARNINGS = 8
 _KINDS = {"nf4": "QLoRA, NF4", "fp4": "QLoRA, FP4", "none": "LoRA, 16 or 32 bits"}
 
 
@@ -60,20 +62,28 @@ def write_page(directories: Sequence[str | Path], output: Path) -> Path:
         ConfigError: A directory holds no journal.
         OutputError: The page cannot be written, or another file has its name.
     """
-    if output.exists() and not _is_page(output):
-        raise OutputError(
-            f"{output} is not a page of halfbyte, so it is not replaced: give another file"
-        )
+    require_page(output)
+    # A journal may hold half a surrogate pair, which JSON can say and UTF-8 cannot.
+    content = page([read_run(one) for one in directories]).encode(errors="replace")
     with new_file(output) as file:
-        # A journal may hold half a surrogate pair, which JSON can say and UTF-8 cannot.
-        file.write(page([read_run(one) for one in directories]).encode(errors="replace"))
+        file.write(content)
     return output
 
 
-def _is_page(path: Path) -> bool:
-    """Return whether a file is what `document` returned."""
-    with output_errors(path), path.open("rb") as file:
-        return b"halfbyte</title>" in file.read(4096)
+def require_page(path: Path) -> None:
+    """Check that a page may be written to ``path``: there is no file, or one of `document`.
+
+    Raises:
+        OutputError: There is another file.
+    """
+    if not os.path.lexists(path):
+        return
+    with output_errors(path), open_file(path) as file:
+        ours = b"halfbyte</title>" in file.read(4096)
+    if not ours:
+        raise OutputError(
+            f"{path} is not a page of halfbyte, so it is not replaced: give another file"
+        )
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -90,7 +100,7 @@ def page(runs: Sequence[Run]) -> str:
         section("Where their options differ", _differences(runs)),
         *(
             f"<details><summary><strong>{escape(run.name)}</strong></summary>"
-            f"{_answers(run)}{_data(run)}{_again(run)}{_notes(run)}</details>"
+            f"{_warnings(run)}{_answers(run)}{_data(run)}{_again(run)}{_notes(run)}</details>"
             for run in runs
         ),
     ]
@@ -179,11 +189,21 @@ def _head(run: Run) -> str:
     kind = _KINDS.get(str(begin.get("quant")), "")
     said = [begin.get("model"), kind, begin.get("machine") or begin.get("device"), started(run)]
     state = "" if run.finished else f'<p class="warning" role="status">{escape(run.state)}</p>'
+    state += _warnings(run)
     return (
         f'<header><h1>{escape(run.name)}</h1><p class="soft">'
         + " · ".join(escape(str(one)) for one in said if one)
         + f"</p>{state}{key_figures(_figures(run))}</header>"
     )
+
+
+def _warnings(run: Run) -> str:
+    """The first warnings of a run; the journal has the others."""
+    shown = "".join(
+        f'<p class="warning">{escape(one)}</p>' for one in run.warnings[:_SHOWN_WARNINGS]
+    )
+    more = len(run.warnings) - _SHOWN_WARNINGS
+    return shown + (f'<p class="warning">and {more} more, in the journal</p>' if more > 0 else "")
 
 
 def _overview(runs: Sequence[Run]) -> str:
@@ -282,11 +302,24 @@ def _text(text: str) -> str:
 def _data(run: Run) -> str:
     body = ""
     for name, field in (("Training", "data_verdict"), ("Held out", "held_out_verdict")):
-        lines = texts(mapping(run.begin.get(field)).get("lines"))
-        if lines:
+        report = mapping(run.begin.get(field))
+        if lines := texts(report.get("lines")):
             items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-            body += f'<h3>{name}</h3><ul class="notes">{items}</ul>'
+            body += f'<h3>{name}</h3><ul class="notes">{items}</ul>{_rejected(report)}'
     return section("Data", body)
+
+
+def _rejected(report: dict[str, Any]) -> str:
+    """Every reason for which rows were left out, with their first lines."""
+    found = report.get("rejected")
+    rows = [
+        [str(one.get("reason")), _value(one.get("rows")), ", ".join(texts(one.get("lines")))]
+        for one in map(mapping, found if isinstance(found, list) else [])
+    ]
+    if not rows:
+        return ""
+    listed = table(["reason", "rows", "first lines"], rows, "rows that were left out")
+    return f"<details><summary>Rows left out</summary>{listed}</details>"
 
 
 def _again(run: Run) -> str:

@@ -69,6 +69,7 @@ class Run:
         tokens_per_second: Without the first few steps, which build what later ones reuse.
         samples: For each prompt ``prompt``, ``expected``, and ``answers`` by step.
         notes: Everything that was announced.
+        warnings: What went wrong in its steps.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Run:
     tokens_per_second: float | None = None
     samples: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
@@ -146,6 +148,8 @@ def read_run(directory: str | Path) -> Run:
         raise ConfigError(
             f"{directory} contains no journal of a run: expected {file} ({error.strerror})"
         ) from error
+    if not lines and file.stat().st_size:
+        raise ConfigError(f"{file} is not the journal of a run: no line of it is a JSON object")
     run = Run(name=file.resolve().parent.name, path=file.parent)
     speeds: list[tuple[float, float]] = []
     answers: dict[str, dict[str, Any]] = {}
@@ -153,7 +157,7 @@ def read_run(directory: str | Path) -> Run:
         _take(run, line, speeds, answers)
     run.samples = list(answers.values())
     for activity in (_WHOLE_STEP, *_STEP_PARTS.values(), _REST_OF_STEP):
-        if activity in run.seconds:  # of the steps that were reported, which may be one in many
+        if activity in run.seconds and speeds:  # of the steps reported, which may be one in many
             run.seconds[activity] *= max(1.0, run.steps / len(speeds))
     del speeds[: min(5, len(speeds) // 4)]
     seconds = sum(taken for _, taken in speeds)
@@ -185,6 +189,8 @@ def _take(
         run.state = f"stopped: {line.get('reason')}"
     elif event == "note":
         run.notes.append(str(line.get("text")))
+    elif event == "warning":
+        run.warnings.append(str(line.get("text")))
     elif event == "step" and step is not None:
         for name, curve in run.curves.items():
             if (value := number(line.get(name))) is not None:

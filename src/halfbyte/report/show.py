@@ -9,7 +9,14 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from halfbyte.foreign_text import printable
+
 _WIDEST = 100
+
+
+def _text(value: object, style: str = "") -> Text:
+    """A value as text that neither the terminal nor rich's markup interprets."""
+    return Text(printable(str(value)), style=style)
 
 
 def _console() -> Console:
@@ -24,17 +31,17 @@ def heading(text: str) -> None:
     """Print a heading."""
     console = _console()
     console.print()
-    console.print(Rule(Text(text, style="bold"), align="left", style="dim"))
+    console.print(Rule(_text(text, "bold"), align="left", style="dim"))
 
 
 def paragraph(text: str) -> None:
     """Print a paragraph, wrapped at the terminal's width."""
-    _console().print(Text(text))
+    _console().print(_text(text))
 
 
 def command(text: str) -> None:
     """Print a command on one line, so that it can be copied."""
-    _console().print(Text(f"  {text}", style="cyan"), soft_wrap=True)
+    _console().print(_text(f"  {text}", "cyan"), soft_wrap=True)
 
 
 def answer(prompt: str, texts: Mapping[str, str]) -> None:
@@ -46,7 +53,7 @@ def answer(prompt: str, texts: Mapping[str, str]) -> None:
     """
     console = _console()
     question = Table.grid(padding=(0, 1))
-    question.add_row(Text("›", style="cyan"), Text(prompt, style="bold"))
+    question.add_row(Text("›", style="cyan"), _text(prompt, "bold"))
     console.print()
     console.print(question)
     widest = max(map(len, texts), default=0)
@@ -54,8 +61,8 @@ def answer(prompt: str, texts: Mapping[str, str]) -> None:
     grid.add_column(style="dim", width=widest)
     grid.add_column(overflow="fold")
     for name, text in texts.items():
-        mark = Text(name, style={"✓": "green", "✗": "red"}.get(name, ""))
-        grid.add_row(mark, Text(text.strip() or "(nothing)"))
+        mark = _text(name, {"✓": "green", "✗": "red"}.get(name, ""))
+        grid.add_row(mark, _text(text.strip() or "(nothing)"))
     console.print(Padding(grid, (0, 0, 0, 2), expand=False))
 
 
@@ -63,7 +70,7 @@ def outcome(passed: bool, text: str) -> None:
     """Print the outcome of a test."""
     grid = Table.grid(padding=(0, 1))
     mark = Text("✓", style="green") if passed else Text("✗", style="red")
-    grid.add_row(mark, Text(text))
+    grid.add_row(mark, _text(text))
     _console().print(Padding(grid, (0, 0, 0, 2), expand=False))
 
 
@@ -73,7 +80,7 @@ def table(rows: Mapping[str, Any]) -> None:
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, value in rows.items():
-        grid.add_row(name, Text(str(value)))
+        grid.add_row(_text(name), _text(value))
     _console().print(Padding(grid, (0, 0, 0, 2), expand=False))
 
 
@@ -82,7 +89,7 @@ def columns(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     shown = Table(box=None, padding=(0, 2), header_style="dim")
     for number, head in enumerate(heads):
         # Names stay on one line, and where it is narrow, values break.
-        shown.add_column(head, justify="right" if number else "left", no_wrap=not number)
+        shown.add_column(_text(head), justify="right" if number else "left", no_wrap=not number)
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*map(_text, row))
     _console().print(shown)

@@ -10,6 +10,7 @@ Finished runs are not repeated, and unfinished ones resume from their checkpoint
 """
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -23,7 +24,8 @@ from typing import Any, NamedTuple
 from halfbyte.checkpoint.atomic import new_file, require_writable
 from halfbyte.config.aliases import translate
 from halfbyte.config.schema import TrainConfig, check, load_config, to_yaml
-from halfbyte.errors import ConfigError, HalfbyteError
+from halfbyte.errors import ConfigError, HalfbyteError, Interrupted, OutputError
+from halfbyte.foreign_text import quote
 from halfbyte.report.comparison import (
     EVALUATION,
     Comparison,
@@ -32,7 +34,10 @@ from halfbyte.report.comparison import (
     finished_run,
     read_result,
 )
-from halfbyte.report.runs import Run, number, read_run
+from halfbyte.report.page import require_page
+from halfbyte.report.rejected import REJECTED_NAME
+from halfbyte.report.runs import Run, mapping, number, read_run
+from halfbyte.runtime.signals import first_signal
 
 KNOWN: dict[str, dict[str, Any]] = {
     "lora": {"quant": "none"},
@@ -45,6 +50,8 @@ KNOWN: dict[str, dict[str, Any]] = {
 _SECONDS_BETWEEN_LOOKS = 0.5
 
 Progress = Callable[[int, int], None]
+
+logger = logging.getLogger("halfbyte")
 
 
 class Variant(NamedTuple):
@@ -74,11 +81,11 @@ def parse_variants(names: Sequence[str]) -> list[Variant]:
                 options |= KNOWN[option]
             else:
                 problems.append(
-                    f"`variants`: {word!r} is not known; expected {', '.join(KNOWN)}, an option "
-                    "such as r=64, or several joined by +"
+                    f"`variants`: {quote(word)} is not known; expected {', '.join(KNOWN)}, an "
+                    "option such as r=64, or several joined by +"
                 )
         if any(variant.name == name for variant in found):
-            problems.append(f"`variants`: {name!r} is given twice")
+            problems.append(f"`variants`: {quote(name)} is given twice")
         found.append(Variant(name, options))
     if problems or not found:
         raise ConfigError("; ".join(problems) or "`variants` names nothing to train")
@@ -150,6 +157,14 @@ def jobs(
     return found
 
 
+def rows_left_out(job: Job) -> str | None:
+    """Return a sentence on the rows of the data that a finished run left out; None if none."""
+    begin = read_run(job.config.output).begin
+    verdicts = [mapping(begin.get(name)) for name in ("data_verdict", "held_out_verdict")]
+    count = sum((number(v.get("rows")) or 0) - (number(v.get("usable")) or 0) for v in verdicts)
+    return f"{count:,.0f} rows left out: {job.config.output / REJECTED_NAME}" if count else None
+
+
 def _directory(name: str) -> str:
     return "".join(c if c.isalnum() or c in "._+=-" else "_" for c in name)
 
@@ -160,7 +175,7 @@ def _require_same(job: Job) -> None:
     now = job.config.model_dump(mode="json")
     places = {"output", "memory_budget", "save_steps", "save_total_limit", "logging_steps"}
     changed = [
-        f"{name} was {before[name]!r}, is {value!r}"
+        f"{name} was {quote(before[name])}, is {quote(value)}"
         for name, value in now.items()
         if name not in places and before[name] != value
     ]
@@ -219,13 +234,19 @@ def _process(
     with open(job.log, "ab") as log, open(answer, "wb") as out:
         began = log.tell()
         call = [sys.executable, "-m", *words]
-        with subprocess.Popen(call, stdout=out, stderr=log, env=os.environ) as process:
+        # In its own process group, so that Ctrl-C reaches it through `_end` only, and once.
+        with subprocess.Popen(
+            call, stdout=out, stderr=log, env=os.environ, process_group=0
+        ) as process:
             try:
                 while process.returncode is None:
                     with suppress(subprocess.TimeoutExpired):
                         process.wait(_SECONDS_BETWEEN_LOOKS)
                     if progress is not None:
                         progress(*_steps(job.config.output))
+            except Interrupted as interrupted:
+                _end(process, interrupted.signal)
+                raise
             except BaseException:
                 process.kill()
                 raise
@@ -246,6 +267,17 @@ def _process(
     return output, f"{errors[-1] if errors else last}; see {job.log}"
 
 
+def _end(process: "subprocess.Popen[bytes]", number: int) -> None:
+    """Pass a signal on to a run, which finishes its step and saves; a second one kills it."""
+    logger.warning(
+        "stopping: the run finishes its step and saves first; a second signal ends it at once. "
+        "The same command goes on from there"
+    )
+    process.send_signal(number)
+    with first_signal(lambda _: process.kill()):
+        process.wait()
+
+
 def _steps(directory: Path) -> tuple[int, int]:
     try:
         going = read_run(directory)
@@ -262,6 +294,21 @@ def first_runs(done: Sequence[Job]) -> Iterator[Run]:
             named.add(job.variant)
             one.name = job.variant
             yield one
+
+
+def require_free(output: Path) -> None:
+    """Check, before anything is trained, that `write_results` will replace no file of others.
+
+    Raises:
+        OutputError: It would.
+    """
+    table, page = output / "compare.json", output / "compare.html"
+    require_page(page)
+    if table.exists() and not page.exists():
+        raise OutputError(
+            f"{table} was not written by a comparison, so it is not replaced: move it, or give "
+            "another --output"
+        )
 
 
 def write_results(
@@ -291,10 +338,10 @@ def write_results(
         if job.finished()
     }
     page = comparison_page(found, runs if curves else [], title, about, links)
-    with new_file(output / "compare.json") as file:
-        file.write(json.dumps(found.as_json(), indent=2, ensure_ascii=False).encode())
     with new_file(output / "compare.html") as file:
         file.write(page.encode(errors="replace"))
+    with new_file(output / "compare.json") as file:
+        file.write(json.dumps(found.as_json(), indent=2).encode())
 
 
 def require_results(found: Comparison) -> None:

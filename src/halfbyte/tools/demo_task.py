@@ -22,7 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
+from halfbyte.checkpoint.atomic import new_file
 from halfbyte.errors import OutputError
+from halfbyte.input_files import open_file
 
 SYSTEM = "Turn the order into one line of YAML."
 """The system message: it says what is wanted, and leaves the keys to be learned."""
@@ -154,10 +156,15 @@ def write_task(
     The held-out orders are the same for every seed, so that accuracies can be compared.
 
     Raises:
-        OutputError: The directory cannot be made or written.
+        OutputError: The directory cannot be made or written, or holds other files of these names.
     """
     folder = Path(directory)
     files = TaskFiles(folder / "orders.train.jsonl", folder / "orders.test.jsonl")
+    for path in (files.train, files.test):
+        if path.exists() and not _is_task(path):
+            raise OutputError(
+                f"{path} was not written by the demo, so it is not replaced: give another --output"
+            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path, orders in (
@@ -165,10 +172,20 @@ def write_task(
             (files.test, make_orders(HELD_OUT, test, seed=0)),
         ):
             rows = [json.dumps({"messages": order.messages}) for order in orders]
-            path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+            with new_file(path) as file:
+                file.write(("\n".join(rows) + "\n").encode())
     except OSError as error:
         raise OutputError(f"The task cannot be written to {folder}: {error.strerror}.") from error
     return files
+
+
+def _is_task(path: Path) -> bool:
+    try:
+        with open_file(path) as file:
+            row = json.loads(file.readline(10_000))
+            return bool(row["messages"][0]["content"] == SYSTEM)
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        return False
 
 
 TRAINING = Vocabulary(

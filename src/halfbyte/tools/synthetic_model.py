@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from halfbyte.config.schema import TrainConfig, load_config
 from halfbyte.engine.choose import choose_engine
 from halfbyte.engine.packing import Batch
 from halfbyte.errors import UserError
+from halfbyte.foreign_text import as_message
+from halfbyte.layers.multimodal import build_decoder
 from halfbyte.layers.vocabulary import embedding_to_host
 from halfbyte.linear.lora import adapter_parameters, attach
 from halfbyte.models.build import build, finalize, load_tensor
@@ -29,6 +30,7 @@ from halfbyte.runtime.malloc import keep_freed_memory
 from halfbyte.runtime.precision import choose_device_and_dtype
 from halfbyte.train import metadata
 from halfbyte.train.loading import lora_of, recipe_of
+from halfbyte.train.output import claim_output
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.trainer import StepResult, Trainer
 
@@ -52,8 +54,7 @@ def run(config: TrainConfig, report: "RunReport") -> None:
     began = time.perf_counter()
     model = build(architecture, recipe_of(config, dtype, device))
     torch.manual_seed(config.seed)
-    with torch.device("meta"):
-        shapes = AutoModelForCausalLM.from_config(architecture)
+    shapes = build_decoder(architecture)
     for name, parameter in shapes.named_parameters():  # a tied head is not among them
         load_tensor(model, name, _random(tuple(parameter.shape), dtype, device))
     base_report = finalize(model)
@@ -127,10 +128,10 @@ def main(file: str) -> int:
     """Run a configuration file; return the exit code."""
     try:
         config, _ = load_config(Path(file), {})
-        with open_report(config.output) as report:
+        with open_report(config.output) as report, claim_output(config):
             run(config, report)
     except UserError as error:
-        print(f"halfbyte compare: {error}", file=sys.stderr)
+        print(as_message(f"halfbyte compare: {error}"), file=sys.stderr)
         return 2
     return 0
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,6 +21,7 @@ from halfbyte.engine.choose import choose_engine
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.packing import Batch
 from halfbyte.models.generate import generate
+from halfbyte.train.metadata import dataset_report
 
 # Micro-batches on a CPU, and tokens on a GPU, that go through a layer together: it is decoded once
 # for all of them, and this many tokens keep a GPU busy.
@@ -41,6 +43,7 @@ class EvalResult:
         exact_match: Fraction of cases answered exactly, or None if no answers were generated.
         cases: Number of cases that were answered.
         samples: For each case ``prompt``, ``expected`` and ``got``.
+        data: The report on the data, as in a run's journal.
     """
 
     loss: float
@@ -49,6 +52,7 @@ class EvalResult:
     exact_match: float | None
     cases: int
     samples: list[dict[str, str]]
+    data: dict[str, Any]
 
 
 def as_batch(batch: MicroBatch) -> Batch:
@@ -102,6 +106,7 @@ def evaluate(
     exact_match: bool = True,
     max_new_tokens: int = 256,
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> EvalResult:
     """Evaluate a model on a data file.
 
@@ -115,12 +120,16 @@ def evaluate(
         exact_match: Whether to generate answers and compare them with the expected ones.
         max_new_tokens: Longest answer, in tokens.
         progress: Called with (done, total), in examples; an answered example counts twice.
+        note: Called with each line of the report on the data, before the model is run.
 
     Raises:
         DataError: If there is nothing usable in ``data``.
     """
     device = model.device
     dataset = load_dataset(data, tokenizer, max_length=max_length, train_on=train_on)
+    if note is not None:
+        for line in dataset.report.lines():
+            note(line)
     cases = [row for row in dataset.rows if exact_match and row.text is None]
     total = len(dataset.examples) + len(cases)
 
@@ -152,4 +161,5 @@ def evaluate(
         exact_match=right / len(samples) if samples else None,
         cases=len(samples),
         samples=samples,
+        data=dataset_report(dataset),
     )

@@ -18,6 +18,8 @@ from halfbyte.checkpoint.identity import differences
 from halfbyte.checkpoint.peft import LoadedAdapter, load_adapter
 from halfbyte.config.schema import TrainConfig
 from halfbyte.errors import CheckpointError
+from halfbyte.foreign_text import quote
+from halfbyte.layers.multimodal import removed_modules
 from halfbyte.linear.lora import LoRAConfig
 from halfbyte.models.build import BaseRecipe
 from halfbyte.runtime.precision import choose_device_and_dtype
@@ -51,7 +53,7 @@ class Loading:
         tokenizer: PreTrainedTokenizerBase | None = None,
         cache: bool = False,
     ) -> None:
-        self._name, self.seconds = source.name, 0.0
+        self._name, self._left_out, self.seconds = source.name, source.left_out, 0.0
         self._load = partial(
             load_base,
             source,
@@ -79,8 +81,9 @@ class Loading:
             return self._timed() if self._loaded is None else self._loaded.result()
         with report.task(f"loading {self._name}") as self._progress:
             base = self._timed() if self._loaded is None else self._loaded.result()
-        for line in base.memory_report.lines():
-            report.note(line)
+        for line in (self._left_out, *base.memory_report.lines()):
+            if line is not None:
+                report.note(line)
         return base
 
     def _timed(self) -> LoadedBase:
@@ -151,8 +154,9 @@ def open_model(
     loaded = None if adapter is None else load_adapter(adapter)
     if loaded is not None:
         # Checked now, before gigabytes are read.
-        modules = source.skeleton.named_modules()
-        loaded.require_layers([path for path, m in modules if isinstance(m, nn.Linear)])
+        skeleton = source.skeleton
+        linears = [path for path, m in skeleton.named_modules() if isinstance(m, nn.Linear)]
+        loaded.require_layers(linears, removed_modules(skeleton))
     recipe = BaseRecipe(
         quant,
         double_quant,
@@ -178,7 +182,8 @@ def _compare(adapter: LoadedAdapter, base: LoadedBase, *, allow_mismatch: bool) 
     if not found:
         return
     message = (
-        f"the adapter was trained on {adapter.base_name!r}, this model differs: {'; '.join(found)}"
+        f"the adapter was trained on {quote(adapter.base_name)}, this model differs: "
+        f"{'; '.join(found)}"
     )
     if not allow_mismatch:
         raise CheckpointError(

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from halfbyte.errors import CheckpointError, NonFiniteLossError
+from halfbyte.foreign_text import quote
 
 # The largest gradient of a token, 45, becomes 1440, a factor of 45 below the limit.
 FIRST = 2.0**5
@@ -101,12 +102,13 @@ class LossScale:
             CheckpointError: If ``state`` is invalid.
         """
         match state:
-            case {"factor": float(factor), "clean": int(clean), "skipped": int(skipped)}:
+            case {"factor": float(factor), "clean": int(clean), "skipped": int(skipped)} if (
+                clean >= 0 and skipped >= 0
+            ):
                 pass
             case _:
                 raise CheckpointError(
-                    "expected a loss scale (factor, clean and skipped updates), "
-                    f"got {dict(state)!r}"
+                    f"expected a loss scale (factor, clean and skipped updates), got {quote(state)}"
                 )
         if not LEAST <= factor <= LARGEST:
             raise CheckpointError(

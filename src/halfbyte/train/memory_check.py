@@ -16,6 +16,9 @@ import torch
 from torch import nn
 
 from halfbyte.checkpoint.base_model import BaseSource
+from halfbyte.data import MicroBatch
+from halfbyte.engine.autograd import AutogradEngine
+from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.models.build import BaseRecipe
 from halfbyte.plan.ledger import Holding, Ledger, OptimizerMode, Run, ledger
 from halfbyte.plan.model_shape import ModelShape, shape_of
@@ -197,3 +200,11 @@ class Prediction:
             return self._measured
         # Not measured, since the buffers would count towards the peak.
         return gpu_of_driver(self._run.gpu.name)
+
+
+def sizes_of(engine: LayerEngine | AutogradEngine, batches: Sequence[MicroBatch]) -> dict[str, Any]:
+    """Return the lengths of a step's sequences in attention, and the sizes of its parts."""
+    if not (isinstance(engine, LayerEngine) and engine.packs):
+        return {"lengths": [n for b in batches for n in [b.input_ids.shape[1]] * len(b.lengths)]}
+    lengths = [int(n) for batch in batches for n in batch.lengths]
+    return {"lengths": lengths, "parts": engine.part_sizes(lengths)}

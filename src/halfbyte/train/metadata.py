@@ -22,6 +22,8 @@ from halfbyte.models.generate import generate
 from halfbyte.runtime import device as devices
 from halfbyte.version import __version__
 
+_LINES_LISTED = 100  # of the rows rejected for one reason, in the journal
+
 _PACKAGES = ("torch", "transformers", "triton")
 
 # Limits of sample prompts and answers, in tokens.
@@ -71,6 +73,11 @@ def dataset_report(dataset: Dataset) -> dict[str, Any]:
         "tokens": report.tokens,
         "supervised_tokens": report.supervised_tokens,
         "longest": report.longest,
+        "formats": dict(report.formats),
+        "rejected": [
+            {"reason": reason, "rows": len(lines), "lines": lines[:_LINES_LISTED]}
+            for reason, lines in report.rejected.items()
+        ],
         "lines": report.lines(),
     }
 

@@ -13,6 +13,7 @@ from halfbyte.checkpoint.run_state import RunState, latest_run, load_run
 from halfbyte.config.schema import TrainConfig
 from halfbyte.data import Dataset
 from halfbyte.errors import CheckpointError, ConfigError, OutputError
+from halfbyte.foreign_text import quote
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
@@ -24,6 +25,7 @@ _FREE_TO_CHANGE = {
     "save_steps",
     "save_total_limit",
     "logging_steps",
+    "on_nonfinite",
     "eval_data",
     "eval_steps",
     "activations",
@@ -93,11 +95,11 @@ def _options(config: TrainConfig) -> dict[str, Any]:
     return options
 
 
-def check_same_run(resumed: RunState, identity: dict[str, Any]) -> None:
+def check_same_run(resumed: RunState, identity: dict[str, Any], total_steps: int) -> None:
     """Refuse to resume with another base model, other data or other options.
 
     Raises:
-        CheckpointError: The base model or the data has changed.
+        CheckpointError: The base model or the data has changed, or the state is not of a run.
         ConfigError: Options on which the result depends have changed; all are named.
     """
     for what in ("base", "data"):
@@ -108,13 +110,20 @@ def check_same_run(resumed: RunState, identity: dict[str, Any]) -> None:
             )
     # An option added since the run began had its default value.
     defaults = _options(TrainConfig.model_validate({"model": "-", "data": "-", "output": "-"}))
-    before, now = defaults | resumed.progress.get("options", {}), identity["options"]
+    options = resumed.progress.get("options", {})
+    if not isinstance(options, dict):
+        raise CheckpointError(f"the checkpoint's options: expected a mapping, got {quote(options)}")
+    before, now = defaults | options, identity["options"]
     changed = [
-        f"{name} was {before.get(name)!r}, is {value!r}"
+        f"{name} was {quote(before.get(name))}, is {quote(value)}"
         for name, value in now.items()
         if before.get(name) != value
     ]
     if changed:
         raise ConfigError(
             "a resumed run must keep its original options:\n  " + "\n  ".join(changed)
+        )
+    if resumed.step > total_steps:
+        raise CheckpointError(
+            f"the checkpoint is of step {resumed.step}, and the run has only {total_steps} steps"
         )

@@ -5,16 +5,14 @@ Nothing is written into the output directory until data and model have been chec
 
 A checkpoint contains the adapter, the optimizer state and the step; the order of the data, the
 learning rate and the dropout masks are functions of the step and the seed. So on a CPU a resumed
-run is identical to an uninterrupted one, byte for byte.
+run is identical to an uninterrupted one, byte for byte, also if it was stopped (train/stopping.py).
 """
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
@@ -22,12 +20,10 @@ from transformers import PreTrainedTokenizerBase
 
 from halfbyte.checkpoint.atomic import new_file, require_writable
 from halfbyte.checkpoint.base_model import BaseSource, LoadedBase, open_base
-from halfbyte.checkpoint.identity import identity_of
-from halfbyte.checkpoint.peft import save_adapter, write_card
-from halfbyte.checkpoint.run_state import RunState, save_run
+from halfbyte.checkpoint.peft import save_adapter
+from halfbyte.checkpoint.run_state import RunState
 from halfbyte.config.schema import TrainConfig, to_yaml
-from halfbyte.data import Dataset, Example, MicroBatch, load_dataset, steps
-from halfbyte.data.batching import StepPlan
+from halfbyte.data import Dataset, MicroBatch, load_dataset
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.choose import choose_engine
 from halfbyte.engine.layerwise import LayerEngine
@@ -40,30 +36,40 @@ from halfbyte.engine.memory_policy import (
     used_memory,
 )
 from halfbyte.engine.packing import Batch
-from halfbyte.errors import OutOfMemoryError
+from halfbyte.errors import Interrupted, OutOfMemoryError, RunStopped
 from halfbyte.layers.vocabulary import embedding_to_host
-from halfbyte.linear.lora import adapter_parameters, adapter_state, attach, load_adapter_state
+from halfbyte.linear.lora import (
+    adapter_parameters,
+    adapter_state,
+    attach,
+    exact_targets,
+    load_adapter_state,
+)
+from halfbyte.models.support import require_trainable
+from halfbyte.report.journal import read_journal
+from halfbyte.report.rejected import write_rejected
 from halfbyte.runtime.device import is_out_of_memory
 from halfbyte.runtime.malloc import give_back, keep_freed_memory
 from halfbyte.runtime.matmul import float32_library
 from halfbyte.runtime.precision import choose_device_and_dtype, deterministic
 from halfbyte.train import metadata
 from halfbyte.train.evaluate import as_batch, evaluate_loss
-from halfbyte.train.loading import Loading, lora_of, recipe_metadata, recipe_of
-from halfbyte.train.memory_check import FIRST_LOOK, Prediction
+from halfbyte.train.loading import Loading, lora_of, recipe_of
+from halfbyte.train.loss_watch import LossWatch
+from halfbyte.train.memory_check import FIRST_LOOK, Prediction, sizes_of
+from halfbyte.train.nonfinite import NonFiniteSteps, rows_in_words
+from halfbyte.train.output import claim_output
+from halfbyte.train.plausibility import implausible
 from halfbyte.train.qera import begin_with_error, require_plain
 from halfbyte.train.resume import check_same_run, identity_of_run, resume_from
-from halfbyte.train.saving import CheckpointWriter
+from halfbyte.train.run_steps import RunSteps
+from halfbyte.train.saving import Checkpoints, CheckpointWriter
 from halfbyte.train.schedule import Schedule
+from halfbyte.train.stopping import StopRequest
 from halfbyte.train.trainer import StepResult, Trainer
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
-
-SAVES_PER_RUN = 10  # if save_steps is not given
-
-# In a long run, the lengths of this many steps, or of one epoch, determine the shapes of its parts.
-_LOOK_AHEAD = 4096
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ class TrainResult:
         peak_memory_bytes: Peak of the process (on a GPU: of allocations in training).
         seconds: Time spent in steps, by this call.
         tokens_per_second: Tokens, without padding, divided by that time.
+        skipped_steps: Steps left out, because their loss or a gradient was not finite.
     """
 
     adapter_dir: Path
@@ -85,67 +92,34 @@ class TrainResult:
     peak_memory_bytes: int
     seconds: float
     tokens_per_second: float
+    skipped_steps: int = 0
 
 
-class _Steps:
-    """The micro-batches of any step of the run, as a function of its number."""
-
-    def __init__(self, examples: Sequence[Example], config: TrainConfig, pad_id: int) -> None:
-        self._examples, self._config, self._pad_id = examples, config, pad_id
-        self.per_epoch = len(self._epoch(0))
-        asked = math.ceil(config.epochs * self.per_epoch)
-        self.total = config.max_steps if config.max_steps is not None else max(1, asked)
-        self._held: tuple[int, StepPlan] | None = None
-
-    def _epoch(self, epoch: int) -> StepPlan:
-        return steps(
-            self._examples,
-            batch_size=self._config.batch_size,
-            gradient_accumulation_steps=self._config.gradient_accumulation_steps,
-            seed=self._config.seed,
-            epoch=epoch,
-            pad_id=self._pad_id,
-        )
-
-    def __getitem__(self, step: int) -> list[MicroBatch]:
-        epoch, index = divmod(step, self.per_epoch)
-        return self._of_epoch(epoch)[index]
-
-    def lengths(self) -> list[list[list[int]]]:
-        """Return the tokens of each example, by step and micro-batch.
-
-        Of the whole run, or of its first epoch or `_LOOK_AHEAD` steps, whichever is more.
-        """
-        found = []
-        for step in range(min(self.total, max(self.per_epoch, _LOOK_AHEAD))):
-            epoch, index = divmod(step, self.per_epoch)
-            found.append(self._of_epoch(epoch).lengths(index))
-        return found
-
-    def _of_epoch(self, epoch: int) -> StepPlan:
-        if self._held is None or self._held[0] != epoch:
-            self._held = (epoch, self._epoch(epoch))
-        return self._held[1]
-
-
-def train(config: TrainConfig, report: "RunReport") -> TrainResult:
+def train(config: TrainConfig, report: "RunReport", stop: StopRequest | None = None) -> TrainResult:
     """Fine-tune, from a configuration to an adapter on disk.
 
     Args:
         config: The options.
         report: Where to log.
+        stop: Lets another thread or a signal handler stop the run after a step.
 
     Raises:
         UserError: For errors the user can fix; no incomplete output is left behind.
         NonFiniteLossError: If training diverges; the last checkpoint is kept.
+        RunStopped: If ``stop`` was requested; the steps that were made are saved.
     """
+    with claim_output(config):
+        return _train(config, report, stop or StopRequest())
+
+
+def _train(config: TrainConfig, report: "RunReport", stop: StopRequest) -> TrainResult:
     existed = config.output.exists()
     output = require_writable(config.output)
     try:
         device, dtype, why = choose_device_and_dtype(config.device, config.compute_dtype)
         limit = memory_limit(device, config.memory_budget)
         with deterministic(config.deterministic), limit:
-            run = _Run(config, output, report, device, dtype)
+            run = _Run(config, output, report, stop, device, dtype)
             run.load(why)
             run.attach()
             run.fit()
@@ -164,12 +138,13 @@ class _Run:
     tokenizer: PreTrainedTokenizerBase
     dataset: Dataset
     held_out: Dataset | None
-    plan: _Steps
+    plan: RunSteps
     identity: dict[str, Any]
     base: LoadedBase
     parameters: dict[str, nn.Parameter]
     engine: LayerEngine | AutogradEngine
     trainer: Trainer
+    checkpoints: Checkpoints
     memory: MemoryPlan
     prediction: Prediction
 
@@ -178,14 +153,16 @@ class _Run:
         config: TrainConfig,
         output: Path,
         report: "RunReport",
+        stop: StopRequest,
         device: str,
         dtype: torch.dtype,
     ) -> None:
-        self.config, self.output, self.report = config, output, report
+        self.config, self.output, self.report, self.stop = config, output, report, stop
         self.device, self.dtype = device, dtype
         self.lora = lora_of(config)
         self.resumed: RunState | None = None
-        self.start = 0
+        self.start = self.done = 0  # steps made before, and in all
+        self.evaluated = 0  # the step after which held-out data was evaluated last
         self.embedding_on_host = False
         self.process_bytes: int | None = None
         self.loss, self.seconds, self.tokens = math.nan, 0.0, 0
@@ -200,6 +177,7 @@ class _Run:
         self.resumed = resume_from(config, self.output, report)
         report.track(config.report_to)
         self.source = open_base(config.model, revision=config.revision)
+        require_trainable(self.source.skeleton, self.lora)
         if config.init_lora_weights == "qera":
             require_plain(self.source)
         self.tokenizer = self.source.tokenizer()
@@ -221,13 +199,16 @@ class _Run:
         self.held_out = None
         if config.eval_data:
             self.held_out = _read(config.eval_data, self.tokenizer, config, self.report)
-        self.plan = _Steps(self.dataset.examples, config, self.tokenizer.pad_token_id or 0)
+        self.plan = RunSteps(self.dataset.examples, config, self.tokenizer.pad_token_id or 0)
+        examples, model_config = self.dataset.examples, self.source.config
+        for line in implausible(config, examples, self.plan.total, model_config):
+            self.report.note(line)
         lengths = self.plan.lengths()
         self.shapes = [[(len(batch), batch[0]) for batch in step] for step in lengths]
         self.lengths = [[n for batch in step for n in batch] for step in lengths]
         self.identity = identity_of_run(config, self.source, self.dataset)
         if self.resumed is not None:
-            check_same_run(self.resumed, self.identity)
+            check_same_run(self.resumed, self.identity, self.plan.total)
 
     def _prepare_cpu(self) -> None:
         if self.dtype == torch.float32:
@@ -242,6 +223,8 @@ class _Run:
         """Attach the adapters, and choose the engine and the trainer."""
         config, report, model = self.config, self.report, self.base.model
         adapted = attach(model, self.lora, seed=config.seed)
+        targets = exact_targets(model, adapted, self.lora.target_modules)
+        self.lora = replace(self.lora, target_modules=targets)
         self.parameters = adapter_parameters(model)
         names = [name for name in self.parameters if ".lora_" not in name]
         whole = dict.fromkeys(name.split(".")[-2] for name in names)
@@ -269,10 +252,26 @@ class _Run:
         if config.optim != "adamw":
             report.note(self.trainer.optimizer.describe())
         self.clock = metadata.StepClock(self.trainer.optimizer, self.engine, self.device)
+        self.checkpoints = Checkpoints(
+            config, self.base, self.lora, self.trainer, self.writer, self.identity, self.plan.total
+        )
+        self.watch = LossWatch(config.learning_rate)
+        self.nonfinite = self.trainer.on_nonfinite = NonFiniteSteps(
+            config,
+            self.engine,
+            self.parameters,
+            checkpoints=self.checkpoints,
+            save=self.save,
+            lines=self._lines,
+            report=report,
+        )
         if self.resumed is not None:
             load_adapter_state(model, self.resumed.adapter)
             self.trainer.load_progress(self.resumed.progress)
-            self.start = self.resumed.step
+            self.start = self.done = self.resumed.step
+            self.checkpoints.saved = self.start
+            self.nonfinite.load(self.resumed.progress.get("nonfinite", self.nonfinite.state()))
+            self.evaluated = self.resumed.progress.get("evaluated", self.start)
 
     @property
     def trained(self) -> int:
@@ -305,7 +304,7 @@ class _Run:
         )
 
     def begin(self) -> None:
-        """Write config.yaml and the first line of the journal."""
+        """Write config.yaml, rejected.jsonl and the first line of the journal."""
         config, recipe = self.config, self.base.model.halfbyte_recipe
         with new_file(self.output / "config.yaml") as file:
             file.write(to_yaml(config).encode())
@@ -332,8 +331,13 @@ class _Run:
             }
             | metadata.options(config),
         )
+        reports = [one.report for one in (self.dataset, self.held_out) if one is not None]
+        if rejected := write_rejected(self.output, reports):
+            self.report.note(f"every row left out, with its line and the reason: {rejected}")
+        journal = self.output / "journal.jsonl"
+        if self.resumed is not None and journal.exists():
+            self.watch.replay(read_journal(journal))
         self.samples = metadata.Samples(self.held_out or self.dataset, config.samples)
-        self.save_every = config.save_steps or max(1, math.ceil(self.plan.total / SAVES_PER_RUN))
 
     # --- steps ----------------------------------------------------------------------------------
 
@@ -345,22 +349,74 @@ class _Run:
         self._capture()
         self.report_engine()
         with self.writer:
+            self._make_steps()
             try:
-                trainer.train(range(self.start, total), self.batches_of, self.finished)
-            except OutOfMemoryError:
-                self.report_engine()
-                if trainer.steps_made and not trainer.updating:
-                    self.save(self.start + trainer.steps_made)
+                trainer.release()
+                self.evaluate(total)
+                state, card = adapter_state(self.base.model), self.checkpoints.card
+                save_adapter(self.output, state, self.lora, tokenizer=self.tokenizer, **card)
+                report.saved(self.output)
+                self.sample(total)
+            except Interrupted:
+                again = self.checkpoints.resume_command
+                report.note(f"all steps are saved; to finish the run: {again}")
                 raise
-            trainer.release()
-            self.evaluate(total)
-            state = adapter_state(self.base.model)
-            save_adapter(self.output, state, self.lora, tokenizer=self.tokenizer, **self.card)
-            report.saved(self.output)
-            self.sample(total)
         if self.start < total:
             self._compare_memory(total)
         return self._finish()
+
+    def _make_steps(self) -> None:
+        """Make the remaining steps.
+
+        Raises:
+            RunStopped: A stop was requested.
+        """
+        trainer, total, stop = self.trainer, self.plan.total, self.stop
+        if self.config.on_nonfinite == "rewind" and self.checkpoints.saved is None:
+            trainer.optimizer.allocate()  # its state is part of a checkpoint
+            self.save(0)  # to rewind to
+        with stop.between_steps(self._announce_stop):
+            if self._evaluates_after(self.start) and self.evaluated != self.start:
+                self.evaluate(self.start)  # it was stopped before that
+            try:
+                trainer.train(
+                    range(self.start, total),
+                    self.batches_of,
+                    self.finished,
+                    stopped=lambda: stop.requested,
+                )
+            except OutOfMemoryError:
+                self.report_engine()
+                if not trainer.updating:
+                    self._save_made()
+                raise
+        if stop.requested:
+            self._end_stopped()
+
+    def _announce_stop(self) -> None:
+        step = min(self.done + 1, self.plan.total)
+        self.report.stopping(
+            f"stopping: step {step} is finished and saved first; a second signal ends at once"
+        )
+
+    def _end_stopped(self) -> NoReturn:
+        """Save the steps that were made, and say how to go on.
+
+        Raises:
+            RunStopped: Always.
+            OutputError: The checkpoint cannot be written.
+        """
+        self._save_made()
+        self.writer.wait()
+        made = "stopped before its first step. To start again"
+        if self.done:
+            made = f"stopped after step {self.done} of {self.plan.total}, which is saved. To go on"
+        raise RunStopped(f"{made}: {self.checkpoints.resume_command}", self.stop.signal)
+
+    def _save_made(self) -> None:
+        """Save the steps made since the last checkpoint, if there are any."""
+        if self.done > (self.checkpoints.saved or 0):
+            self.save(self.done)
 
     def _capture(self) -> None:
         began, engine, report = time.perf_counter(), self.engine, self.report
@@ -378,13 +434,17 @@ class _Run:
             peak_memory_bytes=peak_memory(self.device),
             seconds=self.seconds,
             tokens_per_second=self.tokens / self.seconds if self.seconds else 0.0,
+            skipped_steps=self.nonfinite.skipped,
         )
+        if skipped := outcome.skipped_steps:
+            self.report.note(f"{skipped} of {outcome.steps} steps were left out as not finite")
         self.report.finish(
             {
                 "steps": outcome.steps,
                 "seconds": outcome.seconds,
                 "final_loss": None if math.isnan(self.loss) else self.loss,
                 "tokens_per_second": outcome.tokens_per_second,
+                "skipped_steps": outcome.skipped_steps,
             }
             | metadata.memory_now(self.device)
         )
@@ -399,12 +459,14 @@ class _Run:
         """Log a finished step (0-based); evaluate and save if due."""
         batches, done, config = self._batches.pop(step), step + 1, self.config
         times = self.clock.seconds()
-        self.loss, self.seconds = result.loss, self.seconds + result.seconds
+        self.seconds += result.seconds
+        if math.isfinite(result.loss):
+            self.loss = result.loss
         self.tokens += sum(batch.tokens for batch in batches)
         self.prediction.see(
             (batch.input_ids.shape for batch in batches),
             result.seconds,
-            **_sizes(self.engine, batches),
+            **sizes_of(self.engine, batches),
         )
         self.report_engine()
         self.writer.look()
@@ -413,10 +475,27 @@ class _Run:
             self._compare_memory(done)
         if done % config.logging_steps == 0 or last:
             self.report.step(self._record(done, result, batches, times))
-        if config.eval_steps and done % config.eval_steps == 0 and not last:
+        self.done = done
+        if not result.skipped:
+            self._watch(done, result)
+        if self._evaluates_after(done):
             self.evaluate(done)
-        if done % self.save_every == 0 or last:
+        if self.checkpoints.due(done):
             self.save(done)
+
+    def _watch(self, done: int, result: StepResult) -> None:
+        """Warn of a loss that a healthy run does not have."""
+        found = self.watch.see(result.loss, result.grad_norm, result.learning_rate)
+        if found is not None:
+            text = f"step {done}: {found.text}"
+            if found.kind == "spike":
+                lines = [line for lines in self._lines(done - 1) for line in lines]
+                text += f" ({rows_in_words(lines, self.config.data)})"
+            self.report.warning(done, found.kind, text)
+
+    def _lines(self, step: int) -> list[list[str]]:
+        """Return the lines of the rows of a step (0-based) in the data, by micro-batch."""
+        return [[self.dataset.rows[row].line for row in rows] for rows in self.plan.rows(step)]
 
     def _record(
         self, done: int, result: StepResult, batches: list[MicroBatch], times: dict[str, float]
@@ -473,12 +552,26 @@ class _Run:
         else:
             self.report.record("samples", answers)
 
+    def _evaluates_after(self, step: int) -> bool:
+        every = self.config.eval_steps
+        return every is not None and 0 < step < self.plan.total and step % every == 0
+
     def evaluate(self, step: int) -> None:
-        """Measure the loss on held-out data, if there is any."""
+        """Measure the loss on held-out data, if there is any.
+
+        Raises:
+            RunStopped: A stop was requested; the resumed run evaluates first.
+        """
         if self.held_out is None:
             return
         began, size = time.perf_counter(), max(4, self.config.batch_size)
-        loss, tokens = evaluate_loss(self.engine, self.held_out.examples, batch_size=size)
+        try:
+            loss, tokens = evaluate_loss(
+                self.engine, self.held_out.examples, batch_size=size, progress=self._look_for_stop
+            )
+        except _StopRequested:
+            self._end_stopped()
+        self.evaluated = step
         self.report.evaluation(
             {
                 "step": step,
@@ -489,35 +582,18 @@ class _Run:
             }
         )
 
-    @cached_property
-    def card(self) -> dict[str, Any]:
-        """The base model's digests and quantisation options; takes 0.2 s, so computed on demand."""
-        recipe = recipe_metadata(self.base.model.halfbyte_recipe)
-        recipe |= {"init_lora_weights": self.config.init_lora_weights}
-        return {"base": identity_of(self.base), "recipe": recipe}
+    def _look_for_stop(self, done: int, total: int) -> None:
+        if self.stop.requested:
+            raise _StopRequested
 
     def save(self, step: int) -> None:
         """Write a checkpoint; on a GPU in the background."""
-        state = adapter_state(self.base.model)
-        write = partial(
-            save_run,
-            self.output,
-            step,
-            adapter={name: tensor.to("cpu") for name, tensor in state.items()},
-            optimizer=self.trainer.optimizer_state(),
-            progress=self.identity | self.trainer.progress(),
-            keep=self.config.save_total_limit,
-            card=partial(write_card, names=self.parameters, config=self.lora, **self.card),
-        )
-        self.writer.write(write)
+        counts = {"evaluated": self.evaluated, "nonfinite": self.nonfinite.state()}
+        self.checkpoints.save(step, counts)
 
 
-def _sizes(engine: LayerEngine | AutogradEngine, batches: Sequence[MicroBatch]) -> dict[str, Any]:
-    """Return the lengths of a step's sequences in attention, and the sizes of its parts."""
-    if not (isinstance(engine, LayerEngine) and engine.packs):
-        return {"lengths": [n for b in batches for n in [b.input_ids.shape[1]] * len(b.lengths)]}
-    lengths = [int(n) for batch in batches for n in batch.lengths]
-    return {"lengths": lengths, "parts": engine.part_sizes(lengths)}
+class _StopRequested(Exception):
+    """An evaluation is broken off."""
 
 
 def _read(

@@ -1,18 +1,120 @@
-"""Writes checkpoints in the background, during the next steps of a GPU.
+"""Saves the state of a run: when, what, and in the background during the next steps of a GPU.
 
 The tensors of a checkpoint are copied to the host between two steps. Writing them, computing
 digests and flushing to disk takes a second for a 7B model's run (LAB.md); no step waits for it.
 """
 
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from halfbyte.errors import HalfbyteError
+from halfbyte.checkpoint.base_model import LoadedBase
+from halfbyte.checkpoint.identity import identity_of
+from halfbyte.checkpoint.peft import write_card
+from halfbyte.checkpoint.run_state import latest_run, load_run, save_run
+from halfbyte.config.command_line import invocation
+from halfbyte.config.schema import TrainConfig
+from halfbyte.errors import CheckpointError, HalfbyteError
+from halfbyte.layers.multimodal import removed_modules
+from halfbyte.linear.lora import LoRAConfig, adapter_state, load_adapter_state
+from halfbyte.train.loading import recipe_metadata
+from halfbyte.train.trainer import Trainer
+
+SAVES_PER_RUN = 10  # if save_steps is not given
 
 logger = logging.getLogger("halfbyte")
+
+
+class Checkpoints:
+    """The checkpoints of a run.
+
+    Args:
+        config: The options of the run.
+        base: Its base model, with the adapters attached.
+        lora: Their configuration.
+        trainer: Has the optimizer's state.
+        writer: Writes them.
+        identity: What must be equal to resume from them (train/resume.py).
+        total: Steps of the run.
+
+    Attributes:
+        saved: The step of the newest one, which may still be being written; None if there is none.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        base: LoadedBase,
+        lora: LoRAConfig,
+        trainer: Trainer,
+        writer: "CheckpointWriter",
+        identity: Mapping[str, Any],
+        total: int,
+    ) -> None:
+        self._config, self._base, self._lora = config, base, lora
+        self._trainer, self._writer, self._identity = trainer, writer, dict(identity)
+        self._total = total
+        self.saved: int | None = None
+        self._every = config.save_steps or max(1, math.ceil(total / SAVES_PER_RUN))
+
+    def due(self, step: int) -> bool:
+        """Return whether one is written after ``step``: every so many, and after the last."""
+        return step % self._every == 0 or step == self._total
+
+    def save(self, step: int, progress: Mapping[str, Any]) -> None:
+        """Write a checkpoint of the state after ``step``; on a GPU in the background.
+
+        Args:
+            step: Optimizer steps made.
+            progress: More state of the run, as JSON values.
+        """
+        self.saved = step
+        trainer, state = self._trainer, adapter_state(self._base.model)
+        write = partial(
+            save_run,
+            self._config.output,
+            step,
+            adapter={name: tensor.to("cpu") for name, tensor in state.items()},
+            optimizer=trainer.optimizer_state(),
+            progress=self._identity | trainer.progress() | dict(progress),
+            keep=self._config.save_total_limit,
+            card=partial(write_card, names=trainer.parameters, config=self._lora, **self.card),
+        )
+        self._writer.write(write)
+
+    def rewind(self) -> int:
+        """Restore adapters and optimizer from the newest checkpoint; return its step.
+
+        Raises:
+            CheckpointError: There is none.
+            OutputError: It could not be written.
+        """
+        self._writer.wait()
+        newest = latest_run(self._config.output)
+        if newest is None:
+            raise CheckpointError(f"{self._config.output} has no checkpoint to go back to")
+        state = load_run(newest)
+        load_adapter_state(self._base.model, state.adapter)
+        self._trainer.load_progress(state.progress)
+        self._trainer.load_optimizer_state(state.optimizer)
+        return state.step
+
+    @cached_property
+    def card(self) -> dict[str, Any]:
+        """What an adapter's files say of the base model; takes 0.2 s, so computed on demand."""
+        recipe = recipe_metadata(self._base.model.halfbyte_recipe)
+        recipe |= {"init_lora_weights": self._config.init_lora_weights}
+        removed = removed_modules(self._base.model)
+        return {"base": identity_of(self._base), "recipe": recipe, "removed": removed}
+
+    @property
+    def resume_command(self) -> str:
+        """The command that goes on from the newest checkpoint."""
+        return invocation("train", str(self._config.output / "config.yaml"), "--resume")
 
 
 class CheckpointWriter:

@@ -39,12 +39,15 @@ from halfbyte.engine.memory_policy import (
     used_memory,
 )
 from halfbyte.engine.packing import Batch, lengths_of
-from halfbyte.errors import ConfigError, NonFiniteLossError, OutOfMemoryError
+from halfbyte.errors import CheckpointError, ConfigError, OutOfMemoryError
+from halfbyte.foreign_text import quote
 from halfbyte.optim import AdamW
+from halfbyte.optim.buckets import gradients_in_one
 from halfbyte.optim.paging import Paging
 from halfbyte.plan.ledger import smaller_part
 from halfbyte.plan.policy import ActivationPolicy, peak
 from halfbyte.runtime.device import is_out_of_memory
+from halfbyte.train.diagnosis import FailedStep, diverged, raise_nonfinite
 from halfbyte.train.loss_scale import LossScale, too_large
 from halfbyte.train.schedule import Schedule
 
@@ -64,7 +67,7 @@ class StepResult(NamedTuple):
         paging: Statistics of paging the optimizer state; None if it is off.
         seconds: From its first operation to the last, including repeated attempts.
         data_seconds: Time to prepare its micro-batches, during which a GPU is busy.
-        skipped: Whether the update was skipped, because gradients overflowed in float16.
+        skipped: Whether the update was skipped, because the loss or a gradient was not finite.
     """
 
     loss: float
@@ -83,11 +86,13 @@ class _Queued(NamedTuple):
         seen: float32 [2] on the device: loss and gradient norm.
         rate: The learning rate.
         began: Start time.
+        batches: Its micro-batches.
     """
 
     seen: Tensor
     rate: float
     began: float
+    batches: Sequence[Batch]
 
 
 def _only_said(error: RuntimeError) -> RuntimeError:
@@ -100,19 +105,6 @@ def _only_said(error: RuntimeError) -> RuntimeError:
         raise error
     error.__context__ = error.__cause__ = None
     return error.with_traceback(None)
-
-
-def _side_by_side(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Allocate the gradients of all parameters, zeros, in one tensor, and return it.
-
-    With existing gradients, the first step of a resumed run accumulates like every other. In one
-    tensor, their norm is one reduction and zeroing is one launch. Each is aligned to 256 bytes.
-    """
-    sizes = [-(-parameter.numel() // 64) * 64 for parameter in parameters]
-    together = torch.zeros(sum(sizes), dtype=torch.float32, device=parameters[0].device)
-    for parameter, part in zip(parameters, torch.split(together, sizes), strict=True):
-        parameter.grad = part[: parameter.numel()].view_as(parameter)
-    return together
 
 
 class Trainer:
@@ -132,6 +124,8 @@ class Trainer:
         steps_made: Steps made so far.
         updating: Whether an update is in progress, so that parameters are partly updated.
         fallbacks: Fallbacks applied when memory ran out; cleared once they are in the journal.
+        on_nonfinite: Called with a step whose loss or gradient is not finite, while its gradients
+            are there; it raises an error, the default, or the step is left out.
     """
 
     def __init__(
@@ -149,8 +143,9 @@ class Trainer:
         self._lengths: Sequence[Sequence[int]] = ()
         self._most_tokens = 0
         self._captured = self.updating = False
+        self.on_nonfinite: Callable[[FailedStep], None] = raise_nonfinite
         self._device = engine.model.device.type
-        self._gradients = _side_by_side(list(self.parameters.values()))
+        self._gradients = gradients_in_one(list(self.parameters.values()))
         self.loss_scale = LossScale.wanted(engine.model.halfbyte_recipe.compute_dtype)
         groups: dict[float, list[str]] = {}
         for name in self.parameters:
@@ -298,6 +293,7 @@ class Trainer:
         steps: Iterable[int],
         batches: Callable[[int], Sequence[Batch]],
         done: Callable[[int, StepResult], None],
+        stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         """Make several steps.
 
@@ -306,6 +302,7 @@ class Trainer:
             batches: Returns the micro-batches of a step. On a GPU it is called for the next step
                 while the current one runs.
             done: Called after each step.
+            stopped: Asked before each step; if true, no more are made.
 
         Raises:
             NonFiniteLossError, OutOfMemoryError: As `step`.
@@ -313,6 +310,8 @@ class Trainer:
         numbers = list(steps)
         waited, given = _timed(batches, numbers[0]) if numbers else (0.0, ())
         for place, number in enumerate(numbers):
+            if stopped():
+                return
             queued, own, last = self._queue(number, given), waited, place + 1 == len(numbers)
             if not last and self._device == "cuda":  # while the device runs this step
                 waited, given = _timed(batches, numbers[place + 1])
@@ -324,8 +323,9 @@ class Trainer:
         """Make step ``step`` (0-based).
 
         Raises:
-            NonFiniteLossError: If the loss or gradient is NaN or infinite. No parameter is changed
-                unless layers are updated during backward (explicit paging without clipping).
+            NonFiniteLossError: If the loss or gradient is NaN or infinite. No parameter is changed,
+                unless layers are updated during backward (explicit paging without clipping) and
+                the loss is finite.
             OutOfMemoryError: If it does not fit after all fallbacks. Nothing was updated.
         """
         return self._finished(step, self._queue(step, batches))
@@ -372,25 +372,20 @@ class Trainer:
         self.updating = True
         self.optimizer.step(grad_scale=scale_of_all)
         self.updating = False
-        return _Queued(seen, rate, began)
+        return _Queued(seen, rate, began, batches)
 
     def _finished(self, step: int, queued: _Queued) -> StepResult:
         loss, norm = queued.seen.tolist()
-        paging = self.optimizer.report()
-        skipped = False
-        if not math.isfinite(loss) and self.loss_scale is not None:
-            raise NonFiniteLossError(too_large(step))
-        if not math.isfinite(norm) and self.loss_scale is not None:
-            self.engine.messages.append(self.loss_scale.overflowed(step))
-            skipped = True
-        elif not (math.isfinite(loss) and math.isfinite(norm)):
-            changed = "Some layers were updated" if self._early else "Nothing was updated"
-            raise NonFiniteLossError(
-                f"step {step + 1}: loss {loss}, gradient norm {norm}. "
-                f"{changed}. Try a lower learning_rate, or compute_dtype float32"
-            )
-        elif self.loss_scale is not None:
-            self.loss_scale.updated()
+        paging, scale = self.optimizer.report(), self.loss_scale
+        skipped = not (math.isfinite(loss) and math.isfinite(norm))
+        if skipped and scale is not None and math.isfinite(loss):
+            self.engine.messages.append(scale.overflowed(step))
+        elif skipped:
+            updated = self._early and math.isfinite(loss)
+            said = too_large(step) if scale is not None else diverged(step, loss, norm, updated)
+            self.on_nonfinite(FailedStep(step, loss, norm, queued.batches, updated, said))
+        elif scale is not None:
+            scale.updated()
         self.clear_gradients()
         self.steps_made += 1
         seconds = time.perf_counter() - queued.began
@@ -584,6 +579,8 @@ class Trainer:
         found: dict[int, dict[str, Tensor]] = {number: {} for number in parts.values()}
         for key, value in state.items():
             name, _, field = key.rpartition(".")
+            if name not in parts:
+                raise CheckpointError(f"the optimizer's state has {quote(key)}, of no parameter")
             found[parts[name]][field] = value
         groups = [{"params": group["params"]} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict({"state": found, "param_groups": groups})

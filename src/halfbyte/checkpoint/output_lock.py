@@ -1,0 +1,95 @@
+"""One process at a time writes an output directory.
+
+Two runs that wrote checkpoints and a journal into one directory would destroy each other's. So
+whatever writes one holds a lock (``flock``) on ``.NAME.lock`` beside it, or on ``.lock`` in it if
+nothing may be created beside it. The file says who has it, for the message to the second; the lock
+itself is the kernel's and ends with the process, however that ends, so none is ever stale.
+
+On NFS such locks hold between hosts (Linux emulates them by the server's). A file system without
+any gives no protection: `atomic.lock` then reports success.
+"""
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from halfbyte.checkpoint.atomic import lock, output_errors
+from halfbyte.errors import OutputError
+from halfbyte.foreign_text import printable, shorten
+
+_MOST_BYTES = 4000
+_MAY_NOT_CREATE = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@contextlib.contextmanager
+def output_lock(directory: str | Path) -> Iterator[None]:
+    """Hold the lock of an output directory, which need not exist.
+
+    Args:
+        directory: The directory, under any of its names.
+
+    Raises:
+        OutputError: Another process writes it, it is a file, or nothing can be created there.
+    """
+    directory = Path(directory)
+    with output_errors(directory):
+        place = Path(os.path.realpath(directory))  # Path.resolve raises for a loop of links
+        if place.exists() and not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path = place.with_name(f".{place.name}.lock")
+        try:
+            descriptor = _acquire(path, directory)
+        except OSError as error:
+            if error.errno not in _MAY_NOT_CREATE or not place.is_dir():
+                raise
+            descriptor = _acquire(path := place / ".lock", directory)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # an empty file may stay
+            path.unlink()  # while it is locked, so that it is not another's
+        os.close(descriptor)
+
+
+def _acquire(path: Path, directory: Path) -> int:
+    """Return the descriptor of the locked file ``path``."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        try:
+            if not lock(descriptor):
+                raise OutputError(
+                    f"{directory} is being written by {_owner(descriptor)}; wait until that has "
+                    "ended, or give another directory"
+                )
+            if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, json.dumps(_ourselves()).encode())
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its last owner has removed it since it was opened
+
+
+def _ourselves() -> dict[str, object]:
+    return {
+        "pid": os.getpid(),
+        "host": os.uname().nodename,
+        "since": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+    }
+
+
+def _owner(descriptor: int) -> str:
+    """Describe the process that has the lock, as far as it has said so."""
+    try:
+        owner = json.loads(os.pread(descriptor, _MOST_BYTES, 0))
+        parts = [shorten(str(owner[name])) for name in ("pid", "host", "since")]
+    except (ValueError, LookupError, RecursionError, TypeError):
+        return "another process"
+    pid, host, since = (printable(part, lines=False) for part in parts)
+    return f"process {pid} on {host}, since {since}"

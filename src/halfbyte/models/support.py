@@ -1,0 +1,57 @@
+"""Whether a model can be trained: decided from its architecture, before a weight is read.
+
+``plan`` and ``train`` ask the same question of a model of transformers on the meta device, so they
+refuse the same models.
+"""
+
+from transformers import PreTrainedModel
+
+from halfbyte.errors import CheckpointError
+from halfbyte.layers.targets import linears_to_freeze, why_no_adapter
+from halfbyte.linear.lora import LoRAConfig, choose_targets
+from halfbyte.models.buffers import compute_buffers
+
+# What is not trained, by the class of the model, and why.
+_REFUSED = {
+    "CpmAntForCausalLM": "its logits depend on later tokens, which it should predict",
+    "ProphetNetForCausalLM": "transformers' own generate, which answers prompts, fails with it",
+    "RwkvForCausalLM": "transformers divides its weights in place when it is called",
+    "XLNetLMHeadModel": "its logits depend on later tokens, which it should predict",
+}
+
+
+def require_trainable(model: PreTrainedModel, config: LoRAConfig) -> None:
+    """Check that adapters of a model can be trained.
+
+    Args:
+        model: The model of transformers, on the meta device.
+        config: The adapters.
+
+    Raises:
+        CheckpointError: If they cannot; the message says why.
+        ConfigError: If the targets are no linear layers of the model, or cannot get an adapter.
+    """
+    name = type(model).__name__
+    if name in _REFUSED:
+        raise CheckpointError(f"{name} cannot be trained: {_REFUSED[name]}")
+    # A field of that name is in other configurations too, of models that do not read it (GPT-NeoX).
+    if any(getattr(module, "is_decoder", True) is False for module in model.modules()):
+        raise CheckpointError(
+            f"{name} cannot be trained: with is_decoder false in its config.json it sees the "
+            "tokens it should predict"
+        )
+    head = model.get_output_embeddings()
+    linears = [path for path, one in linears_to_freeze(model).items() if one is not head]
+    refused = why_no_adapter(model)
+    if len(refused) == len(linears) and not config.modules_to_save:
+        raise CheckpointError(
+            f"{name} has no linear layer (torch.nn.Linear) that could get an adapter; a model made "
+            "of others, such as GPT-2's Conv1D, cannot be trained"
+        )
+    choose_targets(linears, refused, config.target_modules)
+    stored = model.state_dict().keys()
+    computed = [path for path, _ in model.named_buffers() if path not in stored]
+    compute_buffers(model, "cpu", stored=stored)
+    for path in computed:  # only to see that they can be
+        owner, _, leaf = path.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = model.get_buffer(path).to("meta")

@@ -1,0 +1,42 @@
+"""``rejected.jsonl``: every row of a run's data that was left out, with its line and the reason.
+
+One JSON object per row: ``source``, ``line``, ``reason``, and the beginning of the ``row``. The
+journal has the same reasons, with a limited number of lines for each.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from halfbyte.checkpoint.atomic import new_file, output_errors
+from halfbyte.foreign_text import to_json
+
+if TYPE_CHECKING:
+    from halfbyte.data import DatasetReport
+
+REJECTED_NAME = "rejected.jsonl"
+
+
+def write_rejected(output: Path, reports: Iterable["DatasetReport"]) -> Path | None:
+    """Write the rejected rows of data sets; without any, remove the file of an earlier start.
+
+    Returns:
+        The path of the file, or None.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    path = output / REJECTED_NAME
+    records = [
+        {"source": report.source} | rejection._asdict()
+        for report in reports
+        for rejection in report.rejections
+    ]
+    if not records:
+        with output_errors(path):
+            path.unlink(missing_ok=True)
+        return None
+    with new_file(path) as file:
+        for record in records:
+            file.write(to_json(record).encode() + b"\n")
+    return path

@@ -1,0 +1,82 @@
+"""The output directory of a run: written by this run alone, and over no file of anybody else."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from halfbyte.checkpoint.atomic import remove_directory
+from halfbyte.checkpoint.output_lock import output_lock
+from halfbyte.checkpoint.run_state import STATE_NAME
+from halfbyte.config.schema import TrainConfig
+from halfbyte.errors import OutputError
+from halfbyte.input_files import open_file
+from halfbyte.report.rejected import REJECTED_NAME
+
+_JOURNAL = "journal.jsonl"
+_FIRST_LINE = 2**20
+
+# The names that a run writes in its directory, its tokenizer's files included.
+_WRITTEN = (
+    *(_JOURNAL, REJECTED_NAME, "config.yaml", "report.html", "checkpoint-*"),
+    *("adapter_config.json", "adapter_model.safetensors", "halfbyte.json"),
+    *("tokenizer*.json", "tokenizer*.model", "chat_template*", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.*", "merges.txt", "*.model"),
+)
+
+
+@contextlib.contextmanager
+def claim_output(config: TrainConfig) -> Iterator[None]:
+    """Hold the output directory of a run, and check that it may write there.
+
+    Raises:
+        OutputError: Another process writes it, the run reads it, or a file in it that the run would
+            replace was not written by a run.
+    """
+    output = config.output
+    with output_lock(output):
+        for option in ("model", "data", "eval_data"):
+            path = Path(getattr(config, option) or "").expanduser()
+            if getattr(config, option) and path.exists() and _would_change(path, output):
+                raise OutputError(
+                    f"{path} is read (`{option}`), so nothing is written to {output}: give another "
+                    "--output"
+                )
+        if output.is_dir() and not _is_run(output):
+            foreign = sorted(file for name in _WRITTEN for file in output.glob(name))
+            if foreign:
+                raise OutputError(
+                    f"{foreign[0]} was not written by a run, so it is not replaced: move it, or "
+                    "give another --output"
+                )
+        yield
+
+
+def remove_run(directory: Path) -> None:
+    """Remove what a run wrote in ``directory``, if one did; other files stay."""
+    if directory.is_dir() and _is_run(directory):
+        for path in [path for name in _WRITTEN for path in directory.glob(name)]:
+            if path.is_dir() and not path.is_symlink():
+                remove_directory(path)
+            else:
+                path.unlink()
+
+
+def _would_change(path: Path, output: Path) -> bool:
+    """Whether an input is the output directory, or a file that the run writes into it."""
+    if path.is_dir():
+        return output.exists() and path.samefile(output)
+    inside = output.exists() and path.parent.samefile(output)
+    return inside and any(path.match(name) for name in _WRITTEN)
+
+
+def _is_run(directory: Path) -> bool:
+    """Whether a run has written in the directory: it has a journal, or the state of a run."""
+    if any(directory.glob(f"checkpoint-*/{STATE_NAME}")):
+        return True
+    try:
+        with open_file(directory / _JOURNAL) as file:
+            line = json.loads(file.readline(_FIRST_LINE))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(line, dict) and "event" in line

@@ -1,0 +1,47 @@
+"""Options that are legal, but hardly meant with this model and these data; each gets one note.
+
+What can be judged without model and data is noted when the options are read (`config.schema`).
+"""
+
+from collections.abc import Sequence
+
+from transformers import PretrainedConfig
+
+from halfbyte.config.schema import TrainConfig
+from halfbyte.data import Example
+
+
+def implausible(
+    config: TrainConfig,
+    examples: Sequence[Example],
+    total_steps: int,
+    model_config: PretrainedConfig,
+) -> list[str]:
+    """Return a note on every option that is hardly meant.
+
+    Args:
+        config: The options.
+        examples: The training data, truncated to ``max_length``.
+        total_steps: Optimizer steps of the run.
+        model_config: The base model's configuration.
+    """
+    notes = []
+    warmup, per_step = config.warmup_steps, config.batch_size * config.gradient_accumulation_steps
+    if warmup is not None and warmup >= total_steps:
+        notes.append(
+            f"the warm-up of {warmup:,} steps is not shorter than the run of {total_steps:,}: "
+            f"the learning rate does not reach {config.learning_rate:g}"
+        )
+    if per_step > len(examples):
+        notes.append(
+            f"a step has {per_step:,} examples (batch_size x gradient_accumulation_steps), the "
+            f"data {len(examples):,}: every epoch is a single step"
+        )
+    context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    longer = [e for e in examples if isinstance(context, int) and len(e.tokens) > context]
+    if longer:
+        notes.append(
+            f"{len(longer):,} examples are longer than the {context:,} positions that the model "
+            f"was made for; --max-length {context} truncates them"
+        )
+    return notes

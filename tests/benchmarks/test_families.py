@@ -1,0 +1,52 @@
+"""The sweep over model families, on one family per cause, and the table it writes.
+
+Each row trains a tiny model and compares it with transformers + PEFT, see benchmarks/families.py.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def families(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return __import__("families")
+
+
+@pytest.mark.parametrize(
+    ("row", "outcome"),
+    [
+        ("olmo (clip_qkv)", "layer engine"),  # queries and keys are clipped in place
+        ("mamba", "autograd"),  # its scan reads weights, and PEFT refuses some targets
+        ("deepseek_v3", "layer engine"),  # experts are converted, and PEFT takes their names
+        ("gpt2", "refused"),
+    ],
+)
+def test_a_family_ends_as_the_table_says(
+    families: Any, tmp_path: Path, row: str, outcome: str
+) -> None:
+    assert families.examine(row, tmp_path)["outcome"] == outcome
+
+
+def test_what_differs_is_a_defect(families: Any, tmp_path: Path) -> None:
+    families._write_model("llama", tmp_path / "model")
+    families._train(tmp_path / "model", tmp_path, "none")
+    card = tmp_path / "none" / "adapter_config.json"
+    text = card.read_text()
+    card.write_text(text.replace('"down_proj",', ""))
+    with pytest.raises(families.Defect, match="PEFT"):
+        families.compare(tmp_path / "model", tmp_path / "none")
+
+
+def test_the_table_has_a_line_for_each_row(families: Any) -> None:
+    rows = {
+        "llama": {"outcome": "layer engine", "note": "", "class": "LlamaForCausalLM"},
+        "gpt2": {"outcome": "refused", "note": "made of\nConv1D | so", "class": "GPT2LMHeadModel"},
+    }
+    table = families.table(rows)
+    assert "1 trains on the layer engine, 1 refused." in table
+    assert "| gpt2 | GPT2LMHeadModel | refused | made of Conv1D \\| so |" in table
