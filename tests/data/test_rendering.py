@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from halfbyte.data import sandbox
 from halfbyte.data.dataset_report import RowRejected
 from halfbyte.data.formats import Conversation
 from halfbyte.data.rendering import Renderer
@@ -85,6 +86,18 @@ def test_a_template_that_is_not_valid_is_one_error():
         Encoder(tokenizer).encode(Conversation("1", CONVERSATIONS["plain"]))
     with pytest.raises(DataError, match="not valid"):
         prompt_ids(tokenizer, CONVERSATIONS["plain"])
+
+
+def test_a_template_that_always_exceeds_its_limits_is_given_up(monkeypatch):
+    monkeypatch.setattr(sandbox, "MOST_STEPS", 1000)
+    tokenizer = tiny_tokenizer("{% for i in range(9999) %}{% endfor %}")
+    rows = [Conversation(str(line), CONVERSATIONS["plain"]) for line in range(50)]
+    with pytest.raises(DataError, match=r"exceeds its limits, .*more than 1,000 steps, line 1\."):
+        list(Encoder(tokenizer).encode_all(rows))
+    (*few,) = Encoder(tokenizer).encode_all(rows[:20])
+    assert {str(one) for one in few} == {
+        "the chat template rejects it (it takes more than 1,000 steps, line 1)"
+    }
 
 
 def test_a_template_that_writes_half_a_surrogate_pair_rejects_the_row():
