@@ -70,10 +70,11 @@ def test_context_that_a_template_drops_is_said():
 def test_without_a_template_only_contents_are_kept_and_that_is_said():
     plain = tiny_tokenizer(None)
     thinking = [user("Hi"), reply("Yes.", thinking="Hm.")]
-    assert "the chat template drops the reasoning of a message of the assistant" in said(
-        plain, thinking
-    )
-    with pytest.raises(RowRejected, match="drops the tool calls of a reply"):
+    assert said(plain, thinking, TOOLS)[1:] == [
+        "plain text drops the tools",
+        "plain text drops the reasoning of a message of the assistant",
+    ]
+    with pytest.raises(RowRejected, match="plain text drops the tool calls of a reply"):
         said(plain, CONVERSATIONS["call"])
 
 

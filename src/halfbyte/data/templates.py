@@ -198,14 +198,15 @@ class Encoder:
         Raises:
             RowRejected: It is tool calls that should be learned.
         """
+        writer = "plain text" if self._plain else "the chat template"
         for index, what in losses:
             if index < 0:
-                self._say(f"the chat template drops the {what}", row)
+                self._say(f"{writer} drops the {what}", row)
             elif what == TOOL_CALLS and row.learns(index):
-                raise RowRejected("the chat template drops the tool calls of a reply")
+                raise RowRejected(f"{writer} drops the tool calls of a reply")
             else:
                 role = row.messages[index]["role"]
-                self._say(f"the chat template drops the {what} of a message of the {role}", row)
+                self._say(f"{writer} drops the {what} of a message of the {role}", row)
 
     @cached_property
     def _added(self) -> str:
