@@ -27,3 +27,12 @@ def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
         for parameter in model.parameters():
             parameter.data += 0.01 * torch.randn_like(parameter)
     return model.eval()
+
+
+def skeleton(family: str, **changes: Any) -> PreTrainedModel:
+    """The same architecture on the meta device."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(family, **SIZES | changes)
+        )
+    return model

@@ -1,15 +1,14 @@
 """Which models can be trained, and on which linears, from the architecture alone."""
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.layers.multimodal import build_decoder
-from halfbyte.linear.lora import LoRAConfig, attach, frozen_linears
+from halfbyte.layers.targets import why_no_adapter
+from halfbyte.linear.lora import LoRAConfig, attach
 from halfbyte.models.build import BaseRecipe, build
-from halfbyte.models.support import linears_to_freeze, require_trainable, why_no_adapter
-from tests.checkpoint.families import SIZES
+from halfbyte.models.support import require_trainable
+from tests.checkpoint.families import skeleton
 from tests.multimodal import tiny_config
 
 DEEPSEEK = {
@@ -27,31 +26,8 @@ DEEPSEEK = {
 }
 
 
-def skeleton(family: str, **changes: object) -> PreTrainedModel:
-    fields = {**SIZES, **changes}
-    config = AutoConfig.for_model(family, **fields)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model
-
-
 def leaves(paths: object) -> set[str]:
     return {str(path).rpartition(".")[2] for path in paths}  # type: ignore[attr-defined]
-
-
-def test_a_linear_whose_weight_the_model_reads_stays_as_it_is() -> None:
-    model = skeleton("mamba", time_step_rank=8, state_size=8)
-    # transformers' scan reads the weights of the other three, on a GPU or everywhere.
-    assert leaves(linears_to_freeze(model)) == {"in_proj", "lm_head"}
-    built = build(model.config, BaseRecipe())
-    assert leaves(frozen_linears(built)) == {"in_proj"}
-    assert type(built.backbone.layers[0].mixer.dt_proj) is torch.nn.Linear
-
-
-def test_a_linear_of_another_name_is_one_too() -> None:
-    model = skeleton("falcon")
-    assert {"query_key_value", "dense"} <= leaves(linears_to_freeze(model))
-    require_trainable(model, LoRAConfig())
 
 
 def test_what_peft_does_not_load_gets_no_adapter() -> None:
@@ -83,12 +59,6 @@ def test_layers_that_text_skips_get_no_adapter() -> None:
     assert {path.split(".")[3] for path in attach(base, LoRAConfig(), seed=0)} == {"0"}
     with pytest.raises(ConfigError, match="text does not pass through this layer"):
         require_trainable(model, LoRAConfig(target_modules=("layers.1.mlp.up_proj",)))
-
-
-def test_experts_of_another_family_are_no_reason() -> None:
-    # PEFT knows Mixtral's names w1, w2, w3, and its router; these are Llama's.
-    assert why_no_adapter(skeleton("llama")) == {}
-    require_trainable(skeleton("llama"), LoRAConfig(target_modules=("down_proj",)))
 
 
 @pytest.mark.parametrize(

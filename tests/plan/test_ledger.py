@@ -53,6 +53,7 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("gemma2", {"head_dim": 16}),
     ("mamba", {}),
     ("gpt2", {}),
+    ("falcon", {}),
     ("mixtral", {"num_local_experts": 2}),
 ]
 

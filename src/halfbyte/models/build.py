@@ -20,13 +20,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from halfbyte.errors import CheckpointError, ConfigError, WeightError
 from halfbyte.layers import attention_cpu
 from halfbyte.layers.multimodal import build_decoder, removed_modules, ties_head
+from halfbyte.layers.targets import linears_to_freeze, why_no_adapter
 from halfbyte.layers.vocabulary import FrozenEmbedding, FrozenHead
 from halfbyte.linear.arena import Arena
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.group import LinearGroup
 from halfbyte.linear.lora import frozen_linears
 from halfbyte.models.buffers import compute_buffers
-from halfbyte.models.support import linears_to_freeze, why_no_adapter
 from halfbyte.quant.format import quantize
 from halfbyte.quant.scale_search import search
 from halfbyte.quant.weight import QuantizedWeight, empty_like_quantized

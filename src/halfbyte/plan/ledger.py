@@ -240,7 +240,9 @@ class Run:
                 f"target_modules names what this model does not have: {', '.join(unknown)}; it "
                 f"has: {', '.join(kinds)}"
             )
-        return [w for w in linears if not self.targets or any(w in f for f in chosen.values())]
+        if not self.targets:
+            return [weight for weight in linears if weight.adapts]
+        return [weight for weight in linears if any(weight in f for f in chosen.values())]
 
     def layer(self, shape: ModelShape) -> LayerActivations:
         """Return the activations of one layer."""

@@ -51,6 +51,7 @@ class Weight(NamedTuple):
         layer: The decoder layer it belongs to, or None.
         packs: Whether it is packed where weights of its role are.
         comes: The bytes it takes as it comes out of the files, or None if there are none.
+        adapts: Whether all-linear gives it an adapter, if it is a linear layer's.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Weight(NamedTuple):
     layer: int | None
     packs: bool = True
     comes: int | None = None
+    adapts: bool = True
 
     @property
     def numel(self) -> int:
@@ -240,15 +242,15 @@ def shape_of(
 
     from halfbyte.layers.families import FAMILIES
     from halfbyte.layers.multimodal import ties_head
+    from halfbyte.layers.targets import linears_to_freeze, why_no_adapter
 
     config, tied = model.config.get_text_config(), ties_head(model)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    roles: dict[str, Role] = {}
+    roles: dict[str, Role] = {f"{path}.weight": "linear" for path in linears_to_freeze(model)}
     for path, module in model.named_modules():
         if module is head or module is embedding:
             roles[f"{path}.weight"] = "head" if module is head else "embedding"
-        elif type(module) is nn.Linear:
-            roles[f"{path}.weight"] = "linear"
+    refused = why_no_adapter(model)
     shapes = {path: tuple(parameter.shape) for path, parameter in model.named_parameters()}
     if files is not None:
         # The files may hold apart what the configuration ties.
@@ -261,12 +263,10 @@ def shape_of(
         numbers = [part for part in path.split(".") if part.isdecimal()]
         role = roles.get(path, "other")
         packs = role != "linear" or is_packed or not packed
-        weights.append(
-            Weight(path, shape, role, int(numbers[0]) if numbers else None, packs, comes)
-        )
+        layer, adapts = int(numbers[0]) if numbers else None, path[: -len(".weight")] not in refused
+        weights.append(Weight(path, shape, role, layer, packs, comes, adapts))
     out = {path.rsplit(".", 2)[-2]: shape[0] for path, shape in shapes.items() if len(shape) == 2}
     kinds = {type(module).__name__ for module in model.modules()}
-    tied = bool(getattr(config, "tie_word_embeddings", False))
     # What does not say how wide it is has no attention, or one of its own: an estimate then.
     hidden = _number(config, "hidden_size") or int(embedding.weight.shape[1])
     heads = _number(config, "num_attention_heads") or 1
