@@ -11,10 +11,13 @@ from halfbyte.layers.targets import linears_to_freeze, why_no_adapter
 from halfbyte.linear.lora import LoRAConfig, choose_targets
 from halfbyte.models.buffers import compute_buffers
 
+_CANNOT_ANSWER = "transformers' own generate, which answers prompts, fails with it"
+
 # What is not trained, by the class of the model, and why.
 _REFUSED = {
+    "BltForCausalLM": _CANNOT_ANSWER,
     "CpmAntForCausalLM": "its logits depend on later tokens, which it should predict",
-    "ProphetNetForCausalLM": "transformers' own generate, which answers prompts, fails with it",
+    "ProphetNetForCausalLM": _CANNOT_ANSWER,
     "ReformerModelWithLMHead": "its reversible layers have no gradient if the embedding has none",
     "RwkvForCausalLM": "transformers divides its weights in place when it is called",
     "XLNetLMHeadModel": "its logits depend on later tokens, which it should predict",
