@@ -20,7 +20,6 @@ def families(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     ("row", "outcome"),
     [
-        ("olmo (clip_qkv)", "layer engine"),  # queries and keys are clipped in place
         ("mamba", "autograd"),  # its scan reads weights, and PEFT refuses some targets
         ("deepseek_v3", "layer engine"),  # experts are converted, and PEFT takes their names
         ("gpt2", "refused"),
