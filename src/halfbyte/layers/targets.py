@@ -75,12 +75,15 @@ def why_no_adapter(model: PreTrainedModel) -> dict[str, str]:
         key = f"{path}.lora_A.weight"
         return bool(apply_renamings(key, renamings) != key)
 
-    head = model.get_output_embeddings()
-    linears = [path for path, linear in linears_to_freeze(model).items() if linear is not head]
+    head, frozen = model.get_output_embeddings(), linears_to_freeze(model)
+    linears = [path for path, linear in frozen.items() if linear is not head]
     taken = [path for path in linears if path.rpartition(".")[2] in names or is_renamed(path)]
     refused = dict.fromkeys(taken, f"PEFT loads no adapter of it in models of type {kind}")
     # Layers of cross-attention to an image (Mllama), which are skipped where there is none.
     for layer in getattr(model.config.get_text_config(), "cross_attention_layers", None) or ():
         inside = (path for path in linears if f".layers.{layer}." in path)
         refused |= dict.fromkeys(inside, "text does not pass through this layer")
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and path not in frozen:
+            refused[path] = "transformers' own code uses its weight"
     return refused

@@ -44,9 +44,9 @@ def require_trainable(model: PreTrainedModel, config: LoRAConfig) -> None:
             f"{name} cannot be trained: its config.json makes it an encoder (is_decoder is false), "
             "which sees the tokens it should predict"
         )
-    head = model.get_output_embeddings()
-    linears = [path for path, one in linears_to_freeze(model).items() if one is not head]
-    refused = why_no_adapter(model)
+    head, refused = model.get_output_embeddings(), why_no_adapter(model)
+    frozen = (path for path, linear in linears_to_freeze(model).items() if linear is not head)
+    linears = list(dict.fromkeys((*frozen, *refused)))
     if len(refused) == len(linears) and not config.modules_to_save:
         raise CheckpointError(
             f"{name} has no linear layer (torch.nn.Linear) that could get an adapter; a model made "
