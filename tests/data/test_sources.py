@@ -1,6 +1,7 @@
 """Reading rows: every row has its line, a bad line is a problem, and only emptiness is an error."""
 
 import json
+import os
 import sys
 from types import SimpleNamespace
 
@@ -99,6 +100,13 @@ def test_a_row_that_takes_minutes_to_encode_is_a_problem(tmp_path, monkeypatch, 
     assert found[2].value == {"a": "xxx"}
     one = json.dumps({"a": ["x" * 200]}, indent=1)
     assert read(tmp_path / "one.json", one) == [("1", None, "longer than 8 MB; divide it")]
+
+
+def test_the_file_of_a_directory_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    os.mkfifo(tmp_path / "b.jsonl")
+    with pytest.raises(DataError, match=r"b\.jsonl cannot be read: expected a file, found a pipe"):
+        read_source(tmp_path)
 
 
 def test_an_array_is_read_up_to_where_it_breaks(tmp_path):
