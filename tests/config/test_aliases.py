@@ -145,7 +145,7 @@ HOSTILE = {
     "an empty number": "seed: !!int ''",
     "depth": "target_modules: " + "[" * 600,
     "a huge number": "seed: 0x" + "f" * 20_000,
-    "a huge word": "bf16: 0x" + "f" * 20_000,
+    "a huge word": "bf16: -0x" + "f" * 20_000,
     "long text": "seed: " + "x" * 90_000,
     "a null character": 'revision: "a\\0b"',
     "half a pair": 'revision: "\\ud800"',

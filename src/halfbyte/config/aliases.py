@@ -16,7 +16,7 @@ from halfbyte.foreign_text import quote, shorten
 
 def _word(value: Any) -> str:
     """A plain value in lower case; an empty string for a list, a mapping or a huge number."""
-    plain = isinstance(value, str | float | None) or (isinstance(value, int) and value < 2**63)
+    plain = isinstance(value, str | float | None) or (isinstance(value, int) and abs(value) < 2**63)
     return str(value).lower() if plain else ""
 
 
