@@ -86,6 +86,19 @@ def test_a_path_of_the_wrong_kind(
     assert (ground / "text").read_text() == "hello\n"
 
 
+@pytest.mark.parametrize("bad", ["x" * 300, "loop", "a/" * 3000])
+@pytest.mark.parametrize("line", [*LINES[:5], LINES[7], *LINES[11:14], LINES[15], LINES[-2]])
+def test_a_path_that_cannot_be(
+    ground: Path, line: str, bad: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not (ground / "loop").is_symlink():
+        (ground / "loop").symlink_to("loop")
+    words = [str(ground / word) if word.isupper() else word for word in line.split()]
+    words = [str(ground / bad) if word.endswith("/BAD") else word for word in words]
+    assert str(ground / bad)[: len(str(ground)) + 3] in complaint(ground, words, capsys)
+    assert (ground / "loop").is_symlink()
+
+
 @pytest.mark.parametrize("line", [*LINES[:4], *LINES[5:13]])
 def test_a_directory_without_what_is_expected(
     ground: Path, line: str, capsys: pytest.CaptureFixture[str]

@@ -5,6 +5,7 @@ errors in options need no torch. Exit codes: 0 success; 2 wrong use or bad input
 1 anything else, with a traceback if it is a bug of ours; 130 interrupted.
 """
 
+import errno
 import importlib
 import os
 import sys
@@ -82,6 +83,14 @@ def _memory_problem(error: Exception) -> str | None:
     )
 
 
+def _path_problem(error: Exception) -> str | None:
+    """The message for a path that cannot exist; None for other errors."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+        return None
+    name = shorten(str(error.filename))
+    return f"{name}: {error.strerror}; expected the path of a file or a directory"
+
+
 def _complain(text: str) -> None:
     print(as_message(text), file=sys.stderr)
 
@@ -117,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _CLOSED_PIPE
     except Exception as error:  # the only place that catches all: it hides nothing
-        if (problem := _memory_problem(error)) is not None:
+        if (problem := _path_problem(error) or _memory_problem(error)) is not None:
             _complain(f"{name}: {problem}")
             return 2
         said = shorten(traceback.format_exc(), _LONGEST_TRACEBACK)

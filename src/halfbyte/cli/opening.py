@@ -1,6 +1,7 @@
 """Options of commands that read a model, with or without an adapter, and opening it."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,7 +89,7 @@ def claim_directory(
             replaced.
     """
     with output_lock(directory):
-        place = directory.resolve()
+        place = Path(os.path.realpath(directory))
         for path in (Path(given) for given in inputs if given is not None):
             if path.exists() and place in (path.resolve(), *path.resolve().parents):
                 raise OutputError(

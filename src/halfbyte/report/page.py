@@ -75,7 +75,7 @@ def require_page(path: Path) -> None:
     Raises:
         OutputError: There is another file.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return
     with output_errors(path), open_file(path) as file:
         ours = b"halfbyte</title>" in file.read(4096)
