@@ -114,7 +114,10 @@ def test_all_tokens_are_learned_on_request_but_the_first():
     assert example.labels_mask.tolist() == [False] + [True] * (len(example.tokens) - 1)
 
 
-REWRITTEN = "a reply that the chat template renders otherwise than at inference is not supervised"
+REWRITTEN = (
+    "a reply is not supervised: the chat template renders it, or what is before it, otherwise than"
+    " at inference"
+)
 
 
 def test_a_reply_that_would_think_at_inference_but_not_in_training_is_not_learned():
@@ -155,8 +158,8 @@ def test_only_the_token_that_ends_a_reply_at_inference_is_learned():
     replies, notes = learned(tiny_tokenizer(text), talk("Hi", "final", "So?", "No."))
     assert replies == ["final:final", "final:No.<|endoftext|>"]
     assert notes == (
-        "the token that ends an earlier reply is not the one that ends a reply at inference, and is"
-        " not supervised: 1 row (line 1)",
+        "an earlier reply does not end as one does at inference: that token is not supervised: "
+        "1 row (line 1)",
     )
 
 
@@ -164,7 +167,9 @@ def test_a_prompt_that_opens_thinking_which_training_lacks_is_a_reason_for_rejec
     text = template(
         "{{ message['content'] + '<|im_end|>\n' }}", prompt="<|im_start|>assistant\n<think>\n"
     )
-    with pytest.raises(RowRejected, match=r"the prompt at inference ends in '<think>\\n', which"):
+    with pytest.raises(
+        RowRejected, match=r"prompt at inference ends in '<\|im_start\|>assistant\\n<think>\\n'"
+    ):
         learned(tiny_tokenizer(text), talk("Hi", "Yes.", "So?", "<No."))
 
 
@@ -185,11 +190,11 @@ def test_a_conversation_that_begins_with_a_reply_is_learned_from_the_second():
     row = Conversation("4", [turn("assistant", "Hello!"), *talk("Hi", "Yes.").messages])
     replies, notes = learned(TOKENIZERS["chatml"], row)
     assert replies == [f"Yes.{END}"]
-    assert notes == ("a reply before which there is nothing is not supervised: 1 row (line 4)",)
+    assert notes == ("a reply is not supervised: there is no message before it: 1 row (line 4)",)
 
 
 def test_rows_of_which_no_reply_can_be_located_or_that_are_refused_are_rejected():
-    with pytest.raises(RowRejected, match="before which there is nothing"):
+    with pytest.raises(RowRejected, match="no reply can be supervised: there is no message before"):
         learned(TOKENIZERS["chatml"], Conversation("1", [turn("assistant", "Hello!")]))
     system = [turn("system", "Be brief."), *talk("Hi", "Yes.").messages]
     with pytest.raises(

@@ -8,8 +8,11 @@ same conversations; otherwise TEMPLATE is left out, and the Modelfile says so.
 import re
 from collections.abc import Iterable
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+
+from halfbyte.data.dataset_report import RowRejected
+from halfbyte.data.rendering import Renderer
+from halfbyte.errors import DataError
 
 _FAMILIES = {
     "ChatML": ("<|im_start|>{role}\n{content}<|im_end|>\n", "<|im_start|>assistant\n"),
@@ -30,7 +33,7 @@ def go_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None] | 
     """
     try:
         rendered = [_render(tokenizer, talk) for talk in (_SYSTEM + _TALK, _ASKED, _TALK)]
-    except (TemplateError, ValueError):
+    except (RowRejected, DataError):
         return None
     for turn, opening in _FAMILIES.values():
 
@@ -49,8 +52,7 @@ def go_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None] | 
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, talk: list[dict[str, str]]) -> str:
-    text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-    assert isinstance(text, str)
+    text = Renderer(tokenizer).chat(talk).text(len(talk), prompt=True)
     # Ollama puts BOS before a text itself.
     return text.removeprefix(str(tokenizer.bos_token)) if _adds_bos(tokenizer) else text
 

@@ -20,7 +20,7 @@ So no value is larger than ``MOST_CHARACTERS``, and nothing runs for longer than
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, lru_cache, wraps
 from threading import Lock
 from typing import Any, NoReturn
@@ -214,15 +214,14 @@ def _is_constant(node: nodes.Expr, frame: Frame) -> bool:
     return True
 
 
-# Filters and tests that take the same time whatever their operand is.
-_CONSTANT_TIME = re.compile(
-    "attr|count|d|default|first|items|last|length|"
+# Those that take the same time whatever their operand is.
+_FAST_FILTERS = re.compile("attr|count|d|default|first|items|last|length")
+_FAST_TESTS = re.compile(
     "boolean|callable|defined|divisibleby|even|false|filter|float|integer|iterable|mapping|none|"
     "number|odd|sameas|sequence|string|test|true|undefined"
 )
 # Filters that read the items of a container, but not what these contain.
 _SHALLOW = re.compile("batch|list|map|random|reject(attr)?|reverse|select(attr)?|slice")
-_Function = Callable[..., Any]
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
@@ -236,12 +235,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             trim_blocks=theirs.trim_blocks,
             lstrip_blocks=theirs.lstrip_blocks,
             extensions=[type(extension) for extension in theirs.extensions.values()],
-            finalize=self.written,
+            finalize=self.counted,
         )
         self.globals |= theirs.globals | {"namespace": _namespace(theirs)}
         del self.globals["lipsum"]  # random text, any amount of it
-        self.filters = {name: self._limited(name, f) for name, f in theirs.filters.items()}
-        self.tests = {name: self._limited(name, f) for name, f in theirs.tests.items()}
+        self.filters = self._limited(theirs.filters, _FAST_FILTERS)
+        self.tests = self._limited(theirs.tests, _FAST_TESTS)
         self.start()
 
     def start(self) -> None:
@@ -257,18 +256,16 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def spend_characters(self, characters: int) -> None:
         """Count an operation on or to so many characters."""
+        self._left -= _STEPS_OF_OPERATION + characters // _CHARACTERS_PER_STEP
         if characters > MOST_CHARACTERS:
             raise _LimitExceeded(f"it makes a value of more than {MOST_CHARACTERS:,} characters")
-        self.spend(_STEPS_OF_OPERATION + characters // _CHARACTERS_PER_STEP)
+        if self._left < 0:
+            self.spend(0)
 
     # Called by compiled templates
 
-    def written(self, value: Any) -> Any:
-        """Count what is written."""
-        return self.counted(value)
-
     def counted(self, value: Any) -> Any:
-        """Count a value that is read as a whole."""
+        """Count a value that is read, or written, as a whole."""
         self.spend_characters(len(value) if type(value) is str else _size(value))
         return value
 
@@ -284,6 +281,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Return ``left operator right``."""
+        if operator == "+" and type(left) is str and type(right) is str:  # most of all
+            self.spend_characters(len(left) + len(right))
+            return left + right
         if operator == "+":
             self.spend_characters(_length(left) + _length(right))
         elif operator == "%" and isinstance(left, str):
@@ -308,18 +308,30 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     # Filters and tests
 
-    def _limited(self, name: str, function: Any) -> _Function:
-        """The filter or test, made to count its steps."""
-        if _CONSTANT_TIME.fullmatch(name):
-            return function
+    def _limited(self, functions: Mapping[str, Any], fast: re.Pattern[str]) -> dict[str, Any]:
+        """The filters or tests, made to count their steps unless they are fast."""
+        return {
+            name: function if fast.fullmatch(name) else self._counting(name, function)
+            for name, function in functions.items()
+        }
+
+    def _counting(self, name: str, function: Any) -> Any:
         # Some are passed the context, the environment or such first.
         first = int(hasattr(function, "jinja_pass_arg"))
 
+        size = _length if _SHALLOW.fullmatch(name) else _size
+        growth = _GROWTH.get(name)
+
         @wraps(function)
         def limited(*args: Any, **kwargs: Any) -> Any:
-            args = (*args[:first], *map(self._listed, args[first:]))
-            self.spend_characters(_cost_of_filter(name, args[first:], kwargs))
-            result = function(*args, **kwargs)
+            subject, *others = map(self._listed, args[first:])
+            cost = size(subject)
+            if others or kwargs:
+                cost += sum(map(_amount, [*others, *kwargs.values()]))
+            if growth is not None:
+                cost += growth(subject, *others, **kwargs)
+            self.spend_characters(cost)
+            result = function(*args[:first], subject, *others, **kwargs)
             # A lazy result is made now, and counted, but stays an iterator: always true, no length.
             return iter(self._listed(result)) if isinstance(result, Iterator) else result
 
@@ -359,14 +371,18 @@ def _size(value: Any) -> int:
     while left and size <= MOST_CHARACTERS:
         one = left.pop()
         size += _OBJECT
-        if isinstance(one, str | bytes | range):
+        kind = type(one)
+        if kind is str:
             size += len(one)
+        elif kind is dict:
+            left += one
+            left += one.values()
+        elif kind is list or isinstance(one, tuple):
+            left += one
         elif isinstance(one, int):
             size += one.bit_length() // 3
-        elif isinstance(one, list | tuple | dict):
-            left += one
-            if isinstance(one, dict):
-                left += one.values()
+        elif isinstance(one, str | bytes | range):
+            size += len(one)
     return size
 
 
@@ -380,15 +396,10 @@ def _cost_of_call(function: Any, args: Iterable[Any], keywords: Iterable[Any]) -
     method = getattr(function, "__wrapped__", function)
     subject, arguments = getattr(method, "__self__", None), [*args, *keywords]
     if isinstance(subject, str | bytes | int):
-        grown = _GROWTH.get(method.__name__, _no_growth)(subject, *arguments)
+        growth = _GROWTH.get(method.__name__)
+        grown = growth(subject, *arguments) if growth is not None else 0
         return _size(subject) + sum(map(_amount, arguments)) + grown
     return (_size(subject) if isinstance(subject, list) else _length(subject)) + _size(arguments)
-
-
-def _cost_of_filter(name: str, args: Sequence[Any], keywords: Mapping[str, Any]) -> int:
-    size = _length if _SHALLOW.fullmatch(name) else _size
-    others = sum(map(_amount, [*args[1:], *keywords.values()]))
-    return size(args[0]) + others + _GROWTH.get(name, _no_growth)(*args, **keywords)
 
 
 def _check_bits(operator: str, left: Any, right: Any) -> None:
@@ -401,10 +412,6 @@ def _check_bits(operator: str, left: Any, right: Any) -> None:
 
 # By how much a result can be larger than the operands. Methods and filters of a name have the same
 # arguments, or those here serve for both.
-
-
-def _no_growth(*_: Any, **__: Any) -> int:
-    return 0
 
 
 def _formatted(text: str, field: str, arguments: Any) -> int:
@@ -439,7 +446,7 @@ def _tojson(value: Any, ensure_ascii: Any = False, indent: Any = None, **_: Any)
     width = indent if isinstance(indent, int) else _length(indent)
     if width > _MOST_INDENT:
         raise _LimitExceeded(f"it indents JSON by more than {_MOST_INDENT}")
-    return _size(value) * width
+    return _size(value) * width if width else 0
 
 
 def _translate(text: Any, table: Any) -> int:

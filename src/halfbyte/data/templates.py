@@ -7,7 +7,7 @@ at inference**: everything after the rendered prompt, up to and including the to
 turn (`turns`). The line break that many templates put after that token is not supervised.
 
 If a template marks the assistant's text with ``{% generation %}``, and all replies are supervised,
-its mask is used; if it ends just before the token that ends the turn, that token is added.
+its mask is used, but made to end with the token that ends the turn if that is near.
 
 A row is rejected if none of its replies can be supervised, or if the template drops the tool calls
 of one that should be. Whatever else a template drops, adds or changes is said in a note.
@@ -36,7 +36,14 @@ from numpy.typing import NDArray
 from halfbyte.data.dataset_report import RowRejected, counted
 from halfbyte.data.formats import Conversation, Message
 from halfbyte.data.rendering import Chat, Renderer, Tools
-from halfbyte.data.template_effects import TOOL_CALLS, Losses, Lost, added_text, losses_of_text
+from halfbyte.data.template_effects import (
+    CONTENT,
+    TOOL_CALLS,
+    Losses,
+    Lost,
+    added_text,
+    losses_of_text,
+)
 from halfbyte.data.turns import Controls, TurnEnds, find_ends, find_turn
 from halfbyte.errors import DataError
 
@@ -290,6 +297,7 @@ class Encoder:
         marked = rendered.chat.whole[1]
         if marked and len(replies) == sum(m["role"] == "assistant" for m in row.messages):
             return [self._with_end(span, rendered.text) for span in marked]
+        losses = self._losses.of(rendered.chat)
         spans, reasons = [], []
         for index in replies:
             try:
@@ -300,12 +308,15 @@ class Encoder:
             for note in turn.notes:
                 self._say(note, row)
             spans.append((turn.start, turn.stop))
-            if not _contains(rendered.text[turn.start : turn.stop], row.messages[index]["content"]):
+            written = rendered.text[turn.start : turn.stop]
+            if (index, CONTENT) not in losses and not _contains(
+                written, row.messages[index]["content"]
+            ):
                 self._say("the chat template changes the text of a reply", row)
         if not spans:
-            raise RowRejected(reasons[0])
+            raise RowRejected(f"no reply can be supervised: {reasons[0]}")
         for reason in reasons:
-            self._say(reason, row)
+            self._say(f"a reply is not supervised: {reason}", row)
         return spans
 
     def _lines(self, row: Conversation, replies: list[int]) -> list[tuple[int, int]]:
@@ -314,11 +325,14 @@ class Encoder:
         return [(ends[index - 1] if index else 0, ends[index]) for index in replies]
 
     def _with_end(self, span: tuple[int, int], text: str) -> tuple[int, int]:
-        """A span that the template marks, with the token that ends the turn, if it is next."""
+        """A span that the template marks, up to and with the token that ends the turn."""
         start, stop = span
-        end = self._controls.match(text, stop)
-        ended = any(text.endswith(token, start, stop) for token in self.ends.tokens)
-        return (start, end.end()) if end and end[0] in self.ends.tokens and not ended else span
+        end, ended = self.ends.locate(text[:stop], self._controls)
+        if start < end < ended:
+            return start, ended
+        following = self._controls.match(text, stop)
+        is_end = following is not None and following[0] in self.ends.tokens
+        return (start, following.end()) if following and is_end else span
 
     def _say(self, note: str, row: Conversation) -> None:
         self._said[note][row.line] = None
@@ -334,7 +348,8 @@ class _Rendered:
 
 def _contains(text: str, content: object) -> bool:
     """Whether the text has the content of a message, up to whitespace."""
-    return "".join(str(content or "").split()) in "".join(text.split())
+    words = str(content or "").strip()
+    return words in text or "".join(words.split()) in "".join(text.split())
 
 
 def prompt_ids(

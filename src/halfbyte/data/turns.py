@@ -21,17 +21,17 @@ from dataclasses import dataclass
 
 from halfbyte.data.dataset_report import RowRejected
 from halfbyte.data.formats import Message
-from halfbyte.data.rendering import Chat, Renderer, Tools, tool, tool_call
+from halfbyte.data.rendering import Chat, Renderer, tool, tool_call
 
 Controls = re.Pattern[str]
 """Matches the special and added tokens of a tokenizer in a text."""
 
-REWRITTEN = "a reply that the chat template renders otherwise than at inference is not supervised"
-ENDS_OTHERWISE = (
-    "the token that ends an earlier reply is not the one that ends a reply at inference, and is not"
-    " supervised"
-)
-NO_PROMPT = "a reply before which there is nothing is not supervised"
+# Why a reply is not supervised
+NO_PROMPT = "there is no message before it"
+REWRITTEN = "the chat template renders it, or what is before it, otherwise than at inference"
+
+# What is wrong with one that is
+OTHER_END = "an earlier reply does not end as one does at inference: that token is not supervised"
 NO_END = "no token ends the reply: the model will not learn to stop"
 
 
@@ -76,17 +76,19 @@ def find_turn(chat: Chat, index: int, ends: TurnEnds, controls: Controls) -> Tur
     """Return the characters of the reply with this index that are supervised.
 
     Raises:
-        RowRejected: The reply cannot be supervised; the message is the reason.
+        RowRejected: The reply cannot be supervised; the message is why.
     """
     if not index:
         raise RowRejected(NO_PROMPT)
     text = chat.text()
     prompt, reply = chat.text(index, prompt=True), chat.text(index + 1)
     if not reply.startswith(prompt):
-        ending = prompt[shared(prompt, reply) :]
+        bare = chat.text(index)
+        if not (prompt.startswith(bare) and reply.startswith(bare)):
+            raise RowRejected(REWRITTEN)
         raise RowRejected(
-            f"the prompt at inference ends in {ending[-40:]!r}, which the chat template leaves out"
-            " before the reply"
+            f"the prompt at inference ends in {prompt[len(bare) :]!r}, with which the chat template"
+            " does not begin the reply"
         )
     end, stop = ends.locate(reply, controls)
     if not text.startswith(reply[:end]):
@@ -94,7 +96,7 @@ def find_turn(chat: Chat, index: int, ends: TurnEnds, controls: Controls) -> Tur
     if end < stop:
         if text.startswith(reply[:stop]):
             return Turn(len(prompt), stop)
-        return Turn(len(prompt), end, (ENDS_OTHERWISE,))
+        return Turn(len(prompt), end, (OTHER_END,))
     following = controls.match(text, end)
     if following and following[0] in ends.tokens:
         return Turn(len(prompt), following.end())
@@ -121,12 +123,14 @@ def find_ends(renderer: Renderer, controls: Controls) -> TurnEnds:
     tokens: dict[str, None] = {}
     last = _tail(renderer, [_USER, _REPLY], controls)
     between = _tail(renderer, [_USER, _REPLY, {"role": "user", "content": _THIRD}], controls)
-    if last and last.matches:
+    if last is None:
+        return TurnEnds()
+    if last.matches:
         # The tokens that follow a reply wherever it is, such as Command's <|END_RESPONSE|>, end
         # with the one that ends the turn. If there are none, as in gpt-oss, it is the last reply's.
         end = last.matches[max(shared(last.tokens, between.tokens if between else []), 1) - 1]
         closings[last.text[end.start() :]] = tokens[end[0]] = None
-    elif last and between and between.matches:
+    elif between and between.matches:
         tokens[between.tokens[0]] = None
     token, closing = _end_of_call(renderer, controls, tuple(closings))
     if token:
@@ -148,15 +152,16 @@ class _Tail:
         return [match[0] for match in self.matches]
 
 
-def _tail(
-    renderer: Renderer, messages: list[Message], controls: Controls, tools: Tools = None
-) -> _Tail | None:
-    try:
-        text = renderer.conversation(messages, tools)[0].text()
-    except RowRejected:
-        return None
-    _, found, tail = text.rpartition(_SECOND)
-    return _Tail(tail, list(controls.finditer(tail))) if found else None
+def _tail(renderer: Renderer, messages: list[Message], controls: Controls) -> _Tail | None:
+    """What the template writes after ``_SECOND``; None if it rejects the messages or drops it."""
+    for tools in (None, [tool("zqname")]):  # some templates cannot do without
+        try:
+            text = renderer.conversation(messages, tools)[0].text()
+        except RowRejected:
+            continue
+        _, found, tail = text.rpartition(_SECOND)
+        return _Tail(tail, list(controls.finditer(tail))) if found else None
+    return None
 
 
 def _end_of_call(
@@ -165,18 +170,17 @@ def _end_of_call(
     """The token that ends the turn of a tool call, and the closing, where they are others."""
     calls = [tool_call("zqname", {"zqkey": value}) for value in (_SECOND, _THIRD)]
     one, two = ({**_REPLY, "content": "", "tool_calls": calls[:n]} for n in (1, 2))
-    tools = [tool("zqname")]
-    last = _tail(renderer, [_USER, one], controls, tools)
+    last = _tail(renderer, [_USER, one], controls)
     if last is None or last.text.endswith(closings or "\0"):
         return "", ""
     if not closings:  # nor will this turn be ended by a token of its own
-        between = _tail(renderer, [_USER, one, _RESULT], controls, tools)
+        between = _tail(renderer, [_USER, one, _RESULT], controls)
         following = between.tokens[len(last.tokens) :] if between else []
         return (following[0] if following else ""), ""
     if not last.matches or last.text[last.matches[-1].end() :].strip():
         return "", ""
     end = last.matches[-1]
-    parallel = _tail(renderer, [_USER, two], controls, tools)
+    parallel = _tail(renderer, [_USER, two], controls)
     if parallel and parallel.tokens.count(end[0]) > 1:
         return "", ""  # it ends a call, not the turn
     return end[0], last.text[end.start() :]
