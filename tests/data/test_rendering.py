@@ -87,7 +87,7 @@ def test_a_template_that_is_not_valid_is_one_error():
         prompt_ids(tokenizer, CONVERSATIONS["plain"])
 
 
-def test_a_template_that_writes_half_a_surrogate_pair_rejects_the_row():
+def test_half_a_surrogate_pair_that_a_template_writes_is_a_reason_for_rejection():
     encoder = Encoder(tiny_tokenizer(CHATML + "{{ '\\ud80a' }}"))
     with pytest.raises(RowRejected, match="text that is not valid Unicode"):
-        encoder.encode(Conversation("1", [user("Why?"), reply("Because.")]))
+        encoder.encode(Conversation("1", CONVERSATIONS["plain"]))
