@@ -308,11 +308,11 @@ class LiveScreen(Screen):
 
     def warning(self, text: str) -> None:
         """One line above the display that stands out."""
-        self._print(f"warning: {text}", "yellow")
+        self._print(Text(f"warning: {text}", style="yellow"))
 
     def stopping(self, text: str) -> None:
         """One line, and the cursor, since a second signal leaves the terminal as it is."""
-        self._print(text, "bold")
+        self._print(Text(text, style="bold"))
         self._console.show_cursor(True)
 
     def finish(self, record: dict[str, Any]) -> None:
