@@ -15,7 +15,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     get_model_conversion_mapping,
 )
-from transformers.core_model_loading import WeightRenaming, apply_renamings
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 # Subclasses of nn.Linear that compute the same.
 _SAME_AS_LINEAR = {"FalconLinear"}
@@ -73,7 +73,7 @@ def why_no_adapter(model: PreTrainedModel) -> dict[str, str]:
     def is_renamed(path: str) -> bool:
         """Whether PEFT takes the key of an adapter for one of an older checkpoint."""
         key = f"{path}.lora_A.weight"
-        return bool(apply_renamings(key, renamings) != key)
+        return bool(rename_source_key(key, renamings, [])[0] != key)
 
     head, frozen = model.get_output_embeddings(), linears_to_freeze(model)
     linears = [path for path, linear in frozen.items() if linear is not head]
