@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from halfbyte.data import sandbox
 from halfbyte.data.dataset_report import RowRejected
 from halfbyte.data.formats import Conversation
 from halfbyte.data.rendering import Renderer
@@ -87,7 +88,19 @@ def test_a_template_that_is_not_valid_is_one_error():
         prompt_ids(tokenizer, CONVERSATIONS["plain"])
 
 
-def test_half_a_surrogate_pair_that_a_template_writes_is_a_reason_for_rejection():
+def test_a_template_that_always_exceeds_its_limits_is_given_up(monkeypatch):
+    monkeypatch.setattr(sandbox, "MOST_STEPS", 1000)
+    tokenizer = tiny_tokenizer("{% for i in range(9999) %}{% endfor %}")
+    rows = [Conversation(str(line), CONVERSATIONS["plain"]) for line in range(50)]
+    with pytest.raises(DataError, match=r"exceeds its limits, .*more than 1,000 steps, line 1\."):
+        list(Encoder(tokenizer).encode_all(rows))
+    (*few,) = Encoder(tokenizer).encode_all(rows[:20])
+    assert {str(one) for one in few} == {
+        "the chat template rejects it (it takes more than 1,000 steps, line 1)"
+    }
+
+
+def test_a_template_that_writes_half_a_surrogate_pair_rejects_the_row():
     encoder = Encoder(tiny_tokenizer(CHATML + "{{ '\\ud80a' }}"))
     with pytest.raises(RowRejected, match="text that is not valid Unicode"):
         encoder.encode(Conversation("1", CONVERSATIONS["plain"]))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from halfbyte.data.dataset_report import RowRejected
 from halfbyte.data.formats import Message
-from halfbyte.data.sandbox import ChatTemplate, TemplateFailed, compiled
+from halfbyte.data.sandbox import LimitExceeded, TemplateFailed, compiled
 from halfbyte.errors import DataError
 
 if TYPE_CHECKING:
@@ -28,12 +28,16 @@ Tools = list[Any] | None
 # Instead of rendering a conversation, writes what a template would get of it.
 _PREPARED = "{{ [messages, tools] | tojson }}"
 
+# Renderings that may exceed a limit of the sandbox, at some seconds each, before all is given up.
+_MOST_EXCEEDED = 20
+
 
 class Renderer:
     """Renders conversations with the chat template of a tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
+        self._templates: dict[str, _Template] = {}  # by their text: with tools it can be another
 
     def chat(self, messages: list[Message], tools: Tools = None) -> Chat:
         """Return the conversation, prepared for its template.
@@ -50,7 +54,9 @@ class Renderer:
         except (TypeError, ValueError) as error:
             raise RowRejected(f"the chat template rejects it ({error})") from error
         ready, ready_tools = json.loads(str(prepared))
-        return Chat(source, self._special_tokens, ready, ready_tools)
+        if source not in self._templates:
+            self._templates[source] = _Template(source, self._special_tokens)
+        return Chat(self._templates[source], ready, ready_tools)
 
     def conversation(self, messages: list[Message], tools: Tools = None) -> tuple[Chat, bool]:
         """Return the conversation, with the arguments of tool calls as its template needs them.
@@ -101,18 +107,11 @@ class Chat:
         source: The text of the template.
     """
 
-    def __init__(
-        self,
-        source: str,
-        special_tokens: Mapping[str, Any],
-        messages: list[Message],
-        tools: Tools,
-    ) -> None:
+    def __init__(self, template: _Template, messages: list[Message], tools: Tools) -> None:
         self.messages = messages
         self.tools = tools
-        self.source = source
-        self._template = _compiled(source)
-        self._special_tokens = special_tokens
+        self.source = template.source
+        self._template = template
 
     def text(self, stop: int | None = None, *, prompt: bool = False) -> str:
         """Return the text of the messages before ``stop``, or of all.
@@ -124,25 +123,38 @@ class Chat:
         """
         if stop is None or (stop == len(self.messages) and not prompt):
             return self.whole[0]
-        return self._render(self.messages[:stop], prompt=prompt)[0]
+        return self._template.render(self.messages[:stop], self.tools, prompt=prompt)[0]
 
     @cached_property
     def whole(self) -> tuple[str, list[tuple[int, int]]]:
         """The text of all messages, and its spans inside ``{% generation %}``."""
-        return self._render(self.messages, prompt=False)
+        return self._template.render(self.messages, self.tools, prompt=False)
 
     def like(self, messages: list[Message], tools: Tools) -> Chat:
         """Return another conversation with the same template."""
-        return Chat(self.source, self._special_tokens, messages, tools)
+        return Chat(self._template, messages, tools)
 
-    def _render(
-        self, messages: list[Message], *, prompt: bool
+
+class _Template:
+    """A template with the special tokens of its tokenizer."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, Any]) -> None:
+        self.source = source
+        self._special_tokens = special_tokens
+        self._exceeded = 0
+        try:
+            self._template = compiled(source)
+        except TemplateFailed as error:
+            raise DataError(f"The tokenizer's chat template is not valid: {error}.") from error
+
+    def render(
+        self, messages: list[Message], tools: Tools, *, prompt: bool
     ) -> tuple[str, list[tuple[int, int]]]:
         if not messages:
             raise RowRejected("the chat template has no messages to render")
         variables = {
             "messages": messages,
-            "tools": self.tools,
+            "tools": tools,
             "documents": None,
             "add_generation_prompt": prompt,
             **self._special_tokens,
@@ -151,18 +163,17 @@ class Chat:
             text, spans = self._template.render(variables)
             text.encode()
         except TemplateFailed as error:
+            self._exceeded += isinstance(error.__cause__, LimitExceeded)
+            if self._exceeded > _MOST_EXCEEDED:
+                raise DataError(
+                    f"The tokenizer's chat template exceeds its limits, for {_MOST_EXCEEDED:,} "
+                    f"renderings and more: {error}."
+                ) from error
             raise RowRejected(f"the chat template rejects it ({error})") from error
         except UnicodeEncodeError as error:
             # A template can write what no row may have: half a surrogate pair, from an escape.
             raise RowRejected("the chat template writes text that is not valid Unicode") from error
         return text, spans
-
-
-def _compiled(source: str) -> ChatTemplate:
-    try:
-        return compiled(source)
-    except TemplateFailed as error:
-        raise DataError(f"The tokenizer's chat template is not valid: {error}.") from error
 
 
 # Tool calls

@@ -51,8 +51,8 @@ class TemplateFailed(Exception):
     """A template cannot be compiled, fails, or exceeds a limit; the message names its line."""
 
 
-class _LimitExceeded(Exception):
-    """The message says which limit."""
+class LimitExceeded(Exception):
+    """The cause of a `TemplateFailed`, if the template does or makes too much."""
 
 
 @lru_cache(maxsize=16)
@@ -121,7 +121,7 @@ def _fail(error: Exception) -> NoReturn:
     if len(reason) > _LONGEST_REASON:
         reason = reason[:_LONGEST_REASON] + "…"
     # `raise_exception` and our limits say what is wrong; other errors need the name of their type.
-    if type(error) not in (TemplateError, _LimitExceeded):
+    if type(error) not in (TemplateError, LimitExceeded):
         reason = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
     raise TemplateFailed(reason + (f", line {line}" if line is not None else "")) from error
 
@@ -251,14 +251,14 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         """Count steps; always true."""
         self._left -= steps
         if self._left < 0:
-            raise _LimitExceeded(f"it takes more than {MOST_STEPS:,} steps")
+            raise LimitExceeded(f"it takes more than {MOST_STEPS:,} steps")
         return True
 
     def spend_characters(self, characters: int) -> None:
         """Count an operation on or to so many characters."""
         self._left -= _STEPS_OF_OPERATION + characters // _CHARACTERS_PER_STEP
         if characters > MOST_CHARACTERS:
-            raise _LimitExceeded(f"it makes a value of more than {MOST_CHARACTERS:,} characters")
+            raise LimitExceeded(f"it makes a value of more than {MOST_CHARACTERS:,} characters")
         if self._left < 0:
             self.spend(0)
 
@@ -407,7 +407,7 @@ def _check_bits(operator: str, left: Any, right: Any) -> None:
         bits = left.bit_length()
         bits = bits * abs(right) if operator == "**" else bits + right.bit_length()
         if bits > _MOST_BITS:
-            raise _LimitExceeded(f"it makes an integer of more than {_MOST_BITS:,} bits")
+            raise LimitExceeded(f"it makes an integer of more than {_MOST_BITS:,} bits")
 
 
 # By how much a result can be larger than the operands. Methods and filters of a name have the same
@@ -416,7 +416,7 @@ def _check_bits(operator: str, left: Any, right: Any) -> None:
 
 def _formatted(text: str, field: str, arguments: Any) -> int:
     if re.search(r"%[^a-z%]*\*" if field == "%" else r"\{[^{}]*\{", text):
-        raise _LimitExceeded("it passes the width of a format as an argument")
+        raise LimitExceeded("it passes the width of a format as an argument")
     widths = (int(digits[:9]) for digits in re.findall(r"\d+", text))
     return text.count(field) * (_size(arguments) + max(widths, default=0))
 
@@ -445,7 +445,7 @@ def _join(value: Any, d: Any = "", attribute: Any = None) -> int:
 def _tojson(value: Any, ensure_ascii: Any = False, indent: Any = None, **_: Any) -> int:
     width = indent if isinstance(indent, int) else _length(indent)
     if width > _MOST_INDENT:
-        raise _LimitExceeded(f"it indents JSON by more than {_MOST_INDENT}")
+        raise LimitExceeded(f"it indents JSON by more than {_MOST_INDENT}")
     return _size(value) * width if width else 0
 
 

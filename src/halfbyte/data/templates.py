@@ -25,7 +25,6 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -92,7 +91,9 @@ class Encoder:
         self._said: defaultdict[str, dict[str, None]] = defaultdict(
             dict
         )  # in order, without repeats
-        self._ahead: dict[int, tuple[_Rendered, Any]] = {}  # by the identity of a row
+        # By the identity of a row
+        self._ahead: dict[int, tuple[_Rendered, Any]] = {}
+        self._rejected: dict[int, RowRejected] = {}
 
     def encode_all(self, rows: Sequence[Conversation]) -> Iterator[Example | RowRejected]:
         """Yield each row encoded, or why it is rejected.
@@ -108,6 +109,7 @@ class Encoder:
                 except RowRejected as rejection:
                     yield rejection
             self._ahead.clear()
+            self._rejected.clear()
 
     def _tokenize_ahead(self, rows: Sequence[Conversation]) -> None:
         if self._train_on == "all" or not self._tokenizer.is_fast:
@@ -115,8 +117,10 @@ class Encoder:
         rendered: dict[int, _Rendered] = {}
         for row in rows:
             if row.text is None:
-                with suppress(RowRejected):  # raised again by `encode`
+                try:
                     rendered[id(row)] = self._render(row)
+                except RowRejected as rejection:
+                    self._rejected[id(row)] = rejection
         if rendered:
             found = self._tokenizer([one.text for one in rendered.values()], **_WITH_OFFSETS)
             for i, (key, one) in enumerate(rendered.items()):
@@ -143,6 +147,8 @@ class Encoder:
             RowRejected: The chat template rejects it, or nothing of it can be supervised.
             DataError: The chat template is not valid, or the tokenizer cannot be used for it.
         """
+        if id(row) in self._rejected:
+            raise self._rejected[id(row)]
         if row.text is not None:
             tokens = np.array(self._text_ids(row.text), dtype=np.int32)
             mask = np.ones(len(tokens), dtype=np.bool_)
