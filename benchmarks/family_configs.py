@@ -146,10 +146,13 @@ CHANGES: dict[str, dict[str, Any]] = {
         }
     },
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 0.5},
         "ffn_config": {"ffn_hidden_size": 96},
     },
-    "dots3_note": {"text_config": {"per_layer_config": None}},
+    "dots3_note": {
+        "vision_config": {"num_hidden_layers": 42, "adapter_in_dim": 64, "adapter_out_dim": 64},
+        "audio_config": {"adapter_input_size": 64, "adapter_output_size": 64},
+    },
     "falcon_h1": {"mamba_d_ssm": 128},
     "gemma3n_text": {"num_kv_shared_layers": 1, "layer_types": ["full_attention"] * 4},
     "gemma4_assistant": {

@@ -64,12 +64,10 @@ def read_file(path: str | Path, most: int | None = None) -> bytes:
         OSError: As `open_file`, or it is larger than ``most``.
     """
     with open_file(path) as file:
-        content = file.read(-1 if most is None else most + 1)
-    if most is not None and len(content) > most:
-        size = os.stat(path).st_size
-        raise OSError(
-            errno.EFBIG,
-            f"expected at most {most / 1e6:g} MB, found {size / 1e6:,.1f} MB; is it another file?",
-            str(path),
-        )
-    return content
+        size = os.fstat(file.fileno()).st_size
+        if most is not None and size > most:
+            found = f"{size / 1e6:,.1f} MB; is it another file?"
+            raise OSError(
+                errno.EFBIG, f"expected at most {most / 1e6:g} MB, found {found}", str(path)
+            )
+        return file.read()

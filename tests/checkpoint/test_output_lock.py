@@ -107,6 +107,11 @@ def test_where_nothing_may_be_created_beside_it_the_lock_is_inside(
         pass
 
 
+def test_the_root_has_no_name_for_a_file_beside_it() -> None:
+    assert module._beside(Path("/")) == Path("/.lock")
+    assert module._beside(Path("/a/b")) == Path("/a/.b.lock")
+
+
 def test_a_file_is_no_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for name in ("file", "file/out"):

@@ -144,7 +144,7 @@ def test_what_train_refuses_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     assert "Conv1D, cannot be trained" in capsys.readouterr().err
     shape = "model_type=bert,hidden_size=64,num_hidden_layers=1,num_attention_heads=2"
     assert cli.main(["plan", "--shape", shape, "--card", "4090"]) == 2
-    assert "it sees the tokens it should predict" in capsys.readouterr().err
+    assert "which sees the tokens it should predict" in capsys.readouterr().err
     model = write_tiny_model(tmp_path / "model")
     words = ["plan", str(model), "--card", "4090", "--target-modules", "query_key_value"]
     assert cli.main(words) == 2

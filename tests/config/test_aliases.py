@@ -14,6 +14,7 @@ from halfbyte.config.schema import TrainConfig, load_config
 from halfbyte.errors import ConfigError
 
 REQUIRED = {"model": "m", "data": "d", "output": "o"}
+SEED = {"seed": "1"}
 
 
 def complaint(**options: Any) -> str:
@@ -124,6 +125,7 @@ def test_no_command_takes_an_adapter_for_a_type(
     ("line", "problems", "given"),
     [
         ("-lr 1e-4", ["unexpected argument `-lr`; did you mean `--lr`?"], {}),
+        ("-lr=1e-4 --seed 1", ["unexpected argument `-lr=1e-4`; did you mean `--lr=1e-4`?"], SEED),
         ("-resume", ["unexpected argument `-resume`; did you mean `--resume`?"], {}),
         ("--lr", ["`lr` needs a value"], {}),
         ("--lr 1e-4", [], {"lr": "1e-4"}),
@@ -143,6 +145,7 @@ HOSTILE = {
     "an empty number": "seed: !!int ''",
     "depth": "target_modules: " + "[" * 600,
     "a huge number": "seed: 0x" + "f" * 20_000,
+    "a huge word": "bf16: -0x" + "f" * 20_000,
     "long text": "seed: " + "x" * 90_000,
     "a null character": 'revision: "a\\0b"',
     "half a pair": 'revision: "\\ud800"',

@@ -1,6 +1,7 @@
 """Reading rows: every row has its line, a bad line is a problem, and only emptiness is an error."""
 
 import json
+import os
 import sys
 from types import SimpleNamespace
 
@@ -108,6 +109,13 @@ def test_nesting_has_a_limit(tmp_path):
     lines = [b'{"a":' * depth + b"1" + b"}" * depth for depth in (100, 101)]
     rows = read(tmp_path / "a.jsonl", b"\n".join(lines))
     assert [row.problem for row in rows] == [None, "nested more than 100 levels deep"]
+
+
+def test_the_file_of_a_directory_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    os.mkfifo(tmp_path / "b.jsonl")
+    with pytest.raises(DataError, match=r"b\.jsonl cannot be read: expected a file, found a pipe"):
+        read_source(tmp_path)
 
 
 def test_an_array_is_read_up_to_where_it_breaks(tmp_path):

@@ -30,14 +30,18 @@ _BOUNDARIES = [
 ]
 
 
+LONGEST = 2**19
+"""Bytes of an input: what reads a megabyte of text takes a second, and is no hang."""
+
+
 def damaged(draw: Random, seeds: Sequence[bytes], mutations: Sequence[Mutation]) -> bytes:
-    """Return one of the ``seeds`` after one to four mutations; some of bytes, whatever it is."""
+    """Return one of the ``seeds`` after one to four mutations, at most `LONGEST` bytes."""
     data = draw.choice(seeds)
     for _ in range(draw.choice((1, 1, 1, 2, 2, 3, 4))):
         data = draw.choice(mutations)(draw, data)
     if draw.random() < 0.05:
         data = _spliced(draw, data, draw.choice(seeds))
-    return data
+    return data[:LONGEST]
 
 
 def _spliced(draw: Random, one: bytes, other: bytes) -> bytes:

@@ -1,7 +1,9 @@
 """Which linears are frozen, and what PEFT would not load gets no adapter."""
 
+import pytest
 import torch
 
+from halfbyte.errors import ConfigError
 from halfbyte.layers.targets import linears_to_freeze, why_no_adapter
 from halfbyte.linear.lora import LoRAConfig, frozen_linears
 from halfbyte.models.build import BaseRecipe, build
@@ -20,6 +22,8 @@ def test_a_linear_whose_weight_the_model_reads_stays_as_it_is() -> None:
     built = build(model.config, BaseRecipe())
     assert leaves(frozen_linears(built)) == {"in_proj"}
     assert type(built.backbone.layers[0].mixer.dt_proj) is torch.nn.Linear
+    with pytest.raises(ConfigError, match=r"out_proj, which cannot get an adapter: transformers'"):
+        require_trainable(model, LoRAConfig(target_modules=("in_proj", "out_proj")))
 
 
 def test_a_linear_of_another_name_is_one_too() -> None:

@@ -65,7 +65,11 @@ def test_layers_that_text_skips_get_no_adapter() -> None:
     ("family", "changes", "reason"),
     [
         ("gpt2", {}, r"GPT2LMHeadModel has no linear layer .*Conv1D, cannot be trained"),
-        ("bert", {}, "is_decoder false in its config.json it sees the tokens it should predict"),
+        (
+            "bert",
+            {},
+            r"an encoder \(is_decoder is false\), which sees the tokens",
+        ),
         ("rwkv", {"attention_hidden_size": 64}, "divides its weights in place when it is called"),
     ],
 )

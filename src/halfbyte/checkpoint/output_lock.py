@@ -41,7 +41,7 @@ def output_lock(directory: str | Path) -> Iterator[None]:
         if place.exists() and not place.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         place.parent.mkdir(parents=True, exist_ok=True)
-        path = place.with_name(f".{place.name}.lock")
+        path = _beside(place)
         try:
             descriptor = _acquire(path, directory)
         except OSError as error:
@@ -54,6 +54,10 @@ def output_lock(directory: str | Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # an empty file may stay
             path.unlink()  # while it is locked, so that it is not another's
         os.close(descriptor)
+
+
+def _beside(place: Path) -> Path:
+    return place.with_name(f".{place.name}.lock") if place.name else place / ".lock"
 
 
 def _acquire(path: Path, directory: Path) -> int:

@@ -15,8 +15,9 @@ from halfbyte.foreign_text import quote, shorten
 
 
 def _word(value: Any) -> str:
-    """A plain value in lower case; an empty string for a list or a mapping."""
-    return str(value).lower() if isinstance(value, str | int | float | None) else ""
+    """A plain value in lower case; an empty string for a list, a mapping or a huge number."""
+    plain = isinstance(value, str | float | None) or (isinstance(value, int) and abs(value) < 2**63)
+    return str(value).lower() if plain else ""
 
 
 class Alias(NamedTuple):

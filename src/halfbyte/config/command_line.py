@@ -90,7 +90,7 @@ class Command(Generic[OptionsT]):
                 known = short in self.options.model_fields or short in aliases
                 hint = f"; did you mean `-{word}`?" if known else ""
                 found.problems.append(f"unexpected argument `{shorten(word)}`{hint}")
-                if known and short not in flags and words:
+                if known and short not in flags and words and not equals:
                     words.popleft()  # its value
             elif not word.startswith("--"):
                 if free and free[0] == self.many:

@@ -160,7 +160,7 @@ def _unused(row: Mapping[Any, Any], name: str, found: Conversation) -> tuple[str
     if found.messages:
         used |= {"functions" if row.get("tools") is None else "tools"}
         used |= {"system"} if found.messages[0]["content"] == row.get("system") else set()
-    nothing: tuple[object, ...] = (None, "", [], {})
+    nothing: tuple[Any, ...] = (None, "", [], {})
     return tuple(str(key) for key, value in row.items() if key not in used and value not in nothing)
 
 

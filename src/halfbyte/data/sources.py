@@ -78,7 +78,8 @@ def read_source(source: str | Path) -> Source:
         else:
             raise DataError(_missing(path))
     except OSError as error:
-        raise DataError(f"{source} cannot be read: {error.strerror or error}.") from error
+        file = error.filename or source  # one of a directory's files
+        raise DataError(f"{file} cannot be read: {error.strerror or error}.") from error
     if not rows:
         raise DataError(f"{source} is empty: expected rows, one JSON object per line.")
     return Source(rows, notes)

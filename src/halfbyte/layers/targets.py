@@ -15,7 +15,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     get_model_conversion_mapping,
 )
-from transformers.core_model_loading import WeightRenaming, apply_renamings
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 # Subclasses of nn.Linear that compute the same.
 _SAME_AS_LINEAR = {"FalconLinear"}
@@ -73,14 +73,17 @@ def why_no_adapter(model: PreTrainedModel) -> dict[str, str]:
     def is_renamed(path: str) -> bool:
         """Whether PEFT takes the key of an adapter for one of an older checkpoint."""
         key = f"{path}.lora_A.weight"
-        return bool(apply_renamings(key, renamings) != key)
+        return bool(rename_source_key(key, renamings, [])[0] != key)
 
-    head = model.get_output_embeddings()
-    linears = [path for path, linear in linears_to_freeze(model).items() if linear is not head]
+    head, frozen = model.get_output_embeddings(), linears_to_freeze(model)
+    linears = [path for path, linear in frozen.items() if linear is not head]
     taken = [path for path in linears if path.rpartition(".")[2] in names or is_renamed(path)]
     refused = dict.fromkeys(taken, f"PEFT loads no adapter of it in models of type {kind}")
     # Layers of cross-attention to an image (Mllama), which are skipped where there is none.
     for layer in getattr(model.config.get_text_config(), "cross_attention_layers", None) or ():
         inside = (path for path in linears if f".layers.{layer}." in path)
         refused |= dict.fromkeys(inside, "text does not pass through this layer")
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and path not in frozen:
+            refused[path] = "transformers' own code uses its weight"
     return refused

@@ -11,10 +11,14 @@ from halfbyte.layers.targets import linears_to_freeze, why_no_adapter
 from halfbyte.linear.lora import LoRAConfig, choose_targets
 from halfbyte.models.buffers import compute_buffers
 
+_CANNOT_ANSWER = "transformers' own generate, which answers prompts, fails with it"
+
 # What is not trained, by the class of the model, and why.
 _REFUSED = {
+    "BltForCausalLM": _CANNOT_ANSWER,
     "CpmAntForCausalLM": "its logits depend on later tokens, which it should predict",
-    "ProphetNetForCausalLM": "transformers' own generate, which answers prompts, fails with it",
+    "ProphetNetForCausalLM": _CANNOT_ANSWER,
+    "ReformerModelWithLMHead": "its reversible layers have no gradient if the embedding has none",
     "RwkvForCausalLM": "transformers divides its weights in place when it is called",
     "XLNetLMHeadModel": "its logits depend on later tokens, which it should predict",
 }
@@ -37,12 +41,12 @@ def require_trainable(model: PreTrainedModel, config: LoRAConfig) -> None:
     # A field of that name is in other configurations too, of models that do not read it (GPT-NeoX).
     if any(getattr(module, "is_decoder", True) is False for module in model.modules()):
         raise CheckpointError(
-            f"{name} cannot be trained: with is_decoder false in its config.json it sees the "
-            "tokens it should predict"
+            f"{name} cannot be trained: its config.json makes it an encoder (is_decoder is false), "
+            "which sees the tokens it should predict"
         )
-    head = model.get_output_embeddings()
-    linears = [path for path, one in linears_to_freeze(model).items() if one is not head]
-    refused = why_no_adapter(model)
+    head, refused = model.get_output_embeddings(), why_no_adapter(model)
+    frozen = (path for path, linear in linears_to_freeze(model).items() if linear is not head)
+    linears = list(dict.fromkeys((*frozen, *refused)))
     if len(refused) == len(linears) and not config.modules_to_save:
         raise CheckpointError(
             f"{name} has no linear layer (torch.nn.Linear) that could get an adapter; a model made "

@@ -277,7 +277,7 @@ def shape_of(
         name=name,
         weights=tuple(weights),
         tied=tied,
-        layers=int(config.num_hidden_layers),
+        layers=_number(config, "num_hidden_layers") or 0,
         hidden=hidden,
         query=out.get("q_proj", heads * width),
         key_value=out.get("k_proj", groups * width),

@@ -272,7 +272,7 @@ class LiveScreen(Screen):
 
     def note(self, text: str) -> None:
         """One line above the display."""
-        self._print(text, "dim")
+        self._print(Text(text, style="dim"))
 
     @contextmanager
     def task(self, description: str, total: int | None) -> Iterator[Callable[[int, int], None]]:
@@ -285,7 +285,7 @@ class LiveScreen(Screen):
         finally:
             self._tasks.remove_task(task)
             self._hide_if_idle()
-        self._print(f"{description}: {duration(time.monotonic() - began)}", "dim")
+        self._print(Text(f"{description}: {duration(time.monotonic() - began)}", style="dim"))
 
     def begin(self, *, total_steps: int, start_step: int, metadata: dict[str, Any]) -> None:
         """The bar appears."""
@@ -300,19 +300,19 @@ class LiveScreen(Screen):
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """One line above the display."""
-        self._print(evaluation_line(record), "green")
+        self._print(Text(evaluation_line(record), style="green"))
 
     def saved(self, path: str | Path) -> None:
         """One line above the display."""
-        self._print(f"saved {path}", "dim")
+        self._print(Text(f"saved {path}", style="dim"))
 
     def warning(self, text: str) -> None:
         """One line above the display that stands out."""
-        self._print(f"warning: {text}", "yellow")
+        self._print(Text(f"warning: {text}", style="yellow"))
 
     def stopping(self, text: str) -> None:
         """One line, and the cursor, since a second signal leaves the terminal as it is."""
-        self._print(text, "bold")
+        self._print(Text(text, style="bold"))
         self._console.show_cursor(True)
 
     def finish(self, record: dict[str, Any]) -> None:
@@ -320,9 +320,9 @@ class LiveScreen(Screen):
         losses = self._pace.losses if self._pace else []
         self._pace = None
         self._hide_if_idle()
-        ended, curve = finish_line(record), "  " + sparkline(losses, 16)
-        line = Text.assemble((ended, "bold"), (curve, "cyan"))
-        self._console.print(Constrain(line, _WIDEST))
+        self._print(
+            Text.assemble((finish_line(record), "bold"), ("  " + sparkline(losses, 16), "cyan"))
+        )
 
     def close(self) -> None:
         """Stop drawing and show the cursor again."""
@@ -356,8 +356,9 @@ class LiveScreen(Screen):
             overflow="ellipsis",
         )
 
-    def _print(self, line: str, style: str) -> None:
-        self._console.print(Constrain(Text(as_message(line), style=style), _WIDEST))
+    def _print(self, line: Text) -> None:
+        shown = Text(as_message(line.plain), style=line.style, spans=line.spans)
+        self._console.print(Constrain(shown, _WIDEST))
 
     def _show(self) -> None:
         if self._live is None:

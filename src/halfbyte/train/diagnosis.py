@@ -199,9 +199,10 @@ def _in_backward(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Or
 def _summary(tensor: Tensor) -> dict[str, Any]:
     """Return shape, dtype, how many values are not finite, and the range of the others."""
     tensor = tensor.detach()
-    finite = tensor.isfinite()
-    low = float(tensor.masked_fill(~finite, math.inf).min())
-    high = float(tensor.masked_fill(~finite, -math.inf).max())
+    bad, low, high = ~tensor.isfinite(), math.inf, -math.inf
+    if tensor.numel():
+        low = float(tensor.masked_fill(bad, math.inf).min())
+        high = float(tensor.masked_fill(bad, -math.inf).max())
     return {
         "shape": list(tensor.shape),
         "dtype": str(tensor.dtype).removeprefix("torch."),

@@ -19,6 +19,7 @@ _FIRST_LINE = 2**20
 # The names that a run writes in its directory, its tokenizer's files included.
 _WRITTEN = (
     *(_JOURNAL, REJECTED_NAME, "config.yaml", "report.html", "checkpoint-*"),
+    "nonfinite-*.json",
     *("adapter_config.json", "adapter_model.safetensors", "halfbyte.json"),
     *("tokenizer*.json", "tokenizer*.model", "chat_template*", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.*", "merges.txt", "*.model"),

@@ -83,7 +83,8 @@ class TrainResult:
         peak_memory_bytes: Peak of the process (on a GPU: of allocations in training).
         seconds: Time spent in steps, by this call.
         tokens_per_second: Tokens, without padding, divided by that time.
-        skipped_steps: Steps left out, because their loss or a gradient was not finite.
+        skipped_steps: Steps left out, because their loss or a gradient was not finite; without
+            those that only overflowed in float16.
     """
 
     adapter_dir: Path

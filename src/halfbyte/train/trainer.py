@@ -121,7 +121,6 @@ class Trainer:
 
     Attributes:
         policy: The activation policy.
-        steps_made: Steps made so far.
         updating: Whether an update is in progress, so that parameters are partly updated.
         fallbacks: Fallbacks applied when memory ran out; cleared once they are in the journal.
         on_nonfinite: Called with a step whose loss or gradient is not finite, while its gradients
@@ -139,7 +138,6 @@ class Trainer:
         self.config, self.max_grad_norm = config, config.max_grad_norm
         self.policy, self.fallbacks = ActivationPolicy(), list[dict[str, Any]]()
         self.plan: MemoryPlan | None = None
-        self.steps_made = 0
         self._lengths: Sequence[Sequence[int]] = ()
         self._most_tokens = 0
         self._captured = self.updating = False
@@ -387,7 +385,6 @@ class Trainer:
         elif scale is not None:
             scale.updated()
         self.clear_gradients()
-        self.steps_made += 1
         seconds = time.perf_counter() - queued.began
         return StepResult(loss, norm, queued.rate, paging, seconds, skipped=skipped)
 
