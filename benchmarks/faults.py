@@ -27,11 +27,13 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from measuring import Row, write
+
+from halfbyte.report.journal import read_journal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.tiny import write_tiny_model
@@ -77,7 +79,7 @@ class Setting:
         self.data.write_text("".join(json.dumps(row) + "\n" for row in rows()))
         self.reference = work / "reference"
         began = time.monotonic()
-        outcome = process(self.train(self.reference))
+        outcome = command(self.train(self.reference))
         self.seconds = time.monotonic() - began
         if outcome.code:
             raise SystemExit(f"the run without faults failed: {outcome}")
@@ -91,15 +93,23 @@ class Setting:
         words += ["--target-modules=q_proj,v_proj", "--lora-dropout=0.1", "--device=cpu"]
         return [*words, *options]
 
-    def resumes(self, output: Path, call: Callable[[list[str]], Outcome]) -> None:
+    def resume(self, output: Path) -> None:
         """Resume the run in ``output``, which must then be the reference.
 
         Raises:
             Wrong: It cannot be resumed, or differs.
         """
-        outcome = call(self.train(output, "--resume"))
+        outcome = command(self.train(output, "--resume"))
         if outcome.code:
             raise Wrong(f"not resumed: {outcome}")
+        self.compare(output)
+
+    def compare(self, output: Path) -> None:
+        """Compare a run that has ended with the reference.
+
+        Raises:
+            Wrong: They differ, or files of a process that has ended are left behind.
+        """
         if result(output) != self.expected:
             raise Wrong("the resumed run differs from the uninterrupted one")
         if partial := [path.name for path in output.rglob("*.partial-*")]:
@@ -108,8 +118,7 @@ class Setting:
 
 def result(output: Path) -> tuple[bytes, list[tuple[int, float]]]:
     """A run's adapter, and its steps with their losses."""
-    lines = (output / "journal.jsonl").read_text().splitlines()
-    steps = [r for r in map(json.loads, lines) if r["event"] == "step"]
+    steps = [r for r in read_journal(output / "journal.jsonl") if r["event"] == "step"]
     return (
         (output / "adapter_model.safetensors").read_bytes(),
         [(record["step"], record["loss"]) for record in steps],
@@ -129,116 +138,11 @@ def one_message(outcome: Outcome, *codes: int) -> None:
         raise Wrong(f"a message of {len(last)} characters: {last[:300]}")
 
 
-# --- signals ------------------------------------------------------------------------------------
+# --- commands in forked processes, which have imported everything ------------------------------
 
 
-def process(
-    words: list[str], stop: Callable[[subprocess.Popen[str]], None] | None = None
-) -> Outcome:
-    """Run a command in a new process, and ``stop`` beside it."""
-    with tempfile.TemporaryFile("w+") as said:
-        running = subprocess.Popen(
-            [sys.executable, "-m", "halfbyte", *words], stdout=said, stderr=said, text=True
-        )
-        if stop is not None:
-            stop(running)
-        code = running.wait(600)
-        said.seek(0)
-        return Outcome(code, said.read())
-
-
-def steps_in(output: Path) -> int:
-    """The last step in the journal."""
-    with contextlib.suppress(FileNotFoundError):
-        text = (output / "journal.jsonl").read_text()
-        steps = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
-        return max((record["step"] for record in steps if record["event"] == "step"), default=0)
-    return 0
-
-
-def saved_in(output: Path) -> int:
-    """The step of the newest checkpoint."""
-    found = [int(path.name.rpartition("-")[2]) for path in output.glob("checkpoint-*")]
-    return max(found, default=0)
-
-
-def interrupt(setting: Setting, number: int, seed: int) -> Row:
-    """Start a run, signal it at a random moment, and resume it.
-
-    Three of four signals come after the first step, the others at any time from the start.
-    """
-    chance = random.Random(f"{seed}-{number}")
-    output = setting.work / f"interrupted-{number}"
-    kind = SIGNALS[number % len(SIGNALS)]
-    twice = kind != signal.SIGKILL and chance.random() < 0.25
-    early = chance.random() < 0.25
-    delay = chance.random() * (1.2 * setting.seconds if early else 1.5)
-    pause = chance.random() * 0.2
-
-    def stop(running: subprocess.Popen[str]) -> None:
-        while not early and not steps_in(output) and running.poll() is None:
-            time.sleep(0.005)
-        time.sleep(delay)
-        running.send_signal(kind)
-        if twice:
-            time.sleep(pause)
-            running.send_signal(kind)
-
-    outcome = process(setting.train(output), stop)
-    steps, saved = steps_in(output), saved_in(output)
-    row: Row = {"signal": kind.name, "twice": twice, "code": outcome.code}
-    row |= {"steps": steps, "saved": saved}
-    try:
-        if kind == signal.SIGKILL:
-            one_message(outcome, -kind, 0)
-        else:
-            # A second signal ends the process at once, before Python has started so does the first.
-            one_message(outcome, 128 + kind, 0, *([-kind] if twice or not steps else []))
-        if kind != signal.SIGKILL and not twice and saved != steps:
-            raise Wrong(f"{steps} steps were made, the checkpoint has {saved}")
-        if steps - saved > setting.save_steps:
-            raise Wrong(f"{steps - saved} steps are lost")
-        setting.resumes(output, process)
-    except Wrong as wrong:
-        row["wrong"] = str(wrong)
-    else:
-        shutil.rmtree(output)
-    print(row, flush=True)
-    return row
-
-
-def signals(setting: Setting, count: int, seed: int) -> list[Row]:
-    """Interrupt ``count`` runs, two at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda number: interrupt(setting, number, seed), range(count)))
-
-
-# --- full disk and truncated files: commands in forked processes, which start at once -----------
-
-
-def forked(
-    words: list[str], before: Callable[[], None] = lambda: None, after: Any = None
-) -> Outcome:
-    """Run a command in a fork of this process, which has imported what it needs."""
-    from halfbyte.cli import main
-
-    with tempfile.TemporaryFile("w+") as said:
-        child = os.fork()
-        if not child:
-            os.dup2(said.fileno(), 1)
-            os.dup2(said.fileno(), 2)
-            before()
-            code = main(words)
-            if after is not None:
-                after()
-            os._exit(code)
-        _, status = os.waitpid(child, 0)
-        said.seek(0)
-        return Outcome(os.waitstatus_to_exitcode(status), said.read())
-
-
-def _import_all() -> None:
-    """Import what `train` imports, so that forked processes need not."""
+def import_all() -> None:
+    """Import what `train` imports, so that forked processes start at once."""
     from transformers.models.llama import modeling_llama
 
     from halfbyte.cli.startup import import_transformers
@@ -248,6 +152,103 @@ def _import_all() -> None:
 
     assert modeling_llama
     assert run
+
+
+def command(
+    words: list[str],
+    before: Callable[[], None] = lambda: None,
+    after: Callable[[], None] = lambda: None,
+    stop: Callable[[int], None] = lambda _: None,
+) -> Outcome:
+    """Run a command in a fork of this process.
+
+    Args:
+        words: Its arguments.
+        before: Called in the fork before the command.
+        after: Called there after it.
+        stop: Called with the process id, beside the command.
+    """
+    from halfbyte.cli import main
+
+    with tempfile.TemporaryFile("w+") as said:
+        child = os.fork()
+        if not child:
+            os.dup2(said.fileno(), 1)
+            os.dup2(said.fileno(), 2)
+            before()
+            code = main(words)
+            after()
+            os._exit(code)
+        stop(child)
+        _, status = os.waitpid(child, 0)
+        said.seek(0)
+        return Outcome(os.waitstatus_to_exitcode(status), said.read())
+
+
+# --- signals ------------------------------------------------------------------------------------
+
+
+def steps_in(output: Path) -> int:
+    """The last step in the journal."""
+    path = output / "journal.jsonl"
+    events = read_journal(path) if path.exists() else []
+    return max((event["step"] for event in events if event["event"] == "step"), default=0)
+
+
+def saved_in(output: Path) -> int:
+    """The step of the newest checkpoint."""
+    found = [int(path.name.rpartition("-")[2]) for path in output.glob("checkpoint-*")]
+    return max(found, default=0)
+
+
+def interrupt(setting: Setting, output: Path, chance: random.Random) -> Row:
+    """Start or resume a run, and signal it at a moment drawn evenly from the time a run takes."""
+    kind = chance.choice(SIGNALS)
+    twice = kind != signal.SIGKILL and chance.random() < 0.25
+    delay, pause = chance.random() * setting.seconds, chance.random() * 0.1
+
+    def stop(process: int) -> None:
+        time.sleep(delay)
+        for wait in (0, pause)[: 1 + twice]:
+            time.sleep(wait)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, kind)
+
+    outcome = command(setting.train(output, "--resume"), stop=stop)
+    steps, saved = steps_in(output), saved_in(output)
+    row: Row = {"signal": kind.name, "twice": twice, "after": round(delay, 3)}
+    row |= {"code": outcome.code, "steps": steps, "saved": saved}
+    try:
+        if kind == signal.SIGKILL:
+            one_message(outcome, -kind, 0)
+        else:  # a second signal ends the process at once
+            one_message(outcome, 128 + kind, 0, *[-kind] * twice)
+            if not twice and saved != steps:
+                raise Wrong(f"{steps} steps were made, the newest checkpoint has {saved}")
+        if steps - saved > setting.save_steps:
+            raise Wrong(f"{steps - saved} steps are lost")
+    except Wrong as wrong:
+        row["wrong"] = str(wrong)
+    print(row, flush=True)
+    return row
+
+
+def signals(setting: Setting, count: int, seed: int) -> list[Row]:
+    """Interrupt runs ``count`` times in all; each is resumed until it ends by itself."""
+    chance, found, runs = random.Random(seed), list[Row](), 0
+    while len(found) < count:
+        output = setting.work / str(runs := runs + 1) / "run"  # a name alike would be no fresh run
+        while not found or found[-1]["code"] or not output.exists():
+            found.append(interrupt(setting, output, chance))
+        try:
+            setting.compare(output)
+        except Wrong as wrong:
+            found[-1]["wrong"] = str(wrong)
+        found[-1]["run ended"] = runs
+    return found
+
+
+# --- full disk and truncated files --------------------------------------------------------------
 
 
 def full_disk(setting: Setting) -> list[Row]:
@@ -263,7 +264,7 @@ def full_disk(setting: Setting) -> list[Row]:
         def count() -> None:
             tally.write_text(str(shim.full_disk_count()))
 
-        return forked(
+        return command(
             setting.train(output), lambda: shim.full_disk(bytes(output), allowed), after=count
         )
 
@@ -282,7 +283,7 @@ def full_disk(setting: Setting) -> list[Row]:
         try:
             # Without its page a run is whole, and says so.
             one_message(outcome, 0 if "report.html: no space" in outcome.said else 2)
-            setting.resumes(output, forked)
+            setting.resume(output)
         except Wrong as wrong:
             row["wrong"] = str(wrong)
         else:
@@ -328,7 +329,7 @@ def cuts(setting: Setting) -> list[Cut]:
 def truncated(setting: Setting) -> list[Row]:
     """Cut each file to nothing, to its half, and by one byte."""
     gguf = setting.work / "gguf"
-    exported = forked(["export", str(setting.model), str(setting.reference), str(gguf)])
+    exported = command(["export", str(setting.model), str(setting.reference), str(gguf)])
     if exported.code:
         raise SystemExit(f"export failed: {exported}")
     shutil.copy(next(gguf.rglob("*.gguf")), setting.work / "model.gguf")
@@ -356,7 +357,7 @@ def _codes(cut: Cut, left: int) -> set[int]:
 
 
 def _read_cut(setting: Setting, cut: Cut, left: int, copy: Path) -> Row:
-    outcome = forked([word.replace("{copy}", str(copy)) for word in cut.command])
+    outcome = command([word.replace("{copy}", str(copy)) for word in cut.command])
     row: Row = {"file": cut.path, "bytes": left, "code": outcome.code}
     resumes = cut.code == 0 and "checkpoint-" in cut.path
     try:
@@ -380,6 +381,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=50, help="runs that get a signal")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    torch.set_num_threads(1)
     parts = args.part or ["signals", "full disk", "truncated"]
     with tempfile.TemporaryDirectory() as scratch:
         if "LD_PRELOAD" not in os.environ:
@@ -390,13 +392,14 @@ def main() -> None:
                     [sys.executable, *sys.argv], env=os.environ | {"LD_PRELOAD": str(shim)}
                 ).returncode
             )
+        import_all()
         found: dict[str, list[Row]] = {}
         if "signals" in parts:
             found["signals"] = signals(
                 Setting(Path(scratch, "long"), 200, 10), args.count, args.seed
             )
         setting = Setting(Path(scratch, "short"), 8, 4)
-        _import_all()
+        import_all()
         if "full disk" in parts:
             found["full disk"] = full_disk(setting)
         if "truncated" in parts:
