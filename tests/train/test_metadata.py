@@ -59,7 +59,8 @@ def test_a_journal_tells_the_whole_story(base: Path, tmp_path: Path) -> None:
     for step in lines(tmp_path / "r", "step"):
         parts = [step[f"{part}_seconds"] for part in ("forward", "loss", "backward", "update")]
         assert all(part > 0 for part in parts)
-        assert step["data_seconds"] + sum(parts) <= step["seconds"]
+        assert sum(parts) <= step["seconds"]
+        assert step["data_seconds"] > 0  # on a CPU before the step, on a GPU during the one before
     assert 0 < loaded["memory_bytes"] <= loaded["peak_memory_bytes"]
     before, after = lines(tmp_path / "r", "samples")
     assert (before["step"], after["step"]) == (0, 3)

@@ -7,6 +7,7 @@ answers before and after. None of it is used for training.
 import importlib.metadata
 import platform
 import time
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -14,12 +15,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.config.schema import TrainConfig
-from halfbyte.data import Dataset
+from halfbyte.data import Dataset, MicroBatch
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_policy import peak_memory, used_memory
 from halfbyte.models.generate import generate
 from halfbyte.runtime import device as devices
+from halfbyte.train.trainer import StepResult
 from halfbyte.version import __version__
 
 _LINES_LISTED = 100  # of the rows rejected for one reason, in the journal
@@ -53,6 +55,34 @@ def machine(device: str) -> str:
         name = platform.machine()
     threads = torch.get_num_threads()
     return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def step(
+    result: StepResult, batches: Sequence[MicroBatch], times: Mapping[str, float], device: str
+) -> dict[str, Any]:
+    """Return what the journal says of a step.
+
+    Args:
+        result: The step.
+        batches: Its micro-batches.
+        times: Seconds of its parts, by name.
+        device: Where it ran.
+    """
+    tokens = sum(batch.tokens for batch in batches)
+    return {
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "learning_rate": result.learning_rate,
+        "tokens": tokens,
+        "supervised_tokens": sum(batch.supervised_tokens for batch in batches),
+        "tokens_per_second": tokens / result.seconds,
+        "peak_memory_bytes": peak_memory(device),
+        "seconds": result.seconds,
+        "data_seconds": result.data_seconds,
+        **{f"{part}_seconds": spent for part, spent in times.items()},
+        **(result.paging._asdict() if result.paging else {}),
+        **({"skipped": True} if result.skipped else {}),
+    }
 
 
 def options(config: TrainConfig) -> dict[str, Any]:

@@ -475,7 +475,8 @@ class _Run:
         if done == self.start + FIRST_LOOK and not last:
             self._compare_memory(done)
         if done % config.logging_steps == 0 or last:
-            self.report.step(self._record(done, result, batches, times))
+            position = {"step": done, "epoch": done / self.plan.per_epoch}
+            self.report.step(position | metadata.step(result, batches, times, self.device))
         self.done = done
         if not result.skipped:
             self._watch(done, result)
@@ -497,28 +498,6 @@ class _Run:
     def _lines(self, step: int) -> list[list[str]]:
         """Return the lines of the rows of a step (0-based) in the data, by micro-batch."""
         return [[self.dataset.rows[row].line for row in rows] for rows in self.plan.rows(step)]
-
-    def _record(
-        self, done: int, result: StepResult, batches: list[MicroBatch], times: dict[str, float]
-    ) -> dict[str, Any]:
-        """Return the journal's record of a step."""
-        tokens = sum(batch.tokens for batch in batches)
-        return {
-            "step": done,
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
-            "learning_rate": result.learning_rate,
-            "epoch": done / self.plan.per_epoch,
-            "tokens": tokens,
-            "supervised_tokens": sum(batch.supervised_tokens for batch in batches),
-            "tokens_per_second": tokens / result.seconds,
-            "peak_memory_bytes": peak_memory(self.device),
-            "seconds": result.seconds,
-            "data_seconds": result.data_seconds,
-            **{f"{part}_seconds": spent for part, spent in times.items()},
-            **(result.paging._asdict() if result.paging else {}),
-            **({"skipped": True} if result.skipped else {}),
-        }
 
     def report_engine(self) -> None:
         """Log the engine's messages, and the fallbacks taken when memory ran out."""
