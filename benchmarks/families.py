@@ -398,7 +398,7 @@ def sweep(
 def table(rows: dict[str, Any]) -> str:
     """Return docs/models.md."""
     counts = {key: sum(row["outcome"] == key for row in rows.values()) for key in OUTCOMES}
-    said = ", ".join(f"{n} {OUTCOMES[key]}" for key, n in counts.items() if n)
+    said = ", ".join(f"{OUTCOMES[key]} {n}" for key, n in counts.items() if n)
     trained = [row for row in rows.values() if "logits" in row]
     logits = max((max(row["base_logits"], row["logits"]) for row in trained), default=0.0)
     rounded = (row.get("gradients_float64", row["gradients"]) for row in trained)
@@ -411,7 +411,8 @@ def table(rows: dict[str, Any]) -> str:
         "gradients, adapter and greedy answers are compared with those of transformers + PEFT, in",
         "float32. This file is written by that run.",
         "",
-        f"transformers {version('transformers')}, PEFT {version('peft')}: {said}. Of what trains,",
+        f"transformers {version('transformers')}, PEFT {version('peft')}.",
+        f"{len(rows)} rows: {said}. Of what trains, "
         f"the largest relative error of logits is {logits:.0e}, of gradients "
         f"{max(rounded, default=0.0):.0e}"
         + (f" (in float64 where float32 rounds more: {', '.join(wide)})." if wide else "."),

@@ -55,6 +55,6 @@ def test_the_table_has_a_line_for_each_row(families: Any) -> None:
         "gpt2": {"outcome": "refused", "note": "made of\nConv1D | so", "class": "GPT2LMHeadModel"},
     }
     table = families.table(rows)
-    assert "1 trains on the layer engine, 1 refused. Of what trains," in table
+    assert "2 rows: trains on the layer engine 1, refused 1." in table
     assert "logits is 2e-06, of gradients 3e-07 (in float64 where float32 rounds more" in table
     assert "| gpt2 | GPT2LMHeadModel | refused | made of Conv1D \\| so |" in table
