@@ -102,7 +102,11 @@ def test_neither_screen_obeys_what_it_shows(live: bool, console: Console) -> Non
     assert "\x1b]" not in stream.getvalue()
 
 
-def test_a_warning_of_ours_is_shown_and_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_warning_of_ours_is_shown_and_not_obeyed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # pytest would capture it, and could not pass surrogates on between its processes.
+    monkeypatch.setattr(logging.getLogger("halfbyte"), "propagate", False)
     with open_report():
         logging.getLogger("halfbyte").warning("skipping %s", FOREIGN)
     assert_shown(capsys.readouterr().err)
