@@ -204,7 +204,8 @@ def test_what_was_taught_survives_the_merge_or_the_merge_fails(
         least = str(lost["top1_agreement"])
         assert float(least) > 0
         assert cli.main([*words, least, "--overwrite"]) == 1
-        assert f"of {lost['by_heart']} rows that the adapter reproduces" in capsys.readouterr().err
+        said = f"of {lost['by_heart']} examples that the adapter reproduces"
+        assert said in capsys.readouterr().err
     data.unlink()
     assert ask(*words, 0, "--overwrite")["verified"]["by_heart"] == 0
 

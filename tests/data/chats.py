@@ -134,6 +134,12 @@ def tokenizer_with(template: str, family: Family) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def only(encoded):
+    """The example of a row that is one."""
+    ((_, example),) = encoded
+    return example
+
+
 def user(content):
     return {"role": "user", "content": content}
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from halfbyte.data import Encoder, Example, collate, steps
 from halfbyte.data.formats import Conversation
+from tests.data.chats import only
 from tests.tiny import tiny_tokenizer
 
 IGNORED = -100
@@ -44,7 +45,7 @@ def test_padding_does_not_hide_an_end_of_turn_that_is_the_same_token():
         Conversation("1", [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": w}])
         for w in ("Yes.", "No, and again no.")
     ]
-    batch = collate([Encoder(tokenizer).encode(row) for row in rows], pad_id=end)
+    batch = collate([only(Encoder(tokenizer).encode(row)) for row in rows], pad_id=end)
     assert (batch.labels == end).sum(axis=1).tolist() == [1, 1]
     assert batch.labels[0, batch.lengths[0] :].tolist() == [IGNORED] * int(
         batch.input_ids.shape[1] - batch.lengths[0]

@@ -7,6 +7,7 @@ import pytest
 from halfbyte.data import conversations, load_dataset
 from halfbyte.data.dataset_report import describe_rejected, describe_unused
 from halfbyte.errors import DataError
+from tests.data.chats import tokenizer_of
 from tests.tiny import tiny_tokenizer
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]}
@@ -87,7 +88,7 @@ def test_reasons_that_quote_the_data_are_bounded_in_length_and_number(tmp_path):
     assert len(report.rejections) == 300
     assert len(report.rejected) == 101
     assert len(report.rejected["other reasons"]) == 200
-    assert max(map(len, report.rejected)) <= 160
+    assert max(map(len, report.rejected)) <= 280
 
 
 def test_mixed_formats_are_all_read_and_counted(tmp_path):
@@ -131,6 +132,50 @@ def test_all_tokens_are_supervised_on_request(tmp_path):
     file = write(tmp_path / "a.jsonl", GOOD, GOOD)
     report = load_dataset(file, tiny_tokenizer(), max_length=512, train_on="all").report
     assert report.supervised_tokens == report.tokens - 2
+
+
+def talk(*contents, **last):
+    """User and assistant in turn; ``last`` are further keys of the last message."""
+    roles = ("user", "assistant")
+    turns = [{"role": roles[at % 2], "content": text} for at, text in enumerate(contents)]
+    turns[-1] |= last
+    return {"messages": turns}
+
+
+def test_a_row_that_becomes_several_examples_is_one_row_in_the_report(tmp_path):
+    rows = [
+        talk("Hi", "Yes.", "So?", "No.", "?", "End"),
+        talk("Hi", "Yes."),
+        talk("Hi", "Yes.", "So?", "No.", weight=0),
+        talk("Hi", "Yes.", "So? " * 40, "No."),
+    ]
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(rows))  # an array on one line
+    data = load_dataset(file, tokenizer_of("qwen3"), max_length=80)
+    assert [[turn["content"] for turn in row.messages[1::2]] for row in data.rows] == [
+        ["Yes."],
+        ["Yes.", "No."],
+        ["Yes.", "No.", "End"],
+        ["Yes."],
+        ["Yes."],  # of the next reply nothing is supervised,
+        ["Yes."],  # and of this one nothing within max_length
+    ]
+    assert [len(row.messages) for row, _ in data.cases] == [6, 2, 2, 2]
+    assert [example for _, example in data.cases] == [data.examples[at] for at in (2, 3, 4, 5)]
+    report = data.report
+    assert (report.rows, report.usable, report.examples, len(data.examples)) == (4, 4, 6, 6)
+    assert (report.split_lines, report.truncated_lines) == (("1", "1", "1"), ("1",))
+    assert report.lines()[:3] == [
+        f"{file}: 4 of 4 rows usable, read as messages",
+        "3 rows (lines 1, 1, 1) became 5 examples: the chat template renders earlier replies "
+        "otherwise than at inference",
+        f"truncated to max_length 80: 1 row (line 1); the longest has {report.longest} tokens",
+    ]
+    assert report.longest > 80
+    assert report.notes == ()
+    assert report.tokens == sum(len(example.tokens) for example in data.examples)
+    with pytest.raises(DataError, match="nothing supervised within max_length 4: 4 rows"):
+        load_dataset(file, tokenizer_of("qwen3"), max_length=4)
 
 
 def test_nothing_usable_is_an_error_that_shows_the_reasons(tmp_path):

@@ -14,6 +14,7 @@ from tests.data.chats import (
     CONVERSATIONS,
     FAMILIES,
     TOOLS,
+    only,
     reply,
     tokenizer_of,
     user,
@@ -67,7 +68,7 @@ def test_arguments_that_are_not_a_json_object_are_a_reason_for_rejection():
 
 def test_no_arguments_are_an_empty_object():
     tokenizer = tokenizer_of("qwen2_5")
-    example = Encoder(tokenizer).encode(Conversation("1", with_arguments("")))
+    example = only(Encoder(tokenizer).encode(Conversation("1", with_arguments(""))))
     assert '"arguments": {}}' in tokenizer.decode(example.tokens)
 
 

@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from halfbyte.data import templates
 from halfbyte.data.dataset_report import RowRejected
 from halfbyte.data.formats import Conversation
 from halfbyte.data.templates import Encoder, end_of_turn, prompt_ids
 from halfbyte.errors import DataError
+from tests.data.chats import only, tokenizer_of
 from tests.tiny import CHATML, GENERATION, LLAMA2, tiny_tokenizer
 
 END = "<|im_end|>"
@@ -31,9 +33,10 @@ def talk(*contents, **more):
 def learned(tokenizer, row, train_on="assistant"):
     """What is learned, a text for each unbroken run of tokens, and what is said about it."""
     encoder = Encoder(tokenizer, train_on)
-    example = encoder.encode(row)
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], example.labels_mask, [0]])))
-    runs = [example.tokens[start:end] for start, end in edges.reshape(-1, 2)]
+    runs = []
+    for _, example in encoder.encode(row):
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], example.labels_mask, [0]])))
+        runs += [example.tokens[start:end] for start, end in edges.reshape(-1, 2)]
     return [tokenizer.decode(run) for run in runs], encoder.notes()
 
 
@@ -61,7 +64,7 @@ WORDS = st.text(
 def test_ids_are_transformers_own_and_begin_with_the_prompt_of_inference(name, contents):
     tokenizer, row = TOKENIZERS[name], talk(*contents)
     encoder = Encoder(tokenizer)
-    example = encoder.encode(row)
+    example = only(encoder.encode(row))
     whole = tokenizer.apply_chat_template(row.messages)["input_ids"]
     assert example.tokens.tolist() == whole
 
@@ -87,7 +90,7 @@ def test_every_reply_is_learned_with_the_token_that_closes_it(name):
 
 def test_the_first_learned_token_tells_the_prompts_length():
     tokenizer, row = TOKENIZERS["chatml"], talk("Hi", "Yes.")
-    example = Encoder(tokenizer).encode(row)
+    example = only(Encoder(tokenizer).encode(row))
     assert example.prompt_length == len(prompt_ids(tokenizer, row.prompt))
     assert example.labels_mask[example.prompt_length]
 
@@ -110,35 +113,29 @@ def test_given_and_unweighted_replies_are_not_learned(name):
 
 
 def test_all_tokens_are_learned_on_request_but_the_first():
-    example = Encoder(TOKENIZERS["chatml"], "all").encode(talk("Hi", "Yes."))
+    example = only(Encoder(TOKENIZERS["chatml"], "all").encode(talk("Hi", "Yes.")))
     assert example.labels_mask.tolist() == [False] + [True] * (len(example.tokens) - 1)
 
 
-REWRITTEN = (
-    "a reply is not supervised: the chat template renders it, or what is before it, otherwise than"
-    " at inference"
-)
-
-
-def test_a_reply_that_would_think_at_inference_but_not_in_training_is_not_learned():
+def test_a_reply_that_would_think_at_inference_is_learned_where_it_does():
     text = template(
         "{% if loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
         "{{ message['content'] + '<|im_end|>\n' }}"
     )
     replies, notes = learned(tiny_tokenizer(text), talk("Hi", "Yes.", "So?", "No."))
-    assert replies == [f"<think>\n\n</think>\n\nNo.{END}"]
-    assert notes == (f"{REWRITTEN}: 1 row (line 1)",)
+    assert replies == [f"<think>\n\n</think>\n\n{word}.{END}" for word in ("Yes", "No")]
+    assert notes == ()
 
 
-def test_a_reply_that_is_rewritten_is_not_learned_and_that_is_said():
+def test_a_reply_that_is_rewritten_later_is_learned_where_it_is_not():
     text = template(
         "{{ (message['content'] if loop.last else message['content'].split('</think>')[-1])"
         " + '<|im_end|>\n' }}"
     )
     row = talk("Hi", "<think>hm</think>Yes.", "So?", "<think>hm</think>No.")
     replies, notes = learned(tiny_tokenizer(text), row)
-    assert replies == [f"<think>hm</think>No.{END}"]
-    assert notes == (f"{REWRITTEN}: 1 row (line 1)",)
+    assert replies == [f"<think>hm</think>{word}.{END}" for word in ("Yes", "No")]
+    assert notes == ()
 
 
 def test_a_reply_whose_text_is_changed_is_learned_and_that_is_said():
@@ -156,11 +153,8 @@ def test_only_the_token_that_ends_a_reply_at_inference_is_learned():
         prompt="<|im_start|>assistant",
     )
     replies, notes = learned(tiny_tokenizer(text), talk("Hi", "final", "So?", "No."))
-    assert replies == ["final:final", "final:No.<|endoftext|>"]
-    assert notes == (
-        "an earlier reply does not end as one does at inference: that token is not supervised: "
-        "1 row (line 1)",
-    )
+    assert replies == ["final:final<|endoftext|>", "final:No.<|endoftext|>"]
+    assert notes == ()
 
 
 def test_a_prompt_that_opens_thinking_which_training_lacks_is_a_reason_for_rejection():
@@ -171,6 +165,11 @@ def test_a_prompt_that_opens_thinking_which_training_lacks_is_a_reason_for_rejec
         RowRejected, match=r"prompt at inference ends in '<\|im_start\|>assistant\\n<think>\\n'"
     ):
         learned(tiny_tokenizer(text), talk("Hi", "Yes.", "So?", "<No."))
+
+
+def test_a_reply_that_changes_what_is_before_it_is_a_reason_for_rejection():
+    with pytest.raises(RowRejected, match=r"renders what is before it otherwise.*train_on: all"):
+        learned(tiny_tokenizer("{{ messages | length }}" + CHATML), talk("Hi", "Yes."))
 
 
 def test_a_header_that_inference_leaves_to_the_model_is_learned():
@@ -209,7 +208,7 @@ def test_tools_reach_the_template():
     text = "{{ tools[0]['function']['name'] if tools else 'none' }}" + CHATML
     tokenizer = tiny_tokenizer(text)
     row = talk("Hi", "Yes.", tools=[{"type": "function", "function": {"name": "weather"}}])
-    assert tokenizer.decode(Encoder(tokenizer).encode(row).tokens).startswith("weather")
+    assert tokenizer.decode(only(Encoder(tokenizer).encode(row)).tokens).startswith("weather")
 
 
 def test_a_token_that_merges_prompt_and_reply_is_learned_and_said():
@@ -230,7 +229,7 @@ def test_a_token_that_merges_prompt_and_reply_is_learned_and_said():
 
 def test_bos_is_there_once_if_the_template_writes_it():
     tokenizer = tiny_tokenizer(LLAMA2, adds_bos=True, adds_eos=True)
-    tokens = Encoder(tokenizer).encode(talk("Hi", "Yes.")).tokens.tolist()
+    tokens = only(Encoder(tokenizer).encode(talk("Hi", "Yes."))).tokens.tolist()
     assert tokens[0] == tokenizer.bos_token_id
     assert tokens.count(tokenizer.bos_token_id) == 1
     assert tokens.count(tokenizer.eos_token_id) == 1
@@ -249,7 +248,7 @@ def test_bos_twice_or_not_at_all_is_left_as_transformers_does_and_said(text, not
     encoder = Encoder(tokenizer, train_on)
     row = talk("Hi", "Yes.")
     whole = tokenizer.apply_chat_template(row.messages)["input_ids"]
-    assert encoder.encode(row).tokens.tolist() == whole
+    assert only(encoder.encode(row)).tokens.tolist() == whole
     assert [note in said for said in encoder.notes()] == [True]
 
 
@@ -258,14 +257,14 @@ def test_without_a_template_a_message_is_a_line_and_a_reply_ends_with_eos(adds_b
     tokenizer = tiny_tokenizer(None, adds_bos=adds_bos, adds_eos=True)
     row = talk("Hi", "Yes.", "So?", "No.")
     bos = tokenizer.bos_token * adds_bos
-    tokens = Encoder(tokenizer).encode(row).tokens
+    tokens = only(Encoder(tokenizer).encode(row)).tokens
     assert tokenizer.decode(tokens) == f"{bos}Hi\nYes.{END}So?\nNo.{END}"
     replies, notes = learned(tokenizer, row)
     assert replies == [f"Yes.{END}", f"No.{END}"]
     assert notes == ("the tokenizer has no chat template: plain text, one line per message",)
     prompt = prompt_ids(tokenizer, row.prompt)
     assert tokens[: len(prompt)].tolist() == prompt
-    everything = Encoder(tokenizer, "all").encode(row)
+    everything = only(Encoder(tokenizer, "all").encode(row))
     assert everything.tokens.tolist() == tokens.tolist()
 
 
@@ -273,7 +272,7 @@ def test_without_a_template_a_message_is_a_line_and_a_reply_ends_with_eos(adds_b
 @pytest.mark.parametrize("text", ["Once.", f"Once.{END}", f"<|im_start|>Once.{END}"])
 def test_plain_text_is_learned_whole_with_one_bos_and_one_eos(text, adds_eos):
     tokenizer = tiny_tokenizer(CHATML, adds_bos=True, adds_eos=adds_eos)
-    example = Encoder(tokenizer).encode(Conversation("1", [], text=text))
+    example = only(Encoder(tokenizer).encode(Conversation("1", [], text=text)))
     assert tokenizer.decode(example.tokens) == f"<|im_start|>Once.{END}"
     assert example.labels_mask.tolist() == [False] + [True] * (len(example.tokens) - 1)
 
@@ -282,7 +281,10 @@ def test_a_tokenizer_without_eos_is_said():
     tokenizer = tiny_tokenizer(CHATML)
     tokenizer.eos_token = None
     encoder = Encoder(tokenizer)
-    assert tokenizer.decode(encoder.encode(Conversation("1", [], text="Once.")).tokens) == "Once."
+    assert (
+        tokenizer.decode(only(encoder.encode(Conversation("1", [], text="Once."))).tokens)
+        == "Once."
+    )
     assert "no EOS" in encoder.notes()[0]
 
 
@@ -291,7 +293,7 @@ def test_a_tokenizer_without_offsets_is_refused_unless_all_is_learned(monkeypatc
     monkeypatch.setattr(type(tokenizer), "is_fast", False)
     with pytest.raises(DataError, match="fast tokenizer"):
         Encoder(tokenizer).encode(talk("Hi", "Yes."))
-    assert Encoder(tokenizer, "all").encode(talk("Hi", "Yes.")).labels_mask.any()
+    assert only(Encoder(tokenizer, "all").encode(talk("Hi", "Yes."))).labels_mask.any()
 
 
 def test_the_token_at_which_generation_stops():
@@ -332,7 +334,21 @@ def test_many_rows_at_once_are_each_row_by_itself(name, train_on, chats):
         if isinstance(wanted, str):
             assert str(got) == wanted
             continue
+        got, wanted = only(got), only(wanted)
         assert np.array_equal(got.tokens, wanted.tokens)
         assert np.array_equal(got.labels_mask, wanted.labels_mask)
         assert got.prompt_length == wanted.prompt_length
     assert many.notes() == alone.notes()
+
+
+def test_many_texts_of_one_row_are_tokenised_in_pieces(monkeypatch):
+    monkeypatch.setattr(templates, "_AT_ONCE", 2)
+    rows = [talk(*["Hi", "Yes."] * turns) for turns in (3, 1, 4)]
+    rows.insert(1, Conversation("2", [], text="bare text"))
+    many, alone = (Encoder(tokenizer_of("qwen3")) for _ in range(2))
+    found = list(many.encode_all(rows))
+    assert [len(row) for row in found] == [3, 1, 1, 4]
+    for row, got in zip(rows, found, strict=True):
+        for one, wanted in zip(got, alone.encode(row), strict=True):
+            assert one.example.tokens.tolist() == wanted.example.tokens.tolist()
+            assert one.example.labels_mask.tolist() == wanted.example.labels_mask.tolist()

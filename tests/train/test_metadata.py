@@ -1,6 +1,7 @@
 """What a run writes down about itself, and the page that comes of it."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from halfbyte.config.schema import TrainConfig
 from halfbyte.report import open_report
 from halfbyte.report.journal import read_journal
 from halfbyte.report.runs import read_run
+from halfbyte.train.evaluate import evaluate
+from halfbyte.train.loading import open_model
 from halfbyte.train.run import train
-from tests.tiny import write_tiny_model
+from tests.tiny import CHATML, write_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +113,36 @@ def test_a_resumed_run_keeps_what_was_answered_before(base: Path, tmp_path: Path
 def test_without_held_out_data_samples_are_of_the_training_data(base: Path, tmp_path: Path) -> None:
     run(base, tmp_path / "r", eval_data=None, samples=1)
     assert lines(tmp_path / "r", "samples")[0]["samples"][0]["prompt"] == "train 0?"
+
+
+def test_a_row_that_is_several_examples_is_one_sample_and_one_case(
+    base: Path, tmp_path: Path
+) -> None:
+    model, file = tmp_path / "model", tmp_path / "turns.jsonl"
+    shutil.copytree(base, model)
+    ends_thinking = "{{ '</think>' if loop.last and message['role'] == 'assistant' }}"
+    template = CHATML.replace(
+        "{{ '<|im_start|>' + message['role'] + '\n' +",
+        "{{ '<|im_start|>' + message['role'] + '\n' }}" + ends_thinking + "{{",
+    )
+    (model / "chat_template.jinja").write_text(template)
+    roles = ("user", "assistant")
+    turns = [{"role": role, "content": f"{role} {at}"} for at in (0, 1) for role in roles]
+    file.write_text("\n".join([json.dumps({"messages": turns})] * 2))
+    files = {"model": str(model), "data": str(file), "eval_data": None}
+    run(base, tmp_path / "r", **files, max_steps=1, samples=4)
+    [begin] = lines(tmp_path / "r", "begin")
+    counts = [begin["data_verdict"][name] for name in ("rows", "usable", "examples", "split")]
+    assert (begin["examples"], counts) == (4, [2, 2, 4, 2])
+    said = "2 rows (lines 1, 2) became 4 examples"
+    assert any(line.startswith(said) for line in begin["data_verdict"]["lines"])
+    assert said in (tmp_path / "r" / "report.html").read_text()
+    samples = lines(tmp_path / "r", "samples")[0]["samples"]
+    assert [(one["prompt"], one["expected"]) for one in samples] == [("user 1", "assistant 1")] * 2
+    opened, tokenizer, _ = open_model(str(model), device="cpu")
+    measured = evaluate(opened, tokenizer, str(file), max_new_tokens=2)
+    assert (measured.cases, measured.data["examples"]) == (2, 4)
+    assert [one["expected"] for one in measured.samples] == ["assistant 1"] * 2
 
 
 def test_every_rejected_row_is_in_the_file_the_journal_and_the_page(

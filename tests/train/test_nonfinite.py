@@ -258,6 +258,6 @@ def test_counts_that_are_damaged_are_refused():
 
 def test_rows_in_words():
     assert rows_in_words(["3"], "a.jsonl") == "line 3 of a.jsonl"
-    assert rows_in_words(["3", "7"], "a.jsonl") == "lines 3, 7 of a.jsonl"
+    assert rows_in_words(["3", "7", "3"], "a.jsonl") == "lines 3, 7 of a.jsonl"
     many = rows_in_words([str(n) for n in range(20)], "a.jsonl")
     assert many == "lines 0, 1, 2, 3, 4, 5, 6, 7 and 12 more of a.jsonl"

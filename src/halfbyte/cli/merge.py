@@ -45,7 +45,7 @@ class MergeOptions(BaseOptions):
     measure: bool = Field(True, description="compare the ways of merging on held-out text")
     verify: bool = Field(
         False,
-        description="read the model back, compare it, check that training rows the adapter has "
+        description="read the model back, compare it, check that training examples the adapter has "
         "memorised are still reproduced, and exit with 1 if not",
     )
     min_agreement: float = Field(
@@ -53,7 +53,7 @@ class MergeOptions(BaseOptions):
         ge=0,
         le=1,
         description="smallest top-1 agreement with the adapter, and smallest share of memorised "
-        "rows, that verify accepts",
+        "examples, that verify accepts",
     )
     data: str | None = Field(
         None,
@@ -210,12 +210,13 @@ def _verified(
         answer |= {"by_heart": known, "forgotten": lost}
         count = sum(len(batch.labels) for batch in taught.batches)
         show.paragraph(
-            f"Of {count} training rows the adapter reproduces {known} exactly, and the merged "
+            f"Of {count} training examples the adapter reproduces {known} exactly, and the merged "
             f"model {known - lost} of those."
         )
         if not problem and known - lost < options.min_agreement * known:
             problem = (
-                f"of {known} rows that the adapter reproduces exactly, it reproduces {known - lost}"
+                f"of {known} examples that the adapter reproduces exactly, it reproduces "
+                f"{known - lost}"
             )
     return answer, problem
 
@@ -252,7 +253,7 @@ def _held_out(
     return live
 
 
-_TAUGHT = 64  # training rows that verify checks
+_TAUGHT = 64  # training examples that verify checks
 
 
 def _taught(
@@ -267,7 +268,7 @@ def _taught(
     data = str(read_yaml(run).get("data", "")) if run.exists() else ""
     if not data or not Path(data).exists():
         report.note(
-            f"memorised training rows are not checked: {data or run} does not exist; give the "
+            f"memorised training examples are not checked: {data or run} does not exist; give the "
             "adapter's data (--data)"
         )
         return None

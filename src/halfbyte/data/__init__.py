@@ -3,7 +3,7 @@
     sources         rows with line numbers, from a file, a directory or the hub
     formats         rows to conversations
     messages        the messages of a conversation
-    templates       conversations to token ids and loss masks
+    templates       conversations to examples: token ids and loss masks
     batching        examples to micro-batches
     dataset_report  which rows were used, truncated or rejected
 
@@ -39,7 +39,14 @@ from halfbyte.data.formats import (
     to_conversation,
 )
 from halfbyte.data.sources import Row, read_source
-from halfbyte.data.templates import Encoder, Example, TrainOn, end_of_turn, prompt_ids
+from halfbyte.data.templates import (
+    Encoded,
+    Encoder,
+    Example,
+    TrainOn,
+    end_of_turn,
+    prompt_ids,
+)
 from halfbyte.errors import DataError
 from halfbyte.foreign_text import shorten
 
@@ -69,12 +76,24 @@ __all__ = [
 class Dataset:
     """The usable rows of a data set, and a report on all rows.
 
-    ``examples`` and ``rows`` have one element for each usable row, in the same order.
+    Attributes:
+        examples: What is trained on. A row is several examples if its replies cannot be supervised
+            in one text; see `halfbyte.data.templates`.
+        report: The report on all rows.
+        rows: For each example its conversation: the row, or the row up to one of its replies.
+        last_of_row: For each usable row the index of its last example, which is the whole row
+            unless nothing is supervised in that.
     """
 
     examples: list[Example]
     report: DatasetReport
     rows: list[Conversation]
+    last_of_row: list[int]
+
+    @property
+    def cases(self) -> list[tuple[Conversation, Example]]:
+        """Each usable row once, with its last example: what answers are generated for."""
+        return [(self.rows[index], self.examples[index]) for index in self.last_of_row]
 
 
 def load_dataset(
@@ -99,46 +118,38 @@ def load_dataset(
     """
     read = _read(source)
     encoder = Encoder(tokenizer, train_on)
-    examples: list[Example] = []
-    rows: list[Conversation] = []
-    cut: list[str] = []
-    longest = 0
+    collected = _Examples(max_length)
     encoded = zip(
         read.conversations, read.sources, encoder.encode_all(read.conversations), strict=True
     )
-    for done, (row, raw, whole) in enumerate(encoded, 1):
+    for done, (row, raw, found) in enumerate(encoded, 1):
         try:
-            if isinstance(whole, RowRejected):
-                raise whole
-            if not whole.labels_mask[:max_length].any():
-                within = f" within max_length {max_length}" if whole.labels_mask.any() else ""
-                raise RowRejected(f"nothing supervised{within}")
+            if isinstance(found, RowRejected):
+                raise found
+            collected.add(row, found)
         except RowRejected as rejection:
             read.reject(raw, str(rejection))
-        else:
-            longest = max(longest, len(whole.tokens))
-            if len(whole.tokens) > max_length:
-                cut.append(row.line)
-            examples.append(_cut(whole, max_length))
-            rows.append(row)
         if progress is not None:
             progress(done, len(read.conversations))
+    examples = collected.examples
     if not examples:
         raise DataError(_nothing_usable(read))
     report = DatasetReport(
         source=str(source),
         formats=read.formats,
         rows=read.rows,
-        usable=len(examples),
+        usable=len(collected.last_of_row),
+        examples=len(examples),
+        split_lines=tuple(collected.split),
         rejections=read.rejections,
         max_length=max_length,
-        truncated_lines=tuple(cut),
+        truncated_lines=tuple(collected.truncated),
         tokens=sum(len(example.tokens) for example in examples),
         supervised_tokens=sum(int(example.labels_mask.sum()) for example in examples),
-        longest=longest,
+        longest=collected.longest,
         notes=read.notes + encoder.notes(),
     )
-    return Dataset(examples, report, rows)
+    return Dataset(examples, report, collected.rows, collected.last_of_row)
 
 
 def conversations(source: str | Path) -> list[Conversation]:
@@ -208,6 +219,40 @@ def _nothing_usable(read: _Read) -> str:
     listed = "".join(f"\n  {line}" for line in describe_rejected(by_reason(read.rejections)))
     read_as = f" (read as {in_words(read.formats)})" if read.formats else ""
     return f"{read.source}: none of the {read.rows:,} rows{read_as} is usable.{listed}"
+
+
+class _Examples:
+    """The examples of the usable rows, truncated; the lines of rows that this needed, or split."""
+
+    def __init__(self, max_length: int) -> None:
+        self._max_length = max_length
+        self.examples: list[Example] = []
+        self.rows: list[Conversation] = []
+        self.last_of_row: list[int] = []
+        self.truncated: list[str] = []
+        self.split: list[str] = []
+        self.longest = 0
+
+    def add(self, row: Conversation, encoded: list[Encoded]) -> None:
+        """Add a row's examples, without those of which nothing supervised is left.
+
+        Raises:
+            RowRejected: None is left.
+        """
+        most = self._max_length
+        kept = [one for one in encoded if one.example.labels_mask[:most].any()]
+        if not kept:
+            learns = any(one.example.labels_mask.any() for one in encoded)
+            raise RowRejected(f"nothing supervised{f' within max_length {most}' if learns else ''}")
+        self.rows += [one.row for one in kept]
+        self.examples += [_cut(one.example, most) for one in kept]
+        self.last_of_row.append(len(self.examples) - 1)
+        tokens = max(len(one.example.tokens) for one in encoded)
+        self.longest = max(self.longest, tokens)
+        if tokens > most:
+            self.truncated.append(row.line)
+        if any(one.row is not row for one in encoded):
+            self.split.append(row.line)
 
 
 def _cut(example: Example, length: int) -> Example:

@@ -15,7 +15,7 @@ from halfbyte.foreign_text import quote
 _SHOWN = 5
 """Line numbers, reasons and keys to show; the rest is only counted."""
 
-LONGEST_REASON = 160
+LONGEST_REASON = 280
 """Characters of a reason."""
 
 _MOST_REASONS = 100
@@ -45,9 +45,13 @@ class DatasetReport:
         formats: The number of rows in each row format, the most frequent first.
         rows: Rows read, without blank lines.
         usable: Rows that became examples.
+        examples: Their number.
+        split_lines: Lines of the usable rows that became several examples, or one that is not the
+            whole row, because no text has all their replies as at inference.
         rejections: Every rejected row.
         max_length: The maximum number of tokens of an example.
-        truncated_lines: Lines of the usable rows that were truncated to ``max_length``.
+        truncated_lines: Lines of the usable rows that were truncated to ``max_length``. Examples
+            of which nothing supervised was left are not among ``examples``.
         tokens: Tokens of all examples, after truncation.
         supervised_tokens: Supervised tokens among them.
         longest: Tokens of the longest usable row, before truncation.
@@ -58,6 +62,8 @@ class DatasetReport:
     formats: Mapping[str, int]
     rows: int
     usable: int
+    examples: int
+    split_lines: tuple[str, ...]
     rejections: Sequence[Rejection]
     max_length: int
     truncated_lines: tuple[str, ...]
@@ -87,6 +93,12 @@ class DatasetReport:
             f"{self.source}: {self.usable:,} of {self.rows:,} rows usable, read as {self.format}"
         ]
         lines += describe_rejected(self.rejected)
+        if self.split_lines:
+            among = self.examples - (self.usable - len(self.split_lines))
+            lines.append(
+                f"{counted(self.split_lines)} became {among:,} example{'s' if among > 1 else ''}: "
+                "the chat template renders earlier replies otherwise than at inference"
+            )
         if self.truncated_lines:
             lines.append(
                 f"truncated to max_length {self.max_length}: {counted(self.truncated_lines)}; "

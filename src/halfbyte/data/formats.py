@@ -65,6 +65,11 @@ class Conversation:
         """Whether the message is a supervised reply."""
         return index >= self.given and is_supervised(self.messages[index])
 
+    def up_to(self, stop: int) -> Conversation:
+        """The messages before ``stop`` as a conversation; itself if these are all."""
+        whole = stop == len(self.messages)
+        return self if whole else replace(self, messages=self.messages[:stop])
+
     @property
     def prompt(self) -> list[Message]:
         """The messages before the last reply."""

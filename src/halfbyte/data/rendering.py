@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 Tools = list[Any] | None
 
+_Rendering = tuple[str, list[tuple[int, int]]]
+"""A text, and its spans inside ``{% generation %}``."""
+
 # Instead of rendering a conversation, writes what a template would get of it.
 _PREPARED = "{{ [messages, tools] | tojson }}"
 
@@ -112,6 +115,7 @@ class Chat:
         self.tools = tools
         self.source = template.source
         self._template = template
+        self._rendered: dict[tuple[int, bool], _Rendering] = {}  # shared by the chats of prefixes
 
     def text(self, stop: int | None = None, *, prompt: bool = False) -> str:
         """Return the text of the messages before ``stop``, or of all.
@@ -121,18 +125,28 @@ class Chat:
         Raises:
             RowRejected: The template rejects the messages.
         """
-        if stop is None or (stop == len(self.messages) and not prompt):
-            return self.whole[0]
-        return self._template.render(self.messages[:stop], self.tools, prompt=prompt)[0]
+        return self._render(len(self.messages) if stop is None else stop, prompt)[0]
 
-    @cached_property
-    def whole(self) -> tuple[str, list[tuple[int, int]]]:
-        """The text of all messages, and its spans inside ``{% generation %}``."""
-        return self._template.render(self.messages, self.tools, prompt=False)
+    @property
+    def marked(self) -> list[tuple[int, int]]:
+        """The spans of the text of all messages that are inside ``{% generation %}``."""
+        return self._render(len(self.messages), False)[1]
+
+    def up_to(self, stop: int) -> Chat:
+        """Return the messages before ``stop`` as a conversation."""
+        chat = Chat(self._template, self.messages[:stop], self.tools)
+        chat._rendered = self._rendered
+        return chat
 
     def like(self, messages: list[Message], tools: Tools) -> Chat:
         """Return another conversation with the same template."""
         return Chat(self._template, messages, tools)
+
+    def _render(self, stop: int, prompt: bool) -> _Rendering:
+        if (stop, prompt) not in self._rendered:
+            found = self._template.render(self.messages[:stop], self.tools, prompt=prompt)
+            self._rendered[stop, prompt] = found
+        return self._rendered[stop, prompt]
 
 
 class _Template:
@@ -147,9 +161,7 @@ class _Template:
         except TemplateFailed as error:
             raise DataError(f"The tokenizer's chat template is not valid: {error}.") from error
 
-    def render(
-        self, messages: list[Message], tools: Tools, *, prompt: bool
-    ) -> tuple[str, list[tuple[int, int]]]:
+    def render(self, messages: list[Message], tools: Tools, *, prompt: bool) -> _Rendering:
         if not messages:
             raise RowRejected("the chat template has no messages to render")
         variables = {

@@ -6,6 +6,10 @@ supervised tokens of an assistant turn are **what the model must generate, given
 at inference**: everything after the rendered prompt, up to and including the token that ends the
 turn (`turns`). The line break that many templates put after that token is not supervised.
 
+Usually a row becomes one example. If the template renders earlier replies otherwise than at
+inference, it becomes several: the text of the whole conversation, and texts that end with an
+earlier reply, so that each reply is supervised in exactly one of them.
+
 If a template marks the assistant's text with ``{% generation %}``, and all replies are supervised,
 its mask is used, but made to end with the token that ends the turn if that is near.
 
@@ -27,7 +31,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +47,7 @@ from halfbyte.data.template_effects import (
     added_text,
     losses_of_text,
 )
-from halfbyte.data.turns import Controls, TurnEnds, find_ends, find_turn
+from halfbyte.data.turns import Controls, Part, TurnEnds, find_ends, find_parts
 from halfbyte.errors import DataError
 
 if TYPE_CHECKING:
@@ -68,9 +72,27 @@ class Example:
     prompt_length: int
 
 
-# Rows that are tokenised together.
+class Encoded(NamedTuple):
+    """An example and the conversation that it is: a row, or a row up to one of its replies."""
+
+    row: Conversation
+    example: Example
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A text that becomes an example, and its supervised characters; None: all tokens are."""
+
+    row: Conversation
+    text: str
+    spans: Sequence[tuple[int, int]] | None = None
+
+
+_WithOffsets = tuple[list[int], list[tuple[int, int]]]
+"""The ids of a text's tokens, and where in it each starts and stops."""
+
+# Rows that are rendered, and texts that are tokenised, together.
 _AT_ONCE = 512
-_OFFSET_NAMES = ("input_ids", "offset_mapping")
 _WITH_OFFSETS: dict[str, Any] = {
     "add_special_tokens": False,
     "return_offsets_mapping": True,
@@ -91,40 +113,42 @@ class Encoder:
         self._said: defaultdict[str, dict[str, None]] = defaultdict(
             dict
         )  # in order, without repeats
-        # By the identity of a row
-        self._ahead: dict[int, tuple[_Rendered, Any]] = {}
-        self._rejected: dict[int, RowRejected] = {}
 
-    def encode_all(self, rows: Sequence[Conversation]) -> Iterator[Example | RowRejected]:
+    def encode(self, row: Conversation) -> list[Encoded]:
+        """Encode a row, without truncation, as one example or several, the shortest first.
+
+        Raises:
+            RowRejected: The chat template rejects it, or nothing of it can be supervised.
+            DataError: The chat template is not valid, or the tokenizer cannot be used for it.
+        """
+        (found,) = self.encode_all([row])
+        if isinstance(found, RowRejected):
+            raise found
+        return found
+
+    def encode_all(self, rows: Sequence[Conversation]) -> Iterator[list[Encoded] | RowRejected]:
         """Yield each row encoded, or why it is rejected.
 
         Texts are tokenised in batches, which a fast tokenizer does on all processors.
+
+        Raises:
+            DataError: As ``encode``.
         """
         for start in range(0, len(rows), _AT_ONCE):
-            some = rows[start : start + _AT_ONCE]
-            self._tokenize_ahead(some)
-            for row in some:
-                try:
-                    yield self.encode(row)
-                except RowRejected as rejection:
-                    yield rejection
-            self._ahead.clear()
-            self._rejected.clear()
+            found = [self._texts_or_rejection(row) for row in rows[start : start + _AT_ONCE]]
+            accepted = [texts for texts in found if not isinstance(texts, RowRejected)]
+            encodings = self._with_offsets([one for texts in accepted for one in texts])
+            for texts in found:
+                if isinstance(texts, RowRejected):
+                    yield texts
+                else:
+                    yield [Encoded(one.row, self._example(one, encodings)) for one in texts]
 
-    def _tokenize_ahead(self, rows: Sequence[Conversation]) -> None:
-        if self._train_on == "all" or not self._tokenizer.is_fast:
-            return
-        rendered: dict[int, _Rendered] = {}
-        for row in rows:
-            if row.text is None:
-                try:
-                    rendered[id(row)] = self._render(row)
-                except RowRejected as rejection:
-                    self._rejected[id(row)] = rejection
-        if rendered:
-            found = self._tokenizer([one.text for one in rendered.values()], **_WITH_OFFSETS)
-            for i, (key, one) in enumerate(rendered.items()):
-                self._ahead[key] = one, {name: found[name][i] for name in _OFFSET_NAMES}
+    def _texts_or_rejection(self, row: Conversation) -> list[_Text] | RowRejected:
+        try:
+            return self._texts(row)
+        except RowRejected as rejection:
+            return rejection
 
     def prompt(self, messages: list[Message], tools: Tools = None) -> list[int]:
         """The token ids of the prompt for ``messages``.
@@ -140,23 +164,6 @@ class Encoder:
         except RowRejected as error:
             raise DataError(f"The messages cannot be rendered as a prompt: {error}.") from error
 
-    def encode(self, row: Conversation) -> Example:
-        """Encodes a row, without truncation.
-
-        Raises:
-            RowRejected: The chat template rejects it, or nothing of it can be supervised.
-            DataError: The chat template is not valid, or the tokenizer cannot be used for it.
-        """
-        if id(row) in self._rejected:
-            raise self._rejected[id(row)]
-        if row.text is not None:
-            tokens = np.array(self._text_ids(row.text), dtype=np.int32)
-            mask = np.ones(len(tokens), dtype=np.bool_)
-        else:
-            tokens, mask = self._conversation(row)
-        mask[:1] = False
-        return Example(tokens, mask, int(mask.argmax()) if mask.any() else len(mask))
-
     def notes(self) -> tuple[str, ...]:
         """Messages for the user about how the rows were encoded."""
         notes = [
@@ -169,13 +176,72 @@ class Encoder:
 
     # Rendering
 
-    def _render(self, row: Conversation) -> _Rendered:
+    def _texts(self, row: Conversation) -> list[_Text]:
+        """The texts that become examples, the shortest first.
+
+        Raises:
+            RowRejected: There are none.
+        """
+        if row.text is not None:
+            return [_Text(row, row.text)]
+        replies = [index for index in range(len(row.messages)) if row.learns(index)]
+        if self._train_on == "assistant":
+            self._check_offsets()
+            if not replies:
+                raise RowRejected("no assistant turn to learn")
         if self._plain:
-            self._check_losses(row, losses_of_text(row.messages, row.tools))
-            return _Rendered(None, "".join(map(self._line, row.messages)))
+            return [self._plain_text(row, replies)]
         chat, converted = self._renderer.conversation(row.messages, row.tools)
-        rendered = _Rendered(chat, chat.text())
-        self._check_losses(row, self._losses.of(chat))
+        whole = self._whole_text(row, chat, replies)
+        wanted = [] if whole else replies
+        parts, reasons = find_parts(chat, wanted, self.ends, self._controls)
+        self._check_losses(row, self._losses_in(chat, parts))
+        self._note_additions(row, chat, converted)
+        if whole:
+            return [whole]
+        if not parts:
+            raise RowRejected(f"no reply can be supervised: {reasons[0]}")
+        for reason in reasons:
+            self._say(f"a reply is not supervised: {reason}", row)
+        return [self._supervised_text(row, part) for part in parts]
+
+    def _whole_text(self, row: Conversation, chat: Chat, replies: list[int]) -> _Text | None:
+        """The text of all messages, if replies need not be looked for in it."""
+        text = chat.text()
+        if self._train_on == "all":
+            return _Text(row, text)
+        assistants = sum(message["role"] == "assistant" for message in row.messages)
+        if chat.marked and len(replies) == assistants:
+            return _Text(row, text, [self._with_end(span, text) for span in chat.marked])
+        return None
+
+    def _plain_text(self, row: Conversation, replies: list[int]) -> _Text:
+        self._check_losses(row, losses_of_text(row.messages, row.tools))
+        lines = [self._line(message) for message in row.messages]
+        if self._train_on == "all":
+            return _Text(row, "".join(lines))
+        ends = [0, *np.cumsum([len(line) for line in lines]).tolist()]
+        return _Text(row, "".join(lines), [(ends[index], ends[index + 1]) for index in replies])
+
+    def _supervised_text(self, row: Conversation, part: Part) -> _Text:
+        text, losses = part.chat.text(), self._losses.of(part.chat)
+        for index, turn in part.turns.items():
+            for note in turn.notes:
+                self._say(note, row)
+            written, content = text[turn.start : turn.stop], row.messages[index]["content"]
+            if (index, CONTENT) not in losses and not _contains(written, content):
+                self._say("the chat template changes the text of a reply", row)
+        spans = [(turn.start, turn.stop) for turn in part.turns.values()]
+        return _Text(row.up_to(len(part.chat.messages)), text, spans)
+
+    def _losses_in(self, chat: Chat, parts: Sequence[Part]) -> Iterator[Lost]:
+        """What is dropped of each reply where it is supervised, and of the rest in the whole."""
+        supervised = {index for part in parts for index in part.turns}
+        yield from (lost for lost in self._losses.of(chat) if lost[0] not in supervised)
+        for part in parts:
+            yield from (lost for lost in self._losses.of(part.chat) if lost[0] in part.turns)
+
+    def _note_additions(self, row: Conversation, chat: Chat, converted: bool) -> None:
         if converted:
             self._say(
                 "arguments of tool calls are given to the chat template as it needs them", row
@@ -186,7 +252,6 @@ class Encoder:
             )
         if "strftime_now" in chat.source:
             self._said["the chat template writes today's date: tokens differ from day to day"] = {}
-        return rendered
 
     def _line(self, message: Message) -> str:
         end = self._tokenizer.eos_token if message["role"] == "assistant" else None
@@ -237,24 +302,40 @@ class Encoder:
             ids.append(end)
         return ids
 
-    def _conversation(self, row: Conversation) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        rendered, encoding = self._ahead.get(id(row)) or (self._render(row), None)
-        text = rendered.text
-        if self._train_on == "all":
-            ids = np.array(self._ids(text), dtype=np.int32)
-            self._check_bos(ids)
-            return ids, np.ones(len(ids), dtype=np.bool_)
+    def _check_offsets(self) -> None:
         if not self._tokenizer.is_fast:
             raise DataError(
                 f"{type(self._tokenizer).__name__} does not map tokens to characters, so the "
                 "assistant's tokens cannot be found: use a fast tokenizer (tokenizer.json), or "
                 "train on all tokens (train_on: all)."
             )
-        encoding = encoding or self._tokenizer(text, **_WITH_OFFSETS)
-        ids = np.array(encoding["input_ids"], dtype=np.int32)
-        offsets = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(len(ids), 2)
+
+    def _with_offsets(self, texts: Iterable[_Text]) -> Iterator[_WithOffsets]:
+        """The ids and offsets of the tokens of those texts that have spans."""
+        spanned = [one.text for one in texts if one.spans is not None]
+        for start in range(0, len(spanned), _AT_ONCE):
+            found = self._tokenizer(spanned[start : start + _AT_ONCE], **_WITH_OFFSETS)
+            yield from zip(found["input_ids"], found["offset_mapping"], strict=True)
+
+    def _example(self, one: _Text, encodings: Iterator[_WithOffsets]) -> Example:
+        if one.spans is not None:
+            tokens, mask = self._masked(one.row, one.spans, next(encodings))
+        else:
+            plain = one.row.text is not None
+            tokens = np.array((self._text_ids if plain else self._ids)(one.text), dtype=np.int32)
+            mask = np.ones(len(tokens), dtype=np.bool_)
+        if one.row.text is None:
+            self._check_bos(tokens)
+        mask[:1] = False
+        return Example(tokens, mask, int(mask.argmax()) if mask.any() else len(mask))
+
+    def _masked(
+        self, row: Conversation, spans: Sequence[tuple[int, int]], encoding: _WithOffsets
+    ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        ids = np.array(encoding[0], dtype=np.int32)
+        offsets = np.array(encoding[1], dtype=np.int64).reshape(len(ids), 2)
         mask = np.zeros(len(ids), dtype=np.bool_)
-        for start, stop in self._spans(row, rendered):
+        for start, stop in spans:
             turn = (offsets[:, 0] < stop) & (offsets[:, 1] > start)
             if turn.any() and offsets[turn.argmax(), 0] < start:
                 self._say("a token merges the prompt's end with the reply's start", row)
@@ -262,7 +343,6 @@ class Encoder:
         if self._plain:
             ids = np.concatenate([np.array(self._leading, dtype=np.int32), ids])
             mask = np.concatenate([np.zeros(len(self._leading), dtype=np.bool_), mask])
-        self._check_bos(ids)
         return ids, mask
 
     def _check_bos(self, ids: NDArray[np.int32]) -> None:
@@ -290,47 +370,6 @@ class Encoder:
             return TurnEnds(tokens=(str(eos),) if eos else ())
         return find_ends(self._renderer, self._controls)
 
-    def _spans(self, row: Conversation, rendered: _Rendered) -> list[tuple[int, int]]:
-        """The supervised characters of a row.
-
-        Raises:
-            RowRejected: There are none.
-        """
-        replies = [index for index in range(len(row.messages)) if row.learns(index)]
-        if not replies:
-            raise RowRejected("no assistant turn to learn")
-        if rendered.chat is None:
-            return self._lines(row, replies)
-        marked = rendered.chat.whole[1]
-        if marked and len(replies) == sum(m["role"] == "assistant" for m in row.messages):
-            return [self._with_end(span, rendered.text) for span in marked]
-        losses = self._losses.of(rendered.chat)
-        spans, reasons = [], []
-        for index in replies:
-            try:
-                turn = find_turn(rendered.chat, index, self.ends, self._controls)
-            except RowRejected as rejection:
-                reasons.append(str(rejection))
-                continue
-            for note in turn.notes:
-                self._say(note, row)
-            spans.append((turn.start, turn.stop))
-            written = rendered.text[turn.start : turn.stop]
-            if (index, CONTENT) not in losses and not _contains(
-                written, row.messages[index]["content"]
-            ):
-                self._say("the chat template changes the text of a reply", row)
-        if not spans:
-            raise RowRejected(f"no reply can be supervised: {reasons[0]}")
-        for reason in reasons:
-            self._say(f"a reply is not supervised: {reason}", row)
-        return spans
-
-    def _lines(self, row: Conversation, replies: list[int]) -> list[tuple[int, int]]:
-        """The replies in plain text."""
-        ends = np.cumsum([len(self._line(message)) for message in row.messages]).tolist()
-        return [(ends[index - 1] if index else 0, ends[index]) for index in replies]
-
     def _with_end(self, span: tuple[int, int], text: str) -> tuple[int, int]:
         """A span that the template marks, up to and with the token that ends the turn."""
         start, stop = span
@@ -343,14 +382,6 @@ class Encoder:
 
     def _say(self, note: str, row: Conversation) -> None:
         self._said[note][row.line] = None
-
-
-@dataclass(frozen=True)
-class _Rendered:
-    """A row as text; ``chat`` is None without a chat template."""
-
-    chat: Chat | None
-    text: str
 
 
 def _contains(text: str, content: object) -> bool:

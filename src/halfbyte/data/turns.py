@@ -3,9 +3,10 @@
 A reply is supervised if the model would have to write it at inference, exactly as it stands in the
 training text. At inference the model sees the messages before the reply, rendered as a prompt; what
 it has to add is whatever makes that the rendering of these messages and the reply, up to the token
-that ends the turn. The training text, the rendering of all messages, must start with both. It does
-not if the template renders earlier turns otherwise than the last: drops their thinking, or moves
-the tools to the last question. Such a reply is not supervised.
+that ends the turn. The training text must start with both. The rendering of all messages does not
+if the template renders earlier turns otherwise than the last: drops their thinking, moves the tools
+to the last question, or ends them with another token. Such a reply is supervised in another text,
+the rendering of the messages up to it (`find_parts`).
 
 Which token ends a turn is found once for a template, by rendering probes (`find_ends`). It is not
 simply the last special token: many templates write others after it, or before it, such as those
@@ -16,23 +17,31 @@ token that begins the next.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from halfbyte.data.dataset_report import RowRejected
 from halfbyte.data.formats import Message
 from halfbyte.data.rendering import Chat, Renderer, tool, tool_call
+from halfbyte.foreign_text import quote
 
 Controls = re.Pattern[str]
 """Matches the special and added tokens of a tokenizer in a text."""
 
 # Why a reply is not supervised
 NO_PROMPT = "there is no message before it"
-REWRITTEN = "the chat template renders it, or what is before it, otherwise than at inference"
+OTHER_PROMPT = "with it, the chat template renders what is before it otherwise than at inference"
 
-# What is wrong with one that is
-OTHER_END = "an earlier reply does not end as one does at inference: that token is not supervised"
+# What to do about it
+_GIVE_THINKING = "give its thinking as 'reasoning_content', or train on all tokens (train_on: all)"
+_TRAIN_ON_ALL = "train on all tokens (train_on: all), or change the model's chat template"
+
+# What is wrong with one that is supervised
 NO_END = "no token ends the reply: the model will not learn to stop"
+
+
+class Rewritten(RowRejected):
+    """A text renders a reply otherwise than the text of the messages up to the reply does."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +81,54 @@ class Turn:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Part:
+    """A conversation up to one of its messages, and the replies supervised in its text.
+
+    Attributes:
+        chat: The messages up to there.
+        turns: Where replies are, by their index; at least one.
+    """
+
+    chat: Chat
+    turns: Mapping[int, Turn]
+
+
+def find_parts(
+    chat: Chat, replies: Sequence[int], ends: TurnEnds, controls: Controls
+) -> tuple[list[Part], list[str]]:
+    """Return in which texts the replies with these indices are supervised, and why others are not.
+
+    Each is supervised in one text: that of the whole conversation if possible, which comes last. Of
+    those that are not, the last is supervised in the text that ends with it, and so are all others
+    that can be; and so on.
+    """
+    parts: list[Part] = []
+    reasons: list[str] = []
+    while replies:
+        turns: dict[int, Turn] = {}
+        rewritten: list[int] = []
+        for index in replies:
+            try:
+                turns[index] = find_turn(chat, index, ends, controls)
+            except Rewritten:
+                rewritten.append(index)
+            except RowRejected as rejection:
+                reasons.append(str(rejection))
+        if turns:
+            parts.insert(0, Part(chat, turns))
+        if rewritten:  # but not in the text that ends with it, so fewer are left
+            chat = chat.up_to(rewritten[-1] + 1)
+        replies = rewritten
+    return parts, reasons
+
+
 def find_turn(chat: Chat, index: int, ends: TurnEnds, controls: Controls) -> Turn:
     """Return the characters of the reply with this index that are supervised.
 
     Raises:
-        RowRejected: The reply cannot be supervised; the message is why.
+        Rewritten: It cannot be supervised in this text, but in that of the messages up to it.
+        RowRejected: It cannot be supervised; the message is why, and what the user can do.
     """
     if not index:
         raise RowRejected(NO_PROMPT)
@@ -85,22 +137,31 @@ def find_turn(chat: Chat, index: int, ends: TurnEnds, controls: Controls) -> Tur
     if not reply.startswith(prompt):
         bare = chat.text(index)
         if not (prompt.startswith(bare) and reply.startswith(bare)):
-            raise RowRejected(REWRITTEN)
+            raise RowRejected(f"{OTHER_PROMPT}; {_TRAIN_ON_ALL}")
+        thinks = _begins_with_thinking(chat, index, prompt)
         raise RowRejected(
-            f"the prompt at inference ends in {prompt[len(bare) :]!r}, with which the chat template"
-            " does not begin the reply"
+            f"the prompt at inference ends in {quote(prompt[len(bare) :])}, with which the chat "
+            f"template does not begin the reply; {_GIVE_THINKING if thinks else _TRAIN_ON_ALL}"
         )
     end, stop = ends.locate(reply, controls)
-    if not text.startswith(reply[:end]):
-        raise RowRejected(REWRITTEN)
+    if not text.startswith(reply[:stop]):
+        raise Rewritten("the chat template renders it otherwise than at inference")
     if end < stop:
-        if text.startswith(reply[:stop]):
-            return Turn(len(prompt), stop)
-        return Turn(len(prompt), end, (OTHER_END,))
+        return Turn(len(prompt), stop)
     following = controls.match(text, end)
     if following and following[0] in ends.tokens:
         return Turn(len(prompt), following.end())
     return Turn(len(prompt), end, (NO_END,))
+
+
+def _begins_with_thinking(chat: Chat, index: int, prompt: str) -> bool:
+    """Whether the template would begin the reply as the prompt ends, had it some thinking."""
+    reply = {**chat.messages[index], **dict.fromkeys(("reasoning_content", "thinking"), _SECOND)}
+    try:
+        text = chat.like([*chat.messages[:index], reply], chat.tools).text()
+    except RowRejected:
+        return False
+    return text.startswith(prompt)
 
 
 def shared(one: Sequence[str], other: Sequence[str]) -> int:

@@ -130,7 +130,7 @@ def evaluate(
     if note is not None:
         for line in dataset.report.lines():
             note(line)
-    cases = [row for row in dataset.rows if exact_match and row.text is None]
+    cases = [row for row, _ in dataset.cases if exact_match and row.text is None]
     total = len(dataset.examples) + len(cases)
 
     def advance(before: int) -> Progress | None:

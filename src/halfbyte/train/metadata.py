@@ -98,6 +98,8 @@ def dataset_report(dataset: Dataset) -> dict[str, Any]:
         "format": report.format,
         "rows": report.rows,
         "usable": report.usable,
+        "examples": report.examples,
+        "split": len(report.split_lines),
         "truncated": report.truncated,
         "max_length": report.max_length,
         "tokens": report.tokens,
@@ -166,9 +168,10 @@ class Samples:
 
     def __init__(self, dataset: Dataset, count: int) -> None:
         """Choose ``count`` prompts, spread over the data, without long ones and plain text."""
-        pairs = zip(dataset.rows, dataset.examples, strict=True)
         rows = [
-            row for row, ex in pairs if row.text is None and ex.prompt_length <= _LONGEST_PROMPT
+            row
+            for row, example in dataset.cases
+            if row.text is None and example.prompt_length <= _LONGEST_PROMPT
         ]
         chosen = min(count, len(rows))
         self._rows = [rows[len(rows) * i // chosen] for i in range(chosen)]

@@ -195,7 +195,8 @@ class NonFiniteSteps:
 
 
 def rows_in_words(lines: Sequence[str], data: str) -> str:
-    """Return rows as a phrase: ``lines 3, 17 of train.jsonl``."""
+    """Return rows as a phrase: ``lines 3, 17 of train.jsonl``, each once."""
+    lines = list(dict.fromkeys(lines))
     more = f" and {len(lines) - _SHOWN_ROWS} more" if len(lines) > _SHOWN_ROWS else ""
     return f"line{'s'[: len(lines) != 1]} {', '.join(lines[:_SHOWN_ROWS])}{more} of {data}"
 
