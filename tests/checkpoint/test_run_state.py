@@ -6,11 +6,9 @@ import logging
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -183,33 +181,34 @@ def test_an_unwritable_place_is_told(tmp_path: Path) -> None:
         save(tmp_path / "file", 1)
 
 
-SAVER = """
-import sys, torch
-from halfbyte.checkpoint.run_state import save_run
-print("ready", flush=True)
-for step in range(1, 10_000):
-    tensors = {name: torch.full((200, 100), float(step)) for name in "ab"}
-    save_run(sys.argv[1], step, adapter=tensors, optimizer=tensors, progress={"step": step}, keep=2)
-    print(step, flush=True)
-"""
+def save_until_killed(directory: Path, to: int) -> NoReturn:
+    """Save one checkpoint after the other, and write the number of each to a pipe."""
+    try:
+        os.write(to, b"0\n")
+        for step in range(1, 10_000):
+            tensors = {name: torch.full((200, 100), float(step)) for name in "ab"}
+            progress = {"step": step}
+            save(directory, step, adapter=tensors, optimizer=tensors, progress=progress, keep=2)
+            os.write(to, f"{step}\n".encode())
+    finally:
+        os._exit(1)  # this is a copy of the process that runs the tests
 
 
 def test_a_kill_at_any_moment_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
     chance = random.Random(0)
     for _ in range(6):
-        process = subprocess.Popen(
-            [sys.executable, "-c", SAVER, str(tmp_path)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        # Somewhere in the first few saves, which take some milliseconds each.
-        time.sleep(chance.uniform(0.0, 0.06))
-        process.send_signal(signal.SIGKILL)
-        reported = [int(line) for line in process.stdout.read().splitlines()]
-        process.wait()
-        process.stdout.close()
+        out, into = os.pipe()
+        child = os.fork()
+        if not child:
+            save_until_killed(tmp_path, into)
+        os.close(into)
+        with open(out) as pipe:
+            assert pipe.readline() == "0\n"
+            # Somewhere in the first few saves, which take some milliseconds each.
+            time.sleep(chance.uniform(0.0, 0.06))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            reported = [int(line) for line in pipe.read().splitlines()]
         finished = reported[-1] if reported else 0
         latest = latest_run(tmp_path)
         if latest is None:

@@ -96,7 +96,7 @@ def test_a_product_that_is_too_large_is_refused():
         )
 
 
-@pytest.mark.parametrize("name", ["t4", "a100", "3090", "4090", "h100", "b200"])
+@pytest.mark.parametrize("name", ["t4", "a100", "4090", "h100", "b200"])
 def test_a_gpu_is_given_what_its_units_multiply(name, monkeypatch):
     monkeypatch.setattr(devices, "spec_of", lambda _: DEVICES[name])
     q = quantize(weight((8, 64)))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.config.schema import TrainConfig
+from halfbyte.config.schema import WRITTEN_YAML, TrainConfig
 from halfbyte.errors import OutputError
 from halfbyte.train.output import claim_output, remove_run
 
@@ -53,11 +53,14 @@ def test_other_files_may_be_there(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 5
 
 
-@pytest.mark.parametrize("sign", ["journal", "checkpoint"])
+@pytest.mark.parametrize("sign", ["journal", "checkpoint", "configuration"])
 def test_the_directory_of_a_run_is_its_own(tmp_path: Path, sign: str) -> None:
     (tmp_path / "config.yaml").write_text("seed: 1")
     (tmp_path / "checkpoint-5").mkdir()
-    if sign == "journal":
+    if sign == "configuration":  # interrupted before the journal's first line
+        (tmp_path / "config.yaml").write_text(WRITTEN_YAML + "seed: 1")
+        (tmp_path / "journal.jsonl").write_text("")
+    elif sign == "journal":
         (tmp_path / "journal.jsonl").write_text(JOURNAL)
     else:
         (tmp_path / "checkpoint-5" / "run_state.json").write_text("{}")

@@ -508,6 +508,11 @@ def load_config(
     return config, notes
 
 
+WRITTEN_YAML = "# The options of a run, written by halfbyte.\n"
+"""The first line of a file that halfbyte has written, so that it may replace it."""
+
+
 def to_yaml(config: TrainConfig) -> str:
     """The whole configuration, including defaults, as YAML that ``load_config`` reads."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    options = config.model_dump(mode="json")
+    return WRITTEN_YAML + yaml.safe_dump(options, sort_keys=False, allow_unicode=True)

@@ -8,17 +8,17 @@ from pathlib import Path
 from halfbyte.checkpoint.atomic import remove_directory
 from halfbyte.checkpoint.output_lock import output_lock
 from halfbyte.checkpoint.run_state import STATE_NAME
-from halfbyte.config.schema import TrainConfig
+from halfbyte.config.schema import WRITTEN_YAML, TrainConfig
 from halfbyte.errors import OutputError
 from halfbyte.input_files import open_file
 from halfbyte.report.rejected import REJECTED_NAME
 
-_JOURNAL = "journal.jsonl"
+_CONFIG, _JOURNAL = "config.yaml", "journal.jsonl"
 _FIRST_LINE = 2**20
 
 # The names that a run writes in its directory, its tokenizer's files included.
 _WRITTEN = (
-    *(_JOURNAL, REJECTED_NAME, "config.yaml", "report.html", "checkpoint-*"),
+    *(_CONFIG, _JOURNAL, REJECTED_NAME, "report.html", "checkpoint-*"),
     "nonfinite-*.json",
     *("adapter_config.json", "adapter_model.safetensors", "halfbyte.json"),
     *("tokenizer*.json", "tokenizer*.model", "chat_template*", "special_tokens_map.json"),
@@ -72,12 +72,26 @@ def _would_change(path: Path, output: Path) -> bool:
 
 
 def _is_run(directory: Path) -> bool:
-    """Whether a run has written in the directory: it has a journal, or the state of a run."""
+    """Whether a run has written in the directory.
+
+    The first file of a run is its ``config.yaml``; a run that was interrupted after that may have
+    no more. Without that file, as older runs may be, it has a journal or the state of a run.
+    """
     if any(directory.glob(f"checkpoint-*/{STATE_NAME}")):
         return True
+    if _first_line(directory / _CONFIG) == WRITTEN_YAML.encode():
+        return True
     try:
-        with open_file(directory / _JOURNAL) as file:
-            line = json.loads(file.readline(_FIRST_LINE))
-    except (OSError, ValueError, RecursionError):
+        line = json.loads(_first_line(directory / _JOURNAL))
+    except (ValueError, RecursionError):
         return False
     return isinstance(line, dict) and "event" in line
+
+
+def _first_line(path: Path) -> bytes:
+    """Return the first line of a file, as far as it is not absurdly long; empty if unreadable."""
+    try:
+        with open_file(path) as file:
+            return file.readline(_FIRST_LINE)
+    except OSError:
+        return b""
