@@ -55,6 +55,7 @@ from halfbyte.data.templates import prompt_ids
 from halfbyte.engine.choose import choose_engine
 from halfbyte.engine.packing import Batch
 from halfbyte.errors import UserError
+from halfbyte.layers.multimodal import SUPPORTED
 from halfbyte.linear.lora import adapter_parameters
 from halfbyte.models.build import BaseRecipe
 from halfbyte.models.generate import end_tokens, generate
@@ -416,6 +417,10 @@ def table(rows: dict[str, Any]) -> str:
         f"the largest relative error of logits is {logits:.0e}, of gradients "
         f"{max(rounded, default=0.0):.0e}"
         + (f" (in float64 where float32 rounds more: {', '.join(wide)})." if wide else "."),
+        "",
+        "Of image-text and audio-text models the text decoder is trained, and adapters, merged and",
+        "packed models load as the whole model (tests/checkpoint/test_multimodal.py):",
+        ", ".join(SUPPORTED) + ".",
         "",
         "| family | class | outcome | note |",
         "|---|---|---|---|",
