@@ -175,6 +175,9 @@ def command(
         if not child:
             os.dup2(said.fileno(), 1)
             os.dup2(said.fileno(), 2)
+            for number in SIGNALS[1:]:  # a background process of a shell would ignore some of them
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             before()
             code = main(words)
             after()
@@ -234,9 +237,9 @@ def interrupt(setting: Setting, output: Path, chance: random.Random) -> Row:
 
 
 def signals(setting: Setting, count: int, seed: int) -> list[Row]:
-    """Interrupt runs ``count`` times in all; each is resumed until it ends by itself."""
+    """Interrupt runs until ``count`` signals came before their ends; resume each to its end."""
     chance, found, runs = random.Random(seed), list[Row](), 0
-    while len(found) < count:
+    while sum(row["code"] != 0 for row in found) < count:
         output = setting.work / str(runs := runs + 1) / "run"  # a name alike would be no fresh run
         while not found or found[-1]["code"] or not output.exists():
             found.append(interrupt(setting, output, chance))

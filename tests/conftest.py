@@ -1,6 +1,7 @@
 """What holds for every test: one thread, the same examples each time, kernels interpreted."""
 
 import os
+import signal
 
 import hypothesis
 import torch
@@ -15,6 +16,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # On few and busy cores, two threads of a small operation wait for each other at its barrier for
 # milliseconds: 133 s instead of 17 for the tests of the format alone.
 torch.set_num_threads(1)
+
+# A shell has its background processes ignore SIGINT, and nohup SIGHUP, also for their children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("fixed")
