@@ -229,15 +229,14 @@ def test_an_embedding_on_the_host_is_read_from_there():
 
 def test_nothing_stays_on_the_card():
     model = random_model(SHAPES["llama3-8b"])
-    answers(model, prompts_of(), 24)
-    gc.collect()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    for slots in (1, 3, len(LENGTHS)):
-        answers(model, prompts_of(), 24, slots=slots)
-    gc.collect()
-    torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated() <= before
+    allocated = []
+    for _ in range(2):  # what a process needs once, such as counters of a kernel, stays
+        for slots in (1, 3, len(LENGTHS)):
+            answers(model, prompts_of(), 24, slots=slots)
+        gc.collect()
+        torch.cuda.synchronize()
+        allocated.append(torch.cuda.memory_allocated())
+    assert allocated[1] <= allocated[0]
 
 
 @pytest.mark.parametrize("heads", [(32, 32, 128), (32, 8, 128), (9, 3, 64), (14, 2, 64)])
