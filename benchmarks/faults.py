@@ -371,7 +371,7 @@ def _read_cut(setting: Setting, cut: Cut, left: int, copy: Path) -> Row:
             raise Wrong(f"left behind: {sorted(path.name for path in (copy / 'out').iterdir())}")
     except Wrong as wrong:
         row["wrong"] = str(wrong)
-    row["said"] = outcome.said.strip().splitlines()[-1:]
+    row["said"] = outcome.said.replace(str(copy), "").strip().splitlines()[-1:]
     print(row, flush=True)
     return row
 

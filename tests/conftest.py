@@ -4,6 +4,7 @@ import os
 import signal
 
 import hypothesis
+import pytest
 import torch
 
 # Triton asks when a kernel is defined, so before anything imports it.
@@ -23,3 +24,13 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("fixed")
+
+
+@pytest.fixture
+def signal_handlers():
+    """Restore the handlers of signals after the test."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, known in before.items():
+        signal.signal(number, known)

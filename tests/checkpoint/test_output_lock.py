@@ -140,3 +140,14 @@ def test_an_owner_is_quoted_safely(tmp_path: Path) -> None:
         message = refused(tmp_path / "out")
     assert r"\x1b]0;x\x07\x0a" in message
     assert len(message) < 500 + len(str(tmp_path))
+
+
+def test_a_file_system_without_locks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with output_lock(tmp_path / "out"):
+        assert "has no locks (Operation not supported)" in caplog.text

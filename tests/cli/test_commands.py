@@ -99,6 +99,7 @@ def seam(monkeypatch: pytest.MonkeyPatch) -> Seam:
         for name in names:
             setattr(module, name, getattr(stand_in, name))
         monkeypatch.setitem(sys.modules, path, module)
+    monkeypatch.setattr("halfbyte.data.sources.require_source", lambda source: None)
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setenv("COLUMNS", "80")
     return stand_in
@@ -188,6 +189,11 @@ def test_eval_prints_figures_and_what_was_missed(
         "  got       fish",
     ]
     assert "d: 2 of 3 rows usable" in printed.err
+
+
+def test_eval_looks_for_its_data_before_it_loads_the_model(tmp_path, capsys):
+    assert cli.main(["eval", "--model", "none.gguf", "--data", str(tmp_path / "rows.jsonl")]) == 2
+    assert "There is no data file or directory" in capsys.readouterr().err
 
 
 def test_eval_without_exact_match_and_as_json(

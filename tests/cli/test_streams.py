@@ -189,7 +189,7 @@ def test_json_stays_json_in_every_encoding(encoding: str) -> None:
 
 
 def test_what_libraries_print_is_escaped() -> None:
-    log, stream = logging.getLogger("some.library"), io.StringIO()
+    log, stream = logging.getLogger("another"), io.StringIO()
     log.propagate = False
     log.addHandler(handler := logging.StreamHandler(stream))
     with our_process("utf-8"):

@@ -10,13 +10,7 @@ import pytest
 from halfbyte.errors import Interrupted
 from halfbyte.runtime.signals import SIGNALS, first_signal, interrupt, leave_closed_terminal
 
-
-@pytest.fixture(autouse=True)
-def _handlers():
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, known in before.items():
-        signal.signal(number, known)
+pytestmark = pytest.mark.usefixtures("signal_handlers")
 
 
 def handlers():

@@ -19,6 +19,7 @@ from halfbyte.train.nonfinite import rows_in_words
 from halfbyte.train.run import train
 from halfbyte.train.trainer import Trainer
 from tests.tiny import tiny_tokenizer, write_tiny_model
+from tests.train.interrupting import break_off
 
 NAME = "adapter_model.safetensors"
 BAD = "zzz"
@@ -162,17 +163,7 @@ def test_a_run_that_rewinds_resumes_byte_for_byte(model, data, tmp_path):
     whole = config(model, data, tmp_path / "whole", **options)
     run(whole)
     broken = config(model, data, tmp_path / "broken", **options)
-    with open_report(broken.output, quiet=True) as report:
-        tell = report.step
-
-        def until_seven(record):
-            tell(record)
-            if record["step"] == 7:
-                raise KeyboardInterrupt
-
-        report.step = until_seven
-        with pytest.raises(KeyboardInterrupt):
-            train(broken, report)
+    break_off(broken, 7)
     result = run(broken.model_copy(update={"resume": True}))
     assert (whole.output / NAME).read_bytes() == (broken.output / NAME).read_bytes()
     assert result.skipped_steps == 2

@@ -32,6 +32,7 @@ from halfbyte.train.evaluate import evaluate
 from halfbyte.train.loading import open_model
 from halfbyte.train.run import train
 from tests.tiny import write_tiny_model
+from tests.train.interrupting import break_off
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +75,6 @@ LONGER = {"epochs": 8, "lora_r": 16}
 def run(made):
     with open_report(made.output, quiet=True) as report:
         return train(made, report)
-
-
-class Interrupted(BaseException):
-    """What a test raises in the middle of a run."""
 
 
 def journal(output):
@@ -174,17 +171,7 @@ def test_a_resumed_run_is_the_run_byte_for_byte(model, data, tmp_path, options):
     run(config(model, data, whole, **options))
 
     made = config(model, data, broken, **options)
-    with open_report(broken, quiet=True) as report:
-        tell = report.step
-
-        def until_seven(record):
-            tell(record)
-            if record["step"] == 7:
-                raise Interrupted
-
-        report.step = until_seven
-        with pytest.raises(Interrupted):
-            train(made, report)
+    break_off(made, 7)
     assert not (broken / "adapter_model.safetensors").exists()
     # What no result depends on may change when a run goes on: here, what is kept in memory.
     again = made.model_copy(update={"resume": True, "activations": "recompute"})

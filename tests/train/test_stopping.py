@@ -18,7 +18,7 @@ from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.errors import Interrupted, RunStopped
 from halfbyte.report import open_report
 from halfbyte.report.journal import read_journal
-from halfbyte.runtime.signals import SIGNALS, first_signal
+from halfbyte.runtime.signals import first_signal
 from halfbyte.train.run import train
 from halfbyte.train.stopping import StopRequest
 from tests.cli.test_main import with_source
@@ -27,12 +27,7 @@ from tests.tiny import write_tiny_model
 NAME = "adapter_model.safetensors"
 
 
-@pytest.fixture(autouse=True)
-def _handlers():
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, known in before.items():
-        signal.signal(number, known)
+pytestmark = pytest.mark.usefixtures("signal_handlers")
 
 
 @pytest.fixture(scope="module")

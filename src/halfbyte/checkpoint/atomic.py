@@ -15,6 +15,7 @@ import ctypes
 import errno
 import fcntl
 import glob
+import logging
 import os
 import shutil
 import tempfile
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from halfbyte.errors import OutputError
+
+logger = logging.getLogger("halfbyte")
 
 _REASONS = {
     errno.ENOSPC: "no space left on the device; free some, or choose another directory",
@@ -181,14 +184,18 @@ def remove_partial(parent: Path, pattern: str) -> None:
 def lock(descriptor: int) -> bool:
     """Lock an open file or directory until it is closed; return False if another process has it.
 
-    True where the file system has no locks.
+    True where the file system has no locks, which is logged.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:
-        return True
+    except OSError as error:
+        logger.warning(
+            "the file system of the output has no locks (%s): nothing keeps another process from "
+            "writing there at the same time",
+            error.strerror,
+        )
     return True
 
 

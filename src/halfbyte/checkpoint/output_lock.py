@@ -6,7 +6,7 @@ nothing may be created beside it. The file says who has it, for the message to t
 itself is the kernel's and ends with the process, however that ends, so none is ever stale.
 
 On NFS such locks hold between hosts (Linux emulates them by the server's). A file system without
-any gives no protection: `atomic.lock` then reports success.
+any gives no protection, which `atomic.lock` logs.
 """
 
 import contextlib

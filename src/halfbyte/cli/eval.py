@@ -44,9 +44,11 @@ def main(argv: list[str]) -> None:
     options, notes, as_json = COMMAND.read(argv)
 
     import_transformers(gpu=options.device != "cpu")
+    from halfbyte.data.sources import require_source
     from halfbyte.report import open_report, show
     from halfbyte.train.evaluate import evaluate
 
+    require_source(options.data)
     with results(as_json=as_json) as answer:
         with open_report() as report:
             for note in notes:

@@ -50,6 +50,21 @@ class Source(NamedTuple):
     notes: tuple[str, ...]
 
 
+def require_source(source: str | Path) -> None:
+    """Check that a source exists, or can be the id of a data set on the hub.
+
+    Raises:
+        DataError: It does not, and is none.
+    """
+    path = Path(source)
+    try:
+        found = path.exists()
+    except OSError as error:
+        raise DataError(f"{source} cannot be read: {error.strerror or error}.") from error
+    if not found and not _is_hub_id(source):
+        raise DataError(_missing(path))
+
+
 def read_source(source: str | Path) -> Source:
     """Reads every row of ``source``.
 
@@ -61,6 +76,7 @@ def read_source(source: str | Path) -> Source:
     Raises:
         DataError: It does not exist, is of another kind, or has no rows.
     """
+    require_source(source)
     path = Path(source)
     notes: tuple[str, ...] = ()
     try:
@@ -73,10 +89,8 @@ def read_source(source: str | Path) -> Source:
             ]
         elif path.exists():
             rows = list(_read_file(path))
-        elif _is_hub_id(source):
-            rows = list(_read_hub(str(source)))
         else:
-            raise DataError(_missing(path))
+            rows = list(_read_hub(str(source)))
     except OSError as error:
         file = error.filename or source  # one of a directory's files
         raise DataError(f"{file} cannot be read: {error.strerror or error}.") from error

@@ -7,6 +7,7 @@ stay as they are. Of the others, some get no adapter, because PEFT would not loa
 
 import inspect
 import re
+from functools import cache
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -35,21 +36,19 @@ _EXPERT_NAMES = {
 def linears_to_freeze(model: PreTrainedModel) -> dict[str, nn.Linear]:
     """Return the linears that can be replaced by frozen ones, the output head included, by path."""
     found: dict[str, nn.Linear] = {}
-    read: dict[type[nn.Module], set[str]] = {}
     for path, module in model.named_modules():
         for leaf, child in module.named_children():
             kind = type(child)
             if not (kind is nn.Linear or kind.__name__ in _SAME_AS_LINEAR):
                 continue
             assert isinstance(child, nn.Linear)
-            if (owner := type(module)) not in read:
-                read[owner] = _weights_read(owner)
             is_head = child is model.get_output_embeddings()
-            if is_head or leaf not in read[owner]:
+            if is_head or leaf not in _weights_read(type(module)):  # type: ignore[arg-type]
                 found[f"{path}.{leaf}" if path else leaf] = child
     return found
 
 
+@cache  # reading the source of a class takes milliseconds, and a model is looked at several times
 def _weights_read(kind: type[nn.Module]) -> set[str]:
     """Return the names of the children whose ``weight`` a class of transformers reads itself."""
     names: set[str] = set()
