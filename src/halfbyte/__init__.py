@@ -22,7 +22,8 @@ from halfbyte.version import __version__
 if TYPE_CHECKING:
     from halfbyte import optim
     from halfbyte import quant as nf4
-    from halfbyte.config.schema import TrainConfig, load_config
+    from halfbyte.config.reading import load_config
+    from halfbyte.config.schema import TrainConfig
     from halfbyte.errors import HalfbyteError, UserError
     from halfbyte.linear.lora import LoRAConfig
     from halfbyte.models.generate import generate
@@ -61,7 +62,7 @@ _HOMES = {
     "fine_tune": "train.run:train",
     "generate": "models.generate:generate",
     "load": "train.loading:open_model",
-    "load_config": "config.schema:load_config",
+    "load_config": "config.reading:load_config",
     "open_report": "report:open_report",
 }
 

@@ -10,7 +10,8 @@ from halfbyte.cli.quantize import COMMAND as QUANTIZE
 from halfbyte.cli.train import COMMAND as TRAIN
 from halfbyte.config.aliases import ALIASES, REFUSED
 from halfbyte.config.command_line import Command
-from halfbyte.config.schema import TrainConfig, load_config
+from halfbyte.config.reading import load_config
+from halfbyte.config.schema import TrainConfig
 from halfbyte.errors import ConfigError
 
 REQUIRED = {"model": "m", "data": "d", "output": "o"}

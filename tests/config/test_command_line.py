@@ -10,7 +10,8 @@ from pydantic import Field
 from halfbyte.cli import COMMANDS
 from halfbyte.cli.train import COMMAND as TRAIN
 from halfbyte.config.command_line import Command, invocation, results
-from halfbyte.config.schema import Options, TrainConfig
+from halfbyte.config.options import Options
+from halfbyte.config.schema import TrainConfig
 from halfbyte.errors import ConfigError
 
 

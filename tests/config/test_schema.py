@@ -9,7 +9,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from halfbyte.config.aliases import ALIASES
-from halfbyte.config.schema import TrainConfig, load_config, parse_bytes, to_yaml
+from halfbyte.config.options import parse_bytes
+from halfbyte.config.reading import load_config, to_yaml
+from halfbyte.config.schema import TrainConfig
 from halfbyte.errors import ConfigError
 
 REQUIRED = {"model": "m", "data": "d", "output": "o"}

@@ -22,7 +22,8 @@ from halfbyte.checkpoint.run_state import OPTIMIZER_NAME, STATE_NAME, latest_run
 from halfbyte.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
 from halfbyte.cli import COMMANDS
 from halfbyte.cli.opening import as_trained
-from halfbyte.config.schema import BaseOptions, check, load_config, to_yaml
+from halfbyte.config.reading import check, load_config, to_yaml
+from halfbyte.config.schema import BaseOptions
 from halfbyte.data import Encoder, load_dataset
 from halfbyte.linear.lora import LoRAConfig
 from halfbyte.models.build import BaseRecipe

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from halfbyte import cli
-from halfbyte.config.schema import TrainConfig, check
+from halfbyte.config.reading import check
+from halfbyte.config.schema import TrainConfig
 from halfbyte.errors import ConfigError
 from halfbyte.report import open_report
 from halfbyte.report.trackers import TRACKERS, open_trackers, tracked

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from halfbyte.cli.train import COMMAND
-from halfbyte.config.schema import load_config
+from halfbyte.config.reading import load_config
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from halfbyte.checkpoint.base_model import load_base, open_base
-from halfbyte.config.schema import TrainConfig, check
+from halfbyte.config.reading import check
+from halfbyte.config.schema import TrainConfig
 from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach
 from halfbyte.models.build import BaseRecipe
 from halfbyte.plan.policy import ActivationPolicy

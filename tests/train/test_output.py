@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.config.schema import WRITTEN_YAML, TrainConfig
+from halfbyte.config.reading import WRITTEN_YAML
+from halfbyte.config.schema import TrainConfig
 from halfbyte.errors import OutputError
 from halfbyte.train.output import claim_output, remove_run
 

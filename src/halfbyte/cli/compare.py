@@ -7,7 +7,8 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_
 
 from halfbyte.checkpoint.output_lock import output_lock
 from halfbyte.config.command_line import Command, results
-from halfbyte.config.schema import TrainConfig, parse_names
+from halfbyte.config.options import parse_names
+from halfbyte.config.schema import TrainConfig
 
 _VARIED = ("quant", "double_quant", "seed", "resume")
 _OWN = ("variants", "seeds", "shape", "exact_match", "max_new_tokens")

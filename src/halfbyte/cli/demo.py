@@ -14,7 +14,9 @@ from pydantic import Field
 from halfbyte.checkpoint.output_lock import output_lock
 from halfbyte.cli.startup import import_transformers
 from halfbyte.config.command_line import Command, invocation, results
-from halfbyte.config.schema import Options, TrainConfig, check
+from halfbyte.config.options import Options
+from halfbyte.config.reading import check
+from halfbyte.config.schema import TrainConfig
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport

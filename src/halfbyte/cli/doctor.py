@@ -9,7 +9,7 @@ from typing import Any
 
 from halfbyte.cli.startup import import_transformers
 from halfbyte.config.command_line import Command, results
-from halfbyte.config.schema import Options
+from halfbyte.config.options import Options
 from halfbyte.errors import HalfbyteError
 from halfbyte.version import __version__
 

@@ -260,7 +260,7 @@ def _taught(
     options: MergeOptions, model: Any, tokenizer: Any, report: "RunReport"
 ) -> "Reference | None":
     """The adapter's outputs on its training data, if that still exists."""
-    from halfbyte.config.schema import read_yaml
+    from halfbyte.config.reading import read_yaml
     from halfbyte.data import load_dataset
     from halfbyte.tools.merge_evaluation import reference
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from halfbyte.checkpoint.output_lock import output_lock
-from halfbyte.config.schema import BaseOptions, ModelOptions, check
+from halfbyte.config.reading import check
+from halfbyte.config.schema import BaseOptions, ModelOptions
 from halfbyte.errors import CheckpointError, ConfigError, OutputError
 from halfbyte.foreign_text import shorten
 from halfbyte.input_files import open_file, read_file

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from halfbyte.config.command_line import Command, results
-from halfbyte.config.schema import BlockSize, Options, parse_bytes, parse_names
+from halfbyte.config.options import BlockSize, Options, parse_bytes, parse_names
 
 if TYPE_CHECKING:
     from halfbyte.plan.advice import Way

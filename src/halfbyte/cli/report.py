@@ -6,7 +6,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from halfbyte.config.command_line import Command, results
-from halfbyte.config.schema import Options
+from halfbyte.config.options import Options
 
 _PAGE = "report.html"
 

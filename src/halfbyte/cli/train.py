@@ -4,7 +4,8 @@ import dataclasses
 
 from halfbyte.cli.startup import import_transformers
 from halfbyte.config.command_line import Command, invocation, results
-from halfbyte.config.schema import TrainConfig, load_config
+from halfbyte.config.reading import load_config
+from halfbyte.config.schema import TrainConfig
 
 COMMAND = Command(
     "train",

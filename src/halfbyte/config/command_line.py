@@ -35,7 +35,7 @@ from typing import (
 from pydantic.fields import FieldInfo
 
 from halfbyte.config.aliases import aliases_of, translate
-from halfbyte.config.schema import OptionsT, check
+from halfbyte.config.reading import OptionsT, check
 from halfbyte.foreign_text import shorten, to_json
 
 _TRUTH_WORDS = {"true", "false", "yes", "no", "on", "off", "1", "0"}

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 
 from halfbyte.checkpoint.atomic import new_file, require_writable
 from halfbyte.config.aliases import translate
-from halfbyte.config.schema import TrainConfig, check, load_config, to_yaml
+from halfbyte.config.reading import check, load_config, to_yaml
+from halfbyte.config.schema import TrainConfig
 from halfbyte.errors import ConfigError, HalfbyteError, Interrupted, OutputError
 from halfbyte.foreign_text import quote
 from halfbyte.report.comparison import (

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from halfbyte.config.schema import TrainConfig, check
+from halfbyte.config.reading import check
+from halfbyte.config.schema import TrainConfig
 from halfbyte.engine.choose import choose_engine
 from halfbyte.engine.packing import Batch
 from halfbyte.layers.attention_cpu import causal_attention

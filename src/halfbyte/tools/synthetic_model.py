@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from halfbyte.config.schema import TrainConfig, load_config
+from halfbyte.config.reading import load_config
+from halfbyte.config.schema import TrainConfig
 from halfbyte.engine.choose import choose_engine
 from halfbyte.engine.packing import Batch
 from halfbyte.errors import UserError

@@ -8,7 +8,8 @@ from pathlib import Path
 from halfbyte.checkpoint.atomic import remove_directory
 from halfbyte.checkpoint.output_lock import output_lock
 from halfbyte.checkpoint.run_state import STATE_NAME
-from halfbyte.config.schema import WRITTEN_YAML, TrainConfig
+from halfbyte.config.reading import WRITTEN_YAML
+from halfbyte.config.schema import TrainConfig
 from halfbyte.errors import OutputError
 from halfbyte.input_files import open_file
 from halfbyte.report.rejected import REJECTED_NAME

@@ -1,6 +1,6 @@
 """Options that are legal, but hardly meant with this model and these data; each gets one note.
 
-What can be judged without model and data is noted when the options are read (`config.schema`).
+What can be judged without model and data is noted when the options are read (`config.reading`).
 """
 
 from collections.abc import Sequence

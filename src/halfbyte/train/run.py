@@ -22,8 +22,9 @@ from halfbyte.checkpoint.atomic import new_file, require_writable
 from halfbyte.checkpoint.base_model import BaseSource, LoadedBase, open_base
 from halfbyte.checkpoint.peft import save_adapter
 from halfbyte.checkpoint.run_state import RunState
-from halfbyte.config.schema import TrainConfig, to_yaml
-from halfbyte.data import Dataset, MicroBatch, load_dataset
+from halfbyte.config.reading import to_yaml
+from halfbyte.config.schema import TrainConfig
+from halfbyte.data import MicroBatch
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.choose import choose_engine
 from halfbyte.engine.layerwise import LayerEngine
@@ -59,10 +60,9 @@ from halfbyte.train.loss_watch import LossWatch
 from halfbyte.train.memory_check import FIRST_LOOK, Prediction, sizes_of
 from halfbyte.train.nonfinite import NonFiniteSteps, rows_in_words
 from halfbyte.train.output import claim_output
-from halfbyte.train.plausibility import implausible
 from halfbyte.train.qera import begin_with_error, require_plain
 from halfbyte.train.resume import check_same_run, identity_of_run, resume_from
-from halfbyte.train.run_steps import RunSteps
+from halfbyte.train.run_data import RunData
 from halfbyte.train.saving import Checkpoints, CheckpointWriter
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.stopping import StopRequest
@@ -137,9 +137,7 @@ class _Run:
 
     source: BaseSource
     tokenizer: PreTrainedTokenizerBase
-    dataset: Dataset
-    held_out: Dataset | None
-    plan: RunSteps
+    data: RunData
     identity: dict[str, Any]
     base: LoadedBase
     parameters: dict[str, nn.Parameter]
@@ -195,28 +193,17 @@ class _Run:
         report.record("loaded", {"seconds": loading.seconds} | metadata.memory_now(device))
 
     def _read_data(self) -> None:
-        config = self.config
-        self.dataset = _read(config.data, self.tokenizer, config, self.report)
-        self.held_out = None
-        if config.eval_data:
-            self.held_out = _read(config.eval_data, self.tokenizer, config, self.report)
-        self.plan = RunSteps(self.dataset.examples, config, self.tokenizer.pad_token_id or 0)
-        examples, model_config = self.dataset.examples, self.source.config
-        for line in implausible(config, examples, self.plan.total, model_config):
-            self.report.note(line)
-        lengths = self.plan.lengths()
-        self.shapes = [[(len(batch), batch[0]) for batch in step] for step in lengths]
-        self.lengths = [[n for batch in step for n in batch] for step in lengths]
-        self.identity = identity_of_run(config, self.source, self.dataset)
+        self.data = RunData(self.config, self.tokenizer, self.source.config, self.report)
+        self.identity = identity_of_run(self.config, self.source, self.data.dataset)
         if self.resumed is not None:
-            check_same_run(self.resumed, self.identity, self.plan.total)
+            check_same_run(self.resumed, self.identity, self.total)
 
     def _prepare_cpu(self) -> None:
         if self.dtype == torch.float32:
             library, reason = float32_library()
             self.report.note(f"float32 products by {library}: {reason}")
         keep_freed_memory()
-        keep_few_products(self.shapes)
+        keep_few_products(self.data.shapes)
         give_back()
         self.process_bytes = used_memory(self.device)
 
@@ -244,17 +231,23 @@ class _Run:
             model,
             self.device,
             graphs=config.cuda_graphs,
-            lengths=self.lengths,
+            lengths=self.data.lengths,
             state_bits=config.state_bits,
         )
         report.note(self.engine_summary)
-        schedule = Schedule.of(config, self.plan.total)
+        schedule = Schedule.of(config, self.total)
         self.trainer = Trainer(self.engine, self.parameters, config, schedule)
         if config.optim != "adamw":
             report.note(self.trainer.optimizer.describe())
         self.clock = metadata.StepClock(self.trainer.optimizer, self.engine, self.device)
         self.checkpoints = Checkpoints(
-            config, self.base, self.lora, self.trainer, self.writer, self.identity, self.plan.total
+            config,
+            self.base,
+            self.lora,
+            self.trainer,
+            self.writer,
+            self.identity,
+            self.total,
         )
         self.watch = LossWatch(config.learning_rate)
         self.nonfinite = self.trainer.on_nonfinite = NonFiniteSteps(
@@ -263,7 +256,7 @@ class _Run:
             self.parameters,
             checkpoints=self.checkpoints,
             save=self.save,
-            lines=self._lines,
+            lines=self.data.lines,
             report=report,
         )
         if self.resumed is not None:
@@ -275,6 +268,11 @@ class _Run:
             self.evaluated = self.resumed.progress.get("evaluated", self.start)
 
     @property
+    def total(self) -> int:
+        """The number of steps."""
+        return self.data.plan.total
+
+    @property
     def trained(self) -> int:
         """How many parameters are trained."""
         return sum(parameter.numel() for parameter in self.parameters.values())
@@ -282,7 +280,7 @@ class _Run:
     def fit(self) -> None:
         """Choose what is kept for backward, and predict memory and time."""
         config, report, engine = self.config, self.report, self.engine
-        self.memory = self.trainer.fit(self.shapes, self.lengths)
+        self.memory = self.trainer.fit(self.data.shapes, self.data.lengths)
         if config.activations == "offload" and self.device == "cpu":
             report.note("activations: offloading needs a GPU; on a CPU layers are recomputed")
         report.note(self.memory.summary())
@@ -310,7 +308,7 @@ class _Run:
         with new_file(self.output / "config.yaml") as file:
             file.write(to_yaml(config).encode())
         self.report.begin(
-            total_steps=self.plan.total,
+            total_steps=self.total,
             start_step=self.start,
             metadata={
                 "model": config.model,
@@ -320,31 +318,31 @@ class _Run:
                 "compute_dtype": str(self.dtype).removeprefix("torch."),
                 "base_bytes": self.base.memory_report.total_bytes,
                 "trained_parameters": self.trained,
-                "examples": len(self.dataset.examples),
-                "supervised_tokens": self.dataset.report.supervised_tokens,
+                "examples": len(self.data.dataset.examples),
+                "supervised_tokens": self.data.dataset.report.supervised_tokens,
                 "engine": self.engine_summary,
                 "versions": metadata.versions(),
                 "machine": metadata.machine(self.device),
-                "data_verdict": metadata.dataset_report(self.dataset),
-                "held_out_verdict": metadata.dataset_report(self.held_out)
-                if self.held_out
+                "data_verdict": metadata.dataset_report(self.data.dataset),
+                "held_out_verdict": metadata.dataset_report(self.data.held_out)
+                if self.data.held_out
                 else None,
             }
             | metadata.options(config),
         )
-        reports = [one.report for one in (self.dataset, self.held_out) if one is not None]
+        reports = [one.report for one in (self.data.dataset, self.data.held_out) if one is not None]
         if rejected := write_rejected(self.output, reports):
             self.report.note(f"every row left out, with its line and the reason: {rejected}")
         journal = self.output / "journal.jsonl"
         if self.resumed is not None and journal.exists():
             self.watch.replay(read_journal(journal))
-        self.samples = metadata.Samples(self.held_out or self.dataset, config.samples)
+        self.samples = metadata.Samples(self.data.held_out or self.data.dataset, config.samples)
 
     # --- steps ----------------------------------------------------------------------------------
 
     def run(self) -> TrainResult:
         """Train, and write the adapter."""
-        trainer, report, total = self.trainer, self.report, self.plan.total
+        trainer, report, total = self.trainer, self.report, self.total
         if self.start == 0:
             self.sample(0)
         self._capture()
@@ -372,7 +370,7 @@ class _Run:
         Raises:
             RunStopped: A stop was requested.
         """
-        trainer, total, stop = self.trainer, self.plan.total, self.stop
+        trainer, total, stop = self.trainer, self.total, self.stop
         if self.config.on_nonfinite == "rewind" and self.checkpoints.saved is None:
             trainer.optimizer.allocate()  # its state is part of a checkpoint
             self.save(0)  # to rewind to
@@ -395,7 +393,7 @@ class _Run:
             self._end_stopped()
 
     def _announce_stop(self) -> None:
-        step = min(self.done + 1, self.plan.total)
+        step = min(self.done + 1, self.total)
         self.report.stopping(
             f"stopping: step {step} is finished and saved first; a second signal ends at once"
         )
@@ -411,7 +409,7 @@ class _Run:
         self.writer.wait()
         made = "stopped before its first step. To start again"
         if self.done:
-            made = f"stopped after step {self.done} of {self.plan.total}, which is saved. To go on"
+            made = f"stopped after step {self.done} of {self.total}, which is saved. To go on"
         raise RunStopped(f"{made}: {self.checkpoints.resume_command}", self.stop.signal)
 
     def _save_made(self) -> None:
@@ -421,7 +419,7 @@ class _Run:
 
     def _capture(self) -> None:
         began, engine, report = time.perf_counter(), self.engine, self.report
-        if isinstance(engine, LayerEngine) and engine.captures and self.start < self.plan.total:
+        if isinstance(engine, LayerEngine) and engine.captures and self.start < self.total:
             with report.task("capturing CUDA graphs") as progress:
                 self.trainer.capture(progress)
             seconds = time.perf_counter() - began
@@ -430,7 +428,7 @@ class _Run:
     def _finish(self) -> TrainResult:
         outcome = TrainResult(
             adapter_dir=self.output,
-            steps=self.plan.total,
+            steps=self.total,
             final_loss=self.loss,
             peak_memory_bytes=peak_memory(self.device),
             seconds=self.seconds,
@@ -453,7 +451,7 @@ class _Run:
 
     def batches_of(self, step: int) -> list[Batch]:
         """Return the micro-batches of a step (0-based)."""
-        self._batches[step] = self.plan[step]
+        self._batches[step] = self.data.plan[step]
         return [as_batch(batch) for batch in self._batches[step]]
 
     def finished(self, step: int, result: StepResult) -> None:
@@ -471,11 +469,11 @@ class _Run:
         )
         self.report_engine()
         self.writer.look()
-        last = done == self.plan.total
+        last = done == self.total
         if done == self.start + FIRST_LOOK and not last:
             self._compare_memory(done)
         if done % config.logging_steps == 0 or last:
-            position = {"step": done, "epoch": done / self.plan.per_epoch}
+            position = {"step": done, "epoch": done / self.data.plan.per_epoch}
             self.report.step(position | metadata.step(result, batches, times, self.device))
         self.done = done
         if not result.skipped:
@@ -491,13 +489,9 @@ class _Run:
         if found is not None:
             text = f"step {done}: {found.text}"
             if found.kind == "spike":
-                lines = [line for lines in self._lines(done - 1) for line in lines]
+                lines = [line for lines in self.data.lines(done - 1) for line in lines]
                 text += f" ({rows_in_words(lines, self.config.data)})"
             self.report.warning(done, found.kind, text)
-
-    def _lines(self, step: int) -> list[list[str]]:
-        """Return the lines of the rows of a step (0-based) in the data, by micro-batch."""
-        return [[self.dataset.rows[row].line for row in rows] for rows in self.plan.rows(step)]
 
     def report_engine(self) -> None:
         """Log the engine's messages, and the fallbacks taken when memory ran out."""
@@ -534,7 +528,7 @@ class _Run:
 
     def _evaluates_after(self, step: int) -> bool:
         every = self.config.eval_steps
-        return every is not None and 0 < step < self.plan.total and step % every == 0
+        return every is not None and 0 < step < self.total and step % every == 0
 
     def evaluate(self, step: int) -> None:
         """Measure the loss on held-out data, if there is any.
@@ -542,12 +536,15 @@ class _Run:
         Raises:
             RunStopped: A stop was requested; the resumed run evaluates first.
         """
-        if self.held_out is None:
+        if self.data.held_out is None:
             return
         began, size = time.perf_counter(), max(4, self.config.batch_size)
         try:
             loss, tokens = evaluate_loss(
-                self.engine, self.held_out.examples, batch_size=size, progress=self._look_for_stop
+                self.engine,
+                self.data.held_out.examples,
+                batch_size=size,
+                progress=self._look_for_stop,
             )
         except _StopRequested:
             self._end_stopped()
@@ -574,19 +571,3 @@ class _Run:
 
 class _StopRequested(Exception):
     """An evaluation is broken off."""
-
-
-def _read(
-    data: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, report: "RunReport"
-) -> Dataset:
-    with report.task(f"reading {data}") as progress:
-        dataset = load_dataset(
-            data,
-            tokenizer,
-            max_length=config.max_length,
-            train_on=config.train_on,
-            progress=progress,
-        )
-    for line in dataset.report.lines():
-        report.note(line)
-    return dataset
