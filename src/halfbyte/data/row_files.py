@@ -1,0 +1,230 @@
+"""Rows of data as JSON lines on disk: one JSON value per line, read by byte offset.
+
+Every source is such a file when it is read: a ``.jsonl`` file is used where it is, everything else
+has been converted once (`halfbyte.data.conversion`). So rows need not be held in memory, and any
+process can read any of them.
+
+In a converted file every line is a row, and a line that starts with ``!`` is one that could not be
+converted: after the mark come the problem and the beginning of the row, as a JSON array.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from halfbyte.input_files import open_file
+
+LONGEST_ROW = 8_000_000
+"""Longest row of a file, in bytes: some two million tokens, which take ten seconds to encode."""
+
+MARK = b"!"
+"""The first byte of a line of a converted file that holds a problem; no JSON starts with it."""
+
+_BEGINNING = 1000  # bytes that are kept of a row that cannot be read
+_DEEPEST = 100  # levels of lists and objects; beyond about 1000, Python's functions on them fail
+_BOM = b"\xef\xbb\xbf"
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # an escape for half of a pair, or for a whole one
+_HALF = re.compile("[\ud800-\udfff]")
+_SKIPPED = 1 << 20  # bytes at a time of the rest of a row that is too long
+
+# Keys whose value is a list, which a table may hold as text in JSON.
+_LISTS = ("messages", "conversations", "tools", "functions", "history")
+
+
+class Row(NamedTuple):
+    """A row: its line and its value; or the reason it could not be read, and its beginning."""
+
+    line: str
+    value: object
+    problem: str | None = None
+
+
+class Line(NamedTuple):
+    """A line of a stream: its number from 1, its bytes, and whether it is cut off as too long."""
+
+    number: int
+    raw: bytes
+    too_long: bool = False
+
+
+@dataclass(frozen=True)
+class RowFile:
+    """A file of JSON lines, and which of its rows are used.
+
+    Attributes:
+        path: The file, in UTF-8; blank lines are no rows.
+        name: What messages call it: the file, data set or stream that the user named.
+        source: Index of the source of the run's data that it belongs to.
+        lines: For a converted file whose lines are not those of the original, a ``.npy`` of int64
+            with the number in the original of each line; None: a line's own number.
+        start: The first row used, counted without blank lines.
+        stop: The first row not used any more; None: all are.
+        converted: Whether halfbyte wrote the file: it may have lines marked as problems, and has
+            no blank ones.
+        named: Whether lines are ``name:number`` in messages, since there are several files.
+        columns: Pairs of a key that halfbyte reads, and the row's key that it is read from.
+        json_cells: Whether lists, such as ``messages``, may be text in JSON, as in tables.
+    """
+
+    path: Path
+    name: str
+    source: int = 0
+    lines: Path | None = None
+    start: int = 0
+    stop: int | None = None
+    converted: bool = False
+    named: bool = False
+    columns: tuple[tuple[str, str], ...] = ()
+    json_cells: bool = False
+
+    def rows(self) -> Iterator[Row]:
+        """Read the rows that are used, in order.
+
+        Raises:
+            OSError: The file cannot be read.
+        """
+        numbers = self.numbers()
+        with open_file(self.path) as file:
+            lines = (line for line in bounded_lines(file) if line.raw.strip())
+            for line in islice(lines, self.start, self.stop):
+                yield self.parse(line.raw, self.number(line.number, numbers))
+
+    def read_rows(self, start: int, stop: int, first: int) -> Iterator[Row]:
+        """Read the rows in a range of bytes, whatever ``start`` and ``stop`` of the file are.
+
+        Args:
+            start: The byte at which the first line begins.
+            stop: The byte after the last line.
+            first: Number from 1 of the first line in this file, blank lines included.
+
+        Raises:
+            OSError: The file cannot be read.
+        """
+        numbers = self.numbers()
+        with open_file(self.path) as file:
+            file.seek(start)
+            for line in bounded_lines(file, first):
+                if line.raw.strip():
+                    yield self.parse(line.raw, self.number(line.number, numbers))
+                if file.tell() >= stop:
+                    return
+
+    def parse(self, raw: bytes, number: int) -> Row:
+        """Read one line.
+
+        Args:
+            raw: The line; of one longer than `LONGEST_ROW`, at least one byte more than that.
+            number: Its number in the original; see `number`.
+        """
+        line = f"{self.name}:{number}" if self.named else str(number)
+        if self.converted and raw.startswith(MARK):
+            problem, beginning = json.loads(raw[1:])
+            return Row(line, beginning, problem)
+        row = parse_row(line, raw)
+        if row.problem is not None or not (self.columns or self.json_cells):
+            return row
+        value = with_columns(row.value, self.columns)
+        if self.json_cells and isinstance(value, dict):
+            for key in _LISTS:
+                cell = value.get(key)
+                if isinstance(cell, str) and cell.lstrip().startswith(("[", "{")):
+                    inner = parse_row(line, cell.encode())
+                    if inner.problem is not None:
+                        problem = f"column {key!r}: {inner.problem}"
+                        return Row(line, beginning_of(raw), problem)
+                    value[key] = inner.value
+        return Row(line, value)
+
+    def numbers(self) -> np.ndarray[tuple[int], np.dtype[np.int64]] | None:
+        """The numbers in the original of all lines, memory-mapped; None: their own."""
+        return None if self.lines is None else np.load(self.lines, mmap_mode="r")
+
+    def number(self, own: int, numbers: np.ndarray[tuple[int], np.dtype[np.int64]] | None) -> int:
+        """The number in the original of the line that is number ``own`` (from 1) in this file."""
+        return own if numbers is None else int(numbers[own - 1])
+
+
+def bounded_lines(file: BinaryIO, first: int = 1) -> Iterator[Line]:
+    """Yield the lines of a stream, the blank ones too, with bounded memory.
+
+    Of a line that is too long, little more than `LONGEST_ROW` is kept. A byte order mark at the
+    start of the stream is removed.
+
+    Args:
+        file: The stream.
+        first: The number of the first line; only line 1 can have a byte order mark.
+    """
+    most, number = LONGEST_ROW, first
+    while raw := file.readline(most + 1):
+        too_long = len(raw) > most
+        if too_long and not raw.endswith(b"\n"):
+            while (rest := file.readline(_SKIPPED)) and not rest.endswith(b"\n"):
+                pass
+        yield Line(number, raw.removeprefix(_BOM) if number == 1 else raw, too_long)
+        number += 1
+
+
+def parse_row(line: str, raw: bytes) -> Row:
+    """Parse one row, or say why it cannot be used, whatever its format."""
+    if len(raw) > LONGEST_ROW:
+        return Row(line, beginning_of(raw), too_long())
+    try:
+        text = raw.decode("utf-8")
+        value = json.loads(text)
+    except UnicodeDecodeError:
+        return Row(line, beginning_of(raw), "not UTF-8")
+    except (ValueError, RecursionError):
+        return Row(line, beginning_of(raw), "malformed JSON")
+    # What JSON allows but what cannot be tokenised, or printed by a template.
+    if _SURROGATE.search(text) and _HALF.search(json.dumps(value, ensure_ascii=False)):
+        problem = "text that is not valid Unicode (half a surrogate pair)"
+    elif text.count("[") + text.count("{") > _DEEPEST and _is_deeper(value, _DEEPEST):
+        problem = f"nested more than {_DEEPEST} levels deep"
+    else:
+        return Row(line, value)
+    return Row(line, beginning_of(raw), problem)
+
+
+def too_long() -> str:
+    """The problem of a row longer than `LONGEST_ROW`."""
+    return f"longer than {LONGEST_ROW // 10**6} MB; divide it"
+
+
+def beginning_of(raw: bytes) -> str:
+    """What is kept of a row that cannot be read."""
+    return raw[:_BEGINNING].decode("utf-8", errors="replace")
+
+
+def problem_line(problem: str, raw: bytes) -> bytes:
+    """The line of a converted file for a row that cannot be read."""
+    return MARK + json.dumps([problem, beginning_of(raw)]).encode()
+
+
+def with_columns(value: object, columns: Sequence[tuple[str, str]]) -> object:
+    """Rename the keys of a row: each of ``columns`` is our key and that of the row.
+
+    A key that the row does not have changes nothing. All are read before any is written, so keys
+    can be exchanged.
+    """
+    if not columns or not isinstance(value, dict):
+        return value
+    found = {ours: value[theirs] for ours, theirs in columns if theirs in value}
+    renamed = {theirs for _, theirs in columns}
+    return {key: kept for key, kept in value.items() if key not in renamed} | found
+
+
+def _is_deeper(value: object, depth: int) -> bool:
+    level = [value]
+    while depth >= 0 and (level := [one for one in level if isinstance(one, dict | list)]):
+        lists = [one.values() if isinstance(one, dict) else one for one in level]
+        level = [inner for one in lists for inner in one]
+        depth -= 1
+    return bool(level)
