@@ -10,7 +10,6 @@ a copy that does not match it (truncated, changed) is created again.
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from halfbyte.checkpoint.reading import read_json
 from halfbyte.checkpoint.source import BaseSource
 from halfbyte.errors import CheckpointError, OutputError
 from halfbyte.models.build import BaseRecipe
+from halfbyte.user_cache import cache_home
 
 _FORMAT = 1  # incremented when the bytes of a copy change
 _CARD = "halfbyte_cache.json"
@@ -85,9 +85,8 @@ def cached(
 
 
 def cache_directory() -> Path:
-    """Return the directory of packed copies: under ``$XDG_CACHE_HOME``, or else ``~/.cache``."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    return home / "halfbyte" / "models"
+    """Return the directory of packed copies, in the user's cache."""
+    return cache_home() / "models"
 
 
 def _open(directory: Path, made_from: dict[str, Any], name: str) -> BaseSource:

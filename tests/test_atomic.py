@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.checkpoint import atomic
-from halfbyte.checkpoint.atomic import (
+from halfbyte import atomic
+from halfbyte.atomic import (
     lock,
     new_directory,
     new_file,
