@@ -13,7 +13,6 @@ source without a single usable row is an error that lists the reasons.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from halfbyte.data.dataset_report import (
     describe_unused,
     in_words,
 )
+from halfbyte.data.encoding import beginning_of, cut
 from halfbyte.data.formats import (
     Conversation,
     Message,
@@ -167,9 +167,6 @@ def conversations(source: str | Path) -> list[Conversation]:
     return read.conversations
 
 
-_BEGINNING = 200  # characters of a rejected row that are reported
-
-
 class _Read:
     """The rows of a source: as conversations with their sources, or rejected."""
 
@@ -201,11 +198,8 @@ class _Read:
 
     def reject(self, row: Row, reason: str) -> None:
         """Record that a row cannot be used."""
-        text = row.value
-        if not isinstance(text, str):
-            text = json.dumps(text, ensure_ascii=False, default=str)
-        beginning = text.strip()[:_BEGINNING]
-        self.rejections.append(Rejection(row.line, shorten(reason, LONGEST_REASON), beginning))
+        reason, beginning = shorten(reason, LONGEST_REASON), beginning_of(row.value)
+        self.rejections.append(Rejection(row.line, reason, beginning))
 
 
 def _read(source: str | Path) -> _Read:
@@ -240,21 +234,12 @@ class _Examples:
             RowRejected: None is left.
         """
         most = self._max_length
-        kept = [one for one in encoded if one.example.labels_mask[:most].any()]
-        if not kept:
-            learns = any(one.example.labels_mask.any() for one in encoded)
-            raise RowRejected(f"nothing supervised{f' within max_length {most}' if learns else ''}")
+        kept, longest = cut(encoded, most)
         self.rows += [one.row for one in kept]
-        self.examples += [_cut(one.example, most) for one in kept]
+        self.examples += [one.example for one in kept]
         self.last_of_row.append(len(self.examples) - 1)
-        tokens = max(len(one.example.tokens) for one in encoded)
-        self.longest = max(self.longest, tokens)
-        if tokens > most:
+        self.longest = max(self.longest, longest)
+        if longest > most:
             self.truncated.append(row.line)
         if any(one.row is not row for one in encoded):
             self.split.append(row.line)
-
-
-def _cut(example: Example, length: int) -> Example:
-    prompt = min(example.prompt_length, length)
-    return Example(example.tokens[:length], example.labels_mask[:length], prompt)

@@ -34,6 +34,33 @@ class Rejection(NamedTuple):
     row: str
 
 
+class Notes:
+    """Notes about how rows were encoded, each with the lines of the rows, or for all of them.
+
+    Those about texts come before those about tokens, whichever were made first, so that they are in
+    the same order however the rows were divided.
+
+    Attributes:
+        texts: For each note about rendered texts, lines in the order of the data, as keys.
+        tokens: The same about tokens.
+    """
+
+    def __init__(self) -> None:
+        self.texts: dict[str, dict[str, None]] = {}
+        self.tokens: dict[str, dict[str, None]] = {}
+
+    def add(self, other: Notes, lines: Sequence[str]) -> None:
+        """Add notes about the following rows, whose lines are their positions in ``lines``."""
+        for mine, others in ((self.texts, other.texts), (self.tokens, other.tokens)):
+            for note, rows in others.items():
+                mine.setdefault(note, {}).update((lines[int(row)], None) for row in rows)
+
+    def described(self) -> list[str]:
+        """One line for each note."""
+        every = [*self.texts.items(), *self.tokens.items()]
+        return [f"{note}: {counted(list(lines))}" if lines else note for note, lines in every]
+
+
 @dataclass(frozen=True)
 class DatasetReport:
     """The report on a data set.

@@ -22,7 +22,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 from halfbyte.data.dataset_report import RowRejected
@@ -86,19 +88,31 @@ class Conversation:
         return len(roles) - 1 - roles[::-1].index("assistant")
 
 
-def preferred_formats(values: Iterable[object]) -> tuple[str, ...]:
+def preferred_formats(values: Iterable[object], *, most: int | None = None) -> tuple[str, ...]:
     """Return the formats of the rows, the most frequent first; a tie is broken by their order.
 
     A row with the keys of several counts for the first of these. Rows of data that is not for
     supervised fine-tuning do not count; if all are such rows, the result is empty.
 
+    Args:
+        values: The rows.
+        most: Of data with more rows than this, the first so many are read, and formats that none
+            of them has come last in the result: a later row may be in one.
+
     Raises:
         DataError: No row has the keys of any format.
     """
+    values = iter(values)
+    first = list(islice(values, most))
+    if most is not None and next(values, None) is not None:
+        with suppress(DataError):  # later rows may be in a known format
+            voted = preferred_formats(first)
+            return (*voted, *(name for name in _FORMATS if name not in voted))
+        return tuple(_FORMATS)
     votes: Counter[str] = Counter()
     unknown: Mapping[Any, Any] | None = None
     refused = 0
-    for value in values:
+    for value in first:
         if not isinstance(value, Mapping):
             unknown = unknown or {}
         elif _refusal(value) is not None:

@@ -71,6 +71,11 @@ class Renderer:
             return chat, False
         return chat, any([_convert(call, self._arguments) for call in calls_of(chat.messages)])
 
+    @property
+    def exceeded(self) -> int:
+        """How many renderings exceeded a limit of the sandbox."""
+        return sum(template.exceeded for template in self._templates.values())
+
     @cached_property
     def _special_tokens(self) -> dict[str, Any]:
         return {
@@ -155,7 +160,7 @@ class _Template:
     def __init__(self, source: str, special_tokens: Mapping[str, Any]) -> None:
         self.source = source
         self._special_tokens = special_tokens
-        self._exceeded = 0
+        self.exceeded = 0
         try:
             self._template = compiled(source)
         except TemplateFailed as error:
@@ -175,17 +180,26 @@ class _Template:
             text, spans = self._template.render(variables)
             text.encode()
         except TemplateFailed as error:
-            self._exceeded += isinstance(error.__cause__, LimitExceeded)
-            if self._exceeded > _MOST_EXCEEDED:
-                raise DataError(
-                    f"The tokenizer's chat template exceeds its limits, for {_MOST_EXCEEDED:,} "
-                    f"renderings and more: {error}."
-                ) from error
+            self.exceeded += isinstance(error.__cause__, LimitExceeded)
+            check_exceeded(self.exceeded, f": {error}")
             raise RowRejected(f"the chat template rejects it ({error})") from error
         except UnicodeEncodeError as error:
             # A template can write what no row may have: half a surrogate pair, from an escape.
             raise RowRejected("the chat template writes text that is not valid Unicode") from error
         return text, spans
+
+
+def check_exceeded(renderings: int, reason: str = "") -> None:
+    """Check how many renderings exceeded a limit of the sandbox.
+
+    Raises:
+        DataError: They are so many that the template cannot be used.
+    """
+    if renderings > _MOST_EXCEEDED:
+        raise DataError(
+            f"The tokenizer's chat template exceeds its limits, for {_MOST_EXCEEDED:,} renderings "
+            f"and more{reason}."
+        )
 
 
 # Tool calls

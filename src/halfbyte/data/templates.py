@@ -27,7 +27,6 @@ supervised as a whole, including EOS.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,7 +35,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.data.dataset_report import RowRejected, counted
+from halfbyte.data.dataset_report import Notes, RowRejected
 from halfbyte.data.formats import Conversation, Message
 from halfbyte.data.rendering import Chat, Renderer, Tools
 from halfbyte.data.template_effects import (
@@ -110,9 +109,8 @@ class Encoder:
         self._train_on = train_on
         self._renderer = Renderer(tokenizer)
         self._losses = Losses()
-        self._said: defaultdict[str, dict[str, None]] = defaultdict(
-            dict
-        )  # in order, without repeats
+        self._said = Notes()
+        self._exceeded = 0
 
     def encode(self, row: Conversation) -> list[Encoded]:
         """Encode a row, without truncation, as one example or several, the shortest first.
@@ -166,13 +164,17 @@ class Encoder:
 
     def notes(self) -> tuple[str, ...]:
         """Messages for the user about how the rows were encoded."""
-        notes = [
-            f"{note}: {counted(list(lines))}" if lines else note
-            for note, lines in self._said.items()
-        ]
-        if self._plain:
-            notes.insert(0, "the tokenizer has no chat template: plain text, one line per message")
-        return tuple(notes)
+        return described(self._said, self._tokenizer)
+
+    def take_notes(self) -> Notes:
+        """The notes about the rows since the last call, with their lines."""
+        said, self._said = self._said, Notes()
+        return said
+
+    def take_exceeded(self) -> int:
+        """How many renderings exceeded a limit of the sandbox since the last call."""
+        before, self._exceeded = self._exceeded, self._renderer.exceeded
+        return self._exceeded - before
 
     # Rendering
 
@@ -251,7 +253,8 @@ class Encoder:
                 f"the chat template adds to rows without a system prompt: {self._added!r}", row
             )
         if "strftime_now" in chat.source:
-            self._said["the chat template writes today's date: tokens differ from day to day"] = {}
+            note = "the chat template writes today's date: tokens differ from day to day"
+            self._said.texts[note] = {}
 
     def _line(self, message: Message) -> str:
         end = self._tokenizer.eos_token if message["role"] == "assistant" else None
@@ -297,7 +300,8 @@ class Encoder:
             ids = [*self._leading, *ids]
         end = self._tokenizer.eos_token_id
         if end is None:
-            self._said["the tokenizer has no EOS: a model will not learn where a text ends"] = {}
+            note = "the tokenizer has no EOS: a model will not learn where a text ends"
+            self._said.tokens[note] = {}
         elif ids[-1:] != [end]:
             ids.append(end)
         return ids
@@ -338,7 +342,8 @@ class Encoder:
         for start, stop in spans:
             turn = (offsets[:, 0] < stop) & (offsets[:, 1] > start)
             if turn.any() and offsets[turn.argmax(), 0] < start:
-                self._say("a token merges the prompt's end with the reply's start", row)
+                note = "a token merges the prompt's end with the reply's start"
+                self._said.tokens.setdefault(note, {})[row.line] = None
             mask |= turn
         if self._plain:
             ids = np.concatenate([np.array(self._leading, dtype=np.int32), ids])
@@ -349,9 +354,9 @@ class Encoder:
         bos = self._leading[:1]
         if bos and ids[:1].tolist() != bos:
             note = "the chat template writes no BOS though the tokenizer would; none is added"
-            self._said[note] = {}
+            self._said.tokens[note] = {}
         elif bos and ids[:2].tolist() == bos * 2:
-            self._said["the chat template itself writes BOS twice; left as it is"] = {}
+            self._said.tokens["the chat template itself writes BOS twice; left as it is"] = {}
 
     # The assistant's turns
 
@@ -381,7 +386,17 @@ class Encoder:
         return (start, following.end()) if following and is_end else span
 
     def _say(self, note: str, row: Conversation) -> None:
-        self._said[note][row.line] = None
+        self._said.texts.setdefault(note, {})[row.line] = None
+
+
+def described(notes: Notes, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Messages for the user about how rows were encoded with a tokenizer."""
+    if tokenizer.chat_template is not None:
+        return tuple(notes.described())
+    return (
+        "the tokenizer has no chat template: plain text, one line per message",
+        *notes.described(),
+    )
 
 
 def _contains(text: str, content: object) -> bool:

@@ -1,0 +1,312 @@
+"""Rows to arrays, a chunk at a time: what the processes that encode large data pass each other.
+
+`encode_chunk` is a function of an `EncoderSpec` and of rows. Both and its result can be pickled, so
+it gives the same in any process (`encoding_pool`), which needs neither torch nor a model.
+
+What it has to say about rows (rejections, notes, counts) refers to them by their position in the
+chunk, and is collected in an `EncodingReport`: chunks that are added in the order of the data give
+the report that one process gives that encodes all rows at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halfbyte.data.dataset_report import (
+    LONGEST_REASON,
+    DatasetReport,
+    Notes,
+    Rejection,
+    RowRejected,
+    describe_unused,
+)
+from halfbyte.data.formats import Conversation, format_of, to_conversation
+from halfbyte.data.rendering import check_exceeded
+from halfbyte.data.sources import Row
+from halfbyte.data.templates import Encoded, Encoder, Example, TrainOn, described
+from halfbyte.foreign_text import shorten
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BEGINNING = 200  # characters of a rejected row that are reported
+
+Rejected = tuple[int, str, str]
+"""The position of a rejected row in its chunk, the reason, and the beginning of the row."""
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderSpec:
+    """How rows are encoded. It can be pickled, with a fast tokenizer as its tokenizer.json.
+
+    Attributes:
+        tokenizer: The tokenizer, with its chat template.
+        preferred: The row formats, the preferred first (`formats.preferred_formats`).
+        max_length: Longer examples are truncated to this many tokens.
+        train_on: Supervised tokens: the assistant's, or all.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    preferred: tuple[str, ...]
+    max_length: int
+    train_on: TrainOn = "assistant"
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The encoder; it keeps what it finds out about the template, so chunks should share it."""
+        return Encoder(self.tokenizer, self.train_on)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "encoder"}
+
+
+class EncodedChunk(NamedTuple):
+    """The examples of a chunk of rows, one after the other, and what is to be said about the rows.
+
+    Rows are meant by their positions in the chunk.
+
+    Attributes:
+        tokens: int32 [tokens], the token ids of all examples.
+        mask: bool [tokens], true for supervised tokens.
+        lengths: int32 [examples], the tokens of each example, after truncation.
+        prompt_lengths: int32 [examples], those before the first supervised one.
+        row: int64 [examples], the row of each example; ascending.
+        messages: int32 [examples], the number of messages of its row that the example is; 0 for
+            plain text.
+        lines: For each row, its line.
+        unread: Rows that could not be read, or are in no known format.
+        rejected: Rows that could be read, but not used.
+        formats: The number of rows in each row format.
+        unused: The number of rows with each key that nothing read.
+        truncated: Rows of which an example was truncated.
+        split: Rows that became several examples, or one that is not the whole row.
+        longest: Tokens of the longest example, before truncation.
+        notes: Notes about rows, with the rows' positions as lines.
+        exceeded: Renderings that exceeded a limit of the sandbox.
+    """
+
+    tokens: NDArray[np.int32]
+    mask: NDArray[np.bool_]
+    lengths: NDArray[np.int32]
+    prompt_lengths: NDArray[np.int32]
+    row: NDArray[np.int64]
+    messages: NDArray[np.int32]
+    lines: list[str]
+    unread: list[Rejected]
+    rejected: list[Rejected]
+    formats: dict[str, int]
+    unused: dict[str, int]
+    truncated: list[int]
+    split: list[int]
+    longest: int
+    notes: Notes
+    exceeded: int
+
+
+def encode_chunk(spec: EncoderSpec, rows: Iterable[Row]) -> EncodedChunk:
+    """Convert rows to examples.
+
+    Raises:
+        DataError: The chat template is not valid, or the tokenizer cannot be used for it.
+    """
+    rows = list(rows)
+    read, unread, formats, unused = _read(rows, spec.preferred)
+    encoder, kept = spec.encoder, _Kept(spec.max_length)
+    rejected: list[Rejected] = []
+    numbered = [conversation for _, conversation in read]
+    for (at, row), found in zip(read, encoder.encode_all(numbered), strict=True):
+        try:
+            if isinstance(found, RowRejected):
+                raise found
+            kept.add(at, row, found)
+        except RowRejected as rejection:
+            rejected.append((at, str(rejection), beginning_of(rows[at].value)))
+    examples = kept.examples
+    return EncodedChunk(
+        tokens=_joined(np.int32, [example.tokens for example in examples]),
+        mask=_joined(np.bool_, [example.labels_mask for example in examples]),
+        lengths=np.array([len(example.tokens) for example in examples], dtype=np.int32),
+        prompt_lengths=np.array([example.prompt_length for example in examples], dtype=np.int32),
+        row=np.array(kept.rows, dtype=np.int64),
+        messages=np.array(kept.messages, dtype=np.int32),
+        lines=[row.line for row in rows],
+        unread=unread,
+        rejected=rejected,
+        formats=dict(formats),
+        unused=dict(unused),
+        truncated=kept.truncated,
+        split=kept.split,
+        longest=kept.longest,
+        notes=encoder.take_notes(),
+        exceeded=encoder.take_exceeded(),
+    )
+
+
+def beginning_of(value: object) -> str:
+    """Return the beginning of a row, as reports on rejected rows show it."""
+    text = value
+    if not isinstance(text, str):
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    return text.strip()[:_BEGINNING]
+
+
+class EncodingReport:
+    """The report on chunks of rows, added in the order of the data."""
+
+    def __init__(self, source: str, spec: EncoderSpec, notes: Sequence[str] = ()) -> None:
+        """Begin the report of a source.
+
+        Args:
+            source: The source, as given by the user.
+            spec: How its rows are encoded.
+            notes: Messages about how the source was read.
+        """
+        self._source, self._max_length, self._notes = source, spec.max_length, tuple(notes)
+        self._tokenizer = spec.tokenizer
+        self._rows = self._usable = self._examples = self._tokens = self._supervised = 0
+        self._longest = 0
+        self._formats: Counter[str] = Counter()
+        self._unused: Counter[str] = Counter()
+        self._unread: list[Rejection] = []
+        self._rejected: list[Rejection] = []
+        self._truncated: list[str] = []
+        self._split: list[str] = []
+        self._said = Notes()
+        self._exceeded = 0
+
+    def add(self, chunk: EncodedChunk) -> None:
+        """Add the next chunk, whose `lines` are those of the whole source.
+
+        Raises:
+            DataError: Too many renderings exceeded a limit of the sandbox.
+        """
+        lines = chunk.lines
+        self._rows += len(lines)
+        self._usable += len(np.unique(chunk.row))
+        self._examples += len(chunk.lengths)
+        self._tokens += len(chunk.tokens)
+        self._supervised += int(np.count_nonzero(chunk.mask))
+        self._longest = max(self._longest, chunk.longest)
+        self._formats.update(chunk.formats)
+        self._unused.update(chunk.unused)
+        for collected, found in (
+            (self._unread, chunk.unread),
+            (self._rejected, chunk.rejected),
+        ):
+            collected += [
+                Rejection(lines[at], shorten(reason, LONGEST_REASON), beginning)
+                for at, reason, beginning in found
+            ]
+        self._truncated += [lines[at] for at in chunk.truncated]
+        self._split += [lines[at] for at in chunk.split]
+        self._said.add(chunk.notes, lines)
+        self._exceeded += chunk.exceeded
+        check_exceeded(self._exceeded)
+
+    def report(self) -> DatasetReport:
+        """Return the report on all chunks that were added; its ``usable`` may be 0."""
+        formats = dict(self._formats.most_common())
+        unused = tuple(describe_unused(self._unused))
+        return DatasetReport(
+            source=self._source,
+            formats=formats,
+            rows=self._rows,
+            usable=self._usable,
+            examples=self._examples,
+            split_lines=tuple(self._split),
+            rejections=self._unread + self._rejected,
+            max_length=self._max_length,
+            truncated_lines=tuple(self._truncated),
+            tokens=self._tokens,
+            supervised_tokens=self._supervised,
+            longest=self._longest,
+            notes=(*self._notes, *unused, *described(self._said, self._tokenizer)),
+        )
+
+
+def _read(
+    rows: Sequence[Row], preferred: tuple[str, ...]
+) -> tuple[list[tuple[int, Conversation]], list[Rejected], Counter[str], Counter[str]]:
+    """The rows as conversations, with their positions as lines; what is wrong with the others."""
+    read: list[tuple[int, Conversation]] = []
+    unread: list[Rejected] = []
+    formats: Counter[str] = Counter()
+    unused: Counter[str] = Counter()
+    for at, row in enumerate(rows):
+        try:
+            if row.problem is not None:
+                raise RowRejected(row.problem)
+            if (name := format_of(row.value, preferred)) is not None:
+                formats[name] += 1
+            found = to_conversation(row.value, str(at), preferred)
+        except RowRejected as rejection:
+            unread.append((at, str(rejection), beginning_of(row.value)))
+        else:
+            unused.update(found.unused)
+            read.append((at, found))
+    return read, unread, formats, unused
+
+
+class _Kept:
+    """The examples of the usable rows, truncated; which rows this needed, or split."""
+
+    def __init__(self, max_length: int) -> None:
+        self._max_length = max_length
+        self.examples: list[Example] = []
+        self.rows: list[int] = []
+        self.messages: list[int] = []
+        self.truncated: list[int] = []
+        self.split: list[int] = []
+        self.longest = 0
+
+    def add(self, at: int, row: Conversation, encoded: Sequence[Encoded]) -> None:
+        """Add a row's examples, without those of which nothing supervised is left.
+
+        Raises:
+            RowRejected: None is left.
+        """
+        kept, longest = cut(encoded, self._max_length)
+        self.examples += [one.example for one in kept]
+        self.rows += [at] * len(kept)
+        self.messages += [len(one.row.messages) for one in kept]
+        self.longest = max(self.longest, longest)
+        if longest > self._max_length:
+            self.truncated.append(at)
+        if any(one.row is not row for one in encoded):
+            self.split.append(at)
+
+
+def cut(encoded: Sequence[Encoded], length: int) -> tuple[list[Encoded], int]:
+    """Truncate the examples of a row, and leave out those of which nothing supervised is left.
+
+    Returns:
+        The examples, and the tokens of the longest before that.
+
+    Raises:
+        RowRejected: None is left.
+    """
+    kept = [one for one in encoded if one.example.labels_mask[:length].any()]
+    if not kept:
+        learns = any(one.example.labels_mask.any() for one in encoded)
+        raise RowRejected(f"nothing supervised{f' within max_length {length}' if learns else ''}")
+    longest = max(len(one.example.tokens) for one in encoded)
+    return [Encoded(one.row, _first(one.example, length)) for one in kept], longest
+
+
+def _first(example: Example, length: int) -> Example:
+    if len(example.tokens) <= length:
+        return example
+    prompt = min(example.prompt_length, length)
+    return Example(example.tokens[:length], example.labels_mask[:length], prompt)
+
+
+def _joined(kind: type, arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    return np.concatenate([np.empty(0, dtype=kind), *arrays])

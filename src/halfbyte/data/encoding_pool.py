@@ -1,0 +1,211 @@
+"""Encodes chunks of rows in several processes.
+
+Rendering and reading are Python, so threads would take turns; the tokenizer alone would not. Each
+process is a Python that imports neither torch nor a model, runs the tokenizer on one core, and
+encodes whole chunks (`encoding.encode_chunk`) that it reads itself, so that only file positions are
+sent to it and only arrays come back.
+
+Processes are started as commands and talk through their standard input and output. That needs
+nothing of the main module of the program, which `multiprocessing` would import again in each: a
+script without ``if __name__ == "__main__"`` may call us. They ignore the signals that ask us to
+stop, and end when their input does, thus with us, however we end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
+from types import TracebackType
+from typing import IO, Self
+
+from halfbyte.data.encoding import EncodedChunk, EncoderSpec, encode_chunk
+from halfbyte.data.sources import Row
+from halfbyte.errors import DataError, HalfbyteError
+
+Rows = Sequence[Row] | Callable[[], Iterable[Row]]
+"""The rows of a chunk, or what reads them in the process that encodes them; it is pickled."""
+
+_MAIN = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from halfbyte.data.encoding_pool import serve; serve()"
+)
+_AHEAD = 2  # chunks waiting for each process, and results waiting to be taken
+
+
+class EncodingPool:
+    """Processes that encode chunks of rows.
+
+    A context manager: at its end, however that comes, there are no processes any more.
+    """
+
+    def __init__(self, spec: EncoderSpec, processes: int | None = None) -> None:
+        """Start the processes; they take about a second to import what they need.
+
+        Args:
+            spec: How rows are encoded.
+            processes: Their number; by default one for each core. With 0, chunks are encoded in
+                this process.
+        """
+        self._spec = spec
+        count = cores() if processes is None else processes
+        self._processes: list[_Process] = []
+        self._idle: SimpleQueue[_Process] = SimpleQueue()
+        self._threads = ThreadPoolExecutor(max(count, 1), "halfbyte-encoding")
+        try:
+            sent = pickle.dumps(spec, pickle.HIGHEST_PROTOCOL) if count else b""
+            for _ in range(count):
+                process = _Process(sent)
+                self._processes.append(process)
+                self._idle.put(process)
+        except BaseException:
+            self.close()
+            raise
+
+    def imap(self, chunks: Iterable[Rows]) -> Iterator[EncodedChunk]:
+        """Yield the chunks encoded, in their order. Few are in memory at a time.
+
+        Raises:
+            DataError: A chunk cannot be read, the chat template is not valid, or the tokenizer
+                cannot be used for it.
+            HalfbyteError: A process ended before its work was done.
+        """
+        if not self._processes:
+            yield from (encode_chunk(self._spec, _rows_of(chunk)) for chunk in chunks)
+            return
+        pending: deque[Future[EncodedChunk]] = deque()
+        for chunk in chunks:
+            pending.append(self._threads.submit(self._encode, chunk))
+            if len(pending) > _AHEAD * len(self._processes):
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+    def close(self) -> None:
+        """End the processes, whatever they do."""
+        for process in self._processes:
+            process.kill()
+        self._threads.shutdown(cancel_futures=True)
+        for process in self._processes:
+            process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _encode(self, chunk: Rows) -> EncodedChunk:
+        process = self._idle.get()
+        try:
+            return process.encode(chunk)
+        finally:
+            self._idle.put(process)
+
+
+def cores() -> int:
+    """The number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class _Process:
+    """A process that encodes one chunk at a time."""
+
+    def __init__(self, spec: bytes) -> None:
+        one = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _MAIN, json.dumps(sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | one,
+        )
+        self._spec: bytes | None = spec
+
+    def encode(self, chunk: Rows) -> EncodedChunk:
+        try:
+            if self._spec is not None:  # not when it starts: that would wait until it reads
+                self._stdin.write(self._spec)
+                self._spec = None
+            pickle.dump(chunk, self._stdin, pickle.HIGHEST_PROTOCOL)
+            self._stdin.flush()
+            answer = pickle.load(self._stdout)
+        except (BrokenPipeError, EOFError, pickle.UnpicklingError) as error:
+            raise HalfbyteError(self._ended()) from error
+        if isinstance(answer, EncodedChunk):
+            return answer
+        if isinstance(answer, HalfbyteError):
+            raise answer
+        raise RuntimeError(f"in a process that encodes data:\n{answer}")
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self) -> None:
+        self._process.wait()
+        for pipe in (self._stdin, self._stdout):
+            with contextlib.suppress(BrokenPipeError):  # what was not sent is of no use now
+                pipe.close()
+
+    @property
+    def _stdin(self) -> IO[bytes]:
+        assert self._process.stdin is not None
+        return self._process.stdin
+
+    @property
+    def _stdout(self) -> IO[bytes]:
+        assert self._process.stdout is not None
+        return self._process.stdout
+
+    def _ended(self) -> str:
+        code = self._process.wait()
+        how = f"with exit code {code}"
+        if code < 0:
+            how = f"by signal {-code} ({signal.Signals(-code).name})"
+        hint = "; was there too little memory?" if code == -signal.SIGKILL else ""
+        return f"A process that encodes the data was ended {how}{hint}"
+
+
+def serve() -> None:
+    """Encode the chunks that come from standard input; the main function of a process."""
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)):
+        signal.signal(number, signal.SIG_IGN)
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is not an answer
+    questions = sys.stdin.buffer
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the process that started us has ended
+        spec = pickle.load(questions)
+        while True:
+            pickle.dump(_answer(spec, pickle.load(questions)), answers, pickle.HIGHEST_PROTOCOL)
+            answers.flush()
+
+
+def _answer(spec: EncoderSpec, chunk: Rows) -> EncodedChunk | HalfbyteError | str:
+    try:
+        return encode_chunk(spec, _rows_of(chunk))
+    except HalfbyteError as error:
+        return error
+    except Exception:
+        return traceback.format_exc()
+
+
+def _rows_of(chunk: Rows) -> Iterable[Row]:
+    try:
+        yield from chunk() if callable(chunk) else chunk
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror or error}.") from error
