@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,8 @@ from halfbyte.atomic import (
 from halfbyte.errors import OutputError
 
 logger = logging.getLogger("halfbyte")
+
+_LEFT_FREE = 2 * 10**9  # bytes
 
 # What this process uses: a lock on each directory of the cache, and the temporary ones.
 _locks: dict[Path, int] = {}
@@ -101,7 +104,7 @@ def cached_directory(
             raise
     else:
         _hold(path)
-    _trim(home, limit)
+    trim(kind, limit)
     return CachedDirectory(path)
 
 
@@ -133,8 +136,17 @@ def _release(path: Path) -> None:
     os.close(_locks.pop(path))
 
 
-def _trim(home: Path, limit: int) -> None:
-    """Remove what was used least recently, until the rest is within the limit, or in use."""
+def trim(kind: str, limit: int) -> bool:
+    """Remove what was used least recently, until the rest is within the limit, or in use.
+
+    Args:
+        kind: The directory of the cache.
+        limit: Bytes that its directories may take.
+
+    Returns:
+        Whether they are within the limit, and some space is left on the disk.
+    """
+    home = cache_home() / kind
     remove_partial(home, "*")
     found = []
     for path in home.iterdir():
@@ -147,6 +159,7 @@ def _trim(home: Path, limit: int) -> None:
             total -= size
     if total > limit:
         logger.warning("%s takes %.1f GB, all of it in use", home, total / 1e9)
+    return total <= limit and shutil.disk_usage(home).free > _LEFT_FREE
 
 
 def _remove(path: Path) -> bool:

@@ -1,9 +1,12 @@
 """Data: from files in five row formats to the micro-batches of an optimizer step.
 
-    sources         rows with line numbers, from a file, a directory or the hub
+    sources         what the user names, as files of JSON lines
+    row_table       the rows of these files, read by number
     formats         rows to conversations
     messages        the messages of a conversation
     templates       conversations to examples: token ids and loss masks
+    row_encoder     rows to examples by several processes, kept in the user's cache
+    loading         a data set whole, with random access (dataset)
     batching        examples to micro-batches
     dataset_report  which rows were used, truncated or rejected
 
@@ -15,38 +18,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from halfbyte.data.batching import IGNORED, MicroBatch, StepPlan, collate, steps
-from halfbyte.data.dataset_report import (
-    LONGEST_REASON,
-    DatasetReport,
-    Rejection,
-    RowRejected,
-    by_reason,
-    describe_rejected,
-    describe_unused,
-    in_words,
-)
-from halfbyte.data.encoding import beginning_of, cut
-from halfbyte.data.formats import (
-    Conversation,
-    Message,
-    format_of,
-    preferred_formats,
-    to_conversation,
-)
-from halfbyte.data.sources import Row, read_source
-from halfbyte.data.templates import (
-    Encoded,
-    Encoder,
-    Example,
-    TrainOn,
-    end_of_turn,
-    prompt_ids,
-)
+from halfbyte.data.dataset import Dataset
+from halfbyte.data.dataset_report import LONGEST_REASON, DatasetReport, Rejection, RowRejected
+from halfbyte.data.encoding import EncoderSpec, beginning_of
+from halfbyte.data.formats import Conversation, Message, format_of, to_conversation
+from halfbyte.data.loading import load_rows, nothing_usable, open_source
+from halfbyte.data.templates import Encoder, Example, TrainOn, end_of_turn, prompt_ids
 from halfbyte.errors import DataError
 from halfbyte.foreign_text import shorten
 
@@ -72,36 +55,13 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, eq=False)
-class Dataset:
-    """The usable rows of a data set, and a report on all rows.
-
-    Attributes:
-        examples: What is trained on. A row is several examples if its replies cannot be supervised
-            in one text; see `halfbyte.data.templates`.
-        report: The report on all rows.
-        rows: For each example its conversation: the row, or the row up to one of its replies.
-        last_of_row: For each usable row the index of its last example, which is the whole row
-            unless nothing is supervised in that.
-    """
-
-    examples: list[Example]
-    report: DatasetReport
-    rows: list[Conversation]
-    last_of_row: list[int]
-
-    @property
-    def cases(self) -> list[tuple[Conversation, Example]]:
-        """Each usable row once, with its last example: what answers are generated for."""
-        return [(self.rows[index], self.examples[index]) for index in self.last_of_row]
-
-
 def load_dataset(
     source: str | Path,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
     train_on: TrainOn = "assistant",
+    keep: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
     """Reads, checks and encodes a data set.
@@ -111,45 +71,15 @@ def load_dataset(
         tokenizer: The tokenizer, with its chat template.
         max_length: Longer rows are truncated to this many tokens, and counted.
         train_on: Supervised tokens: the assistant's, or all.
+        keep: Whether encoded rows of large data are kept in the user's cache, and taken from there.
         progress: Called with (rows done, total rows).
 
     Raises:
         DataError: There is no data, or no usable row.
     """
-    read = _read(source)
-    encoder = Encoder(tokenizer, train_on)
-    collected = _Examples(max_length)
-    encoded = zip(
-        read.conversations, read.sources, encoder.encode_all(read.conversations), strict=True
-    )
-    for done, (row, raw, found) in enumerate(encoded, 1):
-        try:
-            if isinstance(found, RowRejected):
-                raise found
-            collected.add(row, found)
-        except RowRejected as rejection:
-            read.reject(raw, str(rejection))
-        if progress is not None:
-            progress(done, len(read.conversations))
-    examples = collected.examples
-    if not examples:
-        raise DataError(_nothing_usable(read))
-    report = DatasetReport(
-        source=str(source),
-        formats=read.formats,
-        rows=read.rows,
-        usable=len(collected.last_of_row),
-        examples=len(examples),
-        split_lines=tuple(collected.split),
-        rejections=read.rejections,
-        max_length=max_length,
-        truncated_lines=tuple(collected.truncated),
-        tokens=sum(len(example.tokens) for example in examples),
-        supervised_tokens=sum(int(example.labels_mask.sum()) for example in examples),
-        longest=collected.longest,
-        notes=read.notes + encoder.notes(),
-    )
-    return Dataset(examples, report, collected.rows, collected.last_of_row)
+    opened = open_source(source, keep=keep)
+    spec = EncoderSpec(tokenizer, opened.preferred(), max_length, train_on)
+    return load_rows(opened, spec, np.arange(len(opened.table)), progress=progress)
 
 
 def conversations(source: str | Path) -> list[Conversation]:
@@ -158,88 +88,24 @@ def conversations(source: str | Path) -> list[Conversation]:
     Raises:
         DataError: There is no data, no usable row, or a row is plain text, without a prompt.
     """
-    read = _read(source)
-    if "text" in read.formats:
+    opened = open_source(source)
+    preferred = opened.preferred()
+    found, formats, rejections = [], Counter[str](), []
+    for row in opened.table.read(np.arange(len(opened.table))):
+        try:
+            if row.problem is not None:
+                raise RowRejected(row.problem)
+            formats.update(filter(None, [format_of(row.value, preferred)]))
+            found.append(to_conversation(row.value, row.line, preferred))
+        except RowRejected as rejection:
+            reason = shorten(str(rejection), LONGEST_REASON)
+            rejections.append(Rejection(row.line, reason, beginning_of(row.value)))
+    if not found:
+        counts = dict(formats.most_common())
+        raise DataError(nothing_usable(str(source), len(opened.table), counts, rejections))
+    if "text" in formats:
         raise DataError(
-            f"{source} has plain text in {read.formats['text']:,} of its {read.rows:,} rows: "
+            f"{source} has plain text in {formats['text']:,} of its {len(opened.table):,} rows: "
             "expected conversations with replies."
         )
-    return read.conversations
-
-
-class _Read:
-    """The rows of a source: as conversations with their sources, or rejected."""
-
-    def __init__(self, source: str | Path) -> None:
-        rows, self.notes = read_source(source)
-        self.source, self.rows = str(source), len(rows)
-        self.conversations: list[Conversation] = []
-        self.sources: list[Row] = []
-        self.rejections: list[Rejection] = []
-        try:
-            preferred = preferred_formats(row.value for row in rows if row.problem is None)
-        except DataError as error:
-            raise DataError(f"{source}: {error}") from error
-        unused: Counter[str] = Counter()
-        for row in rows:
-            try:
-                if row.problem is not None:
-                    raise RowRejected(row.problem)
-                found = to_conversation(row.value, row.line, preferred)
-            except RowRejected as rejection:
-                self.reject(row, str(rejection))
-            else:
-                unused.update(found.unused)
-                self.conversations.append(found)
-                self.sources.append(row)
-        formats = [format_of(row.value, preferred) for row in rows if row.problem is None]
-        self.formats = dict(Counter(filter(None, formats)).most_common())
-        self.notes += tuple(describe_unused(unused))
-
-    def reject(self, row: Row, reason: str) -> None:
-        """Record that a row cannot be used."""
-        reason, beginning = shorten(reason, LONGEST_REASON), beginning_of(row.value)
-        self.rejections.append(Rejection(row.line, reason, beginning))
-
-
-def _read(source: str | Path) -> _Read:
-    read = _Read(source)
-    if not read.conversations:
-        raise DataError(_nothing_usable(read))
-    return read
-
-
-def _nothing_usable(read: _Read) -> str:
-    listed = "".join(f"\n  {line}" for line in describe_rejected(by_reason(read.rejections)))
-    read_as = f" (read as {in_words(read.formats)})" if read.formats else ""
-    return f"{read.source}: none of the {read.rows:,} rows{read_as} is usable.{listed}"
-
-
-class _Examples:
-    """The examples of the usable rows, truncated; the lines of rows that this needed, or split."""
-
-    def __init__(self, max_length: int) -> None:
-        self._max_length = max_length
-        self.examples: list[Example] = []
-        self.rows: list[Conversation] = []
-        self.last_of_row: list[int] = []
-        self.truncated: list[str] = []
-        self.split: list[str] = []
-        self.longest = 0
-
-    def add(self, row: Conversation, encoded: list[Encoded]) -> None:
-        """Add a row's examples, without those of which nothing supervised is left.
-
-        Raises:
-            RowRejected: None is left.
-        """
-        most = self._max_length
-        kept, longest = cut(encoded, most)
-        self.rows += [one.row for one in kept]
-        self.examples += [one.example for one in kept]
-        self.last_of_row.append(len(self.examples) - 1)
-        self.longest = max(self.longest, longest)
-        if longest > most:
-            self.truncated.append(row.line)
-        if any(one.row is not row for one in encoded):
-            self.split.append(row.line)
+    return found

@@ -84,11 +84,18 @@ class EncodingPool:
             return
         pending: deque[Future[EncodedChunk]] = deque()
         for chunk in chunks:
-            pending.append(self._threads.submit(self._encode, chunk))
+            pending.append(self.submit(chunk))
             if len(pending) > _AHEAD * len(self._processes):
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+
+    def submit(self, chunk: Rows) -> Future[EncodedChunk]:
+        """Have a chunk encoded by the next process that is free; its errors are those of `imap`.
+
+        The caller limits how many are waiting. There must be processes.
+        """
+        return self._threads.submit(self._encode, chunk)
 
     def close(self) -> None:
         """End the processes, whatever they do."""

@@ -14,13 +14,13 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,9 +82,9 @@ class RowIndex:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def line(self, row: int) -> int:
-        """Return the number of a row's line in the file."""
-        return row + 1 if self.lines is None else int(self.lines[row])
+    def line_numbers(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the numbers of the lines of rows, from 1."""
+        return rows + 1 if self.lines is None else self.lines[rows]
 
     def require_unchanged(self) -> None:
         """Check that the file is the one that was indexed.
@@ -102,29 +102,27 @@ class RowIndex:
                 "file as it is while it is read."
             )
 
-    def spans(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    def spans(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return int64 [len(rows), 2]: where the lines of rows start and stop, in bytes.
 
         Blank lines that follow a row are within its span.
         """
-        at = np.asarray(rows, dtype=np.int64)
-        return np.stack([self.offsets[at], self.offsets[at + 1]], axis=1)
+        return np.stack([self.offsets[rows], self.offsets[rows + 1]], axis=1)
 
 
-def read_spans(path: Path, spans: NDArray[np.int64]) -> Iterator[bytes]:
-    """Yield the row of each span, with its line feed, as `RowIndex.spans` gives them.
+def read_span(file: BinaryIO, start: int, stop: int) -> bytes:
+    """Return the row of a span of `RowIndex.spans`, with its line feed.
+
+    Of a row longer than `LONGEST_ROW`, one byte more than that.
 
     Raises:
-        OSError: The file cannot be read, or is shorter than the spans say.
+        OSError: The file cannot be read, or is shorter than the span says.
     """
-    with open_file(path) as file:
-        for start, stop in spans.tolist():
-            most = min(stop - start, LONGEST_ROW + 1)  # of one that is too long, enough to see it
-            raw = os.pread(file.fileno(), most, start)
-            if len(raw) < most:
-                raise OSError(errno.EIO, "it has become shorter since it was indexed", str(path))
-            end = raw.find(b"\n") + 1
-            yield raw[: end or None]
+    most = min(stop - start, LONGEST_ROW + 1)
+    raw = os.pread(file.fileno(), most, start)
+    if len(raw) < most:
+        raise OSError(errno.EIO, "it has become shorter since it was indexed", file.name)
+    return raw[: raw.find(b"\n") + 1 or None]
 
 
 def row_index(

@@ -1,0 +1,192 @@
+"""A data set with random access, without an object for each row: its examples are views of arrays.
+
+Token ids and masks stay in the chunks in which they were encoded, in memory or mapped from a file
+of the cache. Of each example there are a few numbers in arrays; its conversation is read from the
+file of the data again, when it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halfbyte.data.dataset_report import DatasetReport
+from halfbyte.data.encoding import EncodedChunk
+from halfbyte.data.formats import Conversation, to_conversation
+from halfbyte.data.row_table import RowTable
+from halfbyte.data.templates import Example
+
+_READ_TOGETHER = 256  # rows, when all are gone through
+
+
+class Examples(Sequence[Example]):
+    """Examples, as views of the arrays of chunks.
+
+    Attributes:
+        lengths: int32 [examples], the tokens of each.
+        prompt_lengths: int32 [examples], those before the first supervised one.
+    """
+
+    def __init__(self, chunks: Iterable[EncodedChunk]) -> None:
+        """Take the examples of chunks, in order."""
+        lengths, prompts, chunk, starts = [], [], [], []
+        self._chunks: list[tuple[NDArray[np.int32], NDArray[np.bool_]]] = []
+        for one in chunks:
+            lengths.append(one.lengths)
+            prompts.append(one.prompt_lengths)
+            chunk.append(np.full(len(one.lengths), len(self._chunks), dtype=np.int32))
+            starts.append(np.cumsum(one.lengths, dtype=np.int64) - one.lengths)
+            self._chunks.append((one.tokens, one.mask))
+        self.lengths: NDArray[np.int32] = _joined(lengths, np.int32)
+        self.prompt_lengths: NDArray[np.int32] = _joined(prompts, np.int32)
+        self._chunk: NDArray[np.int32] = _joined(chunk, np.int32)
+        self._start: NDArray[np.int64] = _joined(starts, np.int64)
+
+    def select(self, indices: NDArray[np.int64]) -> Examples:
+        """Return the examples with these indices."""
+        found = Examples(())
+        found._chunks = self._chunks
+        found.lengths, found.prompt_lengths = self.lengths[indices], self.prompt_lengths[indices]
+        found._chunk, found._start = self._chunk[indices], self._start[indices]
+        return found
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        tokens, mask = self._chunks[self._chunk[index]]
+        start = int(self._start[index])
+        part = slice(start, start + int(self.lengths[index]))
+        return Example(tokens[part], mask[part], int(self.prompt_lengths[index]))
+
+
+class Conversations(Sequence[Conversation]):
+    """For each example its conversation, read from the data when it is asked for."""
+
+    def __init__(
+        self,
+        table: RowTable,
+        preferred: Sequence[str],
+        row: NDArray[np.int64],
+        messages: NDArray[np.int32],
+    ) -> None:
+        """Describe them.
+
+        Args:
+            table: The rows of the data.
+            preferred: The formats in which they are read.
+            row: int64 [examples], the row of each example.
+            messages: int32 [examples], how many of the row's messages it is; 0 for plain text.
+        """
+        self._table, self._preferred = table, tuple(preferred)
+        self.row, self.messages = row, messages
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @overload
+    def __getitem__(self, index: int) -> Conversation: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Conversation]: ...
+
+    def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
+        if isinstance(index, slice):
+            return list(self._read(np.arange(len(self))[index]))
+        return next(self._read(np.array([range(len(self))[index]])))
+
+    def __iter__(self) -> Iterator[Conversation]:
+        for start in range(0, len(self), _READ_TOGETHER):
+            yield from self._read(np.arange(start, min(start + _READ_TOGETHER, len(self))))
+
+    def lines(self, indices: Sequence[int]) -> list[str]:
+        """Return the lines of examples, without reading them."""
+        return self._table.lines(self.row[np.array(indices, dtype=np.int64)])
+
+    def _read(self, indices: NDArray[np.int64]) -> Iterator[Conversation]:
+        stops = self.messages[indices].tolist()
+        for row, stop in zip(self._table.read(self.row[indices]), stops, strict=True):
+            found = to_conversation(row.value, row.line, self._preferred)
+            yield found.up_to(stop) if found.messages else found
+
+
+class Case(NamedTuple):
+    """A usable row, and its last example."""
+
+    row: Conversation
+    example: Example
+
+
+class Cases(Sequence[Case]):
+    """Each usable row of a data set once, with its last example; read when it is asked for."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset.last_of_row)
+
+    @overload
+    def __getitem__(self, index: int) -> Case: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Case]: ...
+
+    def __getitem__(self, index: int | slice) -> Case | list[Case]:
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        at = int(self._dataset.last_of_row[index])
+        return Case(self._dataset.rows[at], self._dataset.examples[at])
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """The usable rows of a data set, and a report on all rows.
+
+    Attributes:
+        examples: What is trained on. A row is several examples if its replies cannot be supervised
+            in one text; see `halfbyte.data.templates`.
+        report: The report on all rows.
+        rows: For each example its conversation: the row, or the row up to one of its replies.
+        last_of_row: int64 [usable rows], the index of each row's last example, which is the whole
+            row unless nothing is supervised in that.
+        digest: Of the content of the rows and how they were encoded.
+    """
+
+    examples: Examples
+    report: DatasetReport
+    rows: Conversations
+    last_of_row: NDArray[np.int64]
+    digest: str
+
+    @property
+    def cases(self) -> Cases:
+        """Each usable row once, with its last example: what answers are generated for."""
+        return Cases(self)
+
+    @cached_property
+    def is_text(self) -> NDArray[np.bool_]:
+        """bool [examples], whether it is plain text, without messages."""
+        return self.rows.messages == 0
+
+
+def last_of_row(row: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the index of the last of each run of equal rows."""
+    return np.flatnonzero(np.diff(row, append=-1) != 0)
+
+
+def _joined(arrays: Sequence[NDArray[np.generic]], kind: type) -> NDArray[np.generic]:  # type: ignore[type-arg]
+    return np.concatenate([np.empty(0, dtype=kind), *arrays])

@@ -1,0 +1,233 @@
+"""Encodes rows in chunks, in any order, ahead of whoever needs them, and keeps them in the cache.
+
+A chunk that the cache has is read from there. The others are encoded by processes
+(`encoding_pool`), which are started when the first is needed; a few chunks are in work ahead of the
+one that is taken, so memory is bounded, and a consumer that is slow does not wait.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from datetime import date
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halfbyte.data.encoding import EncodedChunk, EncoderSpec, encode_chunk
+from halfbyte.data.encoding_pool import EncodingPool, cores
+from halfbyte.data.example_store import ExampleStore
+from halfbyte.data.row_table import RowTable
+from halfbyte.errors import OutputError
+from halfbyte.user_cache import cached_directory, trim
+from halfbyte.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHUNK_ROWS = 256
+"""Rows of a chunk, at most."""
+CHUNK_BYTES = 1 << 20
+"""Bytes of the rows of a chunk, unless it is one row."""
+CACHE_LIMIT = 64 * 10**9
+"""Bytes of all encoded data in the cache."""
+
+_FORMAT = 1  # incremented when rows are encoded otherwise, or kept otherwise
+_LARGE = 10**9  # bytes from which the user is told what is kept
+_TRIM_EVERY = 1 << 28  # bytes
+_KIND = "encoded"
+_CARD = "made_from.json"
+
+logger = logging.getLogger("halfbyte")
+
+
+def chunks_of(table: RowTable, rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """Divide rows into chunks, limited in rows and bytes."""
+    for start in range(0, len(rows), CHUNK_ROWS):
+        group = rows[start : start + CHUNK_ROWS]
+        spans = table.job(group).spans
+        ends = np.cumsum(spans[:, 1] - spans[:, 0])
+        first = 0
+        while first < len(group):
+            before = int(ends[first - 1]) if first else 0
+            stop = int(np.searchsorted(ends, before + CHUNK_BYTES, side="right"))
+            stop = max(stop, first + 1)
+            yield group[first:stop]
+            first = stop
+
+
+class RowEncoder:
+    """Encodes the rows of a table. A context manager, at whose end no process is left.
+
+    Attributes:
+        key: What the encoded rows depend on, as a digest.
+        store: What is kept of them in the cache, or None.
+    """
+
+    def __init__(
+        self, table: RowTable, spec: EncoderSpec, *, keep: bool, in_process: bool = False
+    ) -> None:
+        """Open the cache; nothing is encoded yet.
+
+        Args:
+            table: The rows.
+            spec: How they are encoded.
+            keep: Whether encoded rows are kept in the cache, and taken from there.
+            in_process: Whether to encode in this process.
+        """
+        self._table, self._spec = table, spec
+        # A tokenizer that is not fast cannot be sent to another process.
+        self._processes = 0 if in_process or not spec.tokenizer.is_fast else cores()
+        self._pool: EncodingPool | None = None
+        made_from = _made_from(table, spec)
+        self.key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+        self.store: ExampleStore | None = None
+        self.directory = None
+        if keep and spec.tokenizer.is_fast:
+            self._open_store(made_from)
+
+    def _open_store(self, made_from: dict[str, Any]) -> None:
+        try:
+            kept = cached_directory(
+                _KIND,
+                self.key[:32],
+                lambda new: (new / _CARD).write_text(json.dumps(made_from)) and None,
+                limit=CACHE_LIMIT,
+            )
+            if kept.note is not None:  # only a temporary directory could be had
+                logger.warning("encoded data is not kept: %s", kept.note.partition(";")[0])
+                return
+            self.store = ExampleStore(kept.path, len(self._table))
+            self.directory = kept.path
+        except (OSError, OutputError) as error:
+            logger.warning("encoded data is not kept: %s", error)
+
+    def encode(self, chunks: Iterable[NDArray[np.int64]]) -> Iterator[EncodedChunk]:
+        """Yield chunks of rows encoded, in their order, each from the cache if it is there.
+
+        Some are encoded ahead of the one that is taken.
+
+        Raises:
+            DataError: The data cannot be read, or not be encoded with this tokenizer.
+            HalfbyteError: A process ended before its work was done.
+        """
+        waiting: deque[tuple[NDArray[np.int64], EncodedChunk | Future[EncodedChunk]]] = deque()
+        ahead = 2 * self._processes
+        for rows in chunks:
+            waiting.append((rows, self._kept(rows) or self._submit(rows)))
+            if len(waiting) > ahead:
+                yield self._finished(*waiting.popleft())
+        while waiting:
+            yield self._finished(*waiting.popleft())
+
+    def mapped(self, chunks: Iterable[NDArray[np.int64]]) -> Iterator[EncodedChunk]:
+        """Yield chunks that have been encoded, mapped from the cache into memory as far as kept.
+
+        Raises:
+            DataError, HalfbyteError: As `encode`, of those that are not kept.
+        """
+        for rows in chunks:
+            found = self.store and self.store.mapped_chunk(rows, self._table.lines(rows))
+            yield found or next(self.encode([rows]))
+
+    def _kept(self, rows: NDArray[np.int64]) -> EncodedChunk | None:
+        return self.store and self.store.chunk(rows, self._table.lines(rows))
+
+    def _submit(self, rows: NDArray[np.int64]) -> EncodedChunk | Future[EncodedChunk]:
+        if not self._processes:
+            chunk = encode_chunk(self._spec, self._table.read(rows))
+            self._keep(rows, chunk)
+            return chunk
+        if self._pool is None:
+            self._pool = EncodingPool(self._spec, self._processes)
+        return self._pool.submit(self._table.job(rows))
+
+    def _finished(
+        self, rows: NDArray[np.int64], found: EncodedChunk | Future[EncodedChunk]
+    ) -> EncodedChunk:
+        if isinstance(found, EncodedChunk):
+            return found
+        chunk = found.result()
+        self._table.require_unchanged()
+        self._keep(rows, chunk)
+        return chunk
+
+    def _keep(self, rows: NDArray[np.int64], chunk: EncodedChunk) -> None:
+        store = self.store
+        if store is None or not store.appends:
+            return
+        before = store.size
+        try:
+            store.append(rows, chunk)
+        except OSError as error:
+            store.stop_appending()
+            reason = error.strerror or error
+            logger.warning("no more encoded data is kept in %s: %s", self.directory, reason)
+            return
+        if before // _TRIM_EVERY < store.size // _TRIM_EVERY and not trim(_KIND, CACHE_LIMIT):
+            store.stop_appending()
+            logger.warning(
+                "no more encoded data is kept in %s: the cache is full (%.0f GB), or the disk",
+                self.directory,
+                store.size / 1e9,
+            )
+        elif before < _LARGE <= store.size:
+            logger.warning(
+                "more than 1 GB of encoded data is kept in %s, for the next start; "
+                "--no-cache-data keeps none",
+                self.directory,
+            )
+
+    def close(self) -> None:
+        """End the processes, and close the cache."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+        if self.store is not None:
+            self.store.close()
+            self.store = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _made_from(table: RowTable, spec: EncoderSpec) -> dict[str, Any]:
+    """Return what the encoded rows depend on."""
+    import transformers
+
+    tokenizer = spec.tokenizer
+    templates = json.dumps(tokenizer.chat_template, sort_keys=True)
+    dated = "strftime_now" in templates
+    return {
+        "format": _FORMAT,
+        "versions": [__version__, transformers.__version__],
+        "rows": table.digest,
+        "tokenizer": _tokenizer_digest(tokenizer),
+        "template": hashlib.sha256(templates.encode()).hexdigest(),
+        "date": date.today().isoformat() if dated else None,
+        "preferred": list(spec.preferred),
+        "max_length": spec.max_length,
+        "train_on": spec.train_on,
+    }
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a digest of a tokenizer, without what a call changes in it."""
+    special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
+    digest = hashlib.sha256(f"{type(tokenizer).__name__} {special}".encode())
+    if tokenizer.is_fast:
+        kept = json.loads(tokenizer.backend_tokenizer.to_str())
+        kept.pop("truncation", None)
+        kept.pop("padding", None)
+        digest.update(json.dumps(kept, sort_keys=True).encode())
+    else:
+        digest.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
+    return digest.hexdigest()
