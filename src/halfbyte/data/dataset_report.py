@@ -5,8 +5,7 @@ Reasons may quote the data, so their length and the number of those that are lis
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ LONGEST_REASON = 280
 """Characters of a reason."""
 
 _MOST_REASONS = 100
+_LISTED = 100  # lines that are kept where only some are needed
 _OTHER_REASONS = "other reasons"
 
 
@@ -32,6 +32,47 @@ class Rejection(NamedTuple):
     line: str
     reason: str
     row: str
+
+
+class Lines:
+    """The lines of some rows: how many there are, and the first of them, which are iterated over.
+
+    So that a report on millions of rows is small. It equals a list of lines of which it has all.
+    """
+
+    def __init__(self, lines: Iterable[str] = (), total: int | None = None) -> None:
+        """Take lines; ``total`` is their number if they are only the first."""
+        self._first: list[str] = []
+        self._total = 0
+        self.extend(lines)
+        if total is not None:
+            self._total = max(total, self._total)
+
+    def extend(self, lines: Iterable[str]) -> None:
+        """Add lines."""
+        for line in lines:
+            self._total += 1
+            if len(self._first) < _LISTED:
+                self._first.append(line)
+
+    def __len__(self) -> int:
+        return self._total
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._first)
+
+    def __getitem__(self, part: slice) -> list[str]:
+        return self._first[part]
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, list | tuple | Lines):
+            return (self._total, self._first) == (len(other), list(other))
+        return NotImplemented
+
+    def __repr__(self) -> str:
+        return f"Lines({self._first!r}, total={self._total})"
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 class Notes:
@@ -49,16 +90,11 @@ class Notes:
         self.texts: dict[str, dict[str, None]] = {}
         self.tokens: dict[str, dict[str, None]] = {}
 
-    def add(self, other: Notes, lines: Sequence[str]) -> None:
-        """Add notes about the following rows, whose lines are their positions in ``lines``."""
-        for mine, others in ((self.texts, other.texts), (self.tokens, other.tokens)):
-            for note, rows in others.items():
-                mine.setdefault(note, {}).update((lines[int(row)], None) for row in rows)
 
-    def described(self) -> list[str]:
-        """One line for each note."""
-        every = [*self.texts.items(), *self.tokens.items()]
-        return [f"{note}: {counted(list(lines))}" if lines else note for note, lines in every]
+def described_notes(notes: Iterable[tuple[str, Iterable[str]]]) -> list[str]:
+    """Return one line for each note, with the lines of its rows if it is not for all."""
+    found = [(note, lines if isinstance(lines, Lines) else Lines(lines)) for note, lines in notes]
+    return [f"{note}: {counted(lines)}" if len(lines) else note for note, lines in found]
 
 
 @dataclass(frozen=True)
@@ -75,7 +111,8 @@ class DatasetReport:
         examples: Their number.
         split_lines: Lines of the usable rows that became several examples, or one that is not the
             whole row, because no text has all their replies as at inference.
-        rejections: Every rejected row.
+        rejections: Every rejected row; none if they are given to a file as they are found, and
+            then ``rejected_lines`` has their lines.
         max_length: The maximum number of tokens of an example.
         truncated_lines: Lines of the usable rows that were truncated to ``max_length``. Examples
             of which nothing supervised was left are not among ``examples``.
@@ -83,6 +120,7 @@ class DatasetReport:
         supervised_tokens: Supervised tokens among them.
         longest: Tokens of the longest usable row, before truncation.
         notes: Further messages for the user.
+        rejected_lines: For each reason the lines of rejected rows, if ``rejections`` has them not.
     """
 
     source: str
@@ -90,14 +128,15 @@ class DatasetReport:
     rows: int
     usable: int
     examples: int
-    split_lines: tuple[str, ...]
+    split_lines: Lines
     rejections: Sequence[Rejection]
     max_length: int
-    truncated_lines: tuple[str, ...]
+    truncated_lines: Lines
     tokens: int
     supervised_tokens: int
     longest: int
     notes: tuple[str, ...] = ()
+    rejected_lines: Mapping[str, Lines] | None = None
 
     @property
     def format(self) -> str:
@@ -105,8 +144,10 @@ class DatasetReport:
         return in_words(self.formats)
 
     @property
-    def rejected(self) -> dict[str, list[str]]:
+    def rejected(self) -> dict[str, Lines]:
         """For each reason, the lines of the rejected rows."""
+        if self.rejected_lines is not None:
+            return dict(self.rejected_lines)
         return by_reason(self.rejections)
 
     @property
@@ -120,13 +161,13 @@ class DatasetReport:
             f"{self.source}: {self.usable:,} of {self.rows:,} rows usable, read as {self.format}"
         ]
         lines += describe_rejected(self.rejected)
-        if self.split_lines:
+        if len(self.split_lines):
             among = self.examples - (self.usable - len(self.split_lines))
             lines.append(
                 f"{counted(self.split_lines)} became {among:,} example{'s' if among > 1 else ''}: "
                 "the chat template renders earlier replies otherwise than at inference"
             )
-        if self.truncated_lines:
+        if len(self.truncated_lines):
             lines.append(
                 f"truncated to max_length {self.max_length}: {counted(self.truncated_lines)}; "
                 f"the longest has {self.longest:,} tokens"
@@ -143,16 +184,23 @@ def in_words(formats: Mapping[str, int]) -> str:
     return ", ".join(f"{name} ({_rows(count)})" for name, count in formats.items())
 
 
-def by_reason(rejections: Sequence[Rejection]) -> dict[str, list[str]]:
-    """Return for each reason the lines of the rows; beyond 100 reasons, the others as one."""
-    found: defaultdict[str, list[str]] = defaultdict(list)
+def by_reason(
+    rejections: Iterable[Rejection], found: dict[str, Lines] | None = None
+) -> dict[str, Lines]:
+    """Return for each reason the lines of the rows; beyond 100 reasons, the others as one.
+
+    Args:
+        rejections: Rejected rows.
+        found: Those of earlier rows, to which they are added.
+    """
+    found = {} if found is None else found
     for line, reason, _ in rejections:
         listed = reason in found or len(found) < _MOST_REASONS
-        found[reason if listed else _OTHER_REASONS].append(line)
-    return dict(found)
+        found.setdefault(reason if listed else _OTHER_REASONS, Lines()).extend([line])
+    return found
 
 
-def counted(lines: Sequence[str]) -> str:
+def counted(lines: Sequence[str] | Lines) -> str:
     """``3 rows (lines 4, 7, 9)``, listing only the first few lines."""
     shown = ", ".join(lines[:_SHOWN]) + (", …" if len(lines) > _SHOWN else "")
     return f"{_rows(len(lines))} (line{'s' if len(lines) > 1 else ''} {shown})"
@@ -162,7 +210,7 @@ def _rows(count: int) -> str:
     return f"{count:,} row{'s' if count != 1 else ''}"
 
 
-def describe_rejected(rejected: Mapping[str, Sequence[str]]) -> list[str]:
+def describe_rejected(rejected: Mapping[str, Sequence[str] | Lines]) -> list[str]:
     """One line per reason, the most frequent first."""
     reasons = sorted(rejected, key=lambda reason: -len(rejected[reason]))
     lines = [f"left out, {reason}: {counted(rejected[reason])}" for reason in reasons[:_SHOWN]]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,9 +23,11 @@ from numpy.typing import NDArray
 from halfbyte.data.dataset_report import (
     LONGEST_REASON,
     DatasetReport,
+    Lines,
     Notes,
     Rejection,
     RowRejected,
+    by_reason,
     describe_unused,
 )
 from halfbyte.data.formats import Conversation, format_of, to_conversation
@@ -158,16 +160,30 @@ def beginning_of(value: object) -> str:
     return text.strip()[:_BEGINNING]
 
 
-class EncodingReport:
-    """The report on chunks of rows, added in the order of the data."""
+_COUNTS = ("_rows", "_usable", "_examples", "_tokens", "_supervised", "_longest", "_exceeded")
 
-    def __init__(self, source: str, spec: EncoderSpec, notes: Sequence[str] = ()) -> None:
+
+class EncodingReport:
+    """The report on chunks of rows, added in the order of the data.
+
+    However many rows there are, it is small, except for rejected rows if it has to keep them.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        spec: EncoderSpec,
+        notes: Sequence[str] = (),
+        *,
+        rejected: Callable[[list[Rejection]], object] | None = None,
+    ) -> None:
         """Begin the report of a source.
 
         Args:
             source: The source, as given by the user.
             spec: How its rows are encoded.
             notes: Messages about how the source was read.
+            rejected: Called with the rejected rows of each chunk, which then are not kept.
         """
         self._source, self._max_length, self._notes = source, spec.max_length, tuple(notes)
         self._tokenizer = spec.tokenizer
@@ -177,9 +193,11 @@ class EncodingReport:
         self._unused: Counter[str] = Counter()
         self._unread: list[Rejection] = []
         self._rejected: list[Rejection] = []
-        self._truncated: list[str] = []
-        self._split: list[str] = []
-        self._said = Notes()
+        self._give_rejected = rejected
+        self._reasons: dict[str, Lines] = {}
+        self._truncated, self._split = Lines(), Lines()
+        # Notes about texts come first, as in `Notes`.
+        self._said: tuple[dict[str, Lines], dict[str, Lines]] = ({}, {})
         self._exceeded = 0
 
     def add(self, chunk: EncodedChunk) -> None:
@@ -197,38 +215,81 @@ class EncodingReport:
         self._longest = max(self._longest, chunk.longest)
         self._formats.update(chunk.formats)
         self._unused.update(chunk.unused)
-        for collected, found in (
-            (self._unread, chunk.unread),
-            (self._rejected, chunk.rejected),
-        ):
-            collected += [
+        unread, rejected = (
+            [
                 Rejection(lines[at], shorten(reason, LONGEST_REASON), beginning)
                 for at, reason, beginning in found
             ]
-        self._truncated += [lines[at] for at in chunk.truncated]
-        self._split += [lines[at] for at in chunk.split]
-        self._said.add(chunk.notes, lines)
+            for found in (chunk.unread, chunk.rejected)
+        )
+        if self._give_rejected is None:
+            self._unread += unread
+            self._rejected += rejected
+        elif unread or rejected:
+            by_reason(unread + rejected, self._reasons)
+            self._give_rejected(unread + rejected)
+        self._truncated.extend(lines[at] for at in chunk.truncated)
+        self._split.extend(lines[at] for at in chunk.split)
+        for mine, others in zip(self._said, (chunk.notes.texts, chunk.notes.tokens), strict=True):
+            for note, rows in others.items():
+                mine.setdefault(note, Lines()).extend(lines[int(row)] for row in rows)
         self._exceeded += chunk.exceeded
         check_exceeded(self._exceeded)
+
+    def state(self) -> dict[str, Any]:
+        """Return what has been added so far as JSON values, for `load`; without kept rejections."""
+
+        def listed(found: Mapping[str, Lines]) -> dict[str, Any]:
+            return {name: [len(lines), list(lines)] for name, lines in found.items()}
+
+        return {
+            "counts": {name: getattr(self, name) for name in _COUNTS},
+            "formats": dict(self._formats),
+            "unused": dict(self._unused),
+            "reasons": listed(self._reasons),
+            "rows": listed({"truncated": self._truncated, "split": self._split}),
+            "notes": [listed(found) for found in self._said],
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` has returned.
+
+        Raises:
+            KeyError, TypeError, ValueError: It is something else.
+        """
+
+        def lines(found: Mapping[str, Any]) -> dict[str, Lines]:
+            return {name: Lines(first, total) for name, (total, first) in found.items()}
+
+        for name in _COUNTS:
+            setattr(self, name, int(state["counts"][name]))
+        self._formats, self._unused = Counter(state["formats"]), Counter(state["unused"])
+        self._reasons = lines(state["reasons"])
+        rows = lines(state["rows"])
+        self._truncated, self._split = rows["truncated"], rows["split"]
+        texts, tokens = state["notes"]
+        self._said = lines(texts), lines(tokens)
 
     def report(self) -> DatasetReport:
         """Return the report on all chunks that were added; its ``usable`` may be 0."""
         formats = dict(self._formats.most_common())
         unused = tuple(describe_unused(self._unused))
+        said = [note for found in self._said for note in found.items()]
         return DatasetReport(
             source=self._source,
             formats=formats,
             rows=self._rows,
             usable=self._usable,
             examples=self._examples,
-            split_lines=tuple(self._split),
+            split_lines=self._split,
             rejections=self._unread + self._rejected,
+            rejected_lines=None if self._give_rejected is None else self._reasons,
             max_length=self._max_length,
-            truncated_lines=tuple(self._truncated),
+            truncated_lines=self._truncated,
             tokens=self._tokens,
             supervised_tokens=self._supervised,
             longest=self._longest,
-            notes=(*self._notes, *unused, *described(self._said, self._tokenizer)),
+            notes=(*self._notes, *unused, *described(said, self._tokenizer)),
         )
 
 

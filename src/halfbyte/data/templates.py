@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.data.dataset_report import Notes, RowRejected
+from halfbyte.data.dataset_report import Notes, RowRejected, described_notes
 from halfbyte.data.formats import Conversation, Message
 from halfbyte.data.rendering import Chat, Renderer, Tools
 from halfbyte.data.template_effects import (
@@ -164,7 +164,8 @@ class Encoder:
 
     def notes(self) -> tuple[str, ...]:
         """Messages for the user about how the rows were encoded."""
-        return described(self._said, self._tokenizer)
+        said = self._said
+        return described([*said.texts.items(), *said.tokens.items()], self._tokenizer)
 
     def take_notes(self) -> Notes:
         """The notes about the rows since the last call, with their lines."""
@@ -389,13 +390,15 @@ class Encoder:
         self._said.texts.setdefault(note, {})[row.line] = None
 
 
-def described(notes: Notes, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+def described(
+    notes: Iterable[tuple[str, Iterable[str]]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, ...]:
     """Messages for the user about how rows were encoded with a tokenizer."""
     if tokenizer.chat_template is not None:
-        return tuple(notes.described())
+        return tuple(described_notes(notes))
     return (
         "the tokenizer has no chat template: plain text, one line per message",
-        *notes.described(),
+        *described_notes(notes),
     )
 
 
