@@ -236,6 +236,11 @@ class EncodingReport:
         self._exceeded += chunk.exceeded
         check_exceeded(self._exceeded)
 
+    @property
+    def rows(self) -> int:
+        """The rows that have been added."""
+        return self._rows
+
     def state(self) -> dict[str, Any]:
         """Return what has been added so far as JSON values, for `load`; without kept rejections."""
 

@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from halfbyte.data.dataset_report import Notes
 from halfbyte.data.encoding import EncodedChunk, EncoderSpec, encode_chunk
 from halfbyte.data.encoding_pool import EncodingPool, cores
 from halfbyte.data.example_store import ExampleStore
 from halfbyte.data.row_table import RowTable
+from halfbyte.data.templates import Example
 from halfbyte.errors import OutputError
 from halfbyte.user_cache import cached_directory, trim
 from halfbyte.version import __version__
@@ -67,6 +69,7 @@ class RowEncoder:
     Attributes:
         key: What the encoded rows depend on, as a digest.
         store: What is kept of them in the cache, or None.
+        held: Chunks that are needed again soon, by the bytes of the numbers of their rows.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class RowEncoder:
         made_from = _made_from(table, spec)
         self.key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
         self.store: ExampleStore | None = None
+        self.held: dict[bytes, EncodedChunk] = {}
         self.directory = None
         if keep and spec.tokenizer.is_fast:
             self._open_store(made_from)
@@ -107,10 +111,17 @@ class RowEncoder:
         except (OSError, OutputError) as error:
             logger.warning("encoded data is not kept: %s", error)
 
-    def encode(self, chunks: Iterable[NDArray[np.int64]]) -> Iterator[EncodedChunk]:
+    def encode(
+        self, chunks: Iterable[NDArray[np.int64]], *, again: bool = False
+    ) -> Iterator[EncodedChunk]:
         """Yield chunks of rows encoded, in their order, each from the cache if it is there.
 
         Some are encoded ahead of the one that is taken.
+
+        Args:
+            chunks: The rows of each.
+            again: The rows are in other chunks of the cache already: they are looked for one by
+                one, nothing is added to the cache, and nothing is said about them.
 
         Raises:
             DataError: The data cannot be read, or not be encoded with this tokenizer.
@@ -119,11 +130,12 @@ class RowEncoder:
         waiting: deque[tuple[NDArray[np.int64], EncodedChunk | Future[EncodedChunk]]] = deque()
         ahead = 2 * self._processes
         for rows in chunks:
-            waiting.append((rows, self._kept(rows) or self._submit(rows)))
+            found = self._collected(rows) if again else self._kept(rows)
+            waiting.append((rows, found or self._submit(rows)))
             if len(waiting) > ahead:
-                yield self._finished(*waiting.popleft())
+                yield self._finished(*waiting.popleft(), keep=not again)
         while waiting:
-            yield self._finished(*waiting.popleft())
+            yield self._finished(*waiting.popleft(), keep=not again)
 
     def mapped(self, chunks: Iterable[NDArray[np.int64]]) -> Iterator[EncodedChunk]:
         """Yield chunks that have been encoded, mapped from the cache into memory as far as kept.
@@ -136,25 +148,59 @@ class RowEncoder:
             yield found or next(self.encode([rows]))
 
     def _kept(self, rows: NDArray[np.int64]) -> EncodedChunk | None:
+        if (held := self.held.get(rows.tobytes())) is not None:
+            return held
         return self.store and self.store.chunk(rows, self._table.lines(rows))
 
-    def _submit(self, rows: NDArray[np.int64]) -> EncodedChunk | Future[EncodedChunk]:
+    def _collected(self, rows: NDArray[np.int64]) -> EncodedChunk | None:
+        """Return rows that are in any chunks of the cache as a chunk; None if one is in none."""
+        examples: list[Example] = []
+        row: list[int] = []
+        for at, number in enumerate(rows.tolist()):
+            found = self.store and self.store.examples(number)
+            if found is None:
+                return None
+            examples += found
+            row += [at] * len(found)
+        return EncodedChunk(
+            tokens=np.concatenate([np.empty(0, np.int32), *(one.tokens for one in examples)]),
+            mask=np.concatenate([np.empty(0, np.bool_), *(one.labels_mask for one in examples)]),
+            lengths=np.array([len(one.tokens) for one in examples], dtype=np.int32),
+            prompt_lengths=np.array([one.prompt_length for one in examples], dtype=np.int32),
+            row=np.array(row, dtype=np.int64),
+            messages=np.zeros(len(examples), dtype=np.int32),
+            lines=[],
+            unread=[],
+            rejected=[],
+            formats={},
+            unused={},
+            truncated=[],
+            split=[],
+            longest=0,
+            notes=Notes(),
+            exceeded=0,
+        )
+
+    def _submit(self, rows: NDArray[np.int64]) -> Future[EncodedChunk]:
         if not self._processes:
-            chunk = encode_chunk(self._spec, self._table.read(rows))
-            self._keep(rows, chunk)
-            return chunk
+            return _done(encode_chunk(self._spec, self._table.read(rows)))
         if self._pool is None:
             self._pool = EncodingPool(self._spec, self._processes)
         return self._pool.submit(self._table.job(rows))
 
     def _finished(
-        self, rows: NDArray[np.int64], found: EncodedChunk | Future[EncodedChunk]
+        self,
+        rows: NDArray[np.int64],
+        found: EncodedChunk | Future[EncodedChunk],
+        *,
+        keep: bool,
     ) -> EncodedChunk:
         if isinstance(found, EncodedChunk):
             return found
         chunk = found.result()
         self._table.require_unchanged()
-        self._keep(rows, chunk)
+        if keep:
+            self._keep(rows, chunk)
         return chunk
 
     def _keep(self, rows: NDArray[np.int64], chunk: EncodedChunk) -> None:
@@ -197,6 +243,12 @@ class RowEncoder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _done(chunk: EncodedChunk) -> Future[EncodedChunk]:
+    future: Future[EncodedChunk] = Future()
+    future.set_result(chunk)
+    return future
 
 
 def _made_from(table: RowTable, spec: EncoderSpec) -> dict[str, Any]:

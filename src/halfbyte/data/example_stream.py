@@ -1,0 +1,172 @@
+"""The examples of data that is encoded while it is trained on, in an order without end.
+
+Rows are taken in the order of each epoch, a function of seed and epoch over all *rows*, and epochs
+follow each other. A row that is rejected is replaced by the next, and one that became several
+examples gives them one after the other. So which examples a step gets depends on the rows before
+it, and a `Position` says how far a run has come; from there it goes on with the same examples,
+whether they are in the cache or not.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halfbyte.data.encoding import EncodedChunk, EncodingReport
+from halfbyte.data.row_encoder import CHUNK_ROWS, RowEncoder, chunks_of
+from halfbyte.data.row_table import RowTable
+from halfbyte.data.templates import Example
+from halfbyte.errors import DataError
+
+Order = Callable[[int], NDArray[np.int64]]
+"""The rows of an epoch, in the order in which they are taken."""
+
+
+class Position(NamedTuple):
+    """How far examples have been taken.
+
+    Attributes:
+        rows: Rows before the next example's, over all epochs.
+        examples: Examples of its row that have been taken.
+    """
+
+    rows: int = 0
+    examples: int = 0
+
+
+class EncodedRow(NamedTuple):
+    """A row and its examples, none if it is rejected."""
+
+    row: int
+    examples: list[Example]
+
+
+class Taken(NamedTuple):
+    """An example, and the row that it is of."""
+
+    row: int
+    example: Example
+
+
+class ExampleStream:
+    """Gives the examples of encoded rows, one after the other.
+
+    Attributes:
+        position: Of the next example.
+    """
+
+    def __init__(self, rows: Iterator[EncodedRow], position: Position, most: int) -> None:
+        """Begin.
+
+        Args:
+            rows: The rows from ``position`` on.
+            position: Where to begin.
+            most: So many rows without an example are an error.
+        """
+        self.position = position
+        self._rows, self._most = rows, most
+        self._row: EncodedRow | None = None
+
+    def take(self, count: int) -> list[Taken]:
+        """Return the next examples; fewer, if the rows end.
+
+        Raises:
+            DataError: Too many rows in a row are rejected, or the data cannot be read.
+        """
+        taken: list[Taken] = []
+        empty = 0
+        while len(taken) < count:
+            if self._row is None:
+                self._row = next(self._rows, None)
+                if self._row is None:
+                    break
+            number, at = self.position
+            left = self._row.examples[at : at + count - len(taken)]
+            taken += [Taken(self._row.row, example) for example in left]
+            if at + len(left) < len(self._row.examples):
+                self.position = Position(number, at + len(left))
+                continue
+            empty = 0 if left else empty + 1
+            if empty > self._most:
+                raise DataError(f"none of {empty:,} rows one after the other is usable.")
+            self._row, self.position = None, Position(number + 1)
+        return taken
+
+
+def shuffled(rows: int, seed: int) -> Order:
+    """Return an order in which every epoch has all rows once."""
+
+    def order(epoch: int) -> NDArray[np.int64]:
+        return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows)
+
+    return order
+
+
+def rows_from(
+    table: RowTable,
+    encoder: RowEncoder,
+    order: Order,
+    start: int,
+    report: EncodingReport,
+) -> Iterator[EncodedRow]:
+    """Yield the rows of all epochs, encoded, from one on.
+
+    Args:
+        table: The rows.
+        encoder: Encodes them.
+        order: The order of each epoch.
+        start: The number of the first row, over all epochs.
+        report: Gets the chunks of the first epoch that it has not got yet, each when its first row
+            is taken.
+    """
+    epoch, skipped = divmod(start, len(table))
+    while True:
+        rows, places = order(epoch), deque[range]()
+
+        def chunks(
+            rows: NDArray[np.int64] = rows,
+            places: deque[range] = places,
+            skipped: int = skipped,
+        ) -> Iterator[NDArray[np.int64]]:
+            for place in _places(table, rows, skipped):
+                places.append(place)
+                yield rows[place.start : place.stop]
+
+        for chunk in encoder.encode(chunks(), again=epoch > 0):
+            place = places.popleft()
+            if epoch == 0 and place.start >= report.rows:
+                report.add(chunk)
+            yield from by_row(chunk, rows[place.start : place.stop])[max(0, skipped - place.start) :]
+        epoch, skipped = epoch + 1, 0
+
+
+def _places(table: RowTable, rows: NDArray[np.int64], skipped: int) -> Iterator[range]:
+    """Yield where in an epoch the chunks are, without those that end before a row."""
+    for group in range(skipped // CHUNK_ROWS * CHUNK_ROWS, len(rows), CHUNK_ROWS):
+        at = group
+        for chunk in chunks_of(table, rows[group : group + CHUNK_ROWS]):
+            if at + len(chunk) > skipped:
+                yield range(at, at + len(chunk))
+            at += len(chunk)
+
+
+def by_row(chunk: EncodedChunk, rows: NDArray[np.int64]) -> list[EncodedRow]:
+    """Return each row of a chunk with its examples.
+
+    Args:
+        chunk: The chunk.
+        rows: The number of each of its rows.
+    """
+    found = [EncodedRow(row, []) for row in rows.tolist()]
+    start = 0
+    for at, length, prompt in zip(
+        chunk.row.tolist(), chunk.lengths.tolist(), chunk.prompt_lengths.tolist(), strict=True
+    ):
+        part = slice(start, start + length)
+        found[at].examples.append(Example(chunk.tokens[part], chunk.mask[part], prompt))
+        start += length
+    return found
