@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from halfbyte.data import conversations, load_dataset
@@ -58,7 +59,7 @@ def test_every_row_is_an_example_or_counted_under_its_reason(tmp_path):
     assert max(len(example.tokens) for example in data.examples) == 40 < report.longest
     assert report.tokens == sum(len(example.tokens) for example in data.examples)
     assert report.supervised_tokens == sum(e.labels_mask.sum() for e in data.examples)
-    assert done == [(count, 4) for count in range(1, 5)]
+    assert done == [(8, 8)]
 
 
 def test_a_person_is_told_in_lines(tmp_path):
@@ -161,7 +162,8 @@ def test_a_row_that_becomes_several_examples_is_one_row_in_the_report(tmp_path):
         ["Yes."],  # and of this one nothing within max_length
     ]
     assert [len(row.messages) for row, _ in data.cases] == [6, 2, 2, 2]
-    assert [example for _, example in data.cases] == [data.examples[at] for at in (2, 3, 4, 5)]
+    for (_, example), at in zip(data.cases, (2, 3, 4, 5), strict=True):
+        assert np.array_equal(example.tokens, data.examples[at].tokens)
     report = data.report
     assert (report.rows, report.usable, report.examples, len(data.examples)) == (4, 4, 6, 6)
     assert (report.split_lines, report.truncated_lines) == (("1", "1", "1"), ("1",))

@@ -96,6 +96,14 @@ class TrainConfig(ModelOptions):
         "assistant", description="supervised tokens: the assistant's, or all"
     )
     eval_data: str | None = Field(None, min_length=1, description="data to evaluate on")
+    cache_data: bool = Field(
+        True, description="keep encoded rows of large data in ~/.cache, for later starts"
+    )
+    streaming: bool = Field(
+        False,
+        description="train on data without end, such as standard input, as it comes; needs "
+        "max_steps",
+    )
 
     lora_r: PositiveInt = Field(16, description="rank of the adapters")
     lora_alpha: float = Field(16.0, gt=0, description="adapters are scaled by alpha / r")
@@ -212,6 +220,8 @@ class TrainConfig(ModelOptions):
 
     @model_validator(mode="after")
     def _rules_between_fields(self) -> Self:
+        if self.streaming and self.max_steps is None:
+            raise ValueError("`streaming` needs `max_steps`: such data has no epochs")
         if self.eval_steps is not None and self.eval_data is None:
             raise ValueError("`eval_steps` needs `eval_data`: the data to evaluate on")
         if self.init_lora_weights == "qera" and self.quant == "none":

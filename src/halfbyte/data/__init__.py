@@ -45,6 +45,7 @@ __all__ = [
     "Example",
     "Message",
     "MicroBatch",
+    "Rejection",
     "StepPlan",
     "collate",
     "conversations",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple, overload
 
 import numpy as np
@@ -161,26 +160,45 @@ class Dataset:
             in one text; see `halfbyte.data.templates`.
         report: The report on all rows.
         rows: For each example its conversation: the row, or the row up to one of its replies.
-        last_of_row: int64 [usable rows], the index of each row's last example, which is the whole
-            row unless nothing is supervised in that.
-        digest: Of the content of the rows and how they were encoded.
+        last_of_row: For each usable row the index of its last example, which is the whole row
+            unless nothing is supervised in that.
     """
 
-    examples: Examples
+    examples: Sequence[Example]
     report: DatasetReport
-    rows: Conversations
-    last_of_row: NDArray[np.int64]
-    digest: str
+    rows: Sequence[Conversation]
+    last_of_row: Sequence[int] | NDArray[np.int64]
 
     @property
     def cases(self) -> Cases:
         """Each usable row once, with its last example: what answers are generated for."""
         return Cases(self)
 
-    @cached_property
-    def is_text(self) -> NDArray[np.bool_]:
-        """bool [examples], whether it is plain text, without messages."""
-        return self.rows.messages == 0
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """int32 [examples], the tokens of each."""
+        if isinstance(self.examples, Examples):
+            return self.examples.lengths
+        return np.array([len(example.tokens) for example in self.examples], dtype=np.int32)
+
+    def lines(self, indices: Sequence[int]) -> list[str]:
+        """Return the lines of the rows of examples."""
+        if isinstance(self.rows, Conversations):
+            return self.rows.lines(indices)
+        return [self.rows[index].line for index in indices]
+
+    def prompts(self, longest: int) -> list[int]:
+        """Return which of the `cases` have a prompt of at most so many tokens, and no plain text."""
+        last = np.asarray(self.last_of_row, dtype=np.int64)
+        if isinstance(self.examples, Examples) and isinstance(self.rows, Conversations):
+            fits = self.examples.prompt_lengths[last] <= longest
+            return np.flatnonzero(fits & (self.rows.messages[last] > 0)).tolist()
+        cases = enumerate(self.cases)
+        return [
+            at
+            for at, (row, example) in cases
+            if row.text is None and example.prompt_length <= longest
+        ]
 
 
 def last_of_row(row: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.data.encoding import EncodedChunk, EncodingReport
+from halfbyte.data.encoding_pool import EncodingPool
 from halfbyte.data.row_encoder import CHUNK_ROWS, RowEncoder, chunks_of
+from halfbyte.data.row_files import Row
 from halfbyte.data.row_table import RowTable
 from halfbyte.data.templates import Example
 from halfbyte.errors import DataError
@@ -39,16 +42,16 @@ class Position(NamedTuple):
 
 
 class EncodedRow(NamedTuple):
-    """A row and its examples, none if it is rejected."""
+    """The line of a row and its examples, none if it is rejected."""
 
-    row: int
+    line: str
     examples: list[Example]
 
 
 class Taken(NamedTuple):
-    """An example, and the row that it is of."""
+    """An example, and the line of its row."""
 
-    row: int
+    line: str
     example: Example
 
 
@@ -86,7 +89,7 @@ class ExampleStream:
                     break
             number, at = self.position
             left = self._row.examples[at : at + count - len(taken)]
-            taken += [Taken(self._row.row, example) for example in left]
+            taken += [Taken(self._row.line, example) for example in left]
             if at + len(left) < len(self._row.examples):
                 self.position = Position(number, at + len(left))
                 continue
@@ -140,7 +143,7 @@ def rows_from(
             place = places.popleft()
             if epoch == 0 and place.start >= report.rows:
                 report.add(chunk)
-            yield from by_row(chunk, rows[place.start : place.stop])[max(0, skipped - place.start) :]
+            yield from by_row(chunk)[max(0, skipped - place.start) :]
         epoch, skipped = epoch + 1, 0
 
 
@@ -154,14 +157,50 @@ def _places(table: RowTable, rows: NDArray[np.int64], skipped: int) -> Iterator[
             at += len(chunk)
 
 
-def by_row(chunk: EncodedChunk, rows: NDArray[np.int64]) -> list[EncodedRow]:
-    """Return each row of a chunk with its examples.
+def stream_from(
+    rows: Iterator[Row],
+    pool: EncodingPool,
+    seed: int,
+    start: int,
+    report: EncodingReport,
+    *,
+    buffer: int,
+) -> Iterator[EncodedRow]:
+    """Yield the rows of a stream, encoded, from one on, in an order that is shuffled within limits.
 
     Args:
-        chunk: The chunk.
-        rows: The number of each of its rows.
+        rows: The stream, from its beginning.
+        pool: Encodes them.
+        seed: Seed of the order.
+        start: The number of the first row; those before are read, but not encoded.
+        report: Gets the chunks that it has not got yet, each when its first row is taken.
+        buffer: How many rows of the stream the next one is drawn from.
     """
-    found = [EncodedRow(row, []) for row in rows.tolist()]
+    mixed = islice(_mixed(rows, seed, buffer), start // CHUNK_ROWS * CHUNK_ROWS, None)
+    chunks = iter(lambda: list(islice(mixed, CHUNK_ROWS)), [])
+    at = start // CHUNK_ROWS * CHUNK_ROWS
+    for chunk in pool.imap(chunks):
+        if at >= report.rows:
+            report.add(chunk)
+        yield from by_row(chunk)[max(0, start - at) :]
+        at += CHUNK_ROWS
+
+
+def _mixed(rows: Iterator[Row], seed: int, size: int) -> Iterator[Row]:
+    """Yield each row in the place of one that is drawn from a buffer; at the end the rest."""
+    generator = np.random.Generator(np.random.PCG64([seed, size]))
+    held = list(islice(rows, size))
+    for row in rows:
+        at = int(generator.integers(len(held)))
+        drawn, held[at] = held[at], row
+        yield drawn
+    for at in generator.permutation(len(held)).tolist():
+        yield held[at]
+
+
+def by_row(chunk: EncodedChunk) -> list[EncodedRow]:
+    """Return each row of a chunk with its examples."""
+    found = [EncodedRow(line, []) for line in chunk.lines]
     start = 0
     for at, length, prompt in zip(
         chunk.row.tolist(), chunk.lengths.tolist(), chunk.prompt_lengths.tolist(), strict=True

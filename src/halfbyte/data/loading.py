@@ -28,6 +28,10 @@ from halfbyte.errors import DataError
 from halfbyte.input_files import read_file
 from halfbyte.user_cache import cached_directory
 
+COMPLETE_BYTES, COMPLETE_ROWS = 64 * 10**6, 250_000
+"""Data that is larger is encoded while it is trained on (`example_stream`): this much takes half a
+minute on two cores."""
+
 SEVERAL_FROM = 4 * 10**6
 """Bytes of rows from which several processes encode them, and they are kept in the cache: below, an
 encoding takes about as long as starting the processes."""
@@ -43,6 +47,11 @@ class OpenedSource:
     table: RowTable
     notes: tuple[str, ...]
     keep: bool
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it is encoded while it is trained on."""
+        return self.table.bytes > COMPLETE_BYTES or len(self.table) > COMPLETE_ROWS
 
     @property
     def is_small(self) -> bool:
@@ -103,6 +112,7 @@ def load_rows(
     rows: NDArray[np.int64],
     *,
     encoder: RowEncoder | None = None,
+    hold: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
     """Encode rows, and return them as a data set.
@@ -112,6 +122,8 @@ def load_rows(
         spec: How they are encoded.
         rows: int64, the rows, in the order in which the data set is to have them.
         encoder: Encodes them; default: one for this call.
+        hold: Whether the encoder is to hold the chunks that it cannot keep, as they are needed
+            again.
         progress: Called with (rows done, total rows).
 
     Raises:
@@ -133,6 +145,8 @@ def load_rows(
         messages.append(chunk.messages)
         if encoder.store is None:
             held.append(chunk)
+            if hold:
+                encoder.held[chunk_rows.tobytes()] = chunk
         done += len(chunk_rows)
         if progress is not None:
             progress(done, len(rows))
@@ -147,7 +161,6 @@ def load_rows(
         report=found,
         rows=Conversations(table, spec.preferred, of_examples, np.concatenate(messages)),
         last_of_row=last_of_row(of_examples),
-        digest=encoder.key,
     )
 
 

@@ -169,7 +169,7 @@ class RowEncoder:
             prompt_lengths=np.array([one.prompt_length for one in examples], dtype=np.int32),
             row=np.array(row, dtype=np.int64),
             messages=np.zeros(len(examples), dtype=np.int32),
-            lines=[],
+            lines=self._table.lines(rows),
             unread=[],
             rejected=[],
             formats={},

@@ -161,5 +161,5 @@ def evaluate(
         exact_match=right / len(samples) if samples else None,
         cases=len(samples),
         samples=samples,
-        data=dataset_report(dataset),
+        data=dataset_report(dataset.report),
     )

@@ -5,14 +5,13 @@ and a checkpoint says how far the stream has come.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from halfbyte.config.schema import TrainConfig
 from halfbyte.data import Example, MicroBatch, collate
 from halfbyte.data.example_stream import ExampleStream, Position, Taken
-from halfbyte.errors import CheckpointError, DataError
-from halfbyte.foreign_text import quote
+from halfbyte.errors import DataError
 
 _KEPT = 16  # steps whose rows, and whose end in the stream, are known: more than are in work
 
@@ -47,7 +46,7 @@ class LazySteps:
             self.total = config.max_steps or asked
         self._stream: ExampleStream | None = None
         self._next = 0
-        self._rows: dict[int, list[list[int]]] = {}
+        self._lines: dict[int, list[list[str]]] = {}
         self._ends: dict[int, Position] = {}
 
     def begin(self, step: int, stream: ExampleStream) -> None:
@@ -72,18 +71,18 @@ class LazySteps:
             )
         batches = list(_divided(taken, self._config.batch_size))
         self._next = step + 1
-        self._rows[step] = [[one.row for one in batch] for batch in batches]
+        self._lines[step] = [[one.line for one in batch] for batch in batches]
         self._ends[self._next] = self._stream.position
-        for known in (self._rows, self._ends):
+        for known in (self._lines, self._ends):
             for old in [number for number in known if number < step - _KEPT]:
                 del known[old]
         return [
             collate([one.example for one in batch], pad_id=self._pad_id) for batch in batches
         ]
 
-    def rows(self, step: int) -> list[list[int]]:
-        """Return the rows of a step's examples, by micro-batch, of one of the last steps."""
-        return self._rows[step]
+    def lines(self, step: int) -> list[list[str]]:
+        """Return the lines of a step's examples, by micro-batch, of one of the last steps."""
+        return self._lines[step]
 
     def position(self, step: int) -> dict[str, Any]:
         """Return what a checkpoint after ``step`` steps says about the data, as JSON values."""
@@ -95,8 +94,10 @@ class LazySteps:
         They are those of the sample, and the first again with an example of ``max_length``.
         """
         found = []
-        for start in range(0, len(self._sample), self._per_step):
-            chosen = [Taken(0, one) for one in self._sample[start : start + self._per_step]]
+        repeated = -(-self._per_step // len(self._sample))
+        sample = [Taken("", one) for one in self._sample] * repeated
+        for start in range(0, len(sample), self._per_step):
+            chosen = sample[start : start + self._per_step]
             found.append(
                 [
                     [len(one.example.tokens) for one in batch]
@@ -113,18 +114,3 @@ def _divided(taken: list[Taken], size: int) -> Iterator[list[Taken]]:
     taken = sorted(taken, key=lambda one: len(one.example.tokens), reverse=True)
     for start in range(0, len(taken), size):
         yield taken[start : start + size]
-
-
-def position_of(progress: Mapping[str, Any]) -> Position:
-    """Return how far a checkpoint's run had come in its data.
-
-    Raises:
-        CheckpointError: It does not say so.
-    """
-    match progress.get("data_position"):
-        case [int(rows), int(examples)] if rows >= 0 and examples >= 0:
-            return Position(rows, examples)
-        case other:
-            raise CheckpointError(
-                f"the checkpoint's data_position: expected two whole numbers, got {quote(other)}"
-            )

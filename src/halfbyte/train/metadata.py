@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.config.schema import TrainConfig
-from halfbyte.data import Dataset, MicroBatch
+from halfbyte.data import Dataset, DatasetReport, MicroBatch
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_policy import peak_memory, used_memory
@@ -90,9 +90,8 @@ def options(config: TrainConfig) -> dict[str, Any]:
     return {"config": config.model_dump(mode="json"), "given": sorted(config.model_fields_set)}
 
 
-def dataset_report(dataset: Dataset) -> dict[str, Any]:
+def dataset_report(report: DatasetReport) -> dict[str, Any]:
     """Return the report on a data set as JSON values."""
-    report = dataset.report
     return {
         "source": report.source,
         "format": report.format,
@@ -168,13 +167,10 @@ class Samples:
 
     def __init__(self, dataset: Dataset, count: int) -> None:
         """Choose ``count`` prompts, spread over the data, without long ones and plain text."""
-        rows = [
-            row
-            for row, example in dataset.cases
-            if row.text is None and example.prompt_length <= _LONGEST_PROMPT
-        ]
-        chosen = min(count, len(rows))
-        self._rows = [rows[len(rows) * i // chosen] for i in range(chosen)]
+        cases = dataset.prompts(_LONGEST_PROMPT)
+        chosen = min(count, len(cases))
+        every = [cases[len(cases) * i // chosen] for i in range(chosen)]
+        self._rows = [dataset.cases[at].row for at in every]
         self._source = dataset.report.source
 
     def answer(

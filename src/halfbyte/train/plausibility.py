@@ -3,17 +3,18 @@
 What can be judged without model and data is noted when the options are read (`config.reading`).
 """
 
-from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PretrainedConfig
 
 from halfbyte.config.schema import TrainConfig
-from halfbyte.data import Example
 
 
 def implausible(
     config: TrainConfig,
-    examples: Sequence[Example],
+    lengths: NDArray[np.integer[Any]],
     total_steps: int,
     model_config: PretrainedConfig,
 ) -> list[str]:
@@ -21,7 +22,7 @@ def implausible(
 
     Args:
         config: The options.
-        examples: The training data, truncated to ``max_length``.
+        lengths: [examples], the tokens of each, truncated to ``max_length``.
         total_steps: Optimizer steps of the run.
         model_config: The base model's configuration.
     """
@@ -32,16 +33,16 @@ def implausible(
             f"the warm-up of {warmup:,} steps is not shorter than the run of {total_steps:,}: "
             f"the learning rate does not reach {config.learning_rate:g}"
         )
-    if per_step > len(examples):
+    if per_step > len(lengths):
         notes.append(
             f"a step has {per_step:,} examples (batch_size x gradient_accumulation_steps), the "
-            f"data {len(examples):,}: every epoch is a single step"
+            f"data {len(lengths):,}: every epoch is a single step"
         )
     context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    longer = [e for e in examples if isinstance(context, int) and len(e.tokens) > context]
+    longer = int(np.count_nonzero(lengths > context)) if isinstance(context, int) else 0
     if longer:
         notes.append(
-            f"{len(longer):,} examples are longer than the {context:,} positions that the model "
+            f"{longer:,} examples are longer than the {context:,} positions that the model "
             f"was made for; --max-length {context} truncates them"
         )
     return notes

@@ -1,17 +1,13 @@
 """Checks whether a run may resume from a checkpoint: same base model, data and options."""
 
 import difflib
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from halfbyte.checkpoint.base_model import BaseSource
 from halfbyte.checkpoint.peft import CONFIG_NAME
 from halfbyte.checkpoint.run_state import RunState, latest_run, load_run
 from halfbyte.config.schema import TrainConfig
-from halfbyte.data import Dataset
 from halfbyte.errors import CheckpointError, ConfigError, OutputError
 from halfbyte.foreign_text import quote
 
@@ -36,6 +32,7 @@ _FREE_TO_CHANGE = {
     "data",  # the tokens' digest is compared instead
     "revision",
     "cache_quantized",
+    "cache_data",
     "paging",
     "cuda_graphs",
     "deterministic",
@@ -77,14 +74,9 @@ def resume_from(config: TrainConfig, output: Path, report: "RunReport") -> RunSt
     return None
 
 
-def identity_of_run(config: TrainConfig, source: BaseSource, dataset: Dataset) -> dict[str, Any]:
-    """Return what must be equal to resume a run: options, base model and tokens."""
-    digest = hashlib.sha256()
-    for example in dataset.examples:
-        digest.update(np.asarray(example.tokens).tobytes())
-        digest.update(np.asarray(example.labels_mask).tobytes())
-        digest.update(b"|")
-    return {"base": source.fingerprint, "data": digest.hexdigest(), "options": _options(config)}
+def identity_of_run(config: TrainConfig, source: BaseSource, data: str) -> dict[str, Any]:
+    """Return what must be equal to resume a run: options, base model and ``RunData.identity``."""
+    return {"base": source.fingerprint, "data": data, "options": _options(config)}
 
 
 def _options(config: TrainConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ run is identical to an uninterrupted one, byte for byte, also if it was stopped 
 
 import math
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -37,7 +38,7 @@ from halfbyte.engine.memory_policy import (
     used_memory,
 )
 from halfbyte.engine.packing import Batch
-from halfbyte.errors import Interrupted, OutOfMemoryError, RunStopped
+from halfbyte.errors import DataError, Interrupted, OutOfMemoryError, RunStopped
 from halfbyte.layers.vocabulary import embedding_to_host
 from halfbyte.linear.lora import (
     adapter_parameters,
@@ -48,7 +49,6 @@ from halfbyte.linear.lora import (
 )
 from halfbyte.models.support import require_trainable
 from halfbyte.report.journal import read_journal
-from halfbyte.report.rejected import write_rejected
 from halfbyte.runtime.device import is_out_of_memory
 from halfbyte.runtime.malloc import give_back, keep_freed_memory
 from halfbyte.runtime.matmul import float32_library
@@ -121,11 +121,12 @@ def _train(config: TrainConfig, report: "RunReport", stop: StopRequest) -> Train
         limit = memory_limit(device, config.memory_budget)
         with deterministic(config.deterministic), limit:
             run = _Run(config, output, report, stop, device, dtype)
-            run.load(why)
-            run.attach()
-            run.fit()
-            run.begin()
-            return run.run()
+            with closing(run):
+                run.load(why)
+                run.attach()
+                run.fit()
+                run.begin()
+                return run.run()
     except BaseException:
         if not existed and not any(output.iterdir()):
             output.rmdir()
@@ -194,7 +195,7 @@ class _Run:
 
     def _read_data(self) -> None:
         self.data = RunData(self.config, self.tokenizer, self.source.config, self.report)
-        self.identity = identity_of_run(self.config, self.source, self.data.dataset)
+        self.identity = identity_of_run(self.config, self.source, self.data.identity)
         if self.resumed is not None:
             check_same_run(self.resumed, self.identity, self.total)
 
@@ -323,16 +324,14 @@ class _Run:
                 "engine": self.engine_summary,
                 "versions": metadata.versions(),
                 "machine": metadata.machine(self.device),
-                "data_verdict": metadata.dataset_report(self.data.dataset),
-                "held_out_verdict": metadata.dataset_report(self.data.held_out)
+                "data_verdict": metadata.dataset_report(self.data.dataset.report),
+                "held_out_verdict": metadata.dataset_report(self.data.held_out.report)
                 if self.data.held_out
                 else None,
             }
             | metadata.options(config),
         )
-        reports = [one.report for one in (self.data.dataset, self.data.held_out) if one is not None]
-        if rejected := write_rejected(self.output, reports):
-            self.report.note(f"every row left out, with its line and the reason: {rejected}")
+        self.data.begin(self.output, self.start, self.resumed.progress if self.resumed else {})
         journal = self.output / "journal.jsonl"
         if self.resumed is not None and journal.exists():
             self.watch.replay(read_journal(journal))
@@ -384,7 +383,7 @@ class _Run:
                     self.finished,
                     stopped=lambda: stop.requested,
                 )
-            except OutOfMemoryError:
+            except (OutOfMemoryError, DataError):
                 self.report_engine()
                 if not trainer.updating:
                     self._save_made()
@@ -435,6 +434,7 @@ class _Run:
             tokens_per_second=self.tokens / self.seconds if self.seconds else 0.0,
             skipped_steps=self.nonfinite.skipped,
         )
+        self.data.finish(self.output)
         if skipped := outcome.skipped_steps:
             self.report.note(f"{skipped} of {outcome.steps} steps were left out as not finite")
         self.report.finish(
@@ -566,7 +566,12 @@ class _Run:
     def save(self, step: int) -> None:
         """Write a checkpoint; on a GPU in the background."""
         counts = {"evaluated": self.evaluated, "nonfinite": self.nonfinite.state()}
-        self.checkpoints.save(step, counts)
+        self.checkpoints.save(step, counts | self.data.state(step))
+
+    def close(self) -> None:
+        """End the processes that encode data."""
+        if hasattr(self, "data"):
+            self.data.close()
 
 
 class _StopRequested(Exception):

@@ -1,0 +1,251 @@
+"""Data that is encoded while a run trains on it: a file of many gigabytes, or a stream.
+
+Before the first step only a sample is encoded, the first rows that are trained on. It decides in
+which formats rows are read, what sizes of steps are planned for, and which prompts are answered;
+what is said of the data before the first step is said of it. The report on all rows so far is in
+the journal (event ``data``) with every checkpoint and at the end; rejected rows are added to
+rejected.jsonl as they come.
+"""
+
+import hashlib
+import json
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from halfbyte.config.schema import TrainConfig
+from halfbyte.data import Dataset, DatasetReport
+from halfbyte.data.encoding import EncoderSpec, EncodingReport
+from halfbyte.data.encoding_pool import EncodingPool
+from halfbyte.data.example_stream import (
+    EncodedRow,
+    ExampleStream,
+    Position,
+    rows_from,
+    shuffled,
+    stream_from,
+)
+from halfbyte.data.loading import OpenedSource, load_rows
+from halfbyte.data.row_encoder import RowEncoder, chunks_of
+from halfbyte.data.row_files import Row, RowFile, problem_line
+from halfbyte.data.row_table import RowTable
+from halfbyte.errors import CheckpointError
+from halfbyte.foreign_text import quote
+from halfbyte.report import RunReport
+from halfbyte.report.rejected import RejectedFile
+
+SAMPLE_ROWS, SAMPLE_BYTES = 2048, 16 << 20
+"""Of the rows that are encoded before the first step; in each limit the last chunk is whole."""
+_FORMAT_ROWS = 4096  # rows, evenly over a file, by which its formats are judged
+BUFFER_ROWS = 10_000
+"""Rows of a stream from which the next is drawn."""
+
+
+class GrowingData(ABC):
+    """Data of which only a sample is encoded before the first step.
+
+    Attributes:
+        sample: The first rows that are trained on.
+        rows: Rows of an epoch; None if there is no end.
+        identity: What must be equal to resume a run.
+    """
+
+    sample: Dataset
+    rows: int | None
+    identity: str
+    _name: str
+    _spec: EncoderSpec
+
+    def __init__(self) -> None:
+        self._open = ExitStack()
+        self._report: EncodingReport | None = None
+        self._rejected: RejectedFile | None = None
+
+    @abstractmethod
+    def _rows(self, start: int, report: EncodingReport) -> Iterator[EncodedRow]:
+        """Yield the rows from one on, encoded."""
+
+    def stream(self, output: Path, progress: Mapping[str, Any], size: int = 0) -> ExampleStream:
+        """Return the examples of a run, from where a checkpoint was written.
+
+        Args:
+            output: The run's directory, for rejected.jsonl.
+            progress: What the checkpoint says; nothing for the first step.
+            size: Bytes of rejected.jsonl that a new run keeps.
+
+        Raises:
+            CheckpointError: It does not say where that is.
+            OutputError: rejected.jsonl cannot be written.
+        """
+        position = _position_of(progress)
+        self._report = EncodingReport(self._name, self._spec, rejected=self._reject)
+        if position != Position():
+            try:
+                self._report.load(progress["data_report"])
+                size = int(progress["rejected_bytes"])
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise CheckpointError(
+                    "the checkpoint's report on the data: expected what halfbyte has written, got "
+                    f"{quote(progress.get('data_report'))}"
+                ) from error
+        self._rejected = RejectedFile(output, size)
+        rows = self._rows(position.rows, self._report)
+        return ExampleStream(rows, position, self.rows or SAMPLE_ROWS * 100)
+
+    def _reject(self, rejections: list[Any]) -> None:
+        assert self._rejected is not None
+        self._rejected.add(self._name, rejections)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint says besides the position, as JSON values."""
+        if self._report is None or self._rejected is None:
+            return {}
+        return {"data_report": self._report.state(), "rejected_bytes": self._rejected.size}
+
+    @property
+    def report(self) -> DatasetReport:
+        """The report on the rows so far; on the sample before the first step."""
+        return self.sample.report if self._report is None else self._report.report()
+
+    @property
+    def has_rejected(self) -> bool:
+        """Whether rows have been rejected so far."""
+        return self._rejected is not None and self._rejected.size > 0
+
+    def close(self) -> None:
+        """End the processes that encode, and remove temporary files."""
+        self._open.close()
+
+
+class LargeData(GrowingData):
+    """A source whose rows are on disk, too large to be encoded before the first step."""
+
+    def __init__(
+        self,
+        source: OpenedSource,
+        config: TrainConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        report: RunReport,
+    ) -> None:
+        """Encode the sample.
+
+        Raises:
+            DataError: None of its rows is usable.
+        """
+        super().__init__()
+        table = self._table = source.table
+        self._name, self.rows = source.name, len(table)
+        places = np.unique(np.linspace(0, len(table) - 1, _FORMAT_ROWS).astype(np.int64))
+        preferred = source.preferred(places)
+        self._spec = EncoderSpec(tokenizer, preferred, config.max_length, config.train_on)
+        self._encoder = self._open.enter_context(
+            RowEncoder(table, self._spec, keep=source.keep, in_process=source.is_small)
+        )
+        self._order = shuffled(len(table), config.seed)
+        kept = "not kept (--no-cache-data)"
+        if self._encoder.directory is not None:
+            kept = f"kept in {self._encoder.directory}"
+        sample = _sample_of(table, self._order(0))
+        report.note(
+            f"{source.name}: {len(table):,} rows, {table.bytes / 1e9:.2f} GB, which are encoded "
+            f"while training needs them, and {kept}; what is said now is of the first "
+            f"{len(sample):,} rows in the order of training"
+        )
+        with report.task(f"reading {source.name}") as progress:
+            self.sample = load_rows(
+                source,
+                self._spec,
+                sample,
+                encoder=self._encoder,
+                hold=True,
+                progress=progress,
+            )
+        self.identity = self._encoder.key
+
+    def _rows(self, start: int, report: EncodingReport) -> Iterator[EncodedRow]:
+        return rows_from(self._table, self._encoder, self._order, start, report)
+
+
+class StreamedData(GrowingData):
+    """A source that is read once, from its beginning, and may have no end."""
+
+    def __init__(
+        self,
+        name: str,
+        rows: Iterator[Row],
+        config: TrainConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        report: RunReport,
+    ) -> None:
+        """Read the first rows, and encode them.
+
+        Raises:
+            DataError: None of them is usable.
+        """
+        super().__init__()
+        self._name, self.rows, self._seed = name, None, config.seed
+        with report.task(f"reading {name}"):
+            head = list(islice(rows, SAMPLE_ROWS))
+            self._stream = chain(head, rows)
+            directory = Path(self._open.enter_context(tempfile.TemporaryDirectory()))
+            table = RowTable([_spooled(head, name, directory)], keep=False)
+            source = OpenedSource(name, table, (), keep=False)
+            preferred = source.preferred()
+            self._spec = EncoderSpec(tokenizer, preferred, config.max_length, config.train_on)
+            self.sample = load_rows(source, self._spec, np.arange(len(table)))
+        report.note(
+            f"{name} is read and encoded while training needs it, in an order that is shuffled "
+            f"within {BUFFER_ROWS:,} rows; what is said now is of its first {len(head):,} rows"
+        )
+        small = len(head) < SAMPLE_ROWS
+        self._pool = EncodingPool(self._spec, 0 if small or not tokenizer.is_fast else None)
+        self._open.enter_context(self._pool)
+        self.identity = hashlib.sha256(f"stream {table.digest}".encode()).hexdigest()
+
+    def _rows(self, start: int, report: EncodingReport) -> Iterator[EncodedRow]:
+        return stream_from(
+            self._stream, self._pool, self._seed, start, report, buffer=BUFFER_ROWS
+        )
+
+
+def _sample_of(table: RowTable, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the first rows of an order, whole chunks of them, within the limits of a sample."""
+    found: list[NDArray[np.int64]] = []
+    size = 0
+    for chunk in chunks_of(table, rows[:SAMPLE_ROWS]):
+        found.append(chunk)
+        size += table.job(chunk).bytes
+        if size >= SAMPLE_BYTES:
+            break
+    return np.concatenate(found)
+
+
+def _spooled(rows: list[Row], name: str, directory: Path) -> RowFile:
+    """Write rows as a file from which they can be read again."""
+    path, lines = directory / "rows.jsonl", directory / "lines.npy"
+    with open(path, "wb") as file:
+        for row in rows:
+            if row.problem is None:
+                file.write(json.dumps(row.value).encode() + b"\n")
+            else:
+                file.write(problem_line(row.problem, str(row.value).encode()) + b"\n")
+    np.save(lines, np.array([int(row.line.rpartition(":")[2]) for row in rows], dtype=np.int64))
+    return RowFile(path, name, lines=lines, converted=True)
+
+
+def _position_of(progress: Mapping[str, Any]) -> Position:
+    match progress.get("data_position", [0, 0]):
+        case [int(rows), int(examples)] if rows >= 0 and examples >= 0:
+            return Position(rows, examples)
+        case other:
+            raise CheckpointError(
+                f"the checkpoint's data_position: expected two whole numbers, got {quote(other)}"
+            )
