@@ -16,8 +16,8 @@ its mask is used, but made to end with the token that ends the turn if that is n
 A row is rejected if none of its replies can be supervised, or if the template drops the tool calls
 of one that should be. Whatever else a template drops, adds or changes is said in a note.
 
-Characters are mapped to tokens by the tokenizer's offsets. A token that merges the end of the
-prompt with the start of the reply counts as reply, which is noted too.
+Characters are mapped to tokens as by the tokenizer's offsets (`tokens`). A token that merges the
+end of the prompt with the start of the reply counts as reply, which is noted too.
 
 With a tokenizer without a chat template, conversations become plain text: one line per message,
 each reply ending with EOS, starting with BOS if the tokenizer adds it. A row of plain text is
@@ -30,7 +30,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,7 @@ from halfbyte.data.template_effects import (
     added_text,
     losses_of_text,
 )
+from halfbyte.data.tokens import Spans, TextTokenizer, Tokens
 from halfbyte.data.turns import Controls, Part, TurnEnds, find_ends, find_parts
 from halfbyte.errors import DataError
 
@@ -84,20 +85,10 @@ class _Text:
 
     row: Conversation
     text: str
-    spans: Sequence[tuple[int, int]] | None = None
+    spans: Spans | None = None
 
 
-_WithOffsets = tuple[list[int], list[tuple[int, int]]]
-"""The ids of a text's tokens, and where in it each starts and stops."""
-
-# Rows that are rendered, and texts that are tokenised, together.
-_AT_ONCE = 512
-_WITH_OFFSETS: dict[str, Any] = {
-    "add_special_tokens": False,
-    "return_offsets_mapping": True,
-    "return_attention_mask": False,
-    "verbose": False,
-}
+_AT_ONCE = 512  # rows that are rendered before their texts are tokenised
 
 
 class Encoder:
@@ -108,6 +99,7 @@ class Encoder:
         self._plain = tokenizer.chat_template is None
         self._train_on = train_on
         self._renderer = Renderer(tokenizer)
+        self._tokens = TextTokenizer(tokenizer)
         self._losses = Losses()
         self._said = Notes()
         self._exceeded = 0
@@ -135,12 +127,14 @@ class Encoder:
         for start in range(0, len(rows), _AT_ONCE):
             found = [self._texts_or_rejection(row) for row in rows[start : start + _AT_ONCE]]
             accepted = [texts for texts in found if not isinstance(texts, RowRejected)]
-            encodings = self._with_offsets([one for texts in accepted for one in texts])
+            tokens = self._tokens.tokenize(
+                [(one.text, one.spans) for texts in accepted for one in texts]
+            )
             for texts in found:
                 if isinstance(texts, RowRejected):
                     yield texts
                 else:
-                    yield [Encoded(one.row, self._example(one, encodings)) for one in texts]
+                    yield [Encoded(one.row, self._example(one, next(tokens))) for one in texts]
 
     def _texts_or_rejection(self, row: Conversation) -> list[_Text] | RowRejected:
         try:
@@ -295,17 +289,16 @@ class Encoder:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         return [*self._leading, *ids] if self._plain else ids
 
-    def _text_ids(self, text: str) -> list[int]:
-        ids = list(self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-        if ids[: len(self._leading)] != self._leading:
-            ids = [*self._leading, *ids]
+    def _with_bos_and_eos(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
+        before = [] if ids[: len(self._leading)].tolist() == self._leading else self._leading
         end = self._tokenizer.eos_token_id
         if end is None:
             note = "the tokenizer has no EOS: a model will not learn where a text ends"
             self._said.tokens[note] = {}
-        elif ids[-1:] != [end]:
-            ids.append(end)
-        return ids
+        after = [] if end is None or [*before, *ids[-1:].tolist()][-1:] == [end] else [end]
+        if not before and not after:
+            return ids
+        return np.concatenate([np.array(part, dtype=np.int32) for part in (before, ids, after)])
 
     def _check_offsets(self) -> None:
         if not self._tokenizer.is_fast:
@@ -315,41 +308,21 @@ class Encoder:
                 "train on all tokens (train_on: all)."
             )
 
-    def _with_offsets(self, texts: Iterable[_Text]) -> Iterator[_WithOffsets]:
-        """The ids and offsets of the tokens of those texts that have spans."""
-        spanned = [one.text for one in texts if one.spans is not None]
-        for start in range(0, len(spanned), _AT_ONCE):
-            found = self._tokenizer(spanned[start : start + _AT_ONCE], **_WITH_OFFSETS)
-            yield from zip(found["input_ids"], found["offset_mapping"], strict=True)
-
-    def _example(self, one: _Text, encodings: Iterator[_WithOffsets]) -> Example:
-        if one.spans is not None:
-            tokens, mask = self._masked(one.row, one.spans, next(encodings))
+    def _example(self, one: _Text, found: Tokens) -> Example:
+        ids, mask = found.ids, found.mask
+        if found.merged:
+            note = "a token merges the prompt's end with the reply's start"
+            self._said.tokens.setdefault(note, {})[one.row.line] = None
+        if one.row.text is not None:
+            ids = self._with_bos_and_eos(ids)
+            mask = np.ones(len(ids), dtype=np.bool_)
         else:
-            plain = one.row.text is not None
-            tokens = np.array((self._text_ids if plain else self._ids)(one.text), dtype=np.int32)
-            mask = np.ones(len(tokens), dtype=np.bool_)
-        if one.row.text is None:
-            self._check_bos(tokens)
+            if self._plain and self._leading:
+                ids = np.concatenate([np.array(self._leading, dtype=np.int32), ids])
+                mask = np.concatenate([np.full(len(self._leading), one.spans is None), mask])
+            self._check_bos(ids)
         mask[:1] = False
-        return Example(tokens, mask, int(mask.argmax()) if mask.any() else len(mask))
-
-    def _masked(
-        self, row: Conversation, spans: Sequence[tuple[int, int]], encoding: _WithOffsets
-    ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        ids = np.array(encoding[0], dtype=np.int32)
-        offsets = np.array(encoding[1], dtype=np.int64).reshape(len(ids), 2)
-        mask = np.zeros(len(ids), dtype=np.bool_)
-        for start, stop in spans:
-            turn = (offsets[:, 0] < stop) & (offsets[:, 1] > start)
-            if turn.any() and offsets[turn.argmax(), 0] < start:
-                note = "a token merges the prompt's end with the reply's start"
-                self._said.tokens.setdefault(note, {})[row.line] = None
-            mask |= turn
-        if self._plain:
-            ids = np.concatenate([np.array(self._leading, dtype=np.int32), ids])
-            mask = np.concatenate([np.zeros(len(self._leading), dtype=np.bool_), mask])
-        return ids, mask
+        return Example(ids, mask, int(mask.argmax()) if mask.any() else len(mask))
 
     def _check_bos(self, ids: NDArray[np.int32]) -> None:
         bos = self._leading[:1]
