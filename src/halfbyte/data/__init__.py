@@ -1,6 +1,10 @@
 """Data: from files in five row formats to the micro-batches of an optimizer step.
 
-    sources         rows with line numbers, from a file, a directory or the hub
+    specs           the grammar of a source
+    sources         files, directories, the hub and standard input as files of rows
+    row_files       rows with line numbers, read by byte offset
+    kinds           what a file is, which readers, tables and hub read
+    conversion      what is not JSON lines, as JSON lines in the cache
     formats         rows to conversations
     messages        the messages of a conversation
     templates       conversations to examples: token ids and loss masks
@@ -17,9 +21,9 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from halfbyte.config.data_sources import Data, name_of
 from halfbyte.data.batching import IGNORED, MicroBatch, StepPlan, collate, steps
 from halfbyte.data.dataset_report import (
     LONGEST_REASON,
@@ -38,7 +42,8 @@ from halfbyte.data.formats import (
     preferred_formats,
     to_conversation,
 )
-from halfbyte.data.sources import Row, read_source
+from halfbyte.data.row_files import Row
+from halfbyte.data.sources import read_source
 from halfbyte.data.templates import (
     Encoded,
     Encoder,
@@ -97,7 +102,7 @@ class Dataset:
 
 
 def load_dataset(
-    source: str | Path,
+    source: Data,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
@@ -135,7 +140,7 @@ def load_dataset(
     if not examples:
         raise DataError(_nothing_usable(read))
     report = DatasetReport(
-        source=str(source),
+        source=name_of(source),
         formats=read.formats,
         rows=read.rows,
         usable=len(collected.last_of_row),
@@ -152,7 +157,7 @@ def load_dataset(
     return Dataset(examples, report, collected.rows, collected.last_of_row)
 
 
-def conversations(source: str | Path) -> list[Conversation]:
+def conversations(source: Data) -> list[Conversation]:
     """The usable rows as conversations: prompts and expected replies.
 
     Raises:
@@ -161,7 +166,7 @@ def conversations(source: str | Path) -> list[Conversation]:
     read = _read(source)
     if "text" in read.formats:
         raise DataError(
-            f"{source} has plain text in {read.formats['text']:,} of its {read.rows:,} rows: "
+            f"{read.source} has plain text in {read.formats['text']:,} of its {read.rows:,} rows: "
             "expected conversations with replies."
         )
     return read.conversations
@@ -173,16 +178,16 @@ _BEGINNING = 200  # characters of a rejected row that are reported
 class _Read:
     """The rows of a source: as conversations with their sources, or rejected."""
 
-    def __init__(self, source: str | Path) -> None:
+    def __init__(self, source: Data) -> None:
         rows, self.notes = read_source(source)
-        self.source, self.rows = str(source), len(rows)
+        self.source, self.rows = name_of(source), len(rows)
         self.conversations: list[Conversation] = []
         self.sources: list[Row] = []
         self.rejections: list[Rejection] = []
         try:
             preferred = preferred_formats(row.value for row in rows if row.problem is None)
         except DataError as error:
-            raise DataError(f"{source}: {error}") from error
+            raise DataError(f"{self.source}: {error}") from error
         unused: Counter[str] = Counter()
         for row in rows:
             try:
@@ -208,7 +213,7 @@ class _Read:
         self.rejections.append(Rejection(row.line, shorten(reason, LONGEST_REASON), beginning))
 
 
-def _read(source: str | Path) -> _Read:
+def _read(source: Data) -> _Read:
     read = _Read(source)
     if not read.conversations:
         raise DataError(_nothing_usable(read))
