@@ -11,8 +11,6 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
-from halfbyte.foreign_text import shorten
-
 _SOURCES_SHOWN = 3
 
 
@@ -49,7 +47,7 @@ def sources_of(data: Data) -> tuple[DataSpec, ...]:
 
 def name_of(data: Data) -> str:
     """Return the names of sources for a message, the first few of them."""
-    names = [shorten(str(one)) for one in sources_of(data)]
+    names = [str(one) for one in sources_of(data)]
     more = f" and {len(names) - _SOURCES_SHOWN} more" if len(names) > _SOURCES_SHOWN else ""
     return ", ".join(names[:_SOURCES_SHOWN]) + more
 

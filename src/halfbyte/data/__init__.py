@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from halfbyte.config.data_sources import Data, name_of
-from halfbyte.data.batching import IGNORED, MicroBatch, StepPlan, collate, steps
+from halfbyte.data.batching import IGNORED, MicroBatch, Mixture, StepPlan, collate, steps
 from halfbyte.data.dataset_report import (
     LONGEST_REASON,
     DatasetReport,
@@ -43,7 +43,7 @@ from halfbyte.data.formats import (
     to_conversation,
 )
 from halfbyte.data.row_files import Row
-from halfbyte.data.sources import read_source
+from halfbyte.data.sources import Sources, open_sources
 from halfbyte.data.templates import (
     Encoded,
     Encoder,
@@ -67,6 +67,7 @@ __all__ = [
     "Example",
     "Message",
     "MicroBatch",
+    "Mixture",
     "StepPlan",
     "collate",
     "conversations",
@@ -88,12 +89,14 @@ class Dataset:
         rows: For each example its conversation: the row, or the row up to one of its replies.
         last_of_row: For each usable row the index of its last example, which is the whole row
             unless nothing is supervised in that.
+        mixture: The examples and weights of the sources; None without weights.
     """
 
     examples: list[Example]
     report: DatasetReport
     rows: list[Conversation]
     last_of_row: list[int]
+    mixture: Mixture | None = None
 
     @property
     def cases(self) -> list[tuple[Conversation, Example]]:
@@ -107,31 +110,38 @@ def load_dataset(
     *,
     max_length: int,
     train_on: TrainOn = "assistant",
+    columns: Mapping[str, str] | None = None,
+    max_samples: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
     """Reads, checks and encodes a data set.
 
     Args:
-        source: A file, a directory or a hub id; see `halfbyte.data.sources`.
+        source: One source or several: files, directories, hub ids; see `halfbyte.data.specs`.
         tokenizer: The tokenizer, with its chat template.
         max_length: Longer rows are truncated to this many tokens, and counted.
         train_on: Supervised tokens: the assistant's, or all.
-        progress: Called with (rows done, total rows).
+        columns: For keys of a row format, the rows' own; see `halfbyte.data.sources`.
+        max_samples: Rows of each source that are used at most, the first.
+        progress: Called with what is done and the total: of what is converted, then of the rows.
 
     Raises:
         DataError: There is no data, or no usable row.
     """
-    read = _read(source)
+    read = _read(source, columns, max_samples, progress)
     encoder = Encoder(tokenizer, train_on)
     collected = _Examples(max_length)
+    counts = [0] * len(read.opened.names)
     encoded = zip(
         read.conversations, read.sources, encoder.encode_all(read.conversations), strict=True
     )
-    for done, (row, raw, found) in enumerate(encoded, 1):
+    for done, (row, (raw, index), found) in enumerate(encoded, 1):
         try:
             if isinstance(found, RowRejected):
                 raise found
+            before = len(collected.examples)
             collected.add(row, found)
+            counts[index] += len(collected.examples) - before
         except RowRejected as rejection:
             read.reject(raw, str(rejection))
         if progress is not None:
@@ -139,6 +149,7 @@ def load_dataset(
     examples = collected.examples
     if not examples:
         raise DataError(_nothing_usable(read))
+    mixture = Mixture.of(read.opened.names, counts, read.opened.weights)
     report = DatasetReport(
         source=name_of(source),
         formats=read.formats,
@@ -152,18 +163,18 @@ def load_dataset(
         tokens=sum(len(example.tokens) for example in examples),
         supervised_tokens=sum(int(example.labels_mask.sum()) for example in examples),
         longest=collected.longest,
-        notes=read.notes + encoder.notes(),
+        notes=read.notes + encoder.notes() + (() if mixture is None else mixture.lines()),
     )
-    return Dataset(examples, report, collected.rows, collected.last_of_row)
+    return Dataset(examples, report, collected.rows, collected.last_of_row, mixture)
 
 
-def conversations(source: Data) -> list[Conversation]:
+def conversations(source: Data, columns: Mapping[str, str] | None = None) -> list[Conversation]:
     """The usable rows as conversations: prompts and expected replies.
 
     Raises:
         DataError: There is no data, no usable row, or a row is plain text, without a prompt.
     """
-    read = _read(source)
+    read = _read(source, columns, None, None)
     if "text" in read.formats:
         raise DataError(
             f"{read.source} has plain text in {read.formats['text']:,} of its {read.rows:,} rows: "
@@ -178,18 +189,20 @@ _BEGINNING = 200  # characters of a rejected row that are reported
 class _Read:
     """The rows of a source: as conversations with their sources, or rejected."""
 
-    def __init__(self, source: Data) -> None:
-        rows, self.notes = read_source(source)
+    def __init__(self, source: Data, opened: Sources) -> None:
+        self.opened, self.notes = opened, opened.notes
+        every = [(row, file.source) for file in opened.files for row in opened.rows_of(file)]
+        rows = [row for row, _ in every]
         self.source, self.rows = name_of(source), len(rows)
         self.conversations: list[Conversation] = []
-        self.sources: list[Row] = []
+        self.sources: list[tuple[Row, int]] = []  # each row with the index of its source
         self.rejections: list[Rejection] = []
         try:
             preferred = preferred_formats(row.value for row in rows if row.problem is None)
         except DataError as error:
             raise DataError(f"{self.source}: {error}") from error
         unused: Counter[str] = Counter()
-        for row in rows:
+        for row, index in every:
             try:
                 if row.problem is not None:
                     raise RowRejected(row.problem)
@@ -199,7 +212,7 @@ class _Read:
             else:
                 unused.update(found.unused)
                 self.conversations.append(found)
-                self.sources.append(row)
+                self.sources.append((row, index))
         formats = [format_of(row.value, preferred) for row in rows if row.problem is None]
         self.formats = dict(Counter(filter(None, formats)).most_common())
         self.notes += tuple(describe_unused(unused))
@@ -213,8 +226,14 @@ class _Read:
         self.rejections.append(Rejection(row.line, shorten(reason, LONGEST_REASON), beginning))
 
 
-def _read(source: Data) -> _Read:
-    read = _Read(source)
+def _read(
+    source: Data,
+    columns: Mapping[str, str] | None,
+    max_samples: int | None,
+    progress: Callable[[int, int], None] | None,
+) -> _Read:
+    opened = open_sources(source, columns=columns, max_samples=max_samples, progress=progress)
+    read = _Read(source, opened)
     if not read.conversations:
         raise DataError(_nothing_usable(read))
     return read

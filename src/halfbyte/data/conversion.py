@@ -14,7 +14,7 @@ import os
 import shutil
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -66,26 +66,26 @@ def reading(file: DataFile) -> Iterator[Reading]:
         OSError: It cannot be read.
     """
     if file.kind in ("parquet", "arrow"):
-        table = (open_parquet if file.kind == "parquet" else open_arrow)(file.path, file.name)
+        open_table = open_parquet if file.kind == "parquet" else open_arrow
         done = 0
 
-        def counted() -> Iterator[RawRow]:
+        def counted(rows: Iterator[RawRow]) -> Iterator[RawRow]:
             nonlocal done
-            for row in table.rows:
+            for row in rows:
                 done = row.number
                 yield row
 
-        yield Reading(_guarded(counted(), file.name), lambda: done, table.size or 0)
+        with open_table(file.path, file.name) as table:
+            rows = _guarded(counted(table.rows), file.name)
+            yield Reading(rows, lambda: done, table.size or 0)
         return
-    with ExitStack() as stack:
-        whole = None
-        if file.kind == "object":
-            with file.open() as stream:
-                whole = read_object(stream)
+    if file.kind == "object":
+        with file.open() as stream:
+            whole = read_object(stream)
         if whole is not None:
             yield Reading(iter([whole]), lambda: file.size, file.size)
             return
-        stream = stack.enter_context(file.open())
+    with file.open() as stream:
         rows = _guarded(_text_rows(file, stream), file.name)
         yield Reading(rows, lambda: stream.position, file.size)
 

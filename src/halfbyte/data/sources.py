@@ -70,8 +70,16 @@ class Sources:
             DataError: A file cannot be read.
         """
         for file in self.files:
-            with reading_errors(file.name):
-                yield from file.rows()
+            yield from self.rows_of(file)
+
+    def rows_of(self, file: RowFile) -> Iterator[Row]:
+        """Read the rows of one of the files.
+
+        Raises:
+            DataError: It cannot be read.
+        """
+        with reading_errors(file.name):
+            yield from file.rows()
 
     def stream(self, seed: int = 0) -> Iterator[Row]:
         """Read the rows of streamed sources as they come.

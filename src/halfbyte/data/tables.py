@@ -11,6 +11,7 @@ import datetime
 import decimal
 import json
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,15 +39,14 @@ class Table(NamedTuple):
     Attributes:
         rows: Its rows.
         size: Their number, if it is known.
-        columns: The names of its columns.
     """
 
     rows: Iterator[RawRow]
     size: int | None
-    columns: tuple[str, ...]
 
 
-def open_parquet(path: Path, name: str) -> Table:
+@contextmanager
+def open_parquet(path: Path, name: str) -> Iterator[Table]:
     """Open a Parquet file.
 
     Raises:
@@ -55,17 +55,18 @@ def open_parquet(path: Path, name: str) -> Table:
     """
     from pyarrow import parquet
 
-    stream = open_file(path)
-    with _read_as("Parquet", name):
-        file = parquet.ParquetFile(
-            stream, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True
-        )
-        columns = _columns(file.schema_arrow, name)
-    rows = _rows(file.iter_batches(batch_size=_ROWS), "Parquet", name)
-    return Table(rows, file.metadata.num_rows, columns)
+    with open_file(path) as stream:
+        with _read_as("Parquet", name):
+            file = parquet.ParquetFile(
+                stream, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True
+            )
+            _require_names(file.schema_arrow, name)
+        rows = _rows(file.iter_batches(batch_size=_ROWS), "Parquet", name)
+        yield Table(rows, file.metadata.num_rows)
 
 
-def open_arrow(path: Path, name: str) -> Table:
+@contextmanager
+def open_arrow(path: Path, name: str) -> Iterator[Table]:
     """Open an Arrow file (Feather 2) or a stream of Arrow's format, as `datasets` writes it.
 
     One record batch is in memory at a time.
@@ -76,19 +77,18 @@ def open_arrow(path: Path, name: str) -> Table:
     """
     import pyarrow
 
-    stream = open_file(path)
-    beginning = stream.read(len(ARROW_FILE))
-    stream.seek(0)
     batches: Iterator[pyarrow.RecordBatch]
-    with _read_as("Arrow", name):
-        if beginning == ARROW_FILE:
-            file = pyarrow.ipc.open_file(stream)
-            batches = (file.get_batch(index) for index in range(file.num_record_batches))
-            columns = _columns(file.schema, name)
-        else:
-            batches = reader = pyarrow.ipc.open_stream(stream)
-            columns = _columns(reader.schema, name)
-    return Table(_rows(batches, "Arrow", name), None, columns)
+    with open_file(path) as stream:
+        beginning = stream.read(len(ARROW_FILE))
+        stream.seek(0)
+        with _read_as("Arrow", name):
+            if beginning == ARROW_FILE:
+                file = pyarrow.ipc.open_file(stream)
+                batches = (file.get_batch(index) for index in range(file.num_record_batches))
+            else:
+                batches = file = pyarrow.ipc.open_stream(stream)
+            _require_names(file.schema, name)
+        yield Table(_rows(batches, "Arrow", name), None)
 
 
 def rows_of(values: Iterable[Mapping[str, Any]], first: int = 1) -> Iterator[RawRow]:
@@ -97,11 +97,10 @@ def rows_of(values: Iterable[Mapping[str, Any]], first: int = 1) -> Iterator[Raw
         yield _row(number, value)
 
 
-def _columns(schema: pyarrow.Schema, name: str) -> tuple[str, ...]:
-    columns = tuple(schema.names)
-    if twice := [column for column in columns if columns.count(column) > 1]:
-        raise DataError(f"{name}: the column {quote(twice[0])} occurs twice; rename one.")
-    return columns
+def _require_names(schema: pyarrow.Schema, name: str) -> None:
+    counts = Counter(schema.names)
+    if twice := next((column for column, count in counts.items() if count > 1), None):
+        raise DataError(f"{name}: the column {quote(twice)} occurs twice; rename one.")
 
 
 @contextmanager

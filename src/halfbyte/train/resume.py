@@ -33,7 +33,9 @@ _FREE_TO_CHANGE = {
     "samples",
     "report_to",
     "model",  # the base model's fingerprint is compared instead
-    "data",  # the tokens' digest is compared instead
+    "data",  # the tokens' digest, and the weights, are compared instead
+    "column",
+    "max_samples",
     "revision",
     "cache_quantized",
     "paging",
@@ -84,7 +86,10 @@ def identity_of_run(config: TrainConfig, source: BaseSource, dataset: Dataset) -
         digest.update(np.asarray(example.tokens).tobytes())
         digest.update(np.asarray(example.labels_mask).tobytes())
         digest.update(b"|")
-    return {"base": source.fingerprint, "data": digest.hexdigest(), "options": _options(config)}
+    options, mixture = _options(config), dataset.mixture
+    # With the numbers of examples of the sources, they determine the order.
+    options["weights"] = mixture and [list(mixture.weights), list(mixture.counts)]
+    return {"base": source.fingerprint, "data": digest.hexdigest(), "options": options}
 
 
 def _options(config: TrainConfig) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from halfbyte.checkpoint.atomic import new_file, require_writable
 from halfbyte.checkpoint.base_model import BaseSource, LoadedBase, open_base
 from halfbyte.checkpoint.peft import save_adapter
 from halfbyte.checkpoint.run_state import RunState
+from halfbyte.config.data_sources import name_of
 from halfbyte.config.reading import to_yaml
 from halfbyte.config.schema import TrainConfig
 from halfbyte.data import MicroBatch
@@ -312,7 +313,7 @@ class _Run:
             start_step=self.start,
             metadata={
                 "model": config.model,
-                "data": config.data,
+                "data": name_of(config.data),
                 "quant": recipe.quant,
                 "device": self.device,
                 "compute_dtype": str(self.dtype).removeprefix("torch."),

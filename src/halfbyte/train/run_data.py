@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from halfbyte.config.data_sources import Data, name_of
 from halfbyte.config.schema import TrainConfig
 from halfbyte.data import Dataset, load_dataset
 from halfbyte.train.plausibility import implausible
@@ -40,7 +41,8 @@ class RunData:
         self.held_out: Dataset | None = None
         if config.eval_data:
             self.held_out = _read(config.eval_data, tokenizer, config, report)
-        self.plan = RunSteps(self.dataset.examples, config, tokenizer.pad_token_id or 0)
+        pad_id = tokenizer.pad_token_id or 0
+        self.plan = RunSteps(self.dataset.examples, config, pad_id, self.dataset.mixture)
         for line in implausible(config, self.dataset.examples, self.plan.total, model_config):
             report.note(line)
         lengths = self.plan.lengths()
@@ -53,14 +55,16 @@ class RunData:
 
 
 def _read(
-    data: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, report: "RunReport"
+    data: Data, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, report: "RunReport"
 ) -> Dataset:
-    with report.task(f"reading {data}") as progress:
+    with report.task(f"reading {name_of(data)}") as progress:
         dataset = load_dataset(
             data,
             tokenizer,
             max_length=config.max_length,
             train_on=config.train_on,
+            columns=config.column,
+            max_samples=config.max_samples,
             progress=progress,
         )
     for line in dataset.report.lines():
