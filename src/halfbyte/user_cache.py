@@ -94,7 +94,8 @@ def cached_directory(
         require_writable(home)
     except OutputError as error:
         temporary = temporary_directory()
-        make(temporary)
+        with output_errors(temporary):
+            make(temporary)
         return CachedDirectory(temporary, f"{error}; {temporary} is used for this run only")
     try:
         with new_directory(path) as fresh:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halfbyte.data import sources
+from halfbyte.data import row_files
 from halfbyte.data.sources import read_source
 from halfbyte.errors import DataError
 
@@ -94,7 +94,7 @@ def test_a_bad_line_is_a_problem_and_the_next_is_read(tmp_path, line, problem):
 
 @pytest.mark.parametrize("end", ["jsonl", "json"])
 def test_a_row_that_takes_minutes_to_encode_is_a_problem(tmp_path, monkeypatch, end):
-    monkeypatch.setattr(sources, "LONGEST_ROW", 100)
+    monkeypatch.setattr(row_files, "LONGEST_ROW", 100)
     rows = [json.dumps({"a": "x" * count}) for count in (80, 200, 3)]
     text = "\n".join(rows) if end == "jsonl" else "[" + ",\n".join(rows) + "]"
     found = read(tmp_path / f"a.{end}", text)

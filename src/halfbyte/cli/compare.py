@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_
 
 from halfbyte.checkpoint.output_lock import output_lock
 from halfbyte.config.command_line import Command, results
+from halfbyte.config.data_sources import DataSources, as_words, name_of
 from halfbyte.config.options import parse_names
 from halfbyte.config.schema import TrainConfig
 
@@ -28,7 +29,7 @@ class CompareOptions(TrainConfig):
     """The options of the comparison; those of training apply to all variants."""
 
     model: str = Field("", description="base model, as for train")
-    data: str = Field("", description="training data, as for train")
+    data: DataSources = Field((), description="training data, as for train")
     variants: Annotated[tuple[str, ...], BeforeValidator(parse_names)] = Field(
         ("lora", "qlora"),
         description="what to train: lora, qlora, fp4, no-double-quant, any option as name=value "
@@ -133,7 +134,7 @@ def _compare(options: CompareOptions, notes: list[str], *, as_json: bool) -> Non
             todo,
             output,
             title=f"{options.shape or Path(options.model).name}: {', '.join(options.variants)}",
-            about="random weights and tokens" if options.shape else options.data,
+            about="random weights and tokens" if options.shape else name_of(options.data),
             curves=options.shape is None,
         )
         show.columns(*comparison.rows())
@@ -147,7 +148,10 @@ def _evaluation(options: CompareOptions, config: TrainConfig) -> tuple[str, ...]
     """The arguments of ``halfbyte eval`` for the adapter of a run."""
     if options.eval_data is None or not options.exact_match:
         return ()
-    words = ["--model", config.model, "--adapter", str(config.output), "--data", options.eval_data]
+    words = ["--model", config.model, "--adapter", str(config.output)]
+    words += [f"--data={one}" for one in as_words(options.eval_data)]
+    words += [f"--column={ours}={theirs}" for ours, theirs in config.column.items()]
+    words += [] if config.max_samples is None else ["--max-samples", str(config.max_samples)]
     words += ["--max-length", str(config.max_length), "--train-on", config.train_on]
     words += ["--max-new-tokens", str(options.max_new_tokens), "--device", config.device]
     words += ["--compute-dtype", config.compute_dtype]

@@ -1,13 +1,15 @@
 """``halfbyte eval``: evaluates a model, with or without an adapter, on a data file."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveInt
 
 from halfbyte.cli.opening import ReadModelOptions, open_model
 from halfbyte.cli.startup import import_transformers
 from halfbyte.config.command_line import Command, results
+from halfbyte.config.data_sources import DataSources, name_of
+from halfbyte.config.options import parse_pairs
 
 _MISSES_SHOWN = 3
 
@@ -15,7 +17,13 @@ _MISSES_SHOWN = 3
 class EvalOptions(ReadModelOptions):
     """What to evaluate on, and how."""
 
-    data: str = Field(min_length=1, description="a .jsonl or .json file, a directory, or a hub id")
+    data: DataSources = Field(min_length=1, description="what to evaluate on: sources as for train")
+    column: Annotated[dict[str, str], BeforeValidator(parse_pairs)] = Field(
+        {}, description="columns under other names, such as messages=conversation"
+    )
+    max_samples: PositiveInt | None = Field(
+        None, description="use the first N rows of each source only"
+    )
     max_length: int = Field(
         1024, ge=2, description="longest example, in tokens; longer ones are truncated"
     )
@@ -54,11 +62,13 @@ def main(argv: list[str]) -> None:
             for note in notes:
                 report.note(note)
             model, tokenizer = open_model(options, report)
-            with report.task(f"evaluating on {options.data}", None) as progress:
+            with report.task(f"evaluating on {name_of(options.data)}", None) as progress:
                 result = evaluate(
                     model,
                     tokenizer,
                     options.data,
+                    columns=options.column,
+                    max_samples=options.max_samples,
                     max_length=options.max_length,
                     train_on=options.train_on,
                     batch_size=options.batch_size,

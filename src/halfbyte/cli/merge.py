@@ -8,13 +8,15 @@ written.
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from halfbyte.cli.opening import as_trained, claim_directory
 from halfbyte.cli.startup import import_transformers
 from halfbyte.config.command_line import Command, results
+from halfbyte.config.data_sources import DataSources, name_of
+from halfbyte.config.options import parse_pairs
 from halfbyte.config.schema import BaseOptions
 from halfbyte.errors import HalfbyteError
 
@@ -55,11 +57,14 @@ class MergeOptions(BaseOptions):
         description="smallest top-1 agreement with the adapter, and smallest share of memorised "
         "examples, that verify accepts",
     )
-    data: str | None = Field(
+    data: DataSources | None = Field(
         None,
         min_length=1,
-        description="held-out text: a .jsonl or .json file, a directory, or a hub id (default: 32 "
-        "questions and answers that come with halfbyte)",
+        description="held-out text: sources as for train (default: 32 questions and answers that "
+        "come with halfbyte)",
+    )
+    column: Annotated[dict[str, str], BeforeValidator(parse_pairs)] = Field(
+        {}, description="columns under other names, such as messages=conversation"
     )
     max_length: int = Field(
         1024, ge=2, description="longest example, in tokens; longer ones are truncated"
@@ -102,8 +107,12 @@ def main(argv: list[str]) -> None:
         HalfbyteError: Verification failed.
     """
     options, notes, as_json = COMMAND.read(argv)
-    inputs = options.model, options.adapter, options.data
-    with claim_directory(options.out, *inputs, overwrite=options.overwrite):
+    from halfbyte.data.sources import local_paths
+
+    data = local_paths(options.data or ())
+    with claim_directory(
+        options.out, options.model, options.adapter, *data, overwrite=options.overwrite
+    ):
         _merge(options, notes, as_json=as_json)
 
 
@@ -241,6 +250,7 @@ def _held_out(
         tokenizer,
         max_length=options.max_length,
         train_on=options.train_on,
+        columns=options.column,
     )
     for line in text.report.lines():
         report.note(line)
@@ -260,19 +270,28 @@ def _taught(
     options: MergeOptions, model: Any, tokenizer: Any, report: "RunReport"
 ) -> "Reference | None":
     """The adapter's outputs on its training data, if that still exists."""
-    from halfbyte.config.reading import read_yaml
+    from halfbyte.config.reading import load_config
     from halfbyte.data import load_dataset
+    from halfbyte.data.sources import local_paths
     from halfbyte.tools.merge_evaluation import reference
 
     run = Path(options.adapter) / "config.yaml"
-    data = str(read_yaml(run).get("data", "")) if run.exists() else ""
-    if not data or not Path(data).exists():
+    trained = load_config(run, {})[0] if run.exists() else None
+    if trained is None or len(local_paths(trained.data)) < len(trained.data):
+        missing = run if trained is None else name_of(trained.data)
         report.note(
-            f"memorised training examples are not checked: {data or run} does not exist; give the "
+            f"memorised training examples are not checked: {missing} does not exist; give the "
             "adapter's data (--data)"
         )
         return None
-    text = load_dataset(data, tokenizer, max_length=options.max_length, train_on=options.train_on)
+    text = load_dataset(
+        trained.data,
+        tokenizer,
+        max_length=options.max_length,
+        train_on=options.train_on,
+        columns=trained.column,
+        max_samples=trained.max_samples,
+    )
     return reference(model, text.examples[:_TAUGHT])
 
 

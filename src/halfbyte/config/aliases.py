@@ -20,6 +20,30 @@ def _word(value: Any) -> str:
     return str(value).lower() if plain else ""
 
 
+# axolotl's keys of a source, and ours; None: the format, which is found from the keys of the rows.
+_SOURCE_KEYS = {"type": None, "ds_type": None, "name": "config", "field_messages": "columns"}
+_SOURCE_KEYS |= {name: name for name in ("path", "weight", "config", "split", "columns")}
+
+
+def _source(value: Any) -> Any:
+    """One of axolotl's data sets as a source of ours.
+
+    Raises:
+        ValueError: It has a key without an equivalent.
+    """
+    if not isinstance(value, dict):
+        return value
+    if other := sorted(str(key) for key in value if key not in _SOURCE_KEYS):
+        expected = ", ".join(f"`{name}`" for name in ("path", "split", "name", "weight", "columns"))
+        raise ValueError(f"expected {expected}; {shorten(other[0])} is not supported")
+    found = {
+        ours: {"messages": given} if key == "field_messages" else given
+        for key, given in value.items()
+        if (ours := _SOURCE_KEYS[key]) is not None and given is not None
+    }
+    return found["path"] if found.keys() == {"path"} else found
+
+
 class Alias(NamedTuple):
     """Another project's name for one of our fields, and how its values are translated."""
 
@@ -37,12 +61,8 @@ class Alias(NamedTuple):
         Raises:
             ValueError: It has no equivalent; the message says what is expected.
         """
-        match value:
-            case [{"path": str(path), **more}]:  # axolotl's list of data sets, with one entry
-                # `type` is the format, which is found from the keys of the rows.
-                if other := sorted(map(str, more.keys() - {"type", "ds_type"})):
-                    raise ValueError(f"expected `path` only; {shorten(other[0])} is not supported")
-                return path
+        if self.field in ("data", "eval_data") and isinstance(value, list):
+            return [_source(one) for one in value]
         if self.only is not None and _word(value) not in self.meanings:
             raise ValueError(f"expected {' or '.join(self.meanings)}")
         return self.meanings.get(_word(value), value)
@@ -87,6 +107,7 @@ ALIASES: dict[str, Alias] = {
     "dataset": Alias("data"),
     "dataset_name": Alias("data"),
     "datasets": Alias("data"),
+    "columns": Alias("column"),
     "output_dir": Alias("output"),
     "adapter": Alias(
         "quant",
@@ -131,10 +152,14 @@ ALIASES: dict[str, Alias] = {
         "activations", {"true": "recompute", "false": "save", "offload": "offload"}, only=""
     ),
     "eval_dataset": Alias("eval_data"),
+    "test_datasets": Alias("eval_data"),
     "resume_from_checkpoint": Alias(
         "resume", _SWITCH, only="; a run goes on from the newest checkpoint in its `output`"
     ),
 }
+
+_WEIGHTS = "sources are mixed by weights, which are part of `data`: a.jsonl:0.7 and b.jsonl:0.3"
+_IN_DATA = "it is part of `data`: owner/name:split, or owner/name:config:split"
 
 REFUSED: dict[str, Refusal] = {
     "trust_remote_code": Refusal(
@@ -147,6 +172,11 @@ REFUSED: dict[str, Refusal] = {
     ),
     "finetuning_type": Refusal("lora", "only LoRA and QLoRA are trained"),
     "stage": Refusal("sft", "only supervised fine-tuning is done"),
+    "mix_strategy": Refusal("concat", _WEIGHTS),
+    "interleave_probs": Refusal("none", _WEIGHTS),
+    "dataset_config": Refusal("none", _IN_DATA),
+    "dataset_train_split": Refusal("train", _IN_DATA),
+    "dataset_test_split": Refusal("test", "name what to evaluate on in `eval_data`"),
 }
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, PositiveInt, field_validator, model_validator
 
+from halfbyte.config.data_sources import DataSources
 from halfbyte.config.options import (
     BlockSize,
     Options,
@@ -85,9 +86,20 @@ class TrainConfig(ModelOptions):
         "output": "the run",
     }
 
-    data: str = Field(
+    data: DataSources = Field(
         min_length=1,
-        description="training data: a .jsonl or .json file, a directory of them, or a hub id",
+        description="training data: files (JSONL, JSON, CSV, Parquet, Arrow), a directory, a "
+        "pattern, a hub id (owner/name:split), or - for standard input; may be given several "
+        "times, with weights and rows, as in a.jsonl:0.7 or b.parquet[:500]",
+    )
+    column: Annotated[dict[str, str], BeforeValidator(parse_pairs)] = Field(
+        {}, description="columns under other names, such as messages=conversation"
+    )
+    max_samples: PositiveInt | None = Field(
+        None, description="use the first N rows of each source only"
+    )
+    shuffle_seed: int | None = Field(
+        None, ge=0, lt=2**63, description="seed of the data's order (default: seed)"
     )
     max_length: int = Field(
         1024, ge=2, description="longest example, in tokens; longer ones are truncated"
@@ -95,7 +107,9 @@ class TrainConfig(ModelOptions):
     train_on: Literal["assistant", "all"] = Field(
         "assistant", description="supervised tokens: the assistant's, or all"
     )
-    eval_data: str | None = Field(None, min_length=1, description="data to evaluate on")
+    eval_data: DataSources | None = Field(
+        None, min_length=1, description="data to evaluate on; sources as for data"
+    )
     cache_data: bool = Field(
         True, description="keep encoded rows of large data in ~/.cache, for later starts"
     )
@@ -212,6 +226,11 @@ class TrainConfig(ModelOptions):
         if isinstance(value, str) and re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", value.strip()):
             return parse_names(value)
         return value
+
+    @property
+    def data_seed(self) -> int:
+        """The seed of the data's order."""
+        return self.seed if self.shuffle_seed is None else self.shuffle_seed
 
     @property
     def state_bits(self) -> Literal[8, 32]:

@@ -1,7 +1,11 @@
 """Data: from files in five row formats to the micro-batches of an optimizer step.
 
-    sources         what the user names, as files of JSON lines
-    row_table       the rows of these files, read by number
+    specs           the grammar of a source
+    sources         files, directories, the hub and standard input as files of rows
+    row_files       rows with line numbers, read by byte offset
+    kinds           what a file is, which readers, tables and hub read
+    conversion      what is not JSON lines, as JSON lines in the cache
+    row_table       the rows of these files, read by number (row_index: where they are)
     formats         rows to conversations
     messages        the messages of a conversation
     templates       conversations to examples: token ids and loss masks
@@ -17,13 +21,13 @@ source without a single usable row is an error that lists the reasons.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from halfbyte.data.batching import IGNORED, MicroBatch, StepPlan, collate, steps
+from halfbyte.config.data_sources import Data
+from halfbyte.data.batching import IGNORED, MicroBatch, Mixture, StepPlan, collate, steps
 from halfbyte.data.dataset import Dataset
 from halfbyte.data.dataset_report import LONGEST_REASON, DatasetReport, Rejection, RowRejected
 from halfbyte.data.encoding import EncoderSpec, beginning_of
@@ -45,6 +49,7 @@ __all__ = [
     "Example",
     "Message",
     "MicroBatch",
+    "Mixture",
     "Rejection",
     "StepPlan",
     "collate",
@@ -57,39 +62,43 @@ __all__ = [
 
 
 def load_dataset(
-    source: str | Path,
+    source: Data,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
     train_on: TrainOn = "assistant",
+    columns: Mapping[str, str] | None = None,
+    max_samples: int | None = None,
     keep: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
     """Reads, checks and encodes a data set.
 
     Args:
-        source: A file, a directory or a hub id; see `halfbyte.data.sources`.
+        source: One source or several: files, directories, hub ids; see `halfbyte.data.specs`.
         tokenizer: The tokenizer, with its chat template.
         max_length: Longer rows are truncated to this many tokens, and counted.
         train_on: Supervised tokens: the assistant's, or all.
+        columns: For keys of a row format, the rows' own; see `halfbyte.data.sources`.
+        max_samples: Rows of each source that are used at most, the first.
         keep: Whether encoded rows of large data are kept in the user's cache, and taken from there.
         progress: Called with (rows done, total rows).
 
     Raises:
         DataError: There is no data, or no usable row.
     """
-    opened = open_source(source, keep=keep)
+    opened = open_source(source, columns=columns, max_samples=max_samples, keep=keep)
     spec = EncoderSpec(tokenizer, opened.preferred(), max_length, train_on)
     return load_rows(opened, spec, np.arange(len(opened.table)), progress=progress)
 
 
-def conversations(source: str | Path) -> list[Conversation]:
+def conversations(source: Data, columns: Mapping[str, str] | None = None) -> list[Conversation]:
     """The usable rows as conversations: prompts and expected replies.
 
     Raises:
         DataError: There is no data, no usable row, or a row is plain text, without a prompt.
     """
-    opened = open_source(source)
+    opened = open_source(source, columns=columns)
     preferred = opened.preferred()
     found, formats, rejections = [], Counter[str](), []
     for row in opened.table.read(np.arange(len(opened.table))):
@@ -103,10 +112,10 @@ def conversations(source: str | Path) -> list[Conversation]:
             rejections.append(Rejection(row.line, reason, beginning_of(row.value)))
     if not found:
         counts = dict(formats.most_common())
-        raise DataError(nothing_usable(str(source), len(opened.table), counts, rejections))
+        raise DataError(nothing_usable(opened.name, len(opened.table), counts, rejections))
     if "text" in formats:
         raise DataError(
-            f"{source} has plain text in {formats['text']:,} of its {len(opened.table):,} rows: "
+            f"{opened.name} has plain text in {formats['text']:,} of its {len(opened.table):,} rows: "
             "expected conversations with replies."
         )
     return found

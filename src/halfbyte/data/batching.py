@@ -5,20 +5,21 @@ sorts them by length, longest first, and splits them into micro-batches. Sorting
 saves most of the padding and changes nothing else: the step's gradient is a sum over the same
 examples in any order. The longest come first, so that a step too large for memory fails early.
 
-The order is a pure function of (seed, epoch), and any step can be computed from its number: a run
-resumes from the step alone.
+The order is a pure function of (seed, epoch) and the number of examples, and of their sources if
+these have weights. Any step can be computed from its number: a run resumes from the step alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.data.templates import Example
+from halfbyte.errors import DataError
 
 IGNORED = -100
 """The label of a position that is not supervised; the value PyTorch's cross-entropy ignores."""
@@ -65,6 +66,77 @@ def collate(examples: Sequence[Example], *, pad_id: int = 0) -> MicroBatch:
     return MicroBatch(input_ids, labels, lengths)
 
 
+class Mixture(NamedTuple):
+    """Sources with weights; the examples of each are adjacent, in this order.
+
+    An epoch has as many examples as all sources together, and each source has its share of them:
+    so a source with a small weight is not used up in an epoch, and one with a large weight is
+    repeated. Over a step, the expected number of examples from each source is its share.
+
+    Attributes:
+        names: What messages call them.
+        counts: The number of examples of each.
+        weights: The weight of each.
+    """
+
+    names: Sequence[str]
+    counts: Sequence[int]
+    weights: Sequence[float]
+
+    @classmethod
+    def of(
+        cls, names: Sequence[str], counts: Sequence[int], weights: Sequence[float] | None
+    ) -> Mixture | None:
+        """A mixture; None without weights, or of a single source.
+
+        Raises:
+            DataError: A source has no examples.
+        """
+        if weights is None or len(names) < 2:
+            return None
+        if 0 in counts:
+            raise DataError(
+                f"{names[list(counts).index(0)]} has a weight, but no usable row: leave it out."
+            )
+        return cls(names, counts, weights)
+
+    @property
+    def shares(self) -> list[int]:
+        """The examples of each source in an epoch; their sum is that of the counts."""
+        total = sum(self.counts)
+        exact = np.array(self.weights) / sum(self.weights) * total
+        shares = np.floor(exact).astype(np.int64)
+        missing = np.argsort(shares - exact, kind="stable")[: total - int(shares.sum())]
+        shares[missing] += 1
+        return [int(share) for share in shares]
+
+    def lines(self) -> tuple[str, ...]:
+        """What an epoch is made of, as lines of text."""
+        total = sum(self.counts)
+        return tuple(
+            f"{name}: {share:,} of the {total:,} examples of an epoch ({share / total:.1%}), "
+            f"{share / count:.2f} passes over its {count:,}"
+            for name, share, count in zip(self.names, self.shares, self.counts, strict=True)
+        )
+
+    def order(self, generator: np.random.Generator) -> NDArray[np.int64]:
+        """Indices of the examples of an epoch, int64 [sum of counts].
+
+        Each source's examples are in passes over all of them, each in a new order, of which the
+        last is cut to the share. They are spread evenly: the j-th of k is at a random place in the
+        j-th of k equal parts of the epoch.
+        """
+        indices, places, first = [], [], 0
+        for count, share in zip(self.counts, self.shares, strict=True):
+            passes = [generator.permutation(count) for _ in range(-(-share // count))]
+            indices += [first + one for one in passes[:-1]]
+            indices += [first + one[: share - count * (len(passes) - 1)] for one in passes[-1:]]
+            places.append((np.arange(share) + generator.random(share)) / max(share, 1))
+            first += count
+        by_source = np.concatenate(indices)
+        return by_source[np.argsort(np.concatenate(places), kind="stable")]
+
+
 class StepPlan(Sequence[list[MicroBatch]]):
     """The optimizer steps of one epoch, computed on access."""
 
@@ -77,13 +149,17 @@ class StepPlan(Sequence[list[MicroBatch]]):
         seed: int,
         epoch: int,
         pad_id: int = 0,
+        mixture: Mixture | None = None,
     ) -> None:
         self._examples = examples
         self._batch_size = batch_size
         self._per_step = batch_size * gradient_accumulation_steps
         self._pad_id = pad_id
         generator = np.random.Generator(np.random.PCG64([seed, epoch]))
-        self._order = generator.permutation(len(examples))
+        if mixture is None:
+            self._order = generator.permutation(len(examples))
+        else:
+            self._order = mixture.order(generator)
 
     def __len__(self) -> int:
         return -(-len(self._examples) // self._per_step)
@@ -126,10 +202,11 @@ def steps(
     seed: int,
     epoch: int,
     pad_id: int = 0,
+    mixture: Mixture | None = None,
 ) -> StepPlan:
     """The optimizer steps of an epoch.
 
-    Every example occurs once; the last step may be smaller than the others.
+    Every example occurs once, unless sources have weights. The last step may be smaller.
 
     Args:
         examples: The training examples.
@@ -138,6 +215,7 @@ def steps(
         seed: Seed of the run, non-negative.
         epoch: 0-based; the order depends on it and ``seed`` only.
         pad_id: The padding token.
+        mixture: The sources of the examples, if they have weights.
 
     Returns:
         A sequence with one list of micro-batches for each optimizer step.
@@ -149,4 +227,5 @@ def steps(
         seed=seed,
         epoch=epoch,
         pad_id=pad_id,
+        mixture=mixture,
     )

@@ -14,6 +14,7 @@ from typing import NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from halfbyte.data.batching import Mixture
 from halfbyte.data.dataset_report import DatasetReport
 from halfbyte.data.encoding import EncodedChunk
 from halfbyte.data.formats import Conversation, to_conversation
@@ -162,12 +163,14 @@ class Dataset:
         rows: For each example its conversation: the row, or the row up to one of its replies.
         last_of_row: For each usable row the index of its last example, which is the whole row
             unless nothing is supervised in that.
+        mixture: The examples and weights of the sources; None without weights.
     """
 
     examples: Sequence[Example]
     report: DatasetReport
     rows: Sequence[Conversation]
     last_of_row: Sequence[int] | NDArray[np.int64]
+    mixture: Mixture | None = None
 
     @property
     def cases(self) -> Cases:

@@ -32,7 +32,7 @@ from halfbyte.data.dataset_report import (
 )
 from halfbyte.data.formats import Conversation, format_of, to_conversation
 from halfbyte.data.rendering import check_exceeded
-from halfbyte.data.sources import Row
+from halfbyte.data.row_files import Row
 from halfbyte.data.templates import Encoded, Encoder, Example, TrainOn, described
 from halfbyte.foreign_text import shorten
 

@@ -29,7 +29,7 @@ from types import TracebackType
 from typing import IO, Self
 
 from halfbyte.data.encoding import EncodedChunk, EncoderSpec, encode_chunk
-from halfbyte.data.sources import Row
+from halfbyte.data.row_files import Row
 from halfbyte.errors import DataError, HalfbyteError
 
 Rows = Sequence[Row] | Callable[[], Iterable[Row]]

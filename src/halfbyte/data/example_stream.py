@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from halfbyte.data.batching import Mixture
 from halfbyte.data.encoding import EncodedChunk, EncodingReport
 from halfbyte.data.encoding_pool import EncodingPool
 from halfbyte.data.row_encoder import CHUNK_ROWS, RowEncoder, chunks_of
@@ -100,11 +101,12 @@ class ExampleStream:
         return taken
 
 
-def shuffled(rows: int, seed: int) -> Order:
-    """Return an order in which every epoch has all rows once."""
+def shuffled(rows: int, seed: int, mixture: Mixture | None = None) -> Order:
+    """Return an order in which every epoch has all rows once, or sources by their weights."""
 
     def order(epoch: int) -> NDArray[np.int64]:
-        return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows)
+        generator = np.random.Generator(np.random.PCG64([seed, epoch]))
+        return generator.permutation(rows) if mixture is None else mixture.order(generator)
 
     return order
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from halfbyte.config.data_sources import Data, name_of
+from halfbyte.data.batching import Mixture
 from halfbyte.data.dataset import Conversations, Dataset, Examples, last_of_row
 from halfbyte.data.dataset_report import Rejection, by_reason, describe_rejected, in_words
 from halfbyte.data.encoding import EncodedChunk, EncoderSpec, EncodingReport
@@ -23,7 +25,7 @@ from halfbyte.data.formats import preferred_formats
 from halfbyte.data.row_encoder import RowEncoder, chunks_of
 from halfbyte.data.row_files import RowFile
 from halfbyte.data.row_table import RowTable
-from halfbyte.data.sources import read_source
+from halfbyte.data.sources import open_sources
 from halfbyte.errors import DataError
 from halfbyte.input_files import read_file
 from halfbyte.user_cache import cached_directory
@@ -41,12 +43,30 @@ _FORMATS = "formats.json"
 
 @dataclass(frozen=True, eq=False)
 class OpenedSource:
-    """A source: its rows, and messages about how they were found."""
+    """A source, or several: their rows, and how they were found.
+
+    Attributes:
+        name: What messages call them.
+        table: Their rows.
+        notes: Messages for the user.
+        keep: Whether the cache may be used.
+        names: What the user calls each.
+        weights: The weight of each, or None if none has one.
+    """
 
     name: str
     table: RowTable
     notes: tuple[str, ...]
     keep: bool
+    names: Sequence[str] = ()
+    weights: Sequence[float] | None = None
+
+    def mixture(self, rows: NDArray[np.int64]) -> Mixture | None:
+        """Return how examples of these rows, or the rows, are mixed; None without weights."""
+        if self.weights is None:
+            return None
+        counts = np.bincount(self.table.sources(rows), minlength=len(self.names))
+        return Mixture.of(self.names, counts.tolist(), self.weights)
 
     @property
     def is_large(self) -> bool:
@@ -87,23 +107,28 @@ class OpenedSource:
 
 
 def open_source(
-    source: str | Path, *, keep: bool = True, progress: Callable[[int, int], None] | None = None
+    source: Data,
+    *,
+    columns: Mapping[str, str] | None = None,
+    max_samples: int | None = None,
+    keep: bool = True,
+    progress: Callable[[int, int], None] | None = None,
 ) -> OpenedSource:
-    """Open a source, and find its rows.
+    """Open sources, and find their rows.
 
     Args:
-        source: A file, a directory or a hub id; see `halfbyte.data.sources`.
-        keep: Whether the cache may be used.
+        source: One source or several: files, directories, hub ids; see `halfbyte.data.specs`.
+        columns: For keys of a row format, the rows' own; see `halfbyte.data.sources`.
+        max_samples: Rows of each source that are used at most, the first.
+        keep: Whether the cache may be used for indices and encoded rows.
         progress: Called with (bytes done, total bytes), for each large file.
 
     Raises:
         DataError: It does not exist, cannot be read, or has no rows.
     """
-    files, notes = _files_of(source)
-    table = RowTable(files, keep=keep, progress=progress)
-    if not len(table):
-        raise DataError(f"{source} is empty: expected rows, one JSON object per line.")
-    return OpenedSource(str(source), table, notes, keep)
+    opened = open_sources(source, columns=columns, max_samples=max_samples, progress=progress)
+    table = RowTable(opened.files, keep=keep, progress=progress)
+    return OpenedSource(name_of(source), table, opened.notes, keep, opened.names, opened.weights)
 
 
 def load_rows(
@@ -156,11 +181,15 @@ def load_rows(
     if encoder.store is not None:
         held = list(encoder.mapped(divided))
     of_examples = np.concatenate(row)
+    mixture = source.mixture(of_examples)
+    if mixture is not None:
+        found = replace(found, notes=(*found.notes, *mixture.lines()))
     return Dataset(
         examples=Examples(held),
         report=found,
         rows=Conversations(table, spec.preferred, of_examples, np.concatenate(messages)),
         last_of_row=last_of_row(of_examples),
+        mixture=mixture,
     )
 
 
@@ -172,36 +201,3 @@ def nothing_usable(
     read_as = f" (read as {in_words(formats)})" if formats else ""
     return f"{source}: none of the {rows:,} rows{read_as} is usable.{listed}"
 
-
-def _files_of(source: str | Path) -> tuple[list[RowFile], tuple[str, ...]]:
-    """Stand-in until `sources.open_sources` is merged."""
-    import tempfile
-    from halfbyte.data.row_files import problem_line
-    path = Path(source)
-    if path.suffix == ".jsonl" and path.is_file() and not read_head(path).startswith((b"[", b"\xff\xfe", b"\xfe\xff")):
-        return [RowFile(path, path.name)], ()
-    rows, notes = read_source(source)
-    directory = tempfile.mkdtemp()
-    out = Path(directory) / "rows.jsonl"
-    named = any(":" in row.line for row in rows)
-    groups: dict[str, list] = {}
-    for row in rows:
-        groups.setdefault(row.line.rpartition(":")[0], []).append(row)
-    files = []
-    for at, (name, group) in enumerate(groups.items()):
-        out = Path(directory) / f"{at}.jsonl"
-        with open(out, "wb") as file:
-            for row in group:
-                if row.problem is not None:
-                    file.write(problem_line(row.problem, str(row.value).encode()) + b"\n")
-                else:
-                    file.write(json.dumps(row.value).encode() + b"\n")
-        np.save(Path(directory) / f"{at}.npy", np.array([int(row.line.rpartition(":")[2]) for row in group]))
-        files.append(RowFile(out, name, converted=True, named=named, lines=Path(directory) / f"{at}.npy"))
-    return files, notes
-
-
-def read_head(path: Path) -> bytes:
-    from halfbyte.input_files import open_file
-    with open_file(path) as file:
-        return file.read(100).removeprefix(b"\xef\xbb\xbf").lstrip()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,23 +21,31 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from halfbyte.errors import DataError
 from halfbyte.input_files import open_file
 
 LONGEST_ROW = 8_000_000
 """Longest row of a file, in bytes: some two million tokens, which take ten seconds to encode."""
+
+TOO_LONG = f"longer than {LONGEST_ROW // 10**6} MB; divide it"
+"""The problem of a longer one."""
 
 MARK = b"!"
 """The first byte of a line of a converted file that holds a problem; no JSON starts with it."""
 
 _BEGINNING = 1000  # bytes that are kept of a row that cannot be read
 _DEEPEST = 100  # levels of lists and objects; beyond about 1000, Python's functions on them fail
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
+"""UTF-8's byte order mark, which is allowed at the beginning of a file."""
+
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # an escape for half of a pair, or for a whole one
 _HALF = re.compile("[\ud800-\udfff]")
+_MARK_OF_ROW = re.compile(r"(?i)true|false|[01](?:\.[0-9]+)?")
 _SKIPPED = 1 << 20  # bytes at a time of the rest of a row that is too long
 
-# Keys whose value is a list, which a table may hold as text in JSON.
+# What is text in the cells of a table, and not in rows: lists, and marks of preference data.
 _LISTS = ("messages", "conversations", "tools", "functions", "history")
+_MARKS = ("weight", "label", "kto_tag")
 
 
 class Row(NamedTuple):
@@ -92,10 +101,18 @@ class RowFile:
             OSError: The file cannot be read.
         """
         numbers = self.numbers()
+        for line in self.lines_used():
+            yield self.parse(line.raw, self.number(line.number, numbers))
+
+    def lines_used(self) -> Iterator[Line]:
+        """Read the lines of the rows that are used, with their numbers in this file.
+
+        Raises:
+            OSError: The file cannot be read.
+        """
         with open_file(self.path) as file:
             lines = (line for line in bounded_lines(file) if line.raw.strip())
-            for line in islice(lines, self.start, self.stop):
-                yield self.parse(line.raw, self.number(line.number, numbers))
+            yield from islice(lines, self.start, self.stop)
 
     def read_rows(self, start: int, stop: int, first: int) -> Iterator[Row]:
         """Read the rows in a range of bytes, whatever ``start`` and ``stop`` of the file are.
@@ -117,31 +134,28 @@ class RowFile:
                 if file.tell() >= stop:
                     return
 
-    def parse(self, raw: bytes, number: int) -> Row:
+    def parse(self, raw: bytes, number: int, problem: str | None = None) -> Row:
         """Read one line.
 
         Args:
             raw: The line; of one longer than `LONGEST_ROW`, at least one byte more than that.
             number: Its number in the original; see `number`.
+            problem: Why it cannot be read, if that is known.
         """
         line = f"{self.name}:{number}" if self.named else str(number)
+        if problem is not None:
+            return Row(line, beginning_of(raw), problem)
         if self.converted and raw.startswith(MARK):
             problem, beginning = json.loads(raw[1:])
             return Row(line, beginning, problem)
         row = parse_row(line, raw)
-        if row.problem is not None or not (self.columns or self.json_cells):
-            return row
-        value = with_columns(row.value, self.columns)
-        if self.json_cells and isinstance(value, dict):
-            for key in _LISTS:
-                cell = value.get(key)
-                if isinstance(cell, str) and cell.lstrip().startswith(("[", "{")):
-                    inner = parse_row(line, cell.encode())
-                    if inner.problem is not None:
-                        problem = f"column {key!r}: {inner.problem}"
-                        return Row(line, beginning_of(raw), problem)
-                    value[key] = inner.value
-        return Row(line, value)
+        if row.problem is None:
+            value = with_columns(row.value, self.columns)
+            try:
+                row = Row(line, _with_lists(value) if self.json_cells else value)
+            except ValueError as error:
+                row = Row(line, beginning_of(raw), str(error))
+        return row
 
     def numbers(self) -> np.ndarray[tuple[int], np.dtype[np.int64]] | None:
         """The numbers in the original of all lines, memory-mapped; None: their own."""
@@ -168,14 +182,14 @@ def bounded_lines(file: BinaryIO, first: int = 1) -> Iterator[Line]:
         if too_long and not raw.endswith(b"\n"):
             while (rest := file.readline(_SKIPPED)) and not rest.endswith(b"\n"):
                 pass
-        yield Line(number, raw.removeprefix(_BOM) if number == 1 else raw, too_long)
+        yield Line(number, raw.removeprefix(BOM) if number == 1 else raw, too_long)
         number += 1
 
 
 def parse_row(line: str, raw: bytes) -> Row:
     """Parse one row, or say why it cannot be used, whatever its format."""
     if len(raw) > LONGEST_ROW:
-        return Row(line, beginning_of(raw), too_long())
+        return Row(line, beginning_of(raw), TOO_LONG)
     try:
         text = raw.decode("utf-8")
         value = json.loads(text)
@@ -184,18 +198,13 @@ def parse_row(line: str, raw: bytes) -> Row:
     except (ValueError, RecursionError):
         return Row(line, beginning_of(raw), "malformed JSON")
     # What JSON allows but what cannot be tokenised, or printed by a template.
-    if _SURROGATE.search(text) and _HALF.search(json.dumps(value, ensure_ascii=False)):
-        problem = "text that is not valid Unicode (half a surrogate pair)"
-    elif text.count("[") + text.count("{") > _DEEPEST and _is_deeper(value, _DEEPEST):
+    if text.count("[") + text.count("{") > _DEEPEST and _is_deeper(value, _DEEPEST):
         problem = f"nested more than {_DEEPEST} levels deep"
+    elif _SURROGATE.search(text) and _HALF.search(json.dumps(value, ensure_ascii=False)):
+        problem = "text that is not valid Unicode (half a surrogate pair)"
     else:
         return Row(line, value)
     return Row(line, beginning_of(raw), problem)
-
-
-def too_long() -> str:
-    """The problem of a row longer than `LONGEST_ROW`."""
-    return f"longer than {LONGEST_ROW // 10**6} MB; divide it"
 
 
 def beginning_of(raw: bytes) -> str:
@@ -206,6 +215,16 @@ def beginning_of(raw: bytes) -> str:
 def problem_line(problem: str, raw: bytes) -> bytes:
     """The line of a converted file for a row that cannot be read."""
     return MARK + json.dumps([problem, beginning_of(raw)]).encode()
+
+
+@contextmanager
+def reading_errors(name: str) -> Iterator[None]:
+    """Turn an ``OSError`` raised inside into a `DataError` that names the file, or ``name``."""
+    try:
+        yield
+    except OSError as error:
+        file = error.filename or name
+        raise DataError(f"{file} cannot be read: {error.strerror or error}.") from error
 
 
 def with_columns(value: object, columns: Sequence[tuple[str, str]]) -> object:
@@ -219,6 +238,28 @@ def with_columns(value: object, columns: Sequence[tuple[str, str]]) -> object:
     found = {ours: value[theirs] for ours, theirs in columns if theirs in value}
     renamed = {theirs for _, theirs in columns}
     return {key: kept for key, kept in value.items() if key not in renamed} | found
+
+
+def _with_lists(value: object) -> object:
+    """A row of a table, with what its cells hold as JSON in place of the text.
+
+    Raises:
+        ValueError: A cell that should be a list is not JSON; the message is the row's problem.
+    """
+    if not isinstance(value, dict):
+        return value
+    for key in _LISTS:
+        cell = value.get(key)
+        if isinstance(cell, str) and cell.lstrip().startswith(("[", "{")):
+            inner = parse_row("", cell.encode())
+            if inner.problem is not None:
+                raise ValueError(f"column {key!r}: {inner.problem}")
+            value[key] = inner.value
+    for key in _MARKS:
+        cell = value.get(key)
+        if isinstance(cell, str) and _MARK_OF_ROW.fullmatch(cell):
+            value[key] = json.loads(cell.lower())
+    return value
 
 
 def _is_deeper(value: object, depth: int) -> bool:

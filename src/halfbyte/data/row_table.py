@@ -106,6 +106,11 @@ class RowTable:
     def __len__(self) -> int:
         return int(self._first[-1])
 
+    def sources(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return for each row the index of the source that it is of."""
+        of_files = np.array([file.source for file in self.files], dtype=np.int64)
+        return of_files[np.searchsorted(self._first, rows, side="right") - 1]
+
     def job(self, rows: NDArray[np.int64]) -> RowJob:
         """Return where rows are."""
         file = (np.searchsorted(self._first, rows, side="right") - 1).astype(np.int32)

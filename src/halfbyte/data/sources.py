@@ -1,240 +1,409 @@
-"""Reads rows, with their line numbers, from a file, a directory or the hub.
+"""Opens the sources of a run's data: files, directories, patterns, the hub and standard input.
 
-A malformed line is a row with a problem, counted with the others; only a source without any rows,
-or one that cannot be read, is an error. A file is JSONL (one object per line) or a JSON array of
-objects, which is decided by its first character, not its suffix.
+Each becomes files of JSON lines (`halfbyte.data.row_files`); what is already one is used in place,
+everything else is converted (`halfbyte.data.conversion`). A malformed row is a row with a problem,
+counted with the others; only a source without any rows, or one that cannot be read, is an error.
+With streaming, rows are read as they come instead, from sources that need not have an end.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-import importlib
-import importlib.util
-import io
-import json
-import re
-from collections.abc import Iterator
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from io import BufferedReader
+from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
+import numpy as np
+
+from halfbyte.config.data_sources import Data, sources_of
+from halfbyte.data.conversion import Progress, Reading, convert, count_rows, reading, row_file
+from halfbyte.data.directories import files_in, files_matching, is_pattern
+from halfbyte.data.hub import open_hub
+from halfbyte.data.kinds import DataFile
+from halfbyte.data.readers import RawRow, read_array, read_lines
+from halfbyte.data.row_files import Row, RowFile, reading_errors
+from halfbyte.data.specs import STANDARD_INPUT, Slice, Spec
 from halfbyte.errors import DataError
-from halfbyte.input_files import read_file
+from halfbyte.foreign_text import quote, shorten
+from halfbyte.user_cache import temporary_directory
 
-SUFFIXES = (".jsonl", ".json", ".ndjson")
-"""Suffixes of data files in a directory."""
-
-_OTHER_KINDS = (".parquet", ".csv", ".tsv", ".txt", ".xlsx", ".arrow", ".gz", ".zst", ".zip")
-LONGEST_ROW = 8_000_000
-"""Longest row of a file, in bytes: some two million tokens, which take ten seconds to encode."""
-
-_TOO_LONG = f"longer than {LONGEST_ROW // 10**6} MB; divide it"
-_BEGINNING = 1000  # bytes that are kept of a row that cannot be read
-_DEEPEST = 100  # levels of lists and objects; beyond about 1000, Python's functions on them fail
-_BOM = b"\xef\xbb\xbf"
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
-
-
-class Row(NamedTuple):
-    """A row: its line and its value; or the reason it could not be read, and its beginning."""
-
-    line: str
-    value: object
-    problem: str | None = None
+_STDIN_NAME = "standard input"
+_LOOKED_AT = 100  # rows of a source, to see whether it has the columns that are asked for
 
 
 class Source(NamedTuple):
-    """The rows of a source, and messages about how they were found."""
+    """All rows of sources, and messages about how they were found."""
 
     rows: list[Row]
     notes: tuple[str, ...]
 
 
-def require_source(source: str | Path) -> None:
-    """Check that a source exists, or can be the id of a data set on the hub.
+@dataclass(frozen=True)
+class Sources:
+    """The sources of a run's data, in the order in which they were given.
 
-    Raises:
-        DataError: It does not, and is none.
+    Attributes:
+        files: Their files; those of one source are adjacent. Empty if they are streamed.
+        names: Each source as the user named it.
+        weights: The weight of each source, or None if none has one.
+        notes: Messages for the user.
     """
-    path = Path(source)
-    try:
-        found = path.exists()
-    except OSError as error:
-        raise DataError(f"{source} cannot be read: {error.strerror or error}.") from error
-    if not found and not _is_hub_id(source):
-        raise DataError(_missing(path))
+
+    files: list[RowFile]
+    names: list[str]
+    weights: list[float] | None
+    notes: tuple[str, ...]
+    _streams: tuple[Callable[[], Iterator[Row]], ...] = ()
+
+    def rows(self) -> Iterator[Row]:
+        """Read all rows, in order.
+
+        Raises:
+            DataError: A file cannot be read.
+        """
+        for file in self.files:
+            yield from self.rows_of(file)
+
+    def rows_of(self, file: RowFile) -> Iterator[Row]:
+        """Read the rows of one of the files.
+
+        Raises:
+            DataError: It cannot be read.
+        """
+        with reading_errors(file.name):
+            yield from file.rows()
+
+    def stream(self, seed: int = 0) -> Iterator[Row]:
+        """Read the rows of streamed sources as they come.
+
+        With weights, each row is of a source drawn at random, until all have ended; without, one
+        source is read after another.
+
+        Args:
+            seed: Determines which source each row is of.
+
+        Raises:
+            DataError: A source cannot be read any more.
+        """
+        streams = [open_() for open_ in self._streams]
+        if self.weights is None:
+            yield from chain.from_iterable(streams)
+            return
+        generator = np.random.Generator(np.random.PCG64([seed]))
+        left = dict(zip(range(len(streams)), self.weights, strict=True))
+        while left:
+            shares = np.array(list(left.values())) / sum(left.values())
+            chosen = list(left)[generator.choice(len(left), p=shares)]
+            row = next(streams[chosen], None)
+            if row is None:
+                del left[chosen]
+            else:
+                yield row
 
 
-def read_source(source: str | Path) -> Source:
-    """Reads every row of ``source``.
+def open_sources(
+    data: Data,
+    *,
+    columns: Mapping[str, str] | None = None,
+    max_samples: int | None = None,
+    streaming: bool = False,
+    progress: Progress | None = None,
+) -> Sources:
+    """Open sources, and convert what is not JSON lines.
 
     Args:
-        source: A ``.jsonl`` or ``.json`` file; a directory, of which ``train.jsonl`` (or
-            ``train.json``) is read if it exists, otherwise every such file in alphabetical order;
-            or the id of a data set on the hub, ``owner/name``.
+        data: One source or several; `halfbyte.data.specs` has the grammar.
+        columns: For keys that halfbyte reads, such as ``messages``, the rows' own; a source's own
+            columns come first.
+        max_samples: Rows of each source that are used at most, the first.
+        streaming: Whether to read rows as they come (`Sources.stream`).
+        progress: Called while a source is converted.
 
     Raises:
-        DataError: It does not exist, is of another kind, or has no rows.
+        DataError: A source does not exist, cannot be read, or has no rows.
+        OutputError: There is no space for a converted file.
     """
-    require_source(source)
-    path = Path(source)
-    notes: tuple[str, ...] = ()
-    try:
-        if path.is_dir():
-            files, notes = _files_of(path)
-            rows = [
-                row._replace(line=f"{file.name}:{row.line}") if len(files) > 1 else row
-                for file in files
-                for row in _read_file(file)
+    specs = [_with_columns(Spec.parse(one), columns) for one in sources_of(data)]
+    names = [one.path for one in specs]
+    weights = _weights(specs)
+    if streaming:
+        streams = tuple(_stream_of(spec, max_samples, several=len(specs) > 1) for spec in specs)
+        return Sources([], names, weights, (), streams)
+    files: list[RowFile] = []
+    notes: list[str] = []
+    for index, spec in enumerate(specs):
+        with reading_errors(spec.path):
+            found, said = _files_of(spec, max_samples, progress)
+            found = [
+                dataclasses.replace(file, source=index, columns=spec.columns) for file in found
             ]
-        elif path.exists():
-            rows = list(_read_file(path))
-        else:
-            rows = list(_read_hub(str(source)))
-    except OSError as error:
-        file = error.filename or source  # one of a directory's files
-        raise DataError(f"{file} cannot be read: {error.strerror or error}.") from error
-    if not rows:
-        raise DataError(f"{source} is empty: expected rows, one JSON object per line.")
-    return Source(rows, notes)
+            if not any(next(file.lines_used(), None) for file in found):
+                raise DataError(_no_rows(spec, found))
+            _check_columns(spec, found)
+        files += found
+        notes += said
+    return Sources(_named(files), names, weights, tuple(dict.fromkeys(notes)))
 
 
-def _files_of(directory: Path) -> tuple[list[Path], tuple[str, ...]]:
-    every = sorted(file for file in directory.iterdir() if file.suffix.lower() in SUFFIXES)
-    if not every:
+def read_source(data: Data) -> Source:
+    """Read every row of ``data``; for sources that fit into memory.
+
+    Raises:
+        DataError: As `open_sources`.
+    """
+    opened = open_sources(data)
+    return Source(list(opened.rows()), opened.notes)
+
+
+def require_source(data: Data) -> None:
+    """Check that sources exist, or can be ids of data sets on the hub.
+
+    Raises:
+        DataError: One does not, and is none.
+    """
+    for one in sources_of(data):
+        _require(Spec.parse(one))
+
+
+def local_paths(data: Data) -> list[Path]:
+    """The files and directories among sources, as they were named."""
+    return [Path(spec.path) for spec in map(Spec.parse, sources_of(data)) if spec.is_local]
+
+
+# --- from names to files --------------------------------------------------------------------------
+
+
+def _with_columns(spec: Spec, columns: Mapping[str, str] | None) -> Spec:
+    merged = dict(columns or {}) | dict(spec.columns)
+    return dataclasses.replace(spec, columns=tuple(merged.items()))
+
+
+def _weights(specs: Sequence[Spec]) -> list[float] | None:
+    weights = [spec.weight for spec in specs]
+    if all(weight is None for weight in weights):
+        return None
+    without = next((spec for spec in specs if spec.weight is None), None)
+    if without is not None:
         raise DataError(
-            f"{directory} contains no data: expected train.jsonl, or other files named "
-            f"{', '.join('*' + suffix for suffix in SUFFIXES)}."
+            f"{without.path} has no weight, but others have one: give every source a weight "
+            f"({without.path}:1), or none."
         )
-    train = [file for file in every if file.stem.lower() == "train"]
-    if not train:
-        return every, (f"read {', '.join(file.name for file in every)}",) if every[1:] else ()
-    left = [file.name for file in every if file not in train]
-    note = f"read {', '.join(file.name for file in train)} only, not {', '.join(left)}"
-    return train, (note,) if left else ()
+    return [weight for weight in weights if weight is not None]
 
 
-def _read_file(path: Path) -> Iterator[Row]:
-    if path.suffix.lower() in _OTHER_KINDS:
-        raise DataError(
-            f"{path} is a {path.suffix} file: expected JSONL, one JSON object per line. Convert it "
-            "first, e.g. with pandas' DataFrame.to_json(path, orient='records', lines=True)."
-        )
-    raw = read_file(path)
-    if raw.startswith(_UTF16):
-        raise DataError(f"{path} is in UTF-16: expected UTF-8. Save it as UTF-8.")
-    raw = raw.removeprefix(_BOM)
-    if raw.lstrip().startswith(b"["):
-        yield from _read_array(raw)
+def _files_of(
+    spec: Spec, max_samples: int | None, progress: Progress | None
+) -> tuple[list[RowFile], tuple[str, ...]]:
+    """The files of a source, with the rows that are used of each, and messages."""
+    _require(spec)
+    if spec.is_hub_id and not spec.is_local:
+        return _hub_file(spec, max_samples, progress)
+    paths, notes = _paths_of(spec)
+    # With what is known before anything is converted, no more is converted than is needed.
+    known = spec.rows.known if len(paths) == 1 or spec.rows.is_everything else None
+    limit = None
+    if known is not None:
+        limit = known[1] if max_samples is None else _earlier(known[0] + max_samples, known[1])
+    files = []
+    for path, name in paths:
+        file, said = row_file(DataFile.of(path, name), limit=limit, progress=progress)
+        files.append(file)
+        notes += said
+    return _rows_used(files, spec.rows, max_samples), notes
+
+
+def _require(spec: Spec) -> None:
+    if spec.path == STANDARD_INPUT and not spec.is_local:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise DataError("Expected data on standard input (-): pipe it in, or name a file.")
         return
-    if path.suffix.lower() == ".json":
-        row = _parse("1", raw)
-        if row.problem in (None, _TOO_LONG):  # the whole file is one object
-            yield row
-            return
-    for number, line in enumerate(io.BytesIO(raw), 1):
-        if line.strip():
-            yield _parse(str(number), line)
+    if not spec.is_local and not is_pattern(spec.path) and not spec.is_hub_id:
+        raise DataError(_missing(Path(spec.path)))
+    if spec.is_local and not Path(spec.path).is_dir():
+        for key, value in (("split", spec.split), ("config", spec.config)):
+            if value not in (None, "train"):
+                raise DataError(f"{spec.path} is a file, which has no {key} {quote(value)}.")
 
 
-def _parse(number: str, line: bytes) -> Row:
-    try:
-        row = _checked(number, json.loads(line.decode("utf-8")))
-        return row if len(line) <= LONGEST_ROW else Row(number, _beginning(line), _TOO_LONG)
-    except UnicodeDecodeError:
-        return Row(number, _beginning(line), "not UTF-8")
-    except (ValueError, RecursionError):
-        return Row(number, _beginning(line), "malformed JSON")
-
-
-def _beginning(raw: bytes) -> str:
-    return raw[:_BEGINNING].decode("utf-8", errors="replace")
-
-
-def _checked(number: str, value: object) -> Row:
-    """Reject what JSON allows but what cannot be tokenised, or printed by a template."""
-    text = json.dumps(value, ensure_ascii=False)
-    if _SURROGATE.search(text):
-        problem = "text that is not valid Unicode (half a surrogate pair)"
-    elif text.count("[") + text.count("{") > _DEEPEST and _is_deeper(value, _DEEPEST):
-        problem = f"nested more than {_DEEPEST} levels deep"
+def _paths_of(spec: Spec) -> tuple[list[tuple[Path, str]], tuple[str, ...]]:
+    """The files of a local source with their names, and messages."""
+    path = Path(spec.path)
+    if spec.path == STANDARD_INPUT and not spec.is_local:
+        return [(_spooled(), _STDIN_NAME)], ()
+    if path.is_dir():
+        files, notes = files_in(path, spec.split)
+    elif spec.is_local:
+        return [(path, str(path))], ()
     else:
-        return Row(number, value)
-    return Row(number, json.dumps(value)[:_BEGINNING], problem)
+        files, notes = files_matching(spec.path)
+    return [(file, str(file)) for file in files], notes
 
 
-def _is_deeper(value: object, depth: int) -> bool:
-    level = [value]
-    while depth >= 0 and (level := [one for one in level if isinstance(one, dict | list)]):
-        lists = [one.values() if isinstance(one, dict) else one for one in level]
-        level = [inner for one in lists for inner in one]
-        depth -= 1
-    return bool(level)
+_spool: list[Path] = []
 
 
-def _read_array(raw: bytes) -> Iterator[Row]:
-    """Reads the elements of an array one by one, to know the line of each."""
-    decoder, space = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        start = raw.rfind(b"\n", 0, error.start) + 1
-        number = str(raw.count(b"\n", 0, start) + 1)
-        yield Row(number, _beginning(raw[start : start + _BEGINNING]), "not UTF-8")
+def _spooled() -> Path:
+    """Standard input as a file; it is read once, whoever asks for it."""
+    if not _spool:
+        path = temporary_directory() / "standard-input"
+        with open(path, "wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
+        _spool.append(path)
+    return _spool[0]
+
+
+def _hub_file(
+    spec: Spec, max_samples: int | None, progress: Progress | None
+) -> tuple[list[RowFile], tuple[str, ...]]:
+    data = open_hub(spec)
+    used = spec.rows.of(data.count or 0)[:max_samples]
+    done = 0
+
+    def counted() -> Iterator[RawRow]:
+        nonlocal done
+        for row in data.rows(used.start, used.stop):
+            done += 1
+            yield row
+
+    identity = data.fingerprint and {
+        "hub": [data.name, data.fingerprint],
+        "rows": [used.start, used.stop],
+    }
+    file, notes = convert(
+        data.name,
+        identity or None,
+        lambda: nullcontext(Reading(counted(), lambda: done, len(used))),
+        limit=None,
+        progress=progress,
+    )
+    return [dataclasses.replace(file, json_cells=True)], notes
+
+
+def _rows_used(files: list[RowFile], rows: Slice, max_samples: int | None) -> list[RowFile]:
+    """Set which rows of each file are used; files of which none is are left out."""
+    if rows.is_everything and max_samples is None:
+        return files
+    known = rows.known
+    if known is not None and len(files) == 1:
+        start, stop = known
+        if max_samples is not None:
+            stop = _earlier(start + max_samples, stop)
+        return [dataclasses.replace(files[0], start=start, stop=stop)]
+    counts = [count_rows(file) for file in files]
+    used = rows.of(sum(counts))[:max_samples]
+    found, before = [], 0
+    for file, count in zip(files, counts, strict=True):
+        start, stop = max(used.start - before, 0), min(used.stop - before, count)
+        if start < stop:
+            found.append(dataclasses.replace(file, start=start, stop=stop))
+        before += count
+    return found
+
+
+def _earlier(one: int, other: int | None) -> int:
+    return one if other is None else min(one, other)
+
+
+def _named(files: list[RowFile]) -> list[RowFile]:
+    """Give files the shortest names that tell them apart; lines have them if there are several."""
+    if len(files) < 2:
+        return files
+    short = [Path(file.name).name for file in files]
+    counts = Counter(short)
+    return [
+        dataclasses.replace(file, name=name if counts[name] == 1 else file.name, named=True)
+        for file, name in zip(files, short, strict=True)
+    ]
+
+
+def _no_rows(spec: Spec, files: Sequence[RowFile]) -> str:
+    if spec.rows.is_everything:
+        return f"{spec.path} is empty: expected rows, one JSON object per line."
+    asked = f"[{spec.rows.start or ''}:{spec.rows.stop or ''}]"
+    return f"{spec.path} has no rows in {asked}."
+
+
+def _check_columns(spec: Spec, files: Sequence[RowFile]) -> None:
+    """Check that some of the first rows have the columns that are asked for, or our keys.
+
+    Raises:
+        DataError: None has.
+    """
+    if not spec.columns:
         return
-    line, counted_to = 1, 0
-
-    def skip(position: int) -> int:
-        found = space.match(text, position)
-        return found.end() if found else position
-
-    position = skip(skip(0) + 1)
-    while text[position : position + 1] != "]":
-        line, counted_to = line + text.count("\n", counted_to, position), position
-        beginning = text[position : position + _BEGINNING]
-        try:
-            value, position = decoder.raw_decode(text, position)
-            position = skip(position)
-            if text[position : position + 1] not in (",", "]"):
-                raise ValueError("neither a comma nor the end of the array")
-            row = _checked(str(line), value)
-            if position - counted_to > LONGEST_ROW:
-                row = Row(row.line, beginning, _TOO_LONG)
-        except (ValueError, RecursionError):
-            yield Row(str(line), beginning, "malformed JSON; the rest of the array is not read")
-            return
-        yield row
-        if text[position] == ",":
-            position = skip(position + 1)
-
-
-def _is_hub_id(source: str | Path) -> bool:
-    """Whether it is a hub id, not a mistyped path: ``owner/name``, and no directory ``owner``."""
-    named = isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)
-    path = Path(source)
-    known = path.suffix.lower() in (*SUFFIXES, *_OTHER_KINDS)
-    return bool(named) and not known and not path.parent.exists()
-
-
-def _read_hub(name: str) -> Iterator[Row]:
-    if importlib.util.find_spec("datasets") is None:
-        raise DataError(
-            f"{name} is neither a file nor a directory. To read a data set from the hub, install "
-            "the optional package 'datasets': pip install datasets."
-        )
-    datasets = importlib.import_module("datasets")
-    try:
-        rows = datasets.load_dataset(name, split="train")
-    except (OSError, ValueError) as error:
-        raise DataError(f"The data set {name} could not be read from the hub: {error}") from error
-    for number, value in enumerate(rows, 1):
-        yield Row(str(number), value)
+    bare = (dataclasses.replace(file, columns=()) for file in files)
+    rows = list(islice(chain.from_iterable(file.rows() for file in bare), _LOOKED_AT))
+    keys: dict[str, None] = {}
+    for row in rows:
+        if row.problem is None and isinstance(row.value, dict):
+            keys |= dict.fromkeys(row.value)
+    for ours, theirs in spec.columns:
+        if keys and theirs not in keys and ours not in keys:
+            near = difflib.get_close_matches(theirs, keys, n=1)
+            hint = f"; did you mean {quote(near[0])}?" if near else "."
+            found = ", ".join(map(quote, list(keys)[:12]))
+            raise DataError(
+                f"{spec.path} has no column {quote(theirs)} to read {quote(ours)} from, only "
+                f"{found}{hint}"
+            )
 
 
 def _missing(path: Path) -> str:
-    message = f"There is no data file or directory {path}."
+    message = f"There is no data file or directory {shorten(str(path))}."
     if path.parent.is_dir():
         names = [entry.name for entry in path.parent.iterdir()]
         if near := difflib.get_close_matches(path.name, names, n=1):
             return f"{message} Did you mean {path.parent / near[0]}?"
     return f"{message} (A data set on the hub is written owner/name.)"
+
+
+# --- streaming ------------------------------------------------------------------------------------
+
+
+def _stream_of(
+    spec: Spec, max_samples: int | None, *, several: bool
+) -> Callable[[], Iterator[Row]]:
+    """A function that starts to read the rows of a source as they come."""
+    _require(spec)
+    if spec.rows.known is None:
+        raise DataError(
+            f"The rows of {spec.path} are counted from its end or in percent, which a stream does "
+            "not have: give numbers, or leave `streaming` out."
+        )
+    start, stop = spec.rows.known
+    if max_samples is not None:
+        stop = _earlier(start + max_samples, stop)
+
+    def parsed(raw: Iterator[RawRow], name: str, *, tables: bool) -> Iterator[Row]:
+        file = RowFile(Path(), name, named=several, columns=spec.columns, json_cells=tables)
+        for row in raw:
+            yield file.parse(row.raw, row.number, row.problem)
+
+    def rows() -> Iterator[Row]:
+        if spec.path == STANDARD_INPUT and not spec.is_local:
+            stream = cast(BufferedReader, sys.stdin.buffer)
+            array = stream.peek(1).lstrip().startswith(b"[")
+            raw = (read_array if array else read_lines)(stream)
+            yield from parsed(islice(raw, start, stop), _STDIN_NAME, tables=False)
+        elif spec.is_hub_id and not spec.is_local:
+            data = open_hub(spec, streaming=True)
+            yield from parsed(data.rows(start, stop), data.name, tables=True)
+        else:
+            yield from islice(of_files(), start, stop)
+
+    def of_files() -> Iterator[Row]:
+        for path, name in _paths_of(spec)[0]:
+            with reading_errors(name):
+                file = DataFile.of(path, name)
+                with reading(file) as source:
+                    yield from parsed(source.rows, name, tables=file.is_table)
+
+    return rows

@@ -6,14 +6,14 @@ surrounding white space.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from halfbyte.config.data_sources import Data
 from halfbyte.data import Example, MicroBatch, collate, load_dataset
 from halfbyte.data.templates import TrainOn
 from halfbyte.engine.autograd import AutogradEngine
@@ -98,8 +98,10 @@ def _groups(batches: Sequence[MicroBatch], *, by_tokens: bool) -> Iterator[Seque
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: str | Path,
+    data: Data,
     *,
+    columns: Mapping[str, str] | None = None,
+    max_samples: int | None = None,
     max_length: int = 1024,
     train_on: TrainOn = "assistant",
     batch_size: int | None = None,
@@ -113,7 +115,9 @@ def evaluate(
     Args:
         model: A model of ``models.build``, with or without adapters.
         tokenizer: Its tokenizer.
-        data: A file, a directory or a hub id, in any of the row formats.
+        data: Sources, in any of the row formats; see `halfbyte.data.specs`.
+        columns: For keys of a format, the rows' own.
+        max_samples: Rows of each source that are used at most.
         max_length: Longer rows are truncated to this many tokens for the loss.
         train_on: Which tokens count for the loss.
         batch_size: Examples per batch; None: chosen for the device.
@@ -126,7 +130,14 @@ def evaluate(
         DataError: If there is nothing usable in ``data``.
     """
     device = model.device
-    dataset = load_dataset(data, tokenizer, max_length=max_length, train_on=train_on)
+    dataset = load_dataset(
+        data,
+        tokenizer,
+        max_length=max_length,
+        train_on=train_on,
+        columns=columns,
+        max_samples=max_samples,
+    )
     if note is not None:
         for line in dataset.report.lines():
             note(line)

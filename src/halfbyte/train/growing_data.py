@@ -21,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from halfbyte.config.data_sources import name_of
 from halfbyte.config.schema import TrainConfig
-from halfbyte.data import Dataset, DatasetReport
+from halfbyte.data import Dataset, DatasetReport, Mixture
 from halfbyte.data.encoding import EncoderSpec, EncodingReport
 from halfbyte.data.encoding_pool import EncodingPool
 from halfbyte.data.example_stream import (
@@ -37,7 +38,8 @@ from halfbyte.data.loading import OpenedSource, load_rows
 from halfbyte.data.row_encoder import RowEncoder, chunks_of
 from halfbyte.data.row_files import Row, RowFile, problem_line
 from halfbyte.data.row_table import RowTable
-from halfbyte.errors import CheckpointError
+from halfbyte.data.sources import open_sources
+from halfbyte.errors import CheckpointError, DataError
 from halfbyte.foreign_text import quote
 from halfbyte.report import RunReport
 from halfbyte.report.rejected import RejectedFile
@@ -56,11 +58,13 @@ class GrowingData(ABC):
         sample: The first rows that are trained on.
         rows: Rows of an epoch; None if there is no end.
         identity: What must be equal to resume a run.
+        mixture: The rows of the sources and their weights; None without weights.
     """
 
     sample: Dataset
     rows: int | None
     identity: str
+    mixture: Mixture | None = None
     _name: str
     _spec: EncoderSpec
 
@@ -149,7 +153,8 @@ class LargeData(GrowingData):
         self._encoder = self._open.enter_context(
             RowEncoder(table, self._spec, keep=source.keep, in_process=source.is_small)
         )
-        self._order = shuffled(len(table), config.seed)
+        self.mixture = source.mixture(np.arange(len(table)))
+        self._order = shuffled(len(table), config.data_seed, self.mixture)
         kept = "not kept (--no-cache-data)"
         if self._encoder.directory is not None:
             kept = f"kept in {self._encoder.directory}"
@@ -179,8 +184,6 @@ class StreamedData(GrowingData):
 
     def __init__(
         self,
-        name: str,
-        rows: Iterator[Row],
         config: TrainConfig,
         tokenizer: PreTrainedTokenizerBase,
         report: RunReport,
@@ -191,9 +194,16 @@ class StreamedData(GrowingData):
             DataError: None of them is usable.
         """
         super().__init__()
-        self._name, self.rows, self._seed = name, None, config.seed
+        name = name_of(config.data)
+        self._name, self.rows, self._seed = name, None, config.data_seed
+        sources = open_sources(
+            config.data, columns=config.column, max_samples=config.max_samples, streaming=True
+        )
+        rows = sources.stream(config.data_seed)
         with report.task(f"reading {name}"):
             head = list(islice(rows, SAMPLE_ROWS))
+            if not head:
+                raise DataError(f"{name} is empty: expected rows, one JSON object per line.")
             self._stream = chain(head, rows)
             directory = Path(self._open.enter_context(tempfile.TemporaryDirectory()))
             table = RowTable([_spooled(head, name, directory)], keep=False)

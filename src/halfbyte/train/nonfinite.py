@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from halfbyte.checkpoint.atomic import new_file
+from halfbyte.config.data_sources import Data, name_of
 from halfbyte.config.schema import TrainConfig
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.layerwise import LayerEngine
@@ -182,7 +183,7 @@ class NonFiniteSteps:
             "on_nonfinite": config.on_nonfinite,
             "again": self._checkpoints.resume_command,
             "model": config.model,
-            "data": config.data,
+            "data": name_of(config.data),
             "seed": config.seed,
             "engine": self._engine.name,
             "compute_dtype": str(self._engine.model.halfbyte_recipe.compute_dtype)[6:],
@@ -194,11 +195,11 @@ class NonFiniteSteps:
             file.write((json.dumps(found, allow_nan=False) + "\n").encode())
 
 
-def rows_in_words(lines: Sequence[str], data: str) -> str:
+def rows_in_words(lines: Sequence[str], data: Data) -> str:
     """Return rows as a phrase: ``lines 3, 17 of train.jsonl``, each once."""
     lines = list(dict.fromkeys(lines))
     more = f" and {len(lines) - _SHOWN_ROWS} more" if len(lines) > _SHOWN_ROWS else ""
-    return f"line{'s'[: len(lines) != 1]} {', '.join(lines[:_SHOWN_ROWS])}{more} of {data}"
+    return f"line{'s'[: len(lines) != 1]} {', '.join(lines[:_SHOWN_ROWS])}{more} of {name_of(data)}"
 
 
 def _plain(value: float) -> float | str:

@@ -10,6 +10,7 @@ from halfbyte.checkpoint.output_lock import output_lock
 from halfbyte.checkpoint.run_state import STATE_NAME
 from halfbyte.config.reading import WRITTEN_YAML
 from halfbyte.config.schema import TrainConfig
+from halfbyte.data.sources import local_paths
 from halfbyte.errors import OutputError
 from halfbyte.input_files import open_file
 from halfbyte.report.rejected import REJECTED_NAME
@@ -37,13 +38,15 @@ def claim_output(config: TrainConfig) -> Iterator[None]:
     """
     output = config.output
     with output_lock(output):
-        for option in ("model", "data", "eval_data"):
-            path = Path(getattr(config, option) or "").expanduser()
-            if getattr(config, option) and path.exists() and _would_change(path, output):
-                raise OutputError(
-                    f"{path} is read (`{option}`), so nothing is written to {output}: give another "
-                    "--output"
-                )
+        read = {"model": [Path(config.model).expanduser()]}
+        read |= {"data": local_paths(config.data), "eval_data": local_paths(config.eval_data or ())}
+        for option, paths in read.items():
+            for path in paths:
+                if path.exists() and _would_change(path, output):
+                    raise OutputError(
+                        f"{path} is read (`{option}`), so nothing is written to {output}: give "
+                        "another --output"
+                    )
         if output.is_dir() and not _is_run(output):
             foreign = sorted(file for name in _WRITTEN for file in output.glob(name))
             if foreign:

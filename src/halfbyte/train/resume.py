@@ -8,6 +8,7 @@ from halfbyte.checkpoint.base_model import BaseSource
 from halfbyte.checkpoint.peft import CONFIG_NAME
 from halfbyte.checkpoint.run_state import RunState, latest_run, load_run
 from halfbyte.config.schema import TrainConfig
+from halfbyte.data import Mixture
 from halfbyte.errors import CheckpointError, ConfigError, OutputError
 from halfbyte.foreign_text import quote
 
@@ -29,7 +30,9 @@ _FREE_TO_CHANGE = {
     "samples",
     "report_to",
     "model",  # the base model's fingerprint is compared instead
-    "data",  # the tokens' digest is compared instead
+    "data",  # the tokens' digest, and the weights, are compared instead
+    "column",
+    "max_samples",
     "revision",
     "cache_quantized",
     "cache_data",
@@ -74,9 +77,14 @@ def resume_from(config: TrainConfig, output: Path, report: "RunReport") -> RunSt
     return None
 
 
-def identity_of_run(config: TrainConfig, source: BaseSource, data: str) -> dict[str, Any]:
+def identity_of_run(
+    config: TrainConfig, source: BaseSource, data: str, mixture: Mixture | None
+) -> dict[str, Any]:
     """Return what must be equal to resume a run: options, base model and ``RunData.identity``."""
-    return {"base": source.fingerprint, "data": data, "options": _options(config)}
+    options = _options(config)
+    # With the numbers of examples of the sources, they determine the order.
+    options["weights"] = mixture and [list(mixture.weights), list(mixture.counts)]
+    return {"base": source.fingerprint, "data": data, "options": options}
 
 
 def _options(config: TrainConfig) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from halfbyte.checkpoint.atomic import new_file, require_writable
 from halfbyte.checkpoint.base_model import BaseSource, LoadedBase, open_base
 from halfbyte.checkpoint.peft import save_adapter
 from halfbyte.checkpoint.run_state import RunState
+from halfbyte.config.data_sources import name_of
 from halfbyte.config.reading import to_yaml
 from halfbyte.config.schema import TrainConfig
 from halfbyte.data import MicroBatch
@@ -195,7 +196,8 @@ class _Run:
 
     def _read_data(self) -> None:
         self.data = RunData(self.config, self.tokenizer, self.source.config, self.report)
-        self.identity = identity_of_run(self.config, self.source, self.data.identity)
+        data = self.data
+        self.identity = identity_of_run(self.config, self.source, data.identity, data.mixture)
         if self.resumed is not None:
             check_same_run(self.resumed, self.identity, self.total)
 
@@ -313,7 +315,7 @@ class _Run:
             start_step=self.start,
             metadata={
                 "model": config.model,
-                "data": config.data,
+                "data": name_of(config.data),
                 "quant": recipe.quant,
                 "device": self.device,
                 "compute_dtype": str(self.dtype).removeprefix("torch."),

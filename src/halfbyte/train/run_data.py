@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from halfbyte.config.data_sources import Data, name_of
 from halfbyte.config.schema import TrainConfig
-from halfbyte.data import Dataset
+from halfbyte.data import Dataset, Mixture
 from halfbyte.data.encoding import EncoderSpec
 from halfbyte.data.loading import OpenedSource, load_rows, open_source
 from halfbyte.data.row_encoder import RowEncoder
 from halfbyte.report.rejected import REJECTED_NAME, write_rejected
-from halfbyte.train.growing_data import GrowingData, LargeData
+from halfbyte.train.growing_data import GrowingData, LargeData, StreamedData
 from halfbyte.train.lazy_steps import LazySteps
 from halfbyte.train.metadata import dataset_report
 from halfbyte.train.plausibility import implausible
@@ -64,7 +65,7 @@ class RunData:
                 report.note(line)
         self.plan: RunSteps | LazySteps
         if self._growing is None:
-            self.plan = RunSteps(self.dataset.examples, config, pad_id)
+            self.plan = RunSteps(self.dataset.examples, config, pad_id, self.dataset.mixture)
         else:
             self.plan = LazySteps(self._growing.rows, self.dataset.examples, config, pad_id)
         for line in implausible(config, self.dataset.lengths, self.plan.total, model_config):
@@ -75,6 +76,9 @@ class RunData:
 
     def _read(self, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         report = self._run_report
+        if config.streaming:
+            self._growing = StreamedData(config, tokenizer, report)
+            return self._growing.sample
         source = _open(config.data, config, report)
         if not source.is_large:
             return _whole(source, tokenizer, config, report)
@@ -92,6 +96,11 @@ class RunData:
             digest.update(np.asarray(example.labels_mask).tobytes())
             digest.update(b"|")
         return digest.hexdigest()
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """The rows or examples, and weights, of the sources; None without weights."""
+        return self.dataset.mixture if self._growing is None else self._growing.mixture
 
     def lines(self, step: int) -> list[list[str]]:
         """Return the lines of the rows of a step (0-based) in the data, by micro-batch.
@@ -154,9 +163,15 @@ class RunData:
             self._growing.close()
 
 
-def _open(data: str, config: TrainConfig, report: "RunReport") -> OpenedSource:
-    with report.task(f"looking for the rows of {data}") as progress:
-        return open_source(data, keep=config.cache_data, progress=progress)
+def _open(data: Data, config: TrainConfig, report: "RunReport") -> OpenedSource:
+    with report.task(f"looking for the rows of {name_of(data)}") as progress:
+        return open_source(
+            data,
+            columns=config.column,
+            max_samples=config.max_samples,
+            keep=config.cache_data,
+            progress=progress,
+        )
 
 
 def _whole(

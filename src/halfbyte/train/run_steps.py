@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from halfbyte.config.schema import TrainConfig
 from halfbyte.data import Example, MicroBatch, steps
-from halfbyte.data.batching import StepPlan
+from halfbyte.data.batching import Mixture, StepPlan
 
 # In a long run, the lengths of this many steps, or of one epoch, determine the shapes of its parts.
 _LOOK_AHEAD = 4096
@@ -22,8 +22,15 @@ class RunSteps:
         total: Steps of the run.
     """
 
-    def __init__(self, examples: Sequence[Example], config: TrainConfig, pad_id: int) -> None:
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        config: TrainConfig,
+        pad_id: int,
+        mixture: Mixture | None = None,
+    ) -> None:
         self._examples, self._config, self._pad_id = examples, config, pad_id
+        self._mixture = mixture
         self._held: tuple[int, StepPlan] | None = None
         self.per_epoch = len(self._epoch(0))
         asked = math.ceil(config.epochs * self.per_epoch)
@@ -56,9 +63,10 @@ class RunSteps:
                 self._examples,
                 batch_size=self._config.batch_size,
                 gradient_accumulation_steps=self._config.gradient_accumulation_steps,
-                seed=self._config.seed,
+                seed=self._config.data_seed,
                 epoch=epoch,
                 pad_id=self._pad_id,
+                mixture=self._mixture,
             )
             self._held = (epoch, plan)
         return self._held[1]
