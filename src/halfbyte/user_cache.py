@@ -97,14 +97,17 @@ def cached_directory(
         with output_errors(temporary):
             make(temporary)
         return CachedDirectory(temporary, f"{error}; {temporary} is used for this run only")
-    try:
-        with new_directory(path) as fresh:
-            make(fresh)
-    except OutputError:
-        if not _hold(path):  # otherwise another process was faster
-            raise
-    else:
-        _hold(path)
+    held = False
+    while not held:  # another process may remove it before it is held
+        try:
+            with new_directory(path) as fresh:
+                make(fresh)
+        except OutputError:
+            held = _hold(path)  # another process was faster
+            if not held:
+                raise
+        else:
+            held = _hold(path)
     trim(kind, limit)
     return CachedDirectory(path)
 
