@@ -13,7 +13,6 @@ about the rows, JSON; the tokens, int32; the masks, one byte for each token.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import mmap
@@ -21,7 +20,6 @@ import os
 import struct
 import zlib
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +35,16 @@ _HEADER = struct.Struct("<8sQQQQQQ")  # magic; bytes of the chunk; rows, example
 _COLUMNS = ("row", "length", "prompt_length", "messages", "checksum")
 _HEAD_READ = 1 << 16  # bytes that are read of a chunk at first: mostly all but tokens and masks
 _MOST_JSON = 1 << 30
+_HEADS = 64  # chunks whose heads are held
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
 
 
 def _padded(size: int) -> int:
     return -(-size // 8) * 8
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,27 +88,30 @@ class ExampleStore:
         Raises:
             OSError: The files cannot be opened.
         """
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         self._count = rows
-        self._chunks = os.open(directory / "chunks.bin", flags, 0o666)
-        self._where = os.open(directory / "where.bin", flags, 0o666)
+        self._lock = os.open(directory / "appending.lock", _FLAGS, 0o666)
         self.appends = True
         try:
-            fcntl.flock(self._chunks, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:  # another process has it, or there are no locks
             self.appends = False
-        if self.appends and os.fstat(self._where).st_size != 8 * rows:
-            os.ftruncate(self._chunks, 0)
-            os.ftruncate(self._where, 0)
+        chunks, where = directory / "chunks.bin", directory / "where.bin"
+        if self.appends and _size(where) != 8 * rows:
+            # Not emptied, since another process may have it in its memory.
+            chunks.unlink(missing_ok=True)
+            where.unlink(missing_ok=True)
+        self._chunks = os.open(chunks, _FLAGS, 0o666)
+        self._where = os.open(where, _FLAGS, 0o666)
+        if self.appends:
             os.ftruncate(self._where, 8 * rows)
         self.size = _padded(os.fstat(self._chunks).st_size)
-        self._head = lru_cache(maxsize=64)(self._read_head)
+        self._heads: dict[int, _Head] = {}
         self._map: mmap.mmap | None = None
 
     def close(self) -> None:
         """Close the files; arrays that were mapped stay."""
-        os.close(self._chunks)
-        os.close(self._where)
+        for descriptor in (self._chunks, self._where, self._lock):
+            os.close(descriptor)
 
     def stop_appending(self) -> None:
         """Append nothing from now on."""
@@ -213,8 +220,15 @@ class ExampleStore:
         if not 0 <= row < self._count:
             return None
         raw = os.pread(self._where, 8, 8 * row)
-        at = int.from_bytes(raw, "little")
-        return self._head(at - 1) if len(raw) == 8 and at > 0 else None
+        start = int.from_bytes(raw, "little") - 1
+        if len(raw) < 8 or start < 0:
+            return None
+        head = self._heads.get(start) or self._read_head(start)
+        if head is not None:
+            self._heads[start] = head
+            if len(self._heads) > _HEADS:
+                del self._heads[next(iter(self._heads))]
+        return head
 
     def _read_head(self, start: int) -> _Head | None:
         """Read a chunk without tokens and masks; None if there is not a whole one."""
