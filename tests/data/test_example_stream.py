@@ -22,6 +22,7 @@ from tests.data.chats import tokenizer_of
 from tests.data.test_row_encoder import home, talk  # noqa: F401
 
 COUNT = 70
+BEGINNING = Position()
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +48,7 @@ def source(tmp_path):
 SPEC = EncoderSpec(tokenizer_of("qwen3"), ("messages",), 512)
 
 
-def stream(source, encoder, position=Position(), report=None):
+def stream(source, encoder, position=BEGINNING, report=None):
     report = report or EncodingReport("a", SPEC)
     order = shuffled(len(source.table), 3)
     rows = rows_from(source.table, encoder, order, position.rows, report)
@@ -138,11 +139,11 @@ def test_a_stream_is_shuffled_within_its_buffer_and_goes_on_where_it_was(source)
             examples = ExampleStream(encoded, position, COUNT)
             return [(flat(examples.take(count)), examples.position) for count in counts]
 
-    steps = taken(Position(), [4] * 25)
+    steps = taken(BEGINNING, [4] * 25)
     lines = [int(line) for step, _ in steps for line, *_ in step]
     assert sorted(set(lines)) == [at + 1 for at in range(COUNT) if at % 9 != 3]
     assert lines != sorted(lines)
     for at, (_, position) in enumerate(steps):
         assert taken(position, [4] * 2) == (steps + [([], steps[-1][1])] * 2)[at + 1 : at + 3]
-    assert taken(Position(), [4] * 25) == steps != taken(Position(), [4] * 25, seed=2)
+    assert taken(BEGINNING, [4] * 25) == steps != taken(BEGINNING, [4] * 25, seed=2)
     assert steps[-1][0] == []

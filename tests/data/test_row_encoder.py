@@ -1,4 +1,4 @@
-"""Rows encoded in chunks: by several processes, from the cache or not, the examples are the same."""
+"""Rows encoded in chunks: by several processes, or from the cache, they are the same examples."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ from halfbyte.data.row_encoder import RowEncoder, chunks_of
 from tests.data.chats import tokenizer_of
 from tests.tiny import tiny_tokenizer
 
-WORDS = "The quick brown fox jumps over the lazy dog".split()
+WORDS = ["The", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
 
 
 def talk(at):

@@ -13,7 +13,18 @@ from halfbyte.data.row_index import read_span, row_index
 from halfbyte.errors import DataError
 from halfbyte.input_files import open_file
 
-PIECES = [b"\n", b"\r\n", b" ", b"\t", b"\x0b", b"\xef\xbb\xbf", b'{"a": 1}', b"x" * 30, b"\xff", b""]
+PIECES = [
+    b"\n",
+    b"\r\n",
+    b" ",
+    b"\t",
+    b"\x0b",
+    b"\xef\xbb\xbf",
+    b'{"a": 1}',
+    b"x" * 30,
+    b"\xff",
+    b"",
+]
 
 
 @pytest.fixture(autouse=True)

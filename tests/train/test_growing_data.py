@@ -142,7 +142,7 @@ def test_a_checkpoint_that_does_not_say_where_the_data_was(model, data, tmp_path
 
 def test_data_whose_first_rows_are_useless_is_refused(model, data, tmp_path):
     data.write_text('{"messages": []}\n' * 40)
-    with pytest.raises(DataError, match="none of the 16 rows .*is usable"):
+    with pytest.raises(DataError, match=r"none of the 16 rows .*is usable"):
         run(planned(model, data, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

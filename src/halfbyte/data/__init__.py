@@ -113,9 +113,9 @@ def conversations(source: Data, columns: Mapping[str, str] | None = None) -> lis
     if not found:
         counts = dict(formats.most_common())
         raise DataError(nothing_usable(opened.name, len(opened.table), counts, rejections))
-    if "text" in formats:
+    if plain := formats["text"]:
         raise DataError(
-            f"{opened.name} has plain text in {formats['text']:,} of its {len(opened.table):,} rows: "
+            f"{opened.name} has plain text in {plain:,} of its {len(opened.table):,} rows: "
             "expected conversations with replies."
         )
     return found

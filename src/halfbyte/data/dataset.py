@@ -22,6 +22,7 @@ from halfbyte.data.row_table import RowTable
 from halfbyte.data.templates import Example
 
 _READ_TOGETHER = 256  # rows, when all are gone through
+_NONE = np.empty(0, dtype=np.int32)
 
 
 class Examples(Sequence[Example]):
@@ -42,10 +43,10 @@ class Examples(Sequence[Example]):
             chunk.append(np.full(len(one.lengths), len(self._chunks), dtype=np.int32))
             starts.append(np.cumsum(one.lengths, dtype=np.int64) - one.lengths)
             self._chunks.append((one.tokens, one.mask))
-        self.lengths: NDArray[np.int32] = _joined(lengths, np.int32)
-        self.prompt_lengths: NDArray[np.int32] = _joined(prompts, np.int32)
-        self._chunk: NDArray[np.int32] = _joined(chunk, np.int32)
-        self._start: NDArray[np.int64] = _joined(starts, np.int64)
+        self.lengths: NDArray[np.int32] = np.concatenate([_NONE, *lengths])
+        self.prompt_lengths: NDArray[np.int32] = np.concatenate([_NONE, *prompts])
+        self._chunk: NDArray[np.int32] = np.concatenate([_NONE, *chunk])
+        self._start: NDArray[np.int64] = np.concatenate([_NONE.astype(np.int64), *starts])
 
     def select(self, indices: NDArray[np.int64]) -> Examples:
         """Return the examples with these indices."""
@@ -191,7 +192,7 @@ class Dataset:
         return [self.rows[index].line for index in indices]
 
     def prompts(self, longest: int) -> list[int]:
-        """Return which of the `cases` have a prompt of at most so many tokens, and no plain text."""
+        """Return which of the `cases` have a prompt, of at most so many tokens."""
         last = np.asarray(self.last_of_row, dtype=np.int64)
         if isinstance(self.examples, Examples) and isinstance(self.rows, Conversations):
             fits = self.examples.prompt_lengths[last] <= longest
@@ -207,7 +208,3 @@ class Dataset:
 def last_of_row(row: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the index of the last of each run of equal rows."""
     return np.flatnonzero(np.diff(row, append=-1) != 0)
-
-
-def _joined(arrays: Sequence[NDArray[np.generic]], kind: type) -> NDArray[np.generic]:  # type: ignore[type-arg]
-    return np.concatenate([np.empty(0, dtype=kind), *arrays])

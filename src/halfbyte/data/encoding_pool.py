@@ -30,7 +30,7 @@ from typing import IO, Self
 
 from halfbyte.data.encoding import EncodedChunk, EncoderSpec, encode_chunk
 from halfbyte.data.row_files import Row
-from halfbyte.errors import DataError, HalfbyteError
+from halfbyte.errors import DataError, EncodingError, HalfbyteError
 
 Rows = Sequence[Row] | Callable[[], Iterable[Row]]
 """The rows of a chunk, or what reads them in the process that encodes them; it is pickled."""
@@ -77,7 +77,7 @@ class EncodingPool:
         Raises:
             DataError: A chunk cannot be read, the chat template is not valid, or the tokenizer
                 cannot be used for it.
-            HalfbyteError: A process ended before its work was done.
+            EncodingError: A process ended before its work was done.
         """
         if not self._processes:
             yield from (encode_chunk(self._spec, _rows_of(chunk)) for chunk in chunks)
@@ -153,7 +153,7 @@ class _Process:
             self._stdin.flush()
             answer = pickle.load(self._stdout)
         except (BrokenPipeError, EOFError, pickle.UnpicklingError) as error:
-            raise HalfbyteError(self._ended()) from error
+            raise EncodingError(self._ended()) from error
         if isinstance(answer, EncodedChunk):
             return answer
         if isinstance(answer, HalfbyteError):

@@ -282,9 +282,9 @@ def _as_bytes(rows: NDArray[np.int64], chunk: EncodedChunk) -> list[bytes]:
     table[:, 3] = chunk.messages
     start = 0
     for at, length in enumerate(chunk.lengths.tolist()):
-        part = slice(start, start + length)
-        table[at, 4] = _checksum(tokens[part].data, mask[part].data)
-        start += length
+        stop = start + length
+        table[at, 4] = _checksum(tokens[start:stop].data, mask[start:stop].data)
+        start = stop
     said = {
         "unread": chunk.unread,
         "rejected": chunk.rejected,
@@ -307,7 +307,5 @@ def _as_bytes(rows: NDArray[np.int64], chunk: EncodedChunk) -> list[bytes]:
     for part in padded[:3]:
         checksum = zlib.crc32(part, checksum)
     counts = len(rows), len(chunk.lengths), len(tokens), len(written)
-    header = _HEADER.pack(
-        _MAGIC, _HEADER.size + sum(map(len, padded)), *counts, checksum
-    )
+    header = _HEADER.pack(_MAGIC, _HEADER.size + sum(map(len, padded)), *counts, checksum)
     return [header, *padded]

@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +22,6 @@ from halfbyte.data.dataset_report import Rejection, by_reason, describe_rejected
 from halfbyte.data.encoding import EncodedChunk, EncoderSpec, EncodingReport
 from halfbyte.data.formats import preferred_formats
 from halfbyte.data.row_encoder import RowEncoder, chunks_of
-from halfbyte.data.row_files import RowFile
 from halfbyte.data.row_table import RowTable
 from halfbyte.data.sources import open_sources
 from halfbyte.errors import DataError
@@ -200,4 +198,3 @@ def nothing_usable(
     listed = "".join(f"\n  {line}" for line in describe_rejected(by_reason(rejections)))
     read_as = f" (read as {in_words(formats)})" if formats else ""
     return f"{source}: none of the {rows:,} rows{read_as} is usable.{listed}"
-

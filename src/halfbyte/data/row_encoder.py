@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from datetime import date
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -91,18 +92,17 @@ class RowEncoder:
         self.key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
         self.store: ExampleStore | None = None
         self.held: dict[bytes, EncodedChunk] = {}
-        self.directory = None
+        self.directory: Path | None = None
         if keep and spec.tokenizer.is_fast:
             self._open_store(made_from)
 
     def _open_store(self, made_from: dict[str, Any]) -> None:
         try:
-            kept = cached_directory(
-                _KIND,
-                self.key[:32],
-                lambda new: (new / _CARD).write_text(json.dumps(made_from)) and None,
-                limit=CACHE_LIMIT,
-            )
+
+            def make(new: Path) -> None:
+                (new / _CARD).write_text(json.dumps(made_from))
+
+            kept = cached_directory(_KIND, self.key[:32], make, limit=CACHE_LIMIT)
             if kept.note is not None:  # only a temporary directory could be had
                 logger.warning("encoded data is not kept: %s", kept.note.partition(";")[0])
                 return
@@ -125,7 +125,7 @@ class RowEncoder:
 
         Raises:
             DataError: The data cannot be read, or not be encoded with this tokenizer.
-            HalfbyteError: A process ended before its work was done.
+            EncodingError: A process ended before its work was done.
         """
         waiting: deque[tuple[NDArray[np.int64], EncodedChunk | Future[EncodedChunk]]] = deque()
         ahead = 2 * self._processes
@@ -141,23 +141,25 @@ class RowEncoder:
         """Yield chunks that have been encoded, mapped from the cache into memory as far as kept.
 
         Raises:
-            DataError, HalfbyteError: As `encode`, of those that are not kept.
+            DataError, EncodingError: As `encode`, of those that are not kept.
         """
         for rows in chunks:
-            found = self.store and self.store.mapped_chunk(rows, self._table.lines(rows))
+            found = None
+            if self.store is not None:
+                found = self.store.mapped_chunk(rows, self._table.lines(rows))
             yield found or next(self.encode([rows]))
 
     def _kept(self, rows: NDArray[np.int64]) -> EncodedChunk | None:
         if (held := self.held.get(rows.tobytes())) is not None:
             return held
-        return self.store and self.store.chunk(rows, self._table.lines(rows))
+        return None if self.store is None else self.store.chunk(rows, self._table.lines(rows))
 
     def _collected(self, rows: NDArray[np.int64]) -> EncodedChunk | None:
         """Return rows that are in any chunks of the cache as a chunk; None if one is in none."""
         examples: list[Example] = []
         row: list[int] = []
         for at, number in enumerate(rows.tolist()):
-            found = self.store and self.store.examples(number)
+            found = None if self.store is None else self.store.examples(number)
             if found is None:
                 return None
             examples += found

@@ -254,7 +254,7 @@ def _block(descriptor: int, start: int, stop: int) -> _Block:
     """Look at the lines that start in a block; the line before it ends at a line feed there."""
     before = min(start, 1)
     raw = _buffer()[: stop - start + before]
-    view, done = memoryview(raw), 0
+    view, done = raw.data, 0
     while done < len(raw):
         count = os.preadv(descriptor, [view[done:]], start - before + done)
         if not count:
@@ -281,7 +281,7 @@ def _are_blank(
     descriptor: int, raw: NDArray[np.uint8], starts: NDArray[np.int64], base: int
 ) -> NDArray[np.bool_]:
     """Return which of the lines that start with white space have nothing else."""
-    blank = raw[starts] == 10
+    blank: NDArray[np.bool_] = raw[starts] == 10
     for at in np.flatnonzero(~blank).tolist():
         blank[at] = _is_blank(descriptor, base + int(starts[at]))
     return blank
@@ -296,5 +296,3 @@ def _is_blank(descriptor: int, start: int) -> bool:
             return True
         start += len(part)
     return True
-
-

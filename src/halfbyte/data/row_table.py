@@ -158,9 +158,7 @@ class RowTable:
         return [file.numbers() for file in self.files]
 
 
-def _indexed(
-    file: RowFile, keep: bool, progress: Callable[[int, int], None] | None
-) -> RowIndex:
+def _indexed(file: RowFile, keep: bool, progress: Callable[[int, int], None] | None) -> RowIndex:
     try:
         return row_index(file.path, keep=keep, progress=progress)
     except OSError as error:

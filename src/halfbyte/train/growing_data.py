@@ -221,9 +221,7 @@ class StreamedData(GrowingData):
         self.identity = hashlib.sha256(f"stream {table.digest}".encode()).hexdigest()
 
     def _rows(self, start: int, report: EncodingReport) -> Iterator[EncodedRow]:
-        return stream_from(
-            self._stream, self._pool, self._seed, start, report, buffer=BUFFER_ROWS
-        )
+        return stream_from(self._stream, self._pool, self._seed, start, report, buffer=BUFFER_ROWS)
 
 
 def _sample_of(table: RowTable, rows: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -76,9 +76,7 @@ class LazySteps:
         for known in (self._lines, self._ends):
             for old in [number for number in known if number < step - _KEPT]:
                 del known[old]
-        return [
-            collate([one.example for one in batch], pad_id=self._pad_id) for batch in batches
-        ]
+        return [collate([one.example for one in batch], pad_id=self._pad_id) for batch in batches]
 
     def lines(self, step: int) -> list[list[str]]:
         """Return the lines of a step's examples, by micro-batch, of one of the last steps."""

@@ -39,7 +39,7 @@ from halfbyte.engine.memory_policy import (
     used_memory,
 )
 from halfbyte.engine.packing import Batch
-from halfbyte.errors import DataError, Interrupted, OutOfMemoryError, RunStopped
+from halfbyte.errors import DataError, EncodingError, Interrupted, OutOfMemoryError, RunStopped
 from halfbyte.layers.vocabulary import embedding_to_host
 from halfbyte.linear.lora import (
     adapter_parameters,
@@ -385,7 +385,7 @@ class _Run:
                     self.finished,
                     stopped=lambda: stop.requested,
                 )
-            except (OutOfMemoryError, DataError):
+            except (OutOfMemoryError, DataError, EncodingError):
                 self.report_engine()
                 if not trainer.updating:
                     self._save_made()

@@ -52,9 +52,8 @@ class RunData:
         Raises:
             DataError: There is no data, or no usable row.
         """
-        self._run_report = report
-        self._growing: GrowingData | None = None
-        self.dataset, pad_id = self._read(config, tokenizer), tokenizer.pad_token_id or 0
+        self._run_report, pad_id = report, tokenizer.pad_token_id or 0
+        self.dataset, self._growing = self._read(config, tokenizer)
         for line in self.dataset.report.lines():
             report.note(line)
         self.held_out: Dataset | None = None
@@ -74,16 +73,19 @@ class RunData:
         self.shapes = [[(len(batch), batch[0]) for batch in step] for step in lengths]
         self.lengths = [[n for batch in step for n in batch] for step in lengths]
 
-    def _read(self, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    def _read(
+        self, config: TrainConfig, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[Dataset, GrowingData | None]:
         report = self._run_report
+        growing: GrowingData
         if config.streaming:
-            self._growing = StreamedData(config, tokenizer, report)
-            return self._growing.sample
-        source = _open(config.data, config, report)
-        if not source.is_large:
-            return _whole(source, tokenizer, config, report)
-        self._growing = LargeData(source, config, tokenizer, report)
-        return self._growing.sample
+            growing = StreamedData(config, tokenizer, report)
+        else:
+            source = _open(config.data, config, report)
+            if not source.is_large:
+                return _whole(source, tokenizer, config, report), None
+            growing = LargeData(source, config, tokenizer, report)
+        return growing.sample, growing
 
     @property
     def identity(self) -> str:
