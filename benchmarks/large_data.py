@@ -132,7 +132,7 @@ def start(model: Path, data: Path, output: Path, cache: Path) -> dict[str, Any]:
         "of_it_main_process": peak[1],
         "other_processes": peak[2],
         "seconds": round(time.perf_counter() - began, 2),
-        "lines": lines,
+        "lines": [(seconds, line.replace(str(data.parent), "")) for seconds, line in lines],
     }
 
 

@@ -10,7 +10,6 @@ from halfbyte.checkpoint.run_state import latest_run
 from halfbyte.data.row_encoder import RowEncoder
 from halfbyte.errors import CheckpointError, ConfigError, DataError
 from halfbyte.report import open_report
-from halfbyte.train.growing_data import GrowingData
 from halfbyte.train.run_data import RunData
 from tests.data.test_row_encoder import talk
 from tests.tiny import tiny_llama, tiny_tokenizer, write_tiny_model
@@ -168,7 +167,10 @@ def test_what_is_planned_for_includes_the_longest_example_that_may_come(model, d
 
 def test_closing_ends_what_was_opened(model, data, tmp_path, monkeypatch):
     closed = []
-    close = GrowingData.close
-    monkeypatch.setattr(GrowingData, "close", lambda self: closed.append(self) or close(self))
+    close = RowEncoder.close
+    monkeypatch.setattr(RowEncoder, "close", lambda self: closed.append(self) or close(self))
     break_off(planned(model, data, tmp_path / "run"), 2)
     assert len(closed) == 1
+    with pytest.raises(DataError, match="There is no data file"):
+        run(planned(model, data, tmp_path / "other", eval_data="missing.jsonl"))
+    assert len(closed) == 2

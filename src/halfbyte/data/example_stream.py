@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ from halfbyte.data.row_table import RowTable
 from halfbyte.data.templates import Example
 from halfbyte.errors import DataError
 
-Order = Callable[[int], NDArray[np.int64]]
+Order = Callable[[int], NDArray[np.unsignedinteger[Any]]]
 """The rows of an epoch, in the order in which they are taken."""
 
 
@@ -102,11 +103,20 @@ class ExampleStream:
 
 
 def shuffled(rows: int, seed: int, mixture: Mixture | None = None) -> Order:
-    """Return an order in which every epoch has all rows once, or sources by their weights."""
+    """Return an order in which every epoch has all rows once, or sources by their weights.
 
-    def order(epoch: int) -> NDArray[np.int64]:
+    That of the last epoch that was asked for is held.
+    """
+    kind = np.uint32 if rows <= 1 << 32 else np.uint64
+
+    @lru_cache(maxsize=1)
+    def order(epoch: int) -> NDArray[np.unsignedinteger[Any]]:
         generator = np.random.Generator(np.random.PCG64([seed, epoch]))
-        return generator.permutation(rows) if mixture is None else mixture.order(generator)
+        if mixture is not None:
+            return mixture.order(generator).astype(kind)
+        found = np.arange(rows, dtype=kind)
+        generator.shuffle(found)
+        return found
 
     return order
 
@@ -133,13 +143,13 @@ def rows_from(
         rows, places = order(epoch), deque[range]()
 
         def chunks(
-            rows: NDArray[np.int64] = rows,
+            rows: NDArray[np.unsignedinteger[Any]] = rows,
             places: deque[range] = places,
             skipped: int = skipped,
         ) -> Iterator[NDArray[np.int64]]:
             for place in _places(table, rows, skipped):
                 places.append(place)
-                yield rows[place.start : place.stop]
+                yield rows[place.start : place.stop].astype(np.int64)
 
         for chunk in encoder.encode(chunks(), again=epoch > 0):
             place = places.popleft()
@@ -149,11 +159,13 @@ def rows_from(
         epoch, skipped = epoch + 1, 0
 
 
-def _places(table: RowTable, rows: NDArray[np.int64], skipped: int) -> Iterator[range]:
+def _places(
+    table: RowTable, rows: NDArray[np.unsignedinteger[Any]], skipped: int
+) -> Iterator[range]:
     """Yield where in an epoch the chunks are, without those that end before a row."""
     for group in range(skipped // CHUNK_ROWS * CHUNK_ROWS, len(rows), CHUNK_ROWS):
         at = group
-        for chunk in chunks_of(table, rows[group : group + CHUNK_ROWS]):
+        for chunk in chunks_of(table, rows[group : group + CHUNK_ROWS].astype(np.int64)):
             if at + len(chunk) > skipped:
                 yield range(at, at + len(chunk))
             at += len(chunk)

@@ -59,10 +59,11 @@ class OpenedSource:
     names: Sequence[str] = ()
     weights: Sequence[float] | None = None
 
-    def mixture(self, rows: NDArray[np.int64]) -> Mixture | None:
-        """Return how examples of these rows, or the rows, are mixed; None without weights."""
+    def mixture(self, rows: NDArray[np.int64] | None = None) -> Mixture | None:
+        """Return how examples of these rows, or all rows, are mixed; None without weights."""
         if self.weights is None:
             return None
+        rows = np.arange(len(self.table)) if rows is None else rows
         counts = np.bincount(self.table.sources(rows), minlength=len(self.names))
         return Mixture.of(self.names, counts.tolist(), self.weights)
 

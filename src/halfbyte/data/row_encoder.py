@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from datetime import date
 from pathlib import Path
@@ -43,7 +44,9 @@ CACHE_LIMIT = 64 * 10**9
 _FORMAT = 1  # incremented when rows are encoded otherwise, or kept otherwise
 _LARGE = 10**9  # bytes from which the user is told what is kept
 _TRIM_EVERY = 1 << 28  # bytes
+_LOOK_EVERY = 1.0  # seconds
 _KIND = "encoded"
+_VERSIONS = {"format", "versions"}
 _CARD = "made_from.json"
 
 logger = logging.getLogger("halfbyte")
@@ -69,6 +72,7 @@ class RowEncoder:
 
     Attributes:
         key: What the encoded rows depend on, as a digest.
+        identity: The same without versions: what has to be equal for the same rows and tokens.
         store: What is kept of them in the cache, or None.
         held: Chunks that are needed again soon, by the bytes of the numbers of their rows.
     """
@@ -89,9 +93,11 @@ class RowEncoder:
         self._processes = 0 if in_process or not spec.tokenizer.is_fast else cores()
         self._pool: EncodingPool | None = None
         made_from = _made_from(table, spec)
-        self.key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+        self.key = _digest(made_from)
+        self.identity = _digest({name: made_from[name] for name in made_from.keys() - _VERSIONS})
         self.store: ExampleStore | None = None
         self.held: dict[bytes, EncodedChunk] = {}
+        self._looked = 0.0  # when it was looked whether the data has changed
         self.directory: Path | None = None
         if keep and spec.tokenizer.is_fast:
             self._open_store(made_from)
@@ -200,7 +206,9 @@ class RowEncoder:
         if isinstance(found, EncodedChunk):
             return found
         chunk = found.result()
-        self._table.require_unchanged()
+        if (now := time.monotonic()) - self._looked > _LOOK_EVERY:
+            self._table.require_unchanged()
+            self._looked = now
         if keep:
             self._keep(rows, chunk)
         return chunk
@@ -251,6 +259,10 @@ def _done(chunk: EncodedChunk) -> Future[EncodedChunk]:
     future: Future[EncodedChunk] = Future()
     future.set_result(chunk)
     return future
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _made_from(table: RowTable, spec: EncoderSpec) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class RowJob:
     """Rows that are to be read, in any process; calling it yields them.
 
     Attributes:
-        files: The files of the source.
+        files: The files that they are of.
         file: int32 [rows], the file of each row.
         spans: int64 [rows, 2], where in it the row starts and stops, in bytes.
         numbers: int64 [rows], the number in the original of the row's line.
@@ -123,7 +123,9 @@ class RowTable:
             lines = index.line_numbers(own)
             original = self._numbers[at]
             numbers[chosen] = lines if original is None else original[lines - 1]
-        return RowJob(self.files, file, spans, numbers)
+        used, places = np.unique(file, return_inverse=True)
+        files = tuple(self.files[at] for at in used.tolist())
+        return RowJob(files, places.astype(np.int32), spans, numbers)
 
     def read(self, rows: NDArray[np.int64]) -> Iterator[Row]:
         """Yield rows.
@@ -140,7 +142,7 @@ class RowTable:
         """Return the lines of rows, as messages name them."""
         job = self.job(rows)
         return [
-            f"{self.files[file].name}:{number}" if self.files[file].named else str(number)
+            f"{job.files[file].name}:{number}" if job.files[file].named else str(number)
             for file, number in zip(job.file.tolist(), job.numbers.tolist(), strict=True)
         ]
 

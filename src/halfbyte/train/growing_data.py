@@ -69,7 +69,6 @@ class GrowingData(ABC):
     _spec: EncoderSpec
 
     def __init__(self) -> None:
-        self._open = ExitStack()
         self._report: EncodingReport | None = None
         self._rejected: RejectedFile | None = None
 
@@ -124,10 +123,6 @@ class GrowingData(ABC):
         """Whether rows have been rejected so far."""
         return self._rejected is not None and self._rejected.size > 0
 
-    def close(self) -> None:
-        """End the processes that encode, and remove temporary files."""
-        self._open.close()
-
 
 class LargeData(GrowingData):
     """A source whose rows are on disk, too large to be encoded before the first step."""
@@ -138,8 +133,9 @@ class LargeData(GrowingData):
         config: TrainConfig,
         tokenizer: PreTrainedTokenizerBase,
         report: RunReport,
+        stack: ExitStack,
     ) -> None:
-        """Encode the sample.
+        """Encode the sample; ``stack`` closes what is opened.
 
         Raises:
             DataError: None of its rows is usable.
@@ -150,10 +146,10 @@ class LargeData(GrowingData):
         places = np.unique(np.linspace(0, len(table) - 1, _FORMAT_ROWS).astype(np.int64))
         preferred = source.preferred(places)
         self._spec = EncoderSpec(tokenizer, preferred, config.max_length, config.train_on)
-        self._encoder = self._open.enter_context(
+        self._encoder = stack.enter_context(
             RowEncoder(table, self._spec, keep=source.keep, in_process=source.is_small)
         )
-        self.mixture = source.mixture(np.arange(len(table)))
+        self.mixture = source.mixture()
         self._order = shuffled(len(table), config.data_seed, self.mixture)
         kept = "not kept (--no-cache-data)"
         if self._encoder.directory is not None:
@@ -173,7 +169,7 @@ class LargeData(GrowingData):
                 hold=True,
                 progress=progress,
             )
-        self.identity = self._encoder.key
+        self.identity = self._encoder.identity
 
     def _rows(self, start: int, report: EncodingReport) -> Iterator[EncodedRow]:
         return rows_from(self._table, self._encoder, self._order, start, report)
@@ -187,14 +183,15 @@ class StreamedData(GrowingData):
         config: TrainConfig,
         tokenizer: PreTrainedTokenizerBase,
         report: RunReport,
+        stack: ExitStack,
     ) -> None:
-        """Read the first rows, and encode them.
+        """Read the first rows, and encode them; ``stack`` closes what is opened.
 
         Raises:
             DataError: None of them is usable.
         """
         super().__init__()
-        name = name_of(config.data)
+        name = "standard input" if config.data == ("-",) else name_of(config.data)
         self._name, self.rows, self._seed = name, None, config.data_seed
         sources = open_sources(
             config.data, columns=config.column, max_samples=config.max_samples, streaming=True
@@ -205,7 +202,7 @@ class StreamedData(GrowingData):
             if not head:
                 raise DataError(f"{name} is empty: expected rows, one JSON object per line.")
             self._stream = chain(head, rows)
-            directory = Path(self._open.enter_context(tempfile.TemporaryDirectory()))
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             table = RowTable([_spooled(head, name, directory)], keep=False)
             source = OpenedSource(name, table, (), keep=False)
             preferred = source.preferred()
@@ -216,19 +213,19 @@ class StreamedData(GrowingData):
             f"within {BUFFER_ROWS:,} rows; what is said now is of its first {len(head):,} rows"
         )
         small = len(head) < SAMPLE_ROWS
-        self._pool = EncodingPool(self._spec, 0 if small or not tokenizer.is_fast else None)
-        self._open.enter_context(self._pool)
+        processes = 0 if small or not tokenizer.is_fast else None
+        self._pool = stack.enter_context(EncodingPool(self._spec, processes))
         self.identity = hashlib.sha256(f"stream {table.digest}".encode()).hexdigest()
 
     def _rows(self, start: int, report: EncodingReport) -> Iterator[EncodedRow]:
         return stream_from(self._stream, self._pool, self._seed, start, report, buffer=BUFFER_ROWS)
 
 
-def _sample_of(table: RowTable, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+def _sample_of(table: RowTable, rows: NDArray[np.unsignedinteger[Any]]) -> NDArray[np.int64]:
     """Return the first rows of an order, whole chunks of them, within the limits of a sample."""
     found: list[NDArray[np.int64]] = []
     size = 0
-    for chunk in chunks_of(table, rows[:SAMPLE_ROWS]):
+    for chunk in chunks_of(table, rows[:SAMPLE_ROWS].astype(np.int64)):
         found.append(chunk)
         size += table.job(chunk).bytes
         if size >= SAMPLE_BYTES:

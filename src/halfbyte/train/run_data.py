@@ -6,6 +6,7 @@ rest while it is trained on (`growing_data`).
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +53,20 @@ class RunData:
         Raises:
             DataError: There is no data, or no usable row.
         """
-        self._run_report, pad_id = report, tokenizer.pad_token_id or 0
-        self.dataset, self._growing = self._read(config, tokenizer)
+        self._run_report = report
+        with ExitStack() as stack:
+            self._prepare(config, tokenizer, model_config, stack)
+            self._open = stack.pop_all()
+
+    def _prepare(
+        self,
+        config: TrainConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        model_config: PretrainedConfig,
+        stack: ExitStack,
+    ) -> None:
+        report, pad_id = self._run_report, tokenizer.pad_token_id or 0
+        self.dataset, self._growing = self._read(config, tokenizer, stack)
         for line in self.dataset.report.lines():
             report.note(line)
         self.held_out: Dataset | None = None
@@ -74,17 +87,17 @@ class RunData:
         self.lengths = [[n for batch in step for n in batch] for step in lengths]
 
     def _read(
-        self, config: TrainConfig, tokenizer: PreTrainedTokenizerBase
+        self, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, stack: ExitStack
     ) -> tuple[Dataset, GrowingData | None]:
         report = self._run_report
         growing: GrowingData
         if config.streaming:
-            growing = StreamedData(config, tokenizer, report)
+            growing = StreamedData(config, tokenizer, report, stack)
         else:
             source = _open(config.data, config, report)
             if not source.is_large:
                 return _whole(source, tokenizer, config, report), None
-            growing = LargeData(source, config, tokenizer, report)
+            growing = LargeData(source, config, tokenizer, report, stack)
         return growing.sample, growing
 
     @property
@@ -160,9 +173,8 @@ class RunData:
             report.note(f"every row left out, with its line and the reason: {path}")
 
     def close(self) -> None:
-        """End the processes that encode data."""
-        if self._growing is not None:
-            self._growing.close()
+        """End the processes that encode data, and remove temporary files."""
+        self._open.close()
 
 
 def _open(data: Data, config: TrainConfig, report: "RunReport") -> OpenedSource:
