@@ -251,7 +251,7 @@ def _is_byte_level(tokenizer: Tokenizer) -> bool:
 def _keeps_text(step: dict[str, Any]) -> bool:
     """Whether a pre-tokenizer only divides."""
     divides = step["type"] in ("Split", "Punctuation") and step["behavior"] != "Removed"
-    return divides or step["type"] == "Digits"
+    return bool(divides or step["type"] == "Digits")
 
 
 def _steps(component: Any, key: str) -> list[dict[str, Any]]:
