@@ -134,6 +134,7 @@ def _fail(error: Exception) -> NoReturn:
 
 @cache
 def transformers_environment() -> Environment:
+    """Return the environment in which transformers renders chat templates."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     environment: Environment = _compile_jinja_template("").environment
@@ -144,11 +145,13 @@ class LimitedCompiler(CodeGenerator):
     """Compiles templates to Python code that counts its steps."""
 
     def blockvisit(self, block: Iterable[nodes.Node], frame: Frame) -> None:
+        """Write statements, and that they cost steps."""
         statements = list(block)
         self.writeline(f"environment.spend({1 + _steps(statements)})")
         super().blockvisit(statements, frame)
 
     def visit_For(self, node: nodes.For, frame: Frame) -> None:
+        """Write a loop."""
         if node.test is not None:  # `for … if test` evaluates it outside the loop's body
             spend = nodes.EnvironmentAttribute("spend")
             count = nodes.Call(spend, [nodes.Const(_steps([node.test]))], [], None, None)
@@ -157,10 +160,12 @@ class LimitedCompiler(CodeGenerator):
 
     @optimizeconst
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+        """Write ``a ~ b``."""
         self._call("concatenated", node.nodes, frame)
 
     @optimizeconst
     def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:
+        """Write a comparison."""
         operands = [node.expr, *(operand.expr for operand in node.ops)]
         constant = [_is_constant(operand, frame) for operand in operands]
         # Comparing with a constant takes no time, looking for it in something does.
@@ -176,6 +181,7 @@ class LimitedCompiler(CodeGenerator):
         self.write(")")
 
     def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:
+        """Write a tuple."""
         if node.ctx != "load":
             super().visit_Tuple(node, frame)
             return
@@ -185,6 +191,7 @@ class LimitedCompiler(CodeGenerator):
 
     @optimizeconst
     def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:
+        """Write ``a[b]``."""
         if isinstance(node.arg, nodes.Slice):
             self._call("sliced", [node.node], frame)
             self.write("[")

@@ -351,15 +351,19 @@ class Symbol(SymbolicText):
     # What templates do with texts, as methods of `str`
 
     def strip(self, characters: str | None = None) -> Symbol:
+        """Return it without characters at both ends."""
         return self.recorder.compute(str.strip, self, _plain(characters))
 
     def lstrip(self, characters: str | None = None) -> Symbol:
+        """Return it without characters at its beginning."""
         return self.recorder.compute(str.lstrip, self, _plain(characters))
 
     def rstrip(self, characters: str | None = None) -> Symbol:
+        """Return it without characters at its end."""
         return self.recorder.compute(str.rstrip, self, _plain(characters))
 
     def split(self, separator: str | None = None, most: int = -1) -> list[Symbol]:
+        """Return its parts between separators."""
         how = _plain(separator), _plain(most)
         count = self.recorder.ask(_count_pieces, self, *how)
         if count > _MOST_PIECES:
@@ -367,9 +371,11 @@ class Symbol(SymbolicText):
         return [self.recorder.compute(_piece, self, *how, at) for at in range(count)]
 
     def startswith(self, prefix: str | tuple[str, ...]) -> bool:
+        """Return whether it begins so."""
         return bool(self.recorder.ask(str.startswith, self, _plain(prefix)))
 
     def endswith(self, suffix: str | tuple[str, ...]) -> bool:
+        """Return whether it ends so."""
         return bool(self.recorder.ask(str.endswith, self, _plain(suffix)))
 
     def __contains__(self, part: object) -> bool:
@@ -394,7 +400,7 @@ class Symbol(SymbolicText):
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    def __hash__(self) -> NoReturn:  # type: ignore[override]
+    def __hash__(self) -> NoReturn:
         raise NotTraceable
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -403,7 +409,7 @@ class Symbol(SymbolicText):
     def _fail(self, *_: object) -> NoReturn:
         raise NotTraceable
 
-    __len__ = __iter__ = __str__ = __repr__ = __format__ = _fail  # type: ignore[assignment]
+    __len__ = __iter__ = __str__ = __repr__ = __format__ = _fail
     __lt__ = __le__ = __gt__ = __ge__ = _fail
 
 
@@ -469,7 +475,7 @@ class _TracingSandbox(Sandbox):
         self.filters = {name: _traced(name, one) for name, one in self.filters.items()}
         del self.filters["random"]
         self.tests = {name: _traced_test(name, one) for name, one in self.tests.items()}
-        self._now = self.globals.get("strftime_now")
+        self._now: Any = self.globals.get("strftime_now")
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         """Return ``obj.attribute``."""
@@ -488,7 +494,7 @@ class _TracingSandbox(Sandbox):
         value = self.counted(value)
         return value if isinstance(value, Symbol) else str(value)
 
-    def concat(self, pieces: Any) -> Any:  # type: ignore[override]
+    def concat(self, pieces: Any) -> Any:
         """Join what a macro has written."""
         pieces = list(pieces)
         if any(isinstance(piece, Symbol) for piece in pieces):
@@ -515,10 +521,10 @@ class _TracingSandbox(Sandbox):
 
     def call(__self, __context: Context, __function: Any, *args: Any, **kwargs: Any) -> Any:
         """Return ``function(*args, **kwargs)``."""
-        if __function is __self._now and __function is not None:  # another answer, another record
+        if __self._now is not None and __function is __self._now:  # another answer, another record
             if kwargs:
                 raise NotTraceable
-            return __self.recorder.ask(__function, *map(_plain, args))
+            return __self.recorder.ask(__self._now, *map(_plain, args))
         return super().call(__context, __function, *args, **kwargs)
 
 
