@@ -61,7 +61,8 @@ _PATTERNS = frozenset(
         # DeepSeek 3, in three steps
         r"\p{N}{1,3}",
         "[一-龥\u3040-ゟ゠-ヿ]+",
-        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
+        r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
         rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*{_RUNS}",
     )
 )
@@ -156,7 +157,9 @@ def _divides_words(step: dict[str, Any]) -> bool:
     if step["type"] == "ByteLevel":
         return not step["add_prefix_space"]
     if step["type"] == "Split":
-        known = step["pattern"].get("Regex") in _PATTERNS
+        # Some files have the characters instead of their escapes.
+        pattern = str(step["pattern"].get("Regex")).replace("\r", r"\r").replace("\n", r"\n")
+        known = pattern in _PATTERNS
         return known and step["behavior"] == "Isolated" and not step["invert"]
     return bool(step["type"] == "Digits")
 
