@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from halfbyte.errors import DataError
-from halfbyte.input_files import read_file
+from halfbyte.input_files import open_file, read_file
 
 SUFFIXES = (".jsonl", ".json", ".ndjson")
 """Suffixes of data files in a directory."""
@@ -32,6 +32,7 @@ _BEGINNING = 1000  # bytes that are kept of a row that cannot be read
 _DEEPEST = 100  # levels of lists and objects; beyond about 1000, Python's functions on them fail
 _BOM = b"\xef\xbb\xbf"
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")  # of half of a pair, or of a whole one
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -137,9 +138,31 @@ def _read_file(path: Path) -> Iterator[Row]:
             yield _parse(str(number), line)
 
 
+def read_lines(path: str, start: int, stop: int, first: int) -> Iterator[Row]:
+    """Yield the rows in a range of bytes of a JSONL file, which has whole lines.
+
+    Args:
+        path: The file.
+        start: The first byte; not that of a byte order mark.
+        stop: The byte after the last.
+        first: Number of the first line, blank lines included.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    with open_file(path) as file:
+        file.seek(start)
+        number, left = first, stop - start
+        while left > 0 and (line := file.readline(left)):
+            if line.strip():
+                yield _parse(str(number), line)
+            number, left = number + 1, left - len(line)
+
+
 def _parse(number: str, line: bytes) -> Row:
     try:
-        row = _checked(number, json.loads(line.decode("utf-8")))
+        text = line.decode("utf-8")
+        row = _checked(number, json.loads(text), text)
         return row if len(line) <= LONGEST_ROW else Row(number, _beginning(line), _TOO_LONG)
     except UnicodeDecodeError:
         return Row(number, _beginning(line), "not UTF-8")
@@ -151,10 +174,9 @@ def _beginning(raw: bytes) -> str:
     return raw[:_BEGINNING].decode("utf-8", errors="replace")
 
 
-def _checked(number: str, value: object) -> Row:
+def _checked(number: str, value: object, text: str) -> Row:
     """Reject what JSON allows but what cannot be tokenised, or printed by a template."""
-    text = json.dumps(value, ensure_ascii=False)
-    if _SURROGATE.search(text):
+    if _ESCAPE.search(text) and _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
         problem = "text that is not valid Unicode (half a surrogate pair)"
     elif text.count("[") + text.count("{") > _DEEPEST and _is_deeper(value, _DEEPEST):
         problem = f"nested more than {_DEEPEST} levels deep"
@@ -191,13 +213,14 @@ def _read_array(raw: bytes) -> Iterator[Row]:
     position = skip(skip(0) + 1)
     while text[position : position + 1] != "]":
         line, counted_to = line + text.count("\n", counted_to, position), position
-        beginning = text[position : position + _BEGINNING]
+        start, beginning = position, text[position : position + _BEGINNING]
         try:
             value, position = decoder.raw_decode(text, position)
+            written = text[start:position]
             position = skip(position)
             if text[position : position + 1] not in (",", "]"):
                 raise ValueError("neither a comma nor the end of the array")
-            row = _checked(str(line), value)
+            row = _checked(str(line), value, written)
             if position - counted_to > LONGEST_ROW:
                 row = Row(row.line, beginning, _TOO_LONG)
         except (ValueError, RecursionError):
