@@ -18,15 +18,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from halfbyte.data.dataset_report import RowRejected
 from halfbyte.data.formats import Message
 from halfbyte.data.sandbox import LimitExceeded, TemplateFailed, compiled
+from halfbyte.data.template_traces import Rendering, TemplateTraces
 from halfbyte.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Tools = list[Any] | None
-
-_Rendering = tuple[str, list[tuple[int, int]]]
-"""A text, and its spans inside ``{% generation %}``."""
 
 # Instead of rendering a conversation, writes what a template would get of it.
 _PREPARED = "{{ [messages, tools] | tojson }}"
@@ -50,16 +48,23 @@ class Renderer:
             DataError: The template is not valid.
         """
         try:
-            prepared = self._tokenizer.apply_chat_template(
-                messages, tools=tools, chat_template=_PREPARED, tokenize=False
-            )
             source = self._tokenizer.get_chat_template(None, tools)
+            ready, ready_tools = self._prepared(messages, tools)
         except (TypeError, ValueError) as error:
             raise RowRejected(f"the chat template rejects it ({error})") from error
-        ready, ready_tools = json.loads(str(prepared))
         if source not in self._templates:
             self._templates[source] = _Template(source, self._special_tokens)
         return Chat(self._templates[source], ready, ready_tools)
+
+    def _prepared(self, messages: list[Message], tools: Tools) -> tuple[list[Message], Tools]:
+        """The messages and tools as transformers gives them to a template."""
+        if messages and tools is None and all(map(_is_prepared, messages)):
+            return [dict(message) for message in messages], None
+        prepared = self._tokenizer.apply_chat_template(
+            messages, tools=tools, chat_template=_PREPARED, tokenize=False
+        )
+        ready, ready_tools = json.loads(str(prepared))
+        return ready, ready_tools
 
     def conversation(self, messages: list[Message], tools: Tools = None) -> tuple[Chat, bool]:
         """Return the conversation, with the arguments of tool calls as its template needs them.
@@ -103,6 +108,16 @@ class Renderer:
             return ""
 
 
+# Keys that transformers makes equal, or leaves as they are, depending on its version.
+_REASONING = frozenset(("reasoning_content", "reasoning", "thinking"))
+_SCALARS = frozenset((str, int, float, bool))
+
+
+def _is_prepared(message: Message) -> bool:
+    """Whether transformers would give a message to the template as it is."""
+    return _SCALARS.issuperset(map(type, message.values())) and _REASONING.isdisjoint(message)
+
+
 _Arguments = Literal["objects", "text", "either"]
 
 
@@ -120,7 +135,8 @@ class Chat:
         self.tools = tools
         self.source = template.source
         self._template = template
-        self._rendered: dict[tuple[int, bool], _Rendering] = {}  # shared by the chats of prefixes
+        self._kind = template.traces.conversation(messages) if tools is None else None
+        self._rendered: dict[tuple[int, bool], Rendering] = {}  # shared by the chats of prefixes
 
     def text(self, stop: int | None = None, *, prompt: bool = False) -> str:
         """Return the text of the messages before ``stop``, or of all.
@@ -147,9 +163,14 @@ class Chat:
         """Return another conversation with the same template."""
         return Chat(self._template, messages, tools)
 
-    def _render(self, stop: int, prompt: bool) -> _Rendering:
+    def _render(self, stop: int, prompt: bool) -> Rendering:
         if (stop, prompt) not in self._rendered:
-            found = self._template.render(self.messages[:stop], self.tools, prompt=prompt)
+
+            def run() -> Rendering:
+                return self._template.render(self.messages[:stop], self.tools, prompt=prompt)
+
+            traces, kind = self._template.traces, self._kind
+            found = traces.render(kind, stop, prompt, run) if kind is not None else run()
             self._rendered[stop, prompt] = found
         return self._rendered[stop, prompt]
 
@@ -159,23 +180,20 @@ class _Template:
 
     def __init__(self, source: str, special_tokens: Mapping[str, Any]) -> None:
         self.source = source
-        self._special_tokens = special_tokens
         self.exceeded = 0
+        self._variables = {"tools": None, "documents": None, **special_tokens}
+        self.traces = TemplateTraces(source, self._variables)
         try:
             self._template = compiled(source)
         except TemplateFailed as error:
             raise DataError(f"The tokenizer's chat template is not valid: {error}.") from error
 
-    def render(self, messages: list[Message], tools: Tools, *, prompt: bool) -> _Rendering:
+    def render(self, messages: list[Message], tools: Tools, *, prompt: bool) -> Rendering:
         if not messages:
             raise RowRejected("the chat template has no messages to render")
-        variables = {
-            "messages": messages,
-            "tools": tools,
-            "documents": None,
-            "add_generation_prompt": prompt,
-            **self._special_tokens,
-        }
+        variables = self._variables | {"messages": messages, "add_generation_prompt": prompt}
+        if tools is not None:
+            variables["tools"] = tools
         try:
             text, spans = self._template.render(variables)
             text.encode()

@@ -55,6 +55,12 @@ class LimitExceeded(Exception):
     """The cause of a `TemplateFailed`, if the template does or makes too much."""
 
 
+class SymbolicText:
+    """Stands for texts of up to a length, in a rendering that is recorded (`template_traces`)."""
+
+    characters: int
+
+
 @lru_cache(maxsize=16)
 def compiled(source: str) -> ChatTemplate:
     """Return the template of this source text, compiled once.
@@ -75,7 +81,7 @@ class ChatTemplate:
     def __init__(self, source: str) -> None:
         if len(source) > MOST_SOURCE:
             raise TemplateFailed(f"it has more than {MOST_SOURCE:,} characters")
-        self._environment = _Sandbox(_transformers_environment())
+        self._environment = Sandbox(transformers_environment())
         # An environment counts the steps of, and marks the replies in, one rendering at a time.
         self._lock = Lock()
         try:
@@ -127,22 +133,25 @@ def _fail(error: Exception) -> NoReturn:
 
 
 @cache
-def _transformers_environment() -> Environment:
+def transformers_environment() -> Environment:
+    """Return the environment in which transformers renders chat templates."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     environment: Environment = _compile_jinja_template("").environment
     return environment
 
 
-class _Compiler(CodeGenerator):
+class LimitedCompiler(CodeGenerator):
     """Compiles templates to Python code that counts its steps."""
 
     def blockvisit(self, block: Iterable[nodes.Node], frame: Frame) -> None:
+        """Write statements, and that they cost steps."""
         statements = list(block)
         self.writeline(f"environment.spend({1 + _steps(statements)})")
         super().blockvisit(statements, frame)
 
     def visit_For(self, node: nodes.For, frame: Frame) -> None:
+        """Write a loop."""
         if node.test is not None:  # `for … if test` evaluates it outside the loop's body
             spend = nodes.EnvironmentAttribute("spend")
             count = nodes.Call(spend, [nodes.Const(_steps([node.test]))], [], None, None)
@@ -151,10 +160,12 @@ class _Compiler(CodeGenerator):
 
     @optimizeconst
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+        """Write ``a ~ b``."""
         self._call("concatenated", node.nodes, frame)
 
     @optimizeconst
     def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:
+        """Write a comparison."""
         operands = [node.expr, *(operand.expr for operand in node.ops)]
         constant = [_is_constant(operand, frame) for operand in operands]
         # Comparing with a constant takes no time, looking for it in something does.
@@ -170,6 +181,7 @@ class _Compiler(CodeGenerator):
         self.write(")")
 
     def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:
+        """Write a tuple."""
         if node.ctx != "load":
             super().visit_Tuple(node, frame)
             return
@@ -179,6 +191,7 @@ class _Compiler(CodeGenerator):
 
     @optimizeconst
     def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:
+        """Write ``a[b]``."""
         if isinstance(node.arg, nodes.Slice):
             self._call("sliced", [node.node], frame)
             self.write("[")
@@ -224,10 +237,10 @@ _FAST_TESTS = re.compile(
 _SHALLOW = re.compile("batch|list|map|random|reject(attr)?|reverse|select(attr)?|slice")
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
+class Sandbox(ImmutableSandboxedEnvironment):
     """transformers' environment for chat templates, made to count its steps."""
 
-    code_generator_class = _Compiler
+    code_generator_class = LimitedCompiler
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
     def __init__(self, theirs: Environment) -> None:
@@ -362,6 +375,8 @@ def _namespace(theirs: Environment) -> type:
 
 def _length(value: Any) -> int:
     """Characters of a text, or items of a container."""
+    if isinstance(value, SymbolicText):
+        return value.characters
     return len(value) if isinstance(value, str | bytes | list | tuple | dict | range) else 0
 
 
@@ -383,6 +398,8 @@ def _size(value: Any) -> int:
             size += one.bit_length() // 3
         elif isinstance(one, str | bytes | range):
             size += len(one)
+        elif isinstance(one, SymbolicText):
+            size += one.characters
     return size
 
 

@@ -30,13 +30,16 @@ class Losses:
 
     def __init__(self) -> None:
         self._known: dict[object, tuple[Lost, ...]] = {}
+        self._latest: tuple[Chat | None, tuple[Lost, ...]] = (None, ())
 
     def of(self, chat: Chat) -> tuple[Lost, ...]:
         """Return what the template drops from the conversation, message by message."""
-        kind = (bool(chat.tools), *map(_kind, chat.messages))
-        if kind not in self._known:
-            self._known[kind] = tuple(_find(chat))
-        return self._known[kind]
+        if self._latest[0] is not chat:
+            kind = (bool(chat.tools), *map(_kind, chat.messages))
+            if kind not in self._known:
+                self._known[kind] = tuple(_find(chat))
+            self._latest = chat, self._known[kind]
+        return self._latest[1]
 
 
 def losses_of_text(messages: list[Message], tools: Tools) -> Iterator[Lost]:
@@ -51,6 +54,8 @@ def losses_of_text(messages: list[Message], tools: Tools) -> Iterator[Lost]:
 
 
 def _kind(message: Message) -> object:
+    if len(message) == 2:  # the role and the content, most of all
+        return message["role"], bool(_text(message)), False
     calls = [bool(call.get("arguments")) for call in calls_of([message])]
     return message["role"], bool(_text(message)), bool(_reasoning(message)), *calls
 

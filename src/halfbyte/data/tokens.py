@@ -14,7 +14,6 @@ names (`_ByteLengths`). A text gets offsets if
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -24,6 +23,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers
+
+from halfbyte.data.token_cache import TokenCache, steps_of, token_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,18 +74,14 @@ class TextTokenizer:
             return [self._by_call(*one) for one in zip(texts, spans, strict=True)]
         if backend.truncation is not None or backend.padding is not None:
             self._reset()
-        flat, counts = array("i"), [0]
-        for encoding in backend.encode_batch_fast(texts, add_special_tokens=False):
-            flat.fromlist(encoding.ids)
-            counts.append(len(flat))
-        ids, starts = np.frombuffer(flat, dtype=np.int32), np.array(counts)
+        ids, starts = self._cache.tokenize(texts) if self._cache else _by_batch(backend, texts)
         mask = np.ones(len(ids), dtype=np.bool_)
         wanted = [at for at, one in enumerate(spans) if one is not None]
         found: set[int] = set()
         if self._lengths is not None:
             found = self._lengths.mask(texts, spans, wanted, ids, starts, mask)
         left = [at for at in wanted if at not in found]
-        tokens = [Tokens(ids[a:b], mask[a:b]) for a, b in pairwise(counts)]
+        tokens = [Tokens(ids[a:b], mask[a:b]) for a, b in pairwise(starts.tolist())]
         if left:
             encodings = backend.encode_batch([texts[at] for at in left], add_special_tokens=False)
             for at, encoding in zip(left, encodings, strict=True):
@@ -119,6 +116,10 @@ class TextTokenizer:
         self._tokenizer("a", **_PLAIN)
 
     @cached_property
+    def _cache(self) -> TokenCache | None:
+        return None if self._backend is None else token_cache(self._backend)
+
+    @cached_property
     def _lengths(self) -> _ByteLengths | None:
         backend = self._backend
         return _ByteLengths(backend) if backend is not None and _is_byte_level(backend) else None
@@ -133,6 +134,17 @@ def _batches(lengths: Sequence[int]) -> list[int]:
             texts = characters = 0
         texts, characters = texts + 1, characters + length
     return [*starts, len(lengths)] if lengths else [0]
+
+
+def _by_batch(
+    tokenizer: Tokenizer, texts: list[str]
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """The tokens of all texts, and where those of each begin."""
+    ids, starts = array("i"), [0]
+    for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+        ids.fromlist(encoding.ids)
+        starts.append(len(ids))
+    return np.frombuffer(ids, dtype=np.int32), np.array(starts)
 
 
 def _masked(ids: NDArray[np.int32], offsets: Sequence[tuple[int, int]], spans: Spans) -> Tokens:
@@ -240,9 +252,9 @@ def _is_byte_level(tokenizer: Tokenizer) -> bool:
     complete: bool = all(byte in vocabulary for byte in pre_tokenizers.ByteLevel.alphabet())
     if model.unk_token is not None and not complete:
         return False
-    if any(step["type"] != "NFC" for step in _steps(tokenizer.normalizer, "normalizers")):
+    if any(step["type"] != "NFC" for step in steps_of(tokenizer.normalizer, "normalizers")):
         return False
-    steps = _steps(tokenizer.pre_tokenizer, "pretokenizers")
+    steps = steps_of(tokenizer.pre_tokenizer, "pretokenizers")
     if not steps or steps[-1]["type"] != "ByteLevel" or steps[-1]["add_prefix_space"]:
         return False
     return all(_keeps_text(step) for step in steps[:-1])  # so there is no other ByteLevel
@@ -251,18 +263,4 @@ def _is_byte_level(tokenizer: Tokenizer) -> bool:
 def _keeps_text(step: dict[str, Any]) -> bool:
     """Whether a pre-tokenizer only divides."""
     divides = step["type"] in ("Split", "Punctuation") and step["behavior"] != "Removed"
-    return divides or step["type"] == "Digits"
-
-
-def _steps(component: Any, key: str) -> list[dict[str, Any]]:
-    """What a normalizer or a pre-tokenizer does, step by step."""
-    if component is None:
-        return []
-    left, steps = [json.loads(component.__getstate__())], []
-    while left:
-        step = left.pop(0)
-        if step["type"] == "Sequence":
-            left = step[key] + left
-        else:
-            steps.append(step)
-    return steps
+    return bool(divides or step["type"] == "Digits")
