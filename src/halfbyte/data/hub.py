@@ -38,16 +38,18 @@ class HubData:
         Raises:
             DataError: The connection fails, or a file of the data set is damaged.
         """
-        chosen: Iterable[Mapping[str, Any]]
-        if self.count is None:
-            chosen = self._data.skip(start) if start else self._data
-            chosen = chosen if stop is None else self._data.take(stop).skip(start)
-        else:
-            chosen = self._data.select(range(self.count)[start:stop])
         try:
-            yield from rows_of(chosen, start + 1)
+            yield from rows_of(self._part(start, stop), start + 1)
         except Exception as error:
             raise _unreadable(self.name, error) from error
+
+    def _part(self, start: int, stop: int | None) -> Iterable[Mapping[str, Any]]:
+        data = self._data
+        if self.count is not None:
+            used = range(self.count)[start:stop]
+            return data.select(used) if used else ()
+        data = data if stop is None else data.take(stop)
+        return data.skip(start) if start else data  # type: ignore[no-any-return]
 
 
 def open_hub(spec: Spec, *, streaming: bool = False) -> HubData:
