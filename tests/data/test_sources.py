@@ -263,7 +263,7 @@ def test_columns_are_read_under_our_names(tmp_path):
     assert values(rows, columns=columns) == [{"messages": 1}, {"messages": 3}]
     own = DataSource(path=rows, columns={"messages": "messages"})
     assert values([own], columns=columns)[0] == {"chat": 1, "messages": 2}
-    with pytest.raises(DataError, match="no column 'chta' .* only 'chat', 'n'; did you mean"):
+    with pytest.raises(DataError, match=r"no column 'chta' .* only 'chat', 'n'; did you mean"):
         open_sources(tmp_path / "t.csv", columns={"messages": "chta"})
 
 
