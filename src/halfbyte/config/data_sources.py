@@ -57,7 +57,7 @@ def sources_of(data: Data) -> tuple[DataSpec, ...]:
 
 def name_of(data: Data) -> str:
     """Return the names of sources for a message, the first few of them."""
-    names = [str(one) for one in sources_of(data)]
+    names = ["standard input" if str(one) == "-" else str(one) for one in sources_of(data)]
     more = f" and {len(names) - _SOURCES_SHOWN} more" if len(names) > _SOURCES_SHOWN else ""
     return ", ".join(names[:_SOURCES_SHOWN]) + more
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,13 +71,26 @@ def open_hub(spec: Spec, *, streaming: bool = False) -> HubData:
     given = (spec.path, spec.config, spec.split)
     name = ":".join(part for part in given if part is not None)
     try:
-        data = datasets.load_dataset(spec.path, spec.config, split=split, streaming=streaming)
+        with _without_warnings():
+            data = datasets.load_dataset(spec.path, spec.config, split=split, streaming=streaming)
         count = None if streaming else len(data)
     except Exception as error:
         # The package and the libraries below it raise errors of their own, of the network's client
         # and of Python, which have no base in common.
         raise _unreadable(name, error) from error
     return HubData(name, count, getattr(data, "_fingerprint", None), data)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Keep the client from logging each of its attempts without a network, over half a minute."""
+    client = logging.getLogger("huggingface_hub")
+    level = client.level
+    client.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        client.setLevel(level)
 
 
 def _unreadable(name: str, error: Exception) -> DataError:
