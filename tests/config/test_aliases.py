@@ -10,6 +10,7 @@ from halfbyte.cli.quantize import COMMAND as QUANTIZE
 from halfbyte.cli.train import COMMAND as TRAIN
 from halfbyte.config.aliases import ALIASES, REFUSED
 from halfbyte.config.command_line import Command
+from halfbyte.config.data_sources import DataSource
 from halfbyte.config.reading import load_config
 from halfbyte.config.schema import TrainConfig
 from halfbyte.errors import ConfigError
@@ -36,7 +37,6 @@ def complaint(**options: Any) -> str:
         ("train_on_prompt", True, "train_on", "all"),
         ("model_revision", "v2", "revision", "v2"),
         ("gradient_checkpointing", "offload", "activations", "offload"),
-        ("datasets", [{"path": "rows.jsonl", "type": "alpaca"}], "data", "rows.jsonl"),
     ],
 )
 def test_a_value_is_converted_and_that_is_said(
@@ -47,6 +47,30 @@ def test_a_value_is_converted_and_that_is_said(
     assert getattr(config, field) == read
     assert len(notes) == 1
     assert f"read as `{field}: {'1e-3' if name == 'lr' else read}`".lower() in notes[0].lower()
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        ([{"path": "rows.jsonl", "type": "alpaca"}], ("rows.jsonl",)),
+        ([{"path": "a"}, {"path": "b", "ds_type": "json"}], ("a", "b")),
+        (
+            [{"path": "o/n", "name": "en", "split": "train[:9]", "field_messages": "turns"}, "b"],
+            (
+                DataSource(
+                    path="o/n", config="en", split="train[:9]", columns={"messages": "turns"}
+                ),
+                "b",
+            ),
+        ),
+        ("rows.jsonl", ("rows.jsonl",)),
+    ],
+)
+def test_data_sets_of_axolotl_are_sources(value: Any, read: Any) -> None:
+    config, notes = load_config(None, {"model": "m", "output": "o", "datasets": value})
+    assert config.data == read
+    assert len(notes) == 1
+    assert "read as `data: " in notes[0]
 
 
 @pytest.mark.parametrize(
@@ -65,8 +89,11 @@ def test_a_value_is_converted_and_that_is_said(
         ("finetuning_type", "full", "`finetuning_type`: only LoRA and QLoRA are trained"),
         ("stage", "dpo", "`stage`: only supervised fine-tuning is done"),
         ("trust_remote_code", True, "code that comes with a model is never run"),
-        ("datasets", [{"path": "a", "split": "train[:9]"}], "split is not supported"),
-        ("datasets", [{"path": "a"}, {"path": "b"}], "expected text, got [{'path': 'a'}"),
+        ("datasets", [{"path": "a", "roles_to_train": ["gpt"]}], "roles_to_train is not supported"),
+        ("datasets", [{"split": "train"}], "a name, or a mapping with `path`, got"),
+        ("mix_strategy", "interleave_under", "sources are mixed by weights"),
+        ("interleave_probs", "0.7,0.3", "a.jsonl:0.7 and b.jsonl:0.3"),
+        ("dataset_train_split", "train[:9]", "owner/name:split"),
         ("save_steps", 0.1, "expected a whole number of steps, not a share of the run, got 0.1"),
         ("warmup_steps", "0.03", "expected a whole number of steps, not a share of the run"),
         ("learning_rat", 1, "unknown option `learning_rat`; did you mean `learning_rate`?"),

@@ -52,7 +52,11 @@ SAMPLE = Command(
         ("--per_device_train_batch_size 4", {"per_device_train_batch_size": "4"}),
         ("--max-steps -1", {"max_steps": "-1"}),
         ("--data=--odd name", {"data": "--odd name"}),
-        ("--seed 1 --seed 2", {"seed": "2"}),
+        ("--seed 1 --seed 2", {"seed": "2"}),  # so that a script's options can be overridden
+        ("--data a --data b:0.5 --data -", {"data": ["a", "b:0.5", "-"]}),
+        ("--datasets a --datasets b", {"datasets": ["a", "b"]}),
+        ("--report-to wandb --report-to trackio", {"report_to": ["wandb", "trackio"]}),
+        ("--target-modules q_proj --target-modules v_proj", {"target_modules": "v_proj"}),
         ("--lerning-rate 1e-4", {"lerning_rate": "1e-4"}),
     ],
 )
@@ -60,6 +64,13 @@ def test_options_are_read_in_every_spelling(line: str, given_here: dict[str, Any
     found = TRAIN.words([line] if "=" in line else line.split())
     assert found.given == given_here
     assert found.problems == []
+
+
+def test_pairs_are_collected() -> None:
+    words = ["--column", "a=b", "--column=c=d"]
+    assert TRAIN.words(words).given == {"column": ["a=b", "c=d"]}
+    request = TRAIN.read(["--model=m", "--data=d", "--output=o", *words, "--column=e=f,g=h"])
+    assert request.options.column == {"a": "b", "c": "d", "e": "f", "g": "h"}
 
 
 def test_a_file_is_found_wherever_it_stands() -> None:

@@ -113,7 +113,8 @@ def test_an_override_under_a_foreign_name_wins_too(tmp_path: Path) -> None:
     [
         ("base_model: x", "model", "x"),
         ("model_name_or_path: x", "model", "x"),
-        ("datasets: [{path: x.jsonl, type: chat_template}]", "data", "x.jsonl"),
+        ("datasets: [{path: x.jsonl, type: chat_template}]", "data", ("x.jsonl",)),
+        ("columns: {messages: turns}", "column", {"messages": "turns"}),
         ("output_dir: x", "output", Path("x")),
         ("adapter: qlora", "quant", "nf4"),
         ("adapter: lora", "quant", "none"),

@@ -1,12 +1,16 @@
 """Micro-batches: labels by mask and shifted, every example once, order from (seed, epoch) alone."""
 
+import tracemalloc
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halfbyte.data import Encoder, Example, collate, steps
+from halfbyte.data import Encoder, Example, Mixture, collate, steps
 from halfbyte.data.formats import Conversation
+from halfbyte.errors import DataError
 from tests.data.chats import only
 from tests.tiny import tiny_tokenizer
 
@@ -114,3 +118,96 @@ def test_seed_and_epoch_decide_the_order_and_a_step_can_be_asked_for_alone():
     assert order(0, 0)[:2] == [[5000, 20000], [7000, 3000]]
     with pytest.raises(IndexError):
         plan(0, 0)[5]
+
+
+# --- sources with weights -------------------------------------------------------------------------
+
+
+@given(
+    sources=st.lists(st.tuples(st.integers(1, 60), st.floats(0.01, 10)), min_size=2, max_size=4),
+    seed=st.integers(0, 99),
+    epoch=st.integers(0, 9),
+)
+def test_each_source_has_its_share_of_an_epoch_in_whole_passes(sources, seed, epoch):
+    counts, weights = zip(*sources, strict=True)
+    mixture = Mixture.of("abcd"[: len(counts)], counts, weights)
+    order = mixture.order(np.random.Generator(np.random.PCG64([seed, epoch])))
+    total = sum(counts)
+    assert order.shape == (total,)
+    first = 0
+    for count, weight, share in zip(counts, weights, mixture.shares, strict=True):
+        exact = total * weight / sum(weights)
+        assert abs(share - exact) < 1
+        own = order[(order >= first) & (order < first + count)]
+        assert len(own) == share
+        for start in range(0, share, count):  # a pass has nothing twice
+            assert len(set(own[start : start + count].tolist())) == len(own[start : start + count])
+        first += count
+    assert sum(mixture.shares) == total
+
+
+def test_a_step_has_the_mix_that_is_asked_for():
+    mixture = Mixture.of("ab", [500, 9500], [3, 1])
+    found = np.zeros(625)
+    for epoch in range(40):
+        order = mixture.order(np.random.Generator(np.random.PCG64([0, epoch])))
+        by_step = (order < 500).reshape(625, 16).sum(1)
+        assert abs(by_step - 12).max() <= 2  # evenly: a random mix has steps with 5 and with 16
+        found += by_step
+    # Its expectation is the weight at every place of the epoch, first and last steps included.
+    assert np.allclose(found / 40, 12, atol=0.5)
+    assert abs(found[:50].mean() / 40 - 12) < 0.05
+    assert abs(found[-50:].mean() / 40 - 12) < 0.05
+
+
+def test_a_mixture_is_a_function_of_seed_and_epoch_and_its_order_never_changes():
+    made = examples([5] * 8)
+    mixture = Mixture.of("ab", [2, 6], [1.0, 1.0])
+
+    def order(seed, epoch):
+        plan = steps(
+            made,
+            batch_size=2,
+            gradient_accumulation_steps=1,
+            seed=seed,
+            epoch=epoch,
+            mixture=mixture,
+        )
+        return [index for step in range(len(plan)) for batch in plan.rows(step) for index in batch]
+
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(0, 1)
+    assert order(0, 0) != order(1, 0)
+    assert sorted(order(0, 0))[:4] == [0, 0, 1, 1]
+    assert order(3, 1) == [0, 4, 1, 5, 1, 2, 6, 0]  # a resumed run must find the same
+
+
+def test_what_an_epoch_is_made_of_is_said():
+    mixture = Mixture.of(["a.jsonl", "b.jsonl"], [1000, 3000], [0.7, 0.3])
+    assert mixture.lines() == (
+        "a.jsonl: 2,800 of the 4,000 examples of an epoch (70.0%), 2.80 passes over its 1,000",
+        "b.jsonl: 1,200 of the 4,000 examples of an epoch (30.0%), 0.40 passes over its 3,000",
+    )
+    assert Mixture.of(["a"], [3], [0.5]) is None
+    assert Mixture.of(["a", "b"], [3, 4], None) is None
+    with pytest.raises(DataError, match="b has a weight, but no usable row"):
+        Mixture.of(["a", "b"], [3, 0], [1, 1])
+
+
+def test_a_million_rows_have_an_order_without_lists():
+    class Many(Sequence):
+        def __len__(self):
+            return 1_000_000
+
+        def __getitem__(self, index):
+            return Example(np.full(3, index % 1000, np.int32), np.ones(3, bool), 1)
+
+    tracemalloc.start()
+    for mixture in (None, Mixture.of("ab", [800_000, 200_000], [1, 1])):
+        plan = steps(
+            Many(), batch_size=4, gradient_accumulation_steps=2, seed=0, epoch=0, mixture=mixture
+        )
+        assert len(plan[len(plan) - 1]) == 2
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60_000_000  # lists of its numbers would take 40 MB each

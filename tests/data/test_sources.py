@@ -1,16 +1,19 @@
 """Reading rows: every row has its line, a bad line is a problem, and only emptiness is an error."""
 
+import gzip
+import io
 import json
 import os
 import sys
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halfbyte.data import row_files
-from halfbyte.data.sources import read_source
+from halfbyte.config.data_sources import DataSource
+from halfbyte.data import row_files, sources
+from halfbyte.data.sources import local_paths, open_sources, read_source, require_source
 from halfbyte.errors import DataError
 
 JSON = st.recursive(
@@ -94,15 +97,16 @@ def test_a_bad_line_is_a_problem_and_the_next_is_read(tmp_path, line, problem):
 
 @pytest.mark.parametrize("end", ["jsonl", "json"])
 def test_a_row_that_takes_minutes_to_encode_is_a_problem(tmp_path, monkeypatch, end):
-    monkeypatch.setattr(row_files, "LONGEST_ROW", 100)
-    rows = [json.dumps({"a": "x" * count}) for count in (80, 200, 3)]
+    monkeypatch.setattr(row_files, "LONGEST_ROW", 10_000)
+    rows = [json.dumps({"a": "x" * count}) for count in (8000, 20_000, 3)]
     text = "\n".join(rows) if end == "jsonl" else "[" + ",\n".join(rows) + "]"
     found = read(tmp_path / f"a.{end}", text)
     assert [row.line for row in found] == ["1", "2", "3"]
     assert [row.problem for row in found] == [None, "longer than 8 MB; divide it", None]
     assert found[2].value == {"a": "xxx"}
-    one = json.dumps({"a": ["x" * 200]}, indent=1)
-    assert read(tmp_path / "one.json", one) == [("1", one, "longer than 8 MB; divide it")]
+    one = json.dumps({"a": ["x" * 20_000]}, indent=1)
+    (row,) = read(tmp_path / "one.json", one)
+    assert (row.line, row.problem) == ("1", "longer than 8 MB; divide it")
 
 
 def test_nesting_has_a_limit(tmp_path):
@@ -145,10 +149,10 @@ def test_utf16_is_an_error_that_says_so(tmp_path):
         read(tmp_path / "a.jsonl", '{"a": 1}', encoding="utf-16")
 
 
-@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".GZ"])
+@pytest.mark.parametrize("suffix", [".txt", ".xlsx", ".ZIP"])
 def test_other_kinds_of_file_are_refused_with_a_way_out(tmp_path, suffix):
-    (tmp_path / f"a{suffix}").write_bytes(b"PAR1")
-    with pytest.raises(DataError, match="expected JSONL"):
+    (tmp_path / f"a{suffix}").write_bytes(b"a row")
+    with pytest.raises(DataError, match="expected JSONL, JSON, CSV, TSV, Parquet or Arrow"):
         read_source(tmp_path / f"a{suffix}")
 
 
@@ -187,21 +191,164 @@ def test_a_directory_without_data_is_an_error(tmp_path):
         read_source(tmp_path)
 
 
-def test_a_hub_id_without_the_package_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DataError, match="pip install datasets"):
-        read_source("someone/orders")
+def write(path, *values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return str(path)
 
 
-def test_a_hub_id_is_read_through_the_package(monkeypatch):
-    def load_dataset(name, split):
-        if name == "someone/private":
-            raise OSError("not found")
-        return [{"text": f"{name} {split}"}]
+def values(data, **options):
+    return [row.value for row in open_sources(data, **options).rows()]
 
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    (row,) = read_source("someone/orders").rows
-    assert (row.line, row.value) == ("1", {"text": "someone/orders train"})
-    with pytest.raises(DataError, match="could not be read from the hub: not found"):
-        read_source("someone/private")
+
+def test_several_sources_are_read_in_their_order_and_lines_name_their_file(tmp_path):
+    one, two = write(tmp_path / "one.jsonl", 1, 2), write(tmp_path / "two.jsonl", 3)
+    found = open_sources([two, one])
+    assert [(row.line, row.value) for row in found.rows()] == [
+        ("two.jsonl:1", 3),
+        ("one.jsonl:1", 1),
+        ("one.jsonl:2", 2),
+    ]
+    assert (found.names, found.weights) == ([two, one], None)
+    assert [file.source for file in found.files] == [0, 1]
+
+
+def test_files_of_one_name_are_told_apart_by_their_paths(tmp_path):
+    one, two = write(tmp_path / "x" / "a.jsonl", 1), write(tmp_path / "y" / "a.jsonl", 2)
+    assert [row.line for row in open_sources([one, two]).rows()] == [f"{one}:1", f"{two}:1"]
+
+
+def test_weights_are_of_sources(tmp_path):
+    one = write(tmp_path / "one.jsonl", 1)
+    write(tmp_path / "d" / "train.jsonl", 2)
+    found = open_sources([f"{one}:0.7", DataSource(path=str(tmp_path / "d"), weight=3)])
+    assert found.weights == [0.7, 3.0]
+    with pytest.raises(DataError, match=r"two.* has no weight.*give every source a weight"):
+        open_sources([f"{one}:0.7", write(tmp_path / "two.jsonl", 2)])
+
+
+@given(
+    counts=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    start=st.integers(-6, 6),
+    stop=st.none() | st.integers(-6, 12),
+    most=st.none() | st.integers(1, 9),
+)
+def test_rows_of_several_files_are_those_of_one_list(scratch, counts, start, stop, most):
+    directory = scratch / "-".join(map(str, counts))
+    every = list(range(sum(counts)))
+    left = iter(every)
+    for at, count in enumerate(counts):
+        write(directory / f"{at}.jsonl", *(next(left) for _ in range(count)))
+    expected = every[start:stop][:most]
+    spec = f"{directory}[{start}:{'' if stop is None else stop}]"
+    if expected:
+        assert values(spec, max_samples=most) == expected
+    else:
+        with pytest.raises(DataError, match="has no rows in"):
+            open_sources(spec, max_samples=most)
+
+
+def test_the_first_rows_of_each_source(tmp_path):
+    one, two = write(tmp_path / "one.jsonl", 1, 2, 3), write(tmp_path / "two.jsonl", 4)
+    assert values([one, two], max_samples=2) == [1, 2, 4]
+
+
+def test_columns_are_read_under_our_names(tmp_path):
+    (tmp_path / "t.csv").write_text('chat,n\n"[{""role"": ""user""}]",1\n')
+    rows = write(tmp_path / "a.jsonl", {"chat": 1, "messages": 2}, {"messages": 3})
+    columns = {"messages": "chat"}
+    assert values(tmp_path / "t.csv", columns=columns) == [
+        {"messages": [{"role": "user"}], "n": "1"}
+    ]
+    assert values(rows, columns=columns) == [{"messages": 1}, {"messages": 3}]
+    own = DataSource(path=rows, columns={"messages": "messages"})
+    assert values([own], columns=columns)[0] == {"chat": 1, "messages": 2}
+    with pytest.raises(DataError, match=r"no column 'chta' .* only 'chat', 'n'; did you mean"):
+        open_sources(tmp_path / "t.csv", columns={"messages": "chta"})
+
+
+@pytest.fixture
+def standard_input(monkeypatch):
+    """Sets standard input."""
+
+    def use(raw):
+        monkeypatch.setattr(sources, "_spool", [])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(raw))))
+
+    return use
+
+
+@pytest.mark.parametrize("raw", [b"1\n\n2", b"[1,\n\n2]", gzip.compress(b"1\n\n2")])
+def test_standard_input_is_read_whatever_it_holds(standard_input, raw):
+    standard_input(raw)
+    assert list(read_source("-").rows) == [("1", 1, None), ("3", 2, None)]
+    assert values(["-", "-[1:]"]) == [1, 2, 2]  # it is read once
+
+
+def test_standard_input_that_is_a_terminal_or_empty_is_an_error(standard_input, monkeypatch):
+    standard_input(b"")
+    with pytest.raises(DataError, match="- is empty"):
+        read_source("-")
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    with pytest.raises(DataError, match="pipe it in, or name a file"):
+        read_source("-")
+
+
+def test_a_stream_is_read_as_it_comes(monkeypatch, tmp_path):
+    read_end, write_end = os.pipe()
+    with os.fdopen(read_end, "r") as reader, os.fdopen(write_end, "wb", buffering=0) as writer:
+        monkeypatch.setattr(sys, "stdin", reader)
+        writer.write(b'{"a": 1}\n{"a"')
+        stream = open_sources("-", streaming=True).stream()
+        assert next(stream) == ("1", {"a": 1}, None)
+        writer.write(b": 2}\nbad\n")
+        writer.close()
+        assert [(row.line, row.problem) for row in stream] == [
+            ("2", None),
+            ("3", "malformed JSON"),
+        ]
+
+
+def test_streams_of_files_are_the_rows_of_files(tmp_path):
+    (tmp_path / "t.csv").write_text('messages,n\n"[1]",1\n"[",2\nx\n')
+    rows = write(tmp_path / "d" / "a.jsonl", 1, 2, 3)
+    write(tmp_path / "d" / "b.jsonl", 4)
+    several = [str(tmp_path / "t.csv"), str(tmp_path / "d")]
+    streamed = list(open_sources(several, streaming=True).stream())
+    # A stream has not seen the other files' names when it starts, so it says their paths.
+    assert [row._replace(line=Path(row.line).name) for row in streamed] == list(
+        open_sources(several).rows()
+    )
+    assert [row.value for row in open_sources(f"{rows}[1:]", streaming=True).stream()] == [2, 3]
+
+
+def test_streams_are_mixed_by_weights(tmp_path):
+    one = write(tmp_path / "one.jsonl", *range(3000))
+    two = write(tmp_path / "two.jsonl", *range(-3000, 0))
+    opened = open_sources([f"{one}:3", f"{two}:1"], streaming=True)
+    found = [row.value for row in opened.stream(seed=1)]
+    assert sorted(found) == list(range(-3000, 3000))
+    assert 0.7 < sum(value >= 0 for value in found[:1000]) / 1000 < 0.8
+    assert found == [row.value for row in opened.stream(seed=1)]
+    assert found != [row.value for row in opened.stream(seed=2)]
+
+
+def test_a_pipe_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(DataError, match="expected a file, found a pipe"):
+        open_sources(str(tmp_path / "rows.jsonl"))
+
+
+def test_a_file_has_no_split(tmp_path):
+    path = write(tmp_path / "a.jsonl", 1)
+    assert values([DataSource(path=path, split="train")]) == [1]
+    with pytest.raises(DataError, match="is a file, which has no split 'test'"):
+        open_sources([DataSource(path=path, split="test")])
+
+
+def test_sources_are_looked_up_before_anything_is_read(tmp_path):
+    path = write(tmp_path / "a.jsonl", 1)
+    require_source([path, f"{path}:0.5", "owner/name", f"{tmp_path}/*.jsonl", f"{path}[:5]"])
+    with pytest.raises(DataError, match="There is no data file or directory"):
+        require_source([path, f"{tmp_path}/b.jsonl:0.5"])
+    assert local_paths([f"{path}:2", "owner/name", "-"]) == [tmp_path / "a.jsonl"]

@@ -3,17 +3,27 @@
 Valid inputs are made by code; nothing is read from the repository.
 """
 
+import bz2
+import contextlib
+import csv
+import gzip
 import importlib
+import io
 import json
+import lzma
 import shutil
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
+from pyarrow import parquet
 
+from halfbyte import user_cache
 from halfbyte.checkpoint.base_model import load_base, open_base
 from halfbyte.checkpoint.bitsandbytes import write_quantized
 from halfbyte.checkpoint.gguf_file import ARRAY, GGUFFile
@@ -23,8 +33,9 @@ from halfbyte.checkpoint.safetensors_file import SafetensorsFile, write_safetens
 from halfbyte.cli import COMMANDS
 from halfbyte.cli.opening import as_trained
 from halfbyte.config.reading import check, load_config, to_yaml
-from halfbyte.config.schema import BaseOptions
+from halfbyte.config.schema import BaseOptions, TrainConfig
 from halfbyte.data import Encoder, load_dataset
+from halfbyte.data.specs import Spec
 from halfbyte.linear.lora import LoRAConfig
 from halfbyte.models.build import BaseRecipe
 from halfbyte.report.comparison import Comparison, finished_run, read_result
@@ -59,6 +70,7 @@ class Target:
 BYTES = (mutation.change_bytes, mutation.change_numbers)
 JSON = (mutation.change_json, mutation.change_json, mutation.change_bytes)
 LINES = (mutation.change_lines(mutation.change_json), mutation.change_bytes)
+BINARY = (mutation.change_bytes, mutation.change_bytes, mutation.change_numbers)
 HEADER = (mutation.change_header, mutation.change_numbers, mutation.change_bytes)
 
 # --- files of tensors -----------------------------------------------------------------------------
@@ -191,7 +203,6 @@ bf16: yes
 
 
 def _yaml(case: Path) -> list[bytes]:
-    from halfbyte.config.schema import TrainConfig
 
     config = check(TrainConfig, {"model": "m", "data": "d", "output": "o"})
     return [_YAML, to_yaml(config).encode(), b"", b"a: &a [*a]\n"]
@@ -199,7 +210,6 @@ def _yaml(case: Path) -> list[bytes]:
 
 def _option_words() -> list[bytes]:
     from halfbyte.config.aliases import ALIASES
-    from halfbyte.config.schema import TrainConfig
 
     names = [*TrainConfig.model_fields, *ALIASES]
     return [name.encode() for name in names] + [b"--" + name.encode() for name in names]
@@ -278,15 +288,107 @@ def _array(case: Path) -> list[bytes]:
     return [json.dumps(_ROWS, indent=1).encode(), json.dumps(_ROWS[0], indent=1).encode()]
 
 
-def _other_kind(case: Path) -> list[bytes]:
-    return [b"instruction,output\nWhy?,Because.\n", b"PAR1\x15\x04\x15PAR1", *_lines(case)]
+def _compressed(compress: Callable[[bytes], bytes], case: Path) -> list[bytes]:
+    return [compress(b""), compress(_lines(case)[0]), compress(_array(case)[0]) * 2]
+
+
+def _zstd(raw: bytes) -> bytes:
+    return bytes(pa.Codec("zstd").compress(raw, asbytes=True))
+
+
+COMPRESSED = {"gz": gzip.compress, "zst": _zstd, "bz2": bz2.compress, "xz": lzma.compress}
+_SPEC_WORDS = (
+    b":0.5 :0 :1e999 [:5] [5:] [-3:2] [:10%] [:999%] [9:] #5 # : [ ] * ? ** ~ / - ..".split()
+)
+
+
+def _csv(delimiter: str, case: Path) -> list[bytes]:
+    texts = [("instruction", "output", "input"), ("Why?", 'Be"cause,\n\né', ""), ("a", "b", "c")]
+    lists = [("messages", "tools"), (json.dumps([_USER, _REPLY]), "[]"), ("[", "")]
+    files = []
+    for rows in (texts, lists):
+        file = io.StringIO()
+        csv.writer(file, delimiter=delimiter).writerows(rows)
+        files.append(file.getvalue().encode())
+    return files
+
+
+def _table() -> pa.Table:
+    rows = [{"messages": [_USER, _REPLY], "n": at, "raw": b"x", "x": 0.5} for at in range(9)]
+    return pa.Table.from_pylist([*rows, {"messages": None, "n": None}])
+
+
+def _parquet(case: Path) -> list[bytes]:
+    files = []
+    for compression in ("none", "zstd"):
+        out = io.BytesIO()
+        parquet.write_table(_table(), out, compression=compression, row_group_size=4)
+        files.append(out.getvalue())
+    return files
+
+
+def _arrow(case: Path) -> list[bytes]:
+    files = []
+    for new in (pa.ipc.new_file, pa.ipc.new_stream):
+        out = io.BytesIO()
+        with new(out, _table().schema) as writer:
+            writer.write_table(_table(), max_chunksize=4)
+        files.append(out.getvalue())
+    return files
+
+
+def _read_as_one(file: str, place: str, case: Path) -> None:
+    """Read a damaged file in a directory that another way of reading it expects."""
+    shutil.copy(case / file, case / place)
+    with _converting(case):
+        load_dataset((case / place).parent, _tokenizer(), max_length=64)
+
+
+def _specs(case: Path) -> list[bytes]:
+    (case / "a.jsonl").write_bytes(_lines(case)[1])
+    (case / "d").mkdir(exist_ok=True)
+    (case / "d" / "train.jsonl").write_bytes(_lines(case)[2])
+    words = ["a.jsonl", "a.jsonl:0.7\na.jsonl[:1]:2", "d", "d:train[:50%]", "*.jsonl#1", "~/a[1:2]"]
+    words += ['{"path": "a.jsonl", "weight": 2, "columns": {"text": "body"}}', "owner/name:c:s[:5]"]
+    return [word.encode() for word in words]
+
+
+def _read_specs(case: Path) -> None:
+    try:
+        text = (case / "specs").read_bytes().decode()
+    except UnicodeDecodeError:
+        return
+    words = [
+        word if word[:1] in ("", "/", "~", "-", "{") else f"{case}/{word}"
+        for word in text.split("\n")
+    ]
+    data = check(TrainConfig, {"model": "m", "output": "o", "data": words}).data
+    for one in data:
+        spec = Spec.parse(one)
+        spec.rows.of(7)
+    if all(spec.is_local and str(case) in spec.path for spec in map(Spec.parse, data)):
+        with _converting(case):
+            load_dataset(data, _tokenizer(), max_length=64)
 
 
 _tokenizer = cache(tiny_tokenizer)
 
 
+@contextlib.contextmanager
+def _converting(case: Path) -> Iterator[None]:
+    """Small files are converted in a temporary directory, which stays until the process ends."""
+    before, tempfile.tempdir = tempfile.tempdir, str(case / "out")
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+        while user_cache._temporary:
+            user_cache._temporary.pop().cleanup()
+
+
 def _read_data(name: str, case: Path) -> None:
-    report = load_dataset(case / name, _tokenizer(), max_length=64).report
+    with _converting(case):
+        report = load_dataset(case / name, _tokenizer(), max_length=64).report
     lines = [*report.lines(), *(text for one in report.rejections for text in one)]
     assert max(map(len, lines)) < 2000
 
@@ -471,8 +573,31 @@ TARGETS: dict[str, Target] = {
     ),
     "data-lines": Target("a.jsonl", _lines, partial(_read_data, "a.jsonl"), LINES),
     "data-array": Target("a.json", _array, partial(_read_data, "a.json"), JSON),
-    "data-csv": Target("a.csv", _other_kind, partial(_read_data, "a.csv"), BYTES, 0.1),
-    "data-parquet": Target("a.parquet", _other_kind, partial(_read_data, "a.parquet"), BYTES, 0.1),
+    "data-object": Target("a.json", _lines, partial(_read_data, "a.json"), LINES, 0.3),
+    "data-csv": Target("a.csv", partial(_csv, ","), partial(_read_data, "a.csv"), BYTES),
+    "data-tsv": Target("a.tsv", partial(_csv, "\t"), partial(_read_data, "a.tsv"), BYTES, 0.3),
+    "data-parquet": Target("a.parquet", _parquet, partial(_read_data, "a.parquet"), BINARY),
+    "data-arrow": Target("a.arrow", _arrow, partial(_read_data, "a.arrow"), BINARY),
+    "data-directory": Target(
+        "a.jsonl", _lines, partial(_read_as_one, "a.jsonl", "out/train-0-of-1.jsonl"), LINES, 0.3
+    ),
+    **{
+        f"data-{name}": Target(
+            f"a.jsonl.{name}",
+            partial(_compressed, compress),
+            partial(_read_data, f"a.jsonl.{name}"),
+            BYTES,
+            0.3,
+        )
+        for name, compress in COMPRESSED.items()
+    },
+    "data-specs": Target(
+        "specs",
+        _specs,
+        _read_specs,
+        (mutation.change_words(_SPEC_WORDS), mutation.change_bytes),
+        0.5,
+    ),
     "template": Target(
         "chat_template.jinja",
         _template_case,

@@ -62,7 +62,8 @@ class Alias(NamedTuple):
             ValueError: It has no equivalent; the message says what is expected.
         """
         if self.field in ("data", "eval_data") and isinstance(value, list):
-            return [_source(one) for one in value]
+            found = [_source(one) for one in value]
+            return found[0] if len(found) == 1 and isinstance(found[0], str) else found
         if self.only is not None and _word(value) not in self.meanings:
             raise ValueError(f"expected {' or '.join(self.meanings)}")
         return self.meanings.get(_word(value), value)

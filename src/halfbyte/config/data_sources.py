@@ -9,7 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+)
+
+from halfbyte.config.options import NOT_IN_PATHS
+from halfbyte.foreign_text import shorten
 
 _SOURCES_SHOWN = 3
 
@@ -47,7 +57,7 @@ def sources_of(data: Data) -> tuple[DataSpec, ...]:
 
 def name_of(data: Data) -> str:
     """Return the names of sources for a message, the first few of them."""
-    names = [str(one) for one in sources_of(data)]
+    names = ["standard input" if str(one) == "-" else str(one) for one in sources_of(data)]
     more = f" and {len(names) - _SOURCES_SHOWN} more" if len(names) > _SOURCES_SHOWN else ""
     return ", ".join(names[:_SOURCES_SHOWN]) + more
 
@@ -60,22 +70,38 @@ def as_words(data: Data) -> list[str]:
     ]
 
 
-def _read(value: Any) -> Any:
+def _read(value: Any) -> list[DataSpec]:
     """A list of sources; a word that is a mapping in JSON stands for it."""
     several = list(value) if isinstance(value, list | tuple) else [value]
-    found = []
-    for one in several:
-        if isinstance(one, str) and one.startswith('{"'):
+    if not several:
+        raise ValueError("expected a source")
+    return [_one(one) for one in several]
+
+
+def _one(value: Any) -> DataSpec:
+    if isinstance(value, str) and value.startswith('{"'):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise ValueError("expected a source, or a mapping in JSON") from None
+    match value:
+        case DataSource():
+            return value
+        case str() | Path():
+            if not str(value) or NOT_IN_PATHS.search(str(value)):
+                raise ValueError("expected a name, without null characters")
+            return str(value)
+        case {"path": str(), **rest} if all(isinstance(key, str) for key in rest):
             try:
-                one = json.loads(one)
-            except (ValueError, RecursionError):
-                raise ValueError("expected a source, or a mapping in JSON") from None
-        elif isinstance(one, Path):
-            one = str(one)
-        if one == "":
-            raise ValueError("expected some text")
-        found.append(one)
-    return found
+                return DataSource.model_validate(value)
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                where = ".".join(shorten(str(part)) for part in first["loc"])
+                known = ", ".join(f"`{name}`" for name in DataSource.model_fields)
+                unknown = first["type"] == "extra_forbidden"
+                what = f"expected only {known}" if unknown else first["msg"]
+                raise ValueError(f"`{where}` of a source: {what}") from None
+    raise ValueError("expected a source: a name, or a mapping with `path`")
 
 
 def _written(data: tuple[DataSpec, ...]) -> Any:

@@ -6,7 +6,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 # Python writes bytes of a path that are not UTF-8 as U+DC80 to U+DCFF.
-_NOT_IN_PATHS = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
+NOT_IN_PATHS = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
+"""Characters that no path has."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -91,6 +92,6 @@ class Options(BaseModel):
         field = cls.model_fields[info.field_name or ""]
         if isinstance(value, bool) and field.annotation is not bool:
             raise ValueError("expected a value")
-        if isinstance(value, str) and _NOT_IN_PATHS.search(value):
+        if isinstance(value, str) and NOT_IN_PATHS.search(value):
             raise ValueError("expected text without null characters and halves of surrogate pairs")
         return value

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,16 +40,18 @@ class HubData:
         Raises:
             DataError: The connection fails, or a file of the data set is damaged.
         """
-        chosen: Iterable[Mapping[str, Any]]
-        if self.count is None:
-            chosen = self._data.skip(start) if start else self._data
-            chosen = chosen if stop is None else self._data.take(stop).skip(start)
-        else:
-            chosen = self._data.select(range(self.count)[start:stop])
         try:
-            yield from rows_of(chosen, start + 1)
+            yield from rows_of(self._part(start, stop), start + 1)
         except Exception as error:
             raise _unreadable(self.name, error) from error
+
+    def _part(self, start: int, stop: int | None) -> Iterable[Mapping[str, Any]]:
+        data = self._data
+        if self.count is not None:
+            used = range(self.count)[start:stop]
+            return data.select(used) if used else ()
+        data = data if stop is None else data.take(stop)
+        return data.skip(start) if start else data  # type: ignore[no-any-return]
 
 
 def open_hub(spec: Spec, *, streaming: bool = False) -> HubData:
@@ -67,13 +71,26 @@ def open_hub(spec: Spec, *, streaming: bool = False) -> HubData:
     given = (spec.path, spec.config, spec.split)
     name = ":".join(part for part in given if part is not None)
     try:
-        data = datasets.load_dataset(spec.path, spec.config, split=split, streaming=streaming)
+        with _without_warnings():
+            data = datasets.load_dataset(spec.path, spec.config, split=split, streaming=streaming)
         count = None if streaming else len(data)
     except Exception as error:
         # The package and the libraries below it raise errors of their own, of the network's client
         # and of Python, which have no base in common.
         raise _unreadable(name, error) from error
     return HubData(name, count, getattr(data, "_fingerprint", None), data)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Keep the client from logging each of its attempts without a network, over half a minute."""
+    client = logging.getLogger("huggingface_hub")
+    level = client.level
+    client.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        client.setLevel(level)
 
 
 def _unreadable(name: str, error: Exception) -> DataError:

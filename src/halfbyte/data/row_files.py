@@ -209,7 +209,7 @@ def parse_row(line: str, raw: bytes) -> Row:
 
 def beginning_of(raw: bytes) -> str:
     """What is kept of a row that cannot be read."""
-    return raw[:_BEGINNING].decode("utf-8", errors="replace")
+    return raw[:_BEGINNING].decode("utf-8", errors="replace").rstrip("\r\n")
 
 
 def problem_line(problem: str, raw: bytes) -> bytes:

@@ -382,8 +382,10 @@ def _stream_of(
     if max_samples is not None:
         stop = _earlier(start + max_samples, stop)
 
-    def parsed(raw: Iterator[RawRow], name: str, *, tables: bool) -> Iterator[Row]:
-        file = RowFile(Path(), name, named=several, columns=spec.columns, json_cells=tables)
+    def parsed(
+        raw: Iterator[RawRow], name: str, *, tables: bool, named: bool = several
+    ) -> Iterator[Row]:
+        file = RowFile(Path(), name, named=named, columns=spec.columns, json_cells=tables)
         for row in raw:
             yield file.parse(row.raw, row.number, row.problem)
 
@@ -400,10 +402,12 @@ def _stream_of(
             yield from islice(of_files(), start, stop)
 
     def of_files() -> Iterator[Row]:
-        for path, name in _paths_of(spec)[0]:
+        paths, _ = _paths_of(spec)
+        for path, name in paths:
             with reading_errors(name):
                 file = DataFile.of(path, name)
+                named = several or len(paths) > 1
                 with reading(file) as source:
-                    yield from parsed(source.rows, name, tables=file.is_table)
+                    yield from parsed(source.rows, name, tables=file.is_table, named=named)
 
     return rows
