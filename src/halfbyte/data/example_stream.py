@@ -107,14 +107,14 @@ def shuffled(rows: int, seed: int, mixture: Mixture | None = None) -> Order:
 
     That of the last epoch that was asked for is held.
     """
-    kind = np.uint32 if rows <= 1 << 32 else np.uint64
+    kind: type[np.unsignedinteger[Any]] = np.uint32 if rows <= 1 << 32 else np.uint64
 
     @lru_cache(maxsize=1)
     def order(epoch: int) -> NDArray[np.unsignedinteger[Any]]:
         generator = np.random.Generator(np.random.PCG64([seed, epoch]))
         if mixture is not None:
             return mixture.order(generator).astype(kind)
-        found = np.arange(rows, dtype=kind)
+        found: NDArray[np.unsignedinteger[Any]] = np.arange(rows).astype(kind)
         generator.shuffle(found)
         return found
 

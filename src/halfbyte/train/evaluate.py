@@ -6,10 +6,11 @@ surrounding white space.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -69,30 +70,37 @@ def evaluate_loss(
     progress: Progress | None = None,
 ) -> tuple[float, int]:
     """Return the mean token loss over ``examples``, and the number of supervised tokens."""
-    ordered = sorted(examples, key=lambda example: len(example.tokens), reverse=True)
-    starts = range(0, len(ordered), batch_size)
-    batches = [collate(ordered[start : start + batch_size]) for start in starts]
-    done = 0
+    lengths = np.array([len(example.tokens) for example in examples], dtype=np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    starts = range(0, len(order), batch_size)
+    batches = (
+        collate([examples[at] for at in order[start : start + batch_size].tolist()])
+        for start in starts
+    )
+    done = tokens = 0
     # Summed on the device: reading each value would wait for it.
     total = torch.zeros((), dtype=torch.float64, device=engine.model.device)
     for together in _groups(batches, by_tokens=total.is_cuda):
         total += engine.loss([as_batch(batch) for batch in together])
         done += sum(len(batch.lengths) for batch in together)
+        tokens += sum(batch.supervised_tokens for batch in together)
         if progress is not None:
-            progress(done, len(ordered))
-    tokens = sum(batch.supervised_tokens for batch in batches)
+            progress(done, len(order))
     return float(total) / tokens, tokens
 
 
-def _groups(batches: Sequence[MicroBatch], *, by_tokens: bool) -> Iterator[Sequence[MicroBatch]]:
+def _groups(batches: Iterable[MicroBatch], *, by_tokens: bool) -> Iterator[list[MicroBatch]]:
     """Group consecutive micro-batches that go through the layers together."""
-    start = tokens = 0
-    for i, batch in enumerate(batches):
-        tokens += int(batch.lengths.sum())
-        full = tokens >= _TOKENS_TOGETHER if by_tokens else i + 1 - start == _TOGETHER
-        if full or i + 1 == len(batches):
-            yield batches[start : i + 1]
-            start, tokens = i + 1, 0
+    together: list[MicroBatch] = []
+    tokens = 0
+    for batch in batches:
+        together.append(batch)
+        tokens += batch.tokens
+        if tokens >= _TOKENS_TOGETHER if by_tokens else len(together) == _TOGETHER:
+            yield together
+            together, tokens = [], 0
+    if together:
+        yield together
 
 
 def evaluate(

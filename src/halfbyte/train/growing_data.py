@@ -151,9 +151,8 @@ class LargeData(GrowingData):
         )
         self.mixture = source.mixture()
         self._order = shuffled(len(table), config.data_seed, self.mixture)
-        kept = "not kept (--no-cache-data)"
-        if self._encoder.directory is not None:
-            kept = f"kept in {self._encoder.directory}"
+        directory = self._encoder.directory
+        kept = "not kept" if directory is None else f"kept in {directory}"
         sample = _sample_of(table, self._order(0))
         report.note(
             f"{source.name}: {len(table):,} rows, {table.bytes / 1e9:.2f} GB, which are encoded "
