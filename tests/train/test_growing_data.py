@@ -165,6 +165,30 @@ def test_what_is_planned_for_includes_the_longest_example_that_may_come(model, d
     assert max(shape for step in found.shapes for shape in step) == (3, 128)
 
 
+def test_sources_with_weights_are_mixed_by_them(model, data, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(json.dumps(talk(at)) for at in range(100, 120)))
+    made = planned(model, data, tmp_path / "run", max_steps=None).model_copy(
+        update={"data": (f"{data}:1", f"{other}:3")}
+    )
+    tokenizer = tiny_tokenizer()
+    with open_report(tmp_path / "run", quiet=True) as report:
+        found = RunData(made, tokenizer, tiny_llama(tokenizer).config, report)
+        (tmp_path / "run").mkdir()
+        found.begin(tmp_path / "run", 0, {})
+        lines = []
+        for step in range(found.plan.per_epoch):
+            found.plan[step]
+            lines += [line for batch in found.lines(step) for line in batch]
+        found.close()
+    assert found.plan.per_epoch == 20
+    assert list(found.mixture.counts) == [60, 20]
+    # Five of six rows of the first are usable; rejected ones are replaced.
+    share = sum(line.startswith("other.jsonl:") for line in lines) / len(lines)
+    assert 0.75 < share < 0.81
+    assert {line.rpartition(":")[0] for line in lines} == {"train.jsonl", "other.jsonl"}
+
+
 def test_closing_ends_what_was_opened(model, data, tmp_path, monkeypatch):
     closed = []
     close = RowEncoder.close

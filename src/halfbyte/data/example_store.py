@@ -137,15 +137,19 @@ class ExampleStore:
             at = np.full(last - first, start + 1, dtype="<i8")
             os.pwrite(self._where, at.tobytes(), 8 * int(order[first]))
 
+    def has(self, rows: NDArray[np.int64]) -> bool:
+        """Whether there is a chunk that has exactly these rows, in this order."""
+        return self._of(rows) is not None
+
     def chunk(self, rows: NDArray[np.int64], lines: list[str]) -> EncodedChunk | None:
-        """Return a chunk that has exactly these rows, in this order; None if there is none.
+        """Return the chunk that has exactly these rows, in this order; None if there is none.
 
         Args:
             rows: Rows of the data.
             lines: Their lines.
         """
-        head = self._head_of(int(rows[0]))
-        if head is None or not np.array_equal(head.rows, rows):
+        head = self._of(rows)
+        if head is None:
             return None
         count = int(head.lengths.sum())
         tokens = np.frombuffer(os.pread(self._chunks, 4 * count, head.tokens_at), "<i4")
@@ -154,8 +158,8 @@ class ExampleStore:
 
     def mapped_chunk(self, rows: NDArray[np.int64], lines: list[str]) -> EncodedChunk | None:
         """As `chunk`, but tokens and masks stay in the file, mapped into memory."""
-        head = self._head_of(int(rows[0]))
-        if head is None or not np.array_equal(head.rows, rows):
+        head = self._of(rows)
+        if head is None:
             return None
         if self._map is None or len(self._map) < head.stop:
             self._map = mmap.mmap(self._chunks, 0, prot=mmap.PROT_READ)
@@ -215,6 +219,10 @@ class ExampleStore:
             )
         except (ValueError, TypeError, LookupError, AttributeError):
             return None
+
+    def _of(self, rows: NDArray[np.int64]) -> _Head | None:
+        head = self._head_of(int(rows[0]))
+        return head if head is not None and np.array_equal(head.rows, rows) else None
 
     def _head_of(self, row: int) -> _Head | None:
         if not 0 <= row < self._count:

@@ -24,7 +24,7 @@ from halfbyte.data.formats import preferred_formats
 from halfbyte.data.row_encoder import RowEncoder, chunks_of
 from halfbyte.data.row_table import RowTable
 from halfbyte.data.sources import open_sources
-from halfbyte.errors import DataError
+from halfbyte.errors import DataError, OutputError
 from halfbyte.input_files import read_file
 from halfbyte.user_cache import cached_directory
 
@@ -94,7 +94,10 @@ class OpenedSource:
             found = self._vote(np.arange(len(self.table)))
             (directory / _FORMATS).write_text(json.dumps(found))
 
-        kept = cached_directory("formats", key, write, limit=10**7)
+        try:
+            kept = cached_directory("formats", key, write, limit=10**7)
+        except OutputError:  # other files cannot be kept either, which is said
+            return self._vote(np.arange(len(self.table)))
         return tuple(map(str, json.loads(read_file(kept.path / _FORMATS, 10_000))))
 
     def _vote(self, rows: NDArray[np.int64]) -> tuple[str, ...]:
@@ -161,30 +164,32 @@ def load_rows(
             return load_rows(source, spec, rows, encoder=encoder, progress=progress)
     table, report, done = source.table, EncodingReport(source.name, spec, source.notes), 0
     divided = list(chunks_of(table, rows))
-    held: list[EncodedChunk] = []
+    held: list[EncodedChunk | None] = []  # None: it is in the cache
     row, messages = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
     for chunk_rows, chunk in zip(divided, encoder.encode(divided), strict=True):
         report.add(chunk)
         row.append(chunk_rows[chunk.row])
         messages.append(chunk.messages)
-        if encoder.store is None:
-            held.append(chunk)
-            if hold:
-                encoder.held[chunk_rows.tobytes()] = chunk
+        held.append(None if encoder.has(chunk_rows) else chunk)
+        if hold and held[-1] is not None:
+            encoder.held[chunk_rows.tobytes()] = chunk
         done += len(chunk_rows)
         if progress is not None:
             progress(done, len(rows))
     found = report.report()
     if not found.examples:
         raise DataError(nothing_usable(source.name, found.rows, found.formats, found.rejections))
-    if encoder.store is not None:
-        held = list(encoder.mapped(divided))
+    # Mapped when all are there, so that it is one mapping.
+    chunks = [
+        one or encoder.mapped(chunk_rows) or next(encoder.encode([chunk_rows]))
+        for one, chunk_rows in zip(held, divided, strict=True)
+    ]
     of_examples = np.concatenate(row)
     mixture = source.mixture(of_examples)
     if mixture is not None:
         found = replace(found, notes=(*found.notes, *mixture.lines()))
     return Dataset(
-        examples=Examples(held),
+        examples=Examples(chunks),
         report=found,
         rows=Conversations(table, spec.preferred, of_examples, np.concatenate(messages)),
         last_of_row=last_of_row(of_examples),

@@ -143,17 +143,15 @@ class RowEncoder:
         while waiting:
             yield self._finished(*waiting.popleft(), keep=not again)
 
-    def mapped(self, chunks: Iterable[NDArray[np.int64]]) -> Iterator[EncodedChunk]:
-        """Yield chunks that have been encoded, mapped from the cache into memory as far as kept.
+    def has(self, rows: NDArray[np.int64]) -> bool:
+        """Whether a chunk is in the cache."""
+        return self.store is not None and self.store.has(rows)
 
-        Raises:
-            DataError, EncodingError: As `encode`, of those that are not kept.
-        """
-        for rows in chunks:
-            found = None
-            if self.store is not None:
-                found = self.store.mapped_chunk(rows, self._table.lines(rows))
-            yield found or next(self.encode([rows]))
+    def mapped(self, rows: NDArray[np.int64]) -> EncodedChunk | None:
+        """Return a chunk that is in the cache, mapped into memory; None if it is not."""
+        if self.store is None:
+            return None
+        return self.store.mapped_chunk(rows, self._table.lines(rows))
 
     def _kept(self, rows: NDArray[np.int64]) -> EncodedChunk | None:
         if (held := self.held.get(rows.tobytes())) is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import threading
 import zlib
@@ -26,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.data.row_files import LONGEST_ROW
-from halfbyte.errors import DataError
+from halfbyte.errors import DataError, OutputError
 from halfbyte.input_files import open_file, read_file
 from halfbyte.user_cache import cached_directory
 
@@ -40,6 +41,7 @@ _FORMAT = 1  # incremented when the files of an index change
 _INT64 = np.dtype("<i8")
 _DIGEST = 20  # bytes
 _LIMIT = 4 * 10**9  # bytes of all indices in the cache: those of some 500 million rows
+logger = logging.getLogger("halfbyte")
 _OFFSETS, _LINES, _CARD = "offsets.bin", "lines.bin", "index.json"
 
 
@@ -145,13 +147,17 @@ def row_index(
         index = RowIndex(path, state, digest, np.append(starts, state.size), lines)
     else:
         key = json.dumps({"format": _FORMAT, **state._asdict()})
-        kept = cached_directory(
-            "rows",
-            hashlib.sha256(key.encode()).hexdigest()[:32],
-            lambda directory: _write(directory, path, state, progress),
-            limit=_LIMIT,
-            is_whole=lambda directory: _load(directory, path, state) is not None,
-        )
+        try:
+            kept = cached_directory(
+                "rows",
+                hashlib.sha256(key.encode()).hexdigest()[:32],
+                lambda directory: _write(directory, path, state, progress),
+                limit=_LIMIT,
+                is_whole=lambda directory: _load(directory, path, state) is not None,
+            )
+        except OutputError as error:
+            logger.warning("where the rows are is not kept: %s", error)
+            return row_index(path, keep=False, progress=progress)
         found = _load(kept.path, path, state)
         if found is None:
             raise OSError(errno.EIO, "its index was changed while it was read", str(kept.path))

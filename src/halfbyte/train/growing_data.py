@@ -159,7 +159,7 @@ class LargeData(GrowingData):
             f"while training needs them, and {kept}; what is said now is of the first "
             f"{len(sample):,} rows in the order of training"
         )
-        with report.task(f"reading {source.name}") as progress:
+        with report.task("encoding these rows") as progress:
             self.sample = load_rows(
                 source,
                 self._spec,

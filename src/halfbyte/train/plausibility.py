@@ -17,6 +17,7 @@ def implausible(
     lengths: NDArray[np.integer[Any]],
     total_steps: int,
     model_config: PretrainedConfig,
+    count: int | None = None,
 ) -> list[str]:
     """Return a note on every option that is hardly meant.
 
@@ -25,6 +26,7 @@ def implausible(
         lengths: [examples], the tokens of each, truncated to ``max_length``.
         total_steps: Optimizer steps of the run.
         model_config: The base model's configuration.
+        count: The number of examples of an epoch, if ``lengths`` are those of a sample.
     """
     notes = []
     warmup, per_step = config.warmup_steps, config.batch_size * config.gradient_accumulation_steps
@@ -33,10 +35,11 @@ def implausible(
             f"the warm-up of {warmup:,} steps is not shorter than the run of {total_steps:,}: "
             f"the learning rate does not reach {config.learning_rate:g}"
         )
-    if per_step > len(lengths):
+    count = len(lengths) if count is None else count
+    if per_step > count:
         notes.append(
             f"a step has {per_step:,} examples (batch_size x gradient_accumulation_steps), the "
-            f"data {len(lengths):,}: every epoch is a single step"
+            f"data {count:,}: every epoch is a single step"
         )
     context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     longer = int(np.count_nonzero(lengths > context)) if isinstance(context, int) else 0

@@ -5,8 +5,9 @@ rest while it is trained on (`growing_data`).
 """
 
 import hashlib
-from collections.abc import Mapping
-from contextlib import ExitStack
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,9 @@ from halfbyte.train.run_steps import RunSteps
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
+
+
+Progress = Callable[[int, int], None]
 
 
 class RunData:
@@ -71,8 +75,9 @@ class RunData:
             report.note(line)
         self.held_out: Dataset | None = None
         if config.eval_data:
-            held_out = _open(config.eval_data, config, report)
-            self.held_out = _whole(held_out, tokenizer, config, report)
+            with _reading(config.eval_data, report) as progress:
+                source = _open(config.eval_data, config, progress)
+                self.held_out = _whole(source, tokenizer, config, report, progress)
             for line in self.held_out.report.lines():
                 report.note(line)
         self.plan: RunSteps | LazySteps
@@ -80,7 +85,9 @@ class RunData:
             self.plan = RunSteps(self.dataset.examples, config, pad_id, self.dataset.mixture)
         else:
             self.plan = LazySteps(self._growing.rows, self.dataset.examples, config, pad_id)
-        for line in implausible(config, self.dataset.lengths, self.plan.total, model_config):
+        rows = None if self._growing is None else self._growing.rows or sys.maxsize
+        lengths_of = self.dataset.lengths
+        for line in implausible(config, lengths_of, self.plan.total, model_config, rows):
             report.note(line)
         lengths = self.plan.lengths()
         self.shapes = [[(len(batch), batch[0]) for batch in step] for step in lengths]
@@ -94,9 +101,10 @@ class RunData:
         if config.streaming:
             growing = StreamedData(config, tokenizer, report, stack)
         else:
-            source = _open(config.data, config, report)
-            if not source.is_large:
-                return _whole(source, tokenizer, config, report), None
+            with _reading(config.data, report) as progress:
+                source = _open(config.data, config, progress)
+                if not source.is_large:
+                    return _whole(source, tokenizer, config, report, progress), None
             growing = LargeData(source, config, tokenizer, report, stack)
         return growing.sample, growing
 
@@ -177,15 +185,18 @@ class RunData:
         self._open.close()
 
 
-def _open(data: Data, config: TrainConfig, report: "RunReport") -> OpenedSource:
-    with report.task(f"looking for the rows of {name_of(data)}") as progress:
-        return open_source(
-            data,
-            columns=config.column,
-            max_samples=config.max_samples,
-            keep=config.cache_data,
-            progress=progress,
-        )
+def _reading(data: Data, report: "RunReport") -> AbstractContextManager[Progress]:
+    return report.task(f"reading {name_of(data)}")
+
+
+def _open(data: Data, config: TrainConfig, progress: Progress) -> OpenedSource:
+    return open_source(
+        data,
+        columns=config.column,
+        max_samples=config.max_samples,
+        keep=config.cache_data,
+        progress=progress,
+    )
 
 
 def _whole(
@@ -193,15 +204,14 @@ def _whole(
     tokenizer: PreTrainedTokenizerBase,
     config: TrainConfig,
     report: "RunReport",
+    progress: Progress,
 ) -> Dataset:
     """Encode all rows of a source."""
-    with report.task(f"reading {source.name}") as progress:
-        spec = EncoderSpec(tokenizer, source.preferred(), config.max_length, config.train_on)
-        rows, small = np.arange(len(source.table)), source.is_small
-        with RowEncoder(
-            source.table, spec, keep=source.keep and not small, in_process=small
-        ) as encoder:
-            dataset = load_rows(source, spec, rows, encoder=encoder, progress=progress)
+    spec = EncoderSpec(tokenizer, source.preferred(), config.max_length, config.train_on)
+    rows, small = np.arange(len(source.table)), source.is_small
+    keep = source.keep and not small
+    with RowEncoder(source.table, spec, keep=keep, in_process=small) as encoder:
+        dataset = load_rows(source, spec, rows, encoder=encoder, progress=progress)
     if encoder.directory is not None:
         report.note(
             f"all {len(rows):,} rows ({source.table.bytes / 1e6:,.0f} MB) are encoded before the "
