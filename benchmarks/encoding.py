@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,8 @@ def measure(
     encodings = Tokenizer.from_str(state).encode_batch(rendered, add_special_tokens=False)
     after = [tokenizer.eos_token_id] * (kind == "text")
     ids = (token for encoding in encodings for token in (*encoding.ids, *after))
-    if any(token != next(ids) for chunk in chunks for token in chunk.tokens.tolist()) or any(ids):
+    found_ids = (token for chunk in chunks for token in chunk.tokens.tolist())
+    if any(one != other for one, other in zip_longest(found_ids, ids)):
         raise SystemExit(f"{kind}, {texts}, {template}: tokens are not those of the library")
 
     taken: dict[str, list[dict[str, Any]]] = {name: [] for name in ("ours", *METHODS)}

@@ -34,12 +34,7 @@ def written(path):
             **({"tools": TOOLS} if "call" in name or "result" in name else {}),
         }
         lines += [json.dumps(row), "", json.dumps({"messages": [FIRST, *messages], "id": at})]
-        lines += [
-            "{",
-            json.dumps({"text": "Once. " * at, "id": at}),
-            '{"messages": []}',
-            '{"a": 1}',
-        ]
+        lines += ["{", json.dumps({"text": "Once. " * at}), '{"messages": []}', '{"a": 1}']
         chat = [
             user("So? " * at),
             reply("No."),
@@ -236,16 +231,11 @@ def test_few_chunks_are_taken_before_they_are_needed(pool):
     assert [text_of(one) for one in results] == [str(at) for at in range(1, 100)]
 
 
-@pytest.mark.parametrize(
-    ("end", "how"),
-    [
-        ("__import__('os')._exit(7)", r"was ended with exit code 7$"),
-        ("__import__('os').kill(__import__('os').getpid(), 9)", r"SIGKILL\); was there too little"),
-    ],
-)
-def test_the_end_of_a_process_is_one_error(end, how, data):
+def test_the_end_of_a_process_is_one_error(data):
+    end = "__import__('os').kill(__import__('os').getpid(), 9)"
+    how = r"A process that encodes the data was ended by signal 9 \(SIGKILL\); was there too little"
     with (
-        pytest.raises(HalfbyteError, match=f"A process that encodes the data .*{how}"),
+        pytest.raises(HalfbyteError, match=how),
         EncodingPool(spec_of(data, tokenizer_of("chatml")), 1) as pool,
     ):
         list(pool.imap([[], evaluated(end), []]))
@@ -272,7 +262,7 @@ def is_running(process):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_processes_end_with_a_script_that_has_no_main_function(number, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

@@ -152,11 +152,15 @@ def read_lines(path: str, start: int, stop: int, first: int) -> Iterator[Row]:
     """
     with open_file(path) as file:
         file.seek(start)
-        number, left = first, stop - start
-        while left > 0 and (line := file.readline(left)):
-            if line.strip():
+        number = first
+        while file.tell() < stop and (line := file.readline(LONGEST_ROW + 1)):
+            if len(line) > LONGEST_ROW:
+                yield Row(str(number), _beginning(line), _TOO_LONG)
+                while not line.endswith(b"\n") and (line := file.readline(LONGEST_ROW)):
+                    pass
+            elif line.strip():
                 yield _parse(str(number), line)
-            number, left = number + 1, left - len(line)
+            number += 1
 
 
 def _parse(number: str, line: bytes) -> Row:
