@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfbyte.data import sandbox, template_traces
@@ -81,6 +81,7 @@ def used(renderer):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@settings(max_examples=12)
 @given(many=st.lists(chats(), min_size=1, max_size=4))
 def test_texts_of_families_are_those_of_transformers(name, many):
     # The records of earlier examples stay, as they do in a run.
@@ -93,11 +94,11 @@ def test_texts_of_families_are_those_of_transformers(name, many):
 def test_templates_of_families_are_run_once_for_a_kind(name):
     tokenizer = tokenizer_of(name)
     renderer = Renderer(tokenizer)
-    for at in range(50):
+    for at in range(10):
         messages = [user(f"{at}?"), reply(f"{at}."), user(f"{-at}??"), reply(f"{-at}..")]
         check(renderer, tokenizer, messages)
     # Four beginnings, with and without a prompt.
-    assert used(renderer) == 49 * 8
+    assert used(renderer) == 9 * 8
 
 
 def body(expression):
@@ -168,7 +169,7 @@ def test_what_templates_do_with_texts_is_recorded_or_the_template_is_run(text):
     tokenizer = tiny_tokenizer(text)
     renderer, whole = Renderer(tokenizer), Renderer(tokenizer)
     contents = ["Hi", "", " \nHi. ", "<think>a</think>b", "</think></think>", "é", "Hi", "user"]
-    for at in range(30):
+    for at in range(9):
         few = [contents[(at * step) % len(contents)] for step in (1, 3, 5)]
         messages = [{"role": "user", "content": one} for one in few]
         messages[1]["role"] = "assistant"
@@ -229,7 +230,7 @@ def test_kinds_and_records_are_limited(monkeypatch):
     monkeypatch.setattr(template_traces, "_FREE", 10)
     tokenizer = tiny_tokenizer(CHATML)
     renderer = Renderer(tokenizer)
-    for at in range(50):
+    for at in range(25):
         check(renderer, tokenizer, [{"role": "user", "content": "x", "name": str(at)}])
     (template,) = renderer._templates.values()
     assert template.traces._kinds == 20

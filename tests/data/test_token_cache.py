@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, Sequence, Split
@@ -103,6 +103,7 @@ CACHES = {name: token_cache(one) for name, one in TOKENIZERS.items()}
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=60)
 @given(texts=st.lists(TEXTS.map("".join), min_size=1, max_size=3))
 @example(["word.\n word", "a \n\n.\n", "9\n9 9  9\ta", " \x1c a\x1c", "日本 \u0301", ""])
 def test_tokens_are_the_librarys(name, texts):

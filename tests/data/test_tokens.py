@@ -4,7 +4,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -61,6 +61,7 @@ KINDS = ["plain", "nfc", "lowercase", "rstrip", "incomplete", "metaspace"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=40)
 @given(texts=st.lists(texts_with_spans(), min_size=1, max_size=5))
 def test_masks_are_those_of_offsets(kind, texts):
     for (text, spans), found in zip(texts, text_tokenizer(kind).tokenize(texts), strict=True):

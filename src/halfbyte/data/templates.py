@@ -80,7 +80,7 @@ class Encoded(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Text:
+class Text:
     """A text that becomes an example, and its supervised characters; None: all tokens are."""
 
     row: Conversation
@@ -136,9 +136,9 @@ class Encoder:
                 else:
                     yield [Encoded(one.row, self._example(one, next(tokens))) for one in texts]
 
-    def _texts_or_rejection(self, row: Conversation) -> list[_Text] | RowRejected:
+    def _texts_or_rejection(self, row: Conversation) -> list[Text] | RowRejected:
         try:
-            return self._texts(row)
+            return self.texts(row)
         except RowRejected as rejection:
             return rejection
 
@@ -173,14 +173,14 @@ class Encoder:
 
     # Rendering
 
-    def _texts(self, row: Conversation) -> list[_Text]:
+    def texts(self, row: Conversation) -> list[Text]:
         """The texts that become examples, the shortest first.
 
         Raises:
             RowRejected: There are none.
         """
         if row.text is not None:
-            return [_Text(row, row.text)]
+            return [Text(row, row.text)]
         replies = [index for index in range(len(row.messages)) if row.learns(index)]
         if self._train_on == "assistant":
             self._check_offsets()
@@ -202,25 +202,25 @@ class Encoder:
             self._say(f"a reply is not supervised: {reason}", row)
         return [self._supervised_text(row, part) for part in parts]
 
-    def _whole_text(self, row: Conversation, chat: Chat, replies: list[int]) -> _Text | None:
+    def _whole_text(self, row: Conversation, chat: Chat, replies: list[int]) -> Text | None:
         """The text of all messages, if replies need not be looked for in it."""
         text = chat.text()
         if self._train_on == "all":
-            return _Text(row, text)
+            return Text(row, text)
         assistants = sum(message["role"] == "assistant" for message in row.messages)
         if chat.marked and len(replies) == assistants:
-            return _Text(row, text, [self._with_end(span, text) for span in chat.marked])
+            return Text(row, text, [self._with_end(span, text) for span in chat.marked])
         return None
 
-    def _plain_text(self, row: Conversation, replies: list[int]) -> _Text:
+    def _plain_text(self, row: Conversation, replies: list[int]) -> Text:
         self._check_losses(row, losses_of_text(row.messages, row.tools))
         lines = [self._line(message) for message in row.messages]
         if self._train_on == "all":
-            return _Text(row, "".join(lines))
+            return Text(row, "".join(lines))
         ends = [0, *np.cumsum([len(line) for line in lines]).tolist()]
-        return _Text(row, "".join(lines), [(ends[index], ends[index + 1]) for index in replies])
+        return Text(row, "".join(lines), [(ends[index], ends[index + 1]) for index in replies])
 
-    def _supervised_text(self, row: Conversation, part: Part) -> _Text:
+    def _supervised_text(self, row: Conversation, part: Part) -> Text:
         text, losses = part.chat.text(), self._losses.of(part.chat)
         for index, turn in part.turns.items():
             for note in turn.notes:
@@ -229,7 +229,7 @@ class Encoder:
             if (index, CONTENT) not in losses and not _contains(written, content):
                 self._say("the chat template changes the text of a reply", row)
         spans = [(turn.start, turn.stop) for turn in part.turns.values()]
-        return _Text(row.up_to(len(part.chat.messages)), text, spans)
+        return Text(row.up_to(len(part.chat.messages)), text, spans)
 
     def _losses_in(self, chat: Chat, parts: Sequence[Part]) -> Iterator[Lost]:
         """What is dropped of each reply where it is supervised, and of the rest in the whole."""
@@ -308,7 +308,7 @@ class Encoder:
                 "train on all tokens (train_on: all)."
             )
 
-    def _example(self, one: _Text, found: Tokens) -> Example:
+    def _example(self, one: Text, found: Tokens) -> Example:
         ids, mask = found.ids, found.mask
         if found.merged:
             note = "a token merges the prompt's end with the reply's start"

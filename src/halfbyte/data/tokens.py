@@ -247,17 +247,17 @@ def _is_byte_level(tokenizer: Tokenizer) -> bool:
         return False
     if model.continuing_subword_prefix or model.end_of_word_suffix:
         return False
-    vocabulary = tokenizer.get_vocab()
-    # Bytes without a token are left out, which is noticed, or written as the one for unknown ones.
-    complete: bool = all(byte in vocabulary for byte in pre_tokenizers.ByteLevel.alphabet())
-    if model.unk_token is not None and not complete:
-        return False
     if any(step["type"] != "NFC" for step in steps_of(tokenizer.normalizer, "normalizers")):
         return False
     steps = steps_of(tokenizer.pre_tokenizer, "pretokenizers")
     if not steps or steps[-1]["type"] != "ByteLevel" or steps[-1]["add_prefix_space"]:
         return False
-    return all(_keeps_text(step) for step in steps[:-1])  # so there is no other ByteLevel
+    if not all(_keeps_text(step) for step in steps[:-1]):  # so there is no other ByteLevel
+        return False
+    if model.unk_token is None:
+        return True  # bytes without a token are left out, which is noticed
+    vocabulary = tokenizer.get_vocab()
+    return all(byte in vocabulary for byte in pre_tokenizers.ByteLevel.alphabet())
 
 
 def _keeps_text(step: dict[str, Any]) -> bool:
