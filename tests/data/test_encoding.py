@@ -63,7 +63,7 @@ def same(one, other):
             assert mine.tolist() == others.tolist()
         else:
             assert mine == others
-    assert one.notes.described() == other.notes.described()
+    assert [one.notes.texts, one.notes.tokens] == [other.notes.texts, other.notes.tokens]
     return True
 
 
@@ -211,8 +211,8 @@ def test_what_a_library_prints_is_not_an_answer(pool):
 
 
 def test_errors_are_those_of_one_process(pool, tmp_path):
+    missing = RowFile(tmp_path / "missing.jsonl", "missing.jsonl")
     with pytest.raises(DataError, match=r"missing\.jsonl cannot be read: No such file"):
-        missing = RowFile(tmp_path / "missing.jsonl", "missing.jsonl")
         list(pool.imap([partial(missing.read_rows, 0, 9, 1)]))
     with pytest.raises(RuntimeError, match=r"(?s)process that encodes data.*ZeroDivisionError"):
         list(pool.imap([evaluated("1 / 0")]))
