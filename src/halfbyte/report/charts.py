@@ -15,8 +15,8 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Literal
 
+from halfbyte.report.curve import Point
 from halfbyte.report.live import size
-from halfbyte.report.runs import Point
 
 COLORS = 8
 _DRAWN = 400  # points of a curve; longer ones are drawn by means of neighbours
