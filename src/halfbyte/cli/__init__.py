@@ -28,6 +28,7 @@ COMMANDS = {
     "chat": "chat with a model",
     "compare": "train LoRA and QLoRA on your data and compare memory, speed and quality",
     "report": "write an HTML page about one or more runs",
+    "watch": "serve that page live while runs are made",
     "quantize": "write a 4-bit checkpoint that transformers, PEFT and vLLM load",
     "merge": "merge an adapter into its base model",
     "export": "write a GGUF file for llama.cpp and Ollama",
