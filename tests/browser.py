@@ -118,7 +118,9 @@ class Page:
                 "Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **more
             )
 
-    def appear(self, *, width: int = 1280, height: int = 900, scale: float = 1, **media: str) -> None:
+    def appear(
+        self, *, width: int = 1280, height: int = 900, scale: float = 1, **media: str
+    ) -> None:
         """Set the window's size in CSS pixels, and media features such as color_scheme."""
         self.send(
             "Emulation.setDeviceMetricsOverride",

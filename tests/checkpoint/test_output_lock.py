@@ -177,8 +177,6 @@ def test_who_asks_is_not_taken_for_a_writer(
     path = tmp_path / ".out.lock"
     with path.open("w") as asking:
         fcntl.flock(asking, fcntl.LOCK_SH)
-        monkeypatch.setattr(
-            module.time, "sleep", lambda _: fcntl.flock(asking, fcntl.LOCK_UN)
-        )
+        monkeypatch.setattr(module.time, "sleep", lambda _: fcntl.flock(asking, fcntl.LOCK_UN))
         with output_lock(tmp_path / "out"):
             assert is_locked(tmp_path / "out")

@@ -40,7 +40,7 @@ def age(file: Path, seconds: float = 1000) -> None:
     os.utime(file, (then, then))
 
 
-# --- reading ---------------------------------------------------------------------------------------
+# --- reading -------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.integers(0, 4000), max_size=12), st.integers(1, 5000))
@@ -124,7 +124,7 @@ def test_a_line_that_is_not_whole_waits(tmp_path: Path) -> None:
     assert followed.reader.run().steps == 2
 
 
-# --- who lives -------------------------------------------------------------------------------------
+# --- who lives -----------------------------------------------------------------------------------
 
 
 def test_the_states_of_a_run(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_the_time_left_is_by_the_clock_of_the_last_steps(tmp_path: Path) -> None
     assert read_run(tmp_path).seconds_left is None
 
 
-# --- several ---------------------------------------------------------------------------------------
+# --- several -------------------------------------------------------------------------------------
 
 
 def test_a_directory_of_runs_and_those_that_begin_later(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from halfbyte.report import open_report
 from halfbyte.report.page import page, write_page
 from halfbyte.report.runs import read_run
 
-VOID = {"meta", "path", "br"}
+VOID = {"meta", "link", "path", "br"}
 EVIL = "</script><script>alert(1)</script><img src=x onerror=\"alert('&')\">"
 
 

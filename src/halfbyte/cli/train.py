@@ -1,6 +1,7 @@
 """``halfbyte train [CONFIG.yaml]``: fine-tune a model on your data."""
 
 import dataclasses
+import sys
 
 from halfbyte.cli.startup import import_transformers
 from halfbyte.config.command_line import Command, invocation, results
@@ -29,6 +30,8 @@ def main(argv: list[str]) -> None:
     from halfbyte.train.run import train
     from halfbyte.train.stopping import StopRequest
 
+    if sys.stderr.isatty():
+        print(f"To watch it: {invocation('watch', str(config.output))}", file=sys.stderr)
     stop = StopRequest()
     with results(as_json=words.json) as result:
         with first_signal(stop.on_signal), open_report(config.output) as report:

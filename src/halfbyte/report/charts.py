@@ -110,7 +110,7 @@ def table(
     )
     named = f"<caption>{escape(caption)}</caption>" if caption else ""
     return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{escape(caption or label)}">'
+        f'<div class="wide" tabindex="0" role="group" aria-label="{escape(caption or label)}">'
         f"<table>{named}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
@@ -243,7 +243,7 @@ def bar_chart(title: str, unit: str, bars: Sequence[Bar], *, say: Say = plain) -
     legend = [Series(name, (), number) for number, name in enumerate(names)]
     message = "; ".join(f"{bar.name} {say(bar.total)}" for bar in bars)
     values = table(
-        ["", *(names if several else []), "total"],
+        ["bar", *(names if several else []), "total"],
         [
             [
                 bar.name,
@@ -287,5 +287,5 @@ def dot_chart(
     )
     seeds = max(len(found) for _, found in rows)
     cells = [[name, *(say(v) for v in found), *[""] * (seeds - len(found))] for name, found in rows]
-    heads = ["", *(f"run {i + 1}" for i in range(seeds))]
+    heads = ["name", *(f"run {i + 1}" for i in range(seeds))]
     return _figure(title, unit, body, table(heads, cells, label=f"{title}, values"))

@@ -233,8 +233,8 @@ def _progress(run: Run) -> str:
         return ""
     share = min(1.0, run.steps / total)
     return (
-        f'<progress max="{total:.0f}" value="{run.steps}" aria-label="Steps made by {escape(run.name)}">'
-        f"{share:.0%}</progress>"
+        f'<progress max="{total:.0f}" value="{run.steps}" '
+        f'aria-label="Steps made by {escape(run.name)}">{share:.0%}</progress>'
     )
 
 

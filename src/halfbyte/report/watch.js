@@ -6,7 +6,7 @@
   const spoken = document.querySelector("#spoken"); // for screen readers: few, short messages
   const link = document.querySelector("#link");
   const button = document.querySelector("#pause");
-  const SECONDS = { live: 1, over: 5, hidden: 15 };
+  const seconds = JSON.parse(document.body.dataset.seconds);
   let version = document.body.dataset.version;
   let over = document.body.dataset.over === "true";
   let paused = false;
@@ -67,7 +67,7 @@
       if (!link.textContent) say(link, `halfbyte watch does not answer; the page is as of ${now()}.`);
     }
     if (!paused) {
-      const pace = document.hidden ? SECONDS.hidden : over ? SECONDS.over : SECONDS.live;
+      const pace = document.hidden ? seconds.hidden : over ? seconds.over : seconds.live;
       timer = setTimeout(look, 1000 * pace);
     }
   };
@@ -80,5 +80,5 @@
     else look();
   });
   document.addEventListener("visibilitychange", () => { if (!document.hidden && !paused) look(); });
-  timer = setTimeout(look, 1000 * SECONDS.live);
+  timer = setTimeout(look, 1000 * seconds.live);
 }

@@ -27,13 +27,14 @@ from urllib.parse import urlsplit
 
 from halfbyte.errors import ConfigError
 from halfbyte.report.following import FollowedRuns
-from halfbyte.report.page import contents, content_policy, resource
+from halfbyte.report.page import content_policy, contents, resource
 from halfbyte.report.runs import Run, number
 
 DEFAULT_PORT = 8765
 _FURTHER_PORTS = 20
 _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_OF_A_REQUEST = 30
+_SECONDS_BETWEEN_QUESTIONS = {"live": 1.0, "over": 5.0, "hidden": 15.0}  # of the page
 _OVER = ("finished", "stopped", "died")
 _ICON = "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'/%3E"
 
@@ -107,8 +108,8 @@ def _spoken(run: Run) -> str:
         said = f"running, {int(10 * _share(run) + 1e-9) * 10} % of the steps made"
     if (loss := run.last("held_out")) is not None:
         said += f", held-out loss {loss:.4f}"
-    if run.warnings:
-        said += f", {len(run.warnings)} warnings"
+    if count := len(run.warnings):
+        said += f", {count} warning{'s' if count > 1 else ''}"
     return f"{run.name}: {said}"
 
 
@@ -125,11 +126,12 @@ def watch_page(view: View) -> tuple[str, str]:
         '<noscript><meta http-equiv="refresh" content="10"></noscript>\n'
         f'<title>{escape(view.title)}</title>\n<link rel="icon" href="{_ICON}">\n'
         f"<style>\n{resource('page.css')}</style>\n</head>\n"
-        f'<body data-version="{escape(view.version)}" data-over="{str(view.over).lower()}">\n'
-        '<aside class="watch" aria-label="Updates"><p>Read from the journal as it is written.</p>'
+        f'<body data-version="{escape(view.version)}" data-over="{str(view.over).lower()}" '
+        f'data-seconds="{escape(json.dumps(_SECONDS_BETWEEN_QUESTIONS))}">\n'
+        '<header class="watch"><p>Read from the journal as it is written.</p>'
         '<button type="button" id="pause" hidden>Pause updates</button>'
         '<p id="link" class="warning" role="status"></p>'
-        f'<p id="spoken" class="unseen" role="status">{escape(view.spoken)}</p></aside>\n'
+        f'<p id="spoken" class="unseen" role="status">{escape(view.spoken)}</p></header>\n'
         f"<main>\n{view.html}\n</main>\n"
         + "".join(f"<script>{one}</script>\n" for one in scripts)
         + "</body>\n</html>\n"
@@ -139,7 +141,6 @@ def watch_page(view: View) -> tuple[str, str]:
 
 class _Handler(BaseHTTPRequestHandler):
     server: "WatchServer"
-    protocol_version = "HTTP/1.1"
     server_version = "halfbyte"
     sys_version = ""
     timeout = _SECONDS_OF_A_REQUEST
