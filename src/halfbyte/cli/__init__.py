@@ -32,6 +32,7 @@ COMMANDS = {
     "quantize": "write a 4-bit checkpoint that transformers, PEFT and vLLM load",
     "merge": "merge an adapter into its base model",
     "export": "write a GGUF file for llama.cpp and Ollama",
+    "push": "upload an adapter to the Hugging Face hub, with a model card",
     "demo": "fine-tune a small model on an example task, in minutes on a CPU",
     "doctor": "show what this machine has and test the kernels",
 }

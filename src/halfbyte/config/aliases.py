@@ -131,6 +131,10 @@ ALIASES: dict[str, Alias] = {
         "activations", {"true": "recompute", "false": "save", "offload": "offload"}, only=""
     ),
     "eval_dataset": Alias("eval_data"),
+    # There it is a switch, and hub_model_id the name.
+    "push_to_hub": Alias("push_to_hub", {"false": None}, frozenset(("true",))),
+    "hub_model_id": Alias("push_to_hub"),
+    "hub_private_repo": Alias("hub_private", _SWITCH, only=""),
     "resume_from_checkpoint": Alias(
         "resume", _SWITCH, only="; a run goes on from the newest checkpoint in its `output`"
     ),

@@ -67,6 +67,17 @@ def _known_block_size(value: int) -> int:
     return value
 
 
+# huggingface_hub's rules: letters, digits, -, _ and ., but no two of -- or .., 96 characters.
+_REPOSITORY = re.compile(r"(?!.*(--|\.\.))[a-zA-Z0-9][\w-]*/[a-zA-Z0-9_][\w.-]*(?<![-.])", re.ASCII)
+
+
+def _owner_and_name(value: str) -> str:
+    if not _REPOSITORY.fullmatch(value) or len(value) > 96 or value.endswith(".git"):
+        raise ValueError("expected owner/name, a repository on the Hugging Face hub")
+    return value
+
+
+Repository = Annotated[str, AfterValidator(_owner_and_name)]
 Positive = Annotated[float, Field(gt=0)]
 BlockSize = Annotated[int, AfterValidator(_known_block_size)]
 

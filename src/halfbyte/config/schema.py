@@ -15,6 +15,7 @@ from halfbyte.config.options import (
     BlockSize,
     Options,
     Positive,
+    Repository,
     parse_bytes,
     parse_names,
     parse_pairs,
@@ -196,6 +197,14 @@ class TrainConfig(ModelOptions):
     report_to: Annotated[
         tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(parse_trackers)
     ] = Field((), description="trackers to log to: tensorboard, wandb, trackio")
+    push_to_hub: Repository | None = Field(
+        None,
+        description="upload the adapter to owner/name on the Hugging Face hub at the end, with a "
+        "model card; whether that may be done is checked first",
+    )
+    hub_private: bool = Field(
+        True, description="create the repository of push_to_hub private, if there is none"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the adapters and the data's order")
 
     @field_validator("target_modules", mode="before")

@@ -32,6 +32,8 @@ _FREE_TO_CHANGE = {
     "memory_budget",
     "samples",
     "report_to",
+    "push_to_hub",
+    "hub_private",
     "model",  # the base model's fingerprint is compared instead
     "data",  # the tokens' digest is compared instead
     "revision",

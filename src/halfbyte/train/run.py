@@ -55,6 +55,7 @@ from halfbyte.runtime.matmul import float32_library
 from halfbyte.runtime.precision import choose_device_and_dtype, deterministic
 from halfbyte.train import metadata
 from halfbyte.train.evaluate import as_batch, evaluate_loss
+from halfbyte.train.hub import describe_run, repository_of
 from halfbyte.train.loading import Loading, lora_of, recipe_of
 from halfbyte.train.loss_watch import LossWatch
 from halfbyte.train.memory_check import FIRST_LOOK, Prediction, sizes_of
@@ -85,6 +86,7 @@ class TrainResult:
         tokens_per_second: Tokens, without padding, divided by that time.
         skipped_steps: Steps left out, because their loss or a gradient was not finite; without
             those that only overflowed in float16.
+        hub_url: Where the adapter was uploaded to, if it was.
     """
 
     adapter_dir: Path
@@ -94,6 +96,7 @@ class TrainResult:
     seconds: float
     tokens_per_second: float
     skipped_steps: int = 0
+    hub_url: str | None = None
 
 
 def train(config: TrainConfig, report: "RunReport", stop: StopRequest | None = None) -> TrainResult:
@@ -108,9 +111,15 @@ def train(config: TrainConfig, report: "RunReport", stop: StopRequest | None = N
         UserError: For errors the user can fix; no incomplete output is left behind.
         NonFiniteLossError: If training diverges; the last checkpoint is kept.
         RunStopped: If ``stop`` was requested; the steps that were made are saved.
+        UploadError: The adapter is complete, and could not be uploaded (``push_to_hub``).
     """
     with claim_output(config):
-        return _train(config, report, stop or StopRequest())
+        repository = repository_of(config)
+        result = _train(config, report, stop or StopRequest())
+        describe_run(result.adapter_dir, repository, report)
+        if repository is None:
+            return result
+        return replace(result, hub_url=repository.push(result.adapter_dir, report))
 
 
 def _train(config: TrainConfig, report: "RunReport", stop: StopRequest) -> TrainResult:
@@ -320,6 +329,7 @@ class _Run:
                 "trained_parameters": self.trained,
                 "examples": len(self.data.dataset.examples),
                 "supervised_tokens": self.data.dataset.report.supervised_tokens,
+                "data_digest": self.identity["data"],
                 "engine": self.engine_summary,
                 "versions": metadata.versions(),
                 "machine": metadata.machine(self.device),
