@@ -59,6 +59,7 @@ class Seam:
         self.calls.append(("train", {"config": config}))
         report.begin(total_steps=1, start_step=0, metadata={"base": "tiny"})
         report.step({"step": 1, "loss": 0.25})
+        (config.output / "adapter_config.json").write_text('{"r": 4, "use_dora": true}')
         return Trained(config.output)
 
     def open_model(self, model: str, **options: Any) -> tuple[Any, str, None]:
@@ -147,6 +148,11 @@ def test_train_lays_options_over_the_file_and_says_what_it_read(
     assert lines(out) == [
         "The adapter has been written. To try it:",
         f"  halfbyte chat --model m --adapter {output}",
+        "To evaluate, merge, export or serve it:",
+        f"  halfbyte merge m {output} {output}-merged",
+        f"  halfbyte export m {output} {output}-gguf",
+        "vLLM cannot serve it without merging: DoRA",
+        "llama.cpp cannot load it without merging: DoRA",
     ]
     events = [record["event"] for record in read_journal(output / "journal.jsonl")]
     assert events == ["note", "begin", "step"]

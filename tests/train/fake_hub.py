@@ -62,9 +62,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/whoami-v2":
             orgs = [{"name": "acme", "roleInOrg": "write"}, {"name": "museum", "roleInOrg": "read"}]
             auth = {"type": "access_token", "accessToken": {"displayName": "x", "role": role}}
-            return self._answer(
-                200, {"type": "user", "name": "alice", "orgs": orgs, "auth": auth}
-            )
+            return self._answer(200, {"type": "user", "name": "alice", "orgs": orgs, "auth": auth})
         if path == "/api/validate-yaml":
             return self._validate(json.loads(body)["content"])
         if path == "/api/repos/create":

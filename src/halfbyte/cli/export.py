@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from halfbyte.cli.next_commands import after_export, show_next
 from halfbyte.cli.opening import RECIPE_FIELDS, as_trained, claim_directory
 from halfbyte.cli.startup import import_transformers
 from halfbyte.config.command_line import Command, results
@@ -114,19 +115,29 @@ def _export(options: ExportOptions, notes: list[str], *, as_json: bool) -> None:
         else:
             found = _export_model(options, base, report)
         result |= {"directory": str(options.out), "type": options.type} | found
+        problem = _wrong(options, result)
+        if not problem:
+            base_name = options.model if options.format == "gguf-lora" else None
+            show_next("To use it:", after_export(options.out, base=base_name))
+    if problem:
+        raise HalfbyteError(f"{options.out} was written, but {problem}")
+
+
+def _wrong(options: ExportOptions, result: dict[str, Any]) -> str:
+    """What is wrong with what was written, or an empty string."""
     share = result.get("verified", {}).get("worst_share", 0.0)
     if not share <= 1:
-        raise HalfbyteError(
-            f"{options.out} was written, but is wrong: the error of a value is {share:.3g} times "
-            f"the largest that rounding to {options.type} can cause. This is a bug in halfbyte"
+        return (
+            f"is wrong: the error of a value is {share:.3g} times the largest that rounding to "
+            f"{options.type} can cause. This is a bug in halfbyte"
         )
     least, agreement = options.min_agreement, result.get("distance", {}).get("top1_agreement", 1.0)
     if agreement < (_LEAST_AGREEMENT[options.type] if least is None else least):
-        raise HalfbyteError(
-            f"{options.out} was written, but its outputs differ from the adapter's: the most "
-            f"likely token is the same in {100 * agreement:.2f} % of the positions "
-            "(--min-agreement). --type f16 loses less"
+        return (
+            "its outputs differ from the adapter's: the most likely token is the same in "
+            f"{100 * agreement:.2f} % of the positions (--min-agreement). --type f16 loses less"
         )
+    return ""
 
 
 def _opened(options: ExportOptions, report: "RunReport") -> tuple[Any, dict[str, Any]]:
@@ -172,7 +183,7 @@ def _export_adapter(
     origin = str(where.resolve()) if where.exists() else options.model
     with new_directory(options.out, replace=options.overwrite) as directory:
         write_gguf_lora(base, adapter, directory / "adapter.gguf", options.type)
-        text = modelfile(origin, base.tokenizer(), adapter="./adapter.gguf")
+        text = modelfile(origin, base.tokenizer(), _ends(base), adapter="./adapter.gguf")
         (directory / "Modelfile").write_text(text, encoding="utf-8")
     path = options.out / "adapter.gguf"
     begun = adapter.info.get("recipe", {}).get("init_lora_weights") == "qera"
@@ -211,9 +222,6 @@ def _export_model(
         model, recipe = _opened(options, report)
         source = Merged(base, model, "decoded", torch.float32)
     tokenizer = base.tokenizer()
-    defaults = source.generation_config()
-    stops = defaults.eos_token_id if defaults is not None else None
-    ends = stops if isinstance(stops, list) else [] if stops is None else [stops]
     path = options.out / "model.gguf"
     with new_directory(options.out, replace=options.overwrite) as directory:
         with report.task(f"writing {path}", None) as progress:
@@ -224,7 +232,7 @@ def _export_model(
                 base=base,
                 progress=progress,
             )
-        text = modelfile(f"./{path.name}", tokenizer, ends)
+        text = modelfile(f"./{path.name}", tokenizer, _ends(source))
         (directory / "Modelfile").write_text(text, encoding="utf-8")
     show.paragraph(f"{path}: {size(path.stat().st_size)}, and a Modelfile for Ollama.")
     found: dict[str, Any] = {"file": str(path), "bytes": path.stat().st_size, "base": recipe}
@@ -235,6 +243,13 @@ def _export_model(
             if model is not None:
                 found["distance"] = _distance(model, tokenizer, written, options.type)
     return found
+
+
+def _ends(source: "BaseSource") -> list[int]:
+    """The tokens that end an answer, as the model's generation configuration says."""
+    defaults = source.generation_config()
+    stops = defaults.eos_token_id if defaults is not None else None
+    return stops if isinstance(stops, list) else [] if stops is None else [stops]
 
 
 def _told(verified: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from halfbyte.cli.next_commands import after_writing_model, show_next
 from halfbyte.cli.opening import as_trained, claim_directory
 from halfbyte.cli.startup import import_transformers
 from halfbyte.config.command_line import Command, results
@@ -175,6 +176,8 @@ def _merge(options: MergeOptions, notes: list[str], *, as_json: bool) -> None:
         if options.verify and live is not None:
             with report.task(f"reading {out}", None):
                 result["verified"], problem = _verified(options, model, live, taught)
+        if not problem:
+            show_next("To use it:", after_writing_model(out))
     if problem:
         raise HalfbyteError(
             f"{out} was written, but differs from what was trained: {problem}, expected at least "

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 
+from halfbyte.cli.next_commands import after_training, show_next
 from halfbyte.cli.startup import import_transformers
 from halfbyte.config.command_line import Command, invocation, results
 from halfbyte.config.reading import load_config
@@ -38,7 +39,11 @@ def main(argv: list[str]) -> None:
             for note in notes:
                 report.note(note)
             trained = train(config, report, stop)
-        show.paragraph("The adapter has been written. To try it:")
-        adapter = str(trained.adapter_dir)
-        show.command(invocation("chat", "--model", config.model, "--adapter", adapter))
+        commands, warnings = after_training(
+            config.model, trained.adapter_dir, revision=config.revision, data=config.eval_data
+        )
+        show_next("The adapter has been written. To try it:", commands[:1])
+        show_next("To evaluate, merge, export or serve it:", commands[1:])
+        for warning in warnings:
+            show.paragraph(warning)
         result |= dataclasses.asdict(trained)

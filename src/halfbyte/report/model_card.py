@@ -23,7 +23,10 @@ from halfbyte.report.runs import Run, mapping, number, read_run
 MODEL_CARD = "README.md"
 _MARK = "# written by halfbyte: remove this line to keep your changes from being replaced\n"
 _PATHS = ("model", "data", "eval_data", "output")
-_NOT_RECIPE = ("output", "push_to_hub", "hub_private", "report_to", "resume")
+_NOT_RECIPE = {
+    *("output", "push_to_hub", "hub_private", "report_to", "resume", "samples"),
+    *("save_steps", "save_total_limit", "logging_steps"),
+}
 
 
 def last_part(name: str) -> str:
@@ -92,7 +95,7 @@ def model_card(
         _section("Base model", _table(("", ""), _base(base_name, info))),
         _section("Data", _table(("", "training", "held out"), _data(run))),
         _section("Recipe", _table(("option", "value"), _recipe(run, fields))),
-        _section("How to load it", _loading(repository, base_name, fields)),
+        _section("How to load it", _loading(repository, base, fields)),
         _section("Trained with", _table(("", ""), _machine(run))),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -227,9 +230,10 @@ def _machine(run: Run) -> list[tuple[str, str]]:
     return found + ([("time", duration(spent))] if spent else [])
 
 
-def _loading(repository: str | None, base: str, fields: dict[str, Any]) -> str:
-    """Commands of four programs; ``owner/name`` and the base model's name are to be filled in."""
-    base, repository = _word(base), _word(repository or "owner/name")
+def _loading(repository: str | None, base: str | None, fields: dict[str, Any]) -> str:
+    """Commands of four programs; what is not known is ``BASE`` and ``owner/name``."""
+    hint = "" if base else "BASE is the base model: its directory, or its name on the hub.\n\n"
+    base, repository = _word(base or "BASE"), _word(repository or "owner/name")
     name = repository.rpartition("/")[2]
     peft = (
         "```python\nfrom peft import PeftModel\n"
@@ -256,7 +260,7 @@ def _loading(repository: str | None, base: str, fields: dict[str, Any]) -> str:
             f"llama-cli -m BASE.gguf --lora {name}-gguf/adapter.gguf\n```"
         )
     programs = {"PEFT": peft, "halfbyte": halfbyte, "vLLM": vllm, "llama.cpp": llama}
-    return "\n\n".join(f"{program}:\n\n{text}" for program, text in programs.items())
+    return hint + "\n\n".join(f"{program}:\n\n{text}" for program, text in programs.items())
 
 
 def _word(text: str) -> str:

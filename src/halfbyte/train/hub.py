@@ -111,6 +111,7 @@ class HubRepository:
             UploadError: The upload failed; the adapter on this machine is as it was.
         """
         from huggingface_hub import CommitOperationAdd, HfApi
+
         files = _published(directory)
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
         api = HfApi()
