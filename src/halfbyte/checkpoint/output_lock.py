@@ -92,6 +92,12 @@ def _lock_soon(descriptor: int) -> bool:
     return False
 
 
+def lock_files(directory: str | Path) -> list[Path]:
+    """The files that may hold the lock of a directory: beside it, and in it."""
+    place = Path(os.path.realpath(directory))
+    return list(dict.fromkeys((_beside(place), place / ".lock")))
+
+
 def is_locked(directory: str | Path) -> bool | None:
     """Whether a process writes an output directory: it, or its parent, need not exist.
 
@@ -101,8 +107,7 @@ def is_locked(directory: str | Path) -> bool | None:
         True or False; None if that cannot be known: the lock may not be read, or the file system
         has no locks.
     """
-    place = Path(os.path.realpath(directory))
-    for path in dict.fromkeys((_beside(place), place / ".lock")):
+    for path in lock_files(directory):
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except (FileNotFoundError, NotADirectoryError):

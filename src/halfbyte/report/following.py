@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
-from halfbyte.checkpoint.output_lock import is_locked
+from halfbyte.checkpoint.output_lock import is_locked, lock_files
 from halfbyte.errors import ConfigError
 from halfbyte.input_files import open_file
 from halfbyte.report.journal import parse_line
@@ -110,8 +110,9 @@ class FollowedRun:
     """
 
     def __init__(self, path: Path) -> None:
-        self.directory = path.parent if path.is_file() else path
-        self._journal = FollowedJournal(path if path.is_file() else path / JOURNAL)
+        is_journal = os.path.isfile(path)
+        self.directory = path.parent if is_journal else path
+        self._journal = FollowedJournal(path if is_journal else path / JOURNAL)
         self._version = 0
         self._seen: tuple[object, ...] = ()
         self.run = Run(name=self._name, path=self.directory)
@@ -152,7 +153,7 @@ class FollowedRun:
         if not self._journal.exists:
             if locked:
                 return "loading", "loading: its first step has not begun"
-            place = "" if self.directory.is_dir() else f": there is no {self.directory} yet"
+            place = "" if os.path.isdir(self.directory) else f": there is no {self.directory} yet"
             return "waiting", f"waiting for the run to begin{place}"
         if run.phase == "stopped":
             if locked:
@@ -171,20 +172,19 @@ class FollowedRun:
     @property
     def _left_a_lock(self) -> bool:
         """Whether a process of this machine was killed with the lock: its file is still there."""
-        place = Path(os.path.realpath(self.directory))
-        return place.with_name(f".{place.name}.lock").exists() or (place / ".lock").exists()
+        return any(map(os.path.exists, lock_files(self.directory)))
 
     @property
     def _again(self) -> str:
         config = self.directory / "config.yaml"
-        if not config.is_file():
+        if not os.path.isfile(config):
             return ""
         return f". To go on: halfbyte train {shlex.quote(str(config))} --resume"
 
 
 def find_runs(path: Path) -> list[Path]:
     """The runs in a directory: itself, or those below it; itself if there are none yet."""
-    if not path.is_dir() or (path / JOURNAL).exists() or is_locked(path):
+    if not os.path.isdir(path) or os.path.exists(path / JOURNAL) or is_locked(path):
         return [path]
     return sorted(_below(path, _DEEPEST))[:_MOST_RUNS] or [path]
 
@@ -192,11 +192,12 @@ def find_runs(path: Path) -> list[Path]:
 def _below(directory: Path, depth: int) -> list[Path]:
     found = []
     try:
-        folders = [one for one in directory.iterdir() if one.is_dir() and not one.is_symlink()]
+        with os.scandir(directory) as entries:
+            folders = [Path(one.path) for one in entries if one.is_dir(follow_symlinks=False)]
     except OSError:  # not ours to read, or just removed: there is no run of ours in it
         return []
     for folder in folders:
-        if (folder / JOURNAL).exists():
+        if os.path.exists(folder / JOURNAL):
             found.append(folder)
         elif depth > 1 and not folder.name.startswith((".", "checkpoint-")):
             found += _below(folder, depth - 1)
