@@ -336,3 +336,9 @@ def test_the_whole_thing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert found["sentence"].startswith("Against lora, qlora takes")
     assert json.loads((tmp_path / "cmp" / "compare.json").read_text()) == found
     assert "Against lora, qlora takes" in (tmp_path / "cmp" / "compare.html").read_text()
+
+
+def test_variants_are_not_uploaded(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["compare", "--model", "m", "--data", "d", "--output", "o", "--push-to-hub", "a/b"]
+    assert cli.main(words) == 2
+    assert "upload the adapter you choose with `halfbyte push`" in capsys.readouterr().err

@@ -56,6 +56,8 @@ class CompareOptions(TrainConfig):
         varied = [f"`{name}`" for name in _VARIED if name in self.model_fields_set]
         if varied:
             raise ValueError(f"{', '.join(varied)}: use `variants` and `seeds` instead")
+        if self.push_to_hub is not None:
+            raise ValueError("`push_to_hub`: upload the adapter you choose with `halfbyte push`")
         if self.shape is None:
             missing = [f"`{name}`" for name in ("model", "data") if not getattr(self, name)]
             if missing:
