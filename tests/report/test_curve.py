@@ -1,6 +1,6 @@
 """A curve keeps its shape, its last value and its highest one in bounded memory."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfbyte.report import curve as module
@@ -9,6 +9,7 @@ from halfbyte.report.curve import Curve
 VALUES = st.lists(st.floats(-1e6, 1e6), max_size=300)
 
 
+@settings(max_examples=40)
 @given(VALUES)
 def test_a_short_curve_is_what_was_added(values: list[float]) -> None:
     curve = Curve()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfbyte.checkpoint.output_lock import output_lock
@@ -43,6 +43,7 @@ def age(file: Path, seconds: float = 1000) -> None:
 # --- reading -------------------------------------------------------------------------------------
 
 
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 4000), max_size=12), st.integers(1, 5000))
 def test_a_journal_read_in_pieces_is_the_journal(
     tmp_path_factory: pytest.TempPathFactory, cuts: list[int], chunk: int

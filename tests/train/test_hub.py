@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard, constants, metadata_load
 from huggingface_hub.utils import validate_repo_id
@@ -230,3 +232,22 @@ def test_what_is_no_adapter_is_refused(
 )
 def test_which_base_is_a_path(name: str, local: bool) -> None:
     assert is_local(name) is local
+
+
+@pytest.mark.parametrize(
+    ("named", "read"), [("Apache-2.0", "apache-2.0"), ("see the website", None), (7, None)]
+)
+def test_the_license_of_a_gguf_file(tmp_path: Path, named: Any, read: str | None) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    if isinstance(named, str):
+        writer.add_license(named)
+    else:
+        writer.add_uint32("general.license", named)
+    writer.add_tensor("token_embd.weight", np.zeros((2, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert module._license_here(tmp_path / "m.gguf") == read
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF")
+    assert module._license_here(tmp_path / "broken.gguf") is None
