@@ -210,7 +210,7 @@ def test_what_the_headers_forbid(tmp_path: Path) -> None:
 
 def test_nothing_in_a_journal_becomes_markup(tmp_path: Path) -> None:
     lines = journal_lines(**{EVIL: EVIL})
-    lines[2] |= {"model": EVIL, "data_check": {"findings": [{"text": EVIL}, EVIL, 7]}}
+    lines[2] |= {"model": EVIL}
     lines[-1] = {"event": "stopped", "reason": EVIL + "\ud800"}
     out = write_journal(tmp_path / EVIL.replace("/", "_"), lines)
     with served(out) as server:

@@ -360,23 +360,13 @@ def _text(text: str) -> str:
 
 
 def _data(run: Run) -> str:
-    body = _checks(run.begin.get("data_check"))
+    body = ""
     for name, field in (("Training", "data_verdict"), ("Held out", "held_out_verdict")):
         report = mapping(run.begin.get(field))
         if lines := texts(report.get("lines")):
             items = "".join(f"<li>{escape(line)}</li>" for line in lines)
             body += f'<h3>{name}</h3><ul class="notes">{items}</ul>{_rejected(report)}'
     return section("Data", body)
-
-
-def _checks(found: Any) -> str:
-    """What a check of the data found: a list of texts, or of mappings with one."""
-    findings = mapping(found).get("findings", found)
-    if not isinstance(findings, list):
-        return ""
-    said = [str(mapping(one).get("text", one)) for one in findings]
-    items = "".join(f"<li>{escape(one)}</li>" for one in said)
-    return f'<h3>Findings</h3><ul class="notes">{items}</ul>' if items else ""
 
 
 def _rejected(report: dict[str, Any]) -> str:
