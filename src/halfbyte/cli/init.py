@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 from pydantic import BeforeValidator, Field, PositiveInt
 
 from halfbyte.cli.config_file import ConfigFileOptions
-from halfbyte.cli.plan import Forecast, PlanOptions, forecast
+from halfbyte.cli.plan import Forecast, PlanOptions, forecast, time_of_step
 from halfbyte.config.command_line import Command, invocation, results
 from halfbyte.config.importing.writing import yaml_line
 from halfbyte.config.options import parse_bytes
@@ -170,8 +170,6 @@ def _values(options: InitOptions, way: "Way", max_length: int) -> dict[str, Any]
 
 def _text(plan: Forecast, way: "Way", lengths: _Lengths, values: dict[str, Any]) -> str:
     """The configuration: the options, and in comments why they have these values."""
-    from halfbyte.report.live import duration
-
     examples = math.ceil(len(lengths.tokens) * (1 - _HELD_OUT))
     steps = max(1, math.ceil(examples / _PER_STEP))
     longest, length = int(lengths.tokens.max()), values["max_length"]
@@ -193,7 +191,7 @@ def _text(plan: Forecast, way: "Way", lengths: _Lengths, values: dict[str, Any])
         f"Written by halfbyte init on {datetime.now(UTC):%Y-%m-%d}, for {plan.card.name}.",
         "",
         f"Predicted: {way.name} needs {fits}; a step of {_PER_STEP} x {length:,} tokens, the "
-        f"longest there is, takes {duration(way.seconds.total)}.",
+        f"longest there is, takes {time_of_step(way.seconds.total)}.",
         plan.advice,
         "",
         "halfbyte train --help lists all options and their defaults.",

@@ -237,7 +237,8 @@ def _gb(nbytes: float) -> str:
     return f"{nbytes / 1e9:.2f}"
 
 
-def _time(seconds: float) -> str:
+def time_of_step(seconds: float) -> str:
+    """Seconds in words, also if they are few: ``12 ms``, ``3.2 s``, ``4:05``."""
     from halfbyte.report.live import duration
 
     return duration(seconds) if seconds >= 1 else f"{1000 * seconds:.0f} ms"
@@ -276,7 +277,7 @@ def _show(
         "needs, GB": [_gb(way.ledger.needed) for way in found],
         "host, GB": [_gb(way.ledger.on_host) for way in found],
         "activations": [way.run.policy.summary(shape.layers) for way in found],
-        "a step": [_time(way.seconds.total) for way in found],
+        "a step": [time_of_step(way.seconds.total) for way in found],
         "tokens/s": [f"{way.run.tokens / way.seconds.total:,.0f}" for way in found],
         "longest sequence": [f"{way.longest:,}" if way.longest else "–" for way in found],
         "largest batch": [_batch(way.most) for way in found],
