@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import pytest
 from pydantic import Field
 
-from halfbyte.cli import COMMANDS
+from halfbyte.cli import COMMANDS, module_of
 from halfbyte.cli.train import COMMAND as TRAIN
 from halfbyte.config.command_line import Command, invocation, results
 from halfbyte.config.options import Options
@@ -148,10 +148,10 @@ def test_every_verb_has_help_that_fits(
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
     with pytest.raises(SystemExit) as left:
-        import_module(f"halfbyte.cli.{command}").main(["--help"])
+        import_module(module_of(command)).main(["--help"])
     assert left.value.code == 0
     out = capsys.readouterr().out
-    options = import_module(f"halfbyte.cli.{command}").COMMAND.options
+    options = import_module(module_of(command)).COMMAND.options
     assert out.startswith(f"usage: halfbyte {command} ")
     assert max(map(len, out.splitlines())) <= min(width, 100)
     for name in options.model_fields:

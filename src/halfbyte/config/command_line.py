@@ -77,7 +77,7 @@ class Command(Generic[OptionsT]):
         if "--help" in argv or "-h" in argv:
             _leave_with(self.help())
         aliases = aliases_of(self.options)
-        flags = {name for name, field in self.options.model_fields.items() if _is_flag(field)}
+        flags = {name for name, field in self.options.model_fields.items() if is_flag(field)}
         flags |= {name for name, alias in aliases.items() if alias.is_flag}
         found = ParsedArgs({}, {}, json=False, problems=[])
         free, words = deque(self.positional), deque(argv)
@@ -177,17 +177,29 @@ def _row(form: str, text: str, width: int) -> list[str]:
     return [f"  {form:<{_HELP_COLUMN - 2}}{below[0].lstrip()}", *below[1:]]
 
 
-def _is_flag(field: FieldInfo) -> bool:
+def is_flag(field: FieldInfo) -> bool:
+    """Whether an option is given without a value."""
     return field.annotation is bool
+
+
+def _type_of(field: FieldInfo) -> Any:
+    kind: Any = field.annotation
+    if get_origin(kind) in (Union, UnionType):  # the first member: `int | None` takes an int
+        kind = get_args(kind)[0]
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def choices_of(field: FieldInfo) -> tuple[str, ...]:
+    """The values of an option that has a few only, otherwise none."""
+    kind = _type_of(field)
+    if get_origin(kind) is tuple:  # several of them
+        kind = get_args(kind)[0]
+    return get_args(kind) if get_origin(kind) is Literal else ()
 
 
 def _kind(field: FieldInfo) -> str:
     """Placeholder of a value: its choices, or its type."""
-    kind: Any = field.annotation
-    if get_origin(kind) in (Union, UnionType):  # the first member: `int | None` takes an int
-        kind = get_args(kind)[0]
-    if get_origin(kind) is Annotated:
-        kind = get_args(kind)[0]
+    kind = _type_of(field)
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
     return {int: "N", float: "X", Path: "DIR"}.get(kind, "TEXT")
@@ -195,7 +207,7 @@ def _kind(field: FieldInfo) -> str:
 
 def _option(name: str, field: FieldInfo) -> str:
     dashed = name.replace("_", "-")
-    if _is_flag(field):
+    if is_flag(field):
         return f"--no-{dashed}" if field.default else f"--{dashed}"
     return f"--{dashed} {_kind(field)}"
 
@@ -205,7 +217,7 @@ def _effect(field: FieldInfo) -> str:
     text = field.description or ""
     if field.is_required():
         return f"{text} (required)"
-    if _is_flag(field):
+    if is_flag(field):
         return f"do not {text}" if field.default else text
     if field.default in (None, (), {}):
         return text

@@ -184,6 +184,7 @@ class RunReader:
     def __init__(self, file: Path) -> None:
         self._run = Run(name=file.resolve().parent.name, path=file.parent)
         self._answers: dict[str, dict[str, Any]] = {}
+        self._warned: set[str] = set()
         self._first: list[tuple[float, float]] = []  # tokens and seconds of the first steps
         self._tokens = self._seconds = 0.0  # of the others
         self._reported = 0
@@ -246,7 +247,10 @@ class RunReader:
         elif event == "note":
             run.notes.append(str(line.get("text")))
         elif event == "warning":
-            run.warnings.append(str(line.get("text")))
+            text = str(line.get("text"))
+            if text not in self._warned:  # a resumed run says what it said before
+                self._warned.add(text)
+                run.warnings.append(text)
         elif event == "step" and step is not None:
             self._take_step(line, step)
         elif event == "evaluation" and step is not None:
