@@ -143,7 +143,8 @@ def test_the_states_of_a_run(tmp_path: Path) -> None:
         assert phase() == "loading"
         add(file, {"event": "begin", "total_steps": 8}, step(1), step(2))
         assert phase() == "running"
-        age(file)
+        age(file, 1)
+        age(tmp_path / ".out.lock", 2000)
         assert phase() == "running"  # a step may take long
         add(file, {"event": "stopped", "reason": "interrupted"})
         assert phase() == "loading"  # it has stopped, and is begun again
@@ -158,7 +159,12 @@ def test_the_states_of_a_run(tmp_path: Path) -> None:
     assert phase() == "died"
     assert "died after step 2: its process has ended" in followed.run.state
     assert f"To go on: halfbyte train {out}/config.yaml --resume" in followed.run.state
-    add(file, {"event": "finish", "steps": 2})
+    with output_lock(out):
+        assert phase() == "loading"
+        assert followed.run.state == "starting again; it had died after step 2"
+        add(file, step(3))
+        assert phase() == "running"
+    add(file, {"event": "finish", "steps": 3})
     assert phase() == "finished"
 
 

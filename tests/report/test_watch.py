@@ -65,8 +65,8 @@ def ask(server: WatchServer, path: str = "/", method: str = "GET", **headers: st
 
 def test_the_page_and_its_changes(tmp_path: Path) -> None:
     file = tmp_path / "out" / "journal.jsonl"
-    add(file, {"event": "begin", "total_steps": 20}, step(1, 5.0), step(2, 4.0))
     with output_lock(tmp_path / "out"), served(tmp_path / "out") as server:
+        add(file, {"event": "begin", "total_steps": 20}, step(1, 5.0), step(2, 4.0))
         status, headers, html = ask(server)
         page = Checked(html)
         assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")

@@ -7,9 +7,9 @@ end is a run that is running if the lock is held, and one that has died if it is
 
 import os
 import shlex
+import time
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
@@ -53,11 +53,9 @@ class FollowedJournal:
         return self._file is not None
 
     @property
-    def seconds_since_change(self) -> float | None:
-        """Time since the file was changed; None without a file."""
-        if self._known is None:
-            return None
-        return datetime.now(UTC).timestamp() - self._known[1] / 1e9
+    def changed(self) -> int:
+        """When the file was changed, in nanoseconds since 1970; 0 without a file."""
+        return 0 if self._known is None else self._known[1]
 
     def look(self) -> bool:
         """Read what is new; return whether anything is.
@@ -132,9 +130,9 @@ class FollowedRun:
             problem = f"the journal cannot be read: {error.strerror}"
         if locked is False:
             locked = is_locked(self.directory)  # another run may have begun meanwhile
-        age = self._journal.seconds_since_change
-        fresh = age is not None and age < _FRESH
-        seen = self._version, locked, fresh, problem
+        fresh = time.time() - self._journal.changed / 1e9 < _FRESH
+        again = bool(locked) and self._locked_since_last_line
+        seen = self._version, locked, again, fresh, problem
         if seen == self._seen:
             return False
         self._seen = seen
@@ -143,11 +141,18 @@ class FollowedRun:
         if problem:
             self.run.phase, self.run.state = "unknown", problem
         else:
-            self.run.phase, self.run.state = self._state(self.run, locked, fresh=fresh)
+            self.run.phase, self.run.state = self._state(self.run, locked, again=again, fresh=fresh)
         return True
 
-    def _state(self, run: Run, locked: bool | None, *, fresh: bool) -> tuple[str, str]:
-        """The phase of a run, and the same in words."""
+    def _state(self, run: Run, locked: bool | None, *, again: bool, fresh: bool) -> tuple[str, str]:
+        """The phase of a run, and the same in words.
+
+        Args:
+            run: The run.
+            locked: Whether a process writes its directory, if that is known.
+            again: Whether that process has not written to the journal yet.
+            fresh: Whether the journal has changed lately.
+        """
         if run.finished:
             return "finished", "finished"
         if not self._journal.exists:
@@ -160,14 +165,25 @@ class FollowedRun:
                 return "loading", f"starting again, after it was {run.state}"
             return "stopped", run.state
         heard = f"last line {run.heard[:19].replace('T', ' ')} UTC"
+        if again:
+            return "loading", f"starting again; it had died {_after(run)}"
         if locked or (fresh and locked is None):
             return "running", f"running; {heard}"
         if locked is None:
             return "unknown", f"running, or killed: its lock cannot be read; {heard}"
         if fresh and not self._left_a_lock:
             return "running", f"running, written by no process of this machine; {heard}"
-        made = f"after step {run.steps:,}" if run.steps else "before its first step was reported"
-        return "died", f"died {made}: its process has ended; {heard}{self._again}"
+        return "died", f"died {_after(run)}: its process has ended; {heard}{self._again}"
+
+    @property
+    def _locked_since_last_line(self) -> bool:
+        """Whether the process with the lock, which writes its file first, has added no line."""
+        for path in lock_files(self.directory):
+            try:
+                return os.stat(path).st_mtime_ns > self._journal.changed
+            except OSError:  # there is none of this name
+                continue
+        return False
 
     @property
     def _left_a_lock(self) -> bool:
@@ -180,6 +196,10 @@ class FollowedRun:
         if not os.path.isfile(config):
             return ""
         return f". To go on: halfbyte train {shlex.quote(str(config))} --resume"
+
+
+def _after(run: Run) -> str:
+    return f"after step {run.steps:,}" if run.steps else "before its first step was reported"
 
 
 def find_runs(path: Path) -> list[Path]:
