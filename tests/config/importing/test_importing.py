@@ -13,8 +13,8 @@ from halfbyte.config.reading import load_config
 from halfbyte.config.schema import TrainConfig
 from halfbyte.errors import ConfigError
 
-# Every key, with one of its values, of the LoRA and QLoRA examples for text that axolotl publishes
-# (2026-07-24) and LLaMA-Factory (2026-08-19), and every argument in Unsloth's notebooks (2026-08-18).
+# Every key, with one of its values, of the LoRA and QLoRA examples for text that axolotl has
+# (2026-07-24) and LLaMA-Factory (2026-08-19), and all arguments of Unsloth's notebooks (08-18).
 PUBLISHED = json.loads(Path(__file__).with_name("published_settings.json").read_text())
 UNKNOWN = "not known here"
 
