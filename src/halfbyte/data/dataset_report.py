@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from halfbyte.errors import DataError
 from halfbyte.foreign_text import quote
 
 _SHOWN = 5
@@ -32,6 +33,20 @@ class Rejection(NamedTuple):
     line: str
     reason: str
     row: str
+
+
+class NothingUsable(DataError):
+    """Not a single row of a data set can be used.
+
+    Attributes:
+        rows: The number of rows.
+        rejections: Why each is rejected.
+    """
+
+    def __init__(self, message: str, rows: int, rejections: Sequence[Rejection]) -> None:
+        super().__init__(message)
+        self.rows = rows
+        self.rejections = rejections
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,8 @@ def _take(
     elif event == "note":
         run.notes.append(str(line.get("text")))
     elif event == "warning":
-        run.warnings.append(str(line.get("text")))
+        if (text := str(line.get("text"))) not in run.warnings:  # a resumed run says it again
+            run.warnings.append(text)
     elif event == "step" and step is not None:
         for name, curve in run.curves.items():
             if (value := number(line.get(name))) is not None:
