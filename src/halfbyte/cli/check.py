@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, field_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt
 
 from halfbyte.cli.startup import import_transformers
 from halfbyte.config.aliases import translate
@@ -12,8 +12,7 @@ from halfbyte.config.command_line import Command, Request, results
 from halfbyte.config.options import parse_names
 from halfbyte.config.reading import check, read_yaml
 from halfbyte.config.schema import TrainConfig
-from halfbyte.data.check_codes import CODES
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import ConfigError, HalfbyteError
 from halfbyte.foreign_text import shorten
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from halfbyte.report import RunReport
 
 _SHOWN, _SHOWN_ON_PAGE = 1, 10
+_RANGE = "codes such as HB503, which docs/check.md lists"
 _WHOLE = 10**9  # tokens: nothing is truncated, so that it is known what would be
 
 
@@ -47,13 +47,6 @@ class CheckOptions(TrainConfig):
         "batch_size": "steps",
         "show": "the result",
     }
-
-    @field_validator("ignore")
-    @classmethod
-    def _known_codes(cls, codes: tuple[str, ...]) -> tuple[str, ...]:
-        if unknown := [code for code in codes if code.upper() not in CODES]:
-            raise ValueError(f"no such code as {shorten(unknown[0])}; docs/check.md lists them")
-        return tuple(code.upper() for code in codes)
 
     @property
     def fatal(self) -> tuple[str, ...]:
@@ -110,11 +103,13 @@ def main(argv: list[str]) -> None:
     """Run the command.
 
     Raises:
+        ConfigError: A code to ignore does not exist.
         HalfbyteError: Errors were found in the data.
     """
     options, notes, as_json = _read(argv)
 
     import_transformers()
+    from halfbyte.data.check_codes import CODES
     from halfbyte.data.sources import require_source
     from halfbyte.report import open_report, show
     from halfbyte.report.check_page import write_check_page
@@ -126,6 +121,9 @@ def main(argv: list[str]) -> None:
     )
     from halfbyte.report.page import require_page
 
+    ignored = tuple(code.upper() for code in options.ignore)
+    if unknown := [code for code in ignored if code not in CODES]:
+        raise ConfigError(f"`ignore`: no such code as {shorten(unknown[0])}; expected {_RANGE}")
     for source in (options.data, options.eval_data):
         if source is not None:
             require_source(source)
@@ -135,7 +133,7 @@ def main(argv: list[str]) -> None:
         with open_report() as report:
             for note in notes:
                 report.note(note)
-            found = _check(options, report)
+            found = _check(options, ignored, report)
         for lines in found.summaries.values():
             show.paragraph(lines[0])
         print_check(found.check)
@@ -178,7 +176,7 @@ class _Checked(NamedTuple):
         }
 
 
-def _check(options: CheckOptions, report: "RunReport") -> _Checked:
+def _check(options: CheckOptions, ignored: tuple[str, ...], report: "RunReport") -> _Checked:
     from halfbyte.checkpoint.base_model import open_vocabulary
     from halfbyte.data import NothingUsable
     from halfbyte.data.checks import check_data, check_unusable, evenly
@@ -194,8 +192,9 @@ def _check(options: CheckOptions, report: "RunReport") -> _Checked:
         try:
             sets.append(read_data(source, tokenizer, whole, report))
         except NothingUsable as error:
-            return _Checked(check_unusable(str(source), error.rows, error.rejections), {}, [])
-    how = check_options(options, positions, ignore=options.ignore)
+            found = check_unusable(str(source), error.rows, error.rejections, tokenizer)
+            return _Checked(found, {}, [])
+    how = check_options(options, positions, ignore=ignored)
     with report.task("checking") as progress:
         found = check_data(
             sets[0],

@@ -11,7 +11,7 @@ found already is taken from the report on the data and given its code here, not 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from halfbyte.data import Dataset
 
-TRAIN_ROWS = 5000
+TRAIN_ROWS = 2000
 """Rows of a data set that a run looks at before it trains, evenly chosen."""
 
 NEAR_ROWS = 100_000
@@ -118,8 +118,10 @@ class Finding:
 def percent(share: float) -> str:
     """``12 %``, ``1.5 %`` or ``0.02 %``: at least two digits, never rounded to nothing."""
     value = 100 * share
+    if not value:
+        return "0 %"
     digits = 0 if value >= 10 else 1 if value >= 1 else 2
-    return f"{value:.{digits}f} %" if value >= 0.01 or not value else "< 0.01 %"
+    return f"{value:.{digits}f} %" if value >= 0.01 else "< 0.01 %"
 
 
 @dataclass(frozen=True)
@@ -212,8 +214,7 @@ def check_data(
     said(passes - 1, passes)
     findings += _duplicates(looks)
     said(passes, passes)
-    kept = [finding for finding in findings if finding.code not in options.ignore]
-    kept.sort(key=lambda finding: (_ORDER.index(finding.severity), finding.code))
+    kept = _sorted(one for one in findings if one.code not in options.ignore)
     first = looks[0]
     lengths = lengths_of(
         first.examples,
@@ -221,16 +222,26 @@ def check_data(
         batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
     )
-    return DataCheck(tuple(kept), lengths, len(dataset.last_of_row), len(first.indices))
+    return DataCheck(kept, lengths, len(dataset.last_of_row), len(first.indices))
 
 
-def check_unusable(source: str, rows: int, rejections: Sequence[Rejection]) -> DataCheck:
+def check_unusable(
+    source: str,
+    rows: int,
+    rejections: Sequence[Rejection],
+    tokenizer: PreTrainedTokenizerBase,
+) -> DataCheck:
     """The check of a data set without a single usable row."""
-    found = [
-        *_of_rejections(source, rows, rejections),
-        _finding("HB201", count=rows, of=rows, source=source, detail="no row is usable"),
-    ]
-    return DataCheck(tuple(sorted(found, key=lambda one: _ORDER.index(one.severity))))
+    found = [_finding(code, detail=text) for code, text in template_findings(tokenizer)]
+    found += _of_rejections(source, rows, rejections)
+    if not any(one.code == "HB201" for one in found):
+        detail = "no row is usable"
+        found.append(_finding("HB201", count=rows, of=rows, source=source, detail=detail))
+    return DataCheck(_sorted(found))
+
+
+def _sorted(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    return tuple(sorted(findings, key=lambda one: (_ORDER.index(one.severity), one.code)))
 
 
 def _finding(code: str, *, count: int = 0, of: int = 0, **more: Any) -> Finding:

@@ -44,9 +44,10 @@ def near_duplicates(documents: Sequence[NDArray[np.int32]]) -> NDArray[np.int64]
         int64 [m, 2]: the index of such a document, ascending, and that of the earlier one.
     """
     kept, signatures = _signatures(documents, _common(documents))
+    if not len(kept):
+        return np.zeros((0, 2), np.int64)
     pairs = [_alike(signatures, band) for band in range(0, _HASHES - _BAND + 1, _BAND)]
-    found = np.concatenate(pairs) if len(kept) else np.zeros((0, 2), np.int64)
-    found = kept[np.unique(found, axis=0)]
+    found = kept[np.unique(np.concatenate(pairs), axis=0)]
     _, first = np.unique(found[:, 0], return_index=True)
     return found[first]
 
