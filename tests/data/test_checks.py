@@ -323,9 +323,9 @@ def test_a_finding_is_a_sentence_and_json(tmp_path: Path) -> None:
     assert one["remedy"] == CODES["HB501"].remedy
 
 
-def test_shares_are_rounded_but_never_to_nothing() -> None:
-    shown = [percent(share) for share in (0, 1e-6, 1e-4, 0.0123, 0.5, 1)]
-    assert shown == ["0 %", "< 0.01 %", "0.01 %", "1.2 %", "50 %", "100 %"]
+def test_shares_are_rounded_but_never_to_nothing_or_to_all() -> None:
+    shown = [percent(share) for share in (0, 1e-6, 1e-4, 0.0123, 0.5, 0.9975, 0.9999, 1)]
+    assert shown == ["0 %", "< 0.01 %", "0.01 %", "1.2 %", "50 %", "99.8 %", "> 99.9 %", "100 %"]
 
 
 def test_nothing_is_logged_by_libraries(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -17,14 +17,14 @@ UNDAMAGED = [
     "L’été, à Málaga: «CAFÉ» coûte 3 €…",
     "Ärger über Öl, ß und §",
     "Ångström São João Ão ÂNGELA",
-    "Привет, мир! ÐŸ не бывает",
+    "Привет, мир! Это текст.",
     "日本語のテキスト 한국어 ไทย हिन्दी العربية עברית",
     "naïve façade – “quoted” ‘text’ • 👩‍👩‍👧 🍮",
     "∀x∈ℝ: ⌈x⌉ = −⌊−x⌋, α ∧ ¬β",
 ]
 
 
-@pytest.mark.parametrize("text", UNDAMAGED[:3] + UNDAMAGED[4:])
+@pytest.mark.parametrize("text", UNDAMAGED)
 def test_text_in_many_scripts_is_not_damaged(text: str) -> None:
     assert damage(text) == ""
 

@@ -104,6 +104,7 @@ class Finding:
             "code": self.code,
             "severity": self.severity,
             "title": CODES[self.code].title,
+            "text": self.text,
             "source": self.source,
             "count": self.count,
             "of": self.of,
@@ -116,12 +117,15 @@ class Finding:
 
 
 def percent(share: float) -> str:
-    """``12 %``, ``1.5 %`` or ``0.02 %``: at least two digits, never rounded to nothing."""
+    """``12 %``, ``1.5 %`` or ``0.02 %``: two digits, and never rounded to nothing or to all."""
     value = 100 * share
-    if not value:
-        return "0 %"
-    digits = 0 if value >= 10 else 1 if value >= 1 else 2
-    return f"{value:.{digits}f} %" if value >= 0.01 else "< 0.01 %"
+    if not 0.01 <= value <= 99.9:
+        return "0 %" if not value else "100 %" if value == 100 else _NEARLY[value > 1]
+    digits = 2 if value < 1 else 1 if value < 10 or value >= 99.5 else 0
+    return f"{value:.{digits}f} %"
+
+
+_NEARLY = ("< 0.01 %", "> 99.9 %")
 
 
 @dataclass(frozen=True)

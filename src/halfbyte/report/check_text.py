@@ -173,7 +173,8 @@ def print_example(line: str, pieces: Sequence[Piece]) -> None:
             shown.right_crop(1)
         shown.append(closed, style="bold green")
         shown.append("\n" if at_end and closed else "")
-    open_console().print(Padding(shown, (0, 0, 0, 2), expand=False), soft_wrap=False)
+    shown.rstrip()
+    open_console().print(Padding(shown, (0, 0, 0, 2), expand=False))
 
 
 def piece_text(piece: Piece) -> str:

@@ -1,11 +1,9 @@
 """Findings of a data check as HTML, from the JSON values of a check or of a run's journal."""
 
-from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from halfbyte.data.checks import percent
-from halfbyte.report.runs import mapping, number, texts
+from halfbyte.report.runs import mapping
 
 _SEVERITIES = ("error", "warning", "info")
 
@@ -22,30 +20,12 @@ def findings_list(check: Any) -> str:
 
 
 def _item(finding: dict[str, Any]) -> str:
-    severity = str(finding.get("severity"))
+    severity = finding.get("severity")
     severity = severity if severity in _SEVERITIES else "info"
-    parts = [_counted(finding), str(finding.get("detail") or "")]
-    about = "; ".join(part for part in parts if part)
-    source = str(finding.get("source") or "")
-    return (
-        f'<li class="{severity}"><strong>{severity} <code>{_text(finding, "code")}</code></strong> '
-        f"{_text(finding, 'title')}{': ' if about else ''}{escape(about)}"
-        f'<span class="soft">{" in " if source else ""}{escape(source)}<br>'
-        f"→ {_text(finding, 'remedy')}</span></li>"
+    code, text, remedy, source = (
+        escape(str(finding.get(key) or "")) for key in ("code", "text", "remedy", "source")
     )
-
-
-def _text(finding: dict[str, Any], key: str) -> str:
-    return escape(str(finding.get(key) or ""))
-
-
-def _counted(finding: dict[str, Any]) -> str:
-    count, of, share = (number(finding.get(key)) for key in ("count", "of", "share"))
-    if not count or not of or share is None:
-        return ""
-    text = f"{count:,.0f} of {of:,.0f} {finding.get('unit')} ({percent(share)})"
-    lines: Sequence[str] = texts(finding.get("lines"))
-    more = ", …" if count > len(lines) else ""
     return (
-        f"{text}, line{'s' if len(lines) > 1 else ''} {', '.join(lines)}{more}" if lines else text
+        f'<li class="{severity}"><strong>{severity} <code>{code}</code></strong> {text}'
+        f'<span class="soft">{" in " if source else ""}{source}<br>→ {remedy}</span></li>'
     )

@@ -109,12 +109,17 @@ def _say(check: DataCheck, report: "RunReport") -> None:
     The run goes on: whether repeated rows, or held-out rows in the training data, are a mistake is
     for the user to decide. `halfbyte check` ends with an exit code.
     """
-    new = [one for one in check.findings if not one.reported and one.severity != "info"]
-    for finding in new[:_MOST_SAID]:
-        if finding.severity == "error":
-            report.warning(0, finding.code, f"{finding.code}: {finding.text}")
+    several = len({one.source for one in check.findings if one.source}) > 1
+    new: dict[str, str] = {}
+    for one in check.findings:
+        if not one.reported and one.severity != "info":
+            where = f"{one.source}: " if several and one.source else ""
+            new.setdefault(f"{one.code}: {where}{one.text}", one.severity)
+    for text, severity in list(new.items())[:_MOST_SAID]:
+        if severity == "error":
+            report.warning(0, "data", text)
         else:
-            report.note(f"{finding.code}: {finding.text}")
+            report.note(text)
     if len(new) > _MOST_SAID:
         report.note(f"{len(new) - _MOST_SAID} more findings are in report.html")
     if new and check.looked_at < check.rows:
