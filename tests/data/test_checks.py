@@ -278,18 +278,15 @@ def test_data_without_a_usable_row_is_an_error_with_its_reasons(tmp_path: Path) 
     rows = [chat(user("a")), chat()]
     with pytest.raises(NothingUsable) as raised:
         load_dataset(write(tmp_path / "a.jsonl", rows), tiny_tokenizer(), max_length=WHOLE)
-    error = raised.value
-    found = check_unusable("a", error.rows, error.rejections, tiny_tokenizer()).findings
+    found = check_unusable(raised.value, tiny_tokenizer()).findings
     assert [(one.code, one.severity, one.count) for one in found] == [
         ("HB101", "error", 1),
         ("HB201", "error", 1),
         ("HB710", "info", 0),
     ]
-    only_empty = check_unusable("a", 1, error.rejections[1:], tiny_tokenizer())
-    assert [one.code for one in only_empty.findings if one.severity == "error"] == [
-        "HB101",
-        "HB201",
-    ]
+    only_empty = NothingUsable("", "a", 1, raised.value.rejections[1:])
+    found = check_unusable(only_empty, tiny_tokenizer()).findings
+    assert [one.code for one in found if one.severity == "error"] == ["HB101", "HB201"]
 
 
 def test_a_sample_of_the_rows_is_looked_at_and_said(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def main(argv: list[str]) -> None:
         for line, pieces in found.examples[: options.show or _SHOWN]:
             print_example(line, pieces)
         if options.html is not None:
-            title = f"{options.data}, for {options.model}"
+            title = f"{found.source}, for {options.model}"
             write_check_page(options.html, title, found.check, found.examples, options.batch_size)
         print_verdict(found.check)
         if options.html is not None:
@@ -160,6 +160,7 @@ class _Checked(NamedTuple):
     """What is shown of a check: summaries of the data sets, and examples with their lines."""
 
     check: "DataCheck"
+    source: str
     summaries: dict[str, list[str]]
     examples: list[tuple[str, list["Piece"]]]
 
@@ -192,8 +193,7 @@ def _check(options: CheckOptions, ignored: tuple[str, ...], report: "RunReport")
         try:
             sets.append(read_data(source, tokenizer, whole, report))
         except NothingUsable as error:
-            found = check_unusable(str(source), error.rows, error.rejections, tokenizer)
-            return _Checked(found, {}, [])
+            return _Checked(check_unusable(error, tokenizer), error.source, {}, [])
     how = check_options(options, positions, ignore=ignored)
     with report.task("checking") as progress:
         found = check_data(
@@ -210,4 +210,5 @@ def _check(options: CheckOptions, ignored: tuple[str, ...], report: "RunReport")
         (data.rows[index].line, pieces_of(tokenizer, data.examples[index]))
         for index in evenly(len(data.examples), count).tolist()
     ]
-    return _Checked(found, {one.report.source: one.report.lines() for one in sets}, examples)
+    summaries = {one.report.source: one.report.lines() for one in sets}
+    return _Checked(found, data.report.source, summaries, examples)

@@ -221,7 +221,7 @@ def _nothing_usable(read: _Read) -> NothingUsable:
     listed = "".join(f"\n  {line}" for line in describe_rejected(by_reason(read.rejections)))
     read_as = f" (read as {in_words(read.formats)})" if read.formats else ""
     message = f"{read.source}: none of the {read.rows:,} rows{read_as} is usable.{listed}"
-    return NothingUsable(message, read.rows, read.rejections)
+    return NothingUsable(message, read.source, read.rows, read.rejections)
 
 
 class _Examples:

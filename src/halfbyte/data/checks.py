@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.data.check_codes import CODES, Severity
-from halfbyte.data.dataset_report import DatasetReport, Rejection
+from halfbyte.data.dataset_report import DatasetReport, NothingUsable, Rejection
 from halfbyte.data.example_checks import ExampleScan, Found, Lengths, lengths_of
 from halfbyte.data.near_duplicates import near_duplicates
 from halfbyte.data.row_checks import RowScan, first_match, repeated
@@ -229,18 +229,13 @@ def check_data(
     return DataCheck(kept, lengths, len(dataset.last_of_row), len(first.indices))
 
 
-def check_unusable(
-    source: str,
-    rows: int,
-    rejections: Sequence[Rejection],
-    tokenizer: PreTrainedTokenizerBase,
-) -> DataCheck:
+def check_unusable(error: NothingUsable, tokenizer: PreTrainedTokenizerBase) -> DataCheck:
     """The check of a data set without a single usable row."""
     found = [_finding(code, detail=text) for code, text in template_findings(tokenizer)]
-    found += _of_rejections(source, rows, rejections)
+    found += _of_rejections(error.source, error.rows, error.rejections)
     if not any(one.code == "HB201" for one in found):
-        detail = "no row is usable"
-        found.append(_finding("HB201", count=rows, of=rows, source=source, detail=detail))
+        counts = {"count": error.rows, "of": error.rows, "source": error.source}
+        found.append(_finding("HB201", detail="no row is usable", **counts))
     return DataCheck(_sorted(found))
 
 

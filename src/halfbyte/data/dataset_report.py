@@ -39,12 +39,16 @@ class NothingUsable(DataError):
     """Not a single row of a data set can be used.
 
     Attributes:
+        source: The data set, as the user names it.
         rows: The number of rows.
         rejections: Why each is rejected.
     """
 
-    def __init__(self, message: str, rows: int, rejections: Sequence[Rejection]) -> None:
+    def __init__(
+        self, message: str, source: str, rows: int, rejections: Sequence[Rejection]
+    ) -> None:
         super().__init__(message)
+        self.source = source
         self.rows = rows
         self.rejections = rejections
 

@@ -50,14 +50,9 @@ def control_ids(tokenizer: PreTrainedTokenizerBase) -> ControlIds:
     others = {bos, tokenizer.eos_token_id, tokenizer.pad_token_id, *ends}
     return ControlIds(
         tuple(sorted(ends)),
-        -1 if bos is None or bos in _turn_tokens(tokenizer, bos) else int(bos),
+        -1 if bos is None else int(bos),
         -1 if unknown is None or unknown in others else int(unknown),
     )
-
-
-def _turn_tokens(tokenizer: PreTrainedTokenizerBase, bos: int) -> set[int]:
-    """BOS if the tokenizer does not put it before a text: then it may begin every turn."""
-    return set() if tokenizer("a").input_ids[:1] == [bos] else {bos}
 
 
 def template_findings(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
