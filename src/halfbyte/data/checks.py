@@ -234,8 +234,10 @@ def check_unusable(error: NothingUsable, tokenizer: PreTrainedTokenizerBase) -> 
     found = [_finding(code, detail=text) for code, text in template_findings(tokenizer)]
     found += _of_rejections(error.source, error.rows, error.rejections)
     if not any(one.code == "HB201" for one in found):
-        counts = {"count": error.rows, "of": error.rows, "source": error.source}
-        found.append(_finding("HB201", detail="no row is usable", **counts))
+        every = error.rows
+        found.append(
+            _finding("HB201", count=every, of=every, source=error.source, detail="no row is usable")
+        )
     return DataCheck(_sorted(found))
 
 
