@@ -54,11 +54,13 @@ class CheckOptions(TrainConfig):
         return ("error", "warning") if self.strict else ("error",)
 
 
-# Of the options of a run, those that decide how its data is read; all others are accepted.
-_SHOWN_IN_HELP = (
-    *("model", "revision", "data", "eval_data", "max_length", "train_on"),
-    *("batch_size", "gradient_accumulation_steps", "show", "html", "ignore", "strict"),
-)
+def _in_help() -> tuple[str, ...]:
+    """The options that decide how data is read and batched, and ours; all others are accepted."""
+    names = [*TrainConfig.model_fields]
+    data = names[names.index("data") : names.index("lora_r")]
+    ours = [name for name in CheckOptions.model_fields if name not in names]
+    return ("model", "revision", *data, "batch_size", "gradient_accumulation_steps", *ours)
+
 
 COMMAND = Command(
     "check",
@@ -70,7 +72,7 @@ COMMAND = Command(
     example="halfbyte check train.jsonl --model model.gguf --eval-data test.jsonl",
     positional=("data",),
     many="data",
-    in_help=_SHOWN_IN_HELP,
+    in_help=_in_help(),
 )
 
 
