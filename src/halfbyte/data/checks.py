@@ -11,7 +11,8 @@ found already is taken from the report on the data and given its code here, not 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.data.check_codes import CODES, Severity
-from halfbyte.data.dataset_report import DatasetReport, NothingUsable, Rejection
+from halfbyte.data.dataset_report import DatasetReport, NothingUsable, by_reason
 from halfbyte.data.example_checks import ExampleScan, Found, Lengths, lengths_of
 from halfbyte.data.near_duplicates import near_duplicates
 from halfbyte.data.row_checks import RowScan, first_match, repeated
@@ -204,41 +205,43 @@ def check_data(
     Raises:
         DataError: The chat template is not valid.
     """
-    sets = [dataset] if held_out is None else [dataset, held_out]
-    passes = 3 * len(sets)
-    said = progress or (lambda done, total: None)
-    findings = [_finding(code, detail=text) for code, text in template_findings(tokenizer)]
-    looks: list[_Look] = []
-    for number, data in enumerate(sets):
-        look = _Look(data, tokenizer, options)
-        looks.append(look)
-        for step in range(2):
-            said(3 * number + step, passes)
-            findings += look.over_examples() if step == 0 else look.over_rows()
-    said(passes - 1, passes)
-    findings += _duplicates(looks)
-    said(passes, passes)
+    train = _Look(dataset, tokenizer, options)
+    held = None if held_out is None else _Look(held_out, tokenizer, options)
+    passes = [_of_template(tokenizer)]  # generators: each makes its pass when its turn comes
+    for look in (train, held):
+        if look is not None:
+            passes += [look.over_report(), look.over_examples(), look.over_rows()]
+    passes.append(_duplicates(train, held))
+    findings: list[Finding] = []
+    for done, found in enumerate(passes, 1):
+        findings += found
+        if progress is not None:
+            progress(done, len(passes))
     kept = _sorted(one for one in findings if one.code not in options.ignore)
-    first = looks[0]
     lengths = lengths_of(
-        first.examples,
+        train.examples,
         max_length=options.max_length,
         batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
     )
-    return DataCheck(kept, lengths, len(dataset.last_of_row), len(first.indices))
+    return DataCheck(kept, lengths, len(dataset.last_of_row), len(train.indices))
 
 
 def check_unusable(error: NothingUsable, tokenizer: PreTrainedTokenizerBase) -> DataCheck:
     """The check of a data set without a single usable row."""
-    found = [_finding(code, detail=text) for code, text in template_findings(tokenizer)]
-    found += _of_rejections(error.source, error.rows, error.rejections)
+    found = [*_of_template(tokenizer)]
+    found += _of_rejected(error.source, error.rows, by_reason(error.rejections))
     if not any(one.code == "HB201" for one in found):
         every = error.rows
         found.append(
             _finding("HB201", count=every, of=every, source=error.source, detail="no row is usable")
         )
     return DataCheck(_sorted(found))
+
+
+def _of_template(tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
+    for code, text in template_findings(tokenizer):
+        yield _finding(code, detail=text)
 
 
 def _sorted(findings: Iterable[Finding]) -> tuple[Finding, ...]:
@@ -284,9 +287,13 @@ class _Look:
         more = {"detail": found.instance, "lines": found_lines} | more
         return _finding(code, count=found.count, of=of, unit=unit, source=self.source, **more)
 
+    def over_report(self) -> Iterator[Finding]:
+        """What reading and encoding have found."""
+        return _of_report(self.data.report)
+
     def over_examples(self) -> Iterator[Finding]:
-        """What the report on the data and the tokens say."""
-        options, report = self.options, self.data.report
+        """What the tokens say."""
+        options = self.options
         indices = evenly(len(self.data.examples), options.most_rows)
         scan = self.examples = ExampleScan(
             self.data.examples,
@@ -295,7 +302,6 @@ class _Look:
             max_length=options.max_length,
             everything=options.everything,
         )
-        yield from _of_report(report)
         count = len(indices)
         if scan.unended.count:
             yield self.of("HB202", scan.unended, scan.whole, "replies")
@@ -352,73 +358,57 @@ class _Look:
 # Duplicates
 
 
-def _duplicates(looks: Sequence[_Look]) -> Iterator[Finding]:
+def _duplicates(train: _Look, held: _Look | None) -> Iterator[Finding]:
     """What occurs twice in the training data, or in it and in the held-out data."""
-    train = looks[0]
     count = len(train.indices)
     exact = repeated(train.rows.hashes)
-    if len(exact):
-        yield _pairs("HB501", train, train, exact, count)
+    yield from _alike("HB501", train, train, exact, count)
     unique = np.setdiff1d(np.arange(count), exact[:, 0])
-    hashes, prompts = train.rows.hashes[unique], train.rows.prompts[unique]
-    asked = unique[prompts != 0]
+    asked = unique[train.rows.prompts[unique] != 0]
     same = repeated(train.rows.prompts[asked])
-    if len(same):
-        yield _pairs("HB503", train, train, asked[same], count)
-    held = looks[-1] if len(looks) > 1 else None
-    near_train = unique[evenly(len(unique), NEAR_ROWS)]
-    documents = _Documents(train, near_train)
+    yield from _alike("HB503", train, train, asked[same], count)
+    compared = unique[evenly(len(unique), NEAR_ROWS)]
     if held is None:
-        near = near_duplicates(documents)
-        yield from _near("HB502", train, train, near_train[near], len(near_train))
+        near = near_duplicates(_Documents([(train, compared)]))
+        yield from _alike("HB502", train, train, compared[near], len(compared))
         return
-    origin = first_match(held.rows.hashes, hashes)
-    both = np.flatnonzero(origin >= 0)
-    if len(both):
-        pairs = np.stack([both, unique[origin[both]]], axis=1)
-        yield _pairs("HB504", held, train, pairs, len(held.indices))
-    rest = np.flatnonzero(origin < 0)
-    origin = first_match(held.rows.prompts[rest], prompts)
-    asked = np.flatnonzero((origin >= 0) & (held.rows.prompts[rest] != 0))
-    like = dict(zip(rest[asked].tolist(), unique[origin[asked]].tolist(), strict=True))
-    near_held = rest[evenly(len(rest), NEAR_ROWS)]
-    pairs = near_duplicates(_Documents(train, near_train, held, near_held))
-    later, earlier = pairs[:, 0], pairs[:, 1]
-    within = later < len(near_train)
-    yield from _near("HB502", train, train, near_train[pairs[within]], len(near_train))
-    across = ~within & (earlier < len(near_train))
-    for at, other in zip(later[across], earlier[across], strict=True):
-        like.setdefault(int(near_held[at - len(near_train)]), int(near_train[other]))
-    yield from _near("HB505", held, train, np.array(sorted(like.items())), len(held.indices))
+
+    of, origin = len(held.indices), first_match(held.rows.hashes, train.rows.hashes)
+    both, rest = np.flatnonzero(origin >= 0), np.flatnonzero(origin < 0)
+    yield from _alike("HB504", held, train, np.stack([both, origin[both]], axis=1), of)
+    origin = first_match(held.rows.prompts[rest], train.rows.prompts[asked])
+    like = {int(rest[at]): int(asked[origin[at]]) for at in np.flatnonzero(origin >= 0)}
+    others = rest[evenly(len(rest), NEAR_ROWS)]
+    near = near_duplicates(_Documents([(train, compared), (held, others)]))
+    within, across = near[:, 0] < len(compared), near[:, 1] < len(compared)
+    yield from _alike("HB502", train, train, compared[near[within]], len(compared))
+    for later, earlier in near[across & ~within].tolist():
+        like.setdefault(int(others[later - len(compared)]), int(compared[earlier]))
+    pairs = np.array(sorted(like.items()), dtype=np.int64).reshape(-1, 2)
+    yield from _alike("HB505", held, train, pairs, of)
 
 
 class _Documents(Sequence[NDArray[np.int32]]):
-    """The tokens of rows of one or two data sets, one after the other."""
+    """The tokens of rows of data sets, one after the other, read when they are looked at."""
 
-    def __init__(self, *parts: Any) -> None:
-        pairs = list(zip(parts[::2], parts[1::2], strict=True))
-        self._sets = [(look, look.indices[chosen]) for look, chosen in pairs]
+    def __init__(self, parts: Sequence[tuple[_Look, NDArray[np.int64]]]) -> None:
+        self._parts = [(look.data, look.indices[chosen]) for look, chosen in parts]
 
     def __len__(self) -> int:
-        return sum(len(indices) for _, indices in self._sets)
+        return sum(len(indices) for _, indices in self._parts)
 
     def __getitem__(self, at: Any) -> Any:
-        for look, indices in self._sets:
+        for data, indices in self._parts:
             if at < len(indices):
-                return look.data.examples[int(indices[at])].tokens
+                return data.examples[int(indices[at])].tokens
             at -= len(indices)
         raise IndexError(at)
 
 
-def _near(
+def _alike(
     code: str, ours: _Look, others: _Look, pairs: NDArray[np.int64], of: int
 ) -> Iterator[Finding]:
-    if len(pairs):
-        yield _pairs(code, ours, others, pairs, of)
-
-
-def _pairs(code: str, ours: _Look, others: _Look, pairs: NDArray[np.int64], of: int) -> Finding:
-    """A finding about rows, with a pair of lines as its instance.
+    """A finding about rows, with a pair of lines as its instance; none without pairs.
 
     Args:
         code: The code.
@@ -427,11 +417,15 @@ def _pairs(code: str, ours: _Look, others: _Look, pairs: NDArray[np.int64], of: 
         pairs: int64 [m, 2], positions among the rows looked at.
         of: The number of rows compared.
     """
-    (line,) = ours.lines([int(ours.indices[pairs[0, 0]])])
-    (other,) = others.lines([int(others.indices[pairs[0, 1]])])
+    if not len(pairs):
+        return
     lines = ours.lines(ours.indices[pairs[:_SHOWN, 0]].tolist())
-    like = f"line {line} is like line {other}" + ("" if ours is others else f" of {others.source}")
-    return _finding(code, count=len(pairs), of=of, lines=lines, detail=like, source=ours.source)
+    (other,) = others.lines([int(others.indices[pairs[0, 1]])])
+    detail = f"line {lines[0]} is like line {other}"
+    if ours is not others:
+        detail += f" of {others.source}"
+    counts = {"count": len(pairs), "of": of}
+    yield _finding(code, **counts, lines=lines, detail=detail, source=ours.source)
 
 
 # What the report on the data has said already
@@ -463,7 +457,7 @@ _COUNTED = re.compile(r": ([\d,]+) rows? \(lines? ([^()]*?)(?:, …)?\)$")
 def _of_report(report: DatasetReport) -> Iterator[Finding]:
     """The findings of reading and encoding, under their codes."""
     source = report.source
-    yield from _of_rejections(source, report.rows, report.rejections)
+    yield from _of_rejected(source, report.rows, report.rejected)
     if len(report.split_lines):
         yield _lines("HB205", report.split_lines, report.usable, source)
     if len(report.truncated_lines):
@@ -491,21 +485,28 @@ def _lines(code: str, lines: Sequence[str], of: int, source: str) -> Finding:
     return _finding(code, count=len(lines), of=of, lines=shown, source=source, reported=True)
 
 
-def _of_rejections(source: str, rows: int, rejections: Sequence[Rejection]) -> Iterator[Finding]:
-    """One finding for each code; its detail is the most frequent reason."""
-    by_code: dict[str, dict[str, list[str]]] = {}
-    for line, reason, _ in rejections:
+def _of_rejected(
+    source: str, rows: int, rejected: Mapping[str, Sequence[str]]
+) -> Iterator[Finding]:
+    """One finding for each code; its detail is the most frequent reason.
+
+    Args:
+        source: The data set.
+        rows: The number of its rows.
+        rejected: For each reason the lines of the rows.
+    """
+    by_code: defaultdict[str, list[str]] = defaultdict(list)
+    for reason in rejected:
         code = next((code for known, code in _REASONS if re.match(known, reason)), "HB101")
-        by_code.setdefault(code, {}).setdefault(reason, []).append(line)
+        by_code[code].append(reason)
     for code, reasons in by_code.items():
-        lines = [line for found in reasons.values() for line in found]
-        reason = max(reasons, key=lambda one: len(reasons[one]))
+        reason = max(reasons, key=lambda one: len(rejected[one]))
         others = f", and {len(reasons) - 1} other reasons" if len(reasons) > 1 else ""
         yield _finding(
             code,
-            count=len(lines),
+            count=sum(len(rejected[one]) for one in reasons),
             of=rows,
-            lines=tuple(lines[:_SHOWN]),
+            lines=tuple([line for one in reasons for line in rejected[one][:_SHOWN]][:_SHOWN]),
             detail=f"left out: {reason}{others}",
             source=source,
             reported=True,
