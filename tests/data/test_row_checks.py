@@ -1,7 +1,5 @@
 """Hashes of rows, and damaged text, against what Python says of them."""
 
-import re
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,9 +7,11 @@ from hypothesis import strategies as st
 
 from halfbyte.data.formats import Conversation
 from halfbyte.data.row_checks import RowScan, damage, first_match, normalised, repeated
-from tests.data.chats import reply, user
+from halfbyte.data.tokenizer_checks import SpecialTokens
+from tests.data.chats import FAMILIES, reply, tokenizer_of, user
+from tests.tiny import tiny_tokenizer
 
-NOTHING = re.compile("(?!)")
+SPECIAL = SpecialTokens(tiny_tokenizer())
 
 UNDAMAGED = [
     "L’été, à Málaga: «CAFÉ» coûte 3 €…",
@@ -67,12 +67,12 @@ def test_rows_are_equal_if_all_their_messages_are() -> None:
             [user("Hi"), reply("Yes", {"function": {"name": "f"}})],
         ),
         np.arange(6),
-        NOTHING,
+        SPECIAL,
     )
     assert repeated(scan.hashes).tolist() == [[1, 0]]
     assert scan.prompts[[0, 1, 4, 5]].tolist() == [scan.prompts[0]] * 4
     assert scan.prompts[3] == 0
-    text = RowScan([Conversation("1", [], text="Hi")], np.arange(1), NOTHING)
+    text = RowScan([Conversation("1", [], text="Hi")], np.arange(1), SPECIAL)
     assert text.prompts.tolist() == [0]
 
 
@@ -91,3 +91,14 @@ def test_matches_are_the_first_equal_ones(found: np.ndarray, among: np.ndarray) 
     others = among.tolist()
     expected = [others.index(v) if v in others else -1 for v in found.tolist()]
     assert first_match(found, among).tolist() == expected
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_special_tokens_are_those_that_the_tokenizer_makes_of_text(name: str) -> None:
+    tokenizer = tokenizer_of(name)
+    special = SpecialTokens(tokenizer)
+    for token in tokenizer.all_special_tokens:
+        assert special.find(f"a < b [x] {token} c") == token
+        ids = tokenizer(f"a {token} c", add_special_tokens=False).input_ids
+        assert tokenizer.convert_tokens_to_ids(token) in ids
+    assert special.find("a < b, [x] <think> <|no|> </") == ""

@@ -25,8 +25,8 @@ from halfbyte.data.example_checks import ExampleScan, Found, Lengths, lengths_of
 from halfbyte.data.near_duplicates import near_duplicates
 from halfbyte.data.row_checks import RowScan, first_match, repeated
 from halfbyte.data.tokenizer_checks import (
+    SpecialTokens,
     control_ids,
-    control_pattern,
     template_findings,
     text_findings,
 )
@@ -343,12 +343,12 @@ class _Look:
 
     def over_rows(self) -> Iterator[Finding]:
         """What the conversations say."""
-        controls = control_pattern(self._tokenizer)
-        self.rows = RowScan(self.data.rows, self.indices, controls)
+        special = SpecialTokens(self._tokenizer)
+        self.rows = RowScan(self.data.rows, self.indices, special)
         for code, found in sorted(self.rows.found.items()):
             yield self.of(code, found, len(self.indices))
         tried, texts = text_findings(
-            self._tokenizer, self.data.rows, self.indices, controls, self._ids.unknown
+            self._tokenizer, self.data.rows, self.indices, special, self._ids.unknown
         )
         for code, found in texts.items():
             if code != "HB601" or not self.examples.unknown.count:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from halfbyte.data.example_checks import Found
 from halfbyte.data.formats import Conversation, Message
+from halfbyte.data.tokenizer_checks import SpecialTokens
 from halfbyte.foreign_text import quote
 
 _INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff\u00ad"  # joiners, zero-width spaces, soft hyphen
@@ -43,19 +44,19 @@ class RowScan:
         self,
         rows: Sequence[Conversation],
         indices: NDArray[np.int64],
-        controls: re.Pattern[str],
+        special: SpecialTokens,
     ) -> None:
         """Make the pass over the rows with these indices.
 
         Args:
             rows: The conversations.
             indices: Those to look at.
-            controls: Matches the control tokens of the tokenizer.
+            special: The special tokens of the tokenizer.
         """
         self.found: defaultdict[str, Found] = defaultdict(Found)
         self.hashes = np.zeros(len(indices), np.uint64)
         self.prompts = np.zeros(len(indices), np.uint64)
-        self._controls = controls
+        self._special = special
         for at, index in enumerate(indices.tolist()):
             row = rows[index]
             self._look(index, row)
@@ -95,8 +96,8 @@ class RowScan:
                 found.append(("HB603", damaged))
         if learned and content != (bare := content.strip()) and bare:
             found.append(("HB406", quote(_ends(content, bare))))
-        if match := self._controls.search(content):
-            found.append(("HB604", f"{quote(match[0])} in a message of the {message['role']}"))
+        if token := self._special.find(content):
+            found.append(("HB604", f"{quote(token)} in a message of the {message['role']}"))
         return found
 
     def _look_at_text(self, index: int, text: str) -> None:
