@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halfbyte.data import Example, collate
-from halfbyte.data.example_checks import EDGES, ControlIds, ExampleScan, Found, lengths_of
+from halfbyte.data.example_checks import (
+    EDGES,
+    ControlIds,
+    ExampleScan,
+    Found,
+    lengths_of,
+    together,
+)
 
 END, BOS, UNKNOWN = 1, 2, 3
 
@@ -111,6 +118,14 @@ def test_a_sample_is_looked_at_in_pieces() -> None:
     scan = ExampleScan(data, indices, ControlIds((END,), -1, -1), max_length=9, everything=False)
     wrong = [at for at in indices.tolist() if at % 7 != END]
     assert (scan.unended.count, scan.unended.first) == (len(wrong), wrong[:5])
+
+
+def test_pieces_are_bounded_in_number_and_tokens() -> None:
+    lengths = [1] * 5000 + [300_000, 200_001, 900_000, 5]
+    items = [np.zeros(n, np.int32) for n in lengths]
+    parts = list(together(items, lambda item: item))
+    assert [len(one) for part in parts for one in part] == lengths
+    assert [len(part) for part in parts] == [2048, 2048, 905, 1, 1, 1]
 
 
 def test_only_the_first_are_kept() -> None:

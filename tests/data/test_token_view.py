@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from halfbyte.data import Encoder, Example
 from halfbyte.data.formats import Conversation
-from halfbyte.data.token_view import Piece, pieces_of, runs, shortened
+from halfbyte.data.token_view import Piece, pieces_of, runs, shortened, show_example
 from tests.data.chats import CONVERSATIONS, FAMILIES, only, tokenizer_of
 from tests.tiny import tiny_tokenizer
 
@@ -62,3 +62,9 @@ def test_the_middle_of_long_runs_is_left_out_and_counted() -> None:
     assert len(found) < 130
     assert [(flag, len(run)) for flag, run in runs(found)] == [(False, 91), (True, 25)]
     assert shortened(pieces[:90], 100) == pieces[:90]
+
+
+def test_an_example_is_shown_as_it_is_trained() -> None:
+    example = Example(np.array([40, 41, 42, 43], np.int32), np.arange(4) > 1, 2)
+    assert show_example(TINY, example, "7", 9).title == "Line 7: 4 tokens, 2 supervised"
+    assert show_example(TINY, example, "7", 3).title == "Line 7: 3 of 4 tokens, 1 supervised"

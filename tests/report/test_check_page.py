@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from halfbyte.data.checks import DataCheck, Finding
-from halfbyte.data.token_view import Piece
+from halfbyte.data.token_view import Piece, ShownExample
 from halfbyte.errors import OutputError
 from halfbyte.report.check_page import check_page, write_check_page
 from tests.report.test_check_text import LENGTHS, PIECES
@@ -21,7 +21,7 @@ CHECK = DataCheck(FOUND, LENGTHS, 40, 40)
 
 
 def test_findings_lengths_and_tokens_are_on_the_page() -> None:
-    read = Checked(check_page("a.jsonl", CHECK, [("7", PIECES)], 1))
+    read = Checked(check_page("a.jsonl", CHECK, [ShownExample("7", 7, PIECES)], 1))
     assert read.count("h1") == 1
     assert read.count("h2") == 3
     for text in (
@@ -40,7 +40,7 @@ def test_findings_lengths_and_tokens_are_on_the_page() -> None:
 
 
 def test_a_region_can_be_scrolled_with_the_keyboard_and_has_a_name() -> None:
-    read = Checked(check_page("a", CHECK, [("7", PIECES)], 1))
+    read = Checked(check_page("a", CHECK, [ShownExample("7", 7, PIECES)], 1))
     (tokens,) = [
         attrs for tag, attrs in read.tags if tag == "div" and attrs.get("class") == "tokens"
     ]
@@ -50,7 +50,7 @@ def test_a_region_can_be_scrolled_with_the_keyboard_and_has_a_name() -> None:
 
 def test_nothing_of_the_data_becomes_markup_and_nothing_is_loaded() -> None:
     pieces = [Piece(EVIL, (1,), supervised=True), Piece("</mark>", (2,), supervised=False)]
-    html = check_page(EVIL, CHECK, [(EVIL, pieces)], 1)
+    html = check_page(EVIL, CHECK, [ShownExample(EVIL, 2, pieces)], 1)
     read = Checked(html)
     assert (read.count("script"), read.count("img")) == (1, 0)
     assert "alert(1)" in read.text

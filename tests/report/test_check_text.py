@@ -4,7 +4,7 @@ import pytest
 
 from halfbyte.data.checks import DataCheck, Finding
 from halfbyte.data.example_checks import Lengths
-from halfbyte.data.token_view import Piece
+from halfbyte.data.token_view import Piece, ShownExample
 from halfbyte.report.check_text import (
     coarser,
     print_check,
@@ -109,7 +109,7 @@ def test_bins_are_joined_until_they_fit() -> None:
 
 
 def test_tokens_are_legible_without_colour(capsys: pytest.CaptureFixture[str]) -> None:
-    print_example("7", PIECES)
+    print_example(ShownExample("7", 7, PIECES))
     lines = printed(capsys)
     assert lines[1].startswith("Line 7: 7 tokens, 3 supervised ───")
     assert lines[2:] == ["  <|im_start|>│user⏎", "  │\\x1b[31m|[[日│<|im_end|>]]⏎"]
@@ -118,7 +118,8 @@ def test_tokens_are_legible_without_colour(capsys: pytest.CaptureFixture[str]) -
 def test_a_line_break_that_is_supervised_is_inside_the_brackets(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    print_example("1", [Piece("a", (1,), supervised=True), Piece("\n", (2,), supervised=True)])
+    pieces = [Piece("a", (1,), supervised=True), Piece("\n", (2,), supervised=True)]
+    print_example(ShownExample("1", 2, pieces))
     assert printed(capsys)[2] == "  [[a│⏎]]"
 
 
@@ -132,7 +133,7 @@ def test_colour_is_used_where_it_is_wanted(
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv(variable, "1")
-    print_example("7", PIECES)
+    print_example(ShownExample("7", 7, PIECES))
     out = capsys.readouterr().out
     assert ("\x1b[32m" in out or "\x1b[1;32m" in out) is coloured
     assert "[[" in out

@@ -18,7 +18,7 @@ from halfbyte.foreign_text import shorten
 if TYPE_CHECKING:
     from halfbyte.data import Dataset
     from halfbyte.data.checks import DataCheck
-    from halfbyte.data.token_view import Piece
+    from halfbyte.data.token_view import ShownExample
     from halfbyte.report import RunReport
 
 _SHOWN, _SHOWN_ON_PAGE = 1, 10
@@ -141,8 +141,8 @@ def main(argv: list[str]) -> None:
         print_check(found.check)
         if found.check.lengths is not None:
             print_lengths(found.check.lengths, batch_size=options.batch_size)
-        for line, pieces in found.examples[: options.show or _SHOWN]:
-            print_example(line, pieces)
+        for example in found.examples[: options.show or _SHOWN]:
+            print_example(example)
         if options.html is not None:
             title = f"{found.source}, for {options.model}"
             write_check_page(options.html, title, found.check, found.examples, options.batch_size)
@@ -164,7 +164,7 @@ class _Checked(NamedTuple):
     check: "DataCheck"
     source: str
     summaries: dict[str, list[str]]
-    examples: list[tuple[str, list["Piece"]]]
+    examples: list["ShownExample"]
 
     def as_json(self) -> dict[str, Any]:
         lengths = self.check.lengths
@@ -173,8 +173,8 @@ class _Checked(NamedTuple):
             "data": self.summaries,
             "lengths": None if lengths is None else asdict(lengths),
             "examples": [
-                {"line": line, "tokens": [asdict(piece) for piece in pieces]}
-                for line, pieces in self.examples
+                {"line": one.line, "tokens": [asdict(piece) for piece in one.pieces]}
+                for one in self.examples
             ],
         }
 
@@ -183,7 +183,7 @@ def _check(options: CheckOptions, ignored: tuple[str, ...], report: "RunReport")
     from halfbyte.checkpoint.base_model import open_vocabulary
     from halfbyte.data import NothingUsable
     from halfbyte.data.checks import check_data, check_unusable, evenly
-    from halfbyte.data.token_view import pieces_of
+    from halfbyte.data.token_view import show_example
     from halfbyte.train.run_data import check_options, read_data
 
     tokenizer, positions = open_vocabulary(options.model, revision=options.revision)
@@ -209,7 +209,7 @@ def _check(options: CheckOptions, ignored: tuple[str, ...], report: "RunReport")
     if count is None:
         count = _SHOWN if options.html is None else _SHOWN_ON_PAGE
     examples = [
-        (data.rows[index].line, pieces_of(tokenizer, data.examples[index]))
+        show_example(tokenizer, data.examples[index], data.rows[index].line, options.max_length)
         for index in evenly(len(data.examples), count).tolist()
     ]
     summaries = {one.report.source: one.report.lines() for one in sets}

@@ -1,20 +1,21 @@
 """One pass over encoded examples: lengths, what is supervised, how replies end, what is cut off.
 
-Examples are looked at a few thousand at a time as one array, so the pass takes about 20 ns per
-token and the memory of one such piece, whatever the size of the data.
+Examples are looked at together, as one array of at most half a million tokens (or one example), so
+the pass takes about 20 ns per token, and the same memory whatever the size of the data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.data.templates import Example
 
-_AT_ONCE = 2048
+_MOST_TOGETHER, _MOST_TOKENS = 2048, 500_000
 _FIRST = 5  # indices that are kept of each kind
 
 EDGES = np.array(
@@ -41,6 +42,26 @@ class Found:
         """Count one."""
         self.add([index])
         self.instance = self.instance or instance
+
+
+_Item = TypeVar("_Item")
+
+
+def together(
+    items: Iterable[_Item], tokens_of: Callable[[_Item], NDArray[np.int32]]
+) -> Iterator[list[_Item]]:
+    """Yield items in lists of at most 2048, and half a million tokens unless it is one item."""
+    part: list[_Item] = []
+    tokens = 0
+    for item in items:
+        length = len(tokens_of(item))
+        if part and (len(part) == _MOST_TOGETHER or tokens + length > _MOST_TOKENS):
+            yield part
+            part, tokens = [], 0
+        part.append(item)
+        tokens += length
+    if part:
+        yield part
 
 
 @dataclass(frozen=True)
@@ -101,9 +122,10 @@ class ExampleScan:
         self.supervised_from = np.zeros(len(EDGES), np.int64)
         self._ids, self._max_length, self._everything = ids, max_length, everything
         lengths, supervised = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        for start in range(0, len(indices), _AT_ONCE):
-            part = indices[start : start + _AT_ONCE]
-            counted = self._piece(part, [examples[index] for index in part.tolist()])
+        start = 0
+        for part in together((examples[at] for at in indices.tolist()), lambda one: one.tokens):
+            counted = self._piece(indices[start : start + len(part)], part)
+            start += len(part)
             lengths.append(counted[0])
             supervised.append(counted[1])
         self.lengths, self.supervised = np.concatenate(lengths), np.concatenate(supervised)

@@ -19,6 +19,8 @@ import numpy as np
 import rensa
 from numpy.typing import NDArray
 
+from halfbyte.data.example_checks import together
+
 SIMILAR = 0.8
 """Estimated Jaccard similarity from which on two documents are near duplicates."""
 
@@ -26,7 +28,7 @@ _TOKENS = 3  # of a sequence
 _FEWEST = 8  # sequences of a document that is compared: below, one word more or less decides
 _COMMON = 0.1  # share of the documents that have a sequence which is not compared …
 _FEWEST_COMMON = 20  # … if these are more than so many, or all of them
-_SAMPLED = 1000  # documents to find common sequences in
+_SAMPLED, _BEGINNING = 500, 4096  # documents to find common sequences in, and their tokens
 _HASHES, _BAND = 128, 6
 _AT_ONCE = 1024
 _TABLE = 20  # bits of a hash by which common sequences are looked up
@@ -86,7 +88,7 @@ def _common(documents: Sequence[NDArray[np.int32]]) -> NDArray[np.bool_]:
         return table
     count = min(len(documents), _SAMPLED)
     chosen = np.linspace(0, len(documents) - 1, count).astype(np.int64)
-    hashes, owner = _sequences([documents[index] for index in chosen])
+    hashes, owner = _sequences([documents[index][:_BEGINNING] for index in chosen.tolist()])
     order = np.lexsort((owner, hashes))
     hashes, owner = hashes[order], owner[order]
     again = (hashes[1:] == hashes[:-1]) & (owner[1:] == owner[:-1])
@@ -101,8 +103,9 @@ def _signatures(
 ) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
     """The indices of the documents with enough sequences, and their signatures."""
     kept, found = [np.zeros(0, np.int64)], [np.zeros((0, _HASHES), np.uint32)]
-    for start in range(0, len(documents), _AT_ONCE):
-        part = [documents[index] for index in range(start, min(start + _AT_ONCE, len(documents)))]
+    start = 0
+    for part in together(iter(documents), lambda document: document):
+        start, first = start + len(part), start
         hashes, owner = _sequences(part)
         own = ~common[hashes >> np.uint64(64 - _TABLE)]
         hashes, owner = hashes[own], owner[own]
@@ -113,7 +116,7 @@ def _signatures(
             continue
         ends = np.concatenate([[0], np.cumsum(counts)]).astype(np.uint64)
         matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(hashes, ends, _HASHES, _SEED)
-        kept.append(start + np.flatnonzero(enough))
+        kept.append(first + np.flatnonzero(enough))
         flat = np.fromiter(chain.from_iterable(matrix.to_rows()), np.uint32)
         found.append(flat.reshape(-1, _HASHES))
     return np.concatenate(kept), np.concatenate(found)

@@ -35,6 +35,37 @@ class Piece:
     left_out: int = 0
 
 
+@dataclass(frozen=True)
+class ShownExample:
+    """An example to show.
+
+    Attributes:
+        line: The line of its row.
+        length: Its tokens, before it was truncated.
+        pieces: Its tokens, after that.
+    """
+
+    line: str
+    length: int
+    pieces: Sequence[Piece]
+
+    @property
+    def title(self) -> str:
+        """The line and the number of tokens in words."""
+        tokens = sum(len(piece.ids) for piece in self.pieces)
+        supervised = sum(len(piece.ids) for piece in self.pieces if piece.supervised)
+        of = f"{tokens:,} of {self.length:,}" if tokens < self.length else f"{tokens:,}"
+        return f"Line {self.line}: {of} tokens, {supervised:,} supervised"
+
+
+def show_example(
+    tokenizer: PreTrainedTokenizerBase, example: Example, line: str, max_length: int
+) -> ShownExample:
+    """Return an example as a run would get it, truncated to ``max_length``."""
+    seen = Example(example.tokens[:max_length], example.labels_mask[:max_length], 0)
+    return ShownExample(line, len(example.tokens), pieces_of(tokenizer, seen))
+
+
 def pieces_of(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[Piece]:
     """Return the tokens of an example with their texts.
 

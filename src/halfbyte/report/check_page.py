@@ -10,7 +10,7 @@ from pathlib import Path
 
 from halfbyte.checkpoint.atomic import new_file
 from halfbyte.data.checks import DataCheck, percent
-from halfbyte.data.token_view import Piece, runs, shortened
+from halfbyte.data.token_view import Piece, ShownExample, runs, shortened
 from halfbyte.report.charts import Bar, bar_chart, table
 from halfbyte.report.check_text import coarser, length_facts, piece_text
 from halfbyte.report.findings import findings_list
@@ -19,12 +19,9 @@ from halfbyte.report.page import document, key_figures, require_page, section
 _TOKENS_SHOWN = 2000
 _BINS = 20
 
-Shown = tuple[str, Sequence[Piece]]
-"""An example to show: its line, and its tokens."""
-
 
 def write_check_page(
-    output: Path, title: str, check: DataCheck, examples: Sequence[Shown], batch_size: int
+    output: Path, title: str, check: DataCheck, examples: Sequence[ShownExample], batch_size: int
 ) -> Path:
     """Write the page to ``output``, and return that.
 
@@ -38,7 +35,9 @@ def write_check_page(
     return output
 
 
-def check_page(title: str, check: DataCheck, examples: Sequence[Shown], batch_size: int) -> str:
+def check_page(
+    title: str, check: DataCheck, examples: Sequence[ShownExample], batch_size: int
+) -> str:
     """The page about a check."""
     figures: list[tuple[str, str | None]] = [
         (f"{severity}s", f"{check.count(severity):,}") for severity in ("error", "warning")
@@ -77,7 +76,7 @@ def _lengths(check: DataCheck, batch_size: int) -> str:
     )
 
 
-def _examples(examples: Sequence[Shown]) -> str:
+def _examples(examples: Sequence[ShownExample]) -> str:
     if not examples:
         return ""
     legend = (
@@ -85,13 +84,11 @@ def _examples(examples: Sequence[Shown]) -> str:
         "the model learns to write them. Thin lines are token boundaries; <b>bold</b> tokens are "
         "special; ⏎ is a line break.</p>"
     )
-    return legend + "".join(_example(line, pieces) for line, pieces in examples)
+    return legend + "".join(map(_example, examples))
 
 
-def _example(line: str, pieces: Sequence[Piece]) -> str:
-    tokens = sum(len(piece.ids) for piece in pieces)
-    supervised = sum(len(piece.ids) for piece in pieces if piece.supervised)
-    shown = shortened(pieces, _TOKENS_SHOWN)
+def _example(example: ShownExample) -> str:
+    shown = shortened(example.pieces, _TOKENS_SHOWN)
     body = "".join(
         f'<mark><span class="unseen">supervised: </span>{_run(run)}'
         '<span class="unseen"> (end)</span></mark>'
@@ -104,10 +101,10 @@ def _example(line: str, pieces: Sequence[Piece]) -> str:
         for piece in shown
         if piece.ids
     )
-    label = f"Line {line}: {tokens:,} tokens, {supervised:,} supervised"
+    label = escape(example.title)
     return (
-        f"<h3>{escape(label)}</h3>"
-        f'<div class="tokens" role="region" tabindex="0" aria-label="{escape(label)}">{body}</div>'
+        f"<h3>{label}</h3>"
+        f'<div class="tokens" role="region" tabindex="0" aria-label="{label}">{body}</div>'
         f"<details><summary>Token ids, supervised ones in brackets</summary><pre>{ids}</pre>"
         "</details>"
     )

@@ -12,7 +12,7 @@ from rich.text import Text
 from halfbyte.data.check_codes import CODES
 from halfbyte.data.checks import DataCheck, Finding, percent
 from halfbyte.data.example_checks import Lengths
-from halfbyte.data.token_view import Piece, runs, shortened
+from halfbyte.data.token_view import Piece, ShownExample, runs, shortened
 from halfbyte.foreign_text import printable
 from halfbyte.report.show import as_text, heading, open_console
 
@@ -154,13 +154,11 @@ def suggestion(lengths: Lengths) -> str | None:
     return None
 
 
-def print_example(line: str, pieces: Sequence[Piece]) -> None:
+def print_example(example: ShownExample) -> None:
     """Print an example token by token: ``│`` between tokens, ``[[`` and ``]]`` if supervised."""
-    tokens = sum(len(piece.ids) for piece in pieces)
-    supervised = sum(len(piece.ids) for piece in pieces if piece.supervised)
-    heading(f"Line {line}: {tokens:,} tokens, {supervised:,} supervised")
+    heading(example.title)
     shown = Text()
-    for is_supervised, run in runs(shortened(pieces, _TOKENS_SHOWN)):
+    for is_supervised, run in runs(shortened(example.pieces, _TOKENS_SHOWN)):
         style = "green" if is_supervised else "dim"
         shown.append("[[" if is_supervised else "", style="bold green")
         for number, piece in enumerate(run):
