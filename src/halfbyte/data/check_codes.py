@@ -154,7 +154,7 @@ CODES: dict[str, Code] = {
     "HB504": Code(
         "held-out rows that are also training rows",
         "error",
-        "remove them from one of the two: the held-out loss would measure memory",
+        "remove them from one of the two: the held-out loss would be that of memorised text",
     ),
     "HB505": Code(
         "held-out rows nearly like training rows",

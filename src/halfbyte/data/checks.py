@@ -434,6 +434,7 @@ _REASONS = (
     (r"nothing supervised within max_length", "HB302"),
     (r"nothing supervised|no assistant turn|no reply can be supervised", "HB201"),
     (r"empty content|empty text", "HB405"),
+    (r"(the chat template|plain text) drops", "HB706"),
     (r"the chat template rejects it", "HB714"),
 )
 _NOTES = (
