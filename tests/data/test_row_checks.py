@@ -76,6 +76,15 @@ def test_rows_are_equal_if_all_their_messages_are() -> None:
     assert text.prompts.tolist() == [0]
 
 
+@pytest.mark.parametrize("indices", [[], [3], [0, 2, 5], [1, 2, 3, 5], [0, 1, 2, 3, 4, 5]])
+def test_a_scan_is_of_the_rows_with_these_indices(indices: list[int]) -> None:
+    found = rows(*([user(str(at)), user("b"), reply("c")] for at in range(6)))
+    scan = RowScan(found, np.array(indices, np.int64), SPECIAL)
+    assert scan.found["HB401"].first == indices[:5]
+    alone = [RowScan([found[at]], np.arange(1), SPECIAL).hashes[0] for at in indices]
+    assert scan.hashes.tolist() == alone
+
+
 hashes = st.lists(st.integers(0, 9)).map(lambda found: np.array(found, np.uint64))
 
 
