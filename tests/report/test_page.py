@@ -253,6 +253,8 @@ def test_nothing_in_a_journal_becomes_markup(tmp_path: Path) -> None:
     lines[2] |= {"model": EVIL, "machine": EVIL, "versions": {EVIL: EVIL}}
     lines[-4]["ledger"][2]["name"] = EVIL
     lines[2]["data_verdict"] = {"lines": [EVIL]}
+    evil = dict.fromkeys(("code", "severity", "text", "remedy", "source"), EVIL)
+    lines[2]["data_check"] = {"findings": [evil]}
     lines[3]["samples"] = [{"prompt": EVIL, "expected": EVIL, "got": EVIL}]
     runs = [read_run(write_journal(tmp_path / name, lines)) for name in ("a", "b")]
     for html in (page(runs[:1]), page(runs)):
@@ -292,6 +294,7 @@ FIELDS = [
         "versions",
         "samples",
         "data_verdict",
+        "data_check",
         "given",
         "total_steps",
         "time",

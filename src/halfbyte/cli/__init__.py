@@ -23,6 +23,7 @@ from halfbyte.version import __version__
 COMMANDS = {
     "init": "write a commented configuration for this machine, a model and data",
     "plan": "predict memory and time of LoRA and QLoRA, before any download",
+    "check": "check data: what is supervised, cut off, duplicate or damaged; no weight is read",
     "train": "fine-tune a model on your data",
     "eval": "measure loss, perplexity and exact-match accuracy on a data file",
     "generate": "answer one prompt",

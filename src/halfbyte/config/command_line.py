@@ -71,6 +71,8 @@ class Command(Generic[OptionsT]):
     many: str = ""
     """The last of them, if it takes any number of arguments."""
     has_json: bool = True
+    in_help: tuple[str, ...] = ()
+    """The fields that ``--help`` lists; empty for all."""
 
     def words(self, argv: list[str]) -> ParsedArgs:
         """Assign arguments to options; with ``--help``, print the help and exit."""
@@ -130,7 +132,11 @@ class Command(Generic[OptionsT]):
     def help(self) -> str:
         """Usage, description, an example, and every option under its heading."""
         width = min(shutil.get_terminal_size().columns, 100)
-        fields = self.options.model_fields
+        fields = {
+            name: field
+            for name, field in self.options.model_fields.items()
+            if not self.in_help or name in self.in_help
+        }
         usage = [
             f"[{name.upper()}.yaml]" if name not in fields else name.upper()
             for name in self.positional

@@ -24,6 +24,7 @@ from halfbyte.data.batching import IGNORED, MicroBatch, StepPlan, collate, steps
 from halfbyte.data.dataset_report import (
     LONGEST_REASON,
     DatasetReport,
+    NothingUsable,
     Rejection,
     RowRejected,
     by_reason,
@@ -62,6 +63,7 @@ __all__ = [
     "Example",
     "Message",
     "MicroBatch",
+    "NothingUsable",
     "StepPlan",
     "collate",
     "conversations",
@@ -133,7 +135,7 @@ def load_dataset(
             progress(done, len(read.conversations))
     examples = collected.examples
     if not examples:
-        raise DataError(_nothing_usable(read))
+        raise _nothing_usable(read)
     report = DatasetReport(
         source=str(source),
         formats=read.formats,
@@ -211,14 +213,15 @@ class _Read:
 def _read(source: str | Path) -> _Read:
     read = _Read(source)
     if not read.conversations:
-        raise DataError(_nothing_usable(read))
+        raise _nothing_usable(read)
     return read
 
 
-def _nothing_usable(read: _Read) -> str:
+def _nothing_usable(read: _Read) -> NothingUsable:
     listed = "".join(f"\n  {line}" for line in describe_rejected(by_reason(read.rejections)))
     read_as = f" (read as {in_words(read.formats)})" if read.formats else ""
-    return f"{read.source}: none of the {read.rows:,} rows{read_as} is usable.{listed}"
+    message = f"{read.source}: none of the {read.rows:,} rows{read_as} is usable.{listed}"
+    return NothingUsable(message, read.source, read.rows, read.rejections)
 
 
 class _Examples:

@@ -107,11 +107,11 @@ class RunReport:
         self._screen.evaluation(record)
 
     def warning(self, step: int, kind: str, text: str) -> None:
-        """Something is wrong with a step; ``text`` says what, and what to look at.
+        """Something is wrong with a step or the data; ``text`` says what, and what to look at.
 
         Args:
-            step: The step (1-based).
-            kind: ``nonfinite``, or one of ``train/loss_watch.py``.
+            step: The step (1-based); 0 for the data.
+            kind: ``nonfinite``, ``data``, or one of ``train/loss_watch.py``.
             text: For the user.
         """
         self.record("warning", {"step": step, "kind": kind, "text": text})

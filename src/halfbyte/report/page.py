@@ -28,6 +28,7 @@ from halfbyte.report.charts import (
     smoothed,
     table,
 )
+from halfbyte.report.findings import findings_list
 from halfbyte.report.live import duration
 from halfbyte.report.runs import Run, mapping, number, read_run, started, texts
 
@@ -366,6 +367,8 @@ def _data(run: Run) -> str:
         if lines := texts(report.get("lines")):
             items = "".join(f"<li>{escape(line)}</li>" for line in lines)
             body += f'<h3>{name}</h3><ul class="notes">{items}</ul>{_rejected(report)}'
+    if found := findings_list(run.begin.get("data_check")):
+        body += f"<h3>Findings</h3>{found}"
     return section("Data", body)
 
 

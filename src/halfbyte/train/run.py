@@ -337,6 +337,7 @@ class _Run:
                 "held_out_verdict": metadata.dataset_report(self.data.held_out)
                 if self.data.held_out
                 else None,
+                "data_check": self.data.check.as_json(),
             }
             | metadata.options(config),
         )
