@@ -181,16 +181,27 @@ def _is_flag(field: FieldInfo) -> bool:
     return field.annotation is bool
 
 
+def _type(field: FieldInfo) -> Any:
+    """The type of a value, the first of several: `int | None` takes an int."""
+    kind: Any = field.annotation
+    if get_origin(kind) in (Union, UnionType):
+        kind = get_args(kind)[0]
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def _choices(field: FieldInfo) -> tuple[str, ...]:
+    kind = _type(field)
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+_LONGEST_CHOICES = 60  # characters; longer ones are listed in the description
+
+
 def _kind(field: FieldInfo) -> str:
     """Placeholder of a value: its choices, or its type."""
-    kind: Any = field.annotation
-    if get_origin(kind) in (Union, UnionType):  # the first member: `int | None` takes an int
-        kind = get_args(kind)[0]
-    if get_origin(kind) is Annotated:
-        kind = get_args(kind)[0]
-    if get_origin(kind) is Literal:
-        return "|".join(get_args(kind))
-    return {int: "N", float: "X", Path: "DIR"}.get(kind, "TEXT")
+    if choices := "|".join(_choices(field)):
+        return choices if len(choices) <= _LONGEST_CHOICES else "NAME"
+    return {int: "N", float: "X", Path: "DIR"}.get(_type(field), "TEXT")
 
 
 def _option(name: str, field: FieldInfo) -> str:
@@ -203,6 +214,8 @@ def _option(name: str, field: FieldInfo) -> str:
 def _effect(field: FieldInfo) -> str:
     """The help of an option, with its default."""
     text = field.description or ""
+    if _kind(field) == "NAME":
+        text += f": {', '.join(_choices(field))}"
     if field.is_required():
         return f"{text} (required)"
     if _is_flag(field):

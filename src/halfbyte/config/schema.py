@@ -72,6 +72,19 @@ class ModelOptions(BaseOptions):
     )
 
 
+_LOWEST = ("min_learning_rate", "min_lr_rate")
+_DECAY_TO_LOWEST = ("cosine", "cosine_with_min_lr", "polynomial", "warmup_stable_decay")
+_SCHEDULES_WITH: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(_LOWEST, _DECAY_TO_LOWEST),
+    "lr_num_cycles": ("cosine", "cosine_with_min_lr", "cosine_with_restarts"),
+    "lr_power": ("polynomial",),
+    "lr_timescale": ("inverse_sqrt",),
+    "lr_decay_steps": ("warmup_stable_decay",),
+    "lr_decay_type": ("warmup_stable_decay",),
+}
+"""The schedules that an option is for."""
+
+
 class TrainConfig(ModelOptions):
     """All options of a training run."""
 
@@ -136,8 +149,43 @@ class TrainConfig(ModelOptions):
     loraplus_lr_ratio: float = Field(
         1.0, gt=0, description="LoRA+: learning rate of B relative to that of A"
     )
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="decay of the learning rate after the warm-up"
+    lr_scheduler_type: Literal[
+        "cosine",
+        "linear",
+        "constant",
+        "cosine_with_min_lr",
+        "cosine_with_restarts",
+        "polynomial",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    ] = Field("cosine", description="decay of the learning rate after the warm-up")
+    min_learning_rate: float | None = Field(
+        None,
+        ge=0,
+        description="learning rate at the end of cosine, polynomial and warmup_stable_decay "
+        "(default: 0; polynomial: 1e-7)",
+    )
+    min_lr_rate: float | None = Field(
+        None, ge=0, le=1, description="min_learning_rate relative to learning_rate"
+    )
+    lr_num_cycles: float | None = Field(
+        None,
+        gt=0,
+        description="waves of cosine (default: 0.5) or cosine_with_restarts (default: 1)",
+    )
+    lr_power: float = Field(1.0, gt=0, description="power of polynomial; 1: linear")
+    lr_timescale: PositiveInt | None = Field(
+        None,
+        description="steps after which inverse_sqrt is at 1 / sqrt(2), counted from its start "
+        "(default: those of the warm-up)",
+    )
+    lr_decay_steps: PositiveInt | None = Field(
+        None,
+        description="last steps of warmup_stable_decay, in which it decays (default: a tenth of "
+        "the run)",
+    )
+    lr_decay_type: Literal["cosine", "linear", "1-sqrt"] = Field(
+        "cosine", description="decay of warmup_stable_decay"
     )
     warmup_ratio: float = Field(0.03, ge=0, le=1, description="fraction of steps for the warm-up")
     warmup_steps: int | None = Field(
@@ -187,6 +235,9 @@ class TrainConfig(ModelOptions):
     save_steps: PositiveInt | None = Field(
         None, description="save a checkpoint every N steps (default: ten times per run)"
     )
+    save_minutes: float | None = Field(
+        None, gt=0, description="also save one when the newest is N minutes old"
+    )
     save_total_limit: PositiveInt = Field(2, description="number of checkpoints to keep")
     resume: bool = Field(False, description="continue from the newest checkpoint in output")
     logging_steps: PositiveInt = Field(1, description="log every N steps")
@@ -209,6 +260,24 @@ class TrainConfig(ModelOptions):
     def state_bits(self) -> Literal[8, 32]:
         """Bits of a moment of the optimizer's state."""
         return 8 if self.optim.endswith("8bit") else 32
+
+    @model_validator(mode="after")
+    def _rules_of_the_schedule(self) -> Self:
+        kind = self.lr_scheduler_type
+        for name, kinds in _SCHEDULES_WITH.items():
+            # Not `model_fields_set`: the config.yaml of a run has every option.
+            if getattr(self, name) != type(self).model_fields[name].default and kind not in kinds:
+                raise ValueError(f"`{name}` needs `lr_scheduler_type` {' or '.join(kinds)}")
+        lowest = [name for name in _LOWEST if getattr(self, name) is not None]
+        if len(lowest) == 2:
+            raise ValueError("`min_learning_rate` and `min_lr_rate` exclude each other; remove one")
+        if kind == "cosine_with_min_lr" and not lowest:
+            raise ValueError(
+                "`lr_scheduler_type` cosine_with_min_lr needs `min_learning_rate` or `min_lr_rate`"
+            )
+        if (self.min_learning_rate or 0.0) > self.learning_rate:
+            raise ValueError("`min_learning_rate` must not be above `learning_rate`")
+        return self
 
     @model_validator(mode="after")
     def _rules_between_fields(self) -> Self:

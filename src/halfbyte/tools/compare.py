@@ -174,7 +174,8 @@ def _require_same(job: Job) -> None:
     # Options that came with a later version had their defaults then.
     before = load_config(job.file, {})[0].model_dump(mode="json")
     now = job.config.model_dump(mode="json")
-    places = {"output", "memory_budget", "save_steps", "save_total_limit", "logging_steps"}
+    places = {"output", "memory_budget", "logging_steps"}
+    places |= {"save_steps", "save_minutes", "save_total_limit"}
     changed = [
         f"{name} was {quote(before[name])}, is {quote(value)}"
         for name, value in now.items()

@@ -23,6 +23,7 @@ _FREE_TO_CHANGE = {
     "output",
     "resume",
     "save_steps",
+    "save_minutes",
     "save_total_limit",
     "logging_steps",
     "on_nonfinite",
