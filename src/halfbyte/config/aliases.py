@@ -132,6 +132,8 @@ ALIASES: dict[str, Alias] = {
     "min_lr": Alias("min_learning_rate"),
     "lr_end": Alias("min_learning_rate"),
     "num_decay_steps": Alias("lr_decay_steps"),
+    "embedding_lr": Alias("embedding_learning_rate"),
+    "noisy_embedding_alpha": Alias("neftune_noise_alpha"),
     "optimizer": Alias("optim", _ADAMW),
     "optim": Alias("optim", _ADAMW),
     "gradient_checkpointing": Alias(
@@ -159,6 +161,9 @@ REFUSED: dict[str, Refusal] = {
     ),
     "load_in_8bit": Refusal(
         "false", "8-bit base weights are not supported; use `quant` nf4 (4 bits) or none (16 or 32)"
+    ),
+    "embedding_lr_scale": Refusal(
+        "1.0", "give the rate itself as `embedding_learning_rate`, learning_rate times the scale"
     ),
     "finetuning_type": Refusal("lora", "only LoRA and QLoRA are trained"),
     "stage": Refusal("sft", "only supervised fine-tuning is done"),

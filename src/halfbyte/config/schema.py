@@ -149,6 +149,12 @@ class TrainConfig(ModelOptions):
     loraplus_lr_ratio: float = Field(
         1.0, gt=0, description="LoRA+: learning rate of B relative to that of A"
     )
+    embedding_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="peak learning rate of embedding and head in modules_to_save (default: "
+        "learning_rate)",
+    )
     lr_scheduler_type: Literal[
         "cosine",
         "linear",
@@ -201,12 +207,23 @@ class TrainConfig(ModelOptions):
         description="how paged_ state is stored: on the GPU, copied to the host before steps short "
         "of memory (auto); the same with CUDA managed memory; or always on the host (explicit)",
     )
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of AdamW")
+    weight_decay: float = Field(
+        0.0,
+        ge=0,
+        description="decoupled weight decay of AdamW, of matrices; norms, biases and DoRA's "
+        "magnitudes have none",
+    )
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of AdamW's first moment")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of AdamW's second moment")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     max_grad_norm: float = Field(
         1.0, ge=0, description="clip the norm of all gradients to this; 0: no clipping"
+    )
+    neftune_noise_alpha: float | None = Field(
+        None,
+        ge=0,
+        description="NEFTune: noise on the embeddings in training, uniform up to alpha / sqrt(L d) "
+        "for L tokens of width d; 5 to 15",
     )
     on_nonfinite: Literal["stop", "skip", "rewind"] = Field(
         "stop",
