@@ -82,7 +82,9 @@ def test_it_is_uniform_up_to_its_size_in_each_document():
     model, embedding = embedding_of(width=512)
     lengths = (400, 25)
     found, padding = noises(
-        EmbeddingNoise(model, ALPHA, seed=0), embedding, parts_of(micro_batches(lengths, 2), "cpu", pack=False)
+        EmbeddingNoise(model, ALPHA, seed=0),
+        embedding,
+        parts_of(micro_batches(lengths, 2), "cpu", pack=False),
     )
     assert padding.numel()
     assert not padding.any()

@@ -94,7 +94,10 @@ def test_a_run_of_one_step_has_a_rate(kind):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"min_lr_rate": 0.1, "lr_scheduler_type": "linear"}, "needs `lr_scheduler_type` cosine or"),
+        (
+            {"min_lr_rate": 0.1, "lr_scheduler_type": "linear"},
+            "needs `lr_scheduler_type` cosine or",
+        ),
         ({"lr_power": 2}, "`lr_power` needs `lr_scheduler_type` polynomial"),
         ({"min_lr": 1e-5, "cosine_min_lr_ratio": 0.1}, "exclude each other"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "needs `min_learning_rate` or `min_lr_rate`"),

@@ -18,6 +18,7 @@ from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
@@ -68,6 +69,10 @@ _BEYOND_US: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False, None),
     "alora_invocation_tokens": (None, []),
     "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "use_bdlora": (None, False),
+    "ensure_weight_tying": (None, False),  # the head follows the embedding in training
     # PiSSA, OLoRA, CorDA and LoftQ change the base weights too, which the adapter does not hold.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
@@ -83,6 +88,8 @@ class LoadedAdapter(NamedTuple):
         saved: Tensors that replace the base model's, by their names there.
         base_name: The name of the base model in training; "" if unknown.
         info: The content of ``halfbyte.json``; empty for an adapter not written by halfbyte.
+        modules_to_save: The modules trained in full, whose tensors are ``saved``, as named in
+            training.
     """
 
     config: LoRAConfig
@@ -90,6 +97,7 @@ class LoadedAdapter(NamedTuple):
     saved: dict[str, Tensor]
     base_name: str
     info: dict[str, Any]
+    modules_to_save: tuple[str, ...] = ()
 
     def require_layers(self, linears: Collection[str], removed: Collection[str] = ()) -> None:
         """Compare the adapter's layers with the paths of a model's linear layers.
@@ -164,6 +172,7 @@ def save_adapter(
     base: Mapping[str, Any],
     recipe: Mapping[str, Any],
     removed: Collection[str] = (),
+    more: Mapping[str, Any] = MappingProxyType({}),
     tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> Path:
     """Write an adapter that PEFT and halfbyte load. Each file is replaced in one step.
@@ -176,6 +185,7 @@ def save_adapter(
         recipe: The base model's quantisation in training (JSON values), for loading.
         removed: Paths of modules that the base model has in other programs and did not have in
             training (`layers.multimodal.remove_encoders`); the targets do not match them.
+        more: More fields of ``halfbyte.json``, as JSON values.
         tokenizer: Saved with it if given, with its chat template.
 
     Returns:
@@ -187,7 +197,7 @@ def save_adapter(
     directory = require_writable(directory, sum(tensor.nbytes for tensor in state.values()))
     with new_file(directory / WEIGHTS_NAME) as file:
         write_safetensors(file, {PREFIX + name: tensor for name, tensor in state.items()})
-    write_card(directory, state, config, base=base, recipe=recipe, removed=removed)
+    write_card(directory, state, config, base=base, recipe=recipe, removed=removed, more=more)
     if tokenizer is not None:
         with output_errors(directory):
             _save_tokenizer(tokenizer, directory)
@@ -214,6 +224,7 @@ def write_card(
     base: Mapping[str, Any],
     recipe: Mapping[str, Any],
     removed: Collection[str] = (),
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write the description of an adapter with tensors ``names``; see ``save_adapter``.
 
@@ -223,7 +234,7 @@ def write_card(
     whole = config.modules_to_save
     pairs = [name for name in names if _TENSOR.fullmatch(name) or not _is_of(name, whole)]
     modules = sorted({_module_of(name) for name in pairs})
-    card = {"format": 1, "base": dict(base), "recipe": dict(recipe)}
+    card = {"format": 1, "base": dict(base), "recipe": dict(recipe), **more}
     targets = _peft_targets(config.target_modules, modules, removed)
     peft_config = _peft_config(config, targets, base["name"])
     for name, fields in ((CARD_NAME, card), (CONFIG_NAME, peft_config)):
@@ -325,7 +336,8 @@ def load_adapter(directory: str | Path) -> LoadedAdapter:
             "not read, save it with PEFT's safe_serialization=True"
         )
     config, state, saved = _read_state(SafetensorsFile(directory / WEIGHTS_NAME), fields)
-    return LoadedAdapter(config, state, saved, base_name, info)
+    whole = tuple(fields.get("modules_to_save") or ())
+    return LoadedAdapter(config, state, saved, base_name, info, whole)
 
 
 def _check_plain(directory: Path, fields: dict[str, Any]) -> None:

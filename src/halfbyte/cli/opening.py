@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from halfbyte.checkpoint.output_lock import output_lock
-from halfbyte.config.reading import check
 from halfbyte.config.schema import BaseOptions, ModelOptions
-from halfbyte.errors import CheckpointError, ConfigError, OutputError
+from halfbyte.errors import OutputError
 from halfbyte.foreign_text import shorten
 from halfbyte.input_files import open_file, read_file
 from halfbyte.version import VERSION_KEY
@@ -57,16 +56,11 @@ def as_trained(options: BaseOptions, adapter: str | Path | None) -> dict[str, An
     """
     recipe = {name: getattr(options, name) for name in RECIPE_FIELDS}
     if adapter is not None:
+        from halfbyte.checkpoint.identity import recorded_packing
         from halfbyte.checkpoint.peft import load_adapter
 
-        recorded = load_adapter(adapter).info.get("recipe", {})
-        known = {name: recorded[name] for name in RECIPE_FIELDS if name in recorded}
-        try:
-            trained = check(BaseOptions, {"model": str(adapter)} | known)
-        except ConfigError as error:
-            raise CheckpointError(f"{adapter}: the recipe in halfbyte.json: {error}") from error
-        for name in known.keys() - options.model_fields_set:
-            recipe[name] = getattr(trained, name)
+        trained = recorded_packing(load_adapter(adapter).info, adapter)
+        recipe |= {name: trained[name] for name in trained.keys() - options.model_fields_set}
     return recipe
 
 

@@ -91,7 +91,7 @@ class TrainConfig(ModelOptions):
     sections: ClassVar[dict[str, str]] = {
         "model": "the base model",
         "data": "the data",
-        "lora_r": "the adapters",
+        "init_adapter": "the adapters",
         "batch_size": "steps",
         "learning_rate": "the optimizer",
         "activations": "memory",
@@ -110,6 +110,15 @@ class TrainConfig(ModelOptions):
     )
     eval_data: str | None = Field(None, min_length=1, description="data to evaluate on")
 
+    init_adapter: Path | None = Field(
+        None,
+        description="start from the weights of this adapter, ours or PEFT's; its rank, scaling, "
+        "variants and targets, and the quantisation it was trained with, are taken over",
+    )
+    allow_mismatch: bool = Field(
+        False,
+        description="use init_adapter with a base model, tokenizer or template not its own",
+    )
     lora_r: PositiveInt = Field(16, description="rank of the adapters")
     lora_alpha: float = Field(16.0, gt=0, description="adapters are scaled by alpha / r")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapters' input")
@@ -304,6 +313,11 @@ class TrainConfig(ModelOptions):
             raise ValueError(
                 "`init_lora_weights` qera needs `quant` nf4 or fp4: without quantisation there is "
                 "no error to approximate"
+            )
+        if self.init_lora_weights == "qera" and self.init_adapter is not None:
+            raise ValueError(
+                "`init_lora_weights` qera cannot be combined with `init_adapter`: each is where "
+                "the adapters start; remove one"
             )
         if self.init_lora_weights == "qera" and self.use_dora:
             raise ValueError("`init_lora_weights` qera cannot be combined with `use_dora`")

@@ -1,7 +1,6 @@
 """Opens a base model: chooses device and dtype, loads it, attaches an adapter, and logs it all."""
 
 import dataclasses
-import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,11 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.checkpoint.base_model import BaseSource, LoadedBase, load_base, open_base
 from halfbyte.checkpoint.cache import cached
-from halfbyte.checkpoint.identity import differences
-from halfbyte.checkpoint.peft import LoadedAdapter, load_adapter
+from halfbyte.checkpoint.identity import require_same_base
+from halfbyte.checkpoint.peft import load_adapter
 from halfbyte.config.schema import TrainConfig
-from halfbyte.errors import CheckpointError
-from halfbyte.foreign_text import quote
 from halfbyte.layers.multimodal import removed_modules
 from halfbyte.linear.lora import LoRAConfig
 from halfbyte.models.build import BaseRecipe
@@ -26,8 +23,6 @@ from halfbyte.runtime.precision import choose_device_and_dtype
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
-
-logger = logging.getLogger("halfbyte")
 
 
 class Loading:
@@ -172,26 +167,9 @@ def open_model(
     with Loading(source, recipe, cache=cache_quantized) as loading:
         base = loading.result(report)
     if loaded is not None:
-        _compare(loaded, base, allow_mismatch=allow_mismatch)
+        require_same_base(loaded, base, allow_mismatch=allow_mismatch)
         loaded.put_on(base.model)
     return base.model, base.tokenizer, base
-
-
-def _compare(adapter: LoadedAdapter, base: LoadedBase, *, allow_mismatch: bool) -> None:
-    found = differences(adapter.info, base)
-    if not found:
-        return
-    message = (
-        f"the adapter was trained on {quote(adapter.base_name)}, this model differs: "
-        f"{'; '.join(found)}"
-    )
-    if not allow_mismatch:
-        raise CheckpointError(
-            f"{message}. Use the model it was trained on, with the same quantisation (a quantised "
-            "copy must come from the same kind of device, halfbyte quantize --device), or allow "
-            "the mismatch (--allow-mismatch)"
-        )
-    logger.warning("%s; used anyway, as --allow-mismatch is set", message)
 
 
 def recipe_of(config: TrainConfig, dtype: torch.dtype, device: str) -> BaseRecipe:

@@ -55,6 +55,7 @@ from halfbyte.runtime.matmul import float32_library
 from halfbyte.runtime.precision import choose_device_and_dtype, deterministic
 from halfbyte.train import metadata
 from halfbyte.train.evaluate import as_batch, evaluate_loss
+from halfbyte.train.init_adapter import InitialAdapter
 from halfbyte.train.loading import Loading, lora_of, recipe_of
 from halfbyte.train.loss_watch import LossWatch
 from halfbyte.train.memory_check import FIRST_LOOK, Prediction, sizes_of
@@ -146,6 +147,7 @@ class _Run:
     checkpoints: Checkpoints
     memory: MemoryPlan
     prediction: Prediction
+    initial: InitialAdapter | None = None
 
     def __init__(
         self,
@@ -176,6 +178,10 @@ class _Run:
         self.resumed = resume_from(config, self.output, report)
         report.track(config.report_to)
         self.source = open_base(config.model, revision=config.revision)
+        if config.init_adapter is not None:
+            self.initial = InitialAdapter(config, self.source, self.resumed)
+            config = self.config = self.initial.config
+            self.lora = lora_of(config)
         require_trainable(self.source.skeleton, self.lora)
         if config.init_lora_weights == "qera":
             require_plain(self.source)
@@ -195,6 +201,8 @@ class _Run:
     def _read_data(self) -> None:
         self.data = RunData(self.config, self.tokenizer, self.source.config, self.report)
         self.identity = identity_of_run(self.config, self.source, self.data.dataset)
+        if self.initial is not None:
+            self.identity["init_adapter"] = self.initial.record
         if self.resumed is not None:
             check_same_run(self.resumed, self.identity, self.total)
 
@@ -224,6 +232,8 @@ class _Run:
             with report.task("initialising adapters (QERA)") as progress:
                 back = begin_with_error(self.base, self.source, progress=progress)
             report.note(f"adapters initialised with {back:.0%} of the quantisation error")
+        if self.initial is not None:
+            self.initial.load_into(self.base)
         if moved := embedding_to_host(model):
             self.embedding_on_host = True
             report.note(f"the embedding is in host memory: {moved / 1e6:.0f} MB less on the GPU")
@@ -328,7 +338,8 @@ class _Run:
                 if self.data.held_out
                 else None,
             }
-            | metadata.options(config),
+            | metadata.options(config)
+            | ({"init_adapter": self.initial.record} if self.initial is not None else {}),
         )
         reports = [one.report for one in (self.data.dataset, self.data.held_out) if one is not None]
         if rejected := write_rejected(self.output, reports):

@@ -117,9 +117,18 @@ class Checkpoints:
     def card(self) -> dict[str, Any]:
         """What an adapter's files say of the base model; takes 0.2 s, so computed on demand."""
         recipe = recipe_metadata(self._base.model.halfbyte_recipe)
-        recipe |= {"init_lora_weights": self._config.init_lora_weights}
+        begun, more = self._config.init_lora_weights, dict[str, Any]()
+        if initial := self._identity.get("init_adapter"):
+            # An adapter that begun with the error of quantisation still holds it.
+            begun, more = initial["init_lora_weights"] or begun, {"init_adapter": initial}
+        recipe |= {"init_lora_weights": begun}
         removed = removed_modules(self._base.model)
-        return {"base": identity_of(self._base), "recipe": recipe, "removed": removed}
+        return {
+            "base": identity_of(self._base),
+            "recipe": recipe,
+            "removed": removed,
+            "more": more,
+        }
 
     @property
     def resume_command(self) -> str:

@@ -83,9 +83,9 @@ class Schedule:
             case "linear":
                 return max(0.0, 1.0 - part)
             case "polynomial":
-                return self._above_lowest(max(0.0, 1.0 - part) ** self.power)
+                return self._above_lowest(math.pow(max(0.0, 1.0 - part), self.power))
             case "inverse_sqrt":
-                return (1.0 + (step - self.warmup_steps) / self.timescale) ** -0.5
+                return 1.0 / math.sqrt(1.0 + (step - self.warmup_steps) / self.timescale)
             case "cosine_with_restarts":
                 wave = math.pi * (self.num_cycles * part % 1.0)
                 return 0.0 if part >= 1.0 else 0.5 * (1.0 + math.cos(wave))
