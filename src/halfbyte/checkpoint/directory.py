@@ -235,7 +235,7 @@ class DirectorySource(BaseSource):
     def _convert(self, conversion: Conversion) -> dict[str, Tensor]:
         return conversion.apply(self.skeleton, lambda key: self._homes[key].read(key))
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:  # noqa: D102
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
         with foreign_reader(f"{self._directory} has no tokenizer that transformers can read"):
             found = AutoTokenizer.from_pretrained(self._directory, trust_remote_code=False)
             if (last := max(found.get_vocab().values(), default=0)) >= _MAX_TOKENS:

@@ -340,6 +340,23 @@ def load_adapter(directory: str | Path) -> LoadedAdapter:
     return LoadedAdapter(config, state, saved, base_name, info, whole)
 
 
+def recorded_template(adapter: str | Path | None) -> str | None:
+    """Return the chat template that an adapter was trained with instead of its base model's.
+
+    Raises:
+        CheckpointError: If its ``halfbyte.json`` is damaged.
+    """
+    if adapter is None or not (Path(adapter) / CARD_NAME).exists():
+        return None
+    return template_in(read_json(Path(adapter) / CARD_NAME, "halfbyte writes one"))
+
+
+def template_in(card: Mapping[str, Any]) -> str | None:
+    """Return the chat template in the content of a ``halfbyte.json``, if there is one."""
+    template = card.get("chat_template")
+    return template if isinstance(template, str) else None
+
+
 def _check_plain(directory: Path, fields: dict[str, Any]) -> None:
     kind = fields.get("peft_type")
     if kind != "LORA":

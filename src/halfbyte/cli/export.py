@@ -102,12 +102,14 @@ def _export(options: ExportOptions, notes: list[str], *, as_json: bool) -> None:
     import_transformers(gpu=options.device != "cpu")
     from halfbyte.checkpoint.base_model import open_base
     from halfbyte.checkpoint.gguf_export import require_expressible
+    from halfbyte.checkpoint.peft import recorded_template
     from halfbyte.report import open_report
 
     with results(as_json=as_json) as result, open_report() as report:
         for note in notes:
             report.note(note)
         base = open_base(options.model, revision=options.revision)
+        base.chat_template = recorded_template(options.adapter)
         require_expressible(base, vocabulary=options.format == "gguf")
         if options.format == "gguf-lora":
             found = _export_adapter(options, base, report)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from halfbyte.checkpoint.output_lock import output_lock
-from halfbyte.config.schema import BaseOptions, ModelOptions
+from halfbyte.config.schema import CHAT_TEMPLATE, BaseOptions, ModelOptions
 from halfbyte.errors import OutputError
 from halfbyte.foreign_text import shorten
 from halfbyte.input_files import open_file, read_file
@@ -29,6 +29,9 @@ RECIPE_FIELDS = (
 )
 
 
+_TEMPLATE = CHAT_TEMPLATE.replace("the tokenizer's)", "that of the adapter's training)")
+
+
 class ReadModelOptions(ModelOptions):
     """A base model, and an adapter trained on it."""
 
@@ -41,6 +44,8 @@ class ReadModelOptions(ModelOptions):
     allow_mismatch: bool = Field(
         False, description="use an adapter with a base model, tokenizer or template not its own"
     )
+
+    chat_template: str | None = Field(None, min_length=1, description=_TEMPLATE)
 
     sections: ClassVar[dict[str, str]] = {"model": "the model"}
 
@@ -157,6 +162,7 @@ def open_model(options: ReadModelOptions, report: "RunReport") -> tuple[Any, Any
         revision=options.revision,
         cache_quantized=options.cache_quantized,
         allow_mismatch=options.allow_mismatch,
+        chat_template=options.chat_template,
         report=report,
     )
     return model, tokenizer

@@ -139,6 +139,9 @@ ALIASES: dict[str, Alias] = {
     "gradient_checkpointing": Alias(
         "activations", {"true": "recompute", "false": "save", "offload": "offload"}, only=""
     ),
+    "chat_template": Alias("chat_template", {"tokenizer_default": None}),
+    "chat_template_path": Alias("chat_template"),
+    "template": Alias("chat_template"),
     "eval_dataset": Alias("eval_data"),
     "resume_from_checkpoint": Alias(
         "resume", _SWITCH, only="; a run goes on from the newest checkpoint in its `output`"

@@ -21,6 +21,11 @@ from halfbyte.config.options import (
     parse_trackers,
 )
 
+CHAT_TEMPLATE = (
+    "format of conversations: chatml, llama3, llama2, mistral, gemma, phi3, phi4, zephyr, alpaca, "
+    "vicuna, a .jinja file, or one of the tokenizer's named templates (default: the tokenizer's)"
+)
+
 
 class BaseOptions(Options):
     """The base model, and how its weights are stored."""
@@ -108,6 +113,7 @@ class TrainConfig(ModelOptions):
     train_on: Literal["assistant", "all"] = Field(
         "assistant", description="supervised tokens: the assistant's, or all"
     )
+    chat_template: str | None = Field(None, min_length=1, description=CHAT_TEMPLATE)
     eval_data: str | None = Field(None, min_length=1, description="data to evaluate on")
 
     init_adapter: Path | None = Field(

@@ -11,14 +11,20 @@ A resumed run has its weights in the checkpoint, so it takes these options from 
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from halfbyte.checkpoint.base_model import BaseSource, LoadedBase
 from halfbyte.checkpoint.identity import PACKING, recorded_packing, require_same_base
-from halfbyte.checkpoint.peft import CONFIG_NAME, WEIGHTS_NAME, LoadedAdapter, load_adapter
+from halfbyte.checkpoint.peft import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    LoadedAdapter,
+    load_adapter,
+    template_in,
+)
 from halfbyte.checkpoint.run_state import RunState
 from halfbyte.config.reading import check
 from halfbyte.config.schema import TrainConfig
@@ -27,6 +33,10 @@ from halfbyte.foreign_text import quote
 from halfbyte.input_files import open_file
 from halfbyte.layers.multimodal import removed_modules
 from halfbyte.linear.lora import choose_targets, load_adapter_state
+from halfbyte.train.loading import use_template
+
+if TYPE_CHECKING:
+    from halfbyte.report import RunReport
 
 _TAKEN_OVER = (
     "lora_r",
@@ -54,6 +64,7 @@ class InitialAdapter:
         config: The options, with those of the adapter.
         record: What the journal, checkpoints and ``halfbyte.json`` say of it: ``name``, ``digest``
             (SHA-256 of its two files) and ``init_lora_weights`` of its own training.
+        chat_template: The one it was trained with instead of its base model's, if any.
 
     Raises:
         CheckpointError: If the adapter is missing or damaged, or has layers that ``source`` does
@@ -64,6 +75,7 @@ class InitialAdapter:
     def __init__(self, config: TrainConfig, source: BaseSource, resumed: RunState | None) -> None:
         assert config.init_adapter is not None
         self._loaded: LoadedAdapter | None = None
+        self.chat_template: str | None = None
         if resumed is not None:
             before = resumed.progress.get("options")
             self.record: dict[str, Any] = dict(resumed.progress.get("init_adapter") or {})
@@ -80,6 +92,7 @@ class InitialAdapter:
             "digest": _digest(config.init_adapter),
             "init_lora_weights": (loaded.info.get("recipe") or {}).get("init_lora_weights"),
         }
+        self.chat_template = template_in(loaded.info)
         theirs = _options_of(loaded, config, source.skeleton)
         theirs |= recorded_packing(loaded.info, config.init_adapter)
         different = [
@@ -106,6 +119,33 @@ class InitialAdapter:
         require_same_base(self._loaded, base, allow_mismatch=self.config.allow_mismatch)
         load_adapter_state(base.model, self._loaded.state | self._loaded.saved)
         self._loaded = None  # frees its memory
+
+
+def template_of_run(
+    config: TrainConfig,
+    source: BaseSource,
+    initial: InitialAdapter | None,
+    resumed: RunState | None,
+    report: "RunReport",
+) -> dict[str, Any]:
+    """Have ``source`` use the chat template of a run, if it is not the model's own.
+
+    That is the one of the checkpoint, of the options, or of the adapter that the run starts from.
+
+    Returns:
+        ``chat_template`` with its text, for checkpoints and the adapter; or nothing.
+
+    Raises:
+        ConfigError: See ``use_template``.
+    """
+    saved = None if resumed is None else resumed.progress.get("chat_template")
+    if isinstance(saved, str):
+        source.chat_template = saved
+    elif config.chat_template is not None:
+        use_template(source, config.chat_template, report)
+    elif initial is not None:
+        source.chat_template = initial.chat_template
+    return {} if source.chat_template is None else {"chat_template": source.chat_template}
 
 
 def _with(config: TrainConfig, options: Mapping[str, Any]) -> TrainConfig:

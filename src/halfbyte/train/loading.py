@@ -14,8 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from halfbyte.checkpoint.base_model import BaseSource, LoadedBase, load_base, open_base
 from halfbyte.checkpoint.cache import cached
 from halfbyte.checkpoint.identity import require_same_base
-from halfbyte.checkpoint.peft import load_adapter
+from halfbyte.checkpoint.peft import load_adapter, template_in
 from halfbyte.config.schema import TrainConfig
+from halfbyte.data.named_templates import choose_template
 from halfbyte.layers.multimodal import removed_modules
 from halfbyte.linear.lora import LoRAConfig
 from halfbyte.models.build import BaseRecipe
@@ -120,6 +121,7 @@ def open_model(
     revision: str | None = None,
     cache_quantized: bool = False,
     allow_mismatch: bool = False,
+    chat_template: str | None = None,
     report: "RunReport | None" = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, LoadedBase]:
     """Open a base model, optionally with an adapter, for generation or evaluation.
@@ -139,6 +141,7 @@ def open_model(
         cache_quantized: Whether to load from a packed copy in the user's cache, created if needed.
         allow_mismatch: Whether to use the adapter, with a warning, with a base model, tokenizer or
             template other than the one it was trained with.
+        chat_template: See ``data.named_templates``; None: that of the adapter's training.
         report: Logs, and shows progress.
 
     Raises:
@@ -152,6 +155,9 @@ def open_model(
         skeleton = source.skeleton
         linears = [path for path, m in skeleton.named_modules() if isinstance(m, nn.Linear)]
         loaded.require_layers(linears, removed_modules(skeleton))
+        source.chat_template = template_in(loaded.info)
+    if chat_template is not None:
+        use_template(source, chat_template, report)
     recipe = BaseRecipe(
         quant,
         double_quant,
@@ -170,6 +176,18 @@ def open_model(
         require_same_base(loaded, base, allow_mismatch=allow_mismatch)
         loaded.put_on(base.model)
     return base.model, base.tokenizer, base
+
+
+def use_template(source: BaseSource, wanted: str, report: "RunReport | None") -> None:
+    """Have a base model use another chat template than its tokenizer's; see `choose_template`.
+
+    Raises:
+        ConfigError: If there is no such template, or the tokenizer cannot be used with it.
+    """
+    source.chat_template, notes = choose_template(wanted, source.tokenizer())
+    if report is not None:
+        for note in notes:
+            report.note(note)
 
 
 def recipe_of(config: TrainConfig, dtype: torch.dtype, device: str) -> BaseRecipe:

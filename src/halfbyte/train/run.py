@@ -55,7 +55,7 @@ from halfbyte.runtime.matmul import float32_library
 from halfbyte.runtime.precision import choose_device_and_dtype, deterministic
 from halfbyte.train import metadata
 from halfbyte.train.evaluate import as_batch, evaluate_loss
-from halfbyte.train.init_adapter import InitialAdapter
+from halfbyte.train.init_adapter import InitialAdapter, template_of_run
 from halfbyte.train.loading import Loading, lora_of, recipe_of
 from halfbyte.train.loss_watch import LossWatch
 from halfbyte.train.memory_check import FIRST_LOOK, Prediction, sizes_of
@@ -162,6 +162,7 @@ class _Run:
         self.device, self.dtype = device, dtype
         self.lora = lora_of(config)
         self.resumed: RunState | None = None
+        self.more: dict[str, Any] = {}  # about the start, for checkpoints, journal and adapter
         self.start = self.done = 0  # steps made before, and in all
         self.evaluated = 0  # the step after which held-out data was evaluated last
         self.embedding_on_host = False
@@ -182,6 +183,8 @@ class _Run:
             self.initial = InitialAdapter(config, self.source, self.resumed)
             config = self.config = self.initial.config
             self.lora = lora_of(config)
+            self.more["init_adapter"] = self.initial.record
+        self.more |= template_of_run(config, self.source, self.initial, self.resumed, report)
         require_trainable(self.source.skeleton, self.lora)
         if config.init_lora_weights == "qera":
             require_plain(self.source)
@@ -201,8 +204,7 @@ class _Run:
     def _read_data(self) -> None:
         self.data = RunData(self.config, self.tokenizer, self.source.config, self.report)
         self.identity = identity_of_run(self.config, self.source, self.data.dataset)
-        if self.initial is not None:
-            self.identity["init_adapter"] = self.initial.record
+        self.identity |= self.more
         if self.resumed is not None:
             check_same_run(self.resumed, self.identity, self.total)
 
@@ -339,7 +341,7 @@ class _Run:
                 else None,
             }
             | metadata.options(config)
-            | ({"init_adapter": self.initial.record} if self.initial is not None else {}),
+            | self.more,
         )
         reports = [one.report for one in (self.data.dataset, self.data.held_out) if one is not None]
         if rejected := write_rejected(self.output, reports):

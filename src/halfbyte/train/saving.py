@@ -117,11 +117,11 @@ class Checkpoints:
     def card(self) -> dict[str, Any]:
         """What an adapter's files say of the base model; takes 0.2 s, so computed on demand."""
         recipe = recipe_metadata(self._base.model.halfbyte_recipe)
-        begun, more = self._config.init_lora_weights, dict[str, Any]()
-        if initial := self._identity.get("init_adapter"):
-            # An adapter that begun with the error of quantisation still holds it.
-            begun, more = initial["init_lora_weights"] or begun, {"init_adapter": initial}
-        recipe |= {"init_lora_weights": begun}
+        known = ("init_adapter", "chat_template")
+        more = {name: self._identity[name] for name in known if name in self._identity}
+        # An adapter that began with the error of quantisation still holds it.
+        begun = more.get("init_adapter", {}).get("init_lora_weights")
+        recipe |= {"init_lora_weights": begun or self._config.init_lora_weights}
         removed = removed_modules(self._base.model)
         return {
             "base": identity_of(self._base),
