@@ -13,7 +13,8 @@ model, and replace the model's tensors, in PEFT's adapters as in ours.
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -142,6 +143,22 @@ class LoadedAdapter(NamedTuple):
             # A separate parameter: one that was tied to it does not change, as in PEFT.
             fresh = self.saved[name].to(held.device, held.dtype)
             setattr(owner, name.rpartition(".")[2], nn.Parameter(fresh, requires_grad=False))
+
+    @contextmanager
+    def applied_to(self, model: nn.Module) -> Iterator[None]:
+        """Have the adapter on ``model`` within the block, and the base model again after it.
+
+        Raises:
+            CheckpointError: As `put_on`.
+        """
+        places = {name: _place_of(model, name, tensor) for name, tensor in self.saved.items()}
+        self.put_on(model)
+        try:
+            yield
+        finally:
+            detach(model)
+            for name, (owner, held) in places.items():
+                setattr(owner, name.rpartition(".")[2], held)
 
 
 def _place_of(model: nn.Module, name: str, tensor: Tensor) -> tuple[nn.Module, nn.Parameter]:

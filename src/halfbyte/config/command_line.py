@@ -102,19 +102,29 @@ class Command(Generic[OptionsT]):
             elif name == "json" and self.has_json and not equals:
                 found = found._replace(json=True)
             elif equals:
-                found.given[name] = value
+                self._give(found.given, name, value)
             elif name.startswith("no_") and name[3:] in flags:
                 found.given[name[3:]] = False
             elif name in flags:
                 follows = words and words[0].lower() in _TRUTH_WORDS
                 found.given[name] = words.popleft() if follows else True
             elif words and not words[0].startswith("--"):
-                found.given[name] = words.popleft()
+                self._give(found.given, name, words.popleft())
             elif name in self.options.model_fields or name in aliases:
                 found.problems.append(f"`{name}` needs a value")
             else:
                 found.given[name] = True
         return found
+
+    def _give(self, given: dict[str, Any], name: str, value: str) -> None:
+        """Assign a value; an option that takes several collects them, of others the last counts."""
+        alias = aliases_of(self.options).get(name)
+        field = self.options.model_fields.get(name if alias is None else alias.field)
+        if name in given and field is not None and _takes_several(field):
+            before = given[name]
+            given[name] = [*(before if isinstance(before, list) else [before]), value]
+        else:
+            given[name] = value
 
     def read(self, argv: list[str]) -> Request[OptionsT]:
         """Check the options on a command line.
@@ -182,11 +192,15 @@ def _is_flag(field: FieldInfo) -> bool:
 
 
 def _type(field: FieldInfo) -> Any:
-    """The type of a value, the first of several: `int | None` takes an int."""
+    """The type of a value; of `int | None`, the first."""
     kind: Any = field.annotation
     if get_origin(kind) in (Union, UnionType):
         kind = get_args(kind)[0]
     return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def _takes_several(field: FieldInfo) -> bool:
+    return get_origin(_type(field)) in (tuple, dict)
 
 
 def _choices(field: FieldInfo) -> tuple[str, ...]:

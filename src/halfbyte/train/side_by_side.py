@@ -1,0 +1,109 @@
+"""Several adapters of one base model, which is in memory once: they are put on it in turn."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from halfbyte.checkpoint.base_model import LoadedBase, open_base
+from halfbyte.checkpoint.identity import require_same_base
+from halfbyte.checkpoint.peft import LoadedAdapter, load_adapter, template_in
+from halfbyte.layers.multimodal import removed_modules
+from halfbyte.train.loading import open_model
+
+if TYPE_CHECKING:
+    from halfbyte.report import RunReport
+
+BASE = "base"
+"""The name of the base model alone."""
+
+
+class SideBySide:
+    """A base model, and adapters that were trained on it.
+
+    Args:
+        base: The base model.
+        adapters: The adapters, by name.
+        own_templates: Whether each has the chat template of its training; otherwise that of
+            ``base`` is used for all.
+        allow_mismatch: As in `open_model`.
+
+    Attributes:
+        names: `BASE` and the names of the adapters.
+
+    Raises:
+        CheckpointError: If an adapter was trained on another base model.
+    """
+
+    def __init__(
+        self,
+        base: LoadedBase,
+        adapters: dict[str, LoadedAdapter],
+        *,
+        own_templates: bool,
+        allow_mismatch: bool,
+    ) -> None:
+        self._model, self._adapters = base.model, adapters
+        self._tokenizers = {BASE: base.tokenizer}
+        self.names = (BASE, *adapters)
+        for name, adapter in adapters.items():
+            tokenizer = base.tokenizer
+            template = template_in(adapter.info) if own_templates else None
+            if template is not None:
+                tokenizer = copy.copy(tokenizer)
+                tokenizer.chat_template = template
+            self._tokenizers[name] = tokenizer
+            same = base._replace(tokenizer=tokenizer)
+            require_same_base(adapter, same, allow_mismatch=allow_mismatch)
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+        """Yield the model with the adapter of this name, or without one, and its tokenizer.
+
+        Raises:
+            CheckpointError: If a tensor of the adapter has no place in the model.
+        """
+        if name == BASE:
+            yield self._model, self._tokenizers[BASE]
+            return
+        with self._adapters[name].applied_to(self._model):
+            yield self._model, self._tokenizers[name]
+
+
+def open_side_by_side(
+    model: str,
+    adapters: Sequence[str],
+    *,
+    revision: str | None = None,
+    allow_mismatch: bool = False,
+    chat_template: str | None = None,
+    report: "RunReport | None" = None,
+    **recipe: Any,
+) -> SideBySide:
+    """Open a base model and several adapters; arguments are those of `open_model`.
+
+    Raises:
+        UserError: If the model or an adapter is missing or damaged, or they do not match.
+    """
+    loaded = dict(zip(_names(adapters), map(load_adapter, adapters), strict=True))
+    # Checked now, before gigabytes are read.
+    skeleton = open_base(model, revision=revision).skeleton
+    linears = [path for path, m in skeleton.named_modules() if isinstance(m, nn.Linear)]
+    for adapter in loaded.values():
+        adapter.require_layers(linears, removed_modules(skeleton))
+    *_, base = open_model(
+        model, revision=revision, chat_template=chat_template, report=report, **recipe
+    )
+    return SideBySide(
+        base, loaded, own_templates=chat_template is None, allow_mismatch=allow_mismatch
+    )
+
+
+def _names(adapters: Sequence[str]) -> list[str]:
+    """Return short names: those of the directories, if these differ, and none is `BASE`."""
+    names = [Path(adapter).resolve().name for adapter in adapters]
+    return names if len({*names, BASE}) > len(names) else list(adapters)
