@@ -144,12 +144,13 @@ def test_the_first_step_is_that_of_peft_s_model_and_what_it_is_is_kept(
 
 
 def test_a_run_that_goes_on_resumes_without_the_adapter(model, data, tmp_path):
-    one = config(model, data, tmp_path / "one", max_steps=3, use_dora=True)
+    one = config(model, data, tmp_path / "one", max_steps=1, use_dora=True)
     run(one)
-    whole = going_on(model, data, tmp_path / "whole", tmp_path / "one", lora_r=None, save_steps=2)
+    short = {"lora_r": None, "save_steps": 2, "max_steps": 5}
+    whole = going_on(model, data, tmp_path / "whole", tmp_path / "one", **short)
     run(whole)
     broken = whole.model_copy(update={"output": tmp_path / "broken"})
-    break_off(broken, 5)
+    break_off(broken, 3)
     shutil.rmtree(tmp_path / "one")
     for again in (
         load_config(tmp_path / "broken" / "config.yaml", {"resume": True})[0],

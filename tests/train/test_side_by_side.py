@@ -1,4 +1,4 @@
-"""Several adapters on one model in memory: each computes what it does alone, and the base is kept."""
+"""Several adapters on one model in memory: each computes what it does alone."""
 
 import builtins
 import json
@@ -9,18 +9,25 @@ import pytest
 import torch
 
 from halfbyte import cli
+from halfbyte.checkpoint.base_model import load_base
+from halfbyte.checkpoint.identity import identity_of
+from halfbyte.checkpoint.peft import save_adapter
+from halfbyte.data.named_templates import choose_template
 from halfbyte.errors import CheckpointError
-from halfbyte.train.loading import open_model
+from halfbyte.linear.lora import LoRAConfig, adapter_state, attach
+from halfbyte.models.build import BaseRecipe
+from halfbyte.train.loading import open_model, recipe_metadata
 from halfbyte.train.side_by_side import BASE, open_side_by_side
 from tests.tiny import write_tiny_model
 
 HOW: dict[str, Any] = {"compute_dtype": "float32", "device": "cpu"}
 WORDS = ("--compute-dtype", "float32", "--device", "cpu")
-CASES = {
-    "plain": (),
-    "whole": ("--modules-to-save", "embed_tokens,norm", "--lora-r", 2),
-    "dora": ("--use-dora", "--target-modules", "q_proj,down_proj"),
-    "other": ("--chat-template", "alpaca"),
+CASES: dict[str, LoRAConfig] = {
+    "plain": LoRAConfig(r=4),
+    "whole": LoRAConfig(r=2, modules_to_save=("embed_tokens", "norm")),
+    "dora": LoRAConfig(r=4, use_dora=True, target_modules=("q_proj", "down_proj")),
+    "other": LoRAConfig(r=4, target_modules=("v_proj",)),
+    "fp4": LoRAConfig(r=4),
 }
 
 
@@ -30,23 +37,26 @@ def call(*words: object) -> None:
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, data, and adapters trained on it by case."""
+    """A model, data, and adapters of it with random weights, one with a template of its own."""
     ground = tmp_path_factory.mktemp("ground")
     write_tiny_model(ground / "model")
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"What is the capital of France? {i}"},
-                {"role": "assistant", "content": "Paris."},
-            ]
+    turns = [("user", "What is the capital of France?"), ("assistant", "Paris.")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    (ground / "data.jsonl").write_text("\n".join([json.dumps(row)] * 3))
+    generator = torch.Generator().manual_seed(0)
+    for name, config in CASES.items():
+        recipe = BaseRecipe(quant="fp4" if name == "fp4" else "nf4")
+        base, more = load_base(ground / "model", recipe), {}
+        if name == "other":
+            more["chat_template"], _ = choose_template("alpaca", base.tokenizer)
+            base.tokenizer.chat_template = more["chat_template"]
+        attach(base.model, config, seed=0)
+        state = {
+            name: tensor + 0.2 * torch.randn(tensor.shape, generator=generator)
+            for name, tensor in adapter_state(base.model).items()
         }
-        for i in range(12)
-    ]
-    (ground / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    words = ("train", "--model", ground / "model", "--data", ground / "data.jsonl", *WORDS)
-    words += ("--learning-rate", "1e-2", "--samples", 0, "--max-steps", 4)
-    for name, more in CASES.items():
-        call(*words, *more, "--output", ground / name)
+        about = {"base": identity_of(base), "recipe": recipe_metadata(recipe), "more": more}
+        save_adapter(ground / name, state, config, **about)
     return ground
 
 
@@ -57,11 +67,12 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def test_each_computes_what_it_does_alone_in_any_order(ground: Path) -> None:
-    adapters = [str(ground / name) for name in CASES]
+    names = [name for name in CASES if name != "fp4"]
+    adapters = [str(ground / name) for name in names]
     sides = open_side_by_side(str(ground / "model"), adapters, **HOW)
-    assert sides.names == (BASE, *CASES)
+    assert sides.names == (BASE, *names)
     alone = {BASE: open_model(str(ground / "model"), **HOW)[:2]}
-    for name in CASES:
+    for name in names:
         alone[name] = open_model(str(ground / "model"), adapter=str(ground / name), **HOW)[:2]
     seen = []
     for name in (*sides.names, "whole", BASE, "dora", "whole"):
@@ -134,12 +145,10 @@ def test_a_chat_goes_on_with_another_adapter_and_answers_again(
 
 
 def test_adapters_of_other_bases_are_refused(
-    ground: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ground: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("--model", ground / "model", "--data", ground / "data.jsonl", *WORDS)
-    given = ("--samples", 0, "--max-steps", 1, "--output", tmp_path / "fp4", "--quant", "fp4")
-    call("train", *words, *given)
-    both = ("--adapter", ground / "plain", "--adapter", tmp_path / "fp4")
+    both = ("--adapter", ground / "plain", "--adapter", ground / "fp4")
     assert cli.main([*map(str, ("eval", *words, *both))]) == 2
     assert "`quant` was nf4 in the training of" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="quant was 'nf4', now it is 'fp4'"):

@@ -228,13 +228,14 @@ def _check(wanted: str, text: str, tokenizer: "PreTrainedTokenizerBase") -> list
     end = _CONTROL.match(rendered.partition(_SECOND)[2].lstrip())
     if end and end[0] in cut:
         raise ConfigError(
-            f"`chat_template` {shorten(wanted)} ends turns with {quote(end[0])}, which is no token "
-            f"of this model but {cut[end[0]]}: it would not learn to stop. Choose a template that "
-            "ends them with EOS (alpaca, vicuna, zephyr, mistral), or add the token to the model "
-            "with transformers (add_special_tokens, resize_token_embeddings), and train with "
-            "--modules-to-save embed_tokens,lm_head, since the rows of new tokens are random"
+            f"`chat_template` {shorten(wanted)} ends turns with {quote(end[0])}, which this "
+            f"model's tokenizer cuts into {cut[end[0]]} tokens: the model would not learn to stop. "
+            "Choose a template that ends them with EOS (alpaca, vicuna, zephyr, mistral), or add "
+            "the token to the model with transformers (add_special_tokens, "
+            "resize_token_embeddings), and train with --modules-to-save embed_tokens,lm_head, "
+            "since the rows of new tokens are random"
         )
-    return [f"{token} is no token of this model: it is {n} tokens" for token, n in cut.items()]
+    return [f"{token} is cut into {n} tokens by this model's tokenizer" for token, n in cut.items()]
 
 
 def _pieces(token: str, tokenizer: "PreTrainedTokenizerBase") -> int:
