@@ -34,7 +34,13 @@ _COMMANDS = "/reset starts a new conversation, /again answers anew, /exit quits"
 
 
 class _Adapters:
-    """The adapter that answers, and those it may be changed for; a context manager."""
+    """The adapter that answers, and those that it may be changed for.
+
+    Attributes:
+        current: Its name.
+        names: All names; none if no adapter was given.
+        opened: The model with it, and the tokenizer.
+    """
 
     def __init__(self, options: SamplingOptions, report: "RunReport") -> None:
         self._sides: SideBySide | None = None

@@ -181,4 +181,6 @@ def _words_of_eval(
         words += ["--revision", config.revision]
     if not options.exact_match:
         words += ["--no-exact-match"]
+    if options.allow_mismatch:
+        words += ["--allow-mismatch"]
     return tuple(words)

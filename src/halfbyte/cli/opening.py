@@ -30,11 +30,8 @@ RECIPE_FIELDS = (
     "quant_search",
 )
 
-
-_TEMPLATE = CHAT_TEMPLATE.replace("the tokenizer's)", "that of the adapter's training)")
-
-
 AdapterName = Annotated[str, Field(min_length=1)]
+_TEMPLATE = CHAT_TEMPLATE.replace("the tokenizer's)", "that of the adapter's training)")
 
 
 class ReadModelOptions(ModelOptions):
@@ -48,7 +45,6 @@ class ReadModelOptions(ModelOptions):
     allow_mismatch: bool = Field(
         False, description="use an adapter with a base model, tokenizer or template not its own"
     )
-
     chat_template: str | None = Field(None, min_length=1, description=_TEMPLATE)
 
     sections: ClassVar[dict[str, str]] = {"model": "the model"}

@@ -48,7 +48,7 @@ class EmbeddingNoise:
     def _hook(self, _module: nn.Module, _args: Any, x: Tensor) -> None:
         if self.step is None:
             return
-        rows = x.flatten(0, -2)  # a view
+        rows = x.view(-1, x.shape[-1])
         generator = torch.Generator(x.device)
         for document, start, tokens in self.spans:
             place = f"{self.seed}/neftune/{self.step}/{document}".encode()

@@ -36,7 +36,8 @@ class SideBySide:
         names: `BASE` and the names of the adapters.
 
     Raises:
-        CheckpointError: If an adapter was trained on another base model.
+        CheckpointError: If an adapter was trained on another base model, or a tensor of it has no
+            place in this one.
     """
 
     def __init__(
@@ -59,14 +60,12 @@ class SideBySide:
             self._tokenizers[name] = tokenizer
             same = base._replace(tokenizer=tokenizer)
             require_same_base(adapter, same, allow_mismatch=allow_mismatch)
+            with adapter.applied_to(base.model):  # its tensors have their places, or this says not
+                pass
 
     @contextmanager
     def using(self, name: str) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
-        """Yield the model with the adapter of this name, or without one, and its tokenizer.
-
-        Raises:
-            CheckpointError: If a tensor of the adapter has no place in the model.
-        """
+        """Yield the model with the adapter of this name, or without one, and its tokenizer."""
         if name == BASE:
             yield self._model, self._tokenizers[BASE]
             return
@@ -105,5 +104,6 @@ def open_side_by_side(
 
 def _names(adapters: Sequence[str]) -> list[str]:
     """Return short names: those of the directories, if these differ, and none is `BASE`."""
-    names = [Path(adapter).resolve().name for adapter in adapters]
-    return names if len({*names, BASE}) > len(names) else list(adapters)
+    paths = [Path(adapter).resolve() for adapter in adapters]
+    names = [path.name for path in paths]
+    return names if len({*names, BASE}) > len(names) else list(map(str, paths))
