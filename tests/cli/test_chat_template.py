@@ -149,6 +149,6 @@ def test_a_base_model_alone_takes_one(ground: Path, capsys: pytest.CaptureFixtur
         == 2
     )
     assert (
-        "ends turns with '<end_of_turn>', which this model's tokenizer cuts"
+        "needs the token '<start_of_turn>', which this model's tokenizer cuts"
         in capsys.readouterr().err
     )

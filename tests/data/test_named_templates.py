@@ -139,17 +139,28 @@ def test_every_reply_is_supervised_and_generation_stops_where_it_ends(name, tmp_
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_where_the_token_that_ends_a_turn_is_missing_what_to_do_is_said(name):
+def test_where_a_token_is_missing_what_to_do_is_said(name):
     tokenizer = tiny_tokenizer(None)  # ChatML's tokens alone
     if name in ("llama3", "gemma", "phi3", "phi4"):
         with pytest.raises(
-            ConfigError, match=r"ends turns with .* which this model's tokenizer cuts"
+            ConfigError, match=r"needs the token .* which this model's tokenizer cuts"
         ) as caught:
             choose_template(name, tokenizer)
         assert "--modules-to-save embed_tokens,lm_head" in str(caught.value)
     else:
         _, notes = choose_template(name, tokenizer)
         assert any("is cut into" in note for note in notes) == (name == "zephyr")
+
+
+def test_of_a_file_only_the_token_that_ends_turns_must_be_one(tmp_path):
+    text = FORMATS["chatml"].replace("<|im_start|>", "<|turn|>")
+    (tmp_path / "begins.jinja").write_text(text)
+    (tmp_path / "ends.jinja").write_text(text.replace("<|im_end|>", "<|over|>"))
+    tokenizer = tiny_tokenizer()
+    _, notes = choose_template(f"{tmp_path}/begins.jinja", tokenizer)
+    assert any(note.startswith("<|turn|> is cut into") for note in notes)
+    with pytest.raises(ConfigError, match=r"needs the token '<\|over\|>', which"):
+        choose_template(f"{tmp_path}/ends.jinja", tokenizer)
 
 
 def test_a_tokenizer_without_eos_cannot_end_turns_with_it():

@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
+import yaml
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from transformers import get_scheduler
 
-from halfbyte.config.reading import load_config
+from halfbyte.config.reading import load_config, to_yaml
 from halfbyte.config.schema import TrainConfig
 from halfbyte.errors import ConfigError
 from halfbyte.train.schedule import Schedule
@@ -48,13 +51,51 @@ def test_schedules_are_those_of_transformers_under_their_names(kind, kwargs, war
     """As ``lr_scheduler_kwargs`` of a file of theirs."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=PEAK)
     theirs = get_scheduler(kind, optimizer, warmup, STEPS, scheduler_specific_kwargs=dict(kwargs))
-    given = {"learning_rate": PEAK, "warmup_steps": warmup, "lr_scheduler_type": kind}
-    asked, _ = load_config(None, REQUIRED | given | {"lr_scheduler_kwargs": kwargs})
+    options = {"learning_rate": PEAK, "warmup_steps": warmup, "lr_scheduler_type": kind}
+    asked, _ = load_config(None, REQUIRED | options | {"lr_scheduler_kwargs": kwargs})
     ours = Schedule.of(asked, STEPS)
     for step in range(STEPS):
         assert ours.at(step) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         theirs.step()
+
+
+_RATIO = st.floats(0, 1)
+KWARGS = {
+    "linear": st.just({}),
+    "cosine": st.fixed_dictionaries({"num_cycles": st.floats(0.1, 4)}),
+    "cosine_with_min_lr": st.fixed_dictionaries({"min_lr_rate": _RATIO}),
+    "cosine_with_restarts": st.fixed_dictionaries({"num_cycles": st.integers(1, 9)}),
+    "polynomial": st.fixed_dictionaries(
+        {"power": st.floats(0.1, 4), "lr_end": st.floats(0, 0.9 * PEAK)}
+    ),
+    "inverse_sqrt": st.fixed_dictionaries({"timescale": st.integers(1, 99)}),
+    "warmup_stable_decay": st.fixed_dictionaries(
+        {
+            "num_decay_steps": st.integers(1, 50),
+            "min_lr_ratio": _RATIO,
+            "decay_type": st.sampled_from(["cosine", "linear", "1-sqrt"]),
+        }
+    ),
+}
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data(), total=st.integers(1, 60), warmup=st.integers(0, 70))
+def test_whatever_is_asked_for_it_is_what_transformers_does(data, total, warmup):
+    """And it is so again when the options are read from the run's config.yaml."""
+    kind = data.draw(st.sampled_from(sorted(KWARGS)))
+    kwargs = data.draw(KWARGS[kind])
+    assume(kind != "polynomial" or warmup < total)  # theirs divides by zero
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=PEAK)
+    theirs = get_scheduler(kind, optimizer, warmup, total, scheduler_specific_kwargs=dict(kwargs))
+    options = {"learning_rate": PEAK, "warmup_steps": warmup, "lr_scheduler_type": kind}
+    asked, _ = load_config(None, REQUIRED | options | {"lr_scheduler_kwargs": kwargs})
+    again, _ = load_config(None, yaml.safe_load(to_yaml(asked)))
+    assert Schedule.of(again, total) == Schedule.of(asked, total)
+    for step in range(total):
+        wanted = PEAK * theirs.lr_lambdas[0](step)
+        assert Schedule.of(asked, total).at(step) == pytest.approx(wanted, abs=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "polynomial", "warmup_stable_decay"])
@@ -96,7 +137,7 @@ def test_a_run_of_one_step_has_a_rate(kind):
     [
         (
             {"min_lr_rate": 0.1, "lr_scheduler_type": "linear"},
-            "needs `lr_scheduler_type` cosine or",
+            "needs `lr_scheduler_type` cosine, ",
         ),
         ({"lr_power": 2}, "`lr_power` needs `lr_scheduler_type` polynomial"),
         ({"min_lr": 1e-5, "cosine_min_lr_ratio": 0.1}, "exclude each other"),

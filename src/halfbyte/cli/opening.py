@@ -52,7 +52,7 @@ class ReadModelOptions(ModelOptions):
     @field_validator("adapter")
     @classmethod
     def _each_once(cls, adapters: tuple[str, ...]) -> tuple[str, ...]:
-        if len({Path(one).resolve() for one in adapters}) < len(adapters):
+        if len(set(map(os.path.realpath, adapters))) < len(adapters):
             raise ValueError("expected each adapter once")
         return adapters
 

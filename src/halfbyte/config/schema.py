@@ -299,7 +299,8 @@ class TrainConfig(ModelOptions):
         for name, kinds in _SCHEDULES_WITH.items():
             # Not `model_fields_set`: the config.yaml of a run has every option.
             if getattr(self, name) != type(self).model_fields[name].default and kind not in kinds:
-                raise ValueError(f"`{name}` needs `lr_scheduler_type` {' or '.join(kinds)}")
+                known = " or ".join(filter(None, [", ".join(kinds[:-1]), kinds[-1]]))
+                raise ValueError(f"`{name}` needs `lr_scheduler_type` {known}")
         lowest = [name for name in _LOWEST if getattr(self, name) is not None]
         if len(lowest) == 2:
             raise ValueError("`min_learning_rate` and `min_lr_rate` exclude each other; remove one")

@@ -4,9 +4,10 @@ That is one of the published formats below, a named template of the tokenizer (`
 file with a template in Jinja. The formats are written here from their descriptions, and as short as
 they can be: without tools, dates and default system prompts.
 
-A format is only of use if the tokenizer has the tokens that end its turns. One that it lacks would
-be cut into pieces, and the model would not learn to stop, so that is an error. Tokens that begin
-turns are only noted if they are cut, since in some formats they always were.
+A format is only of use if the tokenizer has its control tokens. One that it lacks would be cut into
+pieces, and the model would hardly learn to stop, so that is an error. Of a file, only the token
+that ends a turn must be one: others that are cut are noted, since in some formats (Zephyr's) they
+are text.
 """
 
 import re
@@ -143,6 +144,9 @@ FORMATS = {
 }
 """Templates by name. ``BOS`` stands for the token that the tokenizer begins a text with, if any."""
 
+_WRITTEN_OUT = "zephyr"
+"""The format whose roles are written as text."""
+
 _OTHER_NAMES = {"llama-3": "llama3", "gemma2": "gemma", "gemma3": "gemma", "phi": "phi3"}
 _OTHER_NAMES |= {"phi_3": "phi3", "phi_4": "phi4"}
 
@@ -165,8 +169,8 @@ def choose_template(wanted: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[
         tokenizer: The tokenizer; it does not change.
 
     Raises:
-        ConfigError: There is no such template, it is not valid, or it ends turns with a token that
-            the tokenizer does not have.
+        ConfigError: There is no such template, it is not valid, or it needs a token that the
+            tokenizer does not have.
     """
     text = _text_of(wanted, tokenizer)
     own = tokenizer.chat_template
@@ -207,10 +211,10 @@ def _adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def _check(wanted: str, text: str, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """Return notes about the template, which the tokenizer has.
+    """Return notes about the template, which is the tokenizer's for now.
 
     Raises:
-        ConfigError: It ends turns with a token that the tokenizer does not have.
+        ConfigError: It needs a token that the tokenizer does not have.
         DataError: It is not valid.
         RowRejected: It does not render a short conversation.
     """
@@ -219,18 +223,20 @@ def _check(wanted: str, text: str, tokenizer: "PreTrainedTokenizerBase") -> list
             f"`chat_template` {shorten(wanted)} ends turns with EOS, which this tokenizer does not "
             "have: choose another template, or set `eos_token` in its tokenizer_config.json"
         )
-    renderer = Renderer(tokenizer)
+    named, renderer = _OTHER_NAMES.get(wanted, wanted) in FORMATS, Renderer(tokenizer)
     try:
         rendered = renderer.chat(_PROBE).text()
     except RowRejected:  # some are for conversations with tools only
         rendered = renderer.chat(_PROBE, [tool("zqname")]).text()
     cut = {token: n for token in _CONTROL.findall(rendered) if (n := _pieces(token, tokenizer)) > 1}
     end = _CONTROL.match(rendered.partition(_SECOND)[2].lstrip())
-    if end and end[0] in cut:
+    # The formats' own tokens; of a file, only the one without which a reply has no end.
+    needed = [token for token in cut if named or (end and token == end[0])]
+    if needed and wanted != _WRITTEN_OUT:
         raise ConfigError(
-            f"`chat_template` {shorten(wanted)} ends turns with {quote(end[0])}, which this "
-            f"model's tokenizer cuts into {cut[end[0]]} tokens: the model would not learn to stop. "
-            "Choose a template that ends them with EOS (alpaca, vicuna, zephyr, mistral), or add "
+            f"`chat_template` {shorten(wanted)} needs the token {quote(needed[0])}, which this "
+            f"model's tokenizer cuts into {cut[needed[0]]}: the model would not learn where turns "
+            "end. Choose a template that needs EOS only (alpaca, vicuna, zephyr, mistral), or add "
             "the token to the model with transformers (add_special_tokens, "
             "resize_token_embeddings), and train with --modules-to-save embed_tokens,lm_head, "
             "since the rows of new tokens are random"

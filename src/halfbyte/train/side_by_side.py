@@ -1,9 +1,9 @@
 """Several adapters of one base model, which is in memory once: they are put on it in turn."""
 
 import copy
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -104,6 +104,6 @@ def open_side_by_side(
 
 def _names(adapters: Sequence[str]) -> list[str]:
     """Return short names: those of the directories, if these differ, and none is `BASE`."""
-    paths = [Path(adapter).resolve() for adapter in adapters]
-    names = [path.name for path in paths]
-    return names if len({*names, BASE}) > len(names) else list(map(str, paths))
+    paths = [os.path.realpath(adapter) for adapter in adapters]
+    names = [os.path.basename(path) for path in paths]
+    return names if len({*names, BASE}) > len(names) else paths
