@@ -125,6 +125,22 @@ class LoadedAdapter(NamedTuple):
                 f"{next(iter(linears), 'none')}"
             )
 
+    def require_layers_of(self, skeleton: nn.Module) -> list[str]:
+        """Compare the adapter's layers with a model of transformers, before its weights are read.
+
+        Args:
+            skeleton: ``BaseSource.skeleton``.
+
+        Returns:
+            The paths of the model's linear layers.
+
+        Raises:
+            CheckpointError: If a layer of the adapter is not among them.
+        """
+        linears = [path for path, m in skeleton.named_modules() if isinstance(m, nn.Linear)]
+        self.require_layers(linears, removed_modules(skeleton))
+        return linears
+
     def put_on(self, model: nn.Module) -> None:
         """Attach the adapter to ``model``, a model of ``load_base``.
 

@@ -156,8 +156,6 @@ def _opened(options: ExportOptions, report: "RunReport") -> tuple[Any, dict[str,
 def _export_adapter(
     options: ExportOptions, base: "BaseSource", report: "RunReport"
 ) -> dict[str, Any]:
-    from torch import nn
-
     from halfbyte.checkpoint.atomic import new_directory
     from halfbyte.checkpoint.gguf_export import verify_gguf_lora, write_gguf_lora
     from halfbyte.checkpoint.modelfile import modelfile
@@ -166,8 +164,7 @@ def _export_adapter(
 
     assert options.adapter is not None
     adapter = load_adapter(options.adapter)
-    modules = base.skeleton.named_modules()
-    adapter.require_layers([path for path, m in modules if isinstance(m, nn.Linear)])
+    adapter.require_layers_of(base.skeleton)
     if adapter.info.get("base", {}).get("fingerprint", base.fingerprint) != base.fingerprint:
         _opened(options, report)  # other files may contain the same weights, so these are read
     where = Path(options.model)

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from halfbyte.checkpoint.base_model import BaseSource, LoadedBase
@@ -31,7 +30,6 @@ from halfbyte.config.schema import TrainConfig
 from halfbyte.errors import ConfigError
 from halfbyte.foreign_text import quote
 from halfbyte.input_files import open_file
-from halfbyte.layers.multimodal import removed_modules
 from halfbyte.linear.lora import choose_targets, load_adapter_state
 from halfbyte.train.loading import use_template
 
@@ -77,13 +75,13 @@ class InitialAdapter:
         self._loaded: LoadedAdapter | None = None
         self.chat_template: str | None = None
         if resumed is not None:
-            before = resumed.progress.get("options")
-            self.record: dict[str, Any] = dict(resumed.progress.get("init_adapter") or {})
-            if not self.record:
+            before, record = map(resumed.progress.get, ("options", "init_adapter"))
+            if not isinstance(record, dict):
                 raise ConfigError(
                     f"`init_adapter`: the run in {config.output} did not start from an adapter; "
                     "leave it out, or start a new run with another --output"
                 )
+            self.record: dict[str, Any] = record
             self.config = _with(config, before if isinstance(before, dict) else {})
             return
         self._loaded = loaded = load_adapter(config.init_adapter)
@@ -160,15 +158,14 @@ def _options_of(
 ) -> dict[str, Any]:
     """Return the options that describe an adapter; targets as given, if these are the same."""
     own = adapter.config
-    linears = [path for path, m in skeleton.named_modules() if isinstance(m, nn.Linear)]
-    adapter.require_layers(linears, removed_modules(skeleton))
+    linears = adapter.require_layers_of(skeleton)
     targets: str | tuple[str, ...] = tuple(own.target_modules)
     wanted = set(targets)
-    names = tuple(sorted({path.rpartition(".")[2] for path in targets}))
-    if "target_modules" in config.model_fields_set:
-        names = config.target_modules  # type: ignore[assignment]
-    if set(choose_targets(_with_adapters(linears, skeleton), {}, names)) == wanted:
-        targets = names
+    known = config.target_modules
+    if "target_modules" not in config.model_fields_set:
+        known = tuple(sorted({path.rpartition(".")[2] for path in wanted}))
+    if set(choose_targets(_with_adapters(linears, skeleton), {}, known)) == wanted:
+        targets = known
     whole: tuple[str, ...] = adapter.modules_to_save
     if set(config.modules_to_save) == set(whole):
         whole = config.modules_to_save

@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.checkpoint.base_model import BaseSource, LoadedBase, load_base, open_base
@@ -17,7 +16,6 @@ from halfbyte.checkpoint.identity import require_same_base
 from halfbyte.checkpoint.peft import load_adapter, template_in
 from halfbyte.config.schema import TrainConfig
 from halfbyte.data.named_templates import choose_template
-from halfbyte.layers.multimodal import removed_modules
 from halfbyte.linear.lora import LoRAConfig
 from halfbyte.models.build import BaseRecipe
 from halfbyte.runtime.precision import choose_device_and_dtype
@@ -107,7 +105,7 @@ class _Stopped(Exception):
 
 
 def open_model(
-    model: str,
+    model: str | BaseSource,
     *,
     adapter: str | None = None,
     quant: Literal["nf4", "fp4", "none"] = "nf4",
@@ -127,7 +125,7 @@ def open_model(
     """Open a base model, optionally with an adapter, for generation or evaluation.
 
     Args:
-        model: A directory of safetensors, a GGUF file, or a hub id.
+        model: A directory of safetensors, a GGUF file, or a hub id; or the result of `open_base`.
         adapter: Directory of an adapter that was trained on this base model.
         quant: How to store the linears: ``nf4``, ``fp4`` or ``none``.
         double_quant: Whether to quantise the scales.
@@ -148,13 +146,10 @@ def open_model(
         UserError: If the model or the adapter is missing or damaged, or they do not match.
     """
     resolved, dtype, why = choose_device_and_dtype(device, compute_dtype)
-    source = open_base(model, revision=revision)
+    source = model if isinstance(model, BaseSource) else open_base(model, revision=revision)
     loaded = None if adapter is None else load_adapter(adapter)
     if loaded is not None:
-        # Checked now, before gigabytes are read.
-        skeleton = source.skeleton
-        linears = [path for path, m in skeleton.named_modules() if isinstance(m, nn.Linear)]
-        loaded.require_layers(linears, removed_modules(skeleton))
+        loaded.require_layers_of(source.skeleton)
         source.chat_template = template_in(loaded.info)
     if chat_template is not None:
         use_template(source, chat_template, report)

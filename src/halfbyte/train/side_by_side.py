@@ -6,13 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.checkpoint.base_model import LoadedBase, open_base
 from halfbyte.checkpoint.identity import require_same_base
 from halfbyte.checkpoint.peft import LoadedAdapter, load_adapter, template_in
-from halfbyte.layers.multimodal import removed_modules
 from halfbyte.train.loading import open_model
 
 if TYPE_CHECKING:
@@ -89,14 +87,10 @@ def open_side_by_side(
         UserError: If the model or an adapter is missing or damaged, or they do not match.
     """
     loaded = dict(zip(_names(adapters), map(load_adapter, adapters), strict=True))
-    # Checked now, before gigabytes are read.
-    skeleton = open_base(model, revision=revision).skeleton
-    linears = [path for path, m in skeleton.named_modules() if isinstance(m, nn.Linear)]
+    source = open_base(model, revision=revision)
     for adapter in loaded.values():
-        adapter.require_layers(linears, removed_modules(skeleton))
-    *_, base = open_model(
-        model, revision=revision, chat_template=chat_template, report=report, **recipe
-    )
+        adapter.require_layers_of(source.skeleton)
+    *_, base = open_model(source, chat_template=chat_template, report=report, **recipe)
     return SideBySide(
         base, loaded, own_templates=chat_template is None, allow_mismatch=allow_mismatch
     )
