@@ -22,6 +22,7 @@ from halfbyte.report.journal import read_journal
 from halfbyte.runtime.signals import SIGNALS
 from halfbyte.tools.demo_task import write_task
 
+COMMANDS = "/reset starts a new conversation, /again answers anew, /exit quits"
 SAMPLES = [
     {"prompt": "1 + 1?", "expected": "2", "got": "2"},
     {"prompt": "1 + 2?", "expected": "3", "got": "fish"},
@@ -232,6 +233,7 @@ def test_without_an_adapter_the_base_is_opened_as_asked(seam: Seam) -> None:
         "device": "cpu",
         "revision": "v2",
         "allow_mismatch": False,
+        "chat_template": None,
     }
 
 
@@ -363,7 +365,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(
     ]
     out = capsys.readouterr().out
     assert out.count("Once upon  …\n") == 2
-    assert out.count("/reset starts a new conversation, /exit quits\n") == 2
+    assert out.count(f"{COMMANDS}\n") == 2
 
 
 def test_in_a_chat_ctrl_c_works_each_time_and_other_signals_end_it(
@@ -383,7 +385,7 @@ def test_in_a_chat_ctrl_c_works_each_time_and_other_signals_end_it(
         for number, known in before.items():
             signal.signal(number, known)
     out, err = capsys.readouterr()
-    assert out.count("/reset starts a new conversation, /exit quits\n") == 2
+    assert out.count(f"{COMMANDS}\n") == 2
     assert err.endswith("\nhalfbyte chat: interrupted by SIGTERM\n")
 
 

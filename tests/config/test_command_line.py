@@ -53,11 +53,13 @@ SAMPLE = Command(
         ("--max-steps -1", {"max_steps": "-1"}),
         ("--data=--odd name", {"data": "--odd name"}),
         ("--seed 1 --seed 2", {"seed": "2"}),
+        ("--report-to wandb --report-to trackio", {"report_to": ["wandb", "trackio"]}),
+        ("--rank-pattern=v=1 --rank-pattern=q=2", {"rank_pattern": ["v=1", "q=2"]}),
         ("--lerning-rate 1e-4", {"lerning_rate": "1e-4"}),
     ],
 )
 def test_options_are_read_in_every_spelling(line: str, given_here: dict[str, Any]) -> None:
-    found = TRAIN.words([line] if "=" in line else line.split())
+    found = TRAIN.words([line] if line.startswith("--data=") else line.split())
     assert found.given == given_here
     assert found.problems == []
 

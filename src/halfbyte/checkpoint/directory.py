@@ -235,7 +235,7 @@ class DirectorySource(BaseSource):
     def _convert(self, conversion: Conversion) -> dict[str, Tensor]:
         return conversion.apply(self.skeleton, lambda key: self._homes[key].read(key))
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:  # noqa: D102
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
         return read_tokenizer(self._directory, self.name)
 
     def generation_config(self) -> GenerationConfig | None:  # noqa: D102

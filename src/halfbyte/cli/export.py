@@ -103,12 +103,14 @@ def _export(options: ExportOptions, notes: list[str], *, as_json: bool) -> None:
     import_transformers(gpu=options.device != "cpu")
     from halfbyte.checkpoint.base_model import open_base
     from halfbyte.checkpoint.gguf_export import require_expressible
+    from halfbyte.checkpoint.peft import recorded_template
     from halfbyte.report import open_report
 
     with results(as_json=as_json) as result, open_report() as report:
         for note in notes:
             report.note(note)
         base = open_base(options.model, revision=options.revision)
+        base.chat_template = recorded_template(options.adapter)
         require_expressible(base, vocabulary=options.format == "gguf")
         if options.format == "gguf-lora":
             found = _export_adapter(options, base, report)
@@ -165,8 +167,6 @@ def _opened(options: ExportOptions, report: "RunReport") -> tuple[Any, dict[str,
 def _export_adapter(
     options: ExportOptions, base: "BaseSource", report: "RunReport"
 ) -> dict[str, Any]:
-    from torch import nn
-
     from halfbyte.checkpoint.atomic import new_directory
     from halfbyte.checkpoint.gguf_export import verify_gguf_lora, write_gguf_lora
     from halfbyte.checkpoint.modelfile import modelfile
@@ -175,8 +175,7 @@ def _export_adapter(
 
     assert options.adapter is not None
     adapter = load_adapter(options.adapter)
-    modules = base.skeleton.named_modules()
-    adapter.require_layers([path for path, m in modules if isinstance(m, nn.Linear)])
+    adapter.require_layers_of(base.skeleton)
     if adapter.info.get("base", {}).get("fingerprint", base.fingerprint) != base.fingerprint:
         _opened(options, report)  # other files may contain the same weights, so these are read
     where = Path(options.model)

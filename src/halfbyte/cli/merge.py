@@ -114,6 +114,7 @@ def _merge(options: MergeOptions, notes: list[str], *, as_json: bool) -> None:
 
     from halfbyte.checkpoint.base_model import open_base
     from halfbyte.checkpoint.merged import Merged, ways, write_merged
+    from halfbyte.checkpoint.peft import recorded_template
     from halfbyte.report import open_report, show
     from halfbyte.report.live import size
     from halfbyte.tools.merge_evaluation import distances
@@ -134,6 +135,7 @@ def _merge(options: MergeOptions, notes: list[str], *, as_json: bool) -> None:
             report=report,
         )
         source = open_base(options.model, revision=options.revision)
+        source.chat_template = recorded_template(options.adapter)
         names = ways(source, model)
         into = names[0] if options.into == "best" else options.into
         candidates = {

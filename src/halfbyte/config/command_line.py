@@ -104,19 +104,29 @@ class Command(Generic[OptionsT]):
             elif name == "json" and self.has_json and not equals:
                 found = found._replace(json=True)
             elif equals:
-                found.given[name] = value
+                self._give(found.given, name, value)
             elif name.startswith("no_") and name[3:] in flags:
                 found.given[name[3:]] = False
             elif name in flags:
                 follows = words and words[0].lower() in _TRUTH_WORDS
                 found.given[name] = words.popleft() if follows else True
             elif words and not words[0].startswith("--"):
-                found.given[name] = words.popleft()
+                self._give(found.given, name, words.popleft())
             elif name in self.options.model_fields or name in aliases:
                 found.problems.append(f"`{name}` needs a value")
             else:
                 found.given[name] = True
         return found
+
+    def _give(self, given: dict[str, Any], name: str, value: str) -> None:
+        """Assign a value; an option that takes several collects them, of others the last counts."""
+        alias = aliases_of(self.options).get(name)
+        field = self.options.model_fields.get(name if alias is None else alias.field)
+        if name in given and field is not None and _takes_several(field):
+            before = given[name]
+            given[name] = [*(before if isinstance(before, list) else [before]), value]
+        else:
+            given[name] = value
 
     def read(self, argv: list[str]) -> Request[OptionsT]:
         """Check the options on a command line.
@@ -188,26 +198,34 @@ def is_flag(field: FieldInfo) -> bool:
     return field.annotation is bool
 
 
-def _type_of(field: FieldInfo) -> Any:
+def _type(field: FieldInfo) -> Any:
+    """The type of a value; of `int | None`, the first."""
     kind: Any = field.annotation
-    if get_origin(kind) in (Union, UnionType):  # the first member: `int | None` takes an int
+    if get_origin(kind) in (Union, UnionType):
         kind = get_args(kind)[0]
     return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
+def _takes_several(field: FieldInfo) -> bool:
+    return get_origin(_type(field)) in (tuple, dict)
+
+
 def choices_of(field: FieldInfo) -> tuple[str, ...]:
     """The values of an option that has a few only, otherwise none."""
-    kind = _type_of(field)
+    kind = _type(field)
     if get_origin(kind) is tuple:  # several of them
         kind = get_args(kind)[0]
     return get_args(kind) if get_origin(kind) is Literal else ()
 
 
+_LONGEST_CHOICES = 60  # characters; longer ones are listed in the description
+
+
 def _kind(field: FieldInfo) -> str:
     """Placeholder of a value: its choices, or its type."""
-    kind = _type_of(field)
-    if get_origin(kind) is Literal:
-        return "|".join(get_args(kind))
+    if get_origin(kind := _type(field)) is Literal:
+        choices = "|".join(get_args(kind))
+        return choices if len(choices) <= _LONGEST_CHOICES else "NAME"
     return {int: "N", float: "X", Path: "DIR"}.get(kind, "TEXT")
 
 
@@ -221,6 +239,8 @@ def _option(name: str, field: FieldInfo) -> str:
 def _effect(field: FieldInfo) -> str:
     """The help of an option, with its default."""
     text = field.description or ""
+    if _kind(field) == "NAME":
+        text += f": {', '.join(choices_of(field))}"
     if field.is_required():
         return f"{text} (required)"
     if is_flag(field):

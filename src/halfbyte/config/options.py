@@ -35,11 +35,13 @@ def parse_bytes(value: Any) -> Any:
 
 
 def parse_pairs(value: Any) -> Any:
-    """Read ``name=value,name=value``; anything but a string is returned unchanged.
+    """Read ``name=value,name=value``, or a list of these; anything else is returned unchanged.
 
     Raises:
         ValueError: the string is not a list of pairs.
     """
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        value = ",".join(value)
     if not isinstance(value, str):
         return value
     pairs = [pair.rpartition("=") for pair in value.split(",") if pair.strip()]
@@ -48,8 +50,15 @@ def parse_pairs(value: Any) -> Any:
     return {name.strip(): number.strip() for name, _, number in pairs}
 
 
+def one_or_several(value: Any) -> Any:
+    """Read a text as a list of it; anything else is returned unchanged."""
+    return [value] if isinstance(value, str) else value
+
+
 def parse_names(value: Any) -> Any:
-    """Read ``name,name``; anything but a string is returned unchanged."""
+    """Read ``name,name``, or a list of these; anything else is returned unchanged."""
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        value = ",".join(value)
     if not isinstance(value, str):
         return value
     return [name.strip() for name in value.split(",") if name.strip()]

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 _FREE_TO_CHANGE = {
     "output",
     "resume",
+    "init_adapter",  # the checkpoint has its weights
+    "allow_mismatch",
     "save_steps",
+    "save_minutes",
     "save_total_limit",
     "logging_steps",
     "on_nonfinite",

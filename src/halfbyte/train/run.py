@@ -56,6 +56,7 @@ from halfbyte.runtime.precision import choose_device_and_dtype, deterministic
 from halfbyte.train import metadata
 from halfbyte.train.evaluate import as_batch, evaluate_loss
 from halfbyte.train.hub import describe_run, repository_of
+from halfbyte.train.init_adapter import InitialAdapter, template_of_run
 from halfbyte.train.loading import Loading, lora_of, recipe_of
 from halfbyte.train.loss_watch import LossWatch
 from halfbyte.train.memory_check import FIRST_LOOK, Prediction, sizes_of
@@ -155,6 +156,7 @@ class _Run:
     checkpoints: Checkpoints
     memory: MemoryPlan
     prediction: Prediction
+    initial: InitialAdapter | None = None
 
     def __init__(
         self,
@@ -169,6 +171,7 @@ class _Run:
         self.device, self.dtype = device, dtype
         self.lora = lora_of(config)
         self.resumed: RunState | None = None
+        self.more: dict[str, Any] = {}  # about the start, for checkpoints, journal and adapter
         self.start = self.done = 0  # steps made before, and in all
         self.evaluated = 0  # the step after which held-out data was evaluated last
         self.embedding_on_host = False
@@ -185,6 +188,12 @@ class _Run:
         self.resumed = resume_from(config, self.output, report)
         report.track(config.report_to)
         self.source = open_base(config.model, revision=config.revision)
+        if config.init_adapter is not None:
+            self.initial = InitialAdapter(config, self.source, self.resumed)
+            config = self.config = self.initial.config
+            self.lora = lora_of(config)
+            self.more["init_adapter"] = self.initial.record
+        self.more |= template_of_run(config, self.source, self.initial, self.resumed, report)
         require_trainable(self.source.skeleton, self.lora)
         if config.init_lora_weights == "qera":
             require_plain(self.source)
@@ -204,6 +213,7 @@ class _Run:
     def _read_data(self) -> None:
         self.data = RunData(self.config, self.tokenizer, self.source.config, self.report)
         self.identity = identity_of_run(self.config, self.source, self.data.dataset)
+        self.identity |= self.more
         if self.resumed is not None:
             check_same_run(self.resumed, self.identity, self.total)
 
@@ -233,6 +243,8 @@ class _Run:
             with report.task("initialising adapters (QERA)") as progress:
                 back = begin_with_error(self.base, self.source, progress=progress)
             report.note(f"adapters initialised with {back:.0%} of the quantisation error")
+        if self.initial is not None:
+            self.initial.load_into(self.base)
         if moved := embedding_to_host(model):
             self.embedding_on_host = True
             report.note(f"the embedding is in host memory: {moved / 1e6:.0f} MB less on the GPU")
@@ -339,7 +351,8 @@ class _Run:
                 else None,
                 "data_check": self.data.check.as_json(),
             }
-            | metadata.options(config),
+            | metadata.options(config)
+            | self.more,
         )
         reports = [one.report for one in (self.data.dataset, self.data.held_out) if one is not None]
         if rejected := write_rejected(self.output, reports):
