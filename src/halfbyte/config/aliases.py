@@ -63,6 +63,8 @@ class Refusal(NamedTuple):
     harmless: str
     """The value, in lower case, that asks for nothing else than what is done."""
     reason: str
+    also: tuple[str, ...] = ()
+    """Further values of that kind."""
 
 
 _ALL = {"all": "all-linear"}
@@ -71,6 +73,7 @@ _AFTER_WARMUP = {"constant_with_warmup": "constant"}  # ours has a warm-up with 
 _INPUTS_TOO = {"true": "all", "false": "assistant"}
 # Files often have both names, one of them false or empty, which YAML reads as None.
 _NOT_THIS = frozenset(("false", "none"))
+_NO_SHARE = {"0": None, "0.0": None}
 _ADAMW = {
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_32bit"), "adamw"),
     **dict.fromkeys(("adamw_bnb_8bit", "adamw_torch_8bit", "adamw8bit"), "adamw_8bit"),
@@ -131,10 +134,19 @@ ALIASES: dict[str, Alias] = {
         "activations", {"true": "recompute", "false": "save", "offload": "offload"}, only=""
     ),
     "eval_dataset": Alias("eval_data"),
+    "val_set_size": Alias("eval_split", _NO_SHARE),
+    "val_size": Alias("eval_split", _NO_SHARE),
+    "test_size": Alias("eval_split", _NO_SHARE),
+    "load_best_model_at_end": Alias("load_best", _SWITCH, only=""),
+    "metric_for_best_model": Alias("metric_for_best", {"eval_loss": "loss"}),
+    "greater_is_better": Alias("metric_mode", {"true": "max", "false": "min"}, only=""),
+    "early_stopping_steps": Alias("early_stopping_patience"),  # LLaMA-Factory counts evaluations
     "resume_from_checkpoint": Alias(
         "resume", _SWITCH, only="; a run goes on from the newest checkpoint in its `output`"
     ),
 }
+
+_IN_STEPS = "this is given in steps: use `{0}`, or leave it out for ten times per run"
 
 REFUSED: dict[str, Refusal] = {
     "trust_remote_code": Refusal(
@@ -146,6 +158,11 @@ REFUSED: dict[str, Refusal] = {
         "false", "8-bit base weights are not supported; use `quant` nf4 (4 bits) or none (16 or 32)"
     ),
     "finetuning_type": Refusal("lora", "only LoRA and QLoRA are trained"),
+    # Weights do not depend on evaluations, so not to evaluate is no other run.
+    "eval_strategy": Refusal("steps", _IN_STEPS.format("eval_steps"), ("no", "false")),
+    "evaluation_strategy": Refusal("steps", _IN_STEPS.format("eval_steps"), ("no", "false")),
+    "evals_per_epoch": Refusal("none", _IN_STEPS.format("eval_steps")),
+    "saves_per_epoch": Refusal("none", _IN_STEPS.format("save_steps")),
     "stage": Refusal("sft", "only supervised fine-tuning is done"),
 }
 
@@ -202,7 +219,7 @@ def translate(given: Mapping[str, Any], options: type[BaseModel]) -> Translation
         elif name in options.model_fields:
             field, read = name, value
         elif name in REFUSED:
-            if _word(value) not in (REFUSED[name].harmless, "none"):
+            if _word(value) not in (REFUSED[name].harmless, "none", *REFUSED[name].also):
                 problems.append(f"`{name}`: {REFUSED[name].reason}")
             continue
         else:
