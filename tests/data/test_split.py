@@ -113,7 +113,9 @@ USER, REPLY = {"role": "user", "content": "Where is it?"}, {"role": "assistant",
     ],
 )
 def test_the_same_text_has_one_hash(row):
-    assert content_hash(conversation(row)) == content_hash(conversation({"messages": [USER, REPLY]}))
+    assert content_hash(conversation(row)) == content_hash(
+        conversation({"messages": [USER, REPLY]})
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,7 +129,9 @@ def test_the_same_text_has_one_hash(row):
     ],
 )
 def test_another_text_has_another(row):
-    assert content_hash(conversation(row)) != content_hash(conversation({"messages": [USER, REPLY]}))
+    assert content_hash(conversation(row)) != content_hash(
+        conversation({"messages": [USER, REPLY]})
+    )
 
 
 def test_raw_rows_are_compared_without_case_and_space():
@@ -139,7 +143,9 @@ def test_raw_rows_are_compared_without_case_and_space():
 
 
 def test_a_data_set_is_divided_and_each_part_is_reported(tmp_path):
-    rows = [{"prompt": f"What is {n // 2}?", "completion": "Yes. " * (n // 2)} for n in range(2, 62)]
+    rows = [
+        {"prompt": f"What is {n // 2}?", "completion": "Yes. " * (n // 2)} for n in range(2, 62)
+    ]
     data = load_dataset(
         write(tmp_path / "a.jsonl", [*rows, {"prompt": 3}]), tiny_tokenizer(), max_length=60
     )
@@ -169,7 +175,9 @@ def test_examples_of_a_conversation_stay_together(tmp_path):
     rest, part, _ = split_dataset(data, 5, 3)
     assert (len(rest.examples), len(part.examples)) == (14, 10)
     for one in (rest, part):
-        assert Counter(Counter(row.line for row in one.rows).values()) == {2: len(one.examples) // 2}
+        assert Counter(Counter(row.line for row in one.rows).values()) == {
+            2: len(one.examples) // 2
+        }
         assert one.last_of_row == list(range(1, len(one.examples), 2))
         assert [len(row.messages) for row, _ in one.cases] == [4] * len(one.last_of_row)
 

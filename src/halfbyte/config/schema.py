@@ -107,7 +107,7 @@ class TrainConfig(ModelOptions):
     eval_data: str | None = Field(None, min_length=1, description="data to evaluate on")
     eval_split: Annotated[float | None, AfterValidator(known_share)] = Field(
         None,
-        description="instead of eval_data, rows of data to hold out: a share such as 0.02, or their "
+        description="instead of eval_data: rows of data to hold out, a share such as 0.02 or their "
         "number; rows with the same text stay together",
     )
 

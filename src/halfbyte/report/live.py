@@ -386,7 +386,15 @@ def _on_one_line(text: str) -> str:
 def evaluation_line(record: dict[str, Any]) -> str:
     """An evaluation in one line."""
     after = f"step {record['step']}, " if "step" in record else ""
-    return f"{after}evaluation: " + ", ".join(_figures(record))
+    rows, of, chosen = map(record.get, ("rows", "of_rows", "adapter_of_step"))
+    where = ""
+    if chosen is not None:
+        where = f" of the adapter of step {chosen} on all {of:,} rows"
+    elif rows != of:
+        where = f" on {rows:,} of {of:,} rows"
+    own = [f"{name} {value:.4g}" for name, value in record.get("metrics", {}).items()]
+    best = ["the best so far"] if record.get("best") else []
+    return f"{after}evaluation{where}: " + ", ".join([*_figures(record), *own, *best])
 
 
 def finish_line(record: dict[str, Any]) -> str:

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from halfbyte.config.schema import TrainConfig
-from halfbyte.errors import CheckpointError
+from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.foreign_text import quote
 
-_LESS_IS_BETTER = ("loss", "perplexity")
+MEASURED = ("loss", "perplexity")
+"""What every evaluation measures; less is better."""
 
 
 class BestEvaluation:
@@ -31,7 +32,7 @@ class BestEvaluation:
 
     def __init__(self, config: TrainConfig) -> None:
         self.metric, self._patience = config.metric_for_best, config.early_stopping_patience
-        smaller = self.metric in _LESS_IS_BETTER or self.metric.endswith("loss")
+        smaller = self.metric in MEASURED or self.metric.endswith("loss")
         self._sign = 1.0
         if config.metric_mode == "min" or (config.metric_mode == "auto" and smaller):
             self._sign = -1.0
@@ -81,7 +82,27 @@ class BestEvaluation:
         return f"{self.metric} {self.value:.4f} after step {self.step}"
 
 
-def value_of(record: Mapping[str, Any], metric: str) -> float | None:
-    """Return a metric of an evaluation's record; None if it has none of that name."""
-    value = record.get(metric, record.get("metrics", {}).get(metric))
-    return None if value is None else float(value)
+def value_of(record: Mapping[str, Any], metric: str) -> float:
+    """Return a metric of an evaluation's record.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    own = record.get("metrics", {})
+    if metric not in MEASURED and metric not in own:
+        raise ConfigError(
+            f"`metric_for_best`: no metric is named {quote(metric)}; there are "
+            f"{', '.join(map(quote, (*MEASURED, *own)))}"
+            + ("" if own else ", and those that a program gives to fine_tune")
+        )
+    return float(record[metric] if metric in MEASURED else own[metric])
+
+
+def require_metric(config: TrainConfig, *, own: bool) -> None:
+    """Check the name of the metric before a run; the user's own are known when they are called.
+
+    Raises:
+        ConfigError: There is none of that name, and the user gives none.
+    """
+    if not own:
+        value_of(dict.fromkeys(MEASURED, 0.0), config.metric_for_best)

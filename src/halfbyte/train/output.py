@@ -12,6 +12,7 @@ from halfbyte.config.reading import WRITTEN_YAML
 from halfbyte.config.schema import TrainConfig
 from halfbyte.errors import OutputError
 from halfbyte.input_files import open_file
+from halfbyte.report.held_out import HELD_OUT_NAME
 from halfbyte.report.rejected import REJECTED_NAME
 
 _CONFIG, _JOURNAL = "config.yaml", "journal.jsonl"
@@ -19,7 +20,7 @@ _FIRST_LINE = 2**20
 
 # The names that a run writes in its directory, its tokenizer's files included.
 _WRITTEN = (
-    *(_CONFIG, _JOURNAL, REJECTED_NAME, "report.html", "checkpoint-*"),
+    *(_CONFIG, _JOURNAL, REJECTED_NAME, HELD_OUT_NAME, "report.html", "checkpoint-*"),
     "nonfinite-*.json",
     *("adapter_config.json", "adapter_model.safetensors", "halfbyte.json"),
     *("tokenizer*.json", "tokenizer*.model", "chat_template*", "special_tokens_map.json"),

@@ -47,6 +47,7 @@ from halfbyte.linear.lora import (
     load_adapter_state,
 )
 from halfbyte.models.support import require_trainable
+from halfbyte.report.held_out import write_held_out
 from halfbyte.report.journal import read_journal
 from halfbyte.report.rejected import write_rejected
 from halfbyte.runtime.device import is_out_of_memory
@@ -54,7 +55,8 @@ from halfbyte.runtime.malloc import give_back, keep_freed_memory
 from halfbyte.runtime.matmul import float32_library
 from halfbyte.runtime.precision import choose_device_and_dtype, deterministic
 from halfbyte.train import metadata
-from halfbyte.train.evaluate import as_batch, evaluate_loss
+from halfbyte.train.early_stopping import require_metric
+from halfbyte.train.evaluate import as_batch
 from halfbyte.train.loading import Loading, lora_of, recipe_of
 from halfbyte.train.loss_watch import LossWatch
 from halfbyte.train.memory_check import FIRST_LOOK, Prediction, sizes_of
@@ -63,6 +65,7 @@ from halfbyte.train.output import claim_output
 from halfbyte.train.qera import begin_with_error, require_plain
 from halfbyte.train.resume import check_same_run, identity_of_run, resume_from
 from halfbyte.train.run_data import RunData
+from halfbyte.train.run_evaluation import EvaluationStopped, RunEvaluation
 from halfbyte.train.saving import Checkpoints, CheckpointWriter
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.stopping import StopRequest
@@ -85,6 +88,9 @@ class TrainResult:
         tokens_per_second: Tokens, without padding, divided by that time.
         skipped_steps: Steps left out, because their loss or a gradient was not finite; without
             those that only overflowed in float16.
+        adapter_step: The step after which the adapter was as it is written: the last one, or with
+            ``load_best`` the best.
+        ended: Why the run ended before its last step, if it did.
     """
 
     adapter_dir: Path
@@ -94,6 +100,8 @@ class TrainResult:
     seconds: float
     tokens_per_second: float
     skipped_steps: int = 0
+    adapter_step: int = 0
+    ended: str | None = None
 
 
 def train(config: TrainConfig, report: "RunReport", stop: StopRequest | None = None) -> TrainResult:
@@ -109,6 +117,8 @@ def train(config: TrainConfig, report: "RunReport", stop: StopRequest | None = N
         NonFiniteLossError: If training diverges; the last checkpoint is kept.
         RunStopped: If ``stop`` was requested; the steps that were made are saved.
     """
+    config.require_held_out()
+    require_metric(config, own=False)
     with claim_output(config):
         return _train(config, report, stop or StopRequest())
 
@@ -161,7 +171,9 @@ class _Run:
         self.lora = lora_of(config)
         self.resumed: RunState | None = None
         self.start = self.done = 0  # steps made before, and in all
-        self.evaluated = 0  # the step after which held-out data was evaluated last
+        self.adapter_step = 0  # of the adapter that is written
+        self.ended: str | None = None  # why before the last step
+        self.evaluation: RunEvaluation | None = None
         self.embedding_on_host = False
         self.process_bytes: int | None = None
         self.loss, self.seconds, self.tokens = math.nan, 0.0, 0
@@ -194,7 +206,9 @@ class _Run:
 
     def _read_data(self) -> None:
         self.data = RunData(self.config, self.tokenizer, self.source.config, self.report)
-        self.identity = identity_of_run(self.config, self.source, self.data.dataset)
+        self.identity = identity_of_run(
+            self.config, self.source, self.data.dataset, self.data.held_out
+        )
         if self.resumed is not None:
             check_same_run(self.resumed, self.identity, self.total)
 
@@ -259,13 +273,19 @@ class _Run:
             lines=self.data.lines,
             report=report,
         )
+        if self.data.held_out is not None:
+            self.evaluation = RunEvaluation(
+                config, self.data, self.engine, report, stopped=lambda: self.stop.requested
+            )
         if self.resumed is not None:
             load_adapter_state(model, self.resumed.adapter)
             self.trainer.load_progress(self.resumed.progress)
-            self.start = self.done = self.resumed.step
+            self.start = self.done = self.adapter_step = self.resumed.step
             self.checkpoints.saved = self.start
             self.nonfinite.load(self.resumed.progress.get("nonfinite", self.nonfinite.state()))
-            self.evaluated = self.resumed.progress.get("evaluated", self.start)
+            if self.evaluation is not None:
+                self.evaluation.load(self.resumed.progress, self.start)
+            self.ended = self.resumed.progress.get("ended")
 
     @property
     def total(self) -> int:
@@ -333,6 +353,11 @@ class _Run:
         reports = [one.report for one in (self.data.dataset, self.data.held_out) if one is not None]
         if rejected := write_rejected(self.output, reports):
             self.report.note(f"every row left out, with its line and the reason: {rejected}")
+        if self.data.divided and self.data.held_out is not None:
+            cases = [row for row, _ in self.data.held_out.cases]
+            path = write_held_out(self.output, cases)
+            self.report.record("held_out", {"lines": [row.line for row in cases]})
+            self.report.note(f"the rows held out, for `halfbyte eval`: {path}")
         journal = self.output / "journal.jsonl"
         if self.resumed is not None and journal.exists():
             self.watch.replay(read_journal(journal))
@@ -342,7 +367,7 @@ class _Run:
 
     def run(self) -> TrainResult:
         """Train, and write the adapter."""
-        trainer, report, total = self.trainer, self.report, self.total
+        trainer, report = self.trainer, self.report
         if self.start == 0:
             self.sample(0)
         self._capture()
@@ -351,17 +376,17 @@ class _Run:
             self._make_steps()
             try:
                 trainer.release()
-                self.evaluate(total)
+                self._conclude()
                 state, card = adapter_state(self.base.model), self.checkpoints.card
                 save_adapter(self.output, state, self.lora, tokenizer=self.tokenizer, **card)
                 report.saved(self.output)
-                self.sample(total)
+                self.sample(self.done)
             except Interrupted:
                 again = self.checkpoints.resume_command
                 report.note(f"all steps are saved; to finish the run: {again}")
                 raise
-        if self.start < total:
-            self._compare_memory(total)
+        if self.start < self.done:
+            self._compare_memory(self.done)
         return self._finish()
 
     def _make_steps(self) -> None:
@@ -375,20 +400,25 @@ class _Run:
             trainer.optimizer.allocate()  # its state is part of a checkpoint
             self.save(0)  # to rewind to
         with stop.between_steps(self._announce_stop):
-            if self._evaluates_after(self.start) and self.evaluated != self.start:
-                self.evaluate(self.start)  # it was stopped before that
             try:
+                if self.evaluation is not None and self.evaluation.missing(self.start):
+                    self.evaluate(self.start)  # it was stopped before that
                 trainer.train(
                     range(self.start, total),
                     self.batches_of,
                     self.finished,
-                    stopped=lambda: stop.requested,
+                    stopped=lambda: stop.requested or self.ended is not None,
                 )
             except OutOfMemoryError:
                 self.report_engine()
                 if not trainer.updating:
                     self._save_made()
                 raise
+        if self.ended is not None and self.done < total:
+            report = self.report
+            report.note(f"training ends after step {self.done} of {total}: {self.ended}")
+            report.record("ended", {"step": self.done, "reason": self.ended})
+            self.save(self.done)
         if stop.requested:
             self._end_stopped()
 
@@ -428,12 +458,14 @@ class _Run:
     def _finish(self) -> TrainResult:
         outcome = TrainResult(
             adapter_dir=self.output,
-            steps=self.total,
+            steps=self.done,
             final_loss=self.loss,
             peak_memory_bytes=peak_memory(self.device),
             seconds=self.seconds,
             tokens_per_second=self.tokens / self.seconds if self.seconds else 0.0,
             skipped_steps=self.nonfinite.skipped,
+            adapter_step=self.adapter_step,
+            ended=self.ended,
         )
         if skipped := outcome.skipped_steps:
             self.report.note(f"{skipped} of {outcome.steps} steps were left out as not finite")
@@ -444,6 +476,8 @@ class _Run:
                 "final_loss": None if math.isnan(self.loss) else self.loss,
                 "tokens_per_second": outcome.tokens_per_second,
                 "skipped_steps": outcome.skipped_steps,
+                "adapter_step": outcome.adapter_step,
+                "ended": outcome.ended,
             }
             | metadata.memory_now(self.device)
         )
@@ -468,19 +502,19 @@ class _Run:
             **sizes_of(self.engine, batches),
         )
         self.report_engine()
-        self.writer.look()
         last = done == self.total
         if done == self.start + FIRST_LOOK and not last:
             self._compare_memory(done)
         if done % config.logging_steps == 0 or last:
             position = {"step": done, "epoch": done / self.data.plan.per_epoch}
             self.report.step(position | metadata.step(result, batches, times, self.device))
-        self.done = done
+        self.done = self.adapter_step = done
+        self.writer.look()
         if not result.skipped:
             self._watch(done, result)
-        if self._evaluates_after(done):
+        if self.evaluation is not None and self.evaluation.due(done):
             self.evaluate(done)
-        if self.checkpoints.due(done):
+        if self.checkpoints.due(done) and self.checkpoints.saved != done:
             self.save(done)
 
     def _watch(self, done: int, result: StepResult) -> None:
@@ -526,48 +560,37 @@ class _Run:
         else:
             self.report.record("samples", answers)
 
-    def _evaluates_after(self, step: int) -> bool:
-        every = self.config.eval_steps
-        return every is not None and 0 < step < self.total and step % every == 0
-
     def evaluate(self, step: int) -> None:
-        """Measure the loss on held-out data, if there is any.
+        """Evaluate; save what is the best so far, and note if training should end.
 
         Raises:
             RunStopped: A stop was requested; the resumed run evaluates first.
         """
-        if self.data.held_out is None:
-            return
-        began, size = time.perf_counter(), max(4, self.config.batch_size)
+        assert self.evaluation is not None
         try:
-            loss, tokens = evaluate_loss(
-                self.engine,
-                self.data.held_out.examples,
-                batch_size=size,
-                progress=self._look_for_stop,
-            )
-        except _StopRequested:
+            best = self.evaluation.make(step)
+        except EvaluationStopped:
             self._end_stopped()
-        self.evaluated = step
-        self.report.evaluation(
-            {
-                "step": step,
-                "loss": loss,
-                "perplexity": math.exp(min(loss, 700.0)),
-                "supervised_tokens": tokens,
-                "seconds": time.perf_counter() - began,
-            }
-        )
+        if self.evaluation.best.exhausted:
+            self.ended = f"no better evaluation since {self.evaluation.best.in_words()}"
+        if best and self.config.load_best:
+            self.save(step)
 
-    def _look_for_stop(self, done: int, total: int) -> None:
-        if self.stop.requested:
-            raise _StopRequested
+    def _conclude(self) -> None:
+        """Evaluate at the end, with the best adapter if it is wanted."""
+        if self.evaluation is not None:
+            try:
+                self.adapter_step = self.evaluation.conclude(
+                    self.done, self.checkpoints.restore_adapters
+                )
+            except EvaluationStopped:
+                self._end_stopped()
 
     def save(self, step: int) -> None:
         """Write a checkpoint; on a GPU in the background."""
-        counts = {"evaluated": self.evaluated, "nonfinite": self.nonfinite.state()}
-        self.checkpoints.save(step, counts)
-
-
-class _StopRequested(Exception):
-    """An evaluation is broken off."""
+        state: dict[str, Any] = {"nonfinite": self.nonfinite.state(), "ended": self.ended}
+        best = None
+        if self.evaluation is not None:
+            state |= self.evaluation.state()
+            best = self.evaluation.best.step if self.config.load_best else None
+        self.checkpoints.save(step, state, best=best)

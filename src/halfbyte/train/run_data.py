@@ -6,6 +6,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from halfbyte.config.schema import TrainConfig
 from halfbyte.data import Dataset, load_dataset
+from halfbyte.data.split import split_dataset
 from halfbyte.train.plausibility import implausible
 from halfbyte.train.run_steps import RunSteps
 
@@ -19,6 +20,7 @@ class RunData:
     Attributes:
         dataset: What is trained on.
         held_out: What is evaluated on, or None.
+        divided: Whether that was held out of the same data, by ``eval_split``.
         plan: The examples of every step.
         lengths: For each step that `RunSteps.lengths` covers, the tokens of its examples.
         shapes: For each of these steps, the rows and tokens of its micro-batches, padded.
@@ -31,14 +33,22 @@ class RunData:
         model_config: PretrainedConfig,
         report: "RunReport",
     ) -> None:
-        """Read the data and note what is odd about it.
+        """Read the data, hold some out if wanted, and note what is odd about it.
 
         Raises:
-            DataError: There is no data, or no usable row.
+            DataError: There is no data, no usable row, or too few to hold some out.
         """
         self.dataset = _read(config.data, tokenizer, config, report)
         self.held_out: Dataset | None = None
-        if config.eval_data:
+        self.divided = config.eval_split is not None
+        if config.eval_split is not None:
+            whole = len(self.dataset.last_of_row)
+            self.dataset, self.held_out, texts = split_dataset(
+                self.dataset, config.eval_split, config.seed
+            )
+            rows = len(self.held_out.last_of_row)
+            report.note(f"held out: {rows:,} of {whole:,} rows, with {texts:,} different texts")
+        elif config.eval_data:
             self.held_out = _read(config.eval_data, tokenizer, config, report)
         self.plan = RunSteps(self.dataset.examples, config, tokenizer.pad_token_id or 0)
         for line in implausible(config, self.dataset.examples, self.plan.total, model_config):
