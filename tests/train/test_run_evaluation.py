@@ -134,13 +134,14 @@ def test_how_often_and_how_much(given, every, rows):
 )
 def test_evaluations_cost_no_more_than_their_share(steps, trained, rows, length):
     tokens = max(rows, int(rows * length))
-    every, evaluated = planned(steps, trained, rows, tokens)
+    every, evaluated, share = planned(steps, trained, rows, tokens)
     assert 1 <= evaluated <= rows
     if every is not None:
         times = math.ceil(steps / every)
         assert 1 <= times <= 10
         assert evaluated >= min(rows, LEAST_ROWS)
-        assert times * evaluated * tokens / rows <= TOKEN_SHARE * trained * (1 + 1e-9)
+        assert times * evaluated * tokens / rows == pytest.approx(share * trained)
+        assert share <= TOKEN_SHARE * (1 + 1e-9)
 
 
 def test_a_part_is_evaluated_during_training_and_all_at_the_end(model, data, other, tmp_path):
@@ -150,10 +151,9 @@ def test_a_part_is_evaluated_during_training_and_all_at_the_end(model, data, oth
     assert [(step, rows) for step, _, _, rows, _ in found] == [(4, 5), (8, 5), (12, 5), (12, 20)]
     assert found[-1][-1] == 12
     assert [one["of_rows"] for one in records(tmp_path / "run", "evaluation")] == [20] * 4
-    assert (
-        "evaluation every 4 steps on 5 of 20 held-out rows, always the same; at the end on all"
-        in notes(tmp_path / "run")
-    )
+    start = "evaluation every 4 steps on 5 of 20 held-out rows, always the same: "
+    (said,) = [note for note in notes(tmp_path / "run") if note.startswith(start)]
+    assert said.endswith("% of the tokens that are trained on; at the end on all")
     # The same rows each time, and in another run.
     run(config(model, data, tmp_path / "again", **options))
     assert evaluations(tmp_path / "again") == found

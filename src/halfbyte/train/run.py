@@ -10,7 +10,7 @@ run is identical to an uninterrupted one, byte for byte, also if it was stopped 
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -63,6 +63,7 @@ from halfbyte.train.memory_check import FIRST_LOOK, Prediction, sizes_of
 from halfbyte.train.nonfinite import NonFiniteSteps, rows_in_words
 from halfbyte.train.output import claim_output
 from halfbyte.train.qera import begin_with_error, require_plain
+from halfbyte.train.result import TrainResult
 from halfbyte.train.resume import check_same_run, identity_of_run, resume_from
 from halfbyte.train.run_data import RunData
 from halfbyte.train.run_evaluation import EvaluationStopped, RunEvaluation
@@ -73,35 +74,6 @@ from halfbyte.train.trainer import StepResult, Trainer
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """The result of a run.
-
-    Attributes:
-        adapter_dir: Directory of the adapter.
-        steps: Optimizer steps of the run, including those before a resume.
-        final_loss: Loss of the last step; NaN if this call made none.
-        peak_memory_bytes: Peak of the process (on a GPU: of allocations in training).
-        seconds: Time spent in steps, by this call.
-        tokens_per_second: Tokens, without padding, divided by that time.
-        skipped_steps: Steps left out, because their loss or a gradient was not finite; without
-            those that only overflowed in float16.
-        adapter_step: The step after which the adapter was as it is written: the last one, or with
-            ``load_best`` the best.
-        ended: Why the run ended before its last step, if it did.
-    """
-
-    adapter_dir: Path
-    steps: int
-    final_loss: float
-    peak_memory_bytes: int
-    seconds: float
-    tokens_per_second: float
-    skipped_steps: int = 0
-    adapter_step: int = 0
-    ended: str | None = None
 
 
 def train(config: TrainConfig, report: "RunReport", stop: StopRequest | None = None) -> TrainResult:

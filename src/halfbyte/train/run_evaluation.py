@@ -46,10 +46,12 @@ class Schedule(NamedTuple):
     Attributes:
         every: Steps between evaluations; None: only at the end.
         rows: Held-out rows that are evaluated during training.
+        share: The tokens that this processes, of those that are trained on.
     """
 
     every: int | None
     rows: int
+    share: float = 0.0
 
 
 def schedule(
@@ -112,7 +114,7 @@ class RunEvaluation:
         self._total, self._held_out = data.plan.total, data.held_out
         self.evaluated, self.best = 0, BestEvaluation(config)
         self.rows, whole = self._held_out, self._held_out.report
-        self.every, rows = schedule(
+        self.every, rows, share = schedule(
             config,
             steps=self._total,
             trained_tokens=data.dataset.report.tokens * self._total / data.plan.per_epoch,
@@ -123,16 +125,20 @@ class RunEvaluation:
             generator = np.random.Generator(np.random.PCG64([config.seed, _WHICH_ROWS]))
             order = generator.permutation(len(self._held_out.last_of_row))
             self.rows = select(self._held_out, np.sort(order[:rows]))
-        report.note(self._in_words())
+        report.note(self._in_words(share))
 
-    def _in_words(self) -> str:
+    def _in_words(self, share: float) -> str:
         rows, part = len(self._held_out.last_of_row), len(self.rows.last_of_row)
         if self.every is None or self.every >= self._total:
             return f"evaluation at the end, on {rows:,} held-out rows"
         steps = f"evaluation every {self.every} steps"
+        cost = f"{share:.0%} of the tokens that are trained on"
         if self.rows is self._held_out:
-            return f"{steps} and at the end, on {rows:,} held-out rows"
-        return f"{steps} on {part:,} of {rows:,} held-out rows, always the same; at the end on all"
+            return f"{steps} and at the end, on {rows:,} held-out rows: {cost}"
+        return (
+            f"{steps} on {part:,} of {rows:,} held-out rows, always the same: {cost}; at the end on "
+            "all"
+        )
 
     def due(self, step: int) -> bool:
         """Return whether an evaluation is made after ``step``, before the last one."""

@@ -1,0 +1,33 @@
+"""What a run hands back."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The result of a run.
+
+    Attributes:
+        adapter_dir: Directory of the adapter.
+        steps: Optimizer steps of the run, including those before a resume.
+        final_loss: Loss of the last step; NaN if this call made none.
+        peak_memory_bytes: Peak of the process (on a GPU: of allocations in training).
+        seconds: Time spent in steps, by this call.
+        tokens_per_second: Tokens, without padding, divided by that time.
+        skipped_steps: Steps left out, because their loss or a gradient was not finite; without
+            those that only overflowed in float16.
+        adapter_step: The step after which the adapter was as it is written: the last one, or with
+            ``load_best`` the best.
+        ended: Why the run ended before its last step, if it did.
+    """
+
+    adapter_dir: Path
+    steps: int
+    final_loss: float
+    peak_memory_bytes: int
+    seconds: float
+    tokens_per_second: float
+    skipped_steps: int = 0
+    adapter_step: int = 0
+    ended: str | None = None
