@@ -30,7 +30,15 @@ from halfbyte.errors import CheckpointError
 from halfbyte.foreign_text import quote
 from halfbyte.input_files import open_file
 
-__all__ = ["RunState", "latest_run", "load_run", "require_writable", "run_at", "save_run"]
+__all__ = [
+    "RunState",
+    "latest_run",
+    "load_run",
+    "require_writable",
+    "run_at",
+    "save_run",
+    "step_of",
+]
 
 OPTIMIZER_NAME = "optimizer.safetensors"
 STATE_NAME = "run_state.json"
@@ -106,9 +114,9 @@ def save_run(
             "files": {name: _digest(directory / name) for name in files},
         }
         (directory / STATE_NAME).write_text(json.dumps(state, indent=2) + "\n")
-    past = [known for known in _checkpoints(output_dir) if _step_of(known) <= step]
+    past = [known for known in _checkpoints(output_dir) if step_of(known) <= step]
     for old in past[max(keep, 1) :]:
-        if _step_of(old) != best:
+        if step_of(old) != best:
             remove_directory(old)
     return path
 
@@ -153,10 +161,11 @@ def load_run(path: str | Path) -> RunState:
 def _checkpoints(output_dir: Path) -> list[Path]:
     """Return the directories with names of checkpoints, newest first."""
     found = [path for path in output_dir.glob("checkpoint-*") if _DIRECTORY.fullmatch(path.name)]
-    return sorted(found, key=_step_of, reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Return the step of a checkpoint's directory."""
     return int(path.name.rpartition("-")[2])
 
 

@@ -1,7 +1,9 @@
 """What a run hands back."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -31,3 +33,15 @@ class TrainResult:
     skipped_steps: int = 0
     adapter_step: int = 0
     ended: str | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Return what the journal says of it."""
+        return {
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "final_loss": None if math.isnan(self.final_loss) else self.final_loss,
+            "tokens_per_second": self.tokens_per_second,
+            "skipped_steps": self.skipped_steps,
+            "adapter_step": self.adapter_step,
+            "ended": self.ended,
+        }

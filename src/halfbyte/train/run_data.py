@@ -1,11 +1,12 @@
 """The data of a run: read, checked and ordered before the model is loaded."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from halfbyte.config.schema import TrainConfig
-from halfbyte.data import Dataset, load_dataset
+from halfbyte.data import Dataset, RowsInMemory, load_dataset
 from halfbyte.data.split import split_dataset
 from halfbyte.train.plausibility import implausible
 from halfbyte.train.run_steps import RunSteps
@@ -32,13 +33,25 @@ class RunData:
         tokenizer: PreTrainedTokenizerBase,
         model_config: PretrainedConfig,
         report: "RunReport",
+        *,
+        train_data: Iterable[object] | None = None,
+        eval_data: Iterable[object] | None = None,
     ) -> None:
         """Read the data, hold some out if wanted, and note what is odd about it.
+
+        Args:
+            config: The options of the run.
+            tokenizer: The tokenizer of the base model.
+            model_config: Its configuration.
+            report: Where to log.
+            train_data: Rows of a program, instead of those that ``config.data`` names.
+            eval_data: The same instead of ``config.eval_data``.
 
         Raises:
             DataError: There is no data, no usable row, or too few to hold some out.
         """
-        self.dataset = _read(config.data, tokenizer, config, report)
+        source = config.data if train_data is None else RowsInMemory(train_data, config.data)
+        self.dataset = _read(source, tokenizer, config, report)
         self.held_out: Dataset | None = None
         self.divided = config.eval_split is not None
         if config.eval_split is not None:
@@ -46,8 +59,11 @@ class RunData:
             self.dataset, self.held_out, texts = split_dataset(
                 self.dataset, config.eval_split, config.seed
             )
-            rows = len(self.held_out.last_of_row)
-            report.note(f"held out: {rows:,} of {whole:,} rows, with {texts:,} different texts")
+            part = len(self.held_out.last_of_row)
+            report.note(f"held out: {part:,} of {whole:,} rows, with {texts:,} different texts")
+        elif eval_data is not None:
+            rows = RowsInMemory(eval_data, config.eval_data or "eval_data")
+            self.held_out = _read(rows, tokenizer, config, report)
         elif config.eval_data:
             self.held_out = _read(config.eval_data, tokenizer, config, report)
         self.plan = RunSteps(self.dataset.examples, config, tokenizer.pad_token_id or 0)
@@ -63,7 +79,10 @@ class RunData:
 
 
 def _read(
-    data: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, report: "RunReport"
+    data: str | RowsInMemory,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainConfig,
+    report: "RunReport",
 ) -> Dataset:
     with report.task(f"reading {data}") as progress:
         dataset = load_dataset(

@@ -76,9 +76,8 @@ def schedule(
             times = min(EVALUATIONS_PER_RUN, steps)
         every = math.ceil(steps / times) if times > 1 else None
     times = math.ceil(steps / every) if every else 1
-    return Schedule(
-        every, min(rows, config.eval_max_samples or max(least, int(affordable / times)))
-    )
+    chosen = min(rows, config.eval_max_samples or max(least, int(affordable / times)))
+    return Schedule(every, chosen, TOKEN_SHARE * times * chosen / affordable)
 
 
 class RunEvaluation:
@@ -91,6 +90,7 @@ class RunEvaluation:
         report: Where evaluations are logged.
         stopped: Asked during an evaluation; if true, it is broken off.
         measure: Returns the user's own metrics on some rows; None without any.
+        tell: Called with the record of each evaluation, after it has been logged.
 
     Attributes:
         evaluated: The step after which the run was evaluated last.
@@ -107,10 +107,11 @@ class RunEvaluation:
         *,
         stopped: Callable[[], bool],
         measure: Callable[[Dataset], dict[str, float]] | None = None,
+        tell: Callable[[dict[str, Any]], None] = lambda _: None,
     ) -> None:
         assert data.held_out is not None
         self._config, self._engine, self._report = config, engine, report
-        self._stopped, self._measure = stopped, measure
+        self._stopped, self._measure, self._tell = stopped, measure, tell
         self._total, self._held_out = data.plan.total, data.held_out
         self.evaluated, self.best = 0, BestEvaluation(config)
         self.rows, whole = self._held_out, self._held_out.report
@@ -135,10 +136,8 @@ class RunEvaluation:
         cost = f"{share:.0%} of the tokens that are trained on"
         if self.rows is self._held_out:
             return f"{steps} and at the end, on {rows:,} held-out rows: {cost}"
-        return (
-            f"{steps} on {part:,} of {rows:,} held-out rows, always the same: {cost}; at the end on "
-            "all"
-        )
+        same = f"on {part:,} of {rows:,} held-out rows, always the same"
+        return f"{steps} {same}: {cost}; at the end on all"
 
     def due(self, step: int) -> bool:
         """Return whether an evaluation is made after ``step``, before the last one."""
@@ -173,7 +172,7 @@ class RunEvaluation:
         value = value_of(record, self.best.metric)
         better = self.best.see(step, value)
         self.evaluated = step
-        self._report.evaluation(record | ({"best": True} if better else {}))
+        self._log(record | ({"best": True} if better else {}))
         return better
 
     def conclude(self, step: int, restore: Callable[[int], None]) -> int:
@@ -202,7 +201,7 @@ class RunEvaluation:
             self._report.note(f"the adapter is the best of the run: {self.best.in_words()}")
             self._report.record("best", {"metric": self.best.metric} | self.best.state())
         if chosen != step or self.rows is not self._held_out:
-            self._report.evaluation(self._of(self._held_out, step) | {"adapter_of_step": chosen})
+            self._log(self._of(self._held_out, step) | {"adapter_of_step": chosen})
         return chosen
 
     def state(self) -> dict[str, Any]:
@@ -240,6 +239,10 @@ class RunEvaluation:
             "of_rows": len(self._held_out.last_of_row),
             "seconds": time.perf_counter() - began,
         }
+
+    def _log(self, record: dict[str, Any]) -> None:
+        self._report.evaluation(record)
+        self._tell(record)
 
     def _look_for_stop(self, done: int, total: int) -> None:
         if self._stopped():
