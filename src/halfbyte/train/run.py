@@ -53,7 +53,6 @@ from halfbyte.runtime.malloc import give_back, keep_freed_memory
 from halfbyte.runtime.matmul import float32_library
 from halfbyte.runtime.precision import choose_device_and_dtype, deterministic
 from halfbyte.train import metadata
-from halfbyte.train.callbacks import Program, RunCallbacks
 from halfbyte.train.evaluate import as_batch
 from halfbyte.train.loading import Loading, lora_of, recipe_of
 from halfbyte.train.loss_watch import LossWatch
@@ -61,6 +60,7 @@ from halfbyte.train.memory_check import FIRST_LOOK, Prediction, sizes_of
 from halfbyte.train.metrics import Metric, measured_on
 from halfbyte.train.nonfinite import NonFiniteSteps, rows_in_words
 from halfbyte.train.output import claim_output, write_rows
+from halfbyte.train.program import Program, RunCallbacks
 from halfbyte.train.qera import begin_with_error, require_plain
 from halfbyte.train.result import TrainResult
 from halfbyte.train.resume import check_same_run, identity_of_run, resume_from
