@@ -12,7 +12,7 @@ import torch
 
 import halfbyte
 from halfbyte.config.schema import TrainConfig
-from halfbyte.errors import ConfigError, RunStopped
+from halfbyte.errors import CheckpointError, ConfigError, RunStopped
 from halfbyte.report import open_report
 from halfbyte.report.journal import read_journal
 from halfbyte.train.callbacks import Callbacks, EvaluationInfo, SaveInfo, StepInfo
@@ -68,6 +68,17 @@ class Seen:
         self.told.append(info)
 
     on_evaluate = on_save = on_step
+
+
+def test_rows_of_a_program_train_as_those_of_a_file(model, plain, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in TRAIN))
+    made = config(model, tmp_path / "run").model_copy(update={"data": str(file)})
+    run(made, train_data=None, eval_data=iter(TEST))
+    assert (made.output / NAME).read_bytes() == (plain / NAME).read_bytes()
+    # What goes on from rows of a program is compared with them.
+    with pytest.raises(CheckpointError, match="the data is not that of"):
+        run(made.model_copy(update={"resume": True}), train_data=TRAIN[::-1])
 
 
 def test_they_are_told_what_the_journal_says(model, plain, tmp_path):
