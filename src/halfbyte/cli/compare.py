@@ -118,7 +118,7 @@ def _compare(options: CompareOptions, notes: list[str], *, as_json: bool) -> Non
         with open_report() as report:
             for note in notes:
                 report.note(note)
-            if options.eval_data is options.eval_split is options.shape is None:
+            if not (options.eval_data or options.eval_split or options.shape):
                 report.note(
                     "neither --eval-data nor --eval-split: only memory and speed are compared"
                 )
