@@ -5,6 +5,7 @@ import torch
 
 from halfbyte.errors import ConfigError
 from halfbyte.report.journal import read_journal
+from halfbyte.train import metrics
 from halfbyte.train.evaluate import evaluate
 from halfbyte.train.loading import open_model
 from halfbyte.train.metrics import measured, require_metrics
@@ -20,6 +21,11 @@ def path(tmp_path_factory):
 @pytest.fixture(scope="module")
 def opened(path):
     return open_model(str(path), quant="none", compute_dtype="float32", device="cpu")[:2]
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch):
+    monkeypatch.setattr(metrics, "LONGEST_ANSWER", 4)
 
 
 SAMPLES = [
