@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 
 from halfbyte import cli
+from halfbyte.cli.compare import CompareOptions, _evaluation
+from halfbyte.config.schema import TrainConfig
 from halfbyte.errors import ConfigError, Interrupted
 from halfbyte.report.journal import read_journal
 from halfbyte.report.runs import read_run
@@ -147,6 +149,16 @@ def test_a_run_and_its_evaluation_are_one_process(tmp_path: Path) -> None:
     assert json.loads(commands) == [["train", str(job.file)], evaluation]
     # One that was trained before is only evaluated.
     assert compare._words(job, trained=True) == ["halfbyte", *evaluation]
+
+
+def test_a_run_is_evaluated_on_the_rows_it_held_out(tmp_path: Path) -> None:
+    common: dict[str, Any] = {"model": "m", "data": "d", "output": tmp_path}
+    job = TrainConfig(model="m", data="d", output=tmp_path / "lora/seed-0", eval_split=0.1)
+    words = _evaluation(CompareOptions(**common, eval_split=0.1), job)
+    assert words[words.index("--data") + 1] == str(job.output / "held_out.jsonl")
+    words = _evaluation(CompareOptions(**common, eval_data="e.jsonl"), job)
+    assert words[words.index("--data") + 1] == "e.jsonl"
+    assert _evaluation(CompareOptions(**common), job) == ()
 
 
 def test_what_is_finished_is_not_run_again(tmp_path: Path, stand_in: tuple[str]) -> None:

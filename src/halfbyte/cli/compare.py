@@ -38,7 +38,8 @@ class CompareOptions(TrainConfig):
         (0,), min_length=1, description="seeds to train each variant from, such as 0,1,2"
     )
     exact_match: bool = Field(
-        True, description="generate answers to eval_data and compare them with the expected ones"
+        True,
+        description="generate answers to held-out rows and compare them with the expected ones",
     )
     max_new_tokens: PositiveInt = Field(256, description="longest answer, in tokens")
     adapter: Annotated[tuple[AdapterName, ...], BeforeValidator(one_or_several)] = Field(
@@ -70,8 +71,10 @@ class CompareOptions(TrainConfig):
             missing = [f"`{name}`" for name in needed if not getattr(self, name)]
             if missing:
                 raise ValueError(f"{' and '.join(missing)} missing; give them, or `shape`")
-        elif self.model or self.data or self.eval_data:  # so also with `adapter`
-            raise ValueError("`shape` cannot be combined with `model`, `data` or `eval_data`")
+        elif self.model or self.data or self.eval_data or self.eval_split:  # so also with `adapter`
+            raise ValueError(
+                "`shape` cannot be combined with `model`, `data`, `eval_data` or `eval_split`"
+            )
         return self
 
     @property
@@ -130,8 +133,10 @@ def _compare(options: CompareOptions, notes: list[str], *, as_json: bool) -> Non
         with open_report() as report:
             for note in notes:
                 report.note(note)
-            if not options.eval_data and options.shape is None:
-                report.note("no --eval-data: only memory and speed are compared")
+            if not (options.eval_data or options.eval_split or options.shape):
+                report.note(
+                    "neither --eval-data nor --eval-split: only memory and speed are compared"
+                )
             for count, job in enumerate(todo, 1):
                 message = f"{job.variant}, seed {job.config.seed} ({count} of {len(todo)})"
                 if job.finished():
@@ -144,7 +149,7 @@ def _compare(options: CompareOptions, notes: list[str], *, as_json: bool) -> Non
                 report.note(left)
             for adapter in options.adapter:
                 with report.task(f"evaluating {adapter}", None):
-                    words = _words_of_eval(options, adapter)
+                    words = _words_of_eval(options, adapter, str(options.eval_data))
                     found.append(compare.evaluate_existing(adapter, words, output))
         comparison, evaluated = Comparison(tuple(found)), str(options.eval_data)
         names = [*options.trained, *map(compare.name_of, options.adapter)]
@@ -165,17 +170,22 @@ def _compare(options: CompareOptions, notes: list[str], *, as_json: bool) -> Non
 
 def _evaluation(options: CompareOptions, config: TrainConfig) -> tuple[str, ...]:
     """The arguments of ``halfbyte eval`` for the adapter of a run."""
-    if options.eval_data is None or not options.exact_match:
+    from halfbyte.report.held_out import HELD_OUT_NAME
+
+    data = options.eval_data
+    if options.eval_split is not None:
+        data = str(config.output / HELD_OUT_NAME)  # by the same seed, the same for all variants
+    if data is None or not options.exact_match:
         return ()
-    return _words_of_eval(options, str(config.output), config)
+    return _words_of_eval(options, str(config.output), data, config)
 
 
 def _words_of_eval(
-    options: CompareOptions, adapter: str, config: TrainConfig | None = None
+    options: CompareOptions, adapter: str, data: str, config: TrainConfig | None = None
 ) -> tuple[str, ...]:
     """The arguments of ``halfbyte eval`` for an adapter, with the options of its run if given."""
     config = config or options
-    words = ["--model", config.model, "--adapter", adapter, "--data", str(options.eval_data)]
+    words = ["--model", config.model, "--adapter", adapter, "--data", data]
     words += ["--max-length", str(config.max_length), "--train-on", config.train_on]
     words += ["--max-new-tokens", str(options.max_new_tokens), "--device", config.device]
     words += ["--compute-dtype", config.compute_dtype]

@@ -24,6 +24,7 @@ def main(argv: list[str]) -> None:
     words = COMMAND.words(argv)
     file = words.positional.get("config") or words.given.pop("config", None)
     config, notes = load_config(file, words.given, problems=words.problems)
+    config.require_held_out()
 
     import_transformers(gpu=config.device != "cpu")
     from halfbyte.report import open_report, show

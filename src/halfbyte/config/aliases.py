@@ -65,6 +65,8 @@ class Refusal(NamedTuple):
     harmless: str
     """The value, in lower case, that asks for nothing else than what is done."""
     reason: str
+    also: tuple[str, ...] = ()
+    """Further values of that kind."""
 
 
 _ALL = {"all": "all-linear"}
@@ -73,6 +75,7 @@ _AFTER_WARMUP = {"constant_with_warmup": "constant"}  # ours has a warm-up with 
 _INPUTS_TOO = {"true": "all", "false": "assistant"}
 # Files often have both names, one of them false or empty, which YAML reads as None.
 _NOT_THIS = frozenset(("false", "none"))
+_NO_SHARE = {"0": None, "0.0": None}
 _ADAMW = {
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_32bit"), "adamw"),
     **dict.fromkeys(("adamw_bnb_8bit", "adamw_torch_8bit", "adamw8bit"), "adamw_8bit"),
@@ -147,6 +150,13 @@ ALIASES: dict[str, Alias] = {
     "push_to_hub": Alias("push_to_hub", {"false": None}, frozenset(("true",))),
     "hub_model_id": Alias("push_to_hub"),
     "hub_private_repo": Alias("hub_private", _SWITCH, only=""),
+    "val_set_size": Alias("eval_split", _NO_SHARE),
+    "val_size": Alias("eval_split", _NO_SHARE),
+    "test_size": Alias("eval_split", _NO_SHARE),
+    "load_best_model_at_end": Alias("load_best", _SWITCH, only=""),
+    "metric_for_best_model": Alias("metric_for_best", {"eval_loss": "loss"}),
+    "greater_is_better": Alias("metric_mode", {"true": "max", "false": "min"}, only=""),
+    "early_stopping_steps": Alias("early_stopping_patience"),  # LLaMA-Factory counts evaluations
     "resume_from_checkpoint": Alias(
         "resume", _SWITCH, only="; a run goes on from the newest checkpoint in its `output`"
     ),
@@ -159,6 +169,7 @@ _OF_SCHEDULERS = {
     **{name: f"lr_{name}" for name in ("num_cycles", "power", "timescale", "decay_type")},
 }
 """What ``lr_scheduler_kwargs`` of transformers may contain, and the options these are."""
+_IN_STEPS = "this is given in steps: use `{0}`, or leave it out for ten times per run"
 
 REFUSED: dict[str, Refusal] = {
     "trust_remote_code": Refusal(
@@ -173,6 +184,11 @@ REFUSED: dict[str, Refusal] = {
         "1.0", "give the rate itself as `embedding_learning_rate`, learning_rate times the scale"
     ),
     "finetuning_type": Refusal("lora", "only LoRA and QLoRA are trained"),
+    # Weights do not depend on evaluations, so not to evaluate is no other run.
+    "eval_strategy": Refusal("steps", _IN_STEPS.format("eval_steps"), ("no", "false")),
+    "evaluation_strategy": Refusal("steps", _IN_STEPS.format("eval_steps"), ("no", "false")),
+    "evals_per_epoch": Refusal("none", _IN_STEPS.format("eval_steps")),
+    "saves_per_epoch": Refusal("none", _IN_STEPS.format("save_steps")),
     "stage": Refusal("sft", "only supervised fine-tuning is done"),
 }
 
@@ -252,7 +268,7 @@ def translate(given: Mapping[str, Any], options: type[BaseModel]) -> Translation
         elif name in options.model_fields:
             field, read = name, value
         elif name in REFUSED:
-            if _word(value) not in (REFUSED[name].harmless, "none"):
+            if _word(value) not in (REFUSED[name].harmless, "none", *REFUSED[name].also):
                 problems.append(f"`{name}`: {REFUSED[name].reason}")
             continue
         else:

@@ -70,6 +70,17 @@ def parse_trackers(value: Any) -> Any:
     return [name for name in names if name != "none"] if isinstance(names, list) else names
 
 
+def known_share(value: float | None) -> float | None:
+    """Check a share below 1, or a number of rows.
+
+    Raises:
+        ValueError: It is neither; 1 could be meant as one row or as all.
+    """
+    if value is None or 0 < value < 1 or (value >= 2 and value == int(value)):
+        return value
+    raise ValueError("expected a share between 0 and 1, or a number of rows from 2")
+
+
 def _known_block_size(value: int) -> int:
     if not 32 <= value <= 4096 or value & (value - 1):
         raise ValueError("expected a power of 2 from 32 to 4096")

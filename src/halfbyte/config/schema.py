@@ -9,18 +9,27 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, PositiveInt, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from halfbyte.config.options import (
     BlockSize,
     Options,
     Positive,
     Repository,
+    known_share,
     parse_bytes,
     parse_names,
     parse_pairs,
     parse_trackers,
 )
+from halfbyte.errors import ConfigError
 
 CHAT_TEMPLATE = (
     "format of conversations: chatml, llama3, llama2, mistral, gemma, phi3, phi4, zephyr, alpaca, "
@@ -116,6 +125,11 @@ class TrainConfig(ModelOptions):
     )
     chat_template: str | None = Field(None, min_length=1, description=CHAT_TEMPLATE)
     eval_data: str | None = Field(None, min_length=1, description="data to evaluate on")
+    eval_split: Annotated[float | None, AfterValidator(known_share)] = Field(
+        None,
+        description="instead of eval_data: rows of data to hold out, a share such as 0.02 or their "
+        "number; rows with the same text stay together",
+    )
 
     init_adapter: Path | None = Field(
         None,
@@ -263,7 +277,33 @@ class TrainConfig(ModelOptions):
 
     output: Path = Field(description="directory for the adapter, checkpoints and journal")
     eval_steps: PositiveInt | None = Field(
-        None, description="evaluate every N steps (default: only at the end)"
+        None,
+        description="evaluate every N steps (default: up to ten times per run, as long as that "
+        "processes at most a tenth as many tokens as training)",
+    )
+    eval_max_samples: PositiveInt | None = Field(
+        None,
+        description="held-out rows to evaluate on during training, always the same; at the end all "
+        "(default: as many as the same limit allows)",
+    )
+    load_best: bool = Field(
+        False,
+        description="write the adapter of the best evaluation, not of the last step; its "
+        "checkpoint is kept",
+    )
+    metric_for_best: str = Field(
+        "loss",
+        min_length=1,
+        description="what the best evaluation is best in: loss, or a metric given in Python",
+    )
+    metric_mode: Literal["auto", "min", "max"] = Field(
+        "auto", description="best is the smallest or the largest; auto: min for losses, else max"
+    )
+    early_stopping_patience: PositiveInt | None = Field(
+        None, description="stop after N evaluations in a row that are not better than the best"
+    )
+    early_stopping_threshold: float = Field(
+        0.0, ge=0, description="how much better an evaluation must be to count for that"
     )
     save_steps: PositiveInt | None = Field(
         None, description="save a checkpoint every N steps (default: ten times per run)"
@@ -297,6 +337,28 @@ class TrainConfig(ModelOptions):
             return parse_names(value)
         return value
 
+    def require_held_out(self, *, given: bool = False) -> None:
+        """Check that there is data to evaluate on, if an option needs some.
+
+        Args:
+            given: Whether there is some beside the options, as in Python.
+
+        Raises:
+            ConfigError: There is none; the option is named.
+        """
+        names = ("eval_steps", "eval_max_samples", "load_best", "early_stopping_patience")
+        needs = next((name for name in names if getattr(self, name)), None)
+        if needs and not (given or self.eval_data is not None or self.eval_split is not None):
+            raise ConfigError(
+                f"`{needs}` needs data to evaluate on: give `eval_data`, or `eval_split` to hold "
+                "out rows of `data`"
+            )
+
+    @property
+    def depends_on_evaluations(self) -> bool:
+        """Whether the adapter that is written depends on evaluations."""
+        return self.load_best or self.early_stopping_patience is not None
+
     @property
     def state_bits(self) -> Literal[8, 32]:
         """Bits of a moment of the optimizer's state."""
@@ -323,8 +385,12 @@ class TrainConfig(ModelOptions):
 
     @model_validator(mode="after")
     def _rules_between_fields(self) -> Self:
-        if self.eval_steps is not None and self.eval_data is None:
-            raise ValueError("`eval_steps` needs `eval_data`: the data to evaluate on")
+        if self.eval_data is not None and self.eval_split is not None:
+            raise ValueError("`eval_split` cannot be combined with `eval_data`; remove one")
+        if self.metric_for_best != "loss" and not self.depends_on_evaluations:
+            raise ValueError("`metric_for_best` needs `load_best` or `early_stopping_patience`")
+        if self.early_stopping_threshold and self.early_stopping_patience is None:
+            raise ValueError("`early_stopping_threshold` needs `early_stopping_patience`")
         if self.init_lora_weights == "qera" and self.quant == "none":
             raise ValueError(
                 "`init_lora_weights` qera needs `quant` nf4 or fp4: without quantisation there is "

@@ -1,6 +1,7 @@
 """Data: from files in five row formats to the micro-batches of an optimizer step.
 
     sources         rows with line numbers, from a file, a directory or the hub
+    in_memory       rows of a program
     formats         rows to conversations
     messages        the messages of a conversation
     templates       conversations to examples: token ids and loss masks
@@ -17,6 +18,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +41,7 @@ from halfbyte.data.formats import (
     preferred_formats,
     to_conversation,
 )
+from halfbyte.data.in_memory import RowsInMemory
 from halfbyte.data.sources import Row, read_source
 from halfbyte.data.templates import (
     Encoded,
@@ -64,6 +67,7 @@ __all__ = [
     "Message",
     "MicroBatch",
     "NothingUsable",
+    "RowsInMemory",
     "StepPlan",
     "collate",
     "conversations",
@@ -99,7 +103,7 @@ class Dataset:
 
 
 def load_dataset(
-    source: str | Path,
+    source: str | Path | RowsInMemory,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
@@ -109,7 +113,7 @@ def load_dataset(
     """Reads, checks and encodes a data set.
 
     Args:
-        source: A file, a directory or a hub id; see `halfbyte.data.sources`.
+        source: A file, a directory or a hub id, see `halfbyte.data.sources`; or a program's rows.
         tokenizer: The tokenizer, with its chat template.
         max_length: Longer rows are truncated to this many tokens, and counted.
         train_on: Supervised tokens: the assistant's, or all.
@@ -175,8 +179,9 @@ _BEGINNING = 200  # characters of a rejected row that are reported
 class _Read:
     """The rows of a source: as conversations with their sources, or rejected."""
 
-    def __init__(self, source: str | Path) -> None:
-        rows, self.notes = read_source(source)
+    def __init__(self, source: str | Path | RowsInMemory) -> None:
+        read = source.read if isinstance(source, RowsInMemory) else partial(read_source, source)
+        rows, self.notes = read()
         self.source, self.rows = str(source), len(rows)
         self.conversations: list[Conversation] = []
         self.sources: list[Row] = []
@@ -210,7 +215,7 @@ class _Read:
         self.rejections.append(Rejection(row.line, shorten(reason, LONGEST_REASON), beginning))
 
 
-def _read(source: str | Path) -> _Read:
+def _read(source: str | Path | RowsInMemory) -> _Read:
     read = _Read(source)
     if not read.conversations:
         raise _nothing_usable(read)

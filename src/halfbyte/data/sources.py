@@ -139,7 +139,7 @@ def _read_file(path: Path) -> Iterator[Row]:
 
 def _parse(number: str, line: bytes) -> Row:
     try:
-        row = _checked(number, json.loads(line.decode("utf-8")))
+        row = checked(number, json.loads(line.decode("utf-8")))
         return row if len(line) <= LONGEST_ROW else Row(number, _beginning(line), _TOO_LONG)
     except UnicodeDecodeError:
         return Row(number, _beginning(line), "not UTF-8")
@@ -151,8 +151,8 @@ def _beginning(raw: bytes) -> str:
     return raw[:_BEGINNING].decode("utf-8", errors="replace")
 
 
-def _checked(number: str, value: object) -> Row:
-    """Reject what JSON allows but what cannot be tokenised, or printed by a template."""
+def checked(number: str, value: object) -> Row:
+    """Return a row; with a problem if it is nothing that can be tokenised or rendered."""
     text = json.dumps(value, ensure_ascii=False)
     if _SURROGATE.search(text):
         problem = "text that is not valid Unicode (half a surrogate pair)"
@@ -197,7 +197,7 @@ def _read_array(raw: bytes) -> Iterator[Row]:
             position = skip(position)
             if text[position : position + 1] not in (",", "]"):
                 raise ValueError("neither a comma nor the end of the array")
-            row = _checked(str(line), value)
+            row = checked(str(line), value)
             if position - counted_to > LONGEST_ROW:
                 row = Row(row.line, beginning, _TOO_LONG)
         except (ValueError, RecursionError):

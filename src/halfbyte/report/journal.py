@@ -1,12 +1,12 @@
 """The record of a run: ``journal.jsonl``, one JSON object per line, appended as events happen.
 
 Every line has ``event`` and ``time`` (UTC, ISO 8601). Events are ``note``, ``loaded``, ``begin``,
-``samples``, ``captured``, ``step``, ``warning``, ``fallback``, ``memory``, ``evaluation``,
-``saved``, and at the end ``finish`` or ``stopped``; a killed run has neither. Lines are passed to
-the operating system at once, so a killed run loses nothing that was reported; only a full disk or a
-power failure can truncate a line, and only the last one. Readers ignore a truncated line. A resumed
-run removes it, together with everything after the checkpoint it resumes from, so that each step
-occurs once.
+``held_out``, ``samples``, ``captured``, ``step``, ``warning``, ``fallback``, ``memory``,
+``evaluation``, ``saved``, ``best``, ``ended`` (before the last step), and at the end ``finish`` or
+``stopped``; a killed run has neither. Lines are passed to the operating system at once, so a killed
+run loses nothing that was reported; only a full disk or a power failure can truncate a line, and
+only the last one. Readers ignore a truncated line. A resumed run removes it, together with
+everything after the checkpoint it resumes from, so that each step occurs once.
 
 JSON has no NaN and no infinity. Such a value is written as null, and its text in ``non_finite`` of
 the same line: ``{"loss": null, "non_finite": {"loss": "nan"}}``.

@@ -1,12 +1,14 @@
 """The data of a run: read, checked and ordered before the model is loaded."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from halfbyte.config.schema import TrainConfig
-from halfbyte.data import Dataset, load_dataset
+from halfbyte.data import Dataset, RowsInMemory, load_dataset
 from halfbyte.data.checks import TRAIN_ROWS, CheckOptions, DataCheck, check_data
+from halfbyte.data.split import split_dataset
 from halfbyte.train.plausibility import implausible
 from halfbyte.train.run_steps import RunSteps
 
@@ -21,6 +23,7 @@ class RunData:
         dataset: What is trained on.
         held_out: What is evaluated on, or None.
         check: What was found in both.
+        divided: Whether that was held out of the same data, by ``eval_split``.
         plan: The examples of every step.
         lengths: For each step that `RunSteps.lengths` covers, the tokens of its examples.
         shapes: For each of these steps, the rows and tokens of its micro-batches, padded.
@@ -32,15 +35,38 @@ class RunData:
         tokenizer: PreTrainedTokenizerBase,
         model_config: PretrainedConfig,
         report: "RunReport",
+        *,
+        train_data: Iterable[object] | None = None,
+        eval_data: Iterable[object] | None = None,
     ) -> None:
-        """Read the data and note what is odd about it.
+        """Read the data, hold some out if wanted, and note what is odd about it.
+
+        Args:
+            config: The options of the run.
+            tokenizer: The tokenizer of the base model.
+            model_config: Its configuration.
+            report: Where to log.
+            train_data: Rows of a program, instead of those that ``config.data`` names.
+            eval_data: The same instead of ``config.eval_data``.
 
         Raises:
-            DataError: There is no data, or no usable row.
+            DataError: There is no data, no usable row, or too few to hold some out.
         """
-        self.dataset = _noted(read_data(config.data, tokenizer, config, report), report)
+        source = config.data if train_data is None else RowsInMemory(train_data, config.data)
+        self.dataset = _noted(read_data(source, tokenizer, config, report), report)
         self.held_out: Dataset | None = None
-        if config.eval_data:
+        self.divided = config.eval_split is not None
+        if config.eval_split is not None:
+            whole = len(self.dataset.last_of_row)
+            self.dataset, self.held_out, texts = split_dataset(
+                self.dataset, config.eval_split, config.seed
+            )
+            part = len(self.held_out.last_of_row)
+            report.note(f"held out: {part:,} of {whole:,} rows, with {texts:,} different texts")
+        elif eval_data is not None:
+            rows = RowsInMemory(eval_data, config.eval_data or "eval_data")
+            self.held_out = _noted(read_data(rows, tokenizer, config, report), report)
+        elif config.eval_data:
             self.held_out = _noted(read_data(config.eval_data, tokenizer, config, report), report)
         how = check_options(config, most_rows=TRAIN_ROWS)
         self.check = check_data(self.dataset, tokenizer, how, held_out=self.held_out)
@@ -58,7 +84,10 @@ class RunData:
 
 
 def read_data(
-    data: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, report: "RunReport"
+    data: str | RowsInMemory,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainConfig,
+    report: "RunReport",
 ) -> Dataset:
     """Read and encode a data set as the options say, with a progress line.
 

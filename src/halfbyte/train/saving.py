@@ -16,7 +16,7 @@ from typing import Any, Self
 from halfbyte.checkpoint.base_model import LoadedBase
 from halfbyte.checkpoint.identity import identity_of
 from halfbyte.checkpoint.peft import write_card
-from halfbyte.checkpoint.run_state import latest_run, load_run, save_run
+from halfbyte.checkpoint.run_state import latest_run, load_run, run_at, save_run
 from halfbyte.config.command_line import invocation
 from halfbyte.config.schema import TrainConfig
 from halfbyte.errors import CheckpointError, HalfbyteError
@@ -75,12 +75,13 @@ class Checkpoints:
         old = minutes is not None and age >= 60.0 * minutes
         return old or step % self._every == 0 or step == self._total
 
-    def save(self, step: int, progress: Mapping[str, Any]) -> None:
+    def save(self, step: int, progress: Mapping[str, Any], *, best: int | None = None) -> None:
         """Write a checkpoint of the state after ``step``; on a GPU in the background.
 
         Args:
             step: Optimizer steps made.
             progress: More state of the run, as JSON values.
+            best: Step of the checkpoint that is kept whatever its age, if there is one.
         """
         self.saved, self._newest = step, self._now()
         trainer, state = self._trainer, adapter_state(self._base.model)
@@ -92,6 +93,7 @@ class Checkpoints:
             optimizer=trainer.optimizer_state(),
             progress=self._identity | trainer.progress() | dict(progress),
             keep=self._config.save_total_limit,
+            best=best,
             card=partial(write_card, names=trainer.parameters, config=self._lora, **self.card),
         )
         self._writer.write(write)
@@ -112,6 +114,24 @@ class Checkpoints:
         self._trainer.load_progress(state.progress)
         self._trainer.load_optimizer_state(state.optimizer)
         return state.step
+
+    def restore_adapters(self, step: int) -> None:
+        """Restore the adapters, and nothing else, from the checkpoint after ``step``.
+
+        Raises:
+            CheckpointError: It is missing or damaged.
+            OutputError: It could not be written.
+        """
+        self._writer.wait()
+        path = run_at(self._config.output, step)
+        try:
+            adapter = load_run(path).adapter
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"`load_best`: the best evaluation was after step {step}: {error}. The adapter of "
+                f"the last step is in the newest checkpoint in {path.parent}"
+            ) from error
+        load_adapter_state(self._base.model, adapter)
 
     @cached_property
     def card(self) -> dict[str, Any]:
