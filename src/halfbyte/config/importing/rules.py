@@ -30,12 +30,13 @@ class Imported:
 
     def set(self, option: str, value: Any, origin: str) -> None:
         """Set an option. If it has another value already, the first is kept and this is listed."""
-        if option in self.values and self.values[option] != value:
+        if option not in self.values:
+            self.values[option], self.origins[option] = value, origin
+        elif self.values[option] == value:
+            self.unneeded.append((origin, f"says the same as {self.origins[option]}"))
+        else:
             before = f"{self.values[option]!r} ({self.origins[option]})"
             self.missing.append((origin, f"`{option}` is {before} already; keep one of the two"))
-        else:
-            self.values[option] = value
-            self.origins.setdefault(option, origin)
 
 
 def set_defaults(into: Imported, defaults: Mapping[str, Any]) -> None:
