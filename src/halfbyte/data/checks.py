@@ -223,6 +223,7 @@ def check_data(
         max_length=options.max_length,
         batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
+        positions=options.positions,
     )
     return DataCheck(kept, lengths, len(dataset.last_of_row), len(train.indices))
 
