@@ -94,6 +94,9 @@ def test_a_suggestion_is_made_only_if_it_is_of_use() -> None:
     assert suggestion(Lengths(**fits | {"max_length": 128})) is None
     assert suggestion(Lengths(**fits | {"max_length": 200})) is None
     assert suggestion(Lengths(**fits | {"max_length": 4096})) is None  # the longest has 200
+    longer = {**LENGTHS.__dict__, "positions": 150}
+    assert suggestion(Lengths(**longer)) is None  # 192 would be enough
+    assert suggestion(Lengths(**longer | {"positions": 192})) is not None
     percentiles = {**LENGTHS.percentiles, 100: 4096}
     rare = Lengths(
         **fits | {"max_length": 4096, "percentiles": percentiles, "choices": ((128, 0.01, 0.001),)}

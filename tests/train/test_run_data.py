@@ -62,7 +62,9 @@ def test_errors_are_warnings_and_what_reading_said_is_not_said_again(config: Tra
     data, heard = read(config)
     (error,) = heard.warnings
     assert error[:2] == (0, "data")
-    assert error[2].startswith(f"HB504: {config.eval_data}: held-out rows that are also training")
+    assert data.held_out is not None
+    source = data.held_out.report.source
+    assert error[2].startswith(f"HB504: {source}: held-out rows that are also training rows: 2")
     said = [note for note in heard.notes if note.startswith("HB")]
     assert [note[:5] for note in said] == ["HB401", "HB603", "HB604"]
     found = {one.code for one in data.check.findings}

@@ -14,7 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -223,6 +223,7 @@ def check_data(
         max_length=options.max_length,
         batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
+        positions=options.positions,
     )
     return DataCheck(kept, lengths, len(dataset.last_of_row), len(train.indices))
 
@@ -430,6 +431,15 @@ def _alike(
 
 # What the report on the data has said already
 
+
+class _Lines(Protocol):
+    """The lines of rows, of which the first are looked at."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> Sequence[str]: ...
+
+
 _REASONS = (
     (r"nothing supervised within max_length", "HB302"),
     (r"nothing supervised|no assistant turn|no reply can be supervised", "HB201"),
@@ -481,14 +491,12 @@ def _of_report(report: DatasetReport) -> Iterator[Finding]:
         )
 
 
-def _lines(code: str, lines: Sequence[str], of: int, source: str) -> Finding:
+def _lines(code: str, lines: _Lines, of: int, source: str) -> Finding:
     shown = tuple(lines[:_SHOWN])
     return _finding(code, count=len(lines), of=of, lines=shown, source=source, reported=True)
 
 
-def _of_rejected(
-    source: str, rows: int, rejected: Mapping[str, Sequence[str]]
-) -> Iterator[Finding]:
+def _of_rejected(source: str, rows: int, rejected: Mapping[str, _Lines]) -> Iterator[Finding]:
     """One finding for each code; its detail is the most frequent reason.
 
     Args:

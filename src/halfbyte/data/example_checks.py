@@ -209,6 +209,7 @@ class Lengths:
             of supervised tokens that it cuts off).
         padding: Share of padding tokens if each micro-batch is padded to its longest example.
         packed: Share of tokens in rows of ``max_length`` that are packed by best fit.
+        positions: Positions that the model was made for, if known.
     """
 
     max_length: int
@@ -220,6 +221,7 @@ class Lengths:
     choices: tuple[tuple[int, float, float], ...]
     padding: float
     packed: float
+    positions: int | None = None
 
 
 _PERCENTILES = (5, 25, 50, 75, 90, 95, 99, 100)
@@ -227,7 +229,12 @@ _SAMPLED = 5000  # lengths that are padded and packed
 
 
 def lengths_of(
-    scan: ExampleScan, *, max_length: int, batch_size: int, gradient_accumulation_steps: int
+    scan: ExampleScan,
+    *,
+    max_length: int,
+    batch_size: int,
+    gradient_accumulation_steps: int,
+    positions: int | None = None,
 ) -> Lengths:
     """Summarise the lengths that a pass has found, as a run would batch them."""
     found = scan.lengths
@@ -263,6 +270,7 @@ def lengths_of(
         choices=tuple(choices),
         padding=1 - int(shuffled.sum()) / padded,
         packed=int(shuffled.sum()) / (_packs(shuffled, max_length) * max_length),
+        positions=positions,
     )
 
 

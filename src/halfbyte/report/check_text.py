@@ -146,6 +146,8 @@ def suggestion(lengths: Lengths) -> str | None:
     found = next(((n, cut) for n, _, cut in lengths.choices if cut <= _LITTLE), None)
     if found is None or found[0] == lengths.max_length:
         return None
+    if lengths.positions is not None and found[0] > lengths.positions:
+        return None  # HB303 would be next
     enough, cut = found
     said = f"cuts off {percent(cut)} of the supervised tokens" if cut else "cuts off nothing"
     longest = min(lengths.percentiles[100], lengths.max_length)
