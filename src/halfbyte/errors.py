@@ -9,6 +9,7 @@
     │   ├── OutputError        the output cannot be written: no permission, no space, in use
     │   └── OutOfMemoryError   a step does not fit into GPU memory, after all fallbacks
     ├── EncodingError          a process that encodes data ended before its work was done
+    ├── UploadError            an adapter is complete, and could not be uploaded
     ├── NonFiniteLossError     training diverged: the loss or a gradient is NaN or infinite
     └── RunStopped             a run was asked to stop, and has saved its state
 
@@ -63,6 +64,10 @@ class WeightError(UserError):
 
 class EncodingError(HalfbyteError):
     """A process that encodes data ended before its work was done."""
+
+
+class UploadError(HalfbyteError):
+    """An adapter is complete, and could not be uploaded; the message says how to try again."""
 
 
 class NonFiniteLossError(HalfbyteError):

@@ -7,7 +7,7 @@ by `halfbyte.data.specs`. A mapping says the same in keys, and can have columns 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeGuard
 
 from pydantic import (
     BaseModel,
@@ -47,6 +47,14 @@ DataSpec = str | DataSource
 
 Data = str | Path | DataSource | Sequence[str | Path | DataSource]
 """Sources, as Python code may give them."""
+
+
+def is_sources(data: object) -> TypeGuard[Data]:
+    """Whether it names sources: a name, a mapping of ours, or several; otherwise it may be rows."""
+    one = str | Path | DataSource
+    if isinstance(data, list | tuple) and data:
+        return all(isinstance(item, one) for item in data)
+    return isinstance(data, one)
 
 
 def sources_of(data: Data) -> tuple[DataSpec, ...]:

@@ -5,6 +5,7 @@
     row_files       rows with line numbers, read by byte offset
     kinds           what a file is, which readers, tables and hub read
     conversion      what is not JSON lines, as JSON lines in the cache
+    in_memory       rows of a program
     row_table       the rows of these files, read by number (row_index: where they are)
     formats         rows to conversations
     messages        the messages of a conversation
@@ -29,9 +30,16 @@ import numpy as np
 from halfbyte.config.data_sources import Data
 from halfbyte.data.batching import IGNORED, MicroBatch, Mixture, StepPlan, collate, steps
 from halfbyte.data.dataset import Dataset
-from halfbyte.data.dataset_report import LONGEST_REASON, DatasetReport, Rejection, RowRejected
+from halfbyte.data.dataset_report import (
+    LONGEST_REASON,
+    DatasetReport,
+    NothingUsable,
+    Rejection,
+    RowRejected,
+)
 from halfbyte.data.encoding import EncoderSpec, beginning_of
 from halfbyte.data.formats import Conversation, Message, format_of, to_conversation
+from halfbyte.data.in_memory import RowsInMemory
 from halfbyte.data.loading import load_rows, nothing_usable, open_source
 from halfbyte.data.templates import Encoder, Example, TrainOn, end_of_turn, prompt_ids
 from halfbyte.errors import DataError
@@ -50,7 +58,9 @@ __all__ = [
     "Message",
     "MicroBatch",
     "Mixture",
+    "NothingUsable",
     "Rejection",
+    "RowsInMemory",
     "StepPlan",
     "collate",
     "conversations",
@@ -62,7 +72,7 @@ __all__ = [
 
 
 def load_dataset(
-    source: Data,
+    source: Data | RowsInMemory,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
@@ -75,7 +85,8 @@ def load_dataset(
     """Reads, checks and encodes a data set.
 
     Args:
-        source: One source or several: files, directories, hub ids; see `halfbyte.data.specs`.
+        source: One source or several: files, directories, hub ids; see `halfbyte.data.specs`; or
+            a program's rows.
         tokenizer: The tokenizer, with its chat template.
         max_length: Longer rows are truncated to this many tokens, and counted.
         train_on: Supervised tokens: the assistant's, or all.
@@ -112,7 +123,7 @@ def conversations(source: Data, columns: Mapping[str, str] | None = None) -> lis
             rejections.append(Rejection(row.line, reason, beginning_of(row.value)))
     if not found:
         counts = dict(formats.most_common())
-        raise DataError(nothing_usable(opened.name, len(opened.table), counts, rejections))
+        raise nothing_usable(opened.name, len(opened.table), counts, rejections)
     if plain := formats["text"]:
         raise DataError(
             f"{opened.name} has plain text in {plain:,} of its {len(opened.table):,} rows: "

@@ -7,6 +7,7 @@ file of the data again, when it is asked for.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, overload
@@ -113,6 +114,11 @@ class Conversations(Sequence[Conversation]):
         for start in range(0, len(self), _READ_TOGETHER):
             yield from self._read(np.arange(start, min(start + _READ_TOGETHER, len(self))))
 
+    def select(self, indices: NDArray[np.int64]) -> Conversations:
+        """Return those of the examples with these indices."""
+        chosen = self.row[indices], self.messages[indices]
+        return Conversations(self._table, self._preferred, *chosen)
+
     def lines(self, indices: Sequence[int]) -> list[str]:
         """Return the lines of examples, without reading them."""
         return self._table.lines(self.row[np.array(indices, dtype=np.int64)])
@@ -152,6 +158,16 @@ class Cases(Sequence[Case]):
         at = int(self._dataset.last_of_row[index])
         return Case(self._dataset.rows[at], self._dataset.examples[at])
 
+    def __iter__(self) -> Iterator[Case]:
+        rows, examples = self._dataset.rows, self._dataset.examples
+        last = np.asarray(self._dataset.last_of_row, dtype=np.int64)
+        if isinstance(rows, Conversations):  # some of them together
+            rows, indices = rows.select(last), last.tolist()
+        else:
+            rows, indices = [rows[at] for at in last.tolist()], last.tolist()
+        for row, at in zip(rows, indices, strict=True):
+            yield Case(row, examples[at])
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
@@ -190,6 +206,28 @@ class Dataset:
         if isinstance(self.rows, Conversations):
             return self.rows.lines(indices)
         return [self.rows[index].line for index in indices]
+
+    def select(
+        self, indices: NDArray[np.int64]
+    ) -> tuple[Sequence[Example], Sequence[Conversation]]:
+        """Return the examples with these indices, and their conversations."""
+        examples: Sequence[Example] = []
+        if isinstance(self.examples, Examples):
+            examples = self.examples.select(indices)
+        else:
+            examples = [self.examples[index] for index in indices.tolist()]
+        if isinstance(self.rows, Conversations):
+            return examples, self.rows.select(indices)
+        return examples, [self.rows[index] for index in indices.tolist()]
+
+    def digest(self) -> str:
+        """Return a digest of the tokens of all examples, and of which are supervised."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            digest.update(np.asarray(example.tokens).tobytes())
+            digest.update(np.asarray(example.labels_mask).tobytes())
+            digest.update(b"|")
+        return digest.hexdigest()
 
     def prompts(self, longest: int) -> list[int]:
         """Return which of the `cases` have a prompt, of at most so many tokens."""

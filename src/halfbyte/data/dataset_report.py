@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from halfbyte.errors import DataError
 from halfbyte.foreign_text import quote
 
 _SHOWN = 5
@@ -95,6 +96,24 @@ def described_notes(notes: Iterable[tuple[str, Iterable[str]]]) -> list[str]:
     """Return one line for each note, with the lines of its rows if it is not for all."""
     found = [(note, lines if isinstance(lines, Lines) else Lines(lines)) for note, lines in notes]
     return [f"{note}: {counted(lines)}" if len(lines) else note for note, lines in found]
+
+
+class NothingUsable(DataError):
+    """Not a single row of a data set can be used.
+
+    Attributes:
+        source: The data set, as the user names it.
+        rows: The number of rows.
+        rejections: Why each is rejected.
+    """
+
+    def __init__(
+        self, message: str, source: str, rows: int, rejections: Sequence[Rejection]
+    ) -> None:
+        super().__init__(message)
+        self.source = source
+        self.rows = rows
+        self.rejections = rejections
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,15 +18,23 @@ from numpy.typing import NDArray
 from halfbyte.config.data_sources import Data, name_of
 from halfbyte.data.batching import Mixture
 from halfbyte.data.dataset import Conversations, Dataset, Examples, last_of_row
-from halfbyte.data.dataset_report import Rejection, by_reason, describe_rejected, in_words
+from halfbyte.data.dataset_report import (
+    NothingUsable,
+    Rejection,
+    by_reason,
+    describe_rejected,
+    in_words,
+)
 from halfbyte.data.encoding import EncodedChunk, EncoderSpec, EncodingReport
 from halfbyte.data.formats import preferred_formats
+from halfbyte.data.in_memory import RowsInMemory
 from halfbyte.data.row_encoder import RowEncoder, chunks_of
+from halfbyte.data.row_files import Row, RowFile, problem_line
 from halfbyte.data.row_table import RowTable
 from halfbyte.data.sources import open_sources
 from halfbyte.errors import DataError, OutputError
 from halfbyte.input_files import read_file
-from halfbyte.user_cache import cached_directory
+from halfbyte.user_cache import cached_directory, temporary_directory
 
 COMPLETE_BYTES, COMPLETE_ROWS = 64 * 10**6, 250_000
 """Data that is larger is encoded while it is trained on (`example_stream`): this much takes half a
@@ -109,7 +117,7 @@ class OpenedSource:
 
 
 def open_source(
-    source: Data,
+    source: Data | RowsInMemory,
     *,
     columns: Mapping[str, str] | None = None,
     max_samples: int | None = None,
@@ -119,7 +127,8 @@ def open_source(
     """Open sources, and find their rows.
 
     Args:
-        source: One source or several: files, directories, hub ids; see `halfbyte.data.specs`.
+        source: One source or several: files, directories, hub ids; see `halfbyte.data.specs`; or
+            a program's rows, which are written to a temporary file.
         columns: For keys of a row format, the rows' own; see `halfbyte.data.sources`.
         max_samples: Rows of each source that are used at most, the first.
         keep: Whether the cache may be used for indices and encoded rows.
@@ -128,6 +137,10 @@ def open_source(
     Raises:
         DataError: It does not exist, cannot be read, or has no rows.
     """
+    if isinstance(source, RowsInMemory):
+        rows, notes = source.read()
+        table = RowTable([spooled(rows, str(source), temporary_directory())], keep=False)
+        return OpenedSource(str(source), table, notes, keep=False)
     opened = open_sources(source, columns=columns, max_samples=max_samples, progress=progress)
     table = RowTable(opened.files, keep=keep, progress=progress)
     return OpenedSource(name_of(source), table, opened.notes, keep, opened.names, opened.weights)
@@ -178,7 +191,7 @@ def load_rows(
             progress(done, len(rows))
     found = report.report()
     if not found.examples:
-        raise DataError(nothing_usable(source.name, found.rows, found.formats, found.rejections))
+        raise nothing_usable(source.name, found.rows, found.formats, found.rejections)
     # Mapped when all are there, so that it is one mapping.
     chunks = [
         one or encoder.mapped(chunk_rows) or next(encoder.encode([chunk_rows]))
@@ -199,8 +212,24 @@ def load_rows(
 
 def nothing_usable(
     source: str, rows: int, formats: Mapping[str, int], rejections: Sequence[Rejection]
-) -> str:
-    """Return a message that lists why no row is usable."""
+) -> NothingUsable:
+    """Return the error that lists why no row is usable."""
     listed = "".join(f"\n  {line}" for line in describe_rejected(by_reason(rejections)))
     read_as = f" (read as {in_words(formats)})" if formats else ""
-    return f"{source}: none of the {rows:,} rows{read_as} is usable.{listed}"
+    message = f"{source}: none of the {rows:,} rows{read_as} is usable.{listed}"
+    return NothingUsable(message, source, rows, rejections)
+
+
+def spooled(rows: Iterable[Row], name: str, directory: Path) -> RowFile:
+    """Write rows as a file in a directory, from which they can be read again."""
+    path, lines = directory / "rows.jsonl", directory / "lines.npy"
+    numbers = []
+    with open(path, "wb") as file:
+        for row in rows:
+            numbers.append(int(row.line.rpartition(":")[2]))
+            if row.problem is None:
+                file.write(json.dumps(row.value).encode() + b"\n")
+            else:
+                file.write(problem_line(row.problem, str(row.value).encode()) + b"\n")
+    np.save(lines, np.array(numbers, dtype=np.int64))
+    return RowFile(path, name, lines=lines, converted=True)

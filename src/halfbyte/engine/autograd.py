@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from halfbyte.engine.neftune import EmbeddingNoise
 from halfbyte.engine.objective import CROSS_ENTROPY, Objective
-from halfbyte.engine.packing import Batch, with_first_row
+from halfbyte.engine.packing import Batch, spans_of, with_first_row
 from halfbyte.linear.lora import DropoutClock, dropout_clock
 from halfbyte.plan.policy import ActivationPolicy
 
@@ -28,6 +29,7 @@ class AutogradEngine:
 
     Attributes:
         objective: The objective that steps minimise; each micro-batch is a part.
+        noise: Added to the embeddings in steps, if asked for.
         messages: Messages for the user; cleared by the code that logs them.
     """
 
@@ -35,6 +37,7 @@ class AutogradEngine:
     captures = False
     messages: list[str]
     clock: DropoutClock | None
+    noise: EmbeddingNoise | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.messages = model, []
@@ -54,6 +57,8 @@ class AutogradEngine:
         for i, (batch, first) in enumerate(with_first_row(batches)):
             if self.clock is not None:
                 self.clock.micro_batch = i
+            if self.noise is not None:
+                self.noise.spans = spans_of(batch, first)
             with torch.enable_grad():
                 loss = self._loss(batch, first, self.objective) / normaliser
             loss.backward()  # type: ignore[no-untyped-call]

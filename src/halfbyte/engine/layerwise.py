@@ -40,6 +40,7 @@ from transformers import PreTrainedModel
 from halfbyte.engine.buckets import Buckets, divide, own_shape
 from halfbyte.engine.cuda_graphs import CapturedPasses
 from halfbyte.engine.forward_backward import LayerInput, Passes
+from halfbyte.engine.neftune import EmbeddingNoise
 from halfbyte.engine.objective import CROSS_ENTROPY, Objective
 from halfbyte.engine.packing import Batch, PackedBatch, lengths_of, part_of_shape, parts_of
 from halfbyte.engine.weights import ResidentWeights, WeightProvider, acquired
@@ -89,6 +90,7 @@ class LayerEngine:
         dtype: The dtype of activations and products.
         decoded_bytes: Size of a layer's decoded weights; 0 if they are not packed.
         trained: The trained parameters of each layer.
+        noise: Added to the embeddings in steps, if asked for.
         objective: The objective that steps minimise.
         buckets: The shapes of parts, if a run has chosen any.
         max_seqlen: Tokens of the longest document of a run, if known: if it is longer than an
@@ -107,6 +109,7 @@ class LayerEngine:
     norm: nn.Module
     head: nn.Linear | FrozenHead
     clock: DropoutClock | None
+    noise: EmbeddingNoise | None = None
 
     def __init__(self, model: PreTrainedModel, *, fuse: bool = False, graphs: bool = False) -> None:
         self.model = model
@@ -448,7 +451,7 @@ class LayerEngine:
         by_shape: dict[tuple[int, ...], list[dict[str, Any]]] = {}
         layer_inputs = []
         for i, part in enumerate(parts):
-            x, recorded = self._record(part.ids)
+            x, recorded = self._record(part)
             calls = by_shape.setdefault(tuple(part.ids.shape), recorded)
             layer_inputs.append(LayerInput(x, (), self._recorded_run(i, calls)))
         return layer_inputs
@@ -473,6 +476,8 @@ class LayerEngine:
         return run
 
     def _fused_input(self, micro_batch: int, part: PackedBatch) -> LayerInput:
+        if self.noise is not None:
+            self.noise.spans = part.spans
         with torch.set_grad_enabled(self.entry_trained):
             x = self.decoder.get_input_embeddings()(part.ids)
         tables = self._rotary_tables(x, part)
@@ -509,7 +514,9 @@ class LayerEngine:
                 self._tables[part.max_seqlen] = tables
         return tables
 
-    def _record(self, input_ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+    def _record(self, part: PackedBatch) -> tuple[Tensor, list[dict[str, Any]]]:
+        if self.noise is not None:
+            self.noise.spans = part.spans
         arguments: list[dict[str, Any]] = []
         entry: list[Tensor] = []
 
@@ -526,7 +533,7 @@ class LayerEngine:
             layer.forward = stub
         try:
             with suppress(_Stop), torch.set_grad_enabled(self.entry_trained):
-                self.decoder(input_ids=input_ids, use_cache=False)
+                self.decoder(input_ids=part.ids, use_cache=False)
         finally:
             for layer in self.layers:
                 del layer.forward

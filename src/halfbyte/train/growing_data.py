@@ -8,7 +8,6 @@ rejected.jsonl as they come.
 """
 
 import hashlib
-import json
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -34,9 +33,8 @@ from halfbyte.data.example_stream import (
     shuffled,
     stream_from,
 )
-from halfbyte.data.loading import OpenedSource, load_rows
+from halfbyte.data.loading import OpenedSource, load_rows, spooled
 from halfbyte.data.row_encoder import RowEncoder, chunks_of
-from halfbyte.data.row_files import Row, RowFile, problem_line
 from halfbyte.data.row_table import RowTable
 from halfbyte.data.sources import open_sources
 from halfbyte.errors import CheckpointError, DataError
@@ -202,7 +200,7 @@ class StreamedData(GrowingData):
                 raise DataError(f"{name} is empty: expected rows, one JSON object per line.")
             self._stream = chain(head, rows)
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            table = RowTable([_spooled(head, name, directory)], keep=False)
+            table = RowTable([spooled(head, name, directory)], keep=False)
             source = OpenedSource(name, table, (), keep=False)
             preferred = source.preferred()
             self._spec = EncoderSpec(tokenizer, preferred, config.max_length, config.train_on)
@@ -230,19 +228,6 @@ def _sample_of(table: RowTable, rows: NDArray[np.unsignedinteger[Any]]) -> NDArr
         if size >= SAMPLE_BYTES:
             break
     return np.concatenate(found)
-
-
-def _spooled(rows: list[Row], name: str, directory: Path) -> RowFile:
-    """Write rows as a file from which they can be read again."""
-    path, lines = directory / "rows.jsonl", directory / "lines.npy"
-    with open(path, "wb") as file:
-        for row in rows:
-            if row.problem is None:
-                file.write(json.dumps(row.value).encode() + b"\n")
-            else:
-                file.write(problem_line(row.problem, str(row.value).encode()) + b"\n")
-    np.save(lines, np.array([int(row.line.rpartition(":")[2]) for row in rows], dtype=np.int64))
-    return RowFile(path, name, lines=lines, converted=True)
 
 
 def _position_of(progress: Mapping[str, Any]) -> Position:

@@ -4,6 +4,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from halfbyte.checkpoint.atomic import remove_directory
 from halfbyte.checkpoint.output_lock import output_lock
@@ -13,14 +14,19 @@ from halfbyte.config.schema import TrainConfig
 from halfbyte.data.sources import local_paths
 from halfbyte.errors import OutputError
 from halfbyte.input_files import open_file
+from halfbyte.report.held_out import HELD_OUT_NAME, write_held_out
 from halfbyte.report.rejected import REJECTED_NAME
+from halfbyte.train.run_data import RunData
+
+if TYPE_CHECKING:
+    from halfbyte.report import RunReport
 
 _CONFIG, _JOURNAL = "config.yaml", "journal.jsonl"
 _FIRST_LINE = 2**20
 
 # The names that a run writes in its directory, its tokenizer's files included.
 _WRITTEN = (
-    *(_CONFIG, _JOURNAL, REJECTED_NAME, "report.html", "checkpoint-*"),
+    *(_CONFIG, _JOURNAL, REJECTED_NAME, HELD_OUT_NAME, "report.html", "checkpoint-*"),
     "nonfinite-*.json",
     *("adapter_config.json", "adapter_model.safetensors", "halfbyte.json"),
     *("tokenizer*.json", "tokenizer*.model", "chat_template*", "special_tokens_map.json"),
@@ -55,6 +61,18 @@ def claim_output(config: TrainConfig) -> Iterator[None]:
                     "give another --output"
                 )
         yield
+
+
+def write_held_out_rows(output: Path, data: RunData, report: "RunReport") -> None:
+    """Write the rows that were held out beside the journal, if some were.
+
+    Raises:
+        OutputError: A file cannot be written.
+    """
+    if data.divided and data.held_out is not None:
+        rows = [row for row, _ in data.held_out.cases]
+        report.record("held_out", {"lines": [row.line for row in rows]})
+        report.note(f"the rows held out, for `halfbyte eval`: {write_held_out(output, rows)}")
 
 
 def remove_run(directory: Path) -> None:

@@ -4,9 +4,8 @@ Data up to a size is encoded whole by then; of what is larger, or has no end, a 
 rest while it is trained on (`growing_data`).
 """
 
-import hashlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +15,13 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from halfbyte.config.data_sources import Data, name_of
 from halfbyte.config.schema import TrainConfig
-from halfbyte.data import Dataset, Mixture
+from halfbyte.data import Dataset, Mixture, RowsInMemory
+from halfbyte.data.checks import TRAIN_ROWS, CheckOptions, DataCheck, check_data
 from halfbyte.data.encoding import EncoderSpec
 from halfbyte.data.loading import OpenedSource, load_rows, open_source
 from halfbyte.data.row_encoder import RowEncoder
+from halfbyte.data.split import split_dataset
+from halfbyte.errors import DataError
 from halfbyte.report.rejected import REJECTED_NAME, write_rejected
 from halfbyte.train.growing_data import GrowingData, LargeData, StreamedData
 from halfbyte.train.lazy_steps import LazySteps
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 
 Progress = Callable[[int, int], None]
+Source = Data | RowsInMemory
 
 
 class RunData:
@@ -40,6 +43,8 @@ class RunData:
     Attributes:
         dataset: What is trained on; a sample of it, if the rest is encoded while training.
         held_out: What is evaluated on, or None.
+        check: What was found in both.
+        divided: Whether that was held out of the same data, by ``eval_split``.
         plan: The examples of every step.
         lengths: For each step that ``plan.lengths`` covers, the tokens of its examples.
         shapes: For each of these steps, the rows and tokens of its micro-batches, padded.
@@ -51,42 +56,43 @@ class RunData:
         tokenizer: PreTrainedTokenizerBase,
         model_config: PretrainedConfig,
         report: "RunReport",
+        *,
+        train_data: Iterable[object] | None = None,
+        eval_data: Iterable[object] | None = None,
     ) -> None:
-        """Read the data and note what is odd about it.
+        """Read the data, hold some out if wanted, and note what is odd about it.
+
+        Args:
+            config: The options of the run.
+            tokenizer: The tokenizer of the base model.
+            model_config: Its configuration.
+            report: Where to log.
+            train_data: Rows of a program, instead of those that ``config.data`` names.
+            eval_data: The same instead of ``config.eval_data``.
 
         Raises:
-            DataError: There is no data, or no usable row.
+            DataError: There is no data, no usable row, or too few to hold some out.
         """
         self._run_report = report
+        train = (
+            config.data if train_data is None else RowsInMemory(train_data, name_of(config.data))
+        )
+        held_out: Source | None = config.eval_data
+        if eval_data is not None:
+            held_out = RowsInMemory(eval_data, name_of(config.eval_data or "eval_data"))
         with ExitStack() as stack:
-            self._prepare(config, tokenizer, model_config, stack)
+            self._read(config, tokenizer, train, held_out, stack)
+            self._plan(config, tokenizer.pad_token_id or 0, model_config)
             self._open = stack.pop_all()
 
-    def _prepare(
-        self,
-        config: TrainConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        model_config: PretrainedConfig,
-        stack: ExitStack,
-    ) -> None:
-        report, pad_id = self._run_report, tokenizer.pad_token_id or 0
-        self.dataset, self._growing = self._read(config, tokenizer, stack)
-        for line in self.dataset.report.lines():
-            report.note(line)
-        self.held_out: Dataset | None = None
-        if config.eval_data:
-            with _reading(config.eval_data, report) as progress:
-                source = _open(config.eval_data, config, progress)
-                self.held_out = _whole(source, tokenizer, config, report, progress)
-            for line in self.held_out.report.lines():
-                report.note(line)
+    def _plan(self, config: TrainConfig, pad_id: int, model_config: PretrainedConfig) -> None:
         self.plan: RunSteps | LazySteps
         if self._growing is None:
             self.plan = RunSteps(self.dataset.examples, config, pad_id, self.dataset.mixture)
         else:
             self.plan = LazySteps(self._growing.rows, self.dataset.examples, config, pad_id)
         rows = None if self._growing is None else self._growing.rows or sys.maxsize
-        lengths_of = self.dataset.lengths
+        lengths_of, report = self.dataset.lengths, self._run_report
         for line in implausible(config, lengths_of, self.plan.total, model_config, rows):
             report.note(line)
         lengths = self.plan.lengths()
@@ -94,15 +100,50 @@ class RunData:
         self.lengths = [[n for batch in step for n in batch] for step in lengths]
 
     def _read(
-        self, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, stack: ExitStack
+        self,
+        config: TrainConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        train: Source,
+        held_out: Source | None,
+        stack: ExitStack,
+    ) -> None:
+        """Read what is trained on, and what is evaluated on, and check both."""
+        report = self._run_report
+        dataset, self._growing = self._read_training(config, tokenizer, train, stack)
+        self.dataset, self.held_out = _noted(dataset, report), None
+        self.divided = config.eval_split is not None
+        if config.eval_split is not None:
+            if self._growing is not None:
+                raise DataError(
+                    "`eval_split` needs data that is encoded before the first step, which this is "
+                    "too large for: give other rows as `eval_data`"
+                )
+            whole = len(dataset.last_of_row)
+            self.dataset, self.held_out, texts = split_dataset(
+                dataset, config.eval_split, config.seed
+            )
+            part = len(self.held_out.last_of_row)
+            report.note(f"held out: {part:,} of {whole:,} rows, with {texts:,} different texts")
+        elif held_out is not None:
+            self.held_out = _noted(read_data(held_out, tokenizer, config, report), report)
+        how = check_options(config, most_rows=TRAIN_ROWS)
+        self.check = check_data(self.dataset, tokenizer, how, held_out=self.held_out)
+        _say(self.check, report)
+
+    def _read_training(
+        self,
+        config: TrainConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        data: Source,
+        stack: ExitStack,
     ) -> tuple[Dataset, GrowingData | None]:
         report = self._run_report
         growing: GrowingData
-        if config.streaming:
+        if config.streaming and not isinstance(data, RowsInMemory):
             growing = StreamedData(config, tokenizer, report, stack)
         else:
-            with _reading(config.data, report) as progress:
-                source = _open(config.data, config, progress)
+            with _reading(data, report) as progress:
+                source = _open(data, config, progress)
                 if not source.is_large:
                     return _whole(source, tokenizer, config, report, progress), None
             growing = LargeData(source, config, tokenizer, report, stack)
@@ -113,12 +154,7 @@ class RunData:
         """A digest of what is trained on, which must be equal to resume a run."""
         if self._growing is not None:
             return self._growing.identity
-        digest = hashlib.sha256()
-        for example in self.dataset.examples:
-            digest.update(np.asarray(example.tokens).tobytes())
-            digest.update(np.asarray(example.labels_mask).tobytes())
-            digest.update(b"|")
-        return digest.hexdigest()
+        return self.dataset.digest()
 
     @property
     def mixture(self) -> Mixture | None:
@@ -185,20 +221,6 @@ class RunData:
         self._open.close()
 
 
-def _reading(data: Data, report: "RunReport") -> AbstractContextManager[Progress]:
-    return report.task(f"reading {name_of(data)}")
-
-
-def _open(data: Data, config: TrainConfig, progress: Progress) -> OpenedSource:
-    return open_source(
-        data,
-        columns=config.column,
-        max_samples=config.max_samples,
-        keep=config.cache_data,
-        progress=progress,
-    )
-
-
 def _whole(
     source: OpenedSource,
     tokenizer: PreTrainedTokenizerBase,
@@ -214,7 +236,90 @@ def _whole(
         dataset = load_rows(source, spec, rows, encoder=encoder, progress=progress)
     if encoder.directory is not None:
         report.note(
-            f"all {len(rows):,} rows ({source.table.bytes / 1e6:,.0f} MB) are encoded before the "
-            f"first step, and kept in {encoder.directory}"
+            f"all {len(rows):,} rows ({source.table.bytes / 1e6:,.0f} MB) are encoded at once, and "
+            f"kept in {encoder.directory}"
         )
     return dataset
+
+
+def read_data(
+    data: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainConfig,
+    report: "RunReport",
+) -> Dataset:
+    """Read and encode a data set as the options say, with a progress line.
+
+    Raises:
+        DataError: There is no data, or no usable row.
+    """
+    with _reading(data, report) as progress:
+        source = _open(data, config, progress)
+        return _whole(source, tokenizer, config, report, progress)
+
+
+def _reading(data: Source, report: "RunReport") -> AbstractContextManager[Progress]:
+    return report.task(f"reading {data if isinstance(data, RowsInMemory) else name_of(data)}")
+
+
+def _open(data: Source, config: TrainConfig, progress: Progress) -> OpenedSource:
+    return open_source(
+        data,
+        columns=config.column,
+        max_samples=config.max_samples,
+        keep=config.cache_data,
+        progress=progress,
+    )
+
+
+def check_options(
+    config: TrainConfig,
+    positions: int | None = None,
+    *,
+    most_rows: int | None = None,
+    ignore: tuple[str, ...] = (),
+) -> CheckOptions:
+    """Return how the data of a run is checked; arguments as in `CheckOptions`."""
+    return CheckOptions(
+        max_length=config.max_length,
+        everything=config.train_on == "all",
+        positions=positions,
+        batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        most_rows=most_rows,
+        ignore=ignore,
+    )
+
+
+def _noted(dataset: Dataset, report: "RunReport") -> Dataset:
+    for line in dataset.report.lines():
+        report.note(line)
+    return dataset
+
+
+_MOST_SAID = 5
+
+
+def _say(check: DataCheck, report: "RunReport") -> None:
+    """Warn of errors, and note a few warnings that the report on the data has not said already.
+
+    The run goes on: whether repeated rows, or held-out rows in the training data, are a mistake is
+    for the user to decide. `halfbyte check` ends with an exit code.
+    """
+    several = len({one.source for one in check.findings if one.source}) > 1
+    new: dict[str, str] = {}
+    for one in check.findings:
+        if not one.reported and one.severity != "info":
+            where = f"{one.source}: " if several and one.source else ""
+            new.setdefault(f"{one.code}: {where}{one.text}", one.severity)
+    for text, severity in list(new.items())[:_MOST_SAID]:
+        if severity == "error":
+            report.warning(0, "data", text)
+        else:
+            report.note(text)
+    if len(new) > _MOST_SAID:
+        report.note(f"{len(new) - _MOST_SAID} more findings are in report.html")
+    if new and check.looked_at < check.rows:
+        report.note(
+            f"{check.looked_at:,} of {check.rows:,} rows were checked; `halfbyte check` checks all"
+        )
