@@ -37,8 +37,8 @@ def test_after_training_every_command_means_what_was_done(tmp_path: Path, name: 
     lines, warnings = after_training(model, out, revision="v1", data=data)
     assert warnings == []
     chat, evaluated, merged, exported = map(read, lines[:4])
-    assert (chat.model, chat.revision, chat.adapter) == (model, "v1", str(out))
-    assert (evaluated.data, evaluated.adapter) == (data, str(out))
+    assert (chat.model, chat.revision, chat.adapter) == (model, "v1", (str(out),))
+    assert (evaluated.data, evaluated.adapter) == ((data,), (str(out),))
     for options, what in ((merged, "merged"), (exported, "gguf")):
         assert (options.model, options.adapter, options.revision) == (model, str(out), "v1")
         assert str(options.out) == f"{out}-{what}"
