@@ -27,6 +27,9 @@ from halfbyte.runtime.device import DeviceSpec
 
 # Tokens of a part of packed documents; more do not make products faster (engine/buckets.py).
 PART_TOKENS = 8192
+# The same on a CPU, where all parts of a step go through a layer before the next: a part's backward
+# takes memory, and of its products only the efficiency is gained.
+CPU_PART_TOKENS = 2048
 # If memory is short parts are halved, but not below this size: too few rows for a product.
 SMALLEST_PART = 512
 
