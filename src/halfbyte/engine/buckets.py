@@ -11,6 +11,8 @@ More sizes reduce padding, but each costs the capture of a graph. The sizes that
 
 are found exactly (`_sizes`, dynamic programming over the sorted token counts).
 
+On a CPU nothing is compiled ahead, and parts are as long as their documents (`Unfilled`).
+
 A product of m rows is computed in tiles, one per streaming multiprocessor (SM) at a time, so its
 time is a step function of m. For a 7B model on an H200 a step is 1024 rows: 3072 tokens take a
 layer 6.6 ms, 3328 take 7.5 (gpu_part_sizes.json). So if a training step is divided, all parts but
@@ -228,6 +230,10 @@ class Unfilled:
         alone = sorted(set(range(len(lengths))).difference(packed))
         parts = divide([lengths[i] for i in packed], self.part_tokens) if packed else []
         return [[i] for i in alone] + [[packed[i] for i in part] for part in parts]
+
+    def shapes(self, lengths: Sequence[int]) -> list[PartShape]:
+        """Return the shapes of the parts of a step."""
+        return [self.fit([lengths[i] for i in part]) for part in self.divide(lengths)]
 
     def fit(self, lengths: Sequence[int]) -> PartShape:
         """Return the shape for a part of these documents."""

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from halfbyte.engine.buckets import Buckets, Unfilled, divide, own_shape
+from halfbyte.engine.buckets import Buckets, PartShape, Unfilled, divide, own_shape
 from halfbyte.engine.cuda_graphs import CapturedPasses
 from halfbyte.engine.forward_backward import LayerInput, Passes
 from halfbyte.engine.objective import CROSS_ENTROPY, Objective
@@ -430,12 +430,14 @@ class LayerEngine:
             segments=objective.needs_segments,
         )
 
-    def part_sizes(self, lengths: Sequence[int]) -> list[int]:
-        """Return the tokens of each part that documents of these lengths are packed into."""
-        shapes = self.unfilled or self.buckets
-        if shapes is None:
-            return [own_shape([lengths[i] for i in part]).numel for part in divide(lengths)]
-        return [shapes.fit([lengths[i] for i in p]).numel for p in shapes.divide(lengths)]
+    def part_shapes(self, lengths: Sequence[int]) -> list[PartShape]:
+        """Return the shape of each part that documents of these lengths are packed into."""
+        if self.unfilled is not None:
+            return self.unfilled.shapes(lengths)
+        if self.buckets is None:
+            return [own_shape([lengths[i] for i in part]) for part in divide(lengths)]
+        parts = self.buckets.divide(lengths)
+        return [self.buckets.fit([lengths[i] for i in part]) for part in parts]
 
     def _sees_all(self, max_seqlen: int) -> bool:
         """Return whether a document of ``max_seqlen`` tokens fits the layers' attention windows."""

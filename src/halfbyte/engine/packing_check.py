@@ -3,7 +3,7 @@
 Packed documents must be as independent as in rows of their own. Attention is restricted to them by
 our attention (layers/attention_cpu.py), if the model uses it, once in each layer; position ids tell
 them apart for everything else. What this leaves out is found by a probe: other operations that mix
-tokens (recurrent states, convolutions), attention biases, positions that are not taken from the ids.
+tokens (recurrent states, convolutions), biases of attention, positions that do not come from ids.
 The model packs if the log-probabilities of documents in one row
 
     are those of the documents alone, up to rounding
@@ -15,6 +15,7 @@ or rotary tables that depend on the longest position of the row.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class _Recorded(Objective):
         self.found: dict[int, Tensor] = {}
 
     def loss(self, logps: Tensor, segments: Tensor) -> Tensor:
-        for segment in segments.unique().tolist():
+        for segment in set(segments.tolist()):
             self.found[segment] = logps[segments == segment].double()
         return -logps.sum()
 
@@ -59,9 +60,12 @@ def pack_on_cpu(engine: LayerEngine | AutogradEngine, vocabulary: int) -> str | 
     try:
         with torch.no_grad():
             window = _probed(engine, vocabulary)
-    except (NotPackable, *_ERRORS) as error:
+    except NotPackable as error:
         engine.unfilled = None
-        return str(error) or type(error).__name__
+        return str(error)
+    except _ERRORS as error:
+        engine.unfilled = None
+        return f"its decoder cannot be called with packed documents: {error}"
     limits = [n for n in (window, _rotary_limit(decoder)) if n is not None]
     engine.unfilled = Unfilled(size, min(limits, default=None))
     return None
@@ -100,16 +104,17 @@ def _probed(engine: LayerEngine | AutogradEngine, vocabulary: int) -> int | None
     return row.window
 
 
-def _logps(
-    engine: LayerEngine | AutogradEngine, documents: Sequence[Tensor]
-) -> list[Tensor]:
+def _logps(engine: LayerEngine | AutogradEngine, documents: Sequence[Tensor]) -> list[Tensor]:
     """Return the log-probabilities of each document's tokens, float64."""
     recorded = _Recorded()
     longest = max(len(document) for document in documents) - 1
     ids = torch.zeros(len(documents), longest, dtype=torch.int64)
     labels = torch.full_like(ids, -100)
     for row, document in enumerate(documents):
-        ids[row, : len(document) - 1], labels[row, : len(document) - 1] = document[:-1], document[1:]
+        ids[row, : len(document) - 1], labels[row, : len(document) - 1] = (
+            document[:-1],
+            document[1:],
+        )
     engine.loss([Batch(ids, labels, [len(document) - 1 for document in documents])], recorded)
     return [recorded.found[number] for number in range(len(documents))]
 
@@ -117,6 +122,7 @@ def _logps(
 def _rotary_limit(decoder: nn.Module) -> int | None:
     """Return the longest document whose rotary tables do not depend on others in its row."""
     found: list[int] = []
+    module: Any
     for module in decoder.modules():
         kinds = getattr(module, "rope_type", None)
         for name, kind in (kinds if isinstance(kinds, dict) else {None: kinds}).items():

@@ -157,7 +157,7 @@ def causal_attention(
         [B, H, T, D] in the dtype of ``q``.
     """
     if len(lengths) > 1:
-        documents = zip(*(x.split(list(lengths), 2) for x in (q, k, v)), strict=True)
+        documents = zip(*(torch.split(x, list(lengths), 2) for x in (q, k, v)), strict=True)
         return torch.cat([causal_attention(*one, scale=scale) for one in documents], 2)
     batch, heads, length, width = q.shape
     groups = k.shape[1]
