@@ -95,7 +95,7 @@ class StepPlan(Sequence[list[MicroBatch]]):
         self._pack_tokens = pack_tokens
         if pack_tokens is not None:
             lengths = np.fromiter((len(e.tokens) for e in examples), np.int64, len(examples))
-            self.packs = pack(self._order, lengths, pack_tokens)
+            self.packs = pack(self._order, lengths, pack_tokens, at_least=count or 0)
         rows = len(self._order) if pack_tokens is None else len(self.packs)
         self._count = count or -(-rows // self._per_step)
 

@@ -45,13 +45,17 @@ class Packs:
         return self.members[self.starts[first] : self.starts[end]]
 
 
-def pack(order: NDArray[np.int64], lengths: NDArray[np.int64], capacity: int) -> Packs:
+def pack(
+    order: NDArray[np.int64], lengths: NDArray[np.int64], capacity: int, at_least: int = 0
+) -> Packs:
     """Pack the documents of an epoch.
 
     Args:
         order: int64 [documents], the examples of the epoch in order; one may occur repeatedly.
         lengths: [examples], the tokens of each example.
         capacity: Most tokens of a pack.
+        at_least: Least number of packs, if there are as many documents: packs with most documents
+            are divided until there are as many.
 
     Raises:
         ValueError: If a document has more tokens than a pack, or none.
@@ -66,6 +70,10 @@ def pack(order: NDArray[np.int64], lengths: NDArray[np.int64], capacity: int) ->
     starts = np.zeros(sum(map(len, sizes)) + 1, dtype=np.int64)
     if sizes:
         np.cumsum(np.concatenate(sizes), out=starts[1:])
+    for _ in range(min(at_least, len(order)) - len(starts) + 1):
+        counts = np.diff(starts)
+        most = int(counts.argmax())
+        starts = np.insert(starts, most + 1, starts[most] + counts[most] // 2)
     return Packs(members, starts)
 
 
