@@ -72,6 +72,8 @@ class RunData:
         self.check = check_data(self.dataset, tokenizer, how, held_out=self.held_out)
         _say(self.check, report)
         self.plan = RunSteps(self.dataset.examples, config, tokenizer.pad_token_id or 0)
+        if config.packing:
+            report.note(_fill(self.dataset, self.plan.packs(), config.max_length))
         for line in implausible(config, self.dataset.examples, self.plan.total, model_config):
             report.note(line)
         lengths = self.plan.lengths()
@@ -81,6 +83,15 @@ class RunData:
     def lines(self, step: int) -> list[list[str]]:
         """Return the lines of the rows of a step (0-based) in the data, by micro-batch."""
         return [[self.dataset.rows[row].line for row in rows] for rows in self.plan.rows(step)]
+
+
+def _fill(dataset: Dataset, packs: int, capacity: int) -> str:
+    """Return how full packs are."""
+    tokens = sum(len(example.tokens) for example in dataset.examples)
+    return (
+        f"{len(dataset.examples)} documents in {packs} packs of up to {capacity} tokens, "
+        f"{tokens / (packs * capacity):.1%} full"
+    )
 
 
 def read_data(
