@@ -208,3 +208,16 @@ def test_every_code_is_documented() -> None:
             severity += f", error from {known.error_from:.0%}"
         assert f"| {code} | {severity} | {known.title} |" in text, code
         assert known.remedy in text, code
+
+
+def test_another_chat_template_is_checked(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    template = tmp_path / "mine.jinja"
+    template.write_text("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}")
+    assert run(data, "--model", model, "--chat-template", template) == 1
+    out, err = capsys.readouterr()
+    assert "chat template: " in err
+    assert "HB202" in out  # its turns have no end
+    assert "[[<│assistant│>" in out

@@ -189,6 +189,35 @@ def test_sources_with_weights_are_mixed_by_them(model, data, tmp_path):
     assert {line.rpartition(":")[0] for line in lines} == {"train.jsonl", "other.jsonl"}
 
 
+def test_packs_have_as_many_documents_as_fit(model, data, tmp_path):
+    made = planned(model, data, tmp_path / "run", packing=True, max_steps=None, epochs=3)
+    tokenizer = tiny_tokenizer()
+
+    def begun(report, progress, step):
+        data = RunData(made, tokenizer, tiny_llama(tokenizer).config, report)
+        data.begin(tmp_path, step, progress)
+        data.close()  # it is encoded by this process
+        return data
+
+    with open_report(tmp_path / "run", quiet=True) as report:
+        found = begun(report, {}, 0)
+        taken, sizes, state = [], [], {}
+        for step in range(found.plan.total):
+            batches = found.plan[step]
+            sizes.append(sum(batch.tokens for batch in batches))
+            assert all(batch.input_ids.size <= 2 * 128 for batch in batches)
+            taken += [line for batch in found.lines(step) for line in batch]
+            if step == 1:
+                state = found.state(2)
+        resumed = begun(report, state, 2)
+        assert sum(batch.tokens for batch in resumed.plan[2]) == sizes[2]
+    assert max(sizes) <= 4 * 128  # four packs
+    assert min(sizes) > 0.75 * 4 * 128
+    usable = {str(at + 1) for at in range(ROWS) if at % 6}
+    assert set(taken[:65]) == usable  # sorted within a step, which may begin the next epoch
+    assert 0.8 < len(taken) / (3 * 50) < 1.3
+
+
 def test_closing_ends_what_was_opened(model, data, tmp_path, monkeypatch):
     closed = []
     close = RowEncoder.close

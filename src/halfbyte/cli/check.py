@@ -183,10 +183,15 @@ def _check(options: CheckOptions, ignored: tuple[str, ...], report: "RunReport")
     from halfbyte.checkpoint.base_model import open_vocabulary
     from halfbyte.data import NothingUsable
     from halfbyte.data.checks import check_data, check_unusable, evenly
+    from halfbyte.data.named_templates import choose_template
     from halfbyte.data.token_view import show_example
     from halfbyte.train.run_data import check_options, read_data
 
     tokenizer, positions = open_vocabulary(options.model, revision=options.revision)
+    if options.chat_template is not None:
+        tokenizer.chat_template, notes = choose_template(options.chat_template, tokenizer)
+        for note in notes:
+            report.note(note)
     whole = options.model_copy(update={"max_length": _WHOLE})
     sets: list[Dataset] = []
     for source in (options.data, options.eval_data):

@@ -146,6 +146,8 @@ ALIASES: dict[str, Alias] = {
     "train_on_prompt": Alias("train_on", _INPUTS_TOO, only=""),
     "micro_batch_size": Alias("batch_size"),
     "per_device_train_batch_size": Alias("batch_size"),
+    "sample_packing": Alias("packing"),
+    "neat_packing": Alias("packing"),
     "num_epochs": Alias("epochs"),
     "num_train_epochs": Alias("epochs"),
     "max_steps": Alias("max_steps", {"-1": None}),

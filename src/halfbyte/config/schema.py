@@ -192,6 +192,11 @@ class TrainConfig(ModelOptions):
     gradient_accumulation_steps: PositiveInt = Field(
         8, description="micro-batches per optimizer step"
     )
+    packing: bool = Field(
+        False,
+        description="count packs instead of examples in batch_size: several examples that "
+        "together have at most max_length tokens",
+    )
     epochs: float = Field(1.0, gt=0, le=10**6, description="passes over the data")
     max_steps: PositiveInt | None = Field(
         None, description="number of optimizer steps; overrides epochs"

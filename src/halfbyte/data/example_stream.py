@@ -10,7 +10,7 @@ whether they are in the cache or not.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple
@@ -76,8 +76,12 @@ class ExampleStream:
         self._rows, self._most = rows, most
         self._row: EncodedRow | None = None
 
-    def take(self, count: int) -> list[Taken]:
+    def take(self, count: int, most_tokens: int | None = None) -> list[Taken]:
         """Return the next examples; fewer, if the rows end.
+
+        Args:
+            count: Their number.
+            most_tokens: Fewer, too, if the next one had them exceed so many tokens together.
 
         Raises:
             DataError: Too many rows in a row are rejected, or the data cannot be read.
@@ -91,6 +95,13 @@ class ExampleStream:
                     break
             number, at = self.position
             left = self._row.examples[at : at + count - len(taken)]
+            if most_tokens is not None:
+                fitting = _fitting(left, most_tokens, first=not taken)
+                most_tokens -= sum(len(example.tokens) for example in left[:fitting])
+                if fitting < len(left):
+                    taken += [Taken(self._row.line, example) for example in left[:fitting]]
+                    self.position = Position(number, at + fitting)
+                    break
             taken += [Taken(self._row.line, example) for example in left]
             if at + len(left) < len(self._row.examples):
                 self.position = Position(number, at + len(left))
@@ -100,6 +111,15 @@ class ExampleStream:
                 raise DataError(f"none of {empty:,} rows one after the other is usable.")
             self._row, self.position = None, Position(number + 1)
         return taken
+
+
+def _fitting(examples: Sequence[Example], most: int, *, first: bool) -> int:
+    """Return how many of the examples have at most so many tokens; the first may exceed them."""
+    for at, example in enumerate(examples):
+        most -= len(example.tokens)
+        if most < 0 and not (first and not at):
+            return at
+    return len(examples)
 
 
 def shuffled(rows: int, seed: int, mixture: Mixture | None = None) -> Order:

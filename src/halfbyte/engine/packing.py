@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from halfbyte.engine.buckets import Buckets, PartShape, divide, fillers, own_shape
+from halfbyte.engine.buckets import Buckets, PartShape, Unfilled, divide, fillers, own_shape
 from halfbyte.layers.attention import Documents
 
 # Alignment of the tensors of a part in elements: kernels are specialised for pointers that are a
@@ -79,6 +79,11 @@ class PackedBatch:
     spans: Sequence[Span] = ()
 
     @property
+    def lengths(self) -> list[int]:
+        """The tokens of each document in the only row; empty if every row is a document."""
+        return [] if self.documents is None else self.documents.cu_seqlens.diff().tolist()
+
+    @property
     def shape(self) -> PartShape:
         """The shape that decides how layers are called."""
         documents = 0 if self.documents is None else len(self.documents.cu_seqlens) - 1
@@ -111,7 +116,7 @@ def parts_of(
     device: str | torch.device,
     *,
     pack: bool,
-    buckets: Buckets | None = None,
+    buckets: Buckets | Unfilled | None = None,
     segments: bool = False,
 ) -> list[PackedBatch]:
     """Return the parts of an optimizer step.

@@ -5,12 +5,13 @@ and a checkpoint says how far the stream has come.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from itertools import cycle
 from typing import Any
 
 from halfbyte.config.schema import TrainConfig
-from halfbyte.data import Example, MicroBatch, collate
-from halfbyte.data.example_stream import ExampleStream, Position, Taken
+from halfbyte.data import Dataset, MicroBatch, collate
+from halfbyte.data.example_stream import EncodedRow, ExampleStream, Position, Taken
 from halfbyte.errors import DataError
 
 _KEPT = 16  # steps whose rows, and whose end in the stream, are known: more than are in work
@@ -24,9 +25,7 @@ class LazySteps:
         total: Steps of the run.
     """
 
-    def __init__(
-        self, rows: int | None, sample: Sequence[Example], config: TrainConfig, pad_id: int
-    ) -> None:
+    def __init__(self, rows: int | None, sample: Dataset, config: TrainConfig, pad_id: int) -> None:
         """Plan the steps.
 
         Args:
@@ -35,13 +34,18 @@ class LazySteps:
             config: The options.
             pad_id: The padding token.
         """
-        self._config, self._pad_id, self._sample = config, pad_id, sample
+        self._config, self._pad_id, self._sample = config, pad_id, sample.examples
         self._per_step = config.batch_size * config.gradient_accumulation_steps
+        # With packs, as many examples as have the tokens of the packs of a step.
+        self._tokens = self._per_step * config.max_length if config.packing else None
+        of_step = float(self._per_step)
+        if self._tokens is not None:
+            of_step = max(1.0, self._tokens * sample.report.rows / sample.report.tokens)
         if rows is None:
             assert config.max_steps is not None
             self.per_epoch = self.total = config.max_steps
         else:
-            self.per_epoch = -(-rows // self._per_step)
+            self.per_epoch = max(1, math.ceil(rows / of_step))
             asked = max(1, math.ceil(config.epochs * self.per_epoch))
             self.total = config.max_steps or asked
         self._stream: ExampleStream | None = None
@@ -63,13 +67,13 @@ class LazySteps:
         assert self._stream is not None
         if step != self._next:
             raise ValueError(f"expected step {self._next}, the next one, got {step}")
-        taken = self._stream.take(self._per_step)
+        taken = self._take(self._stream)
         if not taken:
             raise DataError(
                 f"the data ended after {self._stream.position.rows:,} rows, before step "
                 f"{step + 1:,} of {self.total:,}; give fewer --max-steps, or more data"
             )
-        batches = list(_divided(taken, self._config.batch_size))
+        batches = list(self._divided(taken))
         self._next = step + 1
         self._lines[step] = [[one.line for one in batch] for batch in batches]
         self._ends[self._next] = self._stream.position
@@ -91,24 +95,41 @@ class LazySteps:
 
         They are those of the sample, and the first again with an example of ``max_length``.
         """
-        found = []
-        repeated = -(-self._per_step // len(self._sample))
-        sample = [Taken("", one) for one in self._sample] * repeated
-        for start in range(0, len(sample), self._per_step):
-            chosen = sample[start : start + self._per_step]
-            found.append(
-                [
-                    [len(one.example.tokens) for one in batch]
-                    for batch in _divided(chosen, self._config.batch_size)
-                ]
-            )
+        found: list[list[list[int]]] = []
+        sample = (EncodedRow("", [one]) for one in cycle(self._sample))
+        stream = ExampleStream(sample, Position(), 1)
+        while stream.position.rows < len(self._sample):
+            batches = self._divided(self._take(stream))
+            found.append([[len(one.example.tokens) for one in batch] for batch in batches])
         longest = max(found, key=lambda step: (len(step), sum(map(sum, step))))
-        most = [[self._config.max_length, *longest[0][1:]], *longest[1:]]
-        return [*found, most]
+        others = longest[0][1:]
+        if self._tokens is not None:
+            others = [self._config.max_length] * (self._config.batch_size - 1)
+        return [*found, [[self._config.max_length, *others], *longest[1:]]]
 
+    def summary(self) -> str:
+        """Return how steps are packed."""
+        return (
+            f"a step has as many documents as have {self._tokens:,} tokens; by the first "
+            f"{len(self._sample):,} documents, an epoch is {self.per_epoch:,} steps"
+        )
 
-def _divided(taken: list[Taken], size: int) -> Iterator[list[Taken]]:
-    """Yield the micro-batches of a step, the longest examples first."""
-    taken = sorted(taken, key=lambda one: len(one.example.tokens), reverse=True)
-    for start in range(0, len(taken), size):
-        yield taken[start : start + size]
+    def _take(self, stream: ExampleStream) -> list[Taken]:
+        if self._tokens is None:
+            return stream.take(self._per_step)
+        return stream.take(self._tokens, self._tokens)
+
+    def _divided(self, taken: list[Taken]) -> Iterator[list[Taken]]:
+        """Yield the micro-batches of a step, the longest examples first.
+
+        With packs they have as many examples as `halfbyte.data.batching` says.
+        """
+        taken = sorted(taken, key=lambda one: len(one.example.tokens), reverse=True)
+        start = 0
+        while start < len(taken):
+            size = self._config.batch_size
+            if self._tokens is not None:
+                longest = len(taken[start].example.tokens)
+                size = max(1, size * self._config.max_length // longest)
+            yield taken[start : start + size]
+            start += size

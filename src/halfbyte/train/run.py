@@ -234,7 +234,7 @@ class _Run:
             library, reason = float32_library()
             self.report.note(f"float32 products by {library}: {reason}")
         keep_freed_memory()
-        keep_few_products(self.data.shapes)
+        keep_few_products(self.data.shapes, self.data.lengths)
         give_back()
         self.process_bytes = used_memory(self.device)
 

@@ -74,9 +74,9 @@ class RunData:
             DataError: There is no data, no usable row, or too few to hold some out.
         """
         self._run_report = report
-        train = (
-            config.data if train_data is None else RowsInMemory(train_data, name_of(config.data))
-        )
+        train: Source = config.data
+        if train_data is not None:
+            train = RowsInMemory(train_data, name_of(config.data))
         held_out: Source | None = config.eval_data
         if eval_data is not None:
             held_out = RowsInMemory(eval_data, name_of(config.eval_data or "eval_data"))
@@ -86,13 +86,18 @@ class RunData:
             self._open = stack.pop_all()
 
     def _plan(self, config: TrainConfig, pad_id: int, model_config: PretrainedConfig) -> None:
+        report = self._run_report
         self.plan: RunSteps | LazySteps
         if self._growing is None:
             self.plan = RunSteps(self.dataset.examples, config, pad_id, self.dataset.mixture)
+            if config.packing:
+                report.note(_fill(self.dataset, self.plan.packs(), config.max_length))
         else:
-            self.plan = LazySteps(self._growing.rows, self.dataset.examples, config, pad_id)
+            self.plan = LazySteps(self._growing.rows, self.dataset, config, pad_id)
+            if config.packing:
+                report.note(self.plan.summary())
         rows = None if self._growing is None else self._growing.rows or sys.maxsize
-        lengths_of, report = self.dataset.lengths, self._run_report
+        lengths_of = self.dataset.lengths
         for line in implausible(config, lengths_of, self.plan.total, model_config, rows):
             report.note(line)
         lengths = self.plan.lengths()
@@ -240,6 +245,15 @@ def _whole(
             f"kept in {encoder.directory}"
         )
     return dataset
+
+
+def _fill(dataset: Dataset, packs: int, capacity: int) -> str:
+    """Return how full packs are."""
+    tokens = sum(len(example.tokens) for example in dataset.examples)
+    return (
+        f"{len(dataset.examples)} documents in {packs} packs of up to {capacity} tokens, "
+        f"{tokens / (packs * capacity):.1%} full"
+    )
 
 
 def read_data(

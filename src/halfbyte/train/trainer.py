@@ -141,6 +141,7 @@ class Trainer:
         self.policy, self.fallbacks = ActivationPolicy(), list[dict[str, Any]]()
         self.plan: MemoryPlan | None = None
         self._lengths: Sequence[Sequence[int]] = ()
+        self._documents: Sequence[Sequence[int]] = ()  # packed on a CPU
         self._most_tokens = 0
         self._captured = self.updating = False
         self.on_nonfinite: Callable[[FailedStep], None] = raise_nonfinite
@@ -200,13 +201,17 @@ class Trainer:
             ConfigError: If the memory budget is too small for any policy.
             OutOfMemoryError: If not even one layer can be run.
         """
-        self._lengths = lengths
+        self._lengths, self._documents = lengths, ()
+        if isinstance(self.engine, LayerEngine) and self.engine.packs and self._device == "cpu":
+            parts = [self.engine.part_shapes(step) for step in lengths]
+            shapes = [[(part.rows, part.tokens) for part in step] for step in parts]
+            self._documents = lengths
         self._most_tokens = max(sum(b * t for b, t in step) for step in shapes)
         engine, part_tokens = self.engine, None
         while True:
             if isinstance(engine, LayerEngine):
                 engine.max_seqlen = max(map(max, lengths))
-            if isinstance(engine, LayerEngine) and engine.packs:
+            if isinstance(engine, LayerEngine) and engine.packs and not self._documents:
                 engine.buckets = buckets_of(engine, lengths, part_tokens)
                 compile_ahead(engine, engine.buckets)
             failed = None
@@ -244,6 +249,7 @@ class Trainer:
                 config.memory_budget,
                 self._device,
                 state_bytes=state_bytes,
+                documents=self._documents,
             )
 
         usual, tight = optimizer.device_bytes(), optimizer.device_bytes(tight=True)
