@@ -214,7 +214,7 @@ class RunData:
         if self._growing is None:
             return
         report = self._run_report
-        report.note("of all rows that were trained on:")
+        report.note("of all rows that were read for training:")
         for line in self._growing.report.lines():
             report.note(line)
         if self._growing.has_rejected:
