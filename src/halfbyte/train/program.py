@@ -56,6 +56,11 @@ class Program(NamedTuple):
     eval_data: Iterable[object] | None = None
     metrics: Sequence[Metric] = ()
 
+    @property
+    def changes_result(self) -> bool:
+        """Whether the run cannot be resumed from the command line, without the program."""
+        return self.train_data is not None or self.eval_data is not None or bool(self.metrics)
+
     def check(self, config: TrainConfig) -> None:
         """Check all of it, with the options it belongs to, before anything is read.
 

@@ -256,6 +256,7 @@ class _Run:
             self.writer,
             self.identity,
             self.total,
+            by_program=self.program.changes_result,
         )
         self.watch = LossWatch(config.learning_rate)
         self.nonfinite = self.trainer.on_nonfinite = NonFiniteSteps(
@@ -292,7 +293,8 @@ class _Run:
             self.nonfinite.load(self.resumed.progress.get("nonfinite", self.nonfinite.state()))
             if self.evaluation is not None:
                 self.evaluation.load(self.resumed.progress, self.start)
-            self.ended = self.resumed.progress.get("ended")
+            ended = self.resumed.progress.get("ended")
+            self.ended = None if ended is None else str(ended)
 
     @property
     def total(self) -> int:
@@ -400,10 +402,7 @@ class _Run:
                     self.finished,
                     stopped=lambda: stop.requested or self.ended is not None,
                 )
-            except (
-                OutOfMemoryError,
-                ConfigError,
-            ):  # ConfigError: a metric is not what it should be
+            except (OutOfMemoryError, ConfigError):  # a metric that is wrong is the second
                 self.report_engine()
                 if not trainer.updating:
                     self._save_made()
@@ -443,7 +442,8 @@ class _Run:
 
     def _capture(self) -> None:
         began, engine, report = time.perf_counter(), self.engine, self.report
-        if isinstance(engine, LayerEngine) and engine.captures and self.start < self.total:
+        more = self.start < self.total and self.ended is None
+        if isinstance(engine, LayerEngine) and engine.captures and more:
             with report.task("capturing CUDA graphs") as progress:
                 self.trainer.capture(progress)
             seconds = time.perf_counter() - began
