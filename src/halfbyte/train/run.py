@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -272,7 +273,7 @@ class _Run:
             self.program.callbacks,
             model,
             save=self._save_made,
-            stop=self.stop.request,
+            stop=partial(self.stop.request, quietly=True),
             finish=self._end,
         )
         if self.data.held_out is not None:
