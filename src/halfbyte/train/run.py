@@ -161,6 +161,7 @@ class _Run:
         self.start = self.done = 0  # steps made before, and in all
         self.adapter_step = 0  # of the adapter that is written
         self.ended: str | None = None  # why before the last step
+        self.saved: tuple[int, str | None] | None = None  # the newest checkpoint has these
         self.evaluation: RunEvaluation | None = None
         self.embedding_on_host = False
         self.process_bytes: int | None = None
@@ -296,6 +297,7 @@ class _Run:
                 self.evaluation.load(self.resumed.progress, self.start)
             ended = self.resumed.progress.get("ended")
             self.ended = None if ended is None else str(ended)
+            self.saved = (self.start, self.ended)
 
     @property
     def total(self) -> int:
@@ -412,7 +414,8 @@ class _Run:
             report = self.report
             report.note(f"training ends after step {self.done} of {total}: {self.ended}")
             report.record("ended", {"step": self.done, "reason": self.ended})
-            self.save(self.done)
+            if self.saved != (self.done, self.ended):
+                self.save(self.done)
         if stop.requested:
             self._end_stopped()
 
@@ -589,3 +592,4 @@ class _Run:
             state |= self.evaluation.state()
             best = self.evaluation.best.step if self.config.load_best else None
         self.checkpoints.save(step, state, best=best)
+        self.saved = (step, self.ended)
