@@ -66,7 +66,7 @@ from halfbyte.train.qera import begin_with_error, require_plain
 from halfbyte.train.result import TrainResult
 from halfbyte.train.resume import check_same_run, identity_of_run, resume_from
 from halfbyte.train.run_data import RunData
-from halfbyte.train.run_evaluation import EvaluationStopped, RunEvaluation
+from halfbyte.train.run_evaluation import RunEvaluation
 from halfbyte.train.saving import Checkpoints, CheckpointWriter
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.stopping import StopRequest
@@ -284,6 +284,9 @@ class _Run:
                 self.engine,
                 report,
                 stopped=lambda: self.stop.requested,
+                end_stopped=self._end_stopped,
+                end=self._end,
+                save=self.save,
                 measure=self._measure if self.program.metrics else None,
                 tell=self.callbacks.evaluation,
             )
@@ -371,7 +374,9 @@ class _Run:
             self._make_steps()
             try:
                 trainer.release()
-                self._conclude()
+                if self.evaluation is not None:
+                    restore = self.checkpoints.restore_adapters
+                    self.adapter_step = self.evaluation.conclude(self.done, restore)
                 state, card = adapter_state(self.base.model), self.checkpoints.card
                 save_adapter(self.output, state, self.lora, tokenizer=self.tokenizer, **card)
                 report.saved(self.output)
@@ -397,8 +402,8 @@ class _Run:
             self.save(0)  # to rewind to
         with stop.between_steps(self._announce_stop):
             try:
-                if self.evaluation is not None and self.evaluation.missing(self.start):
-                    self.evaluate(self.start)  # it was stopped before that
+                if self.evaluation is not None:
+                    self.evaluation.after(self.start)  # unless it was made before
                 trainer.train(
                     range(self.start, total),
                     self.batches_of,
@@ -501,8 +506,8 @@ class _Run:
         if not result.skipped:
             self._watch(done, result)
         self.callbacks.step(record, self.total)
-        if self.evaluation is not None and self.evaluation.due(done):
-            self.evaluate(done)
+        if self.evaluation is not None:
+            self.evaluation.after(done)
         if self.checkpoints.due(done) and self.checkpoints.saved != done:
             self.save(done)
 
@@ -543,22 +548,6 @@ class _Run:
             model, tokenizer = self.base.model, self.base.tokenizer
             self.samples.tell(self.report, model, tokenizer, step, memory_limit=self._memory_limit)
 
-    def evaluate(self, step: int) -> None:
-        """Evaluate; save what is the best so far, and note if training should end.
-
-        Raises:
-            RunStopped: A stop was requested; the resumed run evaluates first.
-        """
-        assert self.evaluation is not None
-        try:
-            best = self.evaluation.make(step)
-        except EvaluationStopped:
-            self._end_stopped()
-        if self.evaluation.best.exhausted:
-            self._end(f"no better evaluation since {self.evaluation.best.in_words()}")
-        if best and self.config.load_best:
-            self.save(step)
-
     def _end(self, reason: str) -> None:
         """Have training end after this step."""
         self.ended = self.ended or reason
@@ -574,16 +563,6 @@ class _Run:
         self.report.saved(path)
         self.callbacks.saved(step_of(path), path, final=False)
 
-    def _conclude(self) -> None:
-        """Evaluate at the end, with the best adapter if it is wanted."""
-        if self.evaluation is not None:
-            try:
-                self.adapter_step = self.evaluation.conclude(
-                    self.done, self.checkpoints.restore_adapters
-                )
-            except EvaluationStopped:
-                self._end_stopped()
-
     def save(self, step: int) -> None:
         """Write a checkpoint; on a GPU in the background."""
         state: dict[str, Any] = {"nonfinite": self.nonfinite.state(), "ended": self.ended}
@@ -591,5 +570,5 @@ class _Run:
         if self.evaluation is not None:
             state |= self.evaluation.state()
             best = self.evaluation.best.step if self.config.load_best else None
-        self.checkpoints.save(step, state, best=best)
         self.saved = (step, self.ended)
+        self.checkpoints.save(step, state, best=best)
