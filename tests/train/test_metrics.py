@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from halfbyte.errors import ConfigError
+from halfbyte.errors import ConfigError, RunStopped
 from halfbyte.report.journal import read_journal
 from halfbyte.train import metrics
 from halfbyte.train.evaluate import evaluate
 from halfbyte.train.loading import open_model
 from halfbyte.train.metrics import measured, require_metrics
+from halfbyte.train.stopping import StopRequest
 from tests.tiny import write_tiny_model
 from tests.train.test_callbacks import NAME, TEST, TRAIN, config, run
 
@@ -123,6 +124,25 @@ def test_the_best_evaluation_can_be_best_in_one(path, tmp_path):
     with pytest.raises(ConfigError, match=r"no metric is named 'f2'; there are .*, 'f1'$"):
         run(other, metrics=[lambda samples: {"f1": 1.0}])
     assert (tmp_path / "other/checkpoint-1").is_dir()
+
+
+def test_a_request_to_stop_does_not_wait_for_all_answers(path, tmp_path, monkeypatch):
+    made, stop, answers = config(path, tmp_path / "run"), StopRequest(), []
+
+    def answered(model, tokenizer, rows, *, progress, **options):
+        for number in range(len(rows)):
+            if (number, len(answers)) == (3, 11):  # in the second evaluation
+                stop.request()
+            answers.append(number)
+            progress(number + 1, len(rows))
+        return [{"prompt": "", "expected": "", "got": ""}] * len(rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "answered", answered)
+        with pytest.raises(RunStopped, match="after step 6 of 6"):
+            run(made, stop=stop, metrics=[lambda samples: {"a": 1.0}])
+    assert len(answers) == 8 + 4
+    assert run(made.model_copy(update={"resume": True})).steps == 6
 
 
 def test_they_need_held_out_data(path, tmp_path):

@@ -59,14 +59,20 @@ def measured_on(
     *,
     call: Callable[..., Any],
     memory_limit: int,
+    progress: Callable[[int, int], None],
 ) -> dict[str, float]:
     """Return the metrics of a run's model on held-out rows, as `measured`.
 
-    Plain text has no answers; ``memory_limit`` is that of `generate`.
+    Plain text has no answers; ``memory_limit`` and ``progress`` are those of `generate`.
     """
     rows = [row for row, _ in data.cases if row.text is None]
     samples = answered(
-        model, tokenizer, rows, max_new_tokens=LONGEST_ANSWER, memory_limit=memory_limit
+        model,
+        tokenizer,
+        rows,
+        max_new_tokens=LONGEST_ANSWER,
+        memory_limit=memory_limit,
+        progress=progress,
     )
     return measured(metrics, samples, model, tokenizer, call=call)
 

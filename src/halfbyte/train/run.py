@@ -54,7 +54,7 @@ from halfbyte.runtime.malloc import give_back, keep_freed_memory
 from halfbyte.runtime.matmul import float32_library
 from halfbyte.runtime.precision import choose_device_and_dtype, deterministic
 from halfbyte.train import metadata
-from halfbyte.train.evaluate import as_batch
+from halfbyte.train.evaluate import Progress, as_batch
 from halfbyte.train.loading import Loading, lora_of, recipe_of
 from halfbyte.train.loss_watch import LossWatch
 from halfbyte.train.memory_check import FIRST_LOOK, Prediction, sizes_of
@@ -552,12 +552,17 @@ class _Run:
         """Have training end after this step."""
         self.ended = self.ended or reason
 
-    def _measure(self, data: Dataset) -> dict[str, float]:
+    def _measure(self, data: Dataset, progress: Progress) -> dict[str, float]:
         """Return the program's metrics of the model's answers to some rows."""
-        model, tokenizer = self.base.model, self.base.tokenizer
-        call, limit = self.callbacks.guard, self._memory_limit
-        metrics = self.program.metrics
-        return measured_on(data, metrics, model, tokenizer, call=call, memory_limit=limit)
+        return measured_on(
+            data,
+            self.program.metrics,
+            self.base.model,
+            self.base.tokenizer,
+            call=self.callbacks.guard,
+            memory_limit=self._memory_limit,
+            progress=progress,
+        )
 
     def _saved(self, path: Path) -> None:
         self.report.saved(path)

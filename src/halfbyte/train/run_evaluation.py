@@ -23,7 +23,7 @@ from halfbyte.errors import CheckpointError, OutOfMemoryError
 from halfbyte.foreign_text import quote
 from halfbyte.runtime.device import is_out_of_memory
 from halfbyte.train.early_stopping import BestEvaluation, value_of
-from halfbyte.train.evaluate import evaluate_loss
+from halfbyte.train.evaluate import Progress, evaluate_loss
 from halfbyte.train.run_data import RunData
 
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ class RunEvaluation:
         end_stopped: Ends the run then; it evaluates first when it is resumed.
         end: Has training end after the step, for the reason given.
         save: Writes a checkpoint of the state after a step.
-        measure: Returns the user's own metrics on some rows; None without any.
+        measure: Returns the program's metrics on some rows, and calls its second argument between
+            answers; None without any.
         tell: Called with the record of each evaluation, after it has been logged.
 
     Attributes:
@@ -108,7 +109,7 @@ class RunEvaluation:
         end_stopped: Callable[[], NoReturn],
         end: Callable[[str], None],
         save: Callable[[int], None],
-        measure: Callable[[Dataset], dict[str, float]] | None = None,
+        measure: Callable[[Dataset, Progress], dict[str, float]] | None = None,
         tell: Callable[[dict[str, Any]], None] = lambda _: None,
     ) -> None:
         assert data.held_out is not None
@@ -236,7 +237,9 @@ class RunEvaluation:
         loss, tokens = evaluate_loss(
             self._engine, data.examples, batch_size=size, progress=self._look_for_stop
         )
-        metrics = {} if self._measure is None else {"metrics": self._measure(data)}
+        metrics = (
+            {} if self._measure is None else {"metrics": self._measure(data, self._look_for_stop)}
+        )
         return {
             "step": step,
             "loss": loss,
