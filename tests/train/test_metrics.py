@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from halfbyte.errors import ConfigError, RunStopped
+from halfbyte.linear.lora import adapter_parameters
 from halfbyte.report.journal import read_journal
 from halfbyte.train import metrics
 from halfbyte.train.evaluate import evaluate
@@ -79,15 +80,18 @@ def test_two_of_one_name_and_what_is_no_function_are_refused(opened):
             require_metrics(wrong)
 
 
-def test_one_that_changes_a_weight_ends_the_run_with_its_steps_saved(path, tmp_path):
+@pytest.mark.parametrize("fails", [False, True])
+def test_one_that_changes_a_weight_ends_the_run_without_saving_it(path, tmp_path, fails):
     def own(samples, model):
-        next(model.parameters()).mul_(2.0)
-        return {"a": 1.0}
+        (weight, *_) = adapter_parameters(model).values()
+        weight.mul_(2.0)
+        return {}["a"] if fails else {"a": 1.0}
 
-    made = config(path, tmp_path / "run")
-    with pytest.raises(ConfigError, match="the metric own has changed weights of the model"):
+    made = config(path, tmp_path / "run", save_steps=2)
+    message = "the metric own has changed weights of the model. The newest checkpoint is the last"
+    with pytest.raises(ConfigError, match=message):
         run(made, metrics=[own])
-    assert (made.output / "checkpoint-3").is_dir()
+    assert {one.name for one in made.output.glob("checkpoint-*")} == {"checkpoint-2"}
 
 
 def test_evaluate_measures_them_on_rows_of_a_program(opened):

@@ -61,7 +61,7 @@ from halfbyte.train.memory_check import FIRST_LOOK, Prediction, sizes_of
 from halfbyte.train.metrics import Metric, measured_on
 from halfbyte.train.nonfinite import NonFiniteSteps, rows_in_words
 from halfbyte.train.output import claim_output, write_rows
-from halfbyte.train.program import Program, RunCallbacks
+from halfbyte.train.program import Program, RunCallbacks, WeightsChanged
 from halfbyte.train.qera import begin_with_error, require_plain
 from halfbyte.train.result import TrainResult
 from halfbyte.train.resume import check_same_run, identity_of_run, resume_from
@@ -410,9 +410,9 @@ class _Run:
                     self.finished,
                     stopped=lambda: stop.requested or self.ended is not None,
                 )
-            except (OutOfMemoryError, ConfigError):  # a metric that is wrong is the second
+            except (OutOfMemoryError, ConfigError) as error:  # a metric that is wrong is the second
                 self.report_engine()
-                if not trainer.updating:
+                if not trainer.updating and not isinstance(error, WeightsChanged):
                     self._save_made()
                 raise
         if self.ended is not None and self.done < total:
