@@ -186,3 +186,15 @@ def test_aliases_that_unfold_to_billions_are_not_unfolded(tmp_path: Path, name: 
 
 def test_every_refusal_is_of_a_name_that_is_no_option() -> None:
     assert not set(REFUSED) & (set(ALIASES) | set(TrainConfig.model_fields))
+
+
+def test_where_to_upload_is_a_switch_and_a_name_there() -> None:
+    named = {"hub_model_id": "alice/orders"}
+    config, _ = load_config(None, REQUIRED | named | {"push_to_hub": True})
+    assert (config.push_to_hub, config.hub_private) == ("alice/orders", True)
+    config, _ = load_config(None, REQUIRED | {"push_to_hub": "alice/x", "hub_private_repo": False})
+    assert (config.push_to_hub, config.hub_private) == ("alice/x", False)
+    assert load_config(None, REQUIRED | {"push_to_hub": False})[0].push_to_hub is None
+    # Neither uploaded against a "no", nor to a place that was not named.
+    assert "given twice" in complaint(**named, push_to_hub=False)
+    assert "`push_to_hub`" in complaint(push_to_hub=True)

@@ -35,11 +35,13 @@ def parse_bytes(value: Any) -> Any:
 
 
 def parse_pairs(value: Any) -> Any:
-    """Read ``name=value,name=value``; anything but a string is returned unchanged.
+    """Read ``name=value,name=value``, or a list of these; anything else is returned unchanged.
 
     Raises:
         ValueError: the string is not a list of pairs.
     """
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        value = ",".join(value)
     if not isinstance(value, str):
         return value
     pairs = [pair.rpartition("=") for pair in value.split(",") if pair.strip()]
@@ -48,8 +50,15 @@ def parse_pairs(value: Any) -> Any:
     return {name.strip(): number.strip() for name, _, number in pairs}
 
 
+def one_or_several(value: Any) -> Any:
+    """Read a text as a list of it; anything else is returned unchanged."""
+    return [value] if isinstance(value, str) else value
+
+
 def parse_names(value: Any) -> Any:
-    """Read ``name,name``; anything but a string is returned unchanged."""
+    """Read ``name,name``, or a list of these; anything else is returned unchanged."""
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        value = ",".join(value)
     if not isinstance(value, str):
         return value
     return [name.strip() for name in value.split(",") if name.strip()]
@@ -78,6 +87,17 @@ def _known_block_size(value: int) -> int:
     return value
 
 
+# huggingface_hub's rules: letters, digits, -, _ and ., but no two of -- or .., 96 characters.
+_REPOSITORY = re.compile(r"(?!.*(--|\.\.))[a-zA-Z0-9][\w-]*/[a-zA-Z0-9_][\w.-]*(?<![-.])", re.ASCII)
+
+
+def _owner_and_name(value: str) -> str:
+    if not _REPOSITORY.fullmatch(value) or len(value) > 96 or value.endswith(".git"):
+        raise ValueError("expected owner/name, a repository on the Hugging Face hub")
+    return value
+
+
+Repository = Annotated[str, AfterValidator(_owner_and_name)]
 Positive = Annotated[float, Field(gt=0)]
 BlockSize = Annotated[int, AfterValidator(_known_block_size)]
 

@@ -26,6 +26,7 @@ from halfbyte.data.batching import IGNORED, MicroBatch, StepPlan, collate, steps
 from halfbyte.data.dataset_report import (
     LONGEST_REASON,
     DatasetReport,
+    NothingUsable,
     Rejection,
     RowRejected,
     by_reason,
@@ -65,6 +66,7 @@ __all__ = [
     "Example",
     "Message",
     "MicroBatch",
+    "NothingUsable",
     "RowsInMemory",
     "StepPlan",
     "collate",
@@ -137,7 +139,7 @@ def load_dataset(
             progress(done, len(read.conversations))
     examples = collected.examples
     if not examples:
-        raise DataError(_nothing_usable(read))
+        raise _nothing_usable(read)
     report = DatasetReport(
         source=str(source),
         formats=read.formats,
@@ -216,14 +218,15 @@ class _Read:
 def _read(source: str | Path | RowsInMemory) -> _Read:
     read = _Read(source)
     if not read.conversations:
-        raise DataError(_nothing_usable(read))
+        raise _nothing_usable(read)
     return read
 
 
-def _nothing_usable(read: _Read) -> str:
+def _nothing_usable(read: _Read) -> NothingUsable:
     listed = "".join(f"\n  {line}" for line in describe_rejected(by_reason(read.rejections)))
     read_as = f" (read as {in_words(read.formats)})" if read.formats else ""
-    return f"{read.source}: none of the {read.rows:,} rows{read_as} is usable.{listed}"
+    message = f"{read.source}: none of the {read.rows:,} rows{read_as} is usable.{listed}"
+    return NothingUsable(message, read.source, read.rows, read.rejections)
 
 
 class _Examples:

@@ -38,6 +38,7 @@ class RunReport:
         self._output_dir = output_dir
         self._journal: Journal | None = None
         self._trackers: list[Tracker] = []
+        self._finished = False  # an error after that is not one of training
         self._before_begin: list[tuple[str, dict[str, Any]]] | None = []
         self._log_handler = _NotesFromLogging(self)
         logging.getLogger("halfbyte").addHandler(self._log_handler)
@@ -108,11 +109,11 @@ class RunReport:
         self._screen.evaluation(record)
 
     def warning(self, step: int, kind: str, text: str) -> None:
-        """Something is wrong with a step; ``text`` says what, and what to look at.
+        """Something is wrong with a step or the data; ``text`` says what, and what to look at.
 
         Args:
-            step: The step (1-based).
-            kind: ``nonfinite``, or one of ``train/loss_watch.py``.
+            step: The step (1-based); 0 for the data.
+            kind: ``nonfinite``, ``data``, or one of ``train/loss_watch.py``.
             text: For the user.
         """
         self.record("warning", {"step": step, "kind": kind, "text": text})
@@ -131,6 +132,7 @@ class RunReport:
     def finish(self, record: dict[str, Any]) -> None:
         """Training is over: ``steps``, ``seconds``, ``final_loss``, ``peak_memory_bytes``."""
         self.record("finish", record)
+        self._finished = True
         self._write_page()
         self._screen.finish(record)
 
@@ -162,7 +164,7 @@ class RunReport:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            if kind is not None and self._journal is not None:
+            if kind is not None and self._journal is not None and not self._finished:
                 reason = f"{kind.__name__}: {error}"
                 if issubclass(kind, KeyboardInterrupt):
                     reason = "interrupted"

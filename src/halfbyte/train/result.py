@@ -22,6 +22,7 @@ class TrainResult:
         adapter_step: The step after which the adapter was as it is written: the last one, or with
             ``load_best`` the best.
         ended: Why the run ended before its last step, if it did.
+        hub_url: Where the adapter was uploaded to, if it was.
     """
 
     adapter_dir: Path
@@ -33,6 +34,7 @@ class TrainResult:
     skipped_steps: int = 0
     adapter_step: int = 0
     ended: str | None = None
+    hub_url: str | None = None
 
     def record(self) -> dict[str, Any]:
         """Return what the journal says of it."""

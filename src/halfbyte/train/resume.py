@@ -24,7 +24,10 @@ _ABOUT_EVALUATIONS = {"eval_steps", "eval_max_samples"}
 _FREE_TO_CHANGE = {
     "output",
     "resume",
+    "init_adapter",  # the checkpoint has its weights
+    "allow_mismatch",
     "save_steps",
+    "save_minutes",
     "save_total_limit",
     "logging_steps",
     "on_nonfinite",
@@ -34,6 +37,8 @@ _FREE_TO_CHANGE = {
     "memory_budget",
     "samples",
     "report_to",
+    "push_to_hub",
+    "hub_private",
     "model",  # the base model's fingerprint is compared instead
     "data",  # the tokens' digest is compared instead
     "revision",

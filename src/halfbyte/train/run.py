@@ -55,6 +55,8 @@ from halfbyte.runtime.matmul import float32_library
 from halfbyte.runtime.precision import choose_device_and_dtype, deterministic
 from halfbyte.train import metadata
 from halfbyte.train.evaluate import Progress, as_batch
+from halfbyte.train.hub import describe_run, repository_of
+from halfbyte.train.init_adapter import InitialAdapter, template_of_run
 from halfbyte.train.loading import Loading, lora_of, recipe_of
 from halfbyte.train.loss_watch import LossWatch
 from halfbyte.train.memory_check import FIRST_LOOK, Prediction, sizes_of
@@ -101,11 +103,17 @@ def train(
         UserError: For errors the user can fix; no incomplete output is left behind.
         NonFiniteLossError: If training diverges; the last checkpoint is kept.
         RunStopped: If ``stop`` was requested; the steps that were made are saved.
+        UploadError: The adapter is complete, and could not be uploaded (``push_to_hub``).
     """
     program = Program(callbacks, train_data, eval_data, metrics)
     program.check(config)
     with claim_output(config):
-        return _train(config, report, stop or StopRequest(), program)
+        repository = repository_of(config)
+        result = _train(config, report, stop or StopRequest(), program)
+        describe_run(result.adapter_dir, repository, report)
+        if repository is None:
+            return result
+        return replace(result, hub_url=repository.push(result.adapter_dir, report))
 
 
 def _train(
@@ -143,6 +151,7 @@ class _Run:
     checkpoints: Checkpoints
     memory: MemoryPlan
     prediction: Prediction
+    initial: InitialAdapter | None = None
 
     def __init__(
         self,
@@ -158,6 +167,7 @@ class _Run:
         self.program, self.device, self.dtype = program, device, dtype
         self.lora = lora_of(config)
         self.resumed: RunState | None = None
+        self.more: dict[str, Any] = {}  # about the start, for checkpoints, journal and adapter
         self.start = self.done = 0  # steps made before, and in all
         self.adapter_step = 0  # of the adapter that is written
         self.ended: str | None = None  # why before the last step
@@ -177,6 +187,12 @@ class _Run:
         self.resumed = resume_from(config, self.output, report)
         report.track(config.report_to)
         self.source = open_base(config.model, revision=config.revision)
+        if config.init_adapter is not None:
+            self.initial = InitialAdapter(config, self.source, self.resumed)
+            config = self.config = self.initial.config
+            self.lora = lora_of(config)
+            self.more["init_adapter"] = self.initial.record
+        self.more |= template_of_run(config, self.source, self.initial, self.resumed, report)
         require_trainable(self.source.skeleton, self.lora)
         if config.init_lora_weights == "qera":
             require_plain(self.source)
@@ -205,6 +221,7 @@ class _Run:
         self.identity = identity_of_run(
             self.config, self.source, self.data.dataset, self.data.held_out
         )
+        self.identity |= self.more
         if self.resumed is not None:
             check_same_run(self.resumed, self.identity, self.total)
 
@@ -213,7 +230,7 @@ class _Run:
             library, reason = float32_library()
             self.report.note(f"float32 products by {library}: {reason}")
         keep_freed_memory()
-        keep_few_products(self.data.shapes)
+        keep_few_products(self.data.shapes, self.data.lengths)
         give_back()
         self.process_bytes = used_memory(self.device)
 
@@ -234,6 +251,8 @@ class _Run:
             with report.task("initialising adapters (QERA)") as progress:
                 back = begin_with_error(self.base, self.source, progress=progress)
             report.note(f"adapters initialised with {back:.0%} of the quantisation error")
+        if self.initial is not None:
+            self.initial.load_into(self.base)
         if moved := embedding_to_host(model):
             self.embedding_on_host = True
             report.note(f"the embedding is in host memory: {moved / 1e6:.0f} MB less on the GPU")
@@ -353,7 +372,9 @@ class _Run:
                 device=self.device,
                 trained=self.trained,
                 engine=self.engine_summary,
-            ),
+            )
+            | {"data_digest": self.identity["data"], "data_check": data.check.as_json()}
+            | self.more,
         )
         write_rows(self.output, data, self.report)
         journal = self.output / "journal.jsonl"
