@@ -241,12 +241,7 @@ class _Run:
         targets = exact_targets(model, adapted, self.lora.target_modules)
         self.lora = replace(self.lora, target_modules=targets)
         self.parameters = adapter_parameters(model)
-        names = [name for name in self.parameters if ".lora_" not in name]
-        whole = dict.fromkeys(name.split(".")[-2] for name in names)
-        report.note(
-            f"{self.trained / 1e6:.2f} M parameters trained, on {len(adapted)} linear layers"
-            + (f"; trained in full: {', '.join(whole)}" if whole else "")
-        )
+        report.note(metadata.trained_in_words(self.parameters, len(adapted)))
         if config.init_lora_weights == "qera" and self.resumed is None:
             with report.task("initialising adapters (QERA)") as progress:
                 back = begin_with_error(self.base, self.source, progress=progress)
