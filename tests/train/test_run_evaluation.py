@@ -403,7 +403,7 @@ def test_a_resumed_run_ends_where_it_would(model, data, other, best, tmp_path, m
 
 
 def at_evaluation(patch, what):
-    """Have ``what`` called with the number of each evaluation (1-based), before or instead of it."""
+    """Have ``what`` called in place of each evaluation: with its number from 1, and with it."""
     numbers = itertools.count(1)
 
     def evaluated(*args, **options):
