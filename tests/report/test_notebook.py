@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from halfbyte.report import open_report
-from halfbyte.report.live import PlainScreen, open_screen
+from halfbyte.report.live import PlainScreen
 from halfbyte.report.notebook import NotebookScreen
 from tests.tiny import write_tiny_model
 
@@ -102,7 +102,8 @@ def test_only_a_kernel_is_a_notebook(monkeypatch, shell, kind):
     display.display = Outputs()
     monkeypatch.setitem(sys.modules, "IPython", module)
     monkeypatch.setitem(sys.modules, "IPython.display", display)
-    assert type(open_screen()) is kind
+    with open_report() as report:
+        assert type(report._screen) is kind
     with open_report(quiet=True) as report:
         report.note("seen by nobody")
     assert display.display.shown == []

@@ -186,8 +186,11 @@ def when(step, answer, name="on_step"):
 
 def test_one_can_stop_a_run_which_can_be_resumed(model, plain, tmp_path):
     made = config(model, tmp_path / "run")
-    with pytest.raises(RunStopped, match="stopped after step 2 of 6, which is saved"):
+    with pytest.raises(RunStopped, match=r"step 2 of 6, which is saved.*: fine_tune with the same"):
         run(made, callbacks=[when(2, "stop")])
+    *before, record = read_journal(made.output / "journal.jsonl")
+    assert record["event"] == "stopped"
+    assert not [one for one in before if "is finished and saved first" in one.get("text", "")]
     run(made.model_copy(update={"resume": True}))
     assert (made.output / NAME).read_bytes() == (plain / NAME).read_bytes()
 

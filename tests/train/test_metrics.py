@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from halfbyte.errors import ConfigError
+from halfbyte.errors import ConfigError, RunStopped
+from halfbyte.linear.lora import adapter_parameters
 from halfbyte.report.journal import read_journal
 from halfbyte.train import metrics
 from halfbyte.train.evaluate import evaluate
 from halfbyte.train.loading import open_model
 from halfbyte.train.metrics import measured, require_metrics
+from halfbyte.train.stopping import StopRequest
 from tests.tiny import write_tiny_model
 from tests.train.test_callbacks import NAME, TEST, TRAIN, config, run
 
@@ -78,15 +80,18 @@ def test_two_of_one_name_and_what_is_no_function_are_refused(opened):
             require_metrics(wrong)
 
 
-def test_one_that_changes_a_weight_ends_the_run_with_its_steps_saved(path, tmp_path):
+@pytest.mark.parametrize("fails", [False, True])
+def test_one_that_changes_a_weight_ends_the_run_without_saving_it(path, tmp_path, fails):
     def own(samples, model):
-        next(model.parameters()).mul_(2.0)
-        return {"a": 1.0}
+        (weight, *_) = adapter_parameters(model).values()
+        weight.mul_(2.0)
+        return {}["a"] if fails else {"a": 1.0}
 
-    made = config(path, tmp_path / "run")
-    with pytest.raises(ConfigError, match="the metric own has changed weights of the model"):
+    made = config(path, tmp_path / "run", save_steps=2)
+    message = "the metric own has changed weights of the model. The newest checkpoint is the last"
+    with pytest.raises(ConfigError, match=message):
         run(made, metrics=[own])
-    assert (made.output / "checkpoint-3").is_dir()
+    assert {one.name for one in made.output.glob("checkpoint-*")} == {"checkpoint-2"}
 
 
 def test_evaluate_measures_them_on_rows_of_a_program(opened):
@@ -123,6 +128,25 @@ def test_the_best_evaluation_can_be_best_in_one(path, tmp_path):
     with pytest.raises(ConfigError, match=r"no metric is named 'f2'; there are .*, 'f1'$"):
         run(other, metrics=[lambda samples: {"f1": 1.0}])
     assert (tmp_path / "other/checkpoint-1").is_dir()
+
+
+def test_a_request_to_stop_does_not_wait_for_all_answers(path, tmp_path, monkeypatch):
+    made, stop, answers = config(path, tmp_path / "run"), StopRequest(), []
+
+    def answered(model, tokenizer, rows, *, progress, **options):
+        for number in range(len(rows)):
+            if (number, len(answers)) == (3, 11):  # in the second evaluation
+                stop.request()
+            answers.append(number)
+            progress(number + 1, len(rows))
+        return [{"prompt": "", "expected": "", "got": ""}] * len(rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "answered", answered)
+        with pytest.raises(RunStopped, match="after step 6 of 6"):
+            run(made, stop=stop, metrics=[lambda samples: {"a": 1.0}])
+    assert len(answers) == 8 + 4
+    assert run(made.model_copy(update={"resume": True})).steps == 6
 
 
 def test_they_need_held_out_data(path, tmp_path):

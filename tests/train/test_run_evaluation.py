@@ -1,5 +1,6 @@
 """Evaluations of a run: their cost, what they choose, and that training does not depend on them."""
 
+import itertools
 import json
 import math
 import os
@@ -12,12 +13,12 @@ from hypothesis import strategies as st
 
 from halfbyte.checkpoint.run_state import load_run
 from halfbyte.config.schema import TrainConfig
-from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError, RunStopped
 from halfbyte.linear.lora import adapter_state
 from halfbyte.report import open_report
 from halfbyte.report.journal import read_journal
-from halfbyte.train.evaluate import evaluate
+from halfbyte.train import run_evaluation
+from halfbyte.train.evaluate import evaluate, evaluate_loss
 from halfbyte.train.loading import open_model
 from halfbyte.train.run import train
 from halfbyte.train.run_evaluation import LEAST_ROWS, TOKEN_SHARE, schedule
@@ -401,28 +402,32 @@ def test_a_resumed_run_ends_where_it_would(model, data, other, best, tmp_path, m
 # --- what else can happen in an evaluation --------------------------------------------------------
 
 
+def at_evaluation(patch, what):
+    """Have ``what`` called in place of each evaluation: with its number from 1, and with it."""
+    numbers = itertools.count(1)
+
+    def evaluated(*args, **options):
+        return what(next(numbers), lambda: evaluate_loss(*args, **options))
+
+    patch.setattr(run_evaluation, "evaluate_loss", evaluated)
+
+
 @pytest.mark.parametrize("count", [2, 6])
 def test_a_request_to_stop_breaks_an_evaluation_off(
     model, data, other, best, tmp_path, monkeypatch, count
 ):
-    made, stop, loss = (
-        config(model, data, tmp_path / "run", eval_data=str(other), **BEST),
-        StopRequest(),
-        LayerEngine.loss,
-    )
+    made, stop = config(model, data, tmp_path / "run", eval_data=str(other), **BEST), StopRequest()
 
-    def asked(self, *args):
-        asked.count += 1
-        if asked.count == count + 1:  # the first is the probe of the engine
+    def asked(number, evaluated):
+        if number == count:
             stop.request()
-        return loss(self, *args)
+        return evaluated()
 
-    asked.count = 0
     with monkeypatch.context() as patch:
-        patch.setattr(LayerEngine, "loss", asked)
+        at_evaluation(patch, asked)
         with pytest.raises(RunStopped):
             run(made, stop)
-    assert len(evaluations(made.output)) < count
+    assert len(evaluations(made.output)) == count - 1
     run(made.model_copy(update={"resume": True}))
     assert (made.output / NAME).read_bytes() == (best[0] / NAME).read_bytes()
     assert evaluations(made.output) == evaluations(best[0])
@@ -432,23 +437,19 @@ def test_a_request_to_stop_breaks_an_evaluation_off(
 def test_an_evaluation_without_memory_is_left_out_unless_the_result_needs_it(
     model, data, other, best, tmp_path, monkeypatch
 ):
-    loss = LayerEngine.loss
-
-    def short_of_memory(self, batches, *args):
-        if short_of_memory.count == 3:
+    def short_of_memory(number, evaluated):
+        if number >= 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 TB")
-        short_of_memory.count += 1
-        return loss(self, batches, *args)
+        return evaluated()
 
     options = {"eval_data": str(other), "eval_steps": 2}
     made = config(model, data, tmp_path / "asked", **options, load_best=True, save_steps=5)
     with monkeypatch.context() as patch:
-        patch.setattr(LayerEngine, "loss", short_of_memory)
-        short_of_memory.count = 0
+        at_evaluation(patch, short_of_memory)
         with pytest.raises(OutOfMemoryError, match="the evaluation after step 6 does not fit"):
             run(made)
         assert max(checkpoints(made.output)) == 6  # the steps that were made are saved
-        short_of_memory.count = 0
+        at_evaluation(patch, short_of_memory)
         run(config(model, data, tmp_path / "run", **options))
     assert [step for step, *_ in evaluations(tmp_path / "run")] == [2, 4]
     said = [note for note in notes(tmp_path / "run") if note.startswith("no evaluation after step")]
@@ -458,15 +459,7 @@ def test_an_evaluation_without_memory_is_left_out_unless_the_result_needs_it(
 
 
 def test_a_loss_that_is_not_finite_is_not_the_best(model, data, other, tmp_path, monkeypatch):
-    loss = LayerEngine.loss
-    probe = []
-
-    def broken(self, *args):
-        found = loss(self, *args)
-        probe.append(1)
-        return found if len(probe) == 1 else found * math.nan
-
-    monkeypatch.setattr(LayerEngine, "loss", broken)
+    at_evaluation(monkeypatch, lambda number, evaluated: (math.nan, evaluated()[1]))
     output = tmp_path / "run"
     options = {"eval_data": str(other), "eval_steps": 3, "load_best": True}
     result = run(config(model, data, output, **options))

@@ -1,7 +1,8 @@
 """Reporting of a run: one object with a few methods, called by the code that does the work.
 
 Reports go to two places. The *journal* is the record (``report.journal``). The *screen*
-(``report.live``) is standard error: a live display on a terminal, plain lines in a file or a pipe.
+(``report.live``) is standard error: a live display on a terminal, plain lines in a file or a pipe;
+in a notebook it is an output of the cell (``report.notebook``).
 Standard output is used for results only (``report.show``), so that ``halfbyte … --json >
 result.json`` contains one JSON object and nothing else.
 
@@ -10,6 +11,7 @@ When training ends, successfully or not, an HTML page is generated from the jour
 """
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -208,12 +210,27 @@ class _NotesFromLogging(logging.Handler):
 
 
 def open_report(output_dir: str | Path | None = None, *, quiet: bool = False) -> RunReport:
-    """Open a report on standard error, and on ``journal.jsonl`` in ``output_dir`` if given.
+    """Open a report on standard error, or in a notebook as an output of the cell.
+
+    It is also written to ``journal.jsonl`` in ``output_dir``, if that is given.
 
     Args:
         output_dir: The run's directory; None keeps no journal.
         quiet: Show nothing; the journal is written anyway.
     """
-    from halfbyte.report.live import open_screen
+    screen: Screen
+    if not quiet and _in_notebook():
+        from halfbyte.report.notebook import NotebookScreen
 
-    return RunReport(open_screen(quiet=quiet), Path(output_dir) if output_dir else None)
+        screen = NotebookScreen()
+    else:
+        from halfbyte.report.live import open_screen
+
+        screen = open_screen(quiet=quiet)
+    return RunReport(screen, Path(output_dir) if output_dir else None)
+
+
+def _in_notebook() -> bool:
+    """Whether this is the kernel of a notebook: of Jupyter, Visual Studio Code, Colab."""
+    ipython = sys.modules.get("IPython")  # which a kernel has imported
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")

@@ -404,20 +404,10 @@ def finish_line(record: dict[str, Any]) -> str:
     return ", ".join([steps + took, *figures(record)])
 
 
-def in_notebook() -> bool:
-    """Whether this is the kernel of a notebook: of Jupyter, Visual Studio Code, Colab."""
-    ipython = sys.modules.get("IPython")  # which a kernel has imported
-    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
-
-
 def open_screen(*, quiet: bool = False) -> Screen:
-    """The screen for standard error or a notebook; one that shows nothing if ``quiet``."""
+    """The screen for standard error; one that shows nothing if ``quiet``."""
     if quiet:
         return Screen()
-    if in_notebook():
-        from halfbyte.report.notebook import NotebookScreen
-
-        return NotebookScreen()
     console = Console(stderr=True, highlight=False)
     drawable = console.encoding.lower().startswith("utf")  # bars and curves need Unicode
     if console.is_terminal and not console.is_dumb_terminal and drawable:

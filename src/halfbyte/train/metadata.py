@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.checkpoint.base_model import LoadedBase
@@ -89,6 +90,14 @@ def step(
         **(result.paging._asdict() if result.paging else {}),
         **({"skipped": True} if result.skipped else {}),
     }
+
+
+def trained_in_words(parameters: Mapping[str, Tensor], linears: int) -> str:
+    """Return how much is trained: ``parameters`` by name, on so many linear layers."""
+    count = sum(parameter.numel() for parameter in parameters.values())
+    whole = dict.fromkeys(name.split(".")[-2] for name in parameters if ".lora_" not in name)
+    text = f"{count / 1e6:.2f} M parameters trained, on {linears} linear layers"
+    return text + (f"; trained in full: {', '.join(whole)}" if whole else "")
 
 
 def run(

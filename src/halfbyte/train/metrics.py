@@ -4,8 +4,8 @@
         return {"exact": fmean(one["got"].strip() == one["expected"].strip() for one in samples)}
 
 A sample is the last message of a ``prompt``, the ``expected`` reply and what the model ``got``. A
-function that has parameters named ``model`` and ``tokenizer`` gets these, too, in eval mode and
-without gradients; one that changes a weight ends the run.
+function that has parameters named ``model`` and ``tokenizer`` gets these, too. In a run the model
+is then in eval mode, and one that changes a weight ends the run (train/program.py).
 """
 
 import inspect
@@ -59,14 +59,20 @@ def measured_on(
     *,
     call: Callable[..., Any],
     memory_limit: int,
+    progress: Callable[[int, int], None],
 ) -> dict[str, float]:
     """Return the metrics of a run's model on held-out rows, as `measured`.
 
-    Plain text has no answers; ``memory_limit`` is that of `generate`.
+    Plain text has no answers; ``memory_limit`` and ``progress`` are those of `generate`.
     """
     rows = [row for row, _ in data.cases if row.text is None]
     samples = answered(
-        model, tokenizer, rows, max_new_tokens=LONGEST_ANSWER, memory_limit=memory_limit
+        model,
+        tokenizer,
+        rows,
+        max_new_tokens=LONGEST_ANSWER,
+        memory_limit=memory_limit,
+        progress=progress,
     )
     return measured(metrics, samples, model, tokenizer, call=call)
 
@@ -99,23 +105,19 @@ def measured(
         call: Calls them: with a name for the user, the function and its arguments.
 
     Raises:
-        ConfigError: One returned something else than numbers by name, a name that is taken, or has
-            changed a weight.
+        ConfigError: One returned something else than numbers by name, or a name that is taken.
     """
     found: dict[str, float] = {}
     for metric in metrics:
         name = getattr(metric, "__name__", type(metric).__name__)
-        asked = inspect.signature(metric).parameters.keys() & {"model", "tokenizer"}
         given = {"model": model, "tokenizer": tokenizer}
-        before = _versions(model)
+        asked = _parameters(metric) & given.keys()
         values = call(
             f"the metric {name}",
             metric,
             [dict(sample) for sample in samples],
             **{one: given[one] for one in asked},
         )
-        if _versions(model) != before:
-            raise ConfigError(f"the metric {name} has changed weights of the model")
         if not isinstance(values, Mapping):
             raise ConfigError(
                 f"the metric {name} returned {quote(values)}: expected a dict of numbers by name, "
@@ -133,14 +135,17 @@ def measured(
     return found
 
 
+def _parameters(metric: Metric) -> set[str]:
+    """Return the names of a function's parameters; of a built-in one that hides them, none."""
+    try:
+        return {*inspect.signature(metric).parameters}
+    except ValueError:
+        return set()
+
+
 def _is_number(value: Any) -> bool:
     try:
         float(value)
     except (TypeError, ValueError):
         return False
     return not isinstance(value, str)
-
-
-def _versions(model: PreTrainedModel) -> list[int]:
-    """Return how often each parameter of a model has been written to."""
-    return [parameter._version for parameter in model.parameters()]

@@ -56,6 +56,11 @@ class Program(NamedTuple):
     eval_data: Iterable[object] | None = None
     metrics: Sequence[Metric] = ()
 
+    @property
+    def changes_result(self) -> bool:
+        """Whether the run cannot be resumed from the command line, without the program."""
+        return self.train_data is not None or self.eval_data is not None or bool(self.metrics)
+
     def check(self, config: TrainConfig) -> None:
         """Check all of it, with the options it belongs to, before anything is read.
 
@@ -71,6 +76,15 @@ class Program(NamedTuple):
             raise ConfigError("metrics: expected held-out data to measure them on, got none")
         if self.eval_data is not None and config.eval_split is not None:
             raise ConfigError("`eval_split` cannot be combined with eval_data; remove one")
+
+
+class WeightsChanged(ConfigError):
+    """A function of the program has changed weights, so the state of the run is not saved."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what} has changed weights of the model. The newest checkpoint is the last good state"
+        )
 
 
 class RunCallbacks:
@@ -125,13 +139,20 @@ class RunCallbacks:
 
         Raises:
             Exception: That of the function, once the steps that were made are saved.
+            WeightsChanged: The function has changed a weight; nothing is saved then.
         """
+        before = _versions(self._model)
         try:
             with isolated(self._model):
-                return function(*given, **named)
+                returned = function(*given, **named)
         except Exception as error:
+            if _versions(self._model) != before:
+                raise WeightsChanged(what) from error
             self._failed(error, what)
             raise
+        if _versions(self._model) != before:
+            raise WeightsChanged(what)
+        return returned
 
     def _call(self, name: str, info: object) -> None:
         for one in self._callbacks:
@@ -163,3 +184,8 @@ def _of(kind: type[Any], record: Mapping[str, Any]) -> Any:
     names = [one.name for one in dataclasses.fields(kind) if one.name in record]
     found = {name: record[name] for name in names}
     return kind(**{k: dict(v) if isinstance(v, Mapping) else v for k, v in found.items()})
+
+
+def _versions(model: nn.Module) -> list[int]:
+    """Return how often each parameter of a model has been written to."""
+    return [parameter._version for parameter in model.parameters()]

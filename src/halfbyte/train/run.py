@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -61,7 +62,7 @@ from halfbyte.runtime.malloc import give_back, keep_freed_memory
 from halfbyte.runtime.matmul import float32_library
 from halfbyte.runtime.precision import choose_device_and_dtype, deterministic
 from halfbyte.train import metadata
-from halfbyte.train.evaluate import as_batch
+from halfbyte.train.evaluate import Progress, as_batch
 from halfbyte.train.hub import describe_run, repository_of
 from halfbyte.train.init_adapter import InitialAdapter, template_of_run
 from halfbyte.train.loading import Loading, lora_of, recipe_of
@@ -70,12 +71,12 @@ from halfbyte.train.memory_check import FIRST_LOOK, Prediction, sizes_of
 from halfbyte.train.metrics import Metric, measured_on
 from halfbyte.train.nonfinite import NonFiniteSteps, rows_in_words
 from halfbyte.train.output import claim_output, write_held_out_rows
-from halfbyte.train.program import Program, RunCallbacks
+from halfbyte.train.program import Program, RunCallbacks, WeightsChanged
 from halfbyte.train.qera import begin_with_error, require_plain
 from halfbyte.train.result import TrainResult
 from halfbyte.train.resume import check_same_run, identity_of_run, resume_from
 from halfbyte.train.run_data import RunData
-from halfbyte.train.run_evaluation import EvaluationStopped, RunEvaluation
+from halfbyte.train.run_evaluation import RunEvaluation
 from halfbyte.train.saving import Checkpoints, CheckpointWriter
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.stopping import StopRequest
@@ -179,6 +180,7 @@ class _Run:
         self.start = self.done = 0  # steps made before, and in all
         self.adapter_step = 0  # of the adapter that is written
         self.ended: str | None = None  # why before the last step
+        self.saved: tuple[int, str | None] | None = None  # the newest checkpoint has these
         self.evaluation: RunEvaluation | None = None
         self.embedding_on_host = False
         self.process_bytes: int | None = None
@@ -245,12 +247,7 @@ class _Run:
         targets = exact_targets(model, adapted, self.lora.target_modules)
         self.lora = replace(self.lora, target_modules=targets)
         self.parameters = adapter_parameters(model)
-        names = [name for name in self.parameters if ".lora_" not in name]
-        whole = dict.fromkeys(name.split(".")[-2] for name in names)
-        report.note(
-            f"{self.trained / 1e6:.2f} M parameters trained, on {len(adapted)} linear layers"
-            + (f"; trained in full: {', '.join(whole)}" if whole else "")
-        )
+        report.note(metadata.trained_in_words(self.parameters, len(adapted)))
         if config.init_lora_weights == "qera" and self.resumed is None:
             with report.task("initialising adapters (QERA)") as progress:
                 back = begin_with_error(self.base, self.source, progress=progress)
@@ -281,6 +278,7 @@ class _Run:
             self.writer,
             self.identity,
             self.total,
+            by_program=self.program.changes_result,
         )
         self.watch = LossWatch(config.learning_rate)
         self.nonfinite = self.trainer.on_nonfinite = NonFiniteSteps(
@@ -296,7 +294,7 @@ class _Run:
             self.program.callbacks,
             model,
             save=self._save_made,
-            stop=self.stop.request,
+            stop=partial(self.stop.request, quietly=True),
             finish=self._end,
         )
         if self.data.held_out is not None:
@@ -306,6 +304,9 @@ class _Run:
                 self.engine,
                 report,
                 stopped=lambda: self.stop.requested,
+                end_stopped=self._end_stopped,
+                end=self._end,
+                save=self.save,
                 measure=self._measure if self.program.metrics else None,
                 tell=self.callbacks.evaluation,
             )
@@ -317,7 +318,9 @@ class _Run:
             self.nonfinite.load(self.resumed.progress.get("nonfinite", self.nonfinite.state()))
             if self.evaluation is not None:
                 self.evaluation.load(self.resumed.progress, self.start)
-            self.ended = self.resumed.progress.get("ended")
+            ended = self.resumed.progress.get("ended")
+            self.ended = None if ended is None else str(ended)
+            self.saved = (self.start, self.ended)
 
     @property
     def total(self) -> int:
@@ -394,7 +397,9 @@ class _Run:
             self._make_steps()
             try:
                 trainer.release()
-                self._conclude()
+                if self.evaluation is not None:
+                    restore = self.checkpoints.restore_adapters
+                    self.adapter_step = self.evaluation.conclude(self.done, restore)
                 state, card = adapter_state(self.base.model), self.checkpoints.card
                 save_adapter(self.output, state, self.lora, tokenizer=self.tokenizer, **card)
                 report.saved(self.output)
@@ -420,8 +425,8 @@ class _Run:
             self.save(0)  # to rewind to
         with stop.between_steps(self._announce_stop):
             try:
-                if self.evaluation is not None and self.evaluation.missing(self.start):
-                    self.evaluate(self.start)  # it was stopped before that
+                if self.evaluation is not None:
+                    self.evaluation.after(self.start)  # unless it was made before
                 trainer.train(
                     range(self.start, total),
                     self.batches_of,
@@ -429,16 +434,17 @@ class _Run:
                     stopped=lambda: stop.requested or self.ended is not None,
                 )
             # ConfigError: a metric is not what it should be
-            except (OutOfMemoryError, ConfigError, DataError, EncodingError):
+            except (OutOfMemoryError, ConfigError, DataError, EncodingError) as error:
                 self.report_engine()
-                if not trainer.updating:
+                if not trainer.updating and not isinstance(error, WeightsChanged):
                     self._save_made()
                 raise
         if self.ended is not None and self.done < total:
             report = self.report
             report.note(f"training ends after step {self.done} of {total}: {self.ended}")
             report.record("ended", {"step": self.done, "reason": self.ended})
-            self.save(self.done)
+            if self.saved != (self.done, self.ended):
+                self.save(self.done)
         if stop.requested:
             self._end_stopped()
 
@@ -469,7 +475,8 @@ class _Run:
 
     def _capture(self) -> None:
         began, engine, report = time.perf_counter(), self.engine, self.report
-        if isinstance(engine, LayerEngine) and engine.captures and self.start < self.total:
+        more = self.start < self.total and self.ended is None
+        if isinstance(engine, LayerEngine) and engine.captures and more:
             with report.task("capturing CUDA graphs") as progress:
                 self.trainer.capture(progress)
             seconds = time.perf_counter() - began
@@ -524,8 +531,8 @@ class _Run:
         if not result.skipped:
             self._watch(done, result)
         self.callbacks.step(record, self.total)
-        if self.evaluation is not None and self.evaluation.due(done):
-            self.evaluate(done)
+        if self.evaluation is not None:
+            self.evaluation.after(done)
         if self.checkpoints.due(done) and self.checkpoints.saved != done:
             self.save(done)
 
@@ -566,46 +573,25 @@ class _Run:
             model, tokenizer = self.base.model, self.base.tokenizer
             self.samples.tell(self.report, model, tokenizer, step, memory_limit=self._memory_limit)
 
-    def evaluate(self, step: int) -> None:
-        """Evaluate; save what is the best so far, and note if training should end.
-
-        Raises:
-            RunStopped: A stop was requested; the resumed run evaluates first.
-        """
-        assert self.evaluation is not None
-        try:
-            best = self.evaluation.make(step)
-        except EvaluationStopped:
-            self._end_stopped()
-        if self.evaluation.best.exhausted:
-            self._end(f"no better evaluation since {self.evaluation.best.in_words()}")
-        if best and self.config.load_best:
-            self.save(step)
-
     def _end(self, reason: str) -> None:
         """Have training end after this step."""
         self.ended = self.ended or reason
 
-    def _measure(self, data: Dataset) -> dict[str, float]:
+    def _measure(self, data: Dataset, progress: Progress) -> dict[str, float]:
         """Return the program's metrics of the model's answers to some rows."""
-        model, tokenizer = self.base.model, self.base.tokenizer
-        call, limit = self.callbacks.guard, self._memory_limit
-        metrics = self.program.metrics
-        return measured_on(data, metrics, model, tokenizer, call=call, memory_limit=limit)
+        return measured_on(
+            data,
+            self.program.metrics,
+            self.base.model,
+            self.base.tokenizer,
+            call=self.callbacks.guard,
+            memory_limit=self._memory_limit,
+            progress=progress,
+        )
 
     def _saved(self, path: Path) -> None:
         self.report.saved(path)
         self.callbacks.saved(step_of(path), path, final=False)
-
-    def _conclude(self) -> None:
-        """Evaluate at the end, with the best adapter if it is wanted."""
-        if self.evaluation is not None:
-            try:
-                self.adapter_step = self.evaluation.conclude(
-                    self.done, self.checkpoints.restore_adapters
-                )
-            except EvaluationStopped:
-                self._end_stopped()
 
     def save(self, step: int) -> None:
         """Write a checkpoint; on a GPU in the background."""
@@ -615,6 +601,7 @@ class _Run:
         if self.evaluation is not None:
             state |= self.evaluation.state()
             best = self.evaluation.best.step if self.config.load_best else None
+        self.saved = (step, self.ended)
         self.checkpoints.save(step, state, best=best)
 
     def close(self) -> None:

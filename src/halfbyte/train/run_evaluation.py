@@ -10,7 +10,7 @@ of timings: which adapter is the best must not depend on how busy a machine is.
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from halfbyte.errors import CheckpointError, OutOfMemoryError
 from halfbyte.foreign_text import quote
 from halfbyte.runtime.device import is_out_of_memory
 from halfbyte.train.early_stopping import BestEvaluation, value_of
-from halfbyte.train.evaluate import evaluate_loss
+from halfbyte.train.evaluate import Progress, evaluate_loss
 from halfbyte.train.run_data import RunData
 
 if TYPE_CHECKING:
@@ -34,10 +34,6 @@ TOKEN_SHARE = 0.1
 LEAST_ROWS = 32  # of fewer, the mean says little
 
 _WHICH_ROWS = 0x5EED  # beside the seed of the run, which orders the data
-
-
-class EvaluationStopped(Exception):
-    """An evaluation was broken off, since the run was asked to stop."""
 
 
 class Schedule(NamedTuple):
@@ -89,7 +85,11 @@ class RunEvaluation:
         engine: Computes losses.
         report: Where evaluations are logged.
         stopped: Asked during an evaluation; if true, it is broken off.
-        measure: Returns the user's own metrics on some rows; None without any.
+        end_stopped: Ends the run then; it evaluates first when it is resumed.
+        end: Has training end after the step, for the reason given.
+        save: Writes a checkpoint of the state after a step.
+        measure: Returns the program's metrics on some rows, and calls its second argument between
+            answers; None without any.
         tell: Called with the record of each evaluation, after it has been logged.
 
     Attributes:
@@ -106,12 +106,16 @@ class RunEvaluation:
         report: "RunReport",
         *,
         stopped: Callable[[], bool],
-        measure: Callable[[Dataset], dict[str, float]] | None = None,
+        end_stopped: Callable[[], NoReturn],
+        end: Callable[[str], None],
+        save: Callable[[int], None],
+        measure: Callable[[Dataset, Progress], dict[str, float]] | None = None,
         tell: Callable[[dict[str, Any]], None] = lambda _: None,
     ) -> None:
         assert data.held_out is not None
         self._config, self._engine, self._report = config, engine, report
-        self._stopped, self._measure, self._tell = stopped, measure, tell
+        self._stopped, self._end_stopped, self._end = stopped, end_stopped, end
+        self._save, self._measure, self._tell = save, measure, tell
         self._total, self._held_out = data.plan.total, data.held_out
         self.evaluated, self.best = 0, BestEvaluation(config)
         self.rows, whole = self._held_out, self._held_out.report
@@ -139,22 +143,27 @@ class RunEvaluation:
         same = f"on {part:,} of {rows:,} held-out rows, always the same"
         return f"{steps} {same}: {cost}; at the end on all"
 
-    def due(self, step: int) -> bool:
-        """Return whether an evaluation is made after ``step``, before the last one."""
-        return self.every is not None and 0 < step < self._total and step % self.every == 0
+    def after(self, step: int) -> None:
+        """Evaluate after ``step`` if it is due and has not been made.
 
-    def missing(self, step: int) -> bool:
-        """Return whether a run that goes on after ``step`` has to make its evaluation first."""
-        return self.due(step) and self.evaluated != step
-
-    def make(self, step: int) -> bool:
-        """Evaluate; return whether this was the best so far.
+        What is the best so far is saved, and training ends if it no longer gets better.
 
         Raises:
-            EvaluationStopped: The run was asked to stop.
+            RunStopped: A stop was requested.
             OutOfMemoryError: It does not fit into memory, and the result of the run needs it.
             ConfigError: There is no metric of the name in ``metric_for_best``.
         """
+        due = self.every is not None and 0 < step < self._total and step % self.every == 0
+        if not due or self.evaluated == step:
+            return
+        best = self._make(step)
+        if self.best.exhausted:
+            self._end(f"no better evaluation since {self.best.in_words()}")
+        if best and self._config.load_best:
+            self._save(step)
+
+    def _make(self, step: int) -> bool:
+        """Evaluate; return whether this was the best so far."""
         try:
             record = self._of(self.rows, step)
         except RuntimeError as error:
@@ -186,11 +195,11 @@ class RunEvaluation:
             The step after which the adapter was as it is now.
 
         Raises:
-            EvaluationStopped, OutOfMemoryError, ConfigError: As `make`.
+            RunStopped, OutOfMemoryError, ConfigError: As `after`.
             CheckpointError: The best adapter cannot be restored.
         """
         if self.evaluated != step:
-            self.make(step)
+            self._make(step)
         chosen = step
         if self._config.load_best and self.best.step is None:
             self._report.note("the adapter is that of the last step: no evaluation was finite")
@@ -228,7 +237,9 @@ class RunEvaluation:
         loss, tokens = evaluate_loss(
             self._engine, data.examples, batch_size=size, progress=self._look_for_stop
         )
-        metrics = {} if self._measure is None else {"metrics": self._measure(data)}
+        metrics = (
+            {} if self._measure is None else {"metrics": self._measure(data, self._look_for_stop)}
+        )
         return {
             "step": step,
             "loss": loss,
@@ -246,4 +257,4 @@ class RunEvaluation:
 
     def _look_for_stop(self, done: int, total: int) -> None:
         if self._stopped():
-            raise EvaluationStopped
+            self._end_stopped()

@@ -41,6 +41,7 @@ class Checkpoints:
         writer: Writes them.
         identity: What must be equal to resume from them (train/resume.py).
         total: Steps of the run.
+        by_program: Whether the run needs something that only a program has, such as its data.
         now: The time in seconds, for ``save_minutes``.
 
     Attributes:
@@ -57,11 +58,12 @@ class Checkpoints:
         identity: Mapping[str, Any],
         total: int,
         *,
+        by_program: bool = False,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config, self._base, self._lora = config, base, lora
         self._trainer, self._writer, self._identity = trainer, writer, dict(identity)
-        self._total = total
+        self._total, self._by_program = total, by_program
         self.saved: int | None = None
         self._every = config.save_steps or max(1, math.ceil(total / SAVES_PER_RUN))
         self._now, self._newest = now, now()
@@ -152,7 +154,9 @@ class Checkpoints:
 
     @property
     def resume_command(self) -> str:
-        """The command that goes on from the newest checkpoint."""
+        """The command that goes on from the newest checkpoint; for a program, its call."""
+        if self._by_program:
+            return "fine_tune with the same arguments, and resume=True in the configuration"
         return invocation("train", str(self._config.output / "config.yaml"), "--resume")
 
 
