@@ -176,7 +176,7 @@ def test_eval_prints_figures_and_what_was_missed(
 ) -> None:
     assert run("eval --model m --data d.jsonl --max-length 64") == 0
     [call] = seam.named("evaluate")
-    assert (call["data"], call["max_length"], call["exact_match"]) == ("d.jsonl", 64, True)
+    assert (call["data"], call["max_length"], call["exact_match"]) == (("d.jsonl",), 64, True)
     printed = capsys.readouterr()
     assert lines(printed.out) == [
         "  loss               0.5000",
@@ -414,7 +414,7 @@ def test_the_demo_tells_its_story(
     assert seam.named("open") == [{"model": "m.gguf"}]
     assert seam.named("put_on") == [{"adapter": output / "adapter", "model": "config"}]
     [config] = [call["config"] for call in seam.named("train")]
-    assert (config.data, config.seed) == (str(output / "orders.train.jsonl"), 2)
+    assert (config.data, config.seed) == ((str(output / "orders.train.jsonl"),), 2)
     assert not earlier.exists()
     text = capsys.readouterr().out
     for expected in (

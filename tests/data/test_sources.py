@@ -287,7 +287,7 @@ def test_standard_input_is_read_whatever_it_holds(standard_input, raw):
 
 def test_standard_input_that_is_a_terminal_or_empty_is_an_error(standard_input, monkeypatch):
     standard_input(b"")
-    with pytest.raises(DataError, match="- is empty"):
+    with pytest.raises(DataError, match="standard input is empty"):
         read_source("-")
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     with pytest.raises(DataError, match="pipe it in, or name a file"):

@@ -57,6 +57,10 @@ class CompareOptions(TrainConfig):
         varied = [f"`{name}`" for name in _VARIED if name in self.model_fields_set]
         if varied:
             raise ValueError(f"{', '.join(varied)}: use `variants` and `seeds` instead")
+        if {"-"} & {str(one) for one in (*self.data, *(self.eval_data or ()))}:
+            raise ValueError(
+                "standard input is read once, and every run reads its data: use a file"
+            )
         if self.shape is None:
             missing = [f"`{name}`" for name in ("model", "data") if not getattr(self, name)]
             if missing:
