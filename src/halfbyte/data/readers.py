@@ -55,17 +55,26 @@ def read_lines(file: BinaryIO) -> Iterator[RawRow]:
 def read_object(file: BinaryIO) -> RawRow | None:
     """Read a file that is one object over several lines; None if it is not.
 
-    At most ten times `LONGEST_ROW` is read.
+    At most ten times `LONGEST_ROW` is read, and of a file with an object per line, one line.
     """
-    most = 10 * row_files.LONGEST_ROW
-    raw = file.read(most + 1).removeprefix(codecs.BOM_UTF8)
-    first, _, rest = raw.lstrip().partition(b"\n")
-    if len(raw) > most or not rest.strip() or parse_row("1", first).problem is None:
-        return None  # one per line
-    problem = parse_row("1", raw).problem
-    if problem not in (None, TOO_LONG):
+    first = file.readline(row_files.LONGEST_ROW).removeprefix(codecs.BOM_UTF8)
+    while first and not first.strip():
+        first = file.readline(row_files.LONGEST_ROW)
+    if not first or parse_row("1", first).problem is None:
         return None
-    return RawRow(1, _one_line(raw), problem)
+    most = 10 * row_files.LONGEST_ROW
+    raw = first + file.read(most + 1)
+    if len(raw) > most or not _is_json(raw):
+        return None
+    return RawRow(1, _one_line(raw), parse_row("1", raw).problem)
+
+
+def _is_json(raw: bytes) -> bool:
+    try:
+        json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def read_array(file: BinaryIO) -> Iterator[RawRow]:
