@@ -22,6 +22,10 @@ def fill(size=10):
     return lambda path: (path / "rows").write_bytes(b"x" * size)
 
 
+def names(home):
+    return sorted(path.name for path in home.iterdir() if path.name != ".lock")
+
+
 def release_all():
     for path in list(user_cache._locks):
         user_cache._release(path)
@@ -51,7 +55,7 @@ def test_an_error_while_it_is_made_leaves_nothing(home):
 
     with pytest.raises(DataError, match="a bad row"):
         get("a", fail)
-    assert list(home.iterdir()) == []
+    assert names(home) == []
 
 
 def test_a_damaged_one_is_made_again(home):
@@ -69,13 +73,13 @@ def test_the_least_recently_used_goes_first(home):
     get("a")  # now the most recent
     release_all()
     get("d", fill(300))
-    assert sorted(path.name for path in home.iterdir()) == ["a", "c", "d"]
+    assert names(home) == ["a", "c", "d"]
 
 
 def test_what_is_in_use_stays_whatever_the_limit(home, caplog):
     get("a", fill(800))
     get("b", fill(800))
-    assert {path.name for path in home.iterdir()} == {"a", "b"}
+    assert names(home) == ["a", "b"]
     assert "all of it in use" in caplog.text
 
 
@@ -94,18 +98,30 @@ def test_what_another_process_uses_stays(home):
         other.stdin.close()
         other.wait(10)
     get("c", fill(800))
-    assert sorted(path.name for path in home.iterdir()) == ["b", "c"]
+    assert names(home) == ["b", "c"]
 
 
 def test_two_that_make_the_same_one_both_have_it(home):
     def slower(path):
-        fill()(path)
-        os.rename(path, home / "a")  # what another process does a moment earlier
-        path.mkdir()
-        fill()(path)
+        fill(20)(path)
+        (home / "a").mkdir()  # another process is done a moment earlier
+        fill(10)(home / "a")
 
-    assert get("a", slower).path == home / "a"
-    assert [path.name for path in home.iterdir()] == ["a"]
+    found = get("a", slower)
+    assert (found.path / "rows").read_bytes() == b"x" * 10
+    assert names(home) == ["a"]
+
+
+def test_what_a_killed_process_left_is_removed(home):
+    program = (
+        "import os; from halfbyte.user_cache import cached_directory\n"
+        "def make(path):\n    (path / 'rows').write_bytes(b'x'); os.kill(os.getpid(), 9)\n"
+        "cached_directory('data', 'a', make, limit=1000)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -9
+    assert len(list(home.glob(".unfinished-*"))) == 1
+    get("b")
+    assert names(home) == ["b"]
 
 
 def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_directory(home):

@@ -7,27 +7,23 @@ in use: a process that uses one holds a lock on it until it ends. Where the cach
 a temporary directory takes its place, which is removed when the process ends.
 """
 
+import atexit
 import contextlib
 import fcntl
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from halfbyte.atomic import (
-    new_directory,
-    output_errors,
-    remove_directory,
-    remove_partial,
-    require_writable,
-)
+from halfbyte.atomic import output_errors, require_writable
 from halfbyte.errors import OutputError
 
 logger = logging.getLogger("halfbyte")
 
+_LOCK, _UNFINISHED = ".lock", ".unfinished-"
 _LEFT_FREE = 2 * 10**9  # bytes
 
 # What this process uses: a lock on each directory of the cache, and the temporary ones.
@@ -54,10 +50,10 @@ def temporary_directory() -> Path:
         OutputError: There is no place for one.
     """
     with output_errors(Path(tempfile.gettempdir())):
-        _temporary.append(
-            tempfile.TemporaryDirectory(prefix="halfbyte-", ignore_cleanup_errors=True)
-        )
-    return Path(_temporary[-1].name)
+        found = tempfile.TemporaryDirectory(prefix="halfbyte-", ignore_cleanup_errors=True)
+    atexit.register(found.cleanup)
+    _temporary.append(found)
+    return Path(found.name)
 
 
 def cached_directory(
@@ -83,33 +79,82 @@ def cached_directory(
     """
     home = cache_home() / kind
     path = home / key
-    if _hold(path):
-        if is_whole(path):
-            return CachedDirectory(path)
-        logger.warning("%s is damaged, and made again", path)
-        _release(path)
-        with contextlib.suppress(OutputError):  # the next attempt to write there has the reason
-            remove_directory(path)
     try:
         require_writable(home)
     except OutputError as error:
+        if _hold(path) and is_whole(path):
+            return CachedDirectory(path)
         temporary = temporary_directory()
         with output_errors(temporary):
             make(temporary)
         return CachedDirectory(temporary, f"{error}; {temporary} is used for this run only")
-    held = False
-    while not held:  # another process may remove it before it is held
+    with output_errors(path):
+        with _changing(home):
+            found = _hold(path)
+        if found and is_whole(path):
+            return CachedDirectory(path)
+        with _changing(home):
+            if found:
+                logger.warning("%s is damaged, and made again", path)
+                _release(path)
+                shutil.rmtree(path, ignore_errors=True)
+            fresh = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=home))
+            descriptor = os.open(fresh, os.O_RDONLY)
+            _lock(descriptor, fcntl.LOCK_EX)
         try:
-            with new_directory(path) as fresh:
-                make(fresh)
-        except OutputError:
-            held = _hold(path)  # another process was faster
-            if not held:
-                raise
-        else:
-            held = _hold(path)
-    trim(kind, limit)
+            make(fresh)
+            _flush(fresh)
+            with _changing(home):
+                if not _hold(path):  # otherwise another process was faster
+                    os.rename(fresh, path)
+                    _lock(descriptor, fcntl.LOCK_SH)
+                    _locks[path] = descriptor
+        finally:
+            if _locks.get(path) != descriptor:
+                os.close(descriptor)
+                shutil.rmtree(fresh, ignore_errors=True)
+        trim(kind, limit)
     return CachedDirectory(path)
+
+
+def trim(kind: str, limit: int) -> bool:
+    """Remove what killed processes left, and what was used least recently, up to the limit.
+
+    Args:
+        kind: The directory of the cache.
+        limit: Bytes that its directories may take; those in use count, but stay.
+
+    Returns:
+        Whether they are within the limit, and some space is left on the disk.
+    """
+    home, found = cache_home() / kind, []
+    with _changing(home):
+        for path in home.iterdir():
+            if path.name.startswith(_UNFINISHED):
+                _remove(path)
+            elif path.is_dir():
+                size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+                found.append((path.stat().st_mtime, size, path))
+        total = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found):
+            if total > limit and path not in _locks and _remove(path):
+                total -= size
+    if total > limit:
+        logger.warning("%s takes %.1f GB, all of it in use", home, total / 1e9)
+    return total <= limit and shutil.disk_usage(home).free > _LEFT_FREE
+
+
+@contextlib.contextmanager
+def _changing(home: Path) -> Iterator[None]:
+    """Let no other process find, name or remove directories of this kind meanwhile: a moment."""
+    with open(home / _LOCK, "ab") as file:
+        _lock(file.fileno(), fcntl.LOCK_EX)
+        yield
+
+
+def _lock(descriptor: int, operation: int) -> None:
+    with contextlib.suppress(OSError):  # this file system has no locks
+        fcntl.flock(descriptor, operation)
 
 
 def _hold(path: Path) -> bool:
@@ -120,50 +165,22 @@ def _hold(path: Path) -> bool:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:
         return False
-    try:
-        with contextlib.suppress(OSError):  # no locks on this file system, or a read-only one
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        with contextlib.suppress(OSError):
-            os.utime(path)
-        # Removal renames it first; it may have happened between opening and locking.
-        held = os.stat(path).st_ino == os.fstat(descriptor).st_ino
-    except OSError:
-        held = False
-    if held:
-        _locks[path] = descriptor
-    else:
-        os.close(descriptor)
-    return held
+    _lock(descriptor, fcntl.LOCK_SH)
+    with contextlib.suppress(OSError):  # of somebody else
+        os.utime(path)
+    _locks[path] = descriptor
+    return True
 
 
 def _release(path: Path) -> None:
     os.close(_locks.pop(path))
 
 
-def trim(kind: str, limit: int) -> bool:
-    """Remove what was used least recently, until the rest is within the limit, or in use.
-
-    Args:
-        kind: The directory of the cache.
-        limit: Bytes that its directories may take.
-
-    Returns:
-        Whether they are within the limit, and some space is left on the disk.
-    """
-    home = cache_home() / kind
-    remove_partial(home, "*")
-    found = []
-    for path in home.iterdir():
-        with contextlib.suppress(OSError):  # removed by another process since
-            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-            found.append((path.stat().st_mtime, size, path))
-    total = sum(size for _, size, _ in found)
-    for _, size, path in sorted(found):
-        if total > limit and path not in _locks and _remove(path):
-            total -= size
-    if total > limit:
-        logger.warning("%s takes %.1f GB, all of it in use", home, total / 1e9)
-    return total <= limit and shutil.disk_usage(home).free > _LEFT_FREE
+def _flush(directory: Path) -> None:
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
 
 
 def _remove(path: Path) -> bool:
@@ -174,8 +191,8 @@ def _remove(path: Path) -> bool:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        remove_directory(path)
-    except (OSError, OutputError):
+        shutil.rmtree(path)
+    except OSError:
         return False
     finally:
         os.close(descriptor)

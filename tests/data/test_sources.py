@@ -109,6 +109,14 @@ def test_a_row_that_takes_minutes_to_encode_is_a_problem(tmp_path, monkeypatch, 
     assert (row.line, row.problem) == ("1", "longer than 8 MB; divide it")
 
 
+@pytest.mark.parametrize("start", ["", "\n", "{\n", '{"cut": \n'])
+def test_objects_on_lines_stay_rows_however_the_file_begins(tmp_path, monkeypatch, start):
+    monkeypatch.setattr(row_files, "LONGEST_ROW", 1000)
+    rows = read(tmp_path / "a.json", start + '{"a": 1}\n' * 500)  # longer than a row may be
+    assert [row.value for row in rows if row.problem is None] == [{"a": 1}] * 500
+    assert len(rows) == 500 + bool(start.strip())
+
+
 def test_nesting_has_a_limit(tmp_path):
     lines = [b'{"a":' * depth + b"1" + b"}" * depth for depth in (100, 101)]
     rows = read(tmp_path / "a.jsonl", b"\n".join(lines))
@@ -287,7 +295,7 @@ def test_standard_input_is_read_whatever_it_holds(standard_input, raw):
 
 def test_standard_input_that_is_a_terminal_or_empty_is_an_error(standard_input, monkeypatch):
     standard_input(b"")
-    with pytest.raises(DataError, match="- is empty"):
+    with pytest.raises(DataError, match="standard input is empty"):
         read_source("-")
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     with pytest.raises(DataError, match="pipe it in, or name a file"):

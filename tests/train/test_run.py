@@ -9,12 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
 from halfbyte.checkpoint.bitsandbytes import write_quantized
 from halfbyte.checkpoint.peft import load_adapter
+from halfbyte.config.data_sources import DataSource
 from halfbyte.config.schema import TrainConfig
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.errors import (
@@ -153,6 +156,34 @@ def test_an_adapter_goes_on_the_base_it_was_trained_on(model, data, tmp_path, ca
 def test_plain_lora_goes_through_the_same_code(model, data, tmp_path):
     result = run(config(model, data, tmp_path / "run", quant="none", **LONGER))
     assert result.final_loss < LEARNED
+
+
+def test_sources_with_weights_resume_byte_for_byte_and_with_other_weights_not(
+    model, data, tmp_path
+):
+    rows = data.read_text().splitlines()
+    table = [{"chat": row["messages"], "n": 1} for row in map(json.loads, rows[:6])]
+    parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "few.parquet")
+    sources = [f"{data}[6:]:1", DataSource(path=str(tmp_path / "few.parquet"), weight=2)]
+    options = {"save_steps": 5, "column": {"messages": "chat"}, "shuffle_seed": 3}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+
+    def made(output, **more):
+        mixed = config(model, data, output, **options, **more).model_dump() | {"data": sources}
+        return TrainConfig.model_validate(mixed)
+
+    run(made(whole))
+    break_off(made(broken), 7)
+    run(made(broken, resume=True))
+    name = "adapter_model.safetensors"
+    assert (whole / name).read_bytes() == (broken / name).read_bytes()
+    (begin,) = [event for event in journal(whole) if event["event"] == "begin"]
+    assert "few.parquet: 16 of the 24 examples of an epoch (66.7%), 2.67 passes over its 6" in (
+        " ".join(begin["data_verdict"]["lines"])
+    )
+    sources[0] = f"{data}[6:]:3"
+    with pytest.raises(ConfigError, match=r"weights was \[\[1.0, 2.0\], \[18, 6\]\], is"):
+        run(made(broken, resume=True))
 
 
 @pytest.mark.parametrize(

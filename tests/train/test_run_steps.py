@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from halfbyte.config.schema import TrainConfig
-from halfbyte.data import Example
+from halfbyte.data import Example, Mixture
 from halfbyte.train.run_steps import RunSteps
 
 
@@ -17,11 +17,11 @@ def examples():
     ]
 
 
-def plan(examples, **options):
+def plan(examples, mixture=None, **options):
     config = TrainConfig(
         model="-", data="-", output="-", batch_size=2, gradient_accumulation_steps=2, **options
     )
-    return RunSteps(examples, config, pad_id=0)
+    return RunSteps(examples, config, 0, mixture)
 
 
 def test_rows_are_those_of_the_micro_batches(examples):
@@ -62,3 +62,20 @@ def test_with_packs_every_epoch_has_the_same_number_of_steps(examples):
     assert [again.rows(step) for step in reversed(range(again.total))] == [
         steps.rows(step) for step in reversed(range(steps.total))
     ]
+
+
+def test_the_order_has_a_seed_of_its_own(examples):
+    def rows(**options):
+        steps = plan(examples, **options)
+        return [steps.rows(step) for step in range(steps.total)]
+
+    assert rows(seed=1) == rows(seed=2, shuffle_seed=1) == rows(seed=1, shuffle_seed=1)
+    assert rows(seed=1) != rows(seed=1, shuffle_seed=2)
+
+
+def test_sources_with_weights_have_their_shares_in_every_epoch(examples):
+    steps = plan(examples, Mixture.of("ab", [3, 8], [8, 3]), epochs=2)
+    for epoch in (0, 1):
+        rows = [r for s in range(3 * epoch, 3 * epoch + 3) for b in steps.rows(s) for r in b]
+        assert len(rows) == 11
+        assert sum(row < 3 for row in rows) == 8

@@ -67,6 +67,10 @@ class CompareOptions(TrainConfig):
             raise ValueError("`push_to_hub`: upload the adapter you choose with `halfbyte push`")
         if self.adapter and not self.eval_data:
             raise ValueError("`adapter` needs `eval_data`: what to evaluate on")
+        if {"-"} & {str(one) for one in (*self.data, *(self.eval_data or ()))}:
+            raise ValueError(
+                "standard input is read once, and every run reads its data: use a file"
+            )
         if self.shape is None:
             needed = ("model", "data") if self.trained else ("model",)
             missing = [f"`{name}`" for name in needed if not getattr(self, name)]

@@ -3,15 +3,14 @@
 import dataclasses
 from collections.abc import Mapping
 from itertools import islice
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt
+from pydantic import Field, PositiveInt
 
 from halfbyte.cli.opening import ReadModelOptions, open_model, open_side_by_side
 from halfbyte.cli.startup import import_transformers
 from halfbyte.config.command_line import Command, results
-from halfbyte.config.data_sources import DataSources, name_of
-from halfbyte.config.options import parse_pairs
+from halfbyte.config.data_sources import Columns, DataSources, name_of
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
@@ -24,7 +23,7 @@ class EvalOptions(ReadModelOptions):
     """What to evaluate on, and how."""
 
     data: DataSources = Field(min_length=1, description="what to evaluate on: sources as for train")
-    column: Annotated[dict[str, str], BeforeValidator(parse_pairs)] = Field(
+    column: Columns = Field(
         {}, description="columns under other names, such as messages=conversation"
     )
     max_samples: PositiveInt | None = Field(

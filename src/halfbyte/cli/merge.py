@@ -8,18 +8,17 @@ written.
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from halfbyte.cli.next_commands import after_writing_model, show_next
 from halfbyte.cli.opening import as_trained, claim_directory
 from halfbyte.cli.startup import import_transformers
 from halfbyte.config.command_line import Command, results
-from halfbyte.config.data_sources import DataSources, name_of
-from halfbyte.config.options import parse_pairs
+from halfbyte.config.data_sources import Columns, DataSources, name_of
 from halfbyte.config.schema import BaseOptions
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import ConfigError, HalfbyteError
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
@@ -64,7 +63,7 @@ class MergeOptions(BaseOptions):
         description="held-out text: sources as for train (default: 32 questions and answers that "
         "come with halfbyte)",
     )
-    column: Annotated[dict[str, str], BeforeValidator(parse_pairs)] = Field(
+    column: Columns = Field(
         {}, description="columns under other names, such as messages=conversation"
     )
     max_length: int = Field(
@@ -281,7 +280,13 @@ def _taught(
     from halfbyte.tools.merge_evaluation import reference
 
     run = Path(options.adapter) / "config.yaml"
-    trained = load_config(run, {})[0] if run.exists() else None
+    trained = None
+    if run.exists():
+        try:
+            trained, _ = load_config(run, {})
+        except ConfigError as error:  # of another trainer, or of a later version
+            report.note(f"memorised training examples are not checked: {error}")
+            return None
     if trained is None or len(local_paths(trained.data)) < len(trained.data):
         missing = run if trained is None else name_of(trained.data)
         report.note(

@@ -18,7 +18,7 @@ from pydantic import (
     ValidationError,
 )
 
-from halfbyte.config.options import NOT_IN_PATHS
+from halfbyte.config.options import NOT_IN_PATHS, parse_pairs
 from halfbyte.foreign_text import shorten
 
 _SOURCES_SHOWN = 3
@@ -122,3 +122,6 @@ DataSources = Annotated[
     tuple[DataSpec, ...], BeforeValidator(_read), PlainSerializer(_written, return_type=Any)
 ]
 """The type of an option that takes sources."""
+
+Columns = Annotated[dict[str, str], BeforeValidator(parse_pairs)]
+"""The type of an option that names columns: our keys, and those of the rows."""

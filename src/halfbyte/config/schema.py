@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from halfbyte.config.data_sources import DataSources
+from halfbyte.config.data_sources import Columns, DataSources
 from halfbyte.config.options import (
     BlockSize,
     Options,
@@ -120,7 +120,7 @@ class TrainConfig(ModelOptions):
         "pattern, a hub id (owner/name:split), or - for standard input; may be given several "
         "times, with weights and rows, as in a.jsonl:0.7 or b.parquet[:500]",
     )
-    column: Annotated[dict[str, str], BeforeValidator(parse_pairs)] = Field(
+    column: Columns = Field(
         {}, description="columns under other names, such as messages=conversation"
     )
     max_samples: PositiveInt | None = Field(

@@ -68,8 +68,7 @@ def open_hub(spec: Spec, *, streaming: bool = False) -> HubData:
         )
     datasets = importlib.import_module("datasets")
     split = spec.split or "train"
-    given = (spec.path, spec.config, spec.split)
-    name = ":".join(part for part in given if part is not None)
+    name = spec.name
     try:
         with _without_warnings():
             data = datasets.load_dataset(spec.path, spec.config, split=split, streaming=streaming)

@@ -55,17 +55,26 @@ def read_lines(file: BinaryIO) -> Iterator[RawRow]:
 def read_object(file: BinaryIO) -> RawRow | None:
     """Read a file that is one object over several lines; None if it is not.
 
-    At most ten times `LONGEST_ROW` is read.
+    At most ten times `LONGEST_ROW` is read, and of a file with an object per line, one line.
     """
-    most = 10 * row_files.LONGEST_ROW
-    raw = file.read(most + 1).removeprefix(codecs.BOM_UTF8)
-    first, _, rest = raw.lstrip().partition(b"\n")
-    if len(raw) > most or not rest.strip() or parse_row("1", first).problem is None:
-        return None  # one per line
-    problem = parse_row("1", raw).problem
-    if problem not in (None, TOO_LONG):
+    first = file.readline(row_files.LONGEST_ROW).removeprefix(codecs.BOM_UTF8)
+    while first and not first.strip():
+        first = file.readline(row_files.LONGEST_ROW)
+    if not first or parse_row("1", first).problem is None:
         return None
-    return RawRow(1, _one_line(raw), problem)
+    most = 10 * row_files.LONGEST_ROW
+    raw = first + file.read(most + 1)
+    if len(raw) > most or not _is_json(raw):
+        return None
+    return RawRow(1, _one_line(raw), parse_row("1", raw).problem)
+
+
+def _is_json(raw: bytes) -> bool:
+    try:
+        json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def read_array(file: BinaryIO) -> Iterator[RawRow]:
@@ -73,11 +82,11 @@ def read_array(file: BinaryIO) -> Iterator[RawRow]:
     window, decoder = _Window(file), json.JSONDecoder()
     at = window.after_space(window.after_space(0) + 1)
     while window[at] not in ("]", ""):
-        at = window.drop(at)
-        beginning, line = window.text[:_BEGINNING], window.line
+        at = window.begin(at)
+        line, beginning = window.line, window.text[at : at + _BEGINNING]
         try:
-            end = _end_of_value(decoder, window)
-            raw, at = window.text[:end], window.after_space(end)
+            end = _end_of_value(decoder, window, at)
+            raw, at = window.text[at:end], window.after_space(end)
             if window[at] not in (",", "]"):
                 raise ValueError("neither a comma nor the end of the array")
         except (ValueError, RecursionError) as error:
@@ -88,11 +97,11 @@ def read_array(file: BinaryIO) -> Iterator[RawRow]:
         if window[at] == ",":
             at = window.after_space(at + 1)
     if window[at] == "":
-        window.drop(at)
+        window.begin(at)
         yield RawRow(window.line, b"", "the array does not end")
     elif window[rest := window.after_space(at + 1)]:
-        window.drop(rest)
-        beginning = window.text[:_BEGINNING]
+        at = window.begin(rest)
+        beginning = window.text[at : at + _BEGINNING]
         yield RawRow(window.line, _bytes_of(beginning), "after the end of the array: not read")
 
 
@@ -101,71 +110,76 @@ class _TooLongError(ValueError):
 
 
 class _Window:
-    """The text of a stream from the current element on; it grows as far as is looked at.
+    """A part of a stream's text that moves along; positions are in ``text``.
 
     Bytes that are not UTF-8 become halves of surrogate pairs, as in ``surrogateescape``.
 
     Attributes:
         text: The text.
-        line: The line of its first character.
+        line: The line of the position that was last begun at.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self.text, self.line, self.ended = "", 1, False
-        self.grow()
+        self._counted = 0  # the position of `line`
+        self.grow(0)
         self.text = self.text.removeprefix("\ufeff")
 
     def __getitem__(self, at: int) -> str:
         """The character at a position, or nothing at the end of the stream."""
         while at >= len(self.text) and not self.ended:
-            self.grow()
+            self.grow(at)
         return self.text[at : at + 1]
 
-    def grow(self) -> None:
-        """Read as much again as there is, and at least a chunk."""
-        raw = self._file.read(max(_CHUNK, len(self.text)))
+    def grow(self, at: int) -> None:
+        """Read as much again as there is from a position on, and at least a chunk."""
+        raw = self._file.read(max(_CHUNK, len(self.text) - at))
         self.ended = not raw
         self.text += self._decoder.decode(raw, final=self.ended)
 
-    def drop(self, at: int) -> int:
-        """Forget what is before a position, which becomes 0."""
-        self.line += self.text.count("\n", 0, at)
-        self.text = self.text[at:]
-        return 0
+    def begin(self, at: int) -> int:
+        """Count the lines up to a position; what is before may be forgotten.
+
+        Returns:
+            The position, which is another one then.
+        """
+        self.line += self.text.count("\n", self._counted, at)
+        if at > _CHUNK:  # copying the rest each time would take a time that is quadratic
+            self.text, at = self.text[at:], 0
+        self._counted = at
+        return at
 
     def after_space(self, at: int) -> int:
         """The position of the first character from ``at`` on that is no white space."""
-        while (end := _SPACE.match(self.text, at).end()) == len(self.text) and not self.ended:  # type: ignore[union-attr]
-            if end > _CHUNK:  # white space alone may be longer than memory
-                self.drop(end)
-                end = 0
-            at = end
-            self.grow()
-        return end
+        while True:
+            found = _SPACE.match(self.text, at)
+            end = len(self.text) if found is None else found.end()
+            if end < len(self.text) or self.ended:
+                return end
+            at = self.begin(end)  # white space alone may be longer than memory
+            self.grow(at)
 
 
-def _end_of_value(decoder: json.JSONDecoder, window: _Window) -> int:
-    """The end of the value at the start of the window, which grows until it has all of it.
+def _end_of_value(decoder: json.JSONDecoder, window: _Window, at: int) -> int:
+    """The end of the value at a position; the window grows until it has all of it.
 
     Raises:
         ValueError: There is no JSON value.
     """
     while True:
         try:
-            _, end = decoder.raw_decode(window.text)
+            _, end = decoder.raw_decode(window.text, at)
             if end < len(window.text) or window.ended:  # a number may go on after its window
                 return end
         except json.JSONDecodeError as error:
-            cut = (
-                error.msg.startswith("Unterminated") or error.pos > len(window.text) - _LONGEST_WORD
-            )
-            if window.ended or not cut:
+            near_the_end = error.pos > len(window.text) - _LONGEST_WORD
+            if window.ended or not (near_the_end or error.msg.startswith("Unterminated")):
                 raise
-        if len(window.text) > 2 * row_files.LONGEST_ROW:
+        if len(window.text) - at > 2 * row_files.LONGEST_ROW:
             raise _TooLongError
-        window.grow()
+        window.grow(at)
 
 
 def _element(line: int, text: str) -> RawRow:

@@ -35,7 +35,6 @@ from halfbyte.errors import DataError
 from halfbyte.foreign_text import quote, shorten
 from halfbyte.user_cache import temporary_directory
 
-_STDIN_NAME = "standard input"
 _LOOKED_AT = 100  # rows of a source, to see whether it has the columns that are asked for
 
 
@@ -132,7 +131,7 @@ def open_sources(
         OutputError: There is no space for a converted file.
     """
     specs = [_with_columns(Spec.parse(one), columns) for one in sources_of(data)]
-    names = [one.path for one in specs]
+    names = [one.name for one in specs]
     weights = _weights(specs)
     if streaming:
         streams = tuple(_stream_of(spec, max_samples, several=len(specs) > 1) for spec in specs)
@@ -193,8 +192,8 @@ def _weights(specs: Sequence[Spec]) -> list[float] | None:
     without = next((spec for spec in specs if spec.weight is None), None)
     if without is not None:
         raise DataError(
-            f"{without.path} has no weight, but others have one: give every source a weight "
-            f"({without.path}:1), or none."
+            f"{without.name} has no weight, but others have one: give every source a weight "
+            f"({without.name}:1), or none."
         )
     return [weight for weight in weights if weight is not None]
 
@@ -237,7 +236,7 @@ def _paths_of(spec: Spec) -> tuple[list[tuple[Path, str]], tuple[str, ...]]:
     """The files of a local source with their names, and messages."""
     path = Path(spec.path)
     if spec.path == STANDARD_INPUT and not spec.is_local:
-        return [(_spooled(), _STDIN_NAME)], ()
+        return [(_spooled(), spec.name)], ()
     if path.is_dir():
         files, notes = files_in(path, spec.split)
     elif spec.is_local:
@@ -326,9 +325,9 @@ def _named(files: list[RowFile]) -> list[RowFile]:
 
 def _no_rows(spec: Spec, files: Sequence[RowFile]) -> str:
     if spec.rows.is_everything:
-        return f"{spec.path} is empty: expected rows, one JSON object per line."
+        return f"{spec.name} is empty: expected rows, one JSON object per line."
     asked = f"[{spec.rows.start or ''}:{spec.rows.stop or ''}]"
-    return f"{spec.path} has no rows in {asked}."
+    return f"{spec.name} has no rows in {asked}."
 
 
 def _check_columns(spec: Spec, files: Sequence[RowFile]) -> None:
@@ -375,7 +374,7 @@ def _stream_of(
     _require(spec)
     if spec.rows.known is None:
         raise DataError(
-            f"The rows of {spec.path} are counted from its end or in percent, which a stream does "
+            f"The rows of {spec.name} are counted from its end or in percent, which a stream does "
             "not have: give numbers, or leave `streaming` out."
         )
     start, stop = spec.rows.known
@@ -394,7 +393,7 @@ def _stream_of(
             stream = cast(BufferedReader, sys.stdin.buffer)
             array = stream.peek(1).lstrip().startswith(b"[")
             raw = (read_array if array else read_lines)(stream)
-            yield from parsed(islice(raw, start, stop), _STDIN_NAME, tables=False)
+            yield from parsed(islice(raw, start, stop), spec.name, tables=False)
         elif spec.is_hub_id and not spec.is_local:
             data = open_hub(spec, streaming=True)
             yield from parsed(data.rows(start, stop), data.name, tables=True)

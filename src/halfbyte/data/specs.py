@@ -96,6 +96,13 @@ class Spec:
     columns: tuple[tuple[str, str], ...] = ()
 
     @property
+    def name(self) -> str:
+        """What messages call it."""
+        if self.path == STANDARD_INPUT:
+            return "standard input"
+        return ":".join(part for part in (self.path, self.config, self.split) if part)
+
+    @property
     def is_local(self) -> bool:
         """Whether it is a file or directory that exists."""
         return _exists(self.path)
