@@ -86,6 +86,11 @@ class RunStopped(HalfbyteError):
         self.signal = signal
 
 
+BETWEEN_STEPS = (OutOfMemoryError, ConfigError, DataError, EncodingError)
+"""What can end a run while it makes steps, so that those it has made are saved: no memory, a metric
+that is not what it should be, data that ends or cannot be encoded any more."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal ends the command.
 

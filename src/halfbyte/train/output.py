@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from halfbyte.checkpoint.atomic import remove_directory
 from halfbyte.checkpoint.output_lock import output_lock
-from halfbyte.checkpoint.run_state import STATE_NAME
+from halfbyte.checkpoint.run_state import STATE_NAME, RunState
 from halfbyte.config.reading import WRITTEN_YAML
 from halfbyte.config.schema import TrainConfig
 from halfbyte.data.sources import local_paths
@@ -63,12 +63,23 @@ def claim_output(config: TrainConfig) -> Iterator[None]:
         yield
 
 
-def write_held_out_rows(output: Path, data: RunData, report: "RunReport") -> None:
-    """Write the rows that were held out beside the journal, if some were.
+def write_rows(
+    output: Path, data: RunData, report: "RunReport", step: int, resumed: RunState | None
+) -> None:
+    """Write the rows that were left out, and those that were held out, beside the journal.
+
+    Args:
+        output: The directory of the run.
+        data: Its data, of which the examples of ``step`` (0-based) and later ones are taken next.
+        report: Where to log.
+        step: The first step that is made.
+        resumed: The checkpoint that the run goes on from.
 
     Raises:
         OutputError: A file cannot be written.
+        CheckpointError: The checkpoint does not say how far the run had come in the data.
     """
+    data.begin(output, step, resumed.progress if resumed else {})
     if data.divided and data.held_out is not None:
         rows = [row for row, _ in data.held_out.cases]
         report.record("held_out", {"lines": [row.line for row in rows]})

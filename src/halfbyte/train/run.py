@@ -11,7 +11,7 @@ run is identical to an uninterrupted one, byte for byte, also if it was stopped 
 import math
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import closing
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,14 +40,7 @@ from halfbyte.engine.memory_policy import (
     used_memory,
 )
 from halfbyte.engine.packing import Batch
-from halfbyte.errors import (
-    ConfigError,
-    DataError,
-    EncodingError,
-    Interrupted,
-    OutOfMemoryError,
-    RunStopped,
-)
+from halfbyte.errors import BETWEEN_STEPS, Interrupted, RunStopped
 from halfbyte.layers.vocabulary import embedding_to_host
 from halfbyte.linear.lora import (
     adapter_parameters,
@@ -70,7 +63,7 @@ from halfbyte.train.loss_watch import LossWatch
 from halfbyte.train.memory_check import FIRST_LOOK, Prediction, sizes_of
 from halfbyte.train.metrics import Metric, measured_on
 from halfbyte.train.nonfinite import NonFiniteSteps, rows_in_words
-from halfbyte.train.output import claim_output, write_held_out_rows
+from halfbyte.train.output import claim_output, write_rows
 from halfbyte.train.program import Program, RunCallbacks, WeightsChanged
 from halfbyte.train.qera import begin_with_error, require_plain
 from halfbyte.train.result import TrainResult
@@ -132,14 +125,14 @@ def _train(
     try:
         device, dtype, why = choose_device_and_dtype(config.device, config.compute_dtype)
         limit = memory_limit(device, config.memory_budget)
-        with deterministic(config.deterministic), limit:
+        with deterministic(config.deterministic), limit, ExitStack() as opened:
             run = _Run(config, output, report, stop, program, device, dtype)
-            with closing(run):
-                run.load(why)
-                run.attach()
-                run.fit()
-                run.begin()
-                return run.run()
+            opened.callback(run.close)
+            run.load(why)
+            run.attach()
+            run.fit()
+            run.begin()
+            return run.run()
     except BaseException:
         if not existed and not any(output.iterdir()):
             output.rmdir()
@@ -377,8 +370,7 @@ class _Run:
             | {"data_digest": self.identity["data"], "data_check": data.check.as_json()}
             | self.more,
         )
-        data.begin(self.output, self.start, self.resumed.progress if self.resumed else {})
-        write_held_out_rows(self.output, data, self.report)
+        write_rows(self.output, data, self.report, self.start, self.resumed)
         journal = self.output / "journal.jsonl"
         if self.resumed is not None and journal.exists():
             self.watch.replay(read_journal(journal))
@@ -433,8 +425,7 @@ class _Run:
                     self.finished,
                     stopped=lambda: stop.requested or self.ended is not None,
                 )
-            # ConfigError: a metric is not what it should be
-            except (OutOfMemoryError, ConfigError, DataError, EncodingError) as error:
+            except BETWEEN_STEPS as error:
                 self.report_engine()
                 if not trainer.updating and not isinstance(error, WeightsChanged):
                     self._save_made()
@@ -596,13 +587,12 @@ class _Run:
     def save(self, step: int) -> None:
         """Write a checkpoint; on a GPU in the background."""
         state: dict[str, Any] = {"nonfinite": self.nonfinite.state(), "ended": self.ended}
-        state |= self.data.state(step)
         best = None
         if self.evaluation is not None:
             state |= self.evaluation.state()
             best = self.evaluation.best.step if self.config.load_best else None
         self.saved = (step, self.ended)
-        self.checkpoints.save(step, state, best=best)
+        self.checkpoints.save(step, state | self.data.state(step), best=best)
 
     def close(self) -> None:
         """End the processes that encode data."""
