@@ -7,8 +7,8 @@ sent to it and only arrays come back.
 
 Processes are started as commands and talk through their standard input and output. That needs
 nothing of the main module of the program, which `multiprocessing` would import again in each: a
-script without ``if __name__ == "__main__"`` may call us. They ignore the signals that ask us to
-stop, and end when their input does, thus with us, however we end.
+script without ``if __name__ == "__main__"`` may call us. They are not in our process group, so
+Ctrl-C does not reach them, and they end when their input does, thus with us, however we end.
 """
 
 from __future__ import annotations
@@ -168,6 +168,7 @@ class _Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | one,
+            start_new_session=True,
         )
         self._spec: bytes | None = spec
 
@@ -221,8 +222,6 @@ class _Process:
 
 def serve() -> None:
     """Encode the chunks that come from standard input; the main function of a process."""
-    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)):
-        signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is not an answer
     questions = sys.stdin.buffer
