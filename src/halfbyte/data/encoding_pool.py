@@ -168,7 +168,7 @@ class _Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | one,
-            start_new_session=True,
+            process_group=0,
         )
         self._spec: bytes | None = spec
 
