@@ -4,6 +4,7 @@
     formats         rows to conversations
     messages        the messages of a conversation
     templates       conversations to examples: token ids and loss masks
+    encoding        chunks of rows to arrays, in this or in other processes (encoding_pool)
     batching        examples to micro-batches
     dataset_report  which rows were used, truncated or rejected
 

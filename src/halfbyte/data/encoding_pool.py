@@ -38,8 +38,9 @@ from halfbyte.input_files import open_file
 Rows = Sequence[Row] | Callable[[], Iterable[Row]]
 """The rows of a chunk, or what reads them in the process that encodes them; it is pickled."""
 
+# transformers imports torch where it finds it (5.17); for tokenizers it needs none.
 _MAIN = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); sys.modules['torch'] = None; "
     "from halfbyte.data.encoding_pool import serve; serve()"
 )
 CHUNK = 1 << 20
@@ -163,11 +164,12 @@ class _Process:
     def __init__(self, spec: bytes) -> None:
         # With parallelism off, `encode_batch_fast` takes a fourth more time than with one thread.
         one = {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "1"}
+        quiet = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}  # that there is no torch
         self._process = subprocess.Popen(
             [sys.executable, "-c", _MAIN, json.dumps(sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | one,
+            env=os.environ | one | quiet,
             process_group=0,
         )
         self._spec: bytes | None = spec
