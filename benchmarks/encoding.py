@@ -270,10 +270,11 @@ def main() -> None:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     record = {
         "date": now,
-        "command": f"python benchmarks/encoding.py {' '.join(sys.argv[1:])}",
+        "command": f"python benchmarks/encoding.py --megabytes {options.megabytes:g} "
+        f"--rounds {options.rounds} --model {Path(options.model).name}",
         "processor": platform.machine(),
         "cores": cores(),
-        "load_before": os.getloadavg()[2],
+        "load_average": os.getloadavg()[2],  # of 15 minutes
         "python": platform.python_version(),
         "versions": {
             name: version(name) for name in ("tokenizers", "transformers", "jinja2", "numpy")
