@@ -7,10 +7,10 @@ The tokenizer alone is the `tokenizers` library with nothing around it: `encode_
 Ours is `EncodingPool` with a process for each core: from the bytes of a file to arrays in this
 process, with the rows read and checked, the template rendered and the masks found.
 
-Both run in every round, one after the other, so that a slow moment hits both; a round begins with
-new processes and new tokenizers, whose caches are empty, as a run begins. What it takes to start
-the processes is not in it, but reported. ``cpu`` is the processor time of all cores, which other
-programs disturb less. That the tokens are the same is checked before.
+Both run in every round, one after the other, so that a slow moment hits both, and both in new
+processes, with empty caches, as a run begins. What it takes to start these is not in it, but
+reported. ``cpu`` is the processor time of all cores, which other programs disturb less. That the
+tokens are the same is checked before.
 
 Rows have lognormal lengths from 200 bytes to 8 kB. Their texts are
 
@@ -26,6 +26,7 @@ import os
 import platform
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -153,13 +154,27 @@ def ours(spec: EncoderSpec, path: Path, first: list[Row]) -> dict[str, Any]:
         return timed(lambda: encode(pool, path), pool.processes) | {"start": start}
 
 
-def alone(state: str, method: str, texts: list[str]) -> dict[str, float]:
-    """Seconds of the library, with a new tokenizer."""
-    tokenizer = Tokenizer.from_str(state)
-    call = getattr(tokenizer, method)
-    call(texts[:100], add_special_tokens=False)
-    kept: list[Any] = []  # what takes it away is not in it
-    return timed(lambda: kept.append(call(texts, add_special_tokens=False)))
+ALONE = """
+import json, sys, time
+from tokenizers import Tokenizer
+state, texts, method = sys.argv[1:]
+tokenizer = Tokenizer.from_file(state)
+with open(texts, encoding="utf-8") as file:
+    texts = json.load(file)
+call = getattr(tokenizer, method)
+call(texts[:100], add_special_tokens=False)
+wall, cpu = time.perf_counter(), time.process_time()
+kept = call(texts, add_special_tokens=False)
+print(json.dumps({"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}))
+"""
+
+
+def alone(state: Path, texts: Path, method: str) -> dict[str, float]:
+    """Seconds of the library, in a new process."""
+    command = [sys.executable, "-c", ALONE, str(state), str(texts), method]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    found: dict[str, float] = json.loads(result.stdout)
+    return found
 
 
 def measure(
@@ -177,12 +192,14 @@ def measure(
     read = list(RowFile(path, path.name).rows())
     conversations = [to_conversation(row.value, row.line, spec.preferred) for row in read]
     rendered = [one.text for row in conversations for one in spec.encoder.texts(row)]
-    state = tokenizer.backend_tokenizer.to_str()
+    state, rendered_path = directory / "tokenizer.json", directory / "texts.json"
+    state.write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
+    rendered_path.write_text(json.dumps(rendered, ensure_ascii=False), encoding="utf-8")
 
     with EncodingPool(spec) as pool:
         chunks = encode(pool, path)
     tokens = sum(len(chunk.tokens) for chunk in chunks)
-    encodings = Tokenizer.from_str(state).encode_batch(rendered, add_special_tokens=False)
+    encodings = Tokenizer.from_file(str(state)).encode_batch(rendered, add_special_tokens=False)
     after = [tokenizer.eos_token_id] * (kind == "text")
     ids = (token for encoding in encodings for token in (*encoding.ids, *after))
     found_ids = (token for chunk in chunks for token in chunk.tokens.tolist())
@@ -193,7 +210,7 @@ def measure(
     for _ in range(rounds):
         taken["ours"].append(ours(spec, path, read[:20]))
         for method in METHODS:
-            taken[method].append(alone(state, method, rendered))
+            taken[method].append(alone(state, rendered_path, method))
 
     def ratio(method: str, figure: str) -> float:
         pairs = zip(taken[method], taken["ours"], strict=True)
@@ -253,10 +270,11 @@ def main() -> None:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     record = {
         "date": now,
-        "command": f"python benchmarks/encoding.py {' '.join(sys.argv[1:])}",
+        "command": f"python benchmarks/encoding.py --megabytes {options.megabytes:g} "
+        f"--rounds {options.rounds} --model {Path(options.model).name}",
         "processor": platform.machine(),
         "cores": cores(),
-        "load_before": os.getloadavg()[2],
+        "load_average": os.getloadavg()[2],  # of 15 minutes
         "python": platform.python_version(),
         "versions": {
             name: version(name) for name in ("tokenizers", "transformers", "jinja2", "numpy")

@@ -157,6 +157,7 @@ NOT_TRACED = [
     body("m.content | list"),
     body("[m.content]"),
     body("m.content | escape"),
+    body("('<' | safe) + m.content"),
     body("messages | map(attribute='content') | join(',')"),
     body("m.content.split()[0] if m.content.split() | length > 17 else m.content.count('i')"),
     "{% for m in messages %}{% for c in m.content %}{{ c }}-{% endfor %}{% endfor %}",

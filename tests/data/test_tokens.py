@@ -57,6 +57,11 @@ def texts_with_spans(draw):
     return text, spans
 
 
+@pytest.fixture(autouse=True)
+def no_text_is_too_short(monkeypatch):
+    monkeypatch.setattr(module, "_FEW", 0)
+
+
 KINDS = ["plain", "nfc", "lowercase", "rstrip", "incomplete", "metaspace"]
 
 

@@ -10,6 +10,7 @@
     formats         rows to conversations
     messages        the messages of a conversation
     templates       conversations to examples: token ids and loss masks
+    encoding        chunks of rows to arrays, in this or in other processes (encoding_pool)
     row_encoder     rows to examples by several processes, kept in the user's cache
     loading         a data set whole, with random access (dataset)
     batching        examples to micro-batches

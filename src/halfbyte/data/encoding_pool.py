@@ -7,8 +7,8 @@ sent to it and only arrays come back.
 
 Processes are started as commands and talk through their standard input and output. That needs
 nothing of the main module of the program, which `multiprocessing` would import again in each: a
-script without ``if __name__ == "__main__"`` may call us. They ignore the signals that ask us to
-stop, and end when their input does, thus with us, however we end.
+script without ``if __name__ == "__main__"`` may call us. They are not in our process group, so
+Ctrl-C does not reach them, and they end when their input does, thus with us, however we end.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ from halfbyte.input_files import open_file
 Rows = Sequence[Row] | Callable[[], Iterable[Row]]
 """The rows of a chunk, or what reads them in the process that encodes them; it is pickled."""
 
+# transformers imports torch where it finds it (5.17); for tokenizers it needs none.
 _MAIN = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); sys.modules['torch'] = None; "
     "from halfbyte.data.encoding_pool import serve; serve()"
 )
 CHUNK = 1 << 20
@@ -171,11 +172,13 @@ class _Process:
     def __init__(self, spec: bytes) -> None:
         # With parallelism off, `encode_batch_fast` takes a fourth more time than with one thread.
         one = {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "1"}
+        quiet = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}  # that there is no torch
         self._process = subprocess.Popen(
             [sys.executable, "-c", _MAIN, json.dumps(sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | one,
+            env=os.environ | one | quiet,
+            process_group=0,
         )
         self._spec: bytes | None = spec
 
@@ -229,8 +232,6 @@ class _Process:
 
 def serve() -> None:
     """Encode the chunks that come from standard input; the main function of a process."""
-    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)):
-        signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is not an answer
     questions = sys.stdin.buffer

@@ -95,6 +95,9 @@ class Conversation:
         return len(roles) - 1 - roles[::-1].index("assistant")
 
 
+_NO_MORE = object()
+
+
 def preferred_formats(values: Iterable[object], *, most: int | None = None) -> tuple[str, ...]:
     """Return the formats of the rows, the most frequent first; a tie is broken by their order.
 
@@ -111,7 +114,7 @@ def preferred_formats(values: Iterable[object], *, most: int | None = None) -> t
     """
     values = iter(values)
     first = list(islice(values, most))
-    if most is not None and next(values, None) is not None:
+    if most is not None and next(values, _NO_MORE) is not _NO_MORE:
         with suppress(DataError):  # later rows may be in a known format
             voted = preferred_formats(first)
             return (*voted, *(name for name in _FORMATS if name not in voted))

@@ -2,7 +2,8 @@
 
 transformers prepares the messages and the special tokens (`apply_chat_template`), the template
 itself runs in our sandbox. A conversation is prepared once, and its prefixes are then rendered as
-training, and as inference, would see them.
+training, and as inference, would see them. For conversations like earlier ones, the template need
+not be run (`template_traces`).
 
 The arguments of tool calls are JSON objects for most templates, which write them as JSON, and JSON
 text for some; data has either. They are passed as the template needs them.

@@ -261,9 +261,11 @@ class _Recorder:
             if isinstance(value, Symbol):
                 parts += value.parts
                 size += value.characters
-            else:
+            elif type(value) is str:
                 parts.append(value)
                 size += len(value)
+            else:  # markup, which joins otherwise
+                raise NotTraceable
         if size > MOST_CHARACTERS:
             raise NotTraceable
         return Symbol(self, tuple(parts), size)
@@ -513,7 +515,7 @@ class _TracingSandbox(Sandbox):
         """Return ``left operator right``."""
         if not isinstance(left, Symbol) and not isinstance(right, Symbol):
             return super().call_binop(context, operator, left, right)
-        if operator != "+" or not all(isinstance(one, str | Symbol) for one in (left, right)):
+        if operator != "+" or not all(type(one) in (str, Symbol) for one in (left, right)):
             raise NotTraceable
         for value in (left, right):
             self.counted(value)

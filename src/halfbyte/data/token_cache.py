@@ -5,12 +5,13 @@ each, again and again for the same words. Where a text can be divided so that it
 of the pieces, a dictionary from pieces to tokens gives the same for a fraction. That is so
 
 - before and after an added token, which is matched before anything else;
-- before a space that follows something else than white space, and before white space that follows
-  a letter or a digit of ASCII.
+- before a space that follows something else than white space, and before white space or a sign,
+  except an apostrophe, that follows a letter or a digit of ASCII.
 
 The second holds for the pre-tokenizers in `_PATTERNS`: in none of them can a match go on beyond
-such a place, since they have white space at the beginning of a match or in a run of it only, and
-none looks ahead but at the end of such a run.
+such a place, since they have white space at the beginning of a match or in a run of it only, no
+signs after letters or digits but the apostrophe of a contraction, and none looks ahead but at the
+end of a run of white space.
 
 Pieces that are not known are tokenised by the library: many at once, separated by an added token.
 """
@@ -67,11 +68,14 @@ _PATTERNS = frozenset(
     )
 )
 
-# White space and what follows it; also the white space after that, if it begins neither with a
-# space nor behind a letter or a digit. Python's \s has four characters more than the tokenizer's;
-# no piece begins with one of them, unless it follows a letter or a digit.
-_GO_ON = r"(?<![A-Za-z0-9])[^\S ]\s*"
-_PIECE = re.compile(rf"\s*\S+(?:{_GO_ON}\S+)*(?:{_GO_ON}\Z)?|\s+")
+# White space, and what follows it up to a sign behind a letter or a digit; also the white space
+# after that, if it begins neither with a space nor behind a letter or a digit. Python's \s has four
+# characters more than the tokenizer's; no piece begins with one, unless behind a letter or a digit.
+_WORD, _SIGN = "A-Za-z0-9", r"!-&(-/:-@\[-`{-~"
+_NO_WORD = rf"[^\s{_WORD}]"
+_BODY = rf"(?=\S){_NO_WORD}*[{_WORD}]*(?:[^\s{_WORD}{_SIGN}]{_NO_WORD}*[{_WORD}]*)*"
+_GO_ON = rf"(?<![{_WORD}])[^\S ]\s*"
+_PIECE = re.compile(rf"\s*{_BODY}(?:{_GO_ON}{_BODY})*(?:{_GO_ON}\Z)?|\s+")
 
 
 class TokenCache:

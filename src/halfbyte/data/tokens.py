@@ -34,6 +34,7 @@ Spans = Sequence[tuple[int, int]]
 
 _BATCH = 512  # texts that are tokenised together,
 _BATCH_CHARACTERS = 4_000_000  # unless they are longer than this
+_FEW = 20_000  # tokens, for which it would take longer to look up the lengths of all there are
 _SPACE = "Ġ"  # a space in the names of byte-level tokens
 _PLAIN: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
 _WITH_OFFSETS = _PLAIN | {"return_offsets_mapping": True, "return_attention_mask": False}
@@ -78,7 +79,7 @@ class TextTokenizer:
         mask = np.ones(len(ids), dtype=np.bool_)
         wanted = [at for at, one in enumerate(spans) if one is not None]
         found: set[int] = set()
-        if self._lengths is not None:
+        if len(ids) > _FEW and self._lengths is not None:
             found = self._lengths.mask(texts, spans, wanted, ids, starts, mask)
         left = [at for at in wanted if at not in found]
         tokens = [Tokens(ids[a:b], mask[a:b]) for a, b in pairwise(starts.tolist())]
