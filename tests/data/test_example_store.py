@@ -74,6 +74,16 @@ def test_chunks_and_rows_come_back_in_another_process_s_store(tmp_path, chunk):
     assert ExampleStore(tmp_path, 50).appends
 
 
+def test_a_row_may_be_in_several_chunks(tmp_path, chunk):
+    store = ExampleStore(tmp_path, 50)
+    first, later = np.array([1, 1, 2, 3, 4]), np.array([5, 1, 2, 5, 6])
+    store.append(first, chunk)
+    store.append(later, chunk)
+    for rows in (first, later):
+        assert same(store.chunk(rows, chunk.lines), chunk)
+    assert as_lists(store.examples(5)) == of_row(chunk, 0)
+
+
 def test_the_store_of_other_data_is_emptied(tmp_path, chunk):
     store = ExampleStore(tmp_path, 50)
     store.append(np.arange(5), chunk)

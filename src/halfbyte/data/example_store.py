@@ -221,8 +221,14 @@ class ExampleStore:
             return None
 
     def _of(self, rows: NDArray[np.int64]) -> _Head | None:
-        head = self._head_of(int(rows[0]))
-        return head if head is not None and np.array_equal(head.rows, rows) else None
+        # A row that is repeated, as with weights, is known in its last chunk only.
+        heads = (self._head_of(row) for row in rows.tolist())
+        for head in heads:
+            if head is None:  # then so is the whole chunk, unless the file is damaged
+                return None
+            if np.array_equal(head.rows, rows):
+                return head
+        return None
 
     def _head_of(self, row: int) -> _Head | None:
         if not 0 <= row < self._count:

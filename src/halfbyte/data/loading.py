@@ -198,7 +198,8 @@ def load_rows(
         for one, chunk_rows in zip(held, divided, strict=True)
     ]
     of_examples = np.concatenate(row)
-    mixture = source.mixture(of_examples)
+    # A sample is mixed already.
+    mixture = None if hold else source.mixture(of_examples)
     if mixture is not None:
         found = replace(found, notes=(*found.notes, *mixture.lines()))
     return Dataset(

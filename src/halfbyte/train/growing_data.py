@@ -166,6 +166,8 @@ class LargeData(GrowingData):
                 hold=True,
                 progress=progress,
             )
+        for line in self.mixture.lines() if self.mixture is not None else ():
+            report.note(line)
         self.identity = self._encoder.identity
 
     def _rows(self, start: int, report: EncodingReport) -> Iterator[EncodedRow]:
