@@ -28,6 +28,9 @@ from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.train.evaluate import as_batch
 from tests.engine.test_layerwise import FAMILIES, SIZES, gradients, model_of
 
+# transformers 5.17 has scripted functions in GPT-BigCode.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+
 LENGTHS = [[70, 3, 1], [41, 17], [96], [2, 64, 5]]
 SMALL = {key: SIZES[key] for key in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
 PACKING = FAMILIES | {
