@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from halfbyte.linear.lora import LoRAConfig
     from halfbyte.models.generate import generate
     from halfbyte.report import open_report
+    from halfbyte.train.callbacks import Callbacks
     from halfbyte.train.evaluate import evaluate
     from halfbyte.train.loading import open_model as load
     from halfbyte.train.run import train as fine_tune
     from halfbyte.train.stopping import StopRequest
 
 __all__ = [
+    "Callbacks",
     "HalfbyteError",
     "LoRAConfig",
     "StopRequest",
@@ -53,6 +55,7 @@ __all__ = [
 
 _PACKAGES = {"nf4": "quant", "optim": "optim", "quant": "quant"}  # nf4 is quant's former name
 _HOMES = {
+    "Callbacks": "train.callbacks:Callbacks",
     "HalfbyteError": "errors:HalfbyteError",
     "LoRAConfig": "linear.lora:LoRAConfig",
     "StopRequest": "train.stopping:StopRequest",

@@ -8,6 +8,7 @@
     │   ├── WeightError        a weight cannot be quantised (NaN, infinity); names the tensor
     │   ├── OutputError        the output cannot be written: no permission, no space, in use
     │   └── OutOfMemoryError   a step does not fit into GPU memory, after all fallbacks
+    ├── UploadError            an adapter is complete, and could not be uploaded
     ├── NonFiniteLossError     training diverged: the loss or a gradient is NaN or infinite
     └── RunStopped             a run was asked to stop, and has saved its state
 
@@ -58,6 +59,10 @@ class OutOfMemoryError(UserError):
 
 class WeightError(UserError):
     """A weight cannot be quantised, because it contains NaN or infinity."""
+
+
+class UploadError(HalfbyteError):
+    """An adapter is complete, and could not be uploaded; the message says how to try again."""
 
 
 class NonFiniteLossError(HalfbyteError):

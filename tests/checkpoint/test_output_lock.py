@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from halfbyte.checkpoint import output_lock as module
-from halfbyte.checkpoint.output_lock import output_lock
+from halfbyte.checkpoint.output_lock import is_locked, output_lock
 from halfbyte.errors import OutputError
 
 
@@ -47,7 +47,7 @@ def test_a_directory_has_one_lock_under_all_its_names(
 
 HOLDER = """
 import sys, time
-from halfbyte.checkpoint.output_lock import output_lock
+from halfbyte.checkpoint.output_lock import is_locked, output_lock
 with output_lock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
@@ -151,3 +151,32 @@ def test_a_file_system_without_locks_is_said(
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with output_lock(tmp_path / "out"):
         assert "has no locks (Operation not supported)" in caplog.text
+
+
+def test_whether_it_is_locked_can_be_asked_without_a_trace(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    assert is_locked(out) is False
+    assert list(tmp_path.iterdir()) == []
+    with output_lock(out):
+        assert is_locked(out) is True
+    assert is_locked(out) is False
+    out.mkdir()
+    (out / ".lock").touch()  # where nothing may be created beside it
+    assert is_locked(out) is False
+    with (out / ".lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert is_locked(out) is True
+    (tmp_path / "deep" / ".out.lock").symlink_to("elsewhere")
+    assert is_locked(out) is None
+
+
+def test_who_asks_is_not_taken_for_a_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The moment in which `is_locked` has the lock itself is waited for."""
+    path = tmp_path / ".out.lock"
+    with path.open("w") as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        monkeypatch.setattr(module.time, "sleep", lambda _: fcntl.flock(asking, fcntl.LOCK_UN))
+        with output_lock(tmp_path / "out"):
+            assert is_locked(tmp_path / "out")

@@ -87,6 +87,16 @@ def test_older_checkpoints_go_after_the_new_one_is_whole(tmp_path: Path) -> None
     assert names(tmp_path) == ["checkpoint-100", "checkpoint-20"]
 
 
+def test_the_best_is_kept_besides_the_newest(tmp_path: Path) -> None:
+    for step, best in ((1, 1), (2, 2), (3, 2), (4, 2)):
+        save(tmp_path, step, keep=1, best=best)
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+    save(tmp_path, 5, keep=2, best=2)
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
+    save(tmp_path, 6, keep=2, best=6)
+    assert names(tmp_path) == ["checkpoint-5", "checkpoint-6"]
+
+
 def test_the_newest_is_the_one_of_the_highest_step(tmp_path: Path) -> None:
     assert latest_run(tmp_path) is None
     assert latest_run(tmp_path / "nowhere") is None
@@ -187,8 +197,10 @@ def save_until_killed(directory: Path, to: int) -> NoReturn:
         os.write(to, b"0\n")
         for step in range(1, 10_000):
             tensors = {name: torch.full((200, 100), float(step)) for name in "ab"}
-            progress = {"step": step}
-            save(directory, step, adapter=tensors, optimizer=tensors, progress=progress, keep=2)
+            best = step - step % 4 or None  # up to three steps old, and two are kept
+            progress = {"step": step, "best": best}
+            held = {"adapter": tensors, "optimizer": tensors, "progress": progress}
+            save(directory, step, **held, keep=2, best=best)
             os.write(to, f"{step}\n".encode())
     finally:
         os._exit(1)  # this is a copy of the process that runs the tests
@@ -216,13 +228,15 @@ def test_a_kill_at_any_moment_leaves_the_last_good_checkpoint(tmp_path: Path) ->
             continue
         state = load_run(latest)
         assert state.step >= finished
-        assert state.progress == {"step": state.step}
+        assert state.progress["step"] == state.step
+        if (best := state.progress["best"]) is not None:
+            assert load_run(tmp_path / f"checkpoint-{best}").step == best
         expected = torch.full((200, 100), float(state.step))
         assert all(tensor.equal(expected) for tensor in state.adapter.values())
         assert all(tensor.equal(expected) for tensor in state.optimizer.values())
         # What the killed one left half done stands in nobody's way, and is cleared away.
         save(tmp_path, 20_000, keep=1)
-        assert names(tmp_path) == ["checkpoint-20000"]
+        assert names(tmp_path) == ["checkpoint-20000"]  # and no best one is kept any longer
         assert json.loads((tmp_path / "checkpoint-20000/run_state.json").read_text())["step"]
         for path in (tmp_path / "checkpoint-20000").iterdir():
             path.unlink()

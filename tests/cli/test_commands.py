@@ -22,6 +22,7 @@ from halfbyte.report.journal import read_journal
 from halfbyte.runtime.signals import SIGNALS
 from halfbyte.tools.demo_task import write_task
 
+COMMANDS = "/reset starts a new conversation, /again answers anew, /exit quits"
 SAMPLES = [
     {"prompt": "1 + 1?", "expected": "2", "got": "2"},
     {"prompt": "1 + 2?", "expected": "3", "got": "fish"},
@@ -59,6 +60,7 @@ class Seam:
         self.calls.append(("train", {"config": config}))
         report.begin(total_steps=1, start_step=0, metadata={"base": "tiny"})
         report.step({"step": 1, "loss": 0.25})
+        (config.output / "adapter_config.json").write_text('{"r": 4, "use_dora": true}')
         return Trained(config.output)
 
     def open_model(self, model: str, **options: Any) -> tuple[Any, str, None]:
@@ -147,6 +149,11 @@ def test_train_lays_options_over_the_file_and_says_what_it_read(
     assert lines(out) == [
         "The adapter has been written. To try it:",
         f"  halfbyte chat --model m --adapter {output}",
+        "To evaluate, merge, export or serve it:",
+        f"  halfbyte merge m {output} {output}-merged",
+        f"  halfbyte export m {output} {output}-gguf",
+        "vLLM cannot serve it without merging: DoRA",
+        "llama.cpp cannot load it without merging: DoRA",
     ]
     events = [record["event"] for record in read_journal(output / "journal.jsonl")]
     assert events == ["note", "begin", "step"]
@@ -226,6 +233,7 @@ def test_without_an_adapter_the_base_is_opened_as_asked(seam: Seam) -> None:
         "device": "cpu",
         "revision": "v2",
         "allow_mismatch": False,
+        "chat_template": None,
     }
 
 
@@ -357,7 +365,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(
     ]
     out = capsys.readouterr().out
     assert out.count("Once upon  …\n") == 2
-    assert out.count("/reset starts a new conversation, /exit quits\n") == 2
+    assert out.count(f"{COMMANDS}\n") == 2
 
 
 def test_in_a_chat_ctrl_c_works_each_time_and_other_signals_end_it(
@@ -377,7 +385,7 @@ def test_in_a_chat_ctrl_c_works_each_time_and_other_signals_end_it(
         for number, known in before.items():
             signal.signal(number, known)
     out, err = capsys.readouterr()
-    assert out.count("/reset starts a new conversation, /exit quits\n") == 2
+    assert out.count(f"{COMMANDS}\n") == 2
     assert err.endswith("\nhalfbyte chat: interrupted by SIGTERM\n")
 
 

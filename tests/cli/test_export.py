@@ -91,13 +91,20 @@ def test_without_an_adapter_the_files_are_taken_as_they_are(
 
 
 def test_an_adapter_alone(model: Path, adapter: Path, tmp_path: Path, answer: Any) -> None:
-    out = tmp_path / "out"
+    model, out = shutil.copytree(model, tmp_path / "model"), tmp_path / "out"
+    defaults = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(defaults | {"eos_token_id": [2, 0]}))
     code, printed, err = answer(model, adapter, out, "--format", "gguf-lora")
     assert code == 0, err
     assert printed["verified"]["tensors"] == 8
     assert printed["verified"]["worst_share"] <= 1
     lines = (out / "Modelfile").read_text().splitlines()
     assert lines[:2] == [f"FROM {model.resolve()}", "ADAPTER ./adapter.gguf"]
+    assert any(line.startswith("TEMPLATE") for line in lines)
+    stops = {"<|endoftext|>", "<|im_end|>"}  # as in the model's own Modelfile
+    assert {line for line in lines if line.startswith("PARAMETER")} == {
+        f'PARAMETER stop "{stop}"' for stop in stops
+    }
     names = {tensor.name for tensor in gguf.GGUFReader(out / "adapter.gguf").tensors}
     assert "blk.1.ffn_up.weight.lora_b" in names
 

@@ -36,6 +36,13 @@ def complaint(**options: Any) -> str:
         ("train_on_prompt", True, "train_on", "all"),
         ("model_revision", "v2", "revision", "v2"),
         ("gradient_checkpointing", "offload", "activations", "offload"),
+        ("val_set_size", 0.05, "eval_split", 0.05),
+        ("val_set_size", 0, "eval_split", None),
+        ("val_size", "40", "eval_split", 40),
+        ("load_best_model_at_end", True, "load_best", True),
+        ("greater_is_better", False, "metric_mode", "min"),
+        ("metric_for_best_model", "eval_loss", "metric_for_best", "loss"),
+        ("early_stopping_steps", 3, "early_stopping_patience", 3),
         ("datasets", [{"path": "rows.jsonl", "type": "alpaca"}], "data", "rows.jsonl"),
     ],
 )
@@ -63,6 +70,9 @@ def test_a_value_is_converted_and_that_is_said(
         ("gradient_checkpointing", "unsloth", "expected true or false or offload, got 'unsloth'"),
         ("resume_from_checkpoint", "out/checkpoint-5", "goes on from the newest checkpoint"),
         ("finetuning_type", "full", "`finetuning_type`: only LoRA and QLoRA are trained"),
+        ("eval_strategy", "epoch", "this is given in steps: use `eval_steps`, or leave it out"),
+        ("evals_per_epoch", 4, "this is given in steps: use `eval_steps`"),
+        ("val_set_size", 1, "`eval_split`: expected a share between 0 and 1, or a number of rows"),
         ("stage", "dpo", "`stage`: only supervised fine-tuning is done"),
         ("trust_remote_code", True, "code that comes with a model is never run"),
         ("datasets", [{"path": "a", "split": "train[:9]"}], "split is not supported"),
@@ -85,6 +95,7 @@ def test_a_value_that_means_something_else_is_refused(name: str, value: Any, mes
         {"trust_remote_code": False},
         {"load_in_8bit": "false", "adapter": "lora"},
         {"stage": "sft", "finetuning_type": "lora"},
+        {"eval_strategy": "steps", "evaluation_strategy": False},
         {"lora_target_linear": False, "target_modules": "q_proj"},
         dict.fromkeys([*REFUSED, "resume_from_checkpoint", "eval_dataset", "lora_modules_to_save"]),
     ],
@@ -175,3 +186,15 @@ def test_aliases_that_unfold_to_billions_are_not_unfolded(tmp_path: Path, name: 
 
 def test_every_refusal_is_of_a_name_that_is_no_option() -> None:
     assert not set(REFUSED) & (set(ALIASES) | set(TrainConfig.model_fields))
+
+
+def test_where_to_upload_is_a_switch_and_a_name_there() -> None:
+    named = {"hub_model_id": "alice/orders"}
+    config, _ = load_config(None, REQUIRED | named | {"push_to_hub": True})
+    assert (config.push_to_hub, config.hub_private) == ("alice/orders", True)
+    config, _ = load_config(None, REQUIRED | {"push_to_hub": "alice/x", "hub_private_repo": False})
+    assert (config.push_to_hub, config.hub_private) == ("alice/x", False)
+    assert load_config(None, REQUIRED | {"push_to_hub": False})[0].push_to_hub is None
+    # Neither uploaded against a "no", nor to a place that was not named.
+    assert "given twice" in complaint(**named, push_to_hub=False)
+    assert "`push_to_hub`" in complaint(push_to_hub=True)

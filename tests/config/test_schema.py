@@ -214,7 +214,12 @@ def test_two_names_that_agree_are_fine_and_two_that_do_not_are_a_mistake() -> No
         ({"memory_budget": 0}, "`memory_budget`: expected more than 0, got 0"),
         ({"target_modules": 3}, "`target_modules`: expected text, got 3"),
         ({"quant": "none", "quant_search": True}, "`quant_search` needs `quant` nf4 or fp4"),
-        ({"eval_steps": 5}, "`eval_steps` needs `eval_data`: the data to evaluate on"),
+        ({"eval_data": "e", "eval_split": 0.1}, "`eval_split` cannot be combined with `eval_data`"),
+        ({"eval_split": 1}, "`eval_split`: expected a share between 0 and 1, or a number of rows"),
+        ({"eval_split": "2.5"}, "expected a share between 0 and 1, or a number of rows from 2"),
+        ({"eval_split": -0.1}, "`eval_split`: expected a share between 0 and 1"),
+        ({"metric_for_best": "f1"}, "`metric_for_best` needs `load_best` or `early_stopping_pati"),
+        ({"early_stopping_threshold": 0.1}, "needs `early_stopping_patience`"),
     ],
 )
 def test_a_mistake_is_named_with_what_was_expected(option: dict[str, Any], message: str) -> None:
@@ -318,3 +323,21 @@ def test_sizes(number: float, unit: str) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ValueError, match="such as 16GB"):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eval_steps": 5},
+        {"eval_max_samples": 5},
+        {"load_best": True},
+        {"early_stopping_patience": 2},
+    ],
+)
+def test_an_option_about_evaluations_needs_data_for_them(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(ConfigError, match=f"`{name}` needs data to evaluate on: give `eval_data`"):
+        configured(**options).require_held_out()
+    configured(**options).require_held_out(given=True)
+    configured(**options, eval_split=0.1).require_held_out()
+    configured(**options, eval_data="e").require_held_out()

@@ -114,3 +114,39 @@ def test_seed_and_epoch_decide_the_order_and_a_step_can_be_asked_for_alone():
     assert order(0, 0)[:2] == [[5000, 20000], [7000, 3000]]
     with pytest.raises(IndexError):
         plan(0, 0)[5]
+
+
+@given(
+    lengths=st.lists(st.integers(2, 30), min_size=1, max_size=60),
+    batch_size=st.integers(1, 3),
+    accumulation=st.integers(1, 3),
+    seed=st.integers(0, 2**32),
+)
+def test_with_packs_every_example_is_in_an_epoch_once(lengths, batch_size, accumulation, seed):
+    def plan(epoch, count=None):
+        return steps(
+            examples(lengths),
+            batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            seed=seed,
+            epoch=epoch,
+            pack_tokens=30,
+            count=count,
+        )
+
+    first = plan(0)
+    assert len(first) == -(-len(first.packs) // (batch_size * accumulation))
+    for one in (first, plan(1, len(first))):
+        assert len(one) == len(first)
+        rows = [one.rows(step) for step in reversed(range(len(one)))]
+        assert sorted(i for step in rows for batch in step for i in batch) == list(
+            range(len(lengths))
+        )
+        for number, step in enumerate(one):
+            # With padding, a micro-batch is no larger than rows of full length would be.
+            assert step
+            assert all(batch.input_ids.size <= batch_size * 30 for batch in step)
+            assert one.lengths(number) == [batch.lengths.tolist() for batch in step]
+            assert one.lengths(number) == [sorted(b, reverse=True) for b in one.lengths(number)]
+    of_step = [sum(map(sum, first.lengths(step))) for step in range(len(first))]
+    assert max(of_step) <= batch_size * accumulation * 30

@@ -396,6 +396,7 @@ def _journal(case: Path) -> list[bytes]:
             "given": ["lora_r"],
             "versions": {"torch": "2"},
             "data_verdict": verdict,
+            "data_check": {"findings": [{"code": "HB101", "severity": "error", "text": "t"}]},
             "quant": "nf4",
         },
         *({"event": "step", "step": n} | step for n in (1, 2, 3)),

@@ -7,6 +7,7 @@ from halfbyte.engine.buckets import Buckets
 from halfbyte.engine.choose import choose_engine
 from halfbyte.engine.forward_backward import Passes
 from halfbyte.engine.layerwise import LayerEngine
+from halfbyte.engine.neftune import EmbeddingNoise, training_step
 from halfbyte.engine.packing import Batch, lengths_of
 from halfbyte.layers.cross_entropy import head_logps, head_loss
 from halfbyte.layers.vocabulary import HostEmbedding, embedding_to_host
@@ -108,6 +109,33 @@ def test_graphs_and_the_host_change_no_bit(family, lengths, offloaded, attention
         for name, gradient in taken(model).items():
             assert torch.equal(gradient, true[name]), (seed, name)
     assert not fast.messages
+
+
+@pytest.mark.parametrize("lengths", [MIXED, EQUAL])
+def test_noise_on_the_embeddings_is_the_same_in_graphs_and_packed(lengths):
+    model = on_gpu("llama")
+    zero(model)
+    plain, fast = engines(model, examples(lengths), ActivationPolicy(3))
+    quiet = plain.step(examples(lengths), 50.0, ActivationPolicy(3))
+    taken(model)
+    plain.noise = fast.noise = EmbeddingNoise(model, 5.0, seed=0)
+    for step in range(3):
+        batches = examples(lengths)
+        with training_step(None, plain.noise, step):
+            wanted = plain.step(batches, 50.0, ActivationPolicy(3))
+            true = taken(model)
+            assert torch.equal(fast.step(batches, 50.0, ActivationPolicy(3)), wanted)
+        assert not torch.equal(wanted, quiet)
+        for name, gradient in taken(model).items():
+            assert torch.equal(gradient, true[name]), (step, name)
+    assert torch.equal(plain.step(examples(lengths), 50.0, ActivationPolicy(3)), quiet)
+    # Layer by layer, and row by row, it is the same noise.
+    unpacked = LayerEngine(model)
+    unpacked.noise = plain.noise
+    with training_step(None, plain.noise, 2):
+        assert float(unpacked.step(batches, 50.0, ActivationPolicy(3))) == pytest.approx(
+            float(wanted), rel=2e-2
+        )
 
 
 @pytest.mark.parametrize("kept", [1, 3])

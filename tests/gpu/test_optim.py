@@ -18,7 +18,7 @@ from halfbyte.runtime.precision import deterministic
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.trainer import Trainer
 from tests.engine.test_layerwise import SIZES, batches_of, model_of
-from tests.optim.problems import follow, gradients, parameters
+from tests.optim.problems import follow, gradients, in_groups, parameters
 
 pytestmark = [
     pytest.mark.gpu,
@@ -83,6 +83,15 @@ def test_the_kernel_does_what_the_plain_rule_does_on_a_cpu(bits, dtype, way):
             digit = torch.finfo(dtype).eps
             torch.testing.assert_close(one.cpu(), another, rtol=2 * digit, atol=1e-3 * digit)
             assert (one.cpu() != another).float().mean() <= 1e-2
+
+
+@pytest.mark.parametrize("paging", ["off", "explicit"])
+def test_groups_with_and_without_decay_do_what_the_plain_rule_does_on_a_cpu(paging):
+    start, grads = problem(6, torch.float32)
+    options = {"lr": 1e-2, "weight_decay": 0.1}
+    ours = follow(in_groups(AdamW), start, grads, paging=paging, **options)
+    cpu = [p.cpu() for p in start], [[g.cpu() for g in step] for step in grads]
+    assert_same(ours, follow(in_groups(AdamW), *cpu, **options))
 
 
 @pytest.mark.parametrize("bits", [32, 8])

@@ -33,3 +33,14 @@ def follow(make, start, grads, **options):
             parameter.grad = grad.clone()
         optimizer.step()
     return [p.detach() for p in made], optimizer
+
+
+def in_groups(make):
+    """Make an optimizer with weight decay for matrices and none for the rest, as runs do."""
+
+    def made(parameters, **options):
+        matrices = [p for p in parameters if p.dim() > 1]
+        rest = {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "lr": 0.02}
+        return make([{"params": matrices}, rest], **options)
+
+    return made

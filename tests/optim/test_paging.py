@@ -12,7 +12,7 @@ import torch
 
 from halfbyte.errors import ConfigError
 from halfbyte.optim import AdamW, buckets, managed
-from tests.optim.problems import follow, gradients, parameters
+from tests.optim.problems import follow, gradients, in_groups, parameters
 
 SHAPES = [(64, 100), (17,), (5000,), (70, 200), (4096,), (3000,), ()]
 
@@ -53,6 +53,12 @@ def test_every_mode_has_the_same_bits(bits):
     streamed, other = follow(paged("explicit"), start, grads, state_bits=bits)
     assert same(streamed, resident)
     assert same_state(held, other)
+    decayed, _ = follow(in_groups(AdamW), start, grads, state_bits=bits, weight_decay=0.1)
+    streamed, _ = follow(
+        in_groups(paged("explicit")), start, grads, state_bits=bits, weight_decay=0.1
+    )
+    assert same(streamed, decayed)
+    assert not same(decayed, resident)
     made = [torch.nn.Parameter(p.clone()) for p in start]
     moving = paged("auto")(made, state_bits=bits)
     for number, step in enumerate(grads):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from halfbyte.optim import AdamW, dynamic, reference
-from tests.optim.problems import follow, gradients, parameters
+from tests.optim.problems import follow, gradients, in_groups, parameters
 
 gpu = pytest.importorskip(
     "halfbyte.optim.triton_adamw", reason="needs Triton", exc_type=ImportError
@@ -45,6 +45,17 @@ def test_one_launch_gives_the_bits_of_the_plain_rule(bits, dtype):
     assert_same(
         follow(AdamW, start, grads, impl="gpu", **options),
         follow(AdamW, start, grads, impl="torch", **options),
+    )
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_groups_with_and_without_decay_give_the_bits_of_the_plain_rule(bits):
+    start = parameters([(64, 65), (17,), (4097,)])
+    grads = gradients(start, 3)
+    options = {"lr": 1e-2, "weight_decay": 0.1, "state_bits": bits}
+    assert_same(
+        follow(in_groups(AdamW), start, grads, impl="gpu", **options),
+        follow(in_groups(AdamW), start, grads, impl="torch", **options),
     )
 
 

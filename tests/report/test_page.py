@@ -16,7 +16,7 @@ from halfbyte.report import open_report
 from halfbyte.report.page import page, write_page
 from halfbyte.report.runs import read_run
 
-VOID = {"meta", "path", "br"}
+VOID = {"meta", "link", "path", "br"}
 EVIL = "</script><script>alert(1)</script><img src=x onerror=\"alert('&')\">"
 
 
@@ -253,6 +253,8 @@ def test_nothing_in_a_journal_becomes_markup(tmp_path: Path) -> None:
     lines[2] |= {"model": EVIL, "machine": EVIL, "versions": {EVIL: EVIL}}
     lines[-4]["ledger"][2]["name"] = EVIL
     lines[2]["data_verdict"] = {"lines": [EVIL]}
+    evil = dict.fromkeys(("code", "severity", "text", "remedy", "source"), EVIL)
+    lines[2]["data_check"] = {"findings": [evil]}
     lines[3]["samples"] = [{"prompt": EVIL, "expected": EVIL, "got": EVIL}]
     runs = [read_run(write_journal(tmp_path / name, lines)) for name in ("a", "b")]
     for html in (page(runs[:1]), page(runs)):
@@ -292,6 +294,7 @@ FIELDS = [
         "versions",
         "samples",
         "data_verdict",
+        "data_check",
         "given",
         "total_steps",
         "time",

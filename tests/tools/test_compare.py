@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 
 from halfbyte import cli
+from halfbyte.cli.compare import CompareOptions, _evaluation
+from halfbyte.config.schema import TrainConfig
 from halfbyte.errors import ConfigError, Interrupted
 from halfbyte.report.journal import read_journal
 from halfbyte.report.runs import read_run
@@ -149,6 +151,16 @@ def test_a_run_and_its_evaluation_are_one_process(tmp_path: Path) -> None:
     assert compare._words(job, trained=True) == ["halfbyte", *evaluation]
 
 
+def test_a_run_is_evaluated_on_the_rows_it_held_out(tmp_path: Path) -> None:
+    common: dict[str, Any] = {"model": "m", "data": "d", "output": tmp_path}
+    job = TrainConfig(model="m", data="d", output=tmp_path / "lora/seed-0", eval_split=0.1)
+    words = _evaluation(CompareOptions(**common, eval_split=0.1), job)
+    assert words[words.index("--data") + 1] == str(job.output / "held_out.jsonl")
+    words = _evaluation(CompareOptions(**common, eval_data="e.jsonl"), job)
+    assert words[words.index("--data") + 1] == "e.jsonl"
+    assert _evaluation(CompareOptions(**common), job) == ()
+
+
 def test_what_is_finished_is_not_run_again(tmp_path: Path, stand_in: tuple[str]) -> None:
     seen: list[tuple[int, int]] = []
     for job in laid_out(tmp_path / "cmp", stand_in):
@@ -252,6 +264,9 @@ def test_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (f"compare --shape llama2-7b --model m {out}", "`shape` cannot be combined with"),
         (f"compare --model m --data d --seeds 0,x {out}", "`seeds`: expected a whole number"),
         (f"compare --model m --data d --variants q {out}", "'q' is not known"),
+        (f"compare --model m --adapter a {out}", "`adapter` needs `eval_data`"),
+        (f"compare --shape llama2-7b --adapter a --eval-data d {out}", "`shape` cannot be"),
+        (f"compare --model m --adapter no --eval-data {__file__} {out}", "no: "),
         (f"compare --model nowhere.gguf --data d {out}", "lora: nowhere.gguf does not exist"),
     ):
         assert cli.main(line.split()) == 2
@@ -336,3 +351,21 @@ def test_the_whole_thing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert found["sentence"].startswith("Against lora, qlora takes")
     assert json.loads((tmp_path / "cmp" / "compare.json").read_text()) == found
     assert "Against lora, qlora takes" in (tmp_path / "cmp" / "compare.html").read_text()
+
+    # An adapter that exists is evaluated alone: here one of these runs.
+    adapter = tmp_path / "cmp" / "qlora" / "seed-0"
+    line = (
+        f"compare --model {model} --adapter {adapter} --eval-data {data} --output {tmp_path / 'x'} "
+    )
+    assert cli.main((line + "--device cpu --max-new-tokens 4 --json").split()) == 0
+    [again] = json.loads(capsys.readouterr().out)["runs"]
+    assert again["variant"] == "qlora/seed-0"
+    assert abs(again["held_out_loss"] - qlora["held_out_loss"]) < 1e-6
+    same = ("exact_match", "adapter_bytes", "base_bytes", "train_peak", "tokens_per_second")
+    assert [again[name] for name in same] == [qlora[name] for name in same]
+
+
+def test_variants_are_not_uploaded(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["compare", "--model", "m", "--data", "d", "--output", "o", "--push-to-hub", "a/b"]
+    assert cli.main(words) == 2
+    assert "upload the adapter you choose with `halfbyte push`" in capsys.readouterr().err

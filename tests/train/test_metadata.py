@@ -59,6 +59,7 @@ def test_a_journal_tells_the_whole_story(base: Path, tmp_path: Path) -> None:
     assert "seed" not in begin["given"]
     assert begin["data_verdict"]["usable"] == 12
     assert begin["held_out_verdict"]["usable"] == 5
+    assert begin["data_check"]["looked_at"] == begin["data_check"]["rows"] == 12
     for step in lines(tmp_path / "r", "step"):
         parts = [step[f"{part}_seconds"] for part in ("forward", "loss", "backward", "update")]
         assert all(part > 0 for part in parts)

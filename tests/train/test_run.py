@@ -162,8 +162,11 @@ def test_plain_lora_goes_through_the_same_code(model, data, tmp_path):
         {"lora_dropout": 0.1},
         {"modules_to_save": ("embed_tokens", "lm_head", "norm")},
         {"init_lora_weights": "qera"},
+        {"save_minutes": 1e-9},
+        {"neftune_noise_alpha": 5, "lr_scheduler_type": "warmup_stable_decay"},
+        {"packing": True, "max_length": 96, "max_steps": 12},
     ],
-    ids=["plain", "dropout", "whole", "qera"],
+    ids=["plain", "dropout", "whole", "qera", "minutes", "neftune", "packing"],
 )
 def test_a_resumed_run_is_the_run_byte_for_byte(model, data, tmp_path, options):
     options = options | {"save_steps": 5}

@@ -48,3 +48,17 @@ def test_steps_can_be_asked_for_in_any_order(examples):
     assert one.total == 7
     forward = [one.rows(step) for step in range(7)]
     assert [other.rows(step) for step in reversed(range(7))] == forward[::-1]
+
+
+def test_with_packs_every_epoch_has_the_same_number_of_steps(examples):
+    steps = plan(examples, packing=True, max_length=8, epochs=4)
+    assert steps.per_epoch < 3  # eleven documents of 3 to 6 tokens in packs of 8, four a step
+    assert steps.total == 4 * steps.per_epoch
+    for epoch in range(4):
+        of_epoch = range(epoch * steps.per_epoch, (epoch + 1) * steps.per_epoch)
+        rows = [row for step in of_epoch for batch in steps.rows(step) for row in batch]
+        assert sorted(rows) == list(range(11))
+    again = plan(examples, packing=True, max_length=8, epochs=4)
+    assert [again.rows(step) for step in reversed(range(again.total))] == [
+        steps.rows(step) for step in reversed(range(steps.total))
+    ]

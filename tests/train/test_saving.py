@@ -3,11 +3,14 @@
 import logging
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from halfbyte.config.schema import TrainConfig
 from halfbyte.errors import OutputError
-from halfbyte.train.saving import CheckpointWriter
+from halfbyte.train.saving import Checkpoints, CheckpointWriter
 
 
 @pytest.fixture
@@ -75,3 +78,36 @@ def test_another_error_comes_first_and_the_failure_is_said(written, caplog):
     with caplog.at_level(logging.WARNING), pytest.raises(KeyError):
         run()
     assert "not written: no space" in caplog.text
+
+
+class Clock:
+    seconds = 1000.0
+
+    def __call__(self):
+        return self.seconds
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({}, {3, 6, 9, 12, 15, 18, 21, 24, 27, 30}),
+        ({"save_steps": 11}, {11, 22, 30}),
+        # Of steps of 40 s: 5 minutes are over at the 8th step after a checkpoint.
+        ({"save_steps": 11, "save_minutes": 5}, {8, 11, 19, 22, 30}),
+        ({"save_steps": 1000, "save_minutes": 0.5}, set(range(1, 31))),
+    ],
+)
+def test_a_checkpoint_is_due_by_steps_and_by_minutes(options, steps):
+    clock, saved = Clock(), set()
+    config = TrainConfig(model="-", data="-", output="-", **options)
+    base = SimpleNamespace(model=torch.nn.Module())
+    trainer = SimpleNamespace(optimizer_state=dict, progress=dict, parameters=())
+    writer = SimpleNamespace(write=lambda write: None)
+    made = Checkpoints(config, base, None, trainer, writer, {}, 30, now=clock)
+    made.card = {}
+    for step in range(1, 31):
+        clock.seconds += 40.0
+        if made.due(step):
+            made.save(step, {})
+            saved.add(step)
+    assert saved == steps

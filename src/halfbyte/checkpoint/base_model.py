@@ -15,10 +15,12 @@ from typing import NamedTuple
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from halfbyte.checkpoint import directory, gguf
 from halfbyte.checkpoint.directory import DirectorySource
 from halfbyte.checkpoint.gguf import GGUFSource
+from halfbyte.checkpoint.gguf_file import GGUFFile
 from halfbyte.checkpoint.source import BaseSource, warn_of_packing_again
 from halfbyte.errors import CheckpointError
 from halfbyte.models.build import (
@@ -33,7 +35,16 @@ from halfbyte.models.build import (
 from halfbyte.models.calibration import input_moments
 from halfbyte.quant import QuantizedWeight, dequantize
 
-__all__ = ["BaseSource", "LoadedBase", "importances", "is_hub_id", "load_base", "open_base"]
+__all__ = [
+    "BaseSource",
+    "LoadedBase",
+    "Vocabulary",
+    "importances",
+    "is_hub_id",
+    "load_base",
+    "open_base",
+    "open_vocabulary",
+]
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -76,23 +87,68 @@ def open_base(source: str | Path, *, revision: str | None = None) -> BaseSource:
         CheckpointError: If there is no such model, a file is damaged, or the files are not the
             model their configuration describes.
     """
+    path = _locate(source, revision, _HUB_FILES)
+    return GGUFSource(path, str(source)) if path.is_file() else DirectorySource(path, str(source))
+
+
+class Vocabulary(NamedTuple):
+    """What turns text into tokens, without a model.
+
+    Attributes:
+        tokenizer: The tokenizer, with its chat template.
+        positions: Positions that the model was made for, if its configuration says so.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    positions: int | None
+
+
+def open_vocabulary(source: str | Path, *, revision: str | None = None) -> Vocabulary:
+    """Open only the tokenizer and the configuration of a model: no file of weights is needed.
+
+    Args:
+        source: As in ``open_base``; a directory may have a tokenizer alone. Of a hub model, files
+            of weights are not downloaded.
+        revision: Branch, tag or commit, for a model of the hub.
+
+    Raises:
+        CheckpointError: If there is no such model, or a file that is read is damaged.
+    """
+    weights = "*.safetensors"
+    path = _locate(source, revision, [name for name in _HUB_FILES if name != weights])
+    config: PretrainedConfig | None = None
+    if path.is_file():
+        file = GGUFFile(path)
+        tokenizer, config = gguf.read_tokenizer(file), gguf.read_config(file)
+    else:
+        directory.require_files(path)
+        tokenizer = directory.read_tokenizer(path, str(source))
+        if (path / "config.json").exists():
+            config = directory.read_config(path)
+    text = config.get_text_config() if config is not None else None
+    positions = getattr(text, "max_position_embeddings", None)
+    return Vocabulary(tokenizer, positions if isinstance(positions, int) else None)
+
+
+def _locate(source: str | Path, revision: str | None, patterns: list[str]) -> Path:
+    """Return the GGUF file or the directory of a model, downloaded if it is on the hub."""
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix == ".safetensors":
             raise CheckpointError(f"{path} is a file of weights; give its directory, {path.parent}")
-        return GGUFSource(path, str(source))
+        return path
     if path.exists() and not path.is_dir():
         raise CheckpointError(
             f"{path} is neither a directory nor a file, but a pipe, a socket or a device: expected "
             "a model's directory, or a GGUF file"
         )
     if not path.is_dir():
-        path = _download(str(source), revision)
+        path = _download(str(source), revision, patterns)
     if (path / "config.json").exists() or not (files := sorted(path.glob("*.gguf"))):
-        return DirectorySource(path, str(source))
+        return path
     if len(files) > 1:
         raise CheckpointError(f"{path} has {len(files)} GGUF files; give one, such as {files[0]}")
-    return GGUFSource(files[0], str(source))
+    return files[0]
 
 
 def is_hub_id(name: str) -> bool:
@@ -100,11 +156,11 @@ def is_hub_id(name: str) -> bool:
     return bool(_HUB_ID.fullmatch(name)) and not name.endswith(".gguf")
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
     if not is_hub_id(name):
         raise CheckpointError(f"{name} does not exist: there is no such directory or GGUF file")
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{name} is no local directory or file, and not available on the Hugging Face hub: "

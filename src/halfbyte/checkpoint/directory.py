@@ -66,7 +66,7 @@ class DirectorySource(BaseSource):
     def __init__(self, directory: Path, name: str) -> None:
         self.name, self._directory = name, directory
         require_files(directory)
-        self.config = _read_config(directory)
+        self.config = read_config(directory)
         self._shards, self._homes = _open_shards(directory)
         self.skeleton = skeleton_of(self.config, name, len(self._homes))
         self._expected = self.skeleton.state_dict()
@@ -235,31 +235,8 @@ class DirectorySource(BaseSource):
     def _convert(self, conversion: Conversion) -> dict[str, Tensor]:
         return conversion.apply(self.skeleton, lambda key: self._homes[key].read(key))
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:  # noqa: D102
-        with foreign_reader(f"{self._directory} has no tokenizer that transformers can read"):
-            found = AutoTokenizer.from_pretrained(self._directory, trust_remote_code=False)
-            if (last := max(found.get_vocab().values(), default=0)) >= _MAX_TOKENS:
-                raise CheckpointError(f"{self._directory}: its tokenizer has a token number {last}")
-            found("a")  # some damage shows in use alone
-            for kind in ("bos", "eos", "unk", "pad"):
-                getattr(found, f"{kind}_token_id")
-        self._take_template(found)
-        return found
-
-    def _take_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Give a tokenizer the processor's template if it has none, and have it take text."""
-        path = self._directory / "chat_template.json"
-        if tokenizer.chat_template is None and path.is_file():
-            template = read_json(path, "a processor's template").get("chat_template")
-            tokenizer.chat_template = template if isinstance(template, str) else None
-        given = tokenizer.chat_template
-        if isinstance(given, str) and (able := taking_text(given)) != given:
-            tokenizer.chat_template = able
-            logger.warning(
-                "%s: its chat template loops over the parts of a message and would drop text; it "
-                "is extended to take text as one part, and is saved so",
-                self.name,
-            )
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return read_tokenizer(self._directory, self.name)
 
     def generation_config(self) -> GenerationConfig | None:  # noqa: D102
         if not (self._directory / "generation_config.json").exists():
@@ -324,8 +301,45 @@ def require_files(directory: Path) -> None:
             raise CheckpointError(f"{entry} is a pipe, a socket or a device; expected a file")
 
 
-def _read_config(directory: Path) -> PretrainedConfig:
-    """Return the configuration, its ``quantization_config`` checked and taken off."""
+def read_tokenizer(directory: Path, name: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a directory, with a template that takes text.
+
+    Raises:
+        CheckpointError: There is none, or it is damaged.
+    """
+    with foreign_reader(f"{directory} has no tokenizer that transformers can read"):
+        found = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        if (last := max(found.get_vocab().values(), default=0)) >= _MAX_TOKENS:
+            raise CheckpointError(f"{directory}: its tokenizer has a token number {last}")
+        found("a")  # some damage shows in use alone
+        for kind in ("bos", "eos", "unk", "pad"):
+            getattr(found, f"{kind}_token_id")
+    _take_template(found, directory, name)
+    return found
+
+
+def _take_template(tokenizer: PreTrainedTokenizerBase, directory: Path, name: str) -> None:
+    """Give a tokenizer the processor's template if it has none, and have it take text."""
+    path = directory / "chat_template.json"
+    if tokenizer.chat_template is None and path.is_file():
+        template = read_json(path, "a processor's template").get("chat_template")
+        tokenizer.chat_template = template if isinstance(template, str) else None
+    given = tokenizer.chat_template
+    if isinstance(given, str) and (able := taking_text(given)) != given:
+        tokenizer.chat_template = able
+        logger.warning(
+            "%s: its chat template loops over the parts of a message and would drop text; it "
+            "is extended to take text as one part, and is saved so",
+            name,
+        )
+
+
+def read_config(directory: Path) -> PretrainedConfig:
+    """Return the configuration, its ``quantization_config`` checked and taken off.
+
+    Raises:
+        CheckpointError: There is none, or it is not that of a model that can be loaded.
+    """
     if not (directory / "config.json").exists():
         if (directory / "adapter_config.json").exists():
             raise CheckpointError(

@@ -352,5 +352,5 @@ class GGUFSource(BaseSource):
     def tensor(self, name: str) -> Tensor | QuantizedWeight:  # noqa: D102
         return dict(self._arrangement.tensors([name]))[name]
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:  # noqa: D102
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
         return read_tokenizer(self.file)

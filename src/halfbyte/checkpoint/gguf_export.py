@@ -154,7 +154,7 @@ def _add_vocabulary(writer: GGUFWriter, base: BaseSource, layout: Layout) -> int
     """Add the tokenizer of ``base``; return the rows of the embedding."""
     rows = next(p.shape[0] for p in base.parameters if layout.name(p.name) == _VOCABULARY[0])
     if isinstance(base, GGUFSource):
-        copy_vocabulary(writer, base.file)
+        copy_vocabulary(writer, base.file, base.chat_template)
     else:
         add_vocabulary(writer, base.tokenizer(), rows)
     return rows

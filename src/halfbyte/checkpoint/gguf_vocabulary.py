@@ -93,8 +93,8 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows:
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def copy_vocabulary(writer: GGUFWriter, file: GGUFFile) -> None:
-    """Copy the tokenizer's keys of a file unchanged.
+def copy_vocabulary(writer: GGUFWriter, file: GGUFFile, chat_template: str | None = None) -> None:
+    """Copy the tokenizer's keys of a file unchanged, except for a ``chat_template`` that is given.
 
     The tokenizer that transformers builds from them has lost the rules for splitting text.
 
@@ -103,6 +103,8 @@ def copy_vocabulary(writer: GGUFWriter, file: GGUFFile) -> None:
     """
     found = False
     for name, key in file.keys.items():
+        if name.startswith("tokenizer.chat_template") and chat_template is not None:
+            continue
         if name.startswith("tokenizer."):
             if key.kind == ARRAY:
                 kind, values = file.array(name)
@@ -112,6 +114,8 @@ def copy_vocabulary(writer: GGUFWriter, file: GGUFFile) -> None:
             found = True
     if not found:
         raise CheckpointError(f"{file.path} contains no tokenizer")
+    if chat_template is not None:
+        writer.add_chat_template(chat_template)
 
 
 def pre_tokenizer(rules: dict[str, Any]) -> str:

@@ -8,15 +8,23 @@ packed weights decide.
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.checkpoint.base_model import LoadedBase
+from halfbyte.checkpoint.peft import LoadedAdapter
+from halfbyte.config.reading import check
+from halfbyte.config.schema import BaseOptions
+from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.foreign_text import quote
 from halfbyte.models.build import frozen_linears
+
+logger = logging.getLogger("halfbyte")
 
 PACKING = (
     "quant",
@@ -40,6 +48,25 @@ def identity_of(base: LoadedBase) -> dict[str, Any]:
         "tokenizer": tokenizer_digest(base.tokenizer),
         "chat_template": _digest(base.tokenizer.chat_template),
     }
+
+
+def recorded_packing(card: Mapping[str, Any], adapter: str | Path) -> dict[str, Any]:
+    """Return how an adapter's base model was quantised in training: the fields of `PACKING` known.
+
+    Args:
+        card: The content of ``halfbyte.json``.
+        adapter: The adapter's directory, for messages.
+
+    Raises:
+        CheckpointError: If a field is invalid.
+    """
+    recorded = card.get("recipe") or {}
+    known = {name: recorded[name] for name in PACKING if name in recorded}
+    try:
+        trained = check(BaseOptions, {"model": str(adapter)} | known)
+    except ConfigError as error:
+        raise CheckpointError(f"{adapter}: the recipe in halfbyte.json: {error}") from error
+    return {name: getattr(trained, name) for name in known}
 
 
 def weights_digest(model: PreTrainedModel) -> str:
@@ -109,3 +136,25 @@ def differences(card: Mapping[str, Any], base: LoadedBase) -> list[str]:
     if recorded.get("chat_template", template := _digest(base.tokenizer.chat_template)) != template:
         found.append("the chat template differs")
     return found
+
+
+def require_same_base(adapter: LoadedAdapter, base: LoadedBase, *, allow_mismatch: bool) -> None:
+    """Refuse a base model that an adapter was not trained on, or warn of it.
+
+    Raises:
+        CheckpointError: If they differ, and that is not allowed.
+    """
+    found = differences(adapter.info, base)
+    if not found:
+        return
+    message = (
+        f"the adapter was trained on {quote(adapter.base_name)}, this model differs: "
+        f"{'; '.join(found)}"
+    )
+    if not allow_mismatch:
+        raise CheckpointError(
+            f"{message}. Use the model it was trained on, with the same quantisation (a quantised "
+            "copy must come from the same kind of device, halfbyte quantize --device), or allow "
+            "the mismatch (--allow-mismatch)"
+        )
+    logger.warning("%s; used anyway, as --allow-mismatch is set", message)

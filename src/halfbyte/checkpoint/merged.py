@@ -29,6 +29,7 @@ from halfbyte.checkpoint.bitsandbytes_keys import encode_keys, plan_keys
 from halfbyte.checkpoint.directory import write_description
 from halfbyte.checkpoint.safetensors_file import SHARD_BYTES, Planned, write_model
 from halfbyte.checkpoint.source import DECODED_FROM, BaseSource, Parameter
+from halfbyte.data import end_of_turn
 from halfbyte.errors import CheckpointError
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.lora import delta
@@ -191,7 +192,7 @@ class Merged(BaseSource):
     def _files(self) -> Iterable[tuple[Path, int, int]]:
         return self._base._files()
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:  # noqa: D102
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
         return self._base.tokenizer()
 
     def processor_files(self) -> list[Path]:  # noqa: D102
@@ -199,6 +200,12 @@ class Merged(BaseSource):
 
     def generation_config(self) -> GenerationConfig | None:  # noqa: D102
         defaults: GenerationConfig | None = self._model.generation_config
+        if defaults is not None and self._base.chat_template is not None:
+            # Other programs stop at these tokens only, and the template ends turns with others.
+            known, ends = defaults.eos_token_id, end_of_turn(self.tokenizer())
+            defaults = copy.deepcopy(defaults)
+            known = known if isinstance(known, list) else [] if known is None else [known]
+            defaults.eos_token_id = list(dict.fromkeys([*known, *ends])) or None
         return defaults
 
 

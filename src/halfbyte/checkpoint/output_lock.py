@@ -11,8 +11,10 @@ any gives no protection, which `atomic.lock` logs.
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +24,7 @@ from halfbyte.errors import OutputError
 from halfbyte.foreign_text import printable, shorten
 
 _MOST_BYTES = 4000
+_TRIES, _SECONDS_BETWEEN = 5, 0.02  # `is_locked` has the lock for microseconds
 _MAY_NOT_CREATE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -65,7 +68,7 @@ def _acquire(path: Path, directory: Path) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         try:
-            if not lock(descriptor):
+            if not _lock_soon(descriptor):
                 raise OutputError(
                     f"{directory} is being written by {_owner(descriptor)}; wait until that has "
                     "ended, or give another directory"
@@ -78,6 +81,48 @@ def _acquire(path: Path, directory: Path) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)  # its last owner has removed it since it was opened
+
+
+def _lock_soon(descriptor: int) -> bool:
+    """Lock an open file, also if another process is just looking whether it is locked."""
+    for _ in range(_TRIES):
+        if lock(descriptor):
+            return True
+        time.sleep(_SECONDS_BETWEEN)
+    return False
+
+
+def lock_files(directory: str | Path) -> list[Path]:
+    """The files that may hold the lock of a directory: beside it, and in it."""
+    place = Path(os.path.realpath(directory))
+    return list(dict.fromkeys((_beside(place), place / ".lock")))
+
+
+def is_locked(directory: str | Path) -> bool | None:
+    """Whether a process writes an output directory: it, or its parent, need not exist.
+
+    Nothing is written, so a directory of another user can be looked at.
+
+    Returns:
+        True or False; None if that cannot be known: the lock may not be read, or the file system
+        has no locks.
+    """
+    for path in lock_files(directory):
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return None
+        finally:
+            os.close(descriptor)
+    return False
 
 
 def _ourselves() -> dict[str, object]:

@@ -13,11 +13,13 @@ model, and replace the model's tensors, in PEFT's adapters as in ours.
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
@@ -68,6 +70,10 @@ _BEYOND_US: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False, None),
     "alora_invocation_tokens": (None, []),
     "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "use_bdlora": (None, False),
+    "ensure_weight_tying": (None, False),  # the head follows the embedding in training
     # PiSSA, OLoRA, CorDA and LoftQ change the base weights too, which the adapter does not hold.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
@@ -83,6 +89,8 @@ class LoadedAdapter(NamedTuple):
         saved: Tensors that replace the base model's, by their names there.
         base_name: The name of the base model in training; "" if unknown.
         info: The content of ``halfbyte.json``; empty for an adapter not written by halfbyte.
+        modules_to_save: The modules trained in full, whose tensors are ``saved``, as named in
+            training.
     """
 
     config: LoRAConfig
@@ -90,6 +98,7 @@ class LoadedAdapter(NamedTuple):
     saved: dict[str, Tensor]
     base_name: str
     info: dict[str, Any]
+    modules_to_save: tuple[str, ...] = ()
 
     def require_layers(self, linears: Collection[str], removed: Collection[str] = ()) -> None:
         """Compare the adapter's layers with the paths of a model's linear layers.
@@ -116,6 +125,22 @@ class LoadedAdapter(NamedTuple):
                 f"{next(iter(linears), 'none')}"
             )
 
+    def require_layers_of(self, skeleton: nn.Module) -> list[str]:
+        """Compare the adapter's layers with a model of transformers, before its weights are read.
+
+        Args:
+            skeleton: ``BaseSource.skeleton``.
+
+        Returns:
+            The paths of the model's linear layers.
+
+        Raises:
+            CheckpointError: If a layer of the adapter is not among them.
+        """
+        linears = [path for path, m in skeleton.named_modules() if isinstance(m, nn.Linear)]
+        self.require_layers(linears, removed_modules(skeleton))
+        return linears
+
     def put_on(self, model: nn.Module) -> None:
         """Attach the adapter to ``model``, a model of ``load_base``.
 
@@ -134,6 +159,22 @@ class LoadedAdapter(NamedTuple):
             # A separate parameter: one that was tied to it does not change, as in PEFT.
             fresh = self.saved[name].to(held.device, held.dtype)
             setattr(owner, name.rpartition(".")[2], nn.Parameter(fresh, requires_grad=False))
+
+    @contextmanager
+    def applied_to(self, model: nn.Module) -> Iterator[None]:
+        """Have the adapter on ``model`` within the block, and the base model again after it.
+
+        Raises:
+            CheckpointError: As `put_on`.
+        """
+        places = {name: _place_of(model, name, tensor) for name, tensor in self.saved.items()}
+        self.put_on(model)
+        try:
+            yield
+        finally:
+            detach(model)
+            for name, (owner, held) in places.items():
+                setattr(owner, name.rpartition(".")[2], held)
 
 
 def _place_of(model: nn.Module, name: str, tensor: Tensor) -> tuple[nn.Module, nn.Parameter]:
@@ -164,6 +205,7 @@ def save_adapter(
     base: Mapping[str, Any],
     recipe: Mapping[str, Any],
     removed: Collection[str] = (),
+    more: Mapping[str, Any] = MappingProxyType({}),
     tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> Path:
     """Write an adapter that PEFT and halfbyte load. Each file is replaced in one step.
@@ -176,6 +218,7 @@ def save_adapter(
         recipe: The base model's quantisation in training (JSON values), for loading.
         removed: Paths of modules that the base model has in other programs and did not have in
             training (`layers.multimodal.remove_encoders`); the targets do not match them.
+        more: More fields of ``halfbyte.json``, as JSON values.
         tokenizer: Saved with it if given, with its chat template.
 
     Returns:
@@ -187,7 +230,7 @@ def save_adapter(
     directory = require_writable(directory, sum(tensor.nbytes for tensor in state.values()))
     with new_file(directory / WEIGHTS_NAME) as file:
         write_safetensors(file, {PREFIX + name: tensor for name, tensor in state.items()})
-    write_card(directory, state, config, base=base, recipe=recipe, removed=removed)
+    write_card(directory, state, config, base=base, recipe=recipe, removed=removed, more=more)
     if tokenizer is not None:
         with output_errors(directory):
             _save_tokenizer(tokenizer, directory)
@@ -214,6 +257,7 @@ def write_card(
     base: Mapping[str, Any],
     recipe: Mapping[str, Any],
     removed: Collection[str] = (),
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write the description of an adapter with tensors ``names``; see ``save_adapter``.
 
@@ -223,7 +267,7 @@ def write_card(
     whole = config.modules_to_save
     pairs = [name for name in names if _TENSOR.fullmatch(name) or not _is_of(name, whole)]
     modules = sorted({_module_of(name) for name in pairs})
-    card = {"format": 1, "base": dict(base), "recipe": dict(recipe)}
+    card = {"format": 1, "base": dict(base), "recipe": dict(recipe), **more}
     targets = _peft_targets(config.target_modules, modules, removed)
     peft_config = _peft_config(config, targets, base["name"])
     for name, fields in ((CARD_NAME, card), (CONFIG_NAME, peft_config)):
@@ -325,7 +369,25 @@ def load_adapter(directory: str | Path) -> LoadedAdapter:
             "not read, save it with PEFT's safe_serialization=True"
         )
     config, state, saved = _read_state(SafetensorsFile(directory / WEIGHTS_NAME), fields)
-    return LoadedAdapter(config, state, saved, base_name, info)
+    whole = tuple(fields.get("modules_to_save") or ())
+    return LoadedAdapter(config, state, saved, base_name, info, whole)
+
+
+def recorded_template(adapter: str | Path | None) -> str | None:
+    """Return the chat template that an adapter was trained with instead of its base model's.
+
+    Raises:
+        CheckpointError: If its ``halfbyte.json`` is damaged.
+    """
+    if adapter is None or not (Path(adapter) / CARD_NAME).exists():
+        return None
+    return template_in(read_json(Path(adapter) / CARD_NAME, "halfbyte writes one"))
+
+
+def template_in(card: Mapping[str, Any]) -> str | None:
+    """Return the chat template in the content of a ``halfbyte.json``, if there is one."""
+    template = card.get("chat_template")
+    return template if isinstance(template, str) else None
 
 
 def _check_plain(directory: Path, fields: dict[str, Any]) -> None:

@@ -30,7 +30,15 @@ from halfbyte.errors import CheckpointError
 from halfbyte.foreign_text import quote
 from halfbyte.input_files import open_file
 
-__all__ = ["RunState", "latest_run", "load_run", "require_writable", "save_run"]
+__all__ = [
+    "RunState",
+    "latest_run",
+    "load_run",
+    "require_writable",
+    "run_at",
+    "save_run",
+    "step_of",
+]
 
 OPTIMIZER_NAME = "optimizer.safetensors"
 STATE_NAME = "run_state.json"
@@ -64,9 +72,10 @@ def save_run(
     optimizer: Mapping[str, Tensor],
     progress: Mapping[str, Any],
     keep: int = 2,
+    best: int | None = None,
     card: Callable[[Path], object] | None = None,
 ) -> Path:
-    """Write ``checkpoint-<step>/``, then remove all but the newest ``keep``.
+    """Write ``checkpoint-<step>/``, then remove all but the newest ``keep`` and the best.
 
     Args:
         output_dir: The run's directory.
@@ -75,6 +84,7 @@ def save_run(
         optimizer: The optimizer's tensors by name.
         progress: JSON values.
         keep: Number of checkpoints to keep, including this one; at least 1.
+        best: Step of one that is kept besides, which ``progress`` may name.
         card: Called with the directory before it is renamed, to add files that describe the
             adapter.
 
@@ -86,7 +96,7 @@ def save_run(
     """
     output_dir = Path(output_dir)
     remove_partial(output_dir, "checkpoint-*")
-    path = output_dir / f"checkpoint-{step}"
+    path = run_at(output_dir, step)
     with new_directory(path, replace=True) as directory:
         files = {
             WEIGHTS_NAME: {PREFIX + name: tensor for name, tensor in adapter.items()},
@@ -104,10 +114,16 @@ def save_run(
             "files": {name: _digest(directory / name) for name in files},
         }
         (directory / STATE_NAME).write_text(json.dumps(state, indent=2) + "\n")
-    past = [known for known in _checkpoints(output_dir) if _step_of(known) <= step]
+    past = [known for known in _checkpoints(output_dir) if step_of(known) <= step]
     for old in past[max(keep, 1) :]:
-        remove_directory(old)
+        if step_of(old) != best:
+            remove_directory(old)
     return path
+
+
+def run_at(output_dir: str | Path, step: int) -> Path:
+    """Return the place of the checkpoint after ``step``."""
+    return Path(output_dir) / f"checkpoint-{step}"
 
 
 def latest_run(output_dir: str | Path) -> Path | None:
@@ -145,10 +161,11 @@ def load_run(path: str | Path) -> RunState:
 def _checkpoints(output_dir: Path) -> list[Path]:
     """Return the directories with names of checkpoints, newest first."""
     found = [path for path in output_dir.glob("checkpoint-*") if _DIRECTORY.fullmatch(path.name)]
-    return sorted(found, key=_step_of, reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Return the step of a checkpoint's directory."""
     return int(path.name.rpartition("-")[2])
 
 

@@ -67,6 +67,7 @@ class BaseSource(ABC):
         encoders: Those of a model of more than text that are not loaded. Only ``tensor`` reads
             them, to write them as they are.
         dtype: The dtype of a 16-bit copy of its matrices.
+        chat_template: Used instead of the tokenizer's own, if set.
     """
 
     name: str
@@ -75,6 +76,7 @@ class BaseSource(ABC):
     parameters: tuple[Parameter, ...]
     encoders: tuple[Parameter, ...] = ()
     dtype: torch.dtype
+    chat_template: str | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -145,13 +147,20 @@ class BaseSource(ABC):
             CheckpointError: If a file ends early, or a packed weight is damaged.
         """
 
-    @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Return the tokenizer.
+        """Return the tokenizer, with ``chat_template`` if that is set.
 
         Raises:
             CheckpointError: If there is none, or it cannot be read.
         """
+        found = self._tokenizer()
+        if self.chat_template is not None:
+            found.chat_template = self.chat_template
+        return found
+
+    @abstractmethod
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer of the files; see ``tokenizer``."""
 
     def generation_config(self) -> GenerationConfig | None:
         """Return the defaults for generation that came with the model, if any."""

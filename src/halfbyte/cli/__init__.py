@@ -21,17 +21,23 @@ from halfbyte.runtime.signals import first_signal, interrupt
 from halfbyte.version import __version__
 
 COMMANDS = {
+    "init": "write a commented configuration for this machine, a model and data",
     "plan": "predict memory and time of LoRA and QLoRA, before any download",
+    "check": "check data: what is supervised, cut off, duplicate or damaged; no weight is read",
     "train": "fine-tune a model on your data",
     "eval": "measure loss, perplexity and exact-match accuracy on a data file",
     "generate": "answer one prompt",
     "chat": "chat with a model",
     "compare": "train LoRA and QLoRA on your data and compare memory, speed and quality",
     "report": "write an HTML page about one or more runs",
+    "watch": "serve that page live while runs are made",
     "quantize": "write a 4-bit checkpoint that transformers, PEFT and vLLM load",
     "merge": "merge an adapter into its base model",
     "export": "write a GGUF file for llama.cpp and Ollama",
+    "push": "upload an adapter to the Hugging Face hub, with a model card",
+    "import-config": "convert a configuration of axolotl, LLaMA-Factory or Unsloth",
     "demo": "fine-tune a small model on an example task, in minutes on a CPU",
+    "completion": "print a script that completes commands and options in a shell",
     "doctor": "show what this machine has and test the kernels",
 }
 
@@ -47,11 +53,16 @@ def overview() -> str:
             "",
             "Fine-tune large language models in half a byte per weight.",
             "",
-            *(f"  {command:<10}{summary}" for command, summary in COMMANDS.items()),
+            *(f"  {command:<15}{summary}" for command, summary in COMMANDS.items()),
             "",
             "halfbyte COMMAND --help lists its options; halfbyte --version prints the version.",
         ]
     )
+
+
+def module_of(command: str) -> str:
+    """The name of the module of a command."""
+    return f"halfbyte.cli.{command.replace('-', '_')}"
 
 
 def _run(argv: list[str]) -> None:
@@ -60,7 +71,7 @@ def _run(argv: list[str]) -> None:
     elif argv[0] in ("-V", "--version"):
         print(f"halfbyte {__version__}")
     elif argv[0] in COMMANDS:
-        importlib.import_module(f"halfbyte.cli.{argv[0]}").main(argv[1:])
+        importlib.import_module(module_of(argv[0])).main(argv[1:])
     else:
         from halfbyte.config.aliases import nearest
 

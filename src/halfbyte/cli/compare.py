@@ -6,12 +6,12 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
 from halfbyte.checkpoint.output_lock import output_lock
+from halfbyte.cli.opening import AdapterName
 from halfbyte.config.command_line import Command, results
-from halfbyte.config.options import parse_names
+from halfbyte.config.options import one_or_several, parse_names
 from halfbyte.config.schema import TrainConfig
 
 _VARIED = ("quant", "double_quant", "seed", "resume")
-_OWN = ("variants", "seeds", "shape", "exact_match", "max_new_tokens")
 
 # For runs with random weights: enough steps to time, with the size and options of most published
 # measurements.
@@ -38,9 +38,15 @@ class CompareOptions(TrainConfig):
         (0,), min_length=1, description="seeds to train each variant from, such as 0,1,2"
     )
     exact_match: bool = Field(
-        True, description="generate answers to eval_data and compare them with the expected ones"
+        True,
+        description="generate answers to held-out rows and compare them with the expected ones",
     )
     max_new_tokens: PositiveInt = Field(256, description="longest answer, in tokens")
+    adapter: Annotated[tuple[AdapterName, ...], BeforeValidator(one_or_several)] = Field(
+        (),
+        description="an adapter that exists, such as the output of a run: evaluated on eval_data, "
+        "not trained. Can be given several times, and without variants nothing is trained",
+    )
     shape: str | None = Field(
         None,
         min_length=1,
@@ -56,13 +62,25 @@ class CompareOptions(TrainConfig):
         varied = [f"`{name}`" for name in _VARIED if name in self.model_fields_set]
         if varied:
             raise ValueError(f"{', '.join(varied)}: use `variants` and `seeds` instead")
+        if self.push_to_hub is not None:
+            raise ValueError("`push_to_hub`: upload the adapter you choose with `halfbyte push`")
+        if self.adapter and not self.eval_data:
+            raise ValueError("`adapter` needs `eval_data`: what to evaluate on")
         if self.shape is None:
-            missing = [f"`{name}`" for name in ("model", "data") if not getattr(self, name)]
+            needed = ("model", "data") if self.trained else ("model",)
+            missing = [f"`{name}`" for name in needed if not getattr(self, name)]
             if missing:
                 raise ValueError(f"{' and '.join(missing)} missing; give them, or `shape`")
-        elif self.model or self.data or self.eval_data:
-            raise ValueError("`shape` cannot be combined with `model`, `data` or `eval_data`")
+        elif self.model or self.data or self.eval_data or self.eval_split:  # so also with `adapter`
+            raise ValueError(
+                "`shape` cannot be combined with `model`, `data`, `eval_data` or `eval_split`"
+            )
         return self
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The variants to train: none if only adapters were named."""
+        return () if self.adapter and "variants" not in self.model_fields_set else self.variants
 
 
 COMMAND = Command(
@@ -70,7 +88,7 @@ COMMAND = Command(
     CompareOptions,
     about="Train variants with the same seeds and data, each in its own process, and print one "
     "table of memory, speed, held-out loss, exact matches and sizes. Finished runs are not "
-    "repeated.",
+    "repeated. Adapters that exist can be evaluated beside them.",
     example="halfbyte compare --model M --data a.jsonl --eval-data b.jsonl --output cmp",
 )
 
@@ -92,7 +110,7 @@ def _compare(options: CompareOptions, notes: list[str], *, as_json: bool) -> Non
     from halfbyte.report.comparison import Comparison
     from halfbyte.tools import compare
 
-    variants = compare.parse_variants(options.variants)
+    variants = compare.parse_variants(options.trained) if options.trained else []
     given = {
         name: getattr(options, name)
         for name in options.model_fields_set & TrainConfig.model_fields.keys()
@@ -115,8 +133,10 @@ def _compare(options: CompareOptions, notes: list[str], *, as_json: bool) -> Non
         with open_report() as report:
             for note in notes:
                 report.note(note)
-            if options.eval_data is None and options.shape is None:
-                report.note("no --eval-data: only memory and speed are compared")
+            if not (options.eval_data or options.eval_split or options.shape):
+                report.note(
+                    "neither --eval-data nor --eval-split: only memory and speed are compared"
+                )
             for count, job in enumerate(todo, 1):
                 message = f"{job.variant}, seed {job.config.seed} ({count} of {len(todo)})"
                 if job.finished():
@@ -125,15 +145,20 @@ def _compare(options: CompareOptions, notes: list[str], *, as_json: bool) -> Non
                     continue
                 with report.task(message, None) as progress:
                     found.append(compare.run(job, progress))
-            if found[0].failure is None and (left := compare.rows_left_out(todo[0])):
+            if todo and found[0].failure is None and (left := compare.rows_left_out(todo[0])):
                 report.note(left)
-        comparison = Comparison(tuple(found))
+            for adapter in options.adapter:
+                with report.task(f"evaluating {adapter}", None):
+                    words = _words_of_eval(options, adapter, str(options.eval_data))
+                    found.append(compare.evaluate_existing(adapter, words, output))
+        comparison, evaluated = Comparison(tuple(found)), str(options.eval_data)
+        names = [*options.trained, *map(compare.name_of, options.adapter)]
         compare.write_results(
             comparison,
             todo,
             output,
-            title=f"{options.shape or Path(options.model).name}: {', '.join(options.variants)}",
-            about="random weights and tokens" if options.shape else options.data,
+            title=f"{options.shape or Path(options.model).name}: {', '.join(names)}",
+            about="random weights and tokens" if options.shape else options.data or evaluated,
             curves=options.shape is None,
         )
         show.columns(*comparison.rows())
@@ -145,12 +170,29 @@ def _compare(options: CompareOptions, notes: list[str], *, as_json: bool) -> Non
 
 def _evaluation(options: CompareOptions, config: TrainConfig) -> tuple[str, ...]:
     """The arguments of ``halfbyte eval`` for the adapter of a run."""
-    if options.eval_data is None or not options.exact_match:
+    from halfbyte.report.held_out import HELD_OUT_NAME
+
+    data = options.eval_data
+    if options.eval_split is not None:
+        data = str(config.output / HELD_OUT_NAME)  # by the same seed, the same for all variants
+    if data is None or not options.exact_match:
         return ()
-    words = ["--model", config.model, "--adapter", str(config.output), "--data", options.eval_data]
+    return _words_of_eval(options, str(config.output), data, config)
+
+
+def _words_of_eval(
+    options: CompareOptions, adapter: str, data: str, config: TrainConfig | None = None
+) -> tuple[str, ...]:
+    """The arguments of ``halfbyte eval`` for an adapter, with the options of its run if given."""
+    config = config or options
+    words = ["--model", config.model, "--adapter", adapter, "--data", data]
     words += ["--max-length", str(config.max_length), "--train-on", config.train_on]
     words += ["--max-new-tokens", str(options.max_new_tokens), "--device", config.device]
     words += ["--compute-dtype", config.compute_dtype]
     if config.revision is not None:
         words += ["--revision", config.revision]
+    if not options.exact_match:
+        words += ["--no-exact-match"]
+    if options.allow_mismatch:
+        words += ["--allow-mismatch"]
     return tuple(words)

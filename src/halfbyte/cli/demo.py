@@ -21,7 +21,7 @@ from halfbyte.config.schema import TrainConfig
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
     from halfbyte.train.evaluate import EvalResult
-    from halfbyte.train.run import TrainResult
+    from halfbyte.train.result import TrainResult
 
 RECIPE: dict[str, Any] = {
     "lora_r": 16,

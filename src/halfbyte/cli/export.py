@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from halfbyte.cli.next_commands import after_export, show_next
 from halfbyte.cli.opening import RECIPE_FIELDS, as_trained, claim_directory
 from halfbyte.cli.startup import import_transformers
 from halfbyte.config.command_line import Command, results
@@ -102,31 +103,43 @@ def _export(options: ExportOptions, notes: list[str], *, as_json: bool) -> None:
     import_transformers(gpu=options.device != "cpu")
     from halfbyte.checkpoint.base_model import open_base
     from halfbyte.checkpoint.gguf_export import require_expressible
+    from halfbyte.checkpoint.peft import recorded_template
     from halfbyte.report import open_report
 
     with results(as_json=as_json) as result, open_report() as report:
         for note in notes:
             report.note(note)
         base = open_base(options.model, revision=options.revision)
+        base.chat_template = recorded_template(options.adapter)
         require_expressible(base, vocabulary=options.format == "gguf")
         if options.format == "gguf-lora":
             found = _export_adapter(options, base, report)
         else:
             found = _export_model(options, base, report)
         result |= {"directory": str(options.out), "type": options.type} | found
+        problem = _wrong(options, result)
+        if not problem:
+            base_name = options.model if options.format == "gguf-lora" else None
+            show_next("To use it:", after_export(options.out, base=base_name))
+    if problem:
+        raise HalfbyteError(f"{options.out} was written, but {problem}")
+
+
+def _wrong(options: ExportOptions, result: dict[str, Any]) -> str:
+    """What is wrong with what was written, or an empty string."""
     share = result.get("verified", {}).get("worst_share", 0.0)
     if not share <= 1:
-        raise HalfbyteError(
-            f"{options.out} was written, but is wrong: the error of a value is {share:.3g} times "
-            f"the largest that rounding to {options.type} can cause. This is a bug in halfbyte"
+        return (
+            f"is wrong: the error of a value is {share:.3g} times the largest that rounding to "
+            f"{options.type} can cause. This is a bug in halfbyte"
         )
     least, agreement = options.min_agreement, result.get("distance", {}).get("top1_agreement", 1.0)
     if agreement < (_LEAST_AGREEMENT[options.type] if least is None else least):
-        raise HalfbyteError(
-            f"{options.out} was written, but its outputs differ from the adapter's: the most "
-            f"likely token is the same in {100 * agreement:.2f} % of the positions "
-            "(--min-agreement). --type f16 loses less"
+        return (
+            "its outputs differ from the adapter's: the most likely token is the same in "
+            f"{100 * agreement:.2f} % of the positions (--min-agreement). --type f16 loses less"
         )
+    return ""
 
 
 def _opened(options: ExportOptions, report: "RunReport") -> tuple[Any, dict[str, Any]]:
@@ -154,8 +167,6 @@ def _opened(options: ExportOptions, report: "RunReport") -> tuple[Any, dict[str,
 def _export_adapter(
     options: ExportOptions, base: "BaseSource", report: "RunReport"
 ) -> dict[str, Any]:
-    from torch import nn
-
     from halfbyte.checkpoint.atomic import new_directory
     from halfbyte.checkpoint.gguf_export import verify_gguf_lora, write_gguf_lora
     from halfbyte.checkpoint.modelfile import modelfile
@@ -164,15 +175,14 @@ def _export_adapter(
 
     assert options.adapter is not None
     adapter = load_adapter(options.adapter)
-    modules = base.skeleton.named_modules()
-    adapter.require_layers([path for path, m in modules if isinstance(m, nn.Linear)])
+    adapter.require_layers_of(base.skeleton)
     if adapter.info.get("base", {}).get("fingerprint", base.fingerprint) != base.fingerprint:
         _opened(options, report)  # other files may contain the same weights, so these are read
     where = Path(options.model)
     origin = str(where.resolve()) if where.exists() else options.model
     with new_directory(options.out, replace=options.overwrite) as directory:
         write_gguf_lora(base, adapter, directory / "adapter.gguf", options.type)
-        text = modelfile(origin, base.tokenizer(), adapter="./adapter.gguf")
+        text = modelfile(origin, base.tokenizer(), _ends(base), adapter="./adapter.gguf")
         (directory / "Modelfile").write_text(text, encoding="utf-8")
     path = options.out / "adapter.gguf"
     begun = adapter.info.get("recipe", {}).get("init_lora_weights") == "qera"
@@ -211,9 +221,6 @@ def _export_model(
         model, recipe = _opened(options, report)
         source = Merged(base, model, "decoded", torch.float32)
     tokenizer = base.tokenizer()
-    defaults = source.generation_config()
-    stops = defaults.eos_token_id if defaults is not None else None
-    ends = stops if isinstance(stops, list) else [] if stops is None else [stops]
     path = options.out / "model.gguf"
     with new_directory(options.out, replace=options.overwrite) as directory:
         with report.task(f"writing {path}", None) as progress:
@@ -224,7 +231,7 @@ def _export_model(
                 base=base,
                 progress=progress,
             )
-        text = modelfile(f"./{path.name}", tokenizer, ends)
+        text = modelfile(f"./{path.name}", tokenizer, _ends(source))
         (directory / "Modelfile").write_text(text, encoding="utf-8")
     show.paragraph(f"{path}: {size(path.stat().st_size)}, and a Modelfile for Ollama.")
     found: dict[str, Any] = {"file": str(path), "bytes": path.stat().st_size, "base": recipe}
@@ -235,6 +242,13 @@ def _export_model(
             if model is not None:
                 found["distance"] = _distance(model, tokenizer, written, options.type)
     return found
+
+
+def _ends(source: "BaseSource") -> list[int]:
+    """The tokens that end an answer, as the model's generation configuration says."""
+    defaults = source.generation_config()
+    stops = defaults.eos_token_id if defaults is not None else None
+    return stops if isinstance(stops, list) else [] if stops is None else [stops]
 
 
 def _told(verified: Any) -> dict[str, Any]:

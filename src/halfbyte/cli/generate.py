@@ -1,11 +1,11 @@
 """``halfbyte generate``: answer one prompt."""
 
 import sys
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field, PositiveInt
 
-from halfbyte.cli.opening import ReadModelOptions, open_model
+from halfbyte.cli.opening import ReadModelOptions, open_model, open_side_by_side
 from halfbyte.cli.startup import import_transformers
 from halfbyte.config.command_line import Command, results
 from halfbyte.errors import ConfigError
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
 
     import_transformers(gpu=options.device != "cpu")
     from halfbyte.models.generate import generate
-    from halfbyte.report import open_report
+    from halfbyte.report import open_report, show
 
     messages = [{"role": "user", "content": prompt}]
     if options.system is not None:
@@ -66,18 +66,34 @@ def main(argv: list[str]) -> None:
         with open_report() as report:
             for note in notes:
                 report.note(note)
-            model, tokenizer = open_model(options, report)
-        [answer] = generate(
-            model,
-            tokenizer,
-            [messages],
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            seed=options.seed,
-            on_text=write,
-        )
-        print()
-        result |= {"prompt": prompt, "answer": answer}
+            several = len(options.adapter) > 1
+            if several:
+                sides = open_side_by_side(options, report)
+            else:
+                model, tokenizer = open_model(options, report)
+
+        def answered(model: Any, tokenizer: Any) -> str:
+            [answer] = generate(
+                model,
+                tokenizer,
+                [messages],
+                max_new_tokens=options.max_new_tokens,
+                temperature=options.temperature,
+                seed=options.seed,
+                on_text=write,
+            )
+            print()
+            return answer
+
+        result["prompt"] = prompt
+        if not several:
+            result["answer"] = answered(model, tokenizer)
+            return
+        result["answers"] = {}
+        for name in sides.names:
+            show.heading(name)
+            with sides.using(name) as opened:
+                result["answers"][name] = answered(*opened)
 
 
 def write(text: str) -> None:

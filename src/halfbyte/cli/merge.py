@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from halfbyte.cli.next_commands import after_writing_model, show_next
 from halfbyte.cli.opening import as_trained, claim_directory
 from halfbyte.cli.startup import import_transformers
 from halfbyte.config.command_line import Command, results
@@ -113,6 +114,7 @@ def _merge(options: MergeOptions, notes: list[str], *, as_json: bool) -> None:
 
     from halfbyte.checkpoint.base_model import open_base
     from halfbyte.checkpoint.merged import Merged, ways, write_merged
+    from halfbyte.checkpoint.peft import recorded_template
     from halfbyte.report import open_report, show
     from halfbyte.report.live import size
     from halfbyte.tools.merge_evaluation import distances
@@ -133,6 +135,7 @@ def _merge(options: MergeOptions, notes: list[str], *, as_json: bool) -> None:
             report=report,
         )
         source = open_base(options.model, revision=options.revision)
+        source.chat_template = recorded_template(options.adapter)
         names = ways(source, model)
         into = names[0] if options.into == "best" else options.into
         candidates = {
@@ -175,6 +178,8 @@ def _merge(options: MergeOptions, notes: list[str], *, as_json: bool) -> None:
         if options.verify and live is not None:
             with report.task(f"reading {out}", None):
                 result["verified"], problem = _verified(options, model, live, taught)
+        if not problem:
+            show_next("To use it:", after_writing_model(out))
     if problem:
         raise HalfbyteError(
             f"{out} was written, but differs from what was trained: {problem}, expected at least "

@@ -5,20 +5,21 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, field_validator
 
 from halfbyte.checkpoint.output_lock import output_lock
-from halfbyte.config.reading import check
-from halfbyte.config.schema import BaseOptions, ModelOptions
-from halfbyte.errors import CheckpointError, ConfigError, OutputError
+from halfbyte.config.options import one_or_several
+from halfbyte.config.schema import CHAT_TEMPLATE, BaseOptions, ModelOptions
+from halfbyte.errors import ConfigError, OutputError
 from halfbyte.foreign_text import shorten
 from halfbyte.input_files import open_file, read_file
 from halfbyte.version import VERSION_KEY
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
+    from halfbyte.train.side_by_side import SideBySide
 
 RECIPE_FIELDS = (
     "quant",
@@ -29,21 +30,31 @@ RECIPE_FIELDS = (
     "quant_search",
 )
 
+AdapterName = Annotated[str, Field(min_length=1)]
+_TEMPLATE = CHAT_TEMPLATE.replace("the tokenizer's)", "that of the adapter's training)")
+
 
 class ReadModelOptions(ModelOptions):
     """A base model, and an adapter trained on it."""
 
-    adapter: str | None = Field(
-        None,
-        min_length=1,
+    adapter: Annotated[tuple[AdapterName, ...], BeforeValidator(one_or_several)] = Field(
+        (),
         description="directory of an adapter; the base model is quantised as in its training, "
-        "unless set otherwise",
+        "unless set otherwise. Given several times, they are shown side by side",
     )
     allow_mismatch: bool = Field(
         False, description="use an adapter with a base model, tokenizer or template not its own"
     )
+    chat_template: str | None = Field(None, min_length=1, description=_TEMPLATE)
 
     sections: ClassVar[dict[str, str]] = {"model": "the model"}
+
+    @field_validator("adapter")
+    @classmethod
+    def _each_once(cls, adapters: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(map(os.path.realpath, adapters))) < len(adapters):
+            raise ValueError("expected each adapter once")
+        return adapters
 
 
 def as_trained(options: BaseOptions, adapter: str | Path | None) -> dict[str, Any]:
@@ -57,16 +68,11 @@ def as_trained(options: BaseOptions, adapter: str | Path | None) -> dict[str, An
     """
     recipe = {name: getattr(options, name) for name in RECIPE_FIELDS}
     if adapter is not None:
+        from halfbyte.checkpoint.identity import recorded_packing
         from halfbyte.checkpoint.peft import load_adapter
 
-        recorded = load_adapter(adapter).info.get("recipe", {})
-        known = {name: recorded[name] for name in RECIPE_FIELDS if name in recorded}
-        try:
-            trained = check(BaseOptions, {"model": str(adapter)} | known)
-        except ConfigError as error:
-            raise CheckpointError(f"{adapter}: the recipe in halfbyte.json: {error}") from error
-        for name in known.keys() - options.model_fields_set:
-            recipe[name] = getattr(trained, name)
+        trained = recorded_packing(load_adapter(adapter).info, adapter)
+        recipe |= {name: trained[name] for name in trained.keys() - options.model_fields_set}
     return recipe
 
 
@@ -147,22 +153,54 @@ def _is_gguf(path: Path) -> bool:
 
 
 def open_model(options: ReadModelOptions, report: "RunReport") -> tuple[Any, Any]:
-    """Open the model with its adapter, and its tokenizer.
+    """Open the model with its adapter, if there is one, and its tokenizer.
 
     Raises:
         UserError: One of them is missing or damaged, or the adapter belongs to another base model.
     """
     from halfbyte.train.loading import open_model
 
+    [adapter] = options.adapter or (None,)
     model, tokenizer, _ = open_model(
         options.model,
-        adapter=options.adapter,
-        **as_trained(options, options.adapter),
-        compute_dtype=options.compute_dtype,
-        device=options.device,
-        revision=options.revision,
-        cache_quantized=options.cache_quantized,
-        allow_mismatch=options.allow_mismatch,
+        adapter=adapter,
+        **as_trained(options, adapter),
+        **_how(options),
         report=report,
     )
     return model, tokenizer
+
+
+def open_side_by_side(options: ReadModelOptions, report: "RunReport") -> "SideBySide":
+    """Open the model and all its adapters.
+
+    Raises:
+        UserError: One of them is missing or damaged, an adapter belongs to another base model, or
+            they were trained on different quantisations of it.
+    """
+    from halfbyte.train.side_by_side import open_side_by_side
+
+    recipes = {adapter: as_trained(options, adapter) for adapter in options.adapter}
+    first, recipe = next(iter(recipes.items()))
+    for adapter, other in recipes.items():
+        different = [name for name in recipe if recipe[name] != other[name]]
+        if different:
+            raise ConfigError(
+                f"`adapter`: `{different[0]}` was {recipe[different[0]]} in the training of "
+                f"{shorten(first)}, and {other[different[0]]} in that of {shorten(adapter)}; use "
+                f"them one by one, or set `{different[0]}` for both and `allow_mismatch`"
+            )
+    return open_side_by_side(
+        options.model, options.adapter, **recipe, **_how(options), report=report
+    )
+
+
+def _how(options: ReadModelOptions) -> dict[str, Any]:
+    return {
+        "compute_dtype": options.compute_dtype,
+        "device": options.device,
+        "revision": options.revision,
+        "cache_quantized": options.cache_quantized,
+        "allow_mismatch": options.allow_mismatch,
+        "chat_template": options.chat_template,
+    }

@@ -3,7 +3,7 @@
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
@@ -12,7 +12,7 @@ from halfbyte.config.options import BlockSize, Options, parse_bytes, parse_names
 
 if TYPE_CHECKING:
     from halfbyte.plan.advice import Way
-    from halfbyte.plan.ledger import Holding
+    from halfbyte.plan.ledger import Holding, Run
     from halfbyte.plan.model_shape import ModelShape
     from halfbyte.plan.roofline import GpuSpec
 
@@ -83,43 +83,68 @@ COMMAND = Command(
 )
 
 
+class Forecast(NamedTuple):
+    """What the planner says of a model on a device."""
+
+    shape: "ModelShape"
+    card: "GpuSpec"
+    memory: float
+    run: "Run"
+    ways: list["Way"]
+    advice: str
+    notes: list[str]
+
+
+def forecast(options: PlanOptions) -> Forecast:
+    """Predict memory and time of each way to train.
+
+    Raises:
+        UserError: The model cannot be opened or trained, or the card is not known.
+    """
+    from halfbyte.plan.advice import advice, ways
+    from halfbyte.plan.ledger import Holding, Run
+
+    card, notes = _card(options), []
+    if options.card is None and not card.measured:
+        notes.append(f"seconds are those of {card.name}; --card names another")
+    holding = Holding(
+        options.quant, options.double_quant, options.block_size, itemsize=card.itemsize
+    )
+    shape, holding, left_out = _shape(options, holding)
+    if left_out is not None:
+        notes.append(left_out)
+    memory = float(options.gpu_memory or card.memory)
+    run = Run(
+        holding,
+        options.lora_r,
+        () if _targets(options) == "all-linear" else options.target_modules,
+        options.batch_size,
+        options.max_length,
+        options.gradient_accumulation_steps,
+        options.optim,
+        fused=card.device == "cuda",
+        device=card.device,
+        checkpoint_width=card.checkpoint_width,
+        gpu=card.gpu,
+        embedding_on_host=True,
+    )
+    found = ways(shape, run, card, memory)
+    return Forecast(shape, card, memory, run, found, advice(found, memory), notes)
+
+
 def main(argv: list[str]) -> None:
     """Run the command."""
     options, notes, as_json = COMMAND.read(argv)
 
-    from halfbyte.plan.advice import advice, choices, ways
-    from halfbyte.plan.ledger import Holding, Run
+    from halfbyte.plan.advice import choices
     from halfbyte.report import open_report
 
     with results(as_json=as_json) as result, open_report() as report:
         for note in notes:
             report.note(note)
-        card = _card(options)
-        if options.card is None and not card.measured:
-            report.note(f"seconds are those of {card.name}; --card names another")
-        holding = Holding(
-            options.quant, options.double_quant, options.block_size, itemsize=card.itemsize
-        )
-        shape, holding, left_out = _shape(options, holding)
-        if left_out is not None:
-            report.note(left_out)
-        memory = float(options.gpu_memory or card.memory)
-        run = Run(
-            holding,
-            options.lora_r,
-            () if _targets(options) == "all-linear" else options.target_modules,
-            options.batch_size,
-            options.max_length,
-            options.gradient_accumulation_steps,
-            options.optim,
-            fused=card.device == "cuda",
-            device=card.device,
-            checkpoint_width=card.checkpoint_width,
-            gpu=card.gpu,
-            embedding_on_host=True,
-        )
-        found = ways(shape, run, card, memory)
-        message = advice(found, memory)
+        shape, card, memory, run, found, message, said = forecast(options)
+        for note in said:
+            report.note(note)
         _show(shape, found, card, memory, message)
         result |= {
             "model": shape.name,
@@ -212,7 +237,8 @@ def _gb(nbytes: float) -> str:
     return f"{nbytes / 1e9:.2f}"
 
 
-def _time(seconds: float) -> str:
+def time_of_step(seconds: float) -> str:
+    """Seconds in words, also if they are few: ``12 ms``, ``3.2 s``, ``4:05``."""
     from halfbyte.report.live import duration
 
     return duration(seconds) if seconds >= 1 else f"{1000 * seconds:.0f} ms"
@@ -251,7 +277,7 @@ def _show(
         "needs, GB": [_gb(way.ledger.needed) for way in found],
         "host, GB": [_gb(way.ledger.on_host) for way in found],
         "activations": [way.run.policy.summary(shape.layers) for way in found],
-        "a step": [_time(way.seconds.total) for way in found],
+        "a step": [time_of_step(way.seconds.total) for way in found],
         "tokens/s": [f"{way.run.tokens / way.seconds.total:,.0f}" for way in found],
         "longest sequence": [f"{way.longest:,}" if way.longest else "–" for way in found],
         "largest batch": [_batch(way.most) for way in found],

@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from halfbyte.cli.next_commands import after_writing_model
 from halfbyte.cli.opening import claim_directory
 from halfbyte.cli.startup import import_transformers
 from halfbyte.config.command_line import Command, results
@@ -72,5 +73,7 @@ def _quantize(options: QuantizeOptions, notes: list[str], *, as_json: bool) -> N
                 source, options.out, recipe, replace=options.overwrite, progress=progress
             )
         written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-        show.paragraph(f"{out}: {size(written)}, from {size(source.file_bytes)}.")
+        show.paragraph(f"{out}: {size(written)}, from {size(source.file_bytes)}. To use it:")
+        for command in after_writing_model(out, vllm=not options.quantize_embeddings):
+            show.command(command)
         result |= {"directory": str(out), "bytes": written, "source_bytes": source.file_bytes}

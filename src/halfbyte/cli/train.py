@@ -1,7 +1,9 @@
 """``halfbyte train [CONFIG.yaml]``: fine-tune a model on your data."""
 
 import dataclasses
+import sys
 
+from halfbyte.cli.next_commands import after_training, show_next
 from halfbyte.cli.startup import import_transformers
 from halfbyte.config.command_line import Command, invocation, results
 from halfbyte.config.reading import load_config
@@ -22,6 +24,7 @@ def main(argv: list[str]) -> None:
     words = COMMAND.words(argv)
     file = words.positional.get("config") or words.given.pop("config", None)
     config, notes = load_config(file, words.given, problems=words.problems)
+    config.require_held_out()
 
     import_transformers(gpu=config.device != "cpu")
     from halfbyte.report import open_report, show
@@ -29,13 +32,19 @@ def main(argv: list[str]) -> None:
     from halfbyte.train.run import train
     from halfbyte.train.stopping import StopRequest
 
+    if sys.stderr.isatty():
+        print(f"To watch it: {invocation('watch', str(config.output))}", file=sys.stderr)
     stop = StopRequest()
     with results(as_json=words.json) as result:
         with first_signal(stop.on_signal), open_report(config.output) as report:
             for note in notes:
                 report.note(note)
             trained = train(config, report, stop)
-        show.paragraph("The adapter has been written. To try it:")
-        adapter = str(trained.adapter_dir)
-        show.command(invocation("chat", "--model", config.model, "--adapter", adapter))
+        commands, warnings = after_training(
+            config.model, trained.adapter_dir, revision=config.revision, data=config.eval_data
+        )
+        show_next("The adapter has been written. To try it:", commands[:1])
+        show_next("To evaluate, merge, export or serve it:", commands[1:])
+        for warning in warnings:
+            show.paragraph(warning)
         result |= dataclasses.asdict(trained)

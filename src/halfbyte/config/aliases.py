@@ -6,7 +6,9 @@ Nothing here imports torch.
 """
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
@@ -63,6 +65,8 @@ class Refusal(NamedTuple):
     harmless: str
     """The value, in lower case, that asks for nothing else than what is done."""
     reason: str
+    also: tuple[str, ...] = ()
+    """Further values of that kind."""
 
 
 _ALL = {"all": "all-linear"}
@@ -71,6 +75,7 @@ _AFTER_WARMUP = {"constant_with_warmup": "constant"}  # ours has a warm-up with 
 _INPUTS_TOO = {"true": "all", "false": "assistant"}
 # Files often have both names, one of them false or empty, which YAML reads as None.
 _NOT_THIS = frozenset(("false", "none"))
+_NO_SHARE = {"0": None, "0.0": None}
 _ADAMW = {
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_32bit"), "adamw"),
     **dict.fromkeys(("adamw_bnb_8bit", "adamw_torch_8bit", "adamw8bit"), "adamw_8bit"),
@@ -119,22 +124,54 @@ ALIASES: dict[str, Alias] = {
     "train_on_prompt": Alias("train_on", _INPUTS_TOO, only=""),
     "micro_batch_size": Alias("batch_size"),
     "per_device_train_batch_size": Alias("batch_size"),
+    "sample_packing": Alias("packing"),
+    "neat_packing": Alias("packing"),
     "num_epochs": Alias("epochs"),
     "num_train_epochs": Alias("epochs"),
     "max_steps": Alias("max_steps", {"-1": None}),
     "lr": Alias("learning_rate"),
     "lr_scheduler": Alias("lr_scheduler_type", _AFTER_WARMUP),
     "lr_scheduler_type": Alias("lr_scheduler_type", _AFTER_WARMUP),
+    "cosine_min_lr_ratio": Alias("min_lr_rate"),
+    "min_lr_ratio": Alias("min_lr_rate"),
+    "min_lr": Alias("min_learning_rate"),
+    "lr_end": Alias("min_learning_rate"),
+    "num_decay_steps": Alias("lr_decay_steps"),
+    "embedding_lr": Alias("embedding_learning_rate"),
+    "noisy_embedding_alpha": Alias("neftune_noise_alpha"),
     "optimizer": Alias("optim", _ADAMW),
     "optim": Alias("optim", _ADAMW),
     "gradient_checkpointing": Alias(
         "activations", {"true": "recompute", "false": "save", "offload": "offload"}, only=""
     ),
+    "chat_template": Alias("chat_template", {"tokenizer_default": None}),
+    "chat_template_path": Alias("chat_template"),
+    "template": Alias("chat_template"),
     "eval_dataset": Alias("eval_data"),
+    # There it is a switch, and hub_model_id the name.
+    "push_to_hub": Alias("push_to_hub", {"false": None}, frozenset(("true",))),
+    "hub_model_id": Alias("push_to_hub"),
+    "hub_private_repo": Alias("hub_private", _SWITCH, only=""),
+    "val_set_size": Alias("eval_split", _NO_SHARE),
+    "val_size": Alias("eval_split", _NO_SHARE),
+    "test_size": Alias("eval_split", _NO_SHARE),
+    "load_best_model_at_end": Alias("load_best", _SWITCH, only=""),
+    "metric_for_best_model": Alias("metric_for_best", {"eval_loss": "loss"}),
+    "greater_is_better": Alias("metric_mode", {"true": "max", "false": "min"}, only=""),
+    "early_stopping_steps": Alias("early_stopping_patience"),  # LLaMA-Factory counts evaluations
     "resume_from_checkpoint": Alias(
         "resume", _SWITCH, only="; a run goes on from the newest checkpoint in its `output`"
     ),
 }
+
+_SCHEDULER_KWARGS = "lr_scheduler_kwargs"
+_OF_SCHEDULERS = {
+    **{name: name for name in ("min_lr", "min_lr_rate", "min_lr_ratio", "lr_end")},
+    "num_decay_steps": "num_decay_steps",
+    **{name: f"lr_{name}" for name in ("num_cycles", "power", "timescale", "decay_type")},
+}
+"""What ``lr_scheduler_kwargs`` of transformers may contain, and the options these are."""
+_IN_STEPS = "this is given in steps: use `{0}`, or leave it out for ten times per run"
 
 REFUSED: dict[str, Refusal] = {
     "trust_remote_code": Refusal(
@@ -145,7 +182,15 @@ REFUSED: dict[str, Refusal] = {
     "load_in_8bit": Refusal(
         "false", "8-bit base weights are not supported; use `quant` nf4 (4 bits) or none (16 or 32)"
     ),
+    "embedding_lr_scale": Refusal(
+        "1.0", "give the rate itself as `embedding_learning_rate`, learning_rate times the scale"
+    ),
     "finetuning_type": Refusal("lora", "only LoRA and QLoRA are trained"),
+    # Weights do not depend on evaluations, so not to evaluate is no other run.
+    "eval_strategy": Refusal("steps", _IN_STEPS.format("eval_steps"), ("no", "false")),
+    "evaluation_strategy": Refusal("steps", _IN_STEPS.format("eval_steps"), ("no", "false")),
+    "evals_per_epoch": Refusal("none", _IN_STEPS.format("eval_steps")),
+    "saves_per_epoch": Refusal("none", _IN_STEPS.format("save_steps")),
     "stage": Refusal("sft", "only supervised fine-tuning is done"),
 }
 
@@ -174,12 +219,35 @@ def aliases_of(options: type[BaseModel]) -> dict[str, Alias]:
     }
 
 
+def _without_kwargs(
+    given: Mapping[str, Any], options: type[BaseModel]
+) -> tuple[dict[str, Any], list[str]]:
+    """Replace ``lr_scheduler_kwargs``, a mapping or JSON text, by what it contains; and errors."""
+    rest, problems = dict(given), list[str]()
+    if _SCHEDULER_KWARGS not in given or "lr_scheduler_type" not in options.model_fields:
+        return rest, problems
+    kwargs = rest.pop(_SCHEDULER_KWARGS) or {}
+    if isinstance(kwargs, str):
+        with suppress(ValueError, RecursionError):
+            kwargs = json.loads(kwargs)
+    if not isinstance(kwargs, dict):
+        return rest, [f"`{_SCHEDULER_KWARGS}`: expected a mapping, got {quote(kwargs)}"]
+    for name, value in kwargs.items():
+        if name not in _OF_SCHEDULERS:
+            known = ", ".join(_OF_SCHEDULERS)
+            problems.append(f"`{_SCHEDULER_KWARGS}`: expected {known}, got {quote(name)}")
+        elif rest.setdefault(_OF_SCHEDULERS[name], value) != value:
+            problems.append(f"`{name}` is given twice, once in `{_SCHEDULER_KWARGS}`; remove one")
+    return rest, problems
+
+
 def translate(given: Mapping[str, Any], options: type[BaseModel]) -> Translation:
     """Translate aliases into our names; collect unknown names and refused values as errors."""
     aliases = aliases_of(options)
     values: dict[str, Any] = {}
     given_as: dict[str, str] = {}
-    notes, problems = [], []
+    notes = list[str]()
+    given, problems = _without_kwargs(given, options)
     sure = {
         aliases[name].field if name in aliases else name
         for name, value in given.items()
@@ -202,7 +270,7 @@ def translate(given: Mapping[str, Any], options: type[BaseModel]) -> Translation
         elif name in options.model_fields:
             field, read = name, value
         elif name in REFUSED:
-            if _word(value) not in (REFUSED[name].harmless, "none"):
+            if _word(value) not in (REFUSED[name].harmless, "none", *REFUSED[name].also):
                 problems.append(f"`{name}`: {REFUSED[name].reason}")
             continue
         else:

@@ -71,13 +71,15 @@ class Command(Generic[OptionsT]):
     many: str = ""
     """The last of them, if it takes any number of arguments."""
     has_json: bool = True
+    in_help: tuple[str, ...] = ()
+    """The fields that ``--help`` lists; empty for all."""
 
     def words(self, argv: list[str]) -> ParsedArgs:
         """Assign arguments to options; with ``--help``, print the help and exit."""
         if "--help" in argv or "-h" in argv:
             _leave_with(self.help())
         aliases = aliases_of(self.options)
-        flags = {name for name, field in self.options.model_fields.items() if _is_flag(field)}
+        flags = {name for name, field in self.options.model_fields.items() if is_flag(field)}
         flags |= {name for name, alias in aliases.items() if alias.is_flag}
         found = ParsedArgs({}, {}, json=False, problems=[])
         free, words = deque(self.positional), deque(argv)
@@ -102,19 +104,29 @@ class Command(Generic[OptionsT]):
             elif name == "json" and self.has_json and not equals:
                 found = found._replace(json=True)
             elif equals:
-                found.given[name] = value
+                self._give(found.given, name, value)
             elif name.startswith("no_") and name[3:] in flags:
                 found.given[name[3:]] = False
             elif name in flags:
                 follows = words and words[0].lower() in _TRUTH_WORDS
                 found.given[name] = words.popleft() if follows else True
             elif words and not words[0].startswith("--"):
-                found.given[name] = words.popleft()
+                self._give(found.given, name, words.popleft())
             elif name in self.options.model_fields or name in aliases:
                 found.problems.append(f"`{name}` needs a value")
             else:
                 found.given[name] = True
         return found
+
+    def _give(self, given: dict[str, Any], name: str, value: str) -> None:
+        """Assign a value; an option that takes several collects them, of others the last counts."""
+        alias = aliases_of(self.options).get(name)
+        field = self.options.model_fields.get(name if alias is None else alias.field)
+        if name in given and field is not None and _takes_several(field):
+            before = given[name]
+            given[name] = [*(before if isinstance(before, list) else [before]), value]
+        else:
+            given[name] = value
 
     def read(self, argv: list[str]) -> Request[OptionsT]:
         """Check the options on a command line.
@@ -130,7 +142,11 @@ class Command(Generic[OptionsT]):
     def help(self) -> str:
         """Usage, description, an example, and every option under its heading."""
         width = min(shutil.get_terminal_size().columns, 100)
-        fields = self.options.model_fields
+        fields = {
+            name: field
+            for name, field in self.options.model_fields.items()
+            if not self.in_help or name in self.in_help
+        }
         usage = [
             f"[{name.upper()}.yaml]" if name not in fields else name.upper()
             for name in self.positional
@@ -177,25 +193,45 @@ def _row(form: str, text: str, width: int) -> list[str]:
     return [f"  {form:<{_HELP_COLUMN - 2}}{below[0].lstrip()}", *below[1:]]
 
 
-def _is_flag(field: FieldInfo) -> bool:
+def is_flag(field: FieldInfo) -> bool:
+    """Whether an option is given without a value."""
     return field.annotation is bool
+
+
+def _type(field: FieldInfo) -> Any:
+    """The type of a value; of `int | None`, the first."""
+    kind: Any = field.annotation
+    if get_origin(kind) in (Union, UnionType):
+        kind = get_args(kind)[0]
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def _takes_several(field: FieldInfo) -> bool:
+    return get_origin(_type(field)) in (tuple, dict)
+
+
+def choices_of(field: FieldInfo) -> tuple[str, ...]:
+    """The values of an option that has a few only, otherwise none."""
+    kind = _type(field)
+    if get_origin(kind) is tuple:  # several of them
+        kind = get_args(kind)[0]
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+_LONGEST_CHOICES = 60  # characters; longer ones are listed in the description
 
 
 def _kind(field: FieldInfo) -> str:
     """Placeholder of a value: its choices, or its type."""
-    kind: Any = field.annotation
-    if get_origin(kind) in (Union, UnionType):  # the first member: `int | None` takes an int
-        kind = get_args(kind)[0]
-    if get_origin(kind) is Annotated:
-        kind = get_args(kind)[0]
-    if get_origin(kind) is Literal:
-        return "|".join(get_args(kind))
+    if get_origin(kind := _type(field)) is Literal:
+        choices = "|".join(get_args(kind))
+        return choices if len(choices) <= _LONGEST_CHOICES else "NAME"
     return {int: "N", float: "X", Path: "DIR"}.get(kind, "TEXT")
 
 
 def _option(name: str, field: FieldInfo) -> str:
     dashed = name.replace("_", "-")
-    if _is_flag(field):
+    if is_flag(field):
         return f"--no-{dashed}" if field.default else f"--{dashed}"
     return f"--{dashed} {_kind(field)}"
 
@@ -203,9 +239,11 @@ def _option(name: str, field: FieldInfo) -> str:
 def _effect(field: FieldInfo) -> str:
     """The help of an option, with its default."""
     text = field.description or ""
+    if _kind(field) == "NAME":
+        text += f": {', '.join(choices_of(field))}"
     if field.is_required():
         return f"{text} (required)"
-    if _is_flag(field):
+    if is_flag(field):
         return f"do not {text}" if field.default else text
     if field.default in (None, (), {}):
         return text

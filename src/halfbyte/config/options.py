@@ -35,11 +35,13 @@ def parse_bytes(value: Any) -> Any:
 
 
 def parse_pairs(value: Any) -> Any:
-    """Read ``name=value,name=value``; anything but a string is returned unchanged.
+    """Read ``name=value,name=value``, or a list of these; anything else is returned unchanged.
 
     Raises:
         ValueError: the string is not a list of pairs.
     """
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        value = ",".join(value)
     if not isinstance(value, str):
         return value
     pairs = [pair.rpartition("=") for pair in value.split(",") if pair.strip()]
@@ -48,8 +50,15 @@ def parse_pairs(value: Any) -> Any:
     return {name.strip(): number.strip() for name, _, number in pairs}
 
 
+def one_or_several(value: Any) -> Any:
+    """Read a text as a list of it; anything else is returned unchanged."""
+    return [value] if isinstance(value, str) else value
+
+
 def parse_names(value: Any) -> Any:
-    """Read ``name,name``; anything but a string is returned unchanged."""
+    """Read ``name,name``, or a list of these; anything else is returned unchanged."""
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        value = ",".join(value)
     if not isinstance(value, str):
         return value
     return [name.strip() for name in value.split(",") if name.strip()]
@@ -61,12 +70,34 @@ def parse_trackers(value: Any) -> Any:
     return [name for name in names if name != "none"] if isinstance(names, list) else names
 
 
+def known_share(value: float | None) -> float | None:
+    """Check a share below 1, or a number of rows.
+
+    Raises:
+        ValueError: It is neither; 1 could be meant as one row or as all.
+    """
+    if value is None or 0 < value < 1 or (value >= 2 and value == int(value)):
+        return value
+    raise ValueError("expected a share between 0 and 1, or a number of rows from 2")
+
+
 def _known_block_size(value: int) -> int:
     if not 32 <= value <= 4096 or value & (value - 1):
         raise ValueError("expected a power of 2 from 32 to 4096")
     return value
 
 
+# huggingface_hub's rules: letters, digits, -, _ and ., but no two of -- or .., 96 characters.
+_REPOSITORY = re.compile(r"(?!.*(--|\.\.))[a-zA-Z0-9][\w-]*/[a-zA-Z0-9_][\w.-]*(?<![-.])", re.ASCII)
+
+
+def _owner_and_name(value: str) -> str:
+    if not _REPOSITORY.fullmatch(value) or len(value) > 96 or value.endswith(".git"):
+        raise ValueError("expected owner/name, a repository on the Hugging Face hub")
+    return value
+
+
+Repository = Annotated[str, AfterValidator(_owner_and_name)]
 Positive = Annotated[float, Field(gt=0)]
 BlockSize = Annotated[int, AfterValidator(_known_block_size)]
 

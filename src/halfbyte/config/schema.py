@@ -9,16 +9,31 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, PositiveInt, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from halfbyte.config.options import (
     BlockSize,
     Options,
     Positive,
+    Repository,
+    known_share,
     parse_bytes,
     parse_names,
     parse_pairs,
     parse_trackers,
+)
+from halfbyte.errors import ConfigError
+
+CHAT_TEMPLATE = (
+    "format of conversations: chatml, llama3, llama2, mistral, gemma, phi3, phi4, zephyr, alpaca, "
+    "vicuna, a .jinja file, or one of the tokenizer's named templates (default: the tokenizer's)"
 )
 
 
@@ -72,13 +87,26 @@ class ModelOptions(BaseOptions):
     )
 
 
+_LOWEST = ("min_learning_rate", "min_lr_rate")
+_DECAY_TO_LOWEST = ("cosine", "cosine_with_min_lr", "polynomial", "warmup_stable_decay")
+_SCHEDULES_WITH: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(_LOWEST, _DECAY_TO_LOWEST),
+    "lr_num_cycles": ("cosine", "cosine_with_min_lr", "cosine_with_restarts"),
+    "lr_power": ("polynomial",),
+    "lr_timescale": ("inverse_sqrt",),
+    "lr_decay_steps": ("warmup_stable_decay",),
+    "lr_decay_type": ("warmup_stable_decay",),
+}
+"""The schedules that an option is for."""
+
+
 class TrainConfig(ModelOptions):
     """All options of a training run."""
 
     sections: ClassVar[dict[str, str]] = {
         "model": "the base model",
         "data": "the data",
-        "lora_r": "the adapters",
+        "init_adapter": "the adapters",
         "batch_size": "steps",
         "learning_rate": "the optimizer",
         "activations": "memory",
@@ -95,8 +123,23 @@ class TrainConfig(ModelOptions):
     train_on: Literal["assistant", "all"] = Field(
         "assistant", description="supervised tokens: the assistant's, or all"
     )
+    chat_template: str | None = Field(None, min_length=1, description=CHAT_TEMPLATE)
     eval_data: str | None = Field(None, min_length=1, description="data to evaluate on")
+    eval_split: Annotated[float | None, AfterValidator(known_share)] = Field(
+        None,
+        description="instead of eval_data: rows of data to hold out, a share such as 0.02 or their "
+        "number; rows with the same text stay together",
+    )
 
+    init_adapter: Path | None = Field(
+        None,
+        description="start from the weights of this adapter, ours or PEFT's; its rank, scaling, "
+        "variants and targets, and the quantisation it was trained with, are taken over",
+    )
+    allow_mismatch: bool = Field(
+        False,
+        description="use init_adapter with a base model, tokenizer or template not its own",
+    )
     lora_r: PositiveInt = Field(16, description="rank of the adapters")
     lora_alpha: float = Field(16.0, gt=0, description="adapters are scaled by alpha / r")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapters' input")
@@ -127,6 +170,11 @@ class TrainConfig(ModelOptions):
     gradient_accumulation_steps: PositiveInt = Field(
         8, description="micro-batches per optimizer step"
     )
+    packing: bool = Field(
+        False,
+        description="count packs instead of examples in batch_size: several examples that "
+        "together have at most max_length tokens",
+    )
     epochs: float = Field(1.0, gt=0, le=10**6, description="passes over the data")
     max_steps: PositiveInt | None = Field(
         None, description="number of optimizer steps; overrides epochs"
@@ -136,8 +184,49 @@ class TrainConfig(ModelOptions):
     loraplus_lr_ratio: float = Field(
         1.0, gt=0, description="LoRA+: learning rate of B relative to that of A"
     )
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="decay of the learning rate after the warm-up"
+    embedding_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="peak learning rate of embedding and head in modules_to_save (default: "
+        "learning_rate)",
+    )
+    lr_scheduler_type: Literal[
+        "cosine",
+        "linear",
+        "constant",
+        "cosine_with_min_lr",
+        "cosine_with_restarts",
+        "polynomial",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    ] = Field("cosine", description="decay of the learning rate after the warm-up")
+    min_learning_rate: float | None = Field(
+        None,
+        ge=0,
+        description="learning rate at the end of cosine, polynomial and warmup_stable_decay "
+        "(default: 0; polynomial: 1e-7)",
+    )
+    min_lr_rate: float | None = Field(
+        None, ge=0, le=1, description="min_learning_rate relative to learning_rate"
+    )
+    lr_num_cycles: float | None = Field(
+        None,
+        gt=0,
+        description="waves of cosine (default: 0.5) or cosine_with_restarts (default: 1)",
+    )
+    lr_power: float = Field(1.0, gt=0, description="power of polynomial; 1: linear")
+    lr_timescale: PositiveInt | None = Field(
+        None,
+        description="steps after which inverse_sqrt is at 1 / sqrt(2), counted from its start "
+        "(default: those of the warm-up)",
+    )
+    lr_decay_steps: PositiveInt | None = Field(
+        None,
+        description="last steps of warmup_stable_decay, in which it decays (default: a tenth of "
+        "the run)",
+    )
+    lr_decay_type: Literal["cosine", "linear", "1-sqrt"] = Field(
+        "cosine", description="decay of warmup_stable_decay"
     )
     warmup_ratio: float = Field(0.03, ge=0, le=1, description="fraction of steps for the warm-up")
     warmup_steps: int | None = Field(
@@ -153,12 +242,23 @@ class TrainConfig(ModelOptions):
         description="how paged_ state is stored: on the GPU, copied to the host before steps short "
         "of memory (auto); the same with CUDA managed memory; or always on the host (explicit)",
     )
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of AdamW")
+    weight_decay: float = Field(
+        0.0,
+        ge=0,
+        description="decoupled weight decay of AdamW, of matrices; norms, biases and DoRA's "
+        "magnitudes have none",
+    )
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of AdamW's first moment")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of AdamW's second moment")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     max_grad_norm: float = Field(
         1.0, ge=0, description="clip the norm of all gradients to this; 0: no clipping"
+    )
+    neftune_noise_alpha: float | None = Field(
+        None,
+        ge=0,
+        description="NEFTune: noise on the embeddings in training, uniform up to alpha / sqrt(L d) "
+        "for L tokens of width d; 5 to 15",
     )
     on_nonfinite: Literal["stop", "skip", "rewind"] = Field(
         "stop",
@@ -182,10 +282,39 @@ class TrainConfig(ModelOptions):
 
     output: Path = Field(description="directory for the adapter, checkpoints and journal")
     eval_steps: PositiveInt | None = Field(
-        None, description="evaluate every N steps (default: only at the end)"
+        None,
+        description="evaluate every N steps (default: up to ten times per run, as long as that "
+        "processes at most a tenth as many tokens as training)",
+    )
+    eval_max_samples: PositiveInt | None = Field(
+        None,
+        description="held-out rows to evaluate on during training, always the same; at the end all "
+        "(default: as many as the same limit allows)",
+    )
+    load_best: bool = Field(
+        False,
+        description="write the adapter of the best evaluation, not of the last step; its "
+        "checkpoint is kept",
+    )
+    metric_for_best: str = Field(
+        "loss",
+        min_length=1,
+        description="what the best evaluation is best in: loss, or a metric given in Python",
+    )
+    metric_mode: Literal["auto", "min", "max"] = Field(
+        "auto", description="best is the smallest or the largest; auto: min for losses, else max"
+    )
+    early_stopping_patience: PositiveInt | None = Field(
+        None, description="stop after N evaluations in a row that are not better than the best"
+    )
+    early_stopping_threshold: float = Field(
+        0.0, ge=0, description="how much better an evaluation must be to count for that"
     )
     save_steps: PositiveInt | None = Field(
         None, description="save a checkpoint every N steps (default: ten times per run)"
+    )
+    save_minutes: float | None = Field(
+        None, gt=0, description="also save one when the newest is N minutes old"
     )
     save_total_limit: PositiveInt = Field(2, description="number of checkpoints to keep")
     resume: bool = Field(False, description="continue from the newest checkpoint in output")
@@ -196,6 +325,14 @@ class TrainConfig(ModelOptions):
     report_to: Annotated[
         tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(parse_trackers)
     ] = Field((), description="trackers to log to: tensorboard, wandb, trackio")
+    push_to_hub: Repository | None = Field(
+        None,
+        description="upload the adapter to owner/name on the Hugging Face hub at the end, with a "
+        "model card; whether that may be done is checked first",
+    )
+    hub_private: bool = Field(
+        True, description="create the repository of push_to_hub private, if there is none"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the adapters and the data's order")
 
     @field_validator("target_modules", mode="before")
@@ -205,19 +342,69 @@ class TrainConfig(ModelOptions):
             return parse_names(value)
         return value
 
+    def require_held_out(self, *, given: bool = False) -> None:
+        """Check that there is data to evaluate on, if an option needs some.
+
+        Args:
+            given: Whether there is some beside the options, as in Python.
+
+        Raises:
+            ConfigError: There is none; the option is named.
+        """
+        names = ("eval_steps", "eval_max_samples", "load_best", "early_stopping_patience")
+        needs = next((name for name in names if getattr(self, name)), None)
+        if needs and not (given or self.eval_data is not None or self.eval_split is not None):
+            raise ConfigError(
+                f"`{needs}` needs data to evaluate on: give `eval_data`, or `eval_split` to hold "
+                "out rows of `data`"
+            )
+
+    @property
+    def depends_on_evaluations(self) -> bool:
+        """Whether the adapter that is written depends on evaluations."""
+        return self.load_best or self.early_stopping_patience is not None
+
     @property
     def state_bits(self) -> Literal[8, 32]:
         """Bits of a moment of the optimizer's state."""
         return 8 if self.optim.endswith("8bit") else 32
 
     @model_validator(mode="after")
+    def _rules_of_the_schedule(self) -> Self:
+        kind = self.lr_scheduler_type
+        for name, kinds in _SCHEDULES_WITH.items():
+            # Not `model_fields_set`: the config.yaml of a run has every option.
+            if getattr(self, name) != type(self).model_fields[name].default and kind not in kinds:
+                known = " or ".join(filter(None, [", ".join(kinds[:-1]), kinds[-1]]))
+                raise ValueError(f"`{name}` needs `lr_scheduler_type` {known}")
+        lowest = [name for name in _LOWEST if getattr(self, name) is not None]
+        if len(lowest) == 2:
+            raise ValueError("`min_learning_rate` and `min_lr_rate` exclude each other; remove one")
+        if kind == "cosine_with_min_lr" and not lowest:
+            raise ValueError(
+                "`lr_scheduler_type` cosine_with_min_lr needs `min_learning_rate` or `min_lr_rate`"
+            )
+        if (self.min_learning_rate or 0.0) > self.learning_rate:
+            raise ValueError("`min_learning_rate` must not be above `learning_rate`")
+        return self
+
+    @model_validator(mode="after")
     def _rules_between_fields(self) -> Self:
-        if self.eval_steps is not None and self.eval_data is None:
-            raise ValueError("`eval_steps` needs `eval_data`: the data to evaluate on")
+        if self.eval_data is not None and self.eval_split is not None:
+            raise ValueError("`eval_split` cannot be combined with `eval_data`; remove one")
+        if self.metric_for_best != "loss" and not self.depends_on_evaluations:
+            raise ValueError("`metric_for_best` needs `load_best` or `early_stopping_patience`")
+        if self.early_stopping_threshold and self.early_stopping_patience is None:
+            raise ValueError("`early_stopping_threshold` needs `early_stopping_patience`")
         if self.init_lora_weights == "qera" and self.quant == "none":
             raise ValueError(
                 "`init_lora_weights` qera needs `quant` nf4 or fp4: without quantisation there is "
                 "no error to approximate"
+            )
+        if self.init_lora_weights == "qera" and self.init_adapter is not None:
+            raise ValueError(
+                "`init_lora_weights` qera cannot be combined with `init_adapter`: each is where "
+                "the adapters start; remove one"
             )
         if self.init_lora_weights == "qera" and self.use_dora:
             raise ValueError("`init_lora_weights` qera cannot be combined with `use_dora`")

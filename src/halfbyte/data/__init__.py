@@ -1,6 +1,7 @@
 """Data: from files in five row formats to the micro-batches of an optimizer step.
 
     sources         rows with line numbers, from a file, a directory or the hub
+    in_memory       rows of a program
     formats         rows to conversations
     messages        the messages of a conversation
     templates       conversations to examples: token ids and loss masks
@@ -17,6 +18,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,7 @@ from halfbyte.data.batching import IGNORED, MicroBatch, StepPlan, collate, steps
 from halfbyte.data.dataset_report import (
     LONGEST_REASON,
     DatasetReport,
+    NothingUsable,
     Rejection,
     RowRejected,
     by_reason,
@@ -39,6 +42,7 @@ from halfbyte.data.formats import (
     preferred_formats,
     to_conversation,
 )
+from halfbyte.data.in_memory import RowsInMemory
 from halfbyte.data.sources import Row, read_source
 from halfbyte.data.templates import (
     Encoded,
@@ -63,6 +67,8 @@ __all__ = [
     "Example",
     "Message",
     "MicroBatch",
+    "NothingUsable",
+    "RowsInMemory",
     "StepPlan",
     "collate",
     "conversations",
@@ -98,7 +104,7 @@ class Dataset:
 
 
 def load_dataset(
-    source: str | Path,
+    source: str | Path | RowsInMemory,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
@@ -108,7 +114,7 @@ def load_dataset(
     """Reads, checks and encodes a data set.
 
     Args:
-        source: A file, a directory or a hub id; see `halfbyte.data.sources`.
+        source: A file, a directory or a hub id, see `halfbyte.data.sources`; or a program's rows.
         tokenizer: The tokenizer, with its chat template.
         max_length: Longer rows are truncated to this many tokens, and counted.
         train_on: Supervised tokens: the assistant's, or all.
@@ -134,7 +140,7 @@ def load_dataset(
             progress(done, len(read.conversations))
     examples = collected.examples
     if not examples:
-        raise DataError(_nothing_usable(read))
+        raise _nothing_usable(read)
     report = DatasetReport(
         source=str(source),
         formats=read.formats,
@@ -171,8 +177,9 @@ def conversations(source: str | Path) -> list[Conversation]:
 class _Read:
     """The rows of a source: as conversations with their sources, or rejected."""
 
-    def __init__(self, source: str | Path) -> None:
-        rows, self.notes = read_source(source)
+    def __init__(self, source: str | Path | RowsInMemory) -> None:
+        read = source.read if isinstance(source, RowsInMemory) else partial(read_source, source)
+        rows, self.notes = read()
         self.source, self.rows = str(source), len(rows)
         self.conversations: list[Conversation] = []
         self.sources: list[Row] = []
@@ -203,17 +210,18 @@ class _Read:
         self.rejections.append(Rejection(row.line, reason, beginning))
 
 
-def _read(source: str | Path) -> _Read:
+def _read(source: str | Path | RowsInMemory) -> _Read:
     read = _Read(source)
     if not read.conversations:
-        raise DataError(_nothing_usable(read))
+        raise _nothing_usable(read)
     return read
 
 
-def _nothing_usable(read: _Read) -> str:
+def _nothing_usable(read: _Read) -> NothingUsable:
     listed = "".join(f"\n  {line}" for line in describe_rejected(by_reason(read.rejections)))
     read_as = f" (read as {in_words(read.formats)})" if read.formats else ""
-    return f"{read.source}: none of the {read.rows:,} rows{read_as} is usable.{listed}"
+    message = f"{read.source}: none of the {read.rows:,} rows{read_as} is usable.{listed}"
+    return NothingUsable(message, read.source, read.rows, read.rejections)
 
 
 class _Examples:

@@ -5,6 +5,11 @@ sorts them by length, longest first, and splits them into micro-batches. Sorting
 saves most of the padding and changes nothing else: the step's gradient is a sum over the same
 examples in any order. The longest come first, so that a step too large for memory fails early.
 
+With ``pack_tokens``, ``batch_size`` counts packs of documents (data/packing.py). A step has the
+documents of its packs, and its micro-batches are as many documents, sorted by length, as fit into
+``batch_size * pack_tokens`` tokens with padding: engines that pack do so over all micro-batches of
+a step, and others need no more memory than ``batch_size`` rows of the longest documents.
+
 The order is a pure function of (seed, epoch), and any step can be computed from its number: a run
 resumes from the step alone.
 """
@@ -18,6 +23,7 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
+from halfbyte.data.packing import pack
 from halfbyte.data.templates import Example
 
 IGNORED = -100
@@ -77,6 +83,8 @@ class StepPlan(Sequence[list[MicroBatch]]):
         seed: int,
         epoch: int,
         pad_id: int = 0,
+        pack_tokens: int | None = None,
+        count: int | None = None,
     ) -> None:
         self._examples = examples
         self._batch_size = batch_size
@@ -84,9 +92,15 @@ class StepPlan(Sequence[list[MicroBatch]]):
         self._pad_id = pad_id
         generator = np.random.Generator(np.random.PCG64([seed, epoch]))
         self._order = generator.permutation(len(examples))
+        self._pack_tokens = pack_tokens
+        if pack_tokens is not None:
+            lengths = np.fromiter((len(e.tokens) for e in examples), np.int64, len(examples))
+            self.packs = pack(self._order, lengths, pack_tokens, at_least=count or 0)
+        rows = len(self._order) if pack_tokens is None else len(self.packs)
+        self._count = count or -(-rows // self._per_step)
 
     def __len__(self) -> int:
-        return -(-len(self._examples) // self._per_step)
+        return self._count
 
     @overload
     def __getitem__(self, step: int) -> list[MicroBatch]: ...
@@ -108,11 +122,24 @@ class StepPlan(Sequence[list[MicroBatch]]):
 
     def rows(self, step: int) -> list[list[int]]:
         """The indices of a step's examples, by micro-batch, the longest first."""
-        start = range(len(self))[step] * self._per_step
+        step = range(len(self))[step]
+        if self._pack_tokens is not None:
+            return self._packed_rows(self.packs.of_step(step, len(self)).tolist())
+        start = step * self._per_step
         chosen = self._order[start : start + self._per_step].tolist()
         chosen.sort(key=self._length, reverse=True)
         size = self._batch_size
         return [chosen[first : first + size] for first in range(0, len(chosen), size)]
+
+    def _packed_rows(self, chosen: list[int]) -> list[list[int]]:
+        chosen.sort(key=self._length, reverse=True)
+        assert self._pack_tokens is not None
+        most, batches, first = self._batch_size * self._pack_tokens, [], 0
+        while first < len(chosen):
+            size = max(1, most // self._length(chosen[first]))
+            batches.append(chosen[first : first + size])
+            first += size
+        return batches
 
     def _length(self, index: int) -> int:
         return len(self._examples[index].tokens)
@@ -126,6 +153,8 @@ def steps(
     seed: int,
     epoch: int,
     pad_id: int = 0,
+    pack_tokens: int | None = None,
+    count: int | None = None,
 ) -> StepPlan:
     """The optimizer steps of an epoch.
 
@@ -133,11 +162,15 @@ def steps(
 
     Args:
         examples: The training examples.
-        batch_size: Examples per micro-batch, at most.
+        batch_size: Examples, or packs, per micro-batch, at most.
         gradient_accumulation_steps: Micro-batches per optimizer step, at most.
         seed: Seed of the run, non-negative.
         epoch: 0-based; the order depends on it and ``seed`` only.
         pad_id: The padding token.
+        pack_tokens: Most tokens of a pack of examples; None: examples are not packed.
+        count: With packs, the number of steps, between which an epoch's packs are divided evenly;
+            by default as many as there are steps of ``batch_size * gradient_accumulation_steps``.
+            Epochs of other orders have a few packs more or less, and are given the same number.
 
     Returns:
         A sequence with one list of micro-batches for each optimizer step.
@@ -149,4 +182,6 @@ def steps(
         seed=seed,
         epoch=epoch,
         pad_id=pad_id,
+        pack_tokens=pack_tokens,
+        count=count,
     )

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from halfbyte.errors import DataError
 from halfbyte.foreign_text import quote
 
 _SHOWN = 5
@@ -59,6 +60,24 @@ class Notes:
         """One line for each note."""
         every = [*self.texts.items(), *self.tokens.items()]
         return [f"{note}: {counted(list(lines))}" if lines else note for note, lines in every]
+
+
+class NothingUsable(DataError):
+    """Not a single row of a data set can be used.
+
+    Attributes:
+        source: The data set, as the user names it.
+        rows: The number of rows.
+        rejections: Why each is rejected.
+    """
+
+    def __init__(
+        self, message: str, source: str, rows: int, rejections: Sequence[Rejection]
+    ) -> None:
+        super().__init__(message)
+        self.source = source
+        self.rows = rows
+        self.rejections = rejections
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,14 @@ from halfbyte.data.messages import (
 from halfbyte.errors import DataError
 from halfbyte.foreign_text import quote
 
-__all__ = ["Conversation", "Message", "format_of", "preferred_formats", "to_conversation"]
+__all__ = [
+    "Conversation",
+    "Message",
+    "format_of",
+    "preferred_formats",
+    "to_conversation",
+    "to_row",
+]
 
 
 @dataclass(frozen=True)
@@ -158,6 +165,17 @@ def to_conversation(value: object, line: str, preferred: Sequence[str]) -> Conve
         raise RowRejected(f"no {' and no '.join(missing)}" if missing else "in no known format")
     found = _FORMATS[name].parse(value, line)
     return replace(found, unused=_unused(value, name, found))
+
+
+def to_row(conversation: Conversation) -> dict[str, Any]:
+    """Convert back to a row, which `to_conversation` reads as the same conversation."""
+    if conversation.text is not None:
+        return {"text": conversation.text}
+    tools = {"tools": conversation.tools} if conversation.tools else {}
+    messages, given = conversation.messages, conversation.given
+    if given:
+        return {"prompt": messages[:given], "completion": messages[given:]} | tools
+    return {"messages": messages} | tools
 
 
 def _refusal(row: Mapping[Any, Any]) -> str | None:

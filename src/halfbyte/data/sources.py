@@ -166,7 +166,7 @@ def read_lines(path: str, start: int, stop: int, first: int) -> Iterator[Row]:
 def _parse(number: str, line: bytes) -> Row:
     try:
         text = line.decode("utf-8")
-        row = _checked(number, json.loads(text), text)
+        row = checked(number, json.loads(text), text)
         return row if len(line) <= LONGEST_ROW else Row(number, _beginning(line), _TOO_LONG)
     except UnicodeDecodeError:
         return Row(number, _beginning(line), "not UTF-8")
@@ -178,8 +178,16 @@ def _beginning(raw: bytes) -> str:
     return raw[:_BEGINNING].decode("utf-8", errors="replace")
 
 
-def _checked(number: str, value: object, text: str) -> Row:
-    """Reject what JSON allows but what cannot be tokenised, or printed by a template."""
+def checked(number: str, value: object, text: str | None = None) -> Row:
+    """Return a row; with a problem if it is nothing that can be tokenised or rendered.
+
+    Args:
+        number: Its line.
+        value: Its value.
+        text: The JSON that it was read from, if any.
+    """
+    if text is None:
+        text = json.dumps(value)
     if _ESCAPE.search(text) and _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
         problem = "text that is not valid Unicode (half a surrogate pair)"
     elif text.count("[") + text.count("{") > _DEEPEST and _is_deeper(value, _DEEPEST):
@@ -224,7 +232,7 @@ def _read_array(raw: bytes) -> Iterator[Row]:
             position = skip(position)
             if text[position : position + 1] not in (",", "]"):
                 raise ValueError("neither a comma nor the end of the array")
-            row = _checked(str(line), value, written)
+            row = checked(str(line), value, written)
             if position - counted_to > LONGEST_ROW:
                 row = Row(row.line, beginning, _TOO_LONG)
         except (ValueError, RecursionError):

@@ -1,14 +1,17 @@
 """Optimizer steps under plain autograd over the whole model.
 
 For models that `LayerEngine` does not support. Layers are recomputed in backward where transformers
-says that they can be, and each micro-batch decodes all weights.
+says that they can be, and each micro-batch decodes all weights. If the model can be restricted to
+documents (engine/packing_check.py), those of a micro-batch are packed into a row; not of several,
+since the activations and logits of a row exist together.
 
 transformers' own gradient checkpointing depends on a layer being in training mode, in which its
 dropout is active and generation has no KV cache. The base model is always in eval mode here, so
 the layers are checkpointed by ourselves.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,8 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from halfbyte.engine.buckets import Unfilled
+from halfbyte.engine.neftune import EmbeddingNoise
 from halfbyte.engine.objective import CROSS_ENTROPY, Objective
-from halfbyte.engine.packing import Batch, with_first_row
+from halfbyte.engine.packing import Batch, PackedBatch, parts_of, with_first_row
+from halfbyte.layers.attention_cpu import packed_row
 from halfbyte.linear.lora import DropoutClock, dropout_clock
 from halfbyte.plan.policy import ActivationPolicy
 
@@ -28,6 +34,8 @@ class AutogradEngine:
 
     Attributes:
         objective: The objective that steps minimise; each micro-batch is a part.
+        noise: Added to the embeddings in steps, if asked for.
+        unfilled: How the documents of a micro-batch are packed, if they can be.
         messages: Messages for the user; cleared by the code that logs them.
     """
 
@@ -35,10 +43,12 @@ class AutogradEngine:
     captures = False
     messages: list[str]
     clock: DropoutClock | None
+    noise: EmbeddingNoise | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.messages = model, []
         self.objective: Objective = CROSS_ENTROPY
+        self.unfilled: Unfilled | None = None
         self.clock = dropout_clock(model)
         if model.supports_gradient_checkpointing:
             for module in model.modules():
@@ -51,28 +61,55 @@ class AutogradEngine:
     def step(self, batches: Sequence[Batch], normaliser: float, policy: ActivationPolicy) -> Tensor:
         """Add the gradients of one optimizer step; see ``LayerEngine.step``."""
         total = torch.zeros((), dtype=torch.float32, device=self.model.device)
-        for i, (batch, first) in enumerate(with_first_row(batches)):
+        for i, part, first in self._parts(batches, self.objective):
             if self.clock is not None:
                 self.clock.micro_batch = i
-            with torch.enable_grad():
-                loss = self._loss(batch, first, self.objective) / normaliser
-            loss.backward()  # type: ignore[no-untyped-call]
+            if self.noise is not None:
+                own = (span._replace(document=span.document + first) for span in part.spans)
+                self.noise.spans = [*own]
+            with self._within(part):  # backward recomputes layers
+                with torch.enable_grad():
+                    loss = self._loss(part, first, self.objective) / normaliser
+                loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
 
     @torch.no_grad()
     def loss(self, batches: Sequence[Batch], objective: Objective = CROSS_ENTROPY) -> Tensor:
         """Return the loss of ``batches``, summed; see ``LayerEngine.loss``."""
-        losses = [self._loss(batch, first, objective) for batch, first in with_first_row(batches)]
+        losses = []
+        for _, part, first in self._parts(batches, objective):
+            with self._within(part):
+                losses.append(self._loss(part, first, objective))
         return torch.stack(losses).sum()
 
-    def _loss(self, batch: Batch, first: int, objective: Objective) -> Tensor:
-        """Return the loss of a micro-batch whose first row has index ``first`` in the step."""
-        ids, labels = (tensor.to(self.model.device) for tensor in batch[:2])
-        logits = self.model(input_ids=ids, use_cache=False).logits
-        supervised = labels != -100
-        segments = supervised.nonzero()[:, 0] + first if objective.needs_segments else None
-        return objective.loss_of_logits(logits[supervised].float(), labels[supervised], segments)
+    def _parts(
+        self, batches: Sequence[Batch], objective: Objective
+    ) -> Iterator[tuple[int, PackedBatch, int]]:
+        """Yield (index of the micro-batch, part, index of the micro-batch's first row)."""
+        pack = self.unfilled is not None and objective.separable
+        for i, (batch, first) in enumerate(with_first_row(batches)):
+            parts = parts_of(
+                [batch],
+                self.model.device,
+                pack=pack,
+                buckets=self.unfilled,
+                segments=objective.needs_segments,
+            )
+            for part in parts:
+                yield i, part, first
+
+    def _within(self, part: PackedBatch) -> Any:
+        lengths = part.lengths
+        return packed_row(lengths) if lengths else nullcontext()
+
+    def _loss(self, part: PackedBatch, first: int, objective: Objective) -> Tensor:
+        """Return the loss of a part of a micro-batch whose first row has index ``first``."""
+        positions = {} if part.documents is None else {"position_ids": part.positions}
+        logits = self.model(input_ids=part.ids, use_cache=False, **positions).logits
+        rows = logits.flatten(0, 1).index_select(0, part.rows).float()
+        segments = None if part.segments is None else part.segments + first
+        return objective.loss_of_logits(rows, part.targets, segments)
 
 
 def _recompute_in_backward(layer: nn.Module) -> None:

@@ -11,6 +11,8 @@ More sizes reduce padding, but each costs the capture of a graph. The sizes that
 
 are found exactly (`_sizes`, dynamic programming over the sorted token counts).
 
+On a CPU nothing is compiled ahead, and parts are as long as their documents (`Unfilled`).
+
 A product of m rows is computed in tiles, one per streaming multiprocessor (SM) at a time, so its
 time is a step function of m. For a 7B model on an H200 a step is 1024 rows: 3072 tokens take a
 layer 6.6 ms, 3328 take 7.5 (gpu_part_sizes.json). So if a training step is divided, all parts but
@@ -24,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from halfbyte.plan.ledger import PART_TOKENS
+from halfbyte.plan.ledger import CPU_PART_TOKENS, PART_TOKENS
 
 # Sizes are multiples of this, so that strides have one alignment; rows whose length is a multiple
 # of half of it need not be packed.
@@ -199,6 +201,45 @@ class Buckets:
         if rows is not None and rows in self.shapes:
             return rows
         return next((s for s in reversed(self.shapes) if _fits(lengths, s)), own_shape(lengths))
+
+
+@dataclass(frozen=True)
+class Unfilled:
+    """The shapes of parts on a CPU: each is as long as its documents together.
+
+    Nothing is compiled ahead there, so a shape costs nothing, and padding would.
+
+    Attributes:
+        part_tokens: Approximate tokens of a part.
+        window: Longest document that is packed, or None for any; a longer one is a part.
+    """
+
+    part_tokens: int = CPU_PART_TOKENS
+    window: int | None = None
+
+    def divide(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Return the documents of a step, by index, divided into parts."""
+        if len(set(lengths)) == 1:
+            # Rows without padding, each as long as it was.
+            size = max(1, self.part_tokens // lengths[0])
+            return [
+                list(range(first, min(first + size, len(lengths))))
+                for first in range(0, len(lengths), size)
+            ]
+        packed = [i for i, n in enumerate(lengths) if self.window is None or n <= self.window]
+        alone = sorted(set(range(len(lengths))).difference(packed))
+        parts = divide([lengths[i] for i in packed], self.part_tokens) if packed else []
+        return [[i] for i in alone] + [[packed[i] for i in part] for part in parts]
+
+    def shapes(self, lengths: Sequence[int]) -> list[PartShape]:
+        """Return the shapes of the parts of a step."""
+        return [self.fit([lengths[i] for i in part]) for part in self.divide(lengths)]
+
+    def fit(self, lengths: Sequence[int]) -> PartShape:
+        """Return the shape for a part of these documents."""
+        if len(set(lengths)) == 1:
+            return PartShape(len(lengths), lengths[0], 0, lengths[0])
+        return PartShape(1, sum(lengths), len(lengths), max(lengths))
 
 
 def own_shape(lengths: Sequence[int]) -> PartShape:

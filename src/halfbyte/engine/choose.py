@@ -2,7 +2,8 @@
 
 On a GPU all kernels of a step are compiled ahead in parallel, by a dry run of its parts
 (runtime/compile_ahead.py). A model whose loss `LayerEngine` does not reproduce is trained by
-`AutogradEngine`, and the reason is reported.
+`AutogradEngine`, and the reason is reported. So is the reason why documents are not packed on a CPU
+(engine/packing_check.py).
 """
 
 import logging
@@ -18,6 +19,7 @@ from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.buckets import Buckets, PartShape
 from halfbyte.engine.layerwise import EngineError, LayerEngine
 from halfbyte.engine.packing import Batch, part_of_shape
+from halfbyte.engine.packing_check import pack_on_cpu
 from halfbyte.linear.lora import adapters
 from halfbyte.optim import AdamW
 from halfbyte.plan.policy import ActivationPolicy
@@ -55,8 +57,19 @@ def choose_engine(
             compile_ahead(engine, buckets, vocabulary=vocabulary, state_bits=state_bits)
         probe(engine, vocabulary, device)
     except EngineError as error:
-        return AutogradEngine(model), f"plain autograd, layer by layer is not possible: {error}"
-    return engine, engine.summary()
+        plain = AutogradEngine(model)
+        why = f"plain autograd, layer by layer is not possible: {error}"
+        return plain, why + _packing(plain, vocabulary)
+    packing = _packing(engine, vocabulary)
+    return engine, engine.summary() + packing
+
+
+def _packing(engine: LayerEngine | AutogradEngine, vocabulary: int) -> str:
+    """Have an engine on a CPU pack documents, if it can; return what to say of it."""
+    if engine.model.device.type != "cpu":
+        return ""
+    why = pack_on_cpu(engine, vocabulary)
+    return "" if why is None else f", documents not packed: {why}"
 
 
 @torch.no_grad()

@@ -3,13 +3,14 @@
 On a GPU, supported layers (layers/decoder_layer.py) are run fused, and the examples of a step are
 packed into a few parts (engine/packing.py), which go through forward, loss and backward one after
 the other, as CUDA graphs if they can be captured (engine/forward_backward.py). So memory depends on
-the size of a part, not of a step. Otherwise every micro-batch of an optimizer step passes through
-layer l before any passes through layer l + 1 (layer-major accumulation). In both cases,
+the size of a part, not of a step. Otherwise every part of an optimizer step passes through layer l
+before any passes through layer l + 1 (layer-major accumulation): packed on a CPU, if the model can
+be restricted to documents (engine/packing_check.py), else a micro-batch. In both cases,
 
-    forward    for l: decode layer l's weights once; for each micro-batch: run it; keep the layer's
+    forward    for l: decode layer l's weights once; for each part: run it; keep the layer's
                input and, on a GPU, x Aᵀ of its adapters, or everything its backward needs
-    loss       for each micro-batch: final norm and head over its supervised positions only
-    backward   for l, last first: decode once; for each micro-batch: recompute what is missing, run
+    loss       for each part: final norm and head over its supervised positions only
+    backward   for l, last first: decode once; for each part: recompute what is missing, run
                the layer's own small autograd graph, pass the gradient to the previous layer
 
 Modules that are trained in full get their gradients in place: norms within their layer's graph, the
@@ -30,20 +31,22 @@ positions are not supervised.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from halfbyte.engine.buckets import Buckets, divide, own_shape
+from halfbyte.engine.buckets import Buckets, PartShape, Unfilled, divide, own_shape
 from halfbyte.engine.cuda_graphs import CapturedPasses
 from halfbyte.engine.forward_backward import LayerInput, Passes
+from halfbyte.engine.neftune import EmbeddingNoise
 from halfbyte.engine.objective import CROSS_ENTROPY, Objective
 from halfbyte.engine.packing import Batch, PackedBatch, lengths_of, part_of_shape, parts_of
 from halfbyte.engine.weights import ResidentWeights, WeightProvider, acquired
 from halfbyte.layers.attention import Documents, can_pack
+from halfbyte.layers.attention_cpu import packed_row
 from halfbyte.layers.decoder_layer import AttentionCheckpoint, fused
 from halfbyte.layers.elementwise import rms_norm
 from halfbyte.layers.families import is_known_norm
@@ -89,8 +92,10 @@ class LayerEngine:
         dtype: The dtype of activations and products.
         decoded_bytes: Size of a layer's decoded weights; 0 if they are not packed.
         trained: The trained parameters of each layer.
+        noise: Added to the embeddings in steps, if asked for.
         objective: The objective that steps minimise.
         buckets: The shapes of parts, if a run has chosen any.
+        unfilled: How documents are packed on a CPU, if they can be (engine/packing_check.py).
         max_seqlen: Tokens of the longest document of a run, if known: if it is longer than an
             attention window, the run is not packed.
         on_layer_backward: Called with a layer's index and the loss once the layer's gradients are
@@ -107,6 +112,7 @@ class LayerEngine:
     norm: nn.Module
     head: nn.Linear | FrozenHead
     clock: DropoutClock | None
+    noise: EmbeddingNoise | None = None
 
     def __init__(self, model: PreTrainedModel, *, fuse: bool = False, graphs: bool = False) -> None:
         self.model = model
@@ -149,6 +155,7 @@ class LayerEngine:
         self.first_trained = 0 if self.entry_trained else lowest
         self.objective: Objective = CROSS_ENTROPY
         self.buckets: Buckets | None = None
+        self.unfilled: Unfilled | None = None
         self.max_seqlen = 0
         self._decoded = 0
         self.clock = dropout_clock(model)
@@ -182,6 +189,8 @@ class LayerEngine:
     def summary(self) -> str:
         """Return a description of how steps are run, for the user."""
         message = f"layer engine over {len(self.layers)} layers"
+        if self.unfilled is not None:
+            message += ", documents packed"
         if self.fused:
             message += ", fused"
             message += ", documents packed" if self.packs else ", documents not packed"
@@ -215,6 +224,8 @@ class LayerEngine:
     @property
     def packs(self) -> bool:
         """Whether the documents of a step are packed, across micro-batches."""
+        if self.unfilled is not None:
+            return self.objective.separable
         if not self._fused or self._drops or not self.objective.separable:
             return False
         flash = can_pack(self.dtype, self.model.device, self._fused[0].head_dim)
@@ -260,8 +271,8 @@ class LayerEngine:
         """
         parts = self.make_parts(batches, self.objective)
         total = torch.zeros((), dtype=torch.float32, device=self.model.device)
-        # Packed parts run one after the other, micro-batches together layer by layer.
-        together = [[part] for part in parts] if self._packed(parts) else [parts]
+        # Packed parts run one after the other on a GPU, others together layer by layer.
+        together = [[part] for part in parts] if self._runs_apart(parts) else [parts]
         for number, group in enumerate(together, start=1):
             self._forward_backward(group, normaliser, policy, total, last=number == len(together))
         return total
@@ -418,42 +429,50 @@ class LayerEngine:
             batches,
             self.model.device,
             pack=pack,
-            buckets=self.buckets,
+            buckets=self.unfilled or self.buckets,
             segments=objective.needs_segments,
         )
 
-    def part_sizes(self, lengths: Sequence[int]) -> list[int]:
-        """Return the tokens of each part that documents of these lengths are packed into."""
+    def part_shapes(self, lengths: Sequence[int]) -> list[PartShape]:
+        """Return the shape of each part that documents of these lengths are packed into."""
+        if self.unfilled is not None:
+            return self.unfilled.shapes(lengths)
         if self.buckets is None:
-            return [own_shape([lengths[i] for i in part]).numel for part in divide(lengths)]
+            return [own_shape([lengths[i] for i in part]) for part in divide(lengths)]
         parts = self.buckets.divide(lengths)
-        return [self.buckets.fit([lengths[i] for i in part]).numel for part in parts]
+        return [self.buckets.fit([lengths[i] for i in part]) for part in parts]
 
     def _sees_all(self, max_seqlen: int) -> bool:
         """Return whether a document of ``max_seqlen`` tokens fits the layers' attention windows."""
         return all(max_seqlen <= (layer.window or max_seqlen) for layer in self._fused)
 
-    def _packed(self, parts: Sequence[PackedBatch]) -> bool:
-        """Return whether parts were packed, i.e. do not correspond to micro-batches."""
+    def _runs_apart(self, parts: Sequence[PackedBatch]) -> bool:
+        """Return whether parts were packed for a GPU, where memory depends on the largest."""
+        if self.unfilled is not None:
+            return False
         max_seqlen = max(p.max_seqlen if p.documents is None else 0 for p in parts)
         return self.packs and self._sees_all(max_seqlen)
 
     def embed(self, parts: Sequence[PackedBatch]) -> list[LayerInput]:
         """Return the inputs of layer 0 for each part."""
         if self._fused and (
-            self._packed(parts) or self._sees_all(max(p.max_seqlen for p in parts))
+            self._runs_apart(parts) or self._sees_all(max(p.max_seqlen for p in parts))
         ):
             return [self._fused_input(i, part) for i, part in enumerate(parts)]
-        # The arguments depend only on the shape of the micro-batch, so equal shapes share them.
+        # Without documents the arguments depend only on the shape, so equal shapes share them.
         by_shape: dict[tuple[int, ...], list[dict[str, Any]]] = {}
         layer_inputs = []
         for i, part in enumerate(parts):
-            x, recorded = self._record(part.ids)
-            calls = by_shape.setdefault(tuple(part.ids.shape), recorded)
-            layer_inputs.append(LayerInput(x, (), self._recorded_run(i, calls)))
+            lengths = part.lengths
+            x, calls = self._record(part, lengths)
+            if not lengths:
+                calls = by_shape.setdefault(tuple(part.ids.shape), calls)
+            layer_inputs.append(LayerInput(x, (), self._recorded_run(i, calls, lengths)))
         return layer_inputs
 
-    def _recorded_run(self, micro_batch: int, calls: list[dict[str, Any]]) -> Any:
+    def _recorded_run(
+        self, micro_batch: int, calls: list[dict[str, Any]], lengths: Sequence[int]
+    ) -> Any:
         clock, layers = self.clock, self.layers
 
         def run(
@@ -466,13 +485,16 @@ class LayerEngine:
         ) -> Tensor:
             if clock is not None:
                 clock.micro_batch = micro_batch
-            output = layers[layer](x, **calls[layer])
+            with packed_row(lengths) if lengths else nullcontext():
+                output = layers[layer](x, **calls[layer])
             result: Tensor = output[0] if isinstance(output, tuple) else output
             return result
 
         return run
 
     def _fused_input(self, micro_batch: int, part: PackedBatch) -> LayerInput:
+        if self.noise is not None:
+            self.noise.spans = part.spans
         with torch.set_grad_enabled(self.entry_trained):
             x = self.decoder.get_input_embeddings()(part.ids)
         tables = self._rotary_tables(x, part)
@@ -509,7 +531,12 @@ class LayerEngine:
                 self._tables[part.max_seqlen] = tables
         return tables
 
-    def _record(self, input_ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+    def _record(
+        self, part: PackedBatch, lengths: Sequence[int]
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Return the input of layer 0 and the keyword arguments of each layer."""
+        if self.noise is not None:
+            self.noise.spans = part.spans
         arguments: list[dict[str, Any]] = []
         entry: list[Tensor] = []
 
@@ -524,9 +551,11 @@ class LayerEngine:
 
         for layer in self.layers:
             layer.forward = stub
+        positions = {"position_ids": part.positions} if lengths else {}
+        row = packed_row(lengths) if lengths else nullcontext()
         try:
-            with suppress(_Stop), torch.set_grad_enabled(self.entry_trained):
-                self.decoder(input_ids=input_ids, use_cache=False)
+            with suppress(_Stop), torch.set_grad_enabled(self.entry_trained), row:
+                self.decoder(input_ids=part.ids, use_cache=False, **positions)
         finally:
             for layer in self.layers:
                 del layer.forward

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from halfbyte.engine.autograd import AutogradEngine
+from halfbyte.engine.buckets import PartShape, Unfilled
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_profile import measured_cost, saved_bytes
 from halfbyte.engine.packing import Batch, PackedBatch, part_of_shape
@@ -157,18 +158,21 @@ def plan_memory(
     device: str,
     *,
     state_bytes: int | None = None,
+    documents: Sequence[Sequence[int]] = (),
 ) -> MemoryPlan:
     """Choose the policy of a run.
 
     Args:
         engine: The engine that will run the steps, with ``buckets`` chosen and gradients allocated,
             but not the optimizer state.
-        shapes: For each optimizer step of the run, the (B, T) of its micro-batches.
+        shapes: For each optimizer step of the run, the (B, T) of its micro-batches, or of its parts
+            if documents are packed on a CPU.
         activations: ``save``, ``recompute``, ``offload``, or ``auto`` for what fits.
         memory_budget: Total bytes, or None for most of the free memory.
         device: ``cpu`` or ``cuda``.
         state_bytes: Size of the optimizer state on the device; by default AdamW's two moments in
             float32.
+        documents: For each step, the tokens of its documents, if they are packed on a CPU.
 
     Raises:
         ConfigError: If the budget is too small for the requested activations, with ``auto`` even if
@@ -191,7 +195,7 @@ def plan_memory(
         # A gradient is a temporary before it is added: the largest of those trained in full, twice.
         whole = [p.nbytes for m in engine.model.modules() for p in trained_whole(m).values()]
         beside = state_bytes + 2 * max(whole, default=0)
-        beside += int(TOUCHED_LATER) + product_bytes(shapes, engine.dtype.itemsize)
+        beside += int(TOUCHED_LATER) + product_bytes(shapes, engine.dtype.itemsize, documents)
     return _Planner(cost, used, beside, budget, engine.captures, device).plan(
         activations, asked=memory_budget is not None
     )
@@ -211,8 +215,13 @@ def _cost_on_cpu(engine: LayerEngine, shapes: Shapes) -> StepCost:
     widest = max((shape for step in shapes for shape in step), key=lambda s: s[0] * s[1])
     tokens_per_step = max(sum(b * t for b, t in step) for step in shapes)
     tokens = widest[0] * widest[1]
-    ids = torch.zeros(widest, dtype=torch.int64)
-    (layer_input,) = engine.embed(engine.make_parts([Batch(ids, torch.full_like(ids, -100))]))
+    # A packed row has as few documents as it can.
+    longest = min(tokens, engine.max_seqlen, (engine.unfilled and engine.unfilled.window) or tokens)
+    packed = engine.packs and widest[0] == 1 and 0 < longest < tokens
+    shape = PartShape(
+        *widest, -(-tokens // longest) if packed else 0, longest if packed else widest[1]
+    )
+    (layer_input,) = engine.embed([part_of_shape(shape, "cpu")])
     saved, kept = saved_bytes(engine, layer_input)
     share = FRAGMENTATION["cpu"] * tokens_per_step / tokens
     stream = int(kept * share)
@@ -347,7 +356,9 @@ class HeapTrimmer:
             give_back()
 
 
-def keep_few_products(steps: Sequence[Sequence[tuple[int, int]]]) -> None:
+def keep_few_products(
+    steps: Sequence[Sequence[tuple[int, int]]], documents: Sequence[Sequence[int]] = ()
+) -> None:
     """Limit oneDNN's cache of compiled products, before its first use, unless the user has.
 
     It caches one per shape, up to 1024, and on a CPU a run with examples of many lengths fills it:
@@ -358,6 +369,11 @@ def keep_few_products(steps: Sequence[Sequence[tuple[int, int]]]) -> None:
 
     Args:
         steps: (B, T) of every micro-batch, step by step, as for `plan_memory`.
+        documents: The tokens of each document, step by step, which may be packed.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(products_kept(steps)))
+    parts = [
+        [(shape.rows, shape.tokens) for shape in Unfilled().shapes(step)] for step in documents
+    ]
+    kept = max(products_kept(steps), products_kept(parts, documents))
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(kept))
     os.environ.setdefault("LRU_CACHE_CAPACITY", "1")

@@ -10,13 +10,14 @@ supervised positions are passed as indices, so nothing synchronises with the GPU
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from halfbyte.engine.buckets import Buckets, PartShape, divide, fillers, own_shape
+from halfbyte.engine.buckets import Buckets, PartShape, Unfilled, divide, fillers, own_shape
 from halfbyte.layers.attention import Documents
 
 # Alignment of the tensors of a part in elements: kernels are specialised for pointers that are a
@@ -38,6 +39,20 @@ class Batch(NamedTuple):
     lengths: Sequence[int] | None = None
 
 
+class Span(NamedTuple):
+    """Where a document is among the tokens of a part.
+
+    Attributes:
+        document: Its row index in the step (rows of all micro-batches concatenated).
+        start: Index of its first token in the flattened rows.
+        tokens: Its tokens, without padding.
+    """
+
+    document: int
+    start: int
+    tokens: int
+
+
 @dataclass(frozen=True)
 class PackedBatch:
     """Tokens that pass through the layers together, on the device.
@@ -51,6 +66,7 @@ class PackedBatch:
         max_seqlen: Upper bound on the tokens of a document.
         segments: int64 [S], if requested: the document of each supervised position, as its row
             index in the step (rows of all micro-batches concatenated).
+        spans: Where the documents of a step are; none in a part that is not of a step.
     """
 
     ids: Tensor
@@ -60,6 +76,12 @@ class PackedBatch:
     documents: Documents | None
     max_seqlen: int
     segments: Tensor | None = None
+    spans: Sequence[Span] = ()
+
+    @property
+    def lengths(self) -> list[int]:
+        """The tokens of each document in the only row; empty if every row is a document."""
+        return [] if self.documents is None else self.documents.cu_seqlens.diff().tolist()
 
     @property
     def shape(self) -> PartShape:
@@ -82,12 +104,19 @@ def with_first_row(batches: Sequence[Batch]) -> Iterator[tuple[Batch, int]]:
         first += len(batch.input_ids)
 
 
+def spans_of(batch: Batch, first: int) -> list[Span]:
+    """Return where the rows of a micro-batch are, whose first has index ``first`` in the step."""
+    rows, tokens = batch.input_ids.shape
+    lengths = batch.lengths or [tokens] * rows
+    return [Span(first + i, i * tokens, int(n)) for i, n in enumerate(lengths)]
+
+
 def parts_of(
     batches: Sequence[Batch],
     device: str | torch.device,
     *,
     pack: bool,
-    buckets: Buckets | None = None,
+    buckets: Buckets | Unfilled | None = None,
     segments: bool = False,
 ) -> list[PackedBatch]:
     """Return the parts of an optimizer step.
@@ -102,7 +131,9 @@ def parts_of(
     """
     if not pack:
         return [
-            _as_it_is(batch, device, first if segments else None)
+            replace(
+                _as_it_is(batch, device, first if segments else None), spans=spans_of(batch, first)
+            )
             for batch, first in with_first_row(batches)
         ]
     rows = [row for batch in batches for row in _unpadded(batch)]
@@ -112,7 +143,9 @@ def parts_of(
         part = [rows[number] for number in numbers]
         own = [lengths[number] for number in numbers]
         shape = own_shape(own) if buckets is None else buckets.fit(own)
-        found.append(_packed(part, shape, device, numbers if segments else None))
+        made = _packed(part, shape, device, numbers if segments else None)
+        starts = accumulate(own, initial=0)
+        found.append(replace(made, spans=[*map(Span, numbers, starts, own)]))
     return found
 
 

@@ -17,8 +17,16 @@ The queries of a group share keys, so they are the rows of one product and keys 
 
 It is registered with transformers' ``AttentionInterface`` under the name ``halfbyte``. Everything
 but plain causal attention without a mask is passed to transformers' own ``sdpa``.
+
+Within `packed_row`, the only row of a batch holds several documents, each of which attends to
+itself. transformers would describe them by a mask of T² elements; here attention is computed one
+document after the other. Padding documents to a common number of blocks, to have fewer products,
+took longer: 60 to 77 ms instead of 37 to 65 for eight documents of 47 to 1024 tokens.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +36,51 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "halfbyte"
+
+
+class NotPackable(Exception):
+    """A model's attention cannot be restricted to documents; the message says why."""
+
+
+@dataclass
+class PackedRow:
+    """The documents of a packed row, and what its decoder asked of attention.
+
+    Attributes:
+        lengths: The tokens of each document, in order.
+        calls: How often attention was computed.
+        window: The smallest window of a mask (sliding or chunked attention), if any.
+    """
+
+    lengths: tuple[int, ...]
+    calls: int = 0
+    window: int | None = None
+
+
+# The row that is passed through a decoder or a layer; not an argument, since few architectures pass
+# theirs on to attention.
+_row: PackedRow | None = None
+
+
+@contextmanager
+def packed_row(lengths: Sequence[int]) -> Iterator[PackedRow]:
+    """Restrict attention to documents while the context lasts.
+
+    Args:
+        lengths: The tokens of each document in the only row of the batch.
+
+    Raises:
+        NotPackable: Inside, if the model does not use plain causal attention, or a document is
+            longer than its attention window.
+    """
+    global _row
+    before, _row = _row, PackedRow(tuple(lengths))
+    try:
+        yield _row
+    finally:
+        _row = before
+
+
 # 64, 128 and 256 take 8.5, 10.2 and 13.9 ms forward and backward in the case above.
 QUERY_BLOCK = 64
 
@@ -88,7 +141,9 @@ class _CausalAttention(torch.autograd.Function):
         return dq, dk.to(k.dtype), dv.to(v.dtype), None
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, lengths: Sequence[int] = ()
+) -> Tensor:
     """Return softmax(scale · q kᵀ, causal) v.
 
     Args:
@@ -96,10 +151,14 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor
         k: [B, G, T, D], G a divisor of H; head h belongs to group h // (H / G).
         v: [B, G, T, D].
         scale: Factor of the scores.
+        lengths: If documents are packed into rows, the tokens of each: each attends to itself.
 
     Returns:
         [B, H, T, D] in the dtype of ``q``.
     """
+    if len(lengths) > 1:
+        documents = zip(*(torch.split(x, list(lengths), 2) for x in (q, k, v)), strict=True)
+        return torch.cat([causal_attention(*one, scale=scale) for one in documents], 2)
     batch, heads, length, width = q.shape
     groups = k.shape[1]
     folded = q.reshape(batch * groups, heads // groups, length, width).contiguous()
@@ -124,9 +183,17 @@ def _interface(
     plain = attention_mask is None and causal and not dropout
     plain = plain and not any(value is not None for key, value in kwargs.items() if key in _UNUSUAL)
     shaped = query.shape[2] == key.shape[2] > 1 and query.shape[-1] == value.shape[-1]
+    if _row is not None:
+        _row.calls += 1
+        if not plain or not shaped or query.device.type != "cpu":
+            raise NotPackable("its attention is not plain causal attention")
+        if query.shape[0] != 1 or query.shape[2] != sum(_row.lengths):
+            raise NotPackable("its attention sees other tokens than its layers")
     if plain and shaped and query.device.type == "cpu":
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-        return causal_attention(query, key, value, scale=scale).transpose(1, 2).contiguous(), None
+        lengths = () if _row is None else _row.lengths
+        out = causal_attention(query, key, value, scale=scale, lengths=lengths)
+        return out.transpose(1, 2).contiguous(), None
     result: tuple[Tensor, None] = sdpa_attention_forward(
         module,
         query,
@@ -145,8 +212,23 @@ def _interface(
 _UNUSUAL = ("softcap", "s_aux", "position_bias", "cache", "output_attentions")
 
 
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """Return the mask for `_interface`: in a packed row none, as documents are known."""
+    if _row is None:
+        result: Tensor | None = sdpa_mask(*args, **kwargs)
+        return result
+    window = kwargs.get("local_size")
+    if kwargs.get("use_vmap"):
+        raise NotPackable("its attention has a mask of its own")
+    if window is not None:
+        _row.window = window if _row.window is None else min(window, _row.window)
+        if max(_row.lengths) > window:
+            raise NotPackable(f"a document is longer than its attention window of {window} tokens")
+    return None
+
+
 def register() -> str:
     """Register the attention with transformers; returns its name."""
     AttentionInterface.register(NAME, _interface)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, _mask)
     return NAME

@@ -27,6 +27,9 @@ from halfbyte.runtime.device import DeviceSpec
 
 # Tokens of a part of packed documents; more do not make products faster (engine/buckets.py).
 PART_TOKENS = 8192
+# The same on a CPU, where all parts of a step go through a layer before the next: a part's backward
+# takes memory, and of its products only the efficiency is gained.
+CPU_PART_TOKENS = 2048
 # If memory is short parts are halved, but not below this size: too few rows for a product.
 SMALLEST_PART = 512
 
@@ -157,7 +160,10 @@ class Run:
         step_tokens: Tokens of an optimizer step, if micro-batches differ.
         part_size: Approximate size of packed parts, in tokens.
         largest_part: Size of the largest part in tokens, if known; see `packs`.
-        shapes: The (B, T) of micro-batches, step by step; by default a single one. For a CPU.
+        shapes: The (B, T) of micro-batches, step by step; by default a single one. Of packed parts,
+            if documents are packed. For a CPU.
+        documents: The tokens of documents, step by step, if they are packed on a CPU.
+        packs_on_cpu: Whether they are packed there, if `largest_part` is not known.
         process: Bytes of the process without the run, if known. For a CPU.
     """
 
@@ -180,17 +186,21 @@ class Run:
     part_size: int = PART_TOKENS
     largest_part: int | None = None
     shapes: tuple[tuple[tuple[int, int], ...], ...] = ()
+    documents: tuple[tuple[int, ...], ...] = ()
+    packs_on_cpu: bool = True
     process: int | None = None
 
     @property
     def packs(self) -> bool:
-        """Whether the examples of a step are packed into parts."""
+        """Whether the examples of a step are packed into parts that run one after the other."""
         on_gpu = self.device == "cuda" and self.gpu.has_flash_attention
         return self.fused and on_gpu and self.holding.itemsize == 2
 
     @property
     def parts(self) -> int:
         """The number of equal parts of a step, or of micro-batches if it is not packed."""
+        if self.device == "cpu" and self.packs_on_cpu:
+            return -(-self.batch * self.micro_batches // max(1, CPU_PART_TOKENS // self.length))
         if not self.packs:
             return self.micro_batches
         return min(self.batch * self.micro_batches, -(-self.tokens // self.part_size))
@@ -200,6 +210,9 @@ class Run:
         """Tokens that go through a layer together: of a micro-batch, or of a part."""
         if self.largest_part is not None:
             return self.largest_part
+        if self.device == "cpu" and self.packs_on_cpu:
+            rows = max(1, CPU_PART_TOKENS // self.length)
+            return min(rows, self.batch * self.micro_batches) * self.length
         if not self.packs:
             return self.batch * self.length
         return -(-self.batch * self.micro_batches // self.parts) * self.length
@@ -458,20 +471,33 @@ def _loss(shape: ModelShape, run: Run) -> int:
     return chunk + 3 * run.part_tokens * e * shape.hidden
 
 
-def products_kept(shapes: Sequence[Sequence[tuple[int, int]]]) -> int:
-    """Return how many compiled products oneDNN is to keep: 32 a shape of a step, 256 at least."""
-    most = max((len(set(step)) for step in shapes), default=1)
-    return min(max(256, 32 * most), 1024)
+def products_kept(
+    shapes: Sequence[Sequence[tuple[int, int]]], documents: Sequence[Sequence[int]] = ()
+) -> int:
+    """Return how many compiled products oneDNN is to keep, 256 at least.
+
+    32 a shape of a step; and where documents are packed, 10 a length of them, for attention.
+    """
+    of_shapes = max((32 * len(set(step)) for step in shapes), default=32)
+    of_documents = max((10 * len(set(lengths)) for lengths in documents), default=0)
+    return min(max(256, of_shapes + of_documents), 1024)
 
 
-def product_bytes(shapes: Sequence[Sequence[tuple[int, int]]], itemsize: int) -> int:
+def product_bytes(
+    shapes: Sequence[Sequence[tuple[int, int]]],
+    itemsize: int,
+    documents: Sequence[Sequence[int]] = (),
+) -> int:
     """Return what oneDNN's compiled products take on a CPU, for steps of these shapes."""
     attended = {2: PRODUCTS_A_BLOCK, 4: 0}[itemsize]
-    counts = (
-        PRODUCTS_A_SHAPE + attended * -(-length // QUERY_BLOCK)
-        for _, length in {shape for step in shapes for shape in step}
-    )
-    return int(PRODUCT[itemsize] * min(sum(counts), products_kept(shapes)))
+    seen = {shape for step in shapes for shape in step}
+    count = PRODUCTS_A_SHAPE * len(seen)
+    if documents:  # full blocks are shared; the last of a document has its own shape
+        lengths = {n for step in documents for n in step}
+        count += attended * (-(-max(lengths) // QUERY_BLOCK) + len(lengths))
+    else:
+        count += sum(attended * -(-length // QUERY_BLOCK) for _, length in seen)
+    return int(PRODUCT[itemsize] * min(count, products_kept(shapes, documents)))
 
 
 def _overhead(run: Run) -> int:
@@ -479,7 +505,7 @@ def _overhead(run: Run) -> int:
         return int(OVERHEAD[run.device])
     process = OVERHEAD["cpu"] if run.process is None else run.process + TOUCHED_LATER
     shapes = run.shapes or (((run.batch, run.length),),)
-    return int(process) + product_bytes(shapes, run.holding.itemsize)
+    return int(process) + product_bytes(shapes, run.holding.itemsize, run.documents)
 
 
 def _load_peak(shape: ModelShape, run: Run) -> int:

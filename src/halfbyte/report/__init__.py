@@ -1,7 +1,8 @@
 """Reporting of a run: one object with a few methods, called by the code that does the work.
 
 Reports go to two places. The *journal* is the record (``report.journal``). The *screen*
-(``report.live``) is standard error: a live display on a terminal, plain lines in a file or a pipe.
+(``report.live``) is standard error: a live display on a terminal, plain lines in a file or a pipe;
+in a notebook it is an output of the cell (``report.notebook``).
 Standard output is used for results only (``report.show``), so that ``halfbyte … --json >
 result.json`` contains one JSON object and nothing else.
 
@@ -10,6 +11,7 @@ When training ends, successfully or not, an HTML page is generated from the jour
 """
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -36,6 +38,7 @@ class RunReport:
         self._output_dir = output_dir
         self._journal: Journal | None = None
         self._trackers: list[Tracker] = []
+        self._finished = False  # an error after that is not one of training
         self._before_begin: list[tuple[str, dict[str, Any]]] | None = []
         self._log_handler = _NotesFromLogging(self)
         logging.getLogger("halfbyte").addHandler(self._log_handler)
@@ -106,11 +109,11 @@ class RunReport:
         self._screen.evaluation(record)
 
     def warning(self, step: int, kind: str, text: str) -> None:
-        """Something is wrong with a step; ``text`` says what, and what to look at.
+        """Something is wrong with a step or the data; ``text`` says what, and what to look at.
 
         Args:
-            step: The step (1-based).
-            kind: ``nonfinite``, or one of ``train/loss_watch.py``.
+            step: The step (1-based); 0 for the data.
+            kind: ``nonfinite``, ``data``, or one of ``train/loss_watch.py``.
             text: For the user.
         """
         self.record("warning", {"step": step, "kind": kind, "text": text})
@@ -129,6 +132,7 @@ class RunReport:
     def finish(self, record: dict[str, Any]) -> None:
         """Training is over: ``steps``, ``seconds``, ``final_loss``, ``peak_memory_bytes``."""
         self.record("finish", record)
+        self._finished = True
         self._write_page()
         self._screen.finish(record)
 
@@ -160,7 +164,7 @@ class RunReport:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            if kind is not None and self._journal is not None:
+            if kind is not None and self._journal is not None and not self._finished:
                 reason = f"{kind.__name__}: {error}"
                 if issubclass(kind, KeyboardInterrupt):
                     reason = "interrupted"
@@ -206,12 +210,27 @@ class _NotesFromLogging(logging.Handler):
 
 
 def open_report(output_dir: str | Path | None = None, *, quiet: bool = False) -> RunReport:
-    """Open a report on standard error, and on ``journal.jsonl`` in ``output_dir`` if given.
+    """Open a report on standard error, or in a notebook as an output of the cell.
+
+    It is also written to ``journal.jsonl`` in ``output_dir``, if that is given.
 
     Args:
         output_dir: The run's directory; None keeps no journal.
         quiet: Show nothing; the journal is written anyway.
     """
-    from halfbyte.report.live import open_screen
+    screen: Screen
+    if not quiet and _in_notebook():
+        from halfbyte.report.notebook import NotebookScreen
 
-    return RunReport(open_screen(quiet=quiet), Path(output_dir) if output_dir else None)
+        screen = NotebookScreen()
+    else:
+        from halfbyte.report.live import open_screen
+
+        screen = open_screen(quiet=quiet)
+    return RunReport(screen, Path(output_dir) if output_dir else None)
+
+
+def _in_notebook() -> bool:
+    """Whether this is the kernel of a notebook: of Jupyter, Visual Studio Code, Colab."""
+    ipython = sys.modules.get("IPython")  # which a kernel has imported
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")

@@ -15,8 +15,8 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Literal
 
+from halfbyte.report.curve import Point
 from halfbyte.report.live import size
-from halfbyte.report.runs import Point
 
 COLORS = 8
 _DRAWN = 400  # points of a curve; longer ones are drawn by means of neighbours
@@ -90,8 +90,17 @@ def ticks(low: float, high: float, count: int = _TICKS) -> list[float]:
     return [round(i * step, 12) if step >= 1e-9 else i * step for i in range(first, last + 1)]
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
-    """A table that scrolls if it is too wide; the first cell of a row is its header."""
+def table(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", *, label: str = ""
+) -> str:
+    """A table that scrolls if it is too wide; the first cell of a row is its header.
+
+    Args:
+        heads: The columns' names.
+        rows: The cells of each row.
+        caption: Shown above.
+        label: Name of the table for screen readers, if it has no caption.
+    """
     head = "".join(f'<th scope="col">{escape(one)}</th>' for one in heads)
     body = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>'
@@ -101,7 +110,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str = ""
     )
     named = f"<caption>{escape(caption)}</caption>" if caption else ""
     return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{escape(caption or "table")}">'
+        f'<div class="wide" tabindex="0" role="group" aria-label="{escape(caption or label)}">'
         f"<table>{named}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
@@ -186,17 +195,17 @@ def line_chart(
     # One curve has its dots in the legend; of several, dots are of the curve of their colour.
     several = sum(one.style == "line" for one in drawn) > 1
     legend = [one for one in drawn if not several or one.style == "line"]
-    return _figure(title, unit, body, _values(drawn, say), legend)
+    return _figure(title, unit, body, _values(title, drawn, say), legend)
 
 
-def _values(series: Sequence[Series], say: Say) -> str:
+def _values(title: str, series: Sequence[Series], say: Say) -> str:
     found = [(s.name, dict(thinned(s.points, _TABLE_ROWS))) for s in series]
     steps = sorted({x for _, values in found for x in values})
     rows = [
         [f"{x:,.0f}", *(say(values[x]) if x in values else "" for _, values in found)]
         for x in steps
     ]
-    return table(["step", *(name for name, _ in found)], rows)
+    return table(["step", *(name for name, _ in found)], rows, label=f"{title}, values")
 
 
 @dataclass(frozen=True)
@@ -234,7 +243,7 @@ def bar_chart(title: str, unit: str, bars: Sequence[Bar], *, say: Say = plain) -
     legend = [Series(name, (), number) for number, name in enumerate(names)]
     message = "; ".join(f"{bar.name} {say(bar.total)}" for bar in bars)
     values = table(
-        ["", *(names if several else []), "total"],
+        ["bar", *(names if several else []), "total"],
         [
             [
                 bar.name,
@@ -243,6 +252,7 @@ def bar_chart(title: str, unit: str, bars: Sequence[Bar], *, say: Say = plain) -
             ]
             for bar in bars
         ],
+        label=f"{title}, values",
     )
     body = f'<div class="bars" role="img" aria-label="{escape(message)}">{"".join(rows)}</div>'
     return _figure(title, unit, body, values, legend)
@@ -277,5 +287,5 @@ def dot_chart(
     )
     seeds = max(len(found) for _, found in rows)
     cells = [[name, *(say(v) for v in found), *[""] * (seeds - len(found))] for name, found in rows]
-    heads = ["", *(f"run {i + 1}" for i in range(seeds))]
-    return _figure(title, unit, body, table(heads, cells))
+    heads = ["name", *(f"run {i + 1}" for i in range(seeds))]
+    return _figure(title, unit, body, table(heads, cells, label=f"{title}, values"))

@@ -1,12 +1,12 @@
 """The record of a run: ``journal.jsonl``, one JSON object per line, appended as events happen.
 
 Every line has ``event`` and ``time`` (UTC, ISO 8601). Events are ``note``, ``loaded``, ``begin``,
-``samples``, ``captured``, ``step``, ``warning``, ``fallback``, ``memory``, ``evaluation``,
-``saved``, and at the end ``finish`` or ``stopped``; a killed run has neither. Lines are passed to
-the operating system at once, so a killed run loses nothing that was reported; only a full disk or a
-power failure can truncate a line, and only the last one. Readers ignore a truncated line. A resumed
-run removes it, together with everything after the checkpoint it resumes from, so that each step
-occurs once.
+``held_out``, ``samples``, ``captured``, ``step``, ``warning``, ``fallback``, ``memory``,
+``evaluation``, ``saved``, ``best``, ``ended`` (before the last step), and at the end ``finish`` or
+``stopped``; a killed run has neither. Lines are passed to the operating system at once, so a killed
+run loses nothing that was reported; only a full disk or a power failure can truncate a line, and
+only the last one. Readers ignore a truncated line. A resumed run removes it, together with
+everything after the checkpoint it resumes from, so that each step occurs once.
 
 JSON has no NaN and no infinity. Such a value is written as null, and its text in ``non_finite`` of
 the same line: ``{"loss": null, "non_finite": {"loss": "nan"}}``.
@@ -76,7 +76,7 @@ class Journal:
         """Truncate the file before the first line about a later step; 0 empties it."""
         end = 0
         for line in self.path.read_bytes().splitlines(keepends=True):
-            said = (_parse(line) or {}).get("step")
+            said = (parse_line(line) or {}).get("step")
             if step == 0 or (isinstance(said, int | float) and said > step):
                 break
             end += len(line)
@@ -103,10 +103,10 @@ def read_journal(path: str | Path) -> list[dict[str, Any]]:
         OSError: The file cannot be read.
     """
     lines = read_file(path).splitlines(keepends=True)
-    return [record for record in map(_parse, lines) if record is not None]
+    return [record for record in map(parse_line, lines) if record is not None]
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def parse_line(line: bytes) -> dict[str, Any] | None:
     """The object on a line; None if the line is truncated, or too deeply nested for Python."""
     try:
         record = json.loads(line) if line.endswith(b"\n") else None

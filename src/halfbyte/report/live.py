@@ -1,4 +1,4 @@
-"""The screen of a run: a live display on a terminal, plain lines anywhere else.
+"""The screen of a run: a live display on a terminal, plain lines in a file or a pipe.
 
 On a terminal two lines below all messages are redrawn at most four times a second by a separate
 thread, so that a step costs the loop no more than storing its numbers::
@@ -67,7 +67,7 @@ def sparkline(values: list[float], width: int) -> str:
     return "".join("▁▂▃▄▅▆▇█"[round(7 * ((mean - low) / span)) if span else 0] for mean in means)
 
 
-def _figures(record: dict[str, Any]) -> list[str]:
+def figures(record: dict[str, Any]) -> list[str]:
     """The numbers of a step, of an evaluation or of the end, formatted."""
     say: dict[str, Callable[[Any], str]] = {
         "loss": lambda loss: f"loss {loss:.4f}",
@@ -227,7 +227,7 @@ class PlainScreen(Screen):
         """One line with the loss of this step, not smoothed."""
         self._pace.update(record)
         count = f"step {record['step']:>{len(str(self._pace.total))}}/{self._pace.total}"
-        self._line("  ".join([count, *_figures(record), self._pace.time_left]))
+        self._line("  ".join([count, *figures(record), self._pace.time_left]))
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """One line."""
@@ -345,7 +345,7 @@ class LiveScreen(Screen):
         if not pace.record:
             return Text("the first step takes longest", style="dim")
         speed = pace.tokens_per_second or pace.record.get("tokens_per_second")
-        _, *others = _figures(pace.record | {"tokens_per_second": speed})
+        _, *others = figures(pace.record | {"tokens_per_second": speed})
         rest = "".join(f"   {figure}" for figure in others)
         room = min(self._console.width, _WIDEST) - len(rest) - len("loss 0.0000 ")
         return Text.assemble(
@@ -386,14 +386,22 @@ def _on_one_line(text: str) -> str:
 def evaluation_line(record: dict[str, Any]) -> str:
     """An evaluation in one line."""
     after = f"step {record['step']}, " if "step" in record else ""
-    return f"{after}evaluation: " + ", ".join(_figures(record))
+    rows, of, chosen = map(record.get, ("rows", "of_rows", "adapter_of_step"))
+    where = ""
+    if chosen is not None:
+        where = f" of the adapter of step {chosen} on all {of:,} rows"
+    elif rows != of:
+        where = f" on {rows:,} of {of:,} rows"
+    own = [f"{name} {value:.4g}" for name, value in record.get("metrics", {}).items()]
+    best = ["the best so far"] if record.get("best") else []
+    return f"{after}evaluation{where}: " + ", ".join([*figures(record), *own, *best])
 
 
 def finish_line(record: dict[str, Any]) -> str:
     """The end of training in one line."""
     steps = f"{record['steps']} steps" if "steps" in record else "finished"
     took = f" in {duration(record['seconds'])}" if "seconds" in record else ""
-    return ", ".join([steps + took, *_figures(record)])
+    return ", ".join([steps + took, *figures(record)])
 
 
 def open_screen(*, quiet: bool = False) -> Screen:

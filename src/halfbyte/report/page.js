@@ -1,14 +1,29 @@
 "use strict";
-// The value of every curve at the step nearest to the pointer. All text is set as text.
-for (const plot of document.querySelectorAll(".plot")) {
-  const area = plot.querySelector(".area");
-  const [left, right] = JSON.parse(plot.dataset.range);
-  const series = JSON.parse(plot.dataset.series);
-  const steps = [...new Set(series.flatMap((one) => one.at.map((point) => point[0])))];
-  const rule = Object.assign(document.createElement("div"), { className: "rule", hidden: true });
-  const tip = Object.assign(document.createElement("div"), { className: "tip", hidden: true });
-  area.append(rule, tip);
+// The value of every curve at the step nearest to the pointer. All text is set as text. Listens to
+// the whole document, so that a chart may change meanwhile.
+{
+  const make = (name) => {
+    const made = Object.assign(document.createElement("div"), { className: name, hidden: true });
+    made.dataset.own = ""; // not a part of the page that was written
+    return made;
+  };
+  const rule = make("rule");
+  const tip = make("tip");
+  let text, range, series, steps; // of the chart that was pointed at last
+  const read = (plot) => {
+    if (plot.dataset.series === text) return;
+    text = plot.dataset.series;
+    range = JSON.parse(plot.dataset.range);
+    series = JSON.parse(text);
+    steps = [...new Set(series.flatMap((one) => one.at.map((point) => point[0])))];
+  };
+  const hide = () => { rule.hidden = tip.hidden = true; };
   const show = (event) => {
+    const area = event.target.closest?.(".area");
+    if (!area) return hide();
+    read(area.closest(".plot"));
+    if (rule.parentNode !== area) area.append(rule, tip);
+    const [left, right] = range;
     const box = area.getBoundingClientRect();
     const x = left + ((event.clientX - box.left) / box.width) * (right - left);
     const near = (a, b) => (Math.abs(b - x) < Math.abs(a - x) ? b : a);
@@ -31,7 +46,7 @@ for (const plot of document.querySelectorAll(".plot")) {
     const beside = place + 12 + tip.offsetWidth > box.width ? place - 12 - tip.offsetWidth : place + 12;
     tip.style.left = `${Math.max(-box.left + 4, beside)}px`;
   };
-  area.addEventListener("pointermove", show);
-  area.addEventListener("pointerdown", show);
-  area.addEventListener("pointerleave", () => { rule.hidden = tip.hidden = true; });
+  document.addEventListener("pointermove", show);
+  document.addEventListener("pointerdown", show);
+  document.documentElement.addEventListener("pointerleave", hide);
 }

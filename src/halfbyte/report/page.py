@@ -28,11 +28,24 @@ from halfbyte.report.charts import (
     smoothed,
     table,
 )
+from halfbyte.report.findings import findings_list
 from halfbyte.report.live import duration
 from halfbyte.report.runs import Run, mapping, number, read_run, started, texts
 
 _SHOWN_WARNINGS = 8
 _KINDS = {"nf4": "QLoRA, NF4", "fp4": "QLoRA, FP4", "none": "LoRA, 16 or 32 bits"}
+
+
+def resource(name: str) -> str:
+    """A style or a script of ours."""
+    return (files("halfbyte.report") / name).read_text("utf-8")
+
+
+def content_policy(*scripts: str) -> str:
+    """A content security policy: nothing is loaded, and no other script runs than these."""
+    digests = [hashlib.sha256(one.encode()).digest() for one in scripts]
+    allowed = " ".join(f"'sha256-{base64.b64encode(one).decode()}'" for one in digests)
+    return f"default-src 'none'; style-src 'unsafe-inline'; script-src {allowed}"
 
 
 def document(title: str, body: str) -> str:
@@ -42,10 +55,8 @@ def document(title: str, body: str) -> str:
         title: Plain text.
         body: HTML.
     """
-    here = files("halfbyte.report")
-    style, script = ((here / name).read_text("utf-8") for name in ("page.css", "page.js"))
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    style, script = resource("page.css"), resource("page.js")
+    policy = content_policy(script)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
@@ -88,11 +99,17 @@ def require_page(path: Path) -> None:
 
 def page(runs: Sequence[Run]) -> str:
     """The page about ``runs``."""
+    title, body = contents(runs)
+    return document(title, body)
+
+
+def contents(runs: Sequence[Run]) -> tuple[str, str]:
+    """The title of the page about ``runs``, plain text, and its body, HTML."""
     if len(runs) == 1:
-        return document(f"{runs[0].name} · halfbyte", _head(runs[0]) + _single(runs[0]))
+        return f"{runs[0].name} · halfbyte", _head(runs[0]) + _single(runs[0])
     _name_apart(runs)
     parts = [
-        f'<header><h1>{len(runs)} runs</h1><p class="soft">{_names(runs)}</p></header>',
+        f"<header><h1>{len(runs)} runs</h1>{_states(runs)}</header>",
         _overview(runs),
         section("Curves", curves(runs)),
         section("Memory", _memory(runs)),
@@ -104,7 +121,7 @@ def page(runs: Sequence[Run]) -> str:
             for run in runs
         ),
     ]
-    return document(f"{len(runs)} runs · halfbyte", "\n".join(parts))
+    return f"{len(runs)} runs · halfbyte", "\n".join(parts)
 
 
 def section(title: str, body: str) -> str:
@@ -181,19 +198,44 @@ def _figures(run: Run) -> list[tuple[str, str | None]]:
         ("peak memory", _said(run.peak_bytes, memory)),
         ("steps", f"{run.steps:,}" + (f" of {total:,.0f}" if total else "")),
         ("time", duration(spent) if spent else None),
+        ("time left, about", _said(run.seconds_left, _roughly) if _runs(run) else None),
     ]
+
+
+def _runs(run: Run) -> bool:
+    return run.phase == "running"
+
+
+def _roughly(seconds: float) -> str:
+    """A duration without the digits that a forecast cannot have."""
+    if seconds < 90:
+        return f"{max(1, round(seconds / 5)) * 5} s"
+    if seconds < 5400:
+        return f"{round(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 def _head(run: Run) -> str:
     begin = run.begin
     kind = _KINDS.get(str(begin.get("quant")), "")
     said = [begin.get("model"), kind, begin.get("machine") or begin.get("device"), started(run)]
-    state = "" if run.finished else f'<p class="warning" role="status">{escape(run.state)}</p>'
+    state = f'<p class="state {escape(run.phase)}">{escape(run.state)}</p>' + _progress(run)
     state += _warnings(run)
     return (
         f'<header><h1>{escape(run.name)}</h1><p class="soft">'
         + " · ".join(escape(str(one)) for one in said if one)
         + f"</p>{state}{key_figures(_figures(run))}</header>"
+    )
+
+
+def _progress(run: Run) -> str:
+    total = number(run.begin.get("total_steps"))
+    if not total or not _runs(run):
+        return ""
+    share = min(1.0, run.steps / total)
+    return (
+        f'<progress max="{total:.0f}" value="{run.steps}" '
+        f'aria-label="Steps made by {escape(run.name)}">{share:.0%}</progress>'
     )
 
 
@@ -207,9 +249,28 @@ def _warnings(run: Run) -> str:
 
 
 def _overview(runs: Sequence[Run]) -> str:
-    heads = ["run", *(name for name, _ in _figures(runs[0])), "state"]
-    rows = [[run.name, *(value or "–" for _, value in _figures(run)), run.state] for run in runs]
+    figures = [_figures(run) for run in runs]
+    known = [at for at, _ in enumerate(figures[0]) if any(one[at][1] for one in figures)]
+    heads = ["run", *(figures[0][at][0] for at in known)]
+    rows = [
+        [run.name, *(one[at][1] or "–" for at in known)]
+        for run, one in zip(runs, figures, strict=True)
+    ]
     return section("At a glance", table(heads, rows, "one run per row"))
+
+
+def _states(runs: Sequence[Run]) -> str:
+    items = "".join(
+        f'<li class="state {escape(run.phase)}">{escape(run.name)}: {escape(_state(run))}'
+        f"{_progress(run)}</li>"
+        for run in runs
+    )
+    return f'<ul class="states">{items}</ul>'
+
+
+def _state(run: Run) -> str:
+    count = len(run.warnings)
+    return run.state + (f"; {count} warning{'s' if count > 1 else ''}" if count else "")
 
 
 def _memory(runs: Sequence[Run]) -> str:
@@ -306,6 +367,8 @@ def _data(run: Run) -> str:
         if lines := texts(report.get("lines")):
             items = "".join(f"<li>{escape(line)}</li>" for line in lines)
             body += f'<h3>{name}</h3><ul class="notes">{items}</ul>{_rejected(report)}'
+    if found := findings_list(run.begin.get("data_check")):
+        body += f"<h3>Findings</h3>{found}"
     return section("Data", body)
 
 
@@ -390,7 +453,3 @@ def _name_apart(runs: Sequence[Run]) -> None:
         shared = os.path.commonpath(paths)
         for run, path in zip(runs, paths, strict=True):
             run.name = os.path.relpath(path, shared)
-
-
-def _names(runs: Sequence[Run]) -> str:
-    return ", ".join(escape(run.name) for run in runs)

@@ -134,6 +134,6 @@ def tracked(event: str, record: Mapping[str, Any]) -> Values:
     group = "train" if event == "step" else "eval"
     return {
         f"{group}/{name}": float(value)
-        for name, value in record.items()
+        for name, value in {**record, **record.get("metrics", {})}.items()
         if isinstance(value, int | float) and math.isfinite(value) and name != "step"
     }

@@ -17,7 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,7 +174,8 @@ def _require_same(job: Job) -> None:
     # Options that came with a later version had their defaults then.
     before = load_config(job.file, {})[0].model_dump(mode="json")
     now = job.config.model_dump(mode="json")
-    places = {"output", "memory_budget", "save_steps", "save_total_limit", "logging_steps"}
+    places = {"output", "memory_budget", "logging_steps"}
+    places |= {"save_steps", "save_minutes", "save_total_limit"}
     changed = [
         f"{name} was {quote(before[name])}, is {quote(value)}"
         for name, value in now.items()
@@ -215,6 +216,39 @@ def run(job: Job, progress: Progress | None = None) -> Result:
             return Result(job.variant, seed, failure=failure)
         done = read_run(job.config.output)
     return read_result(job.variant, seed, done)
+
+
+def evaluate_existing(adapter: str, words: Sequence[str], output: Path) -> Result:
+    """Evaluate an adapter that exists, in a process of its own.
+
+    Args:
+        adapter: Its directory. What its training took is read from its journal, if it has one.
+        words: The words of ``halfbyte eval``.
+        output: The comparison's directory, for the log.
+
+    Returns:
+        The result; with ``failure`` if it ended without one, and the log says why.
+
+    Raises:
+        ConfigError: Its process ended with code 2: what it was given is wrong.
+    """
+    name, weights = name_of(adapter), Path(adapter) / "adapter_model.safetensors"
+    place = check(TrainConfig, {"model": "-", "data": "-", "output": output / _directory(name)})
+    answer, failure = _process(Job(name, place), ["halfbyte", "eval", *words, "--json"])
+    if failure is not None:
+        return Result(name, 0, failure=failure)
+    trained = finished_run(Path(adapter), evaluated=False)
+    known = Result(name, 0, adapter_bytes=float(weights.stat().st_size))
+    if trained is not None:
+        seed = number(mapping(trained.begin.get("config")).get("seed"))
+        known = read_result(name, int(seed or 0), trained)
+    found = json.loads(answer)
+    return replace(known, held_out_loss=found["loss"], exact_match=found["exact_match"])
+
+
+def name_of(adapter: str) -> str:
+    """The name of an adapter in the table: the end of its path."""
+    return "/".join(Path(adapter).parts[-2:])
 
 
 def _words(job: Job, *, trained: bool) -> list[str]:

@@ -106,14 +106,18 @@ def _in_forward(engine: LayerEngine | AutogradEngine, batches: Sequence[Batch]) 
     if isinstance(engine, LayerEngine) and engine.fused:
         plain = LayerEngine(engine.model)  # fused layers do not call their modules
         plain.tuple_output = engine.tuple_output
-    for index, batch in enumerate(batches):
-        with _watched(engine.model, len(batch.input_ids)) as found:
-            loss = plain.loss([batch], engine.objective)
-        if found:
-            return found[0]._replace(micro_batch=index)
-        if not loss.isfinite():
-            rows = tuple(range(len(batch.input_ids)))
-            return Origin("the loss, or the logits it is computed from", {}, index, rows)
+    unfilled, plain.unfilled = plain.unfilled, None  # not packed, a row is an example
+    try:
+        for index, batch in enumerate(batches):
+            with _watched(engine.model, len(batch.input_ids)) as found:
+                loss = plain.loss([batch], engine.objective)
+            if found:
+                return found[0]._replace(micro_batch=index)
+            if not loss.isfinite():
+                rows = tuple(range(len(batch.input_ids)))
+                return Origin("the loss, or the logits it is computed from", {}, index, rows)
+    finally:
+        plain.unfilled = unfilled
     return None
 
 

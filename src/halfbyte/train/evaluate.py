@@ -6,8 +6,8 @@ surrounding white space.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.data import Example, MicroBatch, collate, load_dataset
+from halfbyte.data.in_memory import RowsInMemory
 from halfbyte.data.templates import TrainOn
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.choose import choose_engine
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.packing import Batch
-from halfbyte.models.generate import generate
 from halfbyte.train.metadata import dataset_report
+from halfbyte.train.metrics import LONGEST_ANSWER, Metric, answered, measured, require_metrics
 
 # Micro-batches on a CPU, and tokens on a GPU, that go through a layer together: it is decoded once
 # for all of them, and this many tokens keep a GPU busy.
@@ -44,6 +45,7 @@ class EvalResult:
         cases: Number of cases that were answered.
         samples: For each case ``prompt``, ``expected`` and ``got``.
         data: The report on the data, as in a run's journal.
+        metrics: The values of the caller's own metrics.
     """
 
     loss: float
@@ -53,6 +55,7 @@ class EvalResult:
     cases: int
     samples: list[dict[str, str]]
     data: dict[str, Any]
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def as_batch(batch: MicroBatch) -> Batch:
@@ -98,13 +101,14 @@ def _groups(batches: Sequence[MicroBatch], *, by_tokens: bool) -> Iterator[Seque
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: str | Path,
+    data: str | Path | Iterable[object],
     *,
     max_length: int = 1024,
     train_on: TrainOn = "assistant",
     batch_size: int | None = None,
     exact_match: bool = True,
-    max_new_tokens: int = 256,
+    metrics: Sequence[Metric] = (),
+    max_new_tokens: int = LONGEST_ANSWER,
     progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
 ) -> EvalResult:
@@ -113,24 +117,30 @@ def evaluate(
     Args:
         model: A model of ``models.build``, with or without adapters.
         tokenizer: Its tokenizer.
-        data: A file, a directory or a hub id, in any of the row formats.
+        data: A file, a directory or a hub id, or rows (data/in_memory.py); in any row format.
         max_length: Longer rows are truncated to this many tokens for the loss.
         train_on: Which tokens count for the loss.
         batch_size: Examples per batch; None: chosen for the device.
         exact_match: Whether to generate answers and compare them with the expected ones.
+        metrics: Functions of these answers (train/metrics.py).
         max_new_tokens: Longest answer, in tokens.
         progress: Called with (done, total), in examples; an answered example counts twice.
         note: Called with each line of the report on the data, before the model is run.
 
     Raises:
         DataError: If there is nothing usable in ``data``.
+        ConfigError: A metric is no function, or returns something else than numbers.
     """
+    require_metrics(metrics)
     device = model.device
-    dataset = load_dataset(data, tokenizer, max_length=max_length, train_on=train_on)
+    source = data if isinstance(data, str | Path) else RowsInMemory(data, "data")
+    dataset = load_dataset(source, tokenizer, max_length=max_length, train_on=train_on)
     if note is not None:
         for line in dataset.report.lines():
             note(line)
-    cases = [row for row, _ in dataset.cases if exact_match and row.text is None]
+    cases = [row for row, _ in dataset.cases if row.text is None]
+    if not (exact_match or metrics):
+        cases = []
     total = len(dataset.examples) + len(cases)
 
     def advance(before: int) -> Progress | None:
@@ -140,26 +150,23 @@ def evaluate(
     loss, tokens = evaluate_loss(
         engine, dataset.examples, batch_size=batch_size or _BATCH, progress=advance(0)
     )
-    answers = generate(
+    samples = answered(
         model,
         tokenizer,
-        [row.prompt for row in cases],
-        tools=[row.tools for row in cases],
+        cases,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         progress=advance(len(dataset.examples)),
     )
-    samples = [
-        {"prompt": str(row.prompt[-1]["content"]), "expected": row.expected, "got": answer}
-        for row, answer in zip(cases, answers, strict=True)
-    ]
+    own = measured(metrics, samples, model, tokenizer)
     right = sum(sample["got"].strip() == sample["expected"].strip() for sample in samples)
     return EvalResult(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),  # exp overflows a float above 709
         supervised_tokens=tokens,
-        exact_match=right / len(samples) if samples else None,
+        exact_match=right / len(samples) if samples and exact_match else None,
         cases=len(samples),
         samples=samples,
         data=dataset_report(dataset),
+        metrics=own,
     )

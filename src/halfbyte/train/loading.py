@@ -1,7 +1,6 @@
 """Opens a base model: chooses device and dtype, loads it, attaches an adapter, and logs it all."""
 
 import dataclasses
-import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,25 +8,20 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.checkpoint.base_model import BaseSource, LoadedBase, load_base, open_base
 from halfbyte.checkpoint.cache import cached
-from halfbyte.checkpoint.identity import differences
-from halfbyte.checkpoint.peft import LoadedAdapter, load_adapter
+from halfbyte.checkpoint.identity import require_same_base
+from halfbyte.checkpoint.peft import load_adapter, template_in
 from halfbyte.config.schema import TrainConfig
-from halfbyte.errors import CheckpointError
-from halfbyte.foreign_text import quote
-from halfbyte.layers.multimodal import removed_modules
+from halfbyte.data.named_templates import choose_template
 from halfbyte.linear.lora import LoRAConfig
 from halfbyte.models.build import BaseRecipe
 from halfbyte.runtime.precision import choose_device_and_dtype
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
-
-logger = logging.getLogger("halfbyte")
 
 
 class Loading:
@@ -111,7 +105,7 @@ class _Stopped(Exception):
 
 
 def open_model(
-    model: str,
+    model: str | BaseSource,
     *,
     adapter: str | None = None,
     quant: Literal["nf4", "fp4", "none"] = "nf4",
@@ -125,12 +119,13 @@ def open_model(
     revision: str | None = None,
     cache_quantized: bool = False,
     allow_mismatch: bool = False,
+    chat_template: str | None = None,
     report: "RunReport | None" = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, LoadedBase]:
     """Open a base model, optionally with an adapter, for generation or evaluation.
 
     Args:
-        model: A directory of safetensors, a GGUF file, or a hub id.
+        model: A directory of safetensors, a GGUF file, or a hub id; or the result of `open_base`.
         adapter: Directory of an adapter that was trained on this base model.
         quant: How to store the linears: ``nf4``, ``fp4`` or ``none``.
         double_quant: Whether to quantise the scales.
@@ -144,19 +139,20 @@ def open_model(
         cache_quantized: Whether to load from a packed copy in the user's cache, created if needed.
         allow_mismatch: Whether to use the adapter, with a warning, with a base model, tokenizer or
             template other than the one it was trained with.
+        chat_template: See ``data.named_templates``; None: that of the adapter's training.
         report: Logs, and shows progress.
 
     Raises:
         UserError: If the model or the adapter is missing or damaged, or they do not match.
     """
     resolved, dtype, why = choose_device_and_dtype(device, compute_dtype)
-    source = open_base(model, revision=revision)
+    source = model if isinstance(model, BaseSource) else open_base(model, revision=revision)
     loaded = None if adapter is None else load_adapter(adapter)
     if loaded is not None:
-        # Checked now, before gigabytes are read.
-        skeleton = source.skeleton
-        linears = [path for path, m in skeleton.named_modules() if isinstance(m, nn.Linear)]
-        loaded.require_layers(linears, removed_modules(skeleton))
+        loaded.require_layers_of(source.skeleton)
+        source.chat_template = template_in(loaded.info)
+    if chat_template is not None:
+        use_template(source, chat_template, report)
     recipe = BaseRecipe(
         quant,
         double_quant,
@@ -172,26 +168,21 @@ def open_model(
     with Loading(source, recipe, cache=cache_quantized) as loading:
         base = loading.result(report)
     if loaded is not None:
-        _compare(loaded, base, allow_mismatch=allow_mismatch)
+        require_same_base(loaded, base, allow_mismatch=allow_mismatch)
         loaded.put_on(base.model)
     return base.model, base.tokenizer, base
 
 
-def _compare(adapter: LoadedAdapter, base: LoadedBase, *, allow_mismatch: bool) -> None:
-    found = differences(adapter.info, base)
-    if not found:
-        return
-    message = (
-        f"the adapter was trained on {quote(adapter.base_name)}, this model differs: "
-        f"{'; '.join(found)}"
-    )
-    if not allow_mismatch:
-        raise CheckpointError(
-            f"{message}. Use the model it was trained on, with the same quantisation (a quantised "
-            "copy must come from the same kind of device, halfbyte quantize --device), or allow "
-            "the mismatch (--allow-mismatch)"
-        )
-    logger.warning("%s; used anyway, as --allow-mismatch is set", message)
+def use_template(source: BaseSource, wanted: str, report: "RunReport | None") -> None:
+    """Have a base model use another chat template than its tokenizer's; see `choose_template`.
+
+    Raises:
+        ConfigError: If there is no such template, or the tokenizer cannot be used with it.
+    """
+    source.chat_template, notes = choose_template(wanted, source.tokenizer())
+    if report is not None:
+        for note in notes:
+            report.note(note)
 
 
 def recipe_of(config: TrainConfig, dtype: torch.dtype, device: str) -> BaseRecipe:

@@ -104,6 +104,7 @@ class Prediction:
             process=process,
         )
         self._shapes: dict[tuple[tuple[int, int], ...], None] = {}
+        self._documents: dict[tuple[int, ...], None] = {}  # packed
         self._steps: list[_Seen] = []
         self._measured: GpuSpec | None = None
 
@@ -128,6 +129,9 @@ class Prediction:
             parts: If documents are packed, the size of each part in tokens.
         """
         step = tuple((batch, length) for batch, length in shapes)
+        if parts:
+            step = tuple((1, size) for size in parts)
+            self._documents[tuple(lengths)] = None
         self._shapes[step] = None
         parts = parts or [batch * length for batch, length in step]
         # A token attends to its document, so on average to as many.
@@ -140,7 +144,11 @@ class Prediction:
         largest = max(seen.largest for seen in self._steps)
         tokens = max(seen.tokens for seen in self._steps)
         run = replace(
-            self._run, largest_part=largest, step_tokens=tokens, shapes=tuple(self._shapes)
+            self._run,
+            largest_part=largest,
+            step_tokens=tokens,
+            shapes=tuple(self._shapes),
+            documents=tuple(self._documents),
         )
         return ledger(self._shape, run)
 
@@ -204,7 +212,9 @@ class Prediction:
 
 def sizes_of(engine: LayerEngine | AutogradEngine, batches: Sequence[MicroBatch]) -> dict[str, Any]:
     """Return the lengths of a step's sequences in attention, and the sizes of its parts."""
-    if not (isinstance(engine, LayerEngine) and engine.packs):
-        return {"lengths": [n for b in batches for n in [b.input_ids.shape[1]] * len(b.lengths)]}
     lengths = [int(n) for batch in batches for n in batch.lengths]
-    return {"lengths": lengths, "parts": engine.part_sizes(lengths)}
+    if isinstance(engine, LayerEngine) and engine.packs:
+        return {"lengths": lengths, "parts": [s.numel for s in engine.part_shapes(lengths)]}
+    if isinstance(engine, AutogradEngine) and engine.unfilled is not None:
+        return {"lengths": lengths, "parts": [batch.tokens for batch in batches]}
+    return {"lengths": [n for b in batches for n in [b.input_ids.shape[1]] * len(b.lengths)]}

@@ -9,11 +9,13 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from halfbyte.checkpoint.base_model import LoadedBase
 from halfbyte.config.schema import TrainConfig
 from halfbyte.data import Dataset, MicroBatch
 from halfbyte.engine.autograd import AutogradEngine
@@ -21,8 +23,12 @@ from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_policy import peak_memory, used_memory
 from halfbyte.models.generate import generate
 from halfbyte.runtime import device as devices
+from halfbyte.runtime.device import is_out_of_memory
 from halfbyte.train.trainer import StepResult
 from halfbyte.version import __version__
+
+if TYPE_CHECKING:
+    from halfbyte.report import RunReport
 
 _LINES_LISTED = 100  # of the rows rejected for one reason, in the journal
 
@@ -83,6 +89,54 @@ def step(
         **(result.paging._asdict() if result.paging else {}),
         **({"skipped": True} if result.skipped else {}),
     }
+
+
+def trained_in_words(parameters: Mapping[str, Tensor], linears: int) -> str:
+    """Return how much is trained: ``parameters`` by name, on so many linear layers."""
+    count = sum(parameter.numel() for parameter in parameters.values())
+    whole = dict.fromkeys(name.split(".")[-2] for name in parameters if ".lora_" not in name)
+    text = f"{count / 1e6:.2f} M parameters trained, on {linears} linear layers"
+    return text + (f"; trained in full: {', '.join(whole)}" if whole else "")
+
+
+def run(
+    config: TrainConfig,
+    base: LoadedBase,
+    dataset: Dataset,
+    held_out: Dataset | None,
+    *,
+    device: str,
+    trained: int,
+    engine: str,
+) -> dict[str, Any]:
+    """Return what the journal says of a run at its beginning.
+
+    Args:
+        config: Its options.
+        base: Its base model.
+        dataset: What it is trained on.
+        held_out: What it is evaluated on.
+        device: Where it runs.
+        trained: Number of trained parameters.
+        engine: What computes its steps.
+    """
+    recipe = base.model.halfbyte_recipe
+    return {
+        "model": config.model,
+        "data": config.data,
+        "quant": recipe.quant,
+        "device": device,
+        "compute_dtype": str(recipe.compute_dtype).removeprefix("torch."),
+        "base_bytes": base.memory_report.total_bytes,
+        "trained_parameters": trained,
+        "examples": len(dataset.examples),
+        "supervised_tokens": dataset.report.supervised_tokens,
+        "engine": engine,
+        "versions": versions(),
+        "machine": machine(device),
+        "data_verdict": dataset_report(dataset),
+        "held_out_verdict": None if held_out is None else dataset_report(held_out),
+    } | options(config)
 
 
 def options(config: TrainConfig) -> dict[str, Any]:
@@ -176,6 +230,34 @@ class Samples:
         chosen = min(count, len(rows))
         self._rows = [rows[len(rows) * i // chosen] for i in range(chosen)]
         self._source = dataset.report.source
+
+    def tell(
+        self,
+        report: "RunReport",
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        step: int,
+        *,
+        memory_limit: int,
+    ) -> None:
+        """Record the answers after ``step`` in the journal, or note that memory is short.
+
+        Args:
+            report: Where to.
+            model: As in `answer`, like the others.
+            tokenizer: Likewise.
+            step: Likewise.
+            memory_limit: Likewise.
+        """
+        try:
+            with report.task(f"answering a few prompts, step {step}"):
+                answers = self.answer(model, tokenizer, step, memory_limit=memory_limit)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            report.note("no answers: there is not enough GPU memory left for them")
+        else:
+            report.record("samples", answers)
 
     def answer(
         self,

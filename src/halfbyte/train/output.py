@@ -4,6 +4,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from halfbyte.checkpoint.atomic import remove_directory
 from halfbyte.checkpoint.output_lock import output_lock
@@ -12,14 +13,19 @@ from halfbyte.config.reading import WRITTEN_YAML
 from halfbyte.config.schema import TrainConfig
 from halfbyte.errors import OutputError
 from halfbyte.input_files import open_file
-from halfbyte.report.rejected import REJECTED_NAME
+from halfbyte.report.held_out import HELD_OUT_NAME, write_held_out
+from halfbyte.report.rejected import REJECTED_NAME, write_rejected
+from halfbyte.train.run_data import RunData
+
+if TYPE_CHECKING:
+    from halfbyte.report import RunReport
 
 _CONFIG, _JOURNAL = "config.yaml", "journal.jsonl"
 _FIRST_LINE = 2**20
 
 # The names that a run writes in its directory, its tokenizer's files included.
 _WRITTEN = (
-    *(_CONFIG, _JOURNAL, REJECTED_NAME, "report.html", "checkpoint-*"),
+    *(_CONFIG, _JOURNAL, REJECTED_NAME, HELD_OUT_NAME, "report.html", "checkpoint-*"),
     "nonfinite-*.json",
     *("adapter_config.json", "adapter_model.safetensors", "halfbyte.json"),
     *("tokenizer*.json", "tokenizer*.model", "chat_template*", "special_tokens_map.json"),
@@ -52,6 +58,21 @@ def claim_output(config: TrainConfig) -> Iterator[None]:
                     "give another --output"
                 )
         yield
+
+
+def write_rows(output: Path, data: RunData, report: "RunReport") -> None:
+    """Write the rows that were left out, and those that were held out, beside the journal.
+
+    Raises:
+        OutputError: A file cannot be written.
+    """
+    reports = [one.report for one in (data.dataset, data.held_out) if one is not None]
+    if rejected := write_rejected(output, reports):
+        report.note(f"every row left out, with its line and the reason: {rejected}")
+    if data.divided and data.held_out is not None:
+        rows = [row for row, _ in data.held_out.cases]
+        report.record("held_out", {"lines": [row.line for row in rows]})
+        report.note(f"the rows held out, for `halfbyte eval`: {write_held_out(output, rows)}")
 
 
 def remove_run(directory: Path) -> None:

@@ -18,20 +18,27 @@ from halfbyte.foreign_text import quote
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
 
+# The same, unless the result depends on evaluations.
+_ABOUT_EVALUATIONS = {"eval_steps", "eval_max_samples"}
 # Options that may change when a run is resumed, since the result does not depend on them.
 _FREE_TO_CHANGE = {
     "output",
     "resume",
+    "init_adapter",  # the checkpoint has its weights
+    "allow_mismatch",
     "save_steps",
+    "save_minutes",
     "save_total_limit",
     "logging_steps",
     "on_nonfinite",
     "eval_data",
-    "eval_steps",
+    *_ABOUT_EVALUATIONS,
     "activations",
     "memory_budget",
     "samples",
     "report_to",
+    "push_to_hub",
+    "hub_private",
     "model",  # the base model's fingerprint is compared instead
     "data",  # the tokens' digest is compared instead
     "revision",
@@ -77,19 +84,32 @@ def resume_from(config: TrainConfig, output: Path, report: "RunReport") -> RunSt
     return None
 
 
-def identity_of_run(config: TrainConfig, source: BaseSource, dataset: Dataset) -> dict[str, Any]:
-    """Return what must be equal to resume a run: options, base model and tokens."""
+def identity_of_run(
+    config: TrainConfig, source: BaseSource, dataset: Dataset, held_out: Dataset | None = None
+) -> dict[str, Any]:
+    """Return what must be equal to resume a run: options, base model and tokens.
+
+    The tokens of ``held_out`` are part of it if the result depends on evaluations.
+    """
+    found = {"base": source.fingerprint, "data": _digest(dataset), "options": _options(config)}
+    if held_out is not None and config.depends_on_evaluations:
+        found["held_out"] = _digest(held_out)
+    return found
+
+
+def _digest(dataset: Dataset) -> str:
     digest = hashlib.sha256()
     for example in dataset.examples:
         digest.update(np.asarray(example.tokens).tobytes())
         digest.update(np.asarray(example.labels_mask).tobytes())
         digest.update(b"|")
-    return {"base": source.fingerprint, "data": digest.hexdigest(), "options": _options(config)}
+    return digest.hexdigest()
 
 
 def _options(config: TrainConfig) -> dict[str, Any]:
     """Return the options that a run's result depends on."""
-    options = config.model_dump(mode="json", exclude=_FREE_TO_CHANGE)
+    free = _FREE_TO_CHANGE - (_ABOUT_EVALUATIONS if config.depends_on_evaluations else set())
+    options = config.model_dump(mode="json", exclude=free)
     # Paging does not change the result; the precision of the moments does.
     options["optim"] = config.optim.removeprefix("paged_").removesuffix("_32bit")
     return options
@@ -102,12 +122,6 @@ def check_same_run(resumed: RunState, identity: dict[str, Any], total_steps: int
         CheckpointError: The base model or the data has changed, or the state is not of a run.
         ConfigError: Options on which the result depends have changed; all are named.
     """
-    for what in ("base", "data"):
-        if resumed.progress.get(what) != identity[what]:
-            raise CheckpointError(
-                f"the {'base model' if what == 'base' else what} is not that of the interrupted "
-                "run; use the same, or start a new run with another --output"
-            )
     # An option added since the run began had its default value.
     defaults = _options(TrainConfig.model_validate({"model": "-", "data": "-", "output": "-"}))
     options = resumed.progress.get("options", {})
@@ -123,6 +137,14 @@ def check_same_run(resumed: RunState, identity: dict[str, Any], total_steps: int
         raise ConfigError(
             "a resumed run must keep its original options:\n  " + "\n  ".join(changed)
         )
+    # After the options, since some of them choose the tokens.
+    names = {"base": "base model", "data": "data", "held_out": "held-out data"}
+    for what in [name for name in names if name in identity]:
+        if resumed.progress.get(what) != identity[what]:
+            raise CheckpointError(
+                f"the {names[what]} is not that of the interrupted run; use the same, or start a "
+                "new run with another --output"
+            )
     if resumed.step > total_steps:
         raise CheckpointError(
             f"the checkpoint is of step {resumed.step}, and the run has only {total_steps} steps"

@@ -10,7 +10,9 @@ run is identical to an uninterrupted one, byte for byte, also if it was stopped 
 
 import math
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,10 +23,10 @@ from transformers import PreTrainedTokenizerBase
 from halfbyte.checkpoint.atomic import new_file, require_writable
 from halfbyte.checkpoint.base_model import BaseSource, LoadedBase, open_base
 from halfbyte.checkpoint.peft import save_adapter
-from halfbyte.checkpoint.run_state import RunState
+from halfbyte.checkpoint.run_state import RunState, step_of
 from halfbyte.config.reading import to_yaml
 from halfbyte.config.schema import TrainConfig
-from halfbyte.data import MicroBatch
+from halfbyte.data import Dataset, MicroBatch
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.choose import choose_engine
 from halfbyte.engine.layerwise import LayerEngine
@@ -37,7 +39,7 @@ from halfbyte.engine.memory_policy import (
     used_memory,
 )
 from halfbyte.engine.packing import Batch
-from halfbyte.errors import Interrupted, OutOfMemoryError, RunStopped
+from halfbyte.errors import ConfigError, Interrupted, OutOfMemoryError, RunStopped
 from halfbyte.layers.vocabulary import embedding_to_host
 from halfbyte.linear.lora import (
     adapter_parameters,
@@ -48,21 +50,25 @@ from halfbyte.linear.lora import (
 )
 from halfbyte.models.support import require_trainable
 from halfbyte.report.journal import read_journal
-from halfbyte.report.rejected import write_rejected
-from halfbyte.runtime.device import is_out_of_memory
 from halfbyte.runtime.malloc import give_back, keep_freed_memory
 from halfbyte.runtime.matmul import float32_library
 from halfbyte.runtime.precision import choose_device_and_dtype, deterministic
 from halfbyte.train import metadata
-from halfbyte.train.evaluate import as_batch, evaluate_loss
+from halfbyte.train.evaluate import Progress, as_batch
+from halfbyte.train.hub import describe_run, repository_of
+from halfbyte.train.init_adapter import InitialAdapter, template_of_run
 from halfbyte.train.loading import Loading, lora_of, recipe_of
 from halfbyte.train.loss_watch import LossWatch
 from halfbyte.train.memory_check import FIRST_LOOK, Prediction, sizes_of
+from halfbyte.train.metrics import Metric, measured_on
 from halfbyte.train.nonfinite import NonFiniteSteps, rows_in_words
-from halfbyte.train.output import claim_output
+from halfbyte.train.output import claim_output, write_rows
+from halfbyte.train.program import Program, RunCallbacks, WeightsChanged
 from halfbyte.train.qera import begin_with_error, require_plain
+from halfbyte.train.result import TrainResult
 from halfbyte.train.resume import check_same_run, identity_of_run, resume_from
 from halfbyte.train.run_data import RunData
+from halfbyte.train.run_evaluation import RunEvaluation
 from halfbyte.train.saving import Checkpoints, CheckpointWriter
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.stopping import StopRequest
@@ -72,55 +78,54 @@ if TYPE_CHECKING:
     from halfbyte.report import RunReport
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """The result of a run.
-
-    Attributes:
-        adapter_dir: Directory of the adapter.
-        steps: Optimizer steps of the run, including those before a resume.
-        final_loss: Loss of the last step; NaN if this call made none.
-        peak_memory_bytes: Peak of the process (on a GPU: of allocations in training).
-        seconds: Time spent in steps, by this call.
-        tokens_per_second: Tokens, without padding, divided by that time.
-        skipped_steps: Steps left out, because their loss or a gradient was not finite; without
-            those that only overflowed in float16.
-    """
-
-    adapter_dir: Path
-    steps: int
-    final_loss: float
-    peak_memory_bytes: int
-    seconds: float
-    tokens_per_second: float
-    skipped_steps: int = 0
-
-
-def train(config: TrainConfig, report: "RunReport", stop: StopRequest | None = None) -> TrainResult:
+def train(
+    config: TrainConfig,
+    report: "RunReport",
+    stop: StopRequest | None = None,
+    *,
+    callbacks: Sequence[object] = (),
+    train_data: Iterable[object] | None = None,
+    eval_data: Iterable[object] | None = None,
+    metrics: Sequence[Metric] = (),
+) -> TrainResult:
     """Fine-tune, from a configuration to an adapter on disk.
 
     Args:
         config: The options.
         report: Where to log.
         stop: Lets another thread or a signal handler stop the run after a step.
+        callbacks: Objects with `on_step`, `on_evaluate`, `on_save` (train/callbacks.py).
+        train_data: Rows to train on (data/in_memory.py); ``config.data`` is then their name.
+        eval_data: Rows to evaluate on, likewise.
+        metrics: Functions of the model's answers to held-out rows (train/metrics.py).
 
     Raises:
         UserError: For errors the user can fix; no incomplete output is left behind.
         NonFiniteLossError: If training diverges; the last checkpoint is kept.
         RunStopped: If ``stop`` was requested; the steps that were made are saved.
+        UploadError: The adapter is complete, and could not be uploaded (``push_to_hub``).
     """
+    program = Program(callbacks, train_data, eval_data, metrics)
+    program.check(config)
     with claim_output(config):
-        return _train(config, report, stop or StopRequest())
+        repository = repository_of(config)
+        result = _train(config, report, stop or StopRequest(), program)
+        describe_run(result.adapter_dir, repository, report)
+        if repository is None:
+            return result
+        return replace(result, hub_url=repository.push(result.adapter_dir, report))
 
 
-def _train(config: TrainConfig, report: "RunReport", stop: StopRequest) -> TrainResult:
+def _train(
+    config: TrainConfig, report: "RunReport", stop: StopRequest, program: Program
+) -> TrainResult:
     existed = config.output.exists()
     output = require_writable(config.output)
     try:
         device, dtype, why = choose_device_and_dtype(config.device, config.compute_dtype)
         limit = memory_limit(device, config.memory_budget)
         with deterministic(config.deterministic), limit:
-            run = _Run(config, output, report, stop, device, dtype)
+            run = _Run(config, output, report, stop, program, device, dtype)
             run.load(why)
             run.attach()
             run.fit()
@@ -146,6 +151,7 @@ class _Run:
     checkpoints: Checkpoints
     memory: MemoryPlan
     prediction: Prediction
+    initial: InitialAdapter | None = None
 
     def __init__(
         self,
@@ -153,20 +159,25 @@ class _Run:
         output: Path,
         report: "RunReport",
         stop: StopRequest,
+        program: Program,
         device: str,
         dtype: torch.dtype,
     ) -> None:
         self.config, self.output, self.report, self.stop = config, output, report, stop
-        self.device, self.dtype = device, dtype
+        self.program, self.device, self.dtype = program, device, dtype
         self.lora = lora_of(config)
         self.resumed: RunState | None = None
+        self.more: dict[str, Any] = {}  # about the start, for checkpoints, journal and adapter
         self.start = self.done = 0  # steps made before, and in all
-        self.evaluated = 0  # the step after which held-out data was evaluated last
+        self.adapter_step = 0  # of the adapter that is written
+        self.ended: str | None = None  # why before the last step
+        self.saved: tuple[int, str | None] | None = None  # the newest checkpoint has these
+        self.evaluation: RunEvaluation | None = None
         self.embedding_on_host = False
         self.process_bytes: int | None = None
         self.loss, self.seconds, self.tokens = math.nan, 0.0, 0
         self._batches: dict[int, list[MicroBatch]] = {}  # of steps that are not finished
-        self.writer = CheckpointWriter(report.saved, background=device == "cuda")
+        self.writer = CheckpointWriter(self._saved, background=device == "cuda")
 
     # --- before the first step ------------------------------------------------------------------
 
@@ -176,6 +187,12 @@ class _Run:
         self.resumed = resume_from(config, self.output, report)
         report.track(config.report_to)
         self.source = open_base(config.model, revision=config.revision)
+        if config.init_adapter is not None:
+            self.initial = InitialAdapter(config, self.source, self.resumed)
+            config = self.config = self.initial.config
+            self.lora = lora_of(config)
+            self.more["init_adapter"] = self.initial.record
+        self.more |= template_of_run(config, self.source, self.initial, self.resumed, report)
         require_trainable(self.source.skeleton, self.lora)
         if config.init_lora_weights == "qera":
             require_plain(self.source)
@@ -193,8 +210,18 @@ class _Run:
         report.record("loaded", {"seconds": loading.seconds} | metadata.memory_now(device))
 
     def _read_data(self) -> None:
-        self.data = RunData(self.config, self.tokenizer, self.source.config, self.report)
-        self.identity = identity_of_run(self.config, self.source, self.data.dataset)
+        self.data = RunData(
+            self.config,
+            self.tokenizer,
+            self.source.config,
+            self.report,
+            train_data=self.program.train_data,
+            eval_data=self.program.eval_data,
+        )
+        self.identity = identity_of_run(
+            self.config, self.source, self.data.dataset, self.data.held_out
+        )
+        self.identity |= self.more
         if self.resumed is not None:
             check_same_run(self.resumed, self.identity, self.total)
 
@@ -203,7 +230,7 @@ class _Run:
             library, reason = float32_library()
             self.report.note(f"float32 products by {library}: {reason}")
         keep_freed_memory()
-        keep_few_products(self.data.shapes)
+        keep_few_products(self.data.shapes, self.data.lengths)
         give_back()
         self.process_bytes = used_memory(self.device)
 
@@ -214,16 +241,13 @@ class _Run:
         targets = exact_targets(model, adapted, self.lora.target_modules)
         self.lora = replace(self.lora, target_modules=targets)
         self.parameters = adapter_parameters(model)
-        names = [name for name in self.parameters if ".lora_" not in name]
-        whole = dict.fromkeys(name.split(".")[-2] for name in names)
-        report.note(
-            f"{self.trained / 1e6:.2f} M parameters trained, on {len(adapted)} linear layers"
-            + (f"; trained in full: {', '.join(whole)}" if whole else "")
-        )
+        report.note(metadata.trained_in_words(self.parameters, len(adapted)))
         if config.init_lora_weights == "qera" and self.resumed is None:
             with report.task("initialising adapters (QERA)") as progress:
                 back = begin_with_error(self.base, self.source, progress=progress)
             report.note(f"adapters initialised with {back:.0%} of the quantisation error")
+        if self.initial is not None:
+            self.initial.load_into(self.base)
         if moved := embedding_to_host(model):
             self.embedding_on_host = True
             report.note(f"the embedding is in host memory: {moved / 1e6:.0f} MB less on the GPU")
@@ -248,6 +272,7 @@ class _Run:
             self.writer,
             self.identity,
             self.total,
+            by_program=self.program.changes_result,
         )
         self.watch = LossWatch(config.learning_rate)
         self.nonfinite = self.trainer.on_nonfinite = NonFiniteSteps(
@@ -259,13 +284,37 @@ class _Run:
             lines=self.data.lines,
             report=report,
         )
+        self.callbacks = RunCallbacks(
+            self.program.callbacks,
+            model,
+            save=self._save_made,
+            stop=partial(self.stop.request, quietly=True),
+            finish=self._end,
+        )
+        if self.data.held_out is not None:
+            self.evaluation = RunEvaluation(
+                config,
+                self.data,
+                self.engine,
+                report,
+                stopped=lambda: self.stop.requested,
+                end_stopped=self._end_stopped,
+                end=self._end,
+                save=self.save,
+                measure=self._measure if self.program.metrics else None,
+                tell=self.callbacks.evaluation,
+            )
         if self.resumed is not None:
             load_adapter_state(model, self.resumed.adapter)
             self.trainer.load_progress(self.resumed.progress)
-            self.start = self.done = self.resumed.step
+            self.start = self.done = self.adapter_step = self.resumed.step
             self.checkpoints.saved = self.start
             self.nonfinite.load(self.resumed.progress.get("nonfinite", self.nonfinite.state()))
-            self.evaluated = self.resumed.progress.get("evaluated", self.start)
+            if self.evaluation is not None:
+                self.evaluation.load(self.resumed.progress, self.start)
+            ended = self.resumed.progress.get("ended")
+            self.ended = None if ended is None else str(ended)
+            self.saved = (self.start, self.ended)
 
     @property
     def total(self) -> int:
@@ -303,46 +352,36 @@ class _Run:
         )
 
     def begin(self) -> None:
-        """Write config.yaml, rejected.jsonl and the first line of the journal."""
-        config, recipe = self.config, self.base.model.halfbyte_recipe
+        """Write config.yaml, the first line of the journal, and rows left or held out."""
+        config, data = self.config, self.data
         with new_file(self.output / "config.yaml") as file:
             file.write(to_yaml(config).encode())
         self.report.begin(
             total_steps=self.total,
             start_step=self.start,
-            metadata={
-                "model": config.model,
-                "data": config.data,
-                "quant": recipe.quant,
-                "device": self.device,
-                "compute_dtype": str(self.dtype).removeprefix("torch."),
-                "base_bytes": self.base.memory_report.total_bytes,
-                "trained_parameters": self.trained,
-                "examples": len(self.data.dataset.examples),
-                "supervised_tokens": self.data.dataset.report.supervised_tokens,
-                "engine": self.engine_summary,
-                "versions": metadata.versions(),
-                "machine": metadata.machine(self.device),
-                "data_verdict": metadata.dataset_report(self.data.dataset),
-                "held_out_verdict": metadata.dataset_report(self.data.held_out)
-                if self.data.held_out
-                else None,
-            }
-            | metadata.options(config),
+            metadata=metadata.run(
+                config,
+                self.base,
+                data.dataset,
+                data.held_out,
+                device=self.device,
+                trained=self.trained,
+                engine=self.engine_summary,
+            )
+            | {"data_digest": self.identity["data"], "data_check": data.check.as_json()}
+            | self.more,
         )
-        reports = [one.report for one in (self.data.dataset, self.data.held_out) if one is not None]
-        if rejected := write_rejected(self.output, reports):
-            self.report.note(f"every row left out, with its line and the reason: {rejected}")
+        write_rows(self.output, data, self.report)
         journal = self.output / "journal.jsonl"
         if self.resumed is not None and journal.exists():
             self.watch.replay(read_journal(journal))
-        self.samples = metadata.Samples(self.data.held_out or self.data.dataset, config.samples)
+        self.samples = metadata.Samples(data.held_out or data.dataset, config.samples)
 
     # --- steps ----------------------------------------------------------------------------------
 
     def run(self) -> TrainResult:
         """Train, and write the adapter."""
-        trainer, report, total = self.trainer, self.report, self.total
+        trainer, report = self.trainer, self.report
         if self.start == 0:
             self.sample(0)
         self._capture()
@@ -351,17 +390,20 @@ class _Run:
             self._make_steps()
             try:
                 trainer.release()
-                self.evaluate(total)
+                if self.evaluation is not None:
+                    restore = self.checkpoints.restore_adapters
+                    self.adapter_step = self.evaluation.conclude(self.done, restore)
                 state, card = adapter_state(self.base.model), self.checkpoints.card
                 save_adapter(self.output, state, self.lora, tokenizer=self.tokenizer, **card)
                 report.saved(self.output)
-                self.sample(total)
+                self.callbacks.saved(self.adapter_step, self.output, final=True)
+                self.sample(self.done)
             except Interrupted:
                 again = self.checkpoints.resume_command
                 report.note(f"all steps are saved; to finish the run: {again}")
                 raise
-        if self.start < total:
-            self._compare_memory(total)
+        if self.start < self.done:
+            self._compare_memory(self.done)
         return self._finish()
 
     def _make_steps(self) -> None:
@@ -375,20 +417,26 @@ class _Run:
             trainer.optimizer.allocate()  # its state is part of a checkpoint
             self.save(0)  # to rewind to
         with stop.between_steps(self._announce_stop):
-            if self._evaluates_after(self.start) and self.evaluated != self.start:
-                self.evaluate(self.start)  # it was stopped before that
             try:
+                if self.evaluation is not None:
+                    self.evaluation.after(self.start)  # unless it was made before
                 trainer.train(
                     range(self.start, total),
                     self.batches_of,
                     self.finished,
-                    stopped=lambda: stop.requested,
+                    stopped=lambda: stop.requested or self.ended is not None,
                 )
-            except OutOfMemoryError:
+            except (OutOfMemoryError, ConfigError) as error:  # a metric that is wrong is the second
                 self.report_engine()
-                if not trainer.updating:
+                if not trainer.updating and not isinstance(error, WeightsChanged):
                     self._save_made()
                 raise
+        if self.ended is not None and self.done < total:
+            report = self.report
+            report.note(f"training ends after step {self.done} of {total}: {self.ended}")
+            report.record("ended", {"step": self.done, "reason": self.ended})
+            if self.saved != (self.done, self.ended):
+                self.save(self.done)
         if stop.requested:
             self._end_stopped()
 
@@ -419,7 +467,8 @@ class _Run:
 
     def _capture(self) -> None:
         began, engine, report = time.perf_counter(), self.engine, self.report
-        if isinstance(engine, LayerEngine) and engine.captures and self.start < self.total:
+        more = self.start < self.total and self.ended is None
+        if isinstance(engine, LayerEngine) and engine.captures and more:
             with report.task("capturing CUDA graphs") as progress:
                 self.trainer.capture(progress)
             seconds = time.perf_counter() - began
@@ -428,25 +477,18 @@ class _Run:
     def _finish(self) -> TrainResult:
         outcome = TrainResult(
             adapter_dir=self.output,
-            steps=self.total,
+            steps=self.done,
             final_loss=self.loss,
             peak_memory_bytes=peak_memory(self.device),
             seconds=self.seconds,
             tokens_per_second=self.tokens / self.seconds if self.seconds else 0.0,
             skipped_steps=self.nonfinite.skipped,
+            adapter_step=self.adapter_step,
+            ended=self.ended if self.done < self.total else None,
         )
         if skipped := outcome.skipped_steps:
             self.report.note(f"{skipped} of {outcome.steps} steps were left out as not finite")
-        self.report.finish(
-            {
-                "steps": outcome.steps,
-                "seconds": outcome.seconds,
-                "final_loss": None if math.isnan(self.loss) else self.loss,
-                "tokens_per_second": outcome.tokens_per_second,
-                "skipped_steps": outcome.skipped_steps,
-            }
-            | metadata.memory_now(self.device)
-        )
+        self.report.finish(outcome.record() | metadata.memory_now(self.device))
         return outcome
 
     def batches_of(self, step: int) -> list[Batch]:
@@ -468,19 +510,21 @@ class _Run:
             **sizes_of(self.engine, batches),
         )
         self.report_engine()
-        self.writer.look()
         last = done == self.total
         if done == self.start + FIRST_LOOK and not last:
             self._compare_memory(done)
+        record = {"step": done, "epoch": done / self.data.plan.per_epoch}
+        record |= metadata.step(result, batches, times, self.device)
         if done % config.logging_steps == 0 or last:
-            position = {"step": done, "epoch": done / self.data.plan.per_epoch}
-            self.report.step(position | metadata.step(result, batches, times, self.device))
-        self.done = done
+            self.report.step(record)
+        self.done = self.adapter_step = done
+        self.writer.look()
         if not result.skipped:
             self._watch(done, result)
-        if self._evaluates_after(done):
-            self.evaluate(done)
-        if self.checkpoints.due(done):
+        self.callbacks.step(record, self.total)
+        if self.evaluation is not None:
+            self.evaluation.after(done)
+        if self.checkpoints.due(done) and self.checkpoints.saved != done:
             self.save(done)
 
     def _watch(self, done: int, result: StepResult) -> None:
@@ -508,66 +552,44 @@ class _Run:
         peak, reserved = peak_memory(self.device), metadata.reserved(self.device)
         self.prediction.tell(self.report, peak, done, reserved=reserved)
 
+    @property
+    def _memory_limit(self) -> int:
+        """Of answers: the memory planned for training, so that its forecast stays valid."""
+        return max(self.memory.predicted_bytes, self.memory.reserved_bytes)
+
     def sample(self, step: int) -> None:
         """Answer a few prompts."""
-        if not self.samples:
-            return
-        model, tokenizer = self.base.model, self.base.tokenizer
-        self.trainer.free_buffer()  # generation has one of its own
-        # Within the memory planned for training, so that its forecast stays valid.
-        limit = max(self.memory.predicted_bytes, self.memory.reserved_bytes)
-        try:
-            with self.report.task(f"answering a few prompts, step {step}"):
-                answers = self.samples.answer(model, tokenizer, step, memory_limit=limit)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            self.report.note("no answers: there is not enough GPU memory left for them")
-        else:
-            self.report.record("samples", answers)
+        if self.samples:
+            self.trainer.free_buffer()  # generation has one of its own
+            model, tokenizer = self.base.model, self.base.tokenizer
+            self.samples.tell(self.report, model, tokenizer, step, memory_limit=self._memory_limit)
 
-    def _evaluates_after(self, step: int) -> bool:
-        every = self.config.eval_steps
-        return every is not None and 0 < step < self.total and step % every == 0
+    def _end(self, reason: str) -> None:
+        """Have training end after this step."""
+        self.ended = self.ended or reason
 
-    def evaluate(self, step: int) -> None:
-        """Measure the loss on held-out data, if there is any.
-
-        Raises:
-            RunStopped: A stop was requested; the resumed run evaluates first.
-        """
-        if self.data.held_out is None:
-            return
-        began, size = time.perf_counter(), max(4, self.config.batch_size)
-        try:
-            loss, tokens = evaluate_loss(
-                self.engine,
-                self.data.held_out.examples,
-                batch_size=size,
-                progress=self._look_for_stop,
-            )
-        except _StopRequested:
-            self._end_stopped()
-        self.evaluated = step
-        self.report.evaluation(
-            {
-                "step": step,
-                "loss": loss,
-                "perplexity": math.exp(min(loss, 700.0)),
-                "supervised_tokens": tokens,
-                "seconds": time.perf_counter() - began,
-            }
+    def _measure(self, data: Dataset, progress: Progress) -> dict[str, float]:
+        """Return the program's metrics of the model's answers to some rows."""
+        return measured_on(
+            data,
+            self.program.metrics,
+            self.base.model,
+            self.base.tokenizer,
+            call=self.callbacks.guard,
+            memory_limit=self._memory_limit,
+            progress=progress,
         )
 
-    def _look_for_stop(self, done: int, total: int) -> None:
-        if self.stop.requested:
-            raise _StopRequested
+    def _saved(self, path: Path) -> None:
+        self.report.saved(path)
+        self.callbacks.saved(step_of(path), path, final=False)
 
     def save(self, step: int) -> None:
         """Write a checkpoint; on a GPU in the background."""
-        counts = {"evaluated": self.evaluated, "nonfinite": self.nonfinite.state()}
-        self.checkpoints.save(step, counts)
-
-
-class _StopRequested(Exception):
-    """An evaluation is broken off."""
+        state: dict[str, Any] = {"nonfinite": self.nonfinite.state(), "ended": self.ended}
+        best = None
+        if self.evaluation is not None:
+            state |= self.evaluation.state()
+            best = self.evaluation.best.step if self.config.load_best else None
+        self.saved = (step, self.ended)
+        self.checkpoints.save(step, state, best=best)

@@ -25,6 +25,7 @@ class RunSteps:
     def __init__(self, examples: Sequence[Example], config: TrainConfig, pad_id: int) -> None:
         self._examples, self._config, self._pad_id = examples, config, pad_id
         self._held: tuple[int, StepPlan] | None = None
+        self.per_epoch = 0
         self.per_epoch = len(self._epoch(0))
         asked = math.ceil(config.epochs * self.per_epoch)
         self.total = config.max_steps if config.max_steps is not None else max(1, asked)
@@ -49,6 +50,10 @@ class RunSteps:
             found.append(self._epoch(epoch).lengths(index))
         return found
 
+    def packs(self) -> int:
+        """Return the number of packs of the first epoch, with the option `packing`."""
+        return len(self._epoch(0).packs)
+
     def _epoch(self, epoch: int) -> StepPlan:
         """Return the steps of an epoch; the last one asked for is kept."""
         if self._held is None or self._held[0] != epoch:
@@ -59,6 +64,8 @@ class RunSteps:
                 seed=self._config.seed,
                 epoch=epoch,
                 pad_id=self._pad_id,
+                pack_tokens=self._config.max_length if self._config.packing else None,
+                count=self.per_epoch if self._config.packing else None,
             )
             self._held = (epoch, plan)
         return self._held[1]

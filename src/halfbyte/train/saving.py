@@ -6,6 +6,7 @@ digests and flushing to disk takes a second for a 7B model's run (LAB.md); no st
 
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, partial
@@ -15,7 +16,7 @@ from typing import Any, Self
 from halfbyte.checkpoint.base_model import LoadedBase
 from halfbyte.checkpoint.identity import identity_of
 from halfbyte.checkpoint.peft import write_card
-from halfbyte.checkpoint.run_state import latest_run, load_run, save_run
+from halfbyte.checkpoint.run_state import latest_run, load_run, run_at, save_run
 from halfbyte.config.command_line import invocation
 from halfbyte.config.schema import TrainConfig
 from halfbyte.errors import CheckpointError, HalfbyteError
@@ -40,6 +41,8 @@ class Checkpoints:
         writer: Writes them.
         identity: What must be equal to resume from them (train/resume.py).
         total: Steps of the run.
+        by_program: Whether the run needs something that only a program has, such as its data.
+        now: The time in seconds, for ``save_minutes``.
 
     Attributes:
         saved: The step of the newest one, which may still be being written; None if there is none.
@@ -54,25 +57,35 @@ class Checkpoints:
         writer: "CheckpointWriter",
         identity: Mapping[str, Any],
         total: int,
+        *,
+        by_program: bool = False,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config, self._base, self._lora = config, base, lora
         self._trainer, self._writer, self._identity = trainer, writer, dict(identity)
-        self._total = total
+        self._total, self._by_program = total, by_program
         self.saved: int | None = None
         self._every = config.save_steps or max(1, math.ceil(total / SAVES_PER_RUN))
+        self._now, self._newest = now, now()
 
     def due(self, step: int) -> bool:
-        """Return whether one is written after ``step``: every so many, and after the last."""
-        return step % self._every == 0 or step == self._total
+        """Return whether one is written after ``step``.
 
-    def save(self, step: int, progress: Mapping[str, Any]) -> None:
+        Every ``save_steps``, after the last step, and once the newest is ``save_minutes`` old.
+        """
+        minutes, age = self._config.save_minutes, self._now() - self._newest
+        old = minutes is not None and age >= 60.0 * minutes
+        return old or step % self._every == 0 or step == self._total
+
+    def save(self, step: int, progress: Mapping[str, Any], *, best: int | None = None) -> None:
         """Write a checkpoint of the state after ``step``; on a GPU in the background.
 
         Args:
             step: Optimizer steps made.
             progress: More state of the run, as JSON values.
+            best: Step of the checkpoint that is kept whatever its age, if there is one.
         """
-        self.saved = step
+        self.saved, self._newest = step, self._now()
         trainer, state = self._trainer, adapter_state(self._base.model)
         write = partial(
             save_run,
@@ -82,6 +95,7 @@ class Checkpoints:
             optimizer=trainer.optimizer_state(),
             progress=self._identity | trainer.progress() | dict(progress),
             keep=self._config.save_total_limit,
+            best=best,
             card=partial(write_card, names=trainer.parameters, config=self._lora, **self.card),
         )
         self._writer.write(write)
@@ -103,17 +117,46 @@ class Checkpoints:
         self._trainer.load_optimizer_state(state.optimizer)
         return state.step
 
+    def restore_adapters(self, step: int) -> None:
+        """Restore the adapters, and nothing else, from the checkpoint after ``step``.
+
+        Raises:
+            CheckpointError: It is missing or damaged.
+            OutputError: It could not be written.
+        """
+        self._writer.wait()
+        path = run_at(self._config.output, step)
+        try:
+            adapter = load_run(path).adapter
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"`load_best`: the best evaluation was after step {step}: {error}. The adapter of "
+                f"the last step is in the newest checkpoint in {path.parent}"
+            ) from error
+        load_adapter_state(self._base.model, adapter)
+
     @cached_property
     def card(self) -> dict[str, Any]:
         """What an adapter's files say of the base model; takes 0.2 s, so computed on demand."""
         recipe = recipe_metadata(self._base.model.halfbyte_recipe)
-        recipe |= {"init_lora_weights": self._config.init_lora_weights}
+        known = ("init_adapter", "chat_template")
+        more = {name: self._identity[name] for name in known if name in self._identity}
+        # An adapter that began with the error of quantisation still holds it.
+        begun = more.get("init_adapter", {}).get("init_lora_weights")
+        recipe |= {"init_lora_weights": begun or self._config.init_lora_weights}
         removed = removed_modules(self._base.model)
-        return {"base": identity_of(self._base), "recipe": recipe, "removed": removed}
+        return {
+            "base": identity_of(self._base),
+            "recipe": recipe,
+            "removed": removed,
+            "more": more,
+        }
 
     @property
     def resume_command(self) -> str:
-        """The command that goes on from the newest checkpoint."""
+        """The command that goes on from the newest checkpoint; for a program, its call."""
+        if self._by_program:
+            return "fine_tune with the same arguments, and resume=True in the configuration"
         return invocation("train", str(self._config.output / "config.yaml"), "--resume")
 
 

@@ -31,10 +31,15 @@ class StopRequest:
         self.signal: int | None = None
         self._announce: Callable[[], None] | None = None
 
-    def request(self) -> None:
-        """Have the run stop after the step in progress, or before its first one."""
+    def request(self, *, quietly: bool = False) -> None:
+        """Have the run stop after the step in progress, or before its first one.
+
+        Args:
+            quietly: Whether nothing is said of it before the run has stopped: between steps there
+                is nothing to wait for.
+        """
         self.requested = True
-        if self._announce is not None:
+        if self._announce is not None and not quietly:
             # In a thread, since a signal handler may have interrupted code that is printing; a
             # bare one, since that code may hold the locks of `threading`.
             _thread.start_new_thread(self._announce, ())

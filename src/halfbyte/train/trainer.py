@@ -6,8 +6,8 @@ output. The loss of a step is the sum of its token losses divided by the supervi
 
     g ← Σ over micro-batches of d(Σ token losses / N)      N: supervised tokens of the step
     g ← g · min(1, max_grad_norm / ‖g‖)                     norm over all adapters together
-    AdamW (Loshchilov and Hutter 2019), learning rate from the schedule; for B and magnitudes
-    times ``loraplus_lr_ratio`` (LoRA+, Hayou et al. 2024)
+    AdamW (Loshchilov and Hutter 2019), learning rate from the schedule; for some parameters other
+    rates, or no weight decay (train/parameter_groups.py)
 
 In float16 the loss is scaled, and steps whose gradients overflow are skipped (train/loss_scale.py).
 A step that runs out of memory is repeated with further fallbacks (`Trainer.fall_back`). Gradients
@@ -38,6 +38,7 @@ from halfbyte.engine.memory_policy import (
     plan_memory,
     used_memory,
 )
+from halfbyte.engine.neftune import EmbeddingNoise, training_step
 from halfbyte.engine.packing import Batch, lengths_of
 from halfbyte.errors import CheckpointError, ConfigError, OutOfMemoryError
 from halfbyte.foreign_text import quote
@@ -49,6 +50,7 @@ from halfbyte.plan.policy import ActivationPolicy, peak
 from halfbyte.runtime.device import is_out_of_memory
 from halfbyte.train.diagnosis import FailedStep, diverged, raise_nonfinite
 from halfbyte.train.loss_scale import LossScale, too_large
+from halfbyte.train.parameter_groups import parameter_groups
 from halfbyte.train.schedule import Schedule
 
 # Parts are not made smaller than this, since products of fewer rows are inefficient.
@@ -139,26 +141,29 @@ class Trainer:
         self.policy, self.fallbacks = ActivationPolicy(), list[dict[str, Any]]()
         self.plan: MemoryPlan | None = None
         self._lengths: Sequence[Sequence[int]] = ()
+        self._documents: Sequence[Sequence[int]] = ()  # packed on a CPU
         self._most_tokens = 0
         self._captured = self.updating = False
         self.on_nonfinite: Callable[[FailedStep], None] = raise_nonfinite
         self._device = engine.model.device.type
         self._gradients = gradients_in_one(list(self.parameters.values()))
         self.loss_scale = LossScale.wanted(engine.model.halfbyte_recipe.compute_dtype)
-        groups: dict[float, list[str]] = {}
-        for name in self.parameters:
-            of_b = name.endswith(("lora_B.weight", "lora_magnitude_vector"))
-            groups.setdefault(config.loraplus_lr_ratio if of_b else 1.0, []).append(name)
-        self._names = [name for members in groups.values() for name in members]
+        if config.neftune_noise_alpha:
+            engine.noise = EmbeddingNoise(engine.model, config.neftune_noise_alpha, config.seed)
+        groups = parameter_groups(engine.model, self.parameters, config)
+        self._names = [name for group in groups for name in group.names]
         self.optimizer = AdamW(
             [
-                {"params": [self.parameters[name] for name in members], "ratio": ratio}
-                for ratio, members in groups.items()
+                {
+                    "params": [self.parameters[name] for name in group.names],
+                    "ratio": group.ratio,
+                    "weight_decay": group.weight_decay,
+                }
+                for group in groups
             ],
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
             state_bits=config.state_bits,
             paging=config.paging if config.optim.startswith("paged_") else "off",
         )
@@ -196,13 +201,17 @@ class Trainer:
             ConfigError: If the memory budget is too small for any policy.
             OutOfMemoryError: If not even one layer can be run.
         """
-        self._lengths = lengths
+        self._lengths, self._documents = lengths, ()
+        if isinstance(self.engine, LayerEngine) and self.engine.packs and self._device == "cpu":
+            parts = [self.engine.part_shapes(step) for step in lengths]
+            shapes = [[(part.rows, part.tokens) for part in step] for step in parts]
+            self._documents = lengths
         self._most_tokens = max(sum(b * t for b, t in step) for step in shapes)
         engine, part_tokens = self.engine, None
         while True:
             if isinstance(engine, LayerEngine):
                 engine.max_seqlen = max(map(max, lengths))
-            if isinstance(engine, LayerEngine) and engine.packs:
+            if isinstance(engine, LayerEngine) and engine.packs and not self._documents:
                 engine.buckets = buckets_of(engine, lengths, part_tokens)
                 compile_ahead(engine, engine.buckets)
             failed = None
@@ -240,6 +249,7 @@ class Trainer:
                 config.memory_budget,
                 self._device,
                 state_bytes=state_bytes,
+                documents=self._documents,
             )
 
         usual, tight = optimizer.device_bytes(), optimizer.device_bytes(tight=True)
@@ -353,14 +363,8 @@ class Trainer:
         scale = self.loss_scale
         normaliser = terms if scale is None else 1.0 / scale.factor
         unscale = 1.0 if scale is None else scale.unscale(terms)
-        clock = self.engine.clock
-        if clock is not None:
-            clock.step, clock.running = step, True
-        try:
+        with training_step(self.engine.clock, self.engine.noise, step):
             loss = self.engine.step(batches, normaliser, self.policy)
-        finally:
-            if clock is not None:
-                clock.running = False
         # Queued behind backward, without host reads: a non-finite scale makes the update a no-op.
         loss, norm = loss * unscale, torch.linalg.vector_norm(self._gradients) * unscale
         clip = torch.ones_like(norm)

@@ -1,0 +1,53 @@
+"""What other programs that serve adapters do not take, known before they are started.
+
+vLLM: read from ``vllm/lora/peft_helper.py``, ``lora_model.py`` and ``vllm/config/lora.py`` of 0.33,
+which the adapters of ``tests/checkpoint/test_serving.py`` were given to once (LAB.md). llama.cpp:
+what `gguf_export.write_gguf_lora` cannot express.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values of vLLM's ``--max-lora-rank``; 16 is its default."""
+_VLLM_WHOLE = {"classifier", "score"}
+
+
+def largest_rank(fields: Mapping[str, Any]) -> int:
+    """The largest rank of an adapter, as vLLM takes it from ``adapter_config.json``."""
+    pattern = fields.get("rank_pattern") or {}
+    return max([int(fields["r"]), *map(int, pattern.values())])
+
+
+def vllm_rank(fields: Mapping[str, Any]) -> int | None:
+    """The smallest ``--max-lora-rank`` that an adapter fits into, or None."""
+    rank = largest_rank(fields)
+    return next((limit for limit in VLLM_RANKS if rank <= limit), None)
+
+
+def vllm_refuses(fields: Mapping[str, Any]) -> list[str]:
+    """Why vLLM does not load an adapter; empty if it does.
+
+    Args:
+        fields: The content of ``adapter_config.json``.
+    """
+    reasons = []
+    if whole := sorted({*(fields.get("modules_to_save") or [])} - _VLLM_WHOLE):
+        reasons.append(f"modules trained in full ({', '.join(whole)})")
+    if fields.get("use_dora"):
+        reasons.append("DoRA")
+    if fields.get("lora_bias") or fields.get("bias", "none") != "none":
+        reasons.append("biases")
+    if vllm_rank(fields) is None:
+        reasons.append(f"rank {largest_rank(fields)}, more than {VLLM_RANKS[-1]}")
+    return reasons
+
+
+def llama_cpp_refuses(fields: Mapping[str, Any]) -> list[str]:
+    """Why an adapter cannot be given to llama.cpp by itself; empty if it can."""
+    reasons = []
+    if whole := fields.get("modules_to_save"):
+        reasons.append(f"modules trained in full ({', '.join(whole)})")
+    if fields.get("use_dora"):
+        reasons.append("DoRA")
+    return reasons

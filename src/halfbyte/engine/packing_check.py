@@ -1,0 +1,135 @@
+"""Whether documents can be packed on a CPU without any effect on each other.
+
+Packed documents must be as independent as in rows of their own. Attention is restricted to them by
+our attention (layers/attention_cpu.py), if the model uses it, once in each layer; position ids tell
+them apart for everything else. What this leaves out is found by a probe: other operations that mix
+tokens (recurrent states, convolutions), biases of attention, positions that do not come from ids.
+The model packs if the log-probabilities of documents in one row
+
+    are those of the documents alone, up to rounding
+    do not change with the tokens of another document: not by a bit, unless it has experts, whose
+    products have other shapes then
+
+Attention that is plain for short documents only limits their length: a window (sliding or chunked),
+or rotary tables that depend on the longest position of the row.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.engine.autograd import AutogradEngine
+from halfbyte.engine.buckets import Unfilled
+from halfbyte.engine.layerwise import EngineError, LayerEngine
+from halfbyte.engine.objective import Objective
+from halfbyte.engine.packing import Batch
+from halfbyte.layers.attention_cpu import NAME, NotPackable, packed_row
+from halfbyte.plan.ledger import CPU_PART_TOKENS
+
+# Tokens of the probe's documents: few, as small models have small windows.
+_LENGTHS = (5, 7, 3)
+_ERRORS = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, EngineError)
+
+
+class _Recorded(Objective):
+    """Keeps the log-probability of every token, by its document."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, Tensor] = {}
+
+    def loss(self, logps: Tensor, segments: Tensor) -> Tensor:
+        for segment in set(segments.tolist()):
+            self.found[segment] = logps[segments == segment].double()
+        return -logps.sum()
+
+
+def pack_on_cpu(engine: LayerEngine | AutogradEngine, vocabulary: int) -> str | None:
+    """Have an engine pack documents if that is exact; return why not, or None.
+
+    Args:
+        engine: Any engine; on a GPU it packs by itself, if it does.
+        vocabulary: Size of the vocabulary.
+    """
+    decoder = engine.model.get_decoder()
+    if decoder.config._attn_implementation != NAME:
+        return "its attention is transformers' own"
+    # The autograd engine packs micro-batches.
+    size = CPU_PART_TOKENS if isinstance(engine, LayerEngine) else 1 << 62
+    try:
+        with torch.no_grad():
+            window = _probed(engine, vocabulary)
+    except NotPackable as error:
+        engine.unfilled = None
+        return str(error)
+    except _ERRORS as error:
+        engine.unfilled = None
+        return f"its decoder cannot be called with packed documents: {error}"
+    limits = [n for n in (window, _rotary_limit(decoder)) if n is not None]
+    engine.unfilled = Unfilled(size, min(limits, default=None))
+    return None
+
+
+def _probed(engine: LayerEngine | AutogradEngine, vocabulary: int) -> int | None:
+    """Return the attention window, if any.
+
+    Raises:
+        NotPackable: If packed documents are not independent, or not what they are alone.
+    """
+    generator = torch.Generator().manual_seed(0)
+    documents = [torch.randint(0, vocabulary, (n + 1,), generator=generator) for n in _LENGTHS]
+    others = [torch.randint(0, vocabulary, (_LENGTHS[0] + 1,), generator=generator), *documents[1:]]
+    alone = [_logps(engine, [document])[0] for document in documents]
+    engine.unfilled = Unfilled()
+    with packed_row(_LENGTHS) as row:
+        engine.model.get_decoder()(
+            input_ids=torch.cat([document[:-1] for document in documents])[None],
+            position_ids=torch.cat([torch.arange(n) for n in _LENGTHS])[None],
+            use_cache=False,
+        )
+    layers = engine.model.config.get_text_config().num_hidden_layers
+    if row.calls != layers:
+        raise NotPackable(f"attention is computed {row.calls} times in {layers} layers")
+    together, changed = _logps(engine, documents), _logps(engine, others)
+    wide = engine.model.halfbyte_recipe.compute_dtype == torch.float32
+    tolerance = 1e-4 if wide else 2e-2  # that of the probe of the layer engine
+    mixes_shapes = any("expert" in name for name, _ in engine.model.named_modules())
+    for one, whole, other in zip(alone[1:], together[1:], changed[1:], strict=True):
+        if not torch.allclose(whole, one, rtol=tolerance, atol=tolerance):
+            raise NotPackable("packed documents have other probabilities than documents alone")
+        same = torch.allclose(whole, other, rtol=tolerance, atol=tolerance)
+        if not (same if mixes_shapes else torch.equal(whole, other)):
+            raise NotPackable("packed documents depend on each other")
+    return row.window
+
+
+def _logps(engine: LayerEngine | AutogradEngine, documents: Sequence[Tensor]) -> list[Tensor]:
+    """Return the log-probabilities of each document's tokens, float64."""
+    recorded = _Recorded()
+    longest = max(len(document) for document in documents) - 1
+    ids = torch.zeros(len(documents), longest, dtype=torch.int64)
+    labels = torch.full_like(ids, -100)
+    for row, document in enumerate(documents):
+        ids[row, : len(document) - 1], labels[row, : len(document) - 1] = (
+            document[:-1],
+            document[1:],
+        )
+    engine.loss([Batch(ids, labels, [len(document) - 1 for document in documents])], recorded)
+    return [recorded.found[number] for number in range(len(documents))]
+
+
+def _rotary_limit(decoder: nn.Module) -> int | None:
+    """Return the longest document whose rotary tables do not depend on others in its row."""
+    found: list[int] = []
+    module: Any
+    for module in decoder.modules():
+        kinds = getattr(module, "rope_type", None)
+        for name, kind in (kinds if isinstance(kinds, dict) else {None: kinds}).items():
+            if not isinstance(kind, str) or not ("dynamic" in kind or kind == "longrope"):
+                continue
+            config = module.config
+            parameters = config.rope_parameters if name is None else config.rope_parameters[name]
+            original = parameters.get("original_max_position_embeddings")
+            found.append(int(original or config.max_position_embeddings))
+    return min(found, default=None)

@@ -1,0 +1,286 @@
+"""Other trainers' configurations: every key that their published examples have is accounted for."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from halfbyte.config.importing import axolotl, import_config, llama_factory, unsloth
+from halfbyte.config.importing.rules import Imported
+from halfbyte.config.importing.writing import missing_options, to_yaml
+from halfbyte.config.reading import load_config
+from halfbyte.config.schema import TrainConfig
+from halfbyte.errors import ConfigError
+
+# Every key, with one of its values, of the LoRA and QLoRA examples for text that axolotl has
+# (2026-07-24) and LLaMA-Factory (2026-08-19), and all arguments of Unsloth's notebooks (08-18).
+PUBLISHED = json.loads(Path(__file__).with_name("published_settings.json").read_text())
+UNKNOWN = "not known here"
+
+AXOLOTL = """
+base_model: org/model
+load_in_4bit: true
+adapter: qlora
+datasets:
+  - path: org/chats
+    type: chat_template
+    split: train[:20%]
+    field_messages: conversations
+    message_property_mappings: {role: from, content: value}
+val_set_size: 0.05
+output_dir: ./out
+sequence_len: 4096
+sample_packing: true
+lora_r: 32
+lora_alpha: 16
+lora_dropout: 0.05
+lora_target_linear: true
+gradient_accumulation_steps: 4
+micro_batch_size: 2
+num_epochs: 1
+optimizer: adamw_bnb_8bit
+lr_scheduler: cosine
+learning_rate: 0.0002
+bf16: auto
+tf32: false
+gradient_checkpointing: true
+warmup_ratio: 0.1
+evals_per_epoch: 4
+special_tokens:
+wandb_project:
+"""
+
+LLAMA_FACTORY = """
+model_name_or_path: org/model
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+dataset: mine,named_nowhere
+dataset_dir: sets
+cutoff_len: 2048
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 1.0e-4
+num_train_epochs: 3.0
+bf16: true
+report_to: none
+overwrite_output_dir: true
+"""
+
+UNSLOTH = """
+from unsloth import FastLanguageModel
+max_seq_length = 2048
+dtype = None
+rank = 8
+model, tokenizer = FastLanguageModel.from_pretrained(
+    model_name="org/model", max_seq_length=max_seq_length, dtype=dtype, load_in_4bit=True
+)
+model = FastLanguageModel.get_peft_model(
+    model, r=rank, lora_alpha=rank * 2, lora_dropout=0, bias="none", random_state=3407,
+    target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    use_gradient_checkpointing="unsloth", loftq_config=None,
+)
+from datasets import load_dataset
+dataset = load_dataset("org/chats", split="train[:3000]")
+trainer = SFTTrainer(
+    model=model, tokenizer=tokenizer, train_dataset=dataset,
+    args=SFTConfig(
+        per_device_train_batch_size=2, gradient_accumulation_steps=4, warmup_steps=5, max_steps=60,
+        learning_rate=2e-4, optim="adamw_8bit", weight_decay=0.001, lr_scheduler_type="linear",
+        seed=3407, output_dir="outputs", report_to="none", logging_steps=compute_it(),
+        fp16=not torch.cuda.is_bf16_supported(),
+    ),
+)
+"""
+
+
+def written(directory: Path, name: str, text: str) -> Path:
+    path = directory / name
+    path.write_text(text)
+    return path
+
+
+def loaded(imported: Imported, directory: Path) -> TrainConfig:
+    """The options that ``halfbyte train`` reads from the file that is written."""
+    path = written(directory, "ours.yaml", to_yaml(imported, "theirs"))
+    required = {name: "x" for name in missing_options(imported)}
+    config, _ = load_config(path, required)
+    return config
+
+
+def test_an_axolotl_file(tmp_path):
+    found = import_config(written(tmp_path, "qlora.yml", AXOLOTL))
+    assert found.values == {
+        "model": "org/model",
+        "quant": "nf4",
+        "data": "org/chats[:20%]",
+        "eval_split": 0.05,
+        "output": "./out",
+        "max_length": 4096,
+        "packing": True,
+        "lora_r": 32,
+        "lora_alpha": 16,
+        "lora_dropout": 0.05,
+        "target_modules": "all-linear",
+        "gradient_accumulation_steps": 4,
+        "batch_size": 2,
+        "epochs": 1,
+        "optim": "adamw_8bit",
+        "lr_scheduler_type": "cosine",
+        "learning_rate": 0.0002,
+        "compute_dtype": "auto",
+        "warmup_ratio": 0.1,
+        "seed": 42,
+    }
+    assert [setting for setting, _ in found.missing] == ["evals_per_epoch: 4"]
+    config = loaded(found, tmp_path)
+    assert (config.lora_r, config.batch_size, config.optim) == (32, 2, "adamw_8bit")
+
+
+def test_a_llama_factory_file_with_its_list_of_data_sets(tmp_path):
+    (tmp_path / "sets").mkdir()
+    info = {"mine": {"file_name": "mine.json", "columns": {"prompt": "question"}}}
+    written(tmp_path / "sets", "dataset_info.json", json.dumps(info))
+    found = import_config(written(tmp_path, "sft.yaml", LLAMA_FACTORY))
+    # Without quantization_bit it trains plain LoRA; alpha is twice the rank.
+    assert found.values["quant"] == "none"
+    assert found.values["lr_scheduler_type"] == "linear"
+    assert found.values["warmup_steps"] == 0
+    assert found.values["data"] == str(tmp_path / "sets" / "mine.json")
+    assert found.values["column"] == {"instruction": "question"}
+    settings = [setting for setting, _ in found.missing]
+    assert settings == ["dataset: named_nowhere", "overwrite_output_dir: true"]
+    config = loaded(found, tmp_path)
+    assert (config.lora_r, config.lora_alpha, config.compute_dtype) == (8, 16, "bfloat16")
+
+
+def notebook_of(code: str) -> str:
+    cells = [
+        {"cell_type": "markdown", "source": ["# A notebook"]},
+        {"cell_type": "code", "source": ["%%capture\n", "!pip install unsloth"]},
+        {"cell_type": "code", "source": ["!nvidia-smi\n", "x = 1"]},
+        {"cell_type": "code", "source": code.splitlines(keepends=True)},
+    ]
+    return json.dumps({"cells": cells, "nbformat": 4})
+
+
+@pytest.mark.parametrize("suffix", [".py", ".ipynb"])
+def test_an_unsloth_script(tmp_path, suffix):
+    text = notebook_of(UNSLOTH) if suffix == ".ipynb" else UNSLOTH
+    found = import_config(written(tmp_path, f"tune{suffix}", text))
+    assert found.values == {
+        "model": "org/model",
+        "max_length": 2048,
+        "quant": "nf4",
+        "lora_r": 8,
+        "lora_alpha": 16,
+        "lora_dropout": 0,
+        "target_modules": "all-linear",
+        "data": "org/chats[:3000]",
+        "batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "warmup_steps": 5,
+        "max_steps": 60,
+        "learning_rate": 2e-4,
+        "optim": "adamw_8bit",
+        "weight_decay": 0.001,
+        "lr_scheduler_type": "linear",
+        "seed": 3407,
+        "output": "outputs",
+        "train_on": "all",  # no train_on_responses_only
+        "epochs": 3.0,
+    }
+    assert found.missing == [("logging_steps: compute_it()", "decided by code: set it by hand")]
+    assert loaded(found, tmp_path).max_steps == 60
+
+
+def test_replies_alone_if_the_script_says_so(tmp_path):
+    code = UNSLOTH + "\ntrainer = train_on_responses_only(trainer, instruction_part='a')\n"
+    found = import_config(written(tmp_path, "tune.py", code))
+    assert found.values["train_on"] == "assistant"
+
+
+def test_a_cell_that_is_not_python_is_listed(tmp_path):
+    book = json.loads(notebook_of(UNSLOTH))
+    book["cells"].append({"cell_type": "code", "source": ["if x\n"]})
+    found = import_config(written(tmp_path, "tune.ipynb", json.dumps(book)))
+    assert any(setting.startswith("cell 4, line 1") for setting, _ in found.missing)
+
+
+# --- what is published --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trainer", ["axolotl", "llama_factory"])
+def test_every_published_key_is_mapped_or_named(trainer, tmp_path):
+    settings = PUBLISHED[trainer]
+    found = import_config(written(tmp_path, "theirs.yaml", yaml.safe_dump(settings)))
+    unknown = [setting for setting, todo in found.missing if todo.startswith(UNKNOWN)]
+    assert not unknown
+    said = [*found.origins.values(), *(setting for setting, _ in found.missing + found.unneeded)]
+    silent = [key for key in settings if not any(part.startswith(key) for part in said)]
+    assert not silent
+
+
+def test_every_published_argument_of_unsloth_is_mapped_or_named(tmp_path):
+    calls = [
+        f"{function}({'x, ' * (function == 'get_peft_model')}"
+        + ", ".join(f"{name}={value}" for name, value in arguments.items())
+        + ")"
+        for function, arguments in PUBLISHED["unsloth"].items()
+        if function != "load_dataset"
+    ]
+    found = import_config(written(tmp_path, "theirs.py", "\n".join(calls)))
+    assert not [setting for setting, todo in found.missing if todo.startswith(UNKNOWN)]
+
+
+def test_every_rule_is_of_an_option():
+    tables = [axolotl.RULES, llama_factory.RULES, unsloth.FROM_PRETRAINED, *unsloth.CALLS.values()]
+    options = {rule.option for table in tables for rule in table.values()}
+    assert options - {None} <= TrainConfig.model_fields.keys()
+
+
+@pytest.mark.parametrize("trainer", ["axolotl", "llama_factory"])
+@pytest.mark.parametrize("key", ["made_up", "eval_every_full_moon"])
+def test_an_unknown_key_is_listed(trainer, key, tmp_path):
+    start = AXOLOTL if trainer == "axolotl" else LLAMA_FACTORY
+    found = import_config(written(tmp_path, "theirs.yaml", f"{start}{key}: 3\n"))
+    assert (f"{key}: 3", "not known here; see whether your results depend on it") in found.missing
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.yaml", "base_model: x\ndatasets: []\n", "`adapter: None` is not LoRA or QLoRA"),
+        ("a.yaml", "base_model: x\nadapter: lora\nrl: dpo\n", "`rl: dpo`"),
+        ("a.yaml", "model_name_or_path: x\nstage: dpo\n", "`stage: dpo`"),
+        ("a.yaml", "model_name_or_path: x\nfinetuning_type: full\n", "`finetuning_type: full`"),
+        ("a.yaml", "model: x\n", "neither axolotl's"),
+        ("a.toml", "", "expected a YAML file"),
+        ("a.py", "x = 1\n", "makes no run"),
+        ("a.py", "x = = 1\n", "is not Python"),
+        ("a.py", "SFTTrainer()\nDPOTrainer(x)\n", "uses DPOTrainer"),
+        ("a.ipynb", "{", "not a notebook"),
+        ("a.ipynb", "[1, 2]", "not a notebook"),
+    ],
+)
+def test_what_cannot_be_converted_is_said(name, text, said, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        import_config(written(tmp_path, name, text))
+
+
+def test_a_missing_file_is_said(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read"):
+        import_config(tmp_path / "none.py")
+
+
+def test_two_names_for_one_option_are_listed(tmp_path):
+    text = AXOLOTL + "adam_eps: 1.0e-5\nadam_epsilon: 1.0e-8\n"
+    found = import_config(written(tmp_path, "a.yaml", text))
+    assert found.values["adam_epsilon"] == 1e-5
+    assert any("keep one of the two" in todo for _, todo in found.missing)
