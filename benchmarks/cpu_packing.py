@@ -88,12 +88,12 @@ def documents_of(steps: list[Any]) -> list[list[int]]:
 def speed(args: argparse.Namespace) -> dict[str, Any]:
     """Time every step both ways."""
     engine, trainer, steps = prepare(args)
-    how = {"padded": None, "packed": engine.unfilled}
+    how = {"padded": None, "packed": engine.unpadded}
     trainer.fit(shapes_of(steps), documents_of(steps))
     found: dict[str, list[tuple[float, float]]] = {"padded": [], "packed": []}
     for number, step in enumerate(steps):
         for name in sorted(how, reverse=number % 2 == 1):
-            engine.unfilled = how[name]
+            engine.unpadded = how[name]
             clock, processor = time.perf_counter(), time.process_time()
             trainer.step(number, step)
             found[name].append((time.perf_counter() - clock, time.process_time() - processor))
@@ -119,7 +119,7 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
 
     engine, trainer, steps = prepare(args)
     if args.way == "padded":
-        engine.unfilled = None
+        engine.unpadded = None
     plan = trainer.fit(shapes_of(steps), documents_of(steps))
     for number, step in enumerate(steps):
         trainer.step(number, step)
@@ -132,14 +132,14 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
 def packs(_: argparse.Namespace) -> dict[str, Any]:
     """Pack 5 million documents."""
     from halfbyte.data.packing import pack
-    from halfbyte.engine.memory_policy import peak_memory
+    from halfbyte.engine.memory_policy import peak_memory, used_memory
 
     count, capacity = 5_000_000, 2048
     drawn = np.random.default_rng(0).lognormal(np.log(300), 0.8, count)
     lengths = np.clip(drawn, 2, capacity).astype(np.int64)
     del drawn
     order = np.random.default_rng(1).permutation(count)
-    before, processor = peak_memory("cpu"), time.process_time()
+    before, processor = used_memory("cpu"), time.process_time()
     made = pack(order, lengths, capacity)
     return {
         "documents": count,

@@ -35,6 +35,8 @@ def complaint(**options: Any) -> str:
         ("double_quantization", "False", "double_quant", False),
         ("quantization_type", "fp4", "quant", "fp4"),
         ("train_on_prompt", True, "train_on", "all"),
+        ("sample_packing", True, "packing", True),
+        ("neat_packing", "true", "packing", True),
         ("model_revision", "v2", "revision", "v2"),
         ("gradient_checkpointing", "offload", "activations", "offload"),
         ("val_set_size", 0.05, "eval_split", 0.05),

@@ -302,3 +302,25 @@ def test_a_part_can_be_made_of_its_shape_alone(steps, width, supervised):
         assert part.rows.tolist() == list(range(min(supervised, shape.numel)))
         assert part.targets.shape == part.rows.shape
         assert all(len(ids) <= shape.max_seqlen for ids, *_ in documents_of(part))
+
+
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=40),
+    st.sampled_from([None, 5, 30]),
+    st.sampled_from([20, 100, 2048]),
+)
+@settings(max_examples=100, deadline=None)
+def test_parts_without_padding_are_as_long_as_their_documents(lengths, window, part_tokens):
+    parts = buckets.UnpaddedParts(part_tokens, window)
+    divided = parts.divide(lengths)
+    assert sorted(i for part in divided for i in part) == list(range(len(lengths)))
+    for part, shape in zip(divided, parts.shapes(lengths), strict=True):
+        own = [lengths[i] for i in part]
+        assert shape.numel == sum(own)
+        assert shape.max_seqlen == max(own)
+        if shape.documents:  # packed, none longer than the window
+            assert (shape.rows, shape.documents) == (1, len(own))
+            assert window is None or max(own) <= window
+        else:
+            assert own == [shape.tokens] * shape.rows
+        assert len(own) == 1 or sum(own) <= part_tokens + max(own)

@@ -17,7 +17,7 @@ from transformers.models.llama import modeling_llama
 
 from halfbyte.data import Example, collate
 from halfbyte.engine.autograd import AutogradEngine
-from halfbyte.engine.buckets import Unfilled
+from halfbyte.engine.buckets import UnpaddedParts
 from halfbyte.engine.choose import choose_engine
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.objective import Objective
@@ -27,6 +27,9 @@ from halfbyte.plan.ledger import CPU_PART_TOKENS
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.train.evaluate import as_batch
 from tests.engine.test_layerwise import FAMILIES, SIZES, gradients, model_of
+
+# transformers 5.17 has scripted functions in GPT-BigCode.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
 LENGTHS = [[70, 3, 1], [41, 17], [96], [2, 64, 5]]
 SMALL = {key: SIZES[key] for key in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
@@ -60,9 +63,9 @@ def alone(batches):
 
 
 def step(engine, batches, *, packed, saved=1):
-    known, engine.unfilled = engine.unfilled, engine.unfilled if packed else None
+    known, engine.unpadded = engine.unpadded, engine.unpadded if packed else None
     loss = engine.step(batches, 50.0, ActivationPolicy(saved))
-    engine.unfilled = known
+    engine.unpadded = known
     return loss, gradients(engine.model)
 
 
@@ -124,7 +127,7 @@ def test_in_bfloat16_packing_adds_no_more_than_rounding():
         choose_engine(model_of(FAMILIES["qwen3"], dtype=dtype, quant="none"), "cpu")[0]
         for dtype in (torch.float32, torch.bfloat16)
     )
-    assert rounded.unfilled is not None
+    assert rounded.unpadded is not None
     batches = batches_of()
     _, true = step(exact, alone(batches), packed=False)
     _, found = step(rounded, batches, packed=True)
@@ -136,7 +139,7 @@ def test_in_bfloat16_packing_adds_no_more_than_rounding():
 def test_what_is_kept_changes_no_bit(dropout, monkeypatch):
     model = model_of(FAMILIES["llama"], dtype=torch.bfloat16, dropout=dropout)
     engine, _ = choose_engine(model, "cpu")
-    engine.unfilled = Unfilled(100)
+    engine.unpadded = UnpaddedParts(100)
     dropout_clock(model).running = True
     batches = batches_of()
     assert len(engine.make_parts(batches)) == 3
@@ -153,7 +156,7 @@ def test_no_position_predicts_the_first_token_of_the_next_document():
         examples.append(Example(ids, ids >= 0, 1))  # all supervised
         tokens += length
     batches = [as_batch(collate(examples[:2])), as_batch(collate(examples[2:]))]
-    (part,) = parts_of(batches, "cpu", pack=True, buckets=Unfilled())
+    (part,) = parts_of(batches, "cpu", pack=True, buckets=UnpaddedParts())
     assert part.lengths == [5, 9, 2, 30]
     assert part.ids.tolist() == [list(range(tokens))]
     ends = part.documents.cu_seqlens[1:] - 1
@@ -172,10 +175,10 @@ class PerDocument(Objective):
 @pytest.mark.parametrize("config", [FAMILIES["llama"], BY_AUTOGRAD], ids=["layers", "autograd"])
 def test_an_objective_sees_the_documents(config):
     engine, _ = choose_engine(model_of(config), "cpu")
-    assert engine.unfilled is not None
+    assert engine.unpadded is not None
     batches = batches_of([[70, 3], [41, 17]])
     packed = engine.loss(batches, PerDocument())
-    engine.unfilled = None
+    engine.unpadded = None
     assert float(packed) > 1
     assert float(packed) == pytest.approx(
         float(engine.loss(alone(batches), PerDocument())), rel=1e-5
@@ -200,7 +203,7 @@ def test_under_plain_autograd_the_documents_of_a_micro_batch_share_a_row():
 
 def test_documents_longer_than_a_window_are_parts_of_their_own():
     engine, _ = choose_engine(model_of(FAMILIES["mistral"]), "cpu")  # a window of 8 tokens
-    assert engine.unfilled == Unfilled(CPU_PART_TOKENS, 8)
+    assert engine.unpadded == UnpaddedParts(CPU_PART_TOKENS, 8)
     parts = engine.make_parts(batches_of([[8, 30, 7], [9, 2, 6]]))
     assert [part.lengths for part in parts] == [[], [], [8, 7, 2, 6]]
     assert [tuple(part.ids.shape) for part in parts[:2]] == [(1, 30), (1, 9)]
@@ -211,7 +214,7 @@ def test_rotary_tables_of_long_rows_limit_the_documents():
     scaling |= {"rope_theta": 1e4, "original_max_position_embeddings": 32}
     config = Phi3Config(**SIZES, rope_parameters=scaling, original_max_position_embeddings=32)
     engine, _ = choose_engine(model_of(config), "cpu")
-    assert engine.unfilled.window == 32
+    assert engine.unpadded.window == 32
     batches = batches_of([[32, 40, 7], [31, 50]])
     loss, found = step(engine, batches, packed=True)
     wanted, true = step(engine, alone(batches), packed=False)
@@ -238,7 +241,7 @@ def test_what_is_not_exact_is_not_packed(config):
     config, reason = REFUSED[config]
     engine, message = choose_engine(model_of(config), "cpu")
     assert f"documents not packed: {reason}" in message
-    assert engine.unfilled is None
+    assert engine.unpadded is None
 
 
 def test_a_layer_that_mixes_tokens_is_noticed_in_bfloat16_too(monkeypatch):
@@ -250,4 +253,4 @@ def test_a_layer_that_mixes_tokens_is_noticed_in_bfloat16_too(monkeypatch):
     monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", shifted)
     engine, message = choose_engine(model_of(LlamaConfig(**SIZES), dtype=torch.bfloat16), "cpu")
     assert message.endswith("documents not packed: packed documents depend on each other")
-    assert engine.unfilled is None
+    assert engine.unpadded is None

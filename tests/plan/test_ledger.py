@@ -240,3 +240,18 @@ def test_on_a_cpu_the_process_is_what_it_was_before_the_run() -> None:
     assert ledger(shape, run).overhead == OVERHEAD["cpu"] + products
     known = ledger(shape, replace(run, process=10**9))
     assert known.overhead == 10**9 + TOUCHED_LATER + products
+
+
+def test_on_a_cpu_products_of_packed_documents_are_counted() -> None:
+    shapes, documents = [[(1, 300), (1, 200)], [(1, 300)]], [[200, 100, 150, 50], [100, 200]]
+    # Two shapes of linears; the blocks of the longest document, and the last of each length.
+    count = 2 * 17 + 5 * (4 + 4)
+    assert product_bytes(shapes, 2, documents) == int(count * PRODUCT[2])
+    assert product_bytes(shapes, 4, documents) == int(2 * 17 * PRODUCT[4])
+    assert products_kept(shapes, documents) == 256
+    assert products_kept([[(1, 9000)]], [list(range(1, 61))]) == 32 + 10 * 60
+    run = Run(device="cpu", batch=2, micro_batches=4, length=512)
+    assert (run.parts, run.part_tokens) == (2, 2048)
+    assert replace(run, length=4096).part_tokens == 4096
+    assert replace(run, packs_on_cpu=False).part_tokens == 1024
+    assert replace(run, micro_batches=1).part_tokens == 1024

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from halfbyte.engine.buckets import Unfilled
+from halfbyte.engine.buckets import UnpaddedParts
 from halfbyte.engine.neftune import EmbeddingNoise
 from halfbyte.engine.objective import CROSS_ENTROPY, Objective
 from halfbyte.engine.packing import Batch, PackedBatch, parts_of, with_first_row
@@ -35,7 +35,7 @@ class AutogradEngine:
     Attributes:
         objective: The objective that steps minimise; each micro-batch is a part.
         noise: Added to the embeddings in steps, if asked for.
-        unfilled: How the documents of a micro-batch are packed, if they can be.
+        unpadded: How the documents of a micro-batch are packed, if they can be.
         messages: Messages for the user; cleared by the code that logs them.
     """
 
@@ -48,7 +48,7 @@ class AutogradEngine:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.messages = model, []
         self.objective: Objective = CROSS_ENTROPY
-        self.unfilled: Unfilled | None = None
+        self.unpadded: UnpaddedParts | None = None
         self.clock = dropout_clock(model)
         if model.supports_gradient_checkpointing:
             for module in model.modules():
@@ -87,13 +87,13 @@ class AutogradEngine:
         self, batches: Sequence[Batch], objective: Objective
     ) -> Iterator[tuple[int, PackedBatch, int]]:
         """Yield (index of the micro-batch, part, index of the micro-batch's first row)."""
-        pack = self.unfilled is not None and objective.separable
+        pack = self.unpadded is not None and objective.separable
         for i, (batch, first) in enumerate(with_first_row(batches)):
             parts = parts_of(
                 [batch],
                 self.model.device,
                 pack=pack,
-                buckets=self.unfilled,
+                buckets=self.unpadded,
                 segments=objective.needs_segments,
             )
             for part in parts:

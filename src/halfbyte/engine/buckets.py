@@ -11,7 +11,7 @@ More sizes reduce padding, but each costs the capture of a graph. The sizes that
 
 are found exactly (`_sizes`, dynamic programming over the sorted token counts).
 
-On a CPU nothing is compiled ahead, and parts are as long as their documents (`Unfilled`).
+On a CPU nothing is compiled ahead, and parts are as long as their documents (`UnpaddedParts`).
 
 A product of m rows is computed in tiles, one per streaming multiprocessor (SM) at a time, so its
 time is a step function of m. For a 7B model on an H200 a step is 1024 rows: 3072 tokens take a
@@ -204,7 +204,7 @@ class Buckets:
 
 
 @dataclass(frozen=True)
-class Unfilled:
+class UnpaddedParts:
     """The shapes of parts on a CPU: each is as long as its documents together.
 
     Nothing is compiled ahead there, so a shape costs nothing, and padding would.

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from halfbyte.engine.buckets import Buckets, PartShape, Unfilled, divide, own_shape
+from halfbyte.engine.buckets import Buckets, PartShape, UnpaddedParts, divide, own_shape
 from halfbyte.engine.cuda_graphs import CapturedPasses
 from halfbyte.engine.forward_backward import LayerInput, Passes
 from halfbyte.engine.neftune import EmbeddingNoise
@@ -95,7 +95,7 @@ class LayerEngine:
         noise: Added to the embeddings in steps, if asked for.
         objective: The objective that steps minimise.
         buckets: The shapes of parts, if a run has chosen any.
-        unfilled: How documents are packed on a CPU, if they can be (engine/packing_check.py).
+        unpadded: How documents are packed on a CPU, if they can be (engine/packing_check.py).
         max_seqlen: Tokens of the longest document of a run, if known: if it is longer than an
             attention window, the run is not packed.
         on_layer_backward: Called with a layer's index and the loss once the layer's gradients are
@@ -155,7 +155,7 @@ class LayerEngine:
         self.first_trained = 0 if self.entry_trained else lowest
         self.objective: Objective = CROSS_ENTROPY
         self.buckets: Buckets | None = None
-        self.unfilled: Unfilled | None = None
+        self.unpadded: UnpaddedParts | None = None
         self.max_seqlen = 0
         self._decoded = 0
         self.clock = dropout_clock(model)
@@ -189,7 +189,7 @@ class LayerEngine:
     def summary(self) -> str:
         """Return a description of how steps are run, for the user."""
         message = f"layer engine over {len(self.layers)} layers"
-        if self.unfilled is not None:
+        if self.unpadded is not None:
             message += ", documents packed"
         if self.fused:
             message += ", fused"
@@ -224,7 +224,7 @@ class LayerEngine:
     @property
     def packs(self) -> bool:
         """Whether the documents of a step are packed, across micro-batches."""
-        if self.unfilled is not None:
+        if self.unpadded is not None:
             return self.objective.separable
         if not self._fused or self._drops or not self.objective.separable:
             return False
@@ -429,14 +429,14 @@ class LayerEngine:
             batches,
             self.model.device,
             pack=pack,
-            buckets=self.unfilled or self.buckets,
+            buckets=self.unpadded or self.buckets,
             segments=objective.needs_segments,
         )
 
     def part_shapes(self, lengths: Sequence[int]) -> list[PartShape]:
         """Return the shape of each part that documents of these lengths are packed into."""
-        if self.unfilled is not None:
-            return self.unfilled.shapes(lengths)
+        if self.unpadded is not None:
+            return self.unpadded.shapes(lengths)
         if self.buckets is None:
             return [own_shape([lengths[i] for i in part]) for part in divide(lengths)]
         parts = self.buckets.divide(lengths)
@@ -448,7 +448,7 @@ class LayerEngine:
 
     def _runs_apart(self, parts: Sequence[PackedBatch]) -> bool:
         """Return whether parts were packed for a GPU, where memory depends on the largest."""
-        if self.unfilled is not None:
+        if self.unpadded is not None:
             return False
         max_seqlen = max(p.max_seqlen if p.documents is None else 0 for p in parts)
         return self.packs and self._sees_all(max_seqlen)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from halfbyte.engine.autograd import AutogradEngine
-from halfbyte.engine.buckets import PartShape, Unfilled
+from halfbyte.engine.buckets import PartShape, UnpaddedParts
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_profile import measured_cost, saved_bytes
 from halfbyte.engine.packing import Batch, PackedBatch, part_of_shape
@@ -216,7 +216,8 @@ def _cost_on_cpu(engine: LayerEngine, shapes: Shapes) -> StepCost:
     tokens_per_step = max(sum(b * t for b, t in step) for step in shapes)
     tokens = widest[0] * widest[1]
     # A packed row has as few documents as it can.
-    longest = min(tokens, engine.max_seqlen, (engine.unfilled and engine.unfilled.window) or tokens)
+    window = None if engine.unpadded is None else engine.unpadded.window
+    longest = min(tokens, engine.max_seqlen, window or tokens)
     packed = engine.packs and widest[0] == 1 and 0 < longest < tokens
     shape = PartShape(
         *widest, -(-tokens // longest) if packed else 0, longest if packed else widest[1]
@@ -372,7 +373,7 @@ def keep_few_products(
         documents: The tokens of each document, step by step, which may be packed.
     """
     parts = [
-        [(shape.rows, shape.tokens) for shape in Unfilled().shapes(step)] for step in documents
+        [(shape.rows, shape.tokens) for shape in UnpaddedParts().shapes(step)] for step in documents
     ]
     kept = max(products_kept(steps), products_kept(parts, documents))
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(kept))

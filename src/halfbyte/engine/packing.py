@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from halfbyte.engine.buckets import Buckets, PartShape, Unfilled, divide, fillers, own_shape
+from halfbyte.engine.buckets import Buckets, PartShape, UnpaddedParts, divide, fillers, own_shape
 from halfbyte.layers.attention import Documents
 
 # Alignment of the tensors of a part in elements: kernels are specialised for pointers that are a
@@ -116,7 +116,7 @@ def parts_of(
     device: str | torch.device,
     *,
     pack: bool,
-    buckets: Buckets | Unfilled | None = None,
+    buckets: Buckets | UnpaddedParts | None = None,
     segments: bool = False,
 ) -> list[PackedBatch]:
     """Return the parts of an optimizer step.

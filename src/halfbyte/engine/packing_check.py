@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from halfbyte.engine.autograd import AutogradEngine
-from halfbyte.engine.buckets import Unfilled
+from halfbyte.engine.buckets import UnpaddedParts
 from halfbyte.engine.layerwise import EngineError, LayerEngine
 from halfbyte.engine.objective import Objective
 from halfbyte.engine.packing import Batch
@@ -61,13 +62,13 @@ def pack_on_cpu(engine: LayerEngine | AutogradEngine, vocabulary: int) -> str | 
         with torch.no_grad():
             window = _probed(engine, vocabulary)
     except NotPackable as error:
-        engine.unfilled = None
+        engine.unpadded = None
         return str(error)
     except _ERRORS as error:
-        engine.unfilled = None
+        engine.unpadded = None
         return f"its decoder cannot be called with packed documents: {error}"
     limits = [n for n in (window, _rotary_limit(decoder)) if n is not None]
-    engine.unfilled = Unfilled(size, min(limits, default=None))
+    engine.unpadded = UnpaddedParts(size, min(limits, default=None))
     return None
 
 
@@ -80,18 +81,14 @@ def _probed(engine: LayerEngine | AutogradEngine, vocabulary: int) -> int | None
     generator = torch.Generator().manual_seed(0)
     documents = [torch.randint(0, vocabulary, (n + 1,), generator=generator) for n in _LENGTHS]
     others = [torch.randint(0, vocabulary, (_LENGTHS[0] + 1,), generator=generator), *documents[1:]]
-    alone = [_logps(engine, [document])[0] for document in documents]
-    engine.unfilled = Unfilled()
-    with packed_row(_LENGTHS) as row:
-        engine.model.get_decoder()(
-            input_ids=torch.cat([document[:-1] for document in documents])[None],
-            position_ids=torch.cat([torch.arange(n) for n in _LENGTHS])[None],
-            use_cache=False,
-        )
+    alone = _logps(engine, documents)
+    engine.unpadded = UnpaddedParts()
+    with packed_row(()) as row:  # of the rows within
+        together = _logps(engine, documents)
     layers = engine.model.config.get_text_config().num_hidden_layers
     if row.calls != layers:
         raise NotPackable(f"attention is computed {row.calls} times in {layers} layers")
-    together, changed = _logps(engine, documents), _logps(engine, others)
+    changed = _logps(engine, others)
     wide = engine.model.halfbyte_recipe.compute_dtype == torch.float32
     tolerance = 1e-4 if wide else 2e-2  # that of the probe of the layer engine
     mixes_shapes = any("expert" in name for name, _ in engine.model.named_modules())
@@ -107,15 +104,15 @@ def _probed(engine: LayerEngine | AutogradEngine, vocabulary: int) -> int | None
 def _logps(engine: LayerEngine | AutogradEngine, documents: Sequence[Tensor]) -> list[Tensor]:
     """Return the log-probabilities of each document's tokens, float64."""
     recorded = _Recorded()
-    longest = max(len(document) for document in documents) - 1
-    ids = torch.zeros(len(documents), longest, dtype=torch.int64)
-    labels = torch.full_like(ids, -100)
-    for row, document in enumerate(documents):
-        ids[row, : len(document) - 1], labels[row, : len(document) - 1] = (
-            document[:-1],
-            document[1:],
+    if engine.unpadded is None:
+        batches = [Batch(one[None, :-1], one[None, 1:]) for one in documents]
+    else:  # in one micro-batch, as one is what the autograd engine packs
+        ids, labels = (
+            pad_sequence(rows, batch_first=True)
+            for rows in ([one[:-1] for one in documents], [one[1:] for one in documents])
         )
-    engine.loss([Batch(ids, labels, [len(document) - 1 for document in documents])], recorded)
+        batches = [Batch(ids, labels, [len(one) - 1 for one in documents])]
+    engine.loss(batches, recorded)
     return [recorded.found[number] for number in range(len(documents))]
 
 

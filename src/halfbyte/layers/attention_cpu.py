@@ -66,6 +66,8 @@ _row: PackedRow | None = None
 def packed_row(lengths: Sequence[int]) -> Iterator[PackedRow]:
     """Restrict attention to documents while the context lasts.
 
+    If another is entered within it, what is asked of attention there counts here as well.
+
     Args:
         lengths: The tokens of each document in the only row of the batch.
 
@@ -74,11 +76,16 @@ def packed_row(lengths: Sequence[int]) -> Iterator[PackedRow]:
             longer than its attention window.
     """
     global _row
-    before, _row = _row, PackedRow(tuple(lengths))
+    before, row = _row, PackedRow(tuple(lengths))
+    _row = row
     try:
-        yield _row
+        yield row
     finally:
         _row = before
+        if before is not None:
+            before.calls += row.calls
+            windows = [n for n in (before.window, row.window) if n is not None]
+            before.window = min(windows, default=None)
 
 
 # 64, 128 and 256 take 8.5, 10.2 and 13.9 ms forward and backward in the case above.

@@ -106,7 +106,7 @@ def _in_forward(engine: LayerEngine | AutogradEngine, batches: Sequence[Batch]) 
     if isinstance(engine, LayerEngine) and engine.fused:
         plain = LayerEngine(engine.model)  # fused layers do not call their modules
         plain.tuple_output = engine.tuple_output
-    unfilled, plain.unfilled = plain.unfilled, None  # not packed, a row is an example
+    unpadded, plain.unpadded = plain.unpadded, None  # not packed, a row is an example
     try:
         for index, batch in enumerate(batches):
             with _watched(engine.model, len(batch.input_ids)) as found:
@@ -117,7 +117,7 @@ def _in_forward(engine: LayerEngine | AutogradEngine, batches: Sequence[Batch]) 
                 rows = tuple(range(len(batch.input_ids)))
                 return Origin("the loss, or the logits it is computed from", {}, index, rows)
     finally:
-        plain.unfilled = unfilled
+        plain.unpadded = unpadded
     return None
 
 

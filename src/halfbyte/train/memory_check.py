@@ -215,6 +215,6 @@ def sizes_of(engine: LayerEngine | AutogradEngine, batches: Sequence[MicroBatch]
     lengths = [int(n) for batch in batches for n in batch.lengths]
     if isinstance(engine, LayerEngine) and engine.packs:
         return {"lengths": lengths, "parts": [s.numel for s in engine.part_shapes(lengths)]}
-    if isinstance(engine, AutogradEngine) and engine.unfilled is not None:
+    if isinstance(engine, AutogradEngine) and engine.unpadded is not None:
         return {"lengths": lengths, "parts": [batch.tokens for batch in batches]}
     return {"lengths": [n for b in batches for n in [b.input_ids.shape[1]] * len(b.lengths)]}
