@@ -33,7 +33,7 @@ def test_pieces_are_all_tokens_and_the_whole_text(text: str) -> None:
     assert "".join(piece.text for piece in pieces_of(TINY, alike)) == TINY.decode(alike.tokens)
 
 
-@pytest.mark.parametrize("name", FAMILIES.keys() - {"deepseek_r1"})
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"deepseek_r1"}))
 def test_special_tokens_are_marked_in_every_family(name: str) -> None:
     tokenizer = tokenizer_of(name)
     row = Conversation("1", CONVERSATIONS["plain"])

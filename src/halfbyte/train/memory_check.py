@@ -106,6 +106,7 @@ class Prediction:
         self._shapes: dict[tuple[tuple[int, int], ...], None] = {}
         self._documents: dict[tuple[int, ...], None] = {}  # packed
         self._steps: list[_Seen] = []
+        self._captured = 0
         self._measured: GpuSpec | None = None
 
     def use(self, policy: ActivationPolicy, *, graphs: bool) -> None:
@@ -119,6 +120,7 @@ class Prediction:
         *,
         lengths: Sequence[int],
         parts: Sequence[int] | None = None,
+        captured: int = 0,
     ) -> None:
         """Record a finished step.
 
@@ -127,7 +129,10 @@ class Prediction:
             seconds: How long it took.
             lengths: The tokens of each document or, if rows are padded, of each row.
             parts: If documents are packed, the size of each part in tokens.
+            captured: The largest part whose passes were captured as CUDA graphs, in tokens: memory
+                is that of this one from the beginning.
         """
+        self._captured = max(self._captured, captured)
         step = tuple((batch, length) for batch, length in shapes)
         if parts:
             step = tuple((1, size) for size in parts)
@@ -141,7 +146,7 @@ class Prediction:
     @property
     def ledger(self) -> Ledger:
         """The ledger of the largest step so far."""
-        largest = max(seen.largest for seen in self._steps)
+        largest = max(self._captured, *(seen.largest for seen in self._steps))
         tokens = max(seen.tokens for seen in self._steps)
         run = replace(
             self._run,
@@ -214,7 +219,11 @@ def sizes_of(engine: LayerEngine | AutogradEngine, batches: Sequence[MicroBatch]
     """Return the lengths of a step's sequences in attention, and the sizes of its parts."""
     lengths = [int(n) for batch in batches for n in batch.lengths]
     if isinstance(engine, LayerEngine) and engine.packs:
-        return {"lengths": lengths, "parts": [s.numel for s in engine.part_shapes(lengths)]}
+        parts = [shape.numel for shape in engine.part_shapes(lengths)]
+        captured = 0
+        if engine.buckets is not None and engine.num_graphs:
+            captured = engine.buckets.shapes[0].numel  # the largest is captured first
+        return {"lengths": lengths, "parts": parts, "captured": captured}
     if isinstance(engine, AutogradEngine) and engine.unpadded is not None:
         return {"lengths": lengths, "parts": [batch.tokens for batch in batches]}
     return {"lengths": [n for b in batches for n in [b.input_ids.shape[1]] * len(b.lengths)]}
