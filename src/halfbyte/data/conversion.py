@@ -3,7 +3,8 @@
 A small file is converted each time, into a temporary directory, and so is any file if the cache is
 not to be used (``--no-cache-data``). A larger one is kept, named by everything its content depends
 on; of a local file these are its path, size, time of change and inode. It has the rows in their
-order, and where its lines are not those of the original, an array of the original numbers; see `halfbyte.data.row_files`.
+order, and where its lines are not those of the original, an array of the original numbers; see
+`halfbyte.data.row_files`.
 """
 
 from __future__ import annotations
