@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from halfbyte.checkpoint.atomic import new_file, require_writable
+from halfbyte.atomic import new_file, require_writable
 from halfbyte.checkpoint.base_model import BaseSource, LoadedBase, open_base
 from halfbyte.checkpoint.peft import save_adapter
 from halfbyte.checkpoint.run_state import RunState, step_of
