@@ -190,7 +190,7 @@ class _Run:
         report.track(config.report_to)
         self.source = open_base(config.model, revision=config.revision)
         if config.init_adapter is not None:
-            self.initial = InitialAdapter(config, self.source, self.resumed)
+            self.initial = InitialAdapter(config, self.source, self.resumed, report)
             config = self.config = self.initial.config
             self.lora = lora_of(config)
             self.more["init_adapter"] = self.initial.record
