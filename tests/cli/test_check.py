@@ -221,3 +221,23 @@ def test_another_chat_template_is_checked(
     assert "chat template: " in err
     assert "HB202" in out  # its turns have no end
     assert "[[<│assistant│>" in out
+
+
+def test_of_a_stream_the_first_rows_are_checked(
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("halfbyte.train.growing_data.SAMPLE_ROWS", len(GOOD))
+    with open(write(tmp_path / "piped.jsonl", [*GOOD, BAD]), encoding="utf-8") as piped:
+        monkeypatch.setattr("sys.stdin", piped)
+        assert run("-", "--model", model, "--streaming", "--max-steps", 5) == 0
+    out, err = capsys.readouterr()
+    assert "standard input is a stream: its first 12 rows are read, no others" in err
+    assert "12 of 12 rows usable" in " ".join(out.split())
+    assert "12 rows checked: 0 errors, 0 warnings" in out  # not the row after these
+    (tmp_path / "empty.jsonl").write_text("")
+    empty = tmp_path / "empty.jsonl"
+    assert run(empty, "--model", model, "--streaming", "--max-steps", 5) == 2
+    assert "is empty: expected rows" in capsys.readouterr().err

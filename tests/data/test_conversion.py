@@ -16,6 +16,7 @@ from pyarrow import parquet
 from halfbyte.data import conversion
 from halfbyte.data.conversion import count_rows, row_file
 from halfbyte.data.kinds import DataFile, is_file_name
+from halfbyte.data.loading import open_source
 from halfbyte.errors import DataError
 
 PACKED = {
@@ -200,3 +201,22 @@ def test_progress_ends_with_everything(tmp_path):
     assert seen == sorted(seen)
     assert seen[-1] == (size, size)
     assert 0 < seen[0][0] < size
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".parquet"])
+def test_without_the_cache_converted_files_are_in_a_temporary_directory(tmp_path, kept, suffix):
+    rows = [{"text": f"row {at}"} for at in range(20)]
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".parquet":
+        parquet.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    for keep in (False, True):
+        source = open_source(path, keep=keep)
+        found = list(source.table.read(np.arange(20)))
+        assert [row.value for row in found] == rows
+        assert kept.exists() == keep
+        assert (kept in source.table.files[0].path.parents) == keep
+    # And what is there is not used.
+    source = open_source(path, keep=False)
+    assert kept not in source.table.files[0].path.parents

@@ -14,7 +14,13 @@ import numpy as np
 import pytest
 
 from halfbyte.data import load_dataset
-from halfbyte.data.encoding import EncodedChunk, EncoderSpec, EncodingReport, encode_chunk
+from halfbyte.data.encoding import (
+    EncodedChunk,
+    EncoderSpec,
+    EncodingReport,
+    encode_chunk,
+    without,
+)
 from halfbyte.data.encoding_pool import EncodingPool, chunks_of_file
 from halfbyte.data.formats import preferred_formats
 from halfbyte.data.row_files import Row, RowFile
@@ -296,3 +302,30 @@ def test_processes_end_with_a_script_that_has_no_main_function(number, tmp_path)
     while any(map(is_running, workers)) and time.monotonic() < until:
         time.sleep(0.05)
     assert not any(map(is_running, workers))
+
+
+def test_rows_that_say_what_others_say_leave_nothing_behind(tmp_path):
+    """Of the rest, the chunk and the report are those of the rows without them."""
+    read = read_source(written(tmp_path / "a.jsonl")).rows
+    spec = spec_of(tmp_path / "a.jsonl", tokenizer_of("qwen3"))
+    whole = encode_chunk(spec, read)
+    usable = np.unique(whole.row)
+    content = np.unique(whole.content[usable[::2]])
+    found = without(whole, content)
+    left = [at for at in usable.tolist() if whole.content[at] not in content]
+    assert left
+    assert found.held_out == len(usable) - len(left) > 0
+    alone = encode_chunk(spec, [read[at] for at in left])
+    for name in ("tokens", "mask", "lengths", "prompt_lengths", "messages"):
+        assert np.array_equal(getattr(found, name), getattr(alone, name)), name
+    assert found.row.tolist() == [left[at] for at in alone.row]
+    assert found.truncated == [left[at] for at in alone.truncated]
+    assert found.split == [left[at] for at in alone.split]
+    moved = [{n: [str(left[int(r)]) for r in rows] for n, rows in kept.items()}
+             for kept in (alone.notes.texts, alone.notes.tokens)]  # fmt: skip
+    kept = [{n: list(rows) for n, rows in kept.items()}
+            for kept in (found.notes.texts, found.notes.tokens)]  # fmt: skip
+    assert kept == moved
+    assert (found.rejected, found.unread) == (whole.rejected, whole.unread)
+    assert same(without(whole, content[:0]), whole)
+    assert same(without(whole, np.array([0, 1], np.uint64)), whole)  # 0: rows not read

@@ -65,10 +65,11 @@ def test_chunks_and_rows_come_back_in_another_process_s_store(tmp_path, chunk):
             assert same(one.chunk(rows, chunk.lines), chunk)
             assert same(one.mapped_chunk(rows, chunk.lines), chunk)
             for at, row in enumerate(rows.tolist()):
-                assert as_lists(one.examples(row)) == of_row(chunk, at)
+                assert as_lists(one.row(row).examples) == of_row(chunk, at)
+                assert one.row(row).content == chunk.content[at]
         assert one.chunk(first[::-1], chunk.lines) is None
         assert one.chunk(np.array([6]), ["6"]) is None
-        assert [one.examples(row) for row in (6, 49, 50, -1)] == [None] * 4
+        assert [one.row(row) for row in (6, 49, 50, -1)] == [None] * 4
     other.close()
     store.close()
     assert ExampleStore(tmp_path, 50).appends
@@ -81,7 +82,7 @@ def test_a_row_may_be_in_several_chunks(tmp_path, chunk):
     store.append(later, chunk)
     for rows in (first, later):
         assert same(store.chunk(rows, chunk.lines), chunk)
-    assert as_lists(store.examples(5)) == of_row(chunk, 0)
+    assert as_lists(store.row(5).examples) == of_row(chunk, 0)
 
 
 def test_the_store_of_other_data_is_emptied(tmp_path, chunk):
@@ -89,7 +90,7 @@ def test_the_store_of_other_data_is_emptied(tmp_path, chunk):
     store.append(np.arange(5), chunk)
     store.close()
     store = ExampleStore(tmp_path, 51)
-    assert (store.size, store.examples(0)) == (0, None)
+    assert (store.size, store.row(0)) == (0, None)
 
 
 @given(data=st.data())
@@ -111,8 +112,9 @@ def test_a_damaged_file_gives_what_was_kept_or_nothing(tmp_path_factory, chunk, 
     found = [store.chunk(rows, chunk.lines), store.mapped_chunk(rows, chunk.lines)]
     assert all(one is None or same(one, chunk) for one in found)
     for at, row in enumerate(rows.tolist()):
-        examples = store.examples(row)
-        assert examples is None or as_lists(examples) == of_row(chunk, at)
+        found = store.row(row)
+        assert found is None or as_lists(found.examples) == of_row(chunk, at)
+        assert found is None or found.content == chunk.content[at]
     store.append(rows, chunk)
     assert same(store.chunk(rows, chunk.lines), chunk)
     store.close()

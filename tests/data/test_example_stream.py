@@ -51,7 +51,7 @@ SPEC = EncoderSpec(tokenizer_of("qwen3"), ("messages",), 512)
 def stream(source, encoder, position=BEGINNING, report=None):
     report = report or EncodingReport("a", SPEC)
     order = shuffled(len(source.table), 3)
-    rows = rows_from(source.table, encoder, order, position.rows, report)
+    rows = rows_from(source.table, encoder, order, position.rows, report, np.empty(0, np.uint64))
     return ExampleStream(rows, position, len(source.table))
 
 

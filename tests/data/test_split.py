@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halfbyte.data import load_dataset
+from halfbyte.data.content_hash import content_hash
 from halfbyte.data.dataset_report import RowRejected
 from halfbyte.data.formats import preferred_formats, to_conversation, to_row
-from halfbyte.data.split import content_hash, hold_out, raw_hash, split_dataset
+from halfbyte.data.split import draw_rows, hold_out, split_dataset
 from halfbyte.errors import DataError
 from tests.data.chats import tokenizer_of
 from tests.tiny import tiny_tokenizer
@@ -134,9 +135,19 @@ def test_another_text_has_another(row):
     )
 
 
-def test_raw_rows_are_compared_without_case_and_space():
-    assert raw_hash(b'{"text":  "A b"}\n') == raw_hash(b'{"text": "a b"}')
-    assert raw_hash(b'{"text": "a b"}') != raw_hash(b'{"text": "a c"}')
+@given(st.integers(2, 400), st.integers(1, 399), st.integers(0, 2**63 - 1))
+def test_rows_drawn_by_number_are_different_and_those_of_the_seed(rows, count, seed):
+    count = min(count, rows - 1)
+    drawn = draw_rows(rows, count, seed)
+    assert len(drawn) == count
+    assert (np.diff(drawn) > 0).all()
+    assert 0 <= drawn[0] <= drawn[-1] < rows
+    assert (draw_rows(rows, count, seed) == drawn).all()
+
+
+def test_each_row_is_drawn_as_often_as_others():
+    times = np.bincount(np.concatenate([draw_rows(50, 10, seed) for seed in range(2000)]))
+    assert abs(times / 2000 - 0.2).max() < 0.04  # 4.5 standard deviations
 
 
 # --- data sets -----------------------------------------------------------------------------------

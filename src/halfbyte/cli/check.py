@@ -185,6 +185,7 @@ def _check(options: CheckOptions, ignored: tuple[str, ...], report: "RunReport")
     from halfbyte.data.checks import check_data, check_unusable, evenly
     from halfbyte.data.named_templates import choose_template
     from halfbyte.data.token_view import show_example
+    from halfbyte.train.growing_data import read_beginning
     from halfbyte.train.run_data import check_options, read_data
 
     tokenizer, positions = open_vocabulary(options.model, revision=options.revision)
@@ -198,7 +199,10 @@ def _check(options: CheckOptions, ignored: tuple[str, ...], report: "RunReport")
         if source is None:
             continue
         try:
-            sets.append(read_data(source, tokenizer, whole, report))
+            if options.streaming and not sets:
+                sets.append(read_beginning(whole, tokenizer, report))
+            else:
+                sets.append(read_data(source, tokenizer, whole, report))
         except NothingUsable as error:
             return _Checked(check_unusable(error, tokenizer), error.source, {}, [])
     how = check_options(options, positions, ignore=ignored)

@@ -87,7 +87,7 @@ class Command(Generic[OptionsT]):
             word = words.popleft()
             name, equals, value = word.removeprefix("--").partition("=")
             name = name.replace("-", "_")
-            if word.startswith("-") and not word.startswith("--"):
+            if word.startswith("-") and word != "-" and not word.startswith("--"):
                 short = name.removeprefix("_")
                 known = short in self.options.model_fields or short in aliases
                 hint = f"; did you mean `-{word}`?" if known else ""

@@ -145,7 +145,7 @@ class TrainConfig(ModelOptions):
         "number; rows with the same text stay together",
     )
     cache_data: bool = Field(
-        True, description="keep encoded rows of large data in ~/.cache, for later starts"
+        True, description="keep large data, converted and encoded, in ~/.cache for later starts"
     )
     streaming: bool = Field(
         False,

@@ -1,9 +1,10 @@
 """Converts what is not JSON lines into a file of JSON lines in the user's cache, once.
 
-A small file is converted each time, into a temporary directory. A larger one is kept, named by
-everything its content depends on; of a local file these are its path, size, time of change and
-inode. It has the rows in their order, and where its lines are not those of the original, an array
-of the original numbers; see `halfbyte.data.row_files`.
+A small file is converted each time, into a temporary directory, and so is any file if the cache is
+not to be used (``--no-cache-data``). A larger one is kept, named by everything its content depends
+on; of a local file these are its path, size, time of change and inode. It has the rows in their
+order, and where its lines are not those of the original, an array of the original numbers; see
+`halfbyte.data.row_files`.
 """
 
 from __future__ import annotations
@@ -122,13 +123,14 @@ def _text_rows(file: DataFile, stream: Stream) -> Iterator[RawRow]:
 
 
 def row_file(
-    file: DataFile, *, limit: int | None, progress: Progress | None = None
+    file: DataFile, *, limit: int | None, keep: bool = True, progress: Progress | None = None
 ) -> tuple[RowFile, tuple[str, ...]]:
     """Return a file's rows as a file of JSON lines, and messages for the user.
 
     Args:
         file: The file.
         limit: Rows that are needed at most, or None; with it, no more are converted.
+        keep: Whether the cache may be used.
         progress: Called while it is converted.
 
     Raises:
@@ -139,7 +141,7 @@ def row_file(
     if is_row_file(file):
         return RowFile(file.path, file.name), ()
     identity, found = None, os.stat(file.path)
-    if file.size >= _KEPT:
+    if keep and file.size >= _KEPT:
         identity = {
             "path": os.path.realpath(file.path),
             "size": found.st_size,

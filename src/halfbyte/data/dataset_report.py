@@ -5,7 +5,7 @@ Reasons may quote the data, so their length and the number of those that are lis
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -91,6 +91,16 @@ class Notes:
         self.texts: dict[str, dict[str, None]] = {}
         self.tokens: dict[str, dict[str, None]] = {}
 
+    def without(self, lines: Set[str]) -> Notes:
+        """Return the notes without those lines; a note that was about no others is left out."""
+        found = Notes()
+        for mine, others in ((self.texts, found.texts), (self.tokens, found.tokens)):
+            for note, rows in mine.items():
+                left = {line: None for line in rows if line not in lines}
+                if left or not rows:
+                    others[note] = left
+        return found
+
 
 def described_notes(notes: Iterable[tuple[str, Iterable[str]]]) -> list[str]:
     """Return one line for each note, with the lines of its rows if it is not for all."""
@@ -140,6 +150,8 @@ class DatasetReport:
         longest: Tokens of the longest usable row, before truncation.
         notes: Further messages for the user.
         rejected_lines: For each reason the lines of rejected rows, if ``rejections`` has them not.
+        held_out: Further rows, which ``rows`` does not count: left out because they are held out,
+            or say the same as a row that is.
     """
 
     source: str
@@ -156,6 +168,7 @@ class DatasetReport:
     longest: int
     notes: tuple[str, ...] = ()
     rejected_lines: Mapping[str, Lines] | None = None
+    held_out: int = 0
 
     @property
     def format(self) -> str:
@@ -179,6 +192,11 @@ class DatasetReport:
         lines = [
             f"{self.source}: {self.usable:,} of {self.rows:,} rows usable, read as {self.format}"
         ]
+        if self.held_out:
+            lines.append(
+                f"left out for `eval_split`: {_rows(self.held_out)}, held out or with the text of "
+                "a row that is"
+            )
         lines += describe_rejected(self.rejected)
         if len(self.split_lines):
             among = self.examples - (self.usable - len(self.split_lines))

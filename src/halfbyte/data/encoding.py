@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from halfbyte.data.content_hash import content_hash
 from halfbyte.data.dataset_report import (
     LONGEST_REASON,
     DatasetReport,
@@ -93,6 +94,9 @@ class EncodedChunk(NamedTuple):
         longest: Tokens of the longest example, before truncation.
         notes: Notes about rows, with the rows' positions as lines.
         exceeded: Renderings that exceeded a limit of the sandbox.
+        content: uint64 [rows], the hash of what each row says (`content_hash`); 0 for rows that
+            could not be read.
+        held_out: Usable rows whose examples were left out by `without`.
     """
 
     tokens: NDArray[np.int32]
@@ -111,6 +115,8 @@ class EncodedChunk(NamedTuple):
     longest: int
     notes: Notes
     exceeded: int
+    content: NDArray[np.uint64]
+    held_out: int = 0
 
 
 def encode_chunk(spec: EncoderSpec, rows: Iterable[Row]) -> EncodedChunk:
@@ -124,6 +130,9 @@ def encode_chunk(spec: EncoderSpec, rows: Iterable[Row]) -> EncodedChunk:
     encoder, kept = spec.encoder, _Kept(spec.max_length)
     rejected: list[Rejected] = []
     numbered = [conversation for _, conversation in read]
+    content = np.zeros(len(rows), dtype=np.uint64)
+    for at, conversation in read:
+        content[at] = content_hash(conversation)
     for (at, row), found in zip(read, encoder.encode_all(numbered), strict=True):
         try:
             if isinstance(found, RowRejected):
@@ -149,6 +158,41 @@ def encode_chunk(spec: EncoderSpec, rows: Iterable[Row]) -> EncodedChunk:
         longest=kept.longest,
         notes=encoder.take_notes(),
         exceeded=encoder.take_exceeded(),
+        content=content,
+    )
+
+
+def without(chunk: EncodedChunk, content: NDArray[np.uint64]) -> EncodedChunk:
+    """Leave out the examples of rows that say what others say, and count these rows.
+
+    The rows stay in the chunk, as rejected ones do; ``formats``, ``unused`` and ``longest``, which
+    are known of the whole chunk only, count them.
+
+    Args:
+        chunk: The chunk.
+        content: uint64, ascending: hashes of what the others say.
+    """
+    if not len(content):
+        return chunk
+    used = np.unique(chunk.row)
+    hashes = chunk.content[used]
+    places = np.searchsorted(content, hashes).clip(max=len(content) - 1)
+    out = used[content[places] == hashes]
+    if not len(out):
+        return chunk
+    kept, gone = ~np.isin(chunk.row, out), set(out.tolist())
+    of_tokens = np.repeat(kept, chunk.lengths)
+    return chunk._replace(
+        tokens=chunk.tokens[of_tokens],
+        mask=chunk.mask[of_tokens],
+        lengths=chunk.lengths[kept],
+        prompt_lengths=chunk.prompt_lengths[kept],
+        row=chunk.row[kept],
+        messages=chunk.messages[kept],
+        truncated=[at for at in chunk.truncated if at not in gone],
+        split=[at for at in chunk.split if at not in gone],
+        notes=chunk.notes.without(set(map(str, gone))),
+        held_out=len(out),
     )
 
 
@@ -160,7 +204,16 @@ def beginning_of(value: object) -> str:
     return text.strip()[:_BEGINNING]
 
 
-_COUNTS = ("_rows", "_usable", "_examples", "_tokens", "_supervised", "_longest", "_exceeded")
+_COUNTS = (
+    "_rows",
+    "_usable",
+    "_examples",
+    "_tokens",
+    "_supervised",
+    "_longest",
+    "_exceeded",
+    "_held_out",
+)
 
 
 class EncodingReport:
@@ -188,7 +241,7 @@ class EncodingReport:
         self._source, self._max_length, self._notes = source, spec.max_length, tuple(notes)
         self._tokenizer = spec.tokenizer
         self._rows = self._usable = self._examples = self._tokens = self._supervised = 0
-        self._longest = 0
+        self._longest = self._held_out = 0
         self._formats: Counter[str] = Counter()
         self._unused: Counter[str] = Counter()
         self._unread: list[Rejection] = []
@@ -209,6 +262,7 @@ class EncodingReport:
         lines = chunk.lines
         self._rows += len(lines)
         self._usable += len(np.unique(chunk.row))
+        self._held_out += chunk.held_out
         self._examples += len(chunk.lengths)
         self._tokens += len(chunk.tokens)
         self._supervised += int(np.count_nonzero(chunk.mask))
@@ -266,8 +320,9 @@ class EncodingReport:
         def lines(found: Mapping[str, Any]) -> dict[str, Lines]:
             return {name: Lines(first, total) for name, (total, first) in found.items()}
 
+        counts = {"_held_out": 0} | state["counts"]  # 0: of a checkpoint that was before it
         for name in _COUNTS:
-            setattr(self, name, int(state["counts"][name]))
+            setattr(self, name, int(counts[name]))
         self._formats, self._unused = Counter(state["formats"]), Counter(state["unused"])
         self._reasons = lines(state["reasons"])
         rows = lines(state["rows"])
@@ -283,7 +338,7 @@ class EncodingReport:
         return DatasetReport(
             source=self._source,
             formats=formats,
-            rows=self._rows,
+            rows=self._rows - self._held_out,
             usable=self._usable,
             examples=self._examples,
             split_lines=self._split,
@@ -295,6 +350,7 @@ class EncodingReport:
             supervised_tokens=self._supervised,
             longest=self._longest,
             notes=(*self._notes, *unused, *described(said, self._tokenizer)),
+            held_out=self._held_out,
         )
 
 

@@ -7,8 +7,9 @@ data where its chunk starts. It is not trusted: a chunk says itself which rows i
 does not agree (a file cut off, a block never written) counts as not encoded.
 
 One process at a time appends, others read what is there. Layout of a chunk, little endian, each
-part padded to 8 bytes: `_HEADER`; the rows, int64; a table with `_COLUMNS`, int32; what is said
-about the rows, JSON; the tokens, int32; the masks, one byte for each token.
+part padded to 8 bytes: `_HEADER`; the rows, int64; the hash of what each says, uint64; a table with
+`_COLUMNS`, int32; what is said about the rows, JSON; the tokens, int32; the masks, one byte for
+each token.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,7 @@ from halfbyte.data.dataset_report import Notes
 from halfbyte.data.encoding import EncodedChunk
 from halfbyte.data.templates import Example
 
-_MAGIC = b"hbchunk1"
+_MAGIC = b"hbchunk2"
 _HEADER = struct.Struct("<8sQQQQQQ")  # magic; bytes of the chunk; rows, examples, tokens; JSON; CRC
 _COLUMNS = ("row", "length", "prompt_length", "messages", "checksum")
 _HEAD_READ = 1 << 16  # bytes that are read of a chunk at first: mostly all but tokens and masks
@@ -53,6 +54,7 @@ class _Head:
 
     Attributes:
         rows: int64 [rows], the rows of the data that it has.
+        content: uint64 [rows], the hash of what each says.
         table: int32 [examples, 5], the columns `_COLUMNS`; ``row`` is the position in the chunk.
         starts: int64 [examples], where in the tokens, and the masks, an example starts.
         tokens_at: Where in the file the tokens start.
@@ -62,6 +64,7 @@ class _Head:
     """
 
     rows: NDArray[np.int64]
+    content: NDArray[np.uint64]
     table: NDArray[np.int32]
     starts: NDArray[np.int64]
     tokens_at: int
@@ -72,6 +75,13 @@ class _Head:
     @property
     def lengths(self) -> NDArray[np.int32]:
         return self.table[:, 1]
+
+
+class StoredRow(NamedTuple):
+    """A row: its examples, none if it was rejected, and the hash of what it says."""
+
+    examples: list[Example]
+    content: int
 
 
 class ExampleStore:
@@ -170,8 +180,8 @@ class ExampleStore:
         mask = np.frombuffer(self._map, np.bool_, count, head.mask_at)
         return self._checked(head, tokens, mask, lines)
 
-    def examples(self, row: int) -> list[Example] | None:
-        """Return the examples of a row, none if it was rejected; None if it is not encoded."""
+    def row(self, row: int) -> StoredRow | None:
+        """Return a row; None if it is not encoded."""
         head = self._head_of(row)
         if head is None:
             return None
@@ -188,7 +198,7 @@ class ExampleStore:
                 return None
             arrays = np.frombuffer(tokens, "<i4"), np.frombuffer(mask, np.bool_)
             examples.append(Example(*arrays, prompt))
-        return examples
+        return StoredRow(examples, int(head.content[found[0]]))
 
     def _checked(
         self, head: _Head, tokens: NDArray[np.int32], mask: NDArray[np.bool_], lines: list[str]
@@ -215,6 +225,7 @@ class ExampleStore:
                 messages=head.table[:, 3],
                 lines=lines,
                 notes=notes,
+                content=head.content,
                 **said,
             )
         except (ValueError, TypeError, LookupError, AttributeError):
@@ -252,7 +263,7 @@ class ExampleStore:
         magic, size, rows, examples, tokens, said, checksum = _HEADER.unpack_from(raw)
         if magic != _MAGIC or max(rows, examples, tokens) > 2**40 or said > _MOST_JSON:
             return None
-        table_at = _HEADER.size + 8 * rows
+        table_at = _HEADER.size + 16 * rows
         said_at = table_at + _padded(4 * len(_COLUMNS) * examples)
         tokens_at = said_at + _padded(said)
         mask_at = tokens_at + _padded(4 * tokens)
@@ -269,6 +280,7 @@ class ExampleStore:
             return None
         return _Head(
             rows=np.frombuffer(raw, "<i8", rows, _HEADER.size),
+            content=np.frombuffer(raw, "<u8", rows, _HEADER.size + 8 * rows),
             table=table,
             starts=starts,
             tokens_at=start + tokens_at,
@@ -314,11 +326,12 @@ def _as_bytes(rows: NDArray[np.int64], chunk: EncodedChunk) -> list[bytes]:
         "exceeded": chunk.exceeded,
     }
     written = json.dumps(said).encode()
-    head = [rows.astype("<i8", copy=False).tobytes(), table.tobytes(), written]
+    numbers, content = rows.astype("<i8", copy=False), chunk.content.astype("<u8", copy=False)
+    head = [numbers.tobytes(), content.tobytes(), table.tobytes(), written]
     body = [tokens.tobytes(), mask.tobytes()]
     padded = [part + bytes(-len(part) % 8) for part in head + body]
     checksum = 0
-    for part in padded[:3]:
+    for part in padded[: len(head)]:
         checksum = zlib.crc32(part, checksum)
     counts = len(rows), len(chunk.lengths), len(tokens), len(written)
     header = _HEADER.pack(_MAGIC, _HEADER.size + sum(map(len, padded)), *counts, checksum)

@@ -1,10 +1,10 @@
 """The examples of data that is encoded while it is trained on, in an order without end.
 
 Rows are taken in the order of each epoch, a function of seed and epoch over all *rows*, and epochs
-follow each other. A row that is rejected is replaced by the next, and one that became several
-examples gives them one after the other. So which examples a step gets depends on the rows before
-it, and a `Position` says how far a run has come; from there it goes on with the same examples,
-whether they are in the cache or not.
+follow each other. A row that is rejected, or says what a held-out row says, is replaced by the
+next, and one that became several examples gives them one after the other. So which examples a step
+gets depends on the rows before it, and a `Position` says how far a run has come; from there it goes
+on with the same examples, whether they are in the cache or not.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.data.batching import Mixture
-from halfbyte.data.encoding import EncodedChunk, EncodingReport
+from halfbyte.data.encoding import EncodedChunk, EncodingReport, without
 from halfbyte.data.encoding_pool import EncodingPool
 from halfbyte.data.row_encoder import CHUNK_ROWS, RowEncoder, chunks_of
 from halfbyte.data.row_files import Row
@@ -147,6 +147,7 @@ def rows_from(
     order: Order,
     start: int,
     report: EncodingReport,
+    held_out: NDArray[np.uint64],
 ) -> Iterator[EncodedRow]:
     """Yield the rows of all epochs, encoded, from one on.
 
@@ -157,6 +158,8 @@ def rows_from(
         start: The number of the first row, over all epochs.
         report: Gets the chunks of the first epoch that it has not got yet, each when its first row
             is taken.
+        held_out: uint64, ascending: hashes of what held-out rows say. Rows that say the same have
+            no examples.
     """
     epoch, skipped = divmod(start, len(table))
     while True:
@@ -173,6 +176,7 @@ def rows_from(
 
         for chunk in encoder.encode(chunks(), again=epoch > 0):
             place = places.popleft()
+            chunk = without(chunk, held_out)
             if epoch == 0 and place.start >= report.rows:
                 report.add(chunk)
             yield from by_row(chunk)[max(0, skipped - place.start) :]

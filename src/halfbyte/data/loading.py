@@ -25,7 +25,7 @@ from halfbyte.data.dataset_report import (
     describe_rejected,
     in_words,
 )
-from halfbyte.data.encoding import EncodedChunk, EncoderSpec, EncodingReport
+from halfbyte.data.encoding import EncodedChunk, EncoderSpec, EncodingReport, without
 from halfbyte.data.formats import preferred_formats
 from halfbyte.data.in_memory import RowsInMemory
 from halfbyte.data.row_encoder import RowEncoder, chunks_of
@@ -131,7 +131,7 @@ def open_source(
             a program's rows, which are written to a temporary file.
         columns: For keys of a row format, the rows' own; see `halfbyte.data.sources`.
         max_samples: Rows of each source that are used at most, the first.
-        keep: Whether the cache may be used for indices and encoded rows.
+        keep: Whether the cache may be used for converted files, indices and encoded rows.
         progress: Called with (bytes done, total bytes), for each large file.
 
     Raises:
@@ -141,7 +141,9 @@ def open_source(
         rows, notes = source.read()
         table = RowTable([spooled(rows, str(source), temporary_directory())], keep=False)
         return OpenedSource(str(source), table, notes, keep=False)
-    opened = open_sources(source, columns=columns, max_samples=max_samples, progress=progress)
+    opened = open_sources(
+        source, columns=columns, max_samples=max_samples, keep=keep, progress=progress
+    )
     table = RowTable(opened.files, keep=keep, progress=progress)
     return OpenedSource(name_of(source), table, opened.notes, keep, opened.names, opened.weights)
 
@@ -153,6 +155,7 @@ def load_rows(
     *,
     encoder: RowEncoder | None = None,
     hold: bool = False,
+    held_out: NDArray[np.uint64] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
     """Encode rows, and return them as a data set.
@@ -164,25 +167,31 @@ def load_rows(
         encoder: Encodes them; default: one for this call.
         hold: Whether the encoder is to hold the chunks that it cannot keep, as they are needed
             again.
+        held_out: uint64, ascending: hashes of what held-out rows say; rows that say the same are
+            left out. Default: none are.
         progress: Called with (rows done, total rows).
 
     Raises:
-        DataError: None of them is usable.
+        DataError: None of them is usable, or left.
     """
     if encoder is None:
         small = source.is_small
         with RowEncoder(
             source.table, spec, keep=source.keep and not small, in_process=small
         ) as encoder:
-            return load_rows(source, spec, rows, encoder=encoder, progress=progress)
+            return load_rows(
+                source, spec, rows, encoder=encoder, held_out=held_out, progress=progress
+            )
+    held_out = np.empty(0, np.uint64) if held_out is None else held_out
     table, report, done = source.table, EncodingReport(source.name, spec, source.notes), 0
     divided = list(chunks_of(table, rows))
     held: list[EncodedChunk | None] = []  # None: it is in the cache
     row, messages = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
     for chunk_rows, chunk in zip(divided, encoder.encode(divided), strict=True):
-        report.add(chunk)
-        row.append(chunk_rows[chunk.row])
-        messages.append(chunk.messages)
+        used = without(chunk, held_out)
+        report.add(used)
+        row.append(chunk_rows[used.row])
+        messages.append(used.messages)
         held.append(None if encoder.has(chunk_rows) else chunk)
         if hold and held[-1] is not None:
             encoder.held[chunk_rows.tobytes()] = chunk
@@ -190,11 +199,16 @@ def load_rows(
         if progress is not None:
             progress(done, len(rows))
     found = report.report()
+    if not found.examples and found.held_out:
+        raise DataError(
+            f"{source.name}: none of the first {len(rows):,} rows is left to train on: "
+            f"{found.held_out:,} are held out by eval_split, or have the text of a row that is"
+        )
     if not found.examples:
         raise nothing_usable(source.name, found.rows, found.formats, found.rejections)
     # Mapped when all are there, so that it is one mapping.
     chunks = [
-        one or encoder.mapped(chunk_rows) or next(encoder.encode([chunk_rows]))
+        without(one or encoder.mapped(chunk_rows) or next(encoder.encode([chunk_rows])), held_out)
         for one, chunk_rows in zip(held, divided, strict=True)
     ]
     of_examples = np.concatenate(row)

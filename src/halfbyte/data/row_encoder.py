@@ -41,7 +41,7 @@ CHUNK_BYTES = 1 << 20
 CACHE_LIMIT = 64 * 10**9
 """Bytes of all encoded data in the cache."""
 
-_FORMAT = 1  # incremented when rows are encoded otherwise, or kept otherwise
+_FORMAT = 2  # incremented when rows are encoded otherwise, or kept otherwise
 _LARGE = 10**9  # bytes from which the user is told what is kept
 _TRIM_EVERY = 1 << 28  # bytes
 _LOOK_EVERY = 1.0  # seconds
@@ -78,7 +78,13 @@ class RowEncoder:
     """
 
     def __init__(
-        self, table: RowTable, spec: EncoderSpec, *, keep: bool, in_process: bool = False
+        self,
+        table: RowTable,
+        spec: EncoderSpec,
+        *,
+        keep: bool,
+        in_process: bool = False,
+        part: str | None = None,
     ) -> None:
         """Open the cache; nothing is encoded yet.
 
@@ -87,12 +93,14 @@ class RowEncoder:
             spec: How they are encoded.
             keep: Whether encoded rows are kept in the cache, and taken from there.
             in_process: Whether to encode in this process.
+            part: Which part of the rows it is for, if others encode others of them. Parts are kept
+                apart, since the cache knows a row in the chunk that has it last only.
         """
         self._table, self._spec = table, spec
         # A tokenizer that is not fast cannot be sent to another process.
         self._processes = 0 if in_process or not spec.tokenizer.is_fast else cores()
         self._pool: EncodingPool | None = None
-        made_from = _made_from(table, spec)
+        made_from = _made_from(table, spec) | ({} if part is None else {"part": part})
         self.key = _digest(made_from)
         self.identity = _digest({name: made_from[name] for name in made_from.keys() - _VERSIONS})
         self.store: ExampleStore | None = None
@@ -162,12 +170,14 @@ class RowEncoder:
         """Return rows that are in any chunks of the cache as a chunk; None if one is in none."""
         examples: list[Example] = []
         row: list[int] = []
+        content: list[int] = []
         for at, number in enumerate(rows.tolist()):
-            found = None if self.store is None else self.store.examples(number)
+            found = None if self.store is None else self.store.row(number)
             if found is None:
                 return None
-            examples += found
-            row += [at] * len(found)
+            examples += found.examples
+            row += [at] * len(found.examples)
+            content.append(found.content)
         return EncodedChunk(
             tokens=np.concatenate([np.empty(0, np.int32), *(one.tokens for one in examples)]),
             mask=np.concatenate([np.empty(0, np.bool_), *(one.labels_mask for one in examples)]),
@@ -185,6 +195,7 @@ class RowEncoder:
             longest=0,
             notes=Notes(),
             exceeded=0,
+            content=np.array(content, dtype=np.uint64),
         )
 
     def _submit(self, rows: NDArray[np.int64]) -> Future[EncodedChunk]:

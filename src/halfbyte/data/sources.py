@@ -114,6 +114,7 @@ def open_sources(
     columns: Mapping[str, str] | None = None,
     max_samples: int | None = None,
     streaming: bool = False,
+    keep: bool = True,
     progress: Progress | None = None,
 ) -> Sources:
     """Open sources, and convert what is not JSON lines.
@@ -124,6 +125,7 @@ def open_sources(
             columns come first.
         max_samples: Rows of each source that are used at most, the first.
         streaming: Whether to read rows as they come (`Sources.stream`).
+        keep: Whether converted files may be kept in the user's cache, and taken from there.
         progress: Called while a source is converted.
 
     Raises:
@@ -140,7 +142,7 @@ def open_sources(
     notes: list[str] = []
     for index, spec in enumerate(specs):
         with reading_errors(spec.path):
-            found, said = _files_of(spec, max_samples, progress)
+            found, said = _files_of(spec, max_samples, progress, keep=keep)
             found = [
                 dataclasses.replace(file, source=index, columns=spec.columns) for file in found
             ]
@@ -199,12 +201,12 @@ def _weights(specs: Sequence[Spec]) -> list[float] | None:
 
 
 def _files_of(
-    spec: Spec, max_samples: int | None, progress: Progress | None
+    spec: Spec, max_samples: int | None, progress: Progress | None, *, keep: bool
 ) -> tuple[list[RowFile], tuple[str, ...]]:
     """The files of a source, with the rows that are used of each, and messages."""
     _require(spec)
     if spec.is_hub_id and not spec.is_local:
-        return _hub_file(spec, max_samples, progress)
+        return _hub_file(spec, max_samples, progress, keep=keep)
     paths, notes = _paths_of(spec)
     # With what is known before anything is converted, no more is converted than is needed.
     known = spec.rows.known if len(paths) == 1 or spec.rows.is_everything else None
@@ -213,7 +215,8 @@ def _files_of(
         limit = known[1] if max_samples is None else _earlier(known[0] + max_samples, known[1])
     files = []
     for path, name in paths:
-        file, said = row_file(DataFile.of(path, name), limit=limit, progress=progress)
+        data = DataFile.of(path, name)
+        file, said = row_file(data, limit=limit, keep=keep, progress=progress)
         files.append(file)
         notes += said
     return _rows_used(files, spec.rows, max_samples), notes
@@ -260,7 +263,7 @@ def _spooled() -> Path:
 
 
 def _hub_file(
-    spec: Spec, max_samples: int | None, progress: Progress | None
+    spec: Spec, max_samples: int | None, progress: Progress | None, *, keep: bool
 ) -> tuple[list[RowFile], tuple[str, ...]]:
     data = open_hub(spec)
     used = spec.rows.of(data.count or 0)[:max_samples]
@@ -278,7 +281,7 @@ def _hub_file(
     }
     file, notes = convert(
         data.name,
-        identity or None,
+        (identity or None) if keep else None,
         lambda: nullcontext(Reading(counted(), lambda: done, len(used))),
         limit=None,
         progress=progress,

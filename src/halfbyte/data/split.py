@@ -5,21 +5,24 @@ whole. Groups are ranked by a hash of (seed, text), and taken in this order unti
 rows as wanted; one with more rows than are still wanted is passed over. So which rows are held out
 depends on the seed and on what the rows say, not on their order, and appending rows to a file moves
 few of the others from one part to the other.
+
+Of data that is encoded while it is trained on, what the rows say is not known before the first
+step. There rows are drawn by their numbers (`draw_rows`), and rows that say the same are left out
+of training when they come.
 """
 
-import hashlib
-import json
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.data import Dataset
+from halfbyte.data.content_hash import content_hash
 from halfbyte.data.dataset_report import Lines
-from halfbyte.data.formats import Conversation
 from halfbyte.errors import DataError
+
+_HELD_OUT = 0x68656C64  # so that the draw is independent of the order of an epoch
 
 
 class Split(NamedTuple):
@@ -34,18 +37,39 @@ class Split(NamedTuple):
     groups: int
 
 
-def content_hash(row: Conversation) -> int:
-    """Return a hash (64 bits) of what a row says, without case and the amount of white space."""
-    said = [row.text, row.messages, row.tools]
-    return _hash(json.dumps(_normalised(said), sort_keys=True).encode())
+def wanted_rows(wanted: float, rows: int) -> int:
+    """Return how many of the rows of a data set are to be held out.
 
+    Args:
+        wanted: Share of the rows if below 1, otherwise their number.
+        rows: The rows.
 
-def raw_hash(row: bytes) -> int:
-    """Return the same for the bytes of a row, for data too large to be parsed before training.
-
-    Rows that say the same in other formats, or with their keys in another order, differ.
+    Raises:
+        DataError: There are not that many, or none would be left.
     """
-    return _hash(b" ".join(row.split()).lower())
+    count = max(1, round(wanted * rows)) if wanted < 1 else int(wanted)
+    if count >= rows:
+        raise DataError(
+            f"eval_split {wanted:g} would hold out {count:,} of {rows:,} rows: none would be left "
+            "to train on"
+        )
+    return count
+
+
+def draw_rows(rows: int, count: int, seed: int) -> NDArray[np.int64]:
+    """Draw rows by their numbers alone, where what they say is not known yet.
+
+    Args:
+        rows: Rows of the data.
+        count: How many are drawn.
+        seed: Seed of the run.
+
+    Returns:
+        int64 [count]: different rows, ascending. Rows that say the same as one of these have to be
+        left out of what is trained on (`halfbyte.data.encoding.without`).
+    """
+    generator = np.random.Generator(np.random.PCG64([seed, rows, _HELD_OUT]))
+    return np.sort(generator.choice(rows, count, replace=False, shuffle=False).astype(np.int64))
 
 
 def hold_out(hashes: NDArray[np.uint64], wanted: float, seed: int) -> Split:
@@ -60,12 +84,7 @@ def hold_out(hashes: NDArray[np.uint64], wanted: float, seed: int) -> Split:
         DataError: There are not that many rows, or all of them say the same.
     """
     rows = len(hashes)
-    count = max(1, round(wanted * rows)) if wanted < 1 else int(wanted)
-    if count >= rows:
-        raise DataError(
-            f"eval_split {wanted:g} would hold out {count:,} of {rows:,} rows: none would be left "
-            "to train on"
-        )
+    count = wanted_rows(wanted, rows)
     ordered = np.sort(hashes)
     starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
     different, sizes = ordered[starts], np.diff(starts, append=rows)
@@ -172,21 +191,6 @@ def _fill(sizes: NDArray[np.intp], wanted: int) -> NDArray[np.intp]:
         smaller = sizes[place + fitting :] <= left  # the next one is too large
         place += fitting + int(np.argmax(smaller)) if left and smaller.any() else len(sizes)
     return np.concatenate(found) if found else np.empty(0, np.intp)
-
-
-def _normalised(value: Any) -> Any:
-    """Return a JSON value with its text folded, without the marks of what is supervised."""
-    if isinstance(value, str):
-        return " ".join(value.split()).casefold()
-    if isinstance(value, Mapping):
-        return {str(key): _normalised(one) for key, one in value.items() if key != "weight"}
-    if isinstance(value, list | tuple):
-        return [_normalised(one) for one in value]
-    return value
-
-
-def _hash(content: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -159,6 +159,7 @@ def dataset_report(report: DatasetReport) -> dict[str, Any]:
         "tokens": report.tokens,
         "supervised_tokens": report.supervised_tokens,
         "longest": report.longest,
+        "held_out": report.held_out,
         "formats": dict(report.formats),
         "rejected": [
             {"reason": reason, "rows": len(lines), "lines": lines[:_LINES_LISTED]}

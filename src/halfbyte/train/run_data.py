@@ -21,7 +21,6 @@ from halfbyte.data.encoding import EncoderSpec
 from halfbyte.data.loading import OpenedSource, load_rows, open_source
 from halfbyte.data.row_encoder import RowEncoder
 from halfbyte.data.split import split_dataset
-from halfbyte.errors import DataError
 from halfbyte.report.rejected import REJECTED_NAME, write_rejected
 from halfbyte.train.growing_data import GrowingData, LargeData, StreamedData
 from halfbyte.train.lazy_steps import LazySteps
@@ -117,12 +116,9 @@ class RunData:
         dataset, self._growing = self._read_training(config, tokenizer, train, stack)
         self.dataset, self.held_out = _noted(dataset, report), None
         self.divided = config.eval_split is not None
-        if config.eval_split is not None:
-            if self._growing is not None:
-                raise DataError(
-                    "`eval_split` needs data that is encoded before the first step, which this is "
-                    "too large for: give other rows as `eval_data`"
-                )
+        if config.eval_split is not None and self._growing is not None:
+            self.held_out = self._growing.held_out
+        elif config.eval_split is not None:
             whole = len(dataset.last_of_row)
             self.dataset, self.held_out, texts = split_dataset(
                 dataset, config.eval_split, config.seed
