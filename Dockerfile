@@ -1,8 +1,8 @@
 # halfbyte in a container:
 #
 #   docker build -t halfbyte .
-#   docker run --rm --gpus all -v "$PWD:/work" -v "$HOME/.cache:/root/.cache" halfbyte doctor
-#   docker run --rm --gpus all -v "$PWD:/work" -v "$HOME/.cache:/root/.cache" halfbyte \
+#   docker run --rm --gpus all -v "$PWD:/data" -v "$HOME/.cache:/root/.cache" halfbyte doctor
+#   docker run --rm --gpus all -v "$PWD:/data" -v "$HOME/.cache:/root/.cache" halfbyte \
 #       train --model MODEL --data train.jsonl --output out
 #
 # --gpus needs NVIDIA's container toolkit; without a GPU leave it out. The image has CUDA's libraries
@@ -21,6 +21,6 @@ ARG TORCH=torch
 RUN make TORCH="$TORCH" .venv/.halfbyte && rm -rf /root/.cache
 
 ENV PATH="/srv/halfbyte/.venv/bin:$PATH"
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT ["halfbyte"]
 CMD ["--help"]

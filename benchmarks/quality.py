@@ -36,7 +36,7 @@ import timetable
 import torch
 from torch import Tensor
 
-from halfbyte.checkpoint.atomic import new_directory
+from halfbyte.atomic import new_directory
 from halfbyte.checkpoint.base_model import BaseSource, load_base, open_base
 from halfbyte.checkpoint.bitsandbytes import write_quantized
 from halfbyte.checkpoint.directory import write_description

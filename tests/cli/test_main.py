@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from halfbyte import cli
-from halfbyte.checkpoint.atomic import new_directory
+from halfbyte.atomic import new_directory
 from halfbyte.errors import (
     DataError,
     Interrupted,

@@ -49,7 +49,7 @@ def test_no_error_of_any_command_controls_the_terminal(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    module = ModuleType(f"halfbyte.cli.{command}")
+    module = ModuleType(cli.module_of(command))
 
     def fail(argv: list[str]) -> None:
         raise error(FOREIGN)

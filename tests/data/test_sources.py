@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from halfbyte.config.data_sources import DataSource
 from halfbyte.data import row_files, sources
+from halfbyte.data.kinds import _MAGIC
 from halfbyte.data.sources import local_paths, open_sources, read_source, require_source
+from halfbyte.data.tables import ARROW_FILE, PARQUET
 from halfbyte.errors import DataError
 
 JSON = st.recursive(
@@ -60,6 +62,9 @@ def test_lines_and_arrays_are_read_back_with_their_lines(scratch, values, data):
 def test_any_bytes_are_rows_problems_or_one_error(scratch, raw):
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or not raw.removeprefix(b"\xef\xbb\xbf").strip():
         with pytest.raises(DataError, match=r"empty|UTF-16"):
+            read(scratch / "bytes.jsonl", raw)
+    elif raw.startswith((PARQUET, ARROW_FILE, *_MAGIC)):
+        with pytest.raises(DataError, match="cannot be read"):
             read(scratch / "bytes.jsonl", raw)
     elif raw.split() != [b"[", b"]"] and raw.strip() != b"[]":
         assert read(scratch / "bytes.jsonl", raw)

@@ -133,7 +133,8 @@ class Careless:
         if info.step == 2:
             for module in all_modules():
                 module.train()
-                module.requires_grad_(True)
+                for parameter in module.parameters():
+                    parameter.requires_grad_(parameter.is_floating_point())
         torch.set_default_device("meta")
 
     def on_evaluate(self, info):

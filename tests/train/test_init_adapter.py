@@ -164,6 +164,17 @@ def test_a_run_that_goes_on_resumes_without_the_adapter(model, data, tmp_path):
     assert len({begin["init_adapter"]["digest"] for begin in begins}) == 1
 
 
+def test_a_resumed_run_without_the_option_is_told_to_give_it(model, data, tmp_path):
+    run(config(model, data, tmp_path / "one", max_steps=1))
+    begun = going_on(model, data, tmp_path / "two", tmp_path / "one", lora_r=None, max_steps=2)
+    run(begun)
+    again = begun.model_copy(update={"init_adapter": None, "resume": True, "lora_r": 64})
+    with pytest.raises(
+        ConfigError, match=r"(?s)lora_r was .*\nIt started from '.*one': give --init-"
+    ):
+        run(again)
+
+
 def test_an_adapter_that_is_given_later_is_refused(model, data, tmp_path):
     run(config(model, data, tmp_path / "one", max_steps=1))
     again = config(model, data, tmp_path / "one", max_steps=1, resume=True)

@@ -51,6 +51,7 @@ def on_a_gpu(monkeypatch):
         return optimizer
 
     monkeypatch.setattr(trainer, "AdamW", paging)
+    monkeypatch.setattr("halfbyte.engine.choose.pack_on_cpu", lambda *_: "as on a GPU")
     monkeypatch.setattr(buckets, "GROUP_BYTES", 8192)
 
 
@@ -191,7 +192,7 @@ def planned(made, monkeypatch, shapes, *, least=10**12, **plan):
     """
     asked = []
 
-    def plan_memory(engine, shapes, activations, budget, device, *, state_bytes):
+    def plan_memory(engine, shapes, activations, budget, device, *, state_bytes, documents):
         asked.append(state_bytes)
         if state_bytes > least:
             raise ConfigError("too small")
@@ -222,7 +223,7 @@ def test_a_step_is_tight_when_its_tokens_need_more_than_there_is(monkeypatch, on
 def test_a_packed_step_takes_what_its_largest_part_takes(monkeypatch, on_a_gpu):
     monkeypatch.setattr("halfbyte.engine.layerwise.can_pack", lambda *_: True)
     made = made_trainer("auto")
-    made.engine = LayerEngine(made.engine.model, fuse=True)
+    made.engine, made._device = LayerEngine(made.engine.model, fuse=True), "cuda"
     shapes = [[(4, 200)]]
     planned(made, monkeypatch, shapes, budget=1000, predicted_bytes=1200, used=200)
     assert made.engine.buckets.largest.numel == 896

@@ -13,6 +13,7 @@ import time
 import pytest
 
 from halfbyte import cli
+from halfbyte.config.data_sources import name_of
 from halfbyte.config.schema import TrainConfig
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.errors import Interrupted, RunStopped
@@ -267,10 +268,9 @@ def words(made):
     options = {"model", "data", "output", "eval_data", "eval_steps", "max_steps", "save_steps"}
     options |= {"batch_size", "gradient_accumulation_steps", "learning_rate", "lora_r", "device"}
     options |= {"lora_dropout", "compute_dtype", "samples"}
-    return [
-        "train",
-        *(w for name in sorted(options) for w in (f"--{name}", str(getattr(made, name)))),
-    ]
+    sources = {name: name_of(getattr(made, name)) for name in ("data", "eval_data")}
+    values = {name: sources.get(name, getattr(made, name)) for name in sorted(options)}
+    return ["train", *(w for name, value in values.items() for w in (f"--{name}", str(value)))]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte.checkpoint.atomic import new_directory, require_writable
+from halfbyte.atomic import new_directory, require_writable
 from halfbyte.checkpoint.base_model import BaseSource, importances, open_base
 from halfbyte.checkpoint.bitsandbytes_keys import encode_keys, plan_keys
 from halfbyte.checkpoint.directory import write_description

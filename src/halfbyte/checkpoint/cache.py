@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from halfbyte.checkpoint.atomic import new_directory
+from halfbyte.atomic import new_directory
 from halfbyte.checkpoint.bitsandbytes import write_quantized
 from halfbyte.checkpoint.directory import DirectorySource
 from halfbyte.checkpoint.output_lock import output_lock

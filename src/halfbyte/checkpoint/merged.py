@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from halfbyte.checkpoint.atomic import new_directory, require_writable
+from halfbyte.atomic import new_directory, require_writable
 from halfbyte.checkpoint.bitsandbytes import quantization_config
 from halfbyte.checkpoint.bitsandbytes_keys import encode_keys, plan_keys
 from halfbyte.checkpoint.directory import write_description

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from halfbyte.checkpoint.atomic import lock, output_errors
+from halfbyte.atomic import lock, output_errors
 from halfbyte.errors import OutputError
 from halfbyte.foreign_text import printable, shorten
 

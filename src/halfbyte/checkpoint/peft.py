@@ -26,7 +26,7 @@ import torch
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 
-from halfbyte.checkpoint.atomic import (
+from halfbyte.atomic import (
     new_file,
     output_errors,
     remove_directory,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from halfbyte.checkpoint.atomic import (
+from halfbyte.atomic import (
     new_directory,
     remove_directory,
     remove_partial,

@@ -110,7 +110,7 @@ def main(argv: list[str]) -> None:
 
 
 def _compare(options: CompareOptions, notes: list[str], *, as_json: bool) -> None:
-    from halfbyte.checkpoint.atomic import require_writable
+    from halfbyte.atomic import require_writable
     from halfbyte.report import open_report, show
     from halfbyte.report.comparison import Comparison
     from halfbyte.tools import compare

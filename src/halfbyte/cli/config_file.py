@@ -31,7 +31,7 @@ class ConfigFileOptions(Options):
         Raises:
             OutputError: It cannot be written.
         """
-        from halfbyte.checkpoint.atomic import new_file
+        from halfbyte.atomic import new_file
 
         with new_file(self.output) as file:
             file.write(text.encode())

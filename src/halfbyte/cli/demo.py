@@ -93,7 +93,7 @@ def _demo(options: DemoOptions, notes: list[str], *, as_json: bool) -> None:
     )
 
     import_transformers(gpu=True)
-    from halfbyte.checkpoint.atomic import require_writable
+    from halfbyte.atomic import require_writable
     from halfbyte.checkpoint.base_model import open_base
     from halfbyte.checkpoint.peft import load_adapter
     from halfbyte.engine.memory_policy import peak_memory, used_memory

@@ -167,7 +167,7 @@ def _opened(options: ExportOptions, report: "RunReport") -> tuple[Any, dict[str,
 def _export_adapter(
     options: ExportOptions, base: "BaseSource", report: "RunReport"
 ) -> dict[str, Any]:
-    from halfbyte.checkpoint.atomic import new_directory
+    from halfbyte.atomic import new_directory
     from halfbyte.checkpoint.gguf_export import verify_gguf_lora, write_gguf_lora
     from halfbyte.checkpoint.modelfile import modelfile
     from halfbyte.checkpoint.peft import load_adapter
@@ -207,7 +207,7 @@ def _export_model(
 ) -> dict[str, Any]:
     import torch
 
-    from halfbyte.checkpoint.atomic import new_directory
+    from halfbyte.atomic import new_directory
     from halfbyte.checkpoint.base_model import open_base
     from halfbyte.checkpoint.gguf_export import verify_gguf, write_gguf
     from halfbyte.checkpoint.merged import Merged

@@ -28,6 +28,7 @@ def main(argv: list[str]) -> None:
 
     import_transformers(gpu=config.device != "cpu")
     from halfbyte.report import open_report, show
+    from halfbyte.report.held_out import HELD_OUT_NAME
     from halfbyte.runtime.signals import first_signal
     from halfbyte.train.run import train
     from halfbyte.train.stopping import StopRequest
@@ -40,11 +41,14 @@ def main(argv: list[str]) -> None:
             for note in notes:
                 report.note(note)
             trained = train(config, report, stop)
+        held_out = str(trained.adapter_dir / HELD_OUT_NAME) if config.eval_split else None
+        data = config.eval_data or held_out
         commands, warnings = after_training(
-            config.model, trained.adapter_dir, revision=config.revision, data=config.eval_data
+            config.model, trained.adapter_dir, revision=config.revision, data=data
         )
         show_next("The adapter has been written. To try it:", commands[:1])
-        show_next("To evaluate, merge, export or serve it:", commands[1:])
+        evaluate = "" if data is None else "evaluate, "
+        show_next(f"To {evaluate}merge, export or serve it:", commands[1:])
         for warning in warnings:
             show.paragraph(warning)
         result |= dataclasses.asdict(trained)

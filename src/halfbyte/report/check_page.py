@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from halfbyte.checkpoint.atomic import new_file
+from halfbyte.atomic import new_file
 from halfbyte.data.checks import DataCheck, percent
 from halfbyte.data.token_view import Piece, ShownExample, runs, shortened
 from halfbyte.report.charts import Bar, bar_chart, table

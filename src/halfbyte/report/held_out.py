@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from halfbyte.checkpoint.atomic import new_file
+from halfbyte.atomic import new_file
 from halfbyte.data.formats import to_row
 from halfbyte.foreign_text import to_json
 

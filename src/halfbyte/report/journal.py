@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from halfbyte.checkpoint.atomic import new_file
+from halfbyte.atomic import new_file
 from halfbyte.errors import OutputError
 from halfbyte.foreign_text import to_json
 from halfbyte.input_files import read_file

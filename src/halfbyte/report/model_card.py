@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from halfbyte.checkpoint.atomic import new_file
+from halfbyte.atomic import new_file
 from halfbyte.checkpoint.reading import read_json
 from halfbyte.checkpoint.serving import llama_cpp_refuses, vllm_rank, vllm_refuses
 from halfbyte.foreign_text import printable, shorten

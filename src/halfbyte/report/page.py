@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from halfbyte.checkpoint.atomic import new_file, output_errors
+from halfbyte.atomic import new_file, output_errors
 from halfbyte.errors import OutputError
 from halfbyte.input_files import open_file
 from halfbyte.report.charts import (

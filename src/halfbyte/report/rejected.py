@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from halfbyte.checkpoint.atomic import new_file, output_errors
+from halfbyte.atomic import new_file, output_errors
 from halfbyte.foreign_text import to_json
 
 if TYPE_CHECKING:

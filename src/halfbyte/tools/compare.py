@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from halfbyte.checkpoint.atomic import new_file, require_writable
+from halfbyte.atomic import new_file, require_writable
 from halfbyte.config.aliases import translate
 from halfbyte.config.reading import check, load_config, to_yaml
 from halfbyte.config.schema import TrainConfig

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from halfbyte.checkpoint.atomic import new_directory, require_writable
+from halfbyte.atomic import new_directory, require_writable
 from halfbyte.errors import CheckpointError, UserError
 from halfbyte.foreign_text import as_message
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from halfbyte.checkpoint.atomic import new_file
+from halfbyte.atomic import new_file
 from halfbyte.errors import OutputError
 from halfbyte.input_files import open_file
 

@@ -36,7 +36,7 @@ from halfbyte.train.loading import use_template
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
 
-_TAKEN_OVER = (
+TAKEN_OVER = (
     "lora_r",
     "lora_alpha",
     "use_rslora",
@@ -57,6 +57,7 @@ class InitialAdapter:
         config: The options of the run, with ``init_adapter``.
         source: The base model.
         resumed: The state that the run is resumed from, if any.
+        report: Where a run that begins says what it starts from.
 
     Attributes:
         config: The options, with those of the adapter.
@@ -70,7 +71,13 @@ class InitialAdapter:
         ConfigError: If options contradict it, or the resumed run did not start from an adapter.
     """
 
-    def __init__(self, config: TrainConfig, source: BaseSource, resumed: RunState | None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        source: BaseSource,
+        resumed: RunState | None,
+        report: "RunReport",
+    ) -> None:
         assert config.init_adapter is not None
         self._loaded: LoadedAdapter | None = None
         self.chat_template: str | None = None
@@ -95,7 +102,7 @@ class InitialAdapter:
         theirs |= recorded_packing(loaded.info, config.init_adapter)
         different = [
             f"`{name}` is {quote(theirs[name])} there, and {quote(getattr(config, name))} is given"
-            for name in _TAKEN_OVER
+            for name in TAKEN_OVER
             if name in config.model_fields_set and getattr(config, name) != theirs[name]
         ]
         if different:
@@ -104,6 +111,8 @@ class InitialAdapter:
                 "out, or start a new adapter:\n  " + "\n  ".join(different)
             )
         self.config = _with(config, theirs)
+        own = f"r = {self.config.lora_r}, alpha = {self.config.lora_alpha:g}"
+        report.note(f"starting from the adapter in {config.init_adapter}: {own}")
 
     def load_into(self, base: LoadedBase) -> None:
         """Copy its weights into the new adapters of ``base``; no effect in a resumed run.
@@ -149,7 +158,7 @@ def template_of_run(
 def _with(config: TrainConfig, options: Mapping[str, Any]) -> TrainConfig:
     """Return ``config`` with the adapter's options that it does not give itself."""
     given = {name: getattr(config, name) for name in config.model_fields_set}
-    known = {name: options[name] for name in (*_TAKEN_OVER, *_FREE) if name in options}
+    known = {name: options[name] for name in (*TAKEN_OVER, *_FREE) if name in options}
     return check(TrainConfig, known | given)
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from halfbyte.checkpoint.atomic import new_file
+from halfbyte.atomic import new_file
 from halfbyte.config.data_sources import Data, name_of
 from halfbyte.config.schema import TrainConfig
 from halfbyte.engine.autograd import AutogradEngine

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from halfbyte.checkpoint.atomic import remove_directory
+from halfbyte.atomic import remove_directory
 from halfbyte.checkpoint.output_lock import output_lock
 from halfbyte.checkpoint.run_state import STATE_NAME, RunState
 from halfbyte.config.reading import WRITTEN_YAML

@@ -10,6 +10,7 @@ from halfbyte.checkpoint.run_state import RunState, latest_run, load_run
 from halfbyte.config.schema import TrainConfig
 from halfbyte.errors import CheckpointError, ConfigError, OutputError
 from halfbyte.foreign_text import quote
+from halfbyte.train.init_adapter import TAKEN_OVER
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
@@ -120,15 +121,17 @@ def check_same_run(resumed: RunState, identity: dict[str, Any], total_steps: int
     if not isinstance(options, dict):
         raise CheckpointError(f"the checkpoint's options: expected a mapping, got {quote(options)}")
     before, now = defaults | options, identity["options"]
-    changed = [
-        f"{name} was {quote(before.get(name))}, is {quote(value)}"
+    changed = {
+        name: f"{name} was {quote(before.get(name))}, is {quote(value)}"
         for name, value in now.items()
         if before.get(name) != value
-    ]
+    }
     if changed:
-        raise ConfigError(
-            "a resumed run must keep its original options:\n  " + "\n  ".join(changed)
-        )
+        message = "\n  ".join(["a resumed run must keep its original options:", *changed.values()])
+        initial = resumed.progress.get("init_adapter")
+        if isinstance(initial, dict) and changed.keys() & {*TAKEN_OVER}:
+            message += f"\nIt started from {quote(initial.get('name'))}: give --init-adapter again"
+        raise ConfigError(message)
     # After the options, since some of them choose the tokens.
     names = {"base": "base model", "data": "data", "held_out": "held-out data"}
     for what in [name for name in names if name in identity]:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from halfbyte.checkpoint.atomic import new_file, require_writable
+from halfbyte.atomic import new_file, require_writable
 from halfbyte.checkpoint.base_model import BaseSource, LoadedBase, open_base
 from halfbyte.checkpoint.peft import save_adapter
 from halfbyte.checkpoint.run_state import RunState, step_of
@@ -190,7 +190,7 @@ class _Run:
         report.track(config.report_to)
         self.source = open_base(config.model, revision=config.revision)
         if config.init_adapter is not None:
-            self.initial = InitialAdapter(config, self.source, self.resumed)
+            self.initial = InitialAdapter(config, self.source, self.resumed, report)
             config = self.config = self.initial.config
             self.lora = lora_of(config)
             self.more["init_adapter"] = self.initial.record

@@ -11,6 +11,7 @@ from halfbyte.config.importing.rules import Imported
 from halfbyte.config.importing.writing import missing_options, to_yaml
 from halfbyte.config.reading import load_config
 from halfbyte.config.schema import TrainConfig
+from halfbyte.data.specs import Slice, Spec
 from halfbyte.errors import ConfigError
 
 # Every key, with one of its values, of the LoRA and QLoRA examples for text that axolotl has
@@ -142,17 +143,22 @@ def test_an_axolotl_file(tmp_path):
 
 def test_a_llama_factory_file_with_its_list_of_data_sets(tmp_path):
     (tmp_path / "sets").mkdir()
-    info = {"mine": {"file_name": "mine.json", "columns": {"prompt": "question"}}}
+    entry = {"file_name": "mine.json", "num_samples": 9, "columns": {"prompt": "question"}}
+    info = {"mine": entry}
     written(tmp_path / "sets", "dataset_info.json", json.dumps(info))
     found = import_config(written(tmp_path, "sft.yaml", LLAMA_FACTORY))
     # Without quantization_bit it trains plain LoRA; alpha is twice the rank.
     assert found.values["quant"] == "none"
     assert found.values["lr_scheduler_type"] == "linear"
     assert found.values["warmup_steps"] == 0
-    assert found.values["data"] == str(tmp_path / "sets" / "mine.json")
-    assert found.values["column"] == {"instruction": "question"}
+    mine = {"path": str(tmp_path / "sets" / "mine.json"), "columns": {"instruction": "question"}}
+    assert found.values["data"] == mine
     settings = [setting for setting, _ in found.missing]
-    assert settings == ["dataset: named_nowhere", "overwrite_output_dir: true"]
+    assert settings == [
+        "dataset: mine num_samples: 9",
+        "dataset: named_nowhere",
+        "overwrite_output_dir: true",
+    ]
     config = loaded(found, tmp_path)
     assert (config.lora_r, config.lora_alpha, config.compute_dtype) == (8, 16, "bfloat16")
 
@@ -208,6 +214,111 @@ def test_a_cell_that_is_not_python_is_listed(tmp_path):
     book["cells"].append({"cell_type": "code", "source": ["if x\n"]})
     found = import_config(written(tmp_path, "tune.ipynb", json.dumps(book)))
     assert any(setting.startswith("cell 4, line 1") for setting, _ in found.missing)
+
+
+# --- chat templates -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("chatml", "chatml"), ("llama3", "llama3"), ("tokenizer_default", None), ("phi_35", None)],
+)
+def test_a_chat_template_of_axolotl(theirs, ours, tmp_path):
+    text = f"{AXOLOTL}chat_template: {theirs}\n"
+    found = import_config(written(tmp_path, "a.yaml", text))
+    assert loaded(found, tmp_path).chat_template == ours
+    listed = [setting for setting, _ in found.missing + found.unneeded]
+    assert (f"chat_template: {theirs}" in listed) is (ours is None)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [("chatml", "chatml"), ("llama-3", "llama3"), ("llama-3.1", None)]
+)
+def test_a_chat_template_of_unsloth(theirs, ours, tmp_path):
+    code = f'{UNSLOTH}\ntokenizer = get_chat_template(tokenizer, chat_template="{theirs}")\n'
+    found = import_config(written(tmp_path, "tune.py", code))
+    assert loaded(found, tmp_path).chat_template == ours
+    listed = [setting for setting, _ in found.missing]
+    assert (f"get_chat_template: '{theirs}'" in listed) is (ours is None)
+
+
+# --- data sets ----------------------------------------------------------------------------------
+
+Slices = list[tuple[str, str | None, str | None, Slice, tuple[tuple[str, str], ...]]]
+FIRST_FIFTH = Slice(None, "20%")
+
+
+def read_by_train(found: Imported, directory: Path) -> Slices:
+    """What ``halfbyte train`` reads from the sources of the file that is written."""
+    specs = [Spec.parse(one) for one in loaded(found, directory).data]
+    return [(spec.path, spec.config, spec.split, spec.rows, spec.columns) for spec in specs]
+
+
+@pytest.mark.parametrize(
+    ("entries", "read"),
+    [
+        ("[{path: a/b}]", [("a/b", None, None, Slice(), ())]),
+        ("[{path: a/b, split: train}]", [("a/b", None, None, Slice(), ())]),
+        ("[{path: a/b, split: test}]", [("a/b", None, "test", Slice(), ())]),
+        ("[{path: a/b, split: 'train[:20%]'}]", [("a/b", None, None, FIRST_FIFTH, ())]),
+        ("[{path: a/b, split: 'test-2[5:]'}]", [("a/b", None, "test-2", Slice("5", None), ())]),
+        ("[{path: a/b, name: en}]", [("a/b", "en", "train", Slice(), ())]),
+        (
+            "[{path: a/b, name: en, split: 'test[:20%]'}]",
+            [("a/b", "en", "test", FIRST_FIFTH, ())],
+        ),
+        ("[{path: a/b, split: train+test}]", [("a/b", None, "train+test", Slice(), ())]),
+        (
+            "[{path: a/b, name: en, split: 'train[:20%]+test[:20%]'}]",
+            [("a/b", "en", "train[:20%]+test[:20%]", Slice(), ())],
+        ),
+        (
+            "[{path: json, data_files: [x.json, y.json], split: 'train[:20%]'}]",
+            [("x.json", None, None, FIRST_FIFTH, ()), ("y.json", None, None, FIRST_FIFTH, ())],
+        ),
+        (
+            "[{path: a/b, field_messages: turns}, {path: c/d, type: {field_output: answer}}]",
+            [
+                ("a/b", None, None, Slice(), (("messages", "turns"),)),
+                ("c/d", None, None, Slice(), (("output", "answer"),)),
+            ],
+        ),
+    ],
+)
+def test_data_sets_of_axolotl_are_those_that_train_reads(entries, read, tmp_path):
+    text = AXOLOTL.replace("val_set_size: 0.05\n", "") + f"datasets: {entries}\n"
+    settings = yaml.safe_load(text)
+    found = import_config(written(tmp_path, "a.yaml", yaml.safe_dump(settings)))
+    assert read_by_train(found, tmp_path) == read
+
+
+@pytest.mark.parametrize(
+    ("arguments", "read"),
+    [
+        ("'a/b', 'en', split='test'", [("a/b", "en", "test", Slice(), ())]),
+        ("'json', data_files='x.json', split='train[:20%]'", [("x.json", FIRST_FIFTH)]),
+        ("'json', data_files=['x.json', 'y.json']", [("x.json", Slice()), ("y.json", Slice())]),
+        (
+            "'json', data_files={'train': 'x.json', 'test': ['y.json']}, split='test[:20%]'",
+            [("y.json", FIRST_FIFTH)],
+        ),
+        ("'json', data_files={'train': 'x.json', 'test': 'y.json'}", [("x.json", Slice())]),
+    ],
+)
+def test_data_sets_of_a_script_are_those_that_train_reads(arguments, read, tmp_path):
+    code = UNSLOTH.replace('"org/chats", split="train[:3000]"', arguments)
+    assert code != UNSLOTH
+    found = import_config(written(tmp_path, "tune.py", code))
+    whole = [one if len(one) == 5 else (one[0], None, None, one[1], ()) for one in read]
+    assert read_by_train(found, tmp_path) == whole
+
+
+def test_splits_that_a_script_joins_from_files_are_listed(tmp_path):
+    joined = "'json', data_files={'a': 'x.json', 'b': 'y.json'}, split='a+b'"
+    code = UNSLOTH.replace('"org/chats", split="train[:3000]"', joined)
+    found = import_config(written(tmp_path, "tune.py", code))
+    assert "data" not in found.values
+    assert any(todo == "write the paths of these splits into `data`" for _, todo in found.missing)
 
 
 # --- what is published --------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from halfbyte.config.importing.data import set_columns, spec
+from halfbyte.config.importing.data import Source, set_sources, source
 from halfbyte.config.importing.rules import (
     Imported,
     NoCounterpartError,
@@ -69,6 +69,8 @@ def _special_tokens(value: Any) -> None:
 def _chat_template(value: Any) -> str | None:
     if value in ("tokenizer_default", "jinja"):
         return None
+    if value in ("chatml", "llama3"):  # the same text as ours of these names
+        return str(value)
     raise NoCounterpartError(
         "the model's own chat template is used; `chat_template` names another, or a file"
     )
@@ -295,22 +297,23 @@ def convert(given: Mapping[str, Any]) -> Imported:
 
 def _datasets(listed: Any, name: str, option: str, into: Imported) -> None:
     entries = listed if isinstance(listed, list) else [listed]
-    specs = []
+    sources: list[Source] = []
     for number, entry in enumerate(entries):
         origin = f"{name}[{number}]"
         if not isinstance(entry, Mapping) or not entry.get("path"):
             into.missing.append((origin, "has no path"))
             continue
-        specs.append(_source(entry, origin, into))
-    if specs:
-        into.set(option, specs[0] if len(specs) == 1 else tuple(specs), name)
+        sources += _sources(entry, origin, into)
+    set_sources(sources, option, name, into)
 
 
-def _source(entry: Mapping[str, Any], origin: str, into: Imported) -> str:
+def _sources(entry: Mapping[str, Any], origin: str, into: Imported) -> list[Source]:
+    """An entry of ``datasets``: one source, or one for each of its files."""
     left = dict(entry)
     path, split, name = left.pop("path"), left.pop("split", None), left.pop("name", None)
     kind = left.pop("type", None)
     left.pop("ds_type", None)
+    files = left.pop("data_files", None) or str(path)
     columns = {}
     if isinstance(kind, Mapping):
         for key in ("instruction", "input", "output", "system"):
@@ -330,12 +333,11 @@ def _source(entry: Mapping[str, Any], origin: str, into: Imported) -> str:
         columns["text"] = str(column)
     _roles(left, origin, into)
     for key, value in left.items():
-        if key == "data_files":
-            path = value if isinstance(value, str) else ",".join(map(str, value))
-        else:
-            into.missing.append((f"{origin} {key}: {shown(value)}", _OF_ENTRIES.get(key, _ROWS)))
-    set_columns(columns, origin, into)
-    return spec(str(path), name=name, split=split)
+        into.missing.append((f"{origin} {key}: {shown(value)}", _OF_ENTRIES.get(key, _ROWS)))
+    return [
+        source(str(file), name=name, split=split, columns=columns)
+        for file in ([files] if isinstance(files, str) else files)
+    ]
 
 
 def _roles(entry: dict[str, Any], origin: str, into: Imported) -> None:

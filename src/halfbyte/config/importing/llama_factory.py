@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from halfbyte.config.importing.data import set_columns, spec
+from halfbyte.config.importing.data import Source, set_sources, source
 from halfbyte.config.importing.rules import (
     TRANSFORMERS_DEFAULTS,
     Imported,
@@ -210,7 +210,7 @@ def _datasets(
     listed: Any, name: str, option: str, known: Mapping[str, Any], where: Any, into: Imported
 ) -> None:
     names = listed.split(",") if isinstance(listed, str) else listed
-    specs = []
+    sources = []
     for one in (str(one).strip() for one in names):
         entry = known.get(one)
         if entry is None:
@@ -220,9 +220,8 @@ def _datasets(
             )  # fmt: skip
             continue
         if found := _source(entry, f"{name}: {one}", into):
-            specs.append(found)
-    if specs:
-        into.set(option, specs[0] if len(specs) == 1 else tuple(specs), f"{name}: {shown(listed)}")
+            sources.append(found)
+    set_sources(sources, option, f"{name}: {shown(listed)}", into)
 
 
 _COLUMNS = {
@@ -236,7 +235,7 @@ _COLUMNS = {
 }
 
 
-def _source(entry: Mapping[str, Any], origin: str, into: Imported) -> str | None:
+def _source(entry: Mapping[str, Any], origin: str, into: Imported) -> Source | None:
     if entry.get("ranking"):
         into.missing.append((origin, "preference data: only supervised fine-tuning is done"))
         return None
@@ -246,7 +245,6 @@ def _source(entry: Mapping[str, Any], origin: str, into: Imported) -> str | None
     }
     for other in sorted(set(columns) - set(_COLUMNS)):
         into.missing.append((f"{origin} columns.{other}", "only text is trained"))
-    set_columns(renamed, origin, into)
     tags = entry.get("tags") or {}
     pair = (tags.get("role_tag", "from"), tags.get("content_tag", "value"))
     if entry.get("formatting") == "sharegpt" and pair not in (
@@ -256,10 +254,14 @@ def _source(entry: Mapping[str, Any], origin: str, into: Imported) -> str | None
         into.missing.append(
             (f"{origin} tags", "rename the keys of messages to `role` and `content`")
         )
+    if count := entry.get("num_samples"):
+        todo = f"all rows are used: write `#{count}` behind the name in `data` for its first ones"
+        into.missing.append((f"{origin} num_samples: {count}", todo))
     if file := entry.get("file_name"):
-        return spec(str(Path(entry["where"]) / str(file)))
+        return source(str(Path(entry["where"]) / str(file)), columns=renamed)
     hub = entry.get("hf_hub_url")
     if hub:
-        return spec(str(hub), name=entry.get("subset"), split=entry.get("split"))
+        name, split = entry.get("subset"), entry.get("split")
+        return source(str(hub), name=name, split=split, columns=renamed)
     into.missing.append((origin, "neither a file nor a data set of the hub"))
     return None

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from halfbyte.config.importing.data import spec
+from halfbyte.config.importing.data import Source, set_sources, source
 from halfbyte.config.importing.rules import (
     TRANSFORMERS_DEFAULTS,
     Imported,
@@ -302,7 +302,7 @@ def _in_order(tree: ast.AST) -> Iterator[ast.AST]:
 
 def _convert(script: _Script, found: Imported) -> None:
     found.missing += [(why, "not Python; see what it does") for why in script.unreadable]
-    sources: list[str] = []
+    sources: list[Source] = []
     on_replies = False
     for name, call in script.calls():
         function = ast.unparse(call.func)
@@ -320,16 +320,18 @@ def _convert(script: _Script, found: Imported) -> None:
                 todo = "write its rows into a file and name that, or use `eval_split`"
                 found.missing.append((f"eval_dataset: {evaluated!r}", todo))
         elif name == "load_dataset" and call.args:
-            sources += _source(script, call, given, found)
+            sources += _sources(script, call, given, found)
         elif name == "train_on_responses_only":
             on_replies = True
         elif name == "get_chat_template" and "chat_template" in given:
             template = given["chat_template"]
+            origin = f"get_chat_template: {template!r}"
             todo = "the model's own chat template is used; `chat_template` names another, or a file"
-            found.missing.append((f"get_chat_template: {template!r}", todo))
-    if sources:
-        unique = tuple(dict.fromkeys(sources))
-        found.set("data", unique[0] if len(unique) == 1 else unique, "load_dataset")
+            if template in ("chatml", "llama-3", "llama3"):  # the same text as ours
+                found.set("chat_template", template.replace("-", ""), origin)
+            else:
+                found.missing.append((origin, todo))
+    set_sources(sources, "data", "load_dataset", found)
     if on_replies:
         found.set("train_on", "assistant", "train_on_responses_only")
     elif "train_on" not in found.values:
@@ -365,7 +367,9 @@ def _apply(
     apply(readable, rules, found)
 
 
-def _source(script: _Script, call: ast.Call, given: dict[str, Any], found: Imported) -> list[str]:
+def _sources(
+    script: _Script, call: ast.Call, given: dict[str, Any], found: Imported
+) -> list[Source]:
     origin = ast.unparse(call)
     values = [script.value(one) for one in call.args]
     path, name = values[0], given.get("name", values[1] if len(values) > 1 else None)
@@ -377,7 +381,16 @@ def _source(script: _Script, call: ast.Call, given: dict[str, Any], found: Impor
         found.missing.append((origin, "decided by code: write the path or hub id into `data`"))
         return []
     if path in ("json", "csv", "parquet", "text") and files:
-        listed = files.values() if isinstance(files, dict) else files
-        listed = [listed] if isinstance(listed, str) else list(listed)
-        return [str(one) for one in listed]
-    return [spec(path, name=name, split=split)]
+        return _files(files, split, origin, found)
+    return [source(path, name=name, split=split)]
+
+
+def _files(files: Any, split: str | None, origin: str, found: Imported) -> list[Source]:
+    """``data_files``: a file, several, or those of each split, of which ``split`` chooses one."""
+    chosen, bracket, rows = (split or "train").partition("[")
+    listed = files.get(chosen) if isinstance(files, dict) else files
+    if "+" in f"{split}" or not listed:
+        found.missing.append((origin, "write the paths of these splits into `data`"))
+        return []
+    several = [listed] if isinstance(listed, str) else listed
+    return [source(str(one), split=f"train{bracket}{rows}") for one in several]

@@ -58,10 +58,12 @@ def _ordered(imported: Imported) -> dict[str, Any]:
 def yaml_line(name: str, value: Any) -> str:
     """One option as a line of YAML."""
     plain = list(value) if isinstance(value, tuple) else value
-    flow = None if isinstance(plain, list | dict) else False  # lists and mappings in one line
-    return yaml.safe_dump(
-        {name: plain}, default_flow_style=flow, width=10_000, allow_unicode=True
-    ).strip()
+    if isinstance(plain, list | dict):  # in one line, with what they contain
+        inner = yaml.safe_dump(
+            plain, default_flow_style=True, sort_keys=False, width=100_000, allow_unicode=True
+        )
+        return f"{name}: {inner.strip()}"
+    return yaml.safe_dump({name: plain}, width=100_000, allow_unicode=True).strip()
 
 
 def _comments(heading: str, listed: Sequence[tuple[str, str]]) -> list[str]:
