@@ -178,8 +178,8 @@ def test_no_more_are_held_out_than_are_worth_encoding(
     monkeypatch.setattr("halfbyte.train.growing_data.MOST_HELD_OUT", 4)
     run(planned(model, data, tmp_path / "run", max_steps=2, eval_split=0.5))
     notes = [e["text"] for e in journal(tmp_path / "run") if e["event"] == "note"]
-    [note] = [note for note in notes if note.startswith("`eval_split` 0.5")]
-    assert "is 30 rows, of which 4 are held out" in note
+    [note] = [note for note in notes if note.startswith("`eval_split` asks")]
+    assert "asks for 30 rows, of which 4 are held out" in note
     assert len((tmp_path / "run" / "held_out.jsonl").read_text().splitlines()) == 4
 
 

@@ -54,8 +54,8 @@ SAMPLE_ROWS, SAMPLE_BYTES = 2048, 16 << 20
 _FORMAT_ROWS = 4096  # rows, evenly over a file, by which its formats are judged
 MOST_HELD_OUT = 5000
 """Rows that ``eval_split`` holds out at most: they are encoded before the first step, and all
-evaluated at the end. The standard error of a mean over so many is 1.4 % of the
-standard deviation of a row."""
+evaluated at the end. The standard error of a mean over so many is 1.4 % of a row's standard
+deviation."""
 BUFFER_ROWS = 10_000
 """Rows of a stream from which the next is drawn."""
 
@@ -195,9 +195,9 @@ class LargeData(GrowingData):
         count = wanted_rows(wanted, len(table))
         if count > MOST_HELD_OUT:
             report.note(
-                f"`eval_split` {wanted:g} is {count:,} rows, of which {MOST_HELD_OUT:,} are held "
-                "out: of data that is encoded while training, no more are, since these are "
-                "encoded before the first step, and all evaluated at the end"
+                f"`eval_split` asks for {count:,} rows, of which {MOST_HELD_OUT:,} are held out: "
+                "of data that is encoded while training, no more are, since these are encoded "
+                "before the first step, and all evaluated at the end"
             )
             count = MOST_HELD_OUT
         drawn = draw_rows(len(table), count, seed)
