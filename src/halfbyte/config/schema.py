@@ -421,6 +421,9 @@ class TrainConfig(ModelOptions):
             raise ValueError("`streaming` needs `max_steps`: such data has no epochs")
         if self.streaming and self.eval_split is not None:
             raise ValueError("`eval_split` cannot be combined with `streaming`; give `eval_data`")
+        sources = (f"{one}:" for one in (*self.data, *(self.eval_data or ())))
+        if self.streaming and sum(one[:2] in ("-:", "-[", "-#") for one in sources) > 1:
+            raise ValueError("`streaming` reads standard input as it comes: name `-` only once")
         if self.eval_data is not None and self.eval_split is not None:
             raise ValueError("`eval_split` cannot be combined with `eval_data`; remove one")
         if self.metric_for_best != "loss" and not self.depends_on_evaluations:
