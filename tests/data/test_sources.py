@@ -66,7 +66,7 @@ def test_any_bytes_are_rows_problems_or_one_error(scratch, raw):
         with pytest.raises(DataError, match=r"empty|UTF-16"):
             read(scratch / "bytes.jsonl", raw)
     elif raw.startswith(SIGNATURES):
-        with pytest.raises(DataError, match="cannot be read as|damaged or incomplete"):
+        with pytest.raises(DataError, match=r"cannot be read as|damaged or incomplete"):
             read(scratch / "bytes.jsonl", raw)
     elif raw.split() != [b"[", b"]"] and raw.strip() != b"[]":
         assert read(scratch / "bytes.jsonl", raw)

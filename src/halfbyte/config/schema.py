@@ -32,6 +32,17 @@ from halfbyte.config.options import (
 )
 from halfbyte.errors import ConfigError
 
+OF_THE_ADAPTER = (
+    "lora_r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "modules_to_save",
+)
+"""Options that say what an adapter is; with ``init_adapter`` they are those of that adapter."""
 CHAT_TEMPLATE = (
     "format of conversations: chatml, llama3, llama2, mistral, gemma, phi3, phi4, zephyr, alpaca, "
     "vicuna, a .jinja file, or one of the tokenizer's named templates (default: the tokenizer's)"
