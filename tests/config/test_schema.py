@@ -342,3 +342,15 @@ def test_an_option_about_evaluations_needs_data_for_them(options: dict[str, Any]
     configured(**options).require_held_out(given=True)
     configured(**options, eval_split=0.1).require_held_out()
     configured(**options, eval_data="e").require_held_out()
+
+
+@pytest.mark.parametrize(
+    ("data", "eval_data"),
+    [(["-", "-[:5]"], None), ("-", "-"), ("-:2", "-#9"), (["a", {"path": "-"}], "-")],
+)
+def test_a_stream_is_named_once(data: object, eval_data: object) -> None:
+    stream = {"streaming": True, "max_steps": 1}
+    given = {"data": data, "eval_data": eval_data}
+    assert "name `-` only once" in complaint(**REQUIRED | given | stream)
+    configured(**given)  # read as a whole, and then as often as it is named
+    configured(data="-", eval_data="-x.jsonl", **stream)

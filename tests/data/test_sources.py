@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 
 from halfbyte.config.data_sources import DataSource
 from halfbyte.data import row_files, sources
-from halfbyte.data.kinds import _MAGIC
 from halfbyte.data.sources import local_paths, open_sources, read_source, require_source
-from halfbyte.data.tables import ARROW_FILE, PARQUET
 from halfbyte.errors import DataError
 
 JSON = st.recursive(
@@ -58,13 +56,17 @@ def test_lines_and_arrays_are_read_back_with_their_lines(scratch, values, data):
     assert [(row.line, row.value) for row in rows] == list(zip(lines_of, values, strict=True))
 
 
-@given(raw=st.binary(min_size=1, max_size=60))
+# The first bytes of Parquet, Arrow, gzip, Zstandard, bzip2 and xz files.
+SIGNATURES = (b"PAR1", b"ARROW1", b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ\x00")
+
+
+@given(raw=st.binary(min_size=1, max_size=60) | st.sampled_from(SIGNATURES))
 def test_any_bytes_are_rows_problems_or_one_error(scratch, raw):
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or not raw.removeprefix(b"\xef\xbb\xbf").strip():
         with pytest.raises(DataError, match=r"empty|UTF-16"):
             read(scratch / "bytes.jsonl", raw)
-    elif raw.startswith((PARQUET, ARROW_FILE, *_MAGIC)):
-        with pytest.raises(DataError, match="cannot be read"):
+    elif raw.startswith(SIGNATURES):
+        with pytest.raises(DataError, match=r"cannot be read as|damaged or incomplete"):
             read(scratch / "bytes.jsonl", raw)
     elif raw.split() != [b"[", b"]"] and raw.strip() != b"[]":
         assert read(scratch / "bytes.jsonl", raw)
@@ -175,6 +177,13 @@ def test_a_missing_file_names_the_one_that_was_meant(tmp_path):
         read_source(tmp_path / "trian.jsonl")
     with pytest.raises(DataError, match="There is no data file"):
         read_source("no/such/file.jsonl")
+
+
+def test_a_missing_file_is_said_before_another_is_converted(tmp_path, monkeypatch):
+    (tmp_path / "a.csv").write_text("text\nx\n")
+    monkeypatch.setattr(sources, "row_file", lambda *_, **__: pytest.fail("it was converted"))
+    with pytest.raises(DataError, match="There is no data file"):
+        open_sources([tmp_path / "a.csv", tmp_path / "b.csv"])
 
 
 def test_a_file_that_cannot_be_looked_up_is_an_error(tmp_path):

@@ -63,6 +63,11 @@ def test_a_finding_has_its_code_its_numbers_and_its_remedy(
     assert lines[-1] == "40 rows checked: 0 errors, 1 warning, 1 note"
 
 
+def test_one_row_is_a_row(capsys: pytest.CaptureFixture[str]) -> None:
+    print_verdict(DataCheck((), LENGTHS, 1, 1))
+    assert printed(capsys)[-1] == "1 row checked: 0 errors, 0 warnings, 0 notes"
+
+
 def test_the_source_is_said_if_there_are_several(capsys: pytest.CaptureFixture[str]) -> None:
     found = [Finding("HB404", "info", 1, 2, source=name) for name in ("a", "b")]
     print_check(DataCheck(tuple(found)))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from halfbyte.config.schema import TrainConfig
+from halfbyte.errors import DataError
 from halfbyte.report import open_report
 from halfbyte.report.journal import read_journal
 from halfbyte.report.runs import read_run
@@ -69,6 +70,14 @@ def test_errors_are_warnings_and_what_reading_said_is_not_said_again(config: Tra
     assert [note[:5] for note in said] == ["HB401", "HB603", "HB604"]
     found = {one.code for one in data.check.findings}
     assert {"HB101", "HB401", "HB504", "HB603", "HB604", "HB710"} <= found
+
+
+def test_held_out_data_that_is_missing_is_said_before_the_data_is_read(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_data, "open_source", lambda *_, **__: pytest.fail("data was read"))
+    with pytest.raises(DataError, match=r"no data file .*hold\.jsonl. Did you mean .*held\.jsonl"):
+        read(config.model_copy(update={"eval_data": (str(config.output.parent / "hold.jsonl"),)}))
 
 
 def test_a_sample_is_said_to_be_one(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,9 @@ def planned(steps=100, trained=100_000.0, rows=500, tokens=50_000, **options):
         ({"trained": 1e6}, 10, 100),  # ten times a hundred rows: a tenth of the tokens
         ({"trained": 1e7}, 10, 500),  # a long run: all of them
         ({"trained": 1e5}, 34, 33),  # a short one: three times, not ten times ten rows
-        ({"trained": 1e4}, None, 100),  # a tiny one: only at the end, on all
+        ({"trained": 1e4}, None, 500),  # a tiny one: only at the end, on all
+        ({"trained": 1e4, "eval_max_samples": 10}, None, 500),
+        ({"trained": 1e5, "eval_steps": 100}, 100, 500),  # the last step alone
         ({"trained": 1e6, "eval_max_samples": 200}, 20, 200),
         ({"trained": 1e6, "eval_max_samples": 10}, 10, 10),
         ({"trained": 1e6, "eval_steps": 50}, 50, 500),
@@ -122,9 +124,7 @@ def planned(steps=100, trained=100_000.0, rows=500, tokens=50_000, **options):
 )
 def test_how_often_and_how_much(given, every, rows):
     found = planned(**given)
-    assert found.every == every
-    if every is not None:
-        assert found.rows == rows
+    assert (found.every, found.rows) == (every, rows)
 
 
 @given(

@@ -190,8 +190,8 @@ def _text(plan: Forecast, way: "Way", lengths: _Lengths, values: dict[str, Any])
     comments = [
         f"Written by halfbyte init on {datetime.now(UTC):%Y-%m-%d}, for {plan.card.name}.",
         "",
-        f"Predicted: {way.name} needs {fits}; a step of {_PER_STEP} x {length:,} tokens, the "
-        f"longest there is, takes {time_of_step(way.seconds.total)}.",
+        f"Predicted: {way.name} needs {fits}; a step of {_PER_STEP} x {length:,} tokens "
+        f"takes {time_of_step(way.seconds.total)}.",
         plan.advice,
         "",
         "halfbyte train --help lists all options and their defaults.",

@@ -89,6 +89,10 @@ class Refusal(NamedTuple):
     also: tuple[str, ...] = ()
     """Further values of that kind."""
 
+    def allows(self, value: Any) -> bool:
+        """Whether a value asks for nothing else than what is done."""
+        return _word(value) in (self.harmless, "none", *self.also)
+
 
 _ALL = {"all": "all-linear"}
 _SWITCH = {"true": "true", "false": "false"}
@@ -189,7 +193,7 @@ ALIASES: dict[str, Alias] = {
 
 _WEIGHTS = "sources are mixed by weights, which are part of `data`: a.jsonl:0.7 and b.jsonl:0.3"
 _IN_DATA = "it is part of `data`: owner/name:split, or owner/name:config:split"
-_SCHEDULER_KWARGS = "lr_scheduler_kwargs"
+SCHEDULER_KWARGS = "lr_scheduler_kwargs"
 _OF_SCHEDULERS = {
     **{name: name for name in ("min_lr", "min_lr_rate", "min_lr_ratio", "lr_end")},
     "num_decay_steps": "num_decay_steps",
@@ -249,25 +253,25 @@ def aliases_of(options: type[BaseModel]) -> dict[str, Alias]:
     }
 
 
-def _without_kwargs(
+def without_scheduler_kwargs(
     given: Mapping[str, Any], options: type[BaseModel]
 ) -> tuple[dict[str, Any], list[str]]:
     """Replace ``lr_scheduler_kwargs``, a mapping or JSON text, by what it contains; and errors."""
     rest, problems = dict(given), list[str]()
-    if _SCHEDULER_KWARGS not in given or "lr_scheduler_type" not in options.model_fields:
+    if SCHEDULER_KWARGS not in given or "lr_scheduler_type" not in options.model_fields:
         return rest, problems
-    kwargs = rest.pop(_SCHEDULER_KWARGS) or {}
+    kwargs = rest.pop(SCHEDULER_KWARGS) or {}
     if isinstance(kwargs, str):
         with suppress(ValueError, RecursionError):
             kwargs = json.loads(kwargs)
     if not isinstance(kwargs, dict):
-        return rest, [f"`{_SCHEDULER_KWARGS}`: expected a mapping, got {quote(kwargs)}"]
+        return rest, [f"`{SCHEDULER_KWARGS}`: expected a mapping, got {quote(kwargs)}"]
     for name, value in kwargs.items():
         if name not in _OF_SCHEDULERS:
             known = ", ".join(_OF_SCHEDULERS)
-            problems.append(f"`{_SCHEDULER_KWARGS}`: expected {known}, got {quote(name)}")
+            problems.append(f"`{SCHEDULER_KWARGS}`: expected {known}, got {quote(name)}")
         elif rest.setdefault(_OF_SCHEDULERS[name], value) != value:
-            problems.append(f"`{name}` is given twice, once in `{_SCHEDULER_KWARGS}`; remove one")
+            problems.append(f"`{name}` is given twice, once in `{SCHEDULER_KWARGS}`; remove one")
     return rest, problems
 
 
@@ -277,7 +281,7 @@ def translate(given: Mapping[str, Any], options: type[BaseModel]) -> Translation
     values: dict[str, Any] = {}
     given_as: dict[str, str] = {}
     notes = list[str]()
-    given, problems = _without_kwargs(given, options)
+    given, problems = without_scheduler_kwargs(given, options)
     sure = {
         aliases[name].field if name in aliases else name
         for name, value in given.items()
@@ -300,7 +304,7 @@ def translate(given: Mapping[str, Any], options: type[BaseModel]) -> Translation
         elif name in options.model_fields:
             field, read = name, value
         elif name in REFUSED:
-            if _word(value) not in (REFUSED[name].harmless, "none", *REFUSED[name].also):
+            if not REFUSED[name].allows(value):
                 problems.append(f"`{name}`: {REFUSED[name].reason}")
             continue
         else:

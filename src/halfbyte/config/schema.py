@@ -32,6 +32,17 @@ from halfbyte.config.options import (
 )
 from halfbyte.errors import ConfigError
 
+OF_THE_ADAPTER = (
+    "lora_r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "modules_to_save",
+)
+"""Options that say what an adapter is; with ``init_adapter`` they are those of that adapter."""
 CHAT_TEMPLATE = (
     "format of conversations: chatml, llama3, llama2, mistral, gemma, phi3, phi4, zephyr, alpaca, "
     "vicuna, a .jinja file, or one of the tokenizer's named templates (default: the tokenizer's)"
@@ -421,6 +432,9 @@ class TrainConfig(ModelOptions):
             raise ValueError("`streaming` needs `max_steps`: such data has no epochs")
         if self.streaming and self.eval_split is not None:
             raise ValueError("`eval_split` cannot be combined with `streaming`; give `eval_data`")
+        sources = (f"{one}:" for one in (*self.data, *(self.eval_data or ())))
+        if self.streaming and sum(one[:2] in ("-:", "-[", "-#") for one in sources) > 1:
+            raise ValueError("`streaming` reads standard input as it comes: name `-` only once")
         if self.eval_data is not None and self.eval_split is not None:
             raise ValueError("`eval_split` cannot be combined with `eval_data`; remove one")
         if self.metric_for_best != "loss" and not self.depends_on_evaluations:

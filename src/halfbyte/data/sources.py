@@ -133,6 +133,8 @@ def open_sources(
         OutputError: There is no space for a converted file.
     """
     specs = [_with_columns(Spec.parse(one), columns) for one in sources_of(data)]
+    for one in specs:  # before the first is converted
+        _require(one)
     names = [one.name for one in specs]
     weights = _weights(specs)
     if streaming:
@@ -204,7 +206,6 @@ def _files_of(
     spec: Spec, max_samples: int | None, progress: Progress | None, *, keep: bool
 ) -> tuple[list[RowFile], tuple[str, ...]]:
     """The files of a source, with the rows that are used of each, and messages."""
-    _require(spec)
     if spec.is_hub_id and not spec.is_local:
         return _hub_file(spec, max_samples, progress, keep=keep)
     paths, notes = _paths_of(spec)
@@ -374,7 +375,6 @@ def _stream_of(
     spec: Spec, max_samples: int | None, *, several: bool
 ) -> Callable[[], Iterator[Row]]:
     """A function that starts to read the rows of a source as they come."""
-    _require(spec)
     if spec.rows.known is None:
         raise DataError(
             f"The rows of {spec.name} are counted from its end or in percent, which a stream does "

@@ -54,7 +54,7 @@ def print_verdict(check: DataCheck) -> None:
     errors, warnings, notes = (check.count(one) for one in ("error", "warning", "info"))
     counts = [(errors, "error"), (warnings, "warning"), (notes, "note")]
     said = ", ".join(f"{n} {name}{'s' if n != 1 else ''}" for n, name in counts)
-    looked = f"{check.rows:,} rows checked: " if check.rows else ""
+    looked = f"{check.rows:,} row{'s' if check.rows != 1 else ''} checked: " if check.rows else ""
     style = "bold red" if errors else "yellow" if warnings else "green"
     console = open_console()
     console.print()

@@ -26,7 +26,7 @@ from halfbyte.checkpoint.peft import (
 )
 from halfbyte.checkpoint.run_state import RunState
 from halfbyte.config.reading import check
-from halfbyte.config.schema import TrainConfig
+from halfbyte.config.schema import OF_THE_ADAPTER, TrainConfig
 from halfbyte.errors import ConfigError
 from halfbyte.foreign_text import quote
 from halfbyte.input_files import open_file
@@ -36,16 +36,6 @@ from halfbyte.train.loading import use_template
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
 
-TAKEN_OVER = (
-    "lora_r",
-    "lora_alpha",
-    "use_rslora",
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-    "target_modules",
-    "modules_to_save",
-)
 _FREE = (*PACKING, "lora_dropout")
 """Taken over unless given; another quantisation is a mismatch of the base model."""
 
@@ -102,7 +92,7 @@ class InitialAdapter:
         theirs |= recorded_packing(loaded.info, config.init_adapter)
         different = [
             f"`{name}` is {quote(theirs[name])} there, and {quote(getattr(config, name))} is given"
-            for name in TAKEN_OVER
+            for name in OF_THE_ADAPTER
             if name in config.model_fields_set and getattr(config, name) != theirs[name]
         ]
         if different:
@@ -158,7 +148,7 @@ def template_of_run(
 def _with(config: TrainConfig, options: Mapping[str, Any]) -> TrainConfig:
     """Return ``config`` with the adapter's options that it does not give itself."""
     given = {name: getattr(config, name) for name in config.model_fields_set}
-    known = {name: options[name] for name in (*TAKEN_OVER, *_FREE) if name in options}
+    known = {name: options[name] for name in (*OF_THE_ADAPTER, *_FREE) if name in options}
     return check(TrainConfig, known | given)
 
 

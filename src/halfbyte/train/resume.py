@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 from halfbyte.checkpoint.base_model import BaseSource
 from halfbyte.checkpoint.peft import CONFIG_NAME
 from halfbyte.checkpoint.run_state import RunState, latest_run, load_run
-from halfbyte.config.schema import TrainConfig
+from halfbyte.config.schema import OF_THE_ADAPTER, TrainConfig
 from halfbyte.errors import CheckpointError, ConfigError, OutputError
 from halfbyte.foreign_text import quote
-from halfbyte.train.init_adapter import TAKEN_OVER
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
@@ -129,7 +128,7 @@ def check_same_run(resumed: RunState, identity: dict[str, Any], total_steps: int
     if changed:
         message = "\n  ".join(["a resumed run must keep its original options:", *changed.values()])
         initial = resumed.progress.get("init_adapter")
-        if isinstance(initial, dict) and changed.keys() & {*TAKEN_OVER}:
+        if isinstance(initial, dict) and changed.keys() & {*OF_THE_ADAPTER}:
             message += f"\nIt started from {quote(initial.get('name'))}: give --init-adapter again"
         raise ConfigError(message)
     # After the options, since some of them choose the tokens.

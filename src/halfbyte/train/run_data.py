@@ -20,6 +20,7 @@ from halfbyte.data.checks import TRAIN_ROWS, CheckOptions, DataCheck, check_data
 from halfbyte.data.encoding import EncoderSpec
 from halfbyte.data.loading import OpenedSource, load_rows, open_source
 from halfbyte.data.row_encoder import RowEncoder
+from halfbyte.data.sources import require_source
 from halfbyte.data.split import split_dataset
 from halfbyte.report.rejected import REJECTED_NAME, write_rejected
 from halfbyte.train.growing_data import GrowingData, LargeData, StreamedData
@@ -79,6 +80,8 @@ class RunData:
         held_out: Source | None = config.eval_data
         if eval_data is not None:
             held_out = RowsInMemory(eval_data, name_of(config.eval_data or "eval_data"))
+        elif config.eval_data is not None:
+            require_source(config.eval_data)  # before the data is read, which may take long
         with ExitStack() as stack:
             self._read(config, tokenizer, train, held_out, stack)
             self._plan(config, tokenizer.pad_token_id or 0, model_config)

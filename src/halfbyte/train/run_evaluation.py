@@ -72,6 +72,8 @@ def schedule(
             times = min(EVALUATIONS_PER_RUN, steps)
         every = math.ceil(steps / times) if times > 1 else None
     times = math.ceil(steps / every) if every else 1
+    if times == 1:  # at the end, which is on all rows
+        return Schedule(every, rows, TOKEN_SHARE * rows / affordable)
     chosen = min(rows, config.eval_max_samples or max(least, int(affordable / times)))
     return Schedule(every, chosen, TOKEN_SHARE * times * chosen / affordable)
 

@@ -216,6 +216,77 @@ def test_a_cell_that_is_not_python_is_listed(tmp_path):
     assert any(setting.startswith("cell 4, line 1") for setting, _ in found.missing)
 
 
+# --- what train would refuse ----------------------------------------------------------------------
+
+NEEDS_MAX_STEPS = "`streaming` needs `max_steps`: such data has no epochs"
+NEEDS_HELD_OUT = "needs data to evaluate on: give `eval_data`, or `eval_split` to hold out rows of"
+
+
+@pytest.mark.parametrize(
+    ("settings", "taken", "listed", "todo"),
+    [
+        ({"streaming": True}, {}, "streaming: true", NEEDS_MAX_STEPS),
+        ({"streaming": True, "max_steps": 9}, {"streaming": True, "max_steps": 9}, "", ""),
+        ({"eval_steps": 5, "val_set_size": 0.1}, {"eval_steps": 5, "eval_split": 0.1}, "", ""),
+        ({"early_stopping_patience": 3}, {}, "early_stopping_patience: 3", NEEDS_HELD_OUT),
+        ({"val_set_size": 1}, {}, "val_set_size: 1", "`eval_split`: expected a share between"),
+        ({"eval_steps": 0.1, "val_set_size": 9}, {"eval_split": 9}, "eval_steps: 0.1", "expected"),
+        (
+            {"lr_scheduler": "linear", "cosine_min_lr_ratio": 0.1},
+            {"lr_scheduler_type": "linear"},
+            "cosine_min_lr_ratio: 0.1",
+            "`min_lr_rate` needs `lr_scheduler_type` cosine",
+        ),
+        (
+            {"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-6}},
+            {"lr_scheduler_type": "cosine_with_min_lr", "min_learning_rate": 1e-6},
+            "",
+            "",
+        ),
+        (
+            {"lr_scheduler": "cosine", "lr_scheduler_kwargs": {"min_lr": 1e-6, "odd": 2}},
+            {"min_learning_rate": 1e-6},
+            "lr_scheduler_kwargs: {'min_lr': 1e-06, 'odd': 2}",
+            "`lr_scheduler_kwargs`: expected min_lr, ",
+        ),
+        (
+            {"load_best_model_at_end": True, "val_set_size": 0.1},
+            {"load_best": True, "eval_split": 0.1},
+            "",
+            "",
+        ),
+    ],
+)
+def test_what_train_would_refuse_is_listed_and_the_rest_is_taken(
+    settings, taken, listed, todo, tmp_path
+):
+    start = {"base_model": "m", "adapter": "lora", "datasets": [{"path": "a.jsonl"}]}
+    found = import_config(written(tmp_path, "a.yaml", yaml.safe_dump(start | settings)))
+    config = loaded(found, tmp_path)
+    config.require_held_out()
+    assert {name: getattr(config, name) for name in taken} == taken
+    assert [(one, todo in why) for one, why in found.missing] == (
+        [(listed, True)] if listed else []
+    )
+
+
+def test_an_adapter_that_a_run_starts_from_keeps_its_rank(tmp_path):
+    text = LLAMA_FACTORY + "adapter_name_or_path: one\n"
+    found = import_config(written(tmp_path, "a.yaml", text))
+    assert found.values["init_adapter"] == "one"
+    assert not {"lora_r", "lora_alpha", "target_modules"} & found.values.keys()
+    assert ("lora_rank: 8", "the adapter that the run starts from decides") in found.unneeded
+    assert loaded(found, tmp_path).init_adapter == Path("one")
+
+
+def test_what_train_refuses_by_name_is_listed_with_its_reason(tmp_path):
+    text = LLAMA_FACTORY + "mix_strategy: interleave_under\ninterleave_probs: 0.7,0.3\n"
+    found = import_config(written(tmp_path, "a.yaml", text))
+    reasons = [why for setting, why in found.missing if setting.startswith(("mix", "interleave"))]
+    assert len(reasons) == 2
+    assert all(why.startswith("sources are mixed by weights") for why in reasons)
+
+
 # --- chat templates -----------------------------------------------------------------------------
 
 

@@ -6,8 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from halfbyte.config.aliases import ALIASES
-from halfbyte.config.schema import TrainConfig
+from halfbyte.config.aliases import (
+    ALIASES,
+    REFUSED,
+    SCHEDULER_KWARGS,
+    Refusal,
+    without_scheduler_kwargs,
+)
+from halfbyte.config.reading import check
+from halfbyte.config.schema import OF_THE_ADAPTER, TrainConfig
+from halfbyte.errors import ConfigError
 
 
 @dataclass
@@ -64,11 +72,35 @@ def warm_up(into: Imported) -> None:
 
 
 def settled(found: Imported) -> Imported:
-    """List what has no effect without another setting, which was not converted."""
-    if not {"eval_data", "eval_split"} & found.values.keys() and "eval_steps" in found.values:
-        del found.values["eval_steps"]
-        todo = "needs held-out data: `eval_data`, or `eval_split: 0.02`"
-        found.missing.append((found.origins.pop("eval_steps"), todo))
+    """List what ``halfbyte train`` would refuse, so that it takes the rest.
+
+    That is a value which an option does not have, an option without the other that it needs, or the
+    later of two that exclude each other.
+    """
+    if "init_adapter" in found.values:
+        for option in found.values.keys() & {*OF_THE_ADAPTER}:
+            del found.values[option]
+            why = "the adapter that the run starts from decides"
+            found.unneeded.append((found.origins.pop(option), why))
+    accepted: dict[str, Any] = dict.fromkeys(("model", "data", "output"), "-")
+    # First the schedule: its options are wrong for it, not it for them.
+    left = sorted(found.values, key=lambda option: option != "lr_scheduler_type")
+    while True:  # those that need another are accepted after it
+        refused: dict[str, str] = {}
+        for option in left:
+            both = accepted | {option: found.values[option]}
+            try:
+                check(TrainConfig, both).require_held_out()
+            except ConfigError as error:
+                refused[option] = str(error)
+            else:
+                accepted = both
+        if len(refused) == len(left):
+            break
+        left = list(refused)
+    for option, reason in refused.items():
+        del found.values[option]
+        found.missing.append((found.origins.pop(option), reason))
     return found
 
 
@@ -138,7 +170,8 @@ def from_alias(name: str) -> Rule:
 
     def read(value: Any) -> Any:
         try:
-            return alias.read(value)
+            found = alias.read(value)
+            return found == "true" if found in ("true", "false") else found
         except ValueError as error:
             raise NoCounterpartError(f"{error}{alias.only or ''}") from error
 
@@ -153,13 +186,20 @@ def apply(given: Mapping[str, Any], rules: Mapping[str, Rule], into: Imported) -
             rule = rules[name]
         elif name in ALIASES:
             rule = from_alias(name)
-        elif name in TrainConfig.model_fields:
+        elif name in REFUSED:
+            rule = _refused(REFUSED[name])
+        elif name in TrainConfig.model_fields or name == SCHEDULER_KWARGS:
             rule = Rule(name)
         else:
             into.missing.append((origin, "not known here; see whether your results depend on it"))
             continue
         if value is None:
             into.unneeded.append((origin, "has no value"))
+            continue
+        if name == SCHEDULER_KWARGS:
+            options, problems = without_scheduler_kwargs({name: value}, TrainConfig)
+            apply(options, {}, into)
+            into.missing += [(origin, problem) for problem in problems]
             continue
         try:
             found = rule.read(value)
@@ -172,6 +212,14 @@ def apply(given: Mapping[str, Any], rules: Mapping[str, Rule], into: Imported) -
             into.set(rule.option, found, origin)
         else:
             into.unneeded.append((origin, "asks for nothing"))
+
+
+def _refused(refusal: Refusal) -> Rule:
+    def read(value: Any) -> None:
+        if not refusal.allows(value):
+            raise NoCounterpartError(refusal.reason)
+
+    return Rule(read=read, why="asks for nothing")
 
 
 _LONGEST = 100  # characters of a value that are quoted
