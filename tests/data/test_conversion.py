@@ -125,15 +125,15 @@ def test_a_compressed_file_that_was_cut_is_an_error(tmp_path, suffix, keep):
             b"PK\3\4",
             r"is a \.xlsx file: expected JSONL, JSON, CSV, TSV, Parquet or Arrow",
         ),
-        ("a.tar.gz", gzip.compress(b"x"), r"is a \.tar file"),
+        ("a.tar.gz", gzip.compress(b"x", mtime=0), r"is a \.tar file"),
         ("a.jsonl.gz", b'{"a": 1}', "is not compressed as its name says"),
         ("a.parquet", b"PAR2", "a.parquet cannot be read as Parquet"),
         ("a.parquet", b"", "a.parquet cannot be read as Parquet"),
-        ("a.parquet.gz", gzip.compress(b"PAR1"), "decompress it first"),
+        ("a.parquet.gz", gzip.compress(b"PAR1", mtime=0), "decompress it first"),
         ("a.arrow", b"nonsense", "a.arrow cannot be read as Arrow"),
         ("a.feather", b"FEA1....", "first version of Feather"),
         ("a.csv", b"\xff\xfea\0,\0", "is in UTF-16"),
-        ("a.json.gz", gzip.compress(b"\xff\xfe[\0"), "is in UTF-16"),
+        ("a.json.gz", gzip.compress(b"\xff\xfe[\0", mtime=0), "is in UTF-16"),
     ],
 )
 def test_what_is_not_read_is_one_message(tmp_path, name, raw, message):
