@@ -149,7 +149,7 @@ def test_train_lays_options_over_the_file_and_says_what_it_read(
     assert lines(out) == [
         "The adapter has been written. To try it:",
         f"  halfbyte chat --model m --adapter {output}",
-        "To evaluate, merge, export or serve it:",
+        "To merge, export or serve it:",
         f"  halfbyte merge m {output} {output}-merged",
         f"  halfbyte export m {output} {output}-gguf",
         "vLLM cannot serve it without merging: DoRA",

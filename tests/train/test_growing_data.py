@@ -224,6 +224,8 @@ def test_closing_ends_what_was_opened(model, data, tmp_path, monkeypatch):
     monkeypatch.setattr(RowEncoder, "close", lambda self: closed.append(self) or close(self))
     break_off(planned(model, data, tmp_path / "run"), 2)
     assert len(closed) == 1
-    with pytest.raises(DataError, match="There is no data file"):
-        run(planned(model, data, tmp_path / "other", eval_data="missing.jsonl"))
+    unusable = tmp_path / "unusable.jsonl"
+    unusable.write_text("{}\n")
+    with pytest.raises(DataError, match="unusable"):
+        run(planned(model, data, tmp_path / "other", eval_data=str(unusable)))
     assert len(closed) == 2

@@ -150,7 +150,7 @@ def open_sources(
             ]
             if not any(next(file.lines_used(), None) for file in found):
                 raise DataError(_no_rows(spec, found))
-            _check_columns(spec, found)
+            _check_columns(spec, found, alone=len(specs) == 1)
         files += found
         notes += said
     return Sources(_named(files), names, weights, tuple(dict.fromkeys(notes)))
@@ -334,7 +334,7 @@ def _no_rows(spec: Spec, files: Sequence[RowFile]) -> str:
     return f"{spec.name} has no rows in {asked}."
 
 
-def _check_columns(spec: Spec, files: Sequence[RowFile]) -> None:
+def _check_columns(spec: Spec, files: Sequence[RowFile], *, alone: bool) -> None:
     """Check that some of the first rows have the columns that are asked for, or our keys.
 
     Raises:
@@ -352,6 +352,8 @@ def _check_columns(spec: Spec, files: Sequence[RowFile]) -> None:
         if keys and theirs not in keys and ours not in keys:
             near = difflib.get_close_matches(theirs, keys, n=1)
             hint = f"; did you mean {quote(near[0])}?" if near else "."
+            if not alone:
+                hint += " A source of several can have `columns` of its own, in a YAML file."
             found = ", ".join(map(quote, list(keys)[:12]))
             raise DataError(
                 f"{spec.path} has no column {quote(theirs)} to read {quote(ours)} from, only "
