@@ -111,4 +111,4 @@ def test_whatever_a_journal_says_there_is_a_card(
     write_journal(directory, [{"event": "begin"} | fields, {"event": "step", "step": 1} | fields])
     path = write_model_card(directory, None, None, None)
     assert path is not None
-    assert ModelCard.load(path).data.library_name == "peft"
+    assert ModelCard.load(path).data.to_dict()["library_name"] == "peft"
