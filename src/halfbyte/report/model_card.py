@@ -18,7 +18,7 @@ from halfbyte.foreign_text import printable, shorten
 from halfbyte.input_files import open_file
 from halfbyte.report.charts import memory, plain
 from halfbyte.report.live import duration
-from halfbyte.report.runs import Run, mapping, number, read_run
+from halfbyte.report.runs import Run, mapping, number, read_run, texts
 
 MODEL_CARD = "README.md"
 _MARK = "# written by halfbyte: remove this line to keep your changes from being replaced\n"
@@ -201,7 +201,7 @@ def _recipe(run: Run, fields: dict[str, Any]) -> list[tuple[str, str]]:
     """The options that were set, and those of the adapter."""
     config = mapping(run.begin.get("config"))
     always = ("quant", "lora_r", "lora_alpha", "target_modules", "learning_rate", "seed")
-    given = {str(name) for name in run.begin.get("given") or []}
+    given = set(texts(run.begin.get("given")))
     if not config:
         names = ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora")
         return [(_code(name), _value(name, fields[name])) for name in names if name in fields]
