@@ -234,12 +234,13 @@ def _gated_backward(
     for row in range(start + tl.program_id(0), end, programs):
         slot = tl.load(order + row)
         w = tl.load(row_scale + slot).to(tl.float32)
-        both = h + row.to(tl.int64) * (2 * columns)
+        at_row = tl.cast(row, tl.int64) * columns
+        both = h + 2 * at_row
         total = tl.zeros((lanes,), tl.float32)
         for left in range(0, columns, lanes):
             at = left + lane
             inside = at < columns
-            d = tl.load(d_inner + row.to(tl.int64) * columns + at, mask=inside, other=0.0)
+            d = tl.load(d_inner + at_row + at, mask=inside, other=0.0)
             d = d.to(tl.float32)
             if interleaved:
                 where = both + 2 * at[:, None] + pair[None, :]
@@ -270,7 +271,9 @@ def _gated_backward(
 def tile_of(device: torch.device, tile_rows: int) -> Tile:
     """Returns the tile of a product, by the GPU and the rows of a tile."""
     if not devices.spec_of(device).is_hopper:
-        return Tile(n=128, k=32, warps=4 if tile_rows < LARGE_TILE else 8, stages=3, per_sm=2, flat=False)
+        return Tile(
+            n=128, k=32, warps=4 if tile_rows < LARGE_TILE else 8, stages=3, per_sm=2, flat=False
+        )
     if tile_rows < LARGE_TILE:
         return Tile(n=256, k=64, warps=4, stages=4, per_sm=1, flat=True)
     return Tile(n=256, k=64, warps=8, stages=3, per_sm=1, flat=True)

@@ -159,9 +159,7 @@ def routing_of(index: Tensor, experts: int, tile_rows: int | None = None) -> Rou
     # Each starts where 16 bytes do, so that a kernel is not compiled for other alignments.
     room = torch.empty(sum(n + -n % 4 for n in sizes), dtype=torch.int32, device=device)
     parts = room.split([n + -n % 4 for n in sizes])
-    order, offsets, tiles, first_tiles = (
-        part[:n] for part, n in zip(parts, sizes, strict=True)
-    )
+    order, offsets, tiles, first_tiles = (part[:n] for part, n in zip(parts, sizes, strict=True))
     options = {"span": _SPAN, "lanes": max(16, _COMPARED // e), "e": e, "num_warps": 8}
     with on_device(index):
         _count_slots[(spans,)](counts, index, slots, **options)
