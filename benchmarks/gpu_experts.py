@@ -262,7 +262,7 @@ def kernels(layer: Layer, timed: Callable[[Callable[[], object]], float]) -> dic
         "routing": lambda: routing_of(layer.index, experts),
         "torch.sort": lambda: torch.sort(layer.index.view(-1), stable=True),
         "gated backward": lambda: gated_backward(*gate),
-        "sum over k": lambda: sum_over_k(b.slots, routing.top_k),
+        "sum over k": lambda: sum_over_k(b.slots, layer.index, layer.shape.experts),
         "copy of x sorted": lambda: torch.index_select(layer.x, 0, token),
     }
     for name, run in others.items():
@@ -296,7 +296,7 @@ def our_experts(layer: Layer, chunk: int, room: Tensor) -> tuple[Tensor, Tensor,
     for first, gate_up, w_down in chunks(layer, chunk, room):
         grouped_product(layer.x, gate_up, routing, first, b.inner, glu=glu, **up)
         grouped_product(b.inner, w_down, routing, first, b.slots, **down)
-    y = sum_over_k(b.slots, routing.top_k)
+    y = sum_over_k(b.slots, layer.index, layer.shape.experts)
     d_inner, dx = {"transposed": False, "gather": True}, {"transposed": False, "scatter": True}
     for first, gate_up, w_down in chunks(layer, chunk, room):
         n = len(gate_up)
@@ -307,7 +307,7 @@ def our_experts(layer: Layer, chunk: int, room: Tensor) -> tuple[Tensor, Tensor,
     d_weights = b.d_scale.view(layer.weights.shape)
     if layer.down_bias is not None:
         d_weights += (layer.dy @ layer.down_bias.t()).gather(1, layer.index)
-    return y, sum_over_k(b.slots, routing.top_k), d_weights
+    return y, sum_over_k(b.slots, layer.index, layer.shape.experts), d_weights
 
 
 def their_experts(layer: Layer) -> torch.nn.Module:

@@ -48,7 +48,7 @@ INTEGERS = {
     *("q_heads", "k_heads", "half", "table_stride", "gate_stride", "up_stride"),
     *("q_out_batch", "q_out_token", "k_out_batch", "k_out_token"),
     *("q_batch", "q_token", "k_batch", "k_token", "inner_stride"),
-    *("first", "experts", "out_stride", "slots", "spans", "most_tiles"),
+    *("first", "experts", "out_stride", "slots", "spans"),
 }
 
 
@@ -193,10 +193,12 @@ def adapter_kernels(kind: str):
 def expert_kernels(kind: str):
     """Yields those of a mixture of 128 experts, and of one with gpt-oss's activation."""
     sorting = {"span": triton_routing._SPAN, "lanes": 64, "e": 128}
-    types = {"index": "*i64"}
+    types = {"index": "*i64", "slots": "i32"}
     yield triton_routing._count_slots, types, sorting, {"num_warps": 8}
-    yield triton_routing._sort_slots, types, sorting | {"tile_rows": 128}, {"num_warps": 8}
-    types = {"slots": f"*{kind}", "y": f"*{kind}"}
+    yield triton_routing._sort_slots, types, sorting, {"num_warps": 8}
+    tiling = {"tile_rows": 128, "lanes": 64, "e": 128}
+    yield triton_routing._find_tiles, {}, tiling, {"num_warps": 8}
+    types = {"slots": f"*{kind}", "y": f"*{kind}", "index": "*i64"}
     yield triton_routing._sum_slots, types, {"top_k": 8, "lanes": 1024}, {"num_warps": 4}
     swiglu, gpt_oss = triton_experts.Glu(), triton_experts.Glu(True, 7.0, 1.702, 1.0)
     types = dict.fromkeys(("h", "d_inner", "row_scale"), f"*{kind}")

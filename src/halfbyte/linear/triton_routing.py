@@ -33,16 +33,17 @@ SMALL_TILE, LARGE_TILE, ENOUGH_ROWS = 64, 128, 256
 
 
 class Routing(NamedTuple):
-    """The slots of a layer, sorted by expert.
+    """The rows of a layer's experts, sorted, and the tiles they are processed in.
 
     Attributes:
-        order: int32 [S], the slots of expert 0, then those of expert 1, ...; ascending in each.
-        offsets: int32 [E + 1], the first sorted row of each expert, and S.
+        order: int32 [S], the slots of expert 0, then those of expert 1, ..., ascending in each;
+            slots of no expert come last. Empty if rows come sorted.
+        offsets: int32 [E + 1], the first sorted row of each expert, and the end of the last.
         tiles: int32 [n, 3], expert, first sorted row, and end of the expert's rows of each tile;
-            not initialised from ``first_tiles[E]`` on.
+            those from ``first_tiles[E]`` on are not used.
         first_tiles: int32 [E + 1], the first tile of each expert, and the number of all.
         tile_rows: Rows of a tile.
-        top_k: K.
+        top_k: K; 1 if rows come sorted.
     """
 
     order: Tensor
@@ -54,13 +55,22 @@ class Routing(NamedTuple):
 
 
 @triton.jit
-def _count_slots(counts, index, slots, span: tl.constexpr, lanes: tl.constexpr, e: tl.constexpr):
+def _experts_of(index, slot, slots, experts):
+    """Loads the experts of slots; E for those of none, and beyond the last slot E + 1."""
+    found = tl.load(index + slot, mask=slot < slots, other=0).to(tl.int32)
+    found = tl.where((found < 0) | (found > experts), experts, found)
+    return tl.where(slot < slots, found, experts + 1)
+
+
+@triton.jit
+def _count_slots(
+    counts, index, slots, experts, span: tl.constexpr, lanes: tl.constexpr, e: tl.constexpr
+):
     expert = tl.arange(0, e)
     found = tl.zeros((e,), tl.int32)
     start = tl.program_id(0) * span
     for first in range(start, start + span, lanes):
-        slot = first + tl.arange(0, lanes)
-        own = tl.load(index + slot, mask=slot < slots, other=-1).to(tl.int32)
+        own = _experts_of(index, first + tl.arange(0, lanes), slots, experts)
         found += tl.sum((own[:, None] == expert[None, :]).to(tl.int32), axis=0)
     tl.store(counts + tl.program_id(0) * e + expert, found)
 
@@ -69,15 +79,11 @@ def _count_slots(counts, index, slots, span: tl.constexpr, lanes: tl.constexpr, 
 def _sort_slots(
     order,
     offsets,
-    tiles,
-    first_tiles,
     counts,
     index,
     slots,
     experts,
     spans,
-    most_tiles,
-    tile_rows: tl.constexpr,
     span: tl.constexpr,
     lanes: tl.constexpr,
     e: tl.constexpr,
@@ -90,108 +96,130 @@ def _sort_slots(
         found = tl.load(at, mask=(other < spans)[:, None], other=0)
         rows += tl.sum(found, axis=0)
         before += tl.sum(tl.where((other < program)[:, None], found, 0), axis=0)
-    ends = tl.cumsum(rows, axis=0)
-    its_tiles = (rows + tile_rows - 1) // tile_rows
-    tile_ends = tl.cumsum(its_tiles, axis=0)
+    starts = tl.cumsum(rows, axis=0) - rows
     if program == 0:
-        tl.store(offsets + expert, ends - rows, mask=expert <= experts)
-        tl.store(first_tiles + expert, tile_ends - its_tiles, mask=expert <= experts)
-    # Its slots.
-    place = ends - rows + before
+        tl.store(offsets + expert, starts, mask=expert <= experts)
+    place = starts + before
     start = program * span
     for first in range(start, start + span, lanes):
         slot = first + tl.arange(0, lanes)
-        own = tl.load(index + slot, mask=slot < slots, other=-1).to(tl.int32)
+        own = _experts_of(index, slot, slots, experts)
         mine = (own[:, None] == expert[None, :]).to(tl.int32)
         rank = tl.cumsum(mine, axis=0) - 1
         target = tl.sum(mine * (place[None, :] + rank), axis=1)
         tl.store(order + target, slot, mask=slot < slots)
         place += tl.sum(mine, axis=0)
-    # Its share of the tiles.
-    share = tl.cdiv(most_tiles, tl.num_programs(0))
-    for first in range(program * share, (program + 1) * share, 16):
-        tile = first + tl.arange(0, 16)
-        own = tl.sum((tile_ends[None, :] <= tile[:, None]).to(tl.int32), axis=1)
-        mine = own[:, None] == expert[None, :]
-        row = ends - rows - (tile_ends - its_tiles) * tile_rows
-        row = tl.sum(tl.where(mine, row[None, :], 0), axis=1) + tile * tile_rows
-        end = tl.sum(tl.where(mine, ends[None, :], 0), axis=1)
-        used = (tile < (program + 1) * share) & (tile < most_tiles)
-        tl.store(tiles + tile * 3, own, mask=used)
-        tl.store(tiles + tile * 3 + 1, row, mask=used)
-        tl.store(tiles + tile * 3 + 2, end, mask=used)
 
 
 @triton.jit
-def _sum_slots(y, slots, columns, top_k: tl.constexpr, lanes: tl.constexpr):
+def _find_tiles(
+    tiles,
+    first_tiles,
+    offsets,
+    experts,
+    tile_rows: tl.constexpr,
+    lanes: tl.constexpr,
+    e: tl.constexpr,
+):
+    expert = tl.arange(0, e)
+    start = tl.load(offsets + expert, mask=expert < experts, other=0)
+    end = tl.load(offsets + expert + 1, mask=expert < experts, other=0)
+    count = (end - start + tile_rows - 1) // tile_rows
+    ends = tl.cumsum(count, axis=0)
+    if tl.program_id(0) == 0:
+        tl.store(first_tiles + expert, ends - count, mask=expert <= experts)
+    tile = tl.program_id(0) * lanes + tl.arange(0, lanes)
+    past = ends[None, :] <= tile[:, None]
+    own = tl.sum(past.to(tl.int32), axis=1)
+    first = tl.sum(tl.where(past, count[None, :], 0), axis=1)
+    used = own < experts
+    row = tl.load(offsets + own, mask=used, other=0) + (tile - first) * tile_rows
+    tl.store(tiles + tile * 3, own, mask=used)
+    tl.store(tiles + tile * 3 + 1, row, mask=used)
+    tl.store(tiles + tile * 3 + 2, tl.load(offsets + own + 1, mask=used, other=0), mask=used)
+
+
+@triton.jit
+def _sum_slots(y, slots, index, columns, experts, top_k: tl.constexpr, lanes: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * lanes + tl.arange(0, lanes)
-    inside = at < columns
     total = tl.zeros((lanes,), tl.float32)
     for k in tl.static_range(top_k):
+        expert = tl.load(index + token * top_k + k)
+        inside = (at < columns) & (expert >= 0) & (expert < experts)
         part = tl.load(slots + (token * top_k + k) * columns + at, mask=inside, other=0.0)
         total += part.to(tl.float32)
-    tl.store(y + token * columns + at, total.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + token * columns + at, total.to(y.dtype.element_ty), mask=at < columns)
 
 
-def tile_rows_of(slots: int, experts: int) -> int:
+def tile_rows_of(rows: int, experts: int) -> int:
     """Returns how many rows a tile has, by the rows of the mean expert."""
-    return LARGE_TILE if slots >= ENOUGH_ROWS * experts else SMALL_TILE
+    return LARGE_TILE if rows >= ENOUGH_ROWS * experts else SMALL_TILE
 
 
 def routing_of(index: Tensor, experts: int, tile_rows: int | None = None) -> Routing:
-    """Sorts the slots by expert, in two launches.
+    """Sorts the slots by expert.
 
     Args:
-        index: int32 or int64 [T, K], contiguous: the experts of each token, in 0 .. E - 1, which is
-            not checked.
+        index: int32 or int64 [T, K], contiguous: the experts of each token. Numbers outside of
+            0 .. E - 1 are of no expert.
         experts: E.
         tile_rows: Rows of a tile; None for `tile_rows_of`.
     """
     (tokens, top_k), device = index.shape, index.device
-    slots = tokens * top_k
-    tile_rows = tile_rows or tile_rows_of(slots, experts)
-    e = triton.next_power_of_2(experts + 1)  # one more, whose first row is the end of the last
-    e, spans = max(16, e), max(1, triton.cdiv(slots, _SPAN))
-    most_tiles = slots // tile_rows + min(experts, slots)  # an expert has at most one in part
+    slots, spans = tokens * top_k, max(1, triton.cdiv(tokens * top_k, _SPAN))
+    e = max(16, triton.next_power_of_2(experts + 1))
     counts = torch.empty(spans, e, dtype=torch.int32, device=device)
-    sizes = (slots, experts + 1, most_tiles * 3, experts + 1)
-    # Each starts where 16 bytes do, so that a kernel is not compiled for other alignments.
-    room = torch.empty(sum(n + -n % 4 for n in sizes), dtype=torch.int32, device=device)
-    parts = room.split([n + -n % 4 for n in sizes])
-    order, offsets, tiles, first_tiles = (part[:n] for part, n in zip(parts, sizes, strict=True))
-    options = {"span": _SPAN, "lanes": max(16, _COMPARED // e), "e": e, "num_warps": 8}
+    order = torch.empty(slots, dtype=torch.int32, device=device)
+    offsets = torch.empty(experts + 1, dtype=torch.int32, device=device)
+    sizes = {"span": _SPAN, "lanes": max(16, _COMPARED // e), "e": e}
     with on_device(index):
-        _count_slots[(spans,)](counts, index, slots, **options)
+        _count_slots[(spans,)](counts, index, slots, experts, num_warps=8, **sizes)
         _sort_slots[(spans,)](
-            order,
-            offsets,
-            tiles,
-            first_tiles,
-            counts,
-            index,
-            slots,
-            experts,
-            spans,
-            most_tiles,
-            tile_rows=tile_rows,
-            **options,
+            order, offsets, counts, index, slots, experts, spans, num_warps=8, **sizes
         )
-    return Routing(order, offsets, tiles.view(-1, 3), first_tiles, tile_rows, top_k)
+    return _tiled(order, offsets, slots, tile_rows, top_k)
 
 
-def sum_over_k(slots: Tensor, top_k: int) -> Tensor:
+def routing_of_sorted(offsets: Tensor, rows: int, tile_rows: int | None = None) -> Routing:
+    """Returns the routing of rows that come sorted.
+
+    Args:
+        offsets: int32 [E + 1], the first row of each expert, and the end of the last.
+        rows: Number of rows, at least those of all experts.
+        tile_rows: Rows of a tile; None for `tile_rows_of`.
+    """
+    return _tiled(offsets.new_empty(0), offsets, rows, tile_rows, 1)
+
+
+def _tiled(order: Tensor, offsets: Tensor, rows: int, tile_rows: int | None, top_k: int) -> Routing:
+    experts = len(offsets) - 1
+    tile_rows = tile_rows or tile_rows_of(rows, experts)
+    most = rows // tile_rows + min(experts, rows)  # of an expert, at most one is in part
+    tiles = torch.empty(most, 3, dtype=torch.int32, device=offsets.device)
+    first_tiles = torch.empty_like(offsets)
+    e = max(16, triton.next_power_of_2(experts + 1))
+    lanes = max(16, _COMPARED // e)
+    with on_device(offsets):
+        _find_tiles[(max(1, triton.cdiv(most, lanes)),)](
+            tiles, first_tiles, offsets, experts, tile_rows=tile_rows, lanes=lanes, e=e, num_warps=8
+        )
+    return Routing(order, offsets, tiles, first_tiles, tile_rows, top_k)
+
+
+def sum_over_k(slots: Tensor, index: Tensor, experts: int) -> Tensor:
     """Returns [T, n], the sums of the slots of each token: in float32, in order, rounded once.
 
     Args:
-        slots: [T · K, n], 16-bit or float32, contiguous.
-        top_k: K.
+        slots: [T · K, n], contiguous. Slots of no expert are not read.
+        index: As for `routing_of`.
+        experts: E.
     """
-    tokens, columns = len(slots) // top_k, slots.shape[1]
+    (tokens, top_k), columns = index.shape, slots.shape[1]
     y = slots.new_empty(tokens, columns)
     if y.numel():
         with on_device(slots):
             _sum_slots[(tokens, triton.cdiv(columns, _COLUMNS))](
-                y, slots, columns, top_k=top_k, lanes=_COLUMNS, num_warps=4
+                y, slots, index, columns, experts, top_k=top_k, lanes=_COLUMNS, num_warps=4
             )
     return y
