@@ -31,7 +31,8 @@ import torch
 from measuring import Row, captured, device_us, reason, relative_error, require_cuda, write
 from torch import Tensor
 
-from halfbyte.linear.triton_experts import Glu, Tile, gated_backward, grouped_product
+from halfbyte.linear.glu import Glu
+from halfbyte.linear.triton_experts import Tile, gated_backward, grouped_product
 from halfbyte.linear.triton_routing import Routing, routing_of, sum_over_k
 from halfbyte.quant import QuantizedWeight, dequantize_all, quantize
 
@@ -190,13 +191,6 @@ def attempt(row: Row, name: str, run: Callable[[], object]) -> object:
     return row.get(name)
 
 
-def exact_activation(glu: Glu, h: Tensor) -> Tensor:
-    gate, up = (h[:, ::2], h[:, 1::2]) if glu.interleaved else h.chunk(2, 1)
-    if glu.limit is not None:
-        gate, up = gate.clamp(max=glu.limit), up.clamp(-glu.limit, glu.limit)
-    return gate * torch.sigmoid(glu.slope * gate) * (up + glu.offset)
-
-
 def errors(
     layer: Layer, routing: Routing, b: Buffers, name: str, got: Tensor, slots: bool
 ) -> float:
@@ -212,7 +206,7 @@ def errors(
             if bias is not None and slots:
                 exact += bias[e].double()
             if "glu" in name:
-                exact = exact_activation(layer.shape.glu, exact)
+                exact = layer.shape.glu(exact)
         elif name.startswith("down"):
             exact = b.inner[rows].double() @ layer.down[e].double().t()
             if slots:
@@ -375,7 +369,7 @@ def exact_experts(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
             h = part @ layer.gate_up[e].double().t()
             if layer.gate_up_bias is not None:
                 h = h + layer.gate_up_bias[e].double()
-            out = exact_activation(layer.shape.glu, h) @ layer.down[e].double().t()
+            out = layer.shape.glu(h) @ layer.down[e].double().t()
             if layer.down_bias is not None:
                 out = out + layer.down_bias[e].double()
             out = out * weight[:, None]

@@ -23,13 +23,14 @@ from halfbyte.linear import (
     triton_routing,
     triton_swiglu,
 )
+from halfbyte.linear.glu import Glu
 from halfbyte.optim import triton_adamw
 from halfbyte.quant import triton_blockwise
 from halfbyte.runtime import device as devices
 from tests.devices import DEVICES
 
 POINTERS = {"scale_codes": "*u8", "codes": "*i32", "cell_codes": "*i32"}
-POINTERS |= dict.fromkeys(("order", "offsets", "tiles", "first_tiles", "counts"), "*i32")
+POINTERS |= dict.fromkeys(("order", "offsets", "tiles", "first_tiles", "counts", "totals"), "*i32")
 INTEGERS = {
     *(
         "rows",
@@ -196,11 +197,12 @@ def expert_kernels(kind: str):
     types = {"index": "*i64", "slots": "i32"}
     yield triton_routing._count_slots, types, sorting, {"num_warps": 8}
     yield triton_routing._sort_slots, types, sorting, {"num_warps": 8}
+    yield triton_routing._scan_counts, {}, {"lanes": 1024}, {"num_warps": 4}
     tiling = {"tile_rows": 128, "lanes": 64, "e": 128}
     yield triton_routing._find_tiles, {}, tiling, {"num_warps": 8}
     types = {"slots": f"*{kind}", "y": f"*{kind}", "index": "*i64"}
     yield triton_routing._sum_slots, types, {"top_k": 8, "lanes": 1024}, {"num_warps": 4}
-    swiglu, gpt_oss = triton_experts.Glu(), triton_experts.Glu(True, 7.0, 1.702, 1.0)
+    swiglu, gpt_oss = Glu(), Glu(True, 7.0, 1.702, 1.0)
     types = dict.fromkeys(("h", "d_inner", "row_scale"), f"*{kind}")
     for glu in (swiglu, gpt_oss):
         step = {**glu._asdict(), "programs": 2112, "lanes": 1024}
@@ -216,8 +218,9 @@ def expert_kernels(kind: str):
         (False, scatter, swiglu),
     )
     tma = devices.spec_of(CPU).is_hopper
-    for tile_m in (triton_routing.SMALL_TILE, triton_routing.LARGE_TILE):
-        tile = triton_experts.tile_of(CPU, tile_m)
+    for rows in (16, 128, 512):
+        routing = triton_routing.routing_of_sorted(torch.empty(2, device="meta"), rows)
+        tile_m, tile = routing.tile_rows, triton_experts.tile_of(CPU, routing)
         for transposed, flags, glu in products:
             types = dict.fromkeys(("out", "x", "weight", "bias", "row_scale"), f"*{kind}")
             if tma:

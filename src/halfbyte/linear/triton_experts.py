@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from halfbyte.linear.glu import Glu
 from halfbyte.linear.triton_matmul import copyable, place
 from halfbyte.linear.triton_routing import LARGE_TILE, Routing
 from halfbyte.quant.triton_blockwise import on_device
@@ -33,24 +34,6 @@ from halfbyte.runtime import device as devices
 
 # Elements of a row that a program of `_gated_backward` computes at a time, and its programs per SM.
 _LANES, _ROW_PROGRAMS = 1024, 16
-
-
-class Glu(NamedTuple):
-    """A gated activation: (up + offset) · gate · σ(slope · gate), of gate and up clamped.
-
-    SwiGLU is the default. gpt-oss's is ``Glu(True, 7.0, 1.702, 1.0)``.
-
-    Attributes:
-        interleaved: Whether gate and up are the even and odd columns of a product, not its halves.
-        limit: Maximum of gate, and of the magnitude of up; None for none.
-        slope: Factor of gate in the sigmoid.
-        offset: Added to up.
-    """
-
-    interleaved: bool = False
-    limit: float | None = None
-    slope: float = 1.0
-    offset: float = 0.0
 
 
 class Tile(NamedTuple):
@@ -268,15 +251,19 @@ def _gated_backward(
         tl.store(d_scale + slot, tl.sum(total, axis=0))
 
 
-def tile_of(device: torch.device, tile_rows: int) -> Tile:
-    """Returns the tile of a product, by the GPU and the rows of a tile."""
+def tile_of(device: torch.device, routing: Routing) -> Tile:
+    """Returns the tile of a product, by the GPU and the rows of the mean expert.
+
+    Those of Hopper are the fastest of twenty for both orientations, with and without gathering
+    (``benchmarks/gpu_experts.py --tune``).
+    """
+    large = routing.tile_rows >= LARGE_TILE
     if not devices.spec_of(device).is_hopper:
-        return Tile(
-            n=128, k=32, warps=4 if tile_rows < LARGE_TILE else 8, stages=3, per_sm=2, flat=False
-        )
-    if tile_rows < LARGE_TILE:
-        return Tile(n=256, k=64, warps=4, stages=4, per_sm=1, flat=True)
-    return Tile(n=256, k=64, warps=8, stages=3, per_sm=1, flat=True)
+        return Tile(n=128, k=32, warps=8 if large else 4, stages=3, per_sm=2, flat=False)
+    if not large:
+        return Tile(n=128, k=64, warps=4, stages=3, per_sm=3, flat=False)
+    # With few rows, a product waits for weights; with many, a deeper pipeline is slower.
+    return Tile(n=256, k=64, warps=8, stages=4 if routing.few else 3, per_sm=1, flat=True)
 
 
 def grouped_product(
@@ -324,7 +311,7 @@ def grouped_product(
     columns, inputs = weight.shape[1:] if transposed else weight.shape[:0:-1]
     if glu is not None and (row_scale is not None or not (transposed or glu.interleaved)):
         raise ValueError("expected gate and up in rows of W, or interleaved, and no row_scale")
-    tile = tile or tile_of(x.device, routing.tile_rows)
+    tile = tile or tile_of(x.device, routing)
     spec = devices.spec_of(x.device)
     # TMA: addresses and strides of 16 bytes.
     tma = spec.is_hopper and columns % 8 == inputs % 8 == 0 and weight.data_ptr() % 16 == 0

@@ -5,11 +5,10 @@ the experts (triton_experts.py) process the slots sorted by expert, in tiles of 
 spans two experts. How many rows an expert gets is known on the device only: nothing here waits for
 the GPU, so all of it can be captured in a CUDA graph.
 
-The sort is a counting sort in two launches. The first counts the experts of each span of slots. In
-the second, each program sums the counts of the spans before its own, which gives the place of its
-first slot of each expert, and numbers its slots from there. So slots of one expert stay in order,
-and results do not depend on which program is first. The sum over the K slots of a token is taken
-in their order, too, without atomics: the same bits each time.
+The sort is a counting sort in three launches: each span of slots counts its experts, the counts of
+an expert are summed over the spans before each, and each span numbers its slots from there. So
+slots of one expert stay in order, and results do not depend on which program is first. The sum over
+the K slots of a token is taken in their order, too, without atomics: the same bits each time.
 """
 
 from __future__ import annotations
@@ -23,13 +22,14 @@ from torch import Tensor
 
 from halfbyte.quant.triton_blockwise import on_device
 
-# Slots numbered by one program, elements (slots by experts) compared at a time, and the columns of
-# a program of `_sum_slots`.
-_SPAN, _COMPARED, _COLUMNS = 1024, 8192, 1024
+# Slots numbered by one program, elements (slots by experts) compared at a time, spans summed at a
+# time, and the columns of a program of `_sum_slots`.
+_SPAN, _COMPARED, _SCANNED, _COLUMNS = 256, 8192, 1024, 1024
 
-# Rows of a tile, and how many rows the mean expert must have for the larger one: a tile is computed
-# whole, so on average half a tile for each expert is wasted.
-SMALL_TILE, LARGE_TILE, ENOUGH_ROWS = 64, 128, 256
+# Rows of a tile. A tile is computed whole, which wastes half a tile per expert on average, so the
+# smaller one is for experts with few rows: the mean expert has fewer than FEW_ROWS. Up to
+# MANY_ROWS, products are bound by the memory of weights, not by arithmetic.
+SMALL_TILE, LARGE_TILE, FEW_ROWS, MANY_ROWS = 64, 128, 96, 256
 
 
 class Routing(NamedTuple):
@@ -37,12 +37,13 @@ class Routing(NamedTuple):
 
     Attributes:
         order: int32 [S], the slots of expert 0, then those of expert 1, ..., ascending in each;
-            slots of no expert come last. Empty if rows come sorted.
+            not initialised from ``offsets[E]`` on. Empty if rows come sorted.
         offsets: int32 [E + 1], the first sorted row of each expert, and the end of the last.
         tiles: int32 [n, 3], expert, first sorted row, and end of the expert's rows of each tile;
             those from ``first_tiles[E]`` on are not used.
         first_tiles: int32 [E + 1], the first tile of each expert, and the number of all.
         tile_rows: Rows of a tile.
+        few: Whether the mean expert has fewer than `MANY_ROWS` rows.
         top_k: K; 1 if rows come sorted.
     """
 
@@ -51,28 +52,34 @@ class Routing(NamedTuple):
     tiles: Tensor
     first_tiles: Tensor
     tile_rows: int
+    few: bool
     top_k: int
 
 
 @triton.jit
-def _experts_of(index, slot, slots, experts):
-    """Loads the experts of slots; E for those of none, and beyond the last slot E + 1."""
-    found = tl.load(index + slot, mask=slot < slots, other=0).to(tl.int32)
-    found = tl.where((found < 0) | (found > experts), experts, found)
-    return tl.where(slot < slots, found, experts + 1)
-
-
-@triton.jit
 def _count_slots(
-    counts, index, slots, experts, span: tl.constexpr, lanes: tl.constexpr, e: tl.constexpr
+    counts, index, slots, spans, span: tl.constexpr, lanes: tl.constexpr, e: tl.constexpr
 ):
     expert = tl.arange(0, e)
     found = tl.zeros((e,), tl.int32)
     start = tl.program_id(0) * span
     for first in range(start, start + span, lanes):
-        own = _experts_of(index, first + tl.arange(0, lanes), slots, experts)
+        slot = first + tl.arange(0, lanes)
+        own = tl.load(index + slot, mask=slot < slots, other=-1).to(tl.int32)
         found += tl.sum((own[:, None] == expert[None, :]).to(tl.int32), axis=0)
-    tl.store(counts + tl.program_id(0) * e + expert, found)
+    tl.store(counts + expert * spans + tl.program_id(0), found)
+
+
+@triton.jit
+def _scan_counts(counts, totals, spans, lanes: tl.constexpr):
+    row = counts + tl.program_id(0) * spans
+    total = 0
+    for first in range(0, spans, lanes):
+        at = first + tl.arange(0, lanes)
+        found = tl.load(row + at, mask=at < spans, other=0)
+        tl.store(row + at, total + tl.cumsum(found, axis=0) - found, mask=at < spans)
+        total += tl.sum(found, axis=0)
+    tl.store(totals + tl.program_id(0), total)
 
 
 @triton.jit
@@ -80,6 +87,7 @@ def _sort_slots(
     order,
     offsets,
     counts,
+    totals,
     index,
     slots,
     experts,
@@ -88,26 +96,21 @@ def _sort_slots(
     lanes: tl.constexpr,
     e: tl.constexpr,
 ):
-    program, expert = tl.program_id(0), tl.arange(0, e)
-    rows, before = tl.zeros((e,), tl.int32), tl.zeros((e,), tl.int32)
-    for first in range(0, spans, 16):
-        other = first + tl.arange(0, 16)
-        at = counts + other[:, None] * e + expert[None, :]
-        found = tl.load(at, mask=(other < spans)[:, None], other=0)
-        rows += tl.sum(found, axis=0)
-        before += tl.sum(tl.where((other < program)[:, None], found, 0), axis=0)
-    starts = tl.cumsum(rows, axis=0) - rows
-    if program == 0:
-        tl.store(offsets + expert, starts, mask=expert <= experts)
-    place = starts + before
-    start = program * span
+    expert = tl.arange(0, e)
+    rows = tl.load(totals + expert)
+    ends = tl.cumsum(rows, axis=0)
+    place = ends - rows + tl.load(counts + expert * spans + tl.program_id(0))
+    start = tl.program_id(0) * span
+    if start == 0:
+        tl.store(offsets + expert, ends - rows, mask=expert < experts)
+        tl.store(offsets + experts, tl.sum(tl.where(expert < experts, rows, 0), axis=0))
     for first in range(start, start + span, lanes):
         slot = first + tl.arange(0, lanes)
-        own = _experts_of(index, slot, slots, experts)
+        own = tl.load(index + slot, mask=slot < slots, other=-1).to(tl.int32)
         mine = (own[:, None] == expert[None, :]).to(tl.int32)
         rank = tl.cumsum(mine, axis=0) - 1
         target = tl.sum(mine * (place[None, :] + rank), axis=1)
-        tl.store(order + target, slot, mask=slot < slots)
+        tl.store(order + target, slot, mask=(own >= 0) & (own < experts))
         place += tl.sum(mine, axis=0)
 
 
@@ -127,7 +130,8 @@ def _find_tiles(
     count = (end - start + tile_rows - 1) // tile_rows
     ends = tl.cumsum(count, axis=0)
     if tl.program_id(0) == 0:
-        tl.store(first_tiles + expert, ends - count, mask=expert <= experts)
+        tl.store(first_tiles + expert, ends - count, mask=expert < experts)
+        tl.store(first_tiles + experts, tl.sum(count, axis=0))
     tile = tl.program_id(0) * lanes + tl.arange(0, lanes)
     past = ends[None, :] <= tile[:, None]
     own = tl.sum(past.to(tl.int32), axis=1)
@@ -152,11 +156,6 @@ def _sum_slots(y, slots, index, columns, experts, top_k: tl.constexpr, lanes: tl
     tl.store(y + token * columns + at, total.to(y.dtype.element_ty), mask=at < columns)
 
 
-def tile_rows_of(rows: int, experts: int) -> int:
-    """Returns how many rows a tile has, by the rows of the mean expert."""
-    return LARGE_TILE if rows >= ENOUGH_ROWS * experts else SMALL_TILE
-
-
 def routing_of(index: Tensor, experts: int, tile_rows: int | None = None) -> Routing:
     """Sorts the slots by expert.
 
@@ -164,19 +163,21 @@ def routing_of(index: Tensor, experts: int, tile_rows: int | None = None) -> Rou
         index: int32 or int64 [T, K], contiguous: the experts of each token. Numbers outside of
             0 .. E - 1 are of no expert.
         experts: E.
-        tile_rows: Rows of a tile; None for `tile_rows_of`.
+        tile_rows: Rows of a tile; None for those that are fast.
     """
     (tokens, top_k), device = index.shape, index.device
-    slots, spans = tokens * top_k, max(1, triton.cdiv(tokens * top_k, _SPAN))
-    e = max(16, triton.next_power_of_2(experts + 1))
-    counts = torch.empty(spans, e, dtype=torch.int32, device=device)
+    slots, e = tokens * top_k, _lanes_of(experts)
+    spans = max(1, triton.cdiv(slots, _SPAN))
+    counts = torch.empty(e * spans, dtype=torch.int32, device=device)
+    totals = torch.empty(e, dtype=torch.int32, device=device)
     order = torch.empty(slots, dtype=torch.int32, device=device)
     offsets = torch.empty(experts + 1, dtype=torch.int32, device=device)
-    sizes = {"span": _SPAN, "lanes": max(16, _COMPARED // e), "e": e}
+    sizes = {"span": _SPAN, "lanes": min(_SPAN, max(16, _COMPARED // e)), "e": e}
     with on_device(index):
-        _count_slots[(spans,)](counts, index, slots, experts, num_warps=8, **sizes)
+        _count_slots[(spans,)](counts, index, slots, spans, num_warps=8, **sizes)
+        _scan_counts[(e,)](counts, totals, spans, lanes=_SCANNED, num_warps=4)
         _sort_slots[(spans,)](
-            order, offsets, counts, index, slots, experts, spans, num_warps=8, **sizes
+            order, offsets, counts, totals, index, slots, experts, spans, num_warps=8, **sizes
         )
     return _tiled(order, offsets, slots, tile_rows, top_k)
 
@@ -187,24 +188,29 @@ def routing_of_sorted(offsets: Tensor, rows: int, tile_rows: int | None = None) 
     Args:
         offsets: int32 [E + 1], the first row of each expert, and the end of the last.
         rows: Number of rows, at least those of all experts.
-        tile_rows: Rows of a tile; None for `tile_rows_of`.
+        tile_rows: Rows of a tile; None for those that are fast.
     """
     return _tiled(offsets.new_empty(0), offsets, rows, tile_rows, 1)
 
 
+def _lanes_of(experts: int) -> int:
+    return max(16, triton.next_power_of_2(experts))
+
+
 def _tiled(order: Tensor, offsets: Tensor, rows: int, tile_rows: int | None, top_k: int) -> Routing:
     experts = len(offsets) - 1
-    tile_rows = tile_rows or tile_rows_of(rows, experts)
+    tile_rows = tile_rows or (SMALL_TILE if rows < FEW_ROWS * experts else LARGE_TILE)
     most = rows // tile_rows + min(experts, rows)  # of an expert, at most one is in part
     tiles = torch.empty(most, 3, dtype=torch.int32, device=offsets.device)
     first_tiles = torch.empty_like(offsets)
-    e = max(16, triton.next_power_of_2(experts + 1))
+    e = _lanes_of(experts)
     lanes = max(16, _COMPARED // e)
     with on_device(offsets):
         _find_tiles[(max(1, triton.cdiv(most, lanes)),)](
             tiles, first_tiles, offsets, experts, tile_rows=tile_rows, lanes=lanes, e=e, num_warps=8
         )
-    return Routing(order, offsets, tiles, first_tiles, tile_rows, top_k)
+    few = rows < MANY_ROWS * experts
+    return Routing(order, offsets, tiles, first_tiles, tile_rows, few, top_k)
 
 
 def sum_over_k(slots: Tensor, index: Tensor, experts: int) -> Tensor:
