@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from halfbyte.errors import CheckpointError, ConfigError, WeightError
-from halfbyte.layers import attention_cpu
+from halfbyte.layers import attention_interface, token_mixers
 from halfbyte.layers.multimodal import build_decoder, removed_modules, ties_head
 from halfbyte.layers.targets import linears_to_freeze, why_no_adapter
 from halfbyte.layers.vocabulary import FrozenEmbedding, FrozenHead
@@ -141,7 +141,8 @@ def build(
     # If transformers would not choose sdpa (ALiBi, capped scores), ours is not correct either.
     decoder = model.get_decoder() if removed_modules(model) else model
     if decoder.config._attn_implementation == "sdpa":
-        decoder.set_attn_implementation(attention_cpu.register())
+        decoder.set_attn_implementation(attention_interface.register())
+    token_mixers.register(model)
     if recipe.quant == "none":
         recipe = replace(recipe, quantize_head=False, quantize_embeddings=False)
     elif ties_head(model):
