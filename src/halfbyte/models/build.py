@@ -19,10 +19,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from halfbyte.errors import CheckpointError, ConfigError, WeightError
 from halfbyte.layers import attention_cpu
+from halfbyte.layers.experts import freeze_experts
 from halfbyte.layers.multimodal import build_decoder, removed_modules, ties_head
 from halfbyte.layers.targets import linears_to_freeze, why_no_adapter
 from halfbyte.layers.vocabulary import FrozenEmbedding, FrozenHead
 from halfbyte.linear.arena import Arena
+from halfbyte.linear.experts import ExpertLinear, expert_linears
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.group import LinearGroup
 from halfbyte.linear.lora import frozen_linears
@@ -86,7 +88,7 @@ class MemoryReport:
         quantized_bytes: Their bytes, including scales.
         kept: (name, dtype, bytes) of every tensor over 1 MB in 16 or 32 bits.
         total_bytes: Everything, tied tensors counted once.
-        expert_bytes: Experts that are one tensor per layer, which is not packed.
+        expert_bytes: Experts that are one tensor per layer and are not packed.
     """
 
     quantized_parameters: int
@@ -165,6 +167,7 @@ def build(
         )
         frozen.why_no_adapter = refused.get(name)
         setattr(model.get_submodule(parent), leaf, frozen)
+    freeze_experts(model, lambda shape: _empty(shape, recipe), recipe.compute_dtype)
     if recipe.quantize_head and not isinstance(model.get_output_embeddings(), FrozenHead):
         raise ConfigError(f"quantize_head: {type(model).__name__} has no plain linear head to pack")
     if recipe.quantize_embeddings:
@@ -184,15 +187,22 @@ def _packed_embedding(model: PreTrainedModel, recipe: BaseRecipe) -> FrozenEmbed
             "packed; leave quantize_embeddings out"
             + (" and quantize_head, which is tied to it" if recipe.quantize_head else "")
         )
-    assert recipe.quant != "none"
-    quantized = empty_like_quantized(
-        embedding.weight.shape,
+    quantized = _empty(embedding.weight.shape, recipe)
+    assert quantized is not None
+    return FrozenEmbedding(quantized, recipe.compute_dtype)
+
+
+def _empty(shape: torch.Size, recipe: BaseRecipe) -> QuantizedWeight | None:
+    """Return a description of a packed weight on the meta device, or None if they are plain."""
+    if recipe.quant == "none":
+        return None
+    return empty_like_quantized(
+        shape,
         recipe.compute_dtype,
         quant_type=recipe.quant,
         block_size=recipe.block_size,
         double_quant=recipe.double_quant,
     )
-    return FrozenEmbedding(quantized, recipe.compute_dtype)
 
 
 def share_inputs(model: nn.Module) -> None:
@@ -226,10 +236,14 @@ def _owner(model: PreTrainedModel, name: str) -> tuple[nn.Module, str]:
     try:
         return model.get_submodule(path), leaf
     except AttributeError:
-        raise CheckpointError(
-            f"the checkpoint holds {name}, which {type(model).__name__} does not have; "
-            "is its config.json of another model?"
-        ) from None
+        raise _unknown(model, name) from None
+
+
+def _unknown(model: PreTrainedModel, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint holds {name}, which {type(model).__name__} does not have; "
+        "is its config.json of another model?"
+    )
 
 
 def _check_shape(name: str, expected: tuple[int, ...], came: tuple[int, ...]) -> None:
@@ -282,6 +296,13 @@ def load_tensor(
     """
     recipe: BaseRecipe = model.halfbyte_recipe
     owner, leaf = _owner(model, name)
+    if isinstance(experts := owner._modules.get(leaf), ExpertLinear):
+        _check_shape(name, (experts.num_experts, *experts.matrix), tuple(tensor.shape))
+        if experts.packed:
+            for expert, matrix in enumerate(tensor):
+                load_expert(model, name, expert, matrix)
+            return
+        owner, leaf = experts, "weight"
     if isinstance(owner, FrozenLinear) and leaf == "weight":
         _check_shape(name, (owner.out_features, owner.in_features), tuple(tensor.shape))
         if owner.quantized is not None:
@@ -290,10 +311,7 @@ def load_tensor(
     parameter, buffer = owner._parameters.get(leaf), owner._buffers.get(leaf)
     slot = parameter if parameter is not None else buffer
     if slot is None:
-        raise CheckpointError(
-            f"the checkpoint holds {name}, which {type(model).__name__} does not have; "
-            "is its config.json of another model?"
-        )
+        raise _unknown(model, name)
     _check_shape(name, tuple(slot.shape), tuple(tensor.shape))
     if tensor.is_floating_point() and tensor.numel():
         # Two numbers instead of a mask: no temporary of the size of the tensor.
@@ -305,6 +323,27 @@ def load_tensor(
         owner._parameters[leaf] = nn.Parameter(held, requires_grad=False)
     else:
         owner._buffers[leaf] = held
+
+
+def load_expert(model: PreTrainedModel, name: str, expert: int, matrix: Tensor) -> None:
+    """Load and pack the weight of one expert; see `load_tensor`.
+
+    Args:
+        model: The result of ``build``, in which experts are packed.
+        name: The name of the parameter of all experts in transformers.
+        expert: The index of the expert.
+        matrix: Its part of the parameter, [rows, columns].
+
+    Raises:
+        CheckpointError: If the model has no such experts, or they have another shape.
+        WeightError: If a value is NaN or infinite.
+    """
+    owner, leaf = _owner(model, name)
+    experts = owner._modules.get(leaf)
+    if not isinstance(experts, ExpertLinear):
+        raise _unknown(model, name)
+    _check_shape(f"{name}, expert {expert}", tuple(experts.matrix), tuple(matrix.shape))
+    experts.set_packed(expert, pack(matrix, model.halfbyte_recipe, f"{name}, expert {expert}"))
 
 
 def place_quantized(model: PreTrainedModel, name: str, quantized: QuantizedWeight) -> None:
@@ -371,6 +410,7 @@ def _tie(model: PreTrainedModel) -> None:
 def memory_report(model: nn.Module) -> MemoryReport:
     """Return the memory of ``model`` without adapters."""
     held = [q for m in frozen_linears(model).values() if (q := m.quantized) is not None]
+    held += [q for experts in expert_linears(model).values() for q in experts.packed]
     packed = {id(q.codes): q for q in held}.values()  # a tied head holds the embedding's tensors
     quantized_bytes = sum(q.nbytes for q in packed)
     kept = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
