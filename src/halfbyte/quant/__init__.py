@@ -1,8 +1,8 @@
 """4-bit weights: a code of NF4, FP4 or MXFP4 for each weight, and a scale for each block.
 
 `quantize` packs a tensor into a `QuantizedWeight`, `dequantize` decodes it; the bytes are those of
-bitsandbytes. `MXFP4Weight` is the format of gpt-oss, decoded by the same function. README.md in this
-directory derives the levels, shows the layout and measures the error.
+bitsandbytes. `MXFP4Weight` is the format of gpt-oss, decoded by the same function. README.md here
+derives the levels, shows the layout and measures the error.
 """
 
 from halfbyte.quant.format import PackedWeight, dequantize, dequantize_all, quantize
