@@ -21,6 +21,7 @@ from halfbyte.checkpoint import directory, gguf
 from halfbyte.checkpoint.directory import DirectorySource
 from halfbyte.checkpoint.gguf import GGUFSource
 from halfbyte.checkpoint.gguf_file import GGUFFile
+from halfbyte.checkpoint.mxfp4_keys import dense
 from halfbyte.checkpoint.source import BaseSource, warn_of_packing_again
 from halfbyte.errors import CheckpointError
 from halfbyte.models.build import (
@@ -33,7 +34,7 @@ from halfbyte.models.build import (
     place_quantized,
 )
 from halfbyte.models.calibration import input_moments
-from halfbyte.quant import QuantizedWeight, dequantize
+from halfbyte.quant import MXFP4Weight
 
 __all__ = [
     "BaseSource",
@@ -208,12 +209,12 @@ def load_base(
     sizes = {parameter.name: parameter.nbytes for parameter in files.parameters}
     done, total = 0, files.total_bytes
     for name, value in files.tensors(recipe.device):
-        if not isinstance(value, QuantizedWeight):
+        if isinstance(value, Tensor):
             load_tensor(model, name, value, importance.get(name))
-        elif name in linears and recipe.quant != "none":
+        elif recipe.quant != "none" and (name in linears or isinstance(value, MXFP4Weight)):
             place_quantized(model, name, value)
         else:
-            load_tensor(model, name, dequantize(value))
+            load_tensor(model, name, dense(value))
         del value  # freed before the next one is read
         done += sizes[name]
         if progress is not None:

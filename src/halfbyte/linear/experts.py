@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte.quant.format import dequantize_all
-from halfbyte.quant.weight import QuantizedWeight
+from halfbyte.quant.format import PackedWeight, dequantize_all
 from halfbyte.runtime.matmul import product
 
 # Bytes of decoded weights at a time.
@@ -58,7 +57,7 @@ class ExpertLinear(nn.Module):
         shape: tuple[int, int, int],
         *,
         transposed: bool,
-        like: QuantizedWeight | None = None,
+        like: PackedWeight | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
@@ -68,7 +67,7 @@ class ExpertLinear(nn.Module):
         self.transposed = transposed
         self.adapter: nn.Module | None = None
         self._like = like
-        self._packed: tuple[QuantizedWeight, ...] = ()
+        self._packed: tuple[PackedWeight, ...] = ()
         self.register_parameter("weight", None)
         if like is None:
             empty = torch.empty(shape, dtype=dtype, device="meta")
@@ -79,7 +78,7 @@ class ExpertLinear(nn.Module):
             )
 
     @property
-    def packed(self) -> tuple[QuantizedWeight, ...]:
+    def packed(self) -> tuple[PackedWeight, ...]:
         """The packed weight [rows, columns] of each expert; empty if they are plain."""
         return self._packed
 
@@ -90,7 +89,7 @@ class ExpertLinear(nn.Module):
         assert held is not None
         return held.device
 
-    def set_packed(self, expert: int, weight: QuantizedWeight) -> None:
+    def set_packed(self, expert: int, weight: PackedWeight) -> None:
         """Set the packed weight of one expert; its bytes are copied.
 
         The memory of all experts is allocated with the first, on its device.
@@ -223,12 +222,12 @@ def grouped_product(x: Tensor, linear: ExpertLinear, offsets: Tensor, *, backwar
     return y
 
 
-def _description(weight: QuantizedWeight) -> tuple[Any, ...]:
+def _description(weight: PackedWeight) -> tuple[Any, ...]:
     layout = {name: (t.dtype, tuple(t.shape)) for name, t in weight.tensors().items()}
     return tuple(weight.shape), weight.quant_type, weight.block_size, layout
 
 
-def _record_bytes(weight: QuantizedWeight) -> int:
+def _record_bytes(weight: PackedWeight) -> int:
     return sum(map(_padded, weight.tensors().values()))
 
 

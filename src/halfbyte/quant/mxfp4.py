@@ -104,6 +104,12 @@ class MXFP4Weight:
         """Returns both tensors by field name."""
         return {"codes": self.codes, "scales": self.scales}
 
+    def unbind(self) -> tuple[MXFP4Weight, ...]:
+        """Returns the weights along the first dimension, such as those of experts, as views."""
+        count, *shape = self.shape
+        pairs = zip(self.codes.view(count, -1), self.scales.view(count, -1), strict=True)
+        return tuple(MXFP4Weight(c, s, tuple(shape), self.dtype) for c, s in pairs)
+
     def to(self, device: torch.device | str) -> MXFP4Weight:
         """Returns this weight with its tensors on `device`."""
         return replace(self, codes=self.codes.to(device), scales=self.scales.to(device))
