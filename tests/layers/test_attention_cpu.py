@@ -16,12 +16,18 @@ def inputs(batch, heads, groups, length, width, dtype):
     ]
 
 
-def formula(q, k, v, scale):
+def formula(q, k, v, scale, window=None, sinks=None):
     repeat = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     scores = scale * q @ k.transpose(-1, -2)
-    future = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
-    return torch.softmax(scores.masked_fill(future, -torch.inf), -1) @ v
+    unseen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+    if window is not None:
+        unseen |= torch.ones_like(unseen).tril(-window)
+    scores = scores.masked_fill(unseen, -torch.inf)
+    if sinks is not None:  # as transformers' gpt-oss: one more column, dropped after the softmax
+        column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        return torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1] @ v
+    return torch.softmax(scores, -1) @ v
 
 
 def gradients(out, tensors):
@@ -36,6 +42,18 @@ def test_formula(length, heads, groups):
     tensors = inputs(2, heads, groups, length, 8, torch.float64)
     # The softmax is float32 by design, so float64 inputs agree to float32's rounding.
     got, wanted = causal_attention(*tensors, scale=0.3), formula(*tensors, 0.3)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    for one, other in zip(gradients(got, tensors), gradients(wanted, tensors), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("sunk", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 5, QUERY_BLOCK, QUERY_BLOCK + 9, 1000])
+def test_windows_and_sinks(window, sunk):
+    tensors = inputs(2, 6, 2, 2 * QUERY_BLOCK + 3, 8, torch.float64)
+    sinks = torch.randn(6, generator=torch.Generator().manual_seed(7)) if sunk else None
+    got = causal_attention(*tensors, scale=0.3, window=window, sinks=sinks)
+    wanted = formula(*tensors, 0.3, window, sinks)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
     for one, other in zip(gradients(got, tensors), gradients(wanted, tensors), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-6)
