@@ -24,6 +24,7 @@ from halfbyte.checkpoint.gguf_file import GGUFFile
 from halfbyte.checkpoint.mxfp4_keys import dense
 from halfbyte.checkpoint.source import BaseSource, warn_of_packing_again
 from halfbyte.errors import CheckpointError
+from halfbyte.layers.experts import expert_parameters
 from halfbyte.models.build import (
     BaseRecipe,
     MemoryReport,
@@ -251,7 +252,10 @@ def importances(source: BaseSource, recipe: BaseRecipe) -> dict[str, Tensor]:
 
 
 def _left_plain(source: BaseSource, recipe: BaseRecipe) -> list[str]:
-    """Return the paths of linears that a packed model stores in 16 or 32 bits; they stay so."""
+    """Return the paths of linears that a packed model stores in 16 or 32 bits; they stay so.
+
+    So do experts of a model that has others in MXFP4.
+    """
     packed = any(parameter.packed for parameter in source.parameters)
     if not packed or recipe.quant == "none":
         return []
@@ -260,6 +264,8 @@ def _left_plain(source: BaseSource, recipe: BaseRecipe) -> list[str]:
         for path, module in source.skeleton.named_modules()
         if isinstance(module, nn.Linear) and module is not source.skeleton.get_output_embeddings()
     }
+    if recipe.experts is not None:
+        linears |= {name: name for name in expert_parameters(source.skeleton)}
     plain = [linears[p.name] for p in source.parameters if p.name in linears and not p.packed]
     if plain:
         logger.warning(

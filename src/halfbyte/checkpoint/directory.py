@@ -1,5 +1,4 @@
-"""A model in a directory, as written by ``save_pretrained``: plain, packed by bitsandbytes, or with
-experts in MXFP4.
+"""A model's directory as ``save_pretrained`` writes it: plain, in bitsandbytes' 4 bits, or MXFP4.
 
 Names of older or other layouts are translated by transformers' own tables, and what it stores in
 another form (experts one by one) is converted as it does (conversion.py).
@@ -75,6 +74,8 @@ class DirectorySource(BaseSource):
         self._expected = self.skeleton.state_dict()
         self._packed = packed_weights(self._homes)
         self._mxfp4 = mxfp4_weights(self._homes)
+        if self._mxfp4:
+            self.mxfp4_config = _mxfp4_config(directory)
         owned = (self._packed | self._mxfp4).items()
         members = {key for owner, keys in owned for key in keys if key != owner}
         keys = [*self._homes, *self._mxfp4]
@@ -405,6 +406,18 @@ def read_config(directory: Path) -> PretrainedConfig:
             )
         del config.quantization_config
     return config
+
+
+def _mxfp4_config(directory: Path) -> dict[str, Any]:
+    """Return the ``quantization_config`` of a model that has weights in MXFP4."""
+    config = read_json(directory / "config.json", "it describes the model")
+    found = config.get("quantization_config")
+    if not isinstance(found, dict) or found.get("quant_method") != METHOD:
+        raise CheckpointError(
+            f"{directory} has weights in blocks with scales, and its config.json does not say that "
+            "they are in MXFP4; is it of another model?"
+        )
+    return found
 
 
 def write_description(

@@ -5,8 +5,7 @@ files have ``X_blocks``, uint8 [experts, out, in / 32, 16], the codes, and ``X_s
 [experts, out, in / 32]. The bytes are those of an ``MXFP4Weight`` [experts, out, in], in its order.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor

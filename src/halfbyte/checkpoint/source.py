@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -70,6 +70,7 @@ class BaseSource(ABC):
             them, to write them as they are.
         dtype: The dtype of a 16-bit copy of its matrices.
         chat_template: Used instead of the tokenizer's own, if set.
+        mxfp4_config: The ``quantization_config`` of files that have experts in MXFP4.
     """
 
     name: str
@@ -79,6 +80,7 @@ class BaseSource(ABC):
     encoders: tuple[Parameter, ...] = ()
     dtype: torch.dtype
     chat_template: str | None = None
+    mxfp4_config: dict[str, Any] | None = None
 
     @property
     def total_bytes(self) -> int:

@@ -89,6 +89,18 @@ class ExpertLinear(nn.Module):
         assert held is not None
         return held.device
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of all experts by name, [experts, ...]; views of what is held."""
+        if self.weight is not None:
+            return {"weight": self.weight}
+        assert self._like is not None
+        records, found, start = self._buffers["records"], dict[str, Tensor](), 0
+        assert records is not None
+        for name, tensor in self._like.tensors().items():
+            found[name] = records[:, start : start + tensor.nbytes].view(tensor.dtype)
+            start += _padded(tensor)
+        return found
+
     def set_packed(self, expert: int, weight: PackedWeight) -> None:
         """Set the packed weight of one expert; its bytes are copied.
 
@@ -150,13 +162,11 @@ class ExpertLinear(nn.Module):
         """Hold ``records``, and see the tensors of each expert in it."""
         assert self._like is not None
         self.register_buffer("records", records)
+        shapes = {name: tensor.shape for name, tensor in self._like.tensors().items()}
         tensors: list[dict[str, Any]] = [{} for _ in range(len(records))]
-        start = 0
-        for name, tensor in self._like.tensors().items():
-            held = records[:, start : start + tensor.nbytes].view(tensor.dtype)
+        for name, held in self.tensors().items():
             for of_expert, row in zip(tensors, held, strict=True):
-                of_expert[name] = row.view(tensor.shape)
-            start += _padded(tensor)
+                of_expert[name] = row.view(shapes[name])
         self._packed = tuple(replace(self._like, **of_expert) for of_expert in tensors)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ExpertLinear":

@@ -118,12 +118,11 @@ class MemoryReport:
                     f"{count / 1e6:.1f} M weights in {kind}: {size / 1e6:.1f} MB "
                     f"({8 * size / count:.3f} bits per weight with scales)"
                 )
-        if self.quantized_parameters:
-            if self.expert_bytes:
-                lines.append(
-                    f"experts are tensors of a whole layer and not linear layers, so they are not "
-                    f"packed: {self.expert_bytes / 1e6:.1f} MB"
-                )
+        if self.quantized_parameters and self.expert_bytes:
+            lines.append(
+                f"experts are tensors of a whole layer and not linear layers, so they are not "
+                f"packed: {self.expert_bytes / 1e6:.1f} MB"
+            )
         # In a plain model every tensor is kept: the largest are named, the rest is counted.
         named = self.kept if len(self.kept) <= _NAMED else self.kept[: _NAMED // 2]
         rest = self.kept[len(named) :]
