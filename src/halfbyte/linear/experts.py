@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte.quant.format import dequantize_all
-from halfbyte.quant.weight import QuantizedWeight
+from halfbyte.quant.format import PackedWeight, dequantize_all
 from halfbyte.runtime.matmul import product
 
 # Bytes of decoded weights at a time.
@@ -58,7 +57,7 @@ class ExpertLinear(nn.Module):
         shape: tuple[int, int, int],
         *,
         transposed: bool,
-        like: QuantizedWeight | None = None,
+        like: PackedWeight | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
@@ -68,7 +67,7 @@ class ExpertLinear(nn.Module):
         self.transposed = transposed
         self.adapter: nn.Module | None = None
         self._like = like
-        self._packed: tuple[QuantizedWeight, ...] = ()
+        self._packed: tuple[PackedWeight, ...] = ()
         self.register_parameter("weight", None)
         if like is None:
             empty = torch.empty(shape, dtype=dtype, device="meta")
@@ -79,7 +78,7 @@ class ExpertLinear(nn.Module):
             )
 
     @property
-    def packed(self) -> tuple[QuantizedWeight, ...]:
+    def packed(self) -> tuple[PackedWeight, ...]:
         """The packed weight [rows, columns] of each expert; empty if they are plain."""
         return self._packed
 
@@ -90,7 +89,19 @@ class ExpertLinear(nn.Module):
         assert held is not None
         return held.device
 
-    def set_packed(self, expert: int, weight: QuantizedWeight) -> None:
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of all experts by name, [experts, ...]; views of what is held."""
+        if self.weight is not None:
+            return {"weight": self.weight}
+        assert self._like is not None
+        records, found, start = self._buffers["records"], dict[str, Tensor](), 0
+        assert records is not None
+        for name, tensor in self._like.tensors().items():
+            found[name] = records[:, start : start + tensor.nbytes].view(tensor.dtype)
+            start += _padded(tensor)
+        return found
+
+    def set_packed(self, expert: int, weight: PackedWeight) -> None:
         """Set the packed weight of one expert; its bytes are copied.
 
         The memory of all experts is allocated with the first, on its device.
@@ -151,13 +162,11 @@ class ExpertLinear(nn.Module):
         """Hold ``records``, and see the tensors of each expert in it."""
         assert self._like is not None
         self.register_buffer("records", records)
+        shapes = {name: tensor.shape for name, tensor in self._like.tensors().items()}
         tensors: list[dict[str, Any]] = [{} for _ in range(len(records))]
-        start = 0
-        for name, tensor in self._like.tensors().items():
-            held = records[:, start : start + tensor.nbytes].view(tensor.dtype)
+        for name, held in self.tensors().items():
             for of_expert, row in zip(tensors, held, strict=True):
-                of_expert[name] = row.view(tensor.shape)
-            start += _padded(tensor)
+                of_expert[name] = row.view(shapes[name])
         self._packed = tuple(replace(self._like, **of_expert) for of_expert in tensors)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ExpertLinear":
@@ -223,12 +232,12 @@ def grouped_product(x: Tensor, linear: ExpertLinear, offsets: Tensor, *, backwar
     return y
 
 
-def _description(weight: QuantizedWeight) -> tuple[Any, ...]:
+def _description(weight: PackedWeight) -> tuple[Any, ...]:
     layout = {name: (t.dtype, tuple(t.shape)) for name, t in weight.tensors().items()}
     return tuple(weight.shape), weight.quant_type, weight.block_size, layout
 
 
-def _record_bytes(weight: QuantizedWeight) -> int:
+def _record_bytes(weight: PackedWeight) -> int:
     return sum(map(_padded, weight.tensors().values()))
 
 
