@@ -28,9 +28,24 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from halfbyte.linear.glu import Glu
 from halfbyte.linear.triton_matmul import copyable, place
-from halfbyte.linear.triton_routing import LARGE_TILE, Routing
+from halfbyte.linear.triton_routing import (
+    LARGE_TILE,
+    Routing,
+    routing_of,
+    routing_of_sorted,
+    sum_over_k,
+)
 from halfbyte.quant.triton_blockwise import on_device
 from halfbyte.runtime import device as devices
+
+__all__ = [
+    "Routing",
+    "gated_backward",
+    "grouped_product",
+    "routing_of",
+    "routing_of_sorted",
+    "sum_over_k",
+]
 
 # Elements of a row that a program of `_gated_backward` computes at a time, and its programs per SM.
 _LANES, _ROW_PROGRAMS = 1024, 16
