@@ -47,7 +47,7 @@ __all__ = [
     "sum_over_k",
 ]
 
-# Elements of a row that a program of `_gated_backward` computes at a time, and its programs per SM.
+# Elements of a row that a program of `_glu_backward` computes at a time, and its programs per SM.
 _LANES, _ROW_PROGRAMS = 1024, 16
 
 
@@ -209,7 +209,7 @@ def _grouped_product(
 
 
 @triton.jit(do_not_specialize=["first", "experts"])
-def _gated_backward(
+def _glu_backward(
     h,
     d_inner,
     d_scale,
@@ -266,19 +266,19 @@ def _gated_backward(
         tl.store(d_scale + slot, tl.sum(total, axis=0))
 
 
-def tile_of(device: torch.device, routing: Routing) -> Tile:
+def tile_of(device: torch.device, tile_rows: int, few: bool) -> Tile:
     """Returns the tile of a product, by the GPU and the rows of the mean expert.
 
     Those of Hopper are the fastest of twenty for both orientations, with and without gathering
     (``benchmarks/gpu_experts.py --tune``).
     """
-    large = routing.tile_rows >= LARGE_TILE
+    large = tile_rows >= LARGE_TILE
     if not devices.spec_of(device).is_hopper:
         return Tile(n=128, k=32, warps=8 if large else 4, stages=3, per_sm=2, flat=False)
     if not large:
         return Tile(n=128, k=64, warps=4, stages=3, per_sm=3, flat=False)
     # With few rows, a product waits for weights; with many, a deeper pipeline is slower.
-    return Tile(n=256, k=64, warps=8, stages=4 if routing.few else 3, per_sm=1, flat=True)
+    return Tile(n=256, k=64, warps=8, stages=4 if few else 3, per_sm=1, flat=True)
 
 
 def grouped_product(
@@ -326,7 +326,7 @@ def grouped_product(
     columns, inputs = weight.shape[1:] if transposed else weight.shape[:0:-1]
     if glu is not None and (row_scale is not None or not (transposed or glu.interleaved)):
         raise ValueError("expected gate and up in rows of W, or interleaved, and no row_scale")
-    tile = tile or tile_of(x.device, routing)
+    tile = tile or tile_of(x.device, routing.tile_rows, routing.few)
     spec = devices.spec_of(x.device)
     # TMA: addresses and strides of 16 bytes.
     tma = spec.is_hopper and columns % 8 == inputs % 8 == 0 and weight.data_ptr() % 16 == 0
@@ -406,7 +406,7 @@ def gated_backward(
     """
     programs = _ROW_PROGRAMS * devices.spec_of(h.device).num_sms
     with on_device(h):
-        _gated_backward[(programs,)](
+        _glu_backward[(programs,)](
             h,
             d_inner,
             d_scale,
