@@ -11,14 +11,17 @@ Then the experts of a layer, forward and backward with gradients of x and of the
 transformers' module with our packed experts (layers/gated_experts.py), in NF4 and for gpt-oss in
 MXFP4, decoding different amounts at a time, and recomputed as our engine does; transformers' own
 with bfloat16 weights, frozen, by ``grouped_mm``, as it is and under torch.utils.checkpoint; and the
-five bare products that the work consists of.
+five bare products that the work consists of; and peers with experts in NF4, bitsandbytes' and
+Unsloth's, which are not captured. Unsloth is the site's where PYTHONPATH has it.
 
 A variant that fails has its reason in the table, and the others go on.
 """
 
 import argparse
 import itertools
+import json
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,8 +31,18 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
+import bitsandbytes
 import torch
-from measuring import Row, captured, device_us, reason, relative_error, require_cuda, write
+from measuring import (
+    Row,
+    captured,
+    device_us,
+    reason,
+    relative_error,
+    require_cuda,
+    settle_unsloth,
+    write,
+)
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -387,12 +400,6 @@ def blocks(layer: Layer, graphs: bool) -> dict[str, Row]:
     if exact:
         del rows["float64"]
 
-    def compare(run: Callable[[], tuple[Tensor, ...]]) -> list[float]:
-        return [
-            float(f"{relative_error(got, wanted):.3g}")
-            for got, wanted in zip(run(), exact, strict=True)
-        ]
-
     def record(name: str, run: Callable[[], tuple[Tensor, ...]]) -> None:
         row = rows[name] = {}
         if layer.x.is_cuda:
@@ -401,7 +408,7 @@ def blocks(layer: Layer, graphs: bool) -> dict[str, Row]:
         if layer.x.is_cuda:
             row["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         if exact and "failed" not in row:
-            attempt(row, "errors_y_dx_dw", partial(compare, run))
+            attempt(row, "errors_y_dx_dw", partial(relative_errors, run, tuple(exact)))
         if graphs and "failed" not in row:
             attempt(row, "ms", partial(milliseconds, run, launches=1))
 
@@ -440,6 +447,85 @@ def blocks(layer: Layer, graphs: bool) -> dict[str, Row]:
     for name, recompute in (("transformers bf16", False), ("transformers bf16, recomputed", True)):
         record(name, partial(run, layer, module, recompute))
     return rows
+
+
+# Peers, each in a process of its own: they patch what others are made of
+
+
+def packed_by_bitsandbytes(layer: Layer) -> torch.nn.Module:
+    """Its parametrization: a parameter is decoded whenever it is read."""
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    module = with_values(layer, their_experts(layer))
+    for name in ("gate_up_proj", "down_proj"):
+        replace_parameter_4bit(module, name, compress_statistics=True, blocksize=64)
+    return module
+
+
+def packed_for_unsloth(layer: Layer) -> torch.nn.Module:
+    """What its patches of transformers make of experts when a model is loaded in 4 bits."""
+    from bitsandbytes.nn import Params4bit
+
+    module = with_values(layer, their_experts(layer, "unsloth"))
+    for name in ("gate_up_proj", "down_proj"):
+        value = getattr(module, name).data
+        packed = Params4bit(value, requires_grad=False, compress_statistics=True, quant_type="nf4")
+        packed = packed.to(value.device)
+        packed._original_shape = value.shape
+        setattr(module, name, packed)
+    return module
+
+
+PEERS = {"bitsandbytes": packed_by_bitsandbytes, "unsloth": packed_for_unsloth}
+
+
+def decoded_by_peer(module: torch.nn.Module, name: str) -> Tensor:
+    value = getattr(module, name)
+    if getattr(value, "quant_state", None) is None:
+        return value.detach()
+    decoded = bitsandbytes.functional.dequantize_4bit(value.data, value.quant_state)
+    return decoded.reshape(value._original_shape)
+
+
+def peer_rows(name: str, shape: Shape, tokens: int) -> dict[str, Row]:
+    """Rows of one peer, run in its process."""
+    layer, rows = layer_of(shape, tokens, "cuda", "NF4"), dict[str, Row]()
+    module = PEERS[name](layer)
+    values = {key: decoded_by_peer(module, key) for key in ("gate_up_proj", "down_proj")}
+    if shape.biased:
+        values = {key: value.transpose(1, 2) for key, value in values.items()}
+    layer = layer._replace(gate_up=values.pop("gate_up_proj"), down=values.pop("down_proj"))
+    exact = exact_experts(layer)
+    for suffix, recompute in (("", False), (", recomputed", True)):
+        row = rows[f"{name} NF4{suffix}"] = {}
+        torch.cuda.reset_peak_memory_stats()
+        launch = partial(run, layer, module, recompute)
+        attempt(row, "eager_ms", partial(eager_ms, launch))
+        row["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        if "failed" not in row:
+            attempt(row, "errors_y_dx_dw", partial(relative_errors, launch, exact))
+    return rows
+
+
+def run_peer(name: str, shape: str, tokens: int) -> dict[str, Row]:
+    """Runs this script for one peer; its rows, or why there are none."""
+    command = [sys.executable, __file__, "--peer", name, "--shape", shape, "--tokens", str(tokens)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        line = next(one for one in done.stdout.splitlines()[::-1] if one.startswith("{"))
+        return dict(json.loads(line))
+    except subprocess.TimeoutExpired as error:
+        return {name: {"failed": reason(error)}}
+    except StopIteration:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        return {name: {"failed": said[-1][:300] if said else f"exit code {done.returncode}"}}
+
+
+def relative_errors(
+    run: Callable[[], tuple[Tensor, ...]], exact: tuple[Tensor, ...]
+) -> list[float]:
+    pairs = zip(run(), exact, strict=True)
+    return [float(f"{relative_error(got, wanted):.3g}") for got, wanted in pairs]
 
 
 def eager_ms(run: Callable[[], object], rounds: int = 5) -> float:
@@ -545,6 +631,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192])
     sections = ("kernels", "blocks")
     parser.add_argument("--only", nargs="+", choices=sections, default=list(sections))
+    parser.add_argument("--peer", choices=list(PEERS), help="print the rows of one peer only")
+    parser.add_argument("--without-peers", action="store_true", help="they import for a while")
     parser.add_argument("--tune", action="store_true", help="many tiles instead")
     parser.add_argument("--dry", action="store_true", help="tiny, on the CPU, without times")
     parser.add_argument("--out", type=Path, help="file; a dated one in benchmarks/results")
@@ -554,6 +642,14 @@ def main() -> None:
         KIND = torch.float16  # Triton's interpreter has no bfloat16 products
     else:
         require_cuda()
+    if args.peer:
+        if args.peer == "unsloth":
+            settle_unsloth()
+            import unsloth  # noqa: F401
+        with torch.enable_grad():
+            rows = peer_rows(args.peer, SHAPES[args.shape[0]], args.tokens[0])
+        print(json.dumps(rows))
+        return
     begin = time.perf_counter()
     found: dict[str, dict[str, Row]] = {}
     with torch.no_grad():
@@ -574,8 +670,12 @@ def main() -> None:
                 layer, own = layer_of(shape, tokens, device, kind), f"{title}, a layer in {kind}"
                 with torch.enable_grad():
                     found[own] = blocks(layer, graphs=not args.dry)
-                show(own, found[own])
                 del layer
+                if kind == "NF4" and not (args.dry or args.without_peers):
+                    torch.cuda.empty_cache()
+                    for peer in PEERS:
+                        found[own] |= run_peer(peer, name, tokens)
+                show(own, found[own])
         for name in args.shape if args.tune else ():
             found[name] = tune(SHAPES[name], args.tokens)
             show(name, best(found[name]))
