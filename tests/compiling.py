@@ -220,8 +220,9 @@ def expert_kernels(kind: str):
     swiglu, gpt_oss = Glu(), Glu(True, 7.0, 1.702, 1.0)
     types = dict.fromkeys(("h", "d_inner", "row_scale"), f"*{kind}")
     for glu in (swiglu, gpt_oss):
-        step = {**glu._asdict(), "programs": 2112, "lanes": 1024}
-        yield triton_experts._glu_backward, types, step, {"num_warps": 4}
+        step = {**glu._asdict(), "programs": 4 * devices.spec_of(CPU).num_sms}
+        step |= {"rows": triton_experts._GLU_ROWS, "lanes": triton_experts._GLU_LANES}
+        yield triton_experts._glu_backward, types, step, {"num_warps": 8}
     plain = dict.fromkeys(("gather", "scatter", "biased", "scaled", "gated"), False)
     gather, scatter = plain | {"gather": True}, plain | {"scatter": True}
     products = (
