@@ -15,6 +15,8 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
+from halfbyte.quant.mxfp4 import DOUBLED_LEVELS, half_scales
+
 # Numbers decoded at a time. On a CPU no more than torch computes in one thread: temporaries stay in
 # the cache (135 M numbers of q4_1 in 0.9 s of one core; 1.4 s at 2**18), and no small operation
 # waits at a barrier for cores that other programs hold (64 s, on two busy ones).
@@ -106,6 +108,12 @@ def _q8_0(blocks: Tensor) -> Tensor:
     return blocks[:, 2:].view(torch.int8).float().mul_(_half(blocks, 0))
 
 
+def _mxfp4(blocks: Tensor) -> Tensor:
+    # As in the gguf package, zeros have no sign.
+    levels = torch.where(DOUBLED_LEVELS == 0, 0.0, DOUBLED_LEVELS).to(blocks.device)
+    return levels[_nibbles(blocks[:, 1:]).int()].mul_(half_scales(blocks[:, :1]))
+
+
 def _q2_k(blocks: Tensor) -> Tensor:
     scales, codes = blocks[:, :16], _fields(blocks[:, 16:80], 32, 2)
     step = (scales & 15).float().mul_(_half(blocks, 80))[:, :, None]
@@ -159,6 +167,7 @@ _DECODERS: dict[GGMLQuantizationType, Callable[[Tensor], Tensor]] = {
     GGMLQuantizationType.Q5_0: _q5_0,
     GGMLQuantizationType.Q5_1: _q5_1,
     GGMLQuantizationType.Q8_0: _q8_0,
+    GGMLQuantizationType.MXFP4: _mxfp4,
     GGMLQuantizationType.Q2_K: _q2_k,
     GGMLQuantizationType.Q3_K: _q3_k,
     GGMLQuantizationType.Q4_K: _q4_k,
