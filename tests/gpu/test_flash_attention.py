@@ -54,9 +54,9 @@ def test_output_and_gradients(sunk, window, lengths, width):
             y = formula(*inputs, scale, lengths, window, sinks)
         results.append([y, *torch.autograd.grad(y, inputs, dy.to(y.dtype))])
     for true, ours, plain in zip(*results, strict=True):
-        size = true.norm()
-        allowed = 1.5 * (plain.double() - true).norm() / size + 1e-4
-        assert (ours.double() - true).norm() / size <= allowed
+        # With a window of one token, the gradients of q and k are 0.
+        allowed = 1.5 * (plain.double() - true).norm() + 1e-4 * true.norm().clamp(min=1.0)
+        assert (ours.double() - true).norm() <= allowed
 
 
 def test_rows_of_a_batch_are_documents():

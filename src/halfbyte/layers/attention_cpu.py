@@ -14,79 +14,13 @@ end. As in flash attention (Dao et al. 2022), P is not kept: backward recomputes
 saved memory grows with T, not with T².
 
 The queries of a group share keys, so they are the rows of one product and keys are never copied.
-
-It is registered with transformers' ``AttentionInterface`` under the name ``halfbyte``. Everything
-but plain causal attention without a mask is passed to transformers' own ``sdpa``.
-
-Within `packed_row`, the only row of a batch holds several documents, each of which attends to
-itself. transformers would describe them by a mask of T² elements; here attention is computed one
-document after the other. Padding documents to a common number of blocks, to have fewer products,
-took longer: 60 to 77 ms instead of 37 to 65 for eight documents of 47 to 1024 tokens.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-NAME = "halfbyte"
-
-
-class NotPackable(Exception):
-    """A model's attention cannot be restricted to documents; the message says why."""
-
-
-@dataclass
-class PackedRow:
-    """The documents of a packed row, and what its decoder asked of attention.
-
-    Attributes:
-        lengths: The tokens of each document, in order.
-        calls: How often attention was computed.
-        window: The smallest window of a mask (sliding or chunked attention), if any.
-    """
-
-    lengths: tuple[int, ...]
-    calls: int = 0
-    window: int | None = None
-
-
-# The row that is passed through a decoder or a layer; not an argument, since few architectures pass
-# theirs on to attention.
-_row: PackedRow | None = None
-
-
-@contextmanager
-def packed_row(lengths: Sequence[int]) -> Iterator[PackedRow]:
-    """Restrict attention to documents while the context lasts.
-
-    If another is entered within it, what is asked of attention there counts here as well.
-
-    Args:
-        lengths: The tokens of each document in the only row of the batch.
-
-    Raises:
-        NotPackable: Inside, if the model does not use plain causal attention, or a document is
-            longer than its attention window.
-    """
-    global _row
-    before, row = _row, PackedRow(tuple(lengths))
-    _row = row
-    try:
-        yield row
-    finally:
-        _row = before
-        if before is not None:
-            before.calls += row.calls
-            windows = [n for n in (before.window, row.window) if n is not None]
-            before.window = min(windows, default=None)
-
+from torch import Tensor
 
 # 64, 128 and 256 take 8.5, 10.2 and 13.9 ms forward and backward in the case above.
 QUERY_BLOCK = 64
@@ -215,69 +149,3 @@ def causal_attention(
     of = _Scores(scale, window, sinks)
     out: Tensor = _CausalAttention.apply(folded, keys, values, of)  # type: ignore[no-untyped-call]
     return out.view(batch, heads, length, width)
-
-
-def _interface(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    plain = attention_mask is None and causal and not dropout
-    plain = plain and not any(value is not None for key, value in kwargs.items() if key in _UNUSUAL)
-    shaped = query.shape[2] == key.shape[2] > 1 and query.shape[-1] == value.shape[-1]
-    if _row is not None:
-        _row.calls += 1
-        if not plain or not shaped or query.device.type != "cpu":
-            raise NotPackable("its attention is not plain causal attention")
-        if query.shape[0] != 1 or query.shape[2] != sum(_row.lengths):
-            raise NotPackable("its attention sees other tokens than its layers")
-    if plain and shaped and query.device.type == "cpu":
-        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-        lengths = () if _row is None else _row.lengths
-        out = causal_attention(query, key, value, scale=scale, lengths=lengths)
-        return out.transpose(1, 2).contiguous(), None
-    result: tuple[Tensor, None] = sdpa_attention_forward(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout=dropout,
-        scaling=scaling,
-        is_causal=is_causal,
-        **kwargs,
-    )
-    return result
-
-
-# Arguments of some architectures' attention that change the result.
-_UNUSUAL = ("softcap", "s_aux", "position_bias", "cache", "output_attentions")
-
-
-def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """Return the mask for `_interface`: in a packed row none, as documents are known."""
-    if _row is None:
-        result: Tensor | None = sdpa_mask(*args, **kwargs)
-        return result
-    window = kwargs.get("local_size")
-    if kwargs.get("use_vmap"):
-        raise NotPackable("its attention has a mask of its own")
-    if window is not None:
-        _row.window = window if _row.window is None else min(window, _row.window)
-        if max(_row.lengths) > window:
-            raise NotPackable(f"a document is longer than its attention window of {window} tokens")
-    return None
-
-
-def register() -> str:
-    """Register the attention with transformers; returns its name."""
-    AttentionInterface.register(NAME, _interface)
-    AttentionMaskInterface.register(NAME, _mask)
-    return NAME

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from halfbyte.errors import CheckpointError, ConfigError, WeightError
-from halfbyte.layers import attention_cpu
+from halfbyte.layers import attention_interface, token_mixers
 from halfbyte.layers.experts import freeze_experts
 from halfbyte.layers.multimodal import build_decoder, removed_modules, ties_head
 from halfbyte.layers.targets import linears_to_freeze, why_no_adapter
@@ -153,10 +153,8 @@ def build(
         model = build_decoder(config, recipe.compute_dtype)
     except ValueError as error:
         raise CheckpointError(f"not a causal language model transformers knows: {error}") from error
-    # If transformers would not choose sdpa (ALiBi, capped scores), ours is not correct either.
-    decoder = model.get_decoder() if removed_modules(model) else model
-    if decoder.config._attn_implementation == "sdpa":
-        decoder.set_attn_implementation(attention_cpu.register())
+    attention_interface.use(model.get_decoder() if removed_modules(model) else model)
+    token_mixers.register(model)
     if recipe.quant == "none":
         recipe = replace(recipe, quantize_head=False, quantize_embeddings=False)
     elif ties_head(model):
