@@ -25,7 +25,7 @@ def to_blocks(weight: MXFP4Weight) -> Tensor:
     codes = weight.codes.view(-1, BLOCK // 2)
     out = torch.empty(len(codes), _BYTES, dtype=torch.uint8, device=codes.device)
     out[:, 0] = weight.scales
-    for some, target in zip(codes.split(_CHUNK), out.split(_CHUNK), strict=True):
+    for some, target in zip(torch.split(codes, _CHUNK), torch.split(out, _CHUNK), strict=True):
         elements = torch.stack((some & 15, some >> 4), 2).view(-1, BLOCK)
         low, high = elements.chunk(2, 1)
         target[:, 1:] = low | high << 4
@@ -51,7 +51,7 @@ def from_blocks(blocks: Tensor, name: str) -> MXFP4Weight:
     scales = flat[:, 0].contiguous()
     require_finite(name, scales)
     codes = torch.empty(len(flat), BLOCK // 2, dtype=torch.uint8, device=flat.device)
-    for some, target in zip(flat.split(_CHUNK), codes.split(_CHUNK), strict=True):
+    for some, target in zip(torch.split(flat, _CHUNK), torch.split(codes, _CHUNK), strict=True):
         packed = some[:, 1:]
         elements = torch.cat((packed & 15, packed >> 4), 1)
         target.copy_(elements[:, ::2] | elements[:, 1::2] << 4)

@@ -6,6 +6,7 @@ files have ``X_blocks``, uint8 [experts, out, in / 32, 16], the codes, and ``X_s
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ _BLOCKS, _SCALES = "_blocks", "_scales"
 METHOD = "mxfp4"
 """What the ``quantization_config`` of a checkpoint calls the format."""
 
-PUBLISHED = {
+PUBLISHED: dict[str, Any] = {
     "quant_method": METHOD,
     "modules_to_not_convert": [
         "model.layers.*.self_attn",
