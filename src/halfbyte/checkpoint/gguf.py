@@ -5,8 +5,7 @@ Architectures of the table ``gguf_architectures`` are read by it, the others as 
 """
 
 import logging
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -128,6 +127,9 @@ class Arrangement(Protocol):
     def value(self, target: str, tensors: list[Stored], device: torch.device | str) -> Tensor:
         """Return a parameter from its tensors."""
 
+    def misfits(self, expected: Mapping[str, Tensor]) -> list[str]:
+        """Return which tensors do not fit the model's parameters."""
+
 
 class TableArrangement:
     """The mapping by ``gguf_architectures``.
@@ -173,16 +175,30 @@ class TableArrangement:
             tensor.kind == kind and _has_rows_of_blocks(tensor) for tensor in tensors
         )
         if not as_blocks:
-            return form.join([self._read(tensor) for tensor in tensors]).contiguous()
+            return form.join([self._file.tensor(tensor) for tensor in tensors]).contiguous()
         # As blocks, a matrix is a quarter as large to move, and can be decoded on a GPU.
         raw = form.join([torch.from_numpy(self._file.raw(tensor)) for tensor in tensors])
         block, nbytes = GGML_QUANT_SIZES[kind]
         shape = (*raw.shape[:-1], raw.shape[-1] // nbytes * block)
         return decode(raw.contiguous().to(device).view(-1), kind).view(shape)
 
-    def _read(self, tensor: Stored) -> Tensor:
-        value = torch.from_numpy(np.ascontiguousarray(self._file.read(tensor)))
-        return value.view(torch.bfloat16) if value.dtype == torch.uint16 else value
+    def misfits(self, expected: Mapping[str, Tensor]) -> list[str]:
+        """Return which tensors have another shape than the model's parameters need.
+
+        Args:
+            expected: The model's parameters, on any device.
+        """
+        found = []
+        for target, form in self._forms.items():
+            stored = [self._file.tensors.get(name) for name in form.names]
+            with foreign_reader(f"{self._file.path}: {target} has a shape that cannot be stored"):
+                wanted = form.shapes(expected[target].shape)
+            found += [
+                f"{tensor.name} has the shape {list(tensor.shape)}, not {list(shape)}"
+                for tensor, shape in zip(stored, wanted, strict=True)
+                if tensor is not None and tensor.shape != shape
+            ]
+        return found
 
 
 def _has_rows_of_blocks(tensor: Stored) -> bool:
@@ -254,11 +270,7 @@ class GGUFSource(BaseSource):
         expected = self.skeleton.state_dict()
         parts = self._parts
         faults = [f"{key} is missing" for key in expected if key not in {*parts, *tied}]
-        faults += [
-            f"{key} has {sum(math.prod(t.shape) for t in tensors)} elements, not {count}"
-            for key, tensors in parts.items()
-            if (count := expected[key].numel()) != sum(math.prod(t.shape) for t in tensors)
-        ]
+        faults += self._arrangement.misfits(expected)
         if faults:
             raise CheckpointError(
                 f"{path} is not the {type(self.skeleton).__name__} of its keys: "

@@ -224,6 +224,7 @@ ARCHITECTURES = (
         "phi3",
         "phi3",
         "Phi 3, 4",
+        constants={"attention.sliding_window": 0},  # a context that needs none, see Layout
         implied=_square(**_SILU),
         ropes=("longrope",),
     ),

@@ -175,6 +175,11 @@ class GGUFFile:
         rows = tensor.shape[:-1]
         return out.reshape(*rows, tensor.nbytes // max(1, math.prod(rows)))
 
+    def tensor(self, tensor: Stored) -> torch.Tensor:
+        """Return one tensor, decoded: float32, float16 or bfloat16."""
+        value = torch.from_numpy(np.ascontiguousarray(self.read(tensor)))
+        return value.view(torch.bfloat16) if value.dtype == torch.uint16 else value
+
     def read(self, tensor: Stored) -> np.ndarray[Any, Any]:
         """Return one tensor, decoded: float32, or the type of `held_as`."""
         held = np.dtype(held_as(tensor))

@@ -7,8 +7,10 @@ each. So the configuration is read from a copy of the header without its long ar
 are rearranged one by one.
 """
 
+import math
 import struct
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,8 +121,16 @@ class TransformersArrangement:
                 found.setdefault(target, []).append(tensor)
         return found
 
+    def misfits(self, expected: Mapping[str, Tensor]) -> list[str]:
+        """Return which parameters have another number of elements than their tensors."""
+        return [
+            f"{key} has {sum(math.prod(t.shape) for t in tensors)} elements, not {count}"
+            for key, tensors in self.parts().items()
+            if (count := expected[key].numel()) != sum(math.prod(t.shape) for t in tensors)
+        ]
+
     def value(self, target: str, tensors: list[Stored], device: torch.device | str) -> Tensor:
-        """Return a parameter from its tensors; ``device`` is not used: they are rearranged by numpy.
+        """Return a parameter from its tensors, on the CPU: numpy rearranges them.
 
         Raises:
             CheckpointError: If the file ends early.
