@@ -75,11 +75,6 @@ class Rope:
         given = {key for key, value in self.parameters.items() if value is not None}
         if more := given - _KNOWN[self.kind] - {"rope_type", "rope_theta"}:
             raise unsaid(f"the options {', '.join(sorted(more))} of rotary frequencies")
-        if self.kind == "yarn" and self.parameters.get("truncate") is False:
-            logger.warning(
-                "llama.cpp rounds the range of frequencies that YaRN scales to whole ones, which "
-                "this model does not (`truncate`): answers differ slightly"
-            )
 
     @property
     def theta(self) -> float:
@@ -89,6 +84,11 @@ class Rope:
     def add_keys(self, writer: GGUFWriter) -> None:
         """Add the keys to a file being written."""
         name, given = writer.arch, self.parameters
+        if self.kind == "yarn" and self.parameters.get("truncate") is False:
+            logger.warning(
+                "llama.cpp rounds the range of frequencies that YaRN scales to whole ones, which "
+                "this model does not (`truncate`): answers differ slightly"
+            )
         writer.add_rope_dimension_count(self.dimensions)
         writer.add_rope_freq_base(self.theta)
         if self._local is not None:

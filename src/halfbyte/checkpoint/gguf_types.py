@@ -22,7 +22,7 @@ _ByLayer = Callable[[int, int], Kind]
 
 
 def _more_bits(usual: Kind, better: Kind) -> _ByLayer:
-    """Return the better type for the first and last eighth of the layers, and each third between."""
+    """Return the better type for the first and last eighth of layers, and each third between."""
 
     def chosen(layer: int, layers: int) -> Kind:
         first = layers // 8
