@@ -100,7 +100,9 @@ def verify_gguf(source: BaseSource, written: BaseSource, path: Path) -> Verified
 
 
 def _wrong(path: Path, how: str) -> HalfbyteError:
-    return HalfbyteError(f"{path} was written, but is wrong: {how}")
+    return HalfbyteError(
+        f"{path.name} is wrong, so it is removed: {how}. This is a bug in halfbyte"
+    )
 
 
 def _computing(ours: Layout, theirs: Layout) -> list[tuple[str, Any, Any]]:
