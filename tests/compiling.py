@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 from halfbyte.layers import triton_elementwise
 from halfbyte.linear import triton_gemv, triton_lora, triton_matmul, triton_swiglu
 from halfbyte.optim import triton_adamw
-from halfbyte.quant import triton_blockwise
+from halfbyte.quant import triton_blockwise, triton_mxfp4
 from halfbyte.runtime import device as devices
 from tests.devices import DEVICES
 
@@ -91,7 +91,7 @@ def format_kernels(kind: str):
     plain = {"enable_fp_fusion": False}
     for double, dtype in ((True, f"*{kind}"), (False, f"*{kind}"), (True, "*fp32")):
         flat = {"count": 3, "block_words": 8, "double": double}
-        flat |= {"lanes": triton_blockwise._LANES, "unroll": triton_blockwise._UNROLL}
+        flat |= {"lanes": triton_blockwise.LANES, "unroll": triton_blockwise.UNROLL}
         yield (
             triton_blockwise._decode_flat,
             {"weights": "*i64", "out": dtype},
@@ -102,6 +102,14 @@ def format_kernels(kind: str):
         tile = {"block_size": 64, "double": True, "transposed": transposed}
         tile |= {"tile_rows": 64, "tile_columns": 64}
         yield triton_blockwise._decode_tile, {"out": f"*{kind}", "codes": "*u8"}, tile, plain
+    flat = {"count": 3, "lanes": triton_blockwise.LANES, "unroll": triton_blockwise.UNROLL}
+    for dtype in (f"*{kind}", "*fp32"):
+        types = {"weights": "*i64", "out": dtype}
+        yield triton_mxfp4._decode_mxfp4, types, flat, {"num_warps": 8}
+    for transposed in (True, False):
+        tile = {"transposed": transposed, "tile_rows": 64, "tile_columns": 64}
+        types = {"out": f"*{kind}", "codes": "*u8", "scales": "*u8"}
+        yield triton_mxfp4._decode_mxfp4_tile, types, tile, {}
     # What is packed comes as it was saved, whatever products are in.
     for signed, block_size, dtype in ((True, 64, "*bf16"), (False, 4096, "*fp16")):
         blocks = {"block_size": block_size, "rows": max(1, 1024 // block_size), "signed": signed}

@@ -31,7 +31,7 @@ from halfbyte.checkpoint.gguf_transformers import TransformersArrangement, read_
 from halfbyte.checkpoint.gguf_vocabulary import byte_level
 from halfbyte.checkpoint.source import BaseSource, Parameter, foreign_reader, skeleton_of
 from halfbyte.errors import CheckpointError
-from halfbyte.quant import QuantizedWeight
+from halfbyte.quant import PackedWeight
 
 # Individually scaled rotary frequencies. They become options of the configuration, except for
 # architectures that only transformers reads.
@@ -294,11 +294,11 @@ class GGUFSource(BaseSource):
 
     def tensors(  # noqa: D102
         self, device: torch.device | str = "cpu"
-    ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+    ) -> Iterator[tuple[str, Tensor | PackedWeight]]:
         for name, tensors in self._parts.items():
             yield name, self._arrangement.value(name, tensors, device)
 
-    def tensor(self, name: str) -> Tensor | QuantizedWeight:  # noqa: D102
+    def tensor(self, name: str) -> Tensor | PackedWeight:  # noqa: D102
         return self._arrangement.value(name, self._parts[name], "cpu")
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:

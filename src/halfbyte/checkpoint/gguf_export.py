@@ -2,7 +2,7 @@
 
 It is the inverse of ``gguf.py``, by the same table (``gguf_architectures``): transformers' names
 become llama.cpp's, parameters are rearranged as it wants them, each value is rounded once from
-float32 to the type of its tensor (``gguf_types``). One parameter is in memory at a time. A
+float32 to the type of its tensor (``gguf_types``); experts in MXFP4 keep their codes and scales. One parameter is in memory at a time. A
 configuration that cannot be expressed completely in keys is an error: a file that loads but
 computes something else is worse than none. A file that could not be finished is removed.
 """
@@ -22,14 +22,16 @@ from torch import Tensor
 
 from halfbyte.checkpoint.gguf import GGUFSource
 from halfbyte.checkpoint.gguf_architectures import Layout
-from halfbyte.checkpoint.gguf_blocks import encode
+from halfbyte.checkpoint.gguf_blocks import encode, mxfp4_blocks
+from halfbyte.checkpoint.gguf_forms import Form
 from halfbyte.checkpoint.gguf_rope import unsaid
 from halfbyte.checkpoint.gguf_types import FILE_TYPES, FileType, TensorTypes
 from halfbyte.checkpoint.gguf_vocabulary import add_vocabulary, copy_vocabulary
+from halfbyte.checkpoint.mxfp4_keys import dense
 from halfbyte.checkpoint.peft import LoadedAdapter
 from halfbyte.checkpoint.source import BaseSource
 from halfbyte.errors import WeightError
-from halfbyte.quant import QuantizedWeight, dequantize
+from halfbyte.quant import MXFP4Weight
 
 __all__ = ["FILE_TYPES", "FileType", "require_expressible", "write_gguf", "write_gguf_lora"]
 
@@ -80,9 +82,16 @@ class _Planned(NamedTuple):
 
 def value_of(source: BaseSource, name: str) -> Tensor:
     """Return a parameter of ``source`` in float32, on its device; packed ones are decoded."""
+    return dense(source.tensor(name), torch.float32).detach().float()
+
+
+def _parts_of(source: BaseSource, name: str, form: Form, *, as_blocks: bool) -> tuple[Tensor, ...]:
+    """Return the tensors of a parameter, float32; or blocks of MXFP4, uint8, if it has them."""
     value = source.tensor(name)
-    dense = dequantize(value, torch.float32) if isinstance(value, QuantizedWeight) else value
-    return dense.detach().float()
+    if as_blocks and isinstance(value, MXFP4Weight):
+        # A row of blocks takes the place of a row of numbers, which transformers has as a column.
+        return form.split(mxfp4_blocks(value).mT)
+    return form.split(dense(value, torch.float32).detach().float())
 
 
 def write_gguf(
@@ -114,7 +123,8 @@ def write_gguf(
 
     @functools.lru_cache(1)  # a parameter may be several tensors, written one after the other
     def parts_of(parameter: str) -> tuple[Tensor, ...]:
-        return layout.form(parameter).split(value_of(source, parameter))
+        form = layout.form(parameter)
+        return _parts_of(source, parameter, form, as_blocks=file_type == "mxfp4")
 
     plan = []
     for parameter, form in forms.items():
@@ -231,6 +241,8 @@ def _write(
 
 def _encoded(planned: _Planned) -> np.ndarray[Any, Any]:
     value = planned.make()
+    if value.dtype == torch.uint8:
+        return value.reshape(-1).cpu().numpy()
     least, most = torch.aminmax(value.reshape(-1)) if value.numel() else (0.0, 0.0)
     largest = max(-float(least), float(most))
     if not math.isfinite(largest):

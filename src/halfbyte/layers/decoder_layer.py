@@ -68,6 +68,7 @@ class FusedLayer:
         self._first, self._second, *self._head_norms = spec.norms_of(layer)
         self._attention = parts.self_attn
         q, k, v, self._out, *self._mlp = spec.linears_of(layer)
+        self._mixture = spec.mixture_of(layer)
         self._projections = q, k, v
         self.head_dim: int = self._attention.head_dim
         config = self._attention.config
@@ -109,7 +110,7 @@ class FusedLayer:
         y, h = add_rms_norm(o, residual, norm.weight, norm.variance_epsilon, known)
         if checkpoint is not None and known is None:
             checkpoint.leave(h)
-        d = gated_mlp(y, *self._mlp, read=read)
+        d = gated_mlp(y, *self._mlp, read=read) if self._mixture is None else self._mixture(y)
         result: Tensor = h + d if read else unread_sum(h, d)
         return result
 

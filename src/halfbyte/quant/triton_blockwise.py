@@ -37,8 +37,8 @@ from halfbyte.quant import blockwise
 from halfbyte.quant.weight import SCALE_BLOCK, QuantizedWeight, QuantType, levels_of
 
 # Maximum weights in one launch of `_decode_flat`; a program finds its own by testing every start.
-_WEIGHTS_A_LAUNCH = 16
-_LANES, _UNROLL = 256, 2
+WEIGHTS_A_LAUNCH = 16
+LANES, UNROLL = 256, 2
 
 
 @triton.jit
@@ -326,8 +326,8 @@ def decode_all(weights: Sequence[QuantizedWeight], outs: Sequence[Tensor]) -> No
         (flat if aligned and out.is_contiguous() else others).append((q, out))
     for _, group in groupby(flat, _launch):
         pairs = list(group)
-        for start in range(0, len(pairs), _WEIGHTS_A_LAUNCH):
-            _decode_flat_ones(pairs[start : start + _WEIGHTS_A_LAUNCH])
+        for start in range(0, len(pairs), WEIGHTS_A_LAUNCH):
+            _decode_flat_ones(pairs[start : start + WEIGHTS_A_LAUNCH])
     for q, out in others:
         _decode_other(q, out)
 
@@ -343,7 +343,7 @@ def _decode_flat_ones(pairs: Sequence[tuple[QuantizedWeight, Tensor]]) -> None:
     # Offsets from the first result, so that a layer's table does not depend on the address.
     places = [(o.data_ptr() - out.data_ptr()) // (8 * o.itemsize) for _, o in pairs]
     rows = ((q.numel // 8, *_pointers(q), p) for (q, _), p in zip(pairs, places, strict=True))
-    table, programs = _launch_table(tuple(rows), device)
+    table, programs = launch_table(tuple(rows), device)
     with on_device(out):
         _decode_flat[(programs,)](
             out,
@@ -353,8 +353,8 @@ def _decode_flat_ones(pairs: Sequence[tuple[QuantizedWeight, Tensor]]) -> None:
             count=len(pairs),
             block_words=q.block_size // 8,
             double=q.double_quant,
-            lanes=_LANES,
-            unroll=_UNROLL,
+            lanes=LANES,
+            unroll=UNROLL,
             num_warps=8,
             enable_fp_fusion=False,
         )
@@ -369,8 +369,10 @@ def _pointers(q: QuantizedWeight) -> tuple[int, int, int, int]:
 
 
 @lru_cache(maxsize=1024)
-def _launch_table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, int]:
-    """The table of `_decode_flat` and its number of programs.
+def launch_table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, int]:
+    """Returns the table of a kernel of `LANES` times `UNROLL` words, and its number of programs.
+
+    A row of ``rows`` is a weight's number of words, and what else the kernel reads of it.
 
     It depends only on its key, so a cached one is always valid. Building it synchronises with the
     device and cannot be captured in a CUDA graph; it is built when a layer is first decoded.
@@ -378,7 +380,7 @@ def _launch_table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> tu
     table, programs = [], 0
     for words, *pointers in rows:
         table.append([programs, words, *pointers])
-        programs += triton.cdiv(words, _LANES * _UNROLL)
+        programs += triton.cdiv(words, LANES * UNROLL)
     return torch.tensor(table, dtype=torch.int64, device="cpu").to(device), programs
 
 
