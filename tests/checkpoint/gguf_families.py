@@ -45,9 +45,9 @@ _OSS = {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "slidi
 
 # (model_type, options)
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
-    ("llama", {}),
     ("llama", {"head_dim": 32, "attention_bias": True, "mlp_bias": True}),
     ("llama", {"rope_parameters": LLAMA3}),
+    ("llama", {}),
     ("mistral", {}),
     ("mixtral", {"num_local_experts": 4, "head_dim": 32}),
     ("qwen2", {"rope_parameters": YARN}),
@@ -62,8 +62,8 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
             **{"num_hidden_layers": 6, "rope_parameters": _GEMMA3_ROPE},
         },
     ),
-    ("phi3", {}),
     ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 512}),
+    ("phi3", {}),
     ("smollm3", {"num_hidden_layers": 4}),
     ("granite", _MULTIPLIERS),
     ("granitemoe", {**_MULTIPLIERS, "num_local_experts": 4}),
@@ -71,7 +71,6 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("glm4", {"head_dim": 32}),
     ("glm4_moe", _GLM),
     ("glm4_moe", {**_GLM, "use_qk_norm": True, "attention_bias": True}),
-    ("gpt_oss", {**_OSS, "rope_parameters": {**YARN, "truncate": True}}),
     ("gpt_oss", {**_OSS, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
     ("olmo2", {}),
 ]

@@ -16,7 +16,6 @@ from hypothesis.extra.numpy import arrays
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from halfbyte.checkpoint.base_model import load_base, open_base
 from halfbyte.checkpoint.gguf_architectures import Layout
@@ -147,20 +146,6 @@ def test_no_rounding_is_larger_than_allowed(values: Any, kind: Kind) -> None:
         back = gguf.dequantize(gguf.quants.quantize(values, kind), kind)
     value = torch.from_numpy(values)
     assert ((torch.from_numpy(np.array(back)) - value).abs() <= rounding(value, kind)).all()
-
-
-@given(st.integers(1, 5), st.integers(1, 3), st.integers(1, 4))
-def test_rows_go_where_transformers_takes_them_from(heads: int, groups: int, half: int) -> None:
-    config = tiny_model("llama").config
-    config.num_attention_heads, config.num_key_value_heads = heads * groups, heads
-    processor = LlamaTensorProcessor(config=config.to_dict())
-    for module, count in (("q", heads * groups), ("k", heads)):
-        value = torch.randn(2 * half * count, 3)
-        form = Layout(config).form(f"model.layers.0.self_attn.{module}_proj.weight")
-        [ordered] = form.split(value)
-        assert form.join([ordered]).equal(value)
-        back = processor.process(ordered.numpy(), f"blk.0.attn_{module}.weight").weights
-        assert np.array_equal(back, value.numpy())
 
 
 @pytest.mark.parametrize(

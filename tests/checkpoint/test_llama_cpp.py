@@ -12,28 +12,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.activations import GELUTanh
 
 from halfbyte.checkpoint.base_model import load_base, open_base
 from halfbyte.checkpoint.gguf_export import write_gguf, write_gguf_lora
+from halfbyte.checkpoint.gguf_verify import verify_gguf
 from halfbyte.checkpoint.merged import Merged
 from halfbyte.checkpoint.peft import LoadedAdapter
 from halfbyte.linear.lora import LoRAConfig, adapter_state, attach, load_adapter_state
 from halfbyte.models.build import BaseRecipe
 from tests.checkpoint.families import tiny_model
+from tests.checkpoint.gguf_families import FAMILIES, YARN, tied
 from tests.checkpoint.llama_cpp import LlamaCpp, llama_cpp
 from tests.tiny import tiny_tokenizer
 
 PROMPT = list(range(3, 43))
 WORDS = len(tiny_tokenizer())
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 
 
 def write_model(directory: Path, family: str, tokenizer: Any = None, /, **changes: Any) -> Path:
@@ -72,25 +67,49 @@ def gap(model: Any, server: LlamaCpp) -> float:
     return largest
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(
-    ("family", "changes"),
-    [
-        ("llama", {}),
-        ("llama", {"head_dim": 32}),
-        ("llama", {"rope_parameters": LLAMA3}),
-        ("mistral", {}),
-        ("qwen2", {}),
-        ("qwen3", {"head_dim": 128}),
-    ],
-)
-def test_it_computes_what_the_model_computes(
-    tmp_path: Path, family: str, changes: dict[str, Any], tied: bool
+class HalfGelu(torch.nn.Module):
+    """llama.cpp's GELU on a CPU: a table of float16 by float16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+        return torch.where(x >= 10, x, torch.where(x <= -10, 0.0, found))
+
+
+@pytest.mark.parametrize(("place", "family"), list(enumerate(FAMILIES)), ids=lambda case: str(case))
+def test_it_computes_what_the_model_computes_and_so_do_we(
+    tmp_path: Path, place: int, family: tuple[str, dict[str, Any]]
 ) -> None:
-    directory = write_model(tmp_path, family, tie_word_embeddings=tied, **changes)
-    model = load_base(directory, BaseRecipe(quant="none")).model
-    with llama_cpp(export(directory)) as server:
+    """llama.cpp from the file, and we from the file, what transformers computes."""
+    name, changes = family
+    head = {"tie_word_embeddings": tied(name, place % 2 == 0)}
+    directory = write_model(tmp_path, name, **changes, **head)
+    path = export(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    read = load_base(path, BaseRecipe(quant="none")).model
+    prompt = torch.tensor([PROMPT])
+    with torch.no_grad():
+        assert (read(prompt).logits - model(prompt).logits).abs().max() < 1e-4
+    assert verify_gguf(open_base(directory), open_base(path), path).worst_share == 0
+    for module in model.modules():
+        if isinstance(getattr(module, "act_fn", None), GELUTanh):
+            module.act_fn = HalfGelu()
+    with llama_cpp(path) as server:
         assert gap(model, server) < 1e-4
+
+
+def test_gpt_oss_with_yarn_that_llama_cpp_can_express(tmp_path: Path) -> None:
+    """It rounds the ramp of frequencies; the models of OpenAI do not, and are a little apart."""
+    changes = dict(FAMILIES)["gpt_oss"]
+    apart = []
+    for truncate in (True, False):
+        rope = {**YARN, "truncate": truncate}
+        directory = write_model(
+            tmp_path / str(truncate), "gpt_oss", **changes | {"rope_parameters": rope}
+        )
+        model = AutoModelForCausalLM.from_pretrained(directory).eval()
+        with llama_cpp(export(directory)) as server:
+            apart.append(gap(model, server))
+    assert apart[0] < 1e-4 < apart[1] < 0.5
 
 
 def rounded(x: Tensor, file_type: str) -> Tensor:
@@ -128,9 +147,11 @@ def taught(directory: Path, recipe: BaseRecipe, config: LoRAConfig) -> tuple[Any
     return model, LoadedAdapter(config, state, {}, "tiny", {})
 
 
-def test_it_answers_as_the_live_adapter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_it_answers_as_the_live_adapter(tmp_path: Path, family: str) -> None:
     """On its NF4 base, merged and exported."""
-    directory, path = write_model(tmp_path, "llama"), tmp_path / "merged.gguf"
+    changes = dict(FAMILIES)[family] if family == "qwen3_moe" else {}
+    directory, path = write_model(tmp_path, family, **changes), tmp_path / "merged.gguf"
     model, _ = taught(directory, BaseRecipe(), LoRAConfig(r=4))
     source = open_base(directory)
     write_gguf(Merged(source, model, "decoded", torch.float32), path, "f32", base=source)
@@ -146,9 +167,9 @@ def test_it_answers_as_the_live_adapter(tmp_path: Path) -> None:
         {"use_rslora": True, "rank_pattern": {"q_proj": 6}, "alpha_pattern": {"k_proj": 3}},
     ],
 )
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "granitemoeshared", "gpt_oss"])
 def test_it_takes_the_adapter_alone(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
-    directory = write_model(tmp_path, family)
+    directory = write_model(tmp_path, family, **dict(FAMILIES)[family])
     model, adapter = taught(
         directory, BaseRecipe(quant="none"), LoRAConfig(r=4, alpha=8, **changes)
     )

@@ -2,9 +2,10 @@
 
 It is the inverse of ``gguf.py``, by the same table (``gguf_architectures``): transformers' names
 become llama.cpp's, parameters are rearranged as it wants them, each value is rounded once from
-float32 to the type of its tensor (``gguf_types``); experts in MXFP4 keep their codes and scales. One parameter is in memory at a time. A
-configuration that cannot be expressed completely in keys is an error: a file that loads but
-computes something else is worse than none. A file that could not be finished is removed.
+float32 to the type of its tensor (``gguf_types``); experts in MXFP4 keep their codes and scales.
+One parameter is in memory at a time. A configuration that cannot be expressed completely in keys is
+an error: a file that loads but computes something else is worse than none. A file that could not be
+finished is removed.
 """
 
 import contextlib
