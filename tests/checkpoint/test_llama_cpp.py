@@ -16,15 +16,19 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.activations import GELUTanh
 
 from halfbyte.checkpoint.base_model import load_base, open_base
+from halfbyte.checkpoint.gguf_architectures import Layout
 from halfbyte.checkpoint.gguf_export import write_gguf, write_gguf_lora
+from halfbyte.checkpoint.gguf_file import GGUFFile
 from halfbyte.checkpoint.gguf_verify import verify_gguf
 from halfbyte.checkpoint.merged import Merged
+from halfbyte.checkpoint.mxfp4_keys import dense
 from halfbyte.checkpoint.peft import LoadedAdapter
 from halfbyte.linear.lora import LoRAConfig, adapter_state, attach, load_adapter_state
 from halfbyte.models.build import BaseRecipe
 from tests.checkpoint.families import tiny_model
 from tests.checkpoint.gguf_families import FAMILIES, tied
 from tests.checkpoint.llama_cpp import LlamaCpp, llama_cpp
+from tests.checkpoint.mxfp4_models import write_gpt_oss
 from tests.tiny import tiny_tokenizer
 
 PROMPT = list(range(3, 43))
@@ -160,6 +164,25 @@ def test_experts_of_few_bits_are_near_the_file_as_well(tmp_path: Path, file_type
     assert (
         kinds["blk.0.ffn_up_exps.weight"] == {"mxfp4": Kind.MXFP4, "q4_k_m": Kind.Q4_K}[file_type]
     )
+    model = load_base(path, BaseRecipe(quant="none")).model
+    with llama_cpp(path) as server:
+        assert 0 < gap(model, server) < 0.3
+
+
+def test_experts_in_mxfp4_keep_their_codes_and_scales(tmp_path: Path) -> None:
+    """gpt-oss as it is published, exported: no number is another, for llama.cpp either."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    directory = write_gpt_oss(tmp_path / "m", initializer_range=0.1, rope_parameters=rope)
+    tiny_tokenizer().save_pretrained(directory)
+    path = export(directory, "mxfp4")
+    source, file = open_base(directory), GGUFFile(path)
+    for name in ("gate_up_proj", "down_proj"):
+        name = f"model.layers.1.mlp.experts.{name}"
+        form, wanted = Layout(source.config).form(name), dense(source.tensor(name), torch.float32)
+        assert all(file.tensors[part].kind == Kind.MXFP4 for part in form.names)
+        read = form.join([file.tensor(file.tensors[part]) for part in form.names])
+        assert read.equal(wanted)
+    assert verify_gguf(source, open_base(path), path).worst_share <= 1
     model = load_base(path, BaseRecipe(quant="none")).model
     with llama_cpp(path) as server:
         assert 0 < gap(model, server) < 0.3
