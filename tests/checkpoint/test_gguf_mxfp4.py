@@ -1,5 +1,7 @@
 """MXFP4 between the order of gpt-oss's files and that of GGUF's: no value, and no bit, changes."""
 
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
@@ -7,13 +9,19 @@ import torch
 from gguf import GGMLQuantizationType
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from halfbyte.checkpoint import gguf_mxfp4
+from halfbyte.checkpoint.base_model import load_base, open_base
 from halfbyte.checkpoint.gguf_blocks import decode
+from halfbyte.checkpoint.gguf_export import write_gguf
 from halfbyte.checkpoint.gguf_mxfp4 import from_blocks, to_blocks
+from halfbyte.checkpoint.merged import Merged, write_merged
 from halfbyte.errors import CheckpointError
+from halfbyte.models.build import BaseRecipe
 from halfbyte.quant import MXFP4Weight, dequantize, quantize_mxfp4
 from halfbyte.quant.mxfp4 import LARGEST_SCALE
+from tests.checkpoint.mxfp4_models import write_gpt_oss
 
 
 def by_package(blocks: torch.Tensor) -> torch.Tensor:
@@ -70,3 +78,39 @@ def test_rows_of_experts_can_be_taken_apart_as_blocks() -> None:
     gate = from_blocks(to_blocks(q)[:, ::2].contiguous(), "gate")
     assert isinstance(gate, MXFP4Weight)
     assert torch.equal(dequantize(gate), dequantize(q)[:, ::2])
+
+
+def test_a_gguf_file_s_experts_are_kept_as_they_are(tmp_path: Path) -> None:
+    """Exported, read as a base, and merged to safetensors: the same bytes all the way."""
+    directory = write_gpt_oss(tmp_path / "model")
+    source, path = open_base(directory), tmp_path / "model.gguf"
+    write_gguf(source, path, "mxfp4", base=source)
+    read = open_base(path)
+    for parameter in source.parameters:
+        own = next(p for p in read.parameters if p.name == parameter.name)
+        assert (own.shape, own.packed, own.mxfp4) == (
+            parameter.shape,
+            parameter.packed,
+            parameter.mxfp4,
+        )
+        if parameter.mxfp4:
+            value, expected = read.tensor(own.name), source.tensor(own.name)
+            assert isinstance(value, MXFP4Weight)
+            assert isinstance(expected, MXFP4Weight)
+            assert torch.equal(value.codes, expected.codes)
+            assert torch.equal(value.scales, expected.scales)
+    base = load_base(path, BaseRecipe())
+    assert base.model.halfbyte_recipe.experts == "mxfp4"
+    assert base.memory_report.mxfp4_parameters == base.memory_report.quantized_parameters > 0
+    out = write_merged(Merged(read, base.model), tmp_path / "merged")
+    files, merged = (load_file(p / "model.safetensors") for p in (directory, out))
+    assert merged.keys() == files.keys()
+    packed = [name for name, value in files.items() if value.dtype == torch.uint8]
+    assert len(packed) == 8
+    assert all(torch.equal(merged[name], files[name]) for name in packed)
+    again = load_base(out, BaseRecipe()).model
+    with torch.no_grad():
+        ids = torch.arange(3, 40)[None]
+        expected = base.model(ids).logits
+        # Attention is rounded to bfloat16 from the file's q8_0.
+        torch.testing.assert_close(again(ids).logits, expected, rtol=0, atol=2e-3)
