@@ -15,6 +15,7 @@ from halfbyte.linear.experts import ExpertLinear
 from halfbyte.models.build import BaseRecipe
 from halfbyte.quant import dequantize, quantize
 from tests.checkpoint.families import tiny_model
+from tests.checkpoint.streams import streamed
 from tests.tiny import tiny_tokenizer
 
 
@@ -32,7 +33,7 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, 
 def test_experts_one_by_one_become_one_tensor(mixtral: tuple[PreTrainedModel, Path]) -> None:
     model, directory = mixtral
     source, wanted = open_base(directory), model.state_dict()
-    found = dict(source.tensors())
+    found = streamed(source)
     assert found.keys() == wanted.keys() == {p.name for p in source.parameters}
     for parameter in source.parameters:
         value, alone = found[parameter.name], source.tensor(parameter.name)
@@ -85,7 +86,7 @@ def test_files_in_the_form_of_the_model_are_read_as_they_are(
     for path in directory.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     save_file({k: v.clone() for k, v in model.state_dict().items()}, tmp_path / "model.safetensors")
-    found = dict(open_base(tmp_path).tensors())
+    found = streamed(open_base(tmp_path))
     assert all(torch.equal(found[key], value) for key, value in model.state_dict().items())  # type: ignore[arg-type]
     again = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(again[key], value) for key, value in model.state_dict().items())

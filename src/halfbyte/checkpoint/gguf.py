@@ -47,7 +47,13 @@ from halfbyte.checkpoint.gguf_file import (
 )
 from halfbyte.checkpoint.gguf_vocabulary import byte_level
 from halfbyte.checkpoint.reading import read_into
-from halfbyte.checkpoint.source import BaseSource, Parameter, foreign_reader, skeleton_of
+from halfbyte.checkpoint.source import (
+    BaseSource,
+    ExpertSlice,
+    Parameter,
+    foreign_reader,
+    skeleton_of,
+)
 from halfbyte.errors import CheckpointError
 from halfbyte.foreign_text import quote
 from halfbyte.quant import QuantizedWeight
@@ -346,8 +352,13 @@ class GGUFSource(BaseSource):
 
     def tensors(  # noqa: D102
         self, device: torch.device | str = "cpu"
-    ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
-        return self._arrangement.tensors(device=device)
+    ) -> Iterator[tuple[str, Tensor | QuantizedWeight | ExpertSlice]]:
+        for name, value in self._arrangement.tensors(device=device):
+            if name not in self.experts:
+                yield name, value
+                continue
+            for index, matrix in enumerate(value):
+                yield name, ExpertSlice(index, matrix)
 
     def tensor(self, name: str) -> Tensor | QuantizedWeight:  # noqa: D102
         return dict(self._arrangement.tensors([name]))[name]

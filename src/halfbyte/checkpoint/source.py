@@ -26,6 +26,7 @@ from transformers import (
 
 from halfbyte.checkpoint.reading import read_into
 from halfbyte.errors import CheckpointError
+from halfbyte.layers.experts import expert_parameters
 from halfbyte.layers.multimodal import build_whole, unknown_class, why_unsupported
 from halfbyte.models.build import BaseRecipe
 from halfbyte.quant import QuantizedWeight
@@ -46,7 +47,7 @@ class Parameter(NamedTuple):
         shape: Its shape.
         dtype: Its dtype; for a packed weight, the one it was packed from.
         nbytes: Its bytes in the files.
-        packed: Whether it is a ``QuantizedWeight``.
+        packed: Whether it is a ``QuantizedWeight``, or experts that are.
     """
 
     name: str
@@ -54,6 +55,18 @@ class Parameter(NamedTuple):
     dtype: torch.dtype
     nbytes: int
     packed: bool
+
+
+class ExpertSlice(NamedTuple):
+    """One expert's part of a parameter that holds a linear of every expert.
+
+    Attributes:
+        expert: Its index.
+        value: Its matrix [rows, columns].
+    """
+
+    expert: int
+    value: Tensor | QuantizedWeight
 
 
 class BaseSource(ABC):
@@ -122,11 +135,19 @@ class BaseSource(ABC):
     def _files(self) -> Iterable[tuple[Path, int, int]]:
         """Yield (path, size, end of the header) of each file of weights."""
 
+    @cached_property
+    def experts(self) -> dict[str, int]:
+        """The parameters that hold a linear of every expert, and the number of experts."""
+        return {name: len(p) for name, (p, _) in expert_parameters(self.skeleton).items()}
+
     @abstractmethod
     def tensors(
         self, device: torch.device | str = "cpu"
-    ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+    ) -> Iterator[tuple[str, Tensor | QuantizedWeight | ExpertSlice]]:
         """Yield (name, value) as in ``parameters``, one at a time.
+
+        Of ``experts``, an ``ExpertSlice`` is yielded for each expert, in order, instead of a value
+        for all: together they are the largest tensors of a mixture.
 
         Nothing is kept: what the caller drops is freed. (``zip`` and ``enumerate`` hold their last
         item until they have the next.)
@@ -139,13 +160,37 @@ class BaseSource(ABC):
             CheckpointError: If a file ends early, or a packed weight is damaged.
         """
 
+    def bytes_read(self, name: str, value: Tensor | QuantizedWeight | ExpertSlice) -> int:
+        """Return the bytes in the files of a value that ``tensors`` yielded; for progress."""
+        nbytes = self._bytes[name]
+        if not isinstance(value, ExpertSlice):
+            return nbytes
+        count = self.experts[name]  # in all it is nbytes, which tables may make an odd number
+        return nbytes * (value.expert + 1) // count - nbytes * value.expert // count
+
+    @cached_property
+    def _bytes(self) -> dict[str, int]:
+        return {p.name: p.nbytes for p in (*self.parameters, *self.encoders)}
+
     @abstractmethod
     def tensor(self, name: str) -> Tensor | QuantizedWeight:
         """Return one value of ``parameters`` or ``encoders``, on the CPU, out of order.
 
+        Experts are one tensor, decoded if they are packed.
+
         Raises:
             CheckpointError: If a file ends early, or a packed weight is damaged.
         """
+
+    def expert(self, name: str, index: int) -> Tensor | QuantizedWeight:
+        """Return the matrix of one expert of ``experts``, on the CPU.
+
+        Raises:
+            CheckpointError: If a file ends early, or a packed weight is damaged.
+        """
+        experts = self.tensor(name)
+        assert isinstance(experts, Tensor)
+        return experts[index]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer, with ``chat_template`` if that is set.
