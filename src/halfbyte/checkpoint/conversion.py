@@ -81,12 +81,12 @@ class Conversion:
             tensors: The tensor of each of its inputs; not kept.
         """
         given = zip(self.inputs[expert], tensors, strict=True)
-        alone = _Fewer(model, self.outputs, 1)
+        alone = FewerExperts(model, self.outputs, 1)
         made = self._convert(alone, ((i.key, i.pattern, i.alone(tensor)) for i, tensor in given))
         return {name: value[0] for name, value in made.items()}
 
     def _convert(
-        self, model: "PreTrainedModel | _Fewer", given: Iterable[tuple[str, str, Tensor]]
+        self, model: "PreTrainedModel | FewerExperts", given: Iterable[tuple[str, str, Tensor]]
     ) -> dict[str, Tensor]:
         converter = copy.deepcopy(self.converter)
         for key, pattern, tensor in given:
@@ -133,13 +133,14 @@ class ExpertInput(NamedTuple):
         return tensor if self.row is None else tensor[None]
 
 
-class _Fewer:
+class FewerExperts:
     """A model of fewer experts, as far as transformers' operations look at it."""
 
     def __init__(self, model: PreTrainedModel, experts: Collection[str], count: int) -> None:
         self._model, self._experts, self._count = model, experts, count
 
     def get_parameter(self, name: str) -> Tensor:
+        """Return a parameter; of experts, the first ones."""
         whole: Tensor = self._model.get_parameter(name)
         return whole[: self._count] if name in self._experts else whole
 
@@ -215,7 +216,7 @@ def _separable(
         else:
             together.append((one.key, one.pattern, torch.stack([a, b])))
     try:
-        both = conversion._convert(_Fewer(model, conversion.outputs, 2), together)
+        both = conversion._convert(FewerExperts(model, conversion.outputs, 2), together)
         for place, expert in enumerate((0, len(conversion.inputs) - 1)):
             alone = conversion.apply_to_expert(model, expert, [pair[place] for pair in values])
             if alone.keys() != both.keys() or any(

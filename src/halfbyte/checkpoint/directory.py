@@ -285,21 +285,22 @@ class DirectorySource(BaseSource):
         if isinstance(stored, Conversion):
             return self._convert(stored)[name]
         if stored in self._packed and name in self.experts:
-            experts = self._packed_experts(name)
-            matrices = [dequantize(experts.weight(e)) for e in range(self.experts[name])]
-            return torch.stack(matrices)
+            packed = self._packed_experts(name)
+            return torch.stack([dequantize(packed.weight(e)) for e in range(self.experts[name])])
         return self._read(stored)
 
-    def expert(self, name: str, index: int) -> Tensor | QuantizedWeight:  # noqa: D102
-        stored = self._stored[name]
+    def matrices(self, name: str) -> Iterator[Tensor | QuantizedWeight]:  # noqa: D102
+        stored, experts = self._stored[name], range(self.experts[name])
         if isinstance(stored, Conversion):
             if not stored.inputs:
-                return super().expert(name, index)
-            read = [self._read_row(i.key, i.row) for i in stored.inputs[index]]
-            return stored.apply_to_expert(self.skeleton, index, read)[name]
-        if stored in self._packed:
-            return self._packed_experts(name).weight(index)
-        return self._read_row(stored, index)
+                yield from super().matrices(name)
+            for expert, inputs in enumerate(stored.inputs):
+                read = [self._read_row(i.key, i.row) for i in inputs]
+                yield stored.apply_to_expert(self.skeleton, expert, read)[name]
+        elif stored in self._packed:
+            yield from map(self._packed_experts(name).weight, experts)
+        else:
+            yield from (self._read_row(stored, expert) for expert in experts)
 
     def _convert(self, conversion: Conversion) -> dict[str, Tensor]:
         return conversion.apply(self.skeleton, lambda key: self._homes[key].read(key))
@@ -321,7 +322,8 @@ class DirectorySource(BaseSource):
         packed = [parameter.name for parameter in self.parameters if parameter.packed]
         if not packed:
             return recipe
-        first = self.expert(packed[0], 0) if packed[0] in self.experts else self.tensor(packed[0])
+        name = packed[0]
+        first = next(self.matrices(name)) if name in self.experts else self.tensor(name)
         owners = [
             self.skeleton.get_submodule(name.removesuffix(".weight"))
             for name in packed

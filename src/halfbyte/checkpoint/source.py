@@ -182,15 +182,15 @@ class BaseSource(ABC):
             CheckpointError: If a file ends early, or a packed weight is damaged.
         """
 
-    def expert(self, name: str, index: int) -> Tensor | QuantizedWeight:
-        """Return the matrix of one expert of ``experts``, on the CPU.
+    def matrices(self, name: str) -> Iterator[Tensor | QuantizedWeight]:
+        """Yield the matrix of each expert of one of ``experts``, on the CPU.
 
         Raises:
             CheckpointError: If a file ends early, or a packed weight is damaged.
         """
         experts = self.tensor(name)
         assert isinstance(experts, Tensor)
-        return experts[index]
+        yield from experts
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer, with ``chat_template`` if that is set.

@@ -24,6 +24,7 @@ from halfbyte.checkpoint.source import BaseSource
 from halfbyte.data import IGNORED, Example, collate
 from halfbyte.engine.packing import Batch
 from halfbyte.layers.vocabulary import FrozenEmbedding
+from halfbyte.linear.experts import ExpertLinear, expert_linears
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.models.build import frozen_linears
 from halfbyte.quant import QuantizedWeight, dequantize
@@ -160,6 +161,23 @@ def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     return logits[rows.to(device), columns.to(device)].float()
 
 
+class _ExpertStand(nn.Module):
+    """The same for the linears of a layer's experts."""
+
+    def __init__(self, linear: ExpertLinear, weight: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.num_experts = linear.num_experts
+        self._weight, self._linear = weight, (linear,)  # no submodule
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        linear = self._linear[0]
+        shape = (linear.num_experts, linear.matrix[0], linear.matrix[1])
+        plain = ExpertLinear(shape, transposed=linear.transposed, dtype=x.dtype)
+        plain.weight = nn.Parameter(self._weight().to(x.device, x.dtype), requires_grad=False)
+        y: Tensor = plain(x, offsets)
+        return y
+
+
 class _Stand(nn.Module):
     """Replaces a frozen linear temporarily: computes with a candidate's weight."""
 
@@ -179,13 +197,16 @@ class _Stand(nn.Module):
 
 @contextmanager
 def _replaced(model: PreTrainedModel, candidate: BaseSource | None) -> Iterator[None]:
-    linears = frozen_linears(model)
-    stands: dict[str, _Stand] = {}
+    linears, experts = frozen_linears(model), expert_linears(model)
+    stands: dict[str, nn.Module] = {}
     if candidate is None:
         stands = {
             path: _Stand(linear, partial(linear.decode, torch.float32))
             for path, linear in linears.items()
         }
+        for path, linear in experts.items():
+            decoded = partial(linear.decode, 0, linear.num_experts, torch.float32)
+            stands[path] = _ExpertStand(linear, decoded)
     else:
         names = {parameter.name for parameter in candidate.parameters}
         tied: dict[str, str] = candidate.skeleton.all_tied_weights_keys
@@ -193,7 +214,9 @@ def _replaced(model: PreTrainedModel, candidate: BaseSource | None) -> Iterator[
             name = f"{path}.weight"
             name = name if name in names else tied[name]
             stands[path] = _Stand(linear, partial(_dense, candidate, name))
-        for name in names - {f"{path}.weight" for path in linears}:
+        for name, linear in experts.items():
+            stands[name] = _ExpertStand(linear, partial(_dense, candidate, name))
+        for name in names - {f"{path}.weight" for path in linears} - experts.keys():
             path, _, leaf = name.rpartition(".")
             held: Tensor = getattr(model.get_submodule(path), leaf)
             held.detach().copy_(_dense(candidate, name))
@@ -202,8 +225,8 @@ def _replaced(model: PreTrainedModel, candidate: BaseSource | None) -> Iterator[
             model.set_submodule(path, stand)
         yield
     finally:
-        for path, linear in linears.items():
-            model.set_submodule(path, linear)
+        for path, module in {**linears, **experts}.items():
+            model.set_submodule(path, module)
 
 
 def _dense(candidate: BaseSource, name: str) -> Tensor:
