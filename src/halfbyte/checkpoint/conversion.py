@@ -61,7 +61,7 @@ class Conversion:
         """
         try:
             self.outputs = self.apply(model, empty)
-        except _MISFITS as error:
+        except MISFITS as error:
             raise CheckpointError(
                 f"transformers cannot make {self.target} of {self.keys[0][0]} and the like: {error}"
             ) from error
@@ -183,7 +183,7 @@ def find_experts(
 
 
 # What transformers' operations raise for tensors that do not fit.
-_MISFITS = (RuntimeError, ValueError, IndexError, KeyError, TypeError)
+MISFITS = (RuntimeError, ValueError, IndexError, KeyError, TypeError)
 
 
 def _has_the_shapes(
@@ -192,7 +192,7 @@ def _has_the_shapes(
     inputs = [empty(i.key) if i.row is None else empty(i.key)[0] for i in conversion.inputs[0]]
     try:
         made = conversion.apply_to_expert(model, 0, inputs)
-    except _MISFITS:
+    except MISFITS:
         return False
     return {name: (value.dtype, value.shape) for name, value in made.items()} == {
         name: (value.dtype, value.shape[1:]) for name, value in conversion.outputs.items()
@@ -223,7 +223,7 @@ def _separable(
                 not torch.equal(both[name][place], value) for name, value in alone.items()
             ):
                 return False
-    except _MISFITS:
+    except MISFITS:
         return False
     return True
 

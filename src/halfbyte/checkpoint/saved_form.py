@@ -25,7 +25,8 @@ from transformers.core_model_loading import (
     dot_natural_key,
 )
 
-from halfbyte.checkpoint.conversion import FewerExperts, settle_keys
+from halfbyte.checkpoint.conversion import MISFITS, FewerExperts, settle_keys
+from halfbyte.checkpoint.safetensors_file import Row
 from halfbyte.checkpoint.source import ExpertSlice
 from halfbyte.errors import CheckpointError
 
@@ -41,7 +42,8 @@ class _Group:
         target: The name by which transformers' table collects the parameters.
         inputs: (name, the pattern it matched).
         keys: What they become, on the meta device.
-        of_expert: For each expert, the keys that its slice becomes; empty if all experts are
+        of_expert: For each expert, the keys that its slice becomes.
+        stacked: Whether an expert's slice becomes a row of each key. If neither, all experts are
             converted together.
     """
 
@@ -50,6 +52,7 @@ class _Group:
     inputs: list[tuple[str, str]] = field(default_factory=list)
     keys: dict[str, Tensor] = field(default_factory=dict)
     of_expert: list[list[str]] = field(default_factory=list)
+    stacked: bool = False
 
 
 class SavedForm:
@@ -73,21 +76,24 @@ class SavedForm:
         reversed_ = [
             t.reverse_transform() for t in reversed(transforms) if not isinstance(t, PrefixChange)
         ]
-        self._renamings = [t for t in reversed_ if isinstance(t, WeightRenaming)]
-        self._groups = self._grouped(reversed_, parameters)
-        if fault := self._fault(parameters):
+        if fault := self._set_groups(reversed_, parameters):
             logger.warning(
                 "%s: saved under the names of today's transformers, since those of its checkpoints "
                 "would not be read as the same model: %s",
                 type(model).__name__,
                 fault,
             )
-            self._groups = [_Group(None, name, [(name, name)]) for name in parameters]
-            for group in self._groups:
-                group.keys = {group.target: parameters[group.target]}
+            self._set_groups([], parameters)
         self.keys = {key: tensor for group in self._groups for key, tensor in group.keys.items()}
 
-    def _grouped(self, reversed_: list[Any], parameters: Mapping[str, Tensor]) -> list[_Group]:
+    def _set_groups(self, reversed_: list[Any], parameters: Mapping[str, Tensor]) -> str | None:
+        """Set which parameters become keys together; return what is wrong with that, if anything.
+
+        Args:
+            reversed_: transformers' operations, reversed; none if names are to stay.
+            parameters: As given.
+        """
+        self._renamings = [t for t in reversed_ if isinstance(t, WeightRenaming)]
         converters = [t for t in reversed_ if isinstance(t, WeightConverter)]
         of_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
         groups: dict[str, _Group] = {}
@@ -96,21 +102,36 @@ class SavedForm:
             converter = of_pattern[pattern] if pattern is not None else None
             group = groups.setdefault(target, _Group(converter, target))
             group.inputs.append((name, pattern or name))
-        for group in groups.values():
-            self._infer(group, parameters)
         order = {name: number for number, name in enumerate(parameters)}
-        return sorted(groups.values(), key=lambda group: min(order[n] for n, _ in group.inputs))
+        self._groups = sorted(
+            groups.values(), key=lambda group: min(order[n] for n, _ in group.inputs)
+        )
+        try:
+            for group in self._groups:
+                self._infer(group, parameters)
+        except MISFITS as error:
+            return str(error)
+        return self._fault(parameters)
 
     def _infer(self, group: _Group, parameters: Mapping[str, Tensor]) -> None:
         group.keys = self._convert(group, [parameters[name] for name, _ in group.inputs])
         first = group.inputs[0][0]
         if len(group.inputs) > 1 or (count := self._experts.get(first, 0)) < 2:
             return
-        alone = self._convert(group, [parameters[first][:1]], alone=True)
-        if len(group.keys) != count * len(alone):
+        try:
+            alone = self._convert(group, [parameters[first][:1]], alone=True)
+        except MISFITS:
+            return
+        names = list(group.keys)
+        if names == list(alone):  # experts stay stacked
+            group.stacked = all(
+                tuple(group.keys[key].shape) == (count, *value.shape[1:])
+                for key, value in alone.items()
+            )
+            return
+        if len(names) != count * len(alone):
             return
         # The keys of all experts for the first pattern, then for the next one.
-        names = list(group.keys)
         of_expert = [names[expert::count] for expert in range(count)]
         if of_expert[0] == list(alone) and all(
             group.keys[key].shape == value.shape
@@ -159,8 +180,8 @@ class SavedForm:
 
     def convert(
         self, tensors: Iterable[tuple[str, Tensor | ExpertSlice]]
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors of the files, by key, as soon as all is there that they need.
+    ) -> Iterator[tuple[str, Tensor | Row]]:
+        """Yield the tensors of the files or their rows, by key, when all is there that they need.
 
         Args:
             tensors: The parameters by name; experts as slices. Nothing is kept that is not needed
@@ -175,10 +196,13 @@ class SavedForm:
                 matrix, expert = value.value, value.expert
                 assert isinstance(matrix, Tensor)
                 del value
-                if group.of_expert:
+                if group.of_expert or group.stacked:
                     made = self._convert(group, [matrix[None]], alone=True)
                     del matrix
-                    yield from zip(group.of_expert[expert], made.values(), strict=True)
+                    if group.stacked:
+                        yield from ((key, Row(expert, one[0])) for key, one in made.items())
+                    else:
+                        yield from zip(group.of_expert[expert], made.values(), strict=True)
                     del made
                     continue
                 slices.setdefault(name, []).append(matrix)
