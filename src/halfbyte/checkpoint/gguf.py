@@ -56,7 +56,7 @@ from halfbyte.checkpoint.source import (
 )
 from halfbyte.errors import CheckpointError
 from halfbyte.foreign_text import quote
-from halfbyte.quant import QuantizedWeight
+from halfbyte.quant import PackedWeight
 
 # Individually scaled rotary frequencies (Llama 3.1), which transformers' GGUF reader omits.
 _ROPE_TABLE = re.compile(r"rope_(freqs|factors_long|factors_short)\.weight")
@@ -352,7 +352,7 @@ class GGUFSource(BaseSource):
 
     def tensors(  # noqa: D102
         self, device: torch.device | str = "cpu"
-    ) -> Iterator[tuple[str, Tensor | QuantizedWeight | ExpertSlice]]:
+    ) -> Iterator[tuple[str, Tensor | PackedWeight | ExpertSlice]]:
         for name, value in self._arrangement.tensors(device=device):
             if name not in self.experts:
                 yield name, value
@@ -360,7 +360,7 @@ class GGUFSource(BaseSource):
             for index, matrix in enumerate(value):
                 yield name, ExpertSlice(index, matrix)
 
-    def tensor(self, name: str) -> Tensor | QuantizedWeight:  # noqa: D102
+    def tensor(self, name: str) -> Tensor | PackedWeight:  # noqa: D102
         return dict(self._arrangement.tensors([name]))[name]
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:

@@ -7,6 +7,9 @@ There are three ways to merge, and each has a different loss:
     original    W + Δ, in 16 bits      adds W − D, which training never saw
     nf4         D + Δ, packed again    small updates are rounded away; a quarter of the size
 
+Experts in MXFP4 that have no adapter are written as they are, whatever the others become: the
+merged model is served as its base is.
+
 ``Merged`` is any of them as a source of tensors, computed on demand from the model in memory, in
 the form in which they will be read: so a merge can be measured before it is written
 (``tools.merge_evaluation``). Sums are computed in float32, one linear layer or expert at a time.
@@ -33,6 +36,7 @@ from halfbyte.checkpoint.bitsandbytes import quantization_config
 from halfbyte.checkpoint.bitsandbytes_keys import encode_keys, plan_keys
 from halfbyte.checkpoint.conversion import empty_like
 from halfbyte.checkpoint.directory import write_description
+from halfbyte.checkpoint.mxfp4_keys import dense, encode_mxfp4, plan_mxfp4
 from halfbyte.checkpoint.safetensors_file import SHARD_BYTES, Planned, Row, write_model
 from halfbyte.checkpoint.saved_form import SavedForm
 from halfbyte.checkpoint.source import DECODED_FROM, BaseSource, ExpertSlice, Parameter
@@ -43,13 +47,21 @@ from halfbyte.linear.experts import expert_linears
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.lora import delta
 from halfbyte.models.build import BaseRecipe, frozen_linears
-from halfbyte.quant import QuantizedWeight, dequantize, empty_like_quantized, quantize
+from halfbyte.quant import (
+    MXFP4Weight,
+    PackedWeight,
+    QuantizedWeight,
+    empty_like_quantized,
+    quantize,
+)
 
 Into = Literal["decoded", "original", "nf4"]
 
 
 def ways(base: BaseSource, model: PreTrainedModel) -> list[Into]:
     """Return the ways of merging that differ for this model."""
+    if any(parameter.mxfp4 for parameter in base.parameters):
+        return ["decoded"]
     packed = any(parameter.packed for parameter in base.parameters)
     if packed or model.halfbyte_recipe.quant == "none":
         return ["decoded", "nf4"]
@@ -66,7 +78,8 @@ class Merged(BaseSource):
         dtype: dtype of unpacked tensors, and of decoded ones.
 
     Raises:
-        CheckpointError: If the original weights are requested, and the files have packed ones.
+        CheckpointError: If the original weights are requested, and the files have packed ones, or
+            others are to be packed beside experts in MXFP4, which no program loads.
     """
 
     def __init__(
@@ -86,6 +99,15 @@ class Merged(BaseSource):
         packed = {n for n, m in self._linears.items() if type(m) is FrozenLinear}
         self._unloaded = {parameter.name for parameter in base.encoders}
         self._packed = packed if into == "nf4" else set()
+        self._experts = expert_linears(model)
+        self._mxfp4 = {parameter.name for parameter in base.parameters if parameter.mxfp4}
+        if self._mxfp4 and into != "decoded":
+            raise CheckpointError(
+                f"the experts of {base.name} are in MXFP4, and what is merged beside them is not "
+                f"packed: into {into} is not possible. Merge into decoded"
+            )
+        if any(linear.adapter is not None for linear in self._experts.values()):
+            self._mxfp4 = set()  # transformers and vLLM take all experts in MXFP4, or none
         if into == "original" and any(parameter.packed for parameter in base.parameters):
             raise CheckpointError(
                 f"{base.name} is packed in 4 bits: its original weights are not available. Merge "
@@ -98,7 +120,10 @@ class Merged(BaseSource):
                 if parameter.packed or parameter.dtype.is_floating_point
                 else parameter.dtype,
                 packed=parameter.name in self._packed,
+                mxfp4=False,
             )
+            if parameter.name not in self._mxfp4
+            else parameter
             for parameter in (*base.parameters, *self._untied())
         )
         self.encoders = tuple(
@@ -108,10 +133,13 @@ class Merged(BaseSource):
             for parameter in base.encoders
         )
         untied = len(self.parameters) > len(base.parameters)
-        if untied or (into == "decoded" and held.quant != "none"):
+        # The linears of a model with experts in MXFP4 are in 16 bits.
+        was = held.quant if held.experts is None else None if self._mxfp4 else held.experts
+        decoded = into == "decoded" and was not in (None, "none")
+        if untied or decoded:
             self.config = copy.deepcopy(base.config)
-        if into == "decoded" and held.quant != "none":
-            setattr(self.config, DECODED_FROM, held.quant)
+        if decoded:
+            setattr(self.config, DECODED_FROM, was)
         if untied:
             for config in (self.config, self.config.get_text_config()):
                 config.tie_word_embeddings = False
@@ -136,17 +164,20 @@ class Merged(BaseSource):
         """The form in which it is written; None if it is packed."""
         if self.into == "nf4":
             return None
-        empty = {p.name: empty_like(p.shape, p.dtype) for p in (*self.parameters, *self.encoders)}
+        written = (p for p in (*self.parameters, *self.encoders) if not p.mxfp4)
+        empty = {p.name: empty_like(p.shape, p.dtype) for p in written}
         return SavedForm(build_whole(self.config), empty, self.experts)
 
     def plan(self) -> list[Planned]:
         """Return the tensors to write, in order."""
+        plan: list[Planned] = []
         if self.form is not None:
             keys = self.form.keys.items()
-            return [Planned(key, like.dtype, tuple(like.shape)) for key, like in keys]
-        plan: list[Planned] = []
+            plan += (Planned(key, like.dtype, tuple(like.shape)) for key, like in keys)
         for parameter in (*self.parameters, *self.encoders):
-            if parameter.packed:
+            if parameter.mxfp4:
+                plan += plan_mxfp4(parameter.name, parameter.shape)
+            elif parameter.packed:
                 empty = empty_like_quantized(
                     parameter.shape,
                     self.dtype,
@@ -155,7 +186,7 @@ class Merged(BaseSource):
                     double_quant=self._recipe.double_quant,
                 )
                 plan += plan_keys(parameter.name, empty)
-            else:
+            elif self.form is None:
                 plan.append(Planned(parameter.name, parameter.dtype, parameter.shape))
         return plan
 
@@ -166,26 +197,31 @@ class Merged(BaseSource):
 
     def packing(self) -> dict[str, object] | None:
         """Return the ``quantization_config`` of the written model, if it is packed."""
+        if self._mxfp4:
+            return self._base.mxfp4_config
         if self.into != "nf4":
             return None
         return quantization_config(self, self._recipe, self._packed, self.dtype)
 
     @torch.no_grad()
-    def tensor(self, name: str) -> Tensor | QuantizedWeight:
+    def tensor(self, name: str) -> Tensor | PackedWeight:
         """Compute and return one value: floating in ``dtype``, or packed; on the model's device.
+
+        Experts in MXFP4 are read from the files, on the CPU.
 
         Raises:
             CheckpointError: If a file of the base ends early.
             WeightError: If a merged weight contains NaN or infinity, and should be packed.
         """
+        if name in self._mxfp4:
+            return self._base.tensor(name)
         if name in self._experts:
             return torch.stack(list(self.matrices(name)))
         linear = self._linears.get(name)
         if linear is None:
             value = self._base.tensor(name) if name in self._unloaded else self._held(name)
-            if isinstance(value, QuantizedWeight):
-                value = dequantize(value)
             assert value is not None
+            value = dense(value)
             return value.to(self.dtype) if value.is_floating_point() else value
         if self.into == "original":
             original = self._base.tensor(name)
@@ -208,7 +244,11 @@ class Merged(BaseSource):
 
     @torch.no_grad()
     def matrices(self, name: str) -> Iterator[Tensor]:
-        """Compute and yield each expert's matrix, in ``dtype``, on the model's device."""
+        """Compute and yield each expert's matrix of transformers' parameter, in ``dtype``.
+
+        Raises:
+            CheckpointError: If a file of the base ends early.
+        """
         linear = self._experts[name]
         original = self._base.matrices(name) if self.into == "original" else None
         for expert in range(linear.num_experts):
@@ -217,14 +257,16 @@ class Merged(BaseSource):
                 assert isinstance(weight, Tensor)
             else:
                 weight = linear.decode(expert, expert + 1, torch.float32)[0]
-            yield weight.to(linear.device, self.dtype)
+                if linear.packed and isinstance(linear.packed[expert], MXFP4Weight):
+                    weight = weight.t()  # see mxfp4_keys.py
+            yield weight.to(linear.device, self.dtype).contiguous()
 
     def tensors(  # noqa: D102
         self, device: torch.device | str = "cpu"
-    ) -> Iterator[tuple[str, Tensor | QuantizedWeight | ExpertSlice]]:
+    ) -> Iterator[tuple[str, Tensor | PackedWeight | ExpertSlice]]:
         for parameter in self.parameters:
             name = parameter.name
-            if name in self._experts:
+            if name in self._experts and name not in self._mxfp4:
                 matrices = self.matrices(name)
                 for expert in range(self.experts[name]):
                     yield name, ExpertSlice(expert, next(matrices))
@@ -310,14 +352,16 @@ def _keys(
 
 
 def _tensors(merged: Merged) -> Iterator[tuple[str, Tensor | Row]]:
+    """Yield the tensors of the files, or their rows, by key."""
     encoders = ((parameter.name, merged.tensor(parameter.name)) for parameter in merged.encoders)
     values: Iterator[tuple[str, Any]] = chain(merged.tensors(), encoders)
     if merged.form is not None:
-        yield from merged.form.convert(values)
-        return
+        values = merged.form.convert(values)
     for name, value in values:
         if isinstance(value, ExpertSlice):
             yield name, Row(value.expert, value.value)  # type: ignore[arg-type]
+        elif isinstance(value, MXFP4Weight):
+            yield from encode_mxfp4(name, value).items()
         elif isinstance(value, QuantizedWeight):
             yield from encode_keys(name, value).items()
         else:

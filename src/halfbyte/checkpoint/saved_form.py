@@ -178,19 +178,20 @@ class SavedForm:
                 return f"{name} would be {shapes.get(name)} instead of {tensor.shape}"
         return None
 
-    def convert(
-        self, tensors: Iterable[tuple[str, Tensor | ExpertSlice]]
-    ) -> Iterator[tuple[str, Tensor | Row]]:
+    def convert(self, tensors: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         """Yield the tensors of the files or their rows, by key, when all is there that they need.
 
         Args:
             tensors: The parameters by name; experts as slices. Nothing is kept that is not needed
-                for a later one.
+                for a later one. Others, as packed ones, are passed on.
         """
         group_of = {name: group for group in self._groups for name, _ in group.inputs}
         slices: dict[str, list[Tensor]] = {}
         waiting: dict[str, Tensor] = {}
         for name, value in tensors:
+            if name not in group_of:
+                yield name, value
+                continue
             group = group_of[name]
             if isinstance(value, ExpertSlice):
                 matrix, expert = value.value, value.expert

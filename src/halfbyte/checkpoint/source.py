@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -24,12 +24,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from halfbyte.checkpoint.mxfp4_keys import dense
 from halfbyte.checkpoint.reading import read_into
 from halfbyte.errors import CheckpointError
 from halfbyte.layers.experts import expert_parameters
 from halfbyte.layers.multimodal import build_whole, unknown_class, why_unsupported
 from halfbyte.models.build import BaseRecipe
-from halfbyte.quant import QuantizedWeight
+from halfbyte.quant import PackedWeight
 
 DECODED_FROM = "halfbyte_decoded_from"
 """The field of ``config.json`` with the former 4-bit type of a merged model's weights."""
@@ -47,7 +48,8 @@ class Parameter(NamedTuple):
         shape: Its shape.
         dtype: Its dtype; for a packed weight, the one it was packed from.
         nbytes: Its bytes in the files.
-        packed: Whether it is a ``QuantizedWeight``, or experts that are.
+        packed: Whether it is a ``QuantizedWeight`` or an ``MXFP4Weight``, or experts that are.
+        mxfp4: Whether it is the latter: experts [experts, out, in], ``shape`` being transformers'.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Parameter(NamedTuple):
     dtype: torch.dtype
     nbytes: int
     packed: bool
+    mxfp4: bool = False
 
 
 class ExpertSlice(NamedTuple):
@@ -66,7 +69,7 @@ class ExpertSlice(NamedTuple):
     """
 
     expert: int
-    value: Tensor | QuantizedWeight
+    value: Tensor | PackedWeight
 
 
 class BaseSource(ABC):
@@ -81,6 +84,7 @@ class BaseSource(ABC):
             them, to write them as they are.
         dtype: The dtype of a 16-bit copy of its matrices.
         chat_template: Used instead of the tokenizer's own, if set.
+        mxfp4_config: The ``quantization_config`` of files that have experts in MXFP4.
     """
 
     name: str
@@ -90,6 +94,7 @@ class BaseSource(ABC):
     encoders: tuple[Parameter, ...] = ()
     dtype: torch.dtype
     chat_template: str | None = None
+    mxfp4_config: dict[str, Any] | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -143,11 +148,11 @@ class BaseSource(ABC):
     @abstractmethod
     def tensors(
         self, device: torch.device | str = "cpu"
-    ) -> Iterator[tuple[str, Tensor | QuantizedWeight | ExpertSlice]]:
+    ) -> Iterator[tuple[str, Tensor | PackedWeight | ExpertSlice]]:
         """Yield (name, value) as in ``parameters``, one at a time.
 
         Of ``experts``, an ``ExpertSlice`` is yielded for each expert, in order, instead of a value
-        for all: together they are the largest tensors of a mixture.
+        for all: together they are the largest tensors of a mixture. In MXFP4 they are one value.
 
         Nothing is kept: what the caller drops is freed. (``zip`` and ``enumerate`` hold their last
         item until they have the next.)
@@ -160,7 +165,7 @@ class BaseSource(ABC):
             CheckpointError: If a file ends early, or a packed weight is damaged.
         """
 
-    def bytes_read(self, name: str, value: Tensor | QuantizedWeight | ExpertSlice) -> int:
+    def bytes_read(self, name: str, value: Tensor | PackedWeight | ExpertSlice) -> int:
         """Return the bytes in the files of a value that ``tensors`` yielded; for progress."""
         nbytes = self._bytes[name]
         if not isinstance(value, ExpertSlice):
@@ -173,24 +178,22 @@ class BaseSource(ABC):
         return {p.name: p.nbytes for p in (*self.parameters, *self.encoders)}
 
     @abstractmethod
-    def tensor(self, name: str) -> Tensor | QuantizedWeight:
+    def tensor(self, name: str) -> Tensor | PackedWeight:
         """Return one value of ``parameters`` or ``encoders``, on the CPU, out of order.
 
-        Experts are one tensor, decoded if they are packed.
+        Experts are one tensor, decoded if they are packed, or one value in MXFP4.
 
         Raises:
             CheckpointError: If a file ends early, or a packed weight is damaged.
         """
 
-    def matrices(self, name: str) -> Iterator[Tensor | QuantizedWeight]:
-        """Yield the matrix of each expert of one of ``experts``, on the CPU.
+    def matrices(self, name: str) -> Iterator[Tensor | PackedWeight]:
+        """Yield the matrix of each expert of one of ``experts``; those in MXFP4 are decoded.
 
         Raises:
             CheckpointError: If a file ends early, or a packed weight is damaged.
         """
-        experts = self.tensor(name)
-        assert isinstance(experts, Tensor)
-        yield from experts
+        yield from dense(self.tensor(name))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer, with ``chat_template`` if that is set.

@@ -16,9 +16,9 @@ from halfbyte.checkpoint.reading import read_into
 from halfbyte.checkpoint.safetensors_file import memory
 from halfbyte.checkpoint.source import ExpertSlice
 from halfbyte.checkpoint.staging import Request, read_to_device
-from halfbyte.quant import QuantizedWeight
+from halfbyte.quant import PackedWeight
 
-Value = Tensor | QuantizedWeight | ExpertSlice
+Value = Tensor | PackedWeight | ExpertSlice
 
 
 class Step(NamedTuple):
