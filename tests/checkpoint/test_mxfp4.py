@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Mxfp4Config, PreTrainedModel
 
-from halfbyte.checkpoint import directory
+from halfbyte.checkpoint import steps
 from halfbyte.checkpoint.base_model import load_base, open_base
 from halfbyte.checkpoint.bitsandbytes import write_quantized
 from halfbyte.checkpoint.cache import cached
@@ -124,7 +124,7 @@ def test_staged_to_a_gpu_they_are_the_same(files: Path, monkeypatch: pytest.Monk
 
     source = open_base(files)
     expected = dict(source.tensors())
-    monkeypatch.setattr(directory, "read_to_device", on_cpu)
+    monkeypatch.setattr(steps, "read_to_device", on_cpu)
     found = dict(source.tensors("cuda"))
     assert list(found) == list(expected)
     for name, value in expected.items():

@@ -31,7 +31,13 @@ from halfbyte.checkpoint.gguf_mxfp4 import from_blocks
 from halfbyte.checkpoint.gguf_rope import FREQUENCIES, LONG, SHORT
 from halfbyte.checkpoint.gguf_transformers import TransformersArrangement, read_foreign_config
 from halfbyte.checkpoint.gguf_vocabulary import byte_level
-from halfbyte.checkpoint.source import BaseSource, Parameter, foreign_reader, skeleton_of
+from halfbyte.checkpoint.source import (
+    BaseSource,
+    ExpertSlice,
+    Parameter,
+    foreign_reader,
+    skeleton_of,
+)
 from halfbyte.errors import CheckpointError
 from halfbyte.layers.experts import expert_parameters
 from halfbyte.quant import MXFP4Weight, PackedWeight
@@ -316,9 +322,14 @@ class GGUFSource(BaseSource):
 
     def tensors(  # noqa: D102
         self, device: torch.device | str = "cpu"
-    ) -> Iterator[tuple[str, Tensor | PackedWeight]]:
+    ) -> Iterator[tuple[str, Tensor | PackedWeight | ExpertSlice]]:
         for name in self._parts:
-            yield name, self._value(name, device)
+            value = self._value(name, device)
+            if name not in self.experts or not isinstance(value, Tensor):
+                yield name, value
+                continue
+            for index, matrix in enumerate(value):
+                yield name, ExpertSlice(index, matrix)
 
     def tensor(self, name: str) -> Tensor | PackedWeight:  # noqa: D102
         return self._value(name, "cpu")

@@ -124,6 +124,14 @@ class ExpertLinear(nn.Module):
         for name, tensor in weight.tensors().items():
             getattr(self._packed[expert], name).copy_(tensor)
 
+    def set_plain(self, expert: int, weight: Tensor) -> None:
+        """Set the plain weight of one expert; memory as for `set_packed`."""
+        assert self.weight is not None
+        if self.device != weight.device:
+            empty = torch.empty_like(self.weight, device=weight.device)
+            self.weight = nn.Parameter(empty, requires_grad=False)
+        self.weight[expert].copy_(weight)
+
     def decode(
         self, first: int, last: int, dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
