@@ -120,7 +120,8 @@ class ExpertLinear(nn.Module):
         if came != expected:
             raise ValueError(f"an expert's weight {expected} is expected here, got {came}")
         if self.device != (device := weight.codes.device):
-            self._take_records(torch.empty_like(self._records, device=device))
+            # Zeros, so that the bytes between the tensors are the same in every run.
+            self._take_records(torch.zeros_like(self._records, device=device))
         for name, tensor in weight.tensors().items():
             getattr(self._packed[expert], name).copy_(tensor)
 

@@ -93,7 +93,7 @@ class MemoryReport:
         quantized_bytes: Their bytes, including scales.
         kept: (name, dtype, bytes) of every tensor over 1 MB in 16 or 32 bits.
         total_bytes: Everything, tied tensors counted once.
-        expert_bytes: Experts that are one tensor per layer and are not packed.
+        expert_bytes: Experts of a class that `layers.experts` does not know, which are not packed.
         mxfp4_parameters: Number of the packed weights that are in MXFP4.
         mxfp4_bytes: Their bytes.
     """
@@ -121,8 +121,8 @@ class MemoryReport:
                 )
         if self.quantized_parameters and self.expert_bytes:
             lines.append(
-                f"experts are tensors of a whole layer and not linear layers, so they are not "
-                f"packed: {self.expert_bytes / 1e6:.1f} MB"
+                "experts that halfbyte cannot pack in this family: "
+                f"{self.expert_bytes / 1e6:.1f} MB"
             )
         # In a plain model every tensor is kept: the largest are named, the rest is counted.
         named = self.kept if len(self.kept) <= _NAMED else self.kept[: _NAMED // 2]
@@ -456,6 +456,11 @@ def _tie(model: PreTrainedModel) -> None:
             owner._parameters[leaf] = origin._parameters[held]
 
 
+def _is_unpacked_expert(name: str, parameter: Tensor) -> bool:
+    """Whether it is a weight of experts; DBRX has them in two dimensions."""
+    return "experts." in name and parameter.dim() > 1 and not name.endswith("bias")
+
+
 def memory_report(model: nn.Module) -> MemoryReport:
     """Return the memory of ``model`` without adapters."""
     held: list[PackedWeight] = [
@@ -480,5 +485,5 @@ def memory_report(model: nn.Module) -> MemoryReport:
         total_bytes=quantized_bytes + plain_bytes,
         mxfp4_parameters=sum(q.numel for q in mxfp4),
         mxfp4_bytes=sum(q.nbytes for q in mxfp4),
-        expert_bytes=sum(p.nbytes for n, p in kept if p.dim() == 3 and ".experts." in n),
+        expert_bytes=sum(p.nbytes for name, p in kept if _is_unpacked_expert(name, p)),
     )
