@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from halfbyte.layers.gated_experts import gated_experts
 from halfbyte.linear.experts import ExpertLinear
 from halfbyte.quant import MXFP4Weight, PackedWeight
 
@@ -76,6 +77,9 @@ def experts_forward(
         top_k_index: Experts of each token, [tokens, k].
         top_k_weights: Their weights, [tokens, k].
     """
+    fused = gated_experts(self, hidden_states, top_k_index, top_k_weights)
+    if fused is not None:
+        return fused
     up = self.gate_up_proj if self.has_gate else self.up_proj
     routing = Routing.of(top_k_index, up.num_experts)
     x = _rows_by_expert(hidden_states, routing)

@@ -53,6 +53,42 @@ def scale_of(block, inside, scales, scale_codes, offset, dynamic, double: tl.con
 
 
 @triton.jit
+def decode_words(
+    out,
+    first,
+    words,
+    codes,
+    scales,
+    scale_codes,
+    offset,
+    levels,
+    dynamic,
+    block_words: tl.constexpr,
+    double: tl.constexpr,
+    lanes: tl.constexpr,
+    unroll: tl.constexpr,
+):
+    """Decodes `lanes` · `unroll` words of 8 codes from ``first`` on, to their place in ``out``."""
+    out += tl.cast(first, tl.int64) * 8
+    element = tl.arange(0, 8)
+    shift = (element >> 1) * 8 + (1 - (element & 1)) * 4
+    for i in tl.static_range(unroll):
+        lane = i * lanes + tl.arange(0, lanes)
+        word = first + lane
+        inside = word < words
+        packed = tl.load(codes + word, mask=inside, other=0)
+        block = word // block_words
+        scale = scale_of(block, inside, scales, scale_codes, offset, dynamic, double)
+        code = (packed[:, None] >> shift[None, :]) & 15
+        value = tl.load(levels + code) * scale[:, None]
+        tl.store(
+            out + lane[:, None] * 8 + element[None, :],
+            value.to(out.dtype.element_ty),
+            mask=inside[:, None],
+        )
+
+
+@triton.jit
 def _decode_flat(
     out,
     weights,
@@ -80,23 +116,22 @@ def _decode_flat(
     if double:
         offset = tl.load(tl.load(row + 5).to(tl.pointer_type(tl.float32)))
     # There may be more than 2**31 elements, but not words: an eighth of that.
-    out += (tl.load(row + 6) + first) * 8
-    element = tl.arange(0, 8)
-    shift = (element >> 1) * 8 + (1 - (element & 1)) * 4
-    for i in tl.static_range(unroll):
-        lane = i * lanes + tl.arange(0, lanes)
-        word = first + lane
-        inside = word < words
-        packed = tl.load(codes + word, mask=inside, other=0)
-        block = word // block_words
-        scale = scale_of(block, inside, scales, scale_codes, offset, dynamic, double)
-        code = (packed[:, None] >> shift[None, :]) & 15
-        value = tl.load(levels + code) * scale[:, None]
-        tl.store(
-            out + lane[:, None] * 8 + element[None, :],
-            value.to(out.dtype.element_ty),
-            mask=inside[:, None],
-        )
+    out += tl.load(row + 6) * 8
+    decode_words(
+        out,
+        first,
+        words,
+        codes,
+        scales,
+        scale_codes,
+        offset,
+        levels,
+        dynamic,
+        block_words,
+        double,
+        lanes,
+        unroll,
+    )
 
 
 @triton.jit

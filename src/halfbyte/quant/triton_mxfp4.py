@@ -39,20 +39,9 @@ def _value(code, scale):
 
 
 @triton.jit
-def _decode_mxfp4(out, weights, count: tl.constexpr, lanes: tl.constexpr, unroll: tl.constexpr):
-    # A row of the table: first program, words, codes, scales, and the offset of the result in words
-    # after `out`.
-    program = tl.program_id(0)
-    mine = 0
-    for i in tl.static_range(1, count):
-        mine += tl.where(program >= tl.load(weights + i * 5), 1, 0)
-    row = weights + mine * 5
-    first = (program - tl.load(row).to(tl.int32)) * (lanes * unroll)
-    words = tl.load(row + 1).to(tl.int32)
-    codes = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.int32)), 16)
-    scales = tl.load(row + 3).to(tl.pointer_type(tl.uint8))
-    # There may be more than 2**31 elements, but not words: an eighth of that.
-    out += (tl.load(row + 4) + first) * 8
+def decode_mxfp4_words(out, first, words, codes, scales, lanes: tl.constexpr, unroll: tl.constexpr):
+    """Decodes `lanes` · `unroll` words of 8 codes from ``first`` on, to their place in ``out``."""
+    out += tl.cast(first, tl.int64) * 8
     element = tl.arange(0, 8)
     for i in tl.static_range(unroll):
         lane = i * lanes + tl.arange(0, lanes)
@@ -66,6 +55,24 @@ def _decode_mxfp4(out, weights, count: tl.constexpr, lanes: tl.constexpr, unroll
             _value(code, scale[:, None]).to(out.dtype.element_ty),
             mask=inside[:, None],
         )
+
+
+@triton.jit
+def _decode_mxfp4(out, weights, count: tl.constexpr, lanes: tl.constexpr, unroll: tl.constexpr):
+    # A row of the table: first program, words, codes, scales, and the offset of the result in words
+    # after `out`.
+    program = tl.program_id(0)
+    mine = 0
+    for i in tl.static_range(1, count):
+        mine += tl.where(program >= tl.load(weights + i * 5), 1, 0)
+    row = weights + mine * 5
+    first = (program - tl.load(row).to(tl.int32)) * (lanes * unroll)
+    words = tl.load(row + 1).to(tl.int32)
+    codes = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.int32)), 16)
+    scales = tl.load(row + 3).to(tl.pointer_type(tl.uint8))
+    # There may be more than 2**31 elements, but not words: an eighth of that.
+    out += tl.load(row + 4) * 8
+    decode_mxfp4_words(out, first, words, codes, scales, lanes, unroll)
 
 
 @triton.jit
