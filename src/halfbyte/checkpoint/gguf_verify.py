@@ -110,10 +110,12 @@ def _computing(ours: Layout, theirs: Layout) -> list[tuple[str, Any, Any]]:
     row = ours.architecture
     names = [key.option for key in (*COMMON, *row.keys)] + [*row.found, "vocab_size"]
     names += ["sliding_window", "layer_types"] if row.sliding else []
-    options = ours.config, theirs.config
-    pairs = [(name, *(getattr(config, name, None) for config in options)) for name in names]
-    pairs.append(("head_dim", ours.head_dim, theirs.head_dim))
-    return [(name, a, b) for name, a, b in pairs if a is not None]
+    found: list[tuple[str, Any, Any]] = [("head_dim", ours.head_dim, theirs.head_dim)]
+    for name in names:
+        value = getattr(ours.config, name, None)
+        if value is not None:
+            found.append((name, value, getattr(theirs.config, name, None)))
+    return found
 
 
 def _compare_rope(ours: Layout, theirs: Layout, path: Path) -> None:
