@@ -301,7 +301,7 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
         open_base(path)
 
 
-@pytest.mark.parametrize("name", ["gpt-2", "smollm", "qwen2", "llama-bpe"])
+@pytest.mark.parametrize("name", ["gpt-2", "smollm", "qwen2", "llama-bpe", "tekken"])
 def test_a_known_tokenizer_is_put_together_as_transformers_does(tmp_path: Path, name: str) -> None:
     """But for the cut, which is the file's: tokens that no byte spells, some found whole."""
     path = tmp_path / "m.gguf"
@@ -324,7 +324,10 @@ def test_a_known_tokenizer_is_put_together_as_transformers_does(tmp_path: Path, 
     theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path, gguf_file="m.gguf")
     written, expected = (json.loads(t.backend_tokenizer.to_str()) for t in (ours, theirs))
     assert pre_tokenizer(written) == name
-    written["model"]["ignore_merges"] = expected["model"]["ignore_merges"] = name == "llama-bpe"
+    written["model"]["ignore_merges"] = expected["model"]["ignore_merges"] = name in (
+        "llama-bpe",
+        "tekken",
+    )
     del written["pre_tokenizer"], expected["pre_tokenizer"]
     assert written == expected
     assert ours("abc").input_ids == [tokens.index("<|endoftext|>"), tokens.index("abc")]

@@ -357,9 +357,9 @@ def test_families_of_tokenizers_are_known_by_their_rules() -> None:
     assert pre_tokenizer(byte_level(pre_tokenizers.Digits(individual_digits=True))) == "smollm"
     assert pre_tokenizer(byte_level(cut_at(QWEN2), own=False)) == "qwen2"
     assert pre_tokenizer(byte_level(llama3, own=False, whole=True)) == "llama-bpe"
+    assert pre_tokenizer(byte_level(llama3, own=False)) == "dbrx"
     for other in (
         byte_level(cut_at(QWEN2)),
-        byte_level(llama3, own=False),
         byte_level(cut_at(r"\p{N}+"), own=False),
         byte_level(pre_tokenizers.Digits(individual_digits=False)),
         byte_level() | {"normalizer": {"type": "Lowercase"}},

@@ -278,12 +278,42 @@ def sentencepiece() -> Tokenizer:
     return backend
 
 
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+
+
+def cased(endings: str, digits: str) -> str:
+    """Return the pattern of o200k_base, or, without endings and for single digits, of Tekken."""
+    start, end = r"[^\r\n\p{L}\p{N}]?", r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    words = f"{start}{UPPER}*{LOWER}+{endings}|{start}{UPPER}+{LOWER}*{endings}"
+    return rf"{words}|\p{{N}}{digits}{end}"
+
+
+def gemma() -> Tokenizer:
+    backend = sentencepiece()
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+    return backend
+
+
 BACKENDS = {
     "gpt-2": bytewise,
     "smollm": lambda: bytewise(pre_tokenizers.Digits(individual_digits=True)),
     "qwen2": lambda: bytewise(cut_at(WORD + REST), normalizer=normalizers.NFC()),
     "llama-bpe": lambda: bytewise(cut_at(WORD + "{1,3}" + REST), whole=True),
+    "dbrx": lambda: bytewise(cut_at(WORD + "{1,3}" + REST)),
+    "gpt-4o": lambda: bytewise(cut_at(cased(ENDINGS, "{1,3}")), whole=True),
+    "tekken": lambda: bytewise(cut_at(cased("", "")), whole=True),
+    "qwen35": lambda: bytewise(
+        cut_at(
+            (WORD + REST)
+            .replace(r"?\p{L}+", r"?[\p{L}\p{M}]+")
+            .replace(r"\p{L}\p{N}]+[", r"\p{L}\p{M}\p{N}]+[")
+        ),
+        normalizer=normalizers.NFC(),
+    ),
     "default": sentencepiece,
+    "gemma": gemma,
 }
 PIECES = [
     *(
@@ -319,7 +349,8 @@ def speaking(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         chat_template=tiny_tokenizer().chat_template,
     )
     path = export(write_model(tmp_path_factory.mktemp("m"), "llama", tokenizer))
-    assert gguf.GGUFReader(path).fields["tokenizer.ggml.pre"].contents() == request.param
+    name = {"gemma": "default"}.get(request.param, request.param)
+    assert gguf.GGUFReader(path).fields["tokenizer.ggml.pre"].contents() == name
     with llama_cpp(path) as server:
         yield tokenizer, server, open_base(path).tokenizer()
 

@@ -393,7 +393,7 @@ class Layout:
                 raise unsaid(f"biases of the linear layers in {config.model_type} ({option})")
 
     def _require_windows(self) -> None:
-        kinds = getattr(self.config, "layer_types", None)
+        kinds = getattr(self.config, "layer_types", None) or []
         every = self.architecture.sliding
         if every and self.window and kinds != layer_types(len(kinds), every):
             raise unsaid(f"windows of attention on other layers than {every - 1} of {every}")

@@ -216,10 +216,10 @@ def _llama3(table: Tensor, theta: float, dimensions: int, file: GGUFFile) -> dic
 
 def _divisors(turns: Tensor, given: dict[str, Any]) -> Tensor:
     """Return the divisors of Llama 3, from the turns per token of each frequency."""
-    low, high = given["low_freq_factor"], given["high_freq_factor"]
-    original = given["original_max_position_embeddings"]
+    low, high = float(given["low_freq_factor"]), float(given["high_freq_factor"])
+    original = int(given["original_max_position_embeddings"])
     smooth = ((original * turns - low) / (high - low)).clamp(0, 1)
-    return 1 / ((1 - smooth) / given["factor"] + smooth)
+    return 1 / ((1 - smooth) / float(given["factor"]) + smooth)
 
 
 def unsaid(what: str) -> CheckpointError:

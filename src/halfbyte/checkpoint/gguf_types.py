@@ -9,14 +9,14 @@ whose errors cost most, get more bits. Its exceptions for Falcon and for eight e
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+from gguf import GGML_QUANT_SIZES, LlamaFileType
+from gguf import GGMLQuantizationType as Kind
 
 from halfbyte.errors import CheckpointError
 
 FileType = Literal[
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "mxfp4"
 ]
-Kind = GGMLQuantizationType
 # The type of a layer's tensor, from the number of the layer and of all layers.
 _ByLayer = Callable[[int, int], Kind]
 
@@ -142,7 +142,7 @@ class TensorTypes:
         """The number that a file has for it."""
         return self._mixture.file_type
 
-    def of(self, name: str, shape: Sequence[int]) -> GGMLQuantizationType:
+    def of(self, name: str, shape: Sequence[int]) -> Kind:
         """Return how a tensor is stored.
 
         Rows that no block of 256 fits are q8_0, and those that no block of 32 fits float16.

@@ -107,18 +107,15 @@ def _wrong(path: Path, how: str) -> HalfbyteError:
 
 def _computing(ours: Layout, theirs: Layout) -> list[tuple[str, Any, Any]]:
     """Return (name, ours, theirs) of what the answers depend on."""
-    layouts = (ours, theirs)
-    keys = (*COMMON, *ours.architecture.keys)
-    options = [key.option for key in keys] + list(ours.architecture.found)
-    found = [
-        (name, *(getattr(layout.config, name, None) for layout in layouts)) for name in options
-    ]
-    found.append(("head_dim", *(layout.head_dim for layout in layouts)))
-    found.append(("vocab_size", *(layout.config.vocab_size for layout in layouts)))
-    if ours.architecture.sliding:
-        for name in ("sliding_window", "layer_types"):
-            found.append((name, *(getattr(layout.config, name) for layout in layouts)))
-    return [(name, a, b) for name, a, b in found if a is not None]
+    row = ours.architecture
+    names = [key.option for key in (*COMMON, *row.keys)] + [*row.found, "vocab_size"]
+    names += ["sliding_window", "layer_types"] if row.sliding else []
+    found: list[tuple[str, Any, Any]] = [("head_dim", ours.head_dim, theirs.head_dim)]
+    for name in names:
+        value = getattr(ours.config, name, None)
+        if value is not None:
+            found.append((name, value, getattr(theirs.config, name, None)))
+    return found
 
 
 def _compare_rope(ours: Layout, theirs: Layout, path: Path) -> None:

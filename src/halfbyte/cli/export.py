@@ -118,6 +118,11 @@ def _export(options: ExportOptions, notes: list[str], *, as_json: bool) -> None:
         base = open_base(options.model, revision=options.revision)
         base.chat_template = recorded_template(options.adapter)
         require_expressible(base, vocabulary=options.format == "gguf")
+        if base.encoders and options.format == "gguf":
+            report.note(
+                "the file has the text decoder only; llama.cpp reads encoders of other inputs from "
+                "a file of their own (mmproj)"
+            )
         if options.format == "gguf-lora":
             found = _export_adapter(options, base, report)
         else:
