@@ -51,6 +51,8 @@ __all__ = [
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# Below the model's directory are the same weights in another form, as large (gpt-oss: original/).
+_NOT_FILES = ["*/*.safetensors"]
 
 logger = logging.getLogger("halfbyte")
 
@@ -163,7 +165,11 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
     if not is_hub_id(name):
         raise CheckpointError(f"{name} does not exist: there is no such directory or GGUF file")
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_FILES
+            )
+        )
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{name} is no local directory or file, and not available on the Hugging Face hub: "

@@ -365,10 +365,7 @@ class DirectorySource(BaseSource):
         if not packed:
             return recipe
         if self._mxfp4:
-            kept = recipe.quant != "none"
-            what = "they are used as they are" if kept else "they are decoded"
-            logger.warning("the experts of %s are in MXFP4; %s", self.name, what)
-            return replace(recipe, experts="mxfp4") if kept else recipe
+            return super().fitted(recipe)
         name = packed[0]
         first = next(self.matrices(name)) if name in self.experts else self.tensor(name)
         owners = [

@@ -36,7 +36,7 @@ from halfbyte.checkpoint.bitsandbytes import quantization_config
 from halfbyte.checkpoint.bitsandbytes_keys import encode_keys, plan_keys
 from halfbyte.checkpoint.conversion import empty_like
 from halfbyte.checkpoint.directory import write_description
-from halfbyte.checkpoint.mxfp4_keys import dense, encode_mxfp4, plan_mxfp4
+from halfbyte.checkpoint.mxfp4_keys import PUBLISHED, dense, encode_mxfp4, plan_mxfp4
 from halfbyte.checkpoint.safetensors_file import SHARD_BYTES, Planned, Row, write_model
 from halfbyte.checkpoint.saved_form import SavedForm
 from halfbyte.checkpoint.source import DECODED_FROM, BaseSource, ExpertSlice, Parameter
@@ -198,7 +198,7 @@ class Merged(BaseSource):
     def packing(self) -> dict[str, object] | None:
         """Return the ``quantization_config`` of the written model, if it is packed."""
         if self._mxfp4:
-            return self._base.mxfp4_config
+            return self._base.mxfp4_config or PUBLISHED
         if self.into != "nf4":
             return None
         return quantization_config(self, self._recipe, self._packed, self.dtype)

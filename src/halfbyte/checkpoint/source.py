@@ -6,6 +6,7 @@ weight is read.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 from abc import ABC, abstractmethod
@@ -219,8 +220,16 @@ class BaseSource(ABC):
         return []
 
     def fitted(self, recipe: BaseRecipe) -> BaseRecipe:
-        """Return ``recipe`` adapted to this model."""
-        return recipe
+        """Return ``recipe`` adapted to this model; changes are logged.
+
+        Experts in MXFP4 stay so, unless nothing is to be packed.
+        """
+        if not any(parameter.mxfp4 for parameter in self.parameters):
+            return recipe
+        kept = recipe.quant != "none"
+        what = "they are used as they are" if kept else "they are decoded"
+        logger.warning("the experts of %s are in MXFP4; %s", self.name, what)
+        return dataclasses.replace(recipe, experts="mxfp4") if kept else recipe
 
 
 # What configurations call the number of layers.
