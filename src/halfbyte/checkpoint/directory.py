@@ -39,7 +39,7 @@ from halfbyte.checkpoint.source import (
     skeleton_of,
 )
 from halfbyte.checkpoint.staging import Request
-from halfbyte.checkpoint.steps import Step, Value, values
+from halfbyte.checkpoint.steps import Step, Value, one_expert, values, whole
 from halfbyte.errors import CheckpointError
 from halfbyte.foreign_text import quote
 from halfbyte.layers.experts import expert_parameters
@@ -290,9 +290,9 @@ class DirectorySource(BaseSource):
                 yield Step((), partial(self._packed_weight, name, stored))
             elif name in self.experts:
                 for index in range(self.experts[name]):
-                    yield Step([self._request(stored, index)], partial(_slice, name, index))
+                    yield Step([self._request(stored, index)], partial(one_expert, name, index))
             else:
-                yield Step([self._request(stored)], partial(_whole, name))
+                yield Step([self._request(stored)], partial(whole, name))
 
     def _conversion_steps(self, conversion: Conversion) -> Iterator[Step]:
         if not conversion.inputs:
@@ -403,16 +403,6 @@ class DirectorySource(BaseSource):
             quantize_head=recipe.quantize_head or any(o is head for o in owners),
             quantize_embeddings=recipe.quantize_embeddings or any(o is embedding for o in owners),
         )
-
-
-def _whole(name: str, tensors: list[Tensor]) -> list[tuple[str, Value]]:
-    (tensor,) = tensors
-    return [(name, tensor)]
-
-
-def _slice(name: str, index: int, tensors: list[Tensor]) -> list[tuple[str, Value]]:
-    (matrix,) = tensors
-    return [(name, ExpertSlice(index, matrix))]
 
 
 def _mxfp4(name: str, key: str, tensors: list[Tensor]) -> list[tuple[str, Value]]:
