@@ -24,8 +24,8 @@ from halfbyte.runtime import device as devices
 from halfbyte.runtime.matmul import product
 
 # Bytes of decoded weights at a time. With larger buffers there are fewer launches of more rows: a
-# layer of Qwen3-30B-A3B with 8192 tokens takes 4.34 ms with 128 MB, 4.15 with 256 and 4.11 with 1024
-# on an H200; with 2048 tokens 2.45, 2.16 and 1.98. With the least, one expert is decoded at a time.
+# layer of Qwen3-30B-A3B with 8192 tokens takes 4.34 ms with 128 MB, 4.15 with 256, 4.11 with 1024
+# on an H200; with 2048 tokens 2.45, 2.16, 1.98. With the least, one expert is decoded at a time.
 DECODED_BYTES = 128 * 2**20
 LARGE_DECODED_BYTES, LEAST_DECODED_BYTES = 512 * 2**20, 16 * 2**20
 
