@@ -41,6 +41,12 @@ class _Experts(NamedTuple):
     glu: Glu
 
 
+# Classes of layers, run by their own forward, that only add what their experts return to the
+# output: no gradient depends on its values (tests/layers/test_gated_experts.py).
+_LAST_IN = {
+    *("GptOssDecoderLayer", "OlmoeDecoderLayer", "DeepseekV3DecoderLayer", "Glm4MoeDecoderLayer"),
+}
+
 _activations: WeakKeyDictionary[nn.Module, Glu | None] = WeakKeyDictionary()
 _read = True
 
@@ -57,6 +63,11 @@ def outputs_unread() -> Iterator[None]:
         yield
     finally:
         _read = before
+
+
+def ends_with_experts(layer: nn.Module) -> bool:
+    """Return whether `outputs_unread` may be used for the recomputation of a layer."""
+    return type(layer).__name__ in _LAST_IN
 
 
 def gated_experts(module: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:
