@@ -147,6 +147,7 @@ class _GatedExperts(torch.autograd.Function):
         flags = {"transposed": not up.transposed, "gather": True, "bias": up_bias, "glu": glu}
         for first, weight in up.decoded(x.dtype):
             kernels.grouped_product(x, weight, routing, first, inner, **flags)
+            del weight  # its memory is freed before that for the next linear is allocated
         slots = x.new_empty(index.numel(), down.out_features)
         flags = {"transposed": not down.transposed, "scatter": True, "bias": down_bias}
         for first, weight in down.decoded(x.dtype):
@@ -165,6 +166,7 @@ class _GatedExperts(torch.autograd.Function):
             kernels.grouped_product(
                 dy, weight, routing, first, d_inner, transposed=down.transposed, gather=True
             )
+            del weight
         h = x.new_empty(index.numel(), up.out_features)
         d_weights = torch.zeros(index.shape, dtype=torch.float32, device=x.device)
         if ctx.needs_input_grad[0]:
