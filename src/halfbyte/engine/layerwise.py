@@ -49,6 +49,7 @@ from halfbyte.layers.attention import Documents, can_pack
 from halfbyte.layers.decoder_layer import AttentionCheckpoint, fused
 from halfbyte.layers.elementwise import rms_norm
 from halfbyte.layers.families import is_known_norm
+from halfbyte.layers.gated_experts import ends_with_experts, outputs_unread
 from halfbyte.layers.packed_row import packed_row
 from halfbyte.layers.vocabulary import FrozenHead
 from halfbyte.linear.lora import (
@@ -485,7 +486,11 @@ class LayerEngine:
         ) -> Tensor:
             if clock is not None:
                 clock.micro_batch = micro_batch
-            with packed_row(lengths) if lengths else nullcontext():
+            unread = not read and ends_with_experts(layers[layer])
+            with (
+                packed_row(lengths) if lengths else nullcontext(),
+                outputs_unread() if unread else nullcontext(),
+            ):
                 output = layers[layer](x, **calls[layer])
             result: Tensor = output[0] if isinstance(output, tuple) else output
             return result

@@ -23,11 +23,11 @@ from halfbyte.quant.format import PackedWeight, dequantize_all, gpu_kernels
 from halfbyte.runtime import device as devices
 from halfbyte.runtime.matmul import product
 
-# Bytes of decoded weights at a time. With larger buffers there are fewer launches of more rows: a
-# layer of Qwen3-30B-A3B with 8192 tokens takes 4.34 ms with 128 MB, 4.15 with 256, 4.11 with 1024
-# on an H200; with 2048 tokens 2.45, 2.16, 1.98. With the least, one expert is decoded at a time.
-DECODED_BYTES = 128 * 2**20
-LARGE_DECODED_BYTES, LEAST_DECODED_BYTES = 512 * 2**20, 16 * 2**20
+# Bytes of decoded weights at a time. On an H200, half as many take 13 % more time for the experts of
+# a layer at 2048 tokens and 4 % at 8192; four times as many take 8 % and 1 % less (LAB.md). The
+# least decodes one expert at a time.
+DECODED_BYTES = 256 * 2**20
+LARGE_DECODED_BYTES, LEAST_DECODED_BYTES = 2**30, 16 * 2**20
 
 # Alignment of the tensors within a record, sufficient for all kernels; as in arena.py.
 _ALIGNED = 256
@@ -186,6 +186,7 @@ class ExpertLinear(nn.Module):
             weights = self.decode(first, last, dtype, buffer)
             buffer = None if self.weight is not None else (weights if buffer is None else buffer)
             yield first, weights
+            del weights
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Return the product of each row with the weight of its expert, [rows, out].
