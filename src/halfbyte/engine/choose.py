@@ -94,15 +94,15 @@ def _probe_losses(engine: LayerEngine, vocabulary: int, device: str) -> tuple[Te
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (2, 9), generator=generator).to(device)
-    output_kinds: list[bool] = []
+    outputs: list[int] = []
     watch = engine.layers[0].register_forward_hook(
-        lambda _module, _args, output: output_kinds.append(isinstance(output, tuple))
+        lambda _module, _args, output: outputs.append(isinstance(output, tuple) and len(output))
     )
     try:
         logits = engine.model(input_ids=ids[:, :-1], use_cache=False).logits.float()
     finally:
         watch.remove()
-    engine.tuple_output = output_kinds == [True]
+    engine.tuple_output = int(outputs[0]) if len(outputs) == 1 else 0
     targets = ids[:, 1:]
     wanted = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
     try:

@@ -41,6 +41,7 @@ from transformers import PreTrainedModel
 from halfbyte.engine.buckets import Buckets, PartShape, UnpaddedParts, divide, own_shape
 from halfbyte.engine.cuda_graphs import CapturedPasses
 from halfbyte.engine.forward_backward import LayerInput, Passes
+from halfbyte.engine.logit_scale import logit_scale
 from halfbyte.engine.neftune import EmbeddingNoise
 from halfbyte.engine.objective import CROSS_ENTROPY, Objective
 from halfbyte.engine.packing import Batch, PackedBatch, lengths_of, part_of_shape, parts_of
@@ -66,6 +67,7 @@ from halfbyte.runtime.device import is_out_of_memory
 # that cannot be packed may have as many lengths.
 _MOST_TABLES = 16
 _FINAL_NORMS = ("norm", "final_layernorm", "ln_f", "final_layer_norm", "final_norm")
+_FINAL_NORMS += ("embedding_norm", "norm_f")  # LFM2, Mamba
 
 
 class EngineError(Exception):
@@ -86,7 +88,8 @@ class LayerEngine:
         graphs: Whether passes may be captured as CUDA graphs.
 
     Attributes:
-        tuple_output: Whether layers return tuples; set by the probe (engine/choose.py).
+        tuple_output: The number of values of the tuple that layers return, or 0 if they return a
+            tensor; set by the probe (engine/choose.py).
         fused: Number of fused layers: all or none.
         width: The width of the residual stream.
         dtype: The dtype of activations and products.
@@ -139,6 +142,7 @@ class LayerEngine:
         self.fused = len(self._fused)
         self.norm = getattr(self.decoder, norms[0])
         self.head = head
+        self._logit_scale = logit_scale(config)
         self.softcap = float(getattr(config, "final_logit_softcapping", None) or 0)
         self.width = int(config.hidden_size)
         self.dtype: torch.dtype = model.halfbyte_recipe.compute_dtype
@@ -160,7 +164,7 @@ class LayerEngine:
         self._decoded = 0
         self.clock = dropout_clock(model)
         self._drops = any(adapter.config.dropout for adapter in adapters(model).values())
-        self.tuple_output = self._window_reported = False
+        self.tuple_output, self._window_reported = 0, False
         self.messages: list[str] = []
         self.on_phase: Callable[[str], None] = lambda phase: None
         self.on_layer_backward: Callable[[int, Tensor], None] | None = None
@@ -406,6 +410,8 @@ class LayerEngine:
             rows = rms_norm(rows, norm.weight, norm.variance_epsilon)
         else:
             rows = norm(rows)
+        if self._logit_scale != 1:
+            rows = rows * self._logit_scale
         return objective.loss_of_hidden(
             rows,
             self.head_weight,
@@ -547,7 +553,9 @@ class LayerEngine:
             arguments.append(kwargs)
             if len(arguments) == len(self.layers):
                 raise _Stop
-            return (hidden_states,) if self.tuple_output else hidden_states
+            if not self.tuple_output:
+                return hidden_states
+            return (hidden_states, *[None] * (self.tuple_output - 1))
 
         for layer in self.layers:
             layer.forward = stub
