@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from halfbyte.layers import attention_cpu
-from halfbyte.layers.attention_cpu import QUERY_BLOCK, NotPackable, causal_attention
+from halfbyte.layers.attention_cpu import QUERY_BLOCK, causal_attention
 
 
 def inputs(batch, heads, groups, length, width, dtype):
@@ -90,26 +89,3 @@ def test_documents_of_a_row_are_as_if_alone_bit_for_bit(dtype):
     assert torch.equal(together, torch.cat(alone, 2))
     for one, other in zip(found, gradients(torch.cat(alone, 2), tensors), strict=True):
         assert torch.equal(one, other)
-
-
-def test_a_packed_row_is_what_transformers_asks_for_or_an_error():
-    q, k, v = (x.detach() for x in inputs(1, 2, 2, sum(LENGTHS), 8, torch.float32))
-    module = torch.nn.Module()
-    wanted = causal_attention(q, k, v, scale=0.3, lengths=LENGTHS).transpose(1, 2)
-    with attention_cpu.packed_row(LENGTHS) as row:
-        assert attention_cpu._mask(local_size=500) is None
-        assert attention_cpu._mask(local_size=200, use_vmap=False) is None
-        out, _ = attention_cpu._interface(module, q, k, v, None, scaling=0.3)
-        assert torch.equal(out, wanted)
-        assert (row.calls, row.window) == (1, 200)
-        for options in ({"softcap": 30.0}, {"s_aux": q}, {"dropout": 0.1}, {"is_causal": False}):
-            with pytest.raises(NotPackable, match="not plain causal"):
-                attention_cpu._interface(module, q, k, v, None, scaling=0.3, **options)
-        with pytest.raises(NotPackable, match="sees other tokens"):
-            attention_cpu._interface(module, q[:, :, 1:], k[:, :, 1:], v[:, :, 1:], None)
-        with pytest.raises(NotPackable, match="longer than its attention window of 100 tokens"):
-            attention_cpu._mask(local_size=100)
-        with pytest.raises(NotPackable, match="a mask of its own"):
-            attention_cpu._mask(use_vmap=True)
-    out, _ = attention_cpu._interface(module, q, k, v, None, scaling=0.3)
-    assert not torch.equal(out, wanted)

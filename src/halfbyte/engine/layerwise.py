@@ -3,9 +3,10 @@
 On a GPU, supported layers (layers/decoder_layer.py) are run fused, and the examples of a step are
 packed into a few parts (engine/packing.py), which go through forward, loss and backward one after
 the other, as CUDA graphs if they can be captured (engine/forward_backward.py). So memory depends on
-the size of a part, not of a step. Otherwise every part of an optimizer step passes through layer l
-before any passes through layer l + 1 (layer-major accumulation): packed on a CPU, if the model can
-be restricted to documents (engine/packing_check.py), else a micro-batch. In both cases,
+the size of a part, not of a step. Other layers are packed like that, without graphs, if they can be
+restricted to documents (engine/packing_check.py). Otherwise, and on a CPU, every part of an optimizer
+step passes through layer l before any passes through layer l + 1 (layer-major accumulation): packed
+on a CPU, if the model can be restricted to documents, else a micro-batch. In all cases,
 
     forward    for l: decode layer l's weights once; for each part: run it; keep the layer's
                input and, on a GPU, x Aᵀ of its adapters, or everything its backward needs
@@ -99,6 +100,8 @@ class LayerEngine:
         objective: The objective that steps minimise.
         buckets: The shapes of parts, if a run has chosen any.
         unpadded: How documents are packed on a CPU, if they can be (engine/packing_check.py).
+        packable: Whether layers that are not fused can be packed on a GPU; set by the same check.
+        window: The longest document that may be packed then, or None for any.
         max_seqlen: Tokens of the longest document of a run, if known: if it is longer than an
             attention window, the run is not packed.
         on_layer_backward: Called with a layer's index and the loss once the layer's gradients are
@@ -160,6 +163,7 @@ class LayerEngine:
         self.objective: Objective = CROSS_ENTROPY
         self.buckets: Buckets | None = None
         self.unpadded: UnpaddedParts | None = None
+        self.packable, self.window = False, None
         self.max_seqlen = 0
         self._decoded = 0
         self.clock = dropout_clock(model)
@@ -193,7 +197,7 @@ class LayerEngine:
     def summary(self) -> str:
         """Return a description of how steps are run, for the user."""
         message = f"layer engine over {len(self.layers)} layers"
-        if self.unpadded is not None:
+        if self.unpadded is not None or (self.packable and self.packs):
             message += ", documents packed"
         if self.fused:
             message += ", fused"
@@ -230,10 +234,11 @@ class LayerEngine:
         """Whether the documents of a step are packed, across micro-batches."""
         if self.unpadded is not None:
             return self.objective.separable
-        if not self._fused or self._drops or not self.objective.separable:
+        if self._drops or not self.objective.separable or not self._sees_all(self.max_seqlen):
             return False
-        flash = can_pack(self.dtype, self.model.device, self._fused[0].head_dim)
-        return flash and self._sees_all(self.max_seqlen)
+        if not self._fused:
+            return self.packable
+        return can_pack(self.dtype, self.model.device, self._fused[0].head_dim)
 
     def keep_decoded(self, layers: int) -> None:
         """Keep the weights of the last ``layers`` layers decoded."""
@@ -426,11 +431,12 @@ class LayerEngine:
     ) -> list[PackedBatch]:
         """Return the parts of a step on the device, with the inputs of an objective."""
         pack = self.packs and objective.separable
-        if self._fused and not self._sees_all(max(lengths_of(batches))):
+        if not self._sees_all(max(lengths_of(batches))):
             pack = False
             if not self._window_reported:
                 self._window_reported = True
-                self.messages.append("documents longer than the attention window: layers not fused")
+                what = "layers not fused" if self._fused else "not packed"
+                self.messages.append(f"documents longer than the attention window: {what}")
         return parts_of(
             batches,
             self.model.device,
@@ -450,7 +456,8 @@ class LayerEngine:
 
     def _sees_all(self, max_seqlen: int) -> bool:
         """Return whether a document of ``max_seqlen`` tokens fits the layers' attention windows."""
-        return all(max_seqlen <= (layer.window or max_seqlen) for layer in self._fused)
+        windows = [self.window, *(layer.window for layer in self._fused)]
+        return all(max_seqlen <= (window or max_seqlen) for window in windows)
 
     def _runs_apart(self, parts: Sequence[PackedBatch]) -> bool:
         """Return whether parts were packed for a GPU, where memory depends on the largest."""
