@@ -21,7 +21,7 @@ FAMILIES = [
     "zamba2",  # with shared layers
     "jamba",  # Mamba 1
     "mamba",  # no attention
-    "lfm2",  # short convolutions
+    "lfm2_moe",  # short convolutions
 ]
 
 
