@@ -139,10 +139,10 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         engine.max_seqlen = max(map(max, lengths))
         engine.buckets = buckets_of(engine, lengths)
     policy = ActivationPolicy(len(engine.layers))
-    seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
+    seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in args.ways}
     found: dict[str, torch.Tensor] = {}
     for number, step in enumerate(steps):
-        for way in WAYS if number % 2 else WAYS[::-1]:
+        for way in args.ways if number % 2 else args.ways[::-1]:
             engine.unpadded, engine.packable = packed if way == "packed" else (None, False)
             batches = batches_of(step, way)
             if args.device == "cuda":
@@ -156,15 +156,15 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
             found[way] = gradients(model)
     tokens = [sum(step) for step in lengths][1:]
     row: dict[str, Any] = {"engine": message, "tokens_per_step": tokens}
-    for way in WAYS:
+    for way in args.ways:
         rates = [n / clock for n, (clock, _) in zip(tokens, seconds[way][1:], strict=True)]
         row[f"{way}_tokens_per_second"] = round(statistics.median(rates), 1)
-    for way in WAYS[1:]:
+    for way in [way for way in args.ways if way != "packed"]:
         for index, kind in enumerate(("clock", "processor")[: 1 if args.device == "cuda" else 2]):
             pairs = zip(seconds[way][1:], seconds["packed"][1:], strict=True)
             ratios = [one[index] / other[index] for one, other in pairs]
             row[f"packed_over_{way}_{kind}"] = round(statistics.median(ratios), 2)
-    for way in WAYS[:2]:
+    for way in [way for way in args.ways if way != "alone"]:
         apart = (found[way] - found["alone"]).norm() / found["alone"].norm()
         row[f"{way}_gradient_error"] = float(f"{float(apart):.2g}")
     return row
@@ -175,6 +175,9 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--shapes", nargs="*", default=list(configs()))
+    parser.add_argument(
+        "--ways", nargs="*", choices=WAYS, default=list(WAYS), help="packed and alone are needed"
+    )
     parser.add_argument("--documents", type=int, default=8, help="of a step")
     parser.add_argument("--rounds", type=int, default=6, help="steps, all ways each")
     parser.add_argument("--threads", type=int, default=0, help="default: torch's")

@@ -101,7 +101,9 @@ def test_no_worse_than_transformers_in_float32(name):
     ):
         results.append([out, *torch.autograd.grad(out.square().sum(), given_)])
     for got, other, true in zip(*results, strict=True):
-        assert (got.double() - true).norm() <= 2 * (other.double() - true).norm() + 1e-7 * true.norm()
+        assert (got.double() - true).norm() <= 2 * (
+            other.double() - true
+        ).norm() + 1e-7 * true.norm()
 
 
 @pytest.mark.parametrize("name", SCANS)

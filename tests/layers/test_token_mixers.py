@@ -5,10 +5,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmarks.family_configs import tiny_config
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen
 
-from benchmarks.family_configs import tiny_config
 from halfbyte.layers import attention_interface, token_mixers
 from halfbyte.layers.packed_row import NotPackable, packed_row
 

@@ -4,9 +4,9 @@ On a GPU, supported layers (layers/decoder_layer.py) are run fused, and the exam
 packed into a few parts (engine/packing.py), which go through forward, loss and backward one after
 the other, as CUDA graphs if they can be captured (engine/forward_backward.py). So memory depends on
 the size of a part, not of a step. Other layers are packed like that, without graphs, if they can be
-restricted to documents (engine/packing_check.py). Otherwise, and on a CPU, every part of an optimizer
-step passes through layer l before any passes through layer l + 1 (layer-major accumulation): packed
-on a CPU, if the model can be restricted to documents, else a micro-batch. In all cases,
+restricted to documents (engine/packing_check.py). Otherwise, and on a CPU, every part of a step
+passes through layer l before any passes through layer l + 1 (layer-major accumulation): packed on a
+CPU, if the model can be restricted to documents, else a micro-batch. In all cases,
 
     forward    for l: decode layer l's weights once; for each part: run it; keep the layer's
                input and, on a GPU, x Aᵀ of its adapters, or everything its backward needs
@@ -67,8 +67,10 @@ from halfbyte.runtime.device import is_out_of_memory
 # Number of row lengths whose rotary tables are cached: a table of 2048 tokens takes 1 MB, and data
 # that cannot be packed may have as many lengths.
 _MOST_TABLES = 16
-_FINAL_NORMS = ("norm", "final_layernorm", "ln_f", "final_layer_norm", "final_norm")
-_FINAL_NORMS += ("embedding_norm", "norm_f")  # LFM2, Mamba
+_FINAL_NORMS = (
+    *("norm", "final_layernorm", "ln_f", "final_layer_norm", "final_norm"),
+    *("embedding_norm", "norm_f"),  # LFM2, Mamba
+)
 
 
 class EngineError(Exception):
@@ -163,7 +165,8 @@ class LayerEngine:
         self.objective: Objective = CROSS_ENTROPY
         self.buckets: Buckets | None = None
         self.unpadded: UnpaddedParts | None = None
-        self.packable, self.window = False, None
+        self.packable = False
+        self.window: int | None = None
         self.max_seqlen = 0
         self._decoded = 0
         self.clock = dropout_clock(model)

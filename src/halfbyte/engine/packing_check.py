@@ -3,8 +3,8 @@
 Packed documents must be as independent as in rows of their own. Attention is restricted to them by
 our attention (layers/attention_interface.py), if the model uses it, convolutions and recurrent
 states by ours (layers/token_mixers.py); position ids tell them apart for everything else. What this
-leaves out is found by a probe: other operations that mix tokens, biases of attention, positions that
-do not come from ids. Fused layers (layers/decoder_layer.py) take documents and need no probe.
+leaves out is found by a probe: other operations that mix tokens, biases of attention, positions
+that do not come from ids. Fused layers (layers/decoder_layer.py) take documents and need no probe.
 The model packs if the log-probabilities of documents in one row
 
     are those of the documents alone, up to rounding

@@ -10,10 +10,10 @@ describe documents by a mask of T² elements; here attention is computed
     on a CPU     one document after the other. Padding documents to a common number of blocks, to
                  have fewer products, took longer: 60 to 77 ms instead of 37 to 65 for eight
                  documents of 47 to 1024 tokens
-    on a GPU     by torch's variable-length attention (layers/attention.py), else one after the other
+    on a GPU     by torch's variable-length attention (layers/attention.py), else likewise
 
-Heads whose keys and values differ in width (latent attention) are passed to ``sdpa`` one document at
-a time. What is not plain causal attention is an error.
+Heads whose keys and values differ in width (latent attention) are passed to ``sdpa`` one document
+at a time. What is not plain causal attention is an error.
 """
 
 from functools import lru_cache
@@ -61,10 +61,10 @@ def _interface(
             raise NotPackable("its attention sees other tokens than its layers")
         if shaped:
             return _within(query, key, value, row, scale), None
-        documents = zip(*(x.split(row.lengths, 2) for x in (query, key, value)), strict=True)
+        split = (torch.split(x, list(row.lengths), 2) for x in (query, key, value))
         outs = [
             sdpa_attention_forward(module, *one, None, scaling=scaling, is_causal=True)[0]
-            for one in documents
+            for one in zip(*split, strict=True)
         ]
         return torch.cat(outs, 1), None
     if plain and shaped and query.device.type == "cpu":
