@@ -30,3 +30,18 @@ def test_a_packed_row_is_what_transformers_asks_for_or_an_error():
             attention_interface._mask(use_vmap=True)
     out, _ = attention_interface._interface(module, q, k, v, None, scaling=0.3)
     assert not torch.equal(out, wanted)
+
+
+def test_values_of_another_width_are_attended_to_by_document():
+    q, k, v = (x.detach() for x in inputs(1, 4, 2, sum(LENGTHS), 8, torch.float32))
+    v = v[..., :6]
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    with packed_row(LENGTHS):
+        found, _ = attention_interface._interface(module, q, k, v, None, scaling=0.3)
+    first = 0
+    for length in LENGTHS:
+        one = [x[:, :, first : first + length] for x in (q, k, v)]
+        wanted, _ = attention_interface._interface(module, *one, None, scaling=0.3)
+        torch.testing.assert_close(found[:, first : first + length], wanted)
+        first += length
