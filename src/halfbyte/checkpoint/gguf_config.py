@@ -83,6 +83,16 @@ def _options(file: GGUFFile, row: Architecture, kind: type[PretrainedConfig]) ->
                 "full_attention": rope,
                 "sliding_attention": {"rope_type": "default", "rope_theta": local},
             }
+    if row.hybrid is not None:
+        interval = file.architecture_key("full_attention_interval", U32) or 4
+        layers = options["num_hidden_layers"]
+        options["layer_types"] = layer_types(layers, interval, "linear_attention")
+        name = f"{file.architecture}.rope.dimension_sections"
+        if name in file.keys:
+            rope |= {"mrope_section": file.array(name)[1][:3], "mrope_interleaved": True}
+    usual = kind().rope_parameters or {}
+    if usual.get("partial_rotary_factor", 1.0) != 1.0:
+        rope.setdefault("partial_rotary_factor", 1.0)
     window = file.architecture_key("attention.sliding_window", U32)
     if window and hasattr(kind, "sliding_window"):
         options["sliding_window"] = window
