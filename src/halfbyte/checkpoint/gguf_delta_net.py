@@ -65,7 +65,7 @@ def qwen3_next(config: PretrainedConfig) -> dict[str, Form]:
     keys, size = config.linear_num_key_heads, config.linear_key_head_dim
     values = config.linear_num_value_heads // keys * config.linear_value_head_dim
     parts = [size, size, values, values]
-    rows = torch.arange(keys * sum(parts)).view(keys, -1).split(parts, 1)
+    rows = torch.split(torch.arange(keys * sum(parts)).view(keys, -1), parts, 1)
     query, key, value, gate = (part.reshape(-1) for part in rows)
     mixed = rows_in_order(
         ("attn_qkv.weight", torch.cat((query, key, value))), ("attn_gate.weight", gate)
