@@ -237,12 +237,15 @@ def test_under_plain_autograd_the_documents_of_a_micro_batch_share_a_row():
     assert difference(found, true) < 1e-6
 
 
-def test_documents_longer_than_a_window_are_parts_of_their_own():
+def test_documents_longer_than_a_sliding_window_are_packed():
     engine, _ = choose_engine(model_of(FAMILIES["mistral"]), "cpu")  # a window of 8 tokens
-    assert engine.unpadded == UnpaddedParts(CPU_PART_TOKENS, 8)
-    parts = engine.make_parts(batches_of([[8, 30, 7], [9, 2, 6]]))
-    assert [list(part.lengths) for part in parts] == [[], [], [8, 7, 2, 6]]
-    assert [tuple(part.ids.shape) for part in parts[:2]] == [(1, 30), (1, 9)]
+    assert engine.unpadded == UnpaddedParts(CPU_PART_TOKENS, None)
+    batches = batches_of([[8, 30, 7], [9, 2, 6]])
+    assert [list(part.lengths) for part in engine.make_parts(batches)] == [[8, 30, 7, 9, 2, 6]]
+    loss, found = step(engine, batches, packed=True)
+    wanted, true = step(engine, alone(batches), packed=False)
+    assert float(loss) == pytest.approx(float(wanted), rel=1e-6)
+    assert difference(found, true) < 1e-6
 
 
 def test_rotary_tables_of_long_rows_limit_the_documents():

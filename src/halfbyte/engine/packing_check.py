@@ -11,7 +11,7 @@ The model packs if the log-probabilities of documents in one row
     do not change with the tokens of another document: not by a bit, unless it has experts, whose
     products have other shapes then
 
-Attention that is plain for short documents only limits their length: a window (sliding or chunked),
+Attention that is plain for short documents only limits their length: a chunk,
 or rotary tables that depend on the longest position of the row.
 """
 
