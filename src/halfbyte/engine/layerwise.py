@@ -526,10 +526,13 @@ class LayerEngine:
 
     def _rotary_tables(self, x: Tensor, part: PackedBatch) -> tuple[Tensor, ...]:
         """Return cosines and sines [1, T, head_dim] of a batch's positions."""
+        tables: tuple[Tensor, ...] | None
         tables = self._tables.get(part.max_seqlen) if part.documents is None else None
         if tables is None:
             with torch.no_grad():
                 tables = self.decoder.rotary_emb(x, part.positions)
+                if tables[0].shape[-1] < self._fused[0].head_dim:  # gpt-oss's are of half a head
+                    tables = tuple(torch.cat([table, table], -1) for table in tables)
             if part.documents is None:  # all rows of a length have the same positions
                 if len(self._tables) == _MOST_TABLES:
                     del self._tables[next(iter(self._tables))]  # the oldest
