@@ -34,6 +34,7 @@ from halfbyte.errors import CheckpointError, HalfbyteError
 from halfbyte.models.build import BaseRecipe
 from tests.checkpoint.families import tiny_model
 from tests.checkpoint.gguf_models import write_family, write_gguf
+from tests.checkpoint.streams import streamed
 
 PROMPT = torch.arange(3, 43)[None]
 
@@ -44,7 +45,7 @@ def logits(model: torch.nn.Module) -> Tensor:
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
-    return dict(open_base(path).tensors())  # type: ignore[arg-type]
+    return streamed(open_base(path))
 
 
 # What the package can quantise itself; the others are tried with random bytes below.

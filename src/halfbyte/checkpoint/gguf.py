@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 from transformers import (
     PretrainedConfig,
@@ -26,12 +27,20 @@ from halfbyte.checkpoint.gguf_blocks import decode
 from halfbyte.checkpoint.gguf_config import read_known_config, row_of
 from halfbyte.checkpoint.gguf_file import TORCH_DTYPES, U32, GGUFFile, Stored, held_as
 from halfbyte.checkpoint.gguf_forms import Form
+from halfbyte.checkpoint.gguf_mxfp4 import from_blocks
 from halfbyte.checkpoint.gguf_rope import FREQUENCIES, LONG, SHORT
 from halfbyte.checkpoint.gguf_transformers import TransformersArrangement, read_foreign_config
 from halfbyte.checkpoint.gguf_vocabulary import byte_level
-from halfbyte.checkpoint.source import BaseSource, Parameter, foreign_reader, skeleton_of
+from halfbyte.checkpoint.source import (
+    BaseSource,
+    ExpertSlice,
+    Parameter,
+    foreign_reader,
+    skeleton_of,
+)
 from halfbyte.errors import CheckpointError
-from halfbyte.quant import PackedWeight
+from halfbyte.layers.experts import expert_parameters
+from halfbyte.quant import MXFP4Weight, PackedWeight
 
 # Individually scaled rotary frequencies. They become options of the configuration, except for
 # architectures that only transformers reads.
@@ -186,6 +195,19 @@ class TableArrangement:
         shape = (*raw.shape[:-1], raw.shape[-1] // nbytes * block)
         return decode(raw.contiguous().to(device).view(-1), kind).view(shape)
 
+    def packed_experts(
+        self, target: str, tensors: list[Stored], device: torch.device | str
+    ) -> MXFP4Weight:
+        """Return the experts [experts, out, in] of gpt-oss whose ``tensors`` are in MXFP4.
+
+        Raises:
+            CheckpointError: If the file ends early, or a scale makes weights infinite or NaN.
+        """
+        raw = [torch.from_numpy(self._file.raw(tensor)) for tensor in tensors]
+        # Rows of blocks for rows of numbers, which transformers has as columns.
+        blocks = self._forms[target].join(raw).mT
+        return from_blocks(blocks.to(device), f"{self._file.path}: {tensors[0].name}")
+
     def misfits(self, expected: Mapping[str, Tensor]) -> list[str]:
         """Return which tensors have another shape than the model's parameters need.
 
@@ -280,13 +302,19 @@ class GGUFSource(BaseSource):
                 f"{path} is not the {type(self.skeleton).__name__} of its keys: "
                 f"{'; '.join(faults[:4])} ({len(faults)} in all)"
             )
+        mxfp4 = self._mxfp4 = {
+            name
+            for name, (_, transposed) in expert_parameters(self.skeleton).items()
+            if transposed and known and {t.kind for t in parts[name]} == {Kind.MXFP4}
+        }
         self.parameters = tuple(
             Parameter(
                 key,
                 tuple(expected[key].shape),
-                TORCH_DTYPES[held_as(tensors[0])],
+                torch.bfloat16 if key in mxfp4 else TORCH_DTYPES[held_as(tensors[0])],
                 sum(tensor.nbytes for tensor in tensors),
-                packed=False,
+                packed=key in mxfp4,
+                mxfp4=key in mxfp4,
             )
             for key, tensors in parts.items()
         )
@@ -298,12 +326,22 @@ class GGUFSource(BaseSource):
 
     def tensors(  # noqa: D102
         self, device: torch.device | str = "cpu"
-    ) -> Iterator[tuple[str, Tensor | PackedWeight]]:
-        for name, tensors in self._parts.items():
-            yield name, self._arrangement.value(name, tensors, device)
+    ) -> Iterator[tuple[str, Tensor | PackedWeight | ExpertSlice]]:
+        for name in self._parts:
+            value = self._value(name, device)
+            if name not in self.experts or not isinstance(value, Tensor):
+                yield name, value
+                continue
+            for index, matrix in enumerate(value):
+                yield name, ExpertSlice(index, matrix)
 
     def tensor(self, name: str) -> Tensor | PackedWeight:  # noqa: D102
-        return self._arrangement.value(name, self._parts[name], "cpu")
+        return self._value(name, "cpu")
+
+    def _value(self, name: str, device: torch.device | str) -> Tensor | PackedWeight:
+        if name in self._mxfp4 and isinstance(self._arrangement, TableArrangement):
+            return self._arrangement.packed_experts(name, self._parts[name], device)
+        return self._arrangement.value(name, self._parts[name], device)
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         return read_tokenizer(self.file)

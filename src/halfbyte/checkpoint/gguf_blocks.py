@@ -16,7 +16,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from halfbyte.checkpoint.gguf_k_quants import to_q3_k, to_q4_k, to_q5_k, to_q6_k
-from halfbyte.quant import MXFP4Weight
+from halfbyte.quant.mxfp4 import DOUBLED_LEVELS, half_scales
 
 # Numbers decoded at a time. On a CPU no more than torch computes in one thread: temporaries stay in
 # the cache (135 M numbers of q4_1 in 0.9 s of one core; 1.4 s at 2**18), and no small operation
@@ -109,6 +109,12 @@ def _q8_0(blocks: Tensor) -> Tensor:
     return blocks[:, 2:].view(torch.int8).float().mul_(_half(blocks, 0))
 
 
+def _mxfp4(blocks: Tensor) -> Tensor:
+    # As in the gguf package, zeros have no sign.
+    levels = torch.where(DOUBLED_LEVELS == 0, 0.0, DOUBLED_LEVELS).to(blocks.device)
+    return levels[_nibbles(blocks[:, 1:]).int()].mul_(half_scales(blocks[:, :1]))
+
+
 def _q2_k(blocks: Tensor) -> Tensor:
     scales, codes = blocks[:, :16], _fields(blocks[:, 16:80], 32, 2)
     step = (scales & 15).float().mul_(_half(blocks, 80))[:, :, None]
@@ -162,6 +168,7 @@ _DECODERS: dict[GGMLQuantizationType, Callable[[Tensor], Tensor]] = {
     GGMLQuantizationType.Q5_0: _q5_0,
     GGMLQuantizationType.Q5_1: _q5_1,
     GGMLQuantizationType.Q8_0: _q8_0,
+    GGMLQuantizationType.MXFP4: _mxfp4,
     GGMLQuantizationType.Q2_K: _q2_k,
     GGMLQuantizationType.Q3_K: _q3_k,
     GGMLQuantizationType.Q4_K: _q4_k,
@@ -195,18 +202,6 @@ def encode(value: Tensor, kind: GGMLQuantizationType) -> Tensor:
     blocks = value.reshape(-1, GGML_QUANT_SIZES[kind][0])
     step = max(1, (_GPU_CHUNK if value.is_cuda else chunk) // blocks.shape[1])
     return torch.cat([encoder(some) for some in torch.split(blocks, step)]).view(-1)
-
-
-def mxfp4_blocks(weight: MXFP4Weight) -> Tensor:
-    """Return the blocks of a weight in MXFP4, with its codes and scales: uint8 [..., bytes].
-
-    A block is the scale, and 16 bytes with the codes of the first half of its numbers in the low
-    nibbles, and of the second half in the high ones. In an ``MXFP4Weight``, pairs share a byte.
-    """
-    pairs = weight.codes.view(-1, 16)
-    codes = torch.stack((pairs & 15, pairs >> 4), -1).flatten(1)
-    blocks = torch.cat((weight.scales.view(-1, 1), codes[:, :16] | (codes[:, 16:] << 4)), 1)
-    return blocks.view(*weight.shape[:-1], -1)
 
 
 def _quotients(blocks: Tensor, step: Tensor) -> Tensor:

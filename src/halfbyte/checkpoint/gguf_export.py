@@ -23,8 +23,9 @@ from torch import Tensor
 
 from halfbyte.checkpoint.gguf import GGUFSource
 from halfbyte.checkpoint.gguf_architectures import Layout
-from halfbyte.checkpoint.gguf_blocks import encode, mxfp4_blocks
+from halfbyte.checkpoint.gguf_blocks import encode
 from halfbyte.checkpoint.gguf_forms import Form
+from halfbyte.checkpoint.gguf_mxfp4 import to_blocks
 from halfbyte.checkpoint.gguf_rope import unsaid
 from halfbyte.checkpoint.gguf_types import FILE_TYPES, FileType, TensorTypes
 from halfbyte.checkpoint.gguf_vocabulary import add_vocabulary, copy_vocabulary
@@ -91,7 +92,7 @@ def _parts_of(source: BaseSource, name: str, form: Form, *, as_blocks: bool) -> 
     value = source.tensor(name)
     if as_blocks and isinstance(value, MXFP4Weight):
         # A row of blocks takes the place of a row of numbers, which transformers has as a column.
-        return form.split(mxfp4_blocks(value).mT)
+        return form.split(to_blocks(value).mT)
     return form.split(dense(value, torch.float32).detach().float())
 
 
