@@ -25,7 +25,7 @@ from halfbyte.engine.memory_profile import measured_cost, saved_bytes
 from halfbyte.engine.packing import Batch, PackedBatch, part_of_shape
 from halfbyte.errors import ConfigError
 from halfbyte.layers.cross_entropy import CHUNK_BYTES
-from halfbyte.linear.lora import trained_whole
+from halfbyte.linear.modules_to_save import trained_whole
 from halfbyte.plan.ledger import (
     FRAGMENTATION,
     OVERHEAD,

@@ -176,15 +176,15 @@ def freeze_experts(
         module: Any = model.get_submodule(owner)
         count, rows, columns = parameter.shape
         del module._parameters[name]
-        module.add_module(
-            name,
-            ExpertLinear(
-                (count, rows, columns),
-                transposed=transposed,
-                like=like(parameter.shape[1:]),
-                dtype=dtype,
-            ),
+        linear = ExpertLinear(
+            (count, rows, columns),
+            transposed=transposed,
+            like=like(parameter.shape[1:]),
+            dtype=dtype,
         )
+        # PEFT reads this attribute of transformers' class, and Llama 4's has none.
+        linear.swaps_factors = transposed and not getattr(module, "is_transposed", False)
+        module.add_module(name, linear)
         if (other := _OTHERS.get(type(module).__name__)) is not None:
             module.forward = MethodType(other[2], module)
         else:

@@ -48,7 +48,9 @@ class ExpertLinear(nn.Module):
         in_features: Size of the last dimension of the input.
         out_features: Size of the last dimension of the output.
         transposed: As given.
-        adapter: None, or the adapter of the experts.
+        adapter: None, or the adapter of the experts (expert_lora.py).
+        swaps_factors: Whether PEFT takes rows for outputs though they are inputs, so that its B has
+            the inputs.
     """
 
     weight: Tensor | None
@@ -67,6 +69,7 @@ class ExpertLinear(nn.Module):
         self.in_features, self.out_features = (rows, columns) if transposed else (columns, rows)
         self.transposed = transposed
         self.adapter: nn.Module | None = None
+        self.swaps_factors = False
         self._like = like
         self._packed: tuple[QuantizedWeight, ...] = ()
         self.register_parameter("weight", None)
@@ -145,6 +148,8 @@ class ExpertLinear(nn.Module):
             offsets: int32 [experts + 1]: the first row of each expert, and the one after the last.
                 Rows after that belong to no expert, and their results are 0.
         """
+        if self.adapter is not None:
+            return self.adapter(x, self, offsets)  # type: ignore[no-any-return]
         return _GroupedProduct.apply(x, self, offsets)  # type: ignore[no-any-return, no-untyped-call]
 
     def _take_records(self, records: Tensor) -> None:

@@ -30,7 +30,8 @@ from halfbyte.config.schema import OF_THE_ADAPTER, TrainConfig
 from halfbyte.errors import ConfigError
 from halfbyte.foreign_text import quote
 from halfbyte.input_files import open_file
-from halfbyte.linear.lora import choose_targets, load_adapter_state
+from halfbyte.linear.lora import load_adapter_state
+from halfbyte.linear.lora_targets import choose_targets
 from halfbyte.train.loading import use_template
 
 if TYPE_CHECKING:
