@@ -127,9 +127,9 @@ class LoadedAdapter(NamedTuple):
 
     def _require_parameters(self, model: nn.Module) -> None:
         """Check that the modules whose parameters the adapter changes are in a model."""
-        targets, modules = self.config.target_parameters, dict(model.named_modules())
+        config, modules = self.config, dict(model.named_modules())
         for name in self.state:
-            paths = parameters_at(_module_of(name), targets)
+            paths = parameters_at(_module_of(name), config.target_modules, config.target_parameters)
             if paths and paths[0].rpartition(".")[0] not in modules:
                 raise CheckpointError(
                     f"the adapter does not fit this model, which does not have {paths[0]}"
@@ -348,8 +348,7 @@ def _read_state(
     state: dict[str, Tensor] = {}
     for module in modules:
         # Of a parameter, the rank of each matrix; how many there are is up to the model.
-        one_matrix = not parameters_at(module, config.target_parameters)
-        rank = config.at(module).r if one_matrix else None
+        rank = config.at(module).r if module in config.target_modules else None
         expected: dict[str, tuple[int | None, ...]] = {
             f"{module}.lora_A.weight": (rank, None),
             f"{module}.lora_B.weight": (None, rank),

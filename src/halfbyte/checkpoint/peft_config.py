@@ -38,18 +38,26 @@ _BEYOND_US: dict[str, tuple[Any, ...]] = {
 }
 
 
-def parameters_at(module: str, targets: Iterable[str]) -> list[str]:
+def parameters_at(
+    module: str, modules: str | Iterable[str], parameters: Iterable[str]
+) -> list[str]:
     """Return the parameters that an adapter's tensors under a module's name can be of.
 
     Args:
         module: The name in the adapter's file; with ``.base_layer`` for each wrapper around it.
-        targets: The ``target_parameters``.
+        modules: The ``target_modules``; if ``module`` is one of them, the answer is none.
+        parameters: The ``target_parameters``. Just the name of a parameter is one of any module.
     """
+    if isinstance(modules, str):
+        if re.fullmatch(modules, module):
+            return []
+    elif any(ends_with(module, name) for name in modules):
+        return []
     while module.endswith(".base_layer"):
         module = module.removesuffix(".base_layer")
-    leaves = dict.fromkeys(target.rpartition(".")[2] for target in targets)
+    leaves = dict.fromkeys(name.rpartition(".")[2] for name in parameters)
     paths = (f"{module}.{leaf}" for leaf in leaves)
-    return [path for path in paths if any(ends_with(path, target) for target in targets)]
+    return [path for path in paths if any(ends_with(path, name) for name in parameters)]
 
 
 def peft_fields(
@@ -63,9 +71,10 @@ def peft_fields(
         removed: Paths of modules that the base model did not have in training.
         base_name: The name of the base model.
     """
-    parameters = config.target_parameters
-    modules = sorted({module for module in modules if not parameters_at(module, parameters)})
-    targets = _peft_targets(config.target_modules, modules, removed)
+    targets, parameters = config.target_modules, config.target_parameters
+    named = () if targets == ALL_LINEAR else targets
+    modules = {module for module in modules if not parameters_at(module, named, parameters)}
+    targets = _peft_targets(targets, sorted(modules), removed)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -186,8 +195,16 @@ def config_of(path: Path, fields: dict[str, Any], modules: Sequence[str]) -> LoR
         CheckpointError: If a number, a name or a pattern is invalid.
     """
     wanted = names_in(path, fields, "target_parameters")
-    of_parameters = [one for module in modules for one in parameters_at(module, wanted)]
-    modules = [module for module in modules if not parameters_at(module, wanted)]
+    named: str | tuple[str, ...] = ()
+    if wanted:
+        text = fields.get("target_modules")
+        named = text if isinstance(text, str) else names_in(path, fields, "target_modules")
+    try:
+        at = {module: parameters_at(module, named, wanted) for module in modules}
+    except re.error as error:
+        raise CheckpointError(f"{path}: target_modules is no expression: {error}") from None
+    of_parameters = [parameter for paths in at.values() for parameter in paths]
+    modules = [module for module, paths in at.items() if not paths]
     try:
         numbers = _Numbers.model_validate(fields)
         config = LoRAConfig(
