@@ -65,7 +65,7 @@ def test_output_and_gradients_are_those_of_transformers(kind: str) -> None:
     for ours in (False, True):
         if ours:
             values = {name: p.detach() for name, p in module.named_parameters()}
-            freeze_experts(module, lambda _: None, torch.float64)  # type: ignore[arg-type]
+            freeze_experts(module, lambda *_: None, torch.float64)  # type: ignore[arg-type]
             for name, child in module.named_children():
                 if name in values:
                     child.weight = nn.Parameter(values[name], requires_grad=False)

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from halfbyte.layers.gated_experts import gated_experts
 from halfbyte.linear.experts import ExpertLinear
-from halfbyte.quant.weight import QuantizedWeight
+from halfbyte.quant import MXFP4Weight, PackedWeight
 
 NAME = "halfbyte"
 """The name of our implementation in transformers' table."""
@@ -76,6 +77,9 @@ def experts_forward(
         top_k_index: Experts of each token, [tokens, k].
         top_k_weights: Their weights, [tokens, k].
     """
+    fused = gated_experts(self, hidden_states, top_k_index, top_k_weights)
+    if fused is not None:
+        return fused
     up = self.gate_up_proj if self.has_gate else self.up_proj
     routing = Routing.of(top_k_index, up.num_experts)
     x = _rows_by_expert(hidden_states, routing)
@@ -161,29 +165,33 @@ def expert_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, bool]]:
 
 
 def freeze_experts(
-    model: PreTrainedModel, like: Callable[[torch.Size], QuantizedWeight | None], dtype: torch.dtype
+    model: PreTrainedModel,
+    like: Callable[[str, tuple[int, int], bool], PackedWeight | None],
+    dtype: torch.dtype,
 ) -> None:
     """Replace the experts' parameters of a model on the meta device by ``ExpertLinear``s.
 
     Args:
         model: The model of transformers; it computes its experts with `experts_forward` afterwards.
-        like: Returns a description of the packed weight of an expert [rows, columns], or None if
-            weights are plain.
+        like: Returns a description of the packed weight of an expert, or None if weights are plain,
+            given the parameter's path, an expert's (rows, columns) in it, and whether it is
+            transposed. A weight in MXFP4 is [out, in] in either case: its blocks are along inputs.
         dtype: dtype of plain weights.
     """
     for path, (parameter, transposed) in expert_parameters(model).items():
         owner, _, name = path.rpartition(".")
         module: Any = model.get_submodule(owner)
         count, rows, columns = parameter.shape
+        # PEFT reads this attribute of transformers' class, and Llama 4's has none.
+        swaps_factors = transposed and not getattr(module, "is_transposed", False)
+        packed = like(path, (rows, columns), transposed)
+        if isinstance(packed, MXFP4Weight):
+            (rows, columns), transposed = packed.shape, False
         del module._parameters[name]
         linear = ExpertLinear(
-            (count, rows, columns),
-            transposed=transposed,
-            like=like(parameter.shape[1:]),
-            dtype=dtype,
+            (count, rows, columns), transposed=transposed, like=packed, dtype=dtype
         )
-        # PEFT reads this attribute of transformers' class, and Llama 4's has none.
-        linear.swaps_factors = transposed and not getattr(module, "is_transposed", False)
+        linear.swaps_factors = swaps_factors
         module.add_module(name, linear)
         if (other := _OTHERS.get(type(module).__name__)) is not None:
             module.forward = MethodType(other[2], module)

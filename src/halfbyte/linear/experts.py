@@ -7,7 +7,8 @@ of bytes, and the records of a layer are one tensor. So a range of experts is a 
 
 ``ExpertLinear`` multiplies rows that are sorted by expert. It decodes a few experts at a time into
 a buffer, so that neither all decoded weights of a layer nor a temporary of their size exists.
-Backward decodes them again and computes no gradient of the weights.
+Backward decodes them again and computes no gradient of the weights. On a GPU, a chunk is one launch
+of triton_experts.py, and the host does not wait for the offsets.
 """
 
 from collections.abc import Iterator
@@ -18,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte.quant.format import dequantize_all
-from halfbyte.quant.weight import QuantizedWeight
+from halfbyte.quant.format import PackedWeight, dequantize_all, gpu_kernels
+from halfbyte.runtime import device as devices
 from halfbyte.runtime.matmul import product
 
 # Bytes of decoded weights at a time.
@@ -60,7 +61,7 @@ class ExpertLinear(nn.Module):
         shape: tuple[int, int, int],
         *,
         transposed: bool,
-        like: QuantizedWeight | None = None,
+        like: PackedWeight | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
@@ -71,7 +72,7 @@ class ExpertLinear(nn.Module):
         self.adapter: nn.Module | None = None
         self.swaps_factors = False
         self._like = like
-        self._packed: tuple[QuantizedWeight, ...] = ()
+        self._packed: tuple[PackedWeight, ...] = ()
         self.register_parameter("weight", None)
         if like is None:
             empty = torch.empty(shape, dtype=dtype, device="meta")
@@ -82,18 +83,34 @@ class ExpertLinear(nn.Module):
             )
 
     @property
-    def packed(self) -> tuple[QuantizedWeight, ...]:
+    def packed(self) -> tuple[PackedWeight, ...]:
         """The packed weight [rows, columns] of each expert; empty if they are plain."""
         return self._packed
 
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        held = self.weight if self.weight is not None else self._buffers["records"]
-        assert held is not None
-        return held.device
+        return self.weight.device if self.weight is not None else self._records.device
 
-    def set_packed(self, expert: int, weight: QuantizedWeight) -> None:
+    @property
+    def _records(self) -> Tensor:
+        """The packed weights, uint8 [experts, bytes]."""
+        records = self._buffers["records"]
+        assert records is not None
+        return records
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of all experts by name, [experts, ...]; views of what is held."""
+        if self.weight is not None:
+            return {"weight": self.weight}
+        assert self._like is not None
+        found, start = dict[str, Tensor](), 0
+        for name, tensor in self._like.tensors().items():
+            found[name] = self._records[:, start : start + tensor.nbytes].view(tensor.dtype)
+            start += _padded(tensor)
+        return found
+
+    def set_packed(self, expert: int, weight: PackedWeight) -> None:
         """Set the packed weight of one expert; its bytes are copied.
 
         The memory of all experts is allocated with the first, on its device.
@@ -106,9 +123,7 @@ class ExpertLinear(nn.Module):
         if came != expected:
             raise ValueError(f"an expert's weight {expected} is expected here, got {came}")
         if self.device != (device := weight.codes.device):
-            empty = self._buffers["records"]
-            assert empty is not None
-            self._take_records(torch.empty_like(empty, device=device))
+            self._take_records(torch.empty_like(self._records, device=device))
         for name, tensor in weight.tensors().items():
             getattr(self._packed[expert], name).copy_(tensor)
 
@@ -130,6 +145,13 @@ class ExpertLinear(nn.Module):
         else:
             out = out.flatten()[: (last - first) * self.matrix[0] * self.matrix[1]]
             out = out.view(last - first, *self.matrix)
+        packed = self._packed[first]
+        if self.device.type == "cuda" and gpu_kernels() is not None:
+            from halfbyte.quant import triton_records
+
+            if triton_records.fits(packed):
+                triton_records.decode_records(packed, self._records.shape[1], out)
+                return out
         dequantize_all(self._packed[first:last], dtype, outs=list(out))
         return out
 
@@ -139,6 +161,17 @@ class ExpertLinear(nn.Module):
         count = self.num_experts if self.weight is not None else max(1, DECODED_BYTES // each)
         for first in range(0, self.num_experts, count):
             yield first, min(first + count, self.num_experts)
+
+    def decoded(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+        """Yield the first expert and the weights of each of `chunks`, decoded into one buffer.
+
+        Weights are valid until the next are decoded.
+        """
+        buffer: Tensor | None = None
+        for first, last in self.chunks(dtype):
+            weights = self.decode(first, last, dtype, buffer)
+            buffer = None if self.weight is not None else (weights if buffer is None else buffer)
+            yield first, weights
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Return the product of each row with the weight of its expert, [rows, out].
@@ -156,13 +189,11 @@ class ExpertLinear(nn.Module):
         """Hold ``records``, and see the tensors of each expert in it."""
         assert self._like is not None
         self.register_buffer("records", records)
+        shapes = {name: tensor.shape for name, tensor in self._like.tensors().items()}
         tensors: list[dict[str, Any]] = [{} for _ in range(len(records))]
-        start = 0
-        for name, tensor in self._like.tensors().items():
-            held = records[:, start : start + tensor.nbytes].view(tensor.dtype)
+        for name, held in self.tensors().items():
             for of_expert, row in zip(tensors, held, strict=True):
-                of_expert[name] = row.view(tensor.shape)
-            start += _padded(tensor)
+                of_expert[name] = row.view(shapes[name])
         self._packed = tuple(replace(self._like, **of_expert) for of_expert in tensors)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ExpertLinear":
@@ -176,7 +207,7 @@ class ExpertLinear(nn.Module):
 
     def _see_records(self) -> None:
         if self._like is not None:
-            self._take_records(self._buffers["records"])  # type: ignore[arg-type]
+            self._take_records(self._records)
 
     def extra_repr(self) -> str:
         """Return the sizes and the kind of the weights, for ``print(model)``."""
@@ -205,15 +236,31 @@ class _GroupedProduct(torch.autograd.Function):
         return dx, None, None
 
 
+def expert_kernels(x: Tensor) -> Any:
+    """Return the Triton kernels of experts (triton_experts.py), or None if they do not fit x."""
+    fit = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    if not fit or gpu_kernels() is None or not devices.spec_of(x.device).has_tensor_cores:
+        return None
+    from halfbyte.linear import triton_experts
+
+    return triton_experts
+
+
 @torch.no_grad()
 def grouped_product(x: Tensor, linear: ExpertLinear, offsets: Tensor, *, backward: bool) -> Tensor:
     """Return x Wᵀ [rows, out] for rows sorted by expert, or dy W [rows, in] if ``backward``.
 
-    This is the specification, in plain PyTorch. It needs the offsets on the host; only experts that
-    have rows are decoded, as far as their chunk is.
+    The version in plain PyTorch is the specification. It needs the offsets on the host; only
+    experts that have rows are decoded, as far as their chunk is.
     """
-    bounds: list[int] = offsets.tolist()
     y = x.new_zeros(len(x), linear.in_features if backward else linear.out_features)
+    if (kernels := expert_kernels(x)) is not None:
+        routing = kernels.routing_of_sorted(offsets, len(x))
+        transposed = linear.transposed == backward
+        for first, weights in linear.decoded(x.dtype):
+            kernels.grouped_product(x, weights, routing, first, y, transposed=transposed)
+        return y
+    bounds: list[int] = offsets.tolist()
     buffer: Tensor | None = None
     for first, last in linear.chunks(x.dtype):
         if bounds[first] == bounds[last]:
@@ -228,12 +275,12 @@ def grouped_product(x: Tensor, linear: ExpertLinear, offsets: Tensor, *, backwar
     return y
 
 
-def _description(weight: QuantizedWeight) -> tuple[Any, ...]:
+def _description(weight: PackedWeight) -> tuple[Any, ...]:
     layout = {name: (t.dtype, tuple(t.shape)) for name, t in weight.tensors().items()}
     return tuple(weight.shape), weight.quant_type, weight.block_size, layout
 
 
-def _record_bytes(weight: QuantizedWeight) -> int:
+def _record_bytes(weight: PackedWeight) -> int:
     return sum(map(_padded, weight.tensors().values()))
 
 
