@@ -35,6 +35,7 @@ from halfbyte.checkpoint.safetensors_file import SHARD_BYTES, Planned, write_mod
 from halfbyte.checkpoint.source import DECODED_FROM, BaseSource, Parameter
 from halfbyte.data import end_of_turn
 from halfbyte.errors import CheckpointError
+from halfbyte.linear.expert_lora import ExpertLoRA
 from halfbyte.linear.experts import expert_linears
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.lora import delta
@@ -189,7 +190,7 @@ class Merged(BaseSource):
         if name in self._mxfp4:
             return self._base.tensor(name)
         if name in self._experts:
-            return self._decoded_experts(name)
+            return self._merged_experts(name)
         linear = self._linears.get(name)
         if linear is None:
             value = self._base.tensor(name) if name in self._unloaded else self._held(name)
@@ -215,14 +216,27 @@ class Merged(BaseSource):
         )
         return dataclasses.replace(packed, dtype=self.dtype)
 
-    def _decoded_experts(self, name: str) -> Tensor:
-        """Return the weights of experts as transformers' parameter."""
+    def _merged_experts(self, name: str) -> Tensor:
+        """Return the weights of experts as transformers' parameter; sums are in float32."""
         experts = self._experts[name]
-        if self.into == "original":
-            return dense(self._base.tensor(name)).to(self.dtype)
-        decoded = experts.decode(0, experts.num_experts, self.dtype)
+        adapter = experts.adapter
+        original = dense(self._base.tensor(name)) if self.into == "original" else None
+        if not isinstance(adapter, ExpertLoRA):
+            if original is not None:
+                return original.to(self.dtype)
+            merged = experts.decode(0, experts.num_experts, self.dtype)
+        else:
+            shape = experts.num_experts, *experts.matrix
+            merged = torch.empty(shape, dtype=self.dtype, device=experts.device)
+            for expert, weight in enumerate(merged):
+                change = adapter.delta(expert)
+                if original is not None:
+                    weight.copy_(change.add_(original[expert].to(change.device)))
+                else:
+                    (held,) = experts.decode(expert, expert + 1, torch.float32)
+                    weight.copy_(change.add_(held))
         mxfp4 = any(isinstance(weight, MXFP4Weight) for weight in experts.packed)
-        return decoded.mT.contiguous() if mxfp4 else decoded
+        return merged.mT.contiguous() if mxfp4 else merged
 
     def tensors(  # noqa: D102
         self, device: torch.device | str = "cpu"

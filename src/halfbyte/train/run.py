@@ -237,9 +237,9 @@ class _Run:
         """Attach the adapters, and choose the engine and the trainer."""
         config, report, model = self.config, self.report, self.base.model
         adapted = attach(model, self.lora, seed=config.seed)
-        self.lora = in_peft_terms(model, self.lora, adapted)
         self.parameters = adapter_parameters(model)
-        report.note(metadata.trained_in_words(self.parameters, len(adapted)))
+        report.note(metadata.trained_in_words(self.parameters, adapted, model, self.lora))
+        self.lora = in_peft_terms(model, self.lora, adapted)
         if config.init_lora_weights == "qera" and self.resumed is None:
             with report.task("initialising adapters (QERA)") as progress:
                 back = begin_with_error(self.base, self.source, progress=progress)
