@@ -235,13 +235,13 @@ def _without_updates(model: PreTrainedModel, candidate: BaseSource | None) -> It
     scalings, values = [], []
     for path, adapter in parameter_adapters(model).items():
         scalings.append((adapter, adapter.scaling))
-        adapter.scaling = 0.0
         owner, _, leaf = path.rpartition(".")
         lists: Any = getattr(model.get_submodule(owner), "parametrizations", {})
         if candidate is not None and leaf in lists:
             held: Tensor = lists[leaf].original
             values.append((held, held.data))
-            held.data = _dense(candidate, path).to(held)
+            held.data = _dense(candidate, path).to(held)  # computed with the update
+        adapter.scaling = 0.0
     try:
         yield
     finally:
