@@ -25,6 +25,8 @@ from halfbyte.linear.lora import (
     parameter_adapters,
 )
 from halfbyte.models.build import BaseRecipe
+from halfbyte.plan.ledger import Run, ledger
+from halfbyte.plan.model_shape import shape_of
 from tests.checkpoint.families import tiny_model
 from tests.tiny import tiny_tokenizer, write_tiny_model
 
@@ -261,3 +263,15 @@ def test_what_cannot_be_a_target_is_told(
     model = base_of(directories("qwen3_moe")).model
     with pytest.raises(ConfigError, match=message):
         attach(model, LoRAConfig(**changes), seed=0)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_the_plan_counts_what_is_trained(family: str, directories: Any) -> None:
+    wanted = ("experts", _ROUTERS[family])
+    model = base_of(directories(family)).model
+    attach(model, LoRAConfig(r=3, target_parameters=wanted), seed=0)
+    trained = sum(parameter.numel() for parameter in adapter_parameters(model).values())
+    shape = shape_of(open_base(directories(family)).skeleton, family)
+    lines = ledger(shape, Run(rank=3, parameters=wanted)).lines
+    [nbytes] = [line.nbytes for line in lines if line.name == "their gradients, float32"]
+    assert nbytes == 4 * trained

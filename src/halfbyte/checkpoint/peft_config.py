@@ -74,7 +74,7 @@ def peft_fields(
     targets, parameters = config.target_modules, config.target_parameters
     named = () if targets == ALL_LINEAR else targets
     modules = {module for module in modules if not parameters_at(module, named, parameters)}
-    targets = _peft_targets(targets, sorted(modules), removed)
+    found = _peft_targets(targets, sorted(modules), removed)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -83,7 +83,7 @@ def peft_fields(
         "lora_alpha": _number(config.alpha),
         "lora_dropout": config.dropout,
         "use_rslora": config.use_rslora,
-        "target_modules": targets,
+        "target_modules": found,
         "target_parameters": list(parameters) or None,
         "bias": "none",
         "fan_in_fan_out": False,
