@@ -265,6 +265,28 @@ def test_what_cannot_be_a_target_is_told(
         attach(model, LoRAConfig(**changes), seed=0)
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_a_router_is_trained_in_full(family: str, directories: Any, tmp_path: Path) -> None:
+    base = base_of(directories(family))
+    config = LoRAConfig(r=2, modules_to_save=(_ROUTERS[family].removesuffix(".weight"),))
+    in_peft = filled(base.model, config)
+    save_adapter(tmp_path, adapter_state(base.model), in_peft, base={"name": "x"}, recipe={})
+    plain = AutoModelForCausalLM.from_pretrained(directories(family), dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path).eval()
+    logits = loss_of(base.model)[0]
+    torch.testing.assert_close(loss_of(theirs)[0], logits, rtol=1e-5, atol=1e-5)
+    attach(base.model, LoRAConfig(), seed=0)
+    load_adapter(tmp_path).put_on(base.model)
+    assert torch.equal(loss_of(base.model)[0], logits)
+
+
+def test_a_router_with_a_buffer_is_not_trained_in_full(directories: Any) -> None:
+    """PEFT's copy of the module has DeepSeek's bias of experts, which gradients do not train."""
+    model = base_of(directories("deepseek_v3")).model
+    with pytest.raises(ConfigError, match="PEFT expects its buffers in the adapter; give it one"):
+        attach(model, LoRAConfig(modules_to_save=("mlp.gate",)), seed=0)
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
 def test_the_plan_counts_what_is_trained(family: str, directories: Any) -> None:
     wanted = ("experts", _ROUTERS[family])

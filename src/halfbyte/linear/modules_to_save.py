@@ -67,6 +67,7 @@ def modules_to_save(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module]
         if not isinstance(module, FrozenLinear | ExpertLinear)
         and any(True for _ in module.parameters(recurse=False))
         and not any(True for _ in module.children())
+        and not _stored_buffers(module)
     }
     chosen = {path: module for path, module in modules.items() if path.endswith(names)}
     # PEFT would make copies of these as well, which the adapter does not hold.
@@ -81,6 +82,8 @@ def modules_to_save(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module]
             why = "it is made of other modules, or has no parameters"
             if type(module) is FrozenLinear:
                 why = "its weight is frozen; give it an adapter (target_modules)"
+            elif _stored_buffers(module):
+                why = "PEFT expects its buffers in the adapter; give it one (target_parameters)"
             elif isinstance(module, ExpertLinear):
                 why = "its weights are frozen; give them adapters (target_parameters)"
             elif isinstance(module, FrozenLinear):
@@ -93,3 +96,10 @@ def modules_to_save(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module]
             f"{kinds}"
         )
     return list(chosen.values())
+
+
+def _stored_buffers(module: nn.Module) -> set[str]:
+    """Return the buffers of a module of transformers that are in checkpoints."""
+    if isinstance(module, FrozenLinear | ExpertLinear):
+        return set()
+    return module._buffers.keys() - module._non_persistent_buffers_set
