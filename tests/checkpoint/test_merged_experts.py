@@ -67,9 +67,10 @@ def test_what_is_merged_is_what_peft_merges(family: str, tmp_path: Path) -> None
     theirs = PeftModel.from_pretrained(plain, adapter_dir).merge_and_unload().state_dict()
 
     candidate = Merged(open_base(directory), base.model, "decoded", torch.float32)
-    for name, value in candidate.tensors():
+    for parameter in candidate.parameters:
+        value = candidate.tensor(parameter.name)
         assert isinstance(value, torch.Tensor)
-        torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(value, theirs[parameter.name], rtol=1e-5, atol=1e-6)
 
     # Measured against the live adapter it is the same; the base is not, nor has it changed.
     examples = [Example(ids, ids >= 0, 1) for ids in IDS.int().numpy()]

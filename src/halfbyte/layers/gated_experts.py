@@ -12,7 +12,7 @@ everywhere else.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import product
+from itertools import chain, product
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -41,6 +41,12 @@ class _Experts(NamedTuple):
     glu: Glu
 
 
+# Classes of layers, run by their own forward, that only add what their experts return to the
+# output: no gradient depends on its values (tests/layers/test_gated_experts.py).
+_LAST_IN = {
+    *("GptOssDecoderLayer", "OlmoeDecoderLayer", "DeepseekV3DecoderLayer", "Glm4MoeDecoderLayer"),
+}
+
 _activations: WeakKeyDictionary[nn.Module, Glu | None] = WeakKeyDictionary()
 _read = True
 
@@ -57,6 +63,11 @@ def outputs_unread() -> Iterator[None]:
         yield
     finally:
         _read = before
+
+
+def ends_with_experts(layer: nn.Module) -> bool:
+    """Return whether `outputs_unread` may be used for the recomputation of a layer."""
+    return type(layer).__name__ in _LAST_IN
 
 
 def gated_experts(module: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:
@@ -95,15 +106,24 @@ def glu_of(module: Any) -> Glu | None:
     that have the module's constants.
     """
     if module not in _activations:
-        numbers = torch.linspace(-20.0, 20.0, 82, dtype=torch.float64, device="cpu")
-        h = torch.stack([numbers, numbers.roll(29)])
-        result = module._apply_gate(h)
-        limits = (None, *_numbers(module, "limit", "swiglu_limit"))
-        slopes = (1.0, *_numbers(module, "alpha"))
-        candidates = (Glu(*one) for one in product((False, True), limits, slopes, (0.0, 1.0)))
-        same = (one for one in candidates if torch.allclose(one(h), result, rtol=1e-9, atol=0.0))
-        _activations[module] = next(same, None)
+        _activations[module] = _recognised(module)
     return _activations[module]
+
+
+def _recognised(module: Any) -> Glu | None:
+    act = getattr(module, "act_fn", None)
+    if isinstance(act, nn.Module) and any(True for _ in chain(act.parameters(), act.buffers())):
+        return None  # it depends on more than h
+    limits, slopes = _numbers(module, "limit", "swiglu_limit"), _numbers(module, "alpha")
+    farthest = 2 * max(10.0, *limits, 0.0)  # beyond every limit
+    numbers = torch.linspace(-farthest, farthest, 82, dtype=torch.float64, device="cpu")
+    h = torch.stack([numbers, numbers.roll(29)])
+    result = module._apply_gate(h)
+    constants = product((False, True), (None, *limits), (1.0, *slopes), (0.0, 1.0))
+    for glu in (Glu(*one) for one in constants):
+        if torch.allclose(glu(h), result, rtol=1e-9, atol=0.0):
+            return glu
+    return None
 
 
 def _numbers(module: Any, *names: str) -> list[float]:
@@ -127,6 +147,7 @@ class _GatedExperts(torch.autograd.Function):
         flags = {"transposed": not up.transposed, "gather": True, "bias": up_bias, "glu": glu}
         for first, weight in up.decoded(x.dtype):
             kernels.grouped_product(x, weight, routing, first, inner, **flags)
+            del weight  # its memory is freed before that for the next linear is allocated
         slots = x.new_empty(index.numel(), down.out_features)
         flags = {"transposed": not down.transposed, "scatter": True, "bias": down_bias}
         for first, weight in down.decoded(x.dtype):
@@ -145,6 +166,7 @@ class _GatedExperts(torch.autograd.Function):
             kernels.grouped_product(
                 dy, weight, routing, first, d_inner, transposed=down.transposed, gather=True
             )
+            del weight
         h = x.new_empty(index.numel(), up.out_features)
         d_weights = torch.zeros(index.shape, dtype=torch.float32, device=x.device)
         if ctx.needs_input_grad[0]:

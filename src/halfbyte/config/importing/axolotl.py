@@ -122,7 +122,7 @@ RULES: dict[str, Rule] = {
     "model_quantization_config": _OTHER_BITS,
     "model_quantization_config_kwargs": _OTHER_BITS,
     "bnb_config_kwargs": Rule("double_quant", lambda v: v.get("bnb_4bit_use_double_quant")),
-    "quantize_moe_experts": unneeded("experts are quantised like other linear layers"),
+    "quantize_moe_experts": unneeded("experts are packed as linear layers are"),
     "lora_target_parameters": to("target_parameters"),
     "experts_implementation": _KERNELS,
     "use_scattermoe": _KERNELS,
