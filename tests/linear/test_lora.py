@@ -14,19 +14,17 @@ from transformers import GPT2Config
 from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.lora import (
-    ALL_LINEAR,
     LoRAConfig,
     adapter_parameters,
     adapter_state,
     adapters,
-    at_end,
     attach,
     delta,
     detach,
     dropout_clock,
-    exact_targets,
     load_adapter_state,
 )
+from halfbyte.linear.lora_targets import ALL_LINEAR, at_end, exact_targets
 from halfbyte.models.build import BaseRecipe, build
 from halfbyte.quant import quantize
 

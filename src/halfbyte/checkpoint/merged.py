@@ -43,6 +43,7 @@ from halfbyte.checkpoint.source import DECODED_FROM, BaseSource, ExpertSlice, Pa
 from halfbyte.data import end_of_turn
 from halfbyte.errors import CheckpointError
 from halfbyte.layers.multimodal import build_whole
+from halfbyte.linear.expert_lora import ExpertLoRA
 from halfbyte.linear.experts import expert_linears
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.lora import delta
@@ -250,13 +251,19 @@ class Merged(BaseSource):
             CheckpointError: If a file of the base ends early.
         """
         linear = self._experts[name]
+        adapter = linear.adapter
         original = self._base.matrices(name) if self.into == "original" else None
         for expert in range(linear.num_experts):
             if original is not None:
                 weight = next(original)
                 assert isinstance(weight, Tensor)
+                weight = weight.to(linear.device)
+                if isinstance(adapter, ExpertLoRA):
+                    weight = adapter.delta(expert).add_(weight)
             else:
                 weight = linear.decode(expert, expert + 1, torch.float32)[0]
+                if isinstance(adapter, ExpertLoRA):
+                    weight = adapter.delta(expert).add_(weight)
                 if linear.packed and isinstance(linear.packed[expert], MXFP4Weight):
                     weight = weight.t()  # see mxfp4_keys.py
             yield weight.to(linear.device, self.dtype).contiguous()

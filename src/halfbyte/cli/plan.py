@@ -50,6 +50,9 @@ class PlanOptions(Options):
     target_modules: Annotated[tuple[str, ...], BeforeValidator(parse_names)] = Field(
         ("all-linear",), description="linear layers with an adapter: all-linear, or q_proj,v_proj …"
     )
+    target_parameters: Annotated[tuple[str, ...], BeforeValidator(parse_names)] = Field(
+        (), description="parameters with an adapter too, such as experts"
+    )
     optim: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = Field(
         "adamw", description="optimizer"
     )
@@ -127,6 +130,7 @@ def forecast(options: PlanOptions) -> Forecast:
         checkpoint_width=card.checkpoint_width,
         gpu=card.gpu,
         embedding_on_host=True,
+        parameters=options.target_parameters,
     )
     found = ways(shape, run, card, memory)
     return Forecast(shape, card, memory, run, found, advice(found, memory), notes)
@@ -203,7 +207,9 @@ def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Hol
             return replace(shape, weights=weights), replace(holding, experts="mxfp4"), None
         return shape, holding, None
 
-    adapters = LoRAConfig(target_modules=_targets(options))
+    adapters = LoRAConfig(
+        target_modules=_targets(options), target_parameters=options.target_parameters
+    )
     if options.shape is not None:
         return of_config(config_of(options.shape), options.shape)
     assert options.model is not None

@@ -59,8 +59,8 @@ from halfbyte.linear.lora import (
     adapters,
     dropout_clock,
     frozen_linears,
-    trained_whole,
 )
+from halfbyte.linear.modules_to_save import trained_whole
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.quant import QuantizedWeight
 from halfbyte.runtime.device import is_out_of_memory

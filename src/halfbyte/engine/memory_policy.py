@@ -31,7 +31,7 @@ from halfbyte.linear.experts import (
     LEAST_DECODED_BYTES,
     expert_linears,
 )
-from halfbyte.linear.lora import trained_whole
+from halfbyte.linear.modules_to_save import trained_whole
 from halfbyte.plan.ledger import (
     FRAGMENTATION,
     OVERHEAD,

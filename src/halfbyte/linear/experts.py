@@ -52,9 +52,11 @@ class ExpertLinear(nn.Module):
         in_features: Size of the last dimension of the input.
         out_features: Size of the last dimension of the output.
         transposed: As given.
-        adapter: None, or the adapter of the experts.
+        adapter: None, or the adapter of the experts (expert_lora.py).
         decoded_bytes: Bytes of weights that are decoded at a time, by default `DECODED_BYTES`. It
             changes no result.
+        swaps_factors: Whether PEFT takes rows for outputs though they are inputs, so that its B has
+            the inputs.
     """
 
     weight: Tensor | None
@@ -74,6 +76,7 @@ class ExpertLinear(nn.Module):
         self.in_features, self.out_features = (rows, columns) if transposed else (columns, rows)
         self.transposed = transposed
         self.adapter: nn.Module | None = None
+        self.swaps_factors = False
         self._like = like
         self._packed: tuple[PackedWeight, ...] = ()
         self.register_parameter("weight", None)
@@ -196,6 +199,8 @@ class ExpertLinear(nn.Module):
             offsets: int32 [experts + 1]: the first row of each expert, and the one after the last.
                 Rows after that belong to no expert, and their results are 0.
         """
+        if self.adapter is not None:
+            return self.adapter(x, self, offsets)  # type: ignore[no-any-return]
         return _GroupedProduct.apply(x, self, offsets)  # type: ignore[no-any-return, no-untyped-call]
 
     def _take_records(self, records: Tensor) -> None:
