@@ -23,16 +23,21 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 
 from halfbyte.checkpoint.bitsandbytes_keys import decode_keys, packed_weights
 from halfbyte.checkpoint.content_parts import taking_text
 from halfbyte.checkpoint.conversion import Conversion, empty_like, settle_keys
+from halfbyte.checkpoint.quantized_sources import (
+    DecodedFile,
+    open_quantized,
+    require_supported,
+)
 from halfbyte.checkpoint.reading import read_into, read_json
 from halfbyte.checkpoint.safetensors_file import INDEX_NAME, Entry, SafetensorsFile
 from halfbyte.checkpoint.source import BaseSource, Parameter, foreign_reader, skeleton_of
 from halfbyte.checkpoint.staging import Request, read_to_device
 from halfbyte.errors import CheckpointError
-from halfbyte.foreign_text import quote
 from halfbyte.layers.multimodal import remove_encoders
 from halfbyte.models.build import BaseRecipe
 from halfbyte.quant import QuantizedWeight
@@ -66,8 +71,11 @@ class DirectorySource(BaseSource):
     def __init__(self, directory: Path, name: str) -> None:
         self.name, self._directory = name, directory
         require_files(directory)
-        self.config = read_config(directory)
-        self._shards, self._homes = _open_shards(directory)
+        self.config, packing = _read_config(directory)
+        self._shards, files = _open_shards(directory)
+        self._homes, self.decoded_from = open_quantized(
+            directory, packing, files, self.config.dtype
+        )
         self.skeleton = skeleton_of(self.config, name, len(self._homes))
         self._expected = self.skeleton.state_dict()
         self._packed = packed_weights(self._homes)
@@ -90,6 +98,7 @@ class DirectorySource(BaseSource):
     def _parameter(self, name: str) -> Parameter:
         stored, expected = self._stored[name], self._expected[name]
         shape, packed = tuple(expected.shape), stored in self._packed
+        decoded = self._is_decoded(stored)
         if isinstance(stored, Conversion):
             where, came = stored.keys[0][0], stored.outputs[name]
             home, came_shape, dtype = self._homes[where].path, tuple(came.shape), came.dtype
@@ -103,13 +112,24 @@ class DirectorySource(BaseSource):
                 f"{home}: {where} has shape {list(came_shape)}, the configuration "
                 f"requires {list(shape)}; is config.json of another model?"
             )
-        if not packed and dtype.is_floating_point != expected.is_floating_point():
+        if decoded and isinstance(self.skeleton.get_submodule(name.rpartition(".")[0]), Conv1D):
+            raise CheckpointError(
+                f"{home}: {where} is quantised, and of a layer whose weights are transposed; that "
+                "is not supported. Use the model it was made from"
+            )
+        kinds_differ = dtype.is_floating_point != expected.is_floating_point()
+        if not packed and (kinds_differ or (dtype.is_floating_point and dtype.itemsize == 1)):
             raise CheckpointError(
                 f"{home}: {where} is {dtype}, expected are "
                 f"{'floating' if expected.is_floating_point() else 'whole'} numbers; is it "
                 "quantised in a way that config.json does not mention?"
             )
-        return Parameter(name, shape, dtype, nbytes, packed)
+        return Parameter(name, shape, dtype, nbytes, packed, decoded)
+
+    def _is_decoded(self, stored: str | Conversion) -> bool:
+        """Return whether a key, or one that a conversion needs, is decoded when it is read."""
+        keys = [stored] if isinstance(stored, str) else [key for key, _ in stored.keys]
+        return any(isinstance(self._homes[key], DecodedFile) for key in keys)
 
     def _settle(self, keys: list[str]) -> dict[str, str | Conversion]:
         """Return, for each parameter of the model, its key in the files, or how it is made.
@@ -182,6 +202,8 @@ class DirectorySource(BaseSource):
         return set(tied)
 
     def _equal(self, one: str, other: str) -> bool:
+        if self._is_decoded(one) or self._is_decoded(other):
+            return False
         a, b = self._entry(one), self._entry(other)
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             return False
@@ -197,11 +219,12 @@ class DirectorySource(BaseSource):
     def _files(self) -> Iterable[tuple[Path, int, int]]:
         return [(shard.path, shard.size, shard.data_start) for shard in self._shards]
 
-    def _read(self, key: str) -> Tensor | QuantizedWeight:
+    def _read(self, key: str, device: torch.device | str = "cpu") -> Tensor | QuantizedWeight:
         if key in self._packed:
             members = {member: self._homes[member].read(member) for member in self._packed[key]}
             return decode_keys(key, members)
-        return self._homes[key].read(key)
+        home = self._homes[key]
+        return home.read(key, device) if isinstance(home, DecodedFile) else home.read(key)
 
     def _request(self, key: str) -> Request:
         entry = self._entry(key)
@@ -216,13 +239,13 @@ class DirectorySource(BaseSource):
         if device.type != "cpu":
             # A packed weight is a quarter of the bytes, and its JSON and tables are needed here.
             plain = (key for key in stored_of.values() if isinstance(key, str))
-            staged = [key for key in plain if key not in self._packed]
+            staged = [k for k in plain if k not in self._packed and not self._is_decoded(k)]
         ahead = set(staged)
         made: dict[str, Tensor] = {}
         with contextlib.closing(read_to_device(list(map(self._request, staged)), device)) as stream:
             for name, stored in stored_of.items():
                 if isinstance(stored, str):
-                    yield name, next(stream) if stored in ahead else self._read(stored)
+                    yield name, next(stream) if stored in ahead else self._read(stored, device)
                     continue
                 if name not in made:
                     made = self._convert(stored)
@@ -335,11 +358,16 @@ def _take_template(tokenizer: PreTrainedTokenizerBase, directory: Path, name: st
 
 
 def read_config(directory: Path) -> PretrainedConfig:
-    """Return the configuration, its ``quantization_config`` checked and taken off.
+    """Return the configuration without ``quantization_config``, which is checked.
 
     Raises:
         CheckpointError: There is none, or it is not that of a model that can be loaded.
     """
+    return _read_config(directory)[0]
+
+
+def _read_config(directory: Path) -> tuple[PretrainedConfig, dict[str, Any] | None]:
+    """Return the configuration, and its ``quantization_config``, which is taken off."""
     if not (directory / "config.json").exists():
         if (directory / "adapter_config.json").exists():
             raise CheckpointError(
@@ -351,14 +379,9 @@ def read_config(directory: Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     packing = getattr(config, "quantization_config", None)
     if packing is not None:
-        if not isinstance(packing, dict) or not packing.get("load_in_4bit"):
-            method = packing.get("quant_method") if isinstance(packing, dict) else packing
-            raise CheckpointError(
-                f"{directory} is quantised by {quote(method)}; of quantised models only "
-                "bitsandbytes' 4-bit ones are supported. Use the model it was made from"
-            )
+        require_supported(directory, packing)
         del config.quantization_config
-    return config
+    return config, packing
 
 
 def write_description(

@@ -47,6 +47,7 @@ class Parameter(NamedTuple):
         dtype: Its dtype; for a packed weight, the one it was packed from.
         nbytes: Its bytes in the files.
         packed: Whether it is a ``QuantizedWeight``.
+        decoded: Whether the files hold it quantised in another way, and it is decoded when read.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Parameter(NamedTuple):
     dtype: torch.dtype
     nbytes: int
     packed: bool
+    decoded: bool = False
 
 
 class BaseSource(ABC):
@@ -68,6 +70,7 @@ class BaseSource(ABC):
             them, to write them as they are.
         dtype: The dtype of a 16-bit copy of its matrices.
         chat_template: Used instead of the tokenizer's own, if set.
+        decoded_from: How the files are quantised, if weights are decoded when they are read.
     """
 
     name: str
@@ -77,6 +80,7 @@ class BaseSource(ABC):
     encoders: tuple[Parameter, ...] = ()
     dtype: torch.dtype
     chat_template: str | None = None
+    decoded_from: str | None = None
 
     @property
     def total_bytes(self) -> int:
