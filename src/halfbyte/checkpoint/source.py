@@ -24,9 +24,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from halfbyte.checkpoint.quantized_sources.cost import SAMPLES, packing_error
 from halfbyte.checkpoint.reading import read_into
 from halfbyte.errors import CheckpointError
 from halfbyte.layers.multimodal import build_whole, unknown_class, why_unsupported
+from halfbyte.layers.targets import linears_to_freeze
 from halfbyte.models.build import BaseRecipe
 from halfbyte.quant import QuantizedWeight
 
@@ -221,11 +223,14 @@ def foreign_reader(trouble: str) -> Iterator[None]:
 
 
 def warn_of_packing_again(source: BaseSource, recipe: BaseRecipe) -> None:
-    """Warn if weights that were decoded from 4 bits and then changed are to be packed.
+    """Warn if weights that were decoded from another quantisation are to be packed, or held so.
 
-    The update of an adapter is mostly less than half the distance between two levels: packing
-    rounds it away, and with it the effect of training.
+    Where they were decoded from 4 bits and then changed by an adapter, its update is mostly less
+    than half the distance between two levels: packing rounds it away, and with it the effect of
+    training.
     """
+    if source.decoded_from is not None and not recipe.quant_search:
+        logger.warning("%s", _cost_of_decoding(source, source.decoded_from, recipe))
     was = getattr(source.config, DECODED_FROM, None)
     packed = any(parameter.packed for parameter in source.parameters)
     # A search first loads the model without searching, which warns.
@@ -238,6 +243,28 @@ def warn_of_packing_again(source: BaseSource, recipe: BaseRecipe) -> None:
         source.name,
         was,
         recipe.quant,
+    )
+
+
+def _cost_of_decoding(source: BaseSource, method: str, recipe: BaseRecipe) -> str:
+    """Return a sentence on a model whose files are quantised in another way than ours."""
+    if recipe.quant == "none":
+        return (
+            f"{source.name} is quantised: {method}. It is decoded and held in 16 or 32 bits; what "
+            "is trained on that are the weights of the files, up to their rounding"
+        )
+    head, frozen = source.skeleton.get_output_embeddings(), linears_to_freeze(source.skeleton)
+    linears = {f"{path}.weight" for path, linear in frozen.items() if linear is not head}
+    names = [p.name for p in source.parameters if p.decoded and p.name in linears]
+    message = f"{source.name} is quantised: {method}. It is decoded and packed in {recipe.quant}"
+    if names:
+        error = packing_error(names, source.tensor, recipe)
+        message += (
+            f", which adds an error of {100 * error:.1f} % (of the norm of {SAMPLES} weights)"
+        )
+    return (
+        f"{message}: an adapter trained on it has a base that is not exactly the model in the "
+        "files. Training with --quant none is on their weights, in 16 bits"
     )
 
 

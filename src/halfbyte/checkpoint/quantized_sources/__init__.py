@@ -85,7 +85,8 @@ def require_supported(directory: Path, packing: Any) -> None:
         CheckpointError: If it does not.
     """
     method = packing.get("quant_method", "bitsandbytes") if isinstance(packing, dict) else packing
-    if not isinstance(packing, dict) or method not in _METHODS:
+    known = isinstance(method, str) and method in _METHODS
+    if not isinstance(packing, dict) or not known:
         raise CheckpointError(
             f"{directory} is quantised by {quote(method)}; supported are {', '.join(_METHODS)}. "
             "Use the model it was made from"

@@ -106,9 +106,9 @@ def dequantize_blocks(
                 value = value - _spread(zeros[own].float(), columns, block[1])
             elif zeros is not None:
                 value = value - zeros
-            value = value.mul_(_spread(scales[index, own].float(), columns, block[1]))
+            value = value * _spread(scales[index, own].float(), columns, block[1])
             if offsets is not None:
-                value = value.add_(_spread(offsets[own].float(), columns, block[1]))
+                value = value + _spread(offsets[own].float(), columns, block[1])
             results[index, start : start + step] = value
     return out
 

@@ -2,15 +2,15 @@
 
 A linear of shape [out, in], in groups of g along in, is
 
-    gemm        qweight       int32 [in, out / 8]        packed along out, in the order below
-                qzeros        int32 [in / g, out / 8]    likewise
-                scales        float16 [in / g, out]
-    gemv        qweight       int32 [out, in / 8]        packed along in, in order
-                qzeros        int32 [out, Z]             likewise along groups, padded
-                scales        float16 [out, 8Z]          padded
-    gemv_fast   qweight       int16 [out / 4, in]        below
-                scaled_zeros  float16 [8Z, out]          minus scale times zero point, padded
-                scales        float16 [8Z, out]          padded
+    gemm        qweight  int32 [in, out / 8]        packed along out, in the order below
+                qzeros   int32 [in / g, out / 8]    likewise
+                scales   float16 [in / g, out]
+    gemv        qweight  int32 [out, in / 8]        packed along in, in order
+                qzeros   int32 [out, Z]             likewise along groups, padded
+                scales   float16 [out, 8Z]          padded
+    gemv_fast   qweight  int16 [out / 4, in]        below
+                qzeros   float16 [8Z, out]          minus scale times zero point, padded
+                scales   float16 [8Z, out]          padded
 
 and W = scale · (code - zero). gemm packs outputs 0 2 4 6 1 3 5 7 of eight into a word, the low bits
 first. Z is the number of groups over 8, rounded up and then, for groups of 64 and 32, to a multiple
@@ -89,12 +89,12 @@ def _kept(headers: Headers, key: str, shape: tuple[int, ...], dtype: torch.dtype
     return dtype if own == torch.float32 else own
 
 
-def _members(prefix: str, zeros: str) -> tuple[str, ...]:
-    return (f"{prefix}.qweight", f"{prefix}.{zeros}", f"{prefix}.scales")
+def _members(prefix: str) -> tuple[str, ...]:
+    return (f"{prefix}.qweight", f"{prefix}.qzeros", f"{prefix}.scales")
 
 
 def _gemm(headers: Headers, prefix: str, group_size: int, dtype: torch.dtype) -> StoredWeight:
-    codes, zeros, scales = members = _members(prefix, "qzeros")
+    codes, zeros, scales = members = _members(prefix)
     inputs, words = headers.matrix(codes, torch.int32)
     size = _group_size(headers, prefix, inputs, group_size)
     headers.expect(zeros, torch.int32, (inputs // size, words))
@@ -115,7 +115,7 @@ def _in_order(codes: Tensor) -> Tensor:
 
 
 def _gemv(headers: Headers, prefix: str, group_size: int, dtype: torch.dtype) -> StoredWeight:
-    codes, zeros, scales = members = _members(prefix, "qzeros")
+    codes, zeros, scales = members = _members(prefix)
     outputs, words = headers.matrix(codes, torch.int32)
     inputs = 8 * words
     size = _group_size(headers, prefix, inputs, group_size)
@@ -141,7 +141,7 @@ def _decode_gemv(
 
 
 def _gemv_fast(headers: Headers, prefix: str, group_size: int, dtype: torch.dtype) -> StoredWeight:
-    codes, zeros, scales = members = _members(prefix, "scaled_zeros")
+    codes, zeros, scales = members = _members(prefix)
     rows, inputs = headers.matrix(codes, torch.int16)
     size = _group_size(headers, prefix, inputs, group_size)
     if inputs % 64:
