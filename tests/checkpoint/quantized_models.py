@@ -154,6 +154,39 @@ def int8(g: torch.Generator, rows: int, columns: int) -> Quantized:
     return Quantized(tensors, codes * (scales / 127)[:, None])
 
 
+def hqq(
+    g: torch.Generator,
+    rows: int,
+    columns: int,
+    *,
+    bits: int = 4,
+    axis: int = 1,
+    group_size: int = 32,
+) -> Quantized:
+    """A linear as HQQ saves it, its codes packed one by one."""
+    count = rows * columns // group_size
+    height, width = (count, group_size) if axis == 1 else (group_size, count)
+    codes = _numbers(g, (height, width), bits)
+    of_groups = (height, 1) if axis == 1 else (1, width)
+    scales, zeros = _scales(g, *of_groups), (2**bits * torch.rand(of_groups, generator=g)).half()
+    each = 10 if bits == 3 else 8 // bits
+    words = torch.zeros(-(-height // each), width, dtype=torch.int64)
+    for i in range(height):
+        words[i % len(words)] += codes[i] << (bits * (each - 1 - i // len(words)))
+    tensors = {
+        "W_q": words.to(torch.int32 if bits == 3 else torch.uint8),
+        "scale": scales,
+        "zero": zeros,
+        "shape": torch.tensor([rows, columns]),
+        "nbits": torch.tensor(bits, dtype=torch.int32),
+        "axis": torch.tensor(axis, dtype=torch.int32),
+        "group_size": torch.tensor(group_size, dtype=torch.int32),
+        "packing": torch.tensor(list(b"4bit_u8"), dtype=torch.uint8),
+    }
+    weight = ((codes - zeros.float()) * scales.float()).view(rows, columns)
+    return Quantized(tensors, weight)
+
+
 def pack_quantized(
     g: torch.Generator,
     rows: int,

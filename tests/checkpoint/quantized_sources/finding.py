@@ -21,7 +21,9 @@ def find(
 ) -> Found:
     """Returns what a format finds in a model of these tensors."""
     entries = {k: Entry(k, t.dtype, tuple(t.shape), 0, t.nbytes) for k, t in tensors.items()}
-    return method(Options(Path("model"), packing), Headers(Path("model"), entries), dtype)
+    return method(
+        Options(Path("model"), packing), Headers(Path("model"), entries, tensors.__getitem__), dtype
+    )
 
 
 def decode(

@@ -36,6 +36,7 @@ from tests.checkpoint.quantized_models import (
     change_config,
     fp8,
     gptq,
+    hqq,
     int8,
     pack_quantized,
     write_quantized_model,
@@ -65,6 +66,11 @@ CASES: dict[str, tuple[Make, dict[str, Any], str]] = {
         pack_quantized,
         packing("pack-quantized", strategy="group", group_size=32),
         "compressed-tensors (pack-quantized)",
+    ),
+    "hqq": (
+        hqq,
+        {"quant_method": "hqq", "quant_config": {}, "skip_modules": ["lm_head"]},
+        "HQQ",
     ),
     "bitsandbytes": (
         int8,

@@ -1,10 +1,11 @@
 """Base models that are quantised in another way than ours: decoded while they are read.
 
 A module of this package knows one method (``quant_method`` in ``quantization_config``): which keys
-of the files are one weight, the shape and dtype it decodes to, from headers alone, and how it is
-decoded. `open_quantized` puts each such weight under the key that a model of 16 bits has for it, so
-the rest of the I/O layer sees an ordinary model. Weights are decoded one at a time, on the device
-on which they are wanted, and then packed anew, or held in 16 bits.
+of the files are one weight, the shape and dtype it decodes to, from headers (and from a few numbers
+where a format has shapes as values), and how it is decoded. `open_quantized` puts each such weight
+under the key that a model of 16 bits has for it, so the rest of the I/O layer sees an ordinary
+model. Weights are decoded one at a time, on the device on which they are wanted, and then packed
+anew, or held in 16 bits.
 
 The base of an adapter is then what was decoded, or decoded and packed anew: not exactly what is
 served from the files (`cost`).
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from halfbyte.checkpoint.quantized_sources import awq, compressed_tensors, fp8, gptq, int8
+from halfbyte.checkpoint.quantized_sources import awq, compressed_tensors, fp8, gptq, hqq, int8
 from halfbyte.checkpoint.quantized_sources.weight import (
     FLOAT_TYPES,
     Found,
@@ -37,6 +38,7 @@ _METHODS: dict[str, Callable[[Options, Headers, torch.dtype], Found]] = {
     "fp8": fp8.find,
     "fbgemm_fp8": fp8.find,
     "compressed-tensors": compressed_tensors.find,
+    "hqq": hqq.find,
     "bitsandbytes": int8.find,
 }
 
@@ -114,7 +116,8 @@ def open_quantized(
     """
     if packing is None or packing.get("load_in_4bit"):
         return Decoded(dict(files), None)
-    headers = Headers(directory, {key: file.entries[key] for key, file in files.items()})
+    entries = {key: file.entries[key] for key, file in files.items()}
+    headers = Headers(directory, entries, lambda key: files[key].read(key))
     method = _METHODS[packing.get("quant_method", "bitsandbytes")]
     found = method(
         Options(directory, packing), headers, dtype if dtype in FLOAT_TYPES else torch.bfloat16

@@ -7,11 +7,12 @@ same product once. Temporaries are a few million elements, whatever the size of 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-_CHUNK = 2**22  # elements decoded at a time
+_CHUNK = 2**20  # elements decoded at a time; 4 MB in float32
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -29,6 +30,10 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     Returns:
         [..., W · word bits // ``bits``], uint8.
     """
+    if 8 % bits == 0:  # four times as fast as below; bytes are in order on little-endian machines
+        octets = words.contiguous().view(torch.uint8)
+        parts = [octets >> start & 2**bits - 1 for start in range(0, 8, bits)]
+        return torch.stack(parts, -1).flatten(-2) if bits < 8 else octets
     width = 8 * words.dtype.itemsize
     period = bits // math.gcd(bits, width)  # words after which the pattern repeats
     each = period * width // bits
@@ -45,6 +50,23 @@ def unpack(words: Tensor, bits: int) -> Tensor:
             code = (code & (2**low - 1)) | (groups[..., word + 1] << low)
         codes[..., i] = code & (2**bits - 1)
     return codes.flatten(-2)[..., :count]
+
+
+def unpack_rows(words: Tensor, shifts: Sequence[int]) -> Tensor:
+    """Return the 4-bit codes of words that hold several rows each.
+
+    Args:
+        words: [W, columns], int32.
+        shifts: For each of the rows in a word, in order, where its bits start.
+
+    Returns:
+        [W · len(``shifts``), columns], uint8.
+    """
+    rows, columns = words.shape
+    codes = torch.empty(rows, len(shifts), columns, dtype=torch.uint8, device=words.device)
+    for i, start in enumerate(shifts):
+        codes[:, i] = words >> start & 15
+    return codes.view(-1, columns)
 
 
 def unpack_e2m1(packed: Tensor) -> Tensor:
@@ -91,33 +113,34 @@ def dequantize_blocks(
     Returns:
         A tensor like the codes.
     """
-    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     rows, columns = codes.shape[-2:]
-    scales = scales.expand(*codes.shape[:-2], -1, -1).flatten(0, -3) if codes.dim() > 2 else scales
-    scales, flat = scales.reshape(-1, *scales.shape[-2:]), codes.reshape(-1, rows, columns)
-    results = out.view(-1, rows, columns)
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    flat, results = codes.reshape(-1, rows, columns), out.view(-1, rows, columns)
+    scales = scales.expand(*codes.shape[:-2], -1, -1).reshape(len(flat), *scales.shape[-2:])
+    whole, width = columns % block[1] == 0, block[1]
+
+    def spread(values: Tensor) -> Tensor:
+        """Return one value for each block, or each column, of some rows, with a last dimension."""
+        if not whole:
+            values = values.repeat_interleave(width, dim=1)[:, :columns]
+        return values.float()[..., None]
+
     step = max(1, _CHUNK // max(1, columns))
     for index in range(len(flat)):
         for start in range(0, rows, step):
             part = flat[index, start : start + step]
             own = torch.arange(start, start + len(part), device=codes.device) // block[0]
-            value = part.float()
+            value = part.to(torch.float32, copy=True)
+            value = value.reshape(len(part), -1, width if whole else 1)
             if isinstance(zeros, Tensor):
-                value = value - _spread(zeros[own].float(), columns, block[1])
+                value.sub_(spread(zeros[own]))
             elif zeros is not None:
-                value = value - zeros
-            value = value * _spread(scales[index, own].float(), columns, block[1])
+                value.sub_(zeros)
+            value.mul_(spread(scales[index, own]))
             if offsets is not None:
-                value = value + _spread(offsets[own].float(), columns, block[1])
-            results[index, start : start + step] = value
+                value.add_(spread(offsets[own]))
+            results[index, start : start + step] = value.view(len(part), columns)
     return out
-
-
-def _spread(values: Tensor, columns: int, width: int) -> Tensor:
-    """Return [n, ⌈columns / width⌉] as [n, columns] or, if there is one for all, as [n, 1]."""
-    if width >= columns or width == 1:
-        return values
-    return values.repeat_interleave(width, dim=1)[:, :columns]
 
 
 def dequantize_columns(

@@ -28,7 +28,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from halfbyte.checkpoint.quantized_sources.arithmetic import dequantize_blocks, unpack
+from halfbyte.checkpoint.quantized_sources.arithmetic import (
+    dequantize_blocks,
+    unpack,
+    unpack_rows,
+)
 from halfbyte.checkpoint.quantized_sources.weight import (
     FLOAT_TYPES,
     Found,
@@ -39,8 +43,8 @@ from halfbyte.checkpoint.quantized_sources.weight import (
 )
 
 _BITS = 4
-# Where output i of eight is in a word: the inverse of 0 2 4 6 1 3 5 7.
-_PLACE = (0, 4, 1, 5, 2, 6, 3, 7)
+# Where the bits of output i of eight are in a word: the inverse of the order 0 2 4 6 1 3 5 7.
+_SHIFTS = tuple(_BITS * place for place in (0, 4, 1, 5, 2, 6, 3, 7))
 
 
 def find(options: Options, headers: Headers, dtype: torch.dtype) -> Found:
@@ -106,12 +110,8 @@ def _gemm(headers: Headers, prefix: str, group_size: int, dtype: torch.dtype) ->
 def _decode_gemm(
     members: tuple[str, ...], group_size: int, dtype: torch.dtype, read: Read
 ) -> Tensor:
-    codes, zeros = (_in_order(unpack(read(key), _BITS)).T for key in members[:2])
+    codes, zeros = (unpack_rows(read(key).T.contiguous(), _SHIFTS) for key in members[:2])
     return dequantize_blocks(codes, read(members[2]).T, (1, group_size), dtype, zeros)
-
-
-def _in_order(codes: Tensor) -> Tensor:
-    return codes.reshape(len(codes), -1, 8)[..., list(_PLACE)].flatten(1)
 
 
 def _gemv(headers: Headers, prefix: str, group_size: int, dtype: torch.dtype) -> StoredWeight:

@@ -119,10 +119,11 @@ class Headers:
     Args:
         directory: The model's directory, for messages.
         entries: What the headers of the files say of each key.
+        read: Reads a key; only of a few numbers, where a format has shapes as values.
     """
 
-    def __init__(self, directory: Path, entries: Mapping[str, Entry]) -> None:
-        self._directory, self._entries = directory, entries
+    def __init__(self, directory: Path, entries: Mapping[str, Entry], read: Read) -> None:
+        self._directory, self._entries, self._read = directory, entries, read
 
     def with_suffix(self, suffix: str) -> list[str]:
         """Return the prefixes of the keys that end in ``suffix``."""
@@ -174,6 +175,13 @@ class Headers:
         if len(shape) != 2 or 0 in shape:
             raise self.wrong(key, f"has shape {list(shape)}, expected is a matrix")
         return shape[0], shape[1]
+
+    def numbers(self, key: str) -> list[int]:
+        """Return the whole numbers of a key: one, or those of a short vector."""
+        entry = self.expect(key, (torch.int32, torch.int64))
+        if len(entry.shape) > 1 or math.prod(entry.shape) not in (1, 2):
+            raise self.wrong(key, f"has shape {list(entry.shape)}, expected are one or two numbers")
+        return [int(number) for number in self._read(key).reshape(-1).tolist()]
 
     def grid(
         self, key: str, scale: str, shape: tuple[int, ...], block: tuple[int, int] | None
