@@ -164,6 +164,9 @@ def test_groups_are_found_by_name_by_pattern_and_by_class() -> None:
     del config["config_groups"]["group_0"]
     with pytest.raises(CheckpointError, match=r"no group for m\.0\.q_proj"):
         find_in(find, config, tensors)
+    config["config_groups"]["group_1"]["targets"] = ["re:("]
+    with pytest.raises(CheckpointError, match=r"'targets': .*valid patterns"):
+        find_in(find, config, tensors)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +185,8 @@ def test_groups_are_found_by_name_by_pattern_and_by_class() -> None:
         (packing("pack-quantized", strategy="token"), "'strategy': 'token'"),
         (packing("pack-quantized", strategy="group"), "'group_size': "),
         (packing("pack-quantized", strategy="block", block_structure="2x2"), "'block_structure'"),
-        (packing("pack-quantized", targets=["re:("]), "'targets'"),
+        (packing("pack-quantized", targets=[4]), "'targets'"),
+        ({"config_groups": {}}, "'config_groups': 'no group for a'"),
         (packing("mixed-precision"), "'format': 'mixed-precision'"),
     ],
 )

@@ -1,5 +1,7 @@
 """A model that is quantised otherwise is the model it decodes to, wherever a base model is used."""
 
+import contextlib
+import copy
 import json
 import logging
 import shutil
@@ -10,6 +12,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -393,3 +397,64 @@ def test_transposed_layers_are_refused(tmp_path: Path) -> None:
     change_config(tmp_path, quantization_config=GPTQ)
     with pytest.raises(CheckpointError, match="whose weights are transposed"):
         open_base(tmp_path)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 2**40) | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
+
+
+@pytest.fixture(scope="module")
+def every_kind(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("kinds")
+    for case, (make, config, _) in CASES.items():
+        write_quantized_model(directory / case, make, config)
+    return {case: directory / case for case in CASES}
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.sampled_from(list(CASES)), st.data())
+def test_any_option_may_hold_anything(
+    every_kind: dict[str, Path], case: str, data: st.DataObject
+) -> None:
+    config = copy.deepcopy(CASES[case][1])
+    place: Any = config
+    while isinstance(place, dict):
+        last, key = place, data.draw(st.sampled_from([*place, "more"]))
+        place = place.get(key)
+    last[key] = data.draw(json_values)
+    change_config(every_kind[case], quantization_config=config)
+    try:
+        with contextlib.suppress(CheckpointError):
+            dict(open_base(every_kind[case]).tensors())
+    finally:
+        change_config(every_kind[case], quantization_config=CASES[case][1])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.sampled_from(list(CASES)), st.data())
+def test_any_tensor_may_be_another(
+    every_kind: dict[str, Path], case: str, data: st.DataObject
+) -> None:
+    path = every_kind[case] / "model.safetensors"
+    whole = path.read_bytes()
+    held = safetensors.torch.load(whole)
+    key = data.draw(st.sampled_from([key for key in held if ".layers.0.mlp.up_proj." in key]))
+    shape = data.draw(
+        st.lists(st.integers(0, 130), max_size=3).map(tuple) | st.just(held[key].shape)
+    )
+    kinds = [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.float16]
+    kinds += [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e8m0fnu]
+    value = torch.full(shape, data.draw(st.sampled_from([0, 1, 3, 100])), dtype=torch.float32)
+    held[key] = value.to(data.draw(st.sampled_from(kinds) | st.just(held[key].dtype)))
+    try:
+        path.write_bytes(safetensors.torch.save(held))
+        with contextlib.suppress(CheckpointError):
+            source = open_base(every_kind[case])
+            for parameter in source.parameters:
+                tensor = source.tensor(parameter.name)
+                assert (tuple(tensor.shape), tensor.dtype) == (parameter.shape, parameter.dtype)
+    finally:
+        path.write_bytes(whole)

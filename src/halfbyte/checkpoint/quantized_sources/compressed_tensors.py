@@ -150,7 +150,12 @@ def _scheme(options: Options, group: Mapping[str, Any], form: str) -> _Scheme:
 
 
 def _scheme_of(options: Options, schemes: list[_Scheme], module: str) -> _Scheme:
-    """Return the scheme of a module: of the group that names it, by a pattern or else by class."""
+    """Return the scheme of a module: of the group that names it, by a pattern or else by class.
+
+    Names are not looked at if there is one scheme only: what is quantised is quantised by it.
+    """
+    if len({scheme._replace(targets=()) for scheme in schemes}) == 1:
+        return schemes[0]
 
     def rank(target: str) -> int:
         if target.startswith("re:"):
