@@ -15,13 +15,22 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from halfbyte.layers import triton_elementwise
-from halfbyte.linear import triton_gemv, triton_lora, triton_matmul, triton_swiglu
+from halfbyte.linear import (
+    triton_experts,
+    triton_gemv,
+    triton_lora,
+    triton_matmul,
+    triton_routing,
+    triton_swiglu,
+)
+from halfbyte.linear.glu import Glu
 from halfbyte.optim import triton_adamw
-from halfbyte.quant import triton_blockwise
+from halfbyte.quant import triton_blockwise, triton_mxfp4
 from halfbyte.runtime import device as devices
 from tests.devices import DEVICES
 
 POINTERS = {"scale_codes": "*u8", "codes": "*i32", "cell_codes": "*i32"}
+POINTERS |= dict.fromkeys(("order", "offsets", "tiles", "first_tiles", "counts", "totals"), "*i32")
 INTEGERS = {
     *(
         "rows",
@@ -40,6 +49,7 @@ INTEGERS = {
     *("q_heads", "k_heads", "half", "table_stride", "gate_stride", "up_stride"),
     *("q_out_batch", "q_out_token", "k_out_batch", "k_out_token"),
     *("q_batch", "q_token", "k_batch", "k_token", "inner_stride"),
+    *("first", "experts", "out_stride", "slots", "spans"),
 }
 
 
@@ -83,6 +93,8 @@ def kernels(kind: str):
     yield from layer_kernels(kind)
     yield from optimizer_kernels()
     yield from adapter_kernels(kind)
+    if devices.spec_of(CPU).has_tensor_cores:
+        yield from expert_kernels(kind)
     if devices.spec_of(CPU).is_hopper:
         yield from hopper_kernels(kind)
 
@@ -91,7 +103,7 @@ def format_kernels(kind: str):
     plain = {"enable_fp_fusion": False}
     for double, dtype in ((True, f"*{kind}"), (False, f"*{kind}"), (True, "*fp32")):
         flat = {"count": 3, "block_words": 8, "double": double}
-        flat |= {"lanes": triton_blockwise._LANES, "unroll": triton_blockwise._UNROLL}
+        flat |= {"lanes": triton_blockwise.LANES, "unroll": triton_blockwise.UNROLL}
         yield (
             triton_blockwise._decode_flat,
             {"weights": "*i64", "out": dtype},
@@ -102,6 +114,14 @@ def format_kernels(kind: str):
         tile = {"block_size": 64, "double": True, "transposed": transposed}
         tile |= {"tile_rows": 64, "tile_columns": 64}
         yield triton_blockwise._decode_tile, {"out": f"*{kind}", "codes": "*u8"}, tile, plain
+    flat = {"count": 3, "lanes": triton_blockwise.LANES, "unroll": triton_blockwise.UNROLL}
+    for dtype in (f"*{kind}", "*fp32"):
+        types = {"weights": "*i64", "out": dtype}
+        yield triton_mxfp4._decode_mxfp4, types, flat, {"num_warps": 8}
+    for transposed in (True, False):
+        tile = {"transposed": transposed, "tile_rows": 64, "tile_columns": 64}
+        types = {"out": f"*{kind}", "codes": "*u8", "scales": "*u8"}
+        yield triton_mxfp4._decode_mxfp4_tile, types, tile, {}
     # What is packed comes as it was saved, whatever products are in.
     for signed, block_size, dtype in ((True, 64, "*bf16"), (False, 4096, "*fp16")):
         blocks = {"block_size": block_size, "rows": max(1, 1024 // block_size), "signed": signed}
@@ -177,6 +197,57 @@ def adapter_kernels(kind: str):
         tile |= {"transposed": transposed, "tile_m": triton_lora._LOW_RANK_ROWS}
         tile |= {"tile_n": triton_lora._LOW_RANK_COLUMNS}
         yield triton_lora._add_low_rank, types, tile, {"num_warps": triton_lora._LOW_RANK_WARPS}
+
+
+def expert_kernels(kind: str):
+    """Yields those of a mixture of 128 experts, and of one with gpt-oss's activation."""
+    sorting = {"span": triton_routing._SPAN, "lanes": 64, "e": 128}
+    types = {"index": "*i64", "slots": "i32"}
+    yield triton_routing._count_slots, types, sorting, {"num_warps": 8}
+    yield triton_routing._sort_slots, types, sorting, {"num_warps": 8}
+    yield triton_routing._scan_counts, {}, {"lanes": 1024}, {"num_warps": 4}
+    tiling = {"tile_rows": 128, "lanes": 64, "e": 128}
+    yield triton_routing._find_tiles, {}, tiling, {"num_warps": 8}
+    types = {"slots": f"*{kind}", "y": f"*{kind}", "index": "*i64"}
+    yield triton_routing._sum_slots, types, {"top_k": 8, "lanes": 1024}, {"num_warps": 4}
+    swiglu, gpt_oss = Glu(), Glu(True, 7.0, 1.702, 1.0)
+    types = dict.fromkeys(("h", "d_inner", "row_scale"), f"*{kind}")
+    for glu in (swiglu, gpt_oss):
+        step = {**glu._asdict(), "programs": 2112, "lanes": 1024}
+        yield triton_experts._gated_backward, types, step, {"num_warps": 4}
+    plain = dict.fromkeys(("gather", "scatter", "biased", "scaled", "gated"), False)
+    gather, scatter = plain | {"gather": True}, plain | {"scatter": True}
+    products = (
+        (True, gather | {"gated": True}, swiglu),
+        (True, gather | {"gated": True, "biased": True}, gpt_oss),
+        (True, gather | {"biased": True}, swiglu),
+        (True, scatter | {"scaled": True, "biased": True}, swiglu),
+        (False, gather, swiglu),
+        (False, scatter, swiglu),
+    )
+    tma = devices.spec_of(CPU).is_hopper
+    for rows in (16, 128, 512):
+        routing = triton_routing.routing_of_sorted(torch.empty(2, device="meta"), rows)
+        tile_m, tile = routing.tile_rows, triton_experts.tile_of(CPU, routing)
+        for transposed, flags, glu in products:
+            types = dict.fromkeys(("out", "x", "weight", "bias", "row_scale"), f"*{kind}")
+            if tma:
+                block = (tile.n, tile.k) if transposed else (tile.k, tile.n)
+                if flags["gated"] and not glu.interleaved:
+                    block = (2, tile.n // 2, tile.k)
+                types["weight"] = tensor(kind, 1, *block)
+                if not flags["gather"]:
+                    types["x"] = tensor(kind, tile_m, tile.k)
+            programs = tile.per_sm * devices.spec_of(CPU).num_sms
+            sizes = {"tile_m": tile_m, "tile_n": tile.n, "tile_k": tile.k, "flat": tile.flat}
+            step = {"top_k": 8, "transposed": transposed, "tma": tma, "programs": programs}
+            options = {"num_warps": tile.warps, "num_stages": tile.stages}
+            yield (
+                triton_experts._grouped_product,
+                types,
+                step | flags | glu._asdict() | sizes,
+                options,
+            )
 
 
 def hopper_kernels(kind: str):

@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from halfbyte.checkpoint.base_model import load_base, open_base
 from halfbyte.checkpoint.bitsandbytes import write_quantized
 from halfbyte.errors import CheckpointError
+from halfbyte.linear.experts import ExpertLinear
 from halfbyte.models.build import BaseRecipe
+from halfbyte.quant import dequantize, quantize
 from tests.checkpoint.families import tiny_model
 from tests.tiny import tiny_tokenizer
 
@@ -41,17 +43,19 @@ def test_experts_one_by_one_become_one_tensor(mixtral: tuple[PreTrainedModel, Pa
         assert (parameter.shape, parameter.nbytes) == (tuple(value.shape), value.nbytes)
 
 
-def test_a_packed_model_keeps_its_experts_and_says_so(
+def test_each_expert_is_packed_as_a_linear_layer(
     mixtral: tuple[PreTrainedModel, Path], tmp_path: Path
 ) -> None:
     model, directory = mixtral
     base = load_base(directory, BaseRecipe())
     name = "model.layers.1.mlp.experts.gate_up_proj"
-    assert base.model.get_parameter(name).equal(model.get_parameter(name))
-    experts = sum(p.nbytes for n, p in model.named_parameters() if ".experts." in n)
-    assert base.memory_report.expert_bytes == experts
-    assert any("experts are tensors of a whole layer" in s for s in base.memory_report.lines())
-    # A packed copy holds them as transformers' models do, and is the same model.
+    experts = base.model.get_submodule(name)
+    assert isinstance(experts, ExpertLinear)
+    for packed, matrix in zip(experts.packed, model.get_parameter(name), strict=True):
+        assert torch.equal(dequantize(packed), dequantize(quantize(matrix.detach())))
+    assert base.memory_report.expert_bytes == 0
+    numbers = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    assert base.memory_report.quantized_parameters > numbers
     again = load_base(write_quantized(directory, tmp_path / "packed", BaseRecipe()), BaseRecipe())
     ids = torch.arange(3, 30)[None]
     with torch.no_grad():

@@ -99,9 +99,11 @@ def test_a_linear_layer_that_is_wrong_is_found(
 def test_attention_that_is_wrong_is_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = attention_cpu._weights
+    right = attention_cpu._Scores.weights
     monkeypatch.setattr(
-        attention_cpu, "_weights", lambda q, k, a, b, scale: right(q, k, a, b, 1.1 * scale)
+        attention_cpu._Scores,
+        "weights",
+        lambda self, *args: right(self._replace(scale=1.1 * self.scale), *args),
     )
     assert "attention" in failed(checked(capsys, 1))
 

@@ -167,10 +167,22 @@ def test_what_train_refuses_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     assert "target_modules names what this model does not have" in capsys.readouterr().err
 
 
-def test_experts_that_are_not_packed_are_said(capsys: pytest.CaptureFixture[str]) -> None:
-    shape = "model_type=mixtral,hidden_size=64,intermediate_size=96,num_hidden_layers=2"
-    assert cli.main(["plan", "--shape", shape, "--card", "4090"]) == 0
-    # 2 layers of 8 experts, each 3 matrices of 64 x 96
-    assert "Its experts, 0.3 M parameters, are tensors of a whole layer" in " ".join(
-        capsys.readouterr().out.split()
-    )
+def test_a_mixture_says_what_a_token_goes_through_and_each_format_s_bytes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for shape, parts in {
+        "qwen3-30b-a3b": (
+            "30.53 B parameters",
+            "a token goes through 8 of 128 in 48 layers, 3.35 B of its parameters",
+            "61.06 GB in 16 bits",
+            "16.69 GB in NF4 with double quantisation",
+        ),
+        "gpt-oss-20b": (
+            "a token goes through 4 of 32 in 24 layers",
+            "13.76 GB with its experts in MXFP4, as published",
+        ),
+    }.items():
+        assert cli.main(["plan", "--shape", shape, "--card", "4090"]) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        for part in parts:
+            assert part in text

@@ -8,6 +8,8 @@ from halfbyte.errors import WeightError
 from halfbyte.quant import dequantize, dequantize_all, quantize
 from halfbyte.quant.weight import QuantizedWeight
 from halfbyte.tools.self_test import same_but_at_bounds
+from tests.quant.test_mxfp4 import bits, every_byte
+from tests.quant.test_mxfp4 import weight as mxfp4
 
 pytestmark = [
     pytest.mark.gpu,
@@ -171,3 +173,17 @@ def test_more_than_two_to_the_31_elements():
         assert torch.equal(codes.reshape(-1), part.codes)
         assert (out[some] - dequantize(part)).abs().max() < 1e-3
     assert not out.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_mxfp4_decodes_as_plain_pytorch_does(dtype):
+    """Every byte with every scale; and experts of a layer, in one launch and to any memory."""
+    q = every_byte(dtype).to("cuda")
+    assert torch.equal(bits(dequantize(q, impl="gpu")), bits(dequantize(q, impl="torch")))
+    experts = [mxfp4(2880, 2880, seed=i).to("cuda") for i in range(20)]
+    for expert, out in zip(experts, dequantize_all(experts, dtype), strict=True):
+        expected = dequantize(expert, dtype, impl="torch")
+        assert torch.equal(bits(out), bits(expected))
+    turned = torch.full((2880, 2880), torch.nan, dtype=dtype, device="cuda")
+    dequantize(experts[-1], out=turned.t())
+    assert torch.equal(bits(turned.t()), bits(expected))

@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from halfbyte.layers import attention_cpu
-from halfbyte.layers.attention_cpu import QUERY_BLOCK, NotPackable, causal_attention
+from halfbyte.layers.attention_cpu import QUERY_BLOCK, causal_attention
 
 
 def inputs(batch, heads, groups, length, width, dtype):
@@ -16,12 +15,18 @@ def inputs(batch, heads, groups, length, width, dtype):
     ]
 
 
-def formula(q, k, v, scale):
+def formula(q, k, v, scale, window=None, sinks=None):
     repeat = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     scores = scale * q @ k.transpose(-1, -2)
-    future = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
-    return torch.softmax(scores.masked_fill(future, -torch.inf), -1) @ v
+    unseen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+    if window is not None:
+        unseen |= torch.ones_like(unseen).tril(-window)
+    scores = scores.masked_fill(unseen, -torch.inf)
+    if sinks is not None:  # as transformers' gpt-oss: one more column, dropped after the softmax
+        column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        return torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1] @ v
+    return torch.softmax(scores, -1) @ v
 
 
 def gradients(out, tensors):
@@ -36,6 +41,18 @@ def test_formula(length, heads, groups):
     tensors = inputs(2, heads, groups, length, 8, torch.float64)
     # The softmax is float32 by design, so float64 inputs agree to float32's rounding.
     got, wanted = causal_attention(*tensors, scale=0.3), formula(*tensors, 0.3)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    for one, other in zip(gradients(got, tensors), gradients(wanted, tensors), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("sunk", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 5, QUERY_BLOCK, QUERY_BLOCK + 9, 1000])
+def test_windows_and_sinks(window, sunk):
+    tensors = inputs(2, 6, 2, 2 * QUERY_BLOCK + 3, 8, torch.float64)
+    sinks = torch.randn(6, generator=torch.Generator().manual_seed(7)) if sunk else None
+    got = causal_attention(*tensors, scale=0.3, window=window, sinks=sinks)
+    wanted = formula(*tensors, 0.3, window, sinks)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
     for one, other in zip(gradients(got, tensors), gradients(wanted, tensors), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-6)
@@ -90,26 +107,3 @@ def test_documents_of_a_row_are_as_if_alone_bit_for_bit(dtype):
     assert torch.equal(together, torch.cat(alone, 2))
     for one, other in zip(found, gradients(torch.cat(alone, 2), tensors), strict=True):
         assert torch.equal(one, other)
-
-
-def test_a_packed_row_is_what_transformers_asks_for_or_an_error():
-    q, k, v = (x.detach() for x in inputs(1, 2, 2, sum(LENGTHS), 8, torch.float32))
-    module = torch.nn.Module()
-    wanted = causal_attention(q, k, v, scale=0.3, lengths=LENGTHS).transpose(1, 2)
-    with attention_cpu.packed_row(LENGTHS) as row:
-        assert attention_cpu._mask(local_size=500) is None
-        assert attention_cpu._mask(local_size=200, use_vmap=False) is None
-        out, _ = attention_cpu._interface(module, q, k, v, None, scaling=0.3)
-        assert torch.equal(out, wanted)
-        assert (row.calls, row.window) == (1, 200)
-        for options in ({"softcap": 30.0}, {"s_aux": q}, {"dropout": 0.1}, {"is_causal": False}):
-            with pytest.raises(NotPackable, match="not plain causal"):
-                attention_cpu._interface(module, q, k, v, None, scaling=0.3, **options)
-        with pytest.raises(NotPackable, match="sees other tokens"):
-            attention_cpu._interface(module, q[:, :, 1:], k[:, :, 1:], v[:, :, 1:], None)
-        with pytest.raises(NotPackable, match="longer than its attention window of 100 tokens"):
-            attention_cpu._mask(local_size=100)
-        with pytest.raises(NotPackable, match="a mask of its own"):
-            attention_cpu._mask(use_vmap=True)
-    out, _ = attention_cpu._interface(module, q, k, v, None, scaling=0.3)
-    assert not torch.equal(out, wanted)

@@ -4,23 +4,39 @@ import copy
 
 import pytest
 import torch
+from transformers import MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.layers.attention import Documents
 from halfbyte.layers.decoder_layer import fused
 from halfbyte.linear.lora import adapter_parameters
 from halfbyte.plan.policy import ActivationPolicy
-from tests.engine.test_layerwise import FAMILIES, batches_of, gradients, model_of
+from tests.engine.test_layerwise import FAMILIES, SIZES, batches_of, gradients, model_of
 
 KNOWN = ("llama", "mistral", "qwen2", "qwen3")
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MIXTURES = {
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+    # One layer of the three has an MLP.
+    "qwen2_moe": Qwen2MoeConfig(
+        **SIZES,
+        **_EXPERTS,
+        num_experts=4,
+        shared_expert_intermediate_size=24,
+        mlp_only_layers=[1],
+    ),
+    "qwen3_moe": Qwen3MoeConfig(
+        **SIZES, **_EXPERTS, num_experts=4, head_dim=8, mlp_only_layers=[2]
+    ),
+}
 
 
-@pytest.mark.parametrize("family", KNOWN)
+@pytest.mark.parametrize("family", [*KNOWN, *MIXTURES])
 def test_losses_and_gradients_are_those_of_transformers_layers(family):
     batches = batches_of([(2, 17), (1, 9)])
     results = []
     for fuse in (False, True):
-        model = model_of(FAMILIES[family])
+        model = model_of((FAMILIES | MIXTURES)[family])
         engine = LayerEngine(model, fuse=fuse)
         assert engine.fused == (3 if fuse else 0)
         loss = engine.step(batches, 20.0, ActivationPolicy(1))
@@ -65,9 +81,9 @@ def test_an_output_nobody_reads_has_the_same_gradients():
         assert torch.equal(got, exact)
 
 
-@pytest.mark.parametrize("family", KNOWN)
+@pytest.mark.parametrize("family", [*KNOWN, *MIXTURES])
 def test_documents_in_a_row_are_what_they_are_alone(family):
-    model = model_of(FAMILIES[family])
+    model = model_of((FAMILIES | MIXTURES)[family])
     run = fused(model.model.layers[1])
     lengths = (5, 1, 0, 8)
     documents = Documents(torch.tensor([0, 5, 6, 6, 14], dtype=torch.int32), 8)

@@ -55,6 +55,8 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", {}),
     ("falcon", {}),
     ("mixtral", {"num_local_experts": 2}),
+    ("gpt_oss", {"num_local_experts": 3}),
+    ("nemotron_h", {"n_routed_experts": 4}),
 ]
 
 
@@ -213,7 +215,7 @@ def test_an_embedding_may_wait_on_the_host() -> None:
 def test_what_stays_plain_is_named_once_for_all_layers() -> None:
     shape = shape_of(tiny_model("mixtral", num_local_experts=2, tie_word_embeddings=False), "moe")
     names = [line.name for line in ledger(shape, Run()).lines if line.group == "base"]
-    assert "model.layers.*.mlp.experts.down_proj, bf16" in names
+    assert "model.layers.*.mlp.gate.weight, bf16" in names
     assert "lm_head.weight, bf16" in names
     assert len(names) == len(set(names)) < 12
 

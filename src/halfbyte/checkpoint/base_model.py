@@ -21,8 +21,10 @@ from halfbyte.checkpoint import directory, gguf
 from halfbyte.checkpoint.directory import DirectorySource
 from halfbyte.checkpoint.gguf import GGUFSource
 from halfbyte.checkpoint.gguf_file import GGUFFile
+from halfbyte.checkpoint.mxfp4_keys import dense
 from halfbyte.checkpoint.source import BaseSource, warn_of_packing_again
 from halfbyte.errors import CheckpointError
+from halfbyte.layers.experts import expert_parameters
 from halfbyte.models.build import (
     BaseRecipe,
     MemoryReport,
@@ -33,7 +35,7 @@ from halfbyte.models.build import (
     place_quantized,
 )
 from halfbyte.models.calibration import input_moments
-from halfbyte.quant import QuantizedWeight, dequantize
+from halfbyte.quant import MXFP4Weight
 
 __all__ = [
     "BaseSource",
@@ -208,12 +210,12 @@ def load_base(
     sizes = {parameter.name: parameter.nbytes for parameter in files.parameters}
     done, total = 0, files.total_bytes
     for name, value in files.tensors(recipe.device):
-        if not isinstance(value, QuantizedWeight):
+        if isinstance(value, Tensor):
             load_tensor(model, name, value, importance.get(name))
-        elif name in linears and recipe.quant != "none":
+        elif recipe.quant != "none" and (name in linears or isinstance(value, MXFP4Weight)):
             place_quantized(model, name, value)
         else:
-            load_tensor(model, name, dequantize(value))
+            load_tensor(model, name, dense(value))
         del value  # freed before the next one is read
         done += sizes[name]
         if progress is not None:
@@ -250,7 +252,10 @@ def importances(source: BaseSource, recipe: BaseRecipe) -> dict[str, Tensor]:
 
 
 def _left_plain(source: BaseSource, recipe: BaseRecipe) -> list[str]:
-    """Return the paths of linears that a packed model stores in 16 or 32 bits; they stay so."""
+    """Return the paths of linears that a packed model stores in 16 or 32 bits; they stay so.
+
+    So do experts of a model that has others in MXFP4.
+    """
     packed = any(parameter.packed for parameter in source.parameters)
     if not packed or recipe.quant == "none":
         return []
@@ -259,6 +264,8 @@ def _left_plain(source: BaseSource, recipe: BaseRecipe) -> list[str]:
         for path, module in source.skeleton.named_modules()
         if isinstance(module, nn.Linear) and module is not source.skeleton.get_output_embeddings()
     }
+    if recipe.experts is not None:
+        linears |= {name: name for name in expert_parameters(source.skeleton)}
     plain = [linears[p.name] for p in source.parameters if p.name in linears and not p.packed]
     if plain:
         logger.warning(

@@ -1,4 +1,4 @@
-"""A model in a directory, as written by ``save_pretrained``: plain, or packed by bitsandbytes.
+"""A model's directory as ``save_pretrained`` writes it: plain, in bitsandbytes' 4 bits, or MXFP4.
 
 Names of older or other layouts are translated by transformers' own tables, and what it stores in
 another form (experts one by one) is converted as it does (conversion.py).
@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from halfbyte.checkpoint.bitsandbytes_keys import decode_keys, packed_weights
 from halfbyte.checkpoint.content_parts import taking_text
 from halfbyte.checkpoint.conversion import Conversion, empty_like, settle_keys
+from halfbyte.checkpoint.mxfp4_keys import METHOD, decode_mxfp4, mxfp4_weights, stored_shapes
 from halfbyte.checkpoint.quantized_sources import (
     DecodedFile,
     open_quantized,
@@ -38,9 +39,10 @@ from halfbyte.checkpoint.safetensors_file import INDEX_NAME, Entry, SafetensorsF
 from halfbyte.checkpoint.source import BaseSource, Parameter, foreign_reader, skeleton_of
 from halfbyte.checkpoint.staging import Request, read_to_device
 from halfbyte.errors import CheckpointError
+from halfbyte.layers.experts import expert_parameters
 from halfbyte.layers.multimodal import remove_encoders
 from halfbyte.models.build import BaseRecipe
-from halfbyte.quant import QuantizedWeight
+from halfbyte.quant import PackedWeight, QuantizedWeight
 from halfbyte.version import VERSION_KEY, __version__
 
 # Buffers of older transformers, which are computed today: in files, but not part of the model.
@@ -79,8 +81,13 @@ class DirectorySource(BaseSource):
         self.skeleton = skeleton_of(self.config, name, len(self._homes))
         self._expected = self.skeleton.state_dict()
         self._packed = packed_weights(self._homes)
-        members = {key for owner, keys in self._packed.items() for key in keys if key != owner}
-        self._stored = self._settle([key for key in self._homes if key not in members])
+        self._mxfp4 = mxfp4_weights(self._homes)
+        if self._mxfp4:
+            self.mxfp4_config = _mxfp4_config(directory)
+        owned = (self._packed | self._mxfp4).items()
+        members = {key for owner, keys in owned for key in keys if key != owner}
+        keys = [*self._homes, *self._mxfp4]
+        self._stored = self._settle([key for key in keys if key not in members])
         found = [self._parameter(name) for name in self._stored]
         remove_encoders(self.skeleton)
         loaded = self.skeleton.state_dict().keys()
@@ -97,6 +104,8 @@ class DirectorySource(BaseSource):
 
     def _parameter(self, name: str) -> Parameter:
         stored, expected = self._stored[name], self._expected[name]
+        if stored in self._mxfp4:
+            return self._mxfp4_parameter(name)
         shape, packed = tuple(expected.shape), stored in self._packed
         decoded = self._is_decoded(stored)
         if isinstance(stored, Conversion):
@@ -124,12 +133,37 @@ class DirectorySource(BaseSource):
                 f"{'floating' if expected.is_floating_point() else 'whole'} numbers; is it "
                 "quantised in a way that config.json does not mention?"
             )
-        return Parameter(name, shape, dtype, nbytes, packed, decoded)
+        return Parameter(name, shape, dtype, nbytes, packed, decoded=decoded)
 
     def _is_decoded(self, stored: str | Conversion) -> bool:
         """Return whether a key, or one that a conversion needs, is decoded when it is read."""
         keys = [stored] if isinstance(stored, str) else [key for key, _ in stored.keys]
-        return any(isinstance(self._homes[key], DecodedFile) for key in keys)
+        return any(isinstance(self._homes.get(key), DecodedFile) for key in keys)
+
+    def _mxfp4_parameter(self, name: str) -> Parameter:
+        keys = self._mxfp4[str(self._stored[name])]
+        parameter, transposed = expert_parameters(self.skeleton).get(name, (None, False))
+        if parameter is None or not transposed:
+            raise CheckpointError(
+                f"{self.name}: {name} is in MXFP4, which is supported for the experts of gpt-oss"
+            )
+        shape = tuple(parameter.shape)
+        missing = [key for key in keys if key not in self._homes]
+        if missing:
+            raise CheckpointError(f"{self._directory}: {missing[0]} is missing")
+        entries = [self._entry(key) for key in keys]
+        try:
+            expected = stored_shapes(shape)
+        except ValueError as error:
+            raise CheckpointError(f"{self.name}: {name} cannot be in MXFP4: {error}") from None
+        for key, entry, expected_shape in zip(keys, entries, expected, strict=True):
+            if (entry.dtype, entry.shape) != (torch.uint8, expected_shape):
+                raise CheckpointError(
+                    f"{self._homes[key].path}: {key} is {entry.dtype} {list(entry.shape)}, the "
+                    f"configuration requires torch.uint8 {list(expected_shape)}"
+                )
+        nbytes = sum(entry.nbytes for entry in entries)
+        return Parameter(name, shape, torch.bfloat16, nbytes, packed=True, mxfp4=True)
 
     def _settle(self, keys: list[str]) -> dict[str, str | Conversion]:
         """Return, for each parameter of the model, its key in the files, or how it is made.
@@ -219,7 +253,10 @@ class DirectorySource(BaseSource):
     def _files(self) -> Iterable[tuple[Path, int, int]]:
         return [(shard.path, shard.size, shard.data_start) for shard in self._shards]
 
-    def _read(self, key: str, device: torch.device | str = "cpu") -> Tensor | QuantizedWeight:
+    def _read(self, key: str, device: torch.device | str = "cpu") -> Tensor | PackedWeight:
+        if key in self._mxfp4:
+            blocks, scales = (self._homes[member].read(member) for member in self._mxfp4[key])
+            return decode_mxfp4(key, blocks, scales)
         if key in self._packed:
             members = {member: self._homes[member].read(member) for member in self._packed[key]}
             return decode_keys(key, members)
@@ -232,18 +269,22 @@ class DirectorySource(BaseSource):
 
     def tensors(  # noqa: D102
         self, device: torch.device | str = "cpu"
-    ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+    ) -> Iterator[tuple[str, Tensor | PackedWeight]]:
         device = torch.device(device)
         stored_of = {parameter.name: self._stored[parameter.name] for parameter in self.parameters}
         staged: list[str] = []
         if device.type != "cpu":
-            # A packed weight is a quarter of the bytes, and its JSON and tables are needed here.
-            plain = (key for key in stored_of.values() if isinstance(key, str))
-            staged = [k for k in plain if k not in self._packed and not self._is_decoded(k)]
+            # bitsandbytes' weight is a quarter of the bytes; its JSON and tables are needed here.
+            keys = (key for key in stored_of.values() if isinstance(key, str))
+            staged = [k for k in keys if k not in self._packed and not self._is_decoded(k)]
         ahead = set(staged)
+        staged = [member for key in staged for member in self._mxfp4.get(key, [key])]
         made: dict[str, Tensor] = {}
         with contextlib.closing(read_to_device(list(map(self._request, staged)), device)) as stream:
             for name, stored in stored_of.items():
+                if stored in ahead and stored in self._mxfp4:
+                    yield name, decode_mxfp4(str(stored), next(stream), next(stream))
+                    continue
                 if isinstance(stored, str):
                     yield name, next(stream) if stored in ahead else self._read(stored, device)
                     continue
@@ -251,7 +292,7 @@ class DirectorySource(BaseSource):
                     made = self._convert(stored)
                 yield name, made.pop(name)
 
-    def tensor(self, name: str) -> Tensor | QuantizedWeight:  # noqa: D102
+    def tensor(self, name: str) -> Tensor | PackedWeight:  # noqa: D102
         stored = self._stored[name]
         return self._read(stored) if isinstance(stored, str) else self._convert(stored)[name]
 
@@ -275,6 +316,11 @@ class DirectorySource(BaseSource):
         packed = [parameter.name for parameter in self.parameters if parameter.packed]
         if not packed:
             return recipe
+        if self._mxfp4:
+            kept = recipe.quant != "none"
+            what = "they are used as they are" if kept else "they are decoded"
+            logger.warning("the experts of %s are in MXFP4; %s", self.name, what)
+            return replace(recipe, experts="mxfp4") if kept else recipe
         first = self.tensor(packed[0])
         owners = [self.skeleton.get_submodule(name.removesuffix(".weight")) for name in packed]
         embedding, head = (
@@ -382,6 +428,18 @@ def _read_config(directory: Path) -> tuple[PretrainedConfig, dict[str, Any] | No
         require_supported(directory, packing)
         del config.quantization_config
     return config, packing
+
+
+def _mxfp4_config(directory: Path) -> dict[str, Any]:
+    """Return the ``quantization_config`` of a model that has weights in MXFP4."""
+    config = read_json(directory / "config.json", "it describes the model")
+    found = config.get("quantization_config")
+    if not isinstance(found, dict) or found.get("quant_method") != METHOD:
+        raise CheckpointError(
+            f"{directory} has weights in blocks with scales, and its config.json does not say that "
+            "they are in MXFP4; is it of another model?"
+        )
+    return found
 
 
 def write_description(

@@ -50,7 +50,7 @@ from halfbyte.checkpoint.reading import read_into
 from halfbyte.checkpoint.source import BaseSource, Parameter, foreign_reader, skeleton_of
 from halfbyte.errors import CheckpointError
 from halfbyte.foreign_text import quote
-from halfbyte.quant import QuantizedWeight
+from halfbyte.quant import PackedWeight
 
 # Individually scaled rotary frequencies (Llama 3.1), which transformers' GGUF reader omits.
 _ROPE_TABLE = re.compile(r"rope_(freqs|factors_long|factors_short)\.weight")
@@ -346,10 +346,10 @@ class GGUFSource(BaseSource):
 
     def tensors(  # noqa: D102
         self, device: torch.device | str = "cpu"
-    ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+    ) -> Iterator[tuple[str, Tensor | PackedWeight]]:
         return self._arrangement.tensors(device=device)
 
-    def tensor(self, name: str) -> Tensor | QuantizedWeight:  # noqa: D102
+    def tensor(self, name: str) -> Tensor | PackedWeight:  # noqa: D102
         return dict(self._arrangement.tensors([name]))[name]
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:

@@ -24,11 +24,11 @@ from halfbyte.checkpoint.gguf import GGUFSource
 from halfbyte.checkpoint.gguf_blocks import encode
 from halfbyte.checkpoint.gguf_file import GGUFFile, held_as
 from halfbyte.checkpoint.gguf_vocabulary import add_vocabulary, copy_vocabulary
+from halfbyte.checkpoint.mxfp4_keys import dense
 from halfbyte.checkpoint.peft import LoadedAdapter
 from halfbyte.checkpoint.source import BaseSource
 from halfbyte.errors import CheckpointError, HalfbyteError, WeightError
 from halfbyte.foreign_text import quote
-from halfbyte.quant import QuantizedWeight, dequantize
 
 FileType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 
@@ -197,9 +197,7 @@ def _kind_of(name: str, shape: tuple[int, ...], file_type: FileType) -> GGMLQuan
 
 def value_of(source: BaseSource, name: str) -> Tensor:
     """Return a parameter of ``source`` in float32, on its device; packed ones are decoded."""
-    value = source.tensor(name)
-    dense = dequantize(value, torch.float32) if isinstance(value, QuantizedWeight) else value
-    return dense.detach().float()
+    return dense(source.tensor(name), torch.float32).detach().float()
 
 
 def write_gguf(

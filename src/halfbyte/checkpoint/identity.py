@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.checkpoint.base_model import LoadedBase
@@ -22,6 +23,7 @@ from halfbyte.config.reading import check
 from halfbyte.config.schema import BaseOptions
 from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.foreign_text import quote
+from halfbyte.linear.experts import expert_linears
 from halfbyte.models.build import frozen_linears
 
 logger = logging.getLogger("halfbyte")
@@ -72,23 +74,29 @@ def recorded_packing(card: Mapping[str, Any], adapter: str | Path) -> dict[str, 
 def weights_digest(model: PreTrainedModel) -> str:
     """Return the SHA-256 of samples of each frozen linear: as packed, or in bfloat16 if plain.
 
+    The linears of a layer's experts count as one.
+
     Of each tensor about 4096 evenly spaced elements and its size: takes a fraction of a second for
     billions of weights, and differs for any other training run. A few weights changed by hand may
     go unnoticed.
     """
     digest = hashlib.sha256()
+    held: dict[str, dict[str, Tensor]] = {}
     for path, linear in frozen_linears(model).items():
-        held = linear.quantized
-        if held is None:
-            assert linear.weight is not None
-            tensors = {"weight": linear.weight}
+        if linear.quantized is not None:
+            held[path] = linear.quantized.tensors()
         else:
-            tensors = held.tensors()
+            assert linear.weight is not None
+            held[path] = {"weight": linear.weight}
+    held |= {path: experts.tensors() for path, experts in expert_linears(model).items()}
+    for path, tensors in held.items():
         for name, tensor in tensors.items():
             digest.update(f"{path}.{name} {tuple(tensor.shape)};".encode())
-            flat = tensor.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // _SAMPLES)]
-            if held is None:
+            step = max(1, tensor.numel() // _SAMPLES)
+            # Packed experts are not contiguous, and to flatten them would copy them.
+            flat = tensor.detach().view(-1) if tensor.is_contiguous() else tensor.detach()
+            sample = flat[..., ::step]
+            if name == "weight":
                 sample = sample.to(torch.bfloat16)
             digest.update(sample.contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -7,6 +7,9 @@ There are three ways to merge, and each has a different loss:
     original    W + Δ, in 16 bits      adds W − D, which training never saw
     nf4         D + Δ, packed again    small updates are rounded away; a quarter of the size
 
+Experts in MXFP4 that have no adapter are written as they are, whatever the others become: the
+merged model is served as its base is.
+
 ``Merged`` is any of them as a source of tensors, computed on demand from the model in memory, in
 the form in which they will be read: so a merge can be measured before it is written
 (``tools.merge_evaluation``). Sums are computed in float32, one linear layer at a time.
@@ -27,20 +30,24 @@ from halfbyte.atomic import new_directory, require_writable
 from halfbyte.checkpoint.bitsandbytes import quantization_config
 from halfbyte.checkpoint.bitsandbytes_keys import encode_keys, plan_keys
 from halfbyte.checkpoint.directory import write_description
+from halfbyte.checkpoint.mxfp4_keys import dense, encode_mxfp4, plan_mxfp4
 from halfbyte.checkpoint.safetensors_file import SHARD_BYTES, Planned, write_model
 from halfbyte.checkpoint.source import DECODED_FROM, BaseSource, Parameter
 from halfbyte.data import end_of_turn
 from halfbyte.errors import CheckpointError
+from halfbyte.linear.experts import expert_linears
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.lora import delta
 from halfbyte.models.build import BaseRecipe, frozen_linears
-from halfbyte.quant import QuantizedWeight, dequantize, empty_like_quantized, quantize
+from halfbyte.quant import MXFP4Weight, PackedWeight, empty_like_quantized, quantize
 
 Into = Literal["decoded", "original", "nf4"]
 
 
 def ways(base: BaseSource, model: PreTrainedModel) -> list[Into]:
     """Return the ways of merging that differ for this model."""
+    if any(parameter.mxfp4 for parameter in base.parameters):
+        return ["decoded"]
     packed = any(parameter.packed for parameter in base.parameters)
     if packed or model.halfbyte_recipe.quant == "none":
         return ["decoded", "nf4"]
@@ -57,7 +64,8 @@ class Merged(BaseSource):
         dtype: dtype of unpacked tensors, and of decoded ones.
 
     Raises:
-        CheckpointError: If the original weights are requested, and the files have packed ones.
+        CheckpointError: If the original weights are requested, and the files have packed ones, or
+            others are to be packed beside experts in MXFP4, which no program loads.
     """
 
     def __init__(
@@ -76,6 +84,15 @@ class Merged(BaseSource):
         packed = {n for n, m in self._linears.items() if type(m) is FrozenLinear}
         self._unloaded = {parameter.name for parameter in base.encoders}
         self._packed = packed if into == "nf4" else set()
+        self._experts = expert_linears(model)
+        self._mxfp4 = {parameter.name for parameter in base.parameters if parameter.mxfp4}
+        if self._mxfp4 and into != "decoded":
+            raise CheckpointError(
+                f"the experts of {base.name} are in MXFP4, and what is merged beside them is not "
+                f"packed: into {into} is not possible. Merge into decoded"
+            )
+        if any(linear.adapter is not None for linear in self._experts.values()):
+            self._mxfp4 = set()  # transformers and vLLM take all experts in MXFP4, or none
         if into == "original" and any(parameter.packed for parameter in base.parameters):
             raise CheckpointError(
                 f"{base.name} is packed in 4 bits: its original weights are not available. Merge "
@@ -88,7 +105,10 @@ class Merged(BaseSource):
                 if parameter.packed or parameter.dtype.is_floating_point
                 else parameter.dtype,
                 packed=parameter.name in self._packed,
+                mxfp4=False,
             )
+            if parameter.name not in self._mxfp4
+            else parameter
             for parameter in (*base.parameters, *self._untied())
         )
         self.encoders = tuple(
@@ -98,10 +118,13 @@ class Merged(BaseSource):
             for parameter in base.encoders
         )
         untied = len(self.parameters) > len(base.parameters)
-        if untied or (into == "decoded" and held.quant != "none"):
+        # The linears of a model with experts in MXFP4 are in 16 bits.
+        was = held.quant if held.experts is None else None if self._mxfp4 else held.experts
+        decoded = into == "decoded" and was not in (None, "none")
+        if untied or decoded:
             self.config = copy.deepcopy(base.config)
-        if into == "decoded" and held.quant != "none":
-            setattr(self.config, DECODED_FROM, held.quant)
+        if decoded:
+            setattr(self.config, DECODED_FROM, was)
         if untied:
             for config in (self.config, self.config.get_text_config()):
                 config.tie_word_embeddings = False
@@ -125,7 +148,9 @@ class Merged(BaseSource):
         """Return the tensors to write, in order."""
         plan: list[Planned] = []
         for parameter in (*self.parameters, *self.encoders):
-            if parameter.packed:
+            if parameter.mxfp4:
+                plan += plan_mxfp4(parameter.name, parameter.shape)
+            elif parameter.packed:
                 empty = empty_like_quantized(
                     parameter.shape,
                     self.dtype,
@@ -145,24 +170,31 @@ class Merged(BaseSource):
 
     def packing(self) -> dict[str, object] | None:
         """Return the ``quantization_config`` of the written model, if it is packed."""
+        if self._mxfp4:
+            return self._base.mxfp4_config
         if self.into != "nf4":
             return None
         return quantization_config(self, self._recipe, self._packed, self.dtype)
 
     @torch.no_grad()
-    def tensor(self, name: str) -> Tensor | QuantizedWeight:
+    def tensor(self, name: str) -> Tensor | PackedWeight:
         """Compute and return one value: floating in ``dtype``, or packed; on the model's device.
+
+        Experts in MXFP4 are read from the files, on the CPU.
 
         Raises:
             CheckpointError: If a file of the base ends early.
             WeightError: If a merged weight contains NaN or infinity, and should be packed.
         """
+        if name in self._mxfp4:
+            return self._base.tensor(name)
+        if name in self._experts:
+            return self._decoded_experts(name)
         linear = self._linears.get(name)
         if linear is None:
             value = self._base.tensor(name) if name in self._unloaded else self._held(name)
-            if isinstance(value, QuantizedWeight):
-                value = dequantize(value)
             assert value is not None
+            value = dense(value)
             return value.to(self.dtype) if value.is_floating_point() else value
         if self.into == "original":
             original = self._base.tensor(name)
@@ -183,9 +215,18 @@ class Merged(BaseSource):
         )
         return dataclasses.replace(packed, dtype=self.dtype)
 
+    def _decoded_experts(self, name: str) -> Tensor:
+        """Return the weights of experts as transformers' parameter."""
+        experts = self._experts[name]
+        if self.into == "original":
+            return dense(self._base.tensor(name)).to(self.dtype)
+        decoded = experts.decode(0, experts.num_experts, self.dtype)
+        mxfp4 = any(isinstance(weight, MXFP4Weight) for weight in experts.packed)
+        return decoded.mT.contiguous() if mxfp4 else decoded
+
     def tensors(  # noqa: D102
         self, device: torch.device | str = "cpu"
-    ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+    ) -> Iterator[tuple[str, Tensor | PackedWeight]]:
         for parameter in self.parameters:
             yield parameter.name, self.tensor(parameter.name)
 
@@ -260,10 +301,17 @@ def _keys(
     done, total = 0, sum(sizes.values())
     encoders = ((parameter.name, merged.tensor(parameter.name)) for parameter in merged.encoders)
     for name, value in chain(merged.tensors(), encoders):
-        keys = encode_keys(name, value) if isinstance(value, QuantizedWeight) else {name: value}
+        keys = _as_keys(name, value)
         del value
         yield from keys.items()
         done += sum(sizes[key] for key in keys)
         del keys
         if progress is not None:
             progress(done, total)
+
+
+def _as_keys(name: str, value: Tensor | PackedWeight) -> dict[str, Tensor]:
+    """Return the tensors that a checkpoint holds for a value."""
+    if isinstance(value, Tensor):
+        return {name: value}
+    return encode_mxfp4(name, value) if isinstance(value, MXFP4Weight) else encode_keys(name, value)

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -30,7 +30,7 @@ from halfbyte.errors import CheckpointError
 from halfbyte.layers.multimodal import build_whole, unknown_class, why_unsupported
 from halfbyte.layers.targets import linears_to_freeze
 from halfbyte.models.build import BaseRecipe
-from halfbyte.quant import QuantizedWeight
+from halfbyte.quant import PackedWeight
 
 DECODED_FROM = "halfbyte_decoded_from"
 """The field of ``config.json`` with the former 4-bit type of a merged model's weights."""
@@ -48,7 +48,8 @@ class Parameter(NamedTuple):
         shape: Its shape.
         dtype: Its dtype; for a packed weight, the one it was packed from.
         nbytes: Its bytes in the files.
-        packed: Whether it is a ``QuantizedWeight``.
+        packed: Whether it is a ``QuantizedWeight`` or an ``MXFP4Weight``.
+        mxfp4: Whether it is the latter: experts [experts, out, in], ``shape`` being transformers'.
         decoded: Whether the files hold it quantised in another way, and it is decoded when read.
     """
 
@@ -57,6 +58,7 @@ class Parameter(NamedTuple):
     dtype: torch.dtype
     nbytes: int
     packed: bool
+    mxfp4: bool = False
     decoded: bool = False
 
 
@@ -73,6 +75,7 @@ class BaseSource(ABC):
         dtype: The dtype of a 16-bit copy of its matrices.
         chat_template: Used instead of the tokenizer's own, if set.
         decoded_from: How the files are quantised, if weights are decoded when they are read.
+        mxfp4_config: The ``quantization_config`` of files that have experts in MXFP4.
     """
 
     name: str
@@ -83,6 +86,7 @@ class BaseSource(ABC):
     dtype: torch.dtype
     chat_template: str | None = None
     decoded_from: str | None = None
+    mxfp4_config: dict[str, Any] | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -131,7 +135,7 @@ class BaseSource(ABC):
     @abstractmethod
     def tensors(
         self, device: torch.device | str = "cpu"
-    ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+    ) -> Iterator[tuple[str, Tensor | PackedWeight]]:
         """Yield (name, value) as in ``parameters``, one at a time.
 
         Nothing is kept: what the caller drops is freed. (``zip`` and ``enumerate`` hold their last
@@ -146,7 +150,7 @@ class BaseSource(ABC):
         """
 
     @abstractmethod
-    def tensor(self, name: str) -> Tensor | QuantizedWeight:
+    def tensor(self, name: str) -> Tensor | PackedWeight:
         """Return one value of ``parameters`` or ``encoders``, on the CPU, out of order.
 
         Raises:

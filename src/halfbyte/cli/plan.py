@@ -148,6 +148,7 @@ def main(argv: list[str]) -> None:
         result |= {
             "model": shape.name,
             "parameters": shape.parameters,
+            "active_parameters": shape.active_parameters,
             "card": card._asdict(),
             "memory_bytes": int(memory),
             "tokens_per_step": run.tokens,
@@ -196,6 +197,9 @@ def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Hol
     def of_config(config: Any, name: str) -> tuple["ModelShape", "Holding", list[str]]:
         shape = shape_of_config(config, name)
         require_trainable(build_decoder(config), adapters)
+        if config.model_type == "gpt_oss" and holding.quant != "none":  # as it is published
+            weights = tuple(w._replace(packs=w.role != "linear") for w in shape.weights)
+            return replace(shape, weights=weights), replace(holding, experts="mxfp4"), []
         return shape, holding, []
 
     adapters = LoRAConfig(target_modules=_targets(options))
@@ -312,10 +316,11 @@ def _show(
         )
     if any(way.seconds.launching == way.seconds.total for way in found):
         show.paragraph("Where a step is short, it is Python's launching that takes the time.")
-    if experts := shape.expert_parameters:
+    if (mixture := shape.mixture) is not None:
         show.paragraph(
-            f"Its experts, {_count(experts)} parameters, are tensors of a whole layer and not "
-            "linear layers: they are neither packed nor trained."
+            f"A mixture of experts: a token goes through {mixture.per_token} of {mixture.experts} "
+            f"in {mixture.layers} layers, {_count(shape.active_parameters)} of its parameters. "
+            f"The base takes {_formats(shape, shown.run)}."
         )
     if not shape.fusable:
         show.paragraph(
@@ -334,6 +339,24 @@ def _show(
     )
     show.heading("Advice")
     show.paragraph(message)
+
+
+def _formats(shape: "ModelShape", run: "Run") -> str:
+    """Return the bytes of the base model in each format, in words."""
+    from halfbyte.plan.ledger import Holding, nbytes_of
+
+    ways = {
+        "in 16 bits": Holding("none"),
+        "in NF4": Holding("nf4", double_quant=False),
+        "in NF4 with double quantisation": Holding("nf4"),
+    }
+    if run.holding.experts is not None:
+        ways["with its experts in MXFP4, as published"] = run.holding
+    sizes = {
+        name: sum(nbytes_of(weight, shape, holding) for weight in shape.weights)
+        for name, holding in ways.items()
+    }
+    return ", ".join(f"{_gb(size)} GB {name}" for name, size in sizes.items())
 
 
 def _as_json(way: "Way") -> dict[str, Any]:

@@ -24,7 +24,7 @@ from halfbyte.engine.buckets import UnpaddedParts
 from halfbyte.engine.neftune import EmbeddingNoise
 from halfbyte.engine.objective import CROSS_ENTROPY, Objective
 from halfbyte.engine.packing import Batch, PackedBatch, parts_of, with_first_row
-from halfbyte.layers.attention_cpu import packed_row
+from halfbyte.layers.packed_row import packed_row
 from halfbyte.linear.lora import DropoutClock, dropout_clock
 from halfbyte.plan.policy import ActivationPolicy
 

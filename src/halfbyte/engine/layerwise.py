@@ -46,10 +46,10 @@ from halfbyte.engine.objective import CROSS_ENTROPY, Objective
 from halfbyte.engine.packing import Batch, PackedBatch, lengths_of, part_of_shape, parts_of
 from halfbyte.engine.weights import ResidentWeights, WeightProvider, acquired
 from halfbyte.layers.attention import Documents, can_pack
-from halfbyte.layers.attention_cpu import packed_row
 from halfbyte.layers.decoder_layer import AttentionCheckpoint, fused
 from halfbyte.layers.elementwise import rms_norm
 from halfbyte.layers.families import is_known_norm
+from halfbyte.layers.packed_row import packed_row
 from halfbyte.layers.vocabulary import FrozenHead
 from halfbyte.linear.lora import (
     DropoutClock,

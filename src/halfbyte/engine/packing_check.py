@@ -26,7 +26,8 @@ from halfbyte.engine.buckets import UnpaddedParts
 from halfbyte.engine.layerwise import EngineError, LayerEngine
 from halfbyte.engine.objective import Objective
 from halfbyte.engine.packing import Batch
-from halfbyte.layers.attention_cpu import NAME, NotPackable, packed_row
+from halfbyte.layers.attention_interface import NAME
+from halfbyte.layers.packed_row import NotPackable, packed_row
 from halfbyte.plan.ledger import CPU_PART_TOKENS
 
 # Tokens of the probe's documents: few, as small models have small windows.
@@ -54,7 +55,7 @@ def pack_on_cpu(engine: LayerEngine | AutogradEngine, vocabulary: int) -> str | 
         vocabulary: Size of the vocabulary.
     """
     decoder = engine.model.get_decoder()
-    if decoder.config._attn_implementation != NAME:
+    if decoder.config._attn_implementation != NAME and _attends(decoder):
         return "its attention is transformers' own"
     # The autograd engine packs micro-batches.
     size = CPU_PART_TOKENS if isinstance(engine, LayerEngine) else 1 << 62
@@ -85,9 +86,9 @@ def _probed(engine: LayerEngine | AutogradEngine, vocabulary: int) -> int | None
     engine.unpadded = UnpaddedParts()
     with packed_row(()) as row:  # of the rows within
         together = _logps(engine, documents)
-    layers = engine.model.config.get_text_config().num_hidden_layers
-    if row.calls != layers:
-        raise NotPackable(f"attention is computed {row.calls} times in {layers} layers")
+    layers, calls = engine.model.config.get_text_config().num_hidden_layers, row.attention_calls
+    if calls != layers and not row.scans:  # a hybrid has attention in some layers only
+        raise NotPackable(f"attention is computed {calls} times in {layers} layers")
     changed = _logps(engine, others)
     wide = engine.model.halfbyte_recipe.compute_dtype == torch.float32
     tolerance = 1e-4 if wide else 2e-2  # that of the probe of the layer engine
@@ -114,6 +115,11 @@ def _logps(engine: LayerEngine | AutogradEngine, documents: Sequence[Tensor]) ->
         batches = [Batch(ids, labels, [len(one) - 1 for one in documents])]
     engine.loss(batches, recorded)
     return [recorded.found[number] for number in range(len(documents))]
+
+
+def _attends(decoder: nn.Module) -> bool:
+    """Return whether a decoder has attention; Mamba's has none."""
+    return any("Attention" in type(module).__name__ for module in decoder.modules())
 
 
 def _rotary_limit(decoder: nn.Module) -> int | None:

@@ -14,79 +14,13 @@ end. As in flash attention (Dao et al. 2022), P is not kept: backward recomputes
 saved memory grows with T, not with T².
 
 The queries of a group share keys, so they are the rows of one product and keys are never copied.
-
-It is registered with transformers' ``AttentionInterface`` under the name ``halfbyte``. Everything
-but plain causal attention without a mask is passed to transformers' own ``sdpa``.
-
-Within `packed_row`, the only row of a batch holds several documents, each of which attends to
-itself. transformers would describe them by a mask of T² elements; here attention is computed one
-document after the other. Padding documents to a common number of blocks, to have fewer products,
-took longer: 60 to 77 ms instead of 37 to 65 for eight documents of 47 to 1024 tokens.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-NAME = "halfbyte"
-
-
-class NotPackable(Exception):
-    """A model's attention cannot be restricted to documents; the message says why."""
-
-
-@dataclass
-class PackedRow:
-    """The documents of a packed row, and what its decoder asked of attention.
-
-    Attributes:
-        lengths: The tokens of each document, in order.
-        calls: How often attention was computed.
-        window: The smallest window of a mask (sliding or chunked attention), if any.
-    """
-
-    lengths: tuple[int, ...]
-    calls: int = 0
-    window: int | None = None
-
-
-# The row that is passed through a decoder or a layer; not an argument, since few architectures pass
-# theirs on to attention.
-_row: PackedRow | None = None
-
-
-@contextmanager
-def packed_row(lengths: Sequence[int]) -> Iterator[PackedRow]:
-    """Restrict attention to documents while the context lasts.
-
-    If another is entered within it, what is asked of attention there counts here as well.
-
-    Args:
-        lengths: The tokens of each document in the only row of the batch.
-
-    Raises:
-        NotPackable: Inside, if the model does not use plain causal attention, or a document is
-            longer than its attention window.
-    """
-    global _row
-    before, row = _row, PackedRow(tuple(lengths))
-    _row = row
-    try:
-        yield row
-    finally:
-        _row = before
-        if before is not None:
-            before.calls += row.calls
-            windows = [n for n in (before.window, row.window) if n is not None]
-            before.window = min(windows, default=None)
-
+from torch import Tensor
 
 # 64, 128 and 256 take 8.5, 10.2 and 13.9 ms forward and backward in the case above.
 QUERY_BLOCK = 64
@@ -96,60 +30,94 @@ def _bounds(length: int) -> list[tuple[int, int]]:
     return [(s, min(s + QUERY_BLOCK, length)) for s in range(0, length, QUERY_BLOCK)]
 
 
-def _weights(q: Tensor, k: Tensor, start: int, stop: int, scale: float) -> Tensor:
-    """Return P for queries start:stop, float32 [B·G, R, stop − start, stop]."""
-    groups, repeat, _, width = q.shape
-    size = stop - start
-    rows = q[:, :, start:stop].reshape(groups, repeat * size, width)
-    scores = torch.bmm(rows, k[:, :stop].transpose(1, 2)).view(groups, repeat, size, stop)
-    # Only the last `size` keys can be in the future of a query of this block.
-    future = torch.ones(size, size, dtype=torch.bool).triu_(1)
-    scores[..., start:].masked_fill_(future, -torch.inf)
-    return torch.softmax(scores.float().mul_(scale), dim=-1)
+class _Scores(NamedTuple):
+    """How scores become weights.
+
+    Attributes:
+        scale: Factor of q kᵀ.
+        window: Keys that a query sees, itself included, or None for all before it.
+        sinks: The score of each head's sink [B·G, R], float32, or None: softmax's denominator has
+            it in addition, and it has no value.
+    """
+
+    scale: float
+    window: int | None = None
+    sinks: Tensor | None = None
+
+    def first(self, start: int) -> int:
+        """Return the first key that any query from ``start`` on sees."""
+        return 0 if self.window is None else max(0, start + 1 - self.window)
+
+    def weights(self, q: Tensor, k: Tensor, start: int, stop: int) -> Tensor:
+        """Return P of queries start:stop and keys first:stop, float32 [B·G, R, queries, keys]."""
+        groups, repeat, _, width = q.shape
+        size, first = stop - start, self.first(start)
+        rows = q[:, :, start:stop].reshape(groups, repeat * size, width)
+        scores = torch.bmm(rows, k[:, first:stop].transpose(1, 2))
+        scores = scores.view(groups, repeat, size, stop - first)
+        # Only the last `size` keys can be in the future of a query of this block.
+        future = torch.ones(size, size, dtype=torch.bool).triu_(1)
+        scores[..., start - first :].masked_fill_(future, -torch.inf)
+        if self.window is not None and stop - first > self.window:
+            past = torch.ones(size, stop - first, dtype=torch.bool)
+            scores.masked_fill_(past.tril_(start - self.window - first), -torch.inf)
+        scores = scores.float().mul_(self.scale)
+        if self.sinks is None:
+            return torch.softmax(scores, dim=-1)
+        total = torch.logsumexp(scores, -1, keepdim=True)
+        return (scores - torch.logaddexp(total, self.sinks[..., None, None])).exp_()
 
 
 class _CausalAttention(torch.autograd.Function):
     """Takes q [B·G, R, T, D] and k, v [B·G, T, D], contiguous; returns o like q."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, of: _Scores) -> Tensor:
         groups, repeat, length, width = q.shape
         out = torch.empty_like(q)
         for start, stop in _bounds(length):
-            weights = _weights(q, k, start, stop, scale).to(q.dtype).flatten(1, 2)
-            mixed = torch.bmm(weights, v[:, :stop])
+            weights = of.weights(q, k, start, stop).to(q.dtype).flatten(1, 2)
+            mixed = torch.bmm(weights, v[:, of.first(start) : stop])
             out[:, :, start:stop] = mixed.view(groups, repeat, stop - start, width)
         ctx.save_for_backward(q, k, v, out)
-        ctx.scale = scale
+        ctx.of = of
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out = ctx.saved_tensors
         (d_out,) = grad_outputs
+        of: _Scores = ctx.of
         groups, repeat, length, width = q.shape
         dq = torch.empty_like(q)
         dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
         delta = (d_out.float() * out.float()).sum(-1, keepdim=True)
         for start, stop in _bounds(length):
-            size = stop - start
-            weights = _weights(q, k, start, stop, ctx.scale)
+            size, keys = stop - start, slice(of.first(start), stop)
+            weights = of.weights(q, k, start, stop)
             d_rows = d_out[:, :, start:stop].reshape(groups, repeat * size, width)
             packed = weights.to(q.dtype).flatten(1, 2)
-            dv[:, :stop] += torch.bmm(packed.transpose(1, 2), d_rows)
-            d_weights = torch.bmm(d_rows, v[:, :stop].transpose(1, 2)).view_as(weights)
-            d_scores = d_weights.sub(delta[:, :, start:stop]).mul_(weights).mul_(ctx.scale)
+            dv[:, keys] += torch.bmm(packed.transpose(1, 2), d_rows)
+            d_weights = torch.bmm(d_rows, v[:, keys].transpose(1, 2)).view_as(weights)
+            d_scores = d_weights.sub(delta[:, :, start:stop]).mul_(weights).mul_(of.scale)
             d_scores = d_scores.to(q.dtype).flatten(1, 2)
-            dq[:, :, start:stop] = torch.bmm(d_scores, k[:, :stop]).view(
+            dq[:, :, start:stop] = torch.bmm(d_scores, k[:, keys]).view(
                 d_out[:, :, start:stop].shape
             )
             rows = q[:, :, start:stop].reshape(groups, repeat * size, width)
-            dk[:, :stop] += torch.bmm(d_scores.transpose(1, 2), rows)
+            dk[:, keys] += torch.bmm(d_scores.transpose(1, 2), rows)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, lengths: Sequence[int] = ()
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    lengths: Sequence[int] = (),
+    window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Return softmax(scale · q kᵀ, causal) v.
 
@@ -159,83 +127,25 @@ def causal_attention(
         v: [B, G, T, D].
         scale: Factor of the scores.
         lengths: If documents are packed into rows, the tokens of each: each attends to itself.
+        window: Keys that a query sees, itself included, or None for all before it.
+        sinks: [H], not trained: each head's score of a sink, which has no value (gpt-oss).
 
     Returns:
         [B, H, T, D] in the dtype of ``q``.
     """
     if len(lengths) > 1:
         documents = zip(*(torch.split(x, list(lengths), 2) for x in (q, k, v)), strict=True)
-        return torch.cat([causal_attention(*one, scale=scale) for one in documents], 2)
+        outs = [
+            causal_attention(*one, scale=scale, window=window, sinks=sinks) for one in documents
+        ]
+        return torch.cat(outs, 2)
     batch, heads, length, width = q.shape
     groups = k.shape[1]
     folded = q.reshape(batch * groups, heads // groups, length, width).contiguous()
     keys = k.reshape(batch * groups, length, width).contiguous()
     values = v.reshape(batch * groups, length, width).contiguous()
-    out: Tensor = _CausalAttention.apply(folded, keys, values, scale)  # type: ignore[no-untyped-call]
+    if sinks is not None:
+        sinks = sinks.detach().float().view(groups, -1).repeat(batch, 1)
+    of = _Scores(scale, window, sinks)
+    out: Tensor = _CausalAttention.apply(folded, keys, values, of)  # type: ignore[no-untyped-call]
     return out.view(batch, heads, length, width)
-
-
-def _interface(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    plain = attention_mask is None and causal and not dropout
-    plain = plain and not any(value is not None for key, value in kwargs.items() if key in _UNUSUAL)
-    shaped = query.shape[2] == key.shape[2] > 1 and query.shape[-1] == value.shape[-1]
-    if _row is not None:
-        _row.calls += 1
-        if not plain or not shaped or query.device.type != "cpu":
-            raise NotPackable("its attention is not plain causal attention")
-        if query.shape[0] != 1 or query.shape[2] != sum(_row.lengths):
-            raise NotPackable("its attention sees other tokens than its layers")
-    if plain and shaped and query.device.type == "cpu":
-        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-        lengths = () if _row is None else _row.lengths
-        out = causal_attention(query, key, value, scale=scale, lengths=lengths)
-        return out.transpose(1, 2).contiguous(), None
-    result: tuple[Tensor, None] = sdpa_attention_forward(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout=dropout,
-        scaling=scaling,
-        is_causal=is_causal,
-        **kwargs,
-    )
-    return result
-
-
-# Arguments of some architectures' attention that change the result.
-_UNUSUAL = ("softcap", "s_aux", "position_bias", "cache", "output_attentions")
-
-
-def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """Return the mask for `_interface`: in a packed row none, as documents are known."""
-    if _row is None:
-        result: Tensor | None = sdpa_mask(*args, **kwargs)
-        return result
-    window = kwargs.get("local_size")
-    if kwargs.get("use_vmap"):
-        raise NotPackable("its attention has a mask of its own")
-    if window is not None:
-        _row.window = window if _row.window is None else min(window, _row.window)
-        if max(_row.lengths) > window:
-            raise NotPackable(f"a document is longer than its attention window of {window} tokens")
-    return None
-
-
-def register() -> str:
-    """Register the attention with transformers; returns its name."""
-    AttentionInterface.register(NAME, _interface)
-    AttentionMaskInterface.register(NAME, _mask)
-    return NAME

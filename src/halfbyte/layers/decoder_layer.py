@@ -9,6 +9,7 @@ not affected.
 rounds less often), or None if the layer is not supported.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from halfbyte.layers.elementwise import (
     unread_sum,
 )
 from halfbyte.layers.families import LayerSpec, spec_of
+from halfbyte.layers.gated_experts import outputs_unread
 from halfbyte.layers.mlp import gated_mlp
 from halfbyte.layers.qkv import turned_heads
 
@@ -68,6 +70,7 @@ class FusedLayer:
         self._first, self._second, *self._head_norms = spec.norms_of(layer)
         self._attention = parts.self_attn
         q, k, v, self._out, *self._mlp = spec.linears_of(layer)
+        self._mixture = spec.mixture_of(layer)
         self._projections = q, k, v
         self.head_dim: int = self._attention.head_dim
         config = self._attention.config
@@ -109,7 +112,11 @@ class FusedLayer:
         y, h = add_rms_norm(o, residual, norm.weight, norm.variance_epsilon, known)
         if checkpoint is not None and known is None:
             checkpoint.leave(h)
-        d = gated_mlp(y, *self._mlp, read=read)
+        if self._mixture is None:
+            d = gated_mlp(y, *self._mlp, read=read)
+        else:
+            with nullcontext() if read else outputs_unread():
+                d = self._mixture(y)
         result: Tensor = h + d if read else unread_sum(h, d)
         return result
 

@@ -23,7 +23,9 @@ class LayerSpec(NamedTuple):
         norm: Class of all its norms, an RMSNorm with ``weight`` and ``variance_epsilon``.
         norms: Attributes of the layer: before attention, before the MLP.
         head_norms: Attributes of the norms of queries and keys; a layer may have none.
-        linears: Attributes of the linears: q, k, v, o, gate, up, down.
+        linears: Attributes of the linears of attention: q, k, v, o.
+        mlp: Attributes of those of the MLP: gate, up, down.
+        mixture: Class of ``mlp`` in layers that have a mixture of experts there instead.
     """
 
     model: str
@@ -36,18 +38,23 @@ class LayerSpec(NamedTuple):
         "self_attn.k_proj",
         "self_attn.v_proj",
         "self_attn.o_proj",
-        "mlp.gate_proj",
-        "mlp.up_proj",
-        "mlp.down_proj",
     )
+    mlp: tuple[str, str, str] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    mixture: str = ""
 
     def norms_of(self, layer: nn.Module) -> list[Any]:
         """Return the norms of a layer: the two of the residual stream, then of queries and keys."""
         return [attrgetter(name)(layer) for name in (*self.norms, *self.head_norms)]
 
     def linears_of(self, layer: nn.Module) -> list[Any]:
-        """Return the linears of a layer."""
-        return [attrgetter(name)(layer) for name in self.linears]
+        """Return the linears of a layer: of attention, and of the MLP unless it is a mixture."""
+        names = self.linears if self.mixture_of(layer) else (*self.linears, *self.mlp)
+        return [attrgetter(name)(layer) for name in names]
+
+    def mixture_of(self, layer: nn.Module) -> nn.Module | None:
+        """Return the mixture of experts of a layer, or None if it has an MLP."""
+        mlp = getattr(layer, "mlp", None)
+        return mlp if isinstance(mlp, nn.Module) and type(mlp).__name__ == self.mixture else None
 
     def why_not(self, layer: nn.Module) -> str | None:
         """Return why a layer of this class deviates from the table, or None."""
@@ -66,6 +73,25 @@ FAMILIES = (
     LayerSpec("MistralForCausalLM", "MistralDecoderLayer", "MistralRMSNorm"),
     LayerSpec("Qwen2ForCausalLM", "Qwen2DecoderLayer", "Qwen2RMSNorm"),
     LayerSpec("Qwen3ForCausalLM", "Qwen3DecoderLayer", "Qwen3RMSNorm", head_norms=_HEAD_NORMS),
+    LayerSpec(
+        "MixtralForCausalLM",
+        "MixtralDecoderLayer",
+        "MixtralRMSNorm",
+        mixture="MixtralSparseMoeBlock",
+    ),
+    LayerSpec(
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeDecoderLayer",
+        "Qwen2MoeRMSNorm",
+        mixture="Qwen2MoeSparseMoeBlock",
+    ),
+    LayerSpec(
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeDecoderLayer",
+        "Qwen3MoeRMSNorm",
+        head_norms=_HEAD_NORMS,
+        mixture="Qwen3MoeSparseMoeBlock",
+    ),
 )
 
 

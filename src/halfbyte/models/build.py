@@ -18,16 +18,19 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from halfbyte.errors import CheckpointError, ConfigError, WeightError
-from halfbyte.layers import attention_cpu
+from halfbyte.layers import attention_interface, token_mixers
+from halfbyte.layers.experts import freeze_experts
 from halfbyte.layers.multimodal import build_decoder, removed_modules, ties_head
 from halfbyte.layers.targets import linears_to_freeze, why_no_adapter
 from halfbyte.layers.vocabulary import FrozenEmbedding, FrozenHead
 from halfbyte.linear.arena import Arena
+from halfbyte.linear.experts import ExpertLinear, expert_linears
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.group import LinearGroup
 from halfbyte.linear.lora import frozen_linears
 from halfbyte.models.buffers import compute_buffers
-from halfbyte.quant.format import quantize
+from halfbyte.quant.format import PackedWeight, quantize
+from halfbyte.quant.mxfp4 import MXFP4Weight, empty_like_mxfp4
 from halfbyte.quant.scale_search import search
 from halfbyte.quant.weight import QuantizedWeight, empty_like_quantized
 
@@ -65,6 +68,8 @@ class BaseRecipe:
         quantize_embeddings: Whether the embedding is. If the two are tied, one option packs both.
         quant_search: Whether scales are searched for the least error (`quant.scale_search`)
             instead of being those of bitsandbytes.
+        experts: The format that the files have experts in and that they keep, whatever the others
+            have; None: they are packed as linears are.
     """
 
     quant: Literal["nf4", "fp4", "none"] = "nf4"
@@ -75,6 +80,7 @@ class BaseRecipe:
     quantize_head: bool = False
     quantize_embeddings: bool = False
     quant_search: bool = False
+    experts: Literal["mxfp4"] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,9 @@ class MemoryReport:
         quantized_bytes: Their bytes, including scales.
         kept: (name, dtype, bytes) of every tensor over 1 MB in 16 or 32 bits.
         total_bytes: Everything, tied tensors counted once.
-        expert_bytes: Experts that are one tensor per layer, which is not packed.
+        expert_bytes: Experts that are one tensor per layer and are not packed.
+        mxfp4_parameters: Number of the packed weights that are in MXFP4.
+        mxfp4_bytes: Their bytes.
     """
 
     quantized_parameters: int
@@ -94,21 +102,27 @@ class MemoryReport:
     kept: tuple[tuple[str, str, int], ...]
     total_bytes: int
     expert_bytes: int = 0
+    mxfp4_parameters: int = 0
+    mxfp4_bytes: int = 0
 
     def lines(self) -> list[str]:
         """Return the report as lines of text."""
         lines = []
-        if self.quantized_parameters:
-            bits = 8 * self.quantized_bytes / self.quantized_parameters
-            lines.append(
-                f"{self.quantized_parameters / 1e6:.1f} M weights in 4 bits: "
-                f"{self.quantized_bytes / 1e6:.1f} MB ({bits:.3f} bits per weight with scales)"
-            )
-            if self.expert_bytes:
+        others = self.quantized_parameters - self.mxfp4_parameters
+        for kind, count, size in (
+            ("4 bits", others, self.quantized_bytes - self.mxfp4_bytes),
+            ("MXFP4, the bytes of the files", self.mxfp4_parameters, self.mxfp4_bytes),
+        ):
+            if count:
                 lines.append(
-                    f"experts are tensors of a whole layer and not linear layers, so they are not "
-                    f"packed: {self.expert_bytes / 1e6:.1f} MB"
+                    f"{count / 1e6:.1f} M weights in {kind}: {size / 1e6:.1f} MB "
+                    f"({8 * size / count:.3f} bits per weight with scales)"
                 )
+        if self.quantized_parameters and self.expert_bytes:
+            lines.append(
+                f"experts are tensors of a whole layer and not linear layers, so they are not "
+                f"packed: {self.expert_bytes / 1e6:.1f} MB"
+            )
         # In a plain model every tensor is kept: the largest are named, the rest is counted.
         named = self.kept if len(self.kept) <= _NAMED else self.kept[: _NAMED // 2]
         rest = self.kept[len(named) :]
@@ -128,7 +142,8 @@ def build(
         config: Configuration of a causal language model, or of a model of more than text, of which
             only the text decoder is built (`layers.multimodal`).
         recipe: How its weights will be stored.
-        plain: Paths of linears that are not packed, overriding the recipe.
+        plain: Paths of linears, and of the parameters of experts, that are not packed, overriding
+            the recipe.
 
     Raises:
         CheckpointError: If transformers has no causal language model for this configuration.
@@ -138,10 +153,8 @@ def build(
         model = build_decoder(config, recipe.compute_dtype)
     except ValueError as error:
         raise CheckpointError(f"not a causal language model transformers knows: {error}") from error
-    # If transformers would not choose sdpa (ALiBi, capped scores), ours is not correct either.
-    decoder = model.get_decoder() if removed_modules(model) else model
-    if decoder.config._attn_implementation == "sdpa":
-        decoder.set_attn_implementation(attention_cpu.register())
+    attention_interface.use(model.get_decoder() if removed_modules(model) else model)
+    token_mixers.register(model)
     if recipe.quant == "none":
         recipe = replace(recipe, quantize_head=False, quantize_embeddings=False)
     elif ties_head(model):
@@ -165,6 +178,7 @@ def build(
         )
         frozen.why_no_adapter = refused.get(name)
         setattr(model.get_submodule(parent), leaf, frozen)
+    freeze_experts(model, partial(_expert_like, recipe, plain), recipe.compute_dtype)
     if recipe.quantize_head and not isinstance(model.get_output_embeddings(), FrozenHead):
         raise ConfigError(f"quantize_head: {type(model).__name__} has no plain linear head to pack")
     if recipe.quantize_embeddings:
@@ -184,15 +198,33 @@ def _packed_embedding(model: PreTrainedModel, recipe: BaseRecipe) -> FrozenEmbed
             "packed; leave quantize_embeddings out"
             + (" and quantize_head, which is tied to it" if recipe.quantize_head else "")
         )
-    assert recipe.quant != "none"
-    quantized = empty_like_quantized(
-        embedding.weight.shape,
+    quantized = _empty(embedding.weight.shape, recipe)
+    assert quantized is not None
+    return FrozenEmbedding(quantized, recipe.compute_dtype)
+
+
+def _expert_like(
+    recipe: BaseRecipe, plain: Collection[str], path: str, shape: tuple[int, int], transposed: bool
+) -> PackedWeight | None:
+    """Return a description of an expert's packed weight, or None if it is plain."""
+    if path in plain:
+        return None
+    if recipe.experts == "mxfp4":
+        return empty_like_mxfp4(shape[::-1] if transposed else shape, recipe.compute_dtype)
+    return _empty(shape, recipe)
+
+
+def _empty(shape: tuple[int, ...], recipe: BaseRecipe) -> QuantizedWeight | None:
+    """Return a description of a packed weight on the meta device, or None if they are plain."""
+    if recipe.quant == "none":
+        return None
+    return empty_like_quantized(
+        shape,
         recipe.compute_dtype,
         quant_type=recipe.quant,
         block_size=recipe.block_size,
         double_quant=recipe.double_quant,
     )
-    return FrozenEmbedding(quantized, recipe.compute_dtype)
 
 
 def share_inputs(model: nn.Module) -> None:
@@ -226,10 +258,14 @@ def _owner(model: PreTrainedModel, name: str) -> tuple[nn.Module, str]:
     try:
         return model.get_submodule(path), leaf
     except AttributeError:
-        raise CheckpointError(
-            f"the checkpoint holds {name}, which {type(model).__name__} does not have; "
-            "is its config.json of another model?"
-        ) from None
+        raise _unknown(model, name) from None
+
+
+def _unknown(model: PreTrainedModel, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint holds {name}, which {type(model).__name__} does not have; "
+        "is its config.json of another model?"
+    )
 
 
 def _check_shape(name: str, expected: tuple[int, ...], came: tuple[int, ...]) -> None:
@@ -282,6 +318,13 @@ def load_tensor(
     """
     recipe: BaseRecipe = model.halfbyte_recipe
     owner, leaf = _owner(model, name)
+    if isinstance(experts := owner._modules.get(leaf), ExpertLinear):
+        _check_shape(name, (experts.num_experts, *experts.matrix), tuple(tensor.shape))
+        if experts.packed:
+            for expert, matrix in enumerate(tensor):
+                load_expert(model, name, expert, matrix)
+            return
+        owner, leaf = experts, "weight"
     if isinstance(owner, FrozenLinear) and leaf == "weight":
         _check_shape(name, (owner.out_features, owner.in_features), tuple(tensor.shape))
         if owner.quantized is not None:
@@ -290,10 +333,7 @@ def load_tensor(
     parameter, buffer = owner._parameters.get(leaf), owner._buffers.get(leaf)
     slot = parameter if parameter is not None else buffer
     if slot is None:
-        raise CheckpointError(
-            f"the checkpoint holds {name}, which {type(model).__name__} does not have; "
-            "is its config.json of another model?"
-        )
+        raise _unknown(model, name)
     _check_shape(name, tuple(slot.shape), tuple(tensor.shape))
     if tensor.is_floating_point() and tensor.numel():
         # Two numbers instead of a mask: no temporary of the size of the tensor.
@@ -307,13 +347,47 @@ def load_tensor(
         owner._buffers[leaf] = held
 
 
-def place_quantized(model: PreTrainedModel, name: str, quantized: QuantizedWeight) -> None:
-    """Load a weight that is already packed, with unchanged bytes.
+def load_expert(model: PreTrainedModel, name: str, expert: int, matrix: Tensor) -> None:
+    """Load and pack the weight of one expert; see `load_tensor`.
+
+    Args:
+        model: The result of ``build``, in which experts are packed.
+        name: The name of the parameter of all experts in transformers.
+        expert: The index of the expert.
+        matrix: Its part of the parameter, [rows, columns].
 
     Raises:
-        CheckpointError: If ``name`` is not the weight of a frozen linear, or has another shape.
+        CheckpointError: If the model has no such experts, or they have another shape.
+        WeightError: If a value is NaN or infinite.
     """
     owner, leaf = _owner(model, name)
+    experts = owner._modules.get(leaf)
+    if not isinstance(experts, ExpertLinear):
+        raise _unknown(model, name)
+    _check_shape(f"{name}, expert {expert}", tuple(experts.matrix), tuple(matrix.shape))
+    experts.set_packed(expert, pack(matrix, model.halfbyte_recipe, f"{name}, expert {expert}"))
+
+
+def place_quantized(model: PreTrainedModel, name: str, quantized: PackedWeight) -> None:
+    """Load a weight that is already packed, with unchanged bytes.
+
+    Args:
+        model: The result of ``build``.
+        name: The parameter's name in transformers.
+        quantized: A linear's weight; in MXFP4, those of all experts, [experts, out, in].
+
+    Raises:
+        CheckpointError: If ``name`` is not such a weight of the model, or has another shape.
+    """
+    owner, leaf = _owner(model, name)
+    if isinstance(quantized, MXFP4Weight):
+        experts = owner._modules.get(leaf)
+        if not isinstance(experts, ExpertLinear):
+            raise CheckpointError(f"{name} is in MXFP4, but is no weight of experts")
+        _check_shape(name, (experts.num_experts, *experts.matrix), tuple(quantized.shape))
+        for expert, matrix in enumerate(quantized.to(model.halfbyte_recipe.device).unbind()):
+            experts.set_packed(expert, matrix)
+        return
     if not isinstance(owner, FrozenLinear) or leaf != "weight":
         raise CheckpointError(f"{name} is packed in 4 bits, but is no linear layer's weight")
     _check_shape(name, (owner.out_features, owner.in_features), tuple(quantized.shape))
@@ -370,9 +444,13 @@ def _tie(model: PreTrainedModel) -> None:
 
 def memory_report(model: nn.Module) -> MemoryReport:
     """Return the memory of ``model`` without adapters."""
-    held = [q for m in frozen_linears(model).values() if (q := m.quantized) is not None]
+    held: list[PackedWeight] = [
+        q for m in frozen_linears(model).values() if (q := m.quantized) is not None
+    ]
+    held += [q for experts in expert_linears(model).values() for q in experts.packed]
     packed = {id(q.codes): q for q in held}.values()  # a tied head holds the embedding's tensors
     quantized_bytes = sum(q.nbytes for q in packed)
+    mxfp4 = [q for q in packed if isinstance(q, MXFP4Weight)]
     kept = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
     plain_bytes = sum(p.nbytes for _, p in kept)
     large = [
@@ -386,5 +464,7 @@ def memory_report(model: nn.Module) -> MemoryReport:
         quantized_bytes=quantized_bytes,
         kept=tuple(large),
         total_bytes=quantized_bytes + plain_bytes,
+        mxfp4_parameters=sum(q.numel for q in mxfp4),
+        mxfp4_bytes=sum(q.nbytes for q in mxfp4),
         expert_bytes=sum(p.nbytes for n, p in kept if p.dim() == 3 and ".experts." in n),
     )

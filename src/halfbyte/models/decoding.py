@@ -65,7 +65,9 @@ def why_not(model: PreTrainedModel) -> str | None:
 
 def _why_not_layer(layer: nn.Module) -> str | None:
     spec = spec_of(layer)
-    return f"its layers are {type(layer).__name__}" if spec is None else spec.why_not(layer)
+    if spec is None:
+        return f"its layers are {type(layer).__name__}"
+    return "it is a mixture of experts" if spec.mixture_of(layer) else spec.why_not(layer)
 
 
 class _Norm(NamedTuple):

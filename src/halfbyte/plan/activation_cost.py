@@ -37,6 +37,13 @@ On a GPU without flash attention (before Ampere), k and v are copied for each of
 in forward, too, and the copies are kept. There is no varlen attention there, so micro-batches are
 not packed.
 
+A mixture of experts keeps its input (one of `norms`) and what the router said, and computes the
+rest again in backward. For k experts per token of inner width I there are, while it runs,
+
+    forward     the experts' inner activations and their outputs             e·k·(I + H)
+    backward    gate and up, the gradient of inner, that of its input        e·k·(3I + H)
+    decoded     a few experts at a time, whatever the tokens
+
 In addition there is the residual stream itself, as wide as a layer's input, several times. On a CPU
 this is its gradient. CUDA graphs have tensors of their own, so while they are captured there are
 
@@ -66,6 +73,9 @@ _FEWEST_ROWS = 2048
 CHECKPOINT_WIDTH = 3072
 
 
+# linear/experts.py: bytes of experts decoded at a time.
+DECODED_BYTES = 128 << 20
+
 # What is planned for where nothing else is said.
 H100 = DeviceSpec("H100 80 GB", (9, 0), num_sms=132, memory=85_029_158_912)
 
@@ -83,6 +93,7 @@ class LayerActivations:
         fused: Whether layers are run by ``layers.decoder_layer``.
         on_gpu: Whether they are on a GPU.
         gpu: Which, if they are.
+        packed: Whether experts are packed.
     """
 
     shape: ModelShape
@@ -93,6 +104,7 @@ class LayerActivations:
     fused: bool
     on_gpu: bool
     gpu: DeviceSpec = H100
+    packed: bool = True
 
     @property
     def by_kernels(self) -> bool:
@@ -129,6 +141,9 @@ class LayerActivations:
         mlp = (3 if self.fused else 4) * e * s.intermediate
         if self.multiplied:
             mlp = 2 * e * s.intermediate  # their product is made in backward
+        if s.mixture is not None:
+            # Logits and probabilities of all experts; number, weight and place of the chosen ones.
+            mlp = (e + 4) * s.mixture.experts + (e + 16) * s.mixture.per_token
         statistics = 4 * 2
         if self.on_gpu:
             statistics += 4 * s.heads
@@ -174,6 +189,16 @@ class LayerActivations:
         by_tile = 2 * tiles * tokens * self.itemsize
         return self.rank * (by_tile + -(-tokens // span) * 3 * self.shape.intermediate * 4)
 
+    def experts(self, tokens: int, *, backward: bool) -> int:
+        """Return what a mixture of experts has while it runs, besides what it keeps."""
+        if self.shape.mixture is None:
+            return 0
+        experts, per_token, inner, gated, _ = self.shape.mixture
+        widths = self.shape.hidden + (2 + gated if backward else 1) * inner
+        decoded = experts * self.itemsize * (1 + gated) * inner * self.shape.hidden
+        buffer = min(DECODED_BYTES, decoded) if self.packed else 0
+        return self.itemsize * per_token * tokens * widths + buffer
+
     def forward(self, tokens: int) -> int:
         """Return what a recomputed layer's forward has when it has most, input and output apart.
 
@@ -181,8 +206,10 @@ class LayerActivations:
         their product: both happen in one kernel.
         """
         if not self.by_kernels:
-            return 0
+            return self.experts(tokens, backward=False)
         kept = sum(self.kept().values()) - self.lora
+        if self.shape.mixture is not None:
+            return tokens * kept + self.experts(tokens, backward=False)
         if not self.multiplied:
             return tokens * kept
         inner = self.itemsize * self.shape.intermediate
@@ -194,6 +221,8 @@ class LayerActivations:
 
         That are the product of gate and up, and what the MLP adds to the stream.
         """
+        if self.shape.mixture is not None:
+            return self.experts(tokens, backward=False)
         inner = self.itemsize * (self.shape.intermediate + self.shape.hidden)
         return tokens * inner if self.multiplied else 0
 
@@ -205,7 +234,11 @@ class LayerActivations:
             attention = e * (s.hidden + 2 * s.query + 2 * s.key_value + heads * s.query)
             gone = e * 2 * s.hidden + self.kept()["mlp"]
             mlp = tokens * e * s.intermediate + self.gated_sums(tokens)
+            if s.mixture is not None:
+                mlp = self.experts(tokens, backward=True)
             return max(mlp, tokens * (attention + 4 * s.query - gone))
+        if s.mixture is not None:
+            return self.experts(tokens, backward=True) + tokens * self.itemsize * s.hidden
         return tokens * self.itemsize * ((2 if self.fused else 3) * s.intermediate + s.hidden)
 
     def backward(self, tokens: int) -> int:

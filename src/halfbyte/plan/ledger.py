@@ -38,6 +38,7 @@ OptimizerMode = Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw
 MOMENTS = "AdamW's moments"  # how the line of the optimizer's state begins
 
 SCALE_BLOCK = 256
+MXFP4_BLOCK = 32  # weights that share a scale of one byte
 STATE_BLOCK = 256  # elements of 8-bit optimizer state that share a scale
 SMALLEST_8BIT = 4096  # tensors of fewer elements keep 32-bit state
 STATE_CHUNK = 1 << 22  # elements of a parameter whose state is contiguous
@@ -77,6 +78,7 @@ class Holding:
     itemsize: int = 2
     quantize_head: bool = False
     quantize_embeddings: bool = False
+    experts: Literal["mxfp4"] | None = None
 
     @classmethod
     def of(cls, recipe: Any) -> "Holding":
@@ -88,6 +90,7 @@ class Holding:
             recipe.compute_dtype.itemsize,
             recipe.quantize_head,
             recipe.quantize_embeddings,
+            recipe.experts,
         )
 
     def packs(self, weight: Weight, *, tied: bool) -> bool:
@@ -97,6 +100,7 @@ class Holding:
         vocabulary = self.quantize_head or self.quantize_embeddings
         return {
             "linear": True,
+            "experts": True,
             "head": vocabulary if tied else self.quantize_head,
             "embedding": vocabulary if tied else self.quantize_embeddings,
             "other": False,
@@ -119,6 +123,10 @@ class Packed(NamedTuple):
         if not double_quant:
             return cls(codes=-(-numel // 2), scales=4 * blocks)
         return cls(-(-numel // 2), 0, blocks, 4 * -(-blocks // SCALE_BLOCK), 4)
+
+    def times(self, count: int) -> "Packed":
+        """Return the bytes of ``count`` such weights."""
+        return Packed(*(count * size for size in self))
 
     def plus(self, other: "Packed") -> "Packed":
         """Return the bytes of both."""
@@ -268,7 +276,15 @@ class Run:
         multiplied = filled if on_gpu and self.holding.itemsize == 2 else self.rank
         ranks = multiplied * len(adapted) // layers
         return LayerActivations(
-            shape, self.holding.itemsize, multiplied, ranks, copied, fused, on_gpu, self.gpu
+            shape,
+            self.holding.itemsize,
+            multiplied,
+            ranks,
+            copied,
+            fused,
+            on_gpu,
+            self.gpu,
+            packed=self.holding.quant != "none",
         )
 
     def step_cost(self, shape: ModelShape) -> StepCost:
@@ -377,7 +393,13 @@ class Ledger:
 def held(weight: Weight, shape: ModelShape, holding: Holding) -> Packed | int:
     """Return the bytes of a weight of the base model: packed, or plain."""
     if holding.packs(weight, tied=shape.tied):
-        return Packed.of(weight.numel, holding.block_size, double_quant=holding.double_quant)
+        count = weight.shape[0] if weight.role == "experts" else 1
+        if weight.role == "experts" and holding.experts == "mxfp4":
+            return Packed(weight.numel // 2, scale_codes=weight.numel // MXFP4_BLOCK)
+        one = Packed.of(
+            weight.numel // count, holding.block_size, double_quant=holding.double_quant
+        )
+        return one.times(count)
     return weight.numel * holding.itemsize
 
 
@@ -402,6 +424,8 @@ def _base(shape: ModelShape, run: Run) -> list[Line]:
             name = "norms and biases"
         elif weight.role == "linear" and holding.quant == "none":
             name = "linear layers"
+        elif weight.role == "experts":
+            name = "experts"
         else:  # the same of every layer in one line
             name = weight.name.replace(f".{weight.layer}.", ".*.", 1)
         line = Line(group, f"{name}, {dtype}", 0)
@@ -509,12 +533,15 @@ def _overhead(run: Run) -> int:
 
 
 def _load_peak(shape: ModelShape, run: Run) -> int:
-    # On a GPU there is a place for all packed weights from the first one on: linear/arena.py.
+    # On a GPU there is a place for all packed linears from the first one on (linear/arena.py), and
+    # for all experts of a layer.
     sizes = {weight: nbytes_of(weight, shape, run.holding) for weight in shape.weights}
     ahead = {w for w in sizes if run.device == "cuda" and run.holding.packs(w, tied=shape.tied)}
     placed, peak = sum(sizes[weight] for weight in ahead), 0
     for weight, becomes in sizes.items():
         came = weight.numel * 2 if weight.comes is None else weight.comes
+        if weight.role == "experts" and weight in ahead:
+            came //= weight.shape[0]  # one expert is read at a time
         # A tensor that is kept in the dtype it comes in, or packed already, is the one that came.
         flight = becomes if came == becomes else came + becomes
         peak = max(peak, placed + flight)

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from halfbyte.errors import ConfigError
 
-Role = Literal["linear", "head", "embedding", "other"]
+Role = Literal["linear", "experts", "head", "embedding", "other"]
 
 _COLUMNS = (
     "model_type",
@@ -40,6 +40,63 @@ _TABLE: dict[str, tuple[Any, ...]] = {
 }
 KNOWN = {name: dict(zip(_COLUMNS, row, strict=True)) for name, row in _TABLE.items()}
 
+_QWEN3_MOE = {
+    "model_type": "qwen3_moe",
+    "head_dim": 128,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": False,
+}
+_GPT_OSS = {
+    "model_type": "gpt_oss",
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_experts_per_tok": 4,
+    "vocab_size": 201088,
+    "tie_word_embeddings": False,
+}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "gpt-oss-20b": {**_GPT_OSS, "num_hidden_layers": 24, "num_local_experts": 32},
+    "gpt-oss-120b": {**_GPT_OSS, "num_hidden_layers": 36, "num_local_experts": 128},
+    "mixtral-8x7b": {
+        "model_type": "mixtral",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "vocab_size": 32000,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": False,
+    },
+    "qwen3-30b-a3b": {
+        **_QWEN3_MOE,
+        "hidden_size": 2048,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+    },
+    "qwen3-235b-a22b": {
+        **_QWEN3_MOE,
+        "hidden_size": 4096,
+        "moe_intermediate_size": 1536,
+        "num_hidden_layers": 94,
+        "num_attention_heads": 64,
+    },
+}
+"""Mixtures of experts that ``--shape`` names; transformers makes their shapes."""
+
+# What configurations call the number of experts of a token.
+_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
+
 
 class Weight(NamedTuple):
     """One parameter.
@@ -47,7 +104,8 @@ class Weight(NamedTuple):
     Attributes:
         name: Its name in transformers.
         shape: Its shape.
-        role: A linear layer's matrix, the output head's, the embedding's, or anything else.
+        role: A linear layer's matrix, those of all experts of a layer, the output head's, the
+            embedding's, or anything else.
         layer: The decoder layer it belongs to, or None.
         packs: Whether it is packed where weights of its role are.
         comes: The bytes it takes as it comes out of the files, or None if there are none.
@@ -71,9 +129,22 @@ class Weight(NamedTuple):
         return count
 
 
-def is_experts(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a parameter is the experts of a layer, as transformers holds them."""
-    return len(shape) == 3 and ".experts." in name
+class Mixture(NamedTuple):
+    """The mixtures of experts of a model.
+
+    Attributes:
+        experts: Experts of a layer.
+        per_token: Experts that a token goes through.
+        inner: Width inside of an expert.
+        gated: Whether experts have a gate, which doubles the width before their activation.
+        layers: Number of layers that have one.
+    """
+
+    experts: int
+    per_token: int
+    inner: int
+    gated: bool
+    layers: int
 
 
 @dataclass(frozen=True)
@@ -95,6 +166,7 @@ class ModelShape:
         head_norms: Whether queries and keys are normed head by head.
         fusable: Whether its layers are of a family that ``layers.decoder_layer`` runs fused.
         vocabulary_packs: Whether ``models.build`` can pack its output head.
+        mixture: Its mixtures of experts, if it has any.
     """
 
     name: str
@@ -111,6 +183,7 @@ class ModelShape:
     head_norms: bool = False
     fusable: bool = False
     vocabulary_packs: bool = True
+    mixture: Mixture | None = None
 
     @property
     def parameters(self) -> int:
@@ -119,8 +192,16 @@ class ModelShape:
 
     @property
     def expert_parameters(self) -> int:
-        """Those of experts that are one tensor per layer, which is never packed."""
-        return sum(weight.numel for weight in self.weights if is_experts(weight.name, weight.shape))
+        """Those of experts."""
+        return sum(weight.numel for weight in self.weights if weight.role == "experts")
+
+    @property
+    def active_parameters(self) -> int:
+        """Those that a token is multiplied with, and the embedding."""
+        if self.mixture is None:
+            return self.parameters
+        idle = self.mixture.experts - self.mixture.per_token
+        return self.parameters - self.expert_parameters * idle // self.mixture.experts
 
     def linears(self, layer: int | None = None) -> list[Weight]:
         """Return the matrices of its linear layers, or of those in one decoder layer."""
@@ -186,8 +267,8 @@ def config_of(text: str) -> Any:
     """Return the transformers configuration that ``--shape`` names.
 
     Args:
-        text: A name of ``KNOWN``, or ``field=value,field=value`` as in config.json; fields may
-            follow a name, and change it.
+        text: A name of ``KNOWN`` or ``MIXTURES``, or ``field=value,field=value`` as in config.json;
+            fields may follow a name, and change it.
 
     Raises:
         ConfigError: If the name is unknown, or a field is none of the configuration's.
@@ -197,12 +278,13 @@ def config_of(text: str) -> Any:
     name, *pairs = [part.strip() for part in text.split(",")]
     if "=" in name:
         name, pairs = "", [name, *pairs]
-    if name and name.lower() not in KNOWN:
+    known = KNOWN | MIXTURES
+    if name and name.lower() not in known:
         raise ConfigError(
-            f"--shape: {name!r} is not known; expected one of {', '.join(KNOWN)}, or config fields "
+            f"--shape: {name!r} is not known; expected one of {', '.join(known)}, or config fields "
             "such as model_type=llama,hidden_size=2048,num_hidden_layers=16"
         )
-    fields: dict[str, Any] = dict(KNOWN[name.lower()]) if name else {"model_type": "llama"}
+    fields: dict[str, Any] = dict(known[name.lower()]) if name else {"model_type": "llama"}
     for pair in pairs:
         field, equals, value = pair.partition("=")
         if not equals:
@@ -215,7 +297,9 @@ def config_of(text: str) -> Any:
         raise ConfigError(
             f"--shape: transformers cannot make {model_type} of it: {error}"
         ) from None
-    unknown = [field for field in fields if field not in type(config)().to_dict()]
+    published = known.get(name.lower(), {})
+    has = {*type(config)().to_dict(), *type(config).attribute_map, *published}
+    unknown = [field for field in fields if field not in has]
     if unknown:
         raise ConfigError(f"--shape: {model_type} has no {', '.join(unknown)} in its configuration")
     return config
@@ -240,6 +324,7 @@ def shape_of(
     """
     from torch import nn
 
+    from halfbyte.layers.experts import expert_parameters
     from halfbyte.layers.families import FAMILIES
     from halfbyte.layers.multimodal import ties_head
     from halfbyte.layers.targets import linears_to_freeze, why_no_adapter
@@ -250,6 +335,8 @@ def shape_of(
     for path, module in model.named_modules():
         if module is head or module is embedding:
             roles[f"{path}.weight"] = "head" if module is head else "embedding"
+    stacks = expert_parameters(model)
+    roles |= dict.fromkeys(stacks, "experts")
     refused = why_no_adapter(model)
     shapes = {path: tuple(parameter.shape) for path, parameter in model.named_parameters()}
     if files is not None:
@@ -288,7 +375,24 @@ def shape_of(
         head_norms=any(".q_norm." in path for path in shapes),
         fusable=any(spec.layer in kinds for spec in FAMILIES),
         vocabulary_packs=type(head) is nn.Linear and (not tied or type(embedding) is nn.Embedding),
+        mixture=_mixture_of(config, stacks),
     )
+
+
+def _mixture_of(config: Any, stacks: Mapping[str, tuple[Any, bool]]) -> Mixture | None:
+    """Return the mixtures of a model with these parameters of experts, each with its orientation.
+
+    Of different ones (JetMoE has experts in attention), the largest counts.
+    """
+    down = {path: pair for path, pair in stacks.items() if not path.endswith("up_proj")}
+    if not down:
+        return None
+    parameter, transposed = max(down.values(), key=lambda pair: pair[0].numel())
+    experts, *matrix = parameter.shape
+    per_token = next((n for name in _PER_TOKEN if (n := _number(config, name))), experts)
+    gated = any(path.endswith("gate_up_proj") for path in stacks)
+    inner = matrix[0] if transposed else matrix[1]
+    return Mixture(experts, min(per_token, experts), inner, gated, len(down))
 
 
 def _number(config: Any, name: str) -> int | None:

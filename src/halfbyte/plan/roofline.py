@@ -222,26 +222,31 @@ def step_seconds(
     if launch is None:
         launch = 0.0 if run.graphs and run.packs else LAUNCH_SECONDS
     tokens, layer, e = run.tokens, run.layer(shape), run.holding.itemsize
+    layers = max(1, shape.layers)
     # Weights are decoded, and inputs are offloaded and fetched, once per part.
     cost, passes = run.step_cost(shape), tokens / max(1, run.tokens_under_way)
-    again = 1 - run.policy.saved / max(1, shape.layers)
+    again = 1 - run.policy.saved / layers
     linears = shape.linears()
     numel = sum(weight.numel for weight in linears)
     last = sum(weight.numel for weight in linears if weight.name.endswith(".down_proj.weight"))
     rerun = numel - last if run.fused else numel
+    if shape.mixture is not None:
+        # Of their products, down is not computed again.
+        active = shape.expert_parameters * shape.mixture.per_token // shape.mixture.experts
+        numel, rerun = numel + active, rerun + active - active // (2 + shape.mixture.gated)
     # With an attention checkpoint, neither attention nor its output projection is recomputed.
-    attention_kept = (
-        run.policy.offloaded / max(1, shape.layers) if run.policy.attention_checkpoint else 0.0
-    )
+    attention_kept = run.policy.offloaded / layers if run.policy.attention_checkpoint else 0.0
     after = sum(weight.numel for weight in linears if weight.name.endswith(".o_proj.weight"))
-    packed = [held(weight, shape, run.holding) for weight in linears]
-    decoded = [
-        sum(size) + weight.numel * e
-        for weight, size in zip(linears, packed, strict=True)
-        if isinstance(size, Packed)
-    ]
+    decoding = {
+        role: sum(
+            sum(size) + weight.numel * e
+            for weight in shape.weights
+            if weight.role == role and isinstance(size := held(weight, shape, run.holding), Packed)
+        )
+        for role in ("linear", "experts")
+    }
     kept = sum(layer.kept().values())
-    adapters = e * sum(sum(weight.shape) for weight in run.adapted(shape)) / max(1, shape.layers)
+    adapters = e * sum(sum(weight.shape) for weight in run.adapted(shape)) / layers
     moved = (MOVED + MOVED_AGAIN * again) * kept + (2 + again) * adapters
     forward = 2 * run.length * shape.query * tokens * shape.layers
     trained = sum(run.rank * sum(weight.shape) for weight in run.adapted(shape))
@@ -258,8 +263,7 @@ def step_seconds(
         attention=forward * (1 + 2.5 + again - attention_kept) / (card.flops * attended),
         decoding=2
         * passes
-        * (1 - run.policy.decoded / max(1, shape.layers))
-        * sum(decoded)
+        * (decoding["linear"] * (1 - run.policy.decoded / layers) + decoding["experts"])
         / card.bandwidth,
         elementwise=shape.layers * (tokens * moved / card.bandwidth + parts * _SMALL_KERNELS),
         optimizer=trained * (12 + 2 * state) / card.bandwidth,

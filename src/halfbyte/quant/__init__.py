@@ -1,11 +1,12 @@
-"""4-bit weights: a code of NF4 or FP4 for each weight, and a scale for each block.
+"""4-bit weights: a code of NF4, FP4 or MXFP4 for each weight, and a scale for each block.
 
 `quantize` packs a tensor into a `QuantizedWeight`, `dequantize` decodes it; the bytes are those of
-bitsandbytes. README.md in this directory derives the levels, shows the layout and measures the
-error.
+bitsandbytes. `MXFP4Weight` is the format of gpt-oss, decoded by the same function. README.md here
+derives the levels, shows the layout and measures the error.
 """
 
-from halfbyte.quant.format import dequantize, dequantize_all, quantize
+from halfbyte.quant.format import PackedWeight, dequantize, dequantize_all, quantize
+from halfbyte.quant.mxfp4 import MXFP4Weight, empty_like_mxfp4, quantize_mxfp4
 from halfbyte.quant.weight import (
     BLOCK_SIZES,
     SCALE_BLOCK,
@@ -17,10 +18,14 @@ from halfbyte.quant.weight import (
 __all__ = [
     "BLOCK_SIZES",
     "SCALE_BLOCK",
+    "MXFP4Weight",
+    "PackedWeight",
     "QuantType",
     "QuantizedWeight",
     "dequantize",
     "dequantize_all",
+    "empty_like_mxfp4",
     "empty_like_quantized",
     "quantize",
+    "quantize_mxfp4",
 ]

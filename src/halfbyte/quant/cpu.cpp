@@ -1,7 +1,7 @@
-// The 4-bit format on a CPU: dequantise and quantise, for any instruction set, AVX2 and AVX-512.
+// The 4-bit formats on a CPU: dequantise and quantise, for any instruction set, AVX2 and AVX-512.
 //
-// cpu.py builds this file at first use and chooses; format.py holds the same operations in plain
-// PyTorch, and every variant here agrees with it bit for bit. Three things make that cheap:
+// cpu.py builds this file at first use and chooses; format.py and mxfp4.py hold the same operations
+// in plain PyTorch, and every variant here agrees with them bit for bit. Three things make that cheap:
 //
 // - A block has one scale and sixteen levels, so there are sixteen possible results. They are
 //   computed (and rounded to 16 bits, if asked) once a block, and decoding is a table lookup:
@@ -132,7 +132,9 @@ void over_blocks(int64_t numel, int64_t block_size, int threads, Fork fork, cons
 
 // ---------------------------------------------------------------------------------- dequantise
 
+// A weight of bitsandbytes' format: the first of two codes is in the high nibble.
 struct Encoded {
+    static constexpr bool kLowFirst = false;
     const uint8_t* codes;
     const float* scales;  // null with double quantisation
     const uint8_t* scale_codes;
@@ -148,21 +150,38 @@ struct Encoded {
     }
 };
 
-template <class Out>
-void decode_scalar(const Encoded& w, int64_t first, int64_t last, Out* out) {
+// A weight in MXFP4: the first of two codes is in the low nibble. Levels are doubled and scales
+// halved, as in mxfp4.py.
+struct Mxfp4 {
+    static constexpr bool kLowFirst = true;
+    static constexpr int64_t block_size = 32;
+    const uint8_t* codes;
+    const uint8_t* scales;
+    const float* levels;  // [16]
+    int64_t numel;
+
+    INLINE float scale_of(int64_t block) const {
+        const uint32_t exponent = scales[block];
+        return float_of(exponent < 2 ? 0x200000u << exponent : (exponent - 1) << 23);
+    }
+};
+
+template <class Weight, class Out>
+void decode_scalar(const Weight& w, int64_t first, int64_t last, Out* out) {
     for (int64_t block = first; block < last; ++block) {
         Out table[16];
         const float scale = w.scale_of(block);
         for (int i = 0; i < 16; ++i) narrow(w.levels[i] * scale, table[i]);
         const int64_t start = block * w.block_size;
-        const int64_t count = std::min(w.block_size, w.numel - start);
+        const int64_t count = std::min<int64_t>(w.block_size, w.numel - start);
         const uint8_t* codes = w.codes + start / 2;
         Out* to = out + start;
+        constexpr int first_shift = Weight::kLowFirst ? 0 : 4;
         for (int64_t i = 0; i < count / 2; ++i) {
-            to[2 * i] = table[codes[i] >> 4];
-            to[2 * i + 1] = table[codes[i] & 15];
+            to[2 * i] = table[codes[i] >> first_shift & 15];
+            to[2 * i + 1] = table[codes[i] >> (4 - first_shift) & 15];
         }
-        if (count % 2) to[count - 1] = table[codes[count / 2] >> 4];
+        if (count % 2) to[count - 1] = table[codes[count / 2] >> first_shift & 15];
     }
 }
 
@@ -181,10 +200,12 @@ AVX2 INLINE __m128i rounded(__m256 value, Bfloat16) {
     return _mm_packus_epi32(_mm256_castsi256_si128(result), _mm256_extracti128_si256(result, 1));
 }
 
-AVX2 void decode_avx2(const Encoded& w, int64_t first, int64_t last, float* out) {
+template <class Weight>
+AVX2 void decode_avx2(const Weight& w, int64_t first, int64_t last, float* out) {
     const __m256 low = _mm256_loadu_ps(w.levels), high = _mm256_loadu_ps(w.levels + 8);
     // Puts the eight nibbles of a little-endian word, in the order of elements, at bits 0..3.
-    const __m256i shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
+    const __m256i shifts = Weight::kLowFirst ? _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28)
+                                             : _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
     for (int64_t block = first; block < last; ++block) {
         const __m256 scale = _mm256_set1_ps(w.scale_of(block));
         const __m256 low_table = _mm256_mul_ps(low, scale), high_table = _mm256_mul_ps(high, scale);
@@ -203,8 +224,8 @@ AVX2 void decode_avx2(const Encoded& w, int64_t first, int64_t last, float* out)
     }
 }
 
-template <class Out16>
-AVX2 void decode_avx2(const Encoded& w, int64_t first, int64_t last, Out16* out) {
+template <class Weight, class Out16>
+AVX2 void decode_avx2(const Weight& w, int64_t first, int64_t last, Out16* out) {
     const __m256 low = _mm256_loadu_ps(w.levels), high = _mm256_loadu_ps(w.levels + 8);
     const __m256i nibble = _mm256_set1_epi8(15);
     // Byte shuffles look up half a result: the low bytes of the table and the high bytes apart.
@@ -221,10 +242,12 @@ AVX2 void decode_avx2(const Encoded& w, int64_t first, int64_t last, Out16* out)
             const __m128i packed = _mm_loadu_si128((const __m128i*)(codes + i / 2));
             // Elements 0-15 in the lower lane, 16-31 in the upper. Unpacking works within lanes, so
             // the words come out as 0-7, 16-23 and 8-15, 24-31.
-            const __m128i upper = _mm_srli_epi16(packed, 4);
+            const __m128i high = _mm_srli_epi16(packed, 4);
+            const __m128i even = Weight::kLowFirst ? packed : high;
+            const __m128i odd = Weight::kLowFirst ? high : packed;
             const __m256i index = _mm256_and_si256(
-                nibble, _mm256_set_m128i(_mm_unpackhi_epi8(upper, packed),
-                                         _mm_unpacklo_epi8(upper, packed)));
+                nibble,
+                _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd)));
             const __m256i first_bytes = _mm256_shuffle_epi8(low_bytes, index);
             const __m256i second_bytes = _mm256_shuffle_epi8(high_bytes, index);
             const __m256i c = _mm256_unpacklo_epi8(first_bytes, second_bytes);
@@ -235,7 +258,8 @@ AVX2 void decode_avx2(const Encoded& w, int64_t first, int64_t last, Out16* out)
     }
 }
 
-AVX512 void decode_avx512(const Encoded& w, int64_t first, int64_t last, float* out) {
+template <class Weight>
+AVX512 void decode_avx512(const Weight& w, int64_t first, int64_t last, float* out) {
     const __m512 levels = _mm512_loadu_ps(w.levels);
     for (int64_t block = first; block < last; ++block) {
         const __m512 table = _mm512_mul_ps(levels, _mm512_set1_ps(w.scale_of(block)));
@@ -247,7 +271,9 @@ AVX512 void decode_avx512(const Encoded& w, int64_t first, int64_t last, float* 
             const __m512i bytes =
                 _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)(codes + i / 2)));
             const __m512i index =
-                _mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(bytes, 32));
+                Weight::kLowFirst
+                    ? _mm512_or_si512(bytes, _mm512_slli_epi64(bytes, 28))
+                    : _mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(bytes, 32));
             _mm512_storeu_ps(to + i, _mm512_permutexvar_ps(index, table));
         }
     }
@@ -267,8 +293,8 @@ AVX512 INLINE __m256i rounded(__m512 value, Bfloat16) {
         _mm512_mask_set1_epi32(_mm512_srli_epi32(sum, 16), nan, 0x7fc0));
 }
 
-template <class Out16>
-AVX512 void decode_avx512(const Encoded& w, int64_t first, int64_t last, Out16* out) {
+template <class Weight, class Out16>
+AVX512 void decode_avx512(const Weight& w, int64_t first, int64_t last, Out16* out) {
     const __m512 levels = _mm512_loadu_ps(w.levels);
     for (int64_t block = first; block < last; ++block) {
         const __m512 scaled = _mm512_mul_ps(levels, _mm512_set1_ps(w.scale_of(block)));
@@ -280,7 +306,9 @@ AVX512 void decode_avx512(const Encoded& w, int64_t first, int64_t last, Out16* 
             const __m512i bytes =
                 _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i / 2)));
             const __m512i index =
-                _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
+                Weight::kLowFirst
+                    ? _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12))
+                    : _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
             _mm512_storeu_si512(to + i, _mm512_permutexvar_epi16(index, table));
         }
     }
@@ -288,8 +316,8 @@ AVX512 void decode_avx512(const Encoded& w, int64_t first, int64_t last, Out16* 
 
 #endif  // __x86_64__
 
-template <class Out>
-void decode(const Encoded& w, int64_t first, int64_t last, Out* out,
+template <class Weight, class Out>
+void decode(const Weight& w, int64_t first, int64_t last, Out* out,
             [[maybe_unused]] int variant) {
 #if defined(__x86_64__)
     // The vector variants decode whole blocks; a short last one is left over.
@@ -299,6 +327,15 @@ void decode(const Encoded& w, int64_t first, int64_t last, Out* out,
     if (variant != kScalar) first = whole;
 #endif
     decode_scalar(w, first, last, out);
+}
+
+template <class Weight>
+void decode_all(const Weight& w, void* out, int type, int variant, int threads, Fork fork) {
+    over_blocks(w.numel, w.block_size, threads, fork, [&](int64_t first, int64_t last) {
+        if (type == kFloat32) decode(w, first, last, static_cast<float*>(out), variant);
+        if (type == kBfloat16) decode(w, first, last, static_cast<Bfloat16*>(out), variant);
+        if (type == kFloat16) decode(w, first, last, static_cast<Float16*>(out), variant);
+    });
 }
 
 // ------------------------------------------------------------------------------------ quantise
@@ -410,11 +447,13 @@ void halfbyte_dequantize(const uint8_t* codes, const float* scales, const uint8_
                          Fork fork) {
     const Encoded w{codes,        scales, scale_codes, scale_scales, scale_offset,
                     scale_levels, levels, numel,       block_size};
-    over_blocks(numel, block_size, threads, fork, [&](int64_t first, int64_t last) {
-        if (type == kFloat32) decode(w, first, last, static_cast<float*>(out), variant);
-        if (type == kBfloat16) decode(w, first, last, static_cast<Bfloat16*>(out), variant);
-        if (type == kFloat16) decode(w, first, last, static_cast<Float16*>(out), variant);
-    });
+    decode_all(w, out, type, variant, threads, fork);
+}
+
+void halfbyte_dequantize_mxfp4(const uint8_t* codes, const uint8_t* scales, const float* levels,
+                               int64_t numel, void* out, int type, int variant, int threads,
+                               Fork fork) {
+    decode_all(Mxfp4{codes, scales, levels, numel}, out, type, variant, threads, fork);
 }
 
 void halfbyte_quantize(const void* values, int type, int64_t numel, int64_t block_size,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.quant import blockwise
+from halfbyte.quant.mxfp4 import DOUBLED_LEVELS, MXFP4Weight
 from halfbyte.quant.weight import FLOAT_TYPES, QuantizedWeight, QuantType, code_order, levels_of
 from halfbyte.runtime.native import Unavailable, shared_object
 
@@ -53,6 +54,9 @@ class Kernels:
         self._decode = loaded.halfbyte_dequantize
         self._decode.argtypes = [*[pointer] * 7, size, size, pointer, *[number] * 3, pointer]
         self._decode.restype = None
+        self._decode_mxfp4 = loaded.halfbyte_dequantize_mxfp4
+        self._decode_mxfp4.argtypes = [*[pointer] * 3, size, pointer, *[number] * 3, pointer]
+        self._decode_mxfp4.restype = None
         self._encode = loaded.halfbyte_quantize
         self._encode.argtypes = [
             pointer,
@@ -100,6 +104,28 @@ class Kernels:
             _address(levels_of(q.quant_type)),
             q.numel,
             q.block_size,
+            _address(out),
+            FLOAT_TYPES.index(out.dtype),
+            self._number(variant),
+            _threads(threads, q.numel // _DECODE_SHARE),
+            self._fork,
+        )
+
+    def decode_mxfp4(
+        self,
+        q: MXFP4Weight,
+        out: Tensor,
+        *,
+        variant: Variant | None = None,
+        threads: int | None = None,
+    ) -> None:
+        """Decodes `q` into `out`; as `decode` does, except for the format."""
+        codes, scales = q.codes.contiguous(), q.scales.contiguous()
+        self._decode_mxfp4(
+            _address(codes),
+            _address(scales),
+            _address(DOUBLED_LEVELS),
+            q.numel,
             _address(out),
             FLOAT_TYPES.index(out.dtype),
             self._number(variant),

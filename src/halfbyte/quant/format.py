@@ -1,5 +1,8 @@
 """Packs weights to 4 bits and decodes them: the specification in plain PyTorch, and the dispatch.
 
+`dequantize` and `dequantize_all` take weights of both formats, `QuantizedWeight` and `MXFP4Weight`
+(mxfp4.py has its specification); a table of each implementation has a decoder for each.
+
 `quantize` and `dequantize` choose between the C++ kernels of cpu.py, the Triton kernels of
 triton_blockwise.py, and the plain PyTorch here, which is the specification. They agree bit for bit,
 except for encoding on a GPU: reciprocals are approximate there, as in bitsandbytes, so a quotient
@@ -15,18 +18,20 @@ to 0.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from itertools import groupby
 from math import ceil
 from types import ModuleType
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from halfbyte.errors import ConfigError, WeightError
-from halfbyte.quant import blockwise
+from halfbyte.quant import blockwise, mxfp4
+from halfbyte.quant.mxfp4 import MXFP4Weight
 from halfbyte.quant.weight import (
     FLOAT_TYPES,
     SCALE_BLOCK,
@@ -39,6 +44,9 @@ from halfbyte.quant.weight import (
 from halfbyte.runtime import device as devices
 
 Implementation = Literal["auto", "cpu", "gpu", "torch"]
+
+PackedWeight = QuantizedWeight | MXFP4Weight
+"""A weight that `dequantize` decodes."""
 
 logger = logging.getLogger("halfbyte")
 
@@ -128,7 +136,7 @@ def _check_finite(weight: Tensor, scales: Tensor, witness: Tensor, called: str) 
 
 @torch.no_grad()
 def dequantize(
-    q: QuantizedWeight,
+    q: PackedWeight,
     dtype: torch.dtype | None = None,
     *,
     out: Tensor | None = None,
@@ -160,16 +168,16 @@ def dequantize(
 
 @torch.no_grad()
 def dequantize_all(
-    weights: Sequence[QuantizedWeight],
+    weights: Sequence[PackedWeight],
     dtype: torch.dtype,
     *,
     outs: Sequence[Tensor] | None = None,
     impl: Implementation = "auto",
 ) -> list[Tensor]:
-    """Decodes several weights on one device to one dtype; on a GPU in one launch.
+    """Decodes several weights on one device to one dtype; on a GPU those of a format in one launch.
 
     Args:
-        weights: The weights, at least one.
+        weights: The weights, at least one, of any formats.
         dtype: As for `dequantize`.
         outs: As ``out`` of `dequantize`, for each.
         impl: As for `quantize`.
@@ -190,11 +198,13 @@ def dequantize_all(
             out.copy_(dequantize(q, torch.float32, impl=impl).view(out.shape))
             for q, out in zip(weights, outs, strict=True)
         ]
-    backend.decode_all(weights, outs)
+    for kind, group in groupby(zip(weights, outs, strict=True), lambda pair: type(pair[0])):
+        some, their_outs = zip(*group, strict=True)
+        backend.decode_all[kind](some, their_outs)
     return list(outs)
 
 
-def _check_out(q: QuantizedWeight, dtype: torch.dtype, out: Tensor) -> None:
+def _check_out(q: PackedWeight, dtype: torch.dtype, out: Tensor) -> None:
     whole = out.is_contiguous() and out.numel() == q.numel
     matrix = out.dim() == 2 and out.shape == q.shape and 1 in out.stride()
     if out.dtype != dtype or out.device != q.codes.device or not (whole or matrix):
@@ -205,12 +215,17 @@ def _check_out(q: QuantizedWeight, dtype: torch.dtype, out: Tensor) -> None:
         )
 
 
+_Decode = Callable[[Any, Tensor], None]
+_Decoders = Mapping[type[PackedWeight], _Decode]
+_DecodeAll = Callable[[Sequence[Any], Sequence[Tensor]], None]
+
+
 class _Backend(NamedTuple):
-    """The four functions of an implementation of `quantize` and `dequantize`."""
+    """An implementation of `quantize` and `dequantize`; ``decode_all`` is by type of the weight."""
 
     encode: Callable[[Tensor, QuantType, int], tuple[Tensor, Tensor]]
     encode_scales: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    decode_all: Callable[[Sequence[QuantizedWeight], Sequence[Tensor]], None]
+    decode_all: Mapping[type[PackedWeight], _DecodeAll]
     empty: Callable[..., Tensor]
 
 
@@ -222,31 +237,34 @@ def _backend(impl: Implementation, device: torch.device) -> _Backend:
         raise ConfigError(f'impl must be "auto", "cpu", "gpu" or "torch", not {impl!r}')
     empty = partial(torch.empty, device=device)
     if device.type == "cpu" and impl in ("auto", "cpu") and (found := cpu.kernels()):
-        return _Backend(found.encode, _encode_scales, _each(found.decode), found.empty)
+        decoders: _Decoders = {QuantizedWeight: found.decode, MXFP4Weight: found.decode_mxfp4}
+        return _Backend(found.encode, _encode_scales, _each(decoders), found.empty)
     if device.type == "cuda" and impl in ("auto", "gpu") and (gpu := gpu_kernels()):
-        return _Backend(gpu.encode, gpu.encode_scales, gpu.decode_all, empty)
+        from halfbyte.quant import triton_mxfp4
+
+        launchers = {QuantizedWeight: gpu.decode_all, MXFP4Weight: triton_mxfp4.decode_all}
+        return _Backend(gpu.encode, gpu.encode_scales, launchers, empty)
     if impl in ("cpu", "gpu"):
         why = cpu.describe() if impl == "cpu" else "Triton on a CUDA device"
         raise ConfigError(
             f'impl "{impl}" is not available for a tensor on {device} ({why}): use "auto"'
         )
     encode = partial(_encode, cuda=device.type == "cuda")
-    return _Backend(encode, _encode_scales, _each(_decode), empty)
+    specification: _Decoders = {QuantizedWeight: _decode, MXFP4Weight: mxfp4.decode}
+    return _Backend(encode, _encode_scales, _each(specification), empty)
 
 
-def _each(
-    decode: Callable[[QuantizedWeight, Tensor], None],
-) -> Callable[[Sequence[QuantizedWeight], Sequence[Tensor]], None]:
-    """Turns a `decode` of one weight to contiguous memory into one of several to any memory."""
+def _each(decoders: _Decoders) -> dict[type[PackedWeight], _DecodeAll]:
+    """Turns decoders of one weight to contiguous memory into those of several to any memory."""
 
-    def decode_all(weights: Sequence[QuantizedWeight], outs: Sequence[Tensor]) -> None:
+    def decode_all(decode: _Decode, weights: Sequence[Any], outs: Sequence[Tensor]) -> None:
         for q, out in zip(weights, outs, strict=True):
             whole = out if out.is_contiguous() else out.new_empty(q.shape)
             decode(q, whole)
             if whole is not out:
                 out.copy_(whole)
 
-    return decode_all
+    return {kind: partial(decode_all, decode) for kind, decode in decoders.items()}
 
 
 @cache

@@ -37,8 +37,8 @@ from halfbyte.quant import blockwise
 from halfbyte.quant.weight import SCALE_BLOCK, QuantizedWeight, QuantType, levels_of
 
 # Maximum weights in one launch of `_decode_flat`; a program finds its own by testing every start.
-_WEIGHTS_A_LAUNCH = 16
-_LANES, _UNROLL = 256, 2
+WEIGHTS_A_LAUNCH = 16
+LANES, UNROLL = 256, 2
 
 
 @triton.jit
@@ -50,6 +50,42 @@ def scale_of(block, inside, scales, scale_codes, offset, dynamic, double: tl.con
         return level * tl.load(scales + (block >> 8), mask=inside, other=0.0) + offset
     else:
         return tl.load(scales + block, mask=inside, other=0.0)
+
+
+@triton.jit
+def decode_words(
+    out,
+    first,
+    words,
+    codes,
+    scales,
+    scale_codes,
+    offset,
+    levels,
+    dynamic,
+    block_words: tl.constexpr,
+    double: tl.constexpr,
+    lanes: tl.constexpr,
+    unroll: tl.constexpr,
+):
+    """Decodes `lanes` · `unroll` words of 8 codes from ``first`` on, to their place in ``out``."""
+    out += tl.cast(first, tl.int64) * 8
+    element = tl.arange(0, 8)
+    shift = (element >> 1) * 8 + (1 - (element & 1)) * 4
+    for i in tl.static_range(unroll):
+        lane = i * lanes + tl.arange(0, lanes)
+        word = first + lane
+        inside = word < words
+        packed = tl.load(codes + word, mask=inside, other=0)
+        block = word // block_words
+        scale = scale_of(block, inside, scales, scale_codes, offset, dynamic, double)
+        code = (packed[:, None] >> shift[None, :]) & 15
+        value = tl.load(levels + code) * scale[:, None]
+        tl.store(
+            out + lane[:, None] * 8 + element[None, :],
+            value.to(out.dtype.element_ty),
+            mask=inside[:, None],
+        )
 
 
 @triton.jit
@@ -80,23 +116,22 @@ def _decode_flat(
     if double:
         offset = tl.load(tl.load(row + 5).to(tl.pointer_type(tl.float32)))
     # There may be more than 2**31 elements, but not words: an eighth of that.
-    out += (tl.load(row + 6) + first) * 8
-    element = tl.arange(0, 8)
-    shift = (element >> 1) * 8 + (1 - (element & 1)) * 4
-    for i in tl.static_range(unroll):
-        lane = i * lanes + tl.arange(0, lanes)
-        word = first + lane
-        inside = word < words
-        packed = tl.load(codes + word, mask=inside, other=0)
-        block = word // block_words
-        scale = scale_of(block, inside, scales, scale_codes, offset, dynamic, double)
-        code = (packed[:, None] >> shift[None, :]) & 15
-        value = tl.load(levels + code) * scale[:, None]
-        tl.store(
-            out + lane[:, None] * 8 + element[None, :],
-            value.to(out.dtype.element_ty),
-            mask=inside[:, None],
-        )
+    out += tl.load(row + 6) * 8
+    decode_words(
+        out,
+        first,
+        words,
+        codes,
+        scales,
+        scale_codes,
+        offset,
+        levels,
+        dynamic,
+        block_words,
+        double,
+        lanes,
+        unroll,
+    )
 
 
 @triton.jit
@@ -326,8 +361,8 @@ def decode_all(weights: Sequence[QuantizedWeight], outs: Sequence[Tensor]) -> No
         (flat if aligned and out.is_contiguous() else others).append((q, out))
     for _, group in groupby(flat, _launch):
         pairs = list(group)
-        for start in range(0, len(pairs), _WEIGHTS_A_LAUNCH):
-            _decode_flat_ones(pairs[start : start + _WEIGHTS_A_LAUNCH])
+        for start in range(0, len(pairs), WEIGHTS_A_LAUNCH):
+            _decode_flat_ones(pairs[start : start + WEIGHTS_A_LAUNCH])
     for q, out in others:
         _decode_other(q, out)
 
@@ -343,7 +378,7 @@ def _decode_flat_ones(pairs: Sequence[tuple[QuantizedWeight, Tensor]]) -> None:
     # Offsets from the first result, so that a layer's table does not depend on the address.
     places = [(o.data_ptr() - out.data_ptr()) // (8 * o.itemsize) for _, o in pairs]
     rows = ((q.numel // 8, *_pointers(q), p) for (q, _), p in zip(pairs, places, strict=True))
-    table, programs = _launch_table(tuple(rows), device)
+    table, programs = launch_table(tuple(rows), device)
     with on_device(out):
         _decode_flat[(programs,)](
             out,
@@ -353,8 +388,8 @@ def _decode_flat_ones(pairs: Sequence[tuple[QuantizedWeight, Tensor]]) -> None:
             count=len(pairs),
             block_words=q.block_size // 8,
             double=q.double_quant,
-            lanes=_LANES,
-            unroll=_UNROLL,
+            lanes=LANES,
+            unroll=UNROLL,
             num_warps=8,
             enable_fp_fusion=False,
         )
@@ -369,8 +404,10 @@ def _pointers(q: QuantizedWeight) -> tuple[int, int, int, int]:
 
 
 @lru_cache(maxsize=1024)
-def _launch_table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, int]:
-    """The table of `_decode_flat` and its number of programs.
+def launch_table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, int]:
+    """Returns the table of a kernel of `LANES` times `UNROLL` words, and its number of programs.
+
+    A row of ``rows`` is a weight's number of words, and what else the kernel reads of it.
 
     It depends only on its key, so a cached one is always valid. Building it synchronises with the
     device and cannot be captured in a CUDA graph; it is built when a layer is first decoded.
@@ -378,7 +415,7 @@ def _launch_table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> tu
     table, programs = [], 0
     for words, *pointers in rows:
         table.append([programs, words, *pointers])
-        programs += triton.cdiv(words, _LANES * _UNROLL)
+        programs += triton.cdiv(words, LANES * UNROLL)
     return torch.tensor(table, dtype=torch.int64, device="cpu").to(device), programs
 
 

@@ -20,13 +20,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from halfbyte.checkpoint.mxfp4_keys import dense
 from halfbyte.checkpoint.source import BaseSource
 from halfbyte.data import IGNORED, Example, collate
 from halfbyte.engine.packing import Batch
+from halfbyte.layers.experts import expert_parameters
 from halfbyte.layers.vocabulary import FrozenEmbedding
+from halfbyte.linear.experts import ExpertLinear, expert_linears
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.models.build import frozen_linears
-from halfbyte.quant import QuantizedWeight, dequantize
 from halfbyte.runtime.matmul import product
 from halfbyte.train.evaluate import as_batch
 
@@ -177,10 +179,27 @@ class _Stand(nn.Module):
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
+class _ExpertStand(nn.Module):
+    """Replaces a linear of experts temporarily: computes with a candidate's weights."""
+
+    def __init__(self, candidate: BaseSource, name: str, num_experts: int) -> None:
+        super().__init__()
+        self._weights, self.num_experts = partial(_dense, candidate, name), num_experts
+        self._transposed = expert_parameters(candidate.skeleton)[name][1]
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        weights = self._weights().to(x.device, x.dtype)
+        count, rows, columns = weights.shape
+        plain = ExpertLinear((count, rows, columns), transposed=self._transposed, dtype=x.dtype)
+        plain.weight = nn.Parameter(weights, requires_grad=False)
+        y: Tensor = plain(x, offsets)
+        return y
+
+
 @contextmanager
 def _replaced(model: PreTrainedModel, candidate: BaseSource | None) -> Iterator[None]:
-    linears = frozen_linears(model)
-    stands: dict[str, _Stand] = {}
+    linears, experts = frozen_linears(model), expert_linears(model)
+    stands: dict[str, nn.Module] = {}
     if candidate is None:
         stands = {
             path: _Stand(linear, partial(linear.decode, torch.float32))
@@ -193,7 +212,9 @@ def _replaced(model: PreTrainedModel, candidate: BaseSource | None) -> Iterator[
             name = f"{path}.weight"
             name = name if name in names else tied[name]
             stands[path] = _Stand(linear, partial(_dense, candidate, name))
-        for name in names - {f"{path}.weight" for path in linears}:
+        for path, module in experts.items():
+            stands[path] = _ExpertStand(candidate, path, module.num_experts)
+        for name in names - {f"{path}.weight" for path in linears} - experts.keys():
             path, _, leaf = name.rpartition(".")
             held: Tensor = getattr(model.get_submodule(path), leaf)
             held.detach().copy_(_dense(candidate, name))
@@ -202,11 +223,10 @@ def _replaced(model: PreTrainedModel, candidate: BaseSource | None) -> Iterator[
             model.set_submodule(path, stand)
         yield
     finally:
-        for path, linear in linears.items():
-            model.set_submodule(path, linear)
+        for path, own in (*linears.items(), *experts.items()):
+            model.set_submodule(path, own)
 
 
 def _dense(candidate: BaseSource, name: str) -> Tensor:
     """Return a weight of a source as a tensor, decoded to its own dtype if packed."""
-    value = candidate.tensor(name)
-    return dequantize(value) if isinstance(value, QuantizedWeight) else value
+    return dense(candidate.tensor(name))

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from halfbyte.checkpoint import mxfp4_keys
 from halfbyte.checkpoint.quantized_sources import awq, compressed_tensors, fp8, gptq, hqq, int8
 from halfbyte.checkpoint.quantized_sources.weight import (
     FLOAT_TYPES,
@@ -41,6 +42,11 @@ _METHODS: dict[str, Callable[[Options, Headers, torch.dtype], Found]] = {
     "hqq": hqq.find,
     "bitsandbytes": int8.find,
 }
+
+
+def _is_kept(packing: Mapping[str, Any]) -> bool:
+    """Return whether the weights are held as they are: packed by bitsandbytes, or in MXFP4."""
+    return bool(packing.get("load_in_4bit")) or packing.get("quant_method") == mxfp4_keys.METHOD
 
 
 class DecodedFile:
@@ -87,11 +93,11 @@ def require_supported(directory: Path, packing: Any) -> None:
         CheckpointError: If it does not.
     """
     method = packing.get("quant_method", "bitsandbytes") if isinstance(packing, dict) else packing
-    known = isinstance(method, str) and method in _METHODS
-    if not isinstance(packing, dict) or not known:
+    known = (*_METHODS, mxfp4_keys.METHOD)
+    if not isinstance(packing, dict) or not isinstance(method, str) or method not in known:
         raise CheckpointError(
-            f"{directory} is quantised by {quote(method)}; supported are {', '.join(_METHODS)}. "
-            "Use the model it was made from"
+            f"{directory} is quantised by {quote(method)}; supported are {', '.join(known)}. Use "
+            "the model it was made from"
         )
 
 
@@ -114,7 +120,7 @@ def open_quantized(
         CheckpointError: If an option is not supported, a tensor is missing or does not fit, or no
             weight is quantised.
     """
-    if packing is None or packing.get("load_in_4bit"):
+    if packing is None or _is_kept(packing):
         return Decoded(dict(files), None)
     entries = {key: file.entries[key] for key, file in files.items()}
     headers = Headers(directory, entries, lambda key: files[key].read(key))

@@ -1,0 +1,101 @@
+"""Flash attention with windows, sinks and packed documents, by torch's own kernels on a GPU.
+
+torch's flash attention (Dao 2023) takes sliding windows and documents, but no sinks: an additional
+score in the softmax's denominator, per head and without a value (gpt-oss). They need no other
+kernel. With ℓ = log Σ exp(scores) of a query, and its head's sink s,
+
+    ℓ' = log(exp ℓ + exp s)          o' = o · exp(ℓ − ℓ')
+
+are the log-sum-exp and the output with the sink. Flash attention's backward computes P as
+exp(scores − ℓ) from what it is given, and Δ as rowsum(dO ∘ o): given ℓ' and o', it returns the
+gradients with the sink, since the sink's value is 0. Sinks themselves are not trained.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.layers.attention import Documents
+from halfbyte.runtime import device as devices
+
+
+def runs(q: Tensor) -> bool:
+    """Return whether `flash_attention` takes queries like these."""
+    return (
+        q.is_cuda
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[-1] % 8 == 0
+        and devices.spec_of(q.device).runs_flash_attention(q.shape[-1])
+    )
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    documents: Documents | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Return softmax(scale · q kᵀ, causal, within documents and windows) v, [B, T, H, D].
+
+    Args:
+        q: [B, T, H, D], see `runs`.
+        k: [B, T, G, D], G a divisor of H.
+        v: Like k.
+        scale: Factor of the scores.
+        documents: None, or the documents packed into the only row (B = 1).
+        window: Keys that a query sees, itself included, or None for all before it.
+        sinks: [H], not trained: the score of each head's sink.
+    """
+    return _FlashAttention.apply(q, k, v, scale, documents, window, sinks)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _FlashAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        documents: Documents | None,
+        window: int | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        batch, length = q.shape[:2]
+        ctx.shapes = [x.shape for x in (q, k, v)]
+        if documents is None:  # each row is one
+            ends = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * length
+            documents = Documents(ends, length)
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        starts, longest = documents
+        options: dict[str, Any] = {"scale": scale}
+        if window is not None:
+            options |= {"window_size_left": window - 1, "window_size_right": 0}
+        out, total, rng, unused, _ = torch.ops.aten._flash_attention_forward(
+            q, k, v, starts, starts, longest, longest, 0.0, window is None, False, **options
+        )
+        if sinks is not None:
+            with_sink = torch.logaddexp(total, sinks.detach().float()[:, None])  # [H, T]
+            factor = (total - with_sink).exp_().t()[..., None]
+            out, total = (out * factor).to(out.dtype), with_sink
+        ctx.save_for_backward(q, k, v, out, total, starts, rng, unused)
+        ctx.longest, ctx.causal, ctx.options = longest, window is None, options
+        result: Tensor = out.view(ctx.shapes[0])
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, total, starts, rng, unused = ctx.saved_tensors
+        dy, n = grads[0].reshape(out.shape).contiguous(), ctx.longest
+        found = torch.ops.aten._flash_attention_backward(
+            *(dy, q, k, v, out, total, starts, starts, n, n, 0.0, ctx.causal, rng, unused),
+            **ctx.options,
+        )
+        dq, dk, dv = (x.view(shape) for x, shape in zip(found, ctx.shapes, strict=True))
+        return dq, dk, dv, None, None, None, None

@@ -1,0 +1,165 @@
+"""The experts of a layer with a gated activation, as one operation on a GPU.
+
+    forward     inner = glu(x[token] W_gate_upᵀ + b)      y = Σ w · (inner W_downᵀ + b) over slots
+    backward    h is recomputed from x; d_inner₀ = dy[token] W_down
+                dh, d_w from h, d_inner₀ and w            dx = Σ dh W_gate_up over slots
+
+Neither sorted copies of x and dy nor what is inside the experts is kept: only x, the routing and
+its weights. The kernels are those of linear/triton_experts.py; nothing waits for the GPU, so it can
+be captured in a CUDA graph. Separate operations (experts.py) are the specification, and run
+everywhere else.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.linear.experts import ExpertLinear, expert_kernels
+from halfbyte.linear.glu import Glu
+
+
+class _Experts(NamedTuple):
+    """What a module of transformers consists of.
+
+    Attributes:
+        up: Gate and up.
+        down: Down.
+        up_bias: [E, 2 I], or None.
+        down_bias: [E, H], or None.
+        glu: The activation.
+    """
+
+    up: ExpertLinear
+    down: ExpertLinear
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    glu: Glu
+
+
+_activations: WeakKeyDictionary[nn.Module, Glu | None] = WeakKeyDictionary()
+_read = True
+
+
+@contextmanager
+def outputs_unread() -> Iterator[None]:
+    """Within it, outputs of experts are placeholders of 0 with the same backward.
+
+    For the recomputation of a layer of which the experts are the last operation.
+    """
+    global _read
+    before, _read = _read, False
+    try:
+        yield
+    finally:
+        _read = before
+
+
+def gated_experts(module: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:
+    """Return the sum of the experts' outputs, [tokens, hidden], or None if it is not supported.
+
+    Args:
+        module: A module of transformers whose linears are ``ExpertLinear``s.
+        x: [tokens, hidden].
+        index: Experts of each token, [tokens, k].
+        weights: Their weights, [tokens, k].
+    """
+    if expert_kernels(x) is None or (experts := _experts_of(module)) is None:
+        return None
+    return _GatedExperts.apply(x, index, weights, experts, _read)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _experts_of(module: Any) -> _Experts | None:
+    """Return the parts of a module, or None if its computation is not that of this file."""
+    if not module.has_gate or getattr(module, "has_post_expert_norm", False):
+        return None
+    up, down, glu = module.gate_up_proj, module.down_proj, glu_of(module)
+    # In columns, gate and up would have to be interleaved to be in one tile.
+    if glu is None or up.adapter or down.adapter or (up.transposed and not glu.interleaved):
+        return None
+    biases = [module.gate_up_proj_bias, module.down_proj_bias] if module.has_bias else []
+    if any(bias.requires_grad for bias in biases):
+        return None
+    up_bias, down_bias = biases or (None, None)
+    return _Experts(up, down, up_bias, down_bias, glu)
+
+
+def glu_of(module: Any) -> Glu | None:
+    """Return the activation that a module's ``_apply_gate`` computes, or None if it is another.
+
+    It is called with numbers, once for each module, and the result compared with that of candidates
+    that have the module's constants.
+    """
+    if module not in _activations:
+        numbers = torch.linspace(-20.0, 20.0, 82, dtype=torch.float64, device="cpu")
+        h = torch.stack([numbers, numbers.roll(29)])
+        result = module._apply_gate(h)
+        limits = (None, *_numbers(module, "limit", "swiglu_limit"))
+        slopes = (1.0, *_numbers(module, "alpha"))
+        candidates = (Glu(*one) for one in product((False, True), limits, slopes, (0.0, 1.0)))
+        same = (one for one in candidates if torch.allclose(one(h), result, rtol=1e-9, atol=0.0))
+        _activations[module] = next(same, None)
+    return _activations[module]
+
+
+def _numbers(module: Any, *names: str) -> list[float]:
+    found = (getattr(module, name, None) for name in names)
+    return [float(value) for value in found if isinstance(value, int | float)]
+
+
+class _GatedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, index: Tensor, weights: Tensor, experts: _Experts, read: bool
+    ) -> Tensor:
+        kernels, (up, down, up_bias, down_bias, glu) = expert_kernels(x), experts
+        x, index, weights = x.contiguous(), index.contiguous(), weights.contiguous()
+        routing = kernels.routing_of(index, up.num_experts)
+        ctx.experts, ctx.sizes = experts, routing[4:]
+        ctx.save_for_backward(x, index, weights, *routing[:4])
+        if not read:
+            return x.new_zeros(1, 1).expand(len(x), down.out_features)
+        inner = x.new_empty(index.numel(), down.in_features)
+        flags = {"transposed": not up.transposed, "gather": True, "bias": up_bias, "glu": glu}
+        for first, weight in up.decoded(x.dtype):
+            kernels.grouped_product(x, weight, routing, first, inner, **flags)
+        slots = x.new_empty(index.numel(), down.out_features)
+        flags = {"transposed": not down.transposed, "scatter": True, "bias": down_bias}
+        for first, weight in down.decoded(x.dtype):
+            kernels.grouped_product(
+                inner, weight, routing, first, slots, row_scale=weights, **flags
+            )
+        return kernels.sum_over_k(slots, index, up.num_experts)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, index, weights, *tensors = ctx.saved_tensors
+        kernels, (up, down, up_bias, down_bias, glu) = expert_kernels(x), ctx.experts
+        routing, dy, slots = kernels.Routing(*tensors, *ctx.sizes), grads[0].contiguous(), None
+        d_inner = x.new_empty(index.numel(), down.in_features)
+        for first, weight in down.decoded(x.dtype):
+            kernels.grouped_product(
+                dy, weight, routing, first, d_inner, transposed=down.transposed, gather=True
+            )
+        h = x.new_empty(index.numel(), up.out_features)
+        d_weights = torch.zeros(index.shape, dtype=torch.float32, device=x.device)
+        if ctx.needs_input_grad[0]:
+            slots = x.new_empty(index.numel(), up.in_features)
+        flags = {"transposed": not up.transposed, "gather": True, "bias": up_bias}
+        for first, weight in up.decoded(x.dtype):
+            kernels.grouped_product(x, weight, routing, first, h, **flags)
+            kernels.gated_backward(h, d_inner, d_weights, weights, routing, first, len(weight), glu)
+            if slots is not None:
+                kernels.grouped_product(
+                    h, weight, routing, first, slots, transposed=up.transposed, scatter=True
+                )
+        dx = None if slots is None else kernels.sum_over_k(slots, index, up.num_experts)
+        if down_bias is not None:
+            known = index.clamp(0, up.num_experts - 1)
+            of_bias = torch.mm(dy, down_bias.t().to(dy.dtype)).gather(1, known)
+            d_weights += of_bias.where((index >= 0) & (index < up.num_experts), 0)
+        return dx, None, d_weights.to(weights.dtype), None, None

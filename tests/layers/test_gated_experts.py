@@ -1,0 +1,140 @@
+"""The experts of a layer as one operation, in Triton's interpreter, against float64."""
+
+import copy
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHConfig, NemotronHExperts
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeExperts
+
+from halfbyte.layers import gated_experts
+from halfbyte.layers.experts import freeze_experts
+from halfbyte.linear import experts as linear_experts
+from halfbyte.linear.glu import Glu
+from halfbyte.quant import empty_like_quantized, quantize
+
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1",
+    reason="Triton compiles here, so tests/gpu/ tests these",
+)
+_MODULES: dict[str, Any] = {
+    "qwen3": (
+        Qwen3MoeExperts,
+        Qwen3MoeConfig(hidden_size=64, moe_intermediate_size=32, num_experts=5),
+    ),
+    "gpt-oss": (
+        GptOssExperts,
+        GptOssConfig(hidden_size=64, intermediate_size=32, num_local_experts=5),
+    ),
+    "without gate": (
+        NemotronHExperts,
+        NemotronHConfig(hidden_size=64, moe_intermediate_size=32, n_routed_experts=5),
+    ),
+}
+
+
+def _module(kind: str, dtype: torch.dtype) -> nn.Module:
+    made, config = copy.deepcopy(_MODULES[kind])
+    config._experts_implementation = "eager"
+    module: nn.Module = made(config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.2, generator=generator)
+        parameter.requires_grad_(False)
+    return module.to(dtype)
+
+
+def _packed(module: nn.Module) -> dict[str, Tensor]:
+    """Pack the linears of a module; the decoded weights, in float64."""
+    values = {n: p.detach().clone() for n, p in module.named_parameters() if p.dim() == 3}
+
+    def like(_path: str, shape: tuple[int, int], _transposed: bool) -> Any:
+        return empty_like_quantized(
+            shape, torch.float16, quant_type="nf4", block_size=32, double_quant=True
+        )
+
+    freeze_experts(module, like, torch.float16)  # type: ignore[arg-type]
+    decoded = {}
+    for name, value in values.items():
+        linear: Any = getattr(module, name)
+        for expert, matrix in enumerate(value):
+            linear.set_packed(expert, quantize(matrix, block_size=32))
+        decoded[name] = linear.decode(0, len(value), torch.float16).double()
+    return decoded
+
+
+def _close(got: Tensor, exact: Tensor) -> bool:
+    """Within a few roundings of float16."""
+    return bool((got.double() - exact).norm() <= 3 * 2**-11 * exact.norm())
+
+
+@interpreted
+# NumPy says so of rows that are not written yet: a tile is computed whole.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("kind", ["qwen3", "gpt-oss"])
+def test_forward_and_backward_are_those_of_float64(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = pytest.importorskip(
+        "halfbyte.linear.triton_experts", reason="needs Triton", exc_type=ImportError
+    )
+    module, exact = _module(kind, torch.float16), _module(kind, torch.float64)
+    for name, decoded in _packed(module).items():
+        getattr(exact, name).data = decoded
+    for name in ("gate_up_proj_bias", "down_proj_bias") if kind == "gpt-oss" else ():
+        getattr(exact, name).data = getattr(module, name).double()
+    generator = torch.Generator().manual_seed(1)
+    x, dy = (torch.randn(9, 64, generator=generator).half() for _ in range(2))
+    weights, index = torch.randn(9, 4, generator=generator).softmax(1).topk(2)  # none to the last
+
+    def results(module: nn.Module, dtype: torch.dtype) -> list[Tensor]:
+        inputs = [x.to(dtype).requires_grad_(), weights.to(dtype).requires_grad_()]
+        y = module(inputs[0], index, inputs[1])
+        return [y.detach(), *torch.autograd.grad(y, inputs, dy.to(dtype))]
+
+    monkeypatch.setattr(linear_experts, "DECODED_BYTES", 2 * 2 * 64 * 64)  # two experts, or four
+    for place in (gated_experts, linear_experts):
+        monkeypatch.setattr(place, "expert_kernels", lambda _: kernels)
+    launched = []
+    sum_over_k = kernels.sum_over_k
+    monkeypatch.setattr(
+        kernels, "sum_over_k", lambda *args: launched.append(args) or sum_over_k(*args)
+    )
+    got, expected = results(module, torch.float16), results(exact, torch.float64)
+    assert len(launched) == 2
+    assert got[2].dtype == torch.float16
+    for one, other in zip(got, expected, strict=True):
+        assert _close(one, other)
+    with gated_experts.outputs_unread():
+        unread, *gradients = results(module, torch.float16)
+    assert not unread.any()
+    for one, other in zip(gradients, got[1:], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("qwen3", Glu()), ("gpt-oss", Glu(True, 7.0, 1.702, 1.0))]
+)
+def test_the_activation_of_a_module_is_recognised(kind: str, expected: Glu) -> None:
+    module: Any = _module(kind, torch.float32)
+    assert gated_experts.glu_of(module) == expected
+    other: Any = _module(kind, torch.float32)
+    other._apply_gate = lambda h: torch.tanh(h[..., ::2]) * h[..., 1::2]
+    assert gated_experts.glu_of(other) is None
+
+
+def test_what_is_computed_otherwise_is_left_to_separate_operations() -> None:
+    assert gated_experts._experts_of(_module("without gate", torch.float16)) is None
+    module: Any = _module("gpt-oss", torch.float16)
+    _packed(module)
+    assert gated_experts._experts_of(module) is not None
+    module.down_proj_bias.requires_grad_()
+    assert gated_experts._experts_of(module) is None
+    module.down_proj_bias.requires_grad_(False)
+    module.gate_up_proj.adapter = nn.Identity()
+    assert gated_experts._experts_of(module) is None
+    assert gated_experts.gated_experts(module, torch.zeros(2, 64), *[torch.zeros(2, 2)] * 2) is None
