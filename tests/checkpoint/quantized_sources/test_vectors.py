@@ -21,7 +21,7 @@ METHODS = {
     "hqq": hqq.find,
 }
 with safe_open(VECTORS, "pt") as _file:
-    CONFIGS = {name: json.loads(text) for name, text in _file.metadata().items()}
+    CONFIGS = {name: json.loads(text) for name, text in sorted(_file.metadata().items())}
 
 
 @pytest.mark.parametrize("case", CONFIGS)
