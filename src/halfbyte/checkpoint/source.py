@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from halfbyte.checkpoint.quantized_sources.cost import SAMPLES, packing_error
+from halfbyte.checkpoint.quantized_sources.cost import packing_error
 from halfbyte.checkpoint.reading import read_into
 from halfbyte.errors import CheckpointError
 from halfbyte.layers.multimodal import build_whole, unknown_class, why_unsupported
@@ -33,7 +33,7 @@ from halfbyte.models.build import BaseRecipe
 from halfbyte.quant import PackedWeight
 
 DECODED_FROM = "halfbyte_decoded_from"
-"""The field of ``config.json`` with the former 4-bit type of a merged model's weights."""
+"""The field of ``config.json`` that says what a merged model's weights were decoded from."""
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
@@ -252,23 +252,25 @@ def warn_of_packing_again(source: BaseSource, recipe: BaseRecipe) -> None:
 
 def _cost_of_decoding(source: BaseSource, method: str, recipe: BaseRecipe) -> str:
     """Return a sentence on a model whose files are quantised in another way than ours."""
+    quantised = f"{source.name} is quantised: {method}"
     if recipe.quant == "none":
         return (
-            f"{source.name} is quantised: {method}. It is decoded and held in 16 or 32 bits; what "
-            "is trained on that are the weights of the files, up to their rounding"
+            f"{quantised}. It is decoded and held in 16 or 32 bits: the weights of its files, up "
+            "to rounding"
         )
     head, frozen = source.skeleton.get_output_embeddings(), linears_to_freeze(source.skeleton)
     linears = {f"{path}.weight" for path, linear in frozen.items() if linear is not head}
     names = [p.name for p in source.parameters if p.decoded and p.name in linears]
-    message = f"{source.name} is quantised: {method}. It is decoded and packed in {recipe.quant}"
+    measured = ""
     if names:
         error = packing_error(names, source.tensor, recipe)
-        message += (
-            f", which adds an error of {100 * error:.1f} % (of the norm of {SAMPLES} weights)"
+        measured = (
+            f", with a relative error of {100 * error:.1f} %, measured on a few of its weights"
         )
     return (
-        f"{message}: an adapter trained on it has a base that is not exactly the model in the "
-        "files. Training with --quant none is on their weights, in 16 bits"
+        f"{quantised}. It is decoded and packed in {recipe.quant}{measured}. The base of an "
+        "adapter trained on it is then not exactly the model in its files; --quant none trains on "
+        "their weights, decoded"
     )
 
 

@@ -254,9 +254,9 @@ def test_what_it_costs_is_measured_and_said(
     assert packing_error(names, source.tensor, recipe) == pytest.approx(expected, rel=1e-5)
     assert 0.05 < expected < 0.15
     assert (
-        f"is quantised: GPTQ (4 bits, groups of 32). It is decoded and packed in nf4, which adds "
-        f"an error of {100 * expected:.1f} % (of the norm of 3 weights)" in caplog.text
+        "is quantised: GPTQ (4 bits, groups of 32). It is decoded and packed in nf4" in caplog.text
     )
+    assert f"with a relative error of {100 * expected:.1f} %" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="halfbyte"):
         load_base(source, PLAIN)
@@ -280,7 +280,7 @@ def test_a_packed_copy_is_the_model(
 
 @pytest.mark.parametrize("quant", ["nf4", "none"])
 def test_a_merge_is_of_16_bits_and_quantised_no_more(
-    quant: Any, gptq_model: Path, tmp_path: Path
+    quant: Any, gptq_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = open_base(gptq_model)
     model = load_base(source, BaseRecipe(quant=quant)).model
@@ -296,9 +296,20 @@ def test_a_merge_is_of_16_bits_and_quantised_no_more(
     out = write_merged(Merged(source, model, "decoded", torch.float32), tmp_path / "merged")
     config = json.loads((out / "config.json").read_text())
     assert "quantization_config" not in config
-    assert config.get("halfbyte_decoded_from") == (None if quant == "none" else "nf4")
+    was = {"nf4": "nf4", "none": "GPTQ (4 bits, groups of 32)"}[quant]
+    assert config["halfbyte_decoded_from"] == was
     theirs = AutoModelForCausalLM.from_pretrained(out)
     assert logits(theirs).sub(logits(model)).abs().max() < 1e-4
+    with caplog.at_level(logging.WARNING, logger="halfbyte"):
+        load_base(out, BaseRecipe())
+    assert f"is an adapter merged into weights decoded from {was}. Packing it" in caplog.text
+    if quant == "nf4":  # W + Δ, of the weights that the files decode to
+        original = Merged(source, model, "original", torch.float32)
+        assert original.config.halfbyte_decoded_from == "GPTQ (4 bits, groups of 32)"
+        weight = source.tensor(NAME)
+        assert isinstance(weight, Tensor)
+        assert original.tensor(NAME).equal(weight.float())  # a linear without an adapter
+        assert not hasattr(Merged(source, model, "nf4").config, "halfbyte_decoded_from")
 
 
 def test_a_fingerprint_is_of_the_files(gptq_model: Path, tmp_path: Path) -> None:

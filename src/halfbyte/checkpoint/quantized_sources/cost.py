@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 
 from halfbyte.models.build import BaseRecipe, pack
-from halfbyte.quant import QuantizedWeight, dequantize
+from halfbyte.quant import PackedWeight, dequantize
 
-SAMPLES = 3
+_SAMPLES = 3
 _ROWS = 256
 
 
 def packing_error(
     names: Sequence[str],
-    tensor: Callable[[str], Tensor | QuantizedWeight],
+    tensor: Callable[[str], Tensor | PackedWeight],
     recipe: BaseRecipe,
 ) -> float:
     """Return the relative error that packing adds: ‖packed - W‖ / ‖W‖ over all sampled weights.
 
-    At most ``SAMPLES`` weights are read, and the first rows of each are packed.
+    Three weights are read at most, and the first rows of each are packed.
 
     Args:
         names: Weights that are packed, not empty, in the order of the model.
@@ -34,9 +34,9 @@ def packing_error(
         CheckpointError: If a file ends early.
         WeightError: If a weight contains NaN or infinity.
     """
-    step = max(1, (len(names) - 1) // max(1, SAMPLES - 1))
+    step = max(1, (len(names) - 1) // max(1, _SAMPLES - 1))
     error = size = 0.0
-    for name in list(names)[::step][:SAMPLES]:
+    for name in list(names)[::step][:_SAMPLES]:
         weight = tensor(name)
         assert isinstance(weight, Tensor)
         part = weight.flatten(0, -2)[:_ROWS].to(recipe.device, torch.float32)
