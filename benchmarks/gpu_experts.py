@@ -8,33 +8,52 @@ weights and sorted copies of the rows, which it needs and whose making is not co
 are against float64, of some experts.
 
 Then the experts of a layer, forward and backward with gradients of x and of the routing weights:
-ours with weights packed in NF4, which are decoded chunk by chunk in both directions, and h computed
-again in backward; transformers' own with bfloat16 weights, frozen, by ``grouped_mm``, as it is and
-under torch.utils.checkpoint; and the five bare products that the work consists of.
+transformers' module with our packed experts (layers/gated_experts.py), in NF4 and for gpt-oss in
+MXFP4, decoding different amounts at a time, and recomputed as our engine does; transformers' own
+with bfloat16 weights, frozen, by ``grouped_mm``, as it is and under torch.utils.checkpoint; and the
+five bare products that the work consists of; and peers with experts in NF4, bitsandbytes' and
+Unsloth's, which are not captured. Unsloth is the site's where PYTHONPATH has it.
 
 A variant that fails has its reason in the table, and the others go on.
 """
 
 import argparse
 import itertools
+import json
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
+import bitsandbytes
 import torch
-from measuring import Row, captured, device_us, reason, relative_error, require_cuda, write
+from measuring import (
+    Row,
+    captured,
+    device_us,
+    reason,
+    relative_error,
+    require_cuda,
+    settle_unsloth,
+    write,
+)
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from halfbyte.layers.experts import freeze_experts
+from halfbyte.layers.gated_experts import outputs_unread
+from halfbyte.linear import experts as linear_experts
+from halfbyte.linear.experts import expert_linears
 from halfbyte.linear.glu import Glu
 from halfbyte.linear.triton_experts import Tile, gated_backward, grouped_product
 from halfbyte.linear.triton_routing import Routing, routing_of, sum_over_k
-from halfbyte.quant import QuantizedWeight, dequantize_all, quantize
+from halfbyte.quant import PackedWeight, dequantize, quantize, quantize_mxfp4
 
 KIND = torch.bfloat16
 
@@ -62,9 +81,10 @@ TINY = {
 
 
 class Layer(NamedTuple):
-    """Experts with their weights, decoded and packed, and a batch for them.
+    """Experts with their weights, packed and decoded, and a batch for them.
 
-    gate_up is [E, 2 I, H] and down [E, H, I], the first transposed in memory for ``torch``.
+    gate_up is [E, 2 I, H] and down [E, H, I]; the packed weight of an expert is as in the files of
+    the model: NF4 in the orientation of transformers' parameter, MXFP4 always [out, in].
     """
 
     shape: Shape
@@ -74,38 +94,46 @@ class Layer(NamedTuple):
     weights: Tensor
     gate_up: Tensor
     down: Tensor
-    packed: list[tuple[QuantizedWeight, QuantizedWeight]]
+    kind: str
+    packed: list[tuple[PackedWeight, PackedWeight]]
     gate_up_bias: Tensor | None
     down_bias: Tensor | None
 
 
-def layer_of(shape: Shape, tokens: int, device: str, pack: bool = True) -> Layer:
+def layer_of(shape: Shape, tokens: int, device: str, kind: str = "") -> Layer:
     generator = torch.Generator(device).manual_seed(0)
 
     def drawn(*size: int, scale: float = 1.0) -> Tensor:
         values = torch.randn(size, generator=generator, device=device)
         return values.mul_(scale).to(KIND)
 
+    def packed(matrix: Tensor) -> PackedWeight:
+        """Packs a matrix, and overwrites it by what that decodes to."""
+        if kind == "MXFP4":
+            found: PackedWeight = quantize_mxfp4(matrix)
+            matrix.copy_(dequantize(found))
+        else:
+            stored = matrix.t() if shape.biased else matrix
+            found = quantize(stored.contiguous())
+            stored.copy_(dequantize(found))
+        return found
+
     e, h, i = shape.experts, shape.hidden, shape.inner
     gate_up, down = drawn(e, 2 * i, h, scale=0.03), drawn(e, h, i, scale=0.03)
-    packed = []
-    if pack:
-        for expert in range(e):
-            packed.append((quantize(gate_up[expert]), quantize(down[expert])))
-            outs = [gate_up[expert], down[expert]]
-            dequantize_all(packed[-1], KIND, outs=outs)
     logits = torch.randn(tokens, e, generator=generator, device=device)
     top = logits.topk(shape.top_k, dim=1)
-    weights = top.values.softmax(1).to(KIND)
     return Layer(
         shape,
         drawn(tokens, h),
         drawn(tokens, h),
         top.indices,
-        weights,
+        top.values.softmax(1).to(KIND),
         gate_up,
         down,
-        packed,
+        kind,
+        [(packed(one), packed(two)) for one, two in zip(gate_up, down, strict=True)]
+        if kind
+        else [],
         drawn(e, 2 * i, scale=0.1) if shape.biased else None,
         drawn(e, h, scale=0.1) if shape.biased else None,
     )
@@ -267,45 +295,8 @@ def kernels(layer: Layer, timed: Callable[[Callable[[], object]], float]) -> dic
 # The experts of a layer, forward and backward
 
 
-def chunks(layer: Layer, chunk: int, room: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """The first expert and the decoded weights of each chunk, in one buffer."""
-    shape = layer.shape
-    size = 2 * shape.inner * shape.hidden
-    for first in range(0, shape.experts, chunk):
-        packed = layer.packed[first : first + chunk]
-        n = len(packed)
-        gate_up = room[: n * size].view(n, 2 * shape.inner, shape.hidden)
-        down = room[n * size : n * size * 3 // 2].view(n, shape.hidden, shape.inner)
-        dequantize_all([one for one, _ in packed], KIND, outs=list(gate_up))
-        dequantize_all([two for _, two in packed], KIND, outs=list(down))
-        yield first, gate_up, down
-
-
-def our_experts(layer: Layer, chunk: int, room: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns y, dx and the gradient of the routing weights."""
-    routing, b = routing_of(layer.index, layer.shape.experts), buffers_of(layer)
-    scale, glu = layer.weights.view(-1), layer.shape.glu
-    up = {"transposed": True, "gather": True, "bias": layer.gate_up_bias}
-    down = {"transposed": True, "scatter": True, "bias": layer.down_bias, "row_scale": scale}
-    for first, gate_up, w_down in chunks(layer, chunk, room):
-        grouped_product(layer.x, gate_up, routing, first, b.inner, glu=glu, **up)
-        grouped_product(b.inner, w_down, routing, first, b.slots, **down)
-    y = sum_over_k(b.slots, layer.index, layer.shape.experts)
-    d_inner, dx = {"transposed": False, "gather": True}, {"transposed": False, "scatter": True}
-    for first, gate_up, w_down in chunks(layer, chunk, room):
-        n = len(gate_up)
-        grouped_product(layer.x, gate_up, routing, first, b.h, **up)
-        grouped_product(layer.dy, w_down, routing, first, b.d_inner, **d_inner)
-        gated_backward(b.h, b.d_inner, b.d_scale, scale, routing, first, n, glu)
-        grouped_product(b.h, gate_up, routing, first, b.slots, **dx)
-    d_weights = b.d_scale.view(layer.weights.shape)
-    if layer.down_bias is not None:
-        d_weights += (layer.dy @ layer.down_bias.t()).gather(1, layer.index)
-    return y, sum_over_k(b.slots, layer.index, layer.shape.experts), d_weights
-
-
-def their_experts(layer: Layer) -> torch.nn.Module:
-    """Transformers' module with our decoded weights."""
+def their_experts(layer: Layer, implementation: str = "grouped_mm") -> torch.nn.Module:
+    """Transformers' module on the meta device."""
     shape = layer.shape
     if shape.biased:
         from transformers import GptOssConfig
@@ -327,33 +318,55 @@ def their_experts(layer: Layer) -> torch.nn.Module:
             hidden_size=shape.hidden,
             moe_intermediate_size=shape.inner,
         )
-    config._experts_implementation = "grouped_mm"
+    config._experts_implementation = implementation
     with torch.device("meta"):
-        module = Experts(config)
-    values = {"gate_up_proj": layer.gate_up, "down_proj": layer.down}
-    if shape.biased:
-        values = {name: value.transpose(1, 2).contiguous() for name, value in values.items()}
-        assert layer.gate_up_bias is not None
-        assert layer.down_bias is not None
-        values |= {"gate_up_proj_bias": layer.gate_up_bias, "down_proj_bias": layer.down_bias}
-    for name, value in values.items():
-        setattr(module, name, torch.nn.Parameter(value, requires_grad=False))
+        module: torch.nn.Module = Experts(config)
+    module.requires_grad_(False)
     return module
 
 
-def run_theirs(
-    layer: Layer, module: torch.nn.Module, recompute: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    from torch.utils.checkpoint import checkpoint
+def with_values(layer: Layer, module: torch.nn.Module) -> torch.nn.Module:
+    """Our decoded weights, and the biases, in transformers' orientation."""
+    values = {"gate_up_proj": layer.gate_up, "down_proj": layer.down}
+    if layer.shape.biased:
+        values = {name: value.transpose(1, 2).contiguous() for name, value in values.items()}
+    for name, value in (values | biases_of(layer)).items():
+        if name in module._parameters:
+            setattr(module, name, torch.nn.Parameter(value, requires_grad=False))
+    return module
 
+
+def biases_of(layer: Layer) -> dict[str, Tensor]:
+    if layer.gate_up_bias is None or layer.down_bias is None:
+        return {}
+    return {"gate_up_proj_bias": layer.gate_up_bias, "down_proj_bias": layer.down_bias}
+
+
+def our_experts(layer: Layer) -> torch.nn.Module:
+    """Transformers' module with our packed weights."""
+    module = their_experts(layer)
+    freeze_experts(module, lambda path, *_: layer.packed[0]["down" in path], KIND)
+    for expert, (gate_up, down) in enumerate(layer.packed):
+        module.gate_up_proj.set_packed(expert, gate_up)
+        module.down_proj.set_packed(expert, down)
+    return with_values(layer, module)
+
+
+def run(layer: Layer, module: torch.nn.Module, recompute: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward and backward; with recomputation as our engine or torch does it."""
     x = layer.x.detach().requires_grad_()
     weights = layer.weights.detach().requires_grad_()
-    if recompute:
-        y = checkpoint(module, x, layer.index, weights, use_reentrant=False)
-    else:
+    if not recompute:
         y = module(x, layer.index, weights)
-    dx, d_weights = torch.autograd.grad(y, (x, weights), layer.dy)
-    return y.detach(), dx, d_weights
+    elif expert_linears(module):
+        with torch.no_grad():
+            y = module(x, layer.index, weights)
+        with outputs_unread():
+            unread = module(x, layer.index, weights)
+        return y, *torch.autograd.grad(unread, (x, weights), layer.dy)
+    else:
+        y = checkpoint(module, x, layer.index, weights, use_reentrant=False)
+    return y.detach(), *torch.autograd.grad(y, (x, weights), layer.dy)
 
 
 def exact_experts(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
@@ -387,12 +400,6 @@ def blocks(layer: Layer, graphs: bool) -> dict[str, Row]:
     if exact:
         del rows["float64"]
 
-    def compare(run: Callable[[], tuple[Tensor, ...]]) -> list[float]:
-        return [
-            float(f"{relative_error(got, wanted):.3g}")
-            for got, wanted in zip(run(), exact, strict=True)
-        ]
-
     def record(name: str, run: Callable[[], tuple[Tensor, ...]]) -> None:
         row = rows[name] = {}
         if layer.x.is_cuda:
@@ -401,25 +408,26 @@ def blocks(layer: Layer, graphs: bool) -> dict[str, Row]:
         if layer.x.is_cuda:
             row["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         if exact and "failed" not in row:
-            attempt(row, "errors_y_dx_dw", partial(compare, run))
+            attempt(row, "errors_y_dx_dw", partial(relative_errors, run, tuple(exact)))
         if graphs and "failed" not in row:
             attempt(row, "ms", partial(milliseconds, run, launches=1))
 
-    each = 3 * shape.inner * shape.hidden
-    for chunk in sorted({min(shape.experts, n) for n in (16, 32, shape.experts)}):
-        room = layer.x.new_empty(chunk * each)
-        record(f"halfbyte NF4, {chunk} at a time", partial(our_experts, layer, chunk, room))
-    room = layer.x.new_empty(min(16, shape.experts) * each)
+    module = our_experts(layer)
+    for megabytes in (128, 256, 1024):
+        linear_experts.DECODED_BYTES = megabytes * 2**20
+        name = f"halfbyte {layer.kind}, {megabytes} MB"
+        record(name, partial(run, layer, module, False))
+    record(f"halfbyte {layer.kind}, recomputed", partial(run, layer, module, True))
 
     def decode() -> tuple[Tensor, ...]:
-        for _ in itertools.chain(*(chunks(layer, min(16, shape.experts), room) for _ in range(2))):
-            pass
+        for linear in expert_linears(module).values():
+            for _ in linear.decoded(KIND):
+                pass
         return ()
 
-    row = rows["  of it decoding, both times"] = {}
-    attempt(
-        row, "ms" if graphs else "eager_ms", partial(milliseconds if graphs else eager_ms, decode)
-    )
+    timed = partial(milliseconds, launches=2) if graphs else eager_ms
+    attempt(rows.setdefault("  decoding of one pass", {}), "ms", partial(timed, decode))
+    del module
     routing, b = routing_of(layer.index, shape.experts), buffers_of(layer)
     for buffer in b:
         buffer.normal_(std=0.1)
@@ -430,18 +438,94 @@ def blocks(layer: Layer, graphs: bool) -> dict[str, Row]:
         for name in names:
             runs[name]()
 
-    row = rows["five bare grouped_mm"] = {}
-    attempt(
-        row, "ms" if graphs else "eager_ms", partial(milliseconds if graphs else eager_ms, bare)
-    )
+    attempt(rows.setdefault("five bare grouped_mm", {}), "ms", partial(timed, bare))
     try:
-        module = their_experts(layer)
+        module = with_values(layer, their_experts(layer))
     except Exception as error:  # the table says why
         rows["transformers bf16"] = {"failed": reason(error)}
         return rows
-    for name, recompute in (("transformers bf16", False), ("  with checkpoint", True)):
-        record(name, partial(run_theirs, layer, module, recompute))
+    for name, recompute in (("transformers bf16", False), ("transformers bf16, recomputed", True)):
+        record(name, partial(run, layer, module, recompute))
     return rows
+
+
+# Peers, each in a process of its own: they patch what others are made of
+
+
+def packed_by_bitsandbytes(layer: Layer) -> torch.nn.Module:
+    """Its parametrization: a parameter is decoded whenever it is read."""
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    module = with_values(layer, their_experts(layer))
+    for name in ("gate_up_proj", "down_proj"):
+        replace_parameter_4bit(module, name, compress_statistics=True, blocksize=64)
+    return module
+
+
+def packed_for_unsloth(layer: Layer) -> torch.nn.Module:
+    """What its patches of transformers make of experts when a model is loaded in 4 bits."""
+    from bitsandbytes.nn import Params4bit
+
+    module = with_values(layer, their_experts(layer, "unsloth"))
+    for name in ("gate_up_proj", "down_proj"):
+        value = getattr(module, name).data
+        packed = Params4bit(value, requires_grad=False, compress_statistics=True, quant_type="nf4")
+        packed = packed.to(value.device)
+        packed._original_shape = value.shape
+        setattr(module, name, packed)
+    return module
+
+
+PEERS = {"bitsandbytes": packed_by_bitsandbytes, "unsloth": packed_for_unsloth}
+
+
+def decoded_by_peer(module: torch.nn.Module, name: str) -> Tensor:
+    value = getattr(module, name)
+    if getattr(value, "quant_state", None) is None:
+        return value.detach()
+    decoded = bitsandbytes.functional.dequantize_4bit(value.data, value.quant_state)
+    return decoded.reshape(value._original_shape)
+
+
+def peer_rows(name: str, shape: Shape, tokens: int) -> dict[str, Row]:
+    """Rows of one peer, run in its process."""
+    layer, rows = layer_of(shape, tokens, "cuda", "NF4"), dict[str, Row]()
+    module = PEERS[name](layer)
+    values = {key: decoded_by_peer(module, key) for key in ("gate_up_proj", "down_proj")}
+    if shape.biased:
+        values = {key: value.transpose(1, 2) for key, value in values.items()}
+    layer = layer._replace(gate_up=values.pop("gate_up_proj"), down=values.pop("down_proj"))
+    exact = exact_experts(layer)
+    for suffix, recompute in (("", False), (", recomputed", True)):
+        row = rows[f"{name} NF4{suffix}"] = {}
+        torch.cuda.reset_peak_memory_stats()
+        launch = partial(run, layer, module, recompute)
+        attempt(row, "eager_ms", partial(eager_ms, launch))
+        row["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        if "failed" not in row:
+            attempt(row, "errors_y_dx_dw", partial(relative_errors, launch, exact))
+    return rows
+
+
+def run_peer(name: str, shape: str, tokens: int) -> dict[str, Row]:
+    """Runs this script for one peer; its rows, or why there are none."""
+    command = [sys.executable, __file__, "--peer", name, "--shape", shape, "--tokens", str(tokens)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        line = next(one for one in done.stdout.splitlines()[::-1] if one.startswith("{"))
+        return dict(json.loads(line))
+    except subprocess.TimeoutExpired as error:
+        return {name: {"failed": reason(error)}}
+    except StopIteration:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        return {name: {"failed": said[-1][:300] if said else f"exit code {done.returncode}"}}
+
+
+def relative_errors(
+    run: Callable[[], tuple[Tensor, ...]], exact: tuple[Tensor, ...]
+) -> list[float]:
+    pairs = zip(run(), exact, strict=True)
+    return [float(f"{relative_error(got, wanted):.3g}") for got, wanted in pairs]
 
 
 def eager_ms(run: Callable[[], object], rounds: int = 5) -> float:
@@ -477,7 +561,7 @@ def candidates() -> list[tuple[int, Tile]]:
 
 
 def try_tile(shape: Shape, tokens: int, rows: int, tile: Tile, timing: bool) -> dict[str, Row]:
-    layer = layer_of(shape, tokens, "cuda", pack=False)
+    layer = layer_of(shape, tokens, "cuda")
     return tile_times(layer, rows, tile, timing)
 
 
@@ -506,7 +590,7 @@ def tune(shape: Shape, token_counts: list[int]) -> dict[str, Row]:
             job.exception()  # it fails again below, where there is a row for it
     found: dict[str, Row] = {}
     for tokens in token_counts:
-        layer = layer_of(shape, tokens, "cuda", pack=False)
+        layer = layer_of(shape, tokens, "cuda")
         for rows, tile in tiles:
             for name, row in tile_times(layer, rows, tile, True).items():
                 found[f"{tokens} {name} | {rows}x{tile.n}x{tile.k} {tuple(tile[2:])}"] = row
@@ -545,7 +629,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192])
-    parser.add_argument("--only", nargs="+", choices=("kernels", "blocks"))
+    sections = ("kernels", "blocks")
+    parser.add_argument("--only", nargs="+", choices=sections, default=list(sections))
+    parser.add_argument("--peer", choices=list(PEERS), help="print the rows of one peer only")
+    parser.add_argument("--without-peers", action="store_true", help="they import for a while")
     parser.add_argument("--tune", action="store_true", help="many tiles instead")
     parser.add_argument("--dry", action="store_true", help="tiny, on the CPU, without times")
     parser.add_argument("--out", type=Path, help="file; a dated one in benchmarks/results")
@@ -555,32 +642,46 @@ def main() -> None:
         KIND = torch.float16  # Triton's interpreter has no bfloat16 products
     else:
         require_cuda()
+    if args.peer:
+        if args.peer == "unsloth":
+            settle_unsloth()
+            import unsloth  # noqa: F401
+        with torch.enable_grad():
+            rows = peer_rows(args.peer, SHAPES[args.shape[0]], args.tokens[0])
+        print(json.dumps(rows))
+        return
     begin = time.perf_counter()
-    sections: dict[str, dict[str, Row]] = {}
+    found: dict[str, dict[str, Row]] = {}
     with torch.no_grad():
         for name, tokens in itertools.product(args.shape, [16] if args.dry else args.tokens):
             shape = (TINY if args.dry else SHAPES)[name]
             if args.tune:
                 continue
-            layer = layer_of(shape, tokens, "cpu" if args.dry else "cuda")
-            each = layer.index.numel() / shape.experts
+            device = "cpu" if args.dry else "cuda"
+            each = tokens * shape.top_k / shape.experts
             title = f"{shape.name}, {tokens} tokens ({each:.0f} rows an expert)"
-            if "kernels" in (args.only or ("kernels",)):
+            if "kernels" in args.only:
                 timed = eager_ms if args.dry else milliseconds
-                sections[title] = kernels(layer, timed)
-                show(title, sections[title])
-            if "blocks" in (args.only or ("blocks",)):
-                title += ", forward and backward"
+                found[title] = kernels(layer_of(shape, tokens, device), timed)
+                show(title, found[title])
+            for kind in ("NF4", "MXFP4") if shape.biased else ("NF4",):
+                if "blocks" not in args.only:
+                    continue
+                layer, own = layer_of(shape, tokens, device, kind), f"{title}, a layer in {kind}"
                 with torch.enable_grad():
-                    sections[title] = blocks(layer, graphs=not args.dry)
-                show(title, sections[title])
-            del layer
+                    found[own] = blocks(layer, graphs=not args.dry)
+                del layer
+                if kind == "NF4" and not (args.dry or args.without_peers):
+                    torch.cuda.empty_cache()
+                    for peer in PEERS:
+                        found[own] |= run_peer(peer, name, tokens)
+                show(own, found[own])
         for name in args.shape if args.tune else ():
-            sections[name] = tune(SHAPES[name], args.tokens)
-            show(name, best(sections[name]))
+            found[name] = tune(SHAPES[name], args.tokens)
+            show(name, best(found[name]))
     print(f"\n{time.perf_counter() - begin:.0f} s")
     if not args.dry:
-        write("gpu_experts", args.out, rows=sections)
+        write("gpu_experts", args.out, rows=found)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from halfbyte.linear import (
 )
 from halfbyte.linear.glu import Glu
 from halfbyte.optim import triton_adamw
-from halfbyte.quant import triton_blockwise, triton_mxfp4
+from halfbyte.quant import triton_blockwise, triton_mxfp4, triton_records
 from halfbyte.runtime import device as devices
 from tests.devices import DEVICES
 
@@ -118,6 +118,13 @@ def format_kernels(kind: str):
     for dtype in (f"*{kind}", "*fp32"):
         types = {"weights": "*i64", "out": dtype}
         yield triton_mxfp4._decode_mxfp4, types, flat, {"num_warps": 8}
+    flat = {"lanes": triton_blockwise.LANES, "unroll": triton_blockwise.UNROLL}
+    for double in (True, False):
+        types = {"out": f"*{kind}", "stride": "i32"}
+        records = flat | {"block_words": 8, "double": double}
+        yield triton_records._decode_records, types, records, {"num_warps": 8, **plain}
+    types |= {"scales": "*u8"}
+    yield triton_records._decode_mxfp4_records, types, flat, {"num_warps": 8}
     for transposed in (True, False):
         tile = {"transposed": transposed, "tile_rows": 64, "tile_columns": 64}
         types = {"out": f"*{kind}", "codes": "*u8", "scales": "*u8"}
@@ -213,8 +220,9 @@ def expert_kernels(kind: str):
     swiglu, gpt_oss = Glu(), Glu(True, 7.0, 1.702, 1.0)
     types = dict.fromkeys(("h", "d_inner", "row_scale"), f"*{kind}")
     for glu in (swiglu, gpt_oss):
-        step = {**glu._asdict(), "programs": 2112, "lanes": 1024}
-        yield triton_experts._gated_backward, types, step, {"num_warps": 4}
+        step = {**glu._asdict(), "programs": 4 * devices.spec_of(CPU).num_sms}
+        step |= {"rows": triton_experts._GLU_ROWS, "lanes": triton_experts._GLU_LANES}
+        yield triton_experts._glu_backward, types, step, {"num_warps": 8}
     plain = dict.fromkeys(("gather", "scatter", "biased", "scaled", "gated"), False)
     gather, scatter = plain | {"gather": True}, plain | {"scatter": True}
     products = (
@@ -226,28 +234,30 @@ def expert_kernels(kind: str):
         (False, scatter, swiglu),
     )
     tma = devices.spec_of(CPU).is_hopper
-    for rows in (16, 128, 512):
-        routing = triton_routing.routing_of_sorted(torch.empty(2, device="meta"), rows)
-        tile_m, tile = routing.tile_rows, triton_experts.tile_of(CPU, routing)
-        for transposed, flags, glu in products:
-            types = dict.fromkeys(("out", "x", "weight", "bias", "row_scale"), f"*{kind}")
-            if tma:
-                block = (tile.n, tile.k) if transposed else (tile.k, tile.n)
-                if flags["gated"] and not glu.interleaved:
-                    block = (2, tile.n // 2, tile.k)
-                types["weight"] = tensor(kind, 1, *block)
-                if not flags["gather"]:
-                    types["x"] = tensor(kind, tile_m, tile.k)
-            programs = tile.per_sm * devices.spec_of(CPU).num_sms
-            sizes = {"tile_m": tile_m, "tile_n": tile.n, "tile_k": tile.k, "flat": tile.flat}
-            step = {"top_k": 8, "transposed": transposed, "tma": tma, "programs": programs}
-            options = {"num_warps": tile.warps, "num_stages": tile.stages}
-            yield (
-                triton_experts._grouped_product,
-                types,
-                step | flags | glu._asdict() | sizes,
-                options,
-            )
+    small, large = triton_routing.SMALL_TILE, triton_routing.LARGE_TILE
+    # All with the tile of many rows; the others differ in sizes only.
+    cases = [(large, False, one) for one in products]
+    cases += [(tile_m, True, products[0]) for tile_m in ((small, large) if tma else (small,))]
+    for tile_m, few, (transposed, flags, glu) in cases:
+        tile = triton_experts.tile_of(CPU, tile_m, few)
+        types = dict.fromkeys(("out", "x", "weight", "bias", "row_scale"), f"*{kind}")
+        if tma:
+            block = (tile.n, tile.k) if transposed else (tile.k, tile.n)
+            if flags["gated"] and not glu.interleaved:
+                block = (2, tile.n // 2, tile.k)
+            types["weight"] = tensor(kind, 1, *block)
+            if not flags["gather"]:
+                types["x"] = tensor(kind, tile_m, tile.k)
+        programs = tile.per_sm * devices.spec_of(CPU).num_sms
+        sizes = {"tile_m": tile_m, "tile_n": tile.n, "tile_k": tile.k, "flat": tile.flat}
+        step = {"top_k": 8, "transposed": transposed, "tma": tma, "programs": programs}
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        yield (
+            triton_experts._grouped_product,
+            types,
+            step | flags | glu._asdict() | sizes,
+            options,
+        )
 
 
 def hopper_kernels(kind: str):

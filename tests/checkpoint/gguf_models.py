@@ -95,7 +95,8 @@ def write_family(path: Path, architecture: str, model: PreTrainedModel) -> Path:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.hidden_size // config.num_attention_heads)
+    wide = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_key_length(wide)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_layer_norm_eps(1e-6)
     writer.add_rope_freq_base(10000.0)

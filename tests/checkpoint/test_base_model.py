@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -355,6 +356,10 @@ def test_a_model_of_the_hub_is_fetched_without_pickles(
     assert source.name == "org/model"
     assert (asked["name"], asked["revision"]) == ("org/model", "v1")
     assert not any(pattern.endswith((".bin", ".pt", "*")) for pattern in asked["allow_patterns"])
+    files = ["model.safetensors", "original/model.safetensors", "model.bin", "tokenizer.json"]
+    patterns = {name: asked[name] for name in ("allow_patterns", "ignore_patterns")}
+    found = list(filter_repo_objects(files, **patterns))
+    assert found == ["model.safetensors", "tokenizer.json"]
 
 
 def test_a_model_the_hub_does_not_give_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,9 @@ from halfbyte.checkpoint.directory import DirectorySource
 from halfbyte.checkpoint.output_lock import output_lock
 from halfbyte.checkpoint.safetensors_file import SafetensorsFile
 from halfbyte.models.build import BaseRecipe
+from tests.checkpoint.families import tiny_model
 from tests.checkpoint.gguf_models import write_gguf
-from tests.tiny import write_tiny_model
+from tests.tiny import tiny_tokenizer, write_tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -196,3 +197,17 @@ def test_codes_of_another_kind_of_device_are_another_copy(
     for device in ("cpu", "cuda", "cuda:1"):
         assert cache.cached(source, BaseRecipe(device=device)) is source
     assert made[0] != made[1] == made[2]
+
+
+def test_experts_are_packed_in_the_cache(home: Path, tmp_path: Path) -> None:
+    model = tiny_model("qwen3_moe", num_experts=3, moe_intermediate_size=48)
+    model.save_pretrained(tmp_path / "moe")
+    tiny_tokenizer().save_pretrained(tmp_path / "moe")
+    plain = load_base(tmp_path / "moe", BaseRecipe())
+    assert_same(load_base(tmp_path / "moe", BaseRecipe(), packed_copy=cached), plain)
+    [copy] = copies(home)
+    assert_same(load_base(tmp_path / "moe", BaseRecipe(), packed_copy=cached), plain)
+    entry = SafetensorsFile(copy / "model.safetensors").entries[
+        "model.layers.1.mlp.experts.down_proj"
+    ]
+    assert (entry.dtype, entry.shape) == (torch.uint8, (3, 64 * 48 // 2))

@@ -1,20 +1,30 @@
 """What files store in another form than transformers' models is what transformers makes of it."""
 
+import weakref
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import ConversionOps, Transpose, WeightConverter
 
+from halfbyte.checkpoint import steps
 from halfbyte.checkpoint.base_model import load_base, open_base
 from halfbyte.checkpoint.bitsandbytes import write_quantized
+from halfbyte.checkpoint.conversion import Conversion, find_experts
+from halfbyte.checkpoint.reading import read_into
+from halfbyte.checkpoint.source import ExpertSlice
+from halfbyte.checkpoint.staging import Request, read_to_device
 from halfbyte.errors import CheckpointError
 from halfbyte.linear.experts import ExpertLinear
 from halfbyte.models.build import BaseRecipe
 from halfbyte.quant import dequantize, quantize
 from tests.checkpoint.families import tiny_model
+from tests.checkpoint.streams import streamed
 from tests.tiny import tiny_tokenizer
 
 
@@ -32,7 +42,7 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, 
 def test_experts_one_by_one_become_one_tensor(mixtral: tuple[PreTrainedModel, Path]) -> None:
     model, directory = mixtral
     source, wanted = open_base(directory), model.state_dict()
-    found = dict(source.tensors())
+    found = streamed(source)
     assert found.keys() == wanted.keys() == {p.name for p in source.parameters}
     for parameter in source.parameters:
         value, alone = found[parameter.name], source.tensor(parameter.name)
@@ -85,7 +95,107 @@ def test_files_in_the_form_of_the_model_are_read_as_they_are(
     for path in directory.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     save_file({k: v.clone() for k, v in model.state_dict().items()}, tmp_path / "model.safetensors")
-    found = dict(open_base(tmp_path).tensors())
+    found = streamed(open_base(tmp_path))
     assert all(torch.equal(found[key], value) for key, value in model.state_dict().items())  # type: ignore[arg-type]
     again = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(again[key], value) for key, value in model.state_dict().items())
+
+
+def test_experts_are_read_one_at_a_time(mixtral: tuple[PreTrainedModel, Path]) -> None:
+    source = open_base(mixtral[1])
+    wanted = mixtral[0].state_dict()
+    alive: list[weakref.ref[Tensor]] = []
+    came: list[tuple[str, int]] = []
+    again = {name: source.matrices(name) for name in source.experts}
+    for name, value in source.tensors():
+        assert not any(ref() is not None for ref in alive)
+        if isinstance(value, ExpertSlice):
+            assert isinstance(value.value, Tensor)
+            assert value.value.equal(wanted[name][value.expert])
+            assert value.value.equal(next(again[name]))  # type: ignore[arg-type]
+            came.append((name, value.expert))
+            alive = [weakref.ref(value.value)]
+        del value
+    assert came == [(name, e) for name in dict.fromkeys(n for n, _ in came) for e in range(4)]
+    assert {name for name, _ in came} == source.experts.keys()
+
+
+def test_stacked_experts_are_read_one_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("granitemoe", num_local_experts=3)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    source = open_base(tmp_path)
+    largest: list[int] = []
+    monkeypatch.setattr(
+        steps,
+        "read_into",
+        lambda path, start, target: (largest.append(len(target)), read_into(path, start, target)),
+    )
+    found, wanted = streamed(source), model.state_dict()
+    assert all(value.equal(wanted[name]) for name, value in found.items())
+    matrices = [wanted[name] for name in source.experts]
+    assert max(m.nbytes for m in matrices) > max(largest)
+    assert largest.count(matrices[0].nbytes // 3) >= 3
+
+
+def test_experts_that_are_staged_are_the_experts(
+    mixtral: tuple[PreTrainedModel, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, what each expert needs is read ahead; here the device is the CPU."""
+    asked: list[Request] = []
+
+    def on_cpu(requests: list[Request], device: torch.device) -> Generator[Tensor]:
+        assert device.type == "cuda"
+        asked.extend(requests)
+        return read_to_device(requests, torch.device("cpu"), piece_bytes=1000, ring=3)
+
+    monkeypatch.setattr(steps, "read_to_device", on_cpu)
+    found, wanted = streamed(open_base(mixtral[1]), "cuda"), mixtral[0].state_dict()
+    assert all(value.equal(wanted[name]) for name, value in found.items())
+    # Two layers of four experts, each of gate, up and down.
+    assert sum(request.shape in ((96, 64), (64, 96)) for request in asked) == 2 * 4 * 3
+
+
+class _Model(nn.Module):
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.config = None
+        self.w = nn.Parameter(torch.empty(shape, device="meta"))
+
+
+class _Reversed(ConversionOps):
+    """Numbers the experts from the last: correct for all together alone."""
+
+    def convert(self, input_dict: dict[str, Any], **_: Any) -> dict[str, Any]:
+        [tensor] = next(iter(input_dict.values()))
+        return {"w": tensor.flip(0)}
+
+
+@pytest.mark.parametrize(
+    ("operation", "stored", "alone"),
+    [
+        (Transpose(1, 2), (3, 5, 4), True),
+        (Transpose(1, 2, check_dims=True), (3, 5, 4), True),
+        (Transpose(1, 2, check_dims=True), (3, 4, 5), True),
+        (_Reversed(), (3, 4, 5), False),
+    ],
+)
+def test_operations_that_mix_experts_are_applied_to_all_together(
+    operation: ConversionOps, stored: tuple[int, ...], *, alone: bool
+) -> None:
+    model: Any = _Model(3, 4, 5)
+    conversion = Conversion(WeightConverter("w", "w", [operation]), "w", [("w", "w")])
+    values = {"w": torch.arange(60.0).view(stored)}
+
+    def empty(key: str) -> Tensor:
+        return values[key].to("meta")
+
+    conversion.infer(model, empty)
+    find_experts(model, [conversion], {"w": 3}, empty)
+    assert bool(conversion.inputs) == alone
+    expected = conversion.apply(model, values.__getitem__)["w"]
+    for expert, inputs in enumerate(conversion.inputs):
+        read = [values[i.key] if i.row is None else values[i.key][i.row] for i in inputs]
+        assert conversion.apply_to_expert(model, expert, read)["w"].equal(expected[expert])

@@ -17,6 +17,7 @@ from halfbyte.checkpoint.base_model import BaseSource, load_base, open_base
 from halfbyte.checkpoint.bitsandbytes import write_quantized
 from halfbyte.checkpoint.merged import Into, Merged, ways, write_merged
 from halfbyte.errors import CheckpointError, OutputError
+from halfbyte.linear.experts import expert_linears
 from halfbyte.linear.lora import LoRAConfig, adapter_state, attach, delta, load_adapter_state
 from halfbyte.models.build import BaseRecipe, frozen_linears
 from halfbyte.quant import QuantizedWeight
@@ -316,3 +317,46 @@ def test_experts_that_were_fused_load_in_transformers(tmp_path: Path) -> None:
     assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert logits(loaded).sub(logits(model)).abs().max() < 1e-5
     assert logits(load_base(merged, BaseRecipe("none")).model).sub(logits(model)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("into", ["decoded", "original", "nf4"])
+def test_experts_are_written_as_they_are_published(tmp_path: Path, into: Into) -> None:
+    directory = tmp_path / "base"
+    tiny_model("mixtral", num_local_experts=4).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    source, model = adapted(directory, targets=("q_proj", "o_proj"))
+    merged = Merged(source, model, into, torch.float32)
+    progress: list[tuple[int, int]] = []
+    out = write_merged(
+        merged,
+        tmp_path / "out",
+        shard_bytes=200_000,
+        progress=lambda *done: progress.append(done),
+    )
+    if into != "nf4":  # whose tables of packed linears may be shorter than planned
+        assert progress[-1] == (merged.written_bytes, merged.written_bytes)
+        keys = open_base(out)._homes.keys()  # type: ignore[attr-defined]
+        assert keys == open_base(directory)._homes.keys()  # type: ignore[attr-defined]
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    linear = expert_linears(model)[name]
+    kept = linear.decode(0, 4, torch.float32)
+    expected = kept if into != "original" else source.tensor(name)
+    assert torch.equal(merged.tensor(name), expected)  # type: ignore[arg-type]
+    assert torch.equal(open_base(out).tensor(name), expected)  # type: ignore[arg-type]
+    loaded, told = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert loaded.get_parameter(name).equal(expected)
+    if into == "decoded":
+        assert logits(loaded).sub(logits(model)).abs().max() < 1e-5
+
+
+def test_packed_experts_of_the_files_are_decoded(tmp_path: Path) -> None:
+    directory = tmp_path / "base"
+    tiny_model("mixtral", num_local_experts=4).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    packed = write_quantized(directory, tmp_path / "packed", BaseRecipe(), dtype=torch.float32)
+    source, model = adapted(packed, targets=("q_proj",))
+    assert ways(source, model) == ["decoded", "nf4"]
+    out = write_merged(Merged(source, model, dtype=torch.float32), tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert logits(loaded).sub(logits(model)).abs().max() < 1e-5

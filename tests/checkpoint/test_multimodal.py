@@ -17,7 +17,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from halfbyte.checkpoint.base_model import LoadedBase, load_base, open_base
 from halfbyte.checkpoint.bitsandbytes import write_quantized
 from halfbyte.checkpoint.cache import cached
-from halfbyte.checkpoint.gguf_export import require_expressible
+from halfbyte.checkpoint.gguf_export import require_expressible, write_gguf
+from halfbyte.checkpoint.gguf_verify import verify_gguf
 from halfbyte.checkpoint.merged import Into, Merged, write_merged
 from halfbyte.checkpoint.peft import load_adapter, save_adapter
 from halfbyte.engine.choose import choose_engine
@@ -299,8 +300,27 @@ def test_a_template_of_parts_takes_text(
 
 
 def test_a_gguf_file_is_refused_in_one_sentence(checkpoint: Checkpoint) -> None:
-    with pytest.raises(CheckpointError, match="cannot be exported to GGUF; those of llama, mistr"):
+    """Of families that llama.cpp does not have as text models, or with options of their own."""
+    message = "cannot be exported to GGUF; those of llama, mistr|query_pre_attn_scalar = '256'"
+    with pytest.raises(CheckpointError, match=message):
         require_expressible(open_base(checkpoint.directory), vocabulary=True)
+
+
+def test_a_gguf_file_is_the_text_decoder(tmp_path: Path, gemma: Checkpoint) -> None:
+    """Of Gemma 3, with the scale of attention that llama.cpp takes for granted."""
+    for path in gemma.directory.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["query_pre_attn_scalar"] = config["text_config"]["head_dim"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    source, path = open_base(tmp_path), tmp_path / "model.gguf"
+    write_gguf(source, path, "f32", base=source)
+    assert verify_gguf(source, open_base(path), path).worst_share == 0
+    models = [load_base(base, BaseRecipe(quant="none")).model for base in (tmp_path, path)]
+    prompt = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        ours, theirs = (model(input_ids=prompt).logits for model in models)
+    assert (ours - theirs).abs().max() < 1e-4
 
 
 def test_another_class_than_that_of_config_json_is_said(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+from collections.abc import Generator
 from pathlib import Path
 
 import peft
@@ -12,12 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Mxfp4Config, PreTrainedModel
 
+from halfbyte.checkpoint import steps
 from halfbyte.checkpoint.base_model import load_base, open_base
 from halfbyte.checkpoint.bitsandbytes import write_quantized
 from halfbyte.checkpoint.cache import cached
 from halfbyte.checkpoint.identity import weights_digest
 from halfbyte.checkpoint.merged import Merged, ways, write_merged
 from halfbyte.checkpoint.mxfp4_keys import dense
+from halfbyte.checkpoint.staging import Request, read_to_device
 from halfbyte.engine.choose import choose_engine
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.packing import Batch
@@ -110,6 +113,27 @@ def test_a_source_s_values_are_transformers_parameters(files: Path) -> None:
     assert source.total_bytes == sum(
         v.nbytes for v in load_file(files / "model.safetensors").values()
     )
+
+
+def test_staged_to_a_gpu_they_are_the_same(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks and scales take the way of plain tensors, here on a CPU."""
+
+    def on_cpu(asked: list[Request], device: torch.device) -> Generator[Tensor, None, None]:
+        assert device.type == "cuda"
+        yield from read_to_device(asked, torch.device("cpu"), piece_bytes=1000)
+
+    source = open_base(files)
+    expected = dict(source.tensors())
+    monkeypatch.setattr(steps, "read_to_device", on_cpu)
+    found = dict(source.tensors("cuda"))
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        came = found[name]
+        if isinstance(value, MXFP4Weight):
+            assert isinstance(came, MXFP4Weight)
+            assert all(torch.equal(came.tensors()[n], t) for n, t in value.tensors().items())
+        else:
+            assert torch.equal(dense(came), dense(value))
 
 
 def test_the_files_are_not_packed_again(

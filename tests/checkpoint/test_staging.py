@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from halfbyte.checkpoint import directory, staging
+from halfbyte.checkpoint import staging, steps
 from halfbyte.checkpoint.base_model import load_base, open_base
 from halfbyte.checkpoint.bitsandbytes import write_quantized
 from halfbyte.checkpoint.directory import DirectorySource
@@ -291,7 +291,7 @@ def staged(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
                 yield next(stream)
 
     original = DirectorySource.tensors
-    monkeypatch.setattr(directory, "read_to_device", on_cpu)
+    monkeypatch.setattr(steps, "read_to_device", on_cpu)
     monkeypatch.setattr(
         DirectorySource, "tensors", lambda self, device="cpu": original(self, "cuda")
     )

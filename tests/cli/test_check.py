@@ -181,7 +181,9 @@ def test_no_weight_is_downloaded(
 ) -> None:
     wanted: list[list[str]] = []
 
-    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+    def download(
+        name: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]
+    ) -> str:
         wanted.append(allow_patterns)
         return str(model)
 

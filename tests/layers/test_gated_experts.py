@@ -125,6 +125,12 @@ def test_the_activation_of_a_module_is_recognised(kind: str, expected: Glu) -> N
     other: Any = _module(kind, torch.float32)
     other._apply_gate = lambda h: torch.tanh(h[..., ::2]) * h[..., 1::2]
     assert gated_experts.glu_of(other) is None
+    wide: Any = _module("gpt-oss", torch.float32)
+    wide.limit = 70.0
+    assert gated_experts.glu_of(wide) == Glu(True, 70.0, 1.702, 1.0)
+    trained: Any = _module("qwen3", torch.float32)
+    trained.act_fn = nn.PReLU()
+    assert gated_experts.glu_of(trained) is None
 
 
 def test_what_is_computed_otherwise_is_left_to_separate_operations() -> None:

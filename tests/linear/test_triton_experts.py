@@ -24,12 +24,16 @@ pytestmark = pytest.mark.skipif(
 SWIGLU, GPT_OSS = Glu(), Glu(True, 7.0, 1.702, 1.0)
 
 
-@pytest.fixture(params=["h100", "a100"])
-def gpu(request, monkeypatch):
-    """A GPU on which weights are loaded by TMA, and one on which they are not."""
-    spec = replace(DEVICES[request.param], num_sms=3)
-    monkeypatch.setattr(devices, "spec_of", lambda _: spec)
-    return request.param
+@pytest.fixture(autouse=True, name="use")
+def _use(monkeypatch):
+    """Sets the GPU: on an H100 weights are loaded by TMA, on an A100 they are not."""
+
+    def use(name):
+        spec = replace(DEVICES[name], num_sms=3)
+        monkeypatch.setattr(devices, "spec_of", lambda _: spec)
+
+    use("h100")
+    return use
 
 
 def drawn(*shape, seed, scale=1.0):
@@ -62,23 +66,25 @@ class Case:
 CASES = [
     # tokens, top_k, experts, rows of a tile, in, out
     (37, 3, 5, 64, 72, 40),
-    (35, 2, 3, 64, 64, 264),
-    (130, 1, 2, 128, 40, 136),
+    (35, 2, 3, 64, 64, 136),
+    (130, 1, 2, 128, 40, 264),
 ]
 
 
 @pytest.mark.parametrize(
-    ("case", "skew", "transposed", "gather", "scatter"),
+    ("gpu", "case", "skew", "transposed", "gather", "scatter"),
     [
-        (CASES[0], "gaps", True, True, False),
-        (CASES[0], "even", False, False, True),
-        (CASES[1], "one", True, False, True),
-        (CASES[1], "even", False, True, True),
-        (CASES[2], "even", True, True, True),
-        (CASES[2], "gaps", False, True, False),
+        ("h100", CASES[0], "gaps", True, True, False),
+        ("h100", CASES[0], "even", False, False, True),
+        ("h100", CASES[1], "one", True, False, True),
+        ("h100", CASES[1], "even", False, True, True),
+        ("h100", CASES[2], "gaps", False, True, False),
+        ("a100", CASES[0], "even", False, True, True),
+        ("a100", CASES[1], "gaps", True, False, True),
     ],
 )
-def test_products_are_those_of_float64(gpu, case, skew, transposed, gather, scatter):
+def test_products_are_those_of_float64(use, gpu, case, skew, transposed, gather, scatter):
+    use(gpu)
     *sizes, inputs, outputs = case
     case = Case(*sizes, skew)
     matrix = (outputs, inputs) if transposed else (inputs, outputs)
@@ -102,10 +108,16 @@ def test_products_are_those_of_float64(gpu, case, skew, transposed, gather, scat
 
 
 @pytest.mark.parametrize(
-    ("case", "glu", "transposed"),
-    [(CASES[0], SWIGLU, True), (CASES[1], GPT_OSS, True), (CASES[2], GPT_OSS, False)],
+    ("gpu", "case", "glu", "transposed"),
+    [
+        ("h100", CASES[0], SWIGLU, True),
+        ("h100", CASES[1], GPT_OSS, True),
+        ("h100", CASES[0], GPT_OSS, False),
+        ("a100", CASES[0], SWIGLU, True),
+    ],
 )
-def test_the_activation_is_that_of_the_rounded_products(gpu, case, glu, transposed):
+def test_the_activation_is_that_of_the_rounded_products(use, gpu, case, glu, transposed):
+    use(gpu)
     *sizes, inputs, outputs = case
     case = Case(*sizes)
     matrix = (outputs, inputs) if transposed else (inputs, outputs)
@@ -127,7 +139,7 @@ def test_the_activation_is_that_of_the_rounded_products(gpu, case, glu, transpos
 
 
 @pytest.mark.parametrize("glu", [SWIGLU, GPT_OSS])
-@pytest.mark.parametrize("inner", [40, 1100])
+@pytest.mark.parametrize("inner", [40, 300])
 def test_gradients_of_the_activation_are_those_of_autograd(glu, inner):
     case = Case(21, 2, 4, 64)
     h, d_inner = drawn(case.rows, 2 * inner, seed=5, scale=4.0), drawn(case.rows, inner, seed=6)
@@ -145,7 +157,7 @@ def test_gradients_of_the_activation_are_those_of_autograd(glu, inner):
     assert (d_weight[case.slot].double() - expected[1]).norm() <= 1e-6 * expected[1].norm()
 
 
-def test_only_rows_of_the_given_experts_are_written(gpu):
+def test_only_rows_of_the_given_experts_are_written():
     case = Case(37, 3, 5, 64)
     x, weights = drawn(37, 72, seed=4), drawn(5, 40, 72, seed=1)
     out = torch.full((case.rows, 40), torch.nan).half()
@@ -153,7 +165,7 @@ def test_only_rows_of_the_given_experts_are_written(gpu):
     assert torch.equal(out.isnan().any(1), (case.expert < 2) | (case.expert >= 4))
 
 
-def test_rows_may_come_sorted_and_strided_and_end_before_the_last(gpu):
+def test_rows_may_come_sorted_and_strided_and_end_before_the_last():
     offsets = torch.tensor([0, 5, 5, 80], dtype=torch.int32)
     routing = routings.routing_of_sorted(offsets, 90, 64)
     x, weights = drawn(90, 100, seed=1)[:, 8:80], drawn(3, 72, 24, seed=2)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, Phi3Config
+from transformers import AutoConfig, LlamaConfig, Phi3Config
 
 from halfbyte.errors import CheckpointError, WeightError
 from halfbyte.models.build import (
@@ -12,6 +12,7 @@ from halfbyte.models.build import (
     finalize,
     frozen_linears,
     load_tensor,
+    memory_report,
     place_quantized,
 )
 from halfbyte.quant import quantize
@@ -206,3 +207,30 @@ def test_of_a_plain_model_the_largest_are_named_and_the_rest_counted():
         "and 16 more, 32.0 MB",
         "base model in memory: 40.0 MB",
     ]
+
+
+def test_experts_of_unknown_classes_are_reported() -> None:
+    """LongCat's classes have experts that do nothing, DBRX stacks matrices in two dimensions."""
+    ffn = {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2}
+    dbrx = AutoConfig.for_model(
+        "dbrx",
+        d_model=64,
+        n_heads=4,
+        n_layers=2,
+        vocab_size=400,
+        ffn_config=ffn,
+        attn_config={"kv_n_heads": 2, "rope_theta": 10000.0},
+    )
+    report = memory_report(build(dbrx, BaseRecipe()))
+    assert report.expert_bytes == 2 * 3 * 4 * 32 * 64 * 4
+    megabytes = f"{report.expert_bytes / 1e6:.1f} MB"
+    assert f"experts that halfbyte cannot pack in this family: {megabytes}" in report.lines()
+    mixtral = AutoConfig.for_model(
+        "mixtral",
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    assert memory_report(build(mixtral, BaseRecipe())).expert_bytes == 0

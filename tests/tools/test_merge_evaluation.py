@@ -231,6 +231,7 @@ def test_a_packed_vocabulary_is_merged_too(tmp_path: Path, tied: bool, into: Int
         ("gemma2", {"head_dim": 16, "final_logit_softcapping": 5.0}),  # a cap after the head
         ("gpt_neox", {}),  # other names
         ("granite", {"logits_scaling": 4.0, "embedding_multiplier": 3.0}),
+        ("mixtral", {"num_local_experts": 4}),
     ],
 )
 @pytest.mark.parametrize("use_dora", [False, True])

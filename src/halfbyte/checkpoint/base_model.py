@@ -22,7 +22,7 @@ from halfbyte.checkpoint.directory import DirectorySource
 from halfbyte.checkpoint.gguf import GGUFSource
 from halfbyte.checkpoint.gguf_file import GGUFFile
 from halfbyte.checkpoint.mxfp4_keys import dense
-from halfbyte.checkpoint.source import BaseSource, warn_of_packing_again
+from halfbyte.checkpoint.source import BaseSource, ExpertSlice, warn_of_packing_again
 from halfbyte.errors import CheckpointError
 from halfbyte.layers.experts import expert_parameters
 from halfbyte.models.build import (
@@ -31,6 +31,7 @@ from halfbyte.models.build import (
     build,
     finalize,
     frozen_linears,
+    load_expert,
     load_tensor,
     place_quantized,
 )
@@ -50,6 +51,8 @@ __all__ = [
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# Below the model's directory are the same weights in another form, as large (gpt-oss: original/).
+_NOT_FILES = ["*/*.safetensors"]
 
 logger = logging.getLogger("halfbyte")
 
@@ -162,7 +165,11 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
     if not is_hub_id(name):
         raise CheckpointError(f"{name} does not exist: there is no such directory or GGUF file")
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_FILES
+            )
+        )
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{name} is no local directory or file, and not available on the Hugging Face hub: "
@@ -180,9 +187,10 @@ def load_base(
 ) -> LoadedBase:
     """Load a base model, packing each tensor as it is read.
 
-    In addition to the model, memory holds one tensor of the files (GGUF blocks decoded to float32)
-    and temporaries of packing it. On a GPU this is GPU memory; host memory holds the ring of
-    ``staging`` for files of plain tensors, and one tensor of others.
+    In addition to the model, memory holds one tensor of the files (GGUF blocks decoded to float32;
+    of the experts of a layer, one expert's), and temporaries of packing it. On a GPU this is GPU
+    memory; host memory holds the ring of ``staging`` for files of plain tensors, and one tensor of
+    others.
 
     Args:
         source: An argument or the result of ``open_base``.
@@ -207,17 +215,18 @@ def load_base(
         files = packed_copy(source, model.halfbyte_recipe, progress)
     linears = {f"{path}.weight" for path in frozen_linears(model)}
     importance = importances(files, model.halfbyte_recipe)
-    sizes = {parameter.name: parameter.nbytes for parameter in files.parameters}
     done, total = 0, files.total_bytes
     for name, value in files.tensors(recipe.device):
-        if isinstance(value, Tensor):
+        done += files.bytes_read(name, value)
+        if isinstance(value, ExpertSlice):
+            load_expert(model, name, *value)
+        elif isinstance(value, Tensor):
             load_tensor(model, name, value, importance.get(name))
         elif recipe.quant != "none" and (name in linears or isinstance(value, MXFP4Weight)):
             place_quantized(model, name, value)
         else:
             load_tensor(model, name, dense(value))
         del value  # freed before the next one is read
-        done += sizes[name]
         if progress is not None:
             progress(done, total)
     defaults = source.generation_config()

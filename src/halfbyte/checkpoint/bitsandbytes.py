@@ -2,12 +2,13 @@
 
 The weights are read, packed and written one at a time. The bytes are those ``load_base`` has in
 memory with the same recipe. transformers loads a packed output head like any other linear, unless
-it is tied to the embedding; a packed embedding is our extension, which only halfbyte loads.
+it is tied to the embedding; a packed embedding and packed experts are our extensions, which only
+halfbyte loads.
 """
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ from torch import Tensor, nn
 
 from halfbyte.atomic import new_directory, require_writable
 from halfbyte.checkpoint.base_model import BaseSource, importances, open_base
+from halfbyte.checkpoint.bitsandbytes_experts import encode_common, encode_expert, plan_experts
 from halfbyte.checkpoint.bitsandbytes_keys import encode_keys, plan_keys
 from halfbyte.checkpoint.directory import write_description
-from halfbyte.checkpoint.safetensors_file import SHARD_BYTES, Planned, write_model
-from halfbyte.checkpoint.source import warn_of_packing_again
+from halfbyte.checkpoint.safetensors_file import SHARD_BYTES, Planned, Row, write_model
+from halfbyte.checkpoint.source import ExpertSlice, warn_of_packing_again
 from halfbyte.errors import CheckpointError, ConfigError
+from halfbyte.linear.experts import expert_linears
 from halfbyte.models.build import BaseRecipe, build, frozen_linears, pack
-from halfbyte.quant import empty_like_quantized
+from halfbyte.quant import QuantizedWeight, empty_like_quantized
 
 logger = logging.getLogger("halfbyte")
 
@@ -79,23 +82,36 @@ def write_quantized(
         logger.warning(
             "the embedding is packed too: halfbyte loads what is written, transformers does not"
         )
+    experts = expert_linears(model)
+    if experts and not exact:
+        logger.warning(
+            "the experts are packed too, each on its own, for which bitsandbytes has no format: "
+            "halfbyte loads what is written, transformers does not"
+        )
     held = {p.name: _held(p.dtype, None if exact else dtype) for p in written}
+
+    def empty(name: str, shape: tuple[int, ...]) -> QuantizedWeight:
+        assert recipe.quant != "none"
+        return empty_like_quantized(
+            shape,
+            held[name],
+            quant_type=recipe.quant,
+            block_size=recipe.block_size,
+            double_quant=recipe.double_quant,
+        )
+
     plan: list[Planned] = []
     for parameter in written:
         if parameter.name in linears:
-            empty = empty_like_quantized(
-                parameter.shape,
-                held[parameter.name],
-                quant_type=recipe.quant,
-                block_size=recipe.block_size,
-                double_quant=recipe.double_quant,
-            )
-            plan += plan_keys(parameter.name, empty)
+            plan += plan_keys(parameter.name, empty(parameter.name, parameter.shape))
+        elif parameter.name in experts:
+            count, *matrix = parameter.shape
+            plan += plan_experts(parameter.name, empty(parameter.name, tuple(matrix)), count)
         else:
             plan.append(Planned(parameter.name, held[parameter.name], parameter.shape))
     require_writable(out_dir.absolute().parent, sum(planned.nbytes for planned in plan))
     with new_directory(out_dir, replace=replace) as directory:
-        packed = _packed(source, recipe, linears, held, progress)
+        packed = _packed(source, recipe, linears, experts, held, progress)
         write_model(directory, plan, packed, shard_bytes=shard_bytes)
         write_description(
             directory,
@@ -118,25 +134,38 @@ def _packed(
     source: BaseSource,
     recipe: BaseRecipe,
     linears: set[str],
+    experts: Container[str],
     held: dict[str, torch.dtype],
     progress: Callable[[int, int], None] | None,
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[tuple[str, Tensor | Row]]:
     importance = importances(source, recipe)
-    sizes = {p.name: p.nbytes for p in (*source.parameters, *source.encoders)}
     done = 0
     encoders = ((parameter.name, source.tensor(parameter.name)) for parameter in source.encoders)
     for name, value in chain(source.tensors(recipe.device), encoders):
-        assert isinstance(value, Tensor)
-        if name in linears:
+        done += source.bytes_read(name, value)
+        if isinstance(value, ExpertSlice):
+            assert name in experts
+            index, matrix = value
+            assert isinstance(matrix, Tensor)
+            q = pack(matrix, recipe, f"{name}, expert {index}")
+            del value, matrix
+            q = dataclasses.replace(q.to("cpu"), dtype=held[name])
+            if index == 0:
+                yield from encode_common(name, q, source.experts[name]).items()
+            yield from encode_expert(name, index, q)
+            del q
+        elif name in linears:
+            assert isinstance(value, Tensor)
             q = pack(value, recipe, name, importance.get(name))
             del value
             q = dataclasses.replace(q.to("cpu"), dtype=held[name])
             yield from encode_keys(name, q).items()
+            del q
         else:
+            assert isinstance(value, Tensor)
             # Norms too: transformers multiplies by them as stored, and cannot mix dtypes.
             yield name, value.to("cpu", held[name])
             del value
-        done += sizes[name]
         if progress is not None:
             progress(done, source.file_bytes)
 

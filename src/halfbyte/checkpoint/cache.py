@@ -62,6 +62,8 @@ def cached(
         "quant_search": recipe.quant_search,
         "device": torch.device(recipe.device).type,
     }
+    if source.experts:
+        made_from["experts"] = "packed"  # copies of format 1 had them in 16 bits at first
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
     directory = cache_directory() / digest[:32]
     if directory.exists():

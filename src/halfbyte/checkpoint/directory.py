@@ -4,13 +4,13 @@ Names of older or other layouts are translated by transformers' own tables, and 
 another form (experts one by one) is converted as it does (conversion.py).
 """
 
-import contextlib
 import copy
 import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from halfbyte.checkpoint.bitsandbytes_experts import PackedExperts
 from halfbyte.checkpoint.bitsandbytes_keys import decode_keys, packed_weights
 from halfbyte.checkpoint.content_parts import taking_text
-from halfbyte.checkpoint.conversion import Conversion, empty_like, settle_keys
+from halfbyte.checkpoint.conversion import Conversion, empty_like, find_experts, settle_keys
 from halfbyte.checkpoint.mxfp4_keys import METHOD, decode_mxfp4, mxfp4_weights, stored_shapes
 from halfbyte.checkpoint.quantized_sources import (
     DecodedFile,
@@ -35,14 +36,22 @@ from halfbyte.checkpoint.quantized_sources import (
     require_supported,
 )
 from halfbyte.checkpoint.reading import read_into, read_json
-from halfbyte.checkpoint.safetensors_file import INDEX_NAME, Entry, SafetensorsFile
-from halfbyte.checkpoint.source import BaseSource, Parameter, foreign_reader, skeleton_of
-from halfbyte.checkpoint.staging import Request, read_to_device
+from halfbyte.checkpoint.safetensors_file import Entry
+from halfbyte.checkpoint.shards import open_shards
+from halfbyte.checkpoint.source import (
+    BaseSource,
+    ExpertSlice,
+    Parameter,
+    foreign_reader,
+    skeleton_of,
+)
+from halfbyte.checkpoint.staging import Request
+from halfbyte.checkpoint.steps import Step, Value, values
 from halfbyte.errors import CheckpointError
 from halfbyte.layers.experts import expert_parameters
 from halfbyte.layers.multimodal import remove_encoders
 from halfbyte.models.build import BaseRecipe
-from halfbyte.quant import PackedWeight, QuantizedWeight
+from halfbyte.quant import PackedWeight, QuantizedWeight, dequantize
 from halfbyte.version import VERSION_KEY, __version__
 
 # Buffers of older transformers, which are computed today: in files, but not part of the model.
@@ -74,7 +83,7 @@ class DirectorySource(BaseSource):
         self.name, self._directory = name, directory
         require_files(directory)
         self.config, packing = _read_config(directory)
-        self._shards, files = _open_shards(directory)
+        self._shards, files = open_shards(directory)
         self._homes, self.decoded_from = open_quantized(
             directory, packing, files, self.config.dtype
         )
@@ -172,7 +181,9 @@ class DirectorySource(BaseSource):
             CheckpointError: If a parameter is missing or duplicate, or a key is no parameter.
         """
         model, expected = self.skeleton, self._expected
-        found = settle_keys(model, expected, keys)
+        # Packed experts have today's names, and are in no form that transformers converts.
+        packed = {key: key for key in keys if key in self._packed and key in self.experts}
+        found = settle_keys(model, expected, [key for key in keys if key not in packed])
         obsolete = [*_OBSOLETE, *(model._keys_to_ignore_on_load_unexpected or ())]
         faults = [f"{key}: the same parameter as {other}" for key, other in found.duplicates]
         faults += [
@@ -181,12 +192,18 @@ class DirectorySource(BaseSource):
             if not any(re.search(pattern, key) for pattern in obsolete)
         ]
         tied = self._settle_ties(found.keys)
-        settled: dict[str, str | Conversion] = {**found.keys}
+        settled: dict[str, str | Conversion] = {**found.keys, **packed}
         for conversion in found.conversions:
             for name in self._infer(conversion):
                 if name in settled or name not in expected:
                     faults.append(f"{conversion.keys[0][0]}: becomes {name}, which is no parameter")
                 settled[name] = conversion
+        find_experts(model, found.conversions, self.experts, self._empty)
+        for conversion in found.conversions:
+            # Of quantised experts that are stacked in the files, one alone is not decoded.
+            inputs = conversion.inputs[0] if conversion.inputs else []
+            if any(i.row is not None and self._is_decoded(i.key) for i in inputs):
+                conversion.inputs = []
         optional = model._keys_to_ignore_on_load_missing or ()
         faults += [
             f"{name}: missing"
@@ -211,11 +228,12 @@ class DirectorySource(BaseSource):
                     f"{self._homes[key].path}: {key} is packed in 4 bits, and {conversion.target} "
                     "is made of it in 16 bits alone; use the model it was made from"
                 )
-        entries = {key: self._entry(key) for key, _ in conversion.keys}
-        conversion.infer(
-            self.skeleton, lambda key: empty_like(entries[key].shape, entries[key].dtype)
-        )
+        conversion.infer(self.skeleton, self._empty)
         return conversion.outputs
+
+    def _empty(self, key: str) -> Tensor:
+        entry = self._entry(key)
+        return empty_like(entry.shape, entry.dtype)
 
     def _settle_ties(self, settled: dict[str, str]) -> set[str]:
         """Drop parameters tied to another one from ``settled``; return all tied names."""
@@ -253,48 +271,129 @@ class DirectorySource(BaseSource):
     def _files(self) -> Iterable[tuple[Path, int, int]]:
         return [(shard.path, shard.size, shard.data_start) for shard in self._shards]
 
-    def _read(self, key: str, device: torch.device | str = "cpu") -> Tensor | PackedWeight:
+    def _read(self, key: str) -> Tensor | PackedWeight:
         if key in self._mxfp4:
             blocks, scales = (self._homes[member].read(member) for member in self._mxfp4[key])
             return decode_mxfp4(key, blocks, scales)
         if key in self._packed:
             members = {member: self._homes[member].read(member) for member in self._packed[key]}
             return decode_keys(key, members)
-        home = self._homes[key]
-        return home.read(key, device) if isinstance(home, DecodedFile) else home.read(key)
+        return self._homes[key].read(key)
 
-    def _request(self, key: str) -> Request:
-        entry = self._entry(key)
+    def _read_row(self, key: str, row: int | None) -> Tensor:
+        return self._homes[key].read(key, row)
+
+    def _packed_experts(self, name: str) -> PackedExperts:
+        entries = {key: self._entry(key) for key in self._packed[name]}
+        return PackedExperts(name, self.experts[name], entries, self._read_row)
+
+    def _requests(self, key: str, row: int | None = None) -> list[Request]:
+        """Return what is read for a key, or for one index of its first dimension."""
+        home = self._homes[key]
+        return home.requests if isinstance(home, DecodedFile) else [self._request(key, row)]
+
+    def _made_of(self, key: str, tensors: list[Tensor]) -> Tensor:
+        """Return the value of a key from what was read for it."""
+        home = self._homes[key]
+        return home.decode(tensors) if isinstance(home, DecodedFile) else tensors[0]
+
+    def _request(self, key: str, row: int | None = None) -> Request:
+        entry = self._entry(key) if row is None else self._entry(key).row(row)
         return Request(self._homes[key].path, entry.start, entry.nbytes, entry.dtype, entry.shape)
 
     def tensors(  # noqa: D102
         self, device: torch.device | str = "cpu"
-    ) -> Iterator[tuple[str, Tensor | PackedWeight]]:
-        device = torch.device(device)
-        stored_of = {parameter.name: self._stored[parameter.name] for parameter in self.parameters}
-        staged: list[str] = []
-        if device.type != "cpu":
-            # bitsandbytes' weight is a quarter of the bytes; its JSON and tables are needed here.
-            keys = (key for key in stored_of.values() if isinstance(key, str))
-            staged = [k for k in keys if k not in self._packed and not self._is_decoded(k)]
-        ahead = set(staged)
-        staged = [member for key in staged for member in self._mxfp4.get(key, [key])]
-        made: dict[str, Tensor] = {}
-        with contextlib.closing(read_to_device(list(map(self._request, staged)), device)) as stream:
-            for name, stored in stored_of.items():
-                if stored in ahead and stored in self._mxfp4:
-                    yield name, decode_mxfp4(str(stored), next(stream), next(stream))
-                    continue
-                if isinstance(stored, str):
-                    yield name, next(stream) if stored in ahead else self._read(stored, device)
-                    continue
-                if name not in made:
-                    made = self._convert(stored)
-                yield name, made.pop(name)
+    ) -> Iterator[tuple[str, Value]]:
+        return values(list(self._steps()), torch.device(device))
+
+    def _steps(self) -> Iterator[Step]:
+        """Yield how the parameters are read, in order."""
+        converted: set[str] = set()
+        for name in (parameter.name for parameter in self.parameters):
+            stored = self._stored[name]
+            if isinstance(stored, Conversion):
+                if stored.target not in converted:
+                    yield from self._conversion_steps(stored)
+                    converted.add(stored.target)
+            elif stored in self._mxfp4:
+                requests = [self._request(member) for member in self._mxfp4[stored]]
+                yield Step(requests, partial(_mxfp4, name, stored))
+            elif stored in self._packed and name in self.experts:
+                experts = self._packed_experts(name)
+                for index in range(self.experts[name]):
+                    yield Step((), partial(_packed_slice, name, experts, index))
+            elif stored in self._packed:
+                # A packed weight is a quarter of the bytes, and its JSON and tables are needed on
+                # the CPU.
+                yield Step((), partial(self._packed_weight, name, stored))
+            elif name in self.experts and not self._is_decoded(stored):
+                for index in range(self.experts[name]):
+                    yield Step([self._request(stored, index)], partial(_slice, name, index))
+            else:
+                yield Step(self._requests(stored), partial(self._whole, name, stored))
+
+    def _conversion_steps(self, conversion: Conversion) -> Iterator[Step]:
+        if not conversion.inputs:
+            yield Step((), partial(self._made, conversion))
+        for index, inputs in enumerate(conversion.inputs):
+            requests = [request for i in inputs for request in self._requests(i.key, i.row)]
+            yield Step(requests, partial(self._made_for_expert, conversion, index))
+
+    def _packed_weight(self, name: str, key: str, _: list[Tensor]) -> list[tuple[str, Value]]:
+        return [(name, self._read(key))]
+
+    def _made(self, conversion: Conversion, _: list[Tensor]) -> list[tuple[str, Value]]:
+        loaded = {parameter.name for parameter in self.parameters}
+        made: list[tuple[str, Value]] = []
+        for name, value in self._convert(conversion).items():
+            if name in loaded and name in self.experts:
+                made += ((name, ExpertSlice(index, one)) for index, one in enumerate(value))
+            elif name in loaded:
+                made.append((name, value))
+        return made
+
+    def _made_for_expert(
+        self, conversion: Conversion, index: int, tensors: list[Tensor]
+    ) -> list[tuple[str, Value]]:
+        tensors.reverse()
+        inputs = (
+            self._made_of(i.key, [tensors.pop() for _ in self._requests(i.key, i.row)])
+            for i in conversion.inputs[index]
+        )
+        made = conversion.apply_to_expert(self.skeleton, index, inputs)
+        return [(name, ExpertSlice(index, value)) for name, value in made.items()]
+
+    def _whole(self, name: str, key: str, tensors: list[Tensor]) -> list[tuple[str, Value]]:
+        value = self._made_of(key, tensors)
+        if name in self.experts:
+            return [(name, ExpertSlice(index, one)) for index, one in enumerate(value)]
+        return [(name, value)]
 
     def tensor(self, name: str) -> Tensor | PackedWeight:  # noqa: D102
         stored = self._stored[name]
-        return self._read(stored) if isinstance(stored, str) else self._convert(stored)[name]
+        if isinstance(stored, Conversion):
+            return self._convert(stored)[name]
+        if stored in self._packed and name in self.experts:
+            packed = self._packed_experts(name)
+            return torch.stack([dequantize(packed.weight(e)) for e in range(self.experts[name])])
+        return self._read(stored)
+
+    def matrices(self, name: str) -> Iterator[Tensor | PackedWeight]:  # noqa: D102
+        stored, experts = self._stored[name], range(self.experts[name])
+        if isinstance(stored, Conversion):
+            if not stored.inputs:
+                yield from super().matrices(name)
+            for expert, inputs in enumerate(stored.inputs):
+                read = [self._read_row(i.key, i.row) for i in inputs]
+                yield stored.apply_to_expert(self.skeleton, expert, read)[name]
+        elif stored in self._mxfp4:
+            yield from super().matrices(name)
+        elif stored in self._packed:
+            yield from map(self._packed_experts(name).weight, experts)
+        elif self._is_decoded(stored):
+            yield from self._homes[stored].read(stored)
+        else:
+            yield from (self._read_row(stored, expert) for expert in experts)
 
     def _convert(self, conversion: Conversion) -> dict[str, Tensor]:
         return conversion.apply(self.skeleton, lambda key: self._homes[key].read(key))
@@ -317,12 +416,14 @@ class DirectorySource(BaseSource):
         if not packed:
             return recipe
         if self._mxfp4:
-            kept = recipe.quant != "none"
-            what = "they are used as they are" if kept else "they are decoded"
-            logger.warning("the experts of %s are in MXFP4; %s", self.name, what)
-            return replace(recipe, experts="mxfp4") if kept else recipe
-        first = self.tensor(packed[0])
-        owners = [self.skeleton.get_submodule(name.removesuffix(".weight")) for name in packed]
+            return super().fitted(recipe)
+        name = packed[0]
+        first = next(self.matrices(name)) if name in self.experts else self.tensor(name)
+        owners = [
+            self.skeleton.get_submodule(name.removesuffix(".weight"))
+            for name in packed
+            if name not in self.experts
+        ]
         embedding, head = (
             self.skeleton.get_input_embeddings(),
             self.skeleton.get_output_embeddings(),
@@ -353,6 +454,22 @@ class DirectorySource(BaseSource):
             quantize_head=recipe.quantize_head or any(o is head for o in owners),
             quantize_embeddings=recipe.quantize_embeddings or any(o is embedding for o in owners),
         )
+
+
+def _slice(name: str, index: int, tensors: list[Tensor]) -> list[tuple[str, Value]]:
+    (matrix,) = tensors
+    return [(name, ExpertSlice(index, matrix))]
+
+
+def _mxfp4(name: str, key: str, tensors: list[Tensor]) -> list[tuple[str, Value]]:
+    blocks, scales = tensors
+    return [(name, decode_mxfp4(key, blocks, scales))]
+
+
+def _packed_slice(
+    name: str, experts: PackedExperts, index: int, _: list[Tensor]
+) -> list[tuple[str, Value]]:
+    return [(name, ExpertSlice(index, experts.weight(index)))]
 
 
 def require_files(directory: Path) -> None:
@@ -480,46 +597,3 @@ def write_description(
         (directory / path.name).write_bytes(path.read_bytes())
     if generation_config is not None:
         generation_config.to_json_file(directory / "generation_config.json")
-
-
-def _open_shards(directory: Path) -> tuple[list[SafetensorsFile], dict[str, SafetensorsFile]]:
-    """Return the files of weights, and the file of each key."""
-    weight_map: dict[str, str] = {}
-    if (directory / INDEX_NAME).exists():
-        index = read_json(directory / INDEX_NAME, "it names the shards").get("weight_map")
-        if not isinstance(index, dict) or not all(
-            isinstance(name, str) and name.isprintable() and Path(name).name == name
-            for name in index.values()
-        ):
-            raise CheckpointError(f"{directory / INDEX_NAME} has no weight_map of file names")
-        weight_map = index
-        paths = [directory / name for name in sorted(set(weight_map.values()))]
-    elif (directory / "model.safetensors").exists():
-        paths = [directory / "model.safetensors"]
-    else:
-        paths = sorted(directory.glob("*.safetensors"))
-    if not paths:
-        pickles = sorted(path.name for path in directory.glob("*.bin"))
-        raise CheckpointError(
-            f"{directory} has no safetensors files"
-            + (
-                f", only pickles ({', '.join(pickles[:3])}), which can run code and are not read; "
-                "convert them with transformers: save_pretrained(…)"
-                if pickles
-                else ""
-            )
-        )
-    shards = [SafetensorsFile(path) for path in paths]
-    homes: dict[str, SafetensorsFile] = {}
-    for shard in shards:
-        for key in shard.entries:
-            if key in homes:
-                raise CheckpointError(f"{key} is in {homes[key].path} and in {shard.path}")
-            homes[key] = shard
-    for key, name in weight_map.items():
-        if key not in homes or homes[key].path.name != name:
-            raise CheckpointError(
-                f"{directory / name} lacks {key}, which {INDEX_NAME} says it has; "
-                "download or copy the directory again"
-            )
-    return shards, homes

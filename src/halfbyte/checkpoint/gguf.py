@@ -1,112 +1,67 @@
-"""GGUF files as base models, converted as in transformers, one tensor at a time.
+"""GGUF files as base models, one tensor at a time.
 
-The translation of keys to a configuration and a tokenizer, of tensor names, and of llama.cpp's
-rearrangements is transformers' (``modeling_gguf_pytorch_utils``), used unchanged. Only the order of
-work is ours: transformers would decode the whole file into memory, after reading the header three
-times, 3 s each. So the configuration is read from a copy of the header without its long arrays, the
-tokenizer comes from its fast reader, and tensors are rearranged one by one.
+Architectures of the table ``gguf_architectures`` are read by it, the others as transformers does
+(``gguf_transformers``). Blocks are decoded one tensor at a time, on the device of the model.
 """
 
 import logging
-import math
-import re
-import struct
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.modeling_gguf_pytorch_utils import (
-    GGUF_SUPPORTED_ARCHITECTURES,
-    GGUF_TO_TRANSFORMERS_MAPPING,
-    TENSOR_PROCESSORS,
-    LlamaTensorProcessor,
-    TensorProcessor,
-    get_gguf_hf_weights_map,
-)
+from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
 
+from halfbyte.checkpoint.gguf_architectures import Layout
 from halfbyte.checkpoint.gguf_blocks import decode
-from halfbyte.checkpoint.gguf_file import (
-    ARRAY,
-    TORCH_DTYPES,
-    U32,
-    GGUFFile,
-    Stored,
-    held_as,
-)
+from halfbyte.checkpoint.gguf_config import read_known_config, row_of
+from halfbyte.checkpoint.gguf_file import TORCH_DTYPES, U32, GGUFFile, Stored, held_as
+from halfbyte.checkpoint.gguf_forms import Form
+from halfbyte.checkpoint.gguf_mxfp4 import from_blocks
+from halfbyte.checkpoint.gguf_rope import FREQUENCIES, LONG, SHORT
+from halfbyte.checkpoint.gguf_transformers import TransformersArrangement, read_foreign_config
 from halfbyte.checkpoint.gguf_vocabulary import byte_level
-from halfbyte.checkpoint.reading import read_into
-from halfbyte.checkpoint.source import BaseSource, Parameter, foreign_reader, skeleton_of
+from halfbyte.checkpoint.source import (
+    BaseSource,
+    ExpertSlice,
+    Parameter,
+    foreign_reader,
+    skeleton_of,
+)
 from halfbyte.errors import CheckpointError
-from halfbyte.foreign_text import quote
-from halfbyte.quant import PackedWeight
+from halfbyte.layers.experts import expert_parameters
+from halfbyte.quant import MXFP4Weight, PackedWeight
 
-# Individually scaled rotary frequencies (Llama 3.1), which transformers' GGUF reader omits.
-_ROPE_TABLE = re.compile(r"rope_(freqs|factors_long|factors_short)\.weight")
+# Individually scaled rotary frequencies. They become options of the configuration, except for
+# architectures that only transformers reads.
+_ROPE_TABLES = {FREQUENCIES, LONG, SHORT}
 
 logger = logging.getLogger("halfbyte")
 
 
 def read_config(file: GGUFFile) -> PretrainedConfig:
-    """Return the configuration that transformers derives from the keys.
+    """Return the configuration of a file, from its keys and the names of its tensors.
 
     Raises:
-        CheckpointError: If transformers does not know the architecture, or a key is missing.
+        CheckpointError: If the architecture is not known, or a key is missing or of another type.
     """
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{file.path} is not a language model: it has no token_embd.weight")
-    rows = embedding.shape[0]
-    trouble = (
-        f"{file.path}: transformers cannot make a configuration of architecture "
-        f"{quote(file.architecture)} from its keys"
-    )
-    with tempfile.TemporaryDirectory() as directory, foreign_reader(trouble):
-        Path(directory, "keys.gguf").write_bytes(_without_arrays(file, rows))
-        config = AutoConfig.from_pretrained(directory, gguf_file="keys.gguf", vocab_size=rows)
-    known = GGUF_SUPPORTED_ARCHITECTURES
-    if not {file.architecture, config.model_type.removesuffix("_text")} & set(known):
-        raise CheckpointError(
-            f"{file.path}: GGUF files of architecture {quote(file.architecture)} are not "
-            f"supported; supported are {', '.join(known)}. Use the model's safetensors files"
-        )
-    config.name_or_path = str(file.path)
-    return config
-
-
-def _without_arrays(file: GGUFFile, vocabulary: int) -> bytes:
-    """Return a GGUF file with the same keys and empty tensors, without the vocabulary's arrays."""
-    replaced = {f"{file.architecture}.vocab_size", "general.alignment"}
-    kept = [
-        key
-        for name, key in file.keys.items()
-        if name not in replaced and not (key.kind == ARRAY and name.startswith("tokenizer."))
-    ]
-    parts = [struct.pack("<4sIQQ", b"GGUF", 3, len(file.tensors), len(kept) + 1)]
-    for key in kept:
-        raw = bytearray(key.end - key.start)
-        read_into(file.path, key.start, memoryview(raw))
-        parts.append(bytes(raw))
-    parts.append(_text(f"{file.architecture}.vocab_size") + struct.pack("<II", U32, vocabulary))
-    for name in file.tensors:
-        parts.append(_text(name) + struct.pack("<IQIQ", 1, 0, GGMLQuantizationType.F32, 0))
-    return b"".join(parts) + bytes(64)  # at least the padding before the data, of which none is
-
-
-def _text(text: str) -> bytes:
-    raw = text.encode()
-    return struct.pack("<Q", len(raw)) + raw
+    row, vocabulary = row_of(file), embedding.shape[0]
+    if row is not None:
+        return read_known_config(file, row, vocabulary)
+    return read_foreign_config(file, vocabulary)
 
 
 _ROLES = {
@@ -172,126 +127,141 @@ def _tokenizer_keys(file: GGUFFile) -> dict[str, Any]:
     return {name: key.value for name, key in keys.items() if key is not None}
 
 
-class Arrangement:
-    """The mapping from tensors of a GGUF file to parameters of a transformers model.
+class Arrangement(Protocol):
+    """The mapping from tensors of a GGUF file to parameters of a transformers model."""
 
-    Attributes:
-        parts: The tensors of each parameter, by its name; in the order of the file.
+    def parts(self) -> dict[str, list[Stored]]:
+        """Return the tensors of each parameter, by its name; in the order of the file."""
+
+    def value(self, target: str, tensors: list[Stored], device: torch.device | str) -> Tensor:
+        """Return a parameter from its tensors."""
+
+    def misfits(self, expected: Mapping[str, Tensor]) -> list[str]:
+        """Return which tensors do not fit the model's parameters."""
+
+
+class TableArrangement:
+    """The mapping by ``gguf_architectures``.
 
     Args:
         file: The file.
         skeleton: A model of its configuration; it may be on the meta device.
-
-    Raises:
-        CheckpointError: If there are tensors that the model does not have, or of a type that the
-            gguf package does not decode.
     """
 
     def __init__(self, file: GGUFFile, skeleton: PreTrainedModel) -> None:
         self._file = file
-        processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)
-        self._processor = processor(config=skeleton.config.to_dict())
-        # These rearrange the rows of a matrix, but not within rows.
-        self._moves_rows = processor in (TensorProcessor, LlamaTensorProcessor)
-        base = skeleton.base_model_prefix
-        inner = _Names(skeleton.config, getattr(skeleton, base).state_dict(), [])
-        outer = _Names(skeleton.config, skeleton.state_dict(), [(base, inner)])
-        try:
-            self._names: dict[str, str] = get_gguf_hf_weights_map(
-                outer, self._processor, model_type=file.architecture
-            )
-        except NotImplementedError as error:
-            raise CheckpointError(f"{file.path}: {error}") from error
-        self.parts: dict[str, list[Stored]] = {}
-        homeless = []
-        for name, tensor in file.tensors.items():
-            target = self._names.get(name) or self._names.get(name.removesuffix(".weight"))
-            if target is not None:
-                self.parts.setdefault(target, []).append(tensor)
-            elif _ROPE_TABLE.fullmatch(name):
-                logger.warning(
-                    "%s scales its rotary frequencies (%s), which is not applied: long texts will "
-                    "come out worse than with the model's safetensors files",
-                    file.path,
-                    name,
-                )
-            else:
-                homeless.append(name)
-        if homeless:
-            raise CheckpointError(
-                f"{file.path} holds tensors {type(skeleton).__name__} has no place for: "
-                f"{', '.join(homeless[:6])} ({len(homeless)} in all)"
-            )
-        for kind in {tensor.kind for tensor in file.tensors.values()}:
-            try:
-                decode(torch.zeros(GGML_QUANT_SIZES[kind][1], dtype=torch.uint8), kind)
-            except NotImplementedError:
-                raise CheckpointError(
-                    f"{file.path} holds tensors of type {kind.name}, which the gguf package does "
-                    "not decode; use a file of another type, such as Q4_K_M or Q8_0"
-                ) from None
+        layout, tied = Layout(skeleton.config), skeleton.all_tied_weights_keys
+        names = [name for name in skeleton.state_dict() if name not in tied]
+        self._forms: dict[str, Form] = {name: layout.form(name) for name in names}
 
-    def tensors(
-        self, targets: Iterable[str] | None = None, device: torch.device | str = "cpu"
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Yield (parameter's name, value), one at a time, in the order of ``parts``.
+    def parts(self) -> dict[str, list[Stored]]:  # noqa: D102
+        owner = {part: name for name, form in self._forms.items() for part in form.names}
+        found: dict[str, list[Stored]] = {}
+        for name in self._file.tensors:
+            target = owner.get(name)
+            if target is not None and target not in found:
+                parts = self._forms[target].names
+                if all(part in self._file.tensors for part in parts):
+                    found[target] = [self._file.tensors[part] for part in parts]
+        return found
 
-        Block types are decoded to float32. Matrices of 16-bit types keep their type.
+    def value(self, target: str, tensors: list[Stored], device: torch.device | str) -> Tensor:
+        """Return a parameter from its tensors.
+
+        Blocks are decoded to float32. Matrices of 16-bit types keep their type.
 
         Args:
-            targets: Only these parameters, in this order.
+            target: The parameter.
+            tensors: Its tensors.
             device: Device to decode the blocks of matrices on; other values are on the CPU.
 
         Raises:
             CheckpointError: If the file ends early.
         """
-        for target in self.parts if targets is None else targets:
-            tensors = self.parts[target]
-            # Experts' matrices are combined by the processor itself, in `finished`.
-            finished: dict[str, Tensor] = {}
-            for tensor in tensors:
-                # As blocks, a matrix is a quarter as large to move, and can be decoded on a GPU.
-                as_blocks = self._moves_rows and _has_rows_of_blocks(tensor)
-                result = self._processor.process(
-                    weights=self._file.raw(tensor) if as_blocks else self._file.read(tensor),
-                    name=tensor.name,
-                    tensor_key_mapping=self._names,
-                    parsed_parameters={"tensors": finished},
-                )
-                if result.name is not None:
-                    value = torch.from_numpy(np.ascontiguousarray(result.weights))
-                    if as_blocks:
-                        flat = decode(value.to(device).view(-1), tensor.kind)
-                        value = flat.view(tensor.shape)
-                    finished[target] = value
-                    del value
-                del result
-            for name in list(finished):
-                value = finished.pop(name)
-                yield name, value.view(torch.bfloat16) if value.dtype == torch.uint16 else value
-                del value
+        form = self._forms[target]
+        kind = tensors[0].kind
+        as_blocks = form.moves_rows and all(
+            tensor.kind == kind and _has_rows_of_blocks(tensor) for tensor in tensors
+        )
+        if not as_blocks:
+            return form.join([self._file.tensor(tensor) for tensor in tensors]).contiguous()
+        # As blocks, a matrix is a quarter as large to move, and can be decoded on a GPU.
+        raw = form.join([torch.from_numpy(self._file.raw(tensor)) for tensor in tensors])
+        block, nbytes = GGML_QUANT_SIZES[kind]
+        shape = (*raw.shape[:-1], raw.shape[-1] // nbytes * block)
+        return decode(raw.contiguous().to(device).view(-1), kind).view(shape)
+
+    def packed_experts(
+        self, target: str, tensors: list[Stored], device: torch.device | str
+    ) -> MXFP4Weight:
+        """Return the experts [experts, out, in] of gpt-oss whose ``tensors`` are in MXFP4.
+
+        Raises:
+            CheckpointError: If the file ends early, or a scale makes weights infinite or NaN.
+        """
+        raw = [torch.from_numpy(self._file.raw(tensor)) for tensor in tensors]
+        # Rows of blocks for rows of numbers, which transformers has as columns.
+        blocks = self._forms[target].join(raw).mT
+        return from_blocks(blocks.to(device), f"{self._file.path}: {tensors[0].name}")
+
+    def misfits(self, expected: Mapping[str, Tensor]) -> list[str]:
+        """Return which tensors have another shape than the model's parameters need.
+
+        Args:
+            expected: The model's parameters, on any device.
+        """
+        found = []
+        for target, form in self._forms.items():
+            stored = [self._file.tensors.get(name) for name in form.names]
+            with foreign_reader(f"{self._file.path}: {target} has a shape that cannot be stored"):
+                wanted = form.shapes(expected[target].shape)
+            found += [
+                f"{tensor.name} has the shape {list(tensor.shape)}, not {list(shape)}"
+                for tensor, shape in zip(stored, wanted, strict=True)
+                if tensor is not None and tensor.shape != shape
+            ]
+        return found
 
 
 def _has_rows_of_blocks(tensor: Stored) -> bool:
-    return len(tensor.shape) == 2 and GGML_QUANT_SIZES[tensor.kind][0] > 1
+    return len(tensor.shape) >= 2 and GGML_QUANT_SIZES[tensor.kind][0] > 1
 
 
-class _Names(NamedTuple):
-    """The part of a model that transformers needs to map its names.
+def _require_decodable(file: GGUFFile) -> None:
+    for kind in {tensor.kind for tensor in file.tensors.values()}:
+        try:
+            decode(torch.zeros(GGML_QUANT_SIZES[kind][1], dtype=torch.uint8), kind)
+        except NotImplementedError:
+            raise CheckpointError(
+                f"{file.path} holds tensors of type {kind.name}, which the gguf package does "
+                "not decode; use a file of another type, such as Q4_K_M or Q8_0"
+            ) from None
 
-    With the whole model, it lists the names of every module down to the last norm and rebuilds its
-    tables each time: 7 s for 30 layers. All results come from the first two levels.
+
+def _require_places(
+    file: GGUFFile, model: str, used: Iterable[Sequence[Stored]], known: bool
+) -> None:
+    """Check that every tensor of a file is used, and log it if it scales the rotary frequencies.
+
+    Raises:
+        CheckpointError: If the model has no place for a tensor.
     """
-
-    config: PretrainedConfig
-    names: dict[str, Tensor]
-    children: list[tuple[str, "_Names"]]
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.names
-
-    def named_children(self) -> list[tuple[str, "_Names"]]:
-        return self.children
+    names = {tensor.name for tensors in used for tensor in tensors}
+    homeless = [name for name in file.tensors if name not in names]
+    if not known:
+        for name in _ROPE_TABLES & set(homeless):
+            logger.warning(
+                "%s scales its rotary frequencies (%s), which is not applied: long texts will "
+                "come out worse than with the model's safetensors files",
+                file.path,
+                name,
+            )
+    homeless = [name for name in homeless if name not in _ROPE_TABLES]
+    if homeless:
+        raise CheckpointError(
+            f"{file.path} holds tensors {model} has no place for: "
+            f"{', '.join(homeless[:6])} ({len(homeless)} in all)"
+        )
 
 
 class GGUFSource(BaseSource):
@@ -300,7 +270,6 @@ class GGUFSource(BaseSource):
     Attributes:
         path: The file.
         file: Its header.
-        scales_frequencies: Whether it has a table of scaled rotary frequencies, which is not used.
 
     Raises:
         CheckpointError: If the file is damaged, is of an architecture or a block type that
@@ -311,30 +280,37 @@ class GGUFSource(BaseSource):
         self.name, self.file = name, GGUFFile(path)
         self.config = read_config(self.file)
         self.path = path
-        self.scales_frequencies = any(map(_ROPE_TABLE.fullmatch, self.file.tensors))
         self.skeleton = skeleton_of(self.config, name, len(self.file.tensors))
-        self._arrangement = Arrangement(self.file, self.skeleton)
+        known = row_of(self.file) is not None
+        kind = TableArrangement if known else TransformersArrangement
+        self._arrangement: Arrangement = kind(self.file, self.skeleton)
+        self._parts = self._arrangement.parts()
+        model = type(self.skeleton).__name__
+        _require_places(self.file, model, self._parts.values(), known)
+        _require_decodable(self.file)
         tied = self.skeleton.all_tied_weights_keys
         expected = self.skeleton.state_dict()
-        parts = self._arrangement.parts
+        parts = self._parts
         faults = [f"{key} is missing" for key in expected if key not in {*parts, *tied}]
-        faults += [
-            f"{key} has {sum(math.prod(t.shape) for t in tensors)} elements, not {count}"
-            for key, tensors in parts.items()
-            if (count := expected[key].numel()) != sum(math.prod(t.shape) for t in tensors)
-        ]
+        faults += self._arrangement.misfits(expected)
         if faults:
             raise CheckpointError(
                 f"{path} is not the {type(self.skeleton).__name__} of its keys: "
                 f"{'; '.join(faults[:4])} ({len(faults)} in all)"
             )
+        mxfp4 = self._mxfp4 = {
+            name
+            for name, (_, transposed) in expert_parameters(self.skeleton).items()
+            if transposed and known and {t.kind for t in parts[name]} == {Kind.MXFP4}
+        }
         self.parameters = tuple(
             Parameter(
                 key,
                 tuple(expected[key].shape),
-                TORCH_DTYPES[held_as(tensors[0])],
+                torch.bfloat16 if key in mxfp4 else TORCH_DTYPES[held_as(tensors[0])],
                 sum(tensor.nbytes for tensor in tensors),
-                packed=False,
+                packed=key in mxfp4,
+                mxfp4=key in mxfp4,
             )
             for key, tensors in parts.items()
         )
@@ -346,11 +322,22 @@ class GGUFSource(BaseSource):
 
     def tensors(  # noqa: D102
         self, device: torch.device | str = "cpu"
-    ) -> Iterator[tuple[str, Tensor | PackedWeight]]:
-        return self._arrangement.tensors(device=device)
+    ) -> Iterator[tuple[str, Tensor | PackedWeight | ExpertSlice]]:
+        for name in self._parts:
+            value = self._value(name, device)
+            if name not in self.experts or not isinstance(value, Tensor):
+                yield name, value
+                continue
+            for index, matrix in enumerate(value):
+                yield name, ExpertSlice(index, matrix)
 
     def tensor(self, name: str) -> Tensor | PackedWeight:  # noqa: D102
-        return dict(self._arrangement.tensors([name]))[name]
+        return self._value(name, "cpu")
+
+    def _value(self, name: str, device: torch.device | str) -> Tensor | PackedWeight:
+        if name in self._mxfp4 and isinstance(self._arrangement, TableArrangement):
+            return self._arrangement.packed_experts(name, self._parts[name], device)
+        return self._arrangement.value(name, self._parts[name], device)
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         return read_tokenizer(self.file)

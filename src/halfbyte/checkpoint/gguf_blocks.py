@@ -15,6 +15,9 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
+from halfbyte.checkpoint.gguf_k_quants import to_q3_k, to_q4_k, to_q5_k, to_q6_k
+from halfbyte.quant.mxfp4 import DOUBLED_LEVELS, half_scales
+
 # Numbers decoded at a time. On a CPU no more than torch computes in one thread: temporaries stay in
 # the cache (135 M numbers of q4_1 in 0.9 s of one core; 1.4 s at 2**18), and no small operation
 # waits at a barrier for cores that other programs hold (64 s, on two busy ones).
@@ -106,6 +109,12 @@ def _q8_0(blocks: Tensor) -> Tensor:
     return blocks[:, 2:].view(torch.int8).float().mul_(_half(blocks, 0))
 
 
+def _mxfp4(blocks: Tensor) -> Tensor:
+    # As in the gguf package, zeros have no sign.
+    levels = torch.where(DOUBLED_LEVELS == 0, 0.0, DOUBLED_LEVELS).to(blocks.device)
+    return levels[_nibbles(blocks[:, 1:]).int()].mul_(half_scales(blocks[:, :1]))
+
+
 def _q2_k(blocks: Tensor) -> Tensor:
     scales, codes = blocks[:, :16], _fields(blocks[:, 16:80], 32, 2)
     step = (scales & 15).float().mul_(_half(blocks, 80))[:, :, None]
@@ -159,6 +168,7 @@ _DECODERS: dict[GGMLQuantizationType, Callable[[Tensor], Tensor]] = {
     GGMLQuantizationType.Q5_0: _q5_0,
     GGMLQuantizationType.Q5_1: _q5_1,
     GGMLQuantizationType.Q8_0: _q8_0,
+    GGMLQuantizationType.MXFP4: _mxfp4,
     GGMLQuantizationType.Q2_K: _q2_k,
     GGMLQuantizationType.Q3_K: _q3_k,
     GGMLQuantizationType.Q4_K: _q4_k,
@@ -174,23 +184,23 @@ _PLAIN = {
 
 
 def encode(value: Tensor, kind: GGMLQuantizationType) -> Tensor:
-    """Round numbers to a type of the format, bit-identical to the gguf package.
+    """Round numbers to a type of the format, bit-identical to the gguf package and ggml.
 
     Args:
         value: float32 [..., columns], finite; whole blocks in a row. On any device.
-        kind: F32, F16, BF16, Q8_0 or Q4_0.
+        kind: F32, F16, BF16, Q8_0, Q4_0, MXFP4, or Q3_K to Q6_K.
 
     Returns:
-        uint8, with contiguous rows, on the device of ``value``.
+        uint8 [bytes], on the device of ``value``; MXFP4, which the package encodes, on the CPU.
 
     Raises:
         KeyError: If this type is not supported.
     """
     if kind in _PLAIN:
         return value.to(_PLAIN[kind]).contiguous().view(torch.uint8).reshape(-1)
-    encoder = {GGMLQuantizationType.Q8_0: _to_q8_0, GGMLQuantizationType.Q4_0: _to_q4_0}[kind]
+    encoder, chunk = _ENCODERS[kind]
     blocks = value.reshape(-1, GGML_QUANT_SIZES[kind][0])
-    step = max(1, (_GPU_CHUNK if value.is_cuda else _CPU_CHUNK) // blocks.shape[1])
+    step = max(1, (_GPU_CHUNK if value.is_cuda else chunk) // blocks.shape[1])
     return torch.cat([encoder(some) for some in torch.split(blocks, step)]).view(-1)
 
 
@@ -220,3 +230,21 @@ def _to_q4_0(blocks: Tensor) -> Tensor:
     codes = (_quotients(blocks, step) + 8.5).trunc_().clamp_(0, 15).to(torch.uint8)
     low, high = codes.chunk(2, 1)
     return torch.cat((_as_bytes(step), low | (high << 4)), 1)
+
+
+def _to_mxfp4(blocks: Tensor) -> Tensor:
+    packed = gguf.quants.quantize(blocks.cpu().numpy(), GGMLQuantizationType.MXFP4)
+    return torch.from_numpy(packed)
+
+
+# With how many numbers at a time on a CPU: the search of K-quants is two thousand operations, each
+# of which should be worth its threads.
+_ENCODERS: dict[GGMLQuantizationType, tuple[Callable[[Tensor], Tensor], int]] = {
+    GGMLQuantizationType.Q8_0: (_to_q8_0, _CPU_CHUNK),
+    GGMLQuantizationType.Q4_0: (_to_q4_0, _CPU_CHUNK),
+    GGMLQuantizationType.MXFP4: (_to_mxfp4, _PACKAGE_CHUNK),
+    GGMLQuantizationType.Q3_K: (to_q3_k, _PACKAGE_CHUNK),
+    GGMLQuantizationType.Q4_K: (to_q4_k, _PACKAGE_CHUNK),
+    GGMLQuantizationType.Q5_K: (to_q5_k, _PACKAGE_CHUNK),
+    GGMLQuantizationType.Q6_K: (to_q6_k, _PACKAGE_CHUNK),
+}

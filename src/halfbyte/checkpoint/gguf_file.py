@@ -23,7 +23,7 @@ from halfbyte.input_files import open_file
 
 TORCH_DTYPES = {np.float32: torch.float32, np.float16: torch.float16, np.uint16: torch.bfloat16}
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))  # as struct
-U32, STRING, ARRAY = 4, 8, 9
+U32, F32, BOOL, STRING, ARRAY = 4, 6, 7, 8, 9
 _MAX_STRING = 2**26  # bytes; a chat template has 2**14
 _MAX_EXTENT = 2**50
 _AHEAD = 2**20  # bytes of the header read at once
@@ -111,6 +111,18 @@ class GGUFFile:
             raise CheckpointError(f"{self.path}: the key {name} is of type {key.kind}, not {kind}")
         return default if key is None else key.value
 
+    def architecture_key(self, name: str, kind: int) -> Any:
+        """Return the value of a key of the architecture, or None if the file has none.
+
+        Args:
+            name: Its name without the architecture's, such as ``block_count``.
+            kind: Its type.
+
+        Raises:
+            CheckpointError: If it is of another type.
+        """
+        return self._key(f"{self.architecture}.{name}", kind, None)
+
     def _table_row(self, header: "_Header") -> Stored:
         name = header.string()
         dimensions = header.number("I")
@@ -162,6 +174,11 @@ class GGUFFile:
         read_into(self.path, tensor.start, out.data)
         rows = tensor.shape[:-1]
         return out.reshape(*rows, tensor.nbytes // max(1, math.prod(rows)))
+
+    def tensor(self, tensor: Stored) -> torch.Tensor:
+        """Return one tensor, decoded: float32, float16 or bfloat16."""
+        value = torch.from_numpy(np.ascontiguousarray(self.read(tensor)))
+        return value.view(torch.bfloat16) if value.dtype == torch.uint16 else value
 
     def read(self, tensor: Stored) -> np.ndarray[Any, Any]:
         """Return one tensor, decoded: float32, or the type of `held_as`."""

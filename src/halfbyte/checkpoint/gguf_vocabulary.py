@@ -8,7 +8,7 @@ The inverse is ``byte_level``: a tokenizer with a known name, from the keys of a
 """
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from gguf import GGUFValueType, GGUFWriter, Keys, TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders
@@ -23,7 +23,38 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_SPLITS = {_WORDS % "": "qwen2", _WORDS % "{1,3}": "llama-bpe"}
+_MARKS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s"
+    r"|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+
+
+class _Cut(NamedTuple):
+    """How llama.cpp cuts text, by a name: at matches of a pattern; whether whole pieces are tokens.
+
+    Where a piece is a token although its merges do not lead to it, the second makes a difference.
+    """
+
+    pattern: str
+    whole: bool
+
+
+_CUTS = {
+    "qwen2": _Cut(_WORDS % "", whole=False),
+    "qwen35": _Cut(_MARKS, whole=False),
+    "llama-bpe": _Cut(_WORDS % "{1,3}", whole=True),
+    "dbrx": _Cut(_WORDS % "{1,3}", whole=False),
+    "gpt-4o": _Cut(_CASED % (_ENDINGS, _ENDINGS, "{1,3}"), whole=False),
+    "tekken": _Cut(_CASED % ("", "", ""), whole=True),
+}
+# Names with the rules of another one, in the files of other converters.
+_ALIASES = {"refact": "smollm", "smaug-bpe": "dbrx"}
 _UNSPLIT = "an exported GGUF file would tokenise text differently"
 
 
@@ -136,21 +167,32 @@ def pre_tokenizer(rules: dict[str, Any]) -> str:
         # GPT-2's splitting is part of its ByteLevel.
         own = bool(last.get("use_regex", True))
         whole = bool(rules["model"].get("ignore_merges"))
-        name = None
-        if not cuts and own and not whole:
-            name = "gpt-2"
-        elif len(cuts) == 1 and cuts[0].get("type") == "Digits" and own and not whole:
-            name = "smollm" if cuts[0].get("individual_digits") else None
+        names: list[tuple[str, bool]] = []
+        if not cuts and own:
+            names = [("gpt-2", False)]
+        elif len(cuts) == 1 and cuts[0].get("type") == "Digits" and own:
+            names = [("smollm", False)] if cuts[0].get("individual_digits") else []
         elif len(cuts) == 1 and cuts[0].get("type") == "Split" and not own:
             cut = cuts[0]
             if cut.get("behavior") == "Isolated" and not cut.get("invert"):
-                name = _SPLITS.get(cut["pattern"].get("Regex", ""))
-        if name is not None and whole == (name == "llama-bpe") and normalizer == "NFC":
-            return name
+                regex = cut["pattern"].get("Regex", "")
+                names = [(name, cut.whole) for name, cut in _CUTS.items() if cut.pattern == regex]
+        names.sort(key=lambda name: name[1] != whole)
+        for name, as_whole in names if normalizer == "NFC" else []:
+            if as_whole == whole or _merges_find_all(rules):
+                return name
     raise CheckpointError(
         "the tokenizer's rules are not among those known to halfbyte and llama.cpp "
-        f"(gpt-2, smollm, qwen2, llama-bpe, SentencePiece's BPE): {_UNSPLIT}"
+        f"(gpt-2, smollm, {', '.join(_CUTS)}, SentencePiece's BPE): {_UNSPLIT}"
     )
+
+
+def _merges_find_all(rules: dict[str, Any]) -> bool:
+    """Return whether merging leads to every token, so that looking up whole pieces is the same."""
+    model, added = rules["model"], {token["content"] for token in rules["added_tokens"]}
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+    merging = BPE(model["vocab"], [(first, second) for first, second in pairs])
+    return all(len(merging.tokenize(token)) == 1 for token in model["vocab"].keys() - added)
 
 
 def byte_level(file: GGUFFile) -> Tokenizer | None:
@@ -166,7 +208,8 @@ def byte_level(file: GGUFFile) -> Tokenizer | None:
     name, arrays = named.get(Keys.Tokenizer.PRE), (Keys.Tokenizer.LIST, Keys.Tokenizer.MERGES)
     if named.get(Keys.Tokenizer.MODEL) != "gpt2" or not {*arrays} <= file.keys.keys():
         return None
-    if name not in ("gpt-2", "smollm", *_SPLITS.values()):
+    name = _ALIASES.get(str(name), name)
+    if name not in ("gpt-2", "smollm", *_CUTS):
         return None
     tokens, merges = (_texts(file, key) for key in arrays)
     alphabet = _alphabet()
@@ -182,12 +225,12 @@ def byte_level(file: GGUFFile) -> Tokenizer | None:
             continuing_subword_prefix="",
             end_of_word_suffix="",
             fuse_unk=False,
-            ignore_merges=name == "llama-bpe",
+            ignore_merges=name in _CUTS and _CUTS[name].whole,
         )
     )
     cuts: list[PreTokenizer] = [Digits(individual_digits=True)] if name == "smollm" else []
-    cuts += [Split(Regex(rule), "isolated") for rule, known in _SPLITS.items() if known == name]
-    own = name not in _SPLITS.values()
+    own = name not in _CUTS
+    cuts += [] if own else [Split(Regex(_CUTS[name].pattern), "isolated")]
     tokenizer.pre_tokenizer = Sequence([*cuts, ByteLevel(add_prefix_space=False, use_regex=own)])
     tokenizer.decoder = decoders.ByteLevel()
     has_types = Keys.Tokenizer.TOKEN_TYPE in file.keys
@@ -252,6 +295,10 @@ def _adds_space(rules: dict[str, Any]) -> bool:
     steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
     if pre is None and steps in ([{"type": "Prepend", "prepend": "▁"}, replace], [replace]):
         return len(steps) == 2
+    # Gemma's: it would cut at spaces, of which the normalizer has left none.
+    at_spaces = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"}
+    if steps == [replace] and pre and at_spaces.items() <= pre.items():
+        return False
     metaspace = {"type": "Metaspace", "replacement": "▁", "split": False}
     if not steps and pre and metaspace.items() <= pre.items():
         return bool(pre.get("prepend_scheme") != "never")

@@ -12,15 +12,20 @@ merged model is served as its base is.
 
 ``Merged`` is any of them as a source of tensors, computed on demand from the model in memory, in
 the form in which they will be read: so a merge can be measured before it is written
-(``tools.merge_evaluation``). Sums are computed in float32, one linear layer at a time.
+(``tools.merge_evaluation``). Sums are computed in float32, one linear layer or expert at a time.
+
+Weights in 16 bits are written in the form of transformers' ``save_pretrained`` (saved_form.py), so
+experts are one by one where checkpoints of the family have them so. A packed model has the names of
+transformers' parameters, and its experts stay in 16 bits, as other programs expect.
 """
 
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,17 +34,26 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from halfbyte.atomic import new_directory, require_writable
 from halfbyte.checkpoint.bitsandbytes import quantization_config
 from halfbyte.checkpoint.bitsandbytes_keys import encode_keys, plan_keys
+from halfbyte.checkpoint.conversion import empty_like
 from halfbyte.checkpoint.directory import write_description
-from halfbyte.checkpoint.mxfp4_keys import dense, encode_mxfp4, plan_mxfp4
-from halfbyte.checkpoint.safetensors_file import SHARD_BYTES, Planned, write_model
-from halfbyte.checkpoint.source import DECODED_FROM, BaseSource, Parameter
+from halfbyte.checkpoint.mxfp4_keys import PUBLISHED, dense, encode_mxfp4, plan_mxfp4
+from halfbyte.checkpoint.safetensors_file import SHARD_BYTES, Planned, Row, write_model
+from halfbyte.checkpoint.saved_form import SavedForm
+from halfbyte.checkpoint.source import DECODED_FROM, BaseSource, ExpertSlice, Parameter
 from halfbyte.data import end_of_turn
 from halfbyte.errors import CheckpointError
+from halfbyte.layers.multimodal import build_whole
 from halfbyte.linear.experts import expert_linears
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.lora import delta
 from halfbyte.models.build import BaseRecipe, frozen_linears
-from halfbyte.quant import MXFP4Weight, PackedWeight, empty_like_quantized, quantize
+from halfbyte.quant import (
+    MXFP4Weight,
+    PackedWeight,
+    QuantizedWeight,
+    empty_like_quantized,
+    quantize,
+)
 
 Into = Literal["decoded", "original", "nf4"]
 
@@ -78,6 +92,7 @@ class Merged(BaseSource):
         self.into, self.dtype, self._base, self._model = into, dtype, base, model
         self.name, self.config, self.skeleton = base.name, base.config, base.skeleton
         self._linears = {f"{path}.weight": m for path, m in frozen_linears(model).items()}
+        self._experts = expert_linears(model)
         held: BaseRecipe = model.halfbyte_recipe
         self._recipe = dataclasses.replace(held, quant="nf4")
         # Other programs do not support a packed embedding, and not all support a packed head.
@@ -119,7 +134,9 @@ class Merged(BaseSource):
         )
         untied = len(self.parameters) > len(base.parameters)
         # The linears of a model with experts in MXFP4 are in 16 bits.
-        was = held.quant if held.experts is None else None if self._mxfp4 else held.experts
+        was: str | None = (
+            held.quant if held.experts is None else None if self._mxfp4 else held.experts
+        )
         if into == "original" or was == "none":
             was = base.decoded_from
         decoded = into != "nf4" and was is not None
@@ -146,9 +163,21 @@ class Merged(BaseSource):
         held: Tensor | None = getattr(self._model.get_submodule(path), leaf)
         return held
 
+    @cached_property
+    def form(self) -> SavedForm | None:
+        """The form in which it is written; None if it is packed."""
+        if self.into == "nf4":
+            return None
+        written = (p for p in (*self.parameters, *self.encoders) if not p.mxfp4)
+        empty = {p.name: empty_like(p.shape, p.dtype) for p in written}
+        return SavedForm(build_whole(self.config), empty, self.experts)
+
     def plan(self) -> list[Planned]:
         """Return the tensors to write, in order."""
         plan: list[Planned] = []
+        if self.form is not None:
+            keys = self.form.keys.items()
+            plan += (Planned(key, like.dtype, tuple(like.shape)) for key, like in keys)
         for parameter in (*self.parameters, *self.encoders):
             if parameter.mxfp4:
                 plan += plan_mxfp4(parameter.name, parameter.shape)
@@ -161,7 +190,7 @@ class Merged(BaseSource):
                     double_quant=self._recipe.double_quant,
                 )
                 plan += plan_keys(parameter.name, empty)
-            else:
+            elif self.form is None:
                 plan.append(Planned(parameter.name, parameter.dtype, parameter.shape))
         return plan
 
@@ -173,7 +202,7 @@ class Merged(BaseSource):
     def packing(self) -> dict[str, object] | None:
         """Return the ``quantization_config`` of the written model, if it is packed."""
         if self._mxfp4:
-            return self._base.mxfp4_config
+            return self._base.mxfp4_config or PUBLISHED
         if self.into != "nf4":
             return None
         return quantization_config(self, self._recipe, self._packed, self.dtype)
@@ -191,7 +220,7 @@ class Merged(BaseSource):
         if name in self._mxfp4:
             return self._base.tensor(name)
         if name in self._experts:
-            return self._decoded_experts(name)
+            return torch.stack(list(self.matrices(name)))
         linear = self._linears.get(name)
         if linear is None:
             value = self._base.tensor(name) if name in self._unloaded else self._held(name)
@@ -217,20 +246,36 @@ class Merged(BaseSource):
         )
         return dataclasses.replace(packed, dtype=self.dtype)
 
-    def _decoded_experts(self, name: str) -> Tensor:
-        """Return the weights of experts as transformers' parameter."""
-        experts = self._experts[name]
-        if self.into == "original":
-            return dense(self._base.tensor(name)).to(self.dtype)
-        decoded = experts.decode(0, experts.num_experts, self.dtype)
-        mxfp4 = any(isinstance(weight, MXFP4Weight) for weight in experts.packed)
-        return decoded.mT.contiguous() if mxfp4 else decoded
+    @torch.no_grad()
+    def matrices(self, name: str) -> Iterator[Tensor]:
+        """Compute and yield each expert's matrix of transformers' parameter, in ``dtype``.
+
+        Raises:
+            CheckpointError: If a file of the base ends early.
+        """
+        linear = self._experts[name]
+        original = self._base.matrices(name) if self.into == "original" else None
+        for expert in range(linear.num_experts):
+            if original is not None:
+                weight = next(original)
+                assert isinstance(weight, Tensor)
+            else:
+                weight = linear.decode(expert, expert + 1, torch.float32)[0]
+                if linear.packed and isinstance(linear.packed[expert], MXFP4Weight):
+                    weight = weight.t()  # see mxfp4_keys.py
+            yield weight.to(linear.device, self.dtype).contiguous()
 
     def tensors(  # noqa: D102
         self, device: torch.device | str = "cpu"
-    ) -> Iterator[tuple[str, Tensor | PackedWeight]]:
+    ) -> Iterator[tuple[str, Tensor | PackedWeight | ExpertSlice]]:
         for parameter in self.parameters:
-            yield parameter.name, self.tensor(parameter.name)
+            name = parameter.name
+            if name in self._experts and name not in self._mxfp4:
+                matrices = self.matrices(name)
+                for expert in range(self.experts[name]):
+                    yield name, ExpertSlice(expert, next(matrices))
+            else:
+                yield name, self.tensor(name)
 
     def _files(self) -> Iterable[tuple[Path, int, int]]:
         return self._base._files()
@@ -262,7 +307,8 @@ def write_merged(
 ) -> Path:
     """Write a merged model; the one in memory does not change.
 
-    In addition to the model, memory holds one layer's weight in float32, twice.
+    In addition to the model, memory holds the weight of a linear layer or of an expert in float32,
+    twice.
 
     Args:
         merged: The model to write.
@@ -298,22 +344,30 @@ def write_merged(
 
 def _keys(
     merged: Merged, plan: list[Planned], progress: Callable[[int, int], None] | None
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[tuple[str, Tensor | Row]]:
     sizes = {planned.name: planned.nbytes for planned in plan}
     done, total = 0, sum(sizes.values())
-    encoders = ((parameter.name, merged.tensor(parameter.name)) for parameter in merged.encoders)
-    for name, value in chain(merged.tensors(), encoders):
-        keys = _as_keys(name, value)
+    for key, value in _tensors(merged):
+        done += value.tensor.nbytes if isinstance(value, Row) else sizes[key]
+        yield key, value
         del value
-        yield from keys.items()
-        done += sum(sizes[key] for key in keys)
-        del keys
         if progress is not None:
             progress(done, total)
 
 
-def _as_keys(name: str, value: Tensor | PackedWeight) -> dict[str, Tensor]:
-    """Return the tensors that a checkpoint holds for a value."""
-    if isinstance(value, Tensor):
-        return {name: value}
-    return encode_mxfp4(name, value) if isinstance(value, MXFP4Weight) else encode_keys(name, value)
+def _tensors(merged: Merged) -> Iterator[tuple[str, Tensor | Row]]:
+    """Yield the tensors of the files, or their rows, by key."""
+    encoders = ((parameter.name, merged.tensor(parameter.name)) for parameter in merged.encoders)
+    values: Iterator[tuple[str, Any]] = chain(merged.tensors(), encoders)
+    if merged.form is not None:
+        values = merged.form.convert(values)
+    for name, value in values:
+        if isinstance(value, ExpertSlice):
+            yield name, Row(value.expert, value.value)  # type: ignore[arg-type]
+        elif isinstance(value, MXFP4Weight):
+            yield from encode_mxfp4(name, value).items()
+        elif isinstance(value, QuantizedWeight):
+            yield from encode_keys(name, value).items()
+        else:
+            yield name, value
+        del value

@@ -6,6 +6,7 @@ files have ``X_blocks``, uint8 [experts, out, in / 32, 16], the codes, and ``X_s
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,19 @@ from halfbyte.quant.mxfp4 import BLOCK, LARGEST_SCALE
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
 
-# What a checkpoint's config.json says of it; transformers' Mxfp4Config.
 METHOD = "mxfp4"
+"""What the ``quantization_config`` of a checkpoint calls the format."""
+
+PUBLISHED: dict[str, Any] = {
+    "quant_method": METHOD,
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+}
+"""The ``quantization_config`` of gpt-oss as it is published, for files that have none."""
 
 
 def mxfp4_weights(names: Iterable[str]) -> dict[str, list[str]]:
@@ -39,17 +51,26 @@ def stored_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     return [(count, n_out, n_in // BLOCK, BLOCK // 2), (count, n_out, n_in // BLOCK)]
 
 
+def require_finite(name: str, scales: Tensor) -> None:
+    """Refuse scales, uint8, with which some code is infinite or NaN.
+
+    Raises:
+        CheckpointError: If there is one.
+    """
+    if scales.numel() and (largest := int(scales.max())) > LARGEST_SCALE:
+        raise CheckpointError(
+            f"{name} has a scale of 2^{largest - 127}, which stands for weights that are infinite "
+            "or NaN; the checkpoint is damaged"
+        )
+
+
 def decode_mxfp4(name: str, blocks: Tensor, scales: Tensor) -> MXFP4Weight:
     """Return the weights [experts, out, in] that a checkpoint holds for ``name``.
 
     Raises:
         CheckpointError: If a scale is one of NaN, or makes weights infinite.
     """
-    if scales.numel() and int(scales.max()) > LARGEST_SCALE:
-        raise CheckpointError(
-            f"{name}{_SCALES} has a scale of 2^{int(scales.max()) - 127}, which stands for weights "
-            "that are infinite or NaN; the checkpoint is damaged"
-        )
+    require_finite(name + _SCALES, scales)
     count, n_out, groups = scales.shape
     shape = (count, n_out, groups * BLOCK)
     return MXFP4Weight(blocks.reshape(-1), scales.reshape(-1), shape, torch.bfloat16)

@@ -13,6 +13,7 @@ file before anything is allocated, and then reads directly into the tensor's own
 computed, and none is kept after it is written.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -59,6 +60,11 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     start: int
     nbytes: int
+
+    def row(self, index: int) -> "Entry":
+        """Return what the tensor holds at one index of its first dimension, which is contiguous."""
+        nbytes = self.nbytes // self.shape[0]
+        return self._replace(shape=self.shape[1:], start=self.start + index * nbytes, nbytes=nbytes)
 
 
 class SafetensorsFile:
@@ -157,13 +163,13 @@ class SafetensorsFile:
             )
         return Entry(name, dtype, tuple(shape), data_start + begin, nbytes)
 
-    def read(self, name: str) -> Tensor:
-        """Return one tensor, in newly allocated memory.
+    def read(self, name: str, row: int | None = None) -> Tensor:
+        """Return one tensor, or one index of its first dimension, in newly allocated memory.
 
         Raises:
             CheckpointError: If the file ends early (truncated since it was opened).
         """
-        entry = self.entries[name]
+        entry = self.entries[name] if row is None else self.entries[name].row(row)
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         read_into(self.path, entry.start, memory(tensor))
         return tensor
@@ -195,6 +201,13 @@ class Planned(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class Row(NamedTuple):
+    """What a tensor holds at one index of its first dimension; the whole is written row by row."""
+
+    number: int
+    tensor: Tensor
+
+
 def write_safetensors(
     file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
@@ -213,7 +226,7 @@ def write_safetensors(
 def write_model(
     directory: Path,
     plan: Sequence[Planned],
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor | Row]],
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -221,8 +234,8 @@ def write_model(
 
     Args:
         directory: The directory; it must exist.
-        plan: The tensors, in the order of ``tensors``.
-        tensors: Name and tensor, each as planned; one is held at a time.
+        plan: The tensors, in their order in the files.
+        tensors: Name and tensor, each as planned, or its rows, in any order; one is held at a time.
         shard_bytes: Maximum tensor bytes per file (a single larger tensor gets its own).
 
     Raises:
@@ -237,18 +250,23 @@ def write_model(
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    stream = iter(tensors)
-    weight_map: dict[str, str] = {}
-    total = 0
-    for shard, file_name in zip(shards, names, strict=True):
-        with open(directory / file_name, "wb") as file:
-            writer = _Writer(file, shard, {"format": "pt"})
-            for _ in shard:
-                writer.write(*next(stream))
-            total += writer.close()
-        weight_map.update({planned.name: file_name for planned in shard})
-    for name, _ in stream:  # should be empty; also runs the generator to its end
-        raise ValueError(f"{name} came, nothing more was planned")
+    home = {planned.name: number for number, shard in enumerate(shards) for planned in shard}
+    writers: dict[int, _Writer] = {}
+    with contextlib.ExitStack() as files:
+
+        def writer_of(number: int) -> _Writer:
+            if number not in writers:
+                file = files.enter_context(open(directory / names[number], "wb"))
+                writers[number] = _Writer(file, shards[number], {"format": "pt"})
+            return writers[number]
+
+        for name, value in tensors:
+            if name not in home:
+                raise ValueError(f"{name} came, planned was no tensor of that name")
+            writer_of(home[name]).write(name, value)
+            del value  # freed before the next one is computed
+        total = sum(writer_of(number).close() for number in range(len(shards)))
+    weight_map = {planned.name: names[home[planned.name]] for planned in plan}
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
@@ -269,6 +287,7 @@ class _Writer:
         self._plan = {planned.name: planned for planned in plan}
         self._written: dict[str, dict[str, Any]] = {}
         self._starts: dict[str, int] = {}
+        self._rows: dict[str, set[int]] = {}  # of tensors that are written in rows: what is missing
         self._end = 0  # end of the tensors with fixed offsets; flexible ones are appended here
         bound = 0
         for planned in sorted(plan, key=lambda p: (p.flexible, -p.dtype.itemsize)):
@@ -282,19 +301,38 @@ class _Writer:
         fields = {"__metadata__": dict(self._metadata)} if self._metadata else {}
         return json.dumps({**fields, **self._written}, separators=(",", ":")).encode()
 
-    def write(self, name: str, tensor: Tensor) -> None:
+    def write(self, name: str, value: Tensor | Row) -> None:
+        if isinstance(value, Row):
+            self._write_row(name, *value)
+            return
         planned = self._plan.pop(name, None)
-        length = tensor.numel() if planned is not None and planned.flexible else None
-        shape = tuple(tensor.shape)
+        length = value.numel() if planned is not None and planned.flexible else None
+        shape = tuple(value.shape)
         if (
             planned is None
-            or tensor.dtype != planned.dtype
+            or value.dtype != planned.dtype
             or (shape != planned.shape and (length is None or length > planned.shape[0]))
         ):
-            raise ValueError(f"{name} {tensor.dtype} {shape} came, planned was {planned}")
+            raise ValueError(f"{name} {value.dtype} {shape} came, planned was {planned}")
         start = self._starts.get(name, self._end)
-        self._written[name] = _field(tensor.dtype, shape, start)
-        self._end = max(self._end, start + tensor.nbytes)
+        self._written[name] = _field(value.dtype, shape, start)
+        self._end = max(self._end, start + value.nbytes)
+        self._put(start, value)
+
+    def _write_row(self, name: str, index: int, tensor: Tensor) -> None:
+        planned = self._plan.get(name)
+        shape = tuple(tensor.shape)
+        if planned is not None and not planned.flexible:
+            missing = self._rows.setdefault(name, set(range(planned.shape[0])))
+            if (tensor.dtype, shape) == (planned.dtype, planned.shape[1:]) and index in missing:
+                self._put(self._starts[name] + index * tensor.nbytes, tensor)
+                missing.remove(index)
+                if not missing:
+                    del self._plan[name]
+                return
+        raise ValueError(f"row {index} of {name} {tensor.dtype} {shape} came, planned is {planned}")
+
+    def _put(self, start: int, tensor: Tensor) -> None:
         self._file.seek(8 + self._room + start)
         self._file.write(memory(tensor.cpu().contiguous()))
 

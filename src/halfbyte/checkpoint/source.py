@@ -6,6 +6,7 @@ weight is read.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 from abc import ABC, abstractmethod
@@ -24,9 +25,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from halfbyte.checkpoint.mxfp4_keys import dense
 from halfbyte.checkpoint.quantized_sources.cost import packing_error
 from halfbyte.checkpoint.reading import read_into
 from halfbyte.errors import CheckpointError
+from halfbyte.layers.experts import expert_parameters
 from halfbyte.layers.multimodal import build_whole, unknown_class, why_unsupported
 from halfbyte.layers.targets import linears_to_freeze
 from halfbyte.models.build import BaseRecipe
@@ -48,7 +51,7 @@ class Parameter(NamedTuple):
         shape: Its shape.
         dtype: Its dtype; for a packed weight, the one it was packed from.
         nbytes: Its bytes in the files.
-        packed: Whether it is a ``QuantizedWeight`` or an ``MXFP4Weight``.
+        packed: Whether it is a ``QuantizedWeight`` or an ``MXFP4Weight``, or experts that are.
         mxfp4: Whether it is the latter: experts [experts, out, in], ``shape`` being transformers'.
         decoded: Whether the files hold it quantised in another way, and it is decoded when read.
     """
@@ -60,6 +63,18 @@ class Parameter(NamedTuple):
     packed: bool
     mxfp4: bool = False
     decoded: bool = False
+
+
+class ExpertSlice(NamedTuple):
+    """One expert's part of a parameter that holds a linear of every expert.
+
+    Attributes:
+        expert: Its index.
+        value: Its matrix [rows, columns].
+    """
+
+    expert: int
+    value: Tensor | PackedWeight
 
 
 class BaseSource(ABC):
@@ -132,11 +147,19 @@ class BaseSource(ABC):
     def _files(self) -> Iterable[tuple[Path, int, int]]:
         """Yield (path, size, end of the header) of each file of weights."""
 
+    @cached_property
+    def experts(self) -> dict[str, int]:
+        """The parameters that hold a linear of every expert, and the number of experts."""
+        return {name: len(p) for name, (p, _) in expert_parameters(self.skeleton).items()}
+
     @abstractmethod
     def tensors(
         self, device: torch.device | str = "cpu"
-    ) -> Iterator[tuple[str, Tensor | PackedWeight]]:
+    ) -> Iterator[tuple[str, Tensor | PackedWeight | ExpertSlice]]:
         """Yield (name, value) as in ``parameters``, one at a time.
+
+        Of ``experts``, an ``ExpertSlice`` is yielded for each expert, in order, instead of a value
+        for all: together they are the largest tensors of a mixture. In MXFP4 they are one value.
 
         Nothing is kept: what the caller drops is freed. (``zip`` and ``enumerate`` hold their last
         item until they have the next.)
@@ -149,13 +172,35 @@ class BaseSource(ABC):
             CheckpointError: If a file ends early, or a packed weight is damaged.
         """
 
+    def bytes_read(self, name: str, value: Tensor | PackedWeight | ExpertSlice) -> int:
+        """Return the bytes in the files of a value that ``tensors`` yielded; for progress."""
+        nbytes = self._bytes[name]
+        if not isinstance(value, ExpertSlice):
+            return nbytes
+        count = self.experts[name]  # in all it is nbytes, which tables may make an odd number
+        return nbytes * (value.expert + 1) // count - nbytes * value.expert // count
+
+    @cached_property
+    def _bytes(self) -> dict[str, int]:
+        return {p.name: p.nbytes for p in (*self.parameters, *self.encoders)}
+
     @abstractmethod
     def tensor(self, name: str) -> Tensor | PackedWeight:
         """Return one value of ``parameters`` or ``encoders``, on the CPU, out of order.
 
+        Experts are one tensor, decoded if they are packed, or one value in MXFP4.
+
         Raises:
             CheckpointError: If a file ends early, or a packed weight is damaged.
         """
+
+    def matrices(self, name: str) -> Iterator[Tensor | PackedWeight]:
+        """Yield the matrix of each expert of one of ``experts``; those in MXFP4 are decoded.
+
+        Raises:
+            CheckpointError: If a file ends early, or a packed weight is damaged.
+        """
+        yield from dense(self.tensor(name))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer, with ``chat_template`` if that is set.
@@ -181,8 +226,16 @@ class BaseSource(ABC):
         return []
 
     def fitted(self, recipe: BaseRecipe) -> BaseRecipe:
-        """Return ``recipe`` adapted to this model."""
-        return recipe
+        """Return ``recipe`` adapted to this model; changes are logged.
+
+        Experts in MXFP4 stay so, unless nothing is to be packed.
+        """
+        if not any(parameter.mxfp4 for parameter in self.parameters):
+            return recipe
+        kept = recipe.quant != "none"
+        what = "they are used as they are" if kept else "they are decoded"
+        logger.warning("the experts of %s are in MXFP4; %s", self.name, what)
+        return dataclasses.replace(recipe, experts="mxfp4") if kept else recipe
 
 
 # What configurations call the number of layers.

@@ -1,7 +1,8 @@
 """``halfbyte export M [ADAPTER] OUT``: writes a GGUF file and a Modelfile for llama.cpp and Ollama.
 
 An adapter is added to the decoded weights that it was trained on, as in ``merge``, and the sum is
-rounded once. The file is read back and compared.
+rounded once. The file is read back and compared before it gets its name, so a wrong one is never
+left.
 """
 
 import dataclasses
@@ -35,8 +36,12 @@ class ExportOptions(BaseOptions):
     format: Literal["gguf", "gguf-lora"] = Field(
         "gguf", description="the model with the adapter merged into it, or only the adapter"
     )
-    type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] = Field(
-        "f16", description="type of the matrices; with q4_0, embedding and head are in q8_0"
+    type: Literal[
+        "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "mxfp4"
+    ] = Field(
+        "f16",
+        description="type of the matrices; the K-quants are llama.cpp's mixtures, with q4_0 "
+        "embedding and head are in q8_0, with mxfp4 all that is no expert",
     )
     overwrite: bool = Field(False, description="replace the directory if it contains an export")
     verify: bool = Field(
@@ -47,7 +52,8 @@ class ExportOptions(BaseOptions):
         ge=0,
         le=1,
         description="smallest top-1 agreement with the adapter that verify accepts (default: 0.95 "
-        "for f32, f16 and bf16, 0.8 for q8_0, none for q4_0, whose rounding alone may cost more)",
+        "for f32, f16 and bf16, 0.8 for q8_0, none for smaller types, whose rounding alone may "
+        "cost more)",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
     allow_mismatch: bool = Field(
@@ -69,13 +75,13 @@ class ExportOptions(BaseOptions):
         if self.format == "gguf-lora":
             if self.adapter is None:
                 raise ValueError("`format` gguf-lora needs an adapter: MODEL ADAPTER OUT")
-            if self.type in ("q8_0", "q4_0"):
+            if self.type not in ("f32", "f16", "bf16"):
                 raise ValueError("`type` of a gguf-lora must be f32, f16 or bf16")
         return self
 
 
 # What rounding may cost a small model: SmolLM2-135M keeps 100 % in f16, 96 % in q8_0, 39 % in q4_0.
-_LEAST_AGREEMENT = {"f32": 0.95, "f16": 0.95, "bf16": 0.95, "q8_0": 0.8, "q4_0": 0.0}
+_LEAST_AGREEMENT = {"f32": 0.95, "f16": 0.95, "bf16": 0.95, "q8_0": 0.8}
 
 COMMAND = Command(
     "export",
@@ -112,12 +118,17 @@ def _export(options: ExportOptions, notes: list[str], *, as_json: bool) -> None:
         base = open_base(options.model, revision=options.revision)
         base.chat_template = recorded_template(options.adapter)
         require_expressible(base, vocabulary=options.format == "gguf")
+        if base.encoders and options.format == "gguf":
+            report.note(
+                "the file has the text decoder only; llama.cpp reads encoders of other inputs from "
+                "a file of their own (mmproj)"
+            )
         if options.format == "gguf-lora":
             found = _export_adapter(options, base, report)
         else:
             found = _export_model(options, base, report)
         result |= {"directory": str(options.out), "type": options.type} | found
-        problem = _wrong(options, result)
+        problem = _too_far(options, result)
         if not problem:
             base_name = options.model if options.format == "gguf-lora" else None
             show_next("To use it:", after_export(options.out, base=base_name))
@@ -125,16 +136,10 @@ def _export(options: ExportOptions, notes: list[str], *, as_json: bool) -> None:
         raise HalfbyteError(f"{options.out} was written, but {problem}")
 
 
-def _wrong(options: ExportOptions, result: dict[str, Any]) -> str:
-    """What is wrong with what was written, or an empty string."""
-    share = result.get("verified", {}).get("worst_share", 0.0)
-    if not share <= 1:
-        return (
-            f"is wrong: the error of a value is {share:.3g} times the largest that rounding to "
-            f"{options.type} can cause. This is a bug in halfbyte"
-        )
+def _too_far(options: ExportOptions, result: dict[str, Any]) -> str:
+    """Say why the written model is not the one that was wanted, or return an empty string."""
     least, agreement = options.min_agreement, result.get("distance", {}).get("top1_agreement", 1.0)
-    if agreement < (_LEAST_AGREEMENT[options.type] if least is None else least):
+    if agreement < (_LEAST_AGREEMENT.get(options.type, 0.0) if least is None else least):
         return (
             "its outputs differ from the adapter's: the most likely token is the same in "
             f"{100 * agreement:.2f} % of the positions (--min-agreement). --type f16 loses less"
@@ -168,7 +173,8 @@ def _export_adapter(
     options: ExportOptions, base: "BaseSource", report: "RunReport"
 ) -> dict[str, Any]:
     from halfbyte.atomic import new_directory
-    from halfbyte.checkpoint.gguf_export import verify_gguf_lora, write_gguf_lora
+    from halfbyte.checkpoint.gguf_export import write_gguf_lora
+    from halfbyte.checkpoint.gguf_verify import verify_gguf_lora
     from halfbyte.checkpoint.modelfile import modelfile
     from halfbyte.checkpoint.peft import load_adapter
     from halfbyte.report import show
@@ -180,8 +186,12 @@ def _export_adapter(
         _opened(options, report)  # other files may contain the same weights, so these are read
     where = Path(options.model)
     origin = str(where.resolve()) if where.exists() else options.model
+    found: dict[str, Any] = {}
     with new_directory(options.out, replace=options.overwrite) as directory:
-        write_gguf_lora(base, adapter, directory / "adapter.gguf", options.type)
+        written = directory / "adapter.gguf"
+        write_gguf_lora(base, adapter, written, options.type)
+        if options.verify:
+            found["verified"] = _told(verify_gguf_lora(base, adapter, written), options.type)
         text = modelfile(origin, base.tokenizer(), _ends(base), adapter="./adapter.gguf")
         (directory / "Modelfile").write_text(text, encoding="utf-8")
     path = options.out / "adapter.gguf"
@@ -196,10 +206,7 @@ def _export_adapter(
             else " slightly."
         )
     )
-    found: dict[str, Any] = {"file": str(path), "bytes": path.stat().st_size}
-    if options.verify:
-        found["verified"] = _told(verify_gguf_lora(base, adapter, path))
-    return found
+    return {"file": str(path), "bytes": path.stat().st_size} | found
 
 
 def _export_model(
@@ -209,7 +216,8 @@ def _export_model(
 
     from halfbyte.atomic import new_directory
     from halfbyte.checkpoint.base_model import open_base
-    from halfbyte.checkpoint.gguf_export import verify_gguf, write_gguf
+    from halfbyte.checkpoint.gguf_export import write_gguf
+    from halfbyte.checkpoint.gguf_verify import verify_gguf
     from halfbyte.checkpoint.merged import Merged
     from halfbyte.checkpoint.modelfile import modelfile
     from halfbyte.report import show
@@ -222,6 +230,7 @@ def _export_model(
         source = Merged(base, model, "decoded", torch.float32)
     tokenizer = base.tokenizer()
     path = options.out / "model.gguf"
+    found: dict[str, Any] = {}
     with new_directory(options.out, replace=options.overwrite) as directory:
         with report.task(f"writing {path}", None) as progress:
             write_gguf(
@@ -233,15 +242,15 @@ def _export_model(
             )
         text = modelfile(f"./{path.name}", tokenizer, _ends(source))
         (directory / "Modelfile").write_text(text, encoding="utf-8")
+        if options.verify:
+            with report.task(f"reading {path}", None):
+                file = directory / path.name
+                written = open_base(str(file))
+                found["verified"] = _told(verify_gguf(source, written, file), options.type)
+                if model is not None:
+                    found["distance"] = _distance(model, tokenizer, written, options.type)
     show.paragraph(f"{path}: {size(path.stat().st_size)}, and a Modelfile for Ollama.")
-    found: dict[str, Any] = {"file": str(path), "bytes": path.stat().st_size, "base": recipe}
-    if options.verify:
-        with report.task(f"reading {path}", None):
-            written = open_base(str(path))
-            found["verified"] = _told(verify_gguf(source, written, path))
-            if model is not None:
-                found["distance"] = _distance(model, tokenizer, written, options.type)
-    return found
+    return {"file": str(path), "bytes": path.stat().st_size, "base": recipe} | found
 
 
 def _ends(source: "BaseSource") -> list[int]:
@@ -251,9 +260,20 @@ def _ends(source: "BaseSource") -> list[int]:
     return stops if isinstance(stops, list) else [] if stops is None else [stops]
 
 
-def _told(verified: Any) -> dict[str, Any]:
+def _told(verified: Any, file_type: str) -> dict[str, Any]:
+    """Say what was read back.
+
+    Raises:
+        HalfbyteError: If it is not what was written.
+    """
     from halfbyte.report import show
 
+    share = verified.worst_share
+    if not share <= 1:
+        raise HalfbyteError(
+            f"the file is wrong, so it is removed: the error of a value is {share:.3g} times the "
+            f"largest that rounding to {file_type} can cause. This is a bug in halfbyte"
+        )
     show.paragraph(
         f"Read back: {verified.tensors} tensors, largest error {verified.largest_error:.2g}, at "
         f"most {100 * verified.worst_share:.0f} % of the largest possible rounding error."
@@ -277,9 +297,9 @@ def _distance(model: Any, tokenizer: Any, written: "BaseSource", file_type: str)
         f"Its most likely token is the live model's in {100 * found.top1_agreement:.2f} % of "
         f"{live.positions:,} positions (KL {found.kl:.2g}, largest gap {found.largest_gap:.3g})."
     )
-    if found.top1_agreement < _FAR and file_type == "q4_0":
+    if found.top1_agreement < _FAR and file_type not in ("f32", "f16", "bf16", "q8_0"):
         show.paragraph(
             "That is a large difference: weights that were decoded from 4 bits have been rounded "
-            "to 4 bits again. --type q8_0 or f16 stays close."
+            "to few bits again. --type q8_0 or f16 stays close."
         )
     return dataclasses.asdict(found) | {"positions": live.positions}

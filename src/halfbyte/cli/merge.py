@@ -169,9 +169,11 @@ def _merge(options: MergeOptions, notes: list[str], *, as_json: bool) -> None:
                 candidates[into], options.out, replace=options.overwrite, progress=progress
             )
         written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-        packed = recipe["quant"] != "none"
+        kept = candidates[into].packing() if into == "decoded" else None
+        packed = recipe["quant"] != "none" and kept is None
         base = f"decoded {recipe['quant']} weights" if packed else "weights"
-        show.paragraph(f"{out}: {size(written)}. {_LOSSES[into].format(base=base)}")
+        experts = "" if kept is None else " Its experts are in MXFP4, with the bytes of the base."
+        show.paragraph(f"{out}: {size(written)}. {_LOSSES[into].format(base=base)}{experts}")
         result |= {
             "directory": str(out),
             "bytes": written,

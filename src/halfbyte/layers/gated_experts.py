@@ -12,7 +12,7 @@ everywhere else.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import product
+from itertools import chain, product
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -95,15 +95,24 @@ def glu_of(module: Any) -> Glu | None:
     that have the module's constants.
     """
     if module not in _activations:
-        numbers = torch.linspace(-20.0, 20.0, 82, dtype=torch.float64, device="cpu")
-        h = torch.stack([numbers, numbers.roll(29)])
-        result = module._apply_gate(h)
-        limits = (None, *_numbers(module, "limit", "swiglu_limit"))
-        slopes = (1.0, *_numbers(module, "alpha"))
-        candidates = (Glu(*one) for one in product((False, True), limits, slopes, (0.0, 1.0)))
-        same = (one for one in candidates if torch.allclose(one(h), result, rtol=1e-9, atol=0.0))
-        _activations[module] = next(same, None)
+        _activations[module] = _recognised(module)
     return _activations[module]
+
+
+def _recognised(module: Any) -> Glu | None:
+    act = getattr(module, "act_fn", None)
+    if isinstance(act, nn.Module) and any(True for _ in chain(act.parameters(), act.buffers())):
+        return None  # it depends on more than h
+    limits, slopes = _numbers(module, "limit", "swiglu_limit"), _numbers(module, "alpha")
+    farthest = 2 * max(10.0, *limits, 0.0)  # beyond every limit
+    numbers = torch.linspace(-farthest, farthest, 82, dtype=torch.float64, device="cpu")
+    h = torch.stack([numbers, numbers.roll(29)])
+    result = module._apply_gate(h)
+    constants = product((False, True), (None, *limits), (1.0, *slopes), (0.0, 1.0))
+    for glu in (Glu(*one) for one in constants):
+        if torch.allclose(glu(h), result, rtol=1e-9, atol=0.0):
+            return glu
+    return None
 
 
 def _numbers(module: Any, *names: str) -> list[float]:

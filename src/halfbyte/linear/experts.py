@@ -120,9 +120,18 @@ class ExpertLinear(nn.Module):
         if came != expected:
             raise ValueError(f"an expert's weight {expected} is expected here, got {came}")
         if self.device != (device := weight.codes.device):
-            self._take_records(torch.empty_like(self._records, device=device))
+            # Zeros, so that the bytes between the tensors are the same in every run.
+            self._take_records(torch.zeros_like(self._records, device=device))
         for name, tensor in weight.tensors().items():
             getattr(self._packed[expert], name).copy_(tensor)
+
+    def set_plain(self, expert: int, weight: Tensor) -> None:
+        """Set the plain weight of one expert; memory as for `set_packed`."""
+        assert self.weight is not None
+        if self.device != weight.device:
+            empty = torch.empty_like(self.weight, device=weight.device)
+            self.weight = nn.Parameter(empty, requires_grad=False)
+        self.weight[expert].copy_(weight)
 
     def decode(
         self, first: int, last: int, dtype: torch.dtype, out: Tensor | None = None

@@ -47,8 +47,8 @@ __all__ = [
     "sum_over_k",
 ]
 
-# Elements of a row that a program of `_gated_backward` computes at a time, and its programs per SM.
-_LANES, _ROW_PROGRAMS = 1024, 16
+# Tile of `_glu_backward`, and its programs per SM.
+_GLU_ROWS, _GLU_LANES, _GLU_PROGRAMS = 16, 256, 4
 
 
 class Tile(NamedTuple):
@@ -209,7 +209,7 @@ def _grouped_product(
 
 
 @triton.jit(do_not_specialize=["first", "experts"])
-def _gated_backward(
+def _glu_backward(
     h,
     d_inner,
     d_scale,
@@ -224,61 +224,65 @@ def _gated_backward(
     slope: tl.constexpr,
     offset: tl.constexpr,
     programs: tl.constexpr,
+    rows: tl.constexpr,
     lanes: tl.constexpr,
 ):
     start, end = tl.load(offsets + first), tl.load(offsets + first + experts)
     kind = h.dtype.element_ty
-    lane, pair = tl.arange(0, lanes), tl.arange(0, 2)
-    for row in range(start + tl.program_id(0), end, programs):
-        slot = tl.load(order + row)
-        w = tl.load(row_scale + slot).to(tl.float32)
-        at_row = tl.cast(row, tl.int64) * columns
-        both = h + 2 * at_row
-        total = tl.zeros((lanes,), tl.float32)
+    for top in range(start + tl.program_id(0) * rows, end, programs * rows):
+        row = top + tl.arange(0, rows)
+        there = row < end
+        slot = tl.load(order + row, mask=there, other=0)
+        w = tl.load(row_scale + slot, mask=there, other=0.0).to(tl.float32)[:, None]
+        at_row = row.to(tl.int64)[:, None] * columns
+        total = tl.zeros((rows, lanes), tl.float32)
         for left in range(0, columns, lanes):
-            at = left + lane
-            inside = at < columns
-            d = tl.load(d_inner + at_row + at, mask=inside, other=0.0)
-            d = d.to(tl.float32)
+            at = left + tl.arange(0, lanes)[None, :]
+            inside = there[:, None] & (at < columns)
+            d = tl.load(d_inner + at_row + at, mask=inside, other=0.0).to(tl.float32)
+            gate_at = h + 2 * at_row + at
+            pair = 2 * left + tl.arange(0, 2 * lanes)[None, :]
+            both_at, both_inside = h + 2 * at_row + pair, there[:, None] & (pair < 2 * columns)
             if interleaved:
-                where = both + 2 * at[:, None] + pair[None, :]
-                gate, up = tl.split(tl.load(where, mask=inside[:, None], other=0.0))
+                both = tl.load(both_at, mask=both_inside, other=0.0)
+                gate, up = both.reshape(rows, lanes, 2).split()
             else:
-                gate = tl.load(both + at, mask=inside, other=0.0)
-                up = tl.load(both + columns + at, mask=inside, other=0.0)
+                gate = tl.load(gate_at, mask=inside, other=0.0)
+                up = tl.load(gate_at + columns, mask=inside, other=0.0)
             gate, up = gate.to(tl.float32), up.to(tl.float32)
-            gate_inside, up_inside = gate == gate, up == up
+            gate_moves, up_moves = inside, inside
             if limit is not None:
-                gate_inside, up_inside = gate <= limit, tl.abs(up) <= limit
+                gate_moves, up_moves = gate <= limit, tl.abs(up) <= limit
                 gate = tl.minimum(gate, limit)
                 up = tl.maximum(tl.minimum(up, limit), -limit)
             s = tl.sigmoid(slope * gate)
-            total += tl.where(inside, d * (up + offset) * gate * s, 0.0)
+            total += d * (up + offset) * gate * s
             d *= w
             d_gate = d * (up + offset) * s * (1.0 + slope * gate * (1.0 - s))
-            d_gate = tl.where(gate_inside, d_gate, 0.0).to(kind)
-            d_up = tl.where(up_inside, d * gate * s, 0.0).to(kind)
+            d_gate = tl.where(gate_moves, d_gate, 0.0).to(kind)
+            d_up = tl.where(up_moves, d * gate * s, 0.0).to(kind)
             if interleaved:
-                tl.store(where, tl.join(d_gate, d_up), mask=inside[:, None])
+                both = tl.join(d_gate, d_up).reshape(rows, 2 * lanes)
+                tl.store(both_at, both, mask=both_inside)
             else:
-                tl.store(both + at, d_gate, mask=inside)
-                tl.store(both + columns + at, d_up, mask=inside)
-        tl.store(d_scale + slot, tl.sum(total, axis=0))
+                tl.store(gate_at, d_gate, mask=inside)
+                tl.store(gate_at + columns, d_up, mask=inside)
+        tl.store(d_scale + slot, tl.sum(total, axis=1), mask=there)
 
 
-def tile_of(device: torch.device, routing: Routing) -> Tile:
+def tile_of(device: torch.device, tile_rows: int, few: bool) -> Tile:
     """Returns the tile of a product, by the GPU and the rows of the mean expert.
 
     Those of Hopper are the fastest of twenty for both orientations, with and without gathering
     (``benchmarks/gpu_experts.py --tune``).
     """
-    large = routing.tile_rows >= LARGE_TILE
+    large = tile_rows >= LARGE_TILE
     if not devices.spec_of(device).is_hopper:
         return Tile(n=128, k=32, warps=8 if large else 4, stages=3, per_sm=2, flat=False)
     if not large:
         return Tile(n=128, k=64, warps=4, stages=3, per_sm=3, flat=False)
     # With few rows, a product waits for weights; with many, a deeper pipeline is slower.
-    return Tile(n=256, k=64, warps=8, stages=4 if routing.few else 3, per_sm=1, flat=True)
+    return Tile(n=256, k=64, warps=8, stages=4 if few else 3, per_sm=1, flat=True)
 
 
 def grouped_product(
@@ -326,7 +330,7 @@ def grouped_product(
     columns, inputs = weight.shape[1:] if transposed else weight.shape[:0:-1]
     if glu is not None and (row_scale is not None or not (transposed or glu.interleaved)):
         raise ValueError("expected gate and up in rows of W, or interleaved, and no row_scale")
-    tile = tile or tile_of(x.device, routing)
+    tile = tile or tile_of(x.device, routing.tile_rows, routing.few)
     spec = devices.spec_of(x.device)
     # TMA: addresses and strides of 16 bytes.
     tma = spec.is_hopper and columns % 8 == inputs % 8 == 0 and weight.data_ptr() % 16 == 0
@@ -404,9 +408,9 @@ def gated_backward(
         experts: Number of experts.
         glu: The activation.
     """
-    programs = _ROW_PROGRAMS * devices.spec_of(h.device).num_sms
+    programs = _GLU_PROGRAMS * devices.spec_of(h.device).num_sms
     with on_device(h):
-        _gated_backward[(programs,)](
+        _glu_backward[(programs,)](
             h,
             d_inner,
             d_scale,
@@ -418,6 +422,7 @@ def gated_backward(
             d_inner.shape[1],
             **glu._asdict(),
             programs=programs,
-            lanes=min(_LANES, triton.next_power_of_2(d_inner.shape[1])),
-            num_warps=4,
+            rows=_GLU_ROWS,
+            lanes=_GLU_LANES,
+            num_warps=8,
         )

@@ -194,7 +194,8 @@ def routing_of_sorted(offsets: Tensor, rows: int, tile_rows: int | None = None) 
 
 
 def _lanes_of(experts: int) -> int:
-    return max(16, triton.next_power_of_2(experts))
+    lanes: int = triton.next_power_of_2(experts)
+    return max(16, lanes)
 
 
 def _tiled(order: Tensor, offsets: Tensor, rows: int, tile_rows: int | None, top_k: int) -> Routing:

@@ -29,7 +29,7 @@ from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.group import LinearGroup
 from halfbyte.linear.lora import frozen_linears
 from halfbyte.models.buffers import compute_buffers
-from halfbyte.quant.format import PackedWeight, quantize
+from halfbyte.quant.format import PackedWeight, dequantize, quantize
 from halfbyte.quant.mxfp4 import MXFP4Weight, empty_like_mxfp4
 from halfbyte.quant.scale_search import search
 from halfbyte.quant.weight import QuantizedWeight, empty_like_quantized
@@ -40,6 +40,7 @@ __all__ = [
     "build",
     "finalize",
     "frozen_linears",
+    "load_expert",
     "load_tensor",
     "pack",
     "place_quantized",
@@ -92,7 +93,7 @@ class MemoryReport:
         quantized_bytes: Their bytes, including scales.
         kept: (name, dtype, bytes) of every tensor over 1 MB in 16 or 32 bits.
         total_bytes: Everything, tied tensors counted once.
-        expert_bytes: Experts that are one tensor per layer and are not packed.
+        expert_bytes: Experts of a class that `layers.experts` does not know, which are not packed.
         mxfp4_parameters: Number of the packed weights that are in MXFP4.
         mxfp4_bytes: Their bytes.
     """
@@ -120,8 +121,8 @@ class MemoryReport:
                 )
         if self.quantized_parameters and self.expert_bytes:
             lines.append(
-                f"experts are tensors of a whole layer and not linear layers, so they are not "
-                f"packed: {self.expert_bytes / 1e6:.1f} MB"
+                "experts that halfbyte cannot pack in this family: "
+                f"{self.expert_bytes / 1e6:.1f} MB"
             )
         # In a plain model every tensor is kept: the largest are named, the rest is counted.
         named = self.kept if len(self.kept) <= _NAMED else self.kept[: _NAMED // 2]
@@ -276,6 +277,14 @@ def _check_shape(name: str, expected: tuple[int, ...], came: tuple[int, ...]) ->
         )
 
 
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() and tensor.numel():
+        # Two numbers instead of a mask: no temporary of the size of the tensor.
+        low, high = torch.aminmax(tensor.reshape(-1))
+        if not bool(torch.isfinite(low) and torch.isfinite(high)):
+            raise WeightError(f"{name} contains NaN or infinity; the checkpoint is damaged")
+
+
 def pack(
     weight: Tensor, recipe: BaseRecipe, name: str, importance: Tensor | None = None
 ) -> QuantizedWeight:
@@ -320,11 +329,9 @@ def load_tensor(
     owner, leaf = _owner(model, name)
     if isinstance(experts := owner._modules.get(leaf), ExpertLinear):
         _check_shape(name, (experts.num_experts, *experts.matrix), tuple(tensor.shape))
-        if experts.packed:
-            for expert, matrix in enumerate(tensor):
-                load_expert(model, name, expert, matrix)
-            return
-        owner, leaf = experts, "weight"
+        for expert, matrix in enumerate(tensor):
+            load_expert(model, name, expert, matrix)
+        return
     if isinstance(owner, FrozenLinear) and leaf == "weight":
         _check_shape(name, (owner.out_features, owner.in_features), tuple(tensor.shape))
         if owner.quantized is not None:
@@ -335,11 +342,7 @@ def load_tensor(
     if slot is None:
         raise _unknown(model, name)
     _check_shape(name, tuple(slot.shape), tuple(tensor.shape))
-    if tensor.is_floating_point() and tensor.numel():
-        # Two numbers instead of a mask: no temporary of the size of the tensor.
-        low, high = torch.aminmax(tensor.reshape(-1))
-        if not bool(torch.isfinite(low) and torch.isfinite(high)):
-            raise WeightError(f"{name} contains NaN or infinity; the checkpoint is damaged")
+    _check_finite(name, tensor)
     held = tensor.to(device=recipe.device, dtype=slot.dtype)
     if parameter is not None:
         owner._parameters[leaf] = nn.Parameter(held, requires_grad=False)
@@ -347,14 +350,17 @@ def load_tensor(
         owner._buffers[leaf] = held
 
 
-def load_expert(model: PreTrainedModel, name: str, expert: int, matrix: Tensor) -> None:
-    """Load and pack the weight of one expert; see `load_tensor`.
+def load_expert(
+    model: PreTrainedModel, name: str, expert: int, matrix: Tensor | PackedWeight
+) -> None:
+    """Load the weight of one expert, packed or cast; see `load_tensor`.
 
     Args:
-        model: The result of ``build``, in which experts are packed.
+        model: The result of ``build``.
         name: The name of the parameter of all experts in transformers.
         expert: The index of the expert.
-        matrix: Its part of the parameter, [rows, columns].
+        matrix: Its part of the parameter, [rows, columns]. If it is packed its bytes are kept, if
+            the model's experts are packed too.
 
     Raises:
         CheckpointError: If the model has no such experts, or they have another shape.
@@ -364,8 +370,16 @@ def load_expert(model: PreTrainedModel, name: str, expert: int, matrix: Tensor) 
     experts = owner._modules.get(leaf)
     if not isinstance(experts, ExpertLinear):
         raise _unknown(model, name)
-    _check_shape(f"{name}, expert {expert}", tuple(experts.matrix), tuple(matrix.shape))
-    experts.set_packed(expert, pack(matrix, model.halfbyte_recipe, f"{name}, expert {expert}"))
+    recipe: BaseRecipe = model.halfbyte_recipe
+    one = f"{name}, expert {expert}"
+    _check_shape(one, tuple(experts.matrix), tuple(matrix.shape))
+    if not experts.packed:
+        dense = matrix if isinstance(matrix, Tensor) else dequantize(matrix)
+        _check_finite(one, dense)
+        experts.set_plain(expert, dense.to(recipe.device))
+    else:
+        packed = pack(matrix, recipe, one) if isinstance(matrix, Tensor) else matrix
+        experts.set_packed(expert, packed.to(recipe.device))
 
 
 def place_quantized(model: PreTrainedModel, name: str, quantized: PackedWeight) -> None:
@@ -442,6 +456,11 @@ def _tie(model: PreTrainedModel) -> None:
             owner._parameters[leaf] = origin._parameters[held]
 
 
+def _is_unpacked_expert(name: str, parameter: Tensor) -> bool:
+    """Whether it is a weight of experts; DBRX has them in two dimensions."""
+    return "experts." in name and parameter.dim() > 1 and not name.endswith("bias")
+
+
 def memory_report(model: nn.Module) -> MemoryReport:
     """Return the memory of ``model`` without adapters."""
     held: list[PackedWeight] = [
@@ -466,5 +485,5 @@ def memory_report(model: nn.Module) -> MemoryReport:
         total_bytes=quantized_bytes + plain_bytes,
         mxfp4_parameters=sum(q.numel for q in mxfp4),
         mxfp4_bytes=sum(q.nbytes for q in mxfp4),
-        expert_bytes=sum(p.nbytes for n, p in kept if p.dim() == 3 and ".experts." in n),
+        expert_bytes=sum(p.nbytes for name, p in kept if _is_unpacked_expert(name, p)),
     )

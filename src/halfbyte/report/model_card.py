@@ -82,11 +82,15 @@ def model_card(
         info = read_json(directory / "halfbyte.json", "halfbyte writes one")
     journal = directory / "journal.jsonl"
     run = read_run(directory) if journal.exists() else Run(directory.name, directory)
-    quant = str(mapping(info.get("recipe")).get("quant", run.begin.get("quant", "none")))
+    recipe = mapping(info.get("recipe"))
+    # Experts that the files have in another format say more than what the others would be.
+    quant = str(recipe.get("experts") or recipe.get("quant", run.begin.get("quant", "none")))
     named = mapping(info.get("base")).get("name") or fields.get("base_model_name_or_path")
     base_name = base or last_part(str(named or "unknown"))
     title = (repository or directory.resolve().name).rpartition("/")[2]
     kind = "LoRA" if quant == "none" else f"QLoRA ({quant.upper()})"
+    if quant == "mxfp4":
+        kind = "LoRA on a base with experts in MXFP4"
     parts = [
         _metadata(base, license_id, quant, fields),
         f"# {_plain(title)}",

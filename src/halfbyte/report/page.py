@@ -33,7 +33,12 @@ from halfbyte.report.live import duration
 from halfbyte.report.runs import Run, mapping, number, read_run, started, texts
 
 _SHOWN_WARNINGS = 8
-_KINDS = {"nf4": "QLoRA, NF4", "fp4": "QLoRA, FP4", "none": "LoRA, 16 or 32 bits"}
+_KINDS = {
+    "nf4": "QLoRA, NF4",
+    "fp4": "QLoRA, FP4",
+    "mxfp4": "LoRA, experts in MXFP4",
+    "none": "LoRA, 16 or 32 bits",
+}
 
 
 def resource(name: str) -> str:

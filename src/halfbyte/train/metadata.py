@@ -125,7 +125,7 @@ def run(
     return {
         "model": config.model,
         "data": name_of(config.data),
-        "quant": recipe.quant,
+        "quant": recipe.experts or recipe.quant,
         "device": device,
         "compute_dtype": str(recipe.compute_dtype).removeprefix("torch."),
         "base_bytes": base.memory_report.total_bytes,

@@ -62,7 +62,6 @@ def begin_with_error(
     given = adapters(base.model)
     linears = frozen_linears(base.model)
     wanted = {f"{path}.weight": path for path in given if linears[path].quantized is not None}
-    sizes = {parameter.name: parameter.nbytes for parameter in source.parameters}
     lost = back = 0.0
     done = 0
     for name, value in source.tensors(str(base.model.device)):
@@ -79,8 +78,8 @@ def begin_with_error(
             root = s.sqrt()
             given[path].begin(root[:, None] * v.t() / weight, u * root)
             del error
+        done += source.bytes_read(name, value)
         del value
-        done += sizes[name]
         if progress is not None:
             progress(done, source.total_bytes)
     return back / lost if lost else 0.0

@@ -29,6 +29,7 @@ from halfbyte.checkpoint.cache import cached
 from halfbyte.checkpoint.identity import weights_digest
 from halfbyte.checkpoint.merged import Merged, ways, write_merged
 from halfbyte.checkpoint.quantized_sources.cost import packing_error
+from halfbyte.checkpoint.source import ExpertSlice
 from halfbyte.errors import CheckpointError
 from halfbyte.linear.lora import LoRAConfig, adapter_state, attach, load_adapter_state
 from halfbyte.models.build import BaseRecipe
@@ -210,6 +211,36 @@ def test_experts_one_by_one_in_fp8_become_transformers_own(tmp_path: Path) -> No
     )
     ours = load_base(source, PLAIN).model
     assert logits(ours).sub(logits(theirs)).abs().max() < 2**-7 * logits(theirs).abs().max()
+
+
+def test_experts_stacked_in_fp8_are_decoded_together(tmp_path: Path) -> None:
+    model = tiny_model("mixtral", num_local_experts=4)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    # Under today's names, as transformers holds them.
+    state, g, decoded = dict(model.state_dict()), torch.Generator().manual_seed(0), {}
+    for name in [name for name in state if ".experts." in name]:
+        experts = [fp8(g, *expert.shape, block=(16, 16)) for expert in state[name]]
+        state[name] = torch.stack([e.tensors["weight"].view(torch.uint8) for e in experts])
+        state[name] = state[name].view(torch.float8_e4m3fn)
+        scales = torch.stack([e.tensors["weight_scale_inv"] for e in experts])
+        state[f"{name}_scale_inv"] = scales
+        decoded[name] = torch.stack([e.weight for e in experts])
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    config = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    change_config(tmp_path, quantization_config=config, dtype="float32")
+    source = open_base(tmp_path)
+    slices = [(name, value) for name, value in source.tensors() if name in decoded]
+    assert len(slices) == 4 * len(decoded)
+    for name, value in slices:
+        assert isinstance(value, ExpertSlice)
+        assert isinstance(value.value, Tensor)
+        assert value.value.equal(decoded[name][value.expert])
+    for name, expected in decoded.items():
+        whole = source.tensor(name)
+        assert isinstance(whole, Tensor)
+        assert whole.equal(expected)
+        assert torch.stack([m for m in source.matrices(name) if isinstance(m, Tensor)]).equal(whole)
 
 
 def test_a_quantised_head_is_decoded(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ The base of an adapter is then what was decoded, or decoded and packed anew: not
 served from the files (`cost`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,9 @@ from halfbyte.checkpoint.quantized_sources.weight import (
     Options,
     StoredWeight,
 )
-from halfbyte.checkpoint.safetensors_file import Entry, SafetensorsFile
+from halfbyte.checkpoint.reading import read_into
+from halfbyte.checkpoint.safetensors_file import Entry, SafetensorsFile, memory
+from halfbyte.checkpoint.staging import Request
 from halfbyte.errors import CheckpointError
 from halfbyte.foreign_text import quote
 
@@ -55,23 +57,39 @@ class DecodedFile:
     Attributes:
         path: The file of its first tensor, for messages.
         entries: Its decoded dtype and shape by its key, and its bytes in the files.
+        requests: The tensors that ``decode`` needs, in order.
     """
 
     def __init__(self, weight: StoredWeight, files: Mapping[str, SafetensorsFile]) -> None:
         self._weight = weight
-        self._files = {key: files[key] for key in weight.members}
-        self.path = files[weight.members[0]].path
-        nbytes = sum(file.entries[key].nbytes for key, file in self._files.items())
-        entry = Entry(weight.key, weight.dtype, weight.shape, 0, nbytes)
-        self.entries = {weight.key: entry}
+        found = [(files[key].path, files[key].entries[key]) for key in weight.members]
+        self.path = found[0][0]
+        nbytes = sum(entry.nbytes for _, entry in found)
+        self.entries = {weight.key: Entry(weight.key, weight.dtype, weight.shape, 0, nbytes)}
+        self.requests = [Request(path, e.start, e.nbytes, e.dtype, e.shape) for path, e in found]
 
-    def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
-        """Return the weight, decoded on ``device``.
+    def decode(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the weight, decoded where its tensors are.
+
+        Raises:
+            CheckpointError: If a value in them is impossible.
+        """
+        given = dict(zip(self._weight.members, tensors, strict=True))
+        return self._weight.decode(given.__getitem__)
+
+    def read(self, name: str, row: int | None = None) -> Tensor:
+        """Return the weight, or one index of its first dimension; all of it is decoded for that.
 
         Raises:
             CheckpointError: If a file ends early, or holds an impossible value.
         """
-        return self._weight.decode(lambda key: self._files[key].read(key).to(device))
+        tensors = []
+        for request in self.requests:
+            tensor = torch.empty(request.shape, dtype=request.dtype)
+            read_into(request.path, request.start, memory(tensor))
+            tensors.append(tensor)
+        value = self.decode(tensors)
+        return value if row is None else value[row]
 
 
 class Decoded(NamedTuple):
