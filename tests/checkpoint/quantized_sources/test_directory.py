@@ -30,6 +30,7 @@ from halfbyte.checkpoint.identity import weights_digest
 from halfbyte.checkpoint.merged import Merged, ways, write_merged
 from halfbyte.checkpoint.quantized_sources.cost import packing_error
 from halfbyte.checkpoint.source import ExpertSlice
+from halfbyte.checkpoint.staging import read_to_device
 from halfbyte.errors import CheckpointError
 from halfbyte.linear.lora import LoRAConfig, adapter_state, attach, load_adapter_state
 from halfbyte.models.build import BaseRecipe
@@ -454,6 +455,20 @@ def every_kind(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for case, (make, config, _) in CASES.items():
         write_quantized_model(directory / case, make, config)
     return {case: directory / case for case in CASES}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_read_ahead_for_a_gpu_is_the_same(case: str, every_kind: dict[str, Path]) -> None:
+    source = open_base(every_kind[case])
+    steps = list(source._steps())  # type: ignore[attr-defined]
+    requests = [request for step in steps for request in step.requests]
+    stream = read_to_device(requests, torch.device("cpu"), piece_bytes=4096, ring=4)
+    made = [item for step in steps for item in step.make([next(stream) for _ in step.requests])]
+    assert [name for name, _ in made] == [parameter.name for parameter in source.parameters]
+    for name, value in made:
+        expected = source.tensor(name)
+        assert isinstance(expected, Tensor)
+        assert expected.equal(value)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
