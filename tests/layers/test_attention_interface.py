@@ -108,3 +108,16 @@ def test_what_is_not_causal_attention_is_an_error_in_a_packed_row():
             attention_interface._mask(**sizes, use_vmap=True)
     out, _ = attention_interface._interface(module, q, k, v, None, scaling=0.3)
     assert not torch.equal(out, wanted)
+
+
+def test_values_of_another_width_are_attended_to_by_document():
+    q, k, v = _inputs()
+    v = v[..., :6]
+    module = torch.nn.Module()
+    module.num_key_value_groups = 1
+    with packed_row(LENGTHS):
+        found, _ = attention_interface._interface(module, q, k, v, None, scaling=0.3)
+    parts = zip(*(x.split(LENGTHS, 2) for x in (q, k, v)), strict=True)
+    for own, part in zip(found.split(LENGTHS, 1), parts, strict=True):
+        wanted, _ = attention_interface._interface(module, *part, None, scaling=0.3)
+        torch.testing.assert_close(own, wanted)

@@ -13,7 +13,8 @@ from halfbyte.linear.lora import LoRAConfig, adapters, attach, frozen_linears
 from halfbyte.models.build import BaseRecipe
 from halfbyte.models.calibration import input_moments
 from halfbyte.train.qera import begin_with_error, leading, require_plain
-from tests.tiny import write_tiny_model
+from tests.checkpoint.families import tiny_model
+from tests.tiny import tiny_tokenizer, write_tiny_model
 from tests.train.test_run import config, data, model, run  # noqa: F401  # fixtures
 
 
@@ -124,3 +125,11 @@ def test_what_cannot_be_is_refused(plain, tmp_path):
         settings = {"model": "m", "data": "d", "output": "o", "init_lora_weights": "qera"}
         with pytest.raises(ValueError, match=said):
             TrainConfig.model_validate(settings | other)
+
+
+def test_experts_of_a_mixture_are_passed_over(tmp_path):
+    tiny_model("mixtral", num_local_experts=3).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    base, share = begun(tmp_path, target_modules=("q_proj",))  # checks the progress
+    assert 0 < share < 1
+    assert len(adapters(base.model)) == 2

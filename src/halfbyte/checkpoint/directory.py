@@ -46,7 +46,7 @@ from halfbyte.checkpoint.source import (
     skeleton_of,
 )
 from halfbyte.checkpoint.staging import Request
-from halfbyte.checkpoint.steps import Step, Value, values
+from halfbyte.checkpoint.steps import Step, Value, one_expert, values
 from halfbyte.errors import CheckpointError
 from halfbyte.layers.experts import expert_parameters
 from halfbyte.layers.multimodal import remove_encoders
@@ -328,7 +328,7 @@ class DirectorySource(BaseSource):
                 yield Step((), partial(self._packed_weight, name, stored))
             elif name in self.experts and not self._is_decoded(stored):
                 for index in range(self.experts[name]):
-                    yield Step([self._request(stored, index)], partial(_slice, name, index))
+                    yield Step([self._request(stored, index)], partial(one_expert, name, index))
             else:
                 yield Step(self._requests(stored), partial(self._whole, name, stored))
 
@@ -454,11 +454,6 @@ class DirectorySource(BaseSource):
             quantize_head=recipe.quantize_head or any(o is head for o in owners),
             quantize_embeddings=recipe.quantize_embeddings or any(o is embedding for o in owners),
         )
-
-
-def _slice(name: str, index: int, tensors: list[Tensor]) -> list[tuple[str, Value]]:
-    (matrix,) = tensors
-    return [(name, ExpertSlice(index, matrix))]
 
 
 def _mxfp4(name: str, key: str, tensors: list[Tensor]) -> list[tuple[str, Value]]:

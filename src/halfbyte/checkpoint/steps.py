@@ -33,6 +33,12 @@ class Step(NamedTuple):
     make: Callable[[list[Tensor]], list[tuple[str, Value]]]
 
 
+def one_expert(name: str, expert: int, tensors: list[Tensor]) -> list[tuple[str, Value]]:
+    """Return the only tensor of a step as an expert's part of ``name``."""
+    (matrix,) = tensors
+    return [(name, ExpertSlice(expert, matrix))]
+
+
 def values(steps: Sequence[Step], device: torch.device) -> Iterator[tuple[str, Value]]:
     """Yield what the steps make, one at a time. Nothing is kept: what the caller drops is freed.
 

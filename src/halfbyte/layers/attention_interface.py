@@ -91,10 +91,10 @@ def _interface(
             return _within(query, key, value, row, scale, window, sinks), None
         if sinks is not None or (window is not None and max(row.lengths) > window):
             raise NotPackable("its keys and values differ in width, in a window or with sinks")
-        documents = zip(*(x.split(row.lengths, 2) for x in (query, key, value)), strict=True)
+        split = (torch.split(x, list(row.lengths), 2) for x in (query, key, value))
         outs = [
             sdpa_attention_forward(module, *one, None, scaling=scaling, is_causal=True)[0]
-            for one in documents
+            for one in zip(*split, strict=True)
         ]
         return torch.cat(outs, 1), None
     if plain and shaped and query.device.type == "cpu":

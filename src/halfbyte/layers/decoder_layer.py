@@ -24,6 +24,7 @@ from halfbyte.layers.elementwise import (
     unread_sum,
 )
 from halfbyte.layers.families import LayerSpec, spec_of
+from halfbyte.layers.flash_attention import attend_with_sinks
 from halfbyte.layers.gated_experts import outputs_unread
 from halfbyte.layers.mlp import gated_mlp
 from halfbyte.layers.qkv import turned_heads
@@ -61,7 +62,8 @@ class FusedLayer:
     """Runs a decoder layer; see `fused`.
 
     Attributes:
-        window: Size of the sliding attention window, or None without one.
+        window: Size of the sliding attention window that documents must fit into, or None without
+            one. With sinks, windows are computed.
         head_dim: Width of a head.
     """
 
@@ -77,6 +79,9 @@ class FusedLayer:
         self.window: int | None = getattr(
             self._attention, "sliding_window", getattr(config, "sliding_window", None)
         )
+        self._sinks: Tensor | None = getattr(self._attention, "sinks", None)
+        if self._sinks is not None:
+            self._own_window, self.window = self.window, None
 
     def __call__(
         self,
@@ -98,12 +103,17 @@ class FusedLayer:
             read: Whether the values of the output are read. If not, it is a placeholder with the
                 same backward, which saves the last product of the layer.
             checkpoint: If empty, it is filled for the next run on the same input; otherwise it
-                replaces the computation of attention and its output projection.
+                replaces the computation of attention and its output projection. Attention with
+                sinks leaves it empty, and is computed again.
         """
+        if self._sinks is not None:
+            checkpoint = None
         y, residual = rms_norm_beside(x, self._first.weight, self._first.variance_epsilon)
         q, k, v = self._heads(y, cos, sin)
         scale, known = self._attention.scaling, None
-        if checkpoint is None:
+        if self._sinks is not None:
+            heads = attend_with_sinks(q, k, v, documents, scale, self._own_window, self._sinks)
+        elif checkpoint is None:
             heads = attend(q, k, v, documents, scale)
         else:
             heads, known = checkpoint.attend(q, k, v, documents, scale)
@@ -117,6 +127,7 @@ class FusedLayer:
         else:
             with nullcontext() if read else outputs_unread():
                 d = self._mixture(y)
+            d = d[0] if isinstance(d, tuple) else d  # gpt-oss's also returns what the router said
         result: Tensor = h + d if read else unread_sum(h, d)
         return result
 

@@ -73,6 +73,7 @@ FAMILIES = (
     LayerSpec("MistralForCausalLM", "MistralDecoderLayer", "MistralRMSNorm"),
     LayerSpec("Qwen2ForCausalLM", "Qwen2DecoderLayer", "Qwen2RMSNorm"),
     LayerSpec("Qwen3ForCausalLM", "Qwen3DecoderLayer", "Qwen3RMSNorm", head_norms=_HEAD_NORMS),
+    LayerSpec("GptOssForCausalLM", "GptOssDecoderLayer", "GptOssRMSNorm", mixture="GptOssMLP"),
     LayerSpec(
         "MixtralForCausalLM",
         "MixtralDecoderLayer",

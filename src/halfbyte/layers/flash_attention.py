@@ -11,12 +11,14 @@ exp(scores − ℓ) from what it is given, and Δ as rowsum(dO ∘ o): given ℓ
 gradients with the sink, since the sink's value is 0. Sinks themselves are not trained.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from halfbyte.layers.attention import Documents
+from halfbyte.layers.attention_cpu import causal_attention
 from halfbyte.runtime import device as devices
 
 
@@ -52,6 +54,52 @@ def flash_attention(
         sinks: [H], not trained: the score of each head's sink.
     """
     return _FlashAttention.apply(q, k, v, scale, documents, window, sinks)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def attend_with_sinks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents | None,
+    scale: float,
+    window: int | None,
+    sinks: Tensor,
+) -> Tensor:
+    """Return `flash_attention`, [B, T, H · D], on any device and in any dtype.
+
+    Without flash attention, the weights of all queries and keys of a document exist at once on a
+    GPU.
+    """
+    if runs(q):
+        out = flash_attention(q, k, v, scale=scale, documents=documents, window=window, sinks=sinks)
+        return out.flatten(2)
+    if documents is not None:
+        bounds = pairwise(documents.cu_seqlens.tolist())
+        outs = []
+        for start, stop in bounds:
+            if start < stop:
+                one, two, three = (x[:, start:stop] for x in (q, k, v))
+                outs.append(attend_with_sinks(one, two, three, None, scale, window, sinks))
+        return torch.cat(outs, 1)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if q.is_cuda:
+        out = _with_all_weights(q, k, v, scale, window, sinks)
+    else:
+        out = causal_attention(q, k, v, scale=scale, window=window, sinks=sinks)
+    return out.transpose(1, 2).flatten(2)
+
+
+def _with_all_weights(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, sinks: Tensor
+) -> Tensor:
+    """Return the formula's [B, H, T, D] for q [B, H, T, D]."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    unseen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu_(1)
+    if window is not None:
+        unseen |= torch.ones_like(unseen).tril_(-window)
+    scores = (scale * (q @ k.mT)).masked_fill(unseen, -torch.inf)
+    total = torch.logaddexp(scores.logsumexp(-1, keepdim=True), sinks.detach()[:, None, None])
+    return torch.exp(scores - total).to(v.dtype) @ v
 
 
 class _FlashAttention(torch.autograd.Function):
