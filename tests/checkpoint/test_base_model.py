@@ -219,15 +219,15 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "layers": (lambda d: edit(d / "config.json", num_hidden_layers=10**9), "1000000000 layers"),
     "other method": (
-        lambda d: edit(d / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
-        "quantised by 'gptq'; of quantised models only bitsandbytes' 4-bit",
+        lambda d: edit(d / "config.json", quantization_config={"quant_method": "vptq", "bits": 4}),
+        "quantised by 'vptq'; supported are gptq, awq, fp8",
     ),
     "8 bits": (
         lambda d: edit(
             d / "config.json",
             quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True},
         ),
-        "only bitsandbytes' 4-bit",
+        r"quantised by bitsandbytes \(8 bits\), and no tensor in its files is",
     ),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "has no safetensors files"),
     "pickles": (

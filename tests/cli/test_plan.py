@@ -16,6 +16,7 @@ from halfbyte import cli
 from halfbyte.checkpoint.base_model import load_base
 from halfbyte.models.build import BaseRecipe
 from halfbyte.plan import roofline
+from tests.checkpoint.quantized_models import gptq, write_quantized_model
 from tests.tiny import write_tiny_model
 
 MACHINE = roofline.GpuSpec("a machine", 8e9, 1e11, 1e10, 1e10, 4, "cpu", True)
@@ -80,6 +81,21 @@ def test_config_json_alone_will_do(tmp_path: Path, capsys: pytest.CaptureFixture
     fields = "hidden_size=64,intermediate_size=128,num_hidden_layers=2"
     by_shape = planned(capsys, "--shape", fields)
     assert by_config["ways"] == by_shape["ways"]
+
+
+def test_a_quantised_model_is_planned_as_what_it_decodes_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packing = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    write_quantized_model(tmp_path / "gptq", gptq, packing)
+    assert cli.main(["plan", str(tmp_path / "gptq"), "--json"]) == 0
+    captured = capsys.readouterr()
+    note = "its weights are quantised, GPTQ (4 bits, groups of 32), and are decoded first"
+    assert note in " ".join(captured.err.split())
+    ways = {way["name"]: way for way in json.loads(captured.out)["ways"]}
+    for name, recipe in {"32-bit LoRA": BaseRecipe("none"), "QLoRA": BaseRecipe()}.items():
+        held = load_base(tmp_path / "gptq", recipe).memory_report
+        assert ways[name]["base_bytes"] == held.total_bytes
 
 
 def test_a_person_reads_a_table_and_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:

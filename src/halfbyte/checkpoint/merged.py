@@ -135,8 +135,12 @@ class Merged(BaseSource):
         )
         untied = len(self.parameters) > len(base.parameters)
         # The linears of a model with experts in MXFP4 are in 16 bits.
-        was = held.quant if held.experts is None else None if self._mxfp4 else held.experts
-        decoded = into == "decoded" and was not in (None, "none")
+        was: str | None = (
+            held.quant if held.experts is None else None if self._mxfp4 else held.experts
+        )
+        if into == "original" or was == "none":
+            was = base.decoded_from
+        decoded = into != "nf4" and was is not None
         if untied or decoded:
             self.config = copy.deepcopy(base.config)
         if decoded:
