@@ -92,7 +92,7 @@ def write_quantized(
             )
             plan += plan_keys(parameter.name, empty)
         else:
-            plan.append(Planned(parameter.name, held[parameter.name], parameter.shape))
+            plan.append(Planned(parameter.name, held[parameter.name], parameter.shape_in_files))
     require_writable(out_dir.absolute().parent, sum(planned.nbytes for planned in plan))
     with new_directory(out_dir, replace=replace) as directory:
         packed = _packed(source, recipe, linears, held, progress)
@@ -122,7 +122,7 @@ def _packed(
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[str, Tensor]]:
     importance = importances(source, recipe)
-    sizes = {p.name: p.nbytes for p in (*source.parameters, *source.encoders)}
+    every = {p.name: p for p in (*source.parameters, *source.encoders)}
     done = 0
     encoders = ((parameter.name, source.tensor(parameter.name)) for parameter in source.encoders)
     for name, value in chain(source.tensors(recipe.device), encoders):
@@ -134,9 +134,9 @@ def _packed(
             yield from encode_keys(name, q).items()
         else:
             # Norms too: transformers multiplies by them as stored, and cannot mix dtypes.
-            yield name, value.to("cpu", held[name])
+            yield name, every[name].turned(value.to("cpu", held[name]))
             del value
-        done += sizes[name]
+        done += every[name].nbytes
         if progress is not None:
             progress(done, source.file_bytes)
 

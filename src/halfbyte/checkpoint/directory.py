@@ -33,6 +33,7 @@ from halfbyte.checkpoint.source import BaseSource, Parameter, foreign_reader, sk
 from halfbyte.checkpoint.staging import Request, read_to_device
 from halfbyte.errors import CheckpointError
 from halfbyte.foreign_text import quote
+from halfbyte.layers.conv1d import conv1d_weights
 from halfbyte.layers.multimodal import remove_encoders
 from halfbyte.models.build import BaseRecipe
 from halfbyte.quant import QuantizedWeight
@@ -73,11 +74,11 @@ class DirectorySource(BaseSource):
         self._packed = packed_weights(self._homes)
         members = {key for owner, keys in self._packed.items() for key in keys if key != owner}
         self._stored = self._settle([key for key in self._homes if key not in members])
-        found = [self._parameter(name) for name in self._stored]
+        self._found = {name: self._parameter(name) for name in self._stored}
         remove_encoders(self.skeleton)
         loaded = self.skeleton.state_dict().keys()
-        self.parameters = tuple(parameter for parameter in found if parameter.name in loaded)
-        self.encoders = tuple(parameter for parameter in found if parameter.name not in loaded)
+        self.parameters = tuple(p for name, p in self._found.items() if name in loaded)
+        self.encoders = tuple(p for name, p in self._found.items() if name not in loaded)
         sizes: Counter[torch.dtype] = Counter()
         for parameter in self.parameters:
             if len(parameter.shape) > 1 and parameter.dtype.is_floating_point:
@@ -98,10 +99,11 @@ class DirectorySource(BaseSource):
             where, entry = stored, self._entry(stored)
             home, came_shape, dtype = self._homes[where].path, entry.shape, entry.dtype
             nbytes = sum(self._entry(member).nbytes for member in self._packed.get(where, [where]))
-        if not packed and came_shape != shape:
+        found = Parameter(name, shape, dtype, nbytes, packed, name in conv1d_weights(self.skeleton))
+        if not packed and came_shape != found.shape_in_files:
             raise CheckpointError(
                 f"{home}: {where} has shape {list(came_shape)}, the configuration "
-                f"requires {list(shape)}; is config.json of another model?"
+                f"requires {list(found.shape_in_files)}; is config.json of another model?"
             )
         if not packed and dtype.is_floating_point != expected.is_floating_point():
             raise CheckpointError(
@@ -109,7 +111,7 @@ class DirectorySource(BaseSource):
                 f"{'floating' if expected.is_floating_point() else 'whole'} numbers; is it "
                 "quantised in a way that config.json does not mention?"
             )
-        return Parameter(name, shape, dtype, nbytes, packed)
+        return found
 
     def _settle(self, keys: list[str]) -> dict[str, str | Conversion]:
         """Return, for each parameter of the model, its key in the files, or how it is made.
@@ -222,7 +224,12 @@ class DirectorySource(BaseSource):
         with contextlib.closing(read_to_device(list(map(self._request, staged)), device)) as stream:
             for name, stored in stored_of.items():
                 if isinstance(stored, str):
-                    yield name, next(stream) if stored in ahead else self._read(stored)
+                    yield (
+                        name,
+                        self._in_model(
+                            name, next(stream) if stored in ahead else self._read(stored)
+                        ),
+                    )
                     continue
                 if name not in made:
                     made = self._convert(stored)
@@ -230,7 +237,13 @@ class DirectorySource(BaseSource):
 
     def tensor(self, name: str) -> Tensor | QuantizedWeight:  # noqa: D102
         stored = self._stored[name]
-        return self._read(stored) if isinstance(stored, str) else self._convert(stored)[name]
+        if isinstance(stored, str):
+            return self._in_model(name, self._read(stored))
+        return self._convert(stored)[name]
+
+    def _in_model(self, name: str, value: Tensor | QuantizedWeight) -> Tensor | QuantizedWeight:
+        parameter = self._found[name]
+        return parameter.turned(value) if isinstance(value, Tensor) else value
 
     def _convert(self, conversion: Conversion) -> dict[str, Tensor]:
         return conversion.apply(self.skeleton, lambda key: self._homes[key].read(key))

@@ -135,7 +135,7 @@ class Merged(BaseSource):
                 )
                 plan += plan_keys(parameter.name, empty)
             else:
-                plan.append(Planned(parameter.name, parameter.dtype, parameter.shape))
+                plan.append(Planned(parameter.name, parameter.dtype, parameter.shape_in_files))
         return plan
 
     @property
@@ -258,9 +258,13 @@ def _keys(
 ) -> Iterator[tuple[str, Tensor]]:
     sizes = {planned.name: planned.nbytes for planned in plan}
     done, total = 0, sum(sizes.values())
+    every = {parameter.name: parameter for parameter in (*merged.parameters, *merged.encoders)}
     encoders = ((parameter.name, merged.tensor(parameter.name)) for parameter in merged.encoders)
     for name, value in chain(merged.tensors(), encoders):
-        keys = encode_keys(name, value) if isinstance(value, QuantizedWeight) else {name: value}
+        if isinstance(value, QuantizedWeight):
+            keys = encode_keys(name, value)
+        else:
+            keys = {name: every[name].turned(value)}
         del value
         yield from keys.items()
         done += sum(sizes[key] for key in keys)

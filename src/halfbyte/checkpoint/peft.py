@@ -63,7 +63,6 @@ _TENSOR = re.compile(r"(?P<module>.+)\.lora_([AB]\.weight|magnitude_vector)")
 _BEYOND_US: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False, None),
     "bias": ("none", None),
-    "fan_in_fan_out": (False, None),
     "layer_replication": (None, []),
     "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
@@ -205,6 +204,7 @@ def save_adapter(
     base: Mapping[str, Any],
     recipe: Mapping[str, Any],
     removed: Collection[str] = (),
+    fan_in_fan_out: bool = False,
     more: Mapping[str, Any] = MappingProxyType({}),
     tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> Path:
@@ -218,6 +218,7 @@ def save_adapter(
         recipe: The base model's quantisation in training (JSON values), for loading.
         removed: Paths of modules that the base model has in other programs and did not have in
             training (`layers.multimodal.remove_encoders`); the targets do not match them.
+        fan_in_fan_out: Whether the linears are Conv1D in other programs, as PEFT says of them.
         more: More fields of ``halfbyte.json``, as JSON values.
         tokenizer: Saved with it if given, with its chat template.
 
@@ -230,7 +231,16 @@ def save_adapter(
     directory = require_writable(directory, sum(tensor.nbytes for tensor in state.values()))
     with new_file(directory / WEIGHTS_NAME) as file:
         write_safetensors(file, {PREFIX + name: tensor for name, tensor in state.items()})
-    write_card(directory, state, config, base=base, recipe=recipe, removed=removed, more=more)
+    write_card(
+        directory,
+        state,
+        config,
+        base=base,
+        recipe=recipe,
+        removed=removed,
+        fan_in_fan_out=fan_in_fan_out,
+        more=more,
+    )
     if tokenizer is not None:
         with output_errors(directory):
             _save_tokenizer(tokenizer, directory)
@@ -257,6 +267,7 @@ def write_card(
     base: Mapping[str, Any],
     recipe: Mapping[str, Any],
     removed: Collection[str] = (),
+    fan_in_fan_out: bool = False,
     more: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write the description of an adapter with tensors ``names``; see ``save_adapter``.
@@ -269,7 +280,7 @@ def write_card(
     modules = sorted({_module_of(name) for name in pairs})
     card = {"format": 1, "base": dict(base), "recipe": dict(recipe), **more}
     targets = _peft_targets(config.target_modules, modules, removed)
-    peft_config = _peft_config(config, targets, base["name"])
+    peft_config = _peft_config(config, targets, base["name"], fan_in_fan_out)
     for name, fields in ((CARD_NAME, card), (CONFIG_NAME, peft_config)):
         with new_file(directory / name) as file:
             file.write(json.dumps(fields, indent=2).encode() + b"\n")
@@ -287,7 +298,9 @@ def _module_of(name: str) -> str:
     return match["module"]
 
 
-def _peft_config(config: LoRAConfig, targets: str | list[str], base_name: str) -> dict[str, Any]:
+def _peft_config(
+    config: LoRAConfig, targets: str | list[str], base_name: str, fan_in_fan_out: bool
+) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -298,7 +311,7 @@ def _peft_config(config: LoRAConfig, targets: str | list[str], base_name: str) -
         "use_rslora": config.use_rslora,
         "target_modules": targets,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": fan_in_fan_out,
         "init_lora_weights": True,
         "inference_mode": True,
         "modules_to_save": list(config.modules_to_save) or None,

@@ -18,6 +18,8 @@ import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from halfbyte.layers.conv1d import replace_conv1d
+
 SUPPORTED = (
     "AyaVisionForConditionalGeneration",
     "Cohere2VisionForConditionalGeneration",
@@ -126,6 +128,7 @@ def build_whole(config: PretrainedConfig, dtype: torch.dtype | None = None) -> P
         model: PreTrainedModel = _classes(config, _AUTO_CLASSES)[name].from_config(
             config, **({} if dtype is None else {"dtype": dtype})
         )
+    replace_conv1d(model)
     return model
 
 

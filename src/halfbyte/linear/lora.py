@@ -327,10 +327,7 @@ def attach(model: nn.Module, config: LoRAConfig, *, seed: int) -> list[str]:
     refused = {path: why for path, linear in linears.items() if (why := linear.why_no_adapter)}
     names = choose_targets(list(linears), refused, config.target_modules)
     if not names and not whole:
-        raise ConfigError(
-            f"{type(model).__name__} has no linear layer (torch.nn.Linear) that could get an "
-            "adapter; a model made of others, such as GPT-2's Conv1D, cannot be trained"
-        )
+        raise ConfigError(f"{type(model).__name__} has no linear layer that could get an adapter")
     for option in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, option):
             if not any(at_end(key, name) for name in names):

@@ -48,10 +48,7 @@ def require_trainable(model: PreTrainedModel, config: LoRAConfig) -> None:
     frozen = (path for path, linear in linears_to_freeze(model).items() if linear is not head)
     linears = list(dict.fromkeys((*frozen, *refused)))
     if len(refused) == len(linears) and not config.modules_to_save:
-        raise CheckpointError(
-            f"{name} has no linear layer (torch.nn.Linear) that could get an adapter; a model made "
-            "of others, such as GPT-2's Conv1D, cannot be trained"
-        )
+        raise CheckpointError(f"{name} has no linear layer that could get an adapter")
     choose_targets(linears, refused, config.target_modules)
     stored = model.state_dict().keys()
     computed = [path for path, _ in model.named_buffers() if path not in stored]
