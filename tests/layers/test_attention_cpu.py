@@ -5,7 +5,15 @@ import torch
 import torch.nn.functional as F
 
 from halfbyte.layers import attention_cpu
-from halfbyte.layers.attention_cpu import QUERY_BLOCK, NotPackable, causal_attention
+from halfbyte.layers.attention_cpu import (
+    QUERY_BLOCK,
+    NotPackable,
+    causal_attention,
+    masks_for_sdpa_alone,
+    register,
+)
+from halfbyte.models.build import BaseRecipe, build, finalize, load_tensor
+from tests.checkpoint.families import tiny_model
 
 
 def inputs(batch, heads, groups, length, width, dtype):
@@ -113,3 +121,24 @@ def test_a_packed_row_is_what_transformers_asks_for_or_an_error():
             attention_cpu._mask(use_vmap=True)
     out, _ = attention_cpu._interface(module, q, k, v, None, scaling=0.3)
     assert not torch.equal(out, wanted)
+
+
+def test_sparse_attention_keeps_its_mask() -> None:
+    """transformers masks what an indexer has not selected for two attentions alone, by name."""
+    sizes = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    ranks = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+    ranks |= {"v_head_dim": 16, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1}
+    sparse = {"index_topk": 4, "index_n_heads": 2, "index_head_dim": 16}
+    model = tiny_model("deepseek_v32", **sizes, **ranks, **sparse)
+    built = build(model.config, BaseRecipe("none", compute_dtype=torch.float32))
+    for name, tensor in model.state_dict().items():
+        load_tensor(built, name, tensor)
+    finalize(built)
+    ids = torch.arange(3, 27)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        assert torch.allclose(built(input_ids=ids).logits, expected, atol=1e-5)
+        built.set_attn_implementation(register())
+        assert not torch.allclose(built(input_ids=ids).logits, expected, atol=1e-2)
+    assert masks_for_sdpa_alone(model)
+    assert not masks_for_sdpa_alone(tiny_model("llama"))

@@ -27,6 +27,8 @@ took longer: 60 to 77 ms instead of 37 to 65 for eight documents of 47 to 1024 t
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from inspect import getsource
 from typing import Any
 
 import torch
@@ -232,6 +234,23 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
         if max(_row.lengths) > window:
             raise NotPackable(f"a document is longer than its attention window of {window} tokens")
     return None
+
+
+def masks_for_sdpa_alone(model: nn.Module) -> bool:
+    """Return whether a model's own code adds to the mask only if attention is transformers' own.
+
+    Sparse attention does (DeepSeek V3.2 and those after it): the tokens that its indexer has not
+    selected are masked for attention named ``eager`` or ``sdpa``. With another name, it would be
+    dense.
+    """
+    return any(map(_names_sdpa, {type(module) for module in model.modules()}))
+
+
+@cache  # reading the source of a class takes milliseconds, and a model is looked at several times
+def _names_sdpa(kind: type[nn.Module]) -> bool:
+    return kind.__module__.startswith("transformers.models.") and (
+        '_attn_implementation in ("eager", "sdpa")' in getsource(kind)
+    )
 
 
 def register() -> str:

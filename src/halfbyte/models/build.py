@@ -140,7 +140,8 @@ def build(
         raise CheckpointError(f"not a causal language model transformers knows: {error}") from error
     # If transformers would not choose sdpa (ALiBi, capped scores), ours is not correct either.
     decoder = model.get_decoder() if removed_modules(model) else model
-    if decoder.config._attn_implementation == "sdpa":
+    own_mask = attention_cpu.masks_for_sdpa_alone(decoder)
+    if decoder.config._attn_implementation == "sdpa" and not own_mask:
         decoder.set_attn_implementation(attention_cpu.register())
     if recipe.quant == "none":
         recipe = replace(recipe, quantize_head=False, quantize_embeddings=False)
