@@ -16,7 +16,6 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -299,7 +298,7 @@ def _module_of(name: str) -> str:
 
 
 def _peft_config(
-    config: LoRAConfig, targets: str | list[str], base_name: str, fan_in_fan_out: bool
+    config: LoRAConfig, targets: list[str], base_name: str, fan_in_fan_out: bool
 ) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
@@ -330,31 +329,20 @@ def _number(value: float) -> float:
 
 def _peft_targets(
     targets: str | tuple[str, ...], modules: list[str], removed: Collection[str]
-) -> str | list[str]:
+) -> list[str]:
     """Return the targets in PEFT's terms, which must mean exactly ``modules``.
 
     PEFT resolves its own ``all-linear`` with the model it loads, and possibly differently from
-    ours, so the names are written out. In PEFT a name matches the end of a path only in a list; a
-    single string is always an expression. Names that would also match ``removed`` modules become
-    an expression of whole paths.
+    ours, so the names are written out. An expression is written as the paths it matches, since PEFT
+    reduces it to the last parts of their names in families whose experts transformers stores
+    together (transformers_weight_conversion.py); so are names that also match ``removed`` modules.
     """
     if targets == ALL_LINEAR:
         targets = tuple(sorted({module.rpartition(".")[2] for module in modules}))
-    if not isinstance(targets, str):
-        ends = tuple(f".{name}" for name in targets)
-        if not any(f".{path}".endswith(ends) for path in removed):
-            return list(targets)
-        targets = _below_common_path(targets, modules)
-    exact = all(re.fullmatch(targets, module) for module in modules)
-    return targets if exact and not any(re.fullmatch(targets, r) for r in removed) else modules
-
-
-def _below_common_path(names: Iterable[str], modules: Iterable[str]) -> str:
-    """Return an expression of what ends with one of the names, where all ``modules`` are."""
-    parts = zip(*(module.split(".")[:-1] for module in modules), strict=False)
-    common = [part[0] for part in takewhile(lambda part: len(set(part)) == 1, parts)]
-    root = "".join(re.escape(f"{part}.") for part in common)
-    return rf"{root}(.*\.)?({'|'.join(map(re.escape, names))})"
+    if isinstance(targets, str):
+        return modules
+    ends = tuple(f".{name}" for name in targets)
+    return modules if any(f".{path}".endswith(ends) for path in removed) else list(targets)
 
 
 def load_adapter(directory: str | Path) -> LoadedAdapter:
