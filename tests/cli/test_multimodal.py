@@ -85,6 +85,6 @@ def test_other_families_are_refused_in_one_sentence(
     words = COMMANDS[command].format(model=model, adapter=adapter, data=data, out=out)
     assert cli.main([command, *words.split()]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "PaliGemmaForConditionalGeneration cannot be trained on text: the tokens of" in said
+    assert "PaliGemmaForConditionalGeneration cannot be trained: the tokens of" in said
     assert "Traceback" not in said
     assert not out.exists()

@@ -95,7 +95,7 @@ def test_the_class_is_the_one_config_json_names(config: Any, expected: str | Non
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (named("paligemma"), "cannot be trained on text: the tokens of its prompts see later"),
+        (named("paligemma"), "cannot be trained: the tokens of its prompts see later"),
         (
             named("granite4_vision"),
             "a model of more than text, and not one of those whose text decoder can",
@@ -103,8 +103,8 @@ def test_the_class_is_the_one_config_json_names(config: Any, expected: str | Non
         (named("qwen2_5_omni"), "save that with transformers, Qwen2_5OmniThinkerForConditionalGen"),
         (named("qwen2_5_omni", "Qwen2_5OmniModel"), "only its thinker reads and writes text"),
         (named("florence2"), "an encoder and a decoder that reads it; expected is a decoder alone"),
-        (named("git"), "GitForCausalLM cannot be trained on text: transformers' generate expects"),
-        (named("musicgen"), "MusicgenForCausalLM cannot be trained on text: its tokens are codes"),
+        (named("git"), "GitForCausalLM cannot be trained: transformers' generate expects"),
+        (named("musicgen"), "MusicgenForCausalLM cannot be trained: its tokens are codes"),
         (named("mllama_text_model"), "its type mllama_text_model is not a causal language model"),
         (named("vit"), "its type vit is not a causal language model in transformers"),
         (

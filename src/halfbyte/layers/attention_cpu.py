@@ -243,7 +243,7 @@ def masks_for_sdpa_alone(model: nn.Module) -> bool:
     selected are masked for attention named ``eager`` or ``sdpa``. With another name, it would be
     dense.
     """
-    return any(map(_names_sdpa, {type(module) for module in model.modules()}))
+    return any(_names_sdpa(type(module)) for module in model.modules())  # type: ignore[arg-type]
 
 
 @cache  # reading the source of a class takes milliseconds, and a model is looked at several times

@@ -125,6 +125,10 @@ _REFUSED = {
     "BlipForConditionalGeneration": _NEEDS_MORE,
     "Blip2ForConditionalGeneration": _NEEDS_MORE,
     "DiffusionGemmaForBlockDiffusion": "it fills in blocks of tokens, not one after the other",
+    "Gemma3nForConditionalGeneration": (
+        "text passes through the projectors of its encoders, too; save its text half with "
+        "transformers, Gemma3nForCausalLM.from_pretrained(…).save_pretrained(…), and train the copy"
+    ),
     "Gemma4AssistantForCausalLM": _IS_DRAFT,
     "Gemma4UnifiedAssistantForCausalLM": _IS_DRAFT,
     "GitForCausalLM": "transformers' generate expects an image in its prompt",
@@ -144,7 +148,7 @@ _REFUSED = {
     ),
     "VoxtralRealtimeForConditionalGeneration": _NEEDS_MORE,
 }
-"""Classes that are refused by their nature, and why."""
+"""Classes that are refused, and why: most by their nature."""
 
 
 def _classes(config: PretrainedConfig, autos: tuple[tuple[Any, Any], ...]) -> dict[str, Any]:
@@ -164,10 +168,11 @@ def _text_classes(config: PretrainedConfig) -> dict[str, Any]:
     only, and save another one (Mllama's, Emu3's); config.json names them.
     """
     named, found = _named(config), _classes(config, _AUTO_CLASSES)
-    if named not in found and named in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        own = getattr(transformers, named)
-        if own.config_class is type(config):
-            found = {named: own._from_config, **found}
+    if named is None or named in found:
+        return found
+    own: Any = getattr(transformers, named, None)
+    if named in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and own.config_class is type(config):
+        found = {named: own._from_config, **found}
     return found
 
 
@@ -192,7 +197,7 @@ def why_unsupported(config: PretrainedConfig) -> str | None:
     if name is None:
         return f"its type {config.model_type} is not a causal language model in transformers"
     if name in _REFUSED:
-        return f"{name} cannot be trained on text: {_REFUSED[name]}"
+        return f"{name} cannot be trained: {_REFUSED[name]}"
     if named not in (None, name) and hasattr(transformers, named):
         return (
             f"its config.json names the class {named}; expected is a decoder that generates text, "
