@@ -316,3 +316,14 @@ def test_experts_that_were_fused_load_in_transformers(tmp_path: Path) -> None:
     assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert logits(loaded).sub(logits(model)).abs().max() < 1e-5
     assert logits(load_base(merged, BaseRecipe("none")).model).sub(logits(model)).abs().max() < 1e-5
+
+
+def test_layers_that_share_a_weight_are_not_merged(tmp_path: Path) -> None:
+    """Each of Zamba 2's has an adapter of its own, and one weight cannot be all their sums."""
+    kinds = {"layers_block_type": ["mamba", "hybrid", "hybrid"], "num_hidden_layers": 3}
+    sizes = {"mamba_d_state": 8, "n_mamba_heads": 4, "num_mem_blocks": 1, "num_key_value_heads": 4}
+    tiny_model("zamba2", **kinds, **sizes).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    source, model = adapted(tmp_path)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.shared_.* weight of several layers"):
+        Merged(source, model)

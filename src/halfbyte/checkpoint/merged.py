@@ -57,7 +57,8 @@ class Merged(BaseSource):
         dtype: dtype of unpacked tensors, and of decoded ones.
 
     Raises:
-        CheckpointError: If the original weights are requested, and the files have packed ones.
+        CheckpointError: If the original weights are requested, and the files have packed ones; or
+            if layers that share a weight have adapters (Zamba 2's), each of which would change it.
     """
 
     def __init__(
@@ -70,6 +71,13 @@ class Merged(BaseSource):
         self.into, self.dtype, self._base, self._model = into, dtype, base, model
         self.name, self.config, self.skeleton = base.name, base.config, base.skeleton
         self._linears = {f"{path}.weight": m for path, m in frozen_linears(model).items()}
+        tied: dict[str, str] = base.skeleton.all_tied_weights_keys
+        adapted = {name for name, linear in self._linears.items() if linear.adapter is not None}
+        if shared := sorted(adapted & {*tied, *tied.values()}):
+            raise CheckpointError(
+                f"the adapter cannot be merged: {shared[0]} is the weight of several layers of "
+                f"{base.name}, each with an adapter of its own. Use the adapter as it is"
+            )
         held: BaseRecipe = model.halfbyte_recipe
         self._recipe = dataclasses.replace(held, quant="nf4")
         # Other programs do not support a packed embedding, and not all support a packed head.
