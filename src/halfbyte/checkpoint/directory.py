@@ -23,7 +23,6 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.pytorch_utils import Conv1D
 
 from halfbyte.checkpoint.bitsandbytes_experts import PackedExperts
 from halfbyte.checkpoint.bitsandbytes_keys import decode_keys, packed_weights
@@ -48,6 +47,7 @@ from halfbyte.checkpoint.source import (
 from halfbyte.checkpoint.staging import Request
 from halfbyte.checkpoint.steps import Step, Value, one_expert, values
 from halfbyte.errors import CheckpointError
+from halfbyte.layers.conv1d import conv1d_weights
 from halfbyte.layers.experts import expert_parameters
 from halfbyte.layers.multimodal import remove_encoders
 from halfbyte.models.build import BaseRecipe
@@ -97,11 +97,11 @@ class DirectorySource(BaseSource):
         members = {key for owner, keys in owned for key in keys if key != owner}
         keys = [*self._homes, *self._mxfp4]
         self._stored = self._settle([key for key in keys if key not in members])
-        found = [self._parameter(name) for name in self._stored]
+        self._found = {name: self._parameter(name) for name in self._stored}
         remove_encoders(self.skeleton)
         loaded = self.skeleton.state_dict().keys()
-        self.parameters = tuple(parameter for parameter in found if parameter.name in loaded)
-        self.encoders = tuple(parameter for parameter in found if parameter.name not in loaded)
+        self.parameters = tuple(p for name, p in self._found.items() if name in loaded)
+        self.encoders = tuple(p for name, p in self._found.items() if name not in loaded)
         sizes: Counter[torch.dtype] = Counter()
         for parameter in self.parameters:
             if len(parameter.shape) > 1 and parameter.dtype.is_floating_point:
@@ -125,12 +125,14 @@ class DirectorySource(BaseSource):
             where, entry = stored, self._entry(stored)
             home, came_shape, dtype = self._homes[where].path, entry.shape, entry.dtype
             nbytes = sum(self._entry(member).nbytes for member in self._packed.get(where, [where]))
-        if not packed and came_shape != shape:
+        turned = name in conv1d_weights(self.skeleton)
+        found = Parameter(name, shape, dtype, nbytes, packed, False, decoded, turned)
+        if not packed and came_shape != found.shape_in_files:
             raise CheckpointError(
                 f"{home}: {where} has shape {list(came_shape)}, the configuration "
-                f"requires {list(shape)}; is config.json of another model?"
+                f"requires {list(found.shape_in_files)}; is config.json of another model?"
             )
-        if decoded and isinstance(self.skeleton.get_submodule(name.rpartition(".")[0]), Conv1D):
+        if decoded and turned:
             raise CheckpointError(
                 f"{home}: {where} is quantised, and of a layer whose weights are transposed; that "
                 "is not supported. Use the model it was made from"
@@ -142,7 +144,7 @@ class DirectorySource(BaseSource):
                 f"{'floating' if expected.is_floating_point() else 'whole'} numbers; is it "
                 "quantised in a way that config.json does not mention?"
             )
-        return Parameter(name, shape, dtype, nbytes, packed, decoded=decoded)
+        return found
 
     def _is_decoded(self, stored: str | Conversion) -> bool:
         """Return whether a key, or one that a conversion needs, is decoded when it is read."""
@@ -367,7 +369,7 @@ class DirectorySource(BaseSource):
         value = self._made_of(key, tensors)
         if name in self.experts:
             return [(name, ExpertSlice(index, one)) for index, one in enumerate(value)]
-        return [(name, value)]
+        return [(name, self._found[name].turned(value))]
 
     def tensor(self, name: str) -> Tensor | PackedWeight:  # noqa: D102
         stored = self._stored[name]
@@ -376,7 +378,8 @@ class DirectorySource(BaseSource):
         if stored in self._packed and name in self.experts:
             packed = self._packed_experts(name)
             return torch.stack([dequantize(packed.weight(e)) for e in range(self.experts[name])])
-        return self._read(stored)
+        value = self._read(stored)
+        return self._found[name].turned(value) if isinstance(value, Tensor) else value
 
     def matrices(self, name: str) -> Iterator[Tensor | PackedWeight]:  # noqa: D102
         stored, experts = self._stored[name], range(self.experts[name])

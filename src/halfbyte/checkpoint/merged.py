@@ -80,7 +80,8 @@ class Merged(BaseSource):
 
     Raises:
         CheckpointError: If the original weights are requested, and the files have packed ones, or
-            others are to be packed beside experts in MXFP4, which no program loads.
+            others are to be packed beside experts in MXFP4, which no program loads; or if layers
+            that share a weight have adapters (Zamba 2's), each of which would change it.
     """
 
     def __init__(
@@ -94,6 +95,13 @@ class Merged(BaseSource):
         self.name, self.config, self.skeleton = base.name, base.config, base.skeleton
         self._linears = {f"{path}.weight": m for path, m in frozen_linears(model).items()}
         self._experts = expert_linears(model)
+        tied: dict[str, str] = base.skeleton.all_tied_weights_keys
+        adapted = {name for name, linear in self._linears.items() if linear.adapter is not None}
+        if shared := sorted(adapted & {*tied, *tied.values()}):
+            raise CheckpointError(
+                f"the adapter cannot be merged: {shared[0]} is the weight of several layers of "
+                f"{base.name}, each with an adapter of its own. Use the adapter as it is"
+            )
         held: BaseRecipe = model.halfbyte_recipe
         self._recipe = dataclasses.replace(held, quant="nf4")
         # Other programs do not support a packed embedding, and not all support a packed head.
@@ -192,7 +200,7 @@ class Merged(BaseSource):
                 )
                 plan += plan_keys(parameter.name, empty)
             elif self.form is None:
-                plan.append(Planned(parameter.name, parameter.dtype, parameter.shape))
+                plan.append(Planned(parameter.name, parameter.dtype, parameter.shape_in_files))
         return plan
 
     @property
@@ -364,6 +372,7 @@ def _keys(
 
 def _tensors(merged: Merged) -> Iterator[tuple[str, Tensor | Row]]:
     """Yield the tensors of the files, or their rows, by key."""
+    every = {parameter.name: parameter for parameter in (*merged.parameters, *merged.encoders)}
     encoders = ((parameter.name, merged.tensor(parameter.name)) for parameter in merged.encoders)
     values: Iterator[tuple[str, Any]] = chain(merged.tensors(), encoders)
     if merged.form is not None:
@@ -376,5 +385,5 @@ def _tensors(merged: Merged) -> Iterator[tuple[str, Tensor | Row]]:
         elif isinstance(value, QuantizedWeight):
             yield from encode_keys(name, value).items()
         else:
-            yield name, value
+            yield name, every[name].turned(value) if name in every else value
         del value

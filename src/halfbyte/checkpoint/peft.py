@@ -200,6 +200,7 @@ def save_adapter(
     base: Mapping[str, Any],
     recipe: Mapping[str, Any],
     removed: Collection[str] = (),
+    fan_in_fan_out: bool = False,
     more: Mapping[str, Any] = MappingProxyType({}),
     tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> Path:
@@ -213,6 +214,7 @@ def save_adapter(
         recipe: The base model's quantisation in training (JSON values), for loading.
         removed: Paths of modules that the base model has in other programs and did not have in
             training (`layers.multimodal.remove_encoders`); the targets do not match them.
+        fan_in_fan_out: Whether the linears are Conv1D in other programs, as PEFT says of them.
         more: More fields of ``halfbyte.json``, as JSON values.
         tokenizer: Saved with it if given, with its chat template.
 
@@ -225,7 +227,16 @@ def save_adapter(
     directory = require_writable(directory, sum(tensor.nbytes for tensor in state.values()))
     with new_file(directory / WEIGHTS_NAME) as file:
         write_safetensors(file, {PREFIX + name: tensor for name, tensor in state.items()})
-    write_card(directory, state, config, base=base, recipe=recipe, removed=removed, more=more)
+    write_card(
+        directory,
+        state,
+        config,
+        base=base,
+        recipe=recipe,
+        removed=removed,
+        fan_in_fan_out=fan_in_fan_out,
+        more=more,
+    )
     if tokenizer is not None:
         with output_errors(directory):
             _save_tokenizer(tokenizer, directory)
@@ -252,6 +263,7 @@ def write_card(
     base: Mapping[str, Any],
     recipe: Mapping[str, Any],
     removed: Collection[str] = (),
+    fan_in_fan_out: bool = False,
     more: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write the description of an adapter with tensors ``names``; see ``save_adapter``.
@@ -262,7 +274,13 @@ def write_card(
     whole = config.modules_to_save
     pairs = [name for name in names if _TENSOR.fullmatch(name) or not _is_of(name, whole)]
     card = {"format": 1, "base": dict(base), "recipe": dict(recipe), **more}
-    in_peft = peft_fields(config, map(_module_of, pairs), removed, base["name"])
+    in_peft = peft_fields(
+        config,
+        map(_module_of, pairs),
+        removed,
+        base["name"],
+        fan_in_fan_out=fan_in_fan_out,
+    )
     for name, fields in ((CARD_NAME, card), (CONFIG_NAME, in_peft)):
         with new_file(directory / name) as file:
             file.write(json.dumps(fields, indent=2).encode() + b"\n")

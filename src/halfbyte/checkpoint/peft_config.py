@@ -8,7 +8,6 @@ parameter's adapter are named after its module (``linear.parameter_lora.names_in
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +22,6 @@ from halfbyte.linear.lora_targets import ALL_LINEAR, at_end, ends_with
 _BEYOND_US: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False, None),
     "bias": ("none", None),
-    "fan_in_fan_out": (False, None),
     "layer_replication": (None, []),
     "trainable_token_indices": (None, [], {}),
     "use_qalora": (False, None),
@@ -61,7 +59,12 @@ def parameters_at(
 
 
 def peft_fields(
-    config: LoRAConfig, modules: Iterable[str], removed: Collection[str], base_name: str
+    config: LoRAConfig,
+    modules: Iterable[str],
+    removed: Collection[str],
+    base_name: str,
+    *,
+    fan_in_fan_out: bool,
 ) -> dict[str, Any]:
     """Return the content of ``adapter_config.json``.
 
@@ -70,6 +73,7 @@ def peft_fields(
         modules: The names of what has an adapter, as in the adapter's file.
         removed: Paths of modules that the base model did not have in training.
         base_name: The name of the base model.
+        fan_in_fan_out: Whether the linears are Conv1D in other programs, as PEFT says of them.
     """
     targets, parameters = config.target_modules, config.target_parameters
     named = () if targets == ALL_LINEAR else targets
@@ -86,7 +90,7 @@ def peft_fields(
         "target_modules": found,
         "target_parameters": list(parameters) or None,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": fan_in_fan_out,
         "init_lora_weights": True,
         "inference_mode": True,
         "modules_to_save": list(config.modules_to_save) or None,
@@ -105,31 +109,20 @@ def _number(value: float) -> float:
 
 def _peft_targets(
     targets: str | tuple[str, ...], modules: list[str], removed: Collection[str]
-) -> str | list[str]:
+) -> list[str]:
     """Return the targets in PEFT's terms, which must mean exactly ``modules``.
 
     PEFT resolves its own ``all-linear`` with the model it loads, and possibly differently from
-    ours, so the names are written out. In PEFT a name matches the end of a path only in a list; a
-    single string is always an expression. Names that would also match ``removed`` modules become
-    an expression of whole paths.
+    ours, so the names are written out. An expression is written as the paths it matches, since PEFT
+    reduces it to the last parts of their names in families whose experts transformers stores
+    together (transformers_weight_conversion.py); so are names that also match ``removed`` modules.
     """
     if targets == ALL_LINEAR:
         targets = tuple(sorted({module.rpartition(".")[2] for module in modules}))
-    if not isinstance(targets, str):
-        ends = tuple(f".{name}" for name in targets)
-        if not any(f".{path}".endswith(ends) for path in removed):
-            return list(targets)
-        targets = _below_common_path(targets, modules)
-    exact = all(re.fullmatch(targets, module) for module in modules)
-    return targets if exact and not any(re.fullmatch(targets, r) for r in removed) else modules
-
-
-def _below_common_path(names: Iterable[str], modules: Iterable[str]) -> str:
-    """Return an expression of what ends with one of the names, where all ``modules`` are."""
-    parts = zip(*(module.split(".")[:-1] for module in modules), strict=False)
-    common = [part[0] for part in takewhile(lambda part: len(set(part)) == 1, parts)]
-    root = "".join(re.escape(f"{part}.") for part in common)
-    return rf"{root}(.*\.)?({'|'.join(map(re.escape, names))})"
+    if isinstance(targets, str):
+        return modules
+    ends = tuple(f".{name}" for name in targets)
+    return modules if any(f".{path}".endswith(ends) for path in removed) else list(targets)
 
 
 def check_plain(directory: Path, fields: dict[str, Any]) -> None:

@@ -48,12 +48,13 @@ class Parameter(NamedTuple):
 
     Attributes:
         name: Its name in transformers.
-        shape: Its shape.
+        shape: Its shape in the model.
         dtype: Its dtype; for a packed weight, the one it was packed from.
         nbytes: Its bytes in the files.
         packed: Whether it is a ``QuantizedWeight`` or an ``MXFP4Weight``, or experts that are.
         mxfp4: Whether it is the latter: experts [experts, out, in], ``shape`` being transformers'.
         decoded: Whether the files hold it quantised in another way, and it is decoded when read.
+        transposed: Whether files hold it transposed while it is not packed (`layers.conv1d`).
     """
 
     name: str
@@ -63,6 +64,16 @@ class Parameter(NamedTuple):
     packed: bool
     mxfp4: bool = False
     decoded: bool = False
+    transposed: bool = False
+
+    @property
+    def shape_in_files(self) -> tuple[int, ...]:
+        """Its shape in files while it is not packed."""
+        return self.shape[::-1] if self.transposed else self.shape
+
+    def turned(self, value: Tensor) -> Tensor:
+        """Return a plain value in the form of files from the model's, or the other way around."""
+        return value.t().contiguous() if self.transposed else value
 
 
 class ExpertSlice(NamedTuple):

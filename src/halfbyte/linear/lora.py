@@ -292,10 +292,7 @@ def attach(model: nn.Module, config: LoRAConfig, *, seed: int) -> list[str]:
     if twice := [path for module, path in owners.items() if module in whole]:
         raise ConfigError(f"target_parameters and modules_to_save both name {twice[0]}; remove one")
     if not names and not parameters and not whole:
-        raise ConfigError(
-            f"{type(model).__name__} has no linear layer (torch.nn.Linear) that could get an "
-            "adapter; a model made of others, such as GPT-2's Conv1D, cannot be trained"
-        )
+        raise ConfigError(f"{type(model).__name__} has no linear layer that could get an adapter")
     for option in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, option):
             if not any(at_end(key, name) for name in (*names, *parameters)):
