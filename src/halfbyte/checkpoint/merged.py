@@ -174,8 +174,11 @@ class Merged(BaseSource):
 
     @cached_property
     def form(self) -> SavedForm | None:
-        """The form in which it is written; None if it is packed."""
-        if self.into == "nf4":
+        """The form in which it is written; None if names and shapes are those of the parameters.
+
+        So they are if it is packed. GPT-2's linears are only transposed.
+        """
+        if self.into == "nf4" or any(parameter.transposed for parameter in self.parameters):
             return None
         written = (p for p in (*self.parameters, *self.encoders) if not p.mxfp4)
         empty = {p.name: empty_like(p.shape, p.dtype) for p in written}
