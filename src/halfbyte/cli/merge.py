@@ -170,8 +170,9 @@ def _merge(options: MergeOptions, notes: list[str], *, as_json: bool) -> None:
             )
         written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
         kept = candidates[into].packing() if into == "decoded" else None
-        packed = recipe["quant"] != "none" and kept is None
-        base = f"decoded {recipe['quant']} weights" if packed else "weights"
+        held = "mxfp4" if model.halfbyte_recipe.experts and kept is None else recipe["quant"]
+        packed = held != "none" and kept is None
+        base = f"decoded {held} weights" if packed else "weights"
         experts = "" if kept is None else " Its experts are in MXFP4, with the bytes of the base."
         show.paragraph(f"{out}: {size(written)}. {_LOSSES[into].format(base=base)}{experts}")
         result |= {

@@ -48,6 +48,7 @@ def _quantize(options: QuantizeOptions, notes: list[str], *, as_json: bool) -> N
     import_transformers()
     from halfbyte.checkpoint.base_model import open_base
     from halfbyte.checkpoint.bitsandbytes import write_quantized
+    from halfbyte.layers.experts import expert_parameters
     from halfbyte.models.build import BaseRecipe
     from halfbyte.report import open_report, show
     from halfbyte.report.live import size
@@ -74,6 +75,7 @@ def _quantize(options: QuantizeOptions, notes: list[str], *, as_json: bool) -> N
             )
         written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
         show.paragraph(f"{out}: {size(written)}, from {size(source.file_bytes)}. To use it:")
-        for command in after_writing_model(out, vllm=not options.quantize_embeddings):
+        ours_alone = options.quantize_embeddings or bool(expert_parameters(source.skeleton))
+        for command in after_writing_model(out, vllm=not ours_alone):
             show.command(command)
         result |= {"directory": str(out), "bytes": written, "source_bytes": source.file_bytes}

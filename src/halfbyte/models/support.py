@@ -58,8 +58,8 @@ def require_trainable(model: PreTrainedModel, config: LoRAConfig) -> None:
     chosen = choose_parameters(parameters, config.target_parameters)
     if len(refused) == len(linears) and not chosen and not config.modules_to_save:
         raise CheckpointError(
-            f"{name} has no linear layer (torch.nn.Linear) that could get an adapter; a model made "
-            "of others, such as GPT-2's Conv1D, cannot be trained"
+            f"{name} has no linear layer (torch.nn.Linear, or GPT-2's Conv1D) that could get an "
+            "adapter"
         )
     if config.target_modules or not chosen:
         choose_targets(linears, refused, config.target_modules)

@@ -22,6 +22,7 @@ from halfbyte.data import Dataset, DatasetReport, MicroBatch
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_policy import peak_memory, used_memory
+from halfbyte.linear.experts import expert_linears
 from halfbyte.linear.lora import LoRAConfig, frozen_linears
 from halfbyte.linear.lora_targets import ALL_LINEAR
 from halfbyte.models.generate import generate
@@ -100,13 +101,22 @@ def trained_in_words(
     model: PreTrainedModel,
     lora: LoRAConfig,
 ) -> str:
-    """Return how much is trained: ``parameters`` by name, with adapters on the layers ``adapted``.
+    """Return how much is trained: ``parameters`` by name, with adapters on what ``attach`` named.
 
     It also says which layers have no adapter because of the adapters' options.
     """
+    linears = frozen_linears(model)
+    experts = sum(path in expert_linears(model) for path in adapted)
+    layers = sum(path.removesuffix(".weight") in linears for path in adapted)
+    counted = {
+        "linear layers": layers,
+        "weights of experts": experts,
+        "routers": len(adapted) - layers - experts,
+    }
+    places = " and ".join(f"{n} {what}" for what, n in counted.items() if n) or "0 linear layers"
     count = sum(parameter.numel() for parameter in parameters.values())
     whole = dict.fromkeys(name.split(".")[-2] for name in parameters if ".lora_" not in name)
-    text = f"{count / 1e6:.2f} M parameters trained, on {len(adapted)} linear layers"
+    text = f"{count / 1e6:.2f} M parameters trained, on {places}"
     text += f"; trained in full: {', '.join(whole)}" if whole else ""
     if lora.target_modules != ALL_LINEAR or lora.why_no_parameters is None:
         return text
