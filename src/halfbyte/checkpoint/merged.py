@@ -108,7 +108,6 @@ class Merged(BaseSource):
         packed = {n for n, m in self._linears.items() if type(m) is FrozenLinear}
         self._unloaded = {parameter.name for parameter in base.encoders}
         self._packed = packed if into == "nf4" else set()
-        self._experts = expert_linears(model)
         self._mxfp4 = {parameter.name for parameter in base.parameters if parameter.mxfp4}
         if self._mxfp4 and into != "decoded":
             raise CheckpointError(

@@ -123,6 +123,7 @@ def _merge(options: MergeOptions, notes: list[str], *, as_json: bool) -> None:
     from halfbyte.checkpoint.base_model import open_base
     from halfbyte.checkpoint.merged import Merged, ways, write_merged
     from halfbyte.checkpoint.peft import recorded_template
+    from halfbyte.linear.experts import expert_linears
     from halfbyte.report import open_report, show
     from halfbyte.report.live import size
     from halfbyte.tools.merge_evaluation import distances
@@ -174,6 +175,8 @@ def _merge(options: MergeOptions, notes: list[str], *, as_json: bool) -> None:
         packed = held != "none" and kept is None
         base = f"decoded {held} weights" if packed else "weights"
         experts = "" if kept is None else " Its experts are in MXFP4, with the bytes of the base."
+        if into == "nf4" and expert_linears(model):
+            experts = f" Its experts are in {options.dtype}: other programs load no packed ones."
         show.paragraph(f"{out}: {size(written)}. {_LOSSES[into].format(base=base)}{experts}")
         result |= {
             "directory": str(out),

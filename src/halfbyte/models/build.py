@@ -1,7 +1,8 @@
 """Builds a transformers decoder with frozen, packed linears, without ever holding it in 16 bits.
 
     build    the architecture on the meta device (no memory), every ``nn.Linear`` but the output
-             head replaced by a ``FrozenLinear``; head and embedding too, if the recipe says so
+             head replaced by a ``FrozenLinear``, the weights of experts by ``ExpertLinear``s; head
+             and embedding too, if the recipe says so
     load_tensor  one tensor of the checkpoint, quantised or cast immediately
     finalize     ties, computed buffers, and a report of the bytes, and of what is not in 4 bits
 
