@@ -24,6 +24,10 @@ IN_VLLM: dict[str, tuple[dict[str, Any], str]] = {
     "rank 24": ({"r": 24}, ""),
     "rank 600": ({"r": 600}, "rank 600, more than 512"),
     "dora": ({"use_dora": True}, "DoRA"),
+    "of parameters": (
+        {"target_modules": (), "target_parameters": ("self_attn.q_proj.weight",)},
+        "",
+    ),
     "head": ({"modules_to_save": ("lm_head",)}, "modules trained in full (lm_head)"),
 }
 

@@ -186,8 +186,15 @@ def test_an_objective_sees_the_documents(config):
     )
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "granitemoehybrid", "nemotron_h", "lfm2_moe"])
-def test_hybrids_are_packed(family):
+# Those of Granite are called with output_attentions=False, which asks for nothing unusual.
+_PACKED = [
+    *("qwen3_next", "granitemoehybrid", "nemotron_h", "lfm2_moe"),
+    *("granitemoeshared", "granitemoe_swa"),
+]
+
+
+@pytest.mark.parametrize("family", _PACKED)
+def test_hybrids_and_mixtures_are_packed(family):
     engine, message = choose_engine(model_of(tiny_config(family)), "cpu")
     assert isinstance(engine, LayerEngine)
     assert message.endswith(", documents packed"), message

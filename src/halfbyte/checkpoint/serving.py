@@ -11,17 +11,19 @@ from typing import Any
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values of vLLM's ``--max-lora-rank``; 16 is its default."""
 _VLLM_WHOLE = {"classifier", "score"}
-# Linear layers that PEFT adapts as parameters: of shared experts, and beside experts.
-_LINEARS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+# Linear layers whose names do not end as others' do, and that PEFT adapts as parameters.
+_LINEARS = {"w1", "w2", "w3"}
 
 
 def experts_and_routers(parameters: Iterable[str]) -> list[str]:
     """The ``target_parameters`` that are of experts or routers, not of linear layers."""
-    return [
-        name
-        for name in parameters
-        if not (name.endswith(".weight") and name.split(".")[-2] in _LINEARS)
-    ]
+
+    def is_linear(name: str) -> bool:
+        module, _, leaf = name.rpartition(".")
+        owner = module.rpartition(".")[2]
+        return leaf == "weight" and (owner.endswith("_proj") or owner in _LINEARS)
+
+    return [name for name in parameters if not is_linear(name)]
 
 
 def largest_rank(fields: Mapping[str, Any]) -> int:

@@ -94,7 +94,8 @@ def _interface(
     window: int | None = getattr(attention_mask, _WINDOW, None)
     sinks: Tensor | None = kwargs.get("s_aux")
     plain = (attention_mask is None or window is not None) and causal and not dropout
-    plain = plain and not any(value is not None for key, value in kwargs.items() if key in _UNUSUAL)
+    given = (kwargs[key] for key in _UNUSUAL if key in kwargs)
+    plain = plain and all(value is None or value is False for value in given)
     plain = plain and not (sinks is not None and sinks.requires_grad)
     shaped = query.shape[2] == key.shape[2] > 1 and query.shape[-1] == value.shape[-1]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
