@@ -17,10 +17,10 @@ from halfbyte.engine.packing import Batch
 from halfbyte.linear.lora import LoRAConfig, attach
 from halfbyte.models.build import BaseRecipe, build, finalize, load_tensor
 from halfbyte.plan import activation_cost
+from halfbyte.plan.holding import Holding
 from halfbyte.plan.ledger import (
     FRAGMENTATION,
     SMALLEST_PART,
-    Holding,
     Run,
     fitted,
     largest,
