@@ -1,7 +1,7 @@
 """The ledger: every byte of a run, by name. Arithmetic on shapes; needs no torch and no weights.
 
-The base model's bytes are those of holding.py. Adapters, gradients and moments are float32, whatever
-its dtype.
+The base model's bytes are those of holding.py. Adapters, gradients and moments are float32,
+whatever its dtype.
 
     peak of training = base + adapters + gradients + optimizer + the peak of a step (policy.py)
     peak of loading  = tensors loaded so far, and the current tensor before and after packing
