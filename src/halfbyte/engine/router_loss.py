@@ -129,5 +129,7 @@ class RouterLoss:
         """Return the loss of a part from sums of probabilities [experts]."""
         tokens = self._masks[part].sum()
         rows = (tokens * self._routers).clamp(min=1)
-        share: Tensor = self._factor * self.coefficient * tokens / self._tokens
-        return share * self._experts * torch.dot(self._routed[part] / rows, probable / rows)
+        share = self._factor * self.coefficient * tokens / self._tokens
+        product = torch.dot(self._routed[part] / rows, probable / rows)
+        loss: Tensor = share * self._experts * product
+        return loss
