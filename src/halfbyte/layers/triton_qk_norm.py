@@ -35,64 +35,48 @@ _PAIRS, _WARPS = 2048, 4
 
 
 @triton.jit
+def _load(source, inside):
+    return tl.load(source, mask=inside, other=0.0).to(tl.float32)
+
+
+# Tables and weights are loaded after the heads, whose loads take longest, so that none waits.
+@triton.jit
 def _norm_turn(
-    y,
-    rstds,
-    x,
-    weight,
-    eps,
-    cos,
-    sin,
-    heads,
-    half,
-    at,
-    head_lanes: tl.constexpr,
+    y, rstds, x, weight, eps, cos, sin, heads, half, lanes: tl.constexpr, head_lanes: tl.constexpr
 ):
-    w1 = tl.load(weight + at, mask=at < half, other=0.0).to(tl.float32)[None, :]
-    w2 = tl.load(weight + half + at, mask=at < half, other=0.0).to(tl.float32)[None, :]
+    at = tl.arange(0, lanes)
     for first in range(0, heads, head_lanes):
         head = first + tl.arange(0, head_lanes)
         where = head[:, None] * (2 * half) + at[None, :]
         inside = (head[:, None] < heads) & (at[None, :] < half)
-        one = tl.load(x + where, mask=inside, other=0.0).to(tl.float32)
-        two = tl.load(x + where + half, mask=inside, other=0.0).to(tl.float32)
-        rstd = 1.0 / tl.sqrt(tl.sum(one * one + two * two, axis=1) / (2 * half) + eps)
+        x1, x2 = _load(x + where, inside), _load(x + where + half, inside)
+        c, s = _load(cos + at, at < half)[None, :], _load(sin + at, at < half)[None, :]
+        w1 = _load(weight + at, at < half)[None, :]
+        w2 = _load(weight + half + at, at < half)[None, :]
+        rstd = 1.0 / tl.sqrt(tl.sum(x1 * x1 + x2 * x2, axis=1) / (2 * half) + eps)
         tl.store(rstds + head, rstd, mask=head < heads)
-        one *= rstd[:, None] * w1
-        two *= rstd[:, None] * w2
-        tl.store(y + where, (one * cos - two * sin).to(y.dtype.element_ty), mask=inside)
-        tl.store(y + where + half, (two * cos + one * sin).to(y.dtype.element_ty), mask=inside)
+        y1, y2 = x1 * rstd[:, None] * w1, x2 * rstd[:, None] * w2
+        tl.store(y + where, (y1 * c - y2 * s).to(y.dtype.element_ty), mask=inside)
+        tl.store(y + where + half, (y2 * c + y1 * s).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _norm_turn_backward(
-    dx,
-    dy,
-    x,
-    rstds,
-    weight,
-    cos,
-    sin,
-    heads,
-    half,
-    at,
-    head_lanes: tl.constexpr,
+    dx, dy, x, rstds, weight, cos, sin, heads, half, lanes: tl.constexpr, head_lanes: tl.constexpr
 ):
-    w1 = tl.load(weight + at, mask=at < half, other=0.0).to(tl.float32)[None, :]
-    w2 = tl.load(weight + half + at, mask=at < half, other=0.0).to(tl.float32)[None, :]
+    at = tl.arange(0, lanes)
     for first in range(0, heads, head_lanes):
         head = first + tl.arange(0, head_lanes)
         where = head[:, None] * (2 * half) + at[None, :]
         inside = (head[:, None] < heads) & (at[None, :] < half)
-        d1 = tl.load(dy + where, mask=inside, other=0.0).to(tl.float32)
-        d2 = tl.load(dy + where + half, mask=inside, other=0.0).to(tl.float32)
-        x1 = tl.load(x + where, mask=inside, other=0.0).to(tl.float32)
-        x2 = tl.load(x + where + half, mask=inside, other=0.0).to(tl.float32)
-        rstd = tl.load(rstds + head, mask=head < heads, other=0.0)[:, None]
-        x1 *= rstd
-        x2 *= rstd
-        g1 = (d1 * cos + d2 * sin) * w1
-        g2 = (d2 * cos - d1 * sin) * w2
+        d1, d2 = _load(dy + where, inside), _load(dy + where + half, inside)
+        x1, x2 = _load(x + where, inside), _load(x + where + half, inside)
+        rstd = _load(rstds + head, head < heads)[:, None]
+        c, s = _load(cos + at, at < half)[None, :], _load(sin + at, at < half)[None, :]
+        w1 = _load(weight + at, at < half)[None, :]
+        w2 = _load(weight + half + at, at < half)[None, :]
+        g1, g2 = (d1 * c + d2 * s) * w1, (d2 * c - d1 * s) * w2
+        x1, x2 = x1 * rstd, x2 * rstd
         mean = (tl.sum(g1 * x1 + g2 * x2, axis=1) / (2 * half))[:, None]
         tl.store(dx + where, (rstd * (g1 - x1 * mean)).to(dx.dtype.element_ty), mask=inside)
         tl.store(dx + where + half, (rstd * (g2 - x2 * mean)).to(dx.dtype.element_ty), mask=inside)
@@ -127,18 +111,16 @@ def _norm_rotate(
     token = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
     row = batch * tl.num_programs(0) + token
-    at = tl.arange(0, lanes)
-    table = batch * table_stride + token * half * 2 + at
-    c = tl.load(cos + table, mask=at < half, other=0.0).to(tl.float32)[None, :]
-    s = tl.load(sin + table, mask=at < half, other=0.0).to(tl.float32)[None, :]
+    cos += batch * table_stride + token * half * 2
+    sin += batch * table_stride + token * half * 2
     q += batch * q_batch + token * q_token
     k += batch * k_batch + token * k_token
     q_out += row * q_heads * half * 2
     k_out += row * k_heads * half * 2
     q_rstds += row * q_heads
     k_rstds += row * k_heads
-    _norm_turn(q_out, q_rstds, q, q_weight, q_eps, c, s, q_heads, half, at, q_lanes)
-    _norm_turn(k_out, k_rstds, k, k_weight, k_eps, c, s, k_heads, half, at, k_lanes)
+    _norm_turn(q_out, q_rstds, q, q_weight, q_eps, cos, sin, q_heads, half, lanes, q_lanes)
+    _norm_turn(k_out, k_rstds, k, k_weight, k_eps, cos, sin, k_heads, half, lanes, k_lanes)
 
 
 @triton.jit
@@ -175,10 +157,8 @@ def _norm_rotate_backward(
     token = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
     row = batch * tl.num_programs(0) + token
-    at = tl.arange(0, lanes)
-    table = batch * table_stride + token * half * 2 + at
-    c = tl.load(cos + table, mask=at < half, other=0.0).to(tl.float32)[None, :]
-    s = tl.load(sin + table, mask=at < half, other=0.0).to(tl.float32)[None, :]
+    cos += batch * table_stride + token * half * 2
+    sin += batch * table_stride + token * half * 2
     q += batch * q_batch + token * q_token
     k += batch * k_batch + token * k_token
     q_out += batch * q_out_batch + token * q_out_token
@@ -187,8 +167,8 @@ def _norm_rotate_backward(
     dk += row * k_heads * half * 2
     q_rstds += row * q_heads
     k_rstds += row * k_heads
-    _norm_turn_backward(dq, q_out, q, q_rstds, q_weight, c, s, q_heads, half, at, q_lanes)
-    _norm_turn_backward(dk, k_out, k, k_rstds, k_weight, c, s, k_heads, half, at, k_lanes)
+    _norm_turn_backward(dq, q_out, q, q_rstds, q_weight, cos, sin, q_heads, half, lanes, q_lanes)
+    _norm_turn_backward(dk, k_out, k, k_rstds, k_weight, cos, sin, k_heads, half, lanes, k_lanes)
 
 
 def _adjacent(x: Tensor) -> Tensor:
