@@ -8,7 +8,7 @@ Each row of ``family_configs.ROWS`` is a tiny random model, saved by transformer
 its files by the code behind ``halfbyte train``, in float32. It ends in one of three outcomes: it
 *trains on the layer engine*, it *trains under autograd*, or it is *refused* in one sentence, by
 ``plan`` as by ``train``, before a weight is read. Of what trains, the reference being
-``AutoModelForCausalLM.from_pretrained`` and PEFT over the same files, the sweep compares
+the class that the files name, ``from_pretrained``, and PEFT over the same files, the sweep compares
 
     logits      of the base model and with the trained adapter
     gradients   of one step, with the trained adapter; in float64 where float32 rounds more
@@ -16,6 +16,7 @@ its files by the code behind ``halfbyte train``, in float32. It ends in one of t
     generate    greedy, token for token, two prompts at once, after the step
     nf4         packed, it trains as well
     causality   no logit depends on a later token, or training means nothing
+    merge       the model with the adapter merged in, as transformers loads it, encoders unchanged
 
 Errors are relative to the largest value (of all gradients: to that of their tensor, or a
 thousandth of the largest). Everything else, a traceback or a difference above ``TOLERANCE``, is a
@@ -42,12 +43,17 @@ from typing import Any
 
 import torch
 import transformers
-from family_configs import ROWS, tiny_config, tiny_model
+from family_configs import ROWS, WHOLE, tiny_config, tiny_model
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from halfbyte import cli
-from halfbyte.checkpoint.base_model import load_base
+from halfbyte.checkpoint.base_model import load_base, open_base
 from halfbyte.checkpoint.directory import DirectorySource
+from halfbyte.checkpoint.merged import Merged, write_merged
 from halfbyte.checkpoint.peft import load_adapter
 from halfbyte.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
 from halfbyte.config.schema import TrainConfig
@@ -55,7 +61,7 @@ from halfbyte.data.templates import prompt_ids
 from halfbyte.engine.choose import choose_engine
 from halfbyte.engine.packing import Batch
 from halfbyte.errors import UserError
-from halfbyte.layers.multimodal import SUPPORTED
+from halfbyte.layers.multimodal import SUPPORTED, removed_modules
 from halfbyte.linear.lora import adapter_parameters
 from halfbyte.models.build import BaseRecipe
 from halfbyte.models.generate import end_tokens, generate
@@ -200,14 +206,43 @@ def compare(model_dir: Path, adapter_dir: Path) -> dict[str, Any]:
         found["gradients_float64"] = _gradient_error(wide.model, wide_peft)
         _limit(found, "gradients_float64")
     _require_same_answers(base.model, base.tokenizer, peft)
+    try:
+        found["merged"] = _merged_error(model_dir, base.model, peft, adapter_dir.parent / "merged")
+    except UserError as error:  # layers that share a weight
+        found["not_merged"] = str(error).replace(str(model_dir), "the model")
+    else:
+        _limit(found, "merged")
     return found
+
+
+def _merged_error(model_dir: Path, model: Any, peft: Any, out: Path) -> float:
+    """Return the error of the logits of the model that is written with its adapter merged in."""
+    write_merged(Merged(open_base(model_dir), model, "decoded", torch.float32), out)
+    merged, amiss = _whole(out, torch.float32)
+    if faults := [f"{kind} {keys}" for kind, keys in amiss.items() if keys]:
+        raise Defect(f"transformers loads a merged model with {'; '.join(faults)[:300]}")
+    before = dict(_whole(model_dir, torch.float32)[0].named_parameters())
+    after = dict(merged.named_parameters())
+    encoders = [p for path in removed_modules(model) for p in before if p.startswith(f"{path}.")]
+    if changed := [name for name in encoders if not torch.equal(before[name], after[name])]:
+        raise Defect(f"a merge changes encoders: {changed[:3]}")
+    ids = _tokens()[0]
+    return _error(_logits(merged, ids), _logits(peft, ids))
 
 
 def _open(model_dir: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """Return the model as halfbyte and as transformers opens it."""
     ours = load_base(str(model_dir), BaseRecipe("none", compute_dtype=dtype))
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
-    return ours, theirs.eval()
+    return ours, _whole(model_dir, dtype)[0]
+
+
+def _whole(directory: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """Return a model of the class that its files name, and what was amiss with them."""
+    name = json.loads((directory / "config.json").read_text())["architectures"][0]
+    model, amiss = getattr(transformers, name).from_pretrained(
+        directory, dtype=dtype, output_loading_info=True
+    )
+    return model.eval(), amiss
 
 
 def _tokens() -> tuple[Tensor, Tensor]:
@@ -376,10 +411,9 @@ def _child(row: str, place: Path, answer: Path) -> None:
 
 def describe(row: str) -> dict[str, Any]:
     """Return the names of a row's class."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     kind = ROWS[row][0]
-    return {"model_type": kind, "class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]}
+    whole, text = MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return {"model_type": kind, "class": (whole if row in WHOLE else text)[kind]}
 
 
 def sweep(

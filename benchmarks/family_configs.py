@@ -1,12 +1,15 @@
 """Tiny random models of every causal language model that transformers has.
 
 ``ROWS`` names what the sweep of ``families.py`` goes through: every model type for which
-transformers has a causal language model, and variants of them that take other paths.
+transformers has a causal language model, variants of them that take other paths, and the models of
+more than text whose text decoder is trained (``tests/multimodal.py`` has their configurations).
 ``tiny_config`` makes a configuration small by the names of its fields, which most families share;
 ``CHANGES`` has what a family needs beyond that.
 """
 
 import inspect
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +20,13 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests import multimodal
 
 VOCABULARY = 400  # entries of tests/tiny.py's tokenizer
 
@@ -93,6 +102,9 @@ _SMALL: dict[str, Any] = {
     "n_positions": 256,
     "n_ctx": 256,
     "sliding_window": 8,
+    "index_topk": 8,
+    "index_topk_blocks": 2,
+    "index_block_size": 4,
     "state_size": 8,
     "ssm_state_size": 8,
     "mamba_d_state": 8,
@@ -209,15 +221,25 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3 (no query rank)": ("deepseek_v3", {"q_lora_rank": None}),
 }
 
+# Models of more than text whose class is not the one of the row of their type.
+WHOLE: dict[str, str] = {
+    f"{kind} (whole)" if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else kind: kind
+    for kind in multimodal.FAMILIES
+    if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) != MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[kind]
+}
+
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     **{kind: (kind, {}) for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES},
     **VARIANTS,
+    **{row: (kind, {}) for row, kind in WHOLE.items()},
 }
 
 
 def tiny_config(row: str) -> PretrainedConfig:
     """Return a small configuration of a row of ``ROWS``."""
     kind, changes = ROWS[row]
+    if row in WHOLE:
+        return multimodal.tiny_config(kind)
     changes = CHANGES.get(kind, {}) | changes
     return _shrunk(CONFIG_MAPPING[kind], changes)
 
@@ -243,6 +265,8 @@ def _shrunk(kind: type[PretrainedConfig], changes: dict[str, Any]) -> Pretrained
 
 def tiny_model(row: str) -> PreTrainedModel:
     """Return a random model in float32 in which no two tensors are alike, norms and biases too."""
+    if row in WHOLE:
+        return multimodal.tiny_multimodal(WHOLE[row])
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(row), dtype=torch.float32)
     for parameter in model.parameters():

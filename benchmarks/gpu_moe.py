@@ -264,6 +264,7 @@ def main() -> None:
             }
         )
         print(rows[-1])
+        print(plan.cost)
         if args.profile:
             with torch.profiler.profile() as profiled:
                 step(ids)

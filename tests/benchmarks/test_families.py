@@ -22,7 +22,7 @@ def families(monkeypatch: pytest.MonkeyPatch) -> Any:
     [
         ("mamba", "autograd"),  # its scan reads weights, and PEFT refuses some targets
         ("deepseek_v3", "layer engine"),  # experts are converted, and PEFT takes their names
-        ("gpt2", "refused"),
+        ("bert", "refused"),
     ],
 )
 def test_a_family_ends_as_the_table_says(
@@ -52,9 +52,9 @@ def test_the_table_has_a_line_for_each_row(families: Any) -> None:
             "gradients": 2e-4,
             "gradients_float64": 3e-7,
         },
-        "gpt2": {"outcome": "refused", "note": "made of\nConv1D | so", "class": "GPT2LMHeadModel"},
+        "bert": {"outcome": "refused", "note": "an\nencoder | so", "class": "BertLMHeadModel"},
     }
     table = families.table(rows)
     assert "2 rows: trains on the layer engine 1, refused 1." in table
     assert "logits is 2e-06, of gradients 3e-07 (in float64 where float32 rounds more" in table
-    assert "| gpt2 | GPT2LMHeadModel | refused | made of Conv1D \\| so |" in table
+    assert "| bert | BertLMHeadModel | refused | an encoder \\| so |" in table

@@ -42,6 +42,27 @@ _GLM = {
     "routed_scaling_factor": 1.5,
 }
 _OSS = {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}
+# With larger weights, half a unit in the last place of them moves answers by 7e-5.
+_DELTA_FLAT = {
+    "initializer_range": 0.1,
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+_SECTIONS = {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
+_DELTA = {
+    **_DELTA_FLAT,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.25,
+        **_SECTIONS,
+    },
+}
+_SHARED = {**_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 48}
 
 # (model_type, options)
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
@@ -72,6 +93,9 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("glm4_moe", _GLM),
     ("glm4_moe", {**_GLM, "use_qk_norm": True, "attention_bias": True}),
     ("gpt_oss", {**_OSS, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+    ("qwen3_5_text", _DELTA),
+    ("qwen3_5_moe_text", {**_DELTA, **_SHARED}),
+    ("qwen3_next", {**_DELTA_FLAT, **_SHARED}),
     ("olmo2", {}),
 ]
 TIED = {"gemma2", "gemma3_text"}

@@ -263,6 +263,7 @@ def test_numbers_beyond_the_type_are_refused(tmp_path: Path) -> None:
         model.save_pretrained(directory)
         with pytest.raises(WeightError, match=f"blk.1.ffn_up.weight.*{message}"):
             export(directory) if message == "NaN" else export(directory, "f16")
+        assert list((directory / "gguf").iterdir()) == []
 
 
 def test_a_row_of_the_smallest_numbers_becomes_zeros(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from halfbyte.checkpoint.bitsandbytes import write_quantized
 from halfbyte.checkpoint.hub_headers import fetch_headers
 from halfbyte.errors import CheckpointError
 from halfbyte.models.build import BaseRecipe
+from tests.checkpoint.quantized_models import gptq, write_quantized_model
 from tests.tiny import write_tiny_model
 
 
@@ -36,10 +37,12 @@ def hub(tmp_path: Path) -> Counting:
     write_tiny_model(tmp_path / "org" / "sharded", hidden=256, max_shard_size="600KB")
     recipe = BaseRecipe("fp4", block_size=128)
     write_quantized(tmp_path / "org" / "plain", tmp_path / "org" / "packed", recipe)
+    packing = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    write_quantized_model(tmp_path / "org" / "gptq", gptq, packing, hidden=256)
     return Counting(path=str(tmp_path), fs=LocalFileSystem())
 
 
-@pytest.mark.parametrize("name", ["org/plain", "org/sharded", "org/packed"])
+@pytest.mark.parametrize("name", ["org/plain", "org/sharded", "org/packed", "org/gptq"])
 def test_headers_stand_for_the_files(hub: Counting, tmp_path: Path, name: str) -> None:
     laid_out = tmp_path / "laid out"
     laid_out.mkdir()

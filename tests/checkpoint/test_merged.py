@@ -360,3 +360,14 @@ def test_packed_experts_of_the_files_are_decoded(tmp_path: Path) -> None:
     out = write_merged(Merged(source, model, dtype=torch.float32), tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert logits(loaded).sub(logits(model)).abs().max() < 1e-5
+
+
+def test_layers_that_share_a_weight_are_not_merged(tmp_path: Path) -> None:
+    """Each of Zamba 2's has an adapter of its own, and one weight cannot be all their sums."""
+    kinds = {"layers_block_type": ["mamba", "hybrid", "hybrid"], "num_hidden_layers": 3}
+    sizes = {"mamba_d_state": 8, "n_mamba_heads": 4, "num_mem_blocks": 1, "num_key_value_heads": 4}
+    tiny_model("zamba2", **kinds, **sizes).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    source, model = adapted(tmp_path)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.shared_.* weight of several layers"):
+        Merged(source, model)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -32,7 +33,8 @@ from halfbyte.linear.lora import (
     load_adapter_state,
 )
 from halfbyte.models.build import BaseRecipe
-from tests.tiny import write_tiny_model
+from tests.checkpoint.families import tiny_model
+from tests.tiny import tiny_tokenizer, write_tiny_model
 
 # PEFT 0.21 asks transformers 5.23 by a name it is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -493,3 +495,22 @@ def test_what_is_written_is_what_is_read(
         == replace(config.at(path), target_modules=loaded.config.target_modules)
         for path in paths
     )
+
+
+@pytest.mark.parametrize("targets", [r"model\.layers\.1\..*(q|k)_proj", ("q_proj", "o_proj")])
+def test_an_expression_means_the_same_in_a_family_whose_experts_peft_converts(
+    tmp_path: Path, targets: str | tuple[str, ...]
+) -> None:
+    """PEFT would reduce it to q_proj and k_proj, in every layer."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    model = tiny_model("qwen3_moe", **experts)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    base, config = base_of(tmp_path / "model"), LoRAConfig(r=2, target_modules=targets)
+    adapter = tmp_path / "adapter"
+    save_adapter(adapter, filled(base.model, config), config, base={"name": ""}, recipe={})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        theirs = peft.PeftModel.from_pretrained(model, adapter).eval()
+    torch.testing.assert_close(logits(theirs), logits(base.model), rtol=0, atol=1e-4)

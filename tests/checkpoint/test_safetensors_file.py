@@ -158,7 +158,7 @@ lies: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "negative": (lambda f: f["a"].update(shape=[-2, -2]), "has an invalid size"),
     "fraction": (lambda f: f["a"].update(shape=[2.0, 2]), "has an invalid size"),
     "truth": (lambda f: f["b"].update(shape=[True, 4]), "has an invalid size"),
-    "dtype": (lambda f: f["b"].update(dtype="F8_E4M3"), "supported are F64, F32"),
+    "dtype": (lambda f: f["b"].update(dtype="F8_E5M2"), "supported are F64, F32"),
     "no shape": (lambda f: f["b"].pop("shape"), "lacks dtype, shape or offsets"),
     "no object": (lambda f: f.update(b=7), "lacks dtype, shape or offsets"),
     "metadata": (lambda f: f.update(__metadata__=7), "__metadata__"),

@@ -54,7 +54,8 @@ def test_a_decoder_is_trained_and_merged_into_the_whole_model(
     assert not torch.allclose(logits(live), logits(whole), atol=1e-3)
     for checkpoint in adapter.glob("checkpoint-*"):
         fields = json.loads((checkpoint / "adapter_config.json").read_text())
-        assert fields["target_modules"].startswith(r"model\.language_model\.layers\.")
+        paths = fields["target_modules"]
+        assert all(path.startswith("model.language_model.layers.") for path in paths)
 
 
 COMMANDS = {
@@ -84,6 +85,6 @@ def test_other_families_are_refused_in_one_sentence(
     words = COMMANDS[command].format(model=model, adapter=adapter, data=data, out=out)
     assert cli.main([command, *words.split()]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "PaliGemmaForConditionalGeneration is a model of more than text; of those, only" in said
+    assert "PaliGemmaForConditionalGeneration cannot be trained: the tokens of" in said
     assert "Traceback" not in said
     assert not out.exists()

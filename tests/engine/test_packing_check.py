@@ -1,14 +1,15 @@
-"""Documents that share a row on a CPU: the steps are those of documents alone, or they do not."""
+"""Documents that share a row: the steps are those of documents alone, or they do not."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmarks.family_configs import tiny_config
 from transformers import (
     AutoModelForCausalLM,
-    FalconH1Config,
     GPTBigCodeConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    MiniMaxConfig,
     MixtralConfig,
     OPTConfig,
     Phi3Config,
@@ -17,7 +18,7 @@ from transformers.models.llama import modeling_llama
 
 from halfbyte.data import Example, collate
 from halfbyte.engine.autograd import AutogradEngine
-from halfbyte.engine.buckets import UnpaddedParts
+from halfbyte.engine.buckets import Buckets, UnpaddedParts
 from halfbyte.engine.choose import choose_engine
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.objective import Objective
@@ -185,6 +186,41 @@ def test_an_objective_sees_the_documents(config):
     )
 
 
+@pytest.mark.parametrize("family", ["qwen3_next", "granitemoehybrid", "nemotron_h", "lfm2_moe"])
+def test_hybrids_are_packed(family):
+    engine, message = choose_engine(model_of(tiny_config(family)), "cpu")
+    assert isinstance(engine, LayerEngine)
+    assert message.endswith(", documents packed"), message
+    batches = batches_of([[40, 3], [17, 1]], vocabulary=390)
+    loss, found = step(engine, batches, packed=True)
+    wanted, true = step(engine, alone(batches), packed=False)
+    assert float(loss) == pytest.approx(float(wanted), rel=1e-6)
+    assert difference(found, true) < 1e-5
+    for saved in (0, 4):  # recurrent states recomputed, or not
+        again, others = step(engine, batches, packed=True, saved=saved)
+        assert torch.equal(again, loss)
+        assert all(torch.equal(others[name], one) for name, one in found.items())
+
+
+def test_on_a_gpu_layers_that_are_not_fused_are_packed_into_buckets():
+    engine, _ = choose_engine(model_of(tiny_config("lfm2_moe")), "cpu")
+    batches = batches_of(vocabulary=390)
+    wanted, true = step(engine, alone(batches), packed=False)
+    # As the check leaves an engine there.
+    engine.unpadded, engine.packable = None, True
+    engine.buckets = Buckets.of([[n for rows in LENGTHS for n in rows]], engine.width, 256)
+    parts = engine.make_parts(batches)
+    assert len(parts) == 2
+    assert all(part.shape in engine.buckets.shapes for part in parts)
+    assert all(sum(part.lengths) == part.ids.numel() for part in parts)
+    loss, found = engine.step(batches, 50.0, ActivationPolicy(1)), gradients(engine.model)
+    assert float(loss) == pytest.approx(float(wanted), rel=1e-6)
+    assert difference(found, true) < 1e-5
+    engine.window = 80  # shorter than a document
+    assert not any(part.lengths for part in engine.make_parts(batches))
+    assert engine.messages == ["documents longer than the attention window: not packed"]
+
+
 def test_under_plain_autograd_the_documents_of_a_micro_batch_share_a_row():
     engine, message = choose_engine(model_of(BY_AUTOGRAD), "cpu")
     assert isinstance(engine, AutogradEngine)
@@ -201,12 +237,15 @@ def test_under_plain_autograd_the_documents_of_a_micro_batch_share_a_row():
     assert difference(found, true) < 1e-6
 
 
-def test_documents_longer_than_a_window_are_parts_of_their_own():
+def test_documents_longer_than_a_sliding_window_are_packed():
     engine, _ = choose_engine(model_of(FAMILIES["mistral"]), "cpu")  # a window of 8 tokens
-    assert engine.unpadded == UnpaddedParts(CPU_PART_TOKENS, 8)
-    parts = engine.make_parts(batches_of([[8, 30, 7], [9, 2, 6]]))
-    assert [part.lengths for part in parts] == [[], [], [8, 7, 2, 6]]
-    assert [tuple(part.ids.shape) for part in parts[:2]] == [(1, 30), (1, 9)]
+    assert engine.unpadded == UnpaddedParts(CPU_PART_TOKENS, None)
+    batches = batches_of([[8, 30, 7], [9, 2, 6]])
+    assert [list(part.lengths) for part in engine.make_parts(batches)] == [[8, 30, 7, 9, 2, 6]]
+    loss, found = step(engine, batches, packed=True)
+    wanted, true = step(engine, alone(batches), packed=False)
+    assert float(loss) == pytest.approx(float(wanted), rel=1e-6)
+    assert difference(found, true) < 1e-6
 
 
 def test_rotary_tables_of_long_rows_limit_the_documents():
@@ -228,10 +267,9 @@ REFUSED = {
                   word_embed_proj_dim=32, attn_implementation="eager"),
         "its attention is transformers' own",
     ),
-    "recurrent state": (
-        FalconH1Config(**SIZES, mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8,
-                       mamba_n_groups=1, mamba_chunk_size=8),
-        "packed documents",
+    "a recurrent state of its own": (
+        MiniMaxConfig(**SIZES, num_local_experts=4, head_dim=8),
+        "attention is computed",
     ),
 }  # fmt: skip
 

@@ -8,7 +8,10 @@ from transformers import AutoModelForCausalLM, GptOssConfig, MistralConfig
 
 from halfbyte.layers import attention_interface
 from halfbyte.layers.attention_cpu import causal_attention
+from halfbyte.layers.attention_interface import NAME, masks_for_sdpa_alone
 from halfbyte.layers.packed_row import NotPackable, packed_row
+from halfbyte.models.build import BaseRecipe, build, finalize, load_tensor
+from tests.checkpoint.families import tiny_model
 
 LENGTHS = (30, 1, 47, 20)
 WINDOW = 16
@@ -108,3 +111,37 @@ def test_what_is_not_causal_attention_is_an_error_in_a_packed_row():
             attention_interface._mask(**sizes, use_vmap=True)
     out, _ = attention_interface._interface(module, q, k, v, None, scaling=0.3)
     assert not torch.equal(out, wanted)
+
+
+def test_values_of_another_width_are_attended_to_by_document():
+    q, k, v = _inputs()
+    v = v[..., :6]
+    module = torch.nn.Module()
+    module.num_key_value_groups = 1
+    with packed_row(LENGTHS):
+        found, _ = attention_interface._interface(module, q, k, v, None, scaling=0.3)
+    parts = zip(*(x.split(LENGTHS, 2) for x in (q, k, v)), strict=True)
+    for own, part in zip(found.split(LENGTHS, 1), parts, strict=True):
+        wanted, _ = attention_interface._interface(module, *part, None, scaling=0.3)
+        torch.testing.assert_close(own, wanted)
+
+
+def test_sparse_attention_keeps_its_mask() -> None:
+    """transformers masks what an indexer has not selected for two attentions alone, by name."""
+    sizes = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    ranks = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+    ranks |= {"v_head_dim": 16, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1}
+    sparse = {"index_topk": 4, "index_n_heads": 2, "index_head_dim": 16}
+    model = tiny_model("deepseek_v32", **sizes, **ranks, **sparse)
+    built = build(model.config, BaseRecipe("none", compute_dtype=torch.float32))
+    for name, tensor in model.state_dict().items():
+        load_tensor(built, name, tensor)
+    finalize(built)
+    ids = torch.arange(3, 27)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        assert torch.allclose(built(input_ids=ids).logits, expected, atol=1e-5)
+        built.set_attn_implementation(NAME)
+        assert not torch.allclose(built(input_ids=ids).logits, expected, atol=1e-2)
+    assert masks_for_sdpa_alone(model)
+    assert not masks_for_sdpa_alone(tiny_model("llama"))

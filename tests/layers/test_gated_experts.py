@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHConfig, NemotronHExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeExperts
@@ -144,3 +145,65 @@ def test_what_is_computed_otherwise_is_left_to_separate_operations() -> None:
     module.gate_up_proj.adapter = nn.Identity()
     assert gated_experts._experts_of(module) is None
     assert gated_experts.gated_experts(module, torch.zeros(2, 64), *[torch.zeros(2, 2)] * 2) is None
+
+
+_TINY = {
+    **{"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4},
+    **{"num_key_value_heads": 4, "head_dim": 8, "num_experts_per_tok": 2, "num_hidden_layers": 1},
+}
+_MODELS: dict[str, dict[str, Any]] = {
+    "gpt_oss": {"num_local_experts": 4},
+    "olmoe": {"num_experts": 4},
+    "glm4_moe": {
+        **{"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16},
+        **{"first_k_dense_replace": 0, "n_shared_experts": 1},
+    },
+    "deepseek_v3": {
+        **{"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16},
+        **{"first_k_dense_replace": 0, "q_lora_rank": 8, "kv_lora_rank": 8, "v_head_dim": 8},
+        **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "n_shared_experts": 1},
+    },
+}
+
+
+def _tiny(kind: str) -> Any:
+    changes = _TINY | _MODELS[kind]
+    if kind == "deepseek_v3":
+        del changes["head_dim"]
+    config = AutoConfig.for_model(kind, **changes)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+
+
+@pytest.mark.parametrize("kind", _MODELS)
+def test_no_gradient_of_a_layer_that_ends_with_experts_depends_on_their_output(kind: str) -> None:
+    model = _tiny(kind)
+    layer = model.model.layers[0]
+    assert gated_experts.ends_with_experts(layer)
+    (experts,) = [m for m in layer.modules() if hasattr(m, "is_transposed")]
+    ids = torch.arange(12)[None]
+    given: dict[str, Any] = {}
+    layer.register_forward_pre_hook(
+        lambda _, args, kwargs: given.update(args=args, kwargs=kwargs), with_kwargs=True
+    )
+    model(ids, use_cache=False)
+    x, *args = given["args"]
+    found = []
+    for unread in (False, True):
+        if unread:
+            experts.register_forward_hook(lambda _module, _args, y: y - y.detach())
+        leaves = [x.detach().clone().requires_grad_(), *layer.parameters()]
+        y = layer(leaves[0], *args, **given["kwargs"])
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+        found.append((y.detach(), torch.autograd.grad(y, leaves, dy, allow_unused=True)))
+    (one, gradients), (other, expected) = found
+    assert not torch.equal(one, other)
+    assert set(map(type, gradients)) <= {Tensor, type(None)}
+    for got, wanted in zip(gradients, expected, strict=True):
+        assert (got is None) == (wanted is None)
+        if got is not None:
+            assert torch.equal(got, wanted)
+
+
+def test_other_layers_compute_what_their_experts_return() -> None:
+    assert not gated_experts.ends_with_experts(nn.Linear(2, 2))

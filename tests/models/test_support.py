@@ -1,10 +1,12 @@
 """Which models can be trained, and on which linears, from the architecture alone."""
 
+from dataclasses import replace
+
 import pytest
 
 from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.layers.multimodal import build_decoder
-from halfbyte.layers.targets import why_no_adapter
+from halfbyte.layers.targets import parameters_in_peft, why_no_adapter
 from halfbyte.linear.lora import LoRAConfig, attach
 from halfbyte.models.build import BaseRecipe, build
 from halfbyte.models.support import require_trainable
@@ -30,16 +32,20 @@ def leaves(paths: object) -> set[str]:
     return {str(path).rpartition(".")[2] for path in paths}  # type: ignore[attr-defined]
 
 
-def test_what_peft_does_not_load_gets_no_adapter() -> None:
+def test_what_peft_adapts_as_a_parameter_has_neither_dropout_nor_dora() -> None:
     model = skeleton("deepseek_v3", **DEEPSEEK)
-    assert leaves(why_no_adapter(model)) == {"gate_proj", "up_proj", "down_proj"}
-    require_trainable(model, LoRAConfig())
+    assert why_no_adapter(model) == {}
+    assert leaves(parameters_in_peft(model)) == {"gate_proj", "up_proj", "down_proj"}
     wanted = LoRAConfig(target_modules=("o_proj", "down_proj"))
-    with pytest.raises(ConfigError, match=r"down_proj, which cannot get an adapter: PEFT loads no"):
-        require_trainable(model, wanted)
+    require_trainable(model, wanted)
     built = build(model.config, BaseRecipe(quant="none"))
-    with pytest.raises(ConfigError, match="which cannot get an adapter: PEFT"):
-        attach(built, wanted, seed=0)
+    require_trainable(model, LoRAConfig(dropout=0.1))  # all-linear leaves them out
+    for unable in (replace(wanted, dropout=0.1), replace(wanted, use_dora=True)):
+        message = "down_proj, which cannot get an adapter: PEFT adapts it as a parameter"
+        with pytest.raises(ConfigError, match=message):
+            require_trainable(model, unable)
+        with pytest.raises(ConfigError, match=message):
+            attach(built, unable, seed=0)
 
 
 def test_layers_that_text_skips_get_no_adapter() -> None:
@@ -64,7 +70,6 @@ def test_layers_that_text_skips_get_no_adapter() -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "reason"),
     [
-        ("gpt2", {}, r"GPT2LMHeadModel has no linear layer .*Conv1D, cannot be trained"),
         (
             "bert",
             {},

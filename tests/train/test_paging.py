@@ -51,7 +51,7 @@ def on_a_gpu(monkeypatch):
         return optimizer
 
     monkeypatch.setattr(trainer, "AdamW", paging)
-    monkeypatch.setattr("halfbyte.engine.choose.pack_on_cpu", lambda *_: "as on a GPU")
+    monkeypatch.setattr("halfbyte.engine.choose.pack_documents", lambda *_: "as on a GPU")
     monkeypatch.setattr(buckets, "GROUP_BYTES", 8192)
 
 

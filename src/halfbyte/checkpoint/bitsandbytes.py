@@ -108,7 +108,7 @@ def write_quantized(
             count, *matrix = parameter.shape
             plan += plan_experts(parameter.name, empty(parameter.name, tuple(matrix)), count)
         else:
-            plan.append(Planned(parameter.name, held[parameter.name], parameter.shape))
+            plan.append(Planned(parameter.name, held[parameter.name], parameter.shape_in_files))
     require_writable(out_dir.absolute().parent, sum(planned.nbytes for planned in plan))
     with new_directory(out_dir, replace=replace) as directory:
         packed = _packed(source, recipe, linears, experts, held, progress)
@@ -139,6 +139,7 @@ def _packed(
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[str, Tensor | Row]]:
     importance = importances(source, recipe)
+    every = {p.name: p for p in (*source.parameters, *source.encoders)}
     done = 0
     encoders = ((parameter.name, source.tensor(parameter.name)) for parameter in source.encoders)
     for name, value in chain(source.tensors(recipe.device), encoders):
@@ -164,7 +165,7 @@ def _packed(
         else:
             assert isinstance(value, Tensor)
             # Norms too: transformers multiplies by them as stored, and cannot mix dtypes.
-            yield name, value.to("cpu", held[name])
+            yield name, every[name].turned(value.to("cpu", held[name]))
             del value
         if progress is not None:
             progress(done, source.file_bytes)

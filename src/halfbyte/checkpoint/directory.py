@@ -29,8 +29,14 @@ from halfbyte.checkpoint.bitsandbytes_keys import decode_keys, packed_weights
 from halfbyte.checkpoint.content_parts import taking_text
 from halfbyte.checkpoint.conversion import Conversion, empty_like, find_experts, settle_keys
 from halfbyte.checkpoint.mxfp4_keys import METHOD, decode_mxfp4, mxfp4_weights, stored_shapes
+from halfbyte.checkpoint.quantized_sources import (
+    DecodedFile,
+    open_quantized,
+    require_supported,
+)
 from halfbyte.checkpoint.reading import read_into, read_json
-from halfbyte.checkpoint.safetensors_file import INDEX_NAME, Entry, SafetensorsFile
+from halfbyte.checkpoint.safetensors_file import Entry
+from halfbyte.checkpoint.shards import open_shards
 from halfbyte.checkpoint.source import (
     BaseSource,
     ExpertSlice,
@@ -39,9 +45,9 @@ from halfbyte.checkpoint.source import (
     skeleton_of,
 )
 from halfbyte.checkpoint.staging import Request
-from halfbyte.checkpoint.steps import Step, Value, one_expert, values, whole
+from halfbyte.checkpoint.steps import Step, Value, one_expert, values
 from halfbyte.errors import CheckpointError
-from halfbyte.foreign_text import quote
+from halfbyte.layers.conv1d import conv1d_weights
 from halfbyte.layers.experts import expert_parameters
 from halfbyte.layers.multimodal import remove_encoders
 from halfbyte.models.build import BaseRecipe
@@ -76,8 +82,11 @@ class DirectorySource(BaseSource):
     def __init__(self, directory: Path, name: str) -> None:
         self.name, self._directory = name, directory
         require_files(directory)
-        self.config = read_config(directory)
-        self._shards, self._homes = _open_shards(directory)
+        self.config, packing = _read_config(directory)
+        self._shards, files = open_shards(directory)
+        self._homes, self.decoded_from = open_quantized(
+            directory, packing, files, self.config.dtype
+        )
         self.skeleton = skeleton_of(self.config, name, len(self._homes))
         self._expected = self.skeleton.state_dict()
         self._packed = packed_weights(self._homes)
@@ -88,11 +97,11 @@ class DirectorySource(BaseSource):
         members = {key for owner, keys in owned for key in keys if key != owner}
         keys = [*self._homes, *self._mxfp4]
         self._stored = self._settle([key for key in keys if key not in members])
-        found = [self._parameter(name) for name in self._stored]
+        self._found = {name: self._parameter(name) for name in self._stored}
         remove_encoders(self.skeleton)
         loaded = self.skeleton.state_dict().keys()
-        self.parameters = tuple(parameter for parameter in found if parameter.name in loaded)
-        self.encoders = tuple(parameter for parameter in found if parameter.name not in loaded)
+        self.parameters = tuple(p for name, p in self._found.items() if name in loaded)
+        self.encoders = tuple(p for name, p in self._found.items() if name not in loaded)
         sizes: Counter[torch.dtype] = Counter()
         for parameter in self.parameters:
             if len(parameter.shape) > 1 and parameter.dtype.is_floating_point:
@@ -107,6 +116,7 @@ class DirectorySource(BaseSource):
         if stored in self._mxfp4:
             return self._mxfp4_parameter(name)
         shape, packed = tuple(expected.shape), stored in self._packed
+        decoded = self._is_decoded(stored)
         if isinstance(stored, Conversion):
             where, came = stored.keys[0][0], stored.outputs[name]
             home, came_shape, dtype = self._homes[where].path, tuple(came.shape), came.dtype
@@ -115,18 +125,31 @@ class DirectorySource(BaseSource):
             where, entry = stored, self._entry(stored)
             home, came_shape, dtype = self._homes[where].path, entry.shape, entry.dtype
             nbytes = sum(self._entry(member).nbytes for member in self._packed.get(where, [where]))
-        if not packed and came_shape != shape:
+        turned = name in conv1d_weights(self.skeleton)
+        found = Parameter(name, shape, dtype, nbytes, packed, False, decoded, turned)
+        if not packed and came_shape != found.shape_in_files:
             raise CheckpointError(
                 f"{home}: {where} has shape {list(came_shape)}, the configuration "
-                f"requires {list(shape)}; is config.json of another model?"
+                f"requires {list(found.shape_in_files)}; is config.json of another model?"
             )
-        if not packed and dtype.is_floating_point != expected.is_floating_point():
+        if decoded and turned:
+            raise CheckpointError(
+                f"{home}: {where} is quantised, and of a layer whose weights are transposed; that "
+                "is not supported. Use the model it was made from"
+            )
+        kinds_differ = dtype.is_floating_point != expected.is_floating_point()
+        if not packed and (kinds_differ or (dtype.is_floating_point and dtype.itemsize == 1)):
             raise CheckpointError(
                 f"{home}: {where} is {dtype}, expected are "
                 f"{'floating' if expected.is_floating_point() else 'whole'} numbers; is it "
                 "quantised in a way that config.json does not mention?"
             )
-        return Parameter(name, shape, dtype, nbytes, packed)
+        return found
+
+    def _is_decoded(self, stored: str | Conversion) -> bool:
+        """Return whether a key, or one that a conversion needs, is decoded when it is read."""
+        keys = [stored] if isinstance(stored, str) else [key for key, _ in stored.keys]
+        return any(isinstance(self._homes.get(key), DecodedFile) for key in keys)
 
     def _mxfp4_parameter(self, name: str) -> Parameter:
         keys = self._mxfp4[str(self._stored[name])]
@@ -178,6 +201,11 @@ class DirectorySource(BaseSource):
                     faults.append(f"{conversion.keys[0][0]}: becomes {name}, which is no parameter")
                 settled[name] = conversion
         find_experts(model, found.conversions, self.experts, self._empty)
+        for conversion in found.conversions:
+            # Of quantised experts that are stacked in the files, one alone is not decoded.
+            inputs = conversion.inputs[0] if conversion.inputs else []
+            if any(i.row is not None and self._is_decoded(i.key) for i in inputs):
+                conversion.inputs = []
         optional = model._keys_to_ignore_on_load_missing or ()
         faults += [
             f"{name}: missing"
@@ -228,6 +256,8 @@ class DirectorySource(BaseSource):
         return set(tied)
 
     def _equal(self, one: str, other: str) -> bool:
+        if self._is_decoded(one) or self._is_decoded(other):
+            return False
         a, b = self._entry(one), self._entry(other)
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             return False
@@ -259,6 +289,16 @@ class DirectorySource(BaseSource):
         entries = {key: self._entry(key) for key in self._packed[name]}
         return PackedExperts(name, self.experts[name], entries, self._read_row)
 
+    def _requests(self, key: str, row: int | None = None) -> list[Request]:
+        """Return what is read for a key, or for one index of its first dimension."""
+        home = self._homes[key]
+        return home.requests if isinstance(home, DecodedFile) else [self._request(key, row)]
+
+    def _made_of(self, key: str, tensors: list[Tensor]) -> Tensor:
+        """Return the value of a key from what was read for it."""
+        home = self._homes[key]
+        return home.decode(tensors) if isinstance(home, DecodedFile) else tensors[0]
+
     def _request(self, key: str, row: int | None = None) -> Request:
         entry = self._entry(key) if row is None else self._entry(key).row(row)
         return Request(self._homes[key].path, entry.start, entry.nbytes, entry.dtype, entry.shape)
@@ -288,17 +328,17 @@ class DirectorySource(BaseSource):
                 # A packed weight is a quarter of the bytes, and its JSON and tables are needed on
                 # the CPU.
                 yield Step((), partial(self._packed_weight, name, stored))
-            elif name in self.experts:
+            elif name in self.experts and not self._is_decoded(stored):
                 for index in range(self.experts[name]):
                     yield Step([self._request(stored, index)], partial(one_expert, name, index))
             else:
-                yield Step([self._request(stored)], partial(whole, name))
+                yield Step(self._requests(stored), partial(self._whole, name, stored))
 
     def _conversion_steps(self, conversion: Conversion) -> Iterator[Step]:
         if not conversion.inputs:
             yield Step((), partial(self._made, conversion))
         for index, inputs in enumerate(conversion.inputs):
-            requests = [self._request(i.key, i.row) for i in inputs]
+            requests = [request for i in inputs for request in self._requests(i.key, i.row)]
             yield Step(requests, partial(self._made_for_expert, conversion, index))
 
     def _packed_weight(self, name: str, key: str, _: list[Tensor]) -> list[tuple[str, Value]]:
@@ -317,8 +357,19 @@ class DirectorySource(BaseSource):
     def _made_for_expert(
         self, conversion: Conversion, index: int, tensors: list[Tensor]
     ) -> list[tuple[str, Value]]:
-        made = conversion.apply_to_expert(self.skeleton, index, tensors)
+        tensors.reverse()
+        inputs = (
+            self._made_of(i.key, [tensors.pop() for _ in self._requests(i.key, i.row)])
+            for i in conversion.inputs[index]
+        )
+        made = conversion.apply_to_expert(self.skeleton, index, inputs)
         return [(name, ExpertSlice(index, value)) for name, value in made.items()]
+
+    def _whole(self, name: str, key: str, tensors: list[Tensor]) -> list[tuple[str, Value]]:
+        value = self._made_of(key, tensors)
+        if name in self.experts:
+            return [(name, ExpertSlice(index, one)) for index, one in enumerate(value)]
+        return [(name, self._found[name].turned(value))]
 
     def tensor(self, name: str) -> Tensor | PackedWeight:  # noqa: D102
         stored = self._stored[name]
@@ -327,7 +378,8 @@ class DirectorySource(BaseSource):
         if stored in self._packed and name in self.experts:
             packed = self._packed_experts(name)
             return torch.stack([dequantize(packed.weight(e)) for e in range(self.experts[name])])
-        return self._read(stored)
+        value = self._read(stored)
+        return self._found[name].turned(value) if isinstance(value, Tensor) else value
 
     def matrices(self, name: str) -> Iterator[Tensor | PackedWeight]:  # noqa: D102
         stored, experts = self._stored[name], range(self.experts[name])
@@ -341,6 +393,8 @@ class DirectorySource(BaseSource):
             yield from super().matrices(name)
         elif stored in self._packed:
             yield from map(self._packed_experts(name).weight, experts)
+        elif self._is_decoded(stored):
+            yield from self._homes[stored].read(stored)
         else:
             yield from (self._read_row(stored, expert) for expert in experts)
 
@@ -465,11 +519,16 @@ def _take_template(tokenizer: PreTrainedTokenizerBase, directory: Path, name: st
 
 
 def read_config(directory: Path) -> PretrainedConfig:
-    """Return the configuration, its ``quantization_config`` checked and taken off.
+    """Return the configuration without ``quantization_config``, which is checked.
 
     Raises:
         CheckpointError: There is none, or it is not that of a model that can be loaded.
     """
+    return _read_config(directory)[0]
+
+
+def _read_config(directory: Path) -> tuple[PretrainedConfig, dict[str, Any] | None]:
+    """Return the configuration, and its ``quantization_config``, which is taken off."""
     if not (directory / "config.json").exists():
         if (directory / "adapter_config.json").exists():
             raise CheckpointError(
@@ -481,15 +540,9 @@ def read_config(directory: Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     packing = getattr(config, "quantization_config", None)
     if packing is not None:
-        method = packing.get("quant_method") if isinstance(packing, dict) else packing
-        if method != METHOD and not (isinstance(packing, dict) and packing.get("load_in_4bit")):
-            raise CheckpointError(
-                f"{directory} is quantised by {quote(method)}; of quantised models only "
-                "bitsandbytes' 4-bit ones and gpt-oss in MXFP4 are supported. Use the model it was "
-                "made from"
-            )
+        require_supported(directory, packing)
         del config.quantization_config
-    return config
+    return config, packing
 
 
 def _mxfp4_config(directory: Path) -> dict[str, Any]:
@@ -542,46 +595,3 @@ def write_description(
         (directory / path.name).write_bytes(path.read_bytes())
     if generation_config is not None:
         generation_config.to_json_file(directory / "generation_config.json")
-
-
-def _open_shards(directory: Path) -> tuple[list[SafetensorsFile], dict[str, SafetensorsFile]]:
-    """Return the files of weights, and the file of each key."""
-    weight_map: dict[str, str] = {}
-    if (directory / INDEX_NAME).exists():
-        index = read_json(directory / INDEX_NAME, "it names the shards").get("weight_map")
-        if not isinstance(index, dict) or not all(
-            isinstance(name, str) and name.isprintable() and Path(name).name == name
-            for name in index.values()
-        ):
-            raise CheckpointError(f"{directory / INDEX_NAME} has no weight_map of file names")
-        weight_map = index
-        paths = [directory / name for name in sorted(set(weight_map.values()))]
-    elif (directory / "model.safetensors").exists():
-        paths = [directory / "model.safetensors"]
-    else:
-        paths = sorted(directory.glob("*.safetensors"))
-    if not paths:
-        pickles = sorted(path.name for path in directory.glob("*.bin"))
-        raise CheckpointError(
-            f"{directory} has no safetensors files"
-            + (
-                f", only pickles ({', '.join(pickles[:3])}), which can run code and are not read; "
-                "convert them with transformers: save_pretrained(…)"
-                if pickles
-                else ""
-            )
-        )
-    shards = [SafetensorsFile(path) for path in paths]
-    homes: dict[str, SafetensorsFile] = {}
-    for shard in shards:
-        for key in shard.entries:
-            if key in homes:
-                raise CheckpointError(f"{key} is in {homes[key].path} and in {shard.path}")
-            homes[key] = shard
-    for key, name in weight_map.items():
-        if key not in homes or homes[key].path.name != name:
-            raise CheckpointError(
-                f"{directory / name} lacks {key}, which {INDEX_NAME} says it has; "
-                "download or copy the directory again"
-            )
-    return shards, homes

@@ -146,13 +146,17 @@ class TableArrangement:
     Args:
         file: The file.
         skeleton: A model of its configuration; it may be on the meta device.
+
+    Raises:
+        CheckpointError: If the keys contradict each other.
     """
 
     def __init__(self, file: GGUFFile, skeleton: PreTrainedModel) -> None:
         self._file = file
         layout, tied = Layout(skeleton.config), skeleton.all_tied_weights_keys
         names = [name for name in skeleton.state_dict() if name not in tied]
-        self._forms: dict[str, Form] = {name: layout.form(name) for name in names}
+        with foreign_reader(f"{file.path}: the sizes in its keys do not fit together"):
+            self._forms: dict[str, Form] = {name: layout.form(name) for name in names}
 
     def parts(self) -> dict[str, list[Stored]]:  # noqa: D102
         owner = {part: name for name, form in self._forms.items() for part in form.names}

@@ -17,6 +17,7 @@ from gguf import GGUFWriter
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from halfbyte.checkpoint import gguf_delta_net
 from halfbyte.checkpoint.gguf_file import BOOL, F32, U32
 from halfbyte.checkpoint.gguf_forms import (
     Form,
@@ -62,6 +63,7 @@ class Architecture(NamedTuple):
         one_plus_norms: Whether transformers' norms multiply by 1 + weight.
         ropes: The scaled kinds of rotary embeddings that are implemented.
         sliding: Every which layer is without a window; 0 if the architecture has no windows.
+        hybrid: The forms of its recurrent layers, from the configuration; None if it has none.
         found: Options that are true if a layer has a tensor.
         marker: A key that tells a file of this family from others of the same ``name``.
     """
@@ -77,6 +79,7 @@ class Architecture(NamedTuple):
     one_plus_norms: bool = False
     ropes: tuple[str, ...] = ("linear", "yarn")
     sliding: int = 0
+    hybrid: Callable[[PretrainedConfig], Mapping[str, Form]] | None = None
     found: Mapping[str, str] = {}
     marker: str = ""
 
@@ -96,6 +99,14 @@ _EXPERTS = {
 _USED = Key("expert_used_count", "num_experts_per_tok")
 _EXPERT_KEYS = (Key("expert_count", "num_experts"), _USED)
 _EXPERT_SIZE = Key("expert_feed_forward_length", "moe_intermediate_size")
+_SHARED_SIZE = Key("expert_shared_feed_forward_length", "shared_expert_intermediate_size")
+_SHARED_GATE = {"mlp.shared_expert_gate.weight": single_row("ffn_gate_inp_shexp.weight")}
+_DELTA_NET_KEYS = (
+    Key("ssm.conv_kernel", "linear_conv_kernel_dim"),
+    Key("ssm.state_size", "linear_key_head_dim"),
+    Key("ssm.group_count", "linear_num_key_heads"),
+    Key("ssm.time_step_rank", "linear_num_value_heads"),
+)
 _SILU = {"hidden_act": "silu"}
 _BIASES = {"attention_bias": "attn_output.bias", "mlp_bias": "ffn_gate.bias"}
 _UNBIASED = {"attention_bias": False, "mlp_bias": False}
@@ -129,6 +140,12 @@ def _gemma(layers_of_27b: int, **options: Any) -> Implied:
         }
 
     return implied
+
+
+def _delta_net(known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is implied for hybrids: heads of values as wide as those of keys."""
+    wide = {"linear_value_head_dim": known["linear_key_head_dim"]}
+    return {**_SILU, **wide, "attention_bias": False}
 
 
 def _without_rope(known: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,16 +197,9 @@ ARCHITECTURES = (
         "qwen2_moe",
         "qwen2moe",
         "Qwen 2 MoE",
-        keys=(
-            *_EXPERT_KEYS,
-            _EXPERT_SIZE,
-            Key("expert_shared_feed_forward_length", "shared_expert_intermediate_size"),
-        ),
+        keys=(*_EXPERT_KEYS, _EXPERT_SIZE, _SHARED_SIZE),
         implied=_square(**_SILU, **_SPARSE, norm_topk_prob=False, tie_word_embeddings=False),
-        tensors={
-            **_EXPERTS,
-            "mlp.shared_expert_gate.weight": single_row("ffn_gate_inp_shexp.weight"),
-        },
+        tensors={**_EXPERTS, **_SHARED_GATE},
         found={"qkv_bias": "attn_q.bias"},
     ),
     Architecture("qwen3", "qwen3", "Qwen 3", implied=_always(**_SILU, attention_bias=False)),
@@ -324,6 +334,38 @@ ARCHITECTURES = (
         sliding=2,
     ),
     Architecture(
+        "qwen3_5_text",
+        "qwen35",
+        "Qwen 3.5 (text)",
+        keys=_DELTA_NET_KEYS,
+        implied=_delta_net,
+        one_plus_norms=True,
+        ropes=(),
+        hybrid=gguf_delta_net.qwen35,
+    ),
+    Architecture(
+        "qwen3_5_moe_text",
+        "qwen35moe",
+        "Qwen 3.5 MoE (text)",
+        keys=(*_EXPERT_KEYS, _EXPERT_SIZE, _SHARED_SIZE, *_DELTA_NET_KEYS),
+        implied=_delta_net,
+        tensors={**_EXPERTS, **_SHARED_GATE},
+        one_plus_norms=True,
+        ropes=(),
+        hybrid=gguf_delta_net.qwen35,
+    ),
+    Architecture(
+        "qwen3_next",
+        "qwen3next",
+        "Qwen3-Next",
+        keys=(*_EXPERT_KEYS, _EXPERT_SIZE, _SHARED_SIZE, *_DELTA_NET_KEYS),
+        implied=lambda known: {**_delta_net(known), **_SPARSE, "norm_topk_prob": True},
+        tensors={**_EXPERTS, **_SHARED_GATE},
+        one_plus_norms=True,
+        ropes=(),
+        hybrid=gguf_delta_net.qwen3_next,
+    ),
+    Architecture(
         "olmo2",
         "olmo2",
         "OLMo 2",
@@ -394,6 +436,10 @@ class Layout:
 
     def _require_windows(self) -> None:
         kinds = getattr(self.config, "layer_types", None) or []
+        if self.architecture.hybrid is not None:
+            every = kinds.index("full_attention") + 1 if "full_attention" in kinds else 0
+            if not every or kinds != layer_types(len(kinds), every, "linear_attention"):
+                raise unsaid("full attention on other layers than each n-th")
         every = self.architecture.sliding
         if every and self.window and kinds != layer_types(len(kinds), every):
             raise unsaid(f"windows of attention on other layers than {every - 1} of {every}")
@@ -405,6 +451,11 @@ class Layout:
         unexpressed = self.window is not None and not self.architecture.sliding
         return min(context, self.window) if unexpressed and self.window else context
 
+    @functools.cached_property
+    def _forms(self) -> Mapping[str, Form]:
+        row = self.architecture
+        return {**row.tensors, **(row.hybrid(self.config) if row.hybrid is not None else {})}
+
     def form(self, parameter: str) -> Form:
         """Return how a parameter is stored.
 
@@ -415,8 +466,8 @@ class Layout:
         parameter = parameter.replace("model.language_model.", "model.")
         if match := _LAYER.fullmatch(parameter):
             number, rest = match.groups()
-            if rest in row.tensors:
-                return row.tensors[rest].under(f"blk.{number}.")
+            if rest in self._forms:
+                return self._forms[rest].under(f"blk.{number}.")
         name: str | None = self._names.get_name(parameter, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise unsaid(f"the parameter {parameter}")
@@ -443,6 +494,8 @@ class Layout:
         if self.window is not None and row.sliding:
             writer.add_sliding_window(self.window)
             writer.add_uint32(f"{row.name}.attention.sliding_window_pattern", row.sliding)
+        if row.hybrid is not None:
+            gguf_delta_net.add_keys(writer, config)
         self.rope.add_keys(writer)
         writer.add_vocab_size(rows)
 
@@ -451,8 +504,6 @@ class Layout:
         return self.rope.tensors()
 
 
-def layer_types(layers: int, every: int) -> list[str]:
-    """Return transformers' kinds of layers of which each ``every``-th has no window."""
-    return [
-        "sliding_attention" if (layer + 1) % every else "full_attention" for layer in range(layers)
-    ]
+def layer_types(layers: int, every: int, other: str = "sliding_attention") -> list[str]:
+    """Return transformers' kinds of layers of which each ``every``-th has full attention."""
+    return [other if (layer + 1) % every else "full_attention" for layer in range(layers)]

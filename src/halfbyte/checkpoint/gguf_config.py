@@ -55,6 +55,7 @@ def _options(file: GGUFFile, row: Architecture, kind: type[PretrainedConfig]) ->
             options[option] = value
         elif option in _SIZES:
             raise CheckpointError(f"{file.path} lacks the key {file.architecture}.{key}")
+    _require_sizes(file, options)
     heads = options["num_attention_heads"]
     options.setdefault("num_key_value_heads", heads)
     wide = options["hidden_size"] // max(1, heads)
@@ -83,6 +84,16 @@ def _options(file: GGUFFile, row: Architecture, kind: type[PretrainedConfig]) ->
                 "full_attention": rope,
                 "sliding_attention": {"rope_type": "default", "rope_theta": local},
             }
+    if row.hybrid is not None:
+        interval = file.architecture_key("full_attention_interval", U32) or 4
+        layers = options["num_hidden_layers"]
+        options["layer_types"] = layer_types(layers, interval, "linear_attention")
+        name = f"{file.architecture}.rope.dimension_sections"
+        if name in file.keys:
+            rope |= {"mrope_section": file.array(name)[1][:3], "mrope_interleaved": True}
+    usual = kind().rope_parameters or {}
+    if usual.get("partial_rotary_factor", 1.0) != 1.0:
+        rope.setdefault("partial_rotary_factor", 1.0)
     window = file.architecture_key("attention.sliding_window", U32)
     if window and hasattr(kind, "sliding_window"):
         options["sliding_window"] = window
@@ -90,6 +101,21 @@ def _options(file: GGUFFile, row: Architecture, kind: type[PretrainedConfig]) ->
         rope["truncate"] = False  # as every model of the family; no key says it
     options["rope_parameters"] = rope
     return options
+
+
+def _require_sizes(file: GGUFFile, options: dict[str, Any]) -> None:
+    """Check numbers from which lists are made, before any is made.
+
+    Raises:
+        CheckpointError: If one is larger than the file could have.
+    """
+    layers, tensors = options["num_hidden_layers"], len(file.tensors)
+    if layers > tensors:
+        raise CheckpointError(f"{file.path} should have {layers} layers, and has {tensors} tensors")
+    for heads in ("linear_num_key_heads", "linear_num_value_heads"):
+        wide = options.get(heads, 0) * max(1, options.get("linear_key_head_dim", 0))
+        if wide > file.size:
+            raise CheckpointError(f"{file.path} has {file.size} bytes, too few for its {heads}")
 
 
 def _every(file: GGUFFile, every: int, layers: int) -> list[str]:

@@ -31,6 +31,7 @@ from halfbyte.checkpoint.gguf_types import FILE_TYPES, FileType, TensorTypes
 from halfbyte.checkpoint.gguf_vocabulary import add_vocabulary, copy_vocabulary
 from halfbyte.checkpoint.mxfp4_keys import dense
 from halfbyte.checkpoint.peft import LoadedAdapter
+from halfbyte.checkpoint.serving import experts_and_routers
 from halfbyte.checkpoint.source import BaseSource
 from halfbyte.errors import WeightError
 from halfbyte.quant import MXFP4Weight
@@ -171,6 +172,8 @@ def write_gguf_lora(
         raise unsaid(f"an adapter with modules trained in full ({', '.join(kinds)})")
     if adapter.config.use_dora:
         raise unsaid("a DoRA adapter")
+    if others := experts_and_routers(adapter.config.target_parameters):
+        raise unsaid(f"an adapter of experts or routers ({', '.join(others)})")
     layout = Layout(source.config)
     own = {parameter.name for parameter in source.parameters}
     kind = GGMLQuantizationType[file_type.upper()]
@@ -202,7 +205,8 @@ def matrices(adapter: LoadedAdapter) -> Iterator[tuple[str, float, Tensor, Tenso
     for name in [name for name in adapter.state if name.endswith(ending)]:
         module = name.removesuffix(ending)
         a, b = adapter.state[name], adapter.state[f"{module}.lora_B.weight"]
-        yield module, adapter.config.at(module).scaling, a.float(), b.float()
+        path = module if module in adapter.config.target_modules else f"{module}.weight"
+        yield module, adapter.config.at(path).scaling, a.float(), b.float()
 
 
 @contextlib.contextmanager

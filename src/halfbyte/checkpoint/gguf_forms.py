@@ -106,3 +106,52 @@ def alternating_biases(first: str, second: str) -> Form:
 def single_row(name: str) -> Form:
     """A matrix of one row [1, columns], stored as a vector."""
     return Form((name,), lambda value: (value[0],), lambda parts: parts[0][None], False)
+
+
+def rows_in_order(*tensors: tuple[str, Tensor]) -> Form:
+    """A matrix or vector whose rows are distributed: (name, which rows), in their new order."""
+    orders = [rows for _, rows in tensors]
+    back = torch.cat(orders).argsort()
+
+    def split(value: Tensor) -> tuple[Tensor, ...]:
+        return tuple(value[rows.to(value.device)] for rows in orders)
+
+    return Form(
+        tuple(name for name, _ in tensors),
+        split,
+        lambda parts: torch.cat(tuple(parts))[back.to(parts[0].device)],
+        True,
+    )
+
+
+def columns_in_order(name: str, order: Tensor) -> Form:
+    """A matrix [rows, columns] whose columns are in another order."""
+    back = order.argsort()
+    return Form(
+        (name,),
+        lambda value: (value[:, order.to(value.device)],),
+        lambda parts: parts[0][:, back.to(parts[0].device)],
+        False,
+    )
+
+
+def convolution(name: str, order: Tensor) -> Form:
+    """A depthwise convolution [channels, 1, width], stored as [channels, width]."""
+    back = order.argsort()
+    return Form(
+        (name,),
+        lambda value: (value[order.to(value.device), 0],),
+        lambda parts: parts[0][back.to(parts[0].device)][:, None],
+        False,
+    )
+
+
+def decay(name: str, order: Tensor) -> Form:
+    """The logarithm of a decay for each head, stored as its negative exponential."""
+    back = order.argsort()
+    return Form(
+        (name,),
+        lambda value: (-value[order.to(value.device)].exp(),),
+        lambda parts: (-parts[0]).log()[back.to(parts[0].device)],
+        False,
+    )

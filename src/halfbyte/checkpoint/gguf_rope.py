@@ -26,7 +26,8 @@ FREQUENCIES = "rope_freqs.weight"
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 _YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
 _KNOWN = {
-    "default": {"partial_rotary_factor"},
+    # Positions of text are the same in each section of Qwen's, and change nothing.
+    "default": {"partial_rotary_factor", "mrope_section", "mrope_interleaved"},
     "linear": {"partial_rotary_factor", "factor"},
     "yarn": {
         *("partial_rotary_factor", "factor", "original_max_position_embeddings", "truncate"),

@@ -114,7 +114,7 @@ _MIXTURES: dict[FileType, _Mixture] = {
 }
 FILE_TYPES: tuple[FileType, ...] = get_args(FileType)
 # Small and sensitive: llama.cpp's converter and quantiser leave them in float32.
-_FLOAT32 = {"ffn_gate_inp", "ffn_gate_inp_shexp"}
+_FLOAT32 = {"ffn_gate_inp", "ffn_gate_inp_shexp", "ssm_conv1d"}
 
 
 class TensorTypes:
@@ -151,9 +151,11 @@ class TensorTypes:
             name: Its name in the file.
             shape: Its shape.
         """
-        module, _, leaf = name.rpartition(".")
+        if len(shape) < 2 or not name.endswith(".weight"):
+            return Kind.F32
+        module = name.removesuffix(".weight")
         _, number, role = module.split(".") if module.startswith("blk.") else ("", "0", module)
-        if len(shape) < 2 or leaf != "weight" or role in _FLOAT32:
+        if role in _FLOAT32:
             return Kind.F32
         mixture = self._mixture
         if role == "output" or (role == "token_embd" and self._tied):

@@ -110,6 +110,7 @@ def _computing(ours: Layout, theirs: Layout) -> list[tuple[str, Any, Any]]:
     row = ours.architecture
     names = [key.option for key in (*COMMON, *row.keys)] + [*row.found, "vocab_size"]
     names += ["sliding_window", "layer_types"] if row.sliding else []
+    names += ["layer_types", "linear_value_head_dim"] if row.hybrid is not None else []
     found: list[tuple[str, Any, Any]] = [("head_dim", ours.head_dim, theirs.head_dim)]
     for name in names:
         value = getattr(ours.config, name, None)

@@ -43,6 +43,7 @@ from halfbyte.checkpoint.source import DECODED_FROM, BaseSource, ExpertSlice, Pa
 from halfbyte.data import end_of_turn
 from halfbyte.errors import CheckpointError
 from halfbyte.layers.multimodal import build_whole
+from halfbyte.linear.expert_lora import ExpertLoRA
 from halfbyte.linear.experts import expert_linears
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.lora import delta
@@ -79,7 +80,8 @@ class Merged(BaseSource):
 
     Raises:
         CheckpointError: If the original weights are requested, and the files have packed ones, or
-            others are to be packed beside experts in MXFP4, which no program loads.
+            others are to be packed beside experts in MXFP4, which no program loads; or if layers
+            that share a weight have adapters (Zamba 2's), each of which would change it.
     """
 
     def __init__(
@@ -93,6 +95,13 @@ class Merged(BaseSource):
         self.name, self.config, self.skeleton = base.name, base.config, base.skeleton
         self._linears = {f"{path}.weight": m for path, m in frozen_linears(model).items()}
         self._experts = expert_linears(model)
+        tied: dict[str, str] = base.skeleton.all_tied_weights_keys
+        adapted = {name for name, linear in self._linears.items() if linear.adapter is not None}
+        if shared := sorted(adapted & {*tied, *tied.values()}):
+            raise CheckpointError(
+                f"the adapter cannot be merged: {shared[0]} is the weight of several layers of "
+                f"{base.name}, each with an adapter of its own. Use the adapter as it is"
+            )
         held: BaseRecipe = model.halfbyte_recipe
         self._recipe = dataclasses.replace(held, quant="nf4")
         # Other programs do not support a packed embedding, and not all support a packed head.
@@ -134,8 +143,12 @@ class Merged(BaseSource):
         )
         untied = len(self.parameters) > len(base.parameters)
         # The linears of a model with experts in MXFP4 are in 16 bits.
-        was = held.quant if held.experts is None else None if self._mxfp4 else held.experts
-        decoded = into == "decoded" and was not in (None, "none")
+        was: str | None = (
+            held.quant if held.experts is None else None if self._mxfp4 else held.experts
+        )
+        if into == "original" or was == "none":
+            was = base.decoded_from
+        decoded = into != "nf4" and was is not None
         if untied or decoded:
             self.config = copy.deepcopy(base.config)
         if decoded:
@@ -161,8 +174,11 @@ class Merged(BaseSource):
 
     @cached_property
     def form(self) -> SavedForm | None:
-        """The form in which it is written; None if it is packed."""
-        if self.into == "nf4":
+        """The form in which it is written; None if names and shapes are those of the parameters.
+
+        So they are if it is packed. GPT-2's linears are only transposed.
+        """
+        if self.into == "nf4" or any(parameter.transposed for parameter in self.parameters):
             return None
         written = (p for p in (*self.parameters, *self.encoders) if not p.mxfp4)
         empty = {p.name: empty_like(p.shape, p.dtype) for p in written}
@@ -187,7 +203,7 @@ class Merged(BaseSource):
                 )
                 plan += plan_keys(parameter.name, empty)
             elif self.form is None:
-                plan.append(Planned(parameter.name, parameter.dtype, parameter.shape))
+                plan.append(Planned(parameter.name, parameter.dtype, parameter.shape_in_files))
         return plan
 
     @property
@@ -250,13 +266,19 @@ class Merged(BaseSource):
             CheckpointError: If a file of the base ends early.
         """
         linear = self._experts[name]
+        adapter = linear.adapter
         original = self._base.matrices(name) if self.into == "original" else None
         for expert in range(linear.num_experts):
             if original is not None:
                 weight = next(original)
                 assert isinstance(weight, Tensor)
+                weight = weight.to(linear.device)
+                if isinstance(adapter, ExpertLoRA):
+                    weight = adapter.delta(expert).add_(weight)
             else:
                 weight = linear.decode(expert, expert + 1, torch.float32)[0]
+                if isinstance(adapter, ExpertLoRA):
+                    weight = adapter.delta(expert).add_(weight)
                 if linear.packed and isinstance(linear.packed[expert], MXFP4Weight):
                     weight = weight.t()  # see mxfp4_keys.py
             yield weight.to(linear.device, self.dtype).contiguous()
@@ -353,6 +375,7 @@ def _keys(
 
 def _tensors(merged: Merged) -> Iterator[tuple[str, Tensor | Row]]:
     """Yield the tensors of the files, or their rows, by key."""
+    every = {parameter.name: parameter for parameter in (*merged.parameters, *merged.encoders)}
     encoders = ((parameter.name, merged.tensor(parameter.name)) for parameter in merged.encoders)
     values: Iterator[tuple[str, Any]] = chain(merged.tensors(), encoders)
     if merged.form is not None:
@@ -365,5 +388,5 @@ def _tensors(merged: Merged) -> Iterator[tuple[str, Tensor | Row]]:
         elif isinstance(value, QuantizedWeight):
             yield from encode_keys(name, value).items()
         else:
-            yield name, value
+            yield name, every[name].turned(value) if name in every else value
         del value

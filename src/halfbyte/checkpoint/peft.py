@@ -1,4 +1,4 @@
-"""Adapters on disk, in PEFT's format.
+"""Adapters on disk, in PEFT's format; for ``adapter_config.json`` see peft_config.py.
 
 An adapter is a directory: ``adapter_config.json`` (targets and options), ``adapter_model
 .safetensors`` (``base_model.model.<module path>.lora_A.weight`` [r, in] and ``.lora_B.weight``
@@ -15,15 +15,12 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 
 from halfbyte.atomic import (
@@ -33,16 +30,20 @@ from halfbyte.atomic import (
     remove_partial,
     require_writable,
 )
+from halfbyte.checkpoint.peft_config import (
+    check_plain,
+    config_of,
+    names_in,
+    parameters_at,
+    peft_fields,
+)
 from halfbyte.checkpoint.reading import read_json
 from halfbyte.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
-from halfbyte.errors import CheckpointError, ConfigError
-from halfbyte.foreign_text import quote
+from halfbyte.errors import CheckpointError
 from halfbyte.layers.multimodal import removed_modules
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.lora import (
-    ALL_LINEAR,
     LoRAConfig,
-    at_end,
     attach,
     detach,
     frozen_linears,
@@ -59,31 +60,13 @@ CARD_NAME = "halfbyte.json"
 PREFIX = "base_model.model."
 _TENSOR = re.compile(r"(?P<module>.+)\.lora_([AB]\.weight|magnitude_vector)")
 
-# What PEFT can express and a plain pair of matrices with one scale cannot: (key, harmless values).
-_BEYOND_US: dict[str, tuple[Any, ...]] = {
-    "lora_bias": (False, None),
-    "bias": ("none", None),
-    "fan_in_fan_out": (False, None),
-    "layer_replication": (None, []),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "use_qalora": (False, None),
-    "alora_invocation_tokens": (None, []),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "monteclora_config": (None,),
-    "use_bdlora": (None, False),
-    "ensure_weight_tying": (None, False),  # the head follows the embedding in training
-    # PiSSA, OLoRA, CorDA and LoftQ change the base weights too, which the adapter does not hold.
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
-}
-
 
 class LoadedAdapter(NamedTuple):
     """An adapter read from disk.
 
     Attributes:
-        config: The adapter's configuration; its targets are the paths of the modules with tensors.
+        config: The adapter's configuration; its targets are the paths of the modules with tensors,
+            and the parameters, by the ends of their paths.
         state: ``<module path>.lora_A.weight``, ``.lora_B.weight`` and, with DoRA,
             ``.lora_magnitude_vector``, float32.
         saved: Tensors that replace the base model's, by their names there.
@@ -139,7 +122,18 @@ class LoadedAdapter(NamedTuple):
         """
         linears = [path for path, m in skeleton.named_modules() if isinstance(m, nn.Linear)]
         self.require_layers(linears, removed_modules(skeleton))
+        self._require_parameters(skeleton)
         return linears
+
+    def _require_parameters(self, model: nn.Module) -> None:
+        """Check that the modules whose parameters the adapter changes are in a model."""
+        config, modules = self.config, dict(model.named_modules())
+        for name in self.state:
+            paths = parameters_at(_module_of(name), config.target_modules, config.target_parameters)
+            if paths and paths[0].rpartition(".")[0] not in modules:
+                raise CheckpointError(
+                    f"the adapter does not fit this model, which does not have {paths[0]}"
+                )
 
     def put_on(self, model: nn.Module) -> None:
         """Attach the adapter to ``model``, a model of ``load_base``.
@@ -148,6 +142,7 @@ class LoadedAdapter(NamedTuple):
             CheckpointError: If any of its tensors has no place there; nothing is attached then.
         """
         self.require_layers(frozen_linears(model), removed_modules(model))
+        self._require_parameters(model)
         places = {name: _place_of(model, name, tensor) for name, tensor in self.saved.items()}
         attach(model, self.config, seed=0)
         try:
@@ -205,6 +200,7 @@ def save_adapter(
     base: Mapping[str, Any],
     recipe: Mapping[str, Any],
     removed: Collection[str] = (),
+    fan_in_fan_out: bool = False,
     more: Mapping[str, Any] = MappingProxyType({}),
     tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> Path:
@@ -213,11 +209,12 @@ def save_adapter(
     Args:
         directory: The directory; created if necessary, other files in it are kept.
         state: The result of ``lora.adapter_state``.
-        config: The configuration it was attached with.
+        config: The configuration it was attached with, in PEFT's terms (`lora.in_peft_terms`).
         base: The result of ``identity_of`` for the base model; at least its ``name``.
         recipe: The base model's quantisation in training (JSON values), for loading.
         removed: Paths of modules that the base model has in other programs and did not have in
             training (`layers.multimodal.remove_encoders`); the targets do not match them.
+        fan_in_fan_out: Whether the linears are Conv1D in other programs, as PEFT says of them.
         more: More fields of ``halfbyte.json``, as JSON values.
         tokenizer: Saved with it if given, with its chat template.
 
@@ -230,7 +227,16 @@ def save_adapter(
     directory = require_writable(directory, sum(tensor.nbytes for tensor in state.values()))
     with new_file(directory / WEIGHTS_NAME) as file:
         write_safetensors(file, {PREFIX + name: tensor for name, tensor in state.items()})
-    write_card(directory, state, config, base=base, recipe=recipe, removed=removed, more=more)
+    write_card(
+        directory,
+        state,
+        config,
+        base=base,
+        recipe=recipe,
+        removed=removed,
+        fan_in_fan_out=fan_in_fan_out,
+        more=more,
+    )
     if tokenizer is not None:
         with output_errors(directory):
             _save_tokenizer(tokenizer, directory)
@@ -257,6 +263,7 @@ def write_card(
     base: Mapping[str, Any],
     recipe: Mapping[str, Any],
     removed: Collection[str] = (),
+    fan_in_fan_out: bool = False,
     more: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write the description of an adapter with tensors ``names``; see ``save_adapter``.
@@ -266,11 +273,15 @@ def write_card(
     """
     whole = config.modules_to_save
     pairs = [name for name in names if _TENSOR.fullmatch(name) or not _is_of(name, whole)]
-    modules = sorted({_module_of(name) for name in pairs})
     card = {"format": 1, "base": dict(base), "recipe": dict(recipe), **more}
-    targets = _peft_targets(config.target_modules, modules, removed)
-    peft_config = _peft_config(config, targets, base["name"])
-    for name, fields in ((CARD_NAME, card), (CONFIG_NAME, peft_config)):
+    in_peft = peft_fields(
+        config,
+        map(_module_of, pairs),
+        removed,
+        base["name"],
+        fan_in_fan_out=fan_in_fan_out,
+    )
+    for name, fields in ((CARD_NAME, card), (CONFIG_NAME, in_peft)):
         with new_file(directory / name) as file:
             file.write(json.dumps(fields, indent=2).encode() + b"\n")
 
@@ -287,63 +298,6 @@ def _module_of(name: str) -> str:
     return match["module"]
 
 
-def _peft_config(config: LoRAConfig, targets: str | list[str], base_name: str) -> dict[str, Any]:
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "r": config.r,
-        "lora_alpha": _number(config.alpha),
-        "lora_dropout": config.dropout,
-        "use_rslora": config.use_rslora,
-        "target_modules": targets,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "modules_to_save": list(config.modules_to_save) or None,
-        "rank_pattern": dict(config.rank_pattern),
-        "alpha_pattern": {key: _number(alpha) for key, alpha in config.alpha_pattern.items()},
-        "use_dora": config.use_dora,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "revision": None,
-    }
-
-
-def _number(value: float) -> float:
-    return int(value) if float(value).is_integer() else value
-
-
-def _peft_targets(
-    targets: str | tuple[str, ...], modules: list[str], removed: Collection[str]
-) -> str | list[str]:
-    """Return the targets in PEFT's terms, which must mean exactly ``modules``.
-
-    PEFT resolves its own ``all-linear`` with the model it loads, and possibly differently from
-    ours, so the names are written out. In PEFT a name matches the end of a path only in a list; a
-    single string is always an expression. Names that would also match ``removed`` modules become
-    an expression of whole paths.
-    """
-    if targets == ALL_LINEAR:
-        targets = tuple(sorted({module.rpartition(".")[2] for module in modules}))
-    if not isinstance(targets, str):
-        ends = tuple(f".{name}" for name in targets)
-        if not any(f".{path}".endswith(ends) for path in removed):
-            return list(targets)
-        targets = _below_common_path(targets, modules)
-    exact = all(re.fullmatch(targets, module) for module in modules)
-    return targets if exact and not any(re.fullmatch(targets, r) for r in removed) else modules
-
-
-def _below_common_path(names: Iterable[str], modules: Iterable[str]) -> str:
-    """Return an expression of what ends with one of the names, where all ``modules`` are."""
-    parts = zip(*(module.split(".")[:-1] for module in modules), strict=False)
-    common = [part[0] for part in takewhile(lambda part: len(set(part)) == 1, parts)]
-    root = "".join(re.escape(f"{part}.") for part in common)
-    return rf"{root}(.*\.)?({'|'.join(map(re.escape, names))})"
-
-
 def load_adapter(directory: str | Path) -> LoadedAdapter:
     """Read an adapter written by halfbyte or PEFT; ``identity`` checks whether it fits a model.
 
@@ -355,7 +309,7 @@ def load_adapter(directory: str | Path) -> LoadedAdapter:
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is no directory; expected the directory of an adapter")
     fields = read_json(directory / CONFIG_NAME, "an adapter's directory holds one")
-    _check_plain(directory, fields)
+    check_plain(directory, fields)
     info: dict[str, Any] = {}
     if (directory / CARD_NAME).exists():
         info = read_json(directory / CARD_NAME, "halfbyte writes one")
@@ -390,30 +344,10 @@ def template_in(card: Mapping[str, Any]) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _check_plain(directory: Path, fields: dict[str, Any]) -> None:
-    kind = fields.get("peft_type")
-    if kind != "LORA":
-        raise CheckpointError(
-            f"{directory} is a PEFT adapter of type {quote(kind)}; only LORA is supported"
-        )
-    beyond = [
-        f"{key}={quote(fields[key])}"
-        for key, harmless in _BEYOND_US.items()
-        if key in fields and fields[key] not in harmless
-    ]
-    if beyond:
-        raise CheckpointError(
-            f"the adapter {directory} is more than LoRA: {', '.join(beyond)}; "
-            "merge it into its base with PEFT, and use the merged model"
-        )
-
-
 def _read_state(
     file: SafetensorsFile, fields: dict[str, Any]
 ) -> tuple[LoRAConfig, dict[str, Tensor], dict[str, Tensor]]:
-    whole = fields.get("modules_to_save") or []
-    if not isinstance(whole, list) or not all(isinstance(name, str) for name in whole):
-        raise CheckpointError(f"{file.path.parent / CONFIG_NAME}: modules_to_save should be a list")
+    whole = names_in(file.path.parent / CONFIG_NAME, fields, "modules_to_save")
     names = [name.removeprefix(PREFIX) for name in file.entries if name.startswith(PREFIX)]
     pairs = [name for name in names if _TENSOR.fullmatch(name)]
     saved = [name for name in names if name not in pairs and _is_of(name, whole)]
@@ -428,10 +362,11 @@ def _read_state(
             f"{', '.join(foreign[:4]) or 'nothing'}"
         )
     modules = list(dict.fromkeys(_module_of(name) for name in pairs))
-    config = _config_of(file.path.parent / CONFIG_NAME, fields, modules)
+    config = config_of(file.path.parent / CONFIG_NAME, fields, modules)
     state: dict[str, Tensor] = {}
     for module in modules:
-        rank = config.at(module).r
+        # Of a parameter, the rank of each matrix; how many there are is up to the model.
+        rank = config.at(module).r if module in config.target_modules else None
         expected: dict[str, tuple[int | None, ...]] = {
             f"{module}.lora_A.weight": (rank, None),
             f"{module}.lora_B.weight": (None, rank),
@@ -469,57 +404,3 @@ def _numbers(file: SafetensorsFile, name: str) -> Tensor:
             "damaged. Use an earlier checkpoint"
         )
     return tensor
-
-
-_Rank = Annotated[int, Field(strict=True, ge=1)]
-_Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-
-
-class _Numbers(BaseModel):
-    """The numeric fields of ``adapter_config.json``."""
-
-    r: _Rank
-    lora_alpha: _Number
-    lora_dropout: Annotated[_Number, Field(ge=0, lt=1)] = 0.0
-    use_rslora: bool | None = None
-    use_dora: bool | None = None
-    rank_pattern: dict[str, _Rank] | None = None
-    alpha_pattern: dict[str, _Number] | None = None
-
-
-def _config_of(path: Path, fields: dict[str, Any], modules: list[str]) -> LoRAConfig:
-    """Return the configuration of an adapter of ``modules``, without patterns for other modules.
-
-    Raises:
-        CheckpointError: If a number or a pattern is invalid.
-    """
-    try:
-        numbers = _Numbers.model_validate(fields)
-        config = LoRAConfig(
-            r=numbers.r,
-            alpha=numbers.lora_alpha,
-            dropout=numbers.lora_dropout,
-            use_rslora=bool(numbers.use_rslora),
-            use_dora=bool(numbers.use_dora),
-            target_modules=tuple(modules),
-            rank_pattern=numbers.rank_pattern or {},
-            alpha_pattern=numbers.alpha_pattern or {},
-        )
-    except ValidationError as error:
-        names = dict.fromkeys(str(e["loc"][0]) for e in error.errors())
-        wrong = [f"{name}={quote(fields.get(name))}" for name in names]
-        raise CheckpointError(
-            f"{path}: {', '.join(wrong)} are not the numbers of an adapter"
-        ) from None
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    used = {
-        key
-        for key in (*config.rank_pattern, *config.alpha_pattern)
-        if any(at_end(key, module) for module in modules)
-    }
-    return replace(
-        config,
-        rank_pattern={k: v for k, v in config.rank_pattern.items() if k in used},
-        alpha_pattern={k: v for k, v in config.alpha_pattern.items() if k in used},
-    )

@@ -5,12 +5,23 @@ which the adapters of ``tests/checkpoint/test_serving.py`` were given to once (L
 what `gguf_export.write_gguf_lora` cannot express.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values of vLLM's ``--max-lora-rank``; 16 is its default."""
 _VLLM_WHOLE = {"classifier", "score"}
+# Linear layers that PEFT adapts as parameters: of shared experts, and beside experts.
+_LINEARS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+
+
+def experts_and_routers(parameters: Iterable[str]) -> list[str]:
+    """The ``target_parameters`` that are of experts or routers, not of linear layers."""
+    return [
+        name
+        for name in parameters
+        if not (name.endswith(".weight") and name.split(".")[-2] in _LINEARS)
+    ]
 
 
 def largest_rank(fields: Mapping[str, Any]) -> int:
@@ -38,6 +49,8 @@ def vllm_refuses(fields: Mapping[str, Any]) -> list[str]:
         reasons.append("DoRA")
     if fields.get("lora_bias") or fields.get("bias", "none") != "none":
         reasons.append("biases")
+    if others := experts_and_routers(fields.get("target_parameters") or []):
+        reasons.append(f"adapters of experts or routers ({', '.join(others)})")
     if vllm_rank(fields) is None:
         reasons.append(f"rank {largest_rank(fields)}, more than {VLLM_RANKS[-1]}")
     return reasons
@@ -50,4 +63,6 @@ def llama_cpp_refuses(fields: Mapping[str, Any]) -> list[str]:
         reasons.append(f"modules trained in full ({', '.join(whole)})")
     if fields.get("use_dora"):
         reasons.append("DoRA")
+    if others := experts_and_routers(fields.get("target_parameters") or []):
+        reasons.append(f"adapters of experts or routers ({', '.join(others)})")
     return reasons

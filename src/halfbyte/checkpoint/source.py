@@ -26,15 +26,17 @@ from transformers import (
 )
 
 from halfbyte.checkpoint.mxfp4_keys import dense
+from halfbyte.checkpoint.quantized_sources.cost import packing_error
 from halfbyte.checkpoint.reading import read_into
 from halfbyte.errors import CheckpointError
 from halfbyte.layers.experts import expert_parameters
 from halfbyte.layers.multimodal import build_whole, unknown_class, why_unsupported
+from halfbyte.layers.targets import linears_to_freeze
 from halfbyte.models.build import BaseRecipe
 from halfbyte.quant import PackedWeight
 
 DECODED_FROM = "halfbyte_decoded_from"
-"""The field of ``config.json`` with the former 4-bit type of a merged model's weights."""
+"""The field of ``config.json`` that says what a merged model's weights were decoded from."""
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
@@ -46,11 +48,13 @@ class Parameter(NamedTuple):
 
     Attributes:
         name: Its name in transformers.
-        shape: Its shape.
+        shape: Its shape in the model.
         dtype: Its dtype; for a packed weight, the one it was packed from.
         nbytes: Its bytes in the files.
         packed: Whether it is a ``QuantizedWeight`` or an ``MXFP4Weight``, or experts that are.
         mxfp4: Whether it is the latter: experts [experts, out, in], ``shape`` being transformers'.
+        decoded: Whether the files hold it quantised in another way, and it is decoded when read.
+        transposed: Whether files hold it transposed while it is not packed (`layers.conv1d`).
     """
 
     name: str
@@ -59,6 +63,17 @@ class Parameter(NamedTuple):
     nbytes: int
     packed: bool
     mxfp4: bool = False
+    decoded: bool = False
+    transposed: bool = False
+
+    @property
+    def shape_in_files(self) -> tuple[int, ...]:
+        """Its shape in files while it is not packed."""
+        return self.shape[::-1] if self.transposed else self.shape
+
+    def turned(self, value: Tensor) -> Tensor:
+        """Return a plain value in the form of files from the model's, or the other way around."""
+        return value.t().contiguous() if self.transposed else value
 
 
 class ExpertSlice(NamedTuple):
@@ -85,6 +100,7 @@ class BaseSource(ABC):
             them, to write them as they are.
         dtype: The dtype of a 16-bit copy of its matrices.
         chat_template: Used instead of the tokenizer's own, if set.
+        decoded_from: How the files are quantised, if weights are decoded when they are read.
         mxfp4_config: The ``quantization_config`` of files that have experts in MXFP4.
     """
 
@@ -95,6 +111,7 @@ class BaseSource(ABC):
     encoders: tuple[Parameter, ...] = ()
     dtype: torch.dtype
     chat_template: str | None = None
+    decoded_from: str | None = None
     mxfp4_config: dict[str, Any] | None = None
 
     @property
@@ -274,11 +291,14 @@ def foreign_reader(trouble: str) -> Iterator[None]:
 
 
 def warn_of_packing_again(source: BaseSource, recipe: BaseRecipe) -> None:
-    """Warn if weights that were decoded from 4 bits and then changed are to be packed.
+    """Warn if weights that were decoded from another quantisation are to be packed, or held so.
 
-    The update of an adapter is mostly less than half the distance between two levels: packing
-    rounds it away, and with it the effect of training.
+    Where they were decoded from 4 bits and then changed by an adapter, its update is mostly less
+    than half the distance between two levels: packing rounds it away, and with it the effect of
+    training.
     """
+    if source.decoded_from is not None and not recipe.quant_search:
+        logger.warning("%s", _cost_of_decoding(source, source.decoded_from, recipe))
     was = getattr(source.config, DECODED_FROM, None)
     packed = any(parameter.packed for parameter in source.parameters)
     # A search first loads the model without searching, which warns.
@@ -291,6 +311,30 @@ def warn_of_packing_again(source: BaseSource, recipe: BaseRecipe) -> None:
         source.name,
         was,
         recipe.quant,
+    )
+
+
+def _cost_of_decoding(source: BaseSource, method: str, recipe: BaseRecipe) -> str:
+    """Return a sentence on a model whose files are quantised in another way than ours."""
+    quantised = f"{source.name} is quantised: {method}"
+    if recipe.quant == "none":
+        return (
+            f"{quantised}. It is decoded and held in 16 or 32 bits: the weights of its files, up "
+            "to rounding"
+        )
+    head, frozen = source.skeleton.get_output_embeddings(), linears_to_freeze(source.skeleton)
+    linears = {f"{path}.weight" for path, linear in frozen.items() if linear is not head}
+    names = [p.name for p in source.parameters if p.decoded and p.name in linears]
+    measured = ""
+    if names:
+        error = packing_error(names, source.tensor, recipe)
+        measured = (
+            f", with a relative error of {100 * error:.1f} %, measured on a few of its weights"
+        )
+    return (
+        f"{quantised}. It is decoded and packed in {recipe.quant}{measured}. The base of an "
+        "adapter trained on it is then not exactly the model in its files; --quant none trains on "
+        "their weights, decoded"
     )
 
 

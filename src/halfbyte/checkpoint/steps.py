@@ -33,12 +33,6 @@ class Step(NamedTuple):
     make: Callable[[list[Tensor]], list[tuple[str, Value]]]
 
 
-def whole(name: str, tensors: list[Tensor]) -> list[tuple[str, Value]]:
-    """Return the only tensor of a step as the parameter ``name``."""
-    (tensor,) = tensors
-    return [(name, tensor)]
-
-
 def one_expert(name: str, expert: int, tensors: list[Tensor]) -> list[tuple[str, Value]]:
     """Return the only tensor of a step as an expert's part of ``name``."""
     (matrix,) = tensors

@@ -50,6 +50,9 @@ class PlanOptions(Options):
     target_modules: Annotated[tuple[str, ...], BeforeValidator(parse_names)] = Field(
         ("all-linear",), description="linear layers with an adapter: all-linear, or q_proj,v_proj …"
     )
+    target_parameters: Annotated[tuple[str, ...], BeforeValidator(parse_names)] = Field(
+        (), description="parameters with an adapter too, such as experts"
+    )
     optim: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = Field(
         "adamw", description="optimizer"
     )
@@ -110,9 +113,8 @@ def forecast(options: PlanOptions) -> Forecast:
     holding = Holding(
         options.quant, options.double_quant, options.block_size, itemsize=card.itemsize
     )
-    shape, holding, left_out = _shape(options, holding)
-    if left_out is not None:
-        notes.append(left_out)
+    shape, holding, said = _shape(options, holding)
+    notes += said
     memory = float(options.gpu_memory or card.memory)
     run = Run(
         holding,
@@ -127,6 +129,7 @@ def forecast(options: PlanOptions) -> Forecast:
         checkpoint_width=card.checkpoint_width,
         gpu=card.gpu,
         embedding_on_host=True,
+        parameters=options.target_parameters,
     )
     found = ways(shape, run, card, memory)
     return Forecast(shape, card, memory, run, found, advice(found, memory), notes)
@@ -172,15 +175,15 @@ def _card(options: PlanOptions) -> "GpuSpec":
     return min(CARDS.values(), key=lambda card: abs(card.memory - wanted))
 
 
-def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Holding", str | None]:
-    """Return the model's shape, how it is held, and what is not loaded.
+def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Holding", list[str]]:
+    """Return the model's shape, how it is held, and notes on its files.
 
     Tensors already packed stay packed.
     """
     from halfbyte.plan.model_shape import config_of, shape_of_config, shape_of_known
 
     if options.shape is not None and (shape := shape_of_known(options.shape)) is not None:
-        return shape, holding, None
+        return shape, holding, []
     import torch
     from transformers import AutoConfig
 
@@ -195,15 +198,17 @@ def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Hol
     from halfbyte.plan.ledger import Holding
     from halfbyte.train.memory_check import shape_of_source
 
-    def of_config(config: Any, name: str) -> tuple["ModelShape", "Holding", None]:
+    def of_config(config: Any, name: str) -> tuple["ModelShape", "Holding", list[str]]:
         shape = shape_of_config(config, name)
         require_trainable(build_decoder(config), adapters)
         if config.model_type == "gpt_oss" and holding.quant != "none":  # as it is published
             weights = tuple(w._replace(packs=w.role != "linear") for w in shape.weights)
-            return replace(shape, weights=weights), replace(holding, experts="mxfp4"), None
-        return shape, holding, None
+            return replace(shape, weights=weights), replace(holding, experts="mxfp4"), []
+        return shape, holding, []
 
-    adapters = LoRAConfig(target_modules=_targets(options))
+    adapters = LoRAConfig(
+        target_modules=_targets(options), target_parameters=options.target_parameters
+    )
     if options.shape is not None:
         return of_config(config_of(options.shape), options.shape)
     assert options.model is not None
@@ -222,7 +227,10 @@ def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Hol
         shape = replace(shape_of_source(source), name=options.model)
         dtype = torch.bfloat16 if holding.itemsize == 2 else torch.float32
         recipe = BaseRecipe(options.quant, options.double_quant, options.block_size, dtype)
-        return shape, Holding.of(source.fitted(recipe)), source.left_out
+        notes = [source.left_out] if source.left_out else []
+        if source.decoded_from is not None:
+            notes.append(f"its weights are quantised, {source.decoded_from}, and are decoded first")
+        return shape, Holding.of(source.fitted(recipe)), notes
 
 
 def _targets(options: PlanOptions) -> str | tuple[str, ...]:

@@ -40,6 +40,7 @@ OF_THE_ADAPTER = (
     "rank_pattern",
     "alpha_pattern",
     "target_modules",
+    "target_parameters",
     "modules_to_save",
 )
 """Options that say what an adapter is; with ``init_adapter`` they are those of that adapter."""
@@ -187,6 +188,11 @@ class TrainConfig(ModelOptions):
         "all-linear",
         description="linear layers with an adapter: all-linear, names (q_proj,v_proj), or a "
         "regular expression",
+    )
+    target_parameters: Annotated[tuple[str, ...], BeforeValidator(parse_names)] = Field(
+        (),
+        description="parameters with an adapter too: experts, or names as in PEFT, such as "
+        "mlp.experts.down_proj or mlp.gate.weight (a router); lora_r is that of each expert",
     )
     rank_pattern: Annotated[dict[str, PositiveInt], BeforeValidator(parse_pairs)] = Field(
         {}, description="per-layer lora_r, such as v_proj=32,layers.0.mlp.up_proj=4"
@@ -450,6 +456,11 @@ class TrainConfig(ModelOptions):
             raise ValueError(
                 "`init_lora_weights` qera cannot be combined with `init_adapter`: each is where "
                 "the adapters start; remove one"
+            )
+        if self.target_parameters and (self.lora_dropout or self.use_dora):
+            raise ValueError(
+                "`target_parameters` cannot be combined with `lora_dropout` and `use_dora`, as in "
+                "PEFT: its adapters are added to parameters, not to outputs"
             )
         if self.init_lora_weights == "qera" and self.use_dora:
             raise ValueError("`init_lora_weights` qera cannot be combined with `use_dora`")

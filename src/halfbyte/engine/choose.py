@@ -2,7 +2,7 @@
 
 On a GPU all kernels of a step are compiled ahead in parallel, by a dry run of its parts
 (runtime/compile_ahead.py). A model whose loss `LayerEngine` does not reproduce is trained by
-`AutogradEngine`, and the reason is reported. So is the reason why documents are not packed on a CPU
+`AutogradEngine`, and the reason is reported. So is the reason why documents are not packed
 (engine/packing_check.py).
 """
 
@@ -19,7 +19,7 @@ from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.buckets import Buckets, PartShape
 from halfbyte.engine.layerwise import EngineError, LayerEngine
 from halfbyte.engine.packing import Batch, part_of_shape
-from halfbyte.engine.packing_check import pack_on_cpu
+from halfbyte.engine.packing_check import pack_documents
 from halfbyte.linear.lora import adapters
 from halfbyte.optim import AdamW
 from halfbyte.plan.policy import ActivationPolicy
@@ -60,15 +60,17 @@ def choose_engine(
         plain = AutogradEngine(model)
         why = f"plain autograd, layer by layer is not possible: {error}"
         return plain, why + _packing(plain, vocabulary)
-    packing = _packing(engine, vocabulary)
+    packing = _packing(engine, vocabulary)  # first: it decides what the summary says
     return engine, engine.summary() + packing
 
 
 def _packing(engine: LayerEngine | AutogradEngine, vocabulary: int) -> str:
-    """Have an engine on a CPU pack documents, if it can; return what to say of it."""
-    if engine.model.device.type != "cpu":
-        return ""
-    why = pack_on_cpu(engine, vocabulary)
+    """Have an engine pack documents, if it can; return what to say of it."""
+    if isinstance(engine, LayerEngine) and engine.fused:
+        return ""  # fused layers take documents
+    why = pack_documents(engine, vocabulary)
+    if why is None and isinstance(engine, LayerEngine) and not engine.packs:
+        why = "adapters have dropout, or a document is longer than the attention window"
     return "" if why is None else f", documents not packed: {why}"
 
 
@@ -94,15 +96,15 @@ def _probe_losses(engine: LayerEngine, vocabulary: int, device: str) -> tuple[Te
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (2, 9), generator=generator).to(device)
-    output_kinds: list[bool] = []
+    outputs: list[int] = []
     watch = engine.layers[0].register_forward_hook(
-        lambda _module, _args, output: output_kinds.append(isinstance(output, tuple))
+        lambda _module, _args, output: outputs.append(isinstance(output, tuple) and len(output))
     )
     try:
         logits = engine.model(input_ids=ids[:, :-1], use_cache=False).logits.float()
     finally:
         watch.remove()
-    engine.tuple_output = output_kinds == [True]
+    engine.tuple_output = int(outputs[0]) if len(outputs) == 1 else 0
     targets = ids[:, 1:]
     wanted = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
     try:
@@ -148,7 +150,8 @@ def compile_ahead(
             torch.autograd.set_multithreading_enabled(False),
             compiling_ahead() as ahead,
         ):
-            for shape in (buckets.largest, buckets.smallest) if buckets is not None else ():
+            fused = buckets if engine.fused else None  # others run on no tokens of a shape
+            for shape in (fused.largest, fused.smallest) if fused is not None else ():
                 _run_passes(engine, shape)
             if vocabulary is not None and not ahead.needless:
                 _probe_losses(engine, vocabulary, str(engine.model.device))

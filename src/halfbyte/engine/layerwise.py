@@ -3,9 +3,10 @@
 On a GPU, supported layers (layers/decoder_layer.py) are run fused, and the examples of a step are
 packed into a few parts (engine/packing.py), which go through forward, loss and backward one after
 the other, as CUDA graphs if they can be captured (engine/forward_backward.py). So memory depends on
-the size of a part, not of a step. Otherwise every part of an optimizer step passes through layer l
-before any passes through layer l + 1 (layer-major accumulation): packed on a CPU, if the model can
-be restricted to documents (engine/packing_check.py), else a micro-batch. In both cases,
+the size of a part, not of a step. Other layers are packed like that, without graphs, if they can be
+restricted to documents (engine/packing_check.py). Otherwise, and on a CPU, every part of a step
+passes through layer l before any passes through layer l + 1 (layer-major accumulation): packed on a
+CPU, if the model can be restricted to documents, else a micro-batch. In all cases,
 
     forward    for l: decode layer l's weights once; for each part: run it; keep the layer's
                input and, on a GPU, x Aᵀ of its adapters, or everything its backward needs
@@ -41,6 +42,7 @@ from transformers import PreTrainedModel
 from halfbyte.engine.buckets import Buckets, PartShape, UnpaddedParts, divide, own_shape
 from halfbyte.engine.cuda_graphs import CapturedPasses
 from halfbyte.engine.forward_backward import LayerInput, Passes
+from halfbyte.engine.logit_scale import logit_scale
 from halfbyte.engine.neftune import EmbeddingNoise
 from halfbyte.engine.objective import CROSS_ENTROPY, Objective
 from halfbyte.engine.packing import Batch, PackedBatch, lengths_of, part_of_shape, parts_of
@@ -49,6 +51,7 @@ from halfbyte.layers.attention import Documents, can_pack
 from halfbyte.layers.decoder_layer import AttentionCheckpoint, fused
 from halfbyte.layers.elementwise import rms_norm
 from halfbyte.layers.families import is_known_norm
+from halfbyte.layers.gated_experts import ends_with_experts, outputs_unread
 from halfbyte.layers.packed_row import packed_row
 from halfbyte.layers.vocabulary import FrozenHead
 from halfbyte.linear.lora import (
@@ -56,8 +59,8 @@ from halfbyte.linear.lora import (
     adapters,
     dropout_clock,
     frozen_linears,
-    trained_whole,
 )
+from halfbyte.linear.modules_to_save import trained_whole
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.quant import QuantizedWeight
 from halfbyte.runtime.device import is_out_of_memory
@@ -65,7 +68,10 @@ from halfbyte.runtime.device import is_out_of_memory
 # Number of row lengths whose rotary tables are cached: a table of 2048 tokens takes 1 MB, and data
 # that cannot be packed may have as many lengths.
 _MOST_TABLES = 16
-_FINAL_NORMS = ("norm", "final_layernorm", "ln_f", "final_layer_norm", "final_norm")
+_FINAL_NORMS = (
+    *("norm", "final_layernorm", "ln_f", "final_layer_norm", "final_norm"),
+    *("embedding_norm", "norm_f"),  # LFM2, Mamba
+)
 
 
 class EngineError(Exception):
@@ -86,7 +92,8 @@ class LayerEngine:
         graphs: Whether passes may be captured as CUDA graphs.
 
     Attributes:
-        tuple_output: Whether layers return tuples; set by the probe (engine/choose.py).
+        tuple_output: The number of values of the tuple that layers return, or 0 if they return a
+            tensor; set by the probe (engine/choose.py).
         fused: Number of fused layers: all or none.
         width: The width of the residual stream.
         dtype: The dtype of activations and products.
@@ -96,6 +103,8 @@ class LayerEngine:
         objective: The objective that steps minimise.
         buckets: The shapes of parts, if a run has chosen any.
         unpadded: How documents are packed on a CPU, if they can be (engine/packing_check.py).
+        packable: Whether layers that are not fused can be packed on a GPU; set by the same check.
+        window: The longest document that may be packed then, or None for any.
         max_seqlen: Tokens of the longest document of a run, if known: if it is longer than an
             attention window, the run is not packed.
         on_layer_backward: Called with a layer's index and the loss once the layer's gradients are
@@ -139,6 +148,7 @@ class LayerEngine:
         self.fused = len(self._fused)
         self.norm = getattr(self.decoder, norms[0])
         self.head = head
+        self._logit_scale = logit_scale(config)
         self.softcap = float(getattr(config, "final_logit_softcapping", None) or 0)
         self.width = int(config.hidden_size)
         self.dtype: torch.dtype = model.halfbyte_recipe.compute_dtype
@@ -156,11 +166,13 @@ class LayerEngine:
         self.objective: Objective = CROSS_ENTROPY
         self.buckets: Buckets | None = None
         self.unpadded: UnpaddedParts | None = None
+        self.packable = False
+        self.window: int | None = None
         self.max_seqlen = 0
         self._decoded = 0
         self.clock = dropout_clock(model)
         self._drops = any(adapter.config.dropout for adapter in adapters(model).values())
-        self.tuple_output = self._window_reported = False
+        self.tuple_output, self._window_reported = 0, False
         self.messages: list[str] = []
         self.on_phase: Callable[[str], None] = lambda phase: None
         self.on_layer_backward: Callable[[int, Tensor], None] | None = None
@@ -189,7 +201,7 @@ class LayerEngine:
     def summary(self) -> str:
         """Return a description of how steps are run, for the user."""
         message = f"layer engine over {len(self.layers)} layers"
-        if self.unpadded is not None:
+        if self.unpadded is not None or (self.packable and self.packs):
             message += ", documents packed"
         if self.fused:
             message += ", fused"
@@ -226,10 +238,11 @@ class LayerEngine:
         """Whether the documents of a step are packed, across micro-batches."""
         if self.unpadded is not None:
             return self.objective.separable
-        if not self._fused or self._drops or not self.objective.separable:
+        if self._drops or not self.objective.separable or not self._sees_all(self.max_seqlen):
             return False
-        flash = can_pack(self.dtype, self.model.device, self._fused[0].head_dim)
-        return flash and self._sees_all(self.max_seqlen)
+        if not self._fused:
+            return self.packable
+        return can_pack(self.dtype, self.model.device, self._fused[0].head_dim)
 
     def keep_decoded(self, layers: int) -> None:
         """Keep the weights of the last ``layers`` layers decoded."""
@@ -406,6 +419,8 @@ class LayerEngine:
             rows = rms_norm(rows, norm.weight, norm.variance_epsilon)
         else:
             rows = norm(rows)
+        if self._logit_scale != 1:
+            rows = rows * self._logit_scale
         return objective.loss_of_hidden(
             rows,
             self.head_weight,
@@ -420,11 +435,12 @@ class LayerEngine:
     ) -> list[PackedBatch]:
         """Return the parts of a step on the device, with the inputs of an objective."""
         pack = self.packs and objective.separable
-        if self._fused and not self._sees_all(max(lengths_of(batches))):
+        if not self._sees_all(max(lengths_of(batches))):
             pack = False
             if not self._window_reported:
                 self._window_reported = True
-                self.messages.append("documents longer than the attention window: layers not fused")
+                what = "layers not fused" if self._fused else "not packed"
+                self.messages.append(f"documents longer than the attention window: {what}")
         return parts_of(
             batches,
             self.model.device,
@@ -444,7 +460,8 @@ class LayerEngine:
 
     def _sees_all(self, max_seqlen: int) -> bool:
         """Return whether a document of ``max_seqlen`` tokens fits the layers' attention windows."""
-        return all(max_seqlen <= (layer.window or max_seqlen) for layer in self._fused)
+        windows = [self.window, *(layer.window for layer in self._fused)]
+        return all(max_seqlen <= (window or max_seqlen) for window in windows)
 
     def _runs_apart(self, parts: Sequence[PackedBatch]) -> bool:
         """Return whether parts were packed for a GPU, where memory depends on the largest."""
@@ -485,7 +502,11 @@ class LayerEngine:
         ) -> Tensor:
             if clock is not None:
                 clock.micro_batch = micro_batch
-            with packed_row(lengths) if lengths else nullcontext():
+            unread = not read and ends_with_experts(layers[layer])
+            with (
+                packed_row(lengths) if lengths else nullcontext(),
+                outputs_unread() if unread else nullcontext(),
+            ):
                 output = layers[layer](x, **calls[layer])
             result: Tensor = output[0] if isinstance(output, tuple) else output
             return result
@@ -550,7 +571,9 @@ class LayerEngine:
             arguments.append(kwargs)
             if len(arguments) == len(self.layers):
                 raise _Stop
-            return (hidden_states,) if self.tuple_output else hidden_states
+            if not self.tuple_output:
+                return hidden_states
+            return (hidden_states, *[None] * (self.tuple_output - 1))
 
         for layer in self.layers:
             layer.forward = stub

@@ -25,7 +25,13 @@ from halfbyte.engine.memory_profile import measured_cost, saved_bytes
 from halfbyte.engine.packing import Batch, PackedBatch, part_of_shape
 from halfbyte.errors import ConfigError
 from halfbyte.layers.cross_entropy import CHUNK_BYTES
-from halfbyte.linear.lora import trained_whole
+from halfbyte.linear.experts import (
+    DECODED_BYTES,
+    LARGE_DECODED_BYTES,
+    LEAST_DECODED_BYTES,
+    expert_linears,
+)
+from halfbyte.linear.modules_to_save import trained_whole
 from halfbyte.plan.ledger import (
     FRAGMENTATION,
     OVERHEAD,
@@ -188,6 +194,9 @@ def plan_memory(
         state_bytes = 2 * sum(p.nbytes for p in engine.model.parameters() if p.requires_grad)
     if device == "cuda":
         used -= engine.weights.nbytes  # `peak` counts it
+        size = _decoded_bytes(activations, budget - used)
+        for linear in expert_linears(engine.model).values():
+            linear.decoded_bytes = size
         cost = measured_cost(engine, _largest(engine, shapes, device))
         beside = state_bytes + int(OVERHEAD["cuda"]) * engine.captures
     else:
@@ -199,6 +208,14 @@ def plan_memory(
     return _Planner(cost, used, beside, budget, engine.captures, device).plan(
         activations, asked=memory_budget is not None
     )
+
+
+def _decoded_bytes(activations: str, room: int) -> int:
+    """Return the bytes of experts to decode at a time: little where memory is to be saved."""
+    if activations == "offload":
+        return LEAST_DECODED_BYTES
+    large = activations in ("auto", "save") and room > 32 * LARGE_DECODED_BYTES
+    return LARGE_DECODED_BYTES if large else DECODED_BYTES
 
 
 def _largest(engine: LayerEngine, shapes: Shapes, device: str) -> list[PackedBatch]:

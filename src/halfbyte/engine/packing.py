@@ -64,6 +64,7 @@ class PackedBatch:
         positions: int64 [1, T], the position of each token in its document.
         documents: The documents packed into the only row, or None if every row is a document.
         max_seqlen: Upper bound on the tokens of a document.
+        lengths: The tokens of each document in the only row; none if every row is a document.
         segments: int64 [S], if requested: the document of each supervised position, as its row
             index in the step (rows of all micro-batches concatenated).
         spans: Where the documents of a step are; none in a part that is not of a step.
@@ -75,13 +76,9 @@ class PackedBatch:
     positions: Tensor
     documents: Documents | None
     max_seqlen: int
+    lengths: Sequence[int] = ()
     segments: Tensor | None = None
     spans: Sequence[Span] = ()
-
-    @property
-    def lengths(self) -> list[int]:
-        """The tokens of each document in the only row; empty if every row is a document."""
-        return [] if self.documents is None else self.documents.cu_seqlens.diff().tolist()
 
     @property
     def shape(self) -> PartShape:
@@ -206,7 +203,8 @@ def _packed(
     # The last start is repeated, for empty documents.
     cu_seqlens = torch.full((shape.documents + 1,), shape.tokens)
     cu_seqlens[0], cu_seqlens[1 : len(ends) + 1] = 0, ends
-    return _sent(ids[None], labels, positions, cu_seqlens, owners, shape.max_seqlen, device)
+    made = _sent(ids[None], labels, positions, cu_seqlens, owners, shape.max_seqlen, device)
+    return replace(made, lengths=lengths)
 
 
 def _sent(
@@ -242,5 +240,5 @@ def _sent(
         sent["positions"][None],
         documents,
         max_seqlen,
-        sent.get("segments"),
+        segments=sent.get("segments"),
     )

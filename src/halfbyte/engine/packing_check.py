@@ -1,16 +1,17 @@
-"""Whether documents can be packed on a CPU without any effect on each other.
+"""Whether documents can be packed without any effect on each other.
 
 Packed documents must be as independent as in rows of their own. Attention is restricted to them by
-our attention (layers/attention_cpu.py), if the model uses it, once in each layer; position ids tell
-them apart for everything else. What this leaves out is found by a probe: other operations that mix
-tokens (recurrent states, convolutions), biases of attention, positions that do not come from ids.
+our attention (layers/attention_interface.py), if the model uses it, convolutions and recurrent
+states by ours (layers/token_mixers.py); position ids tell them apart for everything else. What this
+leaves out is found by a probe: other operations that mix tokens, biases of attention, positions
+that do not come from ids. Fused layers (layers/decoder_layer.py) take documents and need no probe.
 The model packs if the log-probabilities of documents in one row
 
     are those of the documents alone, up to rounding
     do not change with the tokens of another document: not by a bit, unless it has experts, whose
     products have other shapes then
 
-Attention that is plain for short documents only limits their length: a window (sliding or chunked),
+Attention that is plain for short documents only limits their length: a chunk,
 or rotary tables that depend on the longest position of the row.
 """
 
@@ -47,11 +48,11 @@ class _Recorded(Objective):
         return -logps.sum()
 
 
-def pack_on_cpu(engine: LayerEngine | AutogradEngine, vocabulary: int) -> str | None:
+def pack_documents(engine: LayerEngine | AutogradEngine, vocabulary: int) -> str | None:
     """Have an engine pack documents if that is exact; return why not, or None.
 
     Args:
-        engine: Any engine; on a GPU it packs by itself, if it does.
+        engine: An engine without fused layers.
         vocabulary: Size of the vocabulary.
     """
     decoder = engine.model.get_decoder()
@@ -69,7 +70,12 @@ def pack_on_cpu(engine: LayerEngine | AutogradEngine, vocabulary: int) -> str | 
         engine.unpadded = None
         return f"its decoder cannot be called with packed documents: {error}"
     limits = [n for n in (window, _rotary_limit(decoder)) if n is not None]
-    engine.unpadded = UnpaddedParts(size, min(limits, default=None))
+    longest = min(limits, default=None)
+    if isinstance(engine, LayerEngine) and engine.model.device.type != "cpu":
+        # Memory is planned for the shapes of buckets, as with fused layers.
+        engine.unpadded, engine.packable, engine.window = None, True, longest
+    else:
+        engine.unpadded = UnpaddedParts(size, longest)
     return None
 
 

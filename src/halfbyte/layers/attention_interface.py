@@ -21,7 +21,8 @@ description: a tensor without memory that knows its window (`_WINDOW`).
 """
 
 import sys
-from functools import lru_cache
+from functools import cache, lru_cache
+from inspect import getsource
 from itertools import accumulate
 from typing import Any
 
@@ -54,11 +55,28 @@ def use(decoder: PreTrainedModel) -> None:
     for known families with sinks.
     """
     config = decoder.config
-    if config._attn_implementation == "sdpa":
+    if config._attn_implementation == "sdpa" and not masks_for_sdpa_alone(decoder):
         decoder.set_attn_implementation(NAME)
     elif config.model_type in _WITH_SINKS:
         # Set as transformers would: it refuses what a family does not declare.
         config._attn_implementation = NAME
+
+
+def masks_for_sdpa_alone(model: nn.Module) -> bool:
+    """Return whether a model's own code adds to the mask only if attention is transformers' own.
+
+    Sparse attention does (DeepSeek V3.2 and those after it): the tokens that its indexer has not
+    selected are masked for attention named ``eager`` or ``sdpa``. With another name, it would be
+    dense.
+    """
+    return any(_names_sdpa(type(module)) for module in model.modules())  # type: ignore[arg-type]
+
+
+@cache  # reading the source of a class takes milliseconds, and a model is looked at several times
+def _names_sdpa(kind: type[nn.Module]) -> bool:
+    return kind.__module__.startswith("transformers.models.") and (
+        '_attn_implementation in ("eager", "sdpa")' in getsource(kind)
+    )
 
 
 def _interface(
@@ -91,10 +109,10 @@ def _interface(
             return _within(query, key, value, row, scale, window, sinks), None
         if sinks is not None or (window is not None and max(row.lengths) > window):
             raise NotPackable("its keys and values differ in width, in a window or with sinks")
-        documents = zip(*(x.split(row.lengths, 2) for x in (query, key, value)), strict=True)
+        split = (torch.split(x, list(row.lengths), 2) for x in (query, key, value))
         outs = [
             sdpa_attention_forward(module, *one, None, scaling=scaling, is_causal=True)[0]
-            for one in documents
+            for one in zip(*split, strict=True)
         ]
         return torch.cat(outs, 1), None
     if plain and shaped and query.device.type == "cpu":

@@ -60,7 +60,7 @@ class Chunks:
     def split(self, x: Tensor) -> Tensor:
         """Return x [T, ...] as [chunks, CHUNK, ...], padded with zeros."""
         out = x.new_zeros(self._padded, *x.shape[1:]).index_copy(0, self._places, x)
-        return out.unflatten(0, (-1, CHUNK))
+        return out.view(-1, CHUNK, *x.shape[1:])
 
     def join(self, x: Tensor) -> Tensor:
         """Return x [chunks, CHUNK, ...] as [T, ...], without padding."""
@@ -128,7 +128,7 @@ def gated_delta_rule(
     written, read = solved.split([v.shape[-1], k.shape[-1]], -1)
     attention = (q @ keys) * between
     of_steps = (
-        x.split(chunks.per_step)
+        torch.split(x, chunks.per_step)
         for x in (
             written,
             read,
@@ -169,7 +169,7 @@ def mamba2_scan(
     """
     chunks = chunks_of(lengths, x.device)
     heads, width = x.shape[1:]
-    groups, size = b.shape[1:]
+    groups = b.shape[1]
     wide = torch.promote_types(x.dtype, torch.float32)
     dt = dt.to(wide)
     x = chunks.split(x.to(wide) * dt[..., None]).transpose(1, 2)  # [chunks, H, CHUNK, P]
@@ -177,15 +177,17 @@ def mamba2_scan(
     log_decay = chunks.split(a.to(wide) * dt).transpose(1, 2)
     between, from_start, to_end, over = _decays(log_decay)
     # The heads of a group share C Bᵀ, B and C, so they are the rows of one product.
-    weights = (c @ b.transpose(-1, -2))[:, :, None] * between.unflatten(1, (groups, -1))
+    weights = (c @ b.transpose(-1, -2))[:, :, None] * between.view(len(x), groups, -1, CHUNK, CHUNK)
     within = weights.flatten(1, 2) @ x
     ends = (x * to_end[..., None]).transpose(-1, -2).reshape(len(x), groups, -1, CHUNK) @ b
     state, starts = None, []
-    decays = over.unflatten(1, (groups, -1)).repeat_interleave(width, 2)[..., None]
-    for new, decay in zip(ends.split(chunks.per_step), decays.split(chunks.per_step), strict=True):
+    decays = over.view(len(x), groups, -1).repeat_interleave(width, 2)[..., None]
+    of_steps = (torch.split(y, chunks.per_step) for y in (ends, decays))
+    for new, decay in zip(*of_steps, strict=True):
         state = torch.zeros_like(new) if state is None else state[: len(new)]
         starts.append(state)
         state = state * decay + new
     before = c @ torch.cat(starts).transpose(-1, -2)  # [chunks, G, CHUNK, H / G · P]
-    before = before.unflatten(-1, (-1, width)).transpose(2, 3).reshape(len(x), heads, CHUNK, width)
+    before = before.view(len(x), groups, CHUNK, -1, width).transpose(2, 3)
+    before = before.reshape(len(x), heads, CHUNK, width)
     return chunks.join((within + before * from_start[..., None]).transpose(1, 2))

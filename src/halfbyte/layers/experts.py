@@ -182,14 +182,17 @@ def freeze_experts(
         owner, _, name = path.rpartition(".")
         module: Any = model.get_submodule(owner)
         count, rows, columns = parameter.shape
+        # PEFT reads this attribute of transformers' class, and Llama 4's has none.
+        swaps_factors = transposed and not getattr(module, "is_transposed", False)
         packed = like(path, (rows, columns), transposed)
         if isinstance(packed, MXFP4Weight):
             (rows, columns), transposed = packed.shape, False
         del module._parameters[name]
-        module.add_module(
-            name,
-            ExpertLinear((count, rows, columns), transposed=transposed, like=packed, dtype=dtype),
+        linear = ExpertLinear(
+            (count, rows, columns), transposed=transposed, like=packed, dtype=dtype
         )
+        linear.swaps_factors = swaps_factors
+        module.add_module(name, linear)
         if (other := _OTHERS.get(type(module).__name__)) is not None:
             module.forward = MethodType(other[2], module)
         else:

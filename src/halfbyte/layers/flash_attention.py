@@ -78,8 +78,8 @@ def attend_with_sinks(
         outs = []
         for start, stop in bounds:
             if start < stop:
-                part = [x[:, start:stop] for x in (q, k, v)]
-                outs.append(attend_with_sinks(*part, None, scale, window, sinks))
+                one, two, three = (x[:, start:stop] for x in (q, k, v))
+                outs.append(attend_with_sinks(one, two, three, None, scale, window, sinks))
         return torch.cat(outs, 1)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if q.is_cuda:

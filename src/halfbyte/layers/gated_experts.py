@@ -41,6 +41,12 @@ class _Experts(NamedTuple):
     glu: Glu
 
 
+# Classes of layers, run by their own forward, that only add what their experts return to the
+# output: no gradient depends on its values (tests/layers/test_gated_experts.py).
+_LAST_IN = {
+    *("GptOssDecoderLayer", "OlmoeDecoderLayer", "DeepseekV3DecoderLayer", "Glm4MoeDecoderLayer"),
+}
+
 _activations: WeakKeyDictionary[nn.Module, Glu | None] = WeakKeyDictionary()
 _read = True
 
@@ -57,6 +63,11 @@ def outputs_unread() -> Iterator[None]:
         yield
     finally:
         _read = before
+
+
+def ends_with_experts(layer: nn.Module) -> bool:
+    """Return whether `outputs_unread` may be used for the recomputation of a layer."""
+    return type(layer).__name__ in _LAST_IN
 
 
 def gated_experts(module: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:
@@ -136,6 +147,7 @@ class _GatedExperts(torch.autograd.Function):
         flags = {"transposed": not up.transposed, "gather": True, "bias": up_bias, "glu": glu}
         for first, weight in up.decoded(x.dtype):
             kernels.grouped_product(x, weight, routing, first, inner, **flags)
+            del weight  # its memory is freed before that for the next linear is allocated
         slots = x.new_empty(index.numel(), down.out_features)
         flags = {"transposed": not down.transposed, "scatter": True, "bias": down_bias}
         for first, weight in down.decoded(x.dtype):
@@ -154,6 +166,7 @@ class _GatedExperts(torch.autograd.Function):
             kernels.grouped_product(
                 dy, weight, routing, first, d_inner, transposed=down.transposed, gather=True
             )
+            del weight
         h = x.new_empty(index.numel(), up.out_features)
         d_weights = torch.zeros(index.shape, dtype=torch.float32, device=x.device)
         if ctx.needs_input_grad[0]:

@@ -17,33 +17,92 @@ import torch
 import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from halfbyte.layers.conv1d import replace_conv1d
 
 SUPPORTED = (
+    "AriaForConditionalGeneration",
     "AyaVisionForConditionalGeneration",
+    "ChameleonForConditionalGeneration",
     "Cohere2VisionForConditionalGeneration",
+    "CohereCompassForConditionalGeneration",
+    "Cosmos3OmniForConditionalGeneration",
+    "DeepseekVLForConditionalGeneration",
+    "DeepseekVLHybridForConditionalGeneration",
+    "Emu3ForConditionalGeneration",
+    "Ernie4_5_VLMoeForConditionalGeneration",
+    "Exaone4_5_ForConditionalGeneration",
+    "FuyuForCausalLM",
     "Gemma3ForConditionalGeneration",
     "Gemma4ForConditionalGeneration",
+    "Gemma4UnifiedForConditionalGeneration",
+    "Glm46VForConditionalGeneration",
     "Glm4vForConditionalGeneration",
+    "Glm4vMoeForConditionalGeneration",
+    "GlmAsrForConditionalGeneration",
+    "GlmOcrForConditionalGeneration",
+    "GotOcr2ForConditionalGeneration",
+    "GraniteDoclingForConditionalGeneration",
+    "GraniteSpeechForConditionalGeneration",
+    "HunYuanVLForConditionalGeneration",
+    "HyperCLOVAXVisionV2ForConditionalGeneration",
     "Idefics2ForConditionalGeneration",
     "Idefics3ForConditionalGeneration",
     "InternVLForConditionalGeneration",
+    "JanusForConditionalGeneration",
+    "Kimi_K25ForConditionalGeneration",
     "Lfm2VlForConditionalGeneration",
+    "Lfm3VlForConditionalGeneration",
+    "LightOnOcrForConditionalGeneration",
     "Llama4ForConditionalGeneration",
     "LlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration",
+    "LlavaNextVideoForConditionalGeneration",
     "LlavaOnevisionForConditionalGeneration",
+    "MiniCPMOcrForConditionalGeneration",
+    "MiniCPMV4_6ForConditionalGeneration",
+    "MiniCPMV4_7ForConditionalGeneration",
+    "MiniMaxM3SparseForConditionalGeneration",
     "Mistral3ForConditionalGeneration",
+    "MistralLarge4ForConditionalGeneration",
     "MllamaForConditionalGeneration",
+    "Molmo2ForConditionalGeneration",
+    "MossTranscribeDiarizeForConditionalGeneration",
+    "Ovis2ForConditionalGeneration",
+    "PaddleOCRVLForConditionalGeneration",
+    "Phi4MultimodalForCausalLM",
+    "QianfanOCRForConditionalGeneration",
+    "Qwen2AudioForConditionalGeneration",
     "Qwen2VLForConditionalGeneration",
+    "Qwen2_5OmniThinkerForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3ASRForConditionalGeneration",
+    "Qwen3OmniMoeThinkerForConditionalGeneration",
     "Qwen3VLForConditionalGeneration",
     "Qwen3VLMoeForConditionalGeneration",
     "Qwen3_5ForConditionalGeneration",
     "Qwen3_5MoeForConditionalGeneration",
+    "Qwen4ExpForConditionalGeneration",
     "SmolVLMForConditionalGeneration",
+    "VideoLlama3ForConditionalGeneration",
+    "VideoLlavaForConditionalGeneration",
+    "VipLlavaForConditionalGeneration",
     "VoxtralForConditionalGeneration",
 )
 """Classes of more than text whose text decoder can be trained."""
+
+_ENCODERS_OF_DECODER = {
+    "ChameleonForConditionalGeneration": ("model.vqmodel",),
+    "Phi4MultimodalForCausalLM": (
+        "model.embed_tokens_extend.image_embed",
+        "model.embed_tokens_extend.audio_embed",
+    ),
+}
+"""Paths of encoders that a class keeps inside its decoder."""
+
+_ASKED_FOR_DEVICE = {"Qwen2AudioForConditionalGeneration"}
+"""Classes that ask an encoder for its device, also when there is nothing to encode."""
 
 _MULTIMODAL: tuple[tuple[Any, Any], ...] = (
     (transformers.AutoModelForImageTextToText, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
@@ -55,10 +114,66 @@ _AUTO_CLASSES = (
 )
 
 
+_IS_DRAFT = "it drafts tokens for another model, whose keys and values it reads"
+_NEEDS_MORE = "it does not run on text alone"
+_OF_CODES = "its tokens are codes of sound, several at each position"
+_OMNI = (
+    "only its thinker reads and writes text; save that with transformers, "
+    "{}.from_pretrained(…).save_pretrained(…), and train the copy"
+)
+_REFUSED = {
+    "BlipForConditionalGeneration": _NEEDS_MORE,
+    "Blip2ForConditionalGeneration": _NEEDS_MORE,
+    "DiffusionGemmaForBlockDiffusion": "it fills in blocks of tokens, not one after the other",
+    "Gemma3nForConditionalGeneration": (
+        "text passes through the projectors of its encoders, too; save its text half with "
+        "transformers, Gemma3nForCausalLM.from_pretrained(…).save_pretrained(…), and train the copy"
+    ),
+    "Gemma4AssistantForCausalLM": _IS_DRAFT,
+    "Gemma4UnifiedAssistantForCausalLM": _IS_DRAFT,
+    "GitForCausalLM": "transformers' generate expects an image in its prompt",
+    "IdeficsForVisionText2Text": _NEEDS_MORE,
+    "InstructBlipForConditionalGeneration": _NEEDS_MORE,
+    "InstructBlipVideoForConditionalGeneration": _NEEDS_MORE,
+    "Kosmos2ForConditionalGeneration": _NEEDS_MORE,
+    "MusicgenForCausalLM": _OF_CODES,
+    "MusicgenMelodyForCausalLM": _OF_CODES,
+    "PI0ForConditionalGeneration": "it generates actions, not text",
+    "PaliGemmaForConditionalGeneration": "the tokens of its prompts see later ones",
+    "Qwen2_5OmniForConditionalGeneration": _OMNI.format(
+        "Qwen2_5OmniThinkerForConditionalGeneration"
+    ),
+    "Qwen3OmniMoeForConditionalGeneration": _OMNI.format(
+        "Qwen3OmniMoeThinkerForConditionalGeneration"
+    ),
+    "VoxtralRealtimeForConditionalGeneration": _NEEDS_MORE,
+}
+"""Classes that are refused, and why: most by their nature."""
+
+
 def _classes(config: PretrainedConfig, autos: tuple[tuple[Any, Any], ...]) -> dict[str, Any]:
     """Return the names of transformers' classes for a configuration, and what builds each."""
     kind = type(config)
-    return {mapping[kind].__name__: auto for auto, mapping in reversed(autos) if kind in mapping}
+    return {
+        mapping[kind].__name__: auto.from_config
+        for auto, mapping in reversed(autos)
+        if kind in mapping
+    }
+
+
+def _text_classes(config: PretrainedConfig) -> dict[str, Any]:
+    """Return the same of all classes, of which the last is that of the whole model.
+
+    A few text classes are known to transformers' tables by the configuration of the whole model
+    only, and save another one (Mllama's, Emu3's); config.json names them.
+    """
+    named, found = _named(config), _classes(config, _AUTO_CLASSES)
+    if named is None or named in found:
+        return found
+    own: Any = getattr(transformers, named, None)
+    if named in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and own.config_class is type(config):
+        found = {named: own._from_config, **found}
+    return found
 
 
 def _named(config: PretrainedConfig) -> str | None:
@@ -72,7 +187,7 @@ def class_name(config: PretrainedConfig) -> str | None:
 
     None if transformers has no class for it that generates text.
     """
-    classes, named = _classes(config, _AUTO_CLASSES), _named(config)
+    classes, named = _text_classes(config), _named(config)
     return named if named in classes else next(reversed(classes), None)
 
 
@@ -81,16 +196,19 @@ def why_unsupported(config: PretrainedConfig) -> str | None:
     name, named = class_name(config), _named(config)
     if name is None:
         return f"its type {config.model_type} is not a causal language model in transformers"
+    if name in _REFUSED:
+        return f"{name} cannot be trained: {_REFUSED[name]}"
     if named not in (None, name) and hasattr(transformers, named):
         return (
             f"its config.json names the class {named}; expected is a decoder that generates text, "
             f"such as {name}"
         )
     if _is_multimodal(config, name) and name not in SUPPORTED:
-        families = ", ".join(each.removesuffix("ForConditionalGeneration") for each in SUPPORTED)
+        if config.is_encoder_decoder:
+            return f"{name} is an encoder and a decoder that reads it; expected is a decoder alone"
         return (
-            f"{name} is a model of more than text; of those, only the text decoders of these "
-            f"families are supported: {families}"
+            f"{name} is a model of more than text, and not one of those whose text decoder can be "
+            "trained; docs/models.md lists them"
         )
     return None
 
@@ -123,9 +241,9 @@ def build_whole(config: PretrainedConfig, dtype: torch.dtype | None = None) -> P
     name = class_name(config)
     assert name is not None
     with torch.device("meta"):
-        model: PreTrainedModel = _classes(config, _AUTO_CLASSES)[name].from_config(
-            config, **({} if dtype is None else {"dtype": dtype})
-        )
+        build = _text_classes(config)[name]
+        model: PreTrainedModel = build(config, **({} if dtype is None else {"dtype": dtype}))
+    replace_conv1d(model)
     return model
 
 
@@ -147,18 +265,24 @@ def remove_encoders(model: PreTrainedModel) -> None:
     if type(model).__name__ not in SUPPORTED:
         return
     kept = {*model.get_decoder().modules(), model.get_output_embeddings()}
+    for path in _ENCODERS_OF_DECODER.get(type(model).__name__, ()):
+        kept.difference_update(model.get_submodule(path).modules())
+    place: Any = None
+    if type(model).__name__ in _ASKED_FOR_DEVICE:
+        place = nn.Module()
+        place.device = None
     removed: list[str] = []
 
     def prune(owner: nn.Module, path: str) -> None:
         for name, child in list(owner.named_children()):
-            child_path = f"{path}{name}"
-            if child in kept:
+            child_path, inside = f"{path}{name}", set(child.modules())
+            if inside <= kept:
                 continue
-            if not kept.isdisjoint(child.modules()):
+            if inside & kept:
                 prune(child, f"{child_path}.")
             elif any(True for _ in child.parameters()):
                 removed.extend(path for path, _ in child.named_modules(prefix=child_path))
-                owner._modules[name] = None
+                owner._modules[name] = place
 
     prune(model, "")
     model.halfbyte_removed = tuple(removed)

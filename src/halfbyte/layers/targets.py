@@ -2,7 +2,8 @@
 
 A linear is replaced by a frozen one unless transformers' own code reads its ``weight``: the scan of
 Mamba does, and would find none where the weight is packed, and no adapter where there is one. These
-stay as they are. Of the others, some get no adapter, because PEFT would not load it.
+stay as they are. Of the others, some get no adapter, because PEFT would not load it, and of some
+PEFT loads it only as the adapter of a parameter (linear/parameter_lora.py).
 """
 
 import inspect
@@ -27,6 +28,7 @@ _MAMBA_NAMES = {"out_proj", "conv1d"}
 
 # In families whose experts transformers 5 fuses, PEFT takes these names for the experts', wherever
 # they are (transformers_weight_conversion.py): by the family that transformers' table refers to.
+# It does not if they are among target_parameters.
 _EXPERT_NAMES = {
     "mixtral": {"gate", "w1", "w2", "w3"},
     "qwen2_moe": {"gate", "gate_proj", "up_proj", "down_proj"},
@@ -61,12 +63,7 @@ def _weights_read(kind: type[nn.Module]) -> set[str]:
 def why_no_adapter(model: PreTrainedModel) -> dict[str, str]:
     """Return the linears that must not get an adapter, and why, by path."""
     kind = getattr(model.config, "model_type", "")
-    names: set[str] = set()
-    if kind in _MAMBA_TYPES:
-        names = _MAMBA_NAMES
-    elif get_checkpoint_conversion_mapping(kind) is not None:
-        family = "mixtral" if kind == "mixtral" else _MODEL_TO_CONVERSION_PATTERN.get(kind, "")
-        names = _EXPERT_NAMES.get(family, names)
+    names = _MAMBA_NAMES if kind in _MAMBA_TYPES else set()
     renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
 
     def is_renamed(path: str) -> bool:
@@ -86,3 +83,16 @@ def why_no_adapter(model: PreTrainedModel) -> dict[str, str]:
         if isinstance(module, nn.Linear) and path not in frozen:
             refused[path] = "transformers' own code uses its weight"
     return refused
+
+
+def parameters_in_peft(model: PreTrainedModel) -> set[str]:
+    """Return the linears of which PEFT loads only the adapter of a parameter, by path.
+
+    They are shared experts, and dense layers beside layers of experts.
+    """
+    kind = getattr(model.config, "model_type", "")
+    if get_checkpoint_conversion_mapping(kind) is None:
+        return set()
+    family = "mixtral" if kind == "mixtral" else _MODEL_TO_CONVERSION_PATTERN.get(kind, "")
+    names = _EXPERT_NAMES.get(family, set())
+    return {path for path in linears_to_freeze(model) if path.rpartition(".")[2] in names}

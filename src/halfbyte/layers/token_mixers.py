@@ -20,8 +20,8 @@ the wrappers call them, as they are. Within one,
     everything else     gets documents as the rows of a batch, padded on the right: all of these are
                         causal, so no token sees padding
 
-Projections, norms and gates before and after them are computed on packed tokens. Kernels of packages
-need no documents then (`cu_seqlens`, `seq_idx`), so whichever version is installed is exact.
+Projections, norms and gates before and after them are computed on packed tokens. Kernels of
+packages need no documents then (`cu_seqlens`, `seq_idx`), so whichever is installed is exact.
 """
 
 import sys
@@ -63,8 +63,10 @@ _MIXERS = {
     "mamba_selective_scan": _Mixer(("hidden_states", "dt", "B", "C", "z"), 2, "mamba_ssm"),
 }
 # Arguments that start from a state, or ask for the last one: there is one per document.
-_STATES = ("initial_state", "initial_states", "output_final_state", "return_final_states")
-_STATES += ("return_last_state",)
+_STATES = (
+    *("initial_state", "initial_states"),
+    *("output_final_state", "return_final_states", "return_last_state"),
+)
 
 
 def register(model: nn.Module) -> None:
@@ -173,7 +175,7 @@ def _arranged(x: Tensor, axis: int, layout: _Layout) -> Tensor:
     packed = x.movedim(axis, 1)[0]
     out = packed.new_zeros(layout.rows * layout.tokens, *packed.shape[1:])
     out = out.index_copy(0, layout.places, packed)
-    return out.unflatten(0, (layout.rows, layout.tokens)).movedim(1, axis)
+    return out.view(layout.rows, layout.tokens, *packed.shape[1:]).movedim(1, axis)
 
 
 def _packed(x: Tensor, axis: int, layout: _Layout) -> Tensor:

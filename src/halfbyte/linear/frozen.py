@@ -27,7 +27,8 @@ class FrozenLinear(nn.Module):
     A 4-bit weight is held as plain buffers (``codes``, ``scales`` …; no tensor or parameter
     subclass, no second copy of the state) and accessed through ``quantized``. A plain one is held
     as the parameter ``weight``, without gradient. ``adapter`` is None or the adapter set by
-    ``lora.attach``; ``why_no_adapter`` says why it must not get one, or is None. ``group`` is the
+    ``lora.attach``; ``why_no_adapter`` says why it must not get one, or is None, and
+    ``is_parameter_in_peft`` whether PEFT can adapt its weight only as a parameter. ``group`` is the
     set of linears it is multiplied together with, ``layout`` the format its weight is decoded to.
 
     Args:
@@ -57,6 +58,7 @@ class FrozenLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.adapter: nn.Module | None = None
         self.why_no_adapter: str | None = None
+        self.is_parameter_in_peft = False
         self._quantized: QuantizedWeight | None = None
         self.layout: WeightLayout = DENSE
         self.group = LinearGroup([self])

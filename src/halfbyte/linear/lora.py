@@ -1,4 +1,4 @@
-"""Low-rank adapters: configuration, parameters, attaching, and saving and loading by name.
+"""Low-rank adapters: configuration, parameters, attaching, and their state by name.
 
 LoRA (Hu et al. 2021) keeps a weight W frozen and trains W + s·B·A with A [r, in], B [out, r].
 A starts as Kaiming-uniform noise and B as zero, so an attached adapter changes nothing at first.
@@ -13,9 +13,9 @@ factor on each output of the ordinary product, c = m / ‖W + s·B·A‖.
 A and B are float32 whatever the dtype of the product: a bfloat16 adapter stops learning when
 learning rate x update falls below half a unit in its last place (at |w| = 0.01 that is 3e-5).
 
-In addition, modules other than frozen linears (embedding, head, norms) can be trained in full:
-PEFT's ``modules_to_save``. A float32 copy replaces the base model's parameter and is cast at use.
-The original is kept for ``detach``, and parameters tied to it stay tied to it.
+Experts, and matrices of transformers' own such as routers, get adapters on request:
+PEFT's ``target_parameters`` (parameter_lora.py, expert_lora.py). Other modules (embedding, head,
+norms) can be trained in full: PEFT's ``modules_to_save`` (modules_to_save.py).
 
 Dropout acts on the adapter's input only. Its masks are a function of (seed, step, micro-batch,
 layer), not of a generator's state, so recomputed layers, reordered micro-batches and resumed runs
@@ -31,14 +31,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from halfbyte.errors import CheckpointError, ConfigError
+from halfbyte.linear.expert_lora import ExpertLoRA
+from halfbyte.linear.experts import ExpertLinear, expert_linears
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.fused_lora import LowRank
+from halfbyte.linear.lora_targets import (
+    ALL_LINEAR,
+    at_end,
+    choose_parameters,
+    choose_targets,
+    exact_parameters,
+    exact_targets,
+)
+from halfbyte.linear.modules_to_save import modules_to_save, restore, train_whole, trained_whole
+from halfbyte.linear.parameter_lora import (
+    ParameterLoRA,
+    adapt_parameter,
+    adapter_of_parameter,
+    detach_parameters,
+    is_plain_matrix,
+    kaiming_uniform,
+    names_in_peft,
+)
 from halfbyte.runtime.matmul import product
 
-ALL_LINEAR = "all-linear"
+_WEIGHT = ".weight"
 
 
 @dataclass(frozen=True)
@@ -59,6 +78,8 @@ class LoRAConfig:
         alpha_pattern: Overrides ``alpha``, likewise.
         use_dora: Also train the norms of the weight's rows.
         modules_to_save: Modules to train in full: all whose path ends with the name (PEFT's rule).
+        target_parameters: Parameters with an adapter, by the ends of their paths (PEFT's rule), or
+            ``"experts"`` for all experts. ``r`` is the rank of each expert's adapter.
     """
 
     r: int = 16
@@ -70,6 +91,7 @@ class LoRAConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_dora: bool = False
     modules_to_save: tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -84,6 +106,15 @@ class LoRAConfig:
                     raise ConfigError(f"{name} {key!r} is no regular expression: {error}") from None
                 if value < (1 if name == "rank_pattern" else 0):
                     raise ConfigError(f"{name} {key!r} must be positive, got {value}")
+        if self.target_parameters and self.why_no_parameters is not None:
+            raise ConfigError(f"target_parameters: {self.why_no_parameters}")
+
+    @property
+    def why_no_parameters(self) -> str | None:
+        """Why what PEFT adapts as a parameter can get no adapter, or None if it can."""
+        if self.dropout or self.use_dora:
+            return "PEFT adapts it as a parameter, which excludes lora_dropout and use_dora"
+        return None
 
     @property
     def scaling(self) -> float:
@@ -99,11 +130,6 @@ class LoRAConfig:
             rank_pattern={},
             alpha_pattern={},
         )
-
-
-def at_end(pattern: str, path: str) -> bool:
-    """Whether the expression matches the whole ``path``, or its end after a dot."""
-    return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 
 class DropoutClock:
@@ -150,13 +176,9 @@ class LoRA(nn.Module):
         self._norms: tuple[Any, Tensor] | None = None
 
     def reset(self, seed: int) -> None:
-        """Initialise ``lora_A`` (Kaiming uniform, a = √5, as PEFT does) and set ``lora_B`` to 0."""
-        bound = 1.0 / math.sqrt(self.lora_A.shape[1])
-        # Sampled on the CPU, so that a seed gives the same adapter on every device.
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator)
+        """Initialise ``lora_A`` (Kaiming uniform, as PEFT does), and set ``lora_B`` to 0."""
         with torch.no_grad():
-            self.lora_A.copy_(drawn)
+            self.lora_A.copy_(kaiming_uniform(self.lora_A.shape, seed))
             self.lora_B.zero_()
 
     @torch.no_grad()
@@ -233,80 +255,13 @@ class LoRA(nn.Module):
         self._norms = None
 
 
-class _Cast(nn.Module):
-    """Casts a parameter that is trained in full to the dtype its module expects."""
-
-    def __init__(self, base: nn.Parameter) -> None:
-        super().__init__()
-        self.base = (base,)  # in a tuple, so that it is not registered as a parameter
-
-    def forward(self, trained: Tensor) -> Tensor:
-        return trained.to(self.base[0].dtype)
-
-
-def trained_whole(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the float32 copies trained in place of the module's parameters, by name."""
-    lists: Any = getattr(module, "parametrizations", {})
-    return {leaf: one.original for leaf, one in lists.items() if isinstance(one[0], _Cast)}
-
-
-def _train_whole(module: nn.Module) -> None:
-    for leaf, base in list(module.named_parameters(recurse=False)):
-        copy = base.detach().to(torch.float32, copy=True)
-        setattr(module, leaf, nn.Parameter(copy))
-        # torch requires unsafe=True for a parametrization that changes the dtype.
-        parametrize.register_parametrization(module, leaf, _Cast(base), unsafe=True)
-
-
-def _restore(model: nn.Module) -> None:
-    for module in list(model.modules()):
-        for leaf in trained_whole(module):
-            (cast,) = module.parametrizations[leaf]  # type: ignore[index]
-            parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
-            setattr(module, leaf, cast.base[0])
-
-
-def _modules_to_save(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
-    modules = dict(model.named_modules())
-    able = {
-        path
-        for path, module in modules.items()
-        if not isinstance(module, FrozenLinear | LoRA)
-        and any(True for _ in module.parameters(recurse=False))
-        and not any(True for _ in module.children())
-    }
-    chosen = {path: module for path, module in modules.items() if path.endswith(names)}
-    # PEFT would make copies of these as well, which the adapter does not hold.
-    unloaded = [path for path in getattr(model, "halfbyte_removed", ()) if path.endswith(names)]
-    if unloaded:
-        raise ConfigError(
-            f"modules_to_save: {', '.join(names)} also matches {unloaded[0]}, and encoders are not "
-            f"trained; write more of the path, as in {next(iter(chosen), 'model.norm')}"
-        )
-    for path, module in chosen.items():
-        if path not in able:
-            why = "it is made of other modules, or has no parameters"
-            if type(module) is FrozenLinear:
-                why = "its weight is frozen; give it an adapter (target_modules)"
-            elif isinstance(module, FrozenLinear):
-                why = "it is packed in 4 bits; leave out quantize_head and quantize_embeddings"
-            raise ConfigError(f"modules_to_save: {path} cannot be trained in full, {why}")
-    if unknown := [name for name in names if not any(path.endswith(name) for path in chosen)]:
-        kinds = ", ".join(sorted({path.rpartition(".")[2] for path in able}))
-        raise ConfigError(
-            f"modules_to_save names what this model does not have: {', '.join(unknown)}; it has: "
-            f"{kinds}"
-        )
-    return list(chosen.values())
-
-
 def frozen_linears(model: nn.Module) -> dict[str, FrozenLinear]:
     """Return every ``FrozenLinear`` of ``model`` by its path, in the model's order."""
     return {n: m for n, m in model.named_modules() if isinstance(m, FrozenLinear)}
 
 
 def attach(model: nn.Module, config: LoRAConfig, *, seed: int) -> list[str]:
-    """Put a fresh adapter on every module that ``config.target_modules`` names.
+    """Put a fresh adapter on every module that ``config.target_modules`` names, and others.
 
     Args:
         model: A model of ``models.build`` whose weights are in place.
@@ -314,126 +269,154 @@ def attach(model: nn.Module, config: LoRAConfig, *, seed: int) -> list[str]:
         seed: Fixes the initial A of each adapter, and the dropout masks.
 
     Returns:
-        The paths of the adapted modules, in the model's order.
+        What has an adapter, as PEFT would target it: the paths of modules, in the model's order,
+        then those of parameters.
 
     Raises:
         ConfigError: If a name or expression matches no module (the message lists the modules), if a
             module cannot be trained in full, or if there is nothing to train.
     """
-    _restore(model)
-    whole = _modules_to_save(model, config.modules_to_save)
+    detach(model)
+    whole = modules_to_save(model, config.modules_to_save)
     # A packed head or embedding is a subclass and takes no adapter.
     linears = {n: m for n, m in frozen_linears(model).items() if type(m) is FrozenLinear}
-    refused = {path: why for path, linear in linears.items() if (why := linear.why_no_adapter)}
-    names = choose_targets(list(linears), refused, config.target_modules)
-    if not names and not whole:
-        raise ConfigError(
-            f"{type(model).__name__} has no linear layer (torch.nn.Linear) that could get an "
-            "adapter; a model made of others, such as GPT-2's Conv1D, cannot be trained"
-        )
+    parameters = choose_parameters(_adaptable_parameters(model), config.target_parameters)
+    as_parameters = {path for path in linears if path + _WEIGHT in parameters}
+    refused = _refused(linears, config)
+    names: list[str] = []
+    if config.target_modules or not parameters:
+        names = choose_targets(list(linears), refused, config.target_modules)
+    if unable := sorted(as_parameters & {*refused}):
+        raise ConfigError(f"target_parameters: {unable[0]}.weight, {refused[unable[0]]}")
+    owners = {model.get_submodule(path.rpartition(".")[0]): path for path in parameters}
+    if twice := [path for module, path in owners.items() if module in whole]:
+        raise ConfigError(f"target_parameters and modules_to_save both name {twice[0]}; remove one")
+    if not names and not parameters and not whole:
+        raise ConfigError(f"{type(model).__name__} has no linear layer that could get an adapter")
     for option in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, option):
-            if not any(at_end(key, name) for name in names):
+            if not any(at_end(key, name) for name in (*names, *parameters)):
                 raise ConfigError(
                     f"{option} {key!r} matches no layer that gets an adapter; it must match a "
-                    f"path such as {names[0]!r}, or its end"
+                    f"path such as {(*names, *parameters)[0]!r}, or its end"
                 )
     clock = DropoutClock(seed)
-    for index, name in enumerate(names):
-        adapter = LoRA(linears[name], config.at(name), index=index, clock=clock)
-        digest = blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-        adapter.reset(int.from_bytes(digest, "little") >> 1)
+    own = {name: config.at(name) for name in names}
+    own |= {path: config.at(path + _WEIGHT) for path in as_parameters}
+    for index, name in enumerate(path for path in linears if path in own):
+        adapter = LoRA(linears[name], own[name], index=index, clock=clock)
+        adapter.reset(_seed_of(seed, name))
         linears[name].adapter = adapter
+    for path in parameters:
+        if path.removesuffix(_WEIGHT) not in as_parameters:
+            _attach_to_parameter(model, path, config.at(path), seed=_seed_of(seed, path))
     for module in whole:
-        _train_whole(module)
-    return names
+        train_whole(module)
+    as_parameters |= {path for path in names if linears[path].is_parameter_in_peft}
+    return [
+        *(path for path in names if path not in as_parameters),
+        *(path + _WEIGHT for path in linears if path in as_parameters),
+        *(path for path in parameters if path.removesuffix(_WEIGHT) not in as_parameters),
+    ]
 
 
-def choose_targets(
-    paths: Sequence[str], refused: Mapping[str, str], wanted: str | tuple[str, ...]
-) -> list[str]:
-    """Return the paths of the linears that get an adapter, in the model's order.
+def _refused(linears: Mapping[str, FrozenLinear], config: LoRAConfig) -> dict[str, str]:
+    """Return why some of the linears must not get an adapter."""
+    refused = {path: why for path, linear in linears.items() if (why := linear.why_no_adapter)}
+    if (why := config.why_no_parameters) is not None:
+        parameters = (path for path, linear in linears.items() if linear.is_parameter_in_peft)
+        refused = dict.fromkeys(parameters, why) | refused
+    return refused
+
+
+def _seed_of(seed: int, name: str) -> int:
+    digest = blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _adaptable_parameters(model: nn.Module) -> dict[str, bool]:
+    """Return the parameters of transformers' model that can get an adapter, and if of experts."""
+    found: dict[str, bool] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, ExpertLinear):
+            found[path] = True
+        elif type(module) is FrozenLinear or is_plain_matrix(module):
+            found[path + _WEIGHT] = False
+    return found
+
+
+def _attach_to_parameter(model: nn.Module, path: str, config: LoRAConfig, *, seed: int) -> None:
+    owner, _, leaf = path.rpartition(".")
+    module = model.get_submodule(owner)
+    adapter: ParameterLoRA
+    if isinstance(linear := module._modules.get(leaf), ExpertLinear):
+        adapter = ExpertLoRA(linear, r=config.r, scaling=config.scaling)
+        adapter.reset(seed)
+        linear.adapter = adapter
+        return
+    weight = module._parameters[leaf]
+    assert weight is not None
+    rows, columns = weight.shape
+    adapter = ParameterLoRA(columns, rows, r=config.r, scaling=config.scaling, device=weight.device)
+    adapter.reset(seed)
+    adapt_parameter(module, leaf, adapter)
+
+
+def in_peft_terms(model: nn.Module, config: LoRAConfig, adapted: Sequence[str]) -> LoRAConfig:
+    """Return ``config`` with targets and patterns that in PEFT mean exactly what has an adapter.
+
+    PEFT looks for a parameter's rank and scaling under the parameter's path.
 
     Args:
-        paths: The paths of the linears.
-        refused: Why some of them must not get one.
-        wanted: ``LoRAConfig.target_modules``.
-
-    Raises:
-        ConfigError: If ``wanted`` names one of these, or what matches no linear.
+        model: The model.
+        config: The configuration of its adapters.
+        adapted: The result of `attach`.
     """
-    if wanted == ALL_LINEAR:
-        return [path for path in paths if path not in refused]
-    chosen = _named(paths, wanted)
-    if unable := [path for path in chosen if path in refused]:
-        raise ConfigError(
-            f"target_modules includes {unable[0]}, which cannot get an adapter: "
-            f"{refused[unable[0]]}; all-linear leaves it out"
-        )
-    return chosen
-
-
-def _named(paths: Sequence[str], wanted: str | tuple[str, ...]) -> list[str]:
-    """Return the paths that names, or an expression, match."""
-    kinds = ", ".join(sorted({path.rsplit(".", 1)[-1] for path in paths}))
-    if isinstance(wanted, str):
-        try:
-            pattern = re.compile(wanted)
-        except re.error as error:
-            raise ConfigError(
-                f"target_modules {wanted!r} is not a regular expression: {error}"
-            ) from None
-        chosen = [path for path in paths if pattern.fullmatch(path) or _ends_with(path, wanted)]
-        if not chosen:
-            raise ConfigError(
-                f"target_modules {wanted!r} matches no linear layer of this model; an expression "
-                f"must match a whole path such as {paths[0]!r}, and the names are: {kinds}"
-            )
-        return chosen
-    unknown = [name for name in wanted if not any(_ends_with(path, name) for path in paths)]
-    if unknown or not wanted:
-        raise ConfigError(
-            "target_modules names what this model does not have: "
-            f"{', '.join(unknown) or '(nothing)'}; it has: {kinds}"
-        )
-    return [path for path in paths if any(_ends_with(path, name) for name in wanted)]
-
-
-def exact_targets(
-    model: nn.Module, adapted: Sequence[str], wanted: str | tuple[str, ...]
-) -> str | tuple[str, ...]:
-    """Return targets that match the modules ``adapted`` and no others of the model, as PEFT does.
-
-    These are ``wanted`` (for all-linear, the last parts of the paths) unless they also match a
-    module that has no adapter, such as a linear that is not frozen; then the paths are named.
-    """
-    chosen = set(adapted)
-    parts = tuple(f"{path}." for path in adapted)  # of the adapted modules themselves
-    others = [p for p, _ in model.named_modules() if p not in chosen and not p.startswith(parts)]
-    if wanted == ALL_LINEAR:
-        taken = {path.rpartition(".")[2] for path in others}
-        names = {path: path.rpartition(".")[2] for path in adapted}
-        return tuple(sorted({path if name in taken else name for path, name in names.items()}))
-    if isinstance(wanted, str):
-        ambiguous = any(re.fullmatch(wanted, path) for path in others)
-    else:
-        ambiguous = any(_ends_with(path, name) for path in others for name in wanted)
-    return tuple(adapted) if ambiguous else wanted
-
-
-def _ends_with(path: str, name: str) -> bool:
-    return path == name or path.endswith("." + name)
+    linears = frozen_linears(model)
+    modules = [path for path in adapted if path in linears]
+    parameters = [path for path in adapted if path not in linears]
+    targets: str | tuple[str, ...] = ()
+    if modules:
+        targets = exact_targets(model, modules, config.target_modules)
+    if isinstance(targets, str) and any(linear.is_parameter_in_peft for linear in linears.values()):
+        targets = tuple(modules)  # PEFT takes an expression for its matches' last parts there
+    held = [*(path + _WEIGHT for path in linears), *expert_linears(model)]
+    held += [path + _WEIGHT for path in getattr(model, "halfbyte_removed", ())]
+    held += [name for name, _ in model.named_parameters()]
+    patterns: dict[str, Mapping[str, Any]]
+    patterns = {"r": config.rank_pattern, "alpha": config.alpha_pattern}
+    for path in parameters:
+        if (linear := linears.get(path.removesuffix(_WEIGHT))) is None:
+            continue
+        assert isinstance(linear.adapter, LoRA)
+        for name, pattern in patterns.items():
+            own = getattr(linear.adapter.config, name)
+            if own != getattr(config.at(path), name):
+                patterns[name] = {re.escape(path): own, **pattern}
+    used = [
+        {key: value for key, value in pattern.items() if any(at_end(key, n) for n in adapted)}
+        for pattern in patterns.values()
+    ]
+    return replace(
+        config,
+        target_modules=targets,
+        target_parameters=exact_parameters(held, parameters),
+        rank_pattern=used[0],
+        alpha_pattern=used[1],
+    )
 
 
 def detach(model: nn.Module) -> None:
     """Remove every adapter and restore the base model."""
-    for linear in frozen_linears(model).values():
+    linears: dict[str, Any] = frozen_linears(model) | expert_linears(model)
+    for linear in linears.values():
         linear.adapter = None
-    _restore(model)
+    detach_parameters(model)
+    restore(model)
 
 
 def adapters(model: nn.Module) -> dict[str, LoRA]:
-    """Return the attached adapters by module path."""
+    """Return the attached adapters of linear layers by module path."""
     return {
         name: linear.adapter
         for name, linear in frozen_linears(model).items()
@@ -441,11 +424,23 @@ def adapters(model: nn.Module) -> dict[str, LoRA]:
     }
 
 
+def parameter_adapters(model: nn.Module) -> dict[str, ParameterLoRA]:
+    """Return the attached adapters of experts and other parameters, by the parameter's path."""
+    found: dict[str, ParameterLoRA] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, ExpertLinear) and isinstance(module.adapter, ParameterLoRA):
+            found[path] = module.adapter
+        elif (adapter := adapter_of_parameter(module, "weight")) is not None:
+            found[path + _WEIGHT] = adapter
+    return found
+
+
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trained parameters by name.
 
     The names are ``<module path>.lora_A.weight``, ``….lora_B.weight`` and, with DoRA,
-    ``….lora_magnitude_vector``; modules trained in full keep the names of their parameters.
+    ``….lora_magnitude_vector``, the path of an adapted parameter being that of PEFT's wrapper
+    (`names_in_peft`); modules trained in full keep the names of their parameters.
     """
     found: dict[str, nn.Parameter] = {}
     for name, adapter in adapters(model).items():
@@ -453,6 +448,10 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         found[f"{name}.lora_B.weight"] = adapter.lora_B
         if adapter.lora_magnitude_vector is not None:
             found[f"{name}.lora_magnitude_vector"] = adapter.lora_magnitude_vector
+    others = parameter_adapters(model)
+    for path, name in names_in_peft(others).items():
+        found[f"{name}.lora_A.weight"] = others[path].lora_A
+        found[f"{name}.lora_B.weight"] = others[path].lora_B
     for path, module in model.named_modules():
         found |= {f"{path}.{leaf}": one for leaf, one in trained_whole(module).items()}
     return found

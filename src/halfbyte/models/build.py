@@ -21,7 +21,7 @@ from halfbyte.errors import CheckpointError, ConfigError, WeightError
 from halfbyte.layers import attention_interface, token_mixers
 from halfbyte.layers.experts import freeze_experts
 from halfbyte.layers.multimodal import build_decoder, removed_modules, ties_head
-from halfbyte.layers.targets import linears_to_freeze, why_no_adapter
+from halfbyte.layers.targets import linears_to_freeze, parameters_in_peft, why_no_adapter
 from halfbyte.layers.vocabulary import FrozenEmbedding, FrozenHead
 from halfbyte.linear.arena import Arena
 from halfbyte.linear.experts import ExpertLinear, expert_linears
@@ -164,7 +164,7 @@ def build(
     head = model.get_output_embeddings()
     if head is not None and not recipe.quantize_head:
         head.register_forward_pre_hook(_contiguous)
-    refused = why_no_adapter(model)
+    refused, parameters = why_no_adapter(model), parameters_in_peft(model)
     for name, linear in linears_to_freeze(model).items():
         is_head = linear is head
         if is_head and not recipe.quantize_head:
@@ -177,7 +177,7 @@ def build(
             double_quant=recipe.double_quant,
             dtype=recipe.compute_dtype,
         )
-        frozen.why_no_adapter = refused.get(name)
+        frozen.why_no_adapter, frozen.is_parameter_in_peft = refused.get(name), name in parameters
         setattr(model.get_submodule(parent), leaf, frozen)
     freeze_experts(model, partial(_expert_like, recipe, plain), recipe.compute_dtype)
     if recipe.quantize_head and not isinstance(model.get_output_embeddings(), FrozenHead):

@@ -7,8 +7,11 @@ refuse the same models.
 from transformers import PreTrainedModel
 
 from halfbyte.errors import CheckpointError
-from halfbyte.layers.targets import linears_to_freeze, why_no_adapter
-from halfbyte.linear.lora import LoRAConfig, choose_targets
+from halfbyte.layers.experts import expert_parameters
+from halfbyte.layers.targets import linears_to_freeze, parameters_in_peft, why_no_adapter
+from halfbyte.linear.lora import LoRAConfig
+from halfbyte.linear.lora_targets import choose_parameters, choose_targets
+from halfbyte.linear.parameter_lora import is_plain_matrix
 from halfbyte.models.buffers import compute_buffers
 
 _CANNOT_ANSWER = "transformers' own generate, which answers prompts, fails with it"
@@ -45,14 +48,21 @@ def require_trainable(model: PreTrainedModel, config: LoRAConfig) -> None:
             "which sees the tokens it should predict"
         )
     head, refused = model.get_output_embeddings(), why_no_adapter(model)
-    frozen = (path for path, linear in linears_to_freeze(model).items() if linear is not head)
+    frozen = [path for path, linear in linears_to_freeze(model).items() if linear is not head]
     linears = list(dict.fromkeys((*frozen, *refused)))
-    if len(refused) == len(linears) and not config.modules_to_save:
+    if config.why_no_parameters is not None:
+        refused = dict.fromkeys(parameters_in_peft(model), config.why_no_parameters) | refused
+    parameters = dict.fromkeys(expert_parameters(model), True)
+    matrices = [path for path, module in model.named_modules() if is_plain_matrix(module)]
+    parameters |= dict.fromkeys((f"{path}.weight" for path in (*frozen, *matrices)), False)
+    chosen = choose_parameters(parameters, config.target_parameters)
+    if len(refused) == len(linears) and not chosen and not config.modules_to_save:
         raise CheckpointError(
             f"{name} has no linear layer (torch.nn.Linear) that could get an adapter; a model made "
             "of others, such as GPT-2's Conv1D, cannot be trained"
         )
-    choose_targets(linears, refused, config.target_modules)
+    if config.target_modules or not chosen:
+        choose_targets(linears, refused, config.target_modules)
     stored = model.state_dict().keys()
     computed = [path for path, _ in model.named_buffers() if path not in stored]
     compute_buffers(model, "cpu", stored=stored)

@@ -74,7 +74,7 @@ CHECKPOINT_WIDTH = 3072
 
 
 # linear/experts.py: bytes of experts decoded at a time.
-DECODED_BYTES = 128 << 20
+DECODED_BYTES = 256 << 20
 
 # What is planned for where nothing else is said.
 H100 = DeviceSpec("H100 80 GB", (9, 0), num_sms=132, memory=85_029_158_912)

@@ -151,6 +151,7 @@ class Run:
         holding: How the base model is stored.
         rank: The rank of the adapters.
         targets: Last parts of the names of linears with an adapter; empty for all.
+        parameters: Its ``target_parameters``.
         batch: Examples per micro-batch.
         length: Tokens per example.
         micro_batches: Micro-batches per optimizer step.
@@ -197,6 +198,7 @@ class Run:
     documents: tuple[tuple[int, ...], ...] = ()
     packs_on_cpu: bool = True
     process: int | None = None
+    parameters: tuple[str, ...] = ()
 
     @property
     def packs(self) -> bool:
@@ -453,8 +455,9 @@ def _state(numels: list[int], optimizer: OptimizerMode) -> int:
 
 
 def _trained(shape: ModelShape, run: Run) -> list[Line]:
-    adapters = (run.rank * side for weight in run.adapted(shape) for side in weight.shape)
-    numels = list(adapters if run.trained is None else run.trained)
+    sides = [side for weight in run.adapted(shape) for side in weight.shape]
+    adapters = [run.rank * side for side in (*sides, *shape.adapted_sides(run.parameters))]
+    numels = adapters if run.trained is None else list(run.trained)
     count = sum(numels)
     name = f"{MOMENTS}, {'8' if run.optimizer.endswith('8bit') else '32'} bits"
     # Paged state is on the host whenever memory is short, which is when it matters.

@@ -6,7 +6,8 @@ neither transformers nor torch, which take seconds to import; a test compares it
 Information about the files (bytes, tensors packed already) can be added.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -202,6 +203,16 @@ class ModelShape:
             return self.parameters
         idle = self.mixture.experts - self.mixture.per_token
         return self.parameters - self.expert_parameters * idle // self.mixture.experts
+
+    def adapted_sides(self, names: Sequence[str]) -> list[int]:
+        """Return rows and columns, times the matrices, of the ``target_parameters`` of a run."""
+        return [
+            math.prod(weight.shape[:-2]) * side
+            for weight in self.weights
+            if any(f".{weight.name}".endswith(f".{name}") for name in names)
+            or ("experts" in names and weight.role == "experts")
+            for side in weight.shape[-2:]
+        ]
 
     def linears(self, layer: int | None = None) -> list[Weight]:
         """Return the matrices of its linear layers, or of those in one decoder layer."""

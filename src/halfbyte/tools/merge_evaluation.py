@@ -28,6 +28,7 @@ from halfbyte.layers.experts import expert_parameters
 from halfbyte.layers.vocabulary import FrozenEmbedding
 from halfbyte.linear.experts import ExpertLinear, expert_linears
 from halfbyte.linear.frozen import FrozenLinear
+from halfbyte.linear.lora import parameter_adapters
 from halfbyte.models.build import frozen_linears
 from halfbyte.runtime.matmul import product
 from halfbyte.train.evaluate import as_batch
@@ -125,7 +126,7 @@ def distance(model: PreTrainedModel, candidate: BaseSource | None, live: Referen
         CheckpointError: If a file ends early.
     """
     kl, gap, same, forgotten = 0.0, 0.0, 0, 0
-    with _replaced(model, candidate):
+    with _replaced(model, candidate), _without_updates(model, candidate):
         for batch, wanted in zip(live.batches, live.logits, strict=True):
             got = _logits(model, batch)
             forgotten += int((_by_heart(batch, wanted) & ~_by_heart(batch, got)).sum())
@@ -214,7 +215,8 @@ def _replaced(model: PreTrainedModel, candidate: BaseSource | None) -> Iterator[
             stands[path] = _Stand(linear, partial(_dense, candidate, name))
         for path, module in experts.items():
             stands[path] = _ExpertStand(candidate, path, module.num_experts)
-        for name in names - {f"{path}.weight" for path in linears} - experts.keys():
+        others = names - {f"{path}.weight" for path in linears} - experts.keys()
+        for name in others - parameter_adapters(model).keys():
             path, _, leaf = name.rpartition(".")
             held: Tensor = getattr(model.get_submodule(path), leaf)
             held.detach().copy_(_dense(candidate, name))
@@ -225,6 +227,28 @@ def _replaced(model: PreTrainedModel, candidate: BaseSource | None) -> Iterator[
     finally:
         for path, own in (*linears.items(), *experts.items()):
             model.set_submodule(path, own)
+
+
+@contextmanager
+def _without_updates(model: PreTrainedModel, candidate: BaseSource | None) -> Iterator[None]:
+    """Have adapted parameters without their updates: the base's, or in routers a candidate's."""
+    scalings, values = [], []
+    for path, adapter in parameter_adapters(model).items():
+        scalings.append((adapter, adapter.scaling))
+        owner, _, leaf = path.rpartition(".")
+        lists: Any = getattr(model.get_submodule(owner), "parametrizations", {})
+        if candidate is not None and leaf in lists:
+            held: Tensor = lists[leaf].original
+            values.append((held, held.data))
+            held.data = _dense(candidate, path).to(held)  # computed with the update
+        adapter.scaling = 0.0
+    try:
+        yield
+    finally:
+        for adapter, scaling in scalings:
+            adapter.scaling = scaling
+        for held, value in values:
+            held.data = value
 
 
 def _dense(candidate: BaseSource, name: str) -> Tensor:

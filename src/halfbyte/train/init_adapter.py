@@ -30,7 +30,8 @@ from halfbyte.config.schema import OF_THE_ADAPTER, TrainConfig
 from halfbyte.errors import ConfigError
 from halfbyte.foreign_text import quote
 from halfbyte.input_files import open_file
-from halfbyte.linear.lora import choose_targets, load_adapter_state
+from halfbyte.linear.lora import load_adapter_state
+from halfbyte.linear.lora_targets import choose_targets, ends_with
 from halfbyte.train.loading import use_template
 
 if TYPE_CHECKING:
@@ -157,14 +158,26 @@ def _options_of(
 ) -> dict[str, Any]:
     """Return the options that describe an adapter; targets as given, if these are the same."""
     own = adapter.config
-    linears = adapter.require_layers_of(skeleton)
+    linears = _with_adapters(adapter.require_layers_of(skeleton), skeleton)
     targets: str | tuple[str, ...] = tuple(own.target_modules)
-    wanted = set(targets)
+    parameters = own.target_parameters
+    # Linears that PEFT adapts as parameters are targets like others here; a pattern means one or
+    # the other path.
+    as_parameters = {
+        path: name
+        for path in linears
+        for name in parameters
+        if ends_with(f"{path}.weight", name) and not (own.rank_pattern or own.alpha_pattern)
+    }
+    wanted = {*targets, *as_parameters}
     known = config.target_modules
-    if "target_modules" not in config.model_fields_set:
+    if "target_modules" not in config.model_fields_set and wanted:
         known = tuple(sorted({path.rpartition(".")[2] for path in wanted}))
-    if set(choose_targets(_with_adapters(linears, skeleton), {}, known)) == wanted:
+    if known and set(choose_targets(linears, {}, known)) == wanted:
         targets = known
+        parameters = tuple(name for name in parameters if name not in as_parameters.values())
+    if set(config.target_parameters) == set(parameters):
+        parameters = config.target_parameters
     whole: tuple[str, ...] = adapter.modules_to_save
     if set(config.modules_to_save) == set(whole):
         whole = config.modules_to_save
@@ -177,6 +190,7 @@ def _options_of(
         "rank_pattern": dict(own.rank_pattern),
         "alpha_pattern": dict(own.alpha_pattern),
         "target_modules": targets,
+        "target_parameters": parameters,
         "modules_to_save": whole,
     }
 

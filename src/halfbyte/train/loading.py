@@ -211,6 +211,7 @@ def lora_of(config: TrainConfig) -> LoRAConfig:
         alpha_pattern=config.alpha_pattern,
         use_dora=config.use_dora,
         modules_to_save=config.modules_to_save,
+        target_parameters=config.target_parameters,
     )
 
 

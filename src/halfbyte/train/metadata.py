@@ -22,6 +22,8 @@ from halfbyte.data import Dataset, DatasetReport, MicroBatch
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_policy import peak_memory, used_memory
+from halfbyte.linear.lora import LoRAConfig, frozen_linears
+from halfbyte.linear.lora_targets import ALL_LINEAR
 from halfbyte.models.generate import generate
 from halfbyte.runtime import device as devices
 from halfbyte.runtime.device import is_out_of_memory
@@ -92,12 +94,27 @@ def step(
     }
 
 
-def trained_in_words(parameters: Mapping[str, Tensor], linears: int) -> str:
-    """Return how much is trained: ``parameters`` by name, on so many linear layers."""
+def trained_in_words(
+    parameters: Mapping[str, Tensor],
+    adapted: Sequence[str],
+    model: PreTrainedModel,
+    lora: LoRAConfig,
+) -> str:
+    """Return how much is trained: ``parameters`` by name, with adapters on the layers ``adapted``.
+
+    It also says which layers have no adapter because of the adapters' options.
+    """
     count = sum(parameter.numel() for parameter in parameters.values())
     whole = dict.fromkeys(name.split(".")[-2] for name in parameters if ".lora_" not in name)
-    text = f"{count / 1e6:.2f} M parameters trained, on {linears} linear layers"
-    return text + (f"; trained in full: {', '.join(whole)}" if whole else "")
+    text = f"{count / 1e6:.2f} M parameters trained, on {len(adapted)} linear layers"
+    text += f"; trained in full: {', '.join(whole)}" if whole else ""
+    if lora.target_modules != ALL_LINEAR or lora.why_no_parameters is None:
+        return text
+    left_out = sum(linear.is_parameter_in_peft for linear in frozen_linears(model).values())
+    if left_out:
+        text += f"; {left_out} of shared experts, or beside experts, have no adapter, since PEFT "
+        text += "adapts them as parameters, which excludes lora_dropout and use_dora"
+    return text
 
 
 def run(

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from halfbyte.config.schema import TrainConfig
 from halfbyte.errors import ConfigError
-from halfbyte.linear.lora import trained_whole
+from halfbyte.linear.modules_to_save import trained_whole
 
 
 class ParameterGroup(NamedTuple):

@@ -46,7 +46,7 @@ from halfbyte.linear.lora import (
     adapter_parameters,
     adapter_state,
     attach,
-    exact_targets,
+    in_peft_terms,
     load_adapter_state,
 )
 from halfbyte.models.support import require_trainable
@@ -237,10 +237,9 @@ class _Run:
         """Attach the adapters, and choose the engine and the trainer."""
         config, report, model = self.config, self.report, self.base.model
         adapted = attach(model, self.lora, seed=config.seed)
-        targets = exact_targets(model, adapted, self.lora.target_modules)
-        self.lora = replace(self.lora, target_modules=targets)
         self.parameters = adapter_parameters(model)
-        report.note(metadata.trained_in_words(self.parameters, len(adapted)))
+        report.note(metadata.trained_in_words(self.parameters, adapted, model, self.lora))
+        self.lora = in_peft_terms(model, self.lora, adapted)
         if config.init_lora_weights == "qera" and self.resumed is None:
             with report.task("initialising adapters (QERA)") as progress:
                 back = begin_with_error(self.base, self.source, progress=progress)

@@ -20,6 +20,7 @@ from halfbyte.checkpoint.run_state import latest_run, load_run, run_at, save_run
 from halfbyte.config.command_line import invocation
 from halfbyte.config.schema import TrainConfig
 from halfbyte.errors import CheckpointError, HalfbyteError
+from halfbyte.layers.conv1d import conv1d_weights
 from halfbyte.layers.multimodal import removed_modules
 from halfbyte.linear.lora import LoRAConfig, adapter_state, load_adapter_state
 from halfbyte.train.loading import recipe_metadata
@@ -144,11 +145,11 @@ class Checkpoints:
         # An adapter that began with the error of quantisation still holds it.
         begun = more.get("init_adapter", {}).get("init_lora_weights")
         recipe |= {"init_lora_weights": begun or self._config.init_lora_weights}
-        removed = removed_modules(self._base.model)
         return {
             "base": identity_of(self._base),
             "recipe": recipe,
-            "removed": removed,
+            "removed": removed_modules(self._base.model),
+            "fan_in_fan_out": bool(conv1d_weights(self._base.model)),
             "more": more,
         }
 

@@ -24,7 +24,7 @@ _KERNELS = unneeded("kernels are chosen by device; `halfbyte doctor` shows which
 _ATTENTION = unneeded("attention is exact, packed and memory-efficient on every device")
 _ONE_PROCESS = missing("leave it out: a run uses one GPU; `halfbyte plan` says what fits on it")
 _TRACKER = missing("set the tracker's own environment variable, such as WANDB_PROJECT")
-_EXPERTS = missing("experts of a mixture are packed, and get no adapter; see docs/models.md")
+_EXPERTS = missing("experts are stored and multiplied in one way for all families; leave it out")
 _MEDIA = missing("only text is trained")
 _OTHER_BITS = missing("give the 16-bit model instead; halfbyte quantises it to NF4 itself")
 
@@ -123,7 +123,7 @@ RULES: dict[str, Rule] = {
     "model_quantization_config_kwargs": _OTHER_BITS,
     "bnb_config_kwargs": Rule("double_quant", lambda v: v.get("bnb_4bit_use_double_quant")),
     "quantize_moe_experts": unneeded("experts are packed as linear layers are"),
-    "lora_target_parameters": _EXPERTS,
+    "lora_target_parameters": to("target_parameters"),
     "experts_implementation": _KERNELS,
     "use_scattermoe": _KERNELS,
     "use_sonicmoe": _KERNELS,

@@ -101,6 +101,7 @@ FROM_PRETRAINED: dict[str, Rule] = {
 _GET_PEFT_MODEL: dict[str, Rule] = {
     "r": to("lora_r"),
     "target_modules": Rule("target_modules", _targets),
+    "target_parameters": Rule("target_parameters", _targets),
     "bias": Rule(read=_only("none", "biases are not trained"), why="biases are not trained"),
     "use_gradient_checkpointing": unneeded("`activations: auto` recomputes what does not fit"),
     "random_state": to("seed"),
