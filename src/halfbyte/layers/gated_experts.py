@@ -137,9 +137,9 @@ def _blocks(
 ) -> tuple[list[tuple[int, int]], int]:
     """Return ranges of experts, each processed from x to the slots, and the most rows of one.
 
-    A token chooses an expert at most once, so n experts have at most n rows for each token. All
-    experts are one range, unless fewer of them are decoded at a time than a token chooses: separate
-    ranges need no more launches than their weights do, but a small one fills no larger buffer.
+    A token must not choose an expert twice: so n experts have at most n rows for each token. If at
+    least as many are decoded at a time as a token chooses, ranges would save no rows, and all
+    experts are one.
     """
     tokens, per_token = index.shape
     count = min(up.at_a_time(dtype), down.at_a_time(dtype))
