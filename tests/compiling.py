@@ -49,7 +49,7 @@ INTEGERS = {
     *("q_heads", "k_heads", "half", "table_stride", "gate_stride", "up_stride"),
     *("q_out_batch", "q_out_token", "k_out_batch", "k_out_token"),
     *("q_batch", "q_token", "k_batch", "k_token", "inner_stride"),
-    *("first", "experts", "out_stride", "slots", "spans"),
+    *("base", "first", "experts", "out_stride", "slots", "spans"),
 }
 
 

@@ -213,6 +213,7 @@ class Run:
             on_gpu,
             self.gpu,
             packed=self.holding.quant != "none",
+            offloaded=self.policy.offloaded > 0 == self.policy.saved,
         )
 
     def step_cost(self, shape: ModelShape) -> StepCost:
