@@ -225,7 +225,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 WHOLE: dict[str, str] = {
     f"{kind} (whole)" if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else kind: kind
     for kind in multimodal.FAMILIES
-    if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) != MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[kind]
+    if MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(kind)
+    not in (None, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind))
 }
 
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {

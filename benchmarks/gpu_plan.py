@@ -12,7 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from halfbyte.plan.ledger import Holding, Run, ledger
+from halfbyte.plan.holding import Holding
+from halfbyte.plan.ledger import Run, ledger
 from halfbyte.plan.model_shape import config_of, shape_of_config
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.plan.roofline import GpuSpec, gpu_of_driver, step_seconds

@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from halfbyte.layers import triton_elementwise
+from halfbyte.layers import triton_elementwise, triton_qk_norm
 from halfbyte.linear import (
     triton_experts,
     triton_gemv,
@@ -49,7 +49,7 @@ INTEGERS = {
     *("q_heads", "k_heads", "half", "table_stride", "gate_stride", "up_stride"),
     *("q_out_batch", "q_out_token", "k_out_batch", "k_out_token"),
     *("q_batch", "q_token", "k_batch", "k_token", "inner_stride"),
-    *("first", "experts", "out_stride", "slots", "spans"),
+    *("base", "first", "experts", "out_stride", "slots", "spans"),
 }
 
 
@@ -172,6 +172,11 @@ def layer_kernels(kind: str):
     turned = dict.fromkeys(("q", "k", "q_out", "k_out"), f"*{kind}")
     turns = {"backward": True, "lanes": 64, "q_lanes": 32, "k_lanes": 8}
     yield triton_elementwise._rotate, sixteen | turned, turns, {}
+    turned |= dict.fromkeys(("dq", "dk", "q_weight", "k_weight"), f"*{kind}")
+    turned |= {"q_eps": "fp32", "k_eps": "fp32"}
+    turns.pop("backward")
+    for kernel in (triton_qk_norm._norm_rotate, triton_qk_norm._norm_rotate_backward):
+        yield kernel, sixteen | turned, turns, {"num_warps": triton_qk_norm._WARPS}
     yield triton_elementwise._gate, sixteen, {"lanes": 2048}, {"num_warps": 8}
     gate = {"remake": True, "lanes": 2048}
     yield triton_elementwise._gate_backward, sixteen, gate, {"num_warps": 8}

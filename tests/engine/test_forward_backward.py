@@ -22,7 +22,8 @@ from halfbyte.layers.elementwise import plain_rotary
 from halfbyte.linear import group
 from halfbyte.linear.group import OpenLayer
 from halfbyte.linear.lora import adapter_parameters
-from halfbyte.plan.ledger import Holding, Run
+from halfbyte.plan.holding import Holding
+from halfbyte.plan.ledger import Run
 from halfbyte.plan.model_shape import shape_of_config
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.runtime import device as devices

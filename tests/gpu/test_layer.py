@@ -5,7 +5,14 @@ import torch
 
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.layers import elementwise
-from halfbyte.layers.elementwise import add_rms_norm, rms_norm, rms_norm_beside, rotary, swiglu
+from halfbyte.layers.elementwise import (
+    add_rms_norm,
+    qk_norm_rotary,
+    rms_norm,
+    rms_norm_beside,
+    rotary,
+    swiglu,
+)
 from halfbyte.plan.policy import ActivationPolicy
 from tests.engine.test_layerwise import FAMILIES, batches_of, gradients, model_of
 
@@ -76,6 +83,27 @@ def test_turns(heads, monkeypatch):
         return rotary(q, k, cos.to(x.dtype), sin.to(x.dtype))
 
     check(turn, [x], monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "q_heads", "k_heads", "size"),
+    [(4099, 32, 4, 128), (129, 16, 8, 128), (130, 40, 8, 96), (7, 1, 1, 80), (1000, 3, 1, 8)],
+)
+def test_normed_turns(tokens, q_heads, k_heads, size, monkeypatch):
+    widths = [heads * size for heads in (q_heads, k_heads, k_heads)]
+    product = 3 * drawn(2, tokens, sum(widths), dtype=torch.bfloat16)
+    weights = [drawn(size, dtype=torch.bfloat16, seed=seed) for seed in (1, 2)]
+    half = size // 2
+    at = torch.arange(2 * tokens, device="cuda").view(2, tokens, 1)  # each sequence has its own
+    angle = at / 7.0 ** (torch.arange(half, device="cuda") / half)
+    cos, sin = (t.repeat(1, 1, 2).bfloat16() for t in (angle.cos(), angle.sin()))
+
+    def turn(product):
+        q, k, v = (part.unflatten(-1, (-1, size)) for part in product.split(widths, -1))
+        same = [t.to(product.dtype) for t in (*weights, cos, sin)]
+        return *qk_norm_rotary(q, k, *same[:2], 1e-6, 1e-5, *same[2:]), v
+
+    check(turn, [product], monkeypatch)
 
 
 @pytest.mark.parametrize("size", [11008, 1536, 7])

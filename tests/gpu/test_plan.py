@@ -16,7 +16,8 @@ from halfbyte.engine.packing import Batch
 from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach, frozen_linears
 from halfbyte.models.build import BaseRecipe, build, finalize, load_tensor
 from halfbyte.optim import AdamW
-from halfbyte.plan.ledger import Holding, Run, ledger
+from halfbyte.plan.holding import Holding
+from halfbyte.plan.ledger import Run, ledger
 from halfbyte.plan.model_shape import shape_of_config
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.plan.roofline import measure_machine

@@ -117,6 +117,50 @@ def test_forward_and_backward_are_those_of_float64(
         assert torch.equal(one, other)
 
 
+@interpreted
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("kind", ["qwen3", "gpt-oss"])
+def test_the_rows_of_one_expert_at_a_time_give_the_same_bits(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = pytest.importorskip(
+        "halfbyte.linear.triton_experts", reason="needs Triton", exc_type=ImportError
+    )
+    for place in (gated_experts, linear_experts):
+        monkeypatch.setattr(place, "expert_kernels", lambda _: kernels)
+    module: Any = _module(kind, torch.float16)
+    _packed(module)
+    generator = torch.Generator().manual_seed(1)
+    x, dy = (torch.randn(9, 64, generator=generator).half() for _ in range(2))
+    weights, index = torch.randn(9, 5, generator=generator).softmax(1).topk(3)
+    index[:, 0], index[:, 1], index[:, 2] = 1, torch.arange(9) % 2 * 3, 4  # 1 and 4 have all tokens
+    index[3, 2] = 5  # no expert
+    sizes, gated_backward = list[int](), kernels.gated_backward
+
+    def recorded(h: Tensor, d_inner: Tensor, *args: Any, **kwargs: Any) -> None:
+        assert len(h) == len(d_inner)
+        sizes.append(len(h))
+        gated_backward(h, d_inner, *args, **kwargs)
+
+    monkeypatch.setattr(kernels, "gated_backward", recorded)
+
+    def results(experts: int) -> list[Tensor]:
+        sizes.clear()
+        for linear in (module.gate_up_proj, module.down_proj):
+            linear.decoded_bytes = experts * 2 * 64 * 64
+        inputs = [x.clone().requires_grad_(), weights.half().requires_grad_()]
+        y = module(inputs[0], index, inputs[1])
+        return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
+
+    expected = results(5)
+    assert sizes == [27]
+    assert all(one.isfinite().all() for one in expected)
+    for experts, launched in ((1, [9] * 5), (2, [18] * 3)):
+        for one, other in zip(results(experts), expected, strict=True):
+            assert torch.equal(one, other)
+        assert sizes == launched
+
+
 @pytest.mark.parametrize(
     ("kind", "expected"), [("qwen3", Glu()), ("gpt-oss", Glu(True, 7.0, 1.702, 1.0))]
 )

@@ -165,6 +165,38 @@ def test_only_rows_of_the_given_experts_are_written():
     assert torch.equal(out.isnan().any(1), (case.expert < 2) | (case.expert >= 4))
 
 
+@pytest.mark.parametrize("gpu", ["h100", "a100"])
+def test_rows_counted_from_an_expert_give_the_same_bits(use, gpu):
+    use(gpu)
+    case = Case(37, 2, 5, 64)
+    x, up, down = drawn(37, 72, seed=4), drawn(5, 80, 72, seed=1), drawn(5, 40, 72, seed=2)
+    weight = torch.rand(case.rows, generator=torch.Generator().manual_seed(7))
+    start, end = case.routing.offsets[[2, 4]].tolist()
+    assert 0 < start < end < case.rows
+
+    def results(base, rows):
+        inner, d_inner, h = (torch.full((rows, n), torch.nan).half() for n in (40, 40, 80))
+        y, dx = (torch.full((case.rows, 72), torch.nan).half() for _ in range(2))
+        d_weight = torch.full((case.rows,), torch.nan)
+        gather = {"gather": True, "transposed": True, "base": base}
+        scatter = {"scatter": True, "transposed": False, "base": base}
+        routing = case.routing
+        kernels.grouped_product(x, up[2:4], routing, 2, inner, glu=SWIGLU, **gather)
+        kernels.grouped_product(inner, down[2:4], routing, 2, y, row_scale=weight, **scatter)
+        kernels.grouped_product(x, down[2:4], routing, 2, d_inner, **gather)
+        kernels.grouped_product(x, up[2:4], routing, 2, h, **gather)
+        kernels.gated_backward(h, d_inner, d_weight, weight, routing, 2, 2, SWIGLU, base=base)
+        kernels.grouped_product(h, up[2:4], routing, 2, dx, **scatter)
+        return (inner, d_inner, h), (y, dx, d_weight)
+
+    (sorted_rows, of_slots), (all_rows, expected) = results(2, end - start), results(0, case.rows)
+    for one, other in zip(sorted_rows, all_rows, strict=True):
+        assert one.isfinite().all()
+        assert torch.equal(one, other[start:end])
+    for one, other in zip(of_slots, expected, strict=True):
+        assert torch.equal(one.nan_to_num(9.0), other.nan_to_num(9.0))
+
+
 def test_rows_may_come_sorted_and_strided_and_end_before_the_last():
     offsets = torch.tensor([0, 5, 5, 80], dtype=torch.int32)
     routing = routings.routing_of_sorted(offsets, 90, 64)

@@ -14,13 +14,14 @@ from halfbyte.engine.buckets import divide
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_profile import saved_bytes
 from halfbyte.engine.packing import Batch
+from halfbyte.linear import experts
 from halfbyte.linear.lora import LoRAConfig, attach
 from halfbyte.models.build import BaseRecipe, build, finalize, load_tensor
 from halfbyte.plan import activation_cost
+from halfbyte.plan.holding import Holding
 from halfbyte.plan.ledger import (
     FRAGMENTATION,
     SMALLEST_PART,
-    Holding,
     Run,
     fitted,
     largest,
@@ -339,3 +340,21 @@ def test_parts_are_made_smaller_as_a_run_does(batch: int, length: int) -> None:
         assert run.part_tokens == max(map(len, parts)) * length
     assert run.part_tokens <= max(length, 1.25 * max(length, SMALLEST_PART))
     assert replace(run, part_size=8192, fused=False).with_smaller_parts() is None
+
+
+def test_few_experts_decoded_at_a_time_have_few_rows() -> None:
+    sizes = activation_cost.DECODED_BYTES, activation_cost.LEAST_DECODED_BYTES
+    assert sizes == (experts.DECODED_BYTES, experts.LEAST_DECODED_BYTES)
+    shape = shape_of_config(config_of("gpt-oss-20b"), "gpt-oss-20b")
+    run = Run()
+    offloaded = replace(run, policy=policy_of(shape, run, 0, offload=True))
+    tokens, each = 2048, 2 * 2 * 2880 * 2880  # bytes of an expert's gate and up
+    for backward, inner in ((False, 1), (True, 3)):
+        all_rows, few = (
+            way.layer(shape).experts(tokens, backward=backward) for way in (run, offloaded)
+        )
+        assert all_rows == 2 * 4 * tokens * (1 + inner) * 2880 + experts.DECODED_BYTES
+        assert few == 2 * tokens * (4 + inner) * 2880 + each
+    # Saved layers beside offloaded ones: `auto` decodes as many as otherwise.
+    some = replace(run, policy=policy_of(shape, run, 1, offload=True))
+    assert some.layer(shape) == run.layer(shape)

@@ -38,7 +38,8 @@ from halfbyte.layers import (
 from halfbyte.linear import decoded_weight, group, triton_lora, triton_matmul, triton_swiglu
 from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach
 from halfbyte.models.build import BaseRecipe, build
-from halfbyte.plan.ledger import Holding, Run, ledger
+from halfbyte.plan.holding import Holding
+from halfbyte.plan.ledger import Run, ledger
 from halfbyte.plan.model_shape import shape_of_config
 from halfbyte.plan.policy import ActivationPolicy as Policy
 from halfbyte.runtime import device as devices

@@ -17,12 +17,11 @@ from halfbyte.errors import ConfigError
 from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach
 from halfbyte.models.build import BaseRecipe, build, finalize, load_tensor
 from halfbyte.optim.buckets import pieces_of
+from halfbyte.plan.holding import Holding, Packed
 from halfbyte.plan.ledger import (
     OVERHEAD,
     PRODUCT,
     TOUCHED_LATER,
-    Holding,
-    Packed,
     Run,
     ledger,
     product_bytes,

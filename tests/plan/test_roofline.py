@@ -9,7 +9,8 @@ import pytest
 
 from halfbyte.errors import ConfigError
 from halfbyte.plan.advice import MOST, Way, advice, choices, usable, ways
-from halfbyte.plan.ledger import PART_TOKENS, Holding, Run, ledger, policy_of
+from halfbyte.plan.holding import Holding
+from halfbyte.plan.ledger import PART_TOKENS, Run, ledger, policy_of
 from halfbyte.plan.model_shape import ModelShape, config_of, shape_of_config
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.plan.roofline import (

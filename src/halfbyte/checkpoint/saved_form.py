@@ -20,8 +20,6 @@ from transformers.core_model_loading import (
     PrefixChange,
     WeightConverter,
     WeightRenaming,
-    apply_converters,
-    apply_renamings,
     dot_natural_key,
 )
 
@@ -31,6 +29,22 @@ from halfbyte.checkpoint.source import ExpertSlice
 from halfbyte.errors import CheckpointError
 
 logger = logging.getLogger("halfbyte")
+
+
+def _renamed(name: str, renamings: Iterable[WeightRenaming]) -> str:
+    """Return a name after all renamings; transformers 5.17 has no function for it."""
+    for renaming in renamings:
+        name, _ = renaming.rename_source_key(name)
+    return name
+
+
+def _converted(name: str, converters: Iterable[WeightConverter]) -> tuple[str, str | None]:
+    """Return the name that the first fitting converter collects, and the pattern that fitted."""
+    for converter in converters:
+        target, pattern = converter.rename_source_key(name)
+        if pattern is not None:
+            return target, pattern
+    return name, None
 
 
 @dataclass(eq=False)
@@ -98,7 +112,7 @@ class SavedForm:
         of_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
         groups: dict[str, _Group] = {}
         for name in sorted(parameters, key=dot_natural_key):
-            target, pattern = apply_converters(name, converters)
+            target, pattern = _converted(name, converters)
             converter = of_pattern[pattern] if pattern is not None else None
             group = groups.setdefault(target, _Group(converter, target))
             group.inputs.append((name, pattern or name))
@@ -146,14 +160,14 @@ class SavedForm:
         """Return the keys of a group; if ``alone``, of a model that has this one expert."""
         if group.converter is None:
             (tensor,) = tensors
-            return {apply_renamings(group.target, self._renamings): tensor}
+            return {_renamed(group.target, self._renamings): tensor}
         converter = copy.deepcopy(group.converter)
         for (name, pattern), tensor in zip(group.inputs, tensors, strict=True):
             converter.add_tensor(group.target, name, pattern, tensor)
         model: Any = FewerExperts(self._model, self._experts, 1) if alone else self._model
         made: dict[str, Any] = converter.convert(group.target, model=model, config=model.config)
         return {
-            apply_renamings(name, self._renamings): value[0] if isinstance(value, list) else value
+            _renamed(name, self._renamings): value[0] if isinstance(value, list) else value
             for name, value in made.items()
         }
 

@@ -12,7 +12,8 @@ from halfbyte.config.options import BlockSize, Options, parse_bytes, parse_names
 
 if TYPE_CHECKING:
     from halfbyte.plan.advice import Way
-    from halfbyte.plan.ledger import Holding, Run
+    from halfbyte.plan.holding import Holding
+    from halfbyte.plan.ledger import Run
     from halfbyte.plan.model_shape import ModelShape
     from halfbyte.plan.roofline import GpuSpec
 
@@ -105,7 +106,8 @@ def forecast(options: PlanOptions) -> Forecast:
         UserError: The model cannot be opened or trained, or the card is not known.
     """
     from halfbyte.plan.advice import advice, ways
-    from halfbyte.plan.ledger import Holding, Run
+    from halfbyte.plan.holding import Holding
+    from halfbyte.plan.ledger import Run
 
     card, notes = _card(options), []
     if options.card is None and not card.measured:
@@ -195,7 +197,7 @@ def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Hol
     from halfbyte.linear.lora import LoRAConfig
     from halfbyte.models.build import BaseRecipe
     from halfbyte.models.support import require_trainable
-    from halfbyte.plan.ledger import Holding
+    from halfbyte.plan.holding import Holding
     from halfbyte.train.memory_check import shape_of_source
 
     def of_config(config: Any, name: str) -> tuple["ModelShape", "Holding", list[str]]:
@@ -349,7 +351,7 @@ def _show(
 
 def _formats(shape: "ModelShape", run: "Run") -> str:
     """Return the bytes of the base model in each format, in words."""
-    from halfbyte.plan.ledger import Holding, nbytes_of
+    from halfbyte.plan.holding import Holding, nbytes_of
 
     ways = {
         "in 16 bits": Holding("none"),

@@ -165,6 +165,7 @@ ALIASES: dict[str, Alias] = {
     "num_decay_steps": Alias("lr_decay_steps"),
     "embedding_lr": Alias("embedding_learning_rate"),
     "noisy_embedding_alpha": Alias("neftune_noise_alpha"),
+    "moe_aux_loss_coef": Alias("router_aux_loss_coef"),
     "optimizer": Alias("optim", _ADAMW),
     "optim": Alias("optim", _ADAMW),
     "gradient_checkpointing": Alias(

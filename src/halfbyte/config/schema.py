@@ -299,6 +299,12 @@ class TrainConfig(ModelOptions):
         description="NEFTune: noise on the embeddings in training, uniform up to alpha / sqrt(L d) "
         "for L tokens of width d; 5 to 15",
     )
+    router_aux_loss_coef: float = Field(
+        0.0,
+        ge=0,
+        description="mixtures of experts: add the auxiliary loss of their routers, as the model of "
+        "transformers computes it, times this; 0: no such loss",
+    )
     on_nonfinite: Literal["stop", "skip", "rewind"] = Field(
         "stop",
         description="if a step's loss or gradient is NaN or infinite: stop, with the state before "

@@ -23,7 +23,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from halfbyte.engine.buckets import UnpaddedParts
 from halfbyte.engine.neftune import EmbeddingNoise
 from halfbyte.engine.objective import CROSS_ENTROPY, Objective
-from halfbyte.engine.packing import Batch, PackedBatch, parts_of, with_first_row
+from halfbyte.engine.packing import Batch, PackedBatch, lengths_of, parts_of, with_first_row
+from halfbyte.engine.router_loss import RouterLoss
 from halfbyte.layers.packed_row import packed_row
 from halfbyte.linear.lora import DropoutClock, dropout_clock
 from halfbyte.plan.policy import ActivationPolicy
@@ -35,6 +36,7 @@ class AutogradEngine:
     Attributes:
         objective: The objective that steps minimise; each micro-batch is a part.
         noise: Added to the embeddings in steps, if asked for.
+        router_loss: The routers' auxiliary loss, if it is part of what steps minimise.
         unpadded: How the documents of a micro-batch are packed, if they can be.
         messages: Messages for the user; cleared by the code that logs them.
     """
@@ -49,6 +51,7 @@ class AutogradEngine:
         self.model, self.messages = model, []
         self.objective: Objective = CROSS_ENTROPY
         self.unpadded: UnpaddedParts | None = None
+        self.router_loss: RouterLoss | None = None
         self.clock = dropout_clock(model)
         if model.supports_gradient_checkpointing:
             for module in model.modules():
@@ -61,6 +64,9 @@ class AutogradEngine:
     def step(self, batches: Sequence[Batch], normaliser: float, policy: ActivationPolicy) -> Tensor:
         """Add the gradients of one optimizer step; see ``LayerEngine.step``."""
         total = torch.zeros((), dtype=torch.float32, device=self.model.device)
+        if (router := self.router_loss) is not None:
+            factor = self.objective.count_terms(batches) / normaliser
+            router.begin_step(sum(lengths_of(batches)), factor)
         for i, part, first in self._parts(batches, self.objective):
             if self.clock is not None:
                 self.clock.micro_batch = i
@@ -68,8 +74,14 @@ class AutogradEngine:
                 own = (span._replace(document=span.document + first) for span in part.spans)
                 self.noise.spans = [*own]
             with self._within(part):  # backward recomputes layers
-                with torch.enable_grad():
+                taking = nullcontext(()) if router is None else router.taking()
+                with torch.enable_grad(), taking as router_logits:
                     loss = self._loss(part, first, self.objective) / normaliser
+                    if router is not None:
+                        router.begin([part])
+                        router.count(0, router_logits)
+                        term = router.term(0, router_logits)
+                        loss = loss + (router.loss() if term is None else term)
                 loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total

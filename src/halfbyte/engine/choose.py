@@ -20,6 +20,7 @@ from halfbyte.engine.buckets import Buckets, PartShape
 from halfbyte.engine.layerwise import EngineError, LayerEngine
 from halfbyte.engine.packing import Batch, part_of_shape
 from halfbyte.engine.packing_check import pack_documents
+from halfbyte.engine.router_loss import RouterLoss
 from halfbyte.linear.lora import adapters
 from halfbyte.optim import AdamW
 from halfbyte.plan.policy import ActivationPolicy
@@ -111,6 +112,20 @@ def _probe_losses(engine: LayerEngine, vocabulary: int, device: str) -> tuple[Te
         return engine.loss([Batch(ids[:, :-1], targets)]), wanted
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
         raise EngineError(f"its layers cannot be called one by one: {error}") from error
+
+
+def minimise_router_loss(engine: LayerEngine | AutogradEngine, coefficient: float) -> None:
+    """Have steps minimise the routers' auxiliary loss, too.
+
+    Raises:
+        ConfigError: If transformers' model has none.
+    """
+    loss = RouterLoss(engine.model, coefficient)
+    if isinstance(engine, AutogradEngine):
+        engine.router_loss = loss
+        return
+    engine.passes.router_loss = loss
+    engine.stop_capturing("the loss of routers is computed between the passes")
 
 
 def buckets_of(

@@ -9,6 +9,7 @@ few shapes (engine/buckets.py) and can be captured as CUDA graphs (engine/cuda_g
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from halfbyte.engine.offload import ActivationOffloader
+from halfbyte.engine.router_loss import RouterLoss
 from halfbyte.engine.weights import WeightProvider, acquired
 from halfbyte.layers.decoder_layer import AttentionCheckpoint
 from halfbyte.plan.policy import ActivationPolicy
@@ -61,12 +63,14 @@ class _Kept:
             last layer's would be kept unnecessarily.
         lora_activations: x Aᵀ of its adapters, which is not recomputed.
         checkpoint: Its attention checkpoint, whose tensors are offloaded together with x.
+        router_logits: What its routers returned, if it is saved and their loss is minimised.
     """
 
     x: Tensor | None = None
     y: GradientEdge | None = None
     lora_activations: Mapping[Any, Tensor] = field(default_factory=dict)
     checkpoint: AttentionCheckpoint | None = None
+    router_logits: Sequence[Tensor] = ()
 
     def pop_tensors(self) -> list[Tensor]:
         """Return the tensors to offload, and drop them here."""
@@ -96,6 +100,7 @@ class Passes:
 
     Attributes:
         weights: As given; can be replaced between steps.
+        router_loss: The routers' auxiliary loss, if it is part of what steps minimise.
         before_layer: Called before each layer, in both passes, and by the engine before the loss;
             not when CUDA graphs are replayed.
     """
@@ -110,6 +115,7 @@ class Passes:
         self.layers, self._trained = len(trained), [list(those) for those in trained]
         self.first_trained, self.entry_trained = first_trained, entry_trained
         self.weights = weights
+        self.router_loss: RouterLoss | None = None
         self.before_layer: Callable[[], None] = lambda: None
         self._kept: list[list[_Kept]] = []
         self._offloader: ActivationOffloader | None = None
@@ -138,12 +144,15 @@ class Passes:
                         if self.first_trained <= index < checkpointed
                         else None
                     )
-                    with torch.set_grad_enabled(saved):
+                    with torch.set_grad_enabled(saved), self._routers() as logits:
                         y = layer_input.run(
                             index, x, layer_input.layer_args, read=True, checkpoint=checkpoint
                         )
                     edge = get_gradient_edge(y) if saved else None
                     row.append(_Kept(x, edge, lora_cache.pop(), checkpoint))
+                    if self.router_loss is not None:
+                        self.router_loss.count(i, logits)
+                        row[-1].router_logits = logits if saved else ()
                     hidden[i] = y.detach()
             if index < self.first_trained:
                 continue
@@ -183,11 +192,11 @@ class Passes:
                 for i, layer_input in enumerate(layer_inputs):
                     kept = row[i]
                     output: Tensor | GradientEdge | None = kept.y
-                    x = kept.x
+                    x, logits = kept.x, kept.router_logits
                     assert x is not None
                     if output is None:
                         lora_cache.restore(kept.lora_activations)
-                        with torch.enable_grad():
+                        with torch.enable_grad(), self._routers() as logits:
                             output = layer_input.run(
                                 index,
                                 x,
@@ -197,9 +206,16 @@ class Passes:
                             )
                     leaves = [x] * x.requires_grad + self._trained[index]
                     # In this thread, as another would have its own cuBLAS workspace.
+                    outputs: Any = [output]
+                    dys = [grads[i]]
+                    if self.router_loss is not None:
+                        with torch.enable_grad():
+                            term = self.router_loss.term(i, logits)
+                        if term is not None:
+                            outputs, dys = [output, term], [grads[i], torch.ones_like(term)]
                     with torch.autograd.set_multithreading_enabled(False):
-                        found = torch.autograd.grad(output, leaves, grads[i], allow_unused=True)
-                    del output
+                        found = torch.autograd.grad(outputs, leaves, dys, allow_unused=True)
+                    del output, outputs, dys, logits
                     gradients = dict(zip(leaves, found, strict=True))
                     del found
                     if x.requires_grad:
@@ -208,6 +224,9 @@ class Passes:
                     row[i] = _Kept()
             if on_layer_backward is not None:
                 on_layer_backward(index)
+
+    def _routers(self) -> AbstractContextManager[Sequence[Tensor]]:
+        return nullcontext(()) if self.router_loss is None else self.router_loss.taking()
 
     def _restore(self, index: int, row: Sequence[_Kept]) -> None:
         """Restore the offloaded tensors of a layer's parts."""

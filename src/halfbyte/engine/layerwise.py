@@ -283,6 +283,9 @@ class LayerEngine:
             The loss: float32 scalar on the device, summed over parts and divided.
         """
         parts = self.make_parts(batches, self.objective)
+        if (router := self.passes.router_loss) is not None:
+            factor = self.objective.count_terms(batches) / normaliser
+            router.begin_step(sum(lengths_of(batches)), factor)
         total = torch.zeros((), dtype=torch.float32, device=self.model.device)
         # Packed parts run one after the other on a GPU, others together layer by layer.
         together = [[part] for part in parts] if self._runs_apart(parts) else [parts]
@@ -305,6 +308,8 @@ class LayerEngine:
         graphs, shape = self._graphs, parts[0].shape
         if graphs is not None and not (self.captures and len(parts) == 1 and graphs.has(shape)):
             graphs = None
+        if (router := self.passes.router_loss) is not None:
+            router.begin(parts)
         if graphs is None:
             hidden = self.passes.forward(layer_inputs, policy)
         else:
@@ -317,6 +322,7 @@ class LayerEngine:
             loss, grad = self.loss_and_grad(x, part, normaliser, self.objective)
             total += loss
             grads.append(grad)
+        total += 0 if router is None else router.loss()
         self.on_phase("backward")
         if graphs is not None:
             graphs.backward(shape, grads[0])

@@ -18,9 +18,8 @@ from halfbyte.layers.attention import Documents, attend
 from halfbyte.layers.attention_checkpoint import CheckpointedAttention
 from halfbyte.layers.elementwise import (
     add_rms_norm,
-    rms_norm,
+    qk_norm_rotary,
     rms_norm_beside,
-    rotary,
     unread_sum,
 )
 from halfbyte.layers.families import LayerSpec, spec_of
@@ -139,9 +138,9 @@ class FusedLayer:
         else:
             q, k, v = (project(y).unflatten(-1, (-1, self.head_dim)) for project in projections)
             norm_q, norm_k = self._head_norms
-            q = rms_norm(q, norm_q.weight, norm_q.variance_epsilon)
-            k = rms_norm(k, norm_k.weight, norm_k.variance_epsilon)
-            q, k = rotary(q, k, cos, sin)
+            weights = norm_q.weight, norm_k.weight
+            eps = norm_q.variance_epsilon, norm_k.variance_epsilon
+            q, k = qk_norm_rotary(q, k, *weights, *eps, cos, sin)
         return q, k, v
 
 

@@ -7,10 +7,12 @@ of plain operations. Here each is one operation, forward and backward, in float3
     rms_norm        y = norm(x) · w                   (Zhang and Sennrich 2019)
     rms_norm_beside the same, and x: the gradient of x is added in the same pass
     rotary          pairs of q and k rotated by their position, in place (Su et al. 2021)
+    qk_norm_rotary  rotary(norm(q) · w, norm(k) · w'), of each head (Qwen 3)
     swiglu          silu(g) · u                       (Shazeer 2020), dg and du overwrite g, u
 
 Weights of norms are frozen, so they get no gradient. On a GPU each direction is one Triton kernel
-(triton_elementwise.py); the functions named ``plain_*`` are the specification, and run elsewhere.
+(triton_elementwise.py, triton_qk_norm.py); the functions named ``plain_*`` are the specification,
+and run elsewhere.
 """
 
 from typing import Any
@@ -50,6 +52,22 @@ def plain_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.float().chunk(2, -1)
     turned = torch.cat([-second, first], -1)
     return x.float() * cos[:, :, None].float() + turned * sin[:, :, None].float()
+
+
+def plain_norm_rotary(
+    x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the rotated norm of x [B, T, heads, n], and the reciprocal root mean squares."""
+    y, rstd = plain_rms_norm(x, weight, eps)
+    return plain_rotary(y, cos, sin).to(y.dtype), rstd
+
+
+def plain_norm_rotary_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, cos: Tensor, sin: Tensor
+) -> Tensor:
+    """Return dx, in the dtype of x."""
+    dy = plain_rotary(dy, cos, -sin).to(dy.dtype)
+    return plain_rms_norm_backward(dy, x, weight, rstd).to(x.dtype)
 
 
 def plain_swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,6 +162,44 @@ class _Rotary(torch.autograd.Function):
         return dq, dk, None, None
 
 
+class _QKNormRotary(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        q_eps: float,
+        k_eps: float,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        if _kernels(q):
+            from halfbyte.layers import triton_qk_norm
+
+            q_out, k_out, q_rstd, k_rstd = triton_qk_norm.qk_norm_rotary(
+                q, k, q_weight, k_weight, q_eps, k_eps, cos, sin
+            )
+        else:
+            q_out, q_rstd = plain_norm_rotary(q, q_weight, q_eps, cos, sin)
+            k_out, k_rstd = plain_norm_rotary(k, k_weight, k_eps, cos, sin)
+        ctx.save_for_backward(q, k, q_weight, k_weight, q_rstd, k_rstd, cos, sin)
+        return q_out, k_out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, q_weight, k_weight, q_rstd, k_rstd, cos, sin = ctx.saved_tensors
+        if _kernels(q):
+            from halfbyte.layers import triton_qk_norm
+
+            dq, dk = triton_qk_norm.qk_norm_rotary_backward(*grads, *ctx.saved_tensors)
+        else:
+            dq = plain_norm_rotary_backward(grads[0], q, q_weight, q_rstd, cos, sin)
+            dk = plain_norm_rotary_backward(grads[1], k, k_weight, k_rstd, cos, sin)
+        return dq, dk, None, None, None, None, None, None
+
+
 class _UnreadSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -230,6 +286,37 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
         Tensors of the shapes of q and k.
     """
     return _Rotary.apply(q, k, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def qk_norm_rotary(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    q_eps: float,
+    k_eps: float,
+    cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return `rotary` of q and k, each head of which is first normed as by `rms_norm`.
+
+    For backward, q and k are kept as they are given, with a float32 for each of their heads. On a
+    GPU what is between the two operations is not rounded.
+
+    Args:
+        q: [B, T, heads, n]. Tokens may be strided, as in columns of one product.
+        k: Likewise, with as many heads or fewer.
+        q_weight: Of the norm of q's heads, [n], frozen.
+        k_weight: Likewise of k's.
+        q_eps: Added to the mean of squares of q's heads.
+        k_eps: Likewise of k's.
+        cos: [1 or B, T, n]; see `rotary`.
+        sin: Likewise.
+
+    Returns:
+        Tensors of the shapes of q and k.
+    """
+    return _QKNormRotary.apply(q, k, q_weight, k_weight, q_eps, k_eps, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -5,9 +5,10 @@
                 dh, d_w from h, d_inner₀ and w            dx = Σ dh W_gate_up over slots
 
 Neither sorted copies of x and dy nor what is inside the experts is kept: only x, the routing and
-its weights. The kernels are those of linear/triton_experts.py; nothing waits for the GPU, so it can
-be captured in a CUDA graph. Separate operations (experts.py) are the specification, and run
-everywhere else.
+its weights. inner, d_inner₀ and h have the rows of all experts, or where few experts are decoded at
+a time, of these only. The kernels are those of linear/triton_experts.py; nothing waits for the GPU,
+so it can be captured in a CUDA graph. Separate operations (experts.py) are the specification, and
+run everywhere else.
 """
 
 from collections.abc import Iterator
@@ -131,6 +132,24 @@ def _numbers(module: Any, *names: str) -> list[float]:
     return [float(value) for value in found if isinstance(value, int | float)]
 
 
+def _blocks(
+    up: ExpertLinear, down: ExpertLinear, index: Tensor, dtype: torch.dtype
+) -> tuple[list[tuple[int, int]], int]:
+    """Return ranges of experts, each processed from x to the slots, and the most rows of one.
+
+    A token must not choose an expert twice: so n experts have at most n rows for each token. If at
+    least as many are decoded at a time as a token chooses, ranges would save no rows, and all
+    experts are one.
+    """
+    tokens, per_token = index.shape
+    count = min(up.at_a_time(dtype), down.at_a_time(dtype))
+    if count >= per_token:
+        count = up.num_experts
+    starts = range(0, up.num_experts, count)
+    blocks = [(start, min(start + count, up.num_experts)) for start in starts]
+    return blocks, tokens * min(count, per_token)
+
+
 class _GatedExperts(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -143,17 +162,20 @@ class _GatedExperts(torch.autograd.Function):
         ctx.save_for_backward(x, index, weights, *routing[:4])
         if not read:
             return x.new_zeros(1, 1).expand(len(x), down.out_features)
-        inner = x.new_empty(index.numel(), down.in_features)
-        flags = {"transposed": not up.transposed, "gather": True, "bias": up_bias, "glu": glu}
-        for first, weight in up.decoded(x.dtype):
-            kernels.grouped_product(x, weight, routing, first, inner, **flags)
-            del weight  # its memory is freed before that for the next linear is allocated
+        blocks, rows = _blocks(up, down, index, x.dtype)
+        inner = x.new_empty(rows, down.in_features)
         slots = x.new_empty(index.numel(), down.out_features)
-        flags = {"transposed": not down.transposed, "scatter": True, "bias": down_bias}
-        for first, weight in down.decoded(x.dtype):
-            kernels.grouped_product(
-                inner, weight, routing, first, slots, row_scale=weights, **flags
-            )
+        flags = {"transposed": not up.transposed, "gather": True, "bias": up_bias, "glu": glu}
+        others = {"transposed": not down.transposed, "scatter": True, "bias": down_bias}
+        for start, stop in blocks:
+            for first, weight in up.decoded(x.dtype, start, stop):
+                kernels.grouped_product(x, weight, routing, first, inner, base=start, **flags)
+                del weight  # its memory is freed before that for the next linear is allocated
+            for first, weight in down.decoded(x.dtype, start, stop):
+                kernels.grouped_product(
+                    inner, weight, routing, first, slots, base=start, row_scale=weights, **others
+                )
+                del weight
         return kernels.sum_over_k(slots, index, up.num_experts)  # type: ignore[no-any-return]
 
     @staticmethod
@@ -161,24 +183,27 @@ class _GatedExperts(torch.autograd.Function):
         x, index, weights, *tensors = ctx.saved_tensors
         kernels, (up, down, up_bias, down_bias, glu) = expert_kernels(x), ctx.experts
         routing, dy, slots = kernels.Routing(*tensors, *ctx.sizes), grads[0].contiguous(), None
-        d_inner = x.new_empty(index.numel(), down.in_features)
-        for first, weight in down.decoded(x.dtype):
-            kernels.grouped_product(
-                dy, weight, routing, first, d_inner, transposed=down.transposed, gather=True
-            )
-            del weight
-        h = x.new_empty(index.numel(), up.out_features)
+        blocks, rows = _blocks(up, down, index, x.dtype)
+        d_inner, h = (x.new_empty(rows, n) for n in (down.in_features, up.out_features))
         d_weights = torch.zeros(index.shape, dtype=torch.float32, device=x.device)
         if ctx.needs_input_grad[0]:
             slots = x.new_empty(index.numel(), up.in_features)
+        others = {"transposed": down.transposed, "gather": True}
         flags = {"transposed": not up.transposed, "gather": True, "bias": up_bias}
-        for first, weight in up.decoded(x.dtype):
-            kernels.grouped_product(x, weight, routing, first, h, **flags)
-            kernels.gated_backward(h, d_inner, d_weights, weights, routing, first, len(weight), glu)
-            if slots is not None:
-                kernels.grouped_product(
-                    h, weight, routing, first, slots, transposed=up.transposed, scatter=True
-                )
+        to_slots = {"transposed": up.transposed, "scatter": True}
+        for start, stop in blocks:
+            for first, weight in down.decoded(x.dtype, start, stop):
+                kernels.grouped_product(dy, weight, routing, first, d_inner, base=start, **others)
+                del weight
+            for first, weight in up.decoded(x.dtype, start, stop):
+                kernels.grouped_product(x, weight, routing, first, h, base=start, **flags)
+                args = (h, d_inner, d_weights, weights, routing, first, len(weight), glu)
+                kernels.gated_backward(*args, base=start)
+                if slots is not None:
+                    kernels.grouped_product(
+                        h, weight, routing, first, slots, base=start, **to_slots
+                    )
+                del weight
         dx = None if slots is None else kernels.sum_over_k(slots, index, up.num_experts)
         if down_bias is not None:
             known = index.clamp(0, up.num_experts - 1)

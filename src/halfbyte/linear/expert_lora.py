@@ -52,7 +52,8 @@ class ExpertLoRA(ParameterLoRA):
         b = self.lora_B.view(-1, self.r, self.experts).permute(2, 0, 1)
         if self._swaps:
             a, b = b.mT, a.mT
-        return a.to(dtype), (self.scaling * b).to(dtype)
+        # Contiguous, as torch's grouped products take them.
+        return a.to(dtype).contiguous(), (self.scaling * b).to(dtype).contiguous()
 
     def forward(self, x: Tensor, linear: ExpertLinear, offsets: Tensor) -> Tensor:  # type: ignore[override]
         """Return x Wₑᵀ + s·(x Aₑᵀ) Bₑᵀ [rows, out]; see ``ExpertLinear.forward``."""

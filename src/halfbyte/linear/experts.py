@@ -170,22 +170,30 @@ class ExpertLinear(nn.Module):
         dequantize_all(self._packed[first:last], dtype, outs=list(out))
         return out
 
-    def chunks(self, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
-        """Yield (first, last) of the experts to decode at a time: ``decoded_bytes`` of them."""
-        each = self.matrix[0] * self.matrix[1] * dtype.itemsize
-        count = max(1, (self.decoded_bytes or DECODED_BYTES) // each)
+    def at_a_time(self, dtype: torch.dtype) -> int:
+        """Return how many experts are decoded at a time: ``decoded_bytes`` of them."""
         if self.weight is not None:
-            count = self.num_experts
-        for first in range(0, self.num_experts, count):
-            yield first, min(first + count, self.num_experts)
+            return self.num_experts
+        each = self.matrix[0] * self.matrix[1] * dtype.itemsize
+        return min(self.num_experts, max(1, (self.decoded_bytes or DECODED_BYTES) // each))
 
-    def decoded(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    def chunks(
+        self, dtype: torch.dtype, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[int, int]]:
+        """Yield (first, last) of the experts to decode at a time, of ``start`` to ``stop`` - 1."""
+        count, stop = self.at_a_time(dtype), self.num_experts if stop is None else stop
+        for first in range(start, stop, count):
+            yield first, min(first + count, stop)
+
+    def decoded(
+        self, dtype: torch.dtype, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
         """Yield the first expert and the weights of each of `chunks`, decoded into one buffer.
 
         Weights are valid until the next are decoded.
         """
         buffer: Tensor | None = None
-        for first, last in self.chunks(dtype):
+        for first, last in self.chunks(dtype, start, stop):
             weights = self.decode(first, last, dtype, buffer)
             buffer = None if self.weight is not None else (weights if buffer is None else buffer)
             yield first, weights

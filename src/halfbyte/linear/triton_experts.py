@@ -91,7 +91,7 @@ def _epilogue(
     return value
 
 
-@triton.jit(do_not_specialize=["first", "experts"])
+@triton.jit(do_not_specialize=["base", "first", "experts"])
 def _grouped_product(
     out,
     x,
@@ -99,8 +99,10 @@ def _grouped_product(
     bias,
     row_scale,
     order,
+    offsets,
     tiles,
     first_tiles,
+    base,
     first,
     experts,
     columns,
@@ -127,6 +129,7 @@ def _grouped_product(
 ):
     half: tl.constexpr = tile_n // 2
     paired: tl.constexpr = gated and not interleaved  # half a tile of gate, the same half of up
+    origin = tl.load(offsets + base)
     first_tile = tl.load(first_tiles + first)
     tiles_m = tl.load(first_tiles + first + experts) - first_tile
     tiles_n = tl.cdiv(columns, tile_n)
@@ -142,7 +145,7 @@ def _grouped_product(
         if gather or scatter or scaled:
             slot = tl.load(order + row, mask=inside, other=0)
         if gather or not tma:
-            source = slot // top_k if gather else row
+            source = slot // top_k if gather else row - origin
             left_at = x + source.to(tl.int64)[:, None] * x_stride + step[None, :]
         lane = tl.arange(0, tile_n)
         if paired:
@@ -160,7 +163,7 @@ def _grouped_product(
                 mask = inside[:, None] & there[None, :]
                 left = tl.load(left_at + k * tile_k, mask=mask, other=0.0)
             else:
-                left = x.load([start, k * tile_k])
+                left = x.load([start - origin, k * tile_k])
             if tma:
                 if not transposed:
                     right = weight.load([expert - first, k * tile_k, n * tile_n])
@@ -182,7 +185,7 @@ def _grouped_product(
         factor = tl.full((tile_m,), 1.0, tl.float32)
         if scaled:
             factor = tl.load(row_scale + slot, mask=inside, other=0.0).to(tl.float32)
-        target = slot if scatter else row
+        target = slot if scatter else row - origin
         target = out + target.to(tl.int64)[:, None] * out_stride
         lane = n * half + tl.arange(0, half)
         if gated and interleaved:
@@ -208,7 +211,7 @@ def _grouped_product(
             tl.store(target + two_at[None, :], two.to(kind), mask=mask)
 
 
-@triton.jit(do_not_specialize=["first", "experts"])
+@triton.jit(do_not_specialize=["base", "first", "experts"])
 def _glu_backward(
     h,
     d_inner,
@@ -216,6 +219,7 @@ def _glu_backward(
     row_scale,
     order,
     offsets,
+    base,
     first,
     experts,
     columns,
@@ -227,6 +231,7 @@ def _glu_backward(
     rows: tl.constexpr,
     lanes: tl.constexpr,
 ):
+    origin = tl.load(offsets + base)
     start, end = tl.load(offsets + first), tl.load(offsets + first + experts)
     kind = h.dtype.element_ty
     for top in range(start + tl.program_id(0) * rows, end, programs * rows):
@@ -234,7 +239,7 @@ def _glu_backward(
         there = row < end
         slot = tl.load(order + row, mask=there, other=0)
         w = tl.load(row_scale + slot, mask=there, other=0.0).to(tl.float32)[:, None]
-        at_row = row.to(tl.int64)[:, None] * columns
+        at_row = (row - origin).to(tl.int64)[:, None] * columns
         total = tl.zeros((rows, lanes), tl.float32)
         for left in range(0, columns, lanes):
             at = left + tl.arange(0, lanes)[None, :]
@@ -298,28 +303,31 @@ def grouped_product(
     row_scale: Tensor | None = None,
     bias: Tensor | None = None,
     glu: Glu | None = None,
+    base: int = 0,
     tile: Tile | None = None,
 ) -> None:
     """Computes out[o(r)] = (x[i(r)] op(Wₑ) + bₑ) · row_scale[s(r)] for the rows r of some experts.
 
     r counts the sorted rows, and s(r) is the slot of row r. With ``glu``, out gets the activation
-    of the products, which are rounded before it.
+    of the products, which are rounded before it. Tensors of sorted rows begin with the first row
+    of the expert ``base``, b, and need not have rows after those of the given experts.
 
     Args:
         x: 16-bit, contiguous rows: those of tokens with ``gather``, i(r) = s(r) // K; otherwise
-            sorted rows, i(r) = r.
+            sorted rows, i(r) = r - b.
         weight: The weights of experts first, first + 1, ...; [n, out, in] if ``transposed``,
             [n, in, out] otherwise, contiguous, in the dtype of x.
         routing: Of the layer.
         first: The first expert.
-        out: Like x: rows of slots with ``scatter``, o(r) = s(r); otherwise sorted rows, o(r) = r.
-            Rows of other experts are not written.
+        out: Like x: rows of slots with ``scatter``, o(r) = s(r); otherwise sorted rows,
+            o(r) = r - b. Rows of other experts are not written.
         transposed: Whether op(W) is Wᵀ.
         gather: See ``x``.
         scatter: See ``out``.
         row_scale: [S]; not with ``glu``.
         bias: [E, out], of all experts.
         glu: The activation; the product then has twice the columns of ``out``.
+        base: At most ``first``.
         tile: For benchmarks; None for `tile_of`.
 
     Raises:
@@ -358,8 +366,10 @@ def grouped_product(
             x if bias is None else bias,
             x if row_scale is None else row_scale,
             routing.order,
+            routing.offsets,
             routing.tiles,
             routing.first_tiles,
+            base,
             first,
             experts,
             columns,
@@ -394,19 +404,22 @@ def gated_backward(
     first: int,
     experts: int,
     glu: Glu,
+    *,
+    base: int = 0,
 ) -> None:
     """Computes the gradients of an activation and of the routing weights, overwriting h.
 
     Args:
-        h: [S, 2 · I], sorted, contiguous: gate and up. Overwritten by their gradients in the rows
-            of the experts.
-        d_inner: [S, I], sorted, contiguous: the gradient of the scaled activation, dy W.
+        h: [rows, 2 · I], contiguous, sorted rows from the first of the expert ``base``: gate and
+            up. Overwritten by their gradients in the rows of the experts.
+        d_inner: [rows, I], like h: the gradient of the scaled activation, dy W.
         d_scale: float32 [S], of slots: gets Σ inner · d_inner, the gradient of the routing weight.
         row_scale: [S], of slots: the routing weights.
         routing: Of the layer.
         first: The first expert.
         experts: Number of experts.
         glu: The activation.
+        base: At most ``first``.
     """
     programs = _GLU_PROGRAMS * devices.spec_of(h.device).num_sms
     with on_device(h):
@@ -417,6 +430,7 @@ def gated_backward(
             row_scale,
             routing.order,
             routing.offsets,
+            base,
             first,
             experts,
             d_inner.shape[1],

@@ -44,6 +44,9 @@ rest again in backward. For k experts per token of inner width I there are, whil
     backward    gate and up, the gradient of inner, that of its input        e·k·(3I + H)
     decoded     a few experts at a time, whatever the tokens
 
+On a GPU, if n experts are decoded at a time and n < k, as with all inputs offloaded, then what is
+inside the experts is that of n experts: the terms with I are e·n·I and e·n·3I.
+
 In addition there is the residual stream itself, as wide as a layer's input, several times. On a CPU
 this is its gradient. CUDA graphs have tensors of their own, so while they are captured there are
 
@@ -73,8 +76,8 @@ _FEWEST_ROWS = 2048
 CHECKPOINT_WIDTH = 3072
 
 
-# linear/experts.py: bytes of experts decoded at a time.
-DECODED_BYTES = 256 << 20
+# linear/experts.py: bytes of experts decoded at a time, and with all inputs offloaded.
+DECODED_BYTES, LEAST_DECODED_BYTES = 256 << 20, 16 << 20
 
 # What is planned for where nothing else is said.
 H100 = DeviceSpec("H100 80 GB", (9, 0), num_sms=132, memory=85_029_158_912)
@@ -94,6 +97,7 @@ class LayerActivations:
         on_gpu: Whether they are on a GPU.
         gpu: Which, if they are.
         packed: Whether experts are packed.
+        offloaded: Whether all inputs are offloaded, so that the fewest experts are decoded at once.
     """
 
     shape: ModelShape
@@ -105,6 +109,7 @@ class LayerActivations:
     on_gpu: bool
     gpu: DeviceSpec = H100
     packed: bool = True
+    offloaded: bool = False
 
     @property
     def by_kernels(self) -> bool:
@@ -194,10 +199,13 @@ class LayerActivations:
         if self.shape.mixture is None:
             return 0
         experts, per_token, inner, gated, _ = self.shape.mixture
-        widths = self.shape.hidden + (2 + gated if backward else 1) * inner
-        decoded = experts * self.itemsize * (1 + gated) * inner * self.shape.hidden
-        buffer = min(DECODED_BYTES, decoded) if self.packed else 0
-        return self.itemsize * per_token * tokens * widths + buffer
+        each = self.itemsize * (1 + gated) * inner * self.shape.hidden
+        size = max(LEAST_DECODED_BYTES if self.offloaded else DECODED_BYTES, each)
+        by_chunk = self.packed and self.on_gpu and gated
+        computed = min(per_token, size // each) if by_chunk else per_token
+        widths = per_token * self.shape.hidden + computed * (2 + gated if backward else 1) * inner
+        buffer = min(size, experts * each) if self.packed else 0
+        return self.itemsize * tokens * widths + buffer
 
     def forward(self, tokens: int) -> int:
         """Return what a recomputed layer's forward has when it has most, input and output apart.

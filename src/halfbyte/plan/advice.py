@@ -9,16 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, get_args
 
+from halfbyte.plan.holding import Holding, nbytes_of
 from halfbyte.plan.ledger import (
     MOMENTS,
-    Holding,
     Ledger,
     OptimizerMode,
     Run,
     fitted,
     largest,
     ledger,
-    nbytes_of,
     policy_of,
 )
 from halfbyte.plan.model_shape import ModelShape

@@ -1,15 +1,7 @@
 """The ledger: every byte of a run, by name. Arithmetic on shapes; needs no torch and no weights.
 
-A packed weight of n elements in blocks of b is
-
-    codes          ⌈n / 2⌉
-    scales         4·⌈n / b⌉            without double quantisation; with it:
-    scale codes    ⌈n / b⌉              one byte each
-    nested scales  4·⌈⌈n / b⌉ / 256⌉    one float32 for 256 of them
-    offset         4
-
-``models.build`` packs the same tensors into exactly these bytes. Adapters, gradients and moments
-are float32, whatever the base model's dtype.
+The base model's bytes are those of holding.py. Adapters, gradients and moments are float32,
+whatever its dtype.
 
     peak of training = base + adapters + gradients + optimizer + the peak of a step (policy.py)
     peak of loading  = tensors loaded so far, and the current tensor before and after packing
@@ -17,10 +9,11 @@ are float32, whatever the base model's dtype.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from halfbyte.errors import ConfigError
 from halfbyte.plan.activation_cost import CHECKPOINT_WIDTH, H100, LayerActivations
+from halfbyte.plan.holding import Holding, Packed, held, nbytes_of
 from halfbyte.plan.model_shape import ModelShape, Weight
 from halfbyte.plan.policy import ActivationPolicy, Peak, StepCost, peak
 from halfbyte.runtime.device import DeviceSpec
@@ -37,8 +30,6 @@ OptimizerMode = Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw
 
 MOMENTS = "AdamW's moments"  # how the line of the optimizer's state begins
 
-SCALE_BLOCK = 256
-MXFP4_BLOCK = 32  # weights that share a scale of one byte
 STATE_BLOCK = 256  # elements of 8-bit optimizer state that share a scale
 SMALLEST_8BIT = 4096  # tensors of fewer elements keep 32-bit state
 STATE_CHUNK = 1 << 22  # elements of a parameter whose state is contiguous
@@ -66,71 +57,6 @@ class Line(NamedTuple):
     group: str
     name: str
     nbytes: int
-
-
-@dataclass(frozen=True)
-class Holding:
-    """How the base model is stored: ``models.build.BaseRecipe``, with the dtype's bytes."""
-
-    quant: str = "nf4"
-    double_quant: bool = True
-    block_size: int = 64
-    itemsize: int = 2
-    quantize_head: bool = False
-    quantize_embeddings: bool = False
-    experts: Literal["mxfp4"] | None = None
-
-    @classmethod
-    def of(cls, recipe: Any) -> "Holding":
-        """Return the holding of a ``BaseRecipe``."""
-        return cls(
-            recipe.quant,
-            recipe.double_quant,
-            recipe.block_size,
-            recipe.compute_dtype.itemsize,
-            recipe.quantize_head,
-            recipe.quantize_embeddings,
-            recipe.experts,
-        )
-
-    def packs(self, weight: Weight, *, tied: bool) -> bool:
-        """Return whether ``weight`` is stored in 4 bits."""
-        if self.quant == "none" or not weight.packs:
-            return False
-        vocabulary = self.quantize_head or self.quantize_embeddings
-        return {
-            "linear": True,
-            "experts": True,
-            "head": vocabulary if tied else self.quantize_head,
-            "embedding": vocabulary if tied else self.quantize_embeddings,
-            "other": False,
-        }[weight.role]
-
-
-class Packed(NamedTuple):
-    """The bytes of one packed weight, or of several."""
-
-    codes: int = 0
-    scales: int = 0
-    scale_codes: int = 0
-    nested_scales: int = 0
-    offsets: int = 0
-
-    @classmethod
-    def of(cls, numel: int, block_size: int, *, double_quant: bool) -> "Packed":
-        """Return the bytes of a weight of ``numel`` elements."""
-        blocks = -(-numel // block_size)
-        if not double_quant:
-            return cls(codes=-(-numel // 2), scales=4 * blocks)
-        return cls(-(-numel // 2), 0, blocks, 4 * -(-blocks // SCALE_BLOCK), 4)
-
-    def times(self, count: int) -> "Packed":
-        """Return the bytes of ``count`` such weights."""
-        return Packed(*(count * size for size in self))
-
-    def plus(self, other: "Packed") -> "Packed":
-        """Return the bytes of both."""
-        return Packed(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 def smaller_part(tokens: int) -> int:
@@ -287,6 +213,7 @@ class Run:
             on_gpu,
             self.gpu,
             packed=self.holding.quant != "none",
+            offloaded=self.policy.offloaded > 0 == self.policy.saved,
         )
 
     def step_cost(self, shape: ModelShape) -> StepCost:
@@ -390,25 +317,6 @@ class Ledger:
             "the loss (not at the same time)": self.cost.loss,
         }
         return [*self.lines, *(Line("step", name, nbytes) for name, nbytes in step.items())]
-
-
-def held(weight: Weight, shape: ModelShape, holding: Holding) -> Packed | int:
-    """Return the bytes of a weight of the base model: packed, or plain."""
-    if holding.packs(weight, tied=shape.tied):
-        count = weight.shape[0] if weight.role == "experts" else 1
-        if weight.role == "experts" and holding.experts == "mxfp4":
-            return Packed(weight.numel // 2, scale_codes=weight.numel // MXFP4_BLOCK)
-        one = Packed.of(
-            weight.numel // count, holding.block_size, double_quant=holding.double_quant
-        )
-        return one.times(count)
-    return weight.numel * holding.itemsize
-
-
-def nbytes_of(weight: Weight, shape: ModelShape, holding: Holding) -> int:
-    """Return the total bytes of a weight of the base model."""
-    size = held(weight, shape, holding)
-    return sum(size) if isinstance(size, Packed) else size
 
 
 def _base(shape: ModelShape, run: Run) -> list[Line]:

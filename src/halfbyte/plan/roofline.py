@@ -36,7 +36,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from halfbyte.errors import ConfigError
-from halfbyte.plan.ledger import Packed, Run, held
+from halfbyte.plan.holding import Packed, held
+from halfbyte.plan.ledger import Run
 from halfbyte.plan.model_shape import ModelShape
 from halfbyte.runtime import device as devices
 from halfbyte.runtime.device import DeviceSpec

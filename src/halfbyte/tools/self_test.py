@@ -22,7 +22,7 @@ from halfbyte.config.schema import TrainConfig
 from halfbyte.engine.choose import choose_engine
 from halfbyte.engine.packing import Batch
 from halfbyte.layers.attention_cpu import causal_attention
-from halfbyte.layers.elementwise import rms_norm, rotary, swiglu
+from halfbyte.layers.elementwise import qk_norm_rotary, rms_norm, rotary, swiglu
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.lora import DropoutClock, LoRA, LoRAConfig, adapter_parameters, attach
 from halfbyte.models.build import BaseRecipe, build, finalize, load_tensor
@@ -264,7 +264,8 @@ def _elementwise(here: _Place) -> Outcome:
         # Copies, because on a GPU both write over what they are given.
         y = rms_norm(x, weight, 1e-6)
         q, k = rotary(y, y * 1, cos, sin)
-        return (q + k) / 2 + swiglu(gate * 1, up * 1)
+        same_q, same_k = qk_norm_rotary(x, x, weight, weight, 1e-6, 1e-6, cos, sin)
+        return ((q + k) + (same_q + same_k)) / 4 + swiglu(gate * 1, up * 1)
 
     def plain(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
         y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * weight.to(x.dtype)

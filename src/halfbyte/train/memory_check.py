@@ -20,7 +20,8 @@ from halfbyte.data import MicroBatch
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.models.build import BaseRecipe
-from halfbyte.plan.ledger import Holding, Ledger, OptimizerMode, Run, ledger
+from halfbyte.plan.holding import Holding
+from halfbyte.plan.ledger import Ledger, OptimizerMode, Run, ledger
 from halfbyte.plan.model_shape import ModelShape, shape_of
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.plan.roofline import GpuSpec, gpu_of_driver, measure_machine, step_seconds

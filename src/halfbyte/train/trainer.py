@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from halfbyte.config.schema import TrainConfig
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.buckets import own_shape
-from halfbyte.engine.choose import buckets_of, compile_ahead
+from halfbyte.engine.choose import buckets_of, compile_ahead, minimise_router_loss
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_policy import (
     HOST_SHARE,
@@ -150,6 +150,8 @@ class Trainer:
         self.loss_scale = LossScale.wanted(engine.model.halfbyte_recipe.compute_dtype)
         if config.neftune_noise_alpha:
             engine.noise = EmbeddingNoise(engine.model, config.neftune_noise_alpha, config.seed)
+        if config.router_aux_loss_coef:
+            minimise_router_loss(engine, config.router_aux_loss_coef)
         groups = parameter_groups(engine.model, self.parameters, config)
         self._names = [name for group in groups for name in group.names]
         self.optimizer = AdamW(
