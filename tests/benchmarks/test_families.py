@@ -20,7 +20,7 @@ def families(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     ("row", "outcome"),
     [
-        ("mamba", "autograd"),  # its scan reads weights, and PEFT refuses some targets
+        ("mamba", "layer engine"),  # its scan reads weights, and PEFT refuses some targets
         ("deepseek_v3", "layer engine"),  # experts are converted, and PEFT takes their names
         ("bert", "refused"),
     ],

@@ -6,6 +6,11 @@ import torch
 from halfbyte.layers.attention import Documents
 from halfbyte.layers.flash_attention import flash_attention, runs
 
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
 
 def formula(q, k, v, scale, lengths, window, sinks):
     outs = []

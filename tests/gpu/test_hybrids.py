@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-HYBRIDS = ["qwen3_next", "granitemoehybrid", "nemotron_h", "lfm2_moe", "jamba", "mixtral"]
+HYBRIDS = ["qwen3_next", "granitemoehybrid", "nemotron_h", "lfm2_moe", "jamba", "olmoe"]
 
 
 def step(engine, batches):

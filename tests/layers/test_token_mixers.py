@@ -52,7 +52,7 @@ def model_in_float64(family, monkeypatch):
             if parameter.dim() == 2:  # larger than a fresh model's, so that every path matters
                 parameter.mul_(4)
     if config._attn_implementation == "sdpa":
-        model.set_attn_implementation(attention_interface.register())
+        model.set_attn_implementation(attention_interface.NAME)
     token_mixers.register(model)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr(attention_interface, "causal_attention", causal)

@@ -31,9 +31,11 @@ from halfbyte.checkpoint.gguf_types import FILE_TYPES, FileType, TensorTypes
 from halfbyte.checkpoint.gguf_vocabulary import add_vocabulary, copy_vocabulary
 from halfbyte.checkpoint.mxfp4_keys import dense
 from halfbyte.checkpoint.peft import LoadedAdapter
+from halfbyte.checkpoint.peft_config import parameters_at
 from halfbyte.checkpoint.serving import experts_and_routers
 from halfbyte.checkpoint.source import BaseSource
 from halfbyte.errors import WeightError
+from halfbyte.linear.lora_targets import ALL_LINEAR
 from halfbyte.quant import MXFP4Weight
 
 __all__ = ["FILE_TYPES", "FileType", "require_expressible", "write_gguf", "write_gguf_lora"]
@@ -205,7 +207,10 @@ def matrices(adapter: LoadedAdapter) -> Iterator[tuple[str, float, Tensor, Tenso
     for name in [name for name in adapter.state if name.endswith(ending)]:
         module = name.removesuffix(ending)
         a, b = adapter.state[name], adapter.state[f"{module}.lora_B.weight"]
-        path = module if module in adapter.config.target_modules else f"{module}.weight"
+        # Patterns of rank and alpha are looked up under a parameter's own path.
+        targets, parameters = adapter.config.target_modules, adapter.config.target_parameters
+        named = () if targets == ALL_LINEAR else targets
+        path = next(iter(parameters_at(module, named, parameters)), module)
         yield module, adapter.config.at(path).scaling, a.float(), b.float()
 
 
