@@ -34,8 +34,10 @@ class WideTorch:
         return getattr(torch, name)
 
 
-def causal(q, k, v, *, scale, lengths=()):
+def causal(q, k, v, *, scale, lengths=(), window=None, sinks=None):
     """Ours rounds to float32."""
+    assert window is None
+    assert sinks is None
     documents = zip(*(x.split(list(lengths) or [x.shape[2]], 2) for x in (q, k, v)), strict=True)
     options = {"is_causal": True, "scale": scale, "enable_gqa": True}
     return torch.cat([F.scaled_dot_product_attention(*one, **options) for one in documents], 2)
