@@ -220,9 +220,12 @@ def test_a_merge_is_the_whole_model_with_its_encoders(
 
 def test_a_packed_model_keeps_its_encoders_unpacked(tmp_path: Path, checkpoint: Checkpoint) -> None:
     out = write_quantized(checkpoint.directory, tmp_path / "out", BaseRecipe())
-    theirs, _ = checkpoint.reload(out)
     ours = load_base(checkpoint.directory, BaseRecipe())
-    require_same_codes(theirs, ours)
+    if expert_linears(ours.model):  # which transformers does not load packed, and says so
+        with pytest.raises(RuntimeError, match="mismatched_sizes"):
+            checkpoint.reload(out)
+    else:
+        require_same_codes(checkpoint.reload(out)[0], ours)
     assert (out / "preprocessor_config.json").exists()
     again = load_base(out, BaseRecipe())
     assert logits(again.model).equal(logits(ours.model))
