@@ -33,49 +33,14 @@ from torch import Tensor
 
 RANK = 16
 DIFFERENT = 8  # matrices per shape
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen3-30b-a3b": dict(
-        model_type="qwen3_moe",
-        hidden_size=2048,
-        intermediate_size=6144,
-        moe_intermediate_size=768,
-        num_hidden_layers=48,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        num_experts=128,
-        num_experts_per_tok=8,
-        norm_topk_prob=True,
-        vocab_size=151936,
-        max_position_embeddings=40960,
-        tie_word_embeddings=False,
-    ),
-    "gpt-oss-20b": dict(
-        model_type="gpt_oss",
-        hidden_size=2880,
-        intermediate_size=2880,
-        num_hidden_layers=24,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        head_dim=64,
-        num_local_experts=32,
-        num_experts_per_tok=4,
-        sliding_window=128,
-        vocab_size=201088,
-        max_position_embeddings=131072,
-        tie_word_embeddings=False,
-    ),
-}
+SHAPES = ("qwen3-30b-a3b", "gpt-oss-20b")
 
 
 def config_of(name: str, layers: int | None) -> Any:
     """Return transformers' configuration of a shape, with fewer layers if asked."""
-    from transformers import AutoConfig
+    from halfbyte.plan import model_shape
 
-    fields = dict(SHAPES[name])
-    if layers is not None:
-        fields["num_hidden_layers"] = layers
-    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    return model_shape.config_of(name if layers is None else f"{name},num_hidden_layers={layers}")
 
 
 def random_tensor(shape: tuple[int, ...]) -> Tensor:

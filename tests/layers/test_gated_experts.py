@@ -161,6 +161,22 @@ def test_the_rows_of_one_expert_at_a_time_give_the_same_bits(
         assert sizes == launched
 
 
+def test_buffers_have_rows_for_all_where_a_token_may_have_an_expert_twice() -> None:
+    module: Any = _module("qwen3", torch.float16)
+    _packed(module)
+    for linear in (module.gate_up_proj, module.down_proj):
+        linear.decoded_bytes = 1  # one expert at a time
+    experts = gated_experts._experts_of(module)
+    assert experts is not None
+    index = torch.tensor([[1, 1, 4]] * 9)  # 18 rows of expert 1
+    assert gated_experts._blocks(experts, index, torch.float16)[1] == 9
+    module.__class__ = type("DeepseekV4Experts", (type(module),), {})
+    experts = gated_experts._experts_of(module)
+    assert experts is not None
+    blocks, rows = gated_experts._blocks(experts, index, torch.float16)
+    assert (len(blocks), rows) == (1, 27)
+
+
 @pytest.mark.parametrize(
     ("kind", "expected"), [("qwen3", Glu()), ("gpt-oss", Glu(True, 7.0, 1.702, 1.0))]
 )

@@ -11,8 +11,8 @@ The model packs if the log-probabilities of documents in one row
     do not change with the tokens of another document: not by a bit, unless it has experts, whose
     products have other shapes then
 
-Attention that is plain for short documents only limits their length: a chunk,
-or rotary tables that depend on the longest position of the row.
+Attention that is plain for short documents only limits their length: in chunks, or with rotary
+tables that depend on the longest position of the row.
 """
 
 from collections.abc import Sequence

@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from halfbyte.linear.experts import ExpertLinear, expert_kernels
 from halfbyte.linear.glu import Glu
 
+# Some layers of these look up a token's experts in a table of the files.
+_ROUTED_BY_TABLE = {"DeepseekV4Experts"}
+
 
 class _Experts(NamedTuple):
     """What a module of transformers consists of.
@@ -33,6 +36,7 @@ class _Experts(NamedTuple):
         up_bias: [E, 2 I], or None.
         down_bias: [E, H], or None.
         glu: The activation.
+        distinct: Whether a token's experts differ from each other.
     """
 
     up: ExpertLinear
@@ -40,6 +44,7 @@ class _Experts(NamedTuple):
     up_bias: Tensor | None
     down_bias: Tensor | None
     glu: Glu
+    distinct: bool = True
 
 
 # Classes of layers, run by their own forward, that only add what their experts return to the
@@ -97,7 +102,8 @@ def _experts_of(module: Any) -> _Experts | None:
     if any(bias.requires_grad for bias in biases):
         return None
     up_bias, down_bias = biases or (None, None)
-    return _Experts(up, down, up_bias, down_bias, glu)
+    distinct = type(module).__name__ not in _ROUTED_BY_TABLE
+    return _Experts(up, down, up_bias, down_bias, glu, distinct)
 
 
 def glu_of(module: Any) -> Glu | None:
@@ -133,17 +139,18 @@ def _numbers(module: Any, *names: str) -> list[float]:
 
 
 def _blocks(
-    up: ExpertLinear, down: ExpertLinear, index: Tensor, dtype: torch.dtype
+    experts: _Experts, index: Tensor, dtype: torch.dtype
 ) -> tuple[list[tuple[int, int]], int]:
     """Return ranges of experts, each processed from x to the slots, and the most rows of one.
 
-    A token must not choose an expert twice: so n experts have at most n rows for each token. If at
-    least as many are decoded at a time as a token chooses, ranges would save no rows, and all
-    experts are one.
+    The most probable experts of a token are distinct, so n experts have at most n rows for each
+    token. If at least as many are decoded at a time as a token chooses, ranges would save no rows,
+    and all experts are one; likewise if a token may have an expert twice.
     """
+    up, down = experts.up, experts.down
     tokens, per_token = index.shape
     count = min(up.at_a_time(dtype), down.at_a_time(dtype))
-    if count >= per_token:
+    if count >= per_token or not experts.distinct:
         count = up.num_experts
     starts = range(0, up.num_experts, count)
     blocks = [(start, min(start + count, up.num_experts)) for start in starts]
@@ -155,14 +162,14 @@ class _GatedExperts(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, index: Tensor, weights: Tensor, experts: _Experts, read: bool
     ) -> Tensor:
-        kernels, (up, down, up_bias, down_bias, glu) = expert_kernels(x), experts
+        kernels, (up, down, up_bias, down_bias, glu, _) = expert_kernels(x), experts
         x, index, weights = x.contiguous(), index.contiguous(), weights.contiguous()
         routing = kernels.routing_of(index, up.num_experts)
         ctx.experts, ctx.sizes = experts, routing[4:]
         ctx.save_for_backward(x, index, weights, *routing[:4])
         if not read:
             return x.new_zeros(1, 1).expand(len(x), down.out_features)
-        blocks, rows = _blocks(up, down, index, x.dtype)
+        blocks, rows = _blocks(experts, index, x.dtype)
         inner = x.new_empty(rows, down.in_features)
         slots = x.new_empty(index.numel(), down.out_features)
         flags = {"transposed": not up.transposed, "gather": True, "bias": up_bias, "glu": glu}
@@ -181,9 +188,9 @@ class _GatedExperts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, index, weights, *tensors = ctx.saved_tensors
-        kernels, (up, down, up_bias, down_bias, glu) = expert_kernels(x), ctx.experts
+        kernels, (up, down, up_bias, down_bias, glu, _) = expert_kernels(x), ctx.experts
         routing, dy, slots = kernels.Routing(*tensors, *ctx.sizes), grads[0].contiguous(), None
-        blocks, rows = _blocks(up, down, index, x.dtype)
+        blocks, rows = _blocks(ctx.experts, index, x.dtype)
         d_inner, h = (x.new_empty(rows, n) for n in (down.in_features, up.out_features))
         d_weights = torch.zeros(index.shape, dtype=torch.float32, device=x.device)
         if ctx.needs_input_grad[0]:

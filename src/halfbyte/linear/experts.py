@@ -24,8 +24,8 @@ from halfbyte.runtime import device as devices
 from halfbyte.runtime.matmul import product
 
 # Bytes of decoded weights at a time. On an H200, half as many take 13 % more time for the experts
-# of a layer at 2048 tokens and 4 % at 8192; four times as many take 8 % and 1 % less (LAB.md). The
-# least decodes one expert at a time.
+# of a layer at 2048 tokens and 4 % at 8192; four times as many take 8 % and 1 % less
+# (2026-11-30_gpu_experts_peers.json). The least decodes one expert at a time.
 DECODED_BYTES = 256 * 2**20
 LARGE_DECODED_BYTES, LEAST_DECODED_BYTES = 2**30, 16 * 2**20
 

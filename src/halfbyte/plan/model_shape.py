@@ -47,6 +47,7 @@ _QWEN3_MOE = {
     "num_key_value_heads": 4,
     "num_experts": 128,
     "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
     "vocab_size": 151936,
     "max_position_embeddings": 40960,
     "tie_word_embeddings": False,
