@@ -1,8 +1,9 @@
 """What other programs that serve adapters do not take, known before they are started.
 
 vLLM: read from ``vllm/lora/peft_helper.py``, ``lora_model.py`` and ``vllm/config/lora.py`` of 0.33,
-which the adapters of ``tests/checkpoint/test_serving.py`` were given to once (LAB.md). llama.cpp:
-what `gguf_export.write_gguf_lora` cannot express.
+which the adapters of ``tests/checkpoint/test_serving.py`` were given to once (LAB.md). Adapters of
+experts were not: vLLM reads their shapes wrongly as of August 2026 (vllm-project/vllm#52198, open).
+llama.cpp: what `gguf_export.write_gguf_lora` cannot express.
 """
 
 from collections.abc import Iterable, Mapping
