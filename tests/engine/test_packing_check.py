@@ -244,6 +244,16 @@ def test_under_plain_autograd_the_documents_of_a_micro_batch_share_a_row():
     assert difference(found, true) < 1e-6
 
 
+def test_the_decoder_is_found_where_get_decoder_returns_another_module():
+    engine, message = choose_engine(model_of(tiny_config("modernbert-decoder")), "cpu")
+    assert engine.unpadded is not None, message
+    batches = batches_of([[40, 3], [17, 1]], vocabulary=390)
+    loss, found = step(engine, batches, packed=True)
+    wanted, true = step(engine, alone(batches), packed=False)
+    assert float(loss) == pytest.approx(float(wanted), rel=1e-6)
+    assert difference(found, true) < 1e-5
+
+
 def test_documents_longer_than_a_sliding_window_are_packed():
     engine, _ = choose_engine(model_of(FAMILIES["mistral"]), "cpu")  # a window of 8 tokens
     assert engine.unpadded == UnpaddedParts(CPU_PART_TOKENS, None)

@@ -28,6 +28,7 @@ from halfbyte.engine.layerwise import EngineError, LayerEngine
 from halfbyte.engine.objective import Objective
 from halfbyte.engine.packing import Batch
 from halfbyte.layers.attention_interface import NAME
+from halfbyte.layers.multimodal import text_decoder
 from halfbyte.layers.packed_row import NotPackable, packed_row
 from halfbyte.plan.ledger import CPU_PART_TOKENS
 
@@ -55,7 +56,7 @@ def pack_documents(engine: LayerEngine | AutogradEngine, vocabulary: int) -> str
         engine: An engine without fused layers.
         vocabulary: Size of the vocabulary.
     """
-    decoder = engine.model.get_decoder()
+    decoder = text_decoder(engine.model)
     if decoder.config._attn_implementation != NAME and _attends(decoder):
         return "its attention is transformers' own"
     # The autograd engine packs micro-batches.

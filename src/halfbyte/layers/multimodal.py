@@ -254,6 +254,12 @@ def build_decoder(config: PretrainedConfig, dtype: torch.dtype | None = None) ->
     return model
 
 
+def text_decoder(model: PreTrainedModel) -> Any:
+    """Return a model's decoder; ModernBERT's ``get_decoder()`` is the linear of its head."""
+    decoder = model.get_decoder()
+    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model
+
+
 def remove_encoders(model: PreTrainedModel) -> None:
     """Remove the modules with parameters that text does not pass through.
 

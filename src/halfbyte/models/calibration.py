@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from halfbyte.layers.multimodal import text_decoder
 from halfbyte.linear.lora import frozen_linears
 
 TEXT = Path(__file__).with_name("calibration.txt")
@@ -61,7 +62,7 @@ def input_moments(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     try:
         for part in torch.split(_text(tokenizer), _LENGTH):
             ids = part[None].to(model.device)
-            hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = text_decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
             for name in of_head:
                 note(name, hidden)
     finally:
