@@ -4,7 +4,8 @@
     python benchmarks/gpu_moe.py --shape gpt-oss-20b --configs 1x2048
 
 A config is batch x length of one optimizer step. Every layer is recomputed in backward
-(``--keep offload``: with its input in host memory). LoRA with r = 16 on all linears that PEFT
+(``--keep offload``: with its input in host memory; ``--weights host``: weights too, as far as
+``--memory-budget`` asks). LoRA with r = 16 on all linears that PEFT
 adapts, no dropout, bfloat16, every position supervised, AdamW with 8-bit state.
 
 Weights are random and packed layer by layer, since a checkpoint in 16 bits would not fit: eight
@@ -49,13 +50,21 @@ def random_tensor(shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, dtype=torch.bfloat16, device="cuda").mul_(0.02)
 
 
-def model_of(config: Any) -> Any:
+def model_of(config: Any, weights: str) -> Any:
     """Return a model of a shape with random weights, packed as they are made."""
     from halfbyte.layers.multimodal import build_whole
     from halfbyte.layers.vocabulary import embedding_to_host
     from halfbyte.linear.experts import expert_linears
     from halfbyte.linear.lora import LoRAConfig, attach, frozen_linears
-    from halfbyte.models.build import BaseRecipe, build, finalize, load_tensor
+    from halfbyte.linear.layer_store import HostLayers
+    from halfbyte.models.build import (
+        BaseRecipe,
+        build,
+        finalize,
+        load_expert,
+        load_tensor,
+        stream_layers,
+    )
     from halfbyte.quant import quantize
     from halfbyte.quant.mxfp4 import MXFP4Weight
 
@@ -69,13 +78,15 @@ def model_of(config: Any) -> Any:
     whole = build_whole(config)
     plain = [path for path, m in whole.named_modules() if isinstance(m, torch.nn.Linear)]
     model = build(config, recipe, plain=plain if published else [])
+    if weights == "host":
+        stream_layers(model, HostLayers)
     experts = expert_linears(model)
     for name, parameter in whole.named_parameters():
         if name not in experts:
             load_tensor(model, name, random_tensor(tuple(parameter.shape)))
     assert published == (not any(m.quantized for m in frozen_linears(model).values()))
     made: dict[tuple[int, ...], list[Any]] = {}
-    for linear in experts.values():
+    for name, linear in experts.items():
         size = tuple(linear.matrix)
         if size not in made and published:
             count = linear.matrix[0] * linear.matrix[1]
@@ -91,7 +102,7 @@ def model_of(config: Any) -> Any:
         elif size not in made:
             made[size] = [quantize(random_tensor(size)) for _ in range(DIFFERENT)]
         for expert in range(linear.num_experts):
-            linear.set_packed(expert, made[size][expert % DIFFERENT])
+            load_expert(model, name, expert, made[size][expert % DIFFERENT])
     report = finalize(model)
     attach(model, LoRAConfig(r=RANK, alpha=RANK), seed=0)
     embedding_to_host(model)
@@ -100,7 +111,9 @@ def model_of(config: Any) -> Any:
     return model
 
 
-def stepping(model: Any, batch: int, length: int, keep: str, *, graphs: bool) -> Callable[..., Any]:
+def stepping(
+    model: Any, batch: int, length: int, keep: str, *, graphs: bool, budget: float | None
+) -> Callable[..., Any]:
     """Return a step of a new engine, as a run makes it."""
     from halfbyte.config.schema import TrainConfig
     from halfbyte.engine.choose import choose_engine
@@ -117,6 +130,7 @@ def stepping(model: Any, batch: int, length: int, keep: str, *, graphs: bool) ->
             "learning_rate": 1e-4,
             "optim": "adamw_8bit",
             "activations": keep,
+            "memory_budget": None if budget is None else int(budget * 1e9),
         }
     )
     engine, message = choose_engine(model, "cuda", graphs=graphs, lengths=[[length] * batch])
@@ -173,6 +187,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-30b-a3b")
     parser.add_argument("--configs", nargs="+", default=["1x2048", "4x2048"])
     parser.add_argument("--keep", choices=["recompute", "offload", "auto"], default="recompute")
+    parser.add_argument("--weights", choices=["gpu", "host"], default="gpu")
+    parser.add_argument("--memory-budget", type=float, help="GB")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--no-graphs", action="store_true")
@@ -189,7 +205,7 @@ def main() -> None:
         torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
-    model = model_of(config)
+    model = model_of(config, args.weights)
     loading, seconds = torch.cuda.max_memory_allocated(), time.perf_counter() - started
     print(f"made in {seconds:.1f} s, peak {loading / 1e9:.2f} GB")
     rows: list[Row] = []
@@ -200,7 +216,14 @@ def main() -> None:
         torch.cuda.empty_cache()
         resident = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        step = stepping(model, batch, length, args.keep, graphs=not args.no_graphs)
+        step = stepping(
+            model,
+            batch,
+            length,
+            args.keep,
+            graphs=not args.no_graphs,
+            budget=args.memory_budget,
+        )
         generator, times, losses = torch.Generator().manual_seed(0), [], []
         for _ in range(5 + args.steps):
             ids = torch.randint(3, config.vocab_size, (batch, length), generator=generator)
@@ -217,6 +240,8 @@ def main() -> None:
                 "layers": config.num_hidden_layers,
                 "config": text,
                 "keep": args.keep,
+                "weights": args.weights,
+                "streamed_layers": plan.policy.streamed,
                 "ms": round(ms, 1),
                 "bare_products_ms": round(bare[text], 1),
                 "ratio": round(ms / bare[text], 2),

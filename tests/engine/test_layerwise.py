@@ -23,7 +23,7 @@ from halfbyte.engine.layerwise import EngineError, LayerEngine
 from halfbyte.engine.memory_profile import saved_bytes
 from halfbyte.engine.packing import Batch
 from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach, delta, dropout_clock
-from halfbyte.models.build import BaseRecipe, build, finalize, load_tensor
+from halfbyte.models.build import BaseRecipe, build, finalize, load_tensor, stream_layers
 from halfbyte.plan.policy import ActivationPolicy
 
 SIZES = {
@@ -57,11 +57,14 @@ def model_of(
     dropout=0.0,
     use_dora=False,
     modules_to_save=(),
+    store=None,
     **recipe,
 ):
     torch.manual_seed(0)
     source = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model = build(config, BaseRecipe(quant=quant, compute_dtype=dtype, **recipe))
+    if store is not None:
+        stream_layers(model, store)
     tied = config.tie_word_embeddings
     for name, tensor in source.state_dict().items():
         if not (tied and name == "lm_head.weight"):

@@ -1,12 +1,20 @@
 """The engine asks its provider for one layer after the other, and says which will be next."""
 
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import GptOssConfig, OlmoeConfig
 
+from halfbyte.checkpoint.identity import weights_digest
+from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.layerwise import LayerEngine
-from halfbyte.engine.weights import ResidentWeights, acquired
+from halfbyte.engine.weights import ResidentWeights, StreamedWeights, acquired
+from halfbyte.linear.layer_store import DiskLayers, HostLayers
+from halfbyte.linear.layer_stream import spread, stream_of
 from halfbyte.plan.policy import ActivationPolicy
-from tests.engine.test_layerwise import FAMILIES, batches_of, gradients, model_of
+from tests.engine.test_layerwise import FAMILIES, SIZES, batches_of, gradients, model_of
 
 LAYERS = 3
 
@@ -28,27 +36,6 @@ class Recorded(ResidentWeights):
     def release(self, layer):
         self.calls.append(("release", layer))
         super().release(layer)
-
-
-class OnHost(Recorded):
-    """Stands for weights that are elsewhere: a layer's bytes are there while it is acquired."""
-
-    def __init__(self, linears, dtype):
-        super().__init__(linears, dtype)
-        self.away = {m: m.quantized.codes.clone() for ms in linears for m in ms}
-        for linear, codes in self.away.items():
-            linear.quantized.codes.zero_()
-            assert codes.any()
-
-    def acquire(self, layer, *, again=False):
-        for linear in self._linears[layer]:
-            linear.quantized.codes.copy_(self.away[linear])
-        return super().acquire(layer, again=again)
-
-    def release(self, layer):
-        super().release(layer)
-        for linear in self._linears[layer]:
-            linear.quantized.codes.zero_()
 
 
 def made(provider=ResidentWeights):
@@ -73,13 +60,89 @@ def test_one_layer_is_acquired_at_a_time_and_the_next_is_announced(saved):
     assert engine.weights.calls == forward + backward
 
 
-@pytest.mark.parametrize("saved", range(LAYERS + 1))
-def test_weights_that_are_there_only_while_acquired_train_the_same(saved):
-    loss, wanted = stepped(made(ResidentWeights), saved)
-    got, found = stepped(made(OnHost), saved)
-    assert torch.equal(got, loss)
-    assert all(gradient.any() for gradient in wanted.values())
-    assert all(torch.equal(gradient, wanted[name]) for name, gradient in found.items())
+MIXTURES = {
+    "olmoe": OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2),
+    "gpt-oss": GptOssConfig(**SIZES, head_dim=8, num_local_experts=4, num_experts_per_tok=2),
+}
+STREAMED = {
+    "llama": dict(config=FAMILIES["llama"]),
+    "llama in 16 bits": dict(config=FAMILIES["llama"], quant="none"),
+    "llama with DoRA": dict(config=FAMILIES["llama"], use_dora=True),
+    "gemma3": dict(config=FAMILIES["gemma3"]),
+    "olmoe": dict(config=MIXTURES["olmoe"]),
+    "olmoe in 16 bits": dict(config=MIXTURES["olmoe"], quant="none"),
+    "gpt-oss": dict(config=MIXTURES["gpt-oss"]),
+}
+
+
+def on_disk(layers, device):
+    return DiskLayers(layers, device, Path(tempfile.gettempdir()))
+
+
+@pytest.mark.parametrize("case", STREAMED)
+@pytest.mark.parametrize(("store", "resident"), [(HostLayers, 0), (on_disk, 0), (on_disk, 2)])
+def test_weights_that_wait_elsewhere_train_the_same(case, store, resident):
+    engines = []
+    for where in (None, store):
+        engine = LayerEngine(model_of(**STREAMED[case], store=where), fuse=True)
+        engines.append(engine)
+    here, away = engines
+    stream = stream_of(away.model)
+    assert stream_of(here.model) is None
+    assert isinstance(away.weights, StreamedWeights)
+    stream.stream_all_but(spread(LAYERS, resident))
+    assert len(stream.streamed) == LAYERS - resident
+    for saved in range(LAYERS + 1):
+        for provider in (here.weights, away.weights):
+            provider.forget()
+        loss, wanted = stepped(here, saved)
+        before = stream.copied_bytes
+        got, found = stepped(away, saved)
+        assert torch.equal(got, loss)
+        assert all(gradient.any() for gradient in wanted.values())
+        assert all(torch.equal(gradient, wanted[name]) for name, gradient in found.items())
+        # Backward begins with the layers that are still there.
+        copies = 2 * (LAYERS - resident) - min(2, LAYERS - resident)
+        each = stream.layers[0].nbytes
+        assert stream.copied_bytes - before == copies * each
+
+
+def test_what_does_not_announce_its_layers_reads_the_right_ones():
+    config = FAMILIES["llama"]
+    here, away = model_of(config), model_of(config, store=HostLayers)
+    ids = batches_of([(2, 9)])[0].input_ids
+    with torch.no_grad():
+        assert torch.equal(here(input_ids=ids).logits, away(input_ids=ids).logits)
+    assert weights_digest(here) == weights_digest(away)
+    batches = batches_of([(2, 9), (1, 5)])
+    for policy in (ActivationPolicy(), ActivationPolicy(LAYERS)):
+        wanted = AutogradEngine(here).step(batches, 20.0, policy)
+        assert torch.equal(AutogradEngine(away).step(batches, 20.0, policy), wanted)
+        found = gradients(away)
+        assert all(torch.equal(found[name], g) for name, g in gradients(here).items())
+
+
+def test_slots_take_the_memory_of_two_layers_and_resident_ones_their_own():
+    model = model_of(FAMILIES["llama"], store=HostLayers)
+    stream = stream_of(model)
+    each = stream.layers[0].nbytes
+    assert stream.nbytes == 2 * each
+    stream.stream_all_but([1])
+    assert stream.nbytes == 3 * each
+    stream.stream_all_but([0, 1])
+    assert stream.nbytes == 3 * each
+    stream.stream_all_but([0, 1, 2])
+    assert stream.nbytes == 3 * each
+    stream.stream_all_but([])
+    assert stream.nbytes == 2 * each
+
+
+def test_resident_layers_are_spread():
+    assert spread(8, 0) == []
+    assert spread(8, 1) == [4]
+    assert spread(8, 2) == [2, 6]
+    assert spread(4, 4) == [0, 1, 2, 3]
+    assert all(len(set(spread(80, n))) == n for n in range(81))
 
 
 def test_a_layer_is_released_whatever_happens():

@@ -25,6 +25,8 @@ from halfbyte.checkpoint.mxfp4_keys import dense
 from halfbyte.checkpoint.source import BaseSource, ExpertSlice, warn_of_packing_again
 from halfbyte.errors import CheckpointError
 from halfbyte.layers.experts import expert_parameters
+from halfbyte.linear.layer_store import HostLayers
+from halfbyte.linear.layer_stream import LayerWeights
 from halfbyte.models.build import (
     BaseRecipe,
     MemoryReport,
@@ -34,6 +36,7 @@ from halfbyte.models.build import (
     load_expert,
     load_tensor,
     place_quantized,
+    stream_layers,
 )
 from halfbyte.models.calibration import input_moments
 from halfbyte.quant import MXFP4Weight
@@ -59,6 +62,9 @@ logger = logging.getLogger("halfbyte")
 
 # Maps a source, a recipe and a progress callback to a packed copy.
 PackedCopy = Callable[[BaseSource, BaseRecipe, Callable[[int, int], None] | None], BaseSource]
+
+# Maps the layout of layers and the device to where their weights wait.
+LayerStore = Callable[[list[LayerWeights], str], HostLayers]
 
 
 class LoadedBase(NamedTuple):
@@ -184,6 +190,7 @@ def load_base(
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Callable[[int, int], None] | None = None,
     packed_copy: PackedCopy | None = None,
+    store: LayerStore | None = None,
 ) -> LoadedBase:
     """Load a base model, packing each tensor as it is read.
 
@@ -199,9 +206,12 @@ def load_base(
         progress: Called with (bytes read, total bytes) after each tensor.
         packed_copy: Returns a source of packed weights to read instead of the source, such as
             ``checkpoint.cache.cached``.
+        store: Where the frozen weights of layers wait, if not on the device; see
+            `models.build.stream_layers`.
 
     Raises:
         CheckpointError: See ``open_base``; also if there is no tokenizer.
+        ConfigError: With ``store``, if the layers of the model cannot be told apart.
         WeightError: If a weight contains NaN or infinity.
     """
     if not isinstance(source, BaseSource):
@@ -210,6 +220,8 @@ def load_base(
     recipe = source.fitted(recipe)
     warn_of_packing_again(source, recipe)
     model = build(source.config, recipe, plain=_left_plain(source, recipe))
+    if store is not None:
+        stream_layers(model, store)
     files = source
     if packed_copy is not None:
         files = packed_copy(source, model.halfbyte_recipe, progress)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.checkpoint.base_model import LoadedBase
@@ -23,7 +22,8 @@ from halfbyte.config.reading import check
 from halfbyte.config.schema import BaseOptions
 from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.foreign_text import quote
-from halfbyte.linear.experts import expert_linears
+from halfbyte.linear.experts import ExpertLinear, expert_linears
+from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.models.build import frozen_linears
 
 logger = logging.getLogger("halfbyte")
@@ -81,16 +81,12 @@ def weights_digest(model: PreTrainedModel) -> str:
     go unnoticed.
     """
     digest = hashlib.sha256()
-    held: dict[str, dict[str, Tensor]] = {}
-    for path, linear in frozen_linears(model).items():
-        if linear.quantized is not None:
-            held[path] = linear.quantized.tensors()
-        else:
-            assert linear.weight is not None
-            held[path] = {"weight": linear.weight}
-    held |= {path: experts.tensors() for path, experts in expert_linears(model).items()}
-    for path, tensors in held.items():
-        for name, tensor in tensors.items():
+    held: dict[str, FrozenLinear | ExpertLinear] = {
+        **frozen_linears(model),
+        **expert_linears(model),
+    }
+    for path, module in held.items():
+        for name, tensor in module.tensors().items():
             digest.update(f"{path}.{name} {tuple(tensor.shape)};".encode())
             step = max(1, tensor.numel() // _SAMPLES)
             # Packed experts are not contiguous, and to flatten them would copy them.

@@ -316,6 +316,12 @@ class TrainConfig(ModelOptions):
         description="save activations for backward, or recompute them (offload: from layer inputs "
         "in host memory); on a GPU, auto and save also keep decoded weights if memory is left",
     )
+    weights: Literal["auto", "gpu", "host", "disk"] = Field(
+        "auto",
+        description="where the frozen weights of layers are while they are not needed: on the GPU, "
+        "in host memory, or on the disk, in ~/.cache; as many as fit stay on the GPU; auto takes "
+        "the first that has room",
+    )
     memory_budget: Annotated[PositiveInt | None, BeforeValidator(parse_bytes)] = Field(
         None, lt=2**63, description="memory limit, such as 16GB (10^9) or 16GiB (2^30)"
     )

@@ -86,6 +86,7 @@ class CapturedPasses:
         # nor the cuBLAS workspaces of their stream.
         torch._C._cuda_clearCublasWorkspaces()
         output = self._static_view("y", static.x)
+        self._passes.weights.forget()  # so that what the graphs need is loaded in them
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(forward, pool=self._pool, capture_error_mode="thread_local"):
@@ -97,10 +98,12 @@ class CapturedPasses:
                 self._passes.backward([static], [output])
         except RuntimeError:
             self._passes.forget()
+            self._passes.weights.forget()
             # torch's random number generator is usable again only after a successful capture.
             with torch.cuda.graph(torch.cuda.CUDAGraph()):
                 torch.zeros(1, device="cuda").add_(1)
             raise
+        self._passes.weights.forget()
         self._captured[shape] = _Captured(static, output, forward, backward)
 
     def has(self, shape: PartShape) -> bool:
@@ -115,6 +118,7 @@ class CapturedPasses:
         captured = self._captured[shape]
         _copy(layer_input, captured.input)
         captured.forward.replay()
+        self._passes.weights.forget()
         return captured.output
 
     def backward(self, shape: PartShape, grad: Tensor) -> None:
@@ -122,6 +126,7 @@ class CapturedPasses:
         captured = self._captured[shape]
         captured.output.copy_(grad)
         captured.backward.replay()
+        self._passes.weights.forget()
 
     def _static_view(self, name: str, like: Tensor) -> Tensor:
         """Return a view of a static tensor, allocated with the size of the first request."""

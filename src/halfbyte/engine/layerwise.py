@@ -46,14 +46,16 @@ from halfbyte.engine.logit_scale import logit_scale
 from halfbyte.engine.neftune import EmbeddingNoise
 from halfbyte.engine.objective import CROSS_ENTROPY, Objective
 from halfbyte.engine.packing import Batch, PackedBatch, lengths_of, part_of_shape, parts_of
-from halfbyte.engine.weights import ResidentWeights, WeightProvider, acquired
+from halfbyte.engine.weights import WeightProvider, acquired, provider_of
 from halfbyte.layers.attention import Documents, can_pack
 from halfbyte.layers.decoder_layer import AttentionCheckpoint, fused
 from halfbyte.layers.elementwise import rms_norm
 from halfbyte.layers.families import is_known_norm
 from halfbyte.layers.gated_experts import ends_with_experts, outputs_unread
+from halfbyte.layers.multimodal import decoder_layers
 from halfbyte.layers.packed_row import packed_row
 from halfbyte.layers.vocabulary import FrozenHead
+from halfbyte.linear.layer_stream import spread, stream_of
 from halfbyte.linear.lora import (
     DropoutClock,
     adapters,
@@ -127,24 +129,20 @@ class LayerEngine:
         self.model = model
         self.decoder: Any = model.get_decoder()
         config = model.config.get_text_config()
-        count = config.num_hidden_layers
-        lists = [m for m in self.decoder.children() if isinstance(m, nn.ModuleList)]
-        lists = [m for m in lists if len(m) == count]
+        try:
+            self.layers = decoder_layers(model)
+        except ValueError as error:
+            raise EngineError(str(error)) from error
         norms = [n for n in _FINAL_NORMS if isinstance(getattr(self.decoder, n, None), nn.Module)]
         head = model.get_output_embeddings()
-        if len(lists) != 1:
-            raise EngineError(
-                f"{len(lists)} lists of {count} layers in {type(self.decoder).__name__}"
-            )
         if (
             len(norms) != 1
             or not isinstance(head, nn.Linear | FrozenHead)
             or getattr(head, "bias", None) is not None
         ):
             raise EngineError("no single final norm, or an output head with a bias")
-        self.layers = list(lists[0])
         runs = [run for layer in self.layers if fuse and (run := fused(layer)) is not None]
-        self._fused = runs if len(runs) == count else []
+        self._fused = runs if len(runs) == len(self.layers) else []
         self.fused = len(self._fused)
         self.norm = getattr(self.decoder, norms[0])
         self.head = head
@@ -157,7 +155,8 @@ class LayerEngine:
         self.decoded_bytes = self.dtype.itemsize * sum(q.numel for q in packed if q is not None)
         # Nothing before the lowest trained layer requires a gradient: backward ends there.
         trained = [[p for p in layer.parameters() if p.requires_grad] for layer in self.layers]
-        after_entry = {*lists[0].parameters(), *self.norm.parameters()}
+        of_layers = (p for layer in self.layers for p in layer.parameters())
+        after_entry = {*of_layers, *self.norm.parameters()}
         self.entry_trained = any(
             p.requires_grad for p in self.decoder.parameters() if p not in after_entry
         )
@@ -177,7 +176,7 @@ class LayerEngine:
         self.on_phase: Callable[[str], None] = lambda phase: None
         self.on_layer_backward: Callable[[int, Tensor], None] | None = None
         self.trained = trained
-        weights = ResidentWeights(self.linears, self.dtype)
+        weights = provider_of(model, self.linears, self.dtype)
         self.passes = Passes(trained, self.first_trained, self.entry_trained, weights)
         self._tables: dict[int, tuple[Tensor, ...]] = {}  # rotary, by tokens of a row
         parameters = [parameter for layer in trained for parameter in layer]
@@ -190,6 +189,9 @@ class LayerEngine:
         """Return why passes cannot be captured (host work in each step), or ""."""
         if not self._fused:
             return "its layers are not fused"
+        stream = stream_of(self.model)
+        if stream is not None and not stream.source.can_be_captured:
+            return "weights are read from the disk by the host"
         if self._drops:
             return "dropout masks are drawn by the host"
         if self.entry_trained:
@@ -251,6 +253,16 @@ class LayerEngine:
         self._decoded = layers
         self.forget_graphs()  # they read weights where these were
         self.weights.keep(layers)
+
+    def stream_weights(self, layers: int) -> None:
+        """Stream the weights of so many layers; for a model with a `LayerStream`."""
+        stream = stream_of(self.model)
+        if stream is None or layers == len(stream.streamed):
+            return
+        self.forget_graphs()  # they read weights where these were
+        self.weights.forget()
+        count = len(self.layers)
+        stream.stream_all_but(spread(count, count - layers))
 
     @property
     def weights(self) -> WeightProvider:

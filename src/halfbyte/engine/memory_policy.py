@@ -13,7 +13,7 @@ on an H100 a gigabyte of it saves 0.9 ms a step, one of activations 4 (gpu_step_
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,7 +21,11 @@ import torch
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.buckets import PartShape, UnpaddedParts
 from halfbyte.engine.layerwise import LayerEngine
-from halfbyte.engine.memory_profile import measured_cost, saved_bytes
+from halfbyte.engine.memory_profile import (
+    layers_streamed_unnoticed,
+    measured_cost,
+    saved_bytes,
+)
 from halfbyte.engine.packing import Batch, PackedBatch, part_of_shape
 from halfbyte.errors import ConfigError
 from halfbyte.layers.cross_entropy import CHUNK_BYTES
@@ -31,6 +35,7 @@ from halfbyte.linear.experts import (
     LEAST_DECODED_BYTES,
     expert_linears,
 )
+from halfbyte.linear.layer_stream import stream_of
 from halfbyte.linear.modules_to_save import trained_whole
 from halfbyte.plan.ledger import (
     FRAGMENTATION,
@@ -101,6 +106,8 @@ class MemoryPlan:
             how += " and without attention" * policy.attention_checkpoint
         if policy.decoded:
             how += f", {policy.decoded} keep their decoded weights"
+        if policy.streamed:
+            how += f"; the weights of {policy.streamed} are copied to the GPU when needed"
         return (
             f"{how} ({self.saved_bytes / 1e6:.0f} MB a layer); about "
             f"{max(self.predicted_bytes, self.reserved_bytes) / 1e9:.2f} GB of "
@@ -192,8 +199,10 @@ def plan_memory(
         return MemoryPlan(ActivationPolicy(), 0, 0, budget, used, used=used)
     if state_bytes is None:
         state_bytes = 2 * sum(p.nbytes for p in engine.model.parameters() if p.requires_grad)
+    stream = stream_of(engine.model)
+    used -= 0 if stream is None else stream.nbytes  # `peak` counts it
     if device == "cuda":
-        used -= engine.weights.nbytes  # `peak` counts it
+        used -= engine.weights.nbytes  # likewise
         size = _decoded_bytes(activations, budget - used)
         for linear in expert_linears(engine.model).values():
             linear.decoded_bytes = size
@@ -205,9 +214,13 @@ def plan_memory(
         whole = [p.nbytes for m in engine.model.modules() for p in trained_whole(m).values()]
         beside = state_bytes + 2 * max(whole, default=0)
         beside += int(TOUCHED_LATER) + product_bytes(shapes, engine.dtype.itemsize, documents)
-    return _Planner(cost, used, beside, budget, engine.captures, device).plan(
-        activations, asked=memory_budget is not None
-    )
+    most = 0
+    if stream is not None:
+        cost = replace(cost, weights=max(layer.nbytes for layer in stream.layers))
+        if device == "cuda":
+            most = layers_streamed_unnoticed(engine, _largest(engine, shapes, device))
+    planner = _Planner(cost, used, beside, budget, engine.captures, device, most)
+    return planner.plan(activations, asked=memory_budget is not None)
 
 
 def _decoded_bytes(activations: str, room: int) -> int:
@@ -273,7 +286,9 @@ class _Planner:
     """Chooses a policy: as many layers are saved as fit, others are offloaded if that helps.
 
     Decoded weights are kept only if all activations are, and only within the budget; users cannot
-    request it.
+    request it. If weights are streamed, as many layers are made resident as are needed for
+    ``hidden`` to cover the rest, if they fit; then activations are saved, and what is left goes to
+    resident layers again.
     """
 
     cost: StepCost
@@ -282,6 +297,7 @@ class _Planner:
     budget: int
     graphs: bool
     device: str
+    hidden: int = 0
 
     def of(self, policy: ActivationPolicy) -> MemoryPlan:
         step = peak(self.cost, policy, graphs=self.graphs)
@@ -307,17 +323,20 @@ class _Planner:
     def host_has_room(self, plan: MemoryPlan) -> bool:
         return plan.host_bytes <= HOST_SHARE * free_memory("cpu")
 
-    def offloading(self, saved: int, *, attention: bool) -> MemoryPlan:
-        layers = self.cost.layers
-        return self.of(ActivationPolicy.offloading(layers, saved, attention_checkpoint=attention))
-
     def plan(self, activations: str, *, asked: bool) -> MemoryPlan:
-        plans = self.choices(activations)
+        # The fewest layers that need to be streamed, and can be.
+        layers, streamed = self.cost.layers, 0
+        if self.cost.weights:
+            of_least = (min(self.choices(activations, n), key=_needed) for n in range(layers + 1))
+            streamed = next((p.policy.streamed for p in of_least if self.fits(p)), layers)
+            streamed = max(streamed, self.hidden)
+        plans = self.choices(activations, streamed)
         fitting = list(filter(self.fits, plans))
         if fitting:
-            best = max(fitting, key=_preference)
-            return self.with_decoded(best) if best.policy.saved == self.cost.layers else best
-        least = min(plans, key=lambda plan: plan.reserved_bytes)
+            best = self.with_resident(max(fitting, key=_preference))
+            whole = best.policy.saved == layers and not best.policy.streamed
+            return self.with_decoded(best) if whole else best
+        least = min(plans, key=_needed)
         if not asked:
             return least
         policy, margin = least.policy, MARGIN if self.device == "cuda" else 1.0
@@ -332,16 +351,30 @@ class _Planner:
             * (activations != "auto")
         )
 
-    def choices(self, activations: str) -> list[MemoryPlan]:
-        """Return the candidate plans, without decoded weights."""
+    def choices(self, activations: str, streamed: int) -> list[MemoryPlan]:
+        """Return the candidate plans with so many streamed layers, without decoded weights."""
+
+        def of(policy: ActivationPolicy) -> MemoryPlan:
+            return self.of(replace(policy, streamed=streamed))
+
         layers, attention = self.cost.layers, self.cost.attention > 0
         saved = {"save": [layers], "auto": range(layers + 1), "recompute": [0], "offload": []}
-        plans = [self.of(ActivationPolicy(count)) for count in saved[activations]]
+        plans = [of(ActivationPolicy(count)) for count in saved[activations]]
         if self.device != "cuda" or activations in ("save", "recompute"):
-            return plans or [self.of(ActivationPolicy())]
+            return plans or [of(ActivationPolicy())]
         for count in range(layers) if activations == "auto" else [0]:
-            plans += [self.offloading(count, attention=kept) for kept in {False, attention}]
+            plans += [
+                of(ActivationPolicy.offloading(layers, count, attention_checkpoint=kept))
+                for kept in {False, attention}
+            ]
         return plans
+
+    def with_resident(self, plan: MemoryPlan) -> MemoryPlan:
+        """Return the plan with as many layers resident as fit."""
+        fewer = (
+            self.of(replace(plan.policy, streamed=count)) for count in range(plan.policy.streamed)
+        )
+        return next(filter(self.fits, fewer), plan)
 
     def with_decoded(self, plan_of_all: MemoryPlan) -> MemoryPlan:
         """Return the plan with as many decoded layers as fit in addition to all activations."""
@@ -349,6 +382,10 @@ class _Planner:
         counts = range(layers, 0, -1) if self.cost.decoded and self.device == "cuda" else ()
         more = (self.of(ActivationPolicy(layers, decoded=count)) for count in counts)
         return next(filter(self.fits, more), plan_of_all)
+
+
+def _needed(plan: MemoryPlan) -> int:
+    return plan.reserved_bytes
 
 
 def _preference(plan: MemoryPlan) -> tuple[int, int, bool]:

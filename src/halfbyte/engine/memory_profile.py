@@ -5,6 +5,7 @@ run forward and backward on the largest part, and so is the loss, while the allo
 peak. ``plan.policy.peak`` adds up the memory of all layers under a policy.
 """
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,6 +16,7 @@ from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.packing import PackedBatch
 from halfbyte.engine.weights import acquired
 from halfbyte.layers.decoder_layer import AttentionCheckpoint
+from halfbyte.linear.layer_stream import stream_of
 from halfbyte.plan.activation_cost import CHECKPOINT_WIDTH
 from halfbyte.plan.policy import StepCost
 from halfbyte.plan.roofline import gpu_of_driver
@@ -102,6 +104,46 @@ def _measured(engine: LayerEngine, parts: Sequence[PackedBatch]) -> StepCost:
         layer_args=sum(layer_args.values()),
         decoded=engine.decoded_bytes,
     )
+
+
+def layers_streamed_unnoticed(engine: LayerEngine, parts: Sequence[PackedBatch]) -> int:
+    """Return how many layers can be copied to a GPU in the time that forward of all layers takes.
+
+    Backward takes longer, so it is enough to look at forward. Both are timed on the last layer.
+
+    Args:
+        engine: The engine, whose model has a `LayerStream`.
+        parts: What goes through a layer before the next is needed.
+    """
+    stream, index = stream_of(engine.model), len(engine.layers) - 1
+    assert stream is not None
+    layer_inputs = engine.embed(parts)
+
+    def forward() -> None:
+        for layer_input in layer_inputs:
+            layer_input.run(index, layer_input.x, layer_input.layer_args, read=True)
+
+    def copy() -> None:
+        stream.forget()
+        stream.acquire(index)
+
+    with torch.no_grad(), acquired(engine.weights, index):
+        computing = _fastest(forward)
+    copying = _fastest(copy)
+    engine.weights.forget()
+    return int(len(engine.layers) * min(1.0, computing / copying))
+
+
+def _fastest(run: Callable[[], object]) -> float:
+    """Return the seconds of the fastest of three calls."""
+    times = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return min(times)
 
 
 def saved_bytes(engine: LayerEngine, layer_input: LayerInput) -> tuple[int, int]:

@@ -1,20 +1,20 @@
 """Providers of the layers' weights.
 
 The engine acquires one layer after the other from a `WeightProvider`, and announces the next for
-prefetching. Today all weights are packed on the device and decoded on demand (`ResidentWeights`).
-Another provider could load them from host memory, disk or other GPUs, without changes to the
-engine.
+prefetching. Weights are packed on the device and decoded on demand (`ResidentWeights`), or wait
+elsewhere, packed, and are copied to the device first (`StreamedWeights`).
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from halfbyte.linear.decoded_cache import DecodedWeightCache
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.group import OpenLayer
+from halfbyte.linear.layer_stream import LayerStream, stream_of
 
 
 class WeightProvider(Protocol):
@@ -41,7 +41,7 @@ class WeightProvider(Protocol):
         """Keep the last ``layers`` layers available, at the cost of memory."""
 
     def forget(self) -> None:
-        """Mark all layers as not loaded, after a dry run."""
+        """Mark all layers as not loaded, after a dry run, or around passes in CUDA graphs."""
 
     @property
     def nbytes(self) -> int:
@@ -92,6 +92,51 @@ class ResidentWeights:
     def decodes(self) -> int:
         """Number of weights decoded so far."""
         return self._cache.decodes
+
+
+class StreamedWeights(ResidentWeights):
+    """Packed weights that are copied to the device a layer at a time, and then decoded.
+
+    Args:
+        linears: The linears of each layer.
+        dtype: dtype of the decoded weights.
+        stream: Copies the layers.
+    """
+
+    def __init__(
+        self, linears: Sequence[Sequence[FrozenLinear]], dtype: torch.dtype, stream: LayerStream
+    ) -> None:
+        super().__init__(linears, dtype)
+        self.stream = stream
+
+    def prefetch(self, layer: int) -> None:
+        """Start to copy a layer to the device."""
+        self.stream.prefetch(layer)
+
+    def acquire(self, layer: int, *, again: bool = False) -> OpenLayer:
+        """Wait for a layer's copy and decode it; see `WeightProvider`."""
+        self.stream.acquire(layer)
+        return super().acquire(layer, again=again)
+
+    def release(self, layer: int) -> None:
+        """Allow the layer and its decoded weights to be overwritten."""
+        super().release(layer)
+        self.stream.release(layer)
+
+    def forget(self) -> None:
+        """Mark all weights as neither copied nor decoded."""
+        super().forget()
+        self.stream.forget()
+
+
+def provider_of(
+    model: Any, linears: Sequence[Sequence[FrozenLinear]], dtype: torch.dtype
+) -> WeightProvider:
+    """Return the provider of the layers of ``model``; other arguments as of the providers."""
+    stream = stream_of(model)
+    if stream is None:
+        return ResidentWeights(linears, dtype)
+    return StreamedWeights(linears, dtype, stream)
 
 
 @contextmanager

@@ -260,6 +260,22 @@ def text_decoder(model: PreTrainedModel) -> Any:
     return decoder if isinstance(decoder, PreTrainedModel) else model.base_model
 
 
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the layers of a model's decoder.
+
+    Raises:
+        ValueError: They are not in one list; the message says what was found.
+    """
+    decoder, count = model.get_decoder(), model.config.get_text_config().num_hidden_layers
+    lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if len(lists) != 1:
+        raise ValueError(
+            f"{type(decoder).__name__} does not have one list of its {count} layers, "
+            f"but {len(lists)}"
+        )
+    return list(lists[0])
+
+
 def remove_encoders(model: PreTrainedModel) -> None:
     """Remove the modules with parameters that text does not pass through.
 

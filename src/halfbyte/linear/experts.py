@@ -11,7 +11,7 @@ Backward decodes them again and computes no gradient of the weights. On a GPU, a
 of triton_experts.py, and the host does not wait for the offsets.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -57,10 +57,12 @@ class ExpertLinear(nn.Module):
             changes no result.
         swaps_factors: Whether PEFT takes rows for outputs though they are inputs, so that its B has
             the inputs.
+        ensure_loaded: Called before weights are read, if they may be elsewhere (layer_stream.py).
     """
 
     weight: Tensor | None
     decoded_bytes: int | None = None
+    ensure_loaded: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -105,8 +107,24 @@ class ExpertLinear(nn.Module):
         assert records is not None
         return records
 
+    def frozen_tensors(self) -> dict[str, Tensor]:
+        """Return the tensor that holds all weights, by name, whether or not it is loaded."""
+        return {"records": self._records} if self.weight is None else {"weight": self.weight}
+
+    def set_frozen_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Hold the weights in another tensor of the same dtype and shape."""
+        if self.weight is None:
+            self._take_records(tensors["records"])
+        else:
+            self.weight = nn.Parameter(tensors["weight"], requires_grad=False)
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of all experts by name, [experts, ...]; views of what is held."""
+        if self.ensure_loaded is not None:
+            self.ensure_loaded()
+        return self._tensors()
+
+    def _tensors(self) -> dict[str, Tensor]:
         if self.weight is not None:
             return {"weight": self.weight}
         assert self._like is not None
@@ -119,7 +137,7 @@ class ExpertLinear(nn.Module):
     def set_packed(self, expert: int, weight: PackedWeight) -> None:
         """Set the packed weight of one expert; its bytes are copied.
 
-        The memory of all experts is allocated with the first, on its device.
+        The memory of all experts is allocated with the first, on its device, if there is none.
 
         Raises:
             ValueError: If it is not of the expected shape and format.
@@ -128,16 +146,16 @@ class ExpertLinear(nn.Module):
         expected, came = (_description(one) for one in (self._like, weight))
         if came != expected:
             raise ValueError(f"an expert's weight {expected} is expected here, got {came}")
-        if self.device != (device := weight.codes.device):
+        if self.device.type == "meta":
             # Zeros, so that the bytes between the tensors are the same in every run.
-            self._take_records(torch.zeros_like(self._records, device=device))
+            self._take_records(torch.zeros_like(self._records, device=weight.codes.device))
         for name, tensor in weight.tensors().items():
             getattr(self._packed[expert], name).copy_(tensor)
 
     def set_plain(self, expert: int, weight: Tensor) -> None:
         """Set the plain weight of one expert; memory as for `set_packed`."""
         assert self.weight is not None
-        if self.device != weight.device:
+        if self.device.type == "meta":
             empty = torch.empty_like(self.weight, device=weight.device)
             self.weight = nn.Parameter(empty, requires_grad=False)
         self.weight[expert].copy_(weight)
@@ -153,6 +171,8 @@ class ExpertLinear(nn.Module):
             dtype: dtype of the result.
             out: Memory for at least as many weights, in ``dtype``; plain weights do not need it.
         """
+        if self.ensure_loaded is not None:
+            self.ensure_loaded()
         if self.weight is not None:
             return self.weight[first:last].to(dtype)
         if out is None:
@@ -217,7 +237,7 @@ class ExpertLinear(nn.Module):
         self.register_buffer("records", records)
         shapes = {name: tensor.shape for name, tensor in self._like.tensors().items()}
         tensors: list[dict[str, Any]] = [{} for _ in range(len(records))]
-        for name, held in self.tensors().items():
+        for name, held in self._tensors().items():
             for of_expert, row in zip(tensors, held, strict=True):
                 of_expert[name] = row.view(shapes[name])
         self._packed = tuple(replace(self._like, **of_expert) for of_expert in tensors)

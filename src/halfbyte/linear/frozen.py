@@ -6,6 +6,7 @@ products, of one linear or of several with the same input, are in group.py; when
 is up to the caller (decoded_cache.py).
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,8 @@ class FrozenLinear(nn.Module):
     ``lora.attach``; ``why_no_adapter`` says why it must not get one, or is None, and
     ``is_parameter_in_peft`` whether PEFT can adapt its weight only as a parameter. ``group`` is the
     set of linears it is multiplied together with, ``layout`` the format its weight is decoded to.
+    ``ensure_loaded`` is called before its weight is read, if that may be elsewhere
+    (layer_stream.py).
 
     Args:
         in_features: Size of the last dimension of the input.
@@ -43,6 +46,7 @@ class FrozenLinear(nn.Module):
 
     bias: Tensor | None
     weight: Tensor | None
+    ensure_loaded: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -113,6 +117,8 @@ class FrozenLinear(nn.Module):
     @property
     def quantized(self) -> QuantizedWeight | None:
         """The packed weight, whose tensors are the buffers, or None if the weight is plain."""
+        if self.ensure_loaded is not None:
+            self.ensure_loaded()
         return self._quantized
 
     def set_quantized(self, quantized: QuantizedWeight) -> None:
@@ -131,6 +137,26 @@ class FrozenLinear(nn.Module):
             self.register_buffer(name, getattr(quantized, name))
         self._quantized = quantized
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of the weight by name."""
+        if self.ensure_loaded is not None:
+            self.ensure_loaded()
+        return self.frozen_tensors()
+
+    def frozen_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of the weight by name, whether or not their values are loaded."""
+        if self._quantized is not None:
+            return self._quantized.tensors()
+        assert self.weight is not None
+        return {"weight": self.weight}
+
+    def set_frozen_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make the weight refer to other tensors of the same names, dtypes and shapes."""
+        if self._quantized is None:
+            self.weight = nn.Parameter(tensors["weight"], requires_grad=False)
+        else:
+            self.set_quantized(replace(self._quantized, **tensors))  # type: ignore[arg-type]
+
     def opened(self, dtype: torch.dtype) -> DecodedWeight | None:
         """Return W [out, in] if a `DecodedWeightCache` holds it for ``dtype``, else None."""
         layer = self.group.open_layer
@@ -143,8 +169,8 @@ class FrozenLinear(nn.Module):
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         """Return W [out, in] in ``dtype``, bypassing the cache: a packed weight is decoded."""
-        if self.quantized is not None:
-            return dequantize(self.quantized, dtype)
+        if (quantized := self.quantized) is not None:
+            return dequantize(quantized, dtype)
         assert self.weight is not None
         return self.weight.to(dtype)
 

@@ -9,7 +9,7 @@
 ``load_tensor`` never needs another tensor, so a checkpoint can be read one tensor at a time.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -21,13 +21,20 @@ from transformers import PretrainedConfig, PreTrainedModel
 from halfbyte.errors import CheckpointError, ConfigError, WeightError
 from halfbyte.layers import attention_interface, token_mixers
 from halfbyte.layers.experts import freeze_experts
-from halfbyte.layers.multimodal import build_decoder, removed_modules, ties_head
+from halfbyte.layers.multimodal import (
+    build_decoder,
+    decoder_layers,
+    removed_modules,
+    ties_head,
+)
 from halfbyte.layers.targets import linears_to_freeze, parameters_in_peft, why_no_adapter
 from halfbyte.layers.vocabulary import FrozenEmbedding, FrozenHead
 from halfbyte.linear.arena import Arena
 from halfbyte.linear.experts import ExpertLinear, expert_linears
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.group import LinearGroup
+from halfbyte.linear.layer_store import HostLayers
+from halfbyte.linear.layer_stream import LayerStream, LayerWeights
 from halfbyte.linear.lora import frozen_linears
 from halfbyte.models.buffers import compute_buffers
 from halfbyte.quant.format import PackedWeight, dequantize, quantize
@@ -46,6 +53,7 @@ __all__ = [
     "pack",
     "place_quantized",
     "share_inputs",
+    "stream_layers",
 ]
 
 # Linears that transformers' decoders call with the same input.
@@ -336,7 +344,11 @@ def load_tensor(
     if isinstance(owner, FrozenLinear) and leaf == "weight":
         _check_shape(name, (owner.out_features, owner.in_features), tuple(tensor.shape))
         if owner.quantized is not None:
-            owner.set_quantized(_beside_others(model, pack(tensor, recipe, name, importance)))
+            _place(model, owner, pack(tensor, recipe, name, importance))
+            return
+        if (store := _store_of(model, owner)) is not None:
+            _check_finite(name, tensor)
+            store.hold(owner, {"weight": tensor})
             return
     parameter, buffer = owner._parameters.get(leaf), owner._buffers.get(leaf)
     slot = parameter if parameter is not None else buffer
@@ -374,13 +386,18 @@ def load_expert(
     recipe: BaseRecipe = model.halfbyte_recipe
     one = f"{name}, expert {expert}"
     _check_shape(one, tuple(experts.matrix), tuple(matrix.shape))
+    store = _store_of(model, experts)
+    if store is not None and experts.device.type == "meta":
+        experts.set_frozen_tensors(store.places(experts))
     if not experts.packed:
         dense = matrix if isinstance(matrix, Tensor) else dequantize(matrix)
         _check_finite(one, dense)
-        experts.set_plain(expert, dense.to(recipe.device))
+        experts.set_plain(expert, dense if store is not None else dense.to(recipe.device))
     else:
         packed = pack(matrix, recipe, one) if isinstance(matrix, Tensor) else matrix
-        experts.set_packed(expert, packed.to(recipe.device))
+        experts.set_packed(expert, packed if store is not None else packed.to(recipe.device))
+    if store is not None:
+        store.loaded(experts)
 
 
 def place_quantized(model: PreTrainedModel, name: str, quantized: PackedWeight) -> None:
@@ -400,13 +417,52 @@ def place_quantized(model: PreTrainedModel, name: str, quantized: PackedWeight) 
         if not isinstance(experts, ExpertLinear):
             raise CheckpointError(f"{name} is in MXFP4, but is no weight of experts")
         _check_shape(name, (experts.num_experts, *experts.matrix), tuple(quantized.shape))
-        for expert, matrix in enumerate(quantized.to(model.halfbyte_recipe.device).unbind()):
-            experts.set_packed(expert, matrix)
+        for expert, matrix in enumerate(quantized.unbind()):
+            load_expert(model, name, expert, matrix)
         return
     if not isinstance(owner, FrozenLinear) or leaf != "weight":
         raise CheckpointError(f"{name} is packed in 4 bits, but is no linear layer's weight")
     _check_shape(name, (owner.out_features, owner.in_features), tuple(quantized.shape))
-    owner.set_quantized(_beside_others(model, quantized.to(model.halfbyte_recipe.device)))
+    _place(model, owner, quantized)
+
+
+def stream_layers(
+    model: PreTrainedModel, store: Callable[[list[LayerWeights], str], HostLayers]
+) -> None:
+    """Have the frozen weights of a model's layers loaded elsewhere instead of on the device.
+
+    `finalize` then gives them their places on the device, to which they are copied when needed
+    (linear/layer_stream.py). For the result of ``build``, before anything is loaded.
+
+    Args:
+        model: The model.
+        store: Called with the layout of each layer and the device, returns where weights wait
+            (linear/layer_store.py).
+
+    Raises:
+        ConfigError: The layers of the model cannot be told apart.
+        OutputError: A disk has too little room.
+    """
+    try:
+        layers = [LayerWeights(layer) for layer in decoder_layers(model)]
+    except ValueError as error:
+        raise ConfigError(f"the weights of this model can only be on the device: {error}") from None
+    model.halfbyte_store = store(layers, model.halfbyte_recipe.device)
+
+
+def _store_of(model: PreTrainedModel, module: nn.Module) -> HostLayers | None:
+    """Return where the weight of a module is to wait, or None if it is to be on the device."""
+    store: HostLayers | None = getattr(model, "halfbyte_store", None)
+    return store if store is not None and module in store else None
+
+
+def _place(model: PreTrainedModel, owner: FrozenLinear, quantized: QuantizedWeight) -> None:
+    """Give a linear its packed weight, on the device or in host memory."""
+    if (store := _store_of(model, owner)) is not None:
+        store.hold(owner, quantized.tensors())
+    else:
+        on_device = quantized.to(model.halfbyte_recipe.device)
+        owner.set_quantized(_beside_others(model, on_device))
 
 
 def _beside_others(model: PreTrainedModel, quantized: QuantizedWeight) -> QuantizedWeight:
@@ -415,7 +471,7 @@ def _beside_others(model: PreTrainedModel, quantized: QuantizedWeight) -> Quanti
         return quantized
     arena: Arena | None = getattr(model, "halfbyte_arena", None)
     if arena is None:
-        linears = set(frozen_linears(model).values())
+        linears = {m for m in frozen_linears(model).values() if _store_of(model, m) is None}
         if ties_head(model):
             linears.discard(model.get_output_embeddings())  # the embedding's will be its own
         to_come = (q for linear in linears if (q := linear.quantized) is not None)
@@ -440,7 +496,13 @@ def finalize(model: PreTrainedModel) -> MemoryReport:
         )
     model.requires_grad_(False).eval()
     model.halfbyte_arena = None  # it is full; its tensors keep it alive
-    return memory_report(model)
+    report = memory_report(model)
+    store: HostLayers | None = getattr(model, "halfbyte_store", None)
+    if store is not None:
+        store.finish()
+        del model.halfbyte_store
+        model.halfbyte_stream = LayerStream(store.layers, store, model.halfbyte_recipe.device)
+    return report
 
 
 def _tie(model: PreTrainedModel) -> None:

@@ -27,6 +27,7 @@ from halfbyte.layers.elementwise import add_rms_norm, rms_norm, rotary, swiglu
 from halfbyte.layers.families import FAMILIES, LayerSpec, spec_of
 from halfbyte.layers.kv_cache import KVCache, attend_cached, turn_and_store
 from halfbyte.layers.vocabulary import FrozenHead
+from halfbyte.linear.layer_stream import stream_of
 from halfbyte.linear.lora import adapters
 from halfbyte.models.projections import Projections, stacked
 from halfbyte.quant.format import gpu_kernels
@@ -60,6 +61,8 @@ def why_not(model: PreTrainedModel) -> str | None:
         return f"its rotary embedding ({kind}) depends on the length of the sequence"
     if any(adapter.drops for adapter in adapters(model).values()):
         return "dropout is on"
+    if (stream := stream_of(model)) is not None and stream.streamed:
+        return "its weights are not on the device, but copied there when needed"
     return next((why for layer in decoder.layers if (why := _why_not_layer(layer))), None)
 
 

@@ -135,12 +135,12 @@ def _way(
     run = replace(run, fused=run.fused and shape.fusable)
     policy = policy_of(shape, run, 0, offload=offload)
     best = fitted(shape, run, budget, offload=offload)
-    chosen = best or replace(_smallest_parts(run), policy=policy)
+    chosen = best or replace(smallest_parts(run), policy=policy)
     least = replace(chosen, policy=policy)
 
     def fits(batch: int, length: int) -> bool:
         one = replace(run, policy=policy, batch=batch, length=length, micro_batches=1)
-        return ledger(shape, _smallest_parts(one)).needed <= budget
+        return ledger(shape, smallest_parts(one)).needed <= budget
 
     return Way(
         name=name,
@@ -155,10 +155,10 @@ def _way(
     )
 
 
-def _smallest_parts(run: Run) -> Run:
+def smallest_parts(run: Run) -> Run:
     """Return the run with the smallest parts that a run falls back to."""
     smaller = run.with_smaller_parts()
-    return run if smaller is None else _smallest_parts(smaller)
+    return run if smaller is None else smallest_parts(smaller)
 
 
 def _largest_model(shape: ModelShape, run: Run, budget: float) -> float:

@@ -28,6 +28,9 @@ SMALLEST_PART = 512
 
 OptimizerMode = Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
 
+# Layers in page-locked host memory while weights are read from the disk: checkpoint/disk_layers.py.
+DISK_RING = 4
+
 MOMENTS = "AdamW's moments"  # how the line of the optimizer's state begins
 
 STATE_BLOCK = 256  # elements of 8-bit optimizer state that share a scale
@@ -100,6 +103,8 @@ class Run:
         documents: The tokens of documents, step by step, if they are packed on a CPU.
         packs_on_cpu: Whether they are packed there, if `largest_part` is not known.
         process: Bytes of the process without the run, if known. For a CPU.
+        waits: Where the frozen weights of layers wait until they are needed; None: nowhere, all are
+            on the device.
     """
 
     holding: Holding = field(default_factory=Holding)
@@ -125,6 +130,7 @@ class Run:
     packs_on_cpu: bool = True
     process: int | None = None
     parameters: tuple[str, ...] = ()
+    waits: Literal["host", "disk"] | None = None
 
     @property
     def packs(self) -> bool:
@@ -236,6 +242,7 @@ class Run:
             loss=_loss(shape, self),
             layer_args=2 * part * self.holding.itemsize * shape.query // max(1, shape.heads),
             decoded=_decoded(shape, self),
+            weights=_layer_weights(shape, self) if self.waits else 0,
         )
 
 
@@ -276,7 +283,12 @@ class Ledger:
     @property
     def on_host(self) -> int:
         """Bytes in page-locked host memory."""
-        return self.total("host") + self.waiting
+        return self.total("host") + self.waiting + DISK_RING * self.cost.weights * self.on_disk
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether weights of layers wait on the disk."""
+        return any(line.group == "disk" for line in self.lines)
 
     @property
     def resident(self) -> int:
@@ -287,6 +299,11 @@ class Ledger:
     def decoded_cache(self) -> int:
         """Bytes of decoded weights: of layers that keep theirs, and a shared buffer."""
         return self.cost.buffers(self.policy)
+
+    @property
+    def weights_here(self) -> int:
+        """Bytes on the device of frozen weights of layers that can wait elsewhere."""
+        return self.cost.stored(self.policy)
 
     @property
     def kept(self) -> int:
@@ -310,26 +327,31 @@ class Ledger:
 
     def all_lines(self) -> list[Line]:
         """Return the resident lines, and those of a step."""
+        around = self.decoded_cache + self.weights_here + self.kept
         step = {
             "decoded weights": self.decoded_cache,
+            "weights of layers": self.weights_here,
             "kept for backward": self.kept,
-            "a layer's backward": self.step.allocated - self.decoded_cache - self.kept,
+            "a layer's backward": self.step.allocated - around,
             "the loss (not at the same time)": self.cost.loss,
         }
+        if not self.weights_here:
+            del step["weights of layers"]
         return [*self.lines, *(Line("step", name, nbytes) for name, nbytes in step.items())]
 
 
 def _base(shape: ModelShape, run: Run) -> list[Line]:
     holding = run.holding
-    packed, plain = Packed(), dict[Line, int]()
+    packed, plain = dict[str, Packed](), dict[Line, int]()
     dtype = {2: "bf16", 4: "float32"}[holding.itemsize]
     for weight in shape.weights:
         size = held(weight, shape, holding)
+        group = "base" if run.waits is None or not _streams(weight) else run.waits
         if isinstance(size, Packed):
-            packed = packed.plus(size)
+            packed[group] = packed.get(group, Packed()).plus(size)
             continue
         away = run.embedding_on_host and weight.role == "embedding" and not shape.tied
-        group = "host" if away and run.device == "cuda" else "base"
+        group = "host" if away and run.device == "cuda" else group
         if len(weight.shape) < 2:
             name = "norms and biases"
         elif weight.role == "linear" and holding.quant == "none":
@@ -341,9 +363,29 @@ def _base(shape: ModelShape, run: Run) -> list[Line]:
         line = Line(group, f"{name}, {dtype}", 0)
         plain[line] = plain.get(line, 0) + size
     return [
-        *(Line("base", n.replace("_", " "), size) for n, size in packed._asdict().items() if size),
+        *(
+            Line(group, n.replace("_", " "), size)
+            for group, sizes in packed.items()
+            for n, size in sizes._asdict().items()
+            if size
+        ),
         *(line._replace(nbytes=size) for line, size in plain.items()),
     ]
+
+
+def _streams(weight: Weight) -> bool:
+    """Return whether a weight waits elsewhere, if those of layers do."""
+    return weight.layer is not None and weight.role in ("linear", "experts")
+
+
+def _layer_weights(shape: ModelShape, run: Run) -> int:
+    """Return the bytes of the frozen weights of the largest layer, as they are stored."""
+    sizes: dict[int, int] = {}
+    for weight in filter(_streams, shape.weights):
+        assert weight.layer is not None
+        size = nbytes_of(weight, shape, run.holding)
+        sizes[weight.layer] = sizes.get(weight.layer, 0) + size
+    return max(sizes.values(), default=0)
 
 
 def _state(numels: list[int], optimizer: OptimizerMode) -> int:
@@ -448,6 +490,8 @@ def _load_peak(shape: ModelShape, run: Run) -> int:
     # for all experts of a layer.
     sizes = {weight: nbytes_of(weight, shape, run.holding) for weight in shape.weights}
     ahead = {w for w in sizes if run.device == "cuda" and run.holding.packs(w, tied=shape.tied)}
+    away = {w for w in sizes if run.waits and _streams(w)}
+    ahead -= away
     placed, peak = sum(sizes[weight] for weight in ahead), 0
     for weight, becomes in sizes.items():
         came = weight.numel * 2 if weight.comes is None else weight.comes
@@ -456,7 +500,7 @@ def _load_peak(shape: ModelShape, run: Run) -> int:
         # A tensor that is kept in the dtype it comes in, or packed already, is the one that came.
         flight = becomes if came == becomes else came + becomes
         peak = max(peak, placed + flight)
-        placed += becomes * (weight not in ahead)
+        placed += becomes * (weight not in ahead and weight not in away)
     return peak
 
 
@@ -488,7 +532,8 @@ def fitted(shape: ModelShape, run: Run, budget: float, *, offload: bool = False)
     """Return ``run`` with the policy that saves most and needs at most ``budget``, or None.
 
     On a GPU decoded weights stay where all layers keep their activations and there is room left.
-    Where not even recomputing all layers fits, packed parts are made smaller.
+    Where not even recomputing all layers fits, packed parts are made smaller. If weights can wait
+    elsewhere, those of all layers do while activations are chosen; then as many as fit do not.
 
     Args:
         shape: The model.
@@ -497,8 +542,9 @@ def fitted(shape: ModelShape, run: Run, budget: float, *, offload: bool = False)
         offload: Whether inputs of recomputed layers wait on the host.
     """
 
-    def saving(saved: int) -> Run:
-        return replace(run, policy=policy_of(shape, run, saved, offload=offload))
+    def saving(saved: int, streamed: int = shape.layers if run.waits else 0) -> Run:
+        policy = policy_of(shape, run, saved, offload=offload)
+        return replace(run, policy=replace(policy, streamed=streamed))
 
     def decoding(layers: int) -> Run:
         return replace(run, policy=ActivationPolicy(shape.layers, decoded=layers))
@@ -510,6 +556,9 @@ def fitted(shape: ModelShape, run: Run, budget: float, *, offload: bool = False)
     best = largest(lambda saved: needed(saving(saved)) <= budget, 0, shape.layers)
     if best is None and (smaller := run.with_smaller_parts()) is not None:
         return fitted(shape, smaller, budget, offload=offload)
+    if best is not None and run.waits:
+        counts = range(shape.layers + 1)
+        return saving(best, next(n for n in counts if needed(saving(best, n)) <= budget))
     if best == shape.layers and run.device == "cuda" and run.holding.quant != "none":
         counts = range(shape.layers, 0, -1)
         return decoding(next((n for n in counts if needed(decoding(n)) <= budget), 0))

@@ -37,6 +37,7 @@ _TABLE: dict[str, tuple[Any, ...]] = {
     "qwen3-8b": ("qwen3", 4096, 12288, 36, 32, 8, 151936, 40960, False),
     "llama2-13b": ("llama", 5120, 13824, 40, 40, 40, 32000, 4096, False),
     "qwen3-32b": ("qwen3", 5120, 25600, 64, 64, 8, 151936, 40960, False),
+    "llama2-70b": ("llama", 8192, 28672, 80, 64, 8, 32000, 4096, False),
     "llama3-70b": ("llama", 8192, 28672, 80, 64, 8, 128256, 8192, False),
 }
 KNOWN = {name: dict(zip(_COLUMNS, row, strict=True)) for name, row in _TABLE.items()}

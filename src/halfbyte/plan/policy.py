@@ -6,6 +6,9 @@ Every layer is treated in one of three ways between forward and backward:
     recomputed   keeps its input, and is recomputed in backward
     offloaded    recomputed, with its input in host memory until backward needs it
 
+Apart from that, the frozen weights of a layer are on the device, or *streamed*: they wait elsewhere
+and are copied to one of a few slots when needed (linear/layer_stream.py).
+
 `ActivationPolicy` says which layers are which. `StepCost` has the bytes of a step under each,
 calculated from shapes (``plan.ledger``) or measured on the device (``engine.memory_profile``), and
 `peak` adds them up. Nothing else does, so the forecast of ``halfbyte plan``, the choice made by a
@@ -31,6 +34,8 @@ from typing import NamedTuple
 # needs them first; and number of offloaded inputs on the device at a time, sent or fetched.
 NEAR_LAYERS = 1
 UNDER_WAY = 1
+# Streamed layers that are on the device at a time; see linear/layer_stream.py.
+SLOTS = 2
 
 
 @dataclass(frozen=True)
@@ -43,12 +48,14 @@ class ActivationPolicy:
         attention_checkpoint: Whether these also store attention's output and the residual stream
             after it on the host, so that neither is recomputed.
         decoded: Number of layers, counted from the last, whose 4-bit weights stay decoded.
+        streamed: Number of layers whose frozen weights are copied to the device when needed.
     """
 
     saved: int = 0
     offloaded: int = 0
     attention_checkpoint: bool = False
     decoded: int = 0
+    streamed: int = 0
 
     @classmethod
     def offloading(
@@ -60,11 +67,12 @@ class ActivationPolicy:
 
     def summary(self, layers: int) -> str:
         """Return a short description, for tables."""
+        streamed = f", {self.streamed} streamed" * (self.streamed > 0)
         if self.saved == layers:
-            return "all saved" + f", {self.decoded} decoded" * (self.decoded > 0)
+            return "all saved" + f", {self.decoded} decoded" * (self.decoded > 0) + streamed
         if self.offloaded:
-            return f"{self.saved} saved, offload" if self.saved else "offload"
-        return f"{self.saved} of {layers} saved" if self.saved else "all recomputed"
+            return (f"{self.saved} saved, offload" if self.saved else "offload") + streamed
+        return (f"{self.saved} of {layers} saved" if self.saved else "all recomputed") + streamed
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,8 @@ class StepCost:
         loss: Peak of a part's loss, without its input.
         layer_args: Arguments of layers other than the input: rotary tables, sequence starts.
         decoded: A layer's decoded weights; 0 if none are packed.
+        weights: A layer's frozen weights as they are stored, if layers can be streamed; 0 if they
+            cannot, and the weights count as resident.
     """
 
     layers: int
@@ -106,10 +116,15 @@ class StepCost:
     loss: int
     layer_args: int
     decoded: int
+    weights: int = 0
 
     def buffers(self, policy: ActivationPolicy) -> int:
         """Return the bytes of decoded weights: of layers that keep theirs, and a shared buffer."""
         return (policy.decoded + (policy.decoded < self.layers)) * self.decoded
+
+    def stored(self, policy: ActivationPolicy) -> int:
+        """Return the bytes of frozen weights on the device, if layers can be streamed."""
+        return (self.layers - policy.streamed + min(SLOTS, policy.streamed)) * self.weights
 
     def waiting(self, policy: ActivationPolicy) -> int:
         """Return the bytes recomputed layers keep on the device between forward and backward."""
@@ -170,7 +185,7 @@ def peak(cost: StepCost, policy: ActivationPolicy, *, graphs: bool) -> Peak:
         passes.append(waiting + entry + last + stream + cost.backward + beside)
     # Each part's last output, and the gradients of the parts before the current one.
     loss = 2 * stream - cost.part_input + cost.loss
-    buffers = cost.buffers(policy)
+    buffers = cost.buffers(policy) + cost.stored(policy)
     if not graphs:
         both = buffers + max(*passes, kept + loss)
         return Peak(both, both)

@@ -18,7 +18,8 @@ layers recomputed in backward:
                                          adapters
     optimizer    12 + 2·moments          bytes per trained parameter
 
-Transfers of offloaded layers overlap with computation; only the excess counts. On a GPU kernels
+Transfers of offloaded inputs and of streamed weights overlap with computation; only the excess
+counts. On a GPU kernels
 also have to be launched. Fused layers are launched as CUDA graphs; if Python launches each kernel,
 and is slower than the GPU, the host's time counts.
 
@@ -60,6 +61,9 @@ CPU_SHARE = 0.8
 # 3441 ms for 16 micro-batches and 32 layers, on the host of an H100, without CUDA graphs.
 LAUNCH_SECONDS = 3.441 / 16 / 32
 
+
+# Bytes per second of an NVMe disk, sequentially.
+DISK_BANDWIDTH = 3e9
 
 # A kernel takes at least 3 µs on a GPU, and a layer's forward, recomputation and backward launch
 # about 80 besides the products.
@@ -271,9 +275,15 @@ def step_seconds(
         waiting=0.0,
         launching=launch * shape.layers * parts,
     )
-    # Transfers to the host in forward and back in backward overlap with the products.
-    away = 2 * cost.host_bytes(run.policy) * passes / card.link
-    return found._replace(waiting=max(0.0, away - found.total))
+    # Transfers overlap with the products of their direction. Inputs go to the host in forward and
+    # back in backward; streamed weights come in both, and a bus is as fast in both directions.
+    inputs = cost.host_bytes(run.policy) * passes / card.link
+    link = DISK_BANDWIDTH if run.waits == "disk" else card.link
+    weights = run.policy.streamed * cost.weights * passes / link
+    forward_share = 1 / (2 + again)
+    waiting = max(0.0, max(inputs, weights) - forward_share * found.total)
+    waiting += max(0.0, inputs + weights - (1 - forward_share) * found.total)
+    return found._replace(waiting=waiting)
 
 
 def measure_machine() -> GpuSpec:

@@ -9,11 +9,13 @@ Its journal is that of any run; its losses mean nothing. ``halfbyte compare --sh
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from halfbyte.config.reading import load_config
 from halfbyte.config.schema import TrainConfig
@@ -24,8 +26,8 @@ from halfbyte.foreign_text import as_message
 from halfbyte.layers.multimodal import build_decoder
 from halfbyte.layers.vocabulary import embedding_to_host
 from halfbyte.linear.lora import adapter_parameters, attach
-from halfbyte.models.build import build, finalize, load_tensor
-from halfbyte.plan.model_shape import config_of
+from halfbyte.models.build import MemoryReport, build, finalize, load_tensor, stream_layers
+from halfbyte.plan.model_shape import config_of, shape_of_config
 from halfbyte.report import open_report
 from halfbyte.runtime.malloc import keep_freed_memory
 from halfbyte.runtime.precision import choose_device_and_dtype
@@ -34,6 +36,7 @@ from halfbyte.train.loading import lora_of, recipe_of
 from halfbyte.train.output import claim_output
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.trainer import StepResult, Trainer
+from halfbyte.train.weight_location import choose_location
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
@@ -53,16 +56,9 @@ def run(config: TrainConfig, report: "RunReport") -> None:
         keep_freed_memory()
     architecture = config_of(config.model.removeprefix(PREFIX))
     began = time.perf_counter()
-    model = build(architecture, recipe_of(config, dtype, device))
-    torch.manual_seed(config.seed)
-    shapes = build_decoder(architecture)
-    for name, parameter in shapes.named_parameters():  # a tied head is not among them
-        load_tensor(model, name, _random(tuple(parameter.shape), dtype, device))
-    base_report = finalize(model)
+    model, base_report = random_model(config, dtype, device, report)
     report.record("loaded", {"seconds": time.perf_counter() - began} | metadata.memory_now(device))
-    attach(model, lora_of(config), seed=config.seed)
     parameters = adapter_parameters(model)
-    embedding_to_host(model)
     engine, message = choose_engine(model, device, graphs=config.cuda_graphs)
     report.note(message)
     total = config.max_steps or 1
@@ -112,6 +108,38 @@ def run(config: TrainConfig, report: "RunReport") -> None:
     report.finish(
         {"steps": total, "seconds": spent, "final_loss": loss} | metadata.memory_now(device)
     )
+
+
+def random_model(
+    config: TrainConfig, dtype: torch.dtype, device: str, report: "RunReport"
+) -> tuple[PreTrainedModel, MemoryReport]:
+    """Return a model with random weights, stored as a run would store them, and adapters.
+
+    Args:
+        config: The options; ``model`` is ``shape:`` and a shape.
+        dtype: dtype of products.
+        device: Where it is to be trained.
+        report: Where to log.
+
+    Raises:
+        ConfigError: The shape is unknown.
+    """
+    architecture = config_of(config.model.removeprefix(PREFIX))
+    recipe = recipe_of(config, dtype, device)
+    model = build(architecture, recipe)
+    place = choose_location(config, partial(shape_of_config, architecture, config.model), recipe)
+    if place.message:
+        report.note(place.message)
+    if place.store is not None:
+        stream_layers(model, place.store)
+    torch.manual_seed(config.seed)
+    shapes = build_decoder(architecture)
+    for name, parameter in shapes.named_parameters():  # a tied head is not among them
+        load_tensor(model, name, _random(tuple(parameter.shape), dtype, device))
+    memory = finalize(model)
+    attach(model, lora_of(config), seed=config.seed)
+    embedding_to_host(model)
+    return model, memory
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from halfbyte.checkpoint.base_model import BaseSource, LoadedBase, load_base, open_base
+from halfbyte.checkpoint.base_model import (
+    BaseSource,
+    LayerStore,
+    LoadedBase,
+    load_base,
+    open_base,
+)
 from halfbyte.checkpoint.cache import cached
 from halfbyte.checkpoint.identity import require_same_base
 from halfbyte.checkpoint.peft import load_adapter, template_in
@@ -34,6 +40,7 @@ class Loading:
         recipe: How to store its weights.
         tokenizer: The source's, if it has been read before.
         cache: Whether to load from a packed copy in the user's cache.
+        store: Where the frozen weights of layers wait, if not on the device.
 
     Attributes:
         seconds: How long loading took.
@@ -46,6 +53,7 @@ class Loading:
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         cache: bool = False,
+        store: LayerStore | None = None,
     ) -> None:
         self._name, self._left_out, self.seconds = source.name, source.left_out, 0.0
         self._load = partial(
@@ -55,6 +63,7 @@ class Loading:
             tokenizer=tokenizer,
             progress=self._tell,
             packed_copy=cached if cache else None,
+            store=store,
         )
         self._progress: Callable[[int, int], None] | None = None
         self._stopped = False

@@ -10,7 +10,7 @@ compile and capture, are not compared.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -69,6 +69,7 @@ class Prediction:
         graphs: Whether passes are CUDA graphs.
         embedding_on_host: Whether the embedding is in host memory.
         process: Bytes of the process before the base model was loaded (CPU).
+        waits: Where the frozen weights of layers wait, if not on the device.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Prediction:
         graphs: bool = False,
         embedding_on_host: bool = False,
         process: int | None = None,
+        waits: Literal["host", "disk"] | None = None,
     ) -> None:
         self._shape = shape_of_source(source)
         coded = optimizer.endswith("8bit")
@@ -103,6 +105,7 @@ class Prediction:
             embedding_on_host=embedding_on_host,
             trained=tuple(parameter.numel() for parameter in parameters.values()),
             process=process,
+            waits=waits,
         )
         self._shapes: dict[tuple[tuple[int, int], ...], None] = {}
         self._documents: dict[tuple[int, ...], None] = {}  # packed

@@ -32,6 +32,7 @@ _FREE_TO_CHANGE = {
     *_ABOUT_EVALUATIONS,
     "activations",
     "memory_budget",
+    "weights",
     "samples",
     "report_to",
     "push_to_hub",

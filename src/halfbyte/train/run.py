@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import nn
@@ -74,6 +74,7 @@ from halfbyte.train.saving import Checkpoints, CheckpointWriter
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.stopping import StopRequest
 from halfbyte.train.trainer import StepResult, Trainer
+from halfbyte.train.weight_location import locate
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
@@ -154,6 +155,7 @@ class _Run:
     memory: MemoryPlan
     prediction: Prediction
     initial: InitialAdapter | None = None
+    waits: Literal["host", "disk"] | None = None
 
     def __init__(
         self,
@@ -200,8 +202,17 @@ class _Run:
             require_plain(self.source)
         self.tokenizer = self.source.tokenizer()
         recipe = recipe_of(config, self.dtype, device)
-        cache, tokenizer = config.cache_quantized, self.tokenizer
-        with Loading(self.source, recipe, tokenizer=tokenizer, cache=cache) as loading:
+        place = locate(config, self.source, recipe)
+        if place.message:
+            report.note(place.message)
+        self.waits = None if place.location == "gpu" else place.location
+        with Loading(
+            self.source,
+            recipe,
+            tokenizer=self.tokenizer,
+            cache=config.cache_quantized,
+            store=place.store,
+        ) as loading:
             if device == "cuda":
                 loading.start()  # while the data is read; an error in the data stops it
             self._read_data()
@@ -347,6 +358,7 @@ class _Run:
             graphs=isinstance(engine, LayerEngine) and engine.captures,
             embedding_on_host=self.embedding_on_host,
             process=self.process_bytes,
+            waits=self.waits,
         )
 
     def begin(self) -> None:

@@ -42,6 +42,7 @@ from halfbyte.engine.neftune import EmbeddingNoise, training_step
 from halfbyte.engine.packing import Batch, lengths_of
 from halfbyte.errors import CheckpointError, ConfigError, OutOfMemoryError
 from halfbyte.foreign_text import quote
+from halfbyte.linear.layer_stream import stream_of
 from halfbyte.optim import AdamW
 from halfbyte.optim.buckets import gradients_in_one
 from halfbyte.optim.paging import Paging
@@ -267,6 +268,7 @@ class Trainer:
         self.policy = policy
         self.engine.keep_decoded(policy.decoded)
         if isinstance(self.engine, LayerEngine):
+            self.engine.stream_weights(policy.streamed)
             self.engine.forget_graphs()
 
     def capture(self, progress: Progress | None = None) -> None:
@@ -413,9 +415,9 @@ class Trainer:
     def fall_back(self, step: int, error: BaseException) -> None:
         """Apply the next fallback, so that steps need less memory.
 
-        In this order: no decoded weights kept; as many layers saved as fit into the free memory;
-        every layer recomputed; their inputs offloaded to the host; checkpointed attention
-        recomputed; smaller parts; no CUDA graphs.
+        In this order: no decoded weights kept; weights streamed, if they can be; as many layers
+        saved as fit into the free memory; every layer recomputed; their inputs offloaded to the
+        host; checkpointed attention recomputed; smaller parts; no CUDA graphs.
 
         Args:
             step: The step that failed (0-based).
@@ -452,10 +454,13 @@ class Trainer:
         if policy.decoded:
             self.use(replace(policy, decoded=0))
             return "decoded weights are no longer kept"
+        if stream_of(self.engine.model) is not None and policy.streamed < layers:
+            self.use(replace(policy, streamed=layers))
+            return "the weights of all layers are copied to the GPU when needed"
         if policy.saved:
             self.use(self._saving_less())
             return f"{self.policy.saved} of {layers} layers keep their activations"
-        away = ActivationPolicy.offloading(layers)
+        away = replace(ActivationPolicy.offloading(layers), streamed=policy.streamed)
         further = self._device == "cuda" and away.offloaded > policy.offloaded
         if further and self._host_has_room(away):
             self.use(away)
@@ -484,6 +489,8 @@ class Trainer:
         if self.plan is None or self.plan.cost is None:
             return of((policy.saved - 1) // 2)
         used = used_memory(self._device) - self.engine.weights.nbytes
+        if (stream := stream_of(self.engine.model)) is not None:
+            used -= stream.nbytes
         room = (used + free_memory(self._device)) / MARGIN
         # At least a quarter fewer, so that a few tries reach a limit the driver does not know.
         for saved in range(3 * policy.saved // 4, 0, -1):
