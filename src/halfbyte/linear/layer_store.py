@@ -63,9 +63,11 @@ class HostLayers:
         layer = self._layer_of[module]
         held = self._memory.get(layer)
         if held is None:
-            nbytes = self.layers[layer].nbytes
-            held = self._memory[layer] = host_memory(nbytes, page_locked=self._locked)
+            held = self._memory[layer] = self._new_memory(self.layers[layer].nbytes)
         return self.layers[layer].views(module, held)
+
+    def _new_memory(self, nbytes: int) -> Tensor:
+        return host_memory(nbytes, page_locked=self._locked)
 
     def hold(self, module: FrozenModule, tensors: dict[str, Tensor]) -> None:
         """Copy the tensors of a module's weight here.
@@ -95,10 +97,35 @@ class HostLayers:
         out.copy_(self._memory[layer], non_blocking=True)
 
 
-class DiskLayers(HostLayers):
-    """The frozen weights of layers in a file, which is deleted with this object.
+class LayersElsewhere(HostLayers):
+    """Layers that are in host memory only until all of a layer has been loaded."""
 
-    A layer is in host memory until all of it has been loaded, and is written then.
+    def __init__(self, layers: Sequence[LayerWeights], device: torch.device | str) -> None:
+        super().__init__(layers, device)
+        self._missing = [sum(map(_count, layer.modules)) for layer in layers]
+
+    def _new_memory(self, nbytes: int) -> Tensor:
+        return host_memory(nbytes, page_locked=False)
+
+    def loaded(self, module: FrozenModule) -> None:
+        """See `HostLayers.loaded`; a layer is moved once it is complete."""
+        layer = self._layer_of[module]
+        self._missing[layer] -= 1
+        if not self._missing[layer]:
+            self._move(layer, self._memory.pop(layer))
+
+    def finish(self) -> None:
+        """See `HostLayers.finish`."""
+        for layer in list(self._memory):
+            self._move(layer, self._memory.pop(layer))
+
+    def _move(self, layer: int, memory: Tensor) -> None:
+        """Copy the bytes of a complete layer to where they wait."""
+        raise NotImplementedError
+
+
+class DiskLayers(LayersElsewhere):
+    """The frozen weights of layers in a file, which is deleted with this object.
 
     Args:
         layers: Layout of each layer.
@@ -129,23 +156,14 @@ class DiskLayers(HostLayers):
         self._source = _opened_directly(self._file.fileno())
         if self._source is not None:
             weakref.finalize(self, os.close, self._source)
-        self._missing = [sum(map(_count, layer.modules)) for layer in layers]
         self._readers = ThreadPoolExecutor(_READERS, "halfbyte-layers")
         self._buffers: list[_Buffer] = []
         self._schedule: list[int] = []
         self._next = 0
 
-    def loaded(self, module: FrozenModule) -> None:
-        """See `HostLayers.loaded`; the layer is written once it is complete."""
-        layer = self._layer_of[module]
-        self._missing[layer] -= 1
-        if not self._missing[layer]:
-            self._write(layer, self._memory.pop(layer))
-
     def finish(self) -> None:
         """See `HostLayers.finish`; the ring is allocated."""
-        for layer in list(self._memory):
-            self._write(layer, self._memory.pop(layer))
+        super().finish()
         largest = _whole_pages(max(layer.nbytes for layer in self.layers))
         count = min(RING, len(self.layers))
         self._buffers = [
@@ -200,7 +218,7 @@ class DiskLayers(HostLayers):
                 raise OSError(f"the file of weights ends at byte {start}")
             into, start = into[count:], start + count
 
-    def _write(self, layer: int, memory: Tensor) -> None:
+    def _move(self, layer: int, memory: Tensor) -> None:
         view, start = _view(memory), self._starts[layer]
         file, nbytes = self._file.fileno(), len(view)
         while len(view):

@@ -5,6 +5,7 @@ model, 440 MB each, would take 512 MB. Memory that was mapped by the program can
 later, whatever its size.
 """
 
+import contextlib
 import mmap
 import weakref
 from typing import Any
@@ -25,12 +26,25 @@ def host_memory(nbytes: int, *, page_locked: bool) -> Tensor:
     Raises:
         RuntimeError: The system does not have so much memory to lock.
     """
-    mapped = mmap.mmap(-1, nbytes)
+    return mapped_memory(mmap.mmap(-1, nbytes), page_locked=page_locked)
+
+
+def mapped_memory(mapped: mmap.mmap, *, page_locked: bool) -> Tensor:
+    """Return mapped memory as uint8 [bytes]; see `host_memory`.
+
+    Args:
+        mapped: Writable; it may be shared with other processes.
+        page_locked: As for `host_memory`.
+
+    Raises:
+        RuntimeError: As `host_memory`.
+    """
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        mapped.madvise(mmap.MADV_HUGEPAGE)  # a 512th of the pages to lock
+        with contextlib.suppress(OSError):  # the kernel has none for this memory
+            mapped.madvise(mmap.MADV_HUGEPAGE)  # a 512th of the pages to lock
     memory = torch.frombuffer(mapped, dtype=torch.uint8)  # refers to the mapping
     if page_locked:
-        address = memory.data_ptr()
+        address, nbytes = memory.data_ptr(), len(mapped)
         failed = int(_cudart().cudaHostRegister(address, nbytes, 0))
         if failed:
             raise RuntimeError(

@@ -1,0 +1,167 @@
+"""The frozen weights of layers, each divided among the processes of a machine.
+
+Process r of N has the r-th part of each layer's bytes, on its GPU or in host memory, and maps the
+parts of the others: GPU memory through CUDA's inter-process handles, host memory through file
+descriptors. To bring a layer to its GPU, a process copies the N parts. The bytes that cross a wire
+are packed ones, 4 bits a weight.
+
+Copies are one-sided: a process reads what others hold, and they do nothing for it. So unlike with
+collective operations, processes may differ in what they do and when: in the number of their
+micro-batches, in repeating a step that ran out of memory, in CUDA graphs. The parts are read only,
+and complete before the first copy (`connect`).
+
+Parts on GPUs need peer access between them (NVLink, or PCIe where the driver allows it).
+"""
+
+import base64
+import mmap
+import os
+import pickle
+import weakref
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from halfbyte.errors import ConfigError
+from halfbyte.linear.layer_store import LayersElsewhere
+from halfbyte.linear.layer_stream import LayerWeights
+from halfbyte.runtime.host_memory import mapped_memory
+
+_ALIGNED = 256
+
+
+class Group(Protocol):
+    """The processes of a run, as far as they are needed here; see runtime/distributed.py."""
+
+    def gather_object(self, value: Any) -> list[Any]:
+        """Return the JSON values of all processes, by rank."""
+
+
+class ShardedLayers(LayersElsewhere):
+    """The frozen weights of layers, of which this process holds a part of each.
+
+    Args:
+        layers: Layout of each layer.
+        device: The device that layers are copied to.
+        rank: Number of this process on this machine.
+        size: Processes on this machine.
+        place: Where the parts are.
+    """
+
+    can_be_captured = True
+
+    def __init__(
+        self,
+        layers: Sequence[LayerWeights],
+        device: torch.device | str,
+        *,
+        rank: int,
+        size: int,
+        place: Literal["gpu", "host"],
+    ) -> None:
+        super().__init__(layers, device)
+        self._rank, self._size, self._device = rank, size, torch.device(device)
+        parts = (-(-layer.nbytes // size) for layer in layers)
+        self._part = [-(-part // _ALIGNED) * _ALIGNED for part in parts]
+        self._starts = [0, *accumulate(self._part)]
+        self._file: int | None = None
+        total = max(1, self._starts[-1])
+        if place == "gpu":
+            self._own = torch.empty(total, dtype=torch.uint8, device=self._device)
+        else:
+            self._file = os.memfd_create("halfbyte-weights")
+            weakref.finalize(self, os.close, self._file)
+            os.ftruncate(self._file, total)
+            self._own = mapped_memory(mmap.mmap(self._file, total), page_locked=self._locked)
+        self._parts: list[Tensor] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this process's parts."""
+        return self._own.nbytes
+
+    def _move(self, layer: int, memory: Tensor) -> None:
+        start, part = self._rank * self._part[layer], self._part[layer]
+        bytes_here = memory[start : start + part]
+        place = self._starts[layer]
+        self._own[place : place + len(bytes_here)].copy_(bytes_here)
+
+    def connect(self, group: Group, *, machine: int = 0) -> None:
+        """Map the parts of the other processes of this machine, when all have loaded theirs.
+
+        Args:
+            group: The processes.
+            machine: The number of this machine, if there are several; each holds all parts.
+
+        Raises:
+            ConfigError: The parts of another process cannot be read, or are not what it holds.
+        """
+        if self._own.is_cuda:
+            torch.cuda.synchronize()
+        mine = {
+            "machine": machine,
+            "rank": self._rank,
+            "handle": _handle(self._own, self._file),
+            "sum": _checksum(self._own),
+        }
+        found = [one for one in group.gather_object(mine) if one["machine"] == machine]
+        parts: dict[int, Tensor] = {}
+        failed = ""
+        for one in found:
+            try:
+                parts[one["rank"]] = part = (
+                    self._own
+                    if one["rank"] == self._rank
+                    else _opened(one["handle"], len(self._own), page_locked=self._locked)
+                )
+                if _checksum(part) != one["sum"]:
+                    failed = f"what is read of rank {one['rank']} is not what it holds"
+            except (RuntimeError, OSError) as error:
+                failed = f"the weights of rank {one['rank']} cannot be read: {error}"
+        reasons = [reason for reason in group.gather_object(failed) if reason]
+        if reasons:
+            raise ConfigError(
+                f"shard: {reasons[0]}. GPUs without peer access can share the weights in host "
+                "memory: --weights host"
+            )
+        self._parts = [parts[rank] for rank in range(self._size)]
+
+    def copy_to(self, layer: int, out: Tensor) -> None:
+        """See `layer_stream.LayerSource`; needs `connect`."""
+        place, part = self._starts[layer], self._part[layer]
+        for step in range(self._size):
+            rank = (self._rank + step) % self._size  # not all from the same process at once
+            into = out[rank * part : (rank + 1) * part]
+            into.copy_(self._parts[rank][place : place + len(into)], non_blocking=True)
+
+
+def _handle(own: Tensor, file: int | None) -> Any:
+    """Return how another process finds this memory, a JSON value."""
+    if file is not None:
+        return [os.getpid(), file]
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    shared = reduce_tensor(own)  # type: ignore[no-untyped-call]
+    return base64.b64encode(pickle.dumps(shared)).decode()
+
+
+def _opened(handle: Any, nbytes: int, *, page_locked: bool) -> Tensor:
+    """Return the memory that another process described with `_handle`, uint8 [nbytes]."""
+    if isinstance(handle, str):
+        rebuild, arguments = pickle.loads(base64.b64decode(handle))  # of our own run
+        part: Tensor = rebuild(*arguments)
+        return part
+    process, number = handle
+    file = os.open(f"/proc/{process}/fd/{number}", os.O_RDWR)
+    try:
+        return mapped_memory(mmap.mmap(file, nbytes), page_locked=page_locked)
+    finally:
+        os.close(file)
+
+
+def _checksum(memory: Tensor) -> int:
+    words = memory[: len(memory) // 8 * 8].view(torch.int64)
+    return int(words.sum()) + int(memory[len(words) * 8 :].sum())
