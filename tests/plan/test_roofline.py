@@ -11,10 +11,11 @@ from halfbyte.errors import ConfigError
 from halfbyte.plan.advice import MOST, Way, advice, choices, usable, ways
 from halfbyte.plan.holding import Holding
 from halfbyte.plan.ledger import PART_TOKENS, Run, ledger, policy_of
-from halfbyte.plan.model_shape import ModelShape, config_of, shape_of_config
+from halfbyte.plan.model_shape import ModelShape, config_of, shape_of_config, shape_of_known
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.plan.roofline import (
     CARDS,
+    DISK_BANDWIDTH,
     LAUNCH_SECONDS,
     GpuSpec,
     card_named,
@@ -144,7 +145,7 @@ def test_notes_are_worth_their_way_where_the_bus_is_faster_than_a_layer(llama: M
 def test_cards_by_name() -> None:
     assert card_named("A100").name == "A100 80 GB"
     assert card_named("RTX 4090").name == "RTX 4090"
-    with pytest.raises(ConfigError, match="expected one of t4, 3090"):
+    with pytest.raises(ConfigError, match="expected one of t4, 3060, 4060, 4080, 3090"):
         card_named("voodoo2")
 
 
@@ -193,7 +194,7 @@ def test_ways_of_a_7b_on_cards_of_all_sizes(llama: ModelShape) -> None:
         for name, card in CARDS.items()
         if name in ("4090", "h100")
     }
-    assert fits == {"4090": [True] * 4, "h100": [True] * 4}
+    assert fits == {"4090": [True] * 6, "h100": [True] * 6}
     small = CARDS["4090"]._replace(memory=8e9)
     names = {way.name: way for way in found(llama, small)}
     assert not names["16-bit LoRA"].fits
@@ -225,7 +226,7 @@ def test_qlora_is_advised_where_it_leaves_room_to_be_faster(llama: ModelShape) -
 def test_offloading_is_advised_where_nothing_else_fits(llama: ModelShape) -> None:
     card = CARDS["4090"]._replace(memory=7.5e9)
     message = advice(found(llama, card, length=6144), card.memory)
-    assert message.startswith("Take QLoRA + offload: 16-bit LoRA would need")
+    assert message.startswith("Take QLoRA + offload (--quant nf4 --activations offload): 16-bit")
 
 
 def test_short_examples_go_in_smaller_parts_before_nothing_fits(llama: ModelShape) -> None:
@@ -245,10 +246,10 @@ def test_short_examples_go_in_smaller_parts_before_nothing_fits(llama: ModelShap
 
 
 def test_nothing_fits_is_said_with_what_would(llama: ModelShape) -> None:
-    tiny = CARDS["t4"]._replace(memory=3e9)
-    assert "Take a smaller model or a larger card" in advice(found(llama, tiny), 3e9)
-    short = CARDS["4090"]._replace(memory=6.5e9)
-    message = advice(found(llama, short, length=100_000), 6.5e9)
+    tiny = CARDS["t4"]._replace(memory=1.5e9)
+    assert "Take a smaller model or a larger card" in advice(found(llama, tiny), 1.5e9)
+    short = CARDS["4090"]._replace(memory=3e9)
+    message = advice(found(llama, short, length=100_000), 3e9)
     assert "Nothing fits" in message
     assert "tokens would fit" in message
 
@@ -260,7 +261,9 @@ def test_longest_largest_and_biggest_are_the_last_that_fit(llama: ModelShape, na
     several = found(llama, card)
     assert any(way.fits for way in several)
     for way in several:
-        policy = policy_of(llama, way.run, 0, offload="offload" in way.name)
+        offload = "offload" in way.name or way.run.waits is not None
+        policy = policy_of(llama, way.run, 0, offload=offload)
+        policy = replace(policy, streamed=llama.layers if way.run.waits else 0)
         run = replace(way.run, policy=policy, batch=1, micro_batches=1)
 
         def fits(run: Run) -> bool:
@@ -275,6 +278,43 @@ def test_longest_largest_and_biggest_are_the_last_that_fit(llama: ModelShape, na
             assert way.most == MOST
         else:
             assert not fits(replace(run, batch=(way.most or 0) + 1))
+
+
+def test_a_70b_fits_on_a_small_card_if_its_weights_wait_on_the_host() -> None:
+    shape = shape_of_known("70b")
+    assert shape is not None
+    run = Run(length=1024, micro_batches=8, optimizer="adamw_8bit", embedding_on_host=True)
+    card = CARDS["4060"]
+    several = {way.name: way for way in ways(shape, run, card, card.memory, host_memory=64e9)}
+    assert not several["QLoRA + offload"].fits
+    host = several["QLoRA + host"]
+    assert host.fits
+    assert 35e9 < host.ledger.on_host < 64e9
+    assert host.run.policy.streamed > 70
+    # Copying 35 GB twice takes less time on this bus than the products on this card.
+    assert host.seconds.waiting == 0
+    # Without room in host memory, the disk; a step then waits for it.
+    several = {way.name: way for way in ways(shape, run, card, card.memory, host_memory=16e9)}
+    assert not several["QLoRA + host"].fits
+    disk = several["QLoRA + disk"]
+    assert disk.fits
+    assert disk.ledger.on_host < 16e9
+    message = advice(list(several.values()), card.memory)
+    assert message.startswith("Take QLoRA + disk (--quant nf4 --weights disk)")
+    few = replace(run, micro_batches=1)
+    several = {way.name: way for way in ways(shape, few, card, card.memory, host_memory=16e9)}
+    reading = 2 * several["QLoRA + disk"].run.policy.streamed * 0.44e9 / DISK_BANDWIDTH
+    assert several["QLoRA + disk"].seconds.total == pytest.approx(reading, rel=0.1)
+
+
+def test_gpus_that_share_the_weights_hold_their_part() -> None:
+    shape = shape_of_known("llama2-70b")
+    assert shape is not None
+    run, card = Run(length=2048), CARDS["h200"]
+    several = {way.name: way for way in ways(shape, run, card, card.memory, gpus=2)}
+    whole, half = (several[name].ledger.base for name in ("QLoRA", "QLoRA + shard"))
+    plain = 2 * 32000 * 8192 * 2  # embedding and head in 16 bits, and norms
+    assert half - plain == pytest.approx((whole - plain) / 2, rel=0.01)
 
 
 def test_the_largest_model_is_near_one_that_fits() -> None:

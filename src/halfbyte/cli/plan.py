@@ -18,14 +18,17 @@ if TYPE_CHECKING:
     from halfbyte.plan.roofline import GpuSpec
 
 
+_COLUMNS = 4  # ways in a table
+
+
 class PlanOptions(Options):
     """The model, the device and the run to predict."""
 
     model: str | None = Field(
         None,
         min_length=1,
-        description="base model: a directory (config.json is enough), a .gguf file, or a hub id, "
-        "of which only config.json and file headers are downloaded",
+        description="base model: a directory (config.json is enough), a .gguf file, a hub id, "
+        "of which only config.json and file headers are downloaded, or a size such as 70b",
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     shape: str | None = Field(
@@ -40,12 +43,17 @@ class PlanOptions(Options):
 
     card: str | None = Field(
         None,
-        description="t4, 3090, 4090, l4, a10, a100-40, a100-80, h100, h200, b200, or this-machine, "
-        "which is measured (default)",
+        description="t4, 3060, 4060, 4080, 3090, 4090, l4, a10, a100-40, a100-80, h100, h200, "
+        "b200, or this-machine, which is measured (default)",
     )
     gpu_memory: Annotated[PositiveInt | None, BeforeValidator(parse_bytes)] = Field(
         None, description="available memory, such as 24GB (default: the card's)"
     )
+
+    host_memory: Annotated[PositiveInt | None, BeforeValidator(parse_bytes)] = Field(
+        None, description="host memory that may be taken, such as 64GB (default: any)"
+    )
+    gpus: PositiveInt = Field(1, description="number of GPUs, which share the examples of a step")
 
     lora_r: PositiveInt = Field(16, description="rank of the adapters")
     target_modules: Annotated[tuple[str, ...], BeforeValidator(parse_names)] = Field(
@@ -118,13 +126,16 @@ def forecast(options: PlanOptions) -> Forecast:
     shape, holding, said = _shape(options, holding)
     notes += said
     memory = float(options.gpu_memory or card.memory)
+    batch, micro_batches = options.batch_size, options.gradient_accumulation_steps
+    if options.gpus > 1:  # each takes its share of the examples, rounded up
+        batch, micro_batches = 1, -(-batch * micro_batches // options.gpus)
     run = Run(
         holding,
         options.lora_r,
         () if _targets(options) == "all-linear" else options.target_modules,
-        options.batch_size,
+        batch,
         options.max_length,
-        options.gradient_accumulation_steps,
+        micro_batches,
         options.optim,
         fused=card.device == "cuda",
         device=card.device,
@@ -133,7 +144,7 @@ def forecast(options: PlanOptions) -> Forecast:
         embedding_on_host=True,
         parameters=options.target_parameters,
     )
-    found = ways(shape, run, card, memory)
+    found = ways(shape, run, card, memory, host_memory=options.host_memory, gpus=options.gpus)
     return Forecast(shape, card, memory, run, found, advice(found, memory), notes)
 
 
@@ -150,14 +161,15 @@ def main(argv: list[str]) -> None:
         shape, card, memory, run, found, message, said = forecast(options)
         for note in said:
             report.note(note)
-        _show(shape, found, card, memory, message)
+        _show(shape, found, card, memory, message, options.gpus)
         result |= {
             "model": shape.name,
             "parameters": shape.parameters,
             "active_parameters": shape.active_parameters,
             "card": card._asdict(),
             "memory_bytes": int(memory),
-            "tokens_per_step": run.tokens,
+            "gpus": options.gpus,
+            "tokens_per_step": options.gpus * run.tokens,
             "ways": [_as_json(way) for way in found],
             "choices": [choice._asdict() for choice in choices(shape, found[1].run)],
             "advice": message,
@@ -184,7 +196,8 @@ def _shape(options: PlanOptions, holding: "Holding") -> tuple["ModelShape", "Hol
     """
     from halfbyte.plan.model_shape import config_of, shape_of_config, shape_of_known
 
-    if options.shape is not None and (shape := shape_of_known(options.shape)) is not None:
+    known = options.shape or options.model or ""
+    if (shape := shape_of_known(known)) is not None and not Path(known).exists():
         return shape, holding, []
     import torch
     from transformers import AutoConfig
@@ -263,13 +276,18 @@ def _count(number: float) -> str:
 
 
 def _show(
-    shape: "ModelShape", found: list["Way"], card: "GpuSpec", memory: float, message: str
+    shape: "ModelShape",
+    found: list["Way"],
+    card: "GpuSpec",
+    memory: float,
+    message: str,
+    gpus: int,
 ) -> None:
     from halfbyte.plan.advice import choices, usable
     from halfbyte.plan.ledger import policy_of
     from halfbyte.report import show
 
-    run = found[0].run
+    run, every, found = found[0].run, found, _shown(found)
     show.heading(f"{_count(shape.parameters)} parameters: {shape.name}")
     shown = found[1]
     show.paragraph(f"{shown.name}, in bytes:")
@@ -278,8 +296,9 @@ def _show(
         [(line.name, f"{line.nbytes:,}", _gb(line.nbytes)) for line in shown.ledger.all_lines()],
     )
     show.heading(
-        f"{run.micro_batches} x {run.batch} x {run.length:,} tokens a step on {card.name}, "
-        f"{memory / 1e9:.1f} GB"
+        f"{run.micro_batches} x {run.batch} x {run.length:,} tokens a step on "
+        + (f"each of {gpus} x " if gpus > 1 else "")
+        + f"{card.name}, {memory / 1e9:.1f} GB"
     )
     rows: dict[str, list[str]] = {
         "fits": ["yes" if way.fits else "no" for way in found],
@@ -292,7 +311,7 @@ def _show(
         "host, GB": [_gb(way.ledger.on_host) for way in found],
         "activations": [way.run.policy.summary(shape.layers) for way in found],
         "a step": [time_of_step(way.seconds.total) for way in found],
-        "tokens/s": [f"{way.run.tokens / way.seconds.total:,.0f}" for way in found],
+        "tokens/s": [f"{gpus * way.run.tokens / way.seconds.total:,.0f}" for way in found],
         "longest sequence": [f"{way.longest:,}" if way.longest else "–" for way in found],
         "largest batch": [_batch(way.most) for way in found],
         "largest model": [_count(way.parameters) for way in found],
@@ -311,6 +330,9 @@ def _show(
         + "Speeds "
         + ("were measured here." if card.measured else "follow from the maker's figures.")
     )
+    if len(found) < len(every):
+        names = ", ".join(way.name for way in every if way not in found)
+        show.paragraph(f"Not shown, but in --json: {names}.")
     policies = [way.run.policy for way in found if way.fits]
     if any(0 < kept < shape.layers for each in policies for kept in (each.saved, each.decoded)):
         budget = int(usable(memory, card.device) / 1e8) / 10
@@ -349,6 +371,16 @@ def _show(
     show.paragraph(message)
 
 
+def _shown(found: list["Way"]) -> list["Way"]:
+    """Return the ways that a table has room for: the plain ones, and the first others that fit."""
+    others = [way for way in found[2:] if way.fits and way.run.waits is None]
+    others += [way for way in found[2:] if way.fits and way not in others]
+    if not any(way.fits for way in found):
+        others = sorted(found[2:], key=lambda way: way.ledger.needed)
+    chosen = [*found[:2], *others[: _COLUMNS - 2]]
+    return [way for way in found if way in chosen]
+
+
 def _formats(shape: "ModelShape", run: "Run") -> str:
     """Return the bytes of the base model in each format, in words."""
     from halfbyte.plan.holding import Holding, nbytes_of
@@ -377,6 +409,8 @@ def _as_json(way: "Way") -> dict[str, Any]:
         "offloaded_layers": way.run.policy.offloaded,
         "attention_checkpoint": way.run.policy.attention_checkpoint,
         "decoded_layers": way.run.policy.decoded,
+        "streamed_layers": way.run.policy.streamed,
+        "options": way.option,
         "ledger": [line._asdict() for line in entries.all_lines()],
         "base_bytes": entries.base,
         "resident_bytes": entries.resident,

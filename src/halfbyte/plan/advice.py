@@ -2,7 +2,8 @@
 
 Each way gets the policy that keeps the most activations within the GPU's memory; it does not fit if
 even recomputing every layer does not. The advice prefers what changes the model least: a 16-bit
-base model, then 4 bits, then what is slower (offloading), then what costs quality (a packed head).
+base model, then 4 bits, then what needs other memory (offloaded inputs, weights divided among GPUs,
+in host memory or on the disk), then what costs quality (a packed head).
 """
 
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ class Way:
 
     Attributes:
         name: Its name.
+        option: The options of ``halfbyte train`` that ask for it.
         run: The run, with the policy that fits; every layer recomputed if none does.
         fits: Whether it fits.
         ledger: Its memory.
@@ -53,6 +55,7 @@ class Way:
     """
 
     name: str
+    option: str
     run: Run
     fits: bool
     ledger: Ledger
@@ -103,50 +106,93 @@ def usable(memory: float, device: str) -> float:
     return memory * (1 - RESERVED_SHARE) - CONTEXT if device == "cuda" else memory
 
 
-def ways(shape: ModelShape, run: Run, card: GpuSpec, memory: float) -> list[Way]:
+def ways(
+    shape: ModelShape,
+    run: Run,
+    card: GpuSpec,
+    memory: float,
+    *,
+    host_memory: float | None = None,
+    gpus: int = 1,
+) -> list[Way]:
     """Return the ways to train, side by side.
 
     Args:
         shape: The model.
-        run: The batch, the adapters and the optimizer; the format of 4-bit weights.
+        run: The batch of one GPU, the adapters and the optimizer; the format of 4-bit weights.
         card: The device.
         memory: Its memory in bytes.
+        host_memory: Bytes of host memory that may be taken; None: as much as is needed.
+        gpus: The number of GPUs.
     """
-    budget = usable(memory, card.device)
-    qlora = run.holding
-    plain = Holding("none", itemsize=qlora.itemsize)
-    given = [(f"{8 * qlora.itemsize}-bit LoRA", plain, False), ("QLoRA", qlora, False)]
+    budget, host = usable(memory, card.device), host_memory or float("inf")
+    qlora = replace(run, shards=gpus)
+    plain = replace(run, holding=Holding("none", itemsize=run.holding.itemsize))
+    quant = f"--quant {run.holding.quant}"
+    given = [
+        (f"{8 * run.holding.itemsize}-bit LoRA", "--quant none", plain, False),
+        ("QLoRA", quant, qlora, False),
+    ]
     if card.device == "cuda":
-        given.append(("QLoRA + offload", qlora, True))
+        given.append(("QLoRA + offload", f"{quant} --activations offload", qlora, True))
+        if gpus > 1:
+            sharded = replace(qlora, waits="gpus")
+            given.append(("QLoRA + shard", f"{quant} --shard", sharded, True))
+        on_host, on_disk = replace(qlora, waits="host"), replace(qlora, waits="disk")
+        given.append(("QLoRA + host", f"{quant} --weights host", on_host, True))
+        if ledger(shape, on_host).on_host > host:
+            given.append(("QLoRA + disk", f"{quant} --weights disk", on_disk, True))
     if shape.vocabulary_packs:
         packed = replace(
-            qlora, quantize_head=True, quantize_embeddings=shape.tied or qlora.quantize_embeddings
+            qlora.holding,
+            quantize_head=True,
+            quantize_embeddings=shape.tied or qlora.holding.quantize_embeddings,
         )
-        given.append(("QLoRA + 4-bit head", packed, False))
+        head, option = replace(qlora, holding=packed), f"{quant} --quantize-head"
+        given.append(("QLoRA + 4-bit head", option, head, False))
+        if card.device == "cuda":
+            both = replace(head, waits="host")
+            if ledger(shape, both).on_host > host:
+                both = replace(head, waits="disk")
+            option += f" --weights {both.waits}"
+            given.append((f"QLoRA + {both.waits} + 4-bit head", option, both, True))
     return [
-        _way(name, shape, replace(run, holding=holding), card, budget, offload)
-        for name, holding, offload in given
+        _way(name, option, shape, one, card, budget, host, offload=offload)
+        for name, option, one, offload in given
     ]
 
 
 def _way(
-    name: str, shape: ModelShape, run: Run, card: GpuSpec, budget: float, offload: bool
+    name: str,
+    option: str,
+    shape: ModelShape,
+    run: Run,
+    card: GpuSpec,
+    budget: float,
+    host: float,
+    *,
+    offload: bool,
 ) -> Way:
     run = replace(run, fused=run.fused and shape.fusable)
     policy = policy_of(shape, run, 0, offload=offload)
+    if run.waits is not None:
+        policy = replace(policy, streamed=shape.layers)
     best = fitted(shape, run, budget, offload=offload)
     chosen = best or replace(smallest_parts(run), policy=policy)
     least = replace(chosen, policy=policy)
 
     def fits(batch: int, length: int) -> bool:
         one = replace(run, policy=policy, batch=batch, length=length, micro_batches=1)
-        return ledger(shape, smallest_parts(one)).needed <= budget
+        entries = ledger(shape, smallest_parts(one))
+        return entries.needed <= budget and entries.on_host <= host
 
+    entries = ledger(shape, chosen)
     return Way(
         name=name,
+        option=option,
         run=chosen,
-        fits=best is not None,
-        ledger=ledger(shape, chosen),
+        fits=best is not None and entries.on_host <= host,
+        ledger=entries,
         least=ledger(shape, least).needed,
         seconds=step_seconds(shape, chosen, card),
         longest=largest(lambda length: fits(1, length), 1, _LONGEST),
@@ -170,9 +216,14 @@ def _largest_model(shape: ModelShape, run: Run, budget: float) -> float:
     entries = ledger(shape, run)
     vocabulary = [weight for weight in shape.weights if weight.role in ("head", "embedding")]
     numel = shape.parameters - sum(weight.numel for weight in vocabulary)
-    rows = sum(nbytes_of(weight, shape, run.holding) for weight in vocabulary)
+    here = vocabulary
+    if run.embedding_on_host and run.device == "cuda" and not shape.tied:
+        here = [weight for weight in vocabulary if weight.role == "head"]
+    rows = sum(nbytes_of(weight, shape, run.holding) for weight in here)
     squares = entries.total("trained") + entries.decoded_cache + entries.kept
+    squares += entries.weights_here  # of the layers in flight
     beside = rows + entries.needed - entries.resident - entries.decoded_cache - entries.kept
+    beside -= entries.weights_here
 
     def fits(percent: int) -> bool:
         s = percent / 100
@@ -214,9 +265,13 @@ def advice(found: Sequence[Way], memory: float) -> str:
         )
     for way in found[2:]:
         if way.fits:
+            host = way.ledger.on_host
             return (
-                f"Take {way.name}: {need}, QLoRA alone {qlora.ledger.needed / 1e9:.1f} GB; this "
-                f"one needs {way.ledger.needed / 1e9:.1f} GB."
+                f"Take {way.name} ({way.option}): {need}, QLoRA alone "
+                f"{qlora.ledger.needed / 1e9:.1f} GB; this one needs "
+                f"{way.ledger.needed / 1e9:.1f} GB"
+                + f", and {host / 1e9:.1f} GB of host memory" * (host > 1e9)
+                + "."
             )
     best = min(found, key=lambda way: way.ledger.needed)
     instead = (

@@ -103,8 +103,9 @@ class Run:
         documents: The tokens of documents, step by step, if they are packed on a CPU.
         packs_on_cpu: Whether they are packed there, if `largest_part` is not known.
         process: Bytes of the process without the run, if known. For a CPU.
-        waits: Where the frozen weights of layers wait until they are needed; None: nowhere, all are
-            on the device.
+        waits: Where the frozen weights of layers wait until they are needed: in host memory, on the
+            disk, or divided among GPUs; None: nowhere, all are on the device.
+        shards: The number of GPUs that they are divided among.
     """
 
     holding: Holding = field(default_factory=Holding)
@@ -130,7 +131,8 @@ class Run:
     packs_on_cpu: bool = True
     process: int | None = None
     parameters: tuple[str, ...] = ()
-    waits: Literal["host", "disk"] | None = None
+    waits: Literal["host", "disk", "gpus"] | None = None
+    shards: int = 1
 
     @property
     def packs(self) -> bool:
@@ -346,7 +348,13 @@ def _base(shape: ModelShape, run: Run) -> list[Line]:
     dtype = {2: "bf16", 4: "float32"}[holding.itemsize]
     for weight in shape.weights:
         size = held(weight, shape, holding)
-        group = "base" if run.waits is None or not _streams(weight) else run.waits
+        waits = run.waits if _streams(weight) else None
+        group = waits if waits in ("host", "disk") else "base"
+        if waits == "gpus":
+            share = Line(group, f"layers, divided among {run.shards} GPUs", 0)
+            nbytes = sum(size) if isinstance(size, Packed) else size
+            plain[share] = plain.get(share, 0) + -(-nbytes // run.shards)
+            continue
         if isinstance(size, Packed):
             packed[group] = packed.get(group, Packed()).plus(size)
             continue

@@ -40,6 +40,8 @@ _TABLE: dict[str, tuple[Any, ...]] = {
     "llama2-70b": ("llama", 8192, 28672, 80, 64, 8, 32000, 4096, False),
     "llama3-70b": ("llama", 8192, 28672, 80, 64, 8, 128256, 8192, False),
 }
+# What sizes alone mean.
+_SIZES = {"7b": "llama2-7b", "8b": "llama3-8b", "13b": "llama2-13b", "70b": "llama3-70b"}
 KNOWN = {name: dict(zip(_COLUMNS, row, strict=True)) for name, row in _TABLE.items()}
 
 _QWEN3_MOE = {
@@ -223,8 +225,9 @@ class ModelShape:
 
 
 def shape_of_known(text: str) -> ModelShape | None:
-    """Return the shape that ``--shape`` names by a name of ``KNOWN`` alone, or None."""
-    config = KNOWN.get(text.strip().lower())
+    """Return the shape that a name of ``KNOWN`` or a size such as ``70b`` means, or None."""
+    name = text.strip().lower()
+    config = KNOWN.get(_SIZES.get(name, name))
     if config is None:
         return None
     hidden, intermediate = config["hidden_size"], config["intermediate_size"]

@@ -62,8 +62,8 @@ CPU_SHARE = 0.8
 LAUNCH_SECONDS = 3.441 / 16 / 32
 
 
-# Bytes per second of an NVMe disk, sequentially.
-DISK_BANDWIDTH = 3e9
+# Bytes per second of an NVMe disk, sequentially, and of copies between two GPUs by NVLink.
+DISK_BANDWIDTH, NVLINK_BANDWIDTH = 3e9, 200e9
 
 # A kernel takes at least 3 µs on a GPU, and a layer's forward, recomputation and backward launch
 # about 80 besides the products.
@@ -88,6 +88,7 @@ class GpuSpec(NamedTuple):
         measured: Whether these were measured on this machine.
         capability: CUDA compute capability of a GPU.
         num_sms: Number of its streaming multiprocessors.
+        nvlink: Whether GPUs of this kind are usually connected by NVLink.
     """
 
     name: str
@@ -100,6 +101,12 @@ class GpuSpec(NamedTuple):
     measured: bool = False
     capability: tuple[int, int] = (0, 0)
     num_sms: int = 0
+    nvlink: bool = False
+
+    @property
+    def peer_link(self) -> float:
+        """Bytes per second from another GPU of the machine."""
+        return NVLINK_BANDWIDTH if self.nvlink else self.link
 
     @property
     def gpu(self) -> DeviceSpec:
@@ -136,6 +143,7 @@ def _of_table(
         link * 1e9,
         capability=capability,
         num_sms=num_sms,
+        nvlink=name.startswith(("A100", "H100", "H200", "B200")),
     )
 
 
@@ -144,6 +152,9 @@ def _of_table(
 # streaming multiprocessors. The T4 has no bfloat16 units, so its products are those of float16.
 CARDS = {
     "t4": _of_table("T4", 15.6, 65, 320, 12, (7, 5), 40),
+    "3060": _of_table("RTX 3060", 12.6, 25.5, 360, 25, (8, 6), 28),
+    "4060": _of_table("RTX 4060", 8.2, 30, 272, 13, (8, 9), 24),
+    "4080": _of_table("RTX 4080", 16.8, 97.5, 717, 25, (8, 9), 76),
     "3090": _of_table("RTX 3090", 25.3, 71, 936, 25, (8, 6), 82),
     "4090": _of_table("RTX 4090", 25.3, 165, 1008, 25, (8, 9), 128),
     "l4": _of_table("L4", 23.6, 121, 300, 25, (8, 9), 58),
@@ -278,7 +289,7 @@ def step_seconds(
     # Transfers overlap with the products of their direction. Inputs go to the host in forward and
     # back in backward; streamed weights come in both, and a bus is as fast in both directions.
     inputs = cost.host_bytes(run.policy) * passes / card.link
-    link = DISK_BANDWIDTH if run.waits == "disk" else card.link
+    link = {"disk": DISK_BANDWIDTH, "gpus": card.peer_link}.get(run.waits or "", card.link)
     weights = run.policy.streamed * cost.weights * passes / link
     forward_share = 1 / (2 + again)
     waiting = max(0.0, max(inputs, weights) - forward_share * found.total)
