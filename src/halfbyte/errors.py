@@ -11,6 +11,7 @@
     ├── EncodingError          a process that encodes data ended before its work was done
     ├── UploadError            an adapter is complete, and could not be uploaded
     ├── NonFiniteLossError     training diverged: the loss or a gradient is NaN or infinite
+    ├── ProcessFailed          another process of a run has failed, so this one ends
     └── RunStopped             a run was asked to stop, and has saved its state
 
     Interrupted                a signal ends the command; a KeyboardInterrupt, not an error
@@ -86,9 +87,22 @@ class RunStopped(HalfbyteError):
         self.signal = signal
 
 
-BETWEEN_STEPS = (OutOfMemoryError, ConfigError, DataError, EncodingError)
+class ProcessFailed(HalfbyteError):
+    """Another process of a run has failed; the message says which, and why.
+
+    Attributes:
+        rank: Its rank.
+        exit_code: What the command exits with: 2 if that was wrong use or bad input.
+    """
+
+    def __init__(self, message: str, rank: int, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.rank, self.exit_code = rank, exit_code
+
+
+BETWEEN_STEPS = (OutOfMemoryError, ConfigError, DataError, EncodingError, ProcessFailed)
 """What can end a run while it makes steps, so that those it has made are saved: no memory, a metric
-that is not what it should be, data that ends or cannot be encoded any more."""
+that is not what it should be, data that ends or cannot be encoded any more, another process."""
 
 
 class Interrupted(KeyboardInterrupt):

@@ -71,8 +71,7 @@ class AutogradEngine:
             if self.clock is not None:
                 self.clock.micro_batch = i
             if self.noise is not None:
-                own = (span._replace(document=span.document + first) for span in part.spans)
-                self.noise.spans = [*own]
+                self.noise.spans = part.spans
             with self._within(part):  # backward recomputes layers
                 taking = nullcontext(()) if router is None else router.taking()
                 with torch.enable_grad(), taking as router_logits:
@@ -101,15 +100,16 @@ class AutogradEngine:
         """Yield (index of the micro-batch, part, index of the micro-batch's first row)."""
         pack = self.unpadded is not None and objective.separable
         for i, (batch, first) in enumerate(with_first_row(batches)):
+            rows = batch.documents or range(first, first + len(batch.input_ids))
             parts = parts_of(
-                [batch],
+                [batch._replace(documents=rows, number=None)],
                 self.model.device,
                 pack=pack,
                 buckets=self.unpadded,
                 segments=objective.needs_segments,
             )
             for part in parts:
-                yield i, part, first
+                yield i if batch.number is None else batch.number, part, first
 
     def _within(self, part: PackedBatch) -> Any:
         lengths = part.lengths

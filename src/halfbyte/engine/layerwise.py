@@ -84,6 +84,11 @@ class _Stop(Exception):
     """Raised by the last stub, to skip everything after the layers."""
 
 
+def _number(index: int, part: PackedBatch) -> int:
+    """Return the micro-batch of a step that decides on the masks of dropout in a part."""
+    return index if part.number is None else part.number
+
+
 class LayerEngine:
     """Runs optimizer steps over a decoder, layer by layer.
 
@@ -493,7 +498,7 @@ class LayerEngine:
         if self._fused and (
             self._runs_apart(parts) or self._sees_all(max(p.max_seqlen for p in parts))
         ):
-            return [self._fused_input(i, part) for i, part in enumerate(parts)]
+            return [self._fused_input(_number(i, part), part) for i, part in enumerate(parts)]
         # Without documents the arguments depend only on the shape, so equal shapes share them.
         by_shape: dict[tuple[int, ...], list[dict[str, Any]]] = {}
         layer_inputs = []
@@ -502,7 +507,7 @@ class LayerEngine:
             x, calls = self._record(part, lengths)
             if not lengths:
                 calls = by_shape.setdefault(tuple(part.ids.shape), calls)
-            layer_inputs.append(LayerInput(x, (), self._recorded_run(i, calls, lengths)))
+            layer_inputs.append(LayerInput(x, (), self._recorded_run(_number(i, part), calls, lengths)))
         return layer_inputs
 
     def _recorded_run(

@@ -32,11 +32,16 @@ class Batch(NamedTuple):
         input_ids: int64 [B, T], right padded.
         labels: int64 [B, T], already shifted; -100 for unsupervised positions.
         lengths: Tokens of each row without padding; T for all by default.
+        documents: The index of each row in the step (rows of all micro-batches concatenated), if
+            that has more rows than these micro-batches (engine/dealing.py).
+        number: Its own index in the step, likewise.
     """
 
     input_ids: Tensor
     labels: Tensor
     lengths: Sequence[int] | None = None
+    documents: Sequence[int] | None = None
+    number: int | None = None
 
 
 class Span(NamedTuple):
@@ -68,6 +73,7 @@ class PackedBatch:
         segments: int64 [S], if requested: the document of each supervised position, as its row
             index in the step (rows of all micro-batches concatenated).
         spans: Where the documents of a step are; none in a part that is not of a step.
+        number: The index of the micro-batch in the step, as in `Batch`.
     """
 
     ids: Tensor
@@ -79,6 +85,7 @@ class PackedBatch:
     lengths: Sequence[int] = ()
     segments: Tensor | None = None
     spans: Sequence[Span] = ()
+    number: int | None = None
 
     @property
     def shape(self) -> PartShape:
@@ -105,7 +112,11 @@ def spans_of(batch: Batch, first: int) -> list[Span]:
     """Return where the rows of a micro-batch are, whose first has index ``first`` in the step."""
     rows, tokens = batch.input_ids.shape
     lengths = batch.lengths or [tokens] * rows
-    return [Span(first + i, i * tokens, int(n)) for i, n in enumerate(lengths)]
+    documents = batch.documents or range(first, first + rows)
+    return [
+        Span(document, i * tokens, int(n))
+        for i, (document, n) in enumerate(zip(documents, lengths, strict=True))
+    ]
 
 
 def parts_of(
@@ -129,20 +140,33 @@ def parts_of(
     if not pack:
         return [
             replace(
-                _as_it_is(batch, device, first if segments else None), spans=spans_of(batch, first)
+                _as_it_is(batch, device, first if segments else None),
+                spans=spans_of(batch, first),
+                number=batch.number,
             )
             for batch, first in with_first_row(batches)
         ]
     rows = [row for batch in batches for row in _unpadded(batch)]
     found = []
+    documents = [one.document for each in with_first_row(batches) for one in spans_of(*each)]
     lengths = [len(ids) for ids, _ in rows]
-    for numbers in divide(lengths) if buckets is None else buckets.divide(lengths):
+    divided: Sequence[Sequence[int]]
+    numbered = batches[0].number is not None
+    if numbered:  # they are dealt out as they are (engine/dealing.py)
+        divided = [
+            range(first, first + len(batch.input_ids)) for batch, first in with_first_row(batches)
+        ]
+    else:
+        divided = divide(lengths) if buckets is None else buckets.divide(lengths)
+    for place, numbers in enumerate(divided):
         part = [rows[number] for number in numbers]
         own = [lengths[number] for number in numbers]
         shape = own_shape(own) if buckets is None else buckets.fit(own)
         made = _packed(part, shape, device, numbers if segments else None)
         starts = accumulate(own, initial=0)
-        found.append(replace(made, spans=[*map(Span, numbers, starts, own)]))
+        own_documents = [documents[number] for number in numbers]
+        spans = [*map(Span, own_documents, starts, own)]
+        found.append(replace(made, spans=spans, number=batches[place].number if numbered else None))
     return found
 
 

@@ -129,14 +129,16 @@ def groups_of(pieces: Sequence[StateChunk]) -> list[Bucket]:
     return [Bucket(tuple(members)) for members in groups]
 
 
-def gradients_in_one(parameters: Sequence[nn.Parameter]) -> Tensor:
+def gradients_in_one(parameters: Sequence[nn.Parameter], more: int = 0) -> Tensor:
     """Allocate the gradients of all parameters, zeros, in one tensor, and return it.
+
+    ``more`` elements follow them.
 
     With existing gradients, the first step of a resumed run accumulates like every other. In one
     tensor, their norm is one reduction and zeroing is one launch. Each is aligned to 256 bytes.
     """
     sizes = [-(-parameter.numel() // 64) * 64 for parameter in parameters]
-    together = torch.zeros(sum(sizes), dtype=torch.float32, device=parameters[0].device)
-    for parameter, part in zip(parameters, torch.split(together, sizes), strict=True):
+    together = torch.zeros(sum(sizes) + more, dtype=torch.float32, device=parameters[0].device)
+    for parameter, part in zip(parameters, torch.split(together, [*sizes, more]), strict=False):
         parameter.grad = part[: parameter.numel()].view_as(parameter)
     return together
