@@ -99,6 +99,11 @@ class ProcessFailed(HalfbyteError):
         super().__init__(message)
         self.rank, self.exit_code = rank, exit_code
 
+    def after(self, step: int, command: str) -> "ProcessFailed":
+        """Return the error of a run that has been saved after ``step``, with how to go on."""
+        saved = f"step {step} is saved. To go on" if step else "no step was made. To start again"
+        return ProcessFailed(f"{self}. The run ends: {saved}: {command}", self.rank, self.exit_code)
+
 
 BETWEEN_STEPS = (OutOfMemoryError, ConfigError, DataError, EncodingError, ProcessFailed)
 """What can end a run while it makes steps, so that those it has made are saved: no memory, a metric

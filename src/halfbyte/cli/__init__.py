@@ -15,8 +15,16 @@ import traceback
 
 from halfbyte.cli import startup
 from halfbyte.cli.streams import prepare_streams
-from halfbyte.errors import ConfigError, HalfbyteError, Interrupted, RunStopped, UserError
+from halfbyte.errors import (
+    ConfigError,
+    HalfbyteError,
+    Interrupted,
+    ProcessFailed,
+    RunStopped,
+    UserError,
+)
 from halfbyte.foreign_text import as_message, printable, shorten
+from halfbyte.runtime.distributed import rank_of_process
 from halfbyte.runtime.signals import first_signal, interrupt
 from halfbyte.version import __version__
 
@@ -106,6 +114,8 @@ def _path_problem(error: Exception) -> str | None:
 
 
 def _complain(text: str) -> None:
+    if rank_of_process()[0] > 0:  # the first process of a run says it, this one's log has it, too
+        return
     print(as_message(text), file=sys.stderr)
 
 
@@ -134,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except HalfbyteError as error:
         _complain(f"{name}: {error}")
-        return 1
+        return error.exit_code if isinstance(error, ProcessFailed) else 1
     except KeyboardInterrupt as error:
         number = error.signal if isinstance(error, Interrupted) else signal.SIGINT
         by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"

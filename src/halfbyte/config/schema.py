@@ -123,6 +123,7 @@ class TrainConfig(ModelOptions):
         "batch_size": "steps",
         "learning_rate": "the optimizer",
         "activations": "memory",
+        "gpus": "several GPUs",
         "output": "the run",
     }
 
@@ -330,6 +331,20 @@ class TrainConfig(ModelOptions):
     )
 
     deterministic: bool = Field(False, description="bit-identical results on a GPU, at lower speed")
+
+    gpus: PositiveInt | None = Field(
+        None,
+        le=1024,
+        description="GPUs of this machine to train on, with a process for each; with device cpu, "
+        "processes. A step has the same examples in all, batch_size * "
+        "gradient_accumulation_steps, and they are dealt out. torchrun sets the number itself",
+    )
+    ddp_timeout: float = Field(
+        600.0,
+        gt=0,
+        description="with several processes: seconds to wait for one that hangs, before the others "
+        "save and end",
+    )
 
     output: Path = Field(description="directory for the adapter, checkpoints and journal")
     eval_steps: PositiveInt | None = Field(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from halfbyte.errors import OutputError, RunStopped
 from halfbyte.foreign_text import LONGEST_MESSAGE, shorten
+from halfbyte.runtime.distributed import rank_of_process
 
 if TYPE_CHECKING:
     from halfbyte.report.journal import Journal
@@ -164,6 +165,8 @@ class RunReport:
         traceback: TracebackType | None,
     ) -> None:
         try:
+            if error is not None:
+                self._screen.ended(error)
             if kind is not None and self._journal is not None and not self._finished:
                 reason = f"{kind.__name__}: {error}"
                 if issubclass(kind, KeyboardInterrupt):
@@ -212,13 +215,21 @@ class _NotesFromLogging(logging.Handler):
 def open_report(output_dir: str | Path | None = None, *, quiet: bool = False) -> RunReport:
     """Open a report on standard error, or in a notebook as an output of the cell.
 
-    It is also written to ``journal.jsonl`` in ``output_dir``, if that is given.
+    It is also written to ``journal.jsonl`` in ``output_dir``, if that is given. With several
+    processes this is the report of the first one; others write a log (report/rank_log.py).
 
     Args:
         output_dir: The run's directory; None keeps no journal.
         quiet: Show nothing; the journal is written anyway.
     """
     screen: Screen
+    rank, size = rank_of_process()
+    if size > 1 and rank > 0:
+        from halfbyte.report.live import Screen as Silent
+        from halfbyte.report.rank_log import RankLog, log_of_rank
+
+        log = Silent() if output_dir is None else RankLog(log_of_rank(Path(output_dir), rank))
+        return RunReport(log, None)
     if not quiet and _in_notebook():
         from halfbyte.report.notebook import NotebookScreen
 

@@ -188,6 +188,9 @@ class Screen:
     def finish(self, record: dict[str, Any]) -> None:
         """Show how it ended."""
 
+    def ended(self, error: BaseException) -> None:
+        """Show the error that ends a run; by default the command does."""
+
     def close(self) -> None:
         """Leave the terminal as it was."""
 

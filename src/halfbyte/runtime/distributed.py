@@ -58,20 +58,22 @@ def claim_gpu() -> None:
     Raises:
         ConfigError: If there are fewer GPUs than processes.
     """
-    import torch
-
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if rank_of_process()[1] == 1 or os.environ.get("HALFBYTE_GPU") == f"{os.getpid()}/{local}":
         return
+    import torch
+
     if torch.cuda.is_initialized():
         torch.cuda.set_device(local)
         return
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    visible = torch.cuda.device_count()
-    if local >= visible:
+    given, visible = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
+    if not visible:
+        return
+    if here > visible:
         raise ConfigError(
-            f"process {local} of this machine has no GPU: torch finds {visible}. Start as many "
-            "processes as there are GPUs, or use --device cpu"
+            f"{here} processes were started on this machine, and torch finds {visible} GPUs. Start "
+            "as many processes as there are GPUs, or use --device cpu"
         )
     names = given.split(",") if given else [str(number) for number in range(visible)]
     os.environ["CUDA_VISIBLE_DEVICES"] = names[local].strip()

@@ -17,16 +17,16 @@ after the same step, and each knows who is slow, without another message.
 """
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from statistics import fmean, median_low
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from halfbyte.config.schema import TrainConfig
+from halfbyte.data import MicroBatch
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.dealing import own_batches, portions
 from halfbyte.engine.layerwise import LayerEngine
@@ -38,7 +38,6 @@ from halfbyte.optim.buckets import gradients_in_one
 from halfbyte.runtime.distributed import PendingSum, ProcessGroup
 
 _STOP = 1000.0  # asked to stop, but not by a signal
-SLOW, STEPS_TO_TELL = 1.2, 20
 
 
 class DataParallel:
@@ -52,6 +51,7 @@ class DataParallel:
 
     Attributes:
         processes: As given.
+        current: The share that was asked for last.
         gradients: float32, of all parameters.
         wants_stop: Returns the signal that asked this process to stop, 0 if another thing did, or
             None.
@@ -78,11 +78,13 @@ class DataParallel:
         self._buffer, self._beside = whole, whole[:0]
         if several:
             self._beside = whole[-1 - 2 * processes.size :]
+        self.current: Sequence[Batch] = ()
         self.gradients = whole[: len(whole) - len(self._beside)]
         self.wants_stop: Callable[[], int | None] = lambda: None
         self.stop: int | None = None
         self.seconds: list[float] = []
         self._last: tuple[Any, Any] | None = None
+        self._next: tuple[Any, Any] | None = None
 
     # --- shares -----------------------------------------------------------------------------------
 
@@ -90,9 +92,20 @@ class DataParallel:
         """Return the micro-batches of a step that this process computes; maybe none."""
         rank, size = self.processes.rank, self.processes.size
         if size == 1:
+            self.current = batches
             return batches
         units = self._units(lengths_of(batches), [len(batch.input_ids) for batch in batches])
-        return own_batches(batches, rank, size, step, rows=self._rows, units=units)
+        self.current = own_batches(batches, rank, size, step, rows=self._rows, units=units)
+        return self.current
+
+    def micro_batches(self, step: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
+        """Return the share that was asked for last, given the micro-batches of its whole step."""
+        if self.processes.size == 1:
+            return step
+        return [
+            MicroBatch(one.input_ids.numpy(), one.labels.numpy(), np.array(one.lengths))
+            for one in self.current
+        ]
 
     def shares(
         self, shapes: Shapes, lengths: Sequence[Sequence[int]]
@@ -185,42 +198,8 @@ class DataParallel:
             self.stop = (0 if asked[0] == _STOP else int(asked[0])) if asked else None
             self.seconds = said[size:] if any(said[size:]) else []
 
-    def clear(self) -> None:
-        """Set the gradients to zero in place."""
-        self._buffer.zero_()
-
 
 def _elapsed(began: Any, ended: Any) -> float:
     if isinstance(began, float):
         return float(ended - began)
     return float(began.elapsed_time(ended)) / 1e3
-
-
-class SlowRank:
-    """Finds a process that is slower than the others for many steps."""
-
-    def __init__(self) -> None:
-        self._steps: deque[Sequence[float]] = deque(maxlen=STEPS_TO_TELL)
-        self._told = False
-
-    def see(self, seconds: Sequence[float]) -> str | None:
-        """Add the seconds of each process in a step; return a warning, once."""
-        if seconds:
-            self._steps.append(seconds)
-        if self._told or len(self._steps) < STEPS_TO_TELL:
-            return None
-        means = [fmean(each) for each in zip(*self._steps, strict=True)]
-        usual, slowest = median_low(means), max(means)
-        if slowest <= SLOW * usual:
-            return None
-        self._told = True
-        return (
-            f"rank {means.index(slowest)} is slow: {slowest:.3g} s a step, the others {usual:.3g} "
-            f"s, in the last {STEPS_TO_TELL} steps; all wait for it. Look at what else runs there, "
-            "and at the clock and temperature of its GPU"
-        )
-
-
-def require_same_run(processes: ProcessGroup, values: Mapping[str, Any]) -> None:
-    """Check that all processes make the same run; `ProcessGroup.require_same` raises if not."""
-    processes.require_same({name: str(value) for name, value in values.items()})

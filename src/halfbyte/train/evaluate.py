@@ -20,8 +20,11 @@ from halfbyte.data.in_memory import RowsInMemory
 from halfbyte.data.templates import TrainOn
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.choose import choose_engine
+from halfbyte.engine.dealing import deal
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.packing import Batch
+from halfbyte.runtime.device import is_out_of_memory
+from halfbyte.runtime.distributed import ProcessGroup
 from halfbyte.train.metadata import dataset_report
 from halfbyte.train.metrics import LONGEST_ANSWER, Metric, answered, measured, require_metrics
 
@@ -71,8 +74,39 @@ def evaluate_loss(
     *,
     batch_size: int,
     progress: Progress | None = None,
+    processes: ProcessGroup | None = None,
 ) -> tuple[float, int]:
-    """Return the mean token loss over ``examples``, and the number of supervised tokens."""
+    """Return the mean token loss over ``examples``, and the number of supervised tokens.
+
+    With several ``processes`` each computes a share, and all return the same; if one of them runs
+    out of memory, all raise that.
+    """
+    processes = processes or ProcessGroup()
+    if processes.size > 1:
+        mine = deal([len(one.tokens) for one in examples], processes.size)[processes.rank]
+        examples = [examples[index] for index in mine]
+    failed, total, tokens = None, 0.0, 0
+    try:
+        if examples:
+            total, tokens = _summed_loss(engine, examples, batch_size, progress)
+    except RuntimeError as error:
+        if processes.size == 1 or not is_out_of_memory(error):
+            raise
+        failed = error
+    sums = processes.gather_object([total, tokens, failed is not None])
+    if any(one for *_, one in sums):
+        raise failed or torch.OutOfMemoryError("another process of the run is out of memory")
+    tokens = sum(one for _, one, _ in sums)
+    return math.fsum(one for one, *_ in sums) / tokens, tokens
+
+
+def _summed_loss(
+    engine: LayerEngine | AutogradEngine,
+    examples: Sequence[Example],
+    batch_size: int,
+    progress: Progress | None,
+) -> tuple[float, int]:
+    """Return the summed token loss over ``examples``, and the number of supervised tokens."""
     lengths = np.array([len(example.tokens) for example in examples], dtype=np.int64)
     order = np.argsort(-lengths, kind="stable")
     starts = range(0, len(order), batch_size)
@@ -89,7 +123,7 @@ def evaluate_loss(
         tokens += sum(batch.supervised_tokens for batch in together)
         if progress is not None:
             progress(done, len(order))
-    return float(total) / tokens, tokens
+    return float(total), tokens
 
 
 def _groups(batches: Iterable[MicroBatch], *, by_tokens: bool) -> Iterator[list[MicroBatch]]:

@@ -189,6 +189,8 @@ class Prediction:
             step: The number of steps so far.
             reserved: Peak of the memory torch has reserved on a GPU, in bytes.
         """
+        if not self._steps:  # this process had no documents yet
+            return
         entries = self.ledger
         off = measured / entries.peak - 1
         line = (

@@ -49,6 +49,8 @@ class NonFiniteSteps:
         save: Saves the state after so many steps.
         lines: Returns the lines of a step's rows in the data, by micro-batch.
         report: Where to log.
+        writes: Whether this process of the run writes files. All look at the whole step, and find
+            the same.
 
     Attributes:
         skipped: Number of steps that were left out.
@@ -64,7 +66,9 @@ class NonFiniteSteps:
         save: Callable[[int], None],
         lines: Callable[[int], Sequence[Sequence[str]]],
         report: "RunReport",
+        writes: bool = True,
     ) -> None:
+        self._writes = writes
         self._config, self._engine, self._parameters = config, engine, parameters
         self._checkpoints, self._save, self._lines = checkpoints, save, lines
         self._report = report
@@ -158,6 +162,8 @@ class NonFiniteSteps:
 
     def _write(self, path: Path, failed: FailedStep, origin: Origin) -> None:
         """Write what is needed to look at a step without its run."""
+        if not self._writes:
+            return
         config, step = self._config, failed.step
         rows = [
             {"line": line, "micro_batch": number, "tokens": ids[:length], "labels": labels[:length]}

@@ -47,6 +47,8 @@ _FREE_TO_CHANGE = {
     "paging",
     "cuda_graphs",
     "deterministic",
+    "gpus",  # a step is the same for any number of them
+    "ddp_timeout",
 }
 
 

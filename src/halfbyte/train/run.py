@@ -11,7 +11,7 @@ run is identical to an uninterrupted one, byte for byte, also if it was stopped 
 import math
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,7 @@ from halfbyte.engine.memory_policy import (
     used_memory,
 )
 from halfbyte.engine.packing import Batch
-from halfbyte.errors import BETWEEN_STEPS, Interrupted, RunStopped
+from halfbyte.errors import BETWEEN_STEPS, Interrupted, ProcessFailed, RunStopped
 from halfbyte.layers.vocabulary import embedding_to_host
 from halfbyte.linear.lora import (
     adapter_parameters,
@@ -51,6 +51,7 @@ from halfbyte.linear.lora import (
 )
 from halfbyte.models.support import require_trainable
 from halfbyte.report.journal import read_journal
+from halfbyte.runtime.distributed import ProcessGroup
 from halfbyte.runtime.malloc import give_back, keep_freed_memory
 from halfbyte.runtime.matmul import float32_library
 from halfbyte.runtime.precision import choose_device_and_dtype, deterministic
@@ -64,6 +65,12 @@ from halfbyte.train.memory_check import FIRST_LOOK, Prediction, sizes_of
 from halfbyte.train.metrics import Metric, measured_on
 from halfbyte.train.nonfinite import NonFiniteSteps, rows_in_words
 from halfbyte.train.output import claim_output, write_rows
+from halfbyte.train.processes import (
+    SlowRank,
+    processes_of,
+    require_same_run,
+    require_same_start,
+)
 from halfbyte.train.program import Program, RunCallbacks, WeightsChanged
 from halfbyte.train.qera import begin_with_error, require_plain
 from halfbyte.train.result import TrainResult
@@ -75,6 +82,7 @@ from halfbyte.train.schedule import Schedule
 from halfbyte.train.stopping import StopRequest
 from halfbyte.train.trainer import StepResult, Trainer
 from halfbyte.train.weight_location import locate
+from halfbyte.user_cache import temporary_directory
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
@@ -106,12 +114,17 @@ def train(
         NonFiniteLossError: If training diverges; the last checkpoint is kept.
         RunStopped: If ``stop`` was requested; the steps that were made are saved.
         UploadError: The adapter is complete, and could not be uploaded (``push_to_hub``).
+        ProcessFailed: Another process of the run has failed; the steps that were made are saved.
     """
     program = Program(callbacks, train_data, eval_data, metrics)
     program.check(config)
-    with claim_output(config):
+    stop = stop or StopRequest()
+    with processes_of(config) as processes, ExitStack() as writing:
+        if not processes.is_first:
+            return _train(config, report, stop, program, processes)
+        writing.enter_context(claim_output(config))
         repository = repository_of(config)
-        result = _train(config, report, stop or StopRequest(), program)
+        result = _train(config, report, stop, program, processes)
         describe_run(result.adapter_dir, repository, report)
         if repository is None:
             return result
@@ -119,15 +132,21 @@ def train(
 
 
 def _train(
-    config: TrainConfig, report: "RunReport", stop: StopRequest, program: Program
+    config: TrainConfig,
+    report: "RunReport",
+    stop: StopRequest,
+    program: Program,
+    processes: ProcessGroup,
 ) -> TrainResult:
-    existed = config.output.exists()
-    output = require_writable(config.output)
+    require_same_start(processes, config)
+    with processes.first():
+        existed = config.output.exists()
+        output = require_writable(config.output)
     try:
         device, dtype, why = choose_device_and_dtype(config.device, config.compute_dtype)
         limit = memory_limit(device, config.memory_budget)
         with deterministic(config.deterministic), limit, ExitStack() as opened:
-            run = _Run(config, output, report, stop, program, device, dtype)
+            run = _Run(config, output, report, stop, program, processes, device, dtype)
             opened.callback(run.close)
             run.load(why)
             run.attach()
@@ -135,7 +154,7 @@ def _train(
             run.begin()
             return run.run()
     except BaseException:
-        if not existed and not any(output.iterdir()):
+        if processes.is_first and not existed and not any(output.iterdir()):
             output.rmdir()
         raise
 
@@ -164,11 +183,14 @@ class _Run:
         report: "RunReport",
         stop: StopRequest,
         program: Program,
+        processes: ProcessGroup,
         device: str,
         dtype: torch.dtype,
     ) -> None:
         self.config, self.output, self.report, self.stop = config, output, report, stop
         self.program, self.device, self.dtype = program, device, dtype
+        self.processes, self.slow = processes, SlowRank()
+        self.agreed_to_stop = processes.size == 1  # as soon as it is requested
         self.lora = lora_of(config)
         self.resumed: RunState | None = None
         self.more: dict[str, Any] = {}  # about the start, for checkpoints, journal and adapter
@@ -189,8 +211,9 @@ class _Run:
         """Read the data and the base model; ``why`` is the logged reason for the dtype."""
         config, report, device = self.config, self.report, self.device
         self.resumed = resume_from(config, self.output, report)
-        report.track(config.report_to)
-        self.source = open_base(config.model, revision=config.revision)
+        report.track(config.report_to if self.processes.is_first else ())
+        with self.processes.first():  # it downloads
+            self.source = open_base(config.model, revision=config.revision)
         if config.init_adapter is not None:
             self.initial = InitialAdapter(config, self.source, self.resumed, report)
             config = self.config = self.initial.config
@@ -202,6 +225,7 @@ class _Run:
             require_plain(self.source)
         self.tokenizer = self.source.tokenizer()
         recipe = recipe_of(config, self.dtype, device)
+        cache = config.cache_quantized
         place = locate(config, self.source, recipe)
         if place.message:
             report.note(place.message)
@@ -210,16 +234,19 @@ class _Run:
             self.source,
             recipe,
             tokenizer=self.tokenizer,
-            cache=config.cache_quantized,
+            cache=cache,
             store=place.store,
         ) as loading:
-            if device == "cuda":
+            if device == "cuda" and (self.processes.is_first or not cache):
                 loading.start()  # while the data is read; an error in the data stops it
-            self._read_data()
+            with self.processes.first():  # it encodes, and the others find that in the cache
+                self._read_data()
+            require_same_run(self.processes, self.identity, self.resumed)
             report.note(f"on {device}, products in {str(self.dtype).removeprefix('torch.')}: {why}")
             if device == "cpu":
                 self._prepare_cpu()
-            self.base = loading.result(report)
+            with self.processes.first() if cache else nullcontext():
+                self.base = loading.result(report)
         report.record("loaded", {"seconds": loading.seconds} | metadata.memory_now(device))
 
     def _read_data(self) -> None:
@@ -269,7 +296,12 @@ class _Run:
         )
         report.note(self.engine_summary)
         schedule = Schedule.of(config, self.total)
-        self.trainer = Trainer(self.engine, self.parameters, config, schedule)
+        self.trainer = Trainer(self.engine, self.parameters, config, schedule, self.processes)
+        self.trainer.parallel.wants_stop = lambda: (
+            (self.stop.signal or 0) if self.stop.requested else None
+        )
+        if self.processes.size > 1:
+            report.note(self.trainer.parallel.in_words())
         if config.optim != "adamw":
             report.note(self.trainer.optimizer.describe())
         self.clock = metadata.StepClock(self.trainer.optimizer, self.engine, self.device)
@@ -282,6 +314,7 @@ class _Run:
             self.identity,
             self.total,
             by_program=self.program.changes_result,
+            processes=self.processes,
         )
         self.watch = LossWatch(config.learning_rate)
         self.nonfinite = self.trainer.on_nonfinite = NonFiniteSteps(
@@ -292,9 +325,10 @@ class _Run:
             save=self.save,
             lines=self.data.lines,
             report=report,
+            writes=self.processes.is_first,
         )
         self.callbacks = RunCallbacks(
-            self.program.callbacks,
+            self.program.callbacks if self.processes.is_first else (),
             model,
             save=self._save_made,
             stop=partial(self.stop.request, quietly=True),
@@ -306,12 +340,13 @@ class _Run:
                 self.data,
                 self.engine,
                 report,
-                stopped=lambda: self.stop.requested,
+                stopped=lambda: self.stopped,
                 end_stopped=self._end_stopped,
                 end=self._end,
                 save=self.save,
                 measure=self._measure if self.program.metrics else None,
                 tell=self.callbacks.evaluation,
+                processes=self.processes,
             )
         if self.resumed is not None:
             load_adapter_state(model, self.resumed.adapter)
@@ -324,6 +359,13 @@ class _Run:
             ended = self.resumed.progress.get("ended")
             self.ended = None if ended is None else str(ended)
             self.saved = (self.start, self.ended)
+        # GPUs may have rounded differently what adapters start from.
+        self.processes.same_([*self.parameters.values()])
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the run is to stop after this step; with several processes, all know it."""
+        return self.stop.requested and self.agreed_to_stop
 
     @property
     def total(self) -> int:
@@ -363,9 +405,12 @@ class _Run:
 
     def begin(self) -> None:
         """Write config.yaml, the first line of the journal, and rows left or held out."""
-        config, data = self.config, self.data
-        with new_file(self.output / "config.yaml") as file:
-            file.write(to_yaml(config).encode())
+        config, data, output = self.config, self.data, self.output
+        if self.processes.is_first:
+            with new_file(output / "config.yaml") as file:
+                file.write(to_yaml(config).encode())
+        else:
+            output = temporary_directory()  # for what the first process writes beside it
         self.report.begin(
             total_steps=self.total,
             start_step=self.start,
@@ -379,9 +424,10 @@ class _Run:
                 engine=self.engine_summary,
             )
             | {"data_digest": self.identity["data"], "data_check": data.check.as_json()}
+            | {"processes": self.processes.size}
             | self.more,
         )
-        write_rows(self.output, data, self.report, self.start, self.resumed)
+        write_rows(output, data, self.report, self.start, self.resumed)
         journal = self.output / "journal.jsonl"
         if self.resumed is not None and journal.exists():
             self.watch.replay(read_journal(journal))
@@ -396,6 +442,7 @@ class _Run:
             self.sample(0)
         self._capture()
         self.report_engine()
+        self.processes.barrier()  # the first may have taken long to answer
         with self.writer:
             self._make_steps()
             try:
@@ -403,10 +450,8 @@ class _Run:
                 if self.evaluation is not None:
                     restore = self.checkpoints.restore_adapters
                     self.adapter_step = self.evaluation.conclude(self.done, restore)
-                state, card = adapter_state(self.base.model), self.checkpoints.card
-                save_adapter(self.output, state, self.lora, tokenizer=self.tokenizer, **card)
-                report.saved(self.output)
-                self.callbacks.saved(self.adapter_step, self.output, final=True)
+                if self.processes.is_first:
+                    self._save_adapter()
                 self.sample(self.done)
             except Interrupted:
                 again = self.checkpoints.resume_command
@@ -415,6 +460,12 @@ class _Run:
         if self.start < self.done:
             self._compare_memory(self.done)
         return self._finish()
+
+    def _save_adapter(self) -> None:
+        state, card = adapter_state(self.base.model), self.checkpoints.card
+        save_adapter(self.output, state, self.lora, tokenizer=self.tokenizer, **card)
+        self.report.saved(self.output)
+        self.callbacks.saved(self.adapter_step, self.output, final=True)
 
     def _make_steps(self) -> None:
         """Make the remaining steps.
@@ -434,12 +485,16 @@ class _Run:
                     range(self.start, total),
                     self.batches_of,
                     self.finished,
-                    stopped=lambda: stop.requested or self.ended is not None,
+                    stopped=lambda: self.stopped or self.ended is not None,
                 )
             except BETWEEN_STEPS as error:
                 self.report_engine()
                 if not trainer.updating and not isinstance(error, WeightsChanged):
+                    self.checkpoints.take_over()
                     self._save_made()
+                if isinstance(error, ProcessFailed):
+                    self.writer.wait()
+                    raise error.after(self.done, self.checkpoints.resume_command) from error
                 raise
         if self.ended is not None and self.done < total:
             report = self.report
@@ -447,7 +502,7 @@ class _Run:
             report.record("ended", {"step": self.done, "reason": self.ended})
             if self.saved != (self.done, self.ended):
                 self.save(self.done)
-        if stop.requested:
+        if self.stopped:
             self._end_stopped()
 
     def _announce_stop(self) -> None:
@@ -515,17 +570,22 @@ class _Run:
         if math.isfinite(result.loss):
             self.loss = result.loss
         self.tokens += sum(batch.tokens for batch in batches)
-        self.prediction.see(
-            (batch.input_ids.shape for batch in batches),
-            result.seconds,
-            **sizes_of(self.engine, batches),
-        )
+        if own := self.trainer.parallel.micro_batches(batches):
+            self.prediction.see(
+                (batch.input_ids.shape for batch in own),
+                result.seconds,
+                **sizes_of(self.engine, own),
+            )
         self.report_engine()
         last = done == self.total
         if done == self.start + FIRST_LOOK and not last:
             self._compare_memory(done)
         record = {"step": done, "epoch": done / self.data.plan.per_epoch}
         record |= metadata.step(result, batches, times, self.device)
+        if seconds := self.trainer.parallel.seconds:
+            record["rank_seconds"] = seconds  # of the step before
+            if (text := self.slow.see(seconds)) is not None:
+                self.report.warning(done, "slow_rank", text)
         if done % config.logging_steps == 0 or last:
             self.report.step(record)
         self.done = self.adapter_step = done
@@ -533,10 +593,24 @@ class _Run:
         if not result.skipped:
             self._watch(done, result)
         self.callbacks.step(record, self.total)
+        self._agree()
         if self.evaluation is not None:
             self.evaluation.after(done)
         if self.checkpoints.due(done) and self.checkpoints.saved != done:
             self.save(done)
+
+    def _agree(self) -> None:
+        """Have all processes know what one was asked, and what callbacks of the first want."""
+        processes = self.processes
+        asked, signal = self.trainer.parallel.stop is not None, self.trainer.parallel.stop
+        if processes.size > 1 and self.program.callbacks:
+            wanted = processes.from_first(lambda: [self.stop.requested, self.ended])
+            asked, self.ended = asked or wanted[0], wanted[1]
+        if asked:
+            self.agreed_to_stop = True
+            if not self.stop.requested:
+                self.stop.signal = signal or None
+                self.stop.request(quietly=True)
 
     def _watch(self, done: int, result: StepResult) -> None:
         """Warn of a loss that a healthy run does not have."""
@@ -570,7 +644,7 @@ class _Run:
 
     def sample(self, step: int) -> None:
         """Answer a few prompts."""
-        if self.samples:
+        if self.samples and self.processes.is_first:
             self.trainer.free_buffer()  # generation has one of its own
             model, tokenizer = self.base.model, self.base.tokenizer
             self.samples.tell(self.report, model, tokenizer, step, memory_limit=self._memory_limit)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
+import torch
 
 from halfbyte.config.schema import TrainConfig
 from halfbyte.data import Dataset
@@ -22,6 +23,7 @@ from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.errors import CheckpointError, OutOfMemoryError
 from halfbyte.foreign_text import quote
 from halfbyte.runtime.device import is_out_of_memory
+from halfbyte.runtime.distributed import ProcessGroup
 from halfbyte.train.early_stopping import BestEvaluation, value_of
 from halfbyte.train.evaluate import Progress, evaluate_loss
 from halfbyte.train.run_data import RunData
@@ -93,6 +95,7 @@ class RunEvaluation:
         measure: Returns the program's metrics on some rows, and calls its second argument between
             answers; None without any.
         tell: Called with the record of each evaluation, after it has been logged.
+        processes: The processes of the run: rows are dealt out to all, and the first measures.
 
     Attributes:
         evaluated: The step after which the run was evaluated last.
@@ -113,7 +116,9 @@ class RunEvaluation:
         save: Callable[[int], None],
         measure: Callable[[Dataset, Progress], dict[str, float]] | None = None,
         tell: Callable[[dict[str, Any]], None] = lambda _: None,
+        processes: ProcessGroup | None = None,
     ) -> None:
+        self._processes = processes or ProcessGroup()
         assert data.held_out is not None
         self._config, self._engine, self._report = config, engine, report
         self._stopped, self._end_stopped, self._end = stopped, end_stopped, end
@@ -237,11 +242,13 @@ class RunEvaluation:
         """Return the journal's record of an evaluation."""
         began, size = time.perf_counter(), max(4, self._config.batch_size)
         loss, tokens = evaluate_loss(
-            self._engine, data.examples, batch_size=size, progress=self._look_for_stop
+            self._engine,
+            data.examples,
+            batch_size=size,
+            progress=self._look_for_stop,
+            processes=self._processes,
         )
-        metrics = (
-            {} if self._measure is None else {"metrics": self._measure(data, self._look_for_stop)}
-        )
+        metrics = {} if self._measure is None else {"metrics": self._measured(data)}
         return {
             "step": step,
             "loss": loss,
@@ -252,6 +259,23 @@ class RunEvaluation:
             "of_rows": len(self._held_out.last_of_row),
             "seconds": time.perf_counter() - began,
         }
+
+    def _measured(self, data: Dataset) -> Any:
+        """Return the program's metrics, as the first process measures them; others wait for it."""
+        measure, ran_out = self._measure, "the first process is out of memory"
+        assert measure is not None
+
+        def measured() -> dict[str, float] | None:
+            try:
+                return measure(data, self._look_for_stop)
+            except RuntimeError as error:
+                if self._processes.size == 1 or not is_out_of_memory(error):
+                    raise
+                return None
+
+        if (found := self._processes.from_first(measured)) is None:
+            raise torch.OutOfMemoryError(ran_out)
+        return found
 
     def _log(self, record: dict[str, Any]) -> None:
         self._report.evaluation(record)

@@ -16,13 +16,14 @@ from typing import Any, Self
 from halfbyte.checkpoint.base_model import LoadedBase
 from halfbyte.checkpoint.identity import identity_of
 from halfbyte.checkpoint.peft import write_card
-from halfbyte.checkpoint.run_state import latest_run, load_run, run_at, save_run
+from halfbyte.checkpoint.run_state import latest_run, load_run, run_at, save_run, step_of
 from halfbyte.config.command_line import invocation
 from halfbyte.config.schema import TrainConfig
 from halfbyte.errors import CheckpointError, HalfbyteError
 from halfbyte.layers.conv1d import conv1d_weights
 from halfbyte.layers.multimodal import removed_modules
 from halfbyte.linear.lora import LoRAConfig, adapter_state, load_adapter_state
+from halfbyte.runtime.distributed import ProcessGroup
 from halfbyte.train.loading import recipe_metadata
 from halfbyte.train.trainer import Trainer
 
@@ -43,6 +44,7 @@ class Checkpoints:
         identity: What must be equal to resume from them (train/resume.py).
         total: Steps of the run.
         by_program: Whether the run needs something that only a program has, such as its data.
+        processes: The processes of the run, of which the first writes.
         now: The time in seconds, for ``save_minutes``.
 
     Attributes:
@@ -60,11 +62,14 @@ class Checkpoints:
         total: int,
         *,
         by_program: bool = False,
+        processes: ProcessGroup | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config, self._base, self._lora = config, base, lora
         self._trainer, self._writer, self._identity = trainer, writer, dict(identity)
         self._total, self._by_program = total, by_program
+        self._processes = processes or ProcessGroup()
+        self._writes = self._processes.is_first
         self.saved: int | None = None
         self._every = config.save_steps or max(1, math.ceil(total / SAVES_PER_RUN))
         self._now, self._newest = now, now()
@@ -87,6 +92,8 @@ class Checkpoints:
             best: Step of the checkpoint that is kept whatever its age, if there is one.
         """
         self.saved, self._newest = step, self._now()
+        if not self._writes:
+            return
         trainer, state = self._trainer, adapter_state(self._base.model)
         write = partial(
             save_run,
@@ -101,6 +108,17 @@ class Checkpoints:
         )
         self._writer.write(write)
 
+    def take_over(self) -> None:
+        """After another process has failed, have one of those that are left write.
+
+        Which may be this one, and `saved` is the newest that is complete: the process that wrote
+        may have died of it.
+        """
+        if self._processes.size > 1:
+            self._writes = self._processes.claim("checkpoint")
+            newest = latest_run(self._config.output)
+            self.saved = None if newest is None else step_of(newest)
+
     def rewind(self) -> int:
         """Restore adapters and optimizer from the newest checkpoint; return its step.
 
@@ -108,7 +126,8 @@ class Checkpoints:
             CheckpointError: There is none.
             OutputError: It could not be written.
         """
-        self._writer.wait()
+        with self._processes.first():
+            self._writer.wait()
         newest = latest_run(self._config.output)
         if newest is None:
             raise CheckpointError(f"{self._config.output} has no checkpoint to go back to")
@@ -125,7 +144,8 @@ class Checkpoints:
             CheckpointError: It is missing or damaged.
             OutputError: It could not be written.
         """
-        self._writer.wait()
+        with self._processes.first():
+            self._writer.wait()
         path = run_at(self._config.output, step)
         try:
             adapter = load_run(path).adapter

@@ -44,11 +44,12 @@ from halfbyte.errors import CheckpointError, ConfigError, OutOfMemoryError
 from halfbyte.foreign_text import quote
 from halfbyte.linear.layer_stream import stream_of
 from halfbyte.optim import AdamW
-from halfbyte.optim.buckets import gradients_in_one
 from halfbyte.optim.paging import Paging
 from halfbyte.plan.ledger import smaller_part
 from halfbyte.plan.policy import ActivationPolicy, peak
 from halfbyte.runtime.device import is_out_of_memory
+from halfbyte.runtime.distributed import PendingSum, ProcessGroup
+from halfbyte.train.data_parallel import DataParallel
 from halfbyte.train.diagnosis import FailedStep, diverged, raise_nonfinite
 from halfbyte.train.loss_scale import LossScale, too_large
 from halfbyte.train.parameter_groups import parameter_groups
@@ -83,19 +84,23 @@ class StepResult(NamedTuple):
 
 
 class _Queued(NamedTuple):
-    """A step that has been queued on the device.
+    """A step that has been queued on the device; with several processes, up to its update.
 
     Attributes:
-        seen: float32 [2] on the device: loss and gradient norm.
+        seen: float32 [2] on the device: loss and gradient norm; not yet known with ``pending``.
         rate: The learning rate.
         began: Start time.
         batches: Its micro-batches.
+        pending: The sum over processes that the update waits for.
+        unscale: What gradients and loss are multiplied by.
     """
 
     seen: Tensor
     rate: float
     began: float
     batches: Sequence[Batch]
+    pending: PendingSum | None
+    unscale: float
 
 
 def _only_said(error: RuntimeError) -> RuntimeError:
@@ -121,8 +126,10 @@ class Trainer:
         parameters: The trained parameters, by name; float32.
         config: Learning rate, betas, clipping, optimizer, memory.
         schedule: The learning rate per step.
+        processes: Those of the run; steps are given whole, and each computes its share.
 
     Attributes:
+        parallel: The share of this process.
         policy: The activation policy.
         updating: Whether an update is in progress, so that parameters are partly updated.
         fallbacks: Fallbacks applied when memory ran out; cleared once they are in the journal.
@@ -136,6 +143,7 @@ class Trainer:
         parameters: Mapping[str, nn.Parameter],
         config: TrainConfig,
         schedule: Schedule,
+        processes: ProcessGroup | None = None,
     ) -> None:
         self.engine, self.parameters, self.schedule = engine, dict(parameters), schedule
         self.config, self.max_grad_norm = config, config.max_grad_norm
@@ -147,7 +155,9 @@ class Trainer:
         self._captured = self.updating = False
         self.on_nonfinite: Callable[[FailedStep], None] = raise_nonfinite
         self._device = engine.model.device.type
-        self._gradients = gradients_in_one(list(self.parameters.values()))
+        trained = list(self.parameters.values())
+        self.parallel = DataParallel(processes or ProcessGroup(), engine, trained, config)
+        self._gradients = self.parallel.gradients
         self.loss_scale = LossScale.wanted(engine.model.halfbyte_recipe.compute_dtype)
         if config.neftune_noise_alpha:
             engine.noise = EmbeddingNoise(engine.model, config.neftune_noise_alpha, config.seed)
@@ -176,6 +186,7 @@ class Trainer:
             self.optimizer.paging == "explicit"
             and not self.max_grad_norm
             and self.loss_scale is None
+            and self.parallel.processes.size == 1  # otherwise they are final after the sum
         )
         if self._early and isinstance(engine, LayerEngine):
             if engine.captures:
@@ -204,6 +215,7 @@ class Trainer:
             ConfigError: If the memory budget is too small for any policy.
             OutOfMemoryError: If not even one layer can be run.
         """
+        shapes, lengths = self.parallel.shares(shapes, lengths)
         self._lengths, self._documents = lengths, ()
         if isinstance(self.engine, LayerEngine) and self.engine.packs and self._device == "cpu":
             parts = [self.engine.part_shapes(step) for step in lengths]
@@ -354,7 +366,8 @@ class Trainer:
                 self.capture()
 
     def _attempt(self, step: int, batches: Sequence[Batch], began: float) -> _Queued:
-        if self._tight(batches):
+        share = self.parallel.share(step, batches)
+        if self._tight(share):
             self.optimizer.page_out()
         else:
             self.optimizer.allocate()  # now, since an update in progress cannot be repeated
@@ -367,8 +380,16 @@ class Trainer:
         scale = self.loss_scale
         normaliser = terms if scale is None else 1.0 / scale.factor
         unscale = 1.0 if scale is None else scale.unscale(terms)
-        with training_step(self.engine.clock, self.engine.noise, step):
-            loss = self.engine.step(batches, normaliser, self.policy)
+        with training_step(self.engine.clock, self.engine.noise, step), self.parallel.timed(step):
+            loss = self._gradients.new_zeros(())
+            if share:
+                loss = self.engine.step(share, normaliser, self.policy)
+        pending = self.parallel.begin_sum(loss)
+        seen = loss if pending is not None else self._update(loss, unscale)
+        return _Queued(seen, rate, began, batches, pending, unscale)
+
+    def _update(self, loss: Tensor, unscale: float) -> Tensor:
+        """Queue the update; return the loss and the gradients' norm, float32 [2]."""
         # Queued behind backward, without host reads: a non-finite scale makes the update a no-op.
         loss, norm = loss * unscale, torch.linalg.vector_norm(self._gradients) * unscale
         clip = torch.ones_like(norm)
@@ -378,10 +399,15 @@ class Trainer:
         self.updating = True
         self.optimizer.step(grad_scale=scale_of_all)
         self.updating = False
-        return _Queued(seen, rate, began, batches)
+        return seen
 
     def _finished(self, step: int, queued: _Queued) -> StepResult:
-        loss, norm = queued.seen.tolist()
+        seen = queued.seen
+        if queued.pending is not None:
+            queued.pending.wait()
+            seen = self._update(self.parallel.summed_loss(), queued.unscale)
+        loss, norm = seen.tolist()
+        self.parallel.read()
         paging, scale = self.optimizer.report(), self.loss_scale
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         if skipped and scale is not None and math.isfinite(loss):
