@@ -1,6 +1,6 @@
-"""``halfbyte train --gpus N``: starts a process for each GPU of this machine, with torch's launcher.
+"""``halfbyte train --gpus N``: starts a process for each GPU of this machine by torch's launcher.
 
-It is what ``torchrun --nproc-per-node N -m halfbyte train`` does, without its log and its summary of
+It is what ``torchrun --nproc-per-node N -m halfbyte train`` does, without its log and its list of
 errors: the processes say themselves what is wrong, once, and exit with the codes of a single one.
 They run in sessions of their own, so Ctrl-C reaches only the launcher, which passes it on.
 """

@@ -8,8 +8,9 @@ from step to step, since otherwise the first one would always have the longest d
 A step is the same for any number of processes. The gradient of a document depends on no other, so
 documents are dealt out one by one and put into micro-batches of the size that was asked for. Where
 it does, as with dropout, whose masks are drawn for a micro-batch, or for a part that documents are
-packed into, these are dealt out as they are, which is less even. Either way a document keeps its number in the step, on which its noise
-depends (engine/neftune.py), and a micro-batch keeps its own, on which its masks do.
+packed into, these are dealt out as they are, which is less even. Either way a document keeps its
+number in the step, on which its noise depends (engine/neftune.py), and a micro-batch keeps its own,
+on which its masks do.
 """
 
 from collections.abc import Callable, Sequence

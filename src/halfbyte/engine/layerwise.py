@@ -507,7 +507,9 @@ class LayerEngine:
             x, calls = self._record(part, lengths)
             if not lengths:
                 calls = by_shape.setdefault(tuple(part.ids.shape), calls)
-            layer_inputs.append(LayerInput(x, (), self._recorded_run(_number(i, part), calls, lengths)))
+            layer_inputs.append(
+                LayerInput(x, (), self._recorded_run(_number(i, part), calls, lengths))
+            )
         return layer_inputs
 
     def _recorded_run(

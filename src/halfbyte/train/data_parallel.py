@@ -157,7 +157,7 @@ class DataParallel:
     @contextmanager
     def timed(self, step: int) -> Iterator[None]:
         """Compute the gradients of a step (0-based) in the block."""
-        self.processes.at = f"step {step + 1}"
+        self.processes.now_at(f"step {step + 1}")
         began = self._now()
         yield
         if self.processes.size > 1:

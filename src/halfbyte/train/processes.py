@@ -60,8 +60,8 @@ def processes_of(config: TrainConfig) -> ProcessGroup:
     if size == 1:
         if (config.gpus or 1) > 1:
             raise ConfigError(
-                f"`gpus` {config.gpus} needs as many processes: use `halfbyte train --gpus`, or start "
-                "this program with torchrun --nproc-per-node"
+                f"`gpus` {config.gpus} needs as many processes: use `halfbyte train --gpus`, or "
+                "start this program with torchrun --nproc-per-node"
             )
         return ProcessGroup()
     if any(f"{one}:"[:2] in ("-:", "-[", "-#") for one in config.data):

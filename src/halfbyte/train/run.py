@@ -580,11 +580,11 @@ class _Run:
         last = done == self.total
         if done == self.start + FIRST_LOOK and not last:
             self._compare_memory(done)
-        record = {"step": done, "epoch": done / self.data.plan.per_epoch}
+        record: dict[str, Any] = {"step": done, "epoch": done / self.data.plan.per_epoch}
         record |= metadata.step(result, batches, times, self.device)
-        if seconds := self.trainer.parallel.seconds:
-            record["rank_seconds"] = seconds  # of the step before
-            if (text := self.slow.see(seconds)) is not None:
+        if rank_seconds := self.trainer.parallel.seconds:
+            record["rank_seconds"] = rank_seconds  # of the step before
+            if (text := self.slow.see(rank_seconds)) is not None:
                 self.report.warning(done, "slow_rank", text)
         if done % config.logging_steps == 0 or last:
             self.report.step(record)
