@@ -1,7 +1,7 @@
 """Several processes of a run, as torchrun starts them, for tests on a CPU.
 
 They are forked, so that none imports torch again: with one thread and no GPU that is safe. The
-store is the parent's, as it is torchrun's, so it outlives each of them.
+store has a process of its own, as that of torchrun, so it outlives each of them.
 """
 
 import faulthandler
@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 import traceback
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,19 +35,40 @@ def in_processes(count, function, *, seconds=60.0):
     What it returns must be JSON. A process that has not ended in time is killed, and that is how it
     has ended.
     """
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    with tempfile.TemporaryDirectory() as directory:
-        pids = [_forked(rank, count, store.port, function, directory, seconds) for rank in range(count)]
-        until = time.monotonic() + seconds
-        ended = [_waited(pid, until) for pid in pids]
-        found = []
-        for rank, status in enumerate(ended):
-            path = Path(directory, str(rank))
-            if os.WIFSIGNALED(status) or not path.exists():
-                found.append(Ended(signal=os.WTERMSIG(status)))
-            else:
-                found.append(Ended(*json.loads(path.read_text())))
-        return found
+    store, port = _store()
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            pids = [
+                _forked(rank, count, port, function, directory, seconds) for rank in range(count)
+            ]
+            until = time.monotonic() + seconds
+            ended = [_waited(pid, until) for pid in pids]
+            return [_told(Path(directory, str(rank)), one) for rank, one in enumerate(ended)]
+    finally:
+        os.kill(store, signal.SIGKILL)
+        os.waitpid(store, 0)
+
+
+def _store():
+    """Start a process that has the store, as torchrun does; return its id and the port."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        os.write(writing, str(store.port).encode())
+        os.close(writing)
+        while True:
+            signal.pause()
+    os.close(writing)
+    with os.fdopen(reading) as told:
+        return pid, int(told.read())
+
+
+def _told(path, status):
+    """How a process has ended, by the file that it wrote."""
+    if os.WIFSIGNALED(status) or not path.exists():
+        return Ended(signal=os.WTERMSIG(status))
+    return Ended(*json.loads(path.read_text()))
 
 
 def values(ended):
@@ -58,11 +78,7 @@ def values(ended):
 
 
 def _forked(rank, count, port, function, directory, seconds):
-    with warnings.catch_warnings():
-        # Python warns since the store has threads, which take no lock that a child needs.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        pid = os.fork()
-    if pid:
+    if pid := os.fork():
         return pid
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from halfbyte.errors import HalfbyteError, UserError
+from halfbyte.errors import HalfbyteError, ProcessFailed, UserError
 from halfbyte.foreign_text import as_message, printable, shorten
 from halfbyte.report.live import Screen
 
@@ -51,7 +51,8 @@ class RankLog(Screen):
         if not isinstance(error, HalfbyteError | KeyboardInterrupt):
             said = "".join(traceback.format_exception(error))
             self._lines.append(printable(shorten(said, _LONGEST_TRACEBACK)))
-        if self._began or not isinstance(error, UserError):
+        bad_input = error.exit_code == 2 if isinstance(error, ProcessFailed) else False
+        if self._began or not (bad_input or isinstance(error, UserError)):
             self._write()
 
     def _write(self) -> None:

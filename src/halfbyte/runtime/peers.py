@@ -15,7 +15,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,11 +62,13 @@ class Peers:
         failure: What has ended the run; None while all is well.
         at: What this process does, such as ``step 3``, for messages of the others.
         sums: How many sums this process has come to.
+        on_hang: Called with the reason if the others say that this process hangs; in a thread.
     """
 
     def __init__(self, rank: int, size: int, store: Any, timeout: float) -> None:
         self.failure: Failure | None = None
         self.at, self.sums = "the start", 0
+        self.on_hang: Callable[[str], None] = lambda text: None
         self._rank, self._size, self._store, self._timeout = rank, size, store, timeout
         self._keys = [f"alive/{one}" for one in range(size)]
         self._seen: dict[int, tuple[bytes, float]] = {}
@@ -153,11 +155,24 @@ class Peers:
             try:
                 self._tell()
                 self._look()
+                if self.failure is not None and self.failure.lost:
+                    self._end_if_hung(self.failure)
             except RuntimeError as error:
                 if not self._stop.is_set():
                     said = str(error).partition("\n")[0]
                     self.declare(Failure(0, f"or its launcher does not answer: {said}", lost=True))
                 return
+
+    def _end_if_hung(self, failure: Failure) -> None:
+        """End this process if it is the one that hangs, once the others have saved and left.
+
+        torchrun would end it, too; started otherwise it would stay, with its GPU's memory.
+        """
+        if failure.rank == self._rank:
+            self.on_hang(str(failure.error()))
+            self._wait_for(lambda rank: rank != self._rank)
+            if not self._stop.is_set():
+                os._exit(failure.exit_code)
 
     def _look(self) -> None:
         """Look at the others once."""
@@ -201,7 +216,7 @@ class Peers:
         if failed and self._rank:
             time.sleep(2 * _BEAT)  # the first process is the one with the terminal
 
-    def _wait_for(self, which: Any) -> None:
+    def _wait_for(self, which: Callable[[int], bool]) -> None:
         """Wait until the processes that ``which`` is true of have left or gone, for some time."""
         until = time.monotonic() + _TO_LEAVE
         while time.monotonic() < until:

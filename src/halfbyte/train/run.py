@@ -210,6 +210,8 @@ class _Run:
     def load(self, why: str) -> None:
         """Read the data and the base model; ``why`` is the logged reason for the dtype."""
         config, report, device = self.config, self.report, self.device
+        if self.processes.peers is not None:
+            self.processes.peers.on_hang = report.note
         self.resumed = resume_from(config, self.output, report)
         report.track(config.report_to if self.processes.is_first else ())
         with self.processes.first():  # it downloads
