@@ -313,7 +313,8 @@ class ProcessGroup:
             try:
                 self.barrier()
             except ProcessFailed:
-                peers.leave(failed=True)
+                with contextlib.suppress(Interrupted):
+                    peers.leave(failed=True)
                 raise
             peers.leave(failed=False)
             from torch import distributed
@@ -329,7 +330,8 @@ class ProcessGroup:
             peers.declare(
                 Failure(self.rank, f"failed: {reason}", 2 if isinstance(error, UserError) else 1)
             )
-        peers.leave(failed=True)
+        with contextlib.suppress(Interrupted):  # of torchrun; what has happened is known
+            peers.leave(failed=True)
         failure = peers.failure
         if isinstance(error, Interrupted) and failure is not None and failure.rank != self.rank:
             raise failure.error() from error

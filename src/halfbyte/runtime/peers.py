@@ -13,6 +13,7 @@ The first failure that is written to the store is the one that all know of from 
 import contextlib
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -114,7 +115,8 @@ class Peers:
         if not on_time:
             text = f"hangs: its GPU has not finished {self.at} in {seconds}"
             return Failure(self._rank, text, lost=True)
-        behind = {rank: one for rank, one in self._known.items() if one["sums"] < self.sums}
+        others = {rank: one for rank, one in self._known.items() if rank != self._rank}
+        behind = {rank: one for rank, one in others.items() if one["sums"] < self.sums}
         if not behind:
             text = f"has waited {seconds} for a sum that all have begun: their connection hangs"
             return Failure(self._rank, text)
@@ -210,11 +212,20 @@ class Peers:
         self._thread.join()
         with contextlib.suppress(RuntimeError):  # without the store there is nobody to wait for
             self._tell(left=True)
+            lost = self.failure.rank if self.failure is not None and self.failure.lost else None
             if failed or self._rank == 0:
-                lost = self.failure.rank if self.failure is not None and self.failure.lost else None
                 self._wait_for(lambda rank: rank not in (self._rank, lost))
+                self._kill(lost)
         if failed and self._rank:
             time.sleep(2 * _BEAT)  # the first process is the one with the terminal
+
+    def _kill(self, rank: int | None) -> None:
+        """End a process of this host that hangs, for which torchrun would wait; if there is one."""
+        if rank is not None and rank != self._rank:
+            peer = json.loads(self._store.get(self._keys[rank]))
+            if peer["host"] == _this_host() and _lives(peer["pid"]):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(peer["pid"], signal.SIGKILL)
 
     def _wait_for(self, which: Callable[[int], bool]) -> None:
         """Wait until the processes that ``which`` is true of have left or gone, for some time."""

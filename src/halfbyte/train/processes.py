@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-import halfbyte
 from halfbyte.checkpoint.run_state import RunState
 from halfbyte.config.schema import TrainConfig
 from halfbyte.errors import ConfigError
@@ -104,7 +103,7 @@ def require_same_run(
 
 def code_digest() -> str:
     """Return a digest of halfbyte's own files."""
-    digest, root = blake2b(digest_size=8), Path(halfbyte.__file__).parent
+    digest, root = blake2b(digest_size=8), Path(__file__).parents[1]
     for path in sorted([*root.rglob("*.py"), *root.rglob("*.cpp")]):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
