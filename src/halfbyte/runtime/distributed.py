@@ -156,6 +156,11 @@ class ProcessGroup:
         """Whether this process writes: the output directory, the hub and the terminal."""
         return self.rank == 0
 
+    @property
+    def on_this_host(self) -> int:
+        """The number of processes on this machine."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) if self.size > 1 else 1
+
     def now_at(self, what: str) -> None:
         """Say what this process does from now on, such as ``step 3``, for messages."""
         if self.peers is not None:

@@ -220,10 +220,15 @@ class Peers:
             time.sleep(2 * _BEAT)  # the first process is the one with the terminal
 
     def _kill(self, rank: int | None) -> None:
-        """End a process of this host that hangs, for which torchrun would wait; if there is one."""
+        """End a process of this host that hangs and does not end itself, if there is one."""
         if rank is not None and rank != self._rank:
             peer = json.loads(self._store.get(self._keys[rank]))
-            if peer["host"] == _this_host() and _lives(peer["pid"]):
+            if peer["host"] != _this_host():
+                return
+            until = time.monotonic() + 4 * _BEAT  # in which it can say why, if its thread runs
+            while time.monotonic() < until and _lives(peer["pid"]):
+                time.sleep(_BEAT / 25)
+            if _lives(peer["pid"]):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(peer["pid"], signal.SIGKILL)
 

@@ -228,7 +228,7 @@ class _Run:
         self.tokenizer = self.source.tokenizer()
         recipe = recipe_of(config, self.dtype, device)
         cache = config.cache_quantized
-        place = locate(config, self.source, recipe)
+        place = locate(config, self.source, recipe, processes=self.processes.on_this_host)
         if place.message:
             report.note(place.message)
         self.waits = None if place.location == "gpu" else place.location
