@@ -34,7 +34,7 @@ def tokens_of(batches):
     return Counter(
         (int(i), int(k))
         for batch in batches
-        for ids, labels, n in zip(*batch, strict=True)
+        for ids, labels, n in zip(*batch[:3], strict=True)
         for i, k in zip(ids[:n], labels[:n], strict=True)
     )
 

@@ -76,7 +76,7 @@ def true_step(model, batches, objective, normaliser):
     """The objective over transformers' own forward, document by document, all at once."""
     logps, segments = [], []
     for batch in batches:
-        for ids, labels, length in zip(*batch, strict=True):
+        for ids, labels, length in zip(*batch[:3], strict=True):
             logits = model(input_ids=ids[None, :length], use_cache=False).logits[0].float()
             number = len(segments)
             labels = labels[:length]

@@ -49,7 +49,7 @@ def test_every_document_is_in_one_part_as_it_was(lengths):
     wanted = [
         (ids[:n].tolist(), list(range(n)), labels[:n].tolist())
         for batch in batches
-        for ids, labels, n in zip(*batch, strict=True)
+        for ids, labels, n in zip(*batch[:3], strict=True)
     ]
     made = parts_of(batches, "cpu", pack=True)
     found = [document for part in made for document in documents_of(part)]

@@ -59,7 +59,7 @@ def alone(batches):
     return [
         Batch(ids[None, :n], labels[None, :n], [n])
         for batch in batches
-        for ids, labels, n in zip(*batch, strict=True)
+        for ids, labels, n in zip(*batch[:3], strict=True)
     ]
 
 

@@ -18,6 +18,7 @@ from halfbyte.checkpoint.run_state import RunState
 from halfbyte.config.schema import TrainConfig
 from halfbyte.errors import ConfigError
 from halfbyte.runtime.distributed import ProcessGroup, claim_gpu, rank_of_process
+from halfbyte.runtime.precision import configure_allocators
 from halfbyte.train import metadata
 
 SLOW, STEPS_TO_TELL = 1.2, 20
@@ -72,6 +73,7 @@ def processes_of(config: TrainConfig) -> ProcessGroup:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
+        configure_allocators()  # read when torch initialises CUDA, which joining does
         claim_gpu()
     return ProcessGroup.from_environment(device, timeout=config.ddp_timeout)
 

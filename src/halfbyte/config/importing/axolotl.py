@@ -227,7 +227,7 @@ RULES: dict[str, Rule] = {
         _ONE_PROCESS,
     ),
     # the run
-    "local_rank": unneeded("a run is one process"),
+    "local_rank": unneeded("torchrun tells each process its own"),
     "debug": unneeded("`halfbyte check --show` prints rows token by token"),
     "test_value": unneeded("belongs to axolotl's own tests"),
     "use_tensorboard": Rule("report_to", lambda v: ("tensorboard",) if v else None),

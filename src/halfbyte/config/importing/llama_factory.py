@@ -139,7 +139,7 @@ RULES: dict[str, Rule] = {
     "mixed_precision": unneeded("adapters are float32, products in `compute_dtype`"),
     "export_hf_on_finish": unneeded("the adapter is in PEFT's format"),
 }  # fmt: skip
-RULES["ddp_timeout"] = unneeded("a run is one process")
+RULES["ddp_timeout"] = unneeded("waiting for the first process's data has no limit here")
 
 _STAGES = {"sft": None, "pt": "all"}
 

@@ -150,7 +150,7 @@ _ARGUMENTS: dict[str, Rule] = {
     "logging_strategy": unneeded("`logging_steps` decides"),
     "loss_type": Rule(read=_only("nll", "the loss is cross entropy"), why="it is cross entropy"),
     "completion_only_loss": Rule("train_on", lambda v: "assistant" if v else "all"),
-    "ddp_find_unused_parameters": unneeded("a run is one process"),
+    "ddp_find_unused_parameters": unneeded("gradients are summed once per step, in one buffer"),
     "disable_tqdm": unneeded("progress is shown on a terminal"),
     "warmup_steps": Rule("warmup_steps", lambda v: v),
     "push_to_hub": missing("`push_to_hub: owner/name`"),
