@@ -69,10 +69,10 @@ def config(model, data, output, **options):
     return TrainConfig(model=str(model), data=str(data), output=output, **settings | options)
 
 
-def run(made, stop=None):
-    stop = stop or StopRequest()
+def run(made, **of_program):
+    stop = StopRequest()
     with first_signal(stop.on_signal), open_report(made.output, quiet=True) as report:
-        return train(made, report, stop).final_loss
+        return train(made, report, stop, **of_program).final_loss
 
 
 def journal(output, event):
@@ -108,11 +108,13 @@ VARIANTS = {
         "target_modules": "q_proj,v_proj",
     },
     "fewer examples than processes": {
-        "counts": (4,),
+        "counts": (3,),
         "batch_size": 1,
         "gradient_accumulation_steps": 2,
         "use_dora": True,
         "optim": "paged_adamw_8bit",
+        "paging": "explicit",
+        "max_grad_norm": 0.0,
         "modules_to_save": ("norm",),
     },
 }
@@ -160,6 +162,32 @@ def test_three_processes_go_on_where_two_have_stopped(model, data, tmp_path, sig
         assert "stopped after step 3 of 5, which is saved" in ended.text
     assert values(in_processes(3, lambda rank: run(made.model_copy(update={"resume": True}))))
     same_run(whole.output, made.output)
+
+
+class Finishing:
+    """Ends a run after an evaluation, of which only the first process tells it."""
+
+    def on_evaluate(self, info):
+        return "finish"
+
+
+def answer_lengths(samples):
+    return {"length": float(len(samples))}
+
+
+def test_callbacks_and_metrics_are_those_of_the_first_process(model, data, tmp_path):
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(data.read_text().splitlines(keepends=True)[:3]))
+    options = {"max_steps": 6, "eval_data": str(held_out), "eval_steps": 1, "eval_max_samples": 1}
+    made = config(model, data, tmp_path / "run", **options)
+    program = {"callbacks": [Finishing()], "metrics": [answer_lengths]}
+    losses = values(in_processes(2, lambda rank: run(made, **program)))
+    assert losses[0] == losses[1]
+    assert [one["step"] for one in journal(made.output, "step")] == [1]
+    evaluations = journal(made.output, "evaluation")
+    assert [one["step"] for one in evaluations] == [1, 1]  # at the end on all rows
+    assert [one["metrics"] for one in evaluations] == [{"length": 1.0}, {"length": 3.0}]
+    assert "callback" in log(made.output, 1)  # it knows why training ends
 
 
 # --- faults ---------------------------------------------------------------------------------------

@@ -120,6 +120,7 @@ class ProcessGroup:
         limit = timedelta(seconds=timeout)
         if on_gpu:  # on a time-out of its own, NCCL would end this process before it has saved
             os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        group: ProcessGroup | None = None
         try:
             tcp = stores.TCPStore(
                 host,
@@ -142,13 +143,16 @@ class ProcessGroup:
                 timeout=timedelta(seconds=timeout + _TO_NOTICE),  # ours comes first
                 device_id=torch.device("cuda", torch.cuda.current_device()) if on_gpu else None,
             )
+            if on_gpu:  # NCCL's memory is taken now, so that plans see it
+                group.sum_(torch.zeros(1, device="cuda"))
         except (ValueError, OSError, RuntimeError) as error:
-            raise ConfigError(
+            failed = ConfigError(
                 f"rank {rank} of {size} cannot reach the others at {host or '?'}:{port or '?'} "
                 f"(MASTER_ADDR, MASTER_PORT): {error}"
-            ) from error
-        if on_gpu:  # NCCL's memory is taken now, so that plans see it
-            group.sum_(torch.zeros(1, device="cuda"))
+            )
+            if group is not None and group.peers is not None:  # they wait for this one
+                group.peers.declare(Failure(rank, f"failed: ConfigError: {failed}", 2))
+            raise failed from error
         return group
 
     @property

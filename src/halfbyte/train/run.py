@@ -487,7 +487,7 @@ class _Run:
                     range(self.start, total),
                     self.batches_of,
                     self.finished,
-                    stopped=lambda: self.stopped or self.ended is not None,
+                    stopped=self._is_over,
                 )
             except BETWEEN_STEPS as error:
                 self.report_engine()
@@ -602,17 +602,21 @@ class _Run:
             self.save(done)
 
     def _agree(self) -> None:
-        """Have all processes know what one was asked, and what callbacks of the first want."""
-        processes = self.processes
-        asked, signal = self.trainer.parallel.stop is not None, self.trainer.parallel.stop
-        if processes.size > 1 and self.program.callbacks:
-            wanted = processes.from_first(lambda: [self.stop.requested, self.ended])
-            asked, self.ended = asked or wanted[0], wanted[1]
-        if asked:
+        """Stop after this step if a process was asked to by the end of the last one."""
+        if (asked := self.trainer.parallel.stop) is not None:
             self.agreed_to_stop = True
             if not self.stop.requested:
-                self.stop.signal = signal or None
+                self.stop.signal = asked or None
                 self.stop.request(quietly=True)
+
+    def _is_over(self) -> bool:
+        """Return whether no more steps are made; asked before each, by all processes."""
+        if self.processes.size > 1 and self.program.callbacks:  # only the first calls them
+            asked, self.ended = self.processes.from_first(lambda: [self.stop.requested, self.ended])
+            if asked:
+                self.agreed_to_stop = True
+                self.stop.request(quietly=True)
+        return self.stopped or self.ended is not None
 
     def _watch(self, done: int, result: StepResult) -> None:
         """Warn of a loss that a healthy run does not have."""
