@@ -1,7 +1,6 @@
 """``halfbyte train --gpus N`` starts processes that fail, and end, as a single one does."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +104,7 @@ def test_a_failure_of_another_process_has_its_exit_code(code, monkeypatch, capsy
     monkeypatch.setattr(cli, "_run", fail)
     assert cli.main(["train"]) == code
     assert capsys.readouterr().err == "halfbyte train: rank 1 failed: DataError: bad\n"
-    monkeypatch.setitem(os.environ, "RANK", "1")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["train"]) == code
     assert capsys.readouterr().err == ""  # the first process says it

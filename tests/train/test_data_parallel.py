@@ -231,15 +231,15 @@ def raise_an_error():
     ("rank", "fail", "reason"),
     [
         (0, die, "rank 0 died (process "),
-        (1, hang, "rank 1 hangs: the others have waited for it for 2 s (--ddp-timeout) in step 3"),
-        (0, stop, "rank 0 hangs: the others have waited for it for 2 s (--ddp-timeout) in step 3"),
+        (1, hang, "rank 1 hangs: the others have waited for it for 3 s (--ddp-timeout) in step 3"),
+        (0, stop, "rank 0 hangs: the others have waited for it for 3 s (--ddp-timeout) in step 3"),
         (1, raise_an_error, "rank 1 failed: ZeroDivisionError: a bug"),
     ],
 )
 def test_a_process_that_fails_ends_the_run_with_a_checkpoint(
     model, data, tmp_path, rank, fail, reason
 ):
-    made = config(model, data, tmp_path / "run", max_steps=4, save_steps=5, ddp_timeout=2.0)
+    made = config(model, data, tmp_path / "run", max_steps=4, save_steps=5, ddp_timeout=3.0)
     began = time.monotonic()
     ended = in_processes(2, failing(made, rank, 3, fail), seconds=20.0)
     assert time.monotonic() - began < 15.0  # also the one that hangs
@@ -338,7 +338,7 @@ def test_a_slow_process_is_in_the_journal(model, data, tmp_path, monkeypatch):
         step = LayerEngine.step
 
         def slow(self, *args):
-            time.sleep(0.2 * rank)
+            time.sleep(0.3 * rank)
             return step(self, *args)
 
         LayerEngine.step = slow
@@ -348,10 +348,10 @@ def test_a_slow_process_is_in_the_journal(model, data, tmp_path, monkeypatch):
     steps = journal(made.output, "step")
     assert [one["step"] for one in steps] == [2, 4, 6]
     assert all(len(one["rank_seconds"]) == 2 for one in steps)
-    assert all(one["rank_seconds"][1] > 0.2 > one["rank_seconds"][0] for one in steps)
+    assert all(one["rank_seconds"][1] > max(0.3, one["rank_seconds"][0]) for one in steps)
     (warning,) = [one for one in journal(made.output, "warning") if one["kind"] == "slow_rank"]
     assert warning["step"] == 4  # the seconds of three steps are known
-    assert "rank 1 is slow: 0.2" in warning["text"]
+    assert "rank 1 is slow: " in warning["text"]
 
 
 def test_a_step_that_is_not_finite_is_left_out_by_all(model, data, tmp_path):

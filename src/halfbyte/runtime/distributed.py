@@ -37,7 +37,8 @@ _SHORTEST_PAUSE, _LONGEST_PAUSE = 20e-6, 1e-3  # of polling; a step takes 100 ms
 
 def rank_of_process() -> tuple[int, int]:
     """Return rank and number of the processes that torchrun has started; (0, 1) without it."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    return (int(os.environ.get("RANK", "0")), size) if size > 1 else (0, 1)
 
 
 def claim_gpu() -> None:
