@@ -55,8 +55,8 @@ def model_of(config: Any, weights: str) -> Any:
     from halfbyte.layers.multimodal import build_whole
     from halfbyte.layers.vocabulary import embedding_to_host
     from halfbyte.linear.experts import expert_linears
-    from halfbyte.linear.lora import LoRAConfig, attach, frozen_linears
     from halfbyte.linear.layer_store import HostLayers
+    from halfbyte.linear.lora import LoRAConfig, attach, frozen_linears
     from halfbyte.models.build import (
         BaseRecipe,
         build,

@@ -7,14 +7,16 @@ import torch
 from safetensors.torch import load_file
 
 from halfbyte.config.schema import TrainConfig
+from halfbyte.errors import ConfigError
 from halfbyte.linear.layer_store import DiskLayers, HostLayers
+from halfbyte.linear.sharded_layers import ShardedLayers
 from halfbyte.models.build import BaseRecipe
 from halfbyte.plan.model_shape import shape_of_known
 from halfbyte.report import open_report
 from halfbyte.runtime.device import DeviceSpec
 from halfbyte.train import weight_location
 from halfbyte.train.run import train
-from halfbyte.train.weight_location import choose_location
+from halfbyte.train.weight_location import Processes, locate
 from tests.tiny import write_tiny_model
 
 
@@ -59,10 +61,10 @@ def on_a_gpu(monkeypatch, gpu, host):
     monkeypatch.setattr(weight_location.devices, "spec_of", lambda device: spec)
 
 
-def located(shape, **options):
+def located(shape, processes=Processes(), **options):  # noqa: B008
     config = TrainConfig(model="m", data="d", output="o", **options)
     recipe = BaseRecipe(compute_dtype=torch.bfloat16, device="cuda")
-    return choose_location(config, lambda: shape_of_known(shape), recipe)
+    return locate(config, lambda: shape_of_known(shape), recipe, processes)
 
 
 @pytest.mark.parametrize(
@@ -93,3 +95,23 @@ def test_what_is_asked_for_is_done(tmp_path, monkeypatch):
     assert located("llama2-7b", weights="host").location == "host"
     assert located("llama2-7b", weights="disk").location == "disk"
     assert located("llama2-7b", memory_budget="4GB").location == "host"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "weights", "expected"),
+    [(24e9, "auto", "host"), (40e9, "auto", "gpus"), (40e9, "host", "host"), (24e9, "gpu", "gpus")],
+)
+def test_weights_are_divided_among_gpus_or_in_host_memory(monkeypatch, gpu, weights, expected):
+    on_a_gpu(monkeypatch, gpu, 64e9)
+    found = located("llama2-70b", Processes(2, 1), shard=True, weights=weights)
+    assert found.location == expected
+    assert found.store.func is ShardedLayers
+    place = {"gpus": "gpu", "host": "host"}[expected]
+    assert found.store.keywords == {"rank": 1, "size": 2, "place": place}
+
+
+def test_dividing_needs_processes(monkeypatch):
+    with pytest.raises(ConfigError, match="there is one: start several with --gpus 2"):
+        located("llama2-70b", shard=True)
+    with pytest.raises(ValueError, match="`shard` divides weights in memory"):
+        TrainConfig(model="m", data="d", output="o", shard=True, weights="disk")

@@ -339,6 +339,11 @@ class TrainConfig(ModelOptions):
         "processes. A step has the same examples in all, batch_size * "
         "gradient_accumulation_steps, and they are dealt out. torchrun sets the number itself",
     )
+    shard: bool = Field(
+        False,
+        description="divide the frozen weights of layers among the processes of a machine, instead "
+        "of a copy for each: on the GPUs or, with weights host, in host memory",
+    )
     ddp_timeout: float = Field(
         600.0,
         gt=0,
@@ -400,6 +405,12 @@ class TrainConfig(ModelOptions):
         True, description="create the repository of push_to_hub private, if there is none"
     )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the adapters and the data's order")
+
+    @model_validator(mode="after")
+    def _shards_are_in_memory(self) -> Self:
+        if self.shard and self.weights == "disk":
+            raise ValueError("`shard` divides weights in memory; each process reads a disk itself")
+        return self
 
     @field_validator("target_modules", mode="before")
     @classmethod

@@ -166,6 +166,16 @@ class ProcessGroup:
         """The number of processes on this machine."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) if self.size > 1 else 1
 
+    @property
+    def rank_on_this_host(self) -> int:
+        """The number of this process among those."""
+        return int(os.environ.get("LOCAL_RANK", self.rank)) if self.size > 1 else 0
+
+    @property
+    def host(self) -> int:
+        """The number of this machine."""
+        return int(os.environ.get("GROUP_RANK", "0"))
+
     def now_at(self, what: str) -> None:
         """Say what this process does from now on, such as ``step 3``, for messages."""
         if self.peers is not None:

@@ -36,7 +36,7 @@ from halfbyte.train.loading import lora_of, recipe_of
 from halfbyte.train.output import claim_output
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.trainer import StepResult, Trainer
-from halfbyte.train.weight_location import choose_location
+from halfbyte.train.weight_location import Processes, locate
 
 if TYPE_CHECKING:
     from halfbyte.report import RunReport
@@ -111,7 +111,11 @@ def run(config: TrainConfig, report: "RunReport") -> None:
 
 
 def random_model(
-    config: TrainConfig, dtype: torch.dtype, device: str, report: "RunReport"
+    config: TrainConfig,
+    dtype: torch.dtype,
+    device: str,
+    report: "RunReport",
+    processes: Processes = Processes(),  # noqa: B008
 ) -> tuple[PreTrainedModel, MemoryReport]:
     """Return a model with random weights, stored as a run would store them, and adapters.
 
@@ -120,6 +124,7 @@ def random_model(
         dtype: dtype of products.
         device: Where it is to be trained.
         report: Where to log.
+        processes: Those that hold the model, or with ``shard`` a part of it.
 
     Raises:
         ConfigError: The shape is unknown.
@@ -127,7 +132,7 @@ def random_model(
     architecture = config_of(config.model.removeprefix(PREFIX))
     recipe = recipe_of(config, dtype, device)
     model = build(architecture, recipe)
-    place = choose_location(config, partial(shape_of_config, architecture, config.model), recipe)
+    place = locate(config, partial(shape_of_config, architecture, config.model), recipe, processes)
     if place.message:
         report.note(place.message)
     if place.store is not None:

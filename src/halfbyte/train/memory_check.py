@@ -70,6 +70,7 @@ class Prediction:
         embedding_on_host: Whether the embedding is in host memory.
         process: Bytes of the process before the base model was loaded (CPU).
         waits: Where the frozen weights of layers wait, if not on the device.
+        shards: The processes that they are divided among.
     """
 
     def __init__(
@@ -86,7 +87,8 @@ class Prediction:
         graphs: bool = False,
         embedding_on_host: bool = False,
         process: int | None = None,
-        waits: Literal["host", "disk"] | None = None,
+        waits: Literal["host", "disk", "gpus"] | None = None,
+        shards: int = 1,
     ) -> None:
         self._shape = shape_of_source(source)
         coded = optimizer.endswith("8bit")
@@ -106,6 +108,7 @@ class Prediction:
             trained=tuple(parameter.numel() for parameter in parameters.values()),
             process=process,
             waits=waits,
+            shards=shards,
         )
         self._shapes: dict[tuple[tuple[int, int], ...], None] = {}
         self._documents: dict[tuple[int, ...], None] = {}  # packed

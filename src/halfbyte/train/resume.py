@@ -33,6 +33,7 @@ _FREE_TO_CHANGE = {
     "activations",
     "memory_budget",
     "weights",
+    "shard",
     "samples",
     "report_to",
     "push_to_hub",

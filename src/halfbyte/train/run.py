@@ -61,7 +61,7 @@ from halfbyte.train.hub import describe_run, repository_of
 from halfbyte.train.init_adapter import InitialAdapter, template_of_run
 from halfbyte.train.loading import Loading, lora_of, recipe_of
 from halfbyte.train.loss_watch import LossWatch
-from halfbyte.train.memory_check import FIRST_LOOK, Prediction, sizes_of
+from halfbyte.train.memory_check import FIRST_LOOK, Prediction, shape_of_source, sizes_of
 from halfbyte.train.metrics import Metric, measured_on
 from halfbyte.train.nonfinite import NonFiniteSteps, rows_in_words
 from halfbyte.train.output import claim_output, write_rows
@@ -81,7 +81,7 @@ from halfbyte.train.saving import Checkpoints, CheckpointWriter
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.stopping import StopRequest
 from halfbyte.train.trainer import StepResult, Trainer
-from halfbyte.train.weight_location import locate
+from halfbyte.train.weight_location import Processes, connect, locate
 from halfbyte.user_cache import temporary_directory
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class _Run:
     memory: MemoryPlan
     prediction: Prediction
     initial: InitialAdapter | None = None
-    waits: Literal["host", "disk"] | None = None
+    waits: Literal["host", "disk", "gpus"] | None = None
 
     def __init__(
         self,
@@ -228,7 +228,8 @@ class _Run:
         self.tokenizer = self.source.tokenizer()
         recipe = recipe_of(config, self.dtype, device)
         cache = config.cache_quantized
-        place = locate(config, self.source, recipe, processes=self.processes.on_this_host)
+        shape = partial(shape_of_source, self.source)
+        place = locate(config, shape, recipe, Processes.of(self.processes))
         if place.message:
             report.note(place.message)
         self.waits = None if place.location == "gpu" else place.location
@@ -249,6 +250,7 @@ class _Run:
                 self._prepare_cpu()
             with self.processes.first() if cache else nullcontext():
                 self.base = loading.result(report)
+        connect(self.base.model, self.processes)
         report.record("loaded", {"seconds": loading.seconds} | metadata.memory_now(device))
 
     def _read_data(self) -> None:
@@ -403,6 +405,7 @@ class _Run:
             embedding_on_host=self.embedding_on_host,
             process=self.process_bytes,
             waits=self.waits,
+            shards=self.processes.on_this_host if config.shard else 1,
         )
 
     def begin(self) -> None:
