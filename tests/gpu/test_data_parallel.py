@@ -178,3 +178,20 @@ def test_ctrl_c_saves_once_and_two_gpus_go_on(model, data, tmp_path):
         said = end(process, 130)
         assert said.count("which is saved. To go on") == 1
         assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("weights", ["gpu", "host"])
+def test_divided_weights_make_the_same_run(model, data, tmp_path, weights):
+    usual = ["--max-steps", 6, "--compute-dtype", "float32", "--gpus", 2]
+    shard = ["--shard", "--weights", weights]
+    runs = {"whole": usual, "divided": [*usual, *shard]}
+    begun = {name: start(model, data, tmp_path / name, *words) for name, words in runs.items()}
+    for process in begun.values():
+        end(process, 0)
+    whole, divided = (steps(tmp_path / name) for name in runs)
+    off = max(abs(a["loss"] - b["loss"]) for a, b in zip(whole, divided, strict=True))
+    first, second = (load_file(tmp_path / name / ADAPTER) for name in runs)
+    largest = max(float((first[name] - second[name]).abs().max()) for name in first)
+    print(f"divided, {weights}: loss {off:.2e}, adapter {largest:.2e}")
+    assert off <= 2e-5
+    assert largest <= 2e-4
