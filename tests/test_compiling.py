@@ -18,8 +18,7 @@ pytest.importorskip("triton", reason="needs Triton")
 
 # An L4 is given what a 4090 is, and an H200 what an H100 is.
 # An A100 has no instruction that a 4090 has not, and more shared memory, as has a 3090.
-# What takes longest comes first: a worker that starts it last leaves the other one idle.
-NAMES = ("h100", "b200", "4090", "t4")
+NAMES = ("t4", "4090", "h100", "b200")
 COUNTS = {"h100": 88, "b200": 48, "4090": 48, "t4": 44}
 FOR_TENSOR_CORES = {
     *("_product_tile", "_sum_products", "_grouped_product", "_glu_backward"),
