@@ -1,9 +1,7 @@
 """The benchmark of answers: every contestant and both commands, on a CPU, with tiny models."""
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +9,32 @@ import pytest
 
 from tests.tiny import write_tiny_model
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "gpu_generate.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 pytestmark = pytest.mark.slow
 
 
-def benchmark(output: Path, *words: object) -> subprocess.CompletedProcess[str]:
-    call = [sys.executable, BENCHMARK, "--device", "cpu", "--output", output, *words]
+@pytest.fixture
+def gpu_generate(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(BENCHMARKS)
     # One thread, as in conftest.py: two wait for each other where cores are busy.
-    return subprocess.run(
-        [str(word) for word in call],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return __import__("gpu_generate")
+
+
+@pytest.fixture
+def benchmark(gpu_generate: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Run the script, whose contestants are processes, in this one; return what it ends with."""
+
+    def call(output: Path, *words: object) -> str:
+        given = ["gpu_generate.py", "--device", "cpu", "--output", output, *words]
+        monkeypatch.setattr("sys.argv", [str(word) for word in given])
+        try:
+            gpu_generate.main()
+        except SystemExit as error:
+            return str(error)
+        return ""
+
+    return call
 
 
 def row(path: Path) -> dict[str, Any]:
@@ -32,11 +42,12 @@ def row(path: Path) -> dict[str, Any]:
     return found
 
 
-def test_contestants_make_the_tokens_that_are_asked_for(tmp_path: Path) -> None:
+def test_contestants_make_the_tokens_that_are_asked_for(
+    benchmark: Callable[..., str], tmp_path: Path
+) -> None:
     words = ["--shape", "tiny", "--short", 2, "--tokens", 24, "--peer-tokens", 24, "--calls", 1]
     words += ["--only", "halfbyte", "bitsandbytes-lora"]
-    done = benchmark(tmp_path / "row.json", *words, "--batches", 1, 3)
-    assert done.returncode == 0, done.stderr
+    assert not benchmark(tmp_path / "row.json", *words, "--batches", 1, 3)
     rows = row(tmp_path / "row.json")["rows"]
     assert list(rows) == ["halfbyte", "bitsandbytes-lora"]
     for found in rows.values():
@@ -50,16 +61,21 @@ def test_contestants_make_the_tokens_that_are_asked_for(tmp_path: Path) -> None:
     assert rows["halfbyte"]["packed_bytes"] > linears // 2 + 4 * 400 * 64
 
 
-def test_both_commands_have_a_time_and_a_failure_is_told(tmp_path: Path) -> None:
+def test_both_commands_have_a_time_and_a_failure_is_told(
+    gpu_generate: Any,
+    benchmark: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = write_tiny_model(tmp_path / "tiny")
-    done = benchmark(tmp_path / "row.json", "--gguf", model, "--chats", 2)
-    assert done.returncode == 0, done.stderr
+    every = gpu_generate.COMMANDS
+    assert list(every) == ["generate", "eval"]
+    monkeypatch.setattr(gpu_generate, "COMMANDS", {"wrong": "report {model}/none"} | every)
+    ended = benchmark(tmp_path / "row.json", "--gguf", model, "--chats", 2)
     found = row(tmp_path / "row.json")["commands"]
+    assert ended == "failed: wrong", found
+    assert "tiny/none" in found["wrong"]["failed"]
     assert found["imports"]["seconds"] > 0
-    for name in ("generate", "eval"):
+    for name in every:  # which the failure did not keep from running
         assert found[name]["first_s"] > 0
         assert found[name]["again_s"] > 0
-    done = benchmark(tmp_path / "row.json", "--gguf", tmp_path / "none.gguf", "--chats", 2)
-    assert done.returncode == 1
-    assert done.stderr.endswith("failed: generate, eval\n")
-    assert "none.gguf" in row(tmp_path / "row.json")["commands"]["eval"]["failed"]

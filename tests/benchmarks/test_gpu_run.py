@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ SMOLLM2 = os.environ.get("HALFBYTE_TEST_MODEL", "")
 @pytest.fixture
 def gpu_run(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(BENCHMARKS)
+    # One thread, as in conftest.py: two wait for each other where cores are busy.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return __import__("gpu_run")
 
 
@@ -28,56 +31,65 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
-def benchmark(*words: object, output: Path) -> subprocess.CompletedProcess[str]:
-    call = [sys.executable, BENCHMARKS / "gpu_run.py", "--device", "cpu", "--output", output]
-    # One thread, as in conftest.py: two wait for each other where cores are busy.
-    return subprocess.run(
-        [str(word) for word in [*call, *words]],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+@pytest.fixture
+def benchmark(gpu_run: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Run the script, whose contestants are processes, in this one; return what it ends with."""
+
+    def call(*words: object, output: Path) -> str:
+        given = ["gpu_run.py", "--device", "cpu", "--output", output, *words]
+        monkeypatch.setattr("sys.argv", [str(word) for word in given])
+        try:
+            gpu_run.main()
+        except SystemExit as error:
+            return str(error)
+        return ""
+
+    return call
 
 
 @pytest.mark.slow
-def test_contestants_of_ours_have_a_row_each_with_every_figure(model: Path, tmp_path: Path) -> None:
+def test_contestants_of_ours_have_a_row_each_with_every_figure(
+    benchmark: Callable[..., str],
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     output = tmp_path / "row.json"
-    words = ["--only", "smollm2", "halfbyte", "--checkpoint", model, "--gguf", model]
+    words = ["--only", "smollm2", "halfbyte-no-graphs", "--checkpoint", model, "--gguf", model]
     words += ["--chats", 16, "--steps", 1, "--longest", 256]
-    done = benchmark(*words, output=output)
-    assert done.returncode == 0, done.stderr
+    assert not benchmark(*words, output=output)
     rows = json.loads(output.read_text())["rows"]
-    assert [(name, row["steps"]) for name, row in rows.items()] == [("smollm2", 3), ("halfbyte", 1)]
+    steps = [(name, row["steps"]) for name, row in rows.items()]
+    assert steps == [("smollm2", 3), ("halfbyte-no-graphs", 1)]
+    ours = rows["halfbyte-no-graphs"]
     # One step is all the data, cut.
-    assert rows["smollm2"]["tokens"] == 3 * rows["halfbyte"]["tokens"]
-    assert 8 * 256 < rows["halfbyte"]["tokens"] <= 16 * 256
-    assert rows["smollm2"]["loss"] < rows["halfbyte"]["loss"]  # it is the mean of three steps
+    assert rows["smollm2"]["tokens"] == 3 * ours["tokens"]
+    assert 8 * 256 < ours["tokens"] <= 16 * 256
+    assert rows["smollm2"]["loss"] < ours["loss"]  # it is the mean of three steps
     assert rows["smollm2"]["predicted_seconds"] > 0
     for row in rows.values():
         assert 0 < row["first_step_s"] < row["wall_s"]
         assert row["steady_tokens_per_s"] > 0
         assert 0.1 < row["peak_gb"] < 5
         assert abs(row["forecast_off"]) < 1
-    printed = done.stdout.splitlines()
-    assert sum(line.startswith("halfbyte ") for line in printed) == 2  # the row, and the table
+    printed = capsys.readouterr().out.splitlines()
+    # The row, and the table.
+    assert sum(line.startswith("halfbyte-no-graphs ") for line in printed) == 2
 
 
 @pytest.mark.slow
-def test_a_contestant_that_fails_or_hangs_is_told_and_the_rest_goes_on(
-    model: Path, tmp_path: Path
+def test_contestants_that_fail_or_hang_are_told_and_the_rest_goes_on(
+    benchmark: Callable[..., str], model: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "row.json"
-    words = ["--only", "halfbyte-no-graphs", "smollm2", "--checkpoint", model, "--steps", 1]
+    words = ["--only", "smollm2", "smollm2", "--checkpoint", model, "--steps", 1]
     words += ["--gguf", tmp_path / "none.gguf", "--chats", 16, "--longest", 256]
-    done = benchmark(*words, output=output)
-    assert done.returncode == 1
-    assert done.stderr.endswith("failed: smollm2\n")
+    assert benchmark(*words, output=output) == "failed: smollm2, smollm2 (2)"
     rows = json.loads(output.read_text())["rows"]
-    assert "none.gguf" in rows["smollm2"]["failed"]
-    assert rows["halfbyte-no-graphs"]["steps"] == 1
+    assert list(rows) == ["smollm2", "smollm2 (2)"]
+    assert all("none.gguf" in row["failed"] for row in rows.values())
 
-    done = benchmark(*words, "--seconds", 0.5, "--only", *["smollm2"] * 2, output=output)
+    assert benchmark(*words, "--seconds", 0.5, output=output) == "failed: smollm2, smollm2 (2)"
     rows = json.loads(output.read_text())["rows"]
     assert list(rows) == ["smollm2", "smollm2 (2)"]
     assert {row["failed"] for row in rows.values()} == {"did not end within 0.5 s"}
@@ -104,13 +116,21 @@ def test_commands_are_timed_with_their_exit_codes(
     assert "What did the Queen" not in " ".join(every.values())
 
 
-def test_wrong_use_is_said_before_anything_runs(tmp_path: Path) -> None:
-    done = benchmark("--only", "halfbyte", output=tmp_path / "row.json")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--only", "halfbyte"], "--gguf is missing"),
+        (["--only", "unsloth", "--gguf", "m.gguf"], "--device cpu is for ours"),
+    ],
+)
+def test_wrong_use_is_said_before_anything_runs(
+    words: list[str], message: str, tmp_path: Path
+) -> None:
+    call = [sys.executable, str(BENCHMARKS / "gpu_run.py"), "--device", "cpu", *words]
+    call += ["--output", str(tmp_path / "row.json")]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "--gguf is missing" in done.stderr
-    done = benchmark("--only", "unsloth", "--gguf", "m.gguf", output=tmp_path / "row.json")
-    assert done.returncode == 2
-    assert "--device cpu is for ours" in done.stderr
+    assert message in done.stderr
 
 
 def test_steady_figures_leave_the_first_steps_out(gpu_run: Any) -> None:

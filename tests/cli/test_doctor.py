@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,10 +29,24 @@ def checked(capsys: pytest.CaptureFixture[str], code: int) -> dict[str, Any]:
     return answer
 
 
+@pytest.fixture
+def trained_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train for real, but once for all tests in which training is not what is wrong.
+
+    Three trainings are two of the self-test's 2.5 s. `test_every_part_is_right_in_either_dtype`
+    makes all of them.
+    """
+    monkeypatch.setattr(self_test, "_train", _train)
+
+
+_train = functools.cache(self_test._train)
+
+
 def failed(answer: dict[str, Any]) -> list[str]:
     return [check["name"] for check in answer["self_test"] if not check["passed"]]
 
 
+@pytest.mark.usefixtures("trained_once")
 def test_a_person_reads_what_there_is_and_that_it_is_right(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -43,6 +58,7 @@ def test_a_person_reads_what_there_is_and_that_it_is_right(
     assert "All 9 passed (" in out
 
 
+@pytest.mark.usefixtures("trained_once")
 def test_a_program_reads_the_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     answer = checked(capsys, 0)
     assert answer["passed"]
@@ -58,6 +74,7 @@ def test_every_part_is_right_in_either_dtype(dtype: torch.dtype) -> None:
     assert all(check.passed for check in self_test.checks("cpu", dtype))
 
 
+@pytest.mark.usefixtures("trained_once")
 def test_a_decoder_that_is_wrong_is_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,6 +98,7 @@ def test_a_decoder_that_is_wrong_is_found(
     assert "wrong results on this machine: packing and decoding" in err
 
 
+@pytest.mark.usefixtures("trained_once")
 def test_a_linear_layer_that_is_wrong_is_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,6 +114,7 @@ def test_a_linear_layer_that_is_wrong_is_found(
     assert "a 4-bit linear layer with adapter" in failed(checked(capsys, 1))
 
 
+@pytest.mark.usefixtures("trained_once")
 def test_attention_that_is_wrong_is_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,6 +127,7 @@ def test_attention_that_is_wrong_is_found(
     assert "attention" in failed(checked(capsys, 1))
 
 
+@pytest.mark.usefixtures("trained_once")
 def test_an_engine_that_forgets_a_micro_batch_is_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,6 +154,7 @@ def test_training_that_differs_from_itself_is_found(
     assert failed(checked(capsys, 1)) == ["and learns it again, bit for bit"]
 
 
+@pytest.mark.usefixtures("trained_once")
 def test_only_what_is_to_repeat_is_held_to_a_fixed_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other parts compute as training does; all after cuBLAS has been told."""
     held: list[str] = []

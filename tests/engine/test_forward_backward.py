@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from halfbyte.engine import forward_backward
 from halfbyte.engine.buckets import Buckets
@@ -18,7 +19,7 @@ from halfbyte.engine.memory_profile import measured_cost
 from halfbyte.engine.packing import Batch
 from halfbyte.layers import attention
 from halfbyte.layers.decoder_layer import FusedLayer
-from halfbyte.layers.elementwise import plain_rotary
+from halfbyte.layers.elementwise import plain_rotary, plain_swiglu_backward
 from halfbyte.linear import group
 from halfbyte.linear.group import OpenLayer
 from halfbyte.linear.lora import adapter_parameters
@@ -194,7 +195,10 @@ PARTS, POSITIONS = batches_of([(2, 17), (1, 9)]), (2 * 17, 9)
 
 
 def forward(x, weights, p, cast_adapters, outputs, turn):
-    """triton_matmul.py by torch: its kernels, interpreted, take seconds a step."""
+    """triton_matmul.py by torch: its kernels, interpreted, take seconds a step.
+
+    The same holds for those below. Both of the steps that are compared are made with them.
+    """
     adapters = zip(p.split(cast_adapters.rank, 1), cast_adapters.b.split(outputs), strict=True)
     ys = [x @ weight.t() for weight in weights]
     return torch.cat([y + own @ b.t() for y, (own, b) in zip(ys, adapters, strict=True)], 1)
@@ -205,11 +209,42 @@ def backward(dys, weights, g, cast_adapters):
 
 
 def rotary(q, k, cos, sin, *, backward=False):
-    """layers/triton_elementwise.py's by torch, for the same reason."""
+    """layers/triton_elementwise.py's by torch, as those that follow."""
     ones = [plain_rotary(x, cos, -sin if backward else sin).to(x.dtype) for x in (q, k)]
     if not backward:
         ones = [x.detach().copy_(one) for x, one in zip((q, k), ones, strict=True)]
     return tuple(ones)
+
+
+def swiglu(gate, up):
+    return (F.silu(gate.float()) * up.float()).to(gate.dtype)
+
+
+def swiglu_backward(dy, gate, up, *, remake=False):
+    made = swiglu(gate, up)
+    gradients = plain_swiglu_backward(dy, gate, up)
+    for x, gradient in zip((gate, up), gradients, strict=True):
+        x.copy_(gradient)
+    if remake:
+        dy.copy_(made)
+    return gate, up
+
+
+def cast_adapters_of(sets, dtype):
+    """linear/triton_lora.py's by torch."""
+    from halfbyte.linear import triton_lora  # it imports triton
+
+    made = []
+    for one in sets:
+        rank = triton_lora.rank_of(one.pairs)
+        a = torch.zeros(len(one.pairs), rank, one.inputs, dtype=dtype)
+        bs = [torch.zeros(out, rank, dtype=dtype) for out in one.outputs]
+        for pair, own_a, own_b in zip(one.pairs, a, bs, strict=True):
+            if pair is not None:
+                own_a[: len(pair[0])] = pair[0]
+                own_b[:, : len(pair[0])] = pair[1] * pair[2]
+        made.append(triton_lora.CastAdapters(a.flatten(0, 1), torch.cat(bs), rank))
+    return made
 
 
 @pytest.fixture
@@ -230,11 +265,14 @@ def products(monkeypatch):
     gpu = pytest.importorskip("halfbyte.layers.triton_elementwise", exc_type=ImportError)
     other = replace(devices.INTERPRETER, capability=(8, 0))
     monkeypatch.setattr(devices, "spec_of", lambda _: other)
-    monkeypatch.setattr(gpu, "rotary", rotary)
+    for kernel in (rotary, swiglu, swiglu_backward):
+        monkeypatch.setattr(gpu, kernel.__name__, kernel)
     monkeypatch.setattr(torch, "mm", mm)
     triton_matmul = pytest.importorskip("halfbyte.linear.triton_matmul", exc_type=ImportError)
     monkeypatch.setattr(triton_matmul, "forward", forward)
     monkeypatch.setattr(triton_matmul, "backward", backward)
+    triton_lora = pytest.importorskip("halfbyte.linear.triton_lora", exc_type=ImportError)
+    monkeypatch.setattr(triton_lora, "cast_adapters_of", cast_adapters_of)
     monkeypatch.setattr(group, "_for_kernels", lambda _: True)
     return made
 

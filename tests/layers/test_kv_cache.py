@@ -1,15 +1,12 @@
 """The cache: what a new token attends to, against float64, plain and by the interpreted kernels."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from halfbyte.layers import kv_cache
 from halfbyte.layers.kv_cache import KVCache
-from tests.devices import DEVICES
 
 triton_kv_cache = pytest.importorskip("halfbyte.layers.triton_kv_cache", exc_type=ImportError)
 interpreted = pytest.mark.skipif(
@@ -113,21 +110,3 @@ def test_prompts_are_stored_and_stay_when_the_cache_grows():
     assert torch.equal(cache.values[1, 0, :, :3], v[2:].transpose(0, 1))
     assert int(cache.keys.count_nonzero()) == k.numel()
     assert not cache.keys[0].any()
-
-
-@pytest.mark.parametrize("name", ["t4", "a100", "4090", "h100", "b200"])
-def test_the_kernels_compile_and_fit(name, tmp_path):
-    """In a process of its own, since the kernels of this one are interpreted."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.models.compiling_decode", name],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    needed = [(kernel, int(size)) for kernel, size in map(str.split, done.stdout.splitlines())]
-    assert len(needed) == 10
-    for kernel, size in needed:
-        assert size <= DEVICES[name].shared_memory, kernel

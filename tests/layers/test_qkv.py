@@ -71,17 +71,21 @@ def turned(x, cos, sin):
     return x * cos[:, :, None] + torch.cat([-two, one], -1) * sin[:, :, None]
 
 
-@pytest.mark.parametrize("fits", [True, False], ids=["in the product", "by itself"])
-@pytest.mark.parametrize("each", [True, False])
-@pytest.mark.parametrize(
-    ("outputs", "size", "targets"),
-    [
-        ([256, 256, 256], 32, ["q_proj", "k_proj", "v_proj"]),
-        ([128, 64, 64], 64, ["q_proj", "v_proj"]),
-        ([320, 32, 32], 32, ["k_proj"]),
-        ([160, 80, 80], 80, ["q_proj"]),
-    ],
-)
+SHAPES = [
+    ([256, 256, 256], 32, ["q_proj", "k_proj", "v_proj"]),
+    ([128, 64, 64], 64, ["q_proj", "v_proj"]),
+    ([320, 32, 32], 32, ["k_proj"]),
+    ([160, 80, 80], 80, ["q_proj"]),
+]
+# Every pair of a shape, whose tables, and where it is turned; not all three, of a second each.
+CASES = [
+    pytest.param(*shape, each, each == (number % 2 == 0), id=f"{number}-{each}")
+    for number, shape in enumerate(SHAPES)
+    for each in (True, False)
+]
+
+
+@pytest.mark.parametrize(("outputs", "size", "targets", "each", "fits"), CASES)
 def test_heads_and_gradients_are_those_of_float64(outputs, size, targets, each, fits, monkeypatch):
     mm = torch.mm
 

@@ -26,7 +26,7 @@ def weight(shape, dtype=torch.float32, seed=0):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 17])
-@pytest.mark.parametrize("shape", [(64, 64), (5, 32), (130, 544)])
+@pytest.mark.parametrize("shape", [(64, 64), (5, 32), (66, 544)])
 @pytest.mark.parametrize("double", [True, False])
 def test_small_products_are_those_of_the_decoded_weight(rows, shape, double):
     q = quantize(weight(shape), double_quant=double)
@@ -42,7 +42,7 @@ def test_small_products_are_those_of_the_decoded_weight(rows, shape, double):
 # one launch. The others are not: their kinds differ, one ends inside a program's four rows, or
 # there are more than three.
 SETS = {
-    "three": [(64, "nf4", 64, True), (32, "nf4", 64, True), (36, "nf4", 64, True)],
+    "three": [(16, "nf4", 64, True), (8, "nf4", 64, True), (12, "nf4", 64, True)],
     "two, an odd end": [(8, "nf4", 32, False), (5, "nf4", 32, False)],
     "fp4": [(12, "fp4", 64, True), (4, "fp4", 64, True)],
     "scales": [(8, "nf4", 64, True), (8, "nf4", 64, False)],
