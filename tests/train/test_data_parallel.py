@@ -27,10 +27,11 @@ from halfbyte.runtime.signals import first_signal
 from halfbyte.train import data_parallel, processes
 from halfbyte.train.run import train
 from halfbyte.train.stopping import StopRequest
-from tests.processes import in_processes, values
+from tests.processes import forks, in_processes, values
 from tests.tiny import write_tiny_model
 
 NAME = "adapter_model.safetensors"
+pytestmark = forks
 
 
 @pytest.fixture(autouse=True)
