@@ -1,6 +1,7 @@
 """Several processes of a run, as torchrun starts them, for tests on a CPU.
 
-They are forked, so that none imports torch again: with one thread and no GPU that is safe. The
+They are forked, so that none imports torch again: with one thread and no GPU that is safe, and
+`forks` skips what needs it elsewhere (tests/gpu/test_data_parallel.py starts programs). The
 store has a process of its own, as that of torchrun, so it outlives each of them.
 """
 
@@ -12,12 +13,17 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
+import torch
 from torch.distributed import TCPStore
 
 from halfbyte.errors import HalfbyteError
+
+forks = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork")
 
 
 class Ended(NamedTuple):
@@ -52,7 +58,7 @@ def in_processes(count, function, *, seconds=60.0):
 def _store():
     """Start a process that has the store, as torchrun does; return its id and the port."""
     reading, writing = os.pipe()
-    pid = os.fork()
+    pid = _fork()
     if not pid:
         store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         os.write(writing, str(store.port).encode())
@@ -62,6 +68,13 @@ def _store():
     os.close(writing)
     with os.fdopen(reading) as told:
         return pid, int(told.read())
+
+
+def _fork():
+    with warnings.catch_warnings():
+        # Python 3.12 warns of threads, which other tests may have left; they hold no lock here.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
 
 
 def _told(path, status):
@@ -78,7 +91,7 @@ def values(ended):
 
 
 def _forked(rank, count, port, function, directory, seconds):
-    if pid := os.fork():
+    if pid := _fork():
         return pid
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)

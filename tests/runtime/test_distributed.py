@@ -9,7 +9,9 @@ import torch
 from halfbyte.errors import ConfigError, Interrupted, ProcessFailed
 from halfbyte.runtime import distributed, peers
 from halfbyte.runtime.distributed import ProcessGroup, claim_gpu
-from tests.processes import in_processes, values
+from tests.processes import forks, in_processes, values
+
+pytestmark = forks
 
 
 @pytest.fixture(autouse=True)

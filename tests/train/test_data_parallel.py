@@ -1,7 +1,11 @@
 """Several processes make the same run as one, and end together when one of them fails.
 
-What users complain of in other trainers with several GPUs (crashes, NaN or other losses than with
-one GPU, saving that hangs, runs that cannot be resumed) is what these tests look at.
+What users complain of in other trainers with several GPUs, and where it is looked at:
+
+    it crashes in the usual set-up              test_several_processes_make_the_run_of_one
+    loss=0 or grad_norm=nan, without a word     the same; test_a_step_that_is_not_finite…
+    saving hangs                                test_a_process_that_fails…, test_a_signal…
+    it cannot be resumed                        test_three_processes_go_on_where_two_have_stopped
 """
 
 import json
@@ -23,10 +27,11 @@ from halfbyte.runtime.signals import first_signal
 from halfbyte.train import data_parallel, processes
 from halfbyte.train.run import train
 from halfbyte.train.stopping import StopRequest
-from tests.processes import in_processes, values
+from tests.processes import forks, in_processes, values
 from tests.tiny import write_tiny_model
 
 NAME = "adapter_model.safetensors"
+pytestmark = forks
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,9 @@ from halfbyte.errors import ConfigError
 
 _KERNELS = unneeded("kernels are chosen by device; `halfbyte doctor` shows which")
 _ATTENTION = unneeded("attention is exact, packed and memory-efficient on every device")
-_ONE_PROCESS = missing("leave it out: a run uses one GPU; `halfbyte plan` says what fits on it")
+_SEVERAL_GPUS = missing(
+    "leave it out: `gpus` trains on several GPUs, and `halfbyte plan` says what fits on each"
+)
 _TRACKER = missing("set the tracker's own environment variable, such as WANDB_PROJECT")
 _EXPERTS = missing("experts are stored and multiplied in one way for all families; leave it out")
 _MEDIA = missing("only text is trained")
@@ -127,9 +129,9 @@ RULES: dict[str, Rule] = {
     "experts_implementation": _KERNELS,
     "use_scattermoe": _KERNELS,
     "use_sonicmoe": _KERNELS,
-    "expert_parallel_size": _ONE_PROCESS,
-    "expert_parallel_num_nvl_bytes": _ONE_PROCESS,
-    "expert_parallel_token_capacity": _ONE_PROCESS,
+    "expert_parallel_size": _SEVERAL_GPUS,
+    "expert_parallel_num_nvl_bytes": _SEVERAL_GPUS,
+    "expert_parallel_token_capacity": _SEVERAL_GPUS,
     "llama4_linearized_experts": _EXPERTS,
     "dsv4_fp4_grouped_mode": _EXPERTS,
     "nvfp4_merge_aware": _EXPERTS,
@@ -224,7 +226,7 @@ RULES: dict[str, Rule] = {
          "ddp_find_unused_parameters", "dp_shard_size", "context_parallel_size",
          "context_parapllel_size", "sequence_parallel_degree", "tensor_parallel_size",
          "use_ray", "ray_num_workers", "ray_run_name", "resources_per_worker"),
-        _ONE_PROCESS,
+        _SEVERAL_GPUS,
     ),
     # the run
     "local_rank": unneeded("torchrun tells each process its own"),

@@ -26,8 +26,9 @@ from halfbyte.errors import ConfigError
 from halfbyte.input_files import read_file
 
 _WORKERS = unneeded("all cores encode the data")
-_ONE_PROCESS = missing(
-    "leave it out: a run uses one GPU; `halfbyte plan` says what fits on it", (False, None, 1)
+_SEVERAL_GPUS = missing(
+    "leave it out: `gpus` trains on several GPUs, and `halfbyte plan` says what fits on each",
+    (False, None, 1),
 )
 _KT = missing("KTransformers' kernels are not used; `--activations offload` saves GPU memory")
 _MEDIA = unneeded("only text is trained")
@@ -134,7 +135,7 @@ RULES: dict[str, Rule] = {
          "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
          "expert_model_parallel_size", "sequence_parallel", "use_distributed_optimizer",
          "overlap_param_gather", "overlap_grad_reduce"),
-        _ONE_PROCESS,
+        _SEVERAL_GPUS,
     ),
     "mixed_precision": unneeded("adapters are float32, products in `compute_dtype`"),
     "export_hf_on_finish": unneeded("the adapter is in PEFT's format"),
