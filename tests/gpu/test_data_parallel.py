@@ -3,7 +3,8 @@
 Everything is done as a person does it: ``halfbyte train --gpus 2``, in processes that get signals.
 What each test has measured is printed, so that ``pytest -s`` gives the numbers for LAB.md::
 
-    python -m pytest -s -p no:cacheprovider tests/gpu/test_data_parallel.py
+    python -m pytest -s -p no:cacheprovider tests/gpu/test_data_parallel.py -k run_of_one
+    python -m pytest -s -p no:cacheprovider tests/gpu/test_data_parallel.py -k "not run_of_one"
 
 HALFBYTE_TEST_DEVICE=cpu makes the same runs with gloo, to try the tests themselves.
 """
@@ -112,8 +113,8 @@ def after_steps(output, count, launcher):
 
 # dtype, options, the largest difference of a loss, and of an element of the adapter
 RUNS = [
-    ("float32", [], 2e-5, 2e-4),
-    ("float32", ["--packing", "--max-length", "512", "--batch-size", "2"], 2e-5, 2e-4),
+    ("float32", [], 2e-5, 1e-3),
+    ("float32", ["--packing", "--max-length", "512", "--batch-size", "2"], 2e-5, 1e-3),
     ("bfloat16", [], 2e-2, 5e-3),
     ("bfloat16", ["--lora-dropout", "0.1", "--optim", "paged_adamw_8bit"], 2e-2, 5e-3),
 ]
