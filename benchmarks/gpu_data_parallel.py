@@ -27,6 +27,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from halfbyte.runtime.distributed import claim_gpu
+
+if "--worker" in sys.argv:
+    claim_gpu()  # before bitsandbytes, which measuring imports, asks CUDA for its devices
+
 import torch
 from measuring import Row, reason, require_cuda, write
 
@@ -100,8 +105,7 @@ def fsdp(args: argparse.Namespace) -> tuple[Callable[[], Any], Any]:
 
     from halfbyte.plan.model_shape import config_of
 
-    rank = int(os.environ["LOCAL_RANK"])
-    torch.cuda.set_device(rank)
+    rank = int(os.environ["RANK"])
     distributed.init_process_group("nccl")
     config = config_of(args.shape)
     with torch.device("meta"):
@@ -165,7 +169,7 @@ def fsdp(args: argparse.Namespace) -> tuple[Callable[[], Any], Any]:
     model = FullyShardedDataParallel(
         model,
         auto_wrap_policy=fsdp_auto_wrap_policy(model),
-        device_id=rank,
+        device_id=torch.cuda.current_device(),
         use_orig_params=False,
         limit_all_gathers=True,
     ).train()
@@ -260,10 +264,10 @@ def main() -> None:
     parser.add_argument("--worker", choices=CONTESTANTS, help=argparse.SUPPRESS)
     parser.add_argument("--result", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    require_cuda()
     if args.worker:
         work(args)
         return
+    require_cuda()
     rows = [contestant(name, args) for name in args.only]
     alone = next((row["ms"] for row in rows if row["contestant"] == "one" and "ms" in row), None)
     parallel = next(

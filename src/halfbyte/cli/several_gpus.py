@@ -12,6 +12,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,9 @@ def start_processes(config: TrainConfig, argv: Sequence[str]) -> int:
     threads = max(1, (os.cpu_count() or 1) // count)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # each would take all of them
     with tempfile.TemporaryDirectory(prefix="halfbyte-") as logs:
+        options: dict[str, Any] = {"shutdown_timeout": _TO_END}
+        if "shutdown_timeout" not in signature(LaunchConfig).parameters:
+            del options["shutdown_timeout"]  # torch 2.11 waits 30 seconds
         launch = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -60,8 +64,8 @@ def start_processes(config: TrainConfig, argv: Sequence[str]) -> int:
             rdzv_endpoint="localhost:0",
             local_addr="localhost",
             max_restarts=0,
-            shutdown_timeout=_TO_END,
             logs_specs=DefaultLogsSpecs(log_dir=logs),
+            **options,
         )
         try:
             elastic_launch(launch, sys.executable)("-m", "halfbyte", *argv)

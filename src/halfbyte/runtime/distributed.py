@@ -44,8 +44,9 @@ def rank_of_process() -> tuple[int, int]:
 def claim_gpu() -> None:
     """Let this process see its own GPU only, as ``LOCAL_RANK`` numbers them, before CUDA starts.
 
-    So ``cuda`` is that GPU everywhere. Setting torch's current device would hold for one thread,
-    and base models are loaded in another.
+    So ``cuda`` is that GPU in every thread, where torch's current device is a thread's own. It has
+    to be called before anything asks CUDA for its devices (`torch.cuda.is_available` does). If
+    something has, torch's current device is set instead, in this thread.
 
     Raises:
         ConfigError: If there are fewer GPUs than processes.
@@ -55,9 +56,7 @@ def claim_gpu() -> None:
         return
     import torch
 
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.set_device(local)
-        return
+    # Counted by the driver's management library, which does not start CUDA.
     given, visible = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
     if not visible:
@@ -70,6 +69,8 @@ def claim_gpu() -> None:
     names = given.split(",") if given else [str(number) for number in range(visible)]
     os.environ["CUDA_VISIBLE_DEVICES"] = names[local].strip()
     os.environ["HALFBYTE_GPU"] = f"{os.getpid()}/{local}"
+    if torch._C._cuda_getDeviceCount() > 1:  # CUDA had started, and keeps what it saw then
+        torch.cuda.set_device(local)
 
 
 class ProcessGroup:

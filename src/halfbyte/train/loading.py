@@ -65,6 +65,7 @@ class Loading:
             packed_copy=cached if cache else None,
             store=store,
         )
+        self._gpu = torch.cuda.current_device() if recipe.device == "cuda" else None
         self._progress: Callable[[int, int], None] | None = None
         self._stopped = False
         self._thread = ThreadPoolExecutor(1, "load-base")
@@ -90,6 +91,8 @@ class Loading:
         return base
 
     def _timed(self) -> LoadedBase:
+        if self._gpu is not None:
+            torch.cuda.set_device(self._gpu)  # a thread has a current device of its own
         began = time.perf_counter()
         base = self._load()
         self.seconds = time.perf_counter() - began

@@ -70,11 +70,11 @@ def processes_of(config: TrainConfig) -> ProcessGroup:
             "several"
         )
     device = config.device
+    if device != "cpu":
+        configure_allocators()  # read when torch initialises CUDA, which joining does
+        claim_gpu()  # before CUDA is asked for its devices
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        configure_allocators()  # read when torch initialises CUDA, which joining does
-        claim_gpu()
     return ProcessGroup.from_environment(device, timeout=config.ddp_timeout)
 
 
