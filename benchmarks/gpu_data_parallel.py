@@ -268,7 +268,10 @@ def main() -> None:
         work(args)
         return
     require_cuda()
-    rows = [contestant(name, args) for name in args.only]
+    rows = []
+    for name in args.only:
+        rows.append(contestant(name, args))
+        print(rows[-1], flush=True)
     alone = next((row["ms"] for row in rows if row["contestant"] == "one" and "ms" in row), None)
     parallel = next(
         (r["ms"] for r in rows if r["contestant"] == "data-parallel" and "ms" in r), None

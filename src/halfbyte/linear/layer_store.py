@@ -59,7 +59,7 @@ class HostLayers:
         return module in self._layer_of
 
     def places(self, module: FrozenModule) -> dict[str, Tensor]:
-        """Return the tensors that a module's weight is to be copied to, in host memory."""
+        """Return the tensors that a module's weight is to be copied to."""
         layer = self._layer_of[module]
         held = self._memory.get(layer)
         if held is None:
@@ -98,7 +98,7 @@ class HostLayers:
 
 
 class LayersElsewhere(HostLayers):
-    """Layers that are in host memory only until all of a layer has been loaded."""
+    """Layers that are put together in memory, and moved once all of a layer has been loaded."""
 
     def __init__(self, layers: Sequence[LayerWeights], device: torch.device | str) -> None:
         super().__init__(layers, device)

@@ -83,6 +83,12 @@ class ShardedLayers(LayersElsewhere):
         """Bytes of this process's parts."""
         return self._own.nbytes
 
+    def _new_memory(self, nbytes: int) -> Tensor:
+        # On a GPU, weights are packed there: a layer is put together where it was packed.
+        if self._own.is_cuda:
+            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        return super()._new_memory(nbytes)
+
     def _move(self, layer: int, memory: Tensor) -> None:
         start, part = self._rank * self._part[layer], self._part[layer]
         bytes_here = memory[start : start + part]
