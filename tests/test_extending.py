@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from halfbyte.data import formats
+from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.linear.decoded_cache import DecodedWeightCache
 from halfbyte.plan import roofline
 from halfbyte.plan.policy import ActivationPolicy
@@ -35,12 +36,10 @@ def test_a_row_of_the_table_of_families() -> None:
 
 
 def test_weights_that_are_elsewhere_train_the_same() -> None:
-    provider = block("A place where weights live")["HostWeights"]
+    store = block("A place where weights live")["CompressedLayers"]
     loss, wanted = stepped(made(), 1)
-    engine = made(provider)
-    for layer in engine.linears:
-        for linear in layer:
-            linear.quantized.codes.zero_()
+    engine = LayerEngine(model_of(FAMILIES["llama"], store=store), fuse=True)
+    assert isinstance(engine.weights.stream.source, store)
     got, found = stepped(engine, 1)
     assert torch.equal(got, loss)
     assert all(torch.equal(gradient, wanted[name]) for name, gradient in found.items())

@@ -170,7 +170,7 @@ def main(argv: list[str]) -> None:
             "memory_bytes": int(memory),
             "gpus": options.gpus,
             "tokens_per_step": options.gpus * run.tokens,
-            "ways": [_as_json(way) for way in found],
+            "ways": [_as_json(way, options.gpus) for way in found],
             "choices": [choice._asdict() for choice in choices(shape, found[1].run)],
             "advice": message,
         }
@@ -308,7 +308,7 @@ def _show(
         "least, GB": [_gb(way.least) for way in found],
         "peak, GB": [_gb(way.ledger.peak) for way in found],
         "needs, GB": [_gb(way.ledger.needed) for way in found],
-        "host, GB": [_gb(way.ledger.on_host) for way in found],
+        "host, GB": [_gb(gpus * way.ledger.on_host) for way in found],
         "activations": [way.run.policy.summary(shape.layers) for way in found],
         "a step": [time_of_step(way.seconds.total) for way in found],
         "tokens/s": [f"{gpus * way.run.tokens / way.seconds.total:,.0f}" for way in found],
@@ -399,7 +399,7 @@ def _formats(shape: "ModelShape", run: "Run") -> str:
     return ", ".join(f"{_gb(size)} GB {name}" for name, size in sizes.items())
 
 
-def _as_json(way: "Way") -> dict[str, Any]:
+def _as_json(way: "Way", gpus: int) -> dict[str, Any]:
     entries = way.ledger
     return {
         "name": way.name,
@@ -418,10 +418,10 @@ def _as_json(way: "Way") -> dict[str, Any]:
         "least_peak_bytes": way.least,
         "peak_bytes": entries.peak,
         "needed_bytes": entries.needed,
-        "host_bytes": entries.on_host,
+        "host_bytes": gpus * entries.on_host,
         "seconds_per_step": way.seconds.total,
         "seconds": way.seconds._asdict(),
-        "tokens_per_second": way.run.tokens / way.seconds.total,
+        "tokens_per_second": gpus * way.run.tokens / way.seconds.total,
         "longest_sequence": way.longest,
         "largest_batch": way.most,
         "largest_model_parameters": int(way.parameters),

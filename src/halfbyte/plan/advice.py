@@ -123,9 +123,9 @@ def ways(
         card: The device.
         memory: Its memory in bytes.
         host_memory: Bytes of host memory that may be taken; None: as much as is needed.
-        gpus: The number of GPUs.
+        gpus: The number of GPUs, of one machine.
     """
-    budget, host = usable(memory, card.device), host_memory or float("inf")
+    budget, host = usable(memory, card.device), (host_memory or float("inf")) / gpus
     qlora = replace(run, shards=gpus)
     plain = replace(run, holding=Holding("none", itemsize=run.holding.itemsize))
     quant = f"--quant {run.holding.quant}"
@@ -135,11 +135,12 @@ def ways(
     ]
     if card.device == "cuda":
         given.append(("QLoRA + offload", f"{quant} --activations offload", qlora, True))
-        if gpus > 1:
+        if gpus > 1 and card.has_peer_access:
             sharded = replace(qlora, waits="gpus")
             given.append(("QLoRA + shard", f"{quant} --shard", sharded, True))
         on_host, on_disk = replace(qlora, waits="host"), replace(qlora, waits="disk")
-        given.append(("QLoRA + host", f"{quant} --weights host", on_host, True))
+        shard = " --shard" * (gpus > 1)
+        given.append(("QLoRA + host", f"{quant} --weights host{shard}", on_host, True))
         if ledger(shape, on_host).on_host > host:
             given.append(("QLoRA + disk", f"{quant} --weights disk", on_disk, True))
     if shape.vocabulary_packs:
@@ -154,7 +155,7 @@ def ways(
             both = replace(head, waits="host")
             if ledger(shape, both).on_host > host:
                 both = replace(head, waits="disk")
-            option += f" --weights {both.waits}"
+            option += f" --weights {both.waits}" + " --shard" * (gpus > 1 and both.waits == "host")
             given.append((f"QLoRA + {both.waits} + 4-bit head", option, both, True))
     return [
         _way(name, option, shape, one, card, budget, host, offload=offload)
@@ -265,7 +266,7 @@ def advice(found: Sequence[Way], memory: float) -> str:
         )
     for way in found[2:]:
         if way.fits:
-            host = way.ledger.on_host
+            host = way.run.shards * way.ledger.on_host
             return (
                 f"Take {way.name} ({way.option}): {need}, QLoRA alone "
                 f"{qlora.ledger.needed / 1e9:.1f} GB; this one needs "

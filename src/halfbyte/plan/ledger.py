@@ -355,6 +355,11 @@ def _base(shape: ModelShape, run: Run) -> list[Line]:
             nbytes = sum(size) if isinstance(size, Packed) else size
             plain[share] = plain.get(share, 0) + -(-nbytes // run.shards)
             continue
+        if group == "host" and run.shards > 1:  # one copy for all processes of a machine
+            share = Line(group, f"layers, a part of {run.shards}", 0)
+            nbytes = sum(size) if isinstance(size, Packed) else size
+            plain[share] = plain.get(share, 0) + -(-nbytes // run.shards)
+            continue
         if isinstance(size, Packed):
             packed[group] = packed.get(group, Packed()).plus(size)
             continue

@@ -104,6 +104,11 @@ class GpuSpec(NamedTuple):
     nvlink: bool = False
 
     @property
+    def has_peer_access(self) -> bool:
+        """Whether GPUs of this kind can read each other's memory: GeForce drivers refuse it."""
+        return not self.name.startswith("RTX")
+
+    @property
     def peer_link(self) -> float:
         """Bytes per second from another GPU of the machine."""
         return NVLINK_BANDWIDTH if self.nvlink else self.link
