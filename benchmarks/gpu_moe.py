@@ -53,7 +53,7 @@ def random_tensor(shape: tuple[int, ...]) -> Tensor:
 def model_of(config: Any, weights: str) -> Any:
     """Return a model of a shape with random weights, packed as they are made."""
     from halfbyte.layers.multimodal import build_whole
-    from halfbyte.layers.vocabulary import embedding_to_host
+    from halfbyte.layers.vocabulary import embedding_to_host, head_to_host
     from halfbyte.linear.experts import expert_linears
     from halfbyte.linear.layer_store import HostLayers
     from halfbyte.linear.lora import LoRAConfig, attach, frozen_linears
@@ -106,6 +106,8 @@ def model_of(config: Any, weights: str) -> Any:
     report = finalize(model)
     attach(model, LoRAConfig(r=RANK, alpha=RANK), seed=0)
     embedding_to_host(model)
+    if weights == "host":
+        head_to_host(model)
     for line in report.lines():
         print(line)
     return model

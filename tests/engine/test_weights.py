@@ -11,6 +11,7 @@ from halfbyte.checkpoint.identity import weights_digest
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.weights import ResidentWeights, StreamedWeights, acquired
+from halfbyte.layers.vocabulary import HostHead
 from halfbyte.linear.layer_store import DiskLayers, HostLayers
 from halfbyte.linear.layer_stream import spread, stream_of
 from halfbyte.plan.policy import ActivationPolicy
@@ -75,12 +76,20 @@ STREAMED = {
 }
 
 
+class Fast(HostLayers):
+    """So fast that one layer is enough on the device."""
+
+    slots = 1
+
+
 def on_disk(layers, device):
     return DiskLayers(layers, device, Path(tempfile.gettempdir()))
 
 
 @pytest.mark.parametrize("case", STREAMED)
-@pytest.mark.parametrize(("store", "resident"), [(HostLayers, 0), (on_disk, 0), (on_disk, 2)])
+@pytest.mark.parametrize(
+    ("store", "resident"), [(HostLayers, 0), (Fast, 1), (on_disk, 0), (on_disk, 2)]
+)
 def test_weights_that_wait_elsewhere_train_the_same(case, store, resident):
     engines = []
     for where in (None, store):
@@ -102,7 +111,7 @@ def test_weights_that_wait_elsewhere_train_the_same(case, store, resident):
         assert all(gradient.any() for gradient in wanted.values())
         assert all(torch.equal(gradient, wanted[name]) for name, gradient in found.items())
         # Backward begins with the layers that are still there.
-        copies = 2 * (LAYERS - resident) - min(2, LAYERS - resident)
+        copies = 2 * (LAYERS - resident) - min(stream.slots, LAYERS - resident)
         each = stream.layers[0].nbytes
         assert stream.copied_bytes - before == copies * each
 
@@ -135,6 +144,26 @@ def test_slots_take_the_memory_of_two_layers_and_resident_ones_their_own():
     assert stream.nbytes == 3 * each
     stream.stream_all_but([])
     assert stream.nbytes == 2 * each
+
+
+def test_one_slot_is_enough_if_a_layer_is_decoded_as_a_whole():
+    whole = stream_of(model_of(FAMILIES["llama"], store=Fast))
+    assert whole.slots == 1
+    assert whole.nbytes == whole.layers[0].nbytes
+    assert stream_of(model_of(FAMILIES["llama"], quant="none", store=Fast)).slots == 2
+    assert stream_of(model_of(MIXTURES["olmoe"], store=Fast)).slots == 2
+
+
+def test_a_head_in_host_memory_gives_the_same():
+    model = model_of(FAMILIES["llama"])
+    loss, wanted = stepped(LayerEngine(model, fuse=True), 1)
+    ids = batches_of([(2, 9)])[0].input_ids
+    logits = model(input_ids=ids).logits
+    model.set_output_embeddings(HostHead(model.get_output_embeddings().weight))
+    got, found = stepped(LayerEngine(model, fuse=True), 1)
+    assert torch.equal(got, loss)
+    assert all(torch.equal(gradient, wanted[name]) for name, gradient in found.items())
+    assert torch.equal(model(input_ids=ids).logits, logits)
 
 
 def test_resident_layers_are_spread():

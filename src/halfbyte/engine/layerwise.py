@@ -54,7 +54,7 @@ from halfbyte.layers.families import is_known_norm
 from halfbyte.layers.gated_experts import ends_with_experts, outputs_unread
 from halfbyte.layers.multimodal import decoder_layers
 from halfbyte.layers.packed_row import packed_row
-from halfbyte.layers.vocabulary import FrozenHead
+from halfbyte.layers.vocabulary import FrozenHead, HostHead
 from halfbyte.linear.layer_stream import spread, stream_of
 from halfbyte.linear.lora import (
     DropoutClock,
@@ -126,7 +126,7 @@ class LayerEngine:
     name = "layer engine"
     layers: list[nn.Module]
     norm: nn.Module
-    head: nn.Linear | FrozenHead
+    head: nn.Linear | FrozenHead | HostHead
     clock: DropoutClock | None
     noise: EmbeddingNoise | None = None
 
@@ -142,7 +142,7 @@ class LayerEngine:
         head = model.get_output_embeddings()
         if (
             len(norms) != 1
-            or not isinstance(head, nn.Linear | FrozenHead)
+            or not isinstance(head, nn.Linear | FrozenHead | HostHead)
             or getattr(head, "bias", None) is not None
         ):
             raise EngineError("no single final norm, or an output head with a bias")
@@ -282,6 +282,8 @@ class LayerEngine:
     @property
     def head_weight(self) -> Tensor | QuantizedWeight:
         """The output head's weight [V, H], packed or not."""
+        if isinstance(self.head, HostHead):
+            return self.head.loaded(self.model.device)
         packed = self.head.quantized if isinstance(self.head, FrozenHead) else None
         if packed is not None:
             return packed

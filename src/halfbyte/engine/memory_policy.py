@@ -216,7 +216,8 @@ def plan_memory(
         beside += int(TOUCHED_LATER) + product_bytes(shapes, engine.dtype.itemsize, documents)
     most = 0
     if stream is not None:
-        cost = replace(cost, weights=max(layer.nbytes for layer in stream.layers))
+        largest = max(layer.nbytes for layer in stream.layers)
+        cost = replace(cost, weights=largest, slots=stream.slots)
         if device == "cuda":
             most = layers_streamed_unnoticed(engine, _largest(engine, shapes, device))
     planner = _Planner(cost, used, beside, budget, engine.captures, device, most)

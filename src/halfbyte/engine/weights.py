@@ -116,12 +116,16 @@ class StreamedWeights(ResidentWeights):
     def acquire(self, layer: int, *, again: bool = False) -> OpenLayer:
         """Wait for a layer's copy and decode it; see `WeightProvider`."""
         self.stream.acquire(layer)
-        return super().acquire(layer, again=again)
+        opened = super().acquire(layer, again=again)
+        if self.stream.slots == 1:  # its packed bytes are not read again
+            self.stream.release(layer)
+        return opened
 
     def release(self, layer: int) -> None:
         """Allow the layer and its decoded weights to be overwritten."""
         super().release(layer)
-        self.stream.release(layer)
+        if self.stream.slots > 1:
+            self.stream.release(layer)
 
     def forget(self) -> None:
         """Mark all weights as neither copied nor decoded."""

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from halfbyte.layers.multimodal import ties_head
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.quant import SCALE_BLOCK, QuantizedWeight, dequantize
 from halfbyte.quant.blockwise import DYNAMIC_SIGNED
 from halfbyte.quant.format import gpu_kernels
 from halfbyte.quant.weight import levels_of
+from halfbyte.runtime.host_memory import host_memory
 
 _CHUNK = 2**20  # elements of looked-up rows decoded at a time
 
@@ -93,6 +95,51 @@ def embedding_to_host(model: PreTrainedModel) -> int:
         return 0
     model.set_input_embeddings(HostEmbedding(embedding.weight))
     return int(embedding.weight.nbytes)
+
+
+class HostHead(nn.Module):
+    """A frozen output head whose weight is in page-locked host memory, and copied for each loss.
+
+    It is needed for a moment between forward and backward, when little else is on the GPU. The
+    weight is neither a parameter nor a buffer, so that nothing moves it to the GPU.
+
+    Args:
+        weight: [V, H], any dtype, on any device; it is copied.
+    """
+
+    bias = None
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        memory = host_memory(weight.nbytes, page_locked=weight.is_cuda)
+        self.weight = memory.view(weight.dtype).view(weight.shape).copy_(weight.detach())
+
+    def loaded(self, device: torch.device) -> Tensor:
+        """Return the weight [V, H] on a device; the copy is queued on the current stream."""
+        return self.weight.to(device, non_blocking=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits [..., V] for hidden states [..., H]."""
+        return functional.linear(x, self.loaded(x.device))
+
+
+def head_to_host(model: PreTrainedModel) -> int:
+    """Move the output head of a model on a GPU to host memory, if possible.
+
+    It is not possible if the head is trained, packed, tied to the embedding, or has a bias.
+
+    Returns:
+        The number of bytes freed on the GPU.
+    """
+    head = model.get_output_embeddings()
+    biased = getattr(head, "bias", None) is not None
+    plain = type(head) is nn.Linear and not biased and head.weight.is_cuda
+    if not plain or head.weight.requires_grad or ties_head(model):
+        return 0
+    nbytes = int(head.weight.nbytes)
+    model.set_output_embeddings(HostHead(head.weight))
+    return nbytes
 
 
 @torch.no_grad()

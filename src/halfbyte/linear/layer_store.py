@@ -47,6 +47,7 @@ class HostLayers:
     """
 
     can_be_captured = True
+    slots = SLOTS
 
     def __init__(self, layers: Sequence[LayerWeights], device: torch.device | str) -> None:
         self.layers = list(layers)

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from halfbyte.linear.experts import ExpertLinear
 from halfbyte.linear.frozen import FrozenLinear
 
-# Layers on the device at a time: one is computed with while the next is copied. The plan knows it,
-# too (plan/policy.py).
+# Layers on the device at a time: one is computed with while the next is copied. A fast source needs
+# only one, if a layer is decoded as a whole: the next is copied once it is. The plan knows it, too
+# (plan/policy.py).
 SLOTS = 2
 
 # Alignment of each tensor in bytes; as in arena.py.
@@ -92,9 +93,11 @@ class LayerSource(Protocol):
 
     Attributes:
         can_be_captured: Whether copies can be part of a CUDA graph: nothing is done by the host.
+        slots: Layers on the device at a time, if each is decoded as a whole.
     """
 
     can_be_captured: bool
+    slots: int
 
     def copy_to(self, layer: int, out: Tensor) -> None:
         """Queue the copy of a layer to ``out``, uint8 on the device, on the current stream."""
@@ -131,6 +134,8 @@ class LayerStream:
     Attributes:
         layers: As given.
         source: As given.
+        slots: Layers on the device at a time. With one, a layer may be overwritten as soon as it
+            has been decoded.
         streamed: The layers that are streamed, ascending; the others are resident.
         copied_bytes: Bytes copied to the device so far; what CUDA graphs copy is not counted.
     """
@@ -139,6 +144,9 @@ class LayerStream:
         self, layers: Sequence[LayerWeights], source: LayerSource, device: torch.device | str
     ) -> None:
         self.layers, self.source, self._device = list(layers), source, torch.device(device)
+        modules = [module for layer in self.layers for module in layer.modules]
+        decoded = all(isinstance(m, FrozenLinear) and m.quantized is not None for m in modules)
+        self.slots = source.slots if decoded else SLOTS
         on_gpu = self._device.type == "cuda"
         self._side = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
         self.copied_bytes = 0
@@ -167,7 +175,7 @@ class LayerStream:
             self._resident[index] = memory
             self.layers[index].bind(memory, None)
         self.streamed = [i for i in range(len(self.layers)) if i not in wanted]
-        count = min(SLOTS, len(self.streamed))
+        count = min(self.slots, len(self.streamed))
         for number in range(count):
             turn = self.streamed[number::count]
             slot = _Slot(max(self.layers[i].nbytes for i in turn), self._device)

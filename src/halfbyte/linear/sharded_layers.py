@@ -70,6 +70,7 @@ class ShardedLayers(LayersElsewhere):
         self._file: int | None = None
         total = max(1, self._starts[-1])
         if place == "gpu":
+            self.slots = 1  # a layer comes in a fraction of the time that one takes
             self._own = torch.empty(total, dtype=torch.uint8, device=self._device)
         else:
             self._file = os.memfd_create("halfbyte-weights")

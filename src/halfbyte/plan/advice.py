@@ -219,7 +219,8 @@ def _largest_model(shape: ModelShape, run: Run, budget: float) -> float:
     numel = shape.parameters - sum(weight.numel for weight in vocabulary)
     here = vocabulary
     if run.embedding_on_host and run.device == "cuda" and not shape.tied:
-        here = [weight for weight in vocabulary if weight.role == "head"]
+        roles = () if run.waits is not None else ("head",)
+        here = [weight for weight in vocabulary if weight.role in roles]
     rows = sum(nbytes_of(weight, shape, run.holding) for weight in here)
     squares = entries.total("trained") + entries.decoded_cache + entries.kept
     squares += entries.weights_here  # of the layers in flight

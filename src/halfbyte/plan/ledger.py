@@ -15,7 +15,7 @@ from halfbyte.errors import ConfigError
 from halfbyte.plan.activation_cost import CHECKPOINT_WIDTH, H100, LayerActivations
 from halfbyte.plan.holding import Holding, Packed, held, nbytes_of
 from halfbyte.plan.model_shape import ModelShape, Weight
-from halfbyte.plan.policy import ActivationPolicy, Peak, StepCost, peak
+from halfbyte.plan.policy import SLOTS, ActivationPolicy, Peak, StepCost, peak
 from halfbyte.runtime.device import DeviceSpec
 
 # Tokens of a part of packed documents; more do not make products faster (engine/buckets.py).
@@ -92,7 +92,7 @@ class Run:
         gpu: The GPU, if it is one.
         graphs: Whether CUDA graphs are enabled, on a GPU.
         embedding_on_host: Whether an embedding that is neither packed nor tied is kept in host
-            memory, on a GPU.
+            memory, on a GPU; so is such a head, if weights of layers wait.
         trained: Elements of every trained tensor, if known; otherwise all adapters have one rank,
             and nothing else is trained.
         step_tokens: Tokens of an optimizer step, if micro-batches differ.
@@ -245,6 +245,7 @@ class Run:
             layer_args=2 * part * self.holding.itemsize * shape.query // max(1, shape.heads),
             decoded=_decoded(shape, self),
             weights=_layer_weights(shape, self) if self.waits else 0,
+            slots=1 if self.waits == "gpus" and shape.mixture is None else SLOTS,
         )
 
 
@@ -363,7 +364,8 @@ def _base(shape: ModelShape, run: Run) -> list[Line]:
         if isinstance(size, Packed):
             packed[group] = packed.get(group, Packed()).plus(size)
             continue
-        away = run.embedding_on_host and weight.role == "embedding" and not shape.tied
+        roles = ("embedding", "head") if run.waits else ("embedding",)
+        away = run.embedding_on_host and weight.role in roles and not shape.tied
         group = "host" if away and run.device == "cuda" else group
         if len(weight.shape) < 2:
             name = "norms and biases"
@@ -457,6 +459,10 @@ def _loss(shape: ModelShape, run: Run) -> int:
         copies += e  # logits as the product gave them: a hole by now, too small for another copy
     rows = min(run.part_tokens, max(16, LOGITS[run.device] // (size * shape.vocabulary)))
     chunk = copies * rows * shape.vocabulary + (LOGITS[run.device] if packed else 0)
+    # A head that is in host memory is copied for the loss.
+    copied = run.waits and run.embedding_on_host and run.device == "cuda" and not shape.tied
+    if copied and head is not None and not packed:
+        chunk += head.numel * e
     # The supervised rows, their norm and the gradient of it.
     return chunk + 3 * run.part_tokens * e * shape.hidden
 

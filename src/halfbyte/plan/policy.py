@@ -34,7 +34,7 @@ from typing import NamedTuple
 # needs them first; and number of offloaded inputs on the device at a time, sent or fetched.
 NEAR_LAYERS = 1
 UNDER_WAY = 1
-# Streamed layers that are on the device at a time; see linear/layer_stream.py.
+# Streamed layers that are on the device at a time, usually; see linear/layer_stream.py.
 SLOTS = 2
 
 
@@ -100,6 +100,7 @@ class StepCost:
         decoded: A layer's decoded weights; 0 if none are packed.
         weights: A layer's frozen weights as they are stored, if layers can be streamed; 0 if they
             cannot, and the weights count as resident.
+        slots: Streamed layers that are on the device at a time.
     """
 
     layers: int
@@ -117,6 +118,7 @@ class StepCost:
     layer_args: int
     decoded: int
     weights: int = 0
+    slots: int = SLOTS
 
     def buffers(self, policy: ActivationPolicy) -> int:
         """Return the bytes of decoded weights: of layers that keep theirs, and a shared buffer."""
@@ -124,7 +126,7 @@ class StepCost:
 
     def stored(self, policy: ActivationPolicy) -> int:
         """Return the bytes of frozen weights on the device, if layers can be streamed."""
-        return (self.layers - policy.streamed + min(SLOTS, policy.streamed)) * self.weights
+        return (self.layers - policy.streamed + min(self.slots, policy.streamed)) * self.weights
 
     def waiting(self, policy: ActivationPolicy) -> int:
         """Return the bytes recomputed layers keep on the device between forward and backward."""

@@ -24,7 +24,7 @@ from halfbyte.engine.packing import Batch
 from halfbyte.errors import UserError
 from halfbyte.foreign_text import as_message
 from halfbyte.layers.multimodal import build_decoder
-from halfbyte.layers.vocabulary import embedding_to_host
+from halfbyte.layers.vocabulary import embedding_to_host, head_to_host
 from halfbyte.linear.lora import adapter_parameters, attach
 from halfbyte.models.build import MemoryReport, build, finalize, load_tensor, stream_layers
 from halfbyte.plan.model_shape import config_of, shape_of_config
@@ -144,6 +144,8 @@ def random_model(
     memory = finalize(model)
     attach(model, lora_of(config), seed=config.seed)
     embedding_to_host(model)
+    if place.store is not None:
+        head_to_host(model)
     return model, memory
 
 

@@ -41,7 +41,7 @@ from halfbyte.engine.memory_policy import (
 )
 from halfbyte.engine.packing import Batch
 from halfbyte.errors import BETWEEN_STEPS, Interrupted, ProcessFailed, RunStopped
-from halfbyte.layers.vocabulary import embedding_to_host
+from halfbyte.layers.vocabulary import embedding_to_host, head_to_host
 from halfbyte.linear.lora import (
     adapter_parameters,
     adapter_state,
@@ -291,6 +291,8 @@ class _Run:
         if moved := embedding_to_host(model):
             self.embedding_on_host = True
             report.note(f"the embedding is in host memory: {moved / 1e6:.0f} MB less on the GPU")
+        if self.waits is not None and (moved := head_to_host(model)):
+            report.note(f"the output head is in host memory: {moved / 1e6:.0f} MB less on the GPU")
         self.engine, self.engine_summary = choose_engine(
             model,
             self.device,
