@@ -25,6 +25,7 @@ from measuring import Row, require_cuda, write
 
 from halfbyte.config.schema import TrainConfig
 from halfbyte.engine.choose import choose_engine
+from halfbyte.engine.memory_policy import memory_limit
 from halfbyte.engine.packing import Batch
 from halfbyte.linear.layer_store import DiskLayers
 from halfbyte.linear.layer_stream import stream_of
@@ -43,8 +44,15 @@ def settings(args: argparse.Namespace, budget: float | None) -> TrainConfig:
 
 
 def measured(model: Any, args: argparse.Namespace, size: str, budget: float | None) -> Row:
-    """Make steps, and return their time and memory."""
+    """Make steps within the budget, and return their time and memory."""
     config = settings(args, budget)
+    with memory_limit("cuda", config.memory_budget):
+        return within(model, args, config, size, budget)
+
+
+def within(
+    model: Any, args: argparse.Namespace, config: TrainConfig, size: str, budget: float | None
+) -> Row:
     batch, length = map(int, size.split("x"))
     stream = stream_of(model)
     assert stream is not None

@@ -8,11 +8,12 @@ import torch
 from halfbyte.engine.buckets import Buckets
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.packing import lengths_of
+from halfbyte.layers.vocabulary import head_to_host
 from halfbyte.linear.layer_store import DiskLayers, HostLayers
 from halfbyte.linear.layer_stream import stream_of
 from halfbyte.plan.policy import ActivationPolicy
 from tests.engine.test_layerwise import FAMILIES, model_of
-from tests.engine.test_weights import MIXTURES
+from tests.engine.test_weights import MIXTURES, Fast
 from tests.gpu.test_engine import examples, taken, zero
 
 pytestmark = [
@@ -29,20 +30,23 @@ POLICIES = [
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("where", ["host", "disk"])
+@pytest.mark.parametrize("where", ["host", "fast", "disk"])
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("graphs", [False, True])
 def test_streamed_weights_give_the_same_gradients(family, where, policy, graphs, tmp_path):
     batches = examples([[70, 33, 8], [64, 5]])
     found = []
-    store = HostLayers if where == "host" else partial(DiskLayers, directory=tmp_path)
+    disk = partial(DiskLayers, directory=tmp_path)
+    store = {"host": HostLayers, "fast": Fast, "disk": disk}[where]
     for place in (None, store):
         model = model_of(CONFIGS[family], dtype=torch.bfloat16, device="cuda", store=place)
+        if place is not None:
+            assert head_to_host(model)
         zero(model)
         engine = LayerEngine(model, fuse=True, graphs=graphs)
         engine.buckets = Buckets.of([lengths_of(batches)], 32)
         engine.capture(policy)
-        captures = graphs and engine.fused > 0 and (place is None or where == "host")
+        captures = graphs and engine.fused > 0 and (place is None or where != "disk")
         assert (engine.num_graphs > 0) == captures
         steps = []
         for _ in range(2):
