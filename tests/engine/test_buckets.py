@@ -5,7 +5,7 @@ from itertools import combinations
 from unittest import mock
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from halfbyte.engine import buckets
@@ -100,6 +100,7 @@ def test_a_step_is_divided_into_halves_and_not_into_a_whole_and_a_rest():
     st.integers(1, 10_000),
     st.sampled_from([128, 384, 768, 1024]),
 )
+@example([1, 1, 1, 766], 256, 128)  # fewer parts than tokens would need
 def test_documents_are_divided_once_each_at_waves(lengths, part_tokens, wave):
     parts = divide(lengths, part_tokens, wave)
     assert sorted(number for part in parts for number in part) == list(range(len(lengths)))

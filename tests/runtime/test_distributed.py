@@ -123,7 +123,9 @@ def test_nobody_to_join_is_an_error(monkeypatch):
 
 def test_a_process_sees_its_own_gpu_only(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    seen, chosen = [1], []
+    monkeypatch.setattr(distributed, "_devices_of_cuda", lambda: seen[0])
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
     claim_gpu()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5,6,7"  # a single process uses any
@@ -137,6 +139,12 @@ def test_a_process_sees_its_own_gpu_only(monkeypatch):
     for _ in range(2):
         claim_gpu()
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
+    assert not chosen
+    seen[0] = 4  # something has asked CUDA for its devices before
+    monkeypatch.setenv("HALFBYTE_GPU", "")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
+    claim_gpu()
+    assert chosen == [1]
 
 
 class Store:

@@ -96,6 +96,8 @@ def divide(
 def _divide_at_waves(lengths: Sequence[int], most: int, wave: int, count: int) -> list[list[int]]:
     parts, rest = list[list[int]](), list(range(len(lengths)))
     for left in range(count, 1, -1):
+        if not rest:  # a document longer than a part took the place of several
+            break
         tokens = sum(lengths[i] for i in rest)
         even = -(-tokens // (left * wave)) * wave
         # The remainder must fit into the other parts.

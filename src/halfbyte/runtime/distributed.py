@@ -69,8 +69,15 @@ def claim_gpu() -> None:
     names = given.split(",") if given else [str(number) for number in range(visible)]
     os.environ["CUDA_VISIBLE_DEVICES"] = names[local].strip()
     os.environ["HALFBYTE_GPU"] = f"{os.getpid()}/{local}"
-    if torch._C._cuda_getDeviceCount() > 1:  # CUDA had started, and keeps what it saw then
+    if _devices_of_cuda() > 1:  # it had started, and keeps what it saw then
         torch.cuda.set_device(local)
+
+
+def _devices_of_cuda() -> int:
+    """Return the number of GPUs that CUDA sees, which starts it."""
+    import torch
+
+    return int(torch._C._cuda_getDeviceCount())
 
 
 class ProcessGroup:
