@@ -9,6 +9,7 @@ whatever its dtype.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from halfbyte.errors import ConfigError
@@ -244,7 +245,7 @@ class Run:
             loss=_loss(shape, self),
             layer_args=2 * part * self.holding.itemsize * shape.query // max(1, shape.heads),
             decoded=_decoded(shape, self),
-            weights=_layer_weights(shape, self) if self.waits else 0,
+            weights=_stored(shape, self).layer_weights if self.waits else 0,
             slots=1 if self.waits == "gpus" and shape.mixture is None else SLOTS,
         )
 
@@ -343,7 +344,38 @@ class Ledger:
         return [*self.lines, *(Line("step", name, nbytes) for name, nbytes in step.items())]
 
 
-def _base(shape: ModelShape, run: Run) -> list[Line]:
+class _Storage(NamedTuple):
+    """How and where the base model is stored: fields of `Run`."""
+
+    holding: Holding
+    device: str
+    waits: Literal["host", "disk", "gpus"] | None
+    shards: int
+    embedding_on_host: bool
+
+
+class _Stored(NamedTuple):
+    """The bytes of a base model: its lines, the peak of loading, the largest layer's weights."""
+
+    lines: tuple[Line, ...]
+    load_peak: int
+    layer_weights: int
+
+
+def _stored(shape: ModelShape, run: Run) -> _Stored:
+    storage = _Storage(run.holding, run.device, run.waits, run.shards, run.embedding_on_host)
+    return _stored_as(shape, storage)
+
+
+# A plan tries hundreds of policies, for which the base model is the same.
+@lru_cache(maxsize=64)
+def _stored_as(shape: ModelShape, storage: _Storage) -> _Stored:
+    return _Stored(
+        tuple(_base(shape, storage)), _load_peak(shape, storage), _layer_weights(shape, storage)
+    )
+
+
+def _base(shape: ModelShape, run: _Storage) -> list[Line]:
     holding = run.holding
     packed, plain = dict[str, Packed](), dict[Line, int]()
     dtype = {2: "bf16", 4: "float32"}[holding.itemsize]
@@ -393,7 +425,7 @@ def _streams(weight: Weight) -> bool:
     return weight.layer is not None and weight.role in ("linear", "experts")
 
 
-def _layer_weights(shape: ModelShape, run: Run) -> int:
+def _layer_weights(shape: ModelShape, run: _Storage) -> int:
     """Return the bytes of the frozen weights of the largest layer, as they are stored."""
     sizes: dict[int, int] = {}
     for weight in filter(_streams, shape.weights):
@@ -504,7 +536,7 @@ def _overhead(run: Run) -> int:
     return int(process) + product_bytes(shapes, run.holding.itemsize, run.documents)
 
 
-def _load_peak(shape: ModelShape, run: Run) -> int:
+def _load_peak(shape: ModelShape, run: _Storage) -> int:
     # On a GPU there is a place for all packed linears from the first one on (linear/arena.py), and
     # for all experts of a layer.
     sizes = {weight: nbytes_of(weight, shape, run.holding) for weight in shape.weights}
@@ -527,12 +559,12 @@ def ledger(shape: ModelShape, run: Run) -> Ledger:
     """Return what ``run`` of a model of this shape will hold."""
     run = replace(run, fused=run.fused and shape.fusable)
     return Ledger(
-        lines=(*_base(shape, run), *_trained(shape, run)),
+        lines=(*_stored(shape, run).lines, *_trained(shape, run)),
         cost=run.step_cost(shape),
         policy=run.policy,
         graphs=run.graphs and run.packs,
         overhead=_overhead(run),
-        load_peak=_load_peak(shape, run),
+        load_peak=_stored(shape, run).load_peak,
     )
 
 
@@ -576,11 +608,12 @@ def fitted(shape: ModelShape, run: Run, budget: float, *, offload: bool = False)
     if best is None and (smaller := run.with_smaller_parts()) is not None:
         return fitted(shape, smaller, budget, offload=offload)
     if best is not None and run.waits:
-        counts = range(shape.layers + 1)
-        return saving(best, next(n for n in counts if needed(saving(best, n)) <= budget))
+        layers, few = shape.layers, best
+        resident = largest(lambda n: needed(saving(few, layers - n)) <= budget, 0, layers)
+        return saving(few, layers - (resident or 0))
     if best == shape.layers and run.device == "cuda" and run.holding.quant != "none":
-        counts = range(shape.layers, 0, -1)
-        return decoding(next((n for n in counts if needed(decoding(n)) <= budget), 0))
+        kept = largest(lambda n: needed(decoding(n)) <= budget, 1, shape.layers)
+        return decoding(kept or 0)
     return None if best is None else saving(best)
 
 
