@@ -26,6 +26,9 @@ BIN := $(VENV)/bin
 FREE := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PIP := $(FREE) --constraint constraints.txt
 
+# Without bytecode, each of the many processes of the tests compiles what it imports again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo test fuzz check bench clean
 
 $(VENV)/.torch: constraints.txt

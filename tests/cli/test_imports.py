@@ -62,7 +62,7 @@ def test_a_model_is_trained_without_what_merges(model: Path, tmp_path: Path) -> 
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"messages": turns}) + "\n")
     words = ["train", "--model", str(model), "--data", str(data), "--output", str(tmp_path / "out")]
-    loaded = modules_after([*words, "--max-steps", "1", "--device", "cpu"])
+    loaded = modules_after([*words, "--max-steps", "1", "--samples", "0", "--device", "cpu"])
     assert (tmp_path / "out" / "adapter_config.json").exists()
     assert not loaded & (FOREIGN | {"halfbyte.cli.demo", "halfbyte.tools.merge_evaluation"})
 

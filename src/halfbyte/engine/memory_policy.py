@@ -107,7 +107,9 @@ class MemoryPlan:
         if policy.decoded:
             how += f", {policy.decoded} keep their decoded weights"
         if policy.streamed:
-            how += f"; the weights of {policy.streamed} are copied to the GPU when needed"
+            how += f"; the weights of {policy.streamed} wait elsewhere until they are needed"
+        elif self.cost is not None and self.cost.weights:
+            how += "; there is room for the weights of all, which stay"
         return (
             f"{how} ({self.saved_bytes / 1e6:.0f} MB a layer); about "
             f"{max(self.predicted_bytes, self.reserved_bytes) / 1e9:.2f} GB of "
