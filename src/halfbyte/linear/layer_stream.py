@@ -11,7 +11,7 @@ graphs included, needs to know where weights come from:
 
 Forward and backward announce the next layer while one is computed, so with two slots one layer is
 copied while the other is used. Other code need not announce anything: a module that is about to
-read its weight calls `LayerStream.ensure`, which copies the layer if its slot holds another.
+read its weight calls ``ensure_loaded``, which copies the layer if its slot holds another.
 
 Where the bytes come from is up to a `LayerSource` (layer_store.py).
 """
@@ -114,8 +114,10 @@ class _Slot:
             the current stream has queued.
     """
 
-    def __init__(self, nbytes: int, device: torch.device) -> None:
+    def __init__(self, nbytes: int, device: torch.device, side: torch.cuda.Stream | None) -> None:
         self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        if side is not None:  # freed, it is not used again before the last copy has ended
+            self.memory.record_stream(side)
         self.layer: int | None = None
         self.copied: torch.cuda.Event | None = None
         self.free: torch.cuda.Event | None = None
@@ -167,7 +169,10 @@ class LayerStream:
         CUDA graphs that were captured before must not be replayed afterwards.
         """
         wanted = set(resident)
-        self._slots, self.streamed = {}, []  # freed first
+        if self._side is not None:  # a copy may be under way, of a step that was not finished
+            torch.cuda.current_stream().wait_stream(self._side)
+        old = list({id(slot): slot for slot in self._slots.values()}.values())
+        self._slots = {}
         self._resident = {i: held for i, held in self._resident.items() if i in wanted}
         for index in sorted(wanted - set(self._resident)):
             memory = torch.empty(self.layers[index].nbytes, dtype=torch.uint8, device=self._device)
@@ -178,8 +183,14 @@ class LayerStream:
         count = min(self.slots, len(self.streamed))
         for number in range(count):
             turn = self.streamed[number::count]
-            slot = _Slot(max(self.layers[i].nbytes for i in turn), self._device)
+            nbytes = max(self.layers[i].nbytes for i in turn)
+            slot = next((slot for slot in old if slot.memory.nbytes >= nbytes), None)
+            if slot is None:
+                slot = _Slot(nbytes, self._device, self._side)
+            else:  # allocated anew, it would exist twice until all modules refer to the new one
+                old.remove(slot)
             self._slots |= dict.fromkeys(turn, slot)
+        self.forget()
         for index in self.streamed:
             layer = self.layers[index]
             layer.bind(self._slots[index].memory[: layer.nbytes], _Ensure(self, index))
