@@ -52,7 +52,7 @@ from halfbyte.layers.decoder_layer import AttentionCheckpoint, fused
 from halfbyte.layers.elementwise import rms_norm
 from halfbyte.layers.families import is_known_norm
 from halfbyte.layers.gated_experts import ends_with_experts, outputs_unread
-from halfbyte.layers.multimodal import decoder_layers
+from halfbyte.layers.multimodal import decoder_layers, text_decoder
 from halfbyte.layers.packed_row import packed_row
 from halfbyte.layers.vocabulary import FrozenHead, HostHead
 from halfbyte.linear.layer_stream import spread, stream_of
@@ -132,7 +132,7 @@ class LayerEngine:
 
     def __init__(self, model: PreTrainedModel, *, fuse: bool = False, graphs: bool = False) -> None:
         self.model = model
-        self.decoder: Any = model.get_decoder()
+        self.decoder: Any = text_decoder(model)
         config = model.config.get_text_config()
         try:
             self.layers = decoder_layers(model)

@@ -255,9 +255,15 @@ def build_decoder(config: PretrainedConfig, dtype: torch.dtype | None = None) ->
 
 
 def text_decoder(model: PreTrainedModel) -> Any:
-    """Return a model's decoder; ModernBERT's ``get_decoder()`` is the linear of its head."""
+    """Return a model's decoder without its head.
+
+    ModernBERT's ``get_decoder()`` is the linear of its head, Llama 4's a causal model with a head.
+    """
     decoder = model.get_decoder()
-    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model
+    if not isinstance(decoder, PreTrainedModel):
+        decoder = model.base_model
+    inner = getattr(decoder, "model", None)
+    return inner if isinstance(inner, PreTrainedModel) else decoder
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -266,7 +272,7 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     Raises:
         ValueError: They are not in one list; the message says what was found.
     """
-    decoder, count = model.get_decoder(), model.config.get_text_config().num_hidden_layers
+    decoder, count = text_decoder(model), model.config.get_text_config().num_hidden_layers
     lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == count]
     if len(lists) != 1:
         raise ValueError(
