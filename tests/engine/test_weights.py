@@ -1,6 +1,7 @@
 """The engine asks its provider for one layer after the other, and says which will be next."""
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,15 @@ from transformers import GptOssConfig, OlmoeConfig
 from halfbyte.checkpoint.identity import weights_digest
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.layerwise import LayerEngine
+from halfbyte.engine.memory_policy import plan_memory
 from halfbyte.engine.weights import ResidentWeights, StreamedWeights, acquired
 from halfbyte.layers.vocabulary import HostHead
 from halfbyte.linear.layer_store import DiskLayers, HostLayers
 from halfbyte.linear.layer_stream import spread, stream_of
+from halfbyte.linear.sharded_layers import ShardedLayers
 from halfbyte.plan.policy import ActivationPolicy
+from halfbyte.runtime.distributed import ProcessGroup
+from halfbyte.train.weight_location import connect
 from tests.engine.test_layerwise import FAMILIES, SIZES, batches_of, gradients, model_of
 
 LAYERS = 3
@@ -80,6 +85,9 @@ class Fast(HostLayers):
     """So fast that one layer is enough on the device."""
 
     slots = 1
+
+
+Divided = partial(ShardedLayers, rank=0, size=1, place="host")
 
 
 def on_disk(layers, device):
@@ -164,6 +172,18 @@ def test_a_head_in_host_memory_gives_the_same():
     assert torch.equal(got, loss)
     assert all(torch.equal(gradient, wanted[name]) for name, gradient in found.items())
     assert torch.equal(model(input_ids=ids).logits, logits)
+
+
+@pytest.mark.parametrize(("store", "streamed"), [(HostLayers, 0), (Divided, LAYERS)])
+@pytest.mark.parametrize("budget", [None, 10**10])
+def test_layers_stay_where_there_is_room_unless_they_were_to_be_divided(store, streamed, budget):
+    model = model_of(FAMILIES["llama"], store=store)
+    connect(model, ProcessGroup())
+    engine = LayerEngine(model, fuse=True)
+    plan = plan_memory(engine, [[(2, 9)]], "auto", budget, "cpu")
+    assert plan.policy.streamed == streamed
+    assert ("wait elsewhere until they are needed" in plan.summary()) == (streamed > 0)
+    assert ("there is room for the weights of all" in plan.summary()) == (streamed == 0)
 
 
 def test_resident_layers_are_spread():

@@ -222,7 +222,10 @@ def plan_memory(
         cost = replace(cost, weights=largest, slots=stream.slots)
         if device == "cuda":
             most = layers_streamed_unnoticed(engine, _largest(engine, shapes, device))
-    planner = _Planner(cost, used, beside, budget, engine.captures, device, most)
+        if not stream.source.may_stay:
+            most = cost.layers
+    stays = stream is None or stream.source.may_stay
+    planner = _Planner(cost, used, beside, budget, engine.captures, device, most, stays)
     return planner.plan(activations, asked=memory_budget is not None)
 
 
@@ -291,7 +294,7 @@ class _Planner:
     Decoded weights are kept only if all activations are, and only within the budget; users cannot
     request it. If weights are streamed, as many layers are made resident as are needed for
     ``hidden`` to cover the rest, if they fit; then activations are saved, and what is left goes to
-    resident layers again.
+    resident layers again, if ``stays``.
     """
 
     cost: StepCost
@@ -301,6 +304,7 @@ class _Planner:
     graphs: bool
     device: str
     hidden: int = 0
+    stays: bool = True
 
     def of(self, policy: ActivationPolicy) -> MemoryPlan:
         step = peak(self.cost, policy, graphs=self.graphs)
@@ -336,7 +340,8 @@ class _Planner:
         plans = self.choices(activations, streamed)
         fitting = list(filter(self.fits, plans))
         if fitting:
-            best = self.with_resident(max(fitting, key=_preference))
+            best = max(fitting, key=_preference)
+            best = self.with_resident(best) if self.stays else best
             whole = best.policy.saved == layers and not best.policy.streamed
             return self.with_decoded(best) if whole else best
         least = min(plans, key=_needed)

@@ -48,6 +48,7 @@ class HostLayers:
 
     can_be_captured = True
     slots = SLOTS
+    may_stay = True
 
     def __init__(self, layers: Sequence[LayerWeights], device: torch.device | str) -> None:
         self.layers = list(layers)

@@ -94,10 +94,12 @@ class LayerSource(Protocol):
     Attributes:
         can_be_captured: Whether copies can be part of a CUDA graph: nothing is done by the host.
         slots: Layers on the device at a time, if each is decoded as a whole.
+        may_stay: Whether layers stay on the device where there is room for them.
     """
 
     can_be_captured: bool
     slots: int
+    may_stay: bool
 
     def copy_to(self, layer: int, out: Tensor) -> None:
         """Queue the copy of a layer to ``out``, uint8 on the device, on the current stream."""

@@ -67,6 +67,9 @@ class ShardedLayers(LayersElsewhere):
         parts = (-(-layer.nbytes // size) for layer in layers)
         self._part = [-(-part // _ALIGNED) * _ALIGNED for part in parts]
         self._starts = [0, *accumulate(self._part)]
+        # Between GPUs, and within host memory, copies of layers would gain nothing, and take the
+        # memory that dividing was to save.
+        self.may_stay = place == "host" and self._locked
         self._file: int | None = None
         total = max(1, self._starts[-1])
         if place == "gpu":

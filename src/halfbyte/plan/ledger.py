@@ -382,6 +382,8 @@ def _base(shape: ModelShape, run: _Storage) -> list[Line]:
     for weight in shape.weights:
         size = held(weight, shape, holding)
         waits = run.waits if _streams(weight) else None
+        if waits == "host" and run.device == "cpu":  # the memory of the process, shared or not
+            waits = None
         group = waits if waits in ("host", "disk") else "base"
         if waits == "gpus":
             share = Line(group, f"layers, divided among {run.shards} GPUs", 0)
@@ -528,10 +530,12 @@ def product_bytes(
     return int(PRODUCT[itemsize] * min(count, products_kept(shapes, documents)))
 
 
-def _overhead(run: Run) -> int:
+def _overhead(shape: ModelShape, run: Run) -> int:
     if run.device != "cpu":
         return int(OVERHEAD[run.device])
     process = OVERHEAD["cpu"] if run.process is None else run.process + TOUCHED_LATER
+    if run.waits == "disk":
+        process += DISK_RING * _stored(shape, run).layer_weights
     shapes = run.shapes or (((run.batch, run.length),),)
     return int(process) + product_bytes(shapes, run.holding.itemsize, run.documents)
 
@@ -563,7 +567,7 @@ def ledger(shape: ModelShape, run: Run) -> Ledger:
         cost=run.step_cost(shape),
         policy=run.policy,
         graphs=run.graphs and run.packs,
-        overhead=_overhead(run),
+        overhead=_overhead(shape, run),
         load_peak=_stored(shape, run).load_peak,
     )
 
@@ -607,7 +611,7 @@ def fitted(shape: ModelShape, run: Run, budget: float, *, offload: bool = False)
     best = largest(lambda saved: needed(saving(saved)) <= budget, 0, shape.layers)
     if best is None and (smaller := run.with_smaller_parts()) is not None:
         return fitted(shape, smaller, budget, offload=offload)
-    if best is not None and run.waits:
+    if best is not None and run.waits and run.waits != "gpus":
         layers, few = shape.layers, best
         resident = largest(lambda n: needed(saving(few, layers - n)) <= budget, 0, layers)
         return saving(few, layers - (resident or 0))
