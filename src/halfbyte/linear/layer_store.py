@@ -8,6 +8,7 @@ which steps need them: forward, then backward from the layers that are still on 
 read past the page cache, which would only compete for memory with what is in use.
 """
 
+import logging
 import os
 import tempfile
 import weakref
@@ -27,6 +28,8 @@ from halfbyte.runtime.host_memory import host_memory
 
 # Layers in host memory while they come from a disk. The plan knows it, too (plan/ledger.py).
 RING = 4
+
+logger = logging.getLogger("halfbyte")
 
 _PIECE = 2**24  # bytes read by a thread at a time
 _PAGE = 4096  # reads past the page cache are of whole pages
@@ -278,7 +281,8 @@ def _opened_directly(file: int) -> int | None:
     """Return a descriptor that reads past the page cache, or None if the file system has none."""
     try:
         return os.open(f"/proc/self/fd/{file}", os.O_RDONLY | os.O_DIRECT)
-    except OSError:
+    except OSError as error:
+        logger.info("layers are read through the page cache: %s", error)
         return None
 
 
