@@ -1,15 +1,17 @@
 """Training steps of a 7B or 8B shape on one GPU: time and memory, compared with PEFT.
 
     python benchmarks/gpu_step.py --configs 1x512 1x2048 4x2048 16*1x512
+    python benchmarks/gpu_step.py --configs 4x2048 --keep offload --only halfbyte-nf4 halfbyte-fp8
 
 A config is batch x length, or micro-batches*batch x length for one optimizer step. Random weights,
 NF4 with double quantisation (or 16-bit, for LoRA), r = 16 on all linears, no dropout, bfloat16,
 every position supervised, AdamW. ``--keep recompute`` recomputes every layer in backward,
 ``offload`` does so with the layers' inputs in host memory, ``save`` recomputes none, and keeps
 decoded weights in the remaining memory. Each has its own process and builds its model on the GPU
-without a checkpoint. A figure is the median of the steps after the first ten (peers: three); memory
+without a checkpoint. A figure is the median of the steps after the first ten, or ``--warm`` (peers: three); memory
 is torch's peak over all steps, including the first and the capture of graphs. *floor* is the bare
-matrix products of a step: forward, recomputed forward and dx of every linear.
+matrix products of a step: forward, recomputed forward and dx of every linear. *halfbyte-fp8* is
+*halfbyte-nf4* with ``compute: fp8``.
 """
 
 import argparse
@@ -36,7 +38,7 @@ SHAPES = {
 }
 SHAPES["llama2-7b"] |= dict(num_attention_heads=32, num_key_value_heads=32)
 SHAPES["llama3-8b"] |= dict(num_attention_heads=32, num_key_value_heads=8)
-CONTESTANTS = ("halfbyte-nf4", "halfbyte-bf16", "peft-bitsandbytes", "unsloth")
+CONTESTANTS = ("halfbyte-nf4", "halfbyte-fp8", "halfbyte-bf16", "peft-bitsandbytes", "unsloth")
 RANK = 16
 
 
@@ -67,6 +69,7 @@ def ours(config: Any, quant: str, args: argparse.Namespace) -> Callable[..., Cal
     from halfbyte.layers.vocabulary import embedding_to_host
     from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach
     from halfbyte.models.build import BaseRecipe, build, finalize, load_tensor
+    from halfbyte.train.loading import choose_products
     from halfbyte.train.schedule import Schedule
     from halfbyte.train.trainer import Trainer
 
@@ -84,7 +87,9 @@ def ours(config: Any, quant: str, args: argparse.Namespace) -> Callable[..., Cal
     options: Row = {"model": "m", "data": "d", "output": "o", "learning_rate": 1e-4}
     options["optim"] = "adamw_8bit" if args.state_bits == 8 else "adamw"
     options |= {"activations": args.keep, "memory_budget": args.memory_budget}
+    options["compute"] = "fp8" if args.worker == "halfbyte-fp8" else "auto"
     settings = TrainConfig.model_validate(options)
+    print(*choose_products(model, settings), file=sys.stderr)
 
     def fresh(micro: int, batch: int, length: int) -> Callable[..., Any]:
         engine = LayerEngine(model, fuse=True, graphs=not args.no_graphs)
@@ -292,7 +297,7 @@ def work(args: argparse.Namespace) -> None:
     elif theirs:
         make = peft(config, saved=args.keep == "save")
     else:
-        make = ours(config, "nf4" if "nf4" in args.worker else "none", args)
+        make = ours(config, "none" if "bf16" in args.worker else "nf4", args)
     torch.cuda.empty_cache()
     resident = torch.cuda.memory_allocated()
     for text in args.configs + ([] if theirs else args.also):
@@ -302,7 +307,7 @@ def work(args: argparse.Namespace) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         step, times = make(micro, batch, length), []
-        warm, count = (3, 7) if theirs else (10, 10 + args.steps)
+        warm, count = (3, 7) if theirs else (args.warm, args.warm + args.steps)
         generator = torch.Generator().manual_seed(0)
         for i in range(count):
             ids = torch.randint(3, config.vocab_size, (micro, batch, length), generator=generator)
@@ -348,6 +353,7 @@ def main() -> None:
     parser.add_argument("--also", nargs="+", default=[], help="configs that peers do not run")
     parser.add_argument("--only", nargs="+", choices=known, default=known)
     parser.add_argument("--steps", type=int, default=20, help="timed steps of ours")
+    parser.add_argument("--warm", type=int, default=10, help="steps of ours before these")
     parser.add_argument(
         "--keep", choices=["recompute", "offload", "save", "auto"], default="recompute"
     )
@@ -387,7 +393,7 @@ def main() -> None:
             call += [*args.configs, "--steps", str(args.steps), "--keep", args.keep]
             call += ["--also", *args.also] if args.also else []
             call += ["--checkpoint", str(args.checkpoint)]
-            call += ["--state-bits", str(args.state_bits)]
+            call += ["--state-bits", str(args.state_bits), "--warm", str(args.warm)]
             call += ["--memory-budget", str(args.memory_budget)] * bool(args.memory_budget)
             call += ["--no-graphs"] * args.no_graphs
             # Unsloth writes what it compiles where it is started, and wants expandable segments.

@@ -63,7 +63,6 @@ class _GatedMLP(torch.autograd.Function):
         *_factors: Tensor | None,
     ) -> Tensor:
         from halfbyte.layers import triton_elementwise
-        from halfbyte.linear import triton_matmul, triton_swiglu
 
         rows = x.reshape(-1, x.shape[-1])
         p = both.into_a(rows)
@@ -73,14 +72,12 @@ class _GatedMLP(torch.autograd.Function):
             q = last.into_a(rows)  # restored; rows are not read
             y = rows.new_zeros(1, 1).expand(len(rows), *last.outputs)
         else:
-            if triton_matmul.fits(rows, both.outputs):
-                weights, adapters = both.weights(), both.cast_adapters
-                inner, between = triton_swiglu.gated_forward(
-                    rows, weights, p, adapters, keep=gradients
-                )
-            else:
+            gated = both.gated_forward(rows, p, keep=gradients)
+            if gated is None:
                 between = both.forward(rows, p)
                 inner = triton_elementwise.swiglu(*between.chunk(2, 1))
+            else:
+                inner, between = gated
             q = last.into_a(inner)
             y = last.forward(inner, q)
         ctx.both, ctx.last, ctx.written = both, last, False

@@ -54,7 +54,7 @@ class _TurnedHeads(torch.autograd.Function):
 
         rows, cos, sin = x.reshape(-1, x.shape[-1]), cos.contiguous(), sin.contiguous()
         turn = triton_matmul.Turn(cos, sin, sum(call.outputs[:2]))
-        turns = turn.fits and triton_matmul.fits(rows, call.outputs)
+        turns = call.turns(rows, turn)
         p = call.into_a(rows)
         y = call.forward(rows, p, turn if turns else None)
         parts = torch.split(y, call.outputs, 1)

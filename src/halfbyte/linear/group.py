@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from halfbyte.linear.decoded_weight import DENSE, DecodedWeight, WeightLayout
+from halfbyte.linear.decoded_weight import DecodedWeight, WeightLayout
 from halfbyte.linear.fused_lora import FusedLoraLinear, LowRank
 from halfbyte.quant.format import gpu_kernels
 from halfbyte.quant.weight import QuantizedWeight
@@ -310,9 +310,11 @@ class LinearGroup:
             return None
         if len(self.members) > _MOST_TOGETHER or not _for_kernels(x):
             return None
-        if any(member.layout is not DENSE for member in self.members):
+        layout = self.members[0].layout
+        if any(member.layout is not layout for member in self.members):
             return None
-        return FusedLoraLinear(self, updates, x.dtype)
+        made: FusedLoraLinear | None = layout.fused(self, updates, x.dtype)
+        return made
 
     def fused_alone(self, x: Tensor, members: Sequence[_Member]) -> FusedLoraLinear | None:
         """Return `fused` for callers that fuse more than the calls of ``members`` with x.
@@ -454,7 +456,7 @@ def _for_kernels(x: Tensor) -> bool:
 
 
 def decode_together(
-    linears: Sequence[_Member], dtype: torch.dtype, outs: Mapping[Any, Tensor] | None = None
+    linears: Sequence[_Member], dtype: torch.dtype, outs: Mapping[Any, Any] | None = None
 ) -> dict[Any, DecodedWeight]:
     """Return W [out, in] of each for products in ``dtype``, decoded together per layout.
 

@@ -23,7 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from halfbyte.linear.triton_lora import CastAdapters, add_low_rank
+from halfbyte.linear.fp8 import scaled_product
+from halfbyte.linear.triton_lora import add_low_rank
 from halfbyte.linear.triton_matmul import FEWEST_ROWS, Turn, flat_of, place
 from halfbyte.quant.triton_blockwise import on_device
 from halfbyte.runtime import device as devices
@@ -93,43 +94,12 @@ def _product(
         y.store([m * tile_m, n * tile_n], total.to(y.dtype))
 
 
-def fits(rows: int, sizes: Sequence[int], device: torch.device) -> bool:
-    """Returns whether the fused contraction supports products of these sizes on a device."""
+def fits(rows: int, outputs: Sequence[int], device: torch.device) -> bool:
+    """Returns whether the fused contraction supports so many rows, and these sizes of linears."""
     return (
         rows >= FEWEST_ROWS
-        and all(size % 16 == 0 for size in sizes)
+        and all(size % TILE_N == 0 for size in outputs[:-1])  # no tile spans two
         and devices.spec_of(device).is_hopper
-    )
-
-
-def scaled_product(
-    x: Tensor,
-    x_scale: Tensor,
-    weight: Tensor,
-    w_scale: Tensor | None,
-    dtype: torch.dtype,
-    *,
-    fast: bool = True,
-) -> Tensor:
-    """Returns s_x s_W x̂ Ŵᵀ by torch, [rows, out] in ``dtype``.
-
-    Args:
-        x: e4m3 [rows, in], contiguous.
-        x_scale: float32 [rows, 1].
-        weight: e4m3 [out, in], contiguous rows.
-        w_scale: float32 [out], or None for 1.
-        dtype: bfloat16.
-        fast: Whether partial sums may be rounded to tensor cores' accumulators.
-    """
-    if w_scale is None:
-        w_scale = torch.ones(len(weight), dtype=torch.float32, device=x.device)
-    return torch._scaled_mm(
-        x,
-        weight.t(),
-        scale_a=x_scale,
-        scale_b=w_scale[None],
-        out_dtype=dtype,
-        use_fast_accum=fast,
     )
 
 

@@ -1,7 +1,7 @@
 """Weights as e4m3 numbers (8 bits: sign, 4 of exponent, 3 of mantissa), a scale for each row.
 
 This is the specification of the weights of FP8 products; triton_e4m3.py has the kernels, which give
-the same bytes. W [out, in] becomes e4m3 [out, in] and float32 [out].
+the same numbers. W [out, in] becomes e4m3 [out, in] and float32 [out].
 
 A scale is a power of two. e4m3 is a floating-point format: its relative error does not depend on
 the scale, as long as numbers are normal. So a scale need not be tight, and one that is a power of

@@ -35,8 +35,8 @@ def to_e4m3(x, compiled: tl.constexpr):
         # The cast of Triton's interpreter drops a carry, so what it is given is rounded already.
         bits = x.to(tl.int32, bitcast=True)
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
-        subnormal = (x + 24576.0) - 24576.0  # spacing 2**-9: 1.5 * 2**(23 - 9)
-        x = tl.where(tl.abs(x) < 0.015625, subnormal, normal)
+        size = (tl.abs(x) + 24576.0) - 24576.0  # spacing 2**-9: 1.5 * 2**(23 - 9)
+        x = tl.where(tl.abs(x) < 0.015625, tl.where(x < 0, -size, size), normal)
     return x.to(tl.float8e4nv)
 
 

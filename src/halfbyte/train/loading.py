@@ -22,7 +22,10 @@ from halfbyte.checkpoint.identity import require_same_base
 from halfbyte.checkpoint.peft import load_adapter, template_in
 from halfbyte.config.schema import TrainConfig
 from halfbyte.data.named_templates import choose_template
-from halfbyte.linear.lora import LoRAConfig
+from halfbyte.layers.multimodal import decoder_layers
+from halfbyte.linear.experts import ExpertLinear
+from halfbyte.linear.fp8 import use_fp8
+from halfbyte.linear.lora import LoRAConfig, frozen_linears
 from halfbyte.models.build import BaseRecipe
 from halfbyte.runtime.precision import choose_device_and_dtype
 
@@ -209,6 +212,18 @@ def recipe_of(config: TrainConfig, dtype: torch.dtype, device: str) -> BaseRecip
         quantize_embeddings=config.quantize_embeddings,
         quant_search=config.quant_search,
     )
+
+
+def choose_products(model: PreTrainedModel, config: TrainConfig) -> list[str]:
+    """Have the frozen linears of layers compute as a run wants; return what is to be said of it."""
+    if config.compute != "fp8":
+        return []
+    layers = decoder_layers(model)
+    linears = [linear for layer in layers for linear in frozen_linears(layer).values()]
+    said = [use_fp8(linears)]
+    if any(isinstance(m, ExpertLinear) for layer in layers for m in layer.modules()):
+        said.append("experts stay in 16 bits")
+    return said
 
 
 def lora_of(config: TrainConfig) -> LoRAConfig:
