@@ -57,8 +57,21 @@ class Fp8LoraLinear(FusedLoraLinear):
     def gated_forward(
         self, x: Tensor, p: Tensor, *, keep: bool
     ) -> tuple[Tensor, Tensor | None] | None:
-        """Return None: there is no such kernel."""
-        return None
+        """Return silu(gate) · up of two linears; see `triton_fp8.gated_product`.
+
+        None if that is not one kernel for this x.
+        """
+        from halfbyte.linear import triton_fp8
+        from halfbyte.quant import triton_e4m3
+
+        if not triton_fp8.fits(len(x), self.outputs[:1], x.device):
+            return None
+        data, scale = self._stacked()
+        rounded = triton_e4m3.quantize_rows([_in_rows(x)])
+        adapters = self.cast_adapters
+        return triton_fp8.gated_product(
+            *rounded, data, scale, p, adapters.b, adapters.rank, keep=keep
+        )
 
     def _stacked(self) -> tuple[Tensor, Tensor]:
         """Return e4m3 [sum of out, in] of all linears, and the scales of its rows."""

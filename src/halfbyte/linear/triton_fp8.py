@@ -10,7 +10,8 @@ accumulates (x Aᵀ)(s B)ᵀ, so the adapter is neither rounded to 8 bits nor a 
 Backward contracts over the rows of W, where each has its own scale. These are multiplied into dy
 before it is rounded, so both directions multiply with the same e4m3 numbers, W being rounded once.
 Tensor cores read e4m3 with the contracted dimension adjacent only: backward has its own, transposed
-copy. Both products are one kernel.
+copy. Both products are one kernel. That of gate and up applies SwiGLU before it writes a tile, as
+triton_swiglu.py does.
 """
 
 from __future__ import annotations
@@ -94,6 +95,61 @@ def _product(
         y.store([m * tile_m, n * tile_n], total.to(y.dtype))
 
 
+@triton.jit
+def _gated_product(
+    inner,
+    gate,
+    up,
+    x,
+    x_scale,
+    weights,
+    w_scale,
+    p,
+    b0,
+    b1,
+    rows,
+    outputs,
+    inputs,
+    keep: tl.constexpr,
+    rank: tl.constexpr,
+    part: tl.constexpr,
+    tile_m: tl.constexpr,
+    tile_n: tl.constexpr,
+    tile_k: tl.constexpr,
+    programs: tl.constexpr,
+    flat: tl.constexpr,
+):
+    # As triton_swiglu._gated_forward, whose comments hold here.
+    tiles_m, tiles_n = tl.cdiv(rows, tile_m), tl.cdiv(outputs, tile_n)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, programs, flatten=flat):
+        m, n = place(tile, tiles_m, tiles_n)
+        total = tl.zeros((tile_m, 2 * tile_n), tl.float32)
+        for k in range(tl.cdiv(inputs, tile_k)):
+            left = x.load([m * tile_m, k * tile_k])
+            right = weights.load([0, n * tile_n, k * tile_k]).reshape(2 * tile_n, tile_k)
+            total = tl.dot(left, right.T, total)
+        row, lane = m * tile_m + tl.arange(0, tile_m), tl.arange(0, 2 * tile_n)
+        column = n * tile_n + lane % tile_n
+        scale = tl.load(
+            w_scale + lane // tile_n * outputs + column, mask=column < outputs, other=0.0
+        )
+        total *= tl.load(x_scale + row, mask=row < rows, other=0.0)[:, None]
+        total *= scale[None, :]
+        for r in tl.static_range(0, rank, part):
+            right = b0.load([0, n * tile_n, r]).reshape(2 * tile_n, part)
+            total = tl.dot(p.load([m * tile_m, r]), right.T, total)
+            right = b1.load([-1, n * tile_n, r]).reshape(2 * tile_n, part)
+            total = tl.dot(p.load([m * tile_m, rank + r]), right.T, total)
+        one, two = total.reshape(tile_m, 2, tile_n).permute(0, 2, 1).split()
+        one, two = one.to(inner.dtype), two.to(inner.dtype)
+        if keep:
+            gate.store([m * tile_m, n * tile_n], one)
+            up.store([m * tile_m, n * tile_n], two)
+        one, two = one.to(tl.float32), two.to(tl.float32)
+        result = one * tl.sigmoid(one) * two
+        inner.store([m * tile_m, n * tile_n], result.to(inner.dtype))
+
+
 def fits(rows: int, outputs: Sequence[int], device: torch.device) -> bool:
     """Returns whether the fused contraction supports so many rows, and these sizes of linears."""
     return (
@@ -170,6 +226,65 @@ def product(
             num_stages=3,
         )
     return y
+
+
+def gated_product(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    w_scale: Tensor,
+    p: Tensor,
+    b: Tensor,
+    rank: int,
+    *,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Returns silu(gate) · up for two linears that share x, and both as they are if they are kept.
+
+    Args:
+        x: e4m3 [rows, in], contiguous.
+        x_scale: float32 [rows, 1].
+        weight: e4m3 [2 · out, in], gate above up, contiguous.
+        w_scale: float32 [2 · out].
+        p: [rows, 2 · rank].
+        b: [2 · out, rank].
+        rank: Columns of p for each linear.
+        keep: Whether to return gate and up.
+
+    Returns:
+        inner [rows, out], and [rows, 2 · out], gate beside up, or None.
+    """
+    (rows, inputs), outputs = x.shape, len(weight) // 2
+    inner = torch.empty(rows, outputs, dtype=p.dtype, device=x.device)
+    both = inner.new_empty(rows, 2 * outputs) if keep else None
+    parts = (inner, inner) if both is None else both.split(outputs, 1)
+    flat, part = flat_of(1, 2 * rank)  # twice the steps
+    half = TILE_N // 2
+    programs = devices.spec_of(x.device).num_sms
+    with on_device(x):
+        _gated_product[(programs,)](
+            *(TensorDescriptor.from_tensor(out, [TILE_M, half]) for out in (inner, *parts)),
+            TensorDescriptor.from_tensor(x, [TILE_M, TILE_K]),
+            x_scale,
+            TensorDescriptor.from_tensor(weight.view(2, outputs, inputs), [2, half, TILE_K]),
+            w_scale,
+            TensorDescriptor.from_tensor(p, [TILE_M, part]),
+            *(TensorDescriptor.from_tensor(one[None], [2, half, part]) for one in b.split(outputs)),
+            rows,
+            outputs,
+            inputs,
+            keep=keep,
+            rank=rank,
+            part=part,
+            tile_m=TILE_M,
+            tile_n=half,
+            tile_k=TILE_K,
+            programs=programs,
+            flat=flat,
+            num_warps=8,
+            num_stages=3,
+        )
+    return inner, both
 
 
 def plain_product(
