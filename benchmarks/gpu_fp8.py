@@ -81,9 +81,7 @@ def products_of(outputs: list[int], inputs: int) -> dict[str, Any]:
     one = torch.ones((), device="cuda")
 
     def own() -> torch.Tensor:
-        return triton_fp8.product(
-            rounded, x_scale, data, scale, p, adapters.b, RANK, outputs
-        )
+        return triton_fp8.product(rounded, x_scale, data, scale, p, adapters.b, RANK, outputs)
 
     def torchs(fast: bool) -> torch.Tensor:
         return scaled_product(rounded, x_scale, data, scale, x.dtype, fast=fast)
@@ -113,9 +111,13 @@ def products_of(outputs: list[int], inputs: int) -> dict[str, Any]:
     few = 256  # rows compared with float64
     exact = (rounded[:few].double() * x_scale[:few]) @ (data.double() * scale[:, None]).t()
     low = torch.cat(
-        [a @ b.t() for a, b in zip(
-            p[:few].double().split(RANK, 1), adapters.b.double().split(outputs), strict=True
-        )], 1
+        [
+            a @ b.t()
+            for a, b in zip(
+                p[:few].double().split(RANK, 1), adapters.b.double().split(outputs), strict=True
+            )
+        ],
+        1,
     )
     for name, work, wanted in (
         ("own", own, exact + low),

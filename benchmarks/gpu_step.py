@@ -8,10 +8,10 @@ NF4 with double quantisation (or 16-bit, for LoRA), r = 16 on all linears, no dr
 every position supervised, AdamW. ``--keep recompute`` recomputes every layer in backward,
 ``offload`` does so with the layers' inputs in host memory, ``save`` recomputes none, and keeps
 decoded weights in the remaining memory. Each has its own process and builds its model on the GPU
-without a checkpoint. A figure is the median of the steps after the first ten, or ``--warm`` (peers: three); memory
-is torch's peak over all steps, including the first and the capture of graphs. *floor* is the bare
-matrix products of a step: forward, recomputed forward and dx of every linear. *halfbyte-fp8* is
-*halfbyte-nf4* with ``compute: fp8``.
+without a checkpoint. A figure is the median of the steps after the first ten, or ``--warm`` (peers:
+three); memory is torch's peak over all steps, including the first and the capture of graphs.
+*floor* is the bare matrix products of a step: forward, recomputed forward and dx of every linear.
+*halfbyte-fp8* is *halfbyte-nf4* with ``compute: fp8``.
 """
 
 import argparse

@@ -62,7 +62,7 @@ class WeightLayout(Protocol):
             dtype: Likewise.
         """
         whole = memory.view(self.data_dtype(dtype))
-        parts = whole.split([prod(shape) for shape in shapes])
+        parts = torch.split(whole, [prod(shape) for shape in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def decode(

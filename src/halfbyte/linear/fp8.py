@@ -1,6 +1,6 @@
 """FP8: frozen weights decoded to e4m3, multiplied with activations and gradients rounded to it.
 
-A GPU from Ada and Hopper on multiplies 8-bit floating-point numbers about twice as fast as bfloat16.
+GPUs from Ada and Hopper on multiply 8-bit floating-point numbers about twice as fast as bfloat16.
 Only the base's two products of a linear are computed with them; what is small, trained or sensitive
 stays as it is: adapters, norms, attention, embedding, head and loss.
 
@@ -68,9 +68,9 @@ class _FP8(WeightLayout):
     ) -> list[Any]:
         outs, inputs = [out for out, _ in shapes], shapes[0][1]
         numel = sum(outs) * inputs
-        data = memory[:numel].view(e4m3.DTYPE).view(-1, inputs).split(outs)
-        across = memory[numel : 2 * numel].view(e4m3.DTYPE).view(inputs, -1).split(outs, 1)
-        scale = memory[2 * numel :].view(torch.float32).split(outs)
+        data = torch.split(memory[:numel].view(e4m3.DTYPE).view(-1, inputs), outs)
+        across = torch.split(memory[numel : 2 * numel].view(e4m3.DTYPE).view(inputs, -1), outs, 1)
+        scale = torch.split(memory[2 * numel :].view(torch.float32), outs)
         return [Place(*parts) for parts in zip(data, across, scale, strict=True)]
 
     def decode(
@@ -83,7 +83,9 @@ class _FP8(WeightLayout):
         if outs is None:
             outs = []
             for q in packed:  # linears that share an input are adjacent only in a cache
-                memory = torch.empty(self.nbytes([q.shape], dtype), dtype=torch.uint8, device=device)
+                memory = torch.empty(
+                    self.nbytes([q.shape], dtype), dtype=torch.uint8, device=device
+                )
                 outs += self.places(memory, [q.shape], dtype)
         return [self._decode(q, place) for q, place in zip(packed, outs, strict=True)]
 
@@ -213,8 +215,8 @@ def require_fp8(device: torch.device | str, dtype: torch.dtype) -> str:
     return ""
 
 
-def supports(linear: FrozenLinear) -> bool:
-    """Return whether a linear's products can be FP8: it is packed, and of whole multiples of 16."""
+def supports(linear: Any) -> bool:
+    """Return whether a `FrozenLinear` can compute in FP8: it is packed, in multiples of 16."""
     sizes = (linear.in_features, linear.out_features)
     held = linear.frozen_tensors()
     return "codes" in held and all(size % _MULTIPLE == 0 for size in sizes)

@@ -1,7 +1,6 @@
 """`FusedLoraLinear` for the layout ``FP8``: the base's products in 8 bits, the adapters' in 16."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,12 +23,11 @@ class Fp8LoraLinear(FusedLoraLinear):
 
         data, scale = self._stacked()
         rounded = triton_e4m3.quantize_rows([_in_rows(x)])
-        b = self.cast_adapters.b
-        if triton_fp8.fits(len(x), self.outputs, x.device):
-            made = partial(triton_fp8.product, rank=self.cast_adapters.rank, turn=turn)
-        else:
-            made = triton_fp8.plain_product
-        return made(*rounded, data, scale, p, b, outputs=self.outputs)
+        adapters, outputs = self.cast_adapters, self.outputs
+        if triton_fp8.fits(len(x), outputs, x.device):
+            b, rank = adapters.b, adapters.rank
+            return triton_fp8.product(*rounded, data, scale, p, b, rank, outputs, turn)
+        return triton_fp8.plain_product(*rounded, data, scale, p, adapters.b, outputs)
 
     def input_gradient(self, dys: Sequence[Tensor], g: Tensor) -> Tensor:
         """Return dx [rows, in]; ``g`` is the first result of `through_b`."""
@@ -43,10 +41,8 @@ class Fp8LoraLinear(FusedLoraLinear):
         a = self.cast_adapters.a
         whole = _beside([part for part in across if part is not None], 1)
         if triton_fp8.fits(len(g), [a.shape[1]], g.device):
-            made = partial(triton_fp8.product, rank=a.shape[0])
-        else:
-            made = triton_fp8.plain_product
-        return made(*rounded, whole, None, g, a, outputs=None)
+            return triton_fp8.product(*rounded, whole, None, g, a, len(a), None)
+        return triton_fp8.plain_product(*rounded, whole, None, g, a, None)
 
     def turns(self, x: Tensor, turn: Any) -> bool:
         """Return whether `forward` of x can apply a `triton_matmul.Turn`."""

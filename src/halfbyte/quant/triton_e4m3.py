@@ -1,13 +1,13 @@
 """e4m3 on a GPU: 4-bit weights decoded to it, and activations rounded to it row by row.
 
-    decode          A program decodes a tile of 128 rows and 128 columns, and writes it as it is,
-                    transposed, or both: tensor cores multiply e4m3 only with the contracted
-                    dimension adjacent in memory, which is the other one in backward. A lane reads
-                    a word of 8 codes. The scale of a row is found from the packed scales in the
-                    same program (quant/e4m3.py), so there is no pass before.
-    quantize_rows   A program reads a row twice, the second time from the L1 cache if it is long,
-                    and writes it once. Several matrices become one, side by side: the gradients of
-                    linears that share an input, which are then one product.
+decode          A program decodes a tile of 128 rows and 128 columns, and writes it as it is,
+                transposed, or both: tensor cores multiply e4m3 only with the contracted
+                dimension adjacent in memory, which is the other one in backward. A lane reads
+                a word of 8 codes. The scale of a row is found from the packed scales in the
+                same program (quant/e4m3.py), so there is no pass before.
+quantize_rows   A program reads a row twice, the second time from the L1 cache if it is long,
+                and writes it once. Several matrices become one, side by side: the gradients of
+                linears that share an input, which are then one product.
 """
 
 from __future__ import annotations

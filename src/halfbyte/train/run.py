@@ -413,6 +413,7 @@ class _Run:
             process=self.process_bytes,
             waits=self.waits,
             shards=self.processes.on_this_host if config.shard else 1,
+            fp8=config.compute == "fp8",
         )
 
     def begin(self) -> None:
