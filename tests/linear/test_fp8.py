@@ -7,7 +7,8 @@ from halfbyte.errors import ConfigError
 from halfbyte.linear import fp8
 from halfbyte.linear.decoded_cache import DecodedWeightCache
 from halfbyte.linear.decoded_weight import DENSE
-from halfbyte.linear.fp8 import FP8, require_fp8, supports, use_fp8
+from halfbyte.linear.fp8 import FP8
+from halfbyte.linear.fp8_choice import require_fp8, supports, use_fp8
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.group import LinearGroup
 from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach

@@ -10,7 +10,7 @@ from halfbyte.layers.mlp import gated_mlp
 from halfbyte.layers.qkv import turned_heads
 from halfbyte.linear import fp8, group
 from halfbyte.linear.decoded_cache import DecodedWeightCache
-from halfbyte.linear.fp8 import use_fp8
+from halfbyte.linear.fp8_choice import use_fp8
 from halfbyte.linear.lora import adapter_parameters
 from halfbyte.quant import e4m3
 from tests.linear.test_fp8 import WIDTH, drawn, linears, run

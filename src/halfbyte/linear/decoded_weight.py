@@ -89,16 +89,6 @@ class WeightLayout(Protocol):
     def input_gradient(self, dy: Tensor, weight: DecodedWeight, dx: Tensor | None = None) -> Tensor:
         """Return dy W [rows, in] for dy [rows, out], added to ``dx`` in place if that is given."""
 
-    def fused(self, group: Any, updates: Sequence[Any], dtype: torch.dtype) -> Any:
-        """Return products of base and adapter together on a GPU, or None if there are none.
-
-        Args:
-            group: The linears, all of this layout; see `fused_lora.FusedLoraLinear`.
-            updates: Likewise.
-            dtype: dtype of x: bfloat16 or float16.
-        """
-        return None
-
 
 class _Dense(WeightLayout):
     """W itself, row-major, in the dtype of the products, without a scale.
@@ -137,11 +127,6 @@ class _Dense(WeightLayout):
         if dx.is_cuda:
             return dx.addmm_(dy, weight.data)
         return dx.add_(product(dy, weight.data.t()))
-
-    def fused(self, group: Any, updates: Sequence[Any], dtype: torch.dtype) -> Any:
-        from halfbyte.linear.fused_lora import FusedLoraLinear
-
-        return FusedLoraLinear(group, updates, dtype)
 
 
 DENSE = _Dense()

@@ -17,27 +17,21 @@ Tensor cores read e4m3 with the contracted dimension adjacent only, so on a GPU 
 transposed copy of Ŵ: together as many bytes as W in bfloat16. Linears that share an input are
 stacked, row by row in one and column by column in the other, so each direction is one product.
 
-`FP8` is the layout, `use_fp8` sets it. On a CPU it is computed in plain PyTorch from the same
-numbers, which is slow and there for tests and for measuring what training in FP8 loses.
+`FP8` is the layout; fp8_choice.py gives it to linears. On a CPU it is computed in plain PyTorch from
+the same numbers, which is slow and there for tests and for measuring what training in FP8 loses.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from halfbyte.errors import ConfigError
-from halfbyte.linear.decoded_weight import DENSE, DecodedWeight, WeightLayout
-from halfbyte.linear.frozen import FrozenLinear
+from halfbyte.linear.decoded_weight import DecodedWeight, WeightLayout
 from halfbyte.quant import e4m3
 from halfbyte.quant.format import gpu_kernels
 from halfbyte.quant.weight import QuantizedWeight
-from halfbyte.runtime import device as devices
 from halfbyte.runtime.matmul import product
-
-# Tensor cores' products of 8-bit numbers need sizes that are multiples of it.
-_MULTIPLE = 16
 
 
 class Place(NamedTuple):
@@ -118,11 +112,6 @@ class _FP8(WeightLayout):
         made = _scaled(*_rounded(dy, weight.scale), across, None, dy.dtype)
         return made if dx is None else dx.add_(made)
 
-    def fused(self, group: Any, updates: Sequence[Any], dtype: torch.dtype) -> Any:
-        from halfbyte.linear.fp8_lora import Fp8LoraLinear
-
-        return Fp8LoraLinear(group, updates, dtype)
-
 
 FP8 = _FP8()
 
@@ -184,56 +173,3 @@ def scaled_product(
         use_fast_accum=fast,
     )
     return y
-
-
-def require_fp8(device: torch.device | str, dtype: torch.dtype) -> str:
-    """Check that products in FP8 are possible, and return what is to be said of them, or "".
-
-    Args:
-        device: Where to compute.
-        dtype: dtype of activations.
-
-    Raises:
-        ConfigError: If the GPU has no FP8 units, or the dtype is float16.
-    """
-    if torch.device(device).type != "cuda":
-        if dtype == torch.float16:
-            raise ConfigError("compute fp8 needs bfloat16 or float32 activations on a CPU")
-        return "compute fp8 is emulated on a CPU, in plain PyTorch: slower than without"
-    spec = devices.spec_of(torch.device(device))
-    if not spec.has_fp8:
-        major, minor = spec.capability
-        raise ConfigError(
-            f"compute fp8 is not for {spec.name}, compute capability {major}.{minor}: FP8 units "
-            "come with 8.9 (Ada) and 9.0 (Hopper); use compute auto"
-        )
-    if dtype != torch.bfloat16:
-        raise ConfigError(
-            f"compute fp8 needs activations in bfloat16 on a GPU, not in {str(dtype)[6:]}: leave "
-            "compute_dtype at auto"
-        )
-    return ""
-
-
-def supports(linear: Any) -> bool:
-    """Return whether a `FrozenLinear` can compute in FP8: it is packed, in multiples of 16."""
-    sizes = (linear.in_features, linear.out_features)
-    held = linear.frozen_tensors()
-    return "codes" in held and all(size % _MULTIPLE == 0 for size in sizes)
-
-
-def use_fp8(linears: Iterable[FrozenLinear]) -> str:
-    """Have linears compute in FP8 where that is possible for all that share their input.
-
-    Returns:
-        What is to be said about it, in one line.
-    """
-    computed = left = 0
-    for linear in linears:
-        whole = all(supports(member) for member in linear.group.members)
-        linear.layout = FP8 if whole else DENSE
-        computed, left = computed + whole, left + (not whole)
-    message = f"products of {computed} linears in FP8"
-    if left:
-        message += f"; {left} stay in 16 bits (not packed, or sizes that are no multiples of 16)"
-    return message

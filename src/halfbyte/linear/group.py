@@ -29,12 +29,16 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from halfbyte.linear.decoded_weight import DecodedWeight, WeightLayout
+from halfbyte.linear.decoded_weight import DENSE, DecodedWeight, WeightLayout
+from halfbyte.linear.fp8 import FP8
+from halfbyte.linear.fp8_lora import Fp8LoraLinear
 from halfbyte.linear.fused_lora import FusedLoraLinear, LowRank
 from halfbyte.quant.format import gpu_kernels
 from halfbyte.quant.weight import QuantizedWeight
 from halfbyte.runtime.matmul import product
 
+# Products of base and adapter together on a GPU, by layout.
+_FUSED: dict[WeightLayout, type[FusedLoraLinear]] = {DENSE: FusedLoraLinear, FP8: Fp8LoraLinear}
 # Maximum number of linears with one input in triton_lora.py.
 _MOST_TOGETHER = 3
 
@@ -311,10 +315,9 @@ class LinearGroup:
         if len(self.members) > _MOST_TOGETHER or not _for_kernels(x):
             return None
         layout = self.members[0].layout
-        if any(member.layout is not layout for member in self.members):
+        if layout not in _FUSED or any(member.layout is not layout for member in self.members):
             return None
-        made: FusedLoraLinear | None = layout.fused(self, updates, x.dtype)
-        return made
+        return _FUSED[layout](self, updates, x.dtype)
 
     def fused_alone(self, x: Tensor, members: Sequence[_Member]) -> FusedLoraLinear | None:
         """Return `fused` for callers that fuse more than the calls of ``members`` with x.

@@ -34,7 +34,7 @@ TILE_M, TILE_N, TILE_K = 128, 256, 128
 
 
 @triton.jit
-def _product(
+def _fp8_product(
     x,
     x_scale,
     weight,
@@ -96,7 +96,7 @@ def _product(
 
 
 @triton.jit
-def _gated_product(
+def _fp8_gated(
     inner,
     gate,
     up,
@@ -193,7 +193,7 @@ def product(
     cos, sin = (y, y) if turn is None else turn[:2]
     programs = devices.spec_of(x.device).num_sms
     with on_device(x):
-        _product[(programs,)](
+        _fp8_product[(programs,)](
             TensorDescriptor.from_tensor(x, [TILE_M, TILE_K]),
             x_scale,
             TensorDescriptor.from_tensor(weight, [TILE_N, TILE_K]),
@@ -262,7 +262,7 @@ def gated_product(
     half = TILE_N // 2
     programs = devices.spec_of(x.device).num_sms
     with on_device(x):
-        _gated_product[(programs,)](
+        _fp8_gated[(programs,)](
             *(TensorDescriptor.from_tensor(out, [TILE_M, half]) for out in (inner, *parts)),
             TensorDescriptor.from_tensor(x, [TILE_M, TILE_K]),
             x_scale,

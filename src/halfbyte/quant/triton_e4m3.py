@@ -41,7 +41,7 @@ def to_e4m3(x, compiled: tl.constexpr):
 
 
 @triton.jit
-def _decode(
+def _decode_e4m3(
     out,
     across,
     scale_out,
@@ -194,7 +194,7 @@ def decode(q: QuantizedWeight, out: Tensor | None, across: Tensor | None, scale:
     scales = q.scales if q.scales is not None else q.scale_scales
     grid = (triton.cdiv(columns, _TILE), triton.cdiv(rows, _TILE))
     with on_device(scale):
-        _decode[grid](
+        _decode_e4m3[grid](
             scale if out is None else out,
             scale if across is None else across,
             scale,

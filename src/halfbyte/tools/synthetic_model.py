@@ -25,7 +25,7 @@ from halfbyte.errors import UserError
 from halfbyte.foreign_text import as_message
 from halfbyte.layers.multimodal import build_decoder
 from halfbyte.layers.vocabulary import embedding_to_host, head_to_host
-from halfbyte.linear.fp8 import require_fp8
+from halfbyte.linear.fp8_choice import require_fp8
 from halfbyte.linear.lora import adapter_parameters, attach
 from halfbyte.models.build import MemoryReport, build, finalize, load_tensor, stream_layers
 from halfbyte.plan.model_shape import config_of, shape_of_config

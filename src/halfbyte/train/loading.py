@@ -24,7 +24,7 @@ from halfbyte.config.schema import TrainConfig
 from halfbyte.data.named_templates import choose_template
 from halfbyte.layers.multimodal import decoder_layers
 from halfbyte.linear.experts import ExpertLinear
-from halfbyte.linear.fp8 import use_fp8
+from halfbyte.linear.fp8_choice import use_fp8
 from halfbyte.linear.lora import LoRAConfig, frozen_linears
 from halfbyte.models.build import BaseRecipe
 from halfbyte.runtime.precision import choose_device_and_dtype

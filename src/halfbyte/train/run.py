@@ -42,7 +42,7 @@ from halfbyte.engine.memory_policy import (
 from halfbyte.engine.packing import Batch
 from halfbyte.errors import BETWEEN_STEPS, Interrupted, ProcessFailed, RunStopped
 from halfbyte.layers.vocabulary import embedding_to_host, head_to_host
-from halfbyte.linear.fp8 import require_fp8
+from halfbyte.linear.fp8_choice import require_fp8
 from halfbyte.linear.lora import (
     adapter_parameters,
     adapter_state,
