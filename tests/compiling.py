@@ -306,10 +306,9 @@ def rounding_kernels(kind: str):
         yield triton_e4m3._decode_e4m3, pointers, step, options
     types = {"out": "*fp8e4nv"} | dict.fromkeys(("x0", "x1", "x2"), f"*{kind}")
     types |= dict.fromkeys([f"{n}{i}" for n in ("size", "stride") for i in range(3)], "i32")
-    for parts, scaled in ((1, False), (3, True)):
-        step = {"parts": parts, "scaled": scaled, "lanes": triton_e4m3._LANES}
-        step |= {"single": parts == 1, "compiled": True}
-        yield triton_e4m3._quantize_rows, types, step, {"num_warps": 8}
+    for parts, scaled, lanes, warps in ((1, False, 4096, 8), (2, True, 16384, 16)):
+        step = {"parts": parts, "scaled": scaled, "lanes": lanes, "compiled": True}
+        yield triton_e4m3._quantize_rows, types, step, {"num_warps": warps}
 
 
 def fp8_kernels(kind: str):

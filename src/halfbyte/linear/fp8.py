@@ -17,8 +17,8 @@ Tensor cores read e4m3 with the contracted dimension adjacent only, so on a GPU 
 transposed copy of Ŵ: together as many bytes as W in bfloat16. Linears that share an input are
 stacked, row by row in one and column by column in the other, so each direction is one product.
 
-`FP8` is the layout; fp8_choice.py gives it to linears. On a CPU it is computed in plain PyTorch from
-the same numbers, which is slow and there for tests and for measuring what training in FP8 loses.
+`FP8` is the layout; fp8_choice.py gives it to linears. On a CPU it is plain PyTorch with the same
+numbers, which is slow and there for tests and for measuring what training in FP8 loses.
 """
 
 from collections.abc import Sequence

@@ -24,7 +24,6 @@ from halfbyte.quant.triton_blockwise import dynamic_on, levels_on, on_device, sc
 from halfbyte.quant.weight import QuantizedWeight
 
 _TILE = 128
-_LANES = 4096
 _MOST_PARTS = 3
 
 
@@ -108,6 +107,19 @@ def _decode_e4m3(
 
 
 @triton.jit
+def _scaled(held, factors, start, size, lane, scaled: tl.constexpr):
+    v = held.to(tl.float32)
+    if scaled:
+        v *= tl.load(factors + start + lane, mask=lane < size, other=0.0)
+    return v
+
+
+@triton.jit
+def _rounded(v, scale, compiled: tl.constexpr):
+    return to_e4m3(tl.minimum(tl.maximum(v / scale, -448.0), 448.0), compiled)
+
+
+@triton.jit
 def _quantize_rows(
     out,
     scale_out,
@@ -124,50 +136,33 @@ def _quantize_rows(
     parts: tl.constexpr,
     scaled: tl.constexpr,
     lanes: tl.constexpr,
-    single: tl.constexpr,
     compiled: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, lanes)
     out += row * (size0 + size1 + size2)
-    tiny: tl.constexpr = 1.1754943508222875e-38
-    if single:  # it stays in registers
-        inside = lane < size0
-        v = tl.load(x0 + row * stride0 + lane, mask=inside, other=0.0).to(tl.float32)
-        if scaled:
-            v *= tl.load(factors + lane, mask=inside, other=0.0)
-        scale = tl.maximum(tl.max(tl.abs(v), 0) / 448.0, tiny)
-        v = tl.minimum(tl.maximum(v / scale, -448.0), 448.0)
-        tl.store(out + lane, to_e4m3(v, compiled), mask=inside)
-    else:
-        largest = tl.zeros((lanes,), tl.float32)
-        for i in tl.static_range(parts):
-            x, size, start = x0 + row * stride0, size0, 0
-            if i == 1:
-                x, size, start = x1 + row * stride1, size1, size0
-            if i == 2:
-                x, size, start = x2 + row * stride2, size2, size0 + size1
-            for first in range(0, size, lanes):
-                at = first + lane
-                v = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
-                if scaled:
-                    v *= tl.load(factors + start + at, mask=at < size, other=0.0)
-                largest = tl.maximum(largest, tl.abs(v))
-        scale = tl.maximum(tl.max(largest, 0) / 448.0, tiny)
-        for i in tl.static_range(parts):
-            x, size, start = x0 + row * stride0, size0, 0
-            if i == 1:
-                x, size, start = x1 + row * stride1, size1, size0
-            if i == 2:
-                x, size, start = x2 + row * stride2, size2, size0 + size1
-            for first in range(0, size, lanes):
-                at = first + lane
-                v = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
-                if scaled:
-                    v *= tl.load(factors + start + at, mask=at < size, other=0.0)
-                v = tl.minimum(tl.maximum(v / scale, -448.0), 448.0)
-                tl.store(out + start + at, to_e4m3(v, compiled), mask=at < size)
+    # All of a row stays in registers, in the 16 bits it has in memory.
+    held0 = tl.load(x0 + row * stride0 + lane, mask=lane < size0, other=0.0)
+    largest = tl.abs(_scaled(held0, factors, 0, size0, lane, scaled))
+    held1, held2 = held0, held0
+    if parts > 1:
+        held1 = tl.load(x1 + row * stride1 + lane, mask=lane < size1, other=0.0)
+        more = tl.abs(_scaled(held1, factors, size0, size1, lane, scaled))
+        largest = tl.maximum(largest, more)
+    if parts > 2:
+        held2 = tl.load(x2 + row * stride2 + lane, mask=lane < size2, other=0.0)
+        more = tl.abs(_scaled(held2, factors, size0 + size1, size2, lane, scaled))
+        largest = tl.maximum(largest, more)
+    scale = tl.maximum(tl.max(largest, 0) / 448.0, 1.1754943508222875e-38)
     tl.store(scale_out + row, scale)
+    v = _scaled(held0, factors, 0, size0, lane, scaled)
+    tl.store(out + lane, _rounded(v, scale, compiled), mask=lane < size0)
+    if parts > 1:
+        v = _scaled(held1, factors, size0, size1, lane, scaled)
+        tl.store(out + size0 + lane, _rounded(v, scale, compiled), mask=lane < size1)
+    if parts > 2:
+        v = _scaled(held2, factors, size0 + size1, size2, lane, scaled)
+        tl.store(out + size0 + size1 + lane, _rounded(v, scale, compiled), mask=lane < size2)
 
 
 def fits(packed: object) -> bool:
@@ -236,7 +231,7 @@ def quantize_rows(parts: Sequence[Tensor], factors: Tensor | None = None) -> tup
     out = torch.empty(rows, sum(sizes), dtype=DTYPE, device=first.device)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=first.device)
     sizes += [0] * (_MOST_PARTS - len(parts))
-    lanes = min(_LANES, triton.next_power_of_2(max(sizes)))
+    lanes = triton.next_power_of_2(max(sizes))
     with on_device(first):
         _quantize_rows[(rows,)](
             out,
@@ -248,8 +243,7 @@ def quantize_rows(parts: Sequence[Tensor], factors: Tensor | None = None) -> tup
             parts=len(parts),
             scaled=factors is not None,
             lanes=lanes,
-            single=len(parts) == 1 and sizes[0] <= lanes,
             compiled=first.is_cuda,
-            num_warps=8 if lanes >= 2048 else 4,
+            num_warps=min(16, max(4, triton.next_power_of_2(len(parts)) * lanes // 512)),
         )
     return out, scale
