@@ -4,7 +4,7 @@
 
 The shapes are those of Llama-2-7B with 8192 tokens: q, k and v as one, gate and up as one, the
 output projection, the last of the MLP, and the gradient of gate and up's input. Milliseconds are
-the median of runs on a GPU kept busy. *bf16* is base and adapter in one kernel (triton_matmul.py),
+the median of replays of a CUDA graph. *bf16* is base and adapter in one kernel (triton_matmul.py),
 *own* the same in FP8, *torch* torch._scaled_mm with scales of rows and *whole* with one scale each,
 both without an adapter. *low* adds an adapter to what exists. ``error`` is relative to float64.
 """
@@ -30,25 +30,26 @@ SHAPES = {
 }
 
 
-def milliseconds(work: Callable[[], Any], seconds: float = 0.25) -> float:
-    """Median time of one call; the GPU is warm when it is timed."""
-    for _ in range(3):
-        work()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    work()
-    end.record()
-    torch.cuda.synchronize()
-    repeats = max(5, min(200, int(seconds * 1e3 / max(start.elapsed_time(end), 1e-3) / 5)))
-    times = []
-    for _ in range(5):
-        start.record()
-        for _ in range(repeats):
+def milliseconds(work: Callable[[], Any], seconds: float = 0.15) -> float:
+    """Median time of one call in a CUDA graph of ten, without launches from the host."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
             work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(10):
+            work()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds * 1e3:
+        start.record()
+        graph.replay()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / repeats)
-    return statistics.median(times)
+        times.append(start.elapsed_time(end))
+    return statistics.median(times[1:]) / 10
 
 
 def measured(work: Callable[[], Any]) -> float | str:
@@ -151,9 +152,23 @@ def decoding(out: int, inputs: int) -> dict[str, Any]:
     return row
 
 
+def rounding(sizes: tuple[int, ...]) -> dict[str, Any]:
+    from halfbyte.quant import triton_e4m3
+
+    parts = [torch.randn(ROWS, size, device="cuda").bfloat16() for size in sizes]
+    factors = torch.ones(sum(sizes), device="cuda")
+    took = measured(lambda: triton_e4m3.quantize_rows(parts, factors))
+    gigabytes = 3e-9 * ROWS * sum(sizes)
+    return {
+        "ms": took,
+        "tb_per_s": round(gigabytes / took, 2) if isinstance(took, float) else None,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="a JSON file for the table")
+    parser.add_argument("--quick", action="store_true", help="only what is around the products")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("this benchmark needs a CUDA device, and torch sees none", file=sys.stderr)
@@ -161,7 +176,9 @@ def main() -> None:
     rows: dict[str, Any] = {}
     for out, inputs in ((4096, 4096), (11008, 4096), (4096, 11008)):
         rows[f"decode {out}x{inputs}"] = decoding(out, inputs)
-    for name, (outputs, inputs) in SHAPES.items():
+    for sizes in ((4096,), (11008,), (4096,) * 3, (11008,) * 2):
+        rows[f"round {sizes}"] = rounding(sizes)
+    for name, (outputs, inputs) in SHAPES.items() if not args.quick else ():
         rows[name] = products_of(outputs, inputs)
     for name, row in rows.items():
         print(f"{name:20s}", *(f"{key} {value}" for key, value in row.items()), flush=True)

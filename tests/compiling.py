@@ -30,7 +30,7 @@ from halfbyte.linear import (
 )
 from halfbyte.linear.glu import Glu
 from halfbyte.optim import triton_adamw
-from halfbyte.quant import triton_blockwise, triton_e4m3, triton_mxfp4, triton_records
+from halfbyte.quant import e4m3, triton_blockwise, triton_e4m3, triton_mxfp4, triton_records
 from halfbyte.runtime import device as devices
 from tests.devices import DEVICES
 
@@ -298,7 +298,7 @@ def expert_kernels(kind: str):
 
 def rounding_kernels(kind: str):
     """Yields what decodes to e4m3, and rounds to it."""
-    pointers = {"out": "*fp8e4nv", "across": "*fp8e4nv", "across_stride": "i32"}
+    pointers = {"out": "*fp8e4nv", "across": "*i32", "across_stride": "i32"}
     for double, transposed in ((True, True), (False, False)):
         step = {"block_size": 64, "double": double, "span": 2, "straight": True}
         step |= {"transposed": transposed, "tile": triton_e4m3._TILE, "compiled": True}
@@ -308,6 +308,7 @@ def rounding_kernels(kind: str):
     types |= dict.fromkeys([f"{n}{i}" for n in ("size", "stride") for i in range(3)], "i32")
     for parts, scaled, lanes, warps in ((1, False, 4096, 8), (2, True, 16384, 16)):
         step = {"parts": parts, "scaled": scaled, "lanes": lanes, "compiled": True}
+        step |= {"smallest": e4m3.SMALLEST}
         yield triton_e4m3._quantize_rows, types, step, {"num_warps": warps}
 
 

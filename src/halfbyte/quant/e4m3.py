@@ -25,6 +25,8 @@ from halfbyte.quant.weight import SCALE_BLOCK, QuantizedWeight
 
 DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0
+# Of the largest magnitude of a row of activations: 448 divided by it is finite.
+SMALLEST = 2.0**-100
 # Of a row of a weight after scaling: the largest power of two in e4m3.
 _ROW_BITS = 8
 
@@ -105,6 +107,6 @@ def quantize_rows(x: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Ten
         factors: Of the columns, float32 [n], which x is multiplied with first.
     """
     wide = x.float() if factors is None else x.float() * factors
-    # A row of zeros stays one: its scale is not 0.
-    scale = (wide.abs().amax(1, keepdim=True) / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
-    return (wide / scale).clamp(-LARGEST, LARGEST).to(DTYPE), scale
+    bound = wide.abs().amax(1, keepdim=True).clamp(min=SMALLEST)
+    rounded = (wide * (LARGEST / bound)).clamp(-LARGEST, LARGEST).to(DTYPE)
+    return rounded, bound / LARGEST

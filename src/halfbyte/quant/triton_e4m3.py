@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from halfbyte.quant.e4m3 import DTYPE, groups_across, in_whole_blocks, row_bounds
+from halfbyte.quant.e4m3 import DTYPE, SMALLEST, groups_across, in_whole_blocks, row_bounds
 from halfbyte.quant.triton_blockwise import dynamic_on, levels_on, on_device, scale_of
 from halfbyte.quant.weight import QuantizedWeight
 
@@ -29,8 +29,9 @@ _MOST_PARTS = 3
 
 @triton.jit
 def to_e4m3(x, compiled: tl.constexpr):
-    """Rounds float32, at most 448 in magnitude, to the nearest e4m3."""
+    """Rounds float32 to the nearest e4m3, 448 at most."""
     if not compiled:
+        x = tl.minimum(tl.maximum(x, -448.0), 448.0)  # as the instruction does
         # The cast of Triton's interpreter drops a carry, so what it is given is rounded already.
         bits = x.to(tl.int32, bitcast=True)
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
@@ -62,48 +63,57 @@ def _decode_e4m3(
     tile: tl.constexpr,
     compiled: tl.constexpr,
 ):
-    row = tl.program_id(1) * tile + tl.arange(0, tile)
     start = tl.program_id(0) * tile
     blocks = columns // block_size
-    has = row < rows
+    word = start // 8 + tl.arange(0, tile // 8)
+    element = tl.arange(0, 8)
+    shift = (element >> 1) * 8 + (1 - (element & 1)) * 4
     first = 0.0
     if double:
         first = tl.load(offset)
-        group = (row * blocks) >> 8
-        last = ((row + 1) * blocks - 1) >> 8
-        bound = tl.load(scales + group, mask=has, other=0.0)
-        for i in tl.static_range(1, span):
-            more = tl.load(scales + tl.minimum(group + i, last), mask=has, other=0.0)
-            bound = tl.maximum(bound, more)
-        bound += tl.abs(first)
-    else:
-        bound = tl.load(bounds + row, mask=has, other=0.0)
-    exponent = ((bound.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23) - 8
-    exponent = tl.maximum(exponent, 1)
-    if tl.program_id(0) == 0:
-        tl.store(scale_out + row, (exponent << 23).to(tl.float32, bitcast=True), mask=has)
-    # exponent is at most 247, so the reciprocal is a normal number; it is exact.
-    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    word = start // 8 + tl.arange(0, tile // 8)
-    inside = has[:, None] & (word * 8 < columns)[None, :]
-    # Words are an eighth of the elements, so their numbers fit 32 bits.
-    packed = tl.load(codes + row[:, None] * (columns // 8) + word[None, :], mask=inside, other=0)
-    block = row[:, None] * blocks + (word * 8 // block_size)[None, :]
-    scale = scale_of(block, inside, scales, scale_codes, first, dynamic, double)
-    scale *= inverse[:, None]
-    element = tl.arange(0, 8)
-    shift = (element >> 1) * 8 + (1 - (element & 1)) * 4
-    code = (packed[:, :, None] >> shift[None, None, :]) & 15
-    value = to_e4m3(tl.load(levels + code) * scale[:, :, None], compiled)
-    value = value.reshape(tile, tile)
-    column = start + tl.arange(0, tile)
-    inside = has[:, None] & (column < columns)[None, :]
-    at = row.to(tl.int64)
-    if straight:
-        tl.store(out + at[:, None] * columns + column[None, :], value, mask=inside)
+    # Four rows at a time: in the transposed copy they are adjacent, and one 32-bit word.
+    quad = tl.program_id(1) * (tile // 4) + tl.arange(0, tile // 4)
+    four = tl.zeros((tile // 4, tile), tl.int32)
+    for i in tl.static_range(4):
+        row = 4 * quad + i
+        has = row < rows
+        if double:
+            group = (row * blocks) >> 8
+            last = ((row + 1) * blocks - 1) >> 8
+            bound = tl.load(scales + group, mask=has, other=0.0)
+            for j in tl.static_range(1, span):
+                more = tl.load(scales + tl.minimum(group + j, last), mask=has, other=0.0)
+                bound = tl.maximum(bound, more)
+            bound += tl.abs(first)
+        else:
+            bound = tl.load(bounds + row, mask=has, other=0.0)
+        exponent = ((bound.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23) - 8
+        exponent = tl.maximum(exponent, 1)
+        if tl.program_id(0) == 0:
+            tl.store(scale_out + row, (exponent << 23).to(tl.float32, bitcast=True), mask=has)
+        # exponent is at most 247, so the reciprocal is a normal number; it is exact.
+        inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+        inside = has[:, None] & (word * 8 < columns)[None, :]
+        # Words are an eighth of the elements, so their numbers fit 32 bits.
+        at = row[:, None] * (columns // 8) + word[None, :]
+        packed = tl.load(codes + at, mask=inside, other=0)
+        block = row[:, None] * blocks + (word * 8 // block_size)[None, :]
+        scale = scale_of(block, inside, scales, scale_codes, first, dynamic, double)
+        scale *= inverse[:, None]
+        code = (packed[:, :, None] >> shift[None, None, :]) & 15
+        value = to_e4m3(tl.load(levels + code) * scale[:, :, None], compiled)
+        value = value.reshape(tile // 4, tile)
+        if straight:
+            column = start + tl.arange(0, tile)
+            inside = has[:, None] & (column < columns)[None, :]
+            target = out + row.to(tl.int64)[:, None] * columns + column[None, :]
+            tl.store(target, value, mask=inside)
+        if transposed:
+            four |= value.to(tl.uint8, bitcast=True).to(tl.int32) << (8 * i)
     if transposed:
-        target = across + column.to(tl.int64)[:, None] * across_stride + row[None, :]
-        tl.store(target, tl.trans(value), mask=tl.trans(inside))
+        column = start + tl.arange(0, tile)
+        target = across + column.to(tl.int64)[:, None] * across_stride + quad[None, :]
+        tl.store(target, tl.trans(four), mask=(column < columns)[:, None] & (4 * quad < rows)[None])
 
 
 @triton.jit
@@ -112,11 +122,6 @@ def _scaled(held, factors, start, size, lane, scaled: tl.constexpr):
     if scaled:
         v *= tl.load(factors + start + lane, mask=lane < size, other=0.0)
     return v
-
-
-@triton.jit
-def _rounded(v, scale, compiled: tl.constexpr):
-    return to_e4m3(tl.minimum(tl.maximum(v / scale, -448.0), 448.0), compiled)
 
 
 @triton.jit
@@ -134,6 +139,7 @@ def _quantize_rows(
     stride1,
     stride2,
     parts: tl.constexpr,
+    smallest: tl.constexpr,
     scaled: tl.constexpr,
     lanes: tl.constexpr,
     compiled: tl.constexpr,
@@ -153,16 +159,17 @@ def _quantize_rows(
         held2 = tl.load(x2 + row * stride2 + lane, mask=lane < size2, other=0.0)
         more = tl.abs(_scaled(held2, factors, size0 + size1, size2, lane, scaled))
         largest = tl.maximum(largest, more)
-    scale = tl.maximum(tl.max(largest, 0) / 448.0, 1.1754943508222875e-38)
-    tl.store(scale_out + row, scale)
+    bound = tl.maximum(tl.max(largest, 0), smallest)
+    tl.store(scale_out + row, tl.div_rn(bound, 448.0))
+    inverse = tl.div_rn(448.0, bound)
     v = _scaled(held0, factors, 0, size0, lane, scaled)
-    tl.store(out + lane, _rounded(v, scale, compiled), mask=lane < size0)
+    tl.store(out + lane, to_e4m3(v * inverse, compiled), mask=lane < size0)
     if parts > 1:
         v = _scaled(held1, factors, size0, size1, lane, scaled)
-        tl.store(out + size0 + lane, _rounded(v, scale, compiled), mask=lane < size1)
+        tl.store(out + size0 + lane, to_e4m3(v * inverse, compiled), mask=lane < size1)
     if parts > 2:
         v = _scaled(held2, factors, size0 + size1, size2, lane, scaled)
-        tl.store(out + size0 + size1 + lane, _rounded(v, scale, compiled), mask=lane < size2)
+        tl.store(out + size0 + size1 + lane, to_e4m3(v * inverse, compiled), mask=lane < size2)
 
 
 def fits(packed: object) -> bool:
@@ -170,6 +177,7 @@ def fits(packed: object) -> bool:
     return (
         isinstance(packed, QuantizedWeight)
         and in_whole_blocks(packed)
+        and packed.shape[0] % 4 == 0
         and packed.shape[1] % 8 == 0
         and packed.codes.data_ptr() % 4 == 0
     )
@@ -181,17 +189,18 @@ def decode(q: QuantizedWeight, out: Tensor | None, across: Tensor | None, scale:
     Args:
         q: The weight; requires `fits`.
         out: e4m3 [out, in], contiguous; or None.
-        across: e4m3 [in, out], the last dimension adjacent; or None.
+        across: e4m3 [in, out], the last dimension adjacent, rows aligned to 4 bytes; or None.
         scale: float32 [out].
     """
     rows, columns = q.shape
     bounds = scale if q.double_quant else row_bounds(q)
     scales = q.scales if q.scales is not None else q.scale_scales
+    words = scale if across is None else across.view(torch.int32)
     grid = (triton.cdiv(columns, _TILE), triton.cdiv(rows, _TILE))
     with on_device(scale):
         _decode_e4m3[grid](
             scale if out is None else out,
-            scale if across is None else across,
+            words,
             scale,
             q.codes.view(torch.int32),
             scales,
@@ -202,7 +211,7 @@ def decode(q: QuantizedWeight, out: Tensor | None, across: Tensor | None, scale:
             dynamic_on(scale.device),
             rows,
             columns,
-            1 if across is None else across.stride(0),
+            words.stride(0),
             block_size=q.block_size,
             double=q.double_quant,
             span=groups_across(columns // q.block_size),
@@ -241,6 +250,7 @@ def quantize_rows(parts: Sequence[Tensor], factors: Tensor | None = None) -> tup
             *sizes,
             *(part.stride(0) for part in filled),
             parts=len(parts),
+            smallest=SMALLEST,
             scaled=factors is not None,
             lanes=lanes,
             compiled=first.is_cuda,
