@@ -298,18 +298,20 @@ def expert_kernels(kind: str):
 
 def rounding_kernels(kind: str):
     """Yields what decodes to e4m3, and rounds to it."""
-    pointers = {"out": "*fp8e4nv", "across": "*i32", "across_stride": "i32"}
-    for double, transposed in ((True, True), (False, False)):
-        step = {"block_size": 64, "double": double, "span": 2, "straight": True}
-        step |= {"transposed": transposed, "tile": triton_e4m3._TILE, "compiled": True}
+    for double in (True, False):
+        step = {"block_words": 8, "double": double, "span": 2, "compiled": True}
+        flat = {"lanes": triton_blockwise.LANES, "unroll": triton_blockwise.UNROLL}
         options = {"num_warps": 8, "enable_fp_fusion": False}
-        yield triton_e4m3._decode_e4m3, pointers, step, options
+        yield triton_e4m3._decode_e4m3, {"out": "*fp8e4nv"}, step | flat, options
+        step |= {"lanes": triton_e4m3._QUADS, "unroll": triton_e4m3._WORDS}
+        options = {"num_warps": 4, "enable_fp_fusion": False}
+        yield triton_e4m3._decode_across, {"across": "*i32"}, step, options
     types = {"out": "*fp8e4nv"} | dict.fromkeys(("x0", "x1", "x2"), f"*{kind}")
     types |= dict.fromkeys([f"{n}{i}" for n in ("size", "stride") for i in range(3)], "i32")
-    for parts, scaled, lanes, warps in ((1, False, 4096, 8), (2, True, 16384, 16)):
-        step = {"parts": parts, "scaled": scaled, "lanes": lanes, "compiled": True}
-        step |= {"smallest": e4m3.SMALLEST}
-        yield triton_e4m3._quantize_rows, types, step, {"num_warps": warps}
+    for parts, scaled in ((1, False), (3, True)):
+        step = {"parts": parts, "scaled": scaled, "lanes": triton_e4m3._LANES}
+        step |= {"single": parts == 1, "compiled": True, "smallest": e4m3.SMALLEST}
+        yield triton_e4m3._quantize_rows, types, step, {"num_warps": 8}
 
 
 def fp8_kernels(kind: str):

@@ -82,6 +82,8 @@ interpreted = pytest.mark.skipif(
 @pytest.mark.parametrize("wanted", ["both", "straight", "across"])
 def test_the_kernel_decodes_to_the_same_numbers(case, wanted):
     kernels = pytest.importorskip("halfbyte.quant.triton_e4m3", exc_type=ImportError)
+    if wanted != "straight" and case[1] > 1000:
+        case = (case[0], 1088, *case[2:])  # fewer programs, and rows in two groups of scales
     q = packed(*case)
     out, inputs = q.shape
     assert kernels.fits(q)
@@ -95,7 +97,7 @@ def test_the_kernel_decodes_to_the_same_numbers(case, wanted):
         across if wanted != "straight" else None,
         scales,
     )
-    assert torch.equal(scales, scale)
+    assert wanted == "across" or torch.equal(scales, scale)
     assert wanted == "across" or same(straight, data)
     assert wanted == "straight" or same(across.t(), data)
     outside = torch.cat([whole[:, :16], whole[:, 16 + out :]], 1)
