@@ -1,0 +1,43 @@
+"""Tiles of a long sequence: the tokens that a layer's wide operations are computed for at a time.
+
+Norms, products and activations treat every token alike, so a layer can compute them for a few
+thousand tokens after the other, and what exists inside an MLP no longer grows with the sequence.
+Parts of fewer than `LONG_TOKENS` tokens are not divided.
+"""
+
+from typing import NamedTuple
+
+# Rows of a tile: products are as fast as with all rows from here on (a whole number of waves of an
+# H100 for widths of 4096 and 14336), and an MLP of the width 14336 has 0.5 GB inside.
+TILE_TOKENS = 4096
+# Parts of packed documents have about 8192 tokens (engine/buckets.py): only what is longer, because
+# a document is, is divided.
+LONG_TOKENS = 12288
+
+
+class Tile(NamedTuple):
+    """Tokens ``start`` to ``stop`` of a row of the batch."""
+
+    row: int
+    start: int
+    stop: int
+
+
+def is_long(rows: int, tokens: int) -> bool:
+    """Return whether a batch of so many rows of so many tokens is divided into tiles."""
+    return rows * tokens >= LONG_TOKENS
+
+
+def tiles_of(rows: int, tokens: int) -> list[Tile]:
+    """Return the tiles of a batch, of nearly equal size, in the order of its tokens.
+
+    All but the last of a row start at multiples of 128, as products of full tiles are fastest.
+    """
+    count = -(-tokens // TILE_TOKENS)
+    size, unit = -(-tokens // count), min(128, TILE_TOKENS)
+    size = min(tokens, -(-size // unit) * unit)
+    return [
+        Tile(row, start, min(start + size, tokens))
+        for row in range(rows)
+        for start in range(0, tokens, size)
+    ]
