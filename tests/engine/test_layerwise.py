@@ -19,9 +19,10 @@ from transformers import (
 from halfbyte.engine import layerwise
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.choose import choose_engine, probe
-from halfbyte.engine.layerwise import EngineError, LayerEngine
+from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_profile import saved_bytes
 from halfbyte.engine.packing import Batch
+from halfbyte.engine.recorded_layers import EngineError
 from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach, delta, dropout_clock
 from halfbyte.models.build import BaseRecipe, build, finalize, load_tensor, stream_layers
 from halfbyte.plan.policy import ActivationPolicy

@@ -31,29 +31,41 @@ Right padding needs no mask: with causal attention no position attends to later 
 positions are not supervised.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from halfbyte.engine.buckets import Buckets, PartShape, UnpaddedParts, divide, own_shape
+from halfbyte.engine.buckets import (
+    Buckets,
+    PartShape,
+    UnpaddedParts,
+    divide,
+    launches_unnoticed,
+    own_shape,
+)
 from halfbyte.engine.cuda_graphs import CapturedPasses
 from halfbyte.engine.forward_backward import LayerInput, Passes
 from halfbyte.engine.logit_scale import logit_scale
 from halfbyte.engine.neftune import EmbeddingNoise
 from halfbyte.engine.objective import CROSS_ENTROPY, Objective
-from halfbyte.engine.packing import Batch, PackedBatch, lengths_of, part_of_shape, parts_of
+from halfbyte.engine.packing import (
+    Batch,
+    PackedBatch,
+    lengths_of,
+    part_of_shape,
+    parts_of,
+    tiles_of_loss,
+)
+from halfbyte.engine.recorded_layers import EngineError, record, recorded_run
 from halfbyte.engine.weights import WeightProvider, acquired, provider_of
 from halfbyte.layers.attention import Documents, can_pack
 from halfbyte.layers.decoder_layer import AttentionCheckpoint, fused
 from halfbyte.layers.elementwise import rms_norm
 from halfbyte.layers.families import is_known_norm
-from halfbyte.layers.gated_experts import ends_with_experts, outputs_unread
 from halfbyte.layers.multimodal import decoder_layers, text_decoder
-from halfbyte.layers.packed_row import packed_row
 from halfbyte.layers.vocabulary import FrozenHead, HostHead
 from halfbyte.linear.layer_stream import spread, stream_of
 from halfbyte.linear.lora import (
@@ -63,6 +75,7 @@ from halfbyte.linear.lora import (
     frozen_linears,
 )
 from halfbyte.linear.modules_to_save import trained_whole
+from halfbyte.linear.sequence_tiles import TILE_TOKENS, is_long
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.quant import QuantizedWeight
 from halfbyte.runtime.device import is_out_of_memory
@@ -74,14 +87,6 @@ _FINAL_NORMS = (
     *("norm", "final_layernorm", "ln_f", "final_layer_norm", "final_norm"),
     *("embedding_norm", "norm_f"),  # LFM2, Mamba
 )
-
-
-class EngineError(Exception):
-    """The model's layers cannot be called one by one; the message says why."""
-
-
-class _Stop(Exception):
-    """Raised by the last stub, to skip everything after the layers."""
 
 
 def _number(index: int, part: PackedBatch) -> int:
@@ -213,14 +218,25 @@ class LayerEngine:
         if self.fused:
             message += ", fused"
             message += ", documents packed" if self.packs else ", documents not packed"
-            why = self.why_no_graphs or "documents are not packed"
+            why = "parts are long" if self._launches_unnoticed else "documents are not packed"
+            why = self.why_no_graphs or why
             message += ", CUDA graphs" if self.captures else f", no CUDA graphs: {why}"
         return message
 
     @property
     def captures(self) -> bool:
         """Whether passes can be CUDA graphs."""
-        return self._graphs is not None and self.packs and self.on_layer_backward is None
+        return (
+            self._graphs is not None
+            and self.packs
+            and self.on_layer_backward is None
+            and not self._launches_unnoticed
+        )
+
+    @property
+    def _launches_unnoticed(self) -> bool:
+        """Whether the GPU is busy for longer than Python launches, in the largest part of a run."""
+        return self.buckets is not None and launches_unnoticed(self.buckets.largest, self.width)
 
     @property
     def num_graphs(self) -> int:
@@ -329,8 +345,11 @@ class LayerEngine:
             graphs = None
         if (router := self.passes.router_loss) is not None:
             router.begin(parts)
+        entries = [layer_input.x for layer_input in layer_inputs] if self.entry_trained else []
         if graphs is None:
             hidden = self.passes.forward(layer_inputs, policy)
+            # The passes keep what backward needs of it.
+            layer_inputs = [each._replace(x=each.x.new_empty(0)) for each in layer_inputs]
         else:
             hidden = [graphs.forward(shape, layer_inputs[0])]
             layer_inputs = []  # the graphs have copies
@@ -347,7 +366,6 @@ class LayerEngine:
             graphs.backward(shape, grads[0])
             return
         del hidden, x, grad  # the passes free theirs layer by layer
-        entries = [layer_input.x for layer_input in layer_inputs] if self.entry_trained else []
         done = self.on_layer_backward if last else None
         self.passes.backward(
             layer_inputs, grads, None if done is None else lambda i: done(i, total)
@@ -416,8 +434,9 @@ class LayerEngine:
                 for i, layer_input in enumerate(layer_inputs):
                     hidden[i] = layer_input.run(index, hidden[i], layer_input.layer_args, read=True)
         losses = [
-            self._loss_of_rows(x.flatten(0, 1).index_select(0, part.rows), part, objective)
+            self._loss_of_rows(x.flatten(0, 1).index_select(0, tile.rows), tile, objective)
             for x, part in zip(hidden, parts, strict=True)
+            for tile in self._tiles_of_loss(x, part, objective)
         ]
         return torch.stack(losses).sum()
 
@@ -428,14 +447,27 @@ class LayerEngine:
         normaliser: float,
         objective: Objective = CROSS_ENTROPY,
     ) -> tuple[Tensor, Tensor]:
-        """Return the loss of a part, divided, and its gradient w.r.t. the last layer's output."""
-        rows = hidden.flatten(0, 1).index_select(0, part.rows).requires_grad_()
-        loss = self._loss_of_rows(rows, part, objective) / normaliser
-        loss.backward()  # type: ignore[no-untyped-call]
-        grad = torch.zeros_like(hidden)
-        if rows.grad is not None:
-            grad.flatten(0, 1).index_copy_(0, part.rows, rows.grad)
-        return loss.detach(), grad
+        """Return the loss of a part, divided, and its gradient w.r.t. the last layer's output.
+
+        Of a long part, the loss is computed for a tile of its supervised positions at a time, if
+        the objective is a sum over tokens.
+        """
+        total, grad = torch.zeros((), device=hidden.device), torch.zeros_like(hidden)
+        for tile in self._tiles_of_loss(hidden, part, objective):
+            rows = hidden.flatten(0, 1).index_select(0, tile.rows).requires_grad_()
+            loss = self._loss_of_rows(rows, tile, objective) / normaliser
+            loss.backward()  # type: ignore[no-untyped-call]
+            if rows.grad is not None:
+                grad.flatten(0, 1).index_copy_(0, tile.rows, rows.grad)
+            total += loss.detach()
+            del rows, loss
+        return total, grad
+
+    def _tiles_of_loss(
+        self, hidden: Tensor, part: PackedBatch, objective: Objective
+    ) -> Iterable[PackedBatch]:
+        tiled = objective.by_tokens and is_long(*hidden.shape[:2])
+        return tiles_of_loss(part, TILE_TOKENS) if tiled else [part]
 
     def _loss_of_rows(self, rows: Tensor, part: PackedBatch, objective: Objective) -> Tensor:
         """Return the loss of a part, from the last layer's output at its supervised positions."""
@@ -506,39 +538,16 @@ class LayerEngine:
         layer_inputs = []
         for i, part in enumerate(parts):
             lengths = part.lengths
-            x, calls = self._record(part, lengths)
+            if self.noise is not None:
+                self.noise.spans = part.spans
+            x, calls = record(
+                self.decoder, self.layers, part, lengths, self.tuple_output, self.entry_trained
+            )
             if not lengths:
                 calls = by_shape.setdefault(tuple(part.ids.shape), calls)
-            layer_inputs.append(
-                LayerInput(x, (), self._recorded_run(_number(i, part), calls, lengths))
-            )
+            run = recorded_run(self.layers, self.clock, _number(i, part), calls, lengths)
+            layer_inputs.append(LayerInput(x, (), run))
         return layer_inputs
-
-    def _recorded_run(
-        self, micro_batch: int, calls: list[dict[str, Any]], lengths: Sequence[int]
-    ) -> Any:
-        clock, layers = self.clock, self.layers
-
-        def run(
-            layer: int,
-            x: Tensor,
-            _layer_args: tuple[Tensor, ...],
-            *,
-            read: bool,
-            checkpoint: AttentionCheckpoint | None = None,
-        ) -> Tensor:
-            if clock is not None:
-                clock.micro_batch = micro_batch
-            unread = not read and ends_with_experts(layers[layer])
-            with (
-                packed_row(lengths) if lengths else nullcontext(),
-                outputs_unread() if unread else nullcontext(),
-            ):
-                output = layers[layer](x, **calls[layer])
-            result: Tensor = output[0] if isinstance(output, tuple) else output
-            return result
-
-        return run
 
     def _fused_input(self, micro_batch: int, part: PackedBatch) -> LayerInput:
         if self.noise is not None:
@@ -550,6 +559,8 @@ class LayerEngine:
 
         # Not `self`: the engine keeps captures, and a reference cycle would delay freeing memory.
         clock, layers, max_seqlen = self.clock, self._fused, part.max_seqlen
+        # A graph would be replayed for other documents.
+        known = tuple(part.lengths) if is_long(*part.ids.shape) and not self.captures else ()
 
         def run(
             layer: int,
@@ -562,7 +573,7 @@ class LayerEngine:
             if clock is not None:
                 clock.micro_batch = micro_batch
             cos, sin, *cu_seqlens = layer_args
-            documents = Documents(cu_seqlens[0], max_seqlen) if cu_seqlens else None
+            documents = Documents(cu_seqlens[0], max_seqlen, known) if cu_seqlens else None
             return layers[layer](x, cos, sin, documents, read=read, checkpoint=checkpoint)
 
         return LayerInput(x, layer_args, run)
@@ -581,41 +592,3 @@ class LayerEngine:
                     del self._tables[next(iter(self._tables))]  # the oldest
                 self._tables[part.max_seqlen] = tables
         return tables
-
-    def _record(
-        self, part: PackedBatch, lengths: Sequence[int]
-    ) -> tuple[Tensor, list[dict[str, Any]]]:
-        """Return the input of layer 0 and the keyword arguments of each layer."""
-        if self.noise is not None:
-            self.noise.spans = part.spans
-        arguments: list[dict[str, Any]] = []
-        entry: list[Tensor] = []
-
-        def stub(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if args:
-                raise EngineError("its decoder passes arguments by position")
-            entry.append(hidden_states)
-            arguments.append(kwargs)
-            if len(arguments) == len(self.layers):
-                raise _Stop
-            if not self.tuple_output:
-                return hidden_states
-            return (hidden_states, *[None] * (self.tuple_output - 1))
-
-        for layer in self.layers:
-            layer.forward = stub
-        positions = {"position_ids": part.positions} if lengths else {}
-        row = packed_row(lengths) if lengths else nullcontext()
-        try:
-            with suppress(_Stop), torch.set_grad_enabled(self.entry_trained), row:
-                self.decoder(input_ids=part.ids, use_cache=False, **positions)
-        finally:
-            for layer in self.layers:
-                del layer.forward
-        if len(arguments) != len(self.layers):
-            raise EngineError(f"its decoder called {len(arguments)} of {len(self.layers)} layers")
-        layer_args = [value for call in arguments for value in call.values()]
-        layer_args += [part for value in layer_args if isinstance(value, tuple) for part in value]
-        if any(isinstance(value, Tensor) and value.requires_grad for value in layer_args):
-            raise EngineError("what is trained before its layers goes into them by other ways, too")
-        return entry[0], arguments

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from halfbyte.runtime.pinned_memory import pinned
+
 
 class _Copy(NamedTuple):
     """A copy in progress: the GPU tensors it reads or writes, by part, and its end event."""
@@ -90,7 +92,7 @@ class ActivationOffloader:
         if held is None or held.numel() < x.numel():
             if held is not None:
                 self._outgrown.append(held)  # a captured graph may still copy there
-            held = torch.empty(x.numel(), dtype=x.dtype, pin_memory=True)
+            held = pinned(x.numel(), x.dtype)
             self._host[key] = held
             self.nbytes += held.nbytes
         return held[: x.numel()].view(x.shape)

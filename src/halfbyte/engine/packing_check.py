@@ -24,7 +24,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.buckets import UnpaddedParts
-from halfbyte.engine.layerwise import EngineError, LayerEngine
+from halfbyte.engine.layerwise import LayerEngine
+from halfbyte.engine.recorded_layers import EngineError
 from halfbyte.engine.objective import Objective
 from halfbyte.engine.packing import Batch
 from halfbyte.layers.attention_interface import NAME
