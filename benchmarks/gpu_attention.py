@@ -238,13 +238,15 @@ def measure(kernel: Attention, tokens: int, count: int) -> dict[str, float]:
     dy = torch.randn_like(q)
     base = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    out = kernel(q, k, v)
-    torch.autograd.grad(out, (q, k, v), dy.view(out.shape), retain_graph=True)
+
+    def both() -> None:  # a backward may overwrite, so it cannot be timed alone
+        out = kernel(q, k, v)
+        torch.autograd.grad(out, (q, k, v), dy.view(out.shape))
+
+    both()
     peak = torch.cuda.max_memory_allocated() - base
     forward = seconds(lambda: kernel(q, k, v), count)
-    backward = seconds(
-        lambda: torch.autograd.grad(out, (q, k, v), dy.view(out.shape), retain_graph=True), count
-    )
+    backward = seconds(both, count) - forward
     flops = 2 * tokens**2 * HEADS * DIM
     return {
         "forward_ms": round(forward * 1e3, 2),

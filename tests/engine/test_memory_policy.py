@@ -24,6 +24,7 @@ from halfbyte.engine.memory_policy import (
 )
 from halfbyte.engine.weights import acquired
 from halfbyte.errors import ConfigError
+from halfbyte.linear import sequence_tiles
 from halfbyte.plan.ledger import OVERHEAD
 from halfbyte.plan.policy import ActivationPolicy, StepCost, peak
 from halfbyte.runtime import device as devices
@@ -356,6 +357,29 @@ def test_measuring_leaves_gradients_as_they_were(monkeypatch):
     for parameter, grad in zip(parameters, grads, strict=True):
         assert parameter.grad is grad
         assert torch.equal(grad, torch.ones_like(grad))
+
+
+def test_a_long_part_is_measured_but_what_it_would_save_on_a_shorter_one(monkeypatch):
+    monkeypatch.setattr(sequence_tiles, "LONG_TOKENS", 12)
+    monkeypatch.setattr(sequence_tiles, "TILE_TOKENS", 5)
+    monkeypatch.setattr(memory_profile, "SHORTER", 8)
+    made = LayerEngine(model_of(FAMILIES["llama"]), fuse=True)
+    runs = []
+    monkeypatch.setattr(memory_profile, "_peak", lambda run: (run(), runs.append(run), 50_000)[2])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    parts = made.make_parts(batches_of([(1, 40)]))
+    found = memory_profile.measured_cost(made, parts)
+    kept = memory_profile.saved_bytes(made, memory_profile._shorter(made))[0]
+    assert found.saved == 5 * kept
+    assert found.part_input == 40 * 32 * 4
+    assert found.backward == 50_000
+    assert found.in_place
+    assert len(runs) == 5
+    # Of a saved layer: both peaks, less its output and what it keeps beside the input.
+    beside = 5 * (50_000 - 8 * 32 * 4 - (kept - 8 * 32 * 4))
+    assert found.forward_saved == beside
+    assert found.backward - found.saved_part == beside
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from halfbyte.linear.sequence_tiles import is_long
 from halfbyte.plan.ledger import CPU_PART_TOKENS, PART_TOKENS
 
 # Sizes are multiples of this, so that strides have one alignment; rows whose length is a multiple
@@ -37,9 +36,6 @@ MOST_SIZES = 16
 # Tokens that an additional size must save in a run, times the width of the model: capturing a graph
 # takes 0.3 s whatever the width, in which an H200 trains 5400 tokens of width 4096.
 PRICE = 2.2e7
-
-# Tokens times squared width from which launches go unnoticed: 2.6 times as long as launching.
-LAUNCHED = 1.5e11
 
 
 class PartShape(NamedTuple):
@@ -61,17 +57,6 @@ class PartShape(NamedTuple):
     def numel(self) -> int:
         """Tokens of a part."""
         return self.rows * self.tokens
-
-
-def launches_unnoticed(shape: PartShape, width: int) -> bool:
-    """Return whether a GPU takes longer for a part than Python for launching its kernels.
-
-    Then CUDA graphs gain nothing, and capturing them costs several steps: with 65,536 tokens of an
-    8B model the first step took 47 s and others 13. Launching a layer's passes takes 6.7 ms
-    (``plan.roofline.LAUNCH_SECONDS``). Their products have 72 operations a token and squared width
-    in a Llama, and an H100 makes 620e12 a second: 23 ms for 12,288 tokens of width 4096.
-    """
-    return is_long(shape.rows, shape.tokens) and shape.numel * width**2 >= LAUNCHED
 
 
 def wave_tokens(width: int, num_sms: int) -> int:

@@ -43,7 +43,6 @@ from halfbyte.engine.buckets import (
     PartShape,
     UnpaddedParts,
     divide,
-    launches_unnoticed,
     own_shape,
 )
 from halfbyte.engine.cuda_graphs import CapturedPasses
@@ -75,7 +74,7 @@ from halfbyte.linear.lora import (
     frozen_linears,
 )
 from halfbyte.linear.modules_to_save import trained_whole
-from halfbyte.linear.sequence_tiles import TILE_TOKENS, is_long
+from halfbyte.linear.sequence_tiles import TILE_TOKENS, is_long, launches_unnoticed
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.quant import QuantizedWeight
 from halfbyte.runtime.device import is_out_of_memory
@@ -236,7 +235,14 @@ class LayerEngine:
     @property
     def _launches_unnoticed(self) -> bool:
         """Whether the GPU is busy for longer than Python launches, in the largest part of a run."""
-        return self.buckets is not None and launches_unnoticed(self.buckets.largest, self.width)
+        if self.buckets is None:
+            return False
+        largest = self.buckets.largest
+        return launches_unnoticed(largest.rows, largest.tokens, self.width)
+
+    def tiles(self, tokens: int) -> bool:
+        """Return whether recomputed layers run a part of so many tokens by tiles."""
+        return bool(self._fused) and self._fused[-1].can_tile and is_long(1, tokens)
 
     @property
     def num_graphs(self) -> int:

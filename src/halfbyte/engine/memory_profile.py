@@ -78,7 +78,7 @@ def _measured(engine: LayerEngine, parts: Sequence[PackedBatch]) -> StepCost:
         lora_cache.record()
         in_forward = _peak(forward)
         lora = sum(p.nbytes for p in lora_cache.pop().values())
-        of_saved = _saved_layer(engine, short, index, trained, whole=tiled)
+        of_saved = _saved_layer(short, index, trained, whole=tiled)
         in_backward = _peak(backward)
         loss = _peak(loss_and_grad)
         checkpoint = AttentionCheckpoint()
@@ -87,14 +87,15 @@ def _measured(engine: LayerEngine, parts: Sequence[PackedBatch]) -> StepCost:
         attention = sum(x.nbytes for x in checkpoint.tensors)
     own = layer_input.x.nbytes
     if tiled:
-        share = own / short.x.nbytes
-        kept, beside, later = (int(share * each) for each in of_saved)
-        saved = [kept * p.x.nbytes // own for p in layer_inputs]
-        saved_part = in_backward - later
+        share, kept = own / short.x.nbytes, saved_bytes(engine, short)[0]
+        above = kept - short.x.nbytes
+        saved = [kept * p.x.nbytes // short.x.nbytes for p in layer_inputs]
+        beside = int(share * (of_saved[0] - above))
+        saved_part = in_backward - int(share * max(0, of_saved[1] - above))
     else:
         saved = [saved_bytes(engine, p)[0] for p in layer_inputs]
         saved_part = min(saved[largest] - own, in_backward - lora)
-        beside = of_saved[1] - (saved[largest] - own)
+        beside = of_saved[0] - (saved[largest] - own)
     # Fused products of base and adapter keep cast copies of the adapters, invisible to hooks.
     fused = layer_input.x.itemsize == 2 and engine.fused
     copies = layer_input.x.itemsize * sum(p.numel() for p in trained) if lora or fused else 0
@@ -116,6 +117,7 @@ def _measured(engine: LayerEngine, parts: Sequence[PackedBatch]) -> StepCost:
         loss=loss,
         layer_args=sum(layer_args.values()),
         decoded=engine.decoded_bytes,
+        in_place=engine.tiles(own // layer_input.x.shape[-1] // layer_input.x.itemsize),
     )
 
 
@@ -135,20 +137,9 @@ def _backward(
 
 
 def _saved_layer(
-    engine: LayerEngine,
-    layer_input: LayerInput,
-    index: int,
-    trained: Sequence[Tensor],
-    *,
-    whole: bool,
-) -> tuple[int, int, int]:
-    """Return bytes of a layer that is saved, for a part, without its output.
-
-    Returns:
-        What it keeps with its input, if ``whole``, else 0; the peak of its forward, less what it
-        keeps beside the input if ``whole``; and, if ``whole``, the peak of its backward beside what
-        it has kept.
-    """
+    layer_input: LayerInput, index: int, trained: Sequence[Tensor], *, whole: bool
+) -> tuple[int, int]:
+    """Return the peaks of a saved layer's forward and, if ``whole``, of both, without its output."""
     own = layer_input.x.nbytes
 
     def forward() -> Tensor:
@@ -159,10 +150,9 @@ def _saved_layer(
 
     in_forward = _peak(forward) - own
     if not whole:
-        return 0, in_forward, 0
-    kept, dy = saved_bytes(engine, layer_input)[0], torch.zeros_like(layer_input.x)
-    in_backward = _peak(lambda: _backward(layer_input, index, trained, dy, read=True)) - own
-    return kept, in_forward - (kept - own), max(0, in_backward - (kept - own))
+        return in_forward, 0
+    dy = torch.zeros_like(layer_input.x)
+    return in_forward, _peak(lambda: _backward(layer_input, index, trained, dy, read=True)) - own
 
 
 def _shorter(engine: LayerEngine) -> LayerInput:

@@ -153,8 +153,12 @@ class FusedLayer:
         Not if all activations are to be kept for backward: tiles keep less, and recompute it.
         """
         kept = read and torch.is_grad_enabled()
-        plain = self._mixture is None and self._sinks is None
-        return plain and not kept and is_long(x.shape[0], x.shape[1])
+        return self.can_tile and not kept and is_long(x.shape[0], x.shape[1])
+
+    @property
+    def can_tile(self) -> bool:
+        """Whether its parts treat every token alike: a mixture's router counts them all."""
+        return self._mixture is None and self._sinks is None
 
     def _by_tiles(
         self,

@@ -337,5 +337,5 @@ class _LongAttention(torch.autograd.Function):
                 )
                 for place, heads, new in zip((q, k, v), (of_q, of_k, of_k), found, strict=True):
                     place[:, own, heads].copy_(new[:, :n])
-                del found, d_out
+                del found, d_out, new
         return q, k, v, None, None, None

@@ -7,6 +7,8 @@ Parts of fewer than `LONG_TOKENS` tokens are not divided.
 
 from typing import NamedTuple
 
+# Tokens times squared width from which launches go unnoticed; see `launches_unnoticed`.
+LAUNCHED = 1.5e11
 # Rows of a tile: products are as fast as with all rows from here on (a whole number of waves of an
 # H100 for widths of 4096 and 14336), and an MLP of the width 14336 has 0.5 GB inside.
 TILE_TOKENS = 4096
@@ -26,6 +28,17 @@ class Tile(NamedTuple):
 def is_long(rows: int, tokens: int) -> bool:
     """Return whether a batch of so many rows of so many tokens is divided into tiles."""
     return rows * tokens >= LONG_TOKENS
+
+
+def launches_unnoticed(rows: int, tokens: int, width: int) -> bool:
+    """Return whether a GPU takes longer for a batch than Python for launching its kernels.
+
+    Then CUDA graphs gain nothing, and capturing them costs several steps: with 65,536 tokens of an
+    8B model the first step took 47 s and others 13. Launching a layer's passes takes 6.7 ms
+    (``plan.roofline.LAUNCH_SECONDS``). Their products have 72 operations a token and squared width
+    in a Llama, and an H100 makes 620e12 a second: 23 ms for 12,288 tokens of width 4096.
+    """
+    return is_long(rows, tokens) and rows * tokens * width**2 >= LAUNCHED
 
 
 def tiles_of(rows: int, tokens: int) -> list[Tile]:

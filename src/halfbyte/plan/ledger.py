@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from halfbyte.errors import ConfigError
+from halfbyte.linear.sequence_tiles import TILE_TOKENS, is_long, launches_unnoticed
 from halfbyte.plan.activation_cost import CHECKPOINT_WIDTH, H100, LayerActivations
 from halfbyte.plan.holding import Holding, Packed, held, nbytes_of
 from halfbyte.plan.model_shape import ModelShape, Weight
@@ -234,7 +235,7 @@ class Run:
             layers=shape.layers,
             input=int(holes * tokens * layer.input),
             part_input=part * layer.input,
-            lora=tokens * layer.lora,
+            lora=0 if layer.is_tiled(part) else tokens * layer.lora,
             saved=int(holes * tokens * layer.saved) + layer.copies,
             attention=tokens * layer.attention_checkpoint,
             attention_part=part * layer.attention_checkpoint,
@@ -247,6 +248,7 @@ class Run:
             decoded=_decoded(shape, self),
             weights=_stored(shape, self).layer_weights if self.waits else 0,
             slots=1 if self.waits == "gpus" and shape.mixture is None else SLOTS,
+            in_place=layer.is_tiled(part),
         )
 
 
@@ -497,7 +499,9 @@ def _loss(shape: ModelShape, run: Run) -> int:
     copied = run.waits and run.embedding_on_host and run.device == "cuda" and not shape.tied
     if copied and head is not None and not packed:
         chunk += head.numel * e
-    # The supervised rows, their norm and the gradient of it.
+    # The supervised rows, their norm and the gradient of it: of a tile, beside the whole gradient.
+    if is_long(1, run.part_tokens):
+        return chunk + (run.part_tokens + 4 * TILE_TOKENS) * e * shape.hidden
     return chunk + 3 * run.part_tokens * e * shape.hidden
 
 
@@ -566,7 +570,9 @@ def ledger(shape: ModelShape, run: Run) -> Ledger:
         lines=(*_stored(shape, run).lines, *_trained(shape, run)),
         cost=run.step_cost(shape),
         policy=run.policy,
-        graphs=run.graphs and run.packs,
+        graphs=run.graphs
+        and run.packs
+        and not launches_unnoticed(1, run.part_tokens, shape.hidden),
         overhead=_overhead(shape, run),
         load_peak=_stored(shape, run).load_peak,
     )

@@ -111,6 +111,8 @@ class StepCost:
         weights: A layer's frozen weights as they are stored, if layers can be streamed; 0 if they
             cannot, and the weights count as resident.
         slots: Streamed layers that are on the device at a time.
+        in_place: Whether backward of a recomputed layer writes the gradient of its input over that
+            of its output (layers/tiled_layer.py).
     """
 
     layers: int
@@ -129,6 +131,7 @@ class StepCost:
     decoded: int
     weights: int = 0
     slots: int = SLOTS
+    in_place: bool = False
 
     def buffers(self, policy: ActivationPolicy) -> int:
         """Return the bytes of decoded weights: of layers that keep theirs, and a shared buffer."""
@@ -142,11 +145,12 @@ class StepCost:
         """Return the bytes recomputed layers keep on the device between forward and backward."""
         recomputed, n = self.layers - policy.saved, policy.every
         sparse = policy.offloaded or recomputed
-        near = recomputed - sparse
-        near += min(sparse, UNDER_WAY) if policy.offloaded else -(-sparse // n)
-        recorded = recomputed if n == 1 else 0
-        # Backward has the inputs of n layers at a time.
-        return (near + min(n, sparse) - (sparse > 0)) * self.input + recorded * self.lora
+        # Backward has the inputs of n layers at a time: of offloaded ones when the others are gone.
+        if policy.offloaded:
+            inputs = max(recomputed - sparse + UNDER_WAY, min(n, sparse))
+        else:
+            inputs = -(-sparse // n) + max(0, min(n, sparse) - 1)
+        return inputs * self.input + (recomputed if n == 1 else 0) * self.lora
 
     def kept(self, policy: ActivationPolicy) -> int:
         """Return the bytes all layers keep on the device between forward and backward."""
@@ -198,6 +202,7 @@ def peak(cost: StepCost, policy: ActivationPolicy, *, graphs: bool) -> Peak:
     if recomputed:
         # After the first layer's backward the tensor of the last output no longer has a gradient.
         last = stream if graphs and (policy.saved or policy.offloaded) else 0
+        last *= not cost.in_place or policy.saved > 0
         beside = policy.attention_checkpoint * (
             (1 + UNDER_WAY) * cost.attention - cost.attention_part
         )
@@ -206,7 +211,7 @@ def peak(cost: StepCost, policy: ActivationPolicy, *, graphs: bool) -> Peak:
     loss = 2 * stream - cost.part_input + cost.loss
     buffers = cost.buffers(policy) + cost.stored(policy)
     if not graphs:
-        both = buffers + max(*passes, kept + loss)
+        both = buffers + cost.layer_args + max(*passes, kept + loss)
         return Peak(both, both)
     captured = max(passes) + cost.layer_args
     # During the loss, graphs have no live tensors but their first input and last output.
