@@ -374,7 +374,7 @@ def test_a_long_part_is_measured_but_what_it_would_save_on_a_shorter_one(monkeyp
     assert found.saved == 5 * kept
     assert found.part_input == 40 * 32 * 4
     assert found.backward == 50_000
-    assert found.in_place
+    assert found.tiled
     assert len(runs) == 5
     # Of a saved layer: both peaks, less its output and what it keeps beside the input.
     beside = 5 * (50_000 - 8 * 32 * 4 - (kept - 8 * 32 * 4))

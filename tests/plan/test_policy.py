@@ -46,18 +46,18 @@ ALL = [RECOMPUTED, MIXED, SAVED, OFFLOADED, BOTH, CHECKPOINTED, BOTH_CHECKPOINTE
         (MIXED, (133 + 25, 133 + 40, 133 + 75, 33 + 160)),
         (SAVED, (400 + 25, 400 + 40, 400 + 75)),
         # Two inputs on the device, one of them on its way, and what went into layer 0 as long as
-        # forward.
-        (OFFLOADED, (24 + 10 + 30, 24 + 40, 24 + 160)),
+        # the pass over the layers.
+        (OFFLOADED, (24 + 10 + 30, 24 + 40, 24 + 10 + 160)),
         # All that leaves has left when the forward comes to a saved layer.
-        (BOTH, (113 + 10 + 25, 123 + 40, 123 + 75, 23 + 160)),
+        (BOTH, (113 + 10 + 25, 123 + 40, 123 + 10 + 75, 23 + 10 + 160)),
         # A checkpoint on its way in forward, and one more than the part's own in backward.
-        (CHECKPOINTED, (24 + 10 + 30 + 7, 24 + 40, 24 + 160 + 7)),
-        (BOTH_CHECKPOINTED, (113 + 10 + 25, 123 + 40, 123 + 75, 23 + 160 + 7)),
+        (CHECKPOINTED, (24 + 10 + 30 + 7, 24 + 40, 24 + 10 + 160 + 7)),
+        (BOTH_CHECKPOINTED, (113 + 10 + 25, 123 + 40, 123 + 10 + 75, 23 + 10 + 160 + 7)),
     ],
     ids=str,
 )
 def test_the_moments_of_an_eager_step(policy: ActivationPolicy, passes: tuple[int, ...]) -> None:
-    highest = 50 + 5 + max(passes)
+    highest = 50 + max(passes)
     assert peak(COST, policy, graphs=False) == Peak(highest, highest)
 
 
@@ -96,7 +96,7 @@ def test_the_highest_moment_may_be_any(policy: ActivationPolicy, graphs: bool) -
         return peak(replace(COST, **more), policy, graphs=graphs).allocated
 
     # In forward: where layers are saved, what leaves has left, and theirs is the one that counts.
-    beside = 50 + 5 + entry + own + 10
+    beside = 50 + graphs * 5 + entry + own + 10
     of_saved, of_recomputed = highest(forward_saved=1015), highest(forward=1020)
     if saved:
         assert of_saved == beside + kept - 10 * leaves + 1015
@@ -105,7 +105,7 @@ def test_the_highest_moment_may_be_any(policy: ActivationPolicy, graphs: bool) -
         assert of_recomputed == beside + kept + attention + 1020
         assert of_saved == highest()
     # In backward: more than saved layers kept a part of, and more of which they kept that part.
-    beside = 50 + 5 + graphs * entry + 10
+    beside = 50 + graphs * 5 + entry + 10
     of_saved, of_recomputed = highest(saved_part=85 - 1000), highest(backward=1150, saved_part=1085)
     if saved:
         assert of_saved == beside + kept + 1000 + 150 - 85
@@ -118,7 +118,7 @@ def test_the_highest_moment_may_be_any(policy: ActivationPolicy, graphs: bool) -
         assert of_recomputed == highest()
     # While graphs' memory is not in use, a loss has only their input and output beside it.
     loss = peak(replace(COST, loss=1030), policy, graphs=graphs)
-    assert loss.allocated == 50 + 5 + (20 if graphs else kept + 10) + 1030
+    assert loss.allocated == 50 + (20 + 5 if graphs else kept + 10) + 1030
     assert loss.reserved >= loss.allocated
 
 
@@ -165,6 +165,37 @@ def test_what_waits_on_the_host() -> None:
     assert COST.host_bytes(OFFLOADED) == 3 * 10
     assert COST.host_bytes(CHECKPOINTED) == 3 * (10 + 7)
     assert COST.host_bytes(BOTH) == 2 * 10
+
+
+@pytest.mark.parametrize(
+    ("policy", "inputs", "on_host"),
+    [
+        # Of 12 layers. Not offloaded: those kept, and the others of the last n; then fewer.
+        (ActivationPolicy(every=3), 4 + 2, 0),
+        (ActivationPolicy(every=5), max(3 + 1, 2 + 4), 0),
+        (ActivationPolicy(every=12), 1 + 11, 0),
+        (ActivationPolicy(3, every=3), 3 + 2, 0),
+        # Offloaded: one kept and one under way in forward, n in backward.
+        (ActivationPolicy.offloading(12, every=2), 2, 6),
+        (ActivationPolicy.offloading(12, every=4), 4, 3),
+        (ActivationPolicy.offloading(12, 12, every=4), 0, 0),
+    ],
+    ids=str,
+)
+def test_inputs_of_every_nth_layer(policy: ActivationPolicy, inputs: int, on_host: int) -> None:
+    cost = replace(COST, layers=12)
+    assert cost.waiting(policy) == inputs * cost.input
+    assert cost.host_bytes(policy) == on_host * cost.input
+
+
+def test_long_parts_are_freed_earlier_and_written_in_place() -> None:
+    tiled = replace(COST, tiled=True, forward=0, loss=0)
+    policy = ActivationPolicy.offloading(4)
+    usual = peak(replace(tiled, tiled=False), policy, graphs=False).allocated
+    # Not the input of layer 0, and the arguments of layers, which count for so many tokens.
+    assert peak(tiled, policy, graphs=False).allocated == usual - 10 + 5
+    usual = peak(replace(tiled, tiled=False), policy, graphs=True).allocated
+    assert peak(tiled, policy, graphs=True).allocated == usual - 10
 
 
 def test_offloading_leaves_what_is_near_the_saved_layers() -> None:

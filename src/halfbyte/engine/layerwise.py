@@ -354,8 +354,9 @@ class LayerEngine:
         entries = [layer_input.x for layer_input in layer_inputs] if self.entry_trained else []
         if graphs is None:
             hidden = self.passes.forward(layer_inputs, policy)
-            # The passes keep what backward needs of it.
-            layer_inputs = [each._replace(x=each.x.new_empty(0)) for each in layer_inputs]
+            if self.tiles(max(part.ids.numel() for part in parts)):
+                # The passes keep what backward needs of them.
+                layer_inputs = [each._replace(x=each.x.new_empty(0)) for each in layer_inputs]
         else:
             hidden = [graphs.forward(shape, layer_inputs[0])]
             layer_inputs = []  # the graphs have copies
@@ -458,15 +459,18 @@ class LayerEngine:
         Of a long part, the loss is computed for a tile of its supervised positions at a time, if
         the objective is a sum over tokens.
         """
-        total, grad = torch.zeros((), device=hidden.device), torch.zeros_like(hidden)
+        total, grad = torch.zeros((), device=hidden.device), None
         for tile in self._tiles_of_loss(hidden, part, objective):
             rows = hidden.flatten(0, 1).index_select(0, tile.rows).requires_grad_()
             loss = self._loss_of_rows(rows, tile, objective) / normaliser
             loss.backward()  # type: ignore[no-untyped-call]
+            if grad is None:
+                grad = torch.zeros_like(hidden)
             if rows.grad is not None:
                 grad.flatten(0, 1).index_copy_(0, tile.rows, rows.grad)
             total += loss.detach()
             del rows, loss
+        assert grad is not None
         return total, grad
 
     def _tiles_of_loss(

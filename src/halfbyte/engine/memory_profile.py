@@ -117,7 +117,7 @@ def _measured(engine: LayerEngine, parts: Sequence[PackedBatch]) -> StepCost:
         loss=loss,
         layer_args=sum(layer_args.values()),
         decoded=engine.decoded_bytes,
-        in_place=engine.tiles(own // layer_input.x.shape[-1] // layer_input.x.itemsize),
+        tiled=engine.tiles(own // layer_input.x.shape[-1] // layer_input.x.itemsize),
     )
 
 

@@ -248,7 +248,7 @@ class Run:
             decoded=_decoded(shape, self),
             weights=_stored(shape, self).layer_weights if self.waits else 0,
             slots=1 if self.waits == "gpus" and shape.mixture is None else SLOTS,
-            in_place=layer.is_tiled(part),
+            tiled=layer.is_tiled(part),
         )
 
 
@@ -489,8 +489,8 @@ def _loss(shape: ModelShape, run: Run) -> int:
     packed = packed or (shape.tied and run.holding.quantize_head)
     # One kernel takes logits in the dtype of the product, and writes their gradient in their place.
     # Else they are float32, and at the highest there is a copy: what logsumexp sums. All in bytes.
-    in_place = run.device == "cuda" and e == 2 and not packed
-    size, copies = (e, e) if in_place else (4, 8)
+    tiled = run.device == "cuda" and e == 2 and not packed
+    size, copies = (e, e) if tiled else (4, 8)
     if run.device == "cpu" and e == 2 and not packed:
         copies += e  # logits as the product gave them: a hole by now, too small for another copy
     rows = min(run.part_tokens, max(16, LOGITS[run.device] // (size * shape.vocabulary)))

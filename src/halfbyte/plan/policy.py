@@ -111,8 +111,9 @@ class StepCost:
         weights: A layer's frozen weights as they are stored, if layers can be streamed; 0 if they
             cannot, and the weights count as resident.
         slots: Streamed layers that are on the device at a time.
-        in_place: Whether backward of a recomputed layer writes the gradient of its input over that
-            of its output (layers/tiled_layer.py).
+        tiled: Whether recomputed layers are computed by tiles (layers/tiled_layer.py). Their
+            backward writes the gradient of a layer's input over that of its output, and what
+            entered layer 0 is freed before backward.
     """
 
     layers: int
@@ -131,7 +132,7 @@ class StepCost:
     decoded: int
     weights: int = 0
     slots: int = SLOTS
-    in_place: bool = False
+    tiled: bool = False
 
     def buffers(self, policy: ActivationPolicy) -> int:
         """Return the bytes of decoded weights: of layers that keep theirs, and a shared buffer."""
@@ -145,11 +146,14 @@ class StepCost:
         """Return the bytes recomputed layers keep on the device between forward and backward."""
         recomputed, n = self.layers - policy.saved, policy.every
         sparse = policy.offloaded or recomputed
-        # Backward has the inputs of n layers at a time: of offloaded ones when the others are gone.
+        # Backward has the inputs of n layers at a time, of the last ones fewer if n does not divide
+        # their number. When it comes to the offloaded ones, the others are gone.
         if policy.offloaded:
             inputs = max(recomputed - sparse + UNDER_WAY, min(n, sparse))
         else:
-            inputs = -(-sparse // n) + max(0, min(n, sparse) - 1)
+            kept = -(-sparse // n)
+            of_last = (sparse - 1) % n if sparse else 0
+            inputs = max(kept + of_last, kept - 1 + (n - 1) * (kept > 1))
         return inputs * self.input + (recomputed if n == 1 else 0) * self.lora
 
     def kept(self, policy: ActivationPolicy) -> int:
@@ -186,10 +190,10 @@ def peak(cost: StepCost, policy: ActivationPolicy, *, graphs: bool) -> Peak:
     stream, waiting, kept = cost.input, cost.waiting(policy), cost.kept(policy)
     recomputed = cost.layers - policy.saved
     checkpoint = cost.attention * policy.attention_checkpoint
-    # Layer 0's input exists during the whole pass, even if it is not kept; without graphs, only
-    # during forward.
+    # Layer 0's input exists during the whole pass, whether or not it is kept; that of a long part
+    # only during forward, without graphs.
     entry = stream if policy.offloaded else 0
-    entry_later = entry if graphs else 0
+    entry_later = 0 if cost.tiled and not graphs else entry
     # Graphs have a separate tensor for the last output.
     own = stream if graphs else 0
     leaving = min(policy.offloaded, UNDER_WAY)  # is offloaded before the first saved layer
@@ -202,7 +206,8 @@ def peak(cost: StepCost, policy: ActivationPolicy, *, graphs: bool) -> Peak:
     if recomputed:
         # After the first layer's backward the tensor of the last output no longer has a gradient.
         last = stream if graphs and (policy.saved or policy.offloaded) else 0
-        last *= not cost.in_place or policy.saved > 0
+        if cost.tiled and not policy.saved:
+            last = 0
         beside = policy.attention_checkpoint * (
             (1 + UNDER_WAY) * cost.attention - cost.attention_part
         )
@@ -211,7 +216,7 @@ def peak(cost: StepCost, policy: ActivationPolicy, *, graphs: bool) -> Peak:
     loss = 2 * stream - cost.part_input + cost.loss
     buffers = cost.buffers(policy) + cost.stored(policy)
     if not graphs:
-        both = buffers + cost.layer_args + max(*passes, kept + loss)
+        both = buffers + max(*passes, kept + loss) + cost.layer_args * cost.tiled
         return Peak(both, both)
     captured = max(passes) + cost.layer_args
     # During the loss, graphs have no live tensors but their first input and last output.
