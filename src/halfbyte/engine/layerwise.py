@@ -65,6 +65,7 @@ from halfbyte.layers.decoder_layer import AttentionCheckpoint, fused
 from halfbyte.layers.elementwise import rms_norm
 from halfbyte.layers.families import is_known_norm
 from halfbyte.layers.multimodal import decoder_layers, text_decoder
+from halfbyte.layers.rotary_limit import rotary_limit
 from halfbyte.layers.vocabulary import FrozenHead, HostHead
 from halfbyte.linear.layer_stream import spread, stream_of
 from halfbyte.linear.lora import (
@@ -188,6 +189,7 @@ class LayerEngine:
         weights = provider_of(model, self.linears, self.dtype)
         self.passes = Passes(trained, self.first_trained, self.entry_trained, weights)
         self._tables: dict[int, tuple[Tensor, ...]] = {}  # rotary, by tokens of a row
+        self._rotary_limit = rotary_limit(self.decoder)
         parameters = [parameter for layer in trained for parameter in layer]
         self._graphs = CapturedPasses(self.passes, parameters) if graphs else None
         self.why_no_graphs = "" if graphs else "not asked for"
@@ -271,6 +273,8 @@ class LayerEngine:
             return False
         if not self._fused:
             return self.packable
+        if self.max_seqlen > (self._rotary_limit or self.max_seqlen):
+            return False
         return can_pack(self.dtype, self.model.device, self._fused[0].head_dim)
 
     def keep_decoded(self, layers: int) -> None:
@@ -501,8 +505,10 @@ class LayerEngine:
         self, batches: Sequence[Batch], objective: Objective = CROSS_ENTROPY
     ) -> list[PackedBatch]:
         """Return the parts of a step on the device, with the inputs of an objective."""
-        pack = self.packs and objective.separable
-        if not self._sees_all(max(lengths_of(batches))):
+        pack, longest = self.packs and objective.separable, max(lengths_of(batches))
+        if self._fused and longest > (self._rotary_limit or longest):
+            pack = False
+        if not self._sees_all(longest):
             pack = False
             if not self._window_reported:
                 self._window_reported = True
@@ -593,8 +599,12 @@ class LayerEngine:
         tables: tuple[Tensor, ...] | None
         tables = self._tables.get(part.max_seqlen) if part.documents is None else None
         if tables is None:
+            rotary = self.decoder.rotary_emb
+            if part.max_seqlen > (self._rotary_limit or part.max_seqlen):
+                # Of `dynamic` scaling, so that they do not depend on lengths seen before.
+                rotary.max_seq_len_cached = 0
             with torch.no_grad():
-                tables = self.decoder.rotary_emb(x, part.positions)
+                tables = rotary(x, part.positions)
                 if tables[0].shape[-1] < self._fused[0].head_dim:  # gpt-oss's are of half a head
                     tables = tuple(torch.cat([table, table], -1) for table in tables)
             if part.documents is None:  # all rows of a length have the same positions

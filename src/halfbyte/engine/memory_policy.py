@@ -105,6 +105,8 @@ class MemoryPlan:
         if policy.offloaded:
             how += f", {policy.offloaded} of them from host memory"
             how += " and without attention" * policy.attention_checkpoint
+        if policy.every > 1:
+            how += f", from the input of every {policy.every}th layer"
         if policy.decoded:
             how += f", {policy.decoded} keep their decoded weights"
         if policy.streamed:

@@ -17,7 +17,7 @@ from halfbyte.linear.sequence_tiles import TILE_TOKENS, is_long, launches_unnoti
 from halfbyte.plan.activation_cost import CHECKPOINT_WIDTH, H100, LayerActivations
 from halfbyte.plan.holding import Holding, Packed, held, nbytes_of
 from halfbyte.plan.model_shape import ModelShape, Weight
-from halfbyte.plan.policy import SLOTS, ActivationPolicy, Peak, StepCost, peak
+from halfbyte.plan.policy import EVERY, SLOTS, ActivationPolicy, Peak, StepCost, peak
 from halfbyte.runtime.device import DeviceSpec
 
 # Tokens of a part of packed documents; more do not make products faster (engine/buckets.py).
@@ -589,7 +589,26 @@ def policy_of(shape: ModelShape, run: Run, saved: int, *, offload: bool) -> Acti
     return ActivationPolicy.offloading(shape.layers, saved, attention_checkpoint=worth)
 
 
-def fitted(shape: ModelShape, run: Run, budget: float, *, offload: bool = False) -> Run | None:
+def policies_of(
+    shape: ModelShape, run: Run, saved: int, *, offload: bool
+) -> list[ActivationPolicy]:
+    """Return `policy_of`, and then those that take less host memory, and longer."""
+    policies = [policy_of(shape, run, saved, offload=offload)]
+    if offload and policies[0].attention_checkpoint:
+        policies.append(ActivationPolicy.offloading(shape.layers, saved))
+    if offload and not saved:
+        policies += [ActivationPolicy.offloading(shape.layers, every=n) for n in EVERY]
+    return policies
+
+
+def fitted(
+    shape: ModelShape,
+    run: Run,
+    budget: float,
+    *,
+    offload: bool = False,
+    host: float = float("inf"),
+) -> Run | None:
     """Return ``run`` with the policy that saves most and needs at most ``budget``, or None.
 
     On a GPU decoded weights stay where all layers keep their activations and there is room left.
@@ -601,11 +620,17 @@ def fitted(shape: ModelShape, run: Run, budget: float, *, offload: bool = False)
         run: Its own policy is not looked at.
         budget: Bytes.
         offload: Whether inputs of recomputed layers wait on the host.
+        host: Bytes of host memory that may be taken. If they are too few, attention is recomputed,
+            and then only the inputs of every n-th layer wait there.
     """
 
     def saving(saved: int, streamed: int = shape.layers if run.waits else 0) -> Run:
-        policy = policy_of(shape, run, saved, offload=offload)
-        return replace(run, policy=replace(policy, streamed=streamed))
+        policies = policies_of(shape, run, saved, offload=offload)
+        runs = (replace(run, policy=replace(p, streamed=streamed)) for p in policies)
+        first = next(runs)
+        if ledger(shape, first).on_host <= host:
+            return first
+        return next((each for each in runs if ledger(shape, each).on_host <= host), first)
 
     def decoding(layers: int) -> Run:
         return replace(run, policy=ActivationPolicy(shape.layers, decoded=layers))
@@ -616,7 +641,7 @@ def fitted(shape: ModelShape, run: Run, budget: float, *, offload: bool = False)
     run = replace(run, fused=run.fused and shape.fusable)
     best = largest(lambda saved: needed(saving(saved)) <= budget, 0, shape.layers)
     if best is None and (smaller := run.with_smaller_parts()) is not None:
-        return fitted(shape, smaller, budget, offload=offload)
+        return fitted(shape, smaller, budget, offload=offload, host=host)
     if best is not None and run.waits and run.waits != "gpus":
         layers, few = shape.layers, best
         resident = largest(lambda n: needed(saving(few, layers - n)) <= budget, 0, layers)

@@ -77,7 +77,7 @@ class ActivationPolicy:
         streamed = f", {self.streamed} streamed" * (self.streamed > 0)
         if self.saved == layers:
             return "all saved" + f", {self.decoded} decoded" * (self.decoded > 0) + streamed
-        streamed += f", inputs of every {self.every}th layer" * (self.every > 1)
+        streamed += f", every {self.every}th input" * (self.every > 1)
         if self.offloaded:
             return (f"{self.saved} saved, offload" if self.saved else "offload") + streamed
         return (f"{self.saved} of {layers} saved" if self.saved else "all recomputed") + streamed
