@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +72,7 @@ def long_documents(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def sdpa(backend: SDPBackend, *, repeat: bool = False) -> Attention:
-    """torch's attention with one kernel; heads of keys and values repeated, if asked for."""
+    """Torch's attention with one kernel; heads of keys and values repeated, if asked for."""
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -178,7 +178,7 @@ class _Frontend:
 
 
 class _ByFrontend(torch.autograd.Function):
-    graphs: dict[int, _Frontend] = {}
+    graphs: ClassVar[dict[int, _Frontend]] = {}
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def test_a_checkpoint_takes_output_and_log_sum_exp_along(lengths, small):
     true = torch.autograd.grad(wanted, (q, k, v), dy)
     kept = CheckpointedAttention(q, k, v, documents, 0.3, attention)
     tensors = [x.clone() for x in kept.tensors]
-    assert [x.numel() for x in tensors][0] == 40 * 4 * 8
+    assert tensors[0].numel() == 40 * 4 * 8
     assert len(tensors) == 2
     again = kept.again(q, k, v, tensors)
     for a, b in zip(torch.autograd.grad(again, (q, k, v), dy), true, strict=True):
@@ -125,7 +125,7 @@ def test_few_lengths_are_prepared_and_little_is_added(tokens):
     assert len(lengths) <= 34
 
 
-@pytest.mark.parametrize("tokens, calls", [(8192, 1), (16_384, 2), (65_536, 8), (262_144, 8)])
+@pytest.mark.parametrize(("tokens", "calls"), [(8192, 1), (16_384, 2), (65_536, 8), (262_144, 8)])
 def test_backward_takes_as_many_heads_as_keep_the_device_busy(tokens, calls):
     found = head_groups(tokens, 32, 8)
     assert len(found) == calls

@@ -38,7 +38,7 @@ def assert_equal(found, wanted, rtol):
         assert (gradient - wanted[1][name]).norm() <= rtol * scale, name
 
 
-@pytest.mark.parametrize("rows, tokens", [(1, 12), (1, 13), (1, 4096), (3, 7)])
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 12), (1, 13), (1, 4096), (3, 7)])
 def test_tiles_cover_each_token_once_in_order(rows, tokens, tiles):
     found = tiles_of(rows, tokens)
     covered = [(t.row, i) for t in found for i in range(t.start, t.stop)]
@@ -73,7 +73,9 @@ def test_so_are_those_of_other_adapters(options, monkeypatch):
 def test_dropout_has_the_masks_of_the_untiled_layer(saved, tiles):
     """Layers that keep their activations are not tiled: the same masks, drawn by tiles."""
     wanted = stepped(model_of(FAMILIES["llama"], dropout=0.5), [(2, 17)], ActivationPolicy(3))
-    found = stepped(model_of(FAMILIES["llama"], dropout=0.5), [(2, 17)], ActivationPolicy(3 - saved))
+    found = stepped(
+        model_of(FAMILIES["llama"], dropout=0.5), [(2, 17)], ActivationPolicy(3 - saved)
+    )
     assert_equal(found, wanted, 2e-6)
     other = stepped(model_of(FAMILIES["llama"], dropout=0.5), [(2, 17)], step=1)
     assert abs(other[0] - wanted[0]) > 1e-4

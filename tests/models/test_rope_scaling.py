@@ -72,7 +72,9 @@ def test_dynamic_tables_do_not_depend_on_lengths_seen_before():
         assert float(fresh.loss(batch)) == after[n], n
 
 
-@pytest.mark.parametrize(("wanted", "packs"), [("yarn:4", True), ("dynamic:2", False), (LONG, False)])
+@pytest.mark.parametrize(
+    ("wanted", "packs"), [("yarn:4", True), ("dynamic:2", False), (LONG, False)]
+)
 def test_documents_are_packed_where_tables_do_not_depend_on_others(wanted, packs, monkeypatch):
     monkeypatch.setattr("halfbyte.engine.layerwise.can_pack", lambda *_: True)
     engine = LayerEngine(model_of(config_of(wanted)), fuse=True)

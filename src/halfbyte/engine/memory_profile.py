@@ -139,7 +139,7 @@ def _backward(
 def _saved_layer(
     layer_input: LayerInput, index: int, trained: Sequence[Tensor], *, whole: bool
 ) -> tuple[int, int]:
-    """Return the peaks of a saved layer's forward and, if ``whole``, of both, without its output."""
+    """Return peaks of a saved layer, without its output: of forward and, if ``whole``, of both."""
     own = layer_input.x.nbytes
 
     def forward() -> Tensor:

@@ -16,7 +16,6 @@ tables that depend on the longest position of the row.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +24,13 @@ from torch.nn.utils.rnn import pad_sequence
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.buckets import UnpaddedParts
 from halfbyte.engine.layerwise import LayerEngine
-from halfbyte.engine.recorded_layers import EngineError
 from halfbyte.engine.objective import Objective
 from halfbyte.engine.packing import Batch
+from halfbyte.engine.recorded_layers import EngineError
 from halfbyte.layers.attention_interface import NAME
 from halfbyte.layers.multimodal import text_decoder
-from halfbyte.layers.rotary_limit import rotary_limit
 from halfbyte.layers.packed_row import NotPackable, packed_row
+from halfbyte.layers.rotary_limit import rotary_limit
 from halfbyte.plan.ledger import CPU_PART_TOKENS
 
 # Tokens of the probe's documents: few, as small models have small windows.

@@ -53,7 +53,7 @@ class Piece(NamedTuple):
 
 
 class Kernels(Protocol):
-    """Causal attention of one document, forward and backward; q [1, T, H, D], k and v [1, T, G, D]."""
+    """Causal attention of one document; q [1, T, H, D], k and v [1, T, G, D]."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Return the output [1, T, H, D] and its log-sum-exp, float32 [1, H, T]."""
@@ -128,8 +128,8 @@ class _Reference:
         dq = torch.einsum("bhts,bshd->bthd", d_scores, self._of_heads(k, q))
         dk = torch.einsum("bhts,bthd->bshd", d_scores, q)
         dv = torch.einsum("bhts,bthd->bshd", weights, dy)
-        groups = k.shape[2]
-        return dq, dk.unflatten(2, (groups, -1)).sum(3), dv.unflatten(2, (groups, -1)).sum(3)
+        grouped = *k.shape[:3], -1, k.shape[3]
+        return dq, dk.view(grouped).sum(3), dv.view(grouped).sum(3)
 
     def _of_heads(self, x: Tensor, q: Tensor) -> Tensor:
         return x.repeat_interleave(q.shape[2] // x.shape[2], 2)
@@ -166,7 +166,9 @@ def kernels_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kerne
     if not sixteen or head_dim % 8 or not spec.runs_flash_attention(head_dim):
         return None
     candidates: list[Kernels] = [_CuDNN()] if spec.is_hopper else []
-    return next((each for each in [*candidates, _Flash()] if _works(each, device, dtype, head_dim)), None)
+    return next(
+        (each for each in [*candidates, _Flash()] if _works(each, device, dtype, head_dim)), None
+    )
 
 
 def name_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
@@ -306,7 +308,7 @@ class _LongAttention(torch.autograd.Function):
                 out[:, piece.start : piece.stop] = found[:, :n]
             sums.append(lse)
             del found
-        # One tensor, so that an attention checkpoint takes it along (layers/attention_checkpoint.py).
+        # One tensor, which an attention checkpoint takes along.
         ctx.sizes = [lse.shape[2] for lse in sums]
         lse = sums[0].contiguous() if len(sums) == 1 else torch.cat(sums, 2)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -317,7 +319,7 @@ class _LongAttention(torch.autograd.Function):
         q, k, v, out, lse = (x.detach() for x in ctx.saved_tensors)
         dy = grads[0]
         first = 0
-        # In this order: a call reads tokens after its own, whose q, k and v are not overwritten yet.
+        # In this order: a call reads tokens after its own, which are not overwritten yet.
         for piece, kernels, size in zip(ctx.pieces, ctx.kernels, ctx.sizes, strict=True):
             own, filled = slice(piece.start, piece.stop), slice(piece.start, piece.filled)
             n, own_lse = piece.stop - piece.start, lse[:, :, first : first + size]

@@ -1,7 +1,7 @@
 """A decoder layer computed by tiles of the sequence, for parts too long to be computed at once.
 
     heads    q, k, v = rotary(projections(norm(x)))      by tiles; keeps x
-    attention                                            whole; keeps q, k, v, its output, log-sum-exp
+    attention                                            whole; keeps q, k, v, output, log-sum-exp
     output   h = x + projection(attention)               by tiles; keeps attention's output
     mlp      y = h + mlp(norm(h))                        by tiles; keeps h
 
@@ -86,7 +86,8 @@ def tiled_layer(
 
 def _each(x: Tensor, linears: Sequence[FrozenLinear]) -> Iterator[Tile]:
     """Yield the tiles of x [B, T, ...]; masks of dropout are those of the tile while it is used."""
-    clock = next((linear.adapter.clock for linear in linears if linear.adapter is not None), None)
+    adapters: list[Any] = [linear.adapter for linear in linears if linear.adapter is not None]
+    clock = adapters[0].clock if adapters else None
     for tile in tiles_of(x.shape[0], x.shape[1]):
         if clock is not None:
             clock.tile = tile
@@ -115,7 +116,8 @@ class _Sums:
     ) -> Tensor | None:
         """Add the gradients of a tile; return that of x, if x requires one."""
         leaves = [x] * x.requires_grad + self.parameters
-        found = list(torch.autograd.grad(outputs, leaves, dys, allow_unused=True))
+        made = torch.autograd.grad(outputs, leaves, dys, allow_unused=True)
+        found: list[Tensor | None] = list(made)  # None of what the outputs do not depend on
         dx = found.pop(0) if x.requires_grad else None
         for i, new in enumerate(found):
             if new is None:
@@ -211,9 +213,7 @@ class _Output(torch.autograd.Function):
 
 class _MLP(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, h: Tensor, layer: LayerParts, read: bool, *parameters: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, h: Tensor, layer: LayerParts, read: bool, *parameters: Tensor) -> Tensor:
         ctx.layer, ctx.parameters = layer, parameters
         ctx.save_for_backward(h)
         if not read:
@@ -237,4 +237,3 @@ class _MLP(torch.autograd.Function):
             _of(dh, tile).copy_(found)
             del y, found
         return dh, None, None, *sums.total()
-

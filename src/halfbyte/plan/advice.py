@@ -186,9 +186,7 @@ def _way(
     def fits(batch: int, length: int) -> bool:
         one = smallest_parts(replace(run, batch=batch, length=length, micro_batches=1))
         for each in policies_of(shape, run, 0, offload=offload):
-            entries = ledger(
-                shape, replace(one, policy=replace(each, streamed=policy.streamed))
-            )
+            entries = ledger(shape, replace(one, policy=replace(each, streamed=policy.streamed)))
             if entries.needed <= budget and entries.on_host <= host:
                 return True
         return False

@@ -31,7 +31,7 @@ def pinned(numel: int, dtype: torch.dtype) -> Tensor:
     memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     whole.zero_()  # by all threads
-    driver: Any = torch.cuda.cudart()
+    driver: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     address = whole.data_ptr()
     if int(driver.cudaHostRegister(address, nbytes, 0)):
         return torch.empty(numel, dtype=dtype, pin_memory=True)  # torch's way, and its error
