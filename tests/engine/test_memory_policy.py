@@ -273,6 +273,17 @@ def test_attention_waits_only_where_the_host_has_room(monkeypatch):
         assert ("without attention" in plan.summary()) == attention
 
 
+def test_where_the_host_has_room_for_few_inputs_only_every_nth_waits(monkeypatch):
+    for room, every in ((70, 1), (69, 2), (40, 2), (39, 3), (20, 4), (10, 8)):
+        free = room / memory_policy.HOST_SHARE
+        monkeypatch.setattr(memory_policy, "free_memory", lambda device, free=free: free)
+        plan = planned(5000, "offload")
+        assert (plan.policy.every, plan.policy.attention_checkpoint) == (every, False)
+        assert plan.policy.offloaded == 7
+        assert plan.host_bytes <= room
+        assert (f"every {every}th layer" in plan.summary()) == (every > 1)
+
+
 def planned_fits(budget):
     try:
         return bool(planned(budget))
