@@ -16,13 +16,13 @@ from transformers import (
     Qwen3Config,
 )
 
-from halfbyte.engine import layerwise
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.choose import choose_engine, probe
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_profile import saved_bytes
 from halfbyte.engine.packing import Batch
 from halfbyte.engine.recorded_layers import EngineError
+from halfbyte.engine.rotary_tables import MOST_TABLES
 from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach, delta, dropout_clock
 from halfbyte.models.build import BaseRecipe, build, finalize, load_tensor, stream_layers
 from halfbyte.plan.policy import ActivationPolicy
@@ -404,10 +404,10 @@ def test_saved_bytes_are_what_autograd_keeps():
 def test_rotary_tables_of_a_few_lengths_are_kept_and_change_nothing():
     model = model_of(FAMILIES["llama"])
     engine = LayerEngine(model, fuse=True)
-    lengths = range(3, 3 + 2 * layerwise._MOST_TABLES)
+    lengths = range(3, 3 + 2 * MOST_TABLES)
     first = [engine.loss(batches_of([(1, length)])) for length in lengths]
-    assert len(engine._tables) == layerwise._MOST_TABLES
-    assert list(engine._tables) == list(lengths)[layerwise._MOST_TABLES :]
+    assert len(engine._tables.cached) == MOST_TABLES
+    assert list(engine._tables.cached) == list(lengths)[MOST_TABLES:]
     again = [LayerEngine(model, fuse=True).loss(batches_of([(1, length)])) for length in lengths]
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 

@@ -59,13 +59,13 @@ from halfbyte.engine.packing import (
     tiles_of_loss,
 )
 from halfbyte.engine.recorded_layers import EngineError, record, recorded_run
+from halfbyte.engine.rotary_tables import RotaryTables
 from halfbyte.engine.weights import WeightProvider, acquired, provider_of
 from halfbyte.layers.attention import Documents, can_pack
 from halfbyte.layers.decoder_layer import AttentionCheckpoint, fused
 from halfbyte.layers.elementwise import rms_norm
 from halfbyte.layers.families import is_known_norm
 from halfbyte.layers.multimodal import decoder_layers, text_decoder
-from halfbyte.layers.rotary_limit import rotary_limit
 from halfbyte.layers.vocabulary import FrozenHead, HostHead
 from halfbyte.linear.layer_stream import spread, stream_of
 from halfbyte.linear.lora import (
@@ -80,9 +80,6 @@ from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.quant import QuantizedWeight
 from halfbyte.runtime.device import is_out_of_memory
 
-# Number of row lengths whose rotary tables are cached: a table of 2048 tokens takes 1 MB, and data
-# that cannot be packed may have as many lengths.
-_MOST_TABLES = 16
 _FINAL_NORMS = (
     *("norm", "final_layernorm", "ln_f", "final_layer_norm", "final_norm"),
     *("embedding_norm", "norm_f"),  # LFM2, Mamba
@@ -188,8 +185,7 @@ class LayerEngine:
         self.trained = trained
         weights = provider_of(model, self.linears, self.dtype)
         self.passes = Passes(trained, self.first_trained, self.entry_trained, weights)
-        self._tables: dict[int, tuple[Tensor, ...]] = {}  # rotary, by tokens of a row
-        self._rotary_limit = rotary_limit(self.decoder)
+        self._tables = RotaryTables(self.decoder)
         parameters = [parameter for layer in trained for parameter in layer]
         self._graphs = CapturedPasses(self.passes, parameters) if graphs else None
         self.why_no_graphs = "" if graphs else "not asked for"
@@ -273,7 +269,7 @@ class LayerEngine:
             return False
         if not self._fused:
             return self.packable
-        if self.max_seqlen > (self._rotary_limit or self.max_seqlen):
+        if self._tables.exceeds_limit(self.max_seqlen):
             return False
         return can_pack(self.dtype, self.model.device, self._fused[0].head_dim)
 
@@ -506,7 +502,7 @@ class LayerEngine:
     ) -> list[PackedBatch]:
         """Return the parts of a step on the device, with the inputs of an objective."""
         pack, longest = self.packs and objective.separable, max(lengths_of(batches))
-        if self._fused and longest > (self._rotary_limit or longest):
+        if self._fused and self._tables.exceeds_limit(longest):
             pack = False
         if not self._sees_all(longest):
             pack = False
@@ -570,7 +566,7 @@ class LayerEngine:
             self.noise.spans = part.spans
         with torch.set_grad_enabled(self.entry_trained):
             x = self.decoder.get_input_embeddings()(part.ids)
-        tables = self._rotary_tables(x, part)
+        tables = self._tables.of(x, part, self._fused[0].head_dim)
         layer_args = tables if part.documents is None else (*tables, part.documents.cu_seqlens)
 
         # Not `self`: the engine keeps captures, and a reference cycle would delay freeing memory.
@@ -593,22 +589,3 @@ class LayerEngine:
             return layers[layer](x, cos, sin, documents, read=read, checkpoint=checkpoint)
 
         return LayerInput(x, layer_args, run)
-
-    def _rotary_tables(self, x: Tensor, part: PackedBatch) -> tuple[Tensor, ...]:
-        """Return cosines and sines [1, T, head_dim] of a batch's positions."""
-        tables: tuple[Tensor, ...] | None
-        tables = self._tables.get(part.max_seqlen) if part.documents is None else None
-        if tables is None:
-            rotary = self.decoder.rotary_emb
-            if part.max_seqlen > (self._rotary_limit or part.max_seqlen):
-                # Of `dynamic` scaling, so that they do not depend on lengths seen before.
-                rotary.max_seq_len_cached = 0
-            with torch.no_grad():
-                tables = rotary(x, part.positions)
-                if tables[0].shape[-1] < self._fused[0].head_dim:  # gpt-oss's are of half a head
-                    tables = tuple(torch.cat([table, table], -1) for table in tables)
-            if part.documents is None:  # all rows of a length have the same positions
-                if len(self._tables) == _MOST_TABLES:
-                    del self._tables[next(iter(self._tables))]  # the oldest
-                self._tables[part.max_seqlen] = tables
-        return tables
