@@ -13,7 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from halfbyte.runtime.pinned_memory import pinned
+from halfbyte.runtime.host_memory import host_memory
+
+# Smaller tensors are left to torch's allocator, which reuses their memory.
+_LEAST_BYTES = 64 << 20
 
 
 class _Copy(NamedTuple):
@@ -92,10 +95,18 @@ class ActivationOffloader:
         if held is None or held.numel() < x.numel():
             if held is not None:
                 self._outgrown.append(held)  # a captured graph may still copy there
-            held = pinned(x.numel(), x.dtype)
+            held = _page_locked(x.numel(), x.dtype)
             self._host[key] = held
             self.nbytes += held.nbytes
         return held[: x.numel()].view(x.shape)
+
+
+def _page_locked(numel: int, dtype: torch.dtype) -> Tensor:
+    """Return page-locked memory, [numel], not initialised."""
+    nbytes = numel * dtype.itemsize
+    if nbytes < _LEAST_BYTES:
+        return torch.empty(numel, dtype=dtype, pin_memory=True)
+    return host_memory(nbytes, page_locked=True).view(dtype)
 
 
 def _pairs(
