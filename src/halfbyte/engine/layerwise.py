@@ -65,6 +65,7 @@ from halfbyte.layers.attention import Documents, can_pack
 from halfbyte.layers.decoder_layer import AttentionCheckpoint, fused
 from halfbyte.layers.elementwise import rms_norm
 from halfbyte.layers.families import is_known_norm
+from halfbyte.layers.long_attention import name_of
 from halfbyte.layers.multimodal import decoder_layers, text_decoder
 from halfbyte.layers.vocabulary import FrozenHead, HostHead
 from halfbyte.linear.layer_stream import spread, stream_of
@@ -218,6 +219,9 @@ class LayerEngine:
             why = "parts are long" if self._launches_unnoticed else "documents are not packed"
             why = self.why_no_graphs or why
             message += ", CUDA graphs" if self.captures else f", no CUDA graphs: {why}"
+            if self.model.device.type == "cuda" and self.tiles(self.max_seqlen):
+                name = name_of(self.model.device, self.dtype, self._fused[-1].head_dim)
+                message += f", attention of long documents by {name}"
         return message
 
     @property
