@@ -32,6 +32,8 @@ import gpu_load
 import torch
 from measuring import Row, require_cuda, write
 
+from halfbyte.runtime.precision import configure_allocators
+
 SHAPES = {
     "llama2-7b": dict(hidden_size=4096, intermediate_size=11008, vocab_size=32000),
     "llama3-8b": dict(hidden_size=4096, intermediate_size=14336, vocab_size=128256),
@@ -292,6 +294,8 @@ def work(args: argparse.Namespace) -> None:
     """One contestant, in this process."""
     config = config_of(args.shape, args.layers)
     rows: dict[str, Row] = {}
+    if args.worker.startswith("halfbyte"):  # as a run does
+        configure_allocators()
     if args.worker == "floor":
         for text in args.configs:
             micro, batch, length = parsed(text)
@@ -345,10 +349,13 @@ def work(args: argparse.Namespace) -> None:
             rows[text]["predicted_reserved_gb"] = round(plan.reserved_bytes / 1e9, 2)
             rows[text]["saved_layers"] = plan.policy.saved
             rows[text]["offloaded_layers"] = plan.policy.offloaded
+            rows[text]["every_nth_input"] = plan.policy.every
+            rows[text]["host_gb"] = round(plan.host_bytes / 1e9, 1)
             rows[text]["attention_checkpoint"] = plan.policy.attention_checkpoint
             rows[text]["decoded_layers"] = plan.policy.decoded
-        if not theirs:
+        if not theirs and not args.only_steps:
             rows[text] |= shares(lambda: step(list(ids), float(ids.numel())), args.kernels)  # noqa: B023
+        if not theirs:
             flops = products(config, micro * batch * length, length, rows[text])
             rows[text]["tflops"] = round(flops / seconds / 1e12)
         print(args.worker, text, rows[text], file=sys.stderr, flush=True)
@@ -365,6 +372,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=known, default=known)
     parser.add_argument("--steps", type=int, default=20, help="timed steps of ours")
     parser.add_argument("--warm", type=int, default=10, help="steps of ours before these")
+    parser.add_argument("--only-steps", action="store_true", help="no step is profiled")
     parser.add_argument("--kernels", type=int, default=0, help="also time so many kernels")
     parser.add_argument(
         "--keep", choices=["recompute", "offload", "save", "auto"], default="recompute"
@@ -408,7 +416,7 @@ def main() -> None:
             call += ["--state-bits", str(args.state_bits)]
             call += ["--warm", str(args.warm), "--kernels", str(args.kernels)]
             call += ["--memory-budget", str(args.memory_budget)] * bool(args.memory_budget)
-            call += ["--no-graphs"] * args.no_graphs
+            call += ["--no-graphs"] * args.no_graphs + ["--only-steps"] * args.only_steps
             # Unsloth writes what it compiles where it is started, and wants expandable segments.
             settings = {"UNSLOTH_DISABLE_STATISTICS": "1", "HF_HUB_OFFLINE": "1"}
             paths = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))

@@ -2,8 +2,8 @@
 
 torch's allocator of page-locked memory rounds sizes up to powers of two: the packed layers of a 70B
 model, 440 MB each, would take 512 MB. Memory that was mapped by the program can be page-locked
-later, whatever its size. If all threads touch it first, locking it is quick: torch's allocator
-faults in page by page in one thread, and the inputs of 65,536 tokens of an 8B model are 50 GB.
+later, whatever its size. All threads touch it first, since locking it would fault it in page by
+page in one thread.
 """
 
 import contextlib
