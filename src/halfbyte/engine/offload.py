@@ -15,7 +15,7 @@ from torch import Tensor
 
 from halfbyte.runtime.host_memory import host_memory
 
-# Smaller tensors are left to torch's allocator, which reuses their memory, and rounds its size up to
+# Smaller tensors are left to torch's allocator, which reuses their memory and rounds its size up to
 # a power of two: 4.3 GB for 2.2, the input of a layer for 270k tokens of an 8B model.
 _LEAST_BYTES = 64 << 20
 
