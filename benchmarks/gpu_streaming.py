@@ -20,6 +20,11 @@ import sys
 import time
 from typing import Any
 
+from halfbyte.runtime.precision import configure_allocators
+
+if __name__ == "__main__":
+    configure_allocators()  # as the command does, before CUDA starts
+
 import torch
 from measuring import Row, require_cuda, write
 

@@ -8,6 +8,7 @@ import torch
 from halfbyte.engine.buckets import Buckets
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.packing import lengths_of
+from halfbyte.engine.weights import StreamedWeights
 from halfbyte.layers.vocabulary import head_to_host
 from halfbyte.linear.layer_store import DiskLayers, HostLayers
 from halfbyte.linear.layer_stream import stream_of
@@ -73,3 +74,39 @@ def test_slots_are_all_that_is_on_the_gpu():
     norms = 2 * 3 * 32 * 2
     assert stream.nbytes == 2 * stream.layers[0].nbytes
     assert here <= stream.nbytes + others + norms + 64 * 512  # torch rounds up to 512 bytes
+
+
+@pytest.mark.parametrize("call", [2, 5])
+def test_memory_that_runs_out_in_a_capture_is_said_and_freed(monkeypatch, call):
+    """While copies of weights and inputs are under way on their streams."""
+    policy = ActivationPolicy(0, 2, True)
+    batches = examples([[70, 33, 8], [64, 5]])
+    model = model_of(CONFIGS["llama"], dtype=torch.bfloat16, device="cuda", store=HostLayers)
+    zero(model)
+    engine = LayerEngine(model, fuse=True, graphs=True)
+    engine.buckets = Buckets.of([lengths_of(batches)], 1024)
+    engine.capture(policy)
+    engine.forget_graphs()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    acquire, calls = StreamedWeights.acquire, [0]
+
+    def acquired(self, layer, *, again=False):
+        opened = acquire(self, layer, again=again)
+        calls[0] += torch.cuda.is_current_stream_capturing()
+        if calls[0] == call:
+            self.release(layer)
+            raise torch.OutOfMemoryError("for a test")
+        return opened
+
+    monkeypatch.setattr(StreamedWeights, "acquire", acquired)
+    with pytest.raises(torch.OutOfMemoryError, match="for a test"):
+        engine.capture(policy)
+    assert engine.captures
+    engine.passes.forget()
+    engine.forget_graphs()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before
+    engine.capture(policy)
+    assert engine.num_graphs == 1
+    assert engine.step(batches, 50.0, policy) > 0
