@@ -110,3 +110,29 @@ def test_memory_that_runs_out_in_a_capture_is_said_and_freed(monkeypatch, call):
     engine.capture(policy)
     assert engine.num_graphs == 1
     assert engine.step(batches, 50.0, policy) > 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("where", [HostLayers, "disk"])
+def test_parts_that_go_through_the_layers_together_give_the_same_gradients(where, policy, tmp_path):
+    batches = examples([[70, 33, 8], [64, 5], [40, 40, 31]])
+    store = partial(DiskLayers, directory=tmp_path) if where == "disk" else where
+    model = model_of(CONFIGS["llama"], dtype=torch.bfloat16, device="cuda", store=store)
+    engine = LayerEngine(model, fuse=True, graphs=True)
+    engine.buckets = Buckets.of([lengths_of(batches)], 32, 100)
+    assert len(engine.make_parts(batches)) > 2
+    found = []
+    for count in (1, 2, 5):
+        engine.parts_together = count
+        assert engine.captures == (count == 1 and where != "disk")
+        zero(model)
+        stream = stream_of(model)
+        before = stream.copied_bytes
+        loss = engine.step(batches, 50.0, policy)
+        found.append((loss.clone(), taken(model), stream.copied_bytes - before))
+    (loss, wanted, copied), *others = found
+    for got, gradients, bytes_now in others:
+        assert torch.equal(got, loss)
+        assert bytes_now < copied
+        for name, gradient in gradients.items():
+            assert torch.equal(gradient, wanted[name]), name

@@ -234,11 +234,15 @@ class Trainer:
                 engine.max_seqlen = max(map(max, lengths))
             if isinstance(engine, LayerEngine) and engine.packs and not self._documents:
                 engine.buckets = buckets_of(engine, lengths, part_tokens)
+                engine.most_parts = max(len(engine.part_shapes(step)) for step in lengths)
+                engine.parts_together = 1
                 compile_ahead(engine, engine.buckets)
             failed = None
             try:
                 plan = self._planned(shapes)
                 if plan.reserved_bytes <= plan.budget or not self._may_shrink():
+                    if isinstance(engine, LayerEngine):
+                        engine.parts_together = plan.parts_together
                     self.use(plan.policy)
                     break
             except ConfigError:
@@ -450,9 +454,10 @@ class Trainer:
     def fall_back(self, step: int, error: BaseException) -> None:
         """Apply the next fallback, so that steps need less memory.
 
-        In this order: no decoded weights kept; weights streamed, if they can be; as many layers
-        saved as fit into the free memory; every layer recomputed; their inputs offloaded to the
-        host; checkpointed attention recomputed; smaller parts; no CUDA graphs.
+        In this order: no decoded weights kept; parts one after the other; weights streamed, if they
+        can be; as many layers saved as fit into the free memory; every layer recomputed; their
+        inputs offloaded to the host; checkpointed attention recomputed; smaller parts; no CUDA
+        graphs.
 
         Args:
             step: The step that failed (0-based).
@@ -489,6 +494,9 @@ class Trainer:
         if policy.decoded:
             self.use(replace(policy, decoded=0))
             return "decoded weights are no longer kept"
+        if self.engine.parts_together > 1:
+            self.engine.parts_together = 1
+            return "the parts of a step go through the layers one after the other"
         if stream_of(self.engine.model) is not None and policy.streamed < layers:
             self.use(replace(policy, streamed=layers))
             return "the weights of all layers are copied to the GPU when needed"
