@@ -406,3 +406,27 @@ def test_as_many_compiled_products_are_kept_as_a_step_has(monkeypatch, lengths, 
     assert os.environ["LRU_CACHE_CAPACITY"] == "1"
     keep_few_products([[(1, length) for length in range(8, 12)]])
     assert os.environ[name] == capacity
+
+
+def test_parts_are_taken_together_where_copies_take_longer_than_one():
+    """As many as hide the copies, or as fit; and what they keep is counted for all of them."""
+    cost = dataclasses.replace(COST, weights=200, slots=2)
+    budget = int(memory_policy.MARGIN * (reserved(ActivationPolicy(streamed=8), cost) + 60))
+    planner = memory_policy._Planner(cost, USED, BESIDE, budget, True, "cuda", 2)
+    alone = planner.plan("auto", asked=True)
+    assert alone.policy.streamed > 2  # of which one part hides two
+    found = set()
+    for wanted in range(2, 20):
+        plan = planner.plan_of_parts("auto", wanted, 2)
+        if plan is None:
+            continue
+        found.add(plan.parts_together)
+        assert plan.parts_together <= wanted
+        assert memory_policy.MARGIN * plan.reserved_bytes <= budget
+        step = peak(cost.of_parts(plan.parts_together), plan.policy, graphs=False)
+        assert plan.reserved_bytes == USED + BESIDE + step.reserved
+        assert f"for {plan.parts_together} parts of a step at a time" in plan.summary()
+    assert 2 in found
+    assert max(found) < 19  # more do not fit
+    small = dataclasses.replace(planner, budget=int(memory_policy.MARGIN * (USED + BESIDE + 400)))
+    assert small.plan_of_parts("auto", 4, 2) is None

@@ -285,6 +285,12 @@ class Passes:
         del y
         self.backward([layer_input], [grad])
 
+    @property
+    def side_streams(self) -> list[torch.cuda.Stream]:
+        """The streams on which the passes copy beside the current one."""
+        offloader = [] if self._offloader is None else [self._offloader.side_stream]
+        return [*self.weights.side_streams, *offloader]
+
     def forget(self) -> None:
         """Free what `forward` has kept, if no `backward` follows."""
         self._kept = []

@@ -117,6 +117,10 @@ class LayerEngine:
         window: The longest document that may be packed then, or None for any.
         max_seqlen: Tokens of the longest document of a run, if known: if it is longer than an
             attention window, the run is not packed.
+        most_parts: Parts of the run's largest step, if known.
+        parts_together: How many packed parts go through each layer together on a GPU, eagerly. One,
+            unless weights are streamed and take longer to arrive than a part takes to compute:
+            they are copied once for all of these.
         on_layer_backward: Called with a layer's index and the loss once the layer's gradients are
             final, before backward of the layers below. Disables CUDA graphs.
         on_phase: Called with ``forward``, ``loss`` and ``backward`` when a step starts each.
@@ -176,6 +180,7 @@ class LayerEngine:
         self.packable = False
         self.window: int | None = None
         self.max_seqlen = 0
+        self.most_parts = self.parts_together = 1
         self._decoded = 0
         self.clock = dropout_clock(model)
         self._drops = any(adapter.config.dropout for adapter in adapters(model).values())
@@ -227,12 +232,9 @@ class LayerEngine:
     @property
     def captures(self) -> bool:
         """Whether passes can be CUDA graphs."""
-        return (
-            self._graphs is not None
-            and self.packs
-            and self.on_layer_backward is None
-            and not self._launches_unnoticed
-        )
+        eager = self.on_layer_backward is not None or self.parts_together > 1
+        eager = eager or self._launches_unnoticed
+        return self._graphs is not None and self.packs and not eager
 
     @property
     def _launches_unnoticed(self) -> bool:
@@ -332,8 +334,10 @@ class LayerEngine:
             factor = self.objective.count_terms(batches) / normaliser
             router.begin_step(sum(lengths_of(batches)), factor)
         total = torch.zeros((), dtype=torch.float32, device=self.model.device)
-        # Packed parts run one after the other on a GPU, others together layer by layer.
-        together = [[part] for part in parts] if self._runs_apart(parts) else [parts]
+        # Packed parts run one after the other on a GPU, or a few of them together; others all
+        # together, layer by layer.
+        count = self.parts_together if self._runs_apart(parts) else len(parts)
+        together = [parts[i : i + count] for i in range(0, len(parts), count)]
         for number, group in enumerate(together, start=1):
             self._forward_backward(group, normaliser, policy, total, last=number == len(together))
         return total

@@ -34,11 +34,12 @@ class ActivationOffloader:
     memory is allocated for the first part of a shape and kept; that cannot be captured.
 
     Attributes:
+        side_stream: The stream of the copies.
         nbytes: Bytes of page-locked memory allocated.
     """
 
     def __init__(self) -> None:
-        self._side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.side_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         # Also by dtype: the tensors of a checkpoint differ between shapes.
         self._host: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
         self._places: dict[int, list[list[Tensor]]] = {}
@@ -55,11 +56,11 @@ class ActivationOffloader:
             for i, part in enumerate(parts)
         ]
         self._places[layer] = places
-        self._side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._side):
+        self.side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side_stream):
             for place, x in _pairs(places, parts):
                 place.copy_(x, non_blocking=True)
-        self._leaving = _Copy(list(parts), self._side.record_event())
+        self._leaving = _Copy(list(parts), self.side_stream.record_event())
 
     def wait(self) -> None:
         """Make the GPU stream wait for the last offload, after which its GPU memory is free."""
@@ -76,11 +77,11 @@ class ActivationOffloader:
             [torch.empty(place.shape, dtype=place.dtype, device="cuda") for place in part]
             for part in places
         ]
-        self._side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._side):
+        self.side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side_stream):
             for place, x in _pairs(places, parts):
                 x.copy_(place, non_blocking=True)
-        self._coming[layer] = _Copy(parts, self._side.record_event())
+        self._coming[layer] = _Copy(parts, self.side_stream.record_event())
 
     def get(self, layer: int) -> list[list[Tensor]]:
         """Return the tensors that were copied back."""

@@ -463,10 +463,17 @@ def _trained(shape: ModelShape, run: Run) -> list[Line]:
     name = f"{MOMENTS}, {'8' if run.optimizer.endswith('8bit') else '32'} bits"
     # Paged state is on the host whenever memory is short, which is when it matters.
     pages = run.optimizer.startswith("paged") and run.device == "cuda"
+    state, shares = _state(numels, run.optimizer), run.waits is not None and run.shards > 1
+    if shares:  # once in host memory for all processes (optim/sharded_state.py)
+        pages, name, state = (
+            run.device == "cuda",
+            f"{name}, a part of {run.shards}",
+            -(-state // run.shards),
+        )
     return [
         Line("trained", f"adapters, {count / 1e6:.1f} M in float32", 4 * count),
         Line("trained", "their gradients, float32", 4 * count),
-        Line("host" if pages else "trained", name, _state(numels, run.optimizer)),
+        Line("host" if pages else "trained", name, state),
     ]
 
 

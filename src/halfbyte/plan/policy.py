@@ -27,7 +27,7 @@ memory is reused for the output's gradient. They keep their memory between steps
 additional memory; in eager steps it does not.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 # Number of recomputed layers before the first saved one that are not offloaded, since backward
@@ -133,6 +133,11 @@ class StepCost:
     weights: int = 0
     slots: int = SLOTS
     tiled: bool = False
+
+    def of_parts(self, count: int) -> "StepCost":
+        """Return the costs if so many parts, instead of one, go through the layers together."""
+        together = ("input", "lora", "saved", "attention")
+        return replace(self, **{name: count * getattr(self, name) for name in together})
 
     def buffers(self, policy: ActivationPolicy) -> int:
         """Return the bytes of decoded weights: of layers that keep theirs, and a shared buffer."""

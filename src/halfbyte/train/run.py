@@ -501,12 +501,13 @@ class _Run:
                 )
             except BETWEEN_STEPS as error:
                 self.report_engine()
-                if not trainer.updating and not isinstance(error, WeightsChanged):
+                if trainer.is_whole and not isinstance(error, WeightsChanged):
                     self.checkpoints.take_over()
                     self._save_made()
                 if isinstance(error, ProcessFailed):
                     self.writer.wait()
-                    raise error.after(self.done, self.checkpoints.resume_command) from error
+                    saved = self.checkpoints.saved or 0
+                    raise error.after(saved, self.checkpoints.resume_command) from error
                 raise
         if self.ended is not None and self.done < total:
             report = self.report
