@@ -270,8 +270,11 @@ class AdamW(torch.optim.Optimizer):
             self._store.prefetch()
 
     def report(self) -> Paging | None:
-        """Return statistics of paging since the last call; None if it is ``off``."""
-        return None if self._store is None or self.paging == "off" else self._store.report()
+        """Return statistics of paging since the last call; None if nothing is paged."""
+        in_place = self._shared is not None and self._device.type != "cuda"
+        if self._store is None or self.paging == "off" or in_place:
+            return None
+        return self._store.report()
 
     # --- parts of a step ------------------------------------------------------------------------
 

@@ -152,8 +152,10 @@ class Streamed:
         self._waits = Waits(device)
         cuda = device.type == "cuda"
         self._inward, self._outward = (_stream(device) if cuda else None for _ in range(2))
-        if away:
+        if away and (cuda or shared is None):
             self._go()
+        elif shared is not None:  # on a CPU it is updated in place
+            self._memory = shared.allocate(self._whole.nbytes)
         else:
             self._memory = torch.zeros(self._whole.nbytes, dtype=torch.uint8, device=device)
 
@@ -164,19 +166,20 @@ class Streamed:
 
     def units(self) -> Sequence[Bucket]:
         """Return one bucket while on the device, else groups in the order of backward."""
-        own = self._groups[self._own.start : self._own.stop]
-        return own[::-1] if self.away else [self._whole]
+        if not self.away and self._shared is None:
+            return [self._whole]
+        return self._groups[self._own.start : self._own.stop][::-1]
 
     def visit(self, groups: Sequence[Bucket], update: Update, *, last: bool) -> None:
         """Update groups, streaming those that are on the host."""
+        if self._shared is not None:
+            assert last, "state of several processes is updated at the end of a step"
+            self._shared.begin_update()
         if self._memory is not None:
             for group in groups:
                 update(group, self._memory, 0)
             return
         current = current_stream(self._device)
-        if self._shared is not None:
-            assert last, "state of several processes is updated at the end of a step"
-            self._shared.begin_update()
         if groups:
             _meet(self._outward, current)  # gradients are complete
         for group in groups:
