@@ -13,6 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from halfbyte.runtime.host_memory import host_memory
+
+# Smaller tensors are left to torch's allocator, which reuses their memory and rounds its size up to
+# a power of two: 4.3 GB for 2.2, the input of a layer for 270k tokens of an 8B model.
+_LEAST_BYTES = 64 << 20
+
 
 class _Copy(NamedTuple):
     """A copy in progress: the GPU tensors it reads or writes, by part, and its end event."""
@@ -91,10 +97,18 @@ class ActivationOffloader:
         if held is None or held.numel() < x.numel():
             if held is not None:
                 self._outgrown.append(held)  # a captured graph may still copy there
-            held = torch.empty(x.numel(), dtype=x.dtype, pin_memory=True)
+            held = _page_locked(x.numel(), x.dtype)
             self._host[key] = held
             self.nbytes += held.nbytes
         return held[: x.numel()].view(x.shape)
+
+
+def _page_locked(numel: int, dtype: torch.dtype) -> Tensor:
+    """Return page-locked memory, [numel], not initialised."""
+    nbytes = numel * dtype.itemsize
+    if nbytes < _LEAST_BYTES:
+        return torch.empty(numel, dtype=dtype, pin_memory=True)
+    return host_memory(nbytes, page_locked=True).view(dtype)
 
 
 def _pairs(

@@ -2,7 +2,8 @@
 
 torch's allocator of page-locked memory rounds sizes up to powers of two: the packed layers of a 70B
 model, 440 MB each, would take 512 MB. Memory that was mapped by the program can be page-locked
-later, whatever its size.
+later, whatever its size. All threads touch it first, since locking it would fault it in page by
+page in one thread.
 """
 
 import contextlib
@@ -27,7 +28,11 @@ def host_memory(nbytes: int, *, page_locked: bool) -> Tensor:
     Raises:
         RuntimeError: The system does not have so much memory to lock.
     """
-    return mapped_memory(mmap.mmap(-1, nbytes), page_locked=page_locked)
+    mapped = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    _in_large_pages(mapped)
+    if page_locked:
+        torch.frombuffer(mapped, dtype=torch.uint8).zero_()  # by all threads
+    return mapped_memory(mapped, page_locked=page_locked)
 
 
 def mapped_memory(mapped: mmap.mmap, *, page_locked: bool) -> Tensor:
@@ -40,9 +45,7 @@ def mapped_memory(mapped: mmap.mmap, *, page_locked: bool) -> Tensor:
     Raises:
         RuntimeError: As `host_memory`.
     """
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # the kernel has none for this memory
-            mapped.madvise(mmap.MADV_HUGEPAGE)  # a 512th of the pages to lock
+    _in_large_pages(mapped)
     memory = torch.frombuffer(mapped, dtype=torch.uint8)  # refers to the mapping
     if page_locked:
         address, nbytes = memory.data_ptr(), len(mapped)
@@ -54,6 +57,12 @@ def mapped_memory(mapped: mmap.mmap, *, page_locked: bool) -> Tensor:
             )
         weakref.finalize(mapped, _unlock, address)
     return memory
+
+
+def _in_large_pages(mapped: mmap.mmap) -> None:
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # the kernel has none for this memory
+            mapped.madvise(mmap.MADV_HUGEPAGE)  # a 512th of the pages to lock
 
 
 def shared_memory(nbytes: int, *, page_locked: bool) -> tuple[Tensor, list[int]]:

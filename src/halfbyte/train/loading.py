@@ -19,7 +19,7 @@ from halfbyte.checkpoint.base_model import (
 )
 from halfbyte.checkpoint.cache import cached
 from halfbyte.checkpoint.identity import require_same_base
-from halfbyte.checkpoint.peft import load_adapter, template_in
+from halfbyte.checkpoint.peft import load_adapter, rope_scaling_in, template_in
 from halfbyte.config.schema import TrainConfig
 from halfbyte.data.named_templates import choose_template
 from halfbyte.linear.lora import LoRAConfig
@@ -163,6 +163,7 @@ def open_model(
     if loaded is not None:
         loaded.require_layers_of(source.skeleton)
         source.chat_template = template_in(loaded.info)
+        source.scale_rope(rope_scaling_in(loaded.info))
     if chat_template is not None:
         use_template(source, chat_template, report)
     recipe = BaseRecipe(
