@@ -57,6 +57,7 @@ def model_of(
     r=4,
     dropout=0.0,
     use_dora=False,
+    use_rslora=False,
     modules_to_save=(),
     store=None,
     **recipe,
@@ -73,7 +74,12 @@ def model_of(
             load_tensor(model, name, tensor * 4 if tensor.dim() == 2 else tensor)
     finalize(model)
     lora = LoRAConfig(
-        r=r, alpha=8, dropout=dropout, use_dora=use_dora, modules_to_save=modules_to_save
+        r=r,
+        alpha=8,
+        dropout=dropout,
+        use_dora=use_dora,
+        use_rslora=use_rslora,
+        modules_to_save=modules_to_save,
     )
     attach(model, lora, seed=0)
     generator = torch.Generator().manual_seed(1)

@@ -61,7 +61,9 @@ def test_losses_and_gradients_are_those_of_the_untiled_layer(family, shapes, mon
     assert_equal(found, wanted, 2e-6)
 
 
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"r": 1}, {"quant": "none"}, {"r": 9}])
+@pytest.mark.parametrize(
+    "options", [{"use_dora": True}, {"r": 1}, {"quant": "none"}, {"r": 9, "use_rslora": True}]
+)
 def test_so_are_those_of_other_adapters(options, monkeypatch):
     wanted = stepped(model_of(FAMILIES["qwen2"], **options), [(1, 23)])
     monkeypatch.setattr(sequence_tiles, "TILE_TOKENS", 5)
