@@ -41,14 +41,19 @@ def launches_unnoticed(rows: int, tokens: int, width: int) -> bool:
     return is_long(rows, tokens) and rows * tokens * width**2 >= LAUNCHED
 
 
+def tile_tokens(tokens: int) -> int:
+    """Return the tokens of all tiles of a row but the last, which may have fewer."""
+    count = -(-tokens // TILE_TOKENS)
+    size, unit = -(-tokens // count), min(128, TILE_TOKENS)
+    return min(tokens, -(-size // unit) * unit)
+
+
 def tiles_of(rows: int, tokens: int) -> list[Tile]:
     """Return the tiles of a batch, of nearly equal size, in the order of its tokens.
 
     All but the last of a row start at multiples of 128, as products of full tiles are fastest.
     """
-    count = -(-tokens // TILE_TOKENS)
-    size, unit = -(-tokens // count), min(128, TILE_TOKENS)
-    size = min(tokens, -(-size // unit) * unit)
+    size = tile_tokens(tokens)
     return [
         Tile(row, start, min(start + size, tokens))
         for row in range(rows)

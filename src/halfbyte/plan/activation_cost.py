@@ -72,7 +72,7 @@ into which the others are decoded in turn.
 
 from dataclasses import dataclass
 
-from halfbyte.linear.sequence_tiles import is_long, tiles_of
+from halfbyte.linear.sequence_tiles import is_long, tile_tokens
 from halfbyte.plan.model_shape import ModelShape
 from halfbyte.runtime.device import DeviceSpec
 
@@ -284,7 +284,7 @@ class LayerActivations:
 
     def _tiled_forward(self, tokens: int) -> int:
         (heads, attended, stream), e = self._whole(), self.itemsize
-        tile = max(each.stop - each.start for each in tiles_of(1, tokens))
+        tile = tile_tokens(tokens)
         one_kernel = self.multiplied and self.gpu.is_hopper and tile >= _FEWEST_ROWS
         widths = (1 if one_kernel and self.rank <= GATED_RANK else 3) * self.shape.intermediate
         in_mlp = tile * e * (widths + 2 * self.shape.hidden)
@@ -293,7 +293,7 @@ class LayerActivations:
 
     def _tiled_backward(self, tokens: int) -> int:
         (heads, attended, stream), e, s = self._whole(), self.itemsize, self.shape
-        tile = max(each.stop - each.start for each in tiles_of(1, tokens))
+        tile = tile_tokens(tokens)
         in_mlp = tile * e * (3 * s.intermediate + s.hidden) + self.gated_sums(tile)
         return max(
             tokens * (heads + attended + stream) + in_mlp,
