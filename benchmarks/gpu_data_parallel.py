@@ -28,8 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.runtime.distributed import claim_gpu
+from halfbyte.runtime.precision import configure_allocators
 
 if "--worker" in sys.argv:
+    if "fsdp" not in sys.argv:
+        configure_allocators()  # as the command does, before CUDA starts
     claim_gpu()  # before bitsandbytes, which measuring imports, asks CUDA for its devices
 
 import torch

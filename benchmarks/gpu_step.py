@@ -8,10 +8,11 @@ NF4 with double quantisation (or 16-bit, for LoRA), r = 16 on all linears, no dr
 every position supervised, AdamW. ``--keep recompute`` recomputes every layer in backward,
 ``offload`` does so with the layers' inputs in host memory, ``save`` recomputes none, and keeps
 decoded weights in the remaining memory. Each has its own process and builds its model on the GPU
-without a checkpoint. A figure is the median of the steps after the first ten, or ``--warm`` (peers:
+without a checkpoint. A figure is the median of the steps after the first ten (``--warm``; peers:
 three); memory is torch's peak over all steps, including the first and the capture of graphs.
-*floor* is the bare matrix products of a step: forward, recomputed forward and dx of every linear.
-*halfbyte-fp8* is *halfbyte-nf4* with ``compute: fp8``.
+``first_s`` is the time from the finished model to the end of its first step: measuring memory,
+compiling, capturing graphs and the step. *floor* is the bare matrix products of a step: forward,
+recomputed forward and dx of every linear. *halfbyte-fp8* is *halfbyte-nf4* with ``compute: fp8``.
 """
 
 import argparse
@@ -31,6 +32,8 @@ from typing import Any
 import gpu_load
 import torch
 from measuring import Row, require_cuda, write
+
+from halfbyte.runtime.precision import configure_allocators
 
 SHAPES = {
     "llama2-7b": dict(hidden_size=4096, intermediate_size=11008, vocab_size=32000),
@@ -239,8 +242,10 @@ def products(config: Any, tokens: int, length: int, row: Row) -> float:
     return float(tokens * (all_layers + 4 * h * config.vocab_size))
 
 
-def shares(step: Callable[[], Any]) -> Row:
+def shares(step: Callable[[], Any], most: int = 0) -> Row:
     """Of one step: which part of its time the card decodes, sees to adapters, and waits.
+
+    With ``most``, also the milliseconds of that many kernels, and of copies to and from the host.
 
     Adapters are the kernels of triton_lora.py and what has a side of at most 32 in cuBLAS'
     tiles; from 2048 rows on, part of their arithmetic is in the base's products and not here.
@@ -266,7 +271,15 @@ def shares(step: Callable[[], Any]) -> Row:
     def share(wanted: Callable[[str], bool]) -> float:
         return round(sum(e.device_time_total for e in kernels if wanted(e.name)) / whole, 3)
 
-    return {
+    slowest: dict[str, Row] = {}
+    if most:
+        total: dict[str, float] = {}
+        for e in events:
+            name = e.name[:60]
+            total[name] = total.get(name, 0.0) + e.device_time_total / 1e3
+        ranked = sorted(total.items(), key=lambda item: -item[1])[:most]
+        slowest = {"kernels_ms": {name: round(ms, 1) for name, ms in ranked}}
+    return slowest | {
         "decode_share": share(lambda name: name.startswith("_decode")),
         "adapter_share": share(adapters),
         "waiting_share": round(1 - busy / whole, 3),
@@ -285,6 +298,8 @@ def work(args: argparse.Namespace) -> None:
     """One contestant, in this process."""
     config = config_of(args.shape, args.layers)
     rows: dict[str, Row] = {}
+    if args.worker.startswith("halfbyte"):  # as a run does
+        configure_allocators()
     if args.worker == "floor":
         for text in args.configs:
             micro, batch, length = parsed(text)
@@ -306,7 +321,9 @@ def work(args: argparse.Namespace) -> None:
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
         step, times = make(micro, batch, length), []
+        first = 0.0
         warm, count = (3, 7) if theirs else (args.warm, args.warm + args.steps)
         generator = torch.Generator().manual_seed(0)
         for i in range(count):
@@ -315,11 +332,13 @@ def work(args: argparse.Namespace) -> None:
             start = time.perf_counter()
             loss = float(step(list(ids), float(ids.numel())))
             torch.cuda.synchronize()
+            first = first or time.perf_counter() - began
             if i >= warm:
                 times.append(time.perf_counter() - start)
         seconds = statistics.median(times)
         rows[text] = {
             "ms": round(seconds * 1e3, 1),
+            "first_s": round(first, 2),
             "tokens_per_s": round(micro * batch * length / seconds),
             "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
             "reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2),
@@ -334,10 +353,13 @@ def work(args: argparse.Namespace) -> None:
             rows[text]["predicted_reserved_gb"] = round(plan.reserved_bytes / 1e9, 2)
             rows[text]["saved_layers"] = plan.policy.saved
             rows[text]["offloaded_layers"] = plan.policy.offloaded
+            rows[text]["every_nth_input"] = plan.policy.every
+            rows[text]["host_gb"] = round(plan.host_bytes / 1e9, 1)
             rows[text]["attention_checkpoint"] = plan.policy.attention_checkpoint
             rows[text]["decoded_layers"] = plan.policy.decoded
+        if not theirs and not args.only_steps:
+            rows[text] |= shares(lambda: step(list(ids), float(ids.numel())), args.kernels)  # noqa: B023
         if not theirs:
-            rows[text] |= shares(lambda: step(list(ids), float(ids.numel())))  # noqa: B023
             flops = products(config, micro * batch * length, length, rows[text])
             rows[text]["tflops"] = round(flops / seconds / 1e12)
         print(args.worker, text, rows[text], file=sys.stderr, flush=True)
@@ -354,6 +376,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=known, default=known)
     parser.add_argument("--steps", type=int, default=20, help="timed steps of ours")
     parser.add_argument("--warm", type=int, default=10, help="steps of ours before these")
+    parser.add_argument("--only-steps", action="store_true", help="no step is profiled")
+    parser.add_argument("--kernels", type=int, default=0, help="also time so many kernels")
     parser.add_argument(
         "--keep", choices=["recompute", "offload", "save", "auto"], default="recompute"
     )
@@ -393,9 +417,10 @@ def main() -> None:
             call += [*args.configs, "--steps", str(args.steps), "--keep", args.keep]
             call += ["--also", *args.also] if args.also else []
             call += ["--checkpoint", str(args.checkpoint)]
-            call += ["--state-bits", str(args.state_bits), "--warm", str(args.warm)]
+            call += ["--state-bits", str(args.state_bits)]
+            call += ["--warm", str(args.warm), "--kernels", str(args.kernels)]
             call += ["--memory-budget", str(args.memory_budget)] * bool(args.memory_budget)
-            call += ["--no-graphs"] * args.no_graphs
+            call += ["--no-graphs"] * args.no_graphs + ["--only-steps"] * args.only_steps
             # Unsloth writes what it compiles where it is started, and wants expandable segments.
             settings = {"UNSLOTH_DISABLE_STATISTICS": "1", "HF_HUB_OFFLINE": "1"}
             paths = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))

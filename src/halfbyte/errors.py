@@ -101,7 +101,7 @@ class ProcessFailed(HalfbyteError):
 
     def after(self, step: int, command: str) -> "ProcessFailed":
         """Return the error of a run that has been saved after ``step``, with how to go on."""
-        saved = f"step {step} is saved. To go on" if step else "no step was made. To start again"
+        saved = f"step {step} is saved. To go on" if step else "no step is saved. To start again"
         return ProcessFailed(f"{self}. The run ends: {saved}: {command}", self.rank, self.exit_code)
 
 

@@ -16,12 +16,13 @@ from transformers import (
     Qwen3Config,
 )
 
-from halfbyte.engine import layerwise
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.choose import choose_engine, probe
-from halfbyte.engine.layerwise import EngineError, LayerEngine
+from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_profile import saved_bytes
 from halfbyte.engine.packing import Batch
+from halfbyte.engine.recorded_layers import EngineError
+from halfbyte.engine.rotary_tables import MOST_TABLES
 from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach, delta, dropout_clock
 from halfbyte.models.build import BaseRecipe, build, finalize, load_tensor, stream_layers
 from halfbyte.plan.policy import ActivationPolicy
@@ -56,6 +57,7 @@ def model_of(
     r=4,
     dropout=0.0,
     use_dora=False,
+    use_rslora=False,
     modules_to_save=(),
     store=None,
     **recipe,
@@ -72,7 +74,12 @@ def model_of(
             load_tensor(model, name, tensor * 4 if tensor.dim() == 2 else tensor)
     finalize(model)
     lora = LoRAConfig(
-        r=r, alpha=8, dropout=dropout, use_dora=use_dora, modules_to_save=modules_to_save
+        r=r,
+        alpha=8,
+        dropout=dropout,
+        use_dora=use_dora,
+        use_rslora=use_rslora,
+        modules_to_save=modules_to_save,
     )
     attach(model, lora, seed=0)
     generator = torch.Generator().manual_seed(1)
@@ -403,9 +410,46 @@ def test_saved_bytes_are_what_autograd_keeps():
 def test_rotary_tables_of_a_few_lengths_are_kept_and_change_nothing():
     model = model_of(FAMILIES["llama"])
     engine = LayerEngine(model, fuse=True)
-    lengths = range(3, 3 + 2 * layerwise._MOST_TABLES)
+    lengths = range(3, 3 + 2 * MOST_TABLES)
     first = [engine.loss(batches_of([(1, length)])) for length in lengths]
-    assert len(engine._tables) == layerwise._MOST_TABLES
-    assert list(engine._tables) == list(lengths)[layerwise._MOST_TABLES :]
+    assert len(engine._tables.cached) == MOST_TABLES
+    assert list(engine._tables.cached) == list(lengths)[MOST_TABLES:]
     again = [LayerEngine(model, fuse=True).loss(batches_of([(1, length)])) for length in lengths]
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("saved", [0, 1])
+@pytest.mark.parametrize("every", [2, 3, 5])
+def test_inputs_of_every_nth_layer_change_no_bit(family, fuse, saved, every):
+    """Of three layers; dropout's masks are those of the layer and the step, too."""
+    results = []
+    for policy in (ActivationPolicy(saved), ActivationPolicy(saved, every=every)):
+        model = model_of(FAMILIES[family], dropout=0.3)
+        engine = LayerEngine(model, fuse=fuse)
+        engine.clock.running = True
+        loss = engine.step(batches_of([(2, 17), (1, 9)]), 20.0, policy)
+        results.append((loss, gradients(model)))
+    (loss, true), (got, found) = results
+    assert torch.equal(loss, got)
+    for name, gradient in found.items():
+        assert torch.equal(gradient, true[name]), name
+
+
+def test_every_nth_layer_counts_from_the_first_that_is_trained():
+    results = []
+    for policy in (ActivationPolicy(), ActivationPolicy(every=2)):
+        model = model_of(FAMILIES["llama"])
+        for name, parameter in adapter_parameters(model).items():
+            parameter.requires_grad_(".layers.0." not in name)
+        engine = LayerEngine(model)
+        assert engine.first_trained == 1
+        loss = engine.step(batches_of([(1, 9)]), 20.0, policy)
+        grads = {n: p.grad for n, p in adapter_parameters(model).items() if p.grad is not None}
+        results.append((loss, grads))
+    (loss, true), (got, found) = results
+    assert torch.equal(loss, got)
+    assert found.keys() == true.keys()
+    for name, gradient in found.items():
+        assert torch.equal(gradient, true[name]), name

@@ -24,6 +24,7 @@ from halfbyte.engine.memory_policy import (
 )
 from halfbyte.engine.weights import acquired
 from halfbyte.errors import ConfigError
+from halfbyte.linear import sequence_tiles
 from halfbyte.plan.ledger import OVERHEAD
 from halfbyte.plan.policy import ActivationPolicy, StepCost, peak
 from halfbyte.runtime import device as devices
@@ -272,6 +273,17 @@ def test_attention_waits_only_where_the_host_has_room(monkeypatch):
         assert ("without attention" in plan.summary()) == attention
 
 
+def test_where_the_host_has_room_for_few_inputs_only_every_nth_waits(monkeypatch):
+    for room, every in ((70, 1), (69, 2), (40, 2), (39, 3), (20, 4), (10, 8)):
+        free = room / memory_policy.HOST_SHARE
+        monkeypatch.setattr(memory_policy, "free_memory", lambda device, free=free: free)
+        plan = planned(5000, "offload")
+        assert (plan.policy.every, plan.policy.attention_checkpoint) == (every, False)
+        assert plan.policy.offloaded == 7
+        assert plan.host_bytes <= room
+        assert (f"every {every}th layer" in plan.summary()) == (every > 1)
+
+
 def planned_fits(budget):
     try:
         return bool(planned(budget))
@@ -358,6 +370,29 @@ def test_measuring_leaves_gradients_as_they_were(monkeypatch):
         assert torch.equal(grad, torch.ones_like(grad))
 
 
+def test_a_long_part_is_measured_but_what_it_would_save_on_a_shorter_one(monkeypatch):
+    monkeypatch.setattr(sequence_tiles, "LONG_TOKENS", 12)
+    monkeypatch.setattr(sequence_tiles, "TILE_TOKENS", 5)
+    monkeypatch.setattr(memory_profile, "SHORTER", 8)
+    made = LayerEngine(model_of(FAMILIES["llama"]), fuse=True)
+    runs = []
+    monkeypatch.setattr(memory_profile, "_peak", lambda run: (run(), runs.append(run), 50_000)[2])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    parts = made.make_parts(batches_of([(1, 40)]))
+    found = memory_profile.measured_cost(made, parts)
+    kept = memory_profile.saved_bytes(made, memory_profile._shorter(made))[0]
+    assert found.saved == 5 * kept
+    assert found.part_input == 40 * 32 * 4
+    assert found.backward == 50_000
+    assert found.tiled
+    assert len(runs) == 5
+    # Of a saved layer: both peaks, less its output and what it keeps beside the input.
+    beside = 5 * (50_000 - 8 * 32 * 4 - (kept - 8 * 32 * 4))
+    assert found.forward_saved == beside
+    assert found.backward - found.saved_part == beside
+
+
 @pytest.mark.parametrize(
     ("lengths", "capacity"), [([8, 8, 8], "256"), (range(8, 18), "320"), (range(8, 108), "1024")]
 )
@@ -371,3 +406,27 @@ def test_as_many_compiled_products_are_kept_as_a_step_has(monkeypatch, lengths, 
     assert os.environ["LRU_CACHE_CAPACITY"] == "1"
     keep_few_products([[(1, length) for length in range(8, 12)]])
     assert os.environ[name] == capacity
+
+
+def test_parts_are_taken_together_where_copies_take_longer_than_one():
+    """As many as hide the copies, or as fit; and what they keep is counted for all of them."""
+    cost = dataclasses.replace(COST, weights=200, slots=2)
+    budget = int(memory_policy.MARGIN * (reserved(ActivationPolicy(streamed=8), cost) + 60))
+    planner = memory_policy._Planner(cost, USED, BESIDE, budget, True, "cuda", 2)
+    alone = planner.plan("auto", asked=True)
+    assert alone.policy.streamed > 2  # of which one part hides two
+    found = set()
+    for wanted in range(2, 20):
+        plan = planner.plan_of_parts("auto", wanted, 2)
+        if plan is None:
+            continue
+        found.add(plan.parts_together)
+        assert plan.parts_together <= wanted
+        assert memory_policy.MARGIN * plan.reserved_bytes <= budget
+        step = peak(cost.of_parts(plan.parts_together), plan.policy, graphs=False)
+        assert plan.reserved_bytes == USED + BESIDE + step.reserved
+        assert f"for {plan.parts_together} parts of a step at a time" in plan.summary()
+    assert 2 in found
+    assert max(found) < 19  # more do not fit
+    small = dataclasses.replace(planner, budget=int(memory_policy.MARGIN * (USED + BESIDE + 400)))
+    assert small.plan_of_parts("auto", 4, 2) is None

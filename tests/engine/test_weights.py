@@ -162,6 +162,27 @@ def test_one_slot_is_enough_if_a_layer_is_decoded_as_a_whole():
     assert stream_of(model_of(MIXTURES["olmoe"], store=Fast)).slots == 2
 
 
+@pytest.mark.parametrize("policy", [ActivationPolicy(), ActivationPolicy(2)])
+def test_parts_that_go_through_the_layers_together_copy_them_once(policy, monkeypatch):
+    """As on a GPU, where parts go through the layers one after the other otherwise."""
+    monkeypatch.setattr(LayerEngine, "_runs_apart", lambda self, parts: True)
+    model = model_of(FAMILIES["llama"], store=HostLayers)
+    engine, stream = LayerEngine(model, fuse=True), stream_of(model)
+    batches = batches_of([(2, 9), (1, 5), (3, 4), (1, 7), (2, 6)])
+    found = []
+    for count in (1, 2, 5):
+        engine.parts_together = count
+        before = stream.copied_bytes
+        loss = engine.step(batches, 20.0, policy)
+        found.append((loss, gradients(model), stream.copied_bytes - before))
+    (loss, wanted, copied), *others = found
+    for (got, given, bytes_now), times in zip(others, (5 / 3, 5), strict=True):
+        assert torch.equal(got, loss)
+        assert bytes_now < 1.2 * copied / times  # slots keep what they had from the pass before
+        for name, gradient in wanted.items():
+            assert torch.equal(given[name], gradient), name
+
+
 def test_a_head_in_host_memory_gives_the_same():
     model = model_of(FAMILIES["llama"])
     loss, wanted = stepped(LayerEngine(model, fuse=True), 1)

@@ -8,6 +8,7 @@ from halfbyte.linear import triton_fp8
 from halfbyte.linear.decoded_cache import DecodedWeightCache
 from halfbyte.linear.decoded_weight import DENSE
 from halfbyte.linear.fp8 import FP8
+from halfbyte.linear.fp8_check import check_kernels
 from halfbyte.linear.fp8_choice import use_fp8
 from halfbyte.linear.lora import frozen_linears
 from halfbyte.plan.policy import ActivationPolicy
@@ -60,6 +61,21 @@ def test_rows_are_rounded_as_plain_pytorch_does(sizes, scaled):
     # A division that is rounded otherwise may move a number to the next.
     error = (data.float() * scale - wanted.float() * wanted_scale).norm()
     assert error <= 1e-3 * (wanted.float() * wanted_scale).norm()
+
+
+def test_kernels_pass_the_check_before_a_run():
+    check_kernels(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("sizes", [(4096,), (4096, 1024)])
+def test_what_is_not_finite_stays_so(bad, sizes):
+    parts = [drawn(5, size) for size in sizes]
+    parts[-1][2, 7] = bad
+    data, scale = triton_e4m3.quantize_rows(parts)
+    wide = data.float() * scale
+    assert wide[[0, 1, 3, 4]].isfinite().all()
+    assert not wide[2].isfinite().all()
 
 
 @pytest.mark.parametrize("rows", [300, 2304])

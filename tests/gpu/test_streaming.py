@@ -8,6 +8,7 @@ import torch
 from halfbyte.engine.buckets import Buckets
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.packing import lengths_of
+from halfbyte.engine.weights import StreamedWeights
 from halfbyte.layers.vocabulary import head_to_host
 from halfbyte.linear.layer_store import DiskLayers, HostLayers
 from halfbyte.linear.layer_stream import stream_of
@@ -73,3 +74,66 @@ def test_slots_are_all_that_is_on_the_gpu():
     norms = 2 * 3 * 32 * 2
     assert stream.nbytes == 2 * stream.layers[0].nbytes
     assert here <= stream.nbytes + others + norms + 64 * 512  # torch rounds up to 512 bytes
+
+
+@pytest.mark.parametrize("call", [2, 5])
+def test_memory_that_runs_out_in_a_capture_is_said_and_freed(monkeypatch, call):
+    """While copies of weights and inputs are under way on their streams."""
+    policy = ActivationPolicy(0, 2, True)
+    batches = examples([[70, 33, 8], [64, 5]])
+    model = model_of(CONFIGS["llama"], dtype=torch.bfloat16, device="cuda", store=HostLayers)
+    zero(model)
+    engine = LayerEngine(model, fuse=True, graphs=True)
+    engine.buckets = Buckets.of([lengths_of(batches)], 1024)
+    engine.capture(policy)
+    engine.forget_graphs()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    acquire, calls = StreamedWeights.acquire, [0]
+
+    def acquired(self, layer, *, again=False):
+        opened = acquire(self, layer, again=again)
+        if torch.cuda.is_current_stream_capturing():
+            calls[0] += 1
+            if calls[0] == call:
+                self.release(layer)
+                raise torch.OutOfMemoryError("for a test")
+        return opened
+
+    monkeypatch.setattr(StreamedWeights, "acquire", acquired)
+    with pytest.raises(torch.OutOfMemoryError, match="for a test"):
+        engine.capture(policy)
+    assert engine.captures
+    engine.passes.forget()
+    engine.forget_graphs()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before
+    engine.capture(policy)
+    assert engine.num_graphs == 1
+    assert engine.step(batches, 50.0, policy) > 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("where", [HostLayers, "disk"])
+def test_parts_that_go_through_the_layers_together_give_the_same_gradients(where, policy, tmp_path):
+    batches = examples([[70, 33, 8], [64, 5], [40, 40, 31]])
+    store = partial(DiskLayers, directory=tmp_path) if where == "disk" else where
+    model = model_of(CONFIGS["llama"], dtype=torch.bfloat16, device="cuda", store=store)
+    engine = LayerEngine(model, fuse=True, graphs=True)
+    engine.buckets = Buckets.of([lengths_of(batches)], 32, 100)
+    assert len(engine.make_parts(batches)) > 2
+    found = []
+    for count in (1, 2, 5):
+        engine.parts_together = count
+        assert engine.captures == (count == 1 and where != "disk")
+        zero(model)
+        stream = stream_of(model)
+        before = stream.copied_bytes
+        loss = engine.step(batches, 50.0, policy)
+        found.append((loss.clone(), taken(model), stream.copied_bytes - before))
+    (loss, wanted, copied), *others = found
+    for got, gradients, bytes_now in others:
+        assert torch.equal(got, loss)
+        assert bytes_now < copied
+        for name, gradient in gradients.items():
+            assert torch.equal(gradient, wanted[name]), name

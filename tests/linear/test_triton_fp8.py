@@ -5,14 +5,16 @@ import os
 import pytest
 import torch
 
+from halfbyte.errors import ConfigError
 from halfbyte.layers.elementwise import plain_rotary
 from halfbyte.layers.mlp import gated_mlp
 from halfbyte.layers.qkv import turned_heads
 from halfbyte.linear import fp8, group
 from halfbyte.linear.decoded_cache import DecodedWeightCache
+from halfbyte.linear.fp8_check import check_kernels
 from halfbyte.linear.fp8_choice import use_fp8
 from halfbyte.linear.lora import adapter_parameters
-from halfbyte.quant import e4m3
+from halfbyte.quant import e4m3, triton_e4m3
 from tests.linear.test_fp8 import WIDTH, drawn, linears, run
 
 kernels = pytest.importorskip(
@@ -133,3 +135,27 @@ def test_a_gated_mlp_is_that_of_the_specification(on_gpu, monkeypatch):
     monkeypatch.undo()
     wanted = mlp(x.float(), dy.float())
     assert all(close(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_kernels_are_compared_with_the_specification_before_a_run():
+    check_kernels(torch.device("cpu"), torch.float16)
+
+
+@pytest.mark.parametrize("kept", [15 / 16, 0.0])
+def test_a_wrong_transposed_copy_ends_a_run(kept, monkeypatch):
+    decode = triton_e4m3.decode
+
+    def wrong(q, out, across, scale):
+        decode(q, out, across, scale)
+        across[: int((1 - kept) * len(across))] = 0
+
+    monkeypatch.setattr(triton_e4m3, "decode", wrong)
+    with pytest.raises(ConfigError, match="transposed weights differ from the specification"):
+        check_kernels(torch.device("cpu"), torch.float16)
+
+
+def test_a_wrong_product_ends_a_run(monkeypatch):
+    product = kernels.product
+    monkeypatch.setattr(kernels, "product", lambda *args: product(*args) * 1.1)
+    with pytest.raises(ConfigError, match="products of forward differ"):
+        check_kernels(torch.device("cpu"), torch.float16)

@@ -35,8 +35,11 @@ from halfbyte.layers import (
     elementwise,
     triton_elementwise,
 )
+from halfbyte.layers.attention import Documents
+from halfbyte.layers.long_attention import _LongAttention
 from halfbyte.linear import decoded_weight, group, triton_lora, triton_matmul, triton_swiglu
 from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach
+from halfbyte.linear.sequence_tiles import is_long
 from halfbyte.models.build import BaseRecipe, build
 from halfbyte.plan.holding import Holding
 from halfbyte.plan.ledger import Run, ledger
@@ -122,6 +125,31 @@ class Attention(torch.autograd.Function):
         return found
 
 
+class LongKernels:
+    """What the kernels for one long document allocate, for some of the heads; see `Kernels`."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        shape = q.shape[0], q.shape[2], q.shape[1]
+        return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.float32)
+
+    def backward(
+        self, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, ...]:
+        found = tuple(x.new_empty(x.shape) for x in (q, k, v))
+        _beside = [q.new_empty(q.shape, dtype=torch.float32), lse.new_empty(lse.shape)]
+        _beside += [q.new_empty(q.shape) for _ in range(2 * (k.shape[2] < q.shape[2]))]
+        return found
+
+
+def attend_long(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, scale: float
+) -> Tensor:
+    """As `long_attention.attend_long` on a GPU."""
+    if q.itemsize != 2:
+        return attend(q, k, v)
+    return _LongAttention.apply(q, k, v, documents, scale, LongKernels()).flatten(2)  # type: ignore[no-any-return, no-untyped-call]
+
+
 class Nothing:
     """Streams, events and graphs that do nothing, and give each other."""
 
@@ -171,6 +199,8 @@ def counted(monkeypatch: pytest.MonkeyPatch, device: DeviceSpec) -> Counted:
     patch(cross_entropy, "_chunk_bytes", lambda _: cross_entropy.CHUNK_BYTES["cuda"])
     for module in (decoder_layer, attention_checkpoint):
         patch(module, "attend", attend)
+    patch(decoder_layer, "attend_long", attend_long)
+    patch(offload, "_LEAST_BYTES", 1 << 60)
     patch(decoded_weight, "dequantize_all", lambda *_, outs: outs)
     patch(group, "_for_kernels", lambda x: x.itemsize == 2)
     many = triton_matmul.FEWEST_ROWS
@@ -250,6 +280,9 @@ CASES = {
     "short": (LLAMA, "nf4", torch.bfloat16, (3, 1, 256)),
     "7b": (LLAMA2_7B, "nf4", torch.bfloat16, (1, 1, 512)),
     "7b-long": (LLAMA2_7B, "nf4", torch.bfloat16, (1, 4, 2048)),
+    "long": (LLAMA, "nf4", torch.bfloat16, (1, 1, 16384)),
+    "long-7b": (LLAMA2_7B, "nf4", torch.bfloat16, (1, 1, 32768)),
+    "long-qwen3": (QWEN3, "nf4", torch.bfloat16, (1, 1, 65536)),
     "qwen3": (QWEN3, "nf4", torch.bfloat16, (2, 2, 1024)),
 }
 
@@ -271,6 +304,9 @@ def each(policies: dict[str, list[Policy]]) -> list[Any]:
             "7b-long": [*MOMENTS, Policy(2, LAYERS - 3), Policy(2, LAYERS - 3, True)],
             "qwen3": [*MOMENTS, Policy(2, LAYERS - 3)],
             "lora": [Policy(), Policy(LAYERS), Policy(2, LAYERS - 3, True)],
+            "long": [*POLICIES, Policy(0, LAYERS - 1, every=2), Policy(every=2)],
+            "long-7b": [Policy(), Policy(0, LAYERS - 1, True), Policy(0, LAYERS - 1, every=3)],
+            "long-qwen3": [Policy(0, LAYERS - 1), Policy(0, LAYERS - 1, True)],
             "short": MOMENTS,
             "7b": [Policy(2), Policy(0, LAYERS - 1, True)],
             # Slow: nothing is packed there, so all four wait for each other.
@@ -297,7 +333,9 @@ def test_the_ledger_knows_what_a_step_holds_on_a_gpu(
     said = entries.step.allocated
     measured = steps(counted, config, recipe, policy, *sizes)
     # What is missing does not grow with the tokens: gradients and copies of one layer's adapters.
-    assert said == pytest.approx(measured, rel=0.01, abs=12e6), entries.all_lines()
+    # Of long parts, what a tile has between two operations is not all known.
+    rel = 0.02 if is_long(1, length) else 0.01
+    assert said == pytest.approx(measured, rel=rel, abs=12e6), entries.all_lines()
 
 
 # GPUs that pack what they train on and are not Hopper differ by no term.

@@ -167,6 +167,37 @@ def test_what_waits_on_the_host() -> None:
     assert COST.host_bytes(BOTH) == 2 * 10
 
 
+@pytest.mark.parametrize(
+    ("policy", "inputs", "on_host"),
+    [
+        # Of 12 layers. Not offloaded: those kept, and the others of the last n; then fewer.
+        (ActivationPolicy(every=3), 4 + 2, 0),
+        (ActivationPolicy(every=5), max(3 + 1, 2 + 4), 0),
+        (ActivationPolicy(every=12), 1 + 11, 0),
+        (ActivationPolicy(3, every=3), 3 + 2, 0),
+        # Offloaded: one kept and one under way in forward, n in backward.
+        (ActivationPolicy.offloading(12, every=2), 2, 6),
+        (ActivationPolicy.offloading(12, every=4), 4, 3),
+        (ActivationPolicy.offloading(12, 12, every=4), 0, 0),
+    ],
+    ids=str,
+)
+def test_inputs_of_every_nth_layer(policy: ActivationPolicy, inputs: int, on_host: int) -> None:
+    cost = replace(COST, layers=12)
+    assert cost.waiting(policy) == inputs * cost.input
+    assert cost.host_bytes(policy) == on_host * cost.input
+
+
+def test_long_parts_are_freed_earlier_and_written_in_place() -> None:
+    tiled = replace(COST, tiled=True, forward=0, loss=0)
+    policy = ActivationPolicy.offloading(4)
+    usual = peak(replace(tiled, tiled=False), policy, graphs=False).allocated
+    # Not the input of layer 0, and the arguments of layers, which count for so many tokens.
+    assert peak(tiled, policy, graphs=False).allocated == usual - 10 + 5
+    usual = peak(replace(tiled, tiled=False), policy, graphs=True).allocated
+    assert peak(tiled, policy, graphs=True).allocated == usual - 10
+
+
 def test_offloading_leaves_what_is_near_the_saved_layers() -> None:
     assert ActivationPolicy.offloading(8) == ActivationPolicy(0, 8 - NEAR_LAYERS)
     assert ActivationPolicy.offloading(8, 3) == ActivationPolicy(3, 5 - NEAR_LAYERS)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from halfbyte.errors import ConfigError
-from halfbyte.plan.advice import MOST, Way, advice, choices, usable, ways
+from halfbyte.plan.advice import MOST, Way, advice, choices, longest_context, usable, ways
 from halfbyte.plan.holding import Holding
-from halfbyte.plan.ledger import PART_TOKENS, Run, ledger, policy_of
+from halfbyte.plan.ledger import PART_TOKENS, Run, fitted, ledger, policies_of, policy_of
 from halfbyte.plan.model_shape import ModelShape, config_of, shape_of_config, shape_of_known
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.plan.roofline import (
@@ -262,14 +262,16 @@ def test_longest_largest_and_biggest_are_the_last_that_fit(llama: ModelShape, na
     assert any(way.fits for way in several)
     for way in several:
         offload = "offload" in way.name or way.run.waits is not None
-        policy = policy_of(llama, way.run, 0, offload=offload)
-        policy = replace(policy, streamed=llama.layers if way.run.waits else 0)
-        run = replace(way.run, policy=policy, batch=1, micro_batches=1)
+        policies = policies_of(llama, way.run, 0, offload=offload)
+        streamed = llama.layers if way.run.waits else 0
+        tried = [replace(policy, streamed=streamed) for policy in policies]
+        run = replace(way.run, batch=1, micro_batches=1)
 
-        def fits(run: Run) -> bool:
+        def fits(run: Run, tried: list[ActivationPolicy] = tried) -> bool:
             while (smaller := run.with_smaller_parts()) is not None:
                 run = smaller
-            return ledger(llama, run).needed <= budget
+            runs = (replace(run, policy=policy) for policy in tried)
+            return any(ledger(llama, each).needed <= budget for each in runs)
 
         assert fits(replace(run, length=way.longest or 1)) == (way.longest is not None)
         assert not fits(replace(run, length=(way.longest or 0) + 1))
@@ -341,3 +343,24 @@ def test_each_policy_and_each_optimizer_is_told(llama: ModelShape) -> None:
     assert state / 4.1 < found["adamw_8bit"].nbytes < state / 3.8
     on_cpu = choices(llama, replace(run, device="cpu"))
     assert not any(choice.on_host for choice in on_cpu)
+
+
+def test_the_longest_context_follows_from_the_memory_of_the_host(llama: ModelShape) -> None:
+    """Attention is recomputed, and then fewer inputs wait there, before sequences are shorter."""
+    h100 = CARDS["h100"]
+    run = replace(found(llama, h100)[0].run, holding=Holding(), batch=1, micro_batches=1)
+    longest, policies = [], []
+    for host in (30e9, 60e9, 120e9):
+        several = ways(llama, run, h100, 24e9, host_memory=host)
+        way = next(way for way in several if way.name == "QLoRA + offload")
+        longest.append(way.longest or 0)
+        at = replace(run, length=131_072, embedding_on_host=True)
+        tight = fitted(llama, at, usable(24e9, "cuda"), offload=True, host=host)
+        assert tight is not None
+        policies.append((tight.policy.attention_checkpoint, tight.policy.every))
+        assert ledger(llama, tight).on_host <= host
+    assert longest == sorted(longest)
+    assert policies == [(False, 2), (False, 1), (True, 1)]
+    best = longest_context(several)
+    assert best is not None
+    assert best.longest == max(way.longest or 0 for way in several)

@@ -71,6 +71,31 @@ def test_the_largest_of_a_row_of_activations_is_exact():
     assert (error <= torch.maximum(x.abs() * 2**-4, scale * 2**-10) * (1 + 1e-6)).all()
 
 
+SMALL = [0.0, 1e-40, 1e-37, 2.0**-110, 1e-30, 1.0, 1e30]
+
+
+def test_rows_of_any_size_are_rounded():
+    """Zero, subnormal and tiny ones, too; the smallest become zero."""
+    x = torch.randn(len(SMALL), 64, generator=torch.Generator().manual_seed(0))
+    x *= torch.tensor(SMALL)[:, None]
+    data, scale = e4m3.quantize_rows(x)
+    assert scale.isfinite().all()
+    assert not data.float().isnan().any()
+    error = (data.float() * scale - x).norm(dim=1)
+    assert (error[4:] <= 0.04 * x.norm(dim=1)[4:]).all()
+    assert (error[:4] <= 2.0**-100).all()
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_what_is_not_finite_stays_so(bad):
+    x = torch.ones(3, 64)
+    x[1, 7] = bad
+    data, scale = e4m3.quantize_rows(x)
+    wide = data.float() * scale
+    assert wide[[0, 2]].isfinite().all()
+    assert not wide[1].isfinite().all()
+
+
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1",
     reason="Triton compiles here, so tests/gpu/ tests these",
@@ -121,5 +146,17 @@ def test_the_kernel_rounds_rows_to_the_same_numbers(sizes, scaled):
     factors = torch.rand(sum(sizes), generator=generator) if scaled else None
     data, scale = kernels.quantize_rows(parts, factors)
     wanted, wanted_scale = e4m3.quantize_rows(torch.cat(parts, 1), factors)
+    assert torch.equal(scale, wanted_scale)
+    assert same(data, wanted)
+
+
+@interpreted
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_kernel_rounds_rows_of_any_size(parts):
+    kernels = pytest.importorskip("halfbyte.quant.triton_e4m3", exc_type=ImportError)
+    x = torch.randn(len(SMALL), 96, generator=torch.Generator().manual_seed(0))
+    x *= torch.tensor(SMALL)[:, None]
+    data, scale = kernels.quantize_rows(x.split(96 // parts, 1))
+    wanted, wanted_scale = e4m3.quantize_rows(x)
     assert torch.equal(scale, wanted_scale)
     assert same(data, wanted)

@@ -112,7 +112,7 @@ VARIANTS = {
         "max_length": 64,
         "target_modules": "q_proj,v_proj",
     },
-    "divided weights": {"counts": (2,), "shard": True},
+    "divided weights": {"counts": (2, 3), "shard": True, "eval_data": True, "eval_steps": 2},
     "fewer examples than processes": {
         "counts": (3,),
         "batch_size": 1,
@@ -144,11 +144,48 @@ def test_several_processes_make_the_run_of_one(model, data, tmp_path, name, monk
         assert f"dealt out to {count} processes by tokens" in log(made[count].output, 1)
 
 
-def test_three_processes_go_on_where_two_have_stopped(model, data, tmp_path, signal_handlers):
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_32bit"])
+def test_dividing_weights_and_state_does_not_change_a_bit(model, data, tmp_path, optim):
+    made = {
+        shard: config(
+            model,
+            data,
+            tmp_path / f"shard-{shard}",
+            shard=shard,
+            optim=optim,
+            lora_r=128,  # so that factors have the 4096 elements of 8-bit state
+        )
+        for shard in (False, True)
+    }
+    losses = [values(in_processes(2, lambda rank, one=one: run(one))) for one in made.values()]
+    assert losses[0] == losses[1]
+    one, other = (load_file(each.output / NAME) for each in made.values())
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert "once in host memory for 2 processes" in log(made[True].output, 1)
+
+
+def test_two_machines_divide_the_weights_among_their_own_processes(model, data, tmp_path):
+    whole = config(model, data, tmp_path / "whole")
+    run(whole)
+    made = config(model, data, tmp_path / "run", shard=True)
+
+    def function(rank):
+        names = {"GROUP_RANK": rank // 2, "LOCAL_WORLD_SIZE": 2, "LOCAL_RANK": rank % 2}
+        os.environ.update({name: str(value) for name, value in names.items()})
+        return run(made)
+
+    assert len(set(values(in_processes(4, function)))) == 1
+    same_run(whole.output, made.output)
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_three_processes_go_on_where_two_have_stopped(
+    model, data, tmp_path, signal_handlers, shard
+):
     options = {"max_steps": 5, "save_steps": 2, "eval_data": str(data), "eval_steps": 3}
     whole = config(model, data, tmp_path / "whole", **options)
     run(whole)
-    made = config(model, data, tmp_path / "run", **options)
+    made = config(model, data, tmp_path / "run", shard=shard, **options)
 
     def stopped(rank):
         """The second process gets a signal in its third step, and both stop after it."""
@@ -237,6 +274,7 @@ def raise_an_error():
     ("rank", "fail", "reason"),
     [
         (0, die, "rank 0 died (process "),
+        (1, die, "rank 1 died (process "),
         (1, hang, "rank 1 hangs: the others have waited for it for 3 s (--ddp-timeout) in step 3"),
         (0, stop, "rank 0 hangs: the others have waited for it for 3 s (--ddp-timeout) in step 3"),
         (1, raise_an_error, "rank 1 failed: ZeroDivisionError: a bug"),
@@ -245,7 +283,9 @@ def raise_an_error():
 def test_a_process_that_fails_ends_the_run_with_a_checkpoint(
     model, data, tmp_path, rank, fail, reason
 ):
-    made = config(model, data, tmp_path / "run", max_steps=4, save_steps=5, ddp_timeout=3.0)
+    options = {"max_steps": 4, "save_steps": 5, "ddp_timeout": 3.0}
+    # Then a part of the optimizer's state was updated by the process that dies.
+    made = config(model, data, tmp_path / "run", shard=fail is die and rank == 1, **options)
     began = time.monotonic()
     ended = in_processes(2, failing(made, rank, 3, fail), seconds=20.0)
     assert time.monotonic() - began < 15.0  # also the one that hangs
@@ -267,8 +307,30 @@ def test_a_process_that_fails_ends_the_run_with_a_checkpoint(
     if fail is die:
         whole = config(model, data, tmp_path / "whole", max_steps=4)
         run(whole)
-        run(made.model_copy(update={"resume": True}))  # it has the state of a whole step
+        # It has the state of a whole step.
+        run(made.model_copy(update={"resume": True, "shard": False}))
         same_run(whole.output, made.output)
+
+
+def test_half_an_update_is_not_saved(model, data, tmp_path):
+    made = config(model, data, tmp_path / "run", max_steps=4, save_steps=1, shard=True)
+
+    def function(rank):
+        exchange, count = data_parallel.DataParallel.exchange, [0]
+
+        def exchanged(self, parts):
+            count[0] += 1
+            if rank == 1 and count[0] == 3:
+                die()
+            exchange(self, parts)
+
+        data_parallel.DataParallel.exchange = exchanged
+        return run(made)
+
+    ended, _ = in_processes(2, function, seconds=20.0)
+    assert ended.kind == "ProcessFailed", ended
+    assert "The run ends: step 2 is saved. To go on: " in ended.text
+    assert sorted(path.name for path in made.output.glob("checkpoint-*"))[-1] == "checkpoint-2"
 
 
 def test_a_signal_of_the_launcher_does_not_prevent_the_checkpoint(

@@ -344,6 +344,23 @@ def template_in(card: Mapping[str, Any]) -> str | None:
     return template if isinstance(template, str) else None
 
 
+def recorded_rope_scaling(adapter: str | Path | None) -> str | None:
+    """Return how rotary embeddings were scaled when an adapter was trained, if not as in the model.
+
+    Raises:
+        CheckpointError: If its ``halfbyte.json`` is damaged.
+    """
+    if adapter is None or not (Path(adapter) / CARD_NAME).exists():
+        return None
+    return rope_scaling_in(read_json(Path(adapter) / CARD_NAME, "halfbyte writes one"))
+
+
+def rope_scaling_in(card: Mapping[str, Any]) -> str | None:
+    """Return ``rope_scaling`` in the content of a ``halfbyte.json``, if there is one."""
+    found = card.get("rope_scaling")
+    return found if isinstance(found, str) else None
+
+
 def _read_state(
     file: SafetensorsFile, fields: dict[str, Any]
 ) -> tuple[LoRAConfig, dict[str, Tensor], dict[str, Tensor]]:

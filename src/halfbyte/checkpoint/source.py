@@ -33,6 +33,7 @@ from halfbyte.layers.experts import expert_parameters
 from halfbyte.layers.multimodal import build_whole, unknown_class, why_unsupported
 from halfbyte.layers.targets import linears_to_freeze
 from halfbyte.models.build import BaseRecipe
+from halfbyte.models.rope_scaling import scale_rope
 from halfbyte.quant import PackedWeight
 
 DECODED_FROM = "halfbyte_decoded_from"
@@ -100,6 +101,7 @@ class BaseSource(ABC):
             them, to write them as they are.
         dtype: The dtype of a 16-bit copy of its matrices.
         chat_template: Used instead of the tokenizer's own, if set.
+        rope_scaling: How rotary embeddings are scaled, other than in the files; see `scale_rope`.
         decoded_from: How the files are quantised, if weights are decoded when they are read.
         mxfp4_config: The ``quantization_config`` of files that have experts in MXFP4.
     """
@@ -111,8 +113,19 @@ class BaseSource(ABC):
     encoders: tuple[Parameter, ...] = ()
     dtype: torch.dtype
     chat_template: str | None = None
+    rope_scaling: str | None = None
     decoded_from: str | None = None
     mxfp4_config: dict[str, Any] | None = None
+
+    def scale_rope(self, wanted: str | None) -> None:
+        """Scale rotary embeddings as `rope_scaling.scale_rope` does; None leaves them.
+
+        Raises:
+            ConfigError: See there.
+        """
+        if wanted is not None:
+            scale_rope(self.config, wanted)
+            self.rope_scaling = wanted
 
     @property
     def total_bytes(self) -> int:

@@ -109,7 +109,7 @@ def _export(options: ExportOptions, notes: list[str], *, as_json: bool) -> None:
     import_transformers(gpu=options.device != "cpu")
     from halfbyte.checkpoint.base_model import open_base
     from halfbyte.checkpoint.gguf_export import require_expressible
-    from halfbyte.checkpoint.peft import recorded_template
+    from halfbyte.checkpoint.peft import recorded_rope_scaling, recorded_template
     from halfbyte.report import open_report
 
     with results(as_json=as_json) as result, open_report() as report:
@@ -117,6 +117,7 @@ def _export(options: ExportOptions, notes: list[str], *, as_json: bool) -> None:
             report.note(note)
         base = open_base(options.model, revision=options.revision)
         base.chat_template = recorded_template(options.adapter)
+        base.scale_rope(recorded_rope_scaling(options.adapter))
         require_expressible(base, vocabulary=options.format == "gguf")
         if base.encoders and options.format == "gguf":
             report.note(

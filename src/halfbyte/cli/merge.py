@@ -122,7 +122,7 @@ def _merge(options: MergeOptions, notes: list[str], *, as_json: bool) -> None:
 
     from halfbyte.checkpoint.base_model import open_base
     from halfbyte.checkpoint.merged import Merged, ways, write_merged
-    from halfbyte.checkpoint.peft import recorded_template
+    from halfbyte.checkpoint.peft import recorded_rope_scaling, recorded_template
     from halfbyte.linear.experts import expert_linears
     from halfbyte.report import open_report, show
     from halfbyte.report.live import size
@@ -145,6 +145,7 @@ def _merge(options: MergeOptions, notes: list[str], *, as_json: bool) -> None:
         )
         source = open_base(options.model, revision=options.revision)
         source.chat_template = recorded_template(options.adapter)
+        source.scale_rope(recorded_rope_scaling(options.adapter))
         names = ways(source, model)
         into = names[0] if options.into == "best" else options.into
         candidates = {

@@ -168,7 +168,7 @@ def main(argv: list[str]) -> None:
         shape, card, memory, run, found, message, said = forecast(options)
         for note in said:
             report.note(note)
-        _show(shape, found, card, memory, message, options.gpus)
+        _show(shape, found, card, memory, message, options.gpus, options.host_memory)
         result |= {
             "model": shape.name,
             "parameters": shape.parameters,
@@ -177,6 +177,7 @@ def main(argv: list[str]) -> None:
             "memory_bytes": int(memory),
             "gpus": options.gpus,
             "tokens_per_step": options.gpus * run.tokens,
+            "longest_context": max((way.longest or 0 for way in found), default=0),
             "ways": [_as_json(way, options.gpus) for way in found],
             "choices": [choice._asdict() for choice in choices(shape, found[1].run)],
             "advice": message,
@@ -278,6 +279,11 @@ def time_of_step(seconds: float) -> str:
     return duration(seconds) if seconds >= 1 else f"{1000 * seconds:.0f} ms"
 
 
+def _tokens(number: int) -> str:
+    """Return a number of tokens to three digits: ``262k``, ``1.05M``."""
+    return f"{number / 1e6:.3g}M" if number >= 999_500 else f"{number / 1e3:.3g}k"
+
+
 def _count(number: float) -> str:
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
 
@@ -289,8 +295,9 @@ def _show(
     memory: float,
     message: str,
     gpus: int,
+    host_memory: float | None,
 ) -> None:
-    from halfbyte.plan.advice import choices, usable
+    from halfbyte.plan.advice import choices, longest_context, usable
     from halfbyte.plan.ledger import policy_of
     from halfbyte.report import show
 
@@ -366,6 +373,12 @@ def _show(
         )
     if shape.positions and any((way.longest or 0) > shape.positions for way in found):
         show.paragraph(f"The model itself was made for sequences of up to {shape.positions:,}.")
+    if (longest := longest_context(every)) is not None and longest.longest:
+        within = "" if host_memory is None else f" and {host_memory / 1e9:.0f} GB of host memory"
+        show.paragraph(
+            f"Longest context: about {_tokens(longest.longest)} tokens, with {longest.name} "
+            f"({longest.option}) within {memory / 1e9:.0f} GB{within}."
+        )
     show.heading("Activations and optimizers, of QLoRA")
     show.columns(
         ["", "GB", "host, GB", "peak, GB"],
@@ -417,6 +430,7 @@ def _as_json(way: "Way", gpus: int) -> dict[str, Any]:
         "attention_checkpoint": way.run.policy.attention_checkpoint,
         "decoded_layers": way.run.policy.decoded,
         "streamed_layers": way.run.policy.streamed,
+        "every_nth_input": way.run.policy.every,
         "options": way.option,
         "ledger": [line._asdict() for line in entries.all_lines()],
         "base_bytes": entries.base,

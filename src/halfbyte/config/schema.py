@@ -149,6 +149,12 @@ class TrainConfig(ModelOptions):
         "assistant", description="supervised tokens: the assistant's, or all"
     )
     chat_template: str | None = Field(None, min_length=1, description=CHAT_TEMPLATE)
+    rope_scaling: str | None = Field(
+        None,
+        min_length=1,
+        description="scale rotary embeddings for longer contexts: yarn:4, linear:2, dynamic:2, "
+        "llama3:8, or JSON as in config.json (default: as the model has it)",
+    )
     eval_data: DataSources | None = Field(
         None, min_length=1, description="data to evaluate on; sources as for data"
     )
@@ -222,8 +228,8 @@ class TrainConfig(ModelOptions):
     compute: Literal["auto", "fp8"] = Field(
         "auto",
         description="products with frozen weights: in compute_dtype (auto), or in 8-bit floating "
-        "point (fp8), which is faster on GPUs from Ada and Hopper on and rounds more; see "
-        "docs/fp8.md",
+        "point (fp8, experimental), which is faster on GPUs from Ada and Hopper on and rounds more; "
+        "see docs/fp8.md",
     )
 
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate")

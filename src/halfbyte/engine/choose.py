@@ -17,11 +17,13 @@ from transformers import PreTrainedModel
 
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.buckets import Buckets, PartShape
-from halfbyte.engine.layerwise import EngineError, LayerEngine
+from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.packing import Batch, part_of_shape
 from halfbyte.engine.packing_check import pack_documents
+from halfbyte.engine.recorded_layers import EngineError
 from halfbyte.engine.router_loss import RouterLoss
 from halfbyte.linear.lora import adapters
+from halfbyte.linear.sequence_tiles import LONG_TOKENS, is_long
 from halfbyte.optim import AdamW
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.quant.format import gpu_kernels
@@ -188,7 +190,12 @@ def compile_ahead(
 
 
 def _run_passes(engine: LayerEngine, shape: PartShape) -> None:
-    """Run two layers forward and backward, and the loss, like `LayerEngine.capture`."""
+    """Run two layers forward and backward, and the loss, like `LayerEngine.capture`.
+
+    A long part has the kernels of a shorter one that is long.
+    """
+    if is_long(shape.rows, shape.tokens):
+        shape = shape._replace(rows=1, tokens=LONG_TOKENS)
     (layer_input,) = engine.embed([part_of_shape(shape, engine.model.device)])
     engine.passes.warm_up(layer_input, ActivationPolicy(len(engine.layers)), whole=False)
     for supervised in {min(17, shape.numel), shape.numel}:  # aligned and unaligned pointers

@@ -5,7 +5,8 @@ the GPU waits for the host; a captured pass is one launch. The captured code is 
 without graphs (engine/forward_backward.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -89,12 +90,12 @@ class CapturedPasses:
         self._passes.weights.forget()  # so that what the graphs need is loaded in them
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(forward, pool=self._pool, capture_error_mode="thread_local"):
+            with self._into(forward):
                 (hidden,) = self._passes.forward([static], policy)
                 output.copy_(hidden)
                 del hidden
             # The last output is not read again: its gradient overwrites it.
-            with torch.cuda.graph(backward, pool=self._pool, capture_error_mode="thread_local"):
+            with self._into(backward):
                 self._passes.backward([static], [output])
         except RuntimeError:
             self._passes.forget()
@@ -105,6 +106,24 @@ class CapturedPasses:
             raise
         self._passes.weights.forget()
         self._captured[shape] = _Captured(static, output, forward, backward)
+
+    @contextmanager
+    def _into(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        """Capture into a graph.
+
+        If memory runs out, the side streams must be joined before the capture is ended: otherwise
+        that fails, too, hides the first error and never frees the memory of the graph.
+        """
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            try:
+                yield
+            except RuntimeError:
+                for side in self._passes.side_streams:
+                    with torch.cuda.stream(side):
+                        captured = torch.cuda.is_current_stream_capturing()
+                    if captured:
+                        torch.cuda.current_stream().wait_stream(side)
+                raise
 
     def has(self, shape: PartShape) -> bool:
         """Return whether there is a graph for parts of this shape."""

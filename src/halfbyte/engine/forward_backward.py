@@ -4,6 +4,9 @@
     backward    last layer first: recompute what is missing, run the layer's own small autograd
                 graph, pass the gradient to the previous layer
 
+If only the input of every n-th layer is kept, backward of the last of n layers computes the inputs
+of these n again, which are then on the device together.
+
 The loss is computed in between, and its shapes differ from step to step. The passes themselves have
 few shapes (engine/buckets.py) and can be captured as CUDA graphs (engine/cuda_graphs.py).
 """
@@ -118,6 +121,7 @@ class Passes:
         self.router_loss: RouterLoss | None = None
         self.before_layer: Callable[[], None] = lambda: None
         self._kept: list[list[_Kept]] = []
+        self._every, self._sparse = 1, 0
         self._offloader: ActivationOffloader | None = None
 
     def forward(self, layer_inputs: Sequence[LayerInput], policy: ActivationPolicy) -> list[Tensor]:
@@ -126,18 +130,19 @@ class Passes:
         first_saved = max(self.layers - policy.saved, self.first_trained)
         offloaded = min(policy.offloaded, first_saved)
         checkpointed = offloaded if policy.attention_checkpoint else 0
+        self._every, self._sparse = policy.every, offloaded or first_saved
         self._kept = []
         for index in range(self.layers):
             row: list[_Kept] = []
             requires_grad = self.entry_trained or index > self.first_trained
-            saved = index >= first_saved
+            saved, dropped = index >= first_saved, index != self._base(index)
             self.before_layer()
             with acquired(self.weights, index) as lora_cache:
                 if index + 1 < self.layers:
                     self.weights.prefetch(index + 1)
                 for i, layer_input in enumerate(layer_inputs):
                     x = hidden[i].detach().requires_grad_(requires_grad)
-                    if not saved:
+                    if not saved and policy.every == 1:
                         lora_cache.record()
                     checkpoint = (
                         AttentionCheckpoint()
@@ -149,14 +154,14 @@ class Passes:
                             index, x, layer_input.layer_args, read=True, checkpoint=checkpoint
                         )
                     edge = get_gradient_edge(y) if saved else None
-                    row.append(_Kept(x, edge, lora_cache.pop(), checkpoint))
+                    row.append(_Kept(None if dropped else x, edge, lora_cache.pop(), checkpoint))
                     if self.router_loss is not None:
                         self.router_loss.count(i, logits)
                         row[-1].router_logits = logits if saved else ()
                     hidden[i] = y.detach()
             if index < self.first_trained:
                 continue
-            if index < offloaded:
+            if index < offloaded and not dropped:
                 self._offloader = self._offloader or ActivationOffloader()
                 self._offloader.offload(index, [kept.pop_tensors() for kept in row])
             elif self._offloader is not None:
@@ -181,8 +186,8 @@ class Passes:
         for index in reversed(range(self.first_trained, self.layers)):
             row = self._kept.pop()
             if row[0].x is None:
-                self._restore(index, row)
-            self._prefetch(index - 1)
+                self._restore(index, row, layer_inputs)
+            self._prefetch(self._base(index - 1))
             self.before_layer()
             # The last layer of forward is the first of backward.
             again = index == self.layers - 1
@@ -228,12 +233,31 @@ class Passes:
     def _routers(self) -> AbstractContextManager[Sequence[Tensor]]:
         return nullcontext(()) if self.router_loss is None else self.router_loss.taking()
 
-    def _restore(self, index: int, row: Sequence[_Kept]) -> None:
-        """Restore the offloaded tensors of a layer's parts."""
-        assert self._offloader is not None
-        requires_grad = self.entry_trained or index > self.first_trained
-        for kept, tensors in zip(row, self._offloader.get(index), strict=True):
-            kept.set_tensors(tensors, requires_grad=requires_grad)
+    def _base(self, index: int) -> int:
+        """Return the layer whose input a layer's is computed from: itself, if its own is kept."""
+        if index >= self._sparse or index < self.first_trained:
+            return index
+        return index - (index - self.first_trained) % self._every
+
+    def _restore(
+        self, index: int, row: Sequence[_Kept], layer_inputs: Sequence[LayerInput]
+    ) -> None:
+        """Restore the inputs of a layer, and of those between it and the one whose are kept."""
+        base = self._base(index)
+        rows = [*self._kept[base - self.first_trained : index - self.first_trained], row]
+        if rows[0][0].x is None:
+            assert self._offloader is not None
+            requires_grad = self.entry_trained or base > self.first_trained
+            for kept, tensors in zip(rows[0], self._offloader.get(base), strict=True):
+                kept.set_tensors(tensors, requires_grad=requires_grad)
+        for layer in range(base, index):
+            self.before_layer()
+            with acquired(self.weights, layer), torch.no_grad():
+                for i, layer_input in enumerate(layer_inputs):
+                    x = rows[layer - base][i].x
+                    assert x is not None
+                    y = layer_input.run(layer, x, layer_input.layer_args, read=True)
+                    rows[layer - base + 1][i].x = y.requires_grad_()
 
     def warm_up(self, layer_input: LayerInput, policy: ActivationPolicy, *, whole: bool) -> None:
         """Run both passes on a part, with zero gradients.
@@ -260,6 +284,12 @@ class Passes:
         grad = torch.zeros_like(y)
         del y
         self.backward([layer_input], [grad])
+
+    @property
+    def side_streams(self) -> list[torch.cuda.Stream]:
+        """The streams on which the passes copy beside the current one."""
+        offloader = [] if self._offloader is None else [self._offloader.side_stream]
+        return [*self.weights.side_streams, *offloader]
 
     def forget(self) -> None:
         """Free what `forward` has kept, if no `backward` follows."""

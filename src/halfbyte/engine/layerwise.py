@@ -31,29 +31,42 @@ Right padding needs no mask: with causal attention no position attends to later 
 positions are not supervised.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from halfbyte.engine.buckets import Buckets, PartShape, UnpaddedParts, divide, own_shape
+from halfbyte.engine.buckets import (
+    Buckets,
+    PartShape,
+    UnpaddedParts,
+    divide,
+    own_shape,
+)
 from halfbyte.engine.cuda_graphs import CapturedPasses
 from halfbyte.engine.forward_backward import LayerInput, Passes
 from halfbyte.engine.logit_scale import logit_scale
 from halfbyte.engine.neftune import EmbeddingNoise
 from halfbyte.engine.objective import CROSS_ENTROPY, Objective
-from halfbyte.engine.packing import Batch, PackedBatch, lengths_of, part_of_shape, parts_of
+from halfbyte.engine.packing import (
+    Batch,
+    PackedBatch,
+    lengths_of,
+    part_of_shape,
+    parts_of,
+    tiles_of_loss,
+)
+from halfbyte.engine.recorded_layers import EngineError, record, recorded_run
+from halfbyte.engine.rotary_tables import RotaryTables
 from halfbyte.engine.weights import WeightProvider, acquired, provider_of
 from halfbyte.layers.attention import Documents, can_pack
 from halfbyte.layers.decoder_layer import AttentionCheckpoint, fused
 from halfbyte.layers.elementwise import rms_norm
 from halfbyte.layers.families import is_known_norm
-from halfbyte.layers.gated_experts import ends_with_experts, outputs_unread
+from halfbyte.layers.long_attention import name_of
 from halfbyte.layers.multimodal import decoder_layers, text_decoder
-from halfbyte.layers.packed_row import packed_row
 from halfbyte.layers.vocabulary import FrozenHead, HostHead
 from halfbyte.linear.layer_stream import spread, stream_of
 from halfbyte.linear.lora import (
@@ -63,25 +76,15 @@ from halfbyte.linear.lora import (
     frozen_linears,
 )
 from halfbyte.linear.modules_to_save import trained_whole
+from halfbyte.linear.sequence_tiles import TILE_TOKENS, is_long, launches_unnoticed
 from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.quant import QuantizedWeight
 from halfbyte.runtime.device import is_out_of_memory
 
-# Number of row lengths whose rotary tables are cached: a table of 2048 tokens takes 1 MB, and data
-# that cannot be packed may have as many lengths.
-_MOST_TABLES = 16
 _FINAL_NORMS = (
     *("norm", "final_layernorm", "ln_f", "final_layer_norm", "final_norm"),
     *("embedding_norm", "norm_f"),  # LFM2, Mamba
 )
-
-
-class EngineError(Exception):
-    """The model's layers cannot be called one by one; the message says why."""
-
-
-class _Stop(Exception):
-    """Raised by the last stub, to skip everything after the layers."""
 
 
 def _number(index: int, part: PackedBatch) -> int:
@@ -114,6 +117,10 @@ class LayerEngine:
         window: The longest document that may be packed then, or None for any.
         max_seqlen: Tokens of the longest document of a run, if known: if it is longer than an
             attention window, the run is not packed.
+        most_parts: Parts of the run's largest step, if known.
+        parts_together: How many packed parts go through each layer together on a GPU, eagerly. One,
+            unless weights are streamed and take longer to arrive than a part takes to compute:
+            they are copied once for all of these.
         on_layer_backward: Called with a layer's index and the loss once the layer's gradients are
             final, before backward of the layers below. Disables CUDA graphs.
         on_phase: Called with ``forward``, ``loss`` and ``backward`` when a step starts each.
@@ -175,6 +182,7 @@ class LayerEngine:
         self.packable = False
         self.window: int | None = None
         self.max_seqlen = 0
+        self.most_parts = self.parts_together = 1
         self._decoded = 0
         self.clock = dropout_clock(model)
         self._drops = any(adapter.config.dropout for adapter in adapters(model).values())
@@ -185,7 +193,7 @@ class LayerEngine:
         self.trained = trained
         weights = provider_of(model, self.linears, self.dtype)
         self.passes = Passes(trained, self.first_trained, self.entry_trained, weights)
-        self._tables: dict[int, tuple[Tensor, ...]] = {}  # rotary, by tokens of a row
+        self._tables = RotaryTables(self.decoder)
         parameters = [parameter for layer in trained for parameter in layer]
         self._graphs = CapturedPasses(self.passes, parameters) if graphs else None
         self.why_no_graphs = "" if graphs else "not asked for"
@@ -215,14 +223,32 @@ class LayerEngine:
         if self.fused:
             message += ", fused"
             message += ", documents packed" if self.packs else ", documents not packed"
-            why = self.why_no_graphs or "documents are not packed"
+            why = "parts are long" if self._launches_unnoticed else "documents are not packed"
+            why = self.why_no_graphs or why
             message += ", CUDA graphs" if self.captures else f", no CUDA graphs: {why}"
+            if self.model.device.type == "cuda" and self.tiles(self.max_seqlen):
+                name = name_of(self.model.device, self.dtype, self._fused[-1].head_dim)
+                message += f", attention of long documents by {name}"
         return message
 
     @property
     def captures(self) -> bool:
         """Whether passes can be CUDA graphs."""
-        return self._graphs is not None and self.packs and self.on_layer_backward is None
+        eager = self.on_layer_backward is not None or self.parts_together > 1
+        eager = eager or self._launches_unnoticed
+        return self._graphs is not None and self.packs and not eager
+
+    @property
+    def _launches_unnoticed(self) -> bool:
+        """Whether the GPU is busy for longer than Python launches, in the largest part of a run."""
+        if self.buckets is None:
+            return False
+        largest = self.buckets.largest
+        return launches_unnoticed(largest.rows, largest.tokens, self.width)
+
+    def tiles(self, tokens: int) -> bool:
+        """Return whether recomputed layers run a part of so many tokens by tiles."""
+        return bool(self._fused) and self._fused[-1].can_tile and is_long(1, tokens)
 
     @property
     def num_graphs(self) -> int:
@@ -251,6 +277,8 @@ class LayerEngine:
             return False
         if not self._fused:
             return self.packable
+        if self._tables.exceeds_limit(self.max_seqlen):
+            return False
         return can_pack(self.dtype, self.model.device, self._fused[0].head_dim)
 
     def keep_decoded(self, layers: int) -> None:
@@ -308,8 +336,10 @@ class LayerEngine:
             factor = self.objective.count_terms(batches) / normaliser
             router.begin_step(sum(lengths_of(batches)), factor)
         total = torch.zeros((), dtype=torch.float32, device=self.model.device)
-        # Packed parts run one after the other on a GPU, others together layer by layer.
-        together = [[part] for part in parts] if self._runs_apart(parts) else [parts]
+        # Packed parts run one after the other on a GPU, or a few of them together; others all
+        # together, layer by layer.
+        count = self.parts_together if self._runs_apart(parts) else len(parts)
+        together = [parts[i : i + count] for i in range(0, len(parts), count)]
         for number, group in enumerate(together, start=1):
             self._forward_backward(group, normaliser, policy, total, last=number == len(together))
         return total
@@ -331,8 +361,12 @@ class LayerEngine:
             graphs = None
         if (router := self.passes.router_loss) is not None:
             router.begin(parts)
+        entries = [layer_input.x for layer_input in layer_inputs] if self.entry_trained else []
         if graphs is None:
             hidden = self.passes.forward(layer_inputs, policy)
+            if self.tiles(max(part.ids.numel() for part in parts)):
+                # The passes keep what backward needs of them.
+                layer_inputs = [each._replace(x=each.x.new_empty(0)) for each in layer_inputs]
         else:
             hidden = [graphs.forward(shape, layer_inputs[0])]
             layer_inputs = []  # the graphs have copies
@@ -349,7 +383,6 @@ class LayerEngine:
             graphs.backward(shape, grads[0])
             return
         del hidden, x, grad  # the passes free theirs layer by layer
-        entries = [layer_input.x for layer_input in layer_inputs] if self.entry_trained else []
         done = self.on_layer_backward if last else None
         self.passes.backward(
             layer_inputs, grads, None if done is None else lambda i: done(i, total)
@@ -418,8 +451,9 @@ class LayerEngine:
                 for i, layer_input in enumerate(layer_inputs):
                     hidden[i] = layer_input.run(index, hidden[i], layer_input.layer_args, read=True)
         losses = [
-            self._loss_of_rows(x.flatten(0, 1).index_select(0, part.rows), part, objective)
+            self._loss_of_rows(x.flatten(0, 1).index_select(0, tile.rows), tile, objective)
             for x, part in zip(hidden, parts, strict=True)
+            for tile in self._tiles_of_loss(x, part, objective)
         ]
         return torch.stack(losses).sum()
 
@@ -430,14 +464,30 @@ class LayerEngine:
         normaliser: float,
         objective: Objective = CROSS_ENTROPY,
     ) -> tuple[Tensor, Tensor]:
-        """Return the loss of a part, divided, and its gradient w.r.t. the last layer's output."""
-        rows = hidden.flatten(0, 1).index_select(0, part.rows).requires_grad_()
-        loss = self._loss_of_rows(rows, part, objective) / normaliser
-        loss.backward()  # type: ignore[no-untyped-call]
-        grad = torch.zeros_like(hidden)
-        if rows.grad is not None:
-            grad.flatten(0, 1).index_copy_(0, part.rows, rows.grad)
-        return loss.detach(), grad
+        """Return the loss of a part, divided, and its gradient w.r.t. the last layer's output.
+
+        Of a long part, the loss is computed for a tile of its supervised positions at a time, if
+        the objective is a sum over tokens.
+        """
+        total, grad = torch.zeros((), device=hidden.device), None
+        for tile in self._tiles_of_loss(hidden, part, objective):
+            rows = hidden.flatten(0, 1).index_select(0, tile.rows).requires_grad_()
+            loss = self._loss_of_rows(rows, tile, objective) / normaliser
+            loss.backward()  # type: ignore[no-untyped-call]
+            if grad is None:
+                grad = torch.zeros_like(hidden)
+            if rows.grad is not None:
+                grad.flatten(0, 1).index_copy_(0, tile.rows, rows.grad)
+            total += loss.detach()
+            del rows, loss
+        assert grad is not None
+        return total, grad
+
+    def _tiles_of_loss(
+        self, hidden: Tensor, part: PackedBatch, objective: Objective
+    ) -> Iterable[PackedBatch]:
+        tiled = objective.by_tokens and is_long(*hidden.shape[:2])
+        return tiles_of_loss(part, TILE_TOKENS) if tiled else [part]
 
     def _loss_of_rows(self, rows: Tensor, part: PackedBatch, objective: Objective) -> Tensor:
         """Return the loss of a part, from the last layer's output at its supervised positions."""
@@ -461,8 +511,10 @@ class LayerEngine:
         self, batches: Sequence[Batch], objective: Objective = CROSS_ENTROPY
     ) -> list[PackedBatch]:
         """Return the parts of a step on the device, with the inputs of an objective."""
-        pack = self.packs and objective.separable
-        if not self._sees_all(max(lengths_of(batches))):
+        pack, longest = self.packs and objective.separable, max(lengths_of(batches))
+        if self._fused and self._tables.exceeds_limit(longest):
+            pack = False
+        if not self._sees_all(longest):
             pack = False
             if not self._window_reported:
                 self._window_reported = True
@@ -508,50 +560,29 @@ class LayerEngine:
         layer_inputs = []
         for i, part in enumerate(parts):
             lengths = part.lengths
-            x, calls = self._record(part, lengths)
+            if self.noise is not None:
+                self.noise.spans = part.spans
+            x, calls = record(
+                self.decoder, self.layers, part, lengths, self.tuple_output, self.entry_trained
+            )
             if not lengths:
                 calls = by_shape.setdefault(tuple(part.ids.shape), calls)
-            layer_inputs.append(
-                LayerInput(x, (), self._recorded_run(_number(i, part), calls, lengths))
-            )
+            run = recorded_run(self.layers, self.clock, _number(i, part), calls, lengths)
+            layer_inputs.append(LayerInput(x, (), run))
         return layer_inputs
-
-    def _recorded_run(
-        self, micro_batch: int, calls: list[dict[str, Any]], lengths: Sequence[int]
-    ) -> Any:
-        clock, layers = self.clock, self.layers
-
-        def run(
-            layer: int,
-            x: Tensor,
-            _layer_args: tuple[Tensor, ...],
-            *,
-            read: bool,
-            checkpoint: AttentionCheckpoint | None = None,
-        ) -> Tensor:
-            if clock is not None:
-                clock.micro_batch = micro_batch
-            unread = not read and ends_with_experts(layers[layer])
-            with (
-                packed_row(lengths) if lengths else nullcontext(),
-                outputs_unread() if unread else nullcontext(),
-            ):
-                output = layers[layer](x, **calls[layer])
-            result: Tensor = output[0] if isinstance(output, tuple) else output
-            return result
-
-        return run
 
     def _fused_input(self, micro_batch: int, part: PackedBatch) -> LayerInput:
         if self.noise is not None:
             self.noise.spans = part.spans
         with torch.set_grad_enabled(self.entry_trained):
             x = self.decoder.get_input_embeddings()(part.ids)
-        tables = self._rotary_tables(x, part)
+        tables = self._tables.of(x, part, self._fused[0].head_dim)
         layer_args = tables if part.documents is None else (*tables, part.documents.cu_seqlens)
 
         # Not `self`: the engine keeps captures, and a reference cycle would delay freeing memory.
         clock, layers, max_seqlen = self.clock, self._fused, part.max_seqlen
+        # A graph would be replayed for other documents.
+        known = tuple(part.lengths) if is_long(*part.ids.shape) and not self.captures else ()
 
         def run(
             layer: int,
@@ -564,60 +595,7 @@ class LayerEngine:
             if clock is not None:
                 clock.micro_batch = micro_batch
             cos, sin, *cu_seqlens = layer_args
-            documents = Documents(cu_seqlens[0], max_seqlen) if cu_seqlens else None
+            documents = Documents(cu_seqlens[0], max_seqlen, known) if cu_seqlens else None
             return layers[layer](x, cos, sin, documents, read=read, checkpoint=checkpoint)
 
         return LayerInput(x, layer_args, run)
-
-    def _rotary_tables(self, x: Tensor, part: PackedBatch) -> tuple[Tensor, ...]:
-        """Return cosines and sines [1, T, head_dim] of a batch's positions."""
-        tables: tuple[Tensor, ...] | None
-        tables = self._tables.get(part.max_seqlen) if part.documents is None else None
-        if tables is None:
-            with torch.no_grad():
-                tables = self.decoder.rotary_emb(x, part.positions)
-                if tables[0].shape[-1] < self._fused[0].head_dim:  # gpt-oss's are of half a head
-                    tables = tuple(torch.cat([table, table], -1) for table in tables)
-            if part.documents is None:  # all rows of a length have the same positions
-                if len(self._tables) == _MOST_TABLES:
-                    del self._tables[next(iter(self._tables))]  # the oldest
-                self._tables[part.max_seqlen] = tables
-        return tables
-
-    def _record(
-        self, part: PackedBatch, lengths: Sequence[int]
-    ) -> tuple[Tensor, list[dict[str, Any]]]:
-        """Return the input of layer 0 and the keyword arguments of each layer."""
-        if self.noise is not None:
-            self.noise.spans = part.spans
-        arguments: list[dict[str, Any]] = []
-        entry: list[Tensor] = []
-
-        def stub(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if args:
-                raise EngineError("its decoder passes arguments by position")
-            entry.append(hidden_states)
-            arguments.append(kwargs)
-            if len(arguments) == len(self.layers):
-                raise _Stop
-            if not self.tuple_output:
-                return hidden_states
-            return (hidden_states, *[None] * (self.tuple_output - 1))
-
-        for layer in self.layers:
-            layer.forward = stub
-        positions = {"position_ids": part.positions} if lengths else {}
-        row = packed_row(lengths) if lengths else nullcontext()
-        try:
-            with suppress(_Stop), torch.set_grad_enabled(self.entry_trained), row:
-                self.decoder(input_ids=part.ids, use_cache=False, **positions)
-        finally:
-            for layer in self.layers:
-                del layer.forward
-        if len(arguments) != len(self.layers):
-            raise EngineError(f"its decoder called {len(arguments)} of {len(self.layers)} layers")
-        layer_args = [value for call in arguments for value in call.values()]
-        layer_args += [part for value in layer_args if isinstance(value, tuple) for part in value]
-        if any(isinstance(value, Tensor) and value.requires_grad for value in layer_args):
-            raise EngineError("what is trained before its layers goes into them by other ways, too")
-        return entry[0], arguments

@@ -44,7 +44,7 @@ from halfbyte.plan.ledger import (
     product_bytes,
     products_kept,
 )
-from halfbyte.plan.policy import ActivationPolicy, StepCost, peak
+from halfbyte.plan.policy import EVERY, ActivationPolicy, StepCost, peak
 from halfbyte.quant import QuantizedWeight
 from halfbyte.runtime import device as devices
 from halfbyte.runtime.malloc import give_back
@@ -55,8 +55,9 @@ FREE_SHARE = 0.8
 # Budgets must not be exceeded, and predictions on a GPU were up to 2 % low (gpu_step_offload.json).
 MARGIN = 1.03
 
-# Share of the host's free memory for page-locked inputs of recomputed layers.
-HOST_SHARE = 0.5
+# Share of the host's free memory for page-locked inputs of recomputed layers: with 128 GiB, those
+# of 256k tokens of an 8B model, 66.6 GB.
+HOST_SHARE = 0.6
 
 
 # Shapes of a run's steps: (B, T) of each micro-batch.
@@ -79,6 +80,8 @@ class MemoryPlan:
         used: Bytes in use before the first step.
         state_off_device: Bytes of optimizer state not counted, because they can be paged out.
         cost: The costs it was computed from.
+        parts_together: Packed parts that go through each layer together; see
+            `LayerEngine.parts_together`.
     """
 
     policy: ActivationPolicy
@@ -92,6 +95,7 @@ class MemoryPlan:
     used: int = 0
     state_off_device: int = 0
     cost: StepCost | None = None
+    parts_together: int = 1
 
     def summary(self) -> str:
         """Return a summary for the user."""
@@ -104,12 +108,16 @@ class MemoryPlan:
         if policy.offloaded:
             how += f", {policy.offloaded} of them from host memory"
             how += " and without attention" * policy.attention_checkpoint
+        if policy.every > 1:
+            how += f", from the input of every {policy.every}th layer"
         if policy.decoded:
             how += f", {policy.decoded} keep their decoded weights"
         if policy.streamed:
             how += f"; the weights of {policy.streamed} wait elsewhere until they are needed"
         elif self.cost is not None and self.cost.weights:
             how += "; there is room for the weights of all, which stay"
+        if self.parts_together > 1:
+            how += f", for {self.parts_together} parts of a step at a time"
         return (
             f"{how} ({self.saved_bytes / 1e6:.0f} MB a layer); about "
             f"{max(self.predicted_bytes, self.reserved_bytes) / 1e9:.2f} GB of "
@@ -216,17 +224,28 @@ def plan_memory(
         whole = [p.nbytes for m in engine.model.modules() for p in trained_whole(m).values()]
         beside = state_bytes + 2 * max(whole, default=0)
         beside += int(TOUCHED_LATER) + product_bytes(shapes, engine.dtype.itemsize, documents)
-    most = 0
+    unnoticed, stays = 0, stream is None or stream.source.may_stay
     if stream is not None:
         largest = max(layer.nbytes for layer in stream.layers)
         cost = replace(cost, weights=largest, slots=stream.slots)
         if device == "cuda":
-            most = layers_streamed_unnoticed(engine, _largest(engine, shapes, device))
-        if not stream.source.may_stay:
-            most = cost.layers
-    stays = stream is None or stream.source.may_stay
-    planner = _Planner(cost, used, beside, budget, engine.captures, device, most, stays)
-    return planner.plan(activations, asked=memory_budget is not None)
+            unnoticed = layers_streamed_unnoticed(engine, _largest(engine, shapes, device))
+    planner = _Planner(
+        cost,
+        used,
+        beside,
+        budget,
+        engine.captures,
+        device,
+        unnoticed if stays else cost.layers,
+        stays,
+    )
+    asked = memory_budget is not None
+    plan = planner.plan(activations, asked=asked)
+    if 0 < unnoticed < plan.policy.streamed and engine.packs:
+        wanted = min(engine.most_parts, -(-plan.policy.streamed // unnoticed))
+        return planner.plan_of_parts(activations, wanted, unnoticed) or plan
+    return plan
 
 
 def _decoded_bytes(activations: str, room: int) -> int:
@@ -359,6 +378,29 @@ class _Planner:
             * (activations != "auto")
         )
 
+    def plan_of_parts(self, activations: str, count: int, unnoticed: int) -> MemoryPlan | None:
+        """Return the plan for so many parts at a time, or fewer; None if two do not fit.
+
+        Layers are copied once for all of them, so more of the copies are hidden. CUDA graphs are
+        for one part.
+
+        Args:
+            activations: As for `plan`.
+            count: The most parts.
+            unnoticed: The layers that are copied in the time of one part.
+        """
+        for parts in range(count, 1, -1):
+            hidden = min(self.cost.layers, parts * unnoticed) if self.stays else self.hidden
+            cost = self.cost.of_parts(parts)
+            try:
+                plan = replace(self, cost=cost, graphs=False, hidden=hidden).plan(
+                    activations, asked=True
+                )
+            except ConfigError:
+                continue
+            return replace(plan, parts_together=parts)
+        return None
+
     def choices(self, activations: str, streamed: int) -> list[MemoryPlan]:
         """Return the candidate plans with so many streamed layers, without decoded weights."""
 
@@ -375,7 +417,8 @@ class _Planner:
                 of(ActivationPolicy.offloading(layers, count, attention_checkpoint=kept))
                 for kept in {False, attention}
             ]
-        return plans
+        # Where the host has no room for all inputs.
+        return plans + [of(ActivationPolicy.offloading(layers, every=n)) for n in EVERY]
 
     def with_resident(self, plan: MemoryPlan) -> MemoryPlan:
         """Return the plan with as many layers resident as fit."""
@@ -396,9 +439,9 @@ def _needed(plan: MemoryPlan) -> int:
     return plan.reserved_bytes
 
 
-def _preference(plan: MemoryPlan) -> tuple[int, int, bool]:
+def _preference(plan: MemoryPlan) -> tuple[int, int, int, bool]:
     policy = plan.policy
-    return policy.saved, -policy.offloaded, policy.attention_checkpoint
+    return -policy.every, policy.saved, -policy.offloaded, policy.attention_checkpoint
 
 
 class HeapTrimmer:

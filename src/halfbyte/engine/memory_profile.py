@@ -3,24 +3,33 @@
 All layers keep the same amount of memory, and their backwards have the same peak. So one layer is
 run forward and backward on the largest part, and so is the loss, while the allocator records its
 peak. ``plan.policy.peak`` adds up the memory of all layers under a policy.
+
+A long part may fit only if it is recomputed by tiles (layers/tiled_layer.py). What a layer would
+save of it is measured on a shorter part, and grows with the tokens.
 """
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from halfbyte.engine.buckets import PartShape
 from halfbyte.engine.forward_backward import LayerInput
 from halfbyte.engine.layerwise import LayerEngine
-from halfbyte.engine.packing import PackedBatch
+from halfbyte.engine.packing import PackedBatch, part_of_shape
 from halfbyte.engine.weights import acquired
 from halfbyte.layers.decoder_layer import AttentionCheckpoint
 from halfbyte.linear.layer_stream import stream_of
+from halfbyte.linear.sequence_tiles import is_long
 from halfbyte.plan.activation_cost import CHECKPOINT_WIDTH
 from halfbyte.plan.policy import StepCost
 from halfbyte.plan.roofline import gpu_of_driver
 from halfbyte.runtime import device as devices
+
+# Tokens of the part that stands for a long one.
+SHORTER = 8192
 
 
 def measured_cost(engine: LayerEngine, parts: Sequence[PackedBatch]) -> StepCost:
@@ -49,10 +58,7 @@ def _measured(engine: LayerEngine, parts: Sequence[PackedBatch]) -> StepCost:
     dy = torch.zeros_like(layer_input.x)
 
     def backward() -> None:
-        x = layer_input.x.detach().requires_grad_()
-        with torch.enable_grad():
-            y = layer_input.run(index, x, layer_input.layer_args, read=False)
-        torch.autograd.grad(y, [x, *trained], dy, allow_unused=True)
+        _backward(layer_input, index, trained, dy, read=False)
 
     def forward(checkpoint: AttentionCheckpoint | None = None) -> Tensor:
         with torch.no_grad():
@@ -60,32 +66,40 @@ def _measured(engine: LayerEngine, parts: Sequence[PackedBatch]) -> StepCost:
                 index, layer_input.x, layer_input.layer_args, read=True, checkpoint=checkpoint
             )
 
-    def saved_forward() -> Tensor:
-        with torch.enable_grad():
-            return layer_input.run(
-                index, layer_input.x.detach().requires_grad_(), layer_input.layer_args, read=True
-            )
-
     def loss_and_grad() -> object:
         return engine.loss_and_grad(layer_input.x.detach(), part, 1.0)
 
+    tiled = is_long(*layer_input.x.shape[:2])
+    short = _shorter(engine) if tiled else layer_input
     with acquired(engine.weights, index) as lora_cache:
-        backward()  # the first call compiles kernels and allocates buffers
-        loss_and_grad()
+        # The first call compiles kernels and allocates buffers.
+        _backward(short, index, trained, torch.zeros_like(short.x), read=False)
+        engine.loss_and_grad(short.x.detach(), part if short is layer_input else _first(part), 1.0)
         lora_cache.record()
         in_forward = _peak(forward)
         lora = sum(p.nbytes for p in lora_cache.pop().values())
-        in_saved_forward, in_backward = _peak(saved_forward), _peak(backward)
+        of_saved = _saved_layer(short, index, trained, whole=tiled)
+        in_backward = _peak(backward)
         loss = _peak(loss_and_grad)
         checkpoint = AttentionCheckpoint()
         if _offloads_attention(layer_input.x):
             forward(checkpoint)
         attention = sum(x.nbytes for x in checkpoint.tensors)
-    saved = [saved_bytes(engine, p)[0] for p in layer_inputs]
-    # Fused products of base and adapters keep cast copies of the adapters, invisible to hooks.
-    copies = layer_input.x.itemsize * sum(p.numel() for p in trained) if lora else 0
-    stream, own = sum(p.x.nbytes for p in layer_inputs), layer_input.x.nbytes
-    saved_part = saved[largest] - own
+    own = layer_input.x.nbytes
+    if tiled:
+        share, kept = own / short.x.nbytes, saved_bytes(engine, short)[0]
+        above = kept - short.x.nbytes
+        saved = [kept * p.x.nbytes // short.x.nbytes for p in layer_inputs]
+        beside = int(share * (of_saved[0] - above))
+        saved_part = in_backward - int(share * max(0, of_saved[1] - above))
+    else:
+        saved = [saved_bytes(engine, p)[0] for p in layer_inputs]
+        saved_part = min(saved[largest] - own, in_backward - lora)
+        beside = of_saved[0] - (saved[largest] - own)
+    # Fused products of base and adapter keep cast copies of the adapters, invisible to hooks.
+    fused = layer_input.x.itemsize == 2 and engine.fused
+    copies = layer_input.x.itemsize * sum(p.numel() for p in trained) if lora or fused else 0
+    stream = sum(p.x.nbytes for p in layer_inputs)
     layer_args = {t.data_ptr(): t.nbytes for p in layer_inputs for t in p.layer_args}
     return StepCost(
         layers=len(engine.layers),
@@ -97,13 +111,59 @@ def _measured(engine: LayerEngine, parts: Sequence[PackedBatch]) -> StepCost:
         attention=attention * stream // own,
         attention_part=attention,
         forward=max(0, in_forward - own),  # its output is the residual stream
-        forward_saved=max(0, in_saved_forward - own - saved_part),
+        forward_saved=max(0, beside),
         backward=in_backward - lora,
-        saved_part=min(saved_part, in_backward - lora),
+        saved_part=saved_part,
         loss=loss,
         layer_args=sum(layer_args.values()),
         decoded=engine.decoded_bytes,
+        tiled=engine.tiles(own // layer_input.x.shape[-1] // layer_input.x.itemsize),
     )
+
+
+def _backward(
+    layer_input: LayerInput,
+    index: int,
+    trained: Sequence[Tensor],
+    dy: Tensor,
+    *,
+    read: bool,
+) -> None:
+    """Run a layer forward and backward; ``dy`` is overwritten."""
+    x = layer_input.x.detach().requires_grad_()
+    with torch.enable_grad():
+        y = layer_input.run(index, x, layer_input.layer_args, read=read)
+    torch.autograd.grad(y, [x, *trained], dy, allow_unused=True)
+
+
+def _saved_layer(
+    layer_input: LayerInput, index: int, trained: Sequence[Tensor], *, whole: bool
+) -> tuple[int, int]:
+    """Return peaks of a saved layer, without its output: of forward and, if ``whole``, of both."""
+    own = layer_input.x.nbytes
+
+    def forward() -> Tensor:
+        with torch.enable_grad():
+            return layer_input.run(
+                index, layer_input.x.detach().requires_grad_(), layer_input.layer_args, read=True
+            )
+
+    in_forward = _peak(forward) - own
+    if not whole:
+        return in_forward, 0
+    dy = torch.zeros_like(layer_input.x)
+    return in_forward, _peak(lambda: _backward(layer_input, index, trained, dy, read=True)) - own
+
+
+def _shorter(engine: LayerEngine) -> LayerInput:
+    """Return a part that is not long."""
+    shape = PartShape(1, SHORTER, 0, SHORTER)
+    return engine.embed([part_of_shape(shape, engine.model.device)])[0]
+
+
+def _first(part: PackedBatch) -> PackedBatch:
+    """Return a part with as few supervised positions as `SHORTER` has tokens."""
+    return replace(part, rows=part.rows[:1] * 0, targets=part.targets[:1])
 
 
 def layers_streamed_unnoticed(engine: LayerEngine, parts: Sequence[PackedBatch]) -> int:

@@ -31,10 +31,13 @@ class Objective(ABC):
             set the objective before the shapes of parts are chosen (``Trainer.fit``).
         needs_segments: Whether it needs segments; False is possible if `loss_of_hidden` and
             `loss_of_logits` are overridden.
+        by_tokens: Whether the loss is a sum over tokens, so that it may be computed for some of
+            them at a time.
     """
 
     separable = True
     needs_segments = True
+    by_tokens = False
 
     @abstractmethod
     def loss(self, logps: Tensor, segments: Tensor) -> Tensor:
@@ -82,6 +85,7 @@ class CrossEntropy(Objective):
     """
 
     needs_segments = False
+    by_tokens = True
 
     def loss(self, logps: Tensor, segments: Tensor) -> Tensor:
         """Return -Σ log p."""

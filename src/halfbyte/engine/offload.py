@@ -13,6 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from halfbyte.runtime.host_memory import host_memory
+
+# Smaller tensors are left to torch's allocator, which reuses their memory and rounds its size up to
+# a power of two: 4.3 GB for 2.2, the input of a layer for 270k tokens of an 8B model.
+_LEAST_BYTES = 64 << 20
+
 
 class _Copy(NamedTuple):
     """A copy in progress: the GPU tensors it reads or writes, by part, and its end event."""
@@ -28,11 +34,12 @@ class ActivationOffloader:
     memory is allocated for the first part of a shape and kept; that cannot be captured.
 
     Attributes:
+        side_stream: The stream of the copies.
         nbytes: Bytes of page-locked memory allocated.
     """
 
     def __init__(self) -> None:
-        self._side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.side_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         # Also by dtype: the tensors of a checkpoint differ between shapes.
         self._host: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
         self._places: dict[int, list[list[Tensor]]] = {}
@@ -49,11 +56,11 @@ class ActivationOffloader:
             for i, part in enumerate(parts)
         ]
         self._places[layer] = places
-        self._side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._side):
+        self.side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side_stream):
             for place, x in _pairs(places, parts):
                 place.copy_(x, non_blocking=True)
-        self._leaving = _Copy(list(parts), self._side.record_event())
+        self._leaving = _Copy(list(parts), self.side_stream.record_event())
 
     def wait(self) -> None:
         """Make the GPU stream wait for the last offload, after which its GPU memory is free."""
@@ -70,11 +77,11 @@ class ActivationOffloader:
             [torch.empty(place.shape, dtype=place.dtype, device="cuda") for place in part]
             for part in places
         ]
-        self._side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._side):
+        self.side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side_stream):
             for place, x in _pairs(places, parts):
                 x.copy_(place, non_blocking=True)
-        self._coming[layer] = _Copy(parts, self._side.record_event())
+        self._coming[layer] = _Copy(parts, self.side_stream.record_event())
 
     def get(self, layer: int) -> list[list[Tensor]]:
         """Return the tensors that were copied back."""
@@ -90,10 +97,18 @@ class ActivationOffloader:
         if held is None or held.numel() < x.numel():
             if held is not None:
                 self._outgrown.append(held)  # a captured graph may still copy there
-            held = torch.empty(x.numel(), dtype=x.dtype, pin_memory=True)
+            held = _page_locked(x.numel(), x.dtype)
             self._host[key] = held
             self.nbytes += held.nbytes
         return held[: x.numel()].view(x.shape)
+
+
+def _page_locked(numel: int, dtype: torch.dtype) -> Tensor:
+    """Return page-locked memory, [numel], not initialised."""
+    nbytes = numel * dtype.itemsize
+    if nbytes < _LEAST_BYTES:
+        return torch.empty(numel, dtype=dtype, pin_memory=True)
+    return host_memory(nbytes, page_locked=True).view(dtype)
 
 
 def _pairs(

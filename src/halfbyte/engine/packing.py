@@ -170,6 +170,19 @@ def parts_of(
     return found
 
 
+def tiles_of_loss(part: PackedBatch, size: int) -> Iterator[PackedBatch]:
+    """Yield the part with ``size`` of its supervised positions at a time; at least once."""
+    segments = part.segments
+    for start in range(0, max(1, len(part.rows)), size):
+        tile = slice(start, start + size)
+        yield replace(
+            part,
+            rows=part.rows[tile],
+            targets=part.targets[tile],
+            segments=None if segments is None else segments[tile],
+        )
+
+
 def part_of_shape(shape: PartShape, device: str | torch.device, supervised: int = 0) -> PackedBatch:
     """Return a part of this shape that contains only token 0, with ``supervised`` positions."""
     if not shape.documents:

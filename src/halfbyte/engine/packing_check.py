@@ -16,7 +16,6 @@ tables that depend on the longest position of the row.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +23,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.buckets import UnpaddedParts
-from halfbyte.engine.layerwise import EngineError, LayerEngine
+from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.objective import Objective
 from halfbyte.engine.packing import Batch
+from halfbyte.engine.recorded_layers import EngineError
 from halfbyte.layers.attention_interface import NAME
 from halfbyte.layers.multimodal import text_decoder
 from halfbyte.layers.packed_row import NotPackable, packed_row
+from halfbyte.layers.rotary_limit import rotary_limit
 from halfbyte.plan.ledger import CPU_PART_TOKENS
 
 # Tokens of the probe's documents: few, as small models have small windows.
@@ -70,7 +71,7 @@ def pack_documents(engine: LayerEngine | AutogradEngine, vocabulary: int) -> str
     except _ERRORS as error:
         engine.unpadded = None
         return f"its decoder cannot be called with packed documents: {error}"
-    limits = [n for n in (window, _rotary_limit(decoder)) if n is not None]
+    limits = [n for n in (window, rotary_limit(decoder)) if n is not None]
     longest = min(limits, default=None)
     if isinstance(engine, LayerEngine) and engine.model.device.type != "cpu":
         # Memory is planned for the shapes of buckets, as with fused layers.
@@ -127,19 +128,3 @@ def _logps(engine: LayerEngine | AutogradEngine, documents: Sequence[Tensor]) ->
 def _attends(decoder: nn.Module) -> bool:
     """Return whether a decoder has attention; Mamba's has none."""
     return any("Attention" in type(module).__name__ for module in decoder.modules())
-
-
-def _rotary_limit(decoder: nn.Module) -> int | None:
-    """Return the longest document whose rotary tables do not depend on others in its row."""
-    found: list[int] = []
-    module: Any
-    for module in decoder.modules():
-        kinds = getattr(module, "rope_type", None)
-        for name, kind in (kinds if isinstance(kinds, dict) else {None: kinds}).items():
-            if not isinstance(kind, str) or not ("dynamic" in kind or kind == "longrope"):
-                continue
-            config = module.config
-            parameters = config.rope_parameters if name is None else config.rope_parameters[name]
-            original = parameters.get("original_max_position_embeddings")
-            found.append(int(original or config.max_position_embeddings))
-    return min(found, default=None)

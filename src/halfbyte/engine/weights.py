@@ -47,6 +47,10 @@ class WeightProvider(Protocol):
     def nbytes(self) -> int:
         """Bytes of decoded weights that are held."""
 
+    @property
+    def side_streams(self) -> list[torch.cuda.Stream]:
+        """The streams on which weights are copied beside the current one."""
+
 
 class ResidentWeights:
     """Packed weights on the device, decoded a layer at a time.
@@ -89,6 +93,11 @@ class ResidentWeights:
         return self._cache.nbytes
 
     @property
+    def side_streams(self) -> list[torch.cuda.Stream]:
+        """None: nothing is copied."""
+        return []
+
+    @property
     def decodes(self) -> int:
         """Number of weights decoded so far."""
         return self._cache.decodes
@@ -126,6 +135,11 @@ class StreamedWeights(ResidentWeights):
         super().release(layer)
         if self.stream.slots > 1:
             self.stream.release(layer)
+
+    @property
+    def side_streams(self) -> list[torch.cuda.Stream]:
+        """The stream of the copies, on a GPU."""
+        return [] if self.stream.side_stream is None else [self.stream.side_stream]
 
     def forget(self) -> None:
         """Mark all weights as neither copied nor decoded."""

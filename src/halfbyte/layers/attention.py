@@ -34,10 +34,13 @@ class Documents(NamedTuple):
         cu_seqlens: int32 [documents + 1], the start of each and the end of the last, which is the
             length of the row. A document may be empty.
         max_seqlen: Upper bound on the tokens of a document.
+        lengths: The tokens of each, if the host knows them; not where passes are captured as CUDA
+            graphs, which are replayed for other documents.
     """
 
     cu_seqlens: Tensor
     max_seqlen: int
+    lengths: tuple[int, ...] = ()
 
 
 @cache
@@ -109,7 +112,7 @@ def for_each_head(x: Tensor, heads: int) -> Tensor:
 
 def _within(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float) -> Tensor:
     """Return [T, H, D] for q [T, H, D] and k, v [T, G, D]."""
-    cu_seqlens, max_seqlen = documents
+    cu_seqlens, max_seqlen, _ = documents
     known = _over_sequences()
     if can_pack(q.dtype, q.device, q.shape[-1]) and known is not None:
         function, options = known

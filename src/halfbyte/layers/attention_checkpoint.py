@@ -11,7 +11,7 @@ tensors, and backward substitutes:
     the rest   likewise (flash attention's logsumexp, 4 bytes per query and head)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +80,7 @@ class CheckpointedAttention:
         v: Likewise.
         documents: Likewise.
         scale: Likewise.
+        attention: What computes it, with the arguments of `attend`, which it is by default.
 
     Attributes:
         tensors: The output [B, T, H · D] and the other tensors backward needs; `again` also accepts
@@ -87,7 +88,13 @@ class CheckpointedAttention:
     """
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        documents: Documents | None,
+        scale: float,
+        attention: Callable[..., Tensor] | None = None,
     ) -> None:
         inputs, box = [x.detach() for x in (q, k, v)], _Box()
         places = {_place(x): i for i, x in enumerate(inputs)}
@@ -112,7 +119,7 @@ class CheckpointedAttention:
         with torch.enable_grad():
             entered = [_Enter.apply(proxy, x, box, i) for i, x in enumerate(inputs)]  # type: ignore[no-untyped-call]
             with saved_tensors_hooks(pack, unpack):
-                out = attend(entered[0], entered[1], entered[2], documents, scale)
+                out = (attention or attend)(entered[0], entered[1], entered[2], documents, scale)
             self._end = _Leave.apply(out, box)  # type: ignore[no-untyped-call]
         self._box, self._strides = box, [x.stride() for x in inputs]
         self.tensors = [out.detach()]

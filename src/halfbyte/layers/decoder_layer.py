@@ -9,9 +9,11 @@ not affected.
 rounds less often), or None if the layer is not supported.
 """
 
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from halfbyte.layers.attention import Documents, attend
@@ -25,8 +27,12 @@ from halfbyte.layers.elementwise import (
 from halfbyte.layers.families import LayerSpec, spec_of
 from halfbyte.layers.flash_attention import attend_with_sinks
 from halfbyte.layers.gated_experts import outputs_unread
+from halfbyte.layers.long_attention import attend_long
 from halfbyte.layers.mlp import gated_mlp
 from halfbyte.layers.qkv import turned_heads
+from halfbyte.layers.tiled_layer import tiled_layer
+from halfbyte.linear.frozen import FrozenLinear
+from halfbyte.linear.sequence_tiles import is_long
 
 
 class AttentionCheckpoint:
@@ -42,11 +48,20 @@ class AttentionCheckpoint:
         self._attended: CheckpointedAttention | None = None
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        documents: Documents | None,
+        scale: float,
+        attention: Callable[..., Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the attention output [B, T, H · D] and, when recomputing, the stream after it."""
+        """Return the attention output [B, T, H · D] and, when recomputing, the stream after it.
+
+        ``attention`` has the arguments and the result of `attend`, which it is by default.
+        """
         if self._attended is None:
-            self._attended = CheckpointedAttention(q, k, v, documents, scale)
+            self._attended = CheckpointedAttention(q, k, v, documents, scale, attention)
             return self._attended.tensors[0], None
         (h, *rest), self.tensors = self.tensors, []
         return self._attended.again(q, k, v, rest), h
@@ -107,6 +122,8 @@ class FusedLayer:
         """
         if self._sinks is not None:
             checkpoint = None
+        if self.is_tiled(x, read=read):
+            return self._by_tiles(x, cos, sin, documents, read=read, checkpoint=checkpoint)
         y, residual = rms_norm_beside(x, self._first.weight, self._first.variance_epsilon)
         q, k, v = self._heads(y, cos, sin)
         scale, known = self._attention.scaling, None
@@ -130,11 +147,47 @@ class FusedLayer:
         result: Tensor = h + d if read else unread_sum(h, d)
         return result
 
-    def _heads(self, y: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q, k and v, rotated, [B, T, heads, n]."""
+    def is_tiled(self, x: Tensor, *, read: bool = True) -> bool:
+        """Return whether a call with x [B, T, hidden] computes by tiles (layers/tiled_layer.py).
+
+        Not if all activations are to be kept for backward: tiles keep less, and recompute it.
+        """
+        kept = read and torch.is_grad_enabled()
+        return self.can_tile and not kept and is_long(x.shape[0], x.shape[1])
+
+    @property
+    def can_tile(self) -> bool:
+        """Whether its parts treat every token alike: a mixture's router counts them all."""
+        return self._mixture is None and self._sinks is None
+
+    def _by_tiles(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        documents: Documents | None,
+        *,
+        read: bool,
+        checkpoint: AttentionCheckpoint | None,
+    ) -> Tensor:
+        scale, first = self._attention.scaling, checkpoint is not None and not checkpoint.tensors
+
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+            if checkpoint is not None:
+                return checkpoint.attend(q, k, v, documents, scale, attend_long)
+            return attend_long(q, k, v, documents, scale), None
+
+        leave = checkpoint.leave if checkpoint is not None and first else None
+        parts = _Parts(self)
+        return tiled_layer(parts, x, cos, sin, attention, read=read, on_residual=leave)
+
+    def _heads(
+        self, y: Tensor, cos: Tensor, sin: Tensor, *, read: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k and v, rotated, [B, T, heads, n]; not computed if that is not needed."""
         projections = self._projections
         if not self._head_norms:
-            q, k, v = turned_heads(y, projections, cos, sin)
+            q, k, v = turned_heads(y, projections, cos, sin, read=read)
         else:
             q, k, v = (project(y).unflatten(-1, (-1, self.head_dim)) for project in projections)
             norm_q, norm_k = self._head_norms
@@ -142,6 +195,40 @@ class FusedLayer:
             eps = norm_q.variance_epsilon, norm_k.variance_epsilon
             q, k = qk_norm_rotary(q, k, *weights, *eps, cos, sin)
         return q, k, v
+
+
+class _Parts:
+    """The parts of a fused layer, as `tiled_layer` calls them."""
+
+    def __init__(self, layer: FusedLayer) -> None:
+        self._layer = layer
+
+    def linears(self, part: str) -> Sequence[FrozenLinear]:
+        layer = self._layer
+        found: dict[str, Sequence[FrozenLinear]] = {
+            "heads": layer._projections,
+            "output": (layer._out,),
+            "mlp": layer._mlp,
+        }
+        return found[part]
+
+    def heads(
+        self, x: Tensor, cos: Tensor, sin: Tensor, *, read: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        norm = self._layer._first
+        y, residual = rms_norm_beside(x, norm.weight, norm.variance_epsilon)
+        return *self._layer._heads(y, cos, sin, read=read), residual
+
+    def output(self, attended: Tensor, *, read: bool = True) -> Tensor:
+        project = self._layer._out
+        result: Tensor = project(attended) if read else project.unread(attended)
+        return result
+
+    def mlp(self, h: Tensor, *, read: bool = True) -> Tensor:
+        norm = self._layer._second
+        y, h = rms_norm_beside(h, norm.weight, norm.variance_epsilon)
+        d = gated_mlp(y, *self._layer._mlp, read=read)
+        return h + d if read else unread_sum(h, d)
 
 
 def fused(layer: nn.Module) -> FusedLayer | None:

@@ -121,7 +121,7 @@ class _FlashAttention(torch.autograd.Function):
             documents = Documents(ends, length)
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        starts, longest = documents
+        starts, longest, _ = documents
         options: dict[str, Any] = {"scale": scale}
         if window is not None:
             options |= {"window_size_left": window - 1, "window_size_right": 0}

@@ -7,7 +7,7 @@ adapter's dA. As one operation,
 
     forward         writes only inner if there is no backward
     recomputation   computes only gate and up: its output is not read, and inner Aᵀ of the adapter
-                    is kept from forward (`OpenLayer`)
+                    is kept from forward (`OpenLayer`); if it is not, inner is computed for it
     backward        recomputes inner in registers, in the kernel that overwrites gate and up with
                     their gradients
 
@@ -44,11 +44,10 @@ def gated_mlp(
     if both is None or last is None:
         inner = swiglu(gate(x), up(x))
         return down(inner) if read else down.unread(inner)
-    if not read and not down.group.has_lora_activation:
-        read = True  # p of the last product is needed, and so is inner
     gradients = torch.is_grad_enabled()  # always False inside forward
+    restored = down.group.has_lora_activation
     factors = factors_of([*both.updates, *last.updates])
-    return _GatedMLP.apply(x, both, last, gradients, read, *factors)  # type: ignore[no-any-return, no-untyped-call]
+    return _GatedMLP.apply(x, both, last, gradients, read, restored, *factors)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _GatedMLP(torch.autograd.Function):
@@ -60,6 +59,7 @@ class _GatedMLP(torch.autograd.Function):
         last: FusedLoraLinear,
         gradients: bool,
         read: bool,
+        restored: bool,
         *_factors: Tensor | None,
     ) -> Tensor:
         from halfbyte.layers import triton_elementwise
@@ -67,10 +67,9 @@ class _GatedMLP(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         p = both.into_a(rows)
         between: Tensor | None
-        if not read:
+        if not read and restored:
             between = both.forward(rows, p)
             q = last.into_a(rows)  # restored; rows are not read
-            y = rows.new_zeros(1, 1).expand(len(rows), *last.outputs)
         else:
             gated = both.gated_forward(rows, p, keep=gradients)
             if gated is None:
@@ -79,7 +78,10 @@ class _GatedMLP(torch.autograd.Function):
             else:
                 inner, between = gated
             q = last.into_a(inner)
+        if read:
             y = last.forward(inner, q)
+        else:
+            y = rows.new_zeros(1, 1).expand(len(rows), *last.outputs)
         ctx.both, ctx.last, ctx.written = both, last, False
         ctx.save_for_backward(rows, between, p, q)
         return y.view(*x.shape[:-1], y.shape[1])
@@ -115,4 +117,4 @@ class _GatedMLP(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = both.input_gradient([gate, up], g).view(*grads[0].shape[:-1], -1)
-        return dx, None, None, None, None, *of_both, *of_last
+        return dx, None, None, None, None, None, *of_both, *of_last

@@ -21,7 +21,12 @@ from halfbyte.linear.group import factors_of
 
 
 def turned_heads(
-    x: Tensor, projections: Sequence[FrozenLinear], cos: Tensor, sin: Tensor
+    x: Tensor,
+    projections: Sequence[FrozenLinear],
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    read: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return q and k rotated by their positions, and v, [B, T, heads, n] each.
 
@@ -30,13 +35,14 @@ def turned_heads(
         projections: The linears of q, k and v.
         cos: [1 or B, T, n]; see `elementwise.rotary`.
         sin: Likewise.
+        read: Whether the values are read. If not, they may be placeholders with the same backward.
     """
     call = projections[0].group.fused_alone(x, projections)
     if call is None:
         heads = (project(x).unflatten(-1, (-1, cos.shape[-1])) for project in projections)
         q, k, v = heads
         return *rotary(q, k, cos, sin), v
-    return _TurnedHeads.apply(x, call, cos, sin, *factors_of(call.updates))  # type: ignore[no-any-return, no-untyped-call]
+    return _TurnedHeads.apply(x, call, cos, sin, read, *factors_of(call.updates))  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _TurnedHeads(torch.autograd.Function):
@@ -47,6 +53,7 @@ class _TurnedHeads(torch.autograd.Function):
         call: FusedLoraLinear,
         cos: Tensor,
         sin: Tensor,
+        read: bool,
         *_factors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         from halfbyte.layers import triton_elementwise
@@ -56,13 +63,16 @@ class _TurnedHeads(torch.autograd.Function):
         turn = triton_matmul.Turn(cos, sin, sum(call.outputs[:2]))
         turns = call.turns(rows, turn)
         p = call.into_a(rows)
+        ctx.call = call
+        ctx.save_for_backward(rows, p, cos, sin)
+        if not read:  # backward reads neither
+            zero, size = x.new_zeros(1), cos.shape[-1]
+            return tuple(zero.expand(*x.shape[:-1], n // size, size) for n in call.outputs)
         y = call.forward(rows, p, turn if turns else None)
         parts = torch.split(y, call.outputs, 1)
         q, k, v = (part.view(*x.shape[:-1], -1, cos.shape[-1]) for part in parts)
         if not turns:
             q, k = triton_elementwise.rotary(q, k, cos, sin)
-        ctx.call = call
-        ctx.save_for_backward(rows, p, cos, sin)
         return q, k, v
 
     @staticmethod
@@ -76,4 +86,4 @@ class _TurnedHeads(torch.autograd.Function):
         dx, gradients = ctx.call.backward(dys, rows, p, dx=ctx.needs_input_grad[0])
         if dx is not None:
             dx = dx.view(*grads[0].shape[:2], -1)
-        return dx, None, None, None, *gradients
+        return dx, None, None, None, None, *gradients

@@ -141,6 +141,7 @@ class LayerStream:
         slots: Layers on the device at a time. With one, a layer may be overwritten as soon as it
             has been decoded.
         streamed: The layers that are streamed, ascending; the others are resident.
+        side_stream: The stream of the copies; None on a CPU.
         copied_bytes: Bytes copied to the device so far; what CUDA graphs copy is not counted.
     """
 
@@ -152,7 +153,7 @@ class LayerStream:
         decoded = all(isinstance(m, FrozenLinear) and m.quantized is not None for m in modules)
         self.slots = source.slots if decoded else SLOTS
         on_gpu = self._device.type == "cuda"
-        self._side = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
+        self.side_stream = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
         self.copied_bytes = 0
         self.streamed: list[int] = []
         self._slots: dict[int, _Slot] = {}
@@ -171,8 +172,8 @@ class LayerStream:
         CUDA graphs that were captured before must not be replayed afterwards.
         """
         wanted = set(resident)
-        if self._side is not None:  # a copy may be under way, of a step that was not finished
-            torch.cuda.current_stream().wait_stream(self._side)
+        if self.side_stream is not None:  # a copy may be under way, of a step that was not finished
+            torch.cuda.current_stream().wait_stream(self.side_stream)
         old = list({id(slot): slot for slot in self._slots.values()}.values())
         self._slots = {}
         self._resident = {i: held for i, held in self._resident.items() if i in wanted}
@@ -188,7 +189,7 @@ class LayerStream:
             nbytes = max(self.layers[i].nbytes for i in turn)
             slot = next((slot for slot in old if slot.memory.nbytes >= nbytes), None)
             if slot is None:
-                slot = _Slot(nbytes, self._device, self._side)
+                slot = _Slot(nbytes, self._device, self.side_stream)
             else:  # allocated anew, it would exist twice until all modules refer to the new one
                 old.remove(slot)
             self._slots |= dict.fromkeys(turn, slot)
@@ -205,16 +206,16 @@ class LayerStream:
         slot.layer = layer
         nbytes = self.layers[layer].nbytes
         self.copied_bytes += nbytes
-        if self._side is None:
+        if self.side_stream is None:
             self.source.copy_to(layer, slot.memory[:nbytes])
             return
         if slot.free is None:
-            self._side.wait_stream(torch.cuda.current_stream())
+            self.side_stream.wait_stream(torch.cuda.current_stream())
         else:
-            self._side.wait_event(slot.free)
-        with torch.cuda.stream(self._side):
+            self.side_stream.wait_event(slot.free)
+        with torch.cuda.stream(self.side_stream):
             self.source.copy_to(layer, slot.memory[:nbytes])
-            slot.copied = self._side.record_event()
+            slot.copied = self.side_stream.record_event()
 
     def acquire(self, layer: int) -> None:
         """Have the current stream wait until a layer is on the device."""
@@ -229,7 +230,7 @@ class LayerStream:
     def release(self, layer: int) -> None:
         """Allow a layer to be overwritten, after what the current stream has queued so far."""
         slot = self._slots.get(layer)
-        if slot is not None and self._side is not None:
+        if slot is not None and self.side_stream is not None:
             slot.free = torch.cuda.current_stream().record_event()
 
     def forget(self) -> None:

@@ -55,6 +55,7 @@ from halfbyte.linear.parameter_lora import (
     kaiming_uniform,
     names_in_peft,
 )
+from halfbyte.linear.sequence_tiles import Tile, is_long, tiles_of
 from halfbyte.runtime.matmul import product
 
 _WEIGHT = ".weight"
@@ -133,18 +134,40 @@ class LoRAConfig:
 
 
 class DropoutClock:
-    """Training position that the dropout masks depend on; shared by all adapters of a model."""
+    """Training position that the dropout masks depend on; shared by all adapters of a model.
+
+    Attributes:
+        tile: The tile of a long sequence that is computed at the time (layers/tiled_layer.py).
+    """
 
     def __init__(self, seed: int) -> None:
         self.seed, self.step, self.micro_batch = seed, 0, 0
         self.running = False
+        self.tile: Tile | None = None
 
     def mask(self, like: Tensor, p: float, layer: int) -> Tensor:
-        """Return a mask of the shape and dtype of ``like``: 0 with probability p, else 1/(1-p)."""
-        place = f"{self.seed}/{self.step}/{self.micro_batch}/{layer}".encode()
+        """Return a mask of the shape and dtype of ``like``: 0 with probability p, else 1/(1-p).
+
+        That of a long sequence is drawn by tiles, so that it is the same whether ``like`` is the
+        whole or the `tile` of it that a layer computes at the time.
+        """
+        if self.tile is None and like.dim() == 3 and is_long(*like.shape[:2]):
+            mask = torch.empty_like(like)
+            for tile in tiles_of(*like.shape[:2]):
+                part = mask[tile.row : tile.row + 1, tile.start : tile.stop]
+                part.copy_(self._draw(part, p, layer, tile))
+            return mask
+        return self._draw(like, p, layer, self.tile)
+
+    def _draw(self, like: Tensor, p: float, layer: int, tile: Tile | None) -> Tensor:
+        where = f"{self.seed}/{self.step}/{self.micro_batch}/{layer}"
+        if tile is not None:
+            where += f"/{tile.row}/{tile.start}"
+        place = where.encode()
         seed = int.from_bytes(blake2b(place, digest_size=8).digest(), "little") >> 1
         generator = torch.Generator(like.device).manual_seed(seed)
-        mask = torch.empty_like(like).bernoulli_(1.0 - p, generator=generator)
+        empty = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        mask = empty.bernoulli_(1.0 - p, generator=generator)
         return mask.div_(1.0 - p)
 
 

@@ -14,10 +14,6 @@ Parts on GPUs need peer access between them (NVLink, or PCIe where the driver al
 """
 
 import base64
-import mmap
-import os
-import pickle
-import weakref
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, Literal, Protocol
@@ -28,7 +24,7 @@ from torch import Tensor
 from halfbyte.errors import ConfigError
 from halfbyte.linear.layer_store import LayersElsewhere
 from halfbyte.linear.layer_stream import LayerWeights
-from halfbyte.runtime.host_memory import mapped_memory
+from halfbyte.runtime.host_memory import opened_memory, shared_memory
 
 _ALIGNED = 256
 
@@ -70,16 +66,13 @@ class ShardedLayers(LayersElsewhere):
         # Between GPUs, and within host memory, copies of layers would gain nothing, and take the
         # memory that dividing was to save.
         self.may_stay = place == "host" and self._locked
-        self._file: int | None = None
+        self._handle: list[Any] | None = None  # of host memory
         total = max(1, self._starts[-1])
         if place == "gpu":
             self.slots = 1  # a layer comes in a fraction of the time that one takes
             self._own = torch.empty(total, dtype=torch.uint8, device=self._device)
         else:
-            self._file = os.memfd_create("halfbyte-weights")
-            weakref.finalize(self, os.close, self._file)
-            os.ftruncate(self._file, total)
-            self._own = mapped_memory(mmap.mmap(self._file, total), page_locked=self._locked)
+            self._own, self._handle = shared_memory(total, page_locked=self._locked)
         self._parts: list[Tensor] = []
 
     @property
@@ -114,7 +107,7 @@ class ShardedLayers(LayersElsewhere):
         mine = {
             "machine": machine,
             "rank": self._rank,
-            "handle": _handle(self._own, self._file),
+            "handle": self._handle or _gpu_handle(self._own),
             "sum": _checksum(self._own),
         }
         found = [one for one in group.gather_object(mine) if one["machine"] == machine]
@@ -125,7 +118,12 @@ class ShardedLayers(LayersElsewhere):
                 parts[one["rank"]] = part = (
                     self._own
                     if one["rank"] == self._rank
-                    else _opened(one["handle"], len(self._own), page_locked=self._locked)
+                    else _opened(
+                        one["handle"],
+                        len(self._own),
+                        on_gpu=self._own.is_cuda,
+                        page_locked=self._locked,
+                    )
                 )
                 if _checksum(part) != one["sum"]:
                     failed = f"what is read of rank {one['rank']} is not what it holds"
@@ -148,28 +146,23 @@ class ShardedLayers(LayersElsewhere):
             into.copy_(self._parts[rank][place : place + len(into)], non_blocking=True)
 
 
-def _handle(own: Tensor, file: int | None) -> Any:
-    """Return how another process finds this memory, a JSON value."""
-    if file is not None:
-        return [os.getpid(), file]
-    from torch.multiprocessing.reductions import reduce_tensor
+def _gpu_handle(own: Tensor) -> list[Any]:
+    """Return how another process finds this memory of a GPU, a JSON value."""
+    shared = own.untyped_storage()._share_cuda_()  # type: ignore[no-untyped-call]
+    return [
+        {"bytes": base64.b64encode(one).decode()} if isinstance(one, bytes) else one
+        for one in shared
+    ]
 
-    shared = reduce_tensor(own)  # type: ignore[no-untyped-call]
-    return base64.b64encode(pickle.dumps(shared)).decode()
 
-
-def _opened(handle: Any, nbytes: int, *, page_locked: bool) -> Tensor:
-    """Return the memory that another process described with `_handle`, uint8 [nbytes]."""
-    if isinstance(handle, str):
-        rebuild, arguments = pickle.loads(base64.b64decode(handle))  # of our own run
-        part: Tensor = rebuild(*arguments)
-        return part
-    process, number = handle
-    file = os.open(f"/proc/{process}/fd/{number}", os.O_RDWR)
-    try:
-        return mapped_memory(mmap.mmap(file, nbytes), page_locked=page_locked)
-    finally:
-        os.close(file)
+def _opened(handle: list[Any], nbytes: int, *, on_gpu: bool, page_locked: bool) -> Tensor:
+    """Return the memory that another process described, uint8 [nbytes]."""
+    if not on_gpu:
+        return opened_memory(handle, nbytes, page_locked=page_locked)
+    shared = [base64.b64decode(one["bytes"]) if isinstance(one, dict) else one for one in handle]
+    shared[0] = torch.cuda.current_device()  # where it is opened, in this process's numbering
+    storage = torch.UntypedStorage._new_shared_cuda(*shared)
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)[:nbytes]
 
 
 def _checksum(memory: Tensor) -> int:

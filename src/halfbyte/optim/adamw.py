@@ -22,6 +22,7 @@ from halfbyte.optim import reference
 from halfbyte.optim.buckets import Bucket, StateChunk, groups_of, pieces_of
 from halfbyte.optim.managed import Managed, why_not
 from halfbyte.optim.paging import Paging, Store, Streamed
+from halfbyte.optim.sharded_state import SharedState
 from halfbyte.quant.format import gpu_kernels
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -51,6 +52,8 @@ class AdamW(torch.optim.Optimizer):
             paging.py. Results are identical. On a CPU it is ``off``.
         bfloat16: How a bfloat16 parameter keeps small updates: a float32 ``master`` copy in the
             state, or ``stochastic`` rounding.
+        shared: Shares the state with other processes; paging is ``explicit`` then. A step updates a
+            part of the parameters, `updated_parts`, and the caller must exchange them.
         impl: ``gpu`` for Triton, ``torch`` for plain PyTorch; ``auto`` for Triton on a GPU that it
             supports.
 
@@ -70,6 +73,7 @@ class AdamW(torch.optim.Optimizer):
         state_bits: Literal[32, 8] = 32,
         paging: Literal["off", "explicit", "auto", "managed"] = "off",
         bfloat16: Literal["master", "stochastic"] = "master",
+        shared: SharedState | None = None,
         impl: Literal["auto", "gpu", "torch"] = "auto",
     ) -> None:
         for name, value, known in (
@@ -92,6 +96,9 @@ class AdamW(torch.optim.Optimizer):
         (self._device,) = devices
         self._wants_paging = paging != "off"
         self.paging = paging if self._device.type == "cuda" else "off"
+        self._shared = shared
+        if shared is not None:
+            self.paging = "explicit"
         if self.paging == "managed" and (reason := why_not(self._device)) is not None:
             raise ConfigError(f'paging "managed" is not possible: {reason}. Use paging "explicit"')
         wants_gpu = impl == "gpu" or (impl == "auto" and self._device.type == "cuda")
@@ -214,7 +221,13 @@ class AdamW(torch.optim.Optimizer):
     def device_bytes(self, *, tight: bool = False) -> int:
         """Return the bytes of state on the device during a step; ``tight``: one short of memory."""
         if self.paging == "explicit":
-            return sum(sorted(group.nbytes for group in groups_of(self.pieces))[-2:])
+            if self._shared is None:
+                groups = groups_of(self.pieces)
+            else:
+                groups = groups_of(self.pieces, self._shared.size)
+                own = self._shared.own(groups)
+                groups = groups[own.start : own.stop]
+            return sum(sorted(group.nbytes for group in groups)[-2:])
         return 0 if tight and self.paging != "off" else self.state_bytes
 
     def describe(self) -> str:
@@ -225,7 +238,11 @@ class AdamW(torch.optim.Optimizer):
             "auto": "on the GPU; on the host while a step is short of memory",
             "managed": "in managed memory, on the host while a step is short of memory",
         }[self.paging]
-        if self._device.type != "cuda":
+        if self._shared is not None:
+            where = (
+                f"once in host memory for {self._shared.size} processes, which update a part each"
+            )
+        elif self._device.type != "cuda":
             where = "in the host's memory"
             if self._wants_paging:
                 where += f": there is nothing to page from on {self._device}"
@@ -253,8 +270,11 @@ class AdamW(torch.optim.Optimizer):
             self._store.prefetch()
 
     def report(self) -> Paging | None:
-        """Return statistics of paging since the last call; None if it is ``off``."""
-        return None if self._store is None or self.paging == "off" else self._store.report()
+        """Return statistics of paging since the last call; None if nothing is paged."""
+        in_place = self._shared is not None and self._device.type != "cuda"
+        if self._store is None or self.paging == "off" or in_place:
+            return None
+        return self._store.report()
 
     # --- parts of a step ------------------------------------------------------------------------
 
@@ -337,6 +357,21 @@ class AdamW(torch.optim.Optimizer):
     def _active_ones(self, group: Bucket) -> list[StateChunk]:
         return [p for p in group.pieces if self._parameters[p.index].grad is not None]
 
+    # --- several processes ----------------------------------------------------------------------
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the state is that of one step: no other process has begun another update."""
+        return self._shared is None or self._shared.is_whole
+
+    def updated_parts(self) -> list[tuple[Tensor, slice]]:
+        """Return the parameters that `step` updates here, and which elements of each, flat."""
+        return [
+            (self._parameters[piece.index], slice(piece.start, piece.start + piece.count))
+            for group in self._state_store().units()
+            for piece in group.pieces
+        ]
+
     # --- state ----------------------------------------------------------------------------------
 
     @property
@@ -350,7 +385,7 @@ class AdamW(torch.optim.Optimizer):
         if self.paging == "managed":
             store: Store = Managed(pieces, self._device)
         else:
-            store = Streamed(pieces, self._device, away=away)
+            store = Streamed(pieces, self._device, away=away, shared=self._shared)
         for piece, views in _state_of(store):
             if "master" in views:
                 flat = self._parameters[piece.index].detach().view(-1)
@@ -395,6 +430,8 @@ class AdamW(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore the result of `state_dict`, bit for bit, whatever the mode of paging.
+
+        Shared state is restored when all processes have done this.
 
         Raises:
             CheckpointError: If it belongs to other parameters, or has another precision.

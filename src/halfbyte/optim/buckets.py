@@ -112,12 +112,16 @@ def pieces_of(parameters: Sequence[Tensor], *, bits: int, master: bool) -> list[
     return pieces
 
 
-def groups_of(pieces: Sequence[StateChunk]) -> list[Bucket]:
+def groups_of(pieces: Sequence[StateChunk], parts: int = 1) -> list[Bucket]:
     """Split pieces into groups of 16 MiB or an eighth of all, whichever is less; at least a piece.
 
     While the state is on the host, two groups are on the device at a time.
+
+    Args:
+        pieces: Adjacent pieces.
+        parts: The processes that each update a part; the eighth is of such a part.
     """
-    limit = min(GROUP_BYTES, sum(piece.nbytes for piece in pieces) // 8)
+    limit = min(GROUP_BYTES, sum(piece.nbytes for piece in pieces) // (8 * parts))
     groups: list[list[StateChunk]] = []
     size = 0
     for piece in pieces:

@@ -6,7 +6,7 @@ own streams, and the current stream waits at the end of a step: a layer's state 
 and sent back during the backward of the layers below it. That wait is measured with events.
 
     off       all of it on the device, always
-    explicit  all of it on the host, always
+    explicit  all of it on the host, always; several processes can share it (sharded_state.py)
     auto      on the device; moved to the host before a step known to be short of memory, and back
               before that step's update, when activations are freed
     managed   the same with memory that the driver can move, too (managed.py)
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.optim.buckets import Bucket, StateChunk, groups_of
+from halfbyte.optim.sharded_state import SharedState
 
 Update = Callable[[Bucket, Tensor, int], None]
 """Updates the chunks of a bucket; its state is in the tensor, which starts at byte `int` of all."""
@@ -127,15 +128,22 @@ class Streamed:
         device: The device of the update. On a CPU, "host" and "device" are the same memory, and
             copies are not overlapped.
         away: Whether it starts on the host.
+        shared: Shares it with other processes, so that it stays on the host.
     """
 
     def __init__(
-        self, pieces: Sequence[StateChunk], device: torch.device, *, away: bool = False
+        self,
+        pieces: Sequence[StateChunk],
+        device: torch.device,
+        *,
+        away: bool = False,
+        shared: SharedState | None = None,
     ) -> None:
         """Allocate zeros."""
-        self._device = device
+        self._device, self._shared = device, shared
         self._whole = Bucket(tuple(pieces))
-        self._groups = groups_of(pieces)
+        self._groups = groups_of(pieces, 1 if shared is None else shared.size)
+        self._own = range(len(self._groups)) if shared is None else shared.own(self._groups)
         self._numbers = {group.offset: number for number, group in enumerate(self._groups)}
         self._memory: Tensor | None = None
         self._host: list[Tensor] = []
@@ -144,8 +152,10 @@ class Streamed:
         self._waits = Waits(device)
         cuda = device.type == "cuda"
         self._inward, self._outward = (_stream(device) if cuda else None for _ in range(2))
-        if away:
+        if away and (cuda or shared is None):
             self._go()
+        elif shared is not None:  # on a CPU it is updated in place
+            self._memory = shared.allocate(self._whole.nbytes)
         else:
             self._memory = torch.zeros(self._whole.nbytes, dtype=torch.uint8, device=device)
 
@@ -156,10 +166,15 @@ class Streamed:
 
     def units(self) -> Sequence[Bucket]:
         """Return one bucket while on the device, else groups in the order of backward."""
-        return self._groups[::-1] if self.away else [self._whole]
+        if not self.away and self._shared is None:
+            return [self._whole]
+        return self._groups[self._own.start : self._own.stop][::-1]
 
     def visit(self, groups: Sequence[Bucket], update: Update, *, last: bool) -> None:
         """Update groups, streaming those that are on the host."""
+        if self._shared is not None:
+            assert last, "state of several processes is updated at the end of a step"
+            self._shared.begin_update()
         if self._memory is not None:
             for group in groups:
                 update(group, self._memory, 0)
@@ -170,7 +185,7 @@ class Streamed:
         for group in groups:
             number = self._numbers[group.offset]
             slot = self._fetch(number)
-            if number:
+            if number > self._own.start:
                 # The other buffer is for the next group, updated now or when its layer is done.
                 self._fetch(number - 1)
             with torch.cuda.stream(self._outward):
@@ -184,12 +199,13 @@ class Streamed:
         if last:
             with self._waits:
                 for slot in self._slots:
-                    _wait(current, slot.updated)
+                    # Others read shared state once they know that this process is past this point.
+                    _wait(current, slot.updated if self._shared is None else slot.left)
 
     def prefetch(self) -> None:
         """Start to fetch the state that is updated first, while the device does other work."""
         if self.away:
-            for number in range(len(self._groups))[-2:]:
+            for number in self._own[-2:]:
                 self._fetch(number)
 
     def _fetch(self, number: int) -> _Slot:
@@ -252,21 +268,24 @@ class Streamed:
         here = sum(slot.buffer.nbytes for slot in self._slots)
         here += 0 if self._memory is None else self._memory.nbytes
         moved, self._moved = self._moved, 0
-        there = self._whole.nbytes if self.away else 0
+        there = sum(group.nbytes for group in self.units()) if self.away else 0
         return Paging(here, there, moved, self._waits.milliseconds())
 
     def _go(self) -> None:
         """Allocate memory on the host."""
         locked = self._device.type == "cuda"
-        if not self._host:
+        if self._shared is not None:
+            whole = self._shared.allocate(self._whole.nbytes)
+            self._host = [whole[group.offset :][: group.nbytes] for group in self._groups]
+        elif not self._host:
             self._host = [
                 torch.zeros(group.nbytes, dtype=torch.uint8, pin_memory=locked)
                 for group in self._groups
             ]
 
     def _buffers(self) -> list[_Slot]:
-        largest = max(group.nbytes for group in self._groups)
-        slots = [_Slot(largest, self._device) for _ in range(min(2, len(self._groups)))]
+        largest = max(self._groups[number].nbytes for number in self._own)
+        slots = [_Slot(largest, self._device) for _ in range(min(2, len(self._own)))]
         for stream in (self._inward, self._outward):
             if stream is not None:
                 for slot in slots:

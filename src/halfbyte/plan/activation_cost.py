@@ -47,6 +47,16 @@ rest again in backward. For k experts per token of inner width I there are, whil
 On a GPU, if n experts are decoded at a time and n < k, as with all inputs offloaded, then what is
 inside the experts is that of n experts: the terms with I are e·n·I and e·n·3I.
 
+Long parts of layers without experts are recomputed by tiles on a GPU (`layers.tiled_layer`). Then
+only these exist for all tokens, and everything else for a tile:
+
+    forward     q, k, v and attention's output, later the stream after attention
+    backward    q, k, v, attention's output and the stream after it; in attention's backward the
+                gradient of its output instead of the stream, and sums for a group of heads
+
+The gradients of q, k and v take the place of these, those of the stream that of the output's, and
+x Aᵀ is not kept.
+
 In addition there is the residual stream itself, as wide as a layer's input, several times. On a CPU
 this is its gradient. CUDA graphs have tensors of their own, so while they are captured there are
 
@@ -62,6 +72,7 @@ into which the others are decoded in turn.
 
 from dataclasses import dataclass
 
+from halfbyte.linear.sequence_tiles import is_long, tile_tokens
 from halfbyte.plan.model_shape import ModelShape
 from halfbyte.runtime.device import DeviceSpec
 
@@ -70,6 +81,9 @@ from halfbyte.runtime.device import DeviceSpec
 _TILE, _SPAN, _SHORTEST, _PROGRAMS, GATED_RANK = 128, 1024, 32, 3, 32
 # linear/triton_matmul.py: rows from which Hopper's kernels run.
 _FEWEST_ROWS = 2048
+
+# layers/long_attention.py: tokens times heads of one call of attention's backward.
+_GROUP = 1 << 18
 
 # The narrowest model whose attention is worth keeping on the host, on an H100;
 # `GpuSpec.checkpoint_width` of others.
@@ -137,6 +151,10 @@ class LayerActivations:
     def lora(self) -> int:
         """What a recomputed layer keeps with its input: x Aᵀ of each linear."""
         return self.itemsize * self.ranks if self.on_gpu and self.itemsize == 2 else 0
+
+    def is_tiled(self, tokens: int) -> bool:
+        """Return whether a part of so many tokens is recomputed by tiles."""
+        return self.by_kernels and self.shape.mixture is None and is_long(1, tokens)
 
     def kept(self) -> dict[str, int]:
         """Return the bytes that a layer keeps in addition to its input, by term."""
@@ -215,6 +233,8 @@ class LayerActivations:
         All that its functions give is there until it ends. On Hopper, gate and up are not, but only
         their product: both happen in one kernel.
         """
+        if self.is_tiled(tokens):
+            return self._tiled_forward(tokens)
         if not self.by_kernels:
             return self.experts(tokens, backward=False)
         kept = sum(self.kept().values()) - self.lora
@@ -257,4 +277,42 @@ class LayerActivations:
 
     def backward(self, tokens: int) -> int:
         """Return what is alive at the peak of a layer's backward, input and output apart."""
+        if self.is_tiled(tokens):
+            return self._tiled_backward(tokens)
         return tokens * (sum(self.kept().values()) - self.lora) + self.gradients(tokens)
+
+    # --- by tiles ---------------------------------------------------------------------------------
+
+    def _whole(self) -> tuple[int, int, int]:
+        """Return the bytes a token of q, k, v; of attention's output; of the stream after it."""
+        s, e = self.shape, self.itemsize
+        return e * (s.query + 2 * s.key_value), e * s.query + 4 * s.heads, e * s.hidden
+
+    def _tiled_forward(self, tokens: int) -> int:
+        (heads, attended, stream), e = self._whole(), self.itemsize
+        tile = tile_tokens(tokens)
+        one_kernel = self.multiplied and self.gpu.is_hopper and tile >= _FEWEST_ROWS
+        widths = (1 if one_kernel and self.rank <= GATED_RANK else 3) * self.shape.intermediate
+        in_mlp = tile * e * (widths + 2 * self.shape.hidden)
+        # The output exists only in the last.
+        return max(tokens * (heads + attended - stream), tokens * stream + in_mlp)
+
+    def _tiled_backward(self, tokens: int) -> int:
+        (heads, attended, stream), e, s = self._whole(), self.itemsize, self.shape
+        tile = tile_tokens(tokens)
+        in_mlp = tile * e * (3 * s.intermediate + s.hidden) + self.gated_sums(tile)
+        return max(
+            tokens * (heads + attended + stream) + in_mlp,
+            tokens * (heads + attended + e * s.query) + self._attention_sums(tokens),
+        )
+
+    def _attention_sums(self, tokens: int) -> int:
+        """Return what attention's backward has for a group of heads beside q, k, v and outputs."""
+        s, e = self.shape, self.itemsize
+        groups = max(1, s.heads * s.key_value // s.query)
+        each, width = s.heads // groups, s.query // s.heads
+        sizes = (n for n in range(1, groups + 1) if groups % n == 0)
+        size = next((n for n in sizes if tokens * n * each >= _GROUP), groups)
+        # Of queries float32 and the result, and their sums; of keys and values each head's, summed.
+        of_queries = each * (width * (4 + e + 2 * e * (each > 1)) + 4)
+        return tokens * size * (of_queries + 2 * e * width)

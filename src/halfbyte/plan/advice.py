@@ -19,6 +19,7 @@ from halfbyte.plan.ledger import (
     fitted,
     largest,
     ledger,
+    policies_of,
     policy_of,
 )
 from halfbyte.plan.model_shape import ModelShape
@@ -178,14 +179,17 @@ def _way(
     policy = policy_of(shape, run, 0, offload=offload)
     if run.waits is not None:
         policy = replace(policy, streamed=shape.layers)
-    best = fitted(shape, run, budget, offload=offload)
+    best = fitted(shape, run, budget, offload=offload, host=host)
     chosen = best or replace(smallest_parts(run), policy=policy)
     least = replace(chosen, policy=policy)
 
     def fits(batch: int, length: int) -> bool:
-        one = replace(run, policy=policy, batch=batch, length=length, micro_batches=1)
-        entries = ledger(shape, smallest_parts(one))
-        return entries.needed <= budget and entries.on_host <= host
+        one = smallest_parts(replace(run, batch=batch, length=length, micro_batches=1))
+        for each in policies_of(shape, run, 0, offload=offload):
+            entries = ledger(shape, replace(one, policy=replace(each, streamed=policy.streamed)))
+            if entries.needed <= budget and entries.on_host <= host:
+                return True
+        return False
 
     entries = ledger(shape, chosen)
     return Way(
@@ -200,6 +204,11 @@ def _way(
         most=largest(lambda batch: fits(batch, run.length), 1, MOST),
         parameters=_largest_model(shape, least, budget),
     )
+
+
+def longest_context(found: Sequence[Way]) -> Way | None:
+    """Return the way that takes the longest sequence; of equal ones the first."""
+    return max((w for w in found if w.longest), key=lambda way: way.longest or 0, default=None)
 
 
 def smallest_parts(run: Run) -> Run:

@@ -13,10 +13,11 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from halfbyte.errors import ConfigError
+from halfbyte.linear.sequence_tiles import TILE_TOKENS, is_long, launches_unnoticed
 from halfbyte.plan.activation_cost import CHECKPOINT_WIDTH, H100, LayerActivations
 from halfbyte.plan.holding import Holding, Packed, held, in_fp8, nbytes_of
 from halfbyte.plan.model_shape import ModelShape, Weight
-from halfbyte.plan.policy import SLOTS, ActivationPolicy, Peak, StepCost, peak
+from halfbyte.plan.policy import EVERY, SLOTS, ActivationPolicy, Peak, StepCost, peak
 from halfbyte.runtime.device import DeviceSpec
 
 # Tokens of a part of packed documents; more do not make products faster (engine/buckets.py).
@@ -242,7 +243,7 @@ class Run:
             layers=shape.layers,
             input=int(holes * tokens * layer.input),
             part_input=part * layer.input,
-            lora=tokens * layer.lora,
+            lora=0 if layer.is_tiled(part) else tokens * layer.lora,
             saved=int(holes * tokens * layer.saved) + layer.copies,
             attention=tokens * layer.attention_checkpoint,
             attention_part=part * layer.attention_checkpoint,
@@ -255,6 +256,7 @@ class Run:
             decoded=_decoded(shape, self),
             weights=_stored(shape, self).layer_weights if self.waits else 0,
             slots=1 if self.waits == "gpus" and shape.mixture is None else SLOTS,
+            tiled=layer.is_tiled(part),
         )
 
 
@@ -469,10 +471,17 @@ def _trained(shape: ModelShape, run: Run) -> list[Line]:
     name = f"{MOMENTS}, {'8' if run.optimizer.endswith('8bit') else '32'} bits"
     # Paged state is on the host whenever memory is short, which is when it matters.
     pages = run.optimizer.startswith("paged") and run.device == "cuda"
+    state, shares = _state(numels, run.optimizer), run.waits is not None and run.shards > 1
+    if shares:  # once in host memory for all processes (optim/sharded_state.py)
+        pages, name, state = (
+            run.device == "cuda",
+            f"{name}, a part of {run.shards}",
+            -(-state // run.shards),
+        )
     return [
         Line("trained", f"adapters, {count / 1e6:.1f} M in float32", 4 * count),
         Line("trained", "their gradients, float32", 4 * count),
-        Line("host" if pages else "trained", name, _state(numels, run.optimizer)),
+        Line("host" if pages else "trained", name, state),
     ]
 
 
@@ -498,8 +507,8 @@ def _loss(shape: ModelShape, run: Run) -> int:
     packed = packed or (shape.tied and run.holding.quantize_head)
     # One kernel takes logits in the dtype of the product, and writes their gradient in their place.
     # Else they are float32, and at the highest there is a copy: what logsumexp sums. All in bytes.
-    in_place = run.device == "cuda" and e == 2 and not packed
-    size, copies = (e, e) if in_place else (4, 8)
+    tiled = run.device == "cuda" and e == 2 and not packed
+    size, copies = (e, e) if tiled else (4, 8)
     if run.device == "cpu" and e == 2 and not packed:
         copies += e  # logits as the product gave them: a hole by now, too small for another copy
     rows = min(run.part_tokens, max(16, LOGITS[run.device] // (size * shape.vocabulary)))
@@ -508,7 +517,9 @@ def _loss(shape: ModelShape, run: Run) -> int:
     copied = run.waits and run.embedding_on_host and run.device == "cuda" and not shape.tied
     if copied and head is not None and not packed:
         chunk += head.numel * e
-    # The supervised rows, their norm and the gradient of it.
+    # The supervised rows, their norm and the gradient of it: of a tile, beside the whole gradient.
+    if is_long(1, run.part_tokens):
+        return chunk + (run.part_tokens + 4 * TILE_TOKENS) * e * shape.hidden
     return chunk + 3 * run.part_tokens * e * shape.hidden
 
 
@@ -577,7 +588,9 @@ def ledger(shape: ModelShape, run: Run) -> Ledger:
         lines=(*_stored(shape, run).lines, *_trained(shape, run)),
         cost=run.step_cost(shape),
         policy=run.policy,
-        graphs=run.graphs and run.packs,
+        graphs=run.graphs
+        and run.packs
+        and not launches_unnoticed(1, run.part_tokens, shape.hidden),
         overhead=_overhead(shape, run),
         load_peak=_stored(shape, run).load_peak,
     )
@@ -594,7 +607,26 @@ def policy_of(shape: ModelShape, run: Run, saved: int, *, offload: bool) -> Acti
     return ActivationPolicy.offloading(shape.layers, saved, attention_checkpoint=worth)
 
 
-def fitted(shape: ModelShape, run: Run, budget: float, *, offload: bool = False) -> Run | None:
+def policies_of(
+    shape: ModelShape, run: Run, saved: int, *, offload: bool
+) -> list[ActivationPolicy]:
+    """Return `policy_of`, and then those that take less host memory, and longer."""
+    policies = [policy_of(shape, run, saved, offload=offload)]
+    if offload and policies[0].attention_checkpoint:
+        policies.append(ActivationPolicy.offloading(shape.layers, saved))
+    if offload and not saved:
+        policies += [ActivationPolicy.offloading(shape.layers, every=n) for n in EVERY]
+    return policies
+
+
+def fitted(
+    shape: ModelShape,
+    run: Run,
+    budget: float,
+    *,
+    offload: bool = False,
+    host: float = float("inf"),
+) -> Run | None:
     """Return ``run`` with the policy that saves most and needs at most ``budget``, or None.
 
     On a GPU decoded weights stay where all layers keep their activations and there is room left.
@@ -606,11 +638,17 @@ def fitted(shape: ModelShape, run: Run, budget: float, *, offload: bool = False)
         run: Its own policy is not looked at.
         budget: Bytes.
         offload: Whether inputs of recomputed layers wait on the host.
+        host: Bytes of host memory that may be taken. If they are too few, attention is recomputed,
+            and then only the inputs of every n-th layer wait there.
     """
 
     def saving(saved: int, streamed: int = shape.layers if run.waits else 0) -> Run:
-        policy = policy_of(shape, run, saved, offload=offload)
-        return replace(run, policy=replace(policy, streamed=streamed))
+        policies = policies_of(shape, run, saved, offload=offload)
+        runs = (replace(run, policy=replace(p, streamed=streamed)) for p in policies)
+        first = next(runs)
+        if ledger(shape, first).on_host <= host:
+            return first
+        return next((each for each in runs if ledger(shape, each).on_host <= host), first)
 
     def decoding(layers: int) -> Run:
         return replace(run, policy=ActivationPolicy(shape.layers, decoded=layers))
@@ -621,7 +659,7 @@ def fitted(shape: ModelShape, run: Run, budget: float, *, offload: bool = False)
     run = replace(run, fused=run.fused and shape.fusable)
     best = largest(lambda saved: needed(saving(saved)) <= budget, 0, shape.layers)
     if best is None and (smaller := run.with_smaller_parts()) is not None:
-        return fitted(shape, smaller, budget, offload=offload)
+        return fitted(shape, smaller, budget, offload=offload, host=host)
     if best is not None and run.waits and run.waits != "gpus":
         layers, few = shape.layers, best
         resident = largest(lambda n: needed(saving(few, layers - n)) <= budget, 0, layers)

@@ -27,13 +27,16 @@ memory is reused for the output's gradient. They keep their memory between steps
 additional memory; in eager steps it does not.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 # Number of recomputed layers before the first saved one that are not offloaded, since backward
 # needs them first; and number of offloaded inputs on the device at a time, sent or fetched.
 NEAR_LAYERS = 1
 UNDER_WAY = 1
+# Of every how many layers the input is kept, where the host has no room for those of all: each is
+# computed again once, whatever the number.
+EVERY = (2, 3, 4, 6, 8)
 # Streamed layers that are on the device at a time, usually; see linear/layer_stream.py.
 SLOTS = 2
 
@@ -49,6 +52,9 @@ class ActivationPolicy:
             after it on the host, so that neither is recomputed.
         decoded: Number of layers, counted from the last, whose 4-bit weights stay decoded.
         streamed: Number of layers whose frozen weights are copied to the device when needed.
+        every: Only the input of every n-th layer is kept: of the offloaded layers, if there are
+            any, otherwise of the recomputed ones. The others are computed again from it, so forward
+            runs once more in backward. Not with ``attention_checkpoint``.
     """
 
     saved: int = 0
@@ -56,20 +62,22 @@ class ActivationPolicy:
     attention_checkpoint: bool = False
     decoded: int = 0
     streamed: int = 0
+    every: int = 1
 
     @classmethod
     def offloading(
-        cls, layers: int, saved: int = 0, *, attention_checkpoint: bool = False
+        cls, layers: int, saved: int = 0, *, attention_checkpoint: bool = False, every: int = 1
     ) -> "ActivationPolicy":
         """Return the policy with ``saved`` layers and the others offloaded, except the nearest."""
         away = max(0, layers - saved - NEAR_LAYERS)
-        return cls(saved, away, attention_checkpoint and away > 0)
+        return cls(saved, away, attention_checkpoint and away > 0, every=every)
 
     def summary(self, layers: int) -> str:
         """Return a short description, for tables."""
         streamed = f", {self.streamed} streamed" * (self.streamed > 0)
         if self.saved == layers:
             return "all saved" + f", {self.decoded} decoded" * (self.decoded > 0) + streamed
+        streamed += f", every {self.every}th input" * (self.every > 1)
         if self.offloaded:
             return (f"{self.saved} saved, offload" if self.saved else "offload") + streamed
         return (f"{self.saved} of {layers} saved" if self.saved else "all recomputed") + streamed
@@ -94,13 +102,18 @@ class StepCost:
         forward_saved: Peak of a saved layer's forward, for a part, without what it keeps.
         backward: Peak of a recomputed layer's backward, for a part: its activations and gradients,
             without its input, output and ``lora``.
-        saved_part: The part of ``backward`` that a saved layer has kept.
+        saved_part: How much less a saved layer's backward has at its peak beside what it kept:
+            usually what that is of ``backward``. Negative if recomputed layers are computed by
+            tiles (layers/tiled_layer.py), which saved ones are not.
         loss: Peak of a part's loss, without its input.
         layer_args: Arguments of layers other than the input: rotary tables, sequence starts.
         decoded: A layer's decoded weights; 0 if none are packed.
         weights: A layer's frozen weights as they are stored, if layers can be streamed; 0 if they
             cannot, and the weights count as resident.
         slots: Streamed layers that are on the device at a time.
+        tiled: Whether recomputed layers are computed by tiles (layers/tiled_layer.py). Their
+            backward writes the gradient of a layer's input over that of its output, and what
+            entered layer 0 is freed before backward.
     """
 
     layers: int
@@ -119,6 +132,12 @@ class StepCost:
     decoded: int
     weights: int = 0
     slots: int = SLOTS
+    tiled: bool = False
+
+    def of_parts(self, count: int) -> "StepCost":
+        """Return the costs if so many parts, instead of one, go through the layers together."""
+        together = ("input", "lora", "saved", "attention")
+        return replace(self, **{name: count * getattr(self, name) for name in together})
 
     def buffers(self, policy: ActivationPolicy) -> int:
         """Return the bytes of decoded weights: of layers that keep theirs, and a shared buffer."""
@@ -130,9 +149,17 @@ class StepCost:
 
     def waiting(self, policy: ActivationPolicy) -> int:
         """Return the bytes recomputed layers keep on the device between forward and backward."""
-        recomputed = self.layers - policy.saved
-        near = recomputed - policy.offloaded + min(policy.offloaded, UNDER_WAY)
-        return near * self.input + recomputed * self.lora
+        recomputed, n = self.layers - policy.saved, policy.every
+        sparse = policy.offloaded or recomputed
+        # Backward has the inputs of n layers at a time, of the last ones fewer if n does not divide
+        # their number. When it comes to the offloaded ones, the others are gone.
+        if policy.offloaded:
+            inputs = max(recomputed - sparse + UNDER_WAY, min(n, sparse))
+        else:
+            kept = -(-sparse // n)
+            of_last = (sparse - 1) % n if sparse else 0
+            inputs = max(kept + of_last, kept - 1 + (n - 1) * (kept > 1))
+        return inputs * self.input + (recomputed if n == 1 else 0) * self.lora
 
     def kept(self, policy: ActivationPolicy) -> int:
         """Return the bytes all layers keep on the device between forward and backward."""
@@ -140,7 +167,8 @@ class StepCost:
 
     def host_bytes(self, policy: ActivationPolicy) -> int:
         """Return the bytes in page-locked host memory."""
-        return policy.offloaded * (self.input + self.attention * policy.attention_checkpoint)
+        away = -(-policy.offloaded // policy.every)
+        return away * (self.input + self.attention * policy.attention_checkpoint)
 
 
 class Peak(NamedTuple):
@@ -167,8 +195,10 @@ def peak(cost: StepCost, policy: ActivationPolicy, *, graphs: bool) -> Peak:
     stream, waiting, kept = cost.input, cost.waiting(policy), cost.kept(policy)
     recomputed = cost.layers - policy.saved
     checkpoint = cost.attention * policy.attention_checkpoint
-    # Layer 0's input exists during the whole pass, whether or not it is offloaded.
+    # Layer 0's input exists during the whole pass, whether or not it is kept; that of a long part
+    # only during forward, without graphs.
     entry = stream if policy.offloaded else 0
+    entry_later = 0 if cost.tiled and not graphs else entry
     # Graphs have a separate tensor for the last output.
     own = stream if graphs else 0
     leaving = min(policy.offloaded, UNDER_WAY)  # is offloaded before the first saved layer
@@ -177,19 +207,21 @@ def peak(cost: StepCost, policy: ActivationPolicy, *, graphs: bool) -> Peak:
     else:
         passes = [kept + entry + own + cost.forward + stream + leaving * checkpoint]
     if policy.saved:
-        passes.append(kept + entry + stream + cost.backward - cost.saved_part)
+        passes.append(kept + entry_later + stream + cost.backward - cost.saved_part)
     if recomputed:
         # After the first layer's backward the tensor of the last output no longer has a gradient.
         last = stream if graphs and (policy.saved or policy.offloaded) else 0
+        if cost.tiled and not policy.saved:
+            last = 0
         beside = policy.attention_checkpoint * (
             (1 + UNDER_WAY) * cost.attention - cost.attention_part
         )
-        passes.append(waiting + entry + last + stream + cost.backward + beside)
+        passes.append(waiting + entry_later + last + stream + cost.backward + beside)
     # Each part's last output, and the gradients of the parts before the current one.
     loss = 2 * stream - cost.part_input + cost.loss
     buffers = cost.buffers(policy) + cost.stored(policy)
     if not graphs:
-        both = buffers + max(*passes, kept + loss)
+        both = buffers + max(*passes, kept + loss) + cost.layer_args * cost.tiled
         return Peak(both, both)
     captured = max(passes) + cost.layer_args
     # During the loss, graphs have no live tensors but their first input and last output.

@@ -52,6 +52,9 @@ COPY_SHARE = 3.02 / 3.35
 # `_WIDE` are small, too. Of SmolLM2's step on chats an H200's kernels took 28 ms: attention 9.4
 # where long rows of wide heads would take 1.7, products 11.5 where wide ones would take 4.1.
 ATTENTION_SHARE = 0.5
+# Long parts on Hopper take cuDNN's kernels: 616 TFLOP/s forward and 547 backward of 65,536 tokens,
+# of 688 (2026-11-30_gpu_attention.json).
+LONG_ATTENTION_SHARE = 0.82
 _LONG, _WIDE_HEAD, _WIDE = 2048, 128, 1600
 # How often what a layer keeps goes through memory between its products, forward and backward, and
 # when it is recomputed: gpu_step_forms.json, 4x2048, less all the rest.
@@ -264,6 +267,9 @@ def step_seconds(
     # With an attention checkpoint, neither attention nor its output projection is recomputed.
     attention_kept = run.policy.offloaded / layers if run.policy.attention_checkpoint else 0.0
     after = sum(weight.numel for weight in linears if weight.name.endswith(".o_proj.weight"))
+    # Inputs that are not kept take another forward.
+    sparse = run.policy.offloaded or layers - run.policy.saved
+    twice = (sparse - -(-sparse // run.policy.every)) / layers
     decoding = {
         role: sum(
             sum(size) + weight.numel * e
@@ -284,17 +290,22 @@ def step_seconds(
         flops *= min(1.0, shape.hidden / _WIDE)
         head_dim = shape.query / max(1, shape.heads)
         attended *= min(1.0, run.length / _LONG) ** 0.5 * min(1.0, head_dim / _WIDE_HEAD)
+        if layer.is_tiled(run.part_tokens) and run.gpu.is_hopper:
+            attended *= LONG_ATTENTION_SHARE / ATTENTION_SHARE
     rounded = 0.0
-    if run.multiplies_fp8:
+    if run.multiplies_fp8 and shape.mixture is None:  # experts stay in 16 bits
         flops *= FP8_SPEEDUP
         inputs_of = 2 * shape.hidden + shape.query
         outputs_of = 2 * (shape.hidden + shape.intermediate) + shape.query + 2 * shape.key_value
         widths = (1 + again) * inputs_of + shape.intermediate + outputs_of
         rounded = 3 * tokens * shape.layers * widths / card.bandwidth
     found = Seconds(
-        products=2 * tokens * (2 * numel + again * rerun - attention_kept * after) / flops,
+        products=2
+        * tokens
+        * ((2 + twice) * numel + again * rerun - attention_kept * after)
+        / flops,
         head=4 * shape.vocabulary * shape.hidden * tokens / card.flops,
-        attention=forward * (1 + 2.5 + again - attention_kept) / (card.flops * attended),
+        attention=forward * (1 + 2.5 + again + twice - attention_kept) / (card.flops * attended),
         decoding=2
         * passes
         * (decoding["linear"] * (1 - run.policy.decoded / layers) + decoding["experts"])

@@ -42,7 +42,7 @@ _MOST_PARTS = 3
 def to_e4m3(x, compiled: tl.constexpr):
     """Rounds float32 to the nearest e4m3, 448 at most."""
     if not compiled:
-        x = tl.minimum(tl.maximum(x, -448.0), 448.0)  # as the instruction does
+        x = tl.minimum(tl.maximum(x, -448.0), 448.0)  # as the instruction does, but for NaN
         # The cast of Triton's interpreter drops a carry, so what it is given is rounded already.
         bits = x.to(tl.int32, bitcast=True)
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)

@@ -295,6 +295,38 @@ class ProcessGroup:
     def _wait_for_keys(self, keys: Sequence[str]) -> None:
         self._poll(lambda: bool(self._store.check(keys)), longest=0.02)
 
+    def shared_memory(self, nbytes: int, *, page_locked: bool) -> "Tensor":
+        """Return host memory that all processes of this machine have in common, zeros.
+
+        Args:
+            nbytes: Its size, at least 1, the same in all.
+            page_locked: Whether a GPU will copy from it or to it.
+
+        Returns:
+            uint8 [nbytes].
+
+        Raises:
+            ConfigError: This process cannot map it.
+            ProcessFailed: Another process has failed.
+        """
+        from halfbyte.runtime import host_memory
+
+        own = handle = None
+        if self.rank_on_this_host == 0:
+            own, handle = host_memory.shared_memory(nbytes, page_locked=page_locked)
+        found = self.gather_object([self.host, handle])
+        if own is None:
+            given = next(handle for host, handle in found if host == self.host and handle)
+            try:
+                own = host_memory.opened_memory(given, nbytes, page_locked=page_locked)
+            except (OSError, RuntimeError) as error:
+                raise ConfigError(
+                    f"rank {self.rank} cannot map the host memory that the processes of this "
+                    f"machine share: {error}"
+                ) from None
+        self.barrier()  # all have mapped it
+        return own
+
     def require_same(self, values: Mapping[str, str]) -> None:
         """Check that values are equal in all processes.
 

@@ -1,12 +1,14 @@
-"""Page-locked host memory of exactly the requested size.
+"""Page-locked host memory of exactly the requested size, which processes can share.
 
 torch's allocator of page-locked memory rounds sizes up to powers of two: the packed layers of a 70B
 model, 440 MB each, would take 512 MB. Memory that was mapped by the program can be page-locked
-later, whatever its size.
+later, whatever its size. All threads touch it first, since locking it would fault it in page by
+page in one thread.
 """
 
 import contextlib
 import mmap
+import os
 import weakref
 from typing import Any
 
@@ -26,7 +28,11 @@ def host_memory(nbytes: int, *, page_locked: bool) -> Tensor:
     Raises:
         RuntimeError: The system does not have so much memory to lock.
     """
-    return mapped_memory(mmap.mmap(-1, nbytes), page_locked=page_locked)
+    mapped = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    _in_large_pages(mapped)
+    if page_locked:
+        torch.frombuffer(mapped, dtype=torch.uint8).zero_()  # by all threads
+    return mapped_memory(mapped, page_locked=page_locked)
 
 
 def mapped_memory(mapped: mmap.mmap, *, page_locked: bool) -> Tensor:
@@ -39,9 +45,7 @@ def mapped_memory(mapped: mmap.mmap, *, page_locked: bool) -> Tensor:
     Raises:
         RuntimeError: As `host_memory`.
     """
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # the kernel has none for this memory
-            mapped.madvise(mmap.MADV_HUGEPAGE)  # a 512th of the pages to lock
+    _in_large_pages(mapped)
     memory = torch.frombuffer(mapped, dtype=torch.uint8)  # refers to the mapping
     if page_locked:
         address, nbytes = memory.data_ptr(), len(mapped)
@@ -53,6 +57,48 @@ def mapped_memory(mapped: mmap.mmap, *, page_locked: bool) -> Tensor:
             )
         weakref.finalize(mapped, _unlock, address)
     return memory
+
+
+def _in_large_pages(mapped: mmap.mmap) -> None:
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # the kernel has none for this memory
+            mapped.madvise(mmap.MADV_HUGEPAGE)  # a 512th of the pages to lock
+
+
+def shared_memory(nbytes: int, *, page_locked: bool) -> tuple[Tensor, list[int]]:
+    """Return host memory that other processes of this machine can map, zeros.
+
+    Args:
+        nbytes: As for `host_memory`.
+        page_locked: Likewise.
+
+    Returns:
+        The memory, uint8 [nbytes], and a JSON value by which others find it (`opened_memory`) as
+        long as it lives here.
+
+    Raises:
+        RuntimeError: As `host_memory`.
+    """
+    file = os.memfd_create("halfbyte")
+    os.ftruncate(file, nbytes)
+    mapped = mmap.mmap(file, nbytes)
+    weakref.finalize(mapped, os.close, file)
+    return mapped_memory(mapped, page_locked=page_locked), [os.getpid(), file]
+
+
+def opened_memory(handle: list[int], nbytes: int, *, page_locked: bool) -> Tensor:
+    """Return the memory that another process has shared with `shared_memory`, uint8 [nbytes].
+
+    Raises:
+        OSError: It is not there, or belongs to another user.
+        RuntimeError: As `host_memory`.
+    """
+    process, number = handle
+    file = os.open(f"/proc/{process}/fd/{number}", os.O_RDWR)
+    try:
+        return mapped_memory(mmap.mmap(file, nbytes), page_locked=page_locked)
+    finally:
+        os.close(file)
 
 
 def _unlock(address: int) -> None:

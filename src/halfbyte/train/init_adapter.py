@@ -22,6 +22,7 @@ from halfbyte.checkpoint.peft import (
     WEIGHTS_NAME,
     LoadedAdapter,
     load_adapter,
+    rope_scaling_in,
     template_in,
 )
 from halfbyte.checkpoint.run_state import RunState
@@ -55,6 +56,7 @@ class InitialAdapter:
         record: What the journal, checkpoints and ``halfbyte.json`` say of it: ``name``, ``digest``
             (SHA-256 of its two files) and ``init_lora_weights`` of its own training.
         chat_template: The one it was trained with instead of its base model's, if any.
+        rope_scaling: How rotary embeddings were scaled then, if not as in its base model.
 
     Raises:
         CheckpointError: If the adapter is missing or damaged, or has layers that ``source`` does
@@ -72,6 +74,7 @@ class InitialAdapter:
         assert config.init_adapter is not None
         self._loaded: LoadedAdapter | None = None
         self.chat_template: str | None = None
+        self.rope_scaling: str | None = None
         if resumed is not None:
             before, record = map(resumed.progress.get, ("options", "init_adapter"))
             if not isinstance(record, dict):
@@ -89,6 +92,7 @@ class InitialAdapter:
             "init_lora_weights": (loaded.info.get("recipe") or {}).get("init_lora_weights"),
         }
         self.chat_template = template_in(loaded.info)
+        self.rope_scaling = rope_scaling_in(loaded.info)
         theirs = _options_of(loaded, config, source.skeleton)
         theirs |= recorded_packing(loaded.info, config.init_adapter)
         different = [
@@ -144,6 +148,29 @@ def template_of_run(
     elif initial is not None:
         source.chat_template = initial.chat_template
     return {} if source.chat_template is None else {"chat_template": source.chat_template}
+
+
+def rope_scaling_of_run(
+    config: TrainConfig,
+    source: BaseSource,
+    initial: InitialAdapter | None,
+    resumed: RunState | None,
+) -> dict[str, Any]:
+    """Have ``source`` scale its rotary embeddings as a run does, if not as its files say.
+
+    That is as in the checkpoint, in the options, or as the adapter was trained that the run starts
+    from.
+
+    Returns:
+        ``rope_scaling`` for checkpoints and the adapter; or nothing.
+
+    Raises:
+        ConfigError: See ``models.rope_scaling``.
+    """
+    saved = None if resumed is None else resumed.progress.get("rope_scaling")
+    of_adapter = None if initial is None else initial.rope_scaling
+    source.scale_rope(saved or config.rope_scaling or of_adapter)
+    return {} if source.rope_scaling is None else {"rope_scaling": source.rope_scaling}
 
 
 def _with(config: TrainConfig, options: Mapping[str, Any]) -> TrainConfig:

@@ -19,14 +19,16 @@ from halfbyte.checkpoint.base_model import (
 )
 from halfbyte.checkpoint.cache import cached
 from halfbyte.checkpoint.identity import require_same_base
-from halfbyte.checkpoint.peft import load_adapter, template_in
+from halfbyte.checkpoint.peft import load_adapter, rope_scaling_in, template_in
 from halfbyte.config.schema import TrainConfig
 from halfbyte.data.named_templates import choose_template
 from halfbyte.layers.multimodal import decoder_layers
 from halfbyte.linear.experts import ExpertLinear
+from halfbyte.linear.fp8_check import check_kernels
 from halfbyte.linear.fp8_choice import use_fp8
 from halfbyte.linear.lora import LoRAConfig, frozen_linears
 from halfbyte.models.build import BaseRecipe
+from halfbyte.quant.format import gpu_kernels
 from halfbyte.runtime.precision import choose_device_and_dtype
 
 if TYPE_CHECKING:
@@ -166,6 +168,7 @@ def open_model(
     if loaded is not None:
         loaded.require_layers_of(source.skeleton)
         source.chat_template = template_in(loaded.info)
+        source.scale_rope(rope_scaling_in(loaded.info))
     if chat_template is not None:
         use_template(source, chat_template, report)
     recipe = BaseRecipe(
@@ -215,9 +218,15 @@ def recipe_of(config: TrainConfig, dtype: torch.dtype, device: str) -> BaseRecip
 
 
 def choose_products(model: PreTrainedModel, config: TrainConfig) -> list[str]:
-    """Have the frozen linears of layers compute as a run wants; return what is to be said of it."""
+    """Have the frozen linears of layers compute as a run wants; return what is to be said of it.
+
+    Raises:
+        ConfigError: FP8's kernels give wrong numbers on this GPU.
+    """
     if config.compute != "fp8":
         return []
+    if model.device.type == "cuda" and gpu_kernels() is not None:
+        check_kernels(model.device)
     layers = decoder_layers(model)
     linears = [linear for layer in layers for linear in frozen_linears(layer).values()]
     said = [use_fp8(linears)]

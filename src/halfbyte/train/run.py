@@ -59,7 +59,11 @@ from halfbyte.runtime.precision import choose_device_and_dtype, deterministic
 from halfbyte.train import metadata
 from halfbyte.train.evaluate import Progress, as_batch
 from halfbyte.train.hub import describe_run, repository_of
-from halfbyte.train.init_adapter import InitialAdapter, template_of_run
+from halfbyte.train.init_adapter import (
+    InitialAdapter,
+    rope_scaling_of_run,
+    template_of_run,
+)
 from halfbyte.train.loading import Loading, choose_products, lora_of, recipe_of
 from halfbyte.train.loss_watch import LossWatch
 from halfbyte.train.memory_check import FIRST_LOOK, Prediction, shape_of_source, sizes_of
@@ -225,6 +229,7 @@ class _Run:
             self.lora = lora_of(config)
             self.more["init_adapter"] = self.initial.record
         self.more |= template_of_run(config, self.source, self.initial, self.resumed, report)
+        self.more |= rope_scaling_of_run(config, self.source, self.initial, self.resumed)
         require_trainable(self.source.skeleton, self.lora)
         if config.init_lora_weights == "qera":
             require_plain(self.source)
@@ -502,12 +507,13 @@ class _Run:
                 )
             except BETWEEN_STEPS as error:
                 self.report_engine()
-                if not trainer.updating and not isinstance(error, WeightsChanged):
+                if trainer.is_whole and not isinstance(error, WeightsChanged):
                     self.checkpoints.take_over()
                     self._save_made()
                 if isinstance(error, ProcessFailed):
                     self.writer.wait()
-                    raise error.after(self.done, self.checkpoints.resume_command) from error
+                    saved = self.checkpoints.saved or 0
+                    raise error.after(saved, self.checkpoints.resume_command) from error
                 raise
         if self.ended is not None and self.done < total:
             report = self.report

@@ -160,7 +160,7 @@ class Checkpoints:
     def card(self) -> dict[str, Any]:
         """What an adapter's files say of the base model; takes 0.2 s, so computed on demand."""
         recipe = recipe_metadata(self._base.model.halfbyte_recipe)
-        known = ("init_adapter", "chat_template")
+        known = ("init_adapter", "chat_template", "rope_scaling")
         more = {name: self._identity[name] for name in known if name in self._identity}
         # An adapter that began with the error of quantisation still holds it.
         begun = more.get("init_adapter", {}).get("init_lora_weights")

@@ -131,7 +131,8 @@ class Trainer:
     Attributes:
         parallel: The share of this process.
         policy: The activation policy.
-        updating: Whether an update is in progress, so that parameters are partly updated.
+        updating: Whether an update is in progress, so that parameters are partly updated; see
+            `is_whole`.
         fallbacks: Fallbacks applied when memory ran out; cleared once they are in the journal.
         on_nonfinite: Called with a step whose loss or gradient is not finite, while its gradients
             are there; it raises an error, the default, or the step is left out.
@@ -163,6 +164,7 @@ class Trainer:
             engine.noise = EmbeddingNoise(engine.model, config.neftune_noise_alpha, config.seed)
         if config.router_aux_loss_coef:
             minimise_router_loss(engine, config.router_aux_loss_coef)
+        shared = self.parallel.shared_state()
         groups = parameter_groups(engine.model, self.parameters, config)
         self._names = [name for group in groups for name in group.names]
         self.optimizer = AdamW(
@@ -179,7 +181,11 @@ class Trainer:
             eps=config.adam_epsilon,
             state_bits=config.state_bits,
             paging=config.paging if config.optim.startswith("paged_") else "off",
+            shared=shared,
         )
+        self._exchanges = shared is not None
+        if self._exchanges:
+            self.optimizer.allocate()  # all processes together
         # Without clipping, a layer's update need not wait for the gradients of the others, and
         # transfers of its state overlap with their backward.
         self._early = (
@@ -228,11 +234,15 @@ class Trainer:
                 engine.max_seqlen = max(map(max, lengths))
             if isinstance(engine, LayerEngine) and engine.packs and not self._documents:
                 engine.buckets = buckets_of(engine, lengths, part_tokens)
+                engine.most_parts = max(len(engine.part_shapes(step)) for step in lengths)
+                engine.parts_together = 1
                 compile_ahead(engine, engine.buckets)
             failed = None
             try:
                 plan = self._planned(shapes)
                 if plan.reserved_bytes <= plan.budget or not self._may_shrink():
+                    if isinstance(engine, LayerEngine):
+                        engine.parts_together = plan.parts_together
                     self.use(plan.policy)
                     break
             except ConfigError:
@@ -398,7 +408,7 @@ class Trainer:
         scale_of_all, seen = clip * unscale + 0.0 * (loss + norm), torch.stack([loss, norm])
         self.updating = True
         self.optimizer.step(grad_scale=scale_of_all)
-        self.updating = False
+        self.updating = self._exchanges  # then parameters are still to be exchanged
         return seen
 
     def _finished(self, step: int, queued: _Queued) -> StepResult:
@@ -410,6 +420,9 @@ class Trainer:
         self.parallel.read()
         paging, scale = self.optimizer.report(), self.loss_scale
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
+        if self._exchanges and not skipped:  # nothing was updated otherwise
+            self.parallel.exchange(self.optimizer.updated_parts())
+        self.updating = False
         if skipped and scale is not None and math.isfinite(loss):
             self.engine.messages.append(scale.overflowed(step))
         elif skipped:
@@ -441,9 +454,10 @@ class Trainer:
     def fall_back(self, step: int, error: BaseException) -> None:
         """Apply the next fallback, so that steps need less memory.
 
-        In this order: no decoded weights kept; weights streamed, if they can be; as many layers
-        saved as fit into the free memory; every layer recomputed; their inputs offloaded to the
-        host; checkpointed attention recomputed; smaller parts; no CUDA graphs.
+        In this order: no decoded weights kept; parts one after the other; weights streamed, if they
+        can be; as many layers saved as fit into the free memory; every layer recomputed; their
+        inputs offloaded to the host; checkpointed attention recomputed; smaller parts; no CUDA
+        graphs.
 
         Args:
             step: The step that failed (0-based).
@@ -480,6 +494,9 @@ class Trainer:
         if policy.decoded:
             self.use(replace(policy, decoded=0))
             return "decoded weights are no longer kept"
+        if self.engine.parts_together > 1:
+            self.engine.parts_together = 1
+            return "the parts of a step go through the layers one after the other"
         if stream_of(self.engine.model) is not None and policy.streamed < layers:
             self.use(replace(policy, streamed=layers))
             return "the weights of all layers are copied to the GPU when needed"
@@ -580,6 +597,11 @@ class Trainer:
 
     # --- state ----------------------------------------------------------------------------------
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether parameters and optimizer state are those after a step, and can be saved."""
+        return not self.updating and self.optimizer.is_whole
+
     def progress(self) -> dict[str, Any]:
         """Return the state for a checkpoint other than tensors, as JSON values."""
         return {} if self.loss_scale is None else {"loss_scale": self.loss_scale.state()}
@@ -620,6 +642,8 @@ class Trainer:
             found[parts[name]][field] = value
         groups = [{"params": group["params"]} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict({"state": found, "param_groups": groups})
+        if self._exchanges:
+            self.parallel.processes.barrier()  # nobody changes what another still restores
 
 
 def _timed(batches: Callable[[int], Sequence[Batch]], step: int) -> tuple[float, Sequence[Batch]]:

@@ -66,7 +66,9 @@ RULES: dict[str, Rule] = {
     "flash_attn": unneeded("attention is exact, packed and memory-efficient on every device"),
     "use_fast_tokenizer": unneeded("fast tokenizers are used"),
     "resize_vocab": missing("no token is added; `modules_to_save` trains embedding and head"),
-    "rope_scaling": missing("change the model's config.json; then it applies everywhere"),
+    "rope_scaling": missing(
+        "`rope_scaling` takes a method with its factor, such as yarn:4"
+    ),
     "enable_liger_kernel": unneeded("kernels are chosen by device"),
     "use_unsloth": unneeded("kernels are chosen by device"),
     "use_v1_kernels": unneeded("kernels are chosen by device"),

@@ -95,7 +95,7 @@ FROM_PRETRAINED: dict[str, Rule] = {
     "return_logits": unneeded("logits are never stored as a whole"),
     "revision": to("revision"),
     "use_exact_model_name": unneeded("the model that is named is used"),
-    "rope_scaling": missing("change the model's config.json; then it applies everywhere"),
+    "rope_scaling": missing("`rope_scaling` takes a method with its factor, such as yarn:4"),
 }
 
 _GET_PEFT_MODEL: dict[str, Rule] = {
