@@ -228,8 +228,7 @@ class TrainConfig(ModelOptions):
     compute: Literal["auto", "fp8"] = Field(
         "auto",
         description="products with frozen weights: in compute_dtype (auto), or in 8-bit floating "
-        "point (fp8, experimental), which is faster on GPUs from Ada and Hopper on and rounds more; "
-        "see docs/fp8.md",
+        "point (fp8, experimental), faster on GPUs from Ada and Hopper on; see docs/fp8.md",
     )
 
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate")
