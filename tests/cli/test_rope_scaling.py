@@ -79,6 +79,19 @@ def test_merged_and_exported_models_have_it(ground: Path, tmp_path: Path) -> Non
     assert read.rope_parameters["factor"] == 4
 
 
+def test_programs_that_would_load_it_without_are_not_recommended(
+    ground: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(ground, tmp_path / "out", "--rope-scaling", "linear:2")
+    said = capsys.readouterr().out
+    assert "vLLM cannot serve it without merging: rotary embeddings scaled by linear:2" in said
+    assert "llama.cpp cannot load it without merging" in said
+    assert "vllm serve" not in said
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "trained with rotary embeddings scaled by `linear:2`" in text
+    assert "vllm serve" not in text
+
+
 def test_a_method_that_is_none_is_an_error(
     ground: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

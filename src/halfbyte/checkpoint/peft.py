@@ -37,7 +37,7 @@ from halfbyte.checkpoint.peft_config import (
     parameters_at,
     peft_fields,
 )
-from halfbyte.checkpoint.reading import read_json
+from halfbyte.checkpoint.reading import read_json, rope_scaling_in
 from halfbyte.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
 from halfbyte.errors import CheckpointError
 from halfbyte.layers.multimodal import removed_modules
@@ -353,12 +353,6 @@ def recorded_rope_scaling(adapter: str | Path | None) -> str | None:
     if adapter is None or not (Path(adapter) / CARD_NAME).exists():
         return None
     return rope_scaling_in(read_json(Path(adapter) / CARD_NAME, "halfbyte writes one"))
-
-
-def rope_scaling_in(card: Mapping[str, Any]) -> str | None:
-    """Return ``rope_scaling`` in the content of a ``halfbyte.json``, if there is one."""
-    found = card.get("rope_scaling")
-    return found if isinstance(found, str) else None
 
 
 def _read_state(

@@ -5,6 +5,7 @@ that shrinks while mapped kills it.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +57,9 @@ def read_json(path: Path, why: str) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path} should hold a JSON object, not a {type(fields).__name__}")
     return fields
+
+
+def rope_scaling_in(card: Mapping[str, Any]) -> str | None:
+    """Return ``rope_scaling`` in the content of a ``halfbyte.json``, if there is one."""
+    found = card.get("rope_scaling")
+    return found if isinstance(found, str) else None

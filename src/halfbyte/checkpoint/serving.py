@@ -39,13 +39,18 @@ def vllm_rank(fields: Mapping[str, Any]) -> int | None:
     return next((limit for limit in VLLM_RANKS if rank <= limit), None)
 
 
-def vllm_refuses(fields: Mapping[str, Any]) -> list[str]:
-    """Why vLLM does not load an adapter; empty if it does.
+def _scaled(rope_scaling: str | None) -> list[str]:
+    return [] if rope_scaling is None else [f"rotary embeddings scaled by {rope_scaling}"]
+
+
+def vllm_refuses(fields: Mapping[str, Any], rope_scaling: str | None = None) -> list[str]:
+    """Why vLLM does not load an adapter, or computes something else; empty if it does.
 
     Args:
         fields: The content of ``adapter_config.json``.
+        rope_scaling: How its base model's rotary embeddings were scaled in training.
     """
-    reasons = []
+    reasons = _scaled(rope_scaling)
     if whole := sorted({*(fields.get("modules_to_save") or [])} - _VLLM_WHOLE):
         reasons.append(f"modules trained in full ({', '.join(whole)})")
     if fields.get("use_dora"):
@@ -59,9 +64,9 @@ def vllm_refuses(fields: Mapping[str, Any]) -> list[str]:
     return reasons
 
 
-def llama_cpp_refuses(fields: Mapping[str, Any]) -> list[str]:
+def llama_cpp_refuses(fields: Mapping[str, Any], rope_scaling: str | None = None) -> list[str]:
     """Why an adapter cannot be given to llama.cpp by itself; empty if it can."""
-    reasons = []
+    reasons = _scaled(rope_scaling)
     if whole := fields.get("modules_to_save"):
         reasons.append(f"modules trained in full ({', '.join(whole)})")
     if fields.get("use_dora"):

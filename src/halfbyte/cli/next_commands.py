@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from halfbyte.checkpoint.reading import read_json
+from halfbyte.checkpoint.reading import read_json, rope_scaling_in
 from halfbyte.checkpoint.serving import llama_cpp_refuses, vllm_rank, vllm_refuses
 from halfbyte.config.command_line import invocation
 from halfbyte.config.data_sources import Data, as_words
@@ -60,12 +60,13 @@ def after_training(
         invocation("merge", model, str(adapter), beside(adapter, "merged"), *at),
         invocation("export", model, str(adapter), beside(adapter, "gguf"), *at),
     ]
-    warnings = []
-    if refused := vllm_refuses(fields):
+    warnings, info = [], adapter / "halfbyte.json"
+    scaled = rope_scaling_in(read_json(info, "") if info.exists() else {})
+    if refused := vllm_refuses(fields, scaled):
         warnings.append(f"vLLM cannot serve it without merging: {', '.join(refused)}")
     elif not _is_gguf(model):
         commands.append(_vllm(model, adapter, fields, revision))
-    if refused := llama_cpp_refuses(fields):
+    if refused := llama_cpp_refuses(fields, scaled):
         warnings.append(f"llama.cpp cannot load it without merging: {', '.join(refused)}")
     return commands, warnings
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from halfbyte.atomic import new_file
-from halfbyte.checkpoint.reading import read_json
+from halfbyte.checkpoint.reading import read_json, rope_scaling_in
 from halfbyte.checkpoint.serving import llama_cpp_refuses, vllm_rank, vllm_refuses
 from halfbyte.foreign_text import printable, shorten
 from halfbyte.input_files import open_file
@@ -99,7 +99,7 @@ def model_card(
         _section("Base model", _table(("", ""), _base(base_name, info))),
         _section("Data", _table(("", "training", "held out"), _data(run))),
         _section("Recipe", _table(("option", "value"), _recipe(run, fields))),
-        _section("How to load it", _loading(repository, base, fields)),
+        _section("How to load it", _loading(repository, base, fields, rope_scaling_in(info))),
         _section("Trained with", _table(("", ""), _machine(run))),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -234,9 +234,17 @@ def _machine(run: Run) -> list[tuple[str, str]]:
     return found + ([("time", duration(spent))] if spent else [])
 
 
-def _loading(repository: str | None, base: str | None, fields: dict[str, Any]) -> str:
+def _loading(
+    repository: str | None, base: str | None, fields: dict[str, Any], scaled: str | None
+) -> str:
     """Commands of four programs; what is not known is ``BASE`` and ``owner/name``."""
     hint = "" if base else "BASE is the base model: its directory, or its name on the hub.\n\n"
+    if scaled is not None:
+        hint += (
+            f"It was trained with rotary embeddings scaled by {_code(scaled)}. halfbyte does that "
+            "when it loads the adapter, merges or exports it; elsewhere the base model needs the "
+            "same `rope_parameters`, or outputs are not those it was trained for.\n\n"
+        )
     base, repository = _word(base or "BASE"), _word(repository or "owner/name")
     name = repository.rpartition("/")[2]
     peft = (
@@ -248,7 +256,7 @@ def _loading(repository: str | None, base: str | None, fields: dict[str, Any]) -
     )
     download = f"hf download {repository} --local-dir {name}"
     halfbyte = f"```\n{download}\nhalfbyte chat --model {base} --adapter {name}\n```"
-    refused = vllm_refuses(fields)
+    refused = vllm_refuses(fields, scaled)
     rank = vllm_rank(fields)
     vllm = f"vLLM does not load it by itself: {', '.join(refused)}. Merge it first."
     if not refused:
@@ -256,7 +264,7 @@ def _loading(repository: str | None, base: str | None, fields: dict[str, Any]) -
             f"```\nvllm serve {base} --enable-lora --max-lora-rank {rank} "
             f"--lora-modules {name}={repository}\n```"
         )
-    refused = llama_cpp_refuses(fields)
+    refused = llama_cpp_refuses(fields, scaled)
     llama = f"llama.cpp does not load it by itself: {', '.join(refused)}. Export it merged."
     if not refused:
         llama = (

@@ -22,9 +22,9 @@ from halfbyte.checkpoint.peft import (
     WEIGHTS_NAME,
     LoadedAdapter,
     load_adapter,
-    rope_scaling_in,
     template_in,
 )
+from halfbyte.checkpoint.reading import rope_scaling_in
 from halfbyte.checkpoint.run_state import RunState
 from halfbyte.config.reading import check
 from halfbyte.config.schema import OF_THE_ADAPTER, TrainConfig

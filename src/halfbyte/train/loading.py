@@ -19,7 +19,8 @@ from halfbyte.checkpoint.base_model import (
 )
 from halfbyte.checkpoint.cache import cached
 from halfbyte.checkpoint.identity import require_same_base
-from halfbyte.checkpoint.peft import load_adapter, rope_scaling_in, template_in
+from halfbyte.checkpoint.peft import load_adapter, template_in
+from halfbyte.checkpoint.reading import rope_scaling_in
 from halfbyte.config.schema import TrainConfig
 from halfbyte.data.named_templates import choose_template
 from halfbyte.layers.multimodal import decoder_layers
