@@ -1,6 +1,7 @@
 """Training steps of a 7B or 8B shape on one GPU: time and memory, compared with PEFT.
 
     python benchmarks/gpu_step.py --configs 1x512 1x2048 4x2048 16*1x512
+    python benchmarks/gpu_step.py --configs 4x2048 --keep offload --only halfbyte-nf4 halfbyte-fp8
 
 A config is batch x length, or micro-batches*batch x length for one optimizer step. Random weights,
 NF4 with double quantisation (or 16-bit, for LoRA), r = 16 on all linears, no dropout, bfloat16,
@@ -10,8 +11,8 @@ decoded weights in the remaining memory. Each has its own process and builds its
 without a checkpoint. A figure is the median of the steps after the first ten (``--warm``; peers:
 three); memory is torch's peak over all steps, including the first and the capture of graphs.
 ``first_s`` is the time from the finished model to the end of its first step: measuring memory,
-compiling, capturing graphs and the step. *floor* is the bare
-matrix products of a step: forward, recomputed forward and dx of every linear.
+compiling, capturing graphs and the step. *floor* is the bare matrix products of a step: forward,
+recomputed forward and dx of every linear. *halfbyte-fp8* is *halfbyte-nf4* with ``compute: fp8``.
 """
 
 import argparse
@@ -40,7 +41,7 @@ SHAPES = {
 }
 SHAPES["llama2-7b"] |= dict(num_attention_heads=32, num_key_value_heads=32)
 SHAPES["llama3-8b"] |= dict(num_attention_heads=32, num_key_value_heads=8)
-CONTESTANTS = ("halfbyte-nf4", "halfbyte-bf16", "peft-bitsandbytes", "unsloth")
+CONTESTANTS = ("halfbyte-nf4", "halfbyte-fp8", "halfbyte-bf16", "peft-bitsandbytes", "unsloth")
 RANK = 16
 
 
@@ -71,6 +72,7 @@ def ours(config: Any, quant: str, args: argparse.Namespace) -> Callable[..., Cal
     from halfbyte.layers.vocabulary import embedding_to_host
     from halfbyte.linear.lora import LoRAConfig, adapter_parameters, attach
     from halfbyte.models.build import BaseRecipe, build, finalize, load_tensor
+    from halfbyte.train.loading import choose_products
     from halfbyte.train.schedule import Schedule
     from halfbyte.train.trainer import Trainer
 
@@ -88,7 +90,9 @@ def ours(config: Any, quant: str, args: argparse.Namespace) -> Callable[..., Cal
     options: Row = {"model": "m", "data": "d", "output": "o", "learning_rate": 1e-4}
     options["optim"] = "adamw_8bit" if args.state_bits == 8 else "adamw"
     options |= {"activations": args.keep, "memory_budget": args.memory_budget}
+    options["compute"] = "fp8" if args.worker == "halfbyte-fp8" else "auto"
     settings = TrainConfig.model_validate(options)
+    print(*choose_products(model, settings), file=sys.stderr)
 
     def fresh(micro: int, batch: int, length: int) -> Callable[..., Any]:
         engine = LayerEngine(model, fuse=True, graphs=not args.no_graphs)
@@ -308,7 +312,7 @@ def work(args: argparse.Namespace) -> None:
     elif theirs:
         make = peft(config, saved=args.keep == "save")
     else:
-        make = ours(config, "nf4" if "nf4" in args.worker else "none", args)
+        make = ours(config, "none" if "bf16" in args.worker else "nf4", args)
     torch.cuda.empty_cache()
     resident = torch.cuda.memory_allocated()
     for text in args.configs + ([] if theirs else args.also):

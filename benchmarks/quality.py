@@ -7,7 +7,8 @@ FP4, plain 4-bit integers, and NF4 by search. Each is trained on each task with 
 same options. A seed fixes the examples, their order and the adapter's initialisation, so the bases
 are compared in pairs. Finished runs are kept in ``--work``, and a second call continues. Further
 arms are options for NF4: search in blocks of 32, and adapters initialised with the quantisation
-error (``-qera``).
+error (``-qera``). ``nf4-fp8`` trains on the base of ``nf4`` with ``compute: fp8``, and is evaluated
+twice: as others are, without, which is how the model will be used, and with.
 
 Two tasks have exact answers, and a model that has learned them has almost no loss, so any
 difference is many percent of it. The third is a book, most of which cannot be predicted: the model
@@ -27,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ from halfbyte.models.build import BaseRecipe, build, frozen_linears
 from halfbyte.report import open_report
 from halfbyte.tools import demo_task
 from halfbyte.train.evaluate import evaluate
-from halfbyte.train.loading import open_model
+from halfbyte.train.loading import choose_products, open_model
 from halfbyte.train.run import train
 
 PACKED: dict[str, dict[str, Any]] = {
@@ -58,6 +60,8 @@ PACKED: dict[str, dict[str, Any]] = {
 }
 # Trained from the plain base, which is packed as it is read.
 BEGUN = {f"{arm}-qera": arm for arm in ("nf4", "nf4-search", "nf4-search-32")}
+# Trained with products in 8 bits.
+IN_FP8 = {"nf4-fp8": "nf4", "nf4-search-fp8": "nf4-search"}
 ARMS = ("lora", "nf4", "nf4-single", "nf4-search", "fp4", "int4")
 
 # The demo's recipe; the second task is harder, and takes more of the same.
@@ -91,7 +95,7 @@ def make_bases(model: str, arms: tuple[str, ...], work: Path, device: str) -> No
         write_plain(open_base(model), plain, lambda name, weight: weight)
     source = open_base(plain)
     linears = {f"{path}.weight" for path in frozen_linears(build(source.config, BaseRecipe()))}
-    for arm in dict.fromkeys(BEGUN.get(arm, arm) for arm in arms):
+    for arm in dict.fromkeys((BEGUN | IN_FP8).get(arm, arm) for arm in arms):
         directory, began = work / f"base-{arm}", time.monotonic()
         if directory.exists():
             continue
@@ -206,6 +210,7 @@ def tuned(
             data, test = _prose(TRAINING, directory, count), _prose(HELD_OUT, directory)
         else:
             data, test = timetable.write_task(directory, seed=seed, train=count, test=cases)
+        in_fp8, arm = arm in IN_FP8, IN_FP8.get(arm, arm)
         packed = BEGUN.get(arm)
         base = work / f"base-{packed or arm}"
         begun = PACKED[packed] | {"init_lora_weights": "qera"} if packed else _quant(arm)
@@ -218,6 +223,7 @@ def tuned(
             **RECIPE | CHANGES.get(task, {}) | {"lora_r": rank},
             **_QUIETLY,
             **begun,
+            compute="fp8" if in_fp8 else "auto",
         )
         with open_report(config.output, quiet=True) as report:
             done = train(config, report)
@@ -225,7 +231,8 @@ def tuned(
         model, tokenizer, _ = open_model(
             str(base), adapter=str(done.adapter_dir), device=device, **held
         )
-        result = evaluate(
+        measured = partial(
+            evaluate,
             model,
             tokenizer,
             test,
@@ -233,9 +240,13 @@ def tuned(
             train_on="all" if task == "prose" else "assistant",
             batch_size=(64 if device == "cuda" else 32) if task != "prose" else 4,
             max_new_tokens=64,
-            exact_match=task != "prose",
         )
-    return {
+        result = measured(exact_match=task != "prose")
+        as_trained: Row = {}
+        if in_fp8:
+            choose_products(model, config)
+            as_trained["loss_in_fp8"] = measured(exact_match=False).loss
+    return as_trained | {
         "loss": result.loss,
         "exact_match": result.exact_match,
         "cases": result.cases,
@@ -335,7 +346,7 @@ def main() -> None:
     results = work / (name + (f"-r{options.rank}" if options.rank != RECIPE["lora_r"] else ""))
     results.mkdir(parents=True, exist_ok=True)
     arms = tuple(options.arms.split(","))
-    known = ["lora", *PACKED, *BEGUN, "int4"]
+    known = ["lora", *PACKED, *BEGUN, *IN_FP8, "int4"]
     if unknown := set(arms) - set(known):
         parser.error(f"no such arms: {', '.join(unknown)}; there are {', '.join(known)}")
     make_bases(options.model, arms, work, options.device)
@@ -348,7 +359,9 @@ def main() -> None:
         for arm in arms
     }
     bases = {
-        f"bare_{arm}.json": (bare, (arm, work, options.device)) for arm in arms if arm not in BEGUN
+        f"bare_{arm}.json": (bare, (arm, work, options.device))
+        for arm in arms
+        if arm not in BEGUN | IN_FP8
     }
     threads = options.threads or max(1, (os.cpu_count() or 1) // options.workers)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # before the workers are started

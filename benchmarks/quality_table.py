@@ -19,6 +19,8 @@ NAMES = {
     "nf4-single": "NF4, scales in float32",
     "nf4-search": "NF4 by search (`--quant-search`)",
     "nf4-search-32": "NF4 by search, `--block-size 32`",
+    "nf4-fp8": "NF4, trained with `--compute fp8`",
+    "nf4-search-fp8": "NF4 by search, trained with `--compute fp8`",
     "nf4-qera": "NF4, `--init-lora-weights qera`",
     "nf4-search-qera": "NF4 by search, with qera",
     "nf4-search-32-qera": "NF4 by search in blocks of 32, with qera",

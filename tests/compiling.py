@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 from halfbyte.layers import triton_elementwise, triton_kv_cache, triton_qk_norm
 from halfbyte.linear import (
     triton_experts,
+    triton_fp8,
     triton_gemv,
     triton_lora,
     triton_matmul,
@@ -29,7 +30,7 @@ from halfbyte.linear import (
 )
 from halfbyte.linear.glu import Glu
 from halfbyte.optim import triton_adamw
-from halfbyte.quant import triton_blockwise, triton_mxfp4, triton_records
+from halfbyte.quant import e4m3, triton_blockwise, triton_e4m3, triton_mxfp4, triton_records
 from halfbyte.runtime import device as devices
 from tests.devices import DEVICES
 
@@ -104,7 +105,10 @@ def kernels(kind: str):
     yield from decode_kernels(kind)
     if devices.spec_of(CPU).has_tensor_cores:
         yield from expert_kernels(kind)
+    if devices.spec_of(CPU).has_fp8:
+        yield from rounding_kernels(kind)
     if devices.spec_of(CPU).is_hopper:
+        yield from fp8_kernels(kind)
         yield from hopper_kernels(kind, ((16, False), (16, True), (64, True), (128, True)))
         # float16 may be asked for; sizes, layouts and memory are those of bfloat16.
         yield from hopper_kernels("fp16", ((64, True),))
@@ -290,6 +294,46 @@ def expert_kernels(kind: str):
             step | flags | glu._asdict() | sizes,
             options,
         )
+
+
+def rounding_kernels(kind: str):
+    """Yields what decodes to e4m3, and rounds to it."""
+    for double in (True, False):
+        step = {"block_words": 8, "double": double, "span": 2, "compiled": True}
+        flat = {"lanes": triton_blockwise.LANES, "unroll": triton_blockwise.UNROLL}
+        options = {"num_warps": 8, "enable_fp_fusion": False}
+        yield triton_e4m3._decode_e4m3, {"out": "*fp8e4nv"}, step | flat, options
+        step |= {"lanes": triton_e4m3._QUADS, "unroll": triton_e4m3._WORDS}
+        options = {"num_warps": 4, "enable_fp_fusion": False}
+        yield triton_e4m3._decode_across, {"across": "*i32"}, step, options
+    types = {"out": "*fp8e4nv"} | dict.fromkeys(("x0", "x1", "x2"), f"*{kind}")
+    types |= dict.fromkeys([f"{n}{i}" for n in ("size", "stride") for i in range(3)], "i32")
+    for parts, scaled in ((1, False), (3, True)):
+        step = {"parts": parts, "scaled": scaled, "lanes": triton_e4m3._LANES}
+        step |= {"single": parts == 1, "compiled": True, "smallest": e4m3.SMALLEST}
+        yield triton_e4m3._quantize_rows, types, step, {"num_warps": 8}
+
+
+def fp8_kernels(kind: str):
+    """Yields FP8 products: with a rotary embedding, of a gradient, of high ranks, and gated."""
+    m, n, k = triton_fp8.TILE_M, triton_fp8.TILE_N, triton_fp8.TILE_K
+    tile = {"programs": devices.spec_of(CPU).num_sms, "tile_m": m, "tile_n": n, "tile_k": k}
+    options = {"num_warps": 8, "num_stages": 3}
+    for rank, half, across in ((16, 64, False), (16, 0, True), (48, 0, True), (128, 64, False)):
+        flat, part = triton_matmul.flat_of(1, rank)
+        types = {"x": tensor("fp8e4nv", m, k), "weight": tensor("fp8e4nv", n, k)}
+        types |= {"y": tensor(kind, m, n), "p": tensor(kind, m, part)}
+        types |= {"b": tensor(kind, part, n) if across else tensor(kind, n, part)}
+        types |= {"cos": f"*{kind}", "sin": f"*{kind}", "turned": "i32"}
+        step = {"half": half, "scaled": not across, "across": across}
+        step |= {"rank": rank, "part": part, "flat": flat, **tile}
+        yield triton_fp8._fp8_product, types, step, options
+    for rank, keep in ((16, True), (16, False), (64, True)):
+        flat, part = triton_matmul.flat_of(1, 2 * rank)
+        types = gated_tiles(kind, part) | {"x": tensor("fp8e4nv", m, k)}
+        types |= {"weights": tensor("fp8e4nv", 2, n // 2, k)}
+        step = {"keep": keep, "rank": rank, "part": part, "flat": flat, **tile, "tile_n": n // 2}
+        yield triton_fp8._fp8_gated, types, step, options
 
 
 def hopper_kernels(kind: str, cases: tuple[tuple[int, bool], ...]):

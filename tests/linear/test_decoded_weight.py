@@ -5,13 +5,13 @@ import torch
 
 from halfbyte.linear import group as groups
 from halfbyte.linear.decoded_cache import DecodedWeightCache
-from halfbyte.linear.decoded_weight import DENSE, DecodedWeight
+from halfbyte.linear.decoded_weight import DENSE, DecodedWeight, WeightLayout
 from halfbyte.linear.group import LinearGroup
 from halfbyte.quant import dequantize
 from tests.linear.test_frozen import Update, layer
 
 
-class Rows:
+class Rows(WeightLayout):
     """Eight bits a number and a scale for each row, exact but for the rounding of the numbers."""
 
     def __init__(self, kind, largest):

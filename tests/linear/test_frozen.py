@@ -213,7 +213,7 @@ def test_all_that_is_kept_leaves_no_other_buffer():
     scratch.keep(layers, torch.float32)
     assert scratch._shared.buffer is None
     sizes = [place.buffer.numel() for place in scratch._own.values()]
-    assert sizes == [4 * 4 * 8 + 256, 4 * 40 * 8 + 256]
+    assert sizes == [256, 4 * 40 * 8]  # whole multiples of 256
 
 
 def test_an_error_closes_what_was_opened():

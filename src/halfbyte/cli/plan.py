@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from halfbyte.config.command_line import Command, results
 from halfbyte.config.options import BlockSize, Options, parse_bytes, parse_names
+from halfbyte.errors import ConfigError
 
 if TYPE_CHECKING:
     from halfbyte.plan.advice import Way
@@ -70,6 +71,9 @@ class PlanOptions(Options):
         8, description="micro-batches per optimizer step"
     )
     max_length: int = Field(1024, ge=2, description="tokens per example")
+    compute: Literal["auto", "fp8"] = Field(
+        "auto", description="products with packed weights in 16 bits, or in 8 (fp8)"
+    )
 
     sections: ClassVar[dict[str, str]] = {
         "model": "the base model",
@@ -143,7 +147,10 @@ def forecast(options: PlanOptions) -> Forecast:
         gpu=card.gpu,
         embedding_on_host=True,
         parameters=options.target_parameters,
+        fp8=options.compute == "fp8",
     )
+    if run.fp8 and card.device == "cuda" and not card.gpu.has_fp8:
+        raise ConfigError(f"compute fp8 is not for {card.name}: FP8 units come with Ada and Hopper")
     found = ways(shape, run, card, memory, host_memory=options.host_memory, gpus=options.gpus)
     return Forecast(shape, card, memory, run, found, advice(found, memory), notes)
 

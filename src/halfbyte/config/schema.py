@@ -225,6 +225,11 @@ class TrainConfig(ModelOptions):
     max_steps: PositiveInt | None = Field(
         None, description="number of optimizer steps; overrides epochs"
     )
+    compute: Literal["auto", "fp8"] = Field(
+        "auto",
+        description="products with frozen weights: in compute_dtype (auto), or in 8-bit floating "
+        "point (fp8, experimental), faster on GPUs from Ada and Hopper on; see docs/fp8.md",
+    )
 
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate")
     loraplus_lr_ratio: float = Field(
@@ -485,6 +490,10 @@ class TrainConfig(ModelOptions):
         sources = (f"{one}:" for one in (*self.data, *(self.eval_data or ())))
         if self.streaming and sum(one[:2] in ("-:", "-[", "-#") for one in sources) > 1:
             raise ValueError("`streaming` reads standard input as it comes: name `-` only once")
+        if self.compute == "fp8" and self.quant == "none":
+            raise ValueError("`compute` fp8 needs `quant` nf4 or fp4: it is for packed weights")
+        if self.compute == "fp8" and self.compute_dtype == "float16":
+            raise ValueError("`compute` fp8 needs activations in bfloat16: `compute_dtype` auto")
         if self.eval_data is not None and self.eval_split is not None:
             raise ValueError("`eval_split` cannot be combined with `eval_data`; remove one")
         if self.metric_for_best != "loss" and not self.depends_on_evaluations:

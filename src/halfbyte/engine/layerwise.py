@@ -163,8 +163,10 @@ class LayerEngine:
         self.width = int(config.hidden_size)
         self.dtype: torch.dtype = model.halfbyte_recipe.compute_dtype
         self.linears = [list(frozen_linears(layer).values()) for layer in self.layers]
-        packed = (linear.quantized for linear in self.linears[-1])
-        self.decoded_bytes = self.dtype.itemsize * sum(q.numel for q in packed if q is not None)
+        packed = [linear for linear in self.linears[-1] if linear.quantized is not None]
+        self.decoded_bytes = sum(
+            m.layout.nbytes([(m.out_features, m.in_features)], self.dtype) for m in packed
+        )
         # Nothing before the lowest trained layer requires a gradient: backward ends there.
         trained = [[p for p in layer.parameters() if p.requires_grad] for layer in self.layers]
         of_layers = (p for layer in self.layers for p in layer.parameters())

@@ -63,7 +63,6 @@ class _GatedMLP(torch.autograd.Function):
         *_factors: Tensor | None,
     ) -> Tensor:
         from halfbyte.layers import triton_elementwise
-        from halfbyte.linear import triton_matmul, triton_swiglu
 
         rows = x.reshape(-1, x.shape[-1])
         p = both.into_a(rows)
@@ -72,14 +71,12 @@ class _GatedMLP(torch.autograd.Function):
             between = both.forward(rows, p)
             q = last.into_a(rows)  # restored; rows are not read
         else:
-            if triton_matmul.fits(rows, both.outputs):
-                weights, adapters = both.weights(), both.cast_adapters
-                inner, between = triton_swiglu.gated_forward(
-                    rows, weights, p, adapters, keep=gradients
-                )
-            else:
+            gated = both.gated_forward(rows, p, keep=gradients)
+            if gated is None:
                 between = both.forward(rows, p)
                 inner = triton_elementwise.swiglu(*between.chunk(2, 1))
+            else:
+                inner, between = gated
             q = last.into_a(inner)
         if read:
             y = last.forward(inner, q)

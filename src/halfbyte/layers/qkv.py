@@ -61,7 +61,7 @@ class _TurnedHeads(torch.autograd.Function):
 
         rows, cos, sin = x.reshape(-1, x.shape[-1]), cos.contiguous(), sin.contiguous()
         turn = triton_matmul.Turn(cos, sin, sum(call.outputs[:2]))
-        turns = turn.fits and triton_matmul.fits(rows, call.outputs)
+        turns = call.turns(rows, turn)
         p = call.into_a(rows)
         ctx.call = call
         ctx.save_for_backward(rows, p, cos, sin)

@@ -7,9 +7,10 @@ decoded across steps (``DecodedWeightCache.keep``): their products then cost the
 16-bit weights.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from halfbyte.linear.decoded_weight import DecodedWeight, WeightLayout
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.group import LinearGroup, OpenLayer, decode_together
+from halfbyte.quant.weight import QuantizedWeight
 
 # Alignment of each group in bytes: required by TMA and wide stores.
 _ALIGNED = 256
@@ -30,7 +32,7 @@ class _Place:
         buffer: The memory, uint8, as large as the largest layer decoded into it so far.
         weights: The decoded weights in it.
         holds: For each: address and version of the packed weight, its layout, the dtype of the
-            products, and its offset in the memory.
+            products, and the address of the memory it is in.
     """
 
     buffer: Tensor | None = None
@@ -123,32 +125,39 @@ class DecodedWeightCache:
         for linear in linears:
             groups.setdefault(linear.group, []).append(linear)
         packed = {m: q for members in groups.values() for m in members if (q := m.quantized)}
-        kinds = {m: m.layout.data_dtype(dtype) for m in packed}
-        nbytes = sum(q.numel * kinds[m].itemsize + _ALIGNED for m, q in packed.items())
+        sets = [held for members in groups.values() for held in _by_layout(members, packed)]
+        sizes = [held[0].layout.nbytes([packed[m].shape for m in held], dtype) for held in sets]
+        nbytes = sum(size + -size % _ALIGNED for size in sizes)
         whole = place.room(nbytes, linears[0].device if linears else torch.device("cpu"))
-        outs, start = {}, 0
-        for members in groups.values():
-            for linear in members:
-                if (q := packed.get(linear)) is None:
-                    continue
-                kind = kinds[linear]
-                start += -start % kind.itemsize
-                stop = start + q.numel * kind.itemsize
-                # Stacked with its group, so that one product with x can cover all of them.
-                outs[linear] = whole[start:stop].view(kind).view(q.shape)
-                start = stop
-            start += -start % _ALIGNED
-        holds = [
-            (q.codes.data_ptr(), q.codes._version, linear.layout, dtype, outs[linear].data_ptr())
-            for linear, q in packed.items()
-        ]
+        outs: dict[FrozenLinear, Any] = {}
+        holds, start = [], 0
+        for held, size in zip(sets, sizes, strict=True):
+            memory, layout = whole[start : start + size], held[0].layout
+            shapes = [packed[m].shape for m in held]
+            outs |= zip(held, layout.places(memory, shapes, dtype), strict=True)
+            for linear in held:
+                codes = packed[linear].codes
+                holds.append((codes.data_ptr(), codes._version, layout, dtype, memory.data_ptr()))
+            start += size + -size % _ALIGNED
         still = again or place is not self._shared
         if packed and not (still and holds == place.holds):
             place.holds, place.weights = [], []
-            place.weights = list(decode_together(list(packed), dtype, outs).values())
+            decoded = decode_together(list(packed), dtype, outs)
+            place.weights = [decoded[linear] for linear in packed]
             self.decodes += len(packed)
             place.holds = holds
         weights = decode_together([linear for linear in linears if linear not in packed], dtype)
         if packed:
             weights |= zip(packed, place.weights, strict=True)
         return {linear: weights[linear] for linear in linears}
+
+
+def _by_layout(
+    members: Sequence[FrozenLinear], packed: Mapping[FrozenLinear, QuantizedWeight]
+) -> list[list[FrozenLinear]]:
+    """Return those of a group that are packed, by layout."""
+    found: dict[WeightLayout, list[FrozenLinear]] = {}
+    for linear in members:
+        if linear in packed:
+            found.setdefault(linear.layout, []).append(linear)
+    return list(found.values())

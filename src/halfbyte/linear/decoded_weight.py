@@ -2,13 +2,14 @@
 
 The numeric format of a decoded weight and the way to multiply with it are defined by its layout.
 Code that decodes and multiplies (group.py, decoded_cache.py) is independent of it, and a linear
-with another ``layout`` trains with that layout's products. All linears use ``DENSE`` today;
-docs/extending.md adds a layout of int8 rows.
+with another ``layout`` trains with that layout's products. Linears use ``DENSE`` unless they are
+told otherwise (`fp8.use_fp8`); docs/extending.md adds a layout of int8 rows.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from math import prod
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,11 +27,13 @@ class DecodedWeight:
         data: The values, in the format of the layout.
         scale: The factors of the values, in the format of the layout, or None.
         layout: The layout that decoded it and multiplies with it.
+        across: The values transposed, [in, out], if backward has its own copy.
     """
 
     data: Tensor
     scale: Tensor | None
     layout: "WeightLayout"
+    across: Tensor | None = None
 
 
 class WeightLayout(Protocol):
@@ -39,18 +42,42 @@ class WeightLayout(Protocol):
     def data_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype of ``data`` for products in ``dtype``."""
 
+    def nbytes(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:
+        """Return the bytes of decoded weights of linears that share an input.
+
+        Args:
+            shapes: [out, in] of each.
+            dtype: dtype of the products.
+        """
+        return self.data_dtype(dtype).itemsize * sum(prod(shape) for shape in shapes)
+
+    def places(
+        self, memory: Tensor, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
+    ) -> list[Any]:
+        """Divide memory into the destinations of `decode`, so that one product can cover all.
+
+        Args:
+            memory: uint8 [`nbytes`], aligned to 256 bytes.
+            shapes: As for `nbytes`.
+            dtype: Likewise.
+        """
+        whole = memory.view(self.data_dtype(dtype))
+        parts = torch.split(whole, [prod(shape) for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
     def decode(
         self,
         packed: Sequence[QuantizedWeight],
         dtype: torch.dtype,
-        outs: Sequence[Tensor] | None = None,
+        outs: Sequence[Any] | None = None,
     ) -> list[DecodedWeight]:
         """Decode packed weights of one device.
 
         Args:
             packed: At least one weight.
             dtype: dtype of the products.
-            outs: Destination of the ``data`` of each, `data_dtype`, [out, in]; None allocates.
+            outs: Destination of each, of `places`: by default a tensor of `data_dtype`, [out, in].
+                None allocates.
         """
 
     def from_dense(self, weight: Tensor) -> DecodedWeight:
@@ -63,7 +90,7 @@ class WeightLayout(Protocol):
         """Return dy W [rows, in] for dy [rows, out], added to ``dx`` in place if that is given."""
 
 
-class _Dense:
+class _Dense(WeightLayout):
     """W itself, row-major, in the dtype of the products, without a scale.
 
     On a GPU, `FusedLoraLinear` reads this layout too, for base and adapter together.

@@ -45,7 +45,7 @@ class FusedLoraLinear:
     """Products of base and adapter together.
 
     Args:
-        group: The linears: a `group.LinearGroup` with the layout ``DENSE``.
+        group: The linears: a `group.LinearGroup` with one layout, here ``DENSE``.
         updates: Their adapters, without dropout; at least one.
         dtype: dtype of x: bfloat16 or float16.
 
@@ -83,6 +83,25 @@ class FusedLoraLinear:
         from halfbyte.linear import triton_matmul
 
         return triton_matmul.forward(x, self.weights(), p, self.cast_adapters, self.outputs, turn)
+
+    def turns(self, x: Tensor, turn: Any) -> bool:
+        """Return whether `forward` of x can apply a `triton_matmul.Turn`."""
+        from halfbyte.linear import triton_matmul
+
+        return turn.fits and triton_matmul.fits(x, self.outputs)
+
+    def gated_forward(
+        self, x: Tensor, p: Tensor, *, keep: bool
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Return silu(gate) · up of two linears; see `triton_swiglu.gated_forward`.
+
+        None if that is not one kernel for this x.
+        """
+        from halfbyte.linear import triton_matmul, triton_swiglu
+
+        if not triton_matmul.fits(x, self.outputs):
+            return None
+        return triton_swiglu.gated_forward(x, self.weights(), p, self.cast_adapters, keep=keep)
 
     def through_b(self, dys: Sequence[Tensor], p: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """Return the products of the adapters with dy, which is read once.

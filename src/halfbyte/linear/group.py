@@ -30,11 +30,15 @@ import torch
 from torch import Tensor
 
 from halfbyte.linear.decoded_weight import DENSE, DecodedWeight, WeightLayout
+from halfbyte.linear.fp8 import FP8
+from halfbyte.linear.fp8_lora import Fp8LoraLinear
 from halfbyte.linear.fused_lora import FusedLoraLinear, LowRank
 from halfbyte.quant.format import gpu_kernels
 from halfbyte.quant.weight import QuantizedWeight
 from halfbyte.runtime.matmul import product
 
+# Products of base and adapter together on a GPU, by layout.
+_FUSED: dict[WeightLayout, type[FusedLoraLinear]] = {DENSE: FusedLoraLinear, FP8: Fp8LoraLinear}
 # Maximum number of linears with one input in triton_lora.py.
 _MOST_TOGETHER = 3
 
@@ -310,9 +314,10 @@ class LinearGroup:
             return None
         if len(self.members) > _MOST_TOGETHER or not _for_kernels(x):
             return None
-        if any(member.layout is not DENSE for member in self.members):
+        layout = self.members[0].layout
+        if layout not in _FUSED or any(member.layout is not layout for member in self.members):
             return None
-        return FusedLoraLinear(self, updates, x.dtype)
+        return _FUSED[layout](self, updates, x.dtype)
 
     def fused_alone(self, x: Tensor, members: Sequence[_Member]) -> FusedLoraLinear | None:
         """Return `fused` for callers that fuse more than the calls of ``members`` with x.
@@ -454,7 +459,7 @@ def _for_kernels(x: Tensor) -> bool:
 
 
 def decode_together(
-    linears: Sequence[_Member], dtype: torch.dtype, outs: Mapping[Any, Tensor] | None = None
+    linears: Sequence[_Member], dtype: torch.dtype, outs: Mapping[Any, Any] | None = None
 ) -> dict[Any, DecodedWeight]:
     """Return W [out, in] of each for products in ``dtype``, decoded together per layout.
 

@@ -112,6 +112,7 @@ class LayerActivations:
         gpu: Which, if they are.
         packed: Whether experts are packed.
         offloaded: Whether all inputs are offloaded, so that the fewest experts are decoded at once.
+        fp8: Whether products round their input to 8 bits first.
     """
 
     shape: ModelShape
@@ -124,6 +125,7 @@ class LayerActivations:
     gpu: DeviceSpec = H100
     packed: bool = True
     offloaded: bool = False
+    fp8: bool = False
 
     @property
     def by_kernels(self) -> bool:
@@ -242,7 +244,10 @@ class LayerActivations:
             return tokens * kept
         inner = self.itemsize * self.shape.intermediate
         one_kernel = self.gpu.is_hopper and self.rank <= GATED_RANK and tokens >= _FEWEST_ROWS
-        return tokens * (kept - inner if one_kernel else kept + inner)
+        # In 8 bits: the input of the last product. Backward has rounded the gradients of gate and
+        # up, too, in the place of the gradient of their product, which is as large.
+        rounded = self.shape.intermediate if self.fp8 else 0
+        return tokens * (rounded + (kept - inner if one_kernel else kept + inner))
 
     def forward_saved(self, tokens: int) -> int:
         """Return what a saved layer's forward has beside what it keeps and its output.
@@ -252,6 +257,7 @@ class LayerActivations:
         if self.shape.mixture is not None:
             return self.experts(tokens, backward=False)
         inner = self.itemsize * (self.shape.intermediate + self.shape.hidden)
+        inner += self.shape.intermediate if self.fp8 else 0
         return tokens * inner if self.multiplied else 0
 
     def gradients(self, tokens: int) -> int:

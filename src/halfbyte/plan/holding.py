@@ -103,3 +103,8 @@ def nbytes_of(weight: Weight, shape: ModelShape, holding: Holding) -> int:
     """Return the total bytes of a weight of the base model."""
     size = held(weight, shape, holding)
     return sum(size) if isinstance(size, Packed) else size
+
+
+def in_fp8(weight: Weight) -> bool:
+    """Return whether a packed linear can be multiplied in 8 bits: `fp8.supports`."""
+    return all(size % 16 == 0 for size in weight.shape)

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from halfbyte.errors import ConfigError
 from halfbyte.linear.sequence_tiles import TILE_TOKENS, is_long, launches_unnoticed
 from halfbyte.plan.activation_cost import CHECKPOINT_WIDTH, H100, LayerActivations
-from halfbyte.plan.holding import Holding, Packed, held, nbytes_of
+from halfbyte.plan.holding import Holding, Packed, held, in_fp8, nbytes_of
 from halfbyte.plan.model_shape import ModelShape, Weight
 from halfbyte.plan.policy import EVERY, SLOTS, ActivationPolicy, Peak, StepCost, peak
 from halfbyte.runtime.device import DeviceSpec
@@ -108,6 +108,7 @@ class Run:
         waits: Where the frozen weights of layers wait until they are needed: in host memory, on the
             disk, or divided among GPUs; None: nowhere, all are on the device.
         shards: The number of GPUs that they are divided among.
+        fp8: Whether products with packed linears are in 8 bits.
     """
 
     holding: Holding = field(default_factory=Holding)
@@ -135,6 +136,7 @@ class Run:
     parameters: tuple[str, ...] = ()
     waits: Literal["host", "disk", "gpus"] | None = None
     shards: int = 1
+    fp8: bool = False
 
     @property
     def packs(self) -> bool:
@@ -162,6 +164,11 @@ class Run:
         if not self.packs:
             return self.batch * self.length
         return -(-self.batch * self.micro_batches // self.parts) * self.length
+
+    @property
+    def multiplies_fp8(self) -> bool:
+        """Whether there are products in 8 bits: only weights that are packed have any."""
+        return self.fp8 and self.holding.quant != "none"
 
     def with_smaller_parts(self) -> "Run | None":
         """Return the run with smaller parts, or None if there are none, as ``Trainer.fit`` does."""
@@ -223,6 +230,7 @@ class Run:
             on_gpu,
             self.gpu,
             packed=self.holding.quant != "none",
+            fp8=self.multiplies_fp8,
             offloaded=self.policy.offloaded > 0 == self.policy.saved,
         )
 
@@ -484,7 +492,10 @@ def _decoded(shape: ModelShape, run: Run) -> int:
     sizes: dict[int | None, int] = {}
     for weight in shape.linears():
         if weight.layer is not None and weight.packs:
-            sizes[weight.layer] = sizes.get(weight.layer, 0) + weight.numel * run.holding.itemsize
+            size = weight.numel * run.holding.itemsize
+            if run.fp8 and in_fp8(weight):  # as it is and transposed, and the scales of rows
+                size = 2 * weight.numel + 4 * weight.shape[0]
+            sizes[weight.layer] = sizes.get(weight.layer, 0) + size
     return max(sizes.values(), default=0)
 
 

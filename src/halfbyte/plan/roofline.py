@@ -16,6 +16,8 @@ layers recomputed in backward:
                                          a step), for layers whose decoded weights are not kept
     elementwise  (3 + 0.3·a)·kept        bytes, as measured (`MOVED`); and 2 + a times the copies of
                                          adapters
+    rounding     3·widths                bytes, of products in 8 bits: of their inputs, forward and
+                                         again, and of the gradients of their outputs
     optimizer    12 + 2·moments          bytes per trained parameter
 
 Transfers of offloaded inputs and of streamed weights overlap with computation; only the excess
@@ -59,6 +61,10 @@ _LONG, _WIDE_HEAD, _WIDE = 2048, 128, 1600
 MOVED, MOVED_AGAIN = 3.0, 0.3
 # A processor's step against its own products of 1024x1024x1024: cpu_step.json, "halfbyte-nf4-bf16".
 CPU_SHARE = 0.8
+
+# Products in 8 bits against those in bfloat16, both with adapters, at 8192 tokens of a 7B model:
+# 2026-11-30_gpu_fp8.json. Other GPUs with FP8 units have twice the arithmetic, too.
+FP8_SPEEDUP = 1.8
 
 # Seconds in which Python launches a layer's forward, rerun and backward for one micro-batch:
 # 3441 ms for 16 micro-batches and 32 layers, on the host of an H100, without CUDA graphs.
@@ -286,6 +292,13 @@ def step_seconds(
         attended *= min(1.0, run.length / _LONG) ** 0.5 * min(1.0, head_dim / _WIDE_HEAD)
         if layer.is_tiled(run.part_tokens) and run.gpu.is_hopper:
             attended *= LONG_ATTENTION_SHARE / ATTENTION_SHARE
+    rounded = 0.0
+    if run.multiplies_fp8 and shape.mixture is None:  # experts stay in 16 bits
+        flops *= FP8_SPEEDUP
+        inputs_of = 2 * shape.hidden + shape.query
+        outputs_of = 2 * (shape.hidden + shape.intermediate) + shape.query + 2 * shape.key_value
+        widths = (1 + again) * inputs_of + shape.intermediate + outputs_of
+        rounded = 3 * tokens * shape.layers * widths / card.bandwidth
     found = Seconds(
         products=2
         * tokens
@@ -297,7 +310,8 @@ def step_seconds(
         * passes
         * (decoding["linear"] * (1 - run.policy.decoded / layers) + decoding["experts"])
         / card.bandwidth,
-        elementwise=shape.layers * (tokens * moved / card.bandwidth + parts * _SMALL_KERNELS),
+        elementwise=rounded
+        + shape.layers * (tokens * moved / card.bandwidth + parts * _SMALL_KERNELS),
         optimizer=trained * (12 + 2 * state) / card.bandwidth,
         waiting=0.0,
         launching=launch * shape.layers * parts,

@@ -67,6 +67,11 @@ class DeviceSpec:
         return self.capability >= (8, 0)
 
     @property
+    def has_fp8(self) -> bool:
+        """Whether it multiplies 8-bit floating-point numbers: from Ada (L4, RTX 40) on."""
+        return self.capability >= (8, 9)
+
+    @property
     def is_hopper(self) -> bool:
         """Whether kernels tuned to Hopper's TMA and registers run on it."""
         return self.capability[0] == 9

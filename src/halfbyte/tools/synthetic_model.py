@@ -25,6 +25,7 @@ from halfbyte.errors import UserError
 from halfbyte.foreign_text import as_message
 from halfbyte.layers.multimodal import build_decoder
 from halfbyte.layers.vocabulary import embedding_to_host, head_to_host
+from halfbyte.linear.fp8_choice import require_fp8
 from halfbyte.linear.lora import adapter_parameters, attach
 from halfbyte.models.build import MemoryReport, build, finalize, load_tensor, stream_layers
 from halfbyte.plan.model_shape import config_of, shape_of_config
@@ -32,7 +33,7 @@ from halfbyte.report import open_report
 from halfbyte.runtime.malloc import keep_freed_memory
 from halfbyte.runtime.precision import choose_device_and_dtype
 from halfbyte.train import metadata
-from halfbyte.train.loading import lora_of, recipe_of
+from halfbyte.train.loading import choose_products, lora_of, recipe_of
 from halfbyte.train.output import claim_output
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.trainer import StepResult, Trainer
@@ -52,6 +53,8 @@ def run(config: TrainConfig, report: "RunReport") -> None:
     """
     device, dtype, why = choose_device_and_dtype(config.device, config.compute_dtype)
     report.note(f"on {device}, products in {str(dtype).removeprefix('torch.')}: {why}")
+    if config.compute == "fp8" and (emulated := require_fp8(device, dtype)):
+        report.note(emulated)
     if device == "cpu":
         keep_freed_memory()
     architecture = config_of(config.model.removeprefix(PREFIX))
@@ -59,6 +62,8 @@ def run(config: TrainConfig, report: "RunReport") -> None:
     model, base_report = random_model(config, dtype, device, report)
     report.record("loaded", {"seconds": time.perf_counter() - began} | metadata.memory_now(device))
     parameters = adapter_parameters(model)
+    for message in choose_products(model, config):
+        report.note(message)
     engine, message = choose_engine(model, device, graphs=config.cuda_graphs)
     report.note(message)
     total = config.max_steps or 1

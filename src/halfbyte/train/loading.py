@@ -23,8 +23,13 @@ from halfbyte.checkpoint.peft import load_adapter, template_in
 from halfbyte.checkpoint.reading import rope_scaling_in
 from halfbyte.config.schema import TrainConfig
 from halfbyte.data.named_templates import choose_template
-from halfbyte.linear.lora import LoRAConfig
+from halfbyte.layers.multimodal import decoder_layers
+from halfbyte.linear.experts import ExpertLinear
+from halfbyte.linear.fp8_check import check_kernels
+from halfbyte.linear.fp8_choice import use_fp8
+from halfbyte.linear.lora import LoRAConfig, frozen_linears
 from halfbyte.models.build import BaseRecipe
+from halfbyte.quant.format import gpu_kernels
 from halfbyte.runtime.precision import choose_device_and_dtype
 
 if TYPE_CHECKING:
@@ -211,6 +216,24 @@ def recipe_of(config: TrainConfig, dtype: torch.dtype, device: str) -> BaseRecip
         quantize_embeddings=config.quantize_embeddings,
         quant_search=config.quant_search,
     )
+
+
+def choose_products(model: PreTrainedModel, config: TrainConfig) -> list[str]:
+    """Have the frozen linears of layers compute as a run wants; return what is to be said of it.
+
+    Raises:
+        ConfigError: FP8's kernels give wrong numbers on this GPU.
+    """
+    if config.compute != "fp8":
+        return []
+    if model.device.type == "cuda" and gpu_kernels() is not None:
+        check_kernels(model.device)
+    layers = decoder_layers(model)
+    linears = [linear for layer in layers for linear in frozen_linears(layer).values()]
+    said = [use_fp8(linears)]
+    if any(isinstance(m, ExpertLinear) for layer in layers for m in layer.modules()):
+        said.append("experts stay in 16 bits")
+    return said
 
 
 def lora_of(config: TrainConfig) -> LoRAConfig:

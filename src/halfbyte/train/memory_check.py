@@ -71,6 +71,7 @@ class Prediction:
         process: Bytes of the process before the base model was loaded (CPU).
         waits: Where the frozen weights of layers wait, if not on the device.
         shards: The processes that they are divided among.
+        fp8: Whether products with packed linears are in 8 bits.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Prediction:
         process: int | None = None,
         waits: Literal["host", "disk", "gpus"] | None = None,
         shards: int = 1,
+        fp8: bool = False,
     ) -> None:
         self._shape = shape_of_source(source)
         coded = optimizer.endswith("8bit")
@@ -109,6 +111,7 @@ class Prediction:
             process=process,
             waits=waits,
             shards=shards,
+            fp8=fp8,
         )
         self._shapes: dict[tuple[tuple[int, int], ...], None] = {}
         self._documents: dict[tuple[int, ...], None] = {}  # packed

@@ -155,6 +155,7 @@ def run(
         "quant": recipe.experts or recipe.quant,
         "device": device,
         "compute_dtype": str(recipe.compute_dtype).removeprefix("torch."),
+        "compute": config.compute,
         "base_bytes": base.memory_report.total_bytes,
         "trained_parameters": trained,
         "examples": len(dataset.examples),

@@ -42,6 +42,7 @@ from halfbyte.engine.memory_policy import (
 from halfbyte.engine.packing import Batch
 from halfbyte.errors import BETWEEN_STEPS, Interrupted, ProcessFailed, RunStopped
 from halfbyte.layers.vocabulary import embedding_to_host, head_to_host
+from halfbyte.linear.fp8_choice import require_fp8
 from halfbyte.linear.lora import (
     adapter_parameters,
     adapter_state,
@@ -63,7 +64,7 @@ from halfbyte.train.init_adapter import (
     rope_scaling_of_run,
     template_of_run,
 )
-from halfbyte.train.loading import Loading, lora_of, recipe_of
+from halfbyte.train.loading import Loading, choose_products, lora_of, recipe_of
 from halfbyte.train.loss_watch import LossWatch
 from halfbyte.train.memory_check import FIRST_LOOK, Prediction, shape_of_source, sizes_of
 from halfbyte.train.metrics import Metric, measured_on
@@ -148,6 +149,8 @@ def _train(
         output = require_writable(config.output)
     try:
         device, dtype, why = choose_device_and_dtype(config.device, config.compute_dtype)
+        if config.compute == "fp8" and (emulated := require_fp8(device, dtype)):
+            report.note(emulated)
         limit = memory_limit(device, config.memory_budget)
         with deterministic(config.deterministic), limit, ExitStack() as opened:
             run = _Run(config, output, report, stop, program, processes, device, dtype)
@@ -298,6 +301,8 @@ class _Run:
             report.note(f"the embedding is in host memory: {moved / 1e6:.0f} MB less on the GPU")
         if self.waits is not None and (moved := head_to_host(model)):
             report.note(f"the output head is in host memory: {moved / 1e6:.0f} MB less on the GPU")
+        for message in choose_products(model, config):
+            report.note(message)
         self.engine, self.engine_summary = choose_engine(
             model,
             self.device,
@@ -413,6 +418,7 @@ class _Run:
             process=self.process_bytes,
             waits=self.waits,
             shards=self.processes.on_this_host if config.shard else 1,
+            fp8=config.compute == "fp8",
         )
 
     def begin(self) -> None:

@@ -159,6 +159,7 @@ def _least(
         device=recipe.device,
         gpu=spec,
         embedding_on_host=True,
+        fp8=config.compute == "fp8",
     )
     if config.shard and processes is not None:
         run = replace(run, waits="gpus", shards=processes.size)
