@@ -7,7 +7,8 @@ from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.layers import tiled_layer
 from halfbyte.layers.decoder_layer import AttentionCheckpoint, FusedLayer
 from halfbyte.linear import sequence_tiles
-from halfbyte.linear.lora import DropoutClock, adapter_parameters, adapters
+from halfbyte.linear.fp8_choice import use_fp8
+from halfbyte.linear.lora import DropoutClock, adapter_parameters, adapters, frozen_linears
 from halfbyte.linear.sequence_tiles import Tile, tiles_of
 from halfbyte.plan.policy import ActivationPolicy
 from tests.engine.test_layerwise import FAMILIES, batches_of, gradients, model_of
@@ -175,3 +176,19 @@ def test_the_parameters_of_a_tile_are_summed_in_their_own_precision(tiles):
 def test_adapters_are_found_by_the_layer(tiles):
     model = model_of(FAMILIES["llama"])
     assert len(adapters(model)) * 2 == len(adapter_parameters(model))
+
+
+def test_products_in_fp8_are_those_of_all_rows_at_once(monkeypatch):
+    """Each row of x and dy is rounded by a scale of its own, in a tile or not."""
+
+    def model():
+        made = model_of(FAMILIES["llama"])
+        assert use_fp8(frozen_linears(made).values()).startswith("products of 21 linears")
+        return made
+
+    plain = stepped(model_of(FAMILIES["llama"]), [(1, 23)])
+    wanted = stepped(model(), [(1, 23)])
+    assert wanted[0] != plain[0]
+    monkeypatch.setattr(sequence_tiles, "TILE_TOKENS", 5)
+    monkeypatch.setattr(sequence_tiles, "LONG_TOKENS", 12)
+    assert_equal(stepped(model(), [(1, 23)]), wanted, 2e-6)
