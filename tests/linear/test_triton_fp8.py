@@ -81,8 +81,7 @@ def close(got, wanted):
     return (got.float() - wanted.float()).norm() <= 0.04 * wanted.float().norm()
 
 
-@pytest.mark.parametrize("outs", [[64], [256, 256, 48]])
-@pytest.mark.parametrize("opened", [True, False])
+@pytest.mark.parametrize(("outs", "opened"), [([64], True), ([64], False), ([256, 256, 48], True)])
 def test_linears_are_those_of_the_specification(on_gpu, outs, opened, monkeypatch):
     module, made = linears(outs)
     use_fp8(made)

@@ -103,12 +103,15 @@ interpreted = pytest.mark.skipif(
 
 
 @interpreted
-@pytest.mark.parametrize("case", SHAPES[:4])
-@pytest.mark.parametrize("wanted", ["both", "straight", "across"])
+@pytest.mark.parametrize(
+    ("wanted", "case"),
+    [(wanted, case) for wanted in ("both", "straight") for case in SHAPES[:4]]
+    + [("across", SHAPES[0])],
+)
 def test_the_kernel_decodes_to_the_same_numbers(case, wanted):
     kernels = pytest.importorskip("halfbyte.quant.triton_e4m3", exc_type=ImportError)
     if wanted != "straight" and case[1] > 1000:
-        case = (case[0], 1088, *case[2:])  # fewer programs, and rows in two groups of scales
+        case = (case[0], 320, *case[2:])  # fewer programs
     q = packed(*case)
     out, inputs = q.shape
     assert kernels.fits(q)
