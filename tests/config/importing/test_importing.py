@@ -255,6 +255,18 @@ NEEDS_HELD_OUT = "needs data to evaluate on: give `eval_data`, or `eval_split` t
             "",
             "",
         ),
+        (
+            {"overrides_of_model_config": {"rope_scaling": {"type": "linear", "factor": 4.0}}},
+            {"rope_scaling": '{"factor": 4.0, "type": "linear"}'},
+            "",
+            "",
+        ),
+        (
+            {"model_config": {"output_router_logits": True}},
+            {"rope_scaling": None},
+            "model_config: {'output_router_logits': True}",
+            "`router_aux_loss_coef`",
+        ),
     ],
 )
 def test_what_train_would_refuse_is_listed_and_the_rest_is_taken(

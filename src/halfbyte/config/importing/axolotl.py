@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,10 +85,16 @@ def _plugins(value: Any) -> None:
         raise NoCounterpartError(f"{', '.join(others)}: there are no plugins; leave them out")
 
 
-def _model_config(value: Any) -> None:
-    raise NoCounterpartError(
-        "change the model's config.json instead; the auxiliary loss of experts is not trained"
-    )
+def _model_config(value: Any) -> str | None:
+    """Return the scaling of rotary embeddings, the only change of a configuration that we make."""
+    given = dict(value) if isinstance(value, Mapping) else {"": value}
+    scaling = given.pop("rope_scaling", None)
+    if any(one is not None for one in given.values()):
+        raise NoCounterpartError(
+            "change the model's config.json instead; only rope_scaling is an option (and "
+            "`router_aux_loss_coef` trains routers for balance)"
+        )
+    return None if scaling is None else json.dumps(scaling)
 
 
 _BF16 = {"auto": "auto", "true": "bfloat16", "full": "bfloat16", "false": None}
@@ -113,8 +120,8 @@ RULES: dict[str, Rule] = {
     "is_falcon_derived_model": unneeded("the architecture is in the model's config.json"),
     "is_mistral_derived_model": unneeded("the architecture is in the model's config.json"),
     "is_qwen_derived_model": unneeded("the architecture is in the model's config.json"),
-    "model_config": Rule(read=_model_config),
-    "overrides_of_model_config": Rule(read=_model_config),
+    "model_config": to("rope_scaling", _model_config),
+    "overrides_of_model_config": to("rope_scaling", _model_config),
     "resize_token_embeddings_to_32x": unneeded("no token is added, so no embedding is resized"),
     "load_in_8bit": missing("no 8-bit base: `quant` nf4 (4 bits) or none (16)"),
     "gptq": _OTHER_BITS,
