@@ -46,6 +46,9 @@ def on_gpu(request, monkeypatch):
     return request.param
 
 
+# What follows the products is the same with torch's, and slow in the interpreter.
+one_contraction = pytest.mark.parametrize("on_gpu", [True], indirect=True)
+
 CASES = [
     # outputs, inputs, rank, rows
     ([256, 64], 192, 16, 130),
@@ -95,6 +98,7 @@ def test_linears_are_those_of_the_specification(on_gpu, outs, opened, monkeypatc
     assert all(close(a, b) for a, b in zip(got, wanted, strict=True))
 
 
+@one_contraction
 def test_rotated_heads_are_those_of_the_specification(on_gpu, monkeypatch):
     size = 64
     module, made = linears([256, 256, 64])
@@ -117,6 +121,7 @@ def test_rotated_heads_are_those_of_the_specification(on_gpu, monkeypatch):
     assert all(close(a, b) for a, b in zip(got, wanted, strict=True))
 
 
+@one_contraction
 def test_a_gated_mlp_is_that_of_the_specification(on_gpu, monkeypatch):
     module, made = linears([256, 256])
     last_module, last = linears([WIDTH], 256)
