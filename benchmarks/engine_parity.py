@@ -82,7 +82,7 @@ def run(args: argparse.Namespace, form: str) -> tuple[list[float], dict[str, tor
     if args.device == "cuda" and form != "plain":
         shapes = [[tuple(batch.input_ids.shape) for batch in batches] for batches in all_steps]
         trainer.fit(shapes, [lengths_of(batches) for batches in all_steps])
-    trainer.use(
+    trainer.memory.use(
         ActivationPolicy(
             count if form in ("saved", "decoded") else 0,
             count - 1 if form in ("offload", "notes") else 0,

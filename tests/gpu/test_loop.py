@@ -114,7 +114,8 @@ def test_paging_changes_no_bit_and_a_run_resumes_without(
     model, data, tmp_path, monkeypatch, paging
 ):
     """Every second step is made to be short of memory; at the end the state moves in once more."""
-    monkeypatch.setattr(train_run.Trainer, "_tight", lambda self, batches: next(turns))
+    is_short = "halfbyte.train.step_memory.StepMemory.is_short"
+    monkeypatch.setattr(is_short, lambda self, batches: next(turns))
     turns = cycle([False, True])
     common = {"deterministic": True, "save_steps": 6}
     losses, _ = run(model, data, tmp_path / "a", optim="adamw_8bit", **common)

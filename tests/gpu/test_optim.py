@@ -266,7 +266,7 @@ def test_layers_updated_as_the_engine_finishes_them_have_the_same_bits(bits, sma
         early = paging == "explicit"
         assert (engine.on_layer_backward is not None) == early
         trainer.fit([[(2, 64), (2, 64)]], [[64] * 4])
-        trainer.use(ActivationPolicy(1, 1))
+        trainer.memory.use(ActivationPolicy(1, 1))
         losses = []
         with deterministic():
             trainer.capture()

@@ -88,9 +88,9 @@ def test_a_capped_process_keeps_less_and_computes_the_same(capped):
     before = in_use()
     free = trainer()
     free.capture()
-    assert free.policy.saved == 8
+    assert free.memory.policy.saved == 8
     wanted = losses(free)
-    assert not free.fallbacks
+    assert not free.memory.fallbacks
     peak = torch.cuda.max_memory_reserved() - before
     del free
     in_use()
@@ -99,10 +99,10 @@ def test_a_capped_process_keeps_less_and_computes_the_same(capped):
     made.capture()
     got = losses(made)
     assert got == pytest.approx(wanted, rel=2e-3)
-    assert made.fallbacks
-    assert made.policy.saved < 8
+    assert made.memory.fallbacks
+    assert made.memory.policy.saved < 8
     notes = [note for note in made.engine.messages if note.startswith("out of GPU memory")]
-    assert len(notes) == len(made.fallbacks)
+    assert len(notes) == len(made.memory.fallbacks)
 
 
 def test_a_budget_is_kept_to_from_the_first_look_on():
@@ -120,8 +120,8 @@ def test_a_budget_is_kept_to_from_the_first_look_on():
         made.capture()
         assert losses(made) == pytest.approx(wanted, rel=2e-3)
     assert torch.cuda.max_memory_reserved() <= budget
-    assert made.plan.reserved_bytes <= budget
-    assert not made.fallbacks
+    assert made.memory.plan.reserved_bytes <= budget
+    assert not made.memory.fallbacks
 
 
 def test_memory_that_is_taken_away_between_steps_is_done_without(capped):
@@ -133,15 +133,15 @@ def test_memory_that_is_taken_away_between_steps_is_done_without(capped):
     made = trainer()
     made.engine.stop_capturing("not asked for")  # graphs keep their memory: none can be taken away
     assert losses(made, [0]) == pytest.approx(wanted, rel=2e-3)
-    assert not made.fallbacks
+    assert not made.memory.fallbacks
     capped(200 << 20)
     assert all(loss > 0 for loss in losses(made, [1, 2, 3]))
-    assert made.fallbacks
+    assert made.memory.fallbacks
 
 
 def test_where_nothing_helps_there_is_one_message_and_no_update(capped):
     made = trainer()
-    made.use(ActivationPolicy())  # so that nothing that is kept can be let go of
+    made.memory.use(ActivationPolicy())  # so that nothing that is kept can be let go of
     before = {name: p.detach().clone() for name, p in made.parameters.items()}
     capped(1 << 20)
     taken = []  # what the allocator has left, but for less than a layer's decoded weights
@@ -174,10 +174,10 @@ def test_beside_another_program_no_more_is_asked_for_than_it_leaves():
             free, _ = torch.cuda.mem_get_info()
             before = torch.cuda.memory_reserved()
             made = trainer()
-            assert made.plan.reserved_bytes <= made.plan.budget
+            assert made.memory.plan.reserved_bytes <= made.memory.plan.budget
             made.capture()
             assert all(loss > 0 for loss in losses(made))
         finally:
             other.kill()
-    assert not made.fallbacks
+    assert not made.memory.fallbacks
     assert torch.cuda.max_memory_reserved() - before <= free

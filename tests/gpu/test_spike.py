@@ -39,7 +39,7 @@ def batches(length):
     return [Batch(ids[:, :-1], ids[:, 1:])]
 
 
-def _raise(_step, error):
+def _raise(_step, error, *, updating):
     raise error
 
 
@@ -65,10 +65,10 @@ def run(optim, paging="auto", cap=None):
     trainer = Trainer(
         LayerEngine(model), adapter_parameters(model), config, Schedule(1e-3, "constant", 0, 4)
     )
-    trainer.use(ActivationPolicy(3))
-    trainer._tight = lambda given: given[0].input_ids.shape[1] == max(LENGTHS)
+    trainer.memory.use(ActivationPolicy(3))
+    trainer.memory.is_short = lambda given: given[0].input_ids.shape[1] == max(LENGTHS)
     # The ladder would save the run whose state stays: it is not what is tried here.
-    trainer.fall_back = _raise
+    trainer.memory.fall_back = _raise
     optimizer, seen, resident = trainer.optimizer, [], []
     backward = trainer.engine.step
 

@@ -31,7 +31,7 @@ from halfbyte.plan.ledger import (
 from halfbyte.plan.model_shape import ModelShape, config_of, shape_of, shape_of_config
 from halfbyte.plan.policy import ActivationPolicy, peak
 from halfbyte.runtime import device as devices
-from halfbyte.train.trainer import SMALLEST_PART as SMALLEST_OF_A_RUN
+from halfbyte.train.step_memory import SMALLEST_PART as SMALLEST_OF_A_RUN
 from tests.checkpoint.families import tiny_model
 from tests.devices import DEVICES
 

@@ -21,8 +21,9 @@ from halfbyte.plan.policy import ActivationPolicy
 from halfbyte.report import open_report
 from halfbyte.report.live import LiveScreen, PlainScreen
 from halfbyte.train import run as train_run
-from halfbyte.train import trainer
+from halfbyte.train import step_memory, trainer
 from halfbyte.train.schedule import Schedule
+from halfbyte.train.step_memory import StepMemory
 from halfbyte.train.trainer import Trainer
 from tests.engine.test_layerwise import FAMILIES, batches_of, model_of
 from tests.tiny import write_tiny_model
@@ -84,7 +85,7 @@ def test_a_paged_run_is_the_same_run_and_says_what_it_moved(
 ):
     plain, resident = run(model, data, tmp_path / "plain", "adamw_8bit")
     calls = iter([False, True, True, False])
-    monkeypatch.setattr(Trainer, "_tight", lambda self, batches: next(calls))
+    monkeypatch.setattr(StepMemory, "is_short", lambda self, batches: next(calls))
     paged, events = run(model, data, tmp_path / "paged", "paged_adamw_8bit", paging=paging)
     assert paged == plain
     found = steps_of(events)
@@ -107,7 +108,7 @@ def test_the_plan_knows_which_step_is_tight(
 ):
     """A budget one byte below what the largest step takes with the state beside it."""
     plans, sizes = [], []
-    fit, tight = Trainer.fit, Trainer._tight
+    fit, tight = Trainer.fit, StepMemory.is_short
 
     def recorded(self, *args):
         plans.append(fit(self, *args))
@@ -118,7 +119,7 @@ def test_the_plan_knows_which_step_is_tight(
         return tight(self, batches)
 
     monkeypatch.setattr(Trainer, "fit", recorded)
-    monkeypatch.setattr(Trainer, "_tight", counted)
+    monkeypatch.setattr(StepMemory, "is_short", counted)
     for module in (train_run, memory_policy):
         monkeypatch.setattr(module, "used_memory", lambda device: 0)
     plain, roomy = run(model, data, tmp_path / "roomy", "paged_adamw_8bit", activations="recompute")
@@ -198,7 +199,7 @@ def planned(made, monkeypatch, shapes, *, least=10**12, **plan):
             raise ConfigError("too small")
         return MemoryPlan(ActivationPolicy(), 3, 0, **plan)
 
-    monkeypatch.setattr(trainer, "plan_memory", plan_memory)
+    monkeypatch.setattr(step_memory, "plan_memory", plan_memory)
     made.fit(shapes, [[n for b, n in step for _ in range(b)] for step in shapes])
     return asked
 
@@ -211,27 +212,29 @@ def zeros(*shapes):
 def test_a_step_is_tight_when_its_tokens_need_more_than_there_is(monkeypatch, on_a_gpu, paging):
     made = made_trainer(paging)
     shapes = [[(2, 100)], [(2, 100), (2, 300)]]
-    assert not made._tight(zeros((2, 1000)))  # nothing is known
+    assert not made.memory.is_short(zeros((2, 1000)))  # nothing is known
     planned(made, monkeypatch, shapes, budget=1000, predicted_bytes=1200, used=200)
-    assert made._tight(zeros((2, 100), (2, 300)))
-    assert not made._tight(zeros((2, 320)))  # 640 of 800 tokens, 800 bytes, and 800 are free
-    assert made._tight(zeros((2, 321)))
+    assert made.memory.is_short(zeros((2, 100), (2, 300)))
+    # 640 of 800 tokens, 800 bytes, and 800 are free.
+    assert not made.memory.is_short(zeros((2, 320)))
+    assert made.memory.is_short(zeros((2, 321)))
     planned(made, monkeypatch, shapes, budget=1000, predicted_bytes=900, used=200)
-    assert not made._tight(zeros((2, 400)))
+    assert not made.memory.is_short(zeros((2, 400)))
 
 
 def test_a_packed_step_takes_what_its_largest_part_takes(monkeypatch, on_a_gpu):
     monkeypatch.setattr("halfbyte.engine.layerwise.can_pack", lambda *_: True)
     made = made_trainer("auto")
-    made.engine, made._device = LayerEngine(made.engine.model, fuse=True), "cuda"
+    made.engine = made.memory.engine = LayerEngine(made.engine.model, fuse=True)
+    made._device = made.memory._device = "cuda"
     shapes = [[(4, 200)]]
     planned(made, monkeypatch, shapes, budget=1000, predicted_bytes=1200, used=200)
     assert made.engine.buckets.largest.numel == 896
-    assert not made._tight(zeros((1, 716)))
-    assert made._tight(zeros((1, 717)))  # of 896 tokens, 800 of 1000 bytes
+    assert not made.memory.is_short(zeros((1, 716)))
+    assert made.memory.is_short(zeros((1, 717)))  # of 896 tokens, 800 of 1000 bytes
     # Many parts take no more than one.
     planned(made, monkeypatch, shapes, budget=1000, predicted_bytes=1000, used=200)
-    assert not made._tight(zeros((8, 1000)))
+    assert not made.memory.is_short(zeros((8, 1000)))
 
 
 def test_only_state_that_can_leave_is_sent_away(monkeypatch, on_a_gpu):
@@ -239,7 +242,7 @@ def test_only_state_that_can_leave_is_sent_away(monkeypatch, on_a_gpu):
         made = made_trainer("explicit", max_grad_norm=1.0)
         made.optimizer.paging = paging
         planned(made, monkeypatch, [[(2, 100)]], budget=1000, predicted_bytes=1200, used=200)
-        assert not made._tight(zeros((2, 100)))
+        assert not made.memory.is_short(zeros((2, 100)))
 
 
 def test_state_that_may_leave_is_left_out_only_where_it_has_to_be(monkeypatch, on_a_gpu):
@@ -253,19 +256,19 @@ def test_state_that_may_leave_is_left_out_only_where_it_has_to_be(monkeypatch, o
     ):
         made.optimizer.paging = mode
         assert planned(made, monkeypatch, shapes, least=least, **plan) == asked
-        assert made.plan.state_off_device == beside
+        assert made.memory.plan.state_off_device == beside
     made.optimizer.paging = "explicit"  # never all of it is on the device
     (asked,) = planned(made, monkeypatch, shapes, least=state - 1, **plan)
     assert asked == made.optimizer.device_bytes() < state
-    assert made.plan.state_off_device == 0
+    assert made.memory.plan.state_off_device == 0
     made.optimizer.paging = "off"
     with pytest.raises(ConfigError, match="too small"):
         planned(made, monkeypatch, shapes, least=0, **plan)
     # A step fits when it does so with what was left out.
     made.optimizer.paging = "auto"
     for beside, tight in ((100, False), (101, True)):
-        made.plan = MemoryPlan(ActivationPolicy(), 3, 0, **plan, state_off_device=beside)
-        assert made._tight(zeros((2, 100))) == tight
+        made.memory.plan = MemoryPlan(ActivationPolicy(), 3, 0, **plan, state_off_device=beside)
+        assert made.memory.is_short(zeros((2, 100))) == tight
 
 
 def test_the_display_says_where_the_state_is_and_what_it_cost():
@@ -294,7 +297,7 @@ def test_layers_are_updated_as_soon_as_their_gradients_are_final(monkeypatch, on
     for clip in (0.0, 1e9):  # so high a limit clips nothing
         made = model_of(FAMILIES["llama"])
         trainer = made_trainer("explicit", made, max_grad_norm=clip)
-        trainer.policy = ActivationPolicy(1)
+        trainer.memory.policy = ActivationPolicy(1)
         for number in range(3):
             trainer.step(number, batches_of([(2, 13)]))
         results.append([p.detach().clone() for p in adapter_parameters(made).values()])
@@ -307,7 +310,7 @@ def test_layers_are_updated_as_soon_as_their_gradients_are_final(monkeypatch, on
 def test_a_step_that_has_begun_to_update_is_not_made_again(monkeypatch, on_a_gpu, fails_at):
     """In explicit paging without clipping: layers would be updated twice."""
     made = made_trainer("explicit", max_grad_norm=0.0)
-    made.policy = ActivationPolicy(3)
+    made.memory.policy = ActivationPolicy(3)
     update, calls = made.engine.on_layer_backward, []
 
     def fails(layer, loss):
@@ -322,10 +325,10 @@ def test_a_step_that_has_begun_to_update_is_not_made_again(monkeypatch, on_a_gpu
         with pytest.raises(OutOfMemoryError, match="Nothing was updated in this step"):
             # Every attempt fails before the first layer is updated.
             made.step(0, batches_of([(2, 13)]))
-        assert made.fallbacks
+        assert made.memory.fallbacks
         assert all(map(torch.equal, made.parameters.values(), before))
         return
     with pytest.raises(OutOfMemoryError, match="Some layers were updated in this step"):
         made.step(0, batches_of([(2, 13)]))
     assert calls == [2, 1][:fails_at]
-    assert not made.fallbacks
+    assert not made.memory.fallbacks

@@ -30,7 +30,7 @@ from halfbyte.errors import (
 from halfbyte.linear.lora import adapter_parameters, frozen_linears
 from halfbyte.plan.policy import ActivationPolicy, StepCost, peak
 from halfbyte.runtime.device import is_out_of_memory
-from halfbyte.train import trainer as trainer_module
+from halfbyte.train import step_memory
 from halfbyte.train.loss_scale import LossScale
 from halfbyte.train.schedule import Schedule
 from halfbyte.train.trainer import Trainer
@@ -80,7 +80,7 @@ def test_one_by_eight_is_two_by_four_is_eight_by_one():
     for size in (1, 2, 4, 8):
         model = model_of(FAMILIES["llama"])
         made = trainer(model, max_grad_norm=0.0)
-        made.policy = ActivationPolicy(3)
+        made.memory.policy = ActivationPolicy(3)
         results[size] = made.step(0, split(whole, size))
     for size in (2, 4, 8):
         assert results[size].loss == pytest.approx(results[1].loss, rel=1e-6)
@@ -110,7 +110,7 @@ def test_trajectory_is_torchs_adamw(max_grad_norm, weight_decay):
     )
     for step in range(4):
         batches = batches_of([(2, 13), (2, 9)])
-        made.policy = ActivationPolicy(3)
+        made.memory.policy = ActivationPolicy(3)
         made.step(step, batches)
         total = sum(int((b.labels != -100).sum()) for b in batches)
         for batch in batches:
@@ -137,7 +137,7 @@ def test_loraplus_steps_as_peft_s_optimizer_does():
     made = trainer(model, learning_rate=1e-2, loraplus_lr_ratio=8.0, max_grad_norm=0.0)
     for step in range(2):
         made.clear_gradients = lambda: None  # to see the gradients afterwards
-        made.policy = ActivationPolicy(3)
+        made.memory.policy = ActivationPolicy(3)
         made.step(step, batches_of([(2, 13)]))
         for one, other in zip(
             adapter_parameters(model).values(), wrapped.parameters(), strict=True
@@ -166,7 +166,7 @@ def test_a_step_is_counted_as_a_change_of_what_it_changed():
     model = model_of(FAMILIES["llama"])
     made = trainer(model)
     before = {name: p._version for name, p in adapter_parameters(model).items()}
-    made.policy = ActivationPolicy(3)
+    made.memory.policy = ActivationPolicy(3)
     made.step(0, batches_of([(1, 9)]))
     assert all(p._version > before[name] for name, p in adapter_parameters(model).items())
 
@@ -183,7 +183,7 @@ def test_dora_trains_as_plain_autograd_over_its_formula(quant):
     optimizer = torch.optim.AdamW(reference, lr=1e-2, weight_decay=0.0, foreach=False)
     for step in range(3):
         batches = batches_of([(2, 13), (2, 9)])
-        made.policy = ActivationPolicy(step)
+        made.memory.policy = ActivationPolicy(step)
         made.step(step, batches)
         total = sum(int((b.labels != -100).sum()) for b in batches)
         for batch in batches:
@@ -210,7 +210,7 @@ def test_a_loss_that_is_no_number_changes_nothing():
     made = trainer(model)
     before = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
     model.model.norm.weight.data.fill_(math.nan)
-    made.policy = ActivationPolicy(3)
+    made.memory.policy = ActivationPolicy(3)
     with pytest.raises(NonFiniteLossError, match="step 5: loss nan"):
         made.step(4, batches_of([(1, 9)]))
     assert all(torch.equal(p, before[name]) for name, p in adapter_parameters(model).items())
@@ -489,19 +489,19 @@ def on_a_gpu(monkeypatch):
     """Return what makes a trainer on a CPU that has all rungs: it packs, captures and offloads."""
     monkeypatch.setattr("halfbyte.engine.layerwise.can_pack", lambda *_: True)
     monkeypatch.setattr(forward_backward, "ActivationOffloader", HostOffloader)
-    monkeypatch.setattr(trainer_module, "SMALLEST_PART", 100)
-    monkeypatch.setattr(trainer_module.gc, "collect", lambda: 0)  # takes half a second here
-    monkeypatch.setattr(trainer_module, "free_memory", lambda device: 10**9)
-    monkeypatch.setattr(trainer_module, "used_memory", lambda device: 10**9)
+    monkeypatch.setattr(step_memory, "SMALLEST_PART", 100)
+    monkeypatch.setattr(step_memory.gc, "collect", lambda: 0)  # takes half a second here
+    monkeypatch.setattr(step_memory, "free_memory", lambda device: 10**9)
+    monkeypatch.setattr(step_memory, "used_memory", lambda device: 10**9)
 
     def make(policy=MOST, config=FAMILIES["llama"], cost=None, **options):
         plan = MemoryPlan(policy, 3, 0, budget=1000, predicted_bytes=900, cost=cost)
-        monkeypatch.setattr(trainer_module, "plan_memory", lambda *args, **kwargs: plan)
+        monkeypatch.setattr(step_memory, "plan_memory", lambda *args, **kwargs: plan)
         model = model_of(config)
         made = trainer(model, learning_rate=1e-2, **options)
-        made.engine = LayerEngine(model, fuse=True)
+        made.engine = made.memory.engine = LayerEngine(model, fuse=True)
         made.engine._graphs = Recorded(made.engine)
-        made._device = "cuda"
+        made._device = made.memory._device = "cuda"
         made.fit([[(1, n) for n in LENGTHS]], [LENGTHS])
         return made
 
@@ -543,9 +543,9 @@ def test_a_step_is_made_again_with_less_until_it_fits(on_a_gpu, monkeypatch, fai
     for one, other in zip(made.parameters.values(), wanted.parameters.values(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-5)
     # What was done, once each, and in the order of the ladder.
-    assert [record["action"] for record in made.fallbacks] == LADDER[:failures]
-    json.dumps(made.fallbacks)
-    for record, before in zip(made.fallbacks, policies, strict=False):
+    assert [record["action"] for record in made.memory.fallbacks] == LADDER[:failures]
+    json.dumps(made.memory.fallbacks)
+    for record, before in zip(made.memory.fallbacks, policies, strict=False):
         assert record["step"] == 1
         assert record["reason"] == "CUDA out of memory. Tried to allocate 2 GiB."
         assert record["policy_before"] == before.__dict__
@@ -553,7 +553,7 @@ def test_a_step_is_made_again_with_less_until_it_fits(on_a_gpu, monkeypatch, fai
         note for note in made.engine.messages if note.startswith("out of GPU memory at step 1: ")
     ]
     assert [note.partition(": ")[2].partition(",")[0] for note in notes] == LADDER[:failures]
-    assert made.policy == policies[-1]
+    assert made.memory.policy == policies[-1]
     order = [MOST, *map(ActivationPolicy, (3, 1, 0)), *[ActivationPolicy(0, 2)] * 3]
     assert policies == order[: failures + 1]
     # Graphs are there again, of the shapes there are now, by the policy there is now.
@@ -561,12 +561,12 @@ def test_a_step_is_made_again_with_less_until_it_fits(on_a_gpu, monkeypatch, fai
     assert (graphs is None) == (failures == len(LADDER))
     if captured and graphs is not None:
         assert list(graphs.captured) == list(made.engine.buckets.shapes)
-        assert graphs.policy == made.policy
+        assert graphs.policy == made.memory.policy
         assert len(graphs.played) == (2 if failures == 5 else 1)
     # So it stays.
-    made.fallbacks.clear()
+    made.memory.fallbacks.clear()
     made.step(1, long_batches())
-    assert not made.fallbacks
+    assert not made.memory.fallbacks
     assert policies[-1] == policies[-2]
 
 
@@ -576,7 +576,7 @@ def test_so_many_layers_are_saved_as_fit(on_a_gpu, monkeypatch, most, tried):
     policies = failing(made, monkeypatch, lambda _, policy: policy.saved > most)
     made.step(0, long_batches())
     assert [policy.saved for policy in policies] == tried
-    assert made.policy == ActivationPolicy(tried[-1])
+    assert made.memory.policy == ActivationPolicy(tried[-1])
 
 
 COST = StepCost(
@@ -591,7 +591,7 @@ def test_how_many_fit_is_known_from_what_a_layer_takes(on_a_gpu, monkeypatch, fi
     made = on_a_gpu(ActivationPolicy(3), cost=COST)
     used = 10**9 - made.engine.weights.nbytes
     room = MARGIN * (used + peak(COST, ActivationPolicy(fits), graphs=True).reserved)
-    monkeypatch.setattr(trainer_module, "free_memory", lambda device: int(room - used) + 1)
+    monkeypatch.setattr(step_memory, "free_memory", lambda device: int(room - used) + 1)
     policies = failing(made, monkeypatch, lambda n, policy: n == 1 or policy.saved > most)
     made.step(0, long_batches())
     assert [policy.saved for policy in policies] == [3, *tried]
@@ -605,16 +605,16 @@ def test_what_waits_on_the_host_stays_there(on_a_gpu, monkeypatch, cost):
     policies = failing(made, monkeypatch, lambda attempt, _: attempt <= 2)
     made.step(0, long_batches())
     assert policies == [before, after, after]
-    assert [record["action"] for record in made.fallbacks] == [LADDER[2], LADDER[4]]
+    assert [record["action"] for record in made.memory.fallbacks] == [LADDER[2], LADDER[4]]
 
 
 def test_where_the_host_has_no_room_nothing_waits_there(on_a_gpu, monkeypatch):
     made = on_a_gpu(ActivationPolicy(), cost=COST)
     needed = COST.host_bytes(ActivationPolicy.offloading(3))
-    monkeypatch.setattr(trainer_module, "free_memory", lambda device: int(needed / HOST_SHARE) - 1)
+    monkeypatch.setattr(step_memory, "free_memory", lambda device: int(needed / HOST_SHARE) - 1)
     failing(made, monkeypatch, lambda attempt, _: attempt == 1)
     made.step(0, long_batches())
-    assert [record["action"] for record in made.fallbacks] == LADDER[4:5]
+    assert [record["action"] for record in made.memory.fallbacks] == LADDER[4:5]
 
 
 def test_attention_that_is_kept_on_the_host_is_given_up_first(on_a_gpu, monkeypatch):
@@ -623,7 +623,7 @@ def test_attention_that_is_kept_on_the_host_is_given_up_first(on_a_gpu, monkeypa
     policies = failing(made, monkeypatch, lambda attempt, _: attempt <= 2)
     made.step(0, long_batches())
     assert policies == [policy, *[ActivationPolicy.offloading(3)] * 2]
-    said = [record["action"] for record in made.fallbacks]
+    said = [record["action"] for record in made.memory.fallbacks]
     assert said == ["attention is recomputed, too", LADDER[4]]
 
 
@@ -638,14 +638,14 @@ def test_a_step_that_never_fits_ends_the_run_and_updates_nothing(on_a_gpu, monke
     assert isinstance(caught.value, UserError)
     assert f"Tried: {'; '.join(LADDER)}. Nothing was updated in this step" in str(caught.value)
     assert len(policies) == len(LADDER) + 1
-    assert [record["action"] for record in made.fallbacks] == LADDER
+    assert [record["action"] for record in made.memory.fallbacks] == LADDER
     assert same(kept_of(made), before)
     assert not any(p.grad.any() for p in made.parameters.values())
 
 
 def test_a_step_that_does_not_fit_into_the_budget_names_it(on_a_gpu, monkeypatch):
     made = on_a_gpu()
-    made.config = made.config.model_copy(update={"memory_budget": 2_500_000_000})
+    made.memory.config = made.config.model_copy(update={"memory_budget": 2_500_000_000})
     failing(made, monkeypatch, lambda *_: True)
     with pytest.raises(
         OutOfMemoryError, match=r"step 1 does not fit into memory_budget 2\.50 GB\."
@@ -656,12 +656,12 @@ def test_a_step_that_does_not_fit_into_the_budget_names_it(on_a_gpu, monkeypatch
 def test_on_a_cpu_and_of_one_layer_there_is_nowhere_to_offload_to(on_a_gpu, monkeypatch):
     single = LlamaConfig(**SIZES | {"num_hidden_layers": 1})
     one, cpu = on_a_gpu(ActivationPolicy(), single), on_a_gpu(ActivationPolicy())
-    cpu._device = "cpu"
+    cpu._device = cpu.memory._device = "cpu"
     for made in (one, cpu):
         failing(made, monkeypatch, lambda *_: True)
         with pytest.raises(OutOfMemoryError):
             made.step(0, long_batches())
-        assert [record["action"] for record in made.fallbacks] == LADDER[4:]
+        assert [record["action"] for record in made.memory.fallbacks] == LADDER[4:]
 
 
 def test_plain_autograd_has_nothing_left_to_try(monkeypatch):
@@ -671,7 +671,7 @@ def test_plain_autograd_has_nothing_left_to_try(monkeypatch):
     failing(made, monkeypatch, lambda *_: True)
     with pytest.raises(OutOfMemoryError, match="Tried: there was no fallback left"):
         made.step(0, batches_of(RUN[0]))
-    assert not made.fallbacks
+    assert not made.memory.fallbacks
 
 
 @pytest.mark.parametrize(
@@ -692,18 +692,18 @@ def test_other_errors_are_not_swallowed(on_a_gpu, monkeypatch, error, out):
     policies = failing(made, monkeypatch, lambda attempt, _: attempt == 1, error)
     if out:
         made.step(0, long_batches())
-        assert len(made.fallbacks) == 1
+        assert len(made.memory.fallbacks) == 1
         return
     with pytest.raises(type(error), match=str(error)):
         made.step(0, long_batches())
-    assert not made.fallbacks
+    assert not made.memory.fallbacks
     assert policies == [MOST]
 
 
 def test_nothing_of_an_attempt_is_alive_when_the_next_is_prepared(on_a_gpu, monkeypatch):
     """The error's traceback has frames, and these have tensors."""
     made, alive = on_a_gpu(), []
-    step, fall_back = made.engine.step, made.fall_back
+    step, fall_back = made.engine.step, made.memory.fall_back
 
     def stepped(*args):
         if alive:
@@ -715,14 +715,14 @@ def test_nothing_of_an_attempt_is_alive_when_the_next_is_prepared(on_a_gpu, monk
         except ZeroDivisionError:
             raise torch.OutOfMemoryError("CUDA out of memory") from None
 
-    def fallen_back(number, error):
+    def fallen_back(number, error, *, updating):
         assert alive[0]() is None
-        fall_back(number, error)
+        fall_back(number, error, updating=updating)
 
     monkeypatch.setattr(made.engine, "step", stepped)
-    monkeypatch.setattr(made, "fall_back", fallen_back)
+    monkeypatch.setattr(made.memory, "fall_back", fallen_back)
     made.step(0, long_batches())
-    assert len(made.fallbacks) == 1
+    assert len(made.memory.fallbacks) == 1
 
 
 def test_memory_that_runs_out_for_the_optimizer_s_state_is_found_elsewhere(on_a_gpu, monkeypatch):
@@ -737,7 +737,7 @@ def test_memory_that_runs_out_for_the_optimizer_s_state_is_found_elsewhere(on_a_
 
     monkeypatch.setattr(made.optimizer, "allocate", allocated)
     made.step(0, long_batches())
-    assert [record["action"] for record in made.fallbacks] == LADDER[:1]
+    assert [record["action"] for record in made.memory.fallbacks] == LADDER[:1]
 
 
 def test_an_update_that_has_begun_is_not_made_again(on_a_gpu, monkeypatch):
@@ -749,7 +749,7 @@ def test_an_update_that_has_begun_is_not_made_again(on_a_gpu, monkeypatch):
     monkeypatch.setattr(made.optimizer, "step", fails)
     with pytest.raises(OutOfMemoryError, match="Some layers were updated"):
         made.step(0, long_batches())
-    assert not made.fallbacks
+    assert not made.memory.fallbacks
 
 
 @pytest.mark.parametrize("failures", range(len(LADDER) + 1))
@@ -766,7 +766,7 @@ def test_capturing_goes_down_the_same_ladder(on_a_gpu, monkeypatch, failures):
 
     monkeypatch.setattr(made.engine, "capture", captured)
     made.capture(lambda *args: reports.append(args))
-    assert [record["action"] for record in made.fallbacks] == LADDER[:failures]
+    assert [record["action"] for record in made.memory.fallbacks] == LADDER[:failures]
     assert len(calls) == min(failures + 1, len(LADDER))  # no more often than that
     assert made.optimizer_state()  # is there already
     assert bool(made.engine.num_graphs) == (failures < len(LADDER))
@@ -784,7 +784,7 @@ def test_another_error_in_capturing_is_not_swallowed(on_a_gpu, monkeypatch):
     monkeypatch.setattr(made.engine, "capture", fails)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         made.capture()
-    assert not made.fallbacks
+    assert not made.memory.fallbacks
 
 
 # --- before the first step ----------------------------------------------------------------------
@@ -805,7 +805,7 @@ def fitted(made, monkeypatch, lengths, fits, error=None):
         reserved = 900 if fits(tokens) else 1100
         return MemoryPlan(ActivationPolicy(1), 3, 0, 1000, 900, reserved)
 
-    monkeypatch.setattr(trainer_module, "plan_memory", plan_memory)
+    monkeypatch.setattr(step_memory, "plan_memory", plan_memory)
     made.fit([[(1, n) for n in step] for step in lengths], lengths)
     return tried
 
@@ -819,7 +819,7 @@ def test_parts_are_made_smaller_until_the_plan_fits(on_a_gpu, monkeypatch, lengt
     assert tried[-1] <= most < min([*tried[:-1], 10**9])
     assert tried == sorted(set(tried), reverse=True)
     assert made.engine.buckets.largest.numel == tried[-1]
-    assert made.policy == ActivationPolicy(1)
+    assert made.memory.policy == ActivationPolicy(1)
     said = f"parts have at most {tried[-1]} tokens"
     notes = [note for note in made.engine.messages if note.startswith(said)]
     assert len(notes) == (len(tried) > 1)
@@ -842,9 +842,9 @@ def test_where_parts_cannot_be_smaller_the_plan_is_what_it_is(
 def test_smaller_parts_are_smaller(on_a_gpu, monkeypatch):
     """Whatever the lengths, or a step that does not fit would be tried again without end."""
     made = on_a_gpu(ActivationPolicy())
-    made._lengths = NEARLY_HALVES
+    made.memory._lengths = NEARLY_HALVES
     made.engine.buckets = Buckets.of(NEARLY_HALVES, 32, 1024)
     assert made.engine.buckets.largest.numel == 1024
-    made._shrunk()
+    made.memory._shrunk()
     assert made.engine.buckets.largest.numel == 512
-    assert not made._may_shrink()
+    assert not made.memory._may_shrink()

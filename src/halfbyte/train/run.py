@@ -647,11 +647,11 @@ class _Run:
 
     def report_engine(self) -> None:
         """Log the engine's messages, and the fallbacks taken when memory ran out."""
-        for record in self.trainer.fallbacks:
+        for record in self.trainer.memory.fallbacks:
             self.report.record("fallback", record)
-        if self.trainer.fallbacks:
-            self.prediction.use(self.trainer.policy, graphs=self.engine.captures)
-        self.trainer.fallbacks.clear()
+        if self.trainer.memory.fallbacks:
+            self.prediction.use(self.trainer.memory.policy, graphs=self.engine.captures)
+        self.trainer.memory.fallbacks.clear()
         for line in self.engine.messages:
             self.report.note(line)
         self.engine.messages.clear()

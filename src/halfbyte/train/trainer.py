@@ -10,11 +10,10 @@ output. The loss of a step is the sum of its token losses divided by the supervi
     rates, or no weight decay (train/parameter_groups.py)
 
 In float16 the loss is scaled, and steps whose gradients overflow are skipped (train/loss_scale.py).
-A step that runs out of memory is repeated with further fallbacks (`Trainer.fall_back`). Gradients
-sum over the same tokens and precede any update, so the result is the same up to rounding.
+A step that runs out of memory is repeated with further fallbacks (train/step_memory.py); gradients
+precede any update.
 """
 
-import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,34 +25,25 @@ from torch import Tensor, nn
 
 from halfbyte.config.schema import TrainConfig
 from halfbyte.engine.autograd import AutogradEngine
-from halfbyte.engine.buckets import own_shape
-from halfbyte.engine.choose import buckets_of, compile_ahead, minimise_router_loss
+from halfbyte.engine.choose import minimise_router_loss
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_policy import (
-    HOST_SHARE,
-    MARGIN,
     MemoryPlan,
     Shapes,
-    free_memory,
-    plan_memory,
-    used_memory,
 )
 from halfbyte.engine.neftune import EmbeddingNoise, training_step
-from halfbyte.engine.packing import Batch, lengths_of
-from halfbyte.errors import CheckpointError, ConfigError, OutOfMemoryError
+from halfbyte.engine.packing import Batch
+from halfbyte.errors import CheckpointError
 from halfbyte.foreign_text import quote
-from halfbyte.linear.layer_stream import stream_of
 from halfbyte.optim import AdamW
 from halfbyte.optim.paging import Paging
-from halfbyte.plan.ledger import smaller_part
-from halfbyte.plan.policy import ActivationPolicy, peak
-from halfbyte.runtime.device import is_out_of_memory
 from halfbyte.runtime.distributed import PendingSum, ProcessGroup
 from halfbyte.train.data_parallel import DataParallel
 from halfbyte.train.diagnosis import FailedStep, diverged, raise_nonfinite
 from halfbyte.train.loss_scale import LossScale, too_large
 from halfbyte.train.parameter_groups import parameter_groups
 from halfbyte.train.schedule import Schedule
+from halfbyte.train.step_memory import StepMemory, only_said
 
 # Parts are not made smaller than this, since products of fewer rows are inefficient.
 SMALLEST_PART = 512
@@ -103,23 +93,11 @@ class _Queued(NamedTuple):
     unscale: float
 
 
-def _only_said(error: RuntimeError) -> RuntimeError:
-    """Return an out-of-memory error without its traceback, whose frames keep tensors alive.
-
-    Raises:
-        RuntimeError: The error itself, if it is of another kind.
-    """
-    if not is_out_of_memory(error):
-        raise error
-    error.__context__ = error.__cause__ = None
-    return error.with_traceback(None)
-
-
 class Trainer:
     """Makes optimizer steps.
 
     `fit` chooses the shapes of parts and the activation policy from the data, `capture` captures
-    CUDA graphs; without them steps use ``policy`` and run eagerly.
+    CUDA graphs; without them steps recompute all they can, eagerly.
 
     Args:
         engine: Computes gradients.
@@ -130,10 +108,9 @@ class Trainer:
 
     Attributes:
         parallel: The share of this process.
-        policy: The activation policy.
+        memory: What steps keep in memory.
         updating: Whether an update is in progress, so that parameters are partly updated; see
             `is_whole`.
-        fallbacks: Fallbacks applied when memory ran out; cleared once they are in the journal.
         on_nonfinite: Called with a step whose loss or gradient is not finite, while its gradients
             are there; it raises an error, the default, or the step is left out.
     """
@@ -148,11 +125,6 @@ class Trainer:
     ) -> None:
         self.engine, self.parameters, self.schedule = engine, dict(parameters), schedule
         self.config, self.max_grad_norm = config, config.max_grad_norm
-        self.policy, self.fallbacks = ActivationPolicy(), list[dict[str, Any]]()
-        self.plan: MemoryPlan | None = None
-        self._lengths: Sequence[Sequence[int]] = ()
-        self._documents: Sequence[Sequence[int]] = ()  # packed on a CPU
-        self._most_tokens = 0
         self._captured = self.updating = False
         self.on_nonfinite: Callable[[FailedStep], None] = raise_nonfinite
         self._device = engine.model.device.type
@@ -183,6 +155,7 @@ class Trainer:
             paging=config.paging if config.optim.startswith("paged_") else "off",
             shared=shared,
         )
+        self.memory = StepMemory(engine, self.optimizer, config, self.clear_gradients)
         self._exchanges = shared is not None
         if self._exchanges:
             self.optimizer.allocate()  # all processes together
@@ -218,80 +191,9 @@ class Trainer:
             lengths: For each, the tokens of its examples.
 
         Raises:
-            ConfigError: If the memory budget is too small for any policy.
-            OutOfMemoryError: If not even one layer can be run.
+            ConfigError, OutOfMemoryError: As `StepMemory.fit`.
         """
-        shapes, lengths = self.parallel.shares(shapes, lengths)
-        self._lengths, self._documents = lengths, ()
-        if isinstance(self.engine, LayerEngine) and self.engine.packs and self._device == "cpu":
-            parts = [self.engine.part_shapes(step) for step in lengths]
-            shapes = [[(part.rows, part.tokens) for part in step] for step in parts]
-            self._documents = lengths
-        self._most_tokens = max(sum(b * t for b, t in step) for step in shapes)
-        engine, part_tokens = self.engine, None
-        while True:
-            if isinstance(engine, LayerEngine):
-                engine.max_seqlen = max(map(max, lengths))
-            if isinstance(engine, LayerEngine) and engine.packs and not self._documents:
-                engine.buckets = buckets_of(engine, lengths, part_tokens)
-                engine.most_parts = max(len(engine.part_shapes(step)) for step in lengths)
-                engine.parts_together = 1
-                compile_ahead(engine, engine.buckets)
-            failed = None
-            try:
-                plan = self._planned(shapes)
-                if plan.reserved_bytes <= plan.budget or not self._may_shrink():
-                    if isinstance(engine, LayerEngine):
-                        engine.parts_together = plan.parts_together
-                    self.use(plan.policy)
-                    break
-            except ConfigError:
-                if not self._may_shrink():
-                    raise
-            except RuntimeError as error:
-                failed = _only_said(error)
-            if failed is not None:
-                self._clear()
-                if not self._may_shrink():
-                    raise self._given_up(0) from failed
-            part_tokens = self._shrunk()
-        if part_tokens is not None:
-            engine.messages.append(
-                f"parts have at most {self._largest_part} tokens: larger ones do not fit"
-            )
-        self.plan = plan
-        return plan
-
-    def _planned(self, shapes: Shapes) -> MemoryPlan:
-        """Plan with the optimizer state on the device or, if that does not fit, without it."""
-        optimizer, config = self.optimizer, self.config
-
-        def plan(state_bytes: int) -> MemoryPlan:
-            return plan_memory(
-                self.engine,
-                shapes,
-                config.activations,
-                config.memory_budget,
-                self._device,
-                state_bytes=state_bytes,
-                documents=self._documents,
-            )
-
-        usual, tight = optimizer.device_bytes(), optimizer.device_bytes(tight=True)
-        try:
-            return plan(usual)
-        except ConfigError:
-            if tight == usual:
-                raise
-        return replace(plan(tight), state_off_device=usual - tight)
-
-    def use(self, policy: ActivationPolicy) -> None:
-        """Use this policy from now on."""
-        self.policy = policy
-        self.engine.keep_decoded(policy.decoded)
-        if isinstance(self.engine, LayerEngine):
-            self.engine.stream_weights(policy.streamed)
-            self.engine.forget_graphs()
+        return self.memory.fit(*self.parallel.shares(shapes, lengths))
 
     def capture(self, progress: Progress | None = None) -> None:
         """Allocate the optimizer's state, and capture CUDA graphs of all shapes that `fit` chose.
@@ -304,21 +206,21 @@ class Trainer:
             try:
                 self.optimizer.allocate()
                 if isinstance(self.engine, LayerEngine):
-                    self.engine.capture(self.policy, progress)
+                    self.engine.capture(self.memory.policy, progress)
             except RuntimeError as error:
-                failed = _only_said(error)
+                failed = only_said(error)
             else:
                 return
-            self.fall_back(0, failed)
+            self.memory.fall_back(0, failed, updating=False)
 
     def release(self) -> None:
         """Free CUDA graphs and decoded weights, after the last step."""
-        self.use(replace(self.policy, decoded=0))
+        self.memory.use(replace(self.memory.policy, decoded=0))
 
     def free_buffer(self) -> None:
         """Free the buffer that layers are decoded into; only without CUDA graphs, which read it."""
         if isinstance(self.engine, LayerEngine):
-            self.engine.weights.keep(self.policy.decoded)
+            self.engine.weights.keep(self.memory.policy.decoded)
 
     # --- steps ----------------------------------------------------------------------------------
 
@@ -370,14 +272,14 @@ class Trainer:
             try:
                 return self._attempt(step, batches, began)
             except RuntimeError as error:
-                failed = _only_said(error)
-            self.fall_back(step, failed)
+                failed = only_said(error)
+            self.memory.fall_back(step, failed, updating=self.updating)
             if self._captured:
                 self.capture()
 
     def _attempt(self, step: int, batches: Sequence[Batch], began: float) -> _Queued:
         share = self.parallel.share(step, batches)
-        if self._tight(share):
+        if self.memory.is_short(share):
             self.optimizer.page_out()
         else:
             self.optimizer.allocate()  # now, since an update in progress cannot be repeated
@@ -393,7 +295,7 @@ class Trainer:
         with training_step(self.engine.clock, self.engine.noise, step), self.parallel.timed(step):
             loss = self._gradients.new_zeros(())
             if share:
-                loss = self.engine.step(share, normaliser, self.policy)
+                loss = self.engine.step(share, normaliser, self.memory.policy)
         pending = self.parallel.begin_sum(loss)
         seen = loss if pending is not None else self._update(loss, unscale)
         return _Queued(seen, rate, began, batches, pending, unscale)
@@ -434,166 +336,6 @@ class Trainer:
         self.clear_gradients()
         seconds = time.perf_counter() - queued.began
         return StepResult(loss, norm, queued.rate, paging, seconds, skipped=skipped)
-
-    def _tight(self, batches: Sequence[Batch]) -> bool:
-        """Return whether a step is short of memory, which grows with its tokens."""
-        plan, buckets = self.plan, getattr(self.engine, "buckets", None)
-        if plan is None or self.optimizer.paging not in ("auto", "managed"):
-            return False
-        if buckets is not None:
-            most = buckets.largest.numel
-            tokens = min(sum(lengths_of(batches)), most)
-        else:
-            tokens = sum(batch.input_ids.numel() for batch in batches)
-            most = self._most_tokens
-        room = plan.budget - plan.used - plan.state_off_device
-        return bool((plan.predicted_bytes - plan.used) * tokens > room * most)
-
-    # --- when memory runs out -------------------------------------------------------------------
-
-    def fall_back(self, step: int, error: BaseException) -> None:
-        """Apply the next fallback, so that steps need less memory.
-
-        In this order: no decoded weights kept; parts one after the other; weights streamed, if they
-        can be; as many layers saved as fit into the free memory; every layer recomputed; their
-        inputs offloaded to the host; checkpointed attention recomputed; smaller parts; no CUDA
-        graphs.
-
-        Args:
-            step: The step that failed (0-based).
-            error: The out-of-memory error.
-
-        Raises:
-            OutOfMemoryError: If there is no further fallback, or the update has begun.
-        """
-        self._clear()
-        if self.updating:
-            raise self._given_up(step) from error
-        before, done = self.policy, None
-        if isinstance(self.engine, LayerEngine):
-            done = self._less()
-        if done is None:
-            raise self._given_up(step) from error
-        self.engine.messages.append(
-            f"out of GPU memory at step {step + 1}: {done}, and the step is repeated"
-        )
-        self.fallbacks.append(
-            {
-                "step": step + 1,
-                "reason": str(error).partition("\n")[0],
-                "action": done,
-                "policy_before": before.__dict__,
-                "policy": self.policy.__dict__,
-            }
-        )
-
-    def _less(self) -> str | None:
-        """Apply the next fallback; return what was done, or None if there is none."""
-        assert isinstance(self.engine, LayerEngine)
-        policy, layers = self.policy, len(self.engine.layers)
-        if policy.decoded:
-            self.use(replace(policy, decoded=0))
-            return "decoded weights are no longer kept"
-        if self.engine.parts_together > 1:
-            self.engine.parts_together = 1
-            return "the parts of a step go through the layers one after the other"
-        if stream_of(self.engine.model) is not None and policy.streamed < layers:
-            self.use(replace(policy, streamed=layers))
-            return "the weights of all layers are copied to the GPU when needed"
-        if policy.saved:
-            self.use(self._saving_less())
-            return f"{self.policy.saved} of {layers} layers keep their activations"
-        away = replace(ActivationPolicy.offloading(layers), streamed=policy.streamed)
-        further = self._device == "cuda" and away.offloaded > policy.offloaded
-        if further and self._host_has_room(away):
-            self.use(away)
-            return "inputs of recomputed layers wait in host memory"
-        if policy.attention_checkpoint:
-            self.use(replace(policy, attention_checkpoint=False))
-            return "attention is recomputed, too"
-        if self._may_shrink():
-            self._shrunk()
-            return f"parts have at most {self._largest_part} tokens"
-        if self.engine.captures:
-            self.engine.stop_capturing("memory ran out")
-            return "CUDA graphs are given up"
-        return None
-
-    def _saving_less(self) -> ActivationPolicy:
-        """Return the policy with fewer layers saved, as many as fit into the memory now free."""
-        assert isinstance(self.engine, LayerEngine)
-        policy, graphs = self.policy, self.engine.captures
-
-        def of(saved: int) -> ActivationPolicy:
-            # If layers are offloaded, those no longer saved are offloaded too.
-            more = policy.saved - saved if policy.offloaded else 0
-            return replace(policy, saved=saved, offloaded=policy.offloaded + more)
-
-        if self.plan is None or self.plan.cost is None:
-            return of((policy.saved - 1) // 2)
-        used = used_memory(self._device) - self.engine.weights.nbytes
-        if (stream := stream_of(self.engine.model)) is not None:
-            used -= stream.nbytes
-        room = (used + free_memory(self._device)) / MARGIN
-        # At least a quarter fewer, so that a few tries reach a limit the driver does not know.
-        for saved in range(3 * policy.saved // 4, 0, -1):
-            if used + peak(self.plan.cost, of(saved), graphs=graphs).reserved <= room:
-                return of(saved)
-        return of(0)
-
-    def _host_has_room(self, policy: ActivationPolicy) -> bool:
-        cost = self.plan.cost if self.plan is not None else None
-        return cost is None or cost.host_bytes(policy) <= HOST_SHARE * free_memory("cpu")
-
-    def _may_shrink(self) -> bool:
-        """Return whether parts can have fewer tokens and still fit the longest document."""
-        if not self._lengths:
-            return False
-        longest = max(map(max, self._lengths))
-        least = max(1.25 * max(longest, SMALLEST_PART), own_shape([longest]).numel)
-        return self._largest_part > least
-
-    @property
-    def _largest_part(self) -> int:
-        buckets = getattr(self.engine, "buckets", None)
-        return 0 if buckets is None else int(buckets.largest.numel)
-
-    def _shrunk(self) -> int:
-        """Split steps into smaller parts; return their approximate size in tokens."""
-        assert isinstance(self.engine, LayerEngine)
-        assert self.engine.buckets is not None
-        before = self.engine.buckets.largest.numel
-        most = min(before, self.engine.buckets.part_tokens)
-        self.engine.forget_graphs()
-        # Halving once may not be enough: two documents of just under half a part stay together.
-        while most > 1 and self.engine.buckets.largest.numel >= before:
-            most = smaller_part(most)
-            self.engine.buckets = buckets_of(self.engine, self._lengths, most)
-        return most
-
-    def _clear(self) -> None:
-        """Free what a failed attempt has left."""
-        if isinstance(self.engine, LayerEngine):
-            self.engine.passes.forget()
-            self.engine.forget_graphs()
-        self.clear_gradients()
-        gc.collect()
-        if self._device == "cuda":
-            torch.cuda.empty_cache()
-
-    def _given_up(self, step: int) -> OutOfMemoryError:
-        changed = "Some layers were updated" if self.updating else "Nothing was updated"
-        tried = "; ".join(dict.fromkeys(record["action"] for record in self.fallbacks))
-        free, budget = free_memory(self._device) / 1e9, self.config.memory_budget
-        where = f"the memory of this GPU, of which {free:.2f} GB are free"
-        if budget is not None:  # the limit of torch's allocator (memory_policy.py)
-            where = f"memory_budget {budget / 1e9:.2f} GB"
-        return OutOfMemoryError(
-            f"step {step + 1} does not fit into {where}. "
-            f"Tried: {tried or 'there was no fallback left'}. {changed} in this step. "
-            "End other programs on the GPU, or lower max_length; --optim paged_adamw_8bit and "
-            "--quantize-head also need less"
-        )
 
     # --- state ----------------------------------------------------------------------------------
 
