@@ -160,7 +160,7 @@ def memory_limit(device: str, budget: int | None) -> Iterator[None]:
     """Limit torch to ``budget`` bytes of a GPU inside the context, including its cache.
 
     Exceeding it is out of memory, even if the GPU has more: before the first step a smaller part is
-    tried, during a step the fallbacks of ``Trainer.fall_back``.
+    tried, during a step the fallbacks of ``StepMemory.fall_back``.
     """
     if device != "cuda" or budget is None:
         yield
