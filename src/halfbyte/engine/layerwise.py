@@ -38,13 +38,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from halfbyte.engine.buckets import (
-    Buckets,
-    PartShape,
-    UnpaddedParts,
-    divide,
-    own_shape,
-)
+from halfbyte.engine.buckets import Buckets, PartShape, UnpaddedParts, divide, own_shape
 from halfbyte.engine.cuda_graphs import CapturedPasses
 from halfbyte.engine.forward_backward import LayerInput, Passes
 from halfbyte.engine.logit_scale import logit_scale

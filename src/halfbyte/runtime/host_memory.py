@@ -102,6 +102,10 @@ def opened_memory(handle: list[int], nbytes: int, *, page_locked: bool) -> Tenso
 
 
 def _unlock(address: int) -> None:
+    # Copies that are under way, or in a CUDA graph that is being replayed, would go to memory that
+    # is not mapped any more. In a capture nothing runs, and waiting would end it.
+    if not torch.cuda.is_current_stream_capturing():
+        torch.cuda.synchronize()
     _cudart().cudaHostUnregister(address)
 
 

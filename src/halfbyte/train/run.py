@@ -59,11 +59,7 @@ from halfbyte.runtime.precision import choose_device_and_dtype, deterministic
 from halfbyte.train import metadata
 from halfbyte.train.evaluate import Progress, as_batch
 from halfbyte.train.hub import describe_run, repository_of
-from halfbyte.train.init_adapter import (
-    InitialAdapter,
-    rope_scaling_of_run,
-    template_of_run,
-)
+from halfbyte.train.init_adapter import InitialAdapter, rope_scaling_of_run, template_of_run
 from halfbyte.train.loading import Loading, choose_products, lora_of, recipe_of
 from halfbyte.train.loss_watch import LossWatch
 from halfbyte.train.memory_check import FIRST_LOOK, Prediction, shape_of_source, sizes_of
