@@ -33,10 +33,10 @@ def is_long(rows: int, tokens: int) -> bool:
 def launches_unnoticed(rows: int, tokens: int, width: int) -> bool:
     """Return whether a GPU takes longer for a batch than Python for launching its kernels.
 
-    Then CUDA graphs gain nothing, and capturing them costs several steps: with 65,536 tokens of an
-    8B model the first step took 47 s and others 13. Launching a layer's passes takes 6.7 ms
-    (``plan.roofline.LAUNCH_SECONDS``). Their products have 72 operations a token and squared width
-    in a Llama, and an H100 makes 620e12 a second: 23 ms for 12,288 tokens of width 4096.
+    Then CUDA graphs gain nothing, and capturing them costs several steps. Launching a layer's
+    passes takes 6.7 ms (``plan.roofline.LAUNCH_SECONDS``). Their products have 72 operations a
+    token and squared width in a Llama, and an H100 makes 620e12 a second: 23 ms for 12,288 tokens
+    of width 4096.
     """
     return is_long(rows, tokens) and rows * tokens * width**2 >= LAUNCHED
 
