@@ -108,5 +108,8 @@ def quantize_rows(x: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Ten
     """
     wide = x.float() if factors is None else x.float() * factors
     bound = wide.abs().amax(1, keepdim=True).clamp(min=SMALLEST)
-    rounded = (wide * (LARGEST / bound)).clamp(-LARGEST, LARGEST).to(DTYPE)
-    return rounded, bound / LARGEST
+    # Correctly rounded: torch multiplies with a reciprocal where one of two is a number, and with
+    # e.g. 3.75 as bound a hundredth of a row lies halfway between two numbers but for that.
+    largest = torch.full_like(bound, LARGEST)
+    rounded = (wide * (largest / bound)).clamp(-LARGEST, LARGEST).to(DTYPE)
+    return rounded, bound / largest
