@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -90,6 +90,7 @@ class DataParallel:
         self.seconds: list[float] = []
         self._last: tuple[Any, Any] | None = None
         self._next: tuple[Any, Any] | None = None
+        self._views: _Views | None = None
 
     # --- shares -----------------------------------------------------------------------------------
 
@@ -214,16 +215,20 @@ class DataParallel:
         part there, and zeros elsewhere, and all are summed.
 
         Args:
-            parts: Parameters that were updated here, and which elements of each, flat.
+            parts: Parameters that were updated here, and which elements of each, flat; in each step
+                the same.
 
         Raises:
             ProcessFailed: As `PendingSum.wait`; parameters are those of different steps then.
         """
+        if self._views is None:
+            self._views = _Views.of(parts, self._parameters)
+        views = self._views
         self.gradients.zero_()
         if self.processes.host == 0:  # each machine has updated all of them
-            _copy([_flat(p.grad)[part] for p, part in parts], [_flat(p)[part] for p, part in parts])
+            _copy(views.sent, views.updated)
         self.processes.sum_(self.gradients)
-        _copy([_flat(p) for p in self._parameters], [_flat(p.grad) for p in self._parameters])
+        _copy(views.parameters, views.received)
 
     def read(self) -> None:
         """Read what the sum says beside gradients and loss; the device has computed it."""
@@ -233,6 +238,31 @@ class DataParallel:
             asked = [signal for signal in said[:size] if signal]
             self.stop = (0 if asked[0] == _STOP else int(asked[0])) if asked else None
             self.seconds = said[size:] if any(said[size:]) else []
+
+
+class _Views(NamedTuple):
+    """Parameters and gradients, flat, as they are exchanged; made once, for there are hundreds.
+
+    Attributes:
+        updated: The parts of parameters that this process updates.
+        sent: The same parts of the gradients.
+        parameters: All of every parameter.
+        received: All of every gradient.
+    """
+
+    updated: list[Tensor]
+    sent: list[Tensor]
+    parameters: list[Tensor]
+    received: list[Tensor]
+
+    @classmethod
+    def of(cls, parts: Sequence[tuple[Tensor, slice]], parameters: Sequence[Tensor]) -> "_Views":
+        return cls(
+            [_flat(p)[part] for p, part in parts],
+            [_flat(p.grad)[part] for p, part in parts],
+            [_flat(p) for p in parameters],
+            [_flat(p.grad) for p in parameters],
+        )
 
 
 def _flat(tensor: Tensor | None) -> Tensor:
