@@ -309,6 +309,24 @@ def test_a_70b_fits_on_a_small_card_if_its_weights_wait_on_the_host() -> None:
     assert several["QLoRA + disk"].seconds.total == pytest.approx(reading, rel=0.1)
 
 
+def test_state_waits_on_the_host_too_where_only_that_makes_room() -> None:
+    """``halfbyte plan 70b --gpu-memory 8GB --host-memory 64GB``."""
+    shape = shape_of_known("70b")
+    assert shape is not None
+    run, card = Run(micro_batches=8, embedding_on_host=True), CARDS["4060"]
+    found = ways(shape, run, card, 8e9, host_memory=64e9)
+    several = {way.name: way for way in found}
+    assert "QLoRA + host" in several
+    assert not several["QLoRA + host"].fits
+    paged = several["QLoRA + host + paging"]
+    assert paged.fits
+    assert paged.option == "--quant nf4 --weights host --optim paged_adamw_32bit"
+    assert paged.ledger.on_host < 64e9
+    assert advice(found, 8e9).startswith(f"Take QLoRA + host + paging ({paged.option})")
+    larger = {way.name for way in ways(shape, run, card, 12e9, host_memory=64e9)}
+    assert "QLoRA + host + paging" not in larger
+
+
 def test_gpus_that_share_the_weights_hold_their_part() -> None:
     shape = shape_of_known("llama2-70b")
     assert shape is not None

@@ -3,7 +3,8 @@
 Each way gets the policy that keeps the most activations within the GPU's memory; it does not fit if
 even recomputing every layer does not. The advice prefers what changes the model least: a 16-bit
 base model, then 4 bits, then what needs other memory (offloaded inputs, weights divided among GPUs,
-in host memory or on the disk), then what costs quality (a packed head).
+in host memory or on the disk, and if that is not enough the optimizer's state), then what costs
+quality (a packed head).
 """
 
 from collections.abc import Sequence
@@ -30,6 +31,14 @@ from halfbyte.plan.roofline import GpuSpec, Seconds, step_seconds
 # what it allocates (0.2 GB after loading a 7B model: 2026-11-24_gpu_load.json).
 CONTEXT = 0.6e9
 RESERVED_SHARE = 0.02
+
+# The optimizer with the same results whose state can wait in host memory.
+_PAGED: dict[str, OptimizerMode] = {
+    "adamw": "paged_adamw_32bit",
+    "adamw_8bit": "paged_adamw_8bit",
+    "paged_adamw_32bit": "paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
 
 # Times of steps that differ by less count as equal: predictions are not more accurate.
 _SAME_TIME = 0.03
@@ -158,10 +167,16 @@ def ways(
                 both = replace(head, waits="disk")
             option += f" --weights {both.waits}" + " --shard" * (gpus > 1 and both.waits == "host")
             given.append((f"QLoRA + {both.waits} + 4-bit head", option, both, True))
-    return [
-        _way(name, option, shape, one, card, budget, host, offload=offload)
-        for name, option, one, offload in given
-    ]
+    found = []
+    for name, option, one, offload in given:
+        way = _way(name, option, shape, one, card, budget, host, offload=offload)
+        found.append(way)
+        if not way.fits and one.waits is not None and gpus == 1:  # several share it there anyway
+            paged = replace(one, optimizer=_PAGED[one.optimizer])
+            name, option = f"{name} + paging", f"{option} --optim {paged.optimizer}"
+            way = _way(name, option, shape, paged, card, budget, host, offload=offload)
+            found += [way] * way.fits
+    return found
 
 
 def _way(
