@@ -14,6 +14,7 @@ quantize_rows   A program reads a row twice, the second time from the L1 cache i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import gcd
 from typing import Any
 
 import torch
@@ -32,8 +33,9 @@ from halfbyte.quant.triton_blockwise import (
 )
 from halfbyte.quant.weight import QuantizedWeight
 
-# Columns of a program of `_decode_across`, in words of 8 codes, and its rows, in fours.
-_WORDS, _QUADS = 4, 128
+# Columns of a program of `_decode_across`, in pairs of words of 8 codes, at most, and its rows, in
+# fours.
+_PAIRS, _QUADS = 4, 128
 _LANES = 4096
 _MOST_PARTS = 3
 
@@ -139,28 +141,23 @@ def _decode_e4m3(
 
 
 @triton.jit
-def _word_of_row(
+def _factor_of_row(
     row,
-    word,
+    block,
     has,
-    codes,
     scales,
     scale_codes,
     first,
     bounds,
     dynamic,
-    row_words,
     blocks,
-    block_words: tl.constexpr,
     double: tl.constexpr,
     span: tl.constexpr,
 ):
-    """A word of 8 codes, and what their levels are multiplied with."""
+    """What the levels of a row's block are multiplied with."""
     exponent = _row_exponent(row, has, scales, bounds, first, blocks, double, span)
-    block = row * blocks + word // block_words
-    scale = scale_of(block, has, scales, scale_codes, first, dynamic, double)
-    packed = tl.load(codes + row * row_words + word, mask=has, other=0)
-    return packed, scale * _inverse_of(exponent)
+    scale = scale_of(row * blocks + block, has, scales, scale_codes, first, dynamic, double)
+    return scale * _inverse_of(exponent)
 
 
 @triton.jit
@@ -179,95 +176,60 @@ def _decode_across(
     levels,
     dynamic,
     rows,
-    row_words,
+    row_pairs,
     blocks,
     stride,
-    block_words: tl.constexpr,
+    block_pairs: tl.constexpr,
     double: tl.constexpr,
     span: tl.constexpr,
     lanes: tl.constexpr,
-    unroll: tl.constexpr,
+    pairs: tl.constexpr,
     compiled: tl.constexpr,
 ):
+    # Neighbouring lanes read words that are a row apart, each from a cache line of its own. So
+    # there are as few loads as possible: of 16 codes at a time, and of the scale once for all of
+    # its block that the program decodes.
     first = 0.0
     if double:
         first = tl.load(offset)
     quad = tl.program_id(1) * lanes + tl.arange(0, lanes)
     row = quad * 4
     has = row < rows
-    for i in tl.static_range(unroll):
-        word = tl.program_id(0) * unroll + i
-        p0, s0 = _word_of_row(
-            row,
-            word,
-            has,
-            codes,
-            scales,
-            scale_codes,
-            first,
-            bounds,
-            dynamic,
-            row_words,
-            blocks,
-            block_words,
-            double,
-            span,
+    together: tl.constexpr = min(block_pairs, pairs)
+    for i in tl.static_range(pairs // together):
+        start = tl.program_id(0) * pairs + i * together
+        block = start // block_pairs
+        f0 = _factor_of_row(
+            row, block, has, scales, scale_codes, first, bounds, dynamic, blocks, double, span
         )
-        p1, s1 = _word_of_row(
-            row + 1,
-            word,
-            has,
-            codes,
-            scales,
-            scale_codes,
-            first,
-            bounds,
-            dynamic,
-            row_words,
-            blocks,
-            block_words,
-            double,
-            span,
+        f1 = _factor_of_row(
+            row + 1, block, has, scales, scale_codes, first, bounds, dynamic, blocks, double, span
         )
-        p2, s2 = _word_of_row(
-            row + 2,
-            word,
-            has,
-            codes,
-            scales,
-            scale_codes,
-            first,
-            bounds,
-            dynamic,
-            row_words,
-            blocks,
-            block_words,
-            double,
-            span,
+        f2 = _factor_of_row(
+            row + 2, block, has, scales, scale_codes, first, bounds, dynamic, blocks, double, span
         )
-        p3, s3 = _word_of_row(
-            row + 3,
-            word,
-            has,
-            codes,
-            scales,
-            scale_codes,
-            first,
-            bounds,
-            dynamic,
-            row_words,
-            blocks,
-            block_words,
-            double,
-            span,
+        f3 = _factor_of_row(
+            row + 3, block, has, scales, scale_codes, first, bounds, dynamic, blocks, double, span
         )
-        for element in tl.static_range(8):
-            a = _level(levels, p0, element) * s0
-            b = _level(levels, p1, element) * s1
-            c = _level(levels, p2, element) * s2
-            d = _level(levels, p3, element) * s3
-            target = across + (word * 8 + element).to(tl.int64) * stride + quad
-            tl.store(target, _pack_four(a, b, c, d, compiled), mask=has)
+        for j in tl.static_range(together):
+            place = codes + row * row_pairs + start + j
+            pair0 = tl.load(place, mask=has, other=0)
+            pair1 = tl.load(place + row_pairs, mask=has, other=0)
+            pair2 = tl.load(place + 2 * row_pairs, mask=has, other=0)
+            pair3 = tl.load(place + 3 * row_pairs, mask=has, other=0)
+            for half in tl.static_range(2):
+                p0 = (pair0 >> (32 * half)).to(tl.int32)
+                p1 = (pair1 >> (32 * half)).to(tl.int32)
+                p2 = (pair2 >> (32 * half)).to(tl.int32)
+                p3 = (pair3 >> (32 * half)).to(tl.int32)
+                for element in tl.static_range(8):
+                    a = _level(levels, p0, element) * f0
+                    b = _level(levels, p1, element) * f1
+                    c = _level(levels, p2, element) * f2
+                    d = _level(levels, p3, element) * f3
+                    column = (start + j) * 16 + half * 8 + element
+                    target = across + column.to(tl.int64) * stride + quad
+                    tl.store(target, _pack_four(a, b, c, d, compiled), mask=has)
 
 
 @triton.jit
@@ -338,8 +300,8 @@ def fits(packed: object) -> bool:
         isinstance(packed, QuantizedWeight)
         and in_whole_blocks(packed)
         and packed.shape[0] % 4 == 0
-        and packed.shape[1] % (8 * _WORDS) == 0
-        and packed.codes.data_ptr() % 4 == 0
+        and packed.block_size % 16 == 0
+        and packed.codes.data_ptr() % 8 == 0
     )
 
 
@@ -355,16 +317,13 @@ def decode(q: QuantizedWeight, out: Tensor | None, across: Tensor | None, scale:
     rows, columns = q.shape
     blocks = columns // q.block_size
     shared: dict[str, Any] = {
-        "codes": q.codes.view(torch.int32),
         "scales": q.scales if q.scales is not None else q.scale_scales,
         "scale_codes": q.scale_codes,
         "offset": q.scale_offset,
         "bounds": scale if q.double_quant else row_bounds(q),
         "levels": levels_on(q.quant_type, scale.device),
         "dynamic": dynamic_on(scale.device),
-        "row_words": columns // 8,
         "blocks": blocks,
-        "block_words": q.block_size // 8,
         "double": q.double_quant,
         "span": groups_across(blocks),
         "compiled": scale.is_cuda,
@@ -374,17 +333,30 @@ def decode(q: QuantizedWeight, out: Tensor | None, across: Tensor | None, scale:
         if out is not None:
             words = q.numel // 8
             _decode_e4m3[(triton.cdiv(words, LANES * UNROLL),)](
-                out, scale, words=words, lanes=LANES, unroll=UNROLL, num_warps=8, **shared
+                out,
+                scale,
+                codes=q.codes.view(torch.int32),
+                words=words,
+                row_words=columns // 8,
+                block_words=q.block_size // 8,
+                lanes=LANES,
+                unroll=UNROLL,
+                num_warps=8,
+                **shared,
             )
         if across is not None:
-            grid = (columns // (8 * _WORDS), triton.cdiv(rows, 4 * _QUADS))
+            row_pairs, block_pairs = columns // 16, q.block_size // 16
+            pairs = gcd(row_pairs, _PAIRS)
             wide = across.view(torch.int32)
-            _decode_across[grid](
+            _decode_across[row_pairs // pairs, triton.cdiv(rows, 4 * _QUADS)](
                 wide,
+                codes=q.codes.view(torch.int64),
                 rows=rows,
+                row_pairs=row_pairs,
                 stride=wide.stride(0),
+                block_pairs=block_pairs,
                 lanes=_QUADS,
-                unroll=_WORDS,
+                pairs=pairs,
                 num_warps=4,
                 **shared,
             )
