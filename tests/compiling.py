@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 
 from halfbyte.layers import triton_elementwise, triton_kv_cache, triton_qk_norm
 from halfbyte.linear import (
+    triton_copy,
     triton_experts,
     triton_fp8,
     triton_gemv,
@@ -44,6 +45,7 @@ INTEGERS = {
         "words",
         "outputs",
         "row_words",
+        "start",
         "row_quads",
         "x_stride",
         "inputs",
@@ -101,6 +103,7 @@ def kernels(kind: str):
     yield from row_kernels(kind)
     yield from layer_kernels(kind)
     yield from optimizer_kernels()
+    yield from copy_kernels()
     yield from adapter_kernels(kind)
     yield from decode_kernels(kind)
     if devices.spec_of(CPU).has_tensor_cores:
@@ -155,6 +158,13 @@ def format_kernels(kind: str):
             {"num_warps": max(1, block_size // 1024)},
         )
     yield triton_blockwise._encode_scales, {}, {"block_size": 256, "rows": 4}, {}
+
+
+def copy_kernels():
+    """Yields what copies a layer's parts."""
+    types = {"out": "*i64", "parts": "*i64"} | dict.fromkeys(("total", "rank"), "i32")
+    options = {"num_warps": triton_copy.WARPS, "maxnreg": triton_copy.REGISTERS}
+    yield triton_copy._copy_parts, types, {"lanes": triton_copy._WORDS}, options
 
 
 def row_kernels(kind: str):
