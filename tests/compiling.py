@@ -309,15 +309,14 @@ def expert_kernels(kind: str):
 def rounding_kernels(kind: str):
     """Yields what decodes to e4m3, and rounds to it."""
     for double in (True, False):
-        step = {"double": double, "span": 2, "compiled": True}
+        step = {"block_pairs": 4, "double": double, "span": 2, "compiled": True}
         flat = {"lanes": triton_blockwise.LANES, "unroll": triton_blockwise.UNROLL}
-        flat["block_words"] = 8
         options = {"num_warps": 8, "enable_fp_fusion": False}
-        yield triton_e4m3._decode_e4m3, {"out": "*fp8e4nv"}, step | flat, options
-        step |= {"lanes": triton_e4m3._QUADS, "pairs": triton_e4m3._PAIRS, "block_pairs": 4}
+        types = {"codes": "*i64", "pairs": "i32", "row_pairs": "i32"}
+        yield triton_e4m3._decode_e4m3, types | {"out": "*fp8e4nv"}, step | flat, options
+        step |= {"lanes": triton_e4m3._QUADS, "pairs": triton_e4m3._PAIRS}
         options = {"num_warps": 4, "enable_fp_fusion": False}
-        types = {"across": "*i32", "codes": "*i64", "row_pairs": "i32"}
-        yield triton_e4m3._decode_across, types, step, options
+        yield triton_e4m3._decode_across, types | {"across": "*i32"}, step, options
     types = {"out": "*fp8e4nv"} | dict.fromkeys(("x0", "x1", "x2"), f"*{kind}")
     types |= dict.fromkeys([f"{n}{i}" for n in ("size", "stride") for i in range(3)], "i32")
     for parts, scaled in ((1, False), (3, True)):

@@ -108,10 +108,10 @@ def _decode_e4m3(
     bounds,
     levels,
     dynamic,
-    words,
-    row_words,
+    pairs,
+    row_pairs,
     blocks,
-    block_words: tl.constexpr,
+    block_pairs: tl.constexpr,
     double: tl.constexpr,
     span: tl.constexpr,
     lanes: tl.constexpr,
@@ -121,22 +121,22 @@ def _decode_e4m3(
     first = 0.0
     if double:
         first = tl.load(offset)
-    element = tl.arange(0, 8)
-    shift = (element >> 1) * 8 + (1 - (element & 1)) * 4
+    element = tl.arange(0, 16)
+    shift = ((element >> 1) * 8 + (1 - (element & 1)) * 4).to(tl.int64)
     for i in tl.static_range(unroll):
-        word = (tl.program_id(0) * unroll + i) * lanes + tl.arange(0, lanes)
-        inside = word < words
-        row = word // row_words
+        pair = (tl.program_id(0) * unroll + i) * lanes + tl.arange(0, lanes)
+        inside = pair < pairs
+        row = pair // row_pairs
         exponent = _row_exponent(row, inside, scales, bounds, first, blocks, double, span)
-        begins = inside & (word == row * row_words)
+        begins = inside & (pair == row * row_pairs)
         tl.store(scale_out + row, (exponent << 23).to(tl.float32, bitcast=True), mask=begins)
-        packed = tl.load(codes + word, mask=inside, other=0)
-        block = word // block_words
+        packed = tl.load(codes + pair, mask=inside, other=0)
+        block = pair // block_pairs
         scale = scale_of(block, inside, scales, scale_codes, first, dynamic, double)
         scale *= _inverse_of(exponent)
-        code = (packed[:, None] >> shift[None, :]) & 15
+        code = ((packed[:, None] >> shift[None, :]) & 15).to(tl.int32)
         value = to_e4m3(tl.load(levels + code) * scale[:, None], compiled)
-        target = out + word.to(tl.int64)[:, None] * 8 + element[None, :]
+        target = out + pair.to(tl.int64)[:, None] * 16 + element[None, :]
         tl.store(target, value, mask=inside[:, None])
 
 
@@ -317,13 +317,16 @@ def decode(q: QuantizedWeight, out: Tensor | None, across: Tensor | None, scale:
     rows, columns = q.shape
     blocks = columns // q.block_size
     shared: dict[str, Any] = {
+        "codes": q.codes.view(torch.int64),  # pairs of words of 8 codes
         "scales": q.scales if q.scales is not None else q.scale_scales,
         "scale_codes": q.scale_codes,
         "offset": q.scale_offset,
         "bounds": scale if q.double_quant else row_bounds(q),
         "levels": levels_on(q.quant_type, scale.device),
         "dynamic": dynamic_on(scale.device),
+        "row_pairs": columns // 16,
         "blocks": blocks,
+        "block_pairs": q.block_size // 16,
         "double": q.double_quant,
         "span": groups_across(blocks),
         "compiled": scale.is_cuda,
@@ -331,30 +334,17 @@ def decode(q: QuantizedWeight, out: Tensor | None, across: Tensor | None, scale:
     }
     with on_device(scale):
         if out is not None:
-            words = q.numel // 8
-            _decode_e4m3[(triton.cdiv(words, LANES * UNROLL),)](
-                out,
-                scale,
-                codes=q.codes.view(torch.int32),
-                words=words,
-                row_words=columns // 8,
-                block_words=q.block_size // 8,
-                lanes=LANES,
-                unroll=UNROLL,
-                num_warps=8,
-                **shared,
+            pairs = q.numel // 16
+            _decode_e4m3[(triton.cdiv(pairs, LANES * UNROLL),)](
+                out, scale, pairs=pairs, lanes=LANES, unroll=UNROLL, num_warps=8, **shared
             )
         if across is not None:
-            row_pairs, block_pairs = columns // 16, q.block_size // 16
+            row_pairs, wide = columns // 16, across.view(torch.int32)
             pairs = gcd(row_pairs, _PAIRS)
-            wide = across.view(torch.int32)
             _decode_across[row_pairs // pairs, triton.cdiv(rows, 4 * _QUADS)](
                 wide,
-                codes=q.codes.view(torch.int64),
                 rows=rows,
-                row_pairs=row_pairs,
                 stride=wide.stride(0),
-                block_pairs=block_pairs,
                 lanes=_QUADS,
                 pairs=pairs,
                 num_warps=4,
