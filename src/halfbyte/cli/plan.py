@@ -178,7 +178,7 @@ def main(argv: list[str]) -> None:
             "gpus": options.gpus,
             "tokens_per_step": options.gpus * run.tokens,
             "longest_context": max((way.longest or 0 for way in found), default=0),
-            "ways": [_as_json(way, options.gpus) for way in found],
+            "ways": [_as_json(shape, way, options.gpus) for way in found],
             "choices": [choice._asdict() for choice in choices(shape, found[1].run)],
             "advice": message,
         }
@@ -299,6 +299,7 @@ def _show(
 ) -> None:
     from halfbyte.plan.advice import choices, longest_context, usable
     from halfbyte.plan.ledger import policy_of
+    from halfbyte.plan.traffic import traffic
     from halfbyte.report import show
 
     run, every, found = found[0].run, found, _shown(found)
@@ -314,6 +315,7 @@ def _show(
         + (f"each of {gpus} x " if gpus > 1 else "")
         + f"{card.name}, {memory / 1e9:.1f} GB"
     )
+    moved = [traffic(shape, way.run, gpus) for way in found]
     rows: dict[str, list[str]] = {
         "fits": ["yes" if way.fits else "no" for way in found],
         "base, GB": [_gb(way.ledger.base) for way in found],
@@ -323,6 +325,8 @@ def _show(
         "peak, GB": [_gb(way.ledger.peak) for way in found],
         "needs, GB": [_gb(way.ledger.needed) for way in found],
         "host, GB": [_gb(gpus * way.ledger.on_host) for way in found],
+        "over the bus, GB": [_gb(one.to_gpu + one.to_host) for one in moved],
+        "between GPUs, GB": [_gb(one.between_gpus) for one in moved],
         "activations": [way.run.policy.summary(shape.layers) for way in found],
         "a step": [time_of_step(way.seconds.total) for way in found],
         "tokens/s": [f"{gpus * way.run.tokens / way.seconds.total:,.0f}" for way in found],
@@ -332,13 +336,19 @@ def _show(
     }
     if not any(way.ledger.on_host for way in found):
         del rows["host, GB"]
+    if not any(one.to_gpu for one in moved):
+        del rows["over the bus, GB"]
+    if gpus == 1:
+        del rows["between GPUs, GB"]
     graphs = any(way.ledger.needed > way.ledger.peak for way in found)
     if not graphs:
         del rows["needs, GB"]
     show.columns(["", *(way.name for way in found)], [(name, *row) for name, row in rows.items()])
     show.paragraph(
         "\nTrained: adapters, gradients and moments. Least: with every layer recomputed in "
-        "backward. Longest and largest are for one micro-batch and every layer recomputed; the "
+        "backward. "
+        + ("Over the bus: in a step, of each GPU. " if any(one.to_gpu for one in moved) else "")
+        + "Longest and largest are for one micro-batch and every layer recomputed; the "
         "largest model is one of this model's proportions. "
         + "CUDA graphs keep the memory of the passes, so more is needed than the peak. " * graphs
         + "Speeds "
@@ -419,7 +429,9 @@ def _formats(shape: "ModelShape", run: "Run") -> str:
     return ", ".join(f"{_gb(size)} GB {name}" for name, size in sizes.items())
 
 
-def _as_json(way: "Way", gpus: int) -> dict[str, Any]:
+def _as_json(shape: "ModelShape", way: "Way", gpus: int) -> dict[str, Any]:
+    from halfbyte.plan.traffic import traffic
+
     entries = way.ledger
     return {
         "name": way.name,
@@ -440,6 +452,7 @@ def _as_json(way: "Way", gpus: int) -> dict[str, Any]:
         "peak_bytes": entries.peak,
         "needed_bytes": entries.needed,
         "host_bytes": gpus * entries.on_host,
+        "traffic_bytes": traffic(shape, way.run, gpus)._asdict(),
         "seconds_per_step": way.seconds.total,
         "seconds": way.seconds._asdict(),
         "tokens_per_second": gpus * way.run.tokens / way.seconds.total,
