@@ -50,9 +50,7 @@ def traffic(shape: ModelShape, run: Run, gpus: int = 1) -> Traffic:
         between += others * layers
     elif run.waits is not None:
         here += layers
-    if (
-        run.waits is not None and gpus > 1
-    ):  # then optimizer state is shared (optim/sharded_state.py)
+    if run.waits is not None and gpus > 1:  # state is shared then: optim/sharded_state.py
         state = sum(line.nbytes for line in entries.lines if line.name.startswith(MOMENTS))
         here, away = here + state, away + state
         between += 2 * others * trained
