@@ -9,7 +9,7 @@ from halfbyte.errors import ConfigError
 from halfbyte.layers.elementwise import plain_rotary
 from halfbyte.layers.mlp import gated_mlp
 from halfbyte.layers.qkv import turned_heads
-from halfbyte.linear import fp8, group
+from halfbyte.linear import fp8, fp8_check, group
 from halfbyte.linear.decoded_cache import DecodedWeightCache
 from halfbyte.linear.fp8_check import check_kernels
 from halfbyte.linear.fp8_choice import use_fp8
@@ -154,7 +154,14 @@ def test_kernels_are_compared_with_the_specification_before_a_run():
     check_kernels(torch.device("cpu"), torch.float16)
 
 
-def test_a_wrong_transposed_copy_ends_a_run(monkeypatch):
+@pytest.fixture
+def few(monkeypatch):
+    """Small tensors are checked."""
+    monkeypatch.setattr(fp8_check, "_ROWS", 5)
+    monkeypatch.setattr(fp8_check, "_OUTPUTS", (16, 48))
+
+
+def test_a_wrong_transposed_copy_ends_a_run(monkeypatch, few):
     decode = triton_e4m3.decode
 
     def wrong(q, out, across, scale):
@@ -166,7 +173,7 @@ def test_a_wrong_transposed_copy_ends_a_run(monkeypatch):
         check_kernels(torch.device("cpu"), torch.float16)
 
 
-def test_a_wrong_product_ends_a_run(monkeypatch):
+def test_a_wrong_product_ends_a_run(monkeypatch, few):
     product = kernels.product
     monkeypatch.setattr(kernels, "product", lambda *args: product(*args) * 1.1)
     with pytest.raises(ConfigError, match="products of forward differ"):
