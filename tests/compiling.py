@@ -20,7 +20,6 @@ from triton.compiler import ASTSource
 
 from halfbyte.layers import triton_elementwise, triton_kv_cache, triton_qk_norm
 from halfbyte.linear import (
-    triton_copy,
     triton_experts,
     triton_fp8,
     triton_gemv,
@@ -45,7 +44,6 @@ INTEGERS = {
         "words",
         "outputs",
         "row_words",
-        "start",
         "row_quads",
         "x_stride",
         "inputs",
@@ -103,7 +101,6 @@ def kernels(kind: str):
     yield from row_kernels(kind)
     yield from layer_kernels(kind)
     yield from optimizer_kernels()
-    yield from copy_kernels()
     yield from adapter_kernels(kind)
     yield from decode_kernels(kind)
     if devices.spec_of(CPU).has_tensor_cores:
@@ -158,13 +155,6 @@ def format_kernels(kind: str):
             {"num_warps": max(1, block_size // 1024)},
         )
     yield triton_blockwise._encode_scales, {}, {"block_size": 256, "rows": 4}, {}
-
-
-def copy_kernels():
-    """Yields what copies a layer's parts."""
-    types = {"out": "*i64", "parts": "*i64"} | dict.fromkeys(("total", "rank"), "i32")
-    options = {"num_warps": triton_copy.WARPS, "maxnreg": triton_copy.REGISTERS}
-    yield triton_copy._copy_parts, types, {"lanes": triton_copy._WORDS}, options
 
 
 def row_kernels(kind: str):
@@ -309,14 +299,13 @@ def expert_kernels(kind: str):
 def rounding_kernels(kind: str):
     """Yields what decodes to e4m3, and rounds to it."""
     for double in (True, False):
-        step = {"block_pairs": 4, "double": double, "span": 2, "compiled": True}
+        step = {"block_words": 8, "double": double, "span": 2, "compiled": True}
         flat = {"lanes": triton_blockwise.LANES, "unroll": triton_blockwise.UNROLL}
         options = {"num_warps": 8, "enable_fp_fusion": False}
-        types = {"codes": "*i64", "pairs": "i32", "row_pairs": "i32"}
-        yield triton_e4m3._decode_e4m3, types | {"out": "*fp8e4nv"}, step | flat, options
-        step |= {"lanes": triton_e4m3._QUADS, "pairs": triton_e4m3._PAIRS}
+        yield triton_e4m3._decode_e4m3, {"out": "*fp8e4nv"}, step | flat, options
+        step |= {"lanes": triton_e4m3._QUADS, "unroll": triton_e4m3._WORDS}
         options = {"num_warps": 4, "enable_fp_fusion": False}
-        yield triton_e4m3._decode_across, types | {"across": "*i32"}, step, options
+        yield triton_e4m3._decode_across, {"across": "*i32"}, step, options
     types = {"out": "*fp8e4nv"} | dict.fromkeys(("x0", "x1", "x2"), f"*{kind}")
     types |= dict.fromkeys([f"{n}{i}" for n in ("size", "stride") for i in range(3)], "i32")
     for parts, scaled in ((1, False), (3, True)):

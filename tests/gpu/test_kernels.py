@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from halfbyte.errors import WeightError
-from halfbyte.linear.triton_copy import copy_parts
 from halfbyte.quant import dequantize, dequantize_all, quantize
 from halfbyte.quant.weight import QuantizedWeight
 from halfbyte.tools.self_test import same_but_at_bounds
@@ -188,13 +187,3 @@ def test_mxfp4_decodes_as_plain_pytorch_does(dtype):
     turned = torch.full((2880, 2880), torch.nan, dtype=dtype, device="cuda")
     dequantize(experts[-1], out=turned.t())
     assert torch.equal(bits(turned.t()), bits(expected))
-
-
-@pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("part", [256, 56 << 20])
-def test_parts_are_put_side_by_side(size, part):
-    held = torch.randint(0, 256, (size, part + 512), dtype=torch.uint8, device="cuda")
-    addresses = torch.tensor([one.data_ptr() for one in held], device="cuda")
-    out = torch.zeros(size * part - 256 * (size > 1), dtype=torch.uint8, device="cuda")
-    copy_parts(addresses, 256, part, out, rank=size - 1)
-    assert torch.equal(out, held[:, 256 : 256 + part].flatten()[: len(out)])

@@ -10,8 +10,7 @@ collective operations, processes may differ in what they do and when: in the num
 micro-batches, in repeating a step that ran out of memory, in CUDA graphs. The parts are read only,
 and complete before the first copy (`connect`).
 
-Parts on GPUs need peer access between them (NVLink, or PCIe where the driver allows it), and are
-copied by a kernel beside which products run (triton_copy.py).
+Parts on GPUs need peer access between them (NVLink, or PCIe where the driver allows it).
 """
 
 import base64
@@ -25,7 +24,6 @@ from torch import Tensor
 from halfbyte.errors import ConfigError
 from halfbyte.linear.layer_store import LayersElsewhere
 from halfbyte.linear.layer_stream import LayerWeights
-from halfbyte.quant.format import gpu_kernels
 from halfbyte.runtime.host_memory import opened_memory, shared_memory
 
 _ALIGNED = 256
@@ -76,7 +74,6 @@ class ShardedLayers(LayersElsewhere):
         else:
             self._own, self._handle = shared_memory(total, page_locked=self._locked)
         self._parts: list[Tensor] = []
-        self._addresses: Tensor | None = None  # of the parts, on a GPU with kernels
 
     @property
     def nbytes(self) -> int:
@@ -132,36 +129,17 @@ class ShardedLayers(LayersElsewhere):
                     failed = f"what is read of rank {one['rank']} is not what it holds"
             except (RuntimeError, OSError) as error:
                 failed = f"the weights of rank {one['rank']} cannot be read: {error}"
-        if not failed:
-            self._parts = [parts[rank] for rank in range(self._size)]
-            failed = self._prepare()
         reasons = [reason for reason in group.gather_object(failed) if reason]
         if reasons:
             raise ConfigError(
                 f"shard: {reasons[0]}. GPUs without peer access can share the weights in host "
                 "memory: --weights host"
             )
-
-    def _prepare(self) -> str:
-        """Prepare copies by a kernel, try it on a layer, and return what is wrong with it."""
-        if not self._own.is_cuda or not self._part or gpu_kernels() is None:
-            return ""
-        addresses = [part.data_ptr() for part in self._parts]
-        self._addresses = torch.tensor(addresses, dtype=torch.int64, device=self._device)
-        layer, start = len(self._part) - 1, self._starts[-2]
-        wanted = torch.cat([part[start:] for part in self._parts])
-        found = torch.zeros_like(wanted)
-        self.copy_to(layer, found)
-        return "" if torch.equal(found, wanted) else "a kernel does not copy what it should"
+        self._parts = [parts[rank] for rank in range(self._size)]
 
     def copy_to(self, layer: int, out: Tensor) -> None:
         """See `layer_stream.LayerSource`; needs `connect`."""
         place, part = self._starts[layer], self._part[layer]
-        if self._addresses is not None:
-            from halfbyte.linear.triton_copy import copy_parts
-
-            copy_parts(self._addresses, place, part, out, rank=self._rank)
-            return
         for step in range(self._size):
             rank = (self._rank + step) % self._size  # not all from the same process at once
             into = out[rank * part : (rank + 1) * part]

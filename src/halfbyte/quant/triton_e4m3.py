@@ -14,7 +14,6 @@ quantize_rows   A program reads a row twice, the second time from the L1 cache i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import gcd
 from typing import Any
 
 import torch
@@ -33,9 +32,8 @@ from halfbyte.quant.triton_blockwise import (
 )
 from halfbyte.quant.weight import QuantizedWeight
 
-# Columns of a program of `_decode_across`, in pairs of words of 8 codes, at most, and its rows, in
-# fours.
-_PAIRS, _QUADS = 4, 128
+# Columns of a program of `_decode_across`, in words of 8 codes, and its rows, in fours.
+_WORDS, _QUADS = 4, 128
 _LANES = 4096
 _MOST_PARTS = 3
 
@@ -108,10 +106,10 @@ def _decode_e4m3(
     bounds,
     levels,
     dynamic,
-    pairs,
-    row_pairs,
+    words,
+    row_words,
     blocks,
-    block_pairs: tl.constexpr,
+    block_words: tl.constexpr,
     double: tl.constexpr,
     span: tl.constexpr,
     lanes: tl.constexpr,
@@ -121,43 +119,48 @@ def _decode_e4m3(
     first = 0.0
     if double:
         first = tl.load(offset)
-    element = tl.arange(0, 16)
-    shift = ((element >> 1) * 8 + (1 - (element & 1)) * 4).to(tl.int64)
+    element = tl.arange(0, 8)
+    shift = (element >> 1) * 8 + (1 - (element & 1)) * 4
     for i in tl.static_range(unroll):
-        pair = (tl.program_id(0) * unroll + i) * lanes + tl.arange(0, lanes)
-        inside = pair < pairs
-        row = pair // row_pairs
+        word = (tl.program_id(0) * unroll + i) * lanes + tl.arange(0, lanes)
+        inside = word < words
+        row = word // row_words
         exponent = _row_exponent(row, inside, scales, bounds, first, blocks, double, span)
-        begins = inside & (pair == row * row_pairs)
+        begins = inside & (word == row * row_words)
         tl.store(scale_out + row, (exponent << 23).to(tl.float32, bitcast=True), mask=begins)
-        packed = tl.load(codes + pair, mask=inside, other=0)
-        block = pair // block_pairs
+        packed = tl.load(codes + word, mask=inside, other=0)
+        block = word // block_words
         scale = scale_of(block, inside, scales, scale_codes, first, dynamic, double)
         scale *= _inverse_of(exponent)
-        code = ((packed[:, None] >> shift[None, :]) & 15).to(tl.int32)
+        code = (packed[:, None] >> shift[None, :]) & 15
         value = to_e4m3(tl.load(levels + code) * scale[:, None], compiled)
-        target = out + pair.to(tl.int64)[:, None] * 16 + element[None, :]
+        target = out + word.to(tl.int64)[:, None] * 8 + element[None, :]
         tl.store(target, value, mask=inside[:, None])
 
 
 @triton.jit
-def _factor_of_row(
+def _word_of_row(
     row,
-    block,
+    word,
     has,
+    codes,
     scales,
     scale_codes,
     first,
     bounds,
     dynamic,
+    row_words,
     blocks,
+    block_words: tl.constexpr,
     double: tl.constexpr,
     span: tl.constexpr,
 ):
-    """What the levels of a row's block are multiplied with."""
+    """A word of 8 codes, and what their levels are multiplied with."""
     exponent = _row_exponent(row, has, scales, bounds, first, blocks, double, span)
-    scale = scale_of(row * blocks + block, has, scales, scale_codes, first, dynamic, double)
-    return scale * _inverse_of(exponent)
+    block = row * blocks + word // block_words
+    scale = scale_of(block, has, scales, scale_codes, first, dynamic, double)
+    packed = tl.load(codes + row * row_words + word, mask=has, other=0)
+    return packed, scale * _inverse_of(exponent)
 
 
 @triton.jit
@@ -176,60 +179,95 @@ def _decode_across(
     levels,
     dynamic,
     rows,
-    row_pairs,
+    row_words,
     blocks,
     stride,
-    block_pairs: tl.constexpr,
+    block_words: tl.constexpr,
     double: tl.constexpr,
     span: tl.constexpr,
     lanes: tl.constexpr,
-    pairs: tl.constexpr,
+    unroll: tl.constexpr,
     compiled: tl.constexpr,
 ):
-    # Neighbouring lanes read words that are a row apart, each from a cache line of its own. So
-    # there are as few loads as possible: of 16 codes at a time, and of the scale once for all of
-    # its block that the program decodes.
     first = 0.0
     if double:
         first = tl.load(offset)
     quad = tl.program_id(1) * lanes + tl.arange(0, lanes)
     row = quad * 4
     has = row < rows
-    together: tl.constexpr = min(block_pairs, pairs)
-    for i in tl.static_range(pairs // together):
-        start = tl.program_id(0) * pairs + i * together
-        block = start // block_pairs
-        f0 = _factor_of_row(
-            row, block, has, scales, scale_codes, first, bounds, dynamic, blocks, double, span
+    for i in tl.static_range(unroll):
+        word = tl.program_id(0) * unroll + i
+        p0, s0 = _word_of_row(
+            row,
+            word,
+            has,
+            codes,
+            scales,
+            scale_codes,
+            first,
+            bounds,
+            dynamic,
+            row_words,
+            blocks,
+            block_words,
+            double,
+            span,
         )
-        f1 = _factor_of_row(
-            row + 1, block, has, scales, scale_codes, first, bounds, dynamic, blocks, double, span
+        p1, s1 = _word_of_row(
+            row + 1,
+            word,
+            has,
+            codes,
+            scales,
+            scale_codes,
+            first,
+            bounds,
+            dynamic,
+            row_words,
+            blocks,
+            block_words,
+            double,
+            span,
         )
-        f2 = _factor_of_row(
-            row + 2, block, has, scales, scale_codes, first, bounds, dynamic, blocks, double, span
+        p2, s2 = _word_of_row(
+            row + 2,
+            word,
+            has,
+            codes,
+            scales,
+            scale_codes,
+            first,
+            bounds,
+            dynamic,
+            row_words,
+            blocks,
+            block_words,
+            double,
+            span,
         )
-        f3 = _factor_of_row(
-            row + 3, block, has, scales, scale_codes, first, bounds, dynamic, blocks, double, span
+        p3, s3 = _word_of_row(
+            row + 3,
+            word,
+            has,
+            codes,
+            scales,
+            scale_codes,
+            first,
+            bounds,
+            dynamic,
+            row_words,
+            blocks,
+            block_words,
+            double,
+            span,
         )
-        for j in tl.static_range(together):
-            place = codes + row * row_pairs + start + j
-            pair0 = tl.load(place, mask=has, other=0)
-            pair1 = tl.load(place + row_pairs, mask=has, other=0)
-            pair2 = tl.load(place + 2 * row_pairs, mask=has, other=0)
-            pair3 = tl.load(place + 3 * row_pairs, mask=has, other=0)
-            for half in tl.static_range(2):
-                p0 = (pair0 >> (32 * half)).to(tl.int32)
-                p1 = (pair1 >> (32 * half)).to(tl.int32)
-                p2 = (pair2 >> (32 * half)).to(tl.int32)
-                p3 = (pair3 >> (32 * half)).to(tl.int32)
-                for element in tl.static_range(8):
-                    a = _level(levels, p0, element) * f0
-                    b = _level(levels, p1, element) * f1
-                    c = _level(levels, p2, element) * f2
-                    d = _level(levels, p3, element) * f3
-                    column = (start + j) * 16 + half * 8 + element
-                    target = across + column.to(tl.int64) * stride + quad
-                    tl.store(target, _pack_four(a, b, c, d, compiled), mask=has)
+        for element in tl.static_range(8):
+            a = _level(levels, p0, element) * s0
+            b = _level(levels, p1, element) * s1
+            c = _level(levels, p2, element) * s2
+            d = _level(levels, p3, element) * s3
+            target = across + (word * 8 + element).to(tl.int64) * stride + quad
+            tl.store(target, _pack_four(a, b, c, d, compiled), mask=has)
 
 
 @triton.jit
@@ -300,8 +338,8 @@ def fits(packed: object) -> bool:
         isinstance(packed, QuantizedWeight)
         and in_whole_blocks(packed)
         and packed.shape[0] % 4 == 0
-        and packed.block_size % 16 == 0
-        and packed.codes.data_ptr() % 8 == 0
+        and packed.shape[1] % (8 * _WORDS) == 0
+        and packed.codes.data_ptr() % 4 == 0
     )
 
 
@@ -317,16 +355,16 @@ def decode(q: QuantizedWeight, out: Tensor | None, across: Tensor | None, scale:
     rows, columns = q.shape
     blocks = columns // q.block_size
     shared: dict[str, Any] = {
-        "codes": q.codes.view(torch.int64),  # pairs of words of 8 codes
+        "codes": q.codes.view(torch.int32),
         "scales": q.scales if q.scales is not None else q.scale_scales,
         "scale_codes": q.scale_codes,
         "offset": q.scale_offset,
         "bounds": scale if q.double_quant else row_bounds(q),
         "levels": levels_on(q.quant_type, scale.device),
         "dynamic": dynamic_on(scale.device),
-        "row_pairs": columns // 16,
+        "row_words": columns // 8,
         "blocks": blocks,
-        "block_pairs": q.block_size // 16,
+        "block_words": q.block_size // 8,
         "double": q.double_quant,
         "span": groups_across(blocks),
         "compiled": scale.is_cuda,
@@ -334,19 +372,19 @@ def decode(q: QuantizedWeight, out: Tensor | None, across: Tensor | None, scale:
     }
     with on_device(scale):
         if out is not None:
-            pairs = q.numel // 16
-            _decode_e4m3[(triton.cdiv(pairs, LANES * UNROLL),)](
-                out, scale, pairs=pairs, lanes=LANES, unroll=UNROLL, num_warps=8, **shared
+            words = q.numel // 8
+            _decode_e4m3[(triton.cdiv(words, LANES * UNROLL),)](
+                out, scale, words=words, lanes=LANES, unroll=UNROLL, num_warps=8, **shared
             )
         if across is not None:
-            row_pairs, wide = columns // 16, across.view(torch.int32)
-            pairs = gcd(row_pairs, _PAIRS)
-            _decode_across[row_pairs // pairs, triton.cdiv(rows, 4 * _QUADS)](
+            grid = (columns // (8 * _WORDS), triton.cdiv(rows, 4 * _QUADS))
+            wide = across.view(torch.int32)
+            _decode_across[grid](
                 wide,
                 rows=rows,
                 stride=wide.stride(0),
                 lanes=_QUADS,
-                pairs=pairs,
+                unroll=_WORDS,
                 num_warps=4,
                 **shared,
             )
