@@ -63,7 +63,7 @@ def ours(args: argparse.Namespace) -> tuple[Callable[[], float], Any]:
     from halfbyte.engine.packing import Batch
     from halfbyte.linear.lora import adapter_parameters
     from halfbyte.plan.holding import Holding
-    from halfbyte.plan.ledger import Run
+    from halfbyte.plan.ledger import PART_TOKENS, Run
     from halfbyte.plan.model_shape import shape_of_config
     from halfbyte.plan.traffic import traffic
     from halfbyte.report import open_report
@@ -110,6 +110,7 @@ def ours(args: argparse.Namespace) -> tuple[Callable[[], float], Any]:
         device=device,
         policy=plan.policy,
         embedding_on_host=True,
+        part_size=engine.buckets.part_tokens if engine.buckets else PART_TOKENS,
         waits=waits,
         shards=processes.size,
     )

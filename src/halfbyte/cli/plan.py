@@ -347,7 +347,8 @@ def _show(
     show.paragraph(
         "\nTrained: adapters, gradients and moments. Least: with every layer recomputed in "
         "backward. "
-        + ("Over the bus: in a step, of each GPU. " if any(one.to_gpu for one in moved) else "")
+        + "Over the bus, between GPUs: in a step, of each GPU. "
+        * (gpus > 1 or any(one.to_gpu for one in moved))
         + "Longest and largest are for one micro-batch and every layer recomputed; the "
         "largest model is one of this model's proportions. "
         + "CUDA graphs keep the memory of the passes, so more is needed than the peak. " * graphs

@@ -36,8 +36,6 @@ RESERVED_SHARE = 0.02
 _PAGED: dict[str, OptimizerMode] = {
     "adamw": "paged_adamw_32bit",
     "adamw_8bit": "paged_adamw_8bit",
-    "paged_adamw_32bit": "paged_adamw_32bit",
-    "paged_adamw_8bit": "paged_adamw_8bit",
 }
 
 # Times of steps that differ by less count as equal: predictions are not more accurate.
@@ -171,10 +169,11 @@ def ways(
     for name, option, one, offload in given:
         way = _way(name, option, shape, one, card, budget, host, offload=offload)
         found.append(way)
-        if not way.fits and one.waits is not None and gpus == 1:  # several share it there anyway
-            paged = replace(one, optimizer=_PAGED[one.optimizer])
-            name, option = f"{name} + paging", f"{option} --optim {paged.optimizer}"
-            way = _way(name, option, shape, paged, card, budget, host, offload=offload)
+        paged = _PAGED.get(one.optimizer) if gpus == 1 else None  # several share it there anyway
+        if not way.fits and one.waits is not None and paged is not None:
+            name, option = f"{name} + paging", f"{option} --optim {paged}"
+            one = replace(one, optimizer=paged)
+            way = _way(name, option, shape, one, card, budget, host, offload=offload)
             found += [way] * way.fits
     return found
 

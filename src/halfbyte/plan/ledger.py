@@ -34,6 +34,7 @@ OptimizerMode = Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw
 DISK_RING = 4
 
 MOMENTS = "AdamW's moments"  # how the line of the optimizer's state begins
+GRADIENTS = "their gradients"  # and that of the adapters' gradients
 
 STATE_BLOCK = 256  # elements of 8-bit optimizer state that share a scale
 SMALLEST_8BIT = 4096  # tensors of fewer elements keep 32-bit state
@@ -384,7 +385,7 @@ def _trained(shape: ModelShape, run: Run) -> list[Line]:
         )
     return [
         Line("trained", f"adapters, {count / 1e6:.1f} M in float32", 4 * count),
-        Line("trained", "their gradients, float32", 4 * count),
+        Line("trained", f"{GRADIENTS}, float32", 4 * count),
         Line("host" if pages else "trained", name, state),
     ]
 
