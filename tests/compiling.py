@@ -299,13 +299,14 @@ def expert_kernels(kind: str):
 def rounding_kernels(kind: str):
     """Yields what decodes to e4m3, and rounds to it."""
     for double in (True, False):
-        step = {"block_words": 8, "double": double, "span": 2, "compiled": True}
-        flat = {"lanes": triton_blockwise.LANES, "unroll": triton_blockwise.UNROLL}
-        options = {"num_warps": 8, "enable_fp_fusion": False}
-        yield triton_e4m3._decode_e4m3, {"out": "*fp8e4nv"}, step | flat, options
-        step |= {"lanes": triton_e4m3._QUADS, "unroll": triton_e4m3._WORDS}
+        step = {"double": double, "span": 2, "compiled": True}
         options = {"num_warps": 4, "enable_fp_fusion": False}
-        yield triton_e4m3._decode_across, {"across": "*i32"}, step, options
+        types = {"codes": "*i64", "units": "i32", "row_units": "i32", "out": "*i32"}
+        flat = {"block_units": 2, "width": 2, "lanes": triton_e4m3._LANES_DECODED}
+        yield triton_e4m3._decode_e4m3, types, step | flat, options
+        step |= {"block_pairs": 4, "lanes": triton_e4m3._QUADS, "pairs": triton_e4m3._PAIRS}
+        types = {"codes": "*i64", "row_pairs": "i32", "across": "*i32"}
+        yield triton_e4m3._decode_across, types, step, options
     types = {"out": "*fp8e4nv"} | dict.fromkeys(("x0", "x1", "x2"), f"*{kind}")
     types |= dict.fromkeys([f"{n}{i}" for n in ("size", "stride") for i in range(3)], "i32")
     for parts, scaled in ((1, False), (3, True)):

@@ -35,9 +35,10 @@ class Recorded(ResidentWeights):
     def prefetch(self, layer):
         self.calls.append(("prefetch", layer))
 
-    def acquire(self, layer, *, again=False):
-        self.calls.append(("again" if again else "acquire", layer))
-        return super().acquire(layer, again=again)
+    def acquire(self, layer, *, again=False, forward_only=False):
+        word = "again" if again else "forward" if forward_only else "acquire"
+        self.calls.append((word, layer))
+        return super().acquire(layer, again=again, forward_only=forward_only)
 
     def release(self, layer):
         self.calls.append(("release", layer))
@@ -59,8 +60,8 @@ def stepped(engine, saved):
 def test_one_layer_is_acquired_at_a_time_and_the_next_is_announced(saved):
     engine = made(Recorded)
     stepped(engine, saved)
-    forward = [("acquire", 0), ("prefetch", 1), ("release", 0), ("acquire", 1), ("prefetch", 2)]
-    forward += [("release", 1), ("acquire", 2), ("release", 2)]
+    forward = [("forward", 0), ("prefetch", 1), ("release", 0), ("forward", 1), ("prefetch", 2)]
+    forward += [("release", 1), ("acquire", 2), ("release", 2)]  # backward uses the last again
     backward = [("again", 2), ("prefetch", 1), ("release", 2), ("acquire", 1), ("prefetch", 0)]
     backward += [("release", 1), ("acquire", 0), ("release", 0)]
     assert engine.weights.calls == forward + backward

@@ -20,7 +20,7 @@ class Rows(WeightLayout):
     def data_dtype(self, dtype):
         return self.kind
 
-    def decode(self, packed, dtype, outs=None):
+    def decode(self, packed, dtype, outs=None, *, forward_only=False):
         made = [self.from_dense(dequantize(q, dtype)) for q in packed]
         if outs is None:
             return made
@@ -147,6 +147,25 @@ def test_a_cache_has_room_for_any_layout(layout):
             assert [linear.opened(dtype).layout for linear in linears] == [layout] * 3
             assert linears[1].opened(dtype).data.dtype == layout.kind
         assert cache.decodes == 12
+
+
+def test_weights_decoded_for_forward_only_are_not_used_in_backward():
+    cache, linear, asked = DecodedWeightCache(), layer(), []
+
+    class Asked(Rows):
+        def decode(self, packed, dtype, outs=None, *, forward_only=False):
+            asked.append(forward_only)
+            return super().decode(packed, dtype, outs)
+
+    linear.layout = Asked(torch.int8, 127)
+    for forward_only, decodes in ((True, 1), (True, 1), (False, 2), (True, 2), (False, 2)):
+        with cache.opened([linear], torch.float32, again=True, forward_only=forward_only):
+            pass
+        assert cache.decodes == decodes
+    cache.keep([[linear]], torch.float32)  # what is kept is for both passes
+    with cache.opened([linear], torch.float32, forward_only=True):
+        pass
+    assert asked == [True, False, False]
 
 
 def test_the_same_bytes_are_not_taken_for_products_in_another_dtype():

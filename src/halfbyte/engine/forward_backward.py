@@ -137,7 +137,9 @@ class Passes:
             requires_grad = self.entry_trained or index > self.first_trained
             saved, dropped = index >= first_saved, index != self._base(index)
             self.before_layer()
-            with acquired(self.weights, index) as lora_cache:
+            # Backward begins with the layer that forward ends with, as it is.
+            forward_only = index + 1 < self.layers
+            with acquired(self.weights, index, forward_only=forward_only) as lora_cache:
                 if index + 1 < self.layers:
                     self.weights.prefetch(index + 1)
                 for i, layer_input in enumerate(layer_inputs):
@@ -252,7 +254,7 @@ class Passes:
                 kept.set_tensors(tensors, requires_grad=requires_grad)
         for layer in range(base, index):
             self.before_layer()
-            with acquired(self.weights, layer), torch.no_grad():
+            with acquired(self.weights, layer, forward_only=True), torch.no_grad():
                 for i, layer_input in enumerate(layer_inputs):
                     x = rows[layer - base][i].x
                     assert x is not None

@@ -441,7 +441,7 @@ class LayerEngine:
         layer_inputs = self.embed(parts)
         hidden = [layer_input.x for layer_input in layer_inputs]
         for index in range(len(self.layers)):
-            with acquired(self.weights, index):
+            with acquired(self.weights, index, forward_only=True):
                 for i, layer_input in enumerate(layer_inputs):
                     hidden[i] = layer_input.run(index, hidden[i], layer_input.layer_args, read=True)
         losses = [

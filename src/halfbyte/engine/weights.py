@@ -23,12 +23,13 @@ class WeightProvider(Protocol):
     def prefetch(self, layer: int) -> None:
         """Start to load the layer that will be acquired next, without waiting."""
 
-    def acquire(self, layer: int, *, again: bool = False) -> OpenLayer:
+    def acquire(self, layer: int, *, again: bool = False, forward_only: bool = False) -> OpenLayer:
         """Make a layer's weights available until `release`.
 
         Args:
             layer: Index of the layer.
             again: Whether it is the layer that was released last, with unchanged weights.
+            forward_only: Whether no gradient is computed before `release`.
 
         Returns:
             The state shared by its products, including x Aᵀ to reuse in recomputation.
@@ -68,9 +69,11 @@ class ResidentWeights:
     def prefetch(self, layer: int) -> None:
         """Do nothing: the weights are resident."""
 
-    def acquire(self, layer: int, *, again: bool = False) -> OpenLayer:
+    def acquire(self, layer: int, *, again: bool = False, forward_only: bool = False) -> OpenLayer:
         """Decode a layer's weights; see `WeightProvider`."""
-        context = self._cache.opened(self._linears[layer], self._dtype, again=again)
+        context = self._cache.opened(
+            self._linears[layer], self._dtype, again=again, forward_only=forward_only
+        )
         lora_activations = context.__enter__()
         self._acquired[layer] = context
         return lora_activations
@@ -122,10 +125,10 @@ class StreamedWeights(ResidentWeights):
         """Start to copy a layer to the device."""
         self.stream.prefetch(layer)
 
-    def acquire(self, layer: int, *, again: bool = False) -> OpenLayer:
+    def acquire(self, layer: int, *, again: bool = False, forward_only: bool = False) -> OpenLayer:
         """Wait for a layer's copy and decode it; see `WeightProvider`."""
         self.stream.acquire(layer)
-        opened = super().acquire(layer, again=again)
+        opened = super().acquire(layer, again=again, forward_only=forward_only)
         if self.stream.slots == 1:  # its packed bytes are not read again
             self.stream.release(layer)
         return opened
@@ -158,9 +161,11 @@ def provider_of(
 
 
 @contextmanager
-def acquired(weights: WeightProvider, layer: int, *, again: bool = False) -> Iterator[OpenLayer]:
+def acquired(
+    weights: WeightProvider, layer: int, *, again: bool = False, forward_only: bool = False
+) -> Iterator[OpenLayer]:
     """Acquire a layer's weights for the duration of the context."""
-    lora_activations = weights.acquire(layer, again=again)
+    lora_activations = weights.acquire(layer, again=again, forward_only=forward_only)
     try:
         yield lora_activations
     finally:

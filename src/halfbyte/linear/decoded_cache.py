@@ -33,11 +33,13 @@ class _Place:
         weights: The decoded weights in it.
         holds: For each: address and version of the packed weight, its layout, the dtype of the
             products, and the address of the memory it is in.
+        forward_only: Whether gradients cannot be computed with them.
     """
 
     buffer: Tensor | None = None
     weights: list[DecodedWeight] = field(default_factory=list)
     holds: list[tuple[int, int, WeightLayout, torch.dtype, int]] = field(default_factory=list)
+    forward_only: bool = False
 
     def room(self, nbytes: int, device: torch.device) -> Tensor:
         """Return the memory, reallocated if it is too small or on another device."""
@@ -97,7 +99,12 @@ class DecodedWeightCache:
 
     @contextmanager
     def opened(
-        self, linears: Sequence[FrozenLinear], dtype: torch.dtype, *, again: bool = False
+        self,
+        linears: Sequence[FrozenLinear],
+        dtype: torch.dtype,
+        *,
+        again: bool = False,
+        forward_only: bool = False,
     ) -> Iterator[OpenLayer]:
         """Decode ``linears`` once; inside the context, their ``dense(dtype)`` is free.
 
@@ -108,9 +115,11 @@ class DecodedWeightCache:
             dtype: dtype of the products.
             again: Whether to reuse the buffer if it already holds these linears. Kept ones are
                 always reused, unless their packed weights have changed.
+            forward_only: Whether no gradient is computed in the context.
         """
         place = self._own.get(linears[0], self._shared) if linears else self._shared
-        layer = OpenLayer(self._decoded(linears, dtype, place, again), dtype)
+        forward_only = forward_only and place is self._shared
+        layer = OpenLayer(self._decoded(linears, dtype, place, again, forward_only), dtype)
         try:
             layer.open()
             yield layer
@@ -118,7 +127,12 @@ class DecodedWeightCache:
             layer.close()
 
     def _decoded(
-        self, linears: Sequence[FrozenLinear], dtype: torch.dtype, place: _Place, again: bool
+        self,
+        linears: Sequence[FrozenLinear],
+        dtype: torch.dtype,
+        place: _Place,
+        again: bool,
+        forward_only: bool,
     ) -> dict[FrozenLinear, DecodedWeight]:
         """Return W of each linear, newly decoded or reused from the buffer."""
         groups: dict[LinearGroup, list[FrozenLinear]] = {}
@@ -139,13 +153,13 @@ class DecodedWeightCache:
                 codes = packed[linear].codes
                 holds.append((codes.data_ptr(), codes._version, layout, dtype, memory.data_ptr()))
             start += size + -size % _ALIGNED
-        still = again or place is not self._shared
+        still = (again or place is not self._shared) and place.forward_only <= forward_only
         if packed and not (still and holds == place.holds):
             place.holds, place.weights = [], []
-            decoded = decode_together(list(packed), dtype, outs)
+            decoded = decode_together(list(packed), dtype, outs, forward_only=forward_only)
             place.weights = [decoded[linear] for linear in packed]
             self.decodes += len(packed)
-            place.holds = holds
+            place.holds, place.forward_only = holds, forward_only
         weights = decode_together([linear for linear in linears if linear not in packed], dtype)
         if packed:
             weights |= zip(packed, place.weights, strict=True)

@@ -70,6 +70,8 @@ class WeightLayout(Protocol):
         packed: Sequence[QuantizedWeight],
         dtype: torch.dtype,
         outs: Sequence[Any] | None = None,
+        *,
+        forward_only: bool = False,
     ) -> list[DecodedWeight]:
         """Decode packed weights of one device.
 
@@ -78,6 +80,8 @@ class WeightLayout(Protocol):
             dtype: dtype of the products.
             outs: Destination of each, of `places`: by default a tensor of `data_dtype`, [out, in].
                 None allocates.
+            forward_only: Whether `input_gradient` is not used, so that a copy for it may be left
+                out.
         """
 
     def from_dense(self, weight: Tensor) -> DecodedWeight:
@@ -104,6 +108,8 @@ class _Dense(WeightLayout):
         packed: Sequence[QuantizedWeight],
         dtype: torch.dtype,
         outs: Sequence[Tensor] | None = None,
+        *,
+        forward_only: bool = False,
     ) -> list[DecodedWeight]:
         if outs is not None or len(packed) < 2 or packed[0].codes.device.type != "cuda":
             decoded = dequantize_all(packed, dtype, outs=outs)

@@ -72,6 +72,8 @@ class _FP8(WeightLayout):
         packed: Sequence[QuantizedWeight],
         dtype: torch.dtype,
         outs: Sequence[Any] | None = None,
+        *,
+        forward_only: bool = False,
     ) -> list[DecodedWeight]:
         device = packed[0].codes.device
         if outs is None:
@@ -81,23 +83,26 @@ class _FP8(WeightLayout):
                     self.nbytes([q.shape], dtype), dtype=torch.uint8, device=device
                 )
                 outs += self.places(memory, [q.shape], dtype)
-        return [self._decode(q, place) for q, place in zip(packed, outs, strict=True)]
+        pairs = zip(packed, outs, strict=True)
+        return [self._decode(q, place, forward_only) for q, place in pairs]
 
-    def _decode(self, q: QuantizedWeight, place: Place) -> DecodedWeight:
+    def _decode(self, q: QuantizedWeight, place: Place, forward_only: bool) -> DecodedWeight:
         if not _by_units(place.data):
             _, scale = e4m3.decode(q, place.data)
             place.scale.copy_(scale)
             return DecodedWeight(place.data, place.scale, self)
+        across = None if forward_only else place.across
         if gpu_kernels() is not None:
             from halfbyte.quant import triton_e4m3
 
             if triton_e4m3.fits(q):
-                triton_e4m3.decode(q, place.data, place.across, place.scale)
-                return DecodedWeight(place.data, place.scale, self, place.across)
+                triton_e4m3.decode(q, place.data, across, place.scale)
+                return DecodedWeight(place.data, place.scale, self, across)
         _, scale = e4m3.decode(q, place.data)
         place.scale.copy_(scale)
-        place.across.copy_(place.data.t())
-        return DecodedWeight(place.data, place.scale, self, place.across)
+        if across is not None:
+            across.copy_(place.data.t())
+        return DecodedWeight(place.data, place.scale, self, across)
 
     def from_dense(self, weight: Tensor) -> DecodedWeight:
         data, scale = e4m3.encode(weight)

@@ -35,11 +35,12 @@ class Fp8LoraLinear(FusedLoraLinear):
         from halfbyte.quant import triton_e4m3
 
         weights = self._group.weights(self._dtype)
-        across = [weight.across for weight in weights]
+        across = [weight.across for weight in weights if weight.across is not None]
+        assert len(across) == len(weights), "weights were decoded for forward only"
         _, scale = self._stacked()
         rounded = triton_e4m3.quantize_rows([_in_rows(dy) for dy in dys], scale)
         a = self.cast_adapters.a
-        whole = _beside([part for part in across if part is not None], 1)
+        whole = _beside(across, 1)
         if triton_fp8.fits(len(g), [a.shape[1]], g.device):
             return triton_fp8.product(*rounded, whole, None, g, a, len(a), None)
         return triton_fp8.plain_product(*rounded, whole, None, g, a, None)

@@ -459,7 +459,11 @@ def _for_kernels(x: Tensor) -> bool:
 
 
 def decode_together(
-    linears: Sequence[_Member], dtype: torch.dtype, outs: Mapping[Any, Any] | None = None
+    linears: Sequence[_Member],
+    dtype: torch.dtype,
+    outs: Mapping[Any, Any] | None = None,
+    *,
+    forward_only: bool = False,
 ) -> dict[Any, DecodedWeight]:
     """Return W [out, in] of each for products in ``dtype``, decoded together per layout.
 
@@ -467,6 +471,7 @@ def decode_together(
         linears: Linears on one device.
         dtype: dtype of the products.
         outs: Destination of each packed weight; see `WeightLayout.decode`.
+        forward_only: Likewise.
     """
     weights: dict[Any, Any] = dict.fromkeys(linears)  # in their order
     packed: dict[WeightLayout, dict[_Member, QuantizedWeight]] = {}
@@ -478,5 +483,6 @@ def decode_together(
             packed.setdefault(linear.layout, {})[linear] = q
     for layout, held in packed.items():
         places = None if outs is None else [outs[linear] for linear in held]
-        weights.update(zip(held, layout.decode(list(held.values()), dtype, places), strict=True))
+        decoded = layout.decode(list(held.values()), dtype, places, forward_only=forward_only)
+        weights.update(zip(held, decoded, strict=True))
     return weights

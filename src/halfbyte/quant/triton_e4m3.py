@@ -1,11 +1,15 @@
 """e4m3 on a GPU: 4-bit weights decoded to it, and activations rounded to it row by row.
 
-decode          As triton_blockwise.py does, and transposed: tensor cores multiply e4m3 only
-                with the contracted dimension adjacent in memory, which is the other one in
-                backward. There a lane decodes the same words of four rows, whose bytes are one
-                32-bit word of the result, and neighbouring lanes the next rows: nothing goes
-                through shared memory. The scale of a row is found from the packed scales where
-                it is needed (quant/e4m3.py), so there is no pass before.
+decode          The weights of a block have only 16 different values. These are rounded first, and
+                fill four 32-bit registers; then an instruction that selects bytes (PRMT) decodes
+                four codes, which are its selectors as they are packed. Rounding code by code took
+                five times as many instructions, and more time than the memory needs.
+                Also transposed: tensor cores multiply e4m3 only with the contracted dimension
+                adjacent in memory, which is the other one in backward. There a lane decodes the
+                same words of four rows, whose bytes are one 32-bit word of the result, and
+                neighbouring lanes the next rows: nothing goes through shared memory. The scale of
+                a row is found from the packed scales where it is needed (quant/e4m3.py), so there
+                is no pass before.
 quantize_rows   A program reads a row twice, the second time from the L1 cache if it is long,
                 and writes it once. Several matrices become one, side by side: the gradients of
                 linears that share an input, which are then one product.
@@ -14,6 +18,7 @@ quantize_rows   A program reads a row twice, the second time from the L1 cache i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import gcd
 from typing import Any
 
 import torch
@@ -23,8 +28,6 @@ from torch import Tensor
 
 from halfbyte.quant.e4m3 import DTYPE, SMALLEST, groups_across, in_whole_blocks, row_bounds
 from halfbyte.quant.triton_blockwise import (
-    LANES,
-    UNROLL,
     dynamic_on,
     levels_on,
     on_device,
@@ -32,8 +35,10 @@ from halfbyte.quant.triton_blockwise import (
 )
 from halfbyte.quant.weight import QuantizedWeight
 
-# Columns of a program of `_decode_across`, in words of 8 codes, and its rows, in fours.
-_WORDS, _QUADS = 4, 128
+# Columns of a program of `_decode_across`, in pairs of words of 8 codes, at most, and its rows, in
+# fours.
+_PAIRS, _QUADS = 4, 128
+_LANES_DECODED = 256  # of a program of `_decode_e4m3`
 _LANES = 4096
 _MOST_PARTS = 3
 
@@ -96,6 +101,98 @@ def _inverse_of(exponent):
 
 
 @triton.jit
+def _factor_of_row(
+    row,
+    block,
+    has,
+    scales,
+    scale_codes,
+    first,
+    bounds,
+    dynamic,
+    blocks,
+    double: tl.constexpr,
+    span: tl.constexpr,
+):
+    """What the levels of a row's block are multiplied with."""
+    exponent = _row_exponent(row, has, scales, bounds, first, blocks, double, span)
+    scale = scale_of(row * blocks + block, has, scales, scale_codes, first, dynamic, double)
+    return scale * _inverse_of(exponent)
+
+
+@triton.jit
+def _table(levels, factor, compiled: tl.constexpr):
+    """The 16 values of a block, rounded to e4m3, as the bytes of four integers."""
+    a = _four_levels(levels, factor, 0, compiled)
+    b = _four_levels(levels, factor, 4, compiled)
+    c = _four_levels(levels, factor, 8, compiled)
+    return a, b, c, _four_levels(levels, factor, 12, compiled)
+
+
+@triton.jit
+def _four_levels(levels, factor, first: tl.constexpr, compiled: tl.constexpr):
+    return _pack_four(
+        tl.load(levels + first) * factor,
+        tl.load(levels + first + 1) * factor,
+        tl.load(levels + first + 2) * factor,
+        tl.load(levels + first + 3) * factor,
+        compiled,
+    )
+
+
+@triton.jit
+def _bytes_of(a, b, selector, compiled: tl.constexpr):
+    """Selects four of eight bytes, those of a and then of b, each by a 4-bit number below 8."""
+    if compiled:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [a, b, selector],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        selected = (a ^ a) | (b ^ b)
+        for i in tl.static_range(4):
+            number = (selector >> (4 * i)) & 7
+            word = tl.where(number < 4, a, b)
+            selected |= ((word >> ((number & 3) * 8)) & 255) << (8 * i)
+        return selected
+
+
+@triton.jit
+def _values_of(word, table0, table1, table2, table3, compiled: tl.constexpr):
+    """Decodes 8 codes to two integers: elements 1, 0, 3, 2 and 5, 4, 7, 6 of the word."""
+    low, high = word & 0x77777777, (word >> 3) & 0x11111111
+    first = _four_values(low, high, table0, table1, table2, table3, compiled)
+    return first, _four_values(low >> 16, high >> 16, table0, table1, table2, table3, compiled)
+
+
+@triton.jit
+def _four_values(low, high, table0, table1, table2, table3, compiled: tl.constexpr):
+    below = _bytes_of(table0, table1, low, compiled)
+    above = _bytes_of(table2, table3, low, compiled)
+    mask = _bytes_of(high * 0 + 0xFF00, high * 0, high, compiled)
+    return (below & ~mask) | (above & mask)
+
+
+@triton.jit
+def _in_order(values, compiled: tl.constexpr):
+    return _bytes_of(values, values, 0x2301, compiled)
+
+
+@triton.jit
+def _transposed(a, b, c, d, compiled: tl.constexpr):
+    """Transposes four by four bytes."""
+    ab, cd = _bytes_of(a, b, 0x5140, compiled), _bytes_of(c, d, 0x5140, compiled)
+    ab_, cd_ = _bytes_of(a, b, 0x7362, compiled), _bytes_of(c, d, 0x7362, compiled)
+    first, second = _bytes_of(ab, cd, 0x5410, compiled), _bytes_of(ab, cd, 0x7632, compiled)
+    third, fourth = _bytes_of(ab_, cd_, 0x5410, compiled), _bytes_of(ab_, cd_, 0x7632, compiled)
+    return first, second, third, fourth
+
+
+@triton.jit
 def _decode_e4m3(
     out,
     scale_out,
@@ -106,66 +203,38 @@ def _decode_e4m3(
     bounds,
     levels,
     dynamic,
-    words,
-    row_words,
+    units,
+    row_units,
     blocks,
-    block_words: tl.constexpr,
+    block_units: tl.constexpr,
+    width: tl.constexpr,
     double: tl.constexpr,
     span: tl.constexpr,
     lanes: tl.constexpr,
-    unroll: tl.constexpr,
     compiled: tl.constexpr,
 ):
+    # A unit is what a lane decodes: `width` pairs of words of 8 codes, all of one block.
     first = 0.0
     if double:
         first = tl.load(offset)
-    element = tl.arange(0, 8)
-    shift = (element >> 1) * 8 + (1 - (element & 1)) * 4
-    for i in tl.static_range(unroll):
-        word = (tl.program_id(0) * unroll + i) * lanes + tl.arange(0, lanes)
-        inside = word < words
-        row = word // row_words
-        exponent = _row_exponent(row, inside, scales, bounds, first, blocks, double, span)
-        begins = inside & (word == row * row_words)
-        tl.store(scale_out + row, (exponent << 23).to(tl.float32, bitcast=True), mask=begins)
-        packed = tl.load(codes + word, mask=inside, other=0)
-        block = word // block_words
-        scale = scale_of(block, inside, scales, scale_codes, first, dynamic, double)
-        scale *= _inverse_of(exponent)
-        code = (packed[:, None] >> shift[None, :]) & 15
-        value = to_e4m3(tl.load(levels + code) * scale[:, None], compiled)
-        target = out + word.to(tl.int64)[:, None] * 8 + element[None, :]
-        tl.store(target, value, mask=inside[:, None])
-
-
-@triton.jit
-def _word_of_row(
-    row,
-    word,
-    has,
-    codes,
-    scales,
-    scale_codes,
-    first,
-    bounds,
-    dynamic,
-    row_words,
-    blocks,
-    block_words: tl.constexpr,
-    double: tl.constexpr,
-    span: tl.constexpr,
-):
-    """A word of 8 codes, and what their levels are multiplied with."""
-    exponent = _row_exponent(row, has, scales, bounds, first, blocks, double, span)
-    block = row * blocks + word // block_words
-    scale = scale_of(block, has, scales, scale_codes, first, dynamic, double)
-    packed = tl.load(codes + row * row_words + word, mask=has, other=0)
-    return packed, scale * _inverse_of(exponent)
-
-
-@triton.jit
-def _level(levels, packed, element: tl.constexpr):
-    return tl.load(levels + ((packed >> ((element >> 1) * 8 + (1 - (element & 1)) * 4)) & 15))
+    unit = tl.program_id(0) * lanes + tl.arange(0, lanes)
+    inside = unit < units
+    row, block = unit // row_units, unit // block_units
+    exponent = _row_exponent(row, inside, scales, bounds, first, blocks, double, span)
+    begins = inside & (unit == row * row_units)
+    tl.store(scale_out + row, (exponent << 23).to(tl.float32, bitcast=True), mask=begins)
+    factor = scale_of(block, inside, scales, scale_codes, first, dynamic, double)
+    table0, table1, table2, table3 = _table(levels, factor * _inverse_of(exponent), compiled)
+    pair = unit[:, None] * width + tl.arange(0, width)[None, :]
+    packed = tl.load(codes + pair, mask=inside[:, None], other=0)
+    t0, t1, t2, t3 = table0[:, None], table1[:, None], table2[:, None], table3[:, None]
+    a, b = _values_of(packed.to(tl.int32), t0, t1, t2, t3, compiled)
+    c, d = _values_of((packed >> 32).to(tl.int32), t0, t1, t2, t3, compiled)
+    a, b = _in_order(a, compiled), _in_order(b, compiled)
+    c, d = _in_order(c, compiled), _in_order(d, compiled)
+    words = tl.join(tl.join(a, c), tl.join(b, d)).reshape(lanes, width * 4)
+    target = out + unit.to(tl.int64)[:, None] * (width * 4) + tl.arange(0, width * 4)[None, :]
+    tl.store(target, words, mask=inside[:, None])
 
 
 @triton.jit
@@ -179,95 +248,73 @@ def _decode_across(
     levels,
     dynamic,
     rows,
-    row_words,
+    row_pairs,
     blocks,
     stride,
-    block_words: tl.constexpr,
+    block_pairs: tl.constexpr,
     double: tl.constexpr,
     span: tl.constexpr,
     lanes: tl.constexpr,
-    unroll: tl.constexpr,
+    pairs: tl.constexpr,
     compiled: tl.constexpr,
 ):
+    # Neighbouring lanes read words that are a row apart, each from a cache line of its own. So
+    # there are as few loads as possible: of 16 codes at a time, and of the scale once for all of
+    # its block that the program decodes.
     first = 0.0
     if double:
         first = tl.load(offset)
     quad = tl.program_id(1) * lanes + tl.arange(0, lanes)
     row = quad * 4
     has = row < rows
-    for i in tl.static_range(unroll):
-        word = tl.program_id(0) * unroll + i
-        p0, s0 = _word_of_row(
-            row,
-            word,
-            has,
-            codes,
-            scales,
-            scale_codes,
-            first,
-            bounds,
-            dynamic,
-            row_words,
-            blocks,
-            block_words,
-            double,
-            span,
+    together: tl.constexpr = min(block_pairs, pairs)
+    for i in tl.static_range(pairs // together):
+        start = tl.program_id(0) * pairs + i * together
+        block = start // block_pairs
+        f0 = _factor_of_row(
+            row, block, has, scales, scale_codes, first, bounds, dynamic, blocks, double, span
         )
-        p1, s1 = _word_of_row(
-            row + 1,
-            word,
-            has,
-            codes,
-            scales,
-            scale_codes,
-            first,
-            bounds,
-            dynamic,
-            row_words,
-            blocks,
-            block_words,
-            double,
-            span,
+        f1 = _factor_of_row(
+            row + 1, block, has, scales, scale_codes, first, bounds, dynamic, blocks, double, span
         )
-        p2, s2 = _word_of_row(
-            row + 2,
-            word,
-            has,
-            codes,
-            scales,
-            scale_codes,
-            first,
-            bounds,
-            dynamic,
-            row_words,
-            blocks,
-            block_words,
-            double,
-            span,
+        f2 = _factor_of_row(
+            row + 2, block, has, scales, scale_codes, first, bounds, dynamic, blocks, double, span
         )
-        p3, s3 = _word_of_row(
-            row + 3,
-            word,
-            has,
-            codes,
-            scales,
-            scale_codes,
-            first,
-            bounds,
-            dynamic,
-            row_words,
-            blocks,
-            block_words,
-            double,
-            span,
+        f3 = _factor_of_row(
+            row + 3, block, has, scales, scale_codes, first, bounds, dynamic, blocks, double, span
         )
-        for element in tl.static_range(8):
-            a = _level(levels, p0, element) * s0
-            b = _level(levels, p1, element) * s1
-            c = _level(levels, p2, element) * s2
-            d = _level(levels, p3, element) * s3
-            target = across + (word * 8 + element).to(tl.int64) * stride + quad
-            tl.store(target, _pack_four(a, b, c, d, compiled), mask=has)
+        a0, a1, a2, a3 = _table(levels, f0, compiled)
+        b0, b1, b2, b3 = _table(levels, f1, compiled)
+        c0, c1, c2, c3 = _table(levels, f2, compiled)
+        d0, d1, d2, d3 = _table(levels, f3, compiled)
+        for j in tl.static_range(together):
+            place = codes + row * row_pairs + start + j
+            pair0 = tl.load(place, mask=has, other=0)
+            pair1 = tl.load(place + row_pairs, mask=has, other=0)
+            pair2 = tl.load(place + 2 * row_pairs, mask=has, other=0)
+            pair3 = tl.load(place + 3 * row_pairs, mask=has, other=0)
+            for half in tl.static_range(2):
+                p0 = (pair0 >> (32 * half)).to(tl.int32)
+                p1 = (pair1 >> (32 * half)).to(tl.int32)
+                p2 = (pair2 >> (32 * half)).to(tl.int32)
+                p3 = (pair3 >> (32 * half)).to(tl.int32)
+                a, a_ = _values_of(p0, a0, a1, a2, a3, compiled)
+                b, b_ = _values_of(p1, b0, b1, b2, b3, compiled)
+                c, c_ = _values_of(p2, c0, c1, c2, c3, compiled)
+                d, d_ = _values_of(p3, d0, d1, d2, d3, compiled)
+                column = ((start + j) * 16 + half * 8).to(tl.int64)
+                target = across + column * stride + quad
+                _store_four(target, stride, a, b, c, d, has, compiled)
+                _store_four(target + 4 * stride, stride, a_, b_, c_, d_, has, compiled)
+
+
+@triton.jit
+def _store_four(target, stride, a, b, c, d, has, compiled: tl.constexpr):
+    one, zero, three, two = _transposed(a, b, c, d, compiled)
+    tl.store(target, zero, mask=has)
+    tl.store(target + stride, one, mask=has)
+    tl.store(target + 2 * stride, two, mask=has)
+    tl.store(target + 3 * stride, three, mask=has)
 
 
 @triton.jit
@@ -338,8 +385,8 @@ def fits(packed: object) -> bool:
         isinstance(packed, QuantizedWeight)
         and in_whole_blocks(packed)
         and packed.shape[0] % 4 == 0
-        and packed.shape[1] % (8 * _WORDS) == 0
-        and packed.codes.data_ptr() % 4 == 0
+        and packed.block_size % 16 == 0
+        and packed.codes.data_ptr() % 8 == 0
     )
 
 
@@ -355,36 +402,45 @@ def decode(q: QuantizedWeight, out: Tensor | None, across: Tensor | None, scale:
     rows, columns = q.shape
     blocks = columns // q.block_size
     shared: dict[str, Any] = {
-        "codes": q.codes.view(torch.int32),
+        "codes": q.codes.view(torch.int64),  # pairs of words of 8 codes
         "scales": q.scales if q.scales is not None else q.scale_scales,
         "scale_codes": q.scale_codes,
         "offset": q.scale_offset,
         "bounds": scale if q.double_quant else row_bounds(q),
         "levels": levels_on(q.quant_type, scale.device),
         "dynamic": dynamic_on(scale.device),
-        "row_words": columns // 8,
         "blocks": blocks,
-        "block_words": q.block_size // 8,
         "double": q.double_quant,
         "span": groups_across(blocks),
         "compiled": scale.is_cuda,
         "enable_fp_fusion": False,
     }
+    row_pairs, block_pairs = columns // 16, q.block_size // 16
     with on_device(scale):
         if out is not None:
-            words = q.numel // 8
-            _decode_e4m3[(triton.cdiv(words, LANES * UNROLL),)](
-                out, scale, words=words, lanes=LANES, unroll=UNROLL, num_warps=8, **shared
+            width = min(2, block_pairs)
+            units = q.numel // (16 * width)
+            _decode_e4m3[(triton.cdiv(units, _LANES_DECODED),)](
+                out.view(torch.int32),
+                scale,
+                units=units,
+                row_units=row_pairs // width,
+                block_units=block_pairs // width,
+                width=width,
+                lanes=_LANES_DECODED,
+                num_warps=4,
+                **shared,
             )
         if across is not None:
-            grid = (columns // (8 * _WORDS), triton.cdiv(rows, 4 * _QUADS))
-            wide = across.view(torch.int32)
-            _decode_across[grid](
+            wide, pairs = across.view(torch.int32), gcd(row_pairs, _PAIRS)
+            _decode_across[row_pairs // pairs, triton.cdiv(rows, 4 * _QUADS)](
                 wide,
                 rows=rows,
+                row_pairs=row_pairs,
+                block_pairs=block_pairs,
                 stride=wide.stride(0),
                 lanes=_QUADS,
-                unroll=_WORDS,
+                pairs=pairs,
                 num_warps=4,
                 **shared,
             )
