@@ -311,7 +311,7 @@ def rounding_kernels(kind: str):
     types |= dict.fromkeys([f"{n}{i}" for n in ("size", "stride") for i in range(3)], "i32")
     for parts, scaled in ((1, False), (3, True)):
         step = {"parts": parts, "scaled": scaled, "lanes": triton_e4m3._LANES}
-        step |= {"single": parts == 1, "compiled": True, "smallest": e4m3.SMALLEST}
+        step |= {"whole": parts == 1, "compiled": True, "smallest": e4m3.SMALLEST}
         yield triton_e4m3._quantize_rows, types, step, {"num_warps": 8}
 
 

@@ -157,8 +157,11 @@ def test_the_kernel_rounds_rows_to_the_same_numbers(sizes, scaled):
 
 @interpreted
 @pytest.mark.parametrize("parts", [1, 2])
-def test_the_kernel_rounds_rows_of_any_size(parts):
+@pytest.mark.parametrize("held", [0, 1 << 15])
+def test_the_kernel_rounds_rows_of_any_size(parts, held, monkeypatch):
     kernels = pytest.importorskip("halfbyte.quant.triton_e4m3", exc_type=ImportError)
+    monkeypatch.setattr(kernels, "_LANES_HELD", held)
+    monkeypatch.setattr(kernels, "_LANES", 32)
     x = torch.randn(len(SMALL), 96, generator=torch.Generator().manual_seed(0))
     x *= torch.tensor(SMALL)[:, None]
     data, scale = kernels.quantize_rows(x.split(96 // parts, 1))

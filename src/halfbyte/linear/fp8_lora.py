@@ -38,7 +38,8 @@ class Fp8LoraLinear(FusedLoraLinear):
         across = [weight.across for weight in weights if weight.across is not None]
         assert len(across) == len(weights), "weights were decoded for forward only"
         _, scale = self._stacked()
-        rounded = triton_e4m3.quantize_rows([_in_rows(dy) for dy in dys], scale)
+        # Powers of two, which are exact in bfloat16.
+        rounded = triton_e4m3.quantize_rows([_in_rows(dy) for dy in dys], scale.bfloat16())
         a = self.cast_adapters.a
         whole = _beside(across, 1)
         if triton_fp8.fits(len(g), [a.shape[1]], g.device):

@@ -10,9 +10,9 @@ decode          The weights of a block have only 16 different values. These are 
                 neighbouring lanes the next rows: nothing goes through shared memory. The scale of
                 a row is found from the packed scales where it is needed (quant/e4m3.py), so there
                 is no pass before.
-quantize_rows   A program reads a row twice, the second time from the L1 cache if it is long,
-                and writes it once. Several matrices become one, side by side: the gradients of
-                linears that share an input, which are then one product.
+quantize_rows   A program reads a row, holds it in registers if that is possible, and writes it.
+                Several matrices become one, side by side: the gradients of linears that share an
+                input, which are then one product.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from halfbyte.quant.weight import QuantizedWeight
 # fours.
 _PAIRS, _QUADS = 4, 128
 _LANES_DECODED = 256  # of a program of `_decode_e4m3`
-_LANES = 4096
+# Of a program of `_quantize_rows`, and as many numbers as it holds in registers.
+_LANES, _LANES_HELD = 4096, 16384
 _MOST_PARTS = 3
 
 
@@ -318,6 +319,14 @@ def _store_four(target, stride, a, b, c, d, has, compiled: tl.constexpr):
 
 
 @triton.jit
+def _scaled(x, factors, at, size, scaled: tl.constexpr):
+    v = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
+    if scaled:
+        v *= tl.load(factors + at, mask=at < size, other=0.0).to(tl.float32)
+    return v
+
+
+@triton.jit
 def _quantize_rows(
     out,
     scale_out,
@@ -335,47 +344,55 @@ def _quantize_rows(
     smallest: tl.constexpr,
     scaled: tl.constexpr,
     lanes: tl.constexpr,
-    single: tl.constexpr,
+    whole: tl.constexpr,
     compiled: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, lanes)
-    out += row * (size0 + size1 + size2)
-    if single:  # it stays in registers
-        inside = lane < size0
-        v = tl.load(x0 + row * stride0 + lane, mask=inside, other=0.0).to(tl.float32)
-        if scaled:
-            v *= tl.load(factors + lane, mask=inside, other=0.0)
-        bound = tl.maximum(tl.max(tl.abs(v), 0), smallest)
-        tl.store(out + lane, to_e4m3(v * tl.div_rn(448.0, bound), compiled), mask=inside)
+    x0 += row * stride0
+    x1 += row * stride1
+    x2 += row * stride2
+    out0 = out + row * (size0 + size1 + size2)
+    out1, factors1 = out0 + size0, factors + size0
+    out2, factors2 = out1 + size1, factors1 + size1
+    if whole:  # the row stays in registers
+        v0 = _scaled(x0, factors, lane, size0, scaled)
+        largest = tl.abs(v0)
+        if parts > 1:
+            v1 = _scaled(x1, factors1, lane, size1, scaled)
+            largest = tl.maximum(largest, tl.abs(v1))
+        if parts > 2:
+            v2 = _scaled(x2, factors2, lane, size2, scaled)
+            largest = tl.maximum(largest, tl.abs(v2))
+        bound = tl.maximum(tl.max(largest, 0), smallest)
+        inverse = tl.div_rn(448.0, bound)
+        tl.store(out0 + lane, to_e4m3(v0 * inverse, compiled), mask=lane < size0)
+        if parts > 1:
+            tl.store(out1 + lane, to_e4m3(v1 * inverse, compiled), mask=lane < size1)
+        if parts > 2:
+            tl.store(out2 + lane, to_e4m3(v2 * inverse, compiled), mask=lane < size2)
     else:
         largest = tl.zeros((lanes,), tl.float32)
         for i in tl.static_range(parts):
-            x, size, start = x0 + row * stride0, size0, 0
+            x, f, size = x0, factors, size0
             if i == 1:
-                x, size, start = x1 + row * stride1, size1, size0
+                x, f, size = x1, factors1, size1
             if i == 2:
-                x, size, start = x2 + row * stride2, size2, size0 + size1
+                x, f, size = x2, factors2, size2
             for first in range(0, size, lanes):
-                at = first + lane
-                v = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
-                if scaled:
-                    v *= tl.load(factors + start + at, mask=at < size, other=0.0)
-                largest = tl.maximum(largest, tl.abs(v))
+                largest = tl.maximum(largest, tl.abs(_scaled(x, f, first + lane, size, scaled)))
         bound = tl.maximum(tl.max(largest, 0), smallest)
         inverse = tl.div_rn(448.0, bound)
         for i in tl.static_range(parts):
-            x, size, start = x0 + row * stride0, size0, 0
+            x, f, to, size = x0, factors, out0, size0
             if i == 1:
-                x, size, start = x1 + row * stride1, size1, size0
+                x, f, to, size = x1, factors1, out1, size1
             if i == 2:
-                x, size, start = x2 + row * stride2, size2, size0 + size1
+                x, f, to, size = x2, factors2, out2, size2
             for first in range(0, size, lanes):
                 at = first + lane
-                v = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
-                if scaled:
-                    v *= tl.load(factors + start + at, mask=at < size, other=0.0)
-                tl.store(out + start + at, to_e4m3(v * inverse, compiled), mask=at < size)
+                v = _scaled(x, f, at, size, scaled)
+                tl.store(to + at, to_e4m3(v * inverse, compiled), mask=at < size)
     tl.store(scale_out + row, tl.div_rn(bound, 448.0))
 
 
@@ -451,7 +468,8 @@ def quantize_rows(parts: Sequence[Tensor], factors: Tensor | None = None) -> tup
 
     Args:
         parts: [rows, n], contiguous rows; at most three.
-        factors: Of all columns, float32 [sum of n], which the numbers are multiplied with first.
+        factors: Of all columns, [sum of n], which the numbers are multiplied with first: read once
+            a row, so of 16 bits where that is exact.
 
     Returns:
         e4m3 [rows, sum of n], and float32 [rows, 1].
@@ -462,7 +480,9 @@ def quantize_rows(parts: Sequence[Tensor], factors: Tensor | None = None) -> tup
     out = torch.empty(rows, sum(sizes), dtype=DTYPE, device=first.device)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=first.device)
     sizes += [0] * (_MOST_PARTS - len(parts))
-    lanes = min(_LANES, triton.next_power_of_2(max(sizes)))
+    lanes = triton.next_power_of_2(max(sizes))
+    whole = len(parts) * lanes <= _LANES_HELD
+    lanes = lanes if whole else _LANES
     with on_device(first):
         _quantize_rows[(rows,)](
             out,
@@ -475,8 +495,8 @@ def quantize_rows(parts: Sequence[Tensor], factors: Tensor | None = None) -> tup
             smallest=SMALLEST,
             scaled=factors is not None,
             lanes=lanes,
-            single=len(parts) == 1 and sizes[0] <= lanes,
+            whole=whole,
             compiled=first.is_cuda,
-            num_warps=8 if lanes >= 2048 else 4,
+            num_warps=8 if whole else 16,
         )
     return out, scale
