@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from halfbyte.layers import long_attention
-from halfbyte.layers.attention import Documents, attend
+from halfbyte.layers.attention import Documents, attend, copy_heads
 from halfbyte.layers.attention_checkpoint import CheckpointedAttention
 from halfbyte.layers.long_attention import (
     REFERENCE,
@@ -139,3 +139,16 @@ def test_on_a_cpu_it_is_attend():
     wanted = attend(q, k, v, documents, 0.3)
     assert torch.equal(attend_long(q, k, v, documents, 0.3), wanted)
     torch.testing.assert_close(wanted, exact(q, k, v, (3, 37), 0.3), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("width", "offset"), [(8, 0), (8, 1), (6, 0), (16, 2)])
+def test_heads_are_copied_whatever_their_places(dtype, width, offset):
+    generator = torch.Generator().manual_seed(0)
+    memory = torch.randn(3, 5, 4, width + 4, generator=generator).to(dtype)
+    x = memory[..., offset : offset + width][:, :, 1:3]
+    to = torch.zeros(3, 5, 7, width, dtype=dtype)
+    copy_heads(to[:, :, 2:4], x)
+    assert torch.equal(to[:, :, 2:4], x)
+    assert not to[:, :, :2].any()
+    assert not to[:, :, 4:].any()

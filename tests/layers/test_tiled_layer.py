@@ -53,7 +53,7 @@ def test_tiles_cover_each_token_once_in_order(rows, tokens, tiles):
 
 
 def test_tiles_of_a_long_sequence_are_whole_waves_of_a_product():
-    assert tiles_of(1, 65536) == [Tile(0, i, i + 4096) for i in range(0, 65536, 4096)]
+    assert tiles_of(1, 65536) == [Tile(0, i, i + 8192) for i in range(0, 65536, 8192)]
     assert {t.start % 128 for t in tiles_of(1, 20_001)} == {0}
 
 

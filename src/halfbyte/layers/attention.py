@@ -134,3 +134,21 @@ def _within(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float)
             out = attend(one, two, three, None, scale)
             parts.append(out.view(stop - start, *q.shape[1:]))
     return torch.cat(parts)
+
+
+def copy_heads(to: Tensor, x: Tensor) -> None:
+    """Copy x to ``to``, both [..., n], in elements of 16 bytes if sizes and places allow it.
+
+    Heads side by side are strided, and torch copies such tensors element by element: a third of the
+    speed with elements of two bytes.
+    """
+    wide = torch.complex128
+    each = wide.itemsize // to.element_size()
+
+    def fits(t: Tensor) -> bool:
+        steps = [*t.stride()[:-1], t.shape[-1], t.storage_offset()]
+        return t.stride(-1) == 1 and all(step % each == 0 for step in steps)
+
+    if to.dtype == x.dtype and fits(to) and fits(x):
+        to, x = to.view(wide), x.view(wide)
+    to.copy_(x)

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from halfbyte.layers.attention import Documents, attend
+from halfbyte.layers.attention import Documents, attend, copy_heads
 from halfbyte.runtime import device as devices
 
 # Documents of fewer tokens are computed together.
@@ -338,6 +338,6 @@ class _LongAttention(torch.autograd.Function):
                     ctx.scale,
                 )
                 for place, heads, new in zip((q, k, v), (of_q, of_k, of_k), found, strict=True):
-                    place[:, own, heads].copy_(new[:, :n])
+                    copy_heads(place[:, own, heads], new[:, :n])
                 del found, d_out, new
         return q, k, v, None, None, None

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from halfbyte.layers.attention import copy_heads
 from halfbyte.linear.frozen import FrozenLinear
 from halfbyte.linear.sequence_tiles import Tile, tiles_of
 
@@ -151,7 +152,7 @@ class _Heads(torch.autograd.Function):
                 shape = (*x.shape[:2], sum(counts), heads[0].shape[3])
                 whole = heads[0].new_empty(shape)
             for place, each in zip(torch.split(_of(whole, tile), counts, 2), heads, strict=True):
-                place.copy_(each)
+                copy_heads(place, each)
             del heads, each
         assert whole is not None
         return *torch.split(whole, counts, 2), x.view_as(x)

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 # Tokens times squared width from which launches go unnoticed; see `launches_unnoticed`.
 LAUNCHED = 1.5e11
-# Rows of a tile, at most: an MLP of the width 14336 has 0.4 GB inside. A layer takes 2.15 µs a
+# Rows of a tile, at most: an MLP of the width 14336 has 0.8 GB inside. A layer takes 2.15 µs a
 # token with 4096 rows and 2.09 with 6144 (2026-11-29_gpu_part_sizes.json).
-TILE_TOKENS = 4096
+TILE_TOKENS = 8192
 # Parts of packed documents have about 8192 tokens (engine/buckets.py): only what is longer, because
 # a document is, is divided.
 LONG_TOKENS = 12288
