@@ -31,10 +31,11 @@ def run_of(
     asked = ActivationPolicy(layers if keep == "save" else 0)
     if keep == "offload":
         asked = ActivationPolicy.offloading(layers)
+    noted = row.get("attention_checkpoint", row.get("notes", False))  # of older rows
     policy = ActivationPolicy(
         row.get("saved_layers", asked.saved),
         row.get("offloaded_layers", asked.offloaded),
-        row.get("attention_checkpoint", row.get("notes", False)),
+        row.get("attention_checkpoints", row["offloaded_layers"] if noted else 0),
         row.get("decoded_layers", 0),
     )
     return Run(

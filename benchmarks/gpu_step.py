@@ -235,7 +235,7 @@ def products(config: Any, tokens: int, length: int, row: Row) -> float:
     forward = 2 * (2 * h * h + 2 * h * kv + 3 * h * f)
     attention = 2 * length * h  # two products, causal: half of each
     again = config.num_hidden_layers - row["saved_layers"]
-    kept = row["offloaded_layers"] if row["attention_checkpoint"] else 0
+    kept = row["attention_checkpoints"]
     all_layers = config.num_hidden_layers * (2 * forward + 3.5 * attention)
     # The last product of a layer is not run again.
     all_layers += again * (forward - 2 * h * f + attention) - kept * (2 * h * h + attention)
@@ -355,7 +355,7 @@ def work(args: argparse.Namespace) -> None:
             rows[text]["offloaded_layers"] = plan.policy.offloaded
             rows[text]["every_nth_input"] = plan.policy.every
             rows[text]["host_gb"] = round(plan.host_bytes / 1e9, 1)
-            rows[text]["attention_checkpoint"] = plan.policy.attention_checkpoint
+            rows[text]["attention_checkpoints"] = plan.policy.attention_checkpoints
             rows[text]["decoded_layers"] = plan.policy.decoded
         if not theirs and not args.only_steps:
             rows[text] |= shares(lambda: step(list(ids), float(ids.numel())), args.kernels)  # noqa: B023

@@ -54,7 +54,11 @@ def settings(args: argparse.Namespace, budget: float | None) -> TrainConfig:
 
 def measured(model: Any, args: argparse.Namespace, size: str, budget: float | None) -> Row:
     """Make steps within the budget, and return their time and memory."""
-    config = settings(args, budget)
+    config, stream = settings(args, budget), stream_of(model)
+    assert stream is not None
+    stream.stream_all_but([])  # before the limit: all may still be on the GPU
+    gc.collect()
+    torch.cuda.empty_cache()
     with memory_limit("cuda", config.memory_budget):
         return within(model, args, config, size, budget)
 
@@ -65,9 +69,6 @@ def within(
     batch, length = map(int, size.split("x"))
     stream = stream_of(model)
     assert stream is not None
-    stream.stream_all_but([])
-    gc.collect()
-    torch.cuda.empty_cache()
     torch._C._host_emptyCache()  # what offloaded inputs of the runs before took
     torch.cuda.reset_peak_memory_stats()
     engine, message = choose_engine(

@@ -209,11 +209,11 @@ def test_inputs_leave_only_where_that_keeps_more(graphs):
         policy = plan.policy
         stays = fits(ActivationPolicy(policy.saved), plan.budget, graphs)
         assert (policy.offloaded == 0) == stays
-        assert plan.host_bytes == policy.offloaded * (10 + 7 * policy.attention_checkpoint)
-        with_attention = ActivationPolicy.offloading(8, policy.saved, attention_checkpoint=True)
+        assert plan.host_bytes == policy.offloaded * 10 + policy.attention_checkpoints * 7
+        with_attention = ActivationPolicy.offloading(8, policy.saved, checkpoint_share=1.0)
         fit = policy.offloaded > 0 and fits(with_attention, plan.budget, graphs)
-        assert policy.attention_checkpoint == fit
-        left.add((policy.offloaded > 0, policy.attention_checkpoint))
+        assert policy.attention_checkpoints == fit * policy.offloaded
+        left.add((policy.offloaded > 0, policy.attention_checkpoints > 0))
     assert left == {(False, False), (True, False), (True, True)}
 
 
@@ -268,7 +268,7 @@ def test_attention_waits_only_where_the_host_has_room(monkeypatch):
         free = room / memory_policy.HOST_SHARE
         monkeypatch.setattr(memory_policy, "free_memory", lambda device, free=free: free)
         plan = planned(5000, "offload")
-        assert plan.policy == ActivationPolicy(0, 7, attention)
+        assert plan.policy == ActivationPolicy(0, 7, 7 * attention)
         assert plan.host_bytes <= room
         assert ("without attention" in plan.summary()) == attention
 
@@ -278,7 +278,7 @@ def test_where_the_host_has_room_for_few_inputs_only_every_nth_waits(monkeypatch
         free = room / memory_policy.HOST_SHARE
         monkeypatch.setattr(memory_policy, "free_memory", lambda device, free=free: free)
         plan = planned(5000, "offload")
-        assert (plan.policy.every, plan.policy.attention_checkpoint) == (every, False)
+        assert (plan.policy.every, plan.policy.attention_checkpoints) == (every, 0)
         assert plan.policy.offloaded == 7
         assert plan.host_bytes <= room
         assert (f"every {every}th layer" in plan.summary()) == (every > 1)

@@ -35,7 +35,7 @@ LENGTHS = {"one": [[6144]], "documents": [[3001, 40, 7], [2500, 300]]}
 POLICIES = {
     "recomputed": ActivationPolicy(),
     "offloaded": ActivationPolicy(0, 2),
-    "checkpointed": ActivationPolicy(0, 2, attention_checkpoint=True),
+    "checkpointed": ActivationPolicy(0, 2, 2),
     "every second": ActivationPolicy(0, 2, every=2),
 }
 

@@ -266,11 +266,11 @@ POLICIES = [
     Policy(LAYERS, decoded=LAYERS),
     Policy(0, LAYERS - 1),
     Policy(2, LAYERS - 3),
-    Policy(0, LAYERS - 1, True),
-    Policy(2, LAYERS - 3, True),
+    Policy(0, LAYERS - 1, LAYERS - 1),
+    Policy(2, LAYERS - 3, LAYERS - 3),
 ]
 # Of these, some whose highest moments differ.
-MOMENTS = [Policy(), Policy(2), Policy(LAYERS, decoded=2), Policy(0, LAYERS - 1, True)]
+MOMENTS = [Policy(), Policy(2), Policy(LAYERS, decoded=2), Policy(0, LAYERS - 1, LAYERS - 1)]
 
 # Model, its weights, the dtype, and micro-batches, rows and length.
 CASES = {
@@ -301,19 +301,29 @@ def each(policies: dict[str, list[Policy]]) -> list[Any]:
     each(
         {
             "gqa": POLICIES,
-            "7b-long": [*MOMENTS, Policy(2, LAYERS - 3), Policy(2, LAYERS - 3, True)],
+            "7b-long": [
+                *MOMENTS,
+                Policy(2, LAYERS - 3),
+                Policy(2, LAYERS - 3, LAYERS - 3),
+                Policy(0, LAYERS - 1, LAYERS - 2),
+                Policy(1, LAYERS - 2, LAYERS - 3),
+            ],
             "qwen3": [*MOMENTS, Policy(2, LAYERS - 3)],
-            "lora": [Policy(), Policy(LAYERS), Policy(2, LAYERS - 3, True)],
+            "lora": [Policy(), Policy(LAYERS), Policy(2, LAYERS - 3, LAYERS - 3)],
             "long": [*POLICIES, Policy(0, LAYERS - 1, every=2), Policy(every=2)],
-            "long-7b": [Policy(), Policy(0, LAYERS - 1, True), Policy(0, LAYERS - 1, every=3)],
-            "long-qwen3": [Policy(0, LAYERS - 1), Policy(0, LAYERS - 1, True)],
+            "long-7b": [
+                Policy(),
+                Policy(0, LAYERS - 1, LAYERS - 1),
+                Policy(0, LAYERS - 1, every=3),
+            ],
+            "long-qwen3": [Policy(0, LAYERS - 1), Policy(0, LAYERS - 1, LAYERS - 1)],
             "short": MOMENTS,
-            "7b": [Policy(2), Policy(0, LAYERS - 1, True)],
+            "7b": [Policy(2), Policy(0, LAYERS - 1, LAYERS - 1)],
             # Slow: nothing is packed there, so all four wait for each other.
             "float32": [
                 Policy(LAYERS, decoded=2),
                 Policy(2, LAYERS - 3),
-                Policy(0, LAYERS - 1, True),
+                Policy(0, LAYERS - 1, LAYERS - 1),
             ],
         }
     ),
@@ -348,13 +358,13 @@ OTHERS = {
     "t4": {
         "gqa": [Policy(0, LAYERS - 1)],
         "short": [Policy(2)],
-        "7b-long": [Policy(), Policy(LAYERS), Policy(0, LAYERS - 1, True)],
+        "7b-long": [Policy(), Policy(LAYERS), Policy(0, LAYERS - 1, LAYERS - 1)],
         "qwen3": [Policy(LAYERS), Policy(0, LAYERS - 1)],
     },
     "a100": {
         "gqa": [*MOMENTS, Policy(2, LAYERS - 3)],
         "short": [Policy(), Policy(2), Policy(0, LAYERS - 1)],
-        "7b-long": [*MOMENTS, Policy(0, LAYERS - 1), Policy(2, LAYERS - 3, True)],
+        "7b-long": [*MOMENTS, Policy(0, LAYERS - 1), Policy(2, LAYERS - 3, LAYERS - 3)],
         "qwen3": [Policy(), Policy(LAYERS), Policy(0, LAYERS - 1)],
     },
     "4090": ALIKE,

@@ -30,9 +30,10 @@ COST = StepCost(
 )
 RECOMPUTED, SAVED, MIXED = ActivationPolicy(), ActivationPolicy(4), ActivationPolicy(1)
 OFFLOADED = ActivationPolicy(0, 3)
-CHECKPOINTED = ActivationPolicy(0, 3, attention_checkpoint=True)
+CHECKPOINTED = ActivationPolicy(0, 3, 3)
+SOME_CHECKPOINTED = ActivationPolicy(0, 3, 2)
 BOTH = ActivationPolicy(1, 2)
-BOTH_CHECKPOINTED = ActivationPolicy(1, 2, attention_checkpoint=True)
+BOTH_CHECKPOINTED = ActivationPolicy(1, 2, 2)
 ALL = [RECOMPUTED, MIXED, SAVED, OFFLOADED, BOTH, CHECKPOINTED, BOTH_CHECKPOINTED]
 
 
@@ -52,6 +53,8 @@ ALL = [RECOMPUTED, MIXED, SAVED, OFFLOADED, BOTH, CHECKPOINTED, BOTH_CHECKPOINTE
         (BOTH, (113 + 10 + 25, 123 + 40, 123 + 10 + 75, 23 + 10 + 160)),
         # A checkpoint on its way in forward, and one more than the part's own in backward.
         (CHECKPOINTED, (24 + 10 + 30 + 7, 24 + 40, 24 + 10 + 160 + 7)),
+        # Two layers on their way in forward, both with a checkpoint.
+        (SOME_CHECKPOINTED, (24 + 10 + 30 + 10 + 14, 24 + 40, 24 + 10 + 160 + 7)),
         (BOTH_CHECKPOINTED, (113 + 10 + 25, 123 + 40, 123 + 10 + 75, 23 + 10 + 160 + 7)),
     ],
     ids=str,
@@ -74,6 +77,7 @@ def test_the_moments_of_an_eager_step(policy: ActivationPolicy, passes: tuple[in
         (OFFLOADED, (24 + 20 + 30, 24 + 20 + 160)),
         (BOTH, (113 + 20 + 25, 123 + 10 + 75, 23 + 20 + 160)),
         (CHECKPOINTED, (24 + 20 + 30 + 7, 24 + 20 + 160 + 7)),
+        (SOME_CHECKPOINTED, (24 + 20 + 30 + 10 + 14, 24 + 20 + 160 + 7)),
         (BOTH_CHECKPOINTED, (113 + 20 + 25, 123 + 10 + 75, 23 + 20 + 160 + 7)),
     ],
     ids=str,
@@ -90,7 +94,7 @@ def test_graphs_hold_what_goes_in_and_out_and_keep_their_memory(
 def test_the_highest_moment_may_be_any(policy: ActivationPolicy, graphs: bool) -> None:
     """A thousand more in a moment is a thousand above what is beside it then."""
     kept, saved, leaves = COST.kept(policy), policy.saved > 0, policy.offloaded > 0
-    entry, own, attention = 10 * leaves, 10 * graphs, 7 * policy.attention_checkpoint
+    entry, own, attention = 10 * leaves, 10 * graphs, 7 * (policy.attention_checkpoints > 0)
 
     def highest(**more: int) -> int:
         return peak(replace(COST, **more), policy, graphs=graphs).allocated
@@ -201,13 +205,33 @@ def test_long_parts_are_freed_earlier_and_written_in_place() -> None:
 def test_offloading_leaves_what_is_near_the_saved_layers() -> None:
     assert ActivationPolicy.offloading(8) == ActivationPolicy(0, 8 - NEAR_LAYERS)
     assert ActivationPolicy.offloading(8, 3) == ActivationPolicy(3, 5 - NEAR_LAYERS)
-    assert ActivationPolicy.offloading(8, 3, attention_checkpoint=True) == ActivationPolicy(
-        3, 5 - NEAR_LAYERS, attention_checkpoint=True
-    )
+    away = 5 - NEAR_LAYERS
+    for share, count in ((1.0, away), (0.5, away // 2), (0.2, 0)):
+        policy = ActivationPolicy.offloading(8, 3, checkpoint_share=share)
+        assert policy == ActivationPolicy(3, away, count)
     # Where nothing leaves, nothing is left there.
     for saved in (8 - NEAR_LAYERS, 8):
-        away = ActivationPolicy.offloading(8, saved, attention_checkpoint=True)
+        away = ActivationPolicy.offloading(8, saved, checkpoint_share=1.0)
         assert away == ActivationPolicy(saved)
+
+
+def test_two_layers_leave_at_a_time_where_some_have_a_checkpoint() -> None:
+    cost = replace(COST, backward=0, loss=0)
+    least = peak(cost, OFFLOADED, graphs=False).allocated
+    assert peak(cost, CHECKPOINTED, graphs=False).allocated == least + 7
+    assert peak(cost, SOME_CHECKPOINTED, graphs=False).allocated == least + 10 + 14
+
+
+def test_checkpoints_are_spread() -> None:
+    def of(policy: ActivationPolicy) -> list[int]:
+        return [layer for layer in range(10) if policy.checkpoints(layer)]
+
+    assert of(ActivationPolicy(0, 8, 8)) == list(range(8))
+    assert of(ActivationPolicy(0, 8, 4)) == [1, 3, 5, 7]
+    assert of(ActivationPolicy(0, 8, 6)) == [1, 2, 3, 5, 6, 7]
+    assert of(ActivationPolicy(0, 8, 1)) == [7]
+    assert of(ActivationPolicy(0, 8)) == []
+    assert of(ActivationPolicy(8)) == []
 
 
 @pytest.mark.parametrize(
@@ -218,7 +242,7 @@ def test_offloading_leaves_what_is_near_the_saved_layers() -> None:
         (ActivationPolicy(8), "all saved"),
         (ActivationPolicy(8, decoded=5), "all saved, 5 decoded"),
         (ActivationPolicy(0, 7), "offload"),
-        (ActivationPolicy(0, 7, attention_checkpoint=True), "offload"),
+        (ActivationPolicy(0, 7, 7), "offload"),
         (ActivationPolicy(3, 4), "3 saved, offload"),
     ],
     ids=str,
@@ -272,7 +296,7 @@ def test_more_saved_layers_never_take_less_memory(
     def policy(saved: int) -> ActivationPolicy:
         if not offload:
             return ActivationPolicy(saved)
-        return ActivationPolicy.offloading(cost.layers, saved, attention_checkpoint=attention)
+        return ActivationPolicy.offloading(cost.layers, saved, checkpoint_share=float(attention))
 
     for graphs in {False, cost.input == cost.part_input}:  # what is captured is one part
         found = [peak(cost, policy(n), graphs=graphs) for n in range(attention, cost.layers + 1)]
@@ -299,7 +323,7 @@ def test_offloading_never_takes_more_on_the_device_than_recomputing(
     if cost.input == cost.part_input and left != 0 and (left != 1 or saved):
         assert peak(cost, away, graphs=True).reserved <= peak(cost, stay, graphs=True).reserved
     # What attention leaves for its layer is there besides, of the layer and of the one before.
-    checkpointed = replace(away, attention_checkpoint=True)
+    checkpointed = replace(away, attention_checkpoints=away.offloaded)
     for graphs in (False, True):
         more = (
             peak(cost, checkpointed, graphs=graphs).reserved
@@ -320,7 +344,7 @@ def test_graphs_never_reserve_less_than_is_allocated(
     saved = min(saved, cost.layers)
     policy = ActivationPolicy(saved)
     if offload:
-        policy = ActivationPolicy.offloading(cost.layers, saved, attention_checkpoint=True)
+        policy = ActivationPolicy.offloading(cost.layers, saved, checkpoint_share=1.0)
     policy = replace(policy, decoded=min(decoded, saved))
     eager, graphs = (peak(cost, policy, graphs=captured) for captured in (False, True))
     assert eager.allocated == eager.reserved

@@ -63,7 +63,7 @@ def test_steps_of_a_7b_on_an_h100_are_as_measured(
     """benchmarks/results/2026-11-24_gpu_step_{notes,forms}.json; in CUDA graphs."""
     policy = {
         "offload": ActivationPolicy(0, 31),
-        "notes": ActivationPolicy(0, 31, attention_checkpoint=True),
+        "notes": ActivationPolicy(0, 31, 31),
         "save": ActivationPolicy(32),
     }[keep]
     run = Run(
@@ -126,20 +126,26 @@ def test_time_follows_what_is_done(llama: ModelShape) -> None:
 
 
 def test_notes_are_worth_their_way_where_the_bus_is_faster_than_a_layer(llama: ModelShape) -> None:
-    policy = ActivationPolicy(0, 31, attention_checkpoint=True)
+    policy = ActivationPolicy(0, 31, 31)
     run = Run(length=2048, policy=policy)
+    cost = run.step_cost(llama)
     for name, card in CARDS.items():
         if card.capability < (8, 0):  # no flash attention
             assert card.checkpoint_width > 1e9
             continue
         seconds = step_seconds(llama, run, card)
-        forward = (seconds.products + seconds.attention) / 4  # of 3.6 to 4.5 passes
-        away = run.step_cost(llama).host_bytes(policy) / card.link
-        assert (llama.hidden >= card.checkpoint_width) == (away <= 1.1 * forward), name
+        # Passes: neither down nor, with checkpoints, o is computed again.
+        forward = seconds.products / 2.7 + seconds.attention / 3.53
+        away = replace(run, checkpoint_width=card.checkpoint_width)
+        chosen = policy_of(llama, away, 0, offload=True)
+        assert cost.host_bytes(chosen) / card.link <= 1.1 * forward, name
+        if chosen.attention_checkpoints < chosen.offloaded:  # two more would be too many
+            more = cost.host_bytes(chosen) + 2 * cost.attention
+            assert more / card.link >= 0.9 * forward, name
     assert 2048 < CARDS["h100"].checkpoint_width < 4096 < CARDS["b200"].checkpoint_width
     assert policy_of(llama, run, 0, offload=True) == policy
     wide = replace(run, checkpoint_width=CARDS["b200"].checkpoint_width)
-    assert policy_of(llama, wide, 0, offload=True) == ActivationPolicy(0, 31)
+    assert 0 < policy_of(llama, wide, 0, offload=True).attention_checkpoints < 31
 
 
 def test_cards_by_name() -> None:
@@ -375,7 +381,7 @@ def test_the_longest_context_follows_from_the_memory_of_the_host(llama: ModelSha
         at = replace(run, length=131_072, embedding_on_host=True)
         tight = fitted(llama, at, usable(24e9, "cuda"), offload=True, host=host)
         assert tight is not None
-        policies.append((tight.policy.attention_checkpoint, tight.policy.every))
+        policies.append((tight.policy.attention_checkpoints > 0, tight.policy.every))
         assert ledger(llama, tight).on_host <= host
     assert longest == sorted(longest)
     assert policies == [(False, 2), (False, 1), (True, 1)]

@@ -618,7 +618,7 @@ def test_where_the_host_has_no_room_nothing_waits_there(on_a_gpu, monkeypatch):
 
 
 def test_attention_that_is_kept_on_the_host_is_given_up_first(on_a_gpu, monkeypatch):
-    policy = ActivationPolicy.offloading(3, attention_checkpoint=True)
+    policy = ActivationPolicy.offloading(3, checkpoint_share=1.0)
     made = on_a_gpu(policy)
     policies = failing(made, monkeypatch, lambda attempt, _: attempt <= 2)
     made.step(0, long_batches())

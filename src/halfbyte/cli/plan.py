@@ -440,7 +440,7 @@ def _as_json(shape: "ModelShape", way: "Way", gpus: int) -> dict[str, Any]:
         "holding": way.run.holding.__dict__,
         "saved_layers": way.run.policy.saved,
         "offloaded_layers": way.run.policy.offloaded,
-        "attention_checkpoint": way.run.policy.attention_checkpoint,
+        "attention_checkpoints": way.run.policy.attention_checkpoints,
         "decoded_layers": way.run.policy.decoded,
         "streamed_layers": way.run.policy.streamed,
         "every_nth_input": way.run.policy.every,

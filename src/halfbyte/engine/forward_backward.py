@@ -129,7 +129,6 @@ class Passes:
         hidden = [layer_input.x for layer_input in layer_inputs]
         first_saved = max(self.layers - policy.saved, self.first_trained)
         offloaded = min(policy.offloaded, first_saved)
-        checkpointed = offloaded if policy.attention_checkpoint else 0
         self._every, self._sparse = policy.every, offloaded or first_saved
         self._kept = []
         for index in range(self.layers):
@@ -146,11 +145,9 @@ class Passes:
                     x = hidden[i].detach().requires_grad_(requires_grad)
                     if not saved and policy.every == 1:
                         lora_cache.record()
-                    checkpoint = (
-                        AttentionCheckpoint()
-                        if self.first_trained <= index < checkpointed
-                        else None
-                    )
+                    checkpoint = None
+                    if self.first_trained <= index < offloaded and policy.checkpoints(index):
+                        checkpoint = AttentionCheckpoint()
                     with torch.set_grad_enabled(saved), self._routers() as logits:
                         y = layer_input.run(
                             index, x, layer_input.layer_args, read=True, checkpoint=checkpoint
@@ -165,7 +162,9 @@ class Passes:
                 continue
             if index < offloaded and not dropped:
                 self._offloader = self._offloader or ActivationOffloader()
-                self._offloader.offload(index, [kept.pop_tensors() for kept in row])
+                self._offloader.offload(
+                    index, [kept.pop_tensors() for kept in row], beside=policy.leaving - 1
+                )
             elif self._offloader is not None:
                 self._offloader.wait()
             self._kept.append(row)

@@ -22,6 +22,7 @@ from halfbyte.engine.autograd import AutogradEngine
 from halfbyte.engine.buckets import PartShape, UnpaddedParts
 from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.memory_profile import (
+    checkpointed_share,
     layers_streamed_unnoticed,
     measured_cost,
     saved_bytes,
@@ -107,7 +108,10 @@ class MemoryPlan:
             how += f", {recomputed} are recomputed in backward"
         if policy.offloaded:
             how += f", {policy.offloaded} of them from host memory"
-            how += " and without attention" * policy.attention_checkpoint
+            if policy.attention_checkpoints == policy.offloaded:
+                how += " and without attention"
+            elif policy.attention_checkpoints:
+                how += f", {policy.attention_checkpoints} without attention"
         if policy.every > 1:
             how += f", from the input of every {policy.every}th layer"
         if policy.decoded:
@@ -239,6 +243,7 @@ def plan_memory(
         device,
         unnoticed if stays else cost.layers,
         stays,
+        checkpointed_share(engine) if device == "cuda" else 0.0,
     )
     asked = memory_budget is not None
     plan = planner.plan(activations, asked=asked)
@@ -313,7 +318,7 @@ class _Planner:
     Decoded weights are kept only if all activations are, and only within the budget; users cannot
     request it. If weights are streamed, as many layers are made resident as are needed for
     ``hidden`` to cover the rest, if they fit; then activations are saved, and what is left goes to
-    resident layers again, if ``stays``.
+    resident layers again, if ``stays``. ``checkpoint_share`` is `plan.policy.checkpoint_share`.
     """
 
     cost: StepCost
@@ -324,6 +329,7 @@ class _Planner:
     device: str
     hidden: int = 0
     stays: bool = True
+    checkpoint_share: float = 1.0
 
     def of(self, policy: ActivationPolicy) -> MemoryPlan:
         step = peak(self.cost, policy, graphs=self.graphs)
@@ -407,15 +413,15 @@ class _Planner:
         def of(policy: ActivationPolicy) -> MemoryPlan:
             return self.of(replace(policy, streamed=streamed))
 
-        layers, attention = self.cost.layers, self.cost.attention > 0
+        layers, attention = self.cost.layers, self.checkpoint_share if self.cost.attention else 0.0
         saved = {"save": [layers], "auto": range(layers + 1), "recompute": [0], "offload": []}
         plans = [of(ActivationPolicy(count)) for count in saved[activations]]
         if self.device != "cuda" or activations in ("save", "recompute"):
             return plans or [of(ActivationPolicy())]
         for count in range(layers) if activations == "auto" else [0]:
             plans += [
-                of(ActivationPolicy.offloading(layers, count, attention_checkpoint=kept))
-                for kept in {False, attention}
+                of(ActivationPolicy.offloading(layers, count, checkpoint_share=share))
+                for share in {0.0, attention}
             ]
         # Where the host has no room for all inputs.
         return plans + [of(ActivationPolicy.offloading(layers, every=n)) for n in EVERY]
@@ -439,9 +445,9 @@ def _needed(plan: MemoryPlan) -> int:
     return plan.reserved_bytes
 
 
-def _preference(plan: MemoryPlan) -> tuple[int, int, int, bool]:
+def _preference(plan: MemoryPlan) -> tuple[int, int, int, int]:
     policy = plan.policy
-    return -policy.every, policy.saved, -policy.offloaded, policy.attention_checkpoint
+    return -policy.every, policy.saved, -policy.offloaded, policy.attention_checkpoints
 
 
 class HeapTrimmer:

@@ -21,9 +21,11 @@ from halfbyte.engine.layerwise import LayerEngine
 from halfbyte.engine.packing import PackedBatch, part_of_shape
 from halfbyte.engine.weights import acquired
 from halfbyte.layers.decoder_layer import AttentionCheckpoint
+from halfbyte.linear.experts import expert_linears
+from halfbyte.linear.fp8 import FP8
 from halfbyte.linear.layer_stream import stream_of
 from halfbyte.linear.sequence_tiles import is_long
-from halfbyte.plan.activation_cost import CHECKPOINT_WIDTH
+from halfbyte.plan.activation_cost import CHECKPOINT_WIDTH, checkpoint_share
 from halfbyte.plan.policy import StepCost
 from halfbyte.plan.roofline import gpu_of_driver
 from halfbyte.runtime import device as devices
@@ -82,7 +84,7 @@ def _measured(engine: LayerEngine, parts: Sequence[PackedBatch]) -> StepCost:
         in_backward = _peak(backward)
         loss = _peak(loss_and_grad)
         checkpoint = AttentionCheckpoint()
-        if _offloads_attention(layer_input.x):
+        if checkpointed_share(engine) > 0:
             forward(checkpoint)
         attention = sum(x.nbytes for x in checkpoint.tensors)
     own = layer_input.x.nbytes
@@ -227,12 +229,16 @@ def saved_bytes(engine: LayerEngine, layer_input: LayerInput) -> tuple[int, int]
     return sum(seen.values()), y.nbytes
 
 
-def _offloads_attention(x: Tensor) -> bool:
-    """Return whether an offloaded layer with this input also offloads the attention output."""
-    if not x.is_cuda or x.itemsize != 2:
-        return False  # in float32 torch's attention may keep all its weights: too much to offload
-    known = gpu_of_driver(devices.spec_of(x.device).name)
-    return x.shape[-1] >= (CHECKPOINT_WIDTH if known is None else known.checkpoint_width)
+def checkpointed_share(engine: LayerEngine) -> float:
+    """Return `checkpoint_share` of an engine's layers, on a GPU."""
+    if engine.dtype.itemsize != 2:
+        return 0.0  # in float32 torch's attention may keep all its weights: too much to offload
+    known = gpu_of_driver(devices.spec_of(engine.model.device).name)
+    narrowest = CHECKPOINT_WIDTH if known is None else known.checkpoint_width
+    width = int(engine.model.config.get_text_config().hidden_size)
+    fp8 = all(linear.layout is FP8 for linear in engine.linears[-1])
+    fp8 &= not expert_linears(engine.model)  # which stay in 16 bits
+    return checkpoint_share(width, engine.max_seqlen, narrowest, fp8=fp8)
 
 
 def _peak(run: Callable[[], object]) -> int:

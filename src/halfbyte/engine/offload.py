@@ -4,9 +4,11 @@ A layer that is recomputed in backward needs its input, 8 kB per token and layer
 its attention checkpoint (layers/decoder_layer.py), twice as much, recomputation is faster. Copies
 to page-locked memory by the GPU's copy engines overlap with the products and cost no time, and the
 GPU holds the tensors of two layers instead of all: those of a layer are copied out while the next
-one runs.
+one runs. Where the bus is slower than a layer, some layers have no checkpoint, and copies may take
+longer than a layer, as long as they keep up over several: those of two are under way at a time.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -43,14 +45,17 @@ class ActivationOffloader:
         # Also by dtype: the tensors of a checkpoint differ between shapes.
         self._host: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
         self._places: dict[int, list[list[Tensor]]] = {}
-        self._leaving: _Copy | None = None
+        self._leaving: deque[_Copy] = deque()
         self._coming: dict[int, _Copy] = {}
         self._outgrown: list[Tensor] = []
         self.nbytes = 0
 
-    def offload(self, layer: int, parts: Sequence[list[Tensor]]) -> None:
-        """Copy a layer's tensors of each part to the host; the caller may drop them immediately."""
-        self.wait()
+    def offload(self, layer: int, parts: Sequence[list[Tensor]], *, beside: int = 0) -> None:
+        """Copy a layer's tensors of each part to the host; the caller may drop them immediately.
+
+        ``beside`` is the number of earlier offloads that need not have finished.
+        """
+        self.wait(beside)
         places = [
             [self._place((layer, i, j, x.dtype), x) for j, x in enumerate(part)]
             for i, part in enumerate(parts)
@@ -60,13 +65,12 @@ class ActivationOffloader:
         with torch.cuda.stream(self.side_stream):
             for place, x in _pairs(places, parts):
                 place.copy_(x, non_blocking=True)
-        self._leaving = _Copy(list(parts), self.side_stream.record_event())
+        self._leaving.append(_Copy(list(parts), self.side_stream.record_event()))
 
-    def wait(self) -> None:
-        """Make the GPU stream wait for the last offload, after which its GPU memory is free."""
-        if self._leaving is not None:
-            self._wait_for(self._leaving)
-            self._leaving = None
+    def wait(self, beside: int = 0) -> None:
+        """Make the GPU stream wait for all but the last offloads; their GPU memory is free then."""
+        while len(self._leaving) > beside:
+            self._wait_for(self._leaving.popleft())
 
     def prefetch(self, layer: int) -> None:
         """Start to copy a layer's tensors back, if any were offloaded."""

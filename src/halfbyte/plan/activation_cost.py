@@ -85,9 +85,32 @@ _FEWEST_ROWS = 2048
 # layers/long_attention.py: tokens times heads of one call of attention's backward.
 _GROUP = 1 << 18
 
-# The narrowest model whose attention is worth keeping on the host, on an H100;
+# The width of a layer that takes an H100 as long as offloading its input and attention;
 # `GpuSpec.checkpoint_width` of others.
 CHECKPOINT_WIDTH = 3072
+
+# Products in 8 bits against those in bfloat16, both with adapters, at 8192 tokens of a 7B model:
+# 2026-11-30_gpu_fp8.json. Other GPUs with FP8 units have twice the arithmetic, too.
+FP8_SPEEDUP = 1.8
+
+
+def checkpoint_share(width: int, length: int, narrowest: int, *, fp8: bool = False) -> float:
+    """Return of how many layers an attention checkpoint can be offloaded beside their forward.
+
+    The bus has to move the input of every layer, and with a checkpoint twice as much on top.
+
+    Args:
+        width: Width of the residual stream.
+        length: Tokens of a document.
+        narrowest: `GpuSpec.checkpoint_width`: products of a layer as wide as that take as long as
+            all three, per token.
+        fp8: Whether products are in 8 bits.
+    """
+    # Attention has 2 · length · width operations per token, at half of the products' rate; products
+    # have 24 · width².
+    speed = FP8_SPEEDUP if fp8 else 1.0
+    moved = 3 * (width / speed + length / 6) / narrowest  # of these three, beside a layer
+    return min(1.0, max(0.0, (moved - 1) / 2))
 
 
 # linear/experts.py: bytes of experts decoded at a time, and with all inputs offloaded.

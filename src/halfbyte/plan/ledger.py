@@ -13,7 +13,12 @@ from typing import Literal
 
 from halfbyte.errors import ConfigError
 from halfbyte.linear.sequence_tiles import TILE_TOKENS, is_long, launches_unnoticed
-from halfbyte.plan.activation_cost import CHECKPOINT_WIDTH, H100, LayerActivations
+from halfbyte.plan.activation_cost import (
+    CHECKPOINT_WIDTH,
+    H100,
+    LayerActivations,
+    checkpoint_share,
+)
 from halfbyte.plan.holding import Holding, in_fp8
 from halfbyte.plan.model_shape import ModelShape, Weight
 from halfbyte.plan.policy import EVERY, SLOTS, ActivationPolicy, Peak, StepCost, peak
@@ -83,7 +88,7 @@ class Run:
         fused: Whether layers are run by ``layers.decoder_layer``, if it supports them.
         device: ``cuda`` or ``cpu``.
         policy: What is kept for backward.
-        checkpoint_width: Width from which offloaded layers also offload an attention checkpoint.
+        checkpoint_width: `GpuSpec.checkpoint_width`.
         gpu: The GPU, if it is one.
         graphs: Whether CUDA graphs are enabled, on a GPU.
         embedding_on_host: Whether an embedding that is neither packed nor tied is kept in host
@@ -485,12 +490,15 @@ def ledger(shape: ModelShape, run: Run) -> Ledger:
 def policy_of(shape: ModelShape, run: Run, saved: int, *, offload: bool) -> ActivationPolicy:
     """Return the policy with which ``saved`` layers are saved, and others' inputs may be offloaded.
 
-    Of models of ``run.checkpoint_width`` or wider they take their attention along.
+    As many as the bus has time for take their attention along.
     """
     if not offload:
         return ActivationPolicy(saved)
-    worth = shape.fusable and shape.hidden >= run.checkpoint_width
-    return ActivationPolicy.offloading(shape.layers, saved, attention_checkpoint=worth)
+    share = 0.0
+    if shape.fusable:
+        fp8 = run.multiplies_fp8 and shape.mixture is None  # experts stay in 16 bits
+        share = checkpoint_share(shape.hidden, run.length, run.checkpoint_width, fp8=fp8)
+    return ActivationPolicy.offloading(shape.layers, saved, checkpoint_share=share)
 
 
 def policies_of(
@@ -498,7 +506,7 @@ def policies_of(
 ) -> list[ActivationPolicy]:
     """Return `policy_of`, and then those that take less host memory, and longer."""
     policies = [policy_of(shape, run, saved, offload=offload)]
-    if offload and policies[0].attention_checkpoint:
+    if offload and policies[0].attention_checkpoints:
         policies.append(ActivationPolicy.offloading(shape.layers, saved))
     if offload and not saved:
         policies += [ActivationPolicy.offloading(shape.layers, every=n) for n in EVERY]

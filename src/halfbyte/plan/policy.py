@@ -31,7 +31,8 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 # Number of recomputed layers before the first saved one that are not offloaded, since backward
-# needs them first; and number of offloaded inputs on the device at a time, sent or fetched.
+# needs them first; and number of offloaded inputs on the device at a time, sent or fetched; but see
+# `ActivationPolicy.leaving`.
 NEAR_LAYERS = 1
 UNDER_WAY = 1
 # Of every how many layers the input is kept, where the host has no room for those of all: each is
@@ -48,29 +49,46 @@ class ActivationPolicy:
     Attributes:
         saved: Number of layers, counted from the last, that keep all their activations.
         offloaded: Number of layers, counted from the first, whose input is in host memory.
-        attention_checkpoint: Whether these also store attention's output and the residual stream
-            after it on the host, so that neither is recomputed.
+        attention_checkpoints: Number of these, evenly spread, that also store attention's output
+            and the residual stream after it on the host, so that neither is recomputed.
         decoded: Number of layers, counted from the last, whose 4-bit weights stay decoded.
         streamed: Number of layers whose frozen weights are copied to the device when needed.
         every: Only the input of every n-th layer is kept: of the offloaded layers, if there are
             any, otherwise of the recomputed ones. The others are computed again from it, so forward
-            runs once more in backward. Not with ``attention_checkpoint``.
+            runs once more in backward. Not with ``attention_checkpoints``.
     """
 
     saved: int = 0
     offloaded: int = 0
-    attention_checkpoint: bool = False
+    attention_checkpoints: int = 0
     decoded: int = 0
     streamed: int = 0
     every: int = 1
 
     @classmethod
     def offloading(
-        cls, layers: int, saved: int = 0, *, attention_checkpoint: bool = False, every: int = 1
+        cls, layers: int, saved: int = 0, *, checkpoint_share: float = 0.0, every: int = 1
     ) -> "ActivationPolicy":
-        """Return the policy with ``saved`` layers and the others offloaded, except the nearest."""
+        """Return the policy with ``saved`` layers and the others offloaded, except the nearest.
+
+        ``checkpoint_share`` is that of the offloaded ones which store an attention checkpoint.
+        """
         away = max(0, layers - saved - NEAR_LAYERS)
-        return cls(saved, away, attention_checkpoint and away > 0, every=every)
+        return cls(saved, away, int(checkpoint_share * away), every=every)
+
+    def checkpoints(self, layer: int) -> bool:
+        """Return whether a layer stores an attention checkpoint."""
+        some, of = self.attention_checkpoints, self.offloaded
+        return layer < of and (layer + 1) * some // of > layer * some // of
+
+    @property
+    def leaving(self) -> int:
+        """Number of layers that are on their way to the host at a time.
+
+        Where checkpoints are too much for the bus, it needs those without one to catch up.
+        """
+        some = 0 < self.attention_checkpoints < self.offloaded
+        return min(self.offloaded, UNDER_WAY + some)
 
     def summary(self, layers: int) -> str:
         """Return a short description, for tables."""
@@ -96,7 +114,7 @@ class StepCost:
         part_input: The same of the largest part.
         lora: What a recomputed layer keeps with it on the device: x Aᵀ of its linears.
         saved: What a saved layer keeps, including its input.
-        attention: What ``attention_checkpoint`` adds to an offloaded input.
+        attention: An attention checkpoint.
         attention_part: The same of the largest part.
         forward: Peak of a recomputed layer's forward, for a part, without its input and output.
         forward_saved: Peak of a saved layer's forward, for a part, without what it keeps.
@@ -168,7 +186,7 @@ class StepCost:
     def host_bytes(self, policy: ActivationPolicy) -> int:
         """Return the bytes in page-locked host memory."""
         away = -(-policy.offloaded // policy.every)
-        return away * (self.input + self.attention * policy.attention_checkpoint)
+        return away * self.input + policy.attention_checkpoints * self.attention
 
 
 class Peak(NamedTuple):
@@ -194,18 +212,21 @@ def peak(cost: StepCost, policy: ActivationPolicy, *, graphs: bool) -> Peak:
     """
     stream, waiting, kept = cost.input, cost.waiting(policy), cost.kept(policy)
     recomputed = cost.layers - policy.saved
-    checkpoint = cost.attention * policy.attention_checkpoint
+    checkpointed = policy.attention_checkpoints > 0
     # Layer 0's input exists during the whole pass, whether or not it is kept; that of a long part
     # only during forward, without graphs.
     entry = stream if policy.offloaded else 0
     entry_later = 0 if cost.tiled and not graphs else entry
     # Graphs have a separate tensor for the last output.
     own = stream if graphs else 0
-    leaving = min(policy.offloaded, UNDER_WAY)  # is offloaded before the first saved layer
+    # `waiting` counts one input that leaves. All have left before the first saved layer.
+    one = min(policy.offloaded, UNDER_WAY)
+    leaving = policy.leaving * checkpointed * cost.attention + (policy.leaving - one) * stream
+    passes = []
     if policy.saved:
-        passes = [kept - leaving * stream + entry + own + cost.forward_saved + stream]
-    else:
-        passes = [kept + entry + own + cost.forward + stream + leaving * checkpoint]
+        passes = [kept - one * stream + entry + own + cost.forward_saved + stream]
+    if not policy.saved or policy.leaving > one:
+        passes.append(waiting + entry + own + cost.forward + stream + leaving)
     if policy.saved:
         passes.append(kept + entry_later + stream + cost.backward - cost.saved_part)
     if recomputed:
@@ -213,9 +234,7 @@ def peak(cost: StepCost, policy: ActivationPolicy, *, graphs: bool) -> Peak:
         last = stream if graphs and (policy.saved or policy.offloaded) else 0
         if cost.tiled and not policy.saved:
             last = 0
-        beside = policy.attention_checkpoint * (
-            (1 + UNDER_WAY) * cost.attention - cost.attention_part
-        )
+        beside = checkpointed * ((1 + UNDER_WAY) * cost.attention - cost.attention_part)
         passes.append(waiting + entry_later + last + stream + cost.backward + beside)
     # Each part's last output, and the gradients of the parts before the current one.
     loss = 2 * stream - cost.part_input + cost.loss

@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from halfbyte.errors import ConfigError
+from halfbyte.plan.activation_cost import FP8_SPEEDUP
 from halfbyte.plan.holding import Packed, held
 from halfbyte.plan.ledger import Run
 from halfbyte.plan.model_shape import ModelShape
@@ -61,10 +62,6 @@ _LONG, _WIDE_HEAD, _WIDE = 2048, 128, 1600
 MOVED, MOVED_AGAIN = 3.0, 0.3
 # A processor's step against its own products of 1024x1024x1024: cpu_step.json, "halfbyte-nf4-bf16".
 CPU_SHARE = 0.8
-
-# Products in 8 bits against those in bfloat16, both with adapters, at 8192 tokens of a 7B model:
-# 2026-11-30_gpu_fp8.json. Other GPUs with FP8 units have twice the arithmetic, too.
-FP8_SPEEDUP = 1.8
 
 # Seconds in which Python launches a layer's forward, rerun and backward for one micro-batch:
 # 3441 ms for 16 micro-batches and 32 layers, on the host of an H100, without CUDA graphs.
@@ -129,7 +126,7 @@ class GpuSpec(NamedTuple):
 
     @property
     def checkpoint_width(self) -> int:
-        """The width from which a layer takes as long as offloading its input and attention.
+        """The width at which a layer takes as long as offloading its input and attention.
 
         These are three activations as wide as the residual stream, 6 bytes per token and width in
         16 bits. A Llama layer has 12 weights per square of its width, each used once in forward.
@@ -265,7 +262,7 @@ def step_seconds(
         active = shape.expert_parameters * shape.mixture.per_token // shape.mixture.experts
         numel, rerun = numel + active, rerun + active - active // (2 + shape.mixture.gated)
     # With an attention checkpoint, neither attention nor its output projection is recomputed.
-    attention_kept = run.policy.offloaded / layers if run.policy.attention_checkpoint else 0.0
+    attention_kept = run.policy.attention_checkpoints / layers
     after = sum(weight.numel for weight in linears if weight.name.endswith(".o_proj.weight"))
     # Inputs that are not kept take another forward.
     sparse = run.policy.offloaded or layers - run.policy.saved

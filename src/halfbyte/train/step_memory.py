@@ -236,8 +236,8 @@ class StepMemory:
         if further and self._host_has_room(away):
             self.use(away)
             return "inputs of recomputed layers wait in host memory"
-        if policy.attention_checkpoint:
-            self.use(replace(policy, attention_checkpoint=False))
+        if policy.attention_checkpoints:
+            self.use(replace(policy, attention_checkpoints=0))
             return "attention is recomputed, too"
         if self._may_shrink():
             self._shrunk()
@@ -255,7 +255,11 @@ class StepMemory:
         def of(saved: int) -> ActivationPolicy:
             # If layers are offloaded, those no longer saved are offloaded too.
             more = policy.saved - saved if policy.offloaded else 0
-            return replace(policy, saved=saved, offloaded=policy.offloaded + more)
+            offloaded = policy.offloaded + more
+            checkpoints = policy.attention_checkpoints * offloaded // max(1, policy.offloaded)
+            return replace(
+                policy, saved=saved, offloaded=offloaded, attention_checkpoints=checkpoints
+            )
 
         if self.plan is None or self.plan.cost is None:
             return of((policy.saved - 1) // 2)
