@@ -125,7 +125,8 @@ def test_packed_weights_lie_in_one_tensor(trained: Trained) -> None:
     [
         ActivationPolicy(),
         ActivationPolicy(0, LAYERS - 1),
-        ActivationPolicy(0, LAYERS - 1, True),
+        ActivationPolicy(0, LAYERS - 1, LAYERS - 1),
+        ActivationPolicy(0, LAYERS - 1, LAYERS - 2),
         ActivationPolicy(3),
         ActivationPolicy(LAYERS),
         ActivationPolicy(LAYERS, decoded=2),

@@ -26,7 +26,7 @@ POLICIES = [
     ActivationPolicy(),
     ActivationPolicy(2),
     ActivationPolicy.offloading(3),
-    ActivationPolicy(0, 2, True),
+    ActivationPolicy(0, 2, 2),
 ]
 
 
@@ -79,7 +79,7 @@ def test_slots_are_all_that_is_on_the_gpu():
 @pytest.mark.parametrize("call", [2, 5])
 def test_memory_that_runs_out_in_a_capture_is_said_and_freed(monkeypatch, call):
     """While copies of weights and inputs are under way on their streams."""
-    policy = ActivationPolicy(0, 2, True)
+    policy = ActivationPolicy(0, 2, 2)
     batches = examples([[70, 33, 8], [64, 5]])
     model = model_of(CONFIGS["llama"], dtype=torch.bfloat16, device="cuda", store=HostLayers)
     zero(model)
@@ -91,8 +91,8 @@ def test_memory_that_runs_out_in_a_capture_is_said_and_freed(monkeypatch, call):
     before = torch.cuda.memory_reserved()
     acquire, calls = StreamedWeights.acquire, [0]
 
-    def acquired(self, layer, *, again=False):
-        opened = acquire(self, layer, again=again)
+    def acquired(self, layer, **how):
+        opened = acquire(self, layer, **how)
         if torch.cuda.is_current_stream_capturing():
             calls[0] += 1
             if calls[0] == call:
