@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from halfbyte.runtime.precision import configure_allocators
@@ -184,10 +185,12 @@ def main() -> int:
     parser.add_argument("--optim", default="adamw_8bit")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--no-resident", action="store_true")
-    parser.add_argument("--name", default="gpu_streaming")
+    parser.add_argument(
+        "--output", type=Path, help="default: benchmarks/results/DATE_gpu_streaming.json"
+    )
     args = parser.parse_args()
     require_cuda()
-    write(args.name, None, rows=work(args))
+    write("gpu_streaming", args.output, rows=work(args))
     return 0
 
 
