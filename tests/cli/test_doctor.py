@@ -104,8 +104,8 @@ def test_a_linear_layer_that_is_wrong_is_found(
 ) -> None:
     right = DENSE.decode
 
-    def wrong(*args: Any) -> list[DecodedWeight]:
-        weights = right(*args)
+    def wrong(*args: Any, **how: Any) -> list[DecodedWeight]:
+        weights = right(*args, **how)
         for weight in weights:
             weight.data[3] = 0.0
         return weights
