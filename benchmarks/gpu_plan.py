@@ -22,7 +22,7 @@ RANK = 16
 
 
 def run_of(
-    options: dict[str, Any], row: dict[str, Any], quant: str, config: str, card: GpuSpec
+    options: dict[str, Any], row: dict[str, Any], contestant: str, config: str, card: GpuSpec
 ) -> Run:
     """The run that a row of gpu_step.py was made by."""
     micro, _, rest = config.rpartition("*")
@@ -32,14 +32,15 @@ def run_of(
     if keep == "offload":
         asked = ActivationPolicy.offloading(layers)
     noted = row.get("attention_checkpoint", row.get("notes", False))  # of older rows
+    offloaded = row.get("offloaded_layers", asked.offloaded)
     policy = ActivationPolicy(
         row.get("saved_layers", asked.saved),
-        row.get("offloaded_layers", asked.offloaded),
-        row.get("attention_checkpoints", row["offloaded_layers"] if noted else 0),
+        offloaded,
+        row.get("attention_checkpoints", offloaded if noted else 0),
         row.get("decoded_layers", 0),
     )
     return Run(
-        Holding(quant),
+        Holding("none" if "bf16" in contestant else "nf4"),
         RANK,
         batch=int(batch),
         length=int(length),
@@ -48,6 +49,7 @@ def run_of(
         policy=policy,
         gpu=card.gpu,
         embedding_on_host=True,
+        fp8="fp8" in contestant,
     )
 
 
@@ -67,7 +69,7 @@ def main() -> None:
             for config, row in rows.items():
                 if not contestant.startswith("halfbyte") or "peak_gb" not in row:
                     continue
-                run = run_of(found, row, "nf4" if "nf4" in contestant else "none", config, card)
+                run = run_of(found, row, contestant, config, card)
                 peak = ledger(shape, run).peak / 1e9
                 ms = step_seconds(shape, run, card).total * 1e3
                 print(

@@ -145,7 +145,7 @@ def test_on_a_cpu_it_is_attend():
 @pytest.mark.parametrize(("width", "offset"), [(8, 0), (8, 1), (6, 0), (16, 2)])
 def test_heads_are_copied_whatever_their_places(dtype, width, offset):
     generator = torch.Generator().manual_seed(0)
-    memory = torch.randn(3, 5, 4, width + 4, generator=generator).to(dtype)
+    memory = torch.randn(3, 5, 4, width + 8, generator=generator).to(dtype)
     x = memory[..., offset : offset + width][:, :, 1:3]
     to = torch.zeros(3, 5, 7, width, dtype=dtype)
     copy_heads(to[:, :, 2:4], x)

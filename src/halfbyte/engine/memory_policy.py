@@ -318,7 +318,7 @@ class _Planner:
     Decoded weights are kept only if all activations are, and only within the budget; users cannot
     request it. If weights are streamed, as many layers are made resident as are needed for
     ``hidden`` to cover the rest, if they fit; then activations are saved, and what is left goes to
-    resident layers again, if ``stays``. ``checkpoint_share`` is `plan.policy.checkpoint_share`.
+    resident layers again, if ``stays``. ``checkpoint_share``: see `plan.activation_cost`.
     """
 
     cost: StepCost
